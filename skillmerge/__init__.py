@@ -1,0 +1,39 @@
+"""skillmerge: cut a skill out of one family of checkpoints and put it into another, streaming, with proof.
+
+The verbs of the command line are functions here, with the same words:
+
+    skillmerge.plan("recipe.yaml")                      -> Plan
+    skillmerge.apply("recipe.yaml", "out", device="cpu") -> Result
+    skillmerge.verify("out", load=True)                 -> Verdict
+
+They are imported when first used, so that `import skillmerge` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["SkillmergeError", "__version__", "apply", "plan", "verify"]
+
+if TYPE_CHECKING:
+    from skillmerge.errors import SkillmergeError
+    from skillmerge.merge import apply
+    from skillmerge.merge import make_plan as plan
+    from skillmerge.verification import verify
+
+_HOMES = {
+    "apply": ("skillmerge.merge", "apply"),
+    "plan": ("skillmerge.merge", "make_plan"),
+    "verify": ("skillmerge.verification", "verify"),
+    "SkillmergeError": ("skillmerge.errors", "SkillmergeError"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)

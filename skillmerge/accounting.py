@@ -1,0 +1,199 @@
+"""Where every tensor of every model goes, and what is wrong where one has no place.
+
+For each tensor of the donor: which models' tensors the output needs. For each tensor of another model that
+the donor lacks: a problem, unless a rule or the config's ties account for it. Knows names, shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from skillmerge.checkpoints.folder import Checkpoint
+from skillmerge.coefficients import matcher
+from skillmerge.errors import did_you_mean, some
+from skillmerge.expression import Leaf, Term, names_in, weights
+from skillmerge.modelconfig import tied_source, ties_embeddings
+from skillmerge.naming import module_kind
+from skillmerge.recipe import Recipe
+from skillmerge.tensors import DTYPES, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A difference between the models that only a person can settle, and the text that would settle it."""
+
+    kind: str
+    message: str
+    tensors: tuple[str, ...]
+    fix: str
+
+    def text(self) -> str:
+        return f"{self.message}\n{self.fix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Where one output tensor comes from. `same`: all sources must hold the same bytes."""
+
+    term: Term
+    sources: tuple[tuple[str, str], ...]
+    same: bool = False
+    copied: bool = False
+
+
+def account_tensors(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    donor_name: str,
+    terms: Mapping[str, Term],
+    copied: Mapping[str, str],
+) -> tuple[dict[str, Account], list[Problem], list[str]]:
+    """Accounts for the donor's tensors that have one, the problems, and notes that are worth a word."""
+    donor = checkpoints[donor_name]
+    in_formula = list(dict.fromkeys(name.name for name in names_in(recipe.expression) if name.is_model))
+    accounts: dict[str, Account] = {}
+    troubles: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    notes = set()
+    for name, spec in donor.tensors.items():
+        by_copy = name in copied
+        term = Leaf(copied[name]) if by_copy else terms[name]
+        same = not by_copy and not isinstance(term, Leaf) and not DTYPES[spec.dtype].is_float
+        models = in_formula if same else [model for model, factor in weights(term).items() if factor != 0]
+        sources, trouble = [], False
+        for model in models:
+            source = _find(spec, checkpoints[model])
+            if source is None:
+                troubles.setdefault(("missing", model), []).append((name, ""))
+            elif difference := _difference(spec, checkpoints[model].tensors[source]):
+                troubles.setdefault((difference[0], model), []).append((name, difference[1]))
+            else:
+                sources.append((model, source))
+                if source != name:
+                    notes.add(f"`{name}` of model `{model}` is its `{source}`: its config ties the two")
+                continue
+            trouble = True
+        if not trouble:
+            if same:
+                sources.sort(key=lambda item: item[0] != donor_name)
+            accounts[name] = Account(term, tuple(sources), same, by_copy)
+    problems = [_problem(kind, model, found, donor_name, donor) for (kind, model), found in troubles.items()]
+    extra, tied = _leftovers(recipe, checkpoints, donor_name, in_formula)
+    for name, checkpoint in checkpoints.items():
+        if checkpoint.unread:
+            notes.add(
+                f"model `{name}`: {some(list(checkpoint.unread))} is not named by its index and not read"
+            )
+    return accounts, problems + extra, [*sorted(notes), *tied]
+
+
+def copy_rules(recipe: Recipe, donor: Checkpoint) -> dict[str, str]:
+    """Tensor -> model, the last rule that matches winning. A rule that matches nothing is a mistake."""
+    copied: dict[str, str] = {}
+    for index, rule in enumerate(recipe.copy):
+        pattern = matcher(rule.tensors)
+        chosen = [name for name in donor.tensors if pattern.match(name)]
+        if not chosen:
+            near = did_you_mean(rule.tensors[0], list(donor.tensors))
+            raise recipe.error(("copy", index), "this rule matches no tensor of the donor", near)
+        copied.update(dict.fromkeys(chosen, rule.model))
+    return copied
+
+
+def _find(spec: TensorSpec, checkpoint: Checkpoint) -> str | None:
+    if spec.name in checkpoint.tensors:
+        return spec.name
+    return tied_source(spec.name, spec.shape, checkpoint.config, checkpoint.tensors)
+
+
+def _difference(wanted: TensorSpec, found: TensorSpec) -> tuple[str, str] | None:
+    if wanted.shape != found.shape:
+        return "shape", f"{list(wanted.shape)} against {list(found.shape)}"
+    kinds = (DTYPES[wanted.dtype].kind, DTYPES[found.dtype].kind)
+    if kinds[0] != kinds[1] or (kinds[0] != "float" and wanted.dtype != found.dtype):
+        return "dtype", f"{wanted.dtype} against {found.dtype}"
+    return None
+
+
+def _problem(
+    kind: str, model: str, found: list[tuple[str, str]], donor_name: str, donor: Checkpoint
+) -> Problem:
+    names = [name for name, _ in found]
+    fix = f"to take the donor's own, add to the recipe:\ncopy:\n  - {{tensors: {_globs(names, donor.tensors)}, from: {donor_name}}}"
+    if kind == "missing":
+        message = f"model `{model}` lacks {_count(names)} that the formula needs: {some(names)}"
+        if len(names) == len(donor.tensors):
+            fix = f"`{model}` and the donor `{donor_name}` share no tensor names: are they of the same architecture?"
+    else:
+        shown = "; ".join(f"`{name}` {detail}" for name, detail in found[:4]) + (
+            "; …" if len(found) > 4 else ""
+        )
+        message = (
+            f"{_count(names)} differ in {kind} between the donor `{donor_name}` and model `{model}`: {shown}"
+        )
+        if kind == "shape" and all(module_kind(name) in ("embedding", "head") for name in names):
+            message += "\ntheir vocabularies seem to differ"
+    return Problem(kind, message, tuple(names), fix)
+
+
+def _leftovers(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, in_formula: list[str]
+) -> tuple[list[Problem], list[str]]:
+    """Tensors of the formula's models that the donor lacks, but for ignored and for tied ones."""
+    donor = checkpoints[donor_name]
+    extra = {
+        model: [name for name in checkpoints[model].tensors if name not in donor.tensors]
+        for model in in_formula
+        if model != donor_name
+    }
+    for index, glob in enumerate(recipe.ignore):
+        pattern = matcher([glob])
+        if not any(pattern.match(name) for names in extra.values() for name in names):
+            in_donor = any(pattern.match(name) for name in donor.tensors)
+            why = (
+                "the donor has what it matches, and the output has exactly the donor's tensors"
+                if in_donor
+                else None
+            )
+            raise recipe.error(("ignore", index), "this rule matches no tensor that the donor lacks", why)
+    ignored = matcher(recipe.ignore) if recipe.ignore else None
+    problems, notes = [], []
+    for model, names in extra.items():
+        left = [name for name in names if ignored is None or not ignored.match(name)]
+        tied = [name for name in left if _is_tied(name, checkpoints[model], donor)]
+        notes += [
+            f"`{name}` of model `{model}` is left out: both configs tie it to the embedding" for name in tied
+        ]
+        left = [name for name in left if name not in tied]
+        if left:
+            message = f"model `{model}` has {_count(left)} that the donor `{donor_name}` lacks: {some(left)}"
+            globs = _globs(left, set(checkpoints[model].tensors) - set(left))
+            fix = f"if the output can do without, add to the recipe:\nignore: {globs if globs[0] == '[' else f'[{globs}]'}"
+            problems.append(Problem("extra", message, tuple(left), fix))
+    return problems, notes
+
+
+def _is_tied(name: str, checkpoint: Checkpoint, donor: Checkpoint) -> bool:
+    if not ties_embeddings(checkpoint.config) or not ties_embeddings(donor.config):
+        return False
+    others = {other: spec for other, spec in checkpoint.tensors.items() if other != name}
+    return tied_source(name, checkpoint.tensors[name].shape, checkpoint.config, others) is not None
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) != 1 else ''}"
+
+
+def _globs(names: list[str], others: Iterable[str]) -> str:
+    """A YAML list of globs that match `names` and nothing else of `others`, as short as that allows."""
+    wanted = set(names)
+    rest = [name for name in others if name not in wanted]
+    globs: dict[str, None] = {}
+    for name in names:
+        glob = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        if glob not in globs:
+            pattern = matcher([glob])
+            globs[name if any(pattern.match(other) for other in rest) else glob] = None
+    quoted = [f'"{glob}"' for glob in globs]
+    return quoted[0] if len(quoted) == 1 else f"[{', '.join(quoted)}]"

@@ -1,0 +1,189 @@
+"""The header of a safetensors file, read as if it came from an enemy and written byte for byte by us.
+
+Format (https://github.com/huggingface/safetensors#format): 8 bytes with the header's size, little-endian;
+the header, a JSON object padded with spaces; then the tensors' bytes without holes, to the file's end.
+Accepts no file that the reference implementation refuses. Knows nothing about models, indexes or folders.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from skillmerge.errors import InputError
+from skillmerge.tensors import DTYPES, TensorSpec
+
+MAX_HEADER_BYTES = 100_000_000
+"""The bound of the reference implementation."""
+
+_MAX_BYTES = (1 << 63) - 1
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_INFO_KEYS = {"dtype", "shape", "data_offsets"}
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What tells an unchanged file from a changed one without reading it again."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileIdentity:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The tensors of one file in the order of their bytes, and the header's own bytes (size field included)."""
+
+    raw: bytes
+    tensors: tuple[TensorSpec, ...]
+    identity: FileIdentity
+
+
+def read_header(path: str, file: str) -> Header:
+    """Read and check the header of the file at `path`; `file` is its name in the returned specs.
+
+    Raises InputError where anything at all is not as the format says.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
+    with open(descriptor, "rb", buffering=0) as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path}: is not a regular file")
+        start = stream.read(8)
+        if len(start) < 8:
+            raise _broken(path, f"is {status.st_size} bytes long; even an empty file of this format has 10")
+        size = int.from_bytes(start, "little")
+        if size > MAX_HEADER_BYTES:
+            raise _broken(path, f"claims a header of {size} bytes; the format's bound is {MAX_HEADER_BYTES}")
+        if 8 + size > status.st_size:
+            raise _broken(path, f"claims a header of {size} bytes but is only {status.st_size} bytes long")
+        text = stream.read(size)
+        if len(text) != size:
+            raise _broken(path, "ended while its header was read")
+    tensors = parse_header(text, status.st_size, path, file)
+    return Header(start + text, tensors, FileIdentity.of(status))
+
+
+def parse_header(text: bytes, file_size: int, path: str, file: str) -> tuple[TensorSpec, ...]:
+    """The tensors that the header `text` (without its size field) describes, ordered by their bytes."""
+    document = _load_object(text, path)
+    metadata = document.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise _broken(path, "has a `__metadata__` that is not a table of strings")
+    data_start = 8 + len(text)
+    specs = [_parse_tensor(name, info, data_start, path, file) for name, info in document.items()]
+    specs.sort(key=lambda spec: (spec.start, spec.end))
+    position = data_start
+    for spec in specs:
+        if spec.start != position:
+            what = "overlaps the one before it" if spec.start < position else "leaves a hole before it"
+            raise _broken(path, f"tensor `{spec.name}` {what} (offset {spec.start}, expected {position})")
+        position = spec.end
+    if position != file_size:
+        what = "is cut short" if file_size < position else "has bytes after its last tensor"
+        raise _broken(path, f"{what}: {file_size} bytes long, its header describes {position}")
+    return tuple(specs)
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, tuple[TensorSpec, ...]]:
+    """Header bytes (size field included) for (name, dtype, shape) triples, and their specs in file order.
+
+    The order, the JSON and the padding are those of the reference writer, with {"format": "pt"} as metadata.
+    """
+    ordered = sorted(tensors, key=lambda item: (-DTYPES[item[1]].rank, item[0]))
+    document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ends = []
+    position = 0
+    for name, dtype, shape in ordered:
+        end = position + math.prod(shape) * DTYPES[dtype].bits // 8
+        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        ends.append((position, end))
+        position = end
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    specs = tuple(
+        TensorSpec(name, dtype, shape, "", base + start, base + end)
+        for (name, dtype, shape), (start, end) in zip(ordered, ends, strict=True)
+    )
+    return len(text).to_bytes(8, "little") + text, specs
+
+
+def _broken(path: str, what: str) -> InputError:
+    return InputError(
+        f"{path}: {what}", fix="the file is damaged or incomplete: fetch it again from its source"
+    )
+
+
+def _load_object(text: bytes, path: str) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        raise _broken(path, "has a header that does not start with `{`")
+    try:
+        document = json.loads(
+            text.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_refuse_constant
+        )
+    except RecursionError as error:
+        raise _broken(path, "has a header that is nested too deeply") from error
+    except ValueError as error:
+        raise _broken(path, f"has a header that is not strict JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise _broken(path, "has a header that is not a JSON object")
+    return document
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} stands twice")
+    return table
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _parse_tensor(name: str, info: Any, data_start: int, path: str, file: str) -> TensorSpec:
+    if not name or _CONTROL.search(name):
+        raise _broken(path, f"has a tensor with an empty name or control characters in it: {name!r}")
+    if not isinstance(info, dict) or info.keys() != _INFO_KEYS:
+        raise _broken(path, f"tensor `{name}` must have exactly the keys dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    known = DTYPES.get(dtype) if isinstance(dtype, str) else None
+    if known is None:
+        raise _broken(path, f"tensor `{name}` has an unknown dtype {dtype!r}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise _broken(path, f"tensor `{name}` has a shape or data_offsets that are not natural numbers")
+    # The product is bounded step by step: the reference refuses an overflow even where a later 0 would hide it.
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements * known.bits > _MAX_BYTES:
+            raise _broken(path, f"tensor `{name}` has a shape {shape} whose size overflows")
+    start, end = offsets
+    if end > _MAX_BYTES or elements * known.bits != (end - start) * 8:
+        raise _broken(
+            path, f"tensor `{name}` of shape {shape} and dtype {dtype} does not fill its {end - start} bytes"
+        )
+    return TensorSpec(name, dtype, tuple(shape), file, data_start + start, data_start + end)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -1,0 +1,344 @@
+"""The command line: parse, call, report; nothing else.
+
+Results go to stdout, everything else to stderr. One place turns errors into messages and exit statuses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from skillmerge import __version__
+from skillmerge.errors import Interrupted, SkillmergeError, UsageError
+
+_EXIT_STATUSES = """\b
+Exit statuses:
+  0 done                          5 not enough disk or memory
+  1 a bug in skillmerge           6 another run is writing the output
+  2 usage or recipe               7 the inputs changed since the plan
+  3 a verification failed        75 temporary, try again
+  4 an input is unsafe, corrupt,  130/143 interrupted: the same
+    or does not fit                 command continues"""
+
+
+def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
+    """A click option that can also be set as SKILLMERGE_<NAME>."""
+    long = next(name for name in names if name.startswith("--"))
+    variable = "SKILLMERGE_" + long.removeprefix("--").split("/")[0].replace("-", "_").upper()
+    return click.option(*names, envvar=variable, show_envvar=False, **attributes)
+
+
+class Size(click.ParamType):
+    """A size such as 5GB, as bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        from skillmerge.tensors import parse_size
+
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Device(click.ParamType):
+    name = "auto|cpu|cuda[:N]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        kind, _, number = value.partition(":")
+        if value in ("auto", "cpu", "cuda") or (kind == "cuda" and number.isdecimal()):
+            return str(value)
+        self.fail(f"`{value}` is not a device; choose auto, cpu, cuda or cuda:N", param, ctx)
+
+
+class Coefficient(click.ParamType):
+    name = "name=number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = value.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not equals or not math.isfinite(number):
+            self.fail(f"`{value}` is not NAME=NUMBER, such as lam=0.7", param, ctx)
+        return name.strip(), number
+
+
+_set = option(
+    "--set", "coefficients", multiple=True, type=Coefficient(), help="A coefficient in place of the recipe's."
+)
+_output = option("--output", "-o", type=click.Path(), help="The folder to write, in place of the recipe's.")
+_threads = option(
+    "--threads", type=click.IntRange(1, 256), help="Workers. Default: one more than there are cores."
+)
+_memory = option("--memory-limit", type=Size(), help="Bound on resident memory, such as 2GB.")
+_json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+_code = option(
+    "--allow-code", is_flag=True, help="Accept a config whose auto_map runs code, and carry *.py files."
+)
+_links = option("--follow-links", is_flag=True, help="Accept links that lead out of a checkpoint's folder.")
+_nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
+
+
+@click.group(epilog=_EXIT_STATUSES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="skillmerge")
+def cli() -> None:
+    """Merge model checkpoints as a recipe says: streaming, at copy speed, with proof.
+
+    Start with `skillmerge demo`, or `skillmerge init` for a recipe of your own.
+    """
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path())
+@_output
+@option("--device", type=Device(), default="auto", show_default=True, help="Where to compute.")
+@_set
+@option("--overwrite", is_flag=True, help="Replace an existing output, at the end.")
+@_threads
+@_memory
+@option(
+    "--stats", type=click.Choice(["full", "sampled", "off"]), default="sampled", show_default=True,
+    help="How much of the rounding to measure.",
+)  # fmt: skip
+@option("--hash-inputs", is_flag=True, help="Put the sha256 of every input file into the manifest.")
+@_nonfinite
+@_code
+@_links
+@_json
+@option("--quiet", "-q", is_flag=True, help="Only results and errors.")
+@option("--verbose", "-v", is_flag=True, help="Say what is being done.")
+def apply(
+    recipe: str,
+    coefficients: tuple[tuple[str, float], ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Plan, merge, verify, and publish into the output folder.
+
+    A run that was interrupted is continued by the same command. An output that is this recipe's already is
+    left as it is.
+    """
+    from skillmerge import report
+    from skillmerge.merge import apply as run
+
+    reporter = report.TerminalReporter(quiet, verbose)
+    result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
+    warnings = report.rounding_warnings(result)
+    if as_json:
+        statistics = result.manifest["statistics"]
+        _print_json(
+            {
+                "ok": True,
+                "output": str(result.output),
+                "already": result.already,
+                "seconds": round(result.seconds, 3),
+                "plan_digest": result.manifest["plan_digest"],
+                "statistics": statistics,
+                "warnings": warnings,
+                "files": result.manifest["files"],
+            }
+        )
+        return
+    if not quiet:
+        report.show_result(result, report.console())
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path())
+@option("-o", "--save", type=click.Path(dir_okay=False), help="Write the plan as JSON into this file.")
+@_set
+@_threads
+@_memory
+@_code
+@_links
+@_json
+def plan(
+    recipe: str,
+    save: str | None,
+    coefficients: tuple[tuple[str, float], ...],
+    threads: int | None,
+    memory_limit: int | None,
+    as_json: bool,
+    allow_code: bool,
+    follow_links: bool,
+) -> None:
+    """Show all that apply would do, from headers alone."""
+    from skillmerge.merge import make_plan
+    from skillmerge.resources import budget, check_disk, free_disk
+
+    made = make_plan(
+        recipe, coefficients=dict(coefficients), allow_code=allow_code, follow_links=follow_links
+    )
+    needs = budget(made, threads=threads, memory_limit=memory_limit)
+    where = made.recipe.output.path
+    free = free_disk(where) if where is not None else None
+    document = {**made.as_dict(), "memory": needs.memory, "threads": needs.threads, "disk_free": free}
+    if save is not None:
+        _write(Path(save), json.dumps(document, indent=1) + "\n")
+    if as_json:
+        _print_json(document)
+    else:
+        from skillmerge import report
+
+        report.show_plan(made, needs, str(where) if where else None, free, report.console())
+    if made.problems and (as_json or save):
+        raise click.exceptions.Exit(4)
+    if made.problems:
+        raise click.exceptions.Exit(4)
+    if where is not None:
+        check_disk(where, made.bytes_written, "the output")
+
+
+@cli.command()
+@click.argument("folder", type=click.Path())
+@option(
+    "--load", is_flag=True, help="Also load it with transformers, in a separate process, and run it once."
+)
+@_nonfinite
+@_json
+@option("--quiet", "-q", is_flag=True, help="Only errors.")
+def verify(folder: str, load: bool, allow_nonfinite: bool, as_json: bool, quiet: bool) -> None:
+    """Check an output against its manifest, every byte of it."""
+    from skillmerge.verification import verify as run
+
+    verdict = run(folder, load=load, allow_nonfinite=allow_nonfinite)
+    if as_json:
+        _print_json(
+            {
+                "ok": True,
+                "folder": str(verdict.folder),
+                "files": verdict.files,
+                "tensors": verdict.tensors,
+                "bytes": verdict.bytes,
+                "load": verdict.load,
+            }
+        )
+    elif not quiet:
+        from skillmerge import report
+
+        report.show_verdict(verdict, report.console())
+
+
+@cli.command()
+@click.argument("path", type=click.Path(), default="recipe.yaml")
+def init(path: str) -> None:
+    """Write a commented recipe to start from (default: recipe.yaml; - for stdout)."""
+    from skillmerge.starter import RECIPE
+
+    if path == "-":
+        click.echo(RECIPE, nl=False)
+        return
+    if Path(path).exists():
+        raise UsageError(f"{path} exists already", fix="name another file: skillmerge init my-recipe.yaml")
+    _write(Path(path), RECIPE)
+    click.echo(f"wrote {path}: fill in the models, then `skillmerge plan {path}`")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from skillmerge.recipe import json_schema
+
+    _print_json(json_schema(), indent=2)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(), default="skillmerge-demo")
+def demo(folder: str) -> None:
+    """Make a small family of checkpoints, merge it, verify it, and show how."""
+    from skillmerge.demo import run
+
+    run(Path(folder))
+
+
+def _write(path: Path, text: str) -> None:
+    from skillmerge.writer import disk_errors
+
+    with disk_errors(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def _print_json(document: Any, indent: int | None = None) -> None:
+    click.echo(json.dumps(document, indent=indent, ensure_ascii=False))
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise Interrupted(number)
+
+
+def main() -> NoReturn:
+    """Entry point: run a command, turn errors into a message and an exit status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    wants_json = "--json" in sys.argv
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail(_interrupted(signal.SIGINT), wants_json)
+    except KeyboardInterrupt:
+        _fail(_interrupted(signal.SIGINT), wants_json)
+    except Interrupted as error:
+        _fail(_interrupted(error.signal_number), wants_json)
+    except SkillmergeError as error:
+        _fail(error, wants_json)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        click.echo("error: this is a bug in skillmerge; please report it with the lines above", err=True)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _interrupted(number: int) -> Interrupted:
+    name = signal.Signals(number).name
+    return Interrupted(
+        number,
+        f"interrupted by {name}",
+        fix="finished shards are kept: run the same command again to continue",
+    )
+
+
+def _fail(error: SkillmergeError, as_json: bool) -> NoReturn:
+    if as_json:
+        kind = type(error).__name__
+        _print_json(
+            {
+                "ok": False,
+                "error": kind,
+                "exit_status": error.exit_status,
+                "message": error.message,
+                "fix": error.fix,
+            }
+        )
+    click.echo(f"error: {error.message}", err=True)
+    if error.fix:
+        click.echo(error.fix, err=True)
+    sys.exit(error.exit_status)
+
+
+if __name__ == "__main__":
+    main()

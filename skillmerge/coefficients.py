@@ -1,0 +1,154 @@
+"""Schedules: the number that a coefficient has for one tensor.
+
+A schedule is a default and rules; the last rule that matches a tensor wins, as in .gitignore. A rule selects
+by block index, by globs over whole names and by module kind; what it selects, it must select in this model:
+a rule that matches nothing is always a mistake. Knows names, never values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import translate
+
+from skillmerge.naming import block_of, module_kind
+
+
+class ScheduleError(ValueError):
+    """A rule that cannot be meant; `rule` is its position in the schedule."""
+
+    def __init__(self, rule: int, message: str, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.rule, self.fix = rule, fix
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRange:
+    """Blocks first..last, both included; last is None where the range is open (`4-`)."""
+
+    first: int
+    last: int | None
+
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, int) and self.first <= layer and (self.last is None or layer <= self.last)
+
+
+def parse_layers(text: str) -> tuple[LayerRange, ...]:
+    """`7`, `0-3`, `4-`, `-3` and lists of them, `0-3, 8-11`. Raises ValueError."""
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})?\s*(-)?\s*(\d{1,6})?\s*", part)
+        first, dash, last = match.groups() if match else (None, None, None)
+        if match is None or (first is None and last is None) or (dash is None and last is not None):
+            raise ValueError(f"`{text}` does not name layers; write them like 7, 0-3, 4- or 0-3,8-11")
+        low = int(first or 0)
+        high = low if dash is None else int(last) if last is not None else None
+        if high is not None and high < low:
+            raise ValueError(f"`{part.strip()}` runs backwards; write {high}-{low}")
+        ranges.append(LayerRange(low, high))
+    return tuple(ranges)
+
+
+def matcher(globs: Iterable[str]) -> re.Pattern[str]:
+    """One pattern for whole names that any of the globs matches."""
+    return re.compile("|".join(translate(glob) for glob in globs))
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule: empty selectors match everything, all that are given must match. A ramp is linear over the
+    blocks selected, by their order, both ends included, in each stack by itself."""
+
+    layers: tuple[LayerRange, ...] = ()
+    tensors: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    value: float = 0.0
+    ramp: tuple[float, float] | None = None
+
+    def select(self, names: Iterable[str]) -> list[str]:
+        pattern = matcher(self.tensors) if self.tensors else None
+        return [
+            name
+            for name in names
+            if (pattern is None or pattern.match(name))
+            and (not self.modules or module_kind(name) in self.modules)
+            and self._in_layers(name)
+        ]
+
+    def _in_layers(self, name: str) -> bool:
+        if not self.layers and self.ramp is None:
+            return True
+        block = block_of(name)
+        return block is not None and (not self.layers or any(block[1] in part for part in self.layers))
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    default: float
+    rules: tuple[Rule, ...] = ()
+
+    def resolve(self, names: list[str]) -> dict[str, float]:
+        """The coefficient of each tensor. Raises ScheduleError for a rule that cannot be meant."""
+        values = dict.fromkeys(names, self.default)
+        for index, rule in enumerate(self.rules):
+            chosen = rule.select(names)
+            _check_layers(index, rule, names)
+            if not chosen:
+                raise ScheduleError(index, "this rule matches no tensor", _why_nothing(rule, names))
+            values.update(_ramp(rule.ramp, chosen) if rule.ramp else dict.fromkeys(chosen, rule.value))
+        return values
+
+
+def _ramp(ends: tuple[float, float], names: list[str]) -> dict[str, float]:
+    stacks: dict[str, set[int]] = {}
+    blocks = {name: block_of(name) for name in names}
+    for block in blocks.values():
+        assert block is not None, "a ramp only selects tensors in blocks"
+        stacks.setdefault(block[0], set()).add(block[1])
+    ranks = {
+        (stack, layer): (rank, len(layers))
+        for stack, layers in stacks.items()
+        for rank, layer in enumerate(sorted(layers))
+    }
+    first, last = ends
+    values = {}
+    for name, block in blocks.items():
+        assert block is not None
+        rank, count = ranks[block]
+        # Written so that both ends come out exactly.
+        values[name] = (
+            last if count > 1 and rank == count - 1 else first + (last - first) * rank / max(count - 1, 1)
+        )
+    return values
+
+
+def _check_layers(index: int, rule: Rule, names: list[str]) -> None:
+    """A range that ends past the last block of every stack the rule could mean is a slip of counting."""
+    if not rule.layers:
+        return
+    everywhere = Rule(tensors=rule.tensors, modules=rule.modules)
+    blocks = [block for name in everywhere.select(names) if (block := block_of(name)) is not None]
+    if not blocks:
+        return
+    last = max(layer for _, layer in blocks)
+    for part in rule.layers:
+        asked = part.first if part.last is None else part.last
+        if asked > last:
+            raise ScheduleError(
+                index,
+                f"layer {asked} is past the last block, which is {last}",
+                f"blocks are counted from 0: this model has 0-{last}",
+            )
+
+
+def _why_nothing(rule: Rule, names: list[str]) -> str:
+    if rule.tensors and not Rule(tensors=rule.tensors).select(names):
+        from skillmerge.errors import did_you_mean
+
+        near = did_you_mean(rule.tensors[0], names)
+        return near or f"globs match whole names, such as {names[0]}; use * for any part"
+    if rule.modules:
+        present = sorted({module_kind(name) for name in names})
+        return "this model has modules of the kinds " + ", ".join(present)
+    return "the selectors of one rule must all match"

@@ -1,0 +1,87 @@
+"""Every error a user can meet: one class per exit status, with what is wrong and what to do next.
+
+    SkillmergeError
+    ├── UsageError           2  the command line or the recipe
+    │   └── RecipeError      2  with file, line, column and the line itself
+    ├── CheckFailed          3  a verification (or a gate) found a difference
+    ├── InputError           4  an input is unsafe, corrupt, or does not fit
+    ├── ResourceError        5  not enough disk or memory
+    ├── OutputLocked         6  another run is writing the same output
+    ├── StalePlan            7  the inputs are no longer those of the plan
+    ├── TemporaryError      75  may pass later
+    └── Interrupted    130/143  stopped by a signal; the same command continues
+
+The statuses are a contract and are never renumbered. Anything else that escapes is a bug in
+skillmerge and exits 1. This module knows nothing about terminals: `cli` prints.
+"""
+
+from __future__ import annotations
+
+
+class SkillmergeError(Exception):
+    """Base of all expected errors: `message` says what and where, `fix` what to do next."""
+
+    exit_status = 1
+
+    def __init__(self, message: str, *, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return self.message if self.fix is None else f"{self.message}\n{self.fix}"
+
+
+class UsageError(SkillmergeError):
+    exit_status = 2
+
+
+class RecipeError(UsageError):
+    """A mistake in a recipe. `message` already carries file, line, column, the line and a marker."""
+
+
+class CheckFailed(SkillmergeError):
+    exit_status = 3
+
+
+class InputError(SkillmergeError):
+    exit_status = 4
+
+
+class ResourceError(SkillmergeError):
+    exit_status = 5
+
+
+class OutputLocked(SkillmergeError):
+    exit_status = 6
+
+
+class StalePlan(SkillmergeError):
+    exit_status = 7
+
+
+class TemporaryError(SkillmergeError):
+    exit_status = 75
+
+
+class Interrupted(SkillmergeError):
+    """Stopped by SIGINT (2) or SIGTERM (15); the exit status is 128 plus the signal's number."""
+
+    def __init__(self, signal_number: int, message: str = "interrupted", *, fix: str | None = None) -> None:
+        super().__init__(message, fix=fix)
+        self.signal_number = signal_number
+        self.exit_status = 128 + signal_number
+
+
+def did_you_mean(word: str, candidates: list[str]) -> str | None:
+    """A suggestion for a misspelt word, or None where nothing is near."""
+    import difflib
+
+    near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    return f"did you mean `{near[0]}`?" if near else None
+
+
+def some(names: list[str], limit: int = 8) -> str:
+    """The first names of a long list, and how many are left out."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} … and {len(names) - limit} more"

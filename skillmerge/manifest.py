@@ -1,0 +1,131 @@
+"""The proof beside the weights: what went in, what was done, what came out. Build, write, read, compare.
+
+Nothing outside `environment` depends on time, host, device or thread count, so that a rebuild gives the same
+manifest. `digest` covers everything else in the file, and the file is written in one canonical form, so that
+no byte of it can change unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skillmerge import __version__
+from skillmerge.checkpoints.safetensors_header import unique_keys
+from skillmerge.errors import CheckFailed
+from skillmerge.planning import Plan
+from skillmerge.statistics import summarise
+from skillmerge.writer import MANIFEST_FILE
+
+MANIFEST_VERSION = 1
+RUN_LOG_FILE = "skillmerge.run.json"
+
+
+def build(
+    plan: Plan,
+    finished: Mapping[str, Mapping[str, Any]],
+    stats: str,
+    environment: Mapping[str, Any],
+    input_digests: Mapping[tuple[str, str], str],
+    run_log: bytes,
+) -> dict[str, Any]:
+    """The manifest of a finished output; `finished` are the journal's entries by shard."""
+    files = [
+        {"name": shard.file, "size": shard.size, "sha256": finished[shard.file]["sha256"]}
+        for shard in plan.shards
+    ]
+    files += [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in plan.side_files]
+    measured = {name: row for entry in finished.values() for name, row in entry["statistics"].items()}
+    described = plan.as_dict()
+    inputs = [
+        {**item, "revision": None, "files": [
+            {**file, "sha256": input_digests.get((item["name"], file["name"]))} for file in item["files"]
+        ]} for item in described["inputs"]
+    ]  # fmt: skip
+    tensors = [
+        {**tensor, "statistics": measured[tensor["name"]]} if tensor["name"] in measured else tensor
+        for tensor in described["tensors"]
+    ]
+    document = {
+        "manifest_version": MANIFEST_VERSION,
+        "tool": {"name": "skillmerge", "version": __version__},
+        "recipe": {"text": plan.recipe.document.text, "sha256": plan.recipe.sha256},
+        "expression": plan.recipe.document.data["merge"],
+        "coefficients": described["coefficients"],
+        "plan_digest": plan.digest,
+        "donor": plan.donor,
+        "output": described["output"],
+        "inputs": inputs,
+        "files": sorted(files, key=lambda file: file["name"]),
+        "tensors": tensors,
+        "statistics": {"mode": stats, **summarise(plan, measured)},
+        "environment": {
+            **environment,
+            "run_log": {"name": RUN_LOG_FILE, "sha256": hashlib.sha256(run_log).hexdigest()},
+        },
+    }
+    return {**document, "digest": hashlib.sha256(_canonical(document)).hexdigest()}
+
+
+def file_names(document: Mapping[str, Any]) -> set[str]:
+    """Every file that an output with this manifest has, itself included."""
+    return {file["name"] for file in document["files"]} | {MANIFEST_FILE, RUN_LOG_FILE}
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def to_bytes(document: Mapping[str, Any]) -> bytes:
+    """The one form in which a manifest is written: a line per entry of its long lists, so that it can be
+    read by people and compared by diff."""
+    lines = []
+    for key, value in document.items():
+        if isinstance(value, list) and value:
+            items = ",\n".join("    " + _dump(item) for item in value)
+            lines.append(f"  {json.dumps(key)}: [\n{items}\n  ]")
+        else:
+            lines.append(f"  {json.dumps(key)}: {_dump(value)}")
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`. Raises CheckFailed where there is none or a byte of it was changed."""
+    path = folder / MANIFEST_FILE
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckFailed(
+            f"{folder} has no readable {MANIFEST_FILE}: {error.strerror}",
+            fix="only outputs of `skillmerge apply` can be verified",
+        ) from error
+    try:
+        document = json.loads(content, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckFailed(f"{path}: is not valid JSON: {error}") from error
+    version = document.get("manifest_version") if isinstance(document, dict) else None
+    if version != MANIFEST_VERSION:
+        raise CheckFailed(f"{path}: manifest version {version!r} is not known to this version of skillmerge")
+    body = {key: value for key, value in document.items() if key != "digest"}
+    if (
+        hashlib.sha256(_canonical(body)).hexdigest() != document.get("digest")
+        or to_bytes(document) != content
+    ):
+        raise CheckFailed(f"{path}: was changed after it was written")
+    return document
+
+
+def _canonical(document: Mapping[str, Any]) -> bytes:
+    return _dump(document).encode()
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(", ", ": "))

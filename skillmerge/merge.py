@@ -1,0 +1,243 @@
+"""The main job on one screen: recipe -> plan -> shards -> check -> publish."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skillmerge import manifest
+from skillmerge.checkpoints.folder import Checkpoint, open_folder
+from skillmerge.errors import CheckFailed, UsageError
+from skillmerge.planning import Plan
+from skillmerge.planning import make_plan as plan_recipe
+from skillmerge.recipe import Recipe, load
+from skillmerge.resources import budget, check_disk
+from skillmerge.verification import check_structure
+from skillmerge.writer import MANIFEST_FILE, Staging
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished merge: where it is and its manifest. `already` where nothing was left to do."""
+
+    output: Path
+    manifest: Mapping[str, Any]
+    seconds: float
+    already: bool = False
+
+
+class Reporter:
+    """Where a run tells what it does; this one keeps quiet."""
+
+    def say(self, message: str) -> None:
+        """A remark."""
+
+    def warn(self, message: str) -> None:
+        """Something that a person should know."""
+
+    @contextmanager
+    def bar(self, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress display for `total` bytes of output; it is told how many are finished."""
+        yield lambda done: None
+
+
+def apply(
+    recipe: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    coefficients: Mapping[str, float] | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    memory_limit: int | None = None,
+    stats: str = "sampled",
+    overwrite: bool = False,
+    hash_inputs: bool = False,
+    allow_nonfinite: bool = False,
+    allow_code: bool = False,
+    follow_links: bool = False,
+    reporter: Reporter | None = None,
+) -> Result:
+    """Plan, merge, check, and publish into the output folder.
+
+    recipe: path of the recipe. output: the folder, in place of `output.path`. coefficients: numbers in place
+    of the recipe's. device: auto, cpu, cuda or cuda:N. memory_limit: bytes. stats: full, sampled or off.
+    Raises SkillmergeError, whose subclasses say which kind of trouble it was; see `skillmerge.errors`.
+    """
+    started = time.monotonic()
+    reporter = reporter or Reporter()
+    with planned(recipe, coefficients, allow_code, follow_links) as (plan, checkpoints):
+        plan.refuse_problems()
+        for note in plan.notes:
+            reporter.warn(note)
+        target = output_folder(plan.recipe, output, checkpoints)
+        limits = {"threads": threads, "memory_limit": memory_limit}
+        budget(plan, **limits)
+        with closing(Staging(target)) as staging:
+            staging.recover()
+            if (proof := finished_output(target, plan, checkpoints)) is not None:
+                return Result(target, proof, time.monotonic() - started, already=True)
+            _refuse_existing(target, overwrite)
+            conditions = {
+                "inputs": _identities(checkpoints),
+                "stats": stats,
+                "allow_nonfinite": allow_nonfinite,
+            }
+            if remark := staging.begin(plan.digest, conditions):
+                reporter.say(remark)
+            check_disk(staging.folder, plan.bytes_written - staging.finished_bytes, "the output")
+
+            # torch takes seconds to import: everything that can fail without it has been tried by now.
+            from skillmerge.engine import Settings, choose_device, merge_shards
+
+            where, why = choose_device(device)
+            reporter.say(f"computing on {where}: {why}")
+            chosen = budget(plan, **limits, cuda=where.type == "cuda")
+            settings = Settings(where, chosen, stats, allow_nonfinite, reporter.warn)
+            with reporter.bar(sum(shard.size for shard in plan.shards)) as progress:
+                merge_shards(plan, checkpoints, staging, settings, progress=progress)
+            digests = _hash_inputs(checkpoints) if hash_inputs else {}
+            for checkpoint in checkpoints.values():
+                checkpoint.check_unchanged()
+            proof = _write_proof(plan, checkpoints, staging, stats, str(where), digests, started)
+            check_structure(staging.files, proof)
+            staging.publish()
+    return Result(target, proof, time.monotonic() - started)
+
+
+def make_plan(
+    recipe: str | os.PathLike[str],
+    *,
+    coefficients: Mapping[str, float] | None = None,
+    allow_code: bool = False,
+    follow_links: bool = False,
+) -> Plan:
+    """All that `apply` would do, from headers alone. The plan's `problems` are not raised."""
+    with planned(recipe, coefficients, allow_code, follow_links) as (plan, _):
+        return plan
+
+
+@contextmanager
+def planned(
+    recipe: str | os.PathLike[str],
+    coefficients: Mapping[str, float] | None,
+    allow_code: bool,
+    follow_links: bool,
+) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
+    """The plan of a recipe and its checkpoints, open while the context lasts."""
+    parsed = load(recipe, coefficients)
+    checkpoints: dict[str, Checkpoint] = {}
+    try:
+        for name in parsed.used_models():
+            folder = parsed.model_folder(name)
+            checkpoints[name] = open_folder(parsed.models[name], folder, follow_links=follow_links)
+        yield plan_recipe(parsed, checkpoints, allow_code=allow_code), checkpoints
+    finally:
+        for checkpoint in checkpoints.values():
+            checkpoint.close()
+
+
+def output_folder(
+    recipe: Recipe, output: str | os.PathLike[str] | None, checkpoints: Mapping[str, Checkpoint]
+) -> Path:
+    """Where the output goes. Raises UsageError where that is nowhere, or would replace an input."""
+    path = Path(output).expanduser() if output is not None else recipe.output.path
+    if path is None:
+        raise UsageError(
+            "the recipe names no output", fix="add `output: {path: ./merged}` or use --output DIR"
+        )
+    path = Path(os.path.abspath(path))
+    precious = {"the recipe": Path(os.path.abspath(recipe.document.name))}
+    precious |= {f"model `{name}`": Path(os.path.abspath(item.root)) for name, item in checkpoints.items()}
+    for what, place in precious.items():
+        for inner, outer in ((place, path), (place.resolve(), path.resolve())):
+            if inner == outer or outer in inner.parents:
+                raise UsageError(
+                    f"the output {path} would replace {what} ({place})", fix="choose another --output"
+                )
+    return path
+
+
+def finished_output(folder: Path, plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any] | None:
+    """The manifest in `folder` where it is this very plan's, made from these very files, and whole."""
+    if not (folder / MANIFEST_FILE).is_file():
+        return None
+    try:
+        proof = manifest.read(folder)
+        check_structure(folder, proof)
+    except CheckFailed:
+        return None
+    same = proof["plan_digest"] == plan.digest
+    return proof if same and proof["environment"]["inputs"] == _identities(checkpoints) else None
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UsageError(f"{target} exists and is not a folder", fix="choose another place with --output")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UsageError(
+            f"{target} exists already", fix="replace it with --overwrite, or choose another --output"
+        )
+
+
+def _write_proof(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    staging: Staging,
+    stats: str,
+    device: str,
+    digests: Mapping[tuple[str, str], str],
+    started: float,
+) -> dict[str, Any]:
+    """Side files, run log and manifest; nothing else stays in the output. Returns the manifest."""
+    for file in plan.side_files:
+        staging.write_file(file.name, file.content)
+    log = {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    run_log = (json.dumps(log) + "\n").encode()
+    environment = {**_versions(), "device": device, "inputs": _identities(checkpoints)}
+    proof = manifest.build(plan, staging.finished, stats, environment, digests, run_log)
+    staging.write_file(manifest.RUN_LOG_FILE, run_log)
+    staging.write_file(MANIFEST_FILE, manifest.to_bytes(proof))
+    staging.drop_strangers(manifest.file_names(proof))
+    return proof
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "torch": version("torch"),
+        "safetensors": version("safetensors"),
+    }
+
+
+def _identities(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """What tells these input files from changed ones on this machine."""
+    return {
+        name: {
+            file: [header.identity.size, header.identity.mtime_ns]
+            for file, header in checkpoint.shards.items()
+        }
+        for name, checkpoint in checkpoints.items()
+    }
+
+
+def _hash_inputs(checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], str]:
+    """sha256 of every weight file, a few at a time."""
+    files = [(name, file) for name, checkpoint in checkpoints.items() for file in checkpoint.shards]
+    paths = [checkpoints[name].root / file for name, file in files]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip(files, pool.map(manifest.hash_file, paths), strict=True))

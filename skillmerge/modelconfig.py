@@ -1,0 +1,123 @@
+"""What `config.json` says about the weights beside it, as far as any architecture's config says it alike.
+
+Vocabulary, number of blocks, tied embeddings, quantisation. Knows the keys that many configs share, never
+an architecture: where a config is silent, nothing is concluded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from skillmerge.naming import block_of, module_kind
+from skillmerge.tensors import DTYPES, TensorSpec
+
+_BLOCK_KEYS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "depth",
+)
+_TOKEN_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings)\.weight$")
+_QUANTISED_NAMES = re.compile(
+    r"(_scale_inv|\.weight_scale(_2)?|\.qweight|\.qzeros|\.weight_packed|\.absmax|\.quant_map|\.SCB"
+    r"|\.quant_state\.\w+|_blocks|_scales)$"
+)
+
+
+def sections(config: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """The config itself and every table nested in it (`text_config`, `vision_config`), with its name."""
+    yield "", config
+    for key, value in config.items():
+        if key.endswith("config") and isinstance(value, dict) and key != "quantization_config":
+            for name, section in sections(value):
+                yield f"{key}.{name}".rstrip("."), section
+
+
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether the config says that the output head is the input embedding."""
+    return any(section.get("tie_word_embeddings") is True for _, section in sections(config))
+
+
+def tied_source(
+    name: str, shape: tuple[int, ...], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+) -> str | None:
+    """The stored tensor that stands for `name` where the config ties them, or None."""
+    if name in tensors or not ties_embeddings(config) or module_kind(name) not in ("head", "embedding"):
+        return None
+    candidates = [
+        other
+        for other, spec in tensors.items()
+        if spec.shape == shape and (_TOKEN_EMBEDDING.search(other) or other == "lm_head.weight")
+    ]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def quantisation(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> str | None:
+    """Why these weights are not plain numbers, or None where they are."""
+    for where, section in sections(config):
+        details = section.get("quantization_config")
+        if isinstance(details, dict) and details:
+            method = details.get("quant_method", "unnamed method")
+            return f"{where + ': ' if where else ''}config.json says it is quantised ({method})"
+    for name, spec in tensors.items():
+        if DTYPES[spec.dtype].kind == "quantised":
+            return f"tensor `{name}` holds {spec.dtype}, which means nothing without its scales"
+    by_name = next((name for name in tensors if _QUANTISED_NAMES.search(name)), None)
+    if by_name is not None and _QUANTISED_NAMES.sub("", by_name) + "_blocks" in tensors:
+        return f"tensor `{by_name}` belongs to packed blocks (MXFP4)"
+    if by_name is not None and not by_name.endswith(("_blocks", "_scales")):
+        return f"tensor `{by_name}` belongs to a quantised layout"
+    return None
+
+
+def contradictions(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Where config and shapes cannot both be right, so that no runtime would load the model."""
+    return [*_vocabulary(config, tensors), *_blocks(config, tensors)]
+
+
+def _vocabulary(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
+    sizes = {
+        section["vocab_size"]: f"{where + '.' if where else ''}vocab_size"
+        for where, section in sections(config)
+        if type(section.get("vocab_size")) is int
+    }
+    embeddings = {
+        name: shape[0] for name, shape in tensors.items() if len(shape) == 2 and _TOKEN_EMBEDDING.search(name)
+    }
+    if not sizes or not embeddings:
+        return []
+    return [
+        f"config.json says {', '.join(f'{key} = {size}' for size, key in sizes.items())}, but `{name}` has {rows} rows"
+        for name, rows in embeddings.items()
+        if rows not in sizes and not any(rows >= size for size in sizes)
+    ]
+
+
+def _blocks(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
+    stacks: dict[str, int] = {}
+    for name in tensors:
+        block = block_of(name)
+        if block is not None:
+            stacks[block[0]] = max(stacks.get(block[0], 0), block[1] + 1)
+    counts = {
+        section[key]: f"{where + '.' if where else ''}{key}"
+        for where, section in sections(config)
+        for key in _BLOCK_KEYS
+        if type(section.get(key)) is int
+    }
+    # With several stacks it is unclear which count is whose; extra blocks can be heads for speculative decoding.
+    if len(stacks) != 1 or not counts:
+        return []
+    (stack, found) = next(iter(stacks.items()))
+    if any(found >= count for count in counts):
+        return []
+    said = ", ".join(f"{key} = {count}" for count, key in counts.items())
+    return [
+        f"config.json says {said}, but the weights hold {found} blocks (`{stack}.0` to `{stack}.{found - 1}`)"
+    ]

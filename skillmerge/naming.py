@@ -1,0 +1,45 @@
+"""What a tensor's name says: which block of which stack it belongs to, and what kind of module it is.
+
+Knows naming habits, never architectures: everything is read from the dotted name alone, so that a model
+nobody has seen yet is handled like the rest. Names that say nothing are of kind `other`, outside all blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+MODULE_KINDS = ("attention", "mlp", "norm", "embedding", "head", "router", "expert")
+"""The kinds a recipe may select with `modules`, in the order in which people read a model."""
+
+_BLOCK = re.compile(r"(?:^|.*?\.)(?:\w*_)?(?:layers?|h|\w*blocks?)\.(?=\d+\.)")
+
+# The first pattern that matches decides: a norm inside an attention module is a norm.
+_KIND_PATTERNS = tuple(
+    (kind, re.compile(pattern, re.IGNORECASE))
+    for kind, pattern in (
+        ("router", r"(^|\.)(router|gate|\w*expert_gate)(\.|$)"),
+        ("expert", r"(^|\.)(\w*_)?experts?(\.|$)"),
+        ("norm", r"norm|(^|\.)ln_?(\d+|f|q|k|pre|post)\b"),
+        ("head", r"(^|\.)(lm_head|embed_out|proj_out|score|classifier|cls)(\.|$)"),
+        ("attention", r"attn|attention"),
+        ("mlp", r"mlp|ffn|feed_?forward|dense|(^|\.)(fc_?\d|w[123]|wi|wo|c_fc)(\.|$)"),
+        ("embedding", r"embed|(^|\.)(wte|wpe|shared)(\.|$)"),
+    )
+)
+
+
+@lru_cache(maxsize=1 << 17)
+def block_of(name: str) -> tuple[str, int] | None:
+    """(stack, index) of the outermost block: `model.layers.7.mlp.up_proj.weight` -> ("model.layers", 7)."""
+    match = _BLOCK.match(name)
+    if match is None:
+        return None
+    stack = match.group()[:-1]
+    return stack, int(name[match.end() :].split(".", 1)[0])
+
+
+@lru_cache(maxsize=1 << 17)
+def module_kind(name: str) -> str:
+    """One of MODULE_KINDS, or `other`."""
+    return next((kind for kind, pattern in _KIND_PATTERNS if pattern.search(name)), "other")

@@ -1,0 +1,355 @@
+"""Recipe + checkpoints' headers -> Plan: everything that is decided before weights are read. Pure data.
+
+Every tensor of every model is accounted for: the output has exactly the donor's tensors, and what the formula
+cannot mean, lacks, or leaves over is a problem that names the tensors and prints the rule that would settle
+it. No weights are touched and torch is not imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from skillmerge.accounting import Account, Problem, account_tensors, copy_rules
+from skillmerge.checkpoints.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from skillmerge.checkpoints.safetensors_header import build_header
+from skillmerge.coefficients import ScheduleError
+from skillmerge.errors import InputError
+from skillmerge.expression import (
+    ExpressionError,
+    Leaf,
+    Program,
+    Term,
+    bind,
+    compile_term,
+    degree,
+    donor_of,
+    weights,
+)
+from skillmerge.modelconfig import contradictions, quantisation
+from skillmerge.recipe import Recipe, unused_names
+from skillmerge.sidefiles import SideFile, collect, index_bytes
+from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """What happens to one output tensor.
+
+    action: `merge` computes `program`, `cast` converts one model's tensor to another dtype, `copy` takes its
+    bytes, `same` takes the donor's bytes after proving that every model holds the same.
+    sources: (model, tensor name in that model) in the order of the program's models.
+    coefficients: their values for this tensor, in the order of `Plan.coefficients`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    action: str
+    sources: tuple[tuple[str, str], ...]
+    coefficients: tuple[float, ...] = ()
+    program: Program | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One output file: its header's bytes and its tensors in the order of their bytes."""
+
+    file: str
+    header: bytes
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def size(self) -> int:
+        return self.specs[-1].end if self.specs else len(self.header)
+
+
+@dataclass(frozen=True, slots=True)
+class InputPlan:
+    """One model as the plan saw it: where from, and its weight files' sizes and header digests."""
+
+    name: str
+    uri: str
+    files: tuple[tuple[str, int, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    recipe: Recipe
+    inputs: tuple[InputPlan, ...]
+    donor: str
+    coefficients: tuple[str, ...]
+    tensors: Mapping[str, TensorPlan]
+    shards: tuple[ShardPlan, ...]
+    side_files: tuple[SideFile, ...]
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+    bytes_read: int
+    input_itemsizes: tuple[int, ...] = ()
+    """The widest element, in bytes, that each of a tensor's sources can have."""
+    digest: str = field(default="", compare=False)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(shard.size for shard in self.shards) + sum(file.size for file in self.side_files)
+
+    def refuse_problems(self) -> None:
+        """Raise InputError with every problem of the accounting and the rules that would settle them."""
+        if self.problems:
+            text = "\n\n".join(problem.text() for problem in self.problems)
+            count = len(self.problems)
+            raise InputError(f"{count} problem{'s' if count > 1 else ''} between the models:\n\n{text}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain data: what `--json` prints, what `-o` writes and what the digest is taken of."""
+        return {**_deciding(self), "digest": self.digest, "problems": [asdict(problem) for problem in self.problems],
+                "notes": list(self.notes), "bytes_read": self.bytes_read, "bytes_written": self.bytes_written}  # fmt: skip
+
+
+def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False) -> Plan:
+    """Plan `recipe` over its opened `checkpoints` (by model name, at least those that it uses).
+
+    Raises RecipeError for rules and expressions that these models give no meaning, InputError for
+    checkpoints that are quantised or contradict themselves. What `copy` or `ignore` could settle is
+    collected in `problems` instead, so that a person sees all of it at once.
+    """
+    _refuse_quantised(checkpoints)
+    donor_name = _donor(recipe)
+    donor = checkpoints[donor_name]
+    values = _coefficients(recipe, list(donor.tensors))
+    copied = copy_rules(recipe, donor)
+    terms = _terms(recipe, {name: row for name, row in values.items() if name not in copied})
+    accounts, problems, notes = account_tensors(recipe, checkpoints, donor_name, terms, copied)
+    programs: dict[Term, Program] = {}
+    tensors = {}
+    for name, spec in donor.tensors.items():
+        account = accounts.get(name)
+        if account is not None:
+            tensors[name] = _plan_tensor(recipe, spec, account, checkpoints, values[name], programs)
+    problems += [
+        Problem("config", message, (), "the donor's config.json and weights do not belong together")
+        for message in contradictions(
+            donor.config, {name: spec.shape for name, spec in donor.tensors.items()}
+        )
+    ]
+    dtypes = {plan.dtype for name, plan in tensors.items() if plan.dtype != donor.tensors[name].dtype}
+    side_files = collect(donor, recipe.output.dtype if dtypes else None, allow_code)
+    shards = _lay_out(recipe, donor, tensors) if len(tensors) == len(donor.tensors) else ()
+    if len(shards) > 1:
+        content = index_bytes({shard.file: list(shard.specs) for shard in shards})
+        index = SideFile(INDEX_FILE, content, hashlib.sha256(content).hexdigest())
+        side_files = tuple(sorted((*side_files, index), key=lambda file: file.name))
+    plan = Plan(
+        recipe=recipe,
+        inputs=tuple(_input(name, checkpoints[name]) for name in recipe.used_models()),
+        donor=donor_name,
+        coefficients=tuple(recipe.coefficients),
+        tensors=tensors,
+        shards=shards,
+        side_files=side_files,
+        problems=tuple(problems),
+        notes=(*(f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe)), *notes),
+        bytes_read=sum(
+            checkpoints[model].tensors[source].nbytes
+            for plan in tensors.values()
+            for model, source in plan.sources
+        ),
+        input_itemsizes=_itemsizes(tensors, checkpoints),
+    )
+    digest = hashlib.sha256(json.dumps(_deciding(plan), sort_keys=True).encode()).hexdigest()
+    object.__setattr__(plan, "digest", digest)
+    return plan
+
+
+def _refuse_quantised(checkpoints: Mapping[str, Checkpoint]) -> None:
+    for name, checkpoint in checkpoints.items():
+        reason = quantisation(checkpoint.config, checkpoint.tensors)
+        if reason is not None:
+            raise InputError(
+                f"model `{name}` ({checkpoint.root}) is quantised, and its numbers cannot be added: {reason}",
+                fix="use the checkpoint it was quantised from (bfloat16, float16 or float32)",
+            )
+
+
+def _bind(recipe: Recipe, values: Mapping[str, float]) -> Term | None:
+    try:
+        return bind(recipe.expression, values)
+    except ExpressionError as error:
+        raise recipe.expression_error(error) from error
+
+
+def _model_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Term:
+    """The expression with one tensor's coefficients. Raises RecipeError where it is not of degree 1."""
+    term = _bind(recipe, values)
+    found = degree(term)
+    if term is None or found != 1:
+        asked = ", ".join(f"{name} = {value:g}" for name, value in values.items())
+        at = f"for tensor `{tensor}`" + (f" (with {asked})" if asked else "")
+        what = (
+            f"gives {found:g} models' worth of weights" if found != 0 else "gives a difference, not a model,"
+        )
+        fix = {0: "add it to a model: target + lam * (rl - sft)", 2: "did you mean the average, (a + b) / 2?"}
+        advice = fix.get(int(found) if found == int(found) else -1, "the factors must add up to 1")
+        raise recipe.error(("merge",), f"the expression {what} {at}", advice)
+    return term
+
+
+def _donor(recipe: Recipe) -> str:
+    if recipe.output.like is not None:
+        return recipe.output.like
+    defaults = {name: schedule.default for name, schedule in recipe.coefficients.items()}
+    term = _bind(recipe, defaults) or _bind(recipe, dict.fromkeys(defaults, 1.0))
+    if term is None:
+        raise recipe.error(("merge",), "the expression is always zero")
+    return donor_of(term)
+
+
+def _coefficients(recipe: Recipe, names: list[str]) -> dict[str, tuple[float, ...]]:
+    """Each tensor's coefficients, in the order of the recipe. Raises RecipeError for rules without meaning."""
+    columns = []
+    for coefficient, schedule in recipe.coefficients.items():
+        try:
+            columns.append(schedule.resolve(names))
+        except ScheduleError as error:
+            path = ("coefficients", coefficient, "rules", error.rule)
+            raise recipe.error(path, str(error), error.fix) from error
+    return {name: tuple(column[name] for column in columns) for name in names}
+
+
+def _terms(recipe: Recipe, values: Mapping[str, tuple[float, ...]]) -> dict[str, Term]:
+    """Each tensor's term; tensors with the same coefficients share one."""
+    by_values: dict[tuple[float, ...], Term] = {}
+    for name, row in values.items():
+        if row not in by_values:
+            by_values[row] = _model_term(recipe, dict(zip(recipe.coefficients, row, strict=True)), name)
+    return {name: by_values[row] for name, row in values.items()}
+
+
+def _plan_tensor(
+    recipe: Recipe,
+    spec: TensorSpec,
+    account: Account,
+    checkpoints: Mapping[str, Checkpoint],
+    values: tuple[float, ...],
+    programs: dict[Term, Program],
+) -> TensorPlan:
+    term, sources = account.term, account.sources
+    dtype = spec.dtype
+    if DTYPES[dtype].is_float and recipe.output.dtype != "same":
+        dtype = OUTPUT_DTYPES[recipe.output.dtype]
+    if account.same:
+        return TensorPlan(spec.name, dtype, spec.shape, "same", sources)
+    factors = {model: factor for model, factor in weights(term).items() if factor != 0}
+    if list(factors.values()) == [1.0]:
+        model = next(iter(factors))
+        source = dict(sources)[model]
+        copied = checkpoints[model].tensors[source].dtype == dtype
+        action = "copy" if copied else "cast"
+        program = None if copied else compile_term(Leaf(model))
+        coefficients = () if account.copied else values
+        return TensorPlan(spec.name, dtype, spec.shape, action, ((model, source),), coefficients, program)
+    if term not in programs:
+        programs[term] = compile_term(term)
+    program = programs[term]
+    names = dict(sources)
+    ordered = tuple((model, names[model]) for model in program.models)
+    return TensorPlan(spec.name, dtype, spec.shape, "merge", ordered, values, program)
+
+
+def _lay_out(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> tuple[ShardPlan, ...]:
+    """The output's files: the donor's own layout, or shards of at most the size that was asked for."""
+    groups: list[tuple[str, list[str]]]
+    if recipe.output.shard_size is None:
+        groups = [(file, [spec.name for spec in header.tensors]) for file, header in donor.shards.items()]
+        if not donor.indexed:
+            groups = [(SINGLE_FILE, names) for _, names in groups]
+    else:
+        pieces: list[list[str]] = [[]]
+        filled = 0
+        for name, plan in tensors.items():
+            nbytes = _nbytes(plan)
+            if pieces[-1] and filled + nbytes > recipe.output.shard_size:
+                pieces.append([])
+                filled = 0
+            pieces[-1].append(name)
+            filled += nbytes
+        count = len(pieces)
+        groups = [
+            (f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE_FILE, names)
+            for number, names in enumerate(pieces, 1)
+        ]
+    shards = []
+    for file, names in groups:
+        header, specs = build_header((name, tensors[name].dtype, tensors[name].shape) for name in names)
+        placed = tuple(TensorSpec(s.name, s.dtype, s.shape, file, s.start, s.end) for s in specs)
+        shards.append(ShardPlan(file, header, placed))
+    return tuple(shards)
+
+
+def _nbytes(plan: TensorPlan) -> int:
+    return math.prod(plan.shape) * DTYPES[plan.dtype].bits // 8
+
+
+def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
+    sizes: list[int] = []
+    for plan in tensors.values():
+        for index, (model, source) in enumerate(plan.sources):
+            size = DTYPES[checkpoints[model].tensors[source].dtype].itemsize
+            if index == len(sizes):
+                sizes.append(size)
+            sizes[index] = max(sizes[index], size)
+    return tuple(sizes)
+
+
+def _input(name: str, checkpoint: Checkpoint) -> InputPlan:
+    files = tuple(
+        (file, header.identity.size, hashlib.sha256(header.raw).hexdigest())
+        for file, header in checkpoint.shards.items()
+    )
+    return InputPlan(name, checkpoint.uri, files)
+
+
+def _deciding(plan: Plan) -> dict[str, Any]:
+    """Everything that the output's bytes depend on, but for the weights themselves."""
+    output = plan.recipe.output
+    return {
+        "version": PLAN_VERSION,
+        "recipe_sha256": plan.recipe.sha256,
+        "donor": plan.donor,
+        "output": {"dtype": output.dtype, "rounding": output.rounding, "seed": output.seed},
+        "coefficients": list(plan.coefficients),
+        "inputs": [
+            {
+                "name": item.name,
+                "uri": item.uri,
+                "files": [
+                    {"name": file, "size": size, "header_sha256": digest} for file, size, digest in item.files
+                ],
+            }
+            for item in plan.inputs
+        ],  # fmt: skip
+        "shards": [{"file": shard.file, "size": shard.size} for shard in plan.shards],
+        "tensors": [
+            {
+                "name": tensor.name,
+                "file": spec.file,
+                "action": tensor.action,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "sources": [list(source) for source in tensor.sources],
+                "coefficients": list(tensor.coefficients),
+            }
+            for shard in plan.shards
+            for spec in shard.specs
+            for tensor in (plan.tensors[spec.name],)
+        ],  # fmt: skip
+        "side_files": [
+            {"name": file.name, "size": file.size, "sha256": file.sha256} for file in plan.side_files
+        ],
+    }

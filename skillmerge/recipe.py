@@ -1,0 +1,470 @@
+"""The recipe: YAML (format version 1) -> a frozen `Recipe` that knows where in the text each part stands.
+
+The pydantic classes describe the document and nothing else: they check its shape and give its JSON Schema.
+What can be known from the text alone is checked here; what needs a model's tensors is checked by `planning`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag, ValidationError
+
+from skillmerge import yamltext
+from skillmerge.coefficients import LayerRange, Rule, Schedule, parse_layers
+from skillmerge.errors import InputError, RecipeError, UsageError, did_you_mean
+from skillmerge.expression import ExpressionError, Name, Node, names_in, normalise_name, parse
+from skillmerge.naming import MODULE_KINDS
+from skillmerge.tensors import parse_size
+from skillmerge.yamltext import Document, Path, Place
+
+
+def _shape_of(value: Any) -> str:
+    return "table" if isinstance(value, dict) else "list" if isinstance(value, list) else "plain"
+
+
+def _either(**choices: Any) -> Any:
+    """A union told apart by the YAML shape of the value, so that an error speaks of the one that was meant."""
+    union: Any = None
+    for shape, kind in choices.items():
+        tagged = Annotated[kind, Tag(shape)]
+        union = tagged if union is None else union | tagged
+    fallback = next(iter(choices))
+    return Annotated[
+        union, Discriminator(lambda value: shape if (shape := _shape_of(value)) in choices else fallback)
+    ]
+
+
+Kind = Literal["attention", "mlp", "norm", "embedding", "head", "router", "expert"]
+Globs = _either(plain=Annotated[str, Field(min_length=1)], list=Annotated[list[str], Field(min_length=1)])
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ModelTable(_Table):
+    path: Annotated[str, Field(min_length=1, description="a folder, or hf://org/name[@revision][/subfolder]")]
+
+
+class RuleTable(_Table):
+    layers: Annotated[
+        _either(plain=str | int, list=list[str | int]) | None,
+        Field(description="blocks: 7, 0-3, 4- or a list"),
+    ] = None
+    tensors: Annotated[Globs | None, Field(description="globs over whole tensor names")] = None
+    modules: Annotated[
+        _either(plain=Kind, list=list[Kind]) | None, Field(description="kinds of module, read from the name")
+    ] = None
+    value: Annotated[FiniteFloat | None, Field(description="the coefficient of what the rule selects")] = None
+    ramp: Annotated[
+        list[FiniteFloat] | None,
+        Field(min_length=2, max_length=2, description="linear over the blocks selected, both ends included"),
+    ] = None
+
+
+class ScheduleTable(_Table):
+    default: Annotated[FiniteFloat, Field(description="where no rule matches")] = 1.0
+    rules: Annotated[list[RuleTable], Field(description="the last rule that matches a tensor wins")] = []
+
+
+class CopyTable(_Table):
+    tensors: Globs
+    from_: Annotated[str, Field(alias="from", description="the model to take the tensors from, as they are")]
+
+
+class OutputTable(_Table):
+    path: Annotated[str | None, Field(description="the folder to write, relative to the recipe's own")] = None
+    like: Annotated[str | None, Field(description="the donor of names, layout, dtypes and side files")] = None
+    dtype: Annotated[
+        Literal["same", "bfloat16", "float16", "float32"], Field(description="of the weights written")
+    ] = "same"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    seed: Annotated[int, Field(ge=0, lt=1 << 63, description="of stochastic rounding")] = 0
+    shard_size: Annotated[
+        str | int, Field(description="same (the donor's layout), or a size such as 5GB")
+    ] = "same"
+
+
+class RecipeTable(_Table):
+    """A skillmerge recipe, format version 1."""
+
+    skillmerge: Annotated[Literal[1], Field(description="format version")]
+    models: Annotated[dict[str, _either(plain=str, table=ModelTable)], Field(min_length=1)]  # type: ignore[misc]
+    coefficients: dict[str, _either(plain=FiniteFloat, table=ScheduleTable)] = {}  # type: ignore[misc]
+    merge: Annotated[str, Field(min_length=1, description="the arithmetic: target + lam * (rl - sft)")]
+    copy_: Annotated[list[CopyTable], Field(alias="copy")] = []
+    ignore: Annotated[
+        list[str], Field(description="tensors of other models that the output does without")
+    ] = []
+    output: OutputTable = OutputTable()
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRule:
+    tensors: tuple[str, ...]
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    path: FilePath | None
+    like: str | None
+    dtype: str
+    rounding: str
+    seed: int
+    shard_size: int | None
+    """Bytes per shard, or None for the donor's layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe whose text makes sense by itself. `models` maps names to URIs as they are written."""
+
+    document: Document
+    folder: FilePath
+    models: Mapping[str, str]
+    coefficients: Mapping[str, Schedule]
+    expression: Node
+    copy: tuple[CopyRule, ...]
+    ignore: tuple[str, ...]
+    output: Output
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.document.text.encode()).hexdigest()
+
+    def used_models(self) -> list[str]:
+        """The models that the output depends on, in the order of the recipe."""
+        used = {name.name for name in names_in(self.expression) if name.is_model}
+        used |= {rule.model for rule in self.copy} | ({self.output.like} if self.output.like else set())
+        return [name for name in self.models if name in used]
+
+    def error(self, path: Path, message: str, fix: str | None = None) -> RecipeError:
+        """An error about the part of the recipe at `path`."""
+        return self.document.error(message, self.document.place(path), fix)
+
+    def expression_error(self, error: ExpressionError) -> RecipeError:
+        return _expression_error(self.document, error)
+
+    def model_folder(self, name: str) -> FilePath:
+        """Where the model `name` lies on this disk. Raises RecipeError for places that cannot be read."""
+        uri = self.models[name]
+        if uri.startswith("hf://"):
+            repository = uri.removeprefix("hf://").split("@")[0]
+            raise self.error(
+                ("models", name),
+                "this version reads checkpoints from local folders only",
+                f"fetch it first: hf download {repository} --local-dir DIR, and name that folder",
+            )
+        if "://" in uri:
+            raise self.error(
+                ("models", name), f"`{uri.split('://')[0]}://` is not a place that skillmerge reads"
+            )
+        return self.folder / FilePath(uri).expanduser()
+
+
+def load(path: FilePath | str, overrides: Mapping[str, float] | None = None) -> Recipe:
+    """Read and check the recipe at `path`; `overrides` (from --set) replace coefficients by numbers.
+
+    Raises RecipeError for whatever is wrong with the text, UsageError where there is no such recipe.
+    """
+    path = FilePath(path)
+    try:
+        if path.is_dir():
+            raise UsageError(
+                f"{path} is a folder, not a recipe", fix="name a recipe file: skillmerge apply recipe.yaml"
+            )
+        if path.stat().st_size > yamltext.MAX_BYTES:
+            raise RecipeError(
+                f"{path}: is larger than {yamltext.MAX_BYTES // 1024} KiB, which no recipe needs"
+            )
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{path} does not exist", fix="`skillmerge init` writes a recipe to start from"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_recipe(text, str(path), path.parent, overrides or {})
+
+
+def parse_recipe(
+    text: str, name: str, folder: FilePath, overrides: Mapping[str, float] | None = None
+) -> Recipe:
+    """The recipe in `text`; `name` is its file in messages, `folder` what relative paths start from."""
+    document = yamltext.read(text, name)
+    if not isinstance(document.data, dict):
+        raise document.error("is not a recipe: it must be a table of keys", document.place(()))
+    try:
+        table = RecipeTable.model_validate(document.data)
+    except ValidationError as error:
+        raise _shape_error(document, error) from error
+    models, coefficients = _names(document, table)
+    schedules = {
+        normalise_name(written): _schedule(document, ("coefficients", written), table.coefficients[written])
+        for written in table.coefficients
+    }
+    for key, value in (overrides or {}).items():
+        key = normalise_name(key)
+        if key not in schedules:
+            near = did_you_mean(key, list(schedules)) or f"this recipe has: {', '.join(schedules) or 'none'}"
+            raise UsageError(f"--set {key}: the recipe has no such coefficient", fix=near)
+        schedules[key] = Schedule(value)
+    try:
+        expression = parse(table.merge, list(models), coefficients)
+    except ExpressionError as error:
+        raise _expression_error(document, error) from error
+    _check_model_names(document, table, list(models))
+    like = table.output.like
+    return Recipe(
+        document=document,
+        folder=folder,
+        models=models,
+        coefficients=schedules,
+        expression=expression,
+        copy=tuple(CopyRule(_as_tuple(rule.tensors), normalise_name(rule.from_)) for rule in table.copy_),
+        ignore=tuple(table.ignore),
+        output=Output(
+            path=folder / FilePath(table.output.path).expanduser() if table.output.path else None,
+            like=normalise_name(like) if like else None,
+            dtype=table.output.dtype,
+            rounding=table.output.rounding,
+            seed=table.output.seed,
+            shard_size=_shard_size(document, table.output.shard_size),
+        ),
+    )
+
+
+def unused_names(recipe: Recipe) -> list[str]:
+    """Models and coefficients that stand in the recipe and do nothing: not wrong, but worth a word."""
+    named = {name.name for name in names_in(recipe.expression)} | set(recipe.used_models())
+    return [name for name in (*recipe.models, *recipe.coefficients) if name not in named]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the format, as draft 7, which is what editors understand."""
+    schema = RecipeTable.model_json_schema(by_alias=True)
+    text_moves = {"$defs": "definitions"}
+
+    def rewrite(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {
+                text_moves.get(key, key): rewrite(value)
+                for key, value in node.items()
+                if key != "discriminator"
+            }
+        if isinstance(node, list):
+            return [rewrite(item) for item in node]
+        return node.replace("#/$defs/", "#/definitions/") if isinstance(node, str) else node
+
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **rewrite(schema)}
+
+
+def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list[str]]:
+    """Models and coefficients by normalised name; one name means one thing."""
+    models: dict[str, str] = {}
+    coefficients: list[str] = []
+    for section, entries in (("models", table.models), ("coefficients", table.coefficients)):
+        for written, entry in entries.items():
+            name = normalise_name(written)
+            if not name.isidentifier():
+                raise document.error(
+                    f"`{written}` cannot be used as a name",
+                    document.keys[(section, written)],
+                    "use letters, digits, _",
+                )
+            if name in models or name in coefficients:
+                raise document.error(
+                    f"`{written}` already names something else", document.keys[(section, written)]
+                )
+            if section == "models":
+                models[name] = entry.path if isinstance(entry, ModelTable) else entry
+            else:
+                coefficients.append(name)
+    return models, coefficients
+
+
+def _schedule(document: Document, path: Path, entry: float | ScheduleTable) -> Schedule:
+    if not isinstance(entry, ScheduleTable):
+        return Schedule(float(entry))
+    rules = tuple(_rule(document, (*path, "rules", index), rule) for index, rule in enumerate(entry.rules))
+    return Schedule(float(entry.default), rules)
+
+
+def _rule(document: Document, path: Path, table: RuleTable) -> Rule:
+    place = document.place(path)
+    if (table.value is None) == (table.ramp is None):
+        what = "has both `value` and `ramp`" if table.value is not None else "has neither `value` nor `ramp`"
+        raise document.error(f"this rule {what}", place, "give exactly one of the two")
+    if table.layers is None and table.tensors is None and table.modules is None:
+        raise document.error(
+            "this rule selects nothing", place, "add layers, tensors or modules, or use `default`"
+        )
+    layers: list[LayerRange] = []
+    for part in table.layers if isinstance(table.layers, list) else [table.layers]:
+        try:
+            layers += parse_layers(str(part)) if part is not None else ()
+        except ValueError as error:
+            raise document.error(str(error), document.place((*path, "layers"))) from error
+    return Rule(
+        layers=tuple(layers),
+        tensors=_as_tuple(table.tensors),
+        modules=_as_tuple(table.modules),
+        value=float(table.value or 0.0),
+        ramp=(float(table.ramp[0]), float(table.ramp[1])) if table.ramp else None,
+    )
+
+
+def _as_tuple(value: str | list[str] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def _shard_size(document: Document, value: str | int) -> int | None:
+    if value == "same":
+        return None
+    try:
+        return parse_size(str(value))
+    except ValueError as error:
+        raise document.error(str(error), document.place(("output", "shard_size")), "or `same`") from error
+
+
+def _check_model_names(document: Document, table: RecipeTable, models: list[str]) -> None:
+    uses: list[tuple[Path, str | None]] = [
+        (("copy", index, "from"), rule.from_) for index, rule in enumerate(table.copy_)
+    ]
+    for path, name in [*uses, (("output", "like"), table.output.like)]:
+        if name is not None and normalise_name(name) not in models:
+            fix = did_you_mean(name, models) or f"models of this recipe: {', '.join(models)}"
+            raise document.error(f"`{name}` is not a model of this recipe", document.place(path), fix)
+
+
+def _expression_error(document: Document, error: ExpressionError) -> RecipeError:
+    """Point into the expression where it stands on one line as it is; else at its start."""
+    place = document.place(("merge",))
+    if place is not None:
+        line = document.text.splitlines()[place.line]
+        written = str(document.data["merge"])
+        offset = line.find(written, place.column)
+        if offset >= 0:
+            place = Place(place.line, offset + error.position, error.width)
+    return document.error(f"the expression {error}", place, error.fix)
+
+
+_EXPECTED = {
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+}
+
+
+def _shape_error(document: Document, error: ValidationError) -> RecipeError:
+    """The first mistake in the order of the text, in the words of a recipe instead of pydantic's."""
+    found = []
+    for detail in error.errors(include_url=False):
+        path = _data_path(document.data, detail["loc"])
+        key_place = document.keys.get(path) if detail["type"] == "extra_forbidden" else None
+        place = key_place or document.place(path)
+        # A key that is missing comes last: where a key is misspelt, the misspelling is the mistake.
+        order = (detail["type"] == "missing", place.line if place else 0, place.column if place else 0)
+        found.append((order, path, place, detail))
+    _, path, place, detail = min(found, key=lambda item: item[0])
+    message, fix = _shape_message(path, detail)
+    return document.error(message, place, fix)
+
+
+def _data_path(data: Any, location: tuple[int | str, ...]) -> Path:
+    """pydantic's location without the names it gives to the members of unions."""
+    path: list[int | str] = []
+    for part in location:
+        inside = (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int)
+        )
+        if inside:
+            path.append(part)
+            data = data[part]
+    return tuple(path)
+
+
+def _shape_message(path: Path, detail: Any) -> tuple[str, str | None]:
+    kind, value, last = detail["type"], detail["input"], detail["loc"][-1]
+    where = f"`{path[-1]}`" if path and isinstance(path[-1], str) else "this"
+    if kind == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        return f"unknown key `{last}`", did_you_mean(
+            str(last), known
+        ) or f"known keys here: {', '.join(known)}"
+    if kind == "missing":
+        here = f" in {where}" if path else ""
+        fix = "start the recipe with `skillmerge: 1`" if last == "skillmerge" else None
+        return f"missing key `{last}`{here}", fix
+    if kind == "literal_error":
+        if path == ("skillmerge",):
+            return (
+                f"format version {value!r} is not known to this version of skillmerge",
+                "write `skillmerge: 1`",
+            )
+        expected = detail["ctx"]["expected"].replace("'", "`")
+        options = re.findall(r"`([^`]+)`", expected)
+        return f"{where} must be {expected}, not {value!r}", did_you_mean(str(value), options)
+    if kind == "finite_number":
+        return f"{where} must be a finite number, not {value}", None
+    if kind in ("too_short", "too_long") and last == "ramp":
+        return (
+            "`ramp` must be two numbers, at the first and the last block selected",
+            "write ramp: [0.5, 1.0]",
+        )
+    if kind in _EXPECTED:
+        fix = None
+        if kind == "float_type" and isinstance(value, str):
+            fix = (
+                f"remove the quotes: {value}"
+                if _is_number(value)
+                else "coefficients are numbers or schedules"
+            )
+        return f"{where} must be {_EXPECTED[kind]}, not {_describe(value)}", fix
+    return f"{where}: {detail['msg'].lower()}", None
+
+
+def _known_keys(path: Path) -> list[str]:
+    table: type[BaseModel] = RecipeTable
+    if path[:1] == ("models",):
+        table = ModelTable
+    elif path[:1] == ("coefficients",):
+        table = RuleTable if "rules" in path[2:] else ScheduleTable
+    elif path[:1] == ("copy",):
+        table = CopyTable
+    elif path[:1] == ("output",):
+        table = OutputTable
+    return [field.alias or name for name, field in table.model_fields.items()]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "empty"
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "a list"
+    return f"the text {value!r}" if isinstance(value, str) else repr(value).lower()
+
+
+assert set(MODULE_KINDS) == set(Kind.__args__)  # type: ignore[attr-defined]
+__all__ = ["Name", "Recipe", "json_schema", "load", "parse_recipe", "unused_names"]

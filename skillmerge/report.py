@@ -1,0 +1,253 @@
+"""Plans, results and progress for people: rich tables on stdout, remarks and a tqdm bar on stderr.
+
+Only shows what it is given; nothing is computed here but how to draw it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from skillmerge.errors import some
+from skillmerge.merge import Reporter, Result
+from skillmerge.naming import MODULE_KINDS, block_of, module_kind
+from skillmerge.planning import Plan
+from skillmerge.resources import Budget
+from skillmerge.statistics import deviating
+from skillmerge.tensors import format_bytes
+from skillmerge.verification import Verdict
+
+_BARS = "▁▂▃▄▅▆▇█"
+_QUIET_SECONDS = 30
+
+
+def console() -> Console:
+    """Results go to stdout; off a terminal they are as wide as they need to be."""
+    return Console(
+        file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False
+    )
+
+
+class TerminalReporter(Reporter):
+    """Remarks and progress on stderr: a bar on a terminal, else a line every 30 seconds."""
+
+    def __init__(self, quiet: bool, verbose: bool) -> None:
+        self.quiet, self.verbose = quiet, verbose
+
+    def say(self, message: str) -> None:
+        if self.verbose and not self.quiet:
+            print(message, file=sys.stderr)
+
+    def warn(self, message: str) -> None:
+        if not self.quiet:
+            print(f"note: {message}", file=sys.stderr)
+
+    @contextmanager
+    def bar(self, total: int) -> Iterator[Callable[[int], None]]:
+        if self.quiet:
+            yield lambda done: None
+        elif sys.stderr.isatty():
+            with self._tqdm(total) as show:
+                yield show
+        else:
+            yield _line_progress(total)
+
+    @contextmanager
+    def _tqdm(self, total: int) -> Iterator[Callable[[int], None]]:
+        from tqdm import tqdm
+
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr, leave=False
+        ) as bar:
+            yield lambda done: bar.update(done - bar.n) and None
+
+
+def _line_progress(total: int) -> Callable[[int], None]:
+    started = last = time.monotonic()
+
+    def show(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _QUIET_SECONDS:
+            return
+        last = now
+        speed = done / (now - started)
+        left = f", {(total - done) / speed:.0f} s left" if speed else ""
+        print(
+            f"merging: {format_bytes(done)} of {format_bytes(total)}, {format_bytes(speed)}/s{left}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return show
+
+
+def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | None, out: Console) -> None:
+    """The human view of a plan: models, coefficients over depth, what happens to the tensors, totals."""
+    recipe = plan.recipe
+    out.print(Text(f"{recipe.document.name}: {recipe.document.data['merge']}", style="bold"))
+    models = Table("model", "from", "files", "size", box=box.SIMPLE_HEAD, pad_edge=False)
+    for item in plan.inputs:
+        role = f"{item.name} (donor)" if item.name == plan.donor else item.name
+        size = format_bytes(sum(size for _, size, _ in item.files))
+        models.add_row(role, item.uri, str(len(item.files)), size)
+    out.print(models)
+    for index, name in enumerate(plan.coefficients):
+        _show_coefficient(plan, name, index, out)
+    _show_actions(plan, out)
+    for note in plan.notes:
+        out.print(Text(f"note: {note}", style="yellow"))
+    for problem in plan.problems:
+        out.print(Text(f"\nproblem: {problem.text()}", style="red"), soft_wrap=True)
+    totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {format_bytes(plan.bytes_written)}"]
+    if needs is not None:
+        totals.append(f"peak memory about {format_bytes(needs.memory)} with {needs.threads} threads")
+    if free is not None:
+        totals.append(f"disk needed {format_bytes(plan.bytes_written)} of {format_bytes(free)} free")
+    out.print(Text(", ".join(totals)))
+    if where is not None:
+        out.print(Text(f"output {where}"), soft_wrap=True)
+    out.print(Text(f"plan {plan.digest}", style="dim"), soft_wrap=True)
+
+
+def _show_coefficient(plan: Plan, name: str, index: int, out: Console) -> None:
+    """lambda over depth as a picture, then by block and module, equal neighbours in one row."""
+    cells: dict[tuple[str, int], dict[str, set[float]]] = {}
+    outside: dict[str, set[float]] = {}
+    for tensor in plan.tensors.values():
+        if index >= len(tensor.coefficients):
+            continue
+        block, kind = block_of(tensor.name), module_kind(tensor.name)
+        row = cells.setdefault(block, {}) if block else outside
+        row.setdefault(kind, set()).add(tensor.coefficients[index])
+    kinds = [
+        kind for kind in (*MODULE_KINDS, "other") if any(kind in row for row in (*cells.values(), outside))
+    ]
+    table = Table(name, *kinds, box=box.SIMPLE_HEAD, pad_edge=False)
+    for stack in dict.fromkeys(stack for stack, _ in cells):
+        rows = {layer: cells[stack, layer] for _, layer in sorted(key for key in cells if key[0] == stack)}
+        out.print(Text(f"{name} over {stack}: {_picture(rows)}"))
+        for first, last, row in _runs(rows):
+            label = f"{stack} {first}" if first == last else f"{stack} {first}-{last}"
+            table.add_row(label, *(_values(row.get(kind)) for kind in kinds))
+    if outside:
+        table.add_row("outside blocks", *(_values(outside.get(kind)) for kind in kinds))
+    out.print(table)
+
+
+def _picture(rows: Mapping[int, Mapping[str, set[float]]]) -> str:
+    """One character per block: the mean coefficient, between the smallest (or 0) and the largest (or 0)."""
+    means = {layer: sum(map(sum, row.values())) / sum(map(len, row.values())) for layer, row in rows.items()}
+    low, high = min(0.0, *means.values()), max(0.0, *means.values())
+    span = high - low or 1.0
+    bars = "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means.values())
+    return f"{min(means)} {bars} {max(means)}  ({_number(min(means.values()))} to {_number(max(means.values()))})"
+
+
+def _runs(rows: Mapping[int, Any]) -> Iterable[tuple[int, int, Any]]:
+    run: list[tuple[int, Any]] = []
+    for item in rows.items():
+        if run and item[1] != run[-1][1]:
+            yield run[0][0], run[-1][0], run[0][1]
+            run = []
+        run.append(item)
+    if run:
+        yield run[0][0], run[-1][0], run[0][1]
+
+
+def _values(found: set[float] | None) -> str:
+    if not found:
+        return "-"
+    return _number(min(found)) if len(found) == 1 else f"{_number(min(found))} … {_number(max(found))}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+_ACTIONS = {
+    "merge": "computed",
+    "copy": "copied byte for byte",
+    "cast": "converted to the output dtype",
+    "same": "not numbers to add: must be equal in all models",
+}
+
+
+def _show_actions(plan: Plan, out: Console) -> None:
+    table = Table("tensors", "from", "what happens", "names", box=box.SIMPLE_HEAD, pad_edge=False)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for tensor in plan.tensors.values():
+        models = ", ".join(dict.fromkeys(model for model, _ in tensor.sources))
+        groups.setdefault((tensor.action, models), []).append(tensor.name)
+    for (action, models), names in groups.items():
+        table.add_row(str(len(names)), models, _ACTIONS[action], some(names, 2))
+    out.print(table)
+
+
+def show_result(result: Result, out: Console) -> None:
+    """Where the output is and what rounding did."""
+    statistics = result.manifest["statistics"]
+    if result.already:
+        out.print(Text(f"{result.output} is this plan's output already, nothing to do"), soft_wrap=True)
+        return
+    if statistics["mode"] != "off" and "changed" in statistics["all"]:
+        out.print(_statistics_table(statistics))
+    size = sum(file["size"] for file in result.manifest["files"])
+    out.print(
+        Text(f"wrote {result.output} ({format_bytes(size)} in {result.seconds:.1f} s)", style="bold"),
+        soft_wrap=True,
+    )
+
+
+def _statistics_table(statistics: Mapping[str, Any]) -> Table:
+    title = "what rounding did" + (" (sampled)" if statistics["mode"] == "sampled" else "")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for column in ("module", "merged tensors", "asked lambda", "realised lambda", "vanished", "changed"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    for name, group in (*statistics["modules"].items(), ("all", statistics["all"])):
+        if not group["merged"]:
+            continue
+        asked, realised = group.get("asked_lambda"), group.get("realised_lambda")
+        if asked is None and group.get("realised") is not None:
+            asked, realised = 1.0, group["realised"]
+        cells = [_number(value) if value is not None else "-" for value in (asked, realised)]
+        shares = [
+            f"{group[key]:.1%}" if group.get(key) is not None else "-" for key in ("vanished", "changed")
+        ]
+        table.add_row(name, str(group["merged"]), *cells, *shares)
+    return table
+
+
+def rounding_warnings(result: Result) -> list[str]:
+    """Where the realised lambda is far off the asked one, with the cures."""
+    far = [f"{name} {share:.0%}" for name, share in deviating(result.manifest["statistics"])]
+    if not far or result.already:
+        return []
+    return [
+        f"rounding lets through only part of the update, or more than all of it: {', '.join(far)} of the asked "
+        "lambda is realised. The cures are `dtype: float32` or `rounding: stochastic` under `output`."
+    ]
+
+
+def show_verdict(verdict: Verdict, out: Console) -> None:
+    out.print(
+        Text(
+            f"{verdict.folder}: verified: {verdict.files} files, {verdict.tensors} tensors, "
+            f"{format_bytes(verdict.bytes)}: digests, index, headers, shapes, dtypes, finite values"
+        ),
+        soft_wrap=True,
+    )
+    if verdict.load is not None:
+        out.print(
+            Text(
+                f"loaded as {verdict.load['class']}: no missing, unexpected or mismatched keys; finite output"
+            )
+        )

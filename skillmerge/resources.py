@@ -1,0 +1,80 @@
+"""How much memory and disk a run takes, and the thread count and tile size that keep it in bounds.
+
+Predictions, from the plan alone. The figures for the runtime itself were measured (`benchmarks/`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from skillmerge.errors import ResourceError
+from skillmerge.planning import Plan
+from skillmerge.tensors import BLOCK, DTYPES, format_bytes
+
+RUNTIME_BYTES = 300_000_000
+"""Resident memory of Python with torch imported, before any work, with room for headers and tables."""
+
+_TILE_BYTES = 4 << 20
+_CUDA_TILE_BYTES = 64 << 20
+_MAX_THREADS = 16
+_SPARE_DISK = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """threads: workers. tile: elements per tile. memory: predicted peak of host memory in bytes."""
+
+    threads: int
+    tile: int
+    memory: int
+
+
+def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: bool = False) -> Budget:
+    """Choose threads and tile size within `memory_limit` bytes. Raises ResourceError where nothing fits."""
+    itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
+    element = sum(plan.input_itemsizes) + itemsize
+    registers = max(
+        (tensor.program.registers for tensor in plan.tensors.values() if tensor.program), default=1
+    )
+    wanted = threads or min(_MAX_THREADS, (os.cpu_count() or 1) + 1)
+    tables = 1200 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
+
+    def need(count: int, tile: int) -> int:
+        return RUNTIME_BYTES + tables + count * (element * tile + (registers + 6) * BLOCK * 8)
+
+    tile = max(BLOCK, (_CUDA_TILE_BYTES if cuda else _TILE_BYTES) // itemsize)
+    while memory_limit is not None and need(wanted, tile) > memory_limit and (tile > BLOCK or wanted > 1):
+        if tile > 8 * BLOCK or wanted == 1 or threads:
+            if tile == BLOCK:
+                break
+            tile = max(BLOCK, tile // 2)
+        else:
+            wanted -= 1
+    if memory_limit is not None and need(wanted, tile) > memory_limit:
+        raise ResourceError(
+            f"a memory limit of {format_bytes(memory_limit)} is too small: this merge needs at least "
+            f"{format_bytes(need(wanted, tile))}",
+            fix="raise --memory-limit" + (" or lower --threads" if threads and threads > 1 else ""),
+        )
+    return Budget(wanted, tile, need(wanted, tile))
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free on the disk that `path`, or its nearest existing parent, lies on."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def check_disk(path: Path, needed: int, what: str) -> None:
+    """Raise ResourceError where the disk of `path` cannot take `needed` bytes and a little more."""
+    free = free_disk(path)
+    if free < needed + min(_SPARE_DISK, needed // 20):
+        raise ResourceError(
+            f"{what} needs {format_bytes(needed)}, but the disk of {path} has {format_bytes(free)} free",
+            fix="make room, or choose another place with --output",
+        )

@@ -1,0 +1,145 @@
+"""What rounding did: realised lambda, vanished and changed shares, per tensor, per module kind and in all.
+
+Measured where the update v is not 0 (design: "rounding is reported, never hidden"):
+
+    realised lambda   lambda * <y - t, u> / <u, u>    with u = lambda * v, t the base, y the output
+    vanished share    elements with u != 0 and y = t, of those with u != 0
+    changed share     elements with y != t, of all
+
+t is rounded to the output's dtype first, so that only the update is measured. Sums are kept per block and
+added exactly, so that they depend on nothing but the numbers. `sampled` reads one block in SAMPLE_STRIDE of
+each tensor, at an offset given by its name, and at least one.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from skillmerge.naming import MODULE_KINDS, module_kind
+from skillmerge.planning import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLE_STRIDE = 16
+DEVIATION = 0.1
+"""A realised lambda further than this from the asked one is worth a warning."""
+
+
+def is_sampled(name: str, block: int, blocks: int, mode: str) -> bool:
+    """Whether block number `block` of the `blocks` of tensor `name` is read for statistics."""
+    if mode != "sampled":
+        return mode == "full"
+    stride = min(SAMPLE_STRIDE, blocks)
+    return block % stride == zlib.crc32(name.encode()) % stride
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStatistics:
+    """Counts and sums of one block: `uu` and `du` are <u, u> and <y - t, u>."""
+
+    elements: int
+    updated: int
+    vanished: int
+    changed: int
+    uu: float
+    du: float
+
+
+def measure(base: Tensor, out: Tensor, subtracted: Tensor) -> BlockStatistics:
+    """Measure one block: `base` as it is stored, `out` as it is written, `subtracted` = -lambda * v."""
+    import torch
+
+    from skillmerge.arithmetic import bit_view, fold_sum, round_nearest
+
+    if base.dtype != out.dtype:
+        base = round_nearest(base, torch.empty_like(out))
+    same = torch.eq(bit_view(base), bit_view(out))
+    moved = subtracted != 0
+    wide = subtracted.to(torch.float64)
+    step = out.to(torch.float64) - base.to(torch.float64)
+    return BlockStatistics(
+        elements=out.numel(),
+        updated=int(moved.sum().item()),
+        vanished=int((moved & same).sum().item()),
+        changed=int((~same).sum().item()),
+        uu=fold_sum(wide * wide),
+        du=-fold_sum(step * wide),
+    )
+
+
+def total(blocks: Iterable[BlockStatistics], size: int) -> dict[str, Any]:
+    """The statistics of one tensor of `size` elements, as plain data; sums are exact, in whatever order."""
+    blocks = list(blocks)
+    return {
+        "total": size,
+        "elements": sum(block.elements for block in blocks),
+        "updated": sum(block.updated for block in blocks),
+        "vanished": sum(block.vanished for block in blocks),
+        "changed": sum(block.changed for block in blocks),
+        "uu": math.fsum(block.uu for block in blocks),
+        "du": math.fsum(block.du for block in blocks),
+    }
+
+
+def summarise(plan: Plan, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Per module kind and in all: counts, and asked and realised lambda weighted by the update's energy."""
+    groups: dict[str, list[str]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
+    for name in plan.tensors:
+        groups[module_kind(name)].append(name)
+    modules = {kind: _group(plan, names, measured) for kind, names in groups.items() if names}
+    return {"modules": modules, "all": _group(plan, list(plan.tensors), measured)}
+
+
+def _group(plan: Plan, names: list[str], measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    rows = [(name, measured[name]) for name in names if measured.get(name)]
+    result: dict[str, Any] = {"tensors": len(names), "merged": sum(_merged(plan, name) for name in names)}
+    if not rows:
+        return result
+    # A sampled tensor stands for all of its elements.
+    scaled = [(row, row["total"] / row["elements"]) for _, row in rows]
+    updated = math.fsum(row["updated"] * by for row, by in scaled)
+    energy = math.fsum(row["uu"] * by for row, by in scaled)
+    result["changed"] = _share(
+        math.fsum(row["changed"] * by for row, by in scaled), sum(row["total"] for _, row in rows)
+    )
+    result["vanished"] = _share(math.fsum(row["vanished"] * by for row, by in scaled), updated)
+    result["realised"] = _share(math.fsum(row["du"] * by for row, by in scaled), energy)
+    factors = [_factor(plan, name) for name, _ in rows]
+    if None not in factors and energy > 0:
+        # u = lambda * v, so <v, v> = <u, u> / lambda^2.
+        terms = [
+            (row["uu"] * by, row["du"] * by, factor)
+            for (row, by), factor in zip(scaled, factors, strict=True)
+            if factor
+        ]
+        plain = math.fsum(uu / factor**2 for uu, _, factor in terms)
+        result["asked_lambda"] = math.fsum(uu / factor for uu, _, factor in terms) / plain
+        result["realised_lambda"] = math.fsum(du / factor for _, du, factor in terms) / plain
+    return result
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _merged(plan: Plan, name: str) -> bool:
+    return plan.tensors[name].action == "merge"
+
+
+def _factor(plan: Plan, name: str) -> float | None:
+    """lambda, where the tensor is `base + lambda * v` with one number in front of the difference."""
+    program = plan.tensors[name].program
+    return program.asked if program is not None and program.base else None
+
+
+def deviating(summary: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+    """Module kinds, and `all`, whose realised share of the update is more than DEVIATION off."""
+    for name, group in (*summary["modules"].items(), ("all", summary["all"])):
+        realised = group.get("realised")
+        if realised is not None and abs(realised - 1) > DEVIATION:
+            yield name, realised

@@ -1,0 +1,124 @@
+"""What a tensor is before its values are known: name, dtype, shape, size. No I/O, no torch.
+
+The dtype names are those of the safetensors format
+(https://github.com/huggingface/safetensors#format), in the order in which its own writer ranks
+them: a file's tensors are sorted by falling rank, then by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+BLOCK = 1 << 16
+"""Elements in a block: the unit of arithmetic and of the sampled statistics. Blocks are counted
+from a tensor's first element, so that neither depends on how a run cuts its tiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """A safetensors dtype. `kind` is float, integer, bool, complex or quantised (never plain numbers)."""
+
+    name: str
+    bits: int
+    kind: str
+    rank: int
+    torch_name: str | None = None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element; only meaningful for whole-byte dtypes."""
+        return self.bits // 8
+
+    @property
+    def is_float(self) -> bool:
+        return self.kind == "float"
+
+
+_TABLE = (
+    ("BOOL", 8, "bool", "bool"),
+    ("F4", 4, "quantised", None),
+    ("F6_E2M3", 6, "quantised", None),
+    ("F6_E3M2", 6, "quantised", None),
+    ("U8", 8, "integer", "uint8"),
+    ("I8", 8, "integer", "int8"),
+    ("F8_E5M2", 8, "quantised", "float8_e5m2"),
+    ("F8_E4M3", 8, "quantised", "float8_e4m3fn"),
+    ("F8_E8M0", 8, "quantised", "float8_e8m0fnu"),
+    ("F8_E4M3FNUZ", 8, "quantised", "float8_e4m3fnuz"),
+    ("F8_E5M2FNUZ", 8, "quantised", "float8_e5m2fnuz"),
+    ("I16", 16, "integer", "int16"),
+    ("U16", 16, "integer", "uint16"),
+    ("F16", 16, "float", "float16"),
+    ("BF16", 16, "float", "bfloat16"),
+    ("I32", 32, "integer", "int32"),
+    ("U32", 32, "integer", "uint32"),
+    ("F32", 32, "float", "float32"),
+    ("C64", 64, "complex", "complex64"),
+    ("F64", 64, "float", "float64"),
+    ("I64", 64, "integer", "int64"),
+    ("U64", 64, "integer", "uint64"),
+)
+DTYPES = {name: DType(name, bits, kind, rank, torch) for rank, (name, bits, kind, torch) in enumerate(_TABLE)}
+
+OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""The names a recipe uses for `output.dtype`, and those of the format."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor as a checkpoint's header describes it.
+
+    `start` and `end` are byte offsets in `file` (from the file's first byte, not from its data section).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def block_count(elements: int) -> int:
+    return -(-elements // BLOCK)
+
+
+def tile_ranges(elements: int, tile: int) -> list[tuple[int, int]]:
+    """Cut `elements` into runs of at most `tile` elements; every cut lies on a block boundary."""
+    step = max(BLOCK, tile // BLOCK * BLOCK)
+    return [(first, min(first + step, elements)) for first in range(0, elements, step)]
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people, in the decimal units that disks and the Hub use: 3.1 GB."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `700 MB`, `2GiB`, `1000000` -> bytes. Raises ValueError."""
+    import re
+
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"`{text}` is not a size; write it like 5GB, 700MB or 2GiB")
+    number, prefix, binary = match.groups()
+    if binary and not prefix:
+        raise ValueError(f"`{text}` is not a size; write it like 5GB, 700MB or 2GiB")
+    base = 1024 if binary else 1000
+    size = int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
+    if size < 1:
+        raise ValueError(f"`{text}` is not a positive size")
+    return size

@@ -1,0 +1,193 @@
+"""Check an output against its manifest: structure, digests, values, and a real load.
+
+`check_structure` is the cheap part, which `apply` runs before publishing; `verify` reads every byte once, in
+bounded memory. The safetensors library is the independent reader of what our own byte layer wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skillmerge import manifest
+from skillmerge.checkpoints.folder import open_folder
+from skillmerge.checkpoints.safetensors_header import read_header
+from skillmerge.errors import CheckFailed, InputError, UsageError, some
+from skillmerge.modelconfig import contradictions
+from skillmerge.tensors import BLOCK, DTYPES, TensorSpec
+
+_PIECE = 8 << 20
+_LOAD_TIMEOUT = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What `verify` found out about a folder that passed: counts, and the report of the load if there was one."""
+
+    folder: Path
+    files: int
+    tensors: int
+    bytes: int
+    load: Mapping[str, Any] | None = None
+
+
+def verify(
+    folder: str | os.PathLike[str],
+    *,
+    load: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Verdict:
+    """Check every file of an output. Raises CheckFailed with the first difference, UsageError for no folder."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
+    proof = manifest.read(root)
+    check_structure(root, proof)
+    _check_contents(root, proof, allow_nonfinite, progress)
+    report = check_load(root) if load else None
+    return Verdict(root, len(manifest.file_names(proof)), len(proof["tensors"]), _total(proof), report)
+
+
+def check_structure(root: Path, proof: Mapping[str, Any]) -> None:
+    """Names and sizes of files, index, headers, tensor set, shapes and dtypes. Raises CheckFailed."""
+    wanted = manifest.file_names(proof)
+    found = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+    if missing := sorted(wanted - found):
+        raise CheckFailed(f"{root}: files are missing: {some(missing)}")
+    if extra := sorted(found - wanted):
+        raise CheckFailed(f"{root}: files do not belong to the output: {some(extra)}")
+    for file in proof["files"]:
+        path = root / file["name"]
+        if path.is_symlink() or path.stat().st_size != file["size"]:
+            raise CheckFailed(f"{path}: is not a file of {file['size']} bytes, as the manifest says")
+    log = proof["environment"]["run_log"]
+    if manifest.hash_file(root / log["name"]) != log["sha256"]:
+        raise CheckFailed(f"{root / log['name']}: was changed after it was written")
+    try:
+        checkpoint = open_folder(str(root), root)
+    except InputError as error:
+        raise CheckFailed(error.message) from error
+    described = {tensor["name"]: tensor for tensor in proof["tensors"]}
+    if checkpoint.tensors.keys() != described.keys():
+        different = sorted(checkpoint.tensors.keys() ^ described.keys())
+        raise CheckFailed(f"{root}: tensors differ from the manifest's: {some(different)}")
+    for name, spec in checkpoint.tensors.items():
+        _check_tensor(root, spec, described[name])
+    shapes = {name: spec.shape for name, spec in checkpoint.tensors.items()}
+    for problem in contradictions(checkpoint.config, shapes):
+        raise CheckFailed(f"{root}: {problem}")
+    for file, header in checkpoint.shards.items():
+        _check_with_library(root / file, header.tensors)
+
+
+def _check_tensor(root: Path, spec: TensorSpec, described: Mapping[str, Any]) -> None:
+    found = (spec.file, spec.dtype, list(spec.shape))
+    wanted = (described["file"], described["dtype"], described["shape"])
+    if found != wanted:
+        raise CheckFailed(f"{root}: tensor `{spec.name}` is {found}, the manifest says {wanted}")
+
+
+def _check_with_library(path: Path, specs: tuple[TensorSpec, ...]) -> None:
+    """Open a shard with the safetensors library and compare what it sees."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as reader:
+            if set(reader.keys()) != {spec.name for spec in specs}:
+                raise CheckFailed(f"{path}: the safetensors library sees other tensors in it")
+            for spec in specs:
+                piece = reader.get_slice(spec.name)
+                if tuple(piece.get_shape()) != spec.shape or piece.get_dtype() != spec.dtype:
+                    raise CheckFailed(f"{path}: the safetensors library sees another `{spec.name}`")
+    except (SafetensorError, OSError) as error:
+        raise CheckFailed(f"{path}: the safetensors library refuses it: {error}") from error
+
+
+def _check_contents(
+    root: Path, proof: Mapping[str, Any], allow_nonfinite: bool, progress: Callable[[int], None]
+) -> None:
+    """Digest every file and look for NaN and Inf on the way."""
+    done = 0
+
+    def check(file: Mapping[str, Any]) -> int:
+        path = root / file["name"]
+        specs: tuple[TensorSpec, ...] = ()
+        if path.suffix == ".safetensors" and not allow_nonfinite:
+            specs = read_header(str(path), path.name).tensors
+        if _digest_and_scan(path, specs) != file["sha256"]:
+            raise CheckFailed(f"{path}: its bytes are not those that were written (sha256 differs)")
+        return int(file["size"])
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for size in pool.map(check, proof["files"]):
+            done += size
+            progress(done)
+
+
+def _digest_and_scan(path: Path, specs: tuple[TensorSpec, ...]) -> str:
+    """sha256 of a file. Raises CheckFailed where a float tensor among `specs` holds NaN or Inf."""
+    import torch
+
+    from skillmerge.arithmetic import Scratch, any_nonfinite, torch_dtype
+
+    digest = hashlib.sha256()
+    scratch = Scratch(torch.device("cpu"), BLOCK)
+    pending = [spec for spec in specs if DTYPES[spec.dtype].is_float and spec.nbytes]
+    with open(path, "rb", buffering=0) as stream:
+        position = 0
+        buffer = bytearray(_PIECE)
+        while count := stream.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            # Tensors are aligned to their item size (the header is padded), and so is every piece but the last.
+            for spec in [spec for spec in pending if spec.start < position + count and spec.end > position]:
+                first, last = max(spec.start, position) - position, min(spec.end, position + count) - position
+                dtype = torch_dtype(spec.dtype)
+                values = torch.frombuffer(
+                    buffer, dtype=dtype, offset=first, count=(last - first) // dtype.itemsize
+                )
+                for start in range(0, values.numel(), BLOCK):
+                    if any_nonfinite(values[start : start + BLOCK], scratch):
+                        raise CheckFailed(f"{path}: tensor `{spec.name}` holds NaN or Inf")
+            position += count
+            pending = [spec for spec in pending if spec.end > position]
+    return digest.hexdigest()
+
+
+def check_load(root: Path) -> dict[str, Any]:
+    """Load the model with transformers, offline, in a separate process. Raises CheckFailed, UsageError."""
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run(
+        [sys.executable, "-m", "skillmerge.loading", str(root)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **offline},
+        timeout=_LOAD_TIMEOUT,
+        check=False,
+    )
+    try:
+        report = json.loads(process.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        detail = "\n".join(process.stderr.strip().splitlines()[-5:])
+        raise CheckFailed(f"{root}: transformers could not load it:\n{detail}") from None
+    if report.get("absent"):
+        raise UsageError("--load needs transformers", fix="pip install 'skillmerge[transformers]'")
+    if not report["ok"]:
+        raise CheckFailed(f"{root}: transformers could not load it cleanly: {report['why']}")
+    return dict(report)
+
+
+def _total(proof: Mapping[str, Any]) -> int:
+    return sum(file["size"] for file in proof["files"])

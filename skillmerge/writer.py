@@ -1,0 +1,296 @@
+"""The staging folder beside the output: lock, journal, shard files, publish by rename.
+
+    out.partial/lock            held while a run works on `out`
+    out.partial/journal.jsonl   the plan's digest, then one line per finished shard
+    out.partial/files/          the output in the making
+    out.partial/complete/       the same, finished; then, for an instant, what it replaced
+
+The output's own name appears, or changes, in one rename, when everything is written, synced and checked. A
+run that dies at any instant leaves a folder from which the same command continues. Knows files and bytes,
+nothing about tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from skillmerge.errors import OutputLocked, ResourceError, UsageError
+
+JOURNAL_VERSION = 1
+_CONTINUE = "make room, then run the same command again: it continues where it stopped"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"the disk is full: {path} could not be written", fix=_CONTINUE) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UsageError(
+                f"{path} cannot be written: {error.strerror}", fix="choose another place with --output"
+            ) from error
+        raise ResourceError(
+            f"{path} could not be written: {error.strerror}",
+            fix="check the disk, then run the same command again",
+        ) from error
+
+
+class Staging:
+    """The staging folder of one output, locked for this run until `close` or `publish`."""
+
+    def __init__(self, output: Path) -> None:
+        """Create and lock it. Raises OutputLocked where another run holds it."""
+        self.output = output
+        self.folder = output.with_name(output.name + ".partial")
+        self.files = self.folder / "files"
+        self.finished: dict[str, dict[str, Any]] = {}
+        self._complete = self.folder / "complete"
+        self._journal = self.folder / "journal.jsonl"
+        self._append_lock = threading.Lock()
+        with disk_errors(self.folder):
+            self._lock = self._acquire()
+
+    def _acquire(self) -> int:
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                continue  # another run has just published and removed the folder
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = os.fstat(descriptor)
+                named = os.stat(self.folder / "lock")
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise OutputLocked(
+                    f"another run is writing {self.output}", fix="wait for it, or choose another --output"
+                ) from error
+            except FileNotFoundError:
+                os.close(descriptor)
+                continue
+            if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
+                return descriptor
+            os.close(descriptor)
+
+    @property
+    def finished_bytes(self) -> int:
+        return sum(entry["size"] for entry in self.finished.values())
+
+    def recover(self) -> bool:
+        """Finish a publication that a dead run had begun. True where the output is now that run's."""
+        if not self._complete.exists():
+            return False
+        entries = _read_lines(self._journal)
+        digest = next((entry["manifest_sha256"] for entry in entries if "manifest_sha256" in entry), None)
+        if digest is None:
+            return False
+        with disk_errors(self.output):
+            if _digest(self.output / MANIFEST_FILE) != digest:
+                _put_in_place(self._complete, self.output)
+        self._remove()
+        return True
+
+    def begin(self, plan_digest: str, conditions: dict[str, Any]) -> str | None:
+        """Load the journal of an earlier run of the same plan under the same conditions, or start afresh.
+
+        Returns a remark for the user where something of an earlier run was kept or dropped.
+        """
+        header = {"version": JOURNAL_VERSION, "plan": plan_digest, **conditions}
+        entries = _read_lines(self._journal)
+        remark = None
+        with disk_errors(self.folder):
+            if entries and entries[0] == header:
+                for entry in entries[1:]:
+                    path = self.files / entry.get("shard", "")
+                    if "shard" in entry and path.is_file() and path.stat().st_size == entry["size"]:
+                        self.finished[entry["shard"]] = entry
+                remark = f"continuing an interrupted run: {len(self.finished)} shards are finished already"
+            elif entries or self.files.exists():
+                remark = "an unfinished run of another plan was found and dropped"
+            if not self.finished:
+                shutil.rmtree(self.files, ignore_errors=True)
+            self.files.mkdir(exist_ok=True)
+            _write_synced(
+                self._journal,
+                "".join(json.dumps(entry) + "\n" for entry in [header, *self.finished.values()]),
+            )
+        return remark
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Add a line to the journal and make it durable; what it speaks of must be durable already."""
+        with (
+            self._append_lock,
+            disk_errors(self._journal),
+            open(self._journal, "a", encoding="utf-8") as journal,
+        ):
+            journal.write(json.dumps(entry) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a small file of the output durably."""
+        path = self.files / name
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+
+    def drop_strangers(self, names: set[str]) -> None:
+        """Remove what does not belong into the output (a shard of an earlier layout, a stray file)."""
+        for path in sorted(self.files.rglob("*"), reverse=True):
+            if path.is_dir():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.files).as_posix() not in names:
+                path.unlink()
+
+    def publish(self) -> None:
+        """Give the finished files the output's name, replacing what had it, in one step."""
+        with disk_errors(self.output):
+            for folder in {path.parent for path in self.files.rglob("*")} | {self.files}:
+                _sync_folder(folder)
+            self.record({"manifest_sha256": _digest(self.files / MANIFEST_FILE)})
+            os.rename(self.files, self._complete)
+            _sync_folder(self.folder)
+            _put_in_place(self._complete, self.output)
+        self._remove()
+
+    def close(self) -> None:
+        """Let go of the lock and keep everything for the next run; an empty folder is removed."""
+        if self._lock >= 0:
+            if not self._journal.exists() and not self.files.exists() and not self._complete.exists():
+                self._remove()
+                return
+            os.close(self._lock)
+            self._lock = -1
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = -1
+
+
+MANIFEST_FILE = "skillmerge.manifest.json"
+
+
+class ShardFile:
+    """One shard under construction: bytes go to their final offsets, from any thread, in any order."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        with disk_errors(path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            os.ftruncate(self._descriptor, size)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        start, length = offset, len(data)
+        with disk_errors(self.path):
+            while data:
+                count = os.pwrite(self._descriptor, data, offset)
+                offset += count
+                data = data[count:]
+        # Starts the write-back at once and keeps the merge from evicting everyone else's page cache.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, start, length, os.POSIX_FADV_DONTNEED)
+
+    def finish(self) -> None:
+        with disk_errors(self.path):
+            os.fsync(self._descriptor)
+        self.close()
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _put_in_place(finished: Path, output: Path) -> None:
+    """Make `output` what `finished` is. What stood there before is left under `finished`'s folder."""
+    if output.exists() and not _exchange(finished, output):
+        if not _is_empty_folder(output):
+            previous = finished.with_name("previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            os.rename(output, previous)
+        os.rename(finished, output)
+    elif finished.exists() and not output.exists():
+        os.rename(finished, output)
+    _sync_folder(output.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (Linux renameat2, macOS renamex_np). False where that cannot be had."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            status = libc.renamex_np(os.fsencode(first), os.fsencode(second), 2)
+        else:
+            here = -100
+            status = libc.renameat2(here, os.fsencode(first), here, os.fsencode(second), 2)
+    except (AttributeError, OSError):
+        return False
+    return bool(status == 0)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _read_lines(journal: Path) -> list[dict[str, Any]]:
+    """The journal's whole lines; what a crash cut short is left out."""
+    try:
+        text = journal.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return []
+    entries = []
+    for line in text.splitlines(keepends=True):
+        try:
+            entry = json.loads(line) if line.endswith("\n") else None
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
+    return entries
+
+
+def _write_synced(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".new")
+    with open(beside, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
