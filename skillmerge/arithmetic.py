@@ -190,15 +190,13 @@ def canonical_nan(values: Tensor) -> None:
 
 
 def fold_sum(values: Tensor) -> float:
-    """Sum of at most BLOCK float64 values, halves added to halves: the same order on every device."""
-    length = 1 << max(0, values.numel() - 1).bit_length()
-    assert length <= BLOCK
-    total = torch.zeros(length, dtype=torch.float64, device=values.device)
-    total[: values.numel()] = values
+    """Sum of float64 values, overwriting them: halves are added to halves, in the same order on every device."""
+    length = values.numel()
     while length > 1:
-        length //= 2
-        total = total[:length] + total[length:]
-    return float(total.item())
+        half = length // 2
+        values[:half].add_(values[length - half : length])
+        length -= half
+    return float(values[0].item())
 
 
 def bit_view(values: Tensor) -> Tensor:

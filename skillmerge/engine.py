@@ -1,11 +1,11 @@
 """Plan + checkpoints + device -> finished shards. The streaming core.
 
-A *span* is a run of an output file, a few megabytes of one or more tiles. A worker takes a span, reads its
-tiles' inputs into buffers it owns, computes into its output buffer, writes that at its final offset, and
-feeds it to the shard's digest when it is the span's turn. Each worker starts on a shard of its own and, when
-none is left, helps with those in flight. torch and the system calls release the GIL, so a few such workers
-overlap reading, arithmetic and writing without queues. On CUDA the same worker owns a stream and pinned
-buffers. Nothing here decides anything: the plan did.
+A *span* is a run of an output file, a few megabytes of one or more tiles. A worker takes a free output buffer
+and a span, reads its tiles' inputs into buffers it owns, computes, and hands the full buffer to a writer,
+which writes it at its final offset and digests whatever is next in its shard's turn. Each worker starts on a
+shard of its own and, when none is left, helps with those in flight. torch and the system calls release the
+GIL, so that reading, arithmetic, writing and digesting overlap; nobody waits but for a free buffer. On CUDA
+the same worker owns a stream and pinned buffers. Nothing here decides anything: the plan did.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import hashlib
 import math
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -36,10 +37,10 @@ from skillmerge.arithmetic import (
 from skillmerge.checkpoints.folder import Checkpoint
 from skillmerge.errors import InputError, UsageError
 from skillmerge.planning import Plan, ShardPlan, TensorPlan
-from skillmerge.resources import Budget
+from skillmerge.resources import OUTPUT_BUFFERS, WRITERS, Budget
 from skillmerge.statistics import BlockStatistics, is_sampled, measure, total
-from skillmerge.tensors import BLOCK, DTYPES, block_count, tile_ranges
-from skillmerge.writer import ShardFile, Staging
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count, tile_ranges
+from skillmerge.writer import PAGE, ShardFile, Staging, WriteMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,34 +121,43 @@ def choose_device(asked: str) -> tuple[torch.device, str]:
 class ShardJob:
     """One shard in flight: hands out its spans, keeps its digest in order, finishes its file."""
 
-    def __init__(self, plan: Plan, shard: ShardPlan, tile: int, staging: Staging) -> None:
+    def __init__(self, run: Run, shard: ShardPlan) -> None:
+        plan, tile = run.plan, run.settings.budget.tile
         self.shard = shard
         cut = spans(plan, shard, tile)
         self.pending = iter(cut)
         self.left = self.total = len(cut)
-        self.file = ShardFile(staging.files / shard.file, shard.size)
+        self.file = ShardFile(run.staging.files / shard.file, shard.size, shard.header, run.write_mode)
         self.statistics: dict[str, dict[int, BlockStatistics]] = {
             spec.name: {} for spec in shard.specs if plan.tensors[spec.name].action == "merge"
         }
         self._digest = hashlib.sha256(shard.header)
+        self._written: dict[int, tuple[memoryview, Buffer]] = {}
+        self._digesting = False
         self._turn = 0
-        self._turns = threading.Condition()
-        self.file.write(memoryview(shard.header), 0)
+        self._lock = threading.Lock()
 
-    def add(self, span: Span, data: memoryview, stop: threading.Event) -> bool:
-        """Write a computed span and digest it in its turn. True where it was the shard's last."""
+    def add(self, span: Span, buffer: Buffer, free: Callable[[Buffer], None]) -> bool:
+        """Write a computed span, then digest what has its turn. True where that was the shard's last.
+
+        Whichever writer fills the gap digests everything that was waiting behind it, and frees its buffers.
+        """
+        data = buffer.view[span.offset % PAGE :][: span.nbytes]
         self.file.write(data, span.offset)
-        with self._turns:
-            while self._turn != span.index:
-                if stop.is_set():
-                    return False
-                self._turns.wait(0.2)
-        # Out of the lock: the others may write while this one is digested, and only its turn comes here.
-        self._digest.update(data)
-        with self._turns:
+        with self._lock:
+            self._written[span.index] = (data, buffer)
+            if self._digesting:
+                return False
+            self._digesting = True
+        while True:
+            with self._lock:
+                waiting = self._written.pop(self._turn, None)
+                if waiting is None:
+                    self._digesting = False
+                    return self._turn == self.total
+            self._digest.update(waiting[0])
+            free(waiting[1])
             self._turn += 1
-            self._turns.notify_all()
-            return self._turn == self.total
 
     def finish(self) -> dict[str, Any]:
         self.file.finish()
@@ -164,23 +174,72 @@ class ShardJob:
         }
 
 
-@dataclass(slots=True)
 class Run:
-    """What the workers of one run share."""
+    """What the threads of one run share: shards to do, buffers to fill, spans to write."""
 
-    plan: Plan
-    checkpoints: Mapping[str, Checkpoint]
-    staging: Staging
-    settings: Settings
-    unstarted: Iterator[ShardPlan]
-    jobs: list[ShardJob] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    stop: threading.Event = field(default_factory=threading.Event)
-    done: threading.Event = field(default_factory=threading.Event)
-    failure: BaseException | None = None
-    working: int = 0
-    moved: int = 0
-    """Bytes of output finished, for the progress display."""
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoints: Mapping[str, Checkpoint],
+        staging: Staging,
+        settings: Settings,
+        shards: Sequence[ShardPlan],
+    ) -> None:
+        self.plan, self.checkpoints, self.staging, self.settings = plan, checkpoints, staging, settings
+        self.unstarted = iter(shards)
+        self.jobs: list[ShardJob] = []
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
+        self.failure: BaseException | None = None
+        self.write_mode = WriteMode()
+        self.moved = 0
+        """Bytes of output written, for the progress display."""
+        self.full: SimpleQueue[tuple[ShardJob, Span, Buffer] | None] = SimpleQueue()
+        self.free: SimpleQueue[Buffer] = SimpleQueue()
+        widest = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=1)
+        count = OUTPUT_BUFFERS * settings.budget.threads
+        self.buffers = [Buffer(settings.budget.tile * widest + PAGE, settings.device) for _ in range(count)]
+        for buffer in self.buffers:
+            self.free.put(buffer)
+
+    def work(self) -> None:
+        """A worker's life: a free buffer, a span, its bytes, and on to the writers."""
+        worker = Worker(self)
+        job: ShardJob | None = None
+        try:
+            while (buffer := self._free_buffer()) is not None and (taken := self.take(job)) is not None:
+                job, span = taken
+                if span is None:
+                    self.free.put(buffer)
+                    self.complete(job)
+                    continue
+                worker.fill(job, span, buffer)
+                self.full.put((job, span, buffer))
+        finally:
+            worker.close()
+
+    def write(self) -> None:
+        """A writer's life: until there is nothing left to write."""
+        while (item := self.full.get()) is not None and not self.stop.is_set():
+            job, span, buffer = item
+            if job.add(span, buffer, self.free.put):
+                self.complete(job)
+            with self.lock:
+                self.moved += span.nbytes
+
+    def _free_buffer(self) -> Buffer | None:
+        while not self.stop.is_set():
+            try:
+                return self.free.get(timeout=0.2)
+            except Empty:
+                continue
+        return None
+
+    def close(self) -> None:
+        for job in self.jobs:
+            job.file.close()
+        for buffer in self.buffers:
+            buffer.close()
 
     def take(self, mine: ShardJob | None) -> tuple[ShardJob, Span | None] | None:
         """The next span: of the worker's own shard, of a new one, or of the one with the most left.
@@ -200,7 +259,7 @@ class Run:
         shard = next(self.unstarted, None)
         if shard is None:
             return max((job for job in self.jobs if job.left), key=lambda job: job.left, default=None)
-        self.jobs.append(ShardJob(self.plan, shard, self.settings.budget.tile, self.staging))
+        self.jobs.append(ShardJob(self, shard))
         return self.jobs[-1]
 
     def complete(self, job: ShardJob) -> None:
@@ -237,48 +296,48 @@ def merge_shards(
     """
     wanted = [shard for shard in (shards or plan.shards) if shard.file not in staging.finished]
     finished = sum(shard.size for shard in plan.shards if shard.file in staging.finished)
-    run = Run(plan, checkpoints, staging, settings, iter(wanted))
+    run = Run(plan, checkpoints, staging, settings, wanted)
     intraop = torch.get_num_threads()
     torch.set_num_threads(1)
-    threads = [
-        threading.Thread(target=_work, args=(run,), name=f"skillmerge-{number}", daemon=True)
-        for number in range(settings.budget.threads)
+    workers = [
+        threading.Thread(target=_guard, args=(run, run.work), daemon=True)
+        for _ in range(settings.budget.threads)
     ]
+    writers = [threading.Thread(target=_guard, args=(run, run.write), daemon=True) for _ in range(WRITERS)]
     try:
-        run.working = len(threads)
-        for thread in threads:
+        for thread in (*workers, *writers):
             thread.start()
-        while not run.done.wait(0.25):
-            progress(finished + run.moved)
+        for thread in workers:
+            while thread.is_alive():
+                thread.join(0.25)
+                progress(finished + run.moved)
+        for _ in writers:
+            run.full.put(None)
+        for thread in writers:
+            while thread.is_alive():
+                thread.join(0.25)
         progress(finished + run.moved)
     finally:
         run.stop.set()
-        for thread in threads:
+        for _ in writers:
+            run.full.put(None)
+        for thread in (*workers, *writers):
             thread.join()
-        for job in run.jobs:
-            job.file.close()
+        run.close()
         torch.set_num_threads(intraop)
     if run.failure is not None:
         raise run.failure
 
 
-def _work(run: Run) -> None:
+def _guard(run: Run, body: Callable[[], None]) -> None:
+    """Run a thread's body; the first failure stops all of them."""
     try:
         with torch.inference_mode():
-            worker = Worker(run)
-            try:
-                worker.loop()
-            finally:
-                worker.close()
+            body()
     except BaseException as error:
         with run.lock:
             run.failure = run.failure or error
         run.stop.set()
-    finally:
-        with run.lock:
-            run.working -= 1
-            if run.working == 0:
-                run.done.set()
 
 
 class Buffer:
@@ -304,51 +363,43 @@ class Buffer:
 
 
 class Worker:
-    """One thread's buffers and loop. `chunk` elements are computed at once: a block on the CPU, a tile on CUDA."""
+    """One thread's input buffers and arithmetic.
+
+    `chunk` elements are computed at once: what fits the caches on a CPU, a whole tile on CUDA.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run, self.plan, self.settings = run, run.plan, run.settings
         tile = self.settings.budget.tile
-        widest = max((DTYPES[tensor.dtype].itemsize for tensor in self.plan.tensors.values()), default=1)
-        self.output = Buffer(tile * widest, self.settings.device)
         self.inputs = [Buffer(tile * size, self.settings.device) for size in self.plan.input_itemsizes]
-        self.host_scratch = Scratch(torch.device("cpu"), BLOCK)
+        self.host_scratch = Scratch(torch.device("cpu"), CHUNK)
         self._use(self.settings.device, tile)
 
     def _use(self, device: torch.device, tile: int) -> None:
         self.device = device
-        self.chunk = tile if device.type == "cuda" else BLOCK
+        self.chunk = tile if device.type == "cuda" else CHUNK
         self.scratch = Scratch(device, self.chunk) if device.type == "cuda" else self.host_scratch
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def loop(self) -> None:
-        job: ShardJob | None = None
-        while (taken := self.run.take(job)) is not None:
-            job, span = taken
-            if span is None:
-                self.run.complete(job)
-                continue
-            for tile in span.tiles:
-                if self.run.stop.is_set():
-                    return
-                self._fill(job, span, tile)
-            if job.add(span, self.output.view[: span.nbytes], self.run.stop):
-                self.run.complete(job)
-            with self.run.lock:
-                self.run.moved += span.nbytes
+    def fill(self, job: ShardJob, span: Span, buffer: Buffer) -> None:
+        """Put a span's bytes into `buffer`, aligned in memory as they are in the file (direct I/O asks for it)."""
+        for tile in span.tiles:
+            if self.run.stop.is_set():
+                return
+            self._fill(job, tile, buffer, span.offset % PAGE + tile.offset - span.offset)
 
     def close(self) -> None:
-        for buffer in (self.output, *self.inputs):
+        for buffer in self.inputs:
             buffer.close()
 
-    def _fill(self, job: ShardJob, span: Span, tile: Tile) -> None:
-        tensor, start = tile.tensor, tile.offset - span.offset
+    def _fill(self, job: ShardJob, tile: Tile, output: Buffer, start: int) -> None:
+        tensor = tile.tensor
         if tensor.action in ("copy", "same"):
-            self._read(tensor.sources[0], tile, self.output.view[start : start + tile.nbytes])
+            self._read(tensor.sources[0], tile, output.view[start : start + tile.nbytes])
             if tensor.action == "same":
-                self._compare(tile, self.output.tensor[start : start + tile.nbytes])
+                self._compare(tile, output.tensor[start : start + tile.nbytes])
             elif not self.settings.allow_nonfinite and DTYPES[tensor.dtype].is_float:
-                out = self.output.typed(torch_dtype(tensor.dtype), start, tile.last - tile.first)
+                out = output.typed(torch_dtype(tensor.dtype), start, tile.last - tile.first)
                 for first in range(0, out.numel(), BLOCK):
                     if any_nonfinite(out[first : first + BLOCK], self.host_scratch):
                         raise self._nonfinite(tile, {tensor.sources[0][0]: out}, out)
@@ -358,7 +409,7 @@ class Worker:
             dtype = torch_dtype(self.run.checkpoints[source[0]].tensors[source[1]].dtype)
             values[source[0]] = buffer.typed(dtype, 0, tile.last - tile.first)
             self._read(source, tile, buffer.view[: values[source[0]].nbytes])
-        out = self.output.typed(torch_dtype(tensor.dtype), start, tile.last - tile.first)
+        out = output.typed(torch_dtype(tensor.dtype), start, tile.last - tile.first)
         while True:
             try:
                 return self._compute(job, tile, values, out)
@@ -454,7 +505,7 @@ class Worker:
                 if subtracted is not None
                 else base[piece].to(torch.float64) - value[piece].to(torch.float64)
             )
-            job.statistics[tensor.name][block] = measure(base[piece], out[piece], update)
+            job.statistics[tensor.name][block] = measure(base[piece], out[piece], update, self.scratch)
 
     def _nonfinite(
         self, tile: Tile, inputs: Mapping[str, Tensor], out: Tensor, first: int | None = None

@@ -11,14 +11,17 @@ from pathlib import Path
 
 from skillmerge.errors import ResourceError
 from skillmerge.planning import Plan
-from skillmerge.tensors import BLOCK, DTYPES, format_bytes
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, format_bytes
 
 RUNTIME_BYTES = 300_000_000
 """Resident memory of Python with torch imported, before any work, with room for headers and tables."""
 
-_TILE_BYTES = 4 << 20
+_TILE_BYTES = 2 << 20
 _CUDA_TILE_BYTES = 64 << 20
 _MAX_THREADS = 16
+WRITERS = 2
+OUTPUT_BUFFERS = 3
+"""Per worker: one to fill while another is written and a third waits for its turn in the digest."""
 _SPARE_DISK = 64 << 20
 
 
@@ -34,15 +37,15 @@ class Budget:
 def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: bool = False) -> Budget:
     """Choose threads and tile size within `memory_limit` bytes. Raises ResourceError where nothing fits."""
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
-    element = sum(plan.input_itemsizes) + itemsize
+    element = sum(plan.input_itemsizes) + OUTPUT_BUFFERS * itemsize
     registers = max(
         (tensor.program.registers for tensor in plan.tensors.values() if tensor.program), default=1
     )
-    wanted = threads or min(_MAX_THREADS, (os.cpu_count() or 1) + 1)
+    wanted = threads or min(_MAX_THREADS, os.cpu_count() or 1)
     tables = 1200 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
 
     def need(count: int, tile: int) -> int:
-        return RUNTIME_BYTES + tables + count * (element * tile + (registers + 6) * BLOCK * 8)
+        return RUNTIME_BYTES + tables + count * (element * tile + (registers + 6) * CHUNK * 8)
 
     tile = max(BLOCK, (_CUDA_TILE_BYTES if cuda else _TILE_BYTES) // itemsize)
     while memory_limit is not None and need(wanted, tile) > memory_limit and (tile > BLOCK or wanted > 1):

@@ -25,6 +25,8 @@ from skillmerge.planning import Plan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from skillmerge.arithmetic import Scratch
+
 SAMPLE_STRIDE = 16
 DEVIATION = 0.1
 """A realised lambda further than this from the asked one is worth a warning."""
@@ -50,25 +52,30 @@ class BlockStatistics:
     du: float
 
 
-def measure(base: Tensor, out: Tensor, subtracted: Tensor) -> BlockStatistics:
+def measure(base: Tensor, out: Tensor, subtracted: Tensor, scratch: Scratch) -> BlockStatistics:
     """Measure one block: `base` as it is stored, `out` as it is written, `subtracted` = -lambda * v."""
     import torch
 
     from skillmerge.arithmetic import bit_view, fold_sum, round_nearest
 
+    count, wide = out.numel(), torch.float64
     if base.dtype != out.dtype:
-        base = round_nearest(base, torch.empty_like(out))
-    same = torch.eq(bit_view(base), bit_view(out))
-    moved = subtracted != 0
-    wide = subtracted.to(torch.float64)
-    step = out.to(torch.float64) - base.to(torch.float64)
+        base = round_nearest(base, scratch.get("statistics", 0, out.dtype, count))
+    before, after = bit_view(base), bit_view(out)
+    changed = torch.ne(before, after, out=scratch.get("statistics", 1, before.dtype, count))
+    update = scratch.get("statistics", 2, wide, count).copy_(subtracted)
+    step = scratch.get("statistics", 3, wide, count).copy_(out)
+    step.sub_(scratch.get("statistics", 4, wide, count).copy_(base)).mul_(update)
+    du = -fold_sum(step)
+    updated = int(torch.count_nonzero(update).item())
+    visible = int(torch.count_nonzero(torch.mul(update, changed, out=step)).item())
     return BlockStatistics(
-        elements=out.numel(),
-        updated=int(moved.sum().item()),
-        vanished=int((moved & same).sum().item()),
-        changed=int((~same).sum().item()),
-        uu=fold_sum(wide * wide),
-        du=-fold_sum(step * wide),
+        elements=count,
+        updated=updated,
+        vanished=updated - visible,
+        changed=int(torch.count_nonzero(changed).item()),
+        uu=fold_sum(update.mul_(update)),
+        du=du,
     )
 
 

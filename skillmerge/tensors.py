@@ -14,6 +14,10 @@ BLOCK = 1 << 16
 """Elements in a block: the unit of arithmetic and of the sampled statistics. Blocks are counted
 from a tensor's first element, so that neither depends on how a run cuts its tiles."""
 
+CHUNK = 4 * BLOCK
+"""Elements that the CPU computes at once: large enough to hide the cost of a call, small enough for the L2
+cache (measured, see benchmarks/RESULTS.md). No result depends on it."""
+
 
 @dataclass(frozen=True, slots=True)
 class DType:
