@@ -37,7 +37,7 @@ def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
     return click.option(*names, envvar=variable, show_envvar=False, **attributes)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]
     """A size such as 5GB, as bytes."""
 
     name = "size"
@@ -51,7 +51,7 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class Device(click.ParamType):
+class Device(click.ParamType):  # type: ignore[type-arg]
     name = "auto|cpu|cuda[:N]"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
@@ -61,7 +61,7 @@ class Device(click.ParamType):
         self.fail(f"`{value}` is not a device; choose auto, cpu, cuda or cuda:N", param, ctx)
 
 
-class Coefficient(click.ParamType):
+class Coefficient(click.ParamType):  # type: ignore[type-arg]
     name = "name=number"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, float]:
@@ -199,8 +199,6 @@ def plan(
         from skillmerge import report
 
         report.show_plan(made, needs, str(where) if where else None, free, report.console())
-    if made.problems and (as_json or save):
-        raise click.exceptions.Exit(4)
     if made.problems:
         raise click.exceptions.Exit(4)
     if where is not None:
@@ -263,10 +261,32 @@ def schema() -> None:
 @cli.command()
 @click.argument("folder", type=click.Path(), default="skillmerge-demo")
 def demo(folder: str) -> None:
-    """Make a small family of checkpoints, merge it, verify it, and show how."""
-    from skillmerge.demo import run
+    """Make a small family of checkpoints in FOLDER, merge it, verify it, and show how."""
+    from skillmerge import report
+    from skillmerge.demo import write_family
+    from skillmerge.merge import apply as merge
+    from skillmerge.verification import verify as check
 
-    run(Path(folder))
+    root = Path(folder)
+    if root.exists() and any(root.iterdir()):
+        raise UsageError(f"{folder} exists already", fix="name another folder: skillmerge demo my-demo")
+    out = report.console()
+    recipe = write_family(root)
+    click.echo(f"A small family of checkpoints is in {folder}: base, source-sft, source-rl, target-sft.\n")
+    click.echo(f"$ cat {recipe}\n{recipe.read_text(encoding='utf-8')}")
+    click.echo(f"$ skillmerge apply {recipe}")
+    result = merge(recipe, reporter=report.TerminalReporter(quiet=False, verbose=False))
+    report.show_result(result, out)
+    for warning in report.rounding_warnings(result):
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(
+        f"\n$ skillmerge verify {result.output.relative_to(Path.cwd()) if root.is_relative_to('.') else result.output}"
+    )
+    report.show_verdict(check(result.output), out)
+    click.echo("\nThe merged model:")
+    for path in sorted(result.output.iterdir()):
+        click.echo(f"  {path.stat().st_size:>9,}  {path}")
+    click.echo(f"\nNow change a coefficient in {recipe} and run: skillmerge apply {recipe} --overwrite")
 
 
 def _write(path: Path, text: str) -> None:

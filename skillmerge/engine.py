@@ -250,8 +250,10 @@ class Run:
             if self.stop.is_set():
                 return None
             job = mine if mine is not None and mine.left else self._next_job()
-            if job is None or not job.left:
-                return job and (job, None)
+            if job is None:
+                return None
+            if not job.left:
+                return job, None
             job.left -= 1
             return job, next(job.pending)
 
@@ -350,7 +352,7 @@ class Buffer:
         self._pinned = False
         if device.type == "cuda":
             with torch.cuda.device(device):
-                status = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), len(self._memory), 0)
+                status = _cudart().cudaHostRegister(self.tensor.data_ptr(), len(self._memory), 0)
             self._pinned = int(status) == 0
 
     def typed(self, dtype: torch.dtype, start: int, count: int) -> Tensor:
@@ -358,8 +360,12 @@ class Buffer:
 
     def close(self) -> None:
         if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
+            _cudart().cudaHostUnregister(self.tensor.data_ptr())
             self._pinned = False
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 class Worker:
@@ -379,7 +385,7 @@ class Worker:
         self.device = device
         self.chunk = tile if device.type == "cuda" else CHUNK
         self.scratch = Scratch(device, self.chunk) if device.type == "cuda" else self.host_scratch
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def fill(self, job: ShardJob, span: Span, buffer: Buffer) -> None:
         """Put a span's bytes into `buffer`, aligned in memory as they are in the file (direct I/O asks for it)."""

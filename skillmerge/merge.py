@@ -79,8 +79,7 @@ def apply(
         for note in plan.notes:
             reporter.warn(note)
         target = output_folder(plan.recipe, output, checkpoints)
-        limits = {"threads": threads, "memory_limit": memory_limit}
-        budget(plan, **limits)
+        budget(plan, threads=threads, memory_limit=memory_limit)
         with closing(Staging(target)) as staging:
             staging.recover()
             if (proof := finished_output(target, plan, checkpoints)) is not None:
@@ -100,7 +99,7 @@ def apply(
 
             where, why = choose_device(device)
             reporter.say(f"computing on {where}: {why}")
-            chosen = budget(plan, **limits, cuda=where.type == "cuda")
+            chosen = budget(plan, threads=threads, memory_limit=memory_limit, cuda=where.type == "cuda")
             settings = Settings(where, chosen, stats, allow_nonfinite, reporter.warn)
             with reporter.bar(sum(shard.size for shard in plan.shards)) as progress:
                 merge_shards(plan, checkpoints, staging, settings, progress=progress)

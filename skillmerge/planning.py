@@ -324,6 +324,7 @@ def _deciding(plan: Plan) -> dict[str, Any]:
         "donor": plan.donor,
         "output": {"dtype": output.dtype, "rounding": output.rounding, "seed": output.seed},
         "coefficients": list(plan.coefficients),
+        "overrides": dict(plan.recipe.overrides),
         "inputs": [
             {
                 "name": item.name,

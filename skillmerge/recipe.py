@@ -7,8 +7,10 @@ What can be known from the text alone is checked here; what needs a model's tens
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
@@ -18,30 +20,25 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, T
 from skillmerge import yamltext
 from skillmerge.coefficients import LayerRange, Rule, Schedule, parse_layers
 from skillmerge.errors import InputError, RecipeError, UsageError, did_you_mean
-from skillmerge.expression import ExpressionError, Name, Node, names_in, normalise_name, parse
-from skillmerge.naming import MODULE_KINDS
+from skillmerge.expression import ExpressionError, Node, names_in, normalise_name, parse
 from skillmerge.tensors import parse_size
 from skillmerge.yamltext import Document, Path, Place
 
 
-def _shape_of(value: Any) -> str:
-    return "table" if isinstance(value, dict) else "list" if isinstance(value, list) else "plain"
-
-
-def _either(**choices: Any) -> Any:
-    """A union told apart by the YAML shape of the value, so that an error speaks of the one that was meant."""
-    union: Any = None
-    for shape, kind in choices.items():
-        tagged = Annotated[kind, Tag(shape)]
-        union = tagged if union is None else union | tagged
-    fallback = next(iter(choices))
-    return Annotated[
-        union, Discriminator(lambda value: shape if (shape := _shape_of(value)) in choices else fallback)
-    ]
-
+# Unions are told apart by the YAML shape of the value, so that an error speaks of the member that was meant.
+_PLAIN_OR_LIST = Discriminator(lambda value: "list" if isinstance(value, list) else "plain")
+_PLAIN_OR_TABLE = Discriminator(lambda value: "table" if isinstance(value, dict) else "plain")
 
 Kind = Literal["attention", "mlp", "norm", "embedding", "head", "router", "expert"]
-Globs = _either(plain=Annotated[str, Field(min_length=1)], list=Annotated[list[str], Field(min_length=1)])
+Glob = Annotated[str, Field(min_length=1)]
+Globs = Annotated[
+    Annotated[Glob, Tag("plain")] | Annotated[list[Glob], Field(min_length=1), Tag("list")], _PLAIN_OR_LIST
+]
+Kinds = Annotated[Annotated[Kind, Tag("plain")] | Annotated[list[Kind], Tag("list")], _PLAIN_OR_LIST]
+Layers = Annotated[
+    Annotated[str | int, Tag("plain")] | Annotated[list[str | int], Field(min_length=1), Tag("list")],
+    _PLAIN_OR_LIST,
+]
 
 
 class _Table(BaseModel):
@@ -53,14 +50,9 @@ class ModelTable(_Table):
 
 
 class RuleTable(_Table):
-    layers: Annotated[
-        _either(plain=str | int, list=list[str | int]) | None,
-        Field(description="blocks: 7, 0-3, 4- or a list"),
-    ] = None
+    layers: Annotated[Layers | None, Field(description="blocks: 7, 0-3, 4- or a list")] = None
     tensors: Annotated[Globs | None, Field(description="globs over whole tensor names")] = None
-    modules: Annotated[
-        _either(plain=Kind, list=list[Kind]) | None, Field(description="kinds of module, read from the name")
-    ] = None
+    modules: Annotated[Kinds | None, Field(description="kinds of module, read from the name")] = None
     value: Annotated[FiniteFloat | None, Field(description="the coefficient of what the rule selects")] = None
     ramp: Annotated[
         list[FiniteFloat] | None,
@@ -91,16 +83,22 @@ class OutputTable(_Table):
     ] = "same"
 
 
+ModelEntry = Annotated[Annotated[str, Tag("plain")] | Annotated[ModelTable, Tag("table")], _PLAIN_OR_TABLE]
+CoefficientEntry = Annotated[
+    Annotated[FiniteFloat, Tag("plain")] | Annotated[ScheduleTable, Tag("table")], _PLAIN_OR_TABLE
+]
+
+
 class RecipeTable(_Table):
     """A skillmerge recipe, format version 1."""
 
     skillmerge: Annotated[Literal[1], Field(description="format version")]
-    models: Annotated[dict[str, _either(plain=str, table=ModelTable)], Field(min_length=1)]  # type: ignore[misc]
-    coefficients: dict[str, _either(plain=FiniteFloat, table=ScheduleTable)] = {}  # type: ignore[misc]
+    models: Annotated[dict[str, ModelEntry], Field(min_length=1, description="name -> where it is")]
+    coefficients: Annotated[dict[str, CoefficientEntry], Field(description="name -> number or schedule")] = {}
     merge: Annotated[str, Field(min_length=1, description="the arithmetic: target + lam * (rl - sft)")]
     copy_: Annotated[list[CopyTable], Field(alias="copy")] = []
     ignore: Annotated[
-        list[str], Field(description="tensors of other models that the output does without")
+        list[Glob], Field(description="tensors of other models that the output does without")
     ] = []
     output: OutputTable = OutputTable()
 
@@ -134,6 +132,8 @@ class Recipe:
     copy: tuple[CopyRule, ...]
     ignore: tuple[str, ...]
     output: Output
+    overrides: Mapping[str, float]
+    """Coefficients that were set from outside, in place of the recipe's."""
 
     @property
     def sha256(self) -> str:
@@ -169,7 +169,7 @@ class Recipe:
         return self.folder / FilePath(uri).expanduser()
 
 
-def load(path: FilePath | str, overrides: Mapping[str, float] | None = None) -> Recipe:
+def load(path: str | os.PathLike[str], overrides: Mapping[str, float] | None = None) -> Recipe:
     """Read and check the recipe at `path`; `overrides` (from --set) replace coefficients by numbers.
 
     Raises RecipeError for whatever is wrong with the text, UsageError where there is no such recipe.
@@ -217,7 +217,9 @@ def parse_recipe(
         if key not in schedules:
             near = did_you_mean(key, list(schedules)) or f"this recipe has: {', '.join(schedules) or 'none'}"
             raise UsageError(f"--set {key}: the recipe has no such coefficient", fix=near)
-        schedules[key] = Schedule(value)
+        if not math.isfinite(value):
+            raise UsageError(f"--set {key}: {value} is not a finite number")
+        schedules[key] = Schedule(float(value))
     try:
         expression = parse(table.merge, list(models), coefficients)
     except ExpressionError as error:
@@ -240,6 +242,7 @@ def parse_recipe(
             seed=table.output.seed,
             shard_size=_shard_size(document, table.output.shard_size),
         ),
+        overrides=dict(overrides or {}),
     )
 
 
@@ -272,23 +275,26 @@ def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list
     """Models and coefficients by normalised name; one name means one thing."""
     models: dict[str, str] = {}
     coefficients: list[str] = []
-    for section, entries in (("models", table.models), ("coefficients", table.coefficients)):
-        for written, entry in entries.items():
-            name = normalise_name(written)
-            if not name.isidentifier():
-                raise document.error(
-                    f"`{written}` cannot be used as a name",
-                    document.keys[(section, written)],
-                    "use letters, digits, _",
-                )
-            if name in models or name in coefficients:
-                raise document.error(
-                    f"`{written}` already names something else", document.keys[(section, written)]
-                )
-            if section == "models":
-                models[name] = entry.path if isinstance(entry, ModelTable) else entry
-            else:
-                coefficients.append(name)
+    for section, written in [
+        *(("models", written) for written in table.models),
+        *(("coefficients", written) for written in table.coefficients),
+    ]:
+        name = normalise_name(written)
+        if not name.isidentifier():
+            raise document.error(
+                f"`{written}` cannot be used as a name",
+                document.keys[(section, written)],
+                "use letters, digits, _",
+            )
+        if name in models or name in coefficients:
+            raise document.error(
+                f"`{written}` already names something else", document.keys[(section, written)]
+            )
+        if section == "models":
+            entry = table.models[written]
+            models[name] = entry.path if isinstance(entry, ModelTable) else entry
+        else:
+            coefficients.append(name)
     return models, coefficients
 
 
@@ -323,7 +329,7 @@ def _rule(document: Document, path: Path, table: RuleTable) -> Rule:
     )
 
 
-def _as_tuple(value: str | list[str] | None) -> tuple[str, ...]:
+def _as_tuple(value: str | Sequence[str] | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
@@ -464,7 +470,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, dict | list):
         return "a table" if isinstance(value, dict) else "a list"
     return f"the text {value!r}" if isinstance(value, str) else repr(value).lower()
-
-
-assert set(MODULE_KINDS) == set(Kind.__args__)  # type: ignore[attr-defined]
-__all__ = ["Name", "Recipe", "json_schema", "load", "parse_recipe", "unused_names"]

@@ -67,7 +67,11 @@ class TerminalReporter(Reporter):
         with tqdm(
             total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr, leave=False
         ) as bar:
-            yield lambda done: bar.update(done - bar.n) and None
+
+            def show(done: int) -> None:
+                bar.update(done - bar.n)
+
+            yield show
 
 
 def _line_progress(total: int) -> Callable[[int], None]:
