@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from skillmerge.checkpoints.folder import Checkpoint
 from skillmerge.coefficients import matcher
 from skillmerge.errors import did_you_mean, some
-from skillmerge.expression import Leaf, Term, names_in, weights
+from skillmerge.expression import Leaf, Term, names_in, sole_model, weights
 from skillmerge.modelconfig import tied_source, ties_embeddings
 from skillmerge.naming import module_kind
 from skillmerge.recipe import Recipe
@@ -60,7 +60,8 @@ def account_tensors(
         by_copy = name in copied
         term = Leaf(copied[name]) if by_copy else terms[name]
         same = not by_copy and not isinstance(term, Leaf) and not DTYPES[spec.dtype].is_float
-        models = in_formula if same else [model for model, factor in weights(term).items() if factor != 0]
+        sole = sole_model(term)
+        models = in_formula if same else [sole] if sole else list(weights(term))
         sources, trouble = [], False
         for model in models:
             source = _find(spec, checkpoints[model])

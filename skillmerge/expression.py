@@ -313,6 +313,12 @@ def weights(term: Term | None, by: float = 1.0) -> dict[str, float]:
     return total
 
 
+def sole_model(term: Term) -> str | None:
+    """The model that is all of the term, with factor 1, once what cancels is gone."""
+    left = {model: factor for model, factor in weights(term).items() if factor != 0}
+    return next(iter(left)) if list(left.values()) == [1.0] else None
+
+
 def degree(term: Term | None) -> float:
     """1 for a model, 0 for a difference; near misses of rounding (0.1 + 0.2 + 0.7) are taken as meant."""
     exact = math.fsum(weights(term).values())

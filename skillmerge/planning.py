@@ -28,7 +28,7 @@ from skillmerge.expression import (
     compile_term,
     degree,
     donor_of,
-    weights,
+    sole_model,
 )
 from skillmerge.modelconfig import contradictions, quantisation
 from skillmerge.recipe import Recipe, unused_names
@@ -245,9 +245,7 @@ def _plan_tensor(
         dtype = OUTPUT_DTYPES[recipe.output.dtype]
     if account.same:
         return TensorPlan(spec.name, dtype, spec.shape, "same", sources)
-    factors = {model: factor for model, factor in weights(term).items() if factor != 0}
-    if list(factors.values()) == [1.0]:
-        model = next(iter(factors))
+    if (model := sole_model(term)) is not None:
         source = dict(sources)[model]
         copied = checkpoints[model].tensors[source].dtype == dtype
         action = "copy" if copied else "cast"
