@@ -49,7 +49,7 @@ class Document:
             return RecipeError(f"{self.name}: {message}", fix=fix)
         lines = self.text.splitlines() or [""]
         line = lines[min(place.line, len(lines) - 1)].rstrip()
-        cut = max(0, place.column - 60)
+        cut = max(0, place.column - 60) if len(line) > 160 else 0
         gutter = f"{place.line + 1:>5} | "
         marker = " " * (len(gutter) - 2) + "| " + _blank(line[cut : place.column])
         width = max(1, min(place.width, 100))
@@ -71,10 +71,10 @@ def read(text: str, name: str) -> Document:
     document = Document(name, text)
     if len(text.encode(errors="replace")) > MAX_BYTES:
         raise document.error(f"is larger than {MAX_BYTES // 1024} KiB, which no recipe needs", None)
-    yaml = YAML(typ="rt", pure=True)
+    yaml = YAML(typ="safe", pure=True)
     try:
         _check_bounds(yaml, document)
-        node = YAML(typ="rt", pure=True).compose(text)
+        node = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(mark.line, mark.column) if mark else None

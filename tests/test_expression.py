@@ -1,0 +1,145 @@
+"""Parsing, degrees, binding and the steps of expressions."""
+
+from __future__ import annotations
+
+import pytest
+
+from skillmerge.expression import (
+    ExpressionError,
+    Leaf,
+    Scaled,
+    Sum,
+    bind,
+    compile_term,
+    degree,
+    donor_of,
+    parse,
+    sole_model,
+    weights,
+)
+
+MODELS = ["a", "b", "c"]
+
+
+def bound(text: str, **values: float):
+    return bind(parse(text, MODELS, list(values) or ["lam"]), values)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a", {"a": 1}),
+        ("a + b - c", {"a": 1, "b": 1, "c": -1}),
+        ("a - (b - c)", {"a": 1, "b": -1, "c": 1}),
+        ("a - b - c", {"a": 1, "b": -1, "c": -1}),
+        ("2 * a / 4", {"a": 0.5}),
+        ("-a", {"a": -1}),
+        ("--a", {"a": 1}),
+        ("+a", {"a": 1}),
+        ("2 * (a + 3 * (b - c)) / 2", {"a": 1, "b": 3, "c": -3}),
+        ("(1 - 0.25) * a + 0.25 * b", {"a": 0.75, "b": 0.25}),
+        (".5*a + 5e-1*b", {"a": 0.5, "b": 0.5}),
+        ("(2 + 3) * a - 4 * a", {"a": 1}),
+    ],
+)
+def test_expression_has_the_weights_of_school_arithmetic(text: str, wanted: dict[str, float]) -> None:
+    assert weights(bound(text)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("a", 1), ("a - b", 0), ("a + b", 2), ("a + 0.7 * (b - c)", 1), ("(a + b + c) / 3", 1), ("0.1*a + 0.2*b + 0.7*c", 1)],
+)
+def test_degree_says_what_an_expression_is(text: str, wanted: float) -> None:
+    assert degree(bound(text)) == wanted
+
+
+def test_terms_with_coefficient_zero_fall_away() -> None:
+    assert bound("a + lam * (b - c)", lam=0.0) == Leaf("a")
+    assert bound("lam * a", lam=0.0) is None
+    assert bound("lam * a - b", lam=0.0) == Scaled(Leaf("b"), -1.0, False)
+    assert sole_model(bound("b - b + a")) == "a"
+
+
+def test_greek_names_are_names_and_the_micro_sign_is_mu() -> None:
+    node = parse("a + \u00b5 * (b - c)", MODELS, ["\u03bc"])
+    assert weights(bind(node, {"\u03bc": 0.5})) == {"a": 1, "b": 0.5, "c": -0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "position", "message"),
+    [
+        ("a + d", 4, "neither a model nor a coefficient"),
+        ("a / b", 2, "divides by a model"),
+        ("a * b", 2, "multiplies two models"),
+        ("a + 1", 2, "adds a number"),
+        ("1 - a", 2, "adds a number"),
+        ("a +", 3, "nothing where"),
+        ("(a", 0, "never closed"),
+        ("a)", 1, "where an operator or the end is expected"),
+        ("a b", 2, "lacks an operator"),
+        ("2 a", 2, "lacks an operator"),
+        ("a ** 2", 3, "where a model, a number"),
+        ("a; b", 1, "unexpected character"),
+        ("ties(a, b)", 0, "no method of this version"),
+        ("a.b", 1, "unexpected character"),
+        ("1e999 * a", 0, "not finite"),
+        ("lam", 0, "no model in it"),
+        ("", 0, "nothing where"),
+        ("(" * 60 + "a" + ")" * 60, 50, "nested deeper"),
+        ("a" + " - a" * 400, 806, "too many terms"),
+    ],
+)
+def test_mistake_is_told_where_it_stands(text: str, position: int, message: str) -> None:
+    with pytest.raises(ExpressionError, match=message) as error:
+        parse(text, MODELS, ["lam"])
+    assert error.value.position == position
+
+
+@pytest.mark.parametrize("text", ["a / lam", "a * (1 / lam)", "a / (lam - lam)"])
+def test_division_by_zero_is_refused(text: str) -> None:
+    with pytest.raises(ExpressionError, match="divides by zero"):
+        bind(parse(text, MODELS, ["lam"]), {"lam": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("a + 0.5 * (b - c)", "a"), ("b - c + a", "a"), ("0.5 * (b - c) + a", "a"), ("0.5 * b + 0.5 * c", "b"), ("(c + a) / 2", "c")],
+)
+def test_donor_is_the_first_model_of_degree_one(text: str, wanted: str) -> None:
+    assert donor_of(bound(text)) == wanted
+
+
+def test_added_difference_is_turned_round_and_subtracted() -> None:
+    """t + lam * (rl - sft) as t - lam * (sft - rl): where rl = sft the zero keeps t's sign."""
+    program = compile_term(bound("a + lam * (b - c)", lam=0.5))
+    steps = [(step.op, step.model or step.factor) for step in program.steps]
+    assert steps == [
+        ("load", "c"),
+        ("load", "b"),
+        ("subtract", 1.0),
+        ("multiply", 0.5),
+        ("load", "a"),
+        ("subtract", 1.0),
+    ]
+    assert (program.registers, program.base, program.asked) == (2, "a", 0.5)
+    assert program.same_bits == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [("a + 0.5 * (b - c)", 0.5), ("a - 0.5 * (b - c)", -0.5), ("a + (b - c) / 4", 0.25), ("a + (b - c)", 1.0), ("(a + b) / 2", 1.0)],
+)
+def test_program_knows_the_lambda_that_was_asked(text: str, asked: float) -> None:
+    assert compile_term(bound(text)).asked == asked
+
+
+def test_lambda_one_needs_the_rule_for_equal_bits() -> None:
+    assert compile_term(bound("a + b - c")).same_bits == (("a", "c", "b"), ("b", "c", "a"))
+    assert compile_term(bound("a + (b - c)")).same_bits == (("a", "c", "b"),)
+
+
+def test_registers_stay_few_however_the_sum_is_written() -> None:
+    text = " + ".join(f"0.1 * (a - (b - (c - {number} * b)))" for number in range(1, 20))
+    term = Sum(Leaf("a"), bound(text), False)
+    assert compile_term(term).registers <= 5

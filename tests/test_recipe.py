@@ -1,0 +1,251 @@
+"""The recipe: what is read, and how every mistake is told (snapshots)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from skillmerge.errors import RecipeError, UsageError
+from skillmerge.recipe import json_schema, load, parse_recipe, unused_names
+from skillmerge.starter import RECIPE
+from skillmerge.yamltext import read
+
+GOOD = """\
+skillmerge: 1
+models:
+  target: ./runs/target
+  rl: /models/rl
+  sft: {path: ./sft}
+coefficients:
+  lam:
+    default: 1.0
+    rules:
+      - {layers: 0-3, value: 0.0}
+      - {layers: 4-, ramp: [0.5, 1.0]}
+      - {tensors: "*.mlp.*", value: 0.8}
+      - {tensors: ["*embed_tokens*", "*lm_head*"], modules: [embedding, head], value: 0}
+merge: target + lam * (rl - sft)
+copy:
+  - {tensors: "model.visual.*", from: target}
+ignore: ["lm_head.weight"]
+output:
+  path: ./merged
+  like: target
+  dtype: bfloat16
+  rounding: stochastic
+  seed: 3
+  shard_size: 5GB
+"""
+
+
+def parse(text: str, **overrides: float):
+    return parse_recipe(text, "recipe.yaml", Path("/work"), overrides)
+
+
+def test_recipe_is_read_into_frozen_data() -> None:
+    recipe = parse(GOOD)
+    assert dict(recipe.models) == {"target": "./runs/target", "rl": "/models/rl", "sft": "./sft"}
+    assert recipe.model_folder("target") == Path("/work/runs/target")
+    assert recipe.model_folder("rl") == Path("/models/rl")
+    assert recipe.output.path == Path("/work/merged")
+    assert recipe.output.shard_size == 5_000_000_000
+    assert (recipe.output.dtype, recipe.output.rounding, recipe.output.seed) == ("bfloat16", "stochastic", 3)
+    assert [rule.value for rule in recipe.coefficients["lam"].rules] == [0.0, 0.0, 0.8, 0.0]
+    with pytest.raises(AttributeError):
+        recipe.folder = Path("/")  # type: ignore[misc]
+
+
+def test_set_replaces_a_schedule_by_a_number() -> None:
+    assert parse(GOOD, lam=0.25).coefficients["lam"].resolve(["x"]) == {"x": 0.25}
+    with pytest.raises(UsageError, match="no such coefficient"):
+        parse(GOOD, lamb=0.25)
+
+
+def test_greek_names_work_everywhere() -> None:
+    recipe = parse(GOOD.replace("lam", "λ"), λ=0.5)
+    assert list(recipe.coefficients) == ["λ"]
+
+
+def test_models_that_do_nothing_are_named() -> None:
+    assert unused_names(parse(GOOD.replace("models:\n", "models:\n  base: ./base\n"))) == ["base"]
+
+
+def test_hub_models_say_what_to_do_in_this_version() -> None:
+    recipe = parse(GOOD.replace("/models/rl", "hf://acme/rl@main"))
+    with pytest.raises(RecipeError, match=r"recipe.yaml:4:7: .*local folders only[\s\S]*hf download acme/rl"):
+        recipe.model_folder("rl")
+
+
+SNAPSHOTS = {
+    "unknown key": (
+        ("tensors: \"*.mlp", "tensor: \"*.mlp"),
+        """\
+recipe.yaml:12:10: unknown key `tensor`
+   12 |       - {tensor: "*.mlp.*", value: 0.8}
+      |          ^^^^^^
+did you mean `tensors`?""",
+    ),
+    "misspelt model": (
+        ("(rl - sft)", "(rl - stf)"),
+        """\
+recipe.yaml:14:29: the expression names `stf`, which is neither a model nor a coefficient
+   14 | merge: target + lam * (rl - stf)
+      |                             ^^^
+did you mean `sft`?""",
+    ),
+    "duplicate key": (
+        ("ignore:", "merge: target\nignore:"),
+        """\
+recipe.yaml:17:1: duplicate key `merge`
+   17 | merge: target
+      | ^^^^^
+it stands on line 14 already: keep one of the two""",
+    ),
+    "string for a number": (
+        ("default: 1.0", 'default: "1.0"'),
+        """\
+recipe.yaml:8:14: `default` must be a number, not the text '1.0'
+    8 |     default: "1.0"
+      |              ^^^^^
+remove the quotes: 1.0""",
+    ),
+    "not finite": (
+        ("value: 0.8", "value: .inf"),
+        """\
+recipe.yaml:12:37: `value` must be a finite number, not inf
+   12 |       - {tensors: "*.mlp.*", value: .inf}
+      |                                     ^^^^""",
+    ),
+    "division by a model": (
+        ("merge: target + lam * (rl - sft)", "merge: target / rl"),
+        """\
+recipe.yaml:14:15: the expression divides by a model
+   14 | merge: target / rl
+      |               ^
+only numbers and coefficients divide""",
+    ),
+    "backward layers": (
+        ("layers: 0-3", "layers: 3-0"),
+        """\
+recipe.yaml:10:18: `3-0` runs backwards; write 0-3
+   10 |       - {layers: 3-0, value: 0.0}
+      |                  ^^^""",
+    ),
+    "misspelt model under copy": (
+        ("from: target", "from: targt"),
+        """\
+recipe.yaml:16:39: `targt` is not a model of this recipe
+   16 |   - {tensors: "model.visual.*", from: targt}
+      |                                       ^^^^^
+did you mean `target`?""",
+    ),
+    "misspelt top key": (
+        ("merge: target", "merg: target"),
+        """\
+recipe.yaml:14:1: unknown key `merg`
+   14 | merg: target + lam * (rl - sft)
+      | ^^^^
+did you mean `merge`?""",
+    ),
+    "misspelt module": (
+        ("modules: [embedding, head]", "modules: [embeding, head]"),
+        """\
+recipe.yaml:13:62: this must be `attention`, `mlp`, `norm`, `embedding`, `head`, `router` or `expert`, not 'embeding'
+   13 |       - {tensors: ["*embed_tokens*", "*lm_head*"], modules: [embeding, head], value: 0}
+      |                                                              ^^^^^^^^
+did you mean `embedding`?""",
+    ),
+    "misspelt dtype": (
+        ("dtype: bfloat16", "dtype: bf16"),
+        """\
+recipe.yaml:21:10: `dtype` must be `same`, `bfloat16`, `float16` or `float32`, not 'bf16'
+   21 |   dtype: bf16
+      |          ^^^^
+did you mean `bfloat16`?""",
+    ),
+    "missing version": (
+        ("skillmerge: 1\n", ""),
+        """\
+recipe.yaml:1:1: missing key `skillmerge`
+    1 | models:
+      | ^
+start the recipe with `skillmerge: 1`""",
+    ),
+    "missing operator": (
+        ("lam * (rl", "lam (rl"),
+        """\
+recipe.yaml:14:21: the expression lacks an operator before `(`
+   14 | merge: target + lam (rl - sft)
+      |                     ^
+did you mean `*`?""",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SNAPSHOTS)
+def test_mistake_reads_as_it_should(name: str) -> None:
+    (old, new), wanted = SNAPSHOTS[name]
+    assert old in GOOD
+    with pytest.raises(RecipeError) as error:
+        parse(GOOD.replace(old, new, 1))
+    assert str(error.value) == wanted
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("value: 0.8", "value: 0.8, ramp: [0, 1]", "both `value` and `ramp`"),
+        ("value: 0.8", "modules: mlp", "neither `value` nor `ramp`"),
+        ("layers: 0-3, ", "", "selects nothing"),
+        ("ramp: [0.5, 1.0]", "ramp: [0.5]", "must be two numbers"),
+        ("skillmerge: 1", "skillmerge: 2", "format version 2 is not known"),
+        ("skillmerge: 1", 'skillmerge: "1"', "format version '1'"),
+        ("shard_size: 5GB", "shard_size: big", "is not a size"),
+        ("shard_size: 5GB", "shard_size: 0GB", "not a positive size"),
+        ("seed: 3", "seed: -3", "greater than or equal to 0"),
+        ("  lam:\n", "  rl:\n", "already names something else"),
+        ("  target: ./runs", "  my target: ./runs", "cannot be used as a name"),
+        ("ignore: [", "ignore: [3, ", "must be text"),
+        ("path: ./merged", "path: 3", "must be text, not 3"),
+        ("like: target", "like: tarrget", "not a model of this recipe"),
+        ("  rl: /models/rl", "  rl:", "`rl` must be text, not empty"),
+        ("value: 0.8", "value: true", "must be a number, not true"),
+        ("merge: target + lam * (rl - sft)", "merge: [target]", "`merge` must be text, not a list"),
+    ],
+)
+def test_mistake_is_told_with_its_place(old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    with pytest.raises(RecipeError, match=message) as error:
+        parse(GOOD.replace(old, new, 1))
+    assert error.value.message.startswith("recipe.yaml:")
+    assert " | " in error.value.message
+
+
+def test_expression_in_a_folded_text_is_located_at_its_start() -> None:
+    text = GOOD.replace("merge: target + lam * (rl - sft)", "merge: >-\n  target +\n  lam * (rl - stf)")
+    with pytest.raises(RecipeError, match="recipe.yaml:14:8: the expression names `stf`"):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", [GOOD, RECIPE, json.dumps(read(GOOD, "x").data)])
+def test_schema_accepts_what_the_parser_accepts(text: str) -> None:
+    schema = json_schema()
+    jsonschema.Draft7Validator.check_schema(schema)
+    jsonschema.Draft7Validator(schema).validate(read(text, "x").data)
+    assert parse(text).models
+
+
+@pytest.mark.parametrize("name", ["unknown key", "string for a number", "misspelt top key", "misspelt dtype"])
+def test_schema_refuses_what_the_parser_refuses(name: str) -> None:
+    old, new = SNAPSHOTS[name][0]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft7Validator(json_schema()).validate(read(GOOD.replace(old, new, 1), "x").data)
+
+
+def test_recipe_that_is_not_there_says_how_to_start(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist") as error:
+        load(tmp_path / "none.yaml")
+    assert "skillmerge init" in str(error.value.fix)
