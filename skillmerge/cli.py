@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from skillmerge import __version__
-from skillmerge.errors import Interrupted, SkillmergeError, UsageError
+from skillmerge.errors import InputError, Interrupted, SkillmergeError, UsageError
 
 _EXIT_STATUSES = """\b
 Exit statuses:
@@ -179,7 +179,7 @@ def plan(
     as_json: bool,
     allow_code: bool,
     follow_links: bool,
-) -> None:
+) -> int:
     """Show all that apply would do, from headers alone."""
     from skillmerge.merge import make_plan
     from skillmerge.resources import budget, check_disk, free_disk
@@ -200,9 +200,10 @@ def plan(
 
         report.show_plan(made, needs, str(where) if where else None, free, report.console())
     if made.problems:
-        raise click.exceptions.Exit(4)
+        return InputError.exit_status
     if where is not None:
         check_disk(where, made.bytes_written, "the output")
+    return 0
 
 
 @cli.command()
@@ -311,17 +312,13 @@ def main() -> NoReturn:
     gc.disable()
     wants_json = "--json" in sys.argv
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        _fail(_interrupted(signal.SIGINT), wants_json)
-    except KeyboardInterrupt:
+        status = cli.main(standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
         _fail(_interrupted(signal.SIGINT), wants_json)
     except Interrupted as error:
         _fail(_interrupted(error.signal_number), wants_json)
     except SkillmergeError as error:
         _fail(error, wants_json)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -337,7 +334,7 @@ def main() -> NoReturn:
     # Flushed and done: taking torch's modules apart would cost another quarter of a second.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status if isinstance(status, int) else 0)
 
 
 def _interrupted(number: int) -> Interrupted:

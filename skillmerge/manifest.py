@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def read(folder: Path) -> dict[str, Any]:
     """The manifest in `folder`. Raises CheckFailed where there is none or a byte of it was changed."""
     path = folder / MANIFEST_FILE
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CheckFailed(f"{path}: is not a plain file")
         content = path.read_bytes()
     except OSError as error:
         raise CheckFailed(
@@ -108,19 +111,33 @@ def read(folder: Path) -> dict[str, Any]:
             fix="only outputs of `skillmerge apply` can be verified",
         ) from error
     try:
-        document = json.loads(content, object_pairs_hook=unique_keys)
+        document: Any = json.loads(content, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckFailed(f"{path}: is not valid JSON: {error}") from error
     version = document.get("manifest_version") if isinstance(document, dict) else None
     if version != MANIFEST_VERSION:
         raise CheckFailed(f"{path}: manifest version {version!r} is not known to this version of skillmerge")
-    body = {key: value for key, value in document.items() if key != "digest"}
-    if (
-        hashlib.sha256(_canonical(body)).hexdigest() != document.get("digest")
-        or to_bytes(document) != content
-    ):
+    if not _is_intact(document, content):
         raise CheckFailed(f"{path}: was changed after it was written")
-    return document
+    return dict(document)
+
+
+def _is_intact(document: dict[str, Any], content: bytes) -> bool:
+    """Whether the digest holds, `content` is the canonical form, and what `verify` relies on is there."""
+    body = {key: value for key, value in document.items() if key != "digest"}
+    try:
+        return (
+            hashlib.sha256(_canonical(body)).hexdigest() == document["digest"]
+            and to_bytes(document) == content
+            and all(isinstance(file["name"], str) for file in document["files"])
+            and all(type(file["size"]) is int and "sha256" in file for file in document["files"])
+            and all(tensor.keys() >= {"name", "file", "dtype", "shape"} for tensor in document["tensors"])
+            and document["environment"].keys() >= {"inputs", "run_log"}
+            and document["environment"]["run_log"]["name"] == RUN_LOG_FILE
+            and {"plan_digest", "statistics"} <= document.keys()
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return False
 
 
 def _canonical(document: Mapping[str, Any]) -> bytes:
@@ -128,4 +145,4 @@ def _canonical(document: Mapping[str, Any]) -> bytes:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(", ", ": "))

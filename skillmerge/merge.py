@@ -81,7 +81,7 @@ def apply(
         target = output_folder(plan.recipe, output, checkpoints)
         budget(plan, threads=threads, memory_limit=memory_limit)
         with closing(Staging(target)) as staging:
-            staging.recover()
+            staging.recover(overwrite)
             if (proof := finished_output(target, plan, checkpoints)) is not None:
                 return Result(target, proof, time.monotonic() - started, already=True)
             _refuse_existing(target, overwrite)
@@ -91,7 +91,7 @@ def apply(
                 "allow_nonfinite": allow_nonfinite,
             }
             if remark := staging.begin(plan.digest, conditions):
-                reporter.say(remark)
+                reporter.warn(remark)
             check_disk(staging.folder, plan.bytes_written - staging.finished_bytes, "the output")
 
             # torch takes seconds to import: everything that can fail without it has been tried by now.
@@ -108,7 +108,7 @@ def apply(
                 checkpoint.check_unchanged()
             proof = _write_proof(plan, checkpoints, staging, stats, str(where), digests, started)
             check_structure(staging.files, proof)
-            staging.publish()
+            staging.publish(overwrite)
     return Result(target, proof, time.monotonic() - started)
 
 
@@ -181,6 +181,10 @@ def finished_output(folder: Path, plan: Plan, checkpoints: Mapping[str, Checkpoi
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} exists and is not a folder", fix="choose another place with --output")
+    if target.is_mount():
+        raise UsageError(
+            f"{target} is a mount point, which cannot be replaced", fix="choose a folder in it with --output"
+        )
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UsageError(
             f"{target} exists already", fix="replace it with --overwrite, or choose another --output"

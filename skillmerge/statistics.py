@@ -88,9 +88,18 @@ def total(blocks: Iterable[BlockStatistics], size: int) -> dict[str, Any]:
         "updated": sum(block.updated for block in blocks),
         "vanished": sum(block.vanished for block in blocks),
         "changed": sum(block.changed for block in blocks),
-        "uu": math.fsum(block.uu for block in blocks),
-        "du": math.fsum(block.du for block in blocks),
+        "uu": _sum(block.uu for block in blocks),
+        "du": _sum(block.du for block in blocks),
     }
+
+
+def _sum(values: Iterable[float]) -> float | None:
+    """The exact sum, or None where it is no number that JSON has (NaN and Inf were allowed in)."""
+    try:
+        result = math.fsum(values)
+    except (OverflowError, ValueError):
+        return None
+    return result if math.isfinite(result) else None
 
 
 def summarise(plan: Plan, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def summarise(plan: Plan, measured: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 
 def _group(plan: Plan, names: list[str], measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    rows = [(name, measured[name]) for name in names if measured.get(name)]
+    rows = [(name, measured[name]) for name in names if _is_finite(measured.get(name))]
     result: dict[str, Any] = {"tensors": len(names), "merged": sum(_merged(plan, name) for name in names)}
     if not rows:
         return result
@@ -128,6 +137,10 @@ def _group(plan: Plan, names: list[str], measured: Mapping[str, Mapping[str, Any
         result["asked_lambda"] = math.fsum(uu / factor for uu, _, factor in terms) / plain
         result["realised_lambda"] = math.fsum(du / factor for _, du, factor in terms) / plain
     return result
+
+
+def _is_finite(row: Mapping[str, Any] | None) -> bool:
+    return row is not None and row.get("uu") is not None and row.get("du") is not None
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -37,17 +37,24 @@ TRIAL_BYTES = 32 << 20
 """How much is written in one mode before the other has its turn."""
 
 _CONTINUE = "make room, then run the same command again: it continues where it stopped"
+_WRONG_PLACE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into errors that say what to do."""
+    """Turn the operating system's refusals to write into errors that say what to do.
+
+    Raises UsageError where the place is wrong, ResourceError where the disk is full or fails.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"the disk is full: {path} could not be written", fix=_CONTINUE) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in _WRONG_PLACE:
             raise UsageError(
                 f"{path} cannot be written: {error.strerror}", fix="choose another place with --output"
             ) from error
@@ -58,7 +65,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 class Staging:
-    """The staging folder of one output, locked for this run until `close` or `publish`."""
+    """The staging folder of one output, locked for this run until `close` or `publish`.
+
+    Whatever writes raises UsageError and ResourceError, as `disk_errors` says.
+    """
 
     def __init__(self, output: Path) -> None:
         """Create and lock it. Raises OutputLocked where another run holds it."""
@@ -82,7 +92,7 @@ class Staging:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = os.fstat(descriptor)
-                named = os.stat(self.folder / "lock")
+                named = (self.folder / "lock").stat()
             except BlockingIOError as error:
                 os.close(descriptor)
                 raise OutputLocked(
@@ -99,18 +109,24 @@ class Staging:
     def finished_bytes(self) -> int:
         return sum(entry["size"] for entry in self.finished.values())
 
-    def recover(self) -> bool:
-        """Finish a publication that a dead run had begun. True where the output is now that run's."""
-        if not self._complete.exists():
-            return False
+    def recover(self, replace: bool) -> bool:
+        """Finish a publication that a dead run had begun. True where the output is now that run's.
+
+        What stands at the output's place is only replaced with `replace`; else the finished files stay here.
+        """
         entries = _read_lines(self._journal)
         digest = next((entry["manifest_sha256"] for entry in entries if "manifest_sha256" in entry), None)
         if digest is None:
             return False
         with disk_errors(self.output):
+            # `complete` is the finished output before the rename, and what it replaced after it.
             if _digest(self.output / MANIFEST_FILE) != digest:
-                _put_in_place(self._complete, self.output)
-        self._remove()
+                if _digest(self._complete / MANIFEST_FILE) != digest:
+                    return False
+                if not replace and _is_taken(self.output):
+                    return False
+                _put_in_place(self._complete, self.output, replace)
+        self._clear()
         return True
 
     def begin(self, plan_digest: str, conditions: dict[str, Any]) -> str | None:
@@ -130,9 +146,9 @@ class Staging:
                 remark = f"continuing an interrupted run: {len(self.finished)} shards are finished already"
             elif entries or self.files.exists():
                 remark = "an unfinished run of another plan was found and dropped"
-            if not self.finished:
-                shutil.rmtree(self.files, ignore_errors=True)
+            self._clear(*(("files",) if self.finished else ()))
             self.files.mkdir(exist_ok=True)
+            self.drop_strangers(set(self.finished))
             _write_synced(
                 self._journal,
                 "".join(json.dumps(entry) + "\n" for entry in [header, *self.finished.values()]),
@@ -161,38 +177,52 @@ class Staging:
                 os.fsync(stream.fileno())
 
     def drop_strangers(self, names: set[str]) -> None:
-        """Remove what does not belong into the output (a shard of an earlier layout, a stray file)."""
-        for path in sorted(self.files.rglob("*"), reverse=True):
-            if path.is_dir():
-                if not any(path.iterdir()):
-                    path.rmdir()
-            elif path.relative_to(self.files).as_posix() not in names:
-                path.unlink()
+        """Remove what does not belong into the output (an unfinished shard, a stray file)."""
+        with disk_errors(self.files):
+            for path in sorted(self.files.rglob("*"), reverse=True):
+                if path.is_dir() and not path.is_symlink():
+                    if not any(path.iterdir()):
+                        path.rmdir()
+                elif path.relative_to(self.files).as_posix() not in names:
+                    path.unlink()
 
-    def publish(self) -> None:
-        """Give the finished files the output's name, replacing what had it, in one step."""
+    def publish(self, replace: bool) -> None:
+        """Give the finished files the output's name in one step.
+
+        With `replace` they take the place of what has it; without, only that of nothing or an empty folder:
+        raises UsageError where something has come to stand there.
+        """
         with disk_errors(self.output):
             for folder in {path.parent for path in self.files.rglob("*")} | {self.files}:
                 _sync_folder(folder)
             self.record({"manifest_sha256": _digest(self.files / MANIFEST_FILE)})
-            os.rename(self.files, self._complete)
+            self.files.rename(self._complete)
             _sync_folder(self.folder)
-            _put_in_place(self._complete, self.output)
-        self._remove()
+            _put_in_place(self._complete, self.output, replace)
+        self._clear()
+        self.close()
 
     def close(self) -> None:
-        """Let go of the lock and keep everything for the next run; an empty folder is removed."""
-        if self._lock >= 0:
-            if not self._journal.exists() and not self.files.exists() and not self._complete.exists():
-                self._remove()
-                return
-            os.close(self._lock)
-            self._lock = -1
-
-    def _remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Let go of the lock. What the next run can use is kept; a folder without it is removed."""
+        if self._lock < 0:
+            return
+        if not _is_taken(self.files) and not self._complete.exists():
+            self._clear()
+            with suppress(OSError):  # another run may be waiting in it already
+                (self.folder / "lock").unlink()
+                self.folder.rmdir()
         os.close(self._lock)
         self._lock = -1
+
+    def _clear(self, *kept: str) -> None:
+        """Remove all but `kept` and the lock; the journal last, so that it is there while anything is."""
+        with suppress(OSError):
+            paths = [path for path in self.folder.iterdir() if path.name not in ("lock", *kept)]
+            for path in sorted(paths, key=lambda path: path == self._journal):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
 
 
 class WriteMode:
@@ -228,43 +258,71 @@ class WriteMode:
                 self.direct = self._seconds[True] < self._seconds[False]
                 self._open = False
 
+    def refuse_direct(self) -> None:
+        """This storage asks for more than direct I/O gives it: buffered from now on."""
+        with self._lock:
+            self.direct = self._open = False
+
 
 class ShardFile:
     """One shard under construction: bytes go to their final offsets, from any thread, in any order."""
 
     def __init__(self, path: Path, size: int, header: bytes, mode: WriteMode) -> None:
+        """Create the file in its full size and write its header. Raises UsageError, ResourceError."""
         self.path, self._mode = path, mode
-        self._direct = -1
-        with disk_errors(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self._descriptor, size)
-        self._write(self._descriptor, memoryview(header), 0)
+        self._descriptor = self._direct = -1
+        try:
+            with disk_errors(path):
+                self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+                os.ftruncate(self._descriptor, size)
+            self._write(memoryview(header), 0)
+        except BaseException:
+            self.close()
+            raise
         with suppress(AttributeError, OSError):  # not every system and filesystem has direct I/O
             self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Write `data` at `offset`. Direct I/O takes whole pages and needs `data` aligned like the file."""
+        """Write `data` at `offset`. Raises UsageError, ResourceError.
+
+        Direct I/O takes whole pages and needs `data` aligned in memory as it is in the file.
+        """
         if self._mode.direct and self._direct >= 0:
             head = min(-offset % PAGE, len(data))
             body = head + (len(data) - head) // PAGE * PAGE
-            self._write(self._direct, data[head:body], offset + head)
-            self._write(self._descriptor, data[:head], offset)
-            self._write(self._descriptor, data[body:], offset + body)
+            done = head + self._write_direct(data[head:body], offset + head)
+            self._write(data[:head], offset)
+            self._write(data[done:], offset + done)
         else:
-            self._write(self._descriptor, data, offset)
+            self._write(data, offset)
             # Starts the write-back at once and keeps the merge from evicting everyone else's page cache.
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
         self._mode.note(len(data))
 
-    def _write(self, descriptor: int, data: memoryview, offset: int) -> None:
+    def _write_direct(self, pages: memoryview, offset: int) -> int:
+        """Write past the page cache. Returns the bytes written; the rest was refused and must be buffered."""
+        done = 0
+        with disk_errors(self.path):
+            while done < len(pages) and done % PAGE == 0:
+                try:
+                    done += os.pwrite(self._direct, pages[done:], offset + done)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    self._mode.refuse_direct()
+                    break
+        return done
+
+    def _write(self, data: memoryview, offset: int) -> None:
         with disk_errors(self.path):
             while data:
-                count = os.pwrite(descriptor, data, offset)
+                count = os.pwrite(self._descriptor, data, offset)
                 offset += count
                 data = data[count:]
 
     def finish(self) -> None:
+        """Make the file durable and close it. Raises UsageError, ResourceError."""
         with disk_errors(self.path):
             os.fsync(self._descriptor)
         self.close()
@@ -276,16 +334,14 @@ class ShardFile:
         self._descriptor = self._direct = -1
 
 
-def _put_in_place(finished: Path, output: Path) -> None:
-    """Make `output` what `finished` is. What stood there before is left under `finished`'s folder."""
-    if output.exists() and not _exchange(finished, output):
-        if not _is_empty_folder(output):
+def _put_in_place(finished: Path, output: Path, replace: bool) -> None:
+    """Make `output` what `finished` is. What was replaced is left in `finished`'s folder."""
+    if not (replace and output.exists() and _exchange(finished, output)):
+        if replace and _is_taken(output):
             previous = finished.with_name("previous")
             shutil.rmtree(previous, ignore_errors=True)
-            os.rename(output, previous)
-        os.rename(finished, output)
-    elif finished.exists() and not output.exists():
-        os.rename(finished, output)
+            output.rename(previous)
+        finished.rename(output)
     _sync_folder(output.parent)
 
 
@@ -303,20 +359,21 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(status == 0)
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+def _is_taken(path: Path) -> bool:
+    """Whether anything but an empty folder has that name."""
+    return os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
 
 
 def _read_lines(journal: Path) -> list[dict[str, Any]]:
     """The journal's whole lines; what a crash cut short is left out."""
     try:
-        text = journal.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError):
+        content = journal.read_bytes()
+    except OSError:
         return []
     entries = []
-    for line in text.splitlines(keepends=True):
+    for line in content.splitlines(keepends=True):
         try:
-            entry = json.loads(line) if line.endswith("\n") else None
+            entry = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
             entry = None
         if not isinstance(entry, dict):
@@ -331,7 +388,7 @@ def _write_synced(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(beside, path)
+    beside.replace(path)
     _sync_folder(path.parent)
 
 

@@ -2,24 +2,50 @@
 
 YAML 1.2 core rules (`1e-3` is a number, `no` a string), without tags or merge keys, and with bounds on size,
 nesting and aliases, so that no document can hurt. Knows nothing about recipes.
+
+ruamel finds the structure; what a plain word means is decided here, so that no directive changes it.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
+from ruamel.yaml.events import (
+    AliasEvent,
+    CollectionEndEvent,
+    CollectionStartEvent,
+    DocumentStartEvent,
+    Event,
+    NodeEvent,
+)
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from skillmerge.errors import RecipeError
 
 MAX_BYTES = 256 * 1024
 MAX_NESTING = 20
-MAX_NODES = 20_000
+MAX_NODES = 10_000
+MAX_DIGITS = 300
+"""Of a whole number: as many as a coefficient can have and still be finite."""
+
+_LINE_END = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
+"""What ruamel counts as the end of a line."""
+
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+"""Control characters and halves of characters: an escape can spell them, a path or a terminal cannot take them."""
+
+_NULL = re.compile(r"null|Null|NULL|~|")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INFINITY = re.compile(r"[-+]?\.(inf|Inf|INF)")
+_NAN = re.compile(r"\.(nan|NaN|NAN)")
+_LONGEST_MESSAGE = 600
 
 Path = tuple[str | int, ...]
 
@@ -45,10 +71,10 @@ class Document:
 
     def error(self, message: str, place: Place | None, fix: str | None = None) -> RecipeError:
         """An error that shows the file, the position, the line itself and a marker under it."""
+        message, fix = _shortened(message), fix and _shortened(fix)
         if place is None:
             return RecipeError(f"{self.name}: {message}", fix=fix)
-        lines = self.text.splitlines() or [""]
-        line = lines[min(place.line, len(lines) - 1)].rstrip()
+        line = self.line(place.line).rstrip()
         cut = max(0, place.column - 60) if len(line) > 160 else 0
         gutter = f"{place.line + 1:>5} | "
         marker = " " * (len(gutter) - 2) + "| " + _blank(line[cut : place.column])
@@ -58,6 +84,11 @@ class Document:
             f"{gutter}{line[cut : cut + 160]}\n{marker}{'^' * width}",
             fix=fix,
         )
+
+    def line(self, number: int) -> str:
+        """A line of the text, counted from 0 as places are; the last one where there is no such line."""
+        lines = _LINE_END.split(self.text)
+        return lines[min(number, len(lines) - 1)]
 
     def place(self, path: Path) -> Place | None:
         """Where the value at `path` stands, or the nearest thing around it."""
@@ -71,16 +102,17 @@ def read(text: str, name: str) -> Document:
     document = Document(name, text)
     if len(text.encode(errors="replace")) > MAX_BYTES:
         raise document.error(f"is larger than {MAX_BYTES // 1024} KiB, which no recipe needs", None)
-    yaml = YAML(typ="safe", pure=True)
     try:
-        _check_bounds(yaml, document)
-        node = YAML(typ="safe", pure=True).compose(text)
+        _check_bounds(YAML(typ="rt", pure=True), document)
+        node = YAML(typ="rt", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(mark.line, mark.column) if mark else None
         problem = " ".join(str(error.problem or error.context).split())
         raise document.error(f"is not valid YAML: {problem}", place, _yaml_advice(document, place)) from error
-    except (YAMLError, RecursionError, ValueError) as error:
+    except (YAMLError, RecursionError, ValueError, OverflowError) as error:
+        if isinstance(error, RecipeError):
+            raise
         raise document.error(f"is not valid YAML: {' '.join(str(error).split())}", None) from error
     if node is None:
         raise document.error("is empty", None, "`skillmerge init` writes a recipe to start from")
@@ -89,20 +121,40 @@ def read(text: str, name: str) -> Document:
 
 
 def _check_bounds(yaml: YAML, document: Document) -> None:
+    """Walk the events, which cost little, before anything is built from them."""
     depth = events = 0
+    anchors: set[str] = set()
     for event in yaml.parse(document.text):
         events += 1
         if isinstance(event, CollectionStartEvent):
             depth += 1
         elif isinstance(event, CollectionEndEvent):
             depth -= 1
-        if depth > MAX_NESTING or events > MAX_NODES:
-            what = (
-                f"is nested deeper than {MAX_NESTING} levels" if depth > MAX_NESTING else "has too many parts"
-            )
-            raise document.error(what, Place(event.start_mark.line, event.start_mark.column))
-        if isinstance(event, AliasEvent) and depth > MAX_NESTING // 2:
-            raise document.error("nests aliases", Place(event.start_mark.line, event.start_mark.column))
+        problem, fix = _problem(event, depth, events, anchors)
+        if problem is not None:
+            mark = event.start_mark
+            raise document.error(problem, Place(mark.line, mark.column), fix)
+        if isinstance(event, NodeEvent) and not isinstance(event, AliasEvent) and event.anchor:
+            anchors.add(event.anchor)
+
+
+def _problem(event: Event, depth: int, events: int, anchors: set[str]) -> tuple[str | None, str | None]:
+    """What is wrong with an event, and what to do."""
+    if depth > MAX_NESTING:
+        return f"is nested deeper than {MAX_NESTING} levels", None
+    if events > MAX_NODES:
+        return "has too many parts", None
+    if isinstance(event, AliasEvent):
+        return ("nests aliases" if depth > MAX_NESTING // 2 else None), None
+    if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
+        version = ".".join(map(str, event.version))
+        return f"says that it is YAML {version}; recipes are YAML 1.2", "remove the %YAML line"
+    if isinstance(event, NodeEvent):
+        if event.tag is not None:
+            return f"tag {event.tag} is not allowed", "remove the tag"
+        if event.anchor in anchors:
+            return f"anchor `{event.anchor}` stands twice", "give each its own name"
+    return None, None
 
 
 class _Builder:
@@ -128,7 +180,7 @@ class _Builder:
             place = _place(key_node)
             if not isinstance(key_node, ScalarNode):
                 raise self.document.error("keys must be plain words", place)
-            key = str(key_node.value)
+            key = self._text(key_node, place)
             if key in table:
                 first = self.document.keys[(*path, key)].line + 1
                 raise self.document.error(
@@ -139,19 +191,28 @@ class _Builder:
         return table
 
     def _scalar(self, node: ScalarNode, place: Place) -> Any:
-        kind = str(node.tag).rsplit(":", 1)[-1]
-        text = str(node.value)
-        if kind == "int":
-            return _integer(text)
-        if kind == "float":
-            return _float(text)
-        if kind == "bool":
-            return text.lower() == "true"
-        if kind == "null":
-            return None
-        if kind in ("str", "timestamp"):
+        text = self._text(node, place)
+        if node.style is not None:
             return text
-        raise self.document.error(f"tag {node.tag} is not allowed", place, "remove the tag")
+        if _NULL.fullmatch(text):
+            return None
+        if _BOOL.fullmatch(text):
+            return text.lower() == "true"
+        if _INTEGER.fullmatch(text):
+            if len(text) > MAX_DIGITS:
+                raise self.document.error(f"is a number of more than {MAX_DIGITS} digits", place)
+            return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
+        if _FLOAT.fullmatch(text):
+            return float(text)
+        if _INFINITY.fullmatch(text):
+            return -math.inf if text.startswith("-") else math.inf
+        return math.nan if _NAN.fullmatch(text) else text
+
+    def _text(self, node: ScalarNode, place: Place) -> str:
+        text = str(node.value)
+        if (found := _UNSEEN.search(text)) is not None:
+            raise self.document.error(f"holds the control character {found.group()!r}", place)
+        return text
 
 
 def _place(node: Node) -> Place:
@@ -160,25 +221,11 @@ def _place(node: Node) -> Place:
     return Place(start.line, start.column, end.column - start.column if one_line else 1)
 
 
-def _integer(text: str) -> int | str:
-    try:
-        return (
-            int(text.replace("_", ""), 0) if text.lower().lstrip("+-").startswith(("0x", "0o")) else int(text)
-        )
-    except ValueError:
-        return text
-
-
-def _float(text: str) -> float | str:
-    lowered = text.lower()
-    if lowered.lstrip("+-") == ".inf":
-        return -math.inf if lowered.startswith("-") else math.inf
-    if lowered == ".nan":
-        return math.nan
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _shortened(message: str) -> str:
+    """A message that quotes the text, without flooding the terminal."""
+    if len(message) <= _LONGEST_MESSAGE:
+        return message
+    return f"{message[: _LONGEST_MESSAGE - 100]} … {message[-100:]}"
 
 
 def _blank(text: str) -> str:
@@ -187,9 +234,7 @@ def _blank(text: str) -> str:
 
 
 def _yaml_advice(document: Document, place: Place | None) -> str | None:
-    lines = document.text.splitlines()
-    if place is not None and place.line < len(lines) and "\t" in lines[place.line]:
+    line = document.line(place.line) if place is not None else ""
+    if "\t" in line:
         return "YAML is indented with spaces: replace the tab"
-    if place is not None and place.line < len(lines) and "*" in lines[place.line]:
-        return 'quote globs: "*.mlp.*"'
-    return None
+    return 'quote globs: "*.mlp.*"' if "*" in line else None

@@ -1,0 +1,97 @@
+"""What rounding did: counts and sums against whole-tensor computations, sampling, warnings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_checkpoint, run_cli, write_checkpoint, write_family, write_recipe
+
+import skillmerge
+from skillmerge.statistics import SAMPLE_STRIDE, is_sampled
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def past(folder: Path, lam: float, size: float, count: int = 300_000, **output: object) -> dict:
+    """Merge one tensor with updates of about `size` and measure it in full; the manifest."""
+    generator = torch.Generator().manual_seed(0)
+    target = (torch.randn(count, generator=generator) * 0.02).bfloat16()
+    sft = (target.float() + 1e-3 * torch.randn(count, generator=generator)).bfloat16()
+    moved = torch.rand(count, generator=generator) < 0.3
+    rl = torch.where(moved, (sft.float() + size * torch.randn(count, generator=generator)).bfloat16(), sft)
+    for name, tensor in (("target", target), ("sft", sft), ("rl", rl)):
+        write_checkpoint(folder / name, {NAME: tensor})
+    recipe = write_recipe(folder, coefficients={"lam": lam}, output={"path": "merged", **output})
+    return dict(skillmerge.apply(recipe, stats="full", overwrite=True).manifest)
+
+
+def whole(folder: Path, lam: float) -> dict[str, float]:
+    """The same figures from whole tensors in float64, with numpy."""
+    t, r, s = (read_checkpoint(folder / name)[NAME].double().numpy() for name in ("target", "rl", "sft"))
+    y = read_checkpoint(folder / "merged")[NAME]
+    base = torch.from_numpy(t).to(y.dtype).double().numpy()
+    out, v = y.double().numpy(), r - s
+    moved = v != 0
+    return {
+        "updated": int(moved.sum()),
+        "vanished": int((moved & (out == base)).sum()),
+        "changed": int((out != base).sum()),
+        "realised": float(np.dot(out - base, v) / np.dot(v, v)),
+    }
+
+
+@pytest.mark.parametrize("lam", [0.3, 1.0, -0.5])
+def test_statistics_equal_a_whole_tensor_computation(tmp_path: Path, lam: float) -> None:
+    document = past(tmp_path, lam, 3e-4)
+    row = document["tensors"][0]["statistics"]
+    wanted = whole(tmp_path, lam)
+    assert row["total"] == row["elements"] == 300_000
+    assert {key: row[key] for key in ("updated", "vanished", "changed")} == {
+        key: wanted[key] for key in ("updated", "vanished", "changed")
+    }
+    group = document["statistics"]["modules"]["mlp"]
+    # u is lambda * v rounded to float32, hence not to the last digit.
+    assert group["realised_lambda"] == pytest.approx(wanted["realised"], rel=1e-6)
+    assert group["asked_lambda"] == pytest.approx(lam, rel=1e-12)
+    assert group["vanished"] == pytest.approx(wanted["vanished"] / wanted["updated"])
+    assert document["statistics"]["all"]["changed"] == pytest.approx(wanted["changed"] / 300_000)
+
+
+def test_small_coefficient_vanishes_in_bfloat16_and_not_in_float32(tmp_path: Path) -> None:
+    narrow = past(tmp_path, 0.3, 1e-5)["statistics"]["all"]
+    wide = past(tmp_path, 0.3, 1e-5, dtype="float32")["statistics"]["all"]
+    assert narrow["vanished"] > 0.5
+    assert abs(narrow["realised"] - 1) > 0.1
+    assert wide["vanished"] < 0.01
+    assert wide["realised"] == pytest.approx(1, abs=1e-3)
+
+
+def test_stochastic_rounding_realises_what_was_asked_in_the_mean(tmp_path: Path) -> None:
+    summary = past(tmp_path, 0.3, 1e-5, rounding="stochastic")["statistics"]["all"]
+    assert summary["realised_lambda"] == pytest.approx(0.3, abs=0.1)
+
+
+def test_sampled_blocks_are_a_fixed_share_and_at_least_one() -> None:
+    for blocks in (1, 2, SAMPLE_STRIDE, 1000):
+        sampled = [block for block in range(blocks) if is_sampled(NAME, block, blocks, "sampled")]
+        assert 1 <= len(sampled) <= -(-blocks // min(blocks, SAMPLE_STRIDE))
+        assert len([block for block in range(blocks) if is_sampled(NAME, block, blocks, "full")]) == blocks
+        assert not any(is_sampled(NAME, block, blocks, "off") for block in range(blocks))
+
+
+def test_apply_warns_when_rounding_takes_the_update_away(tmp_path: Path) -> None:
+    past(tmp_path, 0.3, 1e-5)
+    process = run_cli("apply", tmp_path / "recipe.yaml", "--overwrite", "--set", "lam=0.29", "-q")
+    assert process.returncode == 0
+    assert "of the asked lambda is realised" in process.stderr
+    assert "dtype: float32" in process.stderr
+    assert "rounding: stochastic" in process.stderr
+
+
+def test_statistics_can_be_off(tmp_path: Path) -> None:
+    result = skillmerge.apply(write_family(tmp_path), stats="off")
+    assert result.manifest["statistics"]["mode"] == "off"
+    assert not any("statistics" in tensor for tensor in result.manifest["tensors"])
