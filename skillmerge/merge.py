@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -95,7 +96,8 @@ def apply(
             check_disk(staging.folder, plan.bytes_written - staging.finished_bytes, "the output")
 
             # torch takes seconds to import: everything that can fail without it has been tried by now.
-            from skillmerge.engine import Settings, choose_device, merge_shards
+            with _signals_waiting():
+                from skillmerge.engine import Settings, choose_device, merge_shards
 
             where, why = choose_device(device)
             reporter.say(f"computing on {where}: {why}")
@@ -122,6 +124,16 @@ def make_plan(
     """All that `apply` would do, from headers alone. The plan's `problems` are not raised."""
     with planned(recipe, coefficients, allow_code, follow_links) as (plan, _):
         return plan
+
+
+@contextmanager
+def _signals_waiting() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM after the body: importing torch swallows what their handlers raise."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from skillmerge import manifest
-from skillmerge.checkpoints.folder import open_folder
+from skillmerge.checkpoints.folder import Checkpoint, open_folder
 from skillmerge.checkpoints.safetensors_header import read_header
 from skillmerge.errors import CheckFailed, InputError, UsageError, some
 from skillmerge.modelconfig import contradictions
@@ -30,7 +33,7 @@ _LOAD_TIMEOUT = 3600
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What `verify` found out about a folder that passed: counts, and the report of the load if there was one."""
+    """What `verify` found out about a folder that passed: counts, and the report of the load, if asked for."""
 
     folder: Path
     files: int
@@ -46,19 +49,43 @@ def verify(
     allow_nonfinite: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Verdict:
-    """Check every file of an output. Raises CheckFailed with the first difference, UsageError for no folder."""
+    """Check every file of an output. Raises CheckFailed with the first difference, UsageError for no folder.
+
+    load: also load it with transformers; raises UsageError where that is not installed.
+    """
     root = Path(folder)
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
     proof = manifest.read(root)
     check_structure(root, proof)
-    _check_contents(root, proof, allow_nonfinite, progress)
+    with _reading(root):
+        _check_contents(root, proof, allow_nonfinite, progress)
     report = check_load(root) if load else None
     return Verdict(root, len(manifest.file_names(proof)), len(proof["tensors"]), _total(proof), report)
 
 
 def check_structure(root: Path, proof: Mapping[str, Any]) -> None:
     """Names and sizes of files, index, headers, tensor set, shapes and dtypes. Raises CheckFailed."""
+    with _reading(root):
+        _check_files(root, proof)
+        checkpoint = open_folder(str(root), root)
+        _check_tensors(root, checkpoint, proof["tensors"])
+        for file, header in checkpoint.shards.items():
+            _check_with_library(root / file, header.tensors)
+
+
+@contextmanager
+def _reading(root: Path) -> Iterator[None]:
+    """An output that cannot be read, or not as a checkpoint, has failed the check."""
+    try:
+        yield
+    except InputError as error:
+        raise CheckFailed(error.message) from error
+    except OSError as error:
+        raise CheckFailed(f"{error.filename or root}: cannot be read: {error.strerror}") from error
+
+
+def _check_files(root: Path, proof: Mapping[str, Any]) -> None:
     wanted = manifest.file_names(proof)
     found = {
         path.relative_to(root).as_posix()
@@ -69,28 +96,28 @@ def check_structure(root: Path, proof: Mapping[str, Any]) -> None:
         raise CheckFailed(f"{root}: files are missing: {some(missing)}")
     if extra := sorted(found - wanted):
         raise CheckFailed(f"{root}: files do not belong to the output: {some(extra)}")
+    for name in sorted(wanted):
+        if not stat.S_ISREG((root / name).lstat().st_mode):
+            raise CheckFailed(f"{root / name}: is not a plain file")
     for file in proof["files"]:
         path = root / file["name"]
-        if path.is_symlink() or path.stat().st_size != file["size"]:
-            raise CheckFailed(f"{path}: is not a file of {file['size']} bytes, as the manifest says")
+        if path.stat().st_size != file["size"]:
+            raise CheckFailed(f"{path}: is not {file['size']} bytes long, as the manifest says")
     log = proof["environment"]["run_log"]
     if manifest.hash_file(root / log["name"]) != log["sha256"]:
         raise CheckFailed(f"{root / log['name']}: was changed after it was written")
-    try:
-        checkpoint = open_folder(str(root), root)
-    except InputError as error:
-        raise CheckFailed(error.message) from error
-    described = {tensor["name"]: tensor for tensor in proof["tensors"]}
-    if checkpoint.tensors.keys() != described.keys():
-        different = sorted(checkpoint.tensors.keys() ^ described.keys())
+
+
+def _check_tensors(root: Path, checkpoint: Checkpoint, described: Sequence[Mapping[str, Any]]) -> None:
+    wanted = {tensor["name"]: tensor for tensor in described}
+    if checkpoint.tensors.keys() != wanted.keys():
+        different = sorted(checkpoint.tensors.keys() ^ wanted.keys())
         raise CheckFailed(f"{root}: tensors differ from the manifest's: {some(different)}")
     for name, spec in checkpoint.tensors.items():
-        _check_tensor(root, spec, described[name])
+        _check_tensor(root, spec, wanted[name])
     shapes = {name: spec.shape for name, spec in checkpoint.tensors.items()}
     for problem in contradictions(checkpoint.config, shapes):
         raise CheckFailed(f"{root}: {problem}")
-    for file, header in checkpoint.shards.items():
-        _check_with_library(root / file, header.tensors)
 
 
 def _check_tensor(root: Path, spec: TensorSpec, described: Mapping[str, Any]) -> None:
@@ -149,9 +176,9 @@ def _digest_and_scan(path: Path, specs: tuple[TensorSpec, ...]) -> str:
     with open(path, "rb", buffering=0) as stream:
         position = 0
         buffer = bytearray(_PIECE)
-        while count := stream.readinto(buffer):
+        while count := _fill(stream, buffer):
             digest.update(memoryview(buffer)[:count])
-            # Tensors are aligned to their item size (the header is padded), and so is every piece but the last.
+            # Tensors are aligned to their items (the header is padded), and so is every piece but the last.
             for spec in [spec for spec in pending if spec.start < position + count and spec.end > position]:
                 first, last = max(spec.start, position) - position, min(spec.end, position + count) - position
                 dtype = torch_dtype(spec.dtype)
@@ -164,6 +191,15 @@ def _digest_and_scan(path: Path, specs: tuple[TensorSpec, ...]) -> str:
             position += count
             pending = [spec for spec in pending if spec.end > position]
     return digest.hexdigest()
+
+
+def _fill(stream: FileIO, buffer: bytearray) -> int:
+    """Read as much as the buffer takes: one call of the system may give less."""
+    view = memoryview(buffer)
+    count = 0
+    while count < len(buffer) and (more := stream.readinto(view[count:])):
+        count += more
+    return count
 
 
 def check_load(root: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ruamel.yaml.events import (
     CollectionStartEvent,
     DocumentStartEvent,
     Event,
-    NodeEvent,
+    ScalarEvent,
 )
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
@@ -29,7 +29,7 @@ from skillmerge.errors import RecipeError
 
 MAX_BYTES = 256 * 1024
 MAX_NESTING = 20
-MAX_NODES = 10_000
+MAX_NODES = 20_000
 MAX_DIGITS = 300
 """Of a whole number: as many as a coefficient can have and still be finite."""
 
@@ -37,7 +37,7 @@ _LINE_END = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
 """What ruamel counts as the end of a line."""
 
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
-"""Control characters and halves of characters: an escape can spell them, a path or a terminal cannot take them."""
+"""Control characters and halves of characters, which escapes can spell and no path or terminal can take."""
 
 _NULL = re.compile(r"null|Null|NULL|~|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
@@ -103,16 +103,14 @@ def read(text: str, name: str) -> Document:
     if len(text.encode(errors="replace")) > MAX_BYTES:
         raise document.error(f"is larger than {MAX_BYTES // 1024} KiB, which no recipe needs", None)
     try:
-        _check_bounds(YAML(typ="rt", pure=True), document)
-        node = YAML(typ="rt", pure=True).compose(text)
+        _check_bounds(YAML(typ="safe", pure=True), document)
+        node = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(mark.line, mark.column) if mark else None
         problem = " ".join(str(error.problem or error.context).split())
         raise document.error(f"is not valid YAML: {problem}", place, _yaml_advice(document, place)) from error
     except (YAMLError, RecursionError, ValueError, OverflowError) as error:
-        if isinstance(error, RecipeError):
-            raise
         raise document.error(f"is not valid YAML: {' '.join(str(error).split())}", None) from error
     if node is None:
         raise document.error("is empty", None, "`skillmerge init` writes a recipe to start from")
@@ -122,36 +120,35 @@ def read(text: str, name: str) -> Document:
 
 def _check_bounds(yaml: YAML, document: Document) -> None:
     """Walk the events, which cost little, before anything is built from them."""
-    depth = events = 0
+    depth = 0
     anchors: set[str] = set()
-    for event in yaml.parse(document.text):
-        events += 1
+    for count, event in enumerate(yaml.parse(document.text), 1):
         if isinstance(event, CollectionStartEvent):
             depth += 1
         elif isinstance(event, CollectionEndEvent):
             depth -= 1
-        problem, fix = _problem(event, depth, events, anchors)
+        problem, fix = _problem(event, depth, count, anchors)
         if problem is not None:
             mark = event.start_mark
             raise document.error(problem, Place(mark.line, mark.column), fix)
-        if isinstance(event, NodeEvent) and not isinstance(event, AliasEvent) and event.anchor:
+        if isinstance(event, ScalarEvent | CollectionStartEvent) and event.anchor:
             anchors.add(event.anchor)
 
 
-def _problem(event: Event, depth: int, events: int, anchors: set[str]) -> tuple[str | None, str | None]:
+def _problem(event: Event, depth: int, count: int, anchors: set[str]) -> tuple[str | None, str | None]:
     """What is wrong with an event, and what to do."""
     if depth > MAX_NESTING:
         return f"is nested deeper than {MAX_NESTING} levels", None
-    if events > MAX_NODES:
+    if count > MAX_NODES:
         return "has too many parts", None
     if isinstance(event, AliasEvent):
         return ("nests aliases" if depth > MAX_NESTING // 2 else None), None
     if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
         version = ".".join(map(str, event.version))
         return f"says that it is YAML {version}; recipes are YAML 1.2", "remove the %YAML line"
-    if isinstance(event, NodeEvent):
-        if event.tag is not None:
-            return f"tag {event.tag} is not allowed", "remove the tag"
+    if isinstance(event, ScalarEvent | CollectionStartEvent):
+        if event.ctag is not None:
+            return f"tag {event.ctag} is not allowed", "remove the tag"
         if event.anchor in anchors:
             return f"anchor `{event.anchor}` stands twice", "give each its own name"
     return None, None
@@ -172,6 +169,7 @@ class _Builder:
             return self._mapping(node, path)
         if isinstance(node, SequenceNode):
             return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+        assert isinstance(node, ScalarNode), "YAML has no other kind of node"
         return self._scalar(node, place)
 
     def _mapping(self, node: MappingNode, path: Path) -> dict[str, Any]:
@@ -181,13 +179,14 @@ class _Builder:
             if not isinstance(key_node, ScalarNode):
                 raise self.document.error("keys must be plain words", place)
             key = self._text(key_node, place)
+            here: Path = (*path, key)
             if key in table:
-                first = self.document.keys[(*path, key)].line + 1
+                first = self.document.keys[here].line + 1
                 raise self.document.error(
                     f"duplicate key `{key}`", place, f"it stands on line {first} already: keep one of the two"
                 )
-            self.document.keys[(*path, key)] = place
-            table[key] = self.build(value_node, (*path, key))
+            self.document.keys[here] = place
+            table[key] = self.build(value_node, here)
         return table
 
     def _scalar(self, node: ScalarNode, place: Place) -> Any:
@@ -200,7 +199,7 @@ class _Builder:
             return text.lower() == "true"
         if _INTEGER.fullmatch(text):
             if len(text) > MAX_DIGITS:
-                raise self.document.error(f"is a number of more than {MAX_DIGITS} digits", place)
+                raise self.document.error(f"this number has more than {MAX_DIGITS} digits", place)
             return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
         if _FLOAT.fullmatch(text):
             return float(text)

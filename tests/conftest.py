@@ -17,6 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+PEAK_MEMORY = "1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+"""An expression for a process's own peak in bytes; ru_maxrss would begin with its parent's."""
+
 PAST = "target + lam * (rl - sft)"
 
 

@@ -7,6 +7,7 @@ with `preadv` into buffers that the caller owns; nothing is mapped. Pickles are 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any
 from skillmerge.checkpoints.safetensors_header import (
     FileIdentity,
     Header,
+    printable,
     read_header,
     unique_keys,
 )
@@ -27,7 +29,11 @@ from skillmerge.tensors import TensorSpec
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_MAX_JSON_BYTES = 256_000_000
+_MAX_JSON_BYTES = 32_000_000
+"""Room for an index of 300,000 tensors."""
+
+_MAX_JSON_NESTING = 50
+_SHARD_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]+\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -57,7 +63,10 @@ class Checkpoint:
             descriptor = self._open(spec.file)
         position = spec.start + start
         while buffer:
-            count = os.preadv(descriptor, [buffer], position)
+            try:
+                count = os.preadv(descriptor, [buffer], position)
+            except OSError as error:
+                raise InputError(f"{self.root / spec.file}: cannot be read: {error.strerror}") from error
             if count == 0:
                 raise self._changed(spec.file)
             position += count
@@ -67,7 +76,7 @@ class Checkpoint:
         """Raise StalePlan where a shard is no longer the file whose header was read."""
         for file in self.shards if files is None else sorted(files):
             try:
-                identity = FileIdentity.of(os.stat(self.root / file))
+                identity = FileIdentity.of((self.root / file).stat())
             except OSError:
                 identity = None
             if identity != self.shards[file].identity:
@@ -104,12 +113,7 @@ def open_folder(uri: str, root: Path, *, follow_links: bool = False) -> Checkpoi
 
     Raises InputError where it is missing, unsafe, damaged, or not a safetensors checkpoint.
     """
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise InputError(f"{root} {what}", fix="a model is a folder with *.safetensors and config.json")
-    weights = sorted(
-        entry.name for entry in os.scandir(root) if entry.name.endswith(".safetensors") and not entry.is_dir()
-    )
+    weights = _weight_files(root)
     index = _read_index(root, follow_links)
     if index is None:
         files = [_the_only_file(root, weights)]
@@ -137,7 +141,9 @@ def open_folder(uri: str, root: Path, *, follow_links: bool = False) -> Checkpoi
         tensors=tensors,
         shards=headers,
         indexed=index is not None,
-        config=read_json_object(root, "config.json", follow_links) if (root / "config.json").exists() else {},
+        config=read_json_object(root, "config.json", follow_links)
+        if os.path.lexists(root / "config.json")
+        else {},
         unread=tuple(name for name in weights if name not in headers),
         follow_links=follow_links,
     )
@@ -173,14 +179,44 @@ def read_json_object(root: Path, name: str, follow_links: bool) -> dict[str, Any
     try:
         if not path.is_file() or path.stat().st_size > _MAX_JSON_BYTES:
             raise InputError(f"{root / name}: is not a file of sane size")
-        document = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        document = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys)
     except RecursionError as error:
         raise InputError(f"{root / name}: is nested too deeply") from error
     except (ValueError, OSError) as error:
         raise InputError(f"{root / name}: is not valid JSON: {error}") from error
     if not isinstance(document, dict):
         raise InputError(f"{root / name}: is not a JSON object")
+    if _nests_deeper(document, _MAX_JSON_NESTING):
+        raise InputError(f"{root / name}: is nested too deeply")
     return document
+
+
+def _nests_deeper(document: Any, limit: int) -> bool:
+    level = [document]
+    for _ in range(limit):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    return bool(level)
+
+
+def _weight_files(root: Path) -> list[str]:
+    """The names in `root` that end in .safetensors, sorted."""
+    try:
+        names = sorted(path.name for path in root.iterdir() if path.name.endswith(".safetensors"))
+    except OSError as error:
+        what = {errno.ENOENT: "does not exist", errno.ENOTDIR: "is not a folder"}.get(error.errno or 0)
+        raise InputError(
+            f"{root} {what or f'cannot be opened: {error.strerror}'}",
+            fix="a model is a folder with *.safetensors and config.json",
+        ) from error
+    for name in names:
+        if not _SHARD_NAME.fullmatch(name):
+            raise InputError(f"{root}: {name!r} is not a name that a weight file can have")
+    return names
 
 
 def _read_index(root: Path, follow_links: bool) -> dict[str, str] | None:
@@ -192,10 +228,12 @@ def _read_index(root: Path, follow_links: bool) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: has no `weight_map` table")
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\x00-\x1f]+\.safetensors", file):
+        if not printable(tensor):
+            raise InputError(f"{path}: names a tensor that no file can hold: {tensor[:80]!r}")
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
             raise InputError(
-                f"{path}: places tensor `{tensor}` in {file!r}; only names of *.safetensors files in the same "
-                "folder are allowed"
+                f"{path}: places tensor `{tensor}` in {str(file)[:80]!r}; only names of *.safetensors files in "
+                "the same folder are allowed"
             )
     return weight_map
 
@@ -203,6 +241,11 @@ def _read_index(root: Path, follow_links: bool) -> dict[str, str] | None:
 def _the_only_file(root: Path, weights: list[str]) -> str:
     if SINGLE_FILE in weights:
         return SINGLE_FILE
+    if weights in ([], ["adapter_model.safetensors"]) and (root / "adapter_config.json").exists():
+        raise InputError(
+            f"{root} is a PEFT adapter, not a whole model",
+            fix="merge the adapter into its base first (peft: merge_and_unload), then name that folder",
+        )
     if len(weights) == 1:
         return weights[0]
     if weights:
@@ -210,18 +253,13 @@ def _the_only_file(root: Path, weights: list[str]) -> str:
             f"{root} has {len(weights)} *.safetensors files but no {INDEX_FILE}: {some(weights)}",
             fix="the checkpoint is incomplete: fetch its index too",
         )
-    if (root / "adapter_config.json").exists():
-        raise InputError(
-            f"{root} is a PEFT adapter, not a whole model",
-            fix="merge the adapter into its base first (peft: merge_and_unload), then name that folder",
-        )
-    pickles = sorted(name for name in os.listdir(root) if name.endswith(_PICKLES))
+    pickles = sorted(path.name for path in root.iterdir() if path.name.endswith(_PICKLES))
     if pickles:
         raise InputError(
             f"{root} has no *.safetensors, only {some(pickles)}",
             fix="pickles can run code and are never loaded: save the model with save_pretrained first",
         )
-    inner = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and _has_weights(entry.path))
+    inner = sorted(path.name for path in root.iterdir() if _has_weights(path))
     raise InputError(
         f"{root} has no *.safetensors",
         fix=f"did you mean one of its folders: {some(inner)}?"
@@ -230,9 +268,9 @@ def _the_only_file(root: Path, weights: list[str]) -> str:
     )
 
 
-def _has_weights(folder: str) -> bool:
+def _has_weights(folder: Path) -> bool:
     try:
-        return any(name.endswith(".safetensors") for name in os.listdir(folder))
+        return any(path.name.endswith(".safetensors") for path in folder.iterdir())
     except OSError:
         return False
 

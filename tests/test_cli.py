@@ -1,0 +1,173 @@
+"""The command line as a person and as a pipeline meet it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint
+
+import skillmerge
+
+
+def test_apply_reports_on_stdout_and_keeps_stderr_for_the_rest(family: Path) -> None:
+    process = run_cli("apply", family)
+    assert process.returncode == 0, process.stderr
+    assert "realised lambda" in process.stdout
+    assert f"wrote {family.parent / 'merged'}" in process.stdout
+    assert skillmerge.verify(family.parent / "merged").tensors == 12
+
+
+def test_apply_prints_one_json_object(family: Path) -> None:
+    process = run_cli("apply", family, "--json")
+    document = json.loads(process.stdout)
+    assert document["ok"]
+    assert document["output"] == str(family.parent / "merged")
+    assert {"plan_digest", "statistics", "files", "seconds", "warnings", "already"} <= document.keys()
+
+
+def test_errors_are_json_too_and_say_the_status(family: Path) -> None:
+    (family.parent / "rl" / "model-00001-of-00002.safetensors").write_bytes(b"short")
+    process = run_cli("apply", family, "--json")
+    document = json.loads(process.stdout)
+    assert process.returncode == document["exit_status"] == 4
+    assert not document["ok"]
+    assert document["error"] == "InputError"
+    assert "model-00001-of-00002.safetensors" in document["message"]
+
+
+def test_same_command_again_has_nothing_to_do(family: Path) -> None:
+    run_cli("apply", family)
+    process = run_cli("apply", family)
+    assert process.returncode == 0
+    assert "nothing to do" in process.stdout
+
+
+def test_existing_output_needs_overwrite(family: Path) -> None:
+    run_cli("apply", family)
+    process = run_cli("apply", family, "--set", "lam=0.5")
+    assert process.returncode == 2
+    assert "--overwrite" in process.stderr
+    assert run_cli("apply", family, "--set", "lam=0.5", "--overwrite").returncode == 0
+
+
+@pytest.mark.parametrize("value", ["lam", "lam=", "lam=high", "lam=nan", "lam=inf"])
+def test_set_takes_name_and_finite_number(family: Path, value: str) -> None:
+    process = run_cli("apply", family, "--set", value)
+    assert process.returncode == 2
+    assert "NAME=NUMBER" in process.stderr
+
+
+def test_options_can_be_set_in_the_environment(family: Path) -> None:
+    process = run_cli("apply", family, SKILLMERGE_OUTPUT=str(family.parent / "other"), SKILLMERGE_SET="lam=0.25", SKILLMERGE_STATS="off")
+    assert process.returncode == 0, process.stderr
+    manifest = json.loads((family.parent / "other" / "skillmerge.manifest.json").read_text())
+    assert manifest["tensors"][0]["coefficients"] == [0.25]
+    assert manifest["statistics"]["mode"] == "off"
+
+
+def test_paths_of_a_recipe_start_at_its_own_folder(family: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert run_cli("apply", family, cwd=elsewhere).returncode == 0
+    assert (family.parent / "merged").is_dir()
+    assert run_cli("apply", family, "--output", "here", cwd=elsewhere).returncode == 0
+    assert (elsewhere / "here").is_dir()
+
+
+def test_quiet_says_nothing(family: Path) -> None:
+    process = run_cli("apply", family, "-q")
+    assert process.stdout == process.stderr == ""
+
+
+def test_verbose_says_where_it_computes(family: Path) -> None:
+    assert "computing on cpu: as asked" in run_cli("apply", family, "-v", "--device", "cpu").stderr
+
+
+def test_device_that_is_not_there_is_a_usage_error(family: Path) -> None:
+    process = run_cli("apply", family, "--device", "cuda:99")
+    assert process.returncode == 2
+    assert "CUDA devices" in process.stderr
+    assert run_cli("apply", family, "--device", "tpu").returncode == 2
+
+
+def test_output_that_would_replace_an_input_is_refused(family: Path) -> None:
+    for place in (family.parent, family.parent / "rl", "/"):
+        process = run_cli("apply", family, "--overwrite", "--output", place)
+        assert process.returncode == 2
+        assert "would replace" in process.stderr
+
+
+def test_verify_passes_and_fails(family: Path) -> None:
+    run_cli("apply", family)
+    output = family.parent / "merged"
+    process = run_cli("verify", output)
+    assert process.returncode == 0
+    assert "verified" in process.stdout
+    assert json.loads(run_cli("verify", output, "--json").stdout)["tensors"] == 12
+    (output / "stray.txt").write_text("x")
+    assert run_cli("verify", output).returncode == 3
+    assert run_cli("verify", family.parent / "nothing").returncode == 2
+
+
+def test_init_writes_a_recipe_that_plans(tmp_path: Path) -> None:
+    assert run_cli("init", cwd=tmp_path).returncode == 0
+    assert run_cli("init", cwd=tmp_path).returncode == 2
+    assert run_cli("init", "-", cwd=tmp_path).stdout == (tmp_path / "recipe.yaml").read_text()
+    for name in ("target-sft", "source-rl", "source-sft"):
+        write_checkpoint(tmp_path / "path" / "to" / name, random_tensors(tensor_shapes()))
+    assert run_cli("plan", "recipe.yaml", cwd=tmp_path).returncode == 0
+
+
+def test_schema_is_draft_7(tmp_path: Path) -> None:
+    assert json.loads(run_cli("schema").stdout)["$schema"] == "http://json-schema.org/draft-07/schema#"
+
+
+def test_demo_does_the_whole_job(tmp_path: Path) -> None:
+    process = run_cli("demo", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    for phrase in ("target-sft", "merge: target + lam", "realised lambda", "verified", "skillmerge.manifest.json"):
+        assert phrase in process.stdout
+    assert skillmerge.verify(tmp_path / "skillmerge-demo" / "merged").files == 10
+    assert run_cli("demo", cwd=tmp_path).returncode == 2
+
+
+def test_misspelt_command_and_option_are_usage_errors(family: Path) -> None:
+    assert run_cli("aply", family).returncode == 2
+    assert run_cli("apply", family, "--ovewrite").returncode == 2
+    assert run_cli("apply").returncode == 2
+
+
+def test_bug_is_told_as_one() -> None:
+    program = "import skillmerge.recipe, skillmerge.cli as c, sys; skillmerge.recipe.json_schema = lambda: 1 / 0;" "sys.argv[1:] = ['schema']; c.main()"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert "this is a bug in skillmerge" in process.stderr
+
+
+def test_help_imports_nothing_heavy_and_is_quick() -> None:
+    program = (
+        "import sys, time; t = time.process_time(); sys.argv = ['skillmerge', '--help']\n"
+        "import skillmerge.cli as c\n"
+        "try: c.cli.main(standalone_mode=False)\n"
+        "finally: print(time.process_time() - t, *sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    seconds, *loaded = process.stdout.splitlines()[-1].split()
+    assert not {"torch", "transformers", "rich", "pydantic", "ruamel.yaml", "huggingface_hub", "numpy"} & set(loaded)
+    assert float(seconds) < 0.2
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from skillmerge import report
+
+    clock = iter([0.0, 10.0, 31.0, 40.0])
+    monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
+    with report.TerminalReporter(quiet=False, verbose=False).bar(1_000_000) as progress:
+        progress(100_000)
+        progress(310_000)
+        progress(400_000)
+    assert capsys.readouterr().err == "merging: 310.0 KB of 1.0 MB, 10.0 KB/s, 69 s left\n"

@@ -1,0 +1,51 @@
+"""What exists is documented: every command, option, exit status and recipe key stands in README or docs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+
+from skillmerge import errors
+from skillmerge.cli import cli
+from skillmerge.recipe import json_schema
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTED = (ROOT / "README.md").read_text() + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_command_and_its_options_are_documented_and_explained(name: str) -> None:
+    command = cli.commands[name]
+    assert f"skillmerge {name}" in DOCUMENTED
+    assert command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.name != "help":
+            assert parameter.help, parameter.name
+            long = next(option for option in parameter.opts if option.startswith("--"))
+            assert f"`{long}" in DOCUMENTED, long
+            assert parameter.envvar == "SKILLMERGE_" + long.removeprefix("--").replace("-", "_").upper()
+
+
+def test_every_key_of_a_recipe_is_documented() -> None:
+    schema = json_schema()
+    keys = set(schema["properties"])
+    for table in schema["definitions"].values():
+        keys |= set(table.get("properties", {}))
+    assert len(keys) > 15
+    assert [key for key in sorted(keys) if f"`{key}`" not in DOCUMENTED and f"{key}:" not in DOCUMENTED] == []
+
+
+def test_every_exit_status_is_documented() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.SkillmergeError)]
+    statuses = {kind.exit_status for kind in kinds} | {0, 130, 143}
+    assert statuses >= {1, 2, 3, 4, 5, 6, 7, 75}
+    assert [status for status in statuses if f"| {status} |" not in DOCUMENTED] == []
+
+
+def test_module_map_of_the_readme_is_complete() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "skillmerge").rglob("*.py"):
+        if path.name != "__init__.py":
+            assert f"`{path.name}`" in readme or f"`checkpoints/{path.name}`" in readme, path.name

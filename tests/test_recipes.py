@@ -1,0 +1,32 @@
+"""Every file in recipes/ says when to use it, plans, and applies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import random_tensors, tensor_shapes, write_checkpoint
+
+import skillmerge
+from skillmerge.recipe import load
+
+FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+def test_there_are_recipes() -> None:
+    assert len(FILES) >= 9
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_recipe_applies_as_it_is(path: Path, tmp_path: Path) -> None:
+    text = path.read_text()
+    assert "# When: " in text
+    recipe = tmp_path / path.name
+    recipe.write_text(text)
+    for seed, folder in enumerate(load(recipe).models.values()):
+        write_checkpoint(tmp_path / folder, random_tensors(tensor_shapes(layers=8), seed=seed))
+    plan = skillmerge.plan(recipe)
+    assert plan.problems == ()
+    assert plan.notes == ()
+    assert any(tensor.action == "merge" for tensor in plan.tensors.values())
+    assert skillmerge.verify(skillmerge.apply(recipe).output).tensors == len(plan.tensors)
