@@ -79,13 +79,11 @@ def account_tensors(
             if same:
                 sources.sort(key=lambda item: item[0] != donor_name)
             accounts[name] = Account(term, tuple(sources), same, by_copy)
-    problems = [_problem(kind, model, found, donor_name, donor) for (kind, model), found in troubles.items()]
+    problems = [_problem(recipe, kind, model, found, donor_name, donor) for (kind, model), found in troubles.items()]
     extra, tied = _leftovers(recipe, checkpoints, donor_name, in_formula)
     for name, checkpoint in checkpoints.items():
         if checkpoint.unread:
-            notes.add(
-                f"model `{name}`: {some(list(checkpoint.unread))} is not named by its index and not read"
-            )
+            notes.add(f"model `{name}`: {some(list(checkpoint.unread))} is not named by its index and not read")
     return accounts, problems + extra, [*sorted(notes), *tied]
 
 
@@ -118,24 +116,26 @@ def _difference(wanted: TensorSpec, found: TensorSpec) -> tuple[str, str] | None
 
 
 def _problem(
-    kind: str, model: str, found: list[tuple[str, str]], donor_name: str, donor: Checkpoint
+    recipe: Recipe, kind: str, model: str, found: list[tuple[str, str]], donor_name: str, donor: Checkpoint
 ) -> Problem:
     names = [name for name, _ in found]
-    fix = f"to take the donor's own, add to the recipe:\ncopy:\n  - {{tensors: {_globs(names, donor.tensors)}, from: {donor_name}}}"
+    rule = f"  - {{tensors: {_globs(names, donor.tensors)}, from: {donor_name}}}"
+    fix = f"to take the donor's own, add to the recipe{_under('copy', bool(recipe.copy))}{rule}"
     if kind == "missing":
         message = f"model `{model}` lacks {_count(names)} that the formula needs: {some(names)}"
         if len(names) == len(donor.tensors):
             fix = f"`{model}` and the donor `{donor_name}` share no tensor names: are they of the same architecture?"
     else:
-        shown = "; ".join(f"`{name}` {detail}" for name, detail in found[:4]) + (
-            "; …" if len(found) > 4 else ""
-        )
-        message = (
-            f"{_count(names)} differ in {kind} between the donor `{donor_name}` and model `{model}`: {shown}"
-        )
+        shown = "; ".join(f"`{name}` {detail}" for name, detail in found[:4]) + ("; …" if len(found) > 4 else "")
+        message = f"{_count(names)} differ in {kind} between the donor `{donor_name}` and model `{model}`: {shown}"
         if kind == "shape" and all(module_kind(name) in ("embedding", "head") for name in names):
             message += "\ntheir vocabularies seem to differ"
     return Problem(kind, message, tuple(names), fix)
+
+
+def _under(key: str, present: bool) -> str:
+    """How to introduce a rule that is ready to paste, where the recipe has the key already or not."""
+    return f", under its `{key}:`\n" if present else f":\n{key}:\n"
 
 
 def _leftovers(
@@ -152,25 +152,20 @@ def _leftovers(
         pattern = matcher([glob])
         if not any(pattern.match(name) for names in extra.values() for name in names):
             in_donor = any(pattern.match(name) for name in donor.tensors)
-            why = (
-                "the donor has what it matches, and the output has exactly the donor's tensors"
-                if in_donor
-                else None
-            )
+            why = "the donor has what it matches, and the output has exactly the donor's tensors" if in_donor else None
             raise recipe.error(("ignore", index), "this rule matches no tensor that the donor lacks", why)
     ignored = matcher(recipe.ignore) if recipe.ignore else None
     problems, notes = [], []
     for model, names in extra.items():
         left = [name for name in names if ignored is None or not ignored.match(name)]
         tied = [name for name in left if _is_tied(name, checkpoints[model], donor)]
-        notes += [
-            f"`{name}` of model `{model}` is left out: both configs tie it to the embedding" for name in tied
-        ]
+        notes += [f"`{name}` of model `{model}` is left out: both configs tie it to the embedding" for name in tied]
         left = [name for name in left if name not in tied]
         if left:
             message = f"model `{model}` has {_count(left)} that the donor `{donor_name}` lacks: {some(left)}"
             globs = _globs(left, set(checkpoints[model].tensors) - set(left))
-            fix = f"if the output can do without, add to the recipe:\nignore: {globs if globs[0] == '[' else f'[{globs}]'}"
+            rule = "\n".join(f"  - {glob}" for glob in globs.strip("[]").split(", "))
+            fix = f"if the output can do without, add to the recipe{_under('ignore', bool(recipe.ignore))}{rule}"
             problems.append(Problem("extra", message, tuple(left), fix))
     return problems, notes
 
@@ -178,8 +173,8 @@ def _leftovers(
 def _is_tied(name: str, checkpoint: Checkpoint, donor: Checkpoint) -> bool:
     if not ties_embeddings(checkpoint.config) or not ties_embeddings(donor.config):
         return False
-    others = {other: spec for other, spec in checkpoint.tensors.items() if other != name}
-    return tied_source(name, checkpoint.tensors[name].shape, checkpoint.config, others) is not None
+    kept = {other: spec for other, spec in checkpoint.tensors.items() if other in donor.tensors}
+    return tied_source(name, checkpoint.tensors[name].shape, checkpoint.config, kept) is not None
 
 
 def _count(names: list[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from skillmerge.expression import Program
-from skillmerge.tensors import BLOCK, DTYPES
+from skillmerge.tensors import DTYPES
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _EXPONENT = {
@@ -57,9 +57,7 @@ class Scratch:
         self._made.clear()
 
 
-def evaluate(
-    program: Program, inputs: Mapping[str, Tensor], scratch: Scratch
-) -> tuple[Tensor, Tensor | None]:
+def evaluate(program: Program, inputs: Mapping[str, Tensor], scratch: Scratch) -> tuple[Tensor, Tensor | None]:
     """Run the program's steps on tiles of equal length.
 
     Returns the unrounded value and, where the program has one, what was subtracted from its base; both live

@@ -81,14 +81,10 @@ _set = option(
     "--set", "coefficients", multiple=True, type=Coefficient(), help="A coefficient in place of the recipe's."
 )
 _output = option("--output", "-o", type=click.Path(), help="The folder to write, in place of the recipe's.")
-_threads = option(
-    "--threads", type=click.IntRange(1, 256), help="Workers. Default: one more than there are cores."
-)
+_threads = option("--threads", type=click.IntRange(1, 256), help="Workers. Default: one more than there are cores.")
 _memory = option("--memory-limit", type=Size(), help="Bound on resident memory, such as 2GB.")
 _json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-_code = option(
-    "--allow-code", is_flag=True, help="Accept a config whose auto_map runs code, and carry *.py files."
-)
+_code = option("--allow-code", is_flag=True, help="Accept a config whose auto_map runs code, and carry *.py files.")
 _links = option("--follow-links", is_flag=True, help="Accept links that lead out of a checkpoint's folder.")
 _nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
 
@@ -184,9 +180,7 @@ def plan(
     from skillmerge.merge import make_plan
     from skillmerge.resources import budget, check_disk, free_disk
 
-    made = make_plan(
-        recipe, coefficients=dict(coefficients), allow_code=allow_code, follow_links=follow_links
-    )
+    made = make_plan(recipe, coefficients=dict(coefficients), allow_code=allow_code, follow_links=follow_links)
     needs = budget(made, threads=threads, memory_limit=memory_limit)
     where = made.recipe.output.path
     free = free_disk(where) if where is not None else None
@@ -208,9 +202,7 @@ def plan(
 
 @cli.command()
 @click.argument("folder", type=click.Path())
-@option(
-    "--load", is_flag=True, help="Also load it with transformers, in a separate process, and run it once."
-)
+@option("--load", is_flag=True, help="Also load it with transformers, in a separate process, and run it once.")
 @_nonfinite
 @_json
 @option("--quiet", "-q", is_flag=True, help="Only errors.")
@@ -301,8 +293,12 @@ def _print_json(document: Any, indent: int | None = None) -> None:
     click.echo(json.dumps(document, indent=indent, ensure_ascii=False))
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as something that no `except Exception` on its way swallows."""
+
+
 def _terminate(number: int, frame: Any) -> NoReturn:
-    raise Interrupted(number)
+    raise _Terminated
 
 
 def main() -> NoReturn:
@@ -313,10 +309,9 @@ def main() -> NoReturn:
     wants_json = "--json" in sys.argv
     try:
         status = cli.main(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        _fail(_interrupted(signal.SIGINT), wants_json)
-    except Interrupted as error:
-        _fail(_interrupted(error.signal_number), wants_json)
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        terminated = isinstance(error.__cause__ or error, _Terminated)
+        _fail(_interrupted(signal.SIGTERM if terminated else signal.SIGINT), wants_json)
     except SkillmergeError as error:
         _fail(error, wants_json)
     except click.ClickException as error:
@@ -361,7 +356,10 @@ def _fail(error: SkillmergeError, as_json: bool) -> NoReturn:
     click.echo(f"error: {error.message}", err=True)
     if error.fix:
         click.echo(error.fix, err=True)
-    sys.exit(error.exit_status)
+    # At once: an interrupt can leave Python thinking that it has to die of the signal itself.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.exit_status)
 
 
 if __name__ == "__main__":

@@ -117,9 +117,7 @@ def _ramp(ends: tuple[float, float], names: list[str]) -> dict[str, float]:
         assert block is not None
         rank, count = ranks[block]
         # Written so that both ends come out exactly.
-        values[name] = (
-            last if count > 1 and rank == count - 1 else first + (last - first) * rank / max(count - 1, 1)
-        )
+        values[name] = last if count > 1 and rank == count - 1 else first + (last - first) * rank / max(count - 1, 1)
     return values
 
 

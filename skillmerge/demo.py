@@ -64,9 +64,7 @@ def write_family(folder: Path) -> Path:
     def plus(*parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: sum((part[name] for part in parts), torch.zeros(())) for name in shapes}
 
-    norms = {
-        name: torch.ones(shape) if len(shape) == 1 else torch.zeros(shape) for name, shape in shapes.items()
-    }
+    norms = {name: torch.ones(shape) if len(shape) == 1 else torch.zeros(shape) for name, shape in shapes.items()}
     base = plus(noise(0.02), norms)
     source_sft, target_sft = plus(base, noise(1e-3)), plus(base, noise(1e-3))
     # RL moves a fifth of the weights, and those by little.

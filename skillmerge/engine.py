@@ -167,9 +167,7 @@ class ShardJob:
             "size": self.shard.size,
             "sha256": self._digest.hexdigest(),
             "statistics": {
-                name: total(blocks.values(), elements[name])
-                for name, blocks in self.statistics.items()
-                if blocks
+                name: total(blocks.values(), elements[name]) for name, blocks in self.statistics.items() if blocks
             },
         }
 
@@ -302,8 +300,7 @@ def merge_shards(
     intraop = torch.get_num_threads()
     torch.set_num_threads(1)
     workers = [
-        threading.Thread(target=_guard, args=(run, run.work), daemon=True)
-        for _ in range(settings.budget.threads)
+        threading.Thread(target=_guard, args=(run, run.work), daemon=True) for _ in range(settings.budget.threads)
     ]
     writers = [threading.Thread(target=_guard, args=(run, run.write), daemon=True) for _ in range(WRITERS)]
     try:
@@ -466,9 +463,7 @@ class Worker:
             return piece
         return self.scratch.get("input", index, piece.dtype, piece.numel()).copy_(piece, non_blocking=True)
 
-    def _compute_piece(
-        self, job: ShardJob, tile: Tile, first: int, inputs: Mapping[str, Tensor], out: Tensor
-    ) -> None:
+    def _compute_piece(self, job: ShardJob, tile: Tile, first: int, inputs: Mapping[str, Tensor], out: Tensor) -> None:
         """The arithmetic of one run of elements, `first` being its index in the tensor."""
         tensor, output = tile.tensor, self.plan.recipe.output
         assert tensor.program is not None
@@ -513,9 +508,7 @@ class Worker:
             )
             job.statistics[tensor.name][block] = measure(base[piece], out[piece], update, self.scratch)
 
-    def _nonfinite(
-        self, tile: Tile, inputs: Mapping[str, Tensor], out: Tensor, first: int | None = None
-    ) -> InputError:
+    def _nonfinite(self, tile: Tile, inputs: Mapping[str, Tensor], out: Tensor, first: int | None = None) -> InputError:
         """Say which input holds it; where none does, the output's dtype is too narrow."""
         offset = tile.first if first is None else first
         names = dict(tile.tensor.sources)

@@ -23,9 +23,7 @@ from skillmerge.errors import did_you_mean
 MAX_LENGTH = 10_000
 MAX_DEPTH = 50
 _DEGREE_TOLERANCE = 1e-9
-_TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[^\W\d]\w*)|(?P<op>[-+*/(),]))"
-)
+_TOKEN = re.compile(r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[^\W\d]\w*)|(?P<op>[-+*/(),]))")
 
 
 class ExpressionError(ValueError):
@@ -108,9 +106,7 @@ class _Parser:
         node = self.sum()
         kind, text, position = self.tokens[self.index]
         if kind != "end":
-            raise ExpressionError(
-                f"has `{text}` where an operator or the end is expected", position, len(text)
-            )
+            raise ExpressionError(f"has `{text}` where an operator or the end is expected", position, len(text))
         return node
 
     def sum(self) -> Node:
@@ -134,19 +130,13 @@ class _Parser:
             _, symbol, position = self.take()
             right = self.factor()
             if symbol == "/" and _has_model(right):
-                raise ExpressionError(
-                    "divides by a model", position, fix="only numbers and coefficients divide"
-                )
+                raise ExpressionError("divides by a model", position, fix="only numbers and coefficients divide")
             if symbol == "*" and _has_model(node) and _has_model(right):
-                raise ExpressionError(
-                    "multiplies two models", position, fix="only numbers and coefficients scale"
-                )
+                raise ExpressionError("multiplies two models", position, fix="only numbers and coefficients scale")
             node = self._operation(symbol, node, right, position)
         kind, text, position = self.tokens[self.index]
         if kind in ("name", "number") or text == "(":
-            raise ExpressionError(
-                f"lacks an operator before `{text}`", position, len(text), fix="did you mean `*`?"
-            )
+            raise ExpressionError(f"lacks an operator before `{text}`", position, len(text), fix="did you mean `*`?")
         return node
 
     def factor(self) -> Node:
@@ -332,9 +322,7 @@ def donor_of(term: Term) -> str:
     if isinstance(term, Scaled):
         return donor_of(term.inner)
     parts = (term.left, term.right)
-    return donor_of(
-        next((part for part in parts if degree(part) == 1), next(iter(_nonzero(parts)), term.left))
-    )
+    return donor_of(next((part for part in parts if degree(part) == 1), next(iter(_nonzero(parts)), term.left)))
 
 
 def _nonzero(parts: tuple[Term, Term]) -> list[Term]:
@@ -360,10 +348,11 @@ class Step:
 class Program:
     """How to compute one tensor.
 
-    result: the register that holds the value. base, update: where the expression is one model plus a
-    difference, that model and the register that holds what was subtracted from it (`-lambda * v`), and asked
-    is lambda; else "", -1 and 1. same_bits: triples (a, b, keep): where models a and b hold the same bits, the element is that of
-    model keep. Together they make the laws hold bit for bit, signs of zeros included.
+    result: the register that holds the value.
+    base, update, asked: where the expression is one model plus a difference, that model, the register that
+    holds what was subtracted from it (`-lambda * v`), and lambda; else "", -1 and 1.
+    same_bits: triples (a, b, keep): where models a and b hold the same bits, the element is that of model
+    keep. Together with the turning of signs they make the laws hold bit for bit, signs of zeros included.
     """
 
     models: tuple[str, ...]

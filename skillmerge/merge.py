@@ -156,24 +156,18 @@ def planned(
             checkpoint.close()
 
 
-def output_folder(
-    recipe: Recipe, output: str | os.PathLike[str] | None, checkpoints: Mapping[str, Checkpoint]
-) -> Path:
+def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpoints: Mapping[str, Checkpoint]) -> Path:
     """Where the output goes. Raises UsageError where that is nowhere, or would replace an input."""
     path = Path(output).expanduser() if output is not None else recipe.output.path
     if path is None:
-        raise UsageError(
-            "the recipe names no output", fix="add `output: {path: ./merged}` or use --output DIR"
-        )
+        raise UsageError("the recipe names no output", fix="add `output: {path: ./merged}` or use --output DIR")
     path = Path(os.path.abspath(path))
     precious = {"the recipe": Path(os.path.abspath(recipe.document.name))}
     precious |= {f"model `{name}`": Path(os.path.abspath(item.root)) for name, item in checkpoints.items()}
     for what, place in precious.items():
         for inner, outer in ((place, path), (place.resolve(), path.resolve())):
             if inner == outer or outer in inner.parents:
-                raise UsageError(
-                    f"the output {path} would replace {what} ({place})", fix="choose another --output"
-                )
+                raise UsageError(f"the output {path} would replace {what} ({place})", fix="choose another --output")
     return path
 
 
@@ -198,9 +192,7 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
             f"{target} is a mount point, which cannot be replaced", fix="choose a folder in it with --output"
         )
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UsageError(
-            f"{target} exists already", fix="replace it with --overwrite, or choose another --output"
-        )
+        raise UsageError(f"{target} exists already", fix="replace it with --overwrite, or choose another --output")
 
 
 def _write_proof(
@@ -242,10 +234,7 @@ def _versions() -> dict[str, str]:
 def _identities(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
     """What tells these input files from changed ones on this machine."""
     return {
-        name: {
-            file: [header.identity.size, header.identity.mtime_ns]
-            for file, header in checkpoint.shards.items()
-        }
+        name: {file: [header.identity.size, header.identity.mtime_ns] for file, header in checkpoint.shards.items()}
         for name, checkpoint in checkpoints.items()
     }
 

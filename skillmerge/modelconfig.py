@@ -118,6 +118,4 @@ def _blocks(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -
     if any(found >= count for count in counts):
         return []
     said = ", ".join(f"{key} = {count}" for count, key in counts.items())
-    return [
-        f"config.json says {said}, but the weights hold {found} blocks (`{stack}.0` to `{stack}.{found - 1}`)"
-    ]
+    return [f"config.json says {said}, but the weights hold {found} blocks (`{stack}.0` to `{stack}.{found - 1}`)"]

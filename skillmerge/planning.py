@@ -108,8 +108,14 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data: what `--json` prints, what `-o` writes and what the digest is taken of."""
-        return {**_deciding(self), "digest": self.digest, "problems": [asdict(problem) for problem in self.problems],
-                "notes": list(self.notes), "bytes_read": self.bytes_read, "bytes_written": self.bytes_written}  # fmt: skip
+        return {
+            **_deciding(self),
+            "digest": self.digest,
+            "problems": [asdict(problem) for problem in self.problems],
+            "notes": list(self.notes),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+        }
 
 
 def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False) -> Plan:
@@ -134,9 +140,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
             tensors[name] = _plan_tensor(recipe, spec, account, checkpoints, values[name], programs)
     problems += [
         Problem("config", message, (), "the donor's config.json and weights do not belong together")
-        for message in contradictions(
-            donor.config, {name: spec.shape for name, spec in donor.tensors.items()}
-        )
+        for message in contradictions(donor.config, {name: spec.shape for name, spec in donor.tensors.items()})
     ]
     dtypes = {plan.dtype for name, plan in tensors.items() if plan.dtype != donor.tensors[name].dtype}
     side_files = collect(donor, recipe.output.dtype if dtypes else None, allow_code)
@@ -156,9 +160,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
         problems=tuple(problems),
         notes=(*(f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe)), *notes),
         bytes_read=sum(
-            checkpoints[model].tensors[source].nbytes
-            for plan in tensors.values()
-            for model, source in plan.sources
+            checkpoints[model].tensors[source].nbytes for plan in tensors.values() for model, source in plan.sources
         ),
         input_itemsizes=_itemsizes(tensors, checkpoints),
     )
@@ -191,9 +193,7 @@ def _model_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Ter
     if term is None or found != 1:
         asked = ", ".join(f"{name} = {value:g}" for name, value in values.items())
         at = f"for tensor `{tensor}`" + (f" (with {asked})" if asked else "")
-        what = (
-            f"gives {found:g} models' worth of weights" if found != 0 else "gives a difference, not a model,"
-        )
+        what = f"gives {found:g} models' worth of weights" if found != 0 else "gives a difference, not a model,"
         fix = {0: "add it to a model: target + lam * (rl - sft)", 2: "did you mean the average, (a + b) / 2?"}
         advice = fix.get(int(found) if found == int(found) else -1, "the factors must add up to 1")
         raise recipe.error(("merge",), f"the expression {what} {at}", advice)
@@ -316,6 +316,14 @@ def _input(name: str, checkpoint: Checkpoint) -> InputPlan:
 def _deciding(plan: Plan) -> dict[str, Any]:
     """Everything that the output's bytes depend on, but for the weights themselves."""
     output = plan.recipe.output
+    inputs = [
+        {
+            "name": item.name,
+            "uri": item.uri,
+            "files": [{"name": file, "size": size, "header_sha256": digest} for file, size, digest in item.files],
+        }
+        for item in plan.inputs
+    ]
     return {
         "version": PLAN_VERSION,
         "recipe_sha256": plan.recipe.sha256,
@@ -323,32 +331,20 @@ def _deciding(plan: Plan) -> dict[str, Any]:
         "output": {"dtype": output.dtype, "rounding": output.rounding, "seed": output.seed},
         "coefficients": list(plan.coefficients),
         "overrides": dict(plan.recipe.overrides),
-        "inputs": [
-            {
-                "name": item.name,
-                "uri": item.uri,
-                "files": [
-                    {"name": file, "size": size, "header_sha256": digest} for file, size, digest in item.files
-                ],
-            }
-            for item in plan.inputs
-        ],  # fmt: skip
+        "inputs": inputs,
         "shards": [{"file": shard.file, "size": shard.size} for shard in plan.shards],
-        "tensors": [
-            {
-                "name": tensor.name,
-                "file": spec.file,
-                "action": tensor.action,
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "sources": [list(source) for source in tensor.sources],
-                "coefficients": list(tensor.coefficients),
-            }
-            for shard in plan.shards
-            for spec in shard.specs
-            for tensor in (plan.tensors[spec.name],)
-        ],  # fmt: skip
-        "side_files": [
-            {"name": file.name, "size": file.size, "sha256": file.sha256} for file in plan.side_files
-        ],
+        "tensors": [_describe(plan.tensors[spec.name], spec.file) for shard in plan.shards for spec in shard.specs],
+        "side_files": [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in plan.side_files],
+    }
+
+
+def _describe(tensor: TensorPlan, file: str) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "file": file,
+        "action": tensor.action,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "sources": [list(source) for source in tensor.sources],
+        "coefficients": list(tensor.coefficients),
     }

@@ -24,7 +24,6 @@ from skillmerge.expression import ExpressionError, Node, names_in, normalise_nam
 from skillmerge.tensors import parse_size
 from skillmerge.yamltext import Document, Path, Place
 
-
 # Unions are told apart by the YAML shape of the value, so that an error speaks of the member that was meant.
 _PLAIN_OR_LIST = Discriminator(lambda value: "list" if isinstance(value, list) else "plain")
 _PLAIN_OR_TABLE = Discriminator(lambda value: "table" if isinstance(value, dict) else "plain")
@@ -73,14 +72,12 @@ class CopyTable(_Table):
 class OutputTable(_Table):
     path: Annotated[str | None, Field(description="the folder to write, relative to the recipe's own")] = None
     like: Annotated[str | None, Field(description="the donor of names, layout, dtypes and side files")] = None
-    dtype: Annotated[
-        Literal["same", "bfloat16", "float16", "float32"], Field(description="of the weights written")
-    ] = "same"
+    dtype: Annotated[Literal["same", "bfloat16", "float16", "float32"], Field(description="of the weights written")] = (
+        "same"
+    )
     rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: Annotated[int, Field(ge=0, lt=1 << 63, description="of stochastic rounding")] = 0
-    shard_size: Annotated[
-        str | int, Field(description="same (the donor's layout), or a size such as 5GB")
-    ] = "same"
+    shard_size: Annotated[str | int, Field(description="same (the donor's layout), or a size such as 5GB")] = "same"
 
 
 ModelEntry = Annotated[Annotated[str, Tag("plain")] | Annotated[ModelTable, Tag("table")], _PLAIN_OR_TABLE]
@@ -97,9 +94,7 @@ class RecipeTable(_Table):
     coefficients: Annotated[dict[str, CoefficientEntry], Field(description="name -> number or schedule")] = {}
     merge: Annotated[str, Field(min_length=1, description="the arithmetic: target + lam * (rl - sft)")]
     copy_: Annotated[list[CopyTable], Field(alias="copy")] = []
-    ignore: Annotated[
-        list[Glob], Field(description="tensors of other models that the output does without")
-    ] = []
+    ignore: Annotated[list[Glob], Field(description="tensors of other models that the output does without")] = []
     output: OutputTable = OutputTable()
 
 
@@ -163,10 +158,8 @@ class Recipe:
                 f"fetch it first: hf download {repository} --local-dir DIR, and name that folder",
             )
         if "://" in uri:
-            raise self.error(
-                ("models", name), f"`{uri.split('://')[0]}://` is not a place that skillmerge reads"
-            )
-        return self.folder / FilePath(uri).expanduser()
+            raise self.error(("models", name), f"`{uri.split('://')[0]}://` is not a place that skillmerge reads")
+        return _local_path(self.document, ("models", name), self.folder, uri)
 
 
 def load(path: str | os.PathLike[str], overrides: Mapping[str, float] | None = None) -> Recipe:
@@ -180,15 +173,13 @@ def load(path: str | os.PathLike[str], overrides: Mapping[str, float] | None = N
             raise UsageError(
                 f"{path} is a folder, not a recipe", fix="name a recipe file: skillmerge apply recipe.yaml"
             )
+        if not path.is_file():
+            raise UsageError(f"{path} is not a file", fix="save the recipe as a file and name that")
         if path.stat().st_size > yamltext.MAX_BYTES:
-            raise RecipeError(
-                f"{path}: is larger than {yamltext.MAX_BYTES // 1024} KiB, which no recipe needs"
-            )
+            raise RecipeError(f"{path}: is larger than {yamltext.MAX_BYTES // 1024} KiB, which no recipe needs")
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise UsageError(
-            f"{path} does not exist", fix="`skillmerge init` writes a recipe to start from"
-        ) from error
+        raise UsageError(f"{path} does not exist", fix="`skillmerge init` writes a recipe to start from") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
@@ -196,9 +187,7 @@ def load(path: str | os.PathLike[str], overrides: Mapping[str, float] | None = N
     return parse_recipe(text, str(path), path.parent, overrides or {})
 
 
-def parse_recipe(
-    text: str, name: str, folder: FilePath, overrides: Mapping[str, float] | None = None
-) -> Recipe:
+def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str, float] | None = None) -> Recipe:
     """The recipe in `text`; `name` is its file in messages, `folder` what relative paths start from."""
     document = yamltext.read(text, name)
     if not isinstance(document.data, dict):
@@ -235,7 +224,7 @@ def parse_recipe(
         copy=tuple(CopyRule(_as_tuple(rule.tensors), normalise_name(rule.from_)) for rule in table.copy_),
         ignore=tuple(table.ignore),
         output=Output(
-            path=folder / FilePath(table.output.path).expanduser() if table.output.path else None,
+            path=_local_path(document, ("output", "path"), folder, table.output.path) if table.output.path else None,
             like=normalise_name(like) if like else None,
             dtype=table.output.dtype,
             rounding=table.output.rounding,
@@ -259,11 +248,7 @@ def json_schema() -> dict[str, Any]:
 
     def rewrite(node: Any) -> Any:
         if isinstance(node, dict):
-            return {
-                text_moves.get(key, key): rewrite(value)
-                for key, value in node.items()
-                if key != "discriminator"
-            }
+            return {text_moves.get(key, key): rewrite(value) for key, value in node.items() if key != "discriminator"}
         if isinstance(node, list):
             return [rewrite(item) for item in node]
         return node.replace("#/$defs/", "#/definitions/") if isinstance(node, str) else node
@@ -287,9 +272,7 @@ def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list
                 "use letters, digits, _",
             )
         if name in models or name in coefficients:
-            raise document.error(
-                f"`{written}` already names something else", document.keys[(section, written)]
-            )
+            raise document.error(f"`{written}` already names something else", document.keys[(section, written)])
         if section == "models":
             entry = table.models[written]
             models[name] = entry.path if isinstance(entry, ModelTable) else entry
@@ -311,9 +294,7 @@ def _rule(document: Document, path: Path, table: RuleTable) -> Rule:
         what = "has both `value` and `ramp`" if table.value is not None else "has neither `value` nor `ramp`"
         raise document.error(f"this rule {what}", place, "give exactly one of the two")
     if table.layers is None and table.tensors is None and table.modules is None:
-        raise document.error(
-            "this rule selects nothing", place, "add layers, tensors or modules, or use `default`"
-        )
+        raise document.error("this rule selects nothing", place, "add layers, tensors or modules, or use `default`")
     layers: list[LayerRange] = []
     for part in table.layers if isinstance(table.layers, list) else [table.layers]:
         try:
@@ -340,6 +321,13 @@ def _shard_size(document: Document, value: str | int) -> int | None:
         return parse_size(str(value))
     except ValueError as error:
         raise document.error(str(error), document.place(("output", "shard_size")), "or `same`") from error
+
+
+def _local_path(document: Document, path: Path, folder: FilePath, written: str) -> FilePath:
+    try:
+        return folder / FilePath(written).expanduser()
+    except RuntimeError as error:
+        raise document.error(f"`{written}` starts at a home that does not exist", document.place(path)) from error
 
 
 def _check_model_names(document: Document, table: RecipeTable, models: list[str]) -> None:
@@ -394,9 +382,7 @@ def _data_path(data: Any, location: tuple[int | str, ...]) -> Path:
     """pydantic's location without the names it gives to the members of unions."""
     path: list[int | str] = []
     for part in location:
-        inside = (isinstance(data, dict) and part in data) or (
-            isinstance(data, list) and isinstance(part, int)
-        )
+        inside = (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int))
         if inside:
             path.append(part)
             data = data[part]
@@ -408,9 +394,7 @@ def _shape_message(path: Path, detail: Any) -> tuple[str, str | None]:
     where = f"`{path[-1]}`" if path and isinstance(path[-1], str) else "this"
     if kind == "extra_forbidden":
         known = _known_keys(path[:-1])
-        return f"unknown key `{last}`", did_you_mean(
-            str(last), known
-        ) or f"known keys here: {', '.join(known)}"
+        return f"unknown key `{last}`", did_you_mean(str(last), known) or f"known keys here: {', '.join(known)}"
     if kind == "missing":
         here = f" in {where}" if path else ""
         fix = "start the recipe with `skillmerge: 1`" if last == "skillmerge" else None
@@ -434,11 +418,7 @@ def _shape_message(path: Path, detail: Any) -> tuple[str, str | None]:
     if kind in _EXPECTED:
         fix = None
         if kind == "float_type" and isinstance(value, str):
-            fix = (
-                f"remove the quotes: {value}"
-                if _is_number(value)
-                else "coefficients are numbers or schedules"
-            )
+            fix = f"remove the quotes: {value}" if _is_number(value) else "coefficients are numbers or schedules"
         return f"{where} must be {_EXPECTED[kind]}, not {_describe(value)}", fix
     return f"{where}: {detail['msg'].lower()}", None
 

@@ -31,9 +31,7 @@ _QUIET_SECONDS = 30
 
 def console() -> Console:
     """Results go to stdout; off a terminal they are as wide as they need to be."""
-    return Console(
-        file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False
-    )
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
 
 
 class TerminalReporter(Reporter):
@@ -64,9 +62,7 @@ class TerminalReporter(Reporter):
     def _tqdm(self, total: int) -> Iterator[Callable[[int], None]]:
         from tqdm import tqdm
 
-        with tqdm(
-            total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr, leave=False
-        ) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr, leave=False) as bar:
 
             def show(done: int) -> None:
                 bar.update(done - bar.n)
@@ -132,9 +128,7 @@ def _show_coefficient(plan: Plan, name: str, index: int, out: Console) -> None:
         block, kind = block_of(tensor.name), module_kind(tensor.name)
         row = cells.setdefault(block, {}) if block else outside
         row.setdefault(kind, set()).add(tensor.coefficients[index])
-    kinds = [
-        kind for kind in (*MODULE_KINDS, "other") if any(kind in row for row in (*cells.values(), outside))
-    ]
+    kinds = [kind for kind in (*MODULE_KINDS, "other") if any(kind in row for row in (*cells.values(), outside))]
     table = Table(name, *kinds, box=box.SIMPLE_HEAD, pad_edge=False)
     for stack in dict.fromkeys(stack for stack, _ in cells):
         rows = {layer: cells[stack, layer] for _, layer in sorted(key for key in cells if key[0] == stack)}
@@ -223,9 +217,7 @@ def _statistics_table(statistics: Mapping[str, Any]) -> Table:
         if asked is None and group.get("realised") is not None:
             asked, realised = 1.0, group["realised"]
         cells = [_number(value) if value is not None else "-" for value in (asked, realised)]
-        shares = [
-            f"{group[key]:.1%}" if group.get(key) is not None else "-" for key in ("vanished", "changed")
-        ]
+        shares = [f"{group[key]:.1%}" if group.get(key) is not None else "-" for key in ("vanished", "changed")]
         table.add_row(name, str(group["merged"]), *cells, *shares)
     return table
 
@@ -250,8 +242,4 @@ def show_verdict(verdict: Verdict, out: Console) -> None:
         soft_wrap=True,
     )
     if verdict.load is not None:
-        out.print(
-            Text(
-                f"loaded as {verdict.load['class']}: no missing, unexpected or mismatched keys; finite output"
-            )
-        )
+        out.print(Text(f"loaded as {verdict.load['class']}: no missing, unexpected or mismatched keys; finite output"))

@@ -38,9 +38,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
     """Choose threads and tile size within `memory_limit` bytes. Raises ResourceError where nothing fits."""
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
     element = sum(plan.input_itemsizes) + OUTPUT_BUFFERS * itemsize
-    registers = max(
-        (tensor.program.registers for tensor in plan.tensors.values() if tensor.program), default=1
-    )
+    registers = max((tensor.program.registers for tensor in plan.tensors.values() if tensor.program), default=1)
     wanted = threads or min(_MAX_THREADS, os.cpu_count() or 1)
     tables = 1200 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
 

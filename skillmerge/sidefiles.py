@@ -59,6 +59,10 @@ _FOLDERS_LEFT = (
     ".*",
 )
 _MAX_BYTES = 1 << 30
+_NO_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_AUTO_MAP = re.compile(rb"auto_map|\\u00(61|75|74|6[fF]|5[fF]|6[dD]|70)")
+"""The key, or an escape that could spell a letter of it."""
+
 _DTYPE_KEY = re.compile(rb'("(?:torch_)?dtype"\s*:\s*")(bfloat16|float16|float32|float64)(")')
 
 
@@ -82,12 +86,17 @@ def collect(donor: Checkpoint, dtype: str | None, allow_code: bool) -> tuple[Sid
     """
     files = []
     for name in sorted(_walk(donor.root, allow_code)):
+        if _NO_NAME.search(name):
+            raise InputError(f"{donor.root}: the file name {name!r} is not text", fix="rename that file")
         path = resolve_inside(donor.root, name, donor.follow_links)
         if not path.is_file():
             continue
         if path.stat().st_size > _MAX_BYTES:
             raise InputError(f"{donor.root / name}: is larger than any side file should be")
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{donor.root / name}: cannot be read: {error.strerror}") from error
         if name.endswith(".json") and not allow_code:
             _refuse_code(donor.root / name, content)
         if name == "config.json" and dtype is not None:
@@ -116,24 +125,20 @@ def _walk(root: Path, allow_code: bool) -> list[str]:
         inside = os.path.relpath(folder, root)
         depth = 0 if inside == "." else inside.count(os.sep) + 1
         folders[:] = sorted(
-            name
-            for name in folders
-            if depth < 2 and not any(fnmatchcase(name, glob) for glob in _FOLDERS_LEFT)
+            name for name in folders if depth < 2 and not any(fnmatchcase(name, glob) for glob in _FOLDERS_LEFT)
         )
         if depth and any(name.endswith(".safetensors") for name in files):
             folders.clear()  # a model of its own, not a part of this one
             continue
         for name in files:
-            if any(fnmatchcase(name, glob) for glob in _LEFT) or not any(
-                fnmatchcase(name, glob) for glob in carried
-            ):
+            if any(fnmatchcase(name, glob) for glob in _LEFT) or not any(fnmatchcase(name, glob) for glob in carried):
                 continue
             names.append(name if inside == "." else f"{inside}/{name}".replace(os.sep, "/"))
     return names
 
 
 def _refuse_code(path: Path, content: bytes) -> None:
-    if b"auto_map" not in content:
+    if not _AUTO_MAP.search(content):
         return
     try:
         found = _auto_maps(json.loads(content))
@@ -150,7 +155,5 @@ def _auto_maps(document: Any) -> list[str]:
     if not isinstance(document, dict):
         return []
     entry = document.get("auto_map")
-    here = (
-        [str(value) for value in entry.values()] if isinstance(entry, dict) else [str(entry)] if entry else []
-    )
+    here = [str(value) for value in entry.values()] if isinstance(entry, dict) else [str(entry)] if entry else []
     return here + [name for value in document.values() for name in _auto_maps(value)]

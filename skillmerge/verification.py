@@ -33,7 +33,7 @@ _LOAD_TIMEOUT = 3600
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What `verify` found out about a folder that passed: counts, and the report of the load, if asked for."""
+    """What `verify` found out about a folder that passed: counts, and the load's report, if asked for."""
 
     folder: Path
     files: int

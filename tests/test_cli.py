@@ -62,7 +62,13 @@ def test_set_takes_name_and_finite_number(family: Path, value: str) -> None:
 
 
 def test_options_can_be_set_in_the_environment(family: Path) -> None:
-    process = run_cli("apply", family, SKILLMERGE_OUTPUT=str(family.parent / "other"), SKILLMERGE_SET="lam=0.25", SKILLMERGE_STATS="off")
+    process = run_cli(
+        "apply",
+        family,
+        SKILLMERGE_OUTPUT=str(family.parent / "other"),
+        SKILLMERGE_SET="lam=0.25",
+        SKILLMERGE_STATS="off",
+    )
     assert process.returncode == 0, process.stderr
     manifest = json.loads((family.parent / "other" / "skillmerge.manifest.json").read_text())
     assert manifest["tensors"][0]["coefficients"] == [0.25]
@@ -129,7 +135,13 @@ def test_schema_is_draft_7(tmp_path: Path) -> None:
 def test_demo_does_the_whole_job(tmp_path: Path) -> None:
     process = run_cli("demo", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    for phrase in ("target-sft", "merge: target + lam", "realised lambda", "verified", "skillmerge.manifest.json"):
+    for phrase in (
+        "target-sft",
+        "merge: target + lam",
+        "realised lambda",
+        "verified",
+        "skillmerge.manifest.json",
+    ):
         assert phrase in process.stdout
     assert skillmerge.verify(tmp_path / "skillmerge-demo" / "merged").files == 10
     assert run_cli("demo", cwd=tmp_path).returncode == 2
@@ -142,7 +154,10 @@ def test_misspelt_command_and_option_are_usage_errors(family: Path) -> None:
 
 
 def test_bug_is_told_as_one() -> None:
-    program = "import skillmerge.recipe, skillmerge.cli as c, sys; skillmerge.recipe.json_schema = lambda: 1 / 0;" "sys.argv[1:] = ['schema']; c.main()"
+    program = (
+        "import skillmerge.recipe, skillmerge.cli as c, sys; skillmerge.recipe.json_schema = lambda: 1 / 0;"
+        "sys.argv[1:] = ['schema']; c.main()"
+    )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert process.returncode == 1
     assert "this is a bug in skillmerge" in process.stderr
@@ -161,7 +176,9 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     assert float(seconds) < 0.2
 
 
-def test_progress_off_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_off_a_terminal_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from skillmerge import report
 
     clock = iter([0.0, 10.0, 31.0, 40.0])

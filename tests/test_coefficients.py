@@ -16,7 +16,13 @@ def resolve(*rules: Rule, default: float = 1.0) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("7", [(7, 7)]), ("0-3", [(0, 3)]), ("4-", [(4, None)]), ("-3", [(0, 3)]), ("0-3, 8-11", [(0, 3), (8, 11)])],
+    [
+        ("7", [(7, 7)]),
+        ("0-3", [(0, 3)]),
+        ("4-", [(4, None)]),
+        ("-3", [(0, 3)]),
+        ("0-3, 8-11", [(0, 3), (8, 11)]),
+    ],
 )
 def test_layers_are_read(text: str, wanted: list[tuple[int, int | None]]) -> None:
     assert [(part.first, part.last) for part in parse_layers(text)] == wanted
@@ -24,7 +30,7 @@ def test_layers_are_read(text: str, wanted: list[tuple[int, int | None]]) -> Non
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1.5", "0-3-4", "-", "1 2", "0-3,"])
 def test_layers_that_mean_nothing_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="layers|backwards"):
+    with pytest.raises(ValueError, match=r"layers|backwards"):
         parse_layers(text)
 
 

@@ -85,7 +85,9 @@ def test_streamed_merge_equals_the_oracle(
         same = plain.astype(np.float64) == exact
         assert np.array_equal(found[same], wanted[same])
         # Elsewhere the wide evaluation may land on the other side of a tie, or lose bits by cancelling.
-        slack = oracle.unit(wanted, tensor.dtype) + 2.0**-21 * np.max([np.abs(v).max(initial=0) for v in narrow.values()])
+        slack = oracle.unit(wanted, tensor.dtype) + 2.0**-21 * np.max(
+            [np.abs(v).max(initial=0) for v in narrow.values()]
+        )
         assert np.all(np.abs(found - wanted) <= slack)
 
 

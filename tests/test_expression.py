@@ -48,7 +48,14 @@ def test_expression_has_the_weights_of_school_arithmetic(text: str, wanted: dict
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("a", 1), ("a - b", 0), ("a + b", 2), ("a + 0.7 * (b - c)", 1), ("(a + b + c) / 3", 1), ("0.1*a + 0.2*b + 0.7*c", 1)],
+    [
+        ("a", 1),
+        ("a - b", 0),
+        ("a + b", 2),
+        ("a + 0.7 * (b - c)", 1),
+        ("(a + b + c) / 3", 1),
+        ("0.1*a + 0.2*b + 0.7*c", 1),
+    ],
 )
 def test_degree_says_what_an_expression_is(text: str, wanted: float) -> None:
     assert degree(bound(text)) == wanted
@@ -104,7 +111,13 @@ def test_division_by_zero_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("a + 0.5 * (b - c)", "a"), ("b - c + a", "a"), ("0.5 * (b - c) + a", "a"), ("0.5 * b + 0.5 * c", "b"), ("(c + a) / 2", "c")],
+    [
+        ("a + 0.5 * (b - c)", "a"),
+        ("b - c + a", "a"),
+        ("0.5 * (b - c) + a", "a"),
+        ("0.5 * b + 0.5 * c", "b"),
+        ("(c + a) / 2", "c"),
+    ],
 )
 def test_donor_is_the_first_model_of_degree_one(text: str, wanted: str) -> None:
     assert donor_of(bound(text)) == wanted
@@ -128,7 +141,13 @@ def test_added_difference_is_turned_round_and_subtracted() -> None:
 
 @pytest.mark.parametrize(
     ("text", "asked"),
-    [("a + 0.5 * (b - c)", 0.5), ("a - 0.5 * (b - c)", -0.5), ("a + (b - c) / 4", 0.25), ("a + (b - c)", 1.0), ("(a + b) / 2", 1.0)],
+    [
+        ("a + 0.5 * (b - c)", 0.5),
+        ("a - 0.5 * (b - c)", -0.5),
+        ("a + (b - c) / 4", 0.25),
+        ("a + (b - c)", 1.0),
+        ("(a + b) / 2", 1.0),
+    ],
 )
 def test_program_knows_the_lambda_that_was_asked(text: str, asked: float) -> None:
     assert compile_term(bound(text)).asked == asked

@@ -12,7 +12,9 @@ from skillmerge.cli import cli
 from skillmerge.recipe import json_schema
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTED = (ROOT / "README.md").read_text() + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+DOCUMENTED = (ROOT / "README.md").read_text() + "".join(
+    path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))
+)
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
@@ -38,7 +40,9 @@ def test_every_key_of_a_recipe_is_documented() -> None:
 
 
 def test_every_exit_status_is_documented() -> None:
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.SkillmergeError)]
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.SkillmergeError)
+    ]
     statuses = {kind.exit_status for kind in kinds} | {0, 130, 143}
     assert statuses >= {1, 2, 3, 4, 5, 6, 7, 75}
     assert [status for status in statuses if f"| {status} |" not in DOCUMENTED] == []

@@ -32,7 +32,9 @@ def every_kind_of_number(dtype: torch.dtype, seed: int, count: int = 140_000) ->
     return values
 
 
-def apply(folder: Path, merge: str, lam: float, target: torch.Tensor, rl: torch.Tensor, sft: torch.Tensor) -> torch.Tensor:
+def apply(
+    folder: Path, merge: str, lam: float, target: torch.Tensor, rl: torch.Tensor, sft: torch.Tensor
+) -> torch.Tensor:
     for name, tensor in (("target", target), ("rl", rl), ("sft", sft)):
         write_checkpoint(folder / name, {"model.layers.0.mlp.weight": tensor})
     recipe = write_recipe(folder, merge, coefficients={"lam": lam})
@@ -94,7 +96,9 @@ def test_average_of_a_model_with_itself_is_the_model(tmp_path: Path) -> None:
 def test_infinities_and_nans_are_refused_by_tensor_and_index(tmp_path: Path, value: float, model: str) -> None:
     tensors = {name: every_kind_of_number(torch.bfloat16, seed) for seed, name in enumerate(("target", "rl", "sft"))}
     tensors[model][100_003] = value
-    with pytest.raises(InputError, match=rf"`{model}` holds .* in tensor `model.layers.0.mlp.weight` at element 100003"):
+    with pytest.raises(
+        InputError, match=rf"`{model}` holds .* in tensor `model.layers.0.mlp.weight` at element 100003"
+    ):
         apply(tmp_path, PAST, 0.7, **tensors)
     assert not (tmp_path / "merged").exists()
 

@@ -56,7 +56,9 @@ def imports(path: Path) -> set[str]:
 
 
 def modules() -> dict[str, Path]:
-    files = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+    files = {
+        path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")
+    }
     return {name.removesuffix("__init__").rstrip("."): path for name, path in files.items()}
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PEAK_MEMORY, random_tensors, run_cli, tensor_shapes, write_checkpoint, write_family, write_recipe
+from conftest import (
+    PEAK_MEMORY,
+    random_tensors,
+    run_cli,
+    tensor_shapes,
+    write_checkpoint,
+    write_family,
+    write_recipe,
+)
 
 import skillmerge
 from skillmerge.errors import InputError, RecipeError
@@ -81,7 +89,7 @@ def test_tensor_that_the_donor_lacks_is_named_with_the_rule_to_settle_it(tmp_pat
     recipe = trio(tmp_path, sft={**tensor_shapes(), **extra}, rl={**tensor_shapes(), **extra})
     texts = problems(recipe)
     assert len(texts) == 2
-    assert 'ignore: ["model.layers.*.self_attn.rotary.inv_freq"]' in texts[0]
+    assert 'ignore:\n  - "model.layers.*.self_attn.rotary.inv_freq"' in texts[0]
     edit(recipe, ignore=["model.layers.*.self_attn.rotary.inv_freq"])
     assert problems(recipe) == []
 
@@ -130,7 +138,7 @@ def test_head_that_only_others_store_is_left_out_where_all_tie_it(tmp_path: Path
 
 def test_head_that_is_not_tied_is_a_difference(tmp_path: Path) -> None:
     (text, _) = problems(trio(tmp_path, {"tie_word_embeddings": False}, target=without("lm_head.weight")))
-    assert 'ignore: ["lm_head.weight"]' in text
+    assert 'ignore:\n  - "lm_head.weight"' in text
 
 
 @pytest.mark.parametrize(
@@ -145,7 +153,9 @@ def test_config_that_contradicts_the_shapes_is_a_problem(tmp_path: Path, config:
     assert message in "\n".join(problems(trio(tmp_path, config)))
 
 
-@pytest.mark.parametrize("config", [{"num_hidden_layers": 3, "vocab_size": 32}, {"vocab_size": 30}, {"num_hidden_layers": 2}])
+@pytest.mark.parametrize(
+    "config", [{"num_hidden_layers": 3, "vocab_size": 32}, {"vocab_size": 30}, {"num_hidden_layers": 2}]
+)
 def test_config_that_fits_or_leaves_room_is_none(tmp_path: Path, config: dict) -> None:
     assert problems(trio(tmp_path, config)) == []
 
@@ -157,14 +167,22 @@ def test_config_that_fits_or_leaves_room_is_none(tmp_path: Path, config: dict) -
         ({"merge": "rl - sft"}, r"gives a difference, not a model[\s\S]*add it to a model"),
         ({"merge": "0.3 * target + 0.3 * rl"}, "must add up to 1"),
         ({"merge": "lam * target + (1 - lam) * rl - 0.1 * sft"}, r"with lam = 0.7"),
-        ({"coefficients": {"lam": {"rules": [{"layers": "1-7", "value": 0}]}}}, "layer 7 is past the last block, which is 2"),
-        ({"coefficients": {"lam": {"rules": [{"tensors": "*.mpl.*", "value": 0}]}}}, "this rule matches no tensor"),
+        (
+            {"coefficients": {"lam": {"rules": [{"layers": "1-7", "value": 0}]}}},
+            "layer 7 is past the last block, which is 2",
+        ),
+        (
+            {"coefficients": {"lam": {"rules": [{"tensors": "*.mpl.*", "value": 0}]}}},
+            "this rule matches no tensor",
+        ),
         ({"copy": [{"tensors": "visual.*", "from": "rl"}]}, "matches no tensor of the donor"),
         ({"ignore": ["visual.*"]}, "matches no tensor that the donor lacks"),
         ({"merge": "target + (rl - sft) / lam", "coefficients": {"lam": 0}}, "divides by zero"),
     ],
 )
-def test_mistake_that_only_the_models_reveal_is_told_in_the_recipe(family: Path, edit: Edit, keys: dict, message: str) -> None:
+def test_mistake_that_only_the_models_reveal_is_told_in_the_recipe(
+    family: Path, edit: Edit, keys: dict, message: str
+) -> None:
     with pytest.raises(RecipeError, match=message) as error:
         skillmerge.plan(edit(family, **keys))
     assert error.value.message.startswith(f"{family}:")
@@ -212,7 +230,9 @@ def test_quantised_checkpoints_are_refused_by_name_and_reason(
 
 def test_packed_mxfp4_blocks_are_refused(tmp_path: Path) -> None:
     trio(tmp_path)
-    packed = {f"model.layers.0.mlp.experts.up_proj_{part}": torch.zeros(4, dtype=torch.uint8) for part in ("blocks", "scales")}
+    packed = {
+        f"model.layers.0.mlp.experts.up_proj_{part}": torch.zeros(4, dtype=torch.uint8) for part in ("blocks", "scales")
+    }
     write_checkpoint(tmp_path / "rl", {**random_tensors(tensor_shapes()), **packed})
     with pytest.raises(InputError, match="MXFP4"):
         skillmerge.plan(tmp_path / "recipe.yaml")
@@ -266,12 +286,25 @@ def test_plan_command_shows_prints_and_saves(family: Path, tmp_path: Path, edit:
     edit(family, coefficients={"lam": {"default": 1.0, "rules": [{"layers": "0-", "ramp": [0, 1]}]}})
     human = run_cli("plan", family)
     assert human.returncode == 0, human.stderr
-    for phrase in ("target (donor)", "lam over model.layers: 0 ▁▅█ 2  (0 to 1)", "copied byte for byte", "peak memory"):
+    for phrase in (
+        "target (donor)",
+        "lam over model.layers: 0 ▁▅█ 2  (0 to 1)",
+        "copied byte for byte",
+        "peak memory",
+    ):
         assert phrase in human.stdout
     printed = run_cli("plan", family, "--json", "-o", tmp_path / "plan.json")
     document = json.loads(printed.stdout)
     assert document == json.loads((tmp_path / "plan.json").read_text())
-    assert {"digest", "bytes_read", "bytes_written", "memory", "disk_free", "tensors", "shards"} <= document.keys()
+    assert {
+        "digest",
+        "bytes_read",
+        "bytes_written",
+        "memory",
+        "disk_free",
+        "tensors",
+        "shards",
+    } <= document.keys()
 
 
 def test_plan_command_shows_problems_and_exits_4(tmp_path: Path) -> None:

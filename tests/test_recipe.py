@@ -81,7 +81,7 @@ def test_hub_models_say_what_to_do_in_this_version() -> None:
 
 SNAPSHOTS = {
     "unknown key": (
-        ("tensors: \"*.mlp", "tensor: \"*.mlp"),
+        ('tensors: "*.mlp', 'tensor: "*.mlp'),
         """\
 recipe.yaml:12:10: unknown key `tensor`
    12 |       - {tensor: "*.mlp.*", value: 0.8}
@@ -226,7 +226,7 @@ def test_mistake_is_told_with_its_place(old: str, new: str, message: str) -> Non
 
 def test_expression_in_a_folded_text_is_located_at_its_start() -> None:
     text = GOOD.replace("merge: target + lam * (rl - sft)", "merge: >-\n  target +\n  lam * (rl - stf)")
-    with pytest.raises(RecipeError, match="recipe.yaml:14:8: the expression names `stf`"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:14:8: the expression names `stf`"):
         parse(text)
 
 

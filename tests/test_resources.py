@@ -33,7 +33,7 @@ def test_memory_limit_that_nothing_fits_is_refused_before_work(family: Path) -> 
 
 def test_output_larger_than_the_disk_is_refused_before_work(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "free_disk", lambda path: 1000)
-    with pytest.raises(ResourceError, match="1.0 KB free"):
+    with pytest.raises(ResourceError, match=r"1\.0 KB free"):
         skillmerge.apply(family)
     assert not (family.parent / "merged").exists()
 

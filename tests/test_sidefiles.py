@@ -76,7 +76,7 @@ def test_code_that_runs_on_loading_is_refused_unless_allowed(family: Path, name:
     donor = family.parent / "target"
     (donor / name).write_text(json.dumps({"nested": {"auto_map": {"AutoModel": "modeling_custom.Model"}}}))
     (donor / "modeling_custom.py").write_text("print('hello')")
-    with pytest.raises(InputError, match="modeling_custom.Model"):
+    with pytest.raises(InputError, match=r"modeling_custom\.Model"):
         skillmerge.plan(family)
     output = skillmerge.apply(family, allow_code=True).output
     assert (output / "modeling_custom.py").exists()

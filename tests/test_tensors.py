@@ -10,7 +10,14 @@ from skillmerge.tensors import BLOCK, DTYPES, format_bytes, parse_size, tile_ran
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("5GB", 5_000_000_000), ("700 MB", 700_000_000), ("2GiB", 2 << 30), ("1.5kb", 1500), ("1000", 1000), ("3t", 3 * 10**12)],
+    [
+        ("5GB", 5_000_000_000),
+        ("700 MB", 700_000_000),
+        ("2GiB", 2 << 30),
+        ("1.5kb", 1500),
+        ("1000", 1000),
+        ("3t", 3 * 10**12),
+    ],
 )
 def test_size_is_read(text: str, wanted: int) -> None:
     assert parse_size(text) == wanted
@@ -22,7 +29,9 @@ def test_size_that_means_nothing_is_refused(text: str) -> None:
         parse_size(text)
 
 
-@pytest.mark.parametrize(("count", "wanted"), [(0, "0 B"), (999, "999 B"), (3_087_467_144, "3.1 GB"), (5e15, "5000.0 TB")])
+@pytest.mark.parametrize(
+    ("count", "wanted"), [(0, "0 B"), (999, "999 B"), (3_087_467_144, "3.1 GB"), (5e15, "5000.0 TB")]
+)
 def test_bytes_are_written_for_people(count: float, wanted: str) -> None:
     assert format_bytes(count) == wanted
 

@@ -232,8 +232,8 @@ def _read_index(root: Path, follow_links: bool) -> dict[str, str] | None:
             raise InputError(f"{path}: names a tensor that no file can hold: {tensor[:80]!r}")
         if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
             raise InputError(
-                f"{path}: places tensor `{tensor}` in {str(file)[:80]!r}; only names of *.safetensors files in "
-                "the same folder are allowed"
+                f"{path}: places tensor `{tensor}` in {str(file)[:80]!r}; only names of *.safetensors files "
+                "in the same folder are allowed"
             )
     return weight_map
 

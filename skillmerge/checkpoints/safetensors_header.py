@@ -20,8 +20,8 @@ from typing import Any
 from skillmerge.errors import InputError
 from skillmerge.tensors import DTYPES, TensorSpec
 
-MAX_HEADER_BYTES = 20_000_000
-"""Room for 100,000 tensors in one file. The reference implementation allows five times as much, which takes
+MAX_HEADER_BYTES = 16_000_000
+"""Room for 100,000 tensors in one file. The reference implementation allows six times as much, which takes
 2 GB of memory and ten seconds to parse when somebody means harm."""
 
 MAX_NAME = 1000
@@ -49,7 +49,7 @@ class FileIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The tensors of one file in the order of their bytes, and the header's own bytes, size field included."""
+    """The tensors of one file in the order of their bytes, and the header's bytes, size field included."""
 
     raw: bytes
     tensors: tuple[TensorSpec, ...]
