@@ -173,7 +173,7 @@ def load(path: str | os.PathLike[str], overrides: Mapping[str, float] | None = N
             raise UsageError(
                 f"{path} is a folder, not a recipe", fix="name a recipe file: skillmerge apply recipe.yaml"
             )
-        if not path.is_file():
+        if path.exists() and not path.is_file():
             raise UsageError(f"{path} is not a file", fix="save the recipe as a file and name that")
         if path.stat().st_size > yamltext.MAX_BYTES:
             raise RecipeError(f"{path}: is larger than {yamltext.MAX_BYTES // 1024} KiB, which no recipe needs")
@@ -344,7 +344,7 @@ def _expression_error(document: Document, error: ExpressionError) -> RecipeError
     """Point into the expression where it stands on one line as it is; else at its start."""
     place = document.place(("merge",))
     if place is not None:
-        line = document.text.splitlines()[place.line]
+        line = document.line(place.line)
         written = str(document.data["merge"])
         offset = line.find(written, place.column)
         if offset >= 0:

@@ -5,6 +5,7 @@ Only shows what it is given; nothing is computed here but how to draw it.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -121,18 +122,21 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
 def _show_coefficient(plan: Plan, name: str, index: int, out: Console) -> None:
     """lambda over depth as a picture, then by block and module, equal neighbours in one row."""
     cells: dict[tuple[str, int], dict[str, set[float]]] = {}
+    means: dict[str, dict[int, list[tuple[float, int]]]] = {}
     outside: dict[str, set[float]] = {}
     for tensor in plan.tensors.values():
         if index >= len(tensor.coefficients):
             continue
-        block, kind = block_of(tensor.name), module_kind(tensor.name)
+        block, kind, value = block_of(tensor.name), module_kind(tensor.name), tensor.coefficients[index]
         row = cells.setdefault(block, {}) if block else outside
-        row.setdefault(kind, set()).add(tensor.coefficients[index])
+        row.setdefault(kind, set()).add(value)
+        if block:
+            means.setdefault(block[0], {}).setdefault(block[1], []).append((value, math.prod(tensor.shape)))
     kinds = [kind for kind in (*MODULE_KINDS, "other") if any(kind in row for row in (*cells.values(), outside))]
     table = Table(name, *kinds, box=box.SIMPLE_HEAD, pad_edge=False)
-    for stack in dict.fromkeys(stack for stack, _ in cells):
-        rows = {layer: cells[stack, layer] for _, layer in sorted(key for key in cells if key[0] == stack)}
-        out.print(Text(f"{name} over {stack}: {_picture(rows)}"))
+    for stack, layers in means.items():
+        rows = {layer: cells[stack, layer] for layer in sorted(layers)}
+        out.print(Text(f"{name} over {stack}: {_picture({layer: _mean(layers[layer]) for layer in rows})}"))
         for first, last, row in _runs(rows):
             label = f"{stack} {first}" if first == last else f"{stack} {first}-{last}"
             table.add_row(label, *(_values(row.get(kind)) for kind in kinds))
@@ -141,9 +145,13 @@ def _show_coefficient(plan: Plan, name: str, index: int, out: Console) -> None:
     out.print(table)
 
 
-def _picture(rows: Mapping[int, Mapping[str, set[float]]]) -> str:
-    """One character per block: the mean coefficient, between the smallest (or 0) and the largest (or 0)."""
-    means = {layer: sum(map(sum, row.values())) / sum(map(len, row.values())) for layer, row in rows.items()}
+def _mean(values: list[tuple[float, int]]) -> float:
+    """The mean over a block's elements, so that a norm counts for as little as it is."""
+    return sum(value * count for value, count in values) / max(1, sum(count for _, count in values))
+
+
+def _picture(means: Mapping[int, float]) -> str:
+    """One character per block, between the smallest (or 0) and the largest (or 0)."""
     low, high = min(0.0, *means.values()), max(0.0, *means.values())
     span = high - low or 1.0
     bars = "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means.values())
@@ -168,7 +176,7 @@ def _values(found: set[float] | None) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.3g}"
 
 
 _ACTIONS = {

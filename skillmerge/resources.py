@@ -17,7 +17,7 @@ RUNTIME_BYTES = 300_000_000
 """Resident memory of Python with torch imported, before any work, with room for headers and tables."""
 
 _TILE_BYTES = 2 << 20
-_CUDA_TILE_BYTES = 64 << 20
+_CUDA_TILE_BYTES = 8 << 20
 _MAX_THREADS = 16
 WRITERS = 2
 OUTPUT_BUFFERS = 3
