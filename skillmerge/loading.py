@@ -63,9 +63,7 @@ def _load(transformers: Any, folder: str) -> dict[str, Any]:
     if kind is None:
         return {"ok": False, "why": f"config.json names `{names[0]}`, a class that transformers lacks"}
     # With sizes ignored, tensors of other sizes are named in the report instead of raised without a name.
-    model, info = kind.from_pretrained(
-        folder, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
-    )
+    model, info = kind.from_pretrained(folder, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True)
     wrong = {key: sorted(map(_described, info[key])) for key in _KEY_SETS if info.get(key)}
     report: dict[str, Any] = {"ok": not wrong, "class": type(model).__name__, "why": "", **wrong}
     if wrong:
@@ -114,9 +112,7 @@ def _inputs(model: Any) -> dict[str, Any]:
     elif name == "input_values":
         inputs[name] = torch.zeros(1, _AUDIO_SAMPLES, dtype=model.dtype)
     elif name == "pixel_values":
-        inputs[name] = torch.zeros(
-            1, config.num_channels, config.image_size, config.image_size, dtype=model.dtype
-        )
+        inputs[name] = torch.zeros(1, config.num_channels, config.image_size, config.image_size, dtype=model.dtype)
     else:
         raise ValueError(f"no input of the kind `{name}` can be made up")
     if getattr(config, "is_encoder_decoder", False):

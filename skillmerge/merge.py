@@ -97,7 +97,8 @@ def apply(
 
             # torch takes seconds to import: everything that can fail without it has been tried by now.
             with _signals_waiting():
-                from skillmerge.engine import Settings, choose_device, merge_shards
+                from skillmerge.engine import choose_device, merge_shards
+            from skillmerge.worker import Settings
 
             where, why = choose_device(device)
             reporter.say(f"computing on {where}: {why}")

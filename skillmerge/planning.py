@@ -22,15 +22,14 @@ from skillmerge.errors import InputError
 from skillmerge.expression import (
     ExpressionError,
     Leaf,
-    Program,
     Term,
     bind,
-    compile_term,
     degree,
     donor_of,
     sole_model,
 )
 from skillmerge.modelconfig import contradictions, quantisation
+from skillmerge.program import Program, compile_term
 from skillmerge.recipe import Recipe, unused_names
 from skillmerge.sidefiles import SideFile, collect, index_bytes
 from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec

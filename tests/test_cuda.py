@@ -61,11 +61,11 @@ def test_full_gpu_falls_back_to_smaller_pieces_then_to_the_cpu(tmp_path: Path, m
     recipe = write_recipe(tmp_path)
     wanted = digests(skillmerge.apply(recipe, tmp_path / "cpu", device="cpu").output)
 
-    class Warnings(Reporter):
-        heard: list[str] = []
+    heard: list[str] = []
 
+    class Warnings(Reporter):
         def warn(self, message: str) -> None:
-            self.heard.append(message)
+            heard.append(message)
 
     plain = Scratch.get
 
@@ -77,5 +77,5 @@ def test_full_gpu_falls_back_to_smaller_pieces_then_to_the_cpu(tmp_path: Path, m
     monkeypatch.setattr(Scratch, "get", full)
     result = skillmerge.apply(recipe, tmp_path / "full", device="cuda", reporter=Warnings())
     assert digests(result.output) == wanted
-    assert any("pieces" in message for message in Warnings.heard)
-    assert any("with the CPU" in message for message in Warnings.heard)
+    assert any("pieces" in message for message in heard)
+    assert any("with the CPU" in message for message in heard)

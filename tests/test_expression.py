@@ -1,4 +1,4 @@
-"""Parsing, degrees, binding and the steps of expressions."""
+"""Parsing, degrees and binding of expressions, and the programs made of them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from skillmerge.expression import (
     Scaled,
     Sum,
     bind,
-    compile_term,
     degree,
     donor_of,
     parse,
     sole_model,
     weights,
 )
+from skillmerge.program import compile_term
 
 MODELS = ["a", "b", "c"]
 

@@ -84,9 +84,7 @@ FAMILIES = {
         shard_size="20KB",
     ),
     "mistral": Family("MistralForCausalLM", {**TEXT, "head_dim": 8}, DENSE | {"head"}),
-    "mixtral": Family(
-        "MixtralForCausalLM", {**TEXT, "num_local_experts": 4}, SPARSE | {"head"}, shard_size="20KB"
-    ),
+    "mixtral": Family("MixtralForCausalLM", {**TEXT, "num_local_experts": 4}, SPARSE | {"head"}, shard_size="20KB"),
     "gemma2": Family("Gemma2ForCausalLM", {**TEXT, "head_dim": 8}, DENSE),
     "gemma3_text": Family("Gemma3ForCausalLM", {**TEXT, "head_dim": 8}, DENSE),
     "gemma3_vision": Family(
@@ -352,9 +350,7 @@ def test_merged_family_equals_a_float64_merge(name: str, families: Callable[[str
         assert found.dtype == inputs["target"].dtype, key
         exact = oracle.evaluate(PAST, inputs, {"lam": LAM})
         # Rounded once, so half a unit; and what float32 loses where the terms cancel each other.
-        magnitude = oracle.evaluate(
-            "abs(target) + lam * (abs(rl) + abs(sft))", inputs, {"lam": LAM, "abs": abs}
-        )
+        magnitude = oracle.evaluate("abs(target) + lam * (abs(rl) + abs(sft))", inputs, {"lam": LAM, "abs": abs})
         allowed = oracle.unit(exact, found.dtype) / 2 + magnitude * 2.0**-22
         error = np.abs(found.to(torch.float64).numpy() - exact)
         assert (error <= allowed).all(), f"{key}: {(error / allowed).max()} times what is allowed"
@@ -395,9 +391,7 @@ def test_family_names_tell_blocks_and_kinds(name: str, families: Callable[[str],
 
 
 @pytest.mark.parametrize(("name", "key", "kind"), KINDS)
-def test_family_tensor_is_of_its_kind(
-    name: str, key: str, kind: str, families: Callable[[str], Path]
-) -> None:
+def test_family_tensor_is_of_its_kind(name: str, key: str, kind: str, families: Callable[[str], Path]) -> None:
     assert key in read_checkpoint(families(name) / "target")
     assert module_kind(key) == kind
 
@@ -468,9 +462,7 @@ def test_load_names_a_tensor_of_another_shape_with_both_shapes(
     changed = {"model.layers.1.self_attn.k_proj.weight": torch.ones(8, 32)}
     report = load(copy_with(families("llama") / "merged", tmp_path / "broken", **changed))
     assert report["ok"] is False
-    assert (
-        report["why"] == "mismatched_keys: model.layers.1.self_attn.k_proj.weight [8, 32] instead of [16, 32]"
-    )
+    assert report["why"] == "mismatched_keys: model.layers.1.self_attn.k_proj.weight [8, 32] instead of [16, 32]"
 
 
 def test_load_names_an_expert_that_does_not_fit_the_others(
@@ -519,9 +511,7 @@ def test_load_of_a_model_that_names_no_class_takes_the_automatic_one(
     families: Callable[[str], Path], load: Callable[[Path], dict[str, Any]], tmp_path: Path
 ) -> None:
     target = families("llama") / "merged"
-    report = load(
-        copy_with(target, tmp_path / "headless", drop="lm_head.weight", config={"architectures": None})
-    )
+    report = load(copy_with(target, tmp_path / "headless", drop="lm_head.weight", config={"architectures": None}))
     assert report["ok"], report["why"]
     assert (report["class"], report["shape"]) == ("LlamaModel", [1, 8, 32])
 

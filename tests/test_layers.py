@@ -14,10 +14,12 @@ LAYERS = [
     {"merge"},
     {"verification", "demo"},
     {"engine"},
+    {"worker"},
     {"manifest", "writer", "resources", "statistics", "arithmetic"},
     {"planning"},
     {"accounting"},
     {"recipe", "sidefiles", "modelconfig"},
+    {"program"},
     {"yamltext", "expression", "coefficients", "checkpoints.folder"},
     {"checkpoints.safetensors_header"},
     {"naming", "tensors"},
@@ -38,7 +40,7 @@ HOMES = {
     "pydantic": {"recipe"},
     "safetensors": {"verification"},
     "transformers": {"loading"},
-    "torch": {"engine", "arithmetic", "statistics", "verification", "demo", "loading"},
+    "torch": {"engine", "worker", "arithmetic", "statistics", "verification", "demo", "loading"},
     "huggingface_hub": set(),
 }
 

@@ -1,0 +1,152 @@
+"""A process that has paid for torch's import once and forks merges on demand, many of them to be killed.
+
+Each line on stdin is a list of requests that run at the same time, each line on stdout the list of answers. A
+request holds the arguments of `skillmerge.apply` and how to be cruel to it:
+
+    kill_after      seconds until SIGKILL
+    kill_at         die right before the n-th step; a write dies with half of its bytes on the disk
+    pace            seconds that every write of a span takes longer
+    no_exchange     the system cannot swap two names in one step
+
+A step is a call that changes the disk. The answer holds status (negative: the signal that it died of), and,
+where it lived, steps, said, already and message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import skillmerge.engine  # noqa: F401  (imports torch, which costs a second)
+from skillmerge import merge, writer
+from skillmerge.errors import SkillmergeError
+from skillmerge.resources import Budget
+from skillmerge.tensors import BLOCK
+
+DISK_EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+
+
+class Teller(merge.Reporter):
+    """Keeps what a person would be told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
+
+
+class Steps:
+    """Counts the steps of this process and ends it at one of them."""
+
+    def __init__(self, kill_at: int | None) -> None:
+        self.count = 0
+        self.kill_at = kill_at
+        self._lock = threading.Lock()
+        self._pwrite, self._fsync, self._ftruncate = os.pwrite, os.fsync, os.ftruncate
+
+    def watch(self) -> None:
+        os.pwrite, os.fsync, os.ftruncate = self.pwrite, self.fsync, self.ftruncate
+        sys.addaudithook(self.audit)
+
+    def is_last(self) -> bool:
+        with self._lock:
+            self.count += 1
+            return self.count == self.kill_at
+
+    def step(self) -> None:
+        if self.is_last():
+            die()
+
+    def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
+        if self.is_last():
+            self._pwrite(descriptor, data[: len(data) // 2], offset)
+            die()
+        return self._pwrite(descriptor, data, offset)
+
+    def fsync(self, descriptor: int) -> None:
+        self.step()
+        self._fsync(descriptor)
+
+    def ftruncate(self, descriptor: int, size: int) -> None:
+        self.step()
+        self._ftruncate(descriptor, size)
+
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        swaps = event == "ctypes.dlsym" and str(arguments[1]).startswith("rename")
+        if writes or swaps or event in DISK_EVENTS:
+            self.step()
+
+
+def die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def slow_down(pace: float) -> None:
+    write = writer.ShardFile.write
+
+    def slowly(self: writer.ShardFile, data: memoryview, offset: int) -> None:
+        time.sleep(pace)
+        write(self, data, offset)
+
+    writer.ShardFile.write = slowly  # type: ignore[method-assign]
+
+
+def child(request: dict[str, Any], answers: int) -> NoReturn:
+    """Run one merge, say how it went, and end without a word to anyone else."""
+    kill_at, pace = request.pop("kill_at", None), request.pop("pace", 0)
+    request.pop("kill_after", None)
+    if pace:
+        slow_down(pace)
+    if request.pop("no_exchange", False):
+        writer._exchange = lambda first, second: False
+    # Small tiles, so that a small shard takes several writes.
+    merge.budget = lambda plan, *, threads, **limits: Budget(threads or 2, BLOCK, 0)
+    teller, steps = Teller(), Steps(kill_at)
+    steps.watch()
+    answer: dict[str, Any] = {"already": False, "message": ""}
+    status = 1
+    try:
+        answer["already"] = merge.apply(reporter=teller, **request).already
+        status = 0
+    except SkillmergeError as error:
+        status, answer["message"] = error.exit_status, str(error)
+    except BaseException as error:
+        answer["message"] = repr(error)
+    answer |= {"steps": steps.count, "said": teller.said}
+    os.write(answers, json.dumps(answer).encode())
+    os._exit(status)
+
+
+def serve(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run `requests` at the same time, each in a process of its own."""
+    running = []
+    for request in requests:
+        reader, answers = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            child(request, answers)
+        os.close(answers)
+        running.append((pid, reader, request.get("kill_after")))
+    results = []
+    for pid, reader, kill_after in running:
+        if kill_after is not None and not select.select([reader], [], [], kill_after)[0]:
+            os.kill(pid, signal.SIGKILL)
+        with open(reader, "rb") as stream:
+            text = stream.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        results.append({"status": status, **json.loads(text or "{}")})
+    return results
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(serve(json.loads(line))), flush=True)
