@@ -28,6 +28,10 @@ from skillmerge.worker import Buffer, Settings, Span, Statistics, Worker, spans
 from skillmerge.writer import PAGE, ShardFile, Staging, WriteMode
 
 
+READ_AHEAD = 6
+"""How many spans before its turn the system is told that a span's inputs will be read."""
+
+
 def choose_device(asked: str) -> tuple[torch.device, str]:
     """The device for `auto`, `cpu`, `cuda` or `cuda:N`, and why. Raises UsageError where it is not there."""
     if asked == "cpu":
@@ -52,9 +56,8 @@ class ShardJob:
     def __init__(self, run: Run, shard: ShardPlan) -> None:
         plan, tile = run.plan, run.settings.budget.tile
         self.shard = shard
-        cut = spans(plan, shard, tile)
-        self.pending = iter(cut)
-        self.left = self.total = len(cut)
+        self.spans = spans(plan, shard, tile)
+        self.taken = 0
         self.file = ShardFile(run.staging.files / shard.file, shard.size, shard.header, run.write_mode)
         self.statistics: Statistics = {
             spec.name: {} for spec in shard.specs if plan.tensors[spec.name].action == "merge"
@@ -64,6 +67,10 @@ class ShardJob:
         self._digesting = False
         self._turn = 0
         self._lock = threading.Lock()
+
+    @property
+    def left(self) -> int:
+        return len(self.spans) - self.taken
 
     def add(self, span: Span, buffer: Buffer, free: Callable[[Buffer], None]) -> bool:
         """Write a computed span, then digest what has its turn. True where that was the shard's last.
@@ -82,7 +89,7 @@ class ShardJob:
                 waiting = self._written.pop(self._turn, None)
                 if waiting is None:
                     self._digesting = False
-                    return self._turn == self.total
+                    return self._turn == len(self.spans)
             self._digest.update(waiting[0])
             free(waiting[1])
             self._turn += 1
@@ -139,6 +146,8 @@ class Run:
                     self.free.put(buffer)
                     self.complete(job)
                     continue
+                for coming in job.spans[span.index + READ_AHEAD :][:1]:
+                    worker.announce(coming)
                 worker.fill(span, buffer, job.statistics)
                 self.full.put((job, span, buffer))
         finally:
@@ -180,8 +189,8 @@ class Run:
                 return None
             if not job.left:
                 return job, None
-            job.left -= 1
-            return job, next(job.pending)
+            job.taken += 1
+            return job, job.spans[job.taken - 1]
 
     def _next_job(self) -> ShardJob | None:
         shard = next(self.unstarted, None)

@@ -144,6 +144,14 @@ class Worker:
         self.scratch = Scratch(device, self.chunk) if device.type == "cuda" else self.host_scratch
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
+    def announce(self, span: Span) -> None:
+        """Have the inputs of a coming span read ahead."""
+        for tile in span.tiles:
+            for model, source in tile.tensor.sources:
+                spec = self.checkpoints[model].tensors[source]
+                size = DTYPES[spec.dtype].itemsize
+                self.checkpoints[model].announce(spec, tile.first * size, (tile.last - tile.first) * size)
+
     def fill(self, span: Span, buffer: Buffer, statistics: Statistics) -> None:
         """Put a span's bytes into `buffer`, aligned in memory as they are in the file (direct I/O asks for it)."""
         for tile in span.tiles:

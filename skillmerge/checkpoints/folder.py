@@ -72,6 +72,14 @@ class Checkpoint:
             position += count
             buffer = buffer[count:]
 
+    def announce(self, spec: TensorSpec, start: int, nbytes: int) -> None:
+        """Tell the system that `nbytes` of the tensor from byte `start` on will be read soon."""
+        descriptor = self._descriptors.get(spec.file)
+        if descriptor is None:
+            descriptor = self._open(spec.file)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, spec.start + start, nbytes, os.POSIX_FADV_WILLNEED)
+
     def check_unchanged(self, files: set[str] | None = None) -> None:
         """Raise StalePlan where a shard is no longer the file whose header was read."""
         for file in self.shards if files is None else sorted(files):

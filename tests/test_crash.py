@@ -1,0 +1,732 @@
+"""Whatever happens to a run, nothing is lost and nothing half-made is ever seen.
+
+Runs are killed at random instants and before every step that changes the disk, interrupted, raced, and given
+full and failing disks; the same command again must end in the same bytes as a run that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from conftest import run_cli, write_family
+
+import skillmerge
+from skillmerge.errors import ResourceError, SkillmergeError, UsageError
+from skillmerge.merge import Reporter
+from skillmerge.resources import OUTPUT_BUFFERS, WRITERS
+from skillmerge.writer import Staging
+
+KILLS = 200
+SHARDS = 8
+FAILURES = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR]
+
+Content: TypeAlias = dict[str, str]
+"""What a folder holds: names of files and digests of all in them that may not differ between two runs."""
+
+
+class MergeServer:
+    """The process of `merge_server.py`, which runs merges in forks and kills them as it is told."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("merge_server.py"))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run_all(self, *requests: dict[str, Any]) -> list[dict[str, Any]]:
+        """Merges that run at the same time; how each of them ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(requests, default=str) + "\n")
+        self.process.stdin.flush()
+        return list(json.loads(self.process.stdout.readline()))
+
+    def run(self, recipe: Path, **request: Any) -> dict[str, Any]:
+        return self.run_all({"recipe": recipe, **request})[0]
+
+    def close(self) -> None:
+        with self.process:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[MergeServer]:
+    process = MergeServer()
+    yield process
+    process.close()
+
+
+def wide_shapes(tensors: int, elements: int = 256 * 256) -> dict[str, tuple[int, ...]]:
+    return {f"model.layers.{number}.mlp.up_proj.weight": (elements // 256, 256) for number in range(tensors)}
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """The recipe of a family of 8 shards, each of which takes three writes."""
+    return write_family(tmp_path, wide_shapes(3 * SHARDS), shards=SHARDS)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """The recipe of a family of three small shards."""
+    return write_family(tmp_path, wide_shapes(3, 1024), shards=3)
+
+
+def content(folder: Path | int) -> Content:
+    """The content of an output, but for what is said to depend on the time: run log, environment, digest."""
+    here = folder if isinstance(folder, int) else os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    found = {}
+    try:
+        for name in sorted(os.listdir(here)):
+            with open(os.open(name, os.O_RDONLY, dir_fd=here), "rb") as stream:
+                data = stream.read()
+            if name == "skillmerge.manifest.json":
+                document = json.loads(data)
+                del document["environment"], document["digest"]
+                data = json.dumps(document).encode()
+            found[name] = "" if name == "skillmerge.run.json" else hashlib.sha256(data).hexdigest()
+    finally:
+        if not isinstance(folder, int):
+            os.close(here)
+    return found
+
+
+def visible(output: Path) -> Content | None:
+    """What a reader who comes along sees under the output's name, all of it of one instant."""
+    while True:
+        try:
+            here = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return None
+        try:
+            found = content(here)
+        except FileNotFoundError:
+            found = {"a file that vanished while it was read": ""}
+        try:
+            if os.path.samestat(os.fstat(here), output.stat()):
+                return found
+        except FileNotFoundError:
+            pass  # replaced meanwhile: what was read was the old one, on its way out
+        finally:
+            os.close(here)
+
+
+class Reader(threading.Thread):
+    """Looks at the output all the time and keeps whatever should not have been there to see."""
+
+    def __init__(self, output: Path, allowed: list[Content | None]) -> None:
+        super().__init__()
+        self.output, self.allowed = output, allowed
+        self.looks = 0
+        self.wrong: list[Content | None] = []
+        self._stop_now = threading.Event()
+
+    def run(self) -> None:
+        while not self._stop_now.wait(0.002):
+            self.looks += 1
+            if (seen := visible(self.output)) not in self.allowed:
+                self.wrong.append(seen)
+
+    def __enter__(self) -> Reader:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop_now.set()
+        self.join()
+
+
+def staging_of(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def journaled(output: Path) -> list[str]:
+    """The shards that the journal of a dead run calls finished; read without skillmerge's own code."""
+    try:
+        lines = (staging_of(output) / "journal.jsonl").read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [entry["shard"] for entry in map(json.loads, lines) if "shard" in entry]
+
+
+def identities(folder: Path) -> dict[str, tuple[int, int]]:
+    """What tells a file from one that was written again."""
+    if not folder.is_dir():
+        return {}
+    status = {path.name: path.stat() for path in folder.iterdir()}
+    return {name: (item.st_ino, item.st_mtime_ns) for name, item in status.items()}
+
+
+def finished_shards(output: Path) -> dict[str, tuple[int, int]]:
+    """The journaled shards of a dead run, wherever its crash left them."""
+    found: dict[str, tuple[int, int]] = {}
+    names = journaled(output)
+    for folder in (output, staging_of(output) / "complete", staging_of(output) / "files"):
+        here = identities(folder)
+        if names and names[0] in here:
+            found = {name: here[name] for name in names}
+    return found
+
+
+def reference(server: MergeServer, recipe: Path) -> Content:
+    """The content of the recipe's output when nothing happens; the output is removed again."""
+    output = recipe.parent / "undisturbed"
+    answer = server.run(recipe, output=output)
+    assert answer["status"] == 0, answer
+    result = content(output)
+    discard(output)
+    return result
+
+
+def put_previous(output: Path) -> Content:
+    """An output of earlier days."""
+    output.mkdir()
+    (output / "model.safetensors").write_bytes(b"weights of before" * 1000)
+    (output / "config.json").write_text("{}")
+    return content(output)
+
+
+def discard(output: Path) -> None:
+    """Remove an output at once, so that no reader sees it half gone."""
+    gone = output.with_name("gone")
+    output.rename(gone)
+    shutil.rmtree(gone)
+
+
+def assert_finished(output: Path, wanted: Content) -> None:
+    assert content(output) == wanted
+    assert not staging_of(output).exists()
+
+
+# ---------------------------------------------------------------------------------------------------- killed
+
+
+def test_kill_at_random_instants_loses_nothing(server: MergeServer, wide: Path) -> None:
+    output, wanted, dice = wide.parent / "merged", reference(server, wide), random.Random(0)
+    pace = {"pace": 0.004}
+    started = time.monotonic()
+    assert server.run(wide, **pace)["status"] == 0
+    length = time.monotonic() - started
+    discard(output)
+    killed, kept, phases = 0, 0, set()
+    with Reader(output, [None, wanted]) as reader:
+        for attempt in range(2 * KILLS):
+            if killed == KILLS:
+                break
+            threads = 1 + attempt % 2
+            request = {"threads": threads, **pace}
+            killed += server.run(wide, **request, kill_after=dice.uniform(0.01, length))["status"] == -signal.SIGKILL
+            before = finished_shards(output)
+            phases.add(len(before))
+            started_on = len(list(output.parent.glob("merged.partial/files/*.safetensors")))
+            assert started_on - len(before) <= OUTPUT_BUFFERS * threads + WRITERS
+            assert visible(output) in (None, wanted)
+            answer = server.run(wide, threads=threads)
+            assert answer["status"] == 0, answer
+            assert_finished(output, wanted)
+            assert {name: identities(output)[name] for name in before} == before, "a finished shard was redone"
+            kept += len(before)
+            discard(output)
+    assert reader.wrong == []
+    assert killed == KILLS
+    # Where the kills all fell into one place, nothing was shown.
+    assert len(phases) >= SHARDS / 2
+    assert kept > KILLS
+    assert reader.looks > KILLS
+
+
+@pytest.mark.parametrize("way", ["fresh", "overwrite", "overwrite without exchange"])
+def test_kill_at_every_step_loses_nothing(server: MergeServer, small: Path, way: str) -> None:
+    output, wanted, dice = small.parent / "merged", reference(server, small), random.Random(1)
+    request = {"overwrite": way != "fresh", "no_exchange": way == "overwrite without exchange"}
+    for step in range(1, 1000):
+        previous = put_previous(output) if way != "fresh" else None
+        first = server.run(small, **request, kill_at=step)
+        seen = visible(output)
+        if way == "overwrite without exchange" and seen is None:
+            assert content(staging_of(output) / "previous") == previous
+        else:
+            assert seen in (previous, wanted)
+        before = finished_shards(output)
+        # The second attempt dies too, anywhere; the third is let live.
+        server.run(small, **request, kill_at=dice.randrange(1, 60))
+        answer = server.run(small, **request)
+        assert answer["status"] == 0, (step, answer)
+        assert_finished(output, wanted)
+        assert {name: identities(output)[name] for name in before} == before, step
+        discard(output)
+        if first["status"] == 0:
+            break
+        assert first["status"] == -signal.SIGKILL, first
+    assert step > 50, "the steps of a run were not seen"
+
+
+def test_kill_at_publication_leaves_room_for_another_recipe(server: MergeServer, small: Path) -> None:
+    """What a dead run had finished stands in nobody's way."""
+    output = small.parent / "merged"
+    other = small.with_name("other.yaml")
+    other.write_text(small.read_text().replace("0.7", "0.25"))
+    wanted, others = reference(server, small), reference(server, other)
+    steps = server.run(small)["steps"]
+    discard(output)
+    published = 0
+    for step in range(steps - 25, steps + 1):
+        assert server.run(small, kill_at=step)["status"] == -signal.SIGKILL
+        refused = server.run(other)
+        assert refused["status"] in (0, 2), refused
+        published += refused["status"] == 2
+        assert content(output) == (others if refused["status"] == 0 else wanted)
+        answer = server.run(other, overwrite=True)
+        assert answer["status"] == 0, answer
+        assert_finished(output, others)
+        discard(output)
+    assert 0 < published < 25
+
+
+def test_kill_during_an_overwrite_keeps_the_previous_output_whole(server: MergeServer, wide: Path) -> None:
+    output, wanted, dice = wide.parent / "merged", reference(server, wide), random.Random(2)
+    previous = put_previous(output)
+    with Reader(output, [previous, wanted]) as reader:
+        for _ in range(10):
+            server.run(wide, overwrite=True, pace=0.004, kill_after=dice.uniform(0.02, 0.2))
+            assert visible(output) in (previous, wanted)
+        assert server.run(wide, overwrite=True)["status"] == 0
+    assert reader.wrong == []
+    assert_finished(output, wanted)
+
+
+# ----------------------------------------------------------------------------------------------- interrupted
+
+SLOW_CLI = """
+import sys, time
+from skillmerge import cli, writer
+write = writer.ShardFile.write
+def slowly(self, data, offset):
+    time.sleep(0.2)
+    write(self, data, offset)
+writer.ShardFile.write = slowly
+cli.main()
+"""
+
+DEAF_CLI = """
+import os, signal, sys
+class Deaf:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            try:
+                os.kill(os.getpid(), signal.{name})
+            except {swallows}:
+                pass
+sys.meta_path.insert(0, Deaf())
+from skillmerge import cli
+cli.main()
+"""
+
+
+def start_cli(program: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    """The command line in a process of its own, with something done to it before."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_a_run_that_can_be_continued(server: MergeServer, wide: Path, number: signal.Signals) -> None:
+    output, wanted = wide.parent / "merged", reference(server, wide)
+    with start_cli(SLOW_CLI, "apply", wide) as process:
+        wait_until(lambda: journaled(output))
+        process.send_signal(number)
+        sent = time.monotonic()
+        _, told = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 10
+    assert process.returncode == 128 + number
+    assert number.name in told
+    assert "run the same command again" in told
+    assert "Traceback" not in told
+    assert visible(output) is None
+    before = finished_shards(output)
+    assert 0 < len(before) < SHARDS
+    answer = server.run(wide)
+    assert any(f"{len(before)} shards are finished" in remark for remark in answer["said"])
+    assert_finished(output, wanted)
+    assert {name: identities(output)[name] for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("module", "swallows"), [("pydantic", "Exception"), ("torch", "BaseException")], ids=["import", "torch"]
+)
+def test_signal_is_heard_while_libraries_swallow_exceptions(small: Path, module: str, swallows: str) -> None:
+    """Imports catch what a handler raises: so a signal during torch's import was once lost."""
+    with start_cli(DEAF_CLI.format(module=module, name="SIGTERM", swallows=swallows), "apply", small) as process:
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 143, told
+    assert not (small.parent / "merged").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ raced
+
+
+def test_locked_output_is_refused_at_once_and_left_alone(small: Path) -> None:
+    staging = Staging(small.parent / "merged")
+    try:
+        staging.begin("another plan", {})
+        before = identities(staging.folder)
+        refused = run_cli("apply", small)
+        assert refused.returncode == 6
+        assert "another run" in refused.stderr
+        assert identities(staging.folder) == before
+    finally:
+        staging.close()
+    assert run_cli("apply", small).returncode == 0
+
+
+def test_race_of_four_processes_is_won_by_one(small: Path) -> None:
+    processes = [start_cli(SLOW_CLI, "apply", small, "--json") for _ in range(4)]
+    results = [(process.communicate(timeout=120), process.returncode) for process in processes]
+    for process in processes:
+        process.__exit__(None, None, None)
+    statuses = sorted(status for _, status in results)
+    workers = [told for (told, _), status in results if status == 0 and not json.loads(told)["already"]]
+    assert len(workers) == 1, results
+    assert statuses[0] == 0
+    assert set(statuses) <= {0, 6}
+
+
+def test_race_started_at_the_same_instant_is_won_by_one(server: MergeServer, small: Path) -> None:
+    output, wanted = small.parent / "merged", reference(server, small)
+    lost = 0
+    for attempt in range(15):
+        request = {"recipe": small, "pace": 0.02 * (attempt % 2)}
+        answers = server.run_all(*([request] * 4))
+        assert {answer["status"] for answer in answers} <= {0, 6}, answers
+        assert sum(answer["status"] == 0 and not answer["already"] for answer in answers) == 1, answers
+        lost += sum(answer["status"] == 6 for answer in answers)
+        assert_finished(output, wanted)
+        discard(output)
+    assert lost > 0
+
+
+# ------------------------------------------------------------------------------------------------ full, broken
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mount a small disk at tmp_path/disk; where that is not permitted the test is skipped."""
+    place = tmp_path / "disk"
+
+    def mount(options: str) -> Path:
+        place.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        try:
+            done = subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except FileNotFoundError:
+            done = False
+        if not done:
+            pytest.skip("mounting a small disk is not permitted here")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """A file that takes all the room there is."""
+    with open(disk / "filler", "ab", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
+        while True:
+            stream.write(bytes(1 << 16))
+
+
+def test_disk_too_small_is_known_before_work(wide: Path, mount_disk: Callable[..., Path]) -> None:
+    disk = mount_disk("size=2m")
+    previous = put_previous(disk / "merged")
+    refused = run_cli("apply", wide, "--output", disk / "merged", "--overwrite")
+    assert refused.returncode == 5
+    assert re.search(r"needs 3\.\d MB.* has 2\.\d MB free", refused.stderr)
+    assert content(disk / "merged") == previous
+    assert os.listdir(disk) == ["merged"], "something was left on a disk that is too small"
+
+
+def test_disk_filled_midway_keeps_what_is_finished(
+    server: MergeServer, wide: Path, mount_disk: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, disk = reference(server, wide), mount_disk("size=8m")
+    output = disk / "merged"
+    previous = put_previous(output)
+    record = Staging.record
+
+    def record_and_fill(staging: Staging, entry: dict[str, Any]) -> None:
+        record(staging, entry)
+        fill(disk)
+
+    monkeypatch.setattr(Staging, "record", record_and_fill)
+    with pytest.raises(ResourceError, match="disk is full") as caught:
+        skillmerge.apply(wide, output, overwrite=True, threads=1)
+    monkeypatch.undo()
+    assert caught.value.exit_status == 5
+    assert "same command" in str(caught.value.fix)
+    assert content(output) == previous
+    before = finished_shards(output)
+    assert 0 < len(before) < SHARDS
+    (disk / "filler").unlink()
+    skillmerge.apply(wide, output, overwrite=True)
+    assert_finished(output, wanted)
+    assert {name: identities(output)[name] for name in before} == before
+
+
+def test_unfinished_shards_of_a_dead_run_do_not_take_the_room_of_the_next(
+    server: MergeServer, wide: Path, mount_disk: Callable[..., Path]
+) -> None:
+    wanted, output = reference(server, wide), mount_disk("size=3800k") / "merged"
+    steps = server.run(wide, output=output)["steps"]
+    discard(output)
+    for step in range(steps // 3, steps // 2, 5):
+        assert server.run(wide, output=output, kill_at=step)["status"] == -signal.SIGKILL
+        assert server.run(wide, output=output)["status"] == 0
+        assert_finished(output, wanted)
+        discard(output)
+
+
+def error_of(run: Callable[[], object]) -> SkillmergeError | None:
+    try:
+        run()
+    except SkillmergeError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("number", FAILURES, ids=errno.errorcode.get)
+@pytest.mark.parametrize("function", ["pwrite", "fsync", "ftruncate"])
+def test_failing_call_ends_the_run_and_loses_nothing(
+    small: Path, monkeypatch: pytest.MonkeyPatch, function: str, number: int
+) -> None:
+    output = small.parent / "merged"
+    skillmerge.apply(small)
+    wanted = content(output)
+    discard(output)
+    previous = put_previous(output)
+    real = getattr(os, function)
+    for nth in range(1, 100):
+        calls = iter(range(1, 1000))
+
+        def fails(*arguments: Any, nth: int = nth, calls: Iterator[int] = calls) -> Any:
+            if next(calls) == nth:
+                raise OSError(number, os.strerror(number))
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, fails)
+            error = error_of(lambda: skillmerge.apply(small, overwrite=True, threads=1))
+        if error is None:
+            break
+        assert error.exit_status == 5
+        assert "same command" in str(error.fix)
+        assert visible(output) in (previous, wanted)
+        before = finished_shards(output)
+        skillmerge.apply(small, overwrite=True)
+        assert_finished(output, wanted)
+        assert {name: identities(output)[name] for name in before} == before
+        discard(output)
+        put_previous(output)
+    assert nth > 3, "the failures were never met"
+
+
+def test_short_writes_are_written_on(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = small.parent / "merged"
+    skillmerge.apply(small)
+    wanted = content(output)
+    discard(output)
+    real, lengths = os.pwrite, []
+
+    def short(descriptor: int, data: memoryview, offset: int) -> int:
+        lengths.append(real(descriptor, data[:777], offset))
+        return lengths[-1]
+
+    monkeypatch.setattr(os, "pwrite", short)
+    skillmerge.apply(small)
+    assert lengths.count(777) > 5
+    assert_finished(output, wanted)
+
+
+# ----------------------------------------------------------------------------------- what stands at the output
+
+
+def test_output_in_a_folder_that_does_not_exist_is_made(small: Path) -> None:
+    output = small.parent / "new" / "and deeper" / "merged"
+    skillmerge.apply(small, output)
+    skillmerge.verify(output)
+
+
+def test_output_that_is_an_empty_folder_is_filled(small: Path) -> None:
+    (small.parent / "merged").mkdir()
+    skillmerge.apply(small)
+    skillmerge.verify(small.parent / "merged")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["file", "link to a folder", "dangling link"])
+def test_output_that_is_no_folder_is_refused(small: Path, tmp_path: Path, kind: str, overwrite: bool) -> None:
+    output, elsewhere = tmp_path / "merged", tmp_path / "elsewhere"
+    if kind == "file":
+        output.write_text("precious")
+    else:
+        output.symlink_to(elsewhere)
+    if kind == "link to a folder":
+        elsewhere.mkdir()
+        (elsewhere / "precious").write_text("precious")
+    before = output.lstat()
+    with pytest.raises(UsageError, match="not a folder") as caught:
+        skillmerge.apply(small, overwrite=overwrite)
+    assert caught.value.exit_status == 2
+    assert (output.lstat().st_ino, output.lstat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert not staging_of(output).exists()
+
+
+def test_output_that_exists_is_only_replaced_when_asked(server: MergeServer, small: Path) -> None:
+    output, wanted = small.parent / "merged", reference(server, small)
+    previous = put_previous(output)
+    refused = run_cli("apply", small)
+    assert refused.returncode == 2
+    assert "--overwrite" in refused.stderr
+    assert content(output) == previous
+    assert not staging_of(output).exists()
+    skillmerge.apply(small, overwrite=True)
+    assert_finished(output, wanted)
+
+
+def test_output_that_appears_during_the_run_is_not_touched(server: MergeServer, small: Path) -> None:
+    output, wanted = small.parent / "merged", reference(server, small)
+
+    class Intruder(Reporter):
+        def bar(self, total: int) -> Any:
+            put_previous(output)
+            return super().bar(total)
+
+    with pytest.raises(UsageError):
+        skillmerge.apply(small, reporter=Intruder())
+    assert set(content(output)) == {"config.json", "model.safetensors"}
+    with pytest.raises(UsageError, match="exists already"):
+        skillmerge.apply(small)
+    assert set(content(output)) == {"config.json", "model.safetensors"}
+    done = identities(staging_of(output) / "complete")
+    discard(output)
+    skillmerge.apply(small)
+    assert_finished(output, wanted)
+    assert identities(output) == done, "the finished work was done again"
+
+
+def test_output_that_is_a_mount_point_is_refused_before_work(small: Path, mount_disk: Callable[..., Path]) -> None:
+    disk = mount_disk("size=4m")
+    with pytest.raises(UsageError, match="mount point"):
+        skillmerge.apply(small, disk)
+    assert not staging_of(disk).exists()
+
+
+def test_output_on_a_disk_that_cannot_be_written_is_refused(small: Path, mount_disk: Callable[..., Path]) -> None:
+    disk = mount_disk("size=4m,ro")
+    refused = run_cli("apply", small, "--output", disk / "merged")
+    assert refused.returncode == 2
+    assert "Read-only" in refused.stderr
+    assert "--output" in refused.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_output_in_a_folder_without_permission_is_refused(small: Path, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    with pytest.raises(UsageError, match="Permission"):
+        skillmerge.apply(small, closed / "merged")
+
+
+def test_output_whose_staging_folder_is_a_file_is_refused(small: Path) -> None:
+    staging_of(small.parent / "merged").write_text("precious")
+    with pytest.raises(UsageError, match=r"merged\.partial"):
+        skillmerge.apply(small)
+
+
+# -------------------------------------------------------------------------------------------- the second time
+
+
+def test_finished_output_is_left_as_it_is(small: Path) -> None:
+    output = small.parent / "merged"
+    skillmerge.apply(small)
+    before = identities(output), output.stat().st_mtime_ns
+    again = run_cli("apply", small)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
+    assert (identities(output), output.stat().st_mtime_ns) == before
+    assert not staging_of(output).exists()
+
+
+def test_finished_output_of_other_inputs_is_not_taken_for_this_one(small: Path) -> None:
+    output = small.parent / "merged"
+    skillmerge.apply(small)
+    before = content(output)
+    changed = small.parent / "rl" / "model-00002-of-00003.safetensors"
+    data = changed.read_bytes()
+    changed.write_bytes(data[:-2] + bytes(byte ^ 1 for byte in data[-2:]))
+    refused = run_cli("apply", small)
+    assert refused.returncode == 2
+    assert "--overwrite" in refused.stderr
+    assert content(output) == before
+    skillmerge.apply(small, overwrite=True)
+    assert content(output) != before
+
+
+def test_input_changed_between_two_attempts_is_noticed(server: MergeServer, wide: Path) -> None:
+    steps = server.run(wide)["steps"]
+    discard(wide.parent / "merged")
+    assert server.run(wide, kill_at=steps // 2)["status"] == -signal.SIGKILL
+    assert finished_shards(wide.parent / "merged")
+    for path in sorted((wide.parent / "rl").glob("*.safetensors")):
+        data = path.read_bytes()
+        path.write_bytes(data[:-2] + bytes(byte ^ 1 for byte in data[-2:]))
+    wanted = reference(server, wide)
+    answer = server.run(wide)
+    assert any("dropped" in remark for remark in answer["said"])
+    assert_finished(wide.parent / "merged", wanted)
+
+
+def test_leftovers_of_another_recipe_are_dropped_and_said_so(server: MergeServer, wide: Path) -> None:
+    steps = server.run(wide)["steps"]
+    discard(wide.parent / "merged")
+    assert server.run(wide, kill_at=steps // 2)["status"] == -signal.SIGKILL
+    assert finished_shards(wide.parent / "merged")
+    other = wide.with_name("other.yaml")
+    other.write_text(wide.read_text().replace("0.7", "0.25"))
+    wanted = reference(server, other)
+    done = run_cli("apply", other)
+    assert done.returncode == 0
+    assert "another plan was found and dropped" in done.stderr
+    assert_finished(wide.parent / "merged", wanted)
+
+
+def test_torch_is_left_with_the_threads_it_had(small: Path) -> None:
+    before = torch.get_num_threads()
+    skillmerge.apply(small)
+    assert torch.get_num_threads() == before
