@@ -56,12 +56,16 @@ def account_tensors(
     accounts: dict[str, Account] = {}
     troubles: dict[tuple[str, str], list[tuple[str, str]]] = {}
     notes = set()
+    leaves = {model: Leaf(model) for model in recipe.models}
+    needed: dict[int, list[str]] = {}  # by the term's identity: thousands of tensors share a few terms
     for name, spec in donor.tensors.items():
         by_copy = name in copied
-        term = Leaf(copied[name]) if by_copy else terms[name]
+        term = leaves[copied[name]] if by_copy else terms[name]
         same = not by_copy and not isinstance(term, Leaf) and not DTYPES[spec.dtype].is_float
-        sole = sole_model(term)
-        models = in_formula if same else [sole] if sole else list(weights(term))
+        if id(term) not in needed:
+            sole = sole_model(term)
+            needed[id(term)] = [sole] if sole else list(weights(term))
+        models = in_formula if same else needed[id(term)]
         sources, trouble = [], False
         for model in models:
             source = _find(spec, checkpoints[model])

@@ -244,8 +244,8 @@ def _plan_tensor(
         dtype = OUTPUT_DTYPES[recipe.output.dtype]
     if account.same:
         return TensorPlan(spec.name, dtype, spec.shape, "same", sources)
-    if (model := sole_model(term)) is not None:
-        source = dict(sources)[model]
+    if len(sources) == 1 and (model := sole_model(term)) is not None:
+        source = sources[0][1]
         copied = checkpoints[model].tensors[source].dtype == dtype
         action = "copy" if copied else "cast"
         program = None if copied else compile_term(Leaf(model))

@@ -146,7 +146,7 @@ class Staging:
                 remark = f"continuing an interrupted run: {len(self.finished)} shards are finished already"
             elif entries or self.files.exists():
                 remark = "an unfinished run of another plan was found and dropped"
-            self._clear(*(("files",) if self.finished else ()))
+            self._clear(*(("files", self._journal.name) if self.finished else ()))
             self.files.mkdir(exist_ok=True)
             self.drop_strangers(set(self.finished))
             _write_synced(
