@@ -28,11 +28,15 @@ from skillmerge.writer import MANIFEST_FILE, Staging
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished merge: where it is and its manifest. `already` where nothing was left to do."""
+    """A finished merge: where it is, its manifest, and where it was computed and why there.
+
+    `already` where nothing was left to do.
+    """
 
     output: Path
     manifest: Mapping[str, Any]
     seconds: float
+    device: str = ""
     already: bool = False
 
 
@@ -112,7 +116,7 @@ def apply(
             proof = _write_proof(plan, checkpoints, staging, stats, str(where), digests, started)
             check_structure(staging.files, proof)
             staging.publish(overwrite)
-    return Result(target, proof, time.monotonic() - started)
+    return Result(target, proof, time.monotonic() - started, f"{where}: {why}")
 
 
 def make_plan(

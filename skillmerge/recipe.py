@@ -29,7 +29,7 @@ _PLAIN_OR_LIST = Discriminator(lambda value: "list" if isinstance(value, list) e
 _PLAIN_OR_TABLE = Discriminator(lambda value: "table" if isinstance(value, dict) else "plain")
 
 Kind = Literal["attention", "mlp", "norm", "embedding", "head", "router", "expert"]
-Glob = Annotated[str, Field(min_length=1)]
+Glob = Annotated[str, Field(min_length=1, max_length=1000)]
 Globs = Annotated[
     Annotated[Glob, Tag("plain")] | Annotated[list[Glob], Field(min_length=1), Tag("list")], _PLAIN_OR_LIST
 ]
@@ -80,7 +80,9 @@ class OutputTable(_Table):
     shard_size: Annotated[str | int, Field(description="same (the donor's layout), or a size such as 5GB")] = "same"
 
 
-ModelEntry = Annotated[Annotated[str, Tag("plain")] | Annotated[ModelTable, Tag("table")], _PLAIN_OR_TABLE]
+ModelEntry = Annotated[
+    Annotated[str, Field(min_length=1), Tag("plain")] | Annotated[ModelTable, Tag("table")], _PLAIN_OR_TABLE
+]
 CoefficientEntry = Annotated[
     Annotated[FiniteFloat, Tag("plain")] | Annotated[ScheduleTable, Tag("table")], _PLAIN_OR_TABLE
 ]

@@ -208,7 +208,9 @@ def show_result(result: Result, out: Console) -> None:
         out.print(_statistics_table(statistics))
     size = sum(file["size"] for file in result.manifest["files"])
     out.print(
-        Text(f"wrote {result.output} ({format_bytes(size)} in {result.seconds:.1f} s)", style="bold"),
+        Text(
+            f"wrote {result.output} ({format_bytes(size)} in {result.seconds:.1f} s on {result.device})", style="bold"
+        ),
         soft_wrap=True,
     )
 

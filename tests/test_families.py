@@ -296,9 +296,9 @@ def families(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
 def load() -> Iterator[Callable[[Path], dict[str, Any]]]:
     """skillmerge.loading in a process of its own, which serves all loads of this module."""
     pytest.importorskip("transformers")
-    pipe, offline = subprocess.PIPE, {**os.environ, "HF_HUB_OFFLINE": "1"}
+    pipe, environment = subprocess.PIPE, {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LOADER]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=offline) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         assert process.stdin is not None
         assert process.stdout is not None
 

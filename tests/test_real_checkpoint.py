@@ -70,7 +70,7 @@ class Encoder:
         return (similar - torch.tensor(wanted)).square().mean()
 
     def train(self, pairs: list[tuple[str, str, float]]) -> None:
-        optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         for _ in range(STEPS):
             optimiser.zero_grad()
             self.loss(pairs).backward()
@@ -79,6 +79,15 @@ class Encoder:
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Batches are tiny: with more threads than free cores, they would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ _MAX_JSON_BYTES = 32_000_000
 """Room for an index of 300,000 tensors."""
 
 _MAX_JSON_NESTING = 50
-_SHARD_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]+\.safetensors")
+_SHARD_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,243}\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -100,7 +100,7 @@ class Checkpoint:
         with self._lock:
             if file not in self._descriptors:
                 try:
-                    descriptor = os.open(self.root / file, os.O_RDONLY | os.O_CLOEXEC)
+                    descriptor = os.open(self.root / file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
                 except OSError as error:
                     raise self._changed(file) from error
                 if FileIdentity.of(os.fstat(descriptor)) != self.shards[file].identity:
@@ -135,9 +135,7 @@ def open_folder(uri: str, root: Path, *, follow_links: bool = False) -> Checkpoi
     for file in files:
         resolve_inside(root, file, follow_links)
     with ThreadPoolExecutor(min(8, len(files))) as pool:
-        headers = dict(
-            zip(files, pool.map(lambda file: read_header(str(root / file), file), files), strict=True)
-        )
+        headers = dict(zip(files, pool.map(lambda file: read_header(str(root / file), file), files), strict=True))
     tensors = _collect(root, headers)
     if index is not None:
         _compare_index(root, index, tensors)
@@ -149,9 +147,7 @@ def open_folder(uri: str, root: Path, *, follow_links: bool = False) -> Checkpoi
         tensors=tensors,
         shards=headers,
         indexed=index is not None,
-        config=read_json_object(root, "config.json", follow_links)
-        if os.path.lexists(root / "config.json")
-        else {},
+        config=read_json_object(root, "config.json", follow_links) if os.path.lexists(root / "config.json") else {},
         unread=tuple(name for name in weights if name not in headers),
         follow_links=follow_links,
     )
@@ -270,9 +266,7 @@ def _the_only_file(root: Path, weights: list[str]) -> str:
     inner = sorted(path.name for path in root.iterdir() if _has_weights(path))
     raise InputError(
         f"{root} has no *.safetensors",
-        fix=f"did you mean one of its folders: {some(inner)}?"
-        if inner
-        else "name a folder that holds a model",
+        fix=f"did you mean one of its folders: {some(inner)}?" if inner else "name a folder that holds a model",
     )
 
 
@@ -294,9 +288,7 @@ def _collect(root: Path, headers: dict[str, Header]) -> dict[str, TensorSpec]:
 
 
 def _compare_index(root: Path, index: dict[str, str], tensors: dict[str, TensorSpec]) -> None:
-    missing = sorted(
-        name for name, file in index.items() if name not in tensors or tensors[name].file != file
-    )
+    missing = sorted(name for name, file in index.items() if name not in tensors or tensors[name].file != file)
     if missing:
         raise InputError(f"{root}: {INDEX_FILE} names tensors that their shards lack: {some(missing)}")
     extra = sorted(tensors.keys() - index.keys())

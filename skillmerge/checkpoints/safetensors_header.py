@@ -14,7 +14,6 @@ import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
-from io import FileIO
 from typing import Any
 
 from skillmerge.errors import InputError
@@ -65,21 +64,22 @@ def read_header(path: str, file: str) -> Header:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
-    with open(descriptor, "rb", buffering=0) as stream:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: is not a regular file")
-        try:
-            raw = _read_raw(stream, status.st_size, path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raw = _read_raw(descriptor, status.st_size, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
     tensors = parse_header(raw[8:], status.st_size, path, file)
     return Header(raw, tensors, FileIdentity.of(status))
 
 
-def _read_raw(stream: FileIO, file_size: int, path: str) -> bytes:
+def _read_raw(descriptor: int, file_size: int, path: str) -> bytes:
     """The header's bytes, size field included."""
-    start = stream.read(8)
+    start = os.pread(descriptor, 8, 0)
     if len(start) < 8:
         raise _broken(path, f"is {file_size} bytes long; even an empty file of this format has 10")
     size = int.from_bytes(start, "little")
@@ -87,7 +87,7 @@ def _read_raw(stream: FileIO, file_size: int, path: str) -> bytes:
         raise _broken(path, f"claims a header of {size} bytes but is only {file_size} bytes long")
     if size > MAX_HEADER_BYTES:
         raise InputError(f"{path}: has a header of {size} bytes; the largest accepted is {MAX_HEADER_BYTES}")
-    text = stream.read(size)
+    text = os.pread(descriptor, size, 8)
     if len(text) != size:
         raise _broken(path, "ended while its header was read")
     return start + text
@@ -141,9 +141,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[b
 
 
 def _broken(path: str, what: str) -> InputError:
-    return InputError(
-        f"{path}: {what}", fix="the file is damaged or incomplete: fetch it again from its source"
-    )
+    return InputError(f"{path}: {what}", fix="the file is damaged or incomplete: fetch it again from its source")
 
 
 def _load_object(text: bytes, path: str) -> dict[str, Any]:
@@ -216,9 +214,7 @@ def _parse_tensor(name: str, info: Any, data_start: int, path: str, file: str) -
             raise _broken(path, f"tensor `{name}` has a shape {shape} whose size overflows")
     start, end = offsets
     if elements * known.bits != (end - start) * 8:
-        raise _broken(
-            path, f"tensor `{name}` of shape {shape} and dtype {dtype} does not fill its {end - start} bytes"
-        )
+        raise _broken(path, f"tensor `{name}` of shape {shape} and dtype {dtype} does not fill its {end - start} bytes")
     return TensorSpec(name, dtype, tuple(shape), file, data_start + start, data_start + end)
 
 

@@ -1,0 +1,492 @@
+"""The staging folder, its journal and lock, and the bytes that a shard file takes from any side."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import mmap
+import os
+import random
+import stat
+import threading
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skillmerge.errors import OutputLocked, ResourceError, SkillmergeError, UsageError
+from skillmerge.writer import MANIFEST_FILE, PAGE, TRIAL_BYTES, ShardFile, Staging, WriteMode, disk_errors
+
+PLAN = "plan digest"
+CONDITIONS: dict[str, Any] = {"stats": "sampled", "inputs": {"target": {"model.safetensors": [10, 20]}}}
+SHARDS = {"a.safetensors": b"first shard", "b.safetensors": b"second", "c.safetensors": b"the third of them"}
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "merged"
+
+
+def entry(name: str) -> dict[str, Any]:
+    return {"shard": name, "size": len(SHARDS[name]), "sha256": "0" * 64, "statistics": {}}
+
+
+def finish_shards(staging: Staging, *names: str) -> None:
+    for name in names:
+        staging.write_file(name, SHARDS[name])
+        staging.record(entry(name))
+
+
+def finish(staging: Staging) -> None:
+    """All that stands in an output, so that it can be published."""
+    finish_shards(staging, *SHARDS)
+    staging.write_file(MANIFEST_FILE, b"{}")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+WHOLE = {**SHARDS, MANIFEST_FILE: b"{}"}
+
+
+# ---------------------------------------------------------------------------------------------- staging folder
+
+
+def test_staging_publishes_everything_and_leaves_nothing(output: Path) -> None:
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish(staging)
+        assert not output.exists()
+        staging.publish(replace=False)
+    assert files(output) == WHOLE
+    assert os.listdir(output.parent) == ["merged"]
+
+
+def test_staging_is_locked_until_it_is_closed(output: Path) -> None:
+    first = Staging(output)
+    with pytest.raises(OutputLocked) as caught:
+        Staging(output)
+    assert caught.value.exit_status == 6
+    first.close()
+    Staging(output).close()
+
+
+def test_staging_lock_that_its_owner_removes_meanwhile_is_not_taken_for_one(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who opened the lock before it was removed, and locks it afterwards, holds nothing and looks again."""
+    first, real = Staging(output), fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        first.close()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with closing(Staging(output)) as second:
+        second.begin(PLAN, CONDITIONS)
+        with pytest.raises(OutputLocked):
+            Staging(output)
+
+
+def test_staging_closed_without_work_leaves_nothing(output: Path) -> None:
+    for _ in range(2):
+        with closing(Staging(output)) as staging:
+            staging.begin(PLAN, CONDITIONS)
+        assert os.listdir(output.parent) == []
+
+
+def test_staging_closed_twice_is_closed_once(output: Path) -> None:
+    staging = Staging(output)
+    staging.close()
+    other = os.open(output.parent, os.O_RDONLY)  # takes the number of the lock's descriptor
+    staging.close()
+    os.fstat(other)
+    os.close(other)
+
+
+def test_staging_files_are_as_readable_as_any_other(output: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with closing(Staging(output)) as staging:
+            staging.begin(PLAN, CONDITIONS)
+            shard = ShardFile(staging.files / "a.safetensors", 10, b"head", WriteMode())
+            shard.finish()
+            staging.write_file("sub/config.json", b"{}")
+            staging.write_file(MANIFEST_FILE, b"{}")
+            staging.publish(replace=False)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [output, *output.rglob("*")]}
+    assert modes == {
+        "merged": 0o750,
+        "sub": 0o750,
+        "a.safetensors": 0o640,
+        "config.json": 0o640,
+        MANIFEST_FILE: 0o640,
+    }
+
+
+def test_drop_strangers_removes_all_that_does_not_belong(output: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("precious")
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        for name in ("a.safetensors", "stray.txt", "old/stray.txt", "old/deeper/stray.txt", "kept/config.json"):
+            staging.write_file(name, b"x")
+        (staging.files / "link").symlink_to(outside)
+        staging.drop_strangers({"a.safetensors", "kept/config.json"})
+        assert files(staging.files) == {"a.safetensors": b"x", "kept/config.json": b"x"}
+        assert sorted(os.listdir(staging.files)) == ["a.safetensors", "kept"]
+    assert (outside / "precious").read_text() == "precious"
+
+
+# ----------------------------------------------------------------------------------------------------- journal
+
+
+def test_journal_keeps_what_is_finished_and_nothing_else(output: Path) -> None:
+    with closing(Staging(output)) as staging:
+        assert staging.begin(PLAN, CONDITIONS) is None
+        finish_shards(staging, "a.safetensors", "b.safetensors")
+        staging.write_file("c.safetensors", b"in flight")
+    with closing(Staging(output)) as staging:
+        remark = staging.begin(PLAN, CONDITIONS)
+        assert remark is not None
+        assert "2 shards" in remark
+        assert staging.finished == {name: entry(name) for name in ("a.safetensors", "b.safetensors")}
+        assert staging.finished_bytes == len(SHARDS["a.safetensors"]) + len(SHARDS["b.safetensors"])
+        assert sorted(files(staging.files)) == ["a.safetensors", "b.safetensors"], "the room of what is lost"
+
+
+@pytest.mark.parametrize(
+    ("plan", "conditions"),
+    [("another plan", CONDITIONS), (PLAN, {**CONDITIONS, "stats": "full"}), (PLAN, {**CONDITIONS, "inputs": {}})],
+    ids=["plan", "option", "input"],
+)
+def test_journal_of_other_circumstances_is_dropped(output: Path, plan: str, conditions: dict[str, Any]) -> None:
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish_shards(staging, *SHARDS)
+    with closing(Staging(output)) as staging:
+        remark = staging.begin(plan, conditions)
+        assert remark is not None
+        assert "dropped" in remark
+        assert staging.finished == {}
+        assert files(staging.files) == {}
+
+
+def test_journal_torn_at_any_byte_keeps_the_lines_before(output: Path) -> None:
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish_shards(staging, *SHARDS)
+        journal = staging.folder / "journal.jsonl"
+        whole = journal.read_bytes()
+    for length in range(len(whole)):
+        for tail in (b"", b"\xff\x00 garbage\n"):
+            with closing(Staging(output)) as staging:
+                # Reading and continuing drops what is not journaled: put it back for the next turn.
+                staging.files.mkdir(exist_ok=True)
+                for name, data in SHARDS.items():
+                    (staging.files / name).write_bytes(data)
+                journal.write_bytes(whole[:length] + tail)
+                staging.begin(PLAN, CONDITIONS)
+                lines = max(0, whole[:length].count(b"\n") - 1)
+                assert list(staging.finished) == list(SHARDS)[:lines], length
+                staging.record({"note": "appended to whole lines only"})
+                assert [json.loads(line) for line in journal.read_text().splitlines()][-1]["note"]
+
+
+def test_journal_is_not_believed_where_the_shard_is_missing_or_short(output: Path) -> None:
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish_shards(staging, *SHARDS)
+        (staging.files / "a.safetensors").unlink()
+        os.truncate(staging.files / "b.safetensors", 3)
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        assert list(staging.finished) == ["c.safetensors"]
+
+
+def test_journal_lines_of_many_threads_stay_whole(output: Path) -> None:
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        threads = [threading.Thread(target=staging.record, args=({"n": n, "x": "x" * 9000},)) for n in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        lines = [json.loads(line) for line in (staging.folder / "journal.jsonl").read_text().splitlines()]
+        assert sorted(line["n"] for line in lines[1:]) == list(range(40))
+
+
+# ------------------------------------------------------------------------------------------- publish, recover
+
+
+def put_previous(output: Path) -> dict[str, bytes]:
+    output.mkdir()
+    (output / "old").write_bytes(b"of before")
+    (output / MANIFEST_FILE).write_bytes(b"manifest of before")
+    return files(output)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_publish_replaces_an_output_when_asked(output: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr("skillmerge.writer._exchange", lambda first, second: False)
+    put_previous(output)
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish(staging)
+        staging.publish(replace=True)
+    assert files(output) == WHOLE
+    assert os.listdir(output.parent) == ["merged"]
+
+
+def test_publish_takes_the_place_of_an_empty_folder(output: Path) -> None:
+    output.mkdir()
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish(staging)
+        staging.publish(replace=False)
+    assert files(output) == WHOLE
+
+
+def test_publish_unasked_touches_nothing_and_can_be_done_later(output: Path) -> None:
+    previous = put_previous(output)
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish(staging)
+        with pytest.raises(UsageError):
+            staging.publish(replace=False)
+    assert files(output) == previous
+    with closing(Staging(output)) as staging:
+        assert not staging.recover(replace=False)
+    assert files(output) == previous
+    with closing(Staging(output)) as staging:
+        assert staging.recover(replace=True)
+    assert files(output) == WHOLE
+    assert os.listdir(output.parent) == ["merged"]
+
+
+def test_recover_leaves_a_folder_that_can_be_used_at_once(output: Path) -> None:
+    """A publication is finished for another run, which then goes on with its own work under the same lock."""
+    put_previous(output)
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish(staging)
+        with pytest.raises(UsageError):
+            staging.publish(replace=False)
+    with closing(Staging(output)) as staging:
+        assert staging.recover(replace=True)
+        with pytest.raises(OutputLocked):
+            Staging(output)
+        assert staging.begin("another plan", CONDITIONS) is None
+        staging.write_file(MANIFEST_FILE, b"another")
+        staging.publish(replace=True)
+    assert files(output) == {MANIFEST_FILE: b"another"}
+    assert os.listdir(output.parent) == ["merged"]
+
+
+def test_recover_never_publishes_what_was_replaced(output: Path) -> None:
+    """After the swap the staging folder holds the previous output, for as long as its removal takes."""
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish(staging)
+        staging.publish(replace=False)
+        staging.folder.mkdir()
+        (staging.folder / "journal.jsonl").write_text('{"manifest_sha256": "that of a run long gone"}\n')
+        put_previous(staging.folder / "complete")
+    with closing(Staging(output)) as staging:
+        assert not staging.recover(replace=True)
+    assert files(output) == WHOLE
+
+
+# -------------------------------------------------------------------------------------------------- shard files
+
+
+@pytest.fixture
+def memory() -> memoryview:
+    """Page-aligned memory with random bytes, as direct I/O asks for."""
+    size = 6 * PAGE
+    mapped = mmap.mmap(-1, size)
+    mapped[:] = random.Random(0).randbytes(size)
+    return memoryview(mapped)
+
+
+def direct_mode() -> WriteMode:
+    mode = WriteMode()
+    mode.direct = True
+    return mode
+
+
+def write_pieces(path: Path, data: memoryview, cuts: list[int], mode: WriteMode) -> bytes:
+    """A shard of `data`, its first piece as the header and the rest written from the last to the first."""
+    header = bytes(data[: cuts[0]])
+    shard = ShardFile(path, len(data), header, mode)
+    for first, last in reversed(list(zip(cuts, [*cuts[1:], len(data)], strict=True))):
+        shard.write(data[first:last], first)
+    shard.finish()
+    return path.read_bytes()
+
+
+def has_direct(folder: Path) -> bool:
+    shard = ShardFile(folder / "probe", 10, b"", WriteMode())
+    found = shard._direct >= 0
+    shard.close()
+    return found
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+def test_shard_bytes_do_not_depend_on_cuts_or_mode(tmp_path: Path, memory: memoryview, direct: bool) -> None:
+    if direct and not has_direct(tmp_path):
+        pytest.skip("this filesystem has no direct I/O")
+    dice = random.Random(1)
+    edges = [1, 2, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE - 1, 2 * PAGE, 3 * PAGE + 1, 5 * PAGE, len(memory) - 1]
+    cuttings = [[edge] for edge in edges] + [sorted(dice.sample(range(1, len(memory)), 4)) for _ in range(60)]
+    cuttings += [sorted(dice.sample(edges, 3)) for _ in range(30)]
+    for cuts in cuttings:
+        mode = direct_mode() if direct else WriteMode()
+        assert write_pieces(tmp_path / "shard", memory, cuts, mode) == memory.tobytes(), cuts
+
+
+def test_shard_written_direct_really_is(tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_direct(tmp_path):
+        pytest.skip("this filesystem has no direct I/O")
+    real, pages = os.pwrite, []
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if Path(f"/proc/self/fd/{descriptor}").exists():
+            flags = Path(f"/proc/self/fdinfo/{descriptor}").read_text().split("flags:")[1].split()[0]
+            if int(flags, 8) & os.O_DIRECT:
+                pages.append((offset, len(data)))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    write_pieces(tmp_path / "shard", memory, [100], direct_mode())
+    assert pages == [(PAGE, 5 * PAGE)]
+
+
+@pytest.mark.parametrize("written_first", [0, PAGE, PAGE + 512], ids=["refused", "one page", "not a page"])
+def test_shard_is_buffered_where_direct_writes_are_refused(
+    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch, written_first: int
+) -> None:
+    """Some storage opens for direct I/O and then asks for more alignment than a page, or writes short."""
+    if not has_direct(tmp_path):
+        pytest.skip("this filesystem has no direct I/O")
+    mode = direct_mode()
+    shard = ShardFile(tmp_path / "shard", len(memory), b"", mode)
+    real, left = os.pwrite, [written_first]
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if descriptor != shard._direct:
+            return real(descriptor, data, offset)
+        if offset % PAGE or not left:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(shard._descriptor, data[: left.pop()], offset) if left[0] else refuse(left)
+
+    def refuse(left: list[int]) -> int:
+        left.clear()
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    shard.write(memory, 0)
+    shard.finish()
+    assert (tmp_path / "shard").read_bytes() == memory.tobytes()
+    assert mode.direct is (written_first % PAGE != 0)
+    mode.note(10 * TRIAL_BYTES)
+    assert mode.direct is (written_first % PAGE != 0), "storage that refused is not asked again"
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+def test_shard_survives_short_writes(
+    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:PAGE], offset))
+    mode = direct_mode() if direct else WriteMode()
+    assert write_pieces(tmp_path / "shard", memory, [7, PAGE + 9], mode) == memory.tobytes()
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_shard_that_cannot_be_written_says_so(
+    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch, number: int, direct: bool
+) -> None:
+    shard = ShardFile(tmp_path / "shard", len(memory), b"", direct_mode() if direct else WriteMode())
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(ResourceError, match="shard") as caught:
+        shard.write(memory, 0)
+    assert caught.value.exit_status == 5
+    shard.close()
+
+
+def test_shard_that_cannot_be_begun_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(os.listdir("/dev/fd"))
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(ResourceError):
+        ShardFile(tmp_path / "shard", 10, b"header", WriteMode())
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_shard_replaces_what_an_earlier_run_left(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(b"x" * 100)
+    shard = ShardFile(path, 8, b"head", WriteMode())
+    shard.finish()
+    assert path.read_bytes() == b"head\0\0\0\0"
+
+
+# --------------------------------------------------------------------------------------------------- write mode
+
+
+@pytest.mark.parametrize(("buffered", "direct", "winner"), [(1.0, 2.0, False), (2.0, 1.0, True)])
+def test_write_mode_tries_both_and_takes_the_faster(
+    monkeypatch: pytest.MonkeyPatch, buffered: float, direct: float, winner: bool
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("skillmerge.writer.time.monotonic", lambda: clock[0])
+    mode = WriteMode()
+    tried = []
+    for _ in range(20):
+        tried.append(mode.direct)
+        clock[0] += direct if mode.direct else buffered
+        mode.note(TRIAL_BYTES // 2)
+    assert set(tried[:8]) == {False, True}
+    assert set(tried[8:]) == {winner}
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, ResourceError),
+        (errno.EDQUOT, ResourceError),
+        (errno.EIO, ResourceError),
+        (errno.EACCES, UsageError),
+        (errno.EPERM, UsageError),
+        (errno.EROFS, UsageError),
+        (errno.ENOTDIR, UsageError),
+        (errno.ENAMETOOLONG, UsageError),
+    ],
+    ids=lambda value: errno.errorcode.get(value, "") if isinstance(value, int) else "",
+)
+def test_disk_error_says_where_and_what_to_do(number: int, kind: type[SkillmergeError]) -> None:
+    with pytest.raises(kind, match="some/file") as caught, disk_errors(Path("some/file")):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.fix
+
+
+def test_staging_below_a_file_or_of_a_name_too_long_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    for place in (tmp_path / "file" / "merged", tmp_path / ("x" * 250)):
+        with pytest.raises(UsageError):
+            Staging(place)
