@@ -184,8 +184,8 @@ def machine() -> str:
     with open("/proc/meminfo") as stream:
         memory = int(stream.readline().split()[1]) / 1e6
     return (
-        f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GB memory, Linux {platform.release().split('-')[0]}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}."
+        f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GB memory, "
+        f"Linux {platform.release().split('-')[0]}, Python {platform.python_version()}, torch {torch.__version__}."
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from skillmerge.checkpoints.folder import Checkpoint
 from skillmerge.coefficients import matcher
-from skillmerge.errors import did_you_mean, some
+from skillmerge.errors import InputError, did_you_mean, some
 from skillmerge.expression import Leaf, Term, names_in, sole_model, weights
 from skillmerge.modelconfig import tied_source, ties_embeddings
 from skillmerge.naming import module_kind
@@ -22,15 +22,28 @@ from skillmerge.tensors import DTYPES, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A difference between the models that only a person can settle, and the text that would settle it."""
+    """A difference between the models that only a person can settle.
+
+    copy, ignore: the rules that would settle it, as lines of the recipe's sections of these names.
+    """
 
     kind: str
     message: str
-    tensors: tuple[str, ...]
-    fix: str
+    tensors: tuple[str, ...] = ()
+    copy: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
 
-    def text(self) -> str:
-        return f"{self.message}\n{self.fix}"
+
+def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:
+    """The rules that would settle the problems, each once, ready to paste into the recipe."""
+    parts = []
+    for key, present in (("copy", recipe.copy), ("ignore", recipe.ignore)):
+        lines = list(dict.fromkeys(line for problem in problems for line in getattr(problem, key)))
+        if lines:
+            where = f"add to the recipe's `{key}:`" if present else "add to the recipe:"
+            why = "to take the donor's own" if key == "copy" else "if the output can do without"
+            parts.append("\n".join([f"{why}, {where}", *([] if present else [f"{key}:"]), *lines]))
+    return "\n".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +62,9 @@ def account_tensors(
     donor_name: str,
     terms: Mapping[str, Term],
     copied: Mapping[str, str],
-) -> tuple[dict[str, Account], list[Problem], list[str]]:
-    """Accounts for the donor's tensors that have one, the problems, and notes that are worth a word."""
+) -> tuple[dict[str, Account], list[Problem], list[tuple[str, str, str]], list[str]]:
+    """Accounts for the donor's tensors that have one, the problems, copies of tied tensors that the output
+    does without (model, copy, original), and notes that are worth a word."""
     donor = checkpoints[donor_name]
     in_formula = list(dict.fromkeys(name.name for name in names_in(recipe.expression) if name.is_model))
     accounts: dict[str, Account] = {}
@@ -83,12 +97,12 @@ def account_tensors(
             if same:
                 sources.sort(key=lambda item: item[0] != donor_name)
             accounts[name] = Account(term, tuple(sources), same, by_copy)
-    problems = [_problem(recipe, kind, model, found, donor_name, donor) for (kind, model), found in troubles.items()]
-    extra, tied = _leftovers(recipe, checkpoints, donor_name, in_formula)
+    problems = [_problem(kind, model, found, donor_name, donor) for (kind, model), found in troubles.items()]
+    extra, ties = _leftovers(recipe, checkpoints, donor_name, in_formula)
     for name, checkpoint in checkpoints.items():
         if checkpoint.unread:
             notes.add(f"model `{name}`: {some(list(checkpoint.unread))} is not named by its index and not read")
-    return accounts, problems + extra, [*sorted(notes), *tied]
+    return accounts, problems + extra, ties, sorted(notes)
 
 
 def copy_rules(recipe: Recipe, donor: Checkpoint) -> dict[str, str]:
@@ -119,33 +133,27 @@ def _difference(wanted: TensorSpec, found: TensorSpec) -> tuple[str, str] | None
     return None
 
 
-def _problem(
-    recipe: Recipe, kind: str, model: str, found: list[tuple[str, str]], donor_name: str, donor: Checkpoint
-) -> Problem:
+def _problem(kind: str, model: str, found: list[tuple[str, str]], donor_name: str, donor: Checkpoint) -> Problem:
     names = [name for name, _ in found]
-    rule = f"  - {{tensors: {_globs(names, donor.tensors)}, from: {donor_name}}}"
-    fix = f"to take the donor's own, add to the recipe{_under('copy', bool(recipe.copy))}{rule}"
+    if kind == "missing" and len(names) == len(donor.tensors):
+        message = f"`{model}` and the donor `{donor_name}` share no tensor names: are they of the same architecture?"
+        return Problem(kind, message, tuple(names))
     if kind == "missing":
         message = f"model `{model}` lacks {_count(names)} that the formula needs: {some(names)}"
-        if len(names) == len(donor.tensors):
-            fix = f"`{model}` and the donor `{donor_name}` share no tensor names: are they of the same architecture?"
     else:
         shown = "; ".join(f"`{name}` {detail}" for name, detail in found[:4]) + ("; …" if len(found) > 4 else "")
         message = f"{_count(names)} differ in {kind} between the donor `{donor_name}` and model `{model}`: {shown}"
         if kind == "shape" and all(module_kind(name) in ("embedding", "head") for name in names):
             message += "\ntheir vocabularies seem to differ"
-    return Problem(kind, message, tuple(names), fix)
-
-
-def _under(key: str, present: bool) -> str:
-    """How to introduce a rule that is ready to paste, where the recipe has the key already or not."""
-    return f", under its `{key}:`\n" if present else f":\n{key}:\n"
+    rules = tuple(f'  - {{tensors: "{glob}", from: {donor_name}}}' for glob in _globs(names, donor.tensors))
+    return Problem(kind, message, tuple(names), copy=rules)
 
 
 def _leftovers(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, in_formula: list[str]
-) -> tuple[list[Problem], list[str]]:
-    """Tensors of the formula's models that the donor lacks, but for ignored and for tied ones."""
+) -> tuple[list[Problem], list[tuple[str, str, str]]]:
+    """Tensors of the formula's models that the donor lacks: problems, but for ignored ones and for copies of
+    tied tensors, which come as (model, copy, original)."""
     donor = checkpoints[donor_name]
     extra = {
         model: [name for name in checkpoints[model].tensors if name not in donor.tensors]
@@ -159,34 +167,34 @@ def _leftovers(
             why = "the donor has what it matches, and the output has exactly the donor's tensors" if in_donor else None
             raise recipe.error(("ignore", index), "this rule matches no tensor that the donor lacks", why)
     ignored = matcher(recipe.ignore) if recipe.ignore else None
-    problems, notes = [], []
+    problems, ties = [], []
     for model, names in extra.items():
         left = [name for name in names if ignored is None or not ignored.match(name)]
-        tied = [name for name in left if _is_tied(name, checkpoints[model], donor)]
-        notes += [f"`{name}` of model `{model}` is left out: both configs tie it to the embedding" for name in tied]
+        tied = {name: source for name in left if (source := _tied_to(name, checkpoints[model], donor)) is not None}
+        ties += [(model, name, source) for name, source in tied.items()]
         left = [name for name in left if name not in tied]
         if left:
             message = f"model `{model}` has {_count(left)} that the donor `{donor_name}` lacks: {some(left)}"
             globs = _globs(left, set(checkpoints[model].tensors) - set(left))
-            rule = "\n".join(f"  - {glob}" for glob in globs.strip("[]").split(", "))
-            fix = f"if the output can do without, add to the recipe{_under('ignore', bool(recipe.ignore))}{rule}"
-            problems.append(Problem("extra", message, tuple(left), fix))
-    return problems, notes
+            rules = tuple(f'  - "{glob}"' for glob in globs)
+            problems.append(Problem("extra", message, tuple(left), ignore=rules))
+    return problems, ties
 
 
-def _is_tied(name: str, checkpoint: Checkpoint, donor: Checkpoint) -> bool:
+def _tied_to(name: str, checkpoint: Checkpoint, donor: Checkpoint) -> str | None:
+    """The tensor that `name` is a copy of, where both configs say so and the donor has it."""
     if not ties_embeddings(checkpoint.config) or not ties_embeddings(donor.config):
-        return False
+        return None
     kept = {other: spec for other, spec in checkpoint.tensors.items() if other in donor.tensors}
-    return tied_source(name, checkpoint.tensors[name].shape, checkpoint.config, kept) is not None
+    return tied_source(name, checkpoint.tensors[name].shape, checkpoint.config, kept)
 
 
 def _count(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) != 1 else ''}"
 
 
-def _globs(names: list[str], others: Iterable[str]) -> str:
-    """A YAML list of globs that match `names` and nothing else of `others`, as short as that allows."""
+def _globs(names: list[str], others: Iterable[str]) -> list[str]:
+    """Globs that match `names` and nothing else of `others`, as few as numbers in names allow."""
     wanted = set(names)
     rest = [name for name in others if name not in wanted]
     globs: dict[str, None] = {}
@@ -195,5 +203,23 @@ def _globs(names: list[str], others: Iterable[str]) -> str:
         if glob not in globs:
             pattern = matcher([glob])
             globs[name if any(pattern.match(other) for other in rest) else glob] = None
-    quoted = [f'"{glob}"' for glob in globs]
-    return quoted[0] if len(quoted) == 1 else f"[{', '.join(quoted)}]"
+    return list(globs)
+
+
+def prove_ties(ties: Iterable[tuple[str, str, str]], checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Prove that what is left out as a copy is one. Raises InputError where the bytes differ."""
+    piece = 4 << 20
+    for model, name, source in ties:
+        checkpoint = checkpoints[model]
+        copy, original = checkpoint.tensors[name], checkpoint.tensors[source]
+        for start in range(0, copy.nbytes, piece):
+            count = min(piece, copy.nbytes - start)
+            buffers = bytearray(count), bytearray(count)
+            for spec, buffer in zip((copy, original), buffers, strict=True):
+                checkpoint.read_into(spec, start, memoryview(buffer))
+            if copy.dtype != original.dtype or buffers[0] != buffers[1]:
+                raise InputError(
+                    f"model `{model}`: config.json ties `{name}` to `{source}`, but the two differ, and the donor "
+                    f"has no `{name}` for what it holds",
+                    fix=f'if the output can do without it, add to the recipe:\nignore:\n  - "{name}"',
+                )

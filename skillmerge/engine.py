@@ -27,7 +27,6 @@ from skillmerge.tensors import DTYPES
 from skillmerge.worker import Buffer, Settings, Span, Statistics, Worker, spans
 from skillmerge.writer import PAGE, ShardFile, Staging, WriteMode
 
-
 READ_AHEAD = 6
 """How many spans before its turn the system is told that a span's inputs will be read."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge import manifest
+from skillmerge.accounting import prove_ties
 from skillmerge.checkpoints.folder import Checkpoint, open_folder
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.planning import Plan
@@ -98,6 +99,8 @@ def apply(
             if remark := staging.begin(plan.digest, conditions):
                 reporter.warn(remark)
             check_disk(staging.folder, plan.bytes_written - staging.finished_bytes, "the output")
+
+            prove_ties(plan.ties, checkpoints)
 
             # torch takes seconds to import: everything that can fail without it has been tried by now.
             with _signals_waiting():

@@ -20,7 +20,7 @@ _KIND_PATTERNS = tuple(
     for kind, pattern in (
         ("router", r"(^|\.)(router|gate|\w*expert_gate)(\.|$)"),
         ("expert", r"(^|\.)(\w*_)?experts?(\.|$)"),
-        ("norm", r"norm|(^|\.)ln_?(\d+|f|q|k|pre|post)\b"),
+        ("norm", r"norm|(^|\.)ln(_\w+)?(\.|$)"),
         ("head", r"(^|\.)(lm_head|embed_out|proj_out|score|classifier|cls|pooler)(\.|$)"),
         ("attention", r"attn|attention"),
         ("mlp", r"mlp|ffn|feed_?forward|dense|(^|\.)(fc_?\d|w[123]|wi|wo|c_fc)(\.|$)"),

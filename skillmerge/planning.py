@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from skillmerge.accounting import Account, Problem, account_tensors, copy_rules
+from skillmerge.accounting import Account, Problem, account_tensors, copy_rules, settlement
 from skillmerge.checkpoints.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from skillmerge.checkpoints.safetensors_header import build_header
 from skillmerge.coefficients import ScheduleError
@@ -28,7 +28,8 @@ from skillmerge.expression import (
     donor_of,
     sole_model,
 )
-from skillmerge.modelconfig import contradictions, quantisation
+from skillmerge.modelconfig import contradictions, quantisation, tied_source
+from skillmerge.naming import module_kind
 from skillmerge.program import Program, compile_term
 from skillmerge.recipe import Recipe, unused_names
 from skillmerge.sidefiles import SideFile, collect, index_bytes
@@ -87,6 +88,8 @@ class Plan:
     tensors: Mapping[str, TensorPlan]
     shards: tuple[ShardPlan, ...]
     side_files: tuple[SideFile, ...]
+    ties: tuple[tuple[str, str, str], ...]
+    """(model, copy, original): tensors that are left out as copies, which `apply` proves first."""
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     bytes_read: int
@@ -101,9 +104,10 @@ class Plan:
     def refuse_problems(self) -> None:
         """Raise InputError with every problem of the accounting and the rules that would settle them."""
         if self.problems:
-            text = "\n\n".join(problem.text() for problem in self.problems)
             count = len(self.problems)
-            raise InputError(f"{count} problem{'s' if count > 1 else ''} between the models:\n\n{text}")
+            text = "\n".join(problem.message for problem in self.problems)
+            fix = settlement(self.recipe, self.problems) or None
+            raise InputError(f"{count} problem{'s' if count > 1 else ''} between the models:\n{text}", fix=fix)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data: what `--json` prints, what `-o` writes and what the digest is taken of."""
@@ -130,7 +134,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
     values = _coefficients(recipe, list(donor.tensors))
     copied = copy_rules(recipe, donor)
     terms = _terms(recipe, {name: row for name, row in values.items() if name not in copied})
-    accounts, problems, notes = account_tensors(recipe, checkpoints, donor_name, terms, copied)
+    accounts, problems, ties, notes = account_tensors(recipe, checkpoints, donor_name, terms, copied)
     programs: dict[Term, Program] = {}
     tensors = {}
     for name, spec in donor.tensors.items():
@@ -138,7 +142,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
         if account is not None:
             tensors[name] = _plan_tensor(recipe, spec, account, checkpoints, values[name], programs)
     problems += [
-        Problem("config", message, (), "the donor's config.json and weights do not belong together")
+        Problem("config", f"the donor's config.json and weights do not belong together: {message}")
         for message in contradictions(donor.config, {name: spec.shape for name, spec in donor.tensors.items()})
     ]
     dtypes = {plan.dtype for name, plan in tensors.items() if plan.dtype != donor.tensors[name].dtype}
@@ -156,8 +160,14 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
         tensors=tensors,
         shards=shards,
         side_files=side_files,
+        ties=tuple(ties),
         problems=tuple(problems),
-        notes=(*(f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe)), *notes),
+        notes=(
+            *(f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe)),
+            *(f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties),
+            *(_untied(donor, tensors) if not problems else ()),
+            *notes,
+        ),
         bytes_read=sum(
             checkpoints[model].tensors[source].nbytes for plan in tensors.values() for model, source in plan.sources
         ),
@@ -291,6 +301,20 @@ def _lay_out(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan
 
 def _nbytes(plan: TensorPlan) -> int:
     return math.prod(plan.shape) * DTYPES[plan.dtype].bits // 8
+
+
+def _untied(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> list[str]:
+    """A word where the recipe drives apart what the donor's config ties and the donor stores twice."""
+    notes = []
+    for name in [name for name in tensors if module_kind(name) == "head"]:
+        others = {other: spec for other, spec in donor.tensors.items() if other != name}
+        source = tied_source(name, donor.tensors[name].shape, donor.config, others)
+        if source is not None and tensors[source].coefficients != tensors[name].coefficients:
+            notes.append(
+                f"config.json ties `{name}` to `{source}`, but the recipe gives them different coefficients: "
+                "runtimes will not agree which of the two to use"
+            )
+    return notes
 
 
 def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from skillmerge.accounting import settlement
 from skillmerge.errors import some
 from skillmerge.merge import Reporter, Result
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind
@@ -107,7 +108,9 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     for note in plan.notes:
         out.print(Text(f"note: {note}", style="yellow"))
     for problem in plan.problems:
-        out.print(Text(f"\nproblem: {problem.text()}", style="red"), soft_wrap=True)
+        out.print(Text(f"problem: {problem.message}", style="red"), soft_wrap=True)
+    if plan.problems:
+        out.print(Text(settlement(plan.recipe, plan.problems)), soft_wrap=True)
     totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {format_bytes(plan.bytes_written)}"]
     if needs is not None:
         totals.append(f"peak memory about {format_bytes(needs.memory)} with {needs.threads} threads")

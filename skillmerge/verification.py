@@ -205,19 +205,23 @@ def _fill(stream: FileIO, buffer: bytearray) -> int:
 def check_load(root: Path) -> dict[str, Any]:
     """Load the model with transformers, offline, in a separate process. Raises CheckFailed, UsageError."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.run(
-        [sys.executable, "-m", "skillmerge.loading", str(root)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **offline},
-        timeout=_LOAD_TIMEOUT,
-        check=False,
-    )
     try:
+        process = subprocess.run(
+            [sys.executable, "-m", "skillmerge.loading", str(root)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **offline},
+            timeout=_LOAD_TIMEOUT,
+            check=False,
+        )
         report = json.loads(process.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        raise CheckFailed(f"{root}: transformers had not loaded it after {_LOAD_TIMEOUT} seconds") from None
     except (ValueError, IndexError):
         detail = "\n".join(process.stderr.strip().splitlines()[-5:])
-        raise CheckFailed(f"{root}: transformers could not load it:\n{detail}") from None
+        how = f"was killed by signal {-process.returncode}" if process.returncode < 0 else "ended without a word"
+        raise CheckFailed(f"{root}: transformers could not load it, the loading process {how}\n{detail}") from None
     if report.get("absent"):
         raise UsageError("--load needs transformers", fix="pip install 'skillmerge[transformers]'")
     if not report["ok"]:

@@ -33,11 +33,14 @@ MAX_NODES = 20_000
 MAX_DIGITS = 300
 """Of a whole number: as many as a coefficient can have and still be finite."""
 
-_LINE_END = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
-"""What ruamel counts as the end of a line."""
+_LINE_END = re.compile(r"\r\n|\n|\r")
+"""What YAML 1.2 counts as the end of a line; `splitlines` knows more."""
 
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 """Control characters and halves of characters, which escapes can spell and no path or terminal can take."""
+
+_PAIR = re.compile(r"[\ud800-\udbff][\udc00-\udfff]")
+"""Two halves of one character, as JSON spells what lies past U+FFFF."""
 
 _NULL = re.compile(r"null|Null|NULL|~|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
@@ -208,7 +211,7 @@ class _Builder:
         return math.nan if _NAN.fullmatch(text) else text
 
     def _text(self, node: ScalarNode, place: Place) -> str:
-        text = str(node.value)
+        text = _PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), str(node.value))
         if (found := _UNSEEN.search(text)) is not None:
             raise self.document.error(f"holds the control character {found.group()!r}", place)
         return text

@@ -28,6 +28,7 @@ import torch
 from conftest import run_cli, write_family
 
 import skillmerge
+from skillmerge import writer
 from skillmerge.errors import ResourceError, SkillmergeError, UsageError
 from skillmerge.merge import Reporter
 from skillmerge.resources import OUTPUT_BUFFERS, WRITERS
@@ -76,16 +77,24 @@ def wide_shapes(tensors: int, elements: int = 256 * 256) -> dict[str, tuple[int,
     return {f"model.layers.{number}.mlp.up_proj.weight": (elements // 256, 256) for number in range(tensors)}
 
 
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("families")
+    write_family(folder / "wide", wide_shapes(3 * SHARDS), shards=SHARDS)
+    write_family(folder / "small", wide_shapes(3, 1024), shards=3)
+    return folder
+
+
 @pytest.fixture
-def wide(tmp_path: Path) -> Path:
+def wide(families: Path, tmp_path: Path) -> Path:
     """The recipe of a family of 8 shards, each of which takes three writes."""
-    return write_family(tmp_path, wide_shapes(3 * SHARDS), shards=SHARDS)
+    return Path(shutil.copytree(families / "wide", tmp_path, dirs_exist_ok=True)) / "recipe.yaml"
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Path:
+def small(families: Path, tmp_path: Path) -> Path:
     """The recipe of a family of three small shards."""
-    return write_family(tmp_path, wide_shapes(3, 1024), shards=3)
+    return Path(shutil.copytree(families / "small", tmp_path, dirs_exist_ok=True)) / "recipe.yaml"
 
 
 def content(folder: Path | int) -> Content:
@@ -309,6 +318,52 @@ def test_kill_during_an_overwrite_keeps_the_previous_output_whole(server: MergeS
         assert server.run(wide, overwrite=True)["status"] == 0
     assert reader.wrong == []
     assert_finished(output, wanted)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks /proc which file a descriptor is")
+def test_nothing_is_believed_before_it_is_durable(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill leaves what was written in the page cache, a power cut does not: only the order of calls can tell."""
+    durable: set[str] = set()
+    fsync, pwrite, record, put = os.fsync, os.pwrite, Staging.record, writer._put_in_place
+    believed = []
+
+    def path_of(descriptor: int) -> str:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+
+    def watched_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        durable.add(path_of(descriptor))
+
+    def watched_pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        durable.discard(path_of(descriptor))
+        return pwrite(descriptor, data, offset)
+
+    def watched_record(staging: Staging, entry: dict[str, Any]) -> None:
+        if "shard" in entry:
+            believed.append(entry["shard"])
+            assert str(staging.files / entry["shard"]) in durable
+        durable.discard(str(staging.folder / "journal.jsonl"))
+        record(staging, entry)
+        assert str(staging.folder / "journal.jsonl") in durable
+
+    def watched_put(finished: Path, output: Path, replace: bool) -> None:
+        believed.append(output.name)
+        staged = str(staging_of(output) / "files")
+        wanted = {staged, *(f"{staged}/{path.relative_to(finished)}" for path in finished.rglob("*"))}
+        assert wanted <= durable
+        assert str(staging_of(output)) in durable
+        durable.discard(str(output.parent))
+        put(finished, output, replace)
+        assert str(output.parent) in durable
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "pwrite", watched_pwrite)
+    monkeypatch.setattr(Staging, "record", watched_record)
+    monkeypatch.setattr(writer, "_put_in_place", watched_put)
+    (small.parent / "target" / "1_Pooling").mkdir()
+    (small.parent / "target" / "1_Pooling" / "config.json").write_text("{}")
+    skillmerge.apply(small)
+    assert len(believed) == 4
 
 
 # ----------------------------------------------------------------------------------------------- interrupted

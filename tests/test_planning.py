@@ -11,6 +11,7 @@ import torch
 from conftest import (
     PEAK_MEMORY,
     random_tensors,
+    read_checkpoint,
     run_cli,
     tensor_shapes,
     write_checkpoint,
@@ -19,6 +20,7 @@ from conftest import (
 )
 
 import skillmerge
+from skillmerge.accounting import settlement
 from skillmerge.errors import InputError, RecipeError
 
 Edit = Callable[..., Path]
@@ -40,7 +42,11 @@ def without(*names: str) -> dict[str, tuple[int, ...]]:
 
 
 def problems(recipe: Path) -> list[str]:
-    return [problem.text() for problem in skillmerge.plan(recipe).problems]
+    """The messages, and last the rules that would settle them."""
+    plan = skillmerge.plan(recipe)
+    return [problem.message for problem in plan.problems] + (
+        [text] if (text := settlement(plan.recipe, plan.problems)) else []
+    )
 
 
 def test_plan_gives_every_tensor_an_action_and_its_coefficients(family: Path, edit: Edit) -> None:
@@ -74,9 +80,10 @@ def test_plan_digest_depends_on_what_the_output_depends_on(family: Path, edit: E
 
 def test_tensor_that_a_model_lacks_is_named_with_the_rule_to_settle_it(tmp_path: Path, edit: Edit) -> None:
     recipe = trio(tmp_path, rl=without("lm_head.weight"))
-    (text,) = problems(recipe)
-    assert "model `rl` lacks 1 tensor that the formula needs: lm_head.weight" in text
-    assert '- {tensors: "lm_head.weight", from: target}' in text
+    assert problems(recipe) == [
+        "model `rl` lacks 1 tensor that the formula needs: lm_head.weight",
+        'to take the donor\'s own, add to the recipe:\ncopy:\n  - {tensors: "lm_head.weight", from: target}',
+    ]
     with pytest.raises(InputError, match="1 problem between the models"):
         skillmerge.apply(recipe)
     edit(recipe, copy=[{"tensors": "lm_head.weight", "from": "target"}])
@@ -87,22 +94,25 @@ def test_tensor_that_a_model_lacks_is_named_with_the_rule_to_settle_it(tmp_path:
 def test_tensor_that_the_donor_lacks_is_named_with_the_rule_to_settle_it(tmp_path: Path, edit: Edit) -> None:
     extra = {f"model.layers.{layer}.self_attn.rotary.inv_freq": (4,) for layer in range(3)}
     recipe = trio(tmp_path, sft={**tensor_shapes(), **extra}, rl={**tensor_shapes(), **extra})
-    texts = problems(recipe)
-    assert len(texts) == 2
-    assert 'ignore:\n  - "model.layers.*.self_attn.rotary.inv_freq"' in texts[0]
+    *messages, rules = problems(recipe)
+    assert len(messages) == 2
+    assert (
+        rules
+        == 'if the output can do without, add to the recipe:\nignore:\n  - "model.layers.*.self_attn.rotary.inv_freq"'
+    )
     edit(recipe, ignore=["model.layers.*.self_attn.rotary.inv_freq"])
     assert problems(recipe) == []
 
 
 def test_suggested_globs_match_nothing_but_the_problem(tmp_path: Path) -> None:
     recipe = trio(tmp_path, rl=without("model.layers.1.mlp.up_proj.weight"))
-    (text,) = problems(recipe)
+    *_, text = problems(recipe)
     assert '{tensors: "model.layers.1.mlp.up_proj.weight", from: target}' in text
 
 
 def test_shapes_that_differ_are_shown_both(tmp_path: Path) -> None:
     larger = {**tensor_shapes(), "model.embed_tokens.weight": (40, 16), "lm_head.weight": (40, 16)}
-    (text,) = problems(trio(tmp_path, rl=larger))
+    text, _ = problems(trio(tmp_path, rl=larger))
     assert "`model.embed_tokens.weight` [32, 16] against [40, 16]" in text
     assert "vocabularies seem to differ" in text
 
@@ -136,8 +146,31 @@ def test_head_that_only_others_store_is_left_out_where_all_tie_it(tmp_path: Path
     assert any("left out" in note for note in plan.notes)
 
 
+def test_head_that_differs_from_what_it_is_tied_to_is_not_lost(tmp_path: Path) -> None:
+    """transformers loads such a head as it is stored, whatever the config says."""
+    recipe = trio(tmp_path, TIED, target=without("lm_head.weight"))
+    with pytest.raises(InputError, match=r"ties `lm_head\.weight` to `model\..*`, but the two differ"):
+        skillmerge.apply(recipe)
+    for name in ("rl", "sft"):
+        tensors = read_checkpoint(tmp_path / name)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        write_checkpoint(tmp_path / name, tensors, config=TIED)
+    skillmerge.apply(recipe)
+
+
+def test_tied_pair_that_the_recipe_drives_apart_gets_a_word(tmp_path: Path, edit: Edit) -> None:
+    recipe = edit(trio(tmp_path, TIED), coefficients={"lam": {"rules": [{"modules": "head", "value": 0}]}})
+    assert any("runtimes will not agree" in note for note in skillmerge.plan(recipe).notes)
+
+
+def test_rules_are_added_to_sections_that_are_there(tmp_path: Path, edit: Edit) -> None:
+    recipe = trio(tmp_path, rl=without("lm_head.weight"))
+    edit(recipe, copy=[{"tensors": "model.norm.weight", "from": "target"}])
+    assert "add to the recipe's `copy:`\n  - {tensors" in problems(recipe)[-1]
+
+
 def test_head_that_is_not_tied_is_a_difference(tmp_path: Path) -> None:
-    (text, _) = problems(trio(tmp_path, {"tie_word_embeddings": False}, target=without("lm_head.weight")))
+    *_, text = problems(trio(tmp_path, {"tie_word_embeddings": False}, target=without("lm_head.weight")))
     assert 'ignore:\n  - "lm_head.weight"' in text
 
 
