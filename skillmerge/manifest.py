@@ -35,8 +35,7 @@ def build(
 ) -> dict[str, Any]:
     """The manifest of a finished output; `finished` are the journal's entries by shard."""
     files = [
-        {"name": shard.file, "size": shard.size, "sha256": finished[shard.file]["sha256"]}
-        for shard in plan.shards
+        {"name": shard.file, "size": shard.size, "sha256": finished[shard.file]["sha256"]} for shard in plan.shards
     ]
     files += [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in plan.side_files]
     measured = {name: row for entry in finished.values() for name, row in entry["statistics"].items()}

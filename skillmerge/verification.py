@@ -87,11 +87,7 @@ def _reading(root: Path) -> Iterator[None]:
 
 def _check_files(root: Path, proof: Mapping[str, Any]) -> None:
     wanted = manifest.file_names(proof)
-    found = {
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.is_symlink() or not path.is_dir()
-    }
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
     if missing := sorted(wanted - found):
         raise CheckFailed(f"{root}: files are missing: {some(missing)}")
     if extra := sorted(found - wanted):
@@ -182,9 +178,7 @@ def _digest_and_scan(path: Path, specs: tuple[TensorSpec, ...]) -> str:
             for spec in [spec for spec in pending if spec.start < position + count and spec.end > position]:
                 first, last = max(spec.start, position) - position, min(spec.end, position + count) - position
                 dtype = torch_dtype(spec.dtype)
-                values = torch.frombuffer(
-                    buffer, dtype=dtype, offset=first, count=(last - first) // dtype.itemsize
-                )
+                values = torch.frombuffer(buffer, dtype=dtype, offset=first, count=(last - first) // dtype.itemsize)
                 for start in range(0, values.numel(), BLOCK):
                     if any_nonfinite(values[start : start + BLOCK], scratch):
                         raise CheckFailed(f"{path}: tensor `{spec.name}` holds NaN or Inf")

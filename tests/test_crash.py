@@ -29,10 +29,10 @@ from conftest import run_cli, write_family
 
 import skillmerge
 from skillmerge import writer
-from skillmerge.errors import ResourceError, SkillmergeError, UsageError
+from skillmerge.errors import CheckFailed, ResourceError, SkillmergeError, UsageError
 from skillmerge.merge import Reporter
 from skillmerge.resources import OUTPUT_BUFFERS, WRITERS
-from skillmerge.writer import Staging
+from skillmerge.writer import MANIFEST_FILE, Staging
 
 KILLS = 200
 SHARDS = 8
@@ -628,6 +628,24 @@ def test_short_writes_are_written_on(small: Path, monkeypatch: pytest.MonkeyPatc
     skillmerge.apply(small)
     assert lengths.count(777) > 5
     assert_finished(output, wanted)
+
+
+def test_shard_damaged_before_publication_is_never_published(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = small.parent / "merged"
+    drop_strangers = Staging.drop_strangers
+
+    def damage(staging: Staging, names: set[str]) -> None:
+        drop_strangers(staging, names)
+        if MANIFEST_FILE in names:
+            os.truncate(staging.files / "model-00002-of-00003.safetensors", 100)
+
+    monkeypatch.setattr(Staging, "drop_strangers", damage)
+    with pytest.raises(CheckFailed):
+        skillmerge.apply(small)
+    assert not output.exists()
+    monkeypatch.undo()
+    skillmerge.apply(small)
+    skillmerge.verify(output)
 
 
 # ----------------------------------------------------------------------------------- what stands at the output

@@ -20,7 +20,7 @@ import skillmerge
 from skillmerge import manifest, verification
 from skillmerge.errors import CheckFailed, UsageError
 
-CONFIG = {"vocab_size": 32, "num_hidden_layers": 3, "torch_dtype": "bfloat16"}
+CONFIG = {"vocab_size": 32, "num_hidden_layers": 1, "torch_dtype": "bfloat16"}
 MANIFEST, RUN_LOG = "skillmerge.manifest.json", "skillmerge.run.json"
 SHARD, OTHER_SHARD = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 FILES = ["config.json", SHARD, OTHER_SHARD, "model.safetensors.index.json", MANIFEST, RUN_LOG, "tokenizer.json"]
@@ -30,7 +30,7 @@ FILES = ["config.json", SHARD, OTHER_SHARD, "model.safetensors.index.json", MANI
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output in two shards, with config and tokenizer."""
     folder = tmp_path_factory.mktemp("family")
-    recipe = write_family(folder, tensor_shapes(hidden=12), config=CONFIG)
+    recipe = write_family(folder, tensor_shapes(layers=1, hidden=12), config=CONFIG)
     (folder / "target" / "tokenizer.json").write_text('{"version": "1.0", "model": {"vocab": {"a": 0}}}')
     (folder / "target" / "1_Pooling").mkdir()
     (folder / "target" / "1_Pooling" / "config.json").write_text("{}")
@@ -79,7 +79,7 @@ def test_verify_accepts_what_apply_wrote_and_counts_it(output: Path) -> None:
         [*FILES, "1_Pooling/config.json"]
     )
     assert verdict.files == len(FILES) + 1
-    assert verdict.tensors == 12
+    assert verdict.tensors == 6
     sizes = [path.stat().st_size for path in output.rglob("*") if path.name not in (MANIFEST, RUN_LOG)]
     assert verdict.bytes == progress[-1] == sum(sizes) - (output / "1_Pooling").stat().st_size
     assert verdict.load is None
@@ -355,7 +355,6 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a name that is none": lambda document: document["files"][0].update(name=["config.json"]),
     "files that are none": lambda document: document.update(files=7),
     "tensors that are none": lambda document: document.update(tensors={"a": 1}),
-    "a run log outside": lambda document: document["environment"]["run_log"].update(name="../run.json"),
     "no run log": lambda document: document["environment"].pop("run_log"),
     "environment that is none": lambda document: document.update(environment=[]),
 }
@@ -365,6 +364,19 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_forged_manifest_is_found(output: Path, forgery: str) -> None:
     forge(output, FORGERIES[forgery])
     assert_refused(output)
+
+
+def test_forged_run_log_outside_is_found(output: Path) -> None:
+    shutil.copy(output / RUN_LOG, output.parent / "run.json")
+    forge(output, lambda document: document["environment"]["run_log"].update(name="../run.json"))
+    assert_refused(output, MANIFEST)
+
+
+def test_forged_config_that_contradicts_the_weights_is_found(output: Path) -> None:
+    config = json.loads((output / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps({**config, "vocab_size": 10_000}))
+    forge(output)
+    assert_refused(output, "vocab_size")
 
 
 @pytest.mark.parametrize("key", ["files", "tensors", "environment", "plan_digest", "statistics", "manifest_version"])

@@ -74,21 +74,29 @@ def test_staging_is_locked_until_it_is_closed(output: Path) -> None:
     Staging(output).close()
 
 
+@pytest.mark.parametrize("taken", [False, True], ids=["free", "taken again"])
 def test_staging_lock_that_its_owner_removes_meanwhile_is_not_taken_for_one(
-    output: Path, monkeypatch: pytest.MonkeyPatch
+    output: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
 ) -> None:
     """Who opened the lock before it was removed, and locks it afterwards, holds nothing and looks again."""
-    first, real = Staging(output), fcntl.flock
+    first, others, real = Staging(output), [], fcntl.flock
 
     def flock(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
         first.close()
+        if taken:
+            others.append(Staging(output))
         real(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with closing(Staging(output)) as second:
-        second.begin(PLAN, CONDITIONS)
+    if taken:
         with pytest.raises(OutputLocked):
             Staging(output)
+    else:
+        others.append(Staging(output))
+        with pytest.raises(OutputLocked):
+            Staging(output)
+    others[0].close()
 
 
 def test_staging_closed_without_work_leaves_nothing(output: Path) -> None:
