@@ -7,6 +7,7 @@ a rule that matches nothing is always a mistake. Knows names, never values.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -96,7 +97,10 @@ class Schedule:
             _check_layers(index, rule, names)
             if not chosen:
                 raise ScheduleError(index, "this rule matches no tensor", _why_nothing(rule, names))
-            values.update(_ramp(rule.ramp, chosen) if rule.ramp else dict.fromkeys(chosen, rule.value))
+            found = _ramp(rule.ramp, chosen) if rule.ramp else dict.fromkeys(chosen, rule.value)
+            if not all(map(math.isfinite, found.values())):
+                raise ScheduleError(index, "this ramp's values are not finite: its ends are too far apart")
+            values.update(found)
         return values
 
 

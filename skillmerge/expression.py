@@ -22,6 +22,9 @@ from skillmerge.errors import did_you_mean
 
 MAX_LENGTH = 10_000
 MAX_DEPTH = 50
+MAX_OPERATIONS = 150
+"""Bounds the depth of the tree too, so that every walk over it stays within Python's own limit."""
+
 _DEGREE_TOLERANCE = 1e-9
 _TOKEN = re.compile(r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[^\W\d]\w*)|(?P<op>[-+*/(),]))")
 
@@ -82,7 +85,7 @@ class _Parser:
         self.text, self.models, self.coefficients = text, models, coefficients
         self.tokens = list(self._tokenise())
         self.index = 0
-        self.depth = 0
+        self.depth = self.operations = 0
 
     def _tokenise(self) -> list[tuple[str, str, int]]:
         tokens = []
@@ -188,17 +191,10 @@ class _Parser:
         return Name(name, position, is_model=name in self.models)
 
     def _operation(self, symbol: str, left: Node, right: Node, position: int) -> Operation:
-        # A long chain of + nests on the left; bounding it keeps every later walk within Python's own limit.
-        if _depth(left) > 4 * MAX_DEPTH:
-            raise ExpressionError("has too many terms", position)
+        self.operations += 1
+        if self.operations > MAX_OPERATIONS:
+            raise ExpressionError(f"has too many terms: more than {MAX_OPERATIONS} operations", position)
         return Operation(symbol, left, right, position)
-
-
-def _depth(node: Node) -> int:
-    depth = 0
-    while isinstance(node, Operation):
-        node, depth = node.left, depth + 1
-    return depth
 
 
 def _has_model(node: Node) -> bool:
@@ -246,23 +242,29 @@ Term = Leaf | Scaled | Sum
 def bind(node: Node, values: Mapping[str, float]) -> Term | None:
     """The tree with the coefficients' values in place; None where everything fell away.
 
-    Raises ExpressionError where a scalar divides by zero or is not finite.
+    Raises ExpressionError where a scalar divides by zero, or a factor is not finite.
     """
     if isinstance(node, Name):
         return Leaf(node.name)
     if isinstance(node, Number):
         raise AssertionError("a bare number is never a term")
+    term: Term | None
     if node.symbol in "+-":
         left, right = bind(node.left, values), bind(node.right, values)
         minus = node.symbol == "-"
         if right is None:
-            return left
-        if left is None:
-            return _scaled(right, -1.0, divide=False) if minus else right
-        return Sum(left, right, minus)
-    if _has_model(node.left):
-        return _scaled(bind(node.left, values), _scalar(node.right, values), node.symbol == "/", node)
-    return _scaled(bind(node.right, values), _scalar(node.left, values), divide=False)
+            term = left
+        elif left is None:
+            term = _scaled(right, -1.0, divide=False) if minus else right
+        else:
+            term = Sum(left, right, minus)
+    elif _has_model(node.left):
+        term = _scaled(bind(node.left, values), _scalar(node.right, values), node.symbol == "/", node)
+    else:
+        term = _scaled(bind(node.right, values), _scalar(node.left, values), divide=False)
+    if not all(map(math.isfinite, weights(term).values())):
+        raise ExpressionError("has a factor that is not finite", node.position)
+    return term
 
 
 def _scaled(inner: Term | None, factor: float, divide: bool, node: Operation | None = None) -> Term | None:

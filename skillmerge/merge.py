@@ -172,10 +172,11 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
     path = Path(os.path.abspath(path))
     precious = {"the recipe": Path(os.path.abspath(recipe.document.name))}
     precious |= {f"model `{name}`": Path(os.path.abspath(item.root)) for name, item in checkpoints.items()}
-    for what, place in precious.items():
-        for inner, outer in ((place, path), (place.resolve(), path.resolve())):
-            if inner == outer or outer in inner.parents:
-                raise UsageError(f"the output {path} would replace {what} ({place})", fix="choose another --output")
+    for ours, verb in ((path, "replace"), (Staging.folder_of(path), "be made in")):
+        for what, place in precious.items():
+            for inner, outer in ((place, ours), (place.resolve(), ours.resolve())):
+                if inner == outer or outer in inner.parents:
+                    raise UsageError(f"the output {path} would {verb} {what} ({place})", fix="choose another --output")
     return path
 
 

@@ -122,7 +122,7 @@ def parse_size(text: str) -> int:
     if binary and not prefix:
         raise ValueError(f"`{text}` is not a size; write it like 5GB, 700MB or 2GiB")
     base = 1024 if binary else 1000
-    size = int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
-    if size < 1:
-        raise ValueError(f"`{text}` is not a positive size")
-    return size
+    size = float(number) * base ** " KMGT".index(prefix.upper() or " ")
+    if not 1 <= size < 1 << 62:
+        raise ValueError(f"`{text}` is not a positive size that a disk could have")
+    return int(size)

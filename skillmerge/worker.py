@@ -242,12 +242,13 @@ class Worker:
             round_stochastic(value, out, rounding_key(output.seed, tensor.name), first)
         else:
             round_nearest(value, out)
+        # Before equal bits are put back: whatever is not finite in an input shows in the result until then.
+        if not self.settings.allow_nonfinite and any_nonfinite(out, self.scratch):
+            raise self._nonfinite(tile, inputs, out, first)
         if tensor.program.same_bits:
             keep_same_bits(tensor.program, inputs, out, self.scratch)
         if self.settings.allow_nonfinite:
             canonical_nan(out)
-        elif any_nonfinite(out, self.scratch):
-            raise self._nonfinite(tile, inputs, out, first)
         if tensor.action == "merge":
             self._measure(statistics, tensor, first, inputs, out, value, subtracted)
 

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from skillmerge.errors import OutputLocked, ResourceError, UsageError
+from skillmerge.errors import OutputLocked, ResourceError, UsageError, some
 
 MANIFEST_FILE = "skillmerge.manifest.json"
 JOURNAL_VERSION = 1
@@ -36,6 +36,7 @@ PAGE = 4096
 TRIAL_BYTES = 32 << 20
 """How much is written in one mode before the other has its turn."""
 
+_OURS = ("lock", "journal.jsonl", "journal.jsonl.new", "files", "complete", "previous")
 _CONTINUE = "make room, then run the same command again: it continues where it stopped"
 _WRONG_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY,
@@ -73,14 +74,29 @@ class Staging:
     def __init__(self, output: Path) -> None:
         """Create and lock it. Raises OutputLocked where another run holds it."""
         self.output = output
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder = self.folder_of(output)
         self.files = self.folder / "files"
         self.finished: dict[str, dict[str, Any]] = {}
         self._complete = self.folder / "complete"
         self._journal = self.folder / "journal.jsonl"
         self._append_lock = threading.Lock()
         with disk_errors(self.folder):
+            self._refuse_strangers()
             self._lock = self._acquire()
+
+    @staticmethod
+    def folder_of(output: Path) -> Path:
+        return output.with_name(output.name + ".partial")
+
+    def _refuse_strangers(self) -> None:
+        """A folder that only happens to have the staging folder's name is not ours to work in."""
+        strangers = [] if not self.folder.is_dir() else [p.name for p in self.folder.iterdir() if p.name not in _OURS]
+        if self.folder.is_symlink() or strangers:
+            what = f"holds {some(strangers)}" if strangers else "is a link"
+            raise UsageError(
+                f"{self.folder} is where the work would be done, but it {what}: it is not skillmerge's",
+                fix="move it away, or choose another --output",
+            )
 
     def _acquire(self) -> int:
         while True:

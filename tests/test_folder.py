@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_tensors, tensor_shapes, write_checkpoint
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -194,6 +194,7 @@ def test_every_tensor_is_read_bit_for_bit(sharded: Path) -> None:
     checkpoint.close()
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_range_of_a_tensor_is_read(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp() / "ranges"

@@ -653,31 +653,12 @@ BEFORE_WEIGHTS = [
 ]  # fmt: skip
 
 
-TO_BE_FIXED = {
-    "recipe: a shard size of 400 digits": "parse_size: OverflowError",
-    "recipe: a ramp out of this world": "degree: ValueError, the ramp's steps overflow",
-    "expression: chains in chains": "names_in: RecursionError, the depth of right operands is not counted",
-    "expression: a nested product that overflows": "degree: ValueError on infinite weights",
-    "expression: factors that overflow in the end": "degree: OverflowError on infinite weights",
-    "expression: a coefficient that overflows": "degree: ValueError on infinite weights",
-    "expression: division by almost nothing": "degree: ValueError on infinite weights",
-    "output: its staging folder is an input": "the input's files are deleted",
-    "output: its staging folder holds an input": "the input's files are deleted",
-    "output: its staging folder leads to an input": "the input's files are deleted",
-    "output: its staging folder is somebody's": "somebody's files are deleted",
-    "weights: the same NaN in terms that cancel": "only the result is looked at",
-    "weights: the same Inf in terms that cancel": "only the result is looked at",
-}
-"""Known faults; each is a test that turns red when it is mended, and its line goes."""
-
-
 def table(rows: list[Hostile]) -> list[Any]:
     """Parameters with the cases' names."""
 
     def marks(name: str) -> list[pytest.MarkDecorator]:
-        fault = [pytest.mark.xfail(strict=True, reason=TO_BE_FIXED[name])] if name in TO_BE_FIXED else []
         impossible = sys.platform == "darwin" and name.endswith("bytes in its name")
-        return [*fault, pytest.mark.skipif(impossible, reason="this system has no such names")]
+        return [pytest.mark.skipif(impossible, reason="this system has no such names")]
 
     return [pytest.param(row, id=row.name, marks=marks(row.name)) for row in rows]
 

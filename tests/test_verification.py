@@ -30,7 +30,7 @@ FILES = ["config.json", SHARD, OTHER_SHARD, "model.safetensors.index.json", MANI
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output in two shards, with config and tokenizer."""
     folder = tmp_path_factory.mktemp("family")
-    recipe = write_family(folder, tensor_shapes(layers=1, hidden=12), config=CONFIG)
+    recipe = write_family(folder, tensor_shapes(layers=1, hidden=8), config=CONFIG)
     (folder / "target" / "tokenizer.json").write_text('{"version": "1.0", "model": {"vocab": {"a": 0}}}')
     (folder / "target" / "1_Pooling").mkdir()
     (folder / "target" / "1_Pooling" / "config.json").write_text("{}")
@@ -266,7 +266,7 @@ def change_tensor(output: Path, change: Callable[[torch.Tensor], torch.Tensor]) 
 
 @pytest.mark.parametrize(
     "change",
-    [lambda tensor: tensor.to(torch.float16), lambda tensor: tensor.reshape(9, 16), lambda tensor: tensor[:-1]],
+    [lambda tensor: tensor.to(torch.float16), lambda tensor: tensor.reshape(4, 16), lambda tensor: tensor[:-1]],
     ids=["dtype", "shape", "row"],
 )
 def test_tensor_of_another_kind_than_described_is_found(

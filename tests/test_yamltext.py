@@ -65,7 +65,9 @@ def test_keys_are_text_whatever_they_look_like() -> None:
     }  # fmt: skip
 
 
-plain_text = st.text(st.characters(blacklist_categories=("Cc", "Cs"), blacklist_characters="\u2028\u2029\ufeff￾￿"))
+plain_text = st.text(
+    st.characters(blacklist_categories=("Cc", "Cs"), blacklist_characters="\u2028\u2029\ufeff￾￿"), max_size=40
+)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False)
     | plain_text,
@@ -74,6 +76,7 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(json_values, st.booleans())
 def test_json_is_yaml(document: Any, ascii_only: bool) -> None:
     text = json.dumps({"key": document}, ensure_ascii=ascii_only, indent=1)
@@ -251,7 +254,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=1000)
+@settings(max_examples=1000, deadline=None)
 @given(st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PIECES), max_size=25).map("".join)))
 @example("%YAML 1.2.3\n")
 @example("a: |9\n b")
