@@ -88,14 +88,10 @@ def apply(
         budget(plan, threads=threads, memory_limit=memory_limit)
         with closing(Staging(target)) as staging:
             staging.recover(overwrite)
-            if (proof := finished_output(target, plan, checkpoints)) is not None:
+            conditions = {"inputs": _identities(checkpoints), "stats": stats, "allow_nonfinite": allow_nonfinite}
+            if (proof := finished_output(target, plan, conditions, hash_inputs)) is not None:
                 return Result(target, proof, time.monotonic() - started, already=True)
             _refuse_existing(target, overwrite)
-            conditions = {
-                "inputs": _identities(checkpoints),
-                "stats": stats,
-                "allow_nonfinite": allow_nonfinite,
-            }
             if remark := staging.begin(plan.digest, conditions):
                 reporter.warn(remark)
             check_disk(staging.folder, plan.bytes_written - staging.finished_bytes, "the output")
@@ -116,7 +112,8 @@ def apply(
             digests = _hash_inputs(checkpoints) if hash_inputs else {}
             for checkpoint in checkpoints.values():
                 checkpoint.check_unchanged()
-            proof = _write_proof(plan, checkpoints, staging, stats, str(where), digests, started)
+            environment = {**_versions(), "device": str(where), "conditions": conditions}
+            proof = _write_proof(plan, staging, stats, environment, digests, started)
             check_structure(staging.files, proof)
             staging.publish(overwrite)
     return Result(target, proof, time.monotonic() - started, f"{where}: {why}")
@@ -172,16 +169,19 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
     path = Path(os.path.abspath(path))
     precious = {"the recipe": Path(os.path.abspath(recipe.document.name))}
     precious |= {f"model `{name}`": Path(os.path.abspath(item.root)) for name, item in checkpoints.items()}
-    for ours, verb in ((path, "replace"), (Staging.folder_of(path), "be made in")):
-        for what, place in precious.items():
+    for what, place in precious.items():
+        for ours in (path, Staging.folder_of(path)) if path.name else (path,):
             for inner, outer in ((place, ours), (place.resolve(), ours.resolve())):
                 if inner == outer or outer in inner.parents:
-                    raise UsageError(f"the output {path} would {verb} {what} ({place})", fix="choose another --output")
+                    raise UsageError(f"the output {ours} would replace {what} ({place})", fix="choose another --output")
     return path
 
 
-def finished_output(folder: Path, plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any] | None:
-    """The manifest in `folder` where it is this very plan's, made from these very files, and whole."""
+def finished_output(
+    folder: Path, plan: Plan, conditions: Mapping[str, Any], hash_inputs: bool
+) -> dict[str, Any] | None:
+    """The manifest in `folder` where it is this very plan's, made from these very files as asked now, and whole
+    as far as can be seen without reading the weights again (that is what `verify` does)."""
     if not (folder / MANIFEST_FILE).is_file():
         return None
     try:
@@ -189,8 +189,9 @@ def finished_output(folder: Path, plan: Plan, checkpoints: Mapping[str, Checkpoi
         check_structure(folder, proof)
     except CheckFailed:
         return None
-    same = proof["plan_digest"] == plan.digest
-    return proof if same and proof["environment"]["inputs"] == _identities(checkpoints) else None
+    same = proof["plan_digest"] == plan.digest and proof["environment"].get("conditions") == conditions
+    hashed = all(file["sha256"] for item in proof["inputs"] for file in item["files"])
+    return proof if same and (hashed or not hash_inputs) else None
 
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
@@ -206,10 +207,9 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
 
 def _write_proof(
     plan: Plan,
-    checkpoints: Mapping[str, Checkpoint],
     staging: Staging,
     stats: str,
-    device: str,
+    environment: Mapping[str, Any],
     digests: Mapping[tuple[str, str], str],
     started: float,
 ) -> dict[str, Any]:
@@ -221,7 +221,6 @@ def _write_proof(
         "seconds": round(time.monotonic() - started, 3),
     }
     run_log = (json.dumps(log) + "\n").encode()
-    environment = {**_versions(), "device": device, "inputs": _identities(checkpoints)}
     proof = manifest.build(plan, staging.finished, stats, environment, digests, run_log)
     staging.write_file(manifest.RUN_LOG_FILE, run_log)
     staging.write_file(MANIFEST_FILE, manifest.to_bytes(proof))

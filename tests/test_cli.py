@@ -188,3 +188,14 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(
         progress(310_000)
         progress(400_000)
     assert capsys.readouterr().err == "merging: 310.0 KB of 1.0 MB, 10.0 KB/s, 69 s left\n"
+
+
+def test_finished_output_is_made_again_where_more_is_asked_of_it(family: Path) -> None:
+    run_cli("apply", family, "--stats", "off")
+    assert json.loads(run_cli("apply", family, "--stats", "off", "--json").stdout)["already"]
+    again = json.loads(run_cli("apply", family, "--stats", "full", "--overwrite", "--json").stdout)
+    assert (again["already"], again["statistics"]["mode"]) == (False, "full")
+    assert run_cli("apply", family, "--stats", "full", "--hash-inputs").returncode == 2
+    assert run_cli("apply", family, "--stats", "full", "--hash-inputs", "--overwrite").returncode == 0
+    inputs = json.loads((family.parent / "merged" / "skillmerge.manifest.json").read_text())["inputs"]
+    assert all(len(file["sha256"]) == 64 for item in inputs for file in item["files"])
