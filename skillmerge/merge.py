@@ -112,7 +112,7 @@ def apply(
             digests = _hash_inputs(checkpoints) if hash_inputs else {}
             for checkpoint in checkpoints.values():
                 checkpoint.check_unchanged()
-            environment = {**_versions(), "device": str(where), "conditions": conditions}
+            environment = {**_versions(), "device": str(where), **conditions}
             proof = _write_proof(plan, staging, stats, environment, digests, started)
             check_structure(staging.files, proof)
             staging.publish(overwrite)
@@ -189,7 +189,8 @@ def finished_output(
         check_structure(folder, proof)
     except CheckFailed:
         return None
-    same = proof["plan_digest"] == plan.digest and proof["environment"].get("conditions") == conditions
+    environment = proof["environment"]
+    same = proof["plan_digest"] == plan.digest and all(environment.get(key) == conditions[key] for key in conditions)
     hashed = all(file["sha256"] for item in proof["inputs"] for file in item["files"])
     return proof if same and (hashed or not hash_inputs) else None
 
