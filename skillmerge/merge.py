@@ -163,7 +163,11 @@ def planned(
 
 def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpoints: Mapping[str, Checkpoint]) -> Path:
     """Where the output goes. Raises UsageError where that is nowhere, or would replace an input."""
-    path = Path(output).expanduser() if output is not None else recipe.output.path
+    try:
+        path = Path(output).expanduser() if output is not None else recipe.output.path
+        str(path).encode()
+    except (RuntimeError, UnicodeEncodeError) as error:
+        raise UsageError(f"the output {os.fspath(output or '')!r} cannot be used: {error}") from error
     if path is None:
         raise UsageError("the recipe names no output", fix="add `output: {path: ./merged}` or use --output DIR")
     path = Path(os.path.abspath(path))

@@ -12,7 +12,7 @@ from functools import lru_cache
 MODULE_KINDS = ("attention", "mlp", "norm", "embedding", "head", "router", "expert")
 """The kinds a recipe may select with `modules`, in the order in which people read a model."""
 
-_BLOCK = re.compile(r"(?:^|.*?\.)(?:\w*_)?(?:layers?|h|\w*blocks?)\.(?=\d+\.)")
+_BLOCK = re.compile(r"(?:^|.*?\.)(?:(?:\w*_)?(?:layers?|h)|\w*blocks?)\.(?=\d+\.)")
 
 # The first pattern that matches decides: a norm inside an attention module is a norm.
 _KIND_PATTERNS = tuple(

@@ -58,7 +58,7 @@ _FOLDERS_LEFT = (
     "gguf",
     ".*",
 )
-_MAX_BYTES = 1 << 30
+_MAX_BYTES = 128 << 20
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _AUTO_MAP = re.compile(rb"auto_map|\\u00(61|75|74|6[fF]|5[fF]|6[dD]|70)")
 """The key, or an escape that could spell a letter of it."""
