@@ -42,15 +42,15 @@ output:
 
 
 def parse(text: str, **overrides: float):
-    return parse_recipe(text, "recipe.yaml", Path("/work"), overrides)
+    return parse_recipe(text, "recipe.yaml", Path("/home"), overrides)
 
 
 def test_recipe_is_read_into_frozen_data() -> None:
     recipe = parse(GOOD)
     assert dict(recipe.models) == {"target": "./runs/target", "rl": "/models/rl", "sft": "./sft"}
-    assert recipe.model_folder("target") == Path("/work/runs/target")
+    assert recipe.model_folder("target") == Path("/home/runs/target")
     assert recipe.model_folder("rl") == Path("/models/rl")
-    assert recipe.output.path == Path("/work/merged")
+    assert recipe.output.path == Path("/home/merged")
     assert recipe.output.shard_size == 5_000_000_000
     assert (recipe.output.dtype, recipe.output.rounding, recipe.output.seed) == ("bfloat16", "stochastic", 3)
     assert [rule.value for rule in recipe.coefficients["lam"].rules] == [0.0, 0.0, 0.8, 0.0]
