@@ -1,13 +1,14 @@
 """Programs run on tiles: widen, evaluate as written, round once. The only numerics in the house.
 
 Every operation here is a separate elementwise kernel of IEEE 754 arithmetic (no fused multiply-add, no
-reductions but over integers and in a fixed order), so that CPU and CUDA and any cutting into tiles give the
+reductions but to a yes or no, or in a fixed order), so that CPU and CUDA and any cutting into tiles give the
 same bytes. Knows nothing about files, models or threads.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import torch
@@ -17,12 +18,6 @@ from skillmerge.program import Program
 from skillmerge.tensors import DTYPES
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_EXPONENT = {
-    torch.float16: 0x7C00,
-    torch.bfloat16: 0x7F80,
-    torch.float32: 0x7F80_0000,
-    torch.float64: 0x7FF << 52,
-}
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -165,15 +160,10 @@ def _shift(z: Tensor, by: int) -> Tensor:
     return (z >> by) & ((1 << (64 - by)) - 1)
 
 
-def any_nonfinite(values: Tensor, scratch: Scratch) -> bool:
-    """Whether a float tile holds NaN or Inf: read off the exponents, much faster than isfinite on the CPU."""
-    exponent = _EXPONENT.get(values.dtype)
-    if exponent is None or values.numel() == 0:
-        return False
-    bits = bit_view(values)
-    masked = scratch.get("mask", 0, bits.dtype, values.numel())
-    torch.bitwise_and(bits, exponent, out=masked)
-    return bool(masked.max().item() == exponent)
+def any_nonfinite(values: Tensor) -> bool:
+    """Whether a float tile holds NaN or Inf. A sum shows it, many times faster than isfinite on the CPU; a sum
+    that overflowed by itself is looked into."""
+    return not math.isfinite(values.sum().item()) and not bool(values.isfinite().all())
 
 
 def first_nonfinite(values: Tensor) -> int | None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from skillmerge.arithmetic import Scratch
 
-SAMPLE_STRIDE = 32
+SAMPLE_STRIDE = 128
 DEVIATION = 0.1
 """A realised lambda further than this from the asked one is worth a warning."""
 

@@ -164,10 +164,9 @@ def _digest_and_scan(path: Path, specs: tuple[TensorSpec, ...]) -> str:
     """sha256 of a file. Raises CheckFailed where a float tensor among `specs` holds NaN or Inf."""
     import torch
 
-    from skillmerge.arithmetic import Scratch, any_nonfinite, torch_dtype
+    from skillmerge.arithmetic import any_nonfinite, torch_dtype
 
     digest = hashlib.sha256()
-    scratch = Scratch(torch.device("cpu"), BLOCK)
     pending = [spec for spec in specs if DTYPES[spec.dtype].is_float and spec.nbytes]
     with open(path, "rb", buffering=0) as stream:
         position = 0
@@ -180,7 +179,7 @@ def _digest_and_scan(path: Path, specs: tuple[TensorSpec, ...]) -> str:
                 dtype = torch_dtype(spec.dtype)
                 values = torch.frombuffer(buffer, dtype=dtype, offset=first, count=(last - first) // dtype.itemsize)
                 for start in range(0, values.numel(), BLOCK):
-                    if any_nonfinite(values[start : start + BLOCK], scratch):
+                    if any_nonfinite(values[start : start + BLOCK]):
                         raise CheckFailed(f"{path}: tensor `{spec.name}` holds NaN or Inf")
             position += count
             pending = [spec for spec in pending if spec.end > position]

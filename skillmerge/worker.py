@@ -135,13 +135,12 @@ class Worker:
         self.plan, self.checkpoints, self.settings, self.stop = plan, checkpoints, settings, stop
         tile = self.settings.budget.tile
         self.inputs = [Buffer(tile * size, self.settings.device) for size in self.plan.input_itemsizes]
-        self.host_scratch = Scratch(torch.device("cpu"), CHUNK)
         self._use(self.settings.device, tile)
 
     def _use(self, device: torch.device, tile: int) -> None:
         self.device = device
         self.chunk = tile if device.type == "cuda" else CHUNK
-        self.scratch = Scratch(device, self.chunk) if device.type == "cuda" else self.host_scratch
+        self.scratch = Scratch(device, self.chunk)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def announce(self, span: Span) -> None:
@@ -172,7 +171,7 @@ class Worker:
             elif not self.settings.allow_nonfinite and DTYPES[tensor.dtype].is_float:
                 out = output.typed(torch_dtype(tensor.dtype), start, tile.last - tile.first)
                 for first in range(0, out.numel(), BLOCK):
-                    if any_nonfinite(out[first : first + BLOCK], self.host_scratch):
+                    if any_nonfinite(out[first : first + BLOCK]):
                         raise self._nonfinite(tile, {tensor.sources[0][0]: out}, out)
             return
         values = {}
@@ -243,7 +242,7 @@ class Worker:
         else:
             round_nearest(value, out)
         # Before equal bits are put back: whatever is not finite in an input shows in the result until then.
-        if not self.settings.allow_nonfinite and any_nonfinite(out, self.scratch):
+        if not self.settings.allow_nonfinite and any_nonfinite(out):
             raise self._nonfinite(tile, inputs, out, first)
         if tensor.program.same_bits:
             keep_same_bits(tensor.program, inputs, out, self.scratch)
