@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from skillmerge.checkpoints.folder import Checkpoint
-from skillmerge.coefficients import matcher
-from skillmerge.errors import InputError, did_you_mean, some
+from skillmerge.coefficients import matcher, near_pattern
+from skillmerge.errors import InputError, some
 from skillmerge.expression import Leaf, Term, names_in, sole_model, weights
 from skillmerge.modelconfig import tied_source, ties_embeddings
 from skillmerge.naming import module_kind
@@ -112,7 +112,7 @@ def copy_rules(recipe: Recipe, donor: Checkpoint) -> dict[str, str]:
         pattern = matcher(rule.tensors)
         chosen = [name for name in donor.tensors if pattern.match(name)]
         if not chosen:
-            near = did_you_mean(rule.tensors[0], list(donor.tensors))
+            near = near_pattern(rule.tensors[0], donor.tensors)
             raise recipe.error(("copy", index), "this rule matches no tensor of the donor", near)
         copied.update(dict.fromkeys(chosen, rule.model))
     return copied

@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr. One place turns errors into mes
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
@@ -12,13 +13,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from skillmerge import __version__
-from skillmerge.errors import InputError, Interrupted, SkillmergeError, UsageError
+from skillmerge.errors import InputError, Interrupted, ResourceError, SkillmergeError, UsageError, visible
 
 _EXIT_STATUSES = """\b
 Exit statuses:
@@ -78,10 +80,16 @@ class Coefficient(click.ParamType):  # type: ignore[type-arg]
 
 
 _set = option(
-    "--set", "coefficients", multiple=True, type=Coefficient(), help="A coefficient in place of the recipe's."
+    "--set",
+    "coefficients",
+    multiple=True,
+    type=Coefficient(),
+    help="A coefficient in place of the recipe's, its rules included.",
 )
 _output = option("--output", "-o", type=click.Path(), help="The folder to write, in place of the recipe's.")
-_threads = option("--threads", type=click.IntRange(1, 256), help="Workers. Default: one more than there are cores.")
+_threads = option(
+    "--threads", type=click.IntRange(1, 256), help="Workers. Default: as many as there are cores, at most 16."
+)
 _memory = option("--memory-limit", type=Size(), help="Bound on resident memory, such as 2GB.")
 _json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 _code = option("--allow-code", is_flag=True, help="Accept a config whose auto_map runs code, and carry *.py files.")
@@ -89,7 +97,25 @@ _links = option("--follow-links", is_flag=True, help="Accept links that lead out
 _nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
 
 
-@click.group(epilog=_EXIT_STATUSES, context_settings={"help_option_names": ["-h", "--help"]})
+class _OutputClosed(Exception):
+    """Whoever read the results has heard enough."""
+
+
+class _Commands(click.Group):
+    """Commands whose results may not arrive: click itself would call that an error of ours."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise _OutputClosed from error
+            if error.errno == errno.ENOSPC and error.filename is None:
+                raise ResourceError("the results could not be written: no space left where they go") from error
+            raise
+
+
+@click.group(cls=_Commands, epilog=_EXIT_STATUSES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="skillmerge")
 def cli() -> None:
     """Merge model checkpoints as a recipe says: streaming, at copy speed, with proof.
@@ -135,7 +161,7 @@ def apply(
 
     reporter = report.TerminalReporter(quiet, verbose)
     result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
-    warnings = report.rounding_warnings(result)
+    warnings = report.result_warnings(result)
     if as_json:
         statistics = result.manifest["statistics"]
         _print_json(
@@ -154,7 +180,7 @@ def apply(
     if not quiet:
         report.show_result(result, report.console())
     for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(visible(f"warning: {warning}"), err=True)
 
 
 @cli.command()
@@ -184,20 +210,24 @@ def plan(
     needs = budget(made, threads=threads, memory_limit=memory_limit)
     where = made.recipe.output.path
     free = free_disk(where) if where is not None else None
-    document = {**made.as_dict(), "memory": needs.memory, "threads": needs.threads, "disk_free": free}
+    if where is not None and not made.problems:
+        check_disk(where, made.bytes_written, "the output")
+    document = {
+        "ok": not made.problems,
+        **made.as_dict(),
+        "memory": needs.memory,
+        "threads": needs.threads,
+        "disk_free": free,
+    }
     if save is not None:
-        _write(Path(save), json.dumps(document, indent=1) + "\n")
+        _write_plan(Path(save), json.dumps(document, indent=1) + "\n")
     if as_json:
         _print_json(document)
     else:
         from skillmerge import report
 
         report.show_plan(made, needs, str(where) if where else None, free, report.console())
-    if made.problems:
-        return InputError.exit_status
-    if where is not None:
-        check_disk(where, made.bytes_written, "the output")
-    return 0
+    return InputError.exit_status if made.problems else 0
 
 
 @cli.command()
@@ -259,27 +289,35 @@ def demo(folder: str) -> None:
     from skillmerge.demo import write_family
     from skillmerge.merge import apply as merge
     from skillmerge.verification import verify as check
+    from skillmerge.writer import disk_errors
 
     root = Path(folder)
-    if root.exists() and any(root.iterdir()):
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise UsageError(f"{folder} exists already", fix="name another folder: skillmerge demo my-demo")
     out = report.console()
-    recipe = write_family(root)
+    with disk_errors(root):
+        recipe = write_family(root)
     click.echo(f"A small family of checkpoints is in {folder}: base, source-sft, source-rl, target-sft.\n")
     click.echo(f"$ cat {recipe}\n{recipe.read_text(encoding='utf-8')}")
     click.echo(f"$ skillmerge apply {recipe}")
     result = merge(recipe, reporter=report.TerminalReporter(quiet=False, verbose=False))
     report.show_result(result, out)
-    for warning in report.rounding_warnings(result):
-        click.echo(f"warning: {warning}", err=True)
-    click.echo(
-        f"\n$ skillmerge verify {result.output.relative_to(Path.cwd()) if root.is_relative_to('.') else result.output}"
-    )
+    for warning in report.result_warnings(result):
+        click.echo(visible(f"warning: {warning}"), err=True)
+    click.echo(f"\n$ skillmerge verify {os.path.relpath(result.output)}")
     report.show_verdict(check(result.output), out)
     click.echo("\nThe merged model:")
     for path in sorted(result.output.iterdir()):
         click.echo(f"  {path.stat().st_size:>9,}  {path}")
     click.echo(f"\nNow change a coefficient in {recipe} and run: skillmerge apply {recipe} --overwrite")
+
+
+def _write_plan(path: Path, text: str) -> None:
+    """Saved plans replace saved plans, and nothing else."""
+    start = text[:12].encode()
+    if path.exists() and not (path.is_file() and path.read_bytes()[: len(start)] == start):
+        raise UsageError(f"{path} exists already and is not a plan", fix="name another file: plan RECIPE -o plan.json")
+    _write(path, text)
 
 
 def _write(path: Path, text: str) -> None:
@@ -306,60 +344,77 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     # A short life with few cycles: collecting them costs a tenth of a plan and of torch's import.
     gc.disable()
-    wants_json = "--json" in sys.argv
+    _prepare_streams()
     try:
         status = cli.main(standalone_mode=False)
+        sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         terminated = isinstance(error.__cause__ or error, _Terminated)
-        _fail(_interrupted(signal.SIGTERM if terminated else signal.SIGINT), wants_json)
+        _fail(_interrupted(signal.SIGTERM if terminated else signal.SIGINT))
     except SkillmergeError as error:
-        _fail(error, wants_json)
+        _fail(error)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+        if not _wants_json():
+            error.show()
+            _leave(error.exit_code)
+        _fail(UsageError(error.format_message()))
+    except (_OutputClosed, BrokenPipeError):
+        _leave(0)
     except Exception:
         import traceback
 
         traceback.print_exc()
         click.echo("error: this is a bug in skillmerge; please report it with the lines above", err=True)
-        sys.exit(1)
-    # Flushed and done: taking torch's modules apart would cost another quarter of a second.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else 0)
+        _leave(1)
+    _leave(status if isinstance(status, int) else 0)
+
+
+def _prepare_streams() -> None:
+    """Results and messages go out whatever they are written to: nothing, ASCII, a name that is no text."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - to the end
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _wants_json() -> bool:
+    return "--json" in sys.argv or os.environ.get("SKILLMERGE_JSON", "").lower() in ("1", "true", "yes", "on", "t", "y")
+
+
+def _leave(status: int) -> NoReturn:
+    """At once: taking torch's modules apart would cost another quarter of a second, and an interrupt can leave
+    Python thinking that it has to die of the signal itself."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _interrupted(number: int) -> Interrupted:
-    name = signal.Signals(number).name
+    continues = "finished shards are kept: run the same command again to continue"
     return Interrupted(
-        number,
-        f"interrupted by {name}",
-        fix="finished shards are kept: run the same command again to continue",
+        number, f"interrupted by {signal.Signals(number).name}", fix=continues if "apply" in sys.argv[1:2] else None
     )
 
 
-def _fail(error: SkillmergeError, as_json: bool) -> NoReturn:
-    if as_json:
-        kind = type(error).__name__
-        _print_json(
-            {
-                "ok": False,
-                "error": kind,
-                "exit_status": error.exit_status,
-                "message": error.message,
-                "fix": error.fix,
-            }
-        )
-    click.echo(f"error: {error.message}", err=True)
-    if error.fix:
-        click.echo(error.fix, err=True)
-    # At once: an interrupt can leave Python thinking that it has to die of the signal itself.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(error.exit_status)
+def _fail(error: SkillmergeError) -> NoReturn:
+    with suppress(OSError):
+        if _wants_json():
+            _print_json(
+                {
+                    "ok": False,
+                    "error": type(error).__name__,
+                    "exit_status": error.exit_status,
+                    "message": error.message,
+                    "fix": error.fix,
+                }
+            )
+        click.echo(visible(f"error: {error.message}"), err=True)
+        if error.fix:
+            click.echo(visible(error.fix), err=True)
+    _leave(error.exit_status)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import translate
 
+from skillmerge.errors import did_you_mean
 from skillmerge.naming import block_of, module_kind
 
 
@@ -36,14 +37,18 @@ class LayerRange:
 
 
 def parse_layers(text: str) -> tuple[LayerRange, ...]:
-    """`7`, `0-3`, `4-`, `-3` and lists of them, `0-3, 8-11`. Raises ValueError."""
+    """`7`, `0-3`, `4-` and lists of them, `0-3, 8-11`. Raises ValueError."""
     ranges = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})?\s*(-)?\s*(\d{1,6})?\s*", part)
         first, dash, last = match.groups() if match else (None, None, None)
-        if match is None or (first is None and last is None) or (dash is None and last is not None):
+        if match is not None and first is None and last is not None:
+            raise ValueError(
+                f"`{part.strip()}` could be the first layers or the last: write 0-{last}, or the last one's number"
+            )
+        if match is None or first is None or (dash is None and last is not None):
             raise ValueError(f"`{text}` does not name layers; write them like 7, 0-3, 4- or 0-3,8-11")
-        low = int(first or 0)
+        low = int(first)
         high = low if dash is None else int(last) if last is not None else None
         if high is not None and high < low:
             raise ValueError(f"`{part.strip()}` runs backwards; write {high}-{low}")
@@ -144,11 +149,14 @@ def _check_layers(index: int, rule: Rule, names: list[str]) -> None:
             )
 
 
+def near_pattern(glob: str, names: Iterable[str]) -> str | None:
+    """A suggestion for a glob that matches none of many names: block numbers make no difference."""
+    return did_you_mean(glob, list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)))
+
+
 def _why_nothing(rule: Rule, names: list[str]) -> str:
     if rule.tensors and not Rule(tensors=rule.tensors).select(names):
-        from skillmerge.errors import did_you_mean
-
-        near = did_you_mean(rule.tensors[0], names)
+        near = near_pattern(rule.tensors[0], names)
         return near or f"globs match whole names, such as {names[0]}; use * for any part"
     if rule.modules:
         present = sorted({module_kind(name) for name in names})

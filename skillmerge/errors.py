@@ -5,6 +5,7 @@
     │   └── RecipeError      2  with file, line, column and the line itself
     ├── CheckFailed          3  a verification (or a gate) found a difference
     ├── InputError           4  an input is unsafe, corrupt, or does not fit
+    │   └── UnusableWeights  4  found only when the weights were read
     ├── ResourceError        5  not enough disk or memory
     ├── OutputLocked         6  another run is writing the same output
     ├── StalePlan            7  the inputs are no longer those of the plan
@@ -16,6 +17,8 @@ skillmerge and exits 1. This module knows nothing about terminals: `cli` prints.
 """
 
 from __future__ import annotations
+
+import unicodedata
 
 
 class SkillmergeError(Exception):
@@ -48,6 +51,10 @@ class InputError(SkillmergeError):
     exit_status = 4
 
 
+class UnusableWeights(InputError):
+    """Values that no run of the same plan can get past: nothing of it is kept."""
+
+
 class ResourceError(SkillmergeError):
     exit_status = 5
 
@@ -71,6 +78,16 @@ class Interrupted(SkillmergeError):
         super().__init__(message, fix=fix)
         self.signal_number = signal_number
         self.exit_status = 128 + signal_number
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: control characters, which a file's name may hold, are written out."""
+    return "".join(
+        repr(character)[1:-1]
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+        else character
+        for character in text
+    )
 
 
 def did_you_mean(word: str, candidates: list[str]) -> str | None:

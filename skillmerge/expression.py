@@ -95,7 +95,9 @@ class _Parser:
             match = _TOKEN.match(self.text, position)
             if match is None or match.lastgroup is None:
                 at = position + len(self.text[position:]) - len(self.text[position:].lstrip())
-                raise ExpressionError(f"has an unexpected character {self.text[at]!r}", at)
+                near = {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/"}.get(self.text[at])
+                fix = f"write {near}" if near else None
+                raise ExpressionError(f"has an unexpected character {self.text[at]!r}", at, fix=fix)
             tokens.append((match.lastgroup, match.group(match.lastgroup), match.start(match.lastgroup)))
             position = match.end()
         return [*tokens, ("end", "", end)]

@@ -120,7 +120,8 @@ def _inputs(model: Any) -> dict[str, Any]:
     return inputs
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The separate process: the folder is its last argument, its answer one line of JSON."""
     with contextlib.redirect_stdout(sys.stderr):
-        outcome = main(sys.argv[1])
+        outcome = main(sys.argv[-1])
     print(json.dumps(outcome))

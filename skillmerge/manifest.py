@@ -55,6 +55,7 @@ def build(
         "recipe": {"text": plan.recipe.document.text, "sha256": plan.recipe.sha256},
         "expression": plan.recipe.document.data["merge"],
         "coefficients": described["coefficients"],
+        "overrides": described["overrides"],
         "plan_digest": plan.digest,
         "donor": plan.donor,
         "output": described["output"],
@@ -73,15 +74,6 @@ def build(
 def file_names(document: Mapping[str, Any]) -> set[str]:
     """Every file that an output with this manifest has, itself included."""
     return {file["name"] for file in document["files"]} | {MANIFEST_FILE, RUN_LOG_FILE}
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:
@@ -133,6 +125,9 @@ def _is_intact(document: dict[str, Any], content: bytes) -> bool:
             and all(tensor.keys() >= {"name", "file", "dtype", "shape"} for tensor in document["tensors"])
             and document["environment"].keys() >= {"inputs", "run_log"}
             and document["environment"]["run_log"]["name"] == RUN_LOG_FILE
+            and isinstance(document["environment"]["run_log"]["sha256"], str)
+            and all("sha256" in file for item in document["inputs"] for file in item["files"])
+            and isinstance(document["output"]["dtype"], str)
             and {"plan_digest", "statistics"} <= document.keys()
         )
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):

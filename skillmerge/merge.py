@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any
 from skillmerge import manifest
 from skillmerge.accounting import prove_ties
 from skillmerge.checkpoints.folder import Checkpoint, open_folder
-from skillmerge.errors import CheckFailed, UsageError
+from skillmerge.errors import CheckFailed, InputError, UnusableWeights, UsageError, some
+from skillmerge.parallel import hash_file, in_threads
 from skillmerge.planning import Plan
 from skillmerge.planning import make_plan as plan_recipe
 from skillmerge.recipe import Recipe, load
@@ -80,6 +81,7 @@ def apply(
     """
     started = time.monotonic()
     reporter = reporter or Reporter()
+    _check_arguments(device, threads, memory_limit, stats)
     with planned(recipe, coefficients, allow_code, follow_links) as (plan, checkpoints):
         plan.refuse_problems()
         for note in plan.notes:
@@ -87,9 +89,13 @@ def apply(
         target = output_folder(plan.recipe, output, checkpoints)
         budget(plan, threads=threads, memory_limit=memory_limit)
         with closing(Staging(target)) as staging:
-            staging.recover(overwrite)
             conditions = {"inputs": _identities(checkpoints), "stats": stats, "allow_nonfinite": allow_nonfinite}
-            if (proof := finished_output(target, plan, conditions, hash_inputs)) is not None:
+            recovered = staging.recover(plan.digest, conditions, overwrite)
+            proof = finished_output(target, plan, conditions, hash_inputs)
+            # Who overwrites may have a reason to, a damaged output for one.
+            if proof is not None and (recovered or not overwrite or _is_intact(target, proof)):
+                if staging.unfinished:
+                    reporter.warn(f"{staging.folder} holds an unfinished run of another plan")
                 return Result(target, proof, time.monotonic() - started, already=True)
             _refuse_existing(target, overwrite)
             if remark := staging.begin(plan.digest, conditions):
@@ -108,7 +114,11 @@ def apply(
             chosen = budget(plan, threads=threads, memory_limit=memory_limit, cuda=where.type == "cuda")
             settings = Settings(where, chosen, stats, allow_nonfinite, reporter.warn)
             with reporter.bar(sum(shard.size for shard in plan.shards)) as progress:
-                merge_shards(plan, checkpoints, staging, settings, progress=progress)
+                try:
+                    merge_shards(plan, checkpoints, staging, settings, progress=progress)
+                except UnusableWeights:
+                    staging.discard()
+                    raise
             digests = _hash_inputs(checkpoints) if hash_inputs else {}
             for checkpoint in checkpoints.values():
                 checkpoint.check_unchanged()
@@ -127,8 +137,22 @@ def make_plan(
     follow_links: bool = False,
 ) -> Plan:
     """All that `apply` would do, from headers alone. The plan's `problems` are not raised."""
-    with planned(recipe, coefficients, allow_code, follow_links) as (plan, _):
+    with planned(recipe, coefficients, allow_code, follow_links) as (plan, checkpoints):
+        if plan.recipe.output.path is not None:
+            output_folder(plan.recipe, None, checkpoints)
         return plan
+
+
+def _check_arguments(device: str, threads: int | None, memory_limit: int | None, stats: str) -> None:
+    """What the command line checks by itself."""
+    for wrong, what in (
+        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(device)) is None, f"device {device!r}: auto, cpu, cuda or cuda:N"),
+        (threads is not None and (type(threads) is not int or threads < 1), f"threads {threads!r}: a number from 1"),
+        (memory_limit is not None and type(memory_limit) is not int, f"memory_limit {memory_limit!r}: bytes"),
+        (stats not in ("full", "sampled", "off"), f"stats {stats!r}: full, sampled or off"),
+    ):
+        if wrong:
+            raise UsageError(what)
 
 
 @contextmanager
@@ -171,8 +195,15 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
     if path is None:
         raise UsageError("the recipe names no output", fix="add `output: {path: ./merged}` or use --output DIR")
     path = Path(os.path.abspath(path))
+    try:
+        path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"the output {path} cannot be used: {error}") from error
     precious = {"the recipe": Path(os.path.abspath(recipe.document.name))}
     precious |= {f"model `{name}`": Path(os.path.abspath(item.root)) for name, item in checkpoints.items()}
+    here = Path.cwd()
+    if path in (here, *here.parents):
+        raise UsageError(f"the output {path} would replace the folder you are in", fix="choose another --output")
     for what, place in precious.items():
         for ours in (path, Staging.folder_of(path)) if path.name else (path,):
             for inner, outer in ((place, ours), (place.resolve(), ours.resolve())):
@@ -199,6 +230,15 @@ def finished_output(
     return proof if same and (hashed or not hash_inputs) else None
 
 
+def _is_intact(folder: Path, proof: Mapping[str, Any]) -> bool:
+    """Whether every file still has its digest."""
+    try:
+        digests = in_threads(lambda file, stop: hash_file(folder / file["name"], stop), proof["files"])
+        return all(file["sha256"] == digest for file, digest in zip(proof["files"], digests, strict=True))
+    except OSError:
+        return False
+
+
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} exists and is not a folder", fix="choose another place with --output")
@@ -206,8 +246,14 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         raise UsageError(
             f"{target} is a mount point, which cannot be replaced", fix="choose a folder in it with --output"
         )
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    names = [path.name for path in target.iterdir()] if target.is_dir() else []
+    if names and not overwrite:
         raise UsageError(f"{target} exists already", fix="replace it with --overwrite, or choose another --output")
+    if names and not any(name == MANIFEST_FILE or name.endswith(".safetensors") for name in names):
+        raise UsageError(
+            f"{target} holds no model, and --overwrite replaces only models: it has {some(sorted(names), 4)}",
+            fix="choose another --output, or remove that folder yourself",
+        )
 
 
 def _write_proof(
@@ -256,5 +302,7 @@ def _hash_inputs(checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str],
     """sha256 of every weight file, a few at a time."""
     files = [(name, file) for name, checkpoint in checkpoints.items() for file in checkpoint.shards]
     paths = [checkpoints[name].root / file for name, file in files]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return dict(zip(files, pool.map(manifest.hash_file, paths), strict=True))
+    try:
+        return dict(zip(files, in_threads(hash_file, paths), strict=True))
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from skillmerge.accounting import Account, Problem, account_tensors, copy_rules, settlement
@@ -148,7 +149,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
     dtypes = {plan.dtype for name, plan in tensors.items() if plan.dtype != donor.tensors[name].dtype}
     side_files = collect(donor, recipe.output.dtype if dtypes else None, allow_code)
     shards = _lay_out(recipe, donor, tensors) if len(tensors) == len(donor.tensors) else ()
-    if len(shards) > 1:
+    if [shard.file for shard in shards] not in ([], [SINGLE_FILE]):
         content = index_bytes({shard.file: list(shard.specs) for shard in shards})
         index = SideFile(INDEX_FILE, content, hashlib.sha256(content).hexdigest())
         side_files = tuple(sorted((*side_files, index), key=lambda file: file.name))
@@ -164,6 +165,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
         problems=tuple(problems),
         notes=(
             *(f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe)),
+            *_oddities(recipe, checkpoints, donor),
             *(f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties),
             *(_untied(donor, tensors) if not problems else ()),
             *notes,
@@ -301,6 +303,21 @@ def _lay_out(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan
 
 def _nbytes(plan: TensorPlan) -> int:
     return math.prod(plan.shape) * DTYPES[plan.dtype].bits // 8
+
+
+def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
+    """What is allowed and still hardly meant."""
+    if not donor.config:
+        yield "the donor has no config.json: no runtime will load the output as it is"
+    seen: dict[Path, str] = {}
+    for name in recipe.used_models():
+        place = checkpoints[name].root.resolve()
+        if place in seen:
+            yield f"models `{seen[place]}` and `{name}` are the same folder: their difference is zero"
+        seen.setdefault(place, name)
+    for name, value in recipe.overrides.items():
+        if recipe.rules_overridden.get(name):
+            yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
 
 
 def _untied(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, ValidationError
 
 from skillmerge import yamltext
 from skillmerge.coefficients import LayerRange, Rule, Schedule, parse_layers
@@ -33,11 +33,18 @@ Glob = Annotated[str, Field(min_length=1, max_length=1000)]
 Globs = Annotated[
     Annotated[Glob, Tag("plain")] | Annotated[list[Glob], Field(min_length=1), Tag("list")], _PLAIN_OR_LIST
 ]
-Kinds = Annotated[Annotated[Kind, Tag("plain")] | Annotated[list[Kind], Tag("list")], _PLAIN_OR_LIST]
+Kinds = Annotated[
+    Annotated[Kind, Tag("plain")] | Annotated[list[Kind], Field(min_length=1), Tag("list")], _PLAIN_OR_LIST
+]
 Layers = Annotated[
     Annotated[str | int, Tag("plain")] | Annotated[list[str | int], Field(min_length=1), Tag("list")],
     _PLAIN_OR_LIST,
 ]
+
+
+def _plain_version(value: object) -> object:
+    """`true` and `1.0` equal 1 in Python, and are not it."""
+    return value if type(value) in (int, str) else repr(value)
 
 
 class _Table(BaseModel):
@@ -70,7 +77,9 @@ class CopyTable(_Table):
 
 
 class OutputTable(_Table):
-    path: Annotated[str | None, Field(description="the folder to write, relative to the recipe's own")] = None
+    path: Annotated[
+        str | None, Field(min_length=1, description="the folder to write, relative to the recipe's own")
+    ] = None
     like: Annotated[str | None, Field(description="the donor of names, layout, dtypes and side files")] = None
     dtype: Annotated[Literal["same", "bfloat16", "float16", "float32"], Field(description="of the weights written")] = (
         "same"
@@ -91,7 +100,7 @@ CoefficientEntry = Annotated[
 class RecipeTable(_Table):
     """A skillmerge recipe, format version 1."""
 
-    skillmerge: Annotated[Literal[1], Field(description="format version")]
+    skillmerge: Annotated[Literal[1], BeforeValidator(_plain_version), Field(description="format version")]
     models: Annotated[dict[str, ModelEntry], Field(min_length=1, description="name -> where it is")]
     coefficients: Annotated[dict[str, CoefficientEntry], Field(description="name -> number or schedule")] = {}
     merge: Annotated[str, Field(min_length=1, description="the arithmetic: target + lam * (rl - sft)")]
@@ -131,6 +140,8 @@ class Recipe:
     output: Output
     overrides: Mapping[str, float]
     """Coefficients that were set from outside, in place of the recipe's."""
+    rules_overridden: Mapping[str, int]
+    """How many rules of the recipe each of them stands in for."""
 
     @property
     def sha256(self) -> str:
@@ -203,13 +214,15 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
         normalise_name(written): _schedule(document, ("coefficients", written), table.coefficients[written])
         for written in table.coefficients
     }
+    overridden = {}
     for key, value in (overrides or {}).items():
         key = normalise_name(key)
         if key not in schedules:
             near = did_you_mean(key, list(schedules)) or f"this recipe has: {', '.join(schedules) or 'none'}"
             raise UsageError(f"--set {key}: the recipe has no such coefficient", fix=near)
-        if not math.isfinite(value):
+        if isinstance(value, bool | str) or not math.isfinite(value):
             raise UsageError(f"--set {key}: {value} is not a finite number")
+        overridden[key] = len(schedules[key].rules)
         schedules[key] = Schedule(float(value))
     try:
         expression = parse(table.merge, list(models), coefficients)
@@ -233,7 +246,8 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
             seed=table.output.seed,
             shard_size=_shard_size(document, table.output.shard_size),
         ),
-        overrides=dict(overrides or {}),
+        overrides={normalise_name(key): float(value) for key, value in (overrides or {}).items()},
+        rules_overridden=overridden,
     )
 
 
@@ -420,7 +434,11 @@ def _shape_message(path: Path, detail: Any) -> tuple[str, str | None]:
     if kind in _EXPECTED:
         fix = None
         if kind == "float_type" and isinstance(value, str):
-            fix = f"remove the quotes: {value}" if _is_number(value) else "coefficients are numbers or schedules"
+            fix = (
+                f"remove the quotes: {value}"
+                if _is_number(value) and "_" not in value
+                else "coefficients are numbers or schedules"
+            )
         return f"{where} must be {_EXPECTED[kind]}, not {_describe(value)}", fix
     return f"{where}: {detail['msg'].lower()}", None
 

@@ -15,10 +15,10 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+from rich.text import Text as RichText
 
 from skillmerge.accounting import settlement
-from skillmerge.errors import some
+from skillmerge.errors import some, visible
 from skillmerge.merge import Reporter, Result
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind
 from skillmerge.planning import Plan
@@ -31,9 +31,20 @@ _BARS = "▁▂▃▄▅▆▇█"
 _QUIET_SECONDS = 30
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Left to the caller: rich would end the process."""
+        raise
+
+
 def console() -> Console:
     """Results go to stdout; off a terminal they are as wide as they need to be."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
+    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
+
+
+def Text(text: str, style: str = "") -> RichText:
+    """Text as it is: no markup in it, no control characters."""
+    return RichText(visible(text), style=style)
 
 
 class TerminalReporter(Reporter):
@@ -44,11 +55,11 @@ class TerminalReporter(Reporter):
 
     def say(self, message: str) -> None:
         if self.verbose and not self.quiet:
-            print(message, file=sys.stderr)
+            print(visible(message), file=sys.stderr)
 
     def warn(self, message: str) -> None:
         if not self.quiet:
-            print(f"note: {message}", file=sys.stderr)
+            print(visible(f"note: {message}"), file=sys.stderr)
 
     @contextmanager
     def bar(self, total: int) -> Iterator[Callable[[int], None]]:
@@ -100,7 +111,7 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     for item in plan.inputs:
         role = f"{item.name} (donor)" if item.name == plan.donor else item.name
         size = format_bytes(sum(size for _, size, _ in item.files))
-        models.add_row(role, item.uri, str(len(item.files)), size)
+        models.add_row(*map(Text, (role, item.uri, str(len(item.files)), size)))
     out.print(models)
     for index, name in enumerate(plan.coefficients):
         _show_coefficient(plan, name, index, out)
@@ -142,7 +153,7 @@ def _show_coefficient(plan: Plan, name: str, index: int, out: Console) -> None:
         out.print(Text(f"{name} over {stack}: {_picture({layer: _mean(layers[layer]) for layer in rows})}"))
         for first, last, row in _runs(rows):
             label = f"{stack} {first}" if first == last else f"{stack} {first}-{last}"
-            table.add_row(label, *(_values(row.get(kind)) for kind in kinds))
+            table.add_row(Text(label), *(_values(row.get(kind)) for kind in kinds))
     if outside:
         table.add_row("outside blocks", *(_values(outside.get(kind)) for kind in kinds))
     out.print(table)
@@ -197,7 +208,7 @@ def _show_actions(plan: Plan, out: Console) -> None:
         models = ", ".join(dict.fromkeys(model for model, _ in tensor.sources))
         groups.setdefault((tensor.action, models), []).append(tensor.name)
     for (action, models), names in groups.items():
-        table.add_row(str(len(names)), models, _ACTIONS[action], some(names, 2))
+        table.add_row(*map(Text, (str(len(names)), models, _ACTIONS[action], some(names, 2))))
     out.print(table)
 
 
@@ -235,15 +246,25 @@ def _statistics_table(statistics: Mapping[str, Any]) -> Table:
     return table
 
 
-def rounding_warnings(result: Result) -> list[str]:
-    """Where the realised lambda is far off the asked one, with the cures."""
-    far = [f"{name} {share:.0%}" for name, share in deviating(result.manifest["statistics"])]
-    if not far or result.already:
-        return []
-    return [
-        f"rounding lets through only part of the update, or more than all of it: {', '.join(far)} of the asked "
-        "lambda is realised. The cures are `dtype: float32` or `rounding: stochastic` under `output`."
-    ]
+def result_warnings(result: Result) -> list[str]:
+    """Where the output is not what was asked for: nothing changed, or rounding changed what was asked."""
+    statistics = result.manifest["statistics"]
+    warnings = []
+    donor = result.manifest["donor"]
+    plain = all(
+        tensor["action"] == "copy" and tensor["sources"][0][0] == donor for tensor in result.manifest["tensors"]
+    )
+    if plain or statistics["all"].get("changed") == 0:
+        warnings.append(f"this merge does nothing: as far as was measured, the output's weights are those of `{donor}`")
+    far = dict(deviating(statistics)) if not warnings else {}
+    for much, what in ((False, "only part of the update"), (True, "more than the update")):
+        found = [f"{share:.0%} for {name}" for name, share in far.items() if (share > 1) == much]
+        if found:
+            warnings.append(
+                f"rounding lets through {what}: {', '.join(found)}. "
+                "The cures are `dtype: float32` or `rounding: stochastic` under `output`."
+            )
+    return warnings
 
 
 def show_verdict(verdict: Verdict, out: Console) -> None:

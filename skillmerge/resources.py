@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skillmerge.errors import ResourceError
+from skillmerge.parallel import cores
 from skillmerge.planning import Plan
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, format_bytes
 
 RUNTIME_BYTES = 300_000_000
 """Resident memory of Python with torch imported, before any work, with room for headers and tables."""
+
+_CUDA_RUNTIME_BYTES = 1_500_000_000
+"""The same with a CUDA context and its libraries: an estimate on the safe side."""
 
 _TILE_BYTES = 2 << 20
 _CUDA_TILE_BYTES = 8 << 20
@@ -39,11 +43,15 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
     element = sum(plan.input_itemsizes) + OUTPUT_BUFFERS * itemsize
     registers = max((tensor.program.registers for tensor in plan.tensors.values() if tensor.program), default=1)
-    wanted = threads or min(_MAX_THREADS, os.cpu_count() or 1)
+    wanted = threads or min(_MAX_THREADS, cores())
     tables = 1200 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
 
     def need(count: int, tile: int) -> int:
-        return RUNTIME_BYTES + tables + count * (element * tile + (registers + 6) * CHUNK * 8)
+        return (
+            (_CUDA_RUNTIME_BYTES if cuda else RUNTIME_BYTES)
+            + tables
+            + count * (element * tile + (registers + 6) * CHUNK * 8)
+        )
 
     tile = max(BLOCK, (_CUDA_TILE_BYTES if cuda else _TILE_BYTES) // itemsize)
     while memory_limit is not None and need(wanted, tile) > memory_limit and (tile > BLOCK or wanted > 1):

@@ -90,7 +90,7 @@ def collect(donor: Checkpoint, dtype: str | None, allow_code: bool) -> tuple[Sid
             raise InputError(f"{donor.root}: the file name {name!r} is not text", fix="rename that file")
         path = resolve_inside(donor.root, name, donor.follow_links)
         if not path.is_file():
-            continue
+            raise InputError(f"{donor.root / name}: is not a plain file", fix="replace it, or move it away")
         if path.stat().st_size > _MAX_BYTES:
             raise InputError(f"{donor.root / name}: is larger than any side file should be")
         try:

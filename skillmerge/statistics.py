@@ -133,9 +133,10 @@ def _group(plan: Plan, names: list[str], measured: Mapping[str, Mapping[str, Any
             for (row, by), factor in zip(scaled, factors, strict=True)
             if factor
         ]
-        plain = math.fsum(uu / factor**2 for uu, _, factor in terms)
-        result["asked_lambda"] = math.fsum(uu / factor for uu, _, factor in terms) / plain
-        result["realised_lambda"] = math.fsum(du / factor for _, du, factor in terms) / plain
+        plain = _sum(uu / factor / factor for uu, _, factor in terms)
+        asked, realised = _sum(uu / factor for uu, _, factor in terms), _sum(du / factor for _, du, factor in terms)
+        if plain and asked is not None and realised is not None:
+            result["asked_lambda"], result["realised_lambda"] = asked / plain, realised / plain
     return result
 
 

@@ -12,8 +12,8 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -25,6 +25,7 @@ from skillmerge.checkpoints.folder import Checkpoint, open_folder
 from skillmerge.checkpoints.safetensors_header import read_header
 from skillmerge.errors import CheckFailed, InputError, UsageError, some
 from skillmerge.modelconfig import contradictions
+from skillmerge.parallel import hash_file, in_threads
 from skillmerge.tensors import BLOCK, DTYPES, TensorSpec
 
 _PIECE = 8 << 20
@@ -69,7 +70,7 @@ def check_structure(root: Path, proof: Mapping[str, Any]) -> None:
     with _reading(root):
         _check_files(root, proof)
         checkpoint = open_folder(str(root), root)
-        _check_tensors(root, checkpoint, proof["tensors"])
+        _check_tensors(root, checkpoint, proof)
         for file, header in checkpoint.shards.items():
             _check_with_library(root / file, header.tensors)
 
@@ -100,12 +101,12 @@ def _check_files(root: Path, proof: Mapping[str, Any]) -> None:
         if path.stat().st_size != file["size"]:
             raise CheckFailed(f"{path}: is not {file['size']} bytes long, as the manifest says")
     log = proof["environment"]["run_log"]
-    if manifest.hash_file(root / log["name"]) != log["sha256"]:
+    if hash_file(root / log["name"]) != log["sha256"]:
         raise CheckFailed(f"{root / log['name']}: was changed after it was written")
 
 
-def _check_tensors(root: Path, checkpoint: Checkpoint, described: Sequence[Mapping[str, Any]]) -> None:
-    wanted = {tensor["name"]: tensor for tensor in described}
+def _check_tensors(root: Path, checkpoint: Checkpoint, proof: Mapping[str, Any]) -> None:
+    wanted = {tensor["name"]: tensor for tensor in proof["tensors"]}
     if checkpoint.tensors.keys() != wanted.keys():
         different = sorted(checkpoint.tensors.keys() ^ wanted.keys())
         raise CheckFailed(f"{root}: tensors differ from the manifest's: {some(different)}")
@@ -114,6 +115,10 @@ def _check_tensors(root: Path, checkpoint: Checkpoint, described: Sequence[Mappi
     shapes = {name: spec.shape for name, spec in checkpoint.tensors.items()}
     for problem in contradictions(checkpoint.config, shapes):
         raise CheckFailed(f"{root}: {problem}")
+    asked = proof["output"]["dtype"]
+    stated = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype", asked))
+    if asked not in ("same", stated):
+        raise CheckFailed(f"{root}: config.json says {stated}, the weights were written as {asked}")
 
 
 def _check_tensor(root: Path, spec: TensorSpec, described: Mapping[str, Any]) -> None:
@@ -145,22 +150,21 @@ def _check_contents(
     """Digest every file and look for NaN and Inf on the way."""
     done = 0
 
-    def check(file: Mapping[str, Any]) -> int:
+    def check(file: Mapping[str, Any], stop: threading.Event) -> int:
         path = root / file["name"]
         specs: tuple[TensorSpec, ...] = ()
         if path.suffix == ".safetensors" and not allow_nonfinite:
             specs = read_header(str(path), path.name).tensors
-        if _digest_and_scan(path, specs) != file["sha256"]:
+        if _digest_and_scan(path, specs, stop) != file["sha256"]:
             raise CheckFailed(f"{path}: its bytes are not those that were written (sha256 differs)")
         return int(file["size"])
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for size in pool.map(check, proof["files"]):
-            done += size
-            progress(done)
+    for size in in_threads(check, proof["files"]):
+        done += size
+        progress(done)
 
 
-def _digest_and_scan(path: Path, specs: tuple[TensorSpec, ...]) -> str:
+def _digest_and_scan(path: Path, specs: tuple[TensorSpec, ...], stop: threading.Event) -> str:
     """sha256 of a file. Raises CheckFailed where a float tensor among `specs` holds NaN or Inf."""
     import torch
 
@@ -171,7 +175,7 @@ def _digest_and_scan(path: Path, specs: tuple[TensorSpec, ...]) -> str:
     with open(path, "rb", buffering=0) as stream:
         position = 0
         buffer = bytearray(_PIECE)
-        while count := _fill(stream, buffer):
+        while not stop.is_set() and (count := _fill(stream, buffer)):
             digest.update(memoryview(buffer)[:count])
             # Tensors are aligned to their items (the header is padded), and so is every piece but the last.
             for spec in [spec for spec in pending if spec.start < position + count and spec.end > position]:
@@ -195,12 +199,16 @@ def _fill(stream: FileIO, buffer: bytearray) -> int:
     return count
 
 
+# Not `-m`: that would import modules from the folder that somebody happens to stand in.
+_LOADER = "import sys; sys.path[:] = [path for path in sys.path if path]; import skillmerge.loading as it; it.run()"
+
+
 def check_load(root: Path) -> dict[str, Any]:
     """Load the model with transformers, offline, in a separate process. Raises CheckFailed, UsageError."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
         process = subprocess.run(
-            [sys.executable, "-m", "skillmerge.loading", str(root)],
+            [sys.executable, "-c", _LOADER, os.path.abspath(root)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

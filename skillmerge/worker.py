@@ -10,6 +10,7 @@ import math
 import mmap
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,11 @@ from skillmerge.arithmetic import (
     torch_dtype,
 )
 from skillmerge.checkpoints.folder import Checkpoint
-from skillmerge.errors import InputError
+from skillmerge.errors import ResourceError, UnusableWeights
 from skillmerge.planning import Plan, ShardPlan, TensorPlan
 from skillmerge.resources import Budget
 from skillmerge.statistics import BlockStatistics, is_sampled, measure
-from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count, tile_ranges
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count, format_bytes, tile_ranges
 from skillmerge.writer import PAGE
 
 Statistics = dict[str, dict[int, BlockStatistics]]
@@ -101,22 +102,35 @@ class Buffer:
     """Page-aligned host memory that both the system calls and torch see; pinned for a CUDA device."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._memory = mmap.mmap(-1, max(size, mmap.PAGESIZE))
+        try:
+            self._memory = mmap.mmap(-1, max(size, mmap.PAGESIZE))
+        except OSError as error:
+            raise ResourceError(
+                f"{format_bytes(size)} of memory for a buffer are not to be had: {error.strerror}",
+                fix="use fewer --threads, or a --memory-limit",
+            ) from error
         self.view = memoryview(self._memory)
         self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._pinned = False
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                status = _cudart().cudaHostRegister(self.tensor.data_ptr(), len(self._memory), 0)
-            self._pinned = int(status) == 0
+        self._device = device
+        self._pinned = device.type == "cuda" and self._pin()
 
     def typed(self, dtype: torch.dtype, start: int, count: int) -> Tensor:
         return self.tensor[start : start + count * dtype.itemsize].view(dtype)
 
     def close(self) -> None:
         if self._pinned:
-            _cudart().cudaHostUnregister(self.tensor.data_ptr())
+            with torch.cuda.device(self._device):
+                _cudart().cudaHostUnregister(self.tensor.data_ptr())
             self._pinned = False
+
+    def _pin(self) -> bool:
+        """Copies are faster from pinned memory, but not all of them need it: a limit may refuse it."""
+        with torch.cuda.device(self._device):
+            if int(_cudart().cudaHostRegister(self.tensor.data_ptr(), len(self._memory), 0)) == 0:
+                return True
+            with suppress(RuntimeError):  # the refusal would else be reported by whatever runs next
+                torch.zeros(1, device=self._device)
+        return False
 
 
 def _cudart() -> Any:
@@ -135,9 +149,12 @@ class Worker:
         self.plan, self.checkpoints, self.settings, self.stop = plan, checkpoints, settings, stop
         tile = self.settings.budget.tile
         self.inputs = [Buffer(tile * size, self.settings.device) for size in self.plan.input_itemsizes]
+        self.stream: torch.cuda.Stream | None = None
         self._use(self.settings.device, tile)
 
     def _use(self, device: torch.device, tile: int) -> None:
+        if self.stream is not None:
+            self.stream.synchronize()  # results may still be on their way back
         self.device = device
         self.chunk = tile if device.type == "cuda" else CHUNK
         self.scratch = Scratch(device, self.chunk)
@@ -159,6 +176,8 @@ class Worker:
             self._fill(statistics, tile, buffer, span.offset % PAGE + tile.offset - span.offset)
 
     def close(self) -> None:
+        if self.stream is not None:
+            self.stream.synchronize()
         for buffer in self.inputs:
             buffer.close()
 
@@ -183,7 +202,9 @@ class Worker:
         while True:
             try:
                 return self._compute(statistics, tile, values, out)
-            except torch.cuda.OutOfMemoryError:
+            except RuntimeError as error:
+                if self.stream is None or "out of memory" not in str(error).lower():
+                    raise
                 self._shrink()
 
     def _read(self, source: tuple[str, str], tile: Tile, into: memoryview) -> None:
@@ -199,7 +220,7 @@ class Worker:
             self._read(other, tile, buffer.view[: tile.nbytes])
             if not torch.equal(buffer.tensor[: tile.nbytes], expected):
                 name = tile.tensor.name
-                raise InputError(
+                raise UnusableWeights(
                     f"tensor `{name}` holds {tile.tensor.dtype} and differs between models `{first[0]}` and "
                     f"`{other[0]}`: it cannot be merged",
                     fix=f'say which one to take:\ncopy:\n  - {{tensors: "{name}", from: {first[0]}}}',
@@ -278,7 +299,9 @@ class Worker:
             )
             statistics[tensor.name][block] = measure(base[piece], out[piece], update, self.scratch)
 
-    def _nonfinite(self, tile: Tile, inputs: Mapping[str, Tensor], out: Tensor, first: int | None = None) -> InputError:
+    def _nonfinite(
+        self, tile: Tile, inputs: Mapping[str, Tensor], out: Tensor, first: int | None = None
+    ) -> UnusableWeights:
         """Say which input holds it; where none does, the output's dtype is too narrow."""
         offset = tile.first if first is None else first
         names = dict(tile.tensor.sources)
@@ -286,19 +309,21 @@ class Worker:
             index = first_nonfinite(values)
             if index is not None:
                 file = self.checkpoints[model].tensors[names[model]].file
-                return InputError(
+                return UnusableWeights(
                     f"model `{model}` holds {values[index].item()} in tensor `{names[model]}` at element "
                     f"{offset + index} ({file})",
                     fix="that checkpoint is damaged; --allow-nonfinite merges it all the same",
                 )
         index = first_nonfinite(out) or 0
-        return InputError(
+        return UnusableWeights(
             f"tensor `{tile.tensor.name}` overflows {tile.tensor.dtype} at element {offset + index}",
             fix="choose a wider output.dtype (bfloat16 or float32), or a smaller coefficient",
         )
 
     def _shrink(self) -> None:
         """The GPU is full: smaller pieces, and when those do not fit either, the CPU."""
+        assert self.stream is not None
+        self.stream.synchronize()
         self.scratch.clear()
         torch.cuda.empty_cache()
         if self.chunk > BLOCK:

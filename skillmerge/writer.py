@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.errors import OutputLocked, ResourceError, UsageError, some
+from skillmerge.parallel import hash_file, in_threads
 
 MANIFEST_FILE = "skillmerge.manifest.json"
 JOURNAL_VERSION = 1
@@ -40,7 +41,7 @@ _OURS = ("lock", "journal.jsonl", "journal.jsonl.new", "files", "complete", "pre
 _CONTINUE = "make room, then run the same command again: it continues where it stopped"
 _WRONG_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY,
-    errno.ENAMETOOLONG, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT,
 )  # fmt: skip
 
 
@@ -122,15 +123,23 @@ class Staging:
             os.close(descriptor)
 
     @property
+    def unfinished(self) -> bool:
+        return self.files.exists()
+
+    @property
     def finished_bytes(self) -> int:
         return sum(entry["size"] for entry in self.finished.values())
 
-    def recover(self, replace: bool) -> bool:
-        """Finish a publication that a dead run had begun. True where the output is now that run's.
+    def recover(self, plan_digest: str, conditions: dict[str, Any], replace: bool) -> bool:
+        """Finish a publication that a dead run of the same plan had begun. True where the output is now its.
 
         What stands at the output's place is only replaced with `replace`; else the finished files stay here.
+        Of another plan's publication only that is finished which had already moved the output away.
         """
         entries = _read_lines(self._journal)
+        moved_away = (self.folder / "previous").exists() and not _is_taken(self.output)
+        if not moved_away and entries[:1] != [_journal_header(plan_digest, conditions)]:
+            return False
         digest = next((entry["manifest_sha256"] for entry in entries if "manifest_sha256" in entry), None)
         if digest is None:
             return False
@@ -150,16 +159,18 @@ class Staging:
 
         Returns a remark for the user where something of an earlier run was kept or dropped.
         """
-        header = {"version": JOURNAL_VERSION, "plan": plan_digest, **conditions}
+        header = _journal_header(plan_digest, conditions)
         entries = _read_lines(self._journal)
         remark = None
         with disk_errors(self.folder):
             if entries and entries[0] == header:
-                for entry in entries[1:]:
-                    path = self.files / entry.get("shard", "")
-                    if "shard" in entry and path.is_file() and path.stat().st_size == entry["size"]:
-                        self.finished[entry["shard"]] = entry
-                remark = f"continuing an interrupted run: {len(self.finished)} shards are finished already"
+                shards = [entry for entry in entries[1:] if "shard" in entry]
+                intact = in_threads(self._is_intact, shards)
+                self.finished = {entry["shard"]: entry for entry, good in zip(shards, intact, strict=True) if good}
+                damaged = len(shards) - len(self.finished)
+                count = f"{len(self.finished)} shard{' is' if len(self.finished) == 1 else 's are'}"
+                remark = f"continuing an interrupted run: {count} finished already"
+                remark += f"; {damaged} were damaged since and are done again" if damaged else ""
             elif entries or self.files.exists():
                 remark = "an unfinished run of another plan was found and dropped"
             self._clear(*(("files", self._journal.name) if self.finished else ()))
@@ -170,6 +181,12 @@ class Staging:
                 "".join(json.dumps(entry) + "\n" for entry in [header, *self.finished.values()]),
             )
         return remark
+
+    def _is_intact(self, entry: dict[str, Any], stop: threading.Event) -> bool:
+        path = self.files / entry["shard"]
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            return False
+        return hash_file(path, stop) == str(entry["sha256"])
 
     def record(self, entry: dict[str, Any]) -> None:
         """Add a line to the journal and make it durable; what it speaks of must be durable already."""
@@ -217,6 +234,11 @@ class Staging:
             _put_in_place(self._complete, self.output, replace)
         self._clear()
         self.close()
+
+    def discard(self) -> None:
+        """Give up what was written: no run of this plan can finish it."""
+        self.finished.clear()
+        self._clear()
 
     def close(self) -> None:
         """Let go of the lock. What the next run can use is kept; a folder without it is removed."""
@@ -348,6 +370,10 @@ class ShardFile:
             if descriptor >= 0:
                 os.close(descriptor)
         self._descriptor = self._direct = -1
+
+
+def _journal_header(plan_digest: str, conditions: dict[str, Any]) -> dict[str, Any]:
+    return {"version": JOURNAL_VERSION, "plan": plan_digest, **conditions}
 
 
 def _put_in_place(finished: Path, output: Path, replace: bool) -> None:

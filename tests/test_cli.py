@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint
 
 import skillmerge
+from skillmerge.errors import CheckFailed, UsageError
+from skillmerge.verification import check_load
 
 
 def test_apply_reports_on_stdout_and_keeps_stderr_for_the_rest(family: Path) -> None:
@@ -199,3 +203,156 @@ def test_finished_output_is_made_again_where_more_is_asked_of_it(family: Path) -
     assert run_cli("apply", family, "--stats", "full", "--hash-inputs", "--overwrite").returncode == 0
     inputs = json.loads((family.parent / "merged" / "skillmerge.manifest.json").read_text())["inputs"]
     assert all(len(file["sha256"]) == 64 for item in inputs for file in item["files"])
+
+
+# ---------------------------------------------------------------------------------- outputs that stand in the way
+
+
+def test_overwrite_replaces_models_and_nothing_else(family: Path) -> None:
+    thesis = family.parent / "home" / "docs" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    process = run_cli("apply", family, "-o", family.parent / "home", "--overwrite")
+    assert process.returncode == 2
+    assert "holds no model" in process.stderr
+    assert thesis.read_text() == "years of work"
+
+
+def test_output_is_never_the_folder_one_stands_in(family: Path, tmp_path: Path) -> None:
+    here = write_checkpoint(tmp_path / "here", random_tensors(tensor_shapes()))
+    process = run_cli("apply", family, "-o", ".", "--overwrite", cwd=here)
+    assert process.returncode == 2
+    assert "the folder you are in" in process.stderr
+
+
+def test_damaged_output_is_made_again_by_overwrite(family: Path) -> None:
+    assert run_cli("apply", family).returncode == 0
+    shard = next((family.parent / "merged").glob("*.safetensors"))
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    process = run_cli("apply", family, "--overwrite")
+    assert process.returncode == 0
+    assert "nothing to do" not in process.stdout
+    assert shard.read_bytes() == good
+    assert "nothing to do" in run_cli("apply", family, "--overwrite").stdout
+
+
+def test_saved_plan_replaces_only_a_plan(family: Path) -> None:
+    text = family.read_text()
+    process = run_cli("plan", family, "-o", family)
+    assert process.returncode == 2
+    assert family.read_text() == text
+    for _ in range(2):
+        assert run_cli("plan", family, "-o", family.parent / "plan.json").returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [("init", "no/such/r.yaml"), ("demo", "file"), ("demo", "file/inside")])
+def test_place_that_cannot_be_written_is_a_usage_error(tmp_path: Path, arguments: tuple[str, str]) -> None:
+    (tmp_path / "file").write_text("")
+    process = run_cli(*arguments, cwd=tmp_path)
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr
+
+
+def test_demo_beside_the_folder_one_stands_in(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    process = run_cli("demo", "../outer", cwd=tmp_path / "inner")
+    assert process.returncode == 0, process.stderr
+    assert "$ skillmerge verify ../outer/merged" in process.stdout
+
+
+# ------------------------------------------------------------------------------------------- results and warnings
+
+
+@pytest.mark.parametrize("keys", [{"lam": 0.0}, {"rl": "sft"}])
+def test_merge_that_does_nothing_says_so(family: Path, keys: dict[str, object]) -> None:
+    folder = family.parent
+    if "rl" in keys:
+        shutil.rmtree(folder / "rl")
+        shutil.copytree(folder / "sft", folder / "rl")
+    extra = ["--set", "lam=0"] if "lam" in keys else []
+    warnings = json.loads(run_cli("apply", family, "--json", *extra).stdout)["warnings"]
+    assert len(warnings) == 1
+    assert "does nothing" in warnings[0]
+
+
+@pytest.mark.parametrize("arguments", [[], ["x.yaml", "--threads", "0"], ["x.yaml", "--set", "lam"], ["nope.yaml"]])
+def test_every_error_is_one_json_object_where_that_is_asked(arguments: list[str]) -> None:
+    process = run_cli("apply", *arguments, SKILLMERGE_JSON="1")
+    document = json.loads(process.stdout)
+    assert not document["ok"]
+    assert document["exit_status"] == process.returncode == 2
+
+
+@pytest.mark.parametrize("command", [["plan"], ["plan", "--json"], ["apply"], ["apply", "--json"]])
+def test_reader_that_leaves_early_is_no_error(family: Path, command: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing) as pipe:
+        process = subprocess.run(
+            [sys.executable, "-m", "skillmerge.cli", *command, str(family)], stdout=pipe, stderr=subprocess.PIPE
+        )
+    assert process.returncode == 0, process.stderr
+    assert b"Traceback" not in process.stderr
+
+
+def test_results_that_cannot_be_written(family: Path) -> None:
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "skillmerge.cli", "plan", str(family)], stdout=full, stderr=subprocess.PIPE
+        )
+    assert process.returncode == 5
+    assert b"Traceback" not in process.stderr
+
+
+def test_terminal_that_knows_only_ascii_gets_ascii(family: Path) -> None:
+    process = run_cli("plan", family, PYTHONIOENCODING="ascii")
+    assert process.returncode == 0, process.stderr
+    assert "reads " in process.stdout
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(family: Path) -> None:
+    output = family.parent / "out\x1b[31m"
+    assert "\x1b" not in run_cli("apply", family, "-o", output).stdout
+    (output / "x\x1b]0;owned\x07").write_text("")
+    process = run_cli("verify", output)
+    assert process.returncode == 3
+    assert "\x1b" not in process.stderr
+    assert "\\x1b]0;owned" in process.stderr
+
+
+def test_brackets_in_names_are_not_markup(tmp_path: Path) -> None:
+    shapes = {"[red]w[/x]": (4, 4), "plain": (4, 4)}
+    for seed, model in enumerate(("[red]t", "s", "r")):
+        write_checkpoint(tmp_path / model, random_tensors(shapes, seed=seed), config={"model_type": "odd"})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('skillmerge: 1\nmodels: {t: "[red]t", s: s, r: r}\nmerge: t + r - s\noutput: {path: out}\n')
+    process = run_cli("plan", recipe)
+    assert process.returncode == 0, process.stderr
+    assert "[red]t" in process.stdout
+    assert "[red]w[/x]" in process.stdout
+
+
+# --------------------------------------------------------------------------------------------------- the same in Python
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"threads": 0}, {"threads": -3}, {"device": "gpu"}, {"memory_limit": "2GB"}, {"stats": "all"},
+     {"coefficients": {"lam": "0.5"}}, {"coefficients": {"lam": True}}],
+)  # fmt: skip
+def test_arguments_are_checked_before_any_work(family: Path, wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        skillmerge.apply(family, **wrong)  # type: ignore[arg-type]
+    assert not list(family.parent.glob("merged*"))
+
+
+def test_folder_one_stands_in_has_no_say_in_loading(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`verify --load` must not import what lies about."""
+    output = skillmerge.apply(family).output
+    for name in ("json", "transformers", "skillmerge"):
+        (family.parent / f"{name}.py").write_text("raise SystemExit('taken over')")
+    monkeypatch.chdir(family.parent)
+    with pytest.raises(CheckFailed, match=r"model_type|Unrecognized|config\.json") as caught:
+        check_load(output)
+    assert "taken over" not in str(caught.value)

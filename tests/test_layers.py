@@ -22,7 +22,7 @@ LAYERS = [
     {"program"},
     {"yamltext", "expression", "coefficients", "checkpoints.folder"},
     {"checkpoints.safetensors_header"},
-    {"naming", "tensors"},
+    {"naming", "tensors", "parallel"},
     {"errors", "starter", "loading", "checkpoints", ""},
 ]
 WITHIN_ROW = {

@@ -344,3 +344,30 @@ def test_plan_command_shows_problems_and_exits_4(tmp_path: Path) -> None:
     process = run_cli("plan", trio(tmp_path, rl=without("lm_head.weight")))
     assert process.returncode == 4
     assert '- {tensors: "lm_head.weight", from: target}' in process.stdout
+
+
+def test_lone_shard_of_an_indexed_donor_keeps_its_index(tmp_path: Path) -> None:
+    """Without it no runtime finds a file of that name."""
+    for seed, model in enumerate(("target", "sft", "rl")):
+        folder = write_checkpoint(tmp_path / model, random_tensors(tensor_shapes(), seed=seed))
+        names = list(tensor_shapes())
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = skillmerge.apply(write_recipe(tmp_path))
+    index = json.loads((result.output / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {"model-00001-of-00001.safetensors"}
+    skillmerge.verify(result.output)
+
+
+def test_oddities_are_noted(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "target", random_tensors(tensor_shapes()))
+    write_checkpoint(tmp_path / "sft", random_tensors(tensor_shapes()))
+    (tmp_path / "rl").symlink_to("sft")
+    schedule = {"default": 1.0, "rules": [{"layers": 0, "value": 0.5}]}
+    recipe = write_recipe(tmp_path, coefficients={"lam": schedule})
+    (folder / "config.json").unlink(missing_ok=True)
+    notes = "\n".join(skillmerge.plan(recipe, coefficients={"lam": 0.3}).notes)
+    assert "no config.json" in notes
+    assert "are the same folder" in notes
+    assert "--set lam=0.3 stands in for the whole schedule" in notes

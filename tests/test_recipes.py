@@ -24,7 +24,9 @@ def test_recipe_applies_as_it_is(path: Path, tmp_path: Path) -> None:
     recipe = tmp_path / path.name
     recipe.write_text(text)
     for seed, folder in enumerate(load(recipe).models.values()):
-        write_checkpoint(tmp_path / folder, random_tensors(tensor_shapes(layers=8), seed=seed))
+        write_checkpoint(
+            tmp_path / folder, random_tensors(tensor_shapes(layers=8), seed=seed), config={"model_type": "odd"}
+        )
     plan = skillmerge.plan(recipe)
     assert plan.problems == ()
     assert plan.notes == ()

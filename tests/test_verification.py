@@ -227,10 +227,10 @@ def test_unreadable_file_is_found(output: Path) -> None:
 
 
 def test_unreadable_disk_is_a_failed_check(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hash_file(path: Path) -> str:
+    def hash_file(path: Path, stop: object = None) -> str:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(manifest, "hash_file", hash_file)
+    monkeypatch.setattr(verification, "hash_file", hash_file)
     assert_refused(output, "Input/output error")
 
 

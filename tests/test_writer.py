@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import mmap
 import os
@@ -30,7 +31,12 @@ def output(tmp_path: Path) -> Path:
 
 
 def entry(name: str) -> dict[str, Any]:
-    return {"shard": name, "size": len(SHARDS[name]), "sha256": "0" * 64, "statistics": {}}
+    return {
+        "shard": name,
+        "size": len(SHARDS[name]),
+        "sha256": hashlib.sha256(SHARDS[name]).hexdigest(),
+        "statistics": {},
+    }
 
 
 def finish_shards(staging: Staging, *names: str) -> None:
@@ -271,10 +277,10 @@ def test_publish_unasked_touches_nothing_and_can_be_done_later(output: Path) -> 
             staging.publish(replace=False)
     assert files(output) == previous
     with closing(Staging(output)) as staging:
-        assert not staging.recover(replace=False)
+        assert not staging.recover(PLAN, CONDITIONS, replace=False)
     assert files(output) == previous
     with closing(Staging(output)) as staging:
-        assert staging.recover(replace=True)
+        assert staging.recover(PLAN, CONDITIONS, replace=True)
     assert files(output) == WHOLE
     assert os.listdir(output.parent) == ["merged"]
 
@@ -288,7 +294,7 @@ def test_recover_leaves_a_folder_that_can_be_used_at_once(output: Path) -> None:
         with pytest.raises(UsageError):
             staging.publish(replace=False)
     with closing(Staging(output)) as staging:
-        assert staging.recover(replace=True)
+        assert staging.recover(PLAN, CONDITIONS, replace=True)
         with pytest.raises(OutputLocked):
             Staging(output)
         assert staging.begin("another plan", CONDITIONS) is None
@@ -308,7 +314,7 @@ def test_recover_never_publishes_what_was_replaced(output: Path) -> None:
         (staging.folder / "journal.jsonl").write_text('{"manifest_sha256": "that of a run long gone"}\n')
         put_previous(staging.folder / "complete")
     with closing(Staging(output)) as staging:
-        assert not staging.recover(replace=True)
+        assert not staging.recover(PLAN, CONDITIONS, replace=True)
     assert files(output) == WHOLE
 
 
@@ -498,3 +504,42 @@ def test_staging_below_a_file_or_of_a_name_too_long_is_refused(tmp_path: Path) -
     for place in (tmp_path / "file" / "merged", tmp_path / ("x" * 250)):
         with pytest.raises(UsageError):
             Staging(place)
+
+
+def test_recover_leaves_another_plans_publication_alone(output: Path) -> None:
+    """It is that plan's to finish: this one has not been merged yet."""
+    put_previous(output)
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish(staging)
+        staging.record({"manifest_sha256": hashlib.sha256(b"{}").hexdigest()})
+        staging.files.rename(staging.folder / "complete")
+    before = files(output)
+    with closing(Staging(output)) as staging:
+        assert not staging.recover("another plan", CONDITIONS, replace=True)
+        assert files(output) == before
+
+
+def test_recover_gives_back_an_output_that_another_plan_had_moved_away(output: Path) -> None:
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish(staging)
+        staging.record({"manifest_sha256": hashlib.sha256(b"{}").hexdigest()})
+        staging.files.rename(staging.folder / "complete")
+        put_previous(staging.folder / "previous")
+    with closing(Staging(output)) as staging:
+        assert staging.recover("another plan", CONDITIONS, replace=True)
+    assert files(output) == WHOLE
+
+
+def test_journal_is_not_believed_where_a_shard_was_damaged(output: Path) -> None:
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish_shards(staging, "a.safetensors", "b.safetensors")
+        (staging.files / "a.safetensors").write_bytes(b"First shard")
+    with closing(Staging(output)) as staging:
+        remark = staging.begin(PLAN, CONDITIONS)
+        assert remark is not None
+        assert "1 were damaged" in remark
+        assert list(staging.finished) == ["b.safetensors"]
+        assert not (staging.files / "a.safetensors").exists()

@@ -24,7 +24,7 @@ from skillmerge.checkpoints.safetensors_header import (
     read_header,
     unique_keys,
 )
-from skillmerge.errors import InputError, StalePlan, some
+from skillmerge.errors import InputError, ResourceError, StalePlan, some
 from skillmerge.tensors import TensorSpec
 
 SINGLE_FILE = "model.safetensors"
@@ -102,6 +102,10 @@ class Checkpoint:
                 try:
                     descriptor = os.open(self.root / file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
                 except OSError as error:
+                    if error.errno in (errno.EMFILE, errno.ENFILE):
+                        raise ResourceError(
+                            f"{self.root / file}: too many files are open", fix="raise the limit: ulimit -n 4096"
+                        ) from error
                     raise self._changed(file) from error
                 if FileIdentity.of(os.fstat(descriptor)) != self.shards[file].identity:
                     os.close(descriptor)

@@ -1,0 +1,42 @@
+"""A function over many items in a few threads, all of which stop when one fails or a person interrupts; and
+the one that is run so most often, a file's digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def in_threads(function: Callable[[Item, threading.Event], Found], items: Iterable[Item]) -> Iterator[Found]:
+    """`function(item, stop)` for every item, in order. A long function looks at `stop` now and then."""
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(min(4, cores()))
+    try:
+        yield from pool.map(lambda item: function(item, stop), items)
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def hash_file(path: Path, stop: threading.Event | None = None) -> str:
+    """sha256 of a file, read in pieces; of no use where `stop` was set meanwhile. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as stream:
+        while not (stop is not None and stop.is_set()) and (piece := stream.read(1 << 20)):
+            digest.update(piece)
+    return digest.hexdigest()
