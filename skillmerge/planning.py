@@ -136,7 +136,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
     copied = copy_rules(recipe, donor)
     terms = _terms(recipe, {name: row for name, row in values.items() if name not in copied})
     accounts, problems, ties, notes = account_tensors(recipe, checkpoints, donor_name, terms, copied)
-    programs: dict[Term, Program] = {}
+    programs: dict[int, Program] = {}  # by the term's identity: thousands of tensors share a few terms
     tensors = {}
     for name, spec in donor.tensors.items():
         account = accounts.get(name)
@@ -248,7 +248,7 @@ def _plan_tensor(
     account: Account,
     checkpoints: Mapping[str, Checkpoint],
     values: tuple[float, ...],
-    programs: dict[Term, Program],
+    programs: dict[int, Program],
 ) -> TensorPlan:
     term, sources = account.term, account.sources
     dtype = spec.dtype
@@ -263,9 +263,9 @@ def _plan_tensor(
         program = None if copied else compile_term(Leaf(model))
         coefficients = () if account.copied else values
         return TensorPlan(spec.name, dtype, spec.shape, action, ((model, source),), coefficients, program)
-    if term not in programs:
-        programs[term] = compile_term(term)
-    program = programs[term]
+    if id(term) not in programs:
+        programs[id(term)] = compile_term(term)
+    program = programs[id(term)]
     names = dict(sources)
     ordered = tuple((model, names[model]) for model in program.models)
     return TensorPlan(spec.name, dtype, spec.shape, "merge", ordered, values, program)
@@ -335,14 +335,14 @@ def _untied(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> list[str]:
 
 
 def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
-    sizes: list[int] = []
-    for plan in tensors.values():
-        for index, (model, source) in enumerate(plan.sources):
-            size = DTYPES[checkpoints[model].tensors[source].dtype].itemsize
-            if index == len(sizes):
-                sizes.append(size)
-            sizes[index] = max(sizes[index], size)
-    return tuple(sizes)
+    specs = {name: checkpoint.tensors for name, checkpoint in checkpoints.items()}
+    found = {
+        (index, specs[model][source].dtype)
+        for plan in tensors.values()
+        for index, (model, source) in enumerate(plan.sources)
+    }
+    count = 1 + max((index for index, _ in found), default=-1)
+    return tuple(max(DTYPES[dtype].itemsize for index, dtype in found if index == slot) for slot in range(count))
 
 
 def _input(name: str, checkpoint: Checkpoint) -> InputPlan:
