@@ -373,7 +373,7 @@ import sys, time
 from skillmerge import cli, writer
 write = writer.ShardFile.write
 def slowly(self, data, offset):
-    time.sleep(0.2)
+    time.sleep(0.5)
     write(self, data, offset)
 writer.ShardFile.write = slowly
 cli.main()
