@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from skillmerge.checkpoints.folder import Checkpoint
+from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.coefficients import matcher, near_pattern
 from skillmerge.errors import InputError, some
 from skillmerge.expression import Leaf, Term, names_in, sole_model, weights

@@ -94,6 +94,7 @@ _memory = option("--memory-limit", type=Size(), help="Bound on resident memory, 
 _json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 _code = option("--allow-code", is_flag=True, help="Accept a config whose auto_map runs code, and carry *.py files.")
 _links = option("--follow-links", is_flag=True, help="Accept links that lead out of a checkpoint's folder.")
+_locked = option("--locked", is_flag=True, help="Refuse revisions that can change and are not in the lock file.")
 _nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
 
 
@@ -137,6 +138,11 @@ def cli() -> None:
     help="How much of the rounding to measure.",
 )  # fmt: skip
 @option("--hash-inputs", is_flag=True, help="Put the sha256 of every input file into the manifest.")
+@_locked
+@option(
+    "--hub", type=click.Choice(["stream", "download"]), default="stream", show_default=True,
+    help="Stream models on the Hub, or put them into its local cache first.",
+)  # fmt: skip
 @_nonfinite
 @_code
 @_links
@@ -186,6 +192,8 @@ def apply(
 @cli.command()
 @click.argument("recipe", type=click.Path())
 @option("-o", "--save", type=click.Path(dir_okay=False), help="Write the plan as JSON into this file.")
+@option("--lock", is_flag=True, help="Write the commits and files of models on the Hub into a lock file.")
+@_locked
 @_set
 @_threads
 @_memory
@@ -199,14 +207,16 @@ def plan(
     threads: int | None,
     memory_limit: int | None,
     as_json: bool,
-    allow_code: bool,
-    follow_links: bool,
+    lock: bool,
+    **access: bool,
 ) -> int:
     """Show all that apply would do, from headers alone."""
+    from skillmerge import report
     from skillmerge.merge import make_plan
     from skillmerge.resources import budget, check_disk, free_disk
 
-    made = make_plan(recipe, coefficients=dict(coefficients), allow_code=allow_code, follow_links=follow_links)
+    reporter = report.TerminalReporter(quiet=False, verbose=True)
+    made = make_plan(recipe, coefficients=dict(coefficients), lock=lock, reporter=reporter, **access)
     needs = budget(made, threads=threads, memory_limit=memory_limit)
     where = made.recipe.output.path
     free = free_disk(where) if where is not None else None
@@ -224,8 +234,6 @@ def plan(
     if as_json:
         _print_json(document)
     else:
-        from skillmerge import report
-
         report.show_plan(made, needs, str(where) if where else None, free, report.console())
     return InputError.exit_status if made.problems else 0
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from skillmerge.checkpoints.folder import Checkpoint
+from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import UsageError
 from skillmerge.planning import Plan, ShardPlan
 from skillmerge.resources import OUTPUT_BUFFERS, WRITERS

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from skillmerge import __version__
 from skillmerge.checkpoints.safetensors_header import unique_keys
 from skillmerge.errors import CheckFailed
 from skillmerge.planning import Plan
+from skillmerge.sidefiles import SideFile
 from skillmerge.statistics import summarise
 from skillmerge.writer import MANIFEST_FILE
 
@@ -28,6 +29,7 @@ RUN_LOG_FILE = "skillmerge.run.json"
 def build(
     plan: Plan,
     finished: Mapping[str, Mapping[str, Any]],
+    side_files: Sequence[SideFile],
     stats: str,
     environment: Mapping[str, Any],
     input_digests: Mapping[tuple[str, str], str],
@@ -37,12 +39,13 @@ def build(
     files = [
         {"name": shard.file, "size": shard.size, "sha256": finished[shard.file]["sha256"]} for shard in plan.shards
     ]
-    files += [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in plan.side_files]
+    files += [{"name": file.name, "size": file.size, "sha256": file.digest[1]} for file in side_files]
     measured = {name: row for entry in finished.values() for name, row in entry["statistics"].items()}
     described = plan.as_dict()
     inputs = [
-        {**item, "revision": None, "files": [
-            {**file, "sha256": input_digests.get((item["name"], file["name"]))} for file in item["files"]
+        {**item, "files": [
+            {**file, "sha256": input_digests.get((item["name"], file["name"]))}
+            for file in item["files"]
         ]} for item in described["inputs"]
     ]  # fmt: skip
     tensors = [

@@ -9,23 +9,25 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skillmerge import manifest
+from skillmerge import lockfile, manifest
 from skillmerge.accounting import prove_ties
-from skillmerge.checkpoints.folder import Checkpoint, open_folder
-from skillmerge.errors import CheckFailed, InputError, UnusableWeights, UsageError, some
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.errors import CheckFailed, UnusableWeights, UsageError, some
 from skillmerge.parallel import hash_file, in_threads
 from skillmerge.planning import Plan
 from skillmerge.planning import make_plan as plan_recipe
 from skillmerge.recipe import Recipe, load
 from skillmerge.resources import budget, check_disk
+from skillmerge.sidefiles import SideFile, fetch
+from skillmerge.sources import Access, close_all, open_models
 from skillmerge.verification import check_structure
-from skillmerge.writer import MANIFEST_FILE, Staging
+from skillmerge.writer import MANIFEST_FILE, Staging, disk_errors, write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ def apply(
     allow_nonfinite: bool = False,
     allow_code: bool = False,
     follow_links: bool = False,
+    locked: bool = False,
+    hub: str = "stream",
     reporter: Reporter | None = None,
 ) -> Result:
     """Plan, merge, check, and publish into the output folder.
@@ -82,7 +86,8 @@ def apply(
     started = time.monotonic()
     reporter = reporter or Reporter()
     _check_arguments(device, threads, memory_limit, stats)
-    with planned(recipe, coefficients, allow_code, follow_links) as (plan, checkpoints):
+    access = Access(follow_links, locked, download=hub == "download")
+    with planned(recipe, coefficients, allow_code, access, reporter.warn) as (plan, checkpoints):
         plan.refuse_problems()
         for note in plan.notes:
             reporter.warn(note)
@@ -102,6 +107,7 @@ def apply(
                 reporter.warn(remark)
             check_disk(staging.folder, plan.bytes_written - staging.finished_bytes, "the output")
 
+            side_files = fetch(checkpoints[plan.donor], plan.side_files, allow_code)
             prove_ties(plan.ties, checkpoints)
 
             # torch takes seconds to import: everything that can fail without it has been tried by now.
@@ -123,7 +129,7 @@ def apply(
             for checkpoint in checkpoints.values():
                 checkpoint.check_unchanged()
             environment = {**_versions(), "device": str(where), **conditions}
-            proof = _write_proof(plan, staging, stats, environment, digests, started)
+            proof = _write_proof(plan, staging, side_files, stats, environment, digests, started)
             check_structure(staging.files, proof)
             staging.publish(overwrite)
     return Result(target, proof, time.monotonic() - started, f"{where}: {why}")
@@ -135,11 +141,24 @@ def make_plan(
     coefficients: Mapping[str, float] | None = None,
     allow_code: bool = False,
     follow_links: bool = False,
+    locked: bool = False,
+    lock: bool = False,
+    reporter: Reporter | None = None,
 ) -> Plan:
-    """All that `apply` would do, from headers alone. The plan's `problems` are not raised."""
-    with planned(recipe, coefficients, allow_code, follow_links) as (plan, checkpoints):
+    """All that `apply` would do, from headers alone. The plan's `problems` are not raised.
+
+    lock: also write the commits and files of models on the Hub into the lock file beside the recipe.
+    """
+    reporter = reporter or Reporter()
+    access = Access(follow_links, locked, relock=lock)
+    with planned(recipe, coefficients, allow_code, access, reporter.warn) as (plan, checkpoints):
         if plan.recipe.output.path is not None:
             output_folder(plan.recipe, None, checkpoints)
+        if lock:
+            path = lockfile.path_of(Path(recipe))
+            with disk_errors(path):
+                write_whole(path, lockfile.to_bytes(plan, checkpoints))
+            reporter.say(f"wrote {path}")
         return plan
 
 
@@ -170,19 +189,16 @@ def planned(
     recipe: str | os.PathLike[str],
     coefficients: Mapping[str, float] | None,
     allow_code: bool,
-    follow_links: bool,
+    access: Access,
+    warn: Callable[[str], None],
 ) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
     """The plan of a recipe and its checkpoints, open while the context lasts."""
     parsed = load(recipe, coefficients)
-    checkpoints: dict[str, Checkpoint] = {}
+    checkpoints = open_models(parsed, access, warn)
     try:
-        for name in parsed.used_models():
-            folder = parsed.model_folder(name)
-            checkpoints[name] = open_folder(parsed.models[name], folder, follow_links=follow_links)
         yield plan_recipe(parsed, checkpoints, allow_code=allow_code), checkpoints
     finally:
-        for checkpoint in checkpoints.values():
-            checkpoint.close()
+        close_all(checkpoints)
 
 
 def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpoints: Mapping[str, Checkpoint]) -> Path:
@@ -200,7 +216,11 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
     except (OSError, RuntimeError) as error:
         raise UsageError(f"the output {path} cannot be used: {error}") from error
     precious = {"the recipe": Path(os.path.abspath(recipe.document.name))}
-    precious |= {f"model `{name}`": Path(os.path.abspath(item.root)) for name, item in checkpoints.items()}
+    precious |= {
+        f"model `{name}`": Path(os.path.abspath(item.files.root))
+        for name, item in checkpoints.items()
+        if item.files.root is not None
+    }
     here = Path.cwd()
     if path in (here, *here.parents):
         raise UsageError(f"the output {path} would replace the folder you are in", fix="choose another --output")
@@ -259,20 +279,21 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
 def _write_proof(
     plan: Plan,
     staging: Staging,
+    side_files: Sequence[SideFile],
     stats: str,
     environment: Mapping[str, Any],
     digests: Mapping[tuple[str, str], str],
     started: float,
 ) -> dict[str, Any]:
     """Side files, run log and manifest; nothing else stays in the output. Returns the manifest."""
-    for file in plan.side_files:
-        staging.write_file(file.name, file.content)
+    for file in side_files:
+        staging.write_file(file.name, file.content or b"")
     log = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - started, 3),
     }
     run_log = (json.dumps(log) + "\n").encode()
-    proof = manifest.build(plan, staging.finished, stats, environment, digests, run_log)
+    proof = manifest.build(plan, staging.finished, side_files, stats, environment, digests, run_log)
     staging.write_file(manifest.RUN_LOG_FILE, run_log)
     staging.write_file(MANIFEST_FILE, manifest.to_bytes(proof))
     staging.drop_strangers(manifest.file_names(proof))
@@ -293,7 +314,7 @@ def _versions() -> dict[str, str]:
 def _identities(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
     """What tells these input files from changed ones on this machine."""
     return {
-        name: {file: [header.identity.size, header.identity.mtime_ns] for file, header in checkpoint.shards.items()}
+        name: {file: checkpoint.files.version(file) for file in checkpoint.shards}
         for name, checkpoint in checkpoints.items()
     }
 
@@ -301,8 +322,5 @@ def _identities(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
 def _hash_inputs(checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], str]:
     """sha256 of every weight file, a few at a time."""
     files = [(name, file) for name, checkpoint in checkpoints.items() for file in checkpoint.shards]
-    paths = [checkpoints[name].root / file for name, file in files]
-    try:
-        return dict(zip(files, in_threads(hash_file, paths), strict=True))
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    digests = in_threads(lambda item, stop: checkpoints[item[0]].sha256(item[1], stop), files)
+    return dict(zip(files, digests, strict=True))

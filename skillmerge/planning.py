@@ -12,11 +12,10 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from skillmerge.accounting import Account, Problem, account_tensors, copy_rules, settlement
-from skillmerge.checkpoints.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from skillmerge.checkpoints.safetensors_header import build_header
 from skillmerge.coefficients import ScheduleError
 from skillmerge.errors import InputError
@@ -72,12 +71,26 @@ class ShardPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class InputFile:
+    """A weight file of a model: its size, the digest of its header (size field included), the sha256 that the
+    Hub states, and how many bytes of its weights the output is made of."""
+
+    name: str
+    size: int
+    header_sha256: str
+    stated_sha256: str | None
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True)
 class InputPlan:
-    """One model as the plan saw it: where from, and its weight files' sizes and header digests."""
+    """One model as the plan saw it: where from, which commit, and its weight files."""
 
     name: str
     uri: str
-    files: tuple[tuple[str, int, str], ...]
+    revision: str | None
+    remote: bool
+    files: tuple[InputFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +164,11 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
     shards = _lay_out(recipe, donor, tensors) if len(tensors) == len(donor.tensors) else ()
     if [shard.file for shard in shards] not in ([], [SINGLE_FILE]):
         content = index_bytes({shard.file: list(shard.specs) for shard in shards})
-        index = SideFile(INDEX_FILE, content, hashlib.sha256(content).hexdigest())
-        side_files = tuple(sorted((*side_files, index), key=lambda file: file.name))
+        side_files = tuple(sorted((*side_files, SideFile.of(INDEX_FILE, content)), key=lambda file: file.name))
+    read = _bytes_read(tensors, checkpoints)
     plan = Plan(
         recipe=recipe,
-        inputs=tuple(_input(name, checkpoints[name]) for name in recipe.used_models()),
+        inputs=tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
         donor=donor_name,
         coefficients=tuple(recipe.coefficients),
         tensors=tensors,
@@ -170,9 +183,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
             *(_untied(donor, tensors) if not problems else ()),
             *notes,
         ),
-        bytes_read=sum(
-            checkpoints[model].tensors[source].nbytes for plan in tensors.values() for model, source in plan.sources
-        ),
+        bytes_read=sum(read.values()),
         input_itemsizes=_itemsizes(tensors, checkpoints),
     )
     digest = hashlib.sha256(json.dumps(_deciding(plan), sort_keys=True).encode()).hexdigest()
@@ -185,7 +196,7 @@ def _refuse_quantised(checkpoints: Mapping[str, Checkpoint]) -> None:
         reason = quantisation(checkpoint.config, checkpoint.tensors)
         if reason is not None:
             raise InputError(
-                f"model `{name}` ({checkpoint.root}) is quantised, and its numbers cannot be added: {reason}",
+                f"model `{name}` ({checkpoint.place}) is quantised, and its numbers cannot be added: {reason}",
                 fix="use the checkpoint it was quantised from (bfloat16, float16 or float32)",
             )
 
@@ -309,11 +320,12 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
     """What is allowed and still hardly meant."""
     if not donor.config:
         yield "the donor has no config.json: no runtime will load the output as it is"
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}
     for name in recipe.used_models():
-        place = checkpoints[name].root.resolve()
+        root = checkpoints[name].files.root
+        place = str(root.resolve()) if root is not None else checkpoints[name].place
         if place in seen:
-            yield f"models `{seen[place]}` and `{name}` are the same folder: their difference is zero"
+            yield f"models `{seen[place]}` and `{name}` are the same: their difference is zero"
         seen.setdefault(place, name)
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
@@ -345,12 +357,24 @@ def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Chec
     return tuple(max(DTYPES[dtype].itemsize for index, dtype in found if index == slot) for slot in range(count))
 
 
-def _input(name: str, checkpoint: Checkpoint) -> InputPlan:
-    files = tuple(
-        (file, header.identity.size, hashlib.sha256(header.raw).hexdigest())
-        for file, header in checkpoint.shards.items()
-    )
-    return InputPlan(name, checkpoint.uri, files)
+def _bytes_read(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], int]:
+    """How many bytes of each model's weight files the output is made of."""
+    read: dict[tuple[str, str], int] = {}
+    for tensor in tensors.values():
+        for model, source in tensor.sources:
+            spec = checkpoints[model].tensors[source]
+            read[model, spec.file] = read.get((model, spec.file), 0) + spec.nbytes
+    return read
+
+
+def _input(name: str, checkpoint: Checkpoint, read: Mapping[tuple[str, str], int]) -> InputPlan:
+    files = []
+    for file, header in checkpoint.shards.items():
+        _, (kind, stated) = checkpoint.files.known_digest(file) or (0, ("", ""))
+        digest = hashlib.sha256(header.raw).hexdigest()
+        sha256 = stated if kind == "sha256" else None
+        files.append(InputFile(file, header.size, digest, sha256, read.get((name, file), 0)))
+    return InputPlan(name, checkpoint.uri, checkpoint.files.revision, checkpoint.files.remote, tuple(files))
 
 
 def _deciding(plan: Plan) -> dict[str, Any]:
@@ -360,7 +384,8 @@ def _deciding(plan: Plan) -> dict[str, Any]:
         {
             "name": item.name,
             "uri": item.uri,
-            "files": [{"name": file, "size": size, "header_sha256": digest} for file, size, digest in item.files],
+            "revision": item.revision,
+            "files": [asdict(file) for file in item.files],
         }
         for item in plan.inputs
     ]
@@ -374,7 +399,9 @@ def _deciding(plan: Plan) -> dict[str, Any]:
         "inputs": inputs,
         "shards": [{"file": shard.file, "size": shard.size} for shard in plan.shards],
         "tensors": [_describe(plan.tensors[spec.name], spec.file) for shard in plan.shards for spec in shard.specs],
-        "side_files": [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in plan.side_files],
+        "side_files": [
+            {"name": file.name, "size": file.size, file.digest[0]: file.digest[1]} for file in plan.side_files
+        ],
     }
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, ValidationError
 
 from skillmerge import yamltext
+from skillmerge.checkpoints.location import SCHEME, Location, parse_location
 from skillmerge.coefficients import LayerRange, Rule, Schedule, parse_layers
 from skillmerge.errors import InputError, RecipeError, UsageError, did_you_mean
 from skillmerge.expression import ExpressionError, Node, names_in, normalise_name, parse
@@ -160,16 +161,14 @@ class Recipe:
     def expression_error(self, error: ExpressionError) -> RecipeError:
         return _expression_error(self.document, error)
 
-    def model_folder(self, name: str) -> FilePath:
-        """Where the model `name` lies on this disk. Raises RecipeError for places that cannot be read."""
+    def model_place(self, name: str) -> FilePath | Location:
+        """Where the model `name` lies, on this disk or on the Hub. Raises RecipeError for other places."""
         uri = self.models[name]
-        if uri.startswith("hf://"):
-            repository = uri.removeprefix("hf://").split("@")[0]
-            raise self.error(
-                ("models", name),
-                "this version reads checkpoints from local folders only",
-                f"fetch it first: hf download {repository} --local-dir DIR, and name that folder",
-            )
+        if uri.startswith(SCHEME):
+            try:
+                return parse_location(uri)
+            except ValueError as error:
+                raise self.error(("models", name), str(error)) from error
         if "://" in uri:
             raise self.error(("models", name), f"`{uri.split('://')[0]}://` is not a place that skillmerge reads")
         return _local_path(self.document, ("models", name), self.folder, uri)

@@ -5,10 +5,9 @@ Only shows what it is given; nothing is computed here but how to draw it.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,16 +17,15 @@ from rich.table import Table
 from rich.text import Text as RichText
 
 from skillmerge.accounting import settlement
+from skillmerge.depth import number, over_depth
 from skillmerge.errors import some, visible
 from skillmerge.merge import Reporter, Result
-from skillmerge.naming import MODULE_KINDS, block_of, module_kind
 from skillmerge.planning import Plan
 from skillmerge.resources import Budget
 from skillmerge.statistics import deviating
 from skillmerge.tensors import format_bytes
 from skillmerge.verification import Verdict
 
-_BARS = "▁▂▃▄▅▆▇█"
 _QUIET_SECONDS = 30
 
 
@@ -110,8 +108,9 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     models = Table("model", "from", "files", "size", box=box.SIMPLE_HEAD, pad_edge=False)
     for item in plan.inputs:
         role = f"{item.name} (donor)" if item.name == plan.donor else item.name
-        size = format_bytes(sum(size for _, size, _ in item.files))
-        models.add_row(*map(Text, (role, item.uri, str(len(item.files)), size)))
+        size = format_bytes(sum(file.size for file in item.files))
+        where = f"{item.uri} at {item.revision[:12]}" if item.revision else item.uri
+        models.add_row(*map(Text, (role, where, str(len(item.files)), size)))
     out.print(models)
     for index, name in enumerate(plan.coefficients):
         _show_coefficient(plan, name, index, out)
@@ -135,62 +134,17 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
 
 def _show_coefficient(plan: Plan, name: str, index: int, out: Console) -> None:
     """lambda over depth as a picture, then by block and module, equal neighbours in one row."""
-    cells: dict[tuple[str, int], dict[str, set[float]]] = {}
-    means: dict[str, dict[int, list[tuple[float, int]]]] = {}
-    outside: dict[str, set[float]] = {}
-    for tensor in plan.tensors.values():
-        if index >= len(tensor.coefficients):
-            continue
-        block, kind, value = block_of(tensor.name), module_kind(tensor.name), tensor.coefficients[index]
-        row = cells.setdefault(block, {}) if block else outside
-        row.setdefault(kind, set()).add(value)
-        if block:
-            means.setdefault(block[0], {}).setdefault(block[1], []).append((value, math.prod(tensor.shape)))
-    kinds = [kind for kind in (*MODULE_KINDS, "other") if any(kind in row for row in (*cells.values(), outside))]
-    table = Table(name, *kinds, box=box.SIMPLE_HEAD, pad_edge=False)
-    for stack, layers in means.items():
-        rows = {layer: cells[stack, layer] for layer in sorted(layers)}
-        out.print(Text(f"{name} over {stack}: {_picture({layer: _mean(layers[layer]) for layer in rows})}"))
-        for first, last, row in _runs(rows):
-            label = f"{stack} {first}" if first == last else f"{stack} {first}-{last}"
-            table.add_row(Text(label), *(_values(row.get(kind)) for kind in kinds))
-    if outside:
-        table.add_row("outside blocks", *(_values(outside.get(kind)) for kind in kinds))
+    depth = over_depth(
+        (tensor.name, tensor.shape, tensor.coefficients[index])
+        for tensor in plan.tensors.values()
+        if index < len(tensor.coefficients)
+    )
+    for stack, picture in depth.pictures:
+        out.print(Text(f"{name} over {stack}: {picture}"))
+    table = Table(name, *depth.kinds, box=box.SIMPLE_HEAD, pad_edge=False)
+    for label, cells in depth.rows:
+        table.add_row(Text(label), *(cells[kind] for kind in depth.kinds))
     out.print(table)
-
-
-def _mean(values: list[tuple[float, int]]) -> float:
-    """The mean over a block's elements, so that a norm counts for as little as it is."""
-    return sum(value * count for value, count in values) / max(1, sum(count for _, count in values))
-
-
-def _picture(means: Mapping[int, float]) -> str:
-    """One character per block, between the smallest (or 0) and the largest (or 0)."""
-    low, high = min(0.0, *means.values()), max(0.0, *means.values())
-    span = high - low or 1.0
-    bars = "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means.values())
-    return f"{min(means)} {bars} {max(means)}  ({_number(min(means.values()))} to {_number(max(means.values()))})"
-
-
-def _runs(rows: Mapping[int, Any]) -> Iterable[tuple[int, int, Any]]:
-    run: list[tuple[int, Any]] = []
-    for item in rows.items():
-        if run and item[1] != run[-1][1]:
-            yield run[0][0], run[-1][0], run[0][1]
-            run = []
-        run.append(item)
-    if run:
-        yield run[0][0], run[-1][0], run[0][1]
-
-
-def _values(found: set[float] | None) -> str:
-    if not found:
-        return "-"
-    return _number(min(found)) if len(found) == 1 else f"{_number(min(found))} … {_number(max(found))}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
 
 
 _ACTIONS = {
@@ -240,7 +194,7 @@ def _statistics_table(statistics: Mapping[str, Any]) -> Table:
         asked, realised = group.get("asked_lambda"), group.get("realised_lambda")
         if asked is None and group.get("realised") is not None:
             asked, realised = 1.0, group["realised"]
-        cells = [_number(value) if value is not None else "-" for value in (asked, realised)]
+        cells = [number(value) if value is not None else "-" for value in (asked, realised)]
         shares = [f"{group[key]:.1%}" if group.get(key) is not None else "-" for key in ("vanished", "changed")]
         table.add_row(name, str(group["merged"]), *cells, *shares)
     return table

@@ -22,6 +22,9 @@ _CUDA_RUNTIME_BYTES = 1_500_000_000
 
 _TILE_BYTES = 2 << 20
 _CUDA_TILE_BYTES = 8 << 20
+_REMOTE_TILE_BYTES = 17 << 20
+"""A request over a network costs a round trip: at least 16 MiB are asked for at once."""
+_REMOTE_THREADS = 4
 _MAX_THREADS = 16
 WRITERS = 2
 OUTPUT_BUFFERS = 3
@@ -43,7 +46,9 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
     element = sum(plan.input_itemsizes) + OUTPUT_BUFFERS * itemsize
     registers = max((tensor.program.registers for tensor in plan.tensors.values() if tensor.program), default=1)
-    wanted = threads or min(_MAX_THREADS, cores())
+    remote = any(item.remote for item in plan.inputs)
+    # Over a network workers wait more than they compute, and their buffers are large.
+    wanted = threads or (_REMOTE_THREADS if remote else min(_MAX_THREADS, cores()))
     tables = 1200 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
 
     def need(count: int, tile: int) -> int:
@@ -53,7 +58,8 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
             + count * (element * tile + (registers + 6) * CHUNK * 8)
         )
 
-    tile = max(BLOCK, (_CUDA_TILE_BYTES if cuda else _TILE_BYTES) // itemsize)
+    tile_bytes = _REMOTE_TILE_BYTES if remote else _CUDA_TILE_BYTES if cuda else _TILE_BYTES
+    tile = max(BLOCK, tile_bytes // itemsize)
     while memory_limit is not None and need(wanted, tile) > memory_limit and (tile > BLOCK or wanted > 1):
         if tile > 8 * BLOCK or wanted == 1 or threads:
             if tile == BLOCK:

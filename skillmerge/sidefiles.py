@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
-from skillmerge.checkpoints.folder import Checkpoint, resolve_inside
-from skillmerge.errors import InputError, some
+from skillmerge.checkpoints.checkpoint import Checkpoint, digest_of
+from skillmerge.errors import InputError, StalePlan, some
 from skillmerge.tensors import TensorSpec
 
 _CARRIED = (
@@ -58,7 +57,11 @@ _FOLDERS_LEFT = (
     "gguf",
     ".*",
 )
+_CONFIGS = "config.json"
+"""Files whose names end so are read when the plan is made: they are where `auto_map` stands."""
+
 _MAX_BYTES = 128 << 20
+_MAX_DEPTH = 2
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _AUTO_MAP = re.compile(rb"auto_map|\\u00(61|75|74|6[fF]|5[fF]|6[dD]|70)")
 """The key, or an escape that could spell a letter of it."""
@@ -68,15 +71,20 @@ _DTYPE_KEY = re.compile(rb'("(?:torch_)?dtype"\s*:\s*")(bfloat16|float16|float32
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A side file of the output: its name (with `/` where it lies in a subfolder), bytes and digest."""
+    """A side file of the output: its name (with `/` where it lies in a subfolder), size and digest.
+
+    digest: (`sha256` or `git_sha1`, hex digits); the second is what the Hub knows of small files. content: the
+    bytes, or None where they are still to be fetched from the donor.
+    """
 
     name: str
-    content: bytes
-    sha256: str
+    size: int
+    digest: tuple[str, str]
+    content: bytes | None
 
-    @property
-    def size(self) -> int:
-        return len(self.content)
+    @classmethod
+    def of(cls, name: str, content: bytes) -> SideFile:
+        return cls(name, len(content), ("sha256", hashlib.sha256(content).hexdigest()), content)
 
 
 def collect(donor: Checkpoint, dtype: str | None, allow_code: bool) -> tuple[SideFile, ...]:
@@ -85,24 +93,38 @@ def collect(donor: Checkpoint, dtype: str | None, allow_code: bool) -> tuple[Sid
     Raises InputError for a config that runs code on loading (`auto_map`), unless `allow_code`.
     """
     files = []
-    for name in sorted(_walk(donor.root, allow_code)):
+    for name in _carried(donor.names, allow_code):
         if _NO_NAME.search(name):
-            raise InputError(f"{donor.root}: the file name {name!r} is not text", fix="rename that file")
-        path = resolve_inside(donor.root, name, donor.follow_links)
-        if not path.is_file():
-            raise InputError(f"{donor.root / name}: is not a plain file", fix="replace it, or move it away")
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{donor.root / name}: is larger than any side file should be")
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{donor.root / name}: cannot be read: {error.strerror}") from error
-        if name.endswith(".json") and not allow_code:
-            _refuse_code(donor.root / name, content)
+            raise InputError(f"{donor.place}: the file name {name!r} is not text", fix="rename that file")
+        known = donor.files.known_digest(name)
+        if known is not None and not name.endswith(_CONFIGS):
+            files.append(SideFile(name, *known, content=None))
+            continue
+        content = _checked(donor, name, allow_code)
         if name == "config.json" and dtype is not None:
             content = with_dtype(content, dtype)
-        files.append(SideFile(name, content, hashlib.sha256(content).hexdigest()))
+        files.append(SideFile.of(name, content))
     return tuple(files)
+
+
+def fetch(donor: Checkpoint, files: Iterable[SideFile], allow_code: bool) -> tuple[SideFile, ...]:
+    """The same files with all of their contents. Raises StalePlan where one is not what was planned with."""
+    fetched = []
+    for file in files:
+        if file.content is None:
+            content = _checked(donor, file.name, allow_code)
+            if len(content) != file.size or file.digest != digest_of(file.digest[0], content):
+                raise StalePlan(f"{donor.files.path(file.name)} is not the file that the plan was made with")
+            file = SideFile.of(file.name, content)
+        fetched.append(file)
+    return tuple(fetched)
+
+
+def _checked(donor: Checkpoint, name: str, allow_code: bool) -> bytes:
+    content = donor.files.read(name, _MAX_BYTES)
+    if name.endswith(".json") and not allow_code:
+        _refuse_code(donor.files.path(name), content)
+    return content
 
 
 def with_dtype(config: bytes, dtype: str) -> bytes:
@@ -118,26 +140,24 @@ def index_bytes(specs: dict[str, list[TensorSpec]]) -> bytes:
     return (json.dumps(document, indent=2) + "\n").encode()
 
 
-def _walk(root: Path, allow_code: bool) -> list[str]:
+def _carried(names: Iterable[str], allow_code: bool) -> list[str]:
+    """The names of side files among all of a checkpoint's."""
+    names = list(names)
     carried = (*_CARRIED, "*.py") if allow_code else _CARRIED
-    names = []
-    for folder, folders, files in os.walk(root):
-        inside = os.path.relpath(folder, root)
-        depth = 0 if inside == "." else inside.count(os.sep) + 1
-        folders[:] = sorted(
-            name for name in folders if depth < 2 and not any(fnmatchcase(name, glob) for glob in _FOLDERS_LEFT)
-        )
-        if depth and any(name.endswith(".safetensors") for name in files):
-            folders.clear()  # a model of its own, not a part of this one
-            continue
-        for name in files:
-            if any(fnmatchcase(name, glob) for glob in _LEFT) or not any(fnmatchcase(name, glob) for glob in carried):
-                continue
-            names.append(name if inside == "." else f"{inside}/{name}".replace(os.sep, "/"))
-    return names
+    # A folder with weights is a model of its own, not a part of this one.
+    models = {name.rpartition("/")[0] + "/" for name in names if name.endswith(".safetensors") and "/" in name}
+    result = []
+    for name in names:
+        *folders, file = name.split("/")
+        left = any(fnmatchcase(folder, glob) for folder in folders for glob in _FOLDERS_LEFT)
+        left |= len(folders) > _MAX_DEPTH or any(name.startswith(model) for model in models)
+        left |= any(fnmatchcase(file, glob) for glob in _LEFT)
+        if not left and any(fnmatchcase(file, glob) for glob in carried):
+            result.append(name)
+    return result
 
 
-def _refuse_code(path: Path, content: bytes) -> None:
+def _refuse_code(path: str, content: bytes) -> None:
     if not _AUTO_MAP.search(content):
         return
     try:

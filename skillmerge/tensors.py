@@ -96,12 +96,6 @@ def block_count(elements: int) -> int:
     return -(-elements // BLOCK)
 
 
-def tile_ranges(elements: int, tile: int) -> list[tuple[int, int]]:
-    """Cut `elements` into runs of at most `tile` elements; every cut lies on a block boundary."""
-    step = max(BLOCK, tile // BLOCK * BLOCK)
-    return [(first, min(first + step, elements)) for first in range(0, elements, step)]
-
-
 def format_bytes(count: float) -> str:
     """Bytes for people, in the decimal units that disks and the Hub use: 3.1 GB."""
     for unit in ("B", "KB", "MB", "GB", "TB"):

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge import manifest
-from skillmerge.checkpoints.folder import Checkpoint, open_folder
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.folder import open_folder
 from skillmerge.checkpoints.safetensors_header import read_header
 from skillmerge.errors import CheckFailed, InputError, UsageError, some
 from skillmerge.modelconfig import contradictions

@@ -29,12 +29,12 @@ from skillmerge.arithmetic import (
     rounding_key,
     torch_dtype,
 )
-from skillmerge.checkpoints.folder import Checkpoint
+from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import ResourceError, UnusableWeights
 from skillmerge.planning import Plan, ShardPlan, TensorPlan
 from skillmerge.resources import Budget
 from skillmerge.statistics import BlockStatistics, is_sampled, measure
-from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count, format_bytes, tile_ranges
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count, format_bytes
 from skillmerge.writer import PAGE
 
 Statistics = dict[str, dict[int, BlockStatistics]]
@@ -70,18 +70,25 @@ class Span:
 
 
 def spans(plan: Plan, shard: ShardPlan, tile: int) -> list[Span]:
-    """Cut a shard into spans of about `tile` elements; small tensors share one."""
+    """Cut a shard into spans of at most `tile` elements, and of little less: only the last one is short.
+
+    Tensors are cut at block boundaries. `tile` is a multiple of 8 and at least a block.
+    """
     result: list[Span] = []
     tiles: list[Tile] = []
-    filled = 0
+    room = tile
     for spec in shard.specs:
-        itemsize = DTYPES[spec.dtype].itemsize
-        for first, last in tile_ranges(spec.elements, tile):
-            if tiles and filled + last - first > tile:
+        itemsize, first = DTYPES[spec.dtype].itemsize, 0
+        while first < spec.elements:
+            left = spec.elements - first
+            count = left if left <= room else room // BLOCK * BLOCK
+            if count == 0:
                 result.append(Span(len(result), tuple(tiles)))
-                tiles, filled = [], 0
-            tiles.append(Tile(plan.tensors[spec.name], first, last, spec.start + first * itemsize))
-            filled += last - first
+                tiles, room = [], tile
+                continue
+            tiles.append(Tile(plan.tensors[spec.name], first, first + count, spec.start + first * itemsize))
+            first += count
+            room -= count + -count % 8  # with room to align what is read
     if tiles:
         result.append(Span(len(result), tuple(tiles)))
     return result
@@ -137,6 +144,22 @@ def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
+@dataclass(slots=True)
+class _Read:
+    """A stretch of one file that is read in one go into a stretch of one buffer."""
+
+    checkpoint: Checkpoint
+    file: str
+    position: int
+    buffer: Buffer
+    start: int
+    nbytes: int = 0
+
+    def begin(self) -> Callable[[], None]:
+        view = self.buffer.view[self.start : self.start + self.nbytes]
+        return self.checkpoint.files.begin(self.file, self.position, view)
+
+
 class Worker:
     """One thread's input buffers and arithmetic.
 
@@ -166,14 +189,18 @@ class Worker:
             for model, source in tile.tensor.sources:
                 spec = self.checkpoints[model].tensors[source]
                 size = DTYPES[spec.dtype].itemsize
-                self.checkpoints[model].announce(spec, tile.first * size, (tile.last - tile.first) * size)
+                nbytes = (tile.last - tile.first) * size
+                self.checkpoints[model].files.announce(spec.file, spec.start + tile.first * size, nbytes)
 
-    def fill(self, span: Span, buffer: Buffer, statistics: Statistics) -> None:
-        """Put a span's bytes into `buffer`, aligned in memory as they are in the file (direct I/O asks for it)."""
-        for tile in span.tiles:
+    def fill(self, span: Span, output: Buffer, statistics: Statistics) -> None:
+        """Put a span's bytes into `output`, aligned in memory as they are in the file (direct I/O asks for it)."""
+        inputs = self._read(span, output)
+        for tile, values in zip(span.tiles, inputs, strict=True):
             if self.stop.is_set():
                 return
-            self._fill(statistics, tile, buffer, span.offset % PAGE + tile.offset - span.offset)
+            start = span.offset % PAGE + tile.offset - span.offset
+            out = output.typed(torch_dtype(tile.tensor.dtype), start, tile.last - tile.first)
+            self._fill(statistics, tile, values, out)
 
     def close(self) -> None:
         if self.stream is not None:
@@ -181,44 +208,65 @@ class Worker:
         for buffer in self.inputs:
             buffer.close()
 
-    def _fill(self, statistics: Statistics, tile: Tile, output: Buffer, start: int) -> None:
+    def _read(self, span: Span, output: Buffer) -> list[list[Tensor]]:
+        """Read all that a span needs, neighbours in one go. Returns each tile's values, source by source.
+
+        What is copied is read to its place in `output`; everything else into the inputs' buffers.
+        """
+        reads: list[_Read] = []
+        latest: dict[int, _Read] = {}
+        values: list[list[Tensor]] = []
+        for tile in span.tiles:
+            values.append([])
+            for index, (model, source) in enumerate(tile.tensor.sources):
+                checkpoint = self.checkpoints[model]
+                spec = checkpoint.tensors[source]
+                dtype, count = torch_dtype(spec.dtype), tile.last - tile.first
+                position = spec.start + tile.first * dtype.itemsize
+                in_place = index == 0 and tile.tensor.program is None
+                buffer = output if in_place else self.inputs[index]
+                read = latest.get(-1 if in_place else index)
+                end = read.start + read.nbytes if read else 0
+                start = span.offset % PAGE + tile.offset - span.offset if in_place else end
+                if (
+                    read is None
+                    or (read.checkpoint, read.file, read.position + read.nbytes) != (checkpoint, spec.file, position)
+                    or start != end
+                    or start % dtype.itemsize
+                ):
+                    start = start if in_place else -(-start // 8) * 8
+                    read = latest[-1 if in_place else index] = _Read(checkpoint, spec.file, position, buffer, start)
+                    reads.append(read)
+                read.nbytes += count * dtype.itemsize
+                values[-1].append(buffer.typed(dtype, start, count))
+        for wait in [read.begin() for read in reads]:
+            wait()
+        return values
+
+    def _fill(self, statistics: Statistics, tile: Tile, values: list[Tensor], out: Tensor) -> None:
         tensor = tile.tensor
-        if tensor.action in ("copy", "same"):
-            self._read(tensor.sources[0], tile, output.view[start : start + tile.nbytes])
-            if tensor.action == "same":
-                self._compare(tile, output.tensor[start : start + tile.nbytes])
-            elif not self.settings.allow_nonfinite and DTYPES[tensor.dtype].is_float:
-                out = output.typed(torch_dtype(tensor.dtype), start, tile.last - tile.first)
+        if tensor.action == "same":
+            self._compare(tile, values)
+        elif tensor.program is None:
+            if not self.settings.allow_nonfinite and DTYPES[tensor.dtype].is_float:
                 for first in range(0, out.numel(), BLOCK):
                     if any_nonfinite(out[first : first + BLOCK]):
                         raise self._nonfinite(tile, {tensor.sources[0][0]: out}, out)
-            return
-        values = {}
-        for buffer, source in zip(self.inputs, tensor.sources, strict=False):
-            dtype = torch_dtype(self.checkpoints[source[0]].tensors[source[1]].dtype)
-            values[source[0]] = buffer.typed(dtype, 0, tile.last - tile.first)
-            self._read(source, tile, buffer.view[: values[source[0]].nbytes])
-        out = output.typed(torch_dtype(tensor.dtype), start, tile.last - tile.first)
-        while True:
-            try:
-                return self._compute(statistics, tile, values, out)
-            except RuntimeError as error:
-                if self.stream is None or "out of memory" not in str(error).lower():
-                    raise
-                self._shrink()
+        else:
+            inputs = {model: piece for (model, _), piece in zip(tensor.sources, values, strict=True)}
+            while True:
+                try:
+                    return self._compute(statistics, tile, inputs, out)
+                except RuntimeError as error:
+                    if self.stream is None or "out of memory" not in str(error).lower():
+                        raise
+                    self._shrink()
 
-    def _read(self, source: tuple[str, str], tile: Tile, into: memoryview) -> None:
-        checkpoint = self.checkpoints[source[0]]
-        spec = checkpoint.tensors[source[1]]
-        checkpoint.read_into(spec, tile.first * DTYPES[spec.dtype].itemsize, into)
-
-    def _compare(self, tile: Tile, expected: Tensor) -> None:
+    def _compare(self, tile: Tile, values: list[Tensor]) -> None:
         """Prove that a tensor which no arithmetic is meant for is the same everywhere."""
         first, *others = tile.tensor.sources
-        for other in others:
-            buffer = self.inputs[0]
-            self._read(other, tile, buffer.view[: tile.nbytes])
-            if not torch.equal(buffer.tensor[: tile.nbytes], expected):
+        for other, piece in zip(others, values[1:], strict=True):
+            if not torch.equal(piece.view(torch.uint8), values[0].view(torch.uint8)):
                 name = tile.tensor.name
                 raise UnusableWeights(
                     f"tensor `{name}` holds {tile.tensor.dtype} and differs between models `{first[0]}` and "

@@ -176,10 +176,8 @@ class Staging:
             self._clear(*(("files", self._journal.name) if self.finished else ()))
             self.files.mkdir(exist_ok=True)
             self.drop_strangers(set(self.finished))
-            _write_synced(
-                self._journal,
-                "".join(json.dumps(entry) + "\n" for entry in [header, *self.finished.values()]),
-            )
+            lines = "".join(json.dumps(entry) + "\n" for entry in [header, *self.finished.values()])
+            write_whole(self._journal, lines.encode())
         return remark
 
     def _is_intact(self, entry: dict[str, Any], stop: threading.Event) -> bool:
@@ -424,10 +422,11 @@ def _read_lines(journal: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _write_synced(path: Path, text: str) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file in one step, durably."""
     beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8") as stream:
-        stream.write(text)
+    with open(beside, "wb") as stream:
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(path)

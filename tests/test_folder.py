@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from skillmerge.checkpoints.folder import Checkpoint, open_folder, read_json_object, resolve_inside
+from skillmerge.checkpoints.checkpoint import Checkpoint, read_json_object
+from skillmerge.checkpoints.folder import Folder, open_folder, resolve_inside
 from skillmerge.errors import InputError, StalePlan
 
 TENSORS = random_tensors(tensor_shapes())
@@ -162,7 +163,7 @@ def test_folder_that_nobody_may_list_is_refused(single: Path, monkeypatch: pytes
     def forbidden(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "iterdir", forbidden)
+    monkeypatch.setattr(os, "listdir", forbidden)
     with pytest.raises(InputError, match="cannot be opened: Permission denied"):
         open_folder("uri", single)
 
@@ -170,7 +171,7 @@ def test_folder_that_nobody_may_list_is_refused(single: Path, monkeypatch: pytes
 @pytest.mark.parametrize("text", ['{"a": Infinity}', '{"a": [0, NaN]}', ' {"é": "\\u00e9"}\n'])
 def test_json_that_python_writes_is_read(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
-    assert len(read_json_object(tmp_path, "x.json", False)) == 1
+    assert len(read_json_object(Folder(tmp_path, follow_links=False), "x.json")) == 1
 
 
 @pytest.mark.parametrize(("depth", "accepted"), [(50, True), (51, False)])
@@ -178,10 +179,10 @@ def test_json_is_read_down_to_a_depth(tmp_path: Path, depth: int, accepted: bool
     text = '{"a":' * (depth - 1) + "1" + "}" * (depth - 1)
     (tmp_path / "x.json").write_text(text)
     if accepted:
-        assert read_json_object(tmp_path, "x.json", False)
+        assert read_json_object(Folder(tmp_path, follow_links=False), "x.json")
         return
     with pytest.raises(InputError, match="nested too deeply"):
-        read_json_object(tmp_path, "x.json", False)
+        read_json_object(Folder(tmp_path, follow_links=False), "x.json")
 
 
 # Reading.
@@ -221,9 +222,9 @@ def test_many_threads_share_one_descriptor_for_each_shard(sharded: Path) -> None
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda name: read(checkpoint, name), list(TENSORS) * 8))
     assert found == [raw_bytes(tensor) for tensor in TENSORS.values()] * 8
-    assert len(checkpoint._descriptors) == 2
+    assert len(checkpoint.files._descriptors) == 2
     checkpoint.close()
-    assert checkpoint._descriptors == {}
+    assert checkpoint.files._descriptors == {}
 
 
 def test_closed_checkpoint_can_be_closed_again_and_read_again(single: Path) -> None:
@@ -257,7 +258,7 @@ def test_changed_shard_is_noticed_before_and_after_reading(sharded: Path, change
     name = next(name for name, spec in checkpoint.tensors.items() if spec.file == SECOND)
     with pytest.raises(StalePlan, match=f"{SECOND} changed while it was in use"):
         read(checkpoint, name)
-    assert checkpoint._descriptors == {}
+    assert checkpoint.files._descriptors == {}
 
 
 def test_shard_that_is_cut_while_it_is_read_is_noticed(single: Path) -> None:

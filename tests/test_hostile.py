@@ -340,7 +340,7 @@ HEADERS = cases(4, [
     ("header: NaN", "NaN is not JSON", tensor(shape=[float("nan")])),
     ("header: Infinity", "Infinity is not JSON", tensor(offsets=[0, float("inf")])),
     ("header: deep nesting", "nested too deeply", header('{"a":' * 100_000)),
-    ("header: deep lists", "nested too deeply", header('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")),
+    ("header: deep lists", "more lists in it", header('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")),
     ("header: duplicate tensor", "stands twice", header(f'{{"a":{info()},"a":{info()}}}', b"x")),
     ("header: duplicate key in a tensor", "stands twice",
         header('{"a":{"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x")),
@@ -396,7 +396,7 @@ HEADERS = cases(4, [
     ("header: half a character in metadata", "not a table of strings",
         header(f'{{"__metadata__":{{"x":"\\ud800"}},"a":{info()}}}', b"x")),
     ("header: no tensors", "holds no tensors", header("{}")),
-    ("header: a bomb of empty lists", "must have exactly the keys", header('{"a":[' + "[]," * 2_000_000 + "[]]}")),
+    ("header: a bomb of empty lists", "more lists in it", header('{"a":[' + "[]," * 2_000_000 + "[]]}")),
     ("header: a bomb of keys", "must have exactly the keys",
         header("{" + ",".join(f'"{n}":0' for n in range(700_000)) + "}")),
 ])  # fmt: skip

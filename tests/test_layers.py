@@ -12,6 +12,8 @@ LAYERS = [
     {"cli"},
     {"report"},
     {"merge"},
+    {"sources"},
+    {"lockfile"},
     {"verification", "demo"},
     {"engine"},
     {"worker"},
@@ -20,7 +22,9 @@ LAYERS = [
     {"accounting"},
     {"recipe", "sidefiles", "modelconfig"},
     {"program"},
-    {"yamltext", "expression", "coefficients", "checkpoints.folder"},
+    {"checkpoints.repository"},
+    {"checkpoints.folder", "checkpoints.hubclient"},
+    {"yamltext", "expression", "coefficients", "checkpoints.checkpoint", "checkpoints.location", "depth"},
     {"checkpoints.safetensors_header"},
     {"naming", "tensors", "parallel"},
     {"errors", "starter", "loading", "checkpoints", ""},
@@ -41,7 +45,7 @@ HOMES = {
     "safetensors": {"verification"},
     "transformers": {"loading"},
     "torch": {"engine", "worker", "arithmetic", "statistics", "verification", "demo", "loading"},
-    "huggingface_hub": set(),
+    "huggingface_hub": {"checkpoints.repository", "checkpoints.hubclient"},
 }
 
 

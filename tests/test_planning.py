@@ -369,5 +369,5 @@ def test_oddities_are_noted(tmp_path: Path) -> None:
     (folder / "config.json").unlink(missing_ok=True)
     notes = "\n".join(skillmerge.plan(recipe, coefficients={"lam": 0.3}).notes)
     assert "no config.json" in notes
-    assert "are the same folder" in notes
+    assert "are the same: their difference is zero" in notes
     assert "--set lam=0.3 stands in for the whole schedule" in notes

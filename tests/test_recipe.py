@@ -8,6 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from skillmerge.checkpoints.location import Location, parse_location
 from skillmerge.errors import RecipeError, UsageError
 from skillmerge.recipe import json_schema, load, parse_recipe, unused_names
 from skillmerge.starter import RECIPE
@@ -48,8 +49,8 @@ def parse(text: str, **overrides: float):
 def test_recipe_is_read_into_frozen_data() -> None:
     recipe = parse(GOOD)
     assert dict(recipe.models) == {"target": "./runs/target", "rl": "/models/rl", "sft": "./sft"}
-    assert recipe.model_folder("target") == Path("/home/runs/target")
-    assert recipe.model_folder("rl") == Path("/models/rl")
+    assert recipe.model_place("target") == Path("/home/runs/target")
+    assert recipe.model_place("rl") == Path("/models/rl")
     assert recipe.output.path == Path("/home/merged")
     assert recipe.output.shard_size == 5_000_000_000
     assert (recipe.output.dtype, recipe.output.rounding, recipe.output.seed) == ("bfloat16", "stochastic", 3)
@@ -73,10 +74,40 @@ def test_models_that_do_nothing_are_named() -> None:
     assert unused_names(parse(GOOD.replace("models:\n", "models:\n  base: ./base\n"))) == ["base"]
 
 
-def test_hub_models_say_what_to_do_in_this_version() -> None:
-    recipe = parse(GOOD.replace("/models/rl", "hf://acme/rl@main"))
-    with pytest.raises(RecipeError, match=r"recipe.yaml:4:7: .*local folders only[\s\S]*hf download acme/rl"):
-        recipe.model_folder("rl")
+@pytest.mark.parametrize(
+    ("uri", "wanted"),
+    [
+        ("hf://acme/rl", Location("acme/rl")),
+        ("hf://acme/rl@main", Location("acme/rl", "main")),
+        ("hf://acme/rl@refs/pr/7", Location("acme/rl", "refs/pr/7")),
+        ("hf://acme/rl@refs/pr/7/sub/model", Location("acme/rl", "refs/pr/7", "sub/model")),
+        ("hf://acme/rl@feature%2Fx/sub", Location("acme/rl", "feature/x", "sub")),
+        ("hf://acme/rl/sub", Location("acme/rl", "", "sub")),
+        ("hf://acme/rl-v1.5_x/", Location("acme/rl-v1.5_x")),
+        (f"hf://acme/rl@{'0123456789' * 4}", Location("acme/rl", "0123456789" * 4)),
+    ],
+)
+def test_places_on_the_hub_are_read(uri: str, wanted: Location) -> None:
+    place = parse(GOOD.replace("/models/rl", uri)).model_place("rl")
+    assert place == wanted
+    assert wanted.pinned == (len(wanted.revision) == 40)
+    assert parse_location(str(wanted).replace("feature/x", "feature%2Fx")) == wanted
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["hf://", "hf://acme", "hf://acme/", "hf://acme/rl@", "hf:///rl", "hf://acme/rl/../x", "hf://acme/rl//x",
+     "hf://ac me/rl", "hf://acme/rl@a..b", "hf://-acme/rl", "hf://acme/rl@a\\b"],
+)  # fmt: skip
+def test_places_that_the_hub_cannot_have_are_refused(uri: str) -> None:
+    recipe = parse(GOOD.replace("/models/rl", f"'{uri}'"))
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:4:7: .*hf://"):
+        recipe.model_place("rl")
+
+
+def test_places_of_other_kinds_are_refused() -> None:
+    with pytest.raises(RecipeError, match="s3://"):
+        parse(GOOD.replace("/models/rl", "s3://bucket/rl")).model_place("rl")
 
 
 SNAPSHOTS = {

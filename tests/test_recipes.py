@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import random_tensors, tensor_shapes, write_checkpoint
+from hub_server import HubServer
 
 import skillmerge
 from skillmerge.recipe import load
@@ -18,15 +19,21 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_recipe_applies_as_it_is(path: Path, tmp_path: Path) -> None:
+def test_recipe_applies_as_it_is(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = path.read_text()
     assert "# When: " in text
     recipe = tmp_path / path.name
     recipe.write_text(text)
-    for seed, folder in enumerate(load(recipe).models.values()):
-        write_checkpoint(
-            tmp_path / folder, random_tensors(tensor_shapes(layers=8), seed=seed), config={"model_type": "odd"}
-        )
+    with HubServer(tmp_path / "hub") as hub, hub.environment(monkeypatch):
+        for seed, uri in enumerate(load(recipe).models.values()):
+            tensors = random_tensors(tensor_shapes(layers=8), seed=seed)
+            folder = write_checkpoint(tmp_path / uri.removeprefix("hf://"), tensors, config={"model_type": "odd"})
+            if uri.startswith("hf://"):
+                hub.create_from(uri.removeprefix("hf://"), folder)
+        check(recipe)
+
+
+def check(recipe: Path) -> None:
     plan = skillmerge.plan(recipe)
     assert plan.problems == ()
     assert plan.notes == ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skillmerge.tensors import BLOCK, DTYPES, format_bytes, parse_size, tile_ranges
+from skillmerge.tensors import DTYPES, format_bytes, parse_size
 
 
 @pytest.mark.parametrize(
@@ -34,15 +34,6 @@ def test_size_that_means_nothing_is_refused(text: str) -> None:
 )
 def test_bytes_are_written_for_people(count: float, wanted: str) -> None:
     assert format_bytes(count) == wanted
-
-
-@pytest.mark.parametrize("elements", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 10 * BLOCK + 7])
-@pytest.mark.parametrize("tile", [1, BLOCK, 3 * BLOCK, 3 * BLOCK + 100])
-def test_tiles_cover_a_tensor_and_cut_it_at_blocks(elements: int, tile: int) -> None:
-    ranges = tile_ranges(elements, tile)
-    assert [first for first, _ in ranges] == [0, *(last for _, last in ranges)][: len(ranges)]
-    assert sum(last - first for first, last in ranges) == elements
-    assert all(first % BLOCK == 0 for first, _ in ranges)
 
 
 def test_dtype_table_agrees_with_torch() -> None:

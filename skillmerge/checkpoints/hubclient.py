@@ -1,0 +1,166 @@
+"""Talking to the Hugging Face Hub: one place for its errors, retries and tokens.
+
+huggingface_hub finds the endpoint, the token and the cache (HF_ENDPOINT, HF_TOKEN, `hf auth login`, HF_HOME,
+HF_HUB_OFFLINE). What may pass later is tried again, as long as the server asks for; what goes wrong for good
+becomes an error with the next command to type. No text that comes from a request is ever shown: a token
+could be in it.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from skillmerge.errors import InputError, SkillmergeError, TemporaryError
+
+HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What every error of the HTTP library derives from, whichever library this huggingface_hub is built on."""
+
+TRIES = 6
+FIRST_WAIT = 1.0
+LONGEST_WAIT = 300.0
+"""Seconds. A server that asks for a longer wait than this gets it next time: exit status 75."""
+
+_PASSING = {408, 425, 429, 500, 502, 503, 504, 520, 522, 524}
+
+T = TypeVar("T")
+
+
+class Passing(Exception):
+    """Something that may pass: `wait` is how long the server asked to wait, in seconds."""
+
+    def __init__(self, what: str, wait: float | None = None) -> None:
+        super().__init__(what)
+        self.what, self.wait = what, wait
+
+
+def retried(what: str, attempt: Callable[[], T], *, progress: Callable[[], int] = lambda: 0) -> T:
+    """Run `attempt`, again where it fails with what may pass. `what` is the repository, for messages.
+
+    Only tries without any `progress` count: a link that breaks often still gets there.
+    Raises InputError for what will not pass, TemporaryError where TRIES were not enough.
+    """
+    failed, reached = 0, progress()
+    while True:
+        try:
+            with hub_errors(what):
+                return attempt()
+        except Passing as passing:
+            if progress() > reached:
+                failed, reached = 0, progress()
+            failed += 1
+            wait = FIRST_WAIT * 2 ** (failed - 1) if passing.wait is None else passing.wait
+            if failed == TRIES or wait > LONGEST_WAIT:
+                raise TemporaryError(
+                    f"{what}: {passing.what}", fix="try again later: the same command continues where it stopped"
+                ) from passing
+            time.sleep(wait)
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn huggingface_hub's and the HTTP library's errors into ours, or into Passing."""
+    try:
+        yield
+    except (SkillmergeError, Passing):
+        raise
+    except OfflineModeIsEnabled as error:
+        raise InputError(
+            f"{what} is not in the local cache, and HF_HUB_OFFLINE is set",
+            fix=f"unset HF_HUB_OFFLINE, or fetch it where there is a network: hf download {_repository(what)}",
+        ) from error
+    except LocalTokenNotFoundError as error:
+        raise InputError(f"{what} needs a token, and none was found", fix=_LOG_IN) from error
+    except HFValidationError as error:
+        raise InputError(f"{what} is not a name that a repository can have") from error
+    except HfHubHTTPError as error:
+        raise _explained(what, error) from error
+    except EntryNotFoundError as error:
+        raise InputError(f"{what}: a file is missing there") from error
+    except HTTPError as error:
+        # The message is not shown: for an unusable token it quotes the token.
+        if type(error).__name__ in ("LocalProtocolError", "UnsupportedProtocol", "InvalidURL"):
+            raise InputError(
+                f"{what}: the request could not be made ({type(error).__name__})",
+                fix="check HF_ENDPOINT, and the token for stray spaces and line ends: hf auth login",
+            ) from None
+        raise Passing(f"the network failed ({type(error).__name__})") from None
+    except (ConnectionError, TimeoutError) as error:
+        raise Passing(f"the network failed ({type(error).__name__})") from None
+
+
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def _repository(what: str) -> str:
+    return what.removeprefix("hf://").split("@")[0]
+
+
+def _explained(what: str, error: HfHubHTTPError) -> Exception:
+    status = error.response.status_code if error.response is not None else 0
+    known = get_token() is not None
+    repository = _repository(what)
+    if isinstance(error, GatedRepoError):
+        page = f"{constants.ENDPOINT}/{repository}"
+        fix = f"ask for access at {page}" + ("" if known else f", then {_LOG_IN}")
+        return InputError(f"{what} is gated, and access has not been granted to you", fix=fix)
+    if isinstance(error, RepositoryNotFoundError):
+        if known:
+            fix = "check the name; for a private repository, check what the token may see: hf auth whoami"
+        else:
+            fix = f"check the name; for a private repository {_LOG_IN}"
+        return InputError(f"{what}: there is no such repository, or it is private", fix=fix)
+    if isinstance(error, RevisionNotFoundError):
+        return InputError(
+            f"{what}: the repository has no such revision", fix=f"see {constants.ENDPOINT}/{repository}/commits/main"
+        )
+    if isinstance(error, DisabledRepoError):
+        return InputError(f"{what}: the Hub has disabled this repository")
+    if isinstance(error, EntryNotFoundError):
+        return InputError(f"{what}: a file is missing there")
+    if status == 401:
+        return InputError(f"{what}: the Hub refuses the token", fix="log in again: hf auth login")
+    if status == 403:
+        return InputError(
+            f"{what}: the token may not do this", fix="make a token with more rights at hf.co/settings/tokens"
+        )
+    return refused(status, error.response.headers if error.response is not None else {}, what)
+
+
+def refused(status: int, headers: Mapping[str, str], what: str) -> Exception:
+    """An answer that is not what was asked for: Passing, or an InputError."""
+    if status in _PASSING:
+        word = "too many requests" if status == 429 else f"the server answers {status}"
+        return Passing(word, _asked_wait(headers))
+    return InputError(f"{what}: the server answers {status}")
+
+
+def _asked_wait(headers: Mapping[str, str]) -> float | None:
+    """Seconds that `Retry-After` (a number or a date) or the rate limit's reset ask to wait."""
+    asked = headers.get("retry-after")
+    if asked is not None:
+        if asked.strip().isdecimal():
+            return float(asked)
+        try:
+            return max(0.0, email.utils.parsedate_to_datetime(asked).timestamp() - time.time())
+        except ValueError:
+            return None
+    limit = parse_ratelimit_headers(headers)
+    return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else None

@@ -1,0 +1,84 @@
+"""Coefficients over a model's depth: by block and kind of module, and as a picture of one line.
+
+Works on names, shapes and numbers, so that a plan and a manifest are shown alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from skillmerge.naming import MODULE_KINDS, block_of, module_kind
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """One coefficient. kinds: the columns; rows: (label, cells by kind); pictures: (stack, picture)."""
+
+    kinds: tuple[str, ...]
+    rows: tuple[tuple[str, Mapping[str, str]], ...]
+    pictures: tuple[tuple[str, str], ...]
+
+
+def over_depth(values: Iterable[tuple[str, Sequence[int], float]]) -> Depth:
+    """`values`: name, shape and coefficient of every tensor that has one. Equal neighbouring blocks share a row."""
+    cells: dict[tuple[str, int], dict[str, set[float]]] = {}
+    means: dict[str, dict[int, list[tuple[float, int]]]] = {}
+    outside: dict[str, set[float]] = {}
+    for name, shape, value in values:
+        block, kind = block_of(name), module_kind(name)
+        row = cells.setdefault(block, {}) if block else outside
+        row.setdefault(kind, set()).add(value)
+        if block:
+            means.setdefault(block[0], {}).setdefault(block[1], []).append((value, math.prod(shape)))
+    kinds = tuple(kind for kind in (*MODULE_KINDS, "other") if any(kind in row for row in (*cells.values(), outside)))
+    rows, pictures = [], []
+    for stack, layers in means.items():
+        blocks = {layer: cells[stack, layer] for layer in sorted(layers)}
+        pictures.append((stack, _picture({layer: _mean(layers[layer]) for layer in blocks})))
+        for first, last, row in _runs(blocks):
+            label = f"{stack} {first}" if first == last else f"{stack} {first}-{last}"
+            rows.append((label, {kind: _range(row.get(kind)) for kind in kinds}))
+    if outside:
+        rows.append(("outside blocks", {kind: _range(outside.get(kind)) for kind in kinds}))
+    return Depth(kinds, tuple(rows), tuple(pictures))
+
+
+def number(value: float) -> str:
+    """A coefficient for people."""
+    return f"{value:.3g}"
+
+
+def _mean(values: list[tuple[float, int]]) -> float:
+    """The mean over a block's elements, so that a norm counts for as little as it is."""
+    return sum(value * count for value, count in values) / max(1, sum(count for _, count in values))
+
+
+def _picture(means: Mapping[int, float]) -> str:
+    """One character per block, between the smallest (or 0) and the largest (or 0)."""
+    low, high = min(0.0, *means.values()), max(0.0, *means.values())
+    span = high - low or 1.0
+    bars = "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means.values())
+    return f"{min(means)} {bars} {max(means)}  ({number(min(means.values()))} to {number(max(means.values()))})"
+
+
+def _runs(
+    rows: Mapping[int, dict[str, set[float]]],
+) -> Iterable[tuple[int, int, dict[str, set[float]]]]:
+    run: list[tuple[int, dict[str, set[float]]]] = []
+    for item in rows.items():
+        if run and item[1] != run[-1][1]:
+            yield run[0][0], run[-1][0], run[0][1]
+            run = []
+        run.append(item)
+    if run:
+        yield run[0][0], run[-1][0], run[0][1]
+
+
+def _range(found: set[float] | None) -> str:
+    if not found:
+        return "-"
+    return number(min(found)) if len(found) == 1 else f"{number(min(found))} … {number(max(found))}"

@@ -1,0 +1,124 @@
+"""A recipe's models -> open checkpoints: folders, and repositories at a commit that is known from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from skillmerge import lockfile
+from skillmerge.checkpoints.checkpoint import Checkpoint, Files, open_checkpoint
+from skillmerge.checkpoints.folder import Folder
+from skillmerge.checkpoints.location import Location
+from skillmerge.errors import StalePlan, UsageError
+from skillmerge.lockfile import LockedModel
+from skillmerge.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How models may be reached.
+
+    follow_links: links may lead out of a folder. locked: a revision that can change must be in the lock file.
+    relock: the lock file is not looked at. download: repositories go through the Hub's cache instead of being
+    streamed.
+    """
+
+    follow_links: bool = False
+    locked: bool = False
+    relock: bool = False
+    download: bool = False
+
+
+def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> dict[str, Checkpoint]:
+    """The models that the recipe uses, open, in its order.
+
+    Raises RecipeError, UsageError, InputError, StalePlan, TemporaryError.
+    """
+    places = {name: recipe.model_place(name) for name in recipe.used_models()}
+    lock_path = lockfile.path_of(Path(recipe.document.name))
+    lock = None
+    if not access.relock and any(isinstance(place, Location) for place in places.values()):
+        lock = lockfile.read(lock_path)
+    wanted = {name: _locked(recipe, name, place, lock, lock_path, access) for name, place in places.items()}
+    checkpoints = _open_all(recipe, wanted, access)
+    try:
+        for name, place in places.items():
+            if not isinstance(place, Location):
+                continue
+            if lock is not None and name in lock:
+                lock[name].compare(lock_path, name, checkpoints[name])
+            elif not place.pinned and not access.relock:
+                pinned = place.at(checkpoints[name].files.revision or "")
+                warn(f"model `{name}`: {place} can change under this name. Pinned, it reads\n  {name}: {pinned}")
+    except BaseException:
+        close_all(checkpoints)
+        raise
+    return checkpoints
+
+
+def close_all(checkpoints: Mapping[str, Checkpoint]) -> None:
+    for checkpoint in checkpoints.values():
+        checkpoint.close()
+
+
+def _locked(
+    recipe: Recipe,
+    name: str,
+    place: Path | Location,
+    lock: Mapping[str, LockedModel] | None,
+    lock_path: Path,
+    access: Access,
+) -> Path | Location:
+    """The place with the commit of the lock, where there is one."""
+    if not isinstance(place, Location):
+        return place
+    if lock is not None:
+        found = lock.get(name)
+        if found is None or found.uri != recipe.models[name]:
+            what = f"holds {found.uri}" if found else "does not hold it"
+            raise StalePlan(
+                f"{lock_path} is stale: model `{name}` is {recipe.models[name]}, the lock {what}",
+                fix=f"write it again: skillmerge plan {recipe.document.name} --lock",
+            )
+        return place.at(found.commit)
+    if access.locked and not place.pinned:
+        raise UsageError(
+            f"--locked: model `{name}` ({place}) has a revision that can change, and there is no {lock_path}",
+            fix=f"write one: skillmerge plan {recipe.document.name} --lock",
+        )
+    return place
+
+
+def _open_all(recipe: Recipe, places: Mapping[str, Path | Location], access: Access) -> dict[str, Checkpoint]:
+    """All at once: most of the time is spent waiting for answers."""
+
+    def one(item: tuple[str, Path | Location]) -> Checkpoint | Exception:
+        name, place = item
+        try:
+            files = _files(place, access)
+            try:
+                return open_checkpoint(recipe.models[name], files)
+            except BaseException:
+                files.close()
+                raise
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, len(places))) as pool:
+        opened = dict(zip(places, pool.map(one, places.items()), strict=True))
+    checkpoints = {name: item for name, item in opened.items() if isinstance(item, Checkpoint)}
+    for item in opened.values():
+        if isinstance(item, Exception):
+            close_all(checkpoints)
+            raise item
+    return checkpoints
+
+
+def _files(place: Path | Location, access: Access) -> Files:
+    if isinstance(place, Path):
+        return Folder(place, follow_links=access.follow_links)
+    from skillmerge.checkpoints.repository import open_location
+
+    return open_location(place, download=access.download)
