@@ -5,6 +5,7 @@ The verbs of the command line are functions here, with the same words:
     skillmerge.plan("recipe.yaml")                      -> Plan
     skillmerge.apply("recipe.yaml", "out", device="cpu") -> Result
     skillmerge.verify("out", load=True)                 -> Verdict
+    skillmerge.push("out", "org/name")                  -> Published
 
 They are imported when first used, so that `import skillmerge` costs nothing.
 """
@@ -14,17 +15,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["SkillmergeError", "__version__", "apply", "plan", "verify"]
+__all__ = ["SkillmergeError", "__version__", "apply", "plan", "push", "verify"]
 
 if TYPE_CHECKING:
     from skillmerge.errors import SkillmergeError
     from skillmerge.merge import apply
     from skillmerge.merge import make_plan as plan
+    from skillmerge.pushing import push
     from skillmerge.verification import verify
 
 _HOMES = {
     "apply": ("skillmerge.merge", "apply"),
     "plan": ("skillmerge.merge", "make_plan"),
+    "push": ("skillmerge.pushing", "push"),
     "verify": ("skillmerge.verification", "verify"),
     "SkillmergeError": ("skillmerge.errors", "SkillmergeError"),
 }

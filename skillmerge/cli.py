@@ -95,6 +95,12 @@ _json = option("--json", "as_json", is_flag=True, help="Print one JSON object in
 _code = option("--allow-code", is_flag=True, help="Accept a config whose auto_map runs code, and carry *.py files.")
 _links = option("--follow-links", is_flag=True, help="Accept links that lead out of a checkpoint's folder.")
 _locked = option("--locked", is_flag=True, help="Refuse revisions that can change and are not in the lock file.")
+_private = option("--private/--public", default=None, help="Of a repository that is made.")
+_revision = option("--revision", help="The branch of the Hub's repository to commit to.")
+_pull_request = option(
+    "--pull-request/--no-pull-request", default=None, help="By default only where a model is there already."
+)
+_message = option("--message", help="Of the commit.")
 _nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
 
 
@@ -143,6 +149,12 @@ def cli() -> None:
     "--hub", type=click.Choice(["stream", "download"]), default="stream", show_default=True,
     help="Stream models on the Hub, or put them into its local cache first.",
 )  # fmt: skip
+@option("--push", metavar="ORG/NAME", help="Publish it on the Hub too, in place of the recipe's output.push.")
+@option("--no-local", is_flag=True, help="Keep it on the Hub only: shards are sent as they are finished, and removed.")
+@_private
+@_revision
+@_pull_request
+@_message
 @_nonfinite
 @_code
 @_links
@@ -179,6 +191,7 @@ def apply(
                 "plan_digest": result.manifest["plan_digest"],
                 "statistics": statistics,
                 "warnings": warnings,
+                "published": result.published.as_dict() if result.published else None,
                 "files": result.manifest["files"],
             }
         )
@@ -264,6 +277,36 @@ def verify(folder: str, load: bool, allow_nonfinite: bool, as_json: bool, quiet:
         from skillmerge import report
 
         report.show_verdict(verdict, report.console())
+
+
+@cli.command()
+@click.argument("folder", type=click.Path())
+@click.argument("repository", metavar="ORG/NAME")
+@_private
+@_revision
+@_pull_request
+@_message
+@option("--tag", "tags", multiple=True, help="Of the model card; may be given again.")
+@option("--license", help="Of the merge, for its model card, in place of the recipe's.")
+@option("--card", type=click.Path(), help="A model card written by hand.")
+@_nonfinite
+@_json
+@option("--quiet", "-q", is_flag=True, help="Only errors.")
+def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Verify an output and publish it on the Hugging Face Hub, in one commit.
+
+    A repository that has a model already gets a pull request. An interrupted push is continued by the same
+    command.
+    """
+    from skillmerge.pushing import push as run
+
+    published = run(folder, repository, **options)
+    if as_json:
+        _print_json({"ok": True, **published.as_dict()})
+    elif not quiet:
+        from skillmerge import report
+
+        report.show_published(published, report.console())
 
 
 @cli.command()

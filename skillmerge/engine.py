@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -116,11 +117,14 @@ class Run:
         staging: Staging,
         settings: Settings,
         shards: Sequence[ShardPlan],
+        in_flight: int | None,
+        finished: Callable[[dict[str, Any]], None],
     ) -> None:
+        self.in_flight, self.finished = in_flight, finished
         self.plan, self.checkpoints, self.staging, self.settings = plan, checkpoints, staging, settings
-        self.unstarted = iter(shards)
+        self.unstarted = deque(shards)
         self.jobs: list[ShardJob] = []
-        self.lock = threading.Lock()
+        self.lock = threading.Condition()
         self.stop = threading.Event()
         self.failure: BaseException | None = None
         self.write_mode = WriteMode()
@@ -181,21 +185,20 @@ class Run:
         None when nothing is left; a shard without weights comes without a span.
         """
         with self.lock:
-            if self.stop.is_set():
-                return None
-            job = mine if mine is not None and mine.left else self._next_job()
-            if job is None:
-                return None
-            if not job.left:
-                return job, None
-            job.taken += 1
-            return job, job.spans[job.taken - 1]
+            while not self.stop.is_set():
+                job = mine if mine is not None and mine.left else self._next_job()
+                if job is not None and job.left:
+                    job.taken += 1
+                    return job, job.spans[job.taken - 1]
+                if job is not None or not self.unstarted:
+                    return (job, None) if job is not None else None
+                self.lock.wait(0.2)  # as many shards are in flight as may be
+            return None
 
     def _next_job(self) -> ShardJob | None:
-        shard = next(self.unstarted, None)
-        if shard is None:
+        if not self.unstarted or (self.in_flight is not None and len(self.jobs) >= self.in_flight):
             return max((job for job in self.jobs if job.left), key=lambda job: job.left, default=None)
-        self.jobs.append(ShardJob(self, shard))
+        self.jobs.append(ShardJob(self, self.unstarted.popleft()))
         return self.jobs[-1]
 
     def complete(self, job: ShardJob) -> None:
@@ -204,9 +207,11 @@ class Run:
         for model, files in self._files_read(job.shard).items():
             self.checkpoints[model].check_unchanged(files)
         self.staging.record(entry)
+        self.finished(entry)
         with self.lock:
             self.staging.finished[job.shard.file] = entry
             self.jobs.remove(job)
+            self.lock.notify_all()
 
     def _files_read(self, shard: ShardPlan) -> dict[str, set[str]]:
         files: dict[str, set[str]] = {}
@@ -224,34 +229,40 @@ def merge_shards(
     *,
     shards: Sequence[ShardPlan] | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    in_flight: int | None = None,
+    finished: Callable[[dict[str, Any]], None] = lambda entry: None,
 ) -> None:
     """Write the shards that `staging` has not finished yet (all of the plan's, or those given).
 
     Idempotent per shard: what one call leaves unfinished, another may do. `progress` gets the bytes of output
-    finished so far, a few times a second, in the calling thread.
+    finished so far, a few times a second, in the calling thread. `finished` gets the journal's entry of each
+    shard when that is durable, in a thread of the run; no more than `in_flight` shards are begun and not yet
+    handed to it.
     """
     wanted = [shard for shard in (shards or plan.shards) if shard.file not in staging.finished]
-    finished = sum(shard.size for shard in plan.shards if shard.file in staging.finished)
-    run = Run(plan, checkpoints, staging, settings, wanted)
+    before = sum(shard.size for shard in plan.shards if shard.file in staging.finished)
+    run = Run(plan, checkpoints, staging, settings, wanted, in_flight, finished)
     intraop = torch.get_num_threads()
     torch.set_num_threads(1)
     workers = [
         threading.Thread(target=_guard, args=(run, run.work), daemon=True) for _ in range(settings.budget.threads)
     ]
-    writers = [threading.Thread(target=_guard, args=(run, run.write), daemon=True) for _ in range(WRITERS)]
+    writers = [
+        threading.Thread(target=_guard, args=(run, run.write), daemon=True) for _ in range(WRITERS + (in_flight or 0))
+    ]
     try:
         for thread in (*workers, *writers):
             thread.start()
         for thread in workers:
             while thread.is_alive():
                 thread.join(0.25)
-                progress(finished + run.moved)
+                progress(before + run.moved)
         for _ in writers:
             run.full.put(None)
         for thread in writers:
             while thread.is_alive():
                 thread.join(0.25)
-        progress(finished + run.moved)
+        progress(before + run.moved)
     finally:
         run.stop.set()
         for _ in writers:

@@ -43,11 +43,13 @@ def build(
     measured = {name: row for entry in finished.values() for name, row in entry["statistics"].items()}
     described = plan.as_dict()
     inputs = [
-        {**item, "files": [
-            {**file, "sha256": input_digests.get((item["name"], file["name"]))}
-            for file in item["files"]
-        ]} for item in described["inputs"]
-    ]  # fmt: skip
+        {
+            **item,
+            "license": source.license,
+            "files": [{**file, "sha256": input_digests.get((item["name"], file["name"]))} for file in item["files"]],
+        }
+        for item, source in zip(described["inputs"], plan.inputs, strict=True)
+    ]
     tensors = [
         {**tensor, "statistics": measured[tensor["name"]]} if tensor["name"] in measured else tensor
         for tensor in described["tensors"]

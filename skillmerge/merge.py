@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skillmerge import lockfile, manifest
 from skillmerge.accounting import prove_ties
@@ -29,12 +29,16 @@ from skillmerge.sources import Access, close_all, open_models
 from skillmerge.verification import check_structure
 from skillmerge.writer import MANIFEST_FILE, Staging, disk_errors, write_whole
 
+if TYPE_CHECKING:
+    from skillmerge.publishing import Published
+    from skillmerge.pushing import Publication
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """A finished merge: where it is, its manifest, and where it was computed and why there.
 
-    `already` where nothing was left to do.
+    `already` where nothing was left to do. published: where on the Hub it is, if it was pushed.
     """
 
     output: Path
@@ -42,6 +46,7 @@ class Result:
     seconds: float
     device: str = ""
     already: bool = False
+    published: Published | None = None
 
 
 class Reporter:
@@ -75,17 +80,25 @@ def apply(
     follow_links: bool = False,
     locked: bool = False,
     hub: str = "stream",
+    push: str | None = None,
+    no_local: bool = False,
+    private: bool | None = None,
+    revision: str | None = None,
+    pull_request: bool | None = None,
+    message: str | None = None,
     reporter: Reporter | None = None,
 ) -> Result:
-    """Plan, merge, check, and publish into the output folder.
+    """Plan, merge, check, and publish into the output folder; with `push`, on the Hub too.
 
     recipe: path of the recipe. output: the folder, in place of `output.path`. coefficients: numbers in place
-    of the recipe's. device: auto, cpu, cuda or cuda:N. memory_limit: bytes. stats: full, sampled or off.
+    of the recipe's. device: auto, cpu, cuda or cuda:N. memory_limit: bytes. stats: full, sampled or off. hub:
+    stream or download. push: org/name, in place of `output.push.repo`; private, revision, pull_request and
+    message likewise. no_local: shards are sent as they are finished and removed; only the Hub keeps them.
     Raises SkillmergeError, whose subclasses say which kind of trouble it was; see `skillmerge.errors`.
     """
     started = time.monotonic()
     reporter = reporter or Reporter()
-    _check_arguments(device, threads, memory_limit, stats)
+    _check_arguments(device, threads, memory_limit, stats, hub)
     access = Access(follow_links, locked, download=hub == "download")
     with planned(recipe, coefficients, allow_code, access, reporter.warn) as (plan, checkpoints):
         plan.refuse_problems()
@@ -93,46 +106,104 @@ def apply(
             reporter.warn(note)
         target = output_folder(plan.recipe, output, checkpoints)
         budget(plan, threads=threads, memory_limit=memory_limit)
+        options = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
+        publication = _publication(plan, push, no_local, options)
+        conditions = {"inputs": _identities(checkpoints), "stats": stats, "allow_nonfinite": allow_nonfinite}
+        if publication is not None and no_local:
+            conditions["only_on"] = publication.repository
         with closing(Staging(target)) as staging:
-            conditions = {"inputs": _identities(checkpoints), "stats": stats, "allow_nonfinite": allow_nonfinite}
             recovered = staging.recover(plan.digest, conditions, overwrite)
-            proof = finished_output(target, plan, conditions, hash_inputs)
+            proof = finished_output(target, plan, conditions, hash_inputs) if not no_local else None
             # Who overwrites may have a reason to, a damaged output for one.
-            if proof is not None and (recovered or not overwrite or _is_intact(target, proof)):
-                if staging.unfinished:
-                    reporter.warn(f"{staging.folder} holds an unfinished run of another plan")
-                return Result(target, proof, time.monotonic() - started, already=True)
-            _refuse_existing(target, overwrite)
-            if remark := staging.begin(plan.digest, conditions):
-                reporter.warn(remark)
-            check_disk(staging.folder, plan.bytes_written - staging.finished_bytes, "the output")
-
-            side_files = fetch(checkpoints[plan.donor], plan.side_files, allow_code)
-            prove_ties(plan.ties, checkpoints)
-
-            # torch takes seconds to import: everything that can fail without it has been tried by now.
-            with _signals_waiting():
-                from skillmerge.engine import choose_device, merge_shards
-            from skillmerge.worker import Settings
-
-            where, why = choose_device(device)
-            reporter.say(f"computing on {where}: {why}")
-            chosen = budget(plan, threads=threads, memory_limit=memory_limit, cuda=where.type == "cuda")
-            settings = Settings(where, chosen, stats, allow_nonfinite, reporter.warn)
-            with reporter.bar(sum(shard.size for shard in plan.shards)) as progress:
-                try:
-                    merge_shards(plan, checkpoints, staging, settings, progress=progress)
-                except UnusableWeights:
+            already = proof is not None and (recovered or not overwrite or _is_intact(target, proof))
+            where = ""
+            if proof is None or not already:
+                if not no_local:
+                    _refuse_existing(target, overwrite)
+                run = _Run(plan, checkpoints, staging, conditions, publication, reporter, started)
+                where, proof = run.finish(device, threads, memory_limit, allow_code, hash_inputs)
+                if not no_local:
+                    check_structure(staging.files, proof)
+                    staging.publish(overwrite)
+            elif staging.unfinished:
+                reporter.warn(f"{staging.folder} holds an unfinished run of another plan")
+            published = None
+            if publication is not None:
+                published = publication.publish(staging.files if no_local else target, proof, verified=not already)
+                if no_local:
                     staging.discard()
-                    raise
-            digests = _hash_inputs(checkpoints) if hash_inputs else {}
-            for checkpoint in checkpoints.values():
-                checkpoint.check_unchanged()
-            environment = {**_versions(), "device": str(where), **conditions}
-            proof = _write_proof(plan, staging, side_files, stats, environment, digests, started)
-            check_structure(staging.files, proof)
-            staging.publish(overwrite)
-    return Result(target, proof, time.monotonic() - started, f"{where}: {why}")
+    return Result(target, proof, time.monotonic() - started, where, already, published)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The work between a plan and a checked output in the staging folder."""
+
+    plan: Plan
+    checkpoints: Mapping[str, Checkpoint]
+    staging: Staging
+    conditions: Mapping[str, Any]
+    publication: Publication | None
+    reporter: Reporter
+    started: float
+
+    def finish(
+        self, device: str, threads: int | None, memory_limit: int | None, allow_code: bool, hash_inputs: bool
+    ) -> tuple[str, dict[str, Any]]:
+        """Begin or continue. Returns where it was computed, and the manifest."""
+        plan, staging = self.plan, self.staging
+        if remark := staging.begin(plan.digest, dict(self.conditions)):
+            self.reporter.warn(remark)
+        needed = plan.bytes_written - staging.finished_bytes
+        if self.publication is not None:
+            self.publication.attach(staging)
+            needed = self.publication.disk_needed(needed)
+        if staging.sealed:
+            return "", manifest.read(staging.files)
+        check_disk(staging.folder, needed, "the output")
+        side_files = fetch(self.checkpoints[plan.donor], plan.side_files, allow_code)
+        prove_ties(plan.ties, self.checkpoints)
+        where = self._merge(device, threads, memory_limit)
+        digests = _hash_inputs(self.checkpoints) if hash_inputs else {}
+        for checkpoint in self.checkpoints.values():
+            checkpoint.check_unchanged()
+        environment = {**_versions(), "device": where.split(": ")[0], **self.conditions}
+        stats = self.conditions["stats"]
+        proof = _write_proof(plan, staging, side_files, stats, environment, digests, self.started)
+        if self.publication is not None and self.publication.in_flight is not None:
+            staging.seal()
+        return where, proof
+
+    def _merge(self, device: str, threads: int | None, memory_limit: int | None) -> str:
+        # torch takes seconds to import: everything that can fail without it has been tried by now.
+        with _signals_waiting():
+            from skillmerge.engine import choose_device, merge_shards
+        from skillmerge.worker import Settings
+
+        plan, publication = self.plan, self.publication
+        where, why = choose_device(device)
+        self.reporter.say(f"computing on {where}: {why}")
+        chosen = budget(plan, threads=threads, memory_limit=memory_limit, cuda=where.type == "cuda")
+        stats, allow_nonfinite = self.conditions["stats"], self.conditions["allow_nonfinite"]
+        settings = Settings(where, chosen, stats, allow_nonfinite, self.reporter.warn)
+        with self.reporter.bar(sum(shard.size for shard in plan.shards)) as progress:
+            try:
+                merge_shards(
+                    plan,
+                    self.checkpoints,
+                    self.staging,
+                    settings,
+                    progress=progress,
+                    in_flight=publication.in_flight if publication is not None else None,
+                    finished=publication.finished if publication is not None else lambda entry: None,
+                )
+            except UnusableWeights:
+                self.staging.discard()
+                raise
+            finally:
+                if publication is not None:
+                    publication.settle()
+        return f"{where}: {why}"
 
 
 def make_plan(
@@ -162,13 +233,25 @@ def make_plan(
         return plan
 
 
-def _check_arguments(device: str, threads: int | None, memory_limit: int | None, stats: str) -> None:
+def _publication(plan: Plan, repository: str | None, no_local: bool, options: Mapping[str, Any]) -> Publication | None:
+    """The push that the recipe or the caller asks for, checked before any work."""
+    if repository is None and plan.recipe.output.push is None:
+        if no_local:
+            raise UsageError("without a push there would be no output at all", fix="add --push org/name")
+        return None
+    from skillmerge.pushing import Publication
+
+    return Publication(plan, repository, no_local, options)
+
+
+def _check_arguments(device: str, threads: int | None, memory_limit: int | None, stats: str, hub: str) -> None:
     """What the command line checks by itself."""
     for wrong, what in (
         (re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(device)) is None, f"device {device!r}: auto, cpu, cuda or cuda:N"),
         (threads is not None and (type(threads) is not int or threads < 1), f"threads {threads!r}: a number from 1"),
         (memory_limit is not None and type(memory_limit) is not int, f"memory_limit {memory_limit!r}: bytes"),
         (stats not in ("full", "sampled", "off"), f"stats {stats!r}: full, sampled or off"),
+        (hub not in ("stream", "download"), f"hub {hub!r}: stream or download"),
     ):
         if wrong:
             raise UsageError(what)

@@ -89,6 +89,7 @@ class InputPlan:
     name: str
     uri: str
     revision: str | None
+    license: str | None
     remote: bool
     files: tuple[InputFile, ...]
 
@@ -374,7 +375,8 @@ def _input(name: str, checkpoint: Checkpoint, read: Mapping[tuple[str, str], int
         digest = hashlib.sha256(header.raw).hexdigest()
         sha256 = stated if kind == "sha256" else None
         files.append(InputFile(file, header.size, digest, sha256, read.get((name, file), 0)))
-    return InputPlan(name, checkpoint.uri, checkpoint.files.revision, checkpoint.files.remote, tuple(files))
+    source = checkpoint.files
+    return InputPlan(name, checkpoint.uri, source.revision, source.license, source.remote, tuple(files))
 
 
 def _deciding(plan: Plan) -> dict[str, Any]:

@@ -77,6 +77,18 @@ class CopyTable(_Table):
     from_: Annotated[str, Field(alias="from", description="the model to take the tensors from, as they are")]
 
 
+class PushTable(_Table):
+    repo: Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$", description="org/name on the Hub")]
+    private: Annotated[bool | None, Field(description="of a repository that is made")] = None
+    revision: Annotated[str | None, Field(min_length=1, description="the branch to commit to")] = None
+    pull_request: Annotated[
+        bool | None, Field(description="by default only where the repository has a model already")
+    ] = None
+    message: Annotated[str | None, Field(min_length=1, description="of the commit")] = None
+    tags: Annotated[list[str], Field(description="of the model card")] = []
+    new_version: Annotated[str | None, Field(description="the model that supersedes this one")] = None
+
+
 class OutputTable(_Table):
     path: Annotated[
         str | None, Field(min_length=1, description="the folder to write, relative to the recipe's own")
@@ -88,6 +100,9 @@ class OutputTable(_Table):
     rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: Annotated[int, Field(ge=0, lt=1 << 63, description="of stochastic rounding")] = 0
     shard_size: Annotated[str | int, Field(description="same (the donor's layout), or a size such as 5GB")] = "same"
+    license: Annotated[str | None, Field(min_length=1, description="of the merge, for its model card")] = None
+    card: Annotated[str | None, Field(min_length=1, description="a model card written by hand")] = None
+    push: Annotated[PushTable | None, Field(description="where on the Hub to publish")] = None
 
 
 ModelEntry = Annotated[
@@ -117,6 +132,19 @@ class CopyRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Push:
+    """Where on the Hub a model goes. revision: a branch, or None. pull_request: None leaves it to what is there."""
+
+    repository: str
+    private: bool | None = None
+    revision: str | None = None
+    pull_request: bool | None = None
+    message: str | None = None
+    tags: tuple[str, ...] = ()
+    new_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     path: FilePath | None
     like: str | None
@@ -125,6 +153,9 @@ class Output:
     seed: int
     shard_size: int | None
     """Bytes per shard, or None for the donor's layout."""
+    license: str | None
+    card: FilePath | None
+    push: Push | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +275,9 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
             rounding=table.output.rounding,
             seed=table.output.seed,
             shard_size=_shard_size(document, table.output.shard_size),
+            license=table.output.license,
+            card=_local_path(document, ("output", "card"), folder, table.output.card) if table.output.card else None,
+            push=_push(table.output.push) if table.output.push else None,
         ),
         overrides={normalise_name(key): float(value) for key, value in (overrides or {}).items()},
         rules_overridden=overridden,
@@ -336,6 +370,18 @@ def _shard_size(document: Document, value: str | int) -> int | None:
         return parse_size(str(value))
     except ValueError as error:
         raise document.error(str(error), document.place(("output", "shard_size")), "or `same`") from error
+
+
+def _push(table: PushTable) -> Push:
+    return Push(
+        table.repo,
+        table.private,
+        table.revision,
+        table.pull_request,
+        table.message,
+        tuple(table.tags),
+        table.new_version,
+    )
 
 
 def _local_path(document: Document, path: Path, folder: FilePath, written: str) -> FilePath:
@@ -450,6 +496,8 @@ def _known_keys(path: Path) -> list[str]:
         table = RuleTable if "rules" in path[2:] else ScheduleTable
     elif path[:1] == ("copy",):
         table = CopyTable
+    elif path[:2] == ("output", "push"):
+        table = PushTable
     elif path[:1] == ("output",):
         table = OutputTable
     return [field.alias or name for name, field in table.model_fields.items()]

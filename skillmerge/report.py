@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -25,6 +25,9 @@ from skillmerge.resources import Budget
 from skillmerge.statistics import deviating
 from skillmerge.tensors import format_bytes
 from skillmerge.verification import Verdict
+
+if TYPE_CHECKING:
+    from skillmerge.publishing import Published
 
 _QUIET_SECONDS = 30
 
@@ -170,17 +173,28 @@ def show_result(result: Result, out: Console) -> None:
     """Where the output is and what rounding did."""
     statistics = result.manifest["statistics"]
     if result.already:
-        out.print(Text(f"{result.output} is this plan's output already, nothing to do"), soft_wrap=True)
-        return
+        nothing = "" if result.published else ", nothing to do"
+        out.print(Text(f"{result.output} is this plan's output already{nothing}"), soft_wrap=True)
+    else:
+        _show_work(result, statistics, out)
+    if result.published is not None:
+        show_published(result.published, out)
+
+
+def _show_work(result: Result, statistics: Mapping[str, Any], out: Console) -> None:
     if statistics["mode"] != "off" and "changed" in statistics["all"]:
         out.print(_statistics_table(statistics))
     size = sum(file["size"] for file in result.manifest["files"])
-    out.print(
-        Text(
-            f"wrote {result.output} ({format_bytes(size)} in {result.seconds:.1f} s on {result.device})", style="bold"
-        ),
-        soft_wrap=True,
-    )
+    what = f"wrote {result.output}" if result.output.exists() else "merged"
+    where = f" on {result.device}" if result.device else ""
+    out.print(Text(f"{what} ({format_bytes(size)} in {result.seconds:.1f} s{where})", style="bold"), soft_wrap=True)
+
+
+def show_published(published: Published, out: Console) -> None:
+    """Where on the Hub a model is."""
+    what = "is there already" if published.already else "published"
+    how = " as a pull request" if published.pull_request else ""
+    out.print(Text(f"{what}{how}: {published.url} (commit {published.commit})", style="bold"), soft_wrap=True)
 
 
 def _statistics_table(statistics: Mapping[str, Any]) -> Table:

@@ -73,7 +73,7 @@ def check_structure(root: Path, proof: Mapping[str, Any]) -> None:
         checkpoint = open_folder(str(root), root)
         _check_tensors(root, checkpoint, proof)
         for file, header in checkpoint.shards.items():
-            _check_with_library(root / file, header.tensors)
+            check_shard(root / file, header.tensors)
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def _check_files(root: Path, proof: Mapping[str, Any]) -> None:
     found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
     if missing := sorted(wanted - found):
         raise CheckFailed(f"{root}: files are missing: {some(missing)}")
-    if extra := sorted(found - wanted):
+    if extra := sorted(found - wanted - _OF_THE_HUB):
         raise CheckFailed(f"{root}: files do not belong to the output: {some(extra)}")
     for name in sorted(wanted):
         if not stat.S_ISREG((root / name).lstat().st_mode):
@@ -129,8 +129,8 @@ def _check_tensor(root: Path, spec: TensorSpec, described: Mapping[str, Any]) ->
         raise CheckFailed(f"{root}: tensor `{spec.name}` is {found}, the manifest says {wanted}")
 
 
-def _check_with_library(path: Path, specs: tuple[TensorSpec, ...]) -> None:
-    """Open a shard with the safetensors library and compare what it sees."""
+def check_shard(path: Path, specs: tuple[TensorSpec, ...]) -> None:
+    """Open a shard with the safetensors library and compare what it sees. Raises CheckFailed."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -199,6 +199,9 @@ def _fill(stream: FileIO, buffer: bytearray) -> int:
         count += more
     return count
 
+
+_OF_THE_HUB = {"README.md", ".gitattributes"}
+"""What an output has in addition once it has been to the Hub and back."""
 
 # Not `-m`: that would import modules from the folder that somebody happens to stand in.
 _LOADER = "import sys; sys.path[:] = [path for path in sys.path if path]; import skillmerge.loading as it; it.run()"

@@ -78,6 +78,8 @@ class Staging:
         self.folder = self.folder_of(output)
         self.files = self.folder / "files"
         self.finished: dict[str, dict[str, Any]] = {}
+        self.sealed = False
+        """Whether an earlier run had called `seal`."""
         self._complete = self.folder / "complete"
         self._journal = self.folder / "journal.jsonl"
         self._append_lock = threading.Lock()
@@ -167,10 +169,13 @@ class Staging:
                 shards = [entry for entry in entries[1:] if "shard" in entry]
                 intact = in_threads(self._is_intact, shards)
                 self.finished = {entry["shard"]: entry for entry, good in zip(shards, intact, strict=True) if good}
-                damaged = len(shards) - len(self.finished)
+                damaged = len({entry["shard"] for entry in shards}) - len(self.finished)
                 count = f"{len(self.finished)} shard{' is' if len(self.finished) == 1 else 's are'}"
                 remark = f"continuing an interrupted run: {count} finished already"
                 remark += f"; {damaged} were damaged since and are done again" if damaged else ""
+                self.sealed = {"sealed": True} in entries and not damaged and (self.files / MANIFEST_FILE).is_file()
+                if self.sealed:
+                    return remark
             elif entries or self.files.exists():
                 remark = "an unfinished run of another plan was found and dropped"
             self._clear(*(("files", self._journal.name) if self.finished else ()))
@@ -181,6 +186,8 @@ class Staging:
         return remark
 
     def _is_intact(self, entry: dict[str, Any], stop: threading.Event) -> bool:
+        if entry.get("uploaded"):
+            return True
         path = self.files / entry["shard"]
         if not path.is_file() or path.stat().st_size != entry["size"]:
             return False
@@ -206,6 +213,10 @@ class Staging:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
+
+    def seal(self) -> None:
+        """The output is complete, but for shards that were uploaded and removed: nothing of it may change."""
+        self.record({"sealed": True})
 
     def drop_strangers(self, names: set[str]) -> None:
         """Remove what does not belong into the output (an unfinished shard, a stray file)."""

@@ -609,6 +609,14 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         self._json({"discussions": found, "count": len(found), "start": 0})
 
+    def _branch(self, name: str, branch: str, body: bytes) -> None:
+        repo = self._writable(name)
+        if branch in repo.refs:
+            self._refuse(409, "", "exists")
+            return
+        repo.refs[branch] = repo.refs["main"]
+        self._json({})
+
     def _tag(self, name: str, revision: str, body: bytes) -> None:
         repo = self._writable(name)
         tag = json.loads(body)["tag"]
@@ -641,6 +649,7 @@ _ROUTES: list[tuple[tuple[str, ...], str, str]] = [
     (("POST",), rf"/api/models/{_NAME}/preupload/(.+)", "_preupload"),
     (("POST",), rf"/api/models/{_NAME}/commit/(.+)", "_commit_call"),
     (("POST",), rf"/api/models/{_NAME}/tag/(.+)", "_tag"),
+    (("POST",), rf"/api/models/{_NAME}/branch/(.+)", "_branch"),
     (("POST",), rf"/api/models/{_NAME}/lfs-files/duplicate", "_duplicate"),
     (("GET",), rf"/api/models/{_NAME}/xet-(read|write)-token/(.+)", "_xet_token"),
     (("GET",), r"/api/whoami-v2", "_whoami"),

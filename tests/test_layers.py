@@ -12,6 +12,8 @@ LAYERS = [
     {"cli"},
     {"report"},
     {"merge"},
+    {"pushing"},
+    {"card", "publishing"},
     {"sources"},
     {"lockfile"},
     {"verification", "demo"},
@@ -45,7 +47,7 @@ HOMES = {
     "safetensors": {"verification"},
     "transformers": {"loading"},
     "torch": {"engine", "worker", "arithmetic", "statistics", "verification", "demo", "loading"},
-    "huggingface_hub": {"checkpoints.repository", "checkpoints.hubclient"},
+    "huggingface_hub": {"checkpoints.repository", "checkpoints.hubclient", "publishing", "card"},
 }
 
 

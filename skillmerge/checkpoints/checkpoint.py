@@ -35,7 +35,7 @@ class Files(Protocol):
     """The files of one checkpoint, by name; a name has `/` in it where the file lies in a subfolder.
 
     place: what to call them in messages. root: the local folder, or None. revision: the commit, or None where
-    there are no versions. remote: whether reading goes over a network.
+    there are no versions. remote: whether reading goes over a network. license: what the model card says it is.
     """
 
     @property
@@ -46,6 +46,8 @@ class Files(Protocol):
     def revision(self) -> str | None: ...
     @property
     def remote(self) -> bool: ...
+    @property
+    def license(self) -> str | None: ...
 
     def names(self) -> list[str]:
         """Every file, sorted. Raises InputError where there is no such place."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,18 @@ class Folder:
         self._headers: dict[str, Header] = {}
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
+
+    @property
+    def license(self) -> str | None:
+        """From the first lines of the model card: its metadata."""
+        try:
+            with open(self.root / "README.md", encoding="utf-8") as card:
+                head = card.read(1 << 16)
+        except (OSError, UnicodeDecodeError):
+            return None
+        metadata = re.match(r"---\n(.*?)\n---", head, re.DOTALL)
+        found = re.search(r"^license: *['\"]?([\w.-]+)", metadata[1], re.MULTILINE) if metadata else None
+        return found[1] if found else None
 
     def names(self) -> list[str]:
         try:

@@ -51,11 +51,13 @@ class Passing(Exception):
         self.what, self.wait = what, wait
 
 
-def retried(what: str, attempt: Callable[[], T], *, progress: Callable[[], int] = lambda: 0) -> T:
+def retried(
+    what: str, attempt: Callable[[], T], *, progress: Callable[[], int] = lambda: 0, tries: int | None = None
+) -> T:
     """Run `attempt`, again where it fails with what may pass. `what` is the repository, for messages.
 
     Only tries without any `progress` count: a link that breaks often still gets there.
-    Raises InputError for what will not pass, TemporaryError where TRIES were not enough.
+    Raises InputError for what will not pass, TemporaryError where `tries` (or TRIES) were not enough.
     """
     failed, reached = 0, progress()
     while True:
@@ -67,7 +69,7 @@ def retried(what: str, attempt: Callable[[], T], *, progress: Callable[[], int] 
                 failed, reached = 0, progress()
             failed += 1
             wait = FIRST_WAIT * 2 ** (failed - 1) if passing.wait is None else passing.wait
-            if failed == TRIES or wait > LONGEST_WAIT:
+            if failed >= (tries or TRIES) or wait > LONGEST_WAIT:
                 raise TemporaryError(
                     f"{what}: {passing.what}", fix="try again later: the same command continues where it stopped"
                 ) from passing
@@ -87,7 +89,7 @@ def hub_errors(what: str) -> Iterator[None]:
             fix=f"unset HF_HUB_OFFLINE, or fetch it where there is a network: hf download {_repository(what)}",
         ) from error
     except LocalTokenNotFoundError as error:
-        raise InputError(f"{what} needs a token, and none was found", fix=_LOG_IN) from error
+        raise InputError(f"{what} needs a token, and none was found", fix=LOG_IN) from error
     except HFValidationError as error:
         raise InputError(f"{what} is not a name that a repository can have") from error
     except HfHubHTTPError as error:
@@ -106,7 +108,7 @@ def hub_errors(what: str) -> Iterator[None]:
         raise Passing(f"the network failed ({type(error).__name__})") from None
 
 
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def _repository(what: str) -> str:
@@ -119,13 +121,13 @@ def _explained(what: str, error: HfHubHTTPError) -> Exception:
     repository = _repository(what)
     if isinstance(error, GatedRepoError):
         page = f"{constants.ENDPOINT}/{repository}"
-        fix = f"ask for access at {page}" + ("" if known else f", then {_LOG_IN}")
+        fix = f"ask for access at {page}" + ("" if known else f", then {LOG_IN}")
         return InputError(f"{what} is gated, and access has not been granted to you", fix=fix)
     if isinstance(error, RepositoryNotFoundError):
         if known:
             fix = "check the name; for a private repository, check what the token may see: hf auth whoami"
         else:
-            fix = f"check the name; for a private repository {_LOG_IN}"
+            fix = f"check the name; for a private repository {LOG_IN}"
         return InputError(f"{what}: there is no such repository, or it is private", fix=fix)
     if isinstance(error, RevisionNotFoundError):
         return InputError(

@@ -64,7 +64,8 @@ class Repository:
         self.revision = info.sha
         self.location = location.at(info.sha)
         self.place = str(self.location)
-        self.license: Any = getattr(info.card_data, "license", None) if info.card_data is not None else None
+        license = info.card_data.license if info.card_data is not None else None
+        self.license = license if isinstance(license, str) else None
         self._prefix = f"{location.subfolder}/" if location.subfolder else ""
         self.listed = self._listing(info.siblings or [])
         self._download = download

@@ -1,0 +1,272 @@
+"""A finished model -> one commit on the Hugging Face Hub.
+
+Shards are uploaded ahead, where nobody sees them; one commit at the end makes all of them visible, or none. It
+is guarded by the commit that the branch was at, checked against the Hub's own digests afterwards, and found
+again by a run that died after making it. Knows files and digests, nothing about tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
+from huggingface_hub.lfs import UploadInfo
+
+from skillmerge.checkpoints.checkpoint import INDEX_FILE, digest_of
+from skillmerge.checkpoints.hubclient import LOG_IN, Passing, retried
+from skillmerge.checkpoints.location import SCHEME, Location, parse_location
+from skillmerge.errors import CheckFailed, InputError, StalePlan, TemporaryError, UsageError, some
+from skillmerge.recipe import Push
+
+_FIRST_FILES = {".gitattributes", "README.md", "LICENSE", ".gitignore"}
+"""What a repository has that was only just made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Where a model is now. pull_request: its address, or None. already: it was there before."""
+
+    repository: str
+    commit: str
+    url: str
+    pull_request: str | None
+    already: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "repository": self.repository,
+            "commit": self.commit,
+            "url": self.url,
+            "pull_request": self.pull_request,
+            "already": self.already,
+        }
+
+
+class ForgottenUploads(TemporaryError):
+    """The Hub keeps what no commit speaks of for a while only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """What the Hub will say of a file: its size, and the sha256 or the git digest."""
+
+    size: int
+    sha256: str
+    git_sha1: str | None = None
+
+    @classmethod
+    def of(cls, content: bytes) -> Digests:
+        return cls(len(content), hashlib.sha256(content).hexdigest(), digest_of("git_sha1", content)[1])
+
+    def agree(self, size: int, digest: tuple[str, str]) -> bool:
+        return size == self.size and digest in (("sha256", self.sha256), ("git_sha1", self.git_sha1))
+
+
+class Publisher:
+    """One push: a repository, the branch or pull request that the commit goes to, and its files.
+
+    Whatever talks to the Hub raises InputError (not allowed, not there), StalePlan (the branch moved),
+    TemporaryError.
+    """
+
+    def __init__(self, push: Push) -> None:
+        """Find the repository, or make it: nothing else of a push is seen before the commit."""
+        try:
+            named = parse_location(SCHEME + push.repository)
+        except ValueError:
+            named = None
+        if named != Location(push.repository):
+            raise UsageError(f"`{push.repository}` is not the name of a repository", fix="write org/name")
+        self.push = push
+        self._api = HfApi()
+        self._place = str(Location(push.repository, push.revision or ""))
+        self._operations: dict[str, CommitOperationAdd | CommitOperationCopy] = {}
+        self._digests: dict[str, Digests] = {}
+        if get_token() is None:
+            raise InputError(f"pushing to {self._place} needs a token, and none was found", fix=LOG_IN)
+        if push.revision and push.pull_request:
+            raise UsageError("a push goes to a branch or into a pull request, not both")
+        self._prepare()
+
+    def _prepare(self) -> None:
+        repository, branch = self.push.repository, self.push.revision or constants.DEFAULT_REVISION
+        if not retried(self._place, lambda: self._api.repo_exists(repository)):
+            retried(self._place, lambda: self._api.create_repo(repository, private=self.push.private, exist_ok=True))
+        if self.push.revision:
+            retried(self._place, lambda: self._api.create_branch(repository, branch=branch, exist_ok=True))
+        self.parent, listed = self._listing(branch)
+        # A repository that a run made and died before its commit is still a new one.
+        new = set(listed) <= _FIRST_FILES
+        asked = self.push.pull_request
+        self.as_pull_request = asked if asked is not None else not (new or self.push.revision)
+        self._branch = branch
+
+    def _listing(self, revision: str) -> tuple[str, dict[str, tuple[int, tuple[str, str]]]]:
+        """The commit of a revision, and what the Hub says of its files."""
+        info = retried(
+            self._place, lambda: self._api.model_info(self.push.repository, revision=revision, files_metadata=True)
+        )
+        files = {}
+        for item in info.siblings or []:
+            digest = ("sha256", item.lfs.sha256) if item.lfs else ("git_sha1", str(item.blob_id))
+            files[item.rfilename] = (item.size or 0, digest)
+        return str(info.sha), files
+
+    def upload(self, name: str, path: Path, size: int, sha256: str) -> None:
+        """Send a large file ahead of the commit. What the Hub has already is not sent again."""
+        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
+        operation.upload_info.sha256 = bytes.fromhex(sha256)  # else it would be read once more
+
+        def attempt() -> None:
+            try:
+                self._api.preupload_lfs_files(
+                    self.push.repository,
+                    [operation],
+                    revision=self._branch,
+                    create_pr=self.as_pull_request,
+                    num_threads=1,
+                )
+            except RuntimeError as error:
+                # How an upload that failed comes out of threads, and how the xet client says all it has to say.
+                if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, RuntimeError):
+                    raise error.__cause__ from None
+                raise Passing("the upload failed") from error
+
+        retried(self._place, attempt, tries=2)  # the client itself has tried several times
+        if operation.path_or_fileobj != b"":  # the Hub wants it in the commit itself: it is small
+            operation.path_or_fileobj = path.read_bytes()
+        self._operations[name] = operation
+        self._digests[name] = Digests(size, sha256)
+
+    def copy(self, name: str, size: int, sha256: str, repository: str, commit: str, path: str) -> None:
+        """A file that is, byte for byte, one of another repository: the Hub copies it by itself."""
+        if repository == self.push.repository:
+            repository = ""  # the same repository is meant where none is named
+        self._operations[name] = CommitOperationCopy(
+            src_path_in_repo=path,
+            path_in_repo=name,
+            src_revision=commit,
+            src_repo_id=repository or None,
+            src_repo_type="model" if repository else None,
+        )
+        self._digests[name] = Digests(size, sha256)
+
+    def take_uploaded(self, name: str, size: int, sha256: str) -> None:
+        """A file that an earlier run uploaded and then removed from this disk."""
+        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=b"")
+        operation.upload_info = UploadInfo(size=size, sample=b"", sha256=bytes.fromhex(sha256))
+        # There is no public way to say so; preupload_lfs_files sets the same two.
+        operation._upload_mode, operation._is_uploaded = "lfs", True
+        self._operations[name] = operation
+        self._digests[name] = Digests(size, sha256)
+
+    def add(self, name: str, content: bytes) -> None:
+        """A small file, sent with the commit."""
+        self._operations[name] = CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+        self._digests[name] = Digests.of(content)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._operations)
+
+    def publish(self, message: str, description: str, upload: Callable[[str], None]) -> Published:
+        """Make the commit, unless it is there already, and compare what the Hub then has with what was sent.
+
+        upload: sends a file by name that the Hub does not want to copy. Raises CheckFailed where the Hub has
+        something else, ForgottenUploads where it no longer has what was sent ahead.
+        """
+        message = self.push.message or message
+        published = self._find(message)
+        if published is not None:
+            return published
+        try:
+            published = retried(self._place, lambda: self._commit(message, description))
+        except (InputError, ValueError, FileDuplicationError):
+            copies = [name for name, item in self._operations.items() if isinstance(item, CommitOperationCopy)]
+            if not copies:
+                raise
+            for name in copies:  # other storage, another region, no rights: then it is sent like any other file
+                upload(name)
+            published = retried(self._place, lambda: self._commit(message, description))
+        self._compare(published.commit)
+        return published
+
+    def _commit(self, message: str, description: str) -> Published:
+        try:
+            info = self._api.create_commit(
+                self.push.repository,
+                [*self._operations.values(), *self._stale()],
+                commit_message=message,
+                commit_description=description,
+                revision=self._branch,
+                create_pr=self.as_pull_request,
+                parent_commit=self.parent,
+            )
+        except Exception as error:
+            # The answer may have been lost after the commit was made.
+            if (found := self._find(message)) is not None:
+                return found
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status == 412:
+                raise StalePlan(
+                    f"{self._place} has moved on since this push began ({self.parent[:12]} was its head)",
+                    fix="look at what is new there, then run the same command again",
+                ) from error
+            if status == 400 and "pointer" in str(error).lower():
+                raise ForgottenUploads(
+                    f"{self._place} no longer has all files that were sent ahead", fix="run the same command again"
+                ) from error
+            raise
+        url = info.pr_url or f"{constants.ENDPOINT}/{self.push.repository}"
+        return Published(self.push.repository, info.oid, url, info.pr_url, already=False)
+
+    def _stale(self) -> list[CommitOperationDelete]:
+        """Weights of another model, which a runtime would mix with these."""
+        _, listed = self._listing(self.parent)
+        return [
+            CommitOperationDelete(path_in_repo=name)
+            for name in listed
+            if "/" not in name
+            and name not in self._operations
+            and (name.endswith(".safetensors") or name == INDEX_FILE)
+        ]
+
+    def _find(self, message: str) -> Published | None:
+        """This very model, where an earlier run has committed it."""
+        repository, home = self.push.repository, f"{constants.ENDPOINT}/{self.push.repository}"
+        commit, listed = self._listing(self._branch)
+        if not self._differences(listed):
+            return Published(repository, commit, home, None, already=True)
+        if not self.as_pull_request:
+            return None
+        requests = retried(
+            self._place,
+            lambda: list(
+                self._api.get_repo_discussions(repository, discussion_type="pull_request", discussion_status="open")
+            ),
+        )
+        for request in requests:
+            if request.title == message:
+                commit, listed = self._listing(f"refs/pr/{request.num}")
+                if not self._differences(listed):
+                    url = f"{home}/discussions/{request.num}"
+                    return Published(repository, commit, url, url, already=True)
+        return None
+
+    def _differences(self, listed: Mapping[str, tuple[int, tuple[str, str]]]) -> list[str]:
+        return [
+            name for name, digests in self._digests.items() if name not in listed or not digests.agree(*listed[name])
+        ]
+
+    def _compare(self, commit: str) -> None:
+        _, listed = self._listing(commit)
+        if different := self._differences(listed):
+            raise CheckFailed(
+                f"{self._place}: at {commit} the Hub's sizes or digests differ from what was sent: {some(different)}",
+                fix="do not use that commit; push again",
+            )

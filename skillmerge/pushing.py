@@ -1,0 +1,190 @@
+"""The verb push: a verified output -> the Hub. And the shards of a running merge, sent as they are finished."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from skillmerge import manifest
+from skillmerge.card import CARD_FILE, license_of, write_card
+from skillmerge.checkpoints.location import SCHEME, parse_location
+from skillmerge.errors import UsageError
+from skillmerge.parallel import in_threads
+from skillmerge.planning import Plan
+from skillmerge.publishing import ForgottenUploads, Published, Publisher
+from skillmerge.recipe import Push, parse_recipe
+from skillmerge.verification import check_shard, verify
+from skillmerge.writer import Staging
+
+_SMALL = 1 << 20
+"""Files up to this many bytes travel inside the commit."""
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repository: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    pull_request: bool | None = None,
+    message: str | None = None,
+    tags: tuple[str, ...] = (),
+    license: str | None = None,
+    card: str | os.PathLike[str] | None = None,
+    allow_nonfinite: bool = False,
+) -> Published:
+    """Verify an output and publish it as one commit of `repository` (org/name on the Hub).
+
+    A repository that has a model already gets a pull request, unless `pull_request` or `revision` (a branch)
+    say otherwise. license, card: in place of the recipe's. The same call continues a push that was
+    interrupted. Raises CheckFailed, UsageError, InputError, StalePlan, TemporaryError.
+    """
+    folder = Path(folder)
+    verify(folder, allow_nonfinite=allow_nonfinite)
+    proof = manifest.read(folder)
+    output = parse_recipe(proof["recipe"]["text"], "the manifest's recipe", folder).output
+    asked = output.push
+    settings = Push(
+        repository,
+        private if private is not None or asked is None else asked.private,
+        revision,
+        pull_request,
+        message or (asked.message if asked else None),
+        tags or (asked.tags if asked else ()),
+        asked.new_version if asked else None,
+    )
+    if card is None and output.card is not None:
+        raise UsageError(
+            f"the recipe names a card ({output.card.name}), which is not part of the output", fix="--card FILE"
+        )
+    text = write_card(proof, settings, license or output.license, read_card(Path(card) if card else None))
+    return send(Publisher(settings), folder, proof, text)
+
+
+def read_card(path: Path | None) -> str | None:
+    """A card written by hand. Raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8") if path is not None else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the card {path} cannot be read: {error}") from error
+
+
+def send(publisher: Publisher, folder: Path, proof: Mapping[str, Any], card: str) -> Published:
+    """Upload what is not on its way yet, and commit. `folder` holds what `proof` names, but for uploaded shards."""
+    large = [file for file in proof["files"] if file["size"] > _SMALL or file["name"].endswith(".safetensors")]
+    sources = _hub_files(proof)
+    for file in large:
+        if file["name"] not in publisher.names and file["sha256"] in sources:
+            publisher.copy(file["name"], file["size"], file["sha256"], *sources[file["sha256"]])
+    waiting = [file for file in large if file["name"] not in publisher.names]
+    for _ in in_threads(lambda file, stop: _upload(publisher, folder, file), waiting):
+        pass
+    for name in sorted(manifest.file_names(proof) - publisher.names):
+        publisher.add(name, (folder / name).read_bytes())
+    publisher.add(CARD_FILE, card.encode())
+    title = f"Merge {proof['expression']} (plan {proof['plan_digest'][:12]})"
+    by_name = {file["name"]: file for file in large}
+    return publisher.publish(
+        title,
+        f"Made by skillmerge {proof['tool']['version']}.",
+        lambda name: _upload(publisher, folder, by_name[name]),
+    )
+
+
+def _upload(publisher: Publisher, folder: Path, file: Mapping[str, Any]) -> None:
+    publisher.upload(file["name"], folder / file["name"], file["size"], file["sha256"])
+
+
+def _hub_files(proof: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """sha256 -> repository, commit and path of every input file on the Hub."""
+    found = {}
+    for item in proof["inputs"]:
+        if item["uri"].startswith(SCHEME) and item["revision"]:
+            place = parse_location(item["uri"])
+            for file in item["files"]:
+                path = f"{place.subfolder}/{file['name']}" if place.subfolder else file["name"]
+                found[file["stated_sha256"]] = (place.repository, item["revision"], path)
+    found.pop(None, None)
+    return found
+
+
+class Publication:
+    """A merge's own push: checked before the work, fed while it goes on, made visible after it.
+
+    With `remove`, each shard is sent and deleted before `finished` returns: the disk holds those in flight alone.
+    """
+
+    def __init__(self, plan: Plan, repository: str | None, remove: bool, options: Mapping[str, Any]) -> None:
+        output = plan.recipe.output
+        asked = output.push or Push(repository or "")
+        values = {name: getattr(asked, name) for name in Push.__slots__}
+        values |= {name: value for name, value in options.items() if value is not None}
+        self._push = Push(**{**values, "repository": repository or asked.repository})
+        self._plan, self._remove, self._license = plan, remove, output.license
+        self._card = read_card(output.card)
+        if self._card is None:
+            license_of([{"name": item.name, "license": item.license} for item in plan.inputs], output.license)
+        self._publisher = Publisher(self._push)
+        self._pool = ThreadPoolExecutor(2)
+        self._sent: list[Future[None]] = []
+        self._staging: Staging | None = None
+        self._on_the_hub = {file.stated_sha256 for item in plan.inputs for file in item.files}
+
+    @property
+    def repository(self) -> str:
+        return self._push.repository
+
+    @property
+    def in_flight(self) -> int | None:
+        """How many shards may lie on the disk at once, or None."""
+        return 2 if self._remove else None
+
+    def disk_needed(self, output: int) -> int:
+        """Bytes, where the whole output would need `output`."""
+        if self.in_flight is None:
+            return output
+        sides = sum(file.size for file in self._plan.side_files)
+        return min(output, sides + self.in_flight * max((shard.size for shard in self._plan.shards), default=0))
+
+    def attach(self, staging: Staging) -> None:
+        """Begin, with the shards of an earlier run: those it sent, and those it had no time to send."""
+        self._staging = staging
+        for entry in list(staging.finished.values()):
+            self.finished(entry)
+
+    def finished(self, entry: dict[str, Any]) -> None:
+        """A shard is complete; called from any thread."""
+        assert self._staging is not None
+        name, size, sha256 = entry["shard"], entry["size"], entry["sha256"]
+        path = self._staging.files / name
+        if entry.get("uploaded"):
+            self._publisher.take_uploaded(name, size, sha256)
+        elif not self._remove and sha256 in self._on_the_hub:
+            pass  # `send` has the Hub copy it
+        elif not self._remove:
+            self._sent.append(self._pool.submit(self._publisher.upload, name, path, size, sha256))
+        else:
+            check_shard(path, next(shard.specs for shard in self._plan.shards if shard.file == name))
+            self._publisher.upload(name, path, size, sha256)
+            entry["uploaded"] = True
+            self._staging.record(entry)
+            path.unlink()
+
+    def settle(self) -> None:
+        """Wait for what is on its way; what failed is tried once more by `publish`."""
+        self._pool.shutdown(wait=True)
+
+    def publish(self, folder: Path, proof: Mapping[str, Any], *, verified: bool) -> Published:
+        """Make the commit. An output of an earlier run is verified first."""
+        if not verified:
+            verify(folder, allow_nonfinite=proof["environment"]["allow_nonfinite"])
+        text = write_card(proof, self._push, self._license, self._card)
+        try:
+            return send(self._publisher, folder, proof, text)
+        except ForgottenUploads:
+            if self._remove and self._staging is not None:
+                self._staging.discard()
+            raise
