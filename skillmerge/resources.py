@@ -48,7 +48,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
     registers = max((tensor.program.registers for tensor in plan.tensors.values() if tensor.program), default=1)
     remote = any(item.remote for item in plan.inputs)
     # Over a network workers wait more than they compute, and their buffers are large.
-    wanted = threads or (_REMOTE_THREADS if remote else min(_MAX_THREADS, cores()))
+    wanted = threads or (min(_REMOTE_THREADS, max(2, cores())) if remote else min(_MAX_THREADS, cores()))
     tables = 1200 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
 
     def need(count: int, tile: int) -> int:

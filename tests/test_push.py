@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -396,3 +398,49 @@ def test_token_is_never_seen(hub: HubServer, recipe: Path) -> None:
     seen += [path.read_bytes().decode("latin-1") for path in recipe.parent.rglob("*") if path.is_file()]
     seen += [hub.content(MERGED, name).decode("latin-1") for name in hub.tree(MERGED)]
     assert not [text for text in seen if TOKEN in text]
+
+
+# ------------------------------------------------------------------------------------------------------------ killed
+
+
+KILLS = int(os.environ.get("SKILLMERGE_TEST_KILLS", "4"))
+"""How many times each; 50 before a release."""
+
+
+@pytest.mark.parametrize("how", ["push", "no-local"])
+def test_push_killed_at_random_instants(hub: HubServer, recipe: Path, tmp_path: Path, how: str) -> None:
+    """Killed, then run again: one commit, all files right, and until then nothing of it is seen."""
+    output = skillmerge.apply(recipe, tmp_path / "local").output
+    wanted = {path.name: path.read_bytes() for path in output.iterdir() if not path.name.startswith("skillmerge.")}
+    random_instant = random.Random(7)
+    environment = {**os.environ, **hub.variables()}
+
+    def start(repository: str) -> subprocess.Popen[bytes]:
+        arguments = ["push", str(output), repository]
+        if how == "no-local":
+            arguments = ["apply", str(recipe), "--push", repository, "--no-local"]
+        command = [sys.executable, "-m", "skillmerge.cli", *arguments]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    hub.latency = 0.02  # so that most instants are between two requests
+    began = time.monotonic()
+    assert start("acme/first").wait() == 0
+    duration = time.monotonic() - began
+    for number in range(KILLS):
+        repository = f"acme/merged-{number}"
+        process = start(repository)
+        time.sleep(duration * random_instant.uniform(0.3, 1.0))
+        process.kill()
+        process.communicate()
+        if repository in hub.repos:
+            seen = set(hub.tree(repository))
+            assert seen == {".gitattributes"} or seen >= set(wanted), seen
+        process = start(repository)
+        _, told = process.communicate()
+        assert process.returncode == 0, told.decode()
+        repo = hub.repos[repository]
+        assert len(repo.commits) == 2, number
+        assert repo.discussions == []
+        for name, content in wanted.items():
+            assert hub.content(repository, name) == content, (number, name)
+    assert not list(recipe.parent.glob("merged*"))
