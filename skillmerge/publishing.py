@@ -8,7 +8,7 @@ again by a run that died after making it. Knows files and digests, nothing about
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
 from huggingface_hub.lfs import UploadInfo
 
-from skillmerge.checkpoints.checkpoint import INDEX_FILE, digest_of
+from skillmerge.checkpoints.checkpoint import INDEX_FILE, digest_of, read_json_object
 from skillmerge.checkpoints.hubclient import LOG_IN, Passing, retried
 from skillmerge.checkpoints.location import SCHEME, Location, parse_location
+from skillmerge.checkpoints.repository import Repository
 from skillmerge.errors import CheckFailed, InputError, StalePlan, TemporaryError, UsageError, some
 from skillmerge.recipe import Push
+from skillmerge.writer import MANIFEST_FILE
 
 _FIRST_FILES = {".gitattributes", "README.md", "LICENSE", ".gitignore"}
 """What a repository has that was only just made."""
@@ -65,6 +67,10 @@ class Digests:
 
     def agree(self, size: int, digest: tuple[str, str]) -> bool:
         return size == self.size and digest in (("sha256", self.sha256), ("git_sha1", self.git_sha1))
+
+    def may_be(self, size: int, digest: tuple[str, str]) -> bool:
+        """The same where the git digest is not known."""
+        return size == self.size and (digest[0] != "sha256" or digest[1] == self.sha256)
 
 
 class Publisher:
@@ -181,7 +187,7 @@ class Publisher:
         something else, ForgottenUploads where it no longer has what was sent ahead.
         """
         message = self.push.message or message
-        published = self._find(message)
+        published = self._find()
         if published is not None:
             return published
         try:
@@ -209,7 +215,7 @@ class Publisher:
             )
         except Exception as error:
             # The answer may have been lost after the commit was made.
-            if (found := self._find(message)) is not None:
+            if (found := self._find()) is not None:
                 return found
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             if status == 412:
@@ -222,7 +228,7 @@ class Publisher:
                     f"{self._place} no longer has all files that were sent ahead", fix="run the same command again"
                 ) from error
             raise
-        url = info.pr_url or f"{constants.ENDPOINT}/{self.push.repository}"
+        url = info.pr_url or self._home
         return Published(self.push.repository, info.oid, url, info.pr_url, already=False)
 
     def _stale(self) -> list[CommitOperationDelete]:
@@ -236,26 +242,49 @@ class Publisher:
             and (name.endswith(".safetensors") or name == INDEX_FILE)
         ]
 
-    def _find(self, message: str) -> Published | None:
+    def find_plan(self, plan_digest: str) -> tuple[Published, dict[str, Any]] | None:
+        """An output of this plan that is there already, on the branch or in an open pull request, and its manifest."""
+        for revision, request in self._places():
+            commit, listed = self._listing(revision)
+            if MANIFEST_FILE not in listed:
+                continue
+            files = Repository(Location(self.push.repository, commit))
+            try:
+                proof = read_json_object(files, MANIFEST_FILE)
+            finally:
+                files.close()
+            if proof.get("plan_digest") == plan_digest and all(
+                file["name"] in listed and Digests(file["size"], file["sha256"]).may_be(*listed[file["name"]])
+                for file in proof["files"]
+            ):
+                return Published(self.push.repository, commit, request or self._home, request, already=True), proof
+        return None
+
+    @property
+    def _home(self) -> str:
+        return f"{constants.ENDPOINT}/{self.push.repository}"
+
+    def _places(self) -> Iterator[tuple[str, str | None]]:
+        """Where a commit of ours may be: revision, and the pull request's address."""
+        yield self._branch, None
+        if self.as_pull_request:
+            requests = retried(
+                self._place,
+                lambda: list(
+                    self._api.get_repo_discussions(
+                        self.push.repository, discussion_type="pull_request", discussion_status="open"
+                    )
+                ),
+            )
+            for request in requests:
+                yield f"refs/pr/{request.num}", f"{self._home}/discussions/{request.num}"
+
+    def _find(self) -> Published | None:
         """This very model, where an earlier run has committed it."""
-        repository, home = self.push.repository, f"{constants.ENDPOINT}/{self.push.repository}"
-        commit, listed = self._listing(self._branch)
-        if not self._differences(listed):
-            return Published(repository, commit, home, None, already=True)
-        if not self.as_pull_request:
-            return None
-        requests = retried(
-            self._place,
-            lambda: list(
-                self._api.get_repo_discussions(repository, discussion_type="pull_request", discussion_status="open")
-            ),
-        )
-        for request in requests:
-            if request.title == message:
-                commit, listed = self._listing(f"refs/pr/{request.num}")
-                if not self._differences(listed):
-                    url = f"{home}/discussions/{request.num}"
-                    return Published(repository, commit, url, url, already=True)
+        for revision, request in self._places():
+            commit, listed = self._listing(revision)
+            if not self._differences(listed):
+                return Published(self.push.repository, commit, request or self._home, request, already=True)
         return None
 
     def _differences(self, listed: Mapping[str, tuple[int, tuple[str, str]]]) -> list[str]:

@@ -112,8 +112,8 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     for item in plan.inputs:
         role = f"{item.name} (donor)" if item.name == plan.donor else item.name
         size = format_bytes(sum(file.size for file in item.files))
-        where = f"{item.uri} at {item.revision[:12]}" if item.revision else item.uri
-        models.add_row(*map(Text, (role, where, str(len(item.files)), size)))
+        place = f"{item.uri} at {item.revision[:12]}" if item.revision else item.uri
+        models.add_row(*map(Text, (role, place, str(len(item.files)), size)))
     out.print(models)
     for index, name in enumerate(plan.coefficients):
         _show_coefficient(plan, name, index, out)
@@ -172,7 +172,9 @@ def _show_actions(plan: Plan, out: Console) -> None:
 def show_result(result: Result, out: Console) -> None:
     """Where the output is and what rounding did."""
     statistics = result.manifest["statistics"]
-    if result.already:
+    if result.already and not result.output.exists():
+        pass  # it is on the Hub only
+    elif result.already:
         nothing = "" if result.published else ", nothing to do"
         out.print(Text(f"{result.output} is this plan's output already{nothing}"), soft_wrap=True)
     else:
