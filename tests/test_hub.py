@@ -113,7 +113,7 @@ def test_folders_and_repositories_go_together(hub: HubServer, tmp_path: Path) ->
     assert weights(local.output) == weights(mixed.output)
 
 
-def test_transformers_side_file_that_changed_since_the_plan_is_noticed(hub: HubServer, tmp_path: Path) -> None:
+def test_side_file_that_changed_since_the_plan_is_noticed(hub: HubServer, tmp_path: Path) -> None:
     put_family(hub, tmp_path / "local")
     blob = hub.tree("acme/target")["tokenizer.json"]
     assert blob.sha256 is not None
