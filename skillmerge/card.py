@@ -26,7 +26,7 @@ def license_of(inputs: Sequence[Mapping[str, Any]], declared: str | None) -> str
     if declared is not None:
         return declared
     found = {item["name"]: item["license"] for item in inputs}
-    if len(set(found.values())) == 1 and None not in found.values():
+    if len(set(found.values())) == 1 and not {None, "other"} & set(found.values()):
         return str(next(iter(found.values())))
     told = ", ".join(f"{name}: {license or 'none'}" for name, license in found.items())
     raise UsageError(
@@ -51,15 +51,20 @@ def write_card(manifest: Mapping[str, Any], push: Push, declared: str | None, by
     if by_hand is None:
         metadata["license"] = license_of(manifest["inputs"], declared)
         return str(ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{_body(manifest, push)}").content)
-    try:
-        card = ModelCard(by_hand)
-    except ValueError as error:
-        raise UsageError(f"the card's metadata cannot be read: {error}") from error
-    written = dict(card.data.to_dict())  # type: ignore[no-untyped-call]
+    card, written = read_metadata(by_hand)
     metadata["license"] = written.get("license") or license_of(manifest["inputs"], declared)
     tags = [*(written.get("tags") or []), *metadata["tags"]]
     card.data = ModelCardData(**{**metadata, **written, "tags": list(dict.fromkeys(tags))})
     return str(card.content)
+
+
+def read_metadata(card: str) -> tuple[ModelCard, dict[str, Any]]:
+    """A card written by hand, and its metadata. Raises UsageError."""
+    try:
+        parsed = ModelCard(card)
+        return parsed, dict(parsed.data.to_dict())  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever its YAML parser says
+        raise UsageError(f"the card's metadata cannot be read: {error}") from error
 
 
 def _body(manifest: Mapping[str, Any], push: Push) -> str:

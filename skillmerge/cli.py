@@ -396,6 +396,9 @@ def main() -> NoReturn:
     # A short life with few cycles: collecting them costs a tenth of a plan and of torch's import.
     gc.disable()
     _prepare_streams()
+    # The Hub's client has bars and a log of its own, which shows addresses; what matters of it is in our errors.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
     try:
         status = cli.main(standalone_mode=False)
         sys.stdout.flush()

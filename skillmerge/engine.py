@@ -138,6 +138,12 @@ class Run:
         for buffer in self.buffers:
             self.free.put(buffer)
 
+    def cancel(self) -> None:
+        """Stop every thread, those too that wait for a network."""
+        self.stop.set()
+        for checkpoint in self.checkpoints.values():
+            checkpoint.files.cancel()
+
     def work(self) -> None:
         """A worker's life: a free buffer, a span, its bytes, and on to the writers."""
         worker = Worker(self.plan, self.checkpoints, self.settings, self.stop)
@@ -263,6 +269,9 @@ def merge_shards(
             while thread.is_alive():
                 thread.join(0.25)
         progress(before + run.moved)
+    except BaseException:
+        run.cancel()
+        raise
     finally:
         run.stop.set()
         for _ in writers:
@@ -283,4 +292,4 @@ def _guard(run: Run, body: Callable[[], None]) -> None:
     except BaseException as error:
         with run.lock:
             run.failure = run.failure or error
-        run.stop.set()
+        run.cancel()

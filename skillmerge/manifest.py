@@ -46,7 +46,14 @@ def build(
         {
             **item,
             "license": source.license,
-            "files": [{**file, "sha256": input_digests.get((item["name"], file["name"]))} for file in item["files"]],
+            "files": [
+                {
+                    **file,
+                    "stated_sha256": known.stated_sha256,
+                    "sha256": input_digests.get((item["name"], file["name"])),
+                }
+                for file, known in zip(item["files"], source.files, strict=True)
+            ],
         }
         for item, source in zip(described["inputs"], plan.inputs, strict=True)
     ]
@@ -106,6 +113,11 @@ def read(folder: Path) -> dict[str, Any]:
             f"{folder} has no readable {MANIFEST_FILE}: {error.strerror}",
             fix="only outputs of `skillmerge apply` can be verified",
         ) from error
+    return parse(content, str(path))
+
+
+def parse(content: bytes, path: str) -> dict[str, Any]:
+    """A manifest's content. Raises CheckFailed where a byte of it was changed."""
     try:
         document: Any = json.loads(content, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:

@@ -111,9 +111,11 @@ def apply(
         conditions = {"inputs": _identities(checkpoints), "stats": stats, "allow_nonfinite": allow_nonfinite}
         if publication is not None and no_local:
             conditions["only_on"] = publication.repository
-            if (found := publication.find()) is not None:
-                return Result(target, found[1], time.monotonic() - started, already=True, published=found[0])
         with closing(Staging(target)) as staging:
+            found = publication.find() if publication is not None and no_local and not overwrite else None
+            if found is not None:
+                staging.discard()
+                return Result(target, found[1], time.monotonic() - started, already=True, published=found[0])
             recovered = staging.recover(plan.digest, conditions, overwrite)
             proof = finished_output(target, plan, conditions, hash_inputs) if not no_local else None
             # Who overwrites may have a reason to, a damaged output for one.
@@ -158,14 +160,23 @@ class _Run:
             self.reporter.warn(remark)
         needed = plan.bytes_written - staging.finished_bytes
         if self.publication is not None:
-            self.publication.attach(staging)
             needed = self.publication.disk_needed(needed)
+        if not staging.sealed:
+            check_disk(staging.folder, needed, "the output")
+            side_files = fetch(self.checkpoints[plan.donor], plan.side_files, allow_code)
+            prove_ties(plan.ties, self.checkpoints)
+        if self.publication is not None:
+            self.publication.attach(staging)
         if staging.sealed:
             return "", manifest.read(staging.files)
-        check_disk(staging.folder, needed, "the output")
-        side_files = fetch(self.checkpoints[plan.donor], plan.side_files, allow_code)
-        prove_ties(plan.ties, self.checkpoints)
-        where = self._merge(device, threads, memory_limit)
+        try:
+            where = self._merge(device, threads, memory_limit)
+        except BaseException:
+            if self.publication is not None:
+                self.publication.settle(failed=True)
+            raise
+        if self.publication is not None:
+            self.publication.settle(failed=False)
         digests = _hash_inputs(self.checkpoints) if hash_inputs else {}
         for checkpoint in self.checkpoints.values():
             checkpoint.check_unchanged()
@@ -202,9 +213,6 @@ class _Run:
             except UnusableWeights:
                 self.staging.discard()
                 raise
-            finally:
-                if publication is not None:
-                    publication.settle()
         return f"{where}: {why}"
 
 

@@ -387,7 +387,10 @@ def _deciding(plan: Plan) -> dict[str, Any]:
             "name": item.name,
             "uri": item.uri,
             "revision": item.revision,
-            "files": [asdict(file) for file in item.files],
+            "files": [
+                {key: getattr(file, key) for key in ("name", "size", "header_sha256", "bytes_read")}
+                for file in item.files
+            ],
         }
         for item in plan.inputs
     ]

@@ -8,6 +8,7 @@ again by a run that died after making it. Knows files and digests, nothing about
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
 from huggingface_hub.lfs import UploadInfo
 
-from skillmerge.checkpoints.checkpoint import INDEX_FILE, digest_of, read_json_object
+from skillmerge import manifest
+from skillmerge.checkpoints.checkpoint import digest_of
 from skillmerge.checkpoints.hubclient import LOG_IN, Passing, retried
 from skillmerge.checkpoints.location import SCHEME, Location, parse_location
 from skillmerge.checkpoints.repository import Repository
@@ -25,8 +27,13 @@ from skillmerge.errors import CheckFailed, InputError, StalePlan, TemporaryError
 from skillmerge.recipe import Push
 from skillmerge.writer import MANIFEST_FILE
 
-_FIRST_FILES = {".gitattributes", "README.md", "LICENSE", ".gitignore"}
+_FIRST_FILES = {".gitattributes"}
 """What a repository has that was only just made."""
+
+_MAX_MANIFEST = 256 << 20
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+"""The names under which runtimes look for a model's weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +75,15 @@ class Digests:
     def agree(self, size: int, digest: tuple[str, str]) -> bool:
         return size == self.size and digest in (("sha256", self.sha256), ("git_sha1", self.git_sha1))
 
-    def may_be(self, size: int, digest: tuple[str, str]) -> bool:
-        """The same where the git digest is not known."""
-        return size == self.size and (digest[0] != "sha256" or digest[1] == self.sha256)
+
+def _is_there(file: Mapping[str, Any], listed: Mapping[str, tuple[int, tuple[str, str]]], files: Repository) -> bool:
+    """Whether the Hub has a file of a manifest; a small one, of which it states no sha256, is read."""
+    size, (kind, digest) = listed.get(file["name"], (-1, ("", "")))
+    if size != file["size"]:
+        return False
+    if kind != "sha256":
+        digest = digest_of("sha256", files.read(file["name"], size))[1]
+    return digest == str(file["sha256"])
 
 
 class Publisher:
@@ -93,6 +106,7 @@ class Publisher:
         self._place = str(Location(push.repository, push.revision or ""))
         self._operations: dict[str, CommitOperationAdd | CommitOperationCopy] = {}
         self._digests: dict[str, Digests] = {}
+        self._tried = False
         if get_token() is None:
             raise InputError(f"pushing to {self._place} needs a token, and none was found", fix=LOG_IN)
         if push.revision and push.pull_request:
@@ -103,8 +117,10 @@ class Publisher:
         repository, branch = self.push.repository, self.push.revision or constants.DEFAULT_REVISION
         if not retried(self._place, lambda: self._api.repo_exists(repository)):
             retried(self._place, lambda: self._api.create_repo(repository, private=self.push.private, exist_ok=True))
-        if self.push.revision:
+        if self.push.revision and not self.push.revision.startswith("refs/"):
             retried(self._place, lambda: self._api.create_branch(repository, branch=branch, exist_ok=True))
+        elif self.push.private and not retried(self._place, lambda: self._api.model_info(repository)).private:
+            raise UsageError(f"{repository} is public, and a private one was asked for", fix="choose another name")
         self.parent, listed = self._listing(branch)
         # A repository that a run made and died before its commit is still a new one.
         new = set(listed) <= _FIRST_FILES
@@ -187,7 +203,7 @@ class Publisher:
         something else, ForgottenUploads where it no longer has what was sent ahead.
         """
         message = self.push.message or message
-        published = self._find()
+        published = self._find(message)
         if published is not None:
             return published
         try:
@@ -203,6 +219,10 @@ class Publisher:
         return published
 
     def _commit(self, message: str, description: str) -> Published:
+        # A commit that seemed to fail may be made after all, a moment later.
+        if self._tried and (found := self._find(message)) is not None:
+            return found
+        self._tried = True
         try:
             info = self._api.create_commit(
                 self.push.repository,
@@ -215,10 +235,10 @@ class Publisher:
             )
         except Exception as error:
             # The answer may have been lost after the commit was made.
-            if (found := self._find()) is not None:
+            if (found := self._find(message)) is not None:
                 return found
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            if status == 412:
+            if status in (409, 412):
                 raise StalePlan(
                     f"{self._place} has moved on since this push began ({self.parent[:12]} was its head)",
                     fix="look at what is new there, then run the same command again",
@@ -237,34 +257,34 @@ class Publisher:
         return [
             CommitOperationDelete(path_in_repo=name)
             for name in listed
-            if "/" not in name
-            and name not in self._operations
-            and (name.endswith(".safetensors") or name == INDEX_FILE)
+            if "/" not in name and name not in self._operations and _WEIGHTS.fullmatch(name)
         ]
 
-    def find_plan(self, plan_digest: str) -> tuple[Published, dict[str, Any]] | None:
-        """An output of this plan that is there already, on the branch or in an open pull request, and its manifest."""
-        for revision, request in self._places():
+    def find_plan(self, plan_digest: str, title: str) -> tuple[Published, dict[str, Any]] | None:
+        """An output of this plan that is there already, and its manifest: on the branch, or in an open pull
+        request with our title. Every byte of it is what its manifest says, and that is whole."""
+        for revision, request in self._places(self.push.message or title):
             commit, listed = self._listing(revision)
             if MANIFEST_FILE not in listed:
                 continue
             files = Repository(Location(self.push.repository, commit))
             try:
-                proof = read_json_object(files, MANIFEST_FILE)
+                proof = manifest.parse(files.read(MANIFEST_FILE, _MAX_MANIFEST), f"{files.place}/{MANIFEST_FILE}")
+                if proof["plan_digest"] == plan_digest and all(
+                    _is_there(file, listed, files) for file in proof["files"]
+                ):
+                    return Published(self.push.repository, commit, request or self._home, request, True), proof
+            except (CheckFailed, InputError):
+                continue  # somebody else's, and not for us to judge
             finally:
                 files.close()
-            if proof.get("plan_digest") == plan_digest and all(
-                file["name"] in listed and Digests(file["size"], file["sha256"]).may_be(*listed[file["name"]])
-                for file in proof["files"]
-            ):
-                return Published(self.push.repository, commit, request or self._home, request, already=True), proof
         return None
 
     @property
     def _home(self) -> str:
         return f"{constants.ENDPOINT}/{self.push.repository}"
 
-    def _places(self) -> Iterator[tuple[str, str | None]]:
+    def _places(self, title: str) -> Iterator[tuple[str, str | None]]:
         """Where a commit of ours may be: revision, and the pull request's address."""
         yield self._branch, None
         if self.as_pull_request:
@@ -277,11 +297,12 @@ class Publisher:
                 ),
             )
             for request in requests:
-                yield f"refs/pr/{request.num}", f"{self._home}/discussions/{request.num}"
+                if request.title == title:
+                    yield f"refs/pr/{request.num}", f"{self._home}/discussions/{request.num}"
 
-    def _find(self) -> Published | None:
+    def _find(self, title: str) -> Published | None:
         """This very model, where an earlier run has committed it."""
-        for revision, request in self._places():
+        for revision, request in self._places(title):
             commit, listed = self._listing(revision)
             if not self._differences(listed):
                 return Published(self.push.repository, commit, request or self._home, request, already=True)

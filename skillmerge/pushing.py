@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge import manifest
-from skillmerge.card import CARD_FILE, license_of, write_card
+from skillmerge.card import CARD_FILE, license_of, read_metadata, write_card
 from skillmerge.checkpoints.location import SCHEME, parse_location
 from skillmerge.errors import UsageError
 from skillmerge.parallel import in_threads
@@ -50,8 +50,8 @@ def push(
     settings = Push(
         repository,
         private if private is not None or asked is None else asked.private,
-        revision,
-        pull_request,
+        revision or (asked.revision if asked and pull_request is None else None),
+        pull_request if pull_request is not None or asked is None or revision else asked.pull_request,
         message or (asked.message if asked else None),
         tags or (asked.tags if asked else ()),
         asked.new_version if asked else None,
@@ -61,9 +61,7 @@ def push(
             f"the recipe names a card ({output.card.name}), which is not part of the output", fix="--card FILE"
         )
     text = write_card(proof, settings, license or output.license, read_card(Path(card) if card else None))
-    publisher = Publisher(settings)
-    found = publisher.find_plan(proof["plan_digest"])
-    return found[0] if found is not None else send(publisher, folder, proof, text)
+    return send(Publisher(settings), folder, proof, text)
 
 
 def read_card(path: Path | None) -> str | None:
@@ -87,13 +85,17 @@ def send(publisher: Publisher, folder: Path, proof: Mapping[str, Any], card: str
     for name in sorted(manifest.file_names(proof) - publisher.names):
         publisher.add(name, (folder / name).read_bytes())
     publisher.add(CARD_FILE, card.encode())
-    title = f"Merge {proof['expression']} (plan {proof['plan_digest'][:12]})"
+    title = _title(proof["expression"], proof["plan_digest"])
     by_name = {file["name"]: file for file in large}
     return publisher.publish(
         title,
         f"Made by skillmerge {proof['tool']['version']}.",
         lambda name: _upload(publisher, folder, by_name[name]),
     )
+
+
+def _title(expression: str, plan_digest: str) -> str:
+    return f"Merge {expression} (plan {plan_digest[:12]})"
 
 
 def _upload(publisher: Publisher, folder: Path, file: Mapping[str, Any]) -> None:
@@ -123,17 +125,28 @@ class Publication:
         output = plan.recipe.output
         asked = output.push or Push(repository or "")
         values = {name: getattr(asked, name) for name in Push.__slots__}
-        values |= {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in options.items() if value is not None}
+        # What is given wins over the recipe's other way of saying where.
+        values |= {"pull_request": None} if "revision" in given else {}
+        values |= {"revision": None} if given.get("pull_request") else {}
+        values |= given
         self._push = Push(**{**values, "repository": repository or asked.repository})
         self._plan, self._remove, self._license = plan, remove, output.license
         self._card = read_card(output.card)
-        if self._card is None:
+        if self._card is None or not read_metadata(self._card)[1].get("license"):
             license_of([{"name": item.name, "license": item.license} for item in plan.inputs], output.license)
-        self._publisher = Publisher(self._push)
+        self._connected: Publisher | None = None
         self._pool = ThreadPoolExecutor(2)
         self._sent: list[Future[None]] = []
         self._staging: Staging | None = None
         self._on_the_hub = {file.stated_sha256 for item in plan.inputs for file in item.files}
+
+    @property
+    def _publisher(self) -> Publisher:
+        """The Hub is only asked once everything on this side is known to be in order."""
+        if self._connected is None:
+            self._connected = Publisher(self._push)
+        return self._connected
 
     @property
     def repository(self) -> str:
@@ -146,7 +159,8 @@ class Publication:
 
     def find(self) -> tuple[Published, dict[str, Any]] | None:
         """This plan's output, where the Hub has it already, and its manifest."""
-        return self._publisher.find_plan(self._plan.digest)
+        title = _title(self._plan.recipe.document.data["merge"], self._plan.digest)
+        return self._publisher.find_plan(self._plan.digest, title)
 
     def disk_needed(self, output: int) -> int:
         """Bytes, where the whole output would need `output`."""
@@ -158,6 +172,7 @@ class Publication:
     def attach(self, staging: Staging) -> None:
         """Begin, with the shards of an earlier run: those it sent, and those it had no time to send."""
         self._staging = staging
+        _ = self._publisher
         for entry in list(staging.finished.values()):
             self.finished(entry)
 
@@ -179,16 +194,14 @@ class Publication:
             self._staging.record(entry)
             path.unlink()
 
-    def settle(self) -> None:
-        """Wait for what is on its way; what failed is tried once more by `publish`."""
-        self._pool.shutdown(wait=True)
+    def settle(self, *, failed: bool) -> None:
+        """Wait for what is on its way, unless the merge failed; an upload that did is tried again by `publish`."""
+        self._pool.shutdown(wait=True, cancel_futures=failed)
 
     def publish(self, folder: Path, proof: Mapping[str, Any], *, verified: bool) -> Published:
         """Make the commit. An output of an earlier run is verified first."""
         if not verified:
             verify(folder, allow_nonfinite=proof["environment"]["allow_nonfinite"])
-        if (found := self._publisher.find_plan(proof["plan_digest"])) is not None:
-            return found[0]
         text = write_card(proof, self._push, self._license, self._card)
         try:
             return send(self._publisher, folder, proof, text)

@@ -82,6 +82,10 @@ def _locked(
                 f"{lock_path} is stale: model `{name}` is {recipe.models[name]}, the lock {what}",
                 fix=f"write it again: skillmerge plan {recipe.document.name} --lock",
             )
+        if place.pinned and place.revision != found.commit:
+            raise StalePlan(
+                f"{lock_path} is stale: model `{name}` is pinned to {place.revision}, the lock to {found.commit}"
+            )
         return place.at(found.commit)
     if access.locked and not place.pinned:
         raise UsageError(

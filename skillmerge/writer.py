@@ -186,9 +186,10 @@ class Staging:
         return remark
 
     def _is_intact(self, entry: dict[str, Any], stop: threading.Event) -> bool:
-        if entry.get("uploaded"):
-            return True
         path = self.files / entry["shard"]
+        if entry.get("uploaded"):
+            path.unlink(missing_ok=True)
+            return True
         if not path.is_file() or path.stat().st_size != entry["size"]:
             return False
         return hash_file(path, stop) == str(entry["sha256"])

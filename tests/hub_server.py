@@ -106,6 +106,8 @@ class HubServer:
         """What storage addresses are signed with; change it, and the old ones expire."""
         self.xet_hashes: dict[str, str] = {}
         """sha256 -> what the xet store calls the same file."""
+        self.card_errors: list[str] = []
+        self.quota_message = ""
         self.lock = threading.RLock()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
         self.port = self._server.server_address[1]
@@ -209,8 +211,8 @@ class HubServer:
     def fail(self, kind: str, where: str, *, times: int = 1, **details: Any) -> None:
         """Make requests whose "METHOD path" matches `where` fail.
 
-        kind: status, reset, short, moved (the commit header is another one), wrong-range, or call (run
-        `action`, then answer).
+        kind: status, reset, page (some proxy's), short, moved (the commit header is another one), wrong-range, or
+        call (run `action`, then answer).
         """
         self.faults.append(Fault(kind, re.compile(where), times, **details))
 
@@ -314,6 +316,10 @@ class _Handler(BaseHTTPRequestHandler):
                 if fault.times <= 0:
                     continue
                 fault.times -= 1
+            if fault.kind == "page":
+                self.rfile.read(length)
+                self._bytes(b"<html>Sign in to the network</html>", 200, {"Content-Type": "text/html"})
+                raise _Answered
             if fault.kind == "status":
                 self.rfile.read(length)
                 self._json({"error": "made to fail"}, fault.status, fault.headers)
@@ -505,7 +511,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"url": f"{self.hub.endpoint}/{name}", "name": name, "id": "1"})
 
     def _validate_yaml(self, body: bytes) -> None:
-        self._json({"errors": [], "warnings": []})
+        errors = [{"message": text} for text in self.hub.card_errors]
+        self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def _preupload(self, name: str, revision: str, body: bytes) -> None:
         repo = self._writable(name)
@@ -523,6 +530,9 @@ class _Handler(BaseHTTPRequestHandler):
         objects = []
         for item in json.loads(body)["objects"]:
             entry = {"oid": item["oid"], "size": item["size"]}
+            if self.hub.quota_message:
+                objects.append({**entry, "error": {"code": 403, "message": self.hub.quota_message}})
+                continue
             if item["oid"] not in repo.lfs:
                 upload = {"href": f"{self.hub.storage}/upload/{quote(name, safe='')}/{item['oid']}"}
                 verify = {"href": f"{self.hub.endpoint}/api/verify/{name}"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -446,6 +448,53 @@ def test_no_network_at_all(hub: HubServer, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", f"http://127.0.0.1:{port}")
     with pytest.raises(TemporaryError, match="the network failed"):
         skillmerge.plan(hub_recipe(tmp_path / "remote"))
+
+
+def test_page_of_a_proxy_is_no_answer(hub: HubServer, tmp_path: Path) -> None:
+    hub.fail("page", "GET /api/models/")
+    with pytest.raises(InputError, match=r"hf://acme/\w+: "):
+        skillmerge.plan(hub_recipe(tmp_path / "remote"))
+
+
+def test_interrupt_is_heard_while_the_hub_is_waited_for(hub: HubServer, tmp_path: Path) -> None:
+    put_family(hub, tmp_path / "local")
+    recipe = hub_recipe(tmp_path / "remote")
+    hub.fail("status", "GET /storage/", times=10**6, after=6, status=503, headers={"Retry-After": "60"})
+    command = [sys.executable, "-m", "skillmerge.cli", "apply", str(recipe)]
+    environment = {**os.environ, **hub.variables()}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while hub.count("GET /storage/") < 8:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        sent = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert time.monotonic() - sent < 10
+    assert process.returncode == 143
+
+
+def test_pin_and_lock_that_disagree_are_told(hub: HubServer, tmp_path: Path) -> None:
+    put_family(hub, tmp_path / "local")
+    commit = hub.repos["acme/rl"].refs["main"]
+    recipe = hub_recipe(tmp_path / "remote", rl=f"@{commit}")
+    skillmerge.plan(recipe, lock=True)
+    path = tmp_path / "remote" / "recipe.lock"
+    path.write_text(path.read_text().replace(f'"commit": "{commit}"', f'"commit": "{"0" * 40}"'))
+    with pytest.raises(StalePlan, match=f"pinned to {commit}"):
+        skillmerge.apply(recipe)
+
+
+def test_online_and_offline_make_one_plan(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants, snapshot_download
+
+    put_family(hub, tmp_path / "local")
+    plan = skillmerge.plan(hub_recipe(tmp_path / "remote"))
+    for model in MODELS:
+        snapshot_download(f"acme/{model}", cache_dir=hub.folder / "hf-home" / "hub")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    offline = skillmerge.plan(hub_recipe(tmp_path / "remote"))
+    inputs = [plan.as_dict()["inputs"], offline.as_dict()["inputs"]]
+    assert inputs[0] == inputs[1]
 
 
 def test_repositories_that_are_no_models(hub: HubServer, tmp_path: Path) -> None:

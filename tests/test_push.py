@@ -203,6 +203,86 @@ def test_nothing_is_pushed_without_rights(hub: HubServer, output: Path, monkeypa
     assert MERGED not in hub.repos
 
 
+def test_same_weights_with_another_card_are_another_push(hub: HubServer, output: Path, tmp_path: Path) -> None:
+    skillmerge.push(output, MERGED)
+    card = tmp_path / "card.md"
+    card.write_text("---\nlicense: mit\n---\n# Corrected\n")
+    published = skillmerge.push(output, MERGED, card=card, pull_request=False)
+    assert not published.already
+    assert "# Corrected" in hub.content(MERGED, "README.md").decode()
+
+
+def test_what_changed_on_the_hub_since_is_put_right(hub: HubServer, output: Path) -> None:
+    skillmerge.push(output, MERGED)
+    content = (output / "config.json").read_bytes()
+    hub.commit(MERGED, {"config.json": content.replace(b"odd", b"bad")})
+    assert not skillmerge.push(output, MERGED, pull_request=False).already
+    assert hub.content(MERGED, "config.json") == content
+
+
+@pytest.mark.parametrize("manifest", [b"{", b'{"plan_digest": "DIGEST"}', b'{"plan_digest": "DIGEST", "files": []}'])
+def test_a_strangers_pull_request_is_not_ours(hub: HubServer, recipe: Path, tmp_path: Path, manifest: bytes) -> None:
+    digest = skillmerge.plan(recipe).digest
+    hub.create_from(MERGED, write_checkpoint(tmp_path / "other", random_tensors(tensor_shapes())))
+    repo = hub.repos[MERGED]
+    repo.refs["refs/pr/1"] = repo.refs["main"]
+    hub.commit(MERGED, {"skillmerge.manifest.json": manifest.replace(b"DIGEST", digest.encode())}, "refs/pr/1")
+    title = f"Merge target + lam * (rl - sft) (plan {digest[:12]})"
+    discussion = {"num": 1, "title": title, "status": "open", "isPullRequest": True, "author": {"name": "stranger"}}
+    repo.discussions.append({**discussion, "createdAt": "2026-01-01T00:00:00.000Z",
+                             "repo": {"name": MERGED, "type": "model"}})  # fmt: skip
+    result = skillmerge.apply(recipe, push=MERGED, no_local=True)
+    assert result.published is not None
+    assert not result.published.already
+    assert result.published.pull_request == f"{hub.endpoint}/{MERGED}/discussions/2"
+
+
+def test_repository_with_words_in_it_gets_a_pull_request(hub: HubServer, output: Path) -> None:
+    hub.create(MERGED, {".gitattributes": b"", "README.md": b"# Mine\n"})
+    assert skillmerge.push(output, MERGED).pull_request is not None
+    assert hub.content(MERGED, "README.md") == b"# Mine\n"
+
+
+def test_weights_that_are_no_model_of_ours_stay(hub: HubServer, output: Path) -> None:
+    files: dict[str, bytes | Path] = {"my_lora.safetensors": b"x", "model.safetensors": b"y"}
+    hub.create(MERGED, files)
+    skillmerge.push(output, MERGED, pull_request=False)
+    assert "my_lora.safetensors" in hub.tree(MERGED)
+    assert "model.safetensors" not in hub.tree(MERGED)
+
+
+def test_private_weights_never_go_into_a_public_repository(hub: HubServer, output: Path) -> None:
+    hub.create(MERGED)
+    with pytest.raises(UsageError, match="is public"):
+        skillmerge.push(output, MERGED, private=True)
+
+
+def test_refusals_in_the_hubs_own_words(hub: HubServer, output: Path) -> None:
+    hub.card_errors = ['"license" must be one of [apache-2.0, mit, …]']
+    with pytest.raises(InputError, match='"license" must be one of'):
+        skillmerge.push(output, MERGED, license="Apache 2.0")
+    hub.card_errors = []
+    hub.quota_message = "Private repository storage limit reached"
+    with pytest.raises(InputError, match="storage limit reached"):
+        skillmerge.push(output, "acme/other")
+    assert set(hub.tree(MERGED)) == set(hub.tree("acme/other")) == {".gitattributes"}
+
+
+def test_commit_that_lands_after_it_was_given_up_is_found(hub: HubServer, output: Path, tmp_path: Path) -> None:
+    """A gateway gives up on a large commit, and the Hub makes it all the same."""
+    hub.create_from(MERGED, write_checkpoint(tmp_path / "other", random_tensors(tensor_shapes())))
+    hub.fail("reset", "#done")
+    assert skillmerge.push(output, MERGED).already
+    assert len(hub.repos[MERGED].discussions) == 1
+
+
+def test_output_that_stands_in_the_way_is_told_before_anything_is_made(hub: HubServer, recipe: Path) -> None:
+    skillmerge.apply(recipe)
+    with pytest.raises(UsageError, match="exists already"):
+        skillmerge.apply(recipe, coefficients={"lam": 0.5}, push=MERGED)
+    assert MERGED not in hub.repos
+
+
 # ---------------------------------------------------------------------------------------------------- apply --push
 
 
@@ -254,11 +334,6 @@ def test_no_local_leaves_nothing_on_the_disk(hub: HubServer, recipe: Path) -> No
     assert again.already
     assert again.published is not None
     assert again.published.commit == result.published.commit
-    once_more = skillmerge.apply(recipe, push=MERGED)
-    assert once_more.published is not None
-    assert once_more.published.already, "the same plan, merged here this time"
-    assert hub.repos[MERGED].discussions == []
-    shutil.rmtree(once_more.output)
     with pytest.raises(UsageError, match="no output at all"):
         skillmerge.apply(recipe, no_local=True)
 

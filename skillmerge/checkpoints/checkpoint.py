@@ -83,6 +83,9 @@ class Files(Protocol):
     def check_unchanged(self, names: Sequence[str]) -> None:
         """Raise StalePlan where a weight file is no longer the one whose header was read."""
 
+    def cancel(self) -> None:
+        """Give up waiting: what is being read is no longer wanted."""
+
     def close(self) -> None: ...
 
 

@@ -120,6 +120,9 @@ class Folder:
             if identity != self._headers[name].identity:
                 raise self._changed(name)
 
+    def cancel(self) -> None:
+        """Nothing is ever waited for."""
+
     def close(self) -> None:
         with self._lock:
             for descriptor in self._descriptors.values():

@@ -9,6 +9,8 @@ could be in it.
 from __future__ import annotations
 
 import email.utils
+import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,14 +23,15 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.utils import get_session, parse_ratelimit_headers
 
-from skillmerge.errors import InputError, SkillmergeError, TemporaryError
+from skillmerge.errors import InputError, ResourceError, SkillmergeError, TemporaryError
 
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 """What every error of the HTTP library derives from, whichever library this huggingface_hub is built on."""
@@ -52,28 +55,37 @@ class Passing(Exception):
 
 
 def retried(
-    what: str, attempt: Callable[[], T], *, progress: Callable[[], int] = lambda: 0, tries: int | None = None
+    what: str,
+    attempt: Callable[[], T],
+    *,
+    progress: Callable[[], int] = lambda: 0,
+    tries: int | None = None,
+    stop: threading.Event | None = None,
 ) -> T:
     """Run `attempt`, again where it fails with what may pass. `what` is the repository, for messages.
 
-    Only tries without any `progress` count: a link that breaks often still gets there.
+    Only tries without any `progress` count: a link that breaks often still gets there. Once `stop` is set,
+    nothing is waited for.
     Raises InputError for what will not pass, TemporaryError where `tries` (or TRIES) were not enough.
     """
     failed, reached = 0, progress()
     while True:
         try:
             with hub_errors(what):
+                _bound_waiting()
                 return attempt()
         except Passing as passing:
             if progress() > reached:
                 failed, reached = 0, progress()
             failed += 1
-            wait = FIRST_WAIT * 2 ** (failed - 1) if passing.wait is None else passing.wait
-            if failed >= (tries or TRIES) or wait > LONGEST_WAIT:
+            # A little more than asked, and not the same for all: else everybody is back at the same instant.
+            wait = max(passing.wait or 0.0, FIRST_WAIT * 2 ** (failed - 1)) * random.uniform(1.0, 1.2)
+            if failed >= (tries or TRIES) or wait > 1.2 * LONGEST_WAIT:
                 raise TemporaryError(
                     f"{what}: {passing.what}", fix="try again later: the same command continues where it stopped"
                 ) from passing
-            time.sleep(wait)
+            if (stop or threading.Event()).wait(wait):
+                raise TemporaryError(f"{what}: stopped while it waited for the Hub") from passing
 
 
 @contextmanager
@@ -90,6 +102,8 @@ def hub_errors(what: str) -> Iterator[None]:
         ) from error
     except LocalTokenNotFoundError as error:
         raise InputError(f"{what} needs a token, and none was found", fix=LOG_IN) from error
+    except LocalEntryNotFoundError as error:
+        raise Passing("a file could not be fetched") from error
     except HFValidationError as error:
         raise InputError(f"{what} is not a name that a repository can have") from error
     except HfHubHTTPError as error:
@@ -106,6 +120,34 @@ def hub_errors(what: str) -> Iterator[None]:
         raise Passing(f"the network failed ({type(error).__name__})") from None
     except (ConnectionError, TimeoutError) as error:
         raise Passing(f"the network failed ({type(error).__name__})") from None
+    except OSError as error:
+        raise ResourceError(
+            f"{what}: the local cache could not be used: {error.strerror or type(error).__name__}",
+            fix="make room, or point HF_HOME at another place",
+        ) from error
+    except UnicodeError:
+        raise InputError(f"{what}: the token is not one: it has characters that none has", fix=LOG_IN) from None
+    except ValueError as error:
+        # A refusal in the Hub's own words, or an answer that is none (a proxy's page).
+        raise InputError(f"{what}: {_without_token(str(error)).strip()[:500]}", fix="check HF_ENDPOINT") from None
+    except Exception as error:
+        if type(error).__name__ not in ("InvalidURL", "UnsupportedProtocol"):
+            raise
+        raise InputError(
+            f"{what}: the Hub's address is not one ({constants.ENDPOINT})", fix="check HF_ENDPOINT"
+        ) from None
+
+
+def _without_token(text: str) -> str:
+    token = get_token()
+    return text.replace(token, "<token>") if token else text
+
+
+def _bound_waiting() -> None:
+    """The client waits without end for an answer unless it is told otherwise."""
+    session = get_session()
+    if session.timeout.read is None:
+        session.timeout = LONGEST_WAIT
 
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"

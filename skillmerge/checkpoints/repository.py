@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from skillmerge.checkpoints.checkpoint import Files, digest_of
@@ -73,7 +73,8 @@ class Repository:
         self._signed: dict[str, str] = {}
         self._cached: Folder | None = None
         self._cached_names: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(_CONNECTIONS)
 
     def _listing(self, siblings: Sequence[Any]) -> dict[str, RemoteFile]:
@@ -120,9 +121,7 @@ class Repository:
     def _header(self, name: str, expected: int) -> Header:
         file = self._file(name)
         cached = self._from_cache(name)
-        if cached is None and self._download:
-            cached = self._downloaded(name)
-        if cached is not None:
+        if cached is not None and not self._download:
             return self._adopt(name, cached)
         head = bytearray(min(expected, file.size))
         if head:
@@ -139,6 +138,10 @@ class Repository:
         return Header(raw, parse_header(raw[8:], file.size, self.path(name), name), file.size, file.digest)
 
     def begin(self, name: str, position: int, buffer: memoryview) -> Callable[[], None]:
+        if self._download and name not in self._cached_names:
+            with self._lock:
+                if name not in self._cached_names:
+                    self._adopt(name, self._downloaded(name))
         if self._cached is not None and name in self._cached_names:
             return self._cached.begin(name, position, buffer)
         return self._pool.submit(self._fetch, name, position, buffer).result
@@ -160,7 +163,11 @@ class Repository:
         if self._cached is not None:
             self._cached.check_unchanged([name for name in names if name in self._cached_names])
 
+    def cancel(self) -> None:
+        self._stop.set()
+
     def close(self) -> None:
+        self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._cached is not None:
             self._cached.close()
@@ -192,7 +199,8 @@ class Repository:
         return header
 
     def _downloaded(self, name: str) -> Path:
-        """Fetch a weight file into the cache, and compare it with the digest that the Hub states."""
+        """Fetch a weight file into the cache where it is not there, and compare it with the digest that the Hub
+        states."""
         path = Path(
             retried(
                 self.place,
@@ -227,7 +235,7 @@ class Repository:
             if done < len(buffer):
                 raise Passing(f"the connection ended {len(buffer) - done} bytes early")
 
-        retried(self.place, attempt, progress=lambda: done)
+        retried(self.place, attempt, progress=lambda: done, stop=self._stop)
 
     def _stream(self, name: str, position: int, count: int) -> Any:
         """Pieces of a file's bytes from one request, at most `count` bytes in all."""
@@ -308,7 +316,7 @@ def open_location(location: Location, *, download: bool = False) -> Files:
         return Repository(location, download=download)
     try:
         snapshot = snapshot_download(location.repository, revision=location.revision or None, local_files_only=True)
-    except LocalEntryNotFoundError as error:
+    except (LocalEntryNotFoundError, HFValidationError) as error:
         raise InputError(
             f"{location} is not in the local cache, and HF_HUB_OFFLINE is set",
             fix=f"unset HF_HUB_OFFLINE, or where there is a network: hf download {location.repository}"
