@@ -86,11 +86,13 @@ def _body(manifest: Mapping[str, Any], push: Push) -> str:
     sections += [
         *_rounding(manifest),
         "## Use",
-        f'```python\nfrom transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{push.repository}")\n```',
+        "```python\nfrom transformers import AutoModelForCausalLM  # or the class for its task\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{push.repository}")\n```',
         "## Proof",
-        f"`{MANIFEST_FILE}` names every input with its commit and digests, what was done to each tensor, and the "
-        f"sha256 of every file. Plan `{manifest['plan_digest']}`. With the recipe above and the commits of the table, "
-        "`skillmerge apply` gives the same bytes again; `skillmerge verify` checks them.",
+        f"`{MANIFEST_FILE}` names every input with its commit and digests, what was done to each tensor,\n"
+        f"and the sha256 of every file. Plan `{manifest['plan_digest']}`.\n"
+        "With the recipe above and the commits of the table, `skillmerge apply` gives the same bytes again;\n"
+        "`skillmerge verify` checks them.",
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -197,6 +197,20 @@ def test_download_fills_the_cache(hub: HubServer, tmp_path: Path) -> None:
     assert cached == {f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
 
 
+def test_what_was_downloaded_is_enough_offline(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    put_family(hub, tmp_path / "local")
+    commits = {model: "@" + hub.repos[f"acme/{model}"].refs["main"] for model in MODELS}
+    recipe = hub_recipe(tmp_path / "remote", **commits)
+    online = skillmerge.apply(recipe, tmp_path / "online", hub="download")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    offline = skillmerge.apply(recipe, tmp_path / "offline")
+    assert hub.requests == []
+    assert weights(online.output) == weights(offline.output)
+
+
 def test_downloaded_file_with_another_digest_is_refused(hub: HubServer, tmp_path: Path) -> None:
     put_family(hub, tmp_path / "local", shards=1)
     oid = hub.tree("acme/rl")[SINGLE].sha256

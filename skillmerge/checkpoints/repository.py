@@ -101,6 +101,8 @@ class Repository:
         if file.size > limit:
             raise InputError(f"{self.path(name)}: is not a file of sane size")
         cached = self._from_cache(name)
+        if cached is None and self._download:
+            cached = self._into_cache(name)
         content = bytearray(file.size)
         if cached is not None:
             content[:] = cached.read_bytes()
@@ -198,17 +200,14 @@ class Repository:
         self._cached_names.add(name)
         return header
 
+    def _into_cache(self, name: str) -> Path:
+        """A file in the Hub's cache, fetched where it is not there."""
+        repository, path = self.location.repository, self._prefix + name
+        return Path(retried(self.place, lambda: hf_hub_download(repository, path, revision=self.revision)))
+
     def _downloaded(self, name: str) -> Path:
-        """Fetch a weight file into the cache where it is not there, and compare it with the digest that the Hub
-        states."""
-        path = Path(
-            retried(
-                self.place,
-                lambda: hf_hub_download(
-                    self.location.repository, self._prefix + name, revision=self.revision, tqdm_class=None
-                ),
-            )
-        )
+        """A weight file in the cache, compared with the digest that the Hub states."""
+        path = self._into_cache(name)
         kind, stated = self.listed[name].digest
         if kind == "sha256" and hash_file(path) != stated:
             raise InputError(
