@@ -395,9 +395,13 @@ cli.main()
 
 
 def start_cli(program: str, *arguments: str | Path) -> subprocess.Popen[str]:
-    """The command line in a process of its own, with something done to it before."""
+    """The command line in a process of its own, with something done to it before.
+
+    Tests that run in the background have SIGINT ignored, and so would their children.
+    """
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
+        [sys.executable, "-c", heard + program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
