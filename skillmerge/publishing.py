@@ -117,10 +117,10 @@ class Publisher:
         repository, branch = self.push.repository, self.push.revision or constants.DEFAULT_REVISION
         if not retried(self._place, lambda: self._api.repo_exists(repository)):
             retried(self._place, lambda: self._api.create_repo(repository, private=self.push.private, exist_ok=True))
-        if self.push.revision and not self.push.revision.startswith("refs/"):
-            retried(self._place, lambda: self._api.create_branch(repository, branch=branch, exist_ok=True))
         elif self.push.private and not retried(self._place, lambda: self._api.model_info(repository)).private:
             raise UsageError(f"{repository} is public, and a private one was asked for", fix="choose another name")
+        if self.push.revision and not self.push.revision.startswith("refs/"):
+            retried(self._place, lambda: self._api.create_branch(repository, branch=branch, exist_ok=True))
         self.parent, listed = self._listing(branch)
         # A repository that a run made and died before its commit is still a new one.
         new = set(listed) <= _FIRST_FILES
@@ -262,7 +262,7 @@ class Publisher:
 
     def find_plan(self, plan_digest: str, title: str) -> tuple[Published, dict[str, Any]] | None:
         """An output of this plan that is there already, and its manifest: on the branch, or in an open pull
-        request with our title. Every byte of it is what its manifest says, and that is whole."""
+        request of ours. Every byte of it is what its manifest says, and that is whole."""
         for revision, request in self._places(self.push.message or title):
             commit, listed = self._listing(revision)
             if MANIFEST_FILE not in listed:
@@ -285,9 +285,10 @@ class Publisher:
         return f"{constants.ENDPOINT}/{self.push.repository}"
 
     def _places(self, title: str) -> Iterator[tuple[str, str | None]]:
-        """Where a commit of ours may be: revision, and the pull request's address."""
+        """Where a commit of ours may be: revision, and the address of a pull request that we made."""
         yield self._branch, None
         if self.as_pull_request:
+            user = retried(self._place, self._api.whoami)["name"]
             requests = retried(
                 self._place,
                 lambda: list(
@@ -297,7 +298,7 @@ class Publisher:
                 ),
             )
             for request in requests:
-                if request.title == title:
+                if (request.author, request.title) == (user, title):
                     yield f"refs/pr/{request.num}", f"{self._home}/discussions/{request.num}"
 
     def _find(self, title: str) -> Published | None:

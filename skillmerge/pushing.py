@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,26 @@ def push(
     verify(folder, allow_nonfinite=allow_nonfinite)
     proof = manifest.read(folder)
     output = parse_recipe(proof["recipe"]["text"], "the manifest's recipe", folder).output
-    asked = output.push
-    settings = Push(
-        repository,
-        private if private is not None or asked is None else asked.private,
-        revision or (asked.revision if asked and pull_request is None else None),
-        pull_request if pull_request is not None or asked is None or revision else asked.pull_request,
-        message or (asked.message if asked else None),
-        tags or (asked.tags if asked else ()),
-        asked.new_version if asked else None,
-    )
+    given = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
+    settings = _settings(output.push, repository, {**given, "tags": tags or None})
     if card is None and output.card is not None:
         raise UsageError(
             f"the recipe names a card ({output.card.name}), which is not part of the output", fix="--card FILE"
         )
     text = write_card(proof, settings, license or output.license, read_card(Path(card) if card else None))
     return send(Publisher(settings), folder, proof, text)
+
+
+def _settings(asked: Push | None, repository: str | None, options: Mapping[str, Any]) -> Push:
+    """The recipe's push, with what was given (not None) in its place."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if repository is not None:
+        given["repository"] = repository
+    # A branch and a pull request are two ways to say where: what is given wins over the recipe's other way.
+    elsewhere: dict[str, Any] = {"pull_request": None} if "revision" in given else {}
+    if given.get("pull_request"):
+        elsewhere["revision"] = None
+    return replace(asked or Push(repository or ""), **{**elsewhere, **given})
 
 
 def read_card(path: Path | None) -> str | None:
@@ -123,21 +128,13 @@ class Publication:
 
     def __init__(self, plan: Plan, repository: str | None, remove: bool, options: Mapping[str, Any]) -> None:
         output = plan.recipe.output
-        asked = output.push or Push(repository or "")
-        values = {name: getattr(asked, name) for name in Push.__slots__}
-        given = {name: value for name, value in options.items() if value is not None}
-        # What is given wins over the recipe's other way of saying where.
-        values |= {"pull_request": None} if "revision" in given else {}
-        values |= {"revision": None} if given.get("pull_request") else {}
-        values |= given
-        self._push = Push(**{**values, "repository": repository or asked.repository})
+        self._push = _settings(output.push, repository, options)
         self._plan, self._remove, self._license = plan, remove, output.license
         self._card = read_card(output.card)
         if self._card is None or not read_metadata(self._card)[1].get("license"):
             license_of([{"name": item.name, "license": item.license} for item in plan.inputs], output.license)
         self._connected: Publisher | None = None
         self._pool = ThreadPoolExecutor(2)
-        self._sent: list[Future[None]] = []
         self._staging: Staging | None = None
         self._on_the_hub = {file.stated_sha256 for item in plan.inputs for file in item.files}
 
@@ -186,7 +183,7 @@ class Publication:
         elif not self._remove and sha256 in self._on_the_hub:
             pass  # `send` has the Hub copy it
         elif not self._remove:
-            self._sent.append(self._pool.submit(self._publisher.upload, name, path, size, sha256))
+            self._pool.submit(self._publisher.upload, name, path, size, sha256)
         else:
             check_shard(path, next(shard.specs for shard in self._plan.shards if shard.file == name))
             self._publisher.upload(name, path, size, sha256)

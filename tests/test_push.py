@@ -256,8 +256,37 @@ def test_weights_that_are_no_model_of_ours_stay(hub: HubServer, output: Path) ->
 
 def test_private_weights_never_go_into_a_public_repository(hub: HubServer, output: Path) -> None:
     hub.create(MERGED)
-    with pytest.raises(UsageError, match="is public"):
-        skillmerge.push(output, MERGED, private=True)
+    for revision in (None, "v2"):
+        with pytest.raises(UsageError, match="is public"):
+            skillmerge.push(output, MERGED, private=True, revision=revision)
+    assert set(hub.repos[MERGED].refs) == {"main"}
+
+
+def test_what_is_given_wins_over_the_recipe(hub: HubServer, recipe: Path) -> None:
+    """Whether a running merge or a finished folder is pushed."""
+    document = json.loads(recipe.read_text())
+    document["output"]["push"] = {"repo": "acme/first", "pull_request": True, "message": "Hello"}
+    recipe.write_text(json.dumps(document))
+    result = skillmerge.apply(recipe, push="acme/second", revision="v2")
+    skillmerge.push(result.output, "acme/third", revision="v2")
+    for name in ("acme/second", "acme/third"):
+        repo = hub.repos[name]
+        assert repo.discussions == []
+        assert repo.messages[repo.refs["v2"]] == "Hello"
+    assert "acme/first" not in hub.repos
+    assert skillmerge.push(result.output, "acme/fourth").pull_request is not None
+
+
+def test_a_strangers_copy_of_our_pull_request_is_not_ours(hub: HubServer, recipe: Path, tmp_path: Path) -> None:
+    """Whole, consistent, with our title, and still somebody else's."""
+    hub.create_from(MERGED, write_checkpoint(tmp_path / "other", random_tensors(tensor_shapes())))
+    first = skillmerge.apply(recipe, push=MERGED, no_local=True).published
+    hub.repos[MERGED].discussions[0]["author"] = {"name": "stranger"}
+    again = skillmerge.apply(recipe, push=MERGED, no_local=True).published
+    assert first is not None
+    assert again is not None
+    assert not again.already
+    assert again.pull_request != first.pull_request
 
 
 def test_refusals_in_the_hubs_own_words(hub: HubServer, output: Path) -> None:
