@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,15 @@ _FIRST_FILES = {".gitattributes"}
 
 _MAX_MANIFEST = 256 << 20
 
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-"""The names under which runtimes look for a model's weights."""
+_PIECE = 64 << 20
+
+_RUNTIME_FILE = re.compile(
+    r"(model|pytorch_model|adapter_model|consolidated)[-.\w]*\.(safetensors|bin|pt|pth)(\.index\.json)?"
+    r"|(adapter|generation|(pre)?processor|video_preprocessor|tokenizer|quantize)_config\.json"
+    r"|(tokenizer|special_tokens_map|added_tokens|vocab|chat_template|processor)\.(json|model|jinja|txt)"
+    r"|merges\.txt|skillmerge\.[-.\w]+"
+)
+"""The names under which runtimes look for what makes a model, at the top of a repository."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +186,21 @@ class Publisher:
         )
         self._digests[name] = Digests(size, sha256)
 
+    def fetch_original(self, name: str, path: Path) -> None:
+        """Write the file that the Hub was to copy to `path`."""
+        operation = self._operations[name]
+        assert isinstance(operation, CommitOperationCopy)
+        repository = operation.src_repo_id or self.push.repository
+        with (
+            closing(Repository(Location(repository, operation.src_revision or ""))) as files,
+            path.open("wb") as stream,
+        ):
+            size = self._digests[name].size
+            for position in range(0, size, _PIECE):
+                piece = memoryview(bytearray(min(_PIECE, size - position)))
+                files.begin(operation.src_path_in_repo, position, piece)()
+                stream.write(piece)
+
     def take_uploaded(self, name: str, size: int, sha256: str) -> None:
         """A file that an earlier run uploaded and then removed from this disk."""
         operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=b"")
@@ -252,12 +275,12 @@ class Publisher:
         return Published(self.push.repository, info.oid, url, info.pr_url, already=False)
 
     def _stale(self) -> list[CommitOperationDelete]:
-        """Weights of another model, which a runtime would mix with these."""
+        """Weights, tokenizer, adapter of another model, which a runtime would mix with these."""
         _, listed = self._listing(self.parent)
         return [
             CommitOperationDelete(path_in_repo=name)
             for name in listed
-            if "/" not in name and name not in self._operations and _WEIGHTS.fullmatch(name)
+            if "/" not in name and name not in self._operations and _RUNTIME_FILE.fullmatch(name)
         ]
 
     def find_plan(self, plan_digest: str, title: str) -> tuple[Published, dict[str, Any]] | None:

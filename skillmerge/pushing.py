@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +80,10 @@ def read_card(path: Path | None) -> str | None:
 def send(publisher: Publisher, folder: Path, proof: Mapping[str, Any], card: str) -> Published:
     """Upload what is not on its way yet, and commit. `folder` holds what `proof` names, but for uploaded shards."""
     large = [file for file in proof["files"] if file["size"] > _SMALL or file["name"].endswith(".safetensors")]
-    sources = _hub_files(proof)
+    sources = _hub_files(
+        (item["uri"], item["revision"], [(file["name"], file["stated_sha256"]) for file in item["files"]])
+        for item in proof["inputs"]
+    )
     for file in large:
         if file["name"] not in publisher.names and file["sha256"] in sources:
             publisher.copy(file["name"], file["size"], file["sha256"], *sources[file["sha256"]])
@@ -104,18 +107,25 @@ def _title(expression: str, plan_digest: str) -> str:
 
 
 def _upload(publisher: Publisher, folder: Path, file: Mapping[str, Any]) -> None:
-    publisher.upload(file["name"], folder / file["name"], file["size"], file["sha256"])
+    path = folder / file["name"]
+    if path.exists():
+        return publisher.upload(file["name"], path, file["size"], file["sha256"])
+    publisher.fetch_original(file["name"], path)
+    publisher.upload(file["name"], path, file["size"], file["sha256"])
+    path.unlink()
 
 
-def _hub_files(proof: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
-    """sha256 -> repository, commit and path of every input file on the Hub."""
-    found = {}
-    for item in proof["inputs"]:
-        if item["uri"].startswith(SCHEME) and item["revision"]:
-            place = parse_location(item["uri"])
-            for file in item["files"]:
-                path = f"{place.subfolder}/{file['name']}" if place.subfolder else file["name"]
-                found[file["stated_sha256"]] = (place.repository, item["revision"], path)
+def _hub_files(
+    inputs: Iterable[tuple[str, str | None, Iterable[tuple[str, str | None]]]],
+) -> dict[str | None, tuple[str, str, str]]:
+    """sha256 -> repository, commit and path, of the files (name, sha256) of inputs (URI, commit) on the Hub."""
+    found: dict[str | None, tuple[str, str, str]] = {}
+    for uri, commit, files in inputs:
+        if uri.startswith(SCHEME) and commit:
+            place = parse_location(uri)
+            for name, sha256 in files:
+                path = f"{place.subfolder}/{name}" if place.subfolder else name
+                found[sha256] = (place.repository, commit, path)
     found.pop(None, None)
     return found
 
@@ -136,7 +146,9 @@ class Publication:
         self._connected: Publisher | None = None
         self._pool = ThreadPoolExecutor(2)
         self._staging: Staging | None = None
-        self._on_the_hub = {file.stated_sha256 for item in plan.inputs for file in item.files}
+        self._on_the_hub = _hub_files(
+            (item.uri, item.revision, [(file.name, file.stated_sha256) for file in item.files]) for item in plan.inputs
+        )
 
     @property
     def _publisher(self) -> Publisher:
@@ -178,16 +190,17 @@ class Publication:
         assert self._staging is not None
         name, size, sha256 = entry["shard"], entry["size"], entry["sha256"]
         path = self._staging.files / name
-        if entry.get("uploaded"):
+        if sha256 in self._on_the_hub:
+            self._publisher.copy(name, size, sha256, *self._on_the_hub[sha256])
+        elif entry.get("uploaded"):
             self._publisher.take_uploaded(name, size, sha256)
-        elif not self._remove and sha256 in self._on_the_hub:
-            pass  # `send` has the Hub copy it
         elif not self._remove:
             self._pool.submit(self._publisher.upload, name, path, size, sha256)
         else:
             check_shard(path, next(shard.specs for shard in self._plan.shards if shard.file == name))
             self._publisher.upload(name, path, size, sha256)
-            entry["uploaded"] = True
+        if self._remove and not entry.get("uploaded"):
+            entry["uploaded"] = True  # or not needed: the Hub has it
             self._staging.record(entry)
             path.unlink()
 

@@ -288,10 +288,10 @@ class _Handler(BaseHTTPRequestHandler):
         authorised = self.headers.get("authorization") == f"Bearer {TOKEN}"
         host = (self.headers.get("host") or "").split(":")[0]
         self.authorised = authorised
-        with hub.lock:
-            hub.requests.append(
-                Request(self.command, parts.path, self.headers.get("range"), "authorization" in self.headers, host)
-            )
+        request = Request(self.command, parts.path, self.headers.get("range"), "authorization" in self.headers, host)
+        if parts.path != "/api/agent-harnesses":  # the client's own housekeeping, at a moment of its choosing
+            with hub.lock:
+                hub.requests.append(request)
         self.short = 0
         self.other_commit = False
         self.wrong_range = False

@@ -25,6 +25,7 @@ LAYERS = [
     {"recipe", "sidefiles", "modelconfig"},
     {"program"},
     {"checkpoints.repository"},
+    {"checkpoints.storage"},
     {"checkpoints.folder", "checkpoints.hubclient"},
     {"yamltext", "expression", "coefficients", "checkpoints.checkpoint", "checkpoints.location", "depth"},
     {"checkpoints.safetensors_header"},
@@ -47,7 +48,7 @@ HOMES = {
     "safetensors": {"verification"},
     "transformers": {"loading"},
     "torch": {"engine", "worker", "arithmetic", "statistics", "verification", "demo", "loading"},
-    "huggingface_hub": {"checkpoints.repository", "checkpoints.hubclient", "publishing", "card"},
+    "huggingface_hub": {"checkpoints.repository", "checkpoints.storage", "checkpoints.hubclient", "publishing", "card"},
 }
 
 

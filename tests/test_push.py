@@ -247,11 +247,19 @@ def test_repository_with_words_in_it_gets_a_pull_request(hub: HubServer, output:
 
 
 def test_weights_that_are_no_model_of_ours_stay(hub: HubServer, output: Path) -> None:
-    files: dict[str, bytes | Path] = {"my_lora.safetensors": b"x", "model.safetensors": b"y"}
-    hub.create(MERGED, files)
+    mine = ["my_lora.safetensors", "notes.json", "eval/model.safetensors", "vocabulary.md", ".gitattributes"]
+    stale = [
+        "model.safetensors",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json",
+        "adapter_config.json",
+    ]
+    stale += ["adapter_model.safetensors", "chat_template.jinja", "tokenizer.model", "skillmerge.other.json"]
+    hub.create(MERGED, dict.fromkeys([*mine, *stale], b"y"))
     skillmerge.push(output, MERGED, pull_request=False)
-    assert "my_lora.safetensors" in hub.tree(MERGED)
-    assert "model.safetensors" not in hub.tree(MERGED)
+    tree = set(hub.tree(MERGED))
+    assert tree >= set(mine)
+    assert not tree & set(stale)
 
 
 def test_private_weights_never_go_into_a_public_repository(hub: HubServer, output: Path) -> None:
@@ -437,6 +445,15 @@ def test_copied_shard_is_copied_by_the_hub(hub: HubServer, recipe: Path, tmp_pat
     assert hub.count("lfs-files/duplicate") == 1
     shard = "model-00001-of-00002.safetensors"
     assert hub.tree(MERGED)[shard].sha256 == hub.tree("acme/target")[shard].sha256
+    # Without a local output too; and where the Hub will not copy, the file goes through this disk once more.
+    for name, fault in (("acme/second", False), ("acme/third", True)):
+        if fault:
+            hub.fail("status", "lfs-files/duplicate", times=10**6, status=400)
+        hub.uploads.clear()
+        skillmerge.apply(work, tmp_path / "none", push=name, no_local=True)
+        assert hub.tree(name)[shard].sha256 == hub.tree("acme/target")[shard].sha256
+        assert (hub.tree(name)[shard].sha256 in hub.uploads) == fault
+    assert not list(tmp_path.glob("none*"))
 
 
 # --------------------------------------------------------------------------------------------------------- the card

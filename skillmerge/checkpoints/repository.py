@@ -8,7 +8,7 @@ that the local Hub cache has are read from there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,14 @@ from urllib.parse import urljoin, urlsplit
 
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers
 
 from skillmerge.checkpoints.checkpoint import Files, digest_of
 from skillmerge.checkpoints.folder import Folder
 from skillmerge.checkpoints.hubclient import Passing, refused, retried
 from skillmerge.checkpoints.location import Location
 from skillmerge.checkpoints.safetensors_header import Header, fetch_header, parse_header
+from skillmerge.checkpoints.storage import Answer, Storage, from_hub
 from skillmerge.errors import InputError, StalePlan
 from skillmerge.parallel import hash_file
 
@@ -76,6 +77,7 @@ class Repository:
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(_CONNECTIONS)
+        self._storage = Storage()
 
     def _listing(self, siblings: Sequence[Any]) -> dict[str, RemoteFile]:
         files = {}
@@ -171,6 +173,7 @@ class Repository:
     def close(self) -> None:
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._storage.close()
         if self._cached is not None:
             self._cached.close()
 
@@ -228,47 +231,40 @@ class Repository:
 
         def attempt() -> None:
             nonlocal done
-            for piece in self._stream(name, position + done, len(buffer) - done):
-                buffer[done : done + len(piece)] = piece
-                done += len(piece)
+            for count in self._ask(name, position + done, buffer[done:]):
+                done += count
             if done < len(buffer):
                 raise Passing(f"the connection ended {len(buffer) - done} bytes early")
 
         retried(self.place, attempt, progress=lambda: done, stop=self._stop)
 
-    def _stream(self, name: str, position: int, count: int) -> Any:
-        """Pieces of a file's bytes from one request, at most `count` bytes in all."""
+    def _ask(self, name: str, position: int, buffer: memoryview) -> Iterator[int]:
+        """Fill `buffer` with one request, or as much of it as comes: the bytes that came, again and again."""
         url = self._signed.get(name)
-        headers = {"Range": f"bytes={position}-{position + count - 1}", "Accept-Encoding": "identity"}
+        wanted = {"Range": f"bytes={position}-{position + len(buffer) - 1}", "Accept-Encoding": "identity"}
         for _ in range(_REDIRECTS):
             ours = url is None
             target = url or hf_hub_url(
                 self.location.repository, self._prefix + name, revision=self.revision, endpoint=constants.ENDPOINT
             )
-            sent = {**build_hf_headers(), **headers} if _is_hub(target) else headers
-            with get_session().stream(
-                "GET", target, headers=sent, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=False
-            ) as response:
-                if response.status_code in (301, 302, 303, 307, 308):
-                    self._check_commit(name, response.headers)
-                    url = urljoin(target, response.headers["location"])
+            hub = _is_hub(target)
+            with (
+                from_hub(target, {**build_hf_headers(), **wanted}) if hub else self._storage.get(target, wanted)
+            ) as answer:
+                if answer.status in (301, 302, 303, 307, 308):
+                    self._check_commit(name, answer.headers)
+                    url = urljoin(target, answer.headers["location"])
                     if not _is_hub(url):
                         self._signed[name] = url  # good for many ranges, until it expires
                     continue
-                if not ours and not _is_hub(target) and response.status_code in (400, 401, 403, 404, 410):
+                if not ours and not hub and answer.status in (400, 401, 403, 404, 410):
                     self._signed.pop(name, None)
                     url = None
                     continue
-                if _is_hub(target):
-                    hf_raise_for_status(response)
-                    self._check_commit(name, response.headers)
-                self._check_range(name, response, position, count)
-                left = count
-                for piece in response.iter_raw():
-                    if len(piece) > left:
-                        raise Passing("the server sent more than was asked for")
-                    left -= len(piece)
-                    yield piece
+                if hub:
+                    self._check_commit(name, answer.headers)
+                self._check_range(name, answer, position, len(buffer))
+                yield from answer.fill(buffer)
                 return
         raise InputError(f"{self.path(name)}: the server redirects without end")
 
@@ -282,20 +278,20 @@ class Repository:
                 fix="run the same command again",
             )
 
-    def _check_range(self, name: str, response: Any, position: int, count: int) -> None:
+    def _check_range(self, name: str, answer: Answer, position: int, count: int) -> None:
         size = self.listed[name].size
-        if response.status_code == 200 and position == 0 and count == size:
+        if answer.status == 200 and position == 0 and count == size:
             return
-        if response.status_code == 200:
+        if answer.status == 200:
             raise InputError(
                 f"{self.path(name)}: the server does not serve ranges", fix="download it first: --hub download"
             )
-        if response.status_code != 206:
-            raise refused(response.status_code, response.headers, self.place)
+        if answer.status != 206:
+            raise refused(answer.status, answer.headers, self.place)
         wanted = f"bytes {position}-{position + count - 1}/{size}"
-        if response.headers.get("content-range", wanted) != wanted:
+        if answer.headers.get("content-range", wanted) != wanted:
             raise StalePlan(
-                f"{self.path(name)}: the server sent {response.headers['content-range']} where {wanted} was asked for",
+                f"{self.path(name)}: the server sent {answer.headers['content-range']} where {wanted} was asked for",
                 fix="run the same command again",
             )
 
