@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
@@ -27,6 +28,9 @@ from skillmerge.statistics import total
 from skillmerge.tensors import DTYPES
 from skillmerge.worker import Buffer, Settings, Span, Statistics, Worker, spans
 from skillmerge.writer import PAGE, ShardFile, Staging, WriteMode
+
+_PATIENCE = 5.0
+"""Seconds that an interrupted run waits for its threads."""
 
 READ_AHEAD = 6
 """How many spans before its turn the system is told that a span's inputs will be read."""
@@ -256,6 +260,7 @@ def merge_shards(
     writers = [
         threading.Thread(target=_guard, args=(run, run.write), daemon=True) for _ in range(WRITERS + (in_flight or 0))
     ]
+    interrupted = False
     try:
         for thread in (*workers, *writers):
             thread.start()
@@ -269,16 +274,19 @@ def merge_shards(
             while thread.is_alive():
                 thread.join(0.25)
         progress(before + run.moved)
-    except BaseException:
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
         run.cancel()
         raise
     finally:
         run.stop.set()
         for _ in writers:
             run.full.put(None)
+        deadline = time.monotonic() + _PATIENCE
         for thread in (*workers, *writers):
-            thread.join()
-        run.close()
+            thread.join(max(0.0, deadline - time.monotonic()) if interrupted else None)
+        if not any(thread.is_alive() for thread in (*workers, *writers)):
+            run.close()  # else one of them waits for a network, and works with what this would close
         torch.set_num_threads(intraop)
     if run.failure is not None:
         raise run.failure

@@ -26,11 +26,15 @@ def in_threads(function: Callable[[Item, threading.Event], Found], items: Iterab
     """`function(item, stop)` for every item, in order. A long function looks at `stop` now and then."""
     stop = threading.Event()
     pool = ThreadPoolExecutor(min(4, cores()))
+    patient = True
     try:
         yield from pool.map(lambda item: function(item, stop), items)
+    except KeyboardInterrupt:
+        patient = False  # a function may wait for a network, and a person does not
+        raise
     finally:
         stop.set()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=patient, cancel_futures=True)
 
 
 def hash_file(path: Path, stop: threading.Event | None = None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,9 @@ from skillmerge.checkpoints.checkpoint import digest_of
 from skillmerge.checkpoints.hubclient import LOG_IN, Passing, retried
 from skillmerge.checkpoints.location import SCHEME, Location, parse_location
 from skillmerge.checkpoints.repository import Repository
-from skillmerge.errors import CheckFailed, InputError, StalePlan, TemporaryError, UsageError, some
+from skillmerge.errors import CheckFailed, InputError, SkillmergeError, StalePlan, TemporaryError, UsageError, some
 from skillmerge.recipe import Push
-from skillmerge.writer import MANIFEST_FILE
+from skillmerge.writer import MANIFEST_FILE, disk_errors
 
 _FIRST_FILES = {".gitattributes"}
 """What a repository has that was only just made."""
@@ -35,13 +35,30 @@ _MAX_MANIFEST = 256 << 20
 
 _PIECE = 64 << 20
 
-_RUNTIME_FILE = re.compile(
-    r"(model|pytorch_model|adapter_model|consolidated)[-.\w]*\.(safetensors|bin|pt|pth)(\.index\.json)?"
-    r"|(adapter|generation|(pre)?processor|video_preprocessor|tokenizer|quantize)_config\.json"
-    r"|(tokenizer|special_tokens_map|added_tokens|vocab|chat_template|processor)\.(json|model|jinja|txt)"
-    r"|merges\.txt|skillmerge\.[-.\w]+"
+_SHARD = r"(-\d{5}-of-\d{5})?"
+_MODEL_FILE = re.compile(
+    rf"(model|pytorch_model){_SHARD}\.(safetensors|bin)(\.index\.json)?|consolidated(\.\d+)?\.(pth|safetensors)"
+    r"|adapter_config\.json|adapter_model\.(safetensors|bin)|skillmerge\.(manifest|run)\.json"
+    rf"|skill\.json|skill{_SHARD}\.safetensors"
 )
-"""The names under which runtimes look for what makes a model, at the top of a repository."""
+_TOKENIZER_FILE = re.compile(
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|tokenizer\.model|vocab\.txt|merges\.txt"
+    r"|chat_template\.(jinja|json)"
+)
+"""The names, at the top of a repository, under which runtimes look for what must belong together."""
+
+
+def _is_about_copies(error: BaseException | None) -> bool:
+    """Whether a commit failed for the files that the Hub was to copy, and not for itself."""
+    if isinstance(error, ForgottenUploads):
+        return True  # it said that it had copied them, and had not
+    while error is not None:
+        if isinstance(error, FileDuplicationError) or type(error) is ValueError:
+            return True
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            return "duplicate" in str(error.response.url)
+        error = error.__cause__
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,19 +204,31 @@ class Publisher:
         self._digests[name] = Digests(size, sha256)
 
     def fetch_original(self, name: str, path: Path) -> None:
-        """Write the file that the Hub was to copy to `path`."""
+        """Write the file that the Hub was to copy to `path`. Raises InputError, TemporaryError, ResourceError."""
         operation = self._operations[name]
         assert isinstance(operation, CommitOperationCopy)
         repository = operation.src_repo_id or self.push.repository
-        with (
-            closing(Repository(Location(repository, operation.src_revision or ""))) as files,
-            path.open("wb") as stream,
-        ):
-            size = self._digests[name].size
-            for position in range(0, size, _PIECE):
-                piece = memoryview(bytearray(min(_PIECE, size - position)))
-                files.begin(operation.src_path_in_repo, position, piece)()
-                stream.write(piece)
+        found, size = hashlib.sha256(), self._digests[name].size
+        try:
+            with (
+                closing(Repository(Location(repository, operation.src_revision or ""))) as files,
+                disk_errors(path),
+                path.open("wb") as stream,
+            ):
+                for position in range(0, size, _PIECE):
+                    piece = memoryview(bytearray(min(_PIECE, size - position)))
+                    files.begin(operation.src_path_in_repo, position, piece)()
+                    found.update(piece)
+                    stream.write(piece)
+            # Nobody else would notice: some storage believes what it is told of a file.
+            if found.hexdigest() != self._digests[name].sha256:
+                raise InputError(
+                    f"{files.path(operation.src_path_in_repo)}: what came does not have the digest that the Hub states",
+                    fix="run the same command again",
+                )
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
     def take_uploaded(self, name: str, size: int, sha256: str) -> None:
         """A file that an earlier run uploaded and then removed from this disk."""
@@ -231,9 +260,9 @@ class Publisher:
             return published
         try:
             published = retried(self._place, lambda: self._commit(message, description))
-        except (InputError, ValueError, FileDuplicationError):
+        except (SkillmergeError, ValueError, FileDuplicationError) as error:
             copies = [name for name, item in self._operations.items() if isinstance(item, CommitOperationCopy)]
-            if not copies:
+            if not copies or not _is_about_copies(error):
                 raise
             for name in copies:  # other storage, another region, no rights: then it is sent like any other file
                 upload(name)
@@ -241,17 +270,22 @@ class Publisher:
         self._compare(published.commit)
         return published
 
+    def _description(self, description: str, deleted: Sequence[CommitOperationDelete]) -> str:
+        names = ", ".join(item.path_in_repo for item in deleted)
+        return description + (f"\n\nRemoved with the model that was here: {names}" if deleted else "")
+
     def _commit(self, message: str, description: str) -> Published:
         # A commit that seemed to fail may be made after all, a moment later.
         if self._tried and (found := self._find(message)) is not None:
             return found
         self._tried = True
+        stale = self._stale()
         try:
             info = self._api.create_commit(
                 self.push.repository,
-                [*self._operations.values(), *self._stale()],
+                [*self._operations.values(), *stale],
                 commit_message=message,
-                commit_description=description,
+                commit_description=self._description(description, stale),
                 revision=self._branch,
                 create_pr=self.as_pull_request,
                 parent_commit=self.parent,
@@ -275,12 +309,15 @@ class Publisher:
         return Published(self.push.repository, info.oid, url, info.pr_url, already=False)
 
     def _stale(self) -> list[CommitOperationDelete]:
-        """Weights, tokenizer, adapter of another model, which a runtime would mix with these."""
+        """Weights and adapter of another model, and its tokenizer where this one has its own: a runtime would
+        mix them with these."""
         _, listed = self._listing(self.parent)
+        tokenizer = any(_TOKENIZER_FILE.fullmatch(name) for name in self._operations)
         return [
             CommitOperationDelete(path_in_repo=name)
             for name in listed
-            if "/" not in name and name not in self._operations and _RUNTIME_FILE.fullmatch(name)
+            if name not in self._operations
+            and (_MODEL_FILE.fullmatch(name) or (tokenizer and _TOKENIZER_FILE.fullmatch(name)))
         ]
 
     def find_plan(self, plan_digest: str, title: str) -> tuple[Published, dict[str, Any]] | None:

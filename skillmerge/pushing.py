@@ -206,7 +206,7 @@ class Publication:
 
     def settle(self, *, failed: bool) -> None:
         """Wait for what is on its way, unless the merge failed; an upload that did is tried again by `publish`."""
-        self._pool.shutdown(wait=True, cancel_futures=failed)
+        self._pool.shutdown(wait=not failed, cancel_futures=failed)
 
     def publish(self, folder: Path, proof: Mapping[str, Any], *, verified: bool) -> Published:
         """Make the commit. An output of an earlier run is verified first."""

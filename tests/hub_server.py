@@ -293,6 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
             with hub.lock:
                 hub.requests.append(request)
         self.short = 0
+        self.manner = ""
         self.other_commit = False
         self.wrong_range = False
         try:
@@ -328,6 +329,8 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Reset
             if fault.kind == "short":
                 self.short = 1
+            elif fault.kind in ("trickle", "broken", "flip"):
+                self.manner = fault.kind
             elif fault.kind == "moved":
                 self.other_commit = True
             elif fault.kind == "wrong-range":
@@ -442,7 +445,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         count = max(1, (last - first + 1) // 2) if self.short else last - first + 1
         self.wfile.flush()
-        if blob.sha256 is None:
+        if self.manner:
+            self._oddly(blob, first, count)
+        elif blob.sha256 is None:
             self.wfile.write(blob.content[first : first + count])
         else:
             with open(self.hub.store / blob.sha256, "rb") as stream:
@@ -451,6 +456,21 @@ class _Handler(BaseHTTPRequestHandler):
                     first, count = first + sent, count - sent
         if self.short:
             self.close_connection = True
+
+    def _oddly(self, blob: Blob, first: int, count: int) -> None:
+        """Send a file's bytes one by one without end, or half of them and a reset, or with a bit flipped."""
+        content = blob.content if blob.sha256 is None else (self.hub.store / blob.sha256).read_bytes()
+        content = content[first : first + count]
+        if self.manner == "flip":
+            self.wfile.write(content[:-1] + bytes([content[-1] ^ 1]))
+        elif self.manner == "broken":
+            self.wfile.write(content[: min(50_000, max(1, count - 1))])
+            time.sleep(0.05)  # what arrived before a reset is read before it
+            raise _Reset
+        else:
+            for byte in content:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.2)
 
     def _paths_info(self, name: str, revision: str, body: bytes) -> None:
         repo = self._repo(name)

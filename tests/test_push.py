@@ -248,18 +248,31 @@ def test_repository_with_words_in_it_gets_a_pull_request(hub: HubServer, output:
 
 def test_weights_that_are_no_model_of_ours_stay(hub: HubServer, output: Path) -> None:
     mine = ["my_lora.safetensors", "notes.json", "eval/model.safetensors", "vocabulary.md", ".gitattributes"]
+    mine += ["skillmerge.yaml", "model.fp16.safetensors", "model_training_state.pt", "models.bin", "model-card.bin"]
     stale = [
         "model.safetensors",
         "pytorch_model-00001-of-00002.bin",
         "pytorch_model.bin.index.json",
         "adapter_config.json",
     ]
-    stale += ["adapter_model.safetensors", "chat_template.jinja", "tokenizer.model", "skillmerge.other.json"]
+    stale += ["adapter_model.safetensors", "consolidated.00.pth"]
     hub.create(MERGED, dict.fromkeys([*mine, *stale], b"y"))
     skillmerge.push(output, MERGED, pull_request=False)
     tree = set(hub.tree(MERGED))
     assert tree >= set(mine)
     assert not tree & set(stale)
+
+
+@pytest.mark.parametrize("brought", [False, True])
+def test_tokenizer_goes_where_the_merge_brings_its_own(hub: HubServer, recipe: Path, brought: bool) -> None:
+    if brought:
+        (recipe.parent / "target" / "tokenizer.json").write_text("{}")
+    output = skillmerge.apply(recipe).output
+    hub.create(MERGED, {"tokenizer.model": b"x", "chat_template.jinja": b"x", "model.safetensors": b"y"})
+    skillmerge.push(output, MERGED, pull_request=False)
+    assert ("tokenizer.model" in hub.tree(MERGED)) != brought
+    assert ("chat_template.jinja" in hub.tree(MERGED)) != brought
+    assert "model.safetensors" not in hub.tree(MERGED)
 
 
 def test_private_weights_never_go_into_a_public_repository(hub: HubServer, output: Path) -> None:
@@ -454,6 +467,26 @@ def test_copied_shard_is_copied_by_the_hub(hub: HubServer, recipe: Path, tmp_pat
         assert hub.tree(name)[shard].sha256 == hub.tree("acme/target")[shard].sha256
         assert (hub.tree(name)[shard].sha256 in hub.uploads) == fault
     assert not list(tmp_path.glob("none*"))
+    # A commit that is refused for another reason has nothing to do with copies.
+    hub.faults.clear()
+    hub.fail("status", "commit/main", times=10**6, status=403)
+    hub.requests.clear()
+    with pytest.raises(InputError):
+        skillmerge.apply(work, tmp_path / "none", push="acme/fourth", no_local=True)
+    assert hub.count("commit/main") == 1
+
+
+def test_copy_that_comes_back_damaged_is_not_published(hub: HubServer, recipe: Path, tmp_path: Path) -> None:
+    """What the Hub would not copy is fetched, and nobody downstream of us would notice a flipped bit."""
+    models = put_on_the_hub(hub, recipe)
+    (tmp_path / "work").mkdir()
+    work = write_recipe(tmp_path / "work", models=models, merge="target + 0 * (rl - sft)", coefficients={})
+    hub.fail("status", "lfs-files/duplicate", times=10**6, status=400)
+    hub.fail("call", "POST .*lfs-files/duplicate", action=lambda: hub.fail("flip", "GET /storage/", times=10**6))
+    hub.faults.reverse()
+    with pytest.raises(InputError, match="does not have the digest"):
+        skillmerge.apply(work, tmp_path / "none", push=MERGED, no_local=True)
+    assert "model-00001-of-00002.safetensors" not in hub.tree(MERGED)
 
 
 # --------------------------------------------------------------------------------------------------------- the card

@@ -9,6 +9,7 @@ could be in it.
 from __future__ import annotations
 
 import email.utils
+import os
 import random
 import threading
 import time
@@ -70,6 +71,8 @@ def retried(
     """
     failed, reached = 0, progress()
     while True:
+        if stop is not None and stop.is_set():
+            raise TemporaryError(f"{what}: stopped while it waited for the Hub")
         try:
             with hub_errors(what):
                 _bound_waiting()
@@ -120,7 +123,14 @@ def hub_errors(what: str) -> Iterator[None]:
         raise Passing(f"the network failed ({type(error).__name__})") from None
     except (ConnectionError, TimeoutError) as error:
         raise Passing(f"the network failed ({type(error).__name__})") from None
+    except ImportError as error:
+        raise InputError(
+            f"{what}: the network's client lacks a package ({error})",
+            fix="install it, or unset the proxy that asks for it (ALL_PROXY)",
+        ) from None
     except OSError as error:
+        if error.filename is not None and error.filename == os.environ.get("SSL_CERT_FILE"):
+            raise InputError(f"{error.filename}: cannot be read: {error.strerror}", fix="check SSL_CERT_FILE") from None
         raise ResourceError(
             f"{what}: the local cache could not be used: {error.strerror or type(error).__name__}",
             fix="make room, or point HF_HOME at another place",

@@ -169,9 +169,10 @@ class Repository:
 
     def cancel(self) -> None:
         self._stop.set()
+        self._storage.cancel()
 
     def close(self) -> None:
-        self._stop.set()
+        self.cancel()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._storage.close()
         if self._cached is not None:
@@ -233,6 +234,8 @@ class Repository:
             nonlocal done
             for count in self._ask(name, position + done, buffer[done:]):
                 done += count
+                if self._stop.is_set():
+                    raise Passing("stopped")
             if done < len(buffer):
                 raise Passing(f"the connection ended {len(buffer) - done} bytes early")
 
@@ -242,8 +245,8 @@ class Repository:
         """Fill `buffer` with one request, or as much of it as comes: the bytes that came, again and again."""
         url = self._signed.get(name)
         wanted = {"Range": f"bytes={position}-{position + len(buffer) - 1}", "Accept-Encoding": "identity"}
+        fresh = False
         for _ in range(_REDIRECTS):
-            ours = url is None
             target = url or hf_hub_url(
                 self.location.repository, self._prefix + name, revision=self.revision, endpoint=constants.ENDPOINT
             )
@@ -253,12 +256,16 @@ class Repository:
             ) as answer:
                 if answer.status in (301, 302, 303, 307, 308):
                     self._check_commit(name, answer.headers)
-                    url = urljoin(target, answer.headers["location"])
+                    if "location" not in answer.headers:
+                        raise Passing("the server redirects to nowhere")
+                    url, fresh = urljoin(target, answer.headers["location"]), True
                     if not _is_hub(url):
                         self._signed[name] = url  # good for many ranges, until it expires
                     continue
-                if not ours and not hub and answer.status in (400, 401, 403, 404, 410):
+                if not hub and answer.status in (400, 401, 403, 404, 410):
                     self._signed.pop(name, None)
+                    if fresh:
+                        raise Passing(f"the storage refuses an address that the Hub has just given ({answer.status})")
                     url = None
                     continue
                 if hub:
@@ -280,7 +287,11 @@ class Repository:
 
     def _check_range(self, name: str, answer: Answer, position: int, count: int) -> None:
         size = self.listed[name].size
+        if answer.status == 200 and answer.headers.get("content-type", "").startswith("text/html"):
+            raise Passing("a web page came in place of the file")
         if answer.status == 200 and position == 0 and count == size:
+            if answer.headers.get("content-length", str(size)) != str(size):
+                raise Passing(f"{answer.headers['content-length']} bytes came in place of {size}")
             return
         if answer.status == 200:
             raise InputError(
