@@ -60,13 +60,14 @@ def account_tensors(
     recipe: Recipe,
     checkpoints: Mapping[str, Checkpoint],
     donor_name: str,
-    terms: Mapping[str, Term],
+    terms: Mapping[str, Term | None],
     copied: Mapping[str, str],
 ) -> tuple[dict[str, Account], list[Problem], list[tuple[str, str, str]], list[str]]:
-    """Accounts for the donor's tensors that have one, the problems, copies of tied tensors that the output
-    does without (model, copy, original), and notes that are worth a word."""
+    """Accounts for the donor's tensors that have one (those whose term is None need none), the problems, copies
+    of tied tensors that the output does without (model, copy, original), and notes that are worth a word."""
     donor = checkpoints[donor_name]
     in_formula = list(dict.fromkeys(name.name for name in names_in(recipe.expression) if name.is_model))
+    whole = [model for model in in_formula if model not in recipe.skills]  # a skill has no integers to compare
     accounts: dict[str, Account] = {}
     troubles: dict[tuple[str, str], list[tuple[str, str]]] = {}
     notes = set()
@@ -75,11 +76,13 @@ def account_tensors(
     for name, spec in donor.tensors.items():
         by_copy = name in copied
         term = leaves[copied[name]] if by_copy else terms[name]
+        if term is None:
+            continue
         same = not by_copy and not isinstance(term, Leaf) and not DTYPES[spec.dtype].is_float
         if id(term) not in needed:
             sole = sole_model(term)
             needed[id(term)] = [sole] if sole else list(weights(term))
-        models = in_formula if same else needed[id(term)]
+        models = whole if same else needed[id(term)]
         sources, trouble = [], False
         for model in models:
             source = _find(spec, checkpoints[model])

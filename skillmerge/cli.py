@@ -15,12 +15,15 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from skillmerge import __version__
 from skillmerge.errors import InputError, Interrupted, ResourceError, SkillmergeError, UsageError, visible
+
+if TYPE_CHECKING:
+    from skillmerge.merge import Result
 
 _EXIT_STATUSES = """\b
 Exit statuses:
@@ -101,6 +104,10 @@ _pull_request = option(
     "--pull-request/--no-pull-request", default=None, help="By default only where a model is there already."
 )
 _message = option("--message", help="Of the commit.")
+_hub = option(
+    "--hub", type=click.Choice(["stream", "download"]), default="stream", show_default=True,
+    help="Stream models on the Hub, or put them into its local cache first.",
+)  # fmt: skip
 _nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
 
 
@@ -145,10 +152,7 @@ def cli() -> None:
 )  # fmt: skip
 @option("--hash-inputs", is_flag=True, help="Put the sha256 of every input file into the manifest.")
 @_locked
-@option(
-    "--hub", type=click.Choice(["stream", "download"]), default="stream", show_default=True,
-    help="Stream models on the Hub, or put them into its local cache first.",
-)  # fmt: skip
+@_hub
 @option("--push", metavar="ORG/NAME", help="Publish it on the Hub too, in place of the recipe's output.push.")
 @option("--no-local", is_flag=True, help="Keep it on the Hub only: shards are sent as they are finished, and removed.")
 @_private
@@ -178,7 +182,12 @@ def apply(
     from skillmerge.merge import apply as run
 
     reporter = report.TerminalReporter(quiet, verbose)
-    result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
+    _show(run(recipe, coefficients=dict(coefficients), reporter=reporter, **options), as_json, quiet)
+
+
+def _show(result: Result, as_json: bool, quiet: bool) -> None:
+    from skillmerge import report
+
     warnings = report.result_warnings(result)
     if as_json:
         statistics = result.manifest["statistics"]
@@ -233,7 +242,7 @@ def plan(
     needs = budget(made, threads=threads, memory_limit=memory_limit)
     where = made.recipe.output.path
     free = free_disk(where) if where is not None else None
-    if where is not None and not made.problems:
+    if where is not None and not made.problems and not made.makes_skill:
         check_disk(where, made.bytes_written, "the output")
     document = {
         "ok": not made.problems,
@@ -252,16 +261,59 @@ def plan(
 
 
 @cli.command()
+@option("--from", "rl", required=True, metavar="MODEL", help="What has the skill: a folder, or hf://org/name.")
+@option("--minus", "sft", required=True, metavar="MODEL", help="The same model before it had the skill.")
+@option("--output", "-o", type=click.Path(), required=True, help="The folder to write.")
+@option(
+    "--dtype", type=click.Choice(["same", "bfloat16", "float16", "float32"]), default="same", show_default=True,
+    help="`same` is exact; the others round each difference once.",
+)  # fmt: skip
+@option("--overwrite", is_flag=True, help="Replace an existing output, at the end.")
+@_threads
+@_memory
+@option("--hash-inputs", is_flag=True, help="Put the sha256 of every input file into the manifest.")
+@_hub
+@_links
+@_json
+@option("--quiet", "-q", is_flag=True, help="Only results and errors.")
+@option("--verbose", "-v", is_flag=True, help="Say what is being done.")
+def extract(rl: str, sft: str, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    """Store the difference of two models, exactly and small, for recipes to use.
+
+    In a recipe it stands like a model: `models: {math: {skill: ./math-skill}}`, `merge: target + 0.7 * math`.
+    """
+    from skillmerge import report
+    from skillmerge.extraction import extract as run
+
+    _show(run(rl, sft, reporter=report.TerminalReporter(quiet, verbose), **options), as_json, quiet)
+
+
+@cli.command()
 @click.argument("folder", type=click.Path())
 @option("--load", is_flag=True, help="Also load it with transformers, in a separate process, and run it once.")
+@option("--parent", metavar="MODEL", help="Of a skill: prove that it was cut from this model.")
 @_nonfinite
+@_links
 @_json
 @option("--quiet", "-q", is_flag=True, help="Only errors.")
-def verify(folder: str, load: bool, allow_nonfinite: bool, as_json: bool, quiet: bool) -> None:
+def verify(
+    folder: str,
+    load: bool,
+    parent: str | None,
+    allow_nonfinite: bool,
+    follow_links: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Check an output against its manifest, every byte of it."""
     from skillmerge.verification import verify as run
 
     verdict = run(folder, load=load, allow_nonfinite=allow_nonfinite)
+    model = None
+    if parent is not None:
+        from skillmerge.extraction import check_parent
+
+        model = check_parent(folder, parent, follow_links=follow_links)
     if as_json:
         _print_json(
             {
@@ -271,12 +323,15 @@ def verify(folder: str, load: bool, allow_nonfinite: bool, as_json: bool, quiet:
                 "tensors": verdict.tensors,
                 "bytes": verdict.bytes,
                 "load": verdict.load,
+                "parent": model,
             }
         )
     elif not quiet:
         from skillmerge import report
 
         report.show_verdict(verdict, report.console())
+        if parent is not None and model is not None:
+            report.show_parent(parent, model, report.console())
 
 
 @cli.command()
@@ -449,7 +504,9 @@ def _leave(status: int) -> NoReturn:
 def _interrupted(number: int) -> Interrupted:
     continues = "finished shards are kept: run the same command again to continue"
     return Interrupted(
-        number, f"interrupted by {signal.Signals(number).name}", fix=continues if "apply" in sys.argv[1:2] else None
+        number,
+        f"interrupted by {signal.Signals(number).name}",
+        fix=continues if sys.argv[1:2] in (["apply"], ["extract"]) else None,
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from skillmerge.errors import did_you_mean
@@ -267,6 +267,24 @@ def bind(node: Node, values: Mapping[str, float]) -> Term | None:
     if not all(map(math.isfinite, weights(term).values())):
         raise ExpressionError("has a factor that is not finite", node.position)
     return term
+
+
+def minus_of(skill: str) -> str:
+    """The name, beside the models of a recipe, of what is taken from the rest of a stored skill."""
+    return f"{skill}:minus"
+
+
+def expand_skills(term: Term | None, skills: Collection[str]) -> Term | None:
+    """The tree with every stored skill as what it is, a difference of two models."""
+    if isinstance(term, Leaf):
+        return Sum(term, Leaf(minus_of(term.model)), minus=True) if term.model in skills else term
+    if isinstance(term, Scaled):
+        inner = expand_skills(term.inner, skills)
+        return Scaled(inner, term.factor, term.divide) if inner is not None else None
+    if isinstance(term, Sum):
+        left, right = expand_skills(term.left, skills), expand_skills(term.right, skills)
+        return Sum(left, right, term.minus) if left is not None and right is not None else None
+    return None
 
 
 def _scaled(inner: Term | None, factor: float, divide: bool, node: Operation | None = None) -> Term | None:

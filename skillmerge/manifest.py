@@ -19,7 +19,7 @@ from skillmerge.checkpoints.safetensors_header import unique_keys
 from skillmerge.errors import CheckFailed
 from skillmerge.planning import Plan
 from skillmerge.sidefiles import SideFile
-from skillmerge.statistics import summarise
+from skillmerge.statistics import summarise, summarise_skill
 from skillmerge.writer import MANIFEST_FILE
 
 MANIFEST_VERSION = 1
@@ -37,7 +37,8 @@ def build(
 ) -> dict[str, Any]:
     """The manifest of a finished output; `finished` are the journal's entries by shard."""
     files = [
-        {"name": shard.file, "size": shard.size, "sha256": finished[shard.file]["sha256"]} for shard in plan.shards
+        {"name": shard.file, "size": finished[shard.file]["size"], "sha256": finished[shard.file]["sha256"]}
+        for shard in plan.shards
     ]
     files += [{"name": file.name, "size": file.size, "sha256": file.digest[1]} for file in side_files]
     measured = {name: row for entry in finished.values() for name, row in entry["statistics"].items()}
@@ -61,6 +62,11 @@ def build(
         {**tensor, "statistics": measured[tensor["name"]]} if tensor["name"] in measured else tensor
         for tensor in described["tensors"]
     ]
+    if plan.makes_skill:
+        rows = {name: row for entry in finished.values() for name, row in entry["tensors"].items()}
+        statistics = {"mode": "full", **summarise_skill(rows)}
+    else:
+        statistics = {"mode": stats, **summarise(plan, measured)}
     document = {
         "manifest_version": MANIFEST_VERSION,
         "tool": {"name": "skillmerge", "version": __version__},
@@ -74,7 +80,7 @@ def build(
         "inputs": inputs,
         "files": sorted(files, key=lambda file: file["name"]),
         "tensors": tensors,
-        "statistics": {"mode": stats, **summarise(plan, measured)},
+        "statistics": statistics,
         "environment": {
             **environment,
             "run_log": {"name": RUN_LOG_FILE, "sha256": hashlib.sha256(run_log).hexdigest()},

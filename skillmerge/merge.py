@@ -65,7 +65,7 @@ class Reporter:
 
 
 def apply(
-    recipe: str | os.PathLike[str],
+    recipe: str | os.PathLike[str] | Recipe,
     output: str | os.PathLike[str] | None = None,
     *,
     coefficients: Mapping[str, float] | None = None,
@@ -90,10 +90,11 @@ def apply(
 ) -> Result:
     """Plan, merge, check, and publish into the output folder; with `push`, on the Hub too.
 
-    recipe: path of the recipe. output: the folder, in place of `output.path`. coefficients: numbers in place
-    of the recipe's. device: auto, cpu, cuda or cuda:N. memory_limit: bytes. stats: full, sampled or off. hub:
-    stream or download. push: org/name, in place of `output.push.repo`; private, revision, pull_request and
-    message likewise. no_local: shards are sent as they are finished and removed; only the Hub keeps them.
+    recipe: path of the recipe, or one that was read. output: the folder, in place of `output.path`.
+    coefficients: numbers in place of the recipe's. device: auto, cpu, cuda or cuda:N. memory_limit: bytes.
+    stats: full, sampled or off. hub: stream or download. push: org/name, in place of `output.push.repo`;
+    private, revision, pull_request and message likewise. no_local: shards are sent as they are finished and
+    removed; only the Hub keeps them.
     Raises SkillmergeError, whose subclasses say which kind of trouble it was; see `skillmerge.errors`.
     """
     started = time.monotonic()
@@ -159,11 +160,13 @@ class _Run:
         if remark := staging.begin(plan.digest, dict(self.conditions)):
             self.reporter.warn(remark)
         needed = plan.bytes_written - staging.finished_bytes
+        if plan.makes_skill:
+            needed //= 2  # how much of it will be zero is not known yet
         if self.publication is not None:
             needed = self.publication.disk_needed(needed)
         if not staging.sealed:
             check_disk(staging.folder, needed, "the output")
-            side_files = fetch(self.checkpoints[plan.donor], plan.side_files, allow_code)
+            side_files = list(fetch(self.checkpoints[plan.donor], plan.side_files, allow_code))
             prove_ties(plan.ties, self.checkpoints)
         if self.publication is not None:
             self.publication.attach(staging)
@@ -180,6 +183,10 @@ class _Run:
         digests = _hash_inputs(self.checkpoints) if hash_inputs else {}
         for checkpoint in self.checkpoints.values():
             checkpoint.check_unchanged()
+        if plan.makes_skill:
+            from skillmerge.cutting import describe_skill
+
+            side_files.append(SideFile.of(*describe_skill(plan, self.checkpoints, staging.finished)))
         environment = {**_versions(), "device": where.split(": ")[0], **self.conditions}
         stats = self.conditions["stats"]
         proof = _write_proof(plan, staging, side_files, stats, environment, digests, self.started)
@@ -190,18 +197,20 @@ class _Run:
     def _merge(self, device: str, threads: int | None, memory_limit: int | None) -> str:
         # torch takes seconds to import: everything that can fail without it has been tried by now.
         with _signals_waiting():
+            from skillmerge.cutting import cut_shards
             from skillmerge.engine import choose_device, merge_shards
         from skillmerge.worker import Settings
 
         plan, publication = self.plan, self.publication
-        where, why = choose_device(device)
+        where, why = choose_device("cpu" if plan.makes_skill else device)
+        why = "a skill is cut there" if plan.makes_skill else why
         self.reporter.say(f"computing on {where}: {why}")
         chosen = budget(plan, threads=threads, memory_limit=memory_limit, cuda=where.type == "cuda")
         stats, allow_nonfinite = self.conditions["stats"], self.conditions["allow_nonfinite"]
         settings = Settings(where, chosen, stats, allow_nonfinite, self.reporter.warn)
         with self.reporter.bar(sum(shard.size for shard in plan.shards)) as progress:
             try:
-                merge_shards(
+                (cut_shards if plan.makes_skill else merge_shards)(
                     plan,
                     self.checkpoints,
                     self.staging,
@@ -279,14 +288,14 @@ def _signals_waiting() -> Iterator[None]:
 
 @contextmanager
 def planned(
-    recipe: str | os.PathLike[str],
+    recipe: str | os.PathLike[str] | Recipe,
     coefficients: Mapping[str, float] | None,
     allow_code: bool,
     access: Access,
     warn: Callable[[str], None],
 ) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
     """The plan of a recipe and its checkpoints, open while the context lasts."""
-    parsed = load(recipe, coefficients)
+    parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
     checkpoints = open_models(parsed, access, warn)
     try:
         yield plan_recipe(parsed, checkpoints, allow_code=allow_code), checkpoints

@@ -22,10 +22,12 @@ from skillmerge.errors import InputError
 from skillmerge.expression import (
     ExpressionError,
     Leaf,
+    Sum,
     Term,
     bind,
     degree,
     donor_of,
+    expand_skills,
     sole_model,
 )
 from skillmerge.modelconfig import contradictions, quantisation, tied_source
@@ -36,6 +38,8 @@ from skillmerge.sidefiles import SideFile, collect, index_bytes
 from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
 
 PLAN_VERSION = 1
+SKILL_SHARD = 4_000_000_000
+"""Bytes of dense tensors whose parts go into one file of a skill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,8 @@ class TensorPlan:
     """What happens to one output tensor.
 
     action: `merge` computes `program`, `cast` converts one model's tensor to another dtype, `copy` takes its
-    bytes, `same` takes the donor's bytes after proving that every model holds the same.
+    bytes, `same` takes the donor's bytes after proving that every model holds the same. Of a skill: `cut` keeps
+    the difference of two models exactly, `compute` rounds `program`, `zero` is nothing.
     sources: (model, tensor name in that model) in the order of the program's models.
     coefficients: their values for this tensor, in the order of `Plan.coefficients`.
     """
@@ -113,7 +118,12 @@ class Plan:
     digest: str = field(default="", compare=False)
 
     @property
+    def makes_skill(self) -> bool:
+        return self.recipe.output.kind == "skill"
+
+    @property
     def bytes_written(self) -> int:
+        """How many bytes the output has; of a skill, how many it would have if nothing in it were zero."""
         return sum(shard.size for shard in self.shards) + sum(file.size for file in self.side_files)
 
     def refuse_problems(self) -> None:
@@ -154,16 +164,21 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
     tensors = {}
     for name, spec in donor.tensors.items():
         account = accounts.get(name)
-        if account is not None:
+        if name in terms and terms[name] is None:
+            tensors[name] = TensorPlan(name, spec.dtype, spec.shape, "zero", (), values[name])
+        elif account is not None:
             tensors[name] = _plan_tensor(recipe, spec, account, checkpoints, values[name], programs)
     problems += [
         Problem("config", f"the donor's config.json and weights do not belong together: {message}")
         for message in contradictions(donor.config, {name: spec.shape for name, spec in donor.tensors.items()})
     ]
     dtypes = {plan.dtype for name, plan in tensors.items() if plan.dtype != donor.tensors[name].dtype}
-    side_files = collect(donor, recipe.output.dtype if dtypes else None, allow_code)
-    shards = _lay_out(recipe, donor, tensors) if len(tensors) == len(donor.tensors) else ()
-    if [shard.file for shard in shards] not in ([], [SINGLE_FILE]):
+    skill = recipe.output.kind == "skill"
+    side_files = () if skill else collect(donor, recipe.output.dtype if dtypes else None, allow_code)
+    shards: tuple[ShardPlan, ...] = ()
+    if len(tensors) == len(donor.tensors):
+        shards = _lay_out_skill(recipe, tensors) if skill else _lay_out(recipe, donor, tensors)
+    if not skill and [shard.file for shard in shards] not in ([], [SINGLE_FILE]):
         content = index_bytes({shard.file: list(shard.specs) for shard in shards})
         side_files = tuple(sorted((*side_files, SideFile.of(INDEX_FILE, content)), key=lambda file: file.name))
     read = _bytes_read(tensors, checkpoints)
@@ -181,7 +196,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
             *(f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe)),
             *_oddities(recipe, checkpoints, donor),
             *(f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties),
-            *(_untied(donor, tensors) if not problems else ()),
+            *(_untied(donor, tensors) if not problems and not skill else ()),
             *notes,
         ),
         bytes_read=sum(read.values()),
@@ -204,20 +219,32 @@ def _refuse_quantised(checkpoints: Mapping[str, Checkpoint]) -> None:
 
 def _bind(recipe: Recipe, values: Mapping[str, float]) -> Term | None:
     try:
-        return bind(recipe.expression, values)
+        return expand_skills(bind(recipe.expression, values), recipe.skills)
     except ExpressionError as error:
         raise recipe.expression_error(error) from error
 
 
-def _model_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Term:
-    """The expression with one tensor's coefficients. Raises RecipeError where it is not of degree 1."""
+def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Term | None:
+    """The expression with one tensor's coefficients. Raises RecipeError where it is not of degree 1, or of
+    degree 0 for a skill, of which None is nothing."""
     term = _bind(recipe, values)
     found = degree(term)
-    if term is None or found != 1:
+    if recipe.output.kind == "skill":
+        if found != 0:
+            at = f"for tensor `{tensor}`"
+            raise recipe.error(
+                ("merge",),
+                f"the expression gives {found:g} models' worth of weights {at}, and a skill is a difference",
+                "write rl - sft; for a model leave `output.kind` out",
+            )
+    elif term is None or found != 1:
         asked = ", ".join(f"{name} = {value:g}" for name, value in values.items())
         at = f"for tensor `{tensor}`" + (f" (with {asked})" if asked else "")
         what = f"gives {found:g} models' worth of weights" if found != 0 else "gives a difference, not a model,"
-        fix = {0: "add it to a model: target + lam * (rl - sft)", 2: "did you mean the average, (a + b) / 2?"}
+        fix = {
+            0: "add it to a model: target + lam * (rl - sft); or store it with `output: {kind: skill}`",
+            2: "did you mean the average, (a + b) / 2?",
+        }
         advice = fix.get(int(found) if found == int(found) else -1, "the factors must add up to 1")
         raise recipe.error(("merge",), f"the expression {what} {at}", advice)
     return term
@@ -245,12 +272,12 @@ def _coefficients(recipe: Recipe, names: list[str]) -> dict[str, tuple[float, ..
     return {name: tuple(column[name] for column in columns) for name in names}
 
 
-def _terms(recipe: Recipe, values: Mapping[str, tuple[float, ...]]) -> dict[str, Term]:
+def _terms(recipe: Recipe, values: Mapping[str, tuple[float, ...]]) -> dict[str, Term | None]:
     """Each tensor's term; tensors with the same coefficients share one."""
-    by_values: dict[tuple[float, ...], Term] = {}
+    by_values: dict[tuple[float, ...], Term | None] = {}
     for name, row in values.items():
         if row not in by_values:
-            by_values[row] = _model_term(recipe, dict(zip(recipe.coefficients, row, strict=True)), name)
+            by_values[row] = _degree_term(recipe, dict(zip(recipe.coefficients, row, strict=True)), name)
     return {name: by_values[row] for name, row in values.items()}
 
 
@@ -280,7 +307,37 @@ def _plan_tensor(
     program = programs[id(term)]
     names = dict(sources)
     ordered = tuple((model, names[model]) for model in program.models)
-    return TensorPlan(spec.name, dtype, spec.shape, "merge", ordered, values, program)
+    action = "merge"
+    if recipe.output.kind == "skill":
+        plain = isinstance(term, Sum) and isinstance(term.left, Leaf) and isinstance(term.right, Leaf) and term.minus
+        action = "cut" if plain and recipe.output.dtype == "same" else "compute"
+        if action == "compute" and recipe.output.dtype == "same" and DTYPES[dtype].itemsize < 4:
+            dtype = "F32"  # what was scaled or summed rarely fits 16 bits
+    return TensorPlan(spec.name, dtype, spec.shape, action, ordered, values, program)
+
+
+def _lay_out_skill(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> tuple[ShardPlan, ...]:
+    """A skill's files: tensors in the donor's order, as many as would be a shard's worth if nothing were zero.
+
+    Their specs say where they would be then; where their parts are is known when they are made.
+    """
+    limit, groups, filled = recipe.output.shard_size or SKILL_SHARD, [[]], 0  # type: ignore[var-annotated]
+    for plan in tensors.values():
+        if plan.action == "same":
+            continue
+        if groups[-1] and filled + _nbytes(plan) > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(plan)
+        filled += _nbytes(plan)
+    shards = []
+    for number, group in enumerate(groups, 1):
+        file, specs, end = f"skill-{number:05d}-of-{len(groups):05d}.safetensors", [], 0
+        for plan in group:
+            specs.append(TensorSpec(plan.name, plan.dtype, plan.shape, file, end, end + _nbytes(plan)))
+            end = specs[-1].end
+        shards.append(ShardPlan(file, b"", tuple(specs)))
+    return tuple(shards)
 
 
 def _lay_out(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> tuple[ShardPlan, ...]:
@@ -319,7 +376,7 @@ def _nbytes(plan: TensorPlan) -> int:
 
 def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
     """What is allowed and still hardly meant."""
-    if not donor.config:
+    if not donor.config and recipe.output.kind == "model":
         yield "the donor has no config.json: no runtime will load the output as it is"
     seen: dict[str, str] = {}
     for name in recipe.used_models():
@@ -364,7 +421,7 @@ def _bytes_read(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Che
     for tensor in tensors.values():
         for model, source in tensor.sources:
             spec = checkpoints[model].tensors[source]
-            read[model, spec.file] = read.get((model, spec.file), 0) + spec.nbytes
+            read[model, spec.file] = read.get((model, spec.file), 0) + checkpoints[model].bytes_of(source)
     return read
 
 
@@ -398,7 +455,12 @@ def _deciding(plan: Plan) -> dict[str, Any]:
         "version": PLAN_VERSION,
         "recipe_sha256": plan.recipe.sha256,
         "donor": plan.donor,
-        "output": {"dtype": output.dtype, "rounding": output.rounding, "seed": output.seed},
+        "output": {
+            **({"kind": output.kind} if output.kind != "model" else {}),
+            "dtype": output.dtype,
+            "rounding": output.rounding,
+            "seed": output.seed,
+        },
         "coefficients": list(plan.coefficients),
         "overrides": dict(plan.recipe.overrides),
         "inputs": inputs,

@@ -53,7 +53,10 @@ class _Table(BaseModel):
 
 
 class ModelTable(_Table):
-    path: Annotated[str, Field(min_length=1, description="a folder, or hf://org/name[@revision][/subfolder]")]
+    path: Annotated[
+        str | None, Field(min_length=1, description="a folder, or hf://org/name[@revision][/subfolder]")
+    ] = None
+    skill: Annotated[str | None, Field(min_length=1, description="the same, of a skill that was stored")] = None
 
 
 class RuleTable(_Table):
@@ -90,6 +93,7 @@ class PushTable(_Table):
 
 
 class OutputTable(_Table):
+    kind: Annotated[Literal["model", "skill"], Field(description="a model, or a difference to store")] = "model"
     path: Annotated[
         str | None, Field(min_length=1, description="the folder to write, relative to the recipe's own")
     ] = None
@@ -146,6 +150,7 @@ class Push:
 
 @dataclass(frozen=True, slots=True)
 class Output:
+    kind: str
     path: FilePath | None
     like: str | None
     dtype: str
@@ -165,6 +170,8 @@ class Recipe:
     document: Document
     folder: FilePath
     models: Mapping[str, str]
+    skills: frozenset[str]
+    """Those of the models that are stored skills."""
     coefficients: Mapping[str, Schedule]
     expression: Node
     copy: tuple[CopyRule, ...]
@@ -258,17 +265,26 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
         expression = parse(table.merge, list(models), coefficients)
     except ExpressionError as error:
         raise _expression_error(document, error) from error
-    _check_model_names(document, table, list(models))
+    skills = frozenset(
+        normalise_name(name) for name, entry in table.models.items() if isinstance(entry, ModelTable) and entry.skill
+    )
+    _check_model_names(document, table, list(models), skills)
+    if table.output.kind == "skill":
+        for path, given in ((("copy",), table.copy_), (("output", "rounding"), table.output.rounding != "nearest")):
+            if given:
+                raise document.error(f"a skill has no `{path[-1]}`", document.place(path), "leave it out")
     like = table.output.like
     return Recipe(
         document=document,
         folder=folder,
         models=models,
+        skills=skills,
         coefficients=schedules,
         expression=expression,
         copy=tuple(CopyRule(_as_tuple(rule.tensors), normalise_name(rule.from_)) for rule in table.copy_),
         ignore=tuple(table.ignore),
         output=Output(
+            kind=table.output.kind,
             path=_local_path(document, ("output", "path"), folder, table.output.path) if table.output.path else None,
             like=normalise_name(like) if like else None,
             dtype=table.output.dtype,
@@ -324,7 +340,12 @@ def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list
             raise document.error(f"`{written}` already names something else", document.keys[(section, written)])
         if section == "models":
             entry = table.models[written]
-            models[name] = entry.path if isinstance(entry, ModelTable) else entry
+            if isinstance(entry, ModelTable):
+                if (entry.path is None) == (entry.skill is None):
+                    what = "both `path` and `skill`" if entry.path else "neither `path` nor `skill`"
+                    raise document.error(f"`{written}` has {what}", document.place((section, written)), "give one")
+                entry = str(entry.path or entry.skill)
+            models[name] = entry
         else:
             coefficients.append(name)
     return models, coefficients
@@ -391,7 +412,7 @@ def _local_path(document: Document, path: Path, folder: FilePath, written: str) 
         raise document.error(f"`{written}` starts at a home that does not exist", document.place(path)) from error
 
 
-def _check_model_names(document: Document, table: RecipeTable, models: list[str]) -> None:
+def _check_model_names(document: Document, table: RecipeTable, models: list[str], skills: frozenset[str]) -> None:
     uses: list[tuple[Path, str | None]] = [
         (("copy", index, "from"), rule.from_) for index, rule in enumerate(table.copy_)
     ]
@@ -399,6 +420,8 @@ def _check_model_names(document: Document, table: RecipeTable, models: list[str]
         if name is not None and normalise_name(name) not in models:
             fix = did_you_mean(name, models) or f"models of this recipe: {', '.join(models)}"
             raise document.error(f"`{name}` is not a model of this recipe", document.place(path), fix)
+        if name is not None and normalise_name(name) in skills and (path[0] == "copy" or table.output.kind == "model"):
+            raise document.error(f"`{name}` is a skill, which has no tensors to take", document.place(path))
 
 
 def _expression_error(document: Document, error: ExpressionError) -> RecipeError:

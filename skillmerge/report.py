@@ -124,10 +124,13 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
         out.print(Text(f"problem: {problem.message}", style="red"), soft_wrap=True)
     if plan.problems:
         out.print(Text(settlement(plan.recipe, plan.problems)), soft_wrap=True)
-    totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {format_bytes(plan.bytes_written)}"]
+    most = "at most " if plan.makes_skill else ""
+    totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {most}{format_bytes(plan.bytes_written)}"]
     if needs is not None:
         totals.append(f"peak memory about {format_bytes(needs.memory)} with {needs.threads} threads")
-    if free is not None:
+    if free is not None and plan.makes_skill:
+        totals.append(f"disk {format_bytes(free)} free")
+    elif free is not None:
         totals.append(f"disk needed {format_bytes(plan.bytes_written)} of {format_bytes(free)} free")
     out.print(Text(", ".join(totals)))
     if where is not None:
@@ -155,6 +158,9 @@ _ACTIONS = {
     "copy": "copied byte for byte",
     "cast": "converted to the output dtype",
     "same": "not numbers to add: must be equal in all models",
+    "cut": "the difference, kept exactly",
+    "compute": "computed, rounded once",
+    "zero": "nothing",
 }
 
 
@@ -184,11 +190,16 @@ def show_result(result: Result, out: Console) -> None:
 
 
 def _show_work(result: Result, statistics: Mapping[str, Any], out: Console) -> None:
-    if statistics["mode"] != "off" and "changed" in statistics["all"]:
+    if result.manifest["output"].get("kind") == "skill":
+        out.print(_skill_table(statistics))
+    elif statistics["mode"] != "off" and "changed" in statistics["all"]:
         out.print(_statistics_table(statistics))
     size = sum(file["size"] for file in result.manifest["files"])
     what = f"wrote {result.output}" if result.output.exists() else "merged"
     where = f" on {result.device}" if result.device else ""
+    if result.manifest["output"].get("kind") == "skill":
+        whole = statistics["all"]["dense_bytes"]
+        what += f", {size / whole:.2f} of the {format_bytes(whole)} that it would take whole" if whole else ""
     out.print(Text(f"{what} ({format_bytes(size)} in {result.seconds:.1f} s{where})", style="bold"), soft_wrap=True)
 
 
@@ -216,10 +227,31 @@ def _statistics_table(statistics: Mapping[str, Any]) -> Table:
     return table
 
 
+def _skill_table(statistics: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="the skill", title_justify="left")
+    for column in ("module", "tensors", "elements", "changed", "norm", "stored", "of whole"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    for name, group in (*statistics["modules"].items(), ("all", statistics["all"])):
+        changed = f"{group['changed']:.1%}" if group["changed"] is not None else "-"
+        share = f"{group['bytes'] / group['dense_bytes']:.3f}" if group["dense_bytes"] else "-"
+        cells = (f"{group['elements']:,}", changed, number(group["norm"]), format_bytes(group["bytes"]), share)
+        table.add_row(name, str(group["tensors"]), *cells)
+    return table
+
+
 def result_warnings(result: Result) -> list[str]:
     """Where the output is not what was asked for: nothing changed, or rounding changed what was asked."""
     statistics = result.manifest["statistics"]
     warnings = []
+    if result.manifest["output"].get("kind") == "skill":
+        if not statistics["all"]["changed"]:
+            warnings.append("this skill is empty: the models that it was cut from hold the same weights")
+        if statistics["all"]["relative_error"]:
+            lost = statistics["all"]["relative_error"]
+            warnings.append(
+                f"this skill is rounded: {lost:.2g} of its norm was lost, and merges with it differ by that"
+            )
+        return warnings
     donor = result.manifest["donor"]
     plain = all(
         tensor["action"] == "copy" and tensor["sources"][0][0] == donor for tensor in result.manifest["tensors"]
@@ -235,6 +267,10 @@ def result_warnings(result: Result) -> list[str]:
                 "The cures are `dtype: float32` or `rounding: stochastic` under `output`."
             )
     return warnings
+
+
+def show_parent(parent: str, model: str, out: Console) -> None:
+    out.print(Text(f"{parent} is `{model}` of this skill: all tensors have the digests that it was cut from"))
 
 
 def show_verdict(verdict: Verdict, out: Console) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from skillmerge.errors import ResourceError
 from skillmerge.parallel import cores
 from skillmerge.planning import Plan
-from skillmerge.tensors import BLOCK, CHUNK, DTYPES, format_bytes
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT, format_bytes
 
 RUNTIME_BYTES = 300_000_000
 """Resident memory of Python with torch imported, before any work, with room for headers and tables."""
@@ -30,6 +30,7 @@ WRITERS = 2
 OUTPUT_BUFFERS = 3
 """Per worker: one to fill while another is written and a third waits for its turn in the digest."""
 _SPARE_DISK = 64 << 20
+_SKILL_MEMORY = 700_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class Budget:
 
 def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: bool = False) -> Budget:
     """Choose threads and tile size within `memory_limit` bytes. Raises ResourceError where nothing fits."""
+    if plan.makes_skill:
+        return _skill_budget(plan, threads, memory_limit)
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
     element = sum(plan.input_itemsizes) + OUTPUT_BUFFERS * itemsize
     registers = max((tensor.program.registers for tensor in plan.tensors.values() if tensor.program), default=1)
@@ -74,6 +77,23 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
             fix="raise --memory-limit" + (" or lower --threads" if threads and threads > 1 else ""),
         )
     return Budget(wanted, tile, need(wanted, tile))
+
+
+def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> Budget:
+    """Of a skill: units have one size, so that only the count of workers is left to choose."""
+    itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
+    # Its inputs, what it has encoded and what waits to be written, and the masks.
+    worker = UNIT * (sum(plan.input_itemsizes) + 3 * itemsize + 1)
+    fixed = RUNTIME_BYTES + 2000 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
+    limit = memory_limit or _SKILL_MEMORY
+    count = threads or max(1, min(_MAX_THREADS, cores(), (limit - fixed) // worker))
+    if memory_limit is not None and fixed + count * worker > memory_limit:
+        raise ResourceError(
+            f"a memory limit of {format_bytes(memory_limit)} is too small: this skill needs at least "
+            f"{format_bytes(fixed + count * worker)}",
+            fix="raise --memory-limit" + (" or lower --threads" if count > 1 else ""),
+        )
+    return Budget(count, UNIT, fixed + count * worker)
 
 
 def free_disk(path: Path) -> int:

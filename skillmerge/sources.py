@@ -11,7 +11,9 @@ from skillmerge import lockfile
 from skillmerge.checkpoints.checkpoint import Checkpoint, Files, open_checkpoint
 from skillmerge.checkpoints.folder import Folder
 from skillmerge.checkpoints.location import Location
+from skillmerge.checkpoints.skill import open_skill
 from skillmerge.errors import StalePlan, UsageError
+from skillmerge.expression import minus_of
 from skillmerge.lockfile import LockedModel
 from skillmerge.recipe import Recipe
 
@@ -98,21 +100,33 @@ def _locked(
 def _open_all(recipe: Recipe, places: Mapping[str, Path | Location], access: Access) -> dict[str, Checkpoint]:
     """All at once: most of the time is spent waiting for answers."""
 
-    def one(item: tuple[str, Path | Location]) -> Checkpoint | Exception:
+    opening: list[Files] = []
+
+    def one(item: tuple[str, Path | Location]) -> dict[str, Checkpoint] | Exception:
         name, place = item
         try:
-            files = _files(place, access)
+            files = _files(place, access, skill=name in recipe.skills)
+            opening.append(files)
             try:
-                return open_checkpoint(recipe.models[name], files)
+                if name not in recipe.skills:
+                    return {name: open_checkpoint(recipe.models[name], files)}
+                return dict(zip((name, minus_of(name)), open_skill(recipe.models[name], files), strict=True))
             except BaseException:
                 files.close()
                 raise
         except Exception as error:
             return error
 
-    with ThreadPoolExecutor(max(1, len(places))) as pool:
+    pool = ThreadPoolExecutor(max(1, len(places)))
+    try:
         opened = dict(zip(places, pool.map(one, places.items()), strict=True))
-    checkpoints = {name: item for name, item in opened.items() if isinstance(item, Checkpoint)}
+    except KeyboardInterrupt:
+        for files in opening:
+            files.cancel()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+    checkpoints = {name: found for item in opened.values() if isinstance(item, dict) for name, found in item.items()}
     for item in opened.values():
         if isinstance(item, Exception):
             close_all(checkpoints)
@@ -120,9 +134,10 @@ def _open_all(recipe: Recipe, places: Mapping[str, Path | Location], access: Acc
     return checkpoints
 
 
-def _files(place: Path | Location, access: Access) -> Files:
+def _files(place: Path | Location, access: Access, skill: bool) -> Files:
+    """A skill is small, and read in pieces too small for a network: it goes through the Hub's cache."""
     if isinstance(place, Path):
         return Folder(place, follow_links=access.follow_links)
     from skillmerge.checkpoints.repository import open_location
 
-    return open_location(place, download=access.download)
+    return open_location(place, download=access.download or skill)

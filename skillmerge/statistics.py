@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.planning import Plan
+from skillmerge.tensors import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,6 +110,36 @@ def summarise(plan: Plan, measured: Mapping[str, Mapping[str, Any]]) -> dict[str
         groups[module_kind(name)].append(name)
     modules = {kind: _group(plan, names, measured) for kind, names in groups.items() if names}
     return {"modules": modules, "all": _group(plan, list(plan.tensors), measured)}
+
+
+def summarise_skill(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The same for a stored skill, from what `skill.json` says of its tensors: counts, shares, and the norm."""
+    groups: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
+    for name, row in tensors.items():
+        groups[module_kind(name)].append(row)
+    modules = {kind: _skill_group(rows) for kind, rows in groups.items() if rows}
+    return {"modules": modules, "all": _skill_group(list(tensors.values()))}
+
+
+def _skill_group(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    elements = [math.prod(row["shape"]) for row in rows]
+    return {
+        "tensors": len(rows),
+        "elements": sum(elements),
+        "changed": _share(sum(row["changed"] for row in rows), sum(elements)),
+        "pairs": sum(row["pairs"] for row in rows),
+        "norm": math.sqrt(math.fsum(row["sum_of_squares"] for row in rows)),
+        "relative_error": _relative_error(rows),
+        "bytes": sum(row["bytes"] for row in rows),
+        "dense_bytes": sum(count * DTYPES[row["dtype"]].itemsize for count, row in zip(elements, rows, strict=True)),
+    }
+
+
+def _relative_error(rows: list[Mapping[str, Any]]) -> float:
+    """The norm of what rounding lost, of the norm of the update."""
+    lost = math.fsum(row.get("lost_squares", 0.0) for row in rows)
+    whole = math.fsum(row["sum_of_squares"] for row in rows)
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 def _group(plan: Plan, names: list[str], measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,10 @@ CHUNK = 4 * BLOCK
 cache (measured, see benchmarks/RESULTS.md). No result depends on it."""
 
 
+UNIT = 1 << 23
+"""Elements of a tensor that a stored skill encodes together: the memory that a worker needs to do it."""
+
+
 @dataclass(frozen=True, slots=True)
 class DType:
     """A safetensors dtype. `kind` is float, integer, bool, complex or quantised (never plain numbers)."""

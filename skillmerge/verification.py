@@ -22,8 +22,9 @@ from typing import Any
 
 from skillmerge import manifest
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.folder import open_folder
+from skillmerge.checkpoints.folder import Folder, open_folder
 from skillmerge.checkpoints.safetensors_header import read_header
+from skillmerge.checkpoints.skill import open_skill
 from skillmerge.errors import CheckFailed, InputError, UsageError, some
 from skillmerge.modelconfig import contradictions
 from skillmerge.parallel import hash_file, in_threads
@@ -70,10 +71,22 @@ def check_structure(root: Path, proof: Mapping[str, Any]) -> None:
     """Names and sizes of files, index, headers, tensor set, shapes and dtypes. Raises CheckFailed."""
     with _reading(root):
         _check_files(root, proof)
+        if proof["output"].get("kind") == "skill":
+            return _check_skill(root, proof)
         checkpoint = open_folder(str(root), root)
         _check_tensors(root, checkpoint, proof)
         for file, header in checkpoint.shards.items():
             check_shard(root / file, header.tensors)
+
+
+def _check_skill(root: Path, proof: Mapping[str, Any]) -> None:
+    plus, _ = open_skill(str(root), Folder(root))
+    try:
+        _compare_tensors(root, plus, proof)
+        for file in plus.shards:
+            check_shard(root / file, read_header(str(root / file), file).tensors)
+    finally:
+        plus.close()
 
 
 @contextmanager
@@ -107,12 +120,7 @@ def _check_files(root: Path, proof: Mapping[str, Any]) -> None:
 
 
 def _check_tensors(root: Path, checkpoint: Checkpoint, proof: Mapping[str, Any]) -> None:
-    wanted = {tensor["name"]: tensor for tensor in proof["tensors"]}
-    if checkpoint.tensors.keys() != wanted.keys():
-        different = sorted(checkpoint.tensors.keys() ^ wanted.keys())
-        raise CheckFailed(f"{root}: tensors differ from the manifest's: {some(different)}")
-    for name, spec in checkpoint.tensors.items():
-        _check_tensor(root, spec, wanted[name])
+    _compare_tensors(root, checkpoint, proof)
     shapes = {name: spec.shape for name, spec in checkpoint.tensors.items()}
     for problem in contradictions(checkpoint.config, shapes):
         raise CheckFailed(f"{root}: {problem}")
@@ -120,6 +128,15 @@ def _check_tensors(root: Path, checkpoint: Checkpoint, proof: Mapping[str, Any])
     stated = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype", asked))
     if asked not in ("same", stated):
         raise CheckFailed(f"{root}: config.json says {stated}, the weights were written as {asked}")
+
+
+def _compare_tensors(root: Path, checkpoint: Checkpoint, proof: Mapping[str, Any]) -> None:
+    wanted = {tensor["name"]: tensor for tensor in proof["tensors"]}
+    if checkpoint.tensors.keys() != wanted.keys():
+        different = sorted(checkpoint.tensors.keys() ^ wanted.keys())
+        raise CheckFailed(f"{root}: tensors differ from the manifest's: {some(different)}")
+    for name, spec in checkpoint.tensors.items():
+        _check_tensor(root, spec, wanted[name])
 
 
 def _check_tensor(root: Path, spec: TensorSpec, described: Mapping[str, Any]) -> None:

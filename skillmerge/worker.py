@@ -208,7 +208,12 @@ class Worker:
         for buffer in self.inputs:
             buffer.close()
 
-    def _read(self, span: Span, output: Buffer) -> list[list[Tensor]]:
+    def read_inputs(self, span: Span) -> list[list[Tensor]]:
+        """Each tile's values, source by source, of a span of which nothing is copied. They are good until the
+        next call."""
+        return self._read(span, None)
+
+    def _read(self, span: Span, output: Buffer | None) -> list[list[Tensor]]:
         """Read all that a span needs, neighbours in one go. Returns each tile's values, source by source.
 
         What is copied is read to its place in `output`; everything else into the inputs' buffers.
@@ -223,8 +228,8 @@ class Worker:
                 spec = checkpoint.tensors[source]
                 dtype, count = torch_dtype(spec.dtype), tile.last - tile.first
                 position = spec.start + tile.first * dtype.itemsize
-                in_place = index == 0 and tile.tensor.program is None
-                buffer = output if in_place else self.inputs[index]
+                in_place = output is not None and index == 0 and tile.tensor.program is None
+                buffer = output if output is not None and in_place else self.inputs[index]
                 read = latest.get(-1 if in_place else index)
                 end = read.start + read.nbytes if read else 0
                 start = span.offset % PAGE + tile.offset - span.offset if in_place else end
@@ -246,12 +251,12 @@ class Worker:
     def _fill(self, statistics: Statistics, tile: Tile, values: list[Tensor], out: Tensor) -> None:
         tensor = tile.tensor
         if tensor.action == "same":
-            self._compare(tile, values)
+            self.compare(tile, values)
         elif tensor.program is None:
             if not self.settings.allow_nonfinite and DTYPES[tensor.dtype].is_float:
                 for first in range(0, out.numel(), BLOCK):
                     if any_nonfinite(out[first : first + BLOCK]):
-                        raise self._nonfinite(tile, {tensor.sources[0][0]: out}, out)
+                        raise self.nonfinite(tile, {tensor.sources[0][0]: out}, out)
         else:
             inputs = {model: piece for (model, _), piece in zip(tensor.sources, values, strict=True)}
             while True:
@@ -262,7 +267,7 @@ class Worker:
                         raise
                     self._shrink()
 
-    def _compare(self, tile: Tile, values: list[Tensor]) -> None:
+    def compare(self, tile: Tile, values: list[Tensor]) -> None:
         """Prove that a tensor which no arithmetic is meant for is the same everywhere."""
         first, *others = tile.tensor.sources
         for other, piece in zip(others, values[1:], strict=True):
@@ -312,7 +317,7 @@ class Worker:
             round_nearest(value, out)
         # Before equal bits are put back: whatever is not finite in an input shows in the result until then.
         if not self.settings.allow_nonfinite and any_nonfinite(out):
-            raise self._nonfinite(tile, inputs, out, first)
+            raise self.nonfinite(tile, inputs, out, first)
         if tensor.program.same_bits:
             keep_same_bits(tensor.program, inputs, out, self.scratch)
         if self.settings.allow_nonfinite:
@@ -347,7 +352,7 @@ class Worker:
             )
             statistics[tensor.name][block] = measure(base[piece], out[piece], update, self.scratch)
 
-    def _nonfinite(
+    def nonfinite(
         self, tile: Tile, inputs: Mapping[str, Tensor], out: Tensor, first: int | None = None
     ) -> UnusableWeights:
         """Say which input holds it; where none does, the output's dtype is too narrow."""

@@ -95,7 +95,8 @@ class Checkpoint:
 
     `names` are all of its files; `tensors` maps names to specs, shard by shard in the order of their bytes;
     `config` is the parsed `config.json` (empty where there is none); `unread` names the weight files that the
-    index leaves out.
+    index leaves out. Where `files` decode what is stored, `stored` are the files as they are, and `sizes` how
+    many bytes of them each tensor takes.
     """
 
     uri: str
@@ -106,6 +107,8 @@ class Checkpoint:
     indexed: bool
     config: dict[str, Any]
     unread: tuple[str, ...]
+    stored: Files | None = None
+    sizes: Mapping[str, int] | None = None
 
     @property
     def place(self) -> str:
@@ -115,6 +118,10 @@ class Checkpoint:
         """Fill `buffer` with the tensor's bytes from byte `start` on."""
         self.files.begin(spec.file, spec.start + start, buffer)()
 
+    def bytes_of(self, tensor: str) -> int:
+        """How many bytes of the files a tensor takes."""
+        return self.tensors[tensor].nbytes if self.sizes is None else self.sizes[tensor]
+
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:
         """The sha256 of a weight file. Raises InputError where it is not the one that the Hub states."""
         digest, size = hashlib.sha256(), self.shards[file].size
@@ -123,7 +130,7 @@ class Checkpoint:
             if stop is not None and stop.is_set():
                 return ""
             piece = buffer[: min(_PIECE, size - position)]
-            self.files.begin(file, position, piece)()
+            (self.stored or self.files).begin(file, position, piece)()
             digest.update(piece)
         found, known = ("sha256", digest.hexdigest()), self.files.known_digest(file)
         if known is not None and known[1][0] == "sha256" and known[1] != found:
@@ -146,6 +153,8 @@ def open_checkpoint(uri: str, files: Files) -> Checkpoint:
     Raises InputError where it is missing, unsafe, damaged, or not a safetensors checkpoint.
     """
     names = files.names()
+    if "skill.json" in names and INDEX_FILE not in names:
+        raise InputError(f"{files.place} is a skill, not a model", fix=f"write it as {{skill: {uri}}}")
     weights = _weight_files(files, names)
     index = _read_index(files) if INDEX_FILE in names else None
     if index is None:

@@ -1,0 +1,408 @@
+"""Plan + checkpoints -> the files of a skill. The streaming core's other end: what is written is mostly nothing.
+
+A worker takes a unit (up to sparse.UNIT elements of one tensor), reads it of every model, takes the
+difference and encodes it; the units' parts are appended in the plan's order, and the header, for which room was
+left, is written last. Where a difference is kept exactly, and as what, is said in `checkpoints/skill.py`. All of
+this is on the CPU: it is reading and counting, and there is no arithmetic for a GPU to speed up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skillmerge.arithmetic import any_nonfinite, bit_view, evaluate, fold_sum, round_nearest, torch_dtype
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.skill import SKILL_FILE, SKILL_VERSION, part_name, tensor_digest
+from skillmerge.expression import minus_of
+from skillmerge.parallel import hash_file
+from skillmerge.planning import Plan, ShardPlan, TensorPlan
+from skillmerge.sparse import Encoded, Encoder
+from skillmerge.statistics import summarise_skill
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT, TensorSpec
+from skillmerge.worker import Settings, Span, Tile, Worker
+from skillmerge.writer import Staging, disk_errors
+
+_NAMES = {dtype.torch_name: name for name, dtype in DTYPES.items() if dtype.torch_name}
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    tensor: TensorPlan
+    number: int
+    spec: TensorSpec
+
+    @property
+    def length(self) -> int:
+        return min(UNIT, self.spec.elements - self.number * UNIT)
+
+
+@dataclass(slots=True)
+class _Cut:
+    """What became of a unit: its planes, counts, sums of squares (of the update, and of what rounding lost), and
+    the digest of what was read of each model."""
+
+    planes: dict[str, Encoded]
+    stored: int = 0
+    changed: int = 0
+    pairs: int = 0
+    squares: list[float] = field(default_factory=list)
+    lost: list[float] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def cut_shards(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    staging: Staging,
+    settings: Settings,
+    *,
+    progress: Callable[[int], None] = lambda done: None,
+    in_flight: int | None = None,
+    finished: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> None:
+    """Write the files of a skill that `staging` has not finished yet; see `engine.merge_shards`."""
+    wanted = [shard for shard in plan.shards if shard.file not in staging.finished]
+    done = sum(shard.size for shard in plan.shards if shard.file in staging.finished)
+    stop = threading.Event()
+    threads = settings.budget.threads
+    intraop = torch.get_num_threads()
+    torch.set_num_threads(1)
+    workers = _Workers(plan, checkpoints, settings, stop)
+    pool = ThreadPoolExecutor(threads)
+    closing = ThreadPoolExecutor(1)
+    closed: list[Future[None]] = []
+    try:
+        for tensor in plan.tensors.values():
+            if tensor.action == "same":
+                workers.compare(tensor)
+        cuts = _in_order(pool, workers, [unit for shard in wanted for unit in _units(plan, shard)], threads + 1)
+        for shard in wanted:
+            file = _SkillFile(staging, shard, plan, checkpoints)
+            try:
+                for unit in _units(plan, shard):
+                    file.add(unit, next(cuts))
+                    done += unit.length * DTYPES[unit.spec.dtype].itemsize
+                    progress(done)
+            except BaseException:
+                file.close()
+                raise
+            # Digested while the next file is made.
+            closed.append(closing.submit(_complete, file, checkpoints, staging, finished, stop))
+            for future in closed[:-2]:
+                future.result()
+        for future in closed:
+            future.result()
+    except BaseException:
+        stop.set()
+        for checkpoint in checkpoints.values():
+            checkpoint.files.cancel()
+        raise
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        closing.shutdown(cancel_futures=True)
+        workers.close()
+        torch.set_num_threads(intraop)
+
+
+def _units(plan: Plan, shard: ShardPlan) -> Iterator[_Unit]:
+    for spec in shard.specs:
+        for number in range(-(-spec.elements // UNIT)):
+            yield _Unit(plan.tensors[spec.name], number, spec)
+
+
+def _in_order(pool: ThreadPoolExecutor, workers: _Workers, units: Sequence[_Unit], ahead: int) -> Iterator[_Cut]:
+    """The cuts of the units in their order, at most `ahead` of them made before they are wanted."""
+    waiting: deque[Future[_Cut]] = deque()
+    coming = iter(units)
+    for unit in coming:
+        waiting.append(pool.submit(workers.cut, unit))
+        if len(waiting) >= ahead:
+            break
+    while waiting:
+        cut = waiting.popleft().result()
+        for unit in coming:
+            waiting.append(pool.submit(workers.cut, unit))
+            break
+        yield cut
+
+
+def _complete(
+    file: _SkillFile,
+    checkpoints: Mapping[str, Checkpoint],
+    staging: Staging,
+    finished: Callable[[dict[str, Any]], None],
+    stop: threading.Event,
+) -> None:
+    """Make a file durable, then say so in the journal."""
+    entry = file.finish(stop)
+    if stop.is_set():
+        return
+    for checkpoint in checkpoints.values():
+        checkpoint.check_unchanged()
+    staging.record(entry)
+    staging.finished[entry["shard"]] = entry
+    finished(entry)
+
+
+class _Workers:
+    """A worker for each thread, made when the thread first needs it."""
+
+    def __init__(
+        self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stop: threading.Event
+    ) -> None:
+        self._plan, self._checkpoints, self._settings, self._stop = plan, checkpoints, settings, stop
+        self._mine = threading.local()
+        self._all: list[Worker] = []
+        # A skill that is read says of what it was made itself.
+        self._digested = set(checkpoints) - plan.recipe.skills - {minus_of(name) for name in plan.recipe.skills}
+
+    def close(self) -> None:
+        for worker in self._all:
+            worker.close()
+
+    @property
+    def _worker(self) -> Worker:
+        if not hasattr(self._mine, "worker"):
+            self._mine.worker = Worker(self._plan, self._checkpoints, self._settings, self._stop)
+            self._all.append(self._mine.worker)
+        worker: Worker = self._mine.worker
+        return worker
+
+    def compare(self, tensor: TensorPlan) -> None:
+        """Prove that a tensor which has no difference is the same everywhere. Raises UnusableWeights."""
+        elements = math.prod(tensor.shape)
+        for first in range(0, elements, UNIT):
+            tile = Tile(tensor, first, min(first + UNIT, elements), 0)
+            (values,) = self._worker.read_inputs(Span(0, (tile,)))
+            self._worker.compare(tile, values)
+
+    def cut(self, unit: _Unit) -> _Cut:
+        """Read a unit of every model and encode the difference. Raises UnusableWeights."""
+        worker = self._worker
+        if unit.tensor.action == "zero" or self._stop.is_set():
+            return _Cut({})
+        with torch.inference_mode():
+            first = unit.number * UNIT
+            tile = Tile(unit.tensor, first, first + unit.length, 0)
+            (values,) = worker.read_inputs(Span(0, (tile,)))
+            inputs = {model: piece for (model, _), piece in zip(unit.tensor.sources, values, strict=True)}
+            for piece in inputs.values():
+                for start in range(0, piece.numel(), BLOCK):
+                    if any_nonfinite(piece[start : start + BLOCK]):
+                        raise worker.nonfinite(tile, inputs, piece)
+            cut = self._keep(inputs) if unit.tensor.action == "cut" else self._compute(worker, tile, inputs)
+            cut.digests = {
+                model: hashlib.sha256(_bytes(piece)).hexdigest()
+                for model, piece in inputs.items()
+                if model in self._digested
+            }
+        return cut
+
+    def _keep(self, inputs: Mapping[str, Tensor]) -> _Cut:
+        """The exact difference of two models, as pairs."""
+        left, right = inputs.values()
+        plus, minus = Encoder(left.dtype), Encoder(right.dtype)
+        cut = _Cut({})
+        for start in range(0, left.numel(), CHUNK):
+            a, b = left[start : start + CHUNK], right[start : start + CHUNK]
+            places = _differing(a, b).nonzero().squeeze(1)
+            a, b = a[places], b[places]
+            wide_a, wide_b = a.to(torch.float64), b.to(torch.float64)
+            update = wide_a - wide_b
+            value = update.to(a.dtype)
+            wide = value.to(torch.float64)
+            # Zeros of two signs, and -0 itself, are not what a sum gives back.
+            fits = (wide == update) & (wide_b + wide == wide_a) & (update != 0) & ~((wide_a == 0) & wide_a.signbit())
+            plain = bool(fits.all())
+            length = min(CHUNK, left.numel() - start)
+            plus.add(length, places, value if plain else torch.where(fits, value, a))
+            minus.add(length, places[:0] if plain else places[~fits], b[:0] if plain else b[~fits])
+            cut.changed += len(places)
+            cut.pairs += 0 if plain else int((~fits).sum())
+            if len(places):
+                cut.squares.append(fold_sum(update.mul_(update)))
+        cut.planes = {"plus": plus.finish(), "minus": minus.finish()}
+        return cut
+
+    def _compute(self, worker: Worker, tile: Tile, inputs: Mapping[str, Tensor]) -> _Cut:
+        """The value of the formula, rounded once."""
+        assert tile.tensor.program is not None
+        dtype = torch_dtype(tile.tensor.dtype)
+        plus = Encoder(dtype)
+        cut = _Cut({})
+        for start in range(0, tile.last - tile.first, CHUNK):
+            pieces = {model: piece[start : start + CHUNK] for model, piece in inputs.items()}
+            value, _ = evaluate(tile.tensor.program, pieces, worker.scratch)
+            rounded = round_nearest(value, torch.empty(value.numel(), dtype=dtype))
+            if any_nonfinite(rounded):
+                raise worker.nonfinite(tile, pieces, rounded, tile.first + start)
+            places = rounded.nonzero().squeeze(1)
+            plus.add(len(rounded), places, rounded[places])
+            cut.changed += len(places)
+            update = value.to(torch.float64)
+            error = update - rounded.to(torch.float64)
+            cut.lost.append(fold_sum(error.mul_(error)))
+            cut.squares.append(fold_sum(update * update))
+        cut.planes = {"plus": plus.finish()}
+        return cut
+
+
+def _differing(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors do not hold the same number, the signs of zeros included."""
+    if a.dtype != b.dtype:
+        a, b = a.to(torch.float64), b.to(torch.float64)
+    return bit_view(a) != bit_view(b)
+
+
+def _bytes(values: Tensor) -> memoryview:
+    """The memory of a tensor, which must live as long (torch itself shows it through numpy only)."""
+    return memoryview((ctypes.c_char * (values.numel() * values.element_size())).from_address(values.data_ptr()))
+
+
+class _SkillFile:
+    """One file of a skill in the making: parts are appended, the header is written at the end."""
+
+    def __init__(self, staging: Staging, shard: ShardPlan, plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> None:
+        self.shard, self.path = shard, staging.files / shard.file
+        self._dtypes = {spec.name: _plane_dtypes(plan.tensors[spec.name], checkpoints) for spec in shard.specs}
+        self._header: dict[str, Any] = {"__metadata__": {"format": "skillmerge skill", "version": str(SKILL_VERSION)}}
+        self._room = _largest_header(self._header, shard, self._dtypes)
+        self._position = 0
+        self._rows: dict[str, list[_Cut]] = {spec.name: [] for spec in shard.specs}
+        with disk_errors(self.path):
+            self._stream = open(self.path, "wb", buffering=0)  # noqa: SIM115 - closed by finish and close
+            self._stream.seek(8 + self._room)
+
+    def add(self, unit: _Unit, cut: _Cut) -> None:
+        for plane, encoded in cut.planes.items():
+            for part, values in encoded.parts.items():
+                content = _bytes(values)
+                with disk_errors(self.path):
+                    left = content
+                    while left:
+                        left = left[self._stream.write(left) :]
+                self._header[part_name(unit.spec.name, unit.number, plane, part)] = {
+                    "dtype": _NAMES[str(values.dtype).removeprefix("torch.")],
+                    "shape": list(values.shape),
+                    "data_offsets": [self._position, self._position + len(content)],
+                }
+                self._position += len(content)
+        self._rows[unit.spec.name].append(
+            _Cut(
+                {plane: Encoded(encoded.encoding, {}) for plane, encoded in cut.planes.items()},
+                sum(encoded.nbytes for encoded in cut.planes.values()),
+                cut.changed, cut.pairs, cut.squares, cut.lost, cut.digests,
+            )
+        )  # fmt: skip
+
+    def finish(self, stop: threading.Event) -> dict[str, Any]:
+        """Write the header, make the file durable, and digest it: the journal's entry."""
+        text = _dump(self._header)
+        assert len(text) <= self._room
+        with disk_errors(self.path):
+            self._stream.seek(0)
+            self._stream.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            size = self.path.stat().st_size
+            digest = hash_file(self.path, stop)
+        return {
+            "shard": self.shard.file,
+            "size": size,
+            "sha256": digest,
+            "statistics": {},
+            "tensors": {
+                spec.name: _describe(spec, self.shard.file, self._dtypes[spec.name], self._rows[spec.name])
+                for spec in self.shard.specs
+            },
+        }
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _plane_dtypes(tensor: TensorPlan, checkpoints: Mapping[str, Checkpoint]) -> tuple[str, str]:
+    if tensor.action != "cut":
+        return tensor.dtype, tensor.dtype
+    plus, minus = (checkpoints[model].tensors[source].dtype for model, source in tensor.sources)
+    return plus, minus
+
+
+def _largest_header(start: Mapping[str, Any], shard: ShardPlan, dtypes: Mapping[str, tuple[str, str]]) -> int:
+    """A size for the header, a multiple of 8, that is enough whatever the encodings will be."""
+    document = dict(start)
+    end = 10**15
+    for spec in shard.specs:
+        for number in range(-(-spec.elements // UNIT)):
+            for plane, dtype in zip(("plus", "minus"), dtypes[spec.name], strict=True):
+                for part, kind, shape in (("values", dtype, [UNIT + 8]), ("starts", "I32", [2, 999]),
+                                          ("gaps", "U8", [UNIT * 2])):  # fmt: skip
+                    name = part_name(spec.name, number, plane, part)
+                    document[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end]}
+    return -(-len(_dump(document)) // 8) * 8
+
+
+def _describe(spec: TensorSpec, file: str, dtypes: tuple[str, str], rows: Sequence[_Cut]) -> dict[str, Any]:
+    """What `skill.json` says of a tensor."""
+    models = list(dict.fromkeys(model for row in rows for model in row.digests))
+    described: dict[str, Any] = {
+        "shape": list(spec.shape),
+        "dtype": dtypes[0],
+        "minus_dtype": dtypes[1],
+        "file": file,
+        "encoding": {
+            plane: [row.planes[plane].encoding if plane in row.planes else "zero" for row in rows]
+            for plane in ("plus", "minus")
+        },
+        "bytes": sum(row.stored for row in rows),
+        "changed": sum(row.changed for row in rows),
+        "pairs": sum(row.pairs for row in rows),
+        "sum_of_squares": math.fsum(square for row in rows for square in row.squares),
+        "digests": {model: tensor_digest([row.digests[model] for row in rows]) for model in models},
+    }
+    lost = math.fsum(square for row in rows for square in row.lost)
+    return {**described, "lost_squares": lost} if any(row.lost for row in rows) else described
+
+
+def describe_skill(plan: Plan, checkpoints: Mapping[str, Checkpoint], finished: Mapping[str, Any]) -> tuple[str, bytes]:
+    """Name and content of `skill.json`."""
+    tensors = {name: row for shard in plan.shards for name, row in finished[shard.file]["tensors"].items()}
+    first = next((tensor for tensor in plan.tensors.values() if len(tensor.sources) > 1), None)
+    models = [model for model, _ in first.sources] if first is not None else [plan.donor] * 2
+    document = {
+        "skill_version": SKILL_VERSION,
+        "expression": plan.recipe.document.data["merge"],
+        "exact": all(tensor.action in ("cut", "zero", "same") for tensor in plan.tensors.values()),
+        "relative_error": summarise_skill(tensors)["all"]["relative_error"],
+        "parents": [
+            {"name": item.name, "uri": item.uri, "revision": item.revision, "license": item.license}
+            for item in plan.inputs
+        ],
+        "configs": {plane: checkpoints[model].config for plane, model in zip(("plus", "minus"), models, strict=False)},
+        "unit": UNIT,
+        "block": BLOCK,
+        "files": [shard.file for shard in plan.shards],
+    }
+    lines = [f" {json.dumps(key)}: {_dump(value).decode()}" for key, value in document.items()]
+    rows = ",\n".join(
+        f"  {json.dumps(name, ensure_ascii=False)}: {_dump(row).decode()}" for name, row in tensors.items()
+    )
+    return SKILL_FILE, ("{\n" + ",\n".join(lines) + ',\n "tensors": {\n' + rows + "\n }\n}\n").encode()
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

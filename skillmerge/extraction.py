@@ -1,0 +1,112 @@
+"""The verb extract: two checkpoints -> a stored skill; and whether a checkpoint is one that a skill was cut from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.folder import Folder
+from skillmerge.checkpoints.skill import summary, tensor_digest
+from skillmerge.errors import CheckFailed, UsageError
+from skillmerge.merge import Reporter, Result, apply
+from skillmerge.parallel import in_threads
+from skillmerge.recipe import Recipe, parse_recipe
+from skillmerge.sources import Access, close_all, open_models
+from skillmerge.tensors import DTYPES, UNIT
+
+
+def extract(
+    rl: str,
+    sft: str,
+    output: str | os.PathLike[str],
+    *,
+    dtype: str = "same",
+    threads: int | None = None,
+    memory_limit: int | None = None,
+    overwrite: bool = False,
+    hash_inputs: bool = False,
+    follow_links: bool = False,
+    hub: str = "stream",
+    reporter: Reporter | None = None,
+) -> Result:
+    """Store the difference `rl - sft` of two checkpoints (folders, or hf://org/name[@revision][/subfolder]).
+
+    dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. The rest is as of
+    `merge.apply`, whose errors it raises: this is a recipe of three lines.
+    """
+    if dtype not in ("same", "bfloat16", "float16", "float32"):
+        raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
+    return apply(
+        _recipe({"rl": rl, "sft": sft}, "rl - sft", f"  kind: skill\n  dtype: {dtype}\n"),
+        output,
+        threads=threads,
+        memory_limit=memory_limit,
+        overwrite=overwrite,
+        hash_inputs=hash_inputs,
+        follow_links=follow_links,
+        hub=hub,
+        reporter=reporter,
+    )
+
+
+def _recipe(models: Mapping[str, str], merge: str, output: str) -> Recipe:
+    lines = [f"  {name}: {json.dumps(os.fspath(place), ensure_ascii=False)}\n" for name, place in models.items()]
+    text = f"skillmerge: 1\nmodels:\n{''.join(lines)}merge: {merge}\noutput:\n{output}"
+    return parse_recipe(text, "skillmerge extract", Path.cwd())
+
+
+def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bool = False) -> str:
+    """Which of the models of its expression `parent` is (`rl`), by the digests of all of its tensors.
+
+    Raises CheckFailed where it is none of them, naming the tensor that shows it; UsageError, InputError.
+    """
+    document = summary(Folder(Path(skill)))
+    tensors = {name: row["digests"] for name, row in document["tensors"].items() if row.get("digests")}
+    candidates = sorted({model for digests in tensors.values() for model in digests})
+    if not candidates:
+        raise UsageError(f"{skill} was made of other skills: their parents are known to them")
+    checkpoints = open_models(
+        _recipe({"parent": parent}, "parent", "  path: nowhere\n"),
+        Access(follow_links=follow_links),
+        lambda message: None,
+    )
+    checkpoint = checkpoints["parent"]
+    names = [name for name in tensors if name in checkpoint.tensors]
+    missing = [name for name in tensors if name not in checkpoint.tensors]
+    reason = f"it has no tensor `{missing[0]}`" if missing else ""
+    try:
+        digests = in_threads(lambda name, stop: _digest(checkpoint, name), names)
+        for name, digest in zip(names, digests, strict=True):
+            left = [model for model in candidates if tensors[name].get(model, digest) == digest]
+            if not left and not reason:
+                reason = f"tensor `{name}` differs"
+            candidates = left
+            if not candidates:
+                break
+    finally:
+        close_all(checkpoints)
+    if reason or not candidates:
+        raise CheckFailed(
+            f"{parent} is not a checkpoint that {skill} was cut from: {reason}",
+            fix=f"its parents: {', '.join(_parent(item) for item in document['parents'])}",
+        )
+    return str(candidates[0])
+
+
+def _parent(item: Mapping[str, Any]) -> str:
+    return f"{item['name']} = {item['uri']}" + (f" at {item['revision'][:12]}" if item["revision"] else "")
+
+
+def _digest(checkpoint: Checkpoint, name: str) -> str:
+    spec = checkpoint.tensors[name]
+    size, units = UNIT * DTYPES[spec.dtype].itemsize, []
+    for start in range(0, spec.nbytes, size):
+        piece = memoryview(bytearray(min(size, spec.nbytes - start)))
+        checkpoint.read_into(spec, start, piece)
+        units.append(hashlib.sha256(piece).hexdigest())
+    return tensor_digest(units)

@@ -1,0 +1,169 @@
+"""Runs of numbers that are mostly zero, stored in the smallest of four encodings. Pure functions on bits.
+
+A run (a part of one tensor) is kept as one of
+
+    zero     nothing at all
+    dense    every element
+    bitmap   `mask`: one bit per element, least significant first; `values`: the elements whose bit is set
+    gaps     `gaps`: a byte per step, 0 to 254 for so many zeros and then a value, 255 for 255 zeros and no
+             value, counting anew at every block of BLOCK elements; `values`
+
+`starts` says for each block, and for the end, how many values come before it (with gaps, in a second row, how
+many bytes of `gaps`), so that any block can be decoded by itself. Every part is padded with zeros to a multiple
+of 8 bytes. Values are bits: nothing here does arithmetic on them. Knows nothing about files or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skillmerge.arithmetic import bit_view
+from skillmerge.tensors import BLOCK, CHUNK, block_count
+
+_SPREAD, _BITS, _GATHER = 0x0101010101010101, 0x8040201008040201 - (1 << 64), 0x0102040810204080
+_SKIP = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A run's parts by name: one-dimensional tensors, `starts` of int32 with one or two rows."""
+
+    encoding: str
+    parts: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+
+class Encoder:
+    """Takes a run piece by piece, in order; `finish` gives the smallest encoding of all of it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._length = self._count = 0
+        self._values: list[Tensor] = []
+        self._masks: list[Tensor] = []
+        self._codes: list[Tensor] | None = []
+        self._ends: list[Tensor] = []
+        self._bounds = [torch.zeros(1, dtype=torch.int64)]
+
+    def add(self, length: int, places: Tensor, values: Tensor) -> None:
+        """The next `length` elements: zero but for `values` at the ascending `places` (int64, from 0).
+
+        All pieces but the last have a multiple of BLOCK elements.
+        """
+        blocks, count = block_count(length), values.numel()
+        bounds = torch.searchsorted(places, torch.arange(BLOCK, blocks * BLOCK + 1, BLOCK))
+        self._masks.append(pack(places, length))
+        if count > length // 4:
+            self._codes = None  # a byte for each value would be more than the mask
+        if self._codes is not None:
+            codes, ends = _gap_codes(places, bounds)
+            self._ends.append(ends + sum(map(len, self._codes)))
+            self._codes.append(codes)
+        if count:
+            self._values.append(values)
+        self._bounds.append(bounds + self._count)
+        self._length, self._count = self._length + length, self._count + count
+
+    def finish(self) -> Encoded:
+        """All that was added. The tensors are new ones."""
+        if self._count == 0:
+            return Encoded("zero", {})
+        size = self._dtype.itemsize
+        values, bounds = torch.cat(self._values), torch.cat(self._bounds).to(torch.int32)
+        mask = torch.cat(self._masks)
+        candidates = {
+            "dense": self._length * size,
+            "bitmap": len(mask) + self._count * size + bounds.numel() * 4,
+        }
+        if self._codes is not None:
+            coded = sum(map(len, self._codes))
+            candidates["gaps"] = coded + self._count * size + bounds.numel() * 8
+        chosen = min(candidates, key=lambda name: candidates[name])
+        if chosen == "dense":
+            dense = torch.zeros(self._length, dtype=self._dtype)
+            bit_view(dense).masked_scatter_(unpack(mask)[: self._length], bit_view(values))
+            return Encoded("dense", {"values": _padded(dense)})
+        if chosen == "bitmap":
+            parts = {"values": _padded(values), "starts": _padded(bounds), "mask": _padded(mask)}
+        else:
+            assert self._codes is not None
+            ends = torch.cat([torch.zeros(1, dtype=torch.int64), *self._ends]).to(torch.int32)
+            starts = torch.stack([_padded(bounds), _padded(ends)])
+            parts = {"values": _padded(values), "starts": starts, "gaps": _padded(torch.cat(self._codes))}
+        return Encoded(chosen, parts)
+
+
+def decode(encoding: str, parts: dict[str, Tensor], starts: Sequence[Tensor], first: int, out: Tensor) -> None:
+    """Fill `out` with the elements from `first` (a block's first) on.
+
+    parts: slices of the parts, `values` (with dense, exactly these elements) and `mask` or `gaps` for just these
+    blocks. starts: the rows of `starts` for them, the end included.
+    """
+    bits = bit_view(out)
+    if encoding == "dense":
+        bits.copy_(bit_view(parts["values"])[: out.numel()])
+        return
+    bits.zero_()
+    if encoding == "zero":
+        return
+    values, bounds = bit_view(parts["values"]), starts[0] - starts[0][0]
+    if encoding == "gaps":
+        bits[_places(parts["gaps"], bounds, starts[1])] = values
+        return
+    for begin in range(0, out.numel(), CHUNK):
+        end = min(begin + CHUNK, out.numel())
+        mask = unpack(parts["mask"][begin // 8 : -(-end // 8)])[: end - begin]
+        low, high = int(bounds[begin // BLOCK]), int(bounds[block_count(end)])
+        bits[begin:end].masked_scatter_(mask, values[low:high])
+
+
+def pack(places: Tensor, length: int) -> Tensor:
+    """One bit per element, set at `places`."""
+    flags = torch.zeros(-(-length // 8) * 8, dtype=torch.bool)
+    flags[places] = True
+    return ((flags.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+
+
+def unpack(mask: Tensor) -> Tensor:
+    """The bits of uint8 `mask` as bool, eight for each byte."""
+    return ((mask.to(torch.int64) * _SPREAD) & _BITS).view(torch.uint8) != 0
+
+
+def _gap_codes(places: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes of `gaps` for a piece, and how many of them there are up to the end of each block."""
+    if not len(places):
+        return torch.empty(0, dtype=torch.uint8), torch.zeros_like(bounds)
+    inside = places & (BLOCK - 1)
+    before = torch.cat([inside.new_full((1,), -1), inside[:-1]])
+    firsts = torch.cat([bounds.new_zeros(1), bounds[:-1]])
+    before[firsts[firsts < bounds]] = -1
+    gaps = inside - before - 1
+    ends = torch.cumsum(gaps // _SKIP + 1, 0)
+    codes = torch.full((int(ends[-1]),), _SKIP, dtype=torch.uint8)
+    codes[ends - 1] = (gaps % _SKIP).to(torch.uint8)
+    return codes, torch.cat([ends.new_zeros(1), ends])[bounds]
+
+
+def _places(codes: Tensor, bounds: Tensor, starts: Tensor) -> Tensor:
+    """Where the values of these blocks go, counted from the first block's first element."""
+    starts = (starts - starts[0]).to(torch.int64)
+    codes = codes[: int(starts[-1])]
+    skip = codes == _SKIP
+    reached = torch.cumsum(codes.to(torch.int64) + (~skip).to(torch.int64), 0)
+    before = torch.cat([reached.new_zeros(1), reached])[starts[:-1]]
+    blocks = torch.arange(len(before)) * BLOCK - before
+    counts = (bounds[1:] - bounds[:-1]).to(torch.int64)
+    return reached[~skip] - 1 + torch.repeat_interleave(blocks, counts)
+
+
+def _padded(values: Tensor) -> Tensor:
+    """With zeros behind, to a multiple of 8 bytes."""
+    left = -(values.numel() * values.element_size()) % 8 // values.element_size()
+    return torch.cat([values, values.new_zeros(left)]) if left else values

@@ -1,0 +1,524 @@
+"""Stored skills: exact whatever the parents hold, small, readable by others, refused where they are damaged."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    PEAK_MEMORY,
+    random_tensors,
+    read_checkpoint,
+    run_cli,
+    tensor_shapes,
+    write_checkpoint,
+    write_family,
+    write_recipe,
+)
+from safetensors.torch import load_file, save_file
+from skill_reader import read_skill
+from test_laws import DTYPES, INTEGERS, every_kind_of_number
+
+import skillmerge
+from skillmerge.arithmetic import bit_view
+from skillmerge.errors import CheckFailed, InputError, ResourceError, SkillmergeError, UsageError
+from skillmerge.sparse import Encoder
+from skillmerge.tensors import BLOCK, UNIT
+
+WITH_PARENTS = {"target": "target", "rl": "rl", "sft": "sft"}
+WITH_SKILL = {"target": "target", "math": {"skill": "math"}}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def both(folder: Path, direct: str, stored: str, **keys: Any) -> tuple[Path, Path]:
+    """The same formula with the two checkpoints and with the skill cut from them."""
+    if not (folder / "math").exists():
+        skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
+    recipe = write_recipe(folder, direct, models=WITH_PARENTS, **keys)
+    first = skillmerge.apply(recipe, folder / "direct", overwrite=True).output
+    recipe = write_recipe(folder, stored, models=WITH_SKILL, **keys)
+    return first, skillmerge.apply(recipe, folder / "stored", overwrite=True).output
+
+
+# -------------------------------------------------------------------------------------------------------- lossless
+
+
+FORMS = {
+    "target + lam * (rl - sft)": "target + lam * math",
+    "lam * (rl - sft) + target": "lam * math + target",
+    "target - lam * (sft - rl)": "target + lam * math",
+    "(2 * target + lam * (rl - sft) / 3) / 2": "(2 * target + lam * math / 3) / 2",
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parents", ["any", "near", "sft is target", "rl is sft"])
+def test_merge_through_the_skill_has_the_bytes_of_the_merge(tmp_path: Path, dtype: torch.dtype, parents: str) -> None:
+    """Random bit patterns of all exponents, signs of zeros and subnormals included."""
+    target, rl, sft = (every_kind_of_number(dtype, seed) for seed in range(3))
+    if parents == "near":
+        kept = torch.arange(sft.numel()) % 5 > 0
+        rl = torch.where(kept, sft, (sft.double() * 1.004).to(dtype))
+    elif parents == "sft is target":
+        sft = target.clone()
+    elif parents == "rl is sft":
+        rl = sft.clone()
+    for name, tensor in (("target", target), ("rl", rl), ("sft", sft)):
+        write_checkpoint(tmp_path / name, {"model.layers.0.mlp.weight": tensor})
+    for lam in (1.0, -1.0, 0.3):
+        for direct, stored in FORMS.items():
+            first, second = both(tmp_path, direct, stored, coefficients={"lam": lam})
+            assert weights(first) == weights(second), (lam, direct)
+    options = {"path": "merged", "dtype": "float32", "rounding": "stochastic"}
+    first, second = both(tmp_path, *next(iter(FORMS.items())), output=options)
+    assert weights(first) == weights(second)
+
+
+@pytest.mark.parametrize("target_dtype", DTYPES)
+@pytest.mark.parametrize("sft_dtype", DTYPES)
+def test_dtypes_may_be_mixed(tmp_path: Path, target_dtype: torch.dtype, sft_dtype: torch.dtype) -> None:
+    dtypes = {"target": target_dtype, "rl": torch.bfloat16, "sft": sft_dtype}
+    for seed, (name, dtype) in enumerate(dtypes.items()):
+        write_checkpoint(tmp_path / name, {"model.layers.0.mlp.weight": every_kind_of_number(dtype, seed)})
+    for lam, dtype in ((1.0, "float32"), (0.7, "float32"), (1.0, "bfloat16")):
+        options = {"path": "merged", "dtype": dtype}
+        first, second = both(tmp_path, *next(iter(FORMS.items())), coefficients={"lam": lam}, output=options)
+        assert weights(first) == weights(second)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_skill_on_its_sft_gives_rl_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    rl, sft = every_kind_of_number(dtype, 1), every_kind_of_number(dtype, 2)
+    write_checkpoint(tmp_path / "rl", {"model.layers.0.mlp.weight": rl})
+    write_checkpoint(tmp_path / "sft", {"model.layers.0.mlp.weight": sft})
+    skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "math")
+    models = {"sft": "sft", "math": {"skill": "math"}}
+    output = skillmerge.apply(write_recipe(tmp_path, "sft + math", models=models)).output
+    found = read_checkpoint(output)["model.layers.0.mlp.weight"]
+    assert torch.equal(found.view(INTEGERS[dtype]), rl.view(INTEGERS[dtype]))
+    ((plus, minus),) = read_skill(tmp_path / "math").values()
+    assert torch.equal(plus.double() - minus.double(), rl.double() - sft.double())
+
+
+def test_rules_and_depth_work_with_skills(family: Path) -> None:
+    rules = [
+        {"layers": "0-", "ramp": [0.2, 1.0]},
+        {"modules": "norm", "value": 0.0},
+        {"tensors": "*q_proj*", "value": 1.0},
+    ]
+    first, second = both(
+        family.parent, *next(iter(FORMS.items())), coefficients={"lam": {"default": 0.5, "rules": rules}}
+    )
+    assert weights(first) == weights(second)
+
+
+def test_two_skills_in_one_formula(tmp_path: Path) -> None:
+    for seed, name in enumerate(("target", "a", "b", "sft")):
+        write_checkpoint(tmp_path / name, random_tensors(tensor_shapes(), seed=seed))
+    for name in ("a", "b"):
+        skillmerge.extract(str(tmp_path / name), str(tmp_path / "sft"), tmp_path / f"skill-{name}")
+    models = {"target": "target", "a": "a", "b": "b", "sft": "sft"}
+    recipe = write_recipe(tmp_path, "target + 0.6 * (a - sft) - 0.4 * (b - sft)", models=models)
+    direct = skillmerge.apply(recipe, tmp_path / "direct").output
+    models = {"target": "target", "x": {"skill": "skill-a"}, "y": {"skill": "skill-b"}}
+    recipe = write_recipe(tmp_path, "target + 0.6 * x - 0.4 * y", models=models)
+    assert weights(skillmerge.apply(recipe, tmp_path / "stored").output) == weights(direct)
+
+
+# ----------------------------------------------------------------------------------------------- skills from skills
+
+
+def cut(folder: Path, merge: str, models: dict[str, Any], name: str, **output: Any) -> Path:
+    recipe = write_recipe(
+        folder, merge, models=models, coefficients=None, output={"kind": "skill", "path": name, **output}
+    )
+    return skillmerge.apply(recipe).output
+
+
+def test_masked_skill_is_still_exact(family: Path) -> None:
+    folder = family.parent
+    skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
+    mask = {"default": 1.0, "rules": [{"modules": "mlp", "value": 0.0}]}
+    recipe = write_recipe(
+        folder, "mask * math", models={"math": {"skill": "math"}}, coefficients={"mask": mask},
+        output={"kind": "skill", "path": "masked"},
+    )  # fmt: skip
+    masked = read_skill(skillmerge.apply(recipe).output)
+    for name, (plus, minus) in read_skill(folder / "math").items():
+        if "mlp" in name:
+            assert not masked[name][0].any()
+            assert not masked[name][1].any()
+        else:
+            assert torch.equal(bit_view(masked[name][0]), bit_view(plus))
+            assert torch.equal(bit_view(masked[name][1]), bit_view(minus))
+
+
+def test_blended_skill_is_the_blend_in_float32(family: Path) -> None:
+    folder = family.parent
+    skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "a")
+    skillmerge.extract(str(folder / "target"), str(folder / "sft"), folder / "b")
+    blend = cut(folder, "0.5 * a - 0.25 * b", {"a": {"skill": "a"}, "b": {"skill": "b"}}, "blend")
+    parents = [read_checkpoint(folder / name) for name in ("rl", "target", "sft")]
+    for name, (plus, minus) in read_skill(blend).items():
+        rl, target, sft = (parent[name].double() for parent in parents)
+        wanted = 0.5 * (rl - sft) - 0.25 * (target - sft)
+        assert plus.dtype == torch.float32
+        assert not minus.any()
+        torch.testing.assert_close(plus.double(), wanted, rtol=2**-22, atol=1e-9)
+    assert skillmerge.verify(blend).tensors == len(parents[0])
+
+
+def test_rounded_skill_says_how_much_was_lost(family: Path) -> None:
+    folder = family.parent
+    parents = {name: {key: value.float() * 1.001 for key, value in read_checkpoint(folder / name).items()}
+               for name in ("rl", "sft")}  # fmt: skip
+    for name, tensors in parents.items():
+        write_checkpoint(folder / f"{name}32", tensors)
+    result = skillmerge.extract(str(folder / "rl32"), str(folder / "sft32"), folder / "lossy", dtype="bfloat16")
+    lost = whole = 0.0
+    for name, (plus, _) in read_skill(result.output).items():
+        wanted = parents["rl"][name].double() - parents["sft"][name].double()
+        assert torch.equal(plus, wanted.to(torch.float32).bfloat16()) or torch.equal(plus, wanted.bfloat16())
+        lost += float(((wanted - plus.double()) ** 2).sum())
+        whole += float((wanted**2).sum())
+    document = json.loads((result.output / "skill.json").read_text())
+    assert not document["exact"]
+    assert document["relative_error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-9)
+    assert 1e-4 < document["relative_error"] < 4e-3
+
+
+def test_what_is_no_difference_is_refused(family: Path) -> None:
+    for merge, message in (("target + lam * (rl - sft)", "a skill is a difference"), ("rl + sft", "a skill is a")):
+        with pytest.raises(UsageError, match=message):
+            skillmerge.apply(write_recipe(family.parent, merge, output={"kind": "skill", "path": "skill"}))
+    with pytest.raises(UsageError, match="gives a difference"):
+        skillmerge.apply(write_recipe(family.parent, "rl - sft"))
+
+
+def test_integers_must_be_equal_and_are_not_stored(tmp_path: Path) -> None:
+    for seed, name in enumerate(("target", "rl", "sft")):
+        tensors = random_tensors(tensor_shapes(), seed=seed)
+        write_checkpoint(tmp_path / name, {**tensors, "model.layers.0.attn.mask": torch.arange(70_000)})
+    first, second = both(tmp_path, *next(iter(FORMS.items())))
+    assert weights(first) == weights(second)
+    assert "model.layers.0.attn.mask" not in read_skill(tmp_path / "math")
+    tensors = {**random_tensors(tensor_shapes(), seed=1), "model.layers.0.attn.mask": torch.arange(70_000) + 1}
+    write_checkpoint(tmp_path / "rl", tensors)
+    with pytest.raises(InputError, match="differs between models"):
+        skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "other")
+
+
+# ----------------------------------------------------------------------------------------------------------- layout
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-6, 1e-3, 0.03, 0.1, 0.2, 0.6, 1.0])
+def test_any_reader_reads_it_and_it_takes_the_smallest_encoding(tmp_path: Path, share: float) -> None:
+    """A tensor of more than one unit; sizes against the arithmetic of the four encodings."""
+    count = UNIT + BLOCK + 77
+    generator = torch.Generator().manual_seed(5)
+    sft = torch.randn(count, generator=generator).bfloat16()
+    changed = torch.rand(count, generator=generator) < share
+    if share == 1e-6:
+        changed[[0, 65_535, 65_536, count - 1]] = True
+    rl = torch.where(changed, (sft.float() * 1.01).bfloat16(), sft)
+    write_checkpoint(tmp_path / "rl", {"model.layers.0.mlp.weight": rl})
+    write_checkpoint(tmp_path / "sft", {"model.layers.0.mlp.weight": sft})
+    skill = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "math").output
+    ((plus, minus),) = read_skill(skill).values()
+    assert torch.equal(plus.float() - minus.float(), rl.float() - sft.float())
+    row = json.loads((skill / "skill.json").read_text())["tensors"]["model.layers.0.mlp.weight"]
+    differing = int((rl != sft).sum())
+    assert row["changed"] == differing
+    update = rl.double() - sft.double()
+    assert row["sum_of_squares"] == pytest.approx(float((update**2).sum()), rel=1e-12)
+    blocks = -(-UNIT // BLOCK) + 1 + 3
+    least = min(count * 2, count / 8 + differing * 2 + 4 * blocks, differing * 3 + 8 * blocks + count / 255 / 8)
+    assert row["bytes"] <= least * 1.02 + 2 * count / 255 + 100
+    assert row["encoding"]["plus"][0] == {
+        0.0: "zero", 1e-6: "gaps", 1e-3: "gaps", 0.03: "gaps", 0.1: "gaps", 0.2: "bitmap", 0.6: "bitmap", 1.0: "dense"
+    }[share]  # fmt: skip
+
+
+def test_rl_update_of_a_fifth_takes_a_third_at_most(tmp_path: Path) -> None:
+    shapes = {f"model.layers.{layer}.mlp.weight": (1024, 1024) for layer in range(4)}
+    sft = random_tensors(shapes, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    rl = {}
+    for name, tensor in sft.items():
+        one = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.int16) * 2 - 1
+        moved = (tensor.view(torch.int16) + one).view(torch.bfloat16)
+        rl[name] = torch.where(torch.rand(tensor.shape, generator=generator) < 0.2, moved, tensor)
+    write_checkpoint(tmp_path / "rl", rl)
+    write_checkpoint(tmp_path / "sft", sft)
+    result = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "math")
+    size = sum(path.stat().st_size for path in result.output.iterdir())
+    assert size <= 0.35 * sum(path.stat().st_size for path in (tmp_path / "rl").glob("*.safetensors"))
+
+
+def test_encoder_takes_pieces_as_they_come() -> None:
+    """However a run is cut into pieces (of whole blocks), it is encoded alike."""
+    generator = torch.Generator().manual_seed(0)
+    length = 5 * BLOCK + 123
+    places = (torch.rand(length, generator=generator) < 0.05).nonzero().squeeze(1)
+    values = torch.randn(len(places), generator=generator).bfloat16()
+    encoded = []
+    for step in (BLOCK, 2 * BLOCK, 8 * BLOCK):
+        encoder = Encoder(torch.bfloat16)
+        for start in range(0, length, step):
+            inside = (places >= start) & (places < start + step)
+            encoder.add(min(step, length - start), places[inside] - start, values[inside])
+        encoded.append(encoder.finish())
+    for other in encoded[1:]:
+        assert other.encoding == encoded[0].encoding == "gaps"
+        assert all(torch.equal(other.parts[name], part) for name, part in encoded[0].parts.items())
+
+
+def test_threads_change_no_byte(family: Path) -> None:
+    folder = family.parent
+    skills = [
+        skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / f"math{count}", threads=count).output
+        for count in (1, 2, 5)
+    ]
+    files = [{p.name: p.read_bytes() for p in skill.glob("skill*") if "merge" not in p.name} for skill in skills]
+    assert files[0] == files[1] == files[2]
+
+
+def test_large_skills_have_several_files(family: Path) -> None:
+    folder = family.parent
+    skill = cut(folder, "rl - sft", {"rl": "rl", "sft": "sft"}, "math", shard_size="2KB")
+    names = sorted(path.name for path in skill.glob("*.safetensors"))
+    assert names[0] == f"skill-00001-of-{len(names):05d}.safetensors"
+    assert len(names) > 2
+    first, second = both(folder, *next(iter(FORMS.items())))
+    assert weights(first) == weights(second)
+
+
+# ----------------------------------------------------------------------------------------------- wrong and damaged
+
+
+def test_parents_are_known_by_their_digests(family: Path) -> None:
+    folder = family.parent
+    skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
+    for parent in ("rl", "sft"):
+        process = run_cli("verify", "math", "--parent", parent, cwd=folder)
+        assert process.returncode == 0, process.stderr
+        assert f"is `{parent}` of this skill" in process.stdout
+    process = run_cli("verify", "math", "--parent", "target", cwd=folder)
+    assert process.returncode == 3
+    assert "target is not a checkpoint that math was cut from: tensor `" in process.stderr
+    file = next((folder / "sft").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors[next(iter(tensors))].view(torch.int16).flatten()[3] ^= 1
+    save_file(tensors, file)
+    with pytest.raises(CheckFailed, match="differs"):
+        skillmerge.extraction.check_parent(folder / "math", str(folder / "sft"))
+
+
+def test_skill_of_another_architecture_is_refused(family: Path, tmp_path: Path) -> None:
+    folder = family.parent
+    skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
+    write_checkpoint(folder / "larger", random_tensors(tensor_shapes(layers=4)))
+    models = {"target": "larger", "math": {"skill": "math"}}
+    recipe = write_recipe(folder, "target + math", models=models)
+    with pytest.raises(InputError, match="model `math` lacks 3 tensors"):
+        skillmerge.apply(recipe)
+
+
+def test_model_and_skill_are_not_mistaken_for_each_other(family: Path) -> None:
+    folder = family.parent
+    skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
+    with pytest.raises(InputError, match="is a skill, not a model"):
+        skillmerge.plan(write_recipe(folder, "target + math", models={"target": "target", "math": "math"}))
+    with pytest.raises(InputError, match="is not a skill"):
+        skillmerge.plan(write_recipe(folder, "target + rl", models={"target": "target", "rl": {"skill": "rl"}}))
+    with pytest.raises(UsageError, match="both `path` and `skill`"):
+        skillmerge.plan(write_recipe(folder, "rl", models={"rl": {"skill": "rl", "path": "rl"}}))
+    with pytest.raises(UsageError, match="is a skill, which has no tensors to take"):
+        skillmerge.plan(
+            write_recipe(folder, "target + math", models=WITH_SKILL, copy=[{"tensors": "*norm*", "from": "math"}])
+        )
+
+
+def damage(skill: Path, how: str) -> None:
+    file = next(skill.glob("*.safetensors"))
+    document = json.loads((skill / "skill.json").read_text())
+    name, row = next(iter(document["tensors"].items()))
+    if how == "parts":
+        tensors = load_file(file)
+        del tensors[next(key for key in tensors if key.endswith("values"))]
+        save_file(tensors, file)
+    elif how == "starts":
+        tensors = load_file(file)
+        key = next(key for key in tensors if key.endswith("starts"))
+        tensors[key].flatten()[-1] = 10**6
+        tensors[key].flatten()[1] = 10**6
+        save_file(tensors, file)
+    elif how == "stray part":
+        tensors = load_file(file)
+        save_file({**tensors, "other@0.plus.values": torch.zeros(8)}, file)
+    elif how == "file":
+        file.unlink()
+    elif how == "cut short":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        changes: dict[str, Any] = {
+            "shape": {"tensors": {**document["tensors"], name: {**row, "shape": [1 << 39, 1 << 39]}}},
+            "dtype": {"tensors": {**document["tensors"], name: {**row, "dtype": "I64"}}},
+            "version": {"skill_version": 2},
+            "no tensors": {"tensors": None},
+            "path": {"files": ["../rl/model-00001-of-00002.safetensors"]},
+            "other file": {"tensors": {**document["tensors"], name: {**row, "file": "elsewhere.safetensors"}}},
+            "config": {"configs": {"plus": [], "minus": {}}},
+        }
+        (skill / "skill.json").write_text(json.dumps({**document, **changes[how]}))
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["parts", "starts", "stray part", "file", "cut short", "shape", "dtype", "version", "no tensors", "path",
+     "other file", "config"],
+)  # fmt: skip
+def test_damaged_skill_is_refused(family: Path, how: str) -> None:
+    folder = family.parent
+    skill = skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math").output
+    damage(skill, how)
+    with pytest.raises(CheckFailed):
+        skillmerge.verify(skill)
+    recipe = write_recipe(folder, "target + math", models=WITH_SKILL)
+    with pytest.raises(SkillmergeError) as error:
+        skillmerge.apply(recipe)
+    assert isinstance(error.value, InputError), error.value
+    assert not (folder / "merged").exists()
+
+
+def test_verify_notices_every_flipped_bit(family: Path) -> None:
+    folder = family.parent
+    skill = skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math").output
+    assert skillmerge.verify(skill).files == 4
+    generator = random.Random(3)
+    for path in skill.iterdir():
+        content = path.read_bytes()
+        for _ in range(5):
+            changed = bytearray(content)
+            changed[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+            path.write_bytes(changed)
+            with pytest.raises(CheckFailed):
+                skillmerge.verify(skill)
+        path.write_bytes(content)
+    skillmerge.verify(skill)
+
+
+def test_infinite_values_are_refused(tmp_path: Path) -> None:
+    tensors = random_tensors(tensor_shapes())
+    write_checkpoint(tmp_path / "sft", tensors)
+    tensors["model.norm.weight"][5] = float("inf")
+    write_checkpoint(tmp_path / "rl", tensors)
+    with pytest.raises(InputError, match=r"holds inf in tensor `model.norm.weight` at element 5"):
+        skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "math")
+    assert not (tmp_path / "math").exists()
+
+
+# ------------------------------------------------------------------------------------------------ resume and bounds
+
+
+def test_interrupted_extraction_is_continued(tmp_path: Path) -> None:
+    """Killed at random instants, then run again: the bytes of a run that was left alone."""
+    shapes = {f"model.layers.{layer}.mlp.weight": (512, 1024) for layer in range(8)}
+    write_family(tmp_path, shapes, shards=8)
+    models = {"rl": "rl", "sft": "sft"}
+    recipe = write_recipe(
+        tmp_path, "rl - sft", models=models, coefficients=None,
+        output={"kind": "skill", "path": "math", "shard_size": "1MB"},
+    )  # fmt: skip
+    command = [sys.executable, "-m", "skillmerge.cli", "apply", str(recipe), "-q"]
+    began = time.monotonic()
+    subprocess.run(command, check=True)
+    duration = time.monotonic() - began
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "math").iterdir() if "run" not in path.name}
+    generator = random.Random(1)
+    for _ in range(6):
+        shutil.rmtree(tmp_path / "math")
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        time.sleep(duration * generator.uniform(0.5, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        subprocess.run(command, check=True, stderr=subprocess.PIPE)
+        found = {path.name: path.read_bytes() for path in (tmp_path / "math").iterdir() if "run" not in path.name}
+        assert found.keys() == wanted.keys()
+        assert {k: v for k, v in found.items() if "manifest" not in k} == {
+            k: v for k, v in wanted.items() if "manifest" not in k
+        }
+        assert not (tmp_path / "math.partial").exists()
+
+
+def test_finished_skill_is_left_as_it_is(family: Path) -> None:
+    folder = family.parent
+    first = skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
+    again = skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
+    assert (first.already, again.already) == (False, True)
+
+
+def test_memory_stays_bounded(tmp_path: Path) -> None:
+    """Tensors of 60 million elements, all of them changed: the worst case."""
+    shape = {"model.layers.0.mlp.weight": (60, 1 << 20)}
+    for seed, name in enumerate(("rl", "sft")):
+        write_checkpoint(tmp_path / name, random_tensors(shape, seed=seed))
+    program = (
+        "import re, skillmerge;"
+        f"skillmerge.extract({str(tmp_path / 'rl')!r}, {str(tmp_path / 'sft')!r}, {str(tmp_path / 'math')!r});"
+        f"print({PEAK_MEMORY})"
+    )
+    extracting = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
+    recipe = write_recipe(tmp_path, "sft + 0.7 * math", models={"sft": "sft", "math": {"skill": "math"}})
+    program = f"import re, skillmerge; skillmerge.apply({str(recipe)!r}); print({PEAK_MEMORY})"
+    applying = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
+    assert extracting < 700e6
+    assert applying < 500e6
+    with pytest.raises(ResourceError, match="too small"):
+        skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "m", memory_limit=300_000_000)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def test_extract_command(family: Path) -> None:
+    folder = family.parent
+    process = run_cli("extract", "--from", "rl", "--minus", "sft", "-o", "math", cwd=folder)
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"wrote .*math, [\d.]+ of the [\d.]+ KB that it would take whole", process.stdout)
+    process = run_cli("extract", "--from", "rl", "--minus", "rl", "-o", "none", "--json", cwd=folder)
+    document = json.loads(process.stdout)
+    assert document["statistics"]["all"]["changed"] == 0
+    assert "this skill is empty" in document["warnings"][0]
+    process = run_cli("verify", "math", "--parent", "rl", "--json", cwd=folder)
+    assert json.loads(process.stdout)["parent"] == "rl"
+    for arguments, status, message in (
+        (("extract", "--from", "nowhere", "--minus", "sft", "-o", "x"), 4, "nowhere"),
+        (("extract", "--from", "rl", "--minus", "sft", "-o", "math", "--dtype", "bfloat16"), 2, "exists already"),
+        (("extract", "--from", "rl", "-o", "x"), 2, "--minus"),
+    ):
+        process = run_cli(*arguments, cwd=folder)
+        assert process.returncode == status, process.stderr
+        assert message in process.stderr
+
+
+def test_plan_shows_a_skill(family: Path, edit: Callable[..., Path]) -> None:
+    edit(family, merge="rl - sft", coefficients=None, output={"kind": "skill", "path": "math"})
+    process = run_cli("plan", family)
+    assert process.returncode == 0, process.stderr
+    assert "kept exactly" in process.stdout
+    assert "at most" in process.stdout
