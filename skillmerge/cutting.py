@@ -29,7 +29,7 @@ from skillmerge.checkpoints.skill import SKILL_FILE, SKILL_VERSION, part_name, t
 from skillmerge.expression import minus_of
 from skillmerge.parallel import hash_file
 from skillmerge.planning import Plan, ShardPlan, TensorPlan
-from skillmerge.sparse import Encoded, Encoder
+from skillmerge.sparse import Encoded, Encoder, places_of
 from skillmerge.statistics import summarise_skill
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT, TensorSpec
 from skillmerge.worker import Settings, Span, Tile, Worker
@@ -127,17 +127,14 @@ def _units(plan: Plan, shard: ShardPlan) -> Iterator[_Unit]:
 def _in_order(pool: ThreadPoolExecutor, workers: _Workers, units: Sequence[_Unit], ahead: int) -> Iterator[_Cut]:
     """The cuts of the units in their order, at most `ahead` of them made before they are wanted."""
     waiting: deque[Future[_Cut]] = deque()
-    coming = iter(units)
-    for unit in coming:
-        waiting.append(pool.submit(workers.cut, unit))
+    for index, unit in enumerate(units):
         if len(waiting) >= ahead:
-            break
+            yield waiting.popleft().result()
+        if index + 1 < len(units):
+            workers.announce(units[index + 1])
+        waiting.append(pool.submit(workers.cut, unit))
     while waiting:
-        cut = waiting.popleft().result()
-        for unit in coming:
-            waiting.append(pool.submit(workers.cut, unit))
-            break
-        yield cut
+        yield waiting.popleft().result()
 
 
 def _complete(
@@ -182,6 +179,14 @@ class _Workers:
         worker: Worker = self._mine.worker
         return worker
 
+    def announce(self, unit: _Unit) -> None:
+        """Have what a coming unit reads read ahead."""
+        for model, source in unit.tensor.sources:
+            spec = self._checkpoints[model].tensors[source]
+            size = DTYPES[spec.dtype].itemsize
+            start = spec.start + unit.number * UNIT * size
+            self._checkpoints[model].files.announce(spec.file, start, unit.length * size)
+
     def compare(self, tensor: TensorPlan) -> None:
         """Prove that a tensor which has no difference is the same everywhere. Raises UnusableWeights."""
         elements = math.prod(tensor.shape)
@@ -219,20 +224,18 @@ class _Workers:
         cut = _Cut({})
         for start in range(0, left.numel(), CHUNK):
             a, b = left[start : start + CHUNK], right[start : start + CHUNK]
-            places = _differing(a, b).nonzero().squeeze(1)
-            a, b = a[places], b[places]
-            wide_a, wide_b = a.to(torch.float64), b.to(torch.float64)
-            update = wide_a - wide_b
+            mask = _differing(a, b)
+            places = places_of(mask)
+            a, b = a.index_select(0, places), b.index_select(0, places)
+            update = a.to(torch.float64).sub_(b.to(torch.float64))
             value = update.to(a.dtype)
-            wide = value.to(torch.float64)
-            # Zeros of two signs, and -0 itself, are not what a sum gives back.
-            fits = (wide == update) & (wide_b + wide == wide_a) & (update != 0) & ~((wide_a == 0) & wide_a.signbit())
-            plain = bool(fits.all())
-            length = min(CHUNK, left.numel() - start)
-            plus.add(length, places, value if plain else torch.where(fits, value, a))
-            minus.add(length, places[:0] if plain else places[~fits], b[:0] if plain else b[~fits])
+            pairs = places_of(~_fits(a, b, value))
+            value[pairs] = a[pairs]
+            plus.add(mask, places, value)
+            apart = places[pairs]
+            minus.add(torch.zeros_like(mask).index_fill_(0, apart, True), apart, b[pairs])
             cut.changed += len(places)
-            cut.pairs += 0 if plain else int((~fits).sum())
+            cut.pairs += len(pairs)
             if len(places):
                 cut.squares.append(fold_sum(update.mul_(update)))
         cut.planes = {"plus": plus.finish(), "minus": minus.finish()}
@@ -250,8 +253,9 @@ class _Workers:
             rounded = round_nearest(value, torch.empty(value.numel(), dtype=dtype))
             if any_nonfinite(rounded):
                 raise worker.nonfinite(tile, pieces, rounded, tile.first + start)
-            places = rounded.nonzero().squeeze(1)
-            plus.add(len(rounded), places, rounded[places])
+            mask = rounded != 0
+            places = places_of(mask)
+            plus.add(mask, places, rounded[places])
             cut.changed += len(places)
             update = value.to(torch.float64)
             error = update - rounded.to(torch.float64)
@@ -259,6 +263,23 @@ class _Workers:
             cut.squares.append(fold_sum(update * update))
         cut.planes = {"plus": plus.finish()}
         return cut
+
+
+def _fits(a: Tensor, b: Tensor, value: Tensor) -> Tensor:
+    """Where `value`, the rounded difference of elements that differ, is exact and gives `a` when added to `b`."""
+    fits = torch.zeros(len(a), dtype=torch.bool)
+    if a.dtype == b.dtype:
+        # Numbers of one sign and within a binade of each other (Sterbenz 1974), but for -0, which no sum gives.
+        bits_a, bits_b = bit_view(a), bit_view(b)
+        near = (bits_a - bits_b).abs_().sub_(1) < round(1 / torch.finfo(a.dtype).eps) - 1
+        fits = near & (bits_a != torch.iinfo(bits_a.dtype).min)
+    rest = places_of(~fits)
+    if len(rest):
+        a, b, value = (each[rest].to(torch.float64) for each in (a, b, value))
+        exact = (a - b == value) & (b + value == a)
+        # Zeros of two signs, and -0 itself, are not what a sum gives back.
+        fits[rest] = exact & (a != b) & ~((a == 0) & a.signbit())
+    return fits
 
 
 def _differing(a: Tensor, b: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ WITHIN_ROW = {
     ("recipe", "modelconfig"),
 }
 HOMES = {
+    "numpy": {"sparse"},
     "click": {"cli"},
     "rich": {"cli", "report"},
     "tqdm": {"report"},

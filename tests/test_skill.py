@@ -280,7 +280,9 @@ def test_encoder_takes_pieces_as_they_come() -> None:
         encoder = Encoder(torch.bfloat16)
         for start in range(0, length, step):
             inside = (places >= start) & (places < start + step)
-            encoder.add(min(step, length - start), places[inside] - start, values[inside])
+            mask = torch.zeros(min(step, length - start), dtype=torch.bool)
+            mask[places[inside] - start] = True
+            encoder.add(mask, places[inside] - start, values[inside])
         encoded.append(encoder.finish())
     for other in encoded[1:]:
         assert other.encoding == encoded[0].encoding == "gaps"

@@ -101,7 +101,12 @@ class SkillPlane:
         return _nothing
 
     def announce(self, name: str, position: int, nbytes: int) -> None:
-        """What is read is small, and lies elsewhere."""
+        """The first bytes of a unit announce the unit."""
+        entry = self._entries[name][bisect_right(self._begins[name], position) - 1]
+        unit, inside = divmod((position - entry.spec.start) // DTYPES[entry.spec.dtype].itemsize, UNIT)
+        if inside == 0 and unit < len(entry.units):
+            for part in entry.units[unit].values():
+                self.stored.announce(part.file, part.start, part.nbytes)
 
     def version(self, name: str) -> list[int | str]:
         return self.stored.version(name)
