@@ -37,15 +37,17 @@ def license_of(inputs: Sequence[Mapping[str, Any]], declared: str | None) -> str
 
 def write_card(manifest: Mapping[str, Any], push: Push, declared: str | None, by_hand: str | None = None) -> str:
     """The text of the card. Raises UsageError where the licence is not settled or `by_hand` is no card."""
+    skill = manifest["output"].get("kind") == "skill"
     parents = [parse_location(item["uri"]) for item in manifest["inputs"] if item["uri"].startswith(SCHEME)]
     metadata: dict[str, Any] = {
         "license": None,
-        "library_name": "transformers",
-        "tags": list(dict.fromkeys(["merge", "skillmerge", *push.tags])),
+        "library_name": "skillmerge" if skill else "transformers",
+        "tags": list(dict.fromkeys(["task-vector" if skill else "merge", "skillmerge", *push.tags])),
     }
     if parents:
         metadata["base_model"] = list(dict.fromkeys(parent.repository for parent in parents))
-        metadata["base_model_relation"] = "merge"
+        if not skill:  # the Hub knows no relation of a difference to its parents
+            metadata["base_model_relation"] = "merge"
     if push.new_version is not None:
         metadata["new_version"] = push.new_version
     if by_hand is None:
@@ -68,6 +70,8 @@ def read_metadata(card: str) -> tuple[ModelCard, dict[str, Any]]:
 
 
 def _body(manifest: Mapping[str, Any], push: Push) -> str:
+    if manifest["output"].get("kind") == "skill":
+        return _skill_body(manifest, push)
     name = push.repository.split("/")[-1]
     size = sum(file["size"] for file in manifest["files"])
     sections = [
@@ -93,6 +97,38 @@ def _body(manifest: Mapping[str, Any], push: Push) -> str:
         f"and the sha256 of every file. Plan `{manifest['plan_digest']}`.\n"
         "With the recipe above and the commits of the table, `skillmerge apply` gives the same bytes again;\n"
         "`skillmerge verify` checks them.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _skill_body(manifest: Mapping[str, Any], push: Push) -> str:
+    name = push.repository.split("/")[-1]
+    statistics = manifest["statistics"]
+    total, size = statistics["all"], sum(file["size"] for file in manifest["files"])
+    lost = total["relative_error"]
+    kept = f"rounded ({lost:.2g} of its norm was lost)" if lost else "kept exactly"
+    rows = ["| module | tensors | changed | norm | stored |", "| --- | --- | --- | --- | --- |"]
+    for label, group in (*statistics["modules"].items(), ("all", total)):
+        changed = f"{group['changed']:.1%}" if group["changed"] is not None else "-"
+        rows.append(
+            f"| {label} | {group['tensors']} | {changed} | {number(group['norm'])} | {format_bytes(group['bytes'])} |"
+        )
+    sections = [
+        f"# {name}",
+        f"A skill: the difference of models `{manifest['expression']}`, {kept} by skillmerge "
+        f"{manifest['tool']['version']}: {total['tensors']} tensors, {format_bytes(size)} of the "
+        f"{format_bytes(total['dense_bytes'])} that they would take whole. It is not a model: it is added to one.",
+        "## Parents",
+        _parents(manifest),
+        "## What it changes",
+        "\n".join(rows),
+        "## Use",
+        "```yaml\nskillmerge: 1\nmodels:\n  target: hf://your/model\n"
+        f"  skill: {{skill: hf://{push.repository}}}\ncoefficients: {{lam: 1.0}}\nmerge: target + lam * skill\n"
+        "output: {path: ./merged}\n```",
+        "## Proof",
+        f"`{MANIFEST_FILE}` names the parents with their commits, and the sha256 of every file; `skill.json` has the\n"
+        f"digests of the parents' tensors (`skillmerge verify --parent`). Plan `{manifest['plan_digest']}`.",
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -360,6 +360,25 @@ def test_merged_family_equals_a_float64_merge(name: str, families: Callable[[str
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_family_merges_through_a_skill_as_it_does_directly(
+    name: str, families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = families(name)
+    recipe = json.loads((folder / "recipe.yaml").read_text())
+    skillmerge.extract(str(folder / "rl"), str(folder / "sft"), tmp_path / "math")
+    recipe["models"] = {"target": str(folder / "target"), "math": {"skill": "math"}}
+    recipe["merge"] = "target + lam * math"
+    recipe["output"] = {**recipe.get("output", {}), "path": "stored"}
+    recipe.pop("ignore", None)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    stored = skillmerge.apply(tmp_path / "recipe.yaml").output
+    direct = folder / "merged"
+    assert {p.name: p.read_bytes() for p in stored.glob("*.safetensors")} == {
+        p.name: p.read_bytes() for p in direct.glob("*.safetensors")
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_merged_family_keeps_files_and_layout(name: str, families: Callable[[str], Path]) -> None:
     folder = families(name)
     donor = {path.name: path for path in (folder / "target").iterdir()}

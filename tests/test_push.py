@@ -580,6 +580,25 @@ With the recipe above and the commits of the table, `skillmerge apply` gives the
 """
 
 
+def test_skill_goes_to_the_hub_and_is_used_from_there(hub: HubServer, recipe: Path, tmp_path: Path) -> None:
+    models = put_on_the_hub(hub, recipe)
+    skill = skillmerge.extract(models["rl"], models["sft"], tmp_path / "math").output
+    published = skillmerge.push(skill, "acme/math-skill")
+    assert {"skill.json", "README.md"} < set(hub.tree("acme/math-skill"))
+    card = ModelCard(hub.content("acme/math-skill", "README.md").decode())
+    assert card.data.base_model == ["acme/rl", "acme/sft"]
+    assert card.data.library_name == "skillmerge"
+    assert "base_model_relation" not in card.data.to_dict()
+    assert "It is not a model" in card.text
+    (tmp_path / "work").mkdir()
+    used = {"target": models["target"], "math": {"skill": f"hf://acme/math-skill@{published.commit}"}}
+    stored = skillmerge.apply(write_recipe(tmp_path / "work", "target + lam * math", models=used)).output
+    direct = skillmerge.apply(recipe, tmp_path / "direct").output
+    assert {p.name: p.read_bytes() for p in stored.glob("*.safetensors")} == {
+        p.name: p.read_bytes() for p in direct.glob("*.safetensors")
+    }
+
+
 def test_card_reads_as_it_should(recipe: Path) -> None:
     schedule = {"default": 1.0, "rules": [{"layers": "0-", "ramp": [0.0, 1.0]}]}
     text = write_recipe(recipe.parent, coefficients={"lam": schedule}).read_text()

@@ -15,7 +15,7 @@ FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 
 def test_there_are_recipes() -> None:
-    assert len(FILES) >= 9
+    assert len(FILES) >= 12
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -25,8 +25,14 @@ def test_recipe_applies_as_it_is(path: Path, tmp_path: Path, monkeypatch: pytest
     recipe = tmp_path / path.name
     recipe.write_text(text)
     with HubServer(tmp_path / "hub") as hub, hub.environment(monkeypatch):
-        for seed, uri in enumerate(load(recipe).models.values()):
+        parsed = load(recipe)
+        for seed, (name, uri) in enumerate(parsed.models.items()):
             tensors = random_tensors(tensor_shapes(layers=8), seed=seed)
+            if name in parsed.skills:
+                write_checkpoint(tmp_path / "before", random_tensors(tensor_shapes(layers=8), seed=99))
+                write_checkpoint(tmp_path / f"after-{name}", tensors)
+                skillmerge.extract(str(tmp_path / f"after-{name}"), str(tmp_path / "before"), tmp_path / uri)
+                continue
             folder = write_checkpoint(tmp_path / uri.removeprefix("hf://"), tensors, config={"model_type": "odd"})
             if uri.startswith("hf://"):
                 hub.create_from(uri.removeprefix("hf://"), folder)
@@ -37,5 +43,5 @@ def check(recipe: Path) -> None:
     plan = skillmerge.plan(recipe)
     assert plan.problems == ()
     assert plan.notes == ()
-    assert any(tensor.action == "merge" for tensor in plan.tensors.values())
+    assert any(tensor.action in ("merge", "compute") for tensor in plan.tensors.values())
     assert skillmerge.verify(skillmerge.apply(recipe).output).tensors == len(plan.tensors)
