@@ -29,10 +29,11 @@ from skillmerge.checkpoints.skill import SKILL_FILE, SKILL_VERSION, part_name, t
 from skillmerge.expression import minus_of
 from skillmerge.parallel import hash_file
 from skillmerge.planning import Plan, ShardPlan, TensorPlan
+from skillmerge.reading import Span, Tile
 from skillmerge.sparse import Encoded, Encoder, places_of
 from skillmerge.statistics import summarise_skill
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT, TensorSpec
-from skillmerge.worker import Settings, Span, Tile, Worker
+from skillmerge.worker import Settings, Worker
 from skillmerge.writer import Staging, disk_errors
 
 _NAMES = {dtype.torch_name: name for name, dtype in DTYPES.items() if dtype.torch_name}
@@ -192,7 +193,7 @@ class _Workers:
         elements = math.prod(tensor.shape)
         for first in range(0, elements, UNIT):
             tile = Tile(tensor, first, min(first + UNIT, elements), 0)
-            (values,) = self._worker.read_inputs(Span(0, (tile,)))
+            (values,) = self._worker.reader.read(Span(0, (tile,)))
             self._worker.compare(tile, values)
 
     def cut(self, unit: _Unit) -> _Cut:
@@ -203,7 +204,7 @@ class _Workers:
         with torch.inference_mode():
             first = unit.number * UNIT
             tile = Tile(unit.tensor, first, first + unit.length, 0)
-            (values,) = worker.read_inputs(Span(0, (tile,)))
+            (values,) = worker.reader.read(Span(0, (tile,)))
             inputs = {model: piece for (model, _), piece in zip(unit.tensor.sources, values, strict=True)}
             for piece in inputs.values():
                 for start in range(0, piece.numel(), BLOCK):

@@ -23,10 +23,11 @@ import torch
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import UsageError
 from skillmerge.planning import Plan, ShardPlan
+from skillmerge.reading import Buffer, Span, spans
 from skillmerge.resources import OUTPUT_BUFFERS, WRITERS
 from skillmerge.statistics import total
 from skillmerge.tensors import DTYPES
-from skillmerge.worker import Buffer, Settings, Span, Statistics, Worker, spans
+from skillmerge.worker import Settings, Statistics, Worker
 from skillmerge.writer import PAGE, ShardFile, Staging, WriteMode
 
 _PATIENCE = 5.0
@@ -160,7 +161,7 @@ class Run:
                     self.complete(job)
                     continue
                 for coming in job.spans[span.index + READ_AHEAD :][:1]:
-                    worker.announce(coming)
+                    worker.reader.announce(coming)
                 worker.fill(span, buffer, job.statistics)
                 self.full.put((job, span, buffer))
         finally:

@@ -7,12 +7,9 @@ nothing about the other workers, about files written, or about the order of thin
 from __future__ import annotations
 
 import math
-import mmap
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,68 +27,16 @@ from skillmerge.arithmetic import (
     torch_dtype,
 )
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.errors import ResourceError, UnusableWeights
-from skillmerge.planning import Plan, ShardPlan, TensorPlan
+from skillmerge.errors import UnusableWeights
+from skillmerge.planning import Plan, TensorPlan
+from skillmerge.reading import Buffer, Reader, Span, Tile
 from skillmerge.resources import Budget
 from skillmerge.statistics import BlockStatistics, is_sampled, measure
-from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count, format_bytes
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count
 from skillmerge.writer import PAGE
 
 Statistics = dict[str, dict[int, BlockStatistics]]
 """What was measured of each merged tensor, by block."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Elements first..last of a tensor, and where their bytes stand in the shard."""
-
-    tensor: TensorPlan
-    first: int
-    last: int
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return (self.last - self.first) * DTYPES[self.tensor.dtype].itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    index: int
-    tiles: tuple[Tile, ...]
-
-    @property
-    def offset(self) -> int:
-        return self.tiles[0].offset
-
-    @property
-    def nbytes(self) -> int:
-        return self.tiles[-1].offset + self.tiles[-1].nbytes - self.offset
-
-
-def spans(plan: Plan, shard: ShardPlan, tile: int) -> list[Span]:
-    """Cut a shard into spans of at most `tile` elements, and of little less: only the last one is short.
-
-    Tensors are cut at block boundaries. `tile` is a multiple of 8 and at least a block.
-    """
-    result: list[Span] = []
-    tiles: list[Tile] = []
-    room = tile
-    for spec in shard.specs:
-        itemsize, first = DTYPES[spec.dtype].itemsize, 0
-        while first < spec.elements:
-            left = spec.elements - first
-            count = left if left <= room else room // BLOCK * BLOCK
-            if count == 0:
-                result.append(Span(len(result), tuple(tiles)))
-                tiles, room = [], tile
-                continue
-            tiles.append(Tile(plan.tensors[spec.name], first, first + count, spec.start + first * itemsize))
-            first += count
-            room -= count + -count % 8  # with room to align what is read
-    if tiles:
-        result.append(Span(len(result), tuple(tiles)))
-    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,61 +50,6 @@ class Settings:
     warn: Callable[[str], None] = lambda message: None
 
 
-class Buffer:
-    """Page-aligned host memory that both the system calls and torch see; pinned for a CUDA device."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        try:
-            self._memory = mmap.mmap(-1, max(size, mmap.PAGESIZE))
-        except OSError as error:
-            raise ResourceError(
-                f"{format_bytes(size)} of memory for a buffer are not to be had: {error.strerror}",
-                fix="use fewer --threads, or a --memory-limit",
-            ) from error
-        self.view = memoryview(self._memory)
-        self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._device = device
-        self._pinned = device.type == "cuda" and self._pin()
-
-    def typed(self, dtype: torch.dtype, start: int, count: int) -> Tensor:
-        return self.tensor[start : start + count * dtype.itemsize].view(dtype)
-
-    def close(self) -> None:
-        if self._pinned:
-            with torch.cuda.device(self._device):
-                _cudart().cudaHostUnregister(self.tensor.data_ptr())
-            self._pinned = False
-
-    def _pin(self) -> bool:
-        """Copies are faster from pinned memory, but not all of them need it: a limit may refuse it."""
-        with torch.cuda.device(self._device):
-            if int(_cudart().cudaHostRegister(self.tensor.data_ptr(), len(self._memory), 0)) == 0:
-                return True
-            with suppress(RuntimeError):  # the refusal would else be reported by whatever runs next
-                torch.zeros(1, device=self._device)
-        return False
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-@dataclass(slots=True)
-class _Read:
-    """A stretch of one file that is read in one go into a stretch of one buffer."""
-
-    checkpoint: Checkpoint
-    file: str
-    position: int
-    buffer: Buffer
-    start: int
-    nbytes: int = 0
-
-    def begin(self) -> Callable[[], None]:
-        view = self.buffer.view[self.start : self.start + self.nbytes]
-        return self.checkpoint.files.begin(self.file, self.position, view)
-
-
 class Worker:
     """One thread's input buffers and arithmetic.
 
@@ -171,7 +61,7 @@ class Worker:
     ) -> None:
         self.plan, self.checkpoints, self.settings, self.stop = plan, checkpoints, settings, stop
         tile = self.settings.budget.tile
-        self.inputs = [Buffer(tile * size, self.settings.device) for size in self.plan.input_itemsizes]
+        self.reader = Reader(checkpoints, plan.input_itemsizes, tile, settings.device)
         self.stream: torch.cuda.Stream | None = None
         self._use(self.settings.device, tile)
 
@@ -183,18 +73,9 @@ class Worker:
         self.scratch = Scratch(device, self.chunk)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def announce(self, span: Span) -> None:
-        """Have the inputs of a coming span read ahead."""
-        for tile in span.tiles:
-            for model, source in tile.tensor.sources:
-                spec = self.checkpoints[model].tensors[source]
-                size = DTYPES[spec.dtype].itemsize
-                nbytes = (tile.last - tile.first) * size
-                self.checkpoints[model].files.announce(spec.file, spec.start + tile.first * size, nbytes)
-
     def fill(self, span: Span, output: Buffer, statistics: Statistics) -> None:
         """Put a span's bytes into `output`, aligned in memory as they are in the file (direct I/O asks for it)."""
-        inputs = self._read(span, output)
+        inputs = self.reader.read(span, output)
         for tile, values in zip(span.tiles, inputs, strict=True):
             if self.stop.is_set():
                 return
@@ -205,48 +86,7 @@ class Worker:
     def close(self) -> None:
         if self.stream is not None:
             self.stream.synchronize()
-        for buffer in self.inputs:
-            buffer.close()
-
-    def read_inputs(self, span: Span) -> list[list[Tensor]]:
-        """Each tile's values, source by source, of a span of which nothing is copied. They are good until the
-        next call."""
-        return self._read(span, None)
-
-    def _read(self, span: Span, output: Buffer | None) -> list[list[Tensor]]:
-        """Read all that a span needs, neighbours in one go. Returns each tile's values, source by source.
-
-        What is copied is read to its place in `output`; everything else into the inputs' buffers.
-        """
-        reads: list[_Read] = []
-        latest: dict[int, _Read] = {}
-        values: list[list[Tensor]] = []
-        for tile in span.tiles:
-            values.append([])
-            for index, (model, source) in enumerate(tile.tensor.sources):
-                checkpoint = self.checkpoints[model]
-                spec = checkpoint.tensors[source]
-                dtype, count = torch_dtype(spec.dtype), tile.last - tile.first
-                position = spec.start + tile.first * dtype.itemsize
-                in_place = output is not None and index == 0 and tile.tensor.program is None
-                buffer = output if output is not None and in_place else self.inputs[index]
-                read = latest.get(-1 if in_place else index)
-                end = read.start + read.nbytes if read else 0
-                start = span.offset % PAGE + tile.offset - span.offset if in_place else end
-                if (
-                    read is None
-                    or (read.checkpoint, read.file, read.position + read.nbytes) != (checkpoint, spec.file, position)
-                    or start != end
-                    or start % dtype.itemsize
-                ):
-                    start = start if in_place else -(-start // 8) * 8
-                    read = latest[-1 if in_place else index] = _Read(checkpoint, spec.file, position, buffer, start)
-                    reads.append(read)
-                read.nbytes += count * dtype.itemsize
-                values[-1].append(buffer.typed(dtype, start, count))
-        for wait in [read.begin() for read in reads]:
-            wait()
-        return values
+        self.reader.close()
 
     def _fill(self, statistics: Statistics, tile: Tile, values: list[Tensor], out: Tensor) -> None:
         tensor = tile.tensor

@@ -23,6 +23,7 @@ LAYERS = [
     {"checkpoints.skill"},
     {"sparse"},
     {"worker"},
+    {"reading"},
     {"manifest", "writer", "resources", "statistics", "arithmetic"},
     {"planning"},
     {"accounting"},
@@ -53,6 +54,7 @@ HOMES = {
     "safetensors": {"verification"},
     "transformers": {"loading"},
     "torch": {
+        "reading",
         "cutting",
         "sparse",
         "checkpoints.skill",
