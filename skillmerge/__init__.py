@@ -15,11 +15,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["SkillmergeError", "__version__", "apply", "extract", "plan", "push", "verify"]
+__all__ = ["SkillmergeError", "__version__", "apply", "extract", "inspect", "plan", "push", "verify"]
 
 if TYPE_CHECKING:
     from skillmerge.errors import SkillmergeError
     from skillmerge.extraction import extract
+    from skillmerge.inspection import inspect
     from skillmerge.merge import apply
     from skillmerge.merge import make_plan as plan
     from skillmerge.pushing import push
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "apply": ("skillmerge.merge", "apply"),
     "extract": ("skillmerge.extraction", "extract"),
+    "inspect": ("skillmerge.inspection", "inspect"),
     "plan": ("skillmerge.merge", "make_plan"),
     "push": ("skillmerge.pushing", "push"),
     "verify": ("skillmerge.verification", "verify"),

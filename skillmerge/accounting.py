@@ -85,7 +85,7 @@ def account_tensors(
         models = whole if same else needed[id(term)]
         sources, trouble = [], False
         for model in models:
-            source = _find(spec, checkpoints[model])
+            source = find_source(spec, checkpoints[model])
             if source is None:
                 troubles.setdefault(("missing", model), []).append((name, ""))
             elif difference := _difference(spec, checkpoints[model].tensors[source]):
@@ -121,7 +121,8 @@ def copy_rules(recipe: Recipe, donor: Checkpoint) -> dict[str, str]:
     return copied
 
 
-def _find(spec: TensorSpec, checkpoint: Checkpoint) -> str | None:
+def find_source(spec: TensorSpec, checkpoint: Checkpoint) -> str | None:
+    """The tensor of `checkpoint` that stands for `spec`: of its name, or the one that its config ties it to."""
     if spec.name in checkpoint.tensors:
         return spec.name
     return tied_source(spec.name, spec.shape, checkpoint.config, checkpoint.tensors)

@@ -135,6 +135,13 @@ def round_stochastic(value: Tensor, out: Tensor, key: int, first: int) -> Tensor
     return out.copy_(torch.where(nearest.isfinite(), chosen, nearest))
 
 
+def round_value(value: Tensor, out: Tensor, rounding: str, key: int, first: int) -> Tensor:
+    """Round as a recipe's `output.rounding` says. key, first: as for `round_stochastic`. Returns `out`."""
+    if rounding == "stochastic" and value.dtype != out.dtype:
+        return round_stochastic(value, out, key, first)
+    return round_nearest(value, out)
+
+
 def rounding_key(seed: int, name: str) -> int:
     """64 bits for one tensor: the head of sha256("skillmerge rounding", seed, name)."""
     digest = hashlib.sha256(f"skillmerge rounding\0{seed}\0{name}".encode()).digest()

@@ -289,6 +289,45 @@ def extract(rl: str, sft: str, as_json: bool, quiet: bool, verbose: bool, **opti
 
 
 @cli.command()
+@click.argument("source", type=click.Path())
+@click.argument("other", type=click.Path(), required=False)
+@option("--base", metavar="MODEL", help="Of a recipe: what its target was trained from.")
+@_set
+@option(
+    "--stats", type=click.Choice(["full", "sampled", "off"]), default="sampled", show_default=True,
+    help="How much of the rounding to forecast.",
+)  # fmt: skip
+@_threads
+@_hub
+@_locked
+@_links
+@_json
+@option("--quiet", "-q", is_flag=True, help="Only results and errors.")
+def inspect(
+    source: str,
+    other: str | None,
+    coefficients: tuple[tuple[str, float], ...],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Show what changed from model SOURCE to OTHER; or the updates that a recipe merges; or a stored skill.
+
+    Shares, norms, units in the last place, how two updates lie to each other, and what rounding will do with them
+    for every lambda, before anything is written.
+    """
+    from skillmerge import report
+    from skillmerge.inspection import inspect as run
+
+    reporter = report.TerminalReporter(quiet, verbose=False, doing="inspecting")
+    found = run(source, other, coefficients=dict(coefficients), reporter=reporter, **options)
+    if as_json:
+        _print_json({"ok": True, **found.as_dict()})
+    else:
+        report.show_inspection(found, report.console())
+
+
+@cli.command()
 @click.argument("folder", type=click.Path())
 @option("--load", is_flag=True, help="Also load it with transformers, in a separate process, and run it once.")
 @option("--parent", metavar="MODEL", help="Of a skill: prove that it was cut from this model.")

@@ -38,7 +38,7 @@ def over_depth(values: Iterable[tuple[str, Sequence[int], float]]) -> Depth:
     rows, pictures = [], []
     for stack, layers in means.items():
         blocks = {layer: cells[stack, layer] for layer in sorted(layers)}
-        pictures.append((stack, _picture({layer: _mean(layers[layer]) for layer in blocks})))
+        pictures.append((stack, picture({layer: _mean(layers[layer]) for layer in blocks})))
         for first, last, row in _runs(blocks):
             label = f"{stack} {first}" if first == last else f"{stack} {first}-{last}"
             rows.append((label, {kind: _range(row.get(kind)) for kind in kinds}))
@@ -57,8 +57,8 @@ def _mean(values: list[tuple[float, int]]) -> float:
     return sum(value * count for value, count in values) / max(1, sum(count for _, count in values))
 
 
-def _picture(means: Mapping[int, float]) -> str:
-    """One character per block, between the smallest (or 0) and the largest (or 0)."""
+def picture(means: Mapping[int, float]) -> str:
+    """Numbers over layers: one character per block, between the smallest (or 0) and the largest (or 0)."""
     low, high = min(0.0, *means.values()), max(0.0, *means.values())
     span = high - low or 1.0
     bars = "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means.values())

@@ -347,5 +347,15 @@ def donor_of(term: Term) -> str:
     return donor_of(next((part for part in parts if degree(part) == 1), next(iter(_nonzero(parts)), term.left)))
 
 
+def base_and_difference(term: Term) -> tuple[str, Term, bool] | None:
+    """(model, difference without its factor, whether it is subtracted), where that is what the term is."""
+    if not isinstance(term, Sum):
+        return None
+    for base, rest, minus in ((term.left, term.right, term.minus), (term.right, term.left, False)):
+        if isinstance(base, Leaf) and degree(rest) == 0 and not (base is term.right and term.minus):
+            return base.model, rest.inner if isinstance(rest, Scaled) else rest, minus
+    return None
+
+
 def _nonzero(parts: tuple[Term, Term]) -> list[Term]:
     return [part for part in parts if degree(part) != 0]

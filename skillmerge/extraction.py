@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from skillmerge.checkpoints.skill import summary, tensor_digest
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.merge import Reporter, Result, apply
 from skillmerge.parallel import in_threads
-from skillmerge.recipe import Recipe, parse_recipe
+from skillmerge.recipe import recipe_of
 from skillmerge.sources import Access, close_all, open_models
 from skillmerge.tensors import DTYPES, UNIT
 
@@ -42,7 +41,12 @@ def extract(
     if dtype not in ("same", "bfloat16", "float16", "float32"):
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
     return apply(
-        _recipe({"rl": rl, "sft": sft}, "rl - sft", f"  kind: skill\n  dtype: {dtype}\n"),
+        recipe_of(
+            {"rl": os.fspath(rl), "sft": os.fspath(sft)},
+            "rl - sft",
+            {"kind": "skill", "dtype": dtype},
+            "skillmerge extract",
+        ),
         output,
         threads=threads,
         memory_limit=memory_limit,
@@ -52,12 +56,6 @@ def extract(
         hub=hub,
         reporter=reporter,
     )
-
-
-def _recipe(models: Mapping[str, str], merge: str, output: str) -> Recipe:
-    lines = [f"  {name}: {json.dumps(os.fspath(place), ensure_ascii=False)}\n" for name, place in models.items()]
-    text = f"skillmerge: 1\nmodels:\n{''.join(lines)}merge: {merge}\noutput:\n{output}"
-    return parse_recipe(text, "skillmerge extract", Path.cwd())
 
 
 def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bool = False) -> str:
@@ -71,7 +69,7 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     if not candidates:
         raise UsageError(f"{skill} was made of other skills: their parents are known to them")
     checkpoints = open_models(
-        _recipe({"parent": parent}, "parent", "  path: nowhere\n"),
+        recipe_of({"parent": os.fspath(parent)}, "parent", {"path": "nowhere"}, "skillmerge verify"),
         Access(follow_links=follow_links),
         lambda message: None,
     )

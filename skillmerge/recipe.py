@@ -7,6 +7,7 @@ What can be known from the text alone is checked here; what needs a model's tens
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -298,6 +299,12 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
         overrides={normalise_name(key): float(value) for key, value in (overrides or {}).items()},
         rules_overridden=overridden,
     )
+
+
+def recipe_of(models: Mapping[str, Any], merge: str, output: Mapping[str, Any], name: str) -> Recipe:
+    """A recipe of a verb that takes its models from the command line; `name` is what it is called in messages."""
+    document = {"skillmerge": 1, "models": dict(models), "merge": merge, "output": dict(output)}
+    return parse_recipe(json.dumps(document, indent=1, ensure_ascii=False) + "\n", name, FilePath.cwd())
 
 
 def unused_names(recipe: Recipe) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,17 @@ from rich.table import Table
 from rich.text import Text as RichText
 
 from skillmerge.accounting import settlement
-from skillmerge.depth import number, over_depth
+from skillmerge.depth import number, over_depth, picture
 from skillmerge.errors import some, visible
 from skillmerge.merge import Reporter, Result
 from skillmerge.planning import Plan
 from skillmerge.resources import Budget
 from skillmerge.statistics import deviating
-from skillmerge.tensors import format_bytes
+from skillmerge.tensors import ULP_EDGES, format_bytes
 from skillmerge.verification import Verdict
 
 if TYPE_CHECKING:
+    from skillmerge.inspection import Inspection
     from skillmerge.publishing import Published
 
 _QUIET_SECONDS = 30
@@ -51,8 +52,8 @@ def Text(text: str, style: str = "") -> RichText:
 class TerminalReporter(Reporter):
     """Remarks and progress on stderr: a bar on a terminal, else a line every 30 seconds."""
 
-    def __init__(self, quiet: bool, verbose: bool) -> None:
-        self.quiet, self.verbose = quiet, verbose
+    def __init__(self, quiet: bool, verbose: bool, doing: str = "merging") -> None:
+        self.quiet, self.verbose, self.doing = quiet, verbose, doing
 
     def say(self, message: str) -> None:
         if self.verbose and not self.quiet:
@@ -70,13 +71,13 @@ class TerminalReporter(Reporter):
             with self._tqdm(total) as show:
                 yield show
         else:
-            yield _line_progress(total)
+            yield _line_progress(total, self.doing)
 
     @contextmanager
     def _tqdm(self, total: int) -> Iterator[Callable[[int], None]]:
         from tqdm import tqdm
 
-        with tqdm(total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr, leave=False) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=self.doing, file=sys.stderr, leave=False) as bar:
 
             def show(done: int) -> None:
                 bar.update(done - bar.n)
@@ -84,7 +85,7 @@ class TerminalReporter(Reporter):
             yield show
 
 
-def _line_progress(total: int) -> Callable[[int], None]:
+def _line_progress(total: int, doing: str) -> Callable[[int], None]:
     started = last = time.monotonic()
 
     def show(done: int) -> None:
@@ -96,7 +97,7 @@ def _line_progress(total: int) -> Callable[[int], None]:
         speed = done / (now - started)
         left = f", {(total - done) / speed:.0f} s left" if speed else ""
         print(
-            f"merging: {format_bytes(done)} of {format_bytes(total)}, {format_bytes(speed)}/s{left}",
+            f"{doing}: {format_bytes(done)} of {format_bytes(total)}, {format_bytes(speed)}/s{left}",
             file=sys.stderr,
             flush=True,
         )
@@ -145,8 +146,8 @@ def _show_coefficient(plan: Plan, name: str, index: int, out: Console) -> None:
         for tensor in plan.tensors.values()
         if index < len(tensor.coefficients)
     )
-    for stack, picture in depth.pictures:
-        out.print(Text(f"{name} over {stack}: {picture}"))
+    for stack, drawn in depth.pictures:
+        out.print(Text(f"{name} over {stack}: {drawn}"))
     table = Table(name, *depth.kinds, box=box.SIMPLE_HEAD, pad_edge=False)
     for label, cells in depth.rows:
         table.add_row(Text(label), *(cells[kind] for kind in depth.kinds))
@@ -210,8 +211,8 @@ def show_published(published: Published, out: Console) -> None:
     out.print(Text(f"{what}{how}: {published.url} (commit {published.commit})", style="bold"), soft_wrap=True)
 
 
-def _statistics_table(statistics: Mapping[str, Any]) -> Table:
-    title = "what rounding did" + (" (sampled)" if statistics["mode"] == "sampled" else "")
+def _statistics_table(statistics: Mapping[str, Any], title: str = "what rounding did") -> Table:
+    title += " (sampled)" if statistics["mode"] == "sampled" else ""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for column in ("module", "merged tensors", "asked lambda", "realised lambda", "vanished", "changed"):
         table.add_column(column, justify="left" if column == "module" else "right")
@@ -267,6 +268,110 @@ def result_warnings(result: Result) -> list[str]:
                 "The cures are `dtype: float32` or `rounding: stochastic` under `output`."
             )
     return warnings
+
+
+_CHANCE = """\
+z counts standard deviations from chance, which is a cosine of 0 give or take 1/sqrt(n), and opposite signs
+in 50%. A cosine near 0 is what any two unrelated updates have: it alone shows little."""
+
+
+def show_inspection(found: Inspection, out: Console) -> None:
+    """What changed, by module and over depth; how two updates lie to each other; what rounding will do."""
+    out.print(Text(found.title, style="bold"), soft_wrap=True)
+    rows = {**found.modules, "all": found.total}
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "tensors": lambda row: str(row["tensors"]),
+        "elements": lambda row: f"{row['elements']:,}",
+        "changed": lambda row: _percent(row["changed"]),
+        "above 1e-5": lambda row: _percent(row["above_absolute"]),
+        "above 1e-3 of w": lambda row: _percent(row["above_relative"]),
+        "norm": lambda row: number(row["norm"]),
+        "of weights' norm": lambda row: _figure(row["norm_ratio"]),
+        "energy": lambda row: _percent(row["energy"]),
+    }
+    out.print(_figures(f"the update, {found.update}", rows, columns))
+    if found.total["ulps"] is not None and sum(found.total["ulps"]):
+        out.print(Text(f"changed by units in the last place: {_ulps(found.total['ulps'])}"), soft_wrap=True)
+    if found.second is not None:
+        columns = {
+            "cosine": lambda row: _figure(row["cosine"]),
+            "z": lambda row: _figure(row["cosine_z"]),
+            "opposite signs": lambda row: _percent(row["conflict"]),
+            "z ": lambda row: _figure(row["conflict_z"]),
+            "overlap": lambda row: _percent(row["overlap"]),
+            "by chance": lambda row: _percent(row["overlap_chance"]),
+            "norms' ratio": lambda row: _figure(row["updates_ratio"]),
+        }
+        out.print(_figures(f"beside the target's own update, {found.second}", rows, columns))
+        out.print(Text(_CHANCE))
+    for key, what in (("changed", "changed"), ("norm_ratio", "of weights' norm"), ("cosine_z", "cosine's z")):
+        for stack, values in _over_layers(found.layers, key).items():
+            out.print(Text(f"{what} over {stack}: {picture(values)}"))
+    if found.forecast is not None:
+        _show_forecast(found.forecast, out)
+    for note in found.notes:
+        out.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+
+
+def _show_forecast(forecast: Mapping[str, Any], out: Console) -> None:
+    if forecast["curves"]:
+        title = "what rounding would do" + (" (sampled)" if forecast["mode"] == "sampled" else "")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+        table.add_column("lambda", justify="right")
+        for mode in forecast["curves"]:
+            table.add_column(f"{mode}: realised", justify="right")
+            table.add_column("vanished", justify="right")
+        points = {
+            mode: {point["lambda"]: point for point in kinds["all"]} for mode, kinds in forecast["curves"].items()
+        }
+        for lam in forecast["grid"][1::2]:
+            cells = [cell for mode in points for cell in (_figure(points[mode][lam]["realised"]),
+                                                          _percent(points[mode][lam]["vanished"]))]  # fmt: skip
+            table.add_row(number(lam), *cells)
+        out.print(table)
+    if forecast["as_planned"] is not None and "changed" in forecast["as_planned"]["all"]:
+        out.print(_statistics_table(forecast["as_planned"], "what rounding will do, as the recipe is"))
+
+
+def _figures(
+    title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]
+) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    table.add_column("module")
+    for column in columns:
+        table.add_column(column.strip(), justify="right")
+    for label, row in rows.items():
+        table.add_row(Text(label), *(show(row) for show in columns.values()))
+    return table
+
+
+def _over_layers(layers: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, dict[int, float]]:
+    """A figure of each layer, by stack."""
+    values: dict[str, dict[int, float]] = {}
+    for label, row in layers.items():
+        stack, _, layer = label.rpartition(" ")
+        if layer.isdecimal() and row.get(key) is not None:
+            values.setdefault(stack, {})[int(layer)] = row[key]
+    return {stack: dict(sorted(found.items())) for stack, found in values.items()}
+
+
+def _ulps(counts: Sequence[int]) -> str:
+    labels = [
+        f"{low + 1}-{high}" if high - low > 1 else str(high)
+        for low, high in zip((0, *ULP_EDGES[:-1]), ULP_EDGES, strict=True)
+    ]
+    whole = sum(counts)
+    return ", ".join(
+        f"{label}: {count / whole:.1%}" for label, count in zip([*labels, "more"], counts, strict=True) if count
+    )
+
+
+def _percent(value: float | None) -> str:
+    return f"{value:.1%}" if value is not None else "-"
+
+
+def _figure(value: float | None) -> str:
+    return number(value) if value is not None else "-"
 
 
 def show_parent(parent: str, model: str, out: Console) -> None:

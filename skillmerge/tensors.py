@@ -23,6 +23,10 @@ UNIT = 1 << 23
 """Elements of a tensor that a stored skill encodes together: the memory that a worker needs to do it."""
 
 
+ULP_EDGES = (1, 2, 4, 8, 16, 64, 256)
+"""Upper ends of the classes in which changes are counted, in units in the last place; a last class has no end."""
+
+
 @dataclass(frozen=True, slots=True)
 class DType:
     """A safetensors dtype. `kind` is float, integer, bool, complex or quantised (never plain numbers)."""

@@ -21,8 +21,7 @@ from skillmerge.arithmetic import (
     evaluate,
     first_nonfinite,
     keep_same_bits,
-    round_nearest,
-    round_stochastic,
+    round_value,
     rounding_key,
     torch_dtype,
 )
@@ -151,10 +150,7 @@ class Worker:
         tensor, output = tile.tensor, self.plan.recipe.output
         assert tensor.program is not None
         value, subtracted = evaluate(tensor.program, inputs, self.scratch)
-        if output.rounding == "stochastic" and value.dtype != out.dtype:
-            round_stochastic(value, out, rounding_key(output.seed, tensor.name), first)
-        else:
-            round_nearest(value, out)
+        round_value(value, out, output.rounding, rounding_key(output.seed, tensor.name), first)
         # Before equal bits are put back: whatever is not finite in an input shows in the result until then.
         if not self.settings.allow_nonfinite and any_nonfinite(out):
             raise self.nonfinite(tile, inputs, out, first)

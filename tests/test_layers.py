@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "skillmerge"
 LAYERS = [
     {"cli"},
     {"report"},
-    {"extraction"},
+    {"extraction", "inspection"},
     {"extraction"},
     {"merge"},
     {"pushing"},
@@ -21,6 +21,7 @@ LAYERS = [
     {"verification", "demo"},
     {"engine", "cutting"},
     {"checkpoints.skill"},
+    {"metrics"},
     {"sparse"},
     {"worker"},
     {"reading"},
@@ -54,6 +55,8 @@ HOMES = {
     "safetensors": {"verification"},
     "transformers": {"loading"},
     "torch": {
+        "inspection",
+        "metrics",
         "reading",
         "cutting",
         "sparse",

@@ -1,0 +1,530 @@
+"""The verb inspect: what changed between two models, what a merge puts together, what a stored skill holds.
+
+One streaming pass: every tensor's update is measured by `metrics`, and, where there is a target, a recipe's
+rounding is forecast: for some blocks (those that `apply --stats sampled` looks at, or all) the arithmetic of
+`apply` is done for every lambda of a grid and three ways to round, and measured as `apply` measures. Nothing is
+written. What the figures mean stands in docs/inspect.md.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skillmerge.accounting import find_source
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.skill import SKILL_FILE
+from skillmerge.errors import SkillmergeError, UsageError
+from skillmerge.expression import (
+    Leaf,
+    Scaled,
+    Sum,
+    Term,
+    base_and_difference,
+    bind,
+    degree,
+    expand_skills,
+    minus_of,
+    weights,
+)
+from skillmerge.merge import Reporter, planned
+from skillmerge.naming import MODULE_KINDS, block_of, module_kind
+from skillmerge.parallel import cores
+from skillmerge.planning import Plan, TensorPlan
+from skillmerge.program import Program, compile_term
+from skillmerge.recipe import Recipe, recipe_of
+from skillmerge.sources import Access, close_all, open_models
+from skillmerge.statistics import BlockStatistics, is_sampled, measure, summarise, total
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from skillmerge.metrics import Pair, Update
+
+GRID = tuple(round(0.1 * step, 1) for step in range(1, 21))
+"""The lambdas of the rounding forecast."""
+
+MODES = {
+    "bfloat16": ("BF16", "nearest"),
+    "bfloat16, stochastic": ("BF16", "stochastic"),
+    "float32": ("F32", "nearest"),
+}
+_TILE, _REMOTE_TILE = 1 << 21, 1 << 23
+_MAX_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is inspected. update: v, as factors of models. pair: (after, before), where v is their difference.
+    against: the model whose weights v is compared with. target, reference: k is their difference.
+    difference: v as a term that is added to `target` (or subtracted), for the forecast."""
+
+    title: str
+    checkpoints: Mapping[str, Checkpoint]
+    update: Mapping[str, float]
+    pair: tuple[str, str] | None
+    against: str | None
+    target: str | None = None
+    reference: str | None = None
+    difference: Term | None = None
+    minus: bool = False
+    plan: Plan | None = None
+
+    @property
+    def models(self) -> list[str]:
+        others = [self.against, self.target, self.reference]
+        return list(dict.fromkeys([*self.update, *(name for name in others if name)]))
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found. tensors, groups (`all`, modules, layers, cells): label -> figures, see docs/inspect.md.
+
+    forecast: None, or mode, blocks and curves; see `Forecast`. second: what k is, or None. notes: what was left out.
+    """
+
+    title: str
+    update: str
+    second: str | None
+    tensors: Mapping[str, Mapping[str, Any]]
+    total: Mapping[str, Any]
+    modules: Mapping[str, Mapping[str, Any]]
+    layers: Mapping[str, Mapping[str, Any]]
+    cells: Mapping[str, Mapping[str, Any]]
+    """One layer's tensors of one kind, as `STACK LAYER KIND`."""
+    forecast: Mapping[str, Any] | None
+    plan: Plan | None
+    notes: Sequence[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "update": self.update,
+            "second": self.second,
+            "all": self.total,
+            "modules": self.modules,
+            "layers": self.layers,
+            "cells": self.cells,
+            "tensors": self.tensors,
+            "forecast": self.forecast,
+            "notes": list(self.notes),
+        }
+
+
+def inspect(
+    source: str | os.PathLike[str],
+    other: str | os.PathLike[str] | None = None,
+    *,
+    base: str | None = None,
+    coefficients: Mapping[str, float] | None = None,
+    stats: str = "sampled",
+    threads: int | None = None,
+    follow_links: bool = False,
+    locked: bool = False,
+    hub: str = "stream",
+    reporter: Reporter | None = None,
+) -> Inspection:
+    """Measure what changed from model `source` to model `other`; or, alone, a recipe's updates, or a stored skill.
+
+    base: the model that a recipe's target was trained from: its knowledge update is taken against that, and else
+    against what the skill was cut from. stats: how much the forecast computes: full, sampled or off.
+    Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError.
+    """
+    if stats not in ("full", "sampled", "off"):
+        raise UsageError(f"stats {stats!r}: full, sampled or off")
+    reporter = reporter or Reporter()
+    access = Access(follow_links, locked, download=hub == "download")
+    if other is None and Path(source).is_file():
+        with planned(source, coefficients, False, access, reporter.warn) as (plan, checkpoints):
+            plan.refuse_problems()
+            extra = _open({"base": base}, access, reporter) if base is not None else {}
+            try:
+                return _inspect(_of_recipe(plan, {**checkpoints, **extra}), stats, threads, reporter)
+            finally:
+                close_all(extra)
+    if base is not None:
+        raise UsageError("a base belongs to a recipe's target", fix="leave --base out, or inspect a recipe")
+    if other is not None:
+        models = {"before": os.fspath(source), "after": os.fspath(other)}
+        checkpoints = _open(models, access, reporter)
+        title = f"from {models['before']} to {models['after']}"
+        difference = Sum(Leaf("after"), Leaf("before"), minus=True)
+        subject = Subject(
+            title, checkpoints, {"after": 1.0, "before": -1.0}, ("after", "before"), "before", "before",
+            difference=difference,
+        )  # fmt: skip
+    else:
+        _refuse_model(Path(source))
+        checkpoints = _open({"skill": {"skill": os.fspath(source)}}, access, reporter)
+        subject = Subject(
+            f"skill {os.fspath(source)}", checkpoints, {"skill": 1.0, minus_of("skill"): -1.0}, None, None
+        )
+    try:
+        return _inspect(subject, stats, threads, reporter)
+    finally:
+        close_all(checkpoints)
+
+
+def _refuse_model(path: Path) -> None:
+    if path.is_dir() and not (path / SKILL_FILE).exists():
+        raise UsageError(
+            f"{path} is a folder, and not of a skill", fix="name two models, before and after; or a recipe; or a skill"
+        )
+
+
+def _open(models: Mapping[str, Any], access: Access, reporter: Reporter) -> dict[str, Checkpoint]:
+    recipe = recipe_of(models, " + ".join(models), {"path": "nowhere"}, "skillmerge inspect")
+    return open_models(recipe, access, reporter.warn)
+
+
+def _of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subject:
+    """The updates of a merge: its expression with every coefficient at 1."""
+    recipe = plan.recipe
+    term = expand_skills(bind(recipe.expression, dict.fromkeys(recipe.coefficients, 1.0)), recipe.skills)
+    factors = {model: factor for model, factor in weights(term).items() if factor}
+    title = f"{recipe.document.name}: {recipe.document.data['merge']}"
+    if degree(term) == 0:
+        return Subject(title, checkpoints, factors, _pair(factors, recipe), _real(_pair(factors, recipe), recipe, 1))
+    found = base_and_difference(term) if term is not None else None
+    target = found[0] if found is not None else plan.donor
+    if found is not None:  # the difference itself, whatever number is in front of it
+        update = weights(found[1], -1.0 if found[2] else 1.0)
+    else:
+        update = {model: factor - (model == target) for model, factor in weights(term).items()}
+    update = {model: factor for model, factor in update.items() if factor}
+    if not update:
+        raise recipe.error(("merge",), f"the expression is `{target}` itself: there is no update to inspect")
+    pair = _pair(update, recipe)
+    before = _real(pair, recipe, 1)
+    reference = "base" if "base" in checkpoints else before if before != target else None
+    return Subject(
+        title, checkpoints, update, pair if before else None, before or target, target, reference,
+        found[1] if found else None, found[2] if found else False, plan,
+    )  # fmt: skip
+
+
+def _pair(update: Mapping[str, float], recipe: Recipe) -> tuple[str, str] | None:
+    """(after, before), where the update is the plain difference of two models."""
+    ordered = sorted(update.items(), key=lambda item: -item[1])
+    return (ordered[0][0], ordered[1][0]) if [factor for _, factor in ordered] == [1.0, -1.0] else None
+
+
+def _real(pair: tuple[str, str] | None, recipe: Recipe, index: int) -> str | None:
+    """A model of the pair, where it is one and not a plane of a skill."""
+    return pair[index] if pair is not None and pair[index] in recipe.models else None
+
+
+# The pass.
+
+
+@dataclass(slots=True)
+class _Found:
+    """What one tile gave. blocks: of the recipe's own forecast; curves: of each mode and lambda."""
+
+    update: Update
+    pair: Pair | None
+    blocks: dict[int, BlockStatistics] = field(default_factory=dict)
+    curves: dict[tuple[str, float], list[BlockStatistics]] = field(default_factory=dict)
+
+
+def _inspect(subject: Subject, stats: str, threads: int | None, reporter: Reporter) -> Inspection:
+    import torch
+
+    from skillmerge.metrics import add_up, describe_all
+
+    tasks, notes = _tasks(subject)
+    remote = any(checkpoint.files.remote for checkpoint in subject.checkpoints.values())
+    tile = _REMOTE_TILE if remote else _TILE
+    tiles = [
+        (task, first, min(first + tile, math.prod(task.shape)))
+        for task in tasks
+        for first in range(0, math.prod(task.shape), tile)
+    ]
+    intraop = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pass_ = _Pass(subject, tile, stats)
+    found: dict[str, list[_Found]] = {task.name: [] for task in tasks}
+    size = {task.name: DTYPES[task.dtype].itemsize for task in tasks}
+    done = 0
+    pool = ThreadPoolExecutor(threads or min(_MAX_THREADS, max(1, cores())))
+    try:
+        futures: list[Future[_Found]] = [pool.submit(pass_.measure, *item) for item in tiles]
+        with reporter.bar(sum(math.prod(task.shape) * size[task.name] for task in tasks)) as progress:
+            for (task, first, last), future in zip(tiles, futures, strict=True):
+                found[task.name].append(future.result())
+                done += (last - first) * size[task.name]
+                progress(done)
+        for checkpoint in subject.checkpoints.values():
+            checkpoint.check_unchanged()
+    except BaseException:
+        pass_.stop.set()
+        for checkpoint in subject.checkpoints.values():
+            checkpoint.files.cancel()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        pass_.close()
+        torch.set_num_threads(intraop)
+    rows = {}
+    for name, parts in found.items():
+        pairs = [part.pair for part in parts if part.pair is not None]
+        if parts:
+            rows[name] = (add_up(part.update for part in parts), add_up(pairs) if pairs else None)
+    groups = _groups(rows)
+    return Inspection(
+        title=subject.title,
+        update=_told(subject.update),
+        second=f"{subject.target} - {subject.reference}" if subject.reference else None,
+        tensors=describe_all(rows, {name: [name] for name in rows}),
+        total=describe_all(rows, {"all": list(rows)}).get("all", {}),
+        modules=describe_all(rows, groups["modules"]),
+        layers=describe_all(rows, groups["layers"]),
+        cells=describe_all(rows, groups["cells"]),
+        forecast=_forecast(subject, tasks, found, stats),
+        plan=subject.plan,
+        notes=notes,
+    )
+
+
+def _told(update: Mapping[str, float]) -> str:
+    """`rl - sft`, of factors."""
+    parts = []
+    skills = {model for model in update if minus_of(model) in update}
+    update = {model: factor for model, factor in update.items() if model not in map(minus_of, skills)}
+    for model, factor in sorted(update.items(), key=lambda item: -item[1]):
+        size = "" if abs(factor) == 1 else f"{abs(factor):g} * "
+        parts.append(f"{'-' if factor < 0 else '+'} {size}{model}")
+    return " ".join(parts).removeprefix("+ ")
+
+
+def _tasks(subject: Subject) -> tuple[list[TensorPlan], list[str]]:
+    """What to read for each tensor that all models have, as floats of one shape."""
+    first, *_ = subject.models
+    tasks, left = [], []
+    for name, spec in subject.checkpoints[first].tensors.items():
+        sources = []
+        for model in subject.models:
+            source = find_source(spec, subject.checkpoints[model])
+            if source is not None:
+                other = subject.checkpoints[model].tensors[source]
+                if other.shape == spec.shape and DTYPES[other.dtype].is_float:
+                    sources.append((model, source))
+        if len(sources) == len(subject.models):
+            tasks.append(TensorPlan(name, spec.dtype, spec.shape, "inspect", tuple(sources)))
+        else:
+            left.append(name)
+    if not tasks:
+        raise UsageError(f"{subject.title}: the models share no tensor", fix="are they of one architecture?")
+    count = f"{len(left)} tensor{'s' if len(left) > 1 else ''}"
+    notes = [f"{count} left out, which not all models have as numbers of one shape: {left[0]} …"] if left else []
+    return tasks, notes
+
+
+def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
+    modules: dict[str, list[str]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
+    layers: dict[str, list[str]] = {}
+    cells: dict[str, list[str]] = {}
+    for name in sorted(rows, key=lambda name: block_of(name) or ("~", 0)):
+        block = block_of(name)
+        label = f"{block[0]} {block[1]}" if block else "outside blocks"
+        modules[module_kind(name)].append(name)
+        layers.setdefault(label, []).append(name)
+        cells.setdefault(f"{label} {module_kind(name)}", []).append(name)
+    return {"modules": modules, "layers": layers, "cells": cells}
+
+
+class _Pass:
+    """The threads' common ground: a reader for each, and what is done with a tile."""
+
+    def __init__(self, subject: Subject, tile: int, stats: str) -> None:
+        self.subject, self.tile, self.stats = subject, tile, stats
+        self.stop = threading.Event()
+        self._mine = threading.local()
+        self._readers: list[Any] = []
+        self._programs: dict[float, Program] = {}
+        if subject.difference is not None and subject.target is not None:
+            self._programs = {lam: compile_term(_merge_term(subject, lam)) for lam in GRID}
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+
+    def measure(self, task: TensorPlan, first: int, last: int) -> _Found:
+        """Read elements first..last of a tensor of all models, and measure them. Raises InputError, StalePlan."""
+        import torch
+
+        from skillmerge.arithmetic import Scratch
+        from skillmerge.metrics import Update, add_up, measure_pair, measure_update
+        from skillmerge.reading import Reader, Span, Tile
+
+        if self.stop.is_set():
+            return _Found(Update(), None)
+        if not hasattr(self._mine, "reader"):
+            widest = [max(DTYPES[spec.dtype].itemsize for spec in checkpoint.tensors.values())
+                      for checkpoint in (self.subject.checkpoints[model] for model in self.subject.models)]  # fmt: skip
+            device = torch.device("cpu")
+            self._mine.reader = Reader(self.subject.checkpoints, widest, self.tile, device)
+            self._mine.scratch = Scratch(device, CHUNK)
+            self._readers.append(self._mine.reader)
+        with torch.inference_mode():
+            (values,) = self._mine.reader.read(Span(0, (Tile(task, first, last, 0),)))
+            inputs = dict(zip((model for model, _ in task.sources), values, strict=True))
+            updates: list[Update] = []
+            pairs: list[Pair] = []
+            for start in range(0, last - first, CHUNK):
+                pieces = {model: piece[start : start + CHUNK] for model, piece in inputs.items()}
+                update = self._combined(pieces)
+                subject = self.subject
+                after, before = (pieces[model] for model in subject.pair) if subject.pair else (None, None)
+                against = pieces[subject.against] if subject.against else None
+                updates.append(measure_update(update, against, before, after))
+                if not math.isfinite(updates[-1].squares[0]):
+                    raise self._nonfinite(task, pieces, first + start)
+                if subject.target and subject.reference:
+                    other = pieces[subject.target].to(torch.float64) - pieces[subject.reference].to(torch.float64)
+                    pairs.append(measure_pair(update, other))
+            result = _Found(add_up(updates), add_up(pairs) if pairs else None)
+            self._forecast(task, first, inputs, result)
+        return result
+
+    def _combined(self, pieces: Mapping[str, Tensor]) -> Tensor:
+        """v in float64: exact for a difference of two models."""
+        import torch
+
+        result: Tensor | None = None
+        for model, factor in self.subject.update.items():
+            value = pieces[model].to(torch.float64)
+            if result is None:
+                result = value.mul_(factor)
+            else:
+                result = result.sub_(value) if factor == -1 else result.add_(value.mul_(factor))
+        assert result is not None
+        return result
+
+    def _nonfinite(self, task: TensorPlan, pieces: Mapping[str, Tensor], first: int) -> SkillmergeError:
+        from skillmerge.arithmetic import first_nonfinite
+        from skillmerge.errors import UnusableWeights
+
+        for model, piece in pieces.items():
+            index = first_nonfinite(piece)
+            if index is not None:
+                return UnusableWeights(
+                    f"model `{model}` holds {piece[index].item()} in tensor `{task.name}` at element {first + index}",
+                    fix="that checkpoint is damaged",
+                )
+        return UnusableWeights(f"the update of tensor `{task.name}` is too large for float64")
+
+    def _forecast(self, task: TensorPlan, first: int, inputs: Mapping[str, Tensor], found: _Found) -> None:
+        plan = self.subject.plan
+        blocks = block_count(math.prod(task.shape))
+        planned = plan.tensors.get(task.name) if plan is not None else None
+        for start in range(0, next(iter(inputs.values())).numel(), BLOCK):
+            block = (first + start) // BLOCK
+            if self.stats == "off" or not is_sampled(task.name, block, blocks, self.stats):
+                continue
+            pieces = {model: piece[start : start + BLOCK] for model, piece in inputs.items()}
+            if plan is not None and planned is not None and planned.action == "merge" and planned.program is not None:
+                output = plan.recipe.output
+                measured = self._try(planned.program, pieces, planned.dtype, output.rounding, output.seed, task.name,
+                                     first + start, plan.donor)  # fmt: skip
+                if measured is not None:
+                    found.blocks[block] = measured
+            for lam, program in self._programs.items():
+                for mode, (dtype, rounding) in MODES.items():
+                    measured = self._try(program, pieces, dtype, rounding, 0, task.name, first + start,
+                                         self.subject.target or "")  # fmt: skip
+                    if measured is not None:
+                        found.curves.setdefault((mode, lam), []).append(measured)
+
+    def _try(
+        self,
+        program: Program,
+        pieces: Mapping[str, Tensor],
+        dtype: str,
+        rounding: str,
+        seed: int,
+        name: str,
+        first: int,
+        donor: str,
+    ) -> BlockStatistics | None:
+        """What `apply` would measure of one block: the same steps in the same order."""
+        import torch
+
+        from skillmerge.arithmetic import evaluate, keep_same_bits, round_value, rounding_key, torch_dtype
+
+        base = pieces.get(program.base or donor)
+        if base is None or any(model not in pieces for model in program.models):
+            return None
+        inputs = {model: pieces[model] for model in program.models}
+        scratch = self._mine.scratch
+        value, subtracted = evaluate(program, inputs, scratch)
+        out = round_value(
+            value, torch.empty(value.numel(), dtype=torch_dtype(dtype)), rounding, rounding_key(seed, name), first
+        )
+        if program.same_bits:
+            keep_same_bits(program, inputs, out, scratch)
+        update = subtracted if subtracted is not None else base.to(torch.float64) - value.to(torch.float64)
+        return measure(base, out, update, scratch)
+
+
+def _merge_term(subject: Subject, lam: float) -> Term:
+    assert subject.difference is not None
+    assert subject.target is not None
+    scaled = Scaled(subject.difference, lam, divide=False) if lam != 1 else subject.difference
+    return Sum(Leaf(subject.target), scaled, subject.minus)
+
+
+def _forecast(
+    subject: Subject, tasks: Sequence[TensorPlan], found: Mapping[str, Sequence[_Found]], stats: str
+) -> dict[str, Any] | None:
+    """What rounding will do: `as_planned` (keys as in a manifest's statistics) and `curves`, by mode and module kind
+    a list of lambda, realised, vanished and changed."""
+    if stats == "off" or (subject.difference is None and subject.plan is None):
+        return None
+    result: dict[str, Any] = {"mode": stats, "grid": list(GRID), "curves": {}, "as_planned": None}
+    sizes = {task.name: math.prod(task.shape) for task in tasks}
+    if subject.plan is not None:
+        measured = {
+            name: total((block for part in parts for block in part.blocks.values()), sizes[name])
+            for name, parts in found.items()
+            if any(part.blocks for part in parts)
+        }
+        result["as_planned"] = {"mode": stats, **summarise(subject.plan, measured)}
+    if subject.difference is None:
+        return result
+    kinds = {"all": list(found), **{kind: [n for n in found if module_kind(n) == kind] for kind in MODULE_KINDS}}
+    for mode in MODES:
+        result["curves"][mode] = {
+            kind: [_point(mode, lam, names, found, sizes) for lam in GRID] for kind, names in kinds.items() if names
+        }
+    return result
+
+
+def _point(
+    mode: str, lam: float, names: Sequence[str], found: Mapping[str, Sequence[_Found]], sizes: Mapping[str, int]
+) -> dict[str, float | None]:
+    """One lambda; a sampled tensor stands for all of its elements."""
+    rows = []
+    for name in names:
+        blocks = [block for part in found[name] for block in part.curves.get((mode, lam), [])]
+        if blocks:
+            row = total(blocks, sizes[name])
+            rows.append((row, row["total"] / row["elements"]))
+
+    def scaled(key: str) -> float:
+        return math.fsum((row[key] or 0.0) * by for row, by in rows)
+
+    updated, energy, elements = scaled("updated"), scaled("uu"), sum(row["total"] for row, _ in rows)
+    return {
+        "lambda": lam,
+        "realised": lam * scaled("du") / energy if energy else None,
+        "vanished": scaled("vanished") / updated if updated else None,
+        "changed": scaled("changed") / elements if elements else None,
+    }
