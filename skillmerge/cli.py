@@ -108,6 +108,9 @@ _hub = option(
     "--hub", type=click.Choice(["stream", "download"]), default="stream", show_default=True,
     help="Stream models on the Hub, or put them into its local cache first.",
 )  # fmt: skip
+_report = option(
+    "--report", "report_file", type=click.Path(dir_okay=False), help="Also write it as one HTML page into this file."
+)
 _nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
 
 
@@ -162,11 +165,13 @@ def cli() -> None:
 @_nonfinite
 @_code
 @_links
+@_report
 @_json
 @option("--quiet", "-q", is_flag=True, help="Only results and errors.")
 @option("--verbose", "-v", is_flag=True, help="Say what is being done.")
 def apply(
     recipe: str,
+    report_file: str | None,
     coefficients: tuple[tuple[str, float], ...],
     as_json: bool,
     quiet: bool,
@@ -182,7 +187,21 @@ def apply(
     from skillmerge.merge import apply as run
 
     reporter = report.TerminalReporter(quiet, verbose)
-    _show(run(recipe, coefficients=dict(coefficients), reporter=reporter, **options), as_json, quiet)
+    result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
+    if report_file is not None:
+        _write_report(report_file, title=str(result.output), plan=result.plan, manifest=result.manifest)
+    _show(result, as_json, quiet)
+
+
+def _write_report(path: str, **parts: Any) -> None:
+    """A report replaces a file of its own kind, and nothing else."""
+    from skillmerge.page import build
+
+    target = Path(path)
+    if target.exists() and not (target.is_file() and target.read_bytes()[:15] == b"<!doctype html>"):
+        raise UsageError(f"{path} exists already and is not a report", fix="name another file: --report report.html")
+    _write(target, build(**parts))
+    click.echo(f"wrote {visible(path)}", err=True)
 
 
 def _show(result: Result, as_json: bool, quiet: bool) -> None:
@@ -221,9 +240,11 @@ def _show(result: Result, as_json: bool, quiet: bool) -> None:
 @_memory
 @_code
 @_links
+@_report
 @_json
 def plan(
     recipe: str,
+    report_file: str | None,
     save: str | None,
     coefficients: tuple[tuple[str, float], ...],
     threads: int | None,
@@ -251,6 +272,8 @@ def plan(
         "threads": needs.threads,
         "disk_free": free,
     }
+    if report_file is not None:
+        _write_report(report_file, title=f"plan of {recipe}", plan=made)
     if save is not None:
         _write_plan(Path(save), json.dumps(document, indent=1) + "\n")
     if as_json:
@@ -301,11 +324,13 @@ def extract(rl: str, sft: str, as_json: bool, quiet: bool, verbose: bool, **opti
 @_hub
 @_locked
 @_links
+@_report
 @_json
 @option("--quiet", "-q", is_flag=True, help="Only results and errors.")
 def inspect(
     source: str,
     other: str | None,
+    report_file: str | None,
     coefficients: tuple[tuple[str, float], ...],
     as_json: bool,
     quiet: bool,
@@ -321,6 +346,8 @@ def inspect(
 
     reporter = report.TerminalReporter(quiet, verbose=False, doing="inspecting")
     found = run(source, other, coefficients=dict(coefficients), reporter=reporter, **options)
+    if report_file is not None:
+        _write_report(report_file, title=found.title, plan=found.plan, inspection=found)
     if as_json:
         _print_json({"ok": True, **found.as_dict()})
     else:

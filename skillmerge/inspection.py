@@ -34,7 +34,7 @@ from skillmerge.expression import (
     weights,
 )
 from skillmerge.merge import Reporter, planned
-from skillmerge.naming import MODULE_KINDS, block_of, module_kind
+from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
 from skillmerge.parallel import cores
 from skillmerge.planning import Plan, TensorPlan
 from skillmerge.program import Program, compile_term
@@ -97,6 +97,8 @@ class Inspection:
     total: Mapping[str, Any]
     modules: Mapping[str, Mapping[str, Any]]
     layers: Mapping[str, Mapping[str, Any]]
+    summaries: Mapping[str, Mapping[str, Any]]
+    """Tensors again, the experts of a layer together under `*`."""
     cells: Mapping[str, Mapping[str, Any]]
     """One layer's tensors of one kind, as `STACK LAYER KIND`."""
     forecast: Mapping[str, Any] | None
@@ -287,6 +289,7 @@ def _inspect(subject: Subject, stats: str, threads: int | None, reporter: Report
         modules=describe_all(rows, groups["modules"]),
         layers=describe_all(rows, groups["layers"]),
         cells=describe_all(rows, groups["cells"]),
+        summaries=describe_all(rows, groups["summaries"]),
         forecast=_forecast(subject, tasks, found, stats),
         plan=subject.plan,
         notes=notes,
@@ -331,13 +334,15 @@ def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
     modules: dict[str, list[str]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
     layers: dict[str, list[str]] = {}
     cells: dict[str, list[str]] = {}
+    summaries: dict[str, list[str]] = {}
     for name in sorted(rows, key=lambda name: block_of(name) or ("~", 0)):
         block = block_of(name)
         label = f"{block[0]} {block[1]}" if block else "outside blocks"
         modules[module_kind(name)].append(name)
         layers.setdefault(label, []).append(name)
         cells.setdefault(f"{label} {module_kind(name)}", []).append(name)
-    return {"modules": modules, "layers": layers, "cells": cells}
+        summaries.setdefault(summarised(name), []).append(name)
+    return {"modules": modules, "layers": layers, "cells": cells, "summaries": summaries}
 
 
 class _Pass:

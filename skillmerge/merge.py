@@ -47,6 +47,7 @@ class Result:
     device: str = ""
     already: bool = False
     published: Published | None = None
+    plan: Plan | None = None
 
 
 class Reporter:
@@ -116,7 +117,7 @@ def apply(
             found = publication.find() if publication is not None and no_local and not overwrite else None
             if found is not None:
                 staging.discard()
-                return Result(target, found[1], time.monotonic() - started, already=True, published=found[0])
+                return Result(target, found[1], time.monotonic() - started, already=True, published=found[0], plan=plan)
             recovered = staging.recover(plan.digest, conditions, overwrite)
             proof = finished_output(target, plan, conditions, hash_inputs) if not no_local else None
             # Who overwrites may have a reason to, a damaged output for one.
@@ -137,7 +138,7 @@ def apply(
                 published = publication.publish(staging.files if no_local else target, proof, verified=not already)
                 if no_local:
                     staging.discard()
-    return Result(target, proof, time.monotonic() - started, where, already, published)
+    return Result(target, proof, time.monotonic() - started, where, already, published, plan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ MODULE_KINDS = ("attention", "mlp", "norm", "embedding", "head", "router", "expe
 
 _BLOCK = re.compile(r"(?:^|.*?\.)(?:(?:\w*_)?(?:layers?|h)|\w*blocks?)\.(?=\d+\.)")
 
+_EXPERT = re.compile(r"(experts?)\.\d+\.")
+
 # The first pattern that matches decides: a norm inside an attention module is a norm.
 _KIND_PATTERNS = tuple(
     (kind, re.compile(pattern, re.IGNORECASE))
@@ -43,3 +45,8 @@ def block_of(name: str) -> tuple[str, int] | None:
 def module_kind(name: str) -> str:
     """One of MODULE_KINDS, or `other`."""
     return next((kind for kind, pattern in _KIND_PATTERNS if pattern.search(name)), "other")
+
+
+def summarised(name: str) -> str:
+    """A tensor's name with the numbers of experts taken out: `mlp.experts.7.up_proj` -> `mlp.experts.*.up_proj`."""
+    return _EXPERT.sub(r"\1.*.", name)

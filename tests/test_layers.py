@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "skillmerge"
 # Each module may import, at any place in it, only from rows below its own (and from its own row where marked).
 LAYERS = [
     {"cli"},
-    {"report"},
+    {"report", "page"},
+    {"figures"},
     {"extraction", "inspection"},
     {"extraction"},
     {"merge"},

@@ -1,0 +1,106 @@
+"""What the figures of inspect mean: name, formula, meaning, and who has used them. Shown in the report and the docs.
+
+v is the update, k the second one, w the weights that v is seen against, n the number of elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """label: the column's head. unit: share, number, signed or count. source: a paper, or empty."""
+
+    label: str
+    formula: str
+    meaning: str
+    unit: str = "number"
+    source: str = ""
+
+
+_SUBNETWORKS = "Mukherjee et al. 2025, arXiv 2505.11711"
+_PRINCIPALS = "Zhu et al. 2025, arXiv 2511.08567"
+_PAST = "Parametric Skill Transfer, arXiv 2601.11258"
+_TIES = "Yadav et al. 2023 (TIES), arXiv 2306.01708"
+
+FIGURES = {
+    "elements": Figure("elements", "n", "Numbers in the tensors.", "count"),
+    "changed": Figure(
+        "changed",
+        "|{i : bits differ}| / n",
+        "Elements whose stored bits differ. Depends on the dtype: bfloat16 hides what is smaller than half a unit in "
+        "the last place, so that a low share can be an effect of learning rate and precision.",
+        "share",
+        _PRINCIPALS,
+    ),
+    "above_absolute": Figure(
+        "above 1e-5",
+        "|{i : |v_i| > 1e-5}| / n",
+        "Elements that moved by more than 1e-5, whatever their own size.",
+        "share",
+        _SUBNETWORKS,
+    ),
+    "above_relative": Figure(
+        "above 1e-3 of w",
+        "|{i : |v_i| > 1e-3 |w_i|}| / n",
+        "Elements that moved by more than a thousandth of themselves, which is less than half a unit of bfloat16.",
+        "share",
+        _PRINCIPALS,
+    ),
+    "norm": Figure("norm", "||v||", "Euclidean norm of the update."),
+    "largest": Figure("largest", "max |v_i|", "The greatest change of one element."),
+    "norm_ratio": Figure("of weights' norm", "||v|| / ||w||", "How large the update is beside the weights."),
+    "energy": Figure("energy", "||v||^2 / ||v of the whole model||^2", "This part's share of the update.", "share"),
+    "other_norm": Figure("second norm", "||k||", "Euclidean norm of the second update, the target's own."),
+    "updates_ratio": Figure("norms' ratio", "||v|| / ||k||", "How large the update is beside the second one."),
+    "cosine": Figure(
+        "cosine",
+        "<v, k> / (||v|| ||k||)",
+        "Near 0 for any two unrelated vectors of this many dimensions: alone it is weak evidence. Updates that are "
+        "nearly orthogonal can still disturb each other's function (arXiv 2305.12827).",
+        "signed",
+        _PAST,
+    ),
+    "cosine_z": Figure(
+        "cosine's z",
+        "cosine * sqrt(n)",
+        "Standard deviations from chance, whose cosine is 0 give or take 1/sqrt(n) for dense independent updates. "
+        "Where both updates are taken against the same SFT model, its own part is in both and pulls z up.",
+        "signed",
+    ),
+    "conflict": Figure(
+        "opposite signs",
+        "|{i : v_i k_i < 0}| / |{i : v_i k_i != 0}|",
+        "Of the elements that both move, those moved to opposite sides; 50% by chance.",
+        "share",
+        _TIES,
+    ),
+    "conflict_z": Figure(
+        "signs' z", "(conflict - 1/2) * 2 sqrt(|{i : v_i k_i != 0}|)", "Standard deviations from chance.", "signed"
+    ),
+    "overlap": Figure(
+        "overlap",
+        "|{i : v_i k_i != 0}| / |{i : v_i != 0}|",
+        "Of the elements that the update moves, those that the second one moves too.",
+        "share",
+        _SUBNETWORKS,
+    ),
+    "overlap_chance": Figure(
+        "overlap by chance", "|{i : k_i != 0}| / n", "What the overlap would be of unrelated places.", "share"
+    ),
+}
+
+FORECAST = {
+    "realised": Figure(
+        "realised lambda",
+        "lambda <y - t, u> / <u, u>, u = lambda v",
+        "The lambda that the output really has, after rounding: t the target, y the output.",
+    ),
+    "vanished": Figure(
+        "vanished",
+        "|{i : u_i != 0, y_i = t_i}| / |{i : u_i != 0}|",
+        "Of the update's elements, those that rounding lost.",
+        "share",
+    ),
+}

@@ -1,0 +1,217 @@
+"""The HTML report: one small file, nothing from a network, and in a real browser it does what it should."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import random_tensors, run_cli, write_checkpoint, write_family, write_recipe
+
+import skillmerge
+from skillmerge.figures import FIGURES, FORECAST
+from skillmerge.inspection import _groups, inspect
+from skillmerge.metrics import Pair, Update, describe_all
+from skillmerge.page import _ticks, build
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+LISTEN = "<script>window.problems = []; addEventListener('error', (event) => problems.push(event.message));</script>"
+TRY = """<script>
+const table = document.querySelector("table.sortable"), rows = () => [...table.tBodies[0].rows];
+const head = (text) => [...table.tHead.rows[0].cells].find((cell) => cell.textContent.trim().startsWith(text));
+const column = (text) => { const at = head(text).cellIndex; return rows().map((row) => row.cells[at].textContent); };
+const click = (text) => head(text).querySelector("button").click();
+const filter = document.querySelector("input[type=search]");
+const wide = (limit) => [...document.querySelectorAll("body *")].filter((element) => !element.closest(".scroll, pre")
+  && !["SCRIPT", "STYLE"].includes(element.tagName) && element.getBoundingClientRect().right > limit + 1)
+  .map((element) => element.tagName + ":" + element.textContent.slice(0, 40));
+const result = { rows: rows().length };
+click("tensor"); result.up = column("tensor"); result.sort = head("tensor").getAttribute("aria-sort");
+click("tensor"); result.down = column("tensor");
+if (head("norm")) {
+  click("norm");
+  result.norms = rows().map((row) => Number(row.cells[head("norm").cellIndex].dataset.v));
+}
+filter.value = "norm layers.1."; filter.dispatchEvent(new Event("input"));
+result.filtered = rows().filter((row) => !row.hidden).map((row) => row.cells[0].textContent);
+result.count = document.querySelector("output").textContent;
+filter.value = ""; filter.dispatchEvent(new Event("input"));
+document.querySelector("button.theme").click();
+result.theme = document.documentElement.dataset.theme;
+result.background = getComputedStyle(document.body).backgroundColor;
+document.querySelector("button.theme").click();
+result.other = getComputedStyle(document.body).backgroundColor;
+result.focusable = document.querySelectorAll("button, input, [tabindex='0']").length;
+result.wide = wide(innerWidth);
+document.documentElement.style.width = "400px"; document.body.style.width = "400px";
+result.narrow = wide(400);
+result.problems = problems;
+const out = document.createElement("pre"); out.id = "result"; out.textContent = JSON.stringify(result);
+document.body.append(out);
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The reports of inspect, plan and apply of one recipe."""
+    folder = tmp_path_factory.mktemp("pages")
+    shapes = {"model.embed_tokens.weight": (64, 16), "lm_head.weight": (64, 16), "model.norm.weight": (16,)}
+    for layer in range(6):
+        for part, shape in (("self_attn.q_proj", (16, 16)), ("mlp.up_proj", (64, 16)), ("input_layernorm", (16,))):
+            shapes[f"model.layers.{layer}.{part}.weight"] = shape
+    write_family(folder, shapes)
+    rules = [{"layers": "0-2", "value": 0.5}, {"modules": "norm", "value": 0.0}]
+    recipe = write_recipe(folder, coefficients={"lam": {"default": 1.0, "rules": rules}})
+    for command in ("inspect", "plan", "apply"):
+        process = run_cli(command, recipe, "--report", folder / f"{command}.html")
+        assert process.returncode == 0, process.stderr
+        assert "wrote" in process.stderr
+    return {command: folder / f"{command}.html" for command in ("inspect", "plan", "apply")}
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "apply"])
+def test_report_asks_nothing_of_a_network(pages: dict[str, Path], command: str) -> None:
+    text = pages[command].read_text()
+    assert re.findall(r"(?:src|href)=\W?([^\s\"'>]+)", text) == ["data:,"]
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "fetch(" not in text
+
+
+def test_report_says_what_it_should(pages: dict[str, Path]) -> None:
+    text = html.unescape(pages["inspect"].read_text())
+    for figure in (*FIGURES.values(), *FORECAST.values()):
+        assert figure.label in text
+        assert figure.formula in text
+        assert figure.meaning in text
+    wanted = ["target + lam * (rl - sft)", "target - sft", "What rounding will do", "they do not predict"]
+    for told in (*wanted, '"layers": "0-2"', "← 9 tensors", "← 7 tensors"):
+        assert told in text, told
+    plan = pages["plan"].read_text()
+    assert "lam, as asked" in plan
+    assert "what happens" in plan
+    done = pages["apply"].read_text()
+    assert "What rounding did" in done
+    assert "realised, of asked" in done
+
+
+def run_in_browser(page: Path, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
+    """What the page says of itself after its buttons were pressed, and the browser's console."""
+    assert CHROMIUM is not None
+    text = page.read_text().replace("<head>", f"<head>{LISTEN}", 1).replace("</body>", f"{TRY}</body>", 1)
+    (folder / "tried.html").write_text(text)
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+        "--disable-component-update", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", *options, "--dump-dom",
+        f"file://{folder / 'tried.html'}",
+    ]  # fmt: skip
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="result">(.*?)</pre>', process.stdout, re.DOTALL)
+    assert found is not None, process.stderr[-2000:]
+    return json.loads(html.unescape(found[1])), process.stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("command", ["inspect", "plan", "apply"])
+def test_report_works_in_a_browser(pages: dict[str, Path], tmp_path: Path, command: str) -> None:
+    result, console = run_in_browser(pages[command], tmp_path, "--window-size=1280,900")
+    assert result["problems"] == []
+    assert "CONSOLE" not in console
+    assert result["rows"] == 21
+    assert result["up"] == sorted(result["up"], key=lambda name: [int(p) if p.isdigit() else p for p in
+                                                                   re.split(r"(\d+)", name)])  # fmt: skip
+    assert result["down"] == result["up"][::-1]
+    assert result["sort"] == "ascending"
+    if command == "inspect":
+        assert result["norms"] == sorted(result["norms"])
+        assert len(set(result["norms"])) > 10
+    assert result["filtered"] == ["model.layers.1.input_layernorm.weight"]
+    assert result["count"] == "1 of 21 rows"
+    assert result["theme"] in ("light", "dark")
+    assert result["background"] != result["other"]
+    assert result["focusable"] > 5
+    assert result["wide"] == [], "cut off at 1280 pixels"
+    assert result["narrow"] == [], "cut off at 400 pixels"
+
+
+def test_report_of_80_layers_is_small(tmp_path: Path) -> None:
+    shapes = {"model.embed_tokens.weight": (8, 4)}
+    for layer in range(80):
+        parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj",
+                 "mlp.gate_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")  # fmt: skip
+        shapes |= {f"model.layers.{layer}.{part}.weight": (4, 4) for part in parts}
+    for seed, name in enumerate(("target", "rl", "sft")):
+        write_checkpoint(tmp_path / name, random_tensors(shapes, seed=seed))
+    found = inspect(write_recipe(tmp_path))
+    text = build("eighty", plan=found.plan, inspection=found)
+    assert len(text.encode()) < 1_000_000
+    assert text.count("<tr>") > 721
+
+
+def test_report_of_many_experts_is_small_and_sums_them_up(family: Path) -> None:
+    rows: dict[str, tuple[Update, Pair | None]] = {}
+    for layer in range(61):
+        block = f"model.layers.{layer}"
+        experts = [f"{block}.mlp.experts.{expert}" for expert in range(256)]
+        names = [f"{expert}.{part}_proj.weight" for expert in experts for part in ("up", "gate", "down")]
+        names += [f"{block}.self_attn.{part}.weight" for part in ("q_a", "q_b", "kv_a", "kv_b", "o")]
+        for name in names:
+            rows[name] = (Update(100, 10, 9, 8, [10] + [0] * 7, [1.0], [4.0], 0.5), Pair([1.0], [0.1], 20, 5, 2))
+    groups = _groups(rows)
+    found = dataclasses.replace(
+        inspect(family), plan=None, forecast=None, tensors={},
+        **{key: describe_all(rows, groups[key]) for key in ("modules", "layers", "cells", "summaries")},
+    )  # fmt: skip
+    text = build("experts", inspection=found)
+    assert len(text.encode()) < 1_000_000
+    assert text.count("mlp.experts.*.up_proj.weight") == 61
+    assert found.summaries["model.layers.7.mlp.experts.*.up_proj.weight"]["elements"] == 25_600
+
+
+def test_names_and_words_are_escaped(tmp_path: Path) -> None:
+    name = "model.layers.0.<img src=x onerror=alert(1)>\"'&.weight"
+    for seed, model in enumerate(("target", "rl", "sft")):
+        write_checkpoint(tmp_path / model, random_tensors({name: (4, 4)}, seed=seed))
+    recipe = write_recipe(tmp_path)
+    recipe.write_text(recipe.read_text() + "# </pre><script>alert(2)</script>\n")
+    found = inspect(recipe)
+    text = build("</title><script>alert(3)</script>", plan=found.plan, inspection=found)
+    assert "<img" not in text
+    assert "<script>alert" not in text
+    assert html.escape(name) in text
+
+
+def test_report_replaces_reports_only(family: Path) -> None:
+    (family.parent / "notes.html").write_text("my notes")
+    process = run_cli("plan", family, "--report", family.parent / "notes.html")
+    assert process.returncode == 2
+    assert "is not a report" in process.stderr
+    assert (family.parent / "notes.html").read_text() == "my notes"
+    for _ in range(2):
+        assert run_cli("plan", family, "--report", family.parent / "report.html").returncode == 0
+    skill = skillmerge.extract(str(family.parent / "rl"), str(family.parent / "sft"), family.parent / "math").output
+    assert run_cli("inspect", skill, "--report", family.parent / "skill.html").returncode == 0
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.0009), (-3.2, 8), (0, 0), (0, 1e6), (-5, -1), (0, 99)])
+def test_ticks_are_few_and_hold_the_values(low: float, high: float) -> None:
+    ticks = _ticks(low, high)
+    assert 2 <= len(ticks) <= 8
+    assert ticks[0] <= low + 1e-12
+    assert ticks[-1] >= high - 1e-12
+
+
+def test_docs_say_what_the_figures_mean() -> None:
+    docs = (Path(__file__).parent.parent / "docs" / "inspect.md").read_text()
+    for key, figure in {**FIGURES, **FORECAST}.items():
+        assert f"| {figure.label} | `{key}` |" in docs, key
+        assert figure.formula.replace("|", "\\|") in docs
+        assert figure.meaning in docs
+        assert figure.source in docs
