@@ -15,10 +15,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["SkillmergeError", "__version__", "apply", "extract", "inspect", "plan", "push", "verify"]
+__all__ = ["SkillmergeError", "__version__", "apply", "export", "extract", "inspect", "plan", "push", "verify"]
 
 if TYPE_CHECKING:
     from skillmerge.errors import SkillmergeError
+    from skillmerge.exporting import export
     from skillmerge.extraction import extract
     from skillmerge.inspection import inspect
     from skillmerge.merge import apply
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "apply": ("skillmerge.merge", "apply"),
+    "export": ("skillmerge.exporting", "export"),
     "extract": ("skillmerge.extraction", "extract"),
     "inspect": ("skillmerge.inspection", "inspect"),
     "plan": ("skillmerge.merge", "make_plan"),

@@ -7,6 +7,7 @@ same bytes. Knows nothing about files, models or threads.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 from collections.abc import Mapping
@@ -192,6 +193,11 @@ def fold_sum(values: Tensor) -> float:
         values[:half].add_(values[length - half : length])
         length -= half
     return float(values[0].item())
+
+
+def memory_of(values: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which must live as long (torch itself shows them to numpy only)."""
+    return memoryview((ctypes.c_char * (values.numel() * values.element_size())).from_address(values.data_ptr()))
 
 
 def bit_view(values: Tensor) -> Tensor:

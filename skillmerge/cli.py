@@ -312,6 +312,31 @@ def extract(rl: str, sft: str, as_json: bool, quiet: bool, verbose: bool, **opti
 
 
 @cli.command()
+@click.argument("skill", type=click.Path())
+@option("--output", "-o", type=click.Path(), required=True, help="The folder to write.")
+@option("--lora-rank", type=click.IntRange(1, 4096), required=True, help="Of the adapter's matrices.")
+@option("--base", metavar="MODEL", help="The model that the adapter is for, in place of the skill's own parent.")
+@option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the randomised decomposition.")
+@_links
+@_json
+@option("--quiet", "-q", is_flag=True, help="Only results and errors.")
+def export(skill: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write a stored skill as a LoRA adapter in PEFT's format, the best one of its rank.
+
+    What an adapter cannot hold (norms, embeddings, biases, heads, routers) is left out, and counted.
+    """
+    from skillmerge import report
+    from skillmerge.exporting import export as run
+
+    reporter = report.TerminalReporter(quiet, verbose=False, doing="exporting")
+    exported = run(skill, reporter=reporter, **options)
+    if as_json:
+        _print_json({"ok": True, **exported.as_dict()})
+    elif not quiet:
+        report.show_exported(exported, report.console())
+
+
+@cli.command()
 @click.argument("source", type=click.Path())
 @click.argument("other", type=click.Path(), required=False)
 @option("--base", metavar="MODEL", help="Of a recipe: what its target was trained from.")

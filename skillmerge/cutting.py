@@ -8,7 +8,6 @@ this is on the CPU: it is reading and counting, and there is no arithmetic for a
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skillmerge.arithmetic import any_nonfinite, bit_view, evaluate, fold_sum, round_nearest, torch_dtype
+from skillmerge.arithmetic import any_nonfinite, bit_view, evaluate, fold_sum, memory_of, round_nearest, torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.skill import SKILL_FILE, SKILL_VERSION, part_name, tensor_digest
 from skillmerge.expression import minus_of
@@ -212,7 +211,7 @@ class _Workers:
                         raise worker.nonfinite(tile, inputs, piece)
             cut = self._keep(inputs) if unit.tensor.action == "cut" else self._compute(worker, tile, inputs)
             cut.digests = {
-                model: hashlib.sha256(_bytes(piece)).hexdigest()
+                model: hashlib.sha256(memory_of(piece)).hexdigest()
                 for model, piece in inputs.items()
                 if model in self._digested
             }
@@ -290,11 +289,6 @@ def _differing(a: Tensor, b: Tensor) -> Tensor:
     return bit_view(a) != bit_view(b)
 
 
-def _bytes(values: Tensor) -> memoryview:
-    """The memory of a tensor, which must live as long (torch itself shows it through numpy only)."""
-    return memoryview((ctypes.c_char * (values.numel() * values.element_size())).from_address(values.data_ptr()))
-
-
 class _SkillFile:
     """One file of a skill in the making: parts are appended, the header is written at the end."""
 
@@ -312,7 +306,7 @@ class _SkillFile:
     def add(self, unit: _Unit, cut: _Cut) -> None:
         for plane, encoded in cut.planes.items():
             for part, values in encoded.parts.items():
-                content = _bytes(values)
+                content = memory_of(values)
                 with disk_errors(self.path):
                     left = content
                     while left:

@@ -5,6 +5,7 @@ Only shows what it is given; nothing is computed here but how to draw it.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from skillmerge.accounting import settlement
 from skillmerge.depth import number, over_depth, picture
 from skillmerge.errors import some, visible
 from skillmerge.merge import Reporter, Result
+from skillmerge.naming import module_kind
 from skillmerge.planning import Plan
 from skillmerge.resources import Budget
 from skillmerge.statistics import deviating
@@ -27,6 +29,7 @@ from skillmerge.tensors import ULP_EDGES, format_bytes
 from skillmerge.verification import Verdict
 
 if TYPE_CHECKING:
+    from skillmerge.exporting import Exported
     from skillmerge.inspection import Inspection
     from skillmerge.publishing import Published
 
@@ -372,6 +375,29 @@ def _percent(value: float | None) -> str:
 
 def _figure(value: float | None) -> str:
     return number(value) if value is not None else "-"
+
+
+def show_exported(exported: Exported, out: Console) -> None:
+    """How much of a skill an adapter holds, by module."""
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for name, row in exported.modules.items():
+        groups.setdefault(module_kind(name), []).append(row)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"the adapter, rank {exported.rank}", title_justify="left")
+    for column in ("module", "matrices", "norm", "energy kept", "least"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    for kind, rows in groups.items():
+        squares = [row["norm"] ** 2 for row in rows]
+        kept = sum(row["energy"] * square for row, square in zip(rows, squares, strict=True))
+        share = kept / sum(squares) if sum(squares) else 1.0
+        least = min(row["energy"] for row in rows)
+        table.add_row(kind, str(len(rows)), number(math.sqrt(sum(squares))), f"{share:.1%}", f"{least:.1%}")
+    out.print(table)
+    count = f"{len(exported.left)} tensor{'s' if len(exported.left) != 1 else ''}"
+    told = f"wrote {exported.output}: it holds {exported.energy:.1%} of the skill's energy"
+    out.print(Text(told, style="bold"), soft_wrap=True)
+    if exported.left:
+        left = f"{count} that no adapter holds have {exported.left_energy:.1%} of it: {some(list(exported.left), 3)}"
+        out.print(Text(left), soft_wrap=True)
 
 
 def show_parent(parent: str, model: str, out: Console) -> None:

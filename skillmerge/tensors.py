@@ -19,7 +19,7 @@ CHUNK = 4 * BLOCK
 cache (measured, see benchmarks/RESULTS.md). No result depends on it."""
 
 
-UNIT = 1 << 23
+UNIT = 1 << 22
 """Elements of a tensor that a stored skill encodes together: the memory that a worker needs to do it."""
 
 

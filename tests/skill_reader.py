@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-UNIT, BLOCK = 8_388_608, 65_536
+UNIT, BLOCK = 4_194_304, 65_536
 
 
 def read_skill(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

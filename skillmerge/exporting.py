@@ -1,0 +1,218 @@
+"""The verb export: a stored skill -> a LoRA adapter in PEFT's format, the best one of its rank.
+
+Every matrix of a linear module (attention, mlp, expert) is approximated by B @ A of rank r, by truncated SVD
+(`spectrum`); what an adapter cannot hold (norms, embeddings, biases, heads, routers, fused experts) stays behind
+and is counted. Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.safetensors_header import build_header
+from skillmerge.checkpoints.skill import summary
+from skillmerge.errors import InputError, UsageError
+from skillmerge.merge import Reporter, output_folder
+from skillmerge.naming import module_kind
+from skillmerge.recipe import recipe_of
+from skillmerge.resources import check_disk
+from skillmerge.sources import Access, close_all, open_models
+from skillmerge.tensors import DTYPES, TensorSpec
+from skillmerge.writer import disk_errors, write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_KINDS = ("attention", "mlp", "expert")
+_TRANSPOSED = {"gpt2", "gpt_neo", "imagegpt", "openai-gpt"}
+"""Model types whose linear modules keep their weights the other way round."""
+
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+          "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an adapter holds. energy: the share of the squared norm of the skill that is in it; modules: the same
+    of each matrix (by tensor name), with its norm; left: tensors that no adapter holds, and what share they are."""
+
+    output: Path
+    rank: int
+    energy: float
+    modules: Mapping[str, Mapping[str, float]]
+    left: tuple[str, ...]
+    left_energy: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "output": str(self.output),
+            "rank": self.rank,
+            "energy": self.energy,
+            "modules": {name: dict(row) for name, row in self.modules.items()},
+            "left": list(self.left),
+            "left_energy": self.left_energy,
+        }
+
+
+def export(
+    skill: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    lora_rank: int,
+    base: str | None = None,
+    seed: int = 0,
+    follow_links: bool = False,
+    reporter: Reporter | None = None,
+) -> Exported:
+    """Write the skill's best LoRA adapter of rank `lora_rank` into a new folder.
+
+    base: what its config names as the model to put it on; by default what the skill was cut from. One matrix is in
+    memory at a time. Raises UsageError, InputError, ResourceError.
+    """
+    if lora_rank < 1:
+        raise UsageError(f"rank {lora_rank}: a number from 1")
+    reporter = reporter or Reporter()
+    recipe = recipe_of({"skill": {"skill": os.fspath(skill)}}, "skill", {"kind": "skill"}, "skillmerge export")
+    checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.warn)
+    try:
+        target = output_folder(recipe, output, checkpoints)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
+        plus, minus = checkpoints.values()
+        config = plus.config
+        if config.get("model_type") in _TRANSPOSED:
+            raise InputError(
+                f"{plus.place}: {config['model_type']} keeps its matrices the other way round, which is not supported"
+            )
+        parents = summary(plus.stored or plus.files)["parents"]
+        chosen = [spec for spec in plus.tensors.values() if _is_linear(spec)]
+        if not chosen:
+            raise InputError(f"{plus.place}: the skill has no matrix of a linear module that an adapter could hold")
+        layout = _layout(chosen, lora_rank)
+        header, specs = build_header(layout)
+        check_disk(target, specs[-1].end, "the adapter")
+        with disk_errors(target):
+            target.mkdir(parents=True, exist_ok=True)
+            path = target / (ADAPTER_FILE + ".new")
+            rows, left = _write(path, header, specs, (plus, minus), chosen, lora_rank, seed, reporter)
+            named = base or parents[-1]["uri"]
+            document = _config(chosen, lora_rank, config, named.removeprefix("hf://"))
+            write_whole(target / ADAPTER_CONFIG, (json.dumps(document, indent=2) + "\n").encode())
+            path.rename(target / ADAPTER_FILE)
+    finally:
+        close_all(checkpoints)
+    whole = math.fsum(row["norm"] ** 2 for row in (*rows.values(), *left.values()))
+    kept = math.fsum(row["energy"] * row["norm"] ** 2 for row in rows.values())
+    lost = math.fsum(row["norm"] ** 2 for row in left.values())
+    return Exported(
+        target, lora_rank, kept / whole if whole else 0.0, rows, tuple(left), lost / whole if whole else 0.0
+    )
+
+
+def _is_linear(spec: TensorSpec) -> bool:
+    return (
+        len(spec.shape) == 2
+        and spec.elements > 0
+        and spec.name.endswith(".weight")
+        and module_kind(spec.name) in _KINDS
+    )
+
+
+def _layout(chosen: list[TensorSpec], rank: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    layout: list[tuple[str, str, tuple[int, ...]]] = []
+    for spec in chosen:
+        rows, columns = spec.shape
+        name = _module(spec.name)
+        layout += [(f"{name}.lora_A.weight", "F32", (rank, columns)), (f"{name}.lora_B.weight", "F32", (rows, rank))]
+    return layout
+
+
+def _module(tensor: str) -> str:
+    return "base_model.model." + tensor.removesuffix(".weight")
+
+
+def _config(chosen: list[TensorSpec], rank: int, config: Mapping[str, Any], base: str) -> dict[str, Any]:
+    architecture = next(iter(config.get("architectures") or []), "")
+    return {
+        "peft_type": "LORA",
+        "task_type": next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None),
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": sorted({spec.name.removesuffix(".weight") for spec in chosen}),
+    }
+
+
+def _write(
+    path: Path,
+    header: bytes,
+    specs: tuple[TensorSpec, ...],
+    planes: tuple[Checkpoint, Checkpoint],
+    chosen: list[TensorSpec],
+    rank: int,
+    seed: int,
+    reporter: Reporter,
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """The adapter's file. Returns norm and energy kept of each matrix, and norms of what is left behind."""
+    import torch
+
+    from skillmerge.arithmetic import memory_of
+    from skillmerge.spectrum import truncated_svd
+
+    places = {spec.name: spec for spec in specs}
+    wanted = {spec.name for spec in chosen}
+    rows: dict[str, dict[str, float]] = {}
+    left: dict[str, dict[str, float]] = {}
+    done = 0
+    with open(path, "wb") as stream, reporter.bar(sum(spec.nbytes for spec in planes[0].tensors.values())) as progress:
+        stream.write(header)
+        for name, spec in planes[0].tensors.items():
+            update = _update(name, planes)
+            norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
+            if name not in wanted:
+                left[name] = {"norm": norm}
+            else:
+                u, s, v = truncated_svd(update, rank, seed ^ zlib.crc32(name.encode()))
+                root = s.sqrt()
+                b, a = torch.zeros(spec.shape[0], rank), torch.zeros(rank, spec.shape[1])
+                b[:, : len(s)], a[: len(s)] = u * root, (v * root).T
+                for part, values in (("lora_A", a), ("lora_B", b)):
+                    stream.seek(places[f"{_module(name)}.{part}.weight"].start)
+                    stream.write(memory_of(values.contiguous()))
+                kept = float((s.double() ** 2).sum()) / norm**2 if norm else 1.0
+                rows[name] = {"norm": norm, "energy": min(1.0, kept)}
+            done += spec.nbytes
+            progress(done)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return rows, left
+
+
+def _update(name: str, planes: tuple[Checkpoint, Checkpoint]) -> Tensor:
+    """A whole tensor of the skill, in float32."""
+    import torch
+
+    from skillmerge.arithmetic import torch_dtype
+
+    parts = []
+    for plane in planes:
+        spec = plane.tensors[name]
+        content = bytearray(max(spec.nbytes, DTYPES[spec.dtype].itemsize))
+        plane.read_into(spec, 0, memoryview(content)[: spec.nbytes])
+        values = torch.frombuffer(content, dtype=torch_dtype(spec.dtype))[: spec.elements]
+        parts.append(values.to(torch.float32).view(spec.shape))
+    return parts[0] - parts[1]
