@@ -345,6 +345,10 @@ def export(skill: str, as_json: bool, quiet: bool, **options: Any) -> None:
     "--stats", type=click.Choice(["full", "sampled", "off"]), default="sampled", show_default=True,
     help="How much of the rounding to forecast.",
 )  # fmt: skip
+@option(
+    "--spectral", type=click.IntRange(1, 64), metavar="RANK",
+    help="Also how matrices' updates spread over so many directions.",
+)  # fmt: skip
 @_threads
 @_hub
 @_locked

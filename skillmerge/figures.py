@@ -91,6 +91,50 @@ FIGURES = {
     ),
 }
 
+SPECTRAL = {
+    "stable_rank": Figure(
+        "stable rank",
+        "||v||_F^2 / s_1^2",
+        "Of a matrix: how many directions share its energy, s_1 its largest singular value.",
+    ),
+    "effective_rank": Figure(
+        "effective rank",
+        "exp(-sum p_i ln p_i), p_i = s_i^2 / sum s^2",
+        "The same from the entropy of the leading singular values (up to the rank asked for).",
+        source="Roy and Vetterli 2007",
+    ),
+    "leading_energy": Figure(
+        "leading energy",
+        "sum s_i^2 / ||v||_F^2",
+        "What the leading directions hold: an adapter of that rank would.",
+        "share",
+    ),
+    "principal_left": Figure(
+        "in principal rows",
+        "||U_k^T v||_F^2 / ||v||_F^2",
+        "Energy in the leading k left singular directions of the weights. RL updates have been seen to keep off them.",
+        "share",
+        _PRINCIPALS,
+    ),
+    "principal_left_chance": Figure("by chance, rows", "k / rows", "What a random update has there.", "share"),
+    "principal_right": Figure(
+        "in principal columns",
+        "||v V_k||_F^2 / ||v||_F^2",
+        "The same of right singular directions.",
+        "share",
+        _PRINCIPALS,
+    ),
+    "principal_right_chance": Figure("by chance, columns", "k / columns", "What a random update has there.", "share"),
+    "subspace_overlap": Figure(
+        "subspace overlap",
+        "mean of cos^2 of the principal angles between U_k of v and U_k of w",
+        "1 where the update's leading directions are the weights' own; k / rows by chance.",
+        "share",
+        _PRINCIPALS,
+    ),
+    "least_angle": Figure("least angle", "arccos of the largest cosine, in degrees", "0 where a direction is shared."),
+}
+
 FORECAST = {
     "realised": Figure(
         "realised lambda",

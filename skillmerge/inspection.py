@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -56,6 +57,9 @@ MODES = {
     "bfloat16, stochastic": ("BF16", "stochastic"),
     "float32": ("F32", "nearest"),
 }
+MAX_RANK = 64
+"""Directions that --spectral looks at, at most."""
+
 _TILE, _REMOTE_TILE = 1 << 21, 1 << 23
 _MAX_THREADS = 8
 
@@ -101,6 +105,8 @@ class Inspection:
     """Tensors again, the experts of a layer together under `*`."""
     cells: Mapping[str, Mapping[str, Any]]
     """One layer's tensors of one kind, as `STACK LAYER KIND`."""
+    spectra: Mapping[str, Mapping[str, float | None]]
+    """Of matrices, where that was asked for: how the update spreads over directions."""
     forecast: Mapping[str, Any] | None
     plan: Plan | None
     notes: Sequence[str]
@@ -115,6 +121,7 @@ class Inspection:
             "layers": self.layers,
             "cells": self.cells,
             "tensors": self.tensors,
+            "spectra": self.spectra,
             "forecast": self.forecast,
             "notes": list(self.notes),
         }
@@ -127,6 +134,7 @@ def inspect(
     base: str | None = None,
     coefficients: Mapping[str, float] | None = None,
     stats: str = "sampled",
+    spectral: int | None = None,
     threads: int | None = None,
     follow_links: bool = False,
     locked: bool = False,
@@ -136,11 +144,14 @@ def inspect(
     """Measure what changed from model `source` to model `other`; or, alone, a recipe's updates, or a stored skill.
 
     base: the model that a recipe's target was trained from: its knowledge update is taken against that, and else
-    against what the skill was cut from. stats: how much the forecast computes: full, sampled or off.
+    against what the skill was cut from. stats: how much the forecast computes: full, sampled or off. spectral:
+    also how the matrices' updates spread over this many directions (1 to 64), a matrix at a time in memory.
     Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError.
     """
     if stats not in ("full", "sampled", "off"):
         raise UsageError(f"stats {stats!r}: full, sampled or off")
+    if spectral is not None and not 1 <= spectral <= MAX_RANK:
+        raise UsageError(f"spectral rank {spectral}: 1 to {MAX_RANK}")
     reporter = reporter or Reporter()
     access = Access(follow_links, locked, download=hub == "download")
     if other is None and Path(source).is_file():
@@ -148,7 +159,8 @@ def inspect(
             plan.refuse_problems()
             extra = _open({"base": base}, access, reporter) if base is not None else {}
             try:
-                return _inspect(_of_recipe(plan, {**checkpoints, **extra}), stats, threads, reporter)
+                subject = _of_recipe(plan, {**checkpoints, **extra})
+                return _inspect(subject, stats, spectral, threads, reporter)
             finally:
                 close_all(extra)
     if base is not None:
@@ -169,7 +181,7 @@ def inspect(
             f"skill {os.fspath(source)}", checkpoints, {"skill": 1.0, minus_of("skill"): -1.0}, None, None
         )
     try:
-        return _inspect(subject, stats, threads, reporter)
+        return _inspect(subject, stats, spectral, threads, reporter)
     finally:
         close_all(checkpoints)
 
@@ -236,7 +248,7 @@ class _Found:
     curves: dict[tuple[str, float], list[BlockStatistics]] = field(default_factory=dict)
 
 
-def _inspect(subject: Subject, stats: str, threads: int | None, reporter: Reporter) -> Inspection:
+def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | None, reporter: Reporter) -> Inspection:
     import torch
 
     from skillmerge.metrics import add_up, describe_all
@@ -280,11 +292,13 @@ def _inspect(subject: Subject, stats: str, threads: int | None, reporter: Report
         if parts:
             rows[name] = (add_up(part.update for part in parts), add_up(pairs) if pairs else None)
     groups = _groups(rows)
+    spectra = _spectra(subject, tasks, spectral, reporter) if spectral is not None else {}
     return Inspection(
         title=subject.title,
         update=_told(subject.update),
         second=f"{subject.target} - {subject.reference}" if subject.reference else None,
         tensors=describe_all(rows, {name: [name] for name in rows}),
+        spectra=spectra,
         total=describe_all(rows, {"all": list(rows)}).get("all", {}),
         modules=describe_all(rows, groups["modules"]),
         layers=describe_all(rows, groups["layers"]),
@@ -477,6 +491,37 @@ class _Pass:
             keep_same_bits(program, inputs, out, scratch)
         update = subtracted if subtracted is not None else base.to(torch.float64) - value.to(torch.float64)
         return measure(base, out, update, scratch)
+
+
+def _spectra(
+    subject: Subject, tasks: Sequence[TensorPlan], rank: int, reporter: Reporter
+) -> dict[str, dict[str, float | None]]:
+    """Of every matrix, one at a time, in float32."""
+    import torch
+
+    from skillmerge.arithmetic import torch_dtype
+    from skillmerge.spectrum import describe_spectrum
+
+    def read(model: str, source: str) -> Tensor:
+        spec = subject.checkpoints[model].tensors[source]
+        content = bytearray(spec.nbytes)
+        subject.checkpoints[model].read_into(spec, 0, memoryview(content))
+        return torch.frombuffer(content, dtype=torch_dtype(spec.dtype)).view(spec.shape).to(torch.float32)
+
+    matrices = [task for task in tasks if len(task.shape) == 2 and min(task.shape) > 1]
+    spectra = {}
+    with reporter.bar(sum(math.prod(task.shape) for task in matrices)) as progress:
+        done = 0
+        for task in matrices:
+            sources = dict(task.sources)
+            update = torch.zeros(task.shape)
+            for model, factor in subject.update.items():
+                update.add_(read(model, sources[model]), alpha=factor)
+            against = read(subject.against, sources[subject.against]) if subject.against else None
+            spectra[task.name] = describe_spectrum(update, against, rank, zlib.crc32(task.name.encode()))
+            done += math.prod(task.shape)
+            progress(done)
+    return spectra
 
 
 def _merge_term(subject: Subject, lam: float) -> Term:

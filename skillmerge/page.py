@@ -14,7 +14,7 @@ from typing import Any
 
 from skillmerge import __version__
 from skillmerge.depth import number
-from skillmerge.figures import FIGURES, FORECAST, Figure
+from skillmerge.figures import FIGURES, FORECAST, SPECTRAL, Figure
 from skillmerge.inspection import Inspection
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
 from skillmerge.planning import Plan
@@ -338,6 +338,13 @@ def _table(plan: Plan | None, manifest: Mapping[str, Any] | None, inspection: In
                     return show(value, unit), value
 
                 add(_named(figure), False, measured)
+        for key, figure in SPECTRAL.items() if inspection.spectra else ():
+
+            def spread(name: str, key: str = key, unit: str = figure.unit) -> tuple[str, float | None]:
+                value = inspection.spectra.get(name, {}).get(key)
+                return show(value, unit), value
+
+            add(_named(figure), False, spread)
     if not names:
         return ""
     head = "".join(
@@ -391,7 +398,7 @@ def _sources(sources: Sequence[tuple[str, str]]) -> str:
 
 def _glossary() -> str:
     parts = []
-    for figure in (*FIGURES.values(), *FORECAST.values()):
+    for figure in (*FIGURES.values(), *SPECTRAL.values(), *FORECAST.values()):
         source = f" <span class=soft>{_text(figure.source)}</span>" if figure.source else ""
         parts.append(
             f"<dt>{_text(figure.label)}: <code>{_text(figure.formula)}</code></dt>"

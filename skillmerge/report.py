@@ -6,6 +6,7 @@ Only shows what it is given; nothing is computed here but how to draw it.
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from rich.text import Text as RichText
 from skillmerge.accounting import settlement
 from skillmerge.depth import number, over_depth, picture
 from skillmerge.errors import some, visible
+from skillmerge.figures import SPECTRAL
 from skillmerge.merge import Reporter, Result
 from skillmerge.naming import module_kind
 from skillmerge.planning import Plan
@@ -310,10 +312,34 @@ def show_inspection(found: Inspection, out: Console) -> None:
     for key, what in (("changed", "changed"), ("norm_ratio", "of weights' norm"), ("cosine_z", "cosine's z")):
         for stack, values in _over_layers(found.layers, key).items():
             out.print(Text(f"{what} over {stack}: {picture(values)}"))
+    if found.spectra:
+        out.print(_spectra_table(found.spectra))
     if found.forecast is not None:
         _show_forecast(found.forecast, out)
     for note in found.notes:
         out.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+
+
+def _spectra_table(spectra: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Medians over the matrices of a kind."""
+    kinds: dict[str, list[Mapping[str, float | None]]] = {}
+    for name, row in spectra.items():
+        kinds.setdefault(module_kind(name), []).append(row)
+    rows = {}
+    for kind, found in kinds.items():
+        rows[kind] = {"matrices": len(found), **{key: _median([row[key] for row in found]) for key in SPECTRAL}}
+
+    def cell(key: str, unit: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda row: (_percent if unit == "share" else _figure)(row[key])
+
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {"matrices": lambda row: str(row["matrices"])}
+    columns |= {figure.label: cell(key, figure.unit) for key, figure in SPECTRAL.items()}
+    return _figures("directions (medians over matrices)", rows, columns)
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _show_forecast(forecast: Mapping[str, Any], out: Console) -> None:

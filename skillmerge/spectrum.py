@@ -31,3 +31,44 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor,
     basis = torch.linalg.qr(basis).Q
     u, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
     return (basis @ u)[:, :rank], s[:rank], vh[:rank].T
+
+
+def describe_spectrum(update: Tensor, weights: Tensor | None, rank: int, seed: int) -> dict[str, float | None]:
+    """How an update spreads over directions, and over those of the weights. Keys as in docs/inspect.md.
+
+    update, weights: [rows, columns] in float32 or float64. rank: how many leading directions are looked at.
+    """
+    rows, columns = update.shape
+    rank = min(rank, rows, columns)
+    squares = float((update.double() ** 2).sum())
+    if squares == 0:
+        return dict.fromkeys(SPECTRAL)
+    u, s, _ = truncated_svd(update, rank, seed)
+    energies = s.double() ** 2 / squares
+    shares = energies / energies.sum()
+    entropy = -float(torch.xlogy(shares, shares).sum())
+    result: dict[str, float | None] = {
+        "stable_rank": squares / float(s[0]) ** 2,
+        "effective_rank": float(torch.tensor(entropy, dtype=torch.float64).exp()),
+        "leading_energy": float(energies.sum()),
+    }
+    if weights is None or not bool(weights.any()):
+        return {**dict.fromkeys(SPECTRAL), **result}
+    left, _, right = truncated_svd(weights, rank, seed)
+    cosines = torch.linalg.svdvals(u.double().T @ left.double()).clamp_(max=1)
+    return {
+        **result,
+        "principal_left": float(((left.double().T @ update.double()) ** 2).sum()) / squares,
+        "principal_left_chance": rank / rows,
+        "principal_right": float(((update.double() @ right.double()) ** 2).sum()) / squares,
+        "principal_right_chance": rank / columns,
+        "subspace_overlap": float((cosines**2).mean()),
+        "least_angle": float(torch.rad2deg(torch.arccos(cosines[0]))),
+    }
+
+
+SPECTRAL = (
+    "stable_rank", "effective_rank", "leading_energy", "principal_left", "principal_left_chance", "principal_right",
+    "principal_right_chance", "subspace_overlap", "least_angle",
+)  # fmt: skip
+"""The figures of `describe_spectrum`."""

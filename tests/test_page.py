@@ -15,7 +15,8 @@ import pytest
 from conftest import random_tensors, run_cli, write_checkpoint, write_family, write_recipe
 
 import skillmerge
-from skillmerge.figures import FIGURES, FORECAST
+from skillmerge import spectrum
+from skillmerge.figures import FIGURES, FORECAST, SPECTRAL
 from skillmerge.inspection import _groups, inspect
 from skillmerge.metrics import Pair, Update, describe_all
 from skillmerge.page import _ticks, build
@@ -166,7 +167,7 @@ def test_report_of_many_experts_is_small_and_sums_them_up(family: Path) -> None:
             rows[name] = (Update(100, 10, 9, 8, [10] + [0] * 7, [1.0], [4.0], 0.5), Pair([1.0], [0.1], 20, 5, 2))
     groups = _groups(rows)
     found = dataclasses.replace(
-        inspect(family), plan=None, forecast=None, tensors={},
+        inspect(family), plan=None, forecast=None, tensors={}, spectra={},
         **{key: describe_all(rows, groups[key]) for key in ("modules", "layers", "cells", "summaries")},
     )  # fmt: skip
     text = build("experts", inspection=found)
@@ -208,9 +209,13 @@ def test_ticks_are_few_and_hold_the_values(low: float, high: float) -> None:
     assert ticks[-1] >= high - 1e-12
 
 
+def test_figures_of_directions_are_those_that_are_computed() -> None:
+    assert tuple(SPECTRAL) == spectrum.SPECTRAL
+
+
 def test_docs_say_what_the_figures_mean() -> None:
     docs = (Path(__file__).parent.parent / "docs" / "inspect.md").read_text()
-    for key, figure in {**FIGURES, **FORECAST}.items():
+    for key, figure in {**FIGURES, **SPECTRAL, **FORECAST}.items():
         assert f"| {figure.label} | `{key}` |" in docs, key
         assert figure.formula.replace("|", "\\|") in docs
         assert figure.meaning in docs
