@@ -75,6 +75,8 @@ def account_tensors(
     needed: dict[int, list[str]] = {}  # by the term's identity: thousands of tensors share a few terms
     for name, spec in donor.tensors.items():
         by_copy = name in copied
+        if not by_copy and name not in terms:
+            continue
         term = leaves[copied[name]] if by_copy else terms[name]
         if term is None:
             continue
@@ -100,7 +102,8 @@ def account_tensors(
             if same:
                 sources.sort(key=lambda item: item[0] != donor_name)
             accounts[name] = Account(term, tuple(sources), same, by_copy)
-    problems = [_problem(kind, model, found, donor_name, donor) for (kind, model), found in troubles.items()]
+    skill = recipe.output.kind == "skill"
+    problems = [_problem(kind, model, found, donor_name, donor, skill) for (kind, model), found in troubles.items()]
     extra, ties = _leftovers(recipe, checkpoints, donor_name, in_formula)
     for name, checkpoint in checkpoints.items():
         if checkpoint.unread:
@@ -137,7 +140,9 @@ def _difference(wanted: TensorSpec, found: TensorSpec) -> tuple[str, str] | None
     return None
 
 
-def _problem(kind: str, model: str, found: list[tuple[str, str]], donor_name: str, donor: Checkpoint) -> Problem:
+def _problem(
+    kind: str, model: str, found: list[tuple[str, str]], donor_name: str, donor: Checkpoint, skill: bool
+) -> Problem:
     names = [name for name, _ in found]
     if kind == "missing" and len(names) == len(donor.tensors):
         message = f"`{model}` and the donor `{donor_name}` share no tensor names: are they of the same architecture?"
@@ -149,7 +154,10 @@ def _problem(kind: str, model: str, found: list[tuple[str, str]], donor_name: st
         message = f"{_count(names)} differ in {kind} between the donor `{donor_name}` and model `{model}`: {shown}"
         if kind == "shape" and all(module_kind(name) in ("embedding", "head") for name in names):
             message += "\ntheir vocabularies seem to differ"
-    rules = tuple(f'  - {{tensors: "{glob}", from: {donor_name}}}' for glob in _globs(names, donor.tensors))
+    globs = _globs(names, donor.tensors)
+    if skill:  # it takes no tensor as it is, but can do without
+        return Problem(kind, message, tuple(names), ignore=tuple(f'  - "{glob}"' for glob in globs))
+    rules = tuple(f'  - {{tensors: "{glob}", from: {donor_name}}}' for glob in globs)
     return Problem(kind, message, tuple(names), copy=rules)
 
 
@@ -166,7 +174,8 @@ def _leftovers(
     }
     for index, glob in enumerate(recipe.ignore):
         pattern = matcher([glob])
-        if not any(pattern.match(name) for names in extra.values() for name in names):
+        left_out = recipe.output.kind == "skill" and any(pattern.match(name) for name in donor.tensors)
+        if not left_out and not any(pattern.match(name) for names in extra.values() for name in names):
             in_donor = any(pattern.match(name) for name in donor.tensors)
             why = "the donor has what it matches, and the output has exactly the donor's tensors" if in_donor else None
             raise recipe.error(("ignore", index), "this rule matches no tensor that the donor lacks", why)

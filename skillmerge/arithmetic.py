@@ -80,8 +80,19 @@ def evaluate(program: Program, inputs: Mapping[str, Tensor], scratch: Scratch) -
     return registers[program.result], registers[program.update] if program.update >= 0 else None
 
 
-def keep_same_bits(program: Program, inputs: Mapping[str, Tensor], out: Tensor, scratch: Scratch) -> None:
-    """Where two models that cancel hold the same bits, put the remaining model's element into `out`."""
+def keep_same_bits(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    out: Tensor,
+    scratch: Scratch,
+    rounding: str = "nearest",
+    key: int = 0,
+    first: int = 0,
+) -> None:
+    """Where two models that cancel hold the same bits, put the remaining model's element into `out`.
+
+    rounding, key, first: as for `round_value`, where that element is wider than `out`.
+    """
     bits = bit_view(out)
     for a, b, keep in program.same_bits:
         differ = scratch.get("mask", 0, bits.dtype, out.numel())
@@ -92,7 +103,7 @@ def keep_same_bits(program: Program, inputs: Mapping[str, Tensor], out: Tensor, 
             differ.copy_(torch.ne(bit_view(inputs[a].to(wide)), bit_view(inputs[b].to(wide))))
         kept = inputs[keep]
         if kept.dtype != out.dtype:
-            kept = round_nearest(kept, torch.empty_like(out))
+            kept = round_value(kept, torch.empty_like(out), rounding, key, first)
         # y = k ^ ((y ^ k) * differ): several times faster than a select on the CPU.
         mixed = scratch.get("mask", 1, bits.dtype, out.numel())
         torch.bitwise_xor(bits, bit_view(kept), out=mixed)

@@ -227,8 +227,8 @@ class _Workers:
             mask = _differing(a, b)
             places = places_of(mask)
             a, b = a.index_select(0, places), b.index_select(0, places)
-            update = a.to(torch.float64).sub_(b.to(torch.float64))
-            value = update.to(a.dtype)
+            update = a.to(torch.float64) - b.to(torch.float64)
+            value = update.to(a.dtype, copy=True)
             pairs = places_of(~_fits(a, b, value))
             value[pairs] = a[pairs]
             plus.add(mask, places, value)
@@ -266,19 +266,21 @@ class _Workers:
 
 
 def _fits(a: Tensor, b: Tensor, value: Tensor) -> Tensor:
-    """Where `value`, the rounded difference of elements that differ, is exact and gives `a` when added to `b`."""
+    """Where `value`, the rounded difference of elements that differ, is exact, and gives `a` when added to `b` and
+    `b` when taken from `a`."""
     fits = torch.zeros(len(a), dtype=torch.bool)
     if a.dtype == b.dtype:
         # Numbers of one sign and within a binade of each other (Sterbenz 1974), but for -0, which no sum gives.
+        negative_zero = torch.iinfo(bit_view(a).dtype).min
         bits_a, bits_b = bit_view(a), bit_view(b)
         near = (bits_a - bits_b).abs_().sub_(1) < round(1 / torch.finfo(a.dtype).eps) - 1
-        fits = near & (bits_a != torch.iinfo(bits_a.dtype).min)
+        fits = near & (bits_a != negative_zero) & (bits_b != negative_zero)
     rest = places_of(~fits)
     if len(rest):
         a, b, value = (each[rest].to(torch.float64) for each in (a, b, value))
-        exact = (a - b == value) & (b + value == a)
+        exact = (a - b == value) & (b + value == a) & (a - value == b)
         # Zeros of two signs, and -0 itself, are not what a sum gives back.
-        fits[rest] = exact & (a != b) & ~((a == 0) & a.signbit())
+        fits[rest] = exact & (a != b) & ~((a == 0) & a.signbit()) & ~((b == 0) & b.signbit())
     return fits
 
 

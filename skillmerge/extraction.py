@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ def extract(
     output: str | os.PathLike[str],
     *,
     dtype: str = "same",
+    ignore: Sequence[str] = (),
     threads: int | None = None,
     memory_limit: int | None = None,
     overwrite: bool = False,
@@ -35,7 +36,8 @@ def extract(
 ) -> Result:
     """Store the difference `rl - sft` of two checkpoints (folders, or hf://org/name[@revision][/subfolder]).
 
-    dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. The rest is as of
+    dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. ignore: globs of
+    tensors that the skill does without. The rest is as of
     `merge.apply`, whose errors it raises: this is a recipe of three lines.
     """
     if dtype not in ("same", "bfloat16", "float16", "float32"):
@@ -46,6 +48,7 @@ def extract(
             "rl - sft",
             {"kind": "skill", "dtype": dtype},
             "skillmerge extract",
+            ignore=list(ignore),
         ),
         output,
         threads=threads,

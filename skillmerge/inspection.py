@@ -484,11 +484,10 @@ class _Pass:
         inputs = {model: pieces[model] for model in program.models}
         scratch = self._mine.scratch
         value, subtracted = evaluate(program, inputs, scratch)
-        out = round_value(
-            value, torch.empty(value.numel(), dtype=torch_dtype(dtype)), rounding, rounding_key(seed, name), first
-        )
+        how = (rounding, rounding_key(seed, name), first)
+        out = round_value(value, torch.empty(value.numel(), dtype=torch_dtype(dtype)), *how)
         if program.same_bits:
-            keep_same_bits(program, inputs, out, scratch)
+            keep_same_bits(program, inputs, out, scratch, *how)
         update = subtracted if subtracted is not None else base.to(torch.float64) - value.to(torch.float64)
         return measure(base, out, update, scratch)
 

@@ -324,6 +324,11 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
         for name, item in checkpoints.items()
         if item.files.root is not None
     }
+    for folder in path.parents:
+        if (folder / MANIFEST_FILE).is_file():
+            raise UsageError(
+                f"the output {path} lies inside a finished output, {folder}", fix="choose another --output"
+            )
     here = Path.cwd()
     if path in (here, *here.parents):
         raise UsageError(f"the output {path} would replace the folder you are in", fix="choose another --output")

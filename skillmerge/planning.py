@@ -16,8 +16,8 @@ from typing import Any
 
 from skillmerge.accounting import Account, Problem, account_tensors, copy_rules, settlement
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from skillmerge.checkpoints.safetensors_header import build_header
-from skillmerge.coefficients import ScheduleError
+from skillmerge.checkpoints.safetensors_header import MAX_HEADER_BYTES, MAX_NAME, build_header
+from skillmerge.coefficients import ScheduleError, matcher
 from skillmerge.errors import InputError
 from skillmerge.expression import (
     ExpressionError,
@@ -28,16 +28,21 @@ from skillmerge.expression import (
     degree,
     donor_of,
     expand_skills,
+    minus_of,
     sole_model,
+    weights,
 )
 from skillmerge.modelconfig import contradictions, quantisation, tied_source
 from skillmerge.naming import module_kind
 from skillmerge.program import Program, compile_term
 from skillmerge.recipe import Recipe, unused_names
 from skillmerge.sidefiles import SideFile, collect, index_bytes
-from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
+from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, UNIT, TensorSpec
 
 PLAN_VERSION = 1
+_PART_NAME = 40
+"""Characters that the parts of a tensor add to its name."""
+
 SKILL_SHARD = 4_000_000_000
 """Bytes of dense tensors whose parts go into one file of a skill."""
 
@@ -156,13 +161,16 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
     _refuse_quantised(checkpoints)
     donor_name = _donor(recipe)
     donor = checkpoints[donor_name]
-    values = _coefficients(recipe, list(donor.tensors))
+    left_out = _left_out(recipe, donor)
+    values = _coefficients(recipe, [name for name in donor.tensors if name not in left_out])
     copied = copy_rules(recipe, donor)
     terms = _terms(recipe, {name: row for name, row in values.items() if name not in copied})
     accounts, problems, ties, notes = account_tensors(recipe, checkpoints, donor_name, terms, copied)
     programs: dict[int, Program] = {}  # by the term's identity: thousands of tensors share a few terms
     tensors = {}
     for name, spec in donor.tensors.items():
+        if name in left_out:
+            continue
         account = accounts.get(name)
         if name in terms and terms[name] is None:
             tensors[name] = TensorPlan(name, spec.dtype, spec.shape, "zero", (), values[name])
@@ -176,7 +184,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
     skill = recipe.output.kind == "skill"
     side_files = () if skill else collect(donor, recipe.output.dtype if dtypes else None, allow_code)
     shards: tuple[ShardPlan, ...] = ()
-    if len(tensors) == len(donor.tensors):
+    if len(tensors) == len(donor.tensors) - len(left_out):
         shards = _lay_out_skill(recipe, tensors) if skill else _lay_out(recipe, donor, tensors)
     if not skill and [shard.file for shard in shards] not in ([], [SINGLE_FILE]):
         content = index_bytes({shard.file: list(shard.specs) for shard in shards})
@@ -205,6 +213,14 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
     digest = hashlib.sha256(json.dumps(_deciding(plan), sort_keys=True).encode()).hexdigest()
     object.__setattr__(plan, "digest", digest)
     return plan
+
+
+def _left_out(recipe: Recipe, donor: Checkpoint) -> set[str]:
+    """Tensors that a skill does without, as `ignore` says; a model has all of its donor's."""
+    if recipe.output.kind != "skill" or not recipe.ignore:
+        return set()
+    pattern = matcher(recipe.ignore)
+    return {name for name in donor.tensors if pattern.match(name)}
 
 
 def _refuse_quantised(checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -237,6 +253,8 @@ def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Te
                 f"the expression gives {found:g} models' worth of weights {at}, and a skill is a difference",
                 "write rl - sft; for a model leave `output.kind` out",
             )
+        if not any(weights(term).values()):
+            return None
     elif term is None or found != 1:
         asked = ", ".join(f"{name} = {value:g}" for name, value in values.items())
         at = f"for tensor `{tensor}`" + (f" (with {asked})" if asked else "")
@@ -321,15 +339,21 @@ def _lay_out_skill(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> tuple[S
 
     Their specs say where they would be then; where their parts are is known when they are made.
     """
-    limit, groups, filled = recipe.output.shard_size or SKILL_SHARD, [[]], 0  # type: ignore[var-annotated]
+    limit, filled, header = recipe.output.shard_size or SKILL_SHARD, 0, 0
+    groups: list[list[TensorPlan]] = [[]]
     for plan in tensors.values():
         if plan.action == "same":
             continue
-        if groups[-1] and filled + _nbytes(plan) > limit:
+        if len(plan.name) > MAX_NAME - _PART_NAME:
+            raise InputError(f"tensor `{plan.name[:80]}…` has a name too long for the parts of a skill")
+        # Six parts a unit at most, each with its place and shape beside its name.
+        entries = 6 * -(-math.prod(plan.shape) // UNIT) * (len(plan.name.encode()) + 160)
+        if groups[-1] and (filled + _nbytes(plan) > limit or header + entries > MAX_HEADER_BYTES // 2):
             groups.append([])
-            filled = 0
+            filled = header = 0
         groups[-1].append(plan)
         filled += _nbytes(plan)
+        header += entries
     shards = []
     for number, group in enumerate(groups, 1):
         file, specs, end = f"skill-{number:05d}-of-{len(groups):05d}.safetensors", [], 0
@@ -431,7 +455,8 @@ def _input(name: str, checkpoint: Checkpoint, read: Mapping[tuple[str, str], int
         _, (kind, stated) = checkpoint.files.known_digest(file) or (0, ("", ""))
         digest = hashlib.sha256(header.raw).hexdigest()
         sha256 = stated if kind == "sha256" else None
-        files.append(InputFile(file, header.size, digest, sha256, read.get((name, file), 0)))
+        count = read.get((name, file), 0) + read.get((minus_of(name), file), 0)
+        files.append(InputFile(file, header.size, digest, sha256, count))
     source = checkpoint.files
     return InputPlan(name, checkpoint.uri, source.revision, source.license, source.remote, tuple(files))
 

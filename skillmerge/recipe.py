@@ -301,9 +301,9 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
     )
 
 
-def recipe_of(models: Mapping[str, Any], merge: str, output: Mapping[str, Any], name: str) -> Recipe:
+def recipe_of(models: Mapping[str, Any], merge: str, output: Mapping[str, Any], name: str, **keys: Any) -> Recipe:
     """A recipe of a verb that takes its models from the command line; `name` is what it is called in messages."""
-    document = {"skillmerge": 1, "models": dict(models), "merge": merge, "output": dict(output)}
+    document = {"skillmerge": 1, "models": dict(models), "merge": merge, "output": dict(output), **keys}
     return parse_recipe(json.dumps(document, indent=1, ensure_ascii=False) + "\n", name, FilePath.cwd())
 
 

@@ -108,7 +108,8 @@ def decode(encoding: str, parts: dict[str, Tensor], starts: Sequence[Tensor], fi
     """Fill `out` with the elements from `first` (a block's first) on.
 
     parts: slices of the parts, `values` (with dense, exactly these elements) and `mask` or `gaps` for just these
-    blocks. starts: the rows of `starts` for them, the end included.
+    blocks. starts: the rows of `starts` for them, the end included. Raises ValueError, RuntimeError or IndexError
+    where these do not belong together.
     """
     bits = bit_view(out)
     if encoding == "dense":
@@ -125,6 +126,8 @@ def decode(encoding: str, parts: dict[str, Tensor], starts: Sequence[Tensor], fi
         end = min(begin + CHUNK, out.numel())
         places = places_of(unpack(parts["mask"][begin // 8 : -(-end // 8)])[: end - begin])
         low, high = int(bounds[begin // BLOCK]), int(bounds[block_count(end)])
+        if len(places) != high - low:
+            raise ValueError("the mask has not as many bits as there are values")
         bits[begin:end].scatter_(0, places, values[low:high])
 
 

@@ -115,7 +115,9 @@ class Worker:
                 raise UnusableWeights(
                     f"tensor `{name}` holds {tile.tensor.dtype} and differs between models `{first[0]}` and "
                     f"`{other[0]}`: it cannot be merged",
-                    fix=f'say which one to take:\ncopy:\n  - {{tensors: "{name}", from: {first[0]}}}',
+                    fix=f'leave it out of the skill:\nignore:\n  - "{name}"'
+                    if self.plan.makes_skill
+                    else f'say which one to take:\ncopy:\n  - {{tensors: "{name}", from: {first[0]}}}',
                 )
 
     def _compute(self, statistics: Statistics, tile: Tile, values: Mapping[str, Tensor], out: Tensor) -> None:
@@ -150,12 +152,13 @@ class Worker:
         tensor, output = tile.tensor, self.plan.recipe.output
         assert tensor.program is not None
         value, subtracted = evaluate(tensor.program, inputs, self.scratch)
-        round_value(value, out, output.rounding, rounding_key(output.seed, tensor.name), first)
+        how = (output.rounding, rounding_key(output.seed, tensor.name), first)
+        round_value(value, out, *how)
         # Before equal bits are put back: whatever is not finite in an input shows in the result until then.
         if not self.settings.allow_nonfinite and any_nonfinite(out):
             raise self.nonfinite(tile, inputs, out, first)
         if tensor.program.same_bits:
-            keep_same_bits(tensor.program, inputs, out, self.scratch)
+            keep_same_bits(tensor.program, inputs, out, self.scratch, *how)
         if self.settings.allow_nonfinite:
             canonical_nan(out)
         if tensor.action == "merge":
@@ -201,7 +204,8 @@ class Worker:
                 return UnusableWeights(
                     f"model `{model}` holds {values[index].item()} in tensor `{names[model]}` at element "
                     f"{offset + index} ({file})",
-                    fix="that checkpoint is damaged; --allow-nonfinite merges it all the same",
+                    fix="that checkpoint is damaged"
+                    + ("" if self.plan.makes_skill else "; --allow-nonfinite merges it all the same"),
                 )
         index = first_nonfinite(out) or 0
         return UnusableWeights(

@@ -59,22 +59,35 @@ def both(folder: Path, direct: str, stored: str, **keys: Any) -> tuple[Path, Pat
 
 FORMS = {
     "target + lam * (rl - sft)": "target + lam * math",
+    "target - lam * (rl - sft)": "target - lam * math",
     "lam * (rl - sft) + target": "lam * math + target",
     "target - lam * (sft - rl)": "target + lam * math",
     "(2 * target + lam * (rl - sft) / 3) / 2": "(2 * target + lam * math / 3) / 2",
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("parents", ["any", "near", "sft is target", "rl is sft"])
+ALL_DTYPES = [*DTYPES, torch.float64]
+
+
+def numbers(dtype: torch.dtype, seed: int) -> torch.Tensor:
+    if dtype == torch.float64:  # of few exponents, and some zeros of both signs
+        values = every_kind_of_number(torch.bfloat16, seed).double()
+        return torch.where(values.abs() < 1e30, values * (1 + seed * 2**-40), values)
+    return every_kind_of_number(dtype, seed)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("parents", ["any", "near", "sft is target", "rl is target", "rl is sft"])
 def test_merge_through_the_skill_has_the_bytes_of_the_merge(tmp_path: Path, dtype: torch.dtype, parents: str) -> None:
     """Random bit patterns of all exponents, signs of zeros and subnormals included."""
-    target, rl, sft = (every_kind_of_number(dtype, seed) for seed in range(3))
+    target, rl, sft = (numbers(dtype, seed) for seed in range(3))
     if parents == "near":
         kept = torch.arange(sft.numel()) % 5 > 0
         rl = torch.where(kept, sft, (sft.double() * 1.004).to(dtype))
     elif parents == "sft is target":
         sft = target.clone()
+    elif parents == "rl is target":
+        rl = target.clone()
     elif parents == "rl is sft":
         rl = sft.clone()
     for name, tensor in (("target", target), ("rl", rl), ("sft", sft)):
@@ -83,17 +96,18 @@ def test_merge_through_the_skill_has_the_bytes_of_the_merge(tmp_path: Path, dtyp
         for direct, stored in FORMS.items():
             first, second = both(tmp_path, direct, stored, coefficients={"lam": lam})
             assert weights(first) == weights(second), (lam, direct)
-    options = {"path": "merged", "dtype": "float32", "rounding": "stochastic"}
-    first, second = both(tmp_path, *next(iter(FORMS.items())), output=options)
-    assert weights(first) == weights(second)
+    for wanted in ("float32", "bfloat16"):
+        options = {"path": "merged", "dtype": wanted, "rounding": "stochastic", "seed": 5}
+        first, second = both(tmp_path, *next(iter(FORMS.items())), coefficients={"lam": 1.0}, output=options)
+        assert weights(first) == weights(second)
 
 
 @pytest.mark.parametrize("target_dtype", DTYPES)
-@pytest.mark.parametrize("sft_dtype", DTYPES)
+@pytest.mark.parametrize("sft_dtype", ALL_DTYPES)
 def test_dtypes_may_be_mixed(tmp_path: Path, target_dtype: torch.dtype, sft_dtype: torch.dtype) -> None:
     dtypes = {"target": target_dtype, "rl": torch.bfloat16, "sft": sft_dtype}
     for seed, (name, dtype) in enumerate(dtypes.items()):
-        write_checkpoint(tmp_path / name, {"model.layers.0.mlp.weight": every_kind_of_number(dtype, seed)})
+        write_checkpoint(tmp_path / name, {"model.layers.0.mlp.weight": numbers(dtype, seed)})
     for lam, dtype in ((1.0, "float32"), (0.7, "float32"), (1.0, "bfloat16")):
         options = {"path": "merged", "dtype": dtype}
         first, second = both(tmp_path, *next(iter(FORMS.items())), coefficients={"lam": lam}, output=options)
@@ -218,8 +232,51 @@ def test_integers_must_be_equal_and_are_not_stored(tmp_path: Path) -> None:
     assert "model.layers.0.attn.mask" not in read_skill(tmp_path / "math")
     tensors = {**random_tensors(tensor_shapes(), seed=1), "model.layers.0.attn.mask": torch.arange(70_000) + 1}
     write_checkpoint(tmp_path / "rl", tensors)
-    with pytest.raises(InputError, match="differs between models"):
+    with pytest.raises(InputError, match="differs between models") as error:
         skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "other")
+    assert error.value.fix == 'leave it out of the skill:\nignore:\n  - "model.layers.0.attn.mask"'
+    ignore = ["*.attn.mask", "lm_head*"]
+    other = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "other", ignore=ignore).output
+    assert read_skill(other).keys() == read_skill(tmp_path / "math").keys() - {"lm_head.weight"}
+    process = run_cli("extract", "--from", tmp_path / "rl", "--minus", tmp_path / "sft", "-o", tmp_path / "cli",
+                      "--ignore", "*.attn.mask", "--ignore", "lm_head*")  # fmt: skip
+    assert process.returncode == 0, process.stderr
+
+
+def test_vocabularies_that_differ_can_be_left_out(tmp_path: Path) -> None:
+    for seed, (name, words) in enumerate((("rl", 40), ("sft", 32))):
+        shapes = {**tensor_shapes(), "model.embed_tokens.weight": (words, 16), "lm_head.weight": (words, 16)}
+        write_checkpoint(tmp_path / name, random_tensors(shapes, seed=seed))
+    with pytest.raises(InputError, match="their vocabularies seem to differ") as error:
+        skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "math")
+    assert error.value.fix is not None
+    globs = re.findall(r'- "(.*)"', error.value.fix)
+    skill = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "math", ignore=globs).output
+    assert len(read_skill(skill)) == len(tensor_shapes()) - 2
+
+
+def test_difference_of_a_model_from_itself_is_empty(family: Path) -> None:
+    for merge in ("rl - rl", "0.5 * (rl - rl)"):
+        skill = cut(family.parent, merge, {"rl": "rl"}, f"empty-{len(merge)}")
+        assert not any(plane.any() for planes in read_skill(skill).values() for plane in planes)
+        skillmerge.verify(skill)
+
+
+def test_many_tensors_get_files_whose_headers_can_be_read(tmp_path: Path) -> None:
+    shapes = {f"model.layers.{number}.{'x' * 500}.weight": (2,) for number in range(2500)}
+    for seed, name in enumerate(("rl", "sft")):
+        write_checkpoint(tmp_path / name, random_tensors(shapes, seed=seed))
+    skill = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "math").output
+    assert len(list(skill.glob("*.safetensors"))) > 1
+    assert len(read_skill(skill)) == 2500
+
+
+def test_output_inside_a_finished_one_is_refused(family: Path) -> None:
+    folder = family.parent
+    skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
+    with pytest.raises(UsageError, match="lies inside"):
+        skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math" / "inner")
+    skillmerge.verify(folder / "math")
 
 
 # ----------------------------------------------------------------------------------------------------------- layout
@@ -369,6 +426,15 @@ def damage(skill: Path, how: str) -> None:
         tensors[key].flatten()[-1] = 10**6
         tensors[key].flatten()[1] = 10**6
         save_file(tensors, file)
+    elif how == "mask":
+        tensors = load_file(file)
+        for key in (key for key in tensors if key.endswith(("mask", "gaps"))):
+            tensors[key] |= 255
+        save_file(tensors, file)
+    elif how == "second file":
+        shutil.copy(file, skill / "skill-00009-of-00009.safetensors")
+        document["files"].append("skill-00009-of-00009.safetensors")
+        (skill / "skill.json").write_text(json.dumps(document))
     elif how == "stray part":
         tensors = load_file(file)
         save_file({**tensors, "other@0.plus.values": torch.zeros(8)}, file)
@@ -379,6 +445,9 @@ def damage(skill: Path, how: str) -> None:
     else:
         changes: dict[str, Any] = {
             "shape": {"tensors": {**document["tensors"], name: {**row, "shape": [1 << 39, 1 << 39]}}},
+            "bomb": {"tensors": {**document["tensors"], "model.zero": {**row, "shape": [1 << 39, 1 << 39]}}},
+            "no files": {"files": []},
+            "digests": {"tensors": {**document["tensors"], name: {**row, "digests": [1]}}},
             "dtype": {"tensors": {**document["tensors"], name: {**row, "dtype": "I64"}}},
             "version": {"skill_version": 2},
             "no tensors": {"tensors": None},
@@ -392,7 +461,7 @@ def damage(skill: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how",
     ["parts", "starts", "stray part", "file", "cut short", "shape", "dtype", "version", "no tensors", "path",
-     "other file", "config"],
+     "other file", "config", "bomb", "no files", "digests", "mask", "second file"],
 )  # fmt: skip
 def test_damaged_skill_is_refused(family: Path, how: str) -> None:
     folder = family.parent

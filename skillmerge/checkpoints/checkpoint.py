@@ -154,7 +154,7 @@ def open_checkpoint(uri: str, files: Files) -> Checkpoint:
     """
     names = files.names()
     if "skill.json" in names and INDEX_FILE not in names:
-        raise InputError(f"{files.place} is a skill, not a model", fix=f"write it as {{skill: {uri}}}")
+        raise InputError(f"{files.place} is a skill, not a model", fix=f"in a recipe write it as {{skill: {uri}}}")
     weights = _weight_files(files, names)
     index = _read_index(files) if INDEX_FILE in names else None
     if index is None:
@@ -184,9 +184,9 @@ def open_checkpoint(uri: str, files: Files) -> Checkpoint:
     )
 
 
-def read_json_object(files: Files, name: str) -> dict[str, Any]:
+def read_json_object(files: Files, name: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint, read strictly. Raises InputError."""
-    content, path = files.read(name, MAX_JSON_BYTES), files.path(name)
+    content, path = files.read(name, limit), files.path(name)
     try:
         document = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
     except RecursionError as error:

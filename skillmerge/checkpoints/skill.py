@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.checkpoints.checkpoint import MAX_JSON_BYTES, Checkpoint, Files, read_json_object
+from skillmerge.checkpoints.checkpoint import Checkpoint, Files, read_json_object
 from skillmerge.checkpoints.safetensors_header import Header, printable
 from skillmerge.errors import InputError, some
 from skillmerge.tensors import BLOCK, DTYPES, UNIT, TensorSpec, block_count
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 SKILL_FILE = "skill.json"
 SKILL_VERSION = 1
 PLANES = ("plus", "minus")
+_PART = re.compile(r"(.+)@(\d{1,9})\.(plus|minus)\.(values|starts|mask|gaps)", re.DOTALL)
+_MAX_DOCUMENT = 256_000_000
+"""Bytes of `skill.json`: 500,000 tensors."""
+
+_MAX_ELEMENTS = 1 << 36
+"""Of one tensor: more than any model has, and few enough to walk through."""
 
 
 def part_name(tensor: str, unit: int, plane: str, part: str) -> str:
@@ -49,7 +56,8 @@ class _Entry:
 
     spec: TensorSpec
     file: str
-    units: tuple[Mapping[str, TensorSpec], ...]
+    units: Mapping[int, Mapping[str, TensorSpec]]
+    """Those that are not all zero."""
 
 
 class SkillPlane:
@@ -104,7 +112,7 @@ class SkillPlane:
         """The first bytes of a unit announce the unit."""
         entry = self._entries[name][bisect_right(self._begins[name], position) - 1]
         unit, inside = divmod((position - entry.spec.start) // DTYPES[entry.spec.dtype].itemsize, UNIT)
-        if inside == 0 and unit < len(entry.units):
+        if inside == 0 and unit in entry.units:
             for part in entry.units[unit].values():
                 self.stored.announce(part.file, part.start, part.nbytes)
 
@@ -149,8 +157,8 @@ class SkillPlane:
         from skillmerge.arithmetic import torch_dtype
         from skillmerge.sparse import decode
 
-        parts = entry.units[unit]
-        if not parts:
+        parts = entry.units.get(unit)
+        if parts is None:
             return decode("zero", {}, (), first, out)
         dtype = torch_dtype(entry.spec.dtype)
         last = first + out.numel()
@@ -168,7 +176,7 @@ class SkillPlane:
         }
         try:
             decode("gaps" if kind == "gaps" else "bitmap", read, rows, first, out)
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             raise InputError(
                 f"{self.path(entry.file)}: tensor `{entry.spec.name}` is not encoded as it should be",
                 fix="the skill is damaged: `skillmerge verify` says whether it is what was written",
@@ -182,19 +190,24 @@ class SkillPlane:
 
             parts = entry.units[unit]
             spec = parts["starts"]
-            rows = self._part(spec, 0, spec.elements, torch.int32).view(spec.shape).reshape(-1, spec.shape[-1])
-            length = min(UNIT, entry.spec.elements - unit * UNIT)
-            rows = rows[:, : block_count(length) + 1]
-            ends = [parts["values"].elements] + ([parts["gaps"].elements] if "gaps" in parts else [])
-            if not bool((rows[:, 0] == 0).all() and (rows.diff() >= 0).all()) or any(
-                int(row[-1]) > end for row, end in zip(rows, ends, strict=True)
-            ):
-                raise InputError(
-                    f"{self.path(entry.file)}: tensor `{entry.spec.name}` is not encoded as it should be",
-                    fix="the skill is damaged: fetch it again from its source",
-                )
+            blocks = block_count(min(UNIT, entry.spec.elements - unit * UNIT))
+            # Each row is padded: only what is needed of it is read, and a file may claim anything.
+            width = spec.shape[-1]
+            rows = [
+                self._part(spec, row * width, row * width + blocks + 1, torch.int32)
+                for row in range(2 if "gaps" in parts else 1)
+            ]
+            limits = [(parts["values"].elements, BLOCK)]
+            limits += [(parts["gaps"].elements, BLOCK + BLOCK // 255 + 1)] if "gaps" in parts else []
+            for row, (end, most) in zip(rows, limits, strict=True):
+                steps = row.diff()
+                if int(row[0]) != 0 or int(row[-1]) > end or not bool(((steps >= 0) & (steps <= most)).all()):
+                    raise InputError(
+                        f"{self.path(entry.file)}: tensor `{entry.spec.name}` is not encoded as it should be",
+                        fix="the skill is damaged: fetch it again from its source",
+                    )
             with self._lock:
-                self._starts[key] = list(rows)
+                self._starts[key] = rows
         return self._starts[key]
 
     def _part(self, spec: TensorSpec, first: int, last: int, dtype: Any) -> Tensor:
@@ -220,8 +233,8 @@ def open_skill(uri: str, files: Files) -> tuple[Checkpoint, Checkpoint]:
     if SKILL_FILE not in names:
         fix = "name it as a model instead" if "config.json" in names else "`skillmerge extract` makes one"
         raise InputError(f"{files.place} is not a skill: it has no {SKILL_FILE}", fix=fix)
-    raw = files.read(SKILL_FILE, MAX_JSON_BYTES)
-    document = read_json_object(files, SKILL_FILE)
+    raw = files.read(SKILL_FILE, _MAX_DOCUMENT)
+    document = read_json_object(files, SKILL_FILE, _MAX_DOCUMENT)
     path = files.path(SKILL_FILE)
     if document.get("skill_version") != SKILL_VERSION:
         raise InputError(f"{path}: skill version {document.get('skill_version')!r} is not known to this version")
@@ -229,14 +242,19 @@ def open_skill(uri: str, files: Files) -> tuple[Checkpoint, Checkpoint]:
         tensors = [_described(name, item) for name, item in document["tensors"].items()]
         configs = [document["configs"][plane] for plane in PLANES]
         wanted = list(document["files"])
-        if not all(isinstance(config, dict) for config in configs) or not all(isinstance(n, str) for n in wanted):
+        if (
+            not wanted
+            or len(set(wanted)) != len(wanted)
+            or not all(isinstance(config, dict) for config in configs)
+            or not all(isinstance(n, str) for n in wanted)
+        ):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: does not describe a skill ({error})", fix="the skill is damaged") from error
     if missing := sorted(set(wanted) - set(names)):
         raise InputError(f"{files.place}: files of the skill are missing: {some(missing)}", fix="fetch it again")
     headers = dict(zip(wanted, files.headers(wanted, dict.fromkeys(wanted, 1 << 20)), strict=True))
-    parts = {spec.name: spec for header in headers.values() for spec in header.tensors}
+    parts = _parts_of(headers, [name for name, *_ in tensors], f"{files.place}")
     planes = []
     for plane, config in zip(PLANES, configs, strict=True):
         ends = dict.fromkeys(wanted, 0)
@@ -249,7 +267,7 @@ def open_skill(uri: str, files: Files) -> tuple[Checkpoint, Checkpoint]:
             spec = TensorSpec(name, dtype, shape, file, start, start)
             ends[file] = start + spec.elements * DTYPES[dtype].itemsize
             spec = TensorSpec(name, dtype, shape, file, start, ends[file])
-            entries.append(_Entry(spec, file, _units(path, spec, plane, parts)))
+            entries.append(_Entry(spec, file, _checked_units(path, spec, parts.get((name, plane), {}))))
         virtual = SkillPlane(files, headers, entries, hashlib.sha256(raw).digest())
         planes.append(
             Checkpoint(
@@ -263,47 +281,63 @@ def open_skill(uri: str, files: Files) -> tuple[Checkpoint, Checkpoint]:
                 unread=(),
                 stored=files,
                 sizes={
-                    entry.spec.name: sum(part.nbytes for unit in entry.units for part in unit.values())
+                    entry.spec.name: sum(part.nbytes for unit in entry.units.values() for part in unit.values())
                     for entry in entries
                 },
             )
         )
-    if parts:
-        raise InputError(f"{files.place}: its files hold parts of no tensor: {some(sorted(parts))}")
     return planes[0], planes[1]
 
 
 def _described(name: str, item: Mapping[str, Any]) -> tuple[str, tuple[int, ...], str, tuple[str, str]]:
     """A tensor of `skill.json`: name, shape, file, and the dtype of each plane."""
     shape, dtypes = item["shape"], (item["dtype"], item["minus_dtype"])
-    if not printable(name) or not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
+    if not printable(name) or not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 64:
         raise ValueError(name)
+    elements = 1
+    for size in shape:  # step by step: a later 0 hides nothing
+        elements *= max(1, size)
+        if elements > _MAX_ELEMENTS:
+            raise ValueError(f"{name} has too many elements")
     if not all(DTYPES[dtype].is_float for dtype in dtypes) or not isinstance(item["file"], str):
+        raise ValueError(name)
+    digests = item.get("digests", {})
+    if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
         raise ValueError(name)
     return name, tuple(shape), item["file"], dtypes
 
 
-def _units(
-    path: str, spec: TensorSpec, plane: str, parts: dict[str, TensorSpec]
-) -> tuple[Mapping[str, TensorSpec], ...]:
-    """The parts of each unit, taken out of `parts` and checked against what their sizes must be."""
-    units = []
-    for unit in range(-(-spec.elements // UNIT)):
+def _parts_of(
+    headers: Mapping[str, Header], tensors: Sequence[str], place: str
+) -> dict[tuple[str, str], dict[int, dict[str, TensorSpec]]]:
+    """Every part of the files, by tensor and plane, then by unit. Raises InputError for one of no tensor."""
+    known = set(tensors)
+    found: dict[tuple[str, str], dict[int, dict[str, TensorSpec]]] = {}
+    for spec in (spec for header in headers.values() for spec in header.tensors):
+        match = _PART.fullmatch(spec.name)
+        if match is None or match[1] not in known:
+            raise InputError(f"{place}: its files hold a part of no tensor: {spec.name}", fix="the skill is damaged")
+        unit = found.setdefault((match[1], match[3]), {}).setdefault(int(match[2]), {})
+        if match[4] in unit:
+            raise InputError(f"{place}: two of its files hold `{spec.name}`", fix="the skill is damaged")
+        unit[match[4]] = spec
+    return found
+
+
+def _checked_units(
+    path: str, spec: TensorSpec, units: Mapping[int, Mapping[str, TensorSpec]]
+) -> Mapping[int, Mapping[str, TensorSpec]]:
+    """The parts of a tensor's units, whose dtypes and sizes must be those of an encoding. Raises InputError."""
+    for unit, found in units.items():
         length = min(UNIT, spec.elements - unit * UNIT)
-        found = {
-            part: parts.pop(name)
-            for part in ("values", "starts", "mask", "gaps")
-            if (name := part_name(spec.name, unit, plane, part)) in parts
-        }
         kinds = {part: item.dtype for part, item in found.items()}
         blocks = block_count(length) + 1
-        good = (
-            kinds == {}
-            or (kinds == {"values": spec.dtype} and found["values"].elements >= length)
+        good = length > 0 and (
+            (kinds == {"values": spec.dtype} and found["values"].elements >= length)
             or (
                 kinds == {"values": spec.dtype, "starts": "I32", "mask": "U8"}
                 and found["mask"].elements * 8 >= length
-                and found["starts"].shape[:-1] == ()
+                and len(found["starts"].shape) == 1
                 and found["starts"].elements >= blocks
             )
             or (
@@ -316,10 +350,9 @@ def _units(
             raise InputError(
                 f"{path}: the parts of tensor `{spec.name}` are not those of an encoding", fix="the skill is damaged"
             )
-        units.append(found)
-    return tuple(units)
+    return units
 
 
 def summary(files: Files) -> dict[str, Any]:
     """What `skill.json` says."""
-    return dict(json.loads(files.read(SKILL_FILE, MAX_JSON_BYTES)))
+    return dict(json.loads(files.read(SKILL_FILE, _MAX_DOCUMENT)))
