@@ -291,6 +291,7 @@ def plan(
     "--dtype", type=click.Choice(["same", "bfloat16", "float16", "float32"]), default="same", show_default=True,
     help="`same` is exact; the others round each difference once.",
 )  # fmt: skip
+@option("--zstd", is_flag=True, help="Compress its files (needs the package zstandard).")
 @option("--ignore", multiple=True, metavar="GLOB", help="Tensors that the skill does without; may be given again.")
 @option("--overwrite", is_flag=True, help="Replace an existing output, at the end.")
 @_threads

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from skillmerge.arithmetic import any_nonfinite, bit_view, evaluate, fold_sum, memory_of, round_nearest, torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.skill import SKILL_FILE, SKILL_VERSION, part_name, tensor_digest
+from skillmerge.checkpoints.skill import COMPRESSED, SKILL_FILE, SKILL_VERSION, deflate, part_name, tensor_digest
 from skillmerge.expression import minus_of
 from skillmerge.parallel import hash_file
 from skillmerge.planning import Plan, ShardPlan, TensorPlan
@@ -215,6 +215,8 @@ class _Workers:
                 for model, piece in inputs.items()
                 if model in self._digested
             }
+            if self._plan.recipe.output.compression == "zstd":
+                cut.planes = {plane: _compressed(encoded) for plane, encoded in cut.planes.items()}
         return cut
 
     def _keep(self, inputs: Mapping[str, Tensor]) -> _Cut:
@@ -263,6 +265,19 @@ class _Workers:
             cut.squares.append(fold_sum(update * update))
         cut.planes = {"plus": plus.finish()}
         return cut
+
+
+def _compressed(encoded: Encoded) -> Encoded:
+    """With every part but `starts` as a zstd frame, where that is smaller."""
+    parts: dict[str, Tensor] = {}
+    for name, part in encoded.parts.items():
+        frame = deflate(memory_of(part)) if name != "starts" else b""
+        if frame and len(frame) + 16 < part.numel() * part.element_size():
+            stored = len(frame).to_bytes(8, "little") + frame + bytes(-len(frame) % 8)
+            parts[name + COMPRESSED] = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
+        else:
+            parts[name] = part
+    return Encoded(encoded.encoding, parts)
 
 
 def _fits(a: Tensor, b: Tensor, value: Tensor) -> Tensor:
@@ -367,9 +382,9 @@ def _largest_header(start: Mapping[str, Any], shard: ShardPlan, dtypes: Mapping[
     for spec in shard.specs:
         for number in range(-(-spec.elements // UNIT)):
             for plane, dtype in zip(("plus", "minus"), dtypes[spec.name], strict=True):
-                for part, kind, shape in (("values", dtype, [UNIT + 8]), ("starts", "I32", [2, 999]),
+                for part, kind, shape in (("values", dtype, [UNIT * 8]), ("starts", "I32", [2, 999]),
                                           ("gaps", "U8", [UNIT * 2])):  # fmt: skip
-                    name = part_name(spec.name, number, plane, part)
+                    name = part_name(spec.name, number, plane, part + COMPRESSED)
                     document[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end]}
     return -(-len(_dump(document)) // 8) * 8
 
@@ -411,6 +426,7 @@ def describe_skill(plan: Plan, checkpoints: Mapping[str, Checkpoint], finished: 
             for item in plan.inputs
         ],
         "configs": {plane: checkpoints[model].config for plane, model in zip(("plus", "minus"), models, strict=False)},
+        "compression": plan.recipe.output.compression,
         "unit": UNIT,
         "block": BLOCK,
         "files": [shard.file for shard in plan.shards],

@@ -26,6 +26,7 @@ def extract(
     *,
     dtype: str = "same",
     ignore: Sequence[str] = (),
+    zstd: bool = False,
     threads: int | None = None,
     memory_limit: int | None = None,
     overwrite: bool = False,
@@ -37,7 +38,7 @@ def extract(
     """Store the difference `rl - sft` of two checkpoints (folders, or hf://org/name[@revision][/subfolder]).
 
     dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. ignore: globs of
-    tensors that the skill does without. The rest is as of
+    tensors that the skill does without. zstd: compress its files. The rest is as of
     `merge.apply`, whose errors it raises: this is a recipe of three lines.
     """
     if dtype not in ("same", "bfloat16", "float16", "float32"):
@@ -46,7 +47,7 @@ def extract(
         recipe_of(
             {"rl": os.fspath(rl), "sft": os.fspath(sft)},
             "rl - sft",
-            {"kind": "skill", "dtype": dtype},
+            {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none"},
             "skillmerge extract",
             ignore=list(ignore),
         ),

@@ -481,7 +481,7 @@ def _deciding(plan: Plan) -> dict[str, Any]:
         "recipe_sha256": plan.recipe.sha256,
         "donor": plan.donor,
         "output": {
-            **({"kind": output.kind} if output.kind != "model" else {}),
+            **({"kind": output.kind, "compression": output.compression} if output.kind != "model" else {}),
             "dtype": output.dtype,
             "rounding": output.rounding,
             "seed": output.seed,

@@ -94,6 +94,7 @@ class PushTable(_Table):
 
 
 class OutputTable(_Table):
+    compression: Annotated[Literal["none", "zstd"], Field(description="of a skill's files")] = "none"
     kind: Annotated[Literal["model", "skill"], Field(description="a model, or a difference to store")] = "model"
     path: Annotated[
         str | None, Field(min_length=1, description="the folder to write, relative to the recipe's own")
@@ -152,6 +153,7 @@ class Push:
 @dataclass(frozen=True, slots=True)
 class Output:
     kind: str
+    compression: str
     path: FilePath | None
     like: str | None
     dtype: str
@@ -270,6 +272,10 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
         normalise_name(name) for name, entry in table.models.items() if isinstance(entry, ModelTable) and entry.skill
     )
     _check_model_names(document, table, list(models), skills)
+    if table.output.kind == "model" and table.output.compression != "none":
+        raise document.error(
+            "only a skill can be compressed", document.place(("output", "compression")), "models are read as they are"
+        )
     if table.output.kind == "skill":
         for path, given in ((("copy",), table.copy_), (("output", "rounding"), table.output.rounding != "nearest")):
             if given:
@@ -286,6 +292,7 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
         ignore=tuple(table.ignore),
         output=Output(
             kind=table.output.kind,
+            compression=table.output.compression,
             path=_local_path(document, ("output", "path"), folder, table.output.path) if table.output.path else None,
             like=normalise_name(like) if like else None,
             dtype=table.output.dtype,

@@ -52,12 +52,14 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
     remote = any(item.remote for item in plan.inputs)
     # Over a network workers wait more than they compute, and their buffers are large.
     wanted = threads or (min(_REMOTE_THREADS, max(2, cores())) if remote else min(_MAX_THREADS, cores()))
+    inflated = 64 << 20 if plan.recipe.skills else 0  # what is kept of a compressed skill
     tables = 1200 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
 
     def need(count: int, tile: int) -> int:
         return (
             (_CUDA_RUNTIME_BYTES if cuda else RUNTIME_BYTES)
             + tables
+            + inflated
             + count * (element * tile + (registers + 6) * CHUNK * 8)
         )
 

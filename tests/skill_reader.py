@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import zstandard
 from safetensors import safe_open
 
+KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8}
 UNIT, BLOCK = 4_194_304, 65_536
 
 
@@ -23,6 +25,13 @@ def read_skill(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     for file in document["files"]:
         with safe_open(folder / file, framework="pt") as reader:
             parts |= {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a dict
+    for name in [name for name in parts if name.endswith(".zst")]:
+        content = parts.pop(name).numpy().tobytes()
+        frame = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        plain = bytearray(zstandard.ZstdDecompressor().decompress(frame))
+        row = document["tensors"][name.split("@")[0]]
+        dtype = row["dtype" if ".plus." in name else "minus_dtype"] if ".values" in name else "U8"
+        parts[name.removesuffix(".zst")] = torch.frombuffer(plain, dtype=KINDS[dtype])
     return {
         name: (_plane(name, "plus", row["dtype"], row, parts), _plane(name, "minus", row["minus_dtype"], row, parts))
         for name, row in document["tensors"].items()
@@ -30,7 +39,7 @@ def read_skill(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _plane(name: str, plane: str, dtype: str, row: dict[str, Any], parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[dtype]
+    kind = KINDS[dtype]
     count = int(np.prod(row["shape"], dtype=np.int64))
     result = torch.zeros(count, dtype=kind)
     for unit, start in enumerate(range(0, count, UNIT)):

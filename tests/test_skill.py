@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import zstandard
 from conftest import (
     PEAK_MEMORY,
     random_tensors,
@@ -324,6 +325,54 @@ def test_rl_update_of_a_fifth_takes_a_third_at_most(tmp_path: Path) -> None:
     result = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "math")
     size = sum(path.stat().st_size for path in result.output.iterdir())
     assert size <= 0.35 * sum(path.stat().st_size for path in (tmp_path / "rl").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-3, 0.2, 1.0])
+def test_compressed_skill_is_smaller_and_the_same(tmp_path: Path, share: float) -> None:
+    count = UNIT + BLOCK + 77
+    generator = torch.Generator().manual_seed(5)
+    sft = torch.randn(count, generator=generator).bfloat16()
+    changed = torch.rand(count, generator=generator) < share
+    rl = torch.where(changed, (sft.float() * 1.01).bfloat16(), sft)
+    target = torch.randn(count, generator=generator).bfloat16()
+    for name, tensor in (("target", target), ("rl", rl), ("sft", sft)):
+        write_checkpoint(tmp_path / name, {"model.layers.0.mlp.weight": tensor})
+    plain = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "plain").output
+    small = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "math", zstd=True).output
+    for one, two in zip(read_skill(plain).values(), read_skill(small).values(), strict=True):
+        assert all(torch.equal(bit_view(a), bit_view(b)) for a, b in zip(one, two, strict=True))
+    sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (plain, small)]
+    assert sizes[1] < sizes[0] * 0.95 if share else sizes[0] == sizes[1]
+    first, second = both(tmp_path, *next(iter(FORMS.items())))
+    assert weights(first) == weights(second)
+    skillmerge.verify(small)
+
+
+def test_compressed_part_that_lies_is_refused(family: Path) -> None:
+    folder = family.parent
+    shapes = {"model.layers.0.mlp.weight": (300, 300)}
+    for seed, name in enumerate(("target", "rl", "sft")):
+        shutil.rmtree(folder / name)
+        write_checkpoint(folder / name, random_tensors(shapes, seed=seed // 2))
+    tensors = load_file(folder / "rl" / "model.safetensors")
+    tensors["model.layers.0.mlp.weight"][::3] *= 2
+    save_file(tensors, folder / "rl" / "model.safetensors")
+    skill = skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math", zstd=True).output
+    file = next(skill.glob("*.safetensors"))
+    parts = load_file(file)
+    name = next(name for name in parts if name.endswith(".zst"))
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 30))
+    for frame in (bomb, b"not a frame", zstandard.ZstdCompressor().compress(b"short")):
+        stored = len(frame).to_bytes(8, "little") + frame + bytes(-len(frame) % 8)
+        save_file({**parts, name: torch.frombuffer(bytearray(stored), dtype=torch.uint8)}, file)
+        recipe = write_recipe(folder, "target + math", models=WITH_SKILL)
+        with pytest.raises(InputError):
+            skillmerge.apply(recipe)
+
+
+def test_compression_is_for_skills(family: Path) -> None:
+    with pytest.raises(UsageError, match="only a skill can be compressed"):
+        skillmerge.plan(write_recipe(family.parent, output={"path": "merged", "compression": "zstd"}))
 
 
 def test_encoder_takes_pieces_as_they_come() -> None:

@@ -18,13 +18,14 @@ import json
 import re
 import threading
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, Files, read_json_object
 from skillmerge.checkpoints.safetensors_header import Header, printable
-from skillmerge.errors import InputError, some
+from skillmerge.errors import InputError, UsageError, some
 from skillmerge.tensors import BLOCK, DTYPES, UNIT, TensorSpec, block_count
 
 if TYPE_CHECKING:
@@ -33,9 +34,17 @@ if TYPE_CHECKING:
 SKILL_FILE = "skill.json"
 SKILL_VERSION = 1
 PLANES = ("plus", "minus")
-_PART = re.compile(r"(.+)@(\d{1,9})\.(plus|minus)\.(values|starts|mask|gaps)", re.DOTALL)
+_PART = re.compile(r"(.+)@(\d{1,9})\.(plus|minus)\.(values|starts|mask|gaps)(?:\.zst)?", re.DOTALL)
 _MAX_DOCUMENT = 256_000_000
 """Bytes of `skill.json`: 500,000 tensors."""
+
+COMPRESSED = ".zst"
+"""The end of a compressed part's name: 8 bytes with the frame's length, little-endian, a zstd frame, zeros."""
+
+_LEVEL = 3
+_MAX_PART = UNIT * 8 + 8
+_RECENT = 64 << 20
+"""Bytes of decompressed parts that are kept."""
 
 _MAX_ELEMENTS = 1 << 36
 """Of one tensor: more than any model has, and few enough to walk through."""
@@ -80,6 +89,7 @@ class SkillPlane:
             for file, header in headers.items()
         }  # fmt: skip
         self._starts: dict[tuple[str, int], list[Tensor]] = {}
+        self._recent: OrderedDict[str, bytearray] = OrderedDict()
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -163,7 +173,10 @@ class SkillPlane:
         dtype = torch_dtype(entry.spec.dtype)
         last = first + out.numel()
         if "starts" not in parts:
-            return decode("dense", {"values": self._part(parts["values"], first, last, dtype)}, (), first, out)
+            values = self._part(parts["values"], first, last, dtype)
+            if len(values) < out.numel():
+                raise self._damaged(entry)
+            return decode("dense", {"values": values}, (), first, out)
         import torch
 
         kind = "gaps" if "gaps" in parts else "mask"
@@ -177,10 +190,13 @@ class SkillPlane:
         try:
             decode("gaps" if kind == "gaps" else "bitmap", read, rows, first, out)
         except (RuntimeError, IndexError, ValueError) as error:
-            raise InputError(
-                f"{self.path(entry.file)}: tensor `{entry.spec.name}` is not encoded as it should be",
-                fix="the skill is damaged: `skillmerge verify` says whether it is what was written",
-            ) from error
+            raise self._damaged(entry) from error
+
+    def _damaged(self, entry: _Entry) -> InputError:
+        return InputError(
+            f"{self.path(entry.file)}: tensor `{entry.spec.name}` is not encoded as it should be",
+            fix="the skill is damaged: `skillmerge verify` says whether it is what was written",
+        )
 
     def _rows(self, entry: _Entry, unit: int) -> list[Tensor]:
         """The rows of `starts`, checked: what they point at is there."""
@@ -197,15 +213,12 @@ class SkillPlane:
                 self._part(spec, row * width, row * width + blocks + 1, torch.int32)
                 for row in range(2 if "gaps" in parts else 1)
             ]
-            limits = [(parts["values"].elements, BLOCK)]
-            limits += [(parts["gaps"].elements, BLOCK + BLOCK // 255 + 1)] if "gaps" in parts else []
+            limits = [(self._length(parts["values"], DTYPES[entry.spec.dtype].itemsize), BLOCK)]
+            limits += [(self._length(parts["gaps"], 1), BLOCK + BLOCK // 255 + 1)] if "gaps" in parts else []
             for row, (end, most) in zip(rows, limits, strict=True):
                 steps = row.diff()
                 if int(row[0]) != 0 or int(row[-1]) > end or not bool(((steps >= 0) & (steps <= most)).all()):
-                    raise InputError(
-                        f"{self.path(entry.file)}: tensor `{entry.spec.name}` is not encoded as it should be",
-                        fix="the skill is damaged: fetch it again from its source",
-                    )
+                    raise self._damaged(entry)
             with self._lock:
                 self._starts[key] = rows
         return self._starts[key]
@@ -215,13 +228,67 @@ class SkillPlane:
 
         if last <= first:
             return torch.empty(0, dtype=dtype)
+        if spec.name.endswith(COMPRESSED):
+            return torch.frombuffer(self._inflated(spec), dtype=torch.uint8).view(dtype)[first:last]
         content = bytearray((last - first) * dtype.itemsize)
         self.stored.begin(spec.file, spec.start + first * dtype.itemsize, memoryview(content))()
         return torch.frombuffer(content, dtype=dtype)
 
+    def _length(self, spec: TensorSpec, itemsize: int) -> int:
+        """How many elements a part has."""
+        return len(self._inflated(spec)) // itemsize if spec.name.endswith(COMPRESSED) else spec.elements
+
+    def _inflated(self, spec: TensorSpec) -> bytearray:
+        """A compressed part as it was. The latest are kept: neighbouring tiles want the same."""
+        with self._lock:
+            if spec.name in self._recent:
+                self._recent.move_to_end(spec.name)
+                return self._recent[spec.name]
+        content = bytearray(spec.nbytes)
+        self.stored.begin(spec.file, spec.start, memoryview(content))()
+        size = int.from_bytes(content[:8], "little")
+        try:
+            inflated = bytearray(inflate(bytes(content[8 : 8 + size]), _MAX_PART))
+        except ValueError as error:
+            raise InputError(
+                f"{self.path(spec.file)}: `{spec.name}` is not compressed as it should be", fix="the skill is damaged"
+            ) from error
+        inflated += bytes(-len(inflated) % 8)
+        with self._lock:
+            self._recent[spec.name] = inflated
+            while len(self._recent) > 1 and sum(map(len, self._recent.values())) > _RECENT:
+                self._recent.popitem(last=False)
+        return inflated
+
 
 def _nothing() -> None:
     pass
+
+
+def deflate(content: bytes | memoryview) -> bytes:
+    """One zstd frame. Raises UsageError where zstandard is not installed."""
+    return bytes(_zstandard().ZstdCompressor(level=_LEVEL).compress(content))
+
+
+def inflate(frame: bytes, limit: int) -> bytes:
+    """What a zstd frame holds. Raises ValueError where it is none, or would be larger than `limit` bytes."""
+    zstandard = _zstandard()
+    try:
+        if not 0 <= zstandard.frame_content_size(frame) <= limit:
+            raise ValueError("too large")
+        return bytes(zstandard.ZstdDecompressor().decompress(frame))
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UsageError(
+            "a compressed skill needs the package zstandard", fix="pip install 'skillmerge[zstd]'"
+        ) from error
+    return zstandard
 
 
 def open_skill(uri: str, files: Files) -> tuple[Checkpoint, Checkpoint]:
@@ -330,18 +397,19 @@ def _checked_units(
     """The parts of a tensor's units, whose dtypes and sizes must be those of an encoding. Raises InputError."""
     for unit, found in units.items():
         length = min(UNIT, spec.elements - unit * UNIT)
-        kinds = {part: item.dtype for part, item in found.items()}
+        plain = {"values": spec.dtype, "starts": "I32", "mask": "U8", "gaps": "U8"}
+        kinds = set(found) if all(_kind(item, plain[part]) for part, item in found.items()) else set()
         blocks = block_count(length) + 1
         good = length > 0 and (
-            (kinds == {"values": spec.dtype} and found["values"].elements >= length)
+            (kinds == {"values"} and _holds(found["values"], length))
             or (
-                kinds == {"values": spec.dtype, "starts": "I32", "mask": "U8"}
-                and found["mask"].elements * 8 >= length
+                kinds == {"values", "starts", "mask"}
+                and _holds(found["mask"], -(-length // 8))
                 and len(found["starts"].shape) == 1
                 and found["starts"].elements >= blocks
             )
             or (
-                kinds == {"values": spec.dtype, "starts": "I32", "gaps": "U8"}
+                kinds == {"values", "starts", "gaps"}
                 and found["starts"].shape[:-1] == (2,)
                 and found["starts"].shape[-1] >= blocks
             )
@@ -351,6 +419,15 @@ def _checked_units(
                 f"{path}: the parts of tensor `{spec.name}` are not those of an encoding", fix="the skill is damaged"
             )
     return units
+
+
+def _kind(part: TensorSpec, dtype: str) -> bool:
+    return part.dtype == ("U8" if part.name.endswith(COMPRESSED) else dtype)
+
+
+def _holds(part: TensorSpec, elements: int) -> bool:
+    """Whether a part is long enough, which of a compressed one is seen when it is read."""
+    return part.name.endswith(COMPRESSED) or part.elements >= elements
 
 
 def summary(files: Files) -> dict[str, Any]:
