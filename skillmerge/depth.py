@@ -60,9 +60,14 @@ def _mean(values: list[tuple[float, int]]) -> float:
 def picture(means: Mapping[int, float]) -> str:
     """Numbers over layers: one character per block, between the smallest (or 0) and the largest (or 0)."""
     low, high = min(0.0, *means.values()), max(0.0, *means.values())
+    drawn = f"{min(means)} {bars(means.values(), low, high)} {max(means)}"
+    return f"{drawn}  ({number(min(means.values()))} to {number(max(means.values()))})"
+
+
+def bars(values: Iterable[float | None], low: float, high: float) -> str:
+    """One character for each value, between low and high; a dot where there is none."""
     span = high - low or 1.0
-    bars = "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means.values())
-    return f"{min(means)} {bars} {max(means)}  ({number(min(means.values()))} to {number(max(means.values()))})"
+    return "".join("·" if value is None else _BARS[round((value - low) / span * (len(_BARS) - 1))] for value in values)
 
 
 def _runs(

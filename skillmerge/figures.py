@@ -66,7 +66,8 @@ FIGURES = {
         "cosine's z",
         "cosine * sqrt(n)",
         "Standard deviations from chance, whose cosine is 0 give or take 1/sqrt(n) for dense independent updates. "
-        "Where both updates are taken against the same SFT model, its own part is in both and pulls z up.",
+        "It overstates where few elements carry most of the norms (sparse updates; norms beside matrices). Where both "
+        "updates are taken against the same SFT model, its own part is in both and pulls z up.",
         "signed",
     ),
     "conflict": Figure(

@@ -19,11 +19,11 @@ from rich.table import Table
 from rich.text import Text as RichText
 
 from skillmerge.accounting import settlement
-from skillmerge.depth import number, over_depth, picture
+from skillmerge.depth import bars, number, over_depth
 from skillmerge.errors import some, visible
 from skillmerge.figures import SPECTRAL
 from skillmerge.merge import Reporter, Result
-from skillmerge.naming import module_kind
+from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.planning import Plan
 from skillmerge.resources import Budget
 from skillmerge.statistics import deviating
@@ -310,8 +310,7 @@ def show_inspection(found: Inspection, out: Console) -> None:
         out.print(_figures(f"beside the target's own update, {found.second}", rows, columns))
         out.print(Text(_CHANCE))
     for key, what in (("changed", "changed"), ("norm_ratio", "of weights' norm"), ("cosine_z", "cosine's z")):
-        for stack, values in _over_layers(found.layers, key).items():
-            out.print(Text(f"{what} over {stack}: {picture(values)}"))
+        _show_map(found, key, what, out)
     if found.spectra:
         out.print(_spectra_table(found.spectra))
     if found.forecast is not None:
@@ -374,14 +373,23 @@ def _figures(
     return table
 
 
-def _over_layers(layers: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, dict[int, float]]:
-    """A figure of each layer, by stack."""
-    values: dict[str, dict[int, float]] = {}
-    for label, row in layers.items():
-        stack, _, layer = label.rpartition(" ")
-        if layer.isdecimal() and row.get(key) is not None:
-            values.setdefault(stack, {})[int(layer)] = row[key]
-    return {stack: dict(sorted(found.items())) for stack, found in values.items()}
+def _show_map(found: Inspection, key: str, what: str, out: Console) -> None:
+    """A small heat map of each stack: kinds of module below each other, layers side by side, on one scale."""
+    stacks: dict[str, dict[str, dict[int, float]]] = {}
+    for groups in (found.cells, {f"{label} all": row for label, row in found.layers.items()}):
+        for label, figures in groups.items():
+            place, _, kind = label.rpartition(" ")
+            stack, _, layer = place.rpartition(" ")
+            if layer.isdecimal() and figures.get(key) is not None:
+                stacks.setdefault(stack, {}).setdefault(kind, {})[int(layer)] = figures[key]
+    for stack, kinds in stacks.items():
+        values = [value for row in kinds.values() for value in row.values()]
+        layers = sorted({layer for row in kinds.values() for layer in row})
+        low, high = min(0.0, *values), max(0.0, *values)
+        told = f"{what} over {stack} {layers[0]} to {layers[-1]}: {number(min(values))} to {number(max(values))}"
+        out.print(Text(told))
+        for kind in (kind for kind in (*MODULE_KINDS, "other", "all") if kind in kinds):
+            out.print(Text(f"  {kind:10} {bars([kinds[kind].get(layer) for layer in layers], low, high)}"))
 
 
 def _ulps(counts: Sequence[int]) -> str:
