@@ -14,7 +14,7 @@ import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ from skillmerge.checkpoints.skill import SKILL_FILE
 from skillmerge.errors import SkillmergeError, UsageError
 from skillmerge.expression import (
     Leaf,
-    Scaled,
     Sum,
     Term,
     base_and_difference,
@@ -34,29 +33,20 @@ from skillmerge.expression import (
     minus_of,
     weights,
 )
+from skillmerge.forecasting import Forecast, Forecaster
 from skillmerge.merge import Reporter, planned
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
 from skillmerge.parallel import cores
 from skillmerge.planning import Plan, TensorPlan
-from skillmerge.program import Program, compile_term
 from skillmerge.recipe import Recipe, recipe_of
 from skillmerge.sources import Access, close_all, open_models
-from skillmerge.statistics import BlockStatistics, is_sampled, measure, summarise, total
-from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count
+from skillmerge.tensors import CHUNK, DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from skillmerge.metrics import Pair, Update
 
-GRID = tuple(round(0.1 * step, 1) for step in range(1, 21))
-"""The lambdas of the rounding forecast."""
-
-MODES = {
-    "bfloat16": ("BF16", "nearest"),
-    "bfloat16, stochastic": ("BF16", "stochastic"),
-    "float32": ("F32", "nearest"),
-}
 MAX_RANK = 64
 """Directions that --spectral looks at, at most."""
 
@@ -238,14 +228,13 @@ def _real(pair: tuple[str, str] | None, recipe: Recipe, index: int) -> str | Non
 # The pass.
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Found:
-    """What one tile gave. blocks: of the recipe's own forecast; curves: of each mode and lambda."""
+    """What one tile gave."""
 
     update: Update
     pair: Pair | None
-    blocks: dict[int, BlockStatistics] = field(default_factory=dict)
-    curves: dict[tuple[str, float], list[BlockStatistics]] = field(default_factory=dict)
+    forecast: Forecast
 
 
 def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | None, reporter: Reporter) -> Inspection:
@@ -263,7 +252,8 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
     ]
     intraop = torch.get_num_threads()
     torch.set_num_threads(1)
-    pass_ = _Pass(subject, tile, stats)
+    forecaster = Forecaster(subject.plan, subject.target, subject.difference, subject.minus, stats)
+    pass_ = _Pass(subject, tile, forecaster)
     found: dict[str, list[_Found]] = {task.name: [] for task in tasks}
     size = {task.name: DTYPES[task.dtype].itemsize for task in tasks}
     done = 0
@@ -304,7 +294,10 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
         layers=describe_all(rows, groups["layers"]),
         cells=describe_all(rows, groups["cells"]),
         summaries=describe_all(rows, groups["summaries"]),
-        forecast=_forecast(subject, tasks, found, stats),
+        forecast=forecaster.summary(
+            {task.name: math.prod(task.shape) for task in tasks},
+            {name: [part.forecast for part in parts] for name, parts in found.items()},
+        ),
         plan=subject.plan,
         notes=notes,
     )
@@ -362,14 +355,11 @@ def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
 class _Pass:
     """The threads' common ground: a reader for each, and what is done with a tile."""
 
-    def __init__(self, subject: Subject, tile: int, stats: str) -> None:
-        self.subject, self.tile, self.stats = subject, tile, stats
+    def __init__(self, subject: Subject, tile: int, forecaster: Forecaster) -> None:
+        self.subject, self.tile, self.forecaster = subject, tile, forecaster
         self.stop = threading.Event()
         self._mine = threading.local()
         self._readers: list[Any] = []
-        self._programs: dict[float, Program] = {}
-        if subject.difference is not None and subject.target is not None:
-            self._programs = {lam: compile_term(_merge_term(subject, lam)) for lam in GRID}
 
     def close(self) -> None:
         for reader in self._readers:
@@ -384,7 +374,7 @@ class _Pass:
         from skillmerge.reading import Reader, Span, Tile
 
         if self.stop.is_set():
-            return _Found(Update(), None)
+            return _Found(Update(), None, Forecast())
         if not hasattr(self._mine, "reader"):
             widest = [max(DTYPES[spec.dtype].itemsize for spec in checkpoint.tensors.values())
                       for checkpoint in (self.subject.checkpoints[model] for model in self.subject.models)]  # fmt: skip
@@ -409,9 +399,8 @@ class _Pass:
                 if subject.target and subject.reference:
                     other = pieces[subject.target].to(torch.float64) - pieces[subject.reference].to(torch.float64)
                     pairs.append(measure_pair(update, other))
-            result = _Found(add_up(updates), add_up(pairs) if pairs else None)
-            self._forecast(task, first, inputs, result)
-        return result
+            forecast = self.forecaster.measure(task, first, inputs, self._mine.scratch)
+            return _Found(add_up(updates), add_up(pairs) if pairs else None, forecast)
 
     def _combined(self, pieces: Mapping[str, Tensor]) -> Tensor:
         """v in float64: exact for a difference of two models."""
@@ -439,57 +428,6 @@ class _Pass:
                     fix="that checkpoint is damaged",
                 )
         return UnusableWeights(f"the update of tensor `{task.name}` is too large for float64")
-
-    def _forecast(self, task: TensorPlan, first: int, inputs: Mapping[str, Tensor], found: _Found) -> None:
-        plan = self.subject.plan
-        blocks = block_count(math.prod(task.shape))
-        planned = plan.tensors.get(task.name) if plan is not None else None
-        for start in range(0, next(iter(inputs.values())).numel(), BLOCK):
-            block = (first + start) // BLOCK
-            if self.stats == "off" or not is_sampled(task.name, block, blocks, self.stats):
-                continue
-            pieces = {model: piece[start : start + BLOCK] for model, piece in inputs.items()}
-            if plan is not None and planned is not None and planned.action == "merge" and planned.program is not None:
-                output = plan.recipe.output
-                measured = self._try(planned.program, pieces, planned.dtype, output.rounding, output.seed, task.name,
-                                     first + start, plan.donor)  # fmt: skip
-                if measured is not None:
-                    found.blocks[block] = measured
-            for lam, program in self._programs.items():
-                for mode, (dtype, rounding) in MODES.items():
-                    measured = self._try(program, pieces, dtype, rounding, 0, task.name, first + start,
-                                         self.subject.target or "")  # fmt: skip
-                    if measured is not None:
-                        found.curves.setdefault((mode, lam), []).append(measured)
-
-    def _try(
-        self,
-        program: Program,
-        pieces: Mapping[str, Tensor],
-        dtype: str,
-        rounding: str,
-        seed: int,
-        name: str,
-        first: int,
-        donor: str,
-    ) -> BlockStatistics | None:
-        """What `apply` would measure of one block: the same steps in the same order."""
-        import torch
-
-        from skillmerge.arithmetic import evaluate, keep_same_bits, round_value, rounding_key, torch_dtype
-
-        base = pieces.get(program.base or donor)
-        if base is None or any(model not in pieces for model in program.models):
-            return None
-        inputs = {model: pieces[model] for model in program.models}
-        scratch = self._mine.scratch
-        value, subtracted = evaluate(program, inputs, scratch)
-        how = (rounding, rounding_key(seed, name), first)
-        out = round_value(value, torch.empty(value.numel(), dtype=torch_dtype(dtype)), *how)
-        if program.same_bits:
-            keep_same_bits(program, inputs, out, scratch, *how)
-        update = subtracted if subtracted is not None else base.to(torch.float64) - value.to(torch.float64)
-        return measure(base, out, update, scratch)
 
 
 def _spectra(
@@ -521,59 +459,3 @@ def _spectra(
             done += math.prod(task.shape)
             progress(done)
     return spectra
-
-
-def _merge_term(subject: Subject, lam: float) -> Term:
-    assert subject.difference is not None
-    assert subject.target is not None
-    scaled = Scaled(subject.difference, lam, divide=False) if lam != 1 else subject.difference
-    return Sum(Leaf(subject.target), scaled, subject.minus)
-
-
-def _forecast(
-    subject: Subject, tasks: Sequence[TensorPlan], found: Mapping[str, Sequence[_Found]], stats: str
-) -> dict[str, Any] | None:
-    """What rounding will do: `as_planned` (keys as in a manifest's statistics) and `curves`, by mode and module kind
-    a list of lambda, realised, vanished and changed."""
-    if stats == "off" or (subject.difference is None and subject.plan is None):
-        return None
-    result: dict[str, Any] = {"mode": stats, "grid": list(GRID), "curves": {}, "as_planned": None}
-    sizes = {task.name: math.prod(task.shape) for task in tasks}
-    if subject.plan is not None:
-        measured = {
-            name: total((block for part in parts for block in part.blocks.values()), sizes[name])
-            for name, parts in found.items()
-            if any(part.blocks for part in parts)
-        }
-        result["as_planned"] = {"mode": stats, **summarise(subject.plan, measured)}
-    if subject.difference is None:
-        return result
-    kinds = {"all": list(found), **{kind: [n for n in found if module_kind(n) == kind] for kind in MODULE_KINDS}}
-    for mode in MODES:
-        result["curves"][mode] = {
-            kind: [_point(mode, lam, names, found, sizes) for lam in GRID] for kind, names in kinds.items() if names
-        }
-    return result
-
-
-def _point(
-    mode: str, lam: float, names: Sequence[str], found: Mapping[str, Sequence[_Found]], sizes: Mapping[str, int]
-) -> dict[str, float | None]:
-    """One lambda; a sampled tensor stands for all of its elements."""
-    rows = []
-    for name in names:
-        blocks = [block for part in found[name] for block in part.curves.get((mode, lam), [])]
-        if blocks:
-            row = total(blocks, sizes[name])
-            rows.append((row, row["total"] / row["elements"]))
-
-    def scaled(key: str) -> float:
-        return math.fsum((row[key] or 0.0) * by for row, by in rows)
-
-    updated, energy, elements = scaled("updated"), scaled("uu"), sum(row["total"] for row, _ in rows)
-    return {
-        "lambda": lam,
-        "realised": lam * scaled("du") / energy if energy else None,
-        "vanished": scaled("vanished") / updated if updated else None,
-        "changed": scaled("changed") / elements if elements else None,
-    }

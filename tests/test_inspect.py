@@ -23,7 +23,8 @@ from conftest import (
 
 import skillmerge
 from skillmerge.errors import InputError, UsageError
-from skillmerge.inspection import GRID, inspect
+from skillmerge.forecasting import GRID
+from skillmerge.inspection import inspect
 from skillmerge.metrics import add_up, measure_update
 from skillmerge.naming import module_kind
 from skillmerge.spectrum import SPECTRAL, describe_spectrum

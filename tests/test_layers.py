@@ -22,6 +22,7 @@ LAYERS = [
     {"verification", "demo"},
     {"engine", "cutting"},
     {"checkpoints.skill"},
+    {"forecasting"},
     {"metrics", "spectrum"},
     {"sparse"},
     {"worker"},
@@ -58,6 +59,7 @@ HOMES = {
     "torch": {
         "inspection",
         "metrics",
+        "forecasting",
         "spectrum",
         "exporting",
         "reading",
