@@ -70,6 +70,13 @@ FIGURES = {
         "updates are taken against the same SFT model, its own part is in both and pulls z up.",
         "signed",
     ),
+    "cosine_z_signs": Figure(
+        "z of random signs",
+        "<v, k> / sqrt(sum v_i^2 k_i^2)",
+        "The same against updates of these very sizes and random signs, which does not overstate: where the two z "
+        "differ, believe this one.",
+        "signed",
+    ),
     "conflict": Figure(
         "opposite signs",
         "|{i : v_i k_i < 0}| / |{i : v_i k_i != 0}|",

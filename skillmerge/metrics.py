@@ -42,11 +42,12 @@ class Update:
 
 @dataclass(slots=True)
 class Pair:
-    """Two updates: sums of k^2 and of v*k; elements that k changes, that both change, and of those the ones that
-    they move to opposite sides."""
+    """Two updates: sums of k^2, of v*k and of (v*k)^2; elements that k changes, that both change, and of those the
+    ones that they move to opposite sides."""
 
     squares: list[float] = field(default_factory=list)
     products: list[float] = field(default_factory=list)
+    spread: list[float] = field(default_factory=list)
     changed: int = 0
     both: int = 0
     opposite: int = 0
@@ -79,10 +80,12 @@ def measure_update(update: Tensor, against: Tensor | None, before: Tensor | None
 
 def measure_pair(update: Tensor, other: Tensor) -> Pair:
     """Two updates of the same elements, in float64."""
+    product = update * other
     signs = torch.sign(update).to(torch.int8).mul_(torch.sign(other).to(torch.int8))
     return Pair(
         squares=[float(torch.dot(other, other))],
         products=[float(torch.dot(update, other))],
+        spread=[float(torch.dot(product, product))],
         changed=int(torch.count_nonzero(other)),
         both=int(torch.count_nonzero(signs)),
         opposite=int(torch.count_nonzero(signs < 0)),
@@ -142,12 +145,14 @@ def describe(update: Update, pair: Pair | None, whole: float) -> dict[str, Any]:
     others, product = math.fsum(pair.squares), math.fsum(pair.products)
     cosine = product / math.sqrt(squares * others) if squares and others else None
     conflict = _share(pair.opposite, pair.both)
+    spread = math.fsum(pair.spread)
     return {
         **figures,
         "other_norm": math.sqrt(others),
         "updates_ratio": math.sqrt(squares / others) if others else None,
         "cosine": cosine,
         "cosine_z": cosine * math.sqrt(count) if cosine is not None else None,
+        "cosine_z_signs": product / math.sqrt(spread) if spread else None,
         "conflict": conflict,
         "conflict_z": (conflict - 0.5) * 2 * math.sqrt(pair.both) if conflict is not None else None,
         "overlap": _share(pair.both, update.changed),

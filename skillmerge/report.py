@@ -301,6 +301,7 @@ def show_inspection(found: Inspection, out: Console) -> None:
         columns = {
             "cosine": lambda row: _figure(row["cosine"]),
             "z": lambda row: _figure(row["cosine_z"]),
+            "z of random signs": lambda row: _figure(row["cosine_z_signs"]),
             "opposite signs": lambda row: _percent(row["conflict"]),
             "z ": lambda row: _figure(row["conflict_z"]),
             "overlap": lambda row: _percent(row["overlap"]),

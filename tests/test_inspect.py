@@ -25,14 +25,14 @@ import skillmerge
 from skillmerge.errors import InputError, UsageError
 from skillmerge.forecasting import GRID
 from skillmerge.inspection import inspect
-from skillmerge.metrics import add_up, measure_update
+from skillmerge.metrics import add_up, describe, measure_pair, measure_update
 from skillmerge.naming import module_kind
 from skillmerge.spectrum import SPECTRAL, describe_spectrum
 from skillmerge.tensors import ULP_EDGES
 
 FIGURES = [
-    "norm", "norm_ratio", "energy", "other_norm", "updates_ratio", "cosine", "cosine_z", "conflict", "conflict_z",
-    "changed", "above_absolute", "above_relative", "overlap", "overlap_chance",
+    "norm", "norm_ratio", "energy", "other_norm", "updates_ratio", "cosine", "cosine_z", "cosine_z_signs", "conflict",
+    "conflict_z", "changed", "above_absolute", "above_relative", "overlap", "overlap_chance",
 ]  # fmt: skip
 
 
@@ -65,6 +65,7 @@ def figures(names: list[str], rl: Any, sft: Any, target: Any, whole: float) -> d
         "updates_ratio": float(np.linalg.norm(v) / np.linalg.norm(k)),
         "cosine": float(cosine),
         "cosine_z": float(cosine * math.sqrt(len(v))),
+        "cosine_z_signs": float((v @ k) / np.sqrt(((v * k) ** 2).sum())),
         "conflict": float(conflict),
         "conflict_z": float((conflict - 0.5) * 2 * math.sqrt(both.sum())),
         "overlap": float(both.sum() / (v != 0).sum()),
@@ -165,6 +166,21 @@ def test_unrelated_updates_are_within_chance(tmp_path: Path) -> None:
     total = inspect(write_recipe(tmp_path)).total
     assert abs(total["cosine_z"]) < 3.5
     assert abs(total["conflict_z"]) < 3.5
+
+
+def test_z_of_random_signs_does_not_overstate(tmp_path: Path) -> None:
+    """A hundred elements carry the norms of 300,000: a cosine of theirs by chance is no wonder."""
+    count, seen = 300_000, []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        v, k = (torch.randn(count, generator=generator, dtype=torch.float64) for _ in range(2))
+        v[:100] *= 1000
+        k[:100] *= 1000
+        pair = measure_pair(v, k)
+        row = describe(measure_update(v, None, None, None), pair, 1.0)
+        seen.append((abs(row["cosine_z"]), abs(row["cosine_z_signs"])))
+    assert max(plain for plain, _ in seen) > 20
+    assert max(signs for _, signs in seen) < 3.5
 
 
 @pytest.mark.parametrize("stats", ["sampled", "full"])

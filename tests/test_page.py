@@ -164,7 +164,7 @@ def test_report_of_many_experts_is_small_and_sums_them_up(family: Path) -> None:
         names = [f"{expert}.{part}_proj.weight" for expert in experts for part in ("up", "gate", "down")]
         names += [f"{block}.self_attn.{part}.weight" for part in ("q_a", "q_b", "kv_a", "kv_b", "o")]
         for name in names:
-            rows[name] = (Update(100, 10, 9, 8, [10] + [0] * 7, [1.0], [4.0], 0.5), Pair([1.0], [0.1], 20, 5, 2))
+            rows[name] = (Update(100, 10, 9, 8, [10] + [0] * 7, [1.0], [4.0], 0.5), Pair([1.0], [0.1], [0.2], 20, 5, 2))
     groups = _groups(rows)
     found = dataclasses.replace(
         inspect(family), plan=None, forecast=None, tensors={}, spectra={},
