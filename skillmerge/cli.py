@@ -186,6 +186,7 @@ def apply(
     from skillmerge import report
     from skillmerge.merge import apply as run
 
+    _check_report(report_file)
     reporter = report.TerminalReporter(quiet, verbose)
     result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
     if report_file is not None:
@@ -193,14 +194,26 @@ def apply(
     _show(result, as_json, quiet)
 
 
+def _check_report(path: str | None) -> None:
+    """Before any work: a report replaces a file of its own kind, and nothing else."""
+    if path is None:
+        return
+    target = Path(path)
+    try:
+        if target.exists() and not (target.is_file() and target.read_bytes()[:15] == b"<!doctype html>"):
+            raise UsageError(
+                f"{path} exists already and is not a report", fix="name another file: --report report.html"
+            )
+        if not target.absolute().parent.is_dir():
+            raise UsageError(f"{target.parent} is no folder", fix="make it first, or name another --report")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}", fix="name another --report") from error
+
+
 def _write_report(path: str, **parts: Any) -> None:
-    """A report replaces a file of its own kind, and nothing else."""
     from skillmerge.page import build
 
-    target = Path(path)
-    if target.exists() and not (target.is_file() and target.read_bytes()[:15] == b"<!doctype html>"):
-        raise UsageError(f"{path} exists already and is not a report", fix="name another file: --report report.html")
-    _write(target, build(**parts))
+    _write(Path(path), build(**parts))
     click.echo(f"wrote {visible(path)}", err=True)
 
 
@@ -258,6 +271,7 @@ def plan(
     from skillmerge.merge import make_plan
     from skillmerge.resources import budget, check_disk, free_disk
 
+    _check_report(report_file)
     reporter = report.TerminalReporter(quiet=False, verbose=True)
     made = make_plan(recipe, coefficients=dict(coefficients), lock=lock, reporter=reporter, **access)
     needs = budget(made, threads=threads, memory_limit=memory_limit)
@@ -375,6 +389,7 @@ def inspect(
     from skillmerge import report
     from skillmerge.inspection import inspect as run
 
+    _check_report(report_file)
     reporter = report.TerminalReporter(quiet, verbose=False, doing="inspecting")
     found = run(source, other, coefficients=dict(coefficients), reporter=reporter, **options)
     if report_file is not None:

@@ -12,6 +12,7 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,11 +90,11 @@ def export(
             raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
         plus, minus = checkpoints.values()
         config = plus.config
-        if config.get("model_type") in _TRANSPOSED:
+        if str(config.get("model_type")) in _TRANSPOSED:
             raise InputError(
                 f"{plus.place}: {config['model_type']} keeps its matrices the other way round, which is not supported"
             )
-        parents = summary(plus.stored or plus.files)["parents"]
+        named = base or _parent(summary(plus.stored or plus.files))
         chosen = [spec for spec in plus.tensors.values() if _is_linear(spec)]
         if not chosen:
             raise InputError(f"{plus.place}: the skill has no matrix of a linear module that an adapter could hold")
@@ -103,8 +104,13 @@ def export(
         with disk_errors(target):
             target.mkdir(parents=True, exist_ok=True)
             path = target / (ADAPTER_FILE + ".new")
-            rows, left = _write(path, header, specs, (plus, minus), chosen, lora_rank, seed, reporter)
-            named = base or parents[-1]["uri"]
+            try:
+                rows, left = _write(path, header, specs, (plus, minus), chosen, lora_rank, seed, reporter)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    target.rmdir()
+                raise
             document = _config(chosen, lora_rank, config, named.removeprefix("hf://"))
             write_whole(target / ADAPTER_CONFIG, (json.dumps(document, indent=2) + "\n").encode())
             path.rename(target / ADAPTER_FILE)
@@ -116,6 +122,14 @@ def export(
     return Exported(
         target, lora_rank, kept / whole if whole else 0.0, rows, tuple(left), lost / whole if whole else 0.0
     )
+
+
+def _parent(document: Mapping[str, Any]) -> str:
+    """What the skill was cut from, as it was named then."""
+    try:
+        return str(document["parents"][-1]["uri"])
+    except (KeyError, IndexError, TypeError):
+        return ""
 
 
 def _is_linear(spec: TensorSpec) -> bool:
@@ -141,7 +155,8 @@ def _module(tensor: str) -> str:
 
 
 def _config(chosen: list[TensorSpec], rank: int, config: Mapping[str, Any], base: str) -> dict[str, Any]:
-    architecture = next(iter(config.get("architectures") or []), "")
+    written = config.get("architectures")
+    architecture = str(written[0]) if isinstance(written, list) and written else ""
     return {
         "peft_type": "LORA",
         "task_type": next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None),
@@ -182,6 +197,8 @@ def _write(
         stream.write(header)
         for name, spec in planes[0].tensors.items():
             update = _update(name, planes)
+            if not bool(update.isfinite().all()):
+                raise InputError(f"tensor `{name}` of the skill is too large for an adapter's float32")
             norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
             if name not in wanted:
                 left[name] = {"norm": norm}

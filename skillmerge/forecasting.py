@@ -8,6 +8,7 @@ the forecast of a recipe equals, to the last bit, what `apply` then puts into th
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,9 @@ class Forecaster:
                 scaled = Scaled(difference, lam, divide=False) if lam != 1 else difference
                 self._programs[lam] = compile_term(Sum(Leaf(target), scaled, minus))
 
-    def measure(self, task: TensorPlan, first: int, inputs: Mapping[str, Tensor], scratch: Scratch) -> Forecast:
+    def measure(
+        self, task: TensorPlan, first: int, inputs: Mapping[str, Tensor], scratch: Scratch, stop: threading.Event
+    ) -> Forecast:
         """Of a tensor's elements from `first` on (a block's first), as each model of `inputs` has them."""
         found = Forecast()
         blocks = block_count(math.prod(task.shape))
@@ -71,6 +74,8 @@ class Forecaster:
                 if measured is not None:
                     found.blocks[block] = measured
             for lam, program in self._programs.items():
+                if stop.is_set():
+                    return found
                 for mode, (dtype, rounding) in MODES.items():
                     measured = _try(program, pieces, self._target or "", (dtype, rounding, 0), place, scratch)
                     if measured is not None:
@@ -142,12 +147,15 @@ def _point(
             rows.append((row, row["total"] / row["elements"]))
 
     def scaled(key: str) -> float:
-        return math.fsum((row[key] or 0.0) * by for row, by in rows)
+        try:
+            return math.fsum((row[key] or 0.0) * by for row, by in rows)
+        except OverflowError:
+            return math.inf
 
     updated, energy, elements = scaled("updated"), scaled("uu"), sum(row["total"] for row, _ in rows)
     return {
         "lambda": lam,
-        "realised": lam * scaled("du") / energy if energy else None,
+        "realised": lam * scaled("du") / energy if energy and math.isfinite(energy) else None,
         "vanished": scaled("vanished") / updated if updated else None,
         "changed": scaled("changed") / elements if elements else None,
     }

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
     from skillmerge.metrics import Pair, Update
 
+_BASE = "--base"
+"""What the model of that option is called beside the models of a recipe, none of which can have this name."""
+
 MAX_RANK = 64
 """Directions that --spectral looks at, at most."""
 
@@ -149,7 +152,7 @@ def inspect(
             plan.refuse_problems()
             extra = _open({"base": base}, access, reporter) if base is not None else {}
             try:
-                subject = _of_recipe(plan, {**checkpoints, **extra})
+                subject = _of_recipe(plan, {**checkpoints, **({_BASE: extra["base"]} if extra else {})})
                 return _inspect(subject, stats, spectral, threads, reporter)
             finally:
                 close_all(extra)
@@ -207,7 +210,7 @@ def _of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subject:
         raise recipe.error(("merge",), f"the expression is `{target}` itself: there is no update to inspect")
     pair = _pair(update, recipe)
     before = _real(pair, recipe, 1)
-    reference = "base" if "base" in checkpoints else before if before != target else None
+    reference = _BASE if _BASE in checkpoints else before if before != target else None
     return Subject(
         title, checkpoints, update, pair if before else None, before or target, target, reference,
         found[1] if found else None, found[2] if found else False, plan,
@@ -286,7 +289,7 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
     return Inspection(
         title=subject.title,
         update=_told(subject.update),
-        second=f"{subject.target} - {subject.reference}" if subject.reference else None,
+        second=f"{subject.target} - {subject.reference}".replace(_BASE, "base") if subject.reference else None,
         tensors=describe_all(rows, {name: [name] for name in rows}),
         spectra=spectra,
         total=describe_all(rows, {"all": list(rows)}).get("all", {}),
@@ -394,12 +397,16 @@ class _Pass:
                 after, before = (pieces[model] for model in subject.pair) if subject.pair else (None, None)
                 against = pieces[subject.against] if subject.against else None
                 updates.append(measure_update(update, against, before, after))
-                if not math.isfinite(updates[-1].squares[0]):
+                if not math.isfinite(updates[-1].squares[0] + sum(updates[-1].weights or [])):
                     raise self._nonfinite(task, pieces, first + start)
                 if subject.target and subject.reference:
                     other = pieces[subject.target].to(torch.float64) - pieces[subject.reference].to(torch.float64)
                     pairs.append(measure_pair(update, other))
-            forecast = self.forecaster.measure(task, first, inputs, self._mine.scratch)
+                    if not math.isfinite(pairs[-1].squares[0] + pairs[-1].products[0]):
+                        raise self._nonfinite(task, pieces, first + start)
+                if self.stop.is_set():
+                    return _Found(Update(), None, Forecast())
+            forecast = self.forecaster.measure(task, first, inputs, self._mine.scratch, self.stop)
             return _Found(add_up(updates), add_up(pairs) if pairs else None, forecast)
 
     def _combined(self, pieces: Mapping[str, Tensor]) -> Tensor:
@@ -408,7 +415,7 @@ class _Pass:
 
         result: Tensor | None = None
         for model, factor in self.subject.update.items():
-            value = pieces[model].to(torch.float64)
+            value = pieces[model].to(torch.float64, copy=True)
             if result is None:
                 result = value.mul_(factor)
             else:
@@ -455,6 +462,8 @@ def _spectra(
             for model, factor in subject.update.items():
                 update.add_(read(model, sources[model]), alpha=factor)
             against = read(subject.against, sources[subject.against]) if subject.against else None
+            if not bool(update.isfinite().all()):
+                raise UsageError(f"--spectral: tensor `{task.name}` is too large for float32")
             spectra[task.name] = describe_spectrum(update, against, rank, zlib.crc32(task.name.encode()))
             done += math.prod(task.shape)
             progress(done)

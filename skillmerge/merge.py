@@ -325,7 +325,7 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
         if item.files.root is not None
     }
     for folder in path.parents:
-        if (folder / MANIFEST_FILE).is_file():
+        if os.path.isfile(folder / MANIFEST_FILE):
             raise UsageError(
                 f"the output {path} lies inside a finished output, {folder}", fix="choose another --output"
             )

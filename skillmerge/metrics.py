@@ -94,6 +94,7 @@ def measure_pair(update: Tensor, other: Tensor) -> Pair:
 
 def _ulps(before: Tensor, after: Tensor) -> list[int]:
     distance = (_ordered(after) - _ordered(before)).abs_()
+    distance[distance < 0] = torch.iinfo(torch.int64).max  # of float64, half of all numbers apart
     classes = torch.bucketize(distance, torch.tensor(ULP_EDGES))
     return [int(count) for count in torch.bincount(classes, minlength=len(ULP_EDGES) + 1)]
 
@@ -143,7 +144,8 @@ def describe(update: Update, pair: Pair | None, whole: float) -> dict[str, Any]:
     if pair is None:
         return figures
     others, product = math.fsum(pair.squares), math.fsum(pair.products)
-    cosine = product / math.sqrt(squares * others) if squares and others else None
+    norms = math.sqrt(squares) * math.sqrt(others)
+    cosine = product / norms if norms else None
     conflict = _share(pair.opposite, pair.both)
     spread = math.fsum(pair.spread)
     return {
@@ -152,7 +154,7 @@ def describe(update: Update, pair: Pair | None, whole: float) -> dict[str, Any]:
         "updates_ratio": math.sqrt(squares / others) if others else None,
         "cosine": cosine,
         "cosine_z": cosine * math.sqrt(count) if cosine is not None else None,
-        "cosine_z_signs": product / math.sqrt(spread) if spread else None,
+        "cosine_z_signs": product / math.sqrt(spread) if spread and math.isfinite(spread) else None,
         "conflict": conflict,
         "conflict_z": (conflict - 0.5) * 2 * math.sqrt(pair.both) if conflict is not None else None,
         "overlap": _share(pair.both, update.changed),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _OVERSAMPLE, _ITERATIONS = 10, 6
+_LARGE = 1e12
 
 
 def truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,6 +20,10 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor,
     """
     rows, columns = matrix.shape
     rank = min(rank, rows, columns)
+    largest = float(matrix.abs().max())
+    if largest > _LARGE:  # its squares would be infinite
+        u, s, v = truncated_svd(matrix / largest, rank, seed)
+        return u, s * largest, v
     width = rank + _OVERSAMPLE
     if width >= min(rows, columns) // 2:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)

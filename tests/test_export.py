@@ -145,6 +145,17 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+def test_failed_export_leaves_nothing(tmp_path: Path) -> None:
+    skill = skill_of(tmp_path, {LINEAR: low_rank(8, 8, 2)})
+    file = next(skill.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-4:] = b"\xff\xff\xff\x7f"  # a NaN among the values
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"too large for an adapter|not encoded as it should be"):
+        skillmerge.export(skill, tmp_path / "adapter", lora_rank=2)
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_export_command(tmp_path: Path) -> None:
     shapes = tensor_shapes()
     for seed, name in enumerate(("rl", "sft")):

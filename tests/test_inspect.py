@@ -27,7 +27,7 @@ from skillmerge.forecasting import GRID
 from skillmerge.inspection import inspect
 from skillmerge.metrics import add_up, describe, measure_pair, measure_update
 from skillmerge.naming import module_kind
-from skillmerge.spectrum import SPECTRAL, describe_spectrum
+from skillmerge.spectrum import SPECTRAL, describe_spectrum, truncated_svd
 from skillmerge.tensors import ULP_EDGES
 
 FIGURES = [
@@ -213,6 +213,70 @@ def test_curve_is_what_apply_measures_at_each_lambda(tmp_path: Path, mode: str, 
         assert points[lam]["realised"] == pytest.approx(measured["realised_lambda"], rel=1e-12)
         assert points[lam]["vanished"] == measured["vanished"]
         assert points[lam]["changed"] == measured["changed"]
+
+
+def test_float64_is_read_and_left_alone(tmp_path: Path) -> None:
+    """The same values in two dtypes have the same figures, forecast included."""
+    shapes = {"model.layers.0.mlp.up_proj.weight": (300, 400)}
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        folder = tmp_path / str(dtype)
+        for seed, name in enumerate(("target", "rl", "sft")):
+            tensors = {key: value.to(dtype) for key, value in random_tensors(shapes, torch.float32, seed).items()}
+            write_checkpoint(folder / name, tensors)
+        recipe = write_recipe(folder, output={"path": "merged", "dtype": "bfloat16"})
+        found.append(inspect(recipe, stats="full"))
+        assert found[-1].forecast is not None
+        measured = skillmerge.apply(recipe, stats="full").manifest["statistics"]
+        assert found[-1].forecast["as_planned"] == measured
+    narrow, wide = (item.as_dict() for item in found)
+    for key in ("norm", "changed", "cosine", "largest", "conflict"):
+        assert narrow["all"][key] == wide["all"][key]
+    sft, rl = torch.tensor([2.0, 1.0], dtype=torch.float64), torch.tensor([-2.0, 1.0], dtype=torch.float64)
+    for name, tensor in (("sft", sft), ("rl", rl)):
+        write_checkpoint(tmp_path / "pair" / name, {"model.norm.weight": tensor})
+    total = inspect(str(tmp_path / "pair" / "sft"), str(tmp_path / "pair" / "rl")).total
+    assert total["changed"] == 0.5
+    assert total["ulps"] == [*[0] * len(ULP_EDGES), 1]
+
+
+def test_model_called_base_is_not_the_base(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "rl", "other", "target")):
+        write_checkpoint(tmp_path / name, random_tensors(tensor_shapes(), seed=seed))
+    models = {"target": "target", "rl": "rl", "base": "base"}
+    recipe = write_recipe(tmp_path, "target + lam * (rl - base)", models=models)
+    plain, given = inspect(recipe), inspect(recipe, base=str(tmp_path / "other"))
+    assert plain.total["norm"] == given.total["norm"]
+    assert plain.total["other_norm"] != given.total["other_norm"]
+    recipe = write_recipe(tmp_path, "base + lam * (rl - target)", models=models)
+    assert inspect(recipe).total["other_norm"] > 0
+
+
+@pytest.mark.parametrize("where", ["target", "base"])
+def test_nan_outside_the_update_is_told_too(family: Path, where: str) -> None:
+    folder = family.parent
+    write_checkpoint(folder / "base", random_tensors(tensor_shapes()))
+    tensors = read_checkpoint(folder / where)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    for path in (folder / where).glob("model*"):
+        path.unlink()
+    write_checkpoint(folder / where, tensors)
+    with pytest.raises(InputError, match=r"holds nan in tensor `model.layers.1.mlp.up_proj.weight`"):
+        inspect(family, base=str(folder / "base"))
+
+
+def test_extremes_are_figures_too(tmp_path: Path) -> None:
+    for scale in (1e-100, 1e100, 1e140):
+        folder = tmp_path / str(scale)
+        for seed, name in enumerate(("target", "rl", "sft")):
+            plain = random_tensors({"model.layers.0.mlp.up_proj.weight": (40, 40)}, torch.float64, seed)
+            write_checkpoint(folder / name, {key: value * scale for key, value in plain.items()})
+        inspect(write_recipe(folder, output={"path": "merged", "dtype": "float32"}), stats="full")
+        json.dumps(inspect(str(folder / "sft"), str(folder / "rl")).as_dict(), allow_nan=False)
+    with pytest.raises(UsageError, match="too large for float32"):
+        inspect(str(folder / "sft"), str(folder / "rl"), spectral=4)
+    large = torch.randn(50, 60) * 1e37
+    assert torch.isfinite(truncated_svd(large, 5, 0)[1]).all()
 
 
 def test_threads_and_tiles_change_nothing(family: Path) -> None:

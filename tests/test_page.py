@@ -195,6 +195,11 @@ def test_report_replaces_reports_only(family: Path) -> None:
     assert process.returncode == 2
     assert "is not a report" in process.stderr
     assert (family.parent / "notes.html").read_text() == "my notes"
+    process = run_cli("inspect", family, "--report", family.parent / "nowhere" / "report.html")
+    assert process.returncode == 2
+    assert "is no folder" in process.stderr
+    assert process.stdout == ""
+    assert run_cli("plan", family, "--report", "x" * 300 + ".html").returncode == 2
     for _ in range(2):
         assert run_cli("plan", family, "--report", family.parent / "report.html").returncode == 0
     skill = skillmerge.extract(str(family.parent / "rl"), str(family.parent / "sft"), family.parent / "math").output

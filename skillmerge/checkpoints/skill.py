@@ -229,7 +229,10 @@ class SkillPlane:
         if last <= first:
             return torch.empty(0, dtype=dtype)
         if spec.name.endswith(COMPRESSED):
-            return torch.frombuffer(self._inflated(spec), dtype=torch.uint8).view(dtype)[first:last]
+            inflated = self._inflated(spec)
+            if len(inflated) < last * dtype.itemsize:
+                raise InputError(f"{self.path(spec.file)}: `{spec.name}` is too short", fix="the skill is damaged")
+            return torch.frombuffer(inflated, dtype=torch.uint8).view(dtype)[first:last]
         content = bytearray((last - first) * dtype.itemsize)
         self.stored.begin(spec.file, spec.start + first * dtype.itemsize, memoryview(content))()
         return torch.frombuffer(content, dtype=dtype)
