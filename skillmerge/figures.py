@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from skillmerge.depth import number
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -156,3 +158,14 @@ FORECAST = {
         "share",
     ),
 }
+
+
+def show(value: float | None, unit: str) -> str:
+    """A figure for people; what is not known is a dash."""
+    if value is None:
+        return "–"
+    if unit == "share":
+        return f"{value:.1%}"
+    if unit == "count":
+        return f"{value:,.0f}"
+    return number(value)

@@ -14,7 +14,7 @@ from typing import Any
 
 from skillmerge import __version__
 from skillmerge.depth import number
-from skillmerge.figures import FIGURES, FORECAST, SPECTRAL, Figure
+from skillmerge.figures import FIGURES, FORECAST, SPECTRAL, Figure, show
 from skillmerge.inspection import Inspection
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
 from skillmerge.planning import Plan
@@ -66,17 +66,6 @@ def build(
 
 def _text(value: Any) -> str:
     return html.escape(str(value), quote=True)
-
-
-def show(value: float | None, unit: str) -> str:
-    """A figure for people; what is not known is a dash."""
-    if value is None:
-        return "–"
-    if unit == "share":
-        return f"{value:.1%}"
-    if unit == "count":
-        return f"{value:,.0f}"
-    return number(value)
 
 
 def _named(figure: Figure) -> str:

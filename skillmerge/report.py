@@ -21,7 +21,7 @@ from rich.text import Text as RichText
 from skillmerge.accounting import settlement
 from skillmerge.depth import bars, number, over_depth
 from skillmerge.errors import some, visible
-from skillmerge.figures import SPECTRAL
+from skillmerge.figures import FIGURES, SPECTRAL, show
 from skillmerge.merge import Reporter, Result
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.planning import Plan
@@ -275,6 +275,10 @@ def result_warnings(result: Result) -> list[str]:
     return warnings
 
 
+_ONE_UPDATE = ("elements", "changed", "above_absolute", "above_relative", "norm", "norm_ratio", "energy")
+_TWO_UPDATES = (
+    "cosine", "cosine_z", "cosine_z_signs", "conflict", "conflict_z", "overlap", "overlap_chance", "updates_ratio",
+)  # fmt: skip
 _CHANCE = """\
 z counts standard deviations from chance, which is a cosine of 0 give or take 1/sqrt(n), and opposite signs
 in 50%. A cosine near 0 is what any two unrelated updates have: it alone shows little."""
@@ -284,31 +288,11 @@ def show_inspection(found: Inspection, out: Console) -> None:
     """What changed, by module and over depth; how two updates lie to each other; what rounding will do."""
     out.print(Text(found.title, style="bold"), soft_wrap=True)
     rows = {**found.modules, "all": found.total}
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "tensors": lambda row: str(row["tensors"]),
-        "elements": lambda row: f"{row['elements']:,}",
-        "changed": lambda row: _percent(row["changed"]),
-        "above 1e-5": lambda row: _percent(row["above_absolute"]),
-        "above 1e-3 of w": lambda row: _percent(row["above_relative"]),
-        "norm": lambda row: number(row["norm"]),
-        "of weights' norm": lambda row: _figure(row["norm_ratio"]),
-        "energy": lambda row: _percent(row["energy"]),
-    }
-    out.print(_figures(f"the update, {found.update}", rows, columns))
+    out.print(_figures(f"the update, {found.update}", rows, _ONE_UPDATE))
     if found.total["ulps"] is not None and sum(found.total["ulps"]):
         out.print(Text(f"changed by units in the last place: {_ulps(found.total['ulps'])}"), soft_wrap=True)
     if found.second is not None:
-        columns = {
-            "cosine": lambda row: _figure(row["cosine"]),
-            "z": lambda row: _figure(row["cosine_z"]),
-            "z of random signs": lambda row: _figure(row["cosine_z_signs"]),
-            "opposite signs": lambda row: _percent(row["conflict"]),
-            "z ": lambda row: _figure(row["conflict_z"]),
-            "overlap": lambda row: _percent(row["overlap"]),
-            "by chance": lambda row: _percent(row["overlap_chance"]),
-            "norms' ratio": lambda row: _figure(row["updates_ratio"]),
-        }
-        out.print(_figures(f"beside the target's own update, {found.second}", rows, columns))
+        out.print(_figures(f"beside the target's own update, {found.second}", rows, _TWO_UPDATES))
         out.print(Text(_CHANCE))
     for key, what in (("changed", "changed"), ("norm_ratio", "of weights' norm"), ("cosine_z", "cosine's z")):
         _show_map(found, key, what, out)
@@ -329,12 +313,7 @@ def _spectra_table(spectra: Mapping[str, Mapping[str, float | None]]) -> Table:
     for kind, found in kinds.items():
         rows[kind] = {"matrices": len(found), **{key: _median([row[key] for row in found]) for key in SPECTRAL}}
 
-    def cell(key: str, unit: str) -> Callable[[Mapping[str, Any]], str]:
-        return lambda row: (_percent if unit == "share" else _figure)(row[key])
-
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {"matrices": lambda row: str(row["matrices"])}
-    columns |= {figure.label: cell(key, figure.unit) for key, figure in SPECTRAL.items()}
-    return _figures("directions (medians over matrices)", rows, columns)
+    return _figures("directions (medians over matrices)", rows, tuple(SPECTRAL), "matrices")
 
 
 def _median(values: Sequence[float | None]) -> float | None:
@@ -354,23 +333,23 @@ def _show_forecast(forecast: Mapping[str, Any], out: Console) -> None:
             mode: {point["lambda"]: point for point in kinds["all"]} for mode, kinds in forecast["curves"].items()
         }
         for lam in forecast["grid"][1::2]:
-            cells = [cell for mode in points for cell in (_figure(points[mode][lam]["realised"]),
-                                                          _percent(points[mode][lam]["vanished"]))]  # fmt: skip
+            cells = [cell for mode in points for cell in (show(points[mode][lam]["realised"], "number"),
+                                                          show(points[mode][lam]["vanished"], "share"))]  # fmt: skip
             table.add_row(number(lam), *cells)
         out.print(table)
     if forecast["as_planned"] is not None and "changed" in forecast["as_planned"]["all"]:
         out.print(_statistics_table(forecast["as_planned"], "what rounding will do, as the recipe is"))
 
 
-def _figures(
-    title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]
-) -> Table:
+def _figures(title: str, rows: Mapping[str, Mapping[str, Any]], keys: Sequence[str], counted: str = "tensors") -> Table:
+    """A row for each module; `counted` is the key of how many there are."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     table.add_column("module")
-    for column in columns:
-        table.add_column(column.strip(), justify="right")
+    known = {**FIGURES, **SPECTRAL}
+    for column in (counted, *(known[key].label for key in keys)):
+        table.add_column(column, justify="right")
     for label, row in rows.items():
-        table.add_row(Text(label), *(show(row) for show in columns.values()))
+        table.add_row(Text(label), str(row[counted]), *(show(row[key], known[key].unit) for key in keys))
     return table
 
 
@@ -402,14 +381,6 @@ def _ulps(counts: Sequence[int]) -> str:
     return ", ".join(
         f"{label}: {count / whole:.1%}" for label, count in zip([*labels, "more"], counts, strict=True) if count
     )
-
-
-def _percent(value: float | None) -> str:
-    return f"{value:.1%}" if value is not None else "-"
-
-
-def _figure(value: float | None) -> str:
-    return number(value) if value is not None else "-"
 
 
 def show_exported(exported: Exported, out: Console) -> None:
