@@ -15,7 +15,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["SkillmergeError", "__version__", "apply", "export", "extract", "inspect", "plan", "push", "verify"]
+__all__ = [
+    "SkillmergeError", "__version__", "apply", "export", "export_patch", "extract", "inspect", "plan", "push", "verify",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from skillmerge.errors import SkillmergeError
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
     from skillmerge.inspection import inspect
     from skillmerge.merge import apply
     from skillmerge.merge import make_plan as plan
+    from skillmerge.patching import export_patch
     from skillmerge.pushing import push
     from skillmerge.verification import verify
 
 _HOMES = {
     "apply": ("skillmerge.merge", "apply"),
     "export": ("skillmerge.exporting", "export"),
+    "export_patch": ("skillmerge.patching", "export_patch"),
     "extract": ("skillmerge.extraction", "extract"),
     "inspect": ("skillmerge.inspection", "inspect"),
     "plan": ("skillmerge.merge", "make_plan"),

@@ -23,7 +23,9 @@ from skillmerge import __version__
 from skillmerge.errors import InputError, Interrupted, ResourceError, SkillmergeError, UsageError, visible
 
 if TYPE_CHECKING:
+    from skillmerge.exporting import Exported
     from skillmerge.merge import Result
+    from skillmerge.patching import Patch
 
 _EXIT_STATUSES = """\b
 Exit statuses:
@@ -330,22 +332,46 @@ def extract(rl: str, sft: str, as_json: bool, quiet: bool, verbose: bool, **opti
 @cli.command()
 @click.argument("skill", type=click.Path())
 @option("--output", "-o", type=click.Path(), required=True, help="The folder to write.")
-@option("--lora-rank", type=click.IntRange(1, 4096), required=True, help="Of the adapter's matrices.")
+@option("--lora-rank", type=click.IntRange(1, 4096), help="Write the best LoRA adapter of this rank.")
+@option("--onto", metavar="MODEL", help="Write a sparse patch of this model, which the skill was cut from.")
 @option("--base", metavar="MODEL", help="The model that the adapter is for, in place of the skill's own parent.")
 @option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the randomised decomposition.")
 @_links
 @_json
 @option("--quiet", "-q", is_flag=True, help="Only results and errors.")
-def export(skill: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Write a stored skill as a LoRA adapter in PEFT's format, the best one of its rank.
+def export(
+    skill: str,
+    output: str,
+    lora_rank: int | None,
+    onto: str | None,
+    base: str | None,
+    seed: int,
+    follow_links: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write a stored skill in a format of others: a LoRA adapter for PEFT, or a sparse patch.
 
-    What an adapter cannot hold (norms, embeddings, biases, heads, routers) is left out, and counted.
+    What an adapter cannot hold (norms, embeddings, biases, heads, routers) is left out, and counted. A patch has
+    the places and the new elements, exactly, of what changed in the model that was subtracted.
     """
     from skillmerge import report
-    from skillmerge.exporting import export as run
 
     reporter = report.TerminalReporter(quiet, verbose=False, doing="exporting")
-    exported = run(skill, reporter=reporter, **options)
+    common: dict[str, Any] = {"follow_links": follow_links, "reporter": reporter}
+    if (lora_rank is None) == (onto is None):
+        raise UsageError("say what to write", fix="give --lora-rank R (an adapter) or --onto SFT (a sparse patch)")
+    exported: Exported | Patch
+    if lora_rank is not None:
+        from skillmerge.exporting import export as adapter
+
+        exported = adapter(skill, output, lora_rank=lora_rank, base=base, seed=seed, **common)
+    else:
+        from skillmerge.patching import export_patch
+
+        if base is not None:
+            raise UsageError("--base is of an adapter", fix="leave it out: a patch is for the model of --onto")
+        exported = export_patch(skill, output, onto=str(onto), **common)
     if as_json:
         _print_json({"ok": True, **exported.as_dict()})
     elif not quiet:

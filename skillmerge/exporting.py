@@ -12,7 +12,6 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from skillmerge.recipe import recipe_of
 from skillmerge.resources import check_disk
 from skillmerge.sources import Access, close_all, open_models
 from skillmerge.tensors import DTYPES, TensorSpec
-from skillmerge.writer import disk_errors, write_whole
+from skillmerge.writer import new_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,8 +85,6 @@ def export(
     checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.warn)
     try:
         target = output_folder(recipe, output, checkpoints)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
         plus, minus = checkpoints.values()
         config = plus.config
         if str(config.get("model_type")) in _TRANSPOSED:
@@ -101,19 +98,10 @@ def export(
         layout = _layout(chosen, lora_rank)
         header, specs = build_header(layout)
         check_disk(target, specs[-1].end, "the adapter")
-        with disk_errors(target):
-            target.mkdir(parents=True, exist_ok=True)
-            path = target / (ADAPTER_FILE + ".new")
-            try:
-                rows, left = _write(path, header, specs, (plus, minus), chosen, lora_rank, seed, reporter)
-            except BaseException:
-                path.unlink(missing_ok=True)
-                with suppress(OSError):
-                    target.rmdir()
-                raise
-            document = _config(chosen, lora_rank, config, named.removeprefix("hf://"))
-            write_whole(target / ADAPTER_CONFIG, (json.dumps(document, indent=2) + "\n").encode())
-            path.rename(target / ADAPTER_FILE)
+        document = _config(chosen, lora_rank, config, named.removeprefix("hf://"))
+        with new_folder(target) as folder:
+            rows, left = _write(folder / ADAPTER_FILE, header, specs, (plus, minus), chosen, lora_rank, seed, reporter)
+            (folder / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     finally:
         close_all(checkpoints)
     whole = math.fsum(row["norm"] ** 2 for row in (*rows.values(), *left.values()))
@@ -214,8 +202,6 @@ def _write(
                 rows[name] = {"norm": norm, "energy": min(1.0, kept)}
             done += spec.nbytes
             progress(done)
-        stream.flush()
-        os.fsync(stream.fileno())
     return rows, left
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.folder import Folder
+from skillmerge.checkpoints.patch import METADATA_FILE
 from skillmerge.checkpoints.skill import summary, tensor_digest
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.merge import Reporter, Result, apply
@@ -37,15 +38,17 @@ def extract(
 ) -> Result:
     """Store the difference `rl - sft` of two checkpoints (folders, or hf://org/name[@revision][/subfolder]).
 
+    Where `rl` is a folder with a sparse patch, it is the patch of `sft`.
     dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. ignore: globs of
     tensors that the skill does without. zstd: compress its files. The rest is as of
     `merge.apply`, whose errors it raises: this is a recipe of three lines.
     """
     if dtype not in ("same", "bfloat16", "float16", "float32"):
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
+    patched = (Path(rl) / METADATA_FILE).is_file()
     return apply(
         recipe_of(
-            {"rl": os.fspath(rl), "sft": os.fspath(sft)},
+            {"rl": {"patch": os.fspath(rl), "onto": "sft"} if patched else os.fspath(rl), "sft": os.fspath(sft)},
             "rl - sft",
             {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none"},
             "skillmerge extract",

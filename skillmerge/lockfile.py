@@ -76,7 +76,7 @@ def to_bytes(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> bytes:
     models = {}
     for item in plan.inputs:
         checkpoint = checkpoints[item.name]
-        if not checkpoint.files.remote:
+        if not checkpoint.files.remote or item.revision is None:
             continue
         used = {*checkpoint.shards, *({INDEX_FILE, "config.json"} & {*checkpoint.names})}
         if item.name == plan.donor:

@@ -58,6 +58,8 @@ class ModelTable(_Table):
         str | None, Field(min_length=1, description="a folder, or hf://org/name[@revision][/subfolder]")
     ] = None
     skill: Annotated[str | None, Field(min_length=1, description="the same, of a skill that was stored")] = None
+    patch: Annotated[str | None, Field(min_length=1, description="the same, of a sparse patch")] = None
+    onto: Annotated[str | None, Field(min_length=1, description="the model that the patch is for")] = None
 
 
 class RuleTable(_Table):
@@ -175,6 +177,8 @@ class Recipe:
     models: Mapping[str, str]
     skills: frozenset[str]
     """Those of the models that are stored skills."""
+    patches: Mapping[str, str]
+    """Those of the models that are sparse patches, and the models that they are for."""
     coefficients: Mapping[str, Schedule]
     expression: Node
     copy: tuple[CopyRule, ...]
@@ -193,6 +197,7 @@ class Recipe:
         """The models that the output depends on, in the order of the recipe."""
         used = {name.name for name in names_in(self.expression) if name.is_model}
         used |= {rule.model for rule in self.copy} | ({self.output.like} if self.output.like else set())
+        used |= {onto for name, onto in self.patches.items() if name in used}
         return [name for name in self.models if name in used]
 
     def error(self, path: Path, message: str, fix: str | None = None) -> RecipeError:
@@ -271,7 +276,12 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
     skills = frozenset(
         normalise_name(name) for name, entry in table.models.items() if isinstance(entry, ModelTable) and entry.skill
     )
-    _check_model_names(document, table, list(models), skills)
+    patches = {
+        normalise_name(name): normalise_name(entry.onto)
+        for name, entry in table.models.items()
+        if isinstance(entry, ModelTable) and entry.patch and entry.onto
+    }
+    _check_model_names(document, table, list(models), skills, patches)
     if table.output.kind == "model" and table.output.compression != "none":
         raise document.error(
             "only a skill can be compressed", document.place(("output", "compression")), "models are read as they are"
@@ -286,6 +296,7 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
         folder=folder,
         models=models,
         skills=skills,
+        patches=patches,
         coefficients=schedules,
         expression=expression,
         copy=tuple(CopyRule(_as_tuple(rule.tensors), normalise_name(rule.from_)) for rule in table.copy_),
@@ -355,10 +366,15 @@ def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list
         if section == "models":
             entry = table.models[written]
             if isinstance(entry, ModelTable):
-                if (entry.path is None) == (entry.skill is None):
-                    what = "both `path` and `skill`" if entry.path else "neither `path` nor `skill`"
-                    raise document.error(f"`{written}` has {what}", document.place((section, written)), "give one")
-                entry = str(entry.path or entry.skill)
+                given = [value for value in (entry.path, entry.skill, entry.patch) if value is not None]
+                place = document.place((section, written))
+                if len(given) != 1:
+                    what = "more than one" if given else "none"
+                    raise document.error(f"`{written}` has {what} of `path`, `skill`, `patch`", place, "give one")
+                if (entry.patch is None) != (entry.onto is None):
+                    fix = "write {patch: …, onto: …}, the latter a model of this recipe"
+                    raise document.error("`patch` and `onto` go together", place, fix)
+                entry = given[0]
             models[name] = entry
         else:
             coefficients.append(name)
@@ -426,16 +442,30 @@ def _local_path(document: Document, path: Path, folder: FilePath, written: str) 
         raise document.error(f"`{written}` starts at a home that does not exist", document.place(path)) from error
 
 
-def _check_model_names(document: Document, table: RecipeTable, models: list[str], skills: frozenset[str]) -> None:
+def _check_model_names(
+    document: Document,
+    table: RecipeTable,
+    models: list[str],
+    skills: frozenset[str],
+    patches: Mapping[str, str],
+) -> None:
     uses: list[tuple[Path, str | None]] = [
         (("copy", index, "from"), rule.from_) for index, rule in enumerate(table.copy_)
+    ]
+    uses += [
+        (("models", name, "onto"), entry.onto)
+        for name, entry in table.models.items()
+        if isinstance(entry, ModelTable) and entry.onto
     ]
     for path, name in [*uses, (("output", "like"), table.output.like)]:
         if name is not None and normalise_name(name) not in models:
             fix = did_you_mean(name, models) or f"models of this recipe: {', '.join(models)}"
             raise document.error(f"`{name}` is not a model of this recipe", document.place(path), fix)
-        if name is not None and normalise_name(name) in skills and (path[0] == "copy" or table.output.kind == "model"):
+        whole = path[0] in ("copy", "models") or table.output.kind == "model"
+        if name is not None and normalise_name(name) in skills and whole:
             raise document.error(f"`{name}` is a skill, which has no tensors to take", document.place(path))
+        if path[0] == "models" and name is not None and normalise_name(name) in patches:
+            raise document.error(f"`{name}` is a patch itself", document.place(path), "name a whole model")
 
 
 def _expression_error(document: Document, error: ExpressionError) -> RecipeError:

@@ -24,6 +24,7 @@ from skillmerge.errors import some, visible
 from skillmerge.figures import FIGURES, SPECTRAL, show
 from skillmerge.merge import Reporter, Result
 from skillmerge.naming import MODULE_KINDS, module_kind
+from skillmerge.patching import Patch
 from skillmerge.planning import Plan
 from skillmerge.resources import Budget
 from skillmerge.statistics import deviating
@@ -383,7 +384,18 @@ def _ulps(counts: Sequence[int]) -> str:
     )
 
 
-def show_exported(exported: Exported, out: Console) -> None:
+def show_exported(exported: Exported | Patch, out: Console) -> None:
+    """What was written of a skill for others to read."""
+    if isinstance(exported, Patch):
+        share = f"{exported.elements / exported.of:.1%}" if exported.of else "none"
+        what = f"{share} of the elements in {exported.tensors} tensors, {format_bytes(exported.bytes)}"
+        told = f"wrote {exported.output}: {what}"
+        out.print(Text(told, style="bold"), soft_wrap=True)
+    else:
+        _show_adapter(exported, out)
+
+
+def _show_adapter(exported: Exported, out: Console) -> None:
     """How much of a skill an adapter holds, by module."""
     groups: dict[str, list[Mapping[str, float]]] = {}
     for name, row in exported.modules.items():

@@ -11,6 +11,7 @@ from skillmerge import lockfile
 from skillmerge.checkpoints.checkpoint import Checkpoint, Files, open_checkpoint
 from skillmerge.checkpoints.folder import Folder
 from skillmerge.checkpoints.location import Location
+from skillmerge.checkpoints.patch import open_patch
 from skillmerge.checkpoints.skill import open_skill
 from skillmerge.errors import StalePlan, UsageError
 from skillmerge.expression import minus_of
@@ -102,15 +103,21 @@ def _open_all(recipe: Recipe, places: Mapping[str, Path | Location], access: Acc
 
     opening: list[Files] = []
 
-    def one(item: tuple[str, Path | Location]) -> dict[str, Checkpoint] | Exception:
-        name, place = item
+    found: dict[str, Checkpoint] = {}
+
+    def one(name: str) -> dict[str, Checkpoint] | Exception:
+        uri, onto = recipe.models[name], recipe.patches.get(name)
         try:
-            files = _files(place, access, skill=name in recipe.skills)
+            if onto is not None and onto not in found:
+                return {}  # its model says what is wrong
+            files = _files(places[name], access, small=name in recipe.skills or onto is not None)
             opening.append(files)
             try:
+                if onto is not None:
+                    return {name: open_patch(uri, files, found[onto])}
                 if name not in recipe.skills:
-                    return {name: open_checkpoint(recipe.models[name], files)}
-                return dict(zip((name, minus_of(name)), open_skill(recipe.models[name], files), strict=True))
+                    return {name: open_checkpoint(uri, files)}
+                return dict(zip((name, minus_of(name)), open_skill(uri, files), strict=True))
             except BaseException:
                 files.close()
                 raise
@@ -118,26 +125,31 @@ def _open_all(recipe: Recipe, places: Mapping[str, Path | Location], access: Acc
             return error
 
     pool = ThreadPoolExecutor(max(1, len(places)))
+    opened: dict[str, dict[str, Checkpoint] | Exception] = {}
     try:
-        opened = dict(zip(places, pool.map(one, places.items()), strict=True))
+        for patches in (False, True):
+            names = [name for name in places if (name in recipe.patches) == patches]
+            opened |= zip(names, pool.map(one, names), strict=True)
+            for item in opened.values():
+                found |= item if isinstance(item, dict) else {}
     except KeyboardInterrupt:
         for files in opening:
             files.cancel()
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
-    checkpoints = {name: found for item in opened.values() if isinstance(item, dict) for name, found in item.items()}
     for item in opened.values():
         if isinstance(item, Exception):
-            close_all(checkpoints)
+            close_all(found)
             raise item
-    return checkpoints
+    order = [name for item in places for name in (item, minus_of(item))]
+    return {name: found[name] for name in order if name in found}
 
 
-def _files(place: Path | Location, access: Access, skill: bool) -> Files:
-    """A skill is small, and read in pieces too small for a network: it goes through the Hub's cache."""
+def _files(place: Path | Location, access: Access, small: bool) -> Files:
+    """A skill or a patch is small, and read in pieces too small for a network: it goes through the Hub's cache."""
     if isinstance(place, Path):
         return Folder(place, follow_links=access.follow_links)
     from skillmerge.checkpoints.repository import open_location
 
-    return open_location(place, download=access.download or skill)
+    return open_location(place, download=access.download or small)

@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -64,6 +65,38 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"{path} could not be written: {error.strerror}",
             fix="check the disk, then run the same command again",
         ) from error
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which is called `target` when all is done and does not exist otherwise.
+
+    For outputs that are small beside a merge: nothing is kept of a failed try. Raises UsageError where there
+    is something at `target` already; ResourceError.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            yield folder
+            folder.chmod(0o777 & ~_umask())
+            for path in folder.iterdir():
+                with open(path, "rb") as stream:
+                    os.fsync(stream.fileno())
+            _sync_folder(folder)
+            folder.rename(target)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        _sync_folder(target.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 class Staging:

@@ -453,7 +453,7 @@ def test_model_and_skill_are_not_mistaken_for_each_other(family: Path) -> None:
         skillmerge.plan(write_recipe(folder, "target + math", models={"target": "target", "math": "math"}))
     with pytest.raises(InputError, match="is not a skill"):
         skillmerge.plan(write_recipe(folder, "target + rl", models={"target": "target", "rl": {"skill": "rl"}}))
-    with pytest.raises(UsageError, match="both `path` and `skill`"):
+    with pytest.raises(UsageError, match="more than one of `path`, `skill`, `patch`"):
         skillmerge.plan(write_recipe(folder, "rl", models={"rl": {"skill": "rl", "path": "rl"}}))
     with pytest.raises(UsageError, match="is a skill, which has no tensors to take"):
         skillmerge.plan(

@@ -155,6 +155,11 @@ def open_checkpoint(uri: str, files: Files) -> Checkpoint:
     names = files.names()
     if "skill.json" in names and INDEX_FILE not in names:
         raise InputError(f"{files.place} is a skill, not a model", fix=f"in a recipe write it as {{skill: {uri}}}")
+    if "delta_metadata.json" in names and INDEX_FILE not in names:
+        raise InputError(
+            f"{files.place} is a sparse patch, not a model",
+            fix=f"in a recipe write it as {{patch: {uri}, onto: MODEL}}",
+        )
     weights = _weight_files(files, names)
     index = _read_index(files) if INDEX_FILE in names else None
     if index is None:
