@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skillmerge.arithmetic import any_nonfinite, bit_view, evaluate, fold_sum, memory_of, round_nearest, torch_dtype
+from skillmerge.arithmetic import any_nonfinite, evaluate, fold_sum, memory_of, round_nearest, torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.skill import COMPRESSED, SKILL_FILE, SKILL_VERSION, deflate, part_name, tensor_digest
 from skillmerge.expression import minus_of
 from skillmerge.parallel import hash_file
 from skillmerge.planning import Plan, ShardPlan, TensorPlan
 from skillmerge.reading import Span, Tile
-from skillmerge.sparse import Encoded, Encoder, places_of
+from skillmerge.sparse import Encoded, Encoder, differing, places_of, within
 from skillmerge.statistics import summarise_skill
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT, TensorSpec
 from skillmerge.worker import Settings, Worker
@@ -205,34 +205,45 @@ class _Workers:
             tile = Tile(unit.tensor, first, first + unit.length, 0)
             (values,) = worker.reader.read(Span(0, (tile,)))
             inputs = {model: piece for (model, _), piece in zip(unit.tensor.sources, values, strict=True)}
-            for piece in inputs.values():
-                for start in range(0, piece.numel(), BLOCK):
-                    if any_nonfinite(piece[start : start + BLOCK]):
-                        raise worker.nonfinite(tile, inputs, piece)
-            cut = self._keep(inputs) if unit.tensor.action == "cut" else self._compute(worker, tile, inputs)
-            cut.digests = {
-                model: hashlib.sha256(memory_of(piece)).hexdigest()
-                for model, piece in inputs.items()
-                if model in self._digested
-            }
+            digests = {model: hashlib.sha256() for model in inputs if model in self._digested}
+            chunks = self._chunks(worker, tile, inputs, digests)
+            cut = self._keep(chunks) if unit.tensor.action == "cut" else self._compute(worker, tile, chunks)
+            cut.digests = {model: digest.hexdigest() for model, digest in digests.items()}
             if self._plan.recipe.output.compression == "zstd":
                 cut.planes = {plane: _compressed(encoded) for plane, encoded in cut.planes.items()}
         return cut
 
-    def _keep(self, inputs: Mapping[str, Tensor]) -> _Cut:
+    @staticmethod
+    def _chunks(
+        worker: Worker, tile: Tile, inputs: Mapping[str, Tensor], digests: Mapping[str, hashlib._Hash]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """A tile's values, checked and digested, in pieces that stay in the cache. Raises UnusableWeights."""
+        for start in range(0, tile.last - tile.first, CHUNK):
+            pieces = {model: values[start : start + CHUNK] for model, values in inputs.items()}
+            for model, piece in pieces.items():
+                if any(any_nonfinite(piece[at : at + BLOCK]) for at in range(0, piece.numel(), BLOCK)):
+                    raise worker.nonfinite(tile, inputs, inputs[model])
+                if model in digests:
+                    digests[model].update(memory_of(piece))
+            yield start, pieces
+
+    def _keep(self, chunks: Iterable[tuple[int, Mapping[str, Tensor]]]) -> _Cut:
         """The exact difference of two models, as pairs."""
-        left, right = inputs.values()
-        plus, minus = Encoder(left.dtype), Encoder(right.dtype)
         cut = _Cut({})
-        for start in range(0, left.numel(), CHUNK):
-            a, b = left[start : start + CHUNK], right[start : start + CHUNK]
-            mask = _differing(a, b)
+        planes: tuple[Encoder, Encoder] | None = None
+        for _, pieces in chunks:
+            a, b = pieces.values()
+            plus, minus = planes = planes or (Encoder(a.dtype), Encoder(b.dtype))
+            alike = a.dtype == b.dtype
+            mask = differing(a, b) if alike else differing(a.to(torch.float64), b.to(torch.float64))
             places = places_of(mask)
             a, b = a.index_select(0, places), b.index_select(0, places)
-            update = a.to(torch.float64) - b.to(torch.float64)
-            value = update.to(a.dtype, copy=True)
+            value = a - b if alike else (a.to(torch.float64) - b.to(torch.float64)).to(a.dtype)
             pairs = places_of(~_fits(a, b, value))
-            value[pairs] = a[pairs]
+            update = value.to(torch.float64, copy=True)
+            if len(pairs):
+                update[pairs] = a[pairs].to(torch.float64) - b[pairs].to(torch.float64)
+                value[pairs] = a[pairs]
             plus.add(mask, places, value)
             apart = places[pairs]
             minus.add(torch.zeros_like(mask).index_fill_(0, apart, True), apart, b[pairs])
@@ -240,17 +251,17 @@ class _Workers:
             cut.pairs += len(pairs)
             if len(places):
                 cut.squares.append(fold_sum(update.mul_(update)))
-        cut.planes = {"plus": plus.finish(), "minus": minus.finish()}
+        if planes is not None:
+            cut.planes = {"plus": planes[0].finish(), "minus": planes[1].finish()}
         return cut
 
-    def _compute(self, worker: Worker, tile: Tile, inputs: Mapping[str, Tensor]) -> _Cut:
+    def _compute(self, worker: Worker, tile: Tile, chunks: Iterable[tuple[int, Mapping[str, Tensor]]]) -> _Cut:
         """The value of the formula, rounded once."""
         assert tile.tensor.program is not None
         dtype = torch_dtype(tile.tensor.dtype)
         plus = Encoder(dtype)
         cut = _Cut({})
-        for start in range(0, tile.last - tile.first, CHUNK):
-            pieces = {model: piece[start : start + CHUNK] for model, piece in inputs.items()}
+        for start, pieces in chunks:
             value, _ = evaluate(tile.tensor.program, pieces, worker.scratch)
             rounded = round_nearest(value, torch.empty(value.numel(), dtype=dtype))
             if any_nonfinite(rounded):
@@ -285,11 +296,10 @@ def _fits(a: Tensor, b: Tensor, value: Tensor) -> Tensor:
     `b` when taken from `a`."""
     fits = torch.zeros(len(a), dtype=torch.bool)
     if a.dtype == b.dtype:
-        # Numbers of one sign and within a binade of each other (Sterbenz 1974), but for -0, which no sum gives.
-        negative_zero = torch.iinfo(bit_view(a).dtype).min
-        bits_a, bits_b = bit_view(a), bit_view(b)
-        near = (bits_a - bits_b).abs_().sub_(1) < round(1 / torch.finfo(a.dtype).eps) - 1
-        fits = near & (bits_a != negative_zero) & (bits_b != negative_zero)
+        # Numbers of one sign and within a binade of each other (Sterbenz 1974), but for what is near -0, which no
+        # sum gives.
+        units = round(1 / torch.finfo(a.dtype).eps) - 1
+        fits = within(a, b, units) & ~within(a, torch.zeros(1, dtype=a.dtype).neg_(), units)
     rest = places_of(~fits)
     if len(rest):
         a, b, value = (each[rest].to(torch.float64) for each in (a, b, value))
@@ -297,13 +307,6 @@ def _fits(a: Tensor, b: Tensor, value: Tensor) -> Tensor:
         # Zeros of two signs, and -0 itself, are not what a sum gives back.
         fits[rest] = exact & (a != b) & ~((a == 0) & a.signbit()) & ~((b == 0) & b.signbit())
     return fits
-
-
-def _differing(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors do not hold the same number, the signs of zeros included."""
-    if a.dtype != b.dtype:
-        a, b = a.to(torch.float64), b.to(torch.float64)
-    return bit_view(a) != bit_view(b)
 
 
 class _SkillFile:

@@ -134,6 +134,17 @@ def decode(encoding: str, parts: dict[str, Tensor], starts: Sequence[Tensor], fi
 # numpy does these several times faster than torch.
 
 
+def differing(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors of one dtype do not hold the same bits, as bool."""
+    return torch.from_numpy(bit_view(a).numpy() != bit_view(b).numpy())
+
+
+def within(a: Tensor, b: Tensor, units: int) -> Tensor:
+    """Where the bits of two tensors of one dtype, as integers, are at most so many apart, as bool."""
+    apart = bit_view(a).numpy() - bit_view(b).numpy()  # wraps around, as does the sum
+    return torch.from_numpy((apart + apart.dtype.type(units)).view(f"u{apart.itemsize}") <= 2 * units)
+
+
 def places_of(mask: Tensor) -> Tensor:
     """The indices (int64) at which a bool `mask` is set."""
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
