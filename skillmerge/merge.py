@@ -9,16 +9,17 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from skillmerge import lockfile, manifest
 from skillmerge.accounting import prove_ties
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.errors import CheckFailed, UnusableWeights, UsageError, some
+from skillmerge.errors import CheckFailed, SkillmergeError, UnusableWeights, UsageError, some
 from skillmerge.parallel import hash_file, in_threads
 from skillmerge.planning import Plan
 from skillmerge.planning import make_plan as plan_recipe
@@ -26,6 +27,7 @@ from skillmerge.recipe import Recipe, load
 from skillmerge.resources import budget, check_disk
 from skillmerge.sidefiles import SideFile, fetch
 from skillmerge.sources import Access, close_all, open_models
+from skillmerge.tensors import DTYPES, UNIT
 from skillmerge.verification import check_structure
 from skillmerge.writer import MANIFEST_FILE, Staging, disk_errors, write_whole
 
@@ -196,8 +198,9 @@ class _Run:
         return where, proof
 
     def _merge(self, device: str, threads: int | None, memory_limit: int | None) -> str:
-        # torch takes seconds to import: everything that can fail without it has been tried by now.
-        with _signals_waiting():
+        # torch takes seconds to import: everything that can fail without it has been tried by now. Meanwhile the
+        # disk has something to do.
+        with _signals_waiting(), _reading_ahead(self.plan, self.checkpoints, self.staging.finished):
             from skillmerge.cutting import cut_shards
             from skillmerge.engine import choose_device, merge_shards
         from skillmerge.worker import Settings
@@ -275,6 +278,32 @@ def _check_arguments(device: str, threads: int | None, memory_limit: int | None,
     ):
         if wrong:
             raise UsageError(what)
+
+
+@contextmanager
+def _reading_ahead(plan: Plan, checkpoints: Mapping[str, Checkpoint], finished: Container[str]) -> Iterator[None]:
+    """During the body, have the first weights that are wanted read into the page cache."""
+    wanted = (spec for shard in plan.shards if shard.file not in finished for spec in shard.specs)
+    sources = (source for spec in wanted for source in plan.tensors[spec.name].sources)
+    stop = Event()
+
+    def announce() -> None:
+        for model, name in sources:
+            files, spec = checkpoints[model].files, checkpoints[model].tensors[name]
+            step = UNIT * DTYPES[spec.dtype].itemsize
+            for start in range(spec.start, spec.end, step) if not files.remote else ():
+                if stop.is_set():
+                    return
+                with suppress(SkillmergeError, OSError):  # whoever really reads will say what is wrong
+                    files.announce(spec.file, start, min(step, spec.end - start))
+
+    thread = Thread(target=announce)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 @contextmanager
