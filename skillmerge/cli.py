@@ -520,7 +520,7 @@ def init(path: str) -> None:
 @cli.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from skillmerge.recipe import json_schema
+    from skillmerge.schema import json_schema
 
     _print_json(json_schema(), indent=2)
 

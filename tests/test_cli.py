@@ -159,7 +159,7 @@ def test_misspelt_command_and_option_are_usage_errors(family: Path) -> None:
 
 def test_bug_is_told_as_one() -> None:
     program = (
-        "import skillmerge.recipe, skillmerge.cli as c, sys; skillmerge.recipe.json_schema = lambda: 1 / 0;"
+        "import skillmerge.schema, skillmerge.cli as c, sys; skillmerge.schema.json_schema = lambda: 1 / 0;"
         "sys.argv[1:] = ['schema']; c.main()"
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

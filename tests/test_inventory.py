@@ -9,7 +9,7 @@ import pytest
 
 from skillmerge import errors
 from skillmerge.cli import cli
-from skillmerge.recipe import json_schema
+from skillmerge.schema import json_schema
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTED = (ROOT / "README.md").read_text() + "".join(

@@ -31,6 +31,7 @@ LAYERS = [
     {"planning"},
     {"accounting"},
     {"recipe", "sidefiles", "modelconfig"},
+    {"schema"},
     {"program"},
     {"checkpoints.repository"},
     {"checkpoints.storage"},
@@ -53,7 +54,7 @@ HOMES = {
     "rich": {"cli", "report"},
     "tqdm": {"report"},
     "ruamel": {"yamltext"},
-    "pydantic": {"recipe"},
+    "pydantic": {"schema"},
     "safetensors": {"verification"},
     "transformers": {"loading"},
     "torch": {

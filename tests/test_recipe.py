@@ -10,7 +10,8 @@ import pytest
 
 from skillmerge.checkpoints.location import Location, parse_location
 from skillmerge.errors import RecipeError, UsageError
-from skillmerge.recipe import json_schema, load, parse_recipe, unused_names
+from skillmerge.recipe import load, parse_recipe, unused_names
+from skillmerge.schema import json_schema
 from skillmerge.starter import RECIPE
 from skillmerge.yamltext import read
 
