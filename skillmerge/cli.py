@@ -191,31 +191,44 @@ def apply(
     _check_report(report_file)
     reporter = report.TerminalReporter(quiet, verbose)
     result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
-    if report_file is not None:
-        _write_report(report_file, title=str(result.output), plan=result.plan, manifest=result.manifest)
     _show(result, as_json, quiet)
+    _write_report(report_file, title=str(result.output), plan=result.plan, manifest=result.manifest)
 
 
 def _check_report(path: str | None) -> None:
-    """Before any work: a report replaces a file of its own kind, and nothing else."""
+    """Before any work: a report replaces a file of its own kind, and nothing else; and it can be written."""
     if path is None:
         return
-    target = Path(path)
+    import tempfile
+
+    from skillmerge.writer import MANIFEST_FILE
+
+    target = Path(path).absolute()
     try:
-        if target.exists() and not (target.is_file() and target.read_bytes()[:15] == b"<!doctype html>"):
-            raise UsageError(
-                f"{path} exists already and is not a report", fix="name another file: --report report.html"
-            )
-        if not target.absolute().parent.is_dir():
+        if target.exists():
+            with open(target, "rb") as stream:
+                if target.is_dir() or stream.read(15) != b"<!doctype html>":
+                    raise UsageError(
+                        f"{path} exists already and is not a report", fix="name another file: --report report.html"
+                    )
+        if not target.parent.is_dir():
             raise UsageError(f"{target.parent} is no folder", fix="make it first, or name another --report")
+        if any((folder / MANIFEST_FILE).exists() for folder in target.parents):
+            raise UsageError(f"{path} is inside an output, which would not be sound then", fix="name another --report")
+        tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}", fix="name another --report") from error
 
 
-def _write_report(path: str, **parts: Any) -> None:
+def _write_report(path: str | None, **parts: Any) -> None:
+    if path is None:
+        return
     from skillmerge.page import build
 
-    _write(Path(path), build(**parts))
+    try:
+        Path(path).write_text(build(**parts), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}", fix="name another --report") from error
     click.echo(f"wrote {visible(path)}", err=True)
 
 
@@ -288,14 +301,13 @@ def plan(
         "threads": needs.threads,
         "disk_free": free,
     }
-    if report_file is not None:
-        _write_report(report_file, title=f"plan of {recipe}", plan=made)
     if save is not None:
         _write_plan(Path(save), json.dumps(document, indent=1) + "\n")
     if as_json:
         _print_json(document)
     else:
         report.show_plan(made, needs, str(where) if where else None, free, report.console())
+    _write_report(report_file, title=f"plan of {recipe}", plan=made)
     return InputError.exit_status if made.problems else 0
 
 
@@ -418,12 +430,11 @@ def inspect(
     _check_report(report_file)
     reporter = report.TerminalReporter(quiet, verbose=False, doing="inspecting")
     found = run(source, other, coefficients=dict(coefficients), reporter=reporter, **options)
-    if report_file is not None:
-        _write_report(report_file, title=found.title, plan=found.plan, inspection=found)
     if as_json:
         _print_json({"ok": True, **found.as_dict()})
     else:
         report.show_inspection(found, report.console())
+    _write_report(report_file, title=found.title, plan=found.plan, inspection=found)
 
 
 @cli.command()

@@ -419,6 +419,7 @@ def describe_skill(plan: Plan, checkpoints: Mapping[str, Checkpoint], finished: 
     tensors = {name: row for shard in plan.shards for name, row in finished[shard.file]["tensors"].items()}
     first = next((tensor for tensor in plan.tensors.values() if len(tensor.sources) > 1), None)
     models = [model for model, _ in first.sources] if first is not None else [plan.donor] * 2
+    cut = first is not None and first.action == "cut" and not {*models} & plan.recipe.skills
     document = {
         "skill_version": SKILL_VERSION,
         "expression": plan.recipe.document.data["merge"],
@@ -428,6 +429,7 @@ def describe_skill(plan: Plan, checkpoints: Mapping[str, Checkpoint], finished: 
             {"name": item.name, "uri": item.uri, "revision": item.revision, "license": item.license}
             for item in plan.inputs
         ],
+        "planes": dict(zip(("plus", "minus"), models, strict=True)) if cut else None,
         "configs": {plane: checkpoints[model].config for plane, model in zip(("plus", "minus"), models, strict=False)},
         "compression": plan.recipe.output.compression,
         "unit": UNIT,

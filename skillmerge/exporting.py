@@ -12,11 +12,13 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.location import SCHEME, parse_location
 from skillmerge.checkpoints.safetensors_header import build_header
 from skillmerge.checkpoints.skill import summary
 from skillmerge.errors import InputError, UsageError
@@ -33,8 +35,11 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _KINDS = ("attention", "mlp", "expert")
-_TRANSPOSED = {"gpt2", "gpt_neo", "imagegpt", "openai-gpt"}
+_TRANSPOSED = {"gpt2", "decision_transformer", "imagegpt", "openai-gpt"}
 """Model types whose linear modules keep their weights the other way round."""
+
+_TABLES = ("relative_attention_bias.weight",)
+"""Embeddings inside linear modules."""
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
           "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}  # fmt: skip
@@ -89,16 +94,22 @@ def export(
         config = plus.config
         if str(config.get("model_type")) in _TRANSPOSED:
             raise InputError(
-                f"{plus.place}: {config['model_type']} keeps its matrices the other way round, which is not supported"
+                f"{plus.place}: {config['model_type']} keeps its matrices the other way round, which is not supported",
+                fix="for such models use the skill itself in a recipe, or a sparse patch: export --onto SFT",
             )
-        named = base or _parent(summary(plus.stored or plus.files))
+        named, revision = _named(base) if base is not None else _parent(summary(plus.stored or plus.files))
+        if named is None:
+            reporter.warn("the adapter does not say what model it is for: the skill was not cut from one; give --base")
         chosen = [spec for spec in plus.tensors.values() if _is_linear(spec)]
         if not chosen:
-            raise InputError(f"{plus.place}: the skill has no matrix of a linear module that an adapter could hold")
+            raise InputError(
+                f"{plus.place}: the skill has no matrix of a linear module that an adapter could hold",
+                fix="use the skill itself in a recipe",
+            )
         layout = _layout(chosen, lora_rank)
         header, specs = build_header(layout)
         check_disk(target, specs[-1].end, "the adapter")
-        document = _config(chosen, lora_rank, config, named.removeprefix("hf://"))
+        document = _config(chosen, lora_rank, config, named, revision)
         with new_folder(target) as folder:
             rows, left = _write(folder / ADAPTER_FILE, header, specs, (plus, minus), chosen, lora_rank, seed, reporter)
             (folder / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -112,12 +123,28 @@ def export(
     )
 
 
-def _parent(document: Mapping[str, Any]) -> str:
-    """What the skill was cut from, as it was named then."""
+def _parent(document: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The model that was subtracted, and its revision; None where it is not one model, or PEFT cannot name it."""
+    planes = document.get("planes") or {}
+    for parent in document["parents"]:
+        if parent["name"] == planes.get("minus"):
+            with suppress(UsageError):
+                named, revision = _named(str(parent["uri"]))
+                return named, parent["revision"] or revision
+    return None, None
+
+
+def _named(uri: str) -> tuple[str, str | None]:
+    """A folder or org/name, and the revision. Raises UsageError for what PEFT cannot name."""
+    if not uri.startswith(SCHEME):
+        return uri, None
     try:
-        return str(document["parents"][-1]["uri"])
-    except (KeyError, IndexError, TypeError):
-        return ""
+        location = parse_location(uri)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if location.subfolder:
+        raise UsageError(f"{uri}: an adapter cannot name a subfolder", fix="give --base another name of the model")
+    return location.repository, location.revision or None
 
 
 def _is_linear(spec: TensorSpec) -> bool:
@@ -126,6 +153,7 @@ def _is_linear(spec: TensorSpec) -> bool:
         and spec.elements > 0
         and spec.name.endswith(".weight")
         and module_kind(spec.name) in _KINDS
+        and not spec.name.endswith(_TABLES)
     )
 
 
@@ -142,13 +170,16 @@ def _module(tensor: str) -> str:
     return "base_model.model." + tensor.removesuffix(".weight")
 
 
-def _config(chosen: list[TensorSpec], rank: int, config: Mapping[str, Any], base: str) -> dict[str, Any]:
+def _config(
+    chosen: list[TensorSpec], rank: int, config: Mapping[str, Any], base: str | None, revision: str | None
+) -> dict[str, Any]:
     written = config.get("architectures")
     architecture = str(written[0]) if isinstance(written, list) and written else ""
     return {
         "peft_type": "LORA",
         "task_type": next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None),
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
@@ -186,7 +217,10 @@ def _write(
         for name, spec in planes[0].tensors.items():
             update = _update(name, planes)
             if not bool(update.isfinite().all()):
-                raise InputError(f"tensor `{name}` of the skill is too large for an adapter's float32")
+                raise InputError(
+                    f"tensor `{name}` of the skill is too large for an adapter's float32",
+                    fix="use the skill itself in a recipe, or leave the tensor out: extract --ignore",
+                )
             norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
             if name not in wanted:
                 left[name] = {"norm": norm}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from skillmerge.expression import Leaf, Scaled, Sum, Term
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.planning import Plan, TensorPlan
 from skillmerge.program import Program, compile_term
-from skillmerge.statistics import BlockStatistics, is_sampled, measure, summarise, total
+from skillmerge.statistics import SAMPLE_STRIDE, BlockStatistics, is_sampled, measure, summarise, total
 from skillmerge.tensors import BLOCK, block_count
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ MODES = {
 }
 
 
+_MOST = 4096
+"""Blocks, more or less, that the curves of a sample are made of: they cost sixty times what a merge does."""
+
+_SUMS = ("updated", "vanished", "changed", "uu", "du", "total")
+
+
 @dataclass(slots=True)
 class Forecast:
     """What was measured of a run of elements. blocks: of the recipe as it is; curves: of each mode and lambda."""
@@ -44,15 +51,31 @@ class Forecast:
 
 
 class Forecaster:
-    """Knows what to try: a plan, or none; a difference that is added to `target` (or subtracted), or none."""
+    """Knows what to try: a plan, or none; a difference that is added to `target` (or subtracted), or none.
 
-    def __init__(self, plan: Plan | None, target: str | None, difference: Term | None, minus: bool, stats: str) -> None:
-        self._plan, self._target, self.stats = plan, target, stats
+    `measure` is for any thread; `add`, tensor by tensor, and `summary` for one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan | None,
+        target: str | None,
+        difference: Term | None,
+        minus: bool,
+        stats: str,
+        sizes: Mapping[str, int],
+    ) -> None:
+        """sizes: elements of each tensor."""
+        self._plan, self._target, self.stats, self._sizes = plan, target, stats, sizes
         self._programs: dict[float, Program] = {}
         if target is not None and difference is not None:
             for lam in GRID:
                 scaled = Scaled(difference, lam, divide=False) if lam != 1 else difference
                 self._programs[lam] = compile_term(Sum(Leaf(target), scaled, minus))
+        sampled = sum(max(1, block_count(size) // SAMPLE_STRIDE) for size in sizes.values())
+        self._every = -(-sampled // _MOST) if stats == "sampled" else 1
+        self._planned: dict[str, Mapping[str, Any]] = {}
+        self._curves: dict[tuple[str, str, float], dict[str, float]] = {}
 
     def measure(
         self, task: TensorPlan, first: int, inputs: Mapping[str, Tensor], scratch: Scratch, stop: threading.Event
@@ -73,6 +96,8 @@ class Forecaster:
                 measured = _try(planned.program, pieces, self._plan.donor, how, place, scratch)
                 if measured is not None:
                     found.blocks[block] = measured
+            if zlib.crc32(f"{task.name} {block}".encode()) % self._every:
+                continue
             for lam, program in self._programs.items():
                 if stop.is_set():
                     return found
@@ -82,25 +107,34 @@ class Forecaster:
                         found.curves.setdefault((mode, lam), []).append(measured)
         return found
 
-    def summary(self, sizes: Mapping[str, int], found: Mapping[str, Sequence[Forecast]]) -> dict[str, Any] | None:
+    def add(self, name: str, found: Sequence[Forecast]) -> None:
+        """What `measure` gave of a tensor, all of it."""
+        size = self._sizes[name]
+        if any(part.blocks for part in found):
+            self._planned[name] = total((block for part in found for block in part.blocks.values()), size)
+        for mode, lam in {key: None for part in found for key in part.curves}:
+            row = total((block for part in found for block in part.curves.get((mode, lam), ())), size)
+            by = row["total"] / row["elements"]  # what was sampled stands for all of the tensor
+            for kind in ("all", module_kind(name)):
+                sums = self._curves.setdefault((mode, kind, lam), dict.fromkeys(_SUMS, 0.0))
+                for key in _SUMS:
+                    value = math.nan if row[key] is None else row[key]
+                    sums[key] += value if key == "total" else value * by
+
+    def summary(self) -> dict[str, Any] | None:
         """`as_planned` (keys as in a manifest's statistics), and `curves`: by mode and module kind, lambda, realised,
-        vanished and changed. sizes: elements of each tensor. None where nothing was to be forecast."""
+        vanished and changed. None where nothing was to be forecast."""
         if self.stats == "off" or (not self._programs and self._plan is None):
             return None
         result: dict[str, Any] = {"mode": self.stats, "grid": list(GRID), "curves": {}, "as_planned": None}
         if self._plan is not None:
-            measured = {
-                name: total((block for part in parts for block in part.blocks.values()), sizes[name])
-                for name, parts in found.items()
-                if any(part.blocks for part in parts)
-            }
-            result["as_planned"] = {"mode": self.stats, **summarise(self._plan, measured)}
-        if not self._programs:
-            return result
-        kinds = {"all": list(found), **{kind: [n for n in found if module_kind(n) == kind] for kind in MODULE_KINDS}}
-        for mode in MODES:
+            result["as_planned"] = {"mode": self.stats, **summarise(self._plan, self._planned)}
+        kinds = {kind for _, kind, _ in self._curves}
+        for mode in MODES if self._programs else ():
             result["curves"][mode] = {
-                kind: [_point(mode, lam, names, found, sizes) for lam in GRID] for kind, names in kinds.items() if names
+                kind: [_point(lam, self._curves.get((mode, kind, lam))) for lam in GRID]
+                for kind in ("all", *MODULE_KINDS)
+                if kind in kinds
             }
         return result
 
@@ -135,27 +169,18 @@ def _try(
     return measure(base, out, update, scratch)
 
 
-def _point(
-    mode: str, lam: float, names: Sequence[str], found: Mapping[str, Sequence[Forecast]], sizes: Mapping[str, int]
-) -> dict[str, float | None]:
-    """One lambda; a sampled tensor stands for all of its elements."""
-    rows = []
-    for name in names:
-        blocks = [block for part in found[name] for block in part.curves.get((mode, lam), [])]
-        if blocks:
-            row = total(blocks, sizes[name])
-            rows.append((row, row["total"] / row["elements"]))
+def _point(lam: float, sums: Mapping[str, float] | None) -> dict[str, float | None]:
+    """One lambda; None stands for what is not known."""
 
-    def scaled(key: str) -> float:
-        try:
-            return math.fsum((row[key] or 0.0) * by for row, by in rows)
-        except OverflowError:
-            return math.inf
+    def share(top: str, bottom: str, by: float = 1.0) -> float | None:
+        if sums is None or not sums[bottom]:
+            return None
+        value = by * sums[top] / sums[bottom]
+        return value if math.isfinite(value) and math.isfinite(sums[bottom]) else None
 
-    updated, energy, elements = scaled("updated"), scaled("uu"), sum(row["total"] for row, _ in rows)
     return {
         "lambda": lam,
-        "realised": lam * scaled("du") / energy if energy and math.isfinite(energy) else None,
-        "vanished": scaled("vanished") / updated if updated else None,
-        "changed": scaled("changed") / elements if elements else None,
+        "realised": share("du", "uu", lam),
+        "vanished": share("vanished", "updated"),
+        "changed": share("changed", "total"),
     }

@@ -12,23 +12,23 @@ import math
 import os
 import threading
 import zlib
+from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.accounting import find_source
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.skill import SKILL_FILE
-from skillmerge.errors import SkillmergeError, UsageError
+from skillmerge.errors import SkillmergeError, UsageError, some
 from skillmerge.expression import (
     Leaf,
     Sum,
     Term,
     base_and_difference,
     bind,
-    degree,
     expand_skills,
     minus_of,
     weights,
@@ -37,7 +37,7 @@ from skillmerge.forecasting import Forecast, Forecaster
 from skillmerge.merge import Reporter, planned
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
 from skillmerge.parallel import cores
-from skillmerge.planning import Plan, TensorPlan
+from skillmerge.planning import Plan, TensorPlan, refuse_quantised
 from skillmerge.recipe import Recipe, recipe_of
 from skillmerge.sources import Access, close_all, open_models
 from skillmerge.tensors import CHUNK, DTYPES
@@ -73,6 +73,11 @@ class Subject:
     difference: Term | None = None
     minus: bool = False
     plan: Plan | None = None
+    by_tensor: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The update's factors of tensors, where coefficients make them differ."""
+
+    def factors(self, tensor: str) -> Mapping[str, float]:
+        return self.by_tensor.get(tensor, self.update)
 
     @property
     def models(self) -> list[str]:
@@ -84,7 +89,7 @@ class Subject:
 class Inspection:
     """What was found. tensors, groups (`all`, modules, layers, cells): label -> figures, see docs/inspect.md.
 
-    forecast: None, or mode, blocks and curves; see `Forecast`. second: what k is, or None. notes: what was left out.
+    forecast: None, or mode, blocks and curves; see `Forecast`. second: what k is, or None.
     """
 
     title: str
@@ -102,7 +107,13 @@ class Inspection:
     """Of matrices, where that was asked for: how the update spreads over directions."""
     forecast: Mapping[str, Any] | None
     plan: Plan | None
-    notes: Sequence[str]
+    left: Mapping[str, str]
+    """Tensors that are left out -> why."""
+
+    @property
+    def notes(self) -> list[str]:
+        count = f"{len(self.left)} tensor{'s are' if len(self.left) > 1 else ' is'} left out"
+        return [f"{count}: {some([f'{name} ({why})' for name, why in self.left.items()])}"] if self.left else []
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -116,7 +127,8 @@ class Inspection:
             "tensors": self.tensors,
             "spectra": self.spectra,
             "forecast": self.forecast,
-            "notes": list(self.notes),
+            "left": dict(self.left),
+            "notes": self.notes,
         }
 
 
@@ -156,6 +168,8 @@ def inspect(
                 return _inspect(subject, stats, spectral, threads, reporter)
             finally:
                 close_all(extra)
+    if coefficients:
+        raise UsageError("coefficients belong to a recipe", fix="leave --set out, or inspect a recipe")
     if base is not None:
         raise UsageError("a base belongs to a recipe's target", fix="leave --base out, or inspect a recipe")
     if other is not None:
@@ -192,29 +206,76 @@ def _open(models: Mapping[str, Any], access: Access, reporter: Reporter) -> dict
 
 
 def _of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subject:
-    """The updates of a merge: its expression with every coefficient at 1."""
+    """The updates of a merge. A single coefficient before the whole difference is left out, as its norms say
+    nothing of the skill; any other coefficients are part of what the update is."""
     recipe = plan.recipe
-    term = expand_skills(bind(recipe.expression, dict.fromkeys(recipe.coefficients, 1.0)), recipe.skills)
-    factors = {model: factor for model, factor in weights(term).items() if factor}
     title = f"{recipe.document.name}: {recipe.document.data['merge']}"
-    if degree(term) == 0:
-        return Subject(title, checkpoints, factors, _pair(factors, recipe), _real(_pair(factors, recipe), recipe, 1))
-    found = base_and_difference(term) if term is not None else None
-    target = found[0] if found is not None else plan.donor
-    if found is not None:  # the difference itself, whatever number is in front of it
-        update = weights(found[1], -1.0 if found[2] else 1.0)
+    plain = _bound(recipe, dict.fromkeys(recipe.coefficients, 1.0))
+    target, difference, minus = _split(plain, plan)
+    by_tensor: dict[str, Mapping[str, float]] = {}
+    alike = True
+    if _is_scaled(recipe, target):
+        update = weights(difference, -1.0 if minus else 1.0) if difference is not None else _update(plain, target)
     else:
-        update = {model: factor - (model == target) for model, factor in weights(term).items()}
-    update = {model: factor for model, factor in update.items() if factor}
+        term = _bound(recipe, {name: schedule.default for name, schedule in recipe.coefficients.items()})
+        target, difference, minus = _split(term, plan)
+        for name, row in plan.tensors.items():
+            if row.coefficients:
+                values = dict(zip(plan.coefficients, row.coefficients, strict=True))
+                by_tensor[name] = _update(_bound(recipe, values), target)
+        alike = len({tuple(factors.items()) for factors in by_tensor.values()}) <= 1
+        update = dict(next(iter(by_tensor.values()), {})) if alike else _update(term, target)
+        if not alike:  # every model that any tensor needs is read
+            update = {**{model: 0.0 for factors in by_tensor.values() for model in factors}, **update}
+            difference = None
+        else:
+            by_tensor = {}
+    if alike:
+        update = {model: factor for model, factor in update.items() if factor}
     if not update:
-        raise recipe.error(("merge",), f"the expression is `{target}` itself: there is no update to inspect")
+        what = f"is `{target}` itself" if target else "comes to nothing"
+        raise recipe.error(("merge",), f"the expression {what}: there is no update to inspect")
     pair = _pair(update, recipe)
     before = _real(pair, recipe, 1)
+    if target is None:
+        return Subject(title, checkpoints, update, pair, before, by_tensor=by_tensor)
     reference = _BASE if _BASE in checkpoints else before if before != target else None
     return Subject(
         title, checkpoints, update, pair if before else None, before or target, target, reference,
-        found[1] if found else None, found[2] if found else False, plan,
+        difference, minus, plan, by_tensor,
     )  # fmt: skip
+
+
+def _split(term: Term | None, plan: Plan) -> tuple[str | None, Term | None, bool]:
+    """The model that an update is added to (None for a skill), the update as a term where it stands as one, and
+    whether it is subtracted."""
+    if plan.makes_skill:
+        return None, None, False
+    found = base_and_difference(term) if term is not None else None
+    return found if found is not None else (plan.donor, None, False)
+
+
+def _bound(recipe: Recipe, values: Mapping[str, float]) -> Term | None:
+    return expand_skills(bind(recipe.expression, values), recipe.skills)
+
+
+def _update(term: Term | None, target: str | None) -> dict[str, float]:
+    """What a term adds to `target`, as factors of models."""
+    factors = weights(term)
+    if target is not None:
+        factors = {**factors, target: factors.get(target, 0.0) - 1}
+    return {model: factor for model, factor in factors.items() if factor}
+
+
+def _is_scaled(recipe: Recipe, target: str | None) -> bool:
+    """Whether coefficients only scale the update as a whole: it keeps its direction whatever they are."""
+    plain = _update(_bound(recipe, dict.fromkeys(recipe.coefficients, 1.0)), target)
+    values = {name: 2.0 + 0.37 * index for index, name in enumerate(recipe.coefficients)}
+    other = _update(_bound(recipe, values), target)
+    if not plain or plain.keys() != other.keys():
+        return False
+    by = {other[model] / factor for model, factor in plain.items()}
+    return max(by) - min(by) <= 1e-12 * max(map(abs, by))
 
 
 def _pair(update: Mapping[str, float], recipe: Recipe) -> tuple[str, str] | None:
@@ -241,11 +302,41 @@ class _Found:
 
 
 def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | None, reporter: Reporter) -> Inspection:
+    from skillmerge.metrics import describe_all
+
+    for model, checkpoint in subject.checkpoints.items():
+        refuse_quantised(_name_of(model), checkpoint)
+    tasks, left = _tasks(subject)
+    sizes = {task.name: math.prod(task.shape) for task in tasks}
+    forecaster = Forecaster(subject.plan, subject.target, subject.difference, subject.minus, stats, sizes)
+    rows = _measured(subject, tasks, forecaster, threads or min(_MAX_THREADS, cores()), reporter)
+    groups = _groups(rows)
+    spectra = _spectra(subject, tasks, spectral, reporter) if spectral is not None else {}
+    return Inspection(
+        title=subject.title,
+        update=_told(subject),
+        second=f"{subject.target} - {subject.reference}".replace(_BASE, "base") if subject.reference else None,
+        tensors=describe_all(rows, {name: [name] for name in rows}),
+        spectra=spectra,
+        total=describe_all(rows, {"all": list(rows)}).get("all", {}),
+        modules=describe_all(rows, groups["modules"]),
+        layers=describe_all(rows, groups["layers"]),
+        cells=describe_all(rows, groups["cells"]),
+        summaries=describe_all(rows, groups["summaries"]),
+        forecast=forecaster.summary(),
+        plan=subject.plan,
+        left=left,
+    )
+
+
+def _measured(
+    subject: Subject, tasks: Sequence[TensorPlan], forecaster: Forecaster, threads: int, reporter: Reporter
+) -> dict[str, tuple[Update, Pair | None]]:
+    """The one pass over the weights: what each tensor's updates look like. The forecaster is told the rest."""
     import torch
 
-    from skillmerge.metrics import add_up, describe_all
+    from skillmerge.metrics import add_up
 
-    tasks, notes = _tasks(subject)
     remote = any(checkpoint.files.remote for checkpoint in subject.checkpoints.values())
     tile = _REMOTE_TILE if remote else _TILE
     tiles = [
@@ -253,20 +344,25 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
         for task in tasks
         for first in range(0, math.prod(task.shape), tile)
     ]
+    itemsizes = {task.name: DTYPES[task.dtype].itemsize for task in tasks}
+    pass_ = _Pass(subject, tile, forecaster)
+    rows: dict[str, tuple[Update, Pair | None]] = {}
+    parts: list[_Found] = []
+    done = 0
     intraop = torch.get_num_threads()
     torch.set_num_threads(1)
-    forecaster = Forecaster(subject.plan, subject.target, subject.difference, subject.minus, stats)
-    pass_ = _Pass(subject, tile, forecaster)
-    found: dict[str, list[_Found]] = {task.name: [] for task in tasks}
-    size = {task.name: DTYPES[task.dtype].itemsize for task in tasks}
-    done = 0
-    pool = ThreadPoolExecutor(threads or min(_MAX_THREADS, max(1, cores())))
+    pool = ThreadPoolExecutor(threads)
     try:
-        futures: list[Future[_Found]] = [pool.submit(pass_.measure, *item) for item in tiles]
-        with reporter.bar(sum(math.prod(task.shape) * size[task.name] for task in tasks)) as progress:
-            for (task, first, last), future in zip(tiles, futures, strict=True):
-                found[task.name].append(future.result())
-                done += (last - first) * size[task.name]
+        futures = deque(pool.submit(pass_.measure, *item) for item in tiles)
+        with reporter.bar(sum(math.prod(task.shape) * itemsizes[task.name] for task in tasks)) as progress:
+            for task, first, last in tiles:
+                parts.append(futures.popleft().result())
+                if last == math.prod(task.shape):
+                    pairs = [part.pair for part in parts if part.pair is not None]
+                    rows[task.name] = (add_up(part.update for part in parts), add_up(pairs) if pairs else None)
+                    forecaster.add(task.name, [part.forecast for part in parts])
+                    parts.clear()
+                done += (last - first) * itemsizes[task.name]
                 progress(done)
         for checkpoint in subject.checkpoints.values():
             checkpoint.check_unchanged()
@@ -279,65 +375,56 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
         pool.shutdown(cancel_futures=True)
         pass_.close()
         torch.set_num_threads(intraop)
-    rows = {}
-    for name, parts in found.items():
-        pairs = [part.pair for part in parts if part.pair is not None]
-        if parts:
-            rows[name] = (add_up(part.update for part in parts), add_up(pairs) if pairs else None)
-    groups = _groups(rows)
-    spectra = _spectra(subject, tasks, spectral, reporter) if spectral is not None else {}
-    return Inspection(
-        title=subject.title,
-        update=_told(subject.update),
-        second=f"{subject.target} - {subject.reference}".replace(_BASE, "base") if subject.reference else None,
-        tensors=describe_all(rows, {name: [name] for name in rows}),
-        spectra=spectra,
-        total=describe_all(rows, {"all": list(rows)}).get("all", {}),
-        modules=describe_all(rows, groups["modules"]),
-        layers=describe_all(rows, groups["layers"]),
-        cells=describe_all(rows, groups["cells"]),
-        summaries=describe_all(rows, groups["summaries"]),
-        forecast=forecaster.summary(
-            {task.name: math.prod(task.shape) for task in tasks},
-            {name: [part.forecast for part in parts] for name, parts in found.items()},
-        ),
-        plan=subject.plan,
-        notes=notes,
-    )
+    return rows
 
 
-def _told(update: Mapping[str, float]) -> str:
+def _told(subject: Subject) -> str:
     """`rl - sft`, of factors."""
     parts = []
+    update = {model: factor for model, factor in subject.update.items() if factor}
     skills = {model for model in update if minus_of(model) in update}
     update = {model: factor for model, factor in update.items() if model not in map(minus_of, skills)}
     for model, factor in sorted(update.items(), key=lambda item: -item[1]):
         size = "" if abs(factor) == 1 else f"{abs(factor):g} * "
         parts.append(f"{'-' if factor < 0 else '+'} {size}{model}")
-    return " ".join(parts).removeprefix("+ ")
+    told = " ".join(parts).removeprefix("+ ")
+    return f"{told}, where no rule says otherwise" if subject.by_tensor else told
 
 
-def _tasks(subject: Subject) -> tuple[list[TensorPlan], list[str]]:
-    """What to read for each tensor that all models have, as floats of one shape."""
-    first, *_ = subject.models
-    tasks, left = [], []
+def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
+    """What to read for each tensor that all models have, as floats of one shape; and why others are left out."""
+    first, *others = subject.models
+    tasks: list[TensorPlan] = []
+    left: dict[str, str] = {}
     for name, spec in subject.checkpoints[first].tensors.items():
         sources = []
         for model in subject.models:
             source = find_source(spec, subject.checkpoints[model])
-            if source is not None:
-                other = subject.checkpoints[model].tensors[source]
-                if other.shape == spec.shape and DTYPES[other.dtype].is_float:
-                    sources.append((model, source))
-        if len(sources) == len(subject.models):
+            found = subject.checkpoints[model].tensors[source] if source is not None else None
+            if source is None or found is None:
+                left[name] = f"not in {_name_of(model)}"
+            elif not DTYPES[found.dtype].is_float:
+                left[name] = f"{found.dtype} in {_name_of(model)}"
+            elif found.shape != spec.shape:
+                left[name] = f"{list(spec.shape)} in {_name_of(first)}, {list(found.shape)} in {_name_of(model)}"
+            else:
+                sources.append((model, source))
+        if not spec.elements:
+            left[name] = "has no elements"
+        elif len(sources) == len(subject.models):
             tasks.append(TensorPlan(name, spec.dtype, spec.shape, "inspect", tuple(sources)))
-        else:
-            left.append(name)
+    for model in others:
+        for name, spec in subject.checkpoints[model].tensors.items():
+            if find_source(spec, subject.checkpoints[first]) is None:
+                left.setdefault(name, f"not in {_name_of(first)}")
     if not tasks:
         raise UsageError(f"{subject.title}: the models share no tensor", fix="are they of one architecture?")
-    count = f"{len(left)} tensor{'s' if len(left) > 1 else ''}"
-    notes = [f"{count} left out, which not all models have as numbers of one shape: {left[0]} …"] if left else []
-    return tasks, notes
+    return tasks, left
+
+
+def _name_of(model: str) -> str:
+    """As the person called it who named it."""
+    return "base" if model == _BASE else model.removesuffix(minus_of(""))
 
 
 def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
@@ -392,7 +479,7 @@ class _Pass:
             pairs: list[Pair] = []
             for start in range(0, last - first, CHUNK):
                 pieces = {model: piece[start : start + CHUNK] for model, piece in inputs.items()}
-                update = self._combined(pieces)
+                update = self._combined(task.name, pieces)
                 subject = self.subject
                 after, before = (pieces[model] for model in subject.pair) if subject.pair else (None, None)
                 against = pieces[subject.against] if subject.against else None
@@ -409,12 +496,12 @@ class _Pass:
             forecast = self.forecaster.measure(task, first, inputs, self._mine.scratch, self.stop)
             return _Found(add_up(updates), add_up(pairs) if pairs else None, forecast)
 
-    def _combined(self, pieces: Mapping[str, Tensor]) -> Tensor:
+    def _combined(self, tensor: str, pieces: Mapping[str, Tensor]) -> Tensor:
         """v in float64: exact for a difference of two models."""
         import torch
 
         result: Tensor | None = None
-        for model, factor in self.subject.update.items():
+        for model, factor in self.subject.factors(tensor).items():
             value = pieces[model].to(torch.float64, copy=True)
             if result is None:
                 result = value.mul_(factor)
@@ -434,23 +521,25 @@ class _Pass:
                     f"model `{model}` holds {piece[index].item()} in tensor `{task.name}` at element {first + index}",
                     fix="that checkpoint is damaged",
                 )
-        return UnusableWeights(f"the update of tensor `{task.name}` is too large for float64")
+        return UnusableWeights(
+            f"the update of tensor `{task.name}` is too large for float64", fix="is that checkpoint damaged?"
+        )
 
 
 def _spectra(
     subject: Subject, tasks: Sequence[TensorPlan], rank: int, reporter: Reporter
 ) -> dict[str, dict[str, float | None]]:
-    """Of every matrix, one at a time, in float32."""
+    """Of every matrix, one at a time: in float32, or float64 where a model has it."""
     import torch
 
     from skillmerge.arithmetic import torch_dtype
     from skillmerge.spectrum import describe_spectrum
 
-    def read(model: str, source: str) -> Tensor:
+    def read(model: str, source: str, wide: torch.dtype) -> Tensor:
         spec = subject.checkpoints[model].tensors[source]
         content = bytearray(spec.nbytes)
         subject.checkpoints[model].read_into(spec, 0, memoryview(content))
-        return torch.frombuffer(content, dtype=torch_dtype(spec.dtype)).view(spec.shape).to(torch.float32)
+        return torch.frombuffer(content, dtype=torch_dtype(spec.dtype)).view(spec.shape).to(wide)
 
     matrices = [task for task in tasks if len(task.shape) == 2 and min(task.shape) > 1]
     spectra = {}
@@ -458,12 +547,17 @@ def _spectra(
         done = 0
         for task in matrices:
             sources = dict(task.sources)
-            update = torch.zeros(task.shape)
-            for model, factor in subject.update.items():
-                update.add_(read(model, sources[model]), alpha=factor)
-            against = read(subject.against, sources[subject.against]) if subject.against else None
-            if not bool(update.isfinite().all()):
-                raise UsageError(f"--spectral: tensor `{task.name}` is too large for float32")
+            dtypes = {subject.checkpoints[model].tensors[source].dtype for model, source in task.sources}
+            wide = torch.float64 if "F64" in dtypes else torch.float32
+            update = torch.zeros(task.shape, dtype=wide)
+            for model, factor in subject.factors(task.name).items():
+                update.add_(read(model, sources[model], wide), alpha=factor)
+            against = read(subject.against, sources[subject.against], wide) if subject.against else None
+            if not all(bool(matrix.isfinite().all()) for matrix in (update, against) if matrix is not None):
+                raise UsageError(
+                    f"--spectral: tensor `{task.name}` is too large for {str(wide).removeprefix('torch.')}",
+                    fix="leave --spectral out",
+                )
             spectra[task.name] = describe_spectrum(update, against, rank, zlib.crc32(task.name.encode()))
             done += math.prod(task.shape)
             progress(done)

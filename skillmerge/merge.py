@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from skillmerge import lockfile, manifest
 from skillmerge.accounting import prove_ties
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.skill import check_zstandard
 from skillmerge.errors import CheckFailed, SkillmergeError, UnusableWeights, UsageError, some
 from skillmerge.parallel import hash_file, in_threads
 from skillmerge.planning import Plan
@@ -108,6 +109,8 @@ def apply(
         plan.refuse_problems()
         for note in plan.notes:
             reporter.warn(note)
+        if plan.recipe.output.compression != "none":
+            check_zstandard()
         target = output_folder(plan.recipe, output, checkpoints)
         budget(plan, threads=threads, memory_limit=memory_limit)
         options = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}

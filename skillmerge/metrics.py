@@ -138,7 +138,7 @@ def describe(update: Update, pair: Pair | None, whole: float) -> dict[str, Any]:
         "ulps": update.ulps,
         "norm": math.sqrt(squares),
         "largest": update.largest,
-        "norm_ratio": math.sqrt(squares / weights) if weights else None,
+        "norm_ratio": _share(math.sqrt(squares), math.sqrt(weights)) if weights else None,
         "energy": _share(squares, whole),
     }
     if pair is None:
@@ -151,7 +151,7 @@ def describe(update: Update, pair: Pair | None, whole: float) -> dict[str, Any]:
     return {
         **figures,
         "other_norm": math.sqrt(others),
-        "updates_ratio": math.sqrt(squares / others) if others else None,
+        "updates_ratio": _share(math.sqrt(squares), math.sqrt(others)),
         "cosine": cosine,
         "cosine_z": cosine * math.sqrt(count) if cosine is not None else None,
         "cosine_z_signs": product / math.sqrt(spread) if spread and math.isfinite(spread) else None,

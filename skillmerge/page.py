@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -17,7 +19,7 @@ from skillmerge.depth import number
 from skillmerge.figures import FIGURES, FORECAST, SPECTRAL, Figure, show
 from skillmerge.inspection import Inspection
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
-from skillmerge.planning import Plan
+from skillmerge.planning import Plan, TensorPlan
 from skillmerge.tensors import ULP_EDGES, format_bytes
 
 _KINDS = (*MODULE_KINDS, "other")
@@ -271,7 +273,8 @@ def _recipe(plan: Plan) -> str:
             place = document.place(("coefficients", name, "rules", index))
             if place is not None:
                 count = len(rule.select(names))
-                touched[place.line] = f"{count} tensor{'s' if count != 1 else ''}"
+                told = f"{count} tensor{'s' if count != 1 else ''}"
+                touched[place.line] = f"{touched[place.line]}, {told}" if place.line in touched else told
     lines = []
     for index, line in enumerate(document.text.splitlines()):
         told = f'  <span class="count">← {touched[index]}</span>' if index in touched else ""
@@ -285,71 +288,42 @@ def _recipe(plan: Plan) -> str:
 # The table.
 
 
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """Of a row's name: what is shown, and for numbers what it is sorted by."""
+
+    head: str
+    cell: Callable[[str], tuple[str, float | None]]
+    text: bool = False
+
+
 def _table(plan: Plan | None, manifest: Mapping[str, Any] | None, inspection: Inspection | None) -> str:
-    columns: list[tuple[str, bool, Callable[[str], tuple[str, float | None]]]] = []
-
-    def add(head: str, text: bool, cell: Callable[[str], tuple[str, float | None]]) -> None:
-        columns.append((head, text, cell))
-
-    add("layer", True, lambda name: (_cell(name)[0], None))
-    add("kind", True, lambda name: (module_kind(name), None))
-    names: Iterable[str] = ()
-    if plan is not None:
-        tensors = {summarised(name): tensor for name, tensor in plan.tensors.items()}
-        names = tensors
-        add("what happens", True, lambda name: (tensors[name].action if name in tensors else "", None))
-        add("dtype", True, lambda name: (tensors[name].dtype if name in tensors else "", None))
-        add("from", True, lambda name: (_sources(tensors[name].sources) if name in tensors else "", None))
-        for index, coefficient in enumerate(plan.coefficients):
-
-            def asked(name: str, index: int = index) -> tuple[str, float | None]:
-                row = tensors[name].coefficients if name in tensors else ()
-                return (number(row[index]), row[index]) if index < len(row) else ("–", None)
-
-            add(_text(coefficient), False, asked)
-    if manifest is not None:
-        rounding = _rounding_rows(manifest)
-        for key in ("realised", "vanished", "changed") if rounding else ():
-
-            def did(name: str, key: str = key) -> tuple[str, float | None]:
-                value = rounding.get(name, {}).get(key)
-                return show(value, "number" if key == "realised" else "share"), value
-
-            add("realised, of asked" if key == "realised" else key, False, did)
-    if inspection is not None:
-        rows = inspection.summaries
-        names = list(dict.fromkeys([*names, *rows]))
-        for key, figure in FIGURES.items():
-            if any(row.get(key) is not None for row in rows.values()):
-
-                def measured(name: str, key: str = key, unit: str = figure.unit) -> tuple[str, float | None]:
-                    value = rows.get(name, {}).get(key)
-                    return show(value, unit), value
-
-                add(_named(figure), False, measured)
-        for key, figure in SPECTRAL.items() if inspection.spectra else ():
-
-            def spread(name: str, key: str = key, unit: str = figure.unit) -> tuple[str, float | None]:
-                value = inspection.spectra.get(name, {}).get(key)
-                return show(value, unit), value
-
-            add(_named(figure), False, spread)
-    if not names:
+    """Of every tensor what happens to it, what rounding did, and what was found; experts of a layer share a row."""
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys((*(plan.tensors if plan else ()), *(inspection.tensors if inspection else ()))):
+        groups.setdefault(summarised(name), []).append(name)
+    if not groups:
         return ""
+    columns = [
+        _Column("layer", lambda name: (_cell(name)[0], None), text=True),
+        _Column("kind", lambda name: (module_kind(name), None), text=True),
+        *(_plan_columns(plan, groups) if plan is not None else ()),
+        *(_rounding_columns(manifest) if manifest is not None else ()),
+        *(_inspection_columns(inspection, groups) if inspection is not None else ()),
+    ]
     head = "".join(
-        f'<th scope=col{" class=text" if text else ""}><button type="button">{label}</button></th>'
-        for label, text, _ in (("tensor", True, None), *columns)
+        f'<th scope=col{" class=text" if column.text else ""}><button type="button">{column.head}</button></th>'
+        for column in (_Column("tensor", lambda name: (name, None), text=True), *columns)
     )
+    # Every byte counts here, of hundred thousand cells: what HTML lets be left out is left out.
     body = []
-    for name in names:
-        cells = [f"<td>{_text(name)}</td>"]
-        for _, text, cell in columns:
-            shown, value = cell(name)
-            if text:
-                cells.append(f'<td class="text">{_text(shown)}</td>')
-            else:
-                cells.append(f'<td data-v="{"" if value is None else f"{value:.6g}"}">{shown}</td>')
-        body.append(f"<tr>{''.join(cells)}</tr>")
+    for name in groups:
+        cells = [f"<td>{_text(name)}"]
+        for column in columns:
+            shown, value = column.cell(name)
+            key = "" if value is None else f"={value:.4g}"
+            cells.append(f"<td class=text>{_text(shown)}" if column.text else f"<td data-v{key}>{shown}")
+        body.append(f"<tr>{''.join(cells)}")
     tools = (
         '<div class="tools"><label>Filter <input type="search" placeholder="mlp 12"></label>'
         f"<output>{len(body)} of {len(body)} rows</output>"
@@ -358,10 +332,67 @@ def _table(plan: Plan | None, manifest: Mapping[str, Any] | None, inspection: In
     return (
         "<section><h2>Every tensor</h2>"
         f"<p>Experts of one layer share a row, <code>*</code> standing for their numbers.</p>{tools}"
-        '<div class="scroll" tabindex="0" style="max-height:70vh"><table class="sortable">'
+        '<p class="paper">On paper only the first columns are shown.</p>'
+        '<div class="scroll tall" tabindex="0"><table class="sortable">'
         f"<thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div></section>"
     )
+
+
+def _plan_columns(plan: Plan, groups: Mapping[str, Sequence[str]]) -> Iterator[_Column]:
+    """What is planned; where the experts of a row differ, each way and how many of them."""
+
+    def planned(name: str, of: Callable[[TensorPlan], str]) -> tuple[str, float | None]:
+        counts = Counter(of(plan.tensors[member]) for member in groups[name] if member in plan.tensors)
+        return ", ".join(f"{what} ×{count}" if len(counts) > 1 else what for what, count in counts.items()), None
+
+    yield _Column("what happens", lambda name: planned(name, lambda tensor: tensor.action), text=True)
+    yield _Column("dtype", lambda name: planned(name, lambda tensor: tensor.dtype), text=True)
+    yield _Column("from", lambda name: planned(name, lambda tensor: _sources(tensor.sources)), text=True)
+    for index, coefficient in enumerate(plan.coefficients):
+
+        def asked(name: str, index: int = index) -> tuple[str, float | None]:
+            rows = [plan.tensors[member].coefficients for member in groups[name] if member in plan.tensors]
+            values = [row[index] for row in rows if index < len(row)]
+            if not values:
+                return "–", None
+            low, high = min(values), max(values)
+            return number(low) if low == high else f"{number(low)} to {number(high)}", high
+
+        yield _Column(_text(coefficient), asked)
+
+
+def _rounding_columns(manifest: Mapping[str, Any]) -> Iterator[_Column]:
+    rounding = _rounding_rows(manifest)
+    for key in ("realised", "vanished", "changed") if rounding else ():
+
+        def did(name: str, key: str = key) -> tuple[str, float | None]:
+            value = rounding.get(name, {}).get(key)
+            return show(value, "number" if key == "realised" else "share"), value
+
+        yield _Column("realised, of asked" if key == "realised" else key, did)
+
+
+def _inspection_columns(inspection: Inspection, groups: Mapping[str, Sequence[str]]) -> Iterator[_Column]:
+    """What was found; of experts the figures of all together, and the mean of what is known of each matrix alone."""
+    rows = inspection.summaries
+    for key, figure in FIGURES.items():
+        if any(row.get(key) is not None for row in rows.values()):
+
+            def measured(name: str, key: str = key, unit: str = figure.unit) -> tuple[str, float | None]:
+                value = rows.get(name, {}).get(key)
+                return show(value, unit), value
+
+            yield _Column(_named(figure), measured)
+    for key, figure in SPECTRAL.items() if inspection.spectra else ():
+
+        def spread(name: str, key: str = key, unit: str = figure.unit) -> tuple[str, float | None]:
+            found = [inspection.spectra.get(member, {}).get(key) for member in groups[name]]
+            known = [value for value in found if value is not None]
+            value = math.fsum(known) / len(known) if known else None
+            return show(value, unit), value
+
+        yield _Column(_named(figure), spread)
 
 
 def _rounding_rows(manifest: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:

@@ -72,9 +72,10 @@ def export_patch(
         target = output_folder(recipe, output, checkpoints)
         plus, base = checkpoints["skill"], checkpoints["onto"]
         document = summary(plus.stored or plus.files)
-        if not document["exact"]:
+        planes = document.get("planes")
+        if not document["exact"] or not planes:
             raise InputError(
-                f"{plus.place} holds rounded differences: no checkpoint's elements are known from it",
+                f"{plus.place} is not the exact difference of two checkpoints: no elements are known from it",
                 fix="cut it anew: skillmerge extract --from RL --minus SFT",
             )
         rows = {name: row for name, row in document["tensors"].items() if row["changed"]}
@@ -98,7 +99,7 @@ def export_patch(
             (folder / METADATA_FILE).write_text(json.dumps(metadata) + "\n", encoding="utf-8")
             done = 0
             with reporter.bar(sum(base.tensors[job.tensor].nbytes for job in jobs)) as progress:
-                write = _Writer(folder, checkpoints)
+                write = _Writer(folder, checkpoints, planes["minus"])
                 for job, _ in zip(jobs, in_threads(write, jobs), strict=True):
                     done += base.tensors[job.tensor].nbytes
                     progress(done)
@@ -135,8 +136,9 @@ def _layout(name: str, row: Mapping[str, Any], base: Checkpoint) -> list[tuple[s
 class _Writer:
     """Writes tensors' places and values into their files; any number at once."""
 
-    def __init__(self, folder: Path, checkpoints: Mapping[str, Checkpoint]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, checkpoints: Mapping[str, Checkpoint], subtracted: str) -> None:
+        """subtracted: the name by which the skill's digests know the base."""
+        self._folder, self._subtracted = folder, subtracted
         self._planes = [checkpoints[name] for name in ("skill", minus_of("skill"), "onto")]
 
     def __call__(self, job: _Job, stop: threading.Event) -> None:
@@ -167,8 +169,7 @@ class _Writer:
                     at[part] += len(view)
                     while view:
                         view = view[stream.write(view) :]
-        parents = job.row.get("digests") or {}
-        if len(parents) == 2 and tensor_digest(digests) != [*parents.values()][1]:
+        if tensor_digest(digests) != job.row.get("digests", {}).get(self._subtracted):
             raise CheckFailed(
                 f"{self._planes[-1].place} is not the checkpoint that {self._planes[0].place} was cut from: "
                 f"tensor `{job.tensor}` differs",

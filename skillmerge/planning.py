@@ -158,7 +158,8 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
     checkpoints that are quantised or contradict themselves. What `copy` or `ignore` could settle is
     collected in `problems` instead, so that a person sees all of it at once.
     """
-    _refuse_quantised(checkpoints)
+    for name, checkpoint in checkpoints.items():
+        refuse_quantised(name, checkpoint)
     donor_name = _donor(recipe)
     donor = checkpoints[donor_name]
     left_out = _left_out(recipe, donor)
@@ -223,14 +224,14 @@ def _left_out(recipe: Recipe, donor: Checkpoint) -> set[str]:
     return {name for name in donor.tensors if pattern.match(name)}
 
 
-def _refuse_quantised(checkpoints: Mapping[str, Checkpoint]) -> None:
-    for name, checkpoint in checkpoints.items():
-        reason = quantisation(checkpoint.config, checkpoint.tensors)
-        if reason is not None:
-            raise InputError(
-                f"model `{name}` ({checkpoint.place}) is quantised, and its numbers cannot be added: {reason}",
-                fix="use the checkpoint it was quantised from (bfloat16, float16 or float32)",
-            )
+def refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
+    """Raise InputError where a checkpoint's weights are no plain numbers."""
+    reason = quantisation(checkpoint.config, checkpoint.tensors)
+    if reason is not None:
+        raise InputError(
+            f"model `{name}` ({checkpoint.place}) is quantised, and its numbers cannot be added: {reason}",
+            fix="use the checkpoint it was quantised from (bfloat16, float16 or float32)",
+        )
 
 
 def _bind(recipe: Recipe, values: Mapping[str, float]) -> Term | None:

@@ -20,7 +20,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -71,32 +70,45 @@ def disk_errors(path: Path) -> Iterator[None]:
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which is called `target` when all is done and does not exist otherwise.
 
-    For outputs that are small beside a merge: nothing is kept of a failed try. Raises UsageError where there
-    is something at `target` already; ResourceError.
+    For outputs that are small beside a merge: nothing is kept of a failed try, and what a killed one left is
+    removed by the next. Raises UsageError where there is something at `target` already; OutputLocked where
+    another run fills it; ResourceError.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
+    folder = target.with_name(f".{target.name}.writing")
     with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            yield folder
-            folder.chmod(0o777 & ~_umask())
-            for path in folder.iterdir():
-                with open(path, "rb") as stream:
-                    os.fsync(stream.fileno())
-            _sync_folder(folder)
-            folder.rename(target)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        _sync_folder(target.parent)
+            _lock(descriptor, folder, target)
+            try:
+                for path in folder.iterdir():
+                    path.unlink()
+                yield folder
+                for path in folder.iterdir():
+                    with open(path, "rb") as stream:
+                        os.fsync(stream.fileno())
+                _sync_folder(folder)
+                folder.rename(target)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            _sync_folder(target.parent)
+        finally:
+            os.close(descriptor)
 
 
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def _lock(descriptor: int, folder: Path, target: Path) -> None:
+    """Hold a folder for this run alone, as long as the descriptor is open. Raises OutputLocked."""
+    taken = OutputLocked(f"another run is writing {target}", fix="wait for it, or choose another --output")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine, there = os.fstat(descriptor), folder.stat()
+    except (BlockingIOError, FileNotFoundError) as error:
+        raise taken from error
+    if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):  # renamed since it was opened
+        raise taken
 
 
 class Staging:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint
+from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, write_recipe
 from safetensors.torch import load_file
 
 import skillmerge
-from skillmerge.errors import InputError, UsageError
+from skillmerge.errors import InputError, OutputLocked, UsageError
 from skillmerge.spectrum import truncated_svd
 
 LINEAR = "model.layers.0.mlp.up_proj.weight"
@@ -154,6 +158,54 @@ def test_failed_export_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"too large for an adapter|not encoded as it should be"):
         skillmerge.export(skill, tmp_path / "adapter", lora_rank=2)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_the_base_is_what_was_subtracted(tmp_path: Path) -> None:
+    """Whatever the order of a recipe's models; and none where there is none."""
+    skill_of(tmp_path, {LINEAR: low_rank(8, 8, 2)})
+    skill = {"kind": "skill", "path": "cut"}
+    models = {"sft": "sft", "rl": "rl"}
+    cut = skillmerge.apply(write_recipe(tmp_path, "rl - sft", models=models, coefficients=None, output=skill)).output
+    skillmerge.export(cut, tmp_path / "adapter", lora_rank=2)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "sft"
+    half = {"kind": "skill", "path": "half"}
+    recipe = write_recipe(tmp_path, "0.5 * cut", models={"cut": {"skill": "cut"}}, coefficients=None, output=half)
+    skillmerge.export(skillmerge.apply(recipe).output, tmp_path / "other", lora_rank=2)
+    assert json.loads((tmp_path / "other" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    skillmerge.export(cut, tmp_path / "hub", lora_rank=2, base="hf://acme/model@abc123")
+    config = json.loads((tmp_path / "hub" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("acme/model", "abc123")
+    with pytest.raises(UsageError, match="cannot name a subfolder"):
+        skillmerge.export(cut, tmp_path / "sub", lora_rank=2, base="hf://acme/model/sub")
+
+
+def test_tables_inside_linear_modules_are_left(tmp_path: Path) -> None:
+    table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    skill = skill_of(tmp_path, {LINEAR: low_rank(8, 8, 2), table: low_rank(8, 4, 2)})
+    assert skillmerge.export(skill, tmp_path / "adapter", lora_rank=2).left == (table,)
+
+
+def test_one_export_at_a_time(tmp_path: Path) -> None:
+    """Another run is told that the place is taken; what a killed run left is in nobody's way."""
+    skill = skill_of(tmp_path, {LINEAR: low_rank(8, 8, 2)})
+    beside = tmp_path / ".adapter.writing"
+    beside.mkdir()
+    (beside / "adapter_model.safetensors").write_bytes(b"half")
+    with holding(beside), pytest.raises(OutputLocked):
+        skillmerge.export(skill, tmp_path / "adapter", lora_rank=2)
+    assert (beside / "adapter_model.safetensors").read_bytes() == b"half"
+    skillmerge.export(skill, tmp_path / "adapter", lora_rank=2)
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 2
+    assert not beside.exists()
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+    os.close(descriptor)
 
 
 def test_export_command(tmp_path: Path) -> None:

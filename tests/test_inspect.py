@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -273,10 +274,104 @@ def test_extremes_are_figures_too(tmp_path: Path) -> None:
             write_checkpoint(folder / name, {key: value * scale for key, value in plain.items()})
         inspect(write_recipe(folder, output={"path": "merged", "dtype": "float32"}), stats="full")
         json.dumps(inspect(str(folder / "sft"), str(folder / "rl")).as_dict(), allow_nan=False)
-    with pytest.raises(UsageError, match="too large for float32"):
-        inspect(str(folder / "sft"), str(folder / "rl"), spectral=4)
+        spectra = inspect(str(folder / "sft"), str(folder / "rl"), spectral=4).spectra
+        assert all(math.isfinite(value or 0) and value for row in spectra.values() for value in row.values())
     large = torch.randn(50, 60) * 1e37
     assert torch.isfinite(truncated_svd(large, 5, 0)[1]).all()
+
+
+MIXES: dict[str, tuple[dict[str, float], Any]] = {
+    "(1 - a) * target + a * rl": ({"a": 0.3}, lambda t, r, s: r - t),
+    "a * target + b * rl": ({"a": 0.7, "b": 0.3}, lambda t, r, s: 0.3 * (r - t)),
+    "target + a * (rl - sft) + b * (rl - target)": (
+        {"a": 0.9, "b": 0.1}, lambda t, r, s: 0.9 * (r - s) + 0.1 * (r - t)
+    ),
+    "target + a * (rl - sft) + b * (rl - target) ": ({"a": 0.9, "b": 0.0}, lambda t, r, s: 0.9 * (r - s)),
+    "target + a * b * (rl - sft) / 2": ({"a": 0.9, "b": 0.1}, lambda t, r, s: r - s),
+    "target - a * (rl - sft)": ({"a": 0.9}, lambda t, r, s: s - r),
+}  # fmt: skip
+"""Several coefficients are part of the update; one before all of it is not."""
+
+
+@pytest.mark.parametrize("formula", MIXES)
+def test_coefficients_that_mix_are_part_of_the_update(family: Path, formula: str) -> None:
+    folder = family.parent
+    coefficients, update = MIXES[formula]
+    found = inspect(write_recipe(folder, formula, coefficients=coefficients))
+    target, rl, sft = (numpy_of(folder / name) for name in ("target", "rl", "sft"))
+    for name, row in found.tensors.items():
+        wanted = update(*(model[name].astype(np.float64) for model in (target, rl, sft)))
+        assert row["norm"] == pytest.approx(float(np.linalg.norm(wanted)), rel=1e-10), name
+
+
+def test_coefficients_that_mix_by_layer(family: Path) -> None:
+    """Each tensor's own update; no single curve over lambda says what these do, and none is shown."""
+    folder = family.parent
+    rules = {"default": 0.5, "rules": [{"layers": 0, "value": 0.0}, {"layers": 1, "value": 0.9}]}
+    formula = "target + a * (rl - sft) + b * (rl - target)"
+    found = inspect(write_recipe(folder, formula, coefficients={"a": rules, "b": 0.25}))
+    target, rl, sft = (numpy_of(folder / name) for name in ("target", "rl", "sft"))
+    for name, row in found.tensors.items():
+        share = 0.0 if "layers.0." in name else 0.9 if "layers.1." in name else 0.5
+        t, r, s = (model[name].astype(np.float64) for model in (target, rl, sft))
+        wanted = share * (r - s) + 0.25 * (r - t)
+        assert row["norm"] == pytest.approx(float(np.linalg.norm(wanted)), rel=1e-10, abs=1e-12), name
+    assert found.forecast is not None
+    assert not found.forecast["curves"]
+    assert "where no rule says otherwise" in found.update
+
+
+def test_what_is_left_out_is_named_with_the_reason(tmp_path: Path) -> None:
+    plain = random_tensors({"w": (4, 4), "gone": (2,), "wide": (3,)})
+    write_checkpoint(tmp_path / "a", {**plain, "step": torch.tensor([1, 2]), "none": torch.zeros(0)})
+    changed = {"w": plain["w"] * 2, "new": plain["gone"], "wide": torch.ones(4), "step": torch.tensor([1, 3])}
+    write_checkpoint(tmp_path / "b", {**changed, "none": torch.zeros(0)})
+    found = inspect(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert list(found.tensors) == ["w"]
+    assert found.left == {
+        "gone": "not in after", "new": "not in before", "none": "has no elements", "step": "I64 in before",
+        "wide": "[4] in after, [3] in before",
+    }  # fmt: skip
+    for name in ("a", "b"):
+        shutil.rmtree(tmp_path / name)
+        write_checkpoint(tmp_path / name, {"none": torch.zeros(0)})
+    with pytest.raises(UsageError, match="share no tensor"):
+        inspect(str(tmp_path / "a"), str(tmp_path / "b"))
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        norm = {"model.norm.weight": torch.ones(4)}
+        write_checkpoint(tmp_path / name, {"w": torch.ones(4, 4).to(torch.float8_e4m3fn), **norm})
+    with pytest.raises(InputError, match="is quantised"):
+        inspect(str(tmp_path / "a"), str(tmp_path / "b"))
+
+
+def test_small_float64_updates_have_a_spectrum(tmp_path: Path) -> None:
+    before = random_tensors({"model.layers.0.mlp.up_proj.weight": (40, 60)}, torch.float64)
+    update = torch.outer(torch.ones(40), torch.linspace(1, 2, 60)).double() * 1e-12
+    write_checkpoint(tmp_path / "a", before)
+    write_checkpoint(tmp_path / "b", {name: tensor + update for name, tensor in before.items()})
+    (row,) = inspect(str(tmp_path / "a"), str(tmp_path / "b"), spectral=4).spectra.values()
+    assert row["stable_rank"] == pytest.approx(1, abs=1e-3)
+
+
+def test_coefficients_need_a_recipe(family: Path) -> None:
+    with pytest.raises(UsageError, match="coefficients belong to a recipe"):
+        inspect(str(family.parent / "sft"), str(family.parent / "rl"), coefficients={"lam": 2.0})
+
+
+def test_curves_of_very_many_tensors_are_sampled(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan's own figures are not, and the curves stay near."""
+    whole = inspect(family).forecast
+    monkeypatch.setattr("skillmerge.forecasting._MOST", 6)
+    some = inspect(family).forecast
+    assert whole is not None
+    assert some is not None
+    assert some["as_planned"] == whole["as_planned"]
+    one, other = (found["curves"]["bfloat16"]["all"][9] for found in (whole, some))
+    assert one != other
+    assert other["realised"] == pytest.approx(one["realised"], abs=0.1)
 
 
 def test_threads_and_tiles_change_nothing(family: Path) -> None:

@@ -16,6 +16,7 @@ from conftest import random_tensors, run_cli, write_checkpoint, write_family, wr
 
 import skillmerge
 from skillmerge import spectrum
+from skillmerge.depth import number
 from skillmerge.figures import FIGURES, FORECAST, SPECTRAL
 from skillmerge.inspection import _groups, inspect
 from skillmerge.metrics import Pair, Update, describe_all
@@ -167,13 +168,48 @@ def test_report_of_many_experts_is_small_and_sums_them_up(family: Path) -> None:
             rows[name] = (Update(100, 10, 9, 8, [10] + [0] * 7, [1.0], [4.0], 0.5), Pair([1.0], [0.1], [0.2], 20, 5, 2))
     groups = _groups(rows)
     found = dataclasses.replace(
-        inspect(family), plan=None, forecast=None, tensors={}, spectra={},
+        inspect(family), plan=None, forecast=None, tensors={key: {} for key in rows}, spectra={},
         **{key: describe_all(rows, groups[key]) for key in ("modules", "layers", "cells", "summaries")},
     )  # fmt: skip
     text = build("experts", inspection=found)
     assert len(text.encode()) < 1_000_000
     assert text.count("mlp.experts.*.up_proj.weight") == 61
     assert found.summaries["model.layers.7.mlp.experts.*.up_proj.weight"]["elements"] == 25_600
+
+
+def test_experts_that_differ_are_counted(tmp_path: Path) -> None:
+    shapes = {f"model.layers.0.mlp.experts.{expert}.up_proj.weight": (8, 8) for expert in range(4)}
+    rules = [{"tensors": "*.experts.0.*", "value": 0.9}, {"tensors": "*.experts.3.*", "value": 0.0}]
+    recipe = write_family(tmp_path, shapes, shards=1)
+    recipe = write_recipe(tmp_path, coefficients={"lam": {"default": 0.5, "rules": rules}})
+    found = inspect(recipe, spectral=2)
+    text = build("experts", plan=found.plan, inspection=found)
+    (row,) = (line for line in text.split("<tr>") if "mlp.experts.*.up_proj.weight" in line and "class=text" in line)
+    assert "merge ×3, copy ×1" in row
+    assert ">0 to 0.9" in row
+    ranks = [values["stable_rank"] for values in found.spectra.values()]
+    assert number(sum(ranks) / 4) in row  # type: ignore[arg-type]
+
+
+def test_two_rules_on_one_line_are_both_counted(tmp_path: Path) -> None:
+    write_family(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    rules = "[{layers: 0, value: 0.5}, {modules: [norm], value: 0}]"
+    models = "{target: ./target, rl: ./rl, sft: ./sft}"
+    recipe.write_text(
+        f"skillmerge: 1\nmodels: {models}\ncoefficients: {{lam: {{rules: {rules}}}}}\n"
+        "merge: target + lam * (rl - sft)\n"
+    )
+    found = re.search(r"← (\d+) tensors?, (\d+) tensors?", build("plan", plan=skillmerge.plan(recipe)))
+    assert found is not None
+
+
+def test_a_report_is_not_put_into_an_output(family: Path) -> None:
+    assert run_cli("apply", family, "-q").returncode == 0
+    process = run_cli("plan", family, "--report", family.parent / "merged" / "report.html")
+    assert process.returncode == 2
+    assert "inside an output" in process.stderr
+    assert run_cli("verify", family.parent / "merged").returncode == 0
 
 
 def test_names_and_words_are_escaped(tmp_path: Path) -> None:

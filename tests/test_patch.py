@@ -124,7 +124,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 def test_a_rounded_skill_has_no_patch(tmp_path: Path) -> None:
     family(tmp_path)
     rounded = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "r", dtype="float32").output
-    with pytest.raises(InputError, match="holds rounded differences"):
+    with pytest.raises(InputError, match="is not the exact difference of two checkpoints"):
         skillmerge.export_patch(rounded, tmp_path / "patch", onto=str(tmp_path / "sft"))
 
 

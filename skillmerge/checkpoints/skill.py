@@ -284,6 +284,11 @@ def inflate(frame: bytes, limit: int) -> bytes:
         raise ValueError(str(error)) from error
 
 
+def check_zstandard() -> None:
+    """Raise UsageError where compressed skills can be neither written nor read."""
+    _zstandard()
+
+
 def _zstandard() -> Any:
     try:
         import zstandard
@@ -324,6 +329,8 @@ def open_skill(uri: str, files: Files) -> tuple[Checkpoint, Checkpoint]:
     if missing := sorted(set(wanted) - set(names)):
         raise InputError(f"{files.place}: files of the skill are missing: {some(missing)}", fix="fetch it again")
     headers = dict(zip(wanted, files.headers(wanted, dict.fromkeys(wanted, 1 << 20)), strict=True))
+    if any(spec.name.endswith(COMPRESSED) for header in headers.values() for spec in header.tensors):
+        _zstandard()
     parts = _parts_of(headers, [name for name, *_ in tensors], f"{files.place}")
     planes = []
     for plane, config in zip(PLANES, configs, strict=True):

@@ -1,0 +1,251 @@
+"""The shape of a recipe's document: its tables and keys, what is wrong with one in a recipe's words, its JSON Schema.
+
+The pydantic classes describe the text and nothing else; what it means is the business of `recipe`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, ValidationError
+
+from skillmerge.errors import RecipeError, did_you_mean
+from skillmerge.yamltext import Document, Path
+
+# Unions are told apart by the YAML shape of the value, so that an error speaks of the member that was meant.
+_PLAIN_OR_LIST = Discriminator(lambda value: "list" if isinstance(value, list) else "plain")
+_PLAIN_OR_TABLE = Discriminator(lambda value: "table" if isinstance(value, dict) else "plain")
+
+Kind = Literal["attention", "mlp", "norm", "embedding", "head", "router", "expert"]
+Glob = Annotated[str, Field(min_length=1, max_length=1000)]
+Globs = Annotated[
+    Annotated[Glob, Tag("plain")] | Annotated[list[Glob], Field(min_length=1), Tag("list")], _PLAIN_OR_LIST
+]
+Kinds = Annotated[
+    Annotated[Kind, Tag("plain")] | Annotated[list[Kind], Field(min_length=1), Tag("list")], _PLAIN_OR_LIST
+]
+Layers = Annotated[
+    Annotated[str | int, Tag("plain")] | Annotated[list[str | int], Field(min_length=1), Tag("list")],
+    _PLAIN_OR_LIST,
+]
+
+
+def _plain_version(value: object) -> object:
+    """`true` and `1.0` equal 1 in Python, and are not it."""
+    return value if type(value) in (int, str) else repr(value)
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ModelTable(_Table):
+    path: Annotated[
+        str | None, Field(min_length=1, description="a folder, or hf://org/name[@revision][/subfolder]")
+    ] = None
+    skill: Annotated[str | None, Field(min_length=1, description="the same, of a skill that was stored")] = None
+    patch: Annotated[str | None, Field(min_length=1, description="the same, of a sparse patch")] = None
+    onto: Annotated[str | None, Field(min_length=1, description="the model that the patch is for")] = None
+
+
+class RuleTable(_Table):
+    layers: Annotated[Layers | None, Field(description="blocks: 7, 0-3, 4- or a list")] = None
+    tensors: Annotated[Globs | None, Field(description="globs over whole tensor names")] = None
+    modules: Annotated[Kinds | None, Field(description="kinds of module, read from the name")] = None
+    value: Annotated[FiniteFloat | None, Field(description="the coefficient of what the rule selects")] = None
+    ramp: Annotated[
+        list[FiniteFloat] | None,
+        Field(min_length=2, max_length=2, description="linear over the blocks selected, both ends included"),
+    ] = None
+
+
+class ScheduleTable(_Table):
+    default: Annotated[FiniteFloat, Field(description="where no rule matches")] = 1.0
+    rules: Annotated[list[RuleTable], Field(description="the last rule that matches a tensor wins")] = []
+
+
+class CopyTable(_Table):
+    tensors: Globs
+    from_: Annotated[str, Field(alias="from", description="the model to take the tensors from, as they are")]
+
+
+class PushTable(_Table):
+    repo: Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$", description="org/name on the Hub")]
+    private: Annotated[bool | None, Field(description="of a repository that is made")] = None
+    revision: Annotated[str | None, Field(min_length=1, description="the branch to commit to")] = None
+    pull_request: Annotated[
+        bool | None, Field(description="by default only where the repository has a model already")
+    ] = None
+    message: Annotated[str | None, Field(min_length=1, description="of the commit")] = None
+    tags: Annotated[list[str], Field(description="of the model card")] = []
+    new_version: Annotated[str | None, Field(description="the model that supersedes this one")] = None
+
+
+class OutputTable(_Table):
+    compression: Annotated[Literal["none", "zstd"], Field(description="of a skill's files")] = "none"
+    kind: Annotated[Literal["model", "skill"], Field(description="a model, or a difference to store")] = "model"
+    path: Annotated[
+        str | None, Field(min_length=1, description="the folder to write, relative to the recipe's own")
+    ] = None
+    like: Annotated[str | None, Field(description="the donor of names, layout, dtypes and side files")] = None
+    dtype: Annotated[Literal["same", "bfloat16", "float16", "float32"], Field(description="of the weights written")] = (
+        "same"
+    )
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    seed: Annotated[int, Field(ge=0, lt=1 << 63, description="of stochastic rounding")] = 0
+    shard_size: Annotated[str | int, Field(description="same (the donor's layout), or a size such as 5GB")] = "same"
+    license: Annotated[str | None, Field(min_length=1, description="of the merge, for its model card")] = None
+    card: Annotated[str | None, Field(min_length=1, description="a model card written by hand")] = None
+    push: Annotated[PushTable | None, Field(description="where on the Hub to publish")] = None
+
+
+ModelEntry = Annotated[
+    Annotated[str, Field(min_length=1), Tag("plain")] | Annotated[ModelTable, Tag("table")], _PLAIN_OR_TABLE
+]
+CoefficientEntry = Annotated[
+    Annotated[FiniteFloat, Tag("plain")] | Annotated[ScheduleTable, Tag("table")], _PLAIN_OR_TABLE
+]
+
+
+class RecipeTable(_Table):
+    """A skillmerge recipe, format version 1."""
+
+    skillmerge: Annotated[Literal[1], BeforeValidator(_plain_version), Field(description="format version")]
+    models: Annotated[dict[str, ModelEntry], Field(min_length=1, description="name -> where it is")]
+    coefficients: Annotated[dict[str, CoefficientEntry], Field(description="name -> number or schedule")] = {}
+    merge: Annotated[str, Field(min_length=1, description="the arithmetic: target + lam * (rl - sft)")]
+    copy_: Annotated[list[CopyTable], Field(alias="copy")] = []
+    ignore: Annotated[list[Glob], Field(description="tensors of other models that the output does without")] = []
+    output: OutputTable = OutputTable()
+
+
+def read_table(document: Document) -> RecipeTable:
+    """The document as tables. Raises RecipeError for the first thing in it that a recipe cannot have."""
+    if not isinstance(document.data, dict):
+        raise document.error("is not a recipe: it must be a table of keys", document.place(()))
+    try:
+        return RecipeTable.model_validate(document.data)
+    except ValidationError as error:
+        raise _shape_error(document, error) from error
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the format, as draft 7, which is what editors understand."""
+    schema = RecipeTable.model_json_schema(by_alias=True)
+    text_moves = {"$defs": "definitions"}
+
+    def rewrite(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {text_moves.get(key, key): rewrite(value) for key, value in node.items() if key != "discriminator"}
+        if isinstance(node, list):
+            return [rewrite(item) for item in node]
+        return node.replace("#/$defs/", "#/definitions/") if isinstance(node, str) else node
+
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **rewrite(schema)}
+
+
+_EXPECTED = {
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+}
+
+
+def _shape_error(document: Document, error: ValidationError) -> RecipeError:
+    """The first mistake in the order of the text, in the words of a recipe instead of pydantic's."""
+    found = []
+    for detail in error.errors(include_url=False):
+        path = _data_path(document.data, detail["loc"])
+        key_place = document.keys.get(path) if detail["type"] == "extra_forbidden" else None
+        place = key_place or document.place(path)
+        # A key that is missing comes last: where a key is misspelt, the misspelling is the mistake.
+        order = (detail["type"] == "missing", place.line if place else 0, place.column if place else 0)
+        found.append((order, path, place, detail))
+    _, path, place, detail = min(found, key=lambda item: item[0])
+    message, fix = _shape_message(path, detail)
+    return document.error(message, place, fix)
+
+
+def _data_path(data: Any, location: tuple[int | str, ...]) -> Path:
+    """pydantic's location without the names it gives to the members of unions."""
+    path: list[int | str] = []
+    for part in location:
+        inside = (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int))
+        if inside:
+            path.append(part)
+            data = data[part]
+    return tuple(path)
+
+
+def _shape_message(path: Path, detail: Any) -> tuple[str, str | None]:
+    kind, value, last = detail["type"], detail["input"], detail["loc"][-1]
+    where = f"`{path[-1]}`" if path and isinstance(path[-1], str) else "this"
+    if kind == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        return f"unknown key `{last}`", did_you_mean(str(last), known) or f"known keys here: {', '.join(known)}"
+    if kind == "missing":
+        here = f" in {where}" if path else ""
+        fix = "start the recipe with `skillmerge: 1`" if last == "skillmerge" else None
+        return f"missing key `{last}`{here}", fix
+    if kind == "literal_error":
+        if path == ("skillmerge",):
+            return (
+                f"format version {value!r} is not known to this version of skillmerge",
+                "write `skillmerge: 1`",
+            )
+        expected = detail["ctx"]["expected"].replace("'", "`")
+        options = re.findall(r"`([^`]+)`", expected)
+        return f"{where} must be {expected}, not {value!r}", did_you_mean(str(value), options)
+    if kind == "finite_number":
+        return f"{where} must be a finite number, not {value}", None
+    if kind in ("too_short", "too_long") and last == "ramp":
+        return (
+            "`ramp` must be two numbers, at the first and the last block selected",
+            "write ramp: [0.5, 1.0]",
+        )
+    if kind in _EXPECTED:
+        fix = None
+        if kind == "float_type" and isinstance(value, str):
+            fix = (
+                f"remove the quotes: {value}"
+                if _is_number(value) and "_" not in value
+                else "coefficients are numbers or schedules"
+            )
+        return f"{where} must be {_EXPECTED[kind]}, not {_describe(value)}", fix
+    return f"{where}: {detail['msg'].lower()}", None
+
+
+def _known_keys(path: Path) -> list[str]:
+    table: type[BaseModel] = RecipeTable
+    if path[:1] == ("models",):
+        table = ModelTable
+    elif path[:1] == ("coefficients",):
+        table = RuleTable if "rules" in path[2:] else ScheduleTable
+    elif path[:1] == ("copy",):
+        table = CopyTable
+    elif path[:2] == ("output", "push"):
+        table = PushTable
+    elif path[:1] == ("output",):
+        table = OutputTable
+    return [field.alias or name for name, field in table.model_fields.items()]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "empty"
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "a list"
+    return f"the text {value!r}" if isinstance(value, str) else repr(value).lower()
