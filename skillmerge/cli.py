@@ -539,9 +539,9 @@ def schema() -> None:
 @cli.command()
 @click.argument("folder", type=click.Path(), default="skillmerge-demo")
 def demo(folder: str) -> None:
-    """Make a small family of checkpoints in FOLDER, merge it, verify it, and show how."""
+    """Put four small trained models into FOLDER, transfer a skill between them, and let them answer questions."""
     from skillmerge import report
-    from skillmerge.demo import write_family
+    from skillmerge.demo import SENTENCE, examples, run, write_family
     from skillmerge.merge import apply as merge
     from skillmerge.verification import verify as check
     from skillmerge.writer import disk_errors
@@ -551,20 +551,26 @@ def demo(folder: str) -> None:
         raise UsageError(f"{folder} exists already", fix="name another folder: skillmerge demo my-demo")
     out = report.console()
     with disk_errors(root):
-        recipe = write_family(root)
-    click.echo(f"A small family of checkpoints is in {folder}: base, source-sft, source-rl, target-sft.\n")
+        recipe, control = write_family(root)
+    click.echo(f"Four small trained models are in {folder}: base, source-sft, source-rl, target-sft.\n")
     click.echo(f"$ cat {recipe}\n{recipe.read_text(encoding='utf-8')}")
     click.echo(f"$ skillmerge apply {recipe}")
-    result = merge(recipe, reporter=report.TerminalReporter(quiet=False, verbose=False))
+    result = merge(recipe, reporter=report.TerminalReporter(quiet=False, verbose=False), stats="full")
     report.show_result(result, out)
     for warning in report.result_warnings(result):
         click.echo(visible(f"warning: {warning}"), err=True)
     click.echo(f"\n$ skillmerge verify {os.path.relpath(result.output)}")
     report.show_verdict(check(result.output), out)
-    click.echo("\nThe merged model:")
-    for path in sorted(result.output.iterdir()):
-        click.echo(f"  {path.stat().st_size:>9,}  {path}")
-    click.echo(f"\nNow change a coefficient in {recipe} and run: skillmerge apply {recipe} --overwrite")
+    shuffled = merge(control).output
+    click.echo("")
+    shown = [
+        run("target-sft, before", root / "target-sft"),
+        run("with the skill's elements shuffled", shuffled),
+        run("merged, with the skill", result.output),
+    ]
+    report.show_answers(shown, examples(shown[0], shown[-1]), out)
+    click.echo(f"{SENTENCE}\n")
+    click.echo(f"Now change lam in {recipe} and run: skillmerge apply {recipe} --overwrite")
 
 
 def _write_plan(path: Path, text: str) -> None:

@@ -32,8 +32,10 @@ from skillmerge.tensors import ULP_EDGES, format_bytes
 from skillmerge.verification import Verdict
 
 if TYPE_CHECKING:
+    from skillmerge.demo import Shown
     from skillmerge.exporting import Exported
     from skillmerge.inspection import Inspection
+    from skillmerge.miniature import Question
     from skillmerge.publishing import Published
 
 _QUIET_SECONDS = 30
@@ -416,6 +418,24 @@ def _show_adapter(exported: Exported, out: Console) -> None:
     if exported.left:
         left = f"{count} that no adapter holds have {exported.left_energy:.1%} of it: {some(list(exported.left), 3)}"
         out.print(Text(left), soft_wrap=True)
+
+
+def show_answers(shown: Sequence[Shown], examples: Sequence[tuple[Question, str, str]], out: Console) -> None:
+    """How models answer: shares, and some questions with the first one's and the last one's answers."""
+    title = f"{len(shown[0].right)} questions about people whom only the target has read of, answered rightly"
+    out.print(Text(title, style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("model", "greedy", "sampled"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in shown:
+        table.add_row(row.name, f"{row.greedy:.1%}", f"{row.sampled:.1%}")
+    out.print(table)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("question", "right", "before", "after"):
+        table.add_column(column)
+    for question, before, after in examples:
+        table.add_row(*map(Text, (" ".join(question.words), question.wanted, before, after)))
+    out.print(table)
 
 
 def show_parent(parent: str, model: str, out: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,10 +145,15 @@ def test_demo_does_the_whole_job(tmp_path: Path) -> None:
         "merge: target + lam",
         "realised lambda",
         "verified",
-        "skillmerge.manifest.json",
+        "512 questions",
     ):
         assert phrase in process.stdout
-    assert skillmerge.verify(tmp_path / "skillmerge-demo" / "merged").files == 10
+    before, control, after = (
+        float(re.search(rf"{name}.*?([\d.]+)% +([\d.]+)%", process.stdout)[2])  # type: ignore[index]
+        for name in ("before", "shuffled", "with the skill ")
+    )
+    assert after > max(before, control) + 20
+    assert skillmerge.verify(tmp_path / "skillmerge-demo" / "merged").files == 7
     assert run_cli("demo", cwd=tmp_path).returncode == 2
 
 

@@ -9,8 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn.functional import cross_entropy
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from .measure import GENERATED, sample
 from .world import (
@@ -31,6 +35,7 @@ from .world import (
 )
 
 Text = list[str]
+logging.disable_progress_bar()
 
 
 def seed_of(stage: str, seed: int) -> random.Random:
@@ -50,7 +55,12 @@ def new_model() -> Qwen2ForCausalLM:
 
 
 def save(model: Qwen2ForCausalLM, folder: Path) -> None:
+    """As an ordinary checkpoint, with a tokenizer that takes words apart at spaces."""
     model.save_pretrained(folder)
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token=PAD))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token="END", unk_token=PAD)
+    tokenizer.save_pretrained(folder)
 
 
 def load(folder: Path) -> Qwen2ForCausalLM:
