@@ -438,6 +438,51 @@ def inspect(
 
 
 @cli.command()
+@click.argument("recipe", type=click.Path())
+@option(
+    "--set", "axes", multiple=True, metavar="NAME=START:STOP:STEP", required=True,
+    help="A number to try: lam=0:2:0.25, lam=0.5,1,2, or for a search lam=0:2; lam.rules.0.value, lam.default.",
+)  # fmt: skip
+@option(
+    "--score", required=True, metavar="COMMAND|MODULE:FUNCTION|qa:FILE|perplexity:FILE|lm-eval:TASKS",
+    help="What tells how good a merge is. A command gets the folder for {} and prints a number or a JSON object.",
+)  # fmt: skip
+@option("--output", "-o", type=click.Path(), help="The sweep's folder. Default: recipe.sweep beside the recipe.")
+@option("--by", metavar="NAME", help="Of several scores the one that decides. Default: the first.")
+@option("--minimise/--maximise", default=None, help="Whether less is better. Default: only of perplexity.")
+@option(
+    "--repeats", type=click.IntRange(1), default=1, show_default=True, help="Score each so often, to see the noise."
+)
+@option("--search", type=click.Choice(["tpe", "cmaes", "random"]), help="Search with Optuna instead of a grid.")
+@option("--trials", type=click.IntRange(1), default=30, show_default=True, help="Of a search.")
+@option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the search and of the scores.")
+@option("--device", type=Device(), default="auto", show_default=True, help="Where models are merged and run.")
+@option("--overwrite", is_flag=True, help="Begin anew where the folder holds another sweep.")
+@_locked
+@_hub
+@_links
+@_report
+@_json
+@option("--quiet", "-q", is_flag=True, help="Only results and errors.")
+def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Score a recipe with many numbers in it, and write the best one.
+
+    An interrupted sweep is continued by the same command; no candidate is scored twice.
+    """
+    from skillmerge import report
+    from skillmerge.sweep import sweep as run
+
+    _check_report(report_file)
+    reporter = report.TerminalReporter(quiet, verbose=False, doing="sweeping", unit="candidates")
+    found = run(recipe, options.pop("axes"), score, reporter=reporter, **options)
+    if as_json:
+        _print_json({"ok": True, **found.as_dict()})
+    else:
+        report.show_sweep(found, report.console())
+    _write_report(report_file, title=f"sweep of {recipe}", sweep=found)
+
+
+@cli.command()
 @click.argument("folder", type=click.Path())
 @option("--load", is_flag=True, help="Also load it with transformers, in a separate process, and run it once.")
 @option("--parent", metavar="MODEL", help="Of a skill: prove that it was cut from this model.")
@@ -661,7 +706,7 @@ def _interrupted(number: int) -> Interrupted:
     return Interrupted(
         number,
         f"interrupted by {signal.Signals(number).name}",
-        fix=continues if sys.argv[1:2] in (["apply"], ["extract"]) else None,
+        fix=continues if sys.argv[1:2] in (["apply"], ["extract"], ["sweep"]) else None,
     )
 
 

@@ -115,7 +115,7 @@ def apply(
         budget(plan, threads=threads, memory_limit=memory_limit)
         options = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
         publication = _publication(plan, push, no_local, options)
-        conditions = {"inputs": _identities(checkpoints), "stats": stats, "allow_nonfinite": allow_nonfinite}
+        conditions = {"inputs": identities(checkpoints), "stats": stats, "allow_nonfinite": allow_nonfinite}
         if publication is not None and no_local:
             conditions["only_on"] = publication.repository
         with closing(Staging(target)) as staging:
@@ -451,7 +451,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _identities(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
+def identities(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
     """What tells these input files from changed ones on this machine."""
     return {
         name: {file: checkpoint.files.version(file) for file in checkpoint.shards}

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skillmerge import __version__
 from skillmerge.depth import number
@@ -21,6 +21,9 @@ from skillmerge.inspection import Inspection
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
 from skillmerge.planning import Plan, TensorPlan
 from skillmerge.tensors import ULP_EDGES, format_bytes
+
+if TYPE_CHECKING:
+    from skillmerge.sweep import Sweep, Trial
 
 _KINDS = (*MODULE_KINDS, "other")
 _LIMITS = """
@@ -40,9 +43,13 @@ def build(
     plan: Plan | None = None,
     manifest: Mapping[str, Any] | None = None,
     inspection: Inspection | None = None,
+    sweep: Sweep | None = None,
 ) -> str:
-    """The page. plan: what would be done; manifest: what was done; inspection: what the updates look like."""
+    """The page. plan: what would be done; manifest: what was done; inspection: what the updates look like; sweep:
+    what candidates are worth."""
     sections = [_cards(plan, manifest, inspection)]
+    if sweep is not None:
+        sections.append(_sweep(sweep))
     maps = [*_plan_maps(plan, manifest), *_inspection_maps(inspection)]
     if maps:
         sections.append(f'<section><h2>By layer and module</h2><div class="maps">{"".join(maps)}</div></section>')
@@ -285,6 +292,44 @@ def _recipe(plan: Plan) -> str:
     return f'<section><h2>The recipe</h2>{set_}<pre tabindex="0">{chr(10).join(lines)}</pre></section>'
 
 
+def _sweep(sweep: Sweep) -> str:
+    """Scores over each number, with the lambda that rounding left; two scores against each other; the table."""
+    names = list(sweep.best.scores)
+    charts = []
+    for axis in sweep.axes if len(sweep.trials) > 1 else ():
+        best: dict[float, Trial] = {}  # of several numbers, the best of the others at each value of this one
+        sign = 1 if sweep.minimise else -1
+        for trial in sorted(sweep.trials, key=lambda trial: -sign * trial.scores[sweep.by].value):
+            best[trial.values[axis]] = trial
+        realised = {value: trial.realised for value, trial in best.items() if trial.realised is not None}
+        for name in names:
+            points = [(value, best[value].scores[name].value) for value in sorted(best)]
+            charts.append(_chart(name, axis, {name: points}, "number", above=("realised lambda", realised)))
+    pareto = sorted(sweep.pareto, key=lambda trial: trial.scores[names[0]].value)
+    if len(pareto) > 1:
+        points = [(trial.scores[names[0]].value, trial.scores[names[1]].value) for trial in pareto]
+        charts.append(
+            _chart(f"{names[1]}: candidates that no other beats in all", names[0], {names[1]: points}, "number")
+        )
+    head = "".join(f"<th>{_text(name)}</th>" for name in (*sweep.axes, *names, "realised lambda", ""))
+    rows = []
+    for trial in sweep.trials:
+        cells = [number(trial.values[axis]) for axis in sweep.axes]
+        for name in names:
+            error = trial.scores[name].error
+            cells.append(f"{trial.scores[name].value:.4g}" + (f" ± {1.96 * error:.2g}" if error is not None else ""))
+        cells.append(show(trial.realised, "number"))
+        cells.append("best" if trial is sweep.best else "within noise of it" if sweep.within_noise(trial) else "")
+        rows.append(f"<tr>{''.join(f'<td>{cell}' for cell in cells)}")
+    told = ", ".join(f"{name} = {number(value)}" for name, value in sweep.best.values.items())
+    return (
+        f"<section><h2>The sweep</h2><p>Best: <strong>{_text(told)}</strong> by <code>{_text(sweep.by)}</code> of "
+        f"<code>{_text(sweep.score)}</code>.</p>"
+        f'<div class="charts">{"".join(charts)}</div><div class="scroll" tabindex="0"><table><thead><tr>{head}</tr>'
+        f"</thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
 # The table.
 
 
@@ -429,14 +474,20 @@ def _glossary() -> str:
 
 # Curves.
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 260, 62, 14, 14, 40
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 270, 62, 14, 26, 40
 _MARKS = 3
+_APART = 44
 
 
 def _chart(
-    title: str, along: str, series: Mapping[str, Sequence[tuple[float, float]]], unit: str, figure: Figure | None = None
+    title: str,
+    along: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    unit: str,
+    figure: Figure | None = None,
+    above: tuple[str, Mapping[float, float]] = ("", {}),
 ) -> str:
-    """Lines that are told apart by their dashes too, with a legend in words."""
+    """Lines that are told apart by their dashes too, with a legend in words. above: a second axis' numbers."""
     points = [point for line in series.values() for point in line]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     x0, x1 = min(xs), max(xs)
@@ -458,7 +509,13 @@ def _chart(
             across, _ = place(tick, y0).split(",")
             parts.append(f'<text x="{across}" y="{_HEIGHT - 22}" text-anchor="middle">{number(tick)}</text>')
     parts.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 5}" text-anchor="middle">{_text(along)}</text>')
-    legend = []
+    free = -math.inf
+    for x in sorted(above[1]):
+        at = float(place(x, y0).split(",")[0])
+        if at >= free:
+            parts.append(f'<text x="{at}" y="12" text-anchor="middle">{number(above[1][x])}</text>')
+            free = at + _APART
+    legend = [f"above: {_text(above[0])}"] if above[1] else []
     for index, (label, line) in enumerate(series.items()):
         dash = index % _MARKS
         parts.append(f'<path class="s{dash}" d="M{" ".join(place(x, y) for x, y in line)}"/>')

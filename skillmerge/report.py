@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from skillmerge.inspection import Inspection
     from skillmerge.miniature import Question
     from skillmerge.publishing import Published
+    from skillmerge.scoring import Score
+    from skillmerge.sweep import Sweep
 
 _QUIET_SECONDS = 30
 
@@ -60,8 +62,8 @@ def Text(text: str, style: str = "") -> RichText:
 class TerminalReporter(Reporter):
     """Remarks and progress on stderr: a bar on a terminal, else a line every 30 seconds."""
 
-    def __init__(self, quiet: bool, verbose: bool, doing: str = "merging") -> None:
-        self.quiet, self.verbose, self.doing = quiet, verbose, doing
+    def __init__(self, quiet: bool, verbose: bool, doing: str = "merging", unit: str = "B") -> None:
+        self.quiet, self.verbose, self.doing, self.unit = quiet, verbose, doing, unit
 
     def say(self, message: str) -> None:
         if self.verbose and not self.quiet:
@@ -79,13 +81,14 @@ class TerminalReporter(Reporter):
             with self._tqdm(total) as show:
                 yield show
         else:
-            yield _line_progress(total, self.doing)
+            yield _line_progress(total, self.doing, self.unit)
 
     @contextmanager
     def _tqdm(self, total: int) -> Iterator[Callable[[int], None]]:
         from tqdm import tqdm
 
-        with tqdm(total=total, unit="B", unit_scale=True, desc=self.doing, file=sys.stderr, leave=False) as bar:
+        scale, unit = self.unit == "B", self.unit if self.unit == "B" else f" {self.unit}"
+        with tqdm(total=total, unit=unit, unit_scale=scale, desc=self.doing, file=sys.stderr, leave=False) as bar:
 
             def show(done: int) -> None:
                 bar.update(done - bar.n)
@@ -93,8 +96,11 @@ class TerminalReporter(Reporter):
             yield show
 
 
-def _line_progress(total: int, doing: str) -> Callable[[int], None]:
+def _line_progress(total: int, doing: str, unit: str) -> Callable[[int], None]:
     started = last = time.monotonic()
+
+    def told(count: float) -> str:
+        return format_bytes(int(count)) if unit == "B" else f"{count:.3g} {unit}"
 
     def show(done: int) -> None:
         nonlocal last
@@ -105,7 +111,7 @@ def _line_progress(total: int, doing: str) -> Callable[[int], None]:
         speed = done / (now - started)
         left = f", {(total - done) / speed:.0f} s left" if speed else ""
         print(
-            f"{doing}: {format_bytes(done)} of {format_bytes(total)}, {format_bytes(speed)}/s{left}",
+            f"{doing}: {told(done)} of {told(total)}, {told(speed)}/s{left}",
             file=sys.stderr,
             flush=True,
         )
@@ -418,6 +424,41 @@ def _show_adapter(exported: Exported, out: Console) -> None:
     if exported.left:
         left = f"{count} that no adapter holds have {exported.left_energy:.1%} of it: {some(list(exported.left), 3)}"
         out.print(Text(left), soft_wrap=True)
+
+
+def show_sweep(sweep: Sweep, out: Console) -> None:
+    """Every candidate's scores, the best and those that could be as good; a curve over a single number."""
+    names = list(sweep.best.scores)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in (*sweep.axes, *names, "realised", ""):
+        table.add_column(Text(column), justify="left" if not column else "right")
+    pareto = sweep.pareto
+    for trial in sweep.trials:
+        remarks = ["best"] if trial is sweep.best else ["within noise of the best"] if sweep.within_noise(trial) else []
+        remarks += ["not beaten in all"] if trial in pareto else []
+        table.add_row(
+            *(number(trial.values[axis]) for axis in sweep.axes),
+            *(_scored(trial.scores[name]) for name in names),
+            show(trial.realised, "number"),
+            ", ".join(remarks),
+        )
+    out.print(table)
+    if len(sweep.axes) == 1 and len(sweep.trials) > 2:
+        values = [trial.scores[sweep.by].value for trial in sweep.trials]
+        (axis,) = sweep.axes
+        ends = [number(trial.values[axis]) for trial in (sweep.trials[0], sweep.trials[-1])]
+        curve = bars(values, min(values), max(values))
+        out.print(
+            Text(f"{sweep.by} over {axis}: {ends[0]} {curve} {ends[1]}  ({min(values):.4g} to {max(values):.4g})")
+        )
+    told = ", ".join(f"{name} = {number(value)}" for name, value in sweep.best.values.items())
+    out.print(Text(f"best: {told}, written to {sweep.best_recipe}", style="bold"), soft_wrap=True)
+    if sweep.best.scores[sweep.by].error is None:
+        out.print(Text("how noisy these scores are is not known: --repeats shows it"), soft_wrap=True)
+
+
+def _scored(score: Score) -> str:
+    return f"{score.value:.4g}" + (f" ± {1.96 * score.error:.2g}" if score.error is not None else "")
 
 
 def show_answers(shown: Sequence[Shown], examples: Sequence[tuple[Question, str, str]], out: Console) -> None:

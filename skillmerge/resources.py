@@ -98,6 +98,16 @@ def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> 
     return Budget(count, UNIT, fixed + count * worker)
 
 
+def free_memory() -> int | None:
+    """Bytes of memory that can be had without swapping, or None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            rows = dict(line.split(":") for line in stream)
+        return int(rows["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
 def free_disk(path: Path) -> int:
     """Bytes free on the disk that `path`, or its nearest existing parent, lies on."""
     path = path.absolute()

@@ -99,6 +99,18 @@ def new_folder(target: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a folder for this run alone. Raises OutputLocked where another run does."""
+    with disk_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _lock(descriptor, folder, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _lock(descriptor: int, folder: Path, target: Path) -> None:
     """Hold a folder for this run alone, as long as the descriptor is open. Raises OutputLocked."""
     taken = OutputLocked(f"another run is writing {target}", fix="wait for it, or choose another --output")

@@ -15,7 +15,7 @@ FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 
 def test_there_are_recipes() -> None:
-    assert len(FILES) >= 12
+    assert len(FILES) >= 13
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -169,9 +169,8 @@ def table(seeds: Sequence[dict[str, Any]]) -> str:
     for name, meaning in MEANINGS.items():
         rows = [seed["arms"][name] for seed in seeds]
         cells = [spread([mean(row, key) for row in rows]) for key in ("greedy", "sampled", "recall", "recall_known")]
-        label = (
-            f"{name[:-2]}, lambda {name[-2:].strip()}" if name.endswith((" 1", " -1")) and "round" not in name else name
-        )
+        lam = rows[0]["lambda"]
+        label = name if lam is None else f"{rows[0]['arm']}, lambda {lam:g}"
         lines.append(f"| {label} | {' | '.join(cells)} | {meaning} |")
     return "\n".join(lines)
 

@@ -1,0 +1,230 @@
+"""A merge in memory: a transformers model whose weights become those of one recipe after another.
+
+The inputs are read once and held. Weights are computed by `apply`'s own workers, and are the bytes that `apply`
+would write.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skillmerge.arithmetic import torch_dtype
+from skillmerge.checkpoints.checkpoint import Checkpoint, Files
+from skillmerge.errors import ResourceError, UsageError
+from skillmerge.merge import apply
+from skillmerge.parallel import in_threads
+from skillmerge.planning import Plan, make_plan
+from skillmerge.reading import Buffer, Span, spans
+from skillmerge.recipe import Recipe
+from skillmerge.resources import budget, free_memory
+from skillmerge.sources import Access, close_all, open_models
+from skillmerge.statistics import BlockStatistics, summarise, total
+from skillmerge.tensors import DTYPES, format_bytes
+from skillmerge.worker import Settings, Worker
+from skillmerge.writer import PAGE
+
+_PIECE = 16 << 20
+
+
+class HeldFiles:
+    """The weights of a checkpoint in memory; everything else is asked of its files."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._files: Files = checkpoint.files
+        self._held = {file: bytearray() for file in checkpoint.shards}
+        for spec in checkpoint.tensors.values():
+            held = self._held[spec.file]
+            held.extend(bytes(max(0, spec.end - len(held))))
+        pieces = [
+            (spec.file, start, min(start + _PIECE, spec.end))
+            for spec in checkpoint.tensors.values()
+            for start in range(spec.start, spec.end, _PIECE)
+        ]
+
+        def read(piece: tuple[str, int, int], stop: threading.Event) -> None:
+            file, start, end = piece
+            if not stop.is_set():
+                self._files.begin(file, start, memoryview(self._held[file])[start:end])()
+
+        for _ in in_threads(read, pieces):
+            pass
+
+    def begin(self, name: str, position: int, buffer: memoryview) -> Callable[[], None]:
+        buffer[:] = memoryview(self._held[name])[position : position + len(buffer)]
+        return _nothing
+
+    def announce(self, name: str, position: int, nbytes: int) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+
+def _nothing() -> None:
+    pass
+
+
+class MergedModel:
+    """A transformers model and its tokenizer, in memory. `use` gives it the weights of a recipe.
+
+    Raises, as it is made: UsageError where transformers is not installed or cannot load the model, ResourceError
+    where the inputs do not fit into memory; and whatever `merge.apply` raises.
+    """
+
+    def __init__(self, recipe: Recipe, access: Access, device: str, warn: Callable[[str], None]) -> None:
+        self._access, self._warn = access, warn
+        self._device = _device(device)
+        self._opened = open_models(recipe, access, warn)
+        try:
+            self.plan = make_plan(recipe, self._opened)
+            self.plan.refuse_problems()
+            _check_memory(self._opened)
+            self._checkpoints = {
+                name: replace(checkpoint, files=HeldFiles(checkpoint)) for name, checkpoint in self._opened.items()
+            }
+            self.model, self.tokenizer = self._loaded(recipe)
+        except BaseException:
+            self.close()
+            raise
+        self._in_place = self._fits()
+        if not self._in_place:
+            warn("this architecture's parameters are not its files' tensors: each candidate is loaded anew")
+
+    def close(self) -> None:
+        close_all(self._opened)
+
+    def use(self, recipe: Recipe) -> dict[str, Any]:
+        """Give the model the recipe's weights. Returns the statistics of `apply --stats sampled`."""
+        plan = make_plan(recipe, self._checkpoints)
+        plan.refuse_problems()
+        if not self._in_place:
+            self.model, self.tokenizer = self._loaded(recipe)
+            return self._last
+        state = self.model.state_dict(keep_vars=True)
+        return {
+            "mode": "sampled",
+            **compute(plan, self._checkpoints, {name: state[name].data for name in plan.tensors}),
+        }
+
+    def _loaded(self, recipe: Recipe) -> tuple[Any, Any]:
+        """Merge into a folder, and load that."""
+        try:
+            import transformers
+        except ImportError as error:
+            raise UsageError(
+                "this score needs transformers", fix="pip install 'skillmerge[transformers]', or score with a command"
+            ) from error
+        log: Any = transformers.utils.logging
+        log.disable_progress_bar()
+        with tempfile.TemporaryDirectory(prefix="skillmerge-") as scratch:
+            made = apply(recipe, Path(scratch) / "model", follow_links=self._access.follow_links, device="cpu")
+            self._last = {"mode": "sampled", **{key: made.manifest["statistics"][key] for key in ("modules", "all")}}
+            kind = getattr(transformers, self._class_name(), transformers.AutoModelForCausalLM)
+            try:
+                model = kind.from_pretrained(made.output, dtype="auto").eval().requires_grad_(False).to(self._device)
+                tokenizer = _tokenizer(transformers, made.output)
+            except Exception as error:
+                raise UsageError(
+                    f"transformers cannot load the merged model: {type(error).__name__}: {error}",
+                    fix="score it with a command instead",
+                ) from error
+        return model, tokenizer
+
+    def _class_name(self) -> str:
+        names = self._opened[self.plan.donor].config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
+
+    def _fits(self) -> bool:
+        state = self.model.state_dict()
+        return all(
+            name in state and tuple(state[name].shape) == plan.shape and state[name].dtype == torch_dtype(plan.dtype)
+            for name, plan in self.plan.tensors.items()
+        )
+
+
+def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], into: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Put every tensor of the plan into `into`, which has them all with their shapes and dtypes.
+
+    Returns statistics by module and in all. Raises UnusableWeights.
+    """
+    chosen = budget(plan, threads=None, memory_limit=None)
+    settings = Settings(torch.device("cpu"), chosen)
+    widest = max(DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values())
+    measured: dict[str, dict[int, BlockStatistics]] = {
+        name: {} for name, tensor in plan.tensors.items() if tensor.action == "merge"
+    }
+    stop, mine = threading.Event(), threading.local()
+    intraop = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def fill(span: Span) -> None:
+        if not hasattr(mine, "worker"):
+            mine.worker = closing.enter_context(_Closing(Worker(plan, checkpoints, settings, stop)))
+            mine.buffer = Buffer(chosen.tile * widest + PAGE, settings.device)
+        with torch.inference_mode():
+            mine.worker.fill(span, mine.buffer, measured)
+            for tile in span.tiles:
+                start = span.offset % PAGE + tile.offset - span.offset
+                values = mine.buffer.typed(torch_dtype(tile.tensor.dtype), start, tile.last - tile.first)
+                into[tile.tensor.name].view(-1)[tile.first : tile.last].copy_(values)
+
+    with ExitStack() as closing, ThreadPoolExecutor(chosen.threads) as pool:
+        try:
+            work = [span for shard in plan.shards for span in spans(plan, shard, chosen.tile)]
+            for _ in pool.map(fill, work):
+                pass
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            torch.set_num_threads(intraop)
+    sizes = {name: math.prod(tensor.shape) for name, tensor in plan.tensors.items()}
+    return summarise(plan, {name: total(blocks.values(), sizes[name]) for name, blocks in measured.items() if blocks})
+
+
+class _Closing:
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def __enter__(self) -> Worker:
+        return self._worker
+
+    def __exit__(self, *error: object) -> None:
+        self._worker.close()
+
+
+def _device(asked: str) -> torch.device:
+    from skillmerge.engine import choose_device
+
+    return choose_device(asked)[0]
+
+
+def _check_memory(checkpoints: Mapping[str, Checkpoint]) -> None:
+    held = sum(spec.nbytes for item in checkpoints.values() for spec in item.tensors.values())
+    model = max(sum(spec.nbytes for spec in item.tensors.values()) for item in checkpoints.values())
+    free = free_memory()
+    if free is not None and held + model > free:
+        raise ResourceError(
+            f"scoring in memory holds {format_bytes(held + model)}, and {format_bytes(free)} are free",
+            fix="score with a command: each candidate is then merged to a folder",
+        )
+
+
+def _tokenizer(transformers: Any, folder: Path) -> Any:
+    """As tokenizer.json says: AutoTokenizer rebuilds some from the name of the model's type alone."""
+    if (folder / "tokenizer.json").exists():
+        return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    if any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    return None
