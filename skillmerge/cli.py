@@ -320,6 +320,10 @@ def plan(
     help="`same` is exact; the others round each difference once.",
 )  # fmt: skip
 @option("--zstd", is_flag=True, help="Compress its files (needs the package zstandard).")
+@option(
+    "--keep", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+    help="Only the largest elements of each tensor, multiplied by what restores its norm.",
+)  # fmt: skip
 @option("--ignore", multiple=True, metavar="GLOB", help="Tensors that the skill does without; may be given again.")
 @option("--overwrite", is_flag=True, help="Replace an existing output, at the end.")
 @_threads
@@ -435,6 +439,32 @@ def inspect(
     else:
         report.show_inspection(found, report.console())
     _write_report(report_file, title=found.title, plan=found.plan, inspection=found)
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path())
+@option(
+    "--choice", type=click.Choice(["match", "project"]), required=True,
+    help="match: as long as the target's own update; project: without what it shares with that.",
+)  # fmt: skip
+@option("--base", metavar="MODEL", required=True, help="What the recipe's target was trained from.")
+@option("--output", "-o", type=click.Path(dir_okay=False), required=True, help="The recipe to write, beside RECIPE.")
+@_threads
+@_hub
+@_locked
+@_links
+@_json
+@option("--quiet", "-q", is_flag=True, help="Only results and errors.")
+def derive(recipe: str, choice: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write a recipe whose coefficients, by layer and kind of module, follow from the weights alone."""
+    from skillmerge import report
+    from skillmerge.deriving import derive as run
+
+    derived = run(recipe, choice, reporter=report.TerminalReporter(quiet, False, doing="measuring"), **options)
+    if as_json:
+        _print_json({"ok": True, **derived.as_dict()})
+    elif not quiet:
+        report.show_derived(derived, report.console())
 
 
 @cli.command()

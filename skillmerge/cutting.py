@@ -16,7 +16,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,9 +89,13 @@ def cut_shards(
         for tensor in plan.tensors.values():
             if tensor.action == "same":
                 workers.compare(tensor)
+        if plan.recipe.output.keep is not None:
+            chosen = [tensor for tensor in plan.tensors.values() if tensor.action == "compute"]
+            select = partial(workers.select, share=plan.recipe.output.keep)
+            workers.kept = dict(zip((tensor.name for tensor in chosen), pool.map(select, chosen), strict=True))
         cuts = _in_order(pool, workers, [unit for shard in wanted for unit in _units(plan, shard)], threads + 1)
         for shard in wanted:
-            file = _SkillFile(staging, shard, plan, checkpoints)
+            file = _SkillFile(staging, shard, plan, checkpoints, workers.kept)
             try:
                 for unit in _units(plan, shard):
                     file.add(unit, next(cuts))
@@ -155,6 +160,19 @@ def _complete(
     finished(entry)
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What of a tensor's update stays: values of at least `least` in size, times `factor`; they are `share` of all."""
+
+    least: float = 0.0
+    factor: float = 1.0
+    share: float = 1.0
+
+
+_BINS = 1 << 16
+"""Sizes are told apart by the upper 16 bits of a float32 without its sign: to one part in 256."""
+
+
 class _Workers:
     """A worker for each thread, made when the thread first needs it."""
 
@@ -165,6 +183,7 @@ class _Workers:
         self._mine = threading.local()
         self._all: list[Worker] = []
         # A skill that is read says of what it was made itself.
+        self.kept: dict[str, _Kept] = {}
         self._digested = set(checkpoints) - plan.recipe.skills - {minus_of(name) for name in plan.recipe.skills}
 
     def close(self) -> None:
@@ -194,6 +213,34 @@ class _Workers:
             tile = Tile(tensor, first, min(first + UNIT, elements), 0)
             (values,) = self._worker.reader.read(Span(0, (tile,)))
             self._worker.compare(tile, values)
+
+    def select(self, tensor: TensorPlan, share: float) -> _Kept:
+        """Which elements of a tensor are its largest, so great a share of them or a little less: a pass of its own."""
+        worker, elements = self._worker, math.prod(tensor.shape)
+        counts, energies = torch.zeros(_BINS, dtype=torch.int64), torch.zeros(_BINS, dtype=torch.float64)
+        assert tensor.program is not None
+        with torch.inference_mode():
+            for first in range(0, elements, UNIT):
+                tile = Tile(tensor, first, min(first + UNIT, elements), 0)
+                (values,) = worker.reader.read(Span(0, (tile,)))
+                inputs = {model: piece for (model, _), piece in zip(tensor.sources, values, strict=True)}
+                for _, pieces in self._chunks(worker, tile, inputs, {}):
+                    value, _ = evaluate(tensor.program, pieces, worker.scratch)
+                    bins = _bins_of(value)
+                    counts += torch.bincount(bins, minlength=_BINS)
+                    squares = value.to(torch.float64)
+                    energies += torch.bincount(bins, weights=squares.mul_(squares), minlength=_BINS)
+                if self._stop.is_set():
+                    return _Kept()
+        above, energy = counts.flip(0).cumsum(0), energies.flip(0).cumsum(0)
+        width = int((above <= max(1, math.floor(share * elements))).sum())
+        # The largest stay, however many have their size.
+        width = max(width, int((above == 0).sum()) + 1)
+        if width >= _BINS or not float(energy[-1]):
+            return _Kept()
+        least = torch.tensor((_BINS - width) << 15, dtype=torch.int32).view(torch.float32)
+        factor = math.sqrt(float(energy[-1]) / float(energy[width - 1])) if float(energy[width - 1]) else 1.0
+        return _Kept(float(least), factor, int(above[width - 1]) / elements)
 
     def cut(self, unit: _Unit) -> _Cut:
         """Read a unit of every model and encode the difference. Raises UnusableWeights."""
@@ -258,12 +305,15 @@ class _Workers:
     def _compute(self, worker: Worker, tile: Tile, chunks: Iterable[tuple[int, Mapping[str, Tensor]]]) -> _Cut:
         """The value of the formula, rounded once."""
         assert tile.tensor.program is not None
-        dtype = torch_dtype(tile.tensor.dtype)
+        dtype, kept = torch_dtype(tile.tensor.dtype), self.kept.get(tile.tensor.name)
         plus = Encoder(dtype)
         cut = _Cut({})
         for start, pieces in chunks:
             value, _ = evaluate(tile.tensor.program, pieces, worker.scratch)
-            rounded = round_nearest(value, torch.empty(value.numel(), dtype=dtype))
+            stays = value
+            if kept is not None:
+                stays = torch.where(value.abs().to(torch.float32) >= kept.least, value * kept.factor, 0.0)
+            rounded = round_nearest(stays, torch.empty(value.numel(), dtype=dtype))
             if any_nonfinite(rounded):
                 raise worker.nonfinite(tile, pieces, rounded, tile.first + start)
             mask = rounded != 0
@@ -276,6 +326,11 @@ class _Workers:
             cut.squares.append(fold_sum(update * update))
         cut.planes = {"plus": plus.finish()}
         return cut
+
+
+def _bins_of(values: Tensor) -> Tensor:
+    """The upper bits of values' sizes as float32, as int64."""
+    return (values.to(torch.float32).view(torch.int32).bitwise_and(0x7FFFFFFF) >> 15).to(torch.int64)
 
 
 def _compressed(encoded: Encoded) -> Encoded:
@@ -312,8 +367,15 @@ def _fits(a: Tensor, b: Tensor, value: Tensor) -> Tensor:
 class _SkillFile:
     """One file of a skill in the making: parts are appended, the header is written at the end."""
 
-    def __init__(self, staging: Staging, shard: ShardPlan, plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> None:
-        self.shard, self.path = shard, staging.files / shard.file
+    def __init__(
+        self,
+        staging: Staging,
+        shard: ShardPlan,
+        plan: Plan,
+        checkpoints: Mapping[str, Checkpoint],
+        kept: Mapping[str, _Kept],
+    ) -> None:
+        self.shard, self.path, self._kept = shard, staging.files / shard.file, kept
         self._dtypes = {spec.name: _plane_dtypes(plan.tensors[spec.name], checkpoints) for spec in shard.specs}
         self._header: dict[str, Any] = {"__metadata__": {"format": "skillmerge skill", "version": str(SKILL_VERSION)}}
         self._room = _largest_header(self._header, shard, self._dtypes)
@@ -362,7 +424,10 @@ class _SkillFile:
             "sha256": digest,
             "statistics": {},
             "tensors": {
-                spec.name: _describe(spec, self.shard.file, self._dtypes[spec.name], self._rows[spec.name])
+                spec.name: {
+                    **_describe(spec, self.shard.file, self._dtypes[spec.name], self._rows[spec.name]),
+                    **({"kept": asdict(self._kept[spec.name])} if spec.name in self._kept else {}),
+                }
                 for spec in self.shard.specs
             },
         }

@@ -28,6 +28,7 @@ def extract(
     dtype: str = "same",
     ignore: Sequence[str] = (),
     zstd: bool = False,
+    keep: float | None = None,
     threads: int | None = None,
     memory_limit: int | None = None,
     overwrite: bool = False,
@@ -40,17 +41,20 @@ def extract(
 
     Where `rl` is a folder with a sparse patch, it is the patch of `sft`.
     dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. ignore: globs of
-    tensors that the skill does without. zstd: compress its files. The rest is as of
+    tensors that the skill does without. zstd: compress its files. keep: the share of each tensor's elements,
+    the largest, that stay, multiplied by what restores the tensor's norm. The rest is as of
     `merge.apply`, whose errors it raises: this is a recipe of three lines.
     """
     if dtype not in ("same", "bfloat16", "float16", "float32"):
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
+    if keep is not None and not 0 < keep <= 1:
+        raise UsageError(f"keep {keep!r}: a share above 0, at most 1")
     patched = (Path(rl) / METADATA_FILE).is_file()
     return apply(
         recipe_of(
             {"rl": {"patch": os.fspath(rl), "onto": "sft"} if patched else os.fspath(rl), "sft": os.fspath(sft)},
             "rl - sft",
-            {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none"},
+            {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none", "keep": keep},
             "skillmerge extract",
             ignore=list(ignore),
         ),

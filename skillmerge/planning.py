@@ -329,7 +329,8 @@ def _plan_tensor(
     action = "merge"
     if recipe.output.kind == "skill":
         plain = isinstance(term, Sum) and isinstance(term.left, Leaf) and isinstance(term.right, Leaf) and term.minus
-        action = "cut" if plain and recipe.output.dtype == "same" else "compute"
+        exact = plain and recipe.output.dtype == "same" and recipe.output.keep is None
+        action = "cut" if exact else "compute"
         if action == "compute" and recipe.output.dtype == "same" and DTYPES[dtype].itemsize < 4:
             dtype = "F32"  # what was scaled or summed rarely fits 16 bits
     return TensorPlan(spec.name, dtype, spec.shape, action, ordered, values, program)
@@ -483,6 +484,7 @@ def _deciding(plan: Plan) -> dict[str, Any]:
         "donor": plan.donor,
         "output": {
             **({"kind": output.kind, "compression": output.compression} if output.kind != "model" else {}),
+            **({"keep": output.keep} if output.keep is not None else {}),
             "dtype": output.dtype,
             "rounding": output.rounding,
             "seed": output.seed,

@@ -48,6 +48,8 @@ class Push:
 class Output:
     kind: str
     compression: str
+    keep: float | None
+    """Of a skill: the share of each tensor's elements that stays."""
     path: FilePath | None
     like: str | None
     dtype: str
@@ -173,6 +175,8 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
         raise document.error(
             "only a skill can be compressed", document.place(("output", "compression")), "models are read as they are"
         )
+    if table.output.kind == "model" and table.output.keep is not None:
+        raise document.error("only a skill can be pruned", document.place(("output", "keep")), "extract it with --keep")
     if table.output.kind == "skill":
         for path, given in ((("copy",), table.copy_), (("output", "rounding"), table.output.rounding != "nearest")):
             if given:
@@ -191,6 +195,7 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
         output=Output(
             kind=table.output.kind,
             compression=table.output.compression,
+            keep=table.output.keep,
             path=_local_path(document, ("output", "path"), folder, table.output.path) if table.output.path else None,
             like=normalise_name(like) if like else None,
             dtype=table.output.dtype,

@@ -33,6 +33,7 @@ from skillmerge.verification import Verdict
 
 if TYPE_CHECKING:
     from skillmerge.demo import Shown
+    from skillmerge.deriving import Derived
     from skillmerge.exporting import Exported
     from skillmerge.inspection import Inspection
     from skillmerge.miniature import Question
@@ -459,6 +460,14 @@ def show_sweep(sweep: Sweep, out: Console) -> None:
 
 def _scored(score: Score) -> str:
     return f"{score.value:.4g}" + (f" ± {1.96 * score.error:.2g}" if score.error is not None else "")
+
+
+def show_derived(derived: Derived, out: Console) -> None:
+    values = list(derived.numbers.values())
+    what = f"{len(values)} rules, {number(min(values))} to {number(max(values))}" if values else "no rules"
+    out.print(Text(f"wrote {derived.output}: {what}", style="bold"), soft_wrap=True)
+    if derived.removed is not None and derived.chance is not None:
+        out.print(Text(f"removes {derived.removed:.3%} of the update's energy; chance would be {derived.chance:.3%}"))
 
 
 def show_answers(shown: Sequence[Shown], examples: Sequence[tuple[Question, str, str]], out: Console) -> None:

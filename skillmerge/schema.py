@@ -83,6 +83,10 @@ class PushTable(_Table):
 
 
 class OutputTable(_Table):
+    keep: Annotated[
+        FiniteFloat | None,
+        Field(gt=0, le=1, description="of a skill: the top share of each tensor's elements, its norm restored"),
+    ] = None
     compression: Annotated[Literal["none", "zstd"], Field(description="of a skill's files")] = "none"
     kind: Annotated[Literal["model", "skill"], Field(description="a model, or a difference to store")] = "model"
     path: Annotated[

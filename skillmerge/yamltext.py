@@ -8,12 +8,14 @@ ruamel finds the structure; what a plain word means is decided here, so that no 
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import (
     AliasEvent,
@@ -98,6 +100,25 @@ class Document:
         while path and path not in self.values:
             path = path[:-1]
         return self.values.get(path)
+
+
+def dump(data: Any) -> str:
+    """Plain data as YAML: tables in blocks, those of plain values in a list each on one line."""
+    yaml = YAML(pure=True)
+    yaml.width = 1 << 16
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    stream = io.StringIO()
+    yaml.dump(_styled(data), stream)
+    return stream.getvalue()
+
+
+def _styled(data: Any, in_list: bool = False) -> Any:
+    if isinstance(data, dict):
+        table = CommentedMap((key, _styled(value)) for key, value in data.items())
+        if in_list and not any(isinstance(value, dict | list) for value in data.values()):
+            table.fa.set_flow_style()
+        return table
+    return [_styled(item, in_list=True) for item in data] if isinstance(data, list) else data
 
 
 def read(text: str, name: str) -> Document:

@@ -13,7 +13,7 @@ LAYERS = [
     {"report", "page"},
     {"figures"},
     {"sweep"},
-    {"inplace", "candidates", "scoring"},
+    {"inplace", "candidates", "scoring", "deriving"},
     {"extraction", "inspection", "exporting", "patching"},
     {"extraction"},
     {"merge"},

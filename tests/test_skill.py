@@ -642,3 +642,45 @@ def test_plan_shows_a_skill(family: Path, edit: Callable[..., Path]) -> None:
     assert process.returncode == 0, process.stderr
     assert "kept exactly" in process.stdout
     assert "at most" in process.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ pruned
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 1.0])
+def test_kept_elements_are_the_largest_with_the_norm_restored(tmp_path: Path, share: float) -> None:
+    """Against numpy on whole tensors; a large tensor has two units."""
+    shapes = {"w": (UNIT // 512 + 100, 512), "norm": (300,), "one": (1,), "same": (50,)}
+    tensors = {seed: random_tensors(shapes, torch.float32, seed) for seed in (1, 2)}
+    tensors[2]["same"] = tensors[1]["same"]
+    write_checkpoint(tmp_path / "rl", tensors[1])
+    write_checkpoint(tmp_path / "sft", tensors[2])
+    skill = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "skill", keep=share).output
+    found, document = read_skill(skill), json.loads((skill / "skill.json").read_text())
+    for name in shapes:
+        update = (tensors[1][name].double() - tensors[2][name].double()).flatten()
+        kept = found[name][0].double().flatten()
+        stays = kept != 0
+        wanted = max(1, int(share * update.numel())) if name != "same" else 0
+        # Sizes are told apart to one part in 256: at the edge a bin of them is left out.
+        assert wanted * 0.97 - 60 <= int(stays.sum()) <= max(wanted, 1), name
+        if name != "same":
+            assert update[stays].abs().min() >= update[~stays].abs().max() if bool((~stays).any()) else True
+            assert float(kept.norm()) == pytest.approx(float(update.norm()), rel=1e-5)
+            assert document["tensors"][name]["kept"]["share"] == pytest.approx(int(stays.sum()) / update.numel())
+            ratio = kept[stays] / update[stays]
+            assert torch.allclose(ratio, ratio[0].expand_as(ratio), rtol=1e-5)
+    assert not document["exact"]
+    assert skillmerge.verify(skill).tensors == 4
+
+
+def test_keep_is_of_skills_only(tmp_path: Path) -> None:
+    write_family(tmp_path)
+    with pytest.raises(SkillmergeError, match="only a skill can be pruned"):
+        skillmerge.plan(write_recipe(tmp_path, output={"path": "merged", "keep": 0.5}))
+    for share in (0, 1.5, -1):
+        with pytest.raises(SkillmergeError, match="keep"):
+            skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "x", keep=share)
+    assert (
+        run_cli("extract", "--from", "rl", "--minus", "sft", "-o", "k", "--keep", "0.1", cwd=tmp_path).returncode == 0
+    )
