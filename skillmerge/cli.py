@@ -8,19 +8,18 @@ from __future__ import annotations
 import errno
 import gc
 import json
-import math
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from skillmerge import __version__
+from skillmerge import __version__, flags
 from skillmerge.errors import InputError, Interrupted, ResourceError, SkillmergeError, UsageError, visible
+from skillmerge.flags import option
 
 if TYPE_CHECKING:
     from skillmerge.exporting import Exported
@@ -35,85 +34,6 @@ Exit statuses:
   3 a verification failed        75 temporary, try again
   4 an input is unsafe, corrupt,  130/143 interrupted: the same
     or does not fit                 command continues"""
-
-
-def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
-    """A click option that can also be set as SKILLMERGE_<NAME>."""
-    long = next(name for name in names if name.startswith("--"))
-    variable = "SKILLMERGE_" + long.removeprefix("--").split("/")[0].replace("-", "_").upper()
-    return click.option(*names, envvar=variable, show_envvar=False, **attributes)
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]
-    """A size such as 5GB, as bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        from skillmerge.tensors import parse_size
-
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class Device(click.ParamType):  # type: ignore[type-arg]
-    name = "auto|cpu|cuda[:N]"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        kind, _, number = value.partition(":")
-        if value in ("auto", "cpu", "cuda") or (kind == "cuda" and number.isdecimal()):
-            return str(value)
-        self.fail(f"`{value}` is not a device; choose auto, cpu, cuda or cuda:N", param, ctx)
-
-
-class Coefficient(click.ParamType):  # type: ignore[type-arg]
-    name = "name=number"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, float]:
-        if isinstance(value, tuple):
-            return value
-        name, equals, text = value.partition("=")
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not equals or not math.isfinite(number):
-            self.fail(f"`{value}` is not NAME=NUMBER, such as lam=0.7", param, ctx)
-        return name.strip(), number
-
-
-_set = option(
-    "--set",
-    "coefficients",
-    multiple=True,
-    type=Coefficient(),
-    help="A coefficient in place of the recipe's, its rules included.",
-)
-_output = option("--output", "-o", type=click.Path(), help="The folder to write, in place of the recipe's.")
-_threads = option(
-    "--threads", type=click.IntRange(1, 256), help="Workers. Default: as many as there are cores, at most 16."
-)
-_memory = option("--memory-limit", type=Size(), help="Bound on resident memory, such as 2GB.")
-_json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-_code = option("--allow-code", is_flag=True, help="Accept a config whose auto_map runs code, and carry *.py files.")
-_links = option("--follow-links", is_flag=True, help="Accept links that lead out of a checkpoint's folder.")
-_locked = option("--locked", is_flag=True, help="Refuse revisions that can change and are not in the lock file.")
-_private = option("--private/--public", default=None, help="Of a repository that is made.")
-_revision = option("--revision", help="The branch of the Hub's repository to commit to.")
-_pull_request = option(
-    "--pull-request/--no-pull-request", default=None, help="By default only where a model is there already."
-)
-_message = option("--message", help="Of the commit.")
-_hub = option(
-    "--hub", type=click.Choice(["stream", "download"]), default="stream", show_default=True,
-    help="Stream models on the Hub, or put them into its local cache first.",
-)  # fmt: skip
-_report = option(
-    "--report", "report_file", type=click.Path(dir_okay=False), help="Also write it as one HTML page into this file."
-)
-_nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
 
 
 class _OutputClosed(Exception):
@@ -145,30 +65,30 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("recipe", type=click.Path())
-@_output
-@option("--device", type=Device(), default="auto", show_default=True, help="Where to compute.")
-@_set
+@flags.output
+@option("--device", type=flags.Device(), default="auto", show_default=True, help="Where to compute.")
+@flags.set
 @option("--overwrite", is_flag=True, help="Replace an existing output, at the end.")
-@_threads
-@_memory
+@flags.threads
+@flags.memory
 @option(
     "--stats", type=click.Choice(["full", "sampled", "off"]), default="sampled", show_default=True,
     help="How much of the rounding to measure.",
 )  # fmt: skip
 @option("--hash-inputs", is_flag=True, help="Put the sha256 of every input file into the manifest.")
-@_locked
-@_hub
+@flags.locked
+@flags.hub
 @option("--push", metavar="ORG/NAME", help="Publish it on the Hub too, in place of the recipe's output.push.")
 @option("--no-local", is_flag=True, help="Keep it on the Hub only: shards are sent as they are finished, and removed.")
-@_private
-@_revision
-@_pull_request
-@_message
-@_nonfinite
-@_code
-@_links
-@_report
-@_json
+@flags.private
+@flags.revision
+@flags.pull_request
+@flags.message
+@flags.nonfinite
+@flags.code
+@flags.links
+@flags.report
+@flags.as_json
 @option("--quiet", "-q", is_flag=True, help="Only results and errors.")
 @option("--verbose", "-v", is_flag=True, help="Say what is being done.")
 def apply(
@@ -262,14 +182,14 @@ def _show(result: Result, as_json: bool, quiet: bool) -> None:
 @click.argument("recipe", type=click.Path())
 @option("-o", "--save", type=click.Path(dir_okay=False), help="Write the plan as JSON into this file.")
 @option("--lock", is_flag=True, help="Write the commits and files of models on the Hub into a lock file.")
-@_locked
-@_set
-@_threads
-@_memory
-@_code
-@_links
-@_report
-@_json
+@flags.locked
+@flags.set
+@flags.threads
+@flags.memory
+@flags.code
+@flags.links
+@flags.report
+@flags.as_json
 def plan(
     recipe: str,
     report_file: str | None,
@@ -326,12 +246,12 @@ def plan(
 )  # fmt: skip
 @option("--ignore", multiple=True, metavar="GLOB", help="Tensors that the skill does without; may be given again.")
 @option("--overwrite", is_flag=True, help="Replace an existing output, at the end.")
-@_threads
-@_memory
+@flags.threads
+@flags.memory
 @option("--hash-inputs", is_flag=True, help="Put the sha256 of every input file into the manifest.")
-@_hub
-@_links
-@_json
+@flags.hub
+@flags.links
+@flags.as_json
 @option("--quiet", "-q", is_flag=True, help="Only results and errors.")
 @option("--verbose", "-v", is_flag=True, help="Say what is being done.")
 def extract(rl: str, sft: str, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
@@ -352,8 +272,8 @@ def extract(rl: str, sft: str, as_json: bool, quiet: bool, verbose: bool, **opti
 @option("--onto", metavar="MODEL", help="Write a sparse patch of this model, which the skill was cut from.")
 @option("--base", metavar="MODEL", help="The model that the adapter is for, in place of the skill's own parent.")
 @option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the randomised decomposition.")
-@_links
-@_json
+@flags.links
+@flags.as_json
 @option("--quiet", "-q", is_flag=True, help="Only results and errors.")
 def export(
     skill: str,
@@ -398,7 +318,7 @@ def export(
 @click.argument("source", type=click.Path())
 @click.argument("other", type=click.Path(), required=False)
 @option("--base", metavar="MODEL", help="Of a recipe: what its target was trained from.")
-@_set
+@flags.set
 @option(
     "--stats", type=click.Choice(["full", "sampled", "off"]), default="sampled", show_default=True,
     help="How much of the rounding to forecast.",
@@ -407,12 +327,12 @@ def export(
     "--spectral", type=click.IntRange(1, 64), metavar="RANK",
     help="Also how matrices' updates spread over so many directions.",
 )  # fmt: skip
-@_threads
-@_hub
-@_locked
-@_links
-@_report
-@_json
+@flags.threads
+@flags.hub
+@flags.locked
+@flags.links
+@flags.report
+@flags.as_json
 @option("--quiet", "-q", is_flag=True, help="Only results and errors.")
 def inspect(
     source: str,
@@ -449,11 +369,11 @@ def inspect(
 )  # fmt: skip
 @option("--base", metavar="MODEL", required=True, help="What the recipe's target was trained from.")
 @option("--output", "-o", type=click.Path(dir_okay=False), required=True, help="The recipe to write, beside RECIPE.")
-@_threads
-@_hub
-@_locked
-@_links
-@_json
+@flags.threads
+@flags.hub
+@flags.locked
+@flags.links
+@flags.as_json
 @option("--quiet", "-q", is_flag=True, help="Only results and errors.")
 def derive(recipe: str, choice: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write a recipe whose coefficients, by layer and kind of module, follow from the weights alone."""
@@ -486,13 +406,13 @@ def derive(recipe: str, choice: str, as_json: bool, quiet: bool, **options: Any)
 @option("--search", type=click.Choice(["tpe", "cmaes", "random"]), help="Search with Optuna instead of a grid.")
 @option("--trials", type=click.IntRange(1), default=30, show_default=True, help="Of a search.")
 @option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the search and of the scores.")
-@option("--device", type=Device(), default="auto", show_default=True, help="Where models are merged and run.")
+@option("--device", type=flags.Device(), default="auto", show_default=True, help="Where models are merged and run.")
 @option("--overwrite", is_flag=True, help="Begin anew where the folder holds another sweep.")
-@_locked
-@_hub
-@_links
-@_report
-@_json
+@flags.locked
+@flags.hub
+@flags.links
+@flags.report
+@flags.as_json
 @option("--quiet", "-q", is_flag=True, help="Only results and errors.")
 def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Score a recipe with many numbers in it, and write the best one.
@@ -516,9 +436,9 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
 @click.argument("folder", type=click.Path())
 @option("--load", is_flag=True, help="Also load it with transformers, in a separate process, and run it once.")
 @option("--parent", metavar="MODEL", help="Of a skill: prove that it was cut from this model.")
-@_nonfinite
-@_links
-@_json
+@flags.nonfinite
+@flags.links
+@flags.as_json
 @option("--quiet", "-q", is_flag=True, help="Only errors.")
 def verify(
     folder: str,
@@ -561,15 +481,15 @@ def verify(
 @cli.command()
 @click.argument("folder", type=click.Path())
 @click.argument("repository", metavar="ORG/NAME")
-@_private
-@_revision
-@_pull_request
-@_message
+@flags.private
+@flags.revision
+@flags.pull_request
+@flags.message
 @option("--tag", "tags", multiple=True, help="Of the model card; may be given again.")
 @option("--license", help="Of the merge, for its model card, in place of the recipe's.")
 @option("--card", type=click.Path(), help="A model card written by hand.")
-@_nonfinite
-@_json
+@flags.nonfinite
+@flags.as_json
 @option("--quiet", "-q", is_flag=True, help="Only errors.")
 def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Verify an output and publish it on the Hugging Face Hub, in one commit.

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "skillmerge"
 # Each module may import, at any place in it, only from rows below its own (and from its own row where marked).
 LAYERS = [
     {"cli"},
-    {"report", "page"},
+    {"report", "page", "flags"},
     {"figures"},
     {"sweep"},
     {"inplace", "candidates", "scoring", "deriving"},
@@ -53,7 +53,7 @@ WITHIN_ROW = {
 }
 HOMES = {
     "numpy": {"sparse"},
-    "click": {"cli"},
+    "click": {"cli", "flags"},
     "rich": {"cli", "report"},
     "tqdm": {"report"},
     "ruamel": {"yamltext"},

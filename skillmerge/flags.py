@@ -1,0 +1,88 @@
+"""What the commands' options have in common: environment variables, kinds of values, and those that several have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
+    """A click option that can also be set as SKILLMERGE_<NAME>."""
+    long = next(name for name in names if name.startswith("--"))
+    variable = "SKILLMERGE_" + long.removeprefix("--").split("/")[0].replace("-", "_").upper()
+    return click.option(*names, envvar=variable, show_envvar=False, **attributes)
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """A size such as 5GB, as bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        from skillmerge.tensors import parse_size
+
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Device(click.ParamType):  # type: ignore[type-arg]
+    name = "auto|cpu|cuda[:N]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        kind, _, number = value.partition(":")
+        if value in ("auto", "cpu", "cuda") or (kind == "cuda" and number.isdecimal()):
+            return str(value)
+        self.fail(f"`{value}` is not a device; choose auto, cpu, cuda or cuda:N", param, ctx)
+
+
+class Coefficient(click.ParamType):  # type: ignore[type-arg]
+    name = "name=number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = value.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not equals or not math.isfinite(number):
+            self.fail(f"`{value}` is not NAME=NUMBER, such as lam=0.7", param, ctx)
+        return name.strip(), number
+
+
+set = option(
+    "--set",
+    "coefficients",
+    multiple=True,
+    type=Coefficient(),
+    help="A coefficient in place of the recipe's, its rules included.",
+)
+output = option("--output", "-o", type=click.Path(), help="The folder to write, in place of the recipe's.")
+threads = option(
+    "--threads", type=click.IntRange(1, 256), help="Workers. Default: as many as there are cores, at most 16."
+)
+memory = option("--memory-limit", type=Size(), help="Bound on resident memory, such as 2GB.")
+as_json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+code = option("--allow-code", is_flag=True, help="Accept a config whose auto_map runs code, and carry *.py files.")
+links = option("--follow-links", is_flag=True, help="Accept links that lead out of a checkpoint's folder.")
+locked = option("--locked", is_flag=True, help="Refuse revisions that can change and are not in the lock file.")
+private = option("--private/--public", default=None, help="Of a repository that is made.")
+revision = option("--revision", help="The branch of the Hub's repository to commit to.")
+pull_request = option(
+    "--pull-request/--no-pull-request", default=None, help="By default only where a model is there already."
+)
+message = option("--message", help="Of the commit.")
+hub = option(
+    "--hub", type=click.Choice(["stream", "download"]), default="stream", show_default=True,
+    help="Stream models on the Hub, or put them into its local cache first.",
+)  # fmt: skip
+report = option(
+    "--report", "report_file", type=click.Path(dir_okay=False), help="Also write it as one HTML page into this file."
+)
+nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
