@@ -10,12 +10,13 @@ A candidate is the recipe's own text with the numbers in place of those that sto
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from skillmerge.errors import UsageError, did_you_mean
+from skillmerge.errors import RecipeError, UsageError, did_you_mean
 from skillmerge.expression import normalise_name
 from skillmerge.recipe import Recipe, parse_recipe
 from skillmerge.yamltext import Path
@@ -81,16 +82,30 @@ def grid(axes: Sequence[Axis]) -> Iterator[Values]:
 
 
 def with_values(recipe: Recipe, values: Values) -> Recipe:
-    """The recipe with other numbers. Raises UsageError for a name that is no number of it; RecipeError."""
-    document = recipe.document
-    lines = document.text.split("\n")
+    """The recipe with other numbers. Raises UsageError for a name that is no number of it, or one tied to others."""
+    document, text, data = recipe.document, recipe.document.text, copy.deepcopy(recipe.document.data)
     changes = []
     for name, value in values.items():
-        place = document.values[path_of(recipe, name)]
-        changes.append((place.line, place.column, place.width, f"{value:.12g}"))
-    for line, column, width, number in sorted(changes, reverse=True):
-        lines[line] = lines[line][:column] + number + lines[line][column + width :]
-    return parse_recipe("\n".join(lines), document.name, recipe.folder)
+        path = path_of(recipe, name)
+        place = document.values[path]
+        changes.append((document.offset(place), place.width, f"{value:.12g}"))
+        table = data
+        for key in path[:-1]:
+            table = table[key]
+        table[path[-1]] = float(f"{value:.12g}")
+    for start, width, number in sorted(changes, reverse=True):
+        text = text[:start] + number + text[start + width :]
+    try:
+        candidate = parse_recipe(text, document.name, recipe.folder)
+        same = candidate.document.data == data
+    except RecipeError:
+        same = False
+    if not same:
+        raise UsageError(
+            f"{document.name}: {', '.join(values)} cannot be changed in the text",
+            fix="write the numbers out: anchors (&) and aliases (*) tie them to others",
+        )
+    return candidate
 
 
 def path_of(recipe: Recipe, name: str) -> Path:

@@ -652,7 +652,8 @@ def _leave(status: int) -> NoReturn:
 
 
 def _interrupted(number: int) -> Interrupted:
-    continues = "finished shards are kept: run the same command again to continue"
+    kept = "candidates that were scored" if sys.argv[1:2] == ["sweep"] else "finished shards"
+    continues = f"{kept} are kept: run the same command again to continue"
     return Interrupted(
         number,
         f"interrupted by {signal.Signals(number).name}",

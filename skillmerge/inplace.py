@@ -25,9 +25,10 @@ from skillmerge.errors import ResourceError, UsageError
 from skillmerge.merge import apply
 from skillmerge.parallel import in_threads
 from skillmerge.planning import Plan, make_plan
-from skillmerge.reading import Buffer, Span, spans
+from skillmerge.reading import Buffer, Span, Tile, spans
 from skillmerge.recipe import Recipe
 from skillmerge.resources import budget, free_memory
+from skillmerge.scoring import Scorer, Scores
 from skillmerge.sources import Access, close_all, open_models
 from skillmerge.statistics import BlockStatistics, summarise, total
 from skillmerge.tensors import DTYPES, format_bytes
@@ -90,16 +91,19 @@ class MergedModel:
             self.plan = make_plan(recipe, self._opened)
             self.plan.refuse_problems()
             _check_memory(self._opened)
-            self._checkpoints = {
-                name: replace(checkpoint, files=HeldFiles(checkpoint)) for name, checkpoint in self._opened.items()
-            }
             self.model, self.tokenizer = self._loaded(recipe)
+            self._in_place = self._has_the_files_tensors()
+            if self._in_place:
+                self._checkpoints = {
+                    name: replace(checkpoint, files=HeldFiles(checkpoint)) for name, checkpoint in self._opened.items()
+                }
+                self._in_place = self._has_the_files_values()
+            if not self._in_place:
+                self._checkpoints = self._opened
+                warn("this architecture's parameters are not its files' tensors: each candidate is loaded anew")
         except BaseException:
             self.close()
             raise
-        self._in_place = self._fits()
-        if not self._in_place:
-            warn("this architecture's parameters are not its files' tensors: each candidate is loaded anew")
 
     def close(self) -> None:
         close_all(self._opened)
@@ -111,11 +115,19 @@ class MergedModel:
         if not self._in_place:
             self.model, self.tokenizer = self._loaded(recipe)
             return self._last
-        state = self.model.state_dict(keep_vars=True)
-        return {
-            "mode": "sampled",
-            **compute(plan, self._checkpoints, {name: state[name].data for name in plan.tensors}),
-        }
+        into = self._parameters()
+
+        def put(tile: Tile, values: Tensor) -> None:
+            into[tile.tensor.name].view(-1)[tile.first : tile.last].copy_(values)
+
+        return {"mode": "sampled", **compute(plan, self._checkpoints, put)}
+
+    def scored(self, scorer: Scorer, seed: int) -> Scores:
+        torch.manual_seed(seed)
+        return scorer.score(self.model, self.tokenizer, seed)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {name: value.data for name, value in self.model.state_dict(keep_vars=True).items()}
 
     def _loaded(self, recipe: Recipe) -> tuple[Any, Any]:
         """Merge into a folder, and load that."""
@@ -128,7 +140,8 @@ class MergedModel:
         log: Any = transformers.utils.logging
         log.disable_progress_bar()
         with tempfile.TemporaryDirectory(prefix="skillmerge-") as scratch:
-            made = apply(recipe, Path(scratch) / "model", follow_links=self._access.follow_links, device="cpu")
+            made = apply(recipe, Path(scratch) / "model", device="cpu", follow_links=self._access.follow_links,
+                         locked=self._access.locked, hub="download" if self._access.download else "stream")  # fmt: skip
             self._last = {"mode": "sampled", **{key: made.manifest["statistics"][key] for key in ("modules", "all")}}
             kind = getattr(transformers, self._class_name(), transformers.AutoModelForCausalLM)
             try:
@@ -145,16 +158,30 @@ class MergedModel:
         names = self._opened[self.plan.donor].config.get("architectures")
         return str(names[0]) if isinstance(names, list) and names else ""
 
-    def _fits(self) -> bool:
-        state = self.model.state_dict()
-        return all(
+    def _has_the_files_tensors(self) -> bool:
+        """Whether each tensor of the output is a parameter of its own, of its name, shape and dtype."""
+        state = self._parameters()
+        wanted = self.plan.tensors
+        fit = all(
             name in state and tuple(state[name].shape) == plan.shape and state[name].dtype == torch_dtype(plan.dtype)
-            for name, plan in self.plan.tensors.items()
+            for name, plan in wanted.items()
         )
+        return fit and len({state[name].data_ptr() for name in wanted}) == len(wanted)
+
+    def _has_the_files_values(self) -> bool:
+        """Whether the model that was loaded holds what the workers compute: nothing was changed in loading it."""
+        state, same = self._parameters(), []
+
+        def compare(tile: Tile, values: Tensor) -> None:
+            held = state[tile.tensor.name].view(-1)[tile.first : tile.last].cpu()
+            same.append(torch.equal(held.view(torch.uint8), values.view(torch.uint8)))
+
+        compute(self.plan, self._checkpoints, compare)
+        return all(same)
 
 
-def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], into: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Put every tensor of the plan into `into`, which has them all with their shapes and dtypes.
+def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Tile, Tensor], None]) -> dict[str, Any]:
+    """Compute every tensor of the plan, and hand it over tile by tile, from any thread.
 
     Returns statistics by module and in all. Raises UnusableWeights.
     """
@@ -177,7 +204,7 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], into: Mapping[str
             for tile in span.tiles:
                 start = span.offset % PAGE + tile.offset - span.offset
                 values = mine.buffer.typed(torch_dtype(tile.tensor.dtype), start, tile.last - tile.first)
-                into[tile.tensor.name].view(-1)[tile.first : tile.last].copy_(values)
+                put(tile, values)
 
     with ExitStack() as closing, ThreadPoolExecutor(chosen.threads) as pool:
         try:

@@ -296,10 +296,10 @@ def _sweep(sweep: Sweep) -> str:
     """Scores over each number, with the lambda that rounding left; two scores against each other; the table."""
     names = list(sweep.best.scores)
     charts = []
-    for axis in sweep.axes if len(sweep.trials) > 1 else ():
+    for axis in sweep.axes if len(sweep.scored) > 1 else ():
         best: dict[float, Trial] = {}  # of several numbers, the best of the others at each value of this one
         sign = 1 if sweep.minimise else -1
-        for trial in sorted(sweep.trials, key=lambda trial: -sign * trial.scores[sweep.by].value):
+        for trial in sorted(sweep.scored, key=lambda trial: -sign * trial.scores[sweep.by].value):
             best[trial.values[axis]] = trial
         realised = {value: trial.realised for value, trial in best.items() if trial.realised is not None}
         for name in names:
@@ -316,10 +316,12 @@ def _sweep(sweep: Sweep) -> str:
     for trial in sweep.trials:
         cells = [number(trial.values[axis]) for axis in sweep.axes]
         for name in names:
-            error = trial.scores[name].error
-            cells.append(f"{trial.scores[name].value:.4g}" + (f" ± {1.96 * error:.2g}" if error is not None else ""))
+            score = trial.scores.get(name)
+            error = f" ± {1.96 * score.error:.2g}" if score is not None and score.error is not None else ""
+            cells.append("–" if score is None else f"{score.value:.4g}{error}")
         cells.append(show(trial.realised, "number"))
-        cells.append("best" if trial is sweep.best else "within noise of it" if sweep.within_noise(trial) else "")
+        near = "best" if trial is sweep.best else "within noise of it" if sweep.within_noise(trial) else ""
+        cells.append(_text(trial.failed or near))
         rows.append(f"<tr>{''.join(f'<td>{cell}' for cell in cells)}")
     told = ", ".join(f"{name} = {number(value)}" for name, value in sweep.best.values.items())
     return (

@@ -436,18 +436,19 @@ def show_sweep(sweep: Sweep, out: Console) -> None:
     pareto = sweep.pareto
     for trial in sweep.trials:
         remarks = ["best"] if trial is sweep.best else ["within noise of the best"] if sweep.within_noise(trial) else []
+        remarks += [trial.failed] if trial.failed else []
         remarks += ["not beaten in all"] if trial in pareto else []
         table.add_row(
             *(number(trial.values[axis]) for axis in sweep.axes),
-            *(_scored(trial.scores[name]) for name in names),
+            *(_scored(trial.scores.get(name)) for name in names),
             show(trial.realised, "number"),
-            ", ".join(remarks),
+            Text(", ".join(remarks)),
         )
     out.print(table)
-    if len(sweep.axes) == 1 and len(sweep.trials) > 2:
-        values = [trial.scores[sweep.by].value for trial in sweep.trials]
+    if len(sweep.axes) == 1 and len(sweep.scored) > 2:
+        values = [trial.scores[sweep.by].value for trial in sweep.scored]
         (axis,) = sweep.axes
-        ends = [number(trial.values[axis]) for trial in (sweep.trials[0], sweep.trials[-1])]
+        ends = [number(trial.values[axis]) for trial in (sweep.scored[0], sweep.scored[-1])]
         curve = bars(values, min(values), max(values))
         out.print(
             Text(f"{sweep.by} over {axis}: {ends[0]} {curve} {ends[1]}  ({min(values):.4g} to {max(values):.4g})")
@@ -458,7 +459,9 @@ def show_sweep(sweep: Sweep, out: Console) -> None:
         out.print(Text("how noisy these scores are is not known: --repeats shows it"), soft_wrap=True)
 
 
-def _scored(score: Score) -> str:
+def _scored(score: Score | None) -> str:
+    if score is None:
+        return "–"
     return f"{score.value:.4g}" + (f" ± {1.96 * score.error:.2g}" if score.error is not None else "")
 
 

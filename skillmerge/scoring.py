@@ -11,6 +11,8 @@ All but commands work on a transformers model in memory.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
 import inspect
 import json
@@ -18,30 +20,41 @@ import math
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skillmerge.errors import CheckFailed, UsageError
+from skillmerge.errors import CheckFailed, SkillmergeError, UsageError
 
 QUESTIONS_AT_ONCE = 64
 _WINDOW = 1024
 _NEW_TOKENS = 32
+_SHOWN = 2000
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 CONFIDENCE = 1.959964
 """Standard errors on each side of a 95 % interval."""
 
 
+class NotFinite(ValueError):
+    """A score that is no number: what a merge that has broken gets."""
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A number, and its standard error where that is known."""
+    """A number, and its standard error where that is known. Raises NotFinite for what is no number."""
 
     value: float
     error: float | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value) or not math.isfinite(self.error or 0.0):
+            raise NotFinite(f"a score of {self.value} (error {self.error})")
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -57,12 +70,28 @@ Scores = Mapping[str, Score]
 @dataclass(frozen=True, slots=True)
 class Scorer:
     """name: as it was asked for. Exactly one of `command` (of a shell) and `function` (of a model and a tokenizer).
-    minimise: whether less is better."""
+    minimise: whether less is better. digest: of the file or module that it reads, which its name does not tell."""
 
     name: str
     command: str | None = None
     function: Callable[[Any, Any, int], Scores] | None = None
     minimise: bool = False
+    digest: str = ""
+
+    def score(self, model: Any, tokenizer: Any, seed: int) -> Scores:
+        """Score a model in memory. What it prints goes to stderr. Raises CheckFailed where it fails, NotFinite."""
+        assert self.function is not None
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                return self.function(model, tokenizer, seed)
+        except (SkillmergeError, NotFinite):
+            raise
+        except (Exception, SystemExit) as error:
+            where = "".join(traceback.format_exception(error)[-4:]).strip()
+            raise CheckFailed(
+                f"--score {self.name} failed: {type(error).__name__}: {error}\n{where[-_SHOWN:]}",
+                fix="mend it, then run the same sweep again: it goes on where it stopped",
+            ) from error
 
 
 def find_scorer(text: str) -> Scorer:
@@ -71,20 +100,36 @@ def find_scorer(text: str) -> Scorer:
     if colon and kind == "perplexity":
         content = _text_of(rest)
         return Scorer(
-            text, function=lambda model, tokenizer, seed: perplexity(model, tokenizer, content), minimise=True
+            text,
+            function=lambda model, tokenizer, seed: perplexity(model, tokenizer, content),
+            minimise=True,
+            digest=_digest(content),
         )
     if colon and kind == "qa":
         rows = _rows_of(rest)
-        return Scorer(text, function=lambda model, tokenizer, seed: answers(model, tokenizer, rows))
+        return Scorer(
+            text,
+            function=lambda model, tokenizer, seed: answers(model, tokenizer, rows),
+            digest=_digest(_text_of(rest)),
+        )
     if colon and kind == "lm-eval":
-        return Scorer(text, function=lambda model, tokenizer, seed: _harness(model, tokenizer, rest, seed))
+        files = "".join(_text_of(name) for name in rest.split(",") if name.endswith(".yaml"))
+        return Scorer(
+            text,
+            function=lambda model, tokenizer, seed: _harness(model, tokenizer, rest, seed),
+            digest=_digest(files),
+        )
     if _FUNCTION.fullmatch(text):
-        return Scorer(text, function=_function_of(text))
+        return _function_of(text)
     if not text.strip():
         raise UsageError(
             "--score is empty", fix="give a command, module:function, qa:FILE.jsonl or perplexity:FILE.txt"
         )
     return Scorer(text, command=text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run_command(scorer: Scorer, folder: Path, seed: int) -> Scores:
@@ -93,17 +138,30 @@ def run_command(scorer: Scorer, folder: Path, seed: int) -> Scores:
     quoted = shlex.quote(str(folder))
     command = scorer.command.replace("{}", quoted) if "{}" in scorer.command else f"{scorer.command} {quoted}"
     environment = {**os.environ, "SKILLMERGE_SEED": str(seed)}
-    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
-    if done.returncode:
+    process = subprocess.Popen(
+        command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        printed, complained = process.communicate()
+    except BaseException:  # an interrupt: what the command has started goes with it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    if process.returncode:
         raise CheckFailed(
-            f"the scoring command failed with exit status {done.returncode}: {command}\n{done.stderr.strip()[-2000:]}",
+            f"the scoring command failed with exit status {process.returncode}: {command}\n"
+            f"{complained.strip()[-_SHOWN:]}",
             fix="mend it, then run the same sweep again: it goes on where it stopped",
         )
-    lines = done.stdout.strip().splitlines()
-    for text in (lines[-1] if lines else "", done.stdout):
+    lines = printed.strip().splitlines()
+    for text in (lines[-1] if lines else "", printed):
         try:
             return as_scores(json.loads(text))
-        except (ValueError, TypeError):
+        except NotFinite:
+            raise
+        except (ValueError, TypeError, KeyError, OverflowError):
             continue
     raise CheckFailed(
         f"the scoring command printed no number: {command}",
@@ -112,10 +170,11 @@ def run_command(scorer: Scorer, folder: Path, seed: int) -> Scores:
 
 
 def as_scores(found: Any) -> dict[str, Score]:
-    """A number, items (of which the mean counts), or a table of them. Raises TypeError, ValueError."""
+    """A number, items (of which the mean counts), or a table of them. Raises TypeError, ValueError, KeyError."""
     if isinstance(found, Mapping) and set(found) != {"value", "error"}:
-        if not found:
-            raise ValueError("no score")
+        names = [str(name) for name in found]
+        if not names or any(not name or len(name) > 100 or not name.isprintable() for name in names):
+            raise ValueError(f"scores need plain names, not {names!r:.200}")
         return {str(name): _as_score(value) for name, value in found.items()}
     return {"score": _as_score(found)}
 
@@ -127,50 +186,62 @@ def _as_score(value: Any) -> Score:
         return Score(float(value["value"]), float(value["error"]))
     if isinstance(value, Sequence) and not isinstance(value, str):
         return of_items([float(item) for item in value])
-    if isinstance(value, str):
-        raise TypeError(value)
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{number} is not a score")
-    return Score(number)
+    if isinstance(value, str | bool) or value is None:
+        raise TypeError(f"{value!r} is no score")
+    return Score(float(value))
 
 
 def of_items(values: Sequence[float]) -> Score:
-    """The mean of independent items, and its standard error."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Score(statistics.fmean(values), error)
+    """The mean of independent items, and its standard error.
+
+    Of items that are right or wrong the error is Agresti and Coull's (1998), which does not vanish where all agree.
+    """
+    count, mean = len(values), sum(values) / len(values)
+    if set(values) <= {0.0, 1.0}:
+        share = (sum(values) + 2) / (count + 4)
+        return Score(mean, math.sqrt(share * (1 - share) / (count + 4)))
+    if not math.isfinite(mean):
+        return Score(mean)
+    return Score(mean, statistics.stdev(values) / math.sqrt(count) if count > 1 else None)
 
 
 def together(repeats: Sequence[Scores]) -> dict[str, Score]:
-    """Scores of several runs: their means, with the error that the runs show; of one run, its own."""
+    """Scores of several runs: their means. The error is the greater of what the runs show and what each says of
+    itself, since the runs may all have the same questions."""
     if len(repeats) == 1:
         return dict(repeats[0])
-    return {name: of_items([scores[name].value for scores in repeats]) for name in repeats[0]}
+    if any(list(scores) != list(repeats[0]) for scores in repeats):
+        raise CheckFailed("the repeats of one candidate have scores of different names")
+    result = {}
+    for name in repeats[0]:
+        values = [scores[name].value for scores in repeats]
+        own = statistics.fmean(scores[name].error or 0.0 for scores in repeats)
+        between = statistics.stdev(values) / math.sqrt(len(values))
+        result[name] = Score(statistics.fmean(values), max(own, between))
+    return result
 
 
-def _function_of(text: str) -> Callable[[Any, Any, int], Scores]:
+def _function_of(text: str) -> Scorer:
     module, _, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path:  # and stays there: the function may import more when it runs
+        sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        home = importlib.import_module(module)
+        function = getattr(home, name)
+        parameters = inspect.signature(function).parameters.values()
+    except (Exception, SystemExit) as error:
         raise UsageError(
-            f"--score {text}: {error}",
+            f"--score {text}: {type(error).__name__}: {error}",
             fix="module:function is looked for in the current folder and among installed ones",
         ) from error
-    finally:
-        sys.path.remove(os.getcwd())
-    takes = len(inspect.signature(function).parameters)
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes = sum(parameter.kind in places for parameter in parameters)
 
     def score(model: Any, tokenizer: Any, seed: int) -> Scores:
-        try:
-            return as_scores(function(model, tokenizer) if takes > 1 else function(model))
-        except (TypeError, ValueError) as error:
-            raise CheckFailed(
-                f"--score {text}: {type(error).__name__}: {error}", fix="it must return a number, or names -> numbers"
-            ) from error
+        return as_scores(function(model, tokenizer) if takes > 1 else function(model))
 
-    return score
+    path = getattr(home, "__file__", None)
+    return Scorer(text, function=score, digest=_digest(_text_of(path)) if path else "")
 
 
 # The built-in measures.
@@ -189,7 +260,7 @@ def _text_of(path: str) -> str:
 def _rows_of(path: str) -> list[dict[str, Any]]:
     """The questions of a JSONL file, checked."""
     rows = []
-    for number, line in enumerate(_text_of(path).splitlines(), start=1):
+    for number, line in enumerate(_text_of(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -214,6 +285,8 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> dict[str, Score]:
     """exp of the mean negative log likelihood of each token but a window's first, in windows that do not overlap."""
     import torch
 
+    if tokenizer is None:
+        raise UsageError("perplexity: the model's folder has no tokenizer", fix="put its files beside the weights")
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
     window = min(_WINDOW, int(getattr(model.config, "max_position_embeddings", None) or _WINDOW))
     if len(tokens) < 2:
@@ -229,7 +302,7 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> dict[str, Score]:
                 weights.append(piece.shape[1] - 1)
     mean = math.fsum(losses) / sum(weights)
     error = of_items([loss / weight for loss, weight in zip(losses, weights, strict=True)]).error
-    value = math.exp(min(mean, 700.0))
+    value = math.exp(mean) if mean < 700 else math.inf
     return {"perplexity": Score(value, None if error is None else value * error)}
 
 
@@ -239,33 +312,63 @@ def answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> di
     The answer ends at the first line's end; `pattern`, where a question has one, picks its first group.
     """
     right: list[float] = []
-    for start in range(0, len(rows), QUESTIONS_AT_ONCE):
-        some = rows[start : start + QUESTIONS_AT_ONCE]
-        for row, said in zip(some, generate(model, tokenizer, [row["question"] for row in some]), strict=True):
-            line = said.strip().split("\n")[0]
-            if row["pattern"] is not None:
-                match = row["pattern"].search(line)
-                line = (match[1] if match.groups() else match[0]) if match else ""
-            right.append(float(_plain(line) in map(_plain, row["answers"])))
+    said = generate(model, tokenizer, [row["question"] for row in rows])
+    for row, text in zip(rows, said, strict=True):
+        line = (text.strip().split("\n") or [""])[0]
+        if row["pattern"] is not None:
+            match = row["pattern"].search(line)
+            line = (match[1] if match.re.groups else match[0]) or "" if match else ""
+        right.append(float(_plain(line) in map(_plain, row["answers"])))
     return {"accuracy": of_items(right)}
 
 
 def generate(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int = _NEW_TOKENS) -> list[str]:
-    """Greedy continuations of prompts, all at once."""
-    import torch
+    """Greedy continuations of prompts, whatever the model's own settings for sampling are.
 
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
-    inputs.pop("token_type_ids", None)
-    room = int(getattr(model.config, "max_position_embeddings", None) or 1 << 20) - inputs["input_ids"].shape[1]
-    with torch.inference_mode():
-        tokens = model.generate(
-            **inputs, max_new_tokens=max(1, min(new_tokens, room)), do_sample=False, temperature=None, top_p=None,
-            top_k=None, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-    return list(tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    Prompts of one length go together, so that none is padded and each has the room that it has alone. Raises
+    UsageError for a prompt that leaves none.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    if tokenizer is None:
+        raise UsageError("qa: the model's folder has no tokenizer", fix="put the tokenizer's files beside its weights")
+    tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    by_length: dict[int, list[int]] = {}
+    for index, row in enumerate(tokens):
+        if not 0 < len(row) < context:
+            raise UsageError(
+                f"qa: question {index + 1} has {len(row)} tokens, and the model reads {context} with its answer",
+                fix="shorten it or leave it out",
+            )
+        by_length.setdefault(len(row), []).append(index)
+    end = model.generation_config.eos_token_id
+    end = end if end is not None else tokenizer.eos_token_id
+    result = [""] * len(prompts)
+    own = model.generation_config
+    try:
+        for length, indices in by_length.items():
+            # What is left open here would be taken from the model's own.
+            model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+                max_new_tokens=min(new_tokens, context - length), do_sample=False, eos_token_id=end,
+                pad_token_id=_pad(end),
+            )  # fmt: skip
+            for start in range(0, len(indices), QUESTIONS_AT_ONCE):
+                some = indices[start : start + QUESTIONS_AT_ONCE]
+                batch = torch.tensor([tokens[index] for index in some], device=model.device)
+                with torch.inference_mode():
+                    made = model.generate(batch, attention_mask=torch.ones_like(batch))[:, length:]
+                for index, text in zip(some, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
+                    result[index] = text
+    finally:
+        model.generation_config = own
+    return result
+
+
+def _pad(end: Any) -> int:
+    """What stands behind an answer that is done: the token that ended it, or any."""
+    return int(end[0]) if isinstance(end, list) else int(end or 0)
 
 
 def _plain(text: str) -> str:

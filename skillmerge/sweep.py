@@ -3,6 +3,7 @@
     recipe.sweep/journal.jsonl   what the sweep is, then one line per candidate: nothing is scored twice
     recipe.sweep/optuna.jsonl    a search's own memory
     recipe.sweep/results.json    everything, for programs
+    recipe.sweep/scratch/        a candidate that is being scored
     recipe.best.yaml             the recipe with the numbers that did best, and how they were found
 
 A command scores folders, which are made and removed one by one; anything else scores a model in memory.
@@ -14,21 +15,25 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skillmerge.candidates import Axis, Values, grid, parse_axis, path_of, with_values
-from skillmerge.errors import UsageError
+from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.merge import Reporter, apply, identities
 from skillmerge.recipe import Recipe, load
-from skillmerge.scoring import CONFIDENCE, Score, Scorer, Scores, find_scorer, run_command, together
+from skillmerge.scoring import CONFIDENCE, NotFinite, Score, Scorer, Scores, find_scorer, run_command, together
 from skillmerge.sources import Access, close_all, open_models
 from skillmerge.writer import disk_errors, hold, write_whole
+
+if TYPE_CHECKING:
+    from skillmerge.inplace import MergedModel
 
 SWEEP_VERSION = 1
 SEARCHES = ("tpe", "cmaes", "random")
@@ -37,12 +42,14 @@ _FOUND = "# Found by `skillmerge sweep`"
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A candidate and what it did. realised: lambda after rounding, by `apply`'s statistics; None if unknown."""
+    """A candidate and what it did. realised: lambda after rounding, by `apply`'s statistics; None if unknown.
+    failed: why it has no scores, where its scores are no numbers."""
 
     values: Values
     scores: Scores
     realised: float | None
     seconds: float
+    failed: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -50,6 +57,7 @@ class Trial:
             "scores": {name: {"value": score.value, "error": score.error} for name, score in self.scores.items()},
             "realised": self.realised,
             "seconds": round(self.seconds, 3),
+            "failed": self.failed,
         }
 
 
@@ -68,16 +76,22 @@ class Sweep:
     resumed: int
 
     @property
+    def scored(self) -> list[Trial]:
+        return [trial for trial in self.trials if not trial.failed]
+
+    @property
     def best(self) -> Trial:
         """The best score; of equals the one with the smallest numbers."""
         sign = 1 if self.minimise else -1
-        return min(self.trials, key=lambda trial: (sign * trial.scores[self.by].value, _size(trial.values)))
+        return min(self.scored, key=lambda trial: (sign * trial.scores[self.by].value, _size(trial.values)))
 
     def within_noise(self, trial: Trial) -> bool | None:
         """Whether the best and this one could be the same but for chance (95 %); None where the noise is not known.
 
         Errors are taken as independent, which for the same questions overstates the noise.
         """
+        if trial.failed:
+            return False
         one, other = self.best.scores[self.by], trial.scores[self.by]
         if one.error is None or other.error is None:
             return None
@@ -86,18 +100,18 @@ class Sweep:
     @property
     def pareto(self) -> list[Trial]:
         """Where there are two scores or more: those that no other one beats in one and equals in all."""
-        names = list(self.trials[0].scores)
+        names = list(self.best.scores)
         sign = {name: -1 if name == self.by and self.minimise else 1 for name in names}
 
         def beaten(trial: Trial) -> bool:
             mine = [sign[name] * trial.scores[name].value for name in names]
-            for other in self.trials:
+            for other in self.scored:
                 theirs = [sign[name] * other.scores[name].value for name in names]
                 if theirs != mine and all(a >= b for a, b in zip(theirs, mine, strict=True)):
                     return True
             return False
 
-        return [trial for trial in self.trials if not beaten(trial)] if len(names) > 1 else []
+        return [trial for trial in self.scored if not beaten(trial)] if len(names) > 1 else []
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -151,46 +165,88 @@ def sweep(
     if parsed.output.kind == "skill":
         raise UsageError("a skill cannot be scored", fix="sweep a recipe that makes a model")
     folder = Path(output) if output is not None else Path(recipe).with_suffix(".sweep")
-    best = Path(recipe).with_suffix(".best.yaml")
-    if best.exists() and not best.read_text(encoding="utf-8", errors="replace").startswith(_FOUND):
-        raise UsageError(f"{best} exists already and is not a sweep's", fix="move it away: the best recipe goes there")
+    best = _place_of_best(Path(recipe), folder)
     access = Access(follow_links, locked, download=hub == "download")
-    first = _first(chosen, search)
-    asked = {"score": score, "repeats": repeats, "seed": seed, "axes": [axis.name for axis in chosen]}
-    with _Journal.open(folder, _identity(with_values(parsed, first), parsed, access, asked), overwrite) as journal:
-        with _scoring(scorer, with_values(parsed, first), access, device, reporter, seed, repeats) as scored:
+    less = scorer.minimise if minimise is None else minimise
+    asked: dict[str, Any] = {"score": score, "score_sha256": scorer.digest, "repeats": repeats, "seed": seed}
+    asked["axes"] = [axis.name for axis in chosen]
+    if search is not None:  # what was proposed depends on all of these
+        asked |= {"axes": list(axes), "search": search, "by": by, "minimise": less}
+    first = with_values(parsed, _first(chosen, search))
+    for axis in chosen:
+        with_values(parsed, {axis.name: axis.low})
+    with _Journal.open(folder, _identity(first, parsed, access, asked), overwrite) as journal:
+        with _scoring(scorer, first, access, device, reporter, seed, repeats, folder / "scratch") as scored:
 
             def tried(values: Values) -> Trial:
-                known = journal.find(values)
-                if known is None:
-                    known = scored(values, with_values(parsed, values))
-                    journal.add(known)
-                    finished(known)
-                return known
+                trial = journal.find(values)
+                if trial is None:
+                    trial = scored(values, with_values(parsed, values))
+                    _check_names(trial, journal.trials, by)
+                    journal.add(trial)
+                    finished(trial)
+                else:
+                    _check_names(trial, (), by)
+                return trial
 
             resumed = len(journal.trials)
             if search is None:
                 candidates = list(grid(chosen))
+                found = []
                 with reporter.bar(len(candidates)) as progress:
-                    found = []
                     for number, values in enumerate(candidates, start=1):
                         found.append(tried(values))
                         progress(number)
             else:
-                found = _searched(chosen, search, trials, seed, folder, tried, by, _direction(scorer, minimise))
+                found = _searched(chosen, search, trials, seed, folder, tried, by, less)
         made = _ordered(found)
-        decides = by if by is not None else next(iter(made[0].scores))
-        for trial in made:
-            if decides not in trial.scores:
-                raise UsageError(f"--by {decides}: the scores are {', '.join(trial.scores)}")
-        names = tuple(axis.name for axis in chosen)
+        names = next((list(trial.scores) for trial in made if not trial.failed), None)
+        if names is None:
+            raise CheckFailed(f"no candidate has a score: {made[0].failed}", fix="try smaller numbers")
         result = Sweep(
-            folder, parsed, best, score, names, decides, _direction(scorer, minimise), made, min(resumed, len(made))
-        )
+            folder, parsed, best, score, tuple(axis.name for axis in chosen), by or names[0], less, made,
+            min(resumed, len(made)),
+        )  # fmt: skip
         with disk_errors(folder):
-            write_whole(best, _best_recipe(result).encode())
             write_whole(folder / "results.json", (json.dumps(result.as_dict(), indent=1) + "\n").encode())
+        with disk_errors(best):
+            write_whole(best, _best_recipe(result).encode())
     return result
+
+
+def _place_of_best(recipe: Path, folder: Path) -> Path:
+    """Beside the recipe, whose relative paths it has: `recipe.best.yaml`, or by the name of the sweep's folder.
+
+    Raises UsageError, before any work, where it cannot be written.
+    """
+    best = recipe.with_name(f"{folder.stem}.best.yaml")
+    try:
+        if best.exists() and not best.read_bytes().startswith(_FOUND.encode()):
+            raise UsageError(
+                f"{best} exists already and is not a sweep's", fix="move it away: the best recipe goes there"
+            )
+        tempfile.TemporaryFile(dir=best.parent).close()
+    except OSError as error:
+        raise UsageError(
+            f"{best} cannot be written: {error.strerror}",
+            fix="the best recipe goes beside the recipe: copy that elsewhere",
+        ) from error
+    return best
+
+
+def _check_names(trial: Trial, others: Sequence[Trial], by: str | None) -> None:
+    """Raise CheckFailed where a candidate has other scores than the ones before, UsageError for a --by of none."""
+    if trial.failed:
+        return
+    names = list(trial.scores)
+    if by is not None and by not in names:
+        raise UsageError(f"--by {by}: the scores are {', '.join(names)}")
+    for other in others:
+        if not other.failed and list(other.scores) != names:
+            raise CheckFailed(
+                f"candidates have different scores: {', '.join(other.scores)}, and now {', '.join(names)}",
+                fix="the score must give the same names each time",
+            )
 
 
 def _axes(recipe: Recipe, texts: Sequence[str]) -> list[Axis]:
@@ -212,10 +268,6 @@ def _first(axes: Sequence[Axis], search: str | None) -> Values:
     return {axis.name: axis.low for axis in axes}
 
 
-def _direction(scorer: Scorer, minimise: bool | None) -> bool:
-    return scorer.minimise if minimise is None else minimise
-
-
 def _ordered(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     unique = {tuple(trial.values.items()): trial for trial in trials}
     return tuple(unique[key] for key in sorted(unique, key=lambda key: [value for _, value in key]))
@@ -232,60 +284,53 @@ Scored = Callable[[Values, Recipe], Trial]
 
 @contextmanager
 def _scoring(
-    scorer: Scorer, first: Recipe, access: Access, device: str, reporter: Reporter, seed: int, repeats: int
+    scorer: Scorer,
+    first: Recipe,
+    access: Access,
+    device: str,
+    reporter: Reporter,
+    seed: int,
+    repeats: int,
+    scratch: Path,
 ) -> Iterator[Scored]:
-    """How one candidate is merged and scored."""
-    if scorer.command is not None:
-        with tempfile.TemporaryDirectory(prefix="skillmerge-sweep-") as scratch:
-
-            def in_folder(values: Values, recipe: Recipe) -> Trial:
-                started = time.monotonic()
-                out = Path(scratch) / "model"
-                made = apply(
-                    recipe, out, device=device, follow_links=access.follow_links, locked=access.locked,
-                    hub="download" if access.download else "stream", overwrite=out.exists(),
-                )  # fmt: skip
-                scores = [run_command(scorer, out, seed + number) for number in range(repeats)]
-                return Trial(values, together(scores), _realised(made.manifest["statistics"]), _since(started))
-
-            yield in_folder
-        return
-    from skillmerge.inplace import MergedModel
-
+    """How one candidate is merged and scored: in a folder in `scratch`, or in memory."""
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     model: MergedModel | None = None
 
-    def in_memory(values: Values, recipe: Recipe) -> Trial:
+    def in_folder(recipe: Recipe) -> tuple[Mapping[str, Any], Callable[[int], Scores]]:
+        out = scratch / "model"
+        made = apply(
+            recipe, out, device=device, follow_links=access.follow_links, locked=access.locked,
+            hub="download" if access.download else "stream", overwrite=out.exists(),
+        )  # fmt: skip
+        return made.manifest["statistics"], lambda number: run_command(scorer, out, number)
+
+    def in_memory(recipe: Recipe) -> tuple[Mapping[str, Any], Callable[[int], Scores]]:
         nonlocal model
+        from skillmerge.inplace import MergedModel
+
         if model is None:  # only where something is left to score
             model = MergedModel(first, access, device, reporter.warn)
+        held = model
+        return held.use(recipe), lambda number: held.scored(scorer, number)
+
+    def scored(values: Values, recipe: Recipe) -> Trial:
         started = time.monotonic()
-        statistics = model.use(recipe)
-        assert scorer.function is not None
-        scores = [_seeded(scorer, model, seed + number) for number in range(repeats)]
-        return Trial(values, together(scores), _realised(statistics), _since(started))
+        statistics, once = (in_folder if scorer.command is not None else in_memory)(recipe)
+        realised = statistics["all"].get("realised_lambda")
+        try:
+            scores = together([once(seed + number) for number in range(repeats)])
+            failed = ""
+        except NotFinite as error:
+            scores, failed = {}, str(error)
+        return Trial(values, scores, realised, time.monotonic() - started, failed)
 
     try:
-        yield in_memory
+        yield scored
     finally:
         if model is not None:
             model.close()
-
-
-def _seeded(scorer: Scorer, model: Any, seed: int) -> Scores:
-    import torch
-
-    torch.manual_seed(seed)
-    assert scorer.function is not None
-    return scorer.function(model.model, model.tokenizer, seed)
-
-
-def _since(started: float) -> float:
-    return time.monotonic() - started
-
-
-def _realised(statistics: Mapping[str, Any]) -> float | None:
-    value = statistics["all"].get("realised_lambda")
-    return None if value is None else float(value)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _searched(
@@ -309,7 +354,8 @@ def _searched(
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "optuna.jsonl")))
     direction = "minimize" if minimise else "maximize"
     study = optuna.create_study(storage=storage, study_name="sweep", direction=direction, load_if_exists=True)
-    done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
+    done = [trial for trial in study.trials if trial.state in ended and set(trial.params) == {a.name for a in axes}]
     # A sampler that starts anew starts elsewhere: else it would propose what it has proposed.
     start = seed + len(done)
     samplers: dict[str, Callable[[], Any]] = {
@@ -332,10 +378,9 @@ def _searched(
                 values[axis.name] = trial.suggest_float(axis.name, axis.low, axis.high, step=axis.step)
         made = tried(values)
         found.append(made)
-        name = by if by is not None else next(iter(made.scores))
-        if name not in made.scores:
-            raise UsageError(f"--by {name}: the scores are {', '.join(made.scores)}")
-        return made.scores[name].value
+        if made.failed:
+            return math.nan  # a trial without a value, which counts as failed there too
+        return made.scores[by or next(iter(made.scores))].value
 
     study.optimize(objective, n_trials=max(0, trials - len(done)))
     return found
@@ -376,8 +421,8 @@ class _Journal:
             folder.mkdir(parents=True, exist_ok=True)
         with hold(folder):
             with disk_errors(folder):
-                known, trials = _read_journal(path)
-                if overwrite or known is None:
+                known, trials = (None, []) if overwrite else _read_journal(path)
+                if known is None:
                     for name in ("journal.jsonl", "optuna.jsonl", "results.json"):
                         (folder / name).unlink(missing_ok=True)
                     write_whole(path, (json.dumps(identity) + "\n").encode())
@@ -405,22 +450,20 @@ class _Journal:
 
 
 def _read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Trial]]:
-    """The head, None where there is none, and the trials up to a line that a dying run cut off."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    """The head, None where there is none, and the trials; a last line that a dying run cut off is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
     try:
-        return (rows[0] if rows else None), [_trial_of(row) for row in rows[1:]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: is not a sweep's journal", fix="choose another --output, or --overwrite") from error
+        rows = [json.loads(line) for line in lines[:-1]]
+        return (dict(rows[0]) if rows else None), [_trial_of(row) for row in rows[1:]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path}: is damaged, or no sweep's journal", fix="choose another --output, or begin anew with --overwrite"
+        ) from error
 
 
 def _trial_of(row: Mapping[str, Any]) -> Trial:
     scores = {name: Score(found["value"], found["error"]) for name, found in row["scores"].items()}
-    return Trial(row["values"], scores, row["realised"], row["seconds"])
+    return Trial(row["values"], scores, row["realised"], row["seconds"], row["failed"])
 
 
 def _best_recipe(sweep: Sweep) -> str:

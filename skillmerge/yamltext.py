@@ -95,6 +95,11 @@ class Document:
         lines = _LINE_END.split(self.text)
         return lines[min(number, len(lines) - 1)]
 
+    def offset(self, place: Place) -> int:
+        """Where in the text a place is, in characters."""
+        ends = [match.end() for match in _LINE_END.finditer(self.text)]
+        return ([0, *ends])[place.line] + place.column
+
     def place(self, path: Path) -> Place | None:
         """Where the value at `path` stands, or the nearest thing around it."""
         while path and path not in self.values:

@@ -13,7 +13,8 @@ LAYERS = [
     {"report", "page", "flags"},
     {"figures"},
     {"sweep"},
-    {"inplace", "candidates", "scoring", "deriving"},
+    {"inplace", "candidates", "deriving"},
+    {"scoring"},
     {"extraction", "inspection", "exporting", "patching"},
     {"extraction"},
     {"merge"},
@@ -59,7 +60,7 @@ HOMES = {
     "ruamel": {"yamltext"},
     "pydantic": {"schema"},
     "safetensors": {"verification"},
-    "transformers": {"loading", "inplace"},
+    "transformers": {"loading", "inplace", "scoring"},
     "optuna": {"sweep"},
     "lm_eval": {"scoring"},
     "torch": {

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, write_family, write_recipe
+from safetensors.torch import load_file, save_file
 
 import skillmerge
 from skillmerge.candidates import grid, parse_axis, path_of, with_values
@@ -25,7 +26,7 @@ from skillmerge.errors import CheckFailed, OutputLocked, UsageError
 from skillmerge.inplace import MergedModel
 from skillmerge.miniature import questions
 from skillmerge.recipe import load
-from skillmerge.scoring import Score, as_scores, find_scorer, perplexity, together
+from skillmerge.scoring import NotFinite, Score, as_scores, find_scorer, generate, of_items, perplexity, together
 from skillmerge.sources import Access
 from skillmerge.sweep import Sweep, Trial, sweep
 from skillmerge.writer import hold
@@ -128,15 +129,23 @@ def test_scores_are_what_commands_and_functions_give() -> None:
     assert as_scores(0.5) == {"score": Score(0.5)}
     assert as_scores({"skill": 1, "kept": {"value": 0.5, "error": 0.1}}) == {"skill": Score(1), "kept": Score(0.5, 0.1)}
     found = as_scores([0, 1, 1, 1])["score"]
-    assert (found.value, found.error) == (0.75, pytest.approx(0.25))
-    for wrong in ("0.5", float("nan"), {}, {"a": None}):
-        with pytest.raises((TypeError, ValueError)):
+    share = 5 / 8  # Agresti and Coull: two more of each
+    assert (found.value, found.error) == (0.75, pytest.approx(math.sqrt(share * (1 - share) / 8)))
+    assert of_items([1.0] * 40).error == pytest.approx(math.sqrt((42 / 44) * (2 / 44) / 44))
+    assert of_items([1.0, 2.0, 6.0]).error == pytest.approx(math.sqrt(7) / math.sqrt(3))
+    for wrong in ("0.5", {}, {"a": None}, {"a\nmerge": 1}, {"": 1}, {"a": {"b": 1}}, True):
+        with pytest.raises((TypeError, ValueError, KeyError)):
+            as_scores(wrong)
+    for wrong in (float("nan"), float("inf"), [1.0, float("nan")], {"a": {"value": 1.0, "error": float("inf")}}):
+        with pytest.raises(NotFinite):
             as_scores(wrong)
 
 
 def test_repeats_show_the_noise() -> None:
-    found = together([{"a": Score(value, 9.0)} for value in (1.0, 2.0, 3.0)])["a"]
+    found = together([{"a": Score(value)} for value in (1.0, 2.0, 3.0)])["a"]
     assert (found.value, found.error) == (2.0, pytest.approx(1 / math.sqrt(3)))
+    # The same questions asked again say nothing new.
+    assert together([{"a": Score(0.5, 0.1)}, {"a": Score(0.5, 0.1)}])["a"] == Score(0.5, 0.1)
     assert found.interval == (pytest.approx(2 - 1.959964 / math.sqrt(3)), pytest.approx(2 + 1.959964 / math.sqrt(3)))
 
 
@@ -170,7 +179,7 @@ def test_qa_against_an_evaluation_of_its_own(demo: Path) -> None:
     assert scorer.function is not None
     found = scorer.function(model, tokenizer, 0)["accuracy"]
     assert found.value == independent_accuracy(model, tokenizer, rows)
-    assert found.error == pytest.approx(math.sqrt(found.value * (1 - found.value) / (len(rows) - 1)))
+    assert found.error == pytest.approx(math.sqrt(found.value * (1 - found.value) / len(rows)), rel=0.1)
 
 
 def test_qa_takes_lists_case_and_patterns(loaded: tuple[Any, Any], tmp_path: Path) -> None:
@@ -311,7 +320,7 @@ def test_sweep_finds_a_lambda_that_holds(demo: Path) -> None:
     best = sweep(demo / "recipe.yaml", [f"lam={found.best.values['lam']}"], f"qa:{demo / 'held.jsonl'}", demo / "c")
     assert best.best.scores["accuracy"].value >= held.best.scores["accuracy"].value
     assert found.trials[0].scores["accuracy"].value < 0.2
-    text = (demo / "recipe.best.yaml").read_text()
+    text = (demo / "a.best.yaml").read_text()
     assert text.startswith("# Found by `skillmerge sweep`")
     assert "candidates" in text
 
@@ -400,7 +409,7 @@ def test_another_sweep_is_not_continued(family: Path) -> None:
     (family.parent / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="is no sweep"):
         sweep(family, ["lam=0,1"], "echo 1 #", family.parent / "mine", overwrite=True)
-    (family.parent / "recipe.best.yaml").write_text("mine")
+    (family.parent / "t.best.yaml").write_text("mine")
     with pytest.raises(UsageError, match="is not a sweep's"):
         sweep(family, ["lam=0,1"], "echo 1 #", family.parent / "t")
 
@@ -497,3 +506,205 @@ def test_commands_and_report(family: Path) -> None:
 @pytest.fixture
 def family(tmp_path: Path) -> Path:
     return write_family(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- what a hostile trial has found
+
+
+def qa(folder: Path, rows: list[dict[str, Any]]) -> str:
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return f"qa:{folder / 'rows.jsonl'}"
+
+
+def test_a_long_question_takes_no_room_from_others(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    """The model reads 32 words: one question of 30 leaves itself two, and the others all that they have alone."""
+    model, tokenizer = loaded
+    short = [" ".join(question.words) for question in questions()[:20]]
+    alone = find_scorer("qa:" + qa(tmp_path, [{"question": text, "answer": "x"} for text in short])[3:])
+    assert alone.function is not None
+    before = generate(model, tokenizer, short)
+    mixed = generate(model, tokenizer, [*short[:10], " ".join(["ka"] * 30), *short[10:]])
+    assert [*mixed[:10], *mixed[11:]] == before
+    with pytest.raises(UsageError, match="question 2 has 32 tokens"):
+        generate(model, tokenizer, ["ka", " ".join(["ka"] * 32)])
+
+
+def test_the_models_own_sampling_is_not_asked(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    prompts = [" ".join(question.words) for question in questions()[:20]]
+    before = generate(model, tokenizer, prompts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.generation_config, "repetition_penalty", 1.5)
+        patch.setattr(model.generation_config, "min_new_tokens", 8)
+        assert generate(model, tokenizer, prompts) == before
+
+
+def test_unusual_characters_in_questions(tmp_path: Path) -> None:
+    scorer = find_scorer(qa(tmp_path, [{"question": "a\u2028b", "answer": "c"}]))
+    assert scorer.function is not None
+
+
+def test_tied_parameters_that_part_are_loaded_anew(tmp_path: Path) -> None:
+    """Both the embedding and the head are in the files, equal at first: transformers makes one parameter of them."""
+    config = transformers.Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    for seed, name in enumerate(("target", "rl", "sft")):
+        torch.manual_seed(seed)
+        transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    rules = {"default": 0.0, "rules": [{"tensors": "*embed_tokens*", "value": 0.5}]}
+    recipe = load(write_recipe(tmp_path, coefficients={"lam": rules}))
+    notes: list[str] = []
+    model = MergedModel(with_values(recipe, {"lam.rules.0.value": 0.0}), Access(), "cpu", notes.append)
+    assert any("loaded anew" in note for note in notes)
+    candidate = with_values(recipe, {"lam.rules.0.value": 0.7})
+    model.use(candidate)
+    out = skillmerge.apply(candidate, tmp_path / "out").output
+    wanted = transformers.Qwen2ForCausalLM.from_pretrained(out, dtype="auto").state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.model.state_dict().items())
+    model.close()
+
+
+def test_other_questions_are_another_sweep(demo: Path, tmp_path: Path) -> None:
+    rows = [{"question": " ".join(question.words), "answer": "x"} for question in questions()[:4]]
+    sweep(demo / "recipe.yaml", ["lam=0"], qa(tmp_path, rows), tmp_path / "other")
+    with pytest.raises(UsageError, match="score_sha256"):
+        sweep(demo / "recipe.yaml", ["lam=0,1"], qa(tmp_path, rows[1:]), tmp_path / "other")
+
+
+def test_scores_that_are_no_numbers_fail_alone(family: Path) -> None:
+    """A merge that has broken is not the best, and does not end the sweep; where all have, that is an error."""
+    script = family.parent / "score.py"
+    script.write_text(
+        "import json, sys\n"
+        "found = json.load(open(sys.argv[1] + '/skillmerge.manifest.json'))['statistics']['all']\n"
+        "asked = found.get('asked_lambda') or 0\n"
+        "print('NaN' if asked > 0.6 else asked)\n"
+    )
+    command = f"{shlex.quote(sys.executable)} {script} {{}}"
+    found = sweep(family, ["lam=0:1:0.25"], command, family.parent / "s")
+    assert [bool(trial.failed) for trial in found.trials] == [False, False, False, True, True]
+    assert found.best.values == {"lam": 0.5}
+    json.loads((family.parent / "s" / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert sweep(family, ["lam=0:1:0.25"], command, family.parent / "s").resumed == 5
+    with pytest.raises(CheckFailed, match="no candidate has a score"):
+        sweep(family, ["lam=0.75,1"], command, family.parent / "t")
+
+
+def test_mistakes_in_a_score_are_told_as_such(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "faulty.py").write_text(
+        "import sys\ncalls = []\n"
+        "def boom(model):\n    raise RuntimeError('out of memory')\n"
+        "def leave(model):\n    sys.exit(0)\n"
+        "def nested(model):\n    return {'a': {'b': 1}}\n"
+        "def keyword(model, *, verbose=False):\n    return 1.0\n"
+        "def chatty(model):\n    print('hello')\n    return 1.0\n"
+        "def names(model):\n    calls.append(1)\n    return {f'a{len(calls)}': 1.0}\n"
+        "thing = 3\n"
+    )
+    (tmp_path / "broken.py").write_text("def (")
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        ("boom", "out of memory"),
+        ("leave", "SystemExit"),
+        ("nested", "KeyError"),
+        ("names", "different scores"),
+    ):
+        with pytest.raises(CheckFailed, match=message):
+            sweep(demo / "recipe.yaml", ["lam=0,1"], f"faulty:{name}", tmp_path / name)
+    for text in ("faulty:thing", "broken:f"):
+        with pytest.raises(UsageError, match="--score"):
+            find_scorer(text)
+    assert (
+        sweep(demo / "recipe.yaml", ["lam=0"], "faulty:keyword", tmp_path / "keyword").best.scores["score"].value == 1
+    )
+    process = run_cli(
+        "sweep", demo / "recipe.yaml", "--set", "lam=0", "--score", "faulty:chatty", "-o", tmp_path / "c", "--json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert json.loads(process.stdout)["ok"], process.stdout
+    assert "hello" in process.stderr
+
+
+def test_numbers_tied_by_an_alias_are_refused(tmp_path: Path) -> None:
+    text = SCHEDULE.replace("  mu: 2e-1\n", "  mu: *a\n").replace(
+        "  lam:\n    default: 1.0", "  lam: &a\n    default: 1.0"
+    )
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UsageError, match="cannot be changed in the text"):
+        with_values(load(tmp_path / "recipe.yaml"), {"lam.default": 0.5})
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_every_kind_of_line_end(tmp_path: Path, end: str) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(SCHEDULE.replace("\n", end).encode())
+    text = with_values(load(tmp_path / "recipe.yaml"), {"mu": 0.5}).document.text
+    assert text == SCHEDULE.replace("2e-1", "0.5").replace("\n", end)
+
+
+def test_scratch_of_a_killed_run_is_removed(family: Path) -> None:
+    scratch = family.parent / "s" / "scratch" / "model"
+    sweep(family, ["lam=0"], "echo 1 #", family.parent / "s")
+    scratch.mkdir(parents=True)
+    (scratch / "model.safetensors").write_bytes(b"half")
+    sweep(family, ["lam=0,1"], "echo 1 #", family.parent / "s")
+    assert not scratch.parent.exists()
+
+
+def test_an_interrupt_takes_the_command_along(family: Path) -> None:
+    mark = family.parent / "alive"
+    script = family.parent / "slow.sh"
+    script.write_text(f"#!/bin/sh\ntouch {mark}.started\nsleep 3\ntouch {mark}\n")
+    script.chmod(0o755)
+    command = [
+        sys.executable,
+        "-m",
+        "skillmerge.cli",
+        "sweep",
+        str(family),
+        "--set",
+        "lam=0",
+        "--score",
+        f"{script}; true",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not Path(f"{mark}.started").exists():
+        time.sleep(0.05)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 143
+    assert "candidates that were scored are kept" in said
+    time.sleep(3.2)
+    assert not mark.exists()
+
+
+def test_damage_inside_a_journal_is_not_passed_over(family: Path) -> None:
+    sweep(family, ["lam=0:1:0.25"], "echo 1 #", family.parent / "s")
+    journal = family.parent / "s" / "journal.jsonl"
+    lines = journal.read_text().split("\n")
+    for damage in ([lines[0], "{", *lines[2:]], ["[]", *lines[1:]], ['{"a": 1}', "3", ""]):
+        journal.write_text("\n".join(damage))
+        with pytest.raises(UsageError, match=r"is damaged, or no sweep's|holds another sweep"):
+            sweep(family, ["lam=0:1:0.25"], "echo 1 #", family.parent / "s")
+    assert len(sweep(family, ["lam=0"], "echo 1 #", family.parent / "s", overwrite=True).trials) == 1
+
+
+def test_a_search_with_other_bounds_is_another(family: Path) -> None:
+    pytest.importorskip("optuna")
+    options: dict[str, Any] = {"search": "random", "trials": 2, "output": family.parent / "s"}
+    sweep(family, ["lam=0:2"], "echo 1 #", **options)
+    with pytest.raises(UsageError, match="holds another sweep: axes"):
+        sweep(family, ["lam=0:1"], "echo 1 #", **options)
+    with pytest.raises(UsageError, match="minimise"):
+        sweep(family, ["lam=0:2"], "echo 1 #", minimise=True, **options)
+
+
+def test_no_place_for_the_best_recipe_is_told_first(family: Path) -> None:
+    (family.parent / "s.best.yaml").mkdir()
+    with pytest.raises(UsageError, match="cannot be written"):
+        sweep(family, ["lam=0"], "echo 1 #", family.parent / "s")
+    assert not (family.parent / "s").exists()
