@@ -141,7 +141,7 @@ def recalls(seeds: Sequence[dict[str, Any]], path: Path) -> None:
     )
     figure, axis = plt.subplots(figsize=(9, 3.6))
     for shift, (key, colour, label) in enumerate(
-        (("recall", COLOURS[0], "the target's documents"), ("recall_known", COLOURS[1], "documents of pretraining"))
+        (("recall", COLOURS[0], "the target's documents"), ("recall_known", COLOURS[1], "documents known before"))
     ):
         values = [[100 * seed["arms"][arm][key] for seed in seeds] for arm in arms]
         middle = [statistics.median(row) for row in values]
@@ -163,7 +163,7 @@ def recalls(seeds: Sequence[dict[str, Any]], path: Path) -> None:
 
 def table(seeds: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| | greedy | sampled | recall, target | recall, pretraining only | |",
+        "| | greedy | sampled | recall, target | recall, known before | |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, meaning in MEANINGS.items():
@@ -177,7 +177,7 @@ def table(seeds: Sequence[dict[str, Any]]) -> str:
 
 def lambdas(seeds: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| lambda | greedy | sampled | recall, target | recall, pretraining only |",
+        "| lambda | greedy | sampled | recall, target | recall, known before |",
         "| --- | --- | --- | --- | --- |",
     ]
     names = sorted((row["lambda"], name) for name, row in seeds[0]["arms"].items() if row["arm"] == "+ v")
