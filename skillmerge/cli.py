@@ -69,6 +69,10 @@ def cli() -> None:
 @option("--device", type=flags.Device(), default="auto", show_default=True, help="Where to compute.")
 @flags.set
 @option("--overwrite", is_flag=True, help="Replace an existing output, at the end.")
+@option("--full", is_flag=True, help="Read an output that is there already again, every byte of it.")
+@option(
+    "--result-file", type=click.Path(dir_okay=False), help="Write what --json prints into this file, at the very end."
+)
 @flags.threads
 @flags.memory
 @option(
@@ -94,13 +98,14 @@ def cli() -> None:
 def apply(
     recipe: str,
     report_file: str | None,
+    result_file: str | None,
     coefficients: tuple[tuple[str, float], ...],
     as_json: bool,
     quiet: bool,
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Plan, merge, verify, and publish into the output folder.
+    """Plan, merge, verify, and publish into the output folder. RECIPE may be a plan that was saved.
 
     A run that was interrupted is continued by the same command. An output that is this recipe's already is
     left as it is.
@@ -113,6 +118,11 @@ def apply(
     result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
     _show(result, as_json, quiet)
     _write_report(report_file, title=str(result.output), plan=result.plan, manifest=result.manifest)
+    if result_file is not None:
+        from skillmerge.writer import disk_errors, write_whole
+
+        with disk_errors(Path(result_file)):
+            write_whole(Path(result_file).absolute(), (json.dumps(_as_document(result), indent=1) + "\n").encode())
 
 
 def _check_report(path: str | None) -> None:
@@ -152,35 +162,42 @@ def _write_report(path: str | None, **parts: Any) -> None:
     click.echo(f"wrote {visible(path)}", err=True)
 
 
+def _as_document(result: Result) -> dict[str, Any]:
+    from skillmerge import report
+
+    return {
+        "ok": True,
+        "output": str(result.output),
+        "already": result.already,
+        "seconds": round(result.seconds, 3),
+        "plan_digest": result.manifest["plan_digest"],
+        "statistics": result.manifest["statistics"],
+        "warnings": report.result_warnings(result),
+        "published": result.published.as_dict() if result.published else None,
+        "files": result.manifest["files"],
+    }
+
+
 def _show(result: Result, as_json: bool, quiet: bool) -> None:
     from skillmerge import report
 
-    warnings = report.result_warnings(result)
     if as_json:
-        statistics = result.manifest["statistics"]
-        _print_json(
-            {
-                "ok": True,
-                "output": str(result.output),
-                "already": result.already,
-                "seconds": round(result.seconds, 3),
-                "plan_digest": result.manifest["plan_digest"],
-                "statistics": statistics,
-                "warnings": warnings,
-                "published": result.published.as_dict() if result.published else None,
-                "files": result.manifest["files"],
-            }
-        )
+        _print_json(_as_document(result))
         return
     if not quiet:
         report.show_result(result, report.console())
-    for warning in warnings:
+    for warning in report.result_warnings(result):
         click.echo(visible(f"warning: {warning}"), err=True)
 
 
 @cli.command()
 @click.argument("recipe", type=click.Path())
 @option("-o", "--save", type=click.Path(dir_okay=False), help="Write the plan as JSON into this file.")
+@option("--diff", metavar="PLAN", type=click.Path(), help="Show what changed since this saved plan instead.")
+@option(
+    "--detailed-exitcode", "detailed", is_flag=True,
+    help="Exit with 0 where the output is this plan's already, every byte of it, and with 10 where there is work.",
+)  # fmt: skip
 @option("--lock", is_flag=True, help="Write the commits and files of models on the Hub into a lock file.")
 @flags.locked
 @flags.set
@@ -194,6 +211,8 @@ def plan(
     recipe: str,
     report_file: str | None,
     save: str | None,
+    diff: str | None,
+    detailed: bool,
     coefficients: tuple[tuple[str, float], ...],
     threads: int | None,
     memory_limit: int | None,
@@ -203,10 +222,12 @@ def plan(
 ) -> int:
     """Show all that apply would do, from headers alone."""
     from skillmerge import report
-    from skillmerge.merge import make_plan
+    from skillmerge.merge import is_done, make_plan
     from skillmerge.resources import budget, check_disk, free_disk
+    from skillmerge.savedplan import describe, differences, read
 
     _check_report(report_file)
+    before = read(diff) if diff is not None else None
     reporter = report.TerminalReporter(quiet=False, verbose=True)
     made = make_plan(recipe, coefficients=dict(coefficients), lock=lock, reporter=reporter, **access)
     needs = budget(made, threads=threads, memory_limit=memory_limit)
@@ -216,19 +237,25 @@ def plan(
         check_disk(where, made.bytes_written, "the output")
     document = {
         "ok": not made.problems,
-        **made.as_dict(),
+        **describe(made),
         "memory": needs.memory,
         "threads": needs.threads,
         "disk_free": free,
     }
     if save is not None:
         _write_plan(Path(save), json.dumps(document, indent=1) + "\n")
+    if before is not None:
+        document["changes"] = differences(before.document, json.loads(json.dumps(document)))
     if as_json:
         _print_json(document)
+    elif before is not None:
+        report.show_changes(document["changes"], str(diff), report.console())
     else:
         report.show_plan(made, needs, str(where) if where else None, free, report.console())
     _write_report(report_file, title=f"plan of {recipe}", plan=made)
-    return InputError.exit_status if made.problems else 0
+    if made.problems:
+        return InputError.exit_status
+    return 10 if detailed and not is_done(made, output=None) else 0
 
 
 @cli.command()

@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from skillmerge import lockfile, manifest
+from skillmerge import lockfile, manifest, savedplan
 from skillmerge.accounting import prove_ties
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.skill import check_zstandard
@@ -78,6 +78,7 @@ def apply(
     memory_limit: int | None = None,
     stats: str = "sampled",
     overwrite: bool = False,
+    full: bool = False,
     hash_inputs: bool = False,
     allow_nonfinite: bool = False,
     allow_code: bool = False,
@@ -94,9 +95,10 @@ def apply(
 ) -> Result:
     """Plan, merge, check, and publish into the output folder; with `push`, on the Hub too.
 
-    recipe: path of the recipe, or one that was read. output: the folder, in place of `output.path`.
+    recipe: path of the recipe, or of a saved plan, or one that was read. output: the folder, in place of `output.path`.
     coefficients: numbers in place of the recipe's. device: auto, cpu, cuda or cuda:N. memory_limit: bytes.
-    stats: full, sampled or off. hub: stream or download. push: org/name, in place of `output.push.repo`;
+    stats: full, sampled or off. full: an output that is
+    there already is read again, every byte. hub: stream or download. push: org/name, in place of `output.push.repo`;
     private, revision, pull_request and message likewise. no_local: shards are sent as they are finished and
     removed; only the Hub keeps them.
     Raises SkillmergeError, whose subclasses say which kind of trouble it was; see `skillmerge.errors`.
@@ -105,8 +107,15 @@ def apply(
     reporter = reporter or Reporter()
     _check_arguments(device, threads, memory_limit, stats, hub)
     access = Access(follow_links, locked, download=hub == "download")
+    saved = savedplan.read(recipe) if not isinstance(recipe, Recipe) and savedplan.looks_saved(recipe) else None
+    if saved is not None:
+        if coefficients:
+            raise UsageError("a saved plan has its coefficients", fix="leave --set out, or plan anew with it")
+        recipe, access = saved.recipe, replace(access, commits=saved.commits)
     with planned(recipe, coefficients, allow_code, access, reporter.warn) as (plan, checkpoints):
         plan.refuse_problems()
+        if saved is not None:
+            saved.check(plan)
         for note in plan.notes:
             reporter.warn(note)
         if plan.recipe.output.compression != "none":
@@ -115,7 +124,7 @@ def apply(
         budget(plan, threads=threads, memory_limit=memory_limit)
         options = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
         publication = _publication(plan, push, no_local, options)
-        conditions = {"inputs": identities(checkpoints), "stats": stats, "allow_nonfinite": allow_nonfinite}
+        conditions = {"inputs": plan.versions, "stats": stats, "allow_nonfinite": allow_nonfinite}
         if publication is not None and no_local:
             conditions["only_on"] = publication.repository
         with closing(Staging(target)) as staging:
@@ -126,7 +135,7 @@ def apply(
             recovered = staging.recover(plan.digest, conditions, overwrite)
             proof = finished_output(target, plan, conditions, hash_inputs) if not no_local else None
             # Who overwrites may have a reason to, a damaged output for one.
-            already = proof is not None and (recovered or not overwrite or _is_intact(target, proof))
+            already = proof is not None and (recovered or not (overwrite or full) or _is_intact(target, proof))
             where = ""
             if proof is None or not already:
                 if not no_local:
@@ -390,6 +399,16 @@ def finished_output(
     return proof if same and (hashed or not hash_inputs) else None
 
 
+def is_done(plan: Plan, output: str | os.PathLike[str] | None = None, stats: str = "sampled") -> bool:
+    """Whether the output is this plan's already, made from these very files, and every byte of it is as it was."""
+    target = output if output is not None else plan.recipe.output.path
+    if target is None:
+        return False
+    conditions = {"inputs": plan.versions, "stats": stats, "allow_nonfinite": False}
+    proof = finished_output(Path(target), plan, conditions, hash_inputs=False)
+    return proof is not None and _is_intact(Path(target), proof)
+
+
 def _is_intact(folder: Path, proof: Mapping[str, Any]) -> bool:
     """Whether every file still has its digest."""
     try:
@@ -448,14 +467,6 @@ def _versions() -> dict[str, str]:
         "platform": f"{sys.platform} {platform.machine()}",
         "torch": version("torch"),
         "safetensors": version("safetensors"),
-    }
-
-
-def identities(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
-    """What tells these input files from changed ones on this machine."""
-    return {
-        name: {file: checkpoint.files.version(file) for file in checkpoint.shards}
-        for name, checkpoint in checkpoints.items()
     }
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from skillmerge.accounting import Account, Problem, account_tensors, copy_rules, settlement
-from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
 from skillmerge.checkpoints.safetensors_header import MAX_HEADER_BYTES, MAX_NAME, build_header
 from skillmerge.coefficients import ScheduleError, matcher
 from skillmerge.errors import InputError
@@ -120,6 +120,8 @@ class Plan:
     bytes_read: int
     input_itemsizes: tuple[int, ...] = ()
     """The widest element, in bytes, that each of a tensor's sources can have."""
+    versions: Mapping[str, Mapping[str, list[int | str]]] = field(default_factory=dict, compare=False)
+    """What tells the input files from changed ones on this machine."""
     digest: str = field(default="", compare=False)
 
     @property
@@ -210,6 +212,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
         ),
         bytes_read=sum(read.values()),
         input_itemsizes=_itemsizes(tensors, checkpoints),
+        versions=versions(checkpoints),
     )
     digest = hashlib.sha256(json.dumps(_deciding(plan), sort_keys=True).encode()).hexdigest()
     object.__setattr__(plan, "digest", digest)

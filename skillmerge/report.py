@@ -465,6 +465,14 @@ def _scored(score: Score | None) -> str:
     return f"{score.value:.4g}" + (f" ± {1.96 * score.error:.2g}" if score.error is not None else "")
 
 
+def show_changes(changes: Sequence[str], since: str, out: Console) -> None:
+    """What is different from a saved plan."""
+    if not changes:
+        out.print(Text(f"nothing changed since {since}", style="bold"), soft_wrap=True)
+    for change in changes:
+        out.print(Text(f"- {change}"), soft_wrap=True)
+
+
 def show_derived(derived: Derived, out: Console) -> None:
     values = list(derived.numbers.values())
     what = f"{len(values)} rules, {number(min(values))} to {number(max(values))}" if values else "no rules"

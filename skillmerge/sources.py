@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from skillmerge import lockfile
@@ -25,13 +25,14 @@ class Access:
 
     follow_links: links may lead out of a folder. locked: a revision that can change must be in the lock file.
     relock: the lock file is not looked at. download: repositories go through the Hub's cache instead of being
-    streamed.
+    streamed. commits: what revisions of models stand for, whatever the lock says (of a saved plan).
     """
 
     follow_links: bool = False
     locked: bool = False
     relock: bool = False
     download: bool = False
+    commits: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> dict[str, Checkpoint]:
@@ -42,7 +43,7 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
     places = {name: recipe.model_place(name) for name in recipe.used_models()}
     lock_path = lockfile.path_of(Path(recipe.document.name))
     lock = None
-    if not access.relock and any(isinstance(place, Location) for place in places.values()):
+    if not access.relock and not access.commits and any(isinstance(place, Location) for place in places.values()):
         lock = lockfile.read(lock_path)
     wanted = {name: _locked(recipe, name, place, lock, lock_path, access) for name, place in places.items()}
     checkpoints = _open_all(recipe, wanted, access)
@@ -52,7 +53,7 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
                 continue
             if lock is not None and name in lock:
                 lock[name].compare(lock_path, name, checkpoints[name])
-            elif not place.pinned and not access.relock:
+            elif not place.pinned and not access.relock and name not in access.commits:
                 pinned = place.at(checkpoints[name].files.revision or "")
                 warn(f"model `{name}`: {place} can change under this name. Pinned, it reads\n  {name}: {pinned}")
     except BaseException:
@@ -77,6 +78,8 @@ def _locked(
     """The place with the commit of the lock, where there is one."""
     if not isinstance(place, Location):
         return place
+    if name in access.commits:
+        return place.at(access.commits[name])
     if lock is not None:
         found = lock.get(name)
         if found is None or found.uri != recipe.models[name]:

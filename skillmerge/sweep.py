@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.candidates import Axis, Values, grid, parse_axis, path_of, with_values
+from skillmerge.checkpoints.checkpoint import versions
 from skillmerge.errors import CheckFailed, UsageError
-from skillmerge.merge import Reporter, apply, identities
+from skillmerge.merge import Reporter, apply
 from skillmerge.recipe import Recipe, load
 from skillmerge.scoring import CONFIDENCE, NotFinite, Score, Scorer, Scores, find_scorer, run_command, together
 from skillmerge.sources import Access, close_all, open_models
@@ -393,7 +394,7 @@ def _identity(candidate: Recipe, recipe: Recipe, access: Access, asked: Mapping[
     """What a journal is of: the recipe, the models as they are now, and how they are scored."""
     checkpoints = open_models(candidate, access, lambda message: None)
     try:
-        inputs = json.dumps(identities(checkpoints), sort_keys=True)
+        inputs = json.dumps(versions(checkpoints), sort_keys=True)
     finally:
         close_all(checkpoints)
     return {

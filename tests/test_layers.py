@@ -18,7 +18,7 @@ LAYERS = [
     {"extraction", "inspection", "exporting", "patching"},
     {"extraction"},
     {"merge"},
-    {"pushing"},
+    {"pushing", "savedplan"},
     {"card", "publishing"},
     {"sources"},
     {"lockfile"},

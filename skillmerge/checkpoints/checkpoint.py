@@ -189,6 +189,14 @@ def open_checkpoint(uri: str, files: Files) -> Checkpoint:
     )
 
 
+def versions(checkpoints: Mapping[str, Checkpoint]) -> dict[str, dict[str, list[int | str]]]:
+    """What tells the weight files of models from changed ones, on this machine: model -> file -> version."""
+    return {
+        name: {file: checkpoint.files.version(file) for file in checkpoint.shards}
+        for name, checkpoint in checkpoints.items()
+    }
+
+
 def read_json_object(files: Files, name: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint, read strictly. Raises InputError."""
     content, path = files.read(name, limit), files.path(name)
