@@ -114,6 +114,8 @@ def apply(
     from skillmerge.merge import apply as run
 
     _check_report(report_file)
+    if result_file is not None:
+        _check_room(Path(result_file), "--result-file")
     reporter = report.TerminalReporter(quiet, verbose)
     result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
     _show(result, as_json, quiet)
@@ -129,8 +131,6 @@ def _check_report(path: str | None) -> None:
     """Before any work: a report replaces a file of its own kind, and nothing else; and it can be written."""
     if path is None:
         return
-    import tempfile
-
     from skillmerge.writer import MANIFEST_FILE
 
     target = Path(path).absolute()
@@ -145,9 +145,21 @@ def _check_report(path: str | None) -> None:
             raise UsageError(f"{target.parent} is no folder", fix="make it first, or name another --report")
         if any((folder / MANIFEST_FILE).exists() for folder in target.parents):
             raise UsageError(f"{path} is inside an output, which would not be sound then", fix="name another --report")
-        tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}", fix="name another --report") from error
+    _check_room(target, "--report")
+
+
+def _check_room(path: Path, option: str) -> None:
+    """Before any work: a file can be written there. Raises UsageError."""
+    import tempfile
+
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder", fix=f"name a file: {option}")
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}", fix=f"name another {option}") from error
 
 
 def _write_report(path: str | None, **parts: Any) -> None:

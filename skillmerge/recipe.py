@@ -24,6 +24,9 @@ from skillmerge.schema import ModelTable, PushTable, RecipeTable, RuleTable, Sch
 from skillmerge.tensors import parse_size
 from skillmerge.yamltext import Document, Path, Place
 
+SAVED_PLAN = '{\n "ok":'
+"""How a plan that was saved begins, and no recipe."""
+
 
 @dataclass(frozen=True, slots=True)
 class CopyRule:
@@ -136,6 +139,10 @@ def load(path: str | os.PathLike[str], overrides: Mapping[str, float] | None = N
         raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if text.startswith(SAVED_PLAN):
+        raise UsageError(
+            f"{path} is a saved plan, not a recipe", fix="`skillmerge apply` takes it; elsewhere name the recipe"
+        )
     return parse_recipe(text, str(path), path.parent, overrides or {})
 
 

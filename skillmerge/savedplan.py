@@ -16,7 +16,7 @@ from typing import Any
 from skillmerge.errors import StalePlan, UsageError, some
 from skillmerge.naming import block_of
 from skillmerge.planning import PLAN_VERSION, Plan
-from skillmerge.recipe import Recipe, parse_recipe
+from skillmerge.recipe import SAVED_PLAN, Recipe, parse_recipe
 
 _KEYS = ("version", "digest", "recipe", "versions", "inputs", "tensors")
 _MAX_BYTES = 1 << 30
@@ -60,7 +60,7 @@ def looks_saved(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as saved plans do. Recipes may be JSON too, and do not."""
     try:
         with open(path, "rb") as stream:
-            return stream.read(8).split() == [b"{", b'"ok":']
+            return stream.read(len(SAVED_PLAN)) == SAVED_PLAN.encode()
     except OSError:
         return False
 

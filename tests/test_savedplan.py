@@ -167,3 +167,17 @@ def test_what_is_no_plan_is_told(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError, match=r"is not a saved plan|is not known|cannot be read"):
         read(tmp_path / "plan.json")
     assert run_cli("apply", tmp_path / "plan.json").returncode == 2
+
+
+def test_a_plan_is_no_recipe_for_other_commands(family: Path) -> None:
+    plan = saved(family)
+    for command in (("plan",), ("inspect",), ("sweep", "--set", "lam=1", "--score", "true")):
+        process = run_cli(command[0], plan, *command[1:])
+        assert process.returncode == 2
+        assert "is a saved plan, not a recipe" in process.stderr
+
+
+def test_a_result_file_that_cannot_be_is_told_first(family: Path) -> None:
+    for place in (family.parent / "no" / "result.json", family.parent):
+        assert run_cli("apply", family, "--result-file", place).returncode == 2
+    assert not (family.parent / "merged").exists()
