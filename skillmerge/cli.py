@@ -136,11 +136,14 @@ def _check_report(path: str | None) -> None:
     target = Path(path).absolute()
     try:
         if target.exists():
-            with open(target, "rb") as stream:
-                if target.is_dir() or stream.read(15) != b"<!doctype html>":
-                    raise UsageError(
-                        f"{path} exists already and is not a report", fix="name another file: --report report.html"
-                    )
+            start = b""
+            if target.is_file():
+                with open(target, "rb") as stream:
+                    start = stream.read(15)
+            if start != b"<!doctype html>":
+                raise UsageError(
+                    f"{path} exists already and is not a report", fix="name another file: --report report.html"
+                )
         if not target.parent.is_dir():
             raise UsageError(f"{target.parent} is no folder", fix="make it first, or name another --report")
         if any((folder / MANIFEST_FILE).exists() for folder in target.parents):
@@ -155,8 +158,8 @@ def _check_room(path: Path, option: str) -> None:
     import tempfile
 
     try:
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder", fix=f"name a file: {option}")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is not a file", fix=f"name another {option}")
         tempfile.TemporaryFile(dir=path.absolute().parent).close()
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}", fix=f"name another {option}") from error

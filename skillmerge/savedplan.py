@@ -59,6 +59,8 @@ def describe(plan: Plan) -> dict[str, Any]:
 def looks_saved(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as saved plans do. Recipes may be JSON too, and do not."""
     try:
+        if not Path(path).is_file():  # a pipe would wait for somebody
+            return False
         with open(path, "rb") as stream:
             return stream.read(len(SAVED_PLAN)) == SAVED_PLAN.encode()
     except OSError:
@@ -69,8 +71,8 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
     """Read a saved plan. Raises UsageError for what is none, RecipeError for a recipe in it that is damaged."""
     path = Path(path)
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError("too large")
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+            raise ValueError("it is no file of sane size")
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["version"] != PLAN_VERSION:
             raise UsageError(f"{path}: plan version {document['version']!r} is not known to this skillmerge")

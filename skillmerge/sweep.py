@@ -222,7 +222,7 @@ def _place_of_best(recipe: Path, folder: Path) -> Path:
     """
     best = recipe.with_name(f"{folder.stem}.best.yaml")
     try:
-        if best.exists() and not best.read_bytes().startswith(_FOUND.encode()):
+        if best.exists() and not (best.is_file() and best.read_bytes().startswith(_FOUND.encode())):
             raise UsageError(
                 f"{best} exists already and is not a sweep's", fix="move it away: the best recipe goes there"
             )

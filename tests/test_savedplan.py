@@ -178,6 +178,9 @@ def test_a_plan_is_no_recipe_for_other_commands(family: Path) -> None:
 
 
 def test_a_result_file_that_cannot_be_is_told_first(family: Path) -> None:
-    for place in (family.parent / "no" / "result.json", family.parent):
+    os.mkfifo(family.parent / "pipe")  # nobody waits for the other end
+    for place in (family.parent / "no" / "result.json", family.parent, family.parent / "pipe"):
         assert run_cli("apply", family, "--result-file", place).returncode == 2
+    assert run_cli("plan", family, "--report", family.parent / "pipe").returncode == 2
+    assert run_cli("plan", family, "--diff", family.parent / "pipe").returncode == 2
     assert not (family.parent / "merged").exists()

@@ -705,6 +705,6 @@ def test_a_search_with_other_bounds_is_another(family: Path) -> None:
 
 def test_no_place_for_the_best_recipe_is_told_first(family: Path) -> None:
     (family.parent / "s.best.yaml").mkdir()
-    with pytest.raises(UsageError, match="cannot be written"):
+    with pytest.raises(UsageError, match="is not a sweep's"):
         sweep(family, ["lam=0"], "echo 1 #", family.parent / "s")
     assert not (family.parent / "s").exists()
