@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.checkpoint import PATCH_FILE, Checkpoint
 from skillmerge.checkpoints.folder import Folder
-from skillmerge.checkpoints.patch import METADATA_FILE
 from skillmerge.checkpoints.skill import summary, tensor_digest
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.merge import Reporter, Result, apply
@@ -49,7 +48,7 @@ def extract(
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
     if keep is not None and not 0 < keep <= 1:
         raise UsageError(f"keep {keep!r}: a share above 0, at most 1")
-    patched = (Path(rl) / METADATA_FILE).is_file()
+    patched = (Path(rl) / PATCH_FILE).is_file()
     return apply(
         recipe_of(
             {"rl": {"patch": os.fspath(rl), "onto": "sft"} if patched else os.fspath(rl), "sft": os.fspath(sft)},

@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,7 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
 
     def fill(span: Span) -> None:
         if not hasattr(mine, "worker"):
-            mine.worker = closing.enter_context(_Closing(Worker(plan, checkpoints, settings, stop)))
+            mine.worker = workers.enter_context(closing(Worker(plan, checkpoints, settings, stop)))
             mine.buffer = Buffer(chosen.tile * widest + PAGE, settings.device)
         with torch.inference_mode():
             mine.worker.fill(span, mine.buffer, measured)
@@ -206,7 +206,7 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
                 values = mine.buffer.typed(torch_dtype(tile.tensor.dtype), start, tile.last - tile.first)
                 put(tile, values)
 
-    with ExitStack() as closing, ThreadPoolExecutor(chosen.threads) as pool:
+    with ExitStack() as workers, ThreadPoolExecutor(chosen.threads) as pool:
         try:
             work = [span for shard in plan.shards for span in spans(plan, shard, chosen.tile)]
             for _ in pool.map(fill, work):
@@ -218,17 +218,6 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
             torch.set_num_threads(intraop)
     sizes = {name: math.prod(tensor.shape) for name, tensor in plan.tensors.items()}
     return summarise(plan, {name: total(blocks.values(), sizes[name]) for name, blocks in measured.items() if blocks})
-
-
-class _Closing:
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    def __enter__(self) -> Worker:
-        return self._worker
-
-    def __exit__(self, *error: object) -> None:
-        self._worker.close()
 
 
 def _device(asked: str) -> torch.device:

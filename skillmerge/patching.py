@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.patch import INDICES, METADATA_FILE, VALUES
+from skillmerge.checkpoints.checkpoint import PATCH_FILE, Checkpoint
+from skillmerge.checkpoints.patch import INDICES, VALUES
 from skillmerge.checkpoints.safetensors_header import build_header
 from skillmerge.checkpoints.skill import summary, tensor_digest
 from skillmerge.errors import CheckFailed, InputError
@@ -96,7 +96,7 @@ def export_patch(
             for name, header in headers.items():
                 (folder / name).write_bytes(header)
             metadata = {"format": "indices and values", "shapes": shapes}
-            (folder / METADATA_FILE).write_text(json.dumps(metadata) + "\n", encoding="utf-8")
+            (folder / PATCH_FILE).write_text(json.dumps(metadata) + "\n", encoding="utf-8")
             done = 0
             with reporter.bar(sum(base.tensors[job.tensor].nbytes for job in jobs)) as progress:
                 write = _Writer(folder, checkpoints, planes["minus"])

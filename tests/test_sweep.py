@@ -516,12 +516,10 @@ def qa(folder: Path, rows: list[dict[str, Any]]) -> str:
     return f"qa:{folder / 'rows.jsonl'}"
 
 
-def test_a_long_question_takes_no_room_from_others(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_long_question_takes_no_room_from_others(loaded: tuple[Any, Any]) -> None:
     """The model reads 32 words: one question of 30 leaves itself two, and the others all that they have alone."""
     model, tokenizer = loaded
     short = [" ".join(question.words) for question in questions()[:20]]
-    alone = find_scorer("qa:" + qa(tmp_path, [{"question": text, "answer": "x"} for text in short])[3:])
-    assert alone.function is not None
     before = generate(model, tokenizer, short)
     mixed = generate(model, tokenizer, [*short[:10], " ".join(["ka"] * 30), *short[10:]])
     assert [*mixed[:10], *mixed[11:]] == before

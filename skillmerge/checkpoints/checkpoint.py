@@ -22,6 +22,9 @@ from skillmerge.tensors import TensorSpec
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PATCH_FILE = "delta_metadata.json"
+"""What a sparse patch has beside its places and values, and no model."""
+
 MAX_JSON_BYTES = 32_000_000
 """Room for an index of 300,000 tensors."""
 
@@ -155,7 +158,7 @@ def open_checkpoint(uri: str, files: Files) -> Checkpoint:
     names = files.names()
     if "skill.json" in names and INDEX_FILE not in names:
         raise InputError(f"{files.place} is a skill, not a model", fix=f"in a recipe write it as {{skill: {uri}}}")
-    if "delta_metadata.json" in names and INDEX_FILE not in names:
+    if PATCH_FILE in names and INDEX_FILE not in names:
         raise InputError(
             f"{files.place} is a sparse patch, not a model",
             fix=f"in a recipe write it as {{patch: {uri}, onto: MODEL}}",

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from skillmerge.checkpoints.checkpoint import Checkpoint, Files, read_json_object
+from skillmerge.checkpoints.checkpoint import PATCH_FILE, Checkpoint, Files, read_json_object
 from skillmerge.checkpoints.safetensors_header import Header
 from skillmerge.errors import InputError, some
 from skillmerge.tensors import CHUNK, DTYPES, TensorSpec
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-METADATA_FILE = "delta_metadata.json"
 INDICES, VALUES = ".indices", ".values"
 _FIX = "patches hold places in ascending order, each once, and the new elements of the tensors they are for"
 
@@ -196,7 +195,7 @@ def open_patch(uri: str, files: Files, base: Checkpoint) -> Checkpoint:
             f"{files.place} is not a sparse patch: {what}", fix=f"it must have NAME{INDICES}, NAME{VALUES}"
         )
     changes = [_change(files, specs, name, base) for name in sorted({name.rpartition(".")[0] for name in specs})]
-    if METADATA_FILE in names:
+    if PATCH_FILE in names:
         _check_shapes(files, base)
     patched = PatchedFiles(base, files, headers, changes)
     return replace(base, uri=uri, files=patched, shards=patched.shards)
@@ -227,12 +226,12 @@ def _change(files: Files, specs: Mapping[str, TensorSpec], name: str, base: Chec
 
 
 def _check_shapes(files: Files, base: Checkpoint) -> None:
-    shapes = read_json_object(files, METADATA_FILE).get("shapes")
+    shapes = read_json_object(files, PATCH_FILE).get("shapes")
     for name, shape in shapes.items() if isinstance(shapes, dict) else ():
         spec = base.tensors.get(name)
         if spec is None or list(spec.shape) != shape:
             found = f"has shape {list(spec.shape)} there" if spec else "is not there"
             raise InputError(
-                f"{files.path(METADATA_FILE)}: the patch is not for {base.place}: tensor `{name}` {found}",
+                f"{files.path(PATCH_FILE)}: the patch is not for {base.place}: tensor `{name}` {found}",
                 fix="name the model that the patch was made for",
             )
