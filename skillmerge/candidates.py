@@ -14,7 +14,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from skillmerge.errors import RecipeError, UsageError, did_you_mean
 from skillmerge.expression import normalise_name
@@ -82,7 +82,10 @@ def grid(axes: Sequence[Axis]) -> Iterator[Values]:
 
 
 def with_values(recipe: Recipe, values: Values) -> Recipe:
-    """The recipe with other numbers. Raises UsageError for a name that is no number of it, or one tied to others."""
+    """The recipe with other numbers, and without its gates: they are for what is published.
+
+    Raises UsageError for a name that is no number of it, or one tied to others.
+    """
     document, text, data = recipe.document, recipe.document.text, copy.deepcopy(recipe.document.data)
     changes = []
     for name, value in values.items():
@@ -105,7 +108,7 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
             f"{document.name}: {', '.join(values)} cannot be changed in the text",
             fix="write the numbers out: anchors (&) and aliases (*) tie them to others",
         )
-    return candidate
+    return replace(candidate, gates=())
 
 
 def path_of(recipe: Recipe, name: str) -> Path:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from skillmerge import __version__, flags
-from skillmerge.errors import InputError, Interrupted, ResourceError, SkillmergeError, UsageError, visible
+from skillmerge.errors import InputError, Interrupted, ResourceError, SkillmergeError, Terminated, UsageError
 from skillmerge.flags import option
+from skillmerge.messages import TerminalReporter, as_json, tell
 
 if TYPE_CHECKING:
     from skillmerge.exporting import Exported
@@ -31,7 +32,8 @@ Exit statuses:
   0 done                          5 not enough disk or memory
   1 a bug in skillmerge           6 another run is writing the output
   2 usage or recipe               7 the inputs changed since the plan
-  3 a verification failed        75 temporary, try again
+  3 a gate or verification       75 temporary, try again
+    failed
   4 an input is unsafe, corrupt,  130/143 interrupted: the same
     or does not fit                 command continues"""
 
@@ -70,6 +72,7 @@ def cli() -> None:
 @flags.set
 @option("--overwrite", is_flag=True, help="Replace an existing output, at the end.")
 @option("--full", is_flag=True, help="Read an output that is there already again, every byte of it.")
+@option("--keep-failed", is_flag=True, help="Keep an output that a gate refuses, beside its place, for inspection.")
 @option(
     "--result-file", type=click.Path(dir_okay=False), help="Write what --json prints into this file, at the very end."
 )
@@ -92,6 +95,8 @@ def cli() -> None:
 @flags.code
 @flags.links
 @flags.report
+@flags.events
+@flags.junit
 @flags.as_json
 @option("--quiet", "-q", is_flag=True, help="Only results and errors.")
 @option("--verbose", "-v", is_flag=True, help="Say what is being done.")
@@ -99,6 +104,8 @@ def apply(
     recipe: str,
     report_file: str | None,
     result_file: str | None,
+    events_file: str | None,
+    junit_file: str | None,
     coefficients: tuple[tuple[str, float], ...],
     as_json: bool,
     quiet: bool,
@@ -110,14 +117,15 @@ def apply(
     A run that was interrupted is continued by the same command. An output that is this recipe's already is
     left as it is.
     """
-    from skillmerge import report
+    from skillmerge.events import heard
     from skillmerge.merge import apply as run
 
     _check_report(report_file)
-    if result_file is not None:
-        _check_room(Path(result_file), "--result-file")
-    reporter = report.TerminalReporter(quiet, verbose)
-    result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
+    _check_room(result_file, "--result-file")
+    _check_room(junit_file, "--junit")
+    reporter = TerminalReporter(quiet, verbose)
+    with heard(reporter, events_file, junit_file, f"skillmerge apply {recipe}"):
+        result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
     _show(result, as_json, quiet)
     _write_report(report_file, title=str(result.output), plan=result.plan, manifest=result.manifest)
     if result_file is not None:
@@ -150,13 +158,16 @@ def _check_report(path: str | None) -> None:
             raise UsageError(f"{path} is inside an output, which would not be sound then", fix="name another --report")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}", fix="name another --report") from error
-    _check_room(target, "--report")
+    _check_room(path, "--report")
 
 
-def _check_room(path: Path, option: str) -> None:
+def _check_room(name: str | None, option: str) -> None:
     """Before any work: a file can be written there. Raises UsageError."""
+    if name is None:
+        return
     import tempfile
 
+    path = Path(name)
     try:
         if path.exists() and not path.is_file():
             raise UsageError(f"{path} is not a file", fix=f"name another {option}")
@@ -174,7 +185,7 @@ def _write_report(path: str | None, **parts: Any) -> None:
         Path(path).write_text(build(**parts), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}", fix="name another --report") from error
-    click.echo(f"wrote {visible(path)}", err=True)
+    tell("info", f"wrote {path}")
 
 
 def _as_document(result: Result) -> dict[str, Any]:
@@ -188,6 +199,7 @@ def _as_document(result: Result) -> dict[str, Any]:
         "plan_digest": result.manifest["plan_digest"],
         "statistics": result.manifest["statistics"],
         "warnings": report.result_warnings(result),
+        "gates": list(result.gates),
         "published": result.published.as_dict() if result.published else None,
         "files": result.manifest["files"],
     }
@@ -202,7 +214,7 @@ def _show(result: Result, as_json: bool, quiet: bool) -> None:
     if not quiet:
         report.show_result(result, report.console())
     for warning in report.result_warnings(result):
-        click.echo(visible(f"warning: {warning}"), err=True)
+        tell("warning", warning)
 
 
 @cli.command()
@@ -243,7 +255,7 @@ def plan(
 
     _check_report(report_file)
     before = read(diff) if diff is not None else None
-    reporter = report.TerminalReporter(quiet=False, verbose=True)
+    reporter = TerminalReporter(quiet=False, verbose=True)
     made = make_plan(recipe, coefficients=dict(coefficients), lock=lock, reporter=reporter, **access)
     needs = budget(made, threads=threads, memory_limit=memory_limit)
     where = made.recipe.output.path
@@ -301,10 +313,9 @@ def extract(rl: str, sft: str, as_json: bool, quiet: bool, verbose: bool, **opti
 
     In a recipe it stands like a model: `models: {math: {skill: ./math-skill}}`, `merge: target + 0.7 * math`.
     """
-    from skillmerge import report
     from skillmerge.extraction import extract as run
 
-    _show(run(rl, sft, reporter=report.TerminalReporter(quiet, verbose), **options), as_json, quiet)
+    _show(run(rl, sft, reporter=TerminalReporter(quiet, verbose), **options), as_json, quiet)
 
 
 @cli.command()
@@ -335,7 +346,7 @@ def export(
     """
     from skillmerge import report
 
-    reporter = report.TerminalReporter(quiet, verbose=False, doing="exporting")
+    reporter = TerminalReporter(quiet, verbose=False, doing="exporting")
     common: dict[str, Any] = {"follow_links": follow_links, "reporter": reporter}
     if (lora_rank is None) == (onto is None):
         raise UsageError("say what to write", fix="give --lora-rank R (an adapter) or --onto SFT (a sparse patch)")
@@ -394,7 +405,7 @@ def inspect(
     from skillmerge.inspection import inspect as run
 
     _check_report(report_file)
-    reporter = report.TerminalReporter(quiet, verbose=False, doing="inspecting")
+    reporter = TerminalReporter(quiet, verbose=False, doing="inspecting")
     found = run(source, other, coefficients=dict(coefficients), reporter=reporter, **options)
     if as_json:
         _print_json({"ok": True, **found.as_dict()})
@@ -422,7 +433,7 @@ def derive(recipe: str, choice: str, as_json: bool, quiet: bool, **options: Any)
     from skillmerge import report
     from skillmerge.deriving import derive as run
 
-    derived = run(recipe, choice, reporter=report.TerminalReporter(quiet, False, doing="measuring"), **options)
+    derived = run(recipe, choice, reporter=TerminalReporter(quiet, False, doing="measuring"), **options)
     if as_json:
         _print_json({"ok": True, **derived.as_dict()})
     elif not quiet:
@@ -465,7 +476,7 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
     from skillmerge.sweep import sweep as run
 
     _check_report(report_file)
-    reporter = report.TerminalReporter(quiet, verbose=False, doing="sweeping", unit="candidates")
+    reporter = TerminalReporter(quiet, verbose=False, doing="sweeping", unit="candidates")
     found = run(recipe, options.pop("axes"), score, reporter=reporter, **options)
     if as_json:
         _print_json({"ok": True, **found.as_dict()})
@@ -480,6 +491,7 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
 @option("--parent", metavar="MODEL", help="Of a skill: prove that it was cut from this model.")
 @flags.nonfinite
 @flags.links
+@flags.junit
 @flags.as_json
 @option("--quiet", "-q", is_flag=True, help="Only errors.")
 def verify(
@@ -488,18 +500,22 @@ def verify(
     parent: str | None,
     allow_nonfinite: bool,
     follow_links: bool,
+    junit_file: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Check an output against its manifest, every byte of it."""
+    from skillmerge.events import heard
     from skillmerge.verification import verify as run
 
-    verdict = run(folder, load=load, allow_nonfinite=allow_nonfinite)
-    model = None
-    if parent is not None:
-        from skillmerge.extraction import check_parent
+    _check_room(junit_file, "--junit")
+    reporter, model = TerminalReporter(quiet, verbose=False), None
+    with heard(reporter, junit=junit_file, suite=f"skillmerge verify {folder}"):
+        verdict = run(folder, load=load, allow_nonfinite=allow_nonfinite, reporter=reporter)
+        if parent is not None:
+            from skillmerge.extraction import check_parent
 
-        model = check_parent(folder, parent, follow_links=follow_links)
+            model = check_parent(folder, parent, follow_links=follow_links)
     if as_json:
         _print_json(
             {
@@ -518,6 +534,88 @@ def verify(
         report.show_verdict(verdict, report.console())
         if parent is not None and model is not None:
             report.show_parent(parent, model, report.console())
+
+
+@cli.command()
+@click.argument("folder", type=click.Path())
+@option("--gates", "gates_file", type=click.Path(), help="A file with `gates:`, in place of those of the recipe.")
+@flags.base_folder
+@flags.links
+@flags.events
+@flags.junit
+@flags.as_json
+@option("--quiet", "-q", is_flag=True, help="Only errors.")
+def gate(
+    folder: str,
+    gates_file: str | None,
+    base_folder: str | None,
+    follow_links: bool,
+    events_file: str | None,
+    junit_file: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Hold a finished output against gates: exit 3 where one does not hold."""
+    from skillmerge import report
+    from skillmerge.events import heard
+    from skillmerge.gates import GateFailed
+    from skillmerge.gating import gate as run
+
+    _check_room(junit_file, "--junit")
+    reporter = TerminalReporter(quiet, verbose=False)
+    with heard(reporter, events_file, junit_file, f"skillmerge gate {folder}"):
+        outcomes = run(folder, gates_file, base=base_folder, follow_links=follow_links, reporter=reporter)
+        if not all(outcome.passed for outcome in outcomes):
+            raise GateFailed(outcomes)
+    rows = [outcome.as_dict() for outcome in outcomes]
+    if as_json:
+        _print_json({"ok": True, "folder": folder, "gates": rows})
+    elif not quiet:
+        report.show_gates(rows, report.console())
+
+
+@cli.command()
+@click.argument("folder", type=click.Path())
+@option("--check", is_flag=True, help="Write nothing: compare with the bytes that are there.")
+@option("--sample", type=flags.Share(), default="100%", show_default=True, help="How many of the tensors to check.")
+@option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice of these tensors.")
+@flags.output
+@flags.base_folder
+@option("--device", type=flags.Device(), default="auto", show_default=True, help="Where to compute.")
+@flags.threads
+@flags.memory
+@flags.hub
+@flags.links
+@flags.as_json
+@option("--quiet", "-q", is_flag=True, help="Only errors.")
+def rebuild(
+    folder: str,
+    check: bool,
+    sample: float,
+    seed: int,
+    output: str | None,
+    base_folder: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Build an output again from its manifest and the models that this names, or check that it would be the same.
+
+    A difference is exit 3, models that have changed since are exit 7.
+    """
+    from skillmerge import report
+    from skillmerge.rebuilding import How, check_rebuild
+    from skillmerge.rebuilding import rebuild as run
+
+    if check == (output is not None):
+        raise UsageError("say what to do", fix="give --check (compare, write nothing) or --output NEW (build it again)")
+    reporter = TerminalReporter(quiet, verbose=False, doing="rebuilding")
+    how = How(base=Path(base_folder) if base_folder is not None else None, reporter=reporter, **options)
+    made = run(folder, output, how) if output is not None else check_rebuild(folder, sample=sample, seed=seed, how=how)
+    if as_json:
+        _print_json({"ok": True, **made.as_dict()})
+    elif not quiet:
+        report.show_rebuilt(made, report.console())
 
 
 @cli.command()
@@ -592,10 +690,10 @@ def demo(folder: str) -> None:
     click.echo(f"Four small trained models are in {folder}: base, source-sft, source-rl, target-sft.\n")
     click.echo(f"$ cat {recipe}\n{recipe.read_text(encoding='utf-8')}")
     click.echo(f"$ skillmerge apply {recipe}")
-    result = merge(recipe, reporter=report.TerminalReporter(quiet=False, verbose=False), stats="full")
+    result = merge(recipe, reporter=TerminalReporter(quiet=False, verbose=False), stats="full")
     report.show_result(result, out)
     for warning in report.result_warnings(result):
-        click.echo(visible(f"warning: {warning}"), err=True)
+        tell("warning", warning)
     click.echo(f"\n$ skillmerge verify {os.path.relpath(result.output)}")
     report.show_verdict(check(result.output), out)
     shuffled = merge(control).output
@@ -608,6 +706,10 @@ def demo(folder: str) -> None:
     report.show_answers(shown, examples(shown[0], shown[-1]), out)
     click.echo(f"{SENTENCE}\n")
     click.echo(f"Now change lam in {recipe} and run: skillmerge apply {recipe} --overwrite")
+
+
+for _command in cli.commands.values():
+    flags.log_format(_command)
 
 
 def _write_plan(path: Path, text: str) -> None:
@@ -629,12 +731,8 @@ def _print_json(document: Any, indent: int | None = None) -> None:
     click.echo(json.dumps(document, indent=indent, ensure_ascii=False))
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as something that no `except Exception` on its way swallows."""
-
-
 def _terminate(number: int, frame: Any) -> NoReturn:
-    raise _Terminated
+    raise Terminated
 
 
 def main() -> NoReturn:
@@ -650,7 +748,7 @@ def main() -> NoReturn:
         status = cli.main(standalone_mode=False)
         sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        terminated = isinstance(error.__cause__ or error, _Terminated)
+        terminated = isinstance(error.__cause__ or error, Terminated)
         _fail(_interrupted(signal.SIGTERM if terminated else signal.SIGINT))
     except SkillmergeError as error:
         _fail(error)
@@ -665,7 +763,7 @@ def main() -> NoReturn:
         import traceback
 
         traceback.print_exc()
-        click.echo("error: this is a bug in skillmerge; please report it with the lines above", err=True)
+        tell("error", "this is a bug in skillmerge; please report it with the lines above", exit_status=1)
         _leave(1)
     _leave(status if isinstance(status, int) else 0)
 
@@ -706,19 +804,22 @@ def _interrupted(number: int) -> Interrupted:
 def _fail(error: SkillmergeError) -> NoReturn:
     with suppress(OSError):
         if _wants_json():
-            _print_json(
-                {
-                    "ok": False,
-                    "error": type(error).__name__,
-                    "exit_status": error.exit_status,
-                    "message": error.message,
-                    "fix": error.fix,
-                }
-            )
-        click.echo(visible(f"error: {error.message}"), err=True)
-        if error.fix:
-            click.echo(visible(error.fix), err=True)
+            _print_json({"ok": False, **error.as_dict()})
+        elif outcomes := error.as_dict().get("gates"):
+            from skillmerge import report
+
+            report.show_gates(outcomes, report.console())
+    _tell_error(error)
     _leave(error.exit_status)
+
+
+def _tell_error(error: SkillmergeError) -> None:
+    if as_json():
+        tell("error", error.message, fix=error.fix, exit_status=error.exit_status)
+        return
+    tell("error", error.message)
+    if error.fix:
+        tell("info", error.fix)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from typing import Any
 from skillmerge.errors import UsageError
 from skillmerge.expression import bind, normalise_name, weights
 from skillmerge.inspection import Inspection, inspect
-from skillmerge.merge import Reporter
 from skillmerge.naming import MODULE_KINDS
 from skillmerge.recipe import Recipe, load, parse_recipe
+from skillmerge.reporter import Reporter
 from skillmerge.writer import disk_errors, write_whole
 from skillmerge.yamltext import dump
 

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -28,7 +28,7 @@ from skillmerge.resources import OUTPUT_BUFFERS, WRITERS
 from skillmerge.statistics import total
 from skillmerge.tensors import DTYPES
 from skillmerge.worker import Settings, Statistics, Worker
-from skillmerge.writer import PAGE, ShardFile, Staging, WriteMode
+from skillmerge.writer import PAGE, WriteMode
 
 _PATIENCE = 5.0
 """Seconds that an interrupted run waits for its threads."""
@@ -55,6 +55,23 @@ def choose_device(asked: str) -> tuple[torch.device, str]:
     return torch.device("cuda", number), "as asked"
 
 
+class SpanFile(Protocol):
+    """One shard's file: spans come from any thread, in any order."""
+
+    def write(self, data: memoryview, offset: int) -> None: ...
+    def finish(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Destination(Protocol):
+    """Where shards go. finished: the journal's entries of those that are done, by file."""
+
+    finished: dict[str, dict[str, Any]]
+
+    def open_shard(self, shard: ShardPlan, mode: WriteMode) -> SpanFile: ...
+    def record(self, entry: dict[str, Any]) -> None: ...
+
+
 class ShardJob:
     """One shard in flight: hands out its spans, keeps its digest in order, finishes its file."""
 
@@ -63,7 +80,7 @@ class ShardJob:
         self.shard = shard
         self.spans = spans(plan, shard, tile)
         self.taken = 0
-        self.file = ShardFile(run.staging.files / shard.file, shard.size, shard.header, run.write_mode)
+        self.file = run.destination.open_shard(shard, run.write_mode)
         self.statistics: Statistics = {
             spec.name: {} for spec in shard.specs if plan.tensors[spec.name].action == "merge"
         }
@@ -119,14 +136,14 @@ class Run:
         self,
         plan: Plan,
         checkpoints: Mapping[str, Checkpoint],
-        staging: Staging,
+        destination: Destination,
         settings: Settings,
         shards: Sequence[ShardPlan],
         in_flight: int | None,
         finished: Callable[[dict[str, Any]], None],
     ) -> None:
         self.in_flight, self.finished = in_flight, finished
-        self.plan, self.checkpoints, self.staging, self.settings = plan, checkpoints, staging, settings
+        self.plan, self.checkpoints, self.destination, self.settings = plan, checkpoints, destination, settings
         self.unstarted = deque(shards)
         self.jobs: list[ShardJob] = []
         self.lock = threading.Condition()
@@ -217,10 +234,10 @@ class Run:
         entry = job.finish()
         for model, files in self._files_read(job.shard).items():
             self.checkpoints[model].check_unchanged(files)
-        self.staging.record(entry)
+        self.destination.record(entry)
         self.finished(entry)
         with self.lock:
-            self.staging.finished[job.shard.file] = entry
+            self.destination.finished[job.shard.file] = entry
             self.jobs.remove(job)
             self.lock.notify_all()
 
@@ -235,7 +252,7 @@ class Run:
 def merge_shards(
     plan: Plan,
     checkpoints: Mapping[str, Checkpoint],
-    staging: Staging,
+    destination: Destination,
     settings: Settings,
     *,
     shards: Sequence[ShardPlan] | None = None,
@@ -243,16 +260,16 @@ def merge_shards(
     in_flight: int | None = None,
     finished: Callable[[dict[str, Any]], None] = lambda entry: None,
 ) -> None:
-    """Write the shards that `staging` has not finished yet (all of the plan's, or those given).
+    """Write the shards that `destination` has not finished yet (all of the plan's, or those given).
 
     Idempotent per shard: what one call leaves unfinished, another may do. `progress` gets the bytes of output
     finished so far, a few times a second, in the calling thread. `finished` gets the journal's entry of each
     shard when that is durable, in a thread of the run; no more than `in_flight` shards are begun and not yet
     handed to it.
     """
-    wanted = [shard for shard in (shards or plan.shards) if shard.file not in staging.finished]
-    before = sum(shard.size for shard in plan.shards if shard.file in staging.finished)
-    run = Run(plan, checkpoints, staging, settings, wanted, in_flight, finished)
+    wanted = [shard for shard in (shards or plan.shards) if shard.file not in destination.finished]
+    before = sum(shard.size for shard in plan.shards if shard.file in destination.finished)
+    run = Run(plan, checkpoints, destination, settings, wanted, in_flight, finished)
     intraop = torch.get_num_threads()
     torch.set_num_threads(1)
     workers = [

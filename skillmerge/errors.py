@@ -19,6 +19,7 @@ skillmerge and exits 1. This module knows nothing about terminals: `cli` prints.
 from __future__ import annotations
 
 import unicodedata
+from typing import Any
 
 
 class SkillmergeError(Exception):
@@ -30,6 +31,15 @@ class SkillmergeError(Exception):
         super().__init__(message)
         self.message = message
         self.fix = fix
+
+    def as_dict(self) -> dict[str, Any]:
+        """What programs are told of it."""
+        return {
+            "error": type(self).__name__,
+            "exit_status": self.exit_status,
+            "message": self.message,
+            "fix": self.fix,
+        }
 
     def __str__(self) -> str:
         return self.message if self.fix is None else f"{self.message}\n{self.fix}"
@@ -78,6 +88,10 @@ class Interrupted(SkillmergeError):
         super().__init__(message, fix=fix)
         self.signal_number = signal_number
         self.exit_status = 128 + signal_number
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as something that no `except Exception` on its way swallows."""
 
 
 def visible(text: str) -> str:

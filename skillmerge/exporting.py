@@ -22,9 +22,10 @@ from skillmerge.checkpoints.location import SCHEME, parse_location
 from skillmerge.checkpoints.safetensors_header import build_header
 from skillmerge.checkpoints.skill import summary
 from skillmerge.errors import InputError, UsageError
-from skillmerge.merge import Reporter, output_folder
+from skillmerge.merge import output_folder
 from skillmerge.naming import module_kind
 from skillmerge.recipe import recipe_of
+from skillmerge.reporter import Reporter
 from skillmerge.resources import check_disk
 from skillmerge.sources import Access, close_all, open_models
 from skillmerge.tensors import DTYPES, TensorSpec

@@ -12,9 +12,10 @@ from skillmerge.checkpoints.checkpoint import PATCH_FILE, Checkpoint
 from skillmerge.checkpoints.folder import Folder
 from skillmerge.checkpoints.skill import summary, tensor_digest
 from skillmerge.errors import CheckFailed, UsageError
-from skillmerge.merge import Reporter, Result, apply
+from skillmerge.merge import Result, apply
 from skillmerge.parallel import in_threads
 from skillmerge.recipe import recipe_of
+from skillmerge.reporter import Reporter
 from skillmerge.sources import Access, close_all, open_models
 from skillmerge.tensors import DTYPES, UNIT
 

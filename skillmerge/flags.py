@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import click
+
+from skillmerge.messages import FORMAT
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
@@ -38,6 +41,22 @@ class Device(click.ParamType):  # type: ignore[type-arg]
         if value in ("auto", "cpu", "cuda") or (kind == "cuda" and number.isdecimal()):
             return str(value)
         self.fail(f"`{value}` is not a device; choose auto, cpu, cuda or cuda:N", param, ctx)
+
+
+class Share(click.ParamType):  # type: ignore[type-arg]
+    """5% or 0.05, as a number above 0 and up to 1."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 < share <= 1:
+            self.fail(f"`{value}` is not a share such as 5%", param, ctx)
+        return share
 
 
 class Coefficient(click.ParamType):  # type: ignore[type-arg]
@@ -86,3 +105,19 @@ report = option(
     "--report", "report_file", type=click.Path(dir_okay=False), help="Also write it as one HTML page into this file."
 )
 nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
+base_folder = option(
+    "--base-folder", type=click.Path(), help="What relative paths of the recipe start from, if it was moved."
+)
+events = option("--events", "events_file", type=click.Path(), help="Append what happens to this file, as JSON lines.")
+junit = option("--junit", "junit_file", type=click.Path(dir_okay=False), help="Write gates and checks as JUnit XML.")
+
+
+def _use_log_format(context: click.Context, parameter: click.Parameter, value: str) -> None:
+    os.environ[FORMAT] = value
+
+
+log_format = option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", is_eager=True, expose_value=False,
+    callback=_use_log_format, help="Of messages and progress on stderr.",
+)  # fmt: skip
+"""Every command has it."""

@@ -28,7 +28,7 @@ from skillmerge.planning import Plan, make_plan
 from skillmerge.reading import Buffer, Span, Tile, spans
 from skillmerge.recipe import Recipe
 from skillmerge.resources import budget, free_memory
-from skillmerge.scoring import Scorer, Scores
+from skillmerge.scoring import Scorer, Scores, tokenizer_of
 from skillmerge.sources import Access, close_all, open_models
 from skillmerge.statistics import BlockStatistics, summarise, total
 from skillmerge.tensors import DTYPES, format_bytes
@@ -146,7 +146,7 @@ class MergedModel:
             kind = getattr(transformers, self._class_name(), transformers.AutoModelForCausalLM)
             try:
                 model = kind.from_pretrained(made.output, dtype="auto").eval().requires_grad_(False).to(self._device)
-                tokenizer = _tokenizer(transformers, made.output)
+                tokenizer = tokenizer_of(made.output)
             except Exception as error:
                 raise UsageError(
                     f"transformers cannot load the merged model: {type(error).__name__}: {error}",
@@ -235,12 +235,3 @@ def _check_memory(checkpoints: Mapping[str, Checkpoint]) -> None:
             f"scoring in memory holds {format_bytes(held + model)}, and {format_bytes(free)} are free",
             fix="score with a command: each candidate is then merged to a folder",
         )
-
-
-def _tokenizer(transformers: Any, folder: Path) -> Any:
-    """As tokenizer.json says: AutoTokenizer rebuilds some from the name of the model's type alone."""
-    if (folder / "tokenizer.json").exists():
-        return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    if any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
-        return transformers.AutoTokenizer.from_pretrained(folder)
-    return None

@@ -34,12 +34,12 @@ from skillmerge.expression import (
     weights,
 )
 from skillmerge.forecasting import Forecast, Forecaster
-from skillmerge.merge import Reporter, planned
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
 from skillmerge.parallel import cores
 from skillmerge.planning import Plan, TensorPlan, refuse_quantised
 from skillmerge.recipe import Recipe, recipe_of
-from skillmerge.sources import Access, close_all, open_models
+from skillmerge.reporter import Reporter
+from skillmerge.sources import Access, close_all, open_models, planned
 from skillmerge.tensors import CHUNK, DTYPES
 
 if TYPE_CHECKING:
@@ -162,12 +162,9 @@ def inspect(
     if other is None and Path(source).is_file():
         with planned(source, coefficients, False, access, reporter.warn) as (plan, checkpoints):
             plan.refuse_problems()
-            extra = _open({"base": base}, access, reporter) if base is not None else {}
-            try:
-                subject = _of_recipe(plan, {**checkpoints, **({_BASE: extra["base"]} if extra else {})})
-                return _inspect(subject, stats, spectral, threads, reporter)
-            finally:
-                close_all(extra)
+            return inspect_merge(
+                plan, checkpoints, base, access, stats=stats, spectral=spectral, threads=threads, reporter=reporter
+            )
     if coefficients:
         raise UsageError("coefficients belong to a recipe", fix="leave --set out, or inspect a recipe")
     if base is not None:
@@ -191,6 +188,27 @@ def inspect(
         return _inspect(subject, stats, spectral, threads, reporter)
     finally:
         close_all(checkpoints)
+
+
+def inspect_merge(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    base: str | None,
+    access: Access,
+    *,
+    stats: str = "off",
+    spectral: int | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> Inspection:
+    """Measure the updates of a merge whose models are open. base: where what its target was trained from is."""
+    reporter = reporter or Reporter()
+    extra = _open({"base": base}, access, reporter) if base is not None else {}
+    try:
+        subject = _of_recipe(plan, {**checkpoints, **({_BASE: extra["base"]} if extra else {})})
+        return _inspect(subject, stats, spectral, threads, reporter)
+    finally:
+        close_all(extra)
 
 
 def _refuse_model(path: Path) -> None:

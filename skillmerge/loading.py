@@ -1,7 +1,8 @@
-"""Load a model folder with transformers and run it once: `python -m skillmerge.loading DIR`.
+"""Load a model folder with transformers and run it once: `python -m skillmerge.loading DIR [TEXT]`.
 
 A program of its own, so that a broken model or library cannot take its caller along. Prints one JSON line:
-ok, why, the class, and the sets of keys that must be empty, named as the loaded model names them. Knows no
+ok, why, the class, the sets of keys that must be empty, named as the loaded model names them, and the perplexity
+of the text in the file TEXT. Knows no
 architecture: the class is the one that the config names, and the inputs are made from what the model says it
 takes. Pictures beside text are not made up: a vision tower is loaded but not run.
 """
@@ -12,7 +13,10 @@ import contextlib
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import Any
+
+from skillmerge.scoring import perplexity, tokenizer_of
 
 _KEY_SETS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _TOKENS = [[1, 2, 3, 4, 5, 6, 7, 8]]
@@ -33,7 +37,7 @@ class _Warnings(logging.Handler):
         self.table_rows += [": ".join(filter(None, row)) for row in cells if row[0] != "Key"]
 
 
-def main(folder: str) -> dict[str, Any]:
+def main(folder: str, text: str | None = None) -> dict[str, Any]:
     """The report of one load. Whatever goes wrong with the model is in the report, never raised."""
     try:
         import transformers
@@ -48,7 +52,7 @@ def main(folder: str) -> dict[str, Any]:
     warnings = _Warnings()
     log.add_handler(warnings)
     try:
-        return {"transformers": transformers.__version__, **_load(transformers, folder)}
+        return {"transformers": transformers.__version__, **_load(transformers, folder, text)}
     except Exception as error:
         details = [*warnings.table_rows[:_SHOWN], f"{type(error).__name__}: {error}"]
         return {"ok": False, "why": "; ".join(details)}
@@ -56,7 +60,7 @@ def main(folder: str) -> dict[str, Any]:
         log.remove_handler(warnings)
 
 
-def _load(transformers: Any, folder: str) -> dict[str, Any]:
+def _load(transformers: Any, folder: str, text: str | None) -> dict[str, Any]:
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     names = getattr(config, "architectures", None) or ["AutoModel"]
     kind = getattr(transformers, names[0], None)
@@ -76,7 +80,14 @@ def _load(transformers: Any, folder: str) -> dict[str, Any]:
         return {**report, "ok": False, "why": why}
     finite = bool(values.isfinite().all())
     why = "" if finite else "its outputs are not finite on a short input"
-    return {**report, "ok": finite, "why": why, "shape": list(values.shape), "finite": finite}
+    report |= {"ok": finite, "why": why, "shape": list(values.shape), "finite": finite}
+    if text is not None:
+        try:
+            content = Path(text).read_text(encoding="utf-8")
+            report["perplexity"] = perplexity(model, tokenizer_of(Path(folder)), content)["perplexity"].value
+        except Exception as error:
+            report["no_perplexity"] = f"{type(error).__name__}: {error}"
+    return report
 
 
 def _described(key: Any) -> str:
@@ -121,7 +132,7 @@ def _inputs(model: Any) -> dict[str, Any]:
 
 
 def run() -> None:
-    """The separate process: the folder is its last argument, its answer one line of JSON."""
+    """The separate process: its arguments are the folder and, where there is one, the text; its answer is one line."""
     with contextlib.redirect_stdout(sys.stderr):
-        outcome = main(sys.argv[-1])
+        outcome = main(*sys.argv[1:])
     print(json.dumps(outcome))

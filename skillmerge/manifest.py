@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from skillmerge import __version__
 from skillmerge.checkpoints.safetensors_header import unique_keys
 from skillmerge.errors import CheckFailed
 from skillmerge.planning import Plan
+from skillmerge.recipe import Recipe, parse_recipe
 from skillmerge.sidefiles import SideFile
 from skillmerge.statistics import summarise, summarise_skill
 from skillmerge.writer import MANIFEST_FILE
@@ -31,11 +33,10 @@ def build(
     finished: Mapping[str, Mapping[str, Any]],
     side_files: Sequence[SideFile],
     stats: str,
-    environment: Mapping[str, Any],
     input_digests: Mapping[tuple[str, str], str],
-    run_log: bytes,
 ) -> dict[str, Any]:
-    """The manifest of a finished output; `finished` are the journal's entries by shard."""
+    """All of an output's manifest that does not depend on where and when it was made; `finished` are the journal's
+    entries by shard."""
     files = [
         {"name": shard.file, "size": finished[shard.file]["size"], "sha256": finished[shard.file]["sha256"]}
         for shard in plan.shards
@@ -67,7 +68,7 @@ def build(
         statistics = {"mode": "full", **summarise_skill(rows)}
     else:
         statistics = {"mode": stats, **summarise(plan, measured)}
-    document = {
+    return {
         "manifest_version": MANIFEST_VERSION,
         "tool": {"name": "skillmerge", "version": __version__},
         "recipe": {"text": plan.recipe.document.text, "sha256": plan.recipe.sha256},
@@ -81,12 +82,41 @@ def build(
         "files": sorted(files, key=lambda file: file["name"]),
         "tensors": tensors,
         "statistics": statistics,
-        "environment": {
-            **environment,
-            "run_log": {"name": RUN_LOG_FILE, "sha256": hashlib.sha256(run_log).hexdigest()},
-        },
     }
+
+
+def seal(body: Mapping[str, Any], environment: Mapping[str, Any], run_log: bytes) -> dict[str, Any]:
+    """The manifest, with what it was made in and the digest of all of it."""
+    log = {"name": RUN_LOG_FILE, "sha256": hashlib.sha256(run_log).hexdigest()}
+    document = {**body, "environment": {**environment, "run_log": log}}
     return {**document, "digest": hashlib.sha256(_canonical(document)).hexdigest()}
+
+
+def recorded_recipe(
+    document: Mapping[str, Any], folder: Path, base: Path | None = None
+) -> tuple[Recipe, dict[str, str]]:
+    """The recipe that the output in `folder` was made from, and the commits of its models on the Hub.
+
+    base: what the recipe's relative paths start from now, in place of the folder that it lay in, seen from the output.
+    Raises RecipeError, CheckFailed where the manifest holds none.
+    """
+    try:
+        text, overrides = document["recipe"]["text"], document["overrides"]
+        commits = {item["name"]: item["revision"] for item in document["inputs"] if item["revision"]}
+        start = base if base is not None else folder / document["environment"].get("recipe_folder", "..")
+        start = Path(os.path.abspath(start))
+        return parse_recipe(text, str(start / "recipe.yaml"), start, overrides), commits
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckFailed(f"{folder}: its manifest holds no recipe") from error
+
+
+def gates(folder: Path) -> list[dict[str, Any]]:
+    """What became of each gate when the output in `folder` was made; its run log says it."""
+    try:
+        found = json.loads((folder / RUN_LOG_FILE).read_bytes()).get("gates", [])
+    except (OSError, ValueError, AttributeError):
+        return []
+    return list(found) if isinstance(found, list) else []
 
 
 def file_names(document: Mapping[str, Any]) -> set[str]:

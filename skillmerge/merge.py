@@ -9,27 +9,28 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from skillmerge import lockfile, manifest, savedplan
+from skillmerge import __version__, lockfile, manifest, savedplan
 from skillmerge.accounting import prove_ties
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.skill import check_zstandard
 from skillmerge.errors import CheckFailed, SkillmergeError, UnusableWeights, UsageError, some
+from skillmerge.gates import GateFailed, Outcome, Subject, check, prepare
 from skillmerge.parallel import hash_file, in_threads
 from skillmerge.planning import Plan
-from skillmerge.planning import make_plan as plan_recipe
-from skillmerge.recipe import Recipe, load
+from skillmerge.recipe import Recipe
+from skillmerge.reporter import Reporter
 from skillmerge.resources import budget, check_disk
 from skillmerge.sidefiles import SideFile, fetch
-from skillmerge.sources import Access, close_all, open_models
+from skillmerge.sources import Access, planned
 from skillmerge.tensors import DTYPES, UNIT
-from skillmerge.verification import check_structure
+from skillmerge.verification import check_structure, input_digests
 from skillmerge.writer import MANIFEST_FILE, Staging, disk_errors, write_whole
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 class Result:
     """A finished merge: where it is, its manifest, and where it was computed and why there.
 
-    `already` where nothing was left to do. published: where on the Hub it is, if it was pushed.
+    `already` where nothing was left to do. published: where on the Hub it is, if it was pushed. gates: what became
+    of each, as `gates.Outcome` has it.
     """
 
     output: Path
@@ -51,21 +53,7 @@ class Result:
     already: bool = False
     published: Published | None = None
     plan: Plan | None = None
-
-
-class Reporter:
-    """Where a run tells what it does; this one keeps quiet."""
-
-    def say(self, message: str) -> None:
-        """A remark."""
-
-    def warn(self, message: str) -> None:
-        """Something that a person should know."""
-
-    @contextmanager
-    def bar(self, total: int) -> Iterator[Callable[[int], None]]:
-        """A progress display for `total` bytes of output; it is told how many are finished."""
-        yield lambda done: None
+    gates: Sequence[Mapping[str, Any]] = ()
 
 
 def apply(
@@ -79,11 +67,13 @@ def apply(
     stats: str = "sampled",
     overwrite: bool = False,
     full: bool = False,
+    keep_failed: bool = False,
     hash_inputs: bool = False,
     allow_nonfinite: bool = False,
     allow_code: bool = False,
     follow_links: bool = False,
     locked: bool = False,
+    commits: Mapping[str, str] | None = None,
     hub: str = "stream",
     push: str | None = None,
     no_local: bool = False,
@@ -97,16 +87,17 @@ def apply(
 
     recipe: path of the recipe, or of a saved plan, or one that was read. output: the folder, in place of `output.path`.
     coefficients: numbers in place of the recipe's. device: auto, cpu, cuda or cuda:N. memory_limit: bytes.
-    stats: full, sampled or off. full: an output that is
-    there already is read again, every byte. hub: stream or download. push: org/name, in place of `output.push.repo`;
-    private, revision, pull_request and message likewise. no_local: shards are sent as they are finished and
-    removed; only the Hub keeps them.
+    stats: full, sampled or off. full: an output that is there already is read again, every byte. keep_failed: an
+    output that a gate refuses stays in the staging folder. hub: stream or download. push: org/name, in place of
+    `output.push.repo`; private, revision, pull_request and message likewise. no_local: shards are sent as they are
+    finished and removed; only the Hub keeps them. commits: what the revisions of models on the Hub stand for.
     Raises SkillmergeError, whose subclasses say which kind of trouble it was; see `skillmerge.errors`.
     """
     started = time.monotonic()
     reporter = reporter or Reporter()
+    reporter.event("started", skillmerge=__version__, recipe=_name_of(recipe))
     _check_arguments(device, threads, memory_limit, stats, hub)
-    access = Access(follow_links, locked, download=hub == "download")
+    access = Access(follow_links, locked, download=hub == "download", commits=commits or {})
     saved = savedplan.read(recipe) if not isinstance(recipe, Recipe) and savedplan.looks_saved(recipe) else None
     if saved is not None:
         if coefficients:
@@ -120,7 +111,12 @@ def apply(
             reporter.warn(note)
         if plan.recipe.output.compression != "none":
             check_zstandard()
+        prepare(plan.recipe.gates, stats, no_local)
         target = output_folder(plan.recipe, output, checkpoints)
+        reporter.event(
+            "planned", plan=plan.digest, output=str(target), tensors=len(plan.tensors), shards=len(plan.shards),
+            bytes_read=plan.bytes_read, bytes_written=plan.bytes_written,
+        )  # fmt: skip
         budget(plan, threads=threads, memory_limit=memory_limit)
         options = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
         publication = _publication(plan, push, no_local, options)
@@ -131,17 +127,19 @@ def apply(
             found = publication.find() if publication is not None and no_local and not overwrite else None
             if found is not None:
                 staging.discard()
-                return Result(target, found[1], time.monotonic() - started, already=True, published=found[0], plan=plan)
-            recovered = staging.recover(plan.digest, conditions, overwrite)
+                seconds = time.monotonic() - started
+                return _told(reporter, Result(target, found[1], seconds, already=True, published=found[0], plan=plan))
+            recovered = staging.recover(plan.weights_digest, conditions, overwrite)
             proof = finished_output(target, plan, conditions, hash_inputs) if not no_local else None
             # Who overwrites may have a reason to, a damaged output for one.
             already = proof is not None and (recovered or not (overwrite or full) or _is_intact(target, proof))
-            where = ""
+            where, passed = "", manifest.gates(target) if already else []
             if proof is None or not already:
                 if not no_local:
                     _refuse_existing(target, overwrite)
-                run = _Run(plan, checkpoints, staging, conditions, publication, reporter, started)
+                run = _Run(plan, checkpoints, staging, conditions, publication, access, keep_failed, reporter, started)
                 where, proof = run.finish(device, threads, memory_limit, allow_code, hash_inputs)
+                passed = manifest.gates(staging.files)
                 if not no_local:
                     check_structure(staging.files, proof)
                     staging.publish(overwrite)
@@ -152,7 +150,19 @@ def apply(
                 published = publication.publish(staging.files if no_local else target, proof, verified=not already)
                 if no_local:
                     staging.discard()
-    return Result(target, proof, time.monotonic() - started, where, already, published, plan)
+    seconds = time.monotonic() - started
+    return _told(reporter, Result(target, proof, seconds, where, already, published, plan, passed))
+
+
+def _told(reporter: Reporter, result: Result) -> Result:
+    on_hub = result.published.as_dict() if result.published is not None else None
+    where = {"output": str(result.output), "hub": on_hub, "already": result.already}
+    reporter.event("published", **where, seconds=round(result.seconds, 3))
+    return result
+
+
+def _name_of(recipe: str | os.PathLike[str] | Recipe) -> str:
+    return recipe.document.name if isinstance(recipe, Recipe) else os.fspath(recipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +174,8 @@ class _Run:
     staging: Staging
     conditions: Mapping[str, Any]
     publication: Publication | None
+    access: Access
+    keep_failed: bool
     reporter: Reporter
     started: float
 
@@ -172,7 +184,7 @@ class _Run:
     ) -> tuple[str, dict[str, Any]]:
         """Begin or continue. Returns where it was computed, and the manifest."""
         plan, staging = self.plan, self.staging
-        if remark := staging.begin(plan.digest, dict(self.conditions)):
+        if remark := staging.begin(plan.weights_digest, dict(self.conditions), plan.digest):
             self.reporter.warn(remark)
         needed = plan.bytes_written - staging.finished_bytes
         if plan.makes_skill:
@@ -195,19 +207,56 @@ class _Run:
             raise
         if self.publication is not None:
             self.publication.settle(failed=False)
-        digests = _hash_inputs(self.checkpoints) if hash_inputs else {}
+        digests = input_digests(self.checkpoints) if hash_inputs else {}
         for checkpoint in self.checkpoints.values():
             checkpoint.check_unchanged()
         if plan.makes_skill:
             from skillmerge.cutting import describe_skill
 
             side_files.append(SideFile.of(*describe_skill(plan, self.checkpoints, staging.finished)))
-        environment = {**_versions(), "device": where.split(": ")[0], **self.conditions}
-        stats = self.conditions["stats"]
-        proof = _write_proof(plan, staging, side_files, stats, environment, digests, self.started)
+        for file in side_files:
+            staging.write_file(file.name, file.content or b"")
+        body = manifest.build(plan, staging.finished, side_files, self.conditions["stats"], digests)
+        outcomes = self._measured(body)
+        failed = not all(outcome.passed for outcome in outcomes)
+        if failed and not self.keep_failed:
+            staging.discard()
+            raise GateFailed(outcomes, fix="--keep-failed keeps the output where it can be looked at")
+        proof = self._prove(body, where, outcomes)
+        if failed:
+            raise GateFailed(outcomes, fix=f"it is kept in {staging.files}; the same command goes on from there")
         if self.publication is not None and self.publication.in_flight is not None:
-            staging.seal()
+            staging.seal(plan.digest)
         return where, proof
+
+    def _measured(self, body: Mapping[str, Any]) -> list[Outcome]:
+        """What becomes of the recipe's gates."""
+
+        def tell(outcome: Outcome) -> None:
+            self.reporter.event("gate", **outcome.as_dict())
+
+        opened = (self.plan, self.checkpoints)
+        subject = Subject(self.staging.files, body, lambda: nullcontext(opened), self.access)
+        return check(self.plan.recipe.gates, subject, tell)
+
+    def _prove(self, body: Mapping[str, Any], where: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """Write run log and manifest; nothing else but what it names stays in the output. Returns the manifest."""
+        log = {
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(time.monotonic() - self.started, 3),
+            "gates": [outcome.as_dict() for outcome in outcomes],
+        }
+        run_log = (json.dumps(log) + "\n").encode()
+        passed = all(outcome.passed for outcome in outcomes)
+        folder = os.path.relpath(
+            self.plan.recipe.folder.resolve(), self.staging.output if passed else self.staging.files
+        )
+        environment = {**_versions(), "device": where.split(": ")[0], "recipe_folder": folder, **self.conditions}
+        proof = manifest.seal(body, environment, run_log)
+        self.staging.write_file(manifest.RUN_LOG_FILE, run_log)
+        self.staging.write_file(MANIFEST_FILE, manifest.to_bytes(proof))
+        self.staging.drop_strangers(manifest.file_names(proof))
+        return proof
 
     def _merge(self, device: str, threads: int | None, memory_limit: int | None) -> str:
         # torch takes seconds to import: everything that can fail without it has been tried by now. Meanwhile the
@@ -233,12 +282,21 @@ class _Run:
                     settings,
                     progress=progress,
                     in_flight=publication.in_flight if publication is not None else None,
-                    finished=publication.finished if publication is not None else lambda entry: None,
+                    finished=self._finished,
                 )
             except UnusableWeights:
                 self.staging.discard()
                 raise
         return f"{where}: {why}"
+
+    def _finished(self, entry: dict[str, Any]) -> None:
+        """A shard is durable."""
+        self.reporter.event(
+            "shard_finished", file=entry["shard"], size=entry["size"], sha256=entry["sha256"],
+            finished=len(self.staging.finished) + 1, shards=len(self.plan.shards),
+        )  # fmt: skip
+        if self.publication is not None:
+            self.publication.finished(entry)
 
 
 def make_plan(
@@ -326,23 +384,6 @@ def _signals_waiting() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def planned(
-    recipe: str | os.PathLike[str] | Recipe,
-    coefficients: Mapping[str, float] | None,
-    allow_code: bool,
-    access: Access,
-    warn: Callable[[str], None],
-) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
-    """The plan of a recipe and its checkpoints, open while the context lasts."""
-    parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
-    checkpoints = open_models(parsed, access, warn)
-    try:
-        yield plan_recipe(parsed, checkpoints, allow_code=allow_code), checkpoints
-    finally:
-        close_all(checkpoints)
 
 
 def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpoints: Mapping[str, Checkpoint]) -> Path:
@@ -435,30 +476,6 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         )
 
 
-def _write_proof(
-    plan: Plan,
-    staging: Staging,
-    side_files: Sequence[SideFile],
-    stats: str,
-    environment: Mapping[str, Any],
-    digests: Mapping[tuple[str, str], str],
-    started: float,
-) -> dict[str, Any]:
-    """Side files, run log and manifest; nothing else stays in the output. Returns the manifest."""
-    for file in side_files:
-        staging.write_file(file.name, file.content or b"")
-    log = {
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    run_log = (json.dumps(log) + "\n").encode()
-    proof = manifest.build(plan, staging.finished, side_files, stats, environment, digests, run_log)
-    staging.write_file(manifest.RUN_LOG_FILE, run_log)
-    staging.write_file(MANIFEST_FILE, manifest.to_bytes(proof))
-    staging.drop_strangers(manifest.file_names(proof))
-    return proof
-
-
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
@@ -468,10 +485,3 @@ def _versions() -> dict[str, str]:
         "torch": version("torch"),
         "safetensors": version("safetensors"),
     }
-
-
-def _hash_inputs(checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], str]:
-    """sha256 of every weight file, a few at a time."""
-    files = [(name, file) for name, checkpoint in checkpoints.items() for file in checkpoint.shards]
-    digests = in_threads(lambda item, stop: checkpoints[item[0]].sha256(item[1], stop), files)
-    return dict(zip(files, digests, strict=True))

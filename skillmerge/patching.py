@@ -20,9 +20,10 @@ from skillmerge.checkpoints.safetensors_header import build_header
 from skillmerge.checkpoints.skill import summary, tensor_digest
 from skillmerge.errors import CheckFailed, InputError
 from skillmerge.expression import minus_of
-from skillmerge.merge import Reporter, output_folder
+from skillmerge.merge import output_folder
 from skillmerge.parallel import in_threads
 from skillmerge.recipe import recipe_of
+from skillmerge.reporter import Reporter
 from skillmerge.resources import check_disk
 from skillmerge.sources import Access, close_all, open_models
 from skillmerge.tensors import DTYPES, UNIT, TensorSpec

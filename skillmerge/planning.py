@@ -123,6 +123,8 @@ class Plan:
     versions: Mapping[str, Mapping[str, list[int | str]]] = field(default_factory=dict, compare=False)
     """What tells the input files from changed ones on this machine."""
     digest: str = field(default="", compare=False)
+    weights_digest: str = field(default="", compare=False)
+    """The digest of what decides the output's bytes: it stays where only words of the recipe change, or its gates."""
 
     @property
     def makes_skill(self) -> bool:
@@ -142,7 +144,7 @@ class Plan:
             raise InputError(f"{count} problem{'s' if count > 1 else ''} between the models:\n{text}", fix=fix)
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as plain data: what `--json` prints, what `-o` writes and what the digest is taken of."""
+        """The plan as plain data: what `--json` prints, and what `-o` writes."""
         return {
             **_deciding(self),
             "digest": self.digest,
@@ -214,8 +216,10 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
         input_itemsizes=_itemsizes(tensors, checkpoints),
         versions=versions(checkpoints),
     )
-    digest = hashlib.sha256(json.dumps(_deciding(plan), sort_keys=True).encode()).hexdigest()
-    object.__setattr__(plan, "digest", digest)
+    deciding = {key: value for key, value in _deciding(plan).items() if key != "recipe_sha256"}
+    weights_digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    object.__setattr__(plan, "weights_digest", weights_digest)
+    object.__setattr__(plan, "digest", hashlib.sha256((weights_digest + recipe.sha256).encode()).hexdigest())
     return plan
 
 
@@ -467,7 +471,7 @@ def _input(name: str, checkpoint: Checkpoint, read: Mapping[tuple[str, str], int
 
 
 def _deciding(plan: Plan) -> dict[str, Any]:
-    """Everything that the output's bytes depend on, but for the weights themselves."""
+    """Everything that the output depends on, but for the weights themselves."""
     output = plan.recipe.output
     inputs = [
         {

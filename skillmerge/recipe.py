@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 from skillmerge import yamltext
 from skillmerge.checkpoints.location import SCHEME, Location, parse_location
 from skillmerge.coefficients import LayerRange, Rule, Schedule, parse_layers
-from skillmerge.errors import InputError, RecipeError, UsageError, did_you_mean
+from skillmerge.criteria import Gate, gates_of
+from skillmerge.errors import InputError, RecipeError, UsageError, did_you_mean, some
 from skillmerge.expression import ExpressionError, Node, names_in, normalise_name, parse
-from skillmerge.schema import ModelTable, PushTable, RecipeTable, RuleTable, ScheduleTable, read_table
+from skillmerge.schema import GatesFileTable, ModelTable, PushTable, RecipeTable, RuleTable, ScheduleTable, read_table
 from skillmerge.tensors import parse_size
 from skillmerge.yamltext import Document, Path, Place
 
@@ -81,6 +83,7 @@ class Recipe:
     copy: tuple[CopyRule, ...]
     ignore: tuple[str, ...]
     output: Output
+    gates: tuple[Gate, ...]
     overrides: Mapping[str, float]
     """Coefficients that were set from outside, in place of the recipe's."""
     rules_overridden: Mapping[str, int]
@@ -123,6 +126,25 @@ def load(path: str | os.PathLike[str], overrides: Mapping[str, float] | None = N
     Raises RecipeError for whatever is wrong with the text, UsageError where there is no such recipe.
     """
     path = FilePath(path)
+    text = _text_of(path)
+    if text.startswith(SAVED_PLAN):
+        raise UsageError(
+            f"{path} is a saved plan, not a recipe", fix="`skillmerge apply` takes it; elsewhere name the recipe"
+        )
+    return parse_recipe(text, str(path), path.parent, overrides or {})
+
+
+def load_gates(path: str | os.PathLike[str]) -> tuple[Gate, ...]:
+    """The gates in a file of their own, or of a recipe. Raises RecipeError, UsageError."""
+    path = FilePath(path)
+    document = yamltext.read(_text_of(path), str(path))
+    if isinstance(document.data, dict) and "skillmerge" in document.data:
+        return parse_recipe(document.text, str(path), path.parent).gates
+    return gates_of(read_table(document, GatesFileTable).gates, document, path.parent)
+
+
+def _text_of(path: FilePath) -> str:
+    """What a person wrote, within bounds."""
     try:
         if path.is_dir():
             raise UsageError(
@@ -132,24 +154,19 @@ def load(path: str | os.PathLike[str], overrides: Mapping[str, float] | None = N
             raise UsageError(f"{path} is not a file", fix="save the recipe as a file and name that")
         if path.stat().st_size > yamltext.MAX_BYTES:
             raise RecipeError(f"{path}: is larger than {yamltext.MAX_BYTES // 1024} KiB, which no recipe needs")
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist", fix="`skillmerge init` writes a recipe to start from") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    if text.startswith(SAVED_PLAN):
-        raise UsageError(
-            f"{path} is a saved plan, not a recipe", fix="`skillmerge apply` takes it; elsewhere name the recipe"
-        )
-    return parse_recipe(text, str(path), path.parent, overrides or {})
 
 
 def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str, float] | None = None) -> Recipe:
     """The recipe in `text`; `name` is its file in messages, `folder` what relative paths start from."""
     document = yamltext.read(text, name)
-    table = read_table(document)
+    table = read_table(document, RecipeTable)
     models, coefficients = _names(document, table)
     schedules = {
         normalise_name(written): _schedule(document, ("coefficients", written), table.coefficients[written])
@@ -213,6 +230,7 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
             card=_local_path(document, ("output", "card"), folder, table.output.card) if table.output.card else None,
             push=_push(table.output.push) if table.output.push else None,
         ),
+        gates=_gates(document, table, folder, list(models), skills | set(patches)),
         overrides={normalise_name(key): float(value) for key, value in (overrides or {}).items()},
         rules_overridden=overridden,
     )
@@ -228,6 +246,24 @@ def unused_names(recipe: Recipe) -> list[str]:
     """Models and coefficients that stand in the recipe and do nothing: not wrong, but worth a word."""
     named = {name.name for name in names_in(recipe.expression)} | set(recipe.used_models())
     return [name for name in (*recipe.models, *recipe.coefficients) if name not in named]
+
+
+def _gates(
+    document: Document, table: RecipeTable, folder: FilePath, models: list[str], unlike: AbstractSet[str]
+) -> tuple[Gate, ...]:
+    """The recipe's gates. unlike: those of the models that have no folder of their own to load."""
+    gates = gates_of(table.gates, document, folder)
+    place = document.place(("gates",))
+    if gates and table.output.kind == "skill":
+        raise document.error("a skill has no `gates`", place, "they are for the models that it is put into")
+    for gate in gates:
+        if gate.kind == "perplexity" and gate.model is not None and gate.model not in set(models) - unlike:
+            known = [name for name in models if name not in unlike]
+            place = document.place(("gates", "perplexity", "of"))
+            raise document.error(
+                f"`{gate.model}` is not a whole model of this recipe", place, f"there are: {some(known)}"
+            )
+    return gates
 
 
 def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list[str]]:

@@ -1,4 +1,4 @@
-"""Plans, results and progress for people: rich tables on stdout, remarks and a tqdm bar on stderr.
+"""Plans and results for people: rich tables on stdout.
 
 Only shows what it is given; nothing is computed here but how to draw it.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -22,7 +20,7 @@ from skillmerge.accounting import settlement
 from skillmerge.depth import bars, number, over_depth
 from skillmerge.errors import some, visible
 from skillmerge.figures import FIGURES, SPECTRAL, show
-from skillmerge.merge import Reporter, Result
+from skillmerge.merge import Result
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.patching import Patch
 from skillmerge.planning import Plan
@@ -38,10 +36,9 @@ if TYPE_CHECKING:
     from skillmerge.inspection import Inspection
     from skillmerge.miniature import Question
     from skillmerge.publishing import Published
+    from skillmerge.rebuilding import Rebuilt
     from skillmerge.scoring import Score
     from skillmerge.sweep import Sweep
-
-_QUIET_SECONDS = 30
 
 
 class _Console(Console):
@@ -58,66 +55,6 @@ def console() -> Console:
 def Text(text: str, style: str = "") -> RichText:
     """Text as it is: no markup in it, no control characters."""
     return RichText(visible(text), style=style)
-
-
-class TerminalReporter(Reporter):
-    """Remarks and progress on stderr: a bar on a terminal, else a line every 30 seconds."""
-
-    def __init__(self, quiet: bool, verbose: bool, doing: str = "merging", unit: str = "B") -> None:
-        self.quiet, self.verbose, self.doing, self.unit = quiet, verbose, doing, unit
-
-    def say(self, message: str) -> None:
-        if self.verbose and not self.quiet:
-            print(visible(message), file=sys.stderr)
-
-    def warn(self, message: str) -> None:
-        if not self.quiet:
-            print(visible(f"note: {message}"), file=sys.stderr)
-
-    @contextmanager
-    def bar(self, total: int) -> Iterator[Callable[[int], None]]:
-        if self.quiet:
-            yield lambda done: None
-        elif sys.stderr.isatty():
-            with self._tqdm(total) as show:
-                yield show
-        else:
-            yield _line_progress(total, self.doing, self.unit)
-
-    @contextmanager
-    def _tqdm(self, total: int) -> Iterator[Callable[[int], None]]:
-        from tqdm import tqdm
-
-        scale, unit = self.unit == "B", self.unit if self.unit == "B" else f" {self.unit}"
-        with tqdm(total=total, unit=unit, unit_scale=scale, desc=self.doing, file=sys.stderr, leave=False) as bar:
-
-            def show(done: int) -> None:
-                bar.update(done - bar.n)
-
-            yield show
-
-
-def _line_progress(total: int, doing: str, unit: str) -> Callable[[int], None]:
-    started = last = time.monotonic()
-
-    def told(count: float) -> str:
-        return format_bytes(int(count)) if unit == "B" else f"{count:.3g} {unit}"
-
-    def show(done: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < _QUIET_SECONDS:
-            return
-        last = now
-        speed = done / (now - started)
-        left = f", {(total - done) / speed:.0f} s left" if speed else ""
-        print(
-            f"{doing}: {told(done)} of {told(total)}, {told(speed)}/s{left}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    return show
 
 
 def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | None, out: Console) -> None:
@@ -201,6 +138,8 @@ def show_result(result: Result, out: Console) -> None:
         out.print(Text(f"{result.output} is this plan's output already{nothing}"), soft_wrap=True)
     else:
         _show_work(result, statistics, out)
+        if result.gates:
+            show_gates(result.gates, out)
     if result.published is not None:
         show_published(result.published, out)
 
@@ -217,6 +156,18 @@ def _show_work(result: Result, statistics: Mapping[str, Any], out: Console) -> N
         whole = statistics["all"]["dense_bytes"]
         what += f", {size / whole:.2f} of the {format_bytes(whole)} that it would take whole" if whole else ""
     out.print(Text(f"{what} ({format_bytes(size)} in {result.seconds:.1f} s{where})", style="bold"), soft_wrap=True)
+
+
+def show_gates(outcomes: Sequence[Mapping[str, Any]], out: Console) -> None:
+    """What was asked of the output, what was measured, and the verdict."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("gate", "asked", "measured", "verdict", ""):
+        table.add_column(column, justify="right" if column == "measured" else "left")
+    for row in outcomes:
+        measured = f"{row['measured']:.4g}" if row["measured"] is not None else "-"
+        verdict = Text("passed", "green") if row["passed"] else Text("FAILED", "bold red")
+        table.add_row(Text(row["gate"]), Text(row["asked"]), measured, verdict, Text(row["detail"]))
+    out.print(table)
 
 
 def show_published(published: Published, out: Console) -> None:
@@ -501,6 +452,13 @@ def show_answers(shown: Sequence[Shown], examples: Sequence[tuple[Question, str,
 
 def show_parent(parent: str, model: str, out: Console) -> None:
     out.print(Text(f"{parent} is `{model}` of this skill: all tensors have the digests that it was cut from"))
+
+
+def show_rebuilt(made: Rebuilt, out: Console) -> None:
+    """What was built again, and that it is the same."""
+    what = "all" if made.tensors == made.of else f"{made.tensors} of"
+    told = f"{made.folder}: {what} {made.of} tensors ({format_bytes(made.bytes)}) come out the same, to the byte"
+    out.print(Text(told if made.output is None else f"{told}, in {made.output}", style="bold"), soft_wrap=True)
 
 
 def show_verdict(verdict: Verdict, out: Console) -> None:

@@ -6,7 +6,7 @@ The pydantic classes describe the text and nothing else; what it means is the bu
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, ValidationError
 
@@ -104,6 +104,49 @@ class OutputTable(_Table):
     push: Annotated[PushTable | None, Field(description="where on the Hub to publish")] = None
 
 
+class RangeTable(_Table):
+    min: Annotated[FiniteFloat | None, Field(description="the least that it may be")] = None
+    max: Annotated[FiniteFloat | None, Field(description="the most that it may be")] = None
+    modules: Annotated[Kinds | None, Field(description="look at each of these kinds of module by itself")] = None
+
+
+class CosineTable(RangeTable):
+    base: Annotated[
+        str | None,
+        Field(min_length=1, description="what the target was trained from: a model's name, or a place"),
+    ] = None
+
+
+class PerplexityTable(_Table):
+    text: Annotated[str, Field(min_length=1, description="the file with the text")]
+    max: Annotated[FiniteFloat | None, Field(gt=0, description="the most that it may be")] = None
+    max_ratio: Annotated[FiniteFloat | None, Field(gt=0, description="the most of what model `of` has")] = None
+    of: Annotated[str | None, Field(description="a model of the recipe; by default the donor")] = None
+
+
+class CommandTable(_Table):
+    run: Annotated[str, Field(min_length=1, description="prints a number; {} stands for the model's folder")]
+    name: Annotated[str | None, Field(min_length=1, description="what to call it")] = None
+    score: Annotated[str | None, Field(min_length=1, description="which one, where it prints a JSON object")] = None
+    min: FiniteFloat | None = None
+    max: FiniteFloat | None = None
+    timeout: Annotated[FiniteFloat, Field(gt=0, description="seconds")] = 3600.0
+
+
+class GatesTable(_Table):
+    changed: Annotated[RangeTable | None, Field(description="share of elements; by default more than 0")] = None
+    vanished: Annotated[RangeTable | None, Field(description="share of the update that rounding took")] = None
+    realised: Annotated[RangeTable | None, Field(description="what rounding let through, of what was asked")] = None
+    realised_lambda: Annotated[RangeTable | None, Field(description="the coefficient that came out")] = None
+    norm_ratio: Annotated[RangeTable | None, Field(description="|y - t| / |t|, of each kind of module")] = None
+    cosine_z: Annotated[CosineTable | None, Field(description="between the update and the target's own")] = None
+    finite: Annotated[bool, Field(description="no NaN and no Inf in any weight")] = False
+    loads: Annotated[bool, Field(description="transformers loads it, and every tensor finds its place")] = False
+    finite_logits: Annotated[bool, Field(description="what it computes from a short input is finite")] = False
+    perplexity: Annotated[PerplexityTable | None, Field(description="of a text, in itself or beside a parent's")] = None
+    commands: Annotated[list[CommandTable], Field(description="whatever prints a number")] = []
+
+
 ModelEntry = Annotated[
     Annotated[str, Field(min_length=1), Tag("plain")] | Annotated[ModelTable, Tag("table")], _PLAIN_OR_TABLE
 ]
@@ -122,14 +165,25 @@ class RecipeTable(_Table):
     copy_: Annotated[list[CopyTable], Field(alias="copy")] = []
     ignore: Annotated[list[Glob], Field(description="tensors of other models that the output does without")] = []
     output: OutputTable = OutputTable()
+    gates: Annotated[GatesTable | None, Field(description="what must hold before the output is published")] = None
 
 
-def read_table(document: Document) -> RecipeTable:
-    """The document as tables. Raises RecipeError for the first thing in it that a recipe cannot have."""
+class GatesFileTable(_Table):
+    """Gates in a file of their own."""
+
+    gates: GatesTable
+
+
+_Whole = TypeVar("_Whole", RecipeTable, GatesFileTable)
+
+
+def read_table(document: Document, table: type[_Whole]) -> _Whole:
+    """The document as tables. Raises RecipeError for the first thing in it that such a file cannot have."""
     if not isinstance(document.data, dict):
-        raise document.error("is not a recipe: it must be a table of keys", document.place(()))
+        what = "a recipe" if table is RecipeTable else "a file of gates"
+        raise document.error(f"is not {what}: it must be a table of keys", document.place(()))
     try:
-        return RecipeTable.model_validate(document.data)
+        return table.model_validate(document.data)
     except ValidationError as error:
         raise _shape_error(document, error) from error
 
@@ -152,6 +206,7 @@ def json_schema() -> dict[str, Any]:
 _EXPECTED = {
     "float_type": "a number",
     "int_type": "a whole number",
+    "bool_type": "true or false",
     "string_type": "text",
     "list_type": "a list",
     "dict_type": "a table",
@@ -224,6 +279,13 @@ def _shape_message(path: Path, detail: Any) -> tuple[str, str | None]:
     return f"{where}: {detail['msg'].lower()}", None
 
 
+_GATES: dict[int | str, type[BaseModel]] = {
+    "cosine_z": CosineTable,
+    "perplexity": PerplexityTable,
+    "commands": CommandTable,
+}
+
+
 def _known_keys(path: Path) -> list[str]:
     table: type[BaseModel] = RecipeTable
     if path[:1] == ("models",):
@@ -236,6 +298,8 @@ def _known_keys(path: Path) -> list[str]:
         table = PushTable
     elif path[:1] == ("output",):
         table = OutputTable
+    elif path[:1] == ("gates",):
+        table = _GATES.get(path[1], RangeTable) if path[1:] else GatesTable
     return [field.alias or name for name, field in table.model_fields.items()]
 
 

@@ -132,22 +132,29 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def run_command(scorer: Scorer, folder: Path, seed: int) -> Scores:
-    """Run the scoring command on a model's folder. Raises CheckFailed where it fails or prints no number."""
+def run_command(
+    scorer: Scorer, folder: Path, seed: int, *, timeout: float | None = None, where: Path | None = None
+) -> Scores:
+    """Run the scoring command on a model's folder. timeout: seconds. where: the folder that it runs in.
+
+    Raises CheckFailed where it fails, prints no number, or takes longer.
+    """
     assert scorer.command is not None
     quoted = shlex.quote(str(folder))
     command = scorer.command.replace("{}", quoted) if "{}" in scorer.command else f"{scorer.command} {quoted}"
     environment = {**os.environ, "SKILLMERGE_SEED": str(seed)}
     process = subprocess.Popen(
         command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, errors="replace", start_new_session=True,
+        text=True, errors="replace", start_new_session=True, cwd=where,
     )  # fmt: skip
     try:
-        printed, complained = process.communicate()
-    except BaseException:  # an interrupt: what the command has started goes with it
+        printed, complained = process.communicate(timeout=timeout)
+    except BaseException as error:  # an interrupt, or too late: what the command has started goes with it
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise CheckFailed(f"the scoring command had printed nothing after {timeout:g} seconds: {command}") from None
         raise
     if process.returncode:
         raise CheckFailed(
@@ -279,6 +286,19 @@ def _rows_of(path: str) -> list[dict[str, Any]]:
             ) from error
         rows.append(row)
     return rows
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """A folder's tokenizer as tokenizer.json says (AutoTokenizer rebuilds some from the name of the model's type
+    alone), or None."""
+    import transformers
+
+    kinds: Any = transformers
+    if (folder / "tokenizer.json").exists():
+        return kinds.PreTrainedTokenizerFast.from_pretrained(folder)
+    if any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
+        return kinds.AutoTokenizer.from_pretrained(folder)
+    return None
 
 
 def perplexity(model: Any, tokenizer: Any, text: str) -> dict[str, Score]:

@@ -1,9 +1,12 @@
-"""A recipe's models -> open checkpoints: folders, and repositories at a commit that is known from then on."""
+"""A recipe's models -> open checkpoints: folders, and repositories at a commit that is known from then on; and the
+plan that is made over them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from skillmerge.checkpoints.skill import open_skill
 from skillmerge.errors import StalePlan, UsageError
 from skillmerge.expression import minus_of
 from skillmerge.lockfile import LockedModel
-from skillmerge.recipe import Recipe
+from skillmerge.planning import Plan, make_plan
+from skillmerge.recipe import Recipe, load
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,23 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
         close_all(checkpoints)
         raise
     return checkpoints
+
+
+@contextmanager
+def planned(
+    recipe: str | os.PathLike[str] | Recipe,
+    coefficients: Mapping[str, float] | None,
+    allow_code: bool,
+    access: Access,
+    warn: Callable[[str], None],
+) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
+    """The plan of a recipe and its checkpoints, open while the context lasts."""
+    parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
+    checkpoints = open_models(parsed, access, warn)
+    try:
+        yield make_plan(parsed, checkpoints, allow_code=allow_code), checkpoints
+    finally:
+        close_all(checkpoints)
 
 
 def close_all(checkpoints: Mapping[str, Checkpoint]) -> None:

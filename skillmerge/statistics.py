@@ -5,6 +5,7 @@ Measured where the update v is not 0 (design: "rounding is reported, never hidde
     realised lambda   lambda * <y - t, u> / <u, u>    with u = lambda * v, t the base, y the output
     vanished share    elements with u != 0 and y = t, of those with u != 0
     changed share     elements with y != t, of all
+    norm ratio        |y - t| / |t|
 
 t is rounded to the output's dtype first, so that only the update is measured. Sums are kept per block and
 added exactly, so that they depend on nothing but the numbers. `sampled` reads one block in SAMPLE_STRIDE of
@@ -43,7 +44,7 @@ def is_sampled(name: str, block: int, blocks: int, mode: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class BlockStatistics:
-    """Counts and sums of one block: `uu` and `du` are <u, u> and <y - t, u>."""
+    """Counts and sums of one block: `uu`, `du`, `dd` and `tt` are <u, u>, <y - t, u>, <y - t, y - t> and <t, t>."""
 
     elements: int
     updated: int
@@ -51,6 +52,8 @@ class BlockStatistics:
     changed: int
     uu: float
     du: float
+    dd: float
+    tt: float
 
 
 def measure(base: Tensor, out: Tensor, subtracted: Tensor, scratch: Scratch) -> BlockStatistics:
@@ -66,8 +69,11 @@ def measure(base: Tensor, out: Tensor, subtracted: Tensor, scratch: Scratch) -> 
     changed = torch.ne(before, after, out=scratch.get("statistics", 1, before.dtype, count))
     update = scratch.get("statistics", 2, wide, count).copy_(subtracted)
     step = scratch.get("statistics", 3, wide, count).copy_(out)
-    step.sub_(scratch.get("statistics", 4, wide, count).copy_(base)).mul_(update)
-    du = -fold_sum(step)
+    square = scratch.get("statistics", 4, wide, count).copy_(base)
+    step.sub_(square)
+    tt = fold_sum(square.mul_(square))
+    dd = fold_sum(torch.mul(step, step, out=square))
+    du = -fold_sum(step.mul_(update))
     updated = int(torch.count_nonzero(update).item())
     visible = int(torch.count_nonzero(torch.mul(update, changed, out=step)).item())
     return BlockStatistics(
@@ -77,6 +83,8 @@ def measure(base: Tensor, out: Tensor, subtracted: Tensor, scratch: Scratch) -> 
         changed=int(torch.count_nonzero(changed).item()),
         uu=fold_sum(update.mul_(update)),
         du=du,
+        dd=dd,
+        tt=tt,
     )
 
 
@@ -91,6 +99,8 @@ def total(blocks: Iterable[BlockStatistics], size: int) -> dict[str, Any]:
         "changed": sum(block.changed for block in blocks),
         "uu": _sum(block.uu for block in blocks),
         "du": _sum(block.du for block in blocks),
+        "dd": _sum(block.dd for block in blocks),
+        "tt": _sum(block.tt for block in blocks),
     }
 
 
@@ -156,6 +166,8 @@ def _group(plan: Plan, names: list[str], measured: Mapping[str, Mapping[str, Any
     )
     result["vanished"] = _share(math.fsum(row["vanished"] * by for row, by in scaled), updated)
     result["realised"] = _share(math.fsum(row["du"] * by for row, by in scaled), energy)
+    moved, whole = (math.fsum(row[key] * by for row, by in scaled) for key in ("dd", "tt"))
+    result["norm_ratio"] = math.sqrt(moved / whole) if whole else None
     factors = [_factor(plan, name) for name, _ in rows]
     if None not in factors and energy > 0:
         # u = lambda * v, so <v, v> = <u, u> / lambda^2.
@@ -172,7 +184,7 @@ def _group(plan: Plan, names: list[str], measured: Mapping[str, Mapping[str, Any
 
 
 def _is_finite(row: Mapping[str, Any] | None) -> bool:
-    return row is not None and row.get("uu") is not None and row.get("du") is not None
+    return row is not None and all(row.get(key) is not None for key in ("uu", "du", "dd", "tt"))
 
 
 def _share(part: float, whole: float) -> float | None:

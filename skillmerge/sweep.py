@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 from skillmerge.candidates import Axis, Values, grid, parse_axis, path_of, with_values
 from skillmerge.checkpoints.checkpoint import versions
 from skillmerge.errors import CheckFailed, UsageError
-from skillmerge.merge import Reporter, apply
+from skillmerge.merge import apply
 from skillmerge.recipe import Recipe, load
+from skillmerge.reporter import Reporter
 from skillmerge.scoring import CONFIDENCE, NotFinite, Score, Scorer, Scores, find_scorer, run_command, together
 from skillmerge.sources import Access, close_all, open_models
 from skillmerge.writer import disk_errors, hold, write_whole

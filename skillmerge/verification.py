@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -28,6 +28,7 @@ from skillmerge.checkpoints.skill import open_skill
 from skillmerge.errors import CheckFailed, InputError, UsageError, some
 from skillmerge.modelconfig import contradictions
 from skillmerge.parallel import hash_file, in_threads
+from skillmerge.reporter import Reporter
 from skillmerge.tensors import BLOCK, DTYPES, TensorSpec
 
 _PIECE = 8 << 20
@@ -50,7 +51,7 @@ def verify(
     *,
     load: bool = False,
     allow_nonfinite: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
+    reporter: Reporter | None = None,
 ) -> Verdict:
     """Check every file of an output. Raises CheckFailed with the first difference, UsageError for no folder.
 
@@ -59,11 +60,17 @@ def verify(
     root = Path(folder)
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
-    proof = manifest.read(root)
-    check_structure(root, proof)
-    with _reading(root):
-        _check_contents(root, proof, allow_nonfinite, progress)
-    report = check_load(root) if load else None
+    reporter = reporter or Reporter()
+    with _checked(reporter, "manifest"):
+        proof = manifest.read(root)
+    with _checked(reporter, "files, index and headers"):
+        check_structure(root, proof)
+    with _checked(reporter, "digests and values"), _reading(root):
+        _check_contents(root, proof, allow_nonfinite)
+    report = None
+    if load:
+        with _checked(reporter, "loads in transformers"):
+            report = check_load(root)
     return Verdict(root, len(manifest.file_names(proof)), len(proof["tensors"]), _total(proof), report)
 
 
@@ -87,6 +94,17 @@ def _check_skill(root: Path, proof: Mapping[str, Any]) -> None:
             check_shard(root / file, read_header(str(root / file), file).tensors)
     finally:
         plus.close()
+
+
+@contextmanager
+def _checked(reporter: Reporter, what: str) -> Iterator[None]:
+    """Tell how a check ended."""
+    try:
+        yield
+    except CheckFailed as error:
+        reporter.event("checked", check=what, problem=error.message)
+        raise
+    reporter.event("checked", check=what, problem="")
 
 
 @contextmanager
@@ -162,24 +180,25 @@ def check_shard(path: Path, specs: tuple[TensorSpec, ...]) -> None:
         raise CheckFailed(f"{path}: the safetensors library refuses it: {error}") from error
 
 
-def _check_contents(
-    root: Path, proof: Mapping[str, Any], allow_nonfinite: bool, progress: Callable[[int], None]
-) -> None:
-    """Digest every file and look for NaN and Inf on the way."""
-    done = 0
+def check_values(root: Path, proof: Mapping[str, Any]) -> None:
+    """Digest every file and look for NaN and Inf on the way. Raises CheckFailed."""
+    with _reading(root):
+        _check_contents(root, proof, False)
 
-    def check(file: Mapping[str, Any], stop: threading.Event) -> int:
+
+def _check_contents(root: Path, proof: Mapping[str, Any], allow_nonfinite: bool) -> None:
+    """Digest every file and look for NaN and Inf on the way."""
+
+    def check(file: Mapping[str, Any], stop: threading.Event) -> None:
         path = root / file["name"]
         specs: tuple[TensorSpec, ...] = ()
         if path.suffix == ".safetensors" and not allow_nonfinite:
             specs = read_header(str(path), path.name).tensors
         if _digest_and_scan(path, specs, stop) != file["sha256"]:
             raise CheckFailed(f"{path}: its bytes are not those that were written (sha256 differs)")
-        return int(file["size"])
 
-    for size in in_threads(check, proof["files"]):
-        done += size
-        progress(done)
+    for _ in in_threads(check, proof["files"]):
+        pass
 
 
 def _digest_and_scan(path: Path, specs: tuple[TensorSpec, ...], stop: threading.Event) -> str:
@@ -226,10 +245,19 @@ _LOADER = "import sys; sys.path[:] = [path for path in sys.path if path]; import
 
 def check_load(root: Path) -> dict[str, Any]:
     """Load the model with transformers, offline, in a separate process. Raises CheckFailed, UsageError."""
+    report = load(root)
+    if not report["ok"]:
+        raise CheckFailed(f"{root}: transformers could not load it cleanly: {report['why']}")
+    return report
+
+
+def load(root: Path, text: Path | None = None) -> dict[str, Any]:
+    """What `loading` reports of a model, and of the perplexity that `text` has. Raises CheckFailed where it cannot
+    report at all, UsageError where transformers is not installed."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
         process = subprocess.run(
-            [sys.executable, "-c", _LOADER, os.path.abspath(root)],
+            [sys.executable, "-c", _LOADER, os.path.abspath(root), *([os.path.abspath(text)] if text else [])],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -245,10 +273,15 @@ def check_load(root: Path) -> dict[str, Any]:
         how = f"was killed by signal {-process.returncode}" if process.returncode < 0 else "ended without a word"
         raise CheckFailed(f"{root}: transformers could not load it, the loading process {how}\n{detail}") from None
     if report.get("absent"):
-        raise UsageError("--load needs transformers", fix="pip install 'skillmerge[transformers]'")
-    if not report["ok"]:
-        raise CheckFailed(f"{root}: transformers could not load it cleanly: {report['why']}")
+        raise UsageError("this needs transformers", fix="pip install 'skillmerge[transformers]'")
     return dict(report)
+
+
+def input_digests(checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], str]:
+    """sha256 of every weight file, a few at a time."""
+    files = [(name, file) for name, checkpoint in checkpoints.items() for file in checkpoint.shards]
+    digests = in_threads(lambda item, stop: checkpoints[item[0]].sha256(item[1], stop), files)
+    return dict(zip(files, digests, strict=True))
 
 
 def _total(proof: Mapping[str, Any]) -> int:

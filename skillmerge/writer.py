@@ -25,13 +25,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skillmerge.errors import OutputLocked, ResourceError, UsageError, some
 from skillmerge.parallel import hash_file, in_threads
 
+if TYPE_CHECKING:
+    from skillmerge.planning import ShardPlan
+
 MANIFEST_FILE = "skillmerge.manifest.json"
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 PAGE = 4096
 """Alignment, in bytes, that direct I/O asks for."""
 TRIAL_BYTES = 32 << 20
@@ -213,9 +216,10 @@ class Staging:
         self._clear()
         return True
 
-    def begin(self, plan_digest: str, conditions: dict[str, Any]) -> str | None:
+    def begin(self, plan_digest: str, conditions: dict[str, Any], proof: str = "") -> str | None:
         """Load the journal of an earlier run of the same plan under the same conditions, or start afresh.
 
+        proof: what an output would have been sealed with that this run need not make anew.
         Returns a remark for the user where something of an earlier run was kept or dropped.
         """
         header = _journal_header(plan_digest, conditions)
@@ -230,7 +234,7 @@ class Staging:
                 count = f"{len(self.finished)} shard{' is' if len(self.finished) == 1 else 's are'}"
                 remark = f"continuing an interrupted run: {count} finished already"
                 remark += f"; {damaged} were damaged since and are done again" if damaged else ""
-                self.sealed = {"sealed": True} in entries and not damaged and (self.files / MANIFEST_FILE).is_file()
+                self.sealed = {"sealed": proof} in entries and not damaged and (self.files / MANIFEST_FILE).is_file()
                 if self.sealed:
                     return remark
             elif entries or self.files.exists():
@@ -250,6 +254,10 @@ class Staging:
         if not path.is_file() or path.stat().st_size != entry["size"]:
             return False
         return hash_file(path, stop) == str(entry["sha256"])
+
+    def open_shard(self, shard: ShardPlan, mode: WriteMode) -> ShardFile:
+        """The shard's file, new, in its full size. Raises UsageError, ResourceError."""
+        return ShardFile(self.files / shard.file, shard.size, shard.header, mode)
 
     def record(self, entry: dict[str, Any]) -> None:
         """Add a line to the journal and make it durable; what it speaks of must be durable already."""
@@ -272,9 +280,9 @@ class Staging:
                 stream.flush()
                 os.fsync(stream.fileno())
 
-    def seal(self) -> None:
+    def seal(self, proof: str) -> None:
         """The output is complete, but for shards that were uploaded and removed: nothing of it may change."""
-        self.record({"sealed": True})
+        self.record({"sealed": proof})
 
     def drop_strangers(self, names: set[str]) -> None:
         """Remove what does not belong into the output (an unfinished shard, a stray file)."""

@@ -24,7 +24,7 @@ import time
 from typing import Any, NoReturn
 
 import skillmerge.engine  # noqa: F401  (imports torch, which costs a second)
-from skillmerge import merge, writer
+from skillmerge import merge, reporter, writer
 from skillmerge.errors import SkillmergeError
 from skillmerge.resources import Budget
 from skillmerge.tensors import BLOCK
@@ -32,7 +32,7 @@ from skillmerge.tensors import BLOCK
 DISK_EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
-class Teller(merge.Reporter):
+class Teller(reporter.Reporter):
     """Keeps what a person would be told."""
 
     def __init__(self) -> None:

@@ -189,11 +189,11 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
 def test_progress_off_a_terminal_is_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from skillmerge import report
+    from skillmerge import messages
 
     clock = iter([0.0, 10.0, 31.0, 40.0])
-    monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
-    with report.TerminalReporter(quiet=False, verbose=False).bar(1_000_000) as progress:
+    monkeypatch.setattr(messages.time, "monotonic", lambda: next(clock))
+    with messages.TerminalReporter(quiet=False, verbose=False).bar(1_000_000) as progress:
         progress(100_000)
         progress(310_000)
         progress(400_000)

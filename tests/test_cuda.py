@@ -12,7 +12,7 @@ from test_laws import every_kind_of_number
 
 import skillmerge
 from skillmerge.arithmetic import Scratch
-from skillmerge.merge import Reporter
+from skillmerge.reporter import Reporter
 
 pytestmark = [
     pytest.mark.cuda,

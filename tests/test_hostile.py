@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import skillmerge
 from skillmerge.errors import SkillmergeError
-from skillmerge.merge import Reporter
+from skillmerge.reporter import Reporter
 
 CPU_SECONDS = 2.0
 """The promise. In CPU time, so that a busy machine does not fail it; what hangs runs into the timeout."""

@@ -115,7 +115,7 @@ def test_manifest_says_where_it_was_made_only_under_environment(large: Path, tmp
     document, environment, _ = parts(large.parent / "merged")
     assert str(tmp_path) not in json.dumps(document)
     made = {"python", "platform", "torch", "safetensors", "device", "run_log"}
-    assert set(environment) == made | {"inputs", "stats", "allow_nonfinite"}
+    assert set(environment) == made | {"recipe_folder", "inputs", "stats", "allow_nonfinite"}
     assert environment["torch"] == torch.__version__.partition("+")[0] or environment["torch"] == torch.__version__
     assert environment["device"] == "cpu" or environment["device"].startswith("cuda")
 

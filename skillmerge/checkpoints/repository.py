@@ -34,6 +34,9 @@ _CONNECTIONS = 16
 _REDIRECTS = 5
 
 
+_OF_A_MODEL = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
     """What the Hub says of a file: size in bytes, and `sha256` (of large files) or `git_sha1` and hex digits."""
@@ -329,3 +332,14 @@ def open_location(location: Location, *, download: bool = False) -> Files:
             + (f" --revision {location.revision}" if location.revision else ""),
         ) from error
     return Folder(Path(snapshot, location.subfolder), revision=Path(snapshot).name)
+
+
+def download(location: Location) -> Path:
+    """The folder in the Hub's cache with all of a model that a runtime reads, fetched where it is not there."""
+    prefix = f"{location.subfolder}/" if location.subfolder else ""
+    wanted = [prefix + pattern for pattern in _OF_A_MODEL]
+    snapshot = retried(
+        str(location),
+        lambda: snapshot_download(location.repository, revision=location.revision or None, allow_patterns=wanted),
+    )
+    return Path(snapshot, location.subfolder)

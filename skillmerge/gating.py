@@ -1,0 +1,59 @@
+"""The verb gate: hold a finished output against gates, those of a file or those of its own recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from skillmerge import manifest
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.errors import UsageError
+from skillmerge.gates import Outcome, Subject, check, prepare
+from skillmerge.planning import Plan
+from skillmerge.recipe import load_gates
+from skillmerge.reporter import Reporter
+from skillmerge.sources import Access, planned
+from skillmerge.verification import check_structure
+
+
+def gate(
+    folder: str | os.PathLike[str],
+    gates: str | os.PathLike[str] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    follow_links: bool = False,
+    reporter: Reporter | None = None,
+) -> list[Outcome]:
+    """Measure every gate of the file `gates` (or of the recipe in the manifest) on the output in `folder`.
+
+    base: the folder that the recipe's relative paths start from, where gates read the models that went in and these
+    have moved. Raises UsageError, RecipeError, CheckFailed where it is no sound output; a gate that does not hold
+    is in what is returned, not raised.
+    """
+    reporter = reporter or Reporter()
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
+    proof = manifest.read(root)
+    check_structure(root, proof)
+    recipe, commits = manifest.recorded_recipe(proof, root, Path(base) if base is not None else None)
+    asked = load_gates(gates) if gates is not None else recipe.gates
+    if not asked:
+        raise UsageError(
+            f"{gates or 'the recipe in the manifest'} has no gates",
+            fix="name a file that has: skillmerge gate DIR --gates FILE",
+        )
+    prepare(asked, proof["statistics"]["mode"], no_local=False)
+    access = Access(follow_links, commits=commits)
+
+    @contextmanager
+    def opened() -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
+        with planned(recipe, None, True, access, reporter.warn) as (plan, checkpoints):
+            yield plan, checkpoints
+
+    def tell(outcome: Outcome) -> None:
+        reporter.event("gate", **outcome.as_dict())
+
+    return check(asked, Subject(root, proof, opened, access), tell)

@@ -1,0 +1,112 @@
+"""Messages and progress to whoever runs the tool: lines on stderr, for people or, with `--log-format json`, for
+programs; a tqdm bar on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from typing import Any, Protocol
+
+from skillmerge.errors import visible
+from skillmerge.reporter import Reporter
+
+FORMAT = "SKILLMERGE_LOG_FORMAT"
+"""The environment variable that every process of a run sees; `json` or `text`."""
+
+_QUIET_SECONDS = 30
+_PREFIXES = {"info": "", "note": "note: ", "warning": "warning: ", "error": "error: "}
+
+
+def as_json() -> bool:
+    return os.environ.get(FORMAT) == "json"
+
+
+def tell(level: str, message: str, **fields: Any) -> None:
+    """One message. level: info, note, warning or error. fields: what programs are told beside it.
+
+    A stderr that cannot be written to is not a reason to stop.
+    """
+    with suppress(OSError, ValueError):
+        if as_json():
+            now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            line = json.dumps({"time": now, "level": level, "message": message, **fields}, ensure_ascii=False)
+            print(line, file=sys.stderr, flush=True)
+        else:
+            print(visible(_PREFIXES[level] + message), file=sys.stderr)
+
+
+class Listener(Protocol):
+    """Hears of a run's events."""
+
+    def tell(self, name: str, what: dict[str, Any]) -> None: ...
+
+    def close(self) -> None:
+        """There will be no more. Raises OSError."""
+
+
+class TerminalReporter(Reporter):
+    """Remarks and progress on stderr: a bar on a terminal, else a line every 30 seconds. Events go to `listeners`."""
+
+    def __init__(self, quiet: bool, verbose: bool, doing: str = "merging", unit: str = "B") -> None:
+        self.quiet, self.verbose, self.doing, self.unit = quiet, verbose, doing, unit
+        self.listeners: list[Listener] = []
+
+    def say(self, message: str) -> None:
+        if self.verbose and not self.quiet:
+            tell("info", message)
+
+    def warn(self, message: str) -> None:
+        if not self.quiet:
+            tell("note", message)
+
+    def event(self, name: str, **what: Any) -> None:
+        for listener in self.listeners:
+            listener.tell(name, what)
+
+    @contextmanager
+    def bar(self, total: int) -> Iterator[Callable[[int], None]]:
+        if self.quiet:
+            yield lambda done: None
+        elif sys.stderr.isatty() and not as_json():
+            with self._tqdm(total) as show:
+                yield show
+        else:
+            yield _line_progress(total, self.doing, self.unit)
+
+    @contextmanager
+    def _tqdm(self, total: int) -> Iterator[Callable[[int], None]]:
+        from tqdm import tqdm
+
+        scale, unit = self.unit == "B", self.unit if self.unit == "B" else f" {self.unit}"
+        with tqdm(total=total, unit=unit, unit_scale=scale, desc=self.doing, file=sys.stderr, leave=False) as bar:
+
+            def show(done: int) -> None:
+                bar.update(done - bar.n)
+
+            yield show
+
+
+def _line_progress(total: int, doing: str, unit: str) -> Callable[[int], None]:
+    started = last = time.monotonic()
+
+    def told(count: float) -> str:
+        from skillmerge.tensors import format_bytes
+
+        return format_bytes(int(count)) if unit == "B" else f"{count:.3g} {unit}"
+
+    def show(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _QUIET_SECONDS:
+            return
+        last = now
+        speed = done / (now - started)
+        left = f", {(total - done) / speed:.0f} s left" if speed else ""
+        tell("info", f"{doing}: {told(done)} of {told(total)}, {told(speed)}/s{left}", done=done, total=total)
+
+    return show

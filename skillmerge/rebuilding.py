@@ -1,0 +1,270 @@
+"""The verb rebuild: make an output again from what its manifest says, or prove that it would come out the same.
+
+The proof writes nothing: the engine's bytes are compared with the file's where they would have been written. Only a
+stored skill, whose files' sizes are not known before, is made again beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from skillmerge import manifest, savedplan
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.folder import Folder
+from skillmerge.errors import CheckFailed, StalePlan, UsageError
+from skillmerge.merge import apply
+from skillmerge.planning import Plan, ShardPlan
+from skillmerge.reporter import Reporter
+from skillmerge.resources import budget
+from skillmerge.sidefiles import fetch
+from skillmerge.sources import Access, planned
+from skillmerge.tensors import DTYPES, TensorSpec
+from skillmerge.verification import check_structure, input_digests
+from skillmerge.writer import MANIFEST_FILE, WriteMode
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """What was made again: how many tensors of how many, and their bytes. output: where, or None for a proof."""
+
+    folder: Path
+    tensors: int
+    of: int
+    bytes: int
+    output: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        output = str(self.output) if self.output is not None else None
+        return {
+            "folder": str(self.folder),
+            "tensors": self.tensors,
+            "of": self.of,
+            "bytes": self.bytes,
+            "output": output,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How to run; nothing in it changes a byte. base: what the recipe's relative paths start from now."""
+
+    base: Path | None = None
+    device: str = "auto"
+    threads: int | None = None
+    memory_limit: int | None = None
+    follow_links: bool = False
+    hub: str = "stream"
+    reporter: Reporter = field(default_factory=Reporter)
+
+
+def rebuild(folder: str | os.PathLike[str], output: str | os.PathLike[str], how: How | None = None) -> Rebuilt:
+    """Make the output whose manifest is in `folder` again as `output`, and compare the manifests.
+
+    Raises CheckFailed for a manifest that is not sound or a rebuild that differs, StalePlan where the models that it
+    names are not those of then; and whatever `merge.apply` raises.
+    """
+    how = how or How()
+    root = _folder(folder)
+    proof = manifest.read(root)
+    recipe, commits = manifest.recorded_recipe(proof, root, how.base)
+    environment = proof["environment"]
+    with _planned_again(root, proof, how):
+        pass  # before hours of work: are these the models?
+    result = apply(
+        replace(recipe, gates=(), output=replace(recipe.output, push=None)), output, device=how.device,
+        threads=how.threads, memory_limit=how.memory_limit, stats=environment["stats"],
+        allow_nonfinite=environment["allow_nonfinite"], allow_code=_runs_code(root, proof), commits=commits,
+        follow_links=how.follow_links, hub=how.hub, reporter=how.reporter, hash_inputs=_hashed(proof),
+    )  # fmt: skip
+    _compare_documents(root, proof, result.manifest)
+    count = len(proof["tensors"])
+    return Rebuilt(root, count, count, sum(file["size"] for file in proof["files"]), result.output)
+
+
+def check_rebuild(
+    folder: str | os.PathLike[str], *, sample: float = 1.0, seed: int = 0, how: How | None = None
+) -> Rebuilt:
+    """Prove that the manifest in `folder`, and the models that it names, give the output's very bytes.
+
+    sample: the share of tensors to compute again, chosen by `seed`; side files are always compared, and with a share
+    of 1 the manifest too. Raises as `rebuild`; CheckFailed names the first difference.
+    """
+    how = how or How()
+    root = _folder(folder)
+    proof = manifest.read(root)
+    check_structure(root, proof)
+    with _planned_again(root, proof, how) as (plan, checkpoints):
+        if plan.makes_skill:
+            return _check_skill(root, how)
+        side_files = list(fetch(checkpoints[plan.donor], plan.side_files, _runs_code(root, proof)))
+        for file in side_files:
+            _compare_file(root / file.name, file.content or b"")
+        names = [spec.name for shard in plan.shards for spec in shard.specs]
+        chosen = set(random.Random(seed).sample(sorted(names), math.ceil(sample * len(names))))
+        shards = plan.shards if len(chosen) == len(names) else _shards_of(plan, chosen)
+        original = _Original(root)
+        _compute(plan, checkpoints, original, shards, proof["environment"], how)
+        if shards is plan.shards:
+            digests = input_digests(checkpoints) if _hashed(proof) else {}
+            body = manifest.build(plan, original.finished, side_files, proof["environment"]["stats"], digests)
+            _compare_documents(root, proof, body)
+        size = sum(spec.nbytes for shard in shards for spec in shard.specs)
+        return Rebuilt(root, len(chosen), len(names), size)
+
+
+def _folder(folder: str | os.PathLike[str]) -> Path:
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
+    return root
+
+
+@contextmanager
+def _planned_again(root: Path, proof: Mapping[str, Any], how: How) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
+    """The plan that the manifest was made from, over the models as they are now. Raises StalePlan where these or
+    skillmerge have changed."""
+    recipe, commits = manifest.recorded_recipe(proof, root, how.base)
+    access = Access(how.follow_links, download=how.hub == "download", commits=commits)
+    with planned(recipe, None, _runs_code(root, proof), access, how.reporter.warn) as (plan, checkpoints):
+        plan.refuse_problems()
+        if plan.digest != proof["plan_digest"]:
+            now = json.loads(json.dumps(savedplan.describe(plan)))
+            then = {**proof, "recipe_sha256": proof["recipe"]["sha256"], "side_files": now["side_files"]}
+            version = proof["tool"]["version"]
+            changes = savedplan.differences(then, now) or [f"skillmerge {version}, which made it, planned differently"]
+            raise StalePlan(
+                f"{root} cannot be built again from what is there now: {'; '.join(changes[:8])}",
+                fix="--base-folder says where the models are now, if they have moved",
+            )
+        yield plan, checkpoints
+
+
+def _runs_code(root: Path, proof: Mapping[str, Any]) -> bool:
+    """Whether it was made with --allow-code."""
+    names = [file["name"] for file in proof["files"]]
+    config = root / "config.json"
+    return any(name.endswith(".py") for name in names) or (config.is_file() and b'"auto_map"' in config.read_bytes())
+
+
+def _hashed(proof: Mapping[str, Any]) -> bool:
+    return any(file["sha256"] for item in proof["inputs"] for file in item["files"])
+
+
+def _shards_of(plan: Plan, chosen: set[str]) -> tuple[ShardPlan, ...]:
+    """Each chosen tensor as a shard of its own, at its place in its file."""
+    return tuple(
+        ShardPlan(f"{shard.file}: {spec.name}", shard.header, (spec,))
+        for shard in plan.shards
+        for spec in shard.specs
+        if spec.name in chosen
+    )
+
+
+def _compute(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    original: _Original,
+    shards: Sequence[ShardPlan],
+    environment: Mapping[str, Any],
+    how: How,
+) -> None:
+    from skillmerge.engine import choose_device, merge_shards
+    from skillmerge.worker import Settings
+
+    where, why = choose_device(how.device)
+    how.reporter.say(f"computing on {where}: {why}")
+    chosen = budget(plan, threads=how.threads, memory_limit=how.memory_limit, cuda=where.type == "cuda")
+    settings = Settings(where, chosen, environment["stats"], environment["allow_nonfinite"], how.reporter.warn)
+    with how.reporter.bar(sum(spec.nbytes for shard in shards for spec in shard.specs)) as progress:
+        merge_shards(plan, checkpoints, original, settings, shards=shards, progress=progress)
+
+
+class _Original:
+    """The finished output, as a destination of the engine: what it is given has to be there already."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.finished: dict[str, dict[str, Any]] = {}
+
+    def open_shard(self, shard: ShardPlan, mode: WriteMode) -> _ComparedFile:
+        return _ComparedFile(self.root / shard.specs[0].file if shard.specs else self.root / shard.file, shard)
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """What was compared needs no journal."""
+
+
+class _ComparedFile:
+    """A file of the output that takes no bytes but those it has."""
+
+    def __init__(self, path: Path, shard: ShardPlan) -> None:
+        self._path, self._specs = path, shard.specs
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.write(memoryview(shard.header), 0)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Raise CheckFailed where the file has other bytes at `offset`, and say which element is the first."""
+        place = 0
+        while place < len(data):
+            there = os.pread(self._descriptor, len(data) - place, offset + place)
+            wanted = bytes(data[place : place + len(there)])
+            if there != wanted or not there:
+                pairs = zip(there, wanted, strict=True)
+                first = next((index for index, (old, new) in enumerate(pairs) if old != new), len(there))
+                raise CheckFailed(self._difference(offset + place + first))
+            place += len(there)
+
+    def _difference(self, position: int) -> str:
+        spec: TensorSpec | None = next((spec for spec in self._specs if spec.start <= position < spec.end), None)
+        if spec is None:
+            return f"{self._path}: byte {position} is not what the manifest gives when it is built again"
+        element = (position - spec.start) // DTYPES[spec.dtype].itemsize
+        return f"{self._path}: tensor `{spec.name}` differs from element {element} on when it is built again"
+
+    def finish(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _compare_file(path: Path, wanted: bytes) -> None:
+    if path.read_bytes() != wanted:
+        raise CheckFailed(f"{path} differs when it is built again")
+
+
+def _compare_documents(root: Path, proof: Mapping[str, Any], body: Mapping[str, Any]) -> None:
+    """Everything that a manifest says of an output, but for where and with what version it was made."""
+    again = json.loads(json.dumps(body))
+    for key in proof.keys() | again.keys():
+        if key not in ("tool", "environment", "digest") and proof.get(key) != again.get(key):
+            raise CheckFailed(f"{root / MANIFEST_FILE}: `{key}` differs when it is built again")
+
+
+def _check_skill(root: Path, how: How) -> Rebuilt:
+    """Beside the skill, which is where there is room for it."""
+    with tempfile.TemporaryDirectory(prefix=f".{root.resolve().name}-", dir=root.resolve().parent) as scratch:
+        made = rebuild(root, Path(scratch) / "skill", how)
+        assert made.output is not None
+        names = Folder(made.output).names()
+        for name in names:
+            if name not in (MANIFEST_FILE, manifest.RUN_LOG_FILE):
+                _compare_digest(root / name, made.output / name)
+        return replace(made, output=None)
+
+
+def _compare_digest(path: Path, again: Path) -> None:
+    from skillmerge.parallel import hash_file
+
+    if hash_file(path) != hash_file(again):
+        raise CheckFailed(f"{path} differs when it is built again")

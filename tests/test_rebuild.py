@@ -1,0 +1,205 @@
+"""From the manifest alone: every byte again, under other circumstances, and every difference found."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_cli, write_family, write_recipe
+
+import skillmerge
+from skillmerge import rebuilding
+from skillmerge.errors import CheckFailed, StalePlan
+from skillmerge.rebuilding import How, check_rebuild, rebuild
+from skillmerge.resources import Budget
+from skillmerge.tensors import BLOCK
+
+OTHERWISE = How(threads=3, memory_limit=900_000_000, device="cpu")
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return skillmerge.apply(write_family(tmp_path)).output
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All that does not depend on when and where."""
+    own = ("skillmerge.manifest.json", "skillmerge.run.json")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in own}
+
+
+def test_output_is_proved_without_writing_a_byte(output: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    made = check_rebuild(output, how=OTHERWISE)
+    assert made.tensors == made.of == 12
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_output_is_built_again_from_its_manifest_alone(output: Path, tmp_path: Path) -> None:
+    wanted = content(output)
+    for path in output.iterdir():
+        if path.name != "skillmerge.manifest.json":
+            path.unlink()
+    made = rebuild(output, tmp_path / "again", OTHERWISE)
+    assert made.output == tmp_path / "again"
+    assert content(made.output) == wanted
+    skillmerge.verify(made.output)
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def reseal(output: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """What someone who knows the manifest's form would do: change it and make its digest fit."""
+    from skillmerge import manifest
+    from skillmerge.parallel import hash_file
+
+    document = json.loads((output / "skillmerge.manifest.json").read_text())
+    for file in document["files"]:
+        file["sha256"] = hash_file(output / file["name"])
+    change(document)
+    environment, log = document.pop("environment"), (output / "skillmerge.run.json").read_bytes()
+    del document["digest"]
+    sealed = manifest.seal(document, {key: environment[key] for key in environment if key != "run_log"}, log)
+    (output / "skillmerge.manifest.json").write_bytes(manifest.to_bytes(sealed))
+
+
+def test_change_that_verify_cannot_see_is_found_and_placed(output: Path) -> None:
+    """A weight and the manifest changed together."""
+    shard = sorted(output.glob("*.safetensors"))[0]
+    flip(shard, shard.stat().st_size - 3)
+    reseal(output, lambda document: None)
+    skillmerge.verify(output)
+    with pytest.raises(CheckFailed, match=rf"{shard.name}: tensor `.*` differs from element \d+ on"):
+        check_rebuild(output)
+    process = run_cli("rebuild", output, "--check")
+    assert process.returncode == 3
+    assert "differs from element" in process.stderr
+
+
+@pytest.mark.parametrize("key", ["statistics", "files", "expression"])
+def test_change_of_what_the_manifest_says_is_found(output: Path, key: str) -> None:
+    def change(document: dict[str, Any]) -> None:
+        if key == "files":
+            document["files"] = document["files"][::-1]
+        elif key == "statistics":
+            document["statistics"]["all"]["changed"] = 0.5
+        else:
+            document["expression"] = "target"
+
+    reseal(output, change)
+    with pytest.raises(CheckFailed, match=f"`{key}` differs"):
+        check_rebuild(output)
+
+
+def test_side_file_that_was_changed_with_the_manifest_is_found(output: Path) -> None:
+    path = output / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace("total_size", "total_bytes"))
+    sizes = {path.name: path.stat().st_size}
+
+    def change(document: dict[str, Any]) -> None:
+        for file in document["files"]:
+            file["size"] = sizes.get(file["name"], file["size"])
+
+    reseal(output, change)
+    with pytest.raises(CheckFailed, match=r"index\.json differs"):
+        check_rebuild(output, sample=0.1)
+
+
+def test_sample_is_seeded_and_finds_what_it_looks_at(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    real = rebuilding._shards_of
+    monkeypatch.setattr(
+        rebuilding, "_shards_of", lambda plan, chosen: looked.append(sorted(chosen)) or real(plan, chosen)
+    )  # fmt: skip
+    for seed in (0, 0, 1):
+        assert check_rebuild(output, sample=0.25, seed=seed).tensors == 3
+    assert looked[0] == looked[1] != looked[2]
+    shard = sorted(output.glob("*.safetensors"))[0]
+    flip(shard, shard.stat().st_size - 3)
+    reseal(output, lambda document: None)
+    found = 0
+    for seed in range(12):
+        try:
+            check_rebuild(output, sample=0.25, seed=seed)
+        except CheckFailed:
+            found += 1
+    assert 0 < found < 12
+
+
+def test_models_that_changed_are_told_and_moved_ones_are_found(output: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("target", "rl", "sft"):
+        (tmp_path / name).rename(moved / name)
+    process = run_cli("rebuild", output, "--check")
+    assert process.returncode == 4
+    process = run_cli("rebuild", output, "--check", "--base-folder", moved, "--sample", "20%", "--json")
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["tensors"] == 3
+    shutil.rmtree(moved / "rl")
+    shutil.copytree(moved / "sft", moved / "rl")
+    os.rename(moved / "rl" / "model-00001-of-00002.safetensors", moved / "rl" / "model-00001-of-00003.safetensors")
+    index = moved / "rl" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("00001-of-00002", "00001-of-00003"))
+    with pytest.raises(StalePlan, match="model rl: other tensors or sizes"):
+        check_rebuild(output, how=How(base=moved))
+
+
+def test_weights_of_a_model_that_changed_give_another_output(output: Path, tmp_path: Path) -> None:
+    shard = sorted((tmp_path / "rl").glob("*.safetensors"))[0]
+    flip(shard, shard.stat().st_size - 1)
+    with pytest.raises(CheckFailed, match="differs from element"):
+        check_rebuild(output)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rounding": "stochastic", "seed": 3},
+        {"dtype": "float32"},
+        {"shard_size": "2KB"},
+        {"kind": "skill"},
+        {"kind": "skill", "keep": 0.3},
+    ],
+    ids=str,
+)
+def test_every_kind_of_output_is_proved(tmp_path: Path, options: dict[str, Any]) -> None:
+    write_family(tmp_path)
+    merge = "rl - sft" if "kind" in options else "target + lam * (rl - sft)"
+    coefficients = None if "kind" in options else {"lam": 0.4}
+    recipe = write_recipe(tmp_path, merge, output={"path": "made", **options}, coefficients=coefficients)
+    made = skillmerge.apply(recipe, stats="full", hash_inputs=True).output
+    before = sorted(tmp_path.rglob("*"))
+    assert check_rebuild(made, how=OTHERWISE).tensors == 12
+    assert sorted(tmp_path.rglob("*")) == before
+    assert content(rebuild(made, tmp_path / "again", OTHERWISE).output or made) == content(made)
+
+
+def test_tiles_of_another_size_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = skillmerge.apply(write_family(tmp_path, {"model.layers.0.mlp.up_proj.weight": (700, 500)})).output
+    budget = rebuilding.budget
+
+    def small(*arguments: Any, **options: Any) -> Budget:
+        found = budget(*arguments, **options)
+        return Budget(found.threads, BLOCK, found.memory)
+
+    monkeypatch.setattr(rebuilding, "budget", small)
+    check_rebuild(output)
+
+
+def test_rebuild_says_what_it_needs(output: Path, tmp_path: Path) -> None:
+    assert run_cli("rebuild", output).returncode == 2
+    assert run_cli("rebuild", output, "--check", "--sample", "0%").returncode == 2
+    assert run_cli("rebuild", tmp_path / "target", "--check").returncode == 3
+    process = run_cli("rebuild", output, "--output", tmp_path / "again", "-q")
+    assert process.returncode == 0, process.stderr
+    assert content(tmp_path / "again") == content(output)
