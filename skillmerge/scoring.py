@@ -143,19 +143,19 @@ def run_command(
     quoted = shlex.quote(str(folder))
     command = scorer.command.replace("{}", quoted) if "{}" in scorer.command else f"{scorer.command} {quoted}"
     environment = {**os.environ, "SKILLMERGE_SEED": str(seed)}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, errors="replace", start_new_session=True, cwd=where,
-    )  # fmt: skip
-    try:
-        printed, complained = process.communicate(timeout=timeout)
-    except BaseException as error:  # an interrupt, or too late: what the command has started goes with it
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise CheckFailed(f"the scoring command had printed nothing after {timeout:g} seconds: {command}") from None
-        raise
+    ) as process:  # fmt: skip
+        try:
+            printed, complained = process.communicate(timeout=timeout)
+        except BaseException as error:  # an interrupt, or too late: what the command has started goes with it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                what = f"the scoring command had printed nothing after {timeout:g} seconds: {command}"
+                raise CheckFailed(what) from None
+            raise
     if process.returncode:
         raise CheckFailed(
             f"the scoring command failed with exit status {process.returncode}: {command}\n"
