@@ -17,7 +17,8 @@ from skillmerge.parallel import in_threads
 from skillmerge.planning import Plan
 from skillmerge.publishing import ForgottenUploads, Published, Publisher
 from skillmerge.recipe import Push, parse_recipe
-from skillmerge.verification import check_shard, verify
+from skillmerge.signing import signature_beside
+from skillmerge.verification import SIGNATURE_FILE, check_shard, verify
 from skillmerge.writer import Staging
 
 _SMALL = 1 << 20
@@ -92,6 +93,8 @@ def send(publisher: Publisher, folder: Path, proof: Mapping[str, Any], card: str
         pass
     for name in sorted(manifest.file_names(proof) - publisher.names):
         publisher.add(name, (folder / name).read_bytes())
+    if (signature := signature_beside(folder, proof)) is not None:
+        publisher.add(SIGNATURE_FILE, signature)
     publisher.add(CARD_FILE, card.encode())
     title = _title(proof["expression"], proof["plan_digest"])
     by_name = {file["name"]: file for file in large}
