@@ -73,7 +73,8 @@ def attest(
         raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
     _check_libraries(bom_file is not None, private_key is not None)
     suffix = ".intoto.jsonl" if private_key is not None else ".intoto.json"
-    place = Path(output) if output is not None else root.resolve().with_name(root.resolve().name + suffix)
+    named = root if root.name not in ("", "..") else root.resolve()
+    place = Path(output) if output is not None else named.with_name(named.name + suffix)
     _check_place(place, ("_type", "payloadType"))
     if bom_file is not None:
         _check_place(Path(bom_file), ("bomFormat",))
@@ -88,7 +89,7 @@ def attest(
     with disk_errors(place):
         write_whole(place.absolute(), content)
     if bom_file is not None:
-        materials = bom.build(root.resolve().name, proof, files, _time(log["finished"]))
+        materials = bom.build(named.name, proof, files, _time(log["finished"]))
         with disk_errors(Path(bom_file)):
             write_whole(Path(bom_file).absolute(), materials.encode())
     unpinned = tuple(item["name"] for item in proof["inputs"] if not _is_pinned(item))
