@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "SkillmergeError", "__version__", "apply", "export", "export_patch", "extract", "inspect", "plan", "push", "verify",
+    "SkillmergeError", "__version__", "apply", "attest", "export", "export_patch", "extract", "inspect", "plan", "push",
+    "sign", "verify", "verify_signed",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from skillmerge.attestation import attest
     from skillmerge.errors import SkillmergeError
     from skillmerge.exporting import export
     from skillmerge.extraction import extract
@@ -28,17 +30,21 @@ if TYPE_CHECKING:
     from skillmerge.merge import make_plan as plan
     from skillmerge.patching import export_patch
     from skillmerge.pushing import push
+    from skillmerge.signing import sign, verify_signed
     from skillmerge.verification import verify
 
 _HOMES = {
     "apply": ("skillmerge.merge", "apply"),
+    "attest": ("skillmerge.attestation", "attest"),
     "export": ("skillmerge.exporting", "export"),
     "export_patch": ("skillmerge.patching", "export_patch"),
     "extract": ("skillmerge.extraction", "extract"),
     "inspect": ("skillmerge.inspection", "inspect"),
     "plan": ("skillmerge.merge", "make_plan"),
     "push": ("skillmerge.pushing", "push"),
+    "sign": ("skillmerge.signing", "sign"),
     "verify": ("skillmerge.verification", "verify"),
+    "verify_signed": ("skillmerge.signing", "verify_signed"),
     "SkillmergeError": ("skillmerge.errors", "SkillmergeError"),
 }
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from skillmerge import __version__, flags
-from skillmerge.errors import InputError, Interrupted, ResourceError, SkillmergeError, Terminated, UsageError
+from skillmerge.errors import InputError, Interrupted, ResourceError, SkillmergeError, Terminated, UsageError, visible
 from skillmerge.flags import option
 from skillmerge.messages import TerminalReporter, as_json, tell
 
@@ -489,6 +489,12 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
 @click.argument("folder", type=click.Path())
 @option("--load", is_flag=True, help="Also load it with transformers, in a separate process, and run it once.")
 @option("--parent", metavar="MODEL", help="Of a skill: prove that it was cut from this model.")
+@option(
+    "--signature", is_flag=False, flag_value="", metavar="[FILE]",
+    help="Demand a signature that holds: its own model.sig, or this file.",
+)  # fmt: skip
+@option("--public-key", type=click.Path(), help="Of the key that has to have signed it.")
+@flags.certificate_chain
 @flags.nonfinite
 @flags.links
 @flags.junit
@@ -498,20 +504,32 @@ def verify(
     folder: str,
     load: bool,
     parent: str | None,
+    signature: str | None,
+    public_key: str | None,
+    certificate_chain: tuple[str, ...],
     allow_nonfinite: bool,
     follow_links: bool,
     junit_file: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check an output against its manifest, every byte of it."""
+    """Check an output against its manifest, every byte of it; with --signature, also who signed it."""
     from skillmerge.events import heard
-    from skillmerge.verification import verify as run
 
     _check_room(junit_file, "--junit")
-    reporter, model = TerminalReporter(quiet, verbose=False), None
+    reporter, signed, model = TerminalReporter(quiet, verbose=False), None, None
+    common: dict[str, Any] = {"load": load, "allow_nonfinite": allow_nonfinite, "reporter": reporter}
     with heard(reporter, junit=junit_file, suite=f"skillmerge verify {folder}"):
-        verdict = run(folder, load=load, allow_nonfinite=allow_nonfinite, reporter=reporter)
+        if signature is not None or public_key is not None or certificate_chain:
+            from skillmerge.signing import verify_signed
+
+            trusted: dict[str, Any] = {"public_key": public_key, "certificate_chain": certificate_chain}
+            signed = verify_signed(folder, signature or None, **trusted, **common)
+            verdict = signed.verdict
+        else:
+            from skillmerge.verification import verify as run
+
+            verdict = run(folder, **common)
         if parent is not None:
             from skillmerge.extraction import check_parent
 
@@ -526,12 +544,15 @@ def verify(
                 "bytes": verdict.bytes,
                 "load": verdict.load,
                 "parent": model,
+                "signature": signed.as_dict() if signed else None,
             }
         )
     elif not quiet:
         from skillmerge import report
 
         report.show_verdict(verdict, report.console())
+        if signed is not None:
+            click.echo(visible(f"signed by {signed.signer}: {signed.files} files, as they are"))
         if parent is not None and model is not None:
             report.show_parent(parent, model, report.console())
 
@@ -646,6 +667,65 @@ def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: An
         from skillmerge import report
 
         report.show_published(published, report.console())
+
+
+@cli.command()
+@click.argument("folder", type=click.Path())
+@flags.private_key
+@flags.password_file
+@option("--signing-certificate", type=click.Path(), help="Of that key, where it has one.")
+@flags.certificate_chain
+@option("--signature", type=click.Path(), metavar="FILE", help="Where to write it. Default: model.sig in the folder.")
+@flags.nonfinite
+@flags.as_json
+@option("--quiet", "-q", is_flag=True, help="Only errors.")
+def sign(
+    folder: str, private_key: str | None, password_file: str | None, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Verify an output and sign every file of it, for OpenSSF Model Signing.
+
+    Nothing is asked of a network. An encrypted key's password is read from SKILLMERGE_KEY_PASSWORD or from a file.
+    """
+    from skillmerge.signing import sign as run
+
+    if private_key is None:
+        raise UsageError("a signature is made with a key", fix="give --private-key KEY")
+    signed = run(folder, private_key=private_key, password=flags.password(password_file), **options)
+    if as_json:
+        _print_json({"ok": True, "folder": folder, **signed.as_dict()})
+    elif not quiet:
+        click.echo(visible(f"signed {signed.files} files as {signed.signer}\nwrote {signed.path}"))
+
+
+@cli.command()
+@click.argument("folder", type=click.Path())
+@option("--output", "-o", type=click.Path(), metavar="FILE", help="Default: NAME.intoto.json beside the folder.")
+@option("--bom", "bom_file", type=click.Path(), metavar="FILE", help="Also write a CycloneDX bill of materials.")
+@option("--builder-id", metavar="URI", help="Who is trusted to have run the merge, such as a pipeline's address.")
+@option("--invocation-id", metavar="ID", help="The run of the merge, in the builder's words.")
+@flags.private_key
+@flags.password_file
+@flags.nonfinite
+@flags.as_json
+@option("--quiet", "-q", is_flag=True, help="Only errors.")
+def attest(folder: str, password_file: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Verify an output and write where it came from, as an in-toto attestation with SLSA provenance.
+
+    With --private-key it is signed, as a DSSE envelope. Nothing is asked of a network.
+    """
+    from skillmerge.attestation import attest as run
+
+    given = {name: value for name, value in options.items() if value is not None}
+    attested = run(folder, password=flags.password(password_file), **given)
+    if as_json:
+        _print_json({"ok": True, "folder": folder, **attested.as_dict()})
+    elif not quiet:
+        for path in (attested.attestation, attested.bom):
+            if path is not None:
+                click.echo(visible(f"wrote {path}"))
+    if attested.unpinned and not quiet:
+        names = ", ".join(attested.unpinned)
+        tell("note", f"no digests of these inputs are known (apply --hash-inputs): {names}")
 
 
 @cli.command()

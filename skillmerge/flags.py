@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
+from skillmerge.errors import UsageError
 from skillmerge.messages import FORMAT
 
 
@@ -105,6 +107,27 @@ report = option(
     "--report", "report_file", type=click.Path(dir_okay=False), help="Also write it as one HTML page into this file."
 )
 nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
+certificate_chain = option(
+    "--certificate-chain", type=click.Path(), multiple=True,
+    help="Certificates up to a root, in PEM form: those to send along, or those to trust. May be given again.",
+)  # fmt: skip
+private_key = option("--private-key", type=click.Path(), metavar="KEY", help="The EC key to sign with, in PEM form.")
+password_file = option(
+    "--password-file", type=click.Path(),
+    help="Holds the password of an encrypted key, in place of SKILLMERGE_KEY_PASSWORD.",
+)  # fmt: skip
+
+
+def password(file: str | None) -> str | None:
+    """A key's password, which is in no argument, where everybody on the machine could read it. Raises UsageError."""
+    if file is None:
+        return os.environ.get("SKILLMERGE_KEY_PASSWORD")
+    try:
+        return Path(file).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the password file {file} cannot be read") from error
+
+
 base_folder = option(
     "--base-folder", type=click.Path(), help="What relative paths of the recipe start from, if it was moved."
 )

@@ -18,6 +18,7 @@ from typing import Any
 from skillmerge import __version__
 from skillmerge.checkpoints.safetensors_header import unique_keys
 from skillmerge.errors import CheckFailed
+from skillmerge.parallel import hash_file
 from skillmerge.planning import Plan
 from skillmerge.recipe import Recipe, parse_recipe
 from skillmerge.sidefiles import SideFile
@@ -122,6 +123,13 @@ def gates(folder: Path) -> list[dict[str, Any]]:
 def file_names(document: Mapping[str, Any]) -> set[str]:
     """Every file that an output with this manifest has, itself included."""
     return {file["name"] for file in document["files"]} | {MANIFEST_FILE, RUN_LOG_FILE}
+
+
+def digests(folder: Path, document: Mapping[str, Any]) -> dict[str, str]:
+    """The sha256 of every file of an output, itself included, as this manifest of it says."""
+    log = document["environment"]["run_log"]
+    files = {file["name"]: file["sha256"] for file in document["files"]}
+    return {**files, log["name"]: log["sha256"], MANIFEST_FILE: hash_file(folder / MANIFEST_FILE)}
 
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:

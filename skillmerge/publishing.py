@@ -38,7 +38,7 @@ _PIECE = 64 << 20
 _SHARD = r"(-\d{5}-of-\d{5})?"
 _MODEL_FILE = re.compile(
     rf"(model|pytorch_model){_SHARD}\.(safetensors|bin)(\.index\.json)?|consolidated(\.\d+)?\.(pth|safetensors)"
-    r"|adapter_config\.json|adapter_model\.(safetensors|bin)|skillmerge\.(manifest|run)\.json"
+    r"|adapter_config\.json|adapter_model\.(safetensors|bin)|skillmerge\.(manifest|run)\.json|model\.sig"
     rf"|skill\.json|skill{_SHARD}\.safetensors"
 )
 _TOKENIZER_FILE = re.compile(

@@ -17,7 +17,8 @@ from skillmerge.parallel import in_threads
 from skillmerge.planning import Plan
 from skillmerge.publishing import ForgottenUploads, Published, Publisher
 from skillmerge.recipe import Push, parse_recipe
-from skillmerge.verification import check_shard, verify
+from skillmerge.signing import signature_beside
+from skillmerge.verification import SIGNATURE_FILE, check_shard, verify
 from skillmerge.writer import Staging
 
 _SMALL = 1 << 20
@@ -46,6 +47,7 @@ def push(
     folder = Path(folder)
     verify(folder, allow_nonfinite=allow_nonfinite)
     proof = manifest.read(folder)
+    signature = signature_beside(folder, proof)
     output = parse_recipe(proof["recipe"]["text"], "the manifest's recipe", folder).output
     given = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
     settings = _settings(output.push, repository, {**given, "tags": tags or None})
@@ -54,7 +56,7 @@ def push(
             f"the recipe names a card ({output.card.name}), which is not part of the output", fix="--card FILE"
         )
     text = write_card(proof, settings, license or output.license, read_card(Path(card) if card else None))
-    return send(Publisher(settings), folder, proof, text)
+    return send(Publisher(settings), folder, proof, text, signature)
 
 
 def _settings(asked: Push | None, repository: str | None, options: Mapping[str, Any]) -> Push:
@@ -77,7 +79,7 @@ def read_card(path: Path | None) -> str | None:
         raise UsageError(f"the card {path} cannot be read: {error}") from error
 
 
-def send(publisher: Publisher, folder: Path, proof: Mapping[str, Any], card: str) -> Published:
+def send(publisher: Publisher, folder: Path, proof: Mapping[str, Any], card: str, signature: bytes | None) -> Published:
     """Upload what is not on its way yet, and commit. `folder` holds what `proof` names, but for uploaded shards."""
     large = [file for file in proof["files"] if file["size"] > _SMALL or file["name"].endswith(".safetensors")]
     sources = _hub_files(
@@ -92,6 +94,8 @@ def send(publisher: Publisher, folder: Path, proof: Mapping[str, Any], card: str
         pass
     for name in sorted(manifest.file_names(proof) - publisher.names):
         publisher.add(name, (folder / name).read_bytes())
+    if signature is not None:
+        publisher.add(SIGNATURE_FILE, signature)
     publisher.add(CARD_FILE, card.encode())
     title = _title(proof["expression"], proof["plan_digest"])
     by_name = {file["name"]: file for file in large}
@@ -214,7 +218,7 @@ class Publication:
             verify(folder, allow_nonfinite=proof["environment"]["allow_nonfinite"])
         text = write_card(proof, self._push, self._license, self._card)
         try:
-            return send(self._publisher, folder, proof, text)
+            return send(self._publisher, folder, proof, text, signature_beside(folder, proof))
         except ForgottenUploads:
             if self._remove and self._staging is not None:
                 self._staging.discard()

@@ -31,6 +31,10 @@ from skillmerge.parallel import hash_file, in_threads
 from skillmerge.reporter import Reporter
 from skillmerge.tensors import BLOCK, DTYPES, TensorSpec
 
+SIGNATURE_FILE = "model.sig"
+BESIDE = frozenset({"README.md", ".gitattributes", SIGNATURE_FILE})
+"""What an output may have though its manifest does not name it: what the Hub adds, and a signature of the rest."""
+
 _PIECE = 8 << 20
 _LOAD_TIMEOUT = 3600
 
@@ -61,15 +65,15 @@ def verify(
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
     reporter = reporter or Reporter()
-    with _checked(reporter, "manifest"):
+    with checked(reporter, "manifest"):
         proof = manifest.read(root)
-    with _checked(reporter, "files, index and headers"):
+    with checked(reporter, "files, index and headers"):
         check_structure(root, proof)
-    with _checked(reporter, "digests and values"), _reading(root):
+    with checked(reporter, "digests and values"), _reading(root):
         _check_contents(root, proof, allow_nonfinite)
     report = None
     if load:
-        with _checked(reporter, "loads in transformers"):
+        with checked(reporter, "loads in transformers"):
             report = check_load(root)
     return Verdict(root, len(manifest.file_names(proof)), len(proof["tensors"]), _total(proof), report)
 
@@ -97,7 +101,7 @@ def _check_skill(root: Path, proof: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _checked(reporter: Reporter, what: str) -> Iterator[None]:
+def checked(reporter: Reporter, what: str) -> Iterator[None]:
     """Tell how a check ended."""
     try:
         yield
@@ -123,9 +127,9 @@ def _check_files(root: Path, proof: Mapping[str, Any]) -> None:
     found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
     if missing := sorted(wanted - found):
         raise CheckFailed(f"{root}: files are missing: {some(missing)}")
-    if extra := sorted(found - wanted - _OF_THE_HUB):
+    if extra := sorted(found - wanted - BESIDE):
         raise CheckFailed(f"{root}: files do not belong to the output: {some(extra)}")
-    for name in sorted(wanted):
+    for name in sorted(found):
         if not stat.S_ISREG((root / name).lstat().st_mode):
             raise CheckFailed(f"{root / name}: is not a plain file")
     for file in proof["files"]:
@@ -235,9 +239,6 @@ def _fill(stream: FileIO, buffer: bytearray) -> int:
         count += more
     return count
 
-
-_OF_THE_HUB = {"README.md", ".gitattributes"}
-"""What an output has in addition once it has been to the Hub and back."""
 
 # Not `-m`: that would import modules from the folder that somebody happens to stand in.
 _LOADER = "import sys; sys.path[:] = [path for path in sys.path if path]; import skillmerge.loading as it; it.run()"
