@@ -169,3 +169,15 @@ def show(value: float | None, unit: str) -> str:
     if unit == "count":
         return f"{value:,.0f}"
     return number(value)
+
+
+ACTIONS = {
+    "merge": "computed",
+    "copy": "copied byte for byte",
+    "cast": "converted to the output dtype",
+    "same": "not numbers to add: must be equal in all models",
+    "cut": "the difference, kept exactly",
+    "compute": "computed, rounded once",
+    "zero": "nothing",
+}
+"""What a plan does with a tensor, in words."""

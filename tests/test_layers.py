@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "skillmerge"
 # Each module may import, at any place in it, only from rows below its own (and from its own row where marked).
 LAYERS = [
     {"cli"},
-    {"report", "page", "flags"},
+    {"report", "page", "flags", "markdown"},
     {"figures"},
     {"sweep"},
     {"inplace", "candidates", "deriving"},
@@ -18,6 +18,8 @@ LAYERS = [
     {"extraction", "inspection", "exporting", "patching"},
     {"extraction"},
     {"merge"},
+    {"sarif"},
+    {"linting"},
     {"pushing", "savedplan"},
     {"card", "publishing"},
     {"sources"},
