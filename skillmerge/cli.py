@@ -609,6 +609,21 @@ def schema() -> None:
 
 
 @cli.command()
+@click.argument("path", type=click.Path(), required=False)
+@flags.as_json
+def doctor(path: str | None, as_json: bool) -> None:
+    """Print what a bug report needs: versions, devices, memory, the disk of PATH, the Hub. No secret is shown."""
+    from skillmerge import report
+    from skillmerge.doctor import doctor as run
+
+    found = run(path)
+    if as_json:
+        _print_json({"ok": True, **found.as_dict()})
+    else:
+        report.show_diagnosis(found, report.console())
+
+
+@cli.command()
 @click.argument("folder", type=click.Path(), default="skillmerge-demo")
 def demo(folder: str) -> None:
     """Put four small trained models into FOLDER, transfer a skill between them, and let them answer questions."""

@@ -34,6 +34,7 @@ from skillmerge.verification import Verdict
 if TYPE_CHECKING:
     from skillmerge.demo import Shown
     from skillmerge.deriving import Derived
+    from skillmerge.doctor import Diagnosis
     from skillmerge.exporting import Exported
     from skillmerge.inspection import Inspection
     from skillmerge.linting import Lint
@@ -479,6 +480,28 @@ def show_lint(lint: Lint, out: Console) -> None:
 def _count(lint: Lint, level: str) -> str:
     count = lint.count(level)
     return f"{count or 'no'} {level}{'s' if count != 1 else ''}"
+
+
+_BYTES = ("total", "available", "free", "memory", "cgroup limit")
+"""Facts of a diagnosis that are sizes, where they are large."""
+
+
+def show_diagnosis(diagnosis: Diagnosis, out: Console) -> None:
+    """Sections of facts, ready to be pasted."""
+    for name, facts in diagnosis.sections.items():
+        out.print(Text(name, style="bold"))
+        for key, value in facts.items() or [("none", "")]:
+            out.print(Text(f"  {key}: {_fact(key, value)}" if value != "" else f"  {key}"), soft_wrap=True)
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(", ".join(_fact(name, fact) for name, fact in item.items()) for item in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key in _BYTES and isinstance(value, int):
+        return format_bytes(value)
+    return "none" if value is None else str(value)
 
 
 def show_derived(derived: Derived, out: Console) -> None:

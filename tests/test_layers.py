@@ -24,7 +24,7 @@ LAYERS = [
     {"card", "publishing"},
     {"sources"},
     {"lockfile"},
-    {"verification", "demo"},
+    {"verification", "demo", "doctor"},
     {"miniature"},
     {"engine", "cutting"},
     {"checkpoints.skill", "checkpoints.patch"},
@@ -89,7 +89,14 @@ HOMES = {
         "scoring",
         "loading",
     },
-    "huggingface_hub": {"checkpoints.repository", "checkpoints.storage", "checkpoints.hubclient", "publishing", "card"},
+    "huggingface_hub": {
+        "checkpoints.repository",
+        "checkpoints.storage",
+        "checkpoints.hubclient",
+        "publishing",
+        "card",
+        "doctor",
+    },
 }
 
 
