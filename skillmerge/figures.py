@@ -1,4 +1,4 @@
-"""What the figures of inspect mean: name, formula, meaning, and who has used them. Shown in the report and the docs.
+"""What the figures of inspect mean (name, formula, meaning, who has used them), and what the actions of a plan do.
 
 v is the update, k the second one, w the weights that v is seen against, n the number of elements.
 """
