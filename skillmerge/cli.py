@@ -225,6 +225,10 @@ def _show(result: Result, as_json: bool, quiet: bool) -> None:
     "--detailed-exitcode", "detailed", is_flag=True,
     help="Exit with 0 where the output is this plan's already, every byte of it, and with 10 where there is work.",
 )  # fmt: skip
+@option(
+    "--markdown", "markdown_file", type=click.Path(dir_okay=False),
+    help="Also write it as Markdown into this file, for a job's summary or a pull request.",
+)  # fmt: skip
 @option("--lock", is_flag=True, help="Write the commits and files of models on the Hub into a lock file.")
 @flags.locked
 @flags.set
@@ -239,6 +243,7 @@ def plan(
     report_file: str | None,
     save: str | None,
     diff: str | None,
+    markdown_file: str | None,
     detailed: bool,
     coefficients: tuple[tuple[str, float], ...],
     threads: int | None,
@@ -280,6 +285,11 @@ def plan(
     else:
         report.show_plan(made, needs, str(where) if where else None, free, report.console())
     _write_report(report_file, title=f"plan of {recipe}", plan=made)
+    if markdown_file is not None:
+        from skillmerge.markdown import plan_page
+
+        page = plan_page(made, needs, str(where) if where else None, free, document.get("changes"), diff)
+        _write(Path(markdown_file), page)
     if made.problems:
         return InputError.exit_status
     return 10 if detailed and not is_done(made, output=None) else 0
@@ -744,11 +754,51 @@ def init(path: str) -> None:
 
 
 @cli.command()
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path())
+@option("--strict", is_flag=True, help="Warnings fail too.")
+@option("--allow", multiple=True, metavar="RULE", help="A warning that is not looked for; may be given again.")
+@option(
+    "--sarif", "sarif_file", type=click.Path(dir_okay=False), help="Also write the findings as SARIF into this file."
+)
+@flags.as_json
+def lint(recipes: tuple[str, ...], strict: bool, allow: tuple[str, ...], sarif_file: str | None, as_json: bool) -> int:
+    """Check recipes from their text alone, every one of them, and tell all that is wrong. Opens no model."""
+    from skillmerge import report
+    from skillmerge.linting import lint as run
+    from skillmerge.sarif import document
+
+    found = run(recipes, allow=allow)
+    failed = bool(found.count("error") or (strict and found.findings))
+    if sarif_file is not None:
+        _write(Path(sarif_file), json.dumps(document(found), indent=1) + "\n")
+    if as_json:
+        _print_json({"ok": not failed, **found.as_dict()})
+    else:
+        report.show_lint(found, report.console())
+    return UsageError.exit_status if failed else 0
+
+
+@cli.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
     from skillmerge.schema import json_schema
 
     _print_json(json_schema(), indent=2)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(), required=False)
+@flags.as_json
+def doctor(path: str | None, as_json: bool) -> None:
+    """Print what a bug report needs: versions, devices, memory, the disk of PATH, the Hub. No secret is shown."""
+    from skillmerge import report
+    from skillmerge.doctor import doctor as run
+
+    found = run(path)
+    if as_json:
+        _print_json({"ok": True, **found.as_dict()})
+    else:
+        report.show_diagnosis(found, report.console())
 
 
 @cli.command()

@@ -19,6 +19,7 @@ skillmerge and exits 1. This module knows nothing about terminals: `cli` prints.
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -49,8 +50,50 @@ class UsageError(SkillmergeError):
     exit_status = 2
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a text something stands: line and column counted from 0, and how many characters it is wide."""
+
+    line: int
+    column: int
+    width: int = 1
+
+
 class RecipeError(UsageError):
-    """A mistake in a recipe. `message` already carries file, line, column, the line and a marker."""
+    """A mistake in a recipe. `message` already carries file, line, column, the line and a marker.
+
+    The same in parts, for those who show it in another way: `what` is wrong, its `place` where it has one, and the
+    `excerpt`, the line with its marker. others: mistakes in other parts of the same recipe.
+    """
+
+    def __init__(
+        self, message: str, *, fix: str | None = None, what: str = "", place: Place | None = None, excerpt: str = ""
+    ) -> None:
+        super().__init__(message, fix=fix)
+        self.what, self.place, self.excerpt = what or message, place, excerpt
+        self.others: list[RecipeError] = []
+
+
+class Mistakes:
+    """Collects the mistakes of a recipe's parts, so that one does not hide the others: `with mistakes: …` a part."""
+
+    def __init__(self) -> None:
+        self.found: list[RecipeError] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, RecipeError):
+            self.found += [error, *error.others]
+            error.others = []
+        return isinstance(error, RecipeError)
+
+    def refuse(self) -> None:
+        """Raise the first of them, which knows the others."""
+        if self.found:
+            first, *first.others = self.found
+            raise first
 
 
 class CheckFailed(SkillmergeError):

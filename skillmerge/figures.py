@@ -1,4 +1,4 @@
-"""What the figures of inspect mean: name, formula, meaning, and who has used them. Shown in the report and the docs.
+"""What the figures of inspect mean (name, formula, meaning, who has used them), and what the actions of a plan do.
 
 v is the update, k the second one, w the weights that v is seen against, n the number of elements.
 """
@@ -169,3 +169,15 @@ def show(value: float | None, unit: str) -> str:
     if unit == "count":
         return f"{value:,.0f}"
     return number(value)
+
+
+ACTIONS = {
+    "merge": "computed",
+    "copy": "copied byte for byte",
+    "cast": "converted to the output dtype",
+    "same": "not numbers to add: must be equal in all models",
+    "cut": "the difference, kept exactly",
+    "compute": "computed, rounded once",
+    "zero": "nothing",
+}
+"""What a plan does with a tensor, in words."""

@@ -20,7 +20,7 @@ from skillmerge import yamltext
 from skillmerge.checkpoints.location import SCHEME, Location, parse_location
 from skillmerge.coefficients import LayerRange, Rule, Schedule, parse_layers
 from skillmerge.criteria import Gate, gates_of
-from skillmerge.errors import InputError, RecipeError, UsageError, did_you_mean, some
+from skillmerge.errors import InputError, Mistakes, RecipeError, UsageError, did_you_mean, some
 from skillmerge.expression import ExpressionError, Node, names_in, normalise_name, parse
 from skillmerge.schema import GatesFileTable, ModelTable, PushTable, RecipeTable, RuleTable, ScheduleTable, read_table
 from skillmerge.tensors import parse_size
@@ -168,8 +168,9 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
     document = yamltext.read(text, name)
     table = read_table(document, RecipeTable)
     models, coefficients = _names(document, table)
+    mistakes = Mistakes()
     schedules = {
-        normalise_name(written): _schedule(document, ("coefficients", written), table.coefficients[written])
+        normalise_name(written): _schedule(document, ("coefficients", written), table.coefficients[written], mistakes)
         for written in table.coefficients
     }
     overridden = {}
@@ -182,10 +183,11 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
             raise UsageError(f"--set {key}: {value} is not a finite number")
         overridden[key] = len(schedules[key].rules)
         schedules[key] = Schedule(float(value))
-    try:
-        expression = parse(table.merge, list(models), coefficients)
-    except ExpressionError as error:
-        raise _expression_error(document, error) from error
+    with mistakes:
+        try:
+            expression = parse(table.merge, list(models), coefficients)
+        except ExpressionError as error:
+            raise _expression_error(document, error) from error
     skills = frozenset(
         normalise_name(name) for name, entry in table.models.items() if isinstance(entry, ModelTable) and entry.skill
     )
@@ -194,17 +196,14 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
         for name, entry in table.models.items()
         if isinstance(entry, ModelTable) and entry.patch and entry.onto
     }
-    _check_model_names(document, table, list(models), skills, patches)
-    if table.output.kind == "model" and table.output.compression != "none":
-        raise document.error(
-            "only a skill can be compressed", document.place(("output", "compression")), "models are read as they are"
-        )
-    if table.output.kind == "model" and table.output.keep is not None:
-        raise document.error("only a skill can be pruned", document.place(("output", "keep")), "extract it with --keep")
-    if table.output.kind == "skill":
-        for path, given in ((("copy",), table.copy_), (("output", "rounding"), table.output.rounding != "nearest")):
-            if given:
-                raise document.error(f"a skill has no `{path[-1]}`", document.place(path), "leave it out")
+    _check_model_names(document, table, list(models), skills, patches, mistakes)
+    with mistakes:
+        _check_kind(document, table)
+    with mistakes:
+        shard_size = _shard_size(document, table.output.shard_size)
+    with mistakes:
+        gates = _gates(document, table, folder, list(models), skills | set(patches))
+    mistakes.refuse()
     like = table.output.like
     return Recipe(
         document=document,
@@ -225,12 +224,12 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
             dtype=table.output.dtype,
             rounding=table.output.rounding,
             seed=table.output.seed,
-            shard_size=_shard_size(document, table.output.shard_size),
+            shard_size=shard_size,
             license=table.output.license,
             card=_local_path(document, ("output", "card"), folder, table.output.card) if table.output.card else None,
             push=_push(table.output.push) if table.output.push else None,
         ),
-        gates=_gates(document, table, folder, list(models), skills | set(patches)),
+        gates=gates,
         overrides={normalise_name(key): float(value) for key, value in (overrides or {}).items()},
         rules_overridden=overridden,
     )
@@ -264,6 +263,20 @@ def _gates(
                 f"`{gate.model}` is not a whole model of this recipe", place, f"there are: {some(known)}"
             )
     return gates
+
+
+def _check_kind(document: Document, table: RecipeTable) -> None:
+    """What only a model can have, and only a skill."""
+    if table.output.kind == "model" and table.output.compression != "none":
+        raise document.error(
+            "only a skill can be compressed", document.place(("output", "compression")), "models are read as they are"
+        )
+    if table.output.kind == "model" and table.output.keep is not None:
+        raise document.error("only a skill can be pruned", document.place(("output", "keep")), "extract it with --keep")
+    if table.output.kind == "skill":
+        for path, given in ((("copy",), table.copy_), (("output", "rounding"), table.output.rounding != "nearest")):
+            if given:
+                raise document.error(f"a skill has no `{path[-1]}`", document.place(path), "leave it out")
 
 
 def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list[str]]:
@@ -301,11 +314,14 @@ def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list
     return models, coefficients
 
 
-def _schedule(document: Document, path: Path, entry: float | ScheduleTable) -> Schedule:
+def _schedule(document: Document, path: Path, entry: float | ScheduleTable, mistakes: Mistakes) -> Schedule:
     if not isinstance(entry, ScheduleTable):
         return Schedule(float(entry))
-    rules = tuple(_rule(document, (*path, "rules", index), rule) for index, rule in enumerate(entry.rules))
-    return Schedule(float(entry.default), rules)
+    rules: list[Rule] = []
+    for index, rule in enumerate(entry.rules):
+        with mistakes:
+            rules.append(_rule(document, (*path, "rules", index), rule))
+    return Schedule(float(entry.default), tuple(rules))
 
 
 def _rule(document: Document, path: Path, table: RuleTable) -> Rule:
@@ -368,6 +384,7 @@ def _check_model_names(
     models: list[str],
     skills: frozenset[str],
     patches: Mapping[str, str],
+    mistakes: Mistakes,
 ) -> None:
     uses: list[tuple[Path, str | None]] = [
         (("copy", index, "from"), rule.from_) for index, rule in enumerate(table.copy_)
@@ -378,14 +395,15 @@ def _check_model_names(
         if isinstance(entry, ModelTable) and entry.onto
     ]
     for path, name in [*uses, (("output", "like"), table.output.like)]:
-        if name is not None and normalise_name(name) not in models:
-            fix = did_you_mean(name, models) or f"models of this recipe: {', '.join(models)}"
-            raise document.error(f"`{name}` is not a model of this recipe", document.place(path), fix)
-        whole = path[0] in ("copy", "models") or table.output.kind == "model"
-        if name is not None and normalise_name(name) in skills and whole:
-            raise document.error(f"`{name}` is a skill, which has no tensors to take", document.place(path))
-        if path[0] == "models" and name is not None and normalise_name(name) in patches:
-            raise document.error(f"`{name}` is a patch itself", document.place(path), "name a whole model")
+        with mistakes:
+            if name is not None and normalise_name(name) not in models:
+                fix = did_you_mean(name, models) or f"models of this recipe: {', '.join(models)}"
+                raise document.error(f"`{name}` is not a model of this recipe", document.place(path), fix)
+            whole = path[0] in ("copy", "models") or table.output.kind == "model"
+            if name is not None and normalise_name(name) in skills and whole:
+                raise document.error(f"`{name}` is a skill, which has no tensors to take", document.place(path))
+            if path[0] == "models" and name is not None and normalise_name(name) in patches:
+                raise document.error(f"`{name}` is a patch itself", document.place(path), "name a whole model")
 
 
 def _expression_error(document: Document, error: ExpressionError) -> RecipeError:

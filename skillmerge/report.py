@@ -19,7 +19,7 @@ from rich.text import Text as RichText
 from skillmerge.accounting import settlement
 from skillmerge.depth import bars, number, over_depth
 from skillmerge.errors import some, visible
-from skillmerge.figures import FIGURES, SPECTRAL, show
+from skillmerge.figures import ACTIONS, FIGURES, SPECTRAL, show
 from skillmerge.merge import Result
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.patching import Patch
@@ -32,8 +32,10 @@ from skillmerge.verification import Verdict
 if TYPE_CHECKING:
     from skillmerge.demo import Shown
     from skillmerge.deriving import Derived
+    from skillmerge.doctor import Diagnosis
     from skillmerge.exporting import Exported
     from skillmerge.inspection import Inspection
+    from skillmerge.linting import Lint
     from skillmerge.miniature import Question
     from skillmerge.publishing import Published
     from skillmerge.rebuilding import Rebuilt
@@ -106,17 +108,6 @@ def _show_coefficient(plan: Plan, name: str, index: int, out: Console) -> None:
     out.print(table)
 
 
-_ACTIONS = {
-    "merge": "computed",
-    "copy": "copied byte for byte",
-    "cast": "converted to the output dtype",
-    "same": "not numbers to add: must be equal in all models",
-    "cut": "the difference, kept exactly",
-    "compute": "computed, rounded once",
-    "zero": "nothing",
-}
-
-
 def _show_actions(plan: Plan, out: Console) -> None:
     table = Table("tensors", "from", "what happens", "names", box=box.SIMPLE_HEAD, pad_edge=False)
     groups: dict[tuple[str, str], list[str]] = {}
@@ -124,7 +115,7 @@ def _show_actions(plan: Plan, out: Console) -> None:
         models = ", ".join(dict.fromkeys(model for model, _ in tensor.sources))
         groups.setdefault((tensor.action, models), []).append(tensor.name)
     for (action, models), names in groups.items():
-        table.add_row(*map(Text, (str(len(names)), models, _ACTIONS[action], some(names, 2))))
+        table.add_row(*map(Text, (str(len(names)), models, ACTIONS[action], some(names, 2))))
     out.print(table)
 
 
@@ -422,6 +413,46 @@ def show_changes(changes: Sequence[str], since: str, out: Console) -> None:
         out.print(Text(f"nothing changed since {since}", style="bold"), soft_wrap=True)
     for change in changes:
         out.print(Text(f"- {change}"), soft_wrap=True)
+
+
+def show_lint(lint: Lint, out: Console) -> None:
+    """As compilers do: file, line, column, what is wrong, and the line itself."""
+    for finding in lint.findings:
+        place = f":{finding.place.line + 1}:{finding.place.column + 1}" if finding.place else ""
+        style = "red" if finding.rule.level == "error" else "yellow"
+        told = Text(f"{finding.file}{place}: ", style="bold") + Text(f"{finding.rule.level}: ", style=style)
+        out.print(told + Text(f"{finding.message} [{finding.rule.id}]"), soft_wrap=True)
+        for text in filter(None, (finding.excerpt, finding.fix)):
+            out.print(Text(text), soft_wrap=True)
+    files = f"{len(lint.files)} recipe{'s' if len(lint.files) != 1 else ''}"
+    out.print(Text(f"{files}: {_count(lint, 'error')}, {_count(lint, 'warning')}", style="bold"))
+
+
+def _count(lint: Lint, level: str) -> str:
+    count = lint.count(level)
+    return f"{count or 'no'} {level}{'s' if count != 1 else ''}"
+
+
+_BYTES = ("total", "available", "free", "memory", "cgroup limit")
+"""Facts of a diagnosis that are sizes, where they are large."""
+
+
+def show_diagnosis(diagnosis: Diagnosis, out: Console) -> None:
+    """Sections of facts, ready to be pasted."""
+    for name, facts in diagnosis.sections.items():
+        out.print(Text(name, style="bold"))
+        for key, value in facts.items() or [("none", "")]:
+            out.print(Text(f"  {key}: {_fact(key, value)}" if value != "" else f"  {key}"), soft_wrap=True)
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(", ".join(_fact(name, fact) for name, fact in item.items()) for item in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key in _BYTES and isinstance(value, int):
+        return format_bytes(value)
+    return "none" if value is None else str(value)
 
 
 def show_derived(derived: Derived, out: Console) -> None:

@@ -178,14 +178,17 @@ _Whole = TypeVar("_Whole", RecipeTable, GatesFileTable)
 
 
 def read_table(document: Document, table: type[_Whole]) -> _Whole:
-    """The document as tables. Raises RecipeError for the first thing in it that such a file cannot have."""
+    """The document as tables. Raises RecipeError for the first thing in it that such a file cannot have; the
+    error knows the others."""
     if not isinstance(document.data, dict):
         what = "a recipe" if table is RecipeTable else "a file of gates"
         raise document.error(f"is not {what}: it must be a table of keys", document.place(()))
     try:
         return table.model_validate(document.data)
     except ValidationError as error:
-        raise _shape_error(document, error) from error
+        first, *others = _shape_errors(document, error)
+        first.others = others
+        raise first from error
 
 
 def json_schema() -> dict[str, Any]:
@@ -215,19 +218,24 @@ _EXPECTED = {
 }
 
 
-def _shape_error(document: Document, error: ValidationError) -> RecipeError:
-    """The first mistake in the order of the text, in the words of a recipe instead of pydantic's."""
+def _shape_errors(document: Document, error: ValidationError) -> list[RecipeError]:
+    """The mistakes in the order of the text, those of missing keys last, in a recipe's words instead of pydantic's."""
+    details = error.errors(include_url=False)
+    unknown = [str(detail["loc"][-1]) for detail in details if detail["type"] == "extra_forbidden"]
     found = []
-    for detail in error.errors(include_url=False):
-        path = _data_path(document.data, detail["loc"])
+    for detail in details:
+        path, last = _data_path(document.data, detail["loc"]), str(detail["loc"][-1])
+        missing = detail["type"] == "missing"
+        if missing and did_you_mean(last, unknown):
+            continue  # the misspelling is the mistake
         key_place = document.keys.get(path) if detail["type"] == "extra_forbidden" else None
         place = key_place or document.place(path)
-        # A key that is missing comes last: where a key is misspelt, the misspelling is the mistake.
-        order = (detail["type"] == "missing", place.line if place else 0, place.column if place else 0)
-        found.append((order, path, place, detail))
-    _, path, place, detail = min(found, key=lambda item: item[0])
-    message, fix = _shape_message(path, detail)
-    return document.error(message, place, fix)
+        message, fix = _shape_message(path, detail)
+        mistake = document.error(message, place, fix)
+        if missing and detail["loc"] == ("skillmerge",):
+            return [mistake]  # it is something else, of which all would be wrong
+        found.append(((missing, place.line if place else 0, place.column if place else 0), mistake))
+    return [mistake for _, mistake in sorted(found, key=lambda item: item[0])]
 
 
 def _data_path(data: Any, location: tuple[int | str, ...]) -> Path:

@@ -453,7 +453,7 @@ def _journal_header(plan_digest: str, conditions: dict[str, Any]) -> dict[str, A
 
 def _put_in_place(finished: Path, output: Path, replace: bool) -> None:
     """Make `output` what `finished` is. What was replaced is left in `finished`'s folder."""
-    if not (replace and output.exists() and _exchange(finished, output)):
+    if not (replace and output.exists() and exchange(finished, output)):
         if replace and _is_taken(output):
             previous = finished.with_name("previous")
             shutil.rmtree(previous, ignore_errors=True)
@@ -462,7 +462,7 @@ def _put_in_place(finished: Path, output: Path, replace: bool) -> None:
     _sync_folder(output.parent)
 
 
-def _exchange(first: Path, second: Path) -> bool:
+def exchange(first: Path, second: Path) -> bool:
     """Swap two names in one step (Linux renameat2, macOS renamex_np). False where that cannot be had."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)

@@ -27,6 +27,7 @@ from ruamel.yaml.events import (
 )
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from skillmerge.errors import Place as Place
 from skillmerge.errors import RecipeError
 
 MAX_BYTES = 256 * 1024
@@ -55,15 +56,6 @@ _LONGEST_MESSAGE = 600
 Path = tuple[str | int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where something stands: line and column counted from 0, and how many characters it is wide."""
-
-    line: int
-    column: int
-    width: int = 1
-
-
 @dataclass(slots=True)
 class Document:
     """A parsed document: `data` is dicts, lists, strings, numbers, booleans and None."""
@@ -78,17 +70,18 @@ class Document:
         """An error that shows the file, the position, the line itself and a marker under it."""
         message, fix = _shortened(message), fix and _shortened(fix)
         if place is None:
-            return RecipeError(f"{self.name}: {message}", fix=fix)
+            return RecipeError(f"{self.name}: {message}", fix=fix, what=message)
+        excerpt = self.excerpt(place)
+        text = f"{self.name}:{place.line + 1}:{place.column + 1}: {message}\n{excerpt}"
+        return RecipeError(text, fix=fix, what=message, place=place, excerpt=excerpt)
+
+    def excerpt(self, place: Place) -> str:
+        """The line of a place, and a marker under it."""
         line = self.line(place.line).rstrip()
         cut = max(0, place.column - 60) if len(line) > 160 else 0
         gutter = f"{place.line + 1:>5} | "
         marker = " " * (len(gutter) - 2) + "| " + _blank(line[cut : place.column])
-        width = max(1, min(place.width, 100))
-        return RecipeError(
-            f"{self.name}:{place.line + 1}:{place.column + 1}: {message}\n"
-            f"{gutter}{line[cut : cut + 160]}\n{marker}{'^' * width}",
-            fix=fix,
-        )
+        return f"{gutter}{line[cut : cut + 160]}\n{marker}{'^' * max(1, min(place.width, 100))}"
 
     def line(self, number: int) -> str:
         """A line of the text, counted from 0 as places are; the last one where there is no such line."""

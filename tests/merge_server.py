@@ -107,7 +107,7 @@ def child(request: dict[str, Any], answers: int) -> NoReturn:
     if pace:
         slow_down(pace)
     if request.pop("no_exchange", False):
-        writer._exchange = lambda first, second: False
+        writer.exchange = lambda first, second: False
     # Small tiles, so that a small shard takes several writes.
     merge.budget = lambda plan, *, threads, **limits: Budget(threads or 2, BLOCK, 0)
     teller, steps = Teller(), Steps(kill_at)

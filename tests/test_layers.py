@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "skillmerge"
 # Each module may import, at any place in it, only from rows below its own (and from its own row where marked).
 LAYERS = [
     {"cli"},
-    {"report", "page", "flags"},
+    {"report", "page", "flags", "markdown"},
     {"events"},
     {"messages"},
     {"gating", "rebuilding"},
@@ -21,13 +21,15 @@ LAYERS = [
     {"extraction"},
     {"merge"},
     {"attestation"},
+    {"sarif"},
+    {"linting"},
     {"pushing", "savedplan", "gates", "bom"},
     {"loading", "inspection", "signing"},
     {"scoring"},
     {"card", "publishing"},
     {"sources"},
     {"lockfile"},
-    {"verification", "demo"},
+    {"verification", "demo", "doctor"},
     {"miniature"},
     {"engine", "cutting"},
     {"checkpoints.skill", "checkpoints.patch"},
@@ -100,7 +102,14 @@ HOMES = {
         "scoring",
         "loading",
     },
-    "huggingface_hub": {"checkpoints.repository", "checkpoints.storage", "checkpoints.hubclient", "publishing", "card"},
+    "huggingface_hub": {
+        "checkpoints.repository",
+        "checkpoints.storage",
+        "checkpoints.hubclient",
+        "publishing",
+        "card",
+        "doctor",
+    },
 }
 
 

@@ -249,7 +249,7 @@ def put_previous(output: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_publish_replaces_an_output_when_asked(output: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr("skillmerge.writer._exchange", lambda first, second: False)
+        monkeypatch.setattr("skillmerge.writer.exchange", lambda first, second: False)
     put_previous(output)
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
@@ -146,6 +147,47 @@ def hub_errors(what: str) -> Iterator[None]:
         raise InputError(
             f"{what}: the Hub's address is not one ({constants.ENDPOINT})", fix="check HF_ENDPOINT"
         ) from None
+
+
+def probe(seconds: float = 5.0) -> dict[str, str | bool]:
+    """Whether the Hub answers: one request without a token, for at most so long. Never raises, never shows a token."""
+    found: dict[str, str | bool] = {
+        "endpoint": _host(constants.ENDPOINT),
+        "offline": bool(constants.HF_HUB_OFFLINE),
+        "token": _token_state(),
+    }
+    if constants.HF_HUB_OFFLINE:
+        return {**found, "answer": "not asked: HF_HUB_OFFLINE is set"}
+    answer = [f"none in {seconds:g} s"]
+
+    def ask() -> None:
+        try:
+            status = get_session().head(constants.ENDPOINT, timeout=seconds).status_code
+            answer[0] = f"reachable (HTTP {status})"
+        except Exception as error:  # whatever the network does
+            answer[0] = f"not reachable ({type(error).__name__})"
+
+    # A thread, because names are looked up without a limit in time.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds + 1)
+    return {**found, "answer": answer[0]}
+
+
+def _host(address: str) -> str:
+    """An address without user, password, path and query."""
+    try:
+        parts = urlsplit(address)
+        return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+    except ValueError:
+        return "not an address"
+
+
+def _token_state() -> str:
+    try:
+        return "present" if get_token() else "none"
+    except Exception as error:  # a token file that is none
+        return f"cannot be read ({type(error).__name__})"
 
 
 def _without_token(text: str) -> str:
