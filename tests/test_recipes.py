@@ -1,4 +1,4 @@
-"""Every file in recipes/ says when to use it, plans, and applies."""
+"""Every file in recipes/ says when to use it, plans, applies, and can be built again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from conftest import random_tensors, tensor_shapes, write_checkpoint
 from hub_server import HubServer
 
 import skillmerge
+from skillmerge.rebuilding import How, check_rebuild
 from skillmerge.recipe import load
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -44,4 +45,7 @@ def check(recipe: Path) -> None:
     assert plan.problems == ()
     assert plan.notes == ()
     assert any(tensor.action in ("merge", "compute") for tensor in plan.tensors.values())
-    assert skillmerge.verify(skillmerge.apply(recipe).output).tensors == len(plan.tensors)
+    output = skillmerge.apply(recipe, threads=2).output
+    assert skillmerge.verify(output).tensors == len(plan.tensors)
+    otherwise = How(threads=5, memory_limit=1_500_000_000, device="cpu")
+    assert check_rebuild(output, how=otherwise).tensors == len(plan.tensors)
