@@ -222,7 +222,8 @@ def _shape_errors(document: Document, error: ValidationError) -> list[RecipeErro
     """The mistakes in the order of the text, those of missing keys last, in a recipe's words instead of pydantic's."""
     details = error.errors(include_url=False)
     unknown = [str(detail["loc"][-1]) for detail in details if detail["type"] == "extra_forbidden"]
-    found = []
+    found: list[tuple[tuple[bool, int, int], RecipeError]] = []
+    foreign = None
     for detail in details:
         path, last = _data_path(document.data, detail["loc"]), str(detail["loc"][-1])
         missing = detail["type"] == "missing"
@@ -232,10 +233,12 @@ def _shape_errors(document: Document, error: ValidationError) -> list[RecipeErro
         place = key_place or document.place(path)
         message, fix = _shape_message(path, detail)
         mistake = document.error(message, place, fix)
-        if missing and detail["loc"] == ("skillmerge",):
-            return [mistake]  # it is something else, of which all would be wrong
         found.append(((missing, place.line if place else 0, place.column if place else 0), mistake))
-    return [mistake for _, mistake in sorted(found, key=lambda item: item[0])]
+        if detail["loc"] == ("skillmerge",) and missing:
+            foreign = mistake
+    mistakes = [mistake for _, mistake in sorted(found, key=lambda item: item[0])]
+    # What is no recipe at all is wrong everywhere: one example of that is enough.
+    return list(dict.fromkeys([mistakes[0], foreign])) if foreign else mistakes
 
 
 def _data_path(data: Any, location: tuple[int | str, ...]) -> Path:

@@ -170,3 +170,10 @@ def test_torch_that_cannot_be_imported_is_told(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.12: cannot open')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert doctor().sections["cuda"]["torch"] == "cannot be imported: OSError: libcudart.so.12: cannot open"
+
+
+def test_nothing_in_the_working_folder_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()
+    (tmp_path / "torch.py").write_text("raise OSError('not the real one')")
+    monkeypatch.chdir(tmp_path)
+    assert "torch" not in doctor().sections["cuda"]

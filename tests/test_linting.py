@@ -85,10 +85,11 @@ def test_a_misspelt_key_is_not_told_as_a_missing_one_too(tmp_path: Path) -> None
     assert found(write(tmp_path, CLEAN.replace("\nmerge:", "\nmrege:"))) == [("invalid-recipe", 8, 1)]
 
 
-def test_yaml_that_is_no_recipe_is_one_error(tmp_path: Path) -> None:
+def test_yaml_that_is_no_recipe_is_not_told_key_by_key(tmp_path: Path) -> None:
     path = write(tmp_path, "on: push\njobs: {}\nsteps: []\n")
-    assert found(path) == [("invalid-recipe", 1, 1)]
-    assert "missing key `skillmerge`" in lint([path]).findings[0].message
+    first, second = lint([path]).findings
+    assert first.message == "unknown key `on`"
+    assert (second.message, second.fix) == ("missing key `skillmerge`", "start the recipe with `skillmerge: 1`")
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00", b"a: [", b"", b'{\n "ok": true}'])
