@@ -239,7 +239,7 @@ def plan(
     from skillmerge import report
     from skillmerge.merge import is_done, make_plan
     from skillmerge.resources import budget, check_disk, free_disk
-    from skillmerge.savedplan import describe, differences, read
+    from skillmerge.savedplan import describe, read
 
     _check_report(report_file)
     before = read(diff) if diff is not None else None
@@ -260,7 +260,7 @@ def plan(
     if save is not None:
         _write_plan(Path(save), json.dumps(document, indent=1) + "\n")
     if before is not None:
-        document["changes"] = differences(before.document, json.loads(json.dumps(document)))
+        document["changes"] = before.changes(json.loads(json.dumps(document)))
     if as_json:
         _print_json(document)
     elif before is not None:
