@@ -27,9 +27,11 @@ Content: TypeAlias = dict[str, str]
 class MergeServer:
     """The process of `merge_server.py`, which runs merges in forks and kills them as it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
         command = [sys.executable, str(Path(__file__).with_name("merge_server.py"))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
 
     def run_all(self, *requests: dict[str, Any]) -> list[dict[str, Any]]:
         """Merges that run at the same time; how each of them ended."""

@@ -234,6 +234,16 @@ def test_unreadable_disk_is_a_failed_check(output: Path, monkeypatch: pytest.Mon
     assert_refused(output, "Input/output error")
 
 
+def test_file_that_the_library_cannot_map_is_a_failed_check(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by letting calls of the system fail: torch, which maps the file, has an error of its own for that."""
+
+    def safe_open(path: Path, framework: str) -> None:
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: Input/output error (5)")
+
+    monkeypatch.setattr("safetensors.safe_open", safe_open)
+    assert_refused(output, "Input/output error")
+
+
 # ---------------------------------------------------------------------------------------- whole files exchanged
 
 

@@ -69,12 +69,20 @@ def read_header(path: str, file: str) -> Header:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: is not a regular file")
-        raw = fetch_header(lambda start, count: os.pread(descriptor, count, start), status.st_size, path)
+        raw = fetch_header(lambda start, count: _read(descriptor, start, count), status.st_size, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     finally:
         os.close(descriptor)
     return Header(raw, parse_header(raw[8:], status.st_size, path, file), status.st_size, FileIdentity.of(status))
+
+
+def _read(descriptor: int, start: int, count: int) -> bytes:
+    """Bytes of a file, fewer only at its end: one call of the system may give less than it could."""
+    found = b""
+    while len(found) < count and (piece := os.pread(descriptor, count - len(found), start + len(found))):
+        found += piece
+    return found
 
 
 def fetch_header(read: Callable[[int, int], bytes], file_size: int, path: str) -> bytes:
