@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from skillmerge import __version__, flags
-from skillmerge.errors import InputError, Interrupted, ResourceError, SkillmergeError, UsageError, visible
+from skillmerge.errors import (
+    InputError,
+    Interrupted,
+    ResourceError,
+    SkillmergeError,
+    UsageError,
+    memory_errors,
+    visible,
+)
 from skillmerge.flags import option
 
 if TYPE_CHECKING:
@@ -45,7 +53,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with memory_errors():
+                return super().invoke(ctx)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise _OutputClosed from error

@@ -20,7 +20,7 @@ from skillmerge import lockfile, manifest, savedplan
 from skillmerge.accounting import prove_ties
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.skill import check_zstandard
-from skillmerge.errors import CheckFailed, SkillmergeError, UnusableWeights, UsageError, some
+from skillmerge.errors import CheckFailed, SkillmergeError, UnusableWeights, UsageError, memory_errors, some
 from skillmerge.parallel import hash_file, in_threads
 from skillmerge.planning import Plan
 from skillmerge.planning import make_plan as plan_recipe
@@ -68,6 +68,7 @@ class Reporter:
         yield lambda done: None
 
 
+@memory_errors()
 def apply(
     recipe: str | os.PathLike[str] | Recipe,
     output: str | os.PathLike[str] | None = None,

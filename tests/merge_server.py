@@ -8,6 +8,8 @@ request holds the arguments of `skillmerge.apply` and how to be cruel to it:
     pace            seconds that every write of a span takes longer
     no_exchange     the system cannot swap two names in one step
     direct          every span is written with direct I/O
+    memory          bytes of address space that it gets beside what the process has
+    unchecked       the room on the disk is not looked at before
     fault           arguments of `fault_arm` in torture/faults.c, which has to be preloaded
 
 A step is a call that changes the disk. The answer holds status (negative: the signal that it died of), and,
@@ -19,11 +21,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import select
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 import skillmerge.engine  # noqa: F401  (imports torch, which costs a second)
@@ -130,6 +134,11 @@ def child(request: dict[str, Any], answers: int) -> NoReturn:
     steps.watch()
     answer: dict[str, Any] = {"already": False, "message": ""}
     status = 1
+    if request.pop("unchecked", False):
+        merge.check_disk = lambda path, needed, what: None
+    if (memory := request.pop("memory", None)) is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory,) * 2)
     library = ctypes.CDLL(None)
     if fault is not None:
         folder, *numbers = fault

@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -376,6 +377,29 @@ def test_failing_call_ends_the_run_and_loses_nothing(
         discard(output)
         put_previous(output)
     assert nth > 3, "the failures were never met"
+
+
+def test_thread_that_cannot_be_started_ends_the_run_and_loses_nothing(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by limiting memory: threads that were never started were waited for, in an error of its own."""
+    output, real = small.parent / "merged", threading.Thread.start
+    for nth in range(1, 100):
+        starts = iter(range(1, 1000))
+
+        def start(thread: threading.Thread, nth: int = nth, starts: Iterator[int] = starts) -> None:
+            if next(starts) == nth:
+                raise RuntimeError("can't start new thread")
+            real(thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            error = error_of(lambda: skillmerge.apply(small, threads=2))
+        if error is None:
+            break
+        assert error.exit_status == 5
+        assert visible(output) is None
+    assert nth > 4, "the threads were never met"
 
 
 def test_short_writes_are_written_on(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
