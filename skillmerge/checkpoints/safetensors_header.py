@@ -155,10 +155,8 @@ def _broken(path: str, what: str) -> InputError:
 def _load_object(text: bytes, path: str) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise _broken(path, "has a header that does not start with `{`")
-    # Each tensor has two lists and 45 bytes at least; millions of empty lists would take seconds to build.
-    if text.count(b"[") > 10 + len(text) // 20:
-        raise _broken(path, "has a header with more lists in it than a table of tensors")
     try:
+        refuse_bulk(text, MAX_HEADER_BYTES)
         document = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=unique_keys,
@@ -172,6 +170,16 @@ def _load_object(text: bytes, path: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise _broken(path, "has a header that is not a JSON object")
     return document
+
+
+def refuse_bulk(text: bytes, most: int) -> None:
+    """Raise ValueError for JSON that has more parts than a table of tensors of at most `most` bytes can have.
+
+    Each tensor takes over 10 bytes for each of its commas and colons. Millions of empty tables, lists or numbers
+    would take seconds and a gigabyte to build.
+    """
+    if text.count(b",") + text.count(b":") > most // 12:
+        raise ValueError(f"it has more than {most // 12:,} parts")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
