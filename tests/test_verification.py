@@ -357,6 +357,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a tensor less": lambda document: document["tensors"].pop(),
     "another shape": lambda document: document["tensors"][0].update(shape=[1]),
     "another dtype": lambda document: document["tensors"][0].update(dtype="F16"),
+    "a tensor's name that is none": lambda document: document["tensors"][0].update(name=["a"]),
     "another file": lambda document: document["tensors"][0].update(file=OTHER_SHARD),
     "another size": lambda document: document["files"][0].update(size=1),
     "another digest": lambda document: document["files"][0].update(sha256="0" * 64),
