@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from skillmerge import __version__, flags
-from skillmerge.errors import InputError, Interrupted, ResourceError, SkillmergeError, Terminated, UsageError, visible
+from skillmerge.errors import (
+    InputError,
+    Interrupted,
+    ResourceError,
+    SkillmergeError,
+    Terminated,
+    UsageError,
+    memory_errors,
+    visible,
+)
 from skillmerge.flags import option
 from skillmerge.messages import TerminalReporter, as_json, tell
 
@@ -47,7 +56,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with memory_errors():
+                return super().invoke(ctx)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise _OutputClosed from error
@@ -256,7 +266,7 @@ def plan(
     from skillmerge import report
     from skillmerge.merge import is_done, make_plan
     from skillmerge.resources import budget, check_disk, free_disk
-    from skillmerge.savedplan import describe, differences, read
+    from skillmerge.savedplan import describe, read
 
     _check_report(report_file)
     before = read(diff) if diff is not None else None
@@ -277,7 +287,7 @@ def plan(
     if save is not None:
         _write_plan(Path(save), json.dumps(document, indent=1) + "\n")
     if before is not None:
-        document["changes"] = differences(before.document, json.loads(json.dumps(document)))
+        document["changes"] = before.changes(json.loads(json.dumps(document)))
     if as_json:
         _print_json(document)
     elif before is not None:

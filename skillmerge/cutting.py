@@ -34,7 +34,7 @@ from skillmerge.sparse import Encoded, Encoder, differing, places_of, within
 from skillmerge.statistics import summarise_skill
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT, TensorSpec
 from skillmerge.worker import Settings, Worker
-from skillmerge.writer import Staging, disk_errors
+from skillmerge.writer import Staging, disk_errors, write_all
 
 _NAMES = {dtype.torch_name: name for name, dtype in DTYPES.items() if dtype.torch_name}
 
@@ -390,9 +390,7 @@ class _SkillFile:
             for part, values in encoded.parts.items():
                 content = memory_of(values)
                 with disk_errors(self.path):
-                    left = content
-                    while left:
-                        left = left[self._stream.write(left) :]
+                    write_all(self._stream, content)
                 self._header[part_name(unit.spec.name, unit.number, plane, part)] = {
                     "dtype": _NAMES[str(values.dtype).removeprefix("torch.")],
                     "shape": list(values.shape),
@@ -413,7 +411,7 @@ class _SkillFile:
         assert len(text) <= self._room
         with disk_errors(self.path):
             self._stream.seek(0)
-            self._stream.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
+            write_all(self._stream, self._room.to_bytes(8, "little") + text.ljust(self._room))
             os.fsync(self._stream.fileno())
             self._stream.close()
             size = self.path.stat().st_size

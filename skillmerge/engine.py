@@ -302,7 +302,8 @@ def merge_shards(
             run.full.put(None)
         deadline = time.monotonic() + _PATIENCE
         for thread in (*workers, *writers):
-            thread.join(max(0.0, deadline - time.monotonic()) if interrupted else None)
+            if thread.ident is not None:  # else the system had none to give
+                thread.join(max(0.0, deadline - time.monotonic()) if interrupted else None)
         if not any(thread.is_alive() for thread in (*workers, *writers)):
             run.close()  # else one of them waits for a network, and works with what this would close
         torch.set_num_threads(intraop)

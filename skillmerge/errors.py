@@ -18,9 +18,14 @@ skillmerge and exits 1. This module knows nothing about terminals: `cli` prints.
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+_NO_MEMORY = re.compile(r"can't allocate memory|can't start new thread|out of memory")
 
 
 class SkillmergeError(Exception):
@@ -135,6 +140,21 @@ class Interrupted(SkillmergeError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as something that no `except Exception` on its way swallows."""
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn what Python and torch say where memory or threads are not to be had into a ResourceError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+            raise
+        detail = str(error).strip().partition("\n")[0]
+        raise ResourceError(
+            f"memory or threads were not to be had{detail and ': '}{detail}",
+            fix="give it more, or lower --threads or --memory-limit; then run the same command again",
+        ) from error
 
 
 def visible(text: str) -> str:

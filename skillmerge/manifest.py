@@ -184,6 +184,7 @@ def _is_intact(document: dict[str, Any], content: bytes) -> bool:
             and all(isinstance(file["name"], str) for file in document["files"])
             and all(type(file["size"]) is int and "sha256" in file for file in document["files"])
             and all(tensor.keys() >= {"name", "file", "dtype", "shape"} for tensor in document["tensors"])
+            and all(isinstance(tensor["name"], str) for tensor in document["tensors"])
             and document["environment"].keys() >= {"inputs", "run_log"}
             and document["environment"]["run_log"]["name"] == RUN_LOG_FILE
             and isinstance(document["environment"]["run_log"]["sha256"], str)

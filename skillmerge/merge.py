@@ -20,7 +20,7 @@ from skillmerge import __version__, lockfile, manifest, savedplan
 from skillmerge.accounting import prove_ties
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.skill import check_zstandard
-from skillmerge.errors import CheckFailed, SkillmergeError, UnusableWeights, UsageError, some
+from skillmerge.errors import CheckFailed, SkillmergeError, UnusableWeights, UsageError, memory_errors, some
 from skillmerge.gates import GateFailed, Outcome, Subject, check, prepare
 from skillmerge.parallel import hash_file, in_threads
 from skillmerge.planning import Plan
@@ -56,6 +56,7 @@ class Result:
     gates: Sequence[Mapping[str, Any]] = ()
 
 
+@memory_errors()
 def apply(
     recipe: str | os.PathLike[str] | Recipe,
     output: str | os.PathLike[str] | None = None,

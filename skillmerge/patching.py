@@ -27,7 +27,7 @@ from skillmerge.reporter import Reporter
 from skillmerge.resources import check_disk
 from skillmerge.sources import Access, close_all, open_models
 from skillmerge.tensors import DTYPES, UNIT, TensorSpec
-from skillmerge.writer import new_folder
+from skillmerge.writer import new_folder, write_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,8 +168,7 @@ class _Writer:
                     stream.seek(at[part])
                     view = memory_of(content)
                     at[part] += len(view)
-                    while view:
-                        view = view[stream.write(view) :]
+                    write_all(stream, view)
         if tensor_digest(digests) != job.row.get("digests", {}).get(self._subtracted):
             raise CheckFailed(
                 f"{self._planes[-1].place} is not the checkpoint that {self._planes[0].place} was cut from: "

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from skillmerge.planning import PLAN_VERSION, Plan
 from skillmerge.recipe import SAVED_PLAN, Recipe, parse_recipe
 
 _KEYS = ("version", "digest", "recipe", "versions", "inputs", "tensors")
+_REMARKS = ("recipe", "problems", "notes")
+"""What is for people. The recipe's text has its digest in the plan."""
 _MAX_BYTES = 1 << 30
 
 
@@ -29,21 +32,26 @@ class SavedPlan:
     path: Path
     document: Mapping[str, Any]
     recipe: Recipe
-
-    @property
-    def commits(self) -> dict[str, str]:
-        return {item["name"]: item["revision"] for item in self.document["inputs"] if item["revision"]}
+    commits: Mapping[str, str]
 
     def check(self, plan: Plan) -> None:
-        """Raise StalePlan where the same recipe gives another plan now, or an input's files are not those of then."""
+        """Raise StalePlan where the same recipe gives another plan now, or an input's files are not those of then.
+
+        All of the plan counts, not its digest alone: what a person has read in it is what is done.
+        """
         now = json.loads(json.dumps(describe(plan)))
-        if plan.digest == self.document["digest"] and now["versions"] == self.document["versions"]:
+        if all(self.document.get(key) == value for key, value in now.items() if key not in _REMARKS):
             return
-        changes = differences(self.document, now) or ["this skillmerge plans differently"]
+        changes = self.changes(now) or ["it was edited, or this skillmerge plans differently"]
         raise StalePlan(
             f"{self.path} is stale: " + "; ".join(changes[:8]),
             fix=f"look at it and plan again: skillmerge plan {self.recipe.document.name} -o {self.path}",
         )
+
+    def changes(self, now: Mapping[str, Any]) -> list[str]:
+        """What is different in another plan, in words. Raises UsageError where this one is damaged."""
+        with _damage(self.path):
+            return differences(self.document, now)
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -67,13 +75,27 @@ def looks_saved(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Whatever goes wrong when a document is taken for a plan says that it is none."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"{path}: is not a saved plan: {error}", fix="write one: skillmerge plan RECIPE -o plan.json"
+        ) from error
+
+
 def read(path: str | os.PathLike[str]) -> SavedPlan:
     """Read a saved plan. Raises UsageError for what is none, RecipeError for a recipe in it that is damaged."""
     path = Path(path)
-    try:
-        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
-            raise ValueError("it is no file of sane size")
-        document = json.loads(path.read_text(encoding="utf-8"))
+    with _damage(path):
+        try:
+            if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+                raise ValueError("it is no file of sane size")
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
         if document["version"] != PLAN_VERSION:
             raise UsageError(f"{path}: plan version {document['version']!r} is not known to this skillmerge")
         missing = [key for key in _KEYS if key not in document]
@@ -81,13 +103,10 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
             raise ValueError(f"it lacks {', '.join(missing)}")
         file = Path(document["recipe"]["file"])
         recipe = parse_recipe(document["recipe"]["text"], str(file), file.parent, document["overrides"])
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(
-            f"{path}: is not a saved plan: {error}", fix="write one: skillmerge plan RECIPE -o plan.json"
-        ) from error
-    return SavedPlan(path, document, recipe)
+        commits = {item["name"]: item["revision"] for item in document["inputs"] if item["revision"]}
+        if not all(isinstance(commit, str) for commit in commits.values()):
+            raise ValueError("a commit in it is no text")
+    return SavedPlan(path, document, recipe, commits)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

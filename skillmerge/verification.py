@@ -180,7 +180,7 @@ def check_shard(path: Path, specs: tuple[TensorSpec, ...]) -> None:
                 piece = reader.get_slice(spec.name)
                 if tuple(piece.get_shape()) != spec.shape or piece.get_dtype() != spec.dtype:
                     raise CheckFailed(f"{path}: the safetensors library sees another `{spec.name}`")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last is torch's, where it cannot map the file
         raise CheckFailed(f"{path}: the safetensors library refuses it: {error}") from error
 
 

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -333,7 +334,7 @@ class Staging:
             paths = [path for path in self.folder.iterdir() if path.name not in ("lock", *kept)]
             for path in sorted(paths, key=lambda path: path == self._journal):
                 if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
+                    shutil.rmtree(path)
                 else:
                     path.unlink()
 
@@ -497,6 +498,13 @@ def _read_lines(journal: Path) -> list[dict[str, Any]]:
             break
         entries.append(entry)
     return entries
+
+
+def write_all(stream: FileIO, content: bytes | memoryview) -> None:
+    """Write all of it to an unbuffered file: one call of the system may take less."""
+    left = memoryview(content)
+    while left:
+        left = left[stream.write(left) :]
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from observing import SHARDS, MergeServer, wide_shapes
 from safetensors.torch import load_file, save_file
 
 PEAK_MEMORY = "1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
@@ -117,6 +119,54 @@ def run_cli(*arguments: str | Path, cwd: Path | None = None, **environment: str)
     )
 
 
+@pytest.fixture(scope="session")
+def server() -> Iterator[MergeServer]:
+    process = MergeServer()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("families")
+    write_family(folder / "wide", wide_shapes(3 * SHARDS), shards=SHARDS)
+    write_family(folder / "small", wide_shapes(3, 1024), shards=3)
+    return folder
+
+
+@pytest.fixture
+def wide(families: Path, tmp_path: Path) -> Path:
+    """The recipe of a family of 8 shards, each of which takes three writes."""
+    return Path(shutil.copytree(families / "wide", tmp_path, dirs_exist_ok=True)) / "recipe.yaml"
+
+
+@pytest.fixture
+def small(families: Path, tmp_path: Path) -> Path:
+    """The recipe of a family of three small shards."""
+    return Path(shutil.copytree(families / "small", tmp_path, dirs_exist_ok=True)) / "recipe.yaml"
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mount a small disk at tmp_path/disk; where that is not permitted the test is skipped."""
+    place = tmp_path / "disk"
+
+    def mount(options: str) -> Path:
+        place.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        try:
+            done = subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except FileNotFoundError:
+            done = False
+        if not done:
+            pytest.skip("mounting a small disk is not permitted here")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", str(place)], check=True)
+
+
 @pytest.fixture
 def family(tmp_path: Path) -> Path:
     """The recipe of a small bfloat16 family in two shards."""
@@ -133,3 +183,26 @@ def edit() -> Callable[..., Path]:
         return path
 
     return change
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the torture room in its long form")
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Counts to be told at the end of the run: tally(kills=200)."""
+
+    def count(**counts: int | str) -> None:
+        request.node.user_properties.append(("torture", counts))
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    for report in reports:
+        counts = [value for key, value in report.user_properties if key == "torture"] if report.when == "call" else []
+        for row in counts:
+            said = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in row.items())
+            terminalreporter.write_line(f"{report.nodeid.split('/')[-1]}: {said}; {report.duration:.0f} s")

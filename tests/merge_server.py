@@ -7,20 +7,27 @@ request holds the arguments of `skillmerge.apply` and how to be cruel to it:
     kill_at         die right before the n-th step; a write dies with half of its bytes on the disk
     pace            seconds that every write of a span takes longer
     no_exchange     the system cannot swap two names in one step
+    direct          every span is written with direct I/O
+    memory          bytes of address space that it gets beside what the process has
+    unchecked       the room on the disk is not looked at before
+    fault           arguments of `fault_arm` in torture/faults.c, which has to be preloaded
 
 A step is a call that changes the disk. The answer holds status (negative: the signal that it died of), and,
-where it lived, steps, said, already and message.
+where it lived, steps, said, already and message; with a fault, how many calls it was counted among.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import resource
 import select
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 import skillmerge.engine  # noqa: F401  (imports torch, which costs a second)
@@ -100,12 +107,25 @@ def slow_down(pace: float) -> None:
     writer.ShardFile.write = slowly  # type: ignore[method-assign]
 
 
+def write_directly() -> None:
+    begin = writer.WriteMode.__init__
+
+    def decided(self: writer.WriteMode) -> None:
+        begin(self)
+        self.direct, self._open = True, False
+
+    writer.WriteMode.__init__ = decided  # type: ignore[method-assign]
+
+
 def child(request: dict[str, Any], answers: int) -> NoReturn:
     """Run one merge, say how it went, and end without a word to anyone else."""
     kill_at, pace = request.pop("kill_at", None), request.pop("pace", 0)
+    fault = request.pop("fault", None)
     request.pop("kill_after", None)
     if pace:
         slow_down(pace)
+    if request.pop("direct", False):
+        write_directly()
     if request.pop("no_exchange", False):
         writer.exchange = lambda first, second: False
     # Small tiles, so that a small shard takes several writes.
@@ -114,6 +134,15 @@ def child(request: dict[str, Any], answers: int) -> NoReturn:
     steps.watch()
     answer: dict[str, Any] = {"already": False, "message": ""}
     status = 1
+    if request.pop("unchecked", False):
+        merge.check_disk = lambda path, needed, what: None
+    if (memory := request.pop("memory", None)) is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory,) * 2)
+    library = ctypes.CDLL(None)
+    if fault is not None:
+        folder, *numbers = fault
+        library.fault_arm(os.fsencode(folder), *numbers)
     try:
         answer["already"] = merge.apply(reporter=teller, **request).already
         status = 0
@@ -121,6 +150,8 @@ def child(request: dict[str, Any], answers: int) -> NoReturn:
         status, answer["message"] = error.exit_status, str(error)
     except BaseException as error:
         answer["message"] = repr(error)
+    if fault is not None:
+        answer["calls"] = library.fault_calls()
     answer |= {"steps": steps.count, "said": teller.said}
     os.write(answers, json.dumps(answer).encode())
     os._exit(status)

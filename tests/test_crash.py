@@ -7,257 +7,48 @@ full and failing disks; the same command again must end in the same bytes as a r
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 import torch
-from conftest import run_cli, write_family
+from conftest import run_cli
+from observing import (
+    SHARDS,
+    MergeServer,
+    Reader,
+    assert_finished,
+    content,
+    discard,
+    fill,
+    finished_shards,
+    identities,
+    journaled,
+    put_previous,
+    reference,
+    staging_of,
+    visible,
+)
 
 import skillmerge
 from skillmerge import writer
 from skillmerge.errors import CheckFailed, ResourceError, SkillmergeError, UsageError
 from skillmerge.reporter import Reporter
-from skillmerge.resources import OUTPUT_BUFFERS, WRITERS
 from skillmerge.writer import MANIFEST_FILE, Staging
 
-KILLS = 200
-SHARDS = 8
 FAILURES = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR]
 
-Content: TypeAlias = dict[str, str]
-"""What a folder holds: names of files and digests of all in them that may not differ between two runs."""
-
-
-class MergeServer:
-    """The process of `merge_server.py`, which runs merges in forks and kills them as it is told."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("merge_server.py"))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run_all(self, *requests: dict[str, Any]) -> list[dict[str, Any]]:
-        """Merges that run at the same time; how each of them ended."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(requests, default=str) + "\n")
-        self.process.stdin.flush()
-        return list(json.loads(self.process.stdout.readline()))
-
-    def run(self, recipe: Path, **request: Any) -> dict[str, Any]:
-        return self.run_all({"recipe": recipe, **request})[0]
-
-    def close(self) -> None:
-        with self.process:
-            assert self.process.stdin is not None
-            self.process.stdin.close()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[MergeServer]:
-    process = MergeServer()
-    yield process
-    process.close()
-
-
-def wide_shapes(tensors: int, elements: int = 256 * 256) -> dict[str, tuple[int, ...]]:
-    return {f"model.layers.{number}.mlp.up_proj.weight": (elements // 256, 256) for number in range(tensors)}
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("families")
-    write_family(folder / "wide", wide_shapes(3 * SHARDS), shards=SHARDS)
-    write_family(folder / "small", wide_shapes(3, 1024), shards=3)
-    return folder
-
-
-@pytest.fixture
-def wide(families: Path, tmp_path: Path) -> Path:
-    """The recipe of a family of 8 shards, each of which takes three writes."""
-    return Path(shutil.copytree(families / "wide", tmp_path, dirs_exist_ok=True)) / "recipe.yaml"
-
-
-@pytest.fixture
-def small(families: Path, tmp_path: Path) -> Path:
-    """The recipe of a family of three small shards."""
-    return Path(shutil.copytree(families / "small", tmp_path, dirs_exist_ok=True)) / "recipe.yaml"
-
-
-def content(folder: Path | int) -> Content:
-    """The content of an output, but for what is said to depend on the time: run log, environment, digest."""
-    here = folder if isinstance(folder, int) else os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    found = {}
-    try:
-        for name in sorted(os.listdir(here)):
-            with open(os.open(name, os.O_RDONLY, dir_fd=here), "rb") as stream:
-                data = stream.read()
-            if name == "skillmerge.manifest.json":
-                document = json.loads(data)
-                del document["environment"], document["digest"]
-                data = json.dumps(document).encode()
-            found[name] = "" if name == "skillmerge.run.json" else hashlib.sha256(data).hexdigest()
-    finally:
-        if not isinstance(folder, int):
-            os.close(here)
-    return found
-
-
-def visible(output: Path) -> Content | None:
-    """What a reader who comes along sees under the output's name, all of it of one instant."""
-    while True:
-        try:
-            here = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            return None
-        try:
-            found = content(here)
-        except FileNotFoundError:
-            found = {"a file that vanished while it was read": ""}
-        try:
-            if os.path.samestat(os.fstat(here), output.stat()):
-                return found
-        except FileNotFoundError:
-            pass  # replaced meanwhile: what was read was the old one, on its way out
-        finally:
-            os.close(here)
-
-
-class Reader(threading.Thread):
-    """Looks at the output all the time and keeps whatever should not have been there to see."""
-
-    def __init__(self, output: Path, allowed: list[Content | None]) -> None:
-        super().__init__()
-        self.output, self.allowed = output, allowed
-        self.looks = 0
-        self.wrong: list[Content | None] = []
-        self._stop_now = threading.Event()
-
-    def run(self) -> None:
-        while not self._stop_now.wait(0.002):
-            self.looks += 1
-            if (seen := visible(self.output)) not in self.allowed:
-                self.wrong.append(seen)
-
-    def __enter__(self) -> Reader:
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop_now.set()
-        self.join()
-
-
-def staging_of(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
-
-
-def journaled(output: Path) -> list[str]:
-    """The shards that the journal of a dead run calls finished; read without skillmerge's own code."""
-    try:
-        lines = (staging_of(output) / "journal.jsonl").read_text().split("\n")[:-1]
-    except FileNotFoundError:
-        return []
-    return [entry["shard"] for entry in map(json.loads, lines) if "shard" in entry]
-
-
-def identities(folder: Path) -> dict[str, tuple[int, int]]:
-    """What tells a file from one that was written again."""
-    if not folder.is_dir():
-        return {}
-    status = {path.name: path.stat() for path in folder.iterdir()}
-    return {name: (item.st_ino, item.st_mtime_ns) for name, item in status.items()}
-
-
-def finished_shards(output: Path) -> dict[str, tuple[int, int]]:
-    """The journaled shards of a dead run, wherever its crash left them."""
-    found: dict[str, tuple[int, int]] = {}
-    names = journaled(output)
-    for folder in (output, staging_of(output) / "complete", staging_of(output) / "files"):
-        here = identities(folder)
-        if names and names[0] in here:
-            found = {name: here[name] for name in names}
-    return found
-
-
-def reference(server: MergeServer, recipe: Path) -> Content:
-    """The content of the recipe's output when nothing happens; the output is removed again."""
-    output = recipe.parent / "undisturbed"
-    answer = server.run(recipe, output=output)
-    assert answer["status"] == 0, answer
-    result = content(output)
-    discard(output)
-    return result
-
-
-def put_previous(output: Path) -> Content:
-    """An output of earlier days."""
-    output.mkdir()
-    (output / "model.safetensors").write_bytes(b"weights of before" * 1000)
-    (output / "config.json").write_text("{}")
-    return content(output)
-
-
-def discard(output: Path) -> None:
-    """Remove an output at once, so that no reader sees it half gone."""
-    gone = output.with_name("gone")
-    output.rename(gone)
-    shutil.rmtree(gone)
-
-
-def assert_finished(output: Path, wanted: Content) -> None:
-    assert content(output) == wanted
-    assert not staging_of(output).exists()
-
-
 # ---------------------------------------------------------------------------------------------------- killed
-
-
-def test_kill_at_random_instants_loses_nothing(server: MergeServer, wide: Path) -> None:
-    output, wanted, dice = wide.parent / "merged", reference(server, wide), random.Random(0)
-    pace = {"pace": 0.004}
-    started = time.monotonic()
-    assert server.run(wide, **pace)["status"] == 0
-    length = time.monotonic() - started
-    discard(output)
-    killed, kept, phases = 0, 0, set()
-    with Reader(output, [None, wanted]) as reader:
-        for attempt in range(2 * KILLS):
-            if killed == KILLS:
-                break
-            threads = 1 + attempt % 2
-            request = {"threads": threads, **pace}
-            killed += server.run(wide, **request, kill_after=dice.uniform(0.01, length))["status"] == -signal.SIGKILL
-            before = finished_shards(output)
-            phases.add(len(before))
-            started_on = len(list(output.parent.glob("merged.partial/files/*.safetensors")))
-            assert started_on - len(before) <= OUTPUT_BUFFERS * threads + WRITERS
-            assert visible(output) in (None, wanted)
-            answer = server.run(wide, threads=threads)
-            assert answer["status"] == 0, answer
-            assert_finished(output, wanted)
-            assert {name: identities(output)[name] for name in before} == before, "a finished shard was redone"
-            kept += len(before)
-            discard(output)
-    assert reader.wrong == []
-    assert killed == KILLS
-    # Where the kills all fell into one place, nothing was shown.
-    assert len(phases) >= SHARDS / 2
-    assert kept > KILLS
-    assert reader.looks > KILLS
 
 
 @pytest.mark.parametrize("way", ["fresh", "overwrite", "overwrite without exchange"])
@@ -496,35 +287,6 @@ def test_race_started_at_the_same_instant_is_won_by_one(server: MergeServer, sma
 # ------------------------------------------------------------------------------------------------ full, broken
 
 
-@pytest.fixture
-def mount_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mount a small disk at tmp_path/disk; where that is not permitted the test is skipped."""
-    place = tmp_path / "disk"
-
-    def mount(options: str) -> Path:
-        place.mkdir(exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-        try:
-            done = subprocess.run(command, capture_output=True, check=False).returncode == 0
-        except FileNotFoundError:
-            done = False
-        if not done:
-            pytest.skip("mounting a small disk is not permitted here")
-        return place
-
-    yield mount
-    if place.is_mount():
-        subprocess.run(["umount", str(place)], check=True)
-
-
-def fill(disk: Path) -> None:
-    """A file that takes all the room there is."""
-    with open(disk / "filler", "ab", buffering=0) as stream, suppress(OSError):
-        while stream.write(bytes(1 << 16)):
-            pass
-    assert shutil.disk_usage(disk).free == 0
-
-
 def test_disk_too_small_is_known_before_work(wide: Path, mount_disk: Callable[..., Path]) -> None:
     disk = mount_disk("size=2m")
     previous = put_previous(disk / "merged")
@@ -617,6 +379,29 @@ def test_failing_call_ends_the_run_and_loses_nothing(
         discard(output)
         put_previous(output)
     assert nth > 3, "the failures were never met"
+
+
+def test_thread_that_cannot_be_started_ends_the_run_and_loses_nothing(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by limiting memory: threads that were never started were waited for, in an error of its own."""
+    output, real = small.parent / "merged", threading.Thread.start
+    for nth in range(1, 100):
+        starts = iter(range(1, 1000))
+
+        def start(thread: threading.Thread, nth: int = nth, starts: Iterator[int] = starts) -> None:
+            if next(starts) == nth:
+                raise RuntimeError("can't start new thread")
+            real(thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            error = error_of(lambda: skillmerge.apply(small, threads=2))
+        if error is None:
+            break
+        assert error.exit_status == 5
+        assert visible(output) is None
+    assert nth > 4, "the threads were never met"
 
 
 def test_short_writes_are_written_on(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

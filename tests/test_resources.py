@@ -11,7 +11,7 @@ from conftest import PEAK_MEMORY, run_cli
 
 import skillmerge
 from skillmerge import resources
-from skillmerge.errors import ResourceError
+from skillmerge.errors import ResourceError, memory_errors
 from skillmerge.resources import budget, check_disk, free_disk
 
 
@@ -70,3 +70,24 @@ def test_resident_memory_stays_within_the_prediction(tmp_path: Path) -> None:
     limit, used = map(int, process.stdout.split())
     assert used <= limit
     assert used < 700_000_000
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+)
+def test_memory_that_is_not_to_be_had_is_told(error: Exception) -> None:
+    """Found by limiting memory: all of these were taken for bugs."""
+    with pytest.raises(ResourceError, match="memory or threads were not to be had") as caught, memory_errors():
+        raise error
+    assert caught.value.exit_status == 5
+    assert "same command" in str(caught.value.fix)
+
+
+def test_other_errors_of_the_runtime_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="a bug"), memory_errors():
+        raise RuntimeError("a bug")

@@ -14,7 +14,7 @@ from hub_server import HubServer
 
 import skillmerge
 from skillmerge.errors import StalePlan, UsageError
-from skillmerge.savedplan import differences, looks_saved, read
+from skillmerge.savedplan import describe, differences, looks_saved, read
 
 
 @pytest.fixture
@@ -184,3 +184,36 @@ def test_a_result_file_that_cannot_be_is_told_first(family: Path) -> None:
     assert run_cli("plan", family, "--report", family.parent / "pipe").returncode == 2
     assert run_cli("plan", family, "--diff", family.parent / "pipe").returncode == 2
     assert not (family.parent / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda plan: plan.update(inputs=7),
+        lambda plan: plan["inputs"][0].update(revision=7),
+        lambda plan: plan["inputs"][0]["files"][0].pop("header_sha256"),
+        lambda plan: plan["tensors"][0].pop("action"),
+        lambda plan: plan.update(versions=[], digest="0"),
+        lambda plan: plan.pop("side_files"),
+    ],
+)
+def test_a_plan_that_was_damaged_is_told(family: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Found by fuzzing: a part that was missing deep inside ended apply and plan --diff with a traceback."""
+    plan = saved(family)
+    document = json.loads(plan.read_text())
+    edit(document)
+    plan.write_text(json.dumps(document, indent=1))
+    made = skillmerge.plan(family)
+    with pytest.raises(UsageError, match="is not a saved plan"):
+        read(plan).changes(json.loads(json.dumps(describe(made))))
+    with pytest.raises(UsageError, match="is not a saved plan"):
+        skillmerge.apply(plan)
+
+
+def test_a_plan_is_applied_only_as_it_was_read(family: Path) -> None:
+    """Who read an edited plan has approved of something else than what its digest stands for."""
+    plan = saved(family)
+    plan.write_text(plan.read_text().replace("0.7\n", "0.1\n"))
+    assert read(plan).document["tensors"][0]["coefficients"] == [0.1]
+    with pytest.raises(StalePlan, match=r"lam: 0\.1 before, 0\.7 now"):
+        skillmerge.apply(plan)

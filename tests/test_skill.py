@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from skill_reader import read_skill
 from test_laws import DTYPES, INTEGERS, every_kind_of_number
 
 import skillmerge
+from skillmerge import cutting
 from skillmerge.arithmetic import bit_view
 from skillmerge.errors import CheckFailed, InputError, ResourceError, SkillmergeError, UsageError
 from skillmerge.sparse import Encoder
@@ -590,6 +592,18 @@ def test_finished_skill_is_left_as_it_is(family: Path) -> None:
     first = skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
     again = skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
     assert (first.already, again.already) == (False, True)
+
+
+def test_short_writes_are_written_on(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by letting calls of the system do less: half a header was taken for a finished one."""
+    wanted = weights(cut(family.parent, "rl - sft", {"rl": "rl", "sft": "sft"}, "wanted"))
+
+    class Dribble(FileIO):
+        def write(self, content: Any) -> int:
+            return super().write(memoryview(content)[:77])
+
+    monkeypatch.setattr(cutting, "open", lambda path, mode, buffering: Dribble(path, mode), raising=False)
+    assert weights(cut(family.parent, "rl - sft", {"rl": "rl", "sft": "sft"}, "dribbled")) == wanted
 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:

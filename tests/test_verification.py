@@ -233,6 +233,16 @@ def test_unreadable_disk_is_a_failed_check(output: Path, monkeypatch: pytest.Mon
     assert_refused(output, "Input/output error")
 
 
+def test_file_that_the_library_cannot_map_is_a_failed_check(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by letting calls of the system fail: torch, which maps the file, has an error of its own for that."""
+
+    def safe_open(path: Path, framework: str) -> None:
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: Input/output error (5)")
+
+    monkeypatch.setattr("safetensors.safe_open", safe_open)
+    assert_refused(output, "Input/output error")
+
+
 # ---------------------------------------------------------------------------------------- whole files exchanged
 
 
@@ -346,6 +356,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a tensor less": lambda document: document["tensors"].pop(),
     "another shape": lambda document: document["tensors"][0].update(shape=[1]),
     "another dtype": lambda document: document["tensors"][0].update(dtype="F16"),
+    "a tensor's name that is none": lambda document: document["tensors"][0].update(name=["a"]),
     "another file": lambda document: document["tensors"][0].update(file=OTHER_SHARD),
     "another size": lambda document: document["files"][0].update(size=1),
     "another digest": lambda document: document["files"][0].update(sha256="0" * 64),

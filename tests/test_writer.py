@@ -259,6 +259,31 @@ def test_publish_replaces_an_output_when_asked(output: Path, monkeypatch: pytest
     assert os.listdir(output.parent) == ["merged"]
 
 
+def test_what_was_replaced_and_could_not_be_removed_is_removed_by_the_next_run(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by letting calls of the system fail: without the journal the rest of a large model lay there for ever."""
+    put_previous(output)
+    real = os.unlink
+
+    def fails(path: Any, **keys: Any) -> None:
+        if Path(path).name == "old":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(path, **keys)
+
+    with closing(Staging(output)) as staging:
+        staging.begin(PLAN, CONDITIONS)
+        finish(staging)
+        monkeypatch.setattr(os, "unlink", fails)
+        staging.publish(replace=True)
+        monkeypatch.undo()
+    assert files(output) == WHOLE
+    assert (Staging.folder_of(output) / "complete" / "old").exists()
+    with closing(Staging(output)) as staging:
+        assert staging.recover(PLAN, CONDITIONS, replace=True)
+    assert os.listdir(output.parent) == ["merged"]
+
+
 def test_publish_takes_the_place_of_an_empty_folder(output: Path) -> None:
     output.mkdir()
     with closing(Staging(output)) as staging:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from skillmerge.checkpoints.safetensors_header import Header, printable, unique_keys
+from skillmerge.checkpoints.safetensors_header import Header, printable, refuse_bulk, unique_keys
 from skillmerge.errors import InputError, some
 from skillmerge.tensors import TensorSpec
 
@@ -204,6 +204,7 @@ def read_json_object(files: Files, name: str, limit: int = MAX_JSON_BYTES) -> di
     """A JSON object from a file of a checkpoint, read strictly. Raises InputError."""
     content, path = files.read(name, limit), files.path(name)
     try:
+        refuse_bulk(content, limit)
         document = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
     except RecursionError as error:
         raise InputError(f"{path}: is nested too deeply") from error

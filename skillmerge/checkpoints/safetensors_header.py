@@ -69,12 +69,20 @@ def read_header(path: str, file: str) -> Header:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: is not a regular file")
-        raw = fetch_header(lambda start, count: os.pread(descriptor, count, start), status.st_size, path)
+        raw = fetch_header(lambda start, count: _read(descriptor, start, count), status.st_size, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     finally:
         os.close(descriptor)
     return Header(raw, parse_header(raw[8:], status.st_size, path, file), status.st_size, FileIdentity.of(status))
+
+
+def _read(descriptor: int, start: int, count: int) -> bytes:
+    """Bytes of a file, fewer only at its end: one call of the system may give less than it could."""
+    found = b""
+    while len(found) < count and (piece := os.pread(descriptor, count - len(found), start + len(found))):
+        found += piece
+    return found
 
 
 def fetch_header(read: Callable[[int, int], bytes], file_size: int, path: str) -> bytes:
@@ -147,10 +155,8 @@ def _broken(path: str, what: str) -> InputError:
 def _load_object(text: bytes, path: str) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise _broken(path, "has a header that does not start with `{`")
-    # Each tensor has two lists and 45 bytes at least; millions of empty lists would take seconds to build.
-    if text.count(b"[") > 10 + len(text) // 20:
-        raise _broken(path, "has a header with more lists in it than a table of tensors")
     try:
+        refuse_bulk(text, MAX_HEADER_BYTES)
         document = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=unique_keys,
@@ -164,6 +170,16 @@ def _load_object(text: bytes, path: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise _broken(path, "has a header that is not a JSON object")
     return document
+
+
+def refuse_bulk(text: bytes, most: int) -> None:
+    """Raise ValueError for JSON that has more parts than a table of tensors of at most `most` bytes can have.
+
+    Each tensor takes over 10 bytes for each of its commas and colons. Millions of empty tables, lists or numbers
+    would take seconds and a gigabyte to build.
+    """
+    if text.count(b",") + text.count(b":") > most // 12:
+        raise ValueError(f"it has more than {most // 12:,} parts")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
