@@ -85,10 +85,17 @@ def _write_shuffled(folder: Path) -> None:
 
 def run(name: str, folder: Path) -> Shown:
     """Ask a model all the questions about the target's people, once for sure and four times by chance."""
+    import torch
+
     asked = questions()
     model = Miniature(folder)
-    greedy = model.answer(asked, greedy=True)
-    sampled = [model.answer(asked, greedy=False, seed=seed).share for seed in range(4)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model is slower with more, and on a busy machine ten times slower
+    try:
+        greedy = model.answer(asked, greedy=True)
+        sampled = [model.answer(asked, greedy=False, seed=seed).share for seed in range(4)]
+    finally:
+        torch.set_num_threads(threads)
     return Shown(name, greedy.share, sum(sampled) / 4, tuple(greedy.words), tuple(greedy.right))
 
 

@@ -52,4 +52,4 @@ def test_module_map_of_the_readme_is_complete() -> None:
     readme = (ROOT / "README.md").read_text()
     for path in (ROOT / "skillmerge").rglob("*.py"):
         if path.name != "__init__.py":
-            assert f"`{path.name}`" in readme or f"`checkpoints/{path.name}`" in readme, path.name
+            assert f"`{path.relative_to(ROOT / 'skillmerge').as_posix()}`" in readme, path

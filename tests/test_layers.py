@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "skillmerge"
 # Each module may import, at any place in it, only from rows below its own (and from its own row where marked).
 LAYERS = [
     {"cli"},
+    {"commands.merging", "commands.studying", "commands.proving", "commands.starting"},
+    {"commands.results"},
     {"report", "page", "flags", "markdown"},
     {"events"},
     {"messages"},
@@ -51,7 +53,7 @@ LAYERS = [
     {"yamltext", "expression", "coefficients", "checkpoints.checkpoint", "checkpoints.location", "depth"},
     {"checkpoints.safetensors_header"},
     {"naming", "tensors", "parallel"},
-    {"errors", "reporter", "starter", "checkpoints", ""},
+    {"errors", "reporter", "starter", "checkpoints", "commands", ""},
 ]
 WITHIN_ROW = {
     ("manifest", "statistics"),
@@ -62,8 +64,12 @@ WITHIN_ROW = {
 }
 HOMES = {
     "numpy": {"sparse"},
-    "click": {"cli", "flags"},
-    "rich": {"cli", "report"},
+    "click": {
+        "cli",
+        "flags",
+        *(f"commands.{name}" for name in ("merging", "studying", "proving", "starting", "results")),
+    },
+    "rich": {"report"},
     "tqdm": {"messages"},
     "ruamel": {"yamltext"},
     "pydantic": {"schema"},

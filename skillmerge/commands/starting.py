@@ -1,0 +1,118 @@
+"""Commands that need no output: init, lint, schema, doctor, demo."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+from skillmerge import flags
+from skillmerge.commands.results import (
+    print_json,
+    write_text,
+)
+from skillmerge.errors import UsageError
+from skillmerge.flags import option
+from skillmerge.messages import TerminalReporter, tell
+
+
+@click.command()
+@click.argument("path", type=click.Path(), default="recipe.yaml")
+def init(path: str) -> None:
+    """Write a commented recipe to start from (default: recipe.yaml; - for stdout)."""
+    from skillmerge.starter import RECIPE
+
+    if path == "-":
+        click.echo(RECIPE, nl=False)
+        return
+    if Path(path).exists():
+        raise UsageError(f"{path} exists already", fix="name another file: skillmerge init my-recipe.yaml")
+    write_text(Path(path), RECIPE)
+    click.echo(f"wrote {path}: fill in the models, then `skillmerge plan {path}`")
+
+
+@click.command()
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path())
+@option("--strict", is_flag=True, help="Warnings fail too.")
+@option("--allow", multiple=True, metavar="RULE", help="A warning that is not looked for; may be given again.")
+@option(
+    "--sarif", "sarif_file", type=click.Path(dir_okay=False), help="Also write the findings as SARIF into this file."
+)
+@flags.as_json
+def lint(recipes: tuple[str, ...], strict: bool, allow: tuple[str, ...], sarif_file: str | None, as_json: bool) -> int:
+    """Check recipes from their text alone, every one of them, and tell all that is wrong. Opens no model."""
+    from skillmerge import report
+    from skillmerge.linting import lint as run
+    from skillmerge.sarif import document
+
+    found = run(recipes, allow=allow)
+    failed = bool(found.count("error") or (strict and found.findings))
+    if sarif_file is not None:
+        write_text(Path(sarif_file), json.dumps(document(found), indent=1) + "\n")
+    if as_json:
+        print_json({"ok": not failed, **found.as_dict()})
+    else:
+        report.show_lint(found, report.console())
+    return UsageError.exit_status if failed else 0
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from skillmerge.schema import json_schema
+
+    print_json(json_schema(), indent=2)
+
+
+@click.command()
+@click.argument("path", type=click.Path(), required=False)
+@flags.as_json
+def doctor(path: str | None, as_json: bool) -> None:
+    """Print what a bug report needs: versions, devices, memory, the disk of PATH, the Hub. No secret is shown."""
+    from skillmerge import report
+    from skillmerge.doctor import doctor as run
+
+    found = run(path)
+    if as_json:
+        print_json({"ok": True, **found.as_dict()})
+    else:
+        report.show_diagnosis(found, report.console())
+
+
+@click.command()
+@click.argument("folder", type=click.Path(), default="skillmerge-demo")
+def demo(folder: str) -> None:
+    """Put four small trained models into FOLDER, transfer a skill between them, and let them answer questions."""
+    from skillmerge import report
+    from skillmerge.demo import SENTENCE, examples, run, write_family
+    from skillmerge.merge import apply as merge
+    from skillmerge.verification import verify as check
+    from skillmerge.writer import disk_errors
+
+    root = Path(folder)
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise UsageError(f"{folder} exists already", fix="name another folder: skillmerge demo my-demo")
+    out = report.console()
+    with disk_errors(root):
+        recipe, control = write_family(root)
+    click.echo(f"Four small trained models are in {folder}: base, source-sft, source-rl, target-sft.\n")
+    click.echo(f"$ cat {recipe}\n{recipe.read_text(encoding='utf-8')}")
+    click.echo(f"$ skillmerge apply {recipe}")
+    result = merge(recipe, reporter=TerminalReporter(quiet=False, verbose=False), stats="full")
+    report.show_result(result, out)
+    for warning in report.result_warnings(result):
+        tell("warning", warning)
+    click.echo(f"\n$ skillmerge verify {os.path.relpath(result.output)}")
+    report.show_verdict(check(result.output), out)
+    shuffled = merge(control).output
+    click.echo("")
+    shown = [
+        run("target-sft, before", root / "target-sft"),
+        run("with the skill's elements shuffled", shuffled),
+        run("merged, with the skill", result.output),
+    ]
+    report.show_answers(shown, examples(shown[0], shown[-1]), out)
+    click.echo(f"{SENTENCE}\n")
+    click.echo(f"Now change lam in {recipe} and run: skillmerge apply {recipe} --overwrite")
