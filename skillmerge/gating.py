@@ -28,6 +28,7 @@ def gate(
 ) -> list[Outcome]:
     """Measure every gate of the file `gates` (or of the recipe in the manifest) on the output in `folder`.
 
+    Commands are only run from a file that the caller names: a manifest comes with a model, from anywhere.
     base: the folder that the recipe's relative paths start from, where gates read the models that went in and these
     have moved. Raises UsageError, RecipeError, CheckFailed where it is no sound output; a gate that does not hold
     is in what is returned, not raised.
@@ -44,6 +45,11 @@ def gate(
         raise UsageError(
             f"{gates or 'the recipe in the manifest'} has no gates",
             fix="name a file that has: skillmerge gate DIR --gates FILE",
+        )
+    if gates is None and any(item.kind == "command" for item in asked):
+        raise UsageError(
+            f"the recipe in the manifest of {root} has gates that run commands, and whoever made it wrote them",
+            fix="read them, and name a file that you trust: skillmerge gate DIR --gates FILE",
         )
     prepare(asked, proof["statistics"]["mode"], no_local=False)
     access = Access(follow_links, commits=commits)

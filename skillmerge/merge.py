@@ -238,7 +238,12 @@ class _Run:
 
         opened = (self.plan, self.checkpoints)
         subject = Subject(self.staging.files, body, lambda: nullcontext(opened), self.access)
-        return check(self.plan.recipe.gates, subject, tell)
+        gates = self.plan.recipe.gates
+        outcomes = check(gates, subject, tell)
+        if any(gate.kind == "command" for gate in gates) and not _is_intact(self.staging.files, body):
+            self.staging.discard()
+            raise CheckFailed("a command among the gates changed the model's files", fix="have it write somewhere else")
+        return outcomes
 
     def _prove(self, body: Mapping[str, Any], where: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Write run log and manifest; nothing else but what it names stays in the output. Returns the manifest."""

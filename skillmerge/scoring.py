@@ -152,6 +152,7 @@ def run_command(
         except BaseException as error:  # an interrupt, or too late: what the command has started goes with it
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             if isinstance(error, subprocess.TimeoutExpired):
                 what = f"the scoring command had printed nothing after {timeout:g} seconds: {command}"
                 raise CheckFailed(what) from None

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
 from typing import Any
@@ -15,7 +20,7 @@ import torch
 from conftest import read_checkpoint, run_cli, write_recipe
 
 import skillmerge
-from skillmerge.errors import RecipeError, UsageError
+from skillmerge.errors import CheckFailed, RecipeError, UsageError
 from skillmerge.gates import GateFailed, Outcome
 from skillmerge.gating import gate
 from skillmerge.reporter import Reporter
@@ -309,3 +314,55 @@ def test_gate_command_needs_gates_and_a_sound_output(trained: Path, merged: Path
     assert run_cli("gate", moved, "--gates", file, "--base-folder", trained).returncode == 0
     (moved / "config.json").write_text("{}")
     assert run_cli("gate", moved, "--gates", file).returncode == 3
+
+
+def test_commands_of_a_manifest_are_not_run(trained: Path, tmp_path: Path) -> None:
+    """Whoever made a model that was downloaded wrote them."""
+    trace = tmp_path / "trace"
+    gates = {"commands": [{"run": f"touch {trace}; echo 1 #", "min": 0}]}
+    made = skillmerge.apply(recipe_with(trained, gates, "commanded")).output
+    trace.unlink()
+    process = run_cli("gate", made)
+    assert process.returncode == 2
+    assert "whoever made it wrote them" in process.stderr
+    assert not trace.exists()
+    assert run_cli("gate", made, "--gates", gates_file(trained, gates)).returncode == 0
+    assert trace.exists()
+
+
+def test_command_that_changes_the_model_ends_the_run(trained: Path) -> None:
+    gates = {"commands": [{"run": "sed -i s/true/TRUE/ {}/config.json; touch {}/cache; echo 1 #", "min": 0}]}
+    with pytest.raises(CheckFailed, match="changed the model's files"):
+        skillmerge.apply(recipe_with(trained, gates, "touched"))
+    assert not (trained / "touched").exists()
+    harmless = {"commands": [{"run": "touch {}/cache; echo 1 #", "min": 0}]}
+    output = skillmerge.apply(recipe_with(trained, harmless, "touched")).output
+    assert not (output / "cache").exists()
+    skillmerge.verify(output)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_during_a_gate_ends_it_and_loses_nothing(trained: Path, number: int, status: int) -> None:
+    flag = trained / "running"
+    flag.unlink(missing_ok=True)
+    gates = {"commands": [{"run": f"echo $$ > {flag}; sleep 100; echo 1 #", "min": 0}]}
+    recipe, log = recipe_with(trained, gates, f"ended-{status}"), trained / f"{status}.jsonl"
+    command = [sys.executable, "-m", "skillmerge.cli", "apply", str(recipe), "--events", str(log)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (flag.exists() and flag.read_text().strip()):
+            assert process.poll() is None
+            time.sleep(0.02)
+        started = time.monotonic()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert time.monotonic() - started < 10
+    assert process.returncode == status
+    assert "run the same command again" in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(flag.read_text()), 0)
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert (last["event"], last["exit_status"]) == ("failed", status)
+    easy = recipe_with(trained, {"changed": {"min": 0.1}}, f"ended-{status}")
+    assert run_cli("apply", easy, "--events", log).returncode == 0
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert events.count("shard_finished") == 1, "the shard of the run that was ended was kept"
