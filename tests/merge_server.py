@@ -3,6 +3,7 @@
 Each line on stdin is a list of requests that run at the same time, each line on stdout the list of answers. A
 request holds the arguments of `skillmerge.apply` and how to be cruel to it:
 
+    verify          an output to verify, in place of a merge
     kill_after      seconds until SIGKILL
     kill_at         die right before the n-th step; a write dies with half of its bytes on the disk
     pace            seconds that every write of a span takes longer
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import skillmerge.engine  # noqa: F401  (imports torch, which costs a second)
-from skillmerge import merge, reporter, writer
+from skillmerge import merge, reporter, verification, writer
 from skillmerge.errors import SkillmergeError
 from skillmerge.resources import Budget
 from skillmerge.tensors import BLOCK
@@ -144,7 +145,10 @@ def child(request: dict[str, Any], answers: int) -> NoReturn:
         folder, *numbers = fault
         library.fault_arm(os.fsencode(folder), *numbers)
     try:
-        answer["already"] = merge.apply(reporter=teller, **request).already
+        if (verified := request.pop("verify", None)) is not None:
+            verification.verify(verified)
+        else:
+            answer["already"] = merge.apply(reporter=teller, **request).already
         status = 0
     except SkillmergeError as error:
         status, answer["message"] = error.exit_status, str(error)

@@ -41,8 +41,8 @@ class MergeServer:
         self.process.stdin.flush()
         return list(json.loads(self.process.stdout.readline()))
 
-    def run(self, recipe: Path, **request: Any) -> dict[str, Any]:
-        return self.run_all({"recipe": recipe, **request})[0]
+    def run(self, recipe: Path | None, **request: Any) -> dict[str, Any]:
+        return self.run_all({**({} if recipe is None else {"recipe": recipe}), **request})[0]
 
     def close(self) -> None:
         with self.process:

@@ -165,6 +165,7 @@ REFUSED = [
     ("%TAG !e! tag:evil,2020:\n---\na: !e!x 1", "tag tag:evil,2020:x is not allowed"),
     ("%YAML 1.1\n---\na: no", "says that it is YAML 1.1"),
     ("%YAML 2.0\n---\na: no", "YAML"),
+    ("%YAML 1.3\n---\na: no", "YAML"),  # found by fuzzing: an assertion of the parser's
     ("a: &x 1\nb: &x 2", "r.yaml:2:4: anchor `x` stands twice"),
     ("a: *x", "undefined alias"),
     ("a: [1", "r.yaml:1:6: is not valid YAML"),

@@ -21,11 +21,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from memory_files import MemoryFiles, weight_file
 from safetensors import SafetensorError, deserialize
 
 from skillmerge import manifest, savedplan
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, open_checkpoint
-from skillmerge.checkpoints.safetensors_header import FileIdentity, Header, build_header, fetch_header, parse_header
+from skillmerge.checkpoints.safetensors_header import build_header, fetch_header, parse_header
 from skillmerge.errors import InputError, SkillmergeError
 from skillmerge.expression import ExpressionError, bind, degree, donor_of, parse, weights
 from skillmerge.merge import apply, make_plan
@@ -107,59 +108,6 @@ _HEADER_WORDS = [
 
 
 # ------------------------------------------------------------------------------------------------------- index
-
-
-class MemoryFiles:
-    """A checkpoint's files in memory; see `checkpoint.Files`."""
-
-    place, root, revision, remote, license = "memory", None, None, False, None
-
-    def __init__(self, contents: Mapping[str, bytes]) -> None:
-        self.contents = contents
-
-    def names(self) -> list[str]:
-        return sorted(self.contents)
-
-    def path(self, name: str) -> str:
-        return name
-
-    def read(self, name: str, limit: int) -> bytes:
-        if name not in self.contents:
-            raise InputError(f"{name}: is missing")
-        return self.contents[name]
-
-    def headers(self, names: Sequence[str], sizes: Mapping[str, int]) -> list[Header]:
-        return [self._header(name) for name in names]
-
-    def _header(self, name: str) -> Header:
-        content = self.read(name, _MAX_DATA)
-        raw = fetch_header(lambda start, count: content[start : start + count], len(content), name)
-        specs = parse_header(raw[8:], len(content), name, name)
-        return Header(raw, specs, len(content), FileIdentity(0, 0, len(content), 0))
-
-    def begin(self, name: str, position: int, buffer: memoryview) -> Callable[[], None]:
-        buffer[:] = self.contents[name][position : position + len(buffer)]
-        return lambda: None
-
-    def announce(self, name: str, position: int, nbytes: int) -> None: ...
-
-    def version(self, name: str) -> list[int | str]:
-        return [len(self.contents[name]), 0]
-
-    def known_digest(self, name: str) -> None:
-        return None
-
-    def check_unchanged(self, names: Sequence[str]) -> None: ...
-
-    def cancel(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def weight_file(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    """A file of zeros."""
-    raw, specs = build_header((name, "BF16", shape) for name, shape in shapes.items())
-    return raw + bytes(specs[-1].end - len(raw))
 
 
 _PLACES = dict(zip(SHAPES, (SHARDS[0], SHARDS[0], SHARDS[1]), strict=True))

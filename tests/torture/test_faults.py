@@ -166,3 +166,25 @@ def _suffer(
     assert {name: identities(output)[name] for name in before} == before, what
     discard(output)
     return answer
+
+
+@pytest.mark.parametrize("kind", ["read", "open"])
+def test_failing_call_never_passes_for_a_verified_output(
+    faulty: MergeServer, recipe: Path, kind: str, request: pytest.FixtureRequest, tally: Callable[..., None]
+) -> None:
+    assert faulty.run(recipe)["status"] == 0
+    output, met = recipe.parent / "merged", 0
+    step = 1 if request.config.getoption("--long") else 4
+    for nth in range(1, 2000, step):
+        answers = []
+        for number, sticky in FAILURES[kind]:
+            fault = [recipe.parent, KINDS.index(kind) + 1, nth, number, int(sticky)]
+            answer = faulty.run(None, verify=output, fault=fault, kill_after=HANG)
+            mild = number in (SHORT, errno.EINTR)
+            assert answer["status"] == (0 if mild or answer["calls"] < nth else 3), (kind, nth, number, sticky, answer)
+            answers.append(answer["calls"] >= nth)
+        met += sum(answers)
+        if not any(answers):
+            break
+    tally(failures=met)
+    assert met > 10
