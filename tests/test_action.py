@@ -84,6 +84,9 @@ def test_apply_does_the_plan_that_was_saved(family: Path, act: Callable[..., Run
     assert not run.failed, run.log
     result = json.loads(Path(run.outputs["result"]).read_text())
     assert result["plan_digest"] == plan.outputs["digest"]
+    events = [json.loads(line)["event"] for line in Path(run.outputs["events"]).read_text().splitlines()]
+    assert (events[0], events[-1]) == ("started", "published")
+    assert Path(run.outputs["junit"]).exists()
     assert skillmerge.verify(family.parent / "else where").tensors == 12
     assert "wrote " in run.summary
     assert run.outcome("Plan") == "skipped"
