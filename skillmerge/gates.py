@@ -45,13 +45,20 @@ class Outcome:
 
 
 class GateFailed(CheckFailed):
-    """At least one gate did not hold."""
+    """At least one gate did not hold. plan, proof: of the output that was refused, where it was just made."""
 
-    def __init__(self, outcomes: Sequence[Outcome], *, fix: str | None = None) -> None:
+    def __init__(
+        self,
+        outcomes: Sequence[Outcome],
+        *,
+        fix: str | None = None,
+        plan: Plan | None = None,
+        proof: Mapping[str, Any] | None = None,
+    ) -> None:
         failed = [outcome for outcome in outcomes if not outcome.passed]
         told = "; ".join(f"{item.gate}: {shown(item)} (asked: {item.asked})" for item in failed)
         super().__init__(f"{len(failed)} of {len(outcomes)} gates failed: {told}", fix=fix)
-        self.outcomes = tuple(outcomes)
+        self.outcomes, self.plan, self.proof = tuple(outcomes), plan, proof
 
     def as_dict(self) -> dict[str, Any]:
         return {**super().as_dict(), "gates": [outcome.as_dict() for outcome in self.outcomes]}

@@ -222,10 +222,12 @@ class _Run:
         failed = not all(outcome.passed for outcome in outcomes)
         if failed and not self.keep_failed:
             staging.discard()
-            raise GateFailed(outcomes, fix="--keep-failed keeps the output where it can be looked at")
+            fix = "--keep-failed keeps the output where it can be looked at"
+            raise GateFailed(outcomes, fix=fix, plan=plan, proof=body)
         proof = self._prove(body, where, outcomes)
         if failed:
-            raise GateFailed(outcomes, fix=f"it is kept in {staging.files}; the same command goes on from there")
+            fix = f"it is kept in {staging.files}; the same command goes on from there"
+            raise GateFailed(outcomes, fix=fix, plan=plan, proof=body)
         if self.publication is not None and self.publication.in_flight is not None:
             staging.seal(plan.digest)
         return where, proof

@@ -44,10 +44,13 @@ def build(
     manifest: Mapping[str, Any] | None = None,
     inspection: Inspection | None = None,
     sweep: Sweep | None = None,
+    gates: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The page. plan: what would be done; manifest: what was done; inspection: what the updates look like; sweep:
-    what candidates are worth."""
+    what candidates are worth; gates: what became of each, as `gates.Outcome` has it."""
     sections = [_cards(plan, manifest, inspection)]
+    if gates:
+        sections.append(_gates(gates))
     if sweep is not None:
         sections.append(_sweep(sweep))
     maps = [*_plan_maps(plan, manifest), *_inspection_maps(inspection)]
@@ -268,6 +271,22 @@ def _rounding(manifest: Mapping[str, Any]) -> str:
         f"<section><h2>What rounding did</h2><p>Measured on {measured}.</p>"
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for row in sorted(gates, key=lambda row: bool(row["passed"])):
+        measured = f"{row['measured']:.4g}" if row["measured"] is not None else "–"
+        verdict = "passed" if row["passed"] else "<strong>FAILED</strong>"
+        texts = [_text(row["gate"]), _text(row["asked"]), measured, verdict, _text(row["detail"])]
+        rows.append("<tr>" + "".join(f"<td class=text>{text}</td>" for text in texts) + "</tr>")
+    failed = sum(not row["passed"] for row in gates)
+    told = f"{failed} of {len(gates)} failed: nothing was published." if failed else f"All {len(gates)} passed."
+    head = "".join(f"<th class=text>{column}</th>" for column in ("gate", "asked", "measured", "verdict", ""))
+    return (
+        f'<section><h2>Gates</h2><p>{told}</p><div class="scroll" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
 

@@ -191,6 +191,16 @@ def test_nothing_is_published_where_a_gate_fails(trained: Path) -> None:
     assert document["exit_status"] == 3
 
 
+def test_report_tells_the_gates_of_a_refused_output(trained: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    recipe = recipe_with(trained, {"changed": {"max": 0.001}, "vanished": {"max": 1}}, "reported")
+    assert run_cli("apply", recipe, "--report", page).returncode == 3
+    text = page.read_text()
+    assert "1 of 2 failed: nothing was published." in text
+    assert text.index("FAILED") < text.index("passed")
+    assert "at most 0.001" in text
+
+
 def test_failed_output_is_kept_and_gone_on_from(trained: Path, tmp_path: Path) -> None:
     class Shards(Reporter):
         def __init__(self) -> None:

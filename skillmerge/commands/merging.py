@@ -77,6 +77,7 @@ def apply(
     left as it is.
     """
     from skillmerge.events import heard
+    from skillmerge.gates import GateFailed
     from skillmerge.merge import apply as run
 
     check_report(report_file)
@@ -84,9 +85,15 @@ def apply(
     check_room(junit_file, "--junit")
     reporter = TerminalReporter(quiet, verbose)
     with heard(reporter, events_file, junit_file, f"skillmerge apply {recipe}"):
-        result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
+        try:
+            result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
+        except GateFailed as error:
+            rows = [outcome.as_dict() for outcome in error.outcomes]
+            write_report(report_file, title=f"{recipe}: refused", plan=error.plan, manifest=error.proof, gates=rows)
+            raise
     show_merge(result, as_json, quiet)
-    write_report(report_file, title=str(result.output), plan=result.plan, manifest=result.manifest)
+    title = str(result.output)
+    write_report(report_file, title=title, plan=result.plan, manifest=result.manifest, gates=result.gates)
     if result_file is not None:
         from skillmerge.writer import disk_errors, write_whole
 
