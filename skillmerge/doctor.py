@@ -59,6 +59,8 @@ _SECRET = re.compile(
     r"\b(?:hf_|api_org_|gh[opsu]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA|eyJ)[\w.-]{6,}"  # tokens of known kinds
     r"|(?<=//)[^/\s@]+@"  # user and password in an address
 )
+_TELLING = re.compile(r"TOKEN|SECRET|PASSW|KEY|CREDENTIAL", re.I)
+"""Names of variables whose values are secrets, however short."""
 _REMOVED = "<removed>"
 
 
@@ -112,7 +114,7 @@ def redact(value: Any, secrets: tuple[str, ...] = ()) -> Any:
 
 def _secrets() -> tuple[str, ...]:
     """The values that variables with telling names have, the token, and users and passwords in addresses."""
-    found = {value for name, value in os.environ.items() if re.search(r"TOKEN|SECRET|PASSW|KEY|CREDENTIAL", name, re.I)}
+    found = {value for name, value in os.environ.items() if _TELLING.search(name)}
     with suppress(Exception):
         from huggingface_hub import get_token
 
@@ -258,7 +260,8 @@ def _hub() -> dict[str, Any]:
 
 def _environment() -> dict[str, Any]:
     names = sorted(name for name in os.environ if name.startswith(_PREFIXES))
-    return {name: os.environ[name] if _PLAIN.fullmatch(os.environ[name]) else "set" for name in names}
+    plain = {name for name in names if _PLAIN.fullmatch(os.environ[name]) and not _TELLING.search(name)}
+    return {name: os.environ[name] if name in plain else "set" for name in names}
 
 
 def _terminal() -> dict[str, Any]:

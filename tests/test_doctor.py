@@ -118,11 +118,13 @@ def test_variables_are_shown_only_where_their_values_are_plain(monkeypatch: pyte
     monkeypatch.setenv("SKILLMERGE_MEMORY_LIMIT", "2GB")
     monkeypatch.setenv("SKILLMERGE_OUTPUT", "/somewhere/of/alice")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("SKILLMERGE_KEY_PASSWORD", "1234")
     found = doctor().sections["environment"]
     assert found["SKILLMERGE_THREADS"] == "4"
     assert found["SKILLMERGE_MEMORY_LIMIT"] == "2GB"
     assert found["SKILLMERGE_OUTPUT"] == "set"
     assert found["HF_HUB_OFFLINE"] == "1"
+    assert found["SKILLMERGE_KEY_PASSWORD"] == "set"
 
 
 def test_redact_takes_out_secrets_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
