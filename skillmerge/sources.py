@@ -135,10 +135,10 @@ def _open_all(recipe: Recipe, places: Mapping[str, Path | Location], access: Acc
             opened |= zip(names, pool.map(one, names), strict=True)
             for item in opened.values():
                 found |= item if isinstance(item, dict) else {}
-    except KeyboardInterrupt:
+    except BaseException as error:
         for files in opening:
             files.cancel()
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
         raise
     pool.shutdown()
     for item in opened.values():
