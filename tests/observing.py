@@ -150,10 +150,10 @@ def finished_shards(output: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def reference(server: MergeServer, recipe: Path) -> Content:
+def reference(server: MergeServer, recipe: Path, **request: Any) -> Content:
     """The content of the recipe's output when nothing happens; the output is removed again."""
     output = recipe.parent / "undisturbed"
-    answer = server.run(recipe, output=output)
+    answer = server.run(recipe, output=output, **request)
     assert answer["status"] == 0, answer
     result = content(output)
     discard(output)

@@ -125,7 +125,7 @@ def test_failing_call_is_told_and_loses_nothing(
     if way == "skill":
         write_recipe(recipe.parent, "rl - sft", models={"rl": "rl", "sft": "sft"}, coefficients=None,
                      output={"path": "merged", "kind": "skill"})  # fmt: skip
-    wanted = reference(faulty, recipe)
+    wanted = reference(faulty, recipe, hash_inputs=way == "hashed")
     met, statuses = 0, dict.fromkeys(sorted(DOCUMENTED), 0)
     for nth in range(1, 2000):
         cases = FAILURES[kind] if is_long else [FAILURES[kind][nth % len(FAILURES[kind])]]
@@ -180,8 +180,11 @@ def test_failing_call_never_passes_for_a_verified_output(
         for number, sticky in FAILURES[kind]:
             fault = [recipe.parent, KINDS.index(kind) + 1, nth, number, int(sticky)]
             answer = faulty.run(None, verify=output, fault=fault, kill_after=HANG)
-            mild = number in (SHORT, errno.EINTR)
-            assert answer["status"] == (0 if mild or answer["calls"] < nth else 3), (kind, nth, number, sticky, answer)
+            assert answer["status"] in (0, 3), (kind, nth, number, sticky, answer)
+            if answer["calls"] < nth or number == SHORT:
+                assert answer["status"] == 0, (kind, nth, number, sticky, answer)
+            elif number != errno.EINTR:  # which Python repeats, and others do not
+                assert answer["status"] == 3, (kind, nth, number, sticky, answer)
             answers.append(answer["calls"] >= nth)
         met += sum(answers)
         if not any(answers):
