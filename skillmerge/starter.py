@@ -31,4 +31,11 @@ output:
   # rounding: nearest               # nearest | stochastic
   # seed: 0                         # of stochastic rounding
   # shard_size: same                # same (the donor's layout) | 5GB
+
+# gates:                            # what must hold before the output is published (docs/gates.md)
+#   vanished: {max: 0.2}            # share of the update that rounding took
+#   norm_ratio: {max: 0.05}         # |change| / |weights|, of each kind of module
+#   loads: true                     # in transformers
+#   commands:
+#     - {name: accuracy, run: "python eval.py {}", min: 0.6}
 """
