@@ -24,11 +24,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from skillmerge.errors import CheckFailed, SkillmergeError, UsageError
 
@@ -36,6 +37,8 @@ QUESTIONS_AT_ONCE = 64
 _WINDOW = 1024
 _NEW_TOKENS = 32
 _SHOWN = 2000
+_PRINTED = 1 << 20
+"""Bytes of a command's output that are looked at: its last."""
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 CONFIDENCE = 1.959964
 """Standard errors on each side of a 95 % interval."""
@@ -143,24 +146,13 @@ def run_command(
     quoted = shlex.quote(str(folder))
     command = scorer.command.replace("{}", quoted) if "{}" in scorer.command else f"{scorer.command} {quoted}"
     environment = {**os.environ, "SKILLMERGE_SEED": str(seed)}
-    with subprocess.Popen(
-        command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, errors="replace", start_new_session=True, cwd=where,
-    ) as process:  # fmt: skip
-        try:
-            printed, complained = process.communicate(timeout=timeout)
-        except BaseException as error:  # an interrupt, or too late: what the command has started goes with it
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                what = f"the scoring command had printed nothing after {timeout:g} seconds: {command}"
-                raise CheckFailed(what) from None
-            raise
-    if process.returncode:
+    # Into files: a pipe would be waited for as long as anything that the command has left behind holds it.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        status = _run(command, out, err, environment, timeout, where)
+        printed, complained = _end_of(out), _end_of(err)
+    if status:
         raise CheckFailed(
-            f"the scoring command failed with exit status {process.returncode}: {command}\n"
-            f"{complained.strip()[-_SHOWN:]}",
+            f"the scoring command failed with exit status {status}: {command}\n{complained.strip()[-_SHOWN:]}",
             fix="mend it, then run the same sweep again: it goes on where it stopped",
         )
     lines = printed.strip().splitlines()
@@ -175,6 +167,36 @@ def run_command(
         f"the scoring command printed no number: {command}",
         fix='it must print a number, or one JSON object such as {"skill": 0.8, "retention": 0.9}, in its last line',
     )
+
+
+def _run(
+    command: str,
+    out: IO[bytes],
+    err: IO[bytes],
+    environment: Mapping[str, str],
+    timeout: float | None,
+    where: Path | None,
+) -> int:
+    """The exit status of a shell's command. Raises CheckFailed where it takes too long."""
+    process = subprocess.Popen(
+        command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+        start_new_session=True, cwd=where,
+    )  # fmt: skip
+    try:
+        return process.wait(timeout)
+    except BaseException as error:  # an interrupt, or too late: what the command has started goes with it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise CheckFailed(f"the scoring command was not done after {timeout:g} seconds: {command}") from None
+        raise
+
+
+def _end_of(stream: IO[bytes]) -> str:
+    """The last of what was printed."""
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - _PRINTED))
+    return stream.read().decode(errors="replace")
 
 
 def as_scores(found: Any) -> dict[str, Score]:

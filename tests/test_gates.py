@@ -144,6 +144,9 @@ COMMANDS: list[tuple[str, dict[str, Any], float | None, bool]] = [
     ("echo nan #", {"min": 0}, None, False),
     ("echo 1; exit 9 #", {"min": 0}, None, False),
     ("echo nothing", {"min": 0}, None, False),
+    ("(sleep 100 &) ; echo 4 #", {"min": 1}, 4, True),
+    ("yes | head -c 3000000; echo 5 #", {"min": 1}, 5, True),
+    ("cat; echo 6 #", {"min": 1}, 6, True),
     ("sleep 60 #", {"min": 0, "timeout": 0.2}, None, False),
 ]
 
