@@ -54,11 +54,12 @@ class Watched:
     def __call__(self, content: bytes) -> None:
         try:
             self.one(content)
-        except BaseException:
+        except BaseException as error:
+            self.tell("interrupted" if isinstance(error, KeyboardInterrupt) else "A FINDING")
             self.close()
             raise
         if self.count == self.runs:
-            self.tell()
+            self.tell("no finding")
             self.close()
 
     def one(self, content: bytes) -> None:
@@ -70,10 +71,10 @@ class Watched:
         assert seconds <= SECONDS, f"took {seconds:.1f} s"
         assert self.peak() - self.before <= MEMORY, f"took {(self.peak() - self.before) >> 20} MB"
 
-    def tell(self) -> None:
+    def tell(self, outcome: str) -> None:
         seconds = time.monotonic() - self.started
         print(
-            f"{self.name}: {self.count:,} inputs, {self.accepted:,} accepted, no finding; {seconds:.0f} s, "
+            f"{self.name}: {self.count:,} inputs, {self.accepted:,} accepted, {outcome}; {seconds:.0f} s, "
             f"{self.count / seconds:,.0f} a second, slowest {1000 * self.slowest:.0f} ms, "
             f"at most {(self.peak() - self.before) >> 20} MB",
             flush=True,
