@@ -80,6 +80,7 @@ def attest(
         _check_place(Path(bom_file), ("bomFormat",))
     key = read_private_key(private_key, password) if private_key is not None else None
     verify(root, allow_nonfinite=allow_nonfinite)
+    manifest.refuse_failed(root)
     proof = manifest.read(root)
     log = json.loads((root / manifest.RUN_LOG_FILE).read_bytes())
     files = manifest.digests(root, proof)

@@ -55,6 +55,8 @@ class _Commands(click.Group):
                 raise _OutputClosed from error
             if error.errno == errno.ENOSPC and error.filename is None:
                 raise ResourceError("the results could not be written: no space left where they go") from error
+            if error.errno == errno.ENOENT and error.filename is None:
+                raise UsageError("the folder that you are in is not there any more", fix="change to another") from error
             raise
 
 
@@ -97,7 +99,7 @@ def main() -> NoReturn:
     except SkillmergeError as error:
         _fail(error)
     except click.ClickException as error:
-        if not _wants_json():
+        if not (_wants_json() or as_json()):
             error.show()
             _leave(error.exit_code)
         _fail(UsageError(error.format_message()))

@@ -52,6 +52,13 @@ class Gate:
             return f"{self.minimum:g} to {self.maximum:g}{of}"
         return f"at least {self.minimum:g}{of}" if self.minimum is not None else f"at most {self.maximum:g}{of}"
 
+    @property
+    def told(self) -> str:
+        """The gate in one line, with the command that it runs."""
+        where = f" of {', '.join(self.modules)}" if self.modules else ""
+        what = f" {self.name}, which runs `{' '.join(self.run.split())}`" if self.run else ""
+        return f"{self.kind}{where}{what}: {self.asked}"
+
     def holds(self, measured: float) -> bool:
         if self.is_default:
             return measured > 0
@@ -74,6 +81,8 @@ def _gates_of(table: GatesTable, document: Document, folder: FilePath) -> Iterab
         if given is not None:
             _check_range(document, (kind,), given.min, given.max)
             model = given.base if isinstance(given, CosineTable) else None
+            if model is not None:
+                _expanded(document, (kind, "base"), model)
             modules = (given.modules,) if isinstance(given.modules, str) else tuple(given.modules or ())
             yield Gate(kind, folder, given.min, given.max, modules, model=model)
     for kind in PROOFS:
@@ -82,18 +91,26 @@ def _gates_of(table: GatesTable, document: Document, folder: FilePath) -> Iterab
     if (given_text := table.perplexity) is not None:
         if given_text.max is None and given_text.max_ratio is None:
             _refuse(document, ("perplexity",), "asks for nothing", "give it a max or a max_ratio")
-        text = folder / FilePath(given_text.text).expanduser()
+        text = folder / _expanded(document, ("perplexity", "text"), given_text.text)
         model = normalise_name(given_text.of) if given_text.of else None
         for most, is_ratio in ((given_text.max, False), (given_text.max_ratio, True)):
             if most is not None:
                 yield Gate("perplexity", folder, maximum=most, is_ratio=is_ratio, text=text, model=model)
     for index, command in enumerate(table.commands):
         _check_range(document, ("commands", index), command.min, command.max)
-        name = command.name or command.run
+        name = " ".join((command.name or command.run).split())
         yield Gate(
             "command", folder, command.min, command.max,
             name=name, run=command.run, score=command.score, timeout=command.timeout,
         )  # fmt: skip
+
+
+def _expanded(document: Document, path: tuple[int | str, ...], written: str) -> FilePath:
+    try:
+        return FilePath(written).expanduser()
+    except RuntimeError as error:
+        place = document.place(("gates", *path))
+        raise document.error(f"`{written}` starts at a home that does not exist", place) from error
 
 
 def _check_range(document: Document, path: tuple[int | str, ...], low: float | None, high: float | None) -> None:

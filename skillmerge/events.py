@@ -96,7 +96,7 @@ class JUnit:
     """Gates and checks as test cases, for whatever shows the results of tests."""
 
     def __init__(self, path: Path, suite: str) -> None:
-        self._path, self._suite = path, suite
+        self._path, self._suite = path, _text(suite)
         self._cases: list[tuple[str, str, str]] = []
         """Name, what went wrong ("" where nothing did), and details."""
 

@@ -7,7 +7,6 @@ process of its own. A gate that cannot be measured has not held.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +16,7 @@ from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.location import SCHEME
-from skillmerge.criteria import FIGURES, Gate
+from skillmerge.criteria import FIGURES, PROOFS, Gate
 from skillmerge.errors import CheckFailed, SkillmergeError, UsageError
 from skillmerge.expression import normalise_name
 from skillmerge.inspection import inspect_merge
@@ -25,7 +24,7 @@ from skillmerge.naming import module_kind
 from skillmerge.planning import Plan
 from skillmerge.scoring import NotFinite, Scorer, run_command
 from skillmerge.sources import Access
-from skillmerge.verification import check_values, load
+from skillmerge.verification import check_values, is_intact, load
 
 _RUNS_A_MODEL = ("loads", "finite_logits", "perplexity")
 
@@ -39,6 +38,11 @@ class Outcome:
     measured: float | None
     passed: bool
     detail: str = ""
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether it failed for want of a figure, not for what the figure is."""
+        return not self.passed and self.measured is None and self.gate not in PROOFS
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,21 +87,31 @@ class Subject:
     proof: Mapping[str, Any]
     opened: Opened
     access: Access
+    warn: Callable[[str], None] = lambda message: None
     text: Path | None = None
     """What a perplexity is asked of: one load serves all gates that need one."""
     reports: dict[Path | None, Mapping[str, Any]] = field(default_factory=dict)
     """What loading it with transformers gave, by the text that it was given."""
 
 
-def prepare(gates: Sequence[Gate], stats: str, no_local: bool) -> None:
+def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> None:
     """Before any work: raise UsageError for gates that could not be measured afterwards."""
+    kinds = {module_kind(name) for name in plan.tensors}
     for gate in gates:
+        if absent := [kind for kind in gate.modules if kind not in kinds]:
+            raise UsageError(f"the gate `{gate.kind}`: the model has no {' and no '.join(absent)}")
+        if gate.kind == "command" and not gate.folder.is_dir():
+            raise UsageError(f"the gate `{gate.name}` runs in {gate.folder}, which is no folder")
+        if gate.kind == "cosine_z" and gate.model is not None:
+            base = _place_of(gate, gate.model, plan)
+            if not base.startswith(SCHEME) and not Path(base).is_dir():
+                raise UsageError(f"the gate `cosine_z`: its base {base} is no folder")
         if stats == "off" and gate.kind in FIGURES:
             raise UsageError(f"the gate `{gate.kind}` needs statistics", fix="use --stats sampled or full")
         if gate.kind in _RUNS_A_MODEL and find_spec("transformers") is None:
             raise UsageError(f"the gate `{gate.kind}` needs transformers", fix="pip install 'skillmerge[transformers]'")
-        if gate.text is not None and not (gate.text.is_file() and os.access(gate.text, os.R_OK)):
-            raise UsageError(f"the gate `perplexity`: {gate.text} is not a file that can be read")
+        if gate.text is not None:
+            _check_text(gate.text)
         if no_local and gate.kind not in (*FIGURES, "cosine_z"):
             raise UsageError(
                 f"the gate `{gate.kind}` needs the model's files, and --no-local keeps none",
@@ -108,7 +122,7 @@ def prepare(gates: Sequence[Gate], stats: str, no_local: bool) -> None:
 def check(gates: Sequence[Gate], subject: Subject, tell: Callable[[Outcome], None]) -> list[Outcome]:
     """Measure every gate, whatever became of those before it; `tell` hears of each outcome as it is known.
 
-    Raises UsageError where a gate does not fit this output.
+    Raises UsageError where a gate does not fit this output, CheckFailed where a command has changed it.
     """
     outcomes = []
     subject = replace(subject, text=next((gate.text for gate in gates if gate.text), None))
@@ -118,11 +132,34 @@ def check(gates: Sequence[Gate], subject: Subject, tell: Callable[[Outcome], Non
         except UsageError:
             raise
         except SkillmergeError as error:
-            found = [Outcome(_label(gate), gate.asked, None, False, error.message)]
+            # What a command complains of may hold anything, and outcomes go into files that are published.
+            first, _, rest = error.message.partition("\n")
+            found = [Outcome(_label(gate), gate.asked, None, False, first)]
+            if rest:
+                subject.warn(f"{_label(gate)}: {rest}")
         for outcome in found:
             tell(outcome)
         outcomes += found
+    if any(gate.kind == "command" for gate in gates) and not is_intact(subject.folder, subject.proof):
+        raise CheckFailed("a command among the gates changed the model's files", fix="have it write somewhere else")
     return outcomes
+
+
+def _check_text(path: Path) -> None:
+    try:
+        empty = not path.is_file() or not path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the gate `perplexity`: {path} cannot be read: {error}") from error
+    if empty:
+        raise UsageError(f"the gate `perplexity`: {path} is not a file with text in it")
+
+
+def _place_of(gate: Gate, model: str, plan: Plan) -> str:
+    """Where a model is that a gate names: one of the recipe's, or a place."""
+    folder = gate.folder
+    if normalise_name(model) in plan.recipe.models:
+        model, folder = plan.recipe.models[normalise_name(model)], plan.recipe.folder
+    return model if model.startswith(SCHEME) else str(folder / Path(model).expanduser())
 
 
 def _label(gate: Gate, kind: str = "") -> str:
@@ -188,14 +225,7 @@ def _taken(proof: Mapping[str, Any], kind: str) -> float:
 def _cosine(gate: Gate, subject: Subject) -> Iterator[Outcome]:
     """Of the update with the target's own, in standard deviations from chance; docs/inspect.md says what it means."""
     with subject.opened() as (plan, checkpoints):
-        base = gate.model
-        if base is not None and normalise_name(base) in plan.recipe.models:
-            base = plan.recipe.models[normalise_name(base)]
-            folder = plan.recipe.folder
-        else:
-            folder = gate.folder
-        if base is not None and not base.startswith(SCHEME):
-            base = str(folder / Path(base).expanduser())
+        base = _place_of(gate, gate.model, plan) if gate.model is not None else None
         found = inspect_merge(plan, checkpoints, base, subject.access)
     for kind in gate.modules or ("",):
         group = found.modules.get(kind) if kind else found.total
@@ -259,6 +289,8 @@ def _command(gate: Gate, subject: Subject) -> Outcome:
     except NotFinite as error:
         return _judged(gate, None, detail=str(error))
     name = gate.score or next(iter(scores))
-    if name not in scores or (gate.score is None and len(scores) > 1):
+    if name not in scores:
+        return _judged(gate, None, detail=f"it printed {', '.join(scores)}, and no {name}")
+    if gate.score is None and len(scores) > 1:
         return _judged(gate, None, detail=f"it printed {', '.join(scores)}: say `score:` which one")
     return _judged(gate, scores[name].value)

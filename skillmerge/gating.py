@@ -10,7 +10,7 @@ from pathlib import Path
 from skillmerge import manifest
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import UsageError
-from skillmerge.gates import Outcome, Subject, check, prepare
+from skillmerge.gates import Outcome, Subject, check
 from skillmerge.planning import Plan
 from skillmerge.recipe import load_gates
 from skillmerge.reporter import Reporter
@@ -51,7 +51,6 @@ def gate(
             f"the recipe in the manifest of {root} has gates that run commands, and whoever made it wrote them",
             fix="read them, and name a file that you trust: skillmerge gate DIR --gates FILE",
         )
-    prepare(asked, proof["statistics"]["mode"], no_local=False)
     access = Access(follow_links, commits=commits)
 
     @contextmanager
@@ -62,4 +61,4 @@ def gate(
     def tell(outcome: Outcome) -> None:
         reporter.event("gate", **outcome.as_dict())
 
-    return check(asked, Subject(root, proof, opened, access), tell)
+    return check(asked, Subject(root, proof, opened, access, reporter.warn), tell)

@@ -1,6 +1,6 @@
-"""Load a model folder with transformers and run it once: `python -m skillmerge.loading DIR [TEXT]`.
+"""Load a model folder with transformers and run it once; `verification` starts it as a program of its own.
 
-A program of its own, so that a broken model or library cannot take its caller along. Prints one JSON line:
+Of its own, so that a broken model or library cannot take its caller along. Prints one JSON line:
 ok, why, the class, the sets of keys that must be empty, named as the loaded model names them, and the perplexity
 of the text in the file TEXT. Knows no
 architecture: the class is the one that the config names, and the inputs are made from what the model says it

@@ -17,10 +17,11 @@ from typing import Any
 
 from skillmerge import __version__
 from skillmerge.checkpoints.safetensors_header import unique_keys
-from skillmerge.errors import CheckFailed
+from skillmerge.errors import CheckFailed, some
 from skillmerge.parallel import hash_file
 from skillmerge.planning import Plan
 from skillmerge.recipe import Recipe, parse_recipe
+from skillmerge.schema import has_shape_of_manifest
 from skillmerge.sidefiles import SideFile
 from skillmerge.statistics import summarise, summarise_skill
 from skillmerge.writer import MANIFEST_FILE
@@ -104,20 +105,37 @@ def recorded_recipe(
     try:
         text, overrides = document["recipe"]["text"], document["overrides"]
         commits = {item["name"]: item["revision"] for item in document["inputs"] if item["revision"]}
-        start = base if base is not None else folder / document["environment"].get("recipe_folder", "..")
+        start = base if base is not None else folder.resolve() / document["environment"].get("recipe_folder", "..")
         start = Path(os.path.abspath(start))
         return parse_recipe(text, str(start / "recipe.yaml"), start, overrides), commits
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckFailed(f"{folder}: its manifest holds no recipe") from error
 
 
-def gates(folder: Path) -> list[dict[str, Any]]:
+def gate_outcomes(folder: Path) -> list[dict[str, Any]]:
     """What became of each gate when the output in `folder` was made; its run log says it."""
     try:
         found = json.loads((folder / RUN_LOG_FILE).read_bytes()).get("gates", [])
     except (OSError, ValueError, AttributeError):
         return []
-    return list(found) if isinstance(found, list) else []
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+
+
+def refuse_failed(folder: Path) -> None:
+    """Raise CheckFailed for an output that its own gates refused: it was kept to be looked at."""
+    failed = [str(row.get("gate")) for row in gate_outcomes(folder) if not row.get("passed")]
+    if failed:
+        raise CheckFailed(
+            f"{folder} was refused by its gates: {some(failed)}", fix="apply the recipe again with gates that it passes"
+        )
+
+
+def compare(place: Path, document: Mapping[str, Any], again: Mapping[str, Any]) -> None:
+    """Raise CheckFailed where two manifests differ in more than where and with what version they were made."""
+    again = json.loads(json.dumps(again))
+    for key in document.keys() | again.keys():
+        if key not in ("tool", "environment", "digest") and document.get(key) != again.get(key):
+            raise CheckFailed(f"{place / MANIFEST_FILE}: `{key}` differs when it is built again")
 
 
 def file_names(document: Mapping[str, Any]) -> set[str]:
@@ -181,16 +199,8 @@ def _is_intact(document: dict[str, Any], content: bytes) -> bool:
         return (
             hashlib.sha256(_canonical(body)).hexdigest() == document["digest"]
             and to_bytes(document) == content
-            and all(isinstance(file["name"], str) for file in document["files"])
-            and all(type(file["size"]) is int and "sha256" in file for file in document["files"])
-            and all(tensor.keys() >= {"name", "file", "dtype", "shape"} for tensor in document["tensors"])
-            and all(isinstance(tensor["name"], str) for tensor in document["tensors"])
-            and document["environment"].keys() >= {"inputs", "run_log"}
+            and has_shape_of_manifest(document)
             and document["environment"]["run_log"]["name"] == RUN_LOG_FILE
-            and isinstance(document["environment"]["run_log"]["sha256"], str)
-            and all("sha256" in file for item in document["inputs"] for file in item["files"])
-            and isinstance(document["output"]["dtype"], str)
-            and {"plan_digest", "statistics"} <= document.keys()
         )
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return False

@@ -42,7 +42,12 @@ def plan_page(
     ]
     if changes is not None:
         parts += [f"**Changes since {_code(since or '')}**", _list(changes) if changes else "None."]
-    parts += [_problems(plan), _list(plan.notes, "note: "), _models(plan)]
+    parts += [
+        _problems(plan),
+        _list([gate.told for gate in plan.recipe.gates], "gate: "),
+        _list(plan.notes, "note: "),
+        _models(plan),
+    ]
     for index, name in enumerate(plan.coefficients):
         parts.append(_coefficient(plan, name, index))
     parts += [_actions(plan), _totals(plan, needs, where, free), f"plan `{plan.digest}`"]

@@ -22,7 +22,6 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.skill import check_zstandard
 from skillmerge.errors import CheckFailed, SkillmergeError, UnusableWeights, UsageError, memory_errors, some
 from skillmerge.gates import GateFailed, Outcome, Subject, check, prepare
-from skillmerge.parallel import hash_file, in_threads
 from skillmerge.planning import Plan
 from skillmerge.recipe import Recipe
 from skillmerge.reporter import Reporter
@@ -30,7 +29,7 @@ from skillmerge.resources import budget, check_disk
 from skillmerge.sidefiles import SideFile, fetch
 from skillmerge.sources import Access, planned
 from skillmerge.tensors import DTYPES, UNIT
-from skillmerge.verification import check_structure, input_digests
+from skillmerge.verification import check_structure, input_digests, is_intact
 from skillmerge.writer import MANIFEST_FILE, Staging, disk_errors, write_whole
 
 if TYPE_CHECKING:
@@ -82,6 +81,7 @@ def apply(
     revision: str | None = None,
     pull_request: bool | None = None,
     message: str | None = None,
+    expected: Mapping[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> Result:
     """Plan, merge, check, and publish into the output folder; with `push`, on the Hub too.
@@ -92,12 +92,15 @@ def apply(
     output that a gate refuses stays in the staging folder. hub: stream or download. push: org/name, in place of
     `output.push.repo`; private, revision, pull_request and message likewise. no_local: shards are sent as they are
     finished and removed; only the Hub keeps them. commits: what the revisions of models on the Hub stand for.
+    expected: a manifest that the output has to get, but for its environment.
     Raises SkillmergeError, whose subclasses say which kind of trouble it was; see `skillmerge.errors`.
     """
     started = time.monotonic()
     reporter = reporter or Reporter()
     reporter.event("started", skillmerge=__version__, recipe=_name_of(recipe))
     _check_arguments(device, threads, memory_limit, stats, hub)
+    if keep_failed and no_local:
+        raise UsageError("with no_local there is nothing to keep of a failed output", fix="leave out one of the two")
     access = Access(follow_links, locked, download=hub == "download", commits=commits or {})
     saved = savedplan.read(recipe) if not isinstance(recipe, Recipe) and savedplan.looks_saved(recipe) else None
     if saved is not None:
@@ -112,7 +115,7 @@ def apply(
             reporter.warn(note)
         if plan.recipe.output.compression != "none":
             check_zstandard()
-        prepare(plan.recipe.gates, stats, no_local)
+        prepare(plan.recipe.gates, stats, no_local, plan)
         target = output_folder(plan.recipe, output, checkpoints)
         reporter.event(
             "planned", plan=plan.digest, output=str(target), tensors=len(plan.tensors), shards=len(plan.shards),
@@ -133,14 +136,25 @@ def apply(
             recovered = staging.recover(plan.weights_digest, conditions, overwrite)
             proof = finished_output(target, plan, conditions, hash_inputs) if not no_local else None
             # Who overwrites may have a reason to, a damaged output for one.
-            already = proof is not None and (recovered or not (overwrite or full) or _is_intact(target, proof))
-            where, passed = "", manifest.gates(target) if already else []
+            already = proof is not None and (recovered or not (overwrite or full) or is_intact(target, proof))
+            where, passed = "", manifest.gate_outcomes(target) if already else []
             if proof is None or not already:
                 if not no_local:
                     _refuse_existing(target, overwrite)
-                run = _Run(plan, checkpoints, staging, conditions, publication, access, keep_failed, reporter, started)
+                run = _Run(
+                    plan,
+                    checkpoints,
+                    staging,
+                    conditions,
+                    publication,
+                    access,
+                    keep_failed,
+                    expected,
+                    reporter,
+                    started,
+                )
                 where, proof = run.finish(device, threads, memory_limit, allow_code, hash_inputs)
-                passed = manifest.gates(staging.files)
+                passed = manifest.gate_outcomes(staging.files)
                 if not no_local:
                     check_structure(staging.files, proof)
                     staging.publish(overwrite)
@@ -177,6 +191,7 @@ class _Run:
     publication: Publication | None
     access: Access
     keep_failed: bool
+    expected: Mapping[str, Any] | None
     reporter: Reporter
     started: float
 
@@ -218,11 +233,15 @@ class _Run:
         for file in side_files:
             staging.write_file(file.name, file.content or b"")
         body = manifest.build(plan, staging.finished, side_files, self.conditions["stats"], digests)
+        if self.expected is not None:
+            manifest.compare(staging.output, self.expected, body)
         outcomes = self._measured(body)
         failed = not all(outcome.passed for outcome in outcomes)
         if failed and not self.keep_failed:
-            staging.discard()
-            fix = "--keep-failed keeps the output where it can be looked at"
+            fix = "mend what could not be measured; the same command goes on from here"
+            if not any(outcome.unmeasured for outcome in outcomes):
+                staging.discard()
+                fix = "--keep-failed keeps the output where it can be looked at"
             raise GateFailed(outcomes, fix=fix, plan=plan, proof=body)
         proof = self._prove(body, where, outcomes)
         if failed:
@@ -239,13 +258,8 @@ class _Run:
             self.reporter.event("gate", **outcome.as_dict())
 
         opened = (self.plan, self.checkpoints)
-        subject = Subject(self.staging.files, body, lambda: nullcontext(opened), self.access)
-        gates = self.plan.recipe.gates
-        outcomes = check(gates, subject, tell)
-        if any(gate.kind == "command" for gate in gates) and not _is_intact(self.staging.files, body):
-            self.staging.discard()
-            raise CheckFailed("a command among the gates changed the model's files", fix="have it write somewhere else")
-        return outcomes
+        subject = Subject(self.staging.files, body, lambda: nullcontext(opened), self.access, self.reporter.warn)
+        return check(self.plan.recipe.gates, subject, tell)
 
     def _prove(self, body: Mapping[str, Any], where: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Write run log and manifest; nothing else but what it names stays in the output. Returns the manifest."""
@@ -256,9 +270,8 @@ class _Run:
         }
         run_log = (json.dumps(log) + "\n").encode()
         passed = all(outcome.passed for outcome in outcomes)
-        folder = os.path.relpath(
-            self.plan.recipe.folder.resolve(), self.staging.output if passed else self.staging.files
-        )
+        output = self.staging.output if passed else self.staging.files
+        folder = os.path.relpath(self.plan.recipe.folder.resolve(), output.parent.resolve() / output.name)
         environment = {**_versions(), "device": where.split(": ")[0], "recipe_folder": folder, **self.conditions}
         proof = manifest.seal(body, environment, run_log)
         self.staging.write_file(manifest.RUN_LOG_FILE, run_log)
@@ -326,6 +339,10 @@ def make_plan(
     with planned(recipe, coefficients, allow_code, access, reporter.warn) as (plan, checkpoints):
         if plan.recipe.output.path is not None:
             output_folder(plan.recipe, None, checkpoints)
+        try:
+            prepare(plan.recipe.gates, "sampled", False, plan)
+        except UsageError as error:
+            reporter.warn(f"apply would stop at once: {error.message}")
         if lock:
             path = lockfile.path_of(Path(recipe))
             with disk_errors(path):
@@ -442,6 +459,8 @@ def finished_output(
         check_structure(folder, proof)
     except CheckFailed:
         return None
+    if any(not row.get("passed") for row in manifest.gate_outcomes(folder)):
+        return None  # it was refused, and somebody has put it here
     environment = proof["environment"]
     same = proof["plan_digest"] == plan.digest and all(environment.get(key) == conditions[key] for key in conditions)
     hashed = all(file["sha256"] for item in proof["inputs"] for file in item["files"])
@@ -455,16 +474,7 @@ def is_done(plan: Plan, output: str | os.PathLike[str] | None = None, stats: str
         return False
     conditions = {"inputs": plan.versions, "stats": stats, "allow_nonfinite": False}
     proof = finished_output(Path(target), plan, conditions, hash_inputs=False)
-    return proof is not None and _is_intact(Path(target), proof)
-
-
-def _is_intact(folder: Path, proof: Mapping[str, Any]) -> bool:
-    """Whether every file still has its digest."""
-    try:
-        digests = in_threads(lambda file, stop: hash_file(folder / file["name"], stop), proof["files"])
-        return all(file["sha256"] == digest for file, digest in zip(proof["files"], digests, strict=True))
-    except OSError:
-        return False
+    return proof is not None and is_intact(Path(target), proof)
 
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:

@@ -46,6 +46,7 @@ def push(
     """
     folder = Path(folder)
     verify(folder, allow_nonfinite=allow_nonfinite)
+    manifest.refuse_failed(folder)
     proof = manifest.read(folder)
     signature = signature_beside(folder, proof)
     output = parse_recipe(proof["recipe"]["text"], "the manifest's recipe", folder).output

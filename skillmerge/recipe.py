@@ -22,7 +22,16 @@ from skillmerge.coefficients import LayerRange, Rule, Schedule, parse_layers
 from skillmerge.criteria import Gate, gates_of
 from skillmerge.errors import InputError, Mistakes, RecipeError, UsageError, did_you_mean, some
 from skillmerge.expression import ExpressionError, Node, names_in, normalise_name, parse
-from skillmerge.schema import GatesFileTable, ModelTable, PushTable, RecipeTable, RuleTable, ScheduleTable, read_table
+from skillmerge.schema import (
+    GatesFileTable,
+    GatesTable,
+    ModelTable,
+    PushTable,
+    RecipeTable,
+    RuleTable,
+    ScheduleTable,
+    read_table,
+)
 from skillmerge.tensors import parse_size
 from skillmerge.yamltext import Document, Path, Place
 
@@ -251,7 +260,10 @@ def _gates(
     document: Document, table: RecipeTable, folder: FilePath, models: list[str], unlike: AbstractSet[str]
 ) -> tuple[Gate, ...]:
     """The recipe's gates. unlike: those of the models that have no folder of their own to load."""
-    gates = gates_of(table.gates, document, folder)
+    given = table.gates
+    if given is None and "gates" in table.model_fields_set:
+        given = GatesTable()  # every line of it is a comment
+    gates = gates_of(given, document, folder)
     place = document.place(("gates",))
     if gates and table.output.kind == "skill":
         raise document.error("a skill has no `gates`", place, "they are for the models that it is put into")

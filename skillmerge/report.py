@@ -73,6 +73,8 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     for index, name in enumerate(plan.coefficients):
         _show_coefficient(plan, name, index, out)
     _show_actions(plan, out)
+    for gate in plan.recipe.gates:
+        out.print(Text(f"gate: {gate.told}"), soft_wrap=True)
     for note in plan.notes:
         out.print(Text(f"note: {note}", style="yellow"))
     for problem in plan.problems:

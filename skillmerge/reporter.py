@@ -1,6 +1,6 @@
 """What a run tells while it works, to whoever listens: remarks, warnings, progress, and events for programs.
 
-This one keeps quiet; `report` has those for terminals and logs. Knows nothing about what is told.
+This one keeps quiet; `messages` has the one for terminals and logs. Knows nothing about what is told.
 """
 
 from __future__ import annotations

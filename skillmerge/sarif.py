@@ -69,5 +69,5 @@ def _result(finding: Finding, index: int) -> dict[str, Any]:
 def _location(file: str) -> dict[str, str]:
     path = Path(os.path.abspath(file))
     if path.is_relative_to(Path.cwd()):
-        return {"uri": quote(path.relative_to(Path.cwd()).as_posix()), "uriBaseId": "%SRCROOT%"}
+        return {"uri": quote(os.fsencode(path.relative_to(Path.cwd()).as_posix())), "uriBaseId": "%SRCROOT%"}
     return {"uri": path.as_uri()}

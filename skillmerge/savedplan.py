@@ -80,7 +80,7 @@ def _damage(path: Path) -> Iterator[None]:
     """Whatever goes wrong when a document is taken for a plan says that it is none."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UsageError(
             f"{path}: is not a saved plan: {error}", fix="write one: skillmerge plan RECIPE -o plan.json"
         ) from error
@@ -102,6 +102,8 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
         file = Path(document["recipe"]["file"])
+        if not file.name:
+            raise ValueError("its recipe has no name")
         recipe = parse_recipe(document["recipe"]["text"], str(file), file.parent, document["overrides"])
         commits = {item["name"]: item["revision"] for item in document["inputs"] if item["revision"]}
         if not all(isinstance(commit, str) for commit in commits.values()):

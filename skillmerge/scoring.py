@@ -152,7 +152,7 @@ def run_command(
         printed, complained = _end_of(out), _end_of(err)
     if status:
         raise CheckFailed(
-            f"the scoring command failed with exit status {status}: {command}\n{complained.strip()[-_SHOWN:]}",
+            f"the command failed with exit status {status}: {command}\n{complained.strip()[-_SHOWN:]}",
             fix="mend it, then run the same sweep again: it goes on where it stopped",
         )
     lines = printed.strip().splitlines()
@@ -161,10 +161,10 @@ def run_command(
             return as_scores(json.loads(text))
         except NotFinite:
             raise
-        except (ValueError, TypeError, KeyError, OverflowError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue
     raise CheckFailed(
-        f"the scoring command printed no number: {command}",
+        f"the command printed no number: {command}",
         fix='it must print a number, or one JSON object such as {"skill": 0.8, "retention": 0.9}, in its last line',
     )
 
@@ -184,13 +184,12 @@ def _run(
     )  # fmt: skip
     try:
         return process.wait(timeout)
-    except BaseException as error:  # an interrupt, or too late: what the command has started goes with it
-        with contextlib.suppress(ProcessLookupError):
+    except subprocess.TimeoutExpired:
+        raise CheckFailed(f"the command was not done after {timeout:g} seconds: {command}") from None
+    finally:  # whatever it has started goes with it: it might still write into the model
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise CheckFailed(f"the scoring command was not done after {timeout:g} seconds: {command}") from None
-        raise
 
 
 def _end_of(stream: IO[bytes]) -> str:

@@ -70,6 +70,7 @@ def sign(
     configuration = _signer(key, signing_certificate, certificate_chain)
     _check_replaceable(root, place)
     verdict = verify(root, allow_nonfinite=allow_nonfinite)
+    manifest.refuse_failed(root)
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch, SIGNATURE_FILE)
         try:

@@ -174,6 +174,8 @@ def sweep(
     asked["axes"] = [axis.name for axis in chosen]
     if search is not None:  # what was proposed depends on all of these
         asked |= {"axes": list(axes), "search": search, "by": by, "minimise": less}
+    if parsed.gates:
+        (reporter or Reporter()).warn("gates are not looked at while candidates are scored; the best recipe keeps them")
     first = with_values(parsed, _first(chosen, search))
     for axis in chosen:
         with_values(parsed, {axis.name: axis.low})

@@ -278,6 +278,15 @@ def load(root: Path, text: Path | None = None) -> dict[str, Any]:
     return dict(report)
 
 
+def is_intact(folder: Path, proof: Mapping[str, Any]) -> bool:
+    """Whether every file still has its digest."""
+    try:
+        digests = in_threads(lambda file, stop: hash_file(folder / file["name"], stop), proof["files"])
+        return all(file["sha256"] == digest for file, digest in zip(proof["files"], digests, strict=True))
+    except OSError:
+        return False
+
+
 def input_digests(checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], str]:
     """sha256 of every weight file, a few at a time."""
     files = [(name, file) for name, checkpoint in checkpoints.items() for file in checkpoint.shards]

@@ -244,7 +244,7 @@ class Staging:
             self.files.mkdir(exist_ok=True)
             self.drop_strangers(set(self.finished))
             lines = "".join(json.dumps(entry) + "\n" for entry in [header, *self.finished.values()])
-            write_whole(self._journal, lines.encode())
+            write_whole(self._journal, lines.encode(), self.folder / "journal.jsonl.new")
         return remark
 
     def _is_intact(self, entry: dict[str, Any], stop: threading.Event) -> bool:
@@ -507,9 +507,9 @@ def write_all(stream: FileIO, content: bytes | memoryview) -> None:
         left = left[stream.write(left) :]
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file in one step, durably."""
-    beside = path.with_name(path.name + ".new")
+def write_whole(path: Path, content: bytes, beside: Path | None = None) -> None:
+    """Replace a file in one step, durably. beside: what it is called until then; by default nobody else's name."""
+    beside = beside or path.with_name(f".{path.name}.{os.getpid()}.new")
     with open(beside, "wb") as stream:
         stream.write(content)
         stream.flush()

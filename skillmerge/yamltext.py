@@ -68,7 +68,8 @@ class Document:
 
     def error(self, message: str, place: Place | None, fix: str | None = None) -> RecipeError:
         """An error that shows the file, the position, the line itself and a marker under it."""
-        message, fix = _shortened(message), fix and _shortened(fix)
+        # A name may hold line ends, and what begins a line means something to those who read logs.
+        message, fix = _shortened(message).replace("\n", "\\n"), fix and _shortened(fix)
         if place is None:
             return RecipeError(f"{self.name}: {message}", fix=fix, what=message)
         excerpt = self.excerpt(place)

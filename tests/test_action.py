@@ -29,6 +29,8 @@ def act(tmp_path: Path) -> Callable[..., Run]:
     program = programs / "skillmerge"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m skillmerge.cli "$@"\n')
     program.chmod(0o755)
+    (programs / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (programs / "python").chmod(0o755)
     runs = 0
 
     def run(**inputs: str) -> Run:
@@ -176,3 +178,21 @@ def test_inputs_that_are_none_of_the_choices_are_refused(
 
 def test_runner_reads_outputs_as_the_real_one_does() -> None:
     assert read_outputs("a=b=c\nd<<EOF\n1\n2\nEOF\n") == {"a": "b=c", "d": "1\n2"}
+
+
+def test_apply_refuses_a_plan_of_another_recipe(family: Path, act: Callable[..., Run]) -> None:
+    assert not act(recipe="recipe.yaml").failed
+    family.write_text(family.read_text().replace("0.7", "0.9"))
+    run = act(recipe="recipe.yaml", command="apply")
+    assert run.failed
+    assert run.outputs["status"] == "7"
+    assert not (family.parent / "merged").exists()
+
+
+def test_what_a_recipe_prints_gives_the_runner_no_commands(family: Path, act: Callable[..., Run]) -> None:
+    family.write_text('{"skillmerge": 1, "x\\n::error ::forged": 3}')
+    run = act(recipe="recipe.yaml")
+    assert run.failed
+    printed = "\n".join(step.output for step in run.steps)
+    assert not any(line.startswith("::error") for line in printed.splitlines())
+    assert "::stop-commands::quiet-" in printed

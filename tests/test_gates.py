@@ -379,3 +379,54 @@ def test_signal_during_a_gate_ends_it_and_loses_nothing(trained: Path, number: i
     assert run_cli("apply", easy, "--events", log).returncode == 0
     events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
     assert events.count("shard_finished") == 1, "the shard of the run that was ended was kept"
+
+
+def test_refused_output_is_nobodys_release(trained: Path) -> None:
+    recipe = recipe_with(trained, {"changed": {"max": 0.001}}, "refused")
+    with pytest.raises(GateFailed):
+        skillmerge.apply(recipe, keep_failed=True)
+    (trained / "refused.partial" / "files").rename(trained / "refused")
+    assert run_cli("plan", recipe, "--detailed-exitcode").returncode == 10
+    assert run_cli("apply", recipe).returncode == 2
+    with pytest.raises(CheckFailed, match="refused by its gates: changed"):
+        skillmerge.push(trained / "refused", "acme/refused")
+
+
+def test_what_a_command_leaves_running_ends_with_it(trained: Path) -> None:
+    run = "(sleep 2; echo x >> {}/config.json; touch survived) > /dev/null 2>&1 & echo 1 #"
+    output = skillmerge.apply(recipe_with(trained, {"commands": [{"run": run, "min": 0}]}, "left")).output
+    time.sleep(3)
+    assert not (trained / "survived").exists()
+    skillmerge.verify(output)
+
+
+def test_what_a_command_complains_of_is_in_no_file(trained: Path, tmp_path: Path) -> None:
+    gates = {"commands": [{"run": "echo hf_canary >&2; exit 3 #", "min": 0}]}
+    recipe = recipe_with(trained, gates, "complains")
+    files = [tmp_path / name for name in ("e.jsonl", "j.xml", "r.html")]
+    options = ("--events", files[0], "--junit", files[1], "--report", files[2], "--keep-failed")
+    process = run_cli("apply", recipe, *options)
+    assert process.returncode == 3
+    assert "note: command" in process.stderr
+    written = [*files, *(path for path in (trained / "complains.partial").rglob("*") if path.is_file())]
+    told = [path.name for path in written if b"hf_canary\n" in path.read_bytes()]
+    assert told == []
+
+
+def test_output_that_could_not_be_measured_is_not_thrown_away(trained: Path) -> None:
+    recipe = recipe_with(trained, {"commands": [{"run": "exit 9 #", "min": 0}]}, "unmeasured")
+    with pytest.raises(GateFailed, match="exit status 9"):
+        skillmerge.apply(recipe)
+    assert list((trained / "unmeasured.partial" / "files").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("option", ["--junit", "--events", "--result-file", "--report"])
+@pytest.mark.parametrize(
+    "precious", ["recipe.yaml", "target-sft/config.json", "finished/model.safetensors", "finished/new"]
+)
+def test_file_for_programs_takes_no_others_place(trained: Path, merged: Path, option: str, precious: str) -> None:
+    recipe = recipe_with(trained, {}, "placed")
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    process = run_cli("apply", recipe, option, trained / precious)
+    assert process.returncode == 2, process.stderr
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before

@@ -18,7 +18,9 @@ from conftest import read_checkpoint, run_cli, write_checkpoint, write_family, w
 import skillmerge
 from skillmerge import manifest
 from skillmerge.errors import CheckFailed
+from skillmerge.gating import gate
 from skillmerge.parallel import hash_file
+from skillmerge.rebuilding import check_rebuild
 
 MANIFEST = "skillmerge.manifest.json"
 SHAPES = {
@@ -273,16 +275,11 @@ def test_manifest_in_another_form_is_refused(family: Path, spoil: Callable[[str]
 
 
 def test_manifest_round_trips_any_text(tmp_path: Path) -> None:
-    document = {
-        "manifest_version": 1,
-        "files": [{"name": 'ünï\t"\\ \u2028 code', "size": 1, "sha256": ""}],
-        "tensors": [],
-        "plan_digest": "λ",
-        "statistics": {"tiny": 5e-324, "third": 1 / 3, "large": 1e308, "whole": 2**63, "none": None},
-        "environment": {"inputs": {}, "run_log": {"name": "skillmerge.run.json", "sha256": ""}},
-        "inputs": [],
-        "output": {"dtype": "same"},
-    }
+    document = json.loads((skillmerge.apply(write_family(tmp_path)).output / MANIFEST).read_text())
+    del document["digest"]
+    document["files"].append({"name": 'ünï\t"\\ \u2028 code', "size": 1, "sha256": ""})
+    document["plan_digest"] = "λ"
+    document["more"] = {"tiny": 5e-324, "third": 1 / 3, "large": 1e308, "whole": 2**63, "none": None}
     (tmp_path / MANIFEST).write_bytes(manifest.to_bytes(with_digest(document)))
     assert manifest.read(tmp_path) == with_digest(document)
 
@@ -292,3 +289,34 @@ def test_hash_file_reads_all_of_it(tmp_path: Path) -> None:
         data = bytes(size % 251 for size in range(size))
         (tmp_path / "file").write_bytes(data)
         assert hash_file(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda it: it["statistics"].pop("modules"),
+        lambda it: it["statistics"]["all"].update(changed="much"),
+        lambda it: it["environment"].pop("stats"),
+        lambda it: it["environment"].update(recipe_folder="\0"),
+        lambda it: it["recipe"].pop("sha256"),
+        lambda it: it.pop("tool"),
+        lambda it: it["inputs"][0].update(revision=3),
+        lambda it: it["inputs"][0].update(license=["mit"]),
+        lambda it: it.update(overrides=None),
+        lambda it: it.update(plan_digest=7),
+        lambda it: it["tensors"][0].update(sources=[["rl"]]),
+    ],
+)
+@pytest.mark.parametrize(
+    "verb", [skillmerge.verify, gate, check_rebuild, skillmerge.attest], ids=lambda it: it.__name__
+)
+def test_forged_manifest_is_a_failed_check_for_every_verb(
+    tmp_path: Path, spoil: Callable[[dict[str, Any]], Any], verb: Callable[[Path], Any]
+) -> None:
+    output = skillmerge.apply(write_family(tmp_path)).output
+    document = json.loads((output / MANIFEST).read_text())
+    del document["digest"]
+    spoil(document)
+    (output / MANIFEST).write_bytes(manifest.to_bytes(with_digest(document)))
+    with pytest.raises(CheckFailed):
+        verb(output)

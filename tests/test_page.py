@@ -229,7 +229,7 @@ def test_report_replaces_reports_only(family: Path) -> None:
     (family.parent / "notes.html").write_text("my notes")
     process = run_cli("plan", family, "--report", family.parent / "notes.html")
     assert process.returncode == 2
-    assert "is not a report" in process.stderr
+    assert "is not what --report writes" in process.stderr
     assert (family.parent / "notes.html").read_text() == "my notes"
     process = run_cli("inspect", family, "--report", family.parent / "nowhere" / "report.html")
     assert process.returncode == 2

@@ -14,7 +14,7 @@ from conftest import run_cli, write_family, write_recipe
 
 import skillmerge
 from skillmerge import rebuilding
-from skillmerge.errors import CheckFailed, StalePlan
+from skillmerge.errors import CheckFailed, StalePlan, UsageError
 from skillmerge.rebuilding import How, check_rebuild, rebuild
 from skillmerge.resources import Budget
 from skillmerge.tensors import BLOCK
@@ -203,3 +203,39 @@ def test_rebuild_says_what_it_needs(output: Path, tmp_path: Path) -> None:
     process = run_cli("rebuild", output, "--output", tmp_path / "again", "-q")
     assert process.returncode == 0, process.stderr
     assert content(tmp_path / "again") == content(output)
+
+
+def test_rebuild_in_a_place_that_is_taken_compares_every_byte(output: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    rebuild(output, again)
+    assert rebuild(output, again).output == again
+    shard = sorted(again.glob("*.safetensors"))[0]
+    flip(shard, shard.stat().st_size - 3)
+    with pytest.raises(UsageError, match="exists already"):
+        rebuild(output, again)
+    with pytest.raises(UsageError, match="in its own place"):
+        rebuild(output, output)
+
+
+def test_inputs_that_were_hashed_are_looked_at_first(tmp_path: Path) -> None:
+    output = skillmerge.apply(write_family(tmp_path), hash_inputs=True).output
+    shard = sorted((tmp_path / "rl").glob("*.safetensors"))[0]
+    flip(shard, shard.stat().st_size - 1)
+    for sample in (1.0, 0.05):
+        with pytest.raises(StalePlan, match=f"other weights now: rl/{shard.name}"):
+            check_rebuild(output, sample=sample)
+
+
+def test_rebuild_that_differs_is_not_published(output: Path, tmp_path: Path) -> None:
+    shard = sorted((tmp_path / "rl").glob("*.safetensors"))[0]
+    flip(shard, shard.stat().st_size - 1)
+    with pytest.raises(CheckFailed, match="they were not hashed"):
+        rebuild(output, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_side_file_that_changed_is_named(output: Path, tmp_path: Path) -> None:
+    config = tmp_path / "target" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(StalePlan, match=r"other files changed: config\.json"):
+        check_rebuild(output)

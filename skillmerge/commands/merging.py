@@ -10,12 +10,10 @@ import click
 
 from skillmerge import flags
 from skillmerge.commands.results import (
-    check_report,
-    check_room,
+    check_places,
     describe_merge,
     print_json,
     show_merge,
-    write_plan,
     write_report,
     write_text,
 )
@@ -80,9 +78,7 @@ def apply(
     from skillmerge.gates import GateFailed
     from skillmerge.merge import apply as run
 
-    check_report(report_file)
-    check_room(result_file, "--result-file")
-    check_room(junit_file, "--junit")
+    check_places(report=report_file, result_file=result_file, junit=junit_file, events=events_file)
     reporter = TerminalReporter(quiet, verbose)
     with heard(reporter, events_file, junit_file, f"skillmerge apply {recipe}"):
         try:
@@ -142,7 +138,7 @@ def plan(
     from skillmerge.resources import budget, check_disk, free_disk
     from skillmerge.savedplan import describe, read
 
-    check_report(report_file)
+    check_places(report=report_file, save=save, markdown=markdown_file)
     before = read(diff) if diff is not None else None
     reporter = TerminalReporter(quiet=False, verbose=True)
     made = make_plan(recipe, coefficients=dict(coefficients), lock=lock, reporter=reporter, **access)
@@ -159,7 +155,7 @@ def plan(
         "disk_free": free,
     }
     if save is not None:
-        write_plan(Path(save), json.dumps(document, indent=1) + "\n")
+        write_text(Path(save), json.dumps(document, indent=1) + "\n")
     if before is not None:
         document["changes"] = before.changes(json.loads(json.dumps(document)))
     if as_json:

@@ -9,7 +9,7 @@ import click
 
 from skillmerge import flags
 from skillmerge.commands.results import (
-    check_room,
+    check_places,
     print_json,
 )
 from skillmerge.errors import UsageError, visible
@@ -48,7 +48,7 @@ def verify(
     """Check an output against its manifest, every byte of it; with --signature, also who signed it."""
     from skillmerge.events import heard
 
-    check_room(junit_file, "--junit")
+    check_places(junit=junit_file)
     reporter, signed, model = TerminalReporter(quiet, verbose=False), None, None
     common: dict[str, Any] = {"load": load, "allow_nonfinite": allow_nonfinite, "reporter": reporter}
     with heard(reporter, junit=junit_file, suite=f"skillmerge verify {folder}"):
@@ -114,7 +114,7 @@ def gate(
     from skillmerge.gates import GateFailed
     from skillmerge.gating import gate as run
 
-    check_room(junit_file, "--junit")
+    check_places(junit=junit_file, events=events_file)
     reporter = TerminalReporter(quiet, verbose=False)
     with heard(reporter, events_file, junit_file, f"skillmerge gate {folder}"):
         outcomes = run(folder, gates_file, base=base_folder, follow_links=follow_links, reporter=reporter)

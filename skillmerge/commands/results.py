@@ -15,45 +15,56 @@ if TYPE_CHECKING:
     from skillmerge.merge import Result
 
 
-def check_report(path: str | None) -> None:
-    """Before any work: a report replaces a file of its own kind, and nothing else; and it can be written."""
-    if path is None:
-        return
-    from skillmerge.writer import MANIFEST_FILE
-
-    target = Path(path).absolute()
-    try:
-        if target.exists():
-            start = b""
-            if target.is_file():
-                with open(target, "rb") as stream:
-                    start = stream.read(15)
-            if start != b"<!doctype html>":
-                raise UsageError(
-                    f"{path} exists already and is not a report", fix="name another file: --report report.html"
-                )
-        if not target.parent.is_dir():
-            raise UsageError(f"{target.parent} is no folder", fix="make it first, or name another --report")
-        if any((folder / MANIFEST_FILE).exists() for folder in target.parents):
-            raise UsageError(f"{path} is inside an output, which would not be sound then", fix="name another --report")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}", fix="name another --report") from error
-    check_room(path, "--report")
+OURS = {
+    "--report": ("<!doctype html>",),
+    "--result-file": ('{\n "ok": true,\n "output"',),
+    "--junit": ("<?xml version='1.0' encoding='utf-8'?>\n<testsuites",),
+    "--events": ('{"version": 1, "time"',),
+    "--save": ('{\n "ok": true,\n "version"', '{\n "ok": false,\n "version"'),
+    "--markdown": ("<!-- skillmerge plan -->",),
+    "--sarif": ('{\n "$schema"',),
+}
+"""How the files begin that an option of commands writes: such a one it replaces, and nothing else."""
 
 
-def check_room(name: str | None, option: str) -> None:
-    """Before any work: a file can be written there. Raises UsageError."""
-    if name is None:
-        return
+def check_places(**files: str | None) -> None:
+    """Before any work: each file (by its option, `_` for `-`) can be written, and takes nothing else's place.
+
+    Raises UsageError for a file of another kind, one inside an output or its staging folder, and one named twice.
+    """
+    seen: dict[Path, str] = {}
+    for name, path in files.items():
+        option = f"--{name.replace('_', '-')}"
+        if path is None:
+            continue
+        if (other := seen.setdefault(Path(path).absolute(), option)) != option:
+            raise UsageError(f"{other} and {option} are both {path}", fix=f"name another {option}")
+        try:
+            _check_place(path, option)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}", fix=f"name another {option}") from error
+
+
+def _check_place(name: str, option: str) -> None:
     import tempfile
 
-    path = Path(name)
-    try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is not a file", fix=f"name another {option}")
-        tempfile.TemporaryFile(dir=path.absolute().parent).close()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}", fix=f"name another {option}") from error
+    from skillmerge.writer import MANIFEST_FILE
+
+    path = Path(name).absolute()
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is no folder", fix=f"make it first, or name another {option}")
+    if any((folder / file).exists() for folder in path.parents for file in (MANIFEST_FILE, "journal.jsonl")):
+        raise UsageError(f"{name} is inside an output, which would not be sound then", fix=f"name another {option}")
+    if option == "--events" and path.exists() and not path.is_file() and not path.is_dir():
+        return  # a pipe or a device
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{name} is not a file", fix=f"name another {option}")
+    if path.exists():
+        with open(path, "rb") as stream:
+            start = stream.read(80)
+        if start and not any(start.startswith(begin.encode()) for begin in OURS[option]):
+            raise UsageError(f"{name} exists already and is not what {option} writes", fix=f"name another {option}")
+    tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_report(path: str | None, **parts: Any) -> None:
@@ -95,14 +106,6 @@ def show_merge(result: Result, as_json: bool, quiet: bool) -> None:
         report.show_result(result, report.console())
     for warning in report.result_warnings(result):
         tell("warning", warning)
-
-
-def write_plan(path: Path, text: str) -> None:
-    """Saved plans replace saved plans, and nothing else."""
-    start = text[:12].encode()
-    if path.exists() and not (path.is_file() and path.read_bytes()[: len(start)] == start):
-        raise UsageError(f"{path} exists already and is not a plan", fix="name another file: plan RECIPE -o plan.json")
-    write_text(path, text)
 
 
 def write_text(path: Path, text: str) -> None:

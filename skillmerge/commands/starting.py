@@ -10,6 +10,7 @@ import click
 
 from skillmerge import flags
 from skillmerge.commands.results import (
+    check_places,
     print_json,
     write_text,
 )
@@ -47,6 +48,7 @@ def lint(recipes: tuple[str, ...], strict: bool, allow: tuple[str, ...], sarif_f
     from skillmerge.linting import lint as run
     from skillmerge.sarif import document
 
+    check_places(sarif=sarif_file)
     found = run(recipes, allow=allow)
     failed = bool(found.count("error") or (strict and found.findings))
     if sarif_file is not None:

@@ -8,7 +8,7 @@ import click
 
 from skillmerge import flags
 from skillmerge.commands.results import (
-    check_report,
+    check_places,
     print_json,
     show_merge,
     write_report,
@@ -141,7 +141,7 @@ def inspect(
     from skillmerge import report
     from skillmerge.inspection import inspect as run
 
-    check_report(report_file)
+    check_places(report=report_file)
     reporter = TerminalReporter(quiet, verbose=False, doing="inspecting")
     found = run(source, other, coefficients=dict(coefficients), reporter=reporter, **options)
     if as_json:
@@ -212,7 +212,7 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
     from skillmerge import report
     from skillmerge.sweep import sweep as run
 
-    check_report(report_file)
+    check_places(report=report_file)
     reporter = TerminalReporter(quiet, verbose=False, doing="sweeping", unit="candidates")
     found = run(recipe, options.pop("axes"), score, reporter=reporter, **options)
     if as_json:
