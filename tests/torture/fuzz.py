@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from targets import Target
 
 RUNS = {
-    "header": 4_000_000,
-    "expression": 3_000_000,
-    "index": 1_200_000,
+    "header": 5_500_000,
+    "index": 1_700_000,
+    "expression": 1_000_000,
     "manifest": 1_000_000,
     "recipe": 400_000,
     "plan": 400_000,
