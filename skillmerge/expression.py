@@ -332,9 +332,15 @@ def sole_model(term: Term) -> str | None:
 
 
 def degree(term: Term | None) -> float:
-    """1 for a model, 0 for a difference; near misses of rounding (0.1 + 0.2 + 0.7) are taken as meant."""
-    exact = math.fsum(weights(term).values())
-    return round(exact) if abs(exact - round(exact)) <= _DEGREE_TOLERANCE else exact
+    """1 for a model, 0 for a difference; near misses of rounding (0.1 + 0.2 + 0.7) are taken as meant.
+
+    Infinite where the factors are too large to be added up.
+    """
+    try:
+        exact = math.fsum(weights(term).values())
+        return round(exact) if abs(exact - round(exact)) <= _DEGREE_TOLERANCE else exact
+    except (OverflowError, ValueError):
+        return math.inf
 
 
 def donor_of(term: Term) -> str:

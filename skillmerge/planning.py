@@ -267,11 +267,11 @@ def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Te
         asked = ", ".join(f"{name} = {value:g}" for name, value in values.items())
         at = f"for tensor `{tensor}`" + (f" (with {asked})" if asked else "")
         what = f"gives {found:g} models' worth of weights" if found != 0 else "gives a difference, not a model,"
-        fix = {
+        fix: dict[float, str] = {
             0: "add it to a model: target + lam * (rl - sft); or store it with `output: {kind: skill}`",
             2: "did you mean the average, (a + b) / 2?",
         }
-        advice = fix.get(int(found) if found == int(found) else -1, "the factors must add up to 1")
+        advice = fix.get(found, "the factors must add up to 1")
         raise recipe.error(("merge",), f"the expression {what} {at}", advice)
     return term
 

@@ -221,6 +221,12 @@ def test_mistake_that_only_the_models_reveal_is_told_in_the_recipe(
     assert error.value.message.startswith(f"{family}:")
 
 
+def test_factors_too_large_to_be_added_up_are_told(family: Path, edit: Edit) -> None:
+    """Found by fuzzing: the sum of factors overflowed, and the plan ended with a traceback."""
+    with pytest.raises(RecipeError, match="inf models' worth of weights"):
+        skillmerge.plan(edit(family, merge="(target + rl - sft + sft) * 1e308", coefficients=None))
+
+
 def test_degree_is_checked_for_every_tensors_coefficients(family: Path, edit: Edit) -> None:
     schedule = {"default": 1.0, "rules": [{"layers": 2, "value": 0.5}]}
     with pytest.raises(RecipeError, match=r"for tensor `model.layers.2.* \(with w = 0.5\)"):
