@@ -85,7 +85,7 @@ def test_walkthrough_prints_what_it_says(tmp_path: Path) -> None:
         fixed = {"PATH": path, "NO_COLOR": "1", "COLUMNS": "110", "LC_ALL": "C.UTF-8", "HOME": str(tmp_path)}
         printed = run_all(page, folder, {**os.environ, **hub.variables(), **fixed})
         printed = [text.replace(hub.endpoint, "https://huggingface.co") for text in printed]
-    printed = [text.replace(str(folder), "/work") for text in printed]
+    printed = [text.replace(str(folder), "/home/ci") for text in printed]
     found = with_output(page, printed)
     if os.environ.get("SKILLMERGE_RECORD"):
         PAGE.write_text(found)

@@ -382,7 +382,9 @@ _MANIFEST_WORDS = [
 
 
 def targets(finished: Finished) -> dict[str, Target]:
-    small = json.dumps({**finished.proof, "inputs": [], "statistics": {}}).encode()
+    small = json.dumps(
+        {**finished.proof, "inputs": [], "statistics": {"mode": "off", "modules": {}, "all": {}}}
+    ).encode()
     return {
         "header": Target(header, _HEADERS, _HEADER_WORDS),
         "index": Target(index, _INDEXES, _INDEX_WORDS),
