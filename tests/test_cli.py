@@ -362,3 +362,15 @@ def test_folder_one_stands_in_has_no_say_in_loading(family: Path, monkeypatch: p
     with pytest.raises(CheckFailed, match=r"model_type|Unrecognized|config\.json") as caught:
         check_load(output)
     assert "taken over" not in str(caught.value)
+
+
+def test_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = (
+        f'cd "{gone}" && rmdir "{gone}" && exec "{sys.executable}" -m skillmerge.cli lint recipe.yaml --sarif s.json'
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr

@@ -126,9 +126,16 @@ def test_junit_is_valid_by_the_schema_of_jenkins(family: Path, tmp_path: Path) -
 def test_junit_holds_whatever_a_name_holds(tmp_path: Path) -> None:
     import xml.etree.ElementTree as xml
 
-    junit = JUnit(tmp_path / "j.xml", "suite")
+    junit = JUnit(tmp_path / "j.xml", "suite \x01 \udcff")
     for odd in ("\x00\x1b[31m", "\ud800", "\uffff", "\U0001f600 <&\"'>"):
         junit.tell("gate", {"gate": odd, "asked": odd, "measured": None, "passed": False, "detail": odd})
     junit.close()
+    assert xml.parse(tmp_path / "j.xml").getroot()[0].attrib["name"] == "suite \ufffd \ufffd"
     names = [case.attrib["name"] for case in xml.parse(tmp_path / "j.xml").getroot().iter("testcase")]
     assert names == ["\ufffd\ufffd[31m", "\ufffd", "\ufffd", "\U0001f600 <&\"'>"]
+
+
+def test_wrong_options_are_json_lines_too() -> None:
+    process = run_cli("apply", "--no-such-option", SKILLMERGE_LOG_FORMAT="json")
+    assert process.returncode == 2
+    assert [json.loads(line)["level"] for line in process.stderr.splitlines()] == ["error"]

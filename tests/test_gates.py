@@ -430,3 +430,36 @@ def test_file_for_programs_takes_no_others_place(trained: Path, merged: Path, op
     process = run_cli("apply", recipe, option, trained / precious)
     assert process.returncode == 2, process.stderr
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_gates_without_a_line_have_the_default(trained: Path) -> None:
+    """Every line of the table is a comment, say."""
+    recipe = recipe_with(trained, {}, "null", merge="target + lam * (rl - rl)")
+    recipe.write_text(recipe.read_text().replace('"gates": {}', '"gates": null'))
+    with pytest.raises(GateFailed, match="changed: 0"):
+        skillmerge.apply(recipe)
+
+
+@pytest.mark.parametrize(
+    ("gates", "message"),
+    [
+        ({"cosine_z": {"max": 1, "base": "nowhere"}}, "nowhere is no folder"),
+        ({"vanished": {"max": 1, "modules": "router"}}, "the model has no router"),
+        ({"perplexity": {"text": "empty.txt", "max": 3}}, "not a file with text"),
+    ],
+)
+def test_gate_on_what_is_not_there_is_told_by_plan_and_apply(
+    trained: Path, gates: dict[str, Any], message: str
+) -> None:
+    (trained / "empty.txt").touch()
+    recipe = recipe_with(trained, gates, "never")
+    process = run_cli("plan", recipe)
+    assert process.returncode == 0
+    assert message in process.stderr
+    with pytest.raises(UsageError, match=message):
+        skillmerge.apply(recipe)
+
+
+def test_failed_output_cannot_be_kept_where_nothing_is(trained: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to keep"):
+        skillmerge.apply(recipe_with(trained, {}, "never"), keep_failed=True, no_local=True, push="acme/model")

@@ -217,3 +217,16 @@ def test_a_plan_is_applied_only_as_it_was_read(family: Path) -> None:
     assert read(plan).document["tensors"][0]["coefficients"] == [0.1]
     with pytest.raises(StalePlan, match=r"lam: 0\.1 before, 0\.7 now"):
         skillmerge.apply(plan)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda it: it["recipe"].update(file="/"), lambda it: it.update(overrides={"lam": 10**400})]
+)
+def test_plan_with_what_no_plan_has_is_none(family: Path, spoil: Callable[[dict[str, Any]], None]) -> None:
+    plan = saved(family)
+    document = json.loads(plan.read_text())
+    spoil(document)
+    plan.write_text(json.dumps(document, indent=1))
+    process = run_cli("apply", plan)
+    assert process.returncode == 2, process.stderr
+    assert "is not a saved plan" in process.stderr
