@@ -70,7 +70,7 @@ def commands(family: Path, out: Path, mergekit: str | None, device: str) -> dict
     merge = [
         sys.executable,
         "-m",
-        "skillmerge.cli",
+        "skillmerge",
         "apply",
         str(family / "recipe.yaml"),
         "--output",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from skillmerge.checkpoints.safetensors_header import build_header
+from skillmerge.checkpoints.safetensors import build_header
 
 # hidden, layers, mlp, key/value width, vocabulary: the shapes of Qwen2.5.
 SIZES = {

@@ -83,7 +83,7 @@ def main() -> None:
     assert server.stdout is not None
     plain, slow = json.loads(server.stdout.readline())
     out = arguments.work / "hub-out"
-    apply = [sys.executable, "-m", "skillmerge.cli", "apply", str(recipe), "-o", str(out), "-q"]
+    apply = [sys.executable, "-m", "skillmerge", "apply", str(recipe), "-o", str(out), "-q"]
     commands = {
         "skillmerge": (apply, plain),
         "read": ([sys.executable, "-c", READ], plain),

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from skillmerge.checkpoints.safetensors_header import read_header
+from skillmerge.checkpoints.safetensors import read_header
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,7 +86,7 @@ def main() -> None:
     recipe.write_text(f"skillmerge: 1\nmodels: {{{models}}}\nmerge: target + 0.7 * math\n")
     models = f"target: {family / 'target'}, sft: {family / 'sft'}, rl: {rl}"
     direct.write_text(f"skillmerge: 1\nmodels: {{{models}}}\nmerge: target + 0.7 * (rl - sft)\n")
-    tool = [sys.executable, "-m", "skillmerge.cli"]
+    tool = [sys.executable, "-m", "skillmerge"]
     extract = [*tool, "extract", "--from", str(rl), "--minus", str(family / "sft"), "-o", str(skill), "-q"]
     run([*extract, "--overwrite"])
 

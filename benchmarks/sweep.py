@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from skillmerge.miniature import questions
+from skillmerge.verbs.miniature import questions
 
 SCORE = """\
 import sys, transformers
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    tool = [sys.executable, "-m", "skillmerge.cli"]
+    tool = [sys.executable, "-m", "skillmerge"]
     ratios = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "demo"

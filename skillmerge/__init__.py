@@ -14,37 +14,38 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from skillmerge.version import __version__
+
 __all__ = [
     "SkillmergeError", "__version__", "apply", "attest", "export", "export_patch", "extract", "inspect", "plan", "push",
     "sign", "verify", "verify_signed",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from skillmerge.attestation import attest
     from skillmerge.errors import SkillmergeError
-    from skillmerge.exporting import export
-    from skillmerge.extraction import extract
-    from skillmerge.inspection import inspect
-    from skillmerge.merge import apply
-    from skillmerge.merge import make_plan as plan
-    from skillmerge.patching import export_patch
-    from skillmerge.pushing import push
-    from skillmerge.signing import sign, verify_signed
-    from skillmerge.verification import verify
+    from skillmerge.outputs.attest import attest
+    from skillmerge.outputs.push import push
+    from skillmerge.outputs.sign import sign
+    from skillmerge.study.inspect import inspect
+    from skillmerge.verbs.apply import apply
+    from skillmerge.verbs.export_lora import export
+    from skillmerge.verbs.export_patch import export_patch
+    from skillmerge.verbs.extract import extract
+    from skillmerge.verbs.plan import make_plan as plan
+    from skillmerge.verbs.verify import verify, verify_signed
 
 _HOMES = {
-    "apply": ("skillmerge.merge", "apply"),
-    "attest": ("skillmerge.attestation", "attest"),
-    "export": ("skillmerge.exporting", "export"),
-    "export_patch": ("skillmerge.patching", "export_patch"),
-    "extract": ("skillmerge.extraction", "extract"),
-    "inspect": ("skillmerge.inspection", "inspect"),
-    "plan": ("skillmerge.merge", "make_plan"),
-    "push": ("skillmerge.pushing", "push"),
-    "sign": ("skillmerge.signing", "sign"),
-    "verify": ("skillmerge.verification", "verify"),
-    "verify_signed": ("skillmerge.signing", "verify_signed"),
+    "apply": ("skillmerge.verbs.apply", "apply"),
+    "attest": ("skillmerge.outputs.attest", "attest"),
+    "export": ("skillmerge.verbs.export_lora", "export"),
+    "export_patch": ("skillmerge.verbs.export_patch", "export_patch"),
+    "extract": ("skillmerge.verbs.extract", "extract"),
+    "inspect": ("skillmerge.study.inspect", "inspect"),
+    "plan": ("skillmerge.verbs.plan", "make_plan"),
+    "push": ("skillmerge.outputs.push", "push"),
+    "sign": ("skillmerge.outputs.sign", "sign"),
+    "verify": ("skillmerge.verbs.verify", "verify"),
+    "verify_signed": ("skillmerge.verbs.verify", "verify_signed"),
     "SkillmergeError": ("skillmerge.errors", "SkillmergeError"),
 }
 

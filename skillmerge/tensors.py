@@ -23,6 +23,9 @@ UNIT = 1 << 22
 """Elements of a tensor that a stored skill encodes together: the memory that a worker needs to do it."""
 
 
+PAGE = 4096
+"""Bytes of a page: what direct I/O aligns to."""
+
 ULP_EDGES = (1, 2, 4, 8, 16, 64, 256)
 """Upper ends of the classes in which changes are counted, in units in the last place; a last class has no end."""
 

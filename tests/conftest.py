@@ -109,7 +109,7 @@ def write_family(
 def run_cli(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line as its user runs it, in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "skillmerge.cli", *map(str, arguments)],
+        [sys.executable, "-m", "skillmerge", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,

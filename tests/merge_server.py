@@ -31,11 +31,13 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-import skillmerge.engine  # noqa: F401  (imports torch, which costs a second)
-from skillmerge import merge, reporter, verification, writer
+import skillmerge.engine.shards  # noqa: F401  (imports torch, which costs a second)
+from skillmerge import reporter
 from skillmerge.errors import SkillmergeError
-from skillmerge.resources import Budget
+from skillmerge.outputs import shard_file, staging, verify
+from skillmerge.plans.budget import Budget
 from skillmerge.tensors import BLOCK
+from skillmerge.verbs import apply
 
 DISK_EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
@@ -99,23 +101,23 @@ def die() -> NoReturn:
 
 
 def slow_down(pace: float) -> None:
-    write = writer.ShardFile.write
+    write = shard_file.ShardFile.write
 
-    def slowly(self: writer.ShardFile, data: memoryview, offset: int) -> None:
+    def slowly(self: shard_file.ShardFile, data: memoryview, offset: int) -> None:
         time.sleep(pace)
         write(self, data, offset)
 
-    writer.ShardFile.write = slowly  # type: ignore[method-assign]
+    shard_file.ShardFile.write = slowly  # type: ignore[method-assign]
 
 
 def write_directly() -> None:
-    begin = writer.WriteMode.__init__
+    begin = shard_file.WriteMode.__init__
 
-    def decided(self: writer.WriteMode) -> None:
+    def decided(self: shard_file.WriteMode) -> None:
         begin(self)
         self.direct, self._open = True, False
 
-    writer.WriteMode.__init__ = decided  # type: ignore[method-assign]
+    shard_file.WriteMode.__init__ = decided  # type: ignore[method-assign]
 
 
 def child(request: dict[str, Any], answers: int) -> NoReturn:
@@ -128,15 +130,15 @@ def child(request: dict[str, Any], answers: int) -> NoReturn:
     if request.pop("direct", False):
         write_directly()
     if request.pop("no_exchange", False):
-        writer.exchange = lambda first, second: False
+        staging.exchange = lambda first, second: False
     # Small tiles, so that a small shard takes several writes.
-    merge.budget = lambda plan, *, threads, **limits: Budget(threads or 2, BLOCK, 0)
+    apply.budget = lambda plan, *, threads, **limits: Budget(threads or 2, BLOCK, 0)
     teller, steps = Teller(), Steps(kill_at)
     steps.watch()
     answer: dict[str, Any] = {"already": False, "message": ""}
     status = 1
     if request.pop("unchecked", False):
-        merge.check_disk = lambda path, needed, what: None
+        apply.check_disk = lambda path, needed, what: None
     if (memory := request.pop("memory", None)) is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory,) * 2)
@@ -146,9 +148,9 @@ def child(request: dict[str, Any], answers: int) -> NoReturn:
         library.fault_arm(os.fsencode(folder), *numbers)
     try:
         if (verified := request.pop("verify", None)) is not None:
-            verification.verify(verified)
+            verify.verify_files(verified)
         else:
-            answer["already"] = merge.apply(reporter=teller, **request).already
+            answer["already"] = apply.apply(reporter=teller, **request).already
         status = 0
     except SkillmergeError as error:
         status, answer["message"] = error.exit_status, str(error)

@@ -27,7 +27,7 @@ def act(tmp_path: Path) -> Callable[..., Run]:
     programs = tmp_path / "bin"
     programs.mkdir()
     program = programs / "skillmerge"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m skillmerge.cli "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m skillmerge "$@"\n')
     program.chmod(0o755)
     (programs / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (programs / "python").chmod(0o755)

@@ -10,15 +10,8 @@ import oracle
 import pytest
 import torch
 
-from skillmerge.arithmetic import (
-    any_nonfinite,
-    canonical_nan,
-    first_nonfinite,
-    fold_sum,
-    round_nearest,
-    round_stochastic,
-    rounding_key,
-)
+from skillmerge.bits import any_nonfinite, canonical_nan, first_nonfinite, fold_sum
+from skillmerge.methods.rounding import round_nearest, round_stochastic, rounding_key
 
 CPU = torch.device("cpu")
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -92,7 +85,7 @@ def test_stochastic_rounding_depends_on_the_element_not_on_the_cut() -> None:
 
 def test_random_numbers_are_splitmix64() -> None:
     """Against the published algorithm on Python's integers."""
-    from skillmerge.arithmetic import _uniform
+    from skillmerge.methods.rounding import _uniform
 
     def reference(key: int, index: int) -> float:
         mask = (1 << 64) - 1

@@ -15,7 +15,7 @@ from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint
 
 import skillmerge
 from skillmerge.errors import CheckFailed, UsageError
-from skillmerge.verification import check_load
+from skillmerge.study.loading import check_load
 
 
 def test_apply_reports_on_stdout_and_keeps_stderr_for_the_rest(family: Path) -> None:
@@ -75,7 +75,7 @@ def test_options_can_be_set_in_the_environment(family: Path) -> None:
         SKILLMERGE_STATS="off",
     )
     assert process.returncode == 0, process.stderr
-    manifest = json.loads((family.parent / "other" / "skillmerge.manifest.json").read_text())
+    manifest = json.loads((family.parent / "other" / "skillmerge.outputs.manifest.json").read_text())
     assert manifest["tensors"][0]["coefficients"] == [0.25]
     assert manifest["statistics"]["mode"] == "off"
 
@@ -165,7 +165,7 @@ def test_misspelt_command_and_option_are_usage_errors(family: Path) -> None:
 
 def test_bug_is_told_as_one() -> None:
     program = (
-        "import skillmerge.schema, skillmerge.cli as c, sys; skillmerge.schema.json_schema = lambda: 1 / 0;"
+        "import skillmerge.recipes.schema as s, skillmerge.cli.main as c, sys; s.json_schema = lambda: 1 / 0;"
         "sys.argv[1:] = ['schema']; c.main()"
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -176,7 +176,7 @@ def test_bug_is_told_as_one() -> None:
 def test_help_imports_nothing_heavy_and_is_quick() -> None:
     program = (
         "import sys, time; t = time.process_time(); sys.argv = ['skillmerge', '--help']\n"
-        "import skillmerge.cli as c\n"
+        "import skillmerge.cli.main as c\n"
         "try: c.cli.main(standalone_mode=False)\n"
         "finally: print(time.process_time() - t, *sys.modules)"
     )
@@ -189,7 +189,7 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
 def test_progress_off_a_terminal_is_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from skillmerge import messages
+    from skillmerge.cli import messages
 
     clock = iter([0.0, 10.0, 31.0, 40.0])
     monkeypatch.setattr(messages.time, "monotonic", lambda: next(clock))
@@ -207,7 +207,7 @@ def test_finished_output_is_made_again_where_more_is_asked_of_it(family: Path) -
     assert (again["already"], again["statistics"]["mode"]) == (False, "full")
     assert run_cli("apply", family, "--stats", "full", "--hash-inputs").returncode == 2
     assert run_cli("apply", family, "--stats", "full", "--hash-inputs", "--overwrite").returncode == 0
-    inputs = json.loads((family.parent / "merged" / "skillmerge.manifest.json").read_text())["inputs"]
+    inputs = json.loads((family.parent / "merged" / "skillmerge.outputs.manifest.json").read_text())["inputs"]
     assert all(len(file["sha256"]) == 64 for item in inputs for file in item["files"])
 
 
@@ -296,7 +296,7 @@ def test_reader_that_leaves_early_is_no_error(family: Path, command: list[str]) 
     os.close(reading)
     with os.fdopen(writing) as pipe:
         process = subprocess.run(
-            [sys.executable, "-m", "skillmerge.cli", *command, str(family)], stdout=pipe, stderr=subprocess.PIPE
+            [sys.executable, "-m", "skillmerge", *command, str(family)], stdout=pipe, stderr=subprocess.PIPE
         )
     assert process.returncode == 0, process.stderr
     assert b"Traceback" not in process.stderr
@@ -305,7 +305,7 @@ def test_reader_that_leaves_early_is_no_error(family: Path, command: list[str]) 
 def test_results_that_cannot_be_written(family: Path) -> None:
     with open("/dev/full", "w") as full:
         process = subprocess.run(
-            [sys.executable, "-m", "skillmerge.cli", "plan", str(family)], stdout=full, stderr=subprocess.PIPE
+            [sys.executable, "-m", "skillmerge", "plan", str(family)], stdout=full, stderr=subprocess.PIPE
         )
     assert process.returncode == 5
     assert b"Traceback" not in process.stderr
@@ -367,9 +367,7 @@ def test_folder_one_stands_in_has_no_say_in_loading(family: Path, monkeypatch: p
 def test_folder_that_is_gone_is_told(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
-    command = (
-        f'cd "{gone}" && rmdir "{gone}" && exec "{sys.executable}" -m skillmerge.cli lint recipe.yaml --sarif s.json'
-    )
+    command = f'cd "{gone}" && rmdir "{gone}" && exec "{sys.executable}" -m skillmerge lint recipe.yaml --sarif s.json'
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, check=False)
     assert process.returncode == 2, process.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import tensor_shapes
 
-from skillmerge.coefficients import LayerRange, Rule, Schedule, ScheduleError, parse_layers
+from skillmerge.recipes.schedules import LayerRange, Rule, Schedule, ScheduleError, parse_layers
 
 NAMES = list(tensor_shapes(layers=6))
 

@@ -41,10 +41,10 @@ from observing import (
 )
 
 import skillmerge
-from skillmerge import writer
 from skillmerge.errors import CheckFailed, ResourceError, SkillmergeError, UsageError
+from skillmerge.outputs import staging as writer
+from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 from skillmerge.reporter import Reporter
-from skillmerge.writer import MANIFEST_FILE, Staging
 
 FAILURES = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR]
 

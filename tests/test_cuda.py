@@ -11,7 +11,7 @@ from test_equivalence import EXPRESSIONS, SHAPES, digests, family
 from test_laws import every_kind_of_number
 
 import skillmerge
-from skillmerge.arithmetic import Scratch
+from skillmerge.methods.evaluate import Scratch
 from skillmerge.reporter import Reporter
 
 pytestmark = [

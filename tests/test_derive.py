@@ -10,9 +10,9 @@ import torch
 from conftest import random_tensors, read_checkpoint, run_cli, tensor_shapes, write_checkpoint, write_recipe
 
 import skillmerge
-from skillmerge.deriving import derive
 from skillmerge.errors import UsageError
 from skillmerge.naming import block_of, module_kind
+from skillmerge.verbs.derive import derive
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 from conftest import run_cli
 from hub_server import TOKEN, HubServer
 
-from skillmerge import doctor as module
-from skillmerge.doctor import cgroup_limit, doctor, redact
+from skillmerge.cli import doctor as module
+from skillmerge.cli.doctor import cgroup_limit, doctor, redact
 
 CANARY = "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"
 
@@ -76,15 +76,15 @@ def test_a_hub_out_of_reach_is_information(tmp_path: Path) -> None:
 
 
 def test_a_hub_that_says_nothing_is_waited_for_only_so_long() -> None:
-    from skillmerge.checkpoints import hubclient
+    from skillmerge.checkpoints import hub_client
 
     with socket.socket() as silent, pytest.MonkeyPatch.context() as patch:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        patch.setattr(hubclient.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        patch.setattr(hubclient.constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(hub_client.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        patch.setattr(hub_client.constants, "HF_HUB_OFFLINE", False)
         started = time.monotonic()
-        answer = hubclient.probe(0.3)["answer"]
+        answer = hub_client.probe(0.3)["answer"]
         assert time.monotonic() - started < 3
     assert str(answer).startswith(("none in 0.3 s", "not reachable"))
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import skillmerge
 from skillmerge.errors import InputError, OutputLocked, UsageError
-from skillmerge.spectrum import truncated_svd
+from skillmerge.study.spectrum import truncated_svd
 
 LINEAR = "model.layers.0.mlp.up_proj.weight"
 

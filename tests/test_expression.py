@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from skillmerge.expression import (
-    ExpressionError,
-    Leaf,
-    Scaled,
-    Sum,
-    bind,
-    degree,
-    donor_of,
-    parse,
-    sole_model,
-    weights,
-)
-from skillmerge.program import compile_term
+from skillmerge.methods.linear import compile_term
+from skillmerge.methods.terms import Leaf, Scaled, Sum, degree, donor_of, sole_model, weights
+from skillmerge.recipes.expression import ExpressionError, bind, parse
 
 MODELS = ["a", "b", "c"]
 

@@ -33,7 +33,7 @@ UPDATES = {"target": [(1, 5e-3)], "sft": [(2, 5e-3)], "rl": [(2, 5e-3), (3, 1e-3
 LAM = 0.7
 LOADER = """
 import json, sys
-from skillmerge.loading import main
+from skillmerge.study.load_probe import main
 for line in sys.stdin:
     print(json.dumps(main(line.strip())), flush=True)
 """
@@ -294,7 +294,7 @@ def families(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 @pytest.fixture(scope="module")
 def load() -> Iterator[Callable[[Path], dict[str, Any]]]:
-    """skillmerge.loading in a process of its own, which serves all loads of this module."""
+    """The load probe in a process of its own, which serves all loads of this module."""
     pytest.importorskip("transformers")
     pipe, environment = subprocess.PIPE, {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LOADER]

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from skillmerge.checkpoints.checkpoint import Checkpoint, read_json_object
+from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.folder import Folder, open_folder, resolve_inside
+from skillmerge.checkpoints.store import read_json_object
 from skillmerge.errors import InputError, StalePlan
 
 TENSORS = random_tensors(tensor_shapes())

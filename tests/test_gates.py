@@ -21,9 +21,8 @@ from conftest import read_checkpoint, run_cli, write_recipe
 
 import skillmerge
 from skillmerge.errors import CheckFailed, RecipeError, UsageError
-from skillmerge.gates import GateFailed, Outcome
-from skillmerge.gating import gate
 from skillmerge.reporter import Reporter
+from skillmerge.study.gates import GateFailed, Outcome, gate
 
 SHIPPED = Path(skillmerge.__file__).parent / "family"
 TEXT = "mira is a baker . mira lives in oslo . "
@@ -360,7 +359,7 @@ def test_signal_during_a_gate_ends_it_and_loses_nothing(trained: Path, number: i
     flag.unlink(missing_ok=True)
     gates = {"commands": [{"run": f"echo $$ > {flag}; sleep 100; echo 1 #", "min": 0}]}
     recipe, log = recipe_with(trained, gates, f"ended-{status}"), trained / f"{status}.jsonl"
-    command = [sys.executable, "-m", "skillmerge.cli", "apply", str(recipe), "--events", str(log)]
+    command = [sys.executable, "-m", "skillmerge", "apply", str(recipe), "--events", str(log)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not (flag.exists() and flag.read_text().strip()):
             assert process.poll() is None

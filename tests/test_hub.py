@@ -19,7 +19,7 @@ from conftest import random_tensors, read_checkpoint, run_cli, tensor_shapes, wr
 from hub_server import TOKEN, HubServer
 
 import skillmerge
-from skillmerge.checkpoints import hubclient
+from skillmerge.checkpoints import hub_client
 from skillmerge.errors import InputError, SkillmergeError, StalePlan, TemporaryError, UsageError
 
 MODELS = ("target", "rl", "sft")
@@ -29,7 +29,7 @@ SINGLE = "model.safetensors"
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub that this process uses, with waits between tries that no test has time for taken out."""
-    monkeypatch.setattr(hubclient, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
     with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
         yield server
 
@@ -490,7 +490,7 @@ def test_interrupt_is_heard_while_the_hub_is_waited_for(hub: HubServer, tmp_path
     put_family(hub, tmp_path / "local")
     recipe = hub_recipe(tmp_path / "remote")
     hub.fail(fault, "GET /storage/", times=10**6, after=after, status=503, headers={"Retry-After": "60"})
-    command = [sys.executable, "-m", "skillmerge.cli", "apply", str(recipe)]
+    command = [sys.executable, "-m", "skillmerge", "apply", str(recipe)]
     environment = {**os.environ, **hub.variables()}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         while hub.count("GET /storage/") < after + 1:

@@ -24,11 +24,11 @@ from conftest import (
 
 import skillmerge
 from skillmerge.errors import InputError, UsageError
-from skillmerge.forecasting import GRID
-from skillmerge.inspection import inspect
-from skillmerge.metrics import add_up, describe, measure_pair, measure_update
 from skillmerge.naming import module_kind
-from skillmerge.spectrum import SPECTRAL, describe_spectrum, truncated_svd
+from skillmerge.study.forecast import GRID
+from skillmerge.study.inspect import inspect
+from skillmerge.study.spectrum import SPECTRAL, describe_spectrum, truncated_svd
+from skillmerge.study.update_metrics import add_up, describe, measure_pair, measure_update
 from skillmerge.tensors import ULP_EDGES
 
 FIGURES = [
@@ -364,7 +364,7 @@ def test_coefficients_need_a_recipe(family: Path) -> None:
 def test_curves_of_very_many_tensors_are_sampled(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan's own figures are not, and the curves stay near."""
     whole = inspect(family).forecast
-    monkeypatch.setattr("skillmerge.forecasting._MOST", 6)
+    monkeypatch.setattr("skillmerge.study.forecast._MOST", 6)
     some = inspect(family).forecast
     assert whole is not None
     assert some is not None

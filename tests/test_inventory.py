@@ -8,8 +8,8 @@ import click
 import pytest
 
 from skillmerge import errors
-from skillmerge.cli import cli
-from skillmerge.schema import json_schema
+from skillmerge.cli.main import cli
+from skillmerge.recipes.schema import json_schema
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTED = (ROOT / "README.md").read_text() + "".join(

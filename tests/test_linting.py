@@ -13,9 +13,9 @@ import pytest
 from conftest import run_cli
 from pydantic_sarif.model import StaticAnalysisResultsFormatSarifVersion210JsonSchema as SarifModel
 
+from skillmerge.cli.show.sarif import document
 from skillmerge.errors import UsageError
-from skillmerge.linting import RULES, lint
-from skillmerge.sarif import document
+from skillmerge.recipes.lint import RULES, lint
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -302,7 +302,7 @@ def test_hook_runs_under_pre_commit(tmp_path: Path) -> None:
     """pre-commit itself, with its own choice of files; only the environment is this one instead of a fresh one."""
     clientlib = pytest.importorskip("pre_commit.clientlib")
     (hook,) = clientlib.load_manifest(str(ROOT / ".pre-commit-hooks.yaml"))
-    entry = hook["entry"].replace("skillmerge", f"{sys.executable} -m skillmerge.cli", 1)
+    entry = hook["entry"].replace("skillmerge", f"{sys.executable} -m skillmerge", 1)
     local = {key: hook[key] for key in ("id", "name", "files", "types", "require_serial")}
     config = {"repos": [{"repo": "local", "hooks": [{**local, "entry": entry, "language": "system"}]}]}
     (tmp_path / ".pre-commit-config.yaml").write_text(json.dumps(config))

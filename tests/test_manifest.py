@@ -16,13 +16,13 @@ import torch
 from conftest import read_checkpoint, run_cli, write_checkpoint, write_family, write_recipe
 
 import skillmerge
-from skillmerge import manifest
 from skillmerge.errors import CheckFailed
-from skillmerge.gating import gate
-from skillmerge.parallel import hash_file
-from skillmerge.rebuilding import check_rebuild
+from skillmerge.outputs import manifest
+from skillmerge.study.gates import gate
+from skillmerge.threads import hash_file
+from skillmerge.verbs.rebuild import check_rebuild
 
-MANIFEST = "skillmerge.manifest.json"
+MANIFEST = "skillmerge.outputs.manifest.json"
 SHAPES = {
     "model.embed_tokens.weight": (1024, 512),
     "model.layers.0.mlp.up_proj.weight": (2000, 301),
@@ -73,9 +73,9 @@ def variations(recipe: Path, tmp_path: Path) -> dict[str, Callable[[Path], objec
 
 def smallest_limit(recipe: Path) -> int:
     """The memory limit under which tiles are as small as they get."""
-    from skillmerge.merge import make_plan
-    from skillmerge.resources import budget
+    from skillmerge.plans.budget import budget
     from skillmerge.tensors import BLOCK
+    from skillmerge.verbs.plan import make_plan
 
     plan = make_plan(recipe)
     limits = range(200_000_000, 900_000_000, 1_000_000)
@@ -192,7 +192,7 @@ def test_manifest_tells_the_truth_about_every_tensor(family: Path) -> None:
 
 def test_manifest_of_resumed_work_carries_its_statistics(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics of shards finished earlier come from the journal, to the last bit."""
-    from skillmerge.writer import Staging
+    from skillmerge.outputs.staging import Staging
 
     skillmerge.apply(family, family.parent / "whole")
     record = Staging.record

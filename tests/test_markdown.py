@@ -12,8 +12,8 @@ from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, w
 from hub_server import HubServer
 
 import skillmerge
-from skillmerge.markdown import MARK, plan_page
-from skillmerge.resources import budget
+from skillmerge.cli.show.markdown import MARK, plan_page
+from skillmerge.plans.budget import budget
 
 
 def page(recipe: Path, *arguments: str | Path) -> str:

@@ -15,12 +15,13 @@ import pytest
 from conftest import random_tensors, run_cli, write_checkpoint, write_family, write_recipe
 
 import skillmerge
-from skillmerge import spectrum
-from skillmerge.depth import number
-from skillmerge.figures import FIGURES, FORECAST, SPECTRAL
-from skillmerge.inspection import _groups, inspect
-from skillmerge.metrics import Pair, Update, describe_all
-from skillmerge.page import _ticks, build
+from skillmerge.cli.show.charts import _ticks
+from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL
+from skillmerge.cli.show.page import build
+from skillmerge.plans.depth import number
+from skillmerge.study import spectrum
+from skillmerge.study.inspect import _groups, inspect
+from skillmerge.study.update_metrics import Pair, Update, describe_all
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LISTEN = "<script>window.problems = []; addEventListener('error', (event) => problems.push(event.message));</script>"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_laws import DTYPES, every_kind_of_number
 
 import skillmerge
-from skillmerge.arithmetic import bit_view
+from skillmerge.bits import bit_view
 from skillmerge.errors import CheckFailed, InputError, RecipeError, UsageError
 from skillmerge.tensors import CHUNK
 

@@ -20,7 +20,7 @@ from action_runner import load_yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 
 from skillmerge import errors
-from skillmerge.cli import cli
+from skillmerge.cli.main import cli
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "pipelines.md").read_text()
@@ -203,7 +203,7 @@ def test_merge_that_slurm_stops_is_continued(family: Path, tmp_path: Path) -> No
     text = example("merge-release.sbatch").replace("/models/recipes/release.yaml --locked", str(family))
     batch = tmp_path / "job.sbatch"
     batch.write_text(text.replace("/models/release", str(tmp_path / "out")))
-    _program(tmp_path, "skillmerge", f'exec "{sys.executable}" -m skillmerge.cli "$@"')
+    _program(tmp_path, "skillmerge", f'exec "{sys.executable}" -m skillmerge "$@"')
     environment = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
     assert subprocess.run(["bash", batch], env=environment, check=False).returncode == 0
-    assert (tmp_path / "out" / "skillmerge.manifest.json").exists()
+    assert (tmp_path / "out" / "skillmerge.outputs.manifest.json").exists()

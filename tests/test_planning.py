@@ -20,8 +20,8 @@ from conftest import (
 )
 
 import skillmerge
-from skillmerge.accounting import settlement
 from skillmerge.errors import InputError, RecipeError
+from skillmerge.plans.accounting import settlement
 
 Edit = Callable[..., Path]
 
@@ -296,7 +296,7 @@ def test_plan_of_fifty_thousand_tensors_is_quick_and_small(tmp_path: Path) -> No
     import subprocess
     import sys
 
-    from skillmerge.checkpoints.safetensors_header import build_header
+    from skillmerge.checkpoints.safetensors import build_header
 
     names = [
         f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"

@@ -19,10 +19,10 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 
 import skillmerge
-from skillmerge.card import write_card
-from skillmerge.checkpoints import hubclient
+from skillmerge.checkpoints import hub_client
 from skillmerge.errors import CheckFailed, InputError, StalePlan, TemporaryError, UsageError
-from skillmerge.recipe import Push
+from skillmerge.outputs.card import write_card
+from skillmerge.recipes.recipe import Push
 
 MERGED = "acme/merged"
 CARD = "---\nlicense: mit\n---\n# A parent\n"
@@ -30,7 +30,7 @@ CARD = "---\nlicense: mit\n---\n# A parent\n"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setattr(hubclient, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
         yield server
@@ -229,7 +229,7 @@ def test_a_strangers_pull_request_is_not_ours(hub: HubServer, recipe: Path, tmp_
     hub.create_from(MERGED, write_checkpoint(tmp_path / "other", random_tensors(tensor_shapes())))
     repo = hub.repos[MERGED]
     repo.refs["refs/pr/1"] = repo.refs["main"]
-    hub.commit(MERGED, {"skillmerge.manifest.json": manifest.replace(b"DIGEST", digest.encode())}, "refs/pr/1")
+    hub.commit(MERGED, {"skillmerge.outputs.manifest.json": manifest.replace(b"DIGEST", digest.encode())}, "refs/pr/1")
     title = f"Merge target + lam * (rl - sft) (plan {digest[:12]})"
     discussion = {"num": 1, "title": title, "status": "open", "isPullRequest": True, "author": {"name": "stranger"}}
     repo.discussions.append({**discussion, "createdAt": "2026-01-01T00:00:00.000Z",
@@ -711,7 +711,7 @@ def test_push_killed_at_random_instants(hub: HubServer, recipe: Path, tmp_path: 
         arguments = ["push", str(output), repository]
         if how == "no-local":
             arguments = ["apply", str(recipe), "--push", repository, "--no-local"]
-        command = [sys.executable, "-m", "skillmerge.cli", *arguments]
+        command = [sys.executable, "-m", "skillmerge", *arguments]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     hub.latency = 0.02  # so that most instants are between two requests

@@ -8,12 +8,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from skillmerge.checkpoints.location import Location, parse_location
+from skillmerge.checkpoints.place import Location, parse_location
 from skillmerge.errors import RecipeError, UsageError
-from skillmerge.recipe import load, parse_recipe, unused_names
-from skillmerge.schema import json_schema
-from skillmerge.starter import RECIPE
-from skillmerge.yamltext import read
+from skillmerge.recipes.parse import load, parse_recipe
+from skillmerge.recipes.recipe import unused_names
+from skillmerge.recipes.schema import json_schema
+from skillmerge.recipes.starter import RECIPE
+from skillmerge.recipes.yamltext import read
 
 GOOD = """\
 skillmerge: 1

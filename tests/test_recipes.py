@@ -9,8 +9,8 @@ from conftest import random_tensors, tensor_shapes, write_checkpoint
 from hub_server import HubServer
 
 import skillmerge
-from skillmerge.rebuilding import How, check_rebuild
-from skillmerge.recipe import load
+from skillmerge.recipes.parse import load
+from skillmerge.verbs.rebuild import How, check_rebuild
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 

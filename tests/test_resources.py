@@ -10,9 +10,9 @@ import pytest
 from conftest import PEAK_MEMORY, run_cli
 
 import skillmerge
-from skillmerge import resources
 from skillmerge.errors import ResourceError, memory_errors
-from skillmerge.resources import budget, check_disk, free_disk
+from skillmerge.plans import budget as resources
+from skillmerge.plans.budget import budget, check_disk, free_disk
 
 
 def test_memory_limit_shrinks_tiles_then_threads(family: Path) -> None:

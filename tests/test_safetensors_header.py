@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
-from skillmerge.checkpoints.safetensors_header import (
+from skillmerge.checkpoints.safetensors import (
     MAX_DIMENSIONS,
     MAX_HEADER_BYTES,
     MAX_NAME,

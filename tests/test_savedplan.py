@@ -14,7 +14,8 @@ from hub_server import HubServer
 
 import skillmerge
 from skillmerge.errors import StalePlan, UsageError
-from skillmerge.savedplan import describe, differences, looks_saved, read
+from skillmerge.plans.changes import differences
+from skillmerge.plans.saved import describe, looks_saved, read
 
 
 @pytest.fixture

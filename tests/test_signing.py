@@ -24,7 +24,7 @@ from cryptography.x509.oid import NameOID
 from hub_server import HubServer
 
 import skillmerge
-from skillmerge.checkpoints import hubclient
+from skillmerge.checkpoints import hub_client
 from skillmerge.errors import CheckFailed, UsageError
 
 PASSWORD = "correct horse canary staple"
@@ -246,7 +246,7 @@ def exchange_signature(output: Path) -> None:
 
 FILES = [
     "config.json", SHARD, "model.safetensors.index.json", "tokenizer.json", "1_Pooling/config.json",
-    "skillmerge.manifest.json", "skillmerge.run.json",
+    "skillmerge.outputs.manifest.json", "skillmerge.run.json",
 ]  # fmt: skip
 TAMPERINGS: dict[str, Callable[[Path], object]] = {
     **{f"changed {name}": flip(name) for name in FILES},
@@ -312,14 +312,14 @@ def test_what_does_not_verify_is_not_signed(output: Path, keys: Path) -> None:
 def test_what_changes_while_it_is_signed_is_not_signed(
     output: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from skillmerge import signing
+    from skillmerge.outputs import sign
 
     def verified(root: Path, **options: Any) -> Any:
         verdict = skillmerge.verify(root, **options)
         flip(SHARD)(root)
         return verdict
 
-    monkeypatch.setattr(signing, "verify", verified)
+    monkeypatch.setattr(sign, "verify", verified)
     with pytest.raises(CheckFailed, match=f"not of these files: {SHARD}"):
         skillmerge.sign(output, private_key=keys / "key.pem")
     assert not (output / "model.sig").exists()
@@ -480,7 +480,7 @@ def test_missing_package_is_told_with_its_extra(signed: Path, keys: Path, tmp_pa
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(hubclient, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
     with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
         yield server
 

@@ -33,10 +33,10 @@ from skill_reader import read_skill
 from test_laws import DTYPES, INTEGERS, every_kind_of_number
 
 import skillmerge
-from skillmerge import cutting
-from skillmerge.arithmetic import bit_view
+from skillmerge.bits import bit_view
+from skillmerge.checkpoints.kinds.sparse import Encoder
+from skillmerge.engine import skill_shards
 from skillmerge.errors import CheckFailed, InputError, ResourceError, SkillmergeError, UsageError
-from skillmerge.sparse import Encoder
 from skillmerge.tensors import BLOCK, UNIT
 
 WITH_PARENTS = {"target": "target", "rl": "rl", "sft": "sft"}
@@ -566,7 +566,7 @@ def test_interrupted_extraction_is_continued(tmp_path: Path) -> None:
         tmp_path, "rl - sft", models=models, coefficients=None,
         output={"kind": "skill", "path": "math", "shard_size": "1MB"},
     )  # fmt: skip
-    command = [sys.executable, "-m", "skillmerge.cli", "apply", str(recipe), "-q"]
+    command = [sys.executable, "-m", "skillmerge", "apply", str(recipe), "-q"]
     began = time.monotonic()
     subprocess.run(command, check=True)
     duration = time.monotonic() - began
@@ -602,7 +602,7 @@ def test_short_writes_are_written_on(family: Path, monkeypatch: pytest.MonkeyPat
         def write(self, content: Any) -> int:
             return super().write(memoryview(content)[:77])
 
-    monkeypatch.setattr(cutting, "open", lambda path, mode, buffering: Dribble(path, mode), raising=False)
+    monkeypatch.setattr(skill_shards, "open", lambda path, mode, buffering: Dribble(path, mode), raising=False)
     assert weights(cut(family.parent, "rl - sft", {"rl": "rl", "sft": "sft"}, "dribbled")) == wanted
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import read_checkpoint, run_cli, write_checkpoint, write_family, write_recipe
 
 import skillmerge
-from skillmerge.statistics import SAMPLE_STRIDE, is_sampled
+from skillmerge.engine.rounding_statistics import SAMPLE_STRIDE, is_sampled
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 

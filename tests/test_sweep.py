@@ -20,16 +20,19 @@ from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, w
 from safetensors.torch import load_file, save_file
 
 import skillmerge
-from skillmerge.candidates import grid, parse_axis, path_of, with_values
-from skillmerge.demo import write_family as write_demo
+from skillmerge.durable import hold
 from skillmerge.errors import CheckFailed, OutputLocked, UsageError
-from skillmerge.inplace import MergedModel
-from skillmerge.miniature import questions
-from skillmerge.recipe import load
-from skillmerge.scoring import NotFinite, Score, as_scores, find_scorer, generate, of_items, perplexity, together
-from skillmerge.sources import Access
-from skillmerge.sweep import Sweep, Trial, sweep
-from skillmerge.writer import hold
+from skillmerge.plans.opening import Access
+from skillmerge.recipes.candidates import grid, parse_axis, path_of, with_values
+from skillmerge.recipes.parse import load
+from skillmerge.study.built_in import generate, perplexity
+from skillmerge.study.scorers import find_scorer
+from skillmerge.study.scores import NotFinite, Score, as_scores, of_items, together
+from skillmerge.verbs.demo import write_family as write_demo
+from skillmerge.verbs.miniature import questions
+from skillmerge.verbs.sweep.in_memory import MergedModel
+from skillmerge.verbs.sweep.journal import Trial
+from skillmerge.verbs.sweep.sweep import Sweep, sweep
 
 transformers = pytest.importorskip("transformers")
 
@@ -303,7 +306,7 @@ def test_a_skill_is_held_in_memory_as_well(tmp_path: Path, demo: Path) -> None:
 
 
 def test_too_little_memory_is_told_before_any_work(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skillmerge.inplace.free_memory", lambda: 1000)
+    monkeypatch.setattr("skillmerge.verbs.sweep.in_memory.free_memory", lambda: 1000)
     process_free = pytest.raises(skillmerge.SkillmergeError, match="scoring in memory holds")
     with process_free:
         MergedModel(load(demo / "recipe.yaml"), Access(), "cpu", lambda message: None)
@@ -363,7 +366,17 @@ COUNTING = "f=$(cat {}/skillmerge.manifest.json | wc -c); echo x >> %s; sleep %s
 def test_a_killed_sweep_repeats_nothing(family: Path) -> None:
     log, folder = family.parent / "log", family.parent / "s"
     command = COUNTING % (log, 0.3)
-    arguments = [sys.executable, "-m", "skillmerge.cli", "sweep", family, "--set", "lam=0:1:0.1", "--score", command]
+    arguments = [
+        sys.executable,
+        "-m",
+        "skillmerge",
+        "sweep",
+        family,
+        "--set",
+        "lam=0:1:0.1",
+        "--score",
+        command,
+    ]
     process = subprocess.Popen([*map(str, arguments), "-o", str(folder), "-q"], start_new_session=True)
     while not (log.exists() and len(log.read_text().split()) >= 4):
         time.sleep(0.05)
@@ -661,7 +674,7 @@ def test_an_interrupt_takes_the_command_along(family: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "skillmerge.cli",
+        "skillmerge",
         "sweep",
         str(family),
         "--set",

@@ -17,11 +17,11 @@ from conftest import run_cli, tensor_shapes, write_family
 from safetensors.torch import load_file, save_file
 
 import skillmerge
-from skillmerge import manifest, verification
 from skillmerge.errors import CheckFailed, UsageError
+from skillmerge.outputs import manifest, verify
 
 CONFIG = {"vocab_size": 32, "num_hidden_layers": 1, "torch_dtype": "bfloat16"}
-MANIFEST, RUN_LOG = "skillmerge.manifest.json", "skillmerge.run.json"
+MANIFEST, RUN_LOG = "skillmerge.outputs.manifest.json", "skillmerge.run.json"
 SHARD, OTHER_SHARD = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 FILES = ["config.json", SHARD, OTHER_SHARD, "model.safetensors.index.json", MANIFEST, RUN_LOG, "tokenizer.json"]
 
@@ -73,7 +73,7 @@ def flipped(data: bytes, position: int, bit: int) -> bytes:
 
 
 def test_verify_accepts_what_apply_wrote_and_counts_it(output: Path) -> None:
-    verdict = verification.verify(output)
+    verdict = verify.verify(output)
     assert sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()) == sorted(
         [*FILES, "1_Pooling/config.json"]
     )
@@ -229,7 +229,7 @@ def test_unreadable_disk_is_a_failed_check(output: Path, monkeypatch: pytest.Mon
     def hash_file(path: Path, stop: object = None) -> str:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(verification, "hash_file", hash_file)
+    monkeypatch.setattr(verify, "hash_file", hash_file)
     assert_refused(output, "Input/output error")
 
 
@@ -314,11 +314,11 @@ def test_number_that_is_none_is_found_whatever_the_digests_say(output: Path, val
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_number_that_is_none_is_found_at_every_seam(tmp_path: Path, dtype: torch.dtype, monkeypatch: Any) -> None:
     """Pieces of the file, blocks of a tensor, and short reads of the system: none hides a number."""
-    monkeypatch.setattr(verification, "_PIECE", 64)
-    monkeypatch.setattr(verification, "BLOCK", 24)
-    real = verification.FileIO.readinto
+    monkeypatch.setattr(verify, "_PIECE", 64)
+    monkeypatch.setattr(verify, "BLOCK", 24)
+    real = verify.FileIO.readinto
 
-    class Dribble(verification.FileIO):
+    class Dribble(verify.FileIO):
         def readinto(self, view: Any) -> int:
             return int(real(self, memoryview(view)[:7]))
 
@@ -326,7 +326,7 @@ def test_number_that_is_none_is_found_at_every_seam(tmp_path: Path, dtype: torch
     recipe = write_family(tmp_path, shapes, dtype, shards=1)
     skillmerge.apply(recipe)
     path = tmp_path / "merged" / "model.safetensors"
-    monkeypatch.setattr(verification, "open", lambda path, *_, **__: Dribble(path), raising=False)
+    monkeypatch.setattr(verify, "open", lambda path, *_, **__: Dribble(path), raising=False)
     skillmerge.verify(tmp_path / "merged")
     sound = load_file(path)
     for name, tensor in sound.items():

@@ -17,8 +17,11 @@ from typing import Any
 
 import pytest
 
+from skillmerge.durable import disk_errors
 from skillmerge.errors import OutputLocked, ResourceError, SkillmergeError, UsageError
-from skillmerge.writer import MANIFEST_FILE, PAGE, TRIAL_BYTES, ShardFile, Staging, WriteMode, disk_errors
+from skillmerge.outputs.shard_file import TRIAL_BYTES, ShardFile, WriteMode
+from skillmerge.outputs.staging import MANIFEST_FILE, Staging
+from skillmerge.tensors import PAGE
 
 PLAN = "plan digest"
 CONDITIONS: dict[str, Any] = {"stats": "sampled", "inputs": {"target": {"model.safetensors": [10, 20]}}}
@@ -249,7 +252,7 @@ def put_previous(output: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_publish_replaces_an_output_when_asked(output: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr("skillmerge.writer.exchange", lambda first, second: False)
+        monkeypatch.setattr("skillmerge.outputs.staging.exchange", lambda first, second: False)
     put_previous(output)
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
@@ -490,7 +493,7 @@ def test_write_mode_tries_both_and_takes_the_faster(
     monkeypatch: pytest.MonkeyPatch, buffered: float, direct: float, winner: bool
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("skillmerge.writer.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("skillmerge.outputs.staging.time.monotonic", lambda: clock[0])
     mode = WriteMode()
     tried = []
     for _ in range(20):

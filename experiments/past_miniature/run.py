@@ -35,7 +35,10 @@ def command(*arguments: object) -> str:
     """Run `skillmerge`, and return what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "skillmerge.cli", *map(str, arguments)], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "skillmerge", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise RuntimeError(f"skillmerge {' '.join(map(str, arguments))}\n{done.stderr}")

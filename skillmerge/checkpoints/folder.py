@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from skillmerge.checkpoints.safetensors_header import FileIdentity, Header, read_header
+from skillmerge.checkpoints.safetensors import FileIdentity, Header, read_header
 from skillmerge.errors import InputError, ResourceError, StalePlan
 
 _MAX_DEPTH = 2

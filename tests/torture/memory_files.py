@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from skillmerge.checkpoints.safetensors_header import FileIdentity, Header, build_header, fetch_header, parse_header
+from skillmerge.checkpoints.safetensors import FileIdentity, Header, build_header, fetch_header, parse_header
 from skillmerge.errors import InputError
 
 

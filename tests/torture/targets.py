@@ -24,16 +24,19 @@ from typing import Any
 from memory_files import MemoryFiles, weight_file
 from safetensors import SafetensorError, deserialize
 
-from skillmerge import manifest, savedplan
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, open_checkpoint
-from skillmerge.checkpoints.safetensors_header import build_header, fetch_header, parse_header
+from skillmerge.checkpoints.safetensors import build_header, fetch_header, parse_header
 from skillmerge.errors import InputError, SkillmergeError
-from skillmerge.expression import ExpressionError, bind, degree, donor_of, parse, weights
-from skillmerge.merge import apply, make_plan
-from skillmerge.planning import make_plan as plan_recipe
-from skillmerge.program import compile_term
-from skillmerge.recipe import parse_recipe
-from skillmerge.verification import check_structure
+from skillmerge.methods.linear import compile_term
+from skillmerge.methods.terms import degree, donor_of, weights
+from skillmerge.outputs import manifest
+from skillmerge.outputs.verify import check_structure
+from skillmerge.plans import saved as savedplan
+from skillmerge.plans.planner import make_plan as plan_recipe
+from skillmerge.recipes.expression import ExpressionError, bind, parse
+from skillmerge.recipes.parse import parse_recipe
+from skillmerge.verbs.apply import apply
+from skillmerge.verbs.plan import make_plan
 
 SHAPES = {"model.embed_tokens.weight": (4, 2), "model.layers.0.mlp.up.weight": (2, 2), "model.layers.1.norm": (2,)}
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -15,11 +15,11 @@ from conftest import tensor_shapes, write_family, write_recipe
 from safetensors import SafetensorError, deserialize
 
 import skillmerge
-from skillmerge import savedplan
-from skillmerge.checkpoints.safetensors_header import read_header
+from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.errors import CheckFailed, InputError, SkillmergeError, StalePlan
-from skillmerge.extraction import check_parent
-from skillmerge.savedplan import describe
+from skillmerge.plans import saved as savedplan
+from skillmerge.plans.saved import describe
+from skillmerge.verbs.extract import check_parent
 
 pytestmark = pytest.mark.timeout(3600)
 

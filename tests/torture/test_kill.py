@@ -21,7 +21,7 @@ from observing import (
     visible,
 )
 
-from skillmerge.resources import OUTPUT_BUFFERS, WRITERS
+from skillmerge.plans.budget import OUTPUT_BUFFERS, WRITERS
 
 pytestmark = pytest.mark.timeout(3600)
 

@@ -1,0 +1,140 @@
+"""What happens in a run, for programs: one JSON object a line (docs/events.md), and JUnit XML of what was checked.
+
+Both listen to the events of a `Reporter`. Neither may stop a run: what cannot be written is told once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import stat
+import threading
+import xml.etree.ElementTree as xml
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from skillmerge.cli.messages import TerminalReporter
+from skillmerge.errors import Interrupted, SkillmergeError, Terminated, UsageError
+
+VERSION = 1
+
+
+@contextmanager
+def heard(
+    reporter: TerminalReporter, events: str | None = None, junit: str | None = None, suite: str = ""
+) -> Iterator[None]:
+    """Have what happens in the body written into these files, its failure too. Raises UsageError before it."""
+    if junit is not None:
+        reporter.listeners.append(JUnit(Path(junit), suite))
+    if events is not None:
+        reporter.listeners.append(EventLog(Path(events), reporter.warn))
+    try:
+        yield
+    except SkillmergeError as error:
+        reporter.event("failed", **error.as_dict())
+        raise
+    except KeyboardInterrupt as error:
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        reporter.event("failed", **Interrupted(number, f"interrupted by {number.name}").as_dict())
+        raise
+    except BaseException as error:
+        reporter.event("failed", **SkillmergeError(f"{type(error).__name__}: {error}").as_dict())
+        raise
+    finally:
+        for listener in reporter.listeners:
+            try:
+                listener.close()
+            except OSError as error:
+                reporter.warn(f"{error.filename}: cannot be written: {error.strerror}")
+
+
+class EventLog:
+    """Appends each event to a file, a device or a pipe that somebody reads. Any thread may tell it something."""
+
+    def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
+        """Raises UsageError where it cannot be written."""
+        self._path, self._complain = path, complain
+        self._lock = threading.Lock()
+        try:
+            # A pipe that nobody reads would be waited for; O_NONBLOCK refuses it instead.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+            self._descriptor = os.open(path, flags, 0o666)
+            if stat.S_ISFIFO(os.fstat(self._descriptor).st_mode):
+                os.set_blocking(self._descriptor, True)
+        except OSError as error:
+            why = "nobody reads this pipe" if error.errno == errno.ENXIO else error.strerror
+            raise UsageError(f"{path} cannot be written: {why}", fix="name another --events") from error
+
+    def tell(self, name: str, what: dict[str, Any]) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        line = json.dumps({"version": VERSION, "time": now, "event": name, **what}, ensure_ascii=False) + "\n"
+        with self._lock:
+            if self._descriptor < 0:
+                return
+            try:
+                data = memoryview(line.encode(errors="backslashreplace"))
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+            except OSError as error:
+                os.close(self._descriptor)
+                self._descriptor = -1
+                self._complain(f"{self._path}: no more events are written: {error.strerror}")
+
+    def close(self) -> None:
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+
+class JUnit:
+    """Gates and checks as test cases, for whatever shows the results of tests."""
+
+    def __init__(self, path: Path, suite: str) -> None:
+        self._path, self._suite = path, _text(suite)
+        self._cases: list[tuple[str, str, str]] = []
+        """Name, what went wrong ("" where nothing did), and details."""
+
+    def tell(self, name: str, what: dict[str, Any]) -> None:
+        if name == "gate":
+            measured = "" if what["measured"] is None else f"measured {what['measured']:.6g}, "
+            detail = f"{measured}asked: {what['asked']}" + (f"\n{what['detail']}" if what["detail"] else "")
+            self._cases.append((what["gate"], "" if what["passed"] else f"{what['gate']} does not hold", detail))
+        elif name == "checked":
+            self._cases.append((what["check"], what["problem"], what["problem"]))
+        elif name == "failed" and not any(problem for _, problem, _ in self._cases):
+            self._cases.append((self._suite, what["message"], what["message"]))
+
+    def close(self) -> None:
+        """Write the file, in one step. Raises OSError."""
+        from skillmerge.durable import write_whole
+
+        failures = sum(bool(problem) for _, problem, _ in self._cases)
+        counts = {"tests": str(len(self._cases)), "failures": str(failures), "errors": "0"}
+        suites = xml.Element("testsuites", counts)
+        suite = xml.SubElement(suites, "testsuite", {"name": self._suite, **counts, "skipped": "0"})
+        for name, problem, detail in self._cases:
+            case = xml.SubElement(suite, "testcase", {"name": _text(name), "classname": "skillmerge"})
+            if problem:
+                xml.SubElement(case, "failure", {"message": _text(problem)}).text = _text(detail)
+            elif detail:
+                xml.SubElement(case, "system-out").text = _text(detail)
+        xml.indent(suites)
+        content = xml.tostring(suites, encoding="utf-8", xml_declaration=True) + b"\n"
+        write_whole(self._path.absolute(), content)
+
+
+def _text(text: str) -> str:
+    """XML 1.0 has no control characters, nor half of a surrogate pair."""
+    return "".join(
+        character
+        if character in "\n\t" or (character >= " " and not "\ud800" <= character <= "\udfff" and character < "\ufffe")
+        or character > "\uffff"
+        else "\ufffd"
+        for character in text
+    )  # fmt: skip

@@ -1,0 +1,146 @@
+"""What the commands' options have in common: environment variables, kinds of values, and those that several have."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from skillmerge.cli.messages import FORMAT
+from skillmerge.errors import UsageError
+
+
+def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
+    """A click option that can also be set as SKILLMERGE_<NAME>."""
+    long = next(name for name in names if name.startswith("--"))
+    variable = "SKILLMERGE_" + long.removeprefix("--").split("/")[0].replace("-", "_").upper()
+    return click.option(*names, envvar=variable, show_envvar=False, **attributes)
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """A size such as 5GB, as bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        from skillmerge.tensors import parse_size
+
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Device(click.ParamType):  # type: ignore[type-arg]
+    name = "auto|cpu|cuda[:N]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        kind, _, number = value.partition(":")
+        if value in ("auto", "cpu", "cuda") or (kind == "cuda" and number.isdecimal()):
+            return str(value)
+        self.fail(f"`{value}` is not a device; choose auto, cpu, cuda or cuda:N", param, ctx)
+
+
+class Share(click.ParamType):  # type: ignore[type-arg]
+    """5% or 0.05, as a number above 0 and up to 1."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 < share <= 1:
+            self.fail(f"`{value}` is not a share such as 5%", param, ctx)
+        return share
+
+
+class Coefficient(click.ParamType):  # type: ignore[type-arg]
+    name = "name=number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = value.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not equals or not math.isfinite(number):
+            self.fail(f"`{value}` is not NAME=NUMBER, such as lam=0.7", param, ctx)
+        return name.strip(), number
+
+
+set = option(
+    "--set",
+    "coefficients",
+    multiple=True,
+    type=Coefficient(),
+    help="A coefficient in place of the recipe's, its rules included.",
+)
+output = option("--output", "-o", type=click.Path(), help="The folder to write, in place of the recipe's.")
+threads = option(
+    "--threads", type=click.IntRange(1, 256), help="Workers. Default: as many as there are cores, at most 16."
+)
+memory = option("--memory-limit", type=Size(), help="Bound on resident memory, such as 2GB.")
+as_json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+code = option("--allow-code", is_flag=True, help="Accept a config whose auto_map runs code, and carry *.py files.")
+links = option("--follow-links", is_flag=True, help="Accept links that lead out of a checkpoint's folder.")
+locked = option("--locked", is_flag=True, help="Refuse revisions that can change and are not in the lock file.")
+private = option("--private/--public", default=None, help="Of a repository that is made.")
+revision = option("--revision", help="The branch of the Hub's repository to commit to.")
+pull_request = option(
+    "--pull-request/--no-pull-request", default=None, help="By default only where a model is there already."
+)
+message = option("--message", help="Of the commit.")
+hub = option(
+    "--hub", type=click.Choice(["stream", "download"]), default="stream", show_default=True,
+    help="Stream models on the Hub, or put them into its local cache first.",
+)  # fmt: skip
+report = option(
+    "--report", "report_file", type=click.Path(dir_okay=False), help="Also write it as one HTML page into this file."
+)
+nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
+certificate_chain = option(
+    "--certificate-chain", type=click.Path(), multiple=True,
+    help="Certificates up to a root, in PEM form: those to send along, or those to trust. May be given again.",
+)  # fmt: skip
+private_key = option("--private-key", type=click.Path(), metavar="KEY", help="The EC key to sign with, in PEM form.")
+password_file = option(
+    "--password-file", type=click.Path(),
+    help="Holds the password of an encrypted key, in place of SKILLMERGE_KEY_PASSWORD.",
+)  # fmt: skip
+
+
+def password(file: str | None) -> str | None:
+    """A key's password, which is in no argument, where everybody on the machine could read it. Raises UsageError."""
+    if file is None:
+        return os.environ.get("SKILLMERGE_KEY_PASSWORD")
+    try:
+        return Path(file).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the password file {file} cannot be read") from error
+
+
+base_folder = option(
+    "--base-folder", type=click.Path(), help="What relative paths of the recipe start from, if it was moved."
+)
+events = option("--events", "events_file", type=click.Path(), help="Append what happens to this file, as JSON lines.")
+junit = option("--junit", "junit_file", type=click.Path(dir_okay=False), help="Write gates and checks as JUnit XML.")
+
+
+def _use_log_format(context: click.Context, parameter: click.Parameter, value: str) -> None:
+    os.environ[FORMAT] = value
+
+
+log_format = option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", is_eager=True, expose_value=False,
+    callback=_use_log_format, help="Of messages and progress on stderr.",
+)  # fmt: skip
+"""Every command has it."""

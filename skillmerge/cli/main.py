@@ -1,0 +1,161 @@
+"""The command line: its commands, and the one place where errors become messages and exit statuses.
+
+Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import click
+
+from skillmerge.cli import flags, merging, proving, starting, studying
+from skillmerge.cli.messages import as_json, tell
+from skillmerge.cli.results import print_json
+from skillmerge.errors import Interrupted, ResourceError, SkillmergeError, Terminated, UsageError, memory_errors
+from skillmerge.version import __version__
+
+_EXIT_STATUSES = """\b
+Exit statuses:
+  0 done                          5 not enough disk or memory
+  1 a bug in skillmerge           6 another run is writing the output
+  2 usage or recipe               7 the inputs changed since the plan
+  3 a gate or verification       75 temporary, try again
+    failed
+  4 an input is unsafe, corrupt,  130/143 interrupted: the same
+    or does not fit                 command continues"""
+
+
+class _OutputClosed(Exception):
+    """Whoever read the results has heard enough."""
+
+
+class _Commands(click.Group):
+    """Commands whose results may not arrive: click itself would call that an error of ours."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with memory_errors():
+                return super().invoke(ctx)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise _OutputClosed from error
+            if error.errno == errno.ENOSPC and error.filename is None:
+                raise ResourceError("the results could not be written: no space left where they go") from error
+            if error.errno == errno.ENOENT and error.filename is None:
+                raise UsageError("the folder that you are in is not there any more", fix="change to another") from error
+            raise
+
+
+@click.group(cls=_Commands, epilog=_EXIT_STATUSES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="skillmerge")
+def cli() -> None:
+    """Merge model checkpoints as a recipe says: streaming, at copy speed, with proof.
+
+    Start with `skillmerge demo`, or `skillmerge init` for a recipe of your own.
+    """
+
+
+for _command in (
+    merging.apply, merging.plan, studying.extract, studying.export, studying.inspect, studying.derive, studying.sweep,
+    proving.verify, proving.gate, proving.rebuild, proving.sign, proving.attest, proving.push,
+    starting.init, starting.lint, starting.schema, starting.doctor, starting.demo,
+):  # fmt: skip
+    cli.add_command(flags.log_format(_command))
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise Terminated
+
+
+def main() -> NoReturn:
+    """Entry point: run a command, turn errors into a message and an exit status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    # A short life with few cycles: collecting them costs a tenth of a plan and of torch's import.
+    gc.disable()
+    _prepare_streams()
+    # The Hub's client has bars and a log of its own, which shows addresses; what matters of it is in our errors.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
+    try:
+        status = cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        terminated = isinstance(error.__cause__ or error, Terminated)
+        _fail(_interrupted(signal.SIGTERM if terminated else signal.SIGINT))
+    except SkillmergeError as error:
+        _fail(error)
+    except click.ClickException as error:
+        if not (_wants_json() or as_json()):
+            error.show()
+            _leave(error.exit_code)
+        _fail(UsageError(error.format_message()))
+    except (_OutputClosed, BrokenPipeError):
+        _leave(0)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        tell("error", "this is a bug in skillmerge; please report it with the lines above", exit_status=1)
+        _leave(1)
+    _leave(status if isinstance(status, int) else 0)
+
+
+def _prepare_streams() -> None:
+    """Results and messages go out whatever they are written to: nothing, ASCII, a name that is no text."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - to the end
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _wants_json() -> bool:
+    return "--json" in sys.argv or os.environ.get("SKILLMERGE_JSON", "").lower() in ("1", "true", "yes", "on", "t", "y")
+
+
+def _leave(status: int) -> NoReturn:
+    """At once: taking torch's modules apart would cost another quarter of a second, and an interrupt can leave
+    Python thinking that it has to die of the signal itself."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def _interrupted(number: int) -> Interrupted:
+    kept = "candidates that were scored" if sys.argv[1:2] == ["sweep"] else "finished shards"
+    continues = f"{kept} are kept: run the same command again to continue"
+    return Interrupted(
+        number,
+        f"interrupted by {signal.Signals(number).name}",
+        fix=continues if sys.argv[1:2] in (["apply"], ["extract"], ["sweep"]) else None,
+    )
+
+
+def _fail(error: SkillmergeError) -> NoReturn:
+    with suppress(OSError):
+        if _wants_json():
+            print_json({"ok": False, **error.as_dict()})
+        elif outcomes := error.as_dict().get("gates"):
+            from skillmerge.cli.show import terminal
+
+            terminal.show_gates(outcomes, terminal.console())
+    _tell_error(error)
+    _leave(error.exit_status)
+
+
+def _tell_error(error: SkillmergeError) -> None:
+    if as_json():
+        tell("error", error.message, fix=error.fix, exit_status=error.exit_status)
+        return
+    tell("error", error.message)
+    if error.fix:
+        tell("info", error.fix)

@@ -1,0 +1,169 @@
+"""Commands that make a model: apply, plan, and what they write beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from skillmerge.cli import flags
+from skillmerge.cli.flags import option
+from skillmerge.cli.messages import TerminalReporter
+from skillmerge.cli.results import check_places, describe_merge, print_json, show_merge, write_report, write_text
+from skillmerge.errors import InputError
+
+
+@click.command()
+@click.argument("recipe", type=click.Path())
+@flags.output
+@option("--device", type=flags.Device(), default="auto", show_default=True, help="Where to compute.")
+@flags.set
+@option("--overwrite", is_flag=True, help="Replace an existing output, at the end.")
+@option("--full", is_flag=True, help="Read an output that is there already again, every byte of it.")
+@option("--keep-failed", is_flag=True, help="Keep an output that a gate refuses, beside its place, for inspection.")
+@option(
+    "--result-file", type=click.Path(dir_okay=False), help="Write what --json prints into this file, at the very end."
+)
+@flags.threads
+@flags.memory
+@option(
+    "--stats", type=click.Choice(["full", "sampled", "off"]), default="sampled", show_default=True,
+    help="How much of the rounding to measure.",
+)  # fmt: skip
+@option("--hash-inputs", is_flag=True, help="Put the sha256 of every input file into the manifest.")
+@flags.locked
+@flags.hub
+@option("--push", metavar="ORG/NAME", help="Publish it on the Hub too, in place of the recipe's output.push.")
+@option("--no-local", is_flag=True, help="Keep it on the Hub only: shards are sent as they are finished, and removed.")
+@flags.private
+@flags.revision
+@flags.pull_request
+@flags.message
+@flags.nonfinite
+@flags.code
+@flags.links
+@flags.report
+@flags.events
+@flags.junit
+@flags.as_json
+@option("--quiet", "-q", is_flag=True, help="Only results and errors.")
+@option("--verbose", "-v", is_flag=True, help="Say what is being done.")
+def apply(
+    recipe: str,
+    report_file: str | None,
+    result_file: str | None,
+    events_file: str | None,
+    junit_file: str | None,
+    coefficients: tuple[tuple[str, float], ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Plan, merge, verify, and publish into the output folder. RECIPE may be a plan that was saved.
+
+    A run that was interrupted is continued by the same command. An output that is this recipe's already is
+    left as it is.
+    """
+    from skillmerge.cli.event_log import heard
+    from skillmerge.study.gates import GateFailed
+    from skillmerge.verbs.apply import apply as run
+
+    check_places(report=report_file, result_file=result_file, junit=junit_file, events=events_file)
+    reporter = TerminalReporter(quiet, verbose)
+    with heard(reporter, events_file, junit_file, f"skillmerge apply {recipe}"):
+        try:
+            result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
+        except GateFailed as error:
+            rows = [outcome.as_dict() for outcome in error.outcomes]
+            write_report(report_file, title=f"{recipe}: refused", plan=error.plan, manifest=error.proof, gates=rows)
+            raise
+    show_merge(result, as_json, quiet)
+    title = str(result.output)
+    write_report(report_file, title=title, plan=result.plan, manifest=result.manifest, gates=result.gates)
+    if result_file is not None:
+        from skillmerge.durable import disk_errors, write_whole
+
+        with disk_errors(Path(result_file)):
+            write_whole(Path(result_file).absolute(), (json.dumps(describe_merge(result), indent=1) + "\n").encode())
+
+
+@click.command()
+@click.argument("recipe", type=click.Path())
+@option("-o", "--save", type=click.Path(dir_okay=False), help="Write the plan as JSON into this file.")
+@option("--diff", metavar="PLAN", type=click.Path(), help="Show what changed since this saved plan instead.")
+@option(
+    "--detailed-exitcode", "detailed", is_flag=True,
+    help="Exit with 0 where the output is this plan's already, every byte of it, and with 10 where there is work.",
+)  # fmt: skip
+@option(
+    "--markdown", "markdown_file", type=click.Path(dir_okay=False),
+    help="Also write it as Markdown into this file, for a job's summary or a pull request.",
+)  # fmt: skip
+@option("--lock", is_flag=True, help="Write the commits and files of models on the Hub into a lock file.")
+@flags.locked
+@flags.set
+@flags.threads
+@flags.memory
+@flags.code
+@flags.links
+@flags.report
+@flags.as_json
+def plan(
+    recipe: str,
+    report_file: str | None,
+    save: str | None,
+    diff: str | None,
+    markdown_file: str | None,
+    detailed: bool,
+    coefficients: tuple[tuple[str, float], ...],
+    threads: int | None,
+    memory_limit: int | None,
+    as_json: bool,
+    lock: bool,
+    **access: bool,
+) -> int:
+    """Show all that apply would do, from headers alone."""
+    from skillmerge.cli.show import terminal
+    from skillmerge.plans.budget import budget, check_disk, free_disk
+    from skillmerge.plans.saved import describe, read
+    from skillmerge.verbs.apply import is_done
+    from skillmerge.verbs.plan import make_plan
+
+    check_places(report=report_file, save=save, markdown=markdown_file)
+    before = read(diff) if diff is not None else None
+    reporter = TerminalReporter(quiet=False, verbose=True)
+    made = make_plan(recipe, coefficients=dict(coefficients), lock=lock, reporter=reporter, **access)
+    needs = budget(made, threads=threads, memory_limit=memory_limit)
+    where = made.recipe.output.path
+    free = free_disk(where) if where is not None else None
+    if where is not None and not made.problems and not made.makes_skill:
+        check_disk(where, made.bytes_written, "the output")
+    document = {
+        "ok": not made.problems,
+        **describe(made),
+        "memory": needs.memory,
+        "threads": needs.threads,
+        "disk_free": free,
+    }
+    if save is not None:
+        write_text(Path(save), json.dumps(document, indent=1) + "\n")
+    if before is not None:
+        document["changes"] = before.changes(json.loads(json.dumps(document)))
+    if as_json:
+        print_json(document)
+    elif before is not None:
+        terminal.show_changes(document["changes"], str(diff), terminal.console())
+    else:
+        terminal.show_plan(made, needs, str(where) if where else None, free, terminal.console())
+    write_report(report_file, title=f"plan of {recipe}", plan=made)
+    if markdown_file is not None:
+        from skillmerge.cli.show.markdown import plan_page
+
+        page = plan_page(made, needs, str(where) if where else None, free, document.get("changes"), diff)
+        write_text(Path(markdown_file), page)
+    if made.problems:
+        return InputError.exit_status
+    return 10 if detailed and not is_done(made, output=None) else 0

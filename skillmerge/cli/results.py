@@ -1,0 +1,119 @@
+"""What commands have in common: files that they write for others, JSON on stdout, the result of a merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from skillmerge.cli.messages import tell
+from skillmerge.errors import UsageError
+
+if TYPE_CHECKING:
+    from skillmerge.verbs.apply import Result
+
+
+OURS = {
+    "--report": ("<!doctype html>",),
+    "--result-file": ('{\n "ok": true,\n "output"',),
+    "--junit": ("<?xml version='1.0' encoding='utf-8'?>\n<testsuites",),
+    "--events": ('{"version": 1, "time"',),
+    "--save": ('{\n "ok": true,\n "version"', '{\n "ok": false,\n "version"'),
+    "--markdown": ("<!-- skillmerge plan -->",),
+    "--sarif": ('{\n "$schema"',),
+}
+"""How the files begin that an option of commands writes: such a one it replaces, and nothing else."""
+
+
+def check_places(**files: str | None) -> None:
+    """Before any work: each file (by its option, `_` for `-`) can be written, and takes nothing else's place.
+
+    Raises UsageError for a file of another kind, one inside an output or its staging folder, and one named twice.
+    """
+    seen: dict[Path, str] = {}
+    for name, path in files.items():
+        option = f"--{name.replace('_', '-')}"
+        if path is None:
+            continue
+        if (other := seen.setdefault(Path(path).absolute(), option)) != option:
+            raise UsageError(f"{other} and {option} are both {path}", fix=f"name another {option}")
+        try:
+            _check_place(path, option)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}", fix=f"name another {option}") from error
+
+
+def _check_place(name: str, option: str) -> None:
+    import tempfile
+
+    from skillmerge.outputs.staging import MANIFEST_FILE
+
+    path = Path(name).absolute()
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is no folder", fix=f"make it first, or name another {option}")
+    if any((folder / file).exists() for folder in path.parents for file in (MANIFEST_FILE, "journal.jsonl")):
+        raise UsageError(f"{name} is inside an output, which would not be sound then", fix=f"name another {option}")
+    if option == "--events" and path.exists() and not path.is_file() and not path.is_dir():
+        return  # a pipe or a device
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{name} is not a file", fix=f"name another {option}")
+    if path.exists():
+        with open(path, "rb") as stream:
+            start = stream.read(80)
+        if start and not any(start.startswith(begin.encode()) for begin in OURS[option]):
+            raise UsageError(f"{name} exists already and is not what {option} writes", fix=f"name another {option}")
+    tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def write_report(path: str | None, **parts: Any) -> None:
+    if path is None:
+        return
+    from skillmerge.cli.show.page import build
+
+    try:
+        Path(path).write_text(build(**parts), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}", fix="name another --report") from error
+    tell("info", f"wrote {path}")
+
+
+def describe_merge(result: Result) -> dict[str, Any]:
+    from skillmerge.cli.show import terminal
+
+    return {
+        "ok": True,
+        "output": str(result.output),
+        "already": result.already,
+        "seconds": round(result.seconds, 3),
+        "plan_digest": result.manifest["plan_digest"],
+        "statistics": result.manifest["statistics"],
+        "warnings": terminal.result_warnings(result),
+        "gates": list(result.gates),
+        "published": result.published.as_dict() if result.published else None,
+        "files": result.manifest["files"],
+    }
+
+
+def show_merge(result: Result, as_json: bool, quiet: bool) -> None:
+    from skillmerge.cli.show import terminal
+
+    if as_json:
+        print_json(describe_merge(result))
+        return
+    if not quiet:
+        terminal.show_result(result, terminal.console())
+    for warning in terminal.result_warnings(result):
+        tell("warning", warning)
+
+
+def write_text(path: Path, text: str) -> None:
+    from skillmerge.durable import disk_errors
+
+    with disk_errors(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def print_json(document: Any, indent: int | None = None) -> None:
+    click.echo(json.dumps(document, indent=indent, ensure_ascii=False))

@@ -1,0 +1,183 @@
+"""What the figures of inspect mean (name, formula, meaning, who has used them), and what the actions of a plan do.
+
+v is the update, k the second one, w the weights that v is seen against, n the number of elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skillmerge.plans.depth import number
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """label: the column's head. unit: share, number, signed or count. source: a paper, or empty."""
+
+    label: str
+    formula: str
+    meaning: str
+    unit: str = "number"
+    source: str = ""
+
+
+_SUBNETWORKS = "Mukherjee et al. 2025, arXiv 2505.11711"
+_PRINCIPALS = "Zhu et al. 2025, arXiv 2511.08567"
+_PAST = "Parametric Skill Transfer, arXiv 2601.11258"
+_TIES = "Yadav et al. 2023 (TIES), arXiv 2306.01708"
+
+FIGURES = {
+    "elements": Figure("elements", "n", "Numbers in the tensors.", "count"),
+    "changed": Figure(
+        "changed",
+        "|{i : bits differ}| / n",
+        "Elements whose stored bits differ. Depends on the dtype: bfloat16 hides what is smaller than half a unit in "
+        "the last place, so that a low share can be an effect of learning rate and precision.",
+        "share",
+        _PRINCIPALS,
+    ),
+    "above_absolute": Figure(
+        "above 1e-5",
+        "|{i : |v_i| > 1e-5}| / n",
+        "Elements that moved by more than 1e-5, whatever their own size.",
+        "share",
+        _SUBNETWORKS,
+    ),
+    "above_relative": Figure(
+        "above 1e-3 of w",
+        "|{i : |v_i| > 1e-3 |w_i|}| / n",
+        "Elements that moved by more than a thousandth of themselves, which is less than half a unit of bfloat16.",
+        "share",
+        _PRINCIPALS,
+    ),
+    "norm": Figure("norm", "||v||", "Euclidean norm of the update."),
+    "largest": Figure("largest", "max |v_i|", "The greatest change of one element."),
+    "norm_ratio": Figure("of weights' norm", "||v|| / ||w||", "How large the update is beside the weights."),
+    "energy": Figure("energy", "||v||^2 / ||v of the whole model||^2", "This part's share of the update.", "share"),
+    "other_norm": Figure("second norm", "||k||", "Euclidean norm of the second update, the target's own."),
+    "updates_ratio": Figure("norms' ratio", "||v|| / ||k||", "How large the update is beside the second one."),
+    "cosine": Figure(
+        "cosine",
+        "<v, k> / (||v|| ||k||)",
+        "Near 0 for any two unrelated vectors of this many dimensions: alone it is weak evidence. Updates that are "
+        "nearly orthogonal can still disturb each other's function (arXiv 2305.12827).",
+        "signed",
+        _PAST,
+    ),
+    "cosine_z": Figure(
+        "cosine's z",
+        "cosine * sqrt(n)",
+        "Standard deviations from chance, whose cosine is 0 give or take 1/sqrt(n) for dense independent updates. "
+        "It overstates where few elements carry most of the norms (sparse updates; norms beside matrices). Where both "
+        "updates are taken against the same SFT model, its own part is in both and pulls z up.",
+        "signed",
+    ),
+    "cosine_z_signs": Figure(
+        "z of random signs",
+        "<v, k> / sqrt(sum v_i^2 k_i^2)",
+        "The same against updates of these very sizes and random signs, which does not overstate: where the two z "
+        "differ, believe this one.",
+        "signed",
+    ),
+    "conflict": Figure(
+        "opposite signs",
+        "|{i : v_i k_i < 0}| / |{i : v_i k_i != 0}|",
+        "Of the elements that both move, those moved to opposite sides; 50% by chance.",
+        "share",
+        _TIES,
+    ),
+    "conflict_z": Figure(
+        "signs' z", "(conflict - 1/2) * 2 sqrt(|{i : v_i k_i != 0}|)", "Standard deviations from chance.", "signed"
+    ),
+    "overlap": Figure(
+        "overlap",
+        "|{i : v_i k_i != 0}| / |{i : v_i != 0}|",
+        "Of the elements that the update moves, those that the second one moves too.",
+        "share",
+        _SUBNETWORKS,
+    ),
+    "overlap_chance": Figure(
+        "overlap by chance", "|{i : k_i != 0}| / n", "What the overlap would be of unrelated places.", "share"
+    ),
+}
+
+SPECTRAL = {
+    "stable_rank": Figure(
+        "stable rank",
+        "||v||_F^2 / s_1^2",
+        "Of a matrix: how many directions share its energy, s_1 its largest singular value.",
+    ),
+    "effective_rank": Figure(
+        "effective rank",
+        "exp(-sum p_i ln p_i), p_i = s_i^2 / sum s^2",
+        "The same from the entropy of the leading singular values (up to the rank asked for).",
+        source="Roy and Vetterli 2007",
+    ),
+    "leading_energy": Figure(
+        "leading energy",
+        "sum s_i^2 / ||v||_F^2",
+        "What the leading directions hold: an adapter of that rank would.",
+        "share",
+    ),
+    "principal_left": Figure(
+        "in principal rows",
+        "||U_k^T v||_F^2 / ||v||_F^2",
+        "Energy in the leading k left singular directions of the weights. RL updates have been seen to keep off them.",
+        "share",
+        _PRINCIPALS,
+    ),
+    "principal_left_chance": Figure("by chance, rows", "k / rows", "What a random update has there.", "share"),
+    "principal_right": Figure(
+        "in principal columns",
+        "||v V_k||_F^2 / ||v||_F^2",
+        "The same of right singular directions.",
+        "share",
+        _PRINCIPALS,
+    ),
+    "principal_right_chance": Figure("by chance, columns", "k / columns", "What a random update has there.", "share"),
+    "subspace_overlap": Figure(
+        "subspace overlap",
+        "mean of cos^2 of the principal angles between U_k of v and U_k of w",
+        "1 where the update's leading directions are the weights' own; k / rows by chance.",
+        "share",
+        _PRINCIPALS,
+    ),
+    "least_angle": Figure("least angle", "arccos of the largest cosine, in degrees", "0 where a direction is shared."),
+}
+
+FORECAST = {
+    "realised": Figure(
+        "realised lambda",
+        "lambda <y - t, u> / <u, u>, u = lambda v",
+        "The lambda that the output really has, after rounding: t the target, y the output.",
+    ),
+    "vanished": Figure(
+        "vanished",
+        "|{i : u_i != 0, y_i = t_i}| / |{i : u_i != 0}|",
+        "Of the update's elements, those that rounding lost.",
+        "share",
+    ),
+}
+
+
+def show(value: float | None, unit: str) -> str:
+    """A figure for people; what is not known is a dash."""
+    if value is None:
+        return "–"
+    if unit == "share":
+        return f"{value:.1%}"
+    if unit == "count":
+        return f"{value:,.0f}"
+    return number(value)
+
+
+ACTIONS = {
+    "merge": "computed",
+    "copy": "copied byte for byte",
+    "cast": "converted to the output dtype",
+    "same": "not numbers to add: must be equal in all models",
+    "cut": "the difference, kept exactly",
+    "compute": "computed, rounded once",
+    "zero": "nothing",
+}
+"""What a plan does with a tensor, in words."""

@@ -1,0 +1,23 @@
+"""Text and figures as HTML, escaped."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from skillmerge.cli.show.figures import Figure
+from skillmerge.naming import block_of, module_kind
+
+
+def escaped(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def abbreviated(figure: Figure) -> str:
+    told = f"{figure.formula}\n{figure.meaning}" + (f"\n{figure.source}" if figure.source else "")
+    return f'<abbr title="{escaped(told)}">{escaped(figure.label)}</abbr>'
+
+
+def cell_of(name: str) -> tuple[str, str]:
+    block = block_of(name)
+    return (f"{block[0]} {block[1]}" if block else "outside blocks"), module_kind(name)

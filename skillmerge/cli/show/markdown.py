@@ -1,0 +1,151 @@
+"""A plan as Markdown, for a job's summary or a comment on a pull request.
+
+Only shows what it is given. Names and messages come from recipes and checkpoints that a stranger may have proposed:
+none of them becomes markup, a mention or a link, and the whole stays within what a comment may have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from skillmerge.cli.show.figures import ACTIONS
+from skillmerge.errors import some, visible
+from skillmerge.plans.accounting import settlement
+from skillmerge.plans.budget import Budget
+from skillmerge.plans.depth import over_depth
+from skillmerge.plans.plan import Plan
+from skillmerge.tensors import format_bytes
+
+MARK = "<!-- skillmerge plan -->"
+"""The first line, by which a comment can be found again."""
+
+_ROWS = 40
+_CELL = 300
+"""Rows of a list and characters of a cell: so that a plan of any size fits into a comment of 65,536 characters."""
+
+
+def plan_page(
+    plan: Plan,
+    needs: Budget | None,
+    where: str | None,
+    free: int | None,
+    changes: Sequence[str] | None = None,
+    since: str | None = None,
+) -> str:
+    """The plan. where: the output. free: bytes on its disk. changes: since the saved plan `since`."""
+    recipe = plan.recipe
+    parts = [
+        MARK,
+        f"### {_code(recipe.document.name)}: {_code(recipe.document.data['merge'])}",
+        _verdict(plan),
+    ]
+    if changes is not None:
+        parts += [f"**Changes since {_code(since or '')}**", _list(changes) if changes else "None."]
+    parts += [
+        _problems(plan),
+        _list([gate.told for gate in plan.recipe.gates], "gate: "),
+        _list(plan.notes, "note: "),
+        _models(plan),
+    ]
+    for index, name in enumerate(plan.coefficients):
+        parts.append(_coefficient(plan, name, index))
+    parts += [_actions(plan), _totals(plan, needs, where, free), f"plan `{plan.digest}`"]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _verdict(plan: Plan) -> str:
+    if not plan.problems:
+        return f"**Can be applied**: {len(plan.tensors)} tensors, {format_bytes(plan.bytes_written)}."
+    count = len(plan.problems)
+    return f"**Cannot be applied**: {count} problem{'s' if count > 1 else ''} between the models."
+
+
+def _problems(plan: Plan) -> str:
+    if not plan.problems:
+        return ""
+    listed = _list(problem.message for problem in plan.problems)
+    fix = settlement(plan.recipe, plan.problems)
+    return f"{listed}\n\n{_block(fix)}" if fix else listed
+
+
+def _models(plan: Plan) -> str:
+    rows = [
+        (
+            _code(item.name) + (" (donor)" if item.name == plan.donor else ""),
+            _code(item.uri),
+            _code(item.revision) if item.revision else "",
+            str(len(item.files)),
+            format_bytes(sum(file.size for file in item.files)),
+        )
+        for item in plan.inputs
+    ]
+    return _table(("model", "from", "commit", "files", "size"), rows)
+
+
+def _coefficient(plan: Plan, name: str, index: int) -> str:
+    depth = over_depth(
+        (tensor.name, tensor.shape, tensor.coefficients[index])
+        for tensor in plan.tensors.values()
+        if index < len(tensor.coefficients)
+    )
+    pictures = [f"{_code(name)} over {_code(stack)}: {_code(drawn)}" for stack, drawn in depth.pictures]
+    rows = [(_code(label), *(cells[kind] for kind in depth.kinds)) for label, cells in depth.rows]
+    return "\n\n".join([*pictures, _table((_code(name), *depth.kinds), rows)])
+
+
+def _actions(plan: Plan) -> str:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for tensor in plan.tensors.values():
+        models = ", ".join(dict.fromkeys(model for model, _ in tensor.sources))
+        groups.setdefault((tensor.action, models), []).append(tensor.name)
+    rows = [
+        (str(len(names)), _code(models) if models else "", ACTIONS[action], _code(some(names, 2)))
+        for (action, models), names in groups.items()
+    ]
+    return _table(("tensors", "from", "what happens", "names"), rows)
+
+
+def _totals(plan: Plan, needs: Budget | None, where: str | None, free: int | None) -> str:
+    most = "at most " if plan.makes_skill else ""
+    rows = [("reads", format_bytes(plan.bytes_read)), ("writes", most + format_bytes(plan.bytes_written))]
+    if needs is not None:
+        rows.append(("peak memory", f"about {format_bytes(needs.memory)} with {needs.threads} threads"))
+    if free is not None:
+        rows.append(("disk free", format_bytes(free)))
+    if where is not None:
+        rows.append(("output", _code(where)))
+    return _table(("totals", ""), rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *([cell.replace("|", r"\|") for cell in row] for row in rows[:_ROWS])]
+    if len(rows) > _ROWS:
+        lines.append([f"… and {len(rows) - _ROWS} more", *[""] * (len(header) - 1)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _list(items: Iterable[str], what: str = "") -> str:
+    every = list(items)
+    more = [f"- … and {len(every) - _ROWS} more"] if len(every) > _ROWS else []
+    return "\n".join([*(f"- {what}{_code(item)}" for item in every[:_ROWS]), *more])
+
+
+def _code(text: str) -> str:
+    """Text as it is, on one line: in a code span nothing is markup, and its fence is longer than any in it."""
+    line = " ".join(visible(text).split())
+    line = line if len(line) <= _CELL else f"{line[: _CELL - 1]}…"
+    fence = _fence(line, 1)
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}" if line else ""
+
+
+def _fence(text: str, least: int) -> str:
+    return "`" * max(least, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+
+
+def _block(text: str) -> str:
+    """Lines as they are, fenced by more backticks than they have."""
+    kept = visible(text)[: 20 * _CELL]
+    fence = _fence(kept, 3)
+    return f"{fence}yaml\n{kept}\n{fence}"

@@ -1,0 +1,351 @@
+"""The report as one HTML file that asks nothing of a network: heat maps, curves, a table to sort, the recipe.
+
+Made from a plan, a manifest, an inspection, or several of them; computes nothing but how to show it. Every
+value stands as a number beside its colour. The figures' meanings come from `figures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from skillmerge.cli.show.charts import chart
+from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL, show
+from skillmerge.cli.show.html import abbreviated, cell_of, escaped
+from skillmerge.cli.show.page_table import tensor_table
+from skillmerge.naming import MODULE_KINDS
+from skillmerge.plans.depth import number
+from skillmerge.plans.plan import Plan
+from skillmerge.study.inspect import Inspection
+from skillmerge.tensors import ULP_EDGES, format_bytes
+from skillmerge.version import __version__
+
+if TYPE_CHECKING:
+    from skillmerge.verbs.sweep.journal import Trial
+    from skillmerge.verbs.sweep.sweep import Sweep
+
+
+_KINDS = (*MODULE_KINDS, "other")
+_LIMITS = """
+<p>These figures describe; they do not predict. Sparsity of an update can come from the learning rate and from the
+dtype that hides small steps (arXiv 2511.08567). Updates that are nearly orthogonal can still disturb each other:
+what lets task vectors be added is disentangled function, not orthogonal weights (arXiv 2305.12827). Measure the
+merged model.</p>
+"""
+
+Cells = Mapping[tuple[str, str], float]
+"""A number for each layer (`model.layers 7`) and kind of module."""
+
+
+def build(
+    title: str,
+    *,
+    plan: Plan | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    inspection: Inspection | None = None,
+    sweep: Sweep | None = None,
+    gates: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The page. plan: what would be done; manifest: what was done; inspection: what the updates look like; sweep:
+    what candidates are worth; gates: what became of each, as `gates.Outcome` has it."""
+    sections = [_cards(plan, manifest, inspection)]
+    if gates:
+        sections.append(_gates(gates))
+    if sweep is not None:
+        sections.append(_sweep(sweep))
+    maps = [*_plan_maps(plan, manifest), *_inspection_maps(inspection)]
+    if maps:
+        sections.append(f'<section><h2>By layer and module</h2><div class="maps">{"".join(maps)}</div></section>')
+    if inspection is not None:
+        sections += [_depth(inspection), _forecast(inspection), _ulps(inspection)]
+    if manifest is not None and manifest["output"].get("kind") != "skill":
+        sections.append(_rounding(manifest))
+    if plan is not None:
+        sections.append(_recipe(plan))
+    sections.append(tensor_table(plan, manifest, inspection))
+    if inspection is not None:
+        sections.append(f"<section><h2>What the figures mean</h2>{_LIMITS}{_glossary()}</section>")
+    body = "\n".join(filter(None, sections))
+    here = files("skillmerge.cli.show")
+    style, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escaped(title)}</title><link rel="icon" href="data:,"><style>{style}</style></head>
+<body><header><div><h1>{escaped(title)}</h1><div class="soft">skillmerge {__version__}</div></div>
+<button class="theme" type="button">Light or dark</button></header>
+<main>{body}</main><script>{script}</script></body></html>
+"""
+
+
+# Sections.
+
+
+def _cards(plan: Plan | None, manifest: Mapping[str, Any] | None, inspection: Inspection | None) -> str:
+    cards: list[tuple[str, str]] = []
+    if plan is not None:
+        cards += [("tensors", f"{len(plan.tensors):,}"), ("reads", format_bytes(plan.bytes_read))]
+        cards += [("writes", ("at most " if plan.makes_skill else "") + format_bytes(plan.bytes_written))]
+    if manifest is not None:
+        total = manifest["statistics"]["all"]
+        cards += [("asked lambda", show(total.get("asked_lambda"), "number"))]
+        cards += [("realised lambda", show(total.get("realised_lambda"), "number"))]
+        cards += [("vanished", show(total.get("vanished"), "share")), ("changed", show(total.get("changed"), "share"))]
+    if inspection is not None:
+        keys = ("elements", "changed", "above_absolute", "above_relative", "norm", "norm_ratio", "cosine", "cosine_z")
+        for key in keys:
+            if inspection.total.get(key) is not None:
+                cards.append((abbreviated(FIGURES[key]), show(inspection.total[key], FIGURES[key].unit)))
+    items = "".join(f"<li><b>{escaped(value)}</b>{label}</li>" for label, value in cards if value != "–")
+    what = ""
+    if inspection is not None:
+        what = f"<p>The update: <code>{escaped(inspection.update)}</code>"
+        what += f"; the second: <code>{escaped(inspection.second)}</code></p>" if inspection.second else "</p>"
+        what += "".join(f"<p>{escaped(note)}</p>" for note in inspection.notes)
+    return f'<section>{what}<ul class="cards">{items}</ul></section>'
+
+
+def _plan_maps(plan: Plan | None, manifest: Mapping[str, Any] | None) -> list[str]:
+    maps = []
+    if plan is not None:
+        for index, name in enumerate(plan.coefficients):
+            values = {
+                tensor.name: tensor.coefficients[index]
+                for tensor in plan.tensors.values()
+                if index < len(tensor.coefficients)
+            }
+            maps.append(_heat(f"{name}, as asked", "mean over a cell's tensors", _mean_cells(values), "number"))
+    if manifest is not None:
+        for title, part, whole, unit in (
+            ("realised, of what was asked", "du", "uu", "number"),
+            ("vanished", "vanished", "updated", "share"),
+        ):
+            sums: dict[tuple[str, str], list[float]] = {}
+            for tensor in manifest["tensors"]:
+                row = tensor.get("statistics")
+                if row and row["uu"] is not None and row["du"] is not None:
+                    cell = sums.setdefault(cell_of(tensor["name"]), [0.0, 0.0])
+                    scale = row["total"] / row["elements"]
+                    cell[0] += row[part] * scale
+                    cell[1] += row[whole] * scale
+            cells = {cell: top / bottom for cell, (top, bottom) in sums.items() if bottom}
+            if cells:
+                maps.append(_heat(title, "measured on the output", cells, unit))
+    return maps
+
+
+def _inspection_maps(inspection: Inspection | None) -> list[str]:
+    if inspection is None:
+        return []
+    maps = []
+    for key in ("changed", "norm_ratio", "cosine_z"):
+        cells = {}
+        for label, row in inspection.cells.items():
+            layer, _, kind = label.rpartition(" ")
+            if row.get(key) is not None:
+                cells[layer, kind] = row[key]
+        if cells:
+            figure = FIGURES[key]
+            maps.append(_heat(figure.label, figure.formula, cells, figure.unit))
+    return maps
+
+
+def _mean_cells(values: Mapping[str, float]) -> Cells:
+    found: dict[tuple[str, str], list[float]] = {}
+    for name, value in values.items():
+        found.setdefault(cell_of(name), []).append(value)
+    return {cell: sum(numbers) / len(numbers) for cell, numbers in found.items()}
+
+
+def _heat(title: str, what: str, cells: Cells, unit: str) -> str:
+    """A table whose cells are tinted by their numbers: blue above 0, orange below."""
+    kinds = [kind for kind in _KINDS if any(kind == found for _, found in cells)]
+    layers = list(dict.fromkeys(layer for layer, _ in sorted(cells, key=lambda cell: _layer_order(cell[0]))))
+    most = max((abs(value) for value in cells.values()), default=0.0) or 1.0
+    rows = []
+    for layer in layers:
+        row = []
+        for kind in kinds:
+            value = cells.get((layer, kind))
+            if value is None:
+                row.append("<td></td>")
+                continue
+            side = ' class="neg"' if value < 0 else ""
+            row.append(f'<td{side} style="--p:{abs(value) / most * 100:.0f}%">{show(value, unit)}</td>')
+        rows.append(f"<tr><th scope=row>{escaped(layer)}</th>{''.join(row)}</tr>")
+    head = "".join(f"<th scope=col>{kind}</th>" for kind in kinds)
+    return (
+        '<div class="scroll" tabindex="0"><table class="heat">'
+        f"<caption><b>{escaped(title)}</b> · {escaped(what)}</caption>"
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _layer_order(layer: str) -> tuple[bool, str, int]:
+    stack, _, index = layer.rpartition(" ")
+    return (layer == "outside blocks", stack, int(index) if index.isdecimal() else 0)
+
+
+def _depth(inspection: Inspection) -> str:
+    parts = []
+    for key in ("changed", "norm_ratio", "energy", "cosine_z"):
+        series: dict[str, list[tuple[float, float]]] = {}
+        for label, row in inspection.layers.items():
+            stack, _, layer = label.rpartition(" ")
+            if layer.isdecimal() and row.get(key) is not None:
+                series.setdefault(stack, []).append((int(layer), row[key]))
+        series = {stack: sorted(points) for stack, points in series.items() if len(points) > 1}
+        if series:
+            parts.append(chart(FIGURES[key].label, "layer", series, FIGURES[key].unit))
+    return f'<section><h2>Over depth</h2><div class="charts">{"".join(parts)}</div></section>' if parts else ""
+
+
+def _forecast(inspection: Inspection) -> str:
+    if inspection.forecast is None or not inspection.forecast["curves"]:
+        return ""
+    parts = []
+    for key, figure in FORECAST.items():
+        series = {
+            mode: [(point["lambda"], point[key]) for point in kinds["all"] if point[key] is not None]
+            for mode, kinds in inspection.forecast["curves"].items()
+        }
+        series = {mode: points for mode, points in series.items() if points}
+        if series:
+            unit = "share" if key == "vanished" else "number"
+            parts.append(chart(figure.label, "lambda, as asked", series, unit, figure))
+    sampled = "of every element" if inspection.forecast["mode"] == "full" else "of one block of 65,536 elements in 128"
+    told = f"Computed {sampled}, with the arithmetic of <code>apply</code>; nothing was written."
+    charts = f'<div class="charts">{"".join(parts)}</div>'
+    return f"<section><h2>What rounding will do</h2><p>{told}</p>{charts}</section>" if parts else ""
+
+
+def _ulps(inspection: Inspection) -> str:
+    counts = inspection.total.get("ulps")
+    if not counts or not sum(counts):
+        return ""
+    classes = zip((0, *ULP_EDGES[:-1]), ULP_EDGES, strict=True)
+    labels = [f"{low + 1} to {high}" if high - low > 1 else str(high) for low, high in classes]
+    whole = sum(counts)
+    rows = "".join(
+        f'<tr><td>{label}</td><td style="--p:{count / whole:.0%}">{count / whole:.1%}</td><td>{count:,}</td></tr>'
+        for label, count in zip([*labels, "more"], counts, strict=True)
+    )
+    return (
+        "<section><h2>Changes in units in the last place</h2>"
+        "<p>How many floating-point numbers lie between an element before and after, of those that changed.</p>"
+        '<div class="scroll" tabindex="0"><table class="heat">'
+        "<thead><tr><th>units</th><th>share</th><th>elements</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def _rounding(manifest: Mapping[str, Any]) -> str:
+    statistics = manifest["statistics"]
+    rows = []
+    for name, group in (*statistics["modules"].items(), ("all", statistics["all"])):
+        if "changed" in group:
+            figures = (
+                show(group.get("asked_lambda"), "number"),
+                show(group.get("realised_lambda"), "number"),
+                show(group["vanished"], "share"),
+                show(group["changed"], "share"),
+            )
+            rows.append(f"<tr><td>{escaped(name)}</td>{''.join(f'<td>{figure}</td>' for figure in figures)}</tr>")
+    if not rows:
+        return ""
+    head = f"<th>module</th><th>asked lambda</th><th>{abbreviated(FORECAST['realised'])}</th>"
+    head += f"<th>{abbreviated(FORECAST['vanished'])}</th><th>changed</th>"
+    measured = "every element" if statistics["mode"] == "full" else "a sample of blocks"
+    return (
+        f"<section><h2>What rounding did</h2><p>Measured on {measured}.</p>"
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for row in sorted(gates, key=lambda row: bool(row["passed"])):
+        measured = f"{row['measured']:.4g}" if row["measured"] is not None else "–"
+        verdict = "passed" if row["passed"] else "<strong>FAILED</strong>"
+        texts = [escaped(row["gate"]), escaped(row["asked"]), measured, verdict, escaped(row["detail"])]
+        rows.append("<tr>" + "".join(f"<td class=text>{text}</td>" for text in texts) + "</tr>")
+    failed = sum(not row["passed"] for row in gates)
+    told = f"{failed} of {len(gates)} failed: nothing was published." if failed else f"All {len(gates)} passed."
+    head = "".join(f"<th class=text>{column}</th>" for column in ("gate", "asked", "measured", "verdict", ""))
+    return (
+        f'<section><h2>Gates</h2><p>{told}</p><div class="scroll" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _recipe(plan: Plan) -> str:
+    """The text, and behind each line of a rule how many tensors it selects."""
+    document, names = plan.recipe.document, list(plan.tensors)
+    touched: dict[int, str] = {}
+    for name, schedule in plan.recipe.coefficients.items():
+        for index, rule in enumerate(schedule.rules):
+            place = document.place(("coefficients", name, "rules", index))
+            if place is not None:
+                count = len(rule.select(names))
+                told = f"{count} tensor{'s' if count != 1 else ''}"
+                touched[place.line] = f"{touched[place.line]}, {told}" if place.line in touched else told
+    lines = []
+    for index, line in enumerate(document.text.splitlines()):
+        told = f'  <span class="count">← {touched[index]}</span>' if index in touched else ""
+        lines.append(escaped(line) + told)
+    set_ = "".join(
+        f"<p>Set from outside: <code>{escaped(k)} = {v:g}</code></p>" for k, v in plan.recipe.overrides.items()
+    )
+    return f'<section><h2>The recipe</h2>{set_}<pre tabindex="0">{chr(10).join(lines)}</pre></section>'
+
+
+def _sweep(sweep: Sweep) -> str:
+    """Scores over each number, with the lambda that rounding left; two scores against each other; the table."""
+    names = list(sweep.best.scores)
+    charts = []
+    for axis in sweep.axes if len(sweep.scored) > 1 else ():
+        best: dict[float, Trial] = {}  # of several numbers, the best of the others at each value of this one
+        sign = 1 if sweep.minimise else -1
+        for trial in sorted(sweep.scored, key=lambda trial: -sign * trial.scores[sweep.by].value):
+            best[trial.values[axis]] = trial
+        realised = {value: trial.realised for value, trial in best.items() if trial.realised is not None}
+        for name in names:
+            points = [(value, best[value].scores[name].value) for value in sorted(best)]
+            charts.append(chart(name, axis, {name: points}, "number", above=("realised lambda", realised)))
+    pareto = sorted(sweep.pareto, key=lambda trial: trial.scores[names[0]].value)
+    if len(pareto) > 1:
+        points = [(trial.scores[names[0]].value, trial.scores[names[1]].value) for trial in pareto]
+        charts.append(
+            chart(f"{names[1]}: candidates that no other beats in all", names[0], {names[1]: points}, "number")
+        )
+    head = "".join(f"<th>{escaped(name)}</th>" for name in (*sweep.axes, *names, "realised lambda", ""))
+    rows = []
+    for trial in sweep.trials:
+        cells = [number(trial.values[axis]) for axis in sweep.axes]
+        for name in names:
+            score = trial.scores.get(name)
+            error = f" ± {1.96 * score.error:.2g}" if score is not None and score.error is not None else ""
+            cells.append("–" if score is None else f"{score.value:.4g}{error}")
+        cells.append(show(trial.realised, "number"))
+        near = "best" if trial is sweep.best else "within noise of it" if sweep.within_noise(trial) else ""
+        cells.append(escaped(trial.failed or near))
+        rows.append(f"<tr>{''.join(f'<td>{cell}' for cell in cells)}")
+    told = ", ".join(f"{name} = {number(value)}" for name, value in sweep.best.values.items())
+    return (
+        f"<section><h2>The sweep</h2><p>Best: <strong>{escaped(told)}</strong> by <code>{escaped(sweep.by)}</code> of "
+        f"<code>{escaped(sweep.score)}</code>.</p>"
+        f'<div class="charts">{"".join(charts)}</div><div class="scroll" tabindex="0"><table><thead><tr>{head}</tr>'
+        f"</thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _glossary() -> str:
+    parts = []
+    for figure in (*FIGURES.values(), *SPECTRAL.values(), *FORECAST.values()):
+        source = f" <span class=soft>{escaped(figure.source)}</span>" if figure.source else ""
+        parts.append(
+            f"<dt>{escaped(figure.label)}: <code>{escaped(figure.formula)}</code></dt>"
+            f"<dd>{escaped(figure.meaning)}{source}</dd>"
+        )
+    return f"<dl>{''.join(parts)}</dl>"

@@ -1,0 +1,396 @@
+"""Plans and results for people: rich tables on stdout.
+
+Only shows what it is given; nothing is computed here but how to draw it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as RichText
+
+from skillmerge.cli.show.figures import ACTIONS, show
+from skillmerge.engine.rounding_statistics import deviating
+from skillmerge.errors import some, visible
+from skillmerge.naming import module_kind
+from skillmerge.outputs.verify import Verdict
+from skillmerge.plans.accounting import settlement
+from skillmerge.plans.budget import Budget
+from skillmerge.plans.depth import bars, number, over_depth
+from skillmerge.plans.plan import Plan
+from skillmerge.tensors import format_bytes
+from skillmerge.verbs.apply import Result
+from skillmerge.verbs.export_patch import Patch
+
+if TYPE_CHECKING:
+    from skillmerge.cli.doctor import Diagnosis
+    from skillmerge.outputs.hub_commit import Published
+    from skillmerge.recipes.lint import Lint
+    from skillmerge.study.scores import Score
+    from skillmerge.verbs.demo import Shown
+    from skillmerge.verbs.derive import Derived
+    from skillmerge.verbs.export_lora import Exported
+    from skillmerge.verbs.miniature import Question
+    from skillmerge.verbs.rebuild import Rebuilt
+    from skillmerge.verbs.sweep.sweep import Sweep
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Left to the caller: rich would end the process."""
+        raise
+
+
+def console() -> Console:
+    """Results go to stdout; off a terminal they are as wide as they need to be."""
+    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
+
+
+def Text(text: str, style: str = "") -> RichText:
+    """Text as it is: no markup in it, no control characters."""
+    return RichText(visible(text), style=style)
+
+
+def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | None, out: Console) -> None:
+    """The human view of a plan: models, coefficients over depth, what happens to the tensors, totals."""
+    recipe = plan.recipe
+    out.print(Text(f"{recipe.document.name}: {recipe.document.data['merge']}", style="bold"))
+    models = Table("model", "from", "files", "size", box=box.SIMPLE_HEAD, pad_edge=False)
+    for item in plan.inputs:
+        role = f"{item.name} (donor)" if item.name == plan.donor else item.name
+        size = format_bytes(sum(file.size for file in item.files))
+        place = f"{item.uri} at {item.revision[:12]}" if item.revision else item.uri
+        models.add_row(*map(Text, (role, place, str(len(item.files)), size)))
+    out.print(models)
+    for index, name in enumerate(plan.coefficients):
+        _show_coefficient(plan, name, index, out)
+    _show_actions(plan, out)
+    for gate in plan.recipe.gates:
+        out.print(Text(f"gate: {gate.told}"), soft_wrap=True)
+    for note in plan.notes:
+        out.print(Text(f"note: {note}", style="yellow"))
+    for problem in plan.problems:
+        out.print(Text(f"problem: {problem.message}", style="red"), soft_wrap=True)
+    if plan.problems:
+        out.print(Text(settlement(plan.recipe, plan.problems)), soft_wrap=True)
+    most = "at most " if plan.makes_skill else ""
+    totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {most}{format_bytes(plan.bytes_written)}"]
+    if needs is not None:
+        totals.append(f"peak memory about {format_bytes(needs.memory)} with {needs.threads} threads")
+    if free is not None and plan.makes_skill:
+        totals.append(f"disk {format_bytes(free)} free")
+    elif free is not None:
+        totals.append(f"disk needed {format_bytes(plan.bytes_written)} of {format_bytes(free)} free")
+    out.print(Text(", ".join(totals)))
+    if where is not None:
+        out.print(Text(f"output {where}"), soft_wrap=True)
+    out.print(Text(f"plan {plan.digest}", style="dim"), soft_wrap=True)
+
+
+def _show_coefficient(plan: Plan, name: str, index: int, out: Console) -> None:
+    """lambda over depth as a picture, then by block and module, equal neighbours in one row."""
+    depth = over_depth(
+        (tensor.name, tensor.shape, tensor.coefficients[index])
+        for tensor in plan.tensors.values()
+        if index < len(tensor.coefficients)
+    )
+    for stack, drawn in depth.pictures:
+        out.print(Text(f"{name} over {stack}: {drawn}"))
+    table = Table(name, *depth.kinds, box=box.SIMPLE_HEAD, pad_edge=False)
+    for label, cells in depth.rows:
+        table.add_row(Text(label), *(cells[kind] for kind in depth.kinds))
+    out.print(table)
+
+
+def _show_actions(plan: Plan, out: Console) -> None:
+    table = Table("tensors", "from", "what happens", "names", box=box.SIMPLE_HEAD, pad_edge=False)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for tensor in plan.tensors.values():
+        models = ", ".join(dict.fromkeys(model for model, _ in tensor.sources))
+        groups.setdefault((tensor.action, models), []).append(tensor.name)
+    for (action, models), names in groups.items():
+        table.add_row(*map(Text, (str(len(names)), models, ACTIONS[action], some(names, 2))))
+    out.print(table)
+
+
+def show_result(result: Result, out: Console) -> None:
+    """Where the output is and what rounding did."""
+    statistics = result.manifest["statistics"]
+    if result.already and not result.output.exists():
+        pass  # it is on the Hub only
+    elif result.already:
+        nothing = "" if result.published else ", nothing to do"
+        out.print(Text(f"{result.output} is this plan's output already{nothing}"), soft_wrap=True)
+    else:
+        _show_work(result, statistics, out)
+        if result.gates:
+            show_gates(result.gates, out)
+    if result.published is not None:
+        show_published(result.published, out)
+
+
+def _show_work(result: Result, statistics: Mapping[str, Any], out: Console) -> None:
+    if result.manifest["output"].get("kind") == "skill":
+        out.print(_skill_table(statistics))
+    elif statistics["mode"] != "off" and "changed" in statistics["all"]:
+        out.print(statistics_table(statistics))
+    size = sum(file["size"] for file in result.manifest["files"])
+    what = f"wrote {result.output}" if result.output.exists() else "merged"
+    where = f" on {result.device}" if result.device else ""
+    if result.manifest["output"].get("kind") == "skill":
+        whole = statistics["all"]["dense_bytes"]
+        what += f", {size / whole:.2f} of the {format_bytes(whole)} that it would take whole" if whole else ""
+    out.print(Text(f"{what} ({format_bytes(size)} in {result.seconds:.1f} s{where})", style="bold"), soft_wrap=True)
+
+
+def show_gates(outcomes: Sequence[Mapping[str, Any]], out: Console) -> None:
+    """What was asked of the output, what was measured, and the verdict."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("gate", "asked", "measured", "verdict", ""):
+        table.add_column(column, justify="right" if column == "measured" else "left")
+    for row in outcomes:
+        measured = f"{row['measured']:.4g}" if row["measured"] is not None else "-"
+        verdict = Text("passed", "green") if row["passed"] else Text("FAILED", "bold red")
+        table.add_row(Text(row["gate"]), Text(row["asked"]), measured, verdict, Text(row["detail"]))
+    out.print(table)
+
+
+def show_published(published: Published, out: Console) -> None:
+    """Where on the Hub a model is."""
+    what = "is there already" if published.already else "published"
+    how = " as a pull request" if published.pull_request else ""
+    out.print(Text(f"{what}{how}: {published.url} (commit {published.commit})", style="bold"), soft_wrap=True)
+
+
+def statistics_table(statistics: Mapping[str, Any], title: str = "what rounding did") -> Table:
+    title += " (sampled)" if statistics["mode"] == "sampled" else ""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for column in ("module", "merged tensors", "asked lambda", "realised lambda", "vanished", "changed"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    for name, group in (*statistics["modules"].items(), ("all", statistics["all"])):
+        if not group["merged"]:
+            continue
+        asked, realised = group.get("asked_lambda"), group.get("realised_lambda")
+        if asked is None and group.get("realised") is not None:
+            asked, realised = 1.0, group["realised"]
+        cells = [number(value) if value is not None else "-" for value in (asked, realised)]
+        shares = [f"{group[key]:.1%}" if group.get(key) is not None else "-" for key in ("vanished", "changed")]
+        table.add_row(name, str(group["merged"]), *cells, *shares)
+    return table
+
+
+def _skill_table(statistics: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="the skill", title_justify="left")
+    for column in ("module", "tensors", "elements", "changed", "norm", "stored", "of whole"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    for name, group in (*statistics["modules"].items(), ("all", statistics["all"])):
+        changed = f"{group['changed']:.1%}" if group["changed"] is not None else "-"
+        share = f"{group['bytes'] / group['dense_bytes']:.3f}" if group["dense_bytes"] else "-"
+        cells = (f"{group['elements']:,}", changed, number(group["norm"]), format_bytes(group["bytes"]), share)
+        table.add_row(name, str(group["tensors"]), *cells)
+    return table
+
+
+def result_warnings(result: Result) -> list[str]:
+    """Where the output is not what was asked for: nothing changed, or rounding changed what was asked."""
+    statistics = result.manifest["statistics"]
+    warnings = []
+    if result.manifest["output"].get("kind") == "skill":
+        if not statistics["all"]["changed"]:
+            warnings.append("this skill is empty: the models that it was cut from hold the same weights")
+        if statistics["all"]["relative_error"]:
+            lost = statistics["all"]["relative_error"]
+            warnings.append(
+                f"this skill is rounded: {lost:.2g} of its norm was lost, and merges with it differ by that"
+            )
+        return warnings
+    donor = result.manifest["donor"]
+    plain = all(
+        tensor["action"] == "copy" and tensor["sources"][0][0] == donor for tensor in result.manifest["tensors"]
+    )
+    if plain or statistics["all"].get("changed") == 0:
+        warnings.append(f"this merge does nothing: as far as was measured, the output's weights are those of `{donor}`")
+    far = dict(deviating(statistics)) if not warnings else {}
+    for much, what in ((False, "only part of the update"), (True, "more than the update")):
+        found = [f"{share:.0%} for {name}" for name, share in far.items() if (share > 1) == much]
+        if found:
+            warnings.append(
+                f"rounding lets through {what}: {', '.join(found)}. "
+                "The cures are `dtype: float32` or `rounding: stochastic` under `output`."
+            )
+    return warnings
+
+
+def show_exported(exported: Exported | Patch, out: Console) -> None:
+    """What was written of a skill for others to read."""
+    if isinstance(exported, Patch):
+        share = f"{exported.elements / exported.of:.1%}" if exported.of else "none"
+        what = f"{share} of the elements in {exported.tensors} tensors, {format_bytes(exported.bytes)}"
+        told = f"wrote {exported.output}: {what}"
+        out.print(Text(told, style="bold"), soft_wrap=True)
+    else:
+        _show_adapter(exported, out)
+
+
+def _show_adapter(exported: Exported, out: Console) -> None:
+    """How much of a skill an adapter holds, by module."""
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for name, row in exported.modules.items():
+        groups.setdefault(module_kind(name), []).append(row)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"the adapter, rank {exported.rank}", title_justify="left")
+    for column in ("module", "matrices", "norm", "energy kept", "least"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    for kind, rows in groups.items():
+        squares = [row["norm"] ** 2 for row in rows]
+        kept = sum(row["energy"] * square for row, square in zip(rows, squares, strict=True))
+        share = kept / sum(squares) if sum(squares) else 1.0
+        least = min(row["energy"] for row in rows)
+        table.add_row(kind, str(len(rows)), number(math.sqrt(sum(squares))), f"{share:.1%}", f"{least:.1%}")
+    out.print(table)
+    count = f"{len(exported.left)} tensor{'s' if len(exported.left) != 1 else ''}"
+    told = f"wrote {exported.output}: it holds {exported.energy:.1%} of the skill's energy"
+    out.print(Text(told, style="bold"), soft_wrap=True)
+    if exported.left:
+        left = f"{count} that no adapter holds have {exported.left_energy:.1%} of it: {some(list(exported.left), 3)}"
+        out.print(Text(left), soft_wrap=True)
+
+
+def show_sweep(sweep: Sweep, out: Console) -> None:
+    """Every candidate's scores, the best and those that could be as good; a curve over a single number."""
+    names = list(sweep.best.scores)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in (*sweep.axes, *names, "realised", ""):
+        table.add_column(Text(column), justify="left" if not column else "right")
+    pareto = sweep.pareto
+    for trial in sweep.trials:
+        remarks = ["best"] if trial is sweep.best else ["within noise of the best"] if sweep.within_noise(trial) else []
+        remarks += [trial.failed] if trial.failed else []
+        remarks += ["not beaten in all"] if trial in pareto else []
+        table.add_row(
+            *(number(trial.values[axis]) for axis in sweep.axes),
+            *(_scored(trial.scores.get(name)) for name in names),
+            show(trial.realised, "number"),
+            Text(", ".join(remarks)),
+        )
+    out.print(table)
+    if len(sweep.axes) == 1 and len(sweep.scored) > 2:
+        values = [trial.scores[sweep.by].value for trial in sweep.scored]
+        (axis,) = sweep.axes
+        ends = [number(trial.values[axis]) for trial in (sweep.scored[0], sweep.scored[-1])]
+        curve = bars(values, min(values), max(values))
+        out.print(
+            Text(f"{sweep.by} over {axis}: {ends[0]} {curve} {ends[1]}  ({min(values):.4g} to {max(values):.4g})")
+        )
+    told = ", ".join(f"{name} = {number(value)}" for name, value in sweep.best.values.items())
+    out.print(Text(f"best: {told}, written to {sweep.best_recipe}", style="bold"), soft_wrap=True)
+    if sweep.best.scores[sweep.by].error is None:
+        out.print(Text("how noisy these scores are is not known: --repeats shows it"), soft_wrap=True)
+
+
+def _scored(score: Score | None) -> str:
+    if score is None:
+        return "–"
+    return f"{score.value:.4g}" + (f" ± {1.96 * score.error:.2g}" if score.error is not None else "")
+
+
+def show_changes(changes: Sequence[str], since: str, out: Console) -> None:
+    """What is different from a saved plan."""
+    if not changes:
+        out.print(Text(f"nothing changed since {since}", style="bold"), soft_wrap=True)
+    for change in changes:
+        out.print(Text(f"- {change}"), soft_wrap=True)
+
+
+def show_lint(lint: Lint, out: Console) -> None:
+    """As compilers do: file, line, column, what is wrong, and the line itself."""
+    for finding in lint.findings:
+        place = f":{finding.place.line + 1}:{finding.place.column + 1}" if finding.place else ""
+        style = "red" if finding.rule.level == "error" else "yellow"
+        told = Text(f"{finding.file}{place}: ", style="bold") + Text(f"{finding.rule.level}: ", style=style)
+        out.print(told + Text(f"{finding.message} [{finding.rule.id}]"), soft_wrap=True)
+        for text in filter(None, (finding.excerpt, finding.fix)):
+            out.print(Text(text), soft_wrap=True)
+    files = f"{len(lint.files)} recipe{'s' if len(lint.files) != 1 else ''}"
+    out.print(Text(f"{files}: {_count(lint, 'error')}, {_count(lint, 'warning')}", style="bold"))
+
+
+def _count(lint: Lint, level: str) -> str:
+    count = lint.count(level)
+    return f"{count or 'no'} {level}{'s' if count != 1 else ''}"
+
+
+_BYTES = ("total", "available", "free", "memory", "cgroup limit")
+"""Facts of a diagnosis that are sizes, where they are large."""
+
+
+def show_diagnosis(diagnosis: Diagnosis, out: Console) -> None:
+    """Sections of facts, ready to be pasted."""
+    for name, facts in diagnosis.sections.items():
+        out.print(Text(name, style="bold"))
+        for key, value in facts.items() or [("none", "")]:
+            out.print(Text(f"  {key}: {_fact(key, value)}" if value != "" else f"  {key}"), soft_wrap=True)
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(", ".join(_fact(name, fact) for name, fact in item.items()) for item in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key in _BYTES and isinstance(value, int):
+        return format_bytes(value)
+    return "none" if value is None else str(value)
+
+
+def show_derived(derived: Derived, out: Console) -> None:
+    values = list(derived.numbers.values())
+    what = f"{len(values)} rules, {number(min(values))} to {number(max(values))}" if values else "no rules"
+    out.print(Text(f"wrote {derived.output}: {what}", style="bold"), soft_wrap=True)
+    if derived.removed is not None and derived.chance is not None:
+        out.print(Text(f"removes {derived.removed:.3%} of the update's energy; chance would be {derived.chance:.3%}"))
+
+
+def show_answers(shown: Sequence[Shown], examples: Sequence[tuple[Question, str, str]], out: Console) -> None:
+    """How models answer: shares, and some questions with the first one's and the last one's answers."""
+    title = f"{len(shown[0].right)} questions about people whom only the target has read of, answered rightly"
+    out.print(Text(title, style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("model", "greedy", "sampled"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in shown:
+        table.add_row(row.name, f"{row.greedy:.1%}", f"{row.sampled:.1%}")
+    out.print(table)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("question", "right", "before", "after"):
+        table.add_column(column)
+    for question, before, after in examples:
+        table.add_row(*map(Text, (" ".join(question.words), question.wanted, before, after)))
+    out.print(table)
+
+
+def show_parent(parent: str, model: str, out: Console) -> None:
+    out.print(Text(f"{parent} is `{model}` of this skill: all tensors have the digests that it was cut from"))
+
+
+def show_rebuilt(made: Rebuilt, out: Console) -> None:
+    """What was built again, and that it is the same."""
+    what = "all" if made.tensors == made.of else f"{made.tensors} of"
+    told = f"{made.folder}: {what} {made.of} tensors ({format_bytes(made.bytes)}) come out the same, to the byte"
+    out.print(Text(told if made.output is None else f"{told}, in {made.output}", style="bold"), soft_wrap=True)
+
+
+def show_verdict(verdict: Verdict, out: Console) -> None:
+    out.print(
+        Text(
+            f"{verdict.folder}: verified: {verdict.files} files, {verdict.tensors} tensors, "
+            f"{format_bytes(verdict.bytes)}: digests, index, headers, shapes, dtypes, finite values"
+        ),
+        soft_wrap=True,
+    )
+    if verdict.load is not None:
+        out.print(Text(f"loaded as {verdict.load['class']}: no missing, unexpected or mismatched keys; finite output"))

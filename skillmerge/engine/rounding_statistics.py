@@ -1,0 +1,211 @@
+"""What rounding did: realised lambda, vanished and changed shares, per tensor, per module kind and in all.
+
+Measured where the update v is not 0 (design: "rounding is reported, never hidden"):
+
+    realised lambda   lambda * <y - t, u> / <u, u>    with u = lambda * v, t the base, y the output
+    vanished share    elements with u != 0 and y = t, of those with u != 0
+    changed share     elements with y != t, of all
+    norm ratio        |y - t| / |t|
+
+t is rounded to the output's dtype first, so that only the update is measured. Sums are kept per block and
+added exactly, so that they depend on nothing but the numbers. `sampled` reads one block in SAMPLE_STRIDE of
+each tensor, at an offset given by its name, and at least one.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from skillmerge.naming import MODULE_KINDS, module_kind
+from skillmerge.plans.plan import Plan
+from skillmerge.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from skillmerge.methods.evaluate import Scratch
+
+
+SAMPLE_STRIDE = 128
+DEVIATION = 0.1
+"""A realised lambda further than this from the asked one is worth a warning."""
+
+
+def is_sampled(name: str, block: int, blocks: int, mode: str) -> bool:
+    """Whether block number `block` of the `blocks` of tensor `name` is read for statistics."""
+    if mode != "sampled":
+        return mode == "full"
+    stride = min(SAMPLE_STRIDE, blocks)
+    return block % stride == zlib.crc32(name.encode()) % stride
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStatistics:
+    """Counts and sums of one block: `uu`, `du`, `dd` and `tt` are <u, u>, <y - t, u>, <y - t, y - t> and <t, t>."""
+
+    elements: int
+    updated: int
+    vanished: int
+    changed: int
+    uu: float
+    du: float
+    dd: float
+    tt: float
+
+
+def measure(base: Tensor, out: Tensor, subtracted: Tensor, scratch: Scratch) -> BlockStatistics:
+    """Measure one block: `base` as it is stored, `out` as it is written, `subtracted` = -lambda * v."""
+    import torch
+
+    from skillmerge.bits import bit_view, fold_sum
+    from skillmerge.methods.rounding import round_nearest
+
+    count, wide = out.numel(), torch.float64
+    if base.dtype != out.dtype:
+        base = round_nearest(base, scratch.get("statistics", 0, out.dtype, count))
+    before, after = bit_view(base), bit_view(out)
+    changed = torch.ne(before, after, out=scratch.get("statistics", 1, before.dtype, count))
+    update = scratch.get("statistics", 2, wide, count).copy_(subtracted)
+    step = scratch.get("statistics", 3, wide, count).copy_(out)
+    square = scratch.get("statistics", 4, wide, count).copy_(base)
+    step.sub_(square)
+    tt = fold_sum(square.mul_(square))
+    dd = fold_sum(torch.mul(step, step, out=square))
+    du = -fold_sum(step.mul_(update))
+    updated = int(torch.count_nonzero(update).item())
+    visible = int(torch.count_nonzero(torch.mul(update, changed, out=step)).item())
+    return BlockStatistics(
+        elements=count,
+        updated=updated,
+        vanished=updated - visible,
+        changed=int(torch.count_nonzero(changed).item()),
+        uu=fold_sum(update.mul_(update)),
+        du=du,
+        dd=dd,
+        tt=tt,
+    )
+
+
+def total(blocks: Iterable[BlockStatistics], size: int) -> dict[str, Any]:
+    """The statistics of one tensor of `size` elements, as plain data; sums are exact, in whatever order."""
+    blocks = list(blocks)
+    return {
+        "total": size,
+        "elements": sum(block.elements for block in blocks),
+        "updated": sum(block.updated for block in blocks),
+        "vanished": sum(block.vanished for block in blocks),
+        "changed": sum(block.changed for block in blocks),
+        "uu": _sum(block.uu for block in blocks),
+        "du": _sum(block.du for block in blocks),
+        "dd": _sum(block.dd for block in blocks),
+        "tt": _sum(block.tt for block in blocks),
+    }
+
+
+def _sum(values: Iterable[float]) -> float | None:
+    """The exact sum, or None where it is no number that JSON has (NaN and Inf were allowed in)."""
+    try:
+        result = math.fsum(values)
+    except (OverflowError, ValueError):
+        return None
+    return result if math.isfinite(result) else None
+
+
+def summarise(plan: Plan, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Per module kind and in all: counts, and asked and realised lambda weighted by the update's energy."""
+    groups: dict[str, list[str]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
+    for name in plan.tensors:
+        groups[module_kind(name)].append(name)
+    modules = {kind: _group(plan, names, measured) for kind, names in groups.items() if names}
+    return {"modules": modules, "all": _group(plan, list(plan.tensors), measured)}
+
+
+def summarise_skill(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The same for a stored skill, from what `skill.json` says of its tensors: counts, shares, and the norm."""
+    groups: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
+    for name, row in tensors.items():
+        groups[module_kind(name)].append(row)
+    modules = {kind: _skill_group(rows) for kind, rows in groups.items() if rows}
+    return {"modules": modules, "all": _skill_group(list(tensors.values()))}
+
+
+def _skill_group(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    elements = [math.prod(row["shape"]) for row in rows]
+    return {
+        "tensors": len(rows),
+        "elements": sum(elements),
+        "changed": _share(sum(row["changed"] for row in rows), sum(elements)),
+        "pairs": sum(row["pairs"] for row in rows),
+        "norm": math.sqrt(math.fsum(row["sum_of_squares"] for row in rows)),
+        "relative_error": _relative_error(rows),
+        "bytes": sum(row["bytes"] for row in rows),
+        "dense_bytes": sum(count * DTYPES[row["dtype"]].itemsize for count, row in zip(elements, rows, strict=True)),
+    }
+
+
+def _relative_error(rows: list[Mapping[str, Any]]) -> float:
+    """The norm of what rounding lost, of the norm of the update."""
+    lost = math.fsum(row.get("lost_squares", 0.0) for row in rows)
+    whole = math.fsum(row["sum_of_squares"] for row in rows)
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
+def _group(plan: Plan, names: list[str], measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    rows = [(name, measured[name]) for name in names if _is_finite(measured.get(name))]
+    result: dict[str, Any] = {"tensors": len(names), "merged": sum(_merged(plan, name) for name in names)}
+    if not rows:
+        return result
+    # A sampled tensor stands for all of its elements.
+    scaled = [(row, row["total"] / row["elements"]) for _, row in rows]
+    updated = math.fsum(row["updated"] * by for row, by in scaled)
+    energy = math.fsum(row["uu"] * by for row, by in scaled)
+    result["changed"] = _share(
+        math.fsum(row["changed"] * by for row, by in scaled), sum(row["total"] for _, row in rows)
+    )
+    result["vanished"] = _share(math.fsum(row["vanished"] * by for row, by in scaled), updated)
+    result["realised"] = _share(math.fsum(row["du"] * by for row, by in scaled), energy)
+    moved, whole = (math.fsum(row[key] * by for row, by in scaled) for key in ("dd", "tt"))
+    result["norm_ratio"] = math.sqrt(moved / whole) if whole else None
+    factors = [_factor(plan, name) for name, _ in rows]
+    if None not in factors and energy > 0:
+        # u = lambda * v, so <v, v> = <u, u> / lambda^2.
+        terms = [
+            (row["uu"] * by, row["du"] * by, factor)
+            for (row, by), factor in zip(scaled, factors, strict=True)
+            if factor
+        ]
+        plain = _sum(uu / factor / factor for uu, _, factor in terms)
+        asked, realised = _sum(uu / factor for uu, _, factor in terms), _sum(du / factor for _, du, factor in terms)
+        if plain and asked is not None and realised is not None:
+            result["asked_lambda"], result["realised_lambda"] = asked / plain, realised / plain
+    return result
+
+
+def _is_finite(row: Mapping[str, Any] | None) -> bool:
+    return row is not None and all(row.get(key) is not None for key in ("uu", "du", "dd", "tt"))
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _merged(plan: Plan, name: str) -> bool:
+    return plan.tensors[name].action == "merge"
+
+
+def _factor(plan: Plan, name: str) -> float | None:
+    """lambda, where the tensor is `base + lambda * v` with one number in front of the difference."""
+    program = plan.tensors[name].program
+    return program.asked if program is not None and program.base else None
+
+
+def deviating(summary: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+    """Module kinds, and `all`, whose realised share of the update is more than DEVIATION off."""
+    for name, group in (*summary["modules"].items(), ("all", summary["all"])):
+        realised = group.get("realised")
+        if realised is not None and abs(realised - 1) > DEVIATION:
+            yield name, realised

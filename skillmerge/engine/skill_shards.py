@@ -1,0 +1,312 @@
+"""Plan + checkpoints -> the files of a skill. The streaming core's other end: what is written is mostly nothing.
+
+A worker takes a unit (up to sparse.UNIT elements of one tensor), reads it of every model, takes the
+difference and encodes it; the units' parts are appended in the plan's order, and the header, for which room was
+left, is written last. Where a difference is kept exactly, and as what, is said in `checkpoints/skill.py`. All of
+this is on the CPU: it is reading and counting, and there is no arithmetic for a GPU to speed up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skillmerge.bits import any_nonfinite, fold_sum, memory_of, torch_dtype
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.kinds.sparse import Encoder, differing, places_of, within
+from skillmerge.engine.destination import StreamDestination
+from skillmerge.engine.skill_file import Cut, Kept, SkillFile, Unit, compressed
+from skillmerge.engine.tiles import Span, Tile
+from skillmerge.engine.worker import Settings, Worker
+from skillmerge.methods.evaluate import evaluate
+from skillmerge.methods.rounding import round_nearest
+from skillmerge.methods.terms import minus_of
+from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT
+
+
+def cut_shards(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    destination: StreamDestination,
+    settings: Settings,
+    *,
+    progress: Callable[[int], None] = lambda done: None,
+    in_flight: int | None = None,
+    finished: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> None:
+    """Write the files of a skill that `destination` has not finished yet; see `engine.merge_shards`."""
+    wanted = [shard for shard in plan.shards if shard.file not in destination.finished]
+    done = sum(shard.size for shard in plan.shards if shard.file in destination.finished)
+    stop = threading.Event()
+    threads = settings.budget.threads
+    intraop = torch.get_num_threads()
+    torch.set_num_threads(1)
+    workers = _Workers(plan, checkpoints, settings, stop)
+    pool = ThreadPoolExecutor(threads)
+    closing = ThreadPoolExecutor(1)
+    closed: list[Future[None]] = []
+    try:
+        for tensor in plan.tensors.values():
+            if tensor.action == "same":
+                workers.compare(tensor)
+        if plan.recipe.output.keep is not None:
+            chosen = [tensor for tensor in plan.tensors.values() if tensor.action == "compute"]
+            select = partial(workers.select, share=plan.recipe.output.keep)
+            workers.kept = dict(zip((tensor.name for tensor in chosen), pool.map(select, chosen), strict=True))
+        cuts = _in_order(pool, workers, [unit for shard in wanted for unit in _units(plan, shard)], threads + 1)
+        for shard in wanted:
+            file = SkillFile(destination, shard, plan, checkpoints, workers.kept)
+            try:
+                for unit in _units(plan, shard):
+                    file.add(unit, next(cuts))
+                    done += unit.length * DTYPES[unit.spec.dtype].itemsize
+                    progress(done)
+            except BaseException:
+                file.close()
+                raise
+            # Digested while the next file is made.
+            closed.append(closing.submit(_complete, file, checkpoints, destination, finished, stop))
+            for future in closed[:-2]:
+                future.result()
+        for future in closed:
+            future.result()
+    except BaseException:
+        stop.set()
+        for checkpoint in checkpoints.values():
+            checkpoint.files.cancel()
+        raise
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        closing.shutdown(cancel_futures=True)
+        workers.close()
+        torch.set_num_threads(intraop)
+
+
+def _units(plan: Plan, shard: ShardPlan) -> Iterator[Unit]:
+    for spec in shard.specs:
+        for number in range(-(-spec.elements // UNIT)):
+            yield Unit(plan.tensors[spec.name], number, spec)
+
+
+def _in_order(pool: ThreadPoolExecutor, workers: _Workers, units: Sequence[Unit], ahead: int) -> Iterator[Cut]:
+    """The cuts of the units in their order, at most `ahead` of them made before they are wanted."""
+    waiting: deque[Future[Cut]] = deque()
+    for index, unit in enumerate(units):
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+        if index + 1 < len(units):
+            workers.announce(units[index + 1])
+        waiting.append(pool.submit(workers.cut, unit))
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _complete(
+    file: SkillFile,
+    checkpoints: Mapping[str, Checkpoint],
+    destination: StreamDestination,
+    finished: Callable[[dict[str, Any]], None],
+    stop: threading.Event,
+) -> None:
+    """Make a file durable, then say so in the journal."""
+    entry = file.finish(stop)
+    if stop.is_set():
+        return
+    for checkpoint in checkpoints.values():
+        checkpoint.check_unchanged()
+    destination.record(entry)
+    destination.finished[entry["shard"]] = entry
+    finished(entry)
+
+
+_BINS = 1 << 16
+"""Sizes are told apart by the upper 16 bits of a float32 without its sign: to one part in 256."""
+
+
+class _Workers:
+    """A worker for each thread, made when the thread first needs it."""
+
+    def __init__(
+        self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stop: threading.Event
+    ) -> None:
+        self._plan, self._checkpoints, self._settings, self._stop = plan, checkpoints, settings, stop
+        self._mine = threading.local()
+        self._all: list[Worker] = []
+        # A skill that is read says of what it was made itself.
+        self.kept: dict[str, Kept] = {}
+        self._digested = set(checkpoints) - plan.recipe.skills - {minus_of(name) for name in plan.recipe.skills}
+
+    def close(self) -> None:
+        for worker in self._all:
+            worker.close()
+
+    @property
+    def _worker(self) -> Worker:
+        if not hasattr(self._mine, "worker"):
+            self._mine.worker = Worker(self._plan, self._checkpoints, self._settings, self._stop)
+            self._all.append(self._mine.worker)
+        worker: Worker = self._mine.worker
+        return worker
+
+    def announce(self, unit: Unit) -> None:
+        """Have what a coming unit reads read ahead."""
+        for model, source in unit.tensor.sources:
+            spec = self._checkpoints[model].tensors[source]
+            size = DTYPES[spec.dtype].itemsize
+            start = spec.start + unit.number * UNIT * size
+            self._checkpoints[model].files.announce(spec.file, start, unit.length * size)
+
+    def compare(self, tensor: TensorPlan) -> None:
+        """Prove that a tensor which has no difference is the same everywhere. Raises UnusableWeights."""
+        elements = math.prod(tensor.shape)
+        for first in range(0, elements, UNIT):
+            tile = Tile(tensor, first, min(first + UNIT, elements), 0)
+            (values,) = self._worker.reader.read(Span(0, (tile,)))
+            self._worker.compare(tile, values)
+
+    def select(self, tensor: TensorPlan, share: float) -> Kept:
+        """Which elements of a tensor are its largest, so great a share of them or a little less: a pass of its own."""
+        worker, elements = self._worker, math.prod(tensor.shape)
+        counts, energies = torch.zeros(_BINS, dtype=torch.int64), torch.zeros(_BINS, dtype=torch.float64)
+        assert tensor.program is not None
+        with torch.inference_mode():
+            for first in range(0, elements, UNIT):
+                tile = Tile(tensor, first, min(first + UNIT, elements), 0)
+                (values,) = worker.reader.read(Span(0, (tile,)))
+                inputs = {model: piece for (model, _), piece in zip(tensor.sources, values, strict=True)}
+                for _, pieces in self._chunks(worker, tile, inputs, {}):
+                    value, _ = evaluate(tensor.program, pieces, worker.scratch)
+                    bins = _bins_of(value)
+                    counts += torch.bincount(bins, minlength=_BINS)
+                    squares = value.to(torch.float64)
+                    energies += torch.bincount(bins, weights=squares.mul_(squares), minlength=_BINS)
+                if self._stop.is_set():
+                    return Kept()
+        above, energy = counts.flip(0).cumsum(0), energies.flip(0).cumsum(0)
+        width = int((above <= max(1, math.floor(share * elements))).sum())
+        # The largest stay, however many have their size.
+        width = max(width, int((above == 0).sum()) + 1)
+        if width >= _BINS or not float(energy[-1]):
+            return Kept()
+        least = torch.tensor((_BINS - width) << 15, dtype=torch.int32).view(torch.float32)
+        factor = math.sqrt(float(energy[-1]) / float(energy[width - 1])) if float(energy[width - 1]) else 1.0
+        return Kept(float(least), factor, int(above[width - 1]) / elements)
+
+    def cut(self, unit: Unit) -> Cut:
+        """Read a unit of every model and encode the difference. Raises UnusableWeights."""
+        worker = self._worker
+        if unit.tensor.action == "zero" or self._stop.is_set():
+            return Cut({})
+        with torch.inference_mode():
+            first = unit.number * UNIT
+            tile = Tile(unit.tensor, first, first + unit.length, 0)
+            (values,) = worker.reader.read(Span(0, (tile,)))
+            inputs = {model: piece for (model, _), piece in zip(unit.tensor.sources, values, strict=True)}
+            digests = {model: hashlib.sha256() for model in inputs if model in self._digested}
+            chunks = self._chunks(worker, tile, inputs, digests)
+            cut = self._keep(chunks) if unit.tensor.action == "cut" else self._compute(worker, tile, chunks)
+            cut.digests = {model: digest.hexdigest() for model, digest in digests.items()}
+            if self._plan.recipe.output.compression == "zstd":
+                cut.planes = {plane: compressed(encoded) for plane, encoded in cut.planes.items()}
+        return cut
+
+    @staticmethod
+    def _chunks(
+        worker: Worker, tile: Tile, inputs: Mapping[str, Tensor], digests: Mapping[str, hashlib._Hash]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """A tile's values, checked and digested, in pieces that stay in the cache. Raises UnusableWeights."""
+        for start in range(0, tile.last - tile.first, CHUNK):
+            pieces = {model: values[start : start + CHUNK] for model, values in inputs.items()}
+            for model, piece in pieces.items():
+                if any(any_nonfinite(piece[at : at + BLOCK]) for at in range(0, piece.numel(), BLOCK)):
+                    raise worker.nonfinite(tile, inputs, inputs[model])
+                if model in digests:
+                    digests[model].update(memory_of(piece))
+            yield start, pieces
+
+    def _keep(self, chunks: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Cut:
+        """The exact difference of two models, as pairs."""
+        cut = Cut({})
+        planes: tuple[Encoder, Encoder] | None = None
+        for _, pieces in chunks:
+            a, b = pieces.values()
+            plus, minus = planes = planes or (Encoder(a.dtype), Encoder(b.dtype))
+            alike = a.dtype == b.dtype
+            mask = differing(a, b) if alike else differing(a.to(torch.float64), b.to(torch.float64))
+            places = places_of(mask)
+            a, b = a.index_select(0, places), b.index_select(0, places)
+            value = a - b if alike else (a.to(torch.float64) - b.to(torch.float64)).to(a.dtype)
+            pairs = places_of(~_fits(a, b, value))
+            update = value.to(torch.float64, copy=True)
+            if len(pairs):
+                update[pairs] = a[pairs].to(torch.float64) - b[pairs].to(torch.float64)
+                value[pairs] = a[pairs]
+            plus.add(mask, places, value)
+            apart = places[pairs]
+            minus.add(torch.zeros_like(mask).index_fill_(0, apart, True), apart, b[pairs])
+            cut.changed += len(places)
+            cut.pairs += len(pairs)
+            if len(places):
+                cut.squares.append(fold_sum(update.mul_(update)))
+        if planes is not None:
+            cut.planes = {"plus": planes[0].finish(), "minus": planes[1].finish()}
+        return cut
+
+    def _compute(self, worker: Worker, tile: Tile, chunks: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Cut:
+        """The value of the formula, rounded once."""
+        assert tile.tensor.program is not None
+        dtype, kept = torch_dtype(tile.tensor.dtype), self.kept.get(tile.tensor.name)
+        plus = Encoder(dtype)
+        cut = Cut({})
+        for start, pieces in chunks:
+            value, _ = evaluate(tile.tensor.program, pieces, worker.scratch)
+            stays = value
+            if kept is not None:
+                stays = torch.where(value.abs().to(torch.float32) >= kept.least, value * kept.factor, 0.0)
+            rounded = round_nearest(stays, torch.empty(value.numel(), dtype=dtype))
+            if any_nonfinite(rounded):
+                raise worker.nonfinite(tile, pieces, rounded, tile.first + start)
+            mask = rounded != 0
+            places = places_of(mask)
+            plus.add(mask, places, rounded[places])
+            cut.changed += len(places)
+            update = value.to(torch.float64)
+            error = update - rounded.to(torch.float64)
+            cut.lost.append(fold_sum(error.mul_(error)))
+            cut.squares.append(fold_sum(update * update))
+        cut.planes = {"plus": plus.finish()}
+        return cut
+
+
+def _bins_of(values: Tensor) -> Tensor:
+    """The upper bits of values' sizes as float32, as int64."""
+    return (values.to(torch.float32).view(torch.int32).bitwise_and(0x7FFFFFFF) >> 15).to(torch.int64)
+
+
+def _fits(a: Tensor, b: Tensor, value: Tensor) -> Tensor:
+    """Where `value`, the rounded difference of elements that differ, is exact, and gives `a` when added to `b` and
+    `b` when taken from `a`."""
+    fits = torch.zeros(len(a), dtype=torch.bool)
+    if a.dtype == b.dtype:
+        # Numbers of one sign and within a binade of each other (Sterbenz 1974), but for what is near -0, which no
+        # sum gives.
+        units = round(1 / torch.finfo(a.dtype).eps) - 1
+        fits = within(a, b, units) & ~within(a, torch.zeros(1, dtype=a.dtype).neg_(), units)
+    rest = places_of(~fits)
+    if len(rest):
+        a, b, value = (each[rest].to(torch.float64) for each in (a, b, value))
+        exact = (a - b == value) & (b + value == a) & (a - value == b)
+        # Zeros of two signs, and -0 itself, are not what a sum gives back.
+        fits[rest] = exact & (a != b) & ~((a == 0) & a.signbit()) & ~((b == 0) & b.signbit())
+    return fits

@@ -1,0 +1,49 @@
+"""What happens while torch is imported: weights are read ahead, and signals wait."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from threading import Event, Thread
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.errors import SkillmergeError
+from skillmerge.plans.plan import Plan
+from skillmerge.tensors import DTYPES, UNIT
+
+
+@contextmanager
+def reading_ahead(plan: Plan, checkpoints: Mapping[str, Checkpoint], finished: Container[str]) -> Iterator[None]:
+    """During the body, have the first weights that are wanted read into the page cache."""
+    wanted = (spec for shard in plan.shards if shard.file not in finished for spec in shard.specs)
+    sources = (source for spec in wanted for source in plan.tensors[spec.name].sources)
+    stop = Event()
+
+    def announce() -> None:
+        for model, name in sources:
+            files, spec = checkpoints[model].files, checkpoints[model].tensors[name]
+            step = UNIT * DTYPES[spec.dtype].itemsize
+            for start in range(spec.start, spec.end, step) if not files.remote else ():
+                if stop.is_set():
+                    return
+                with suppress(SkillmergeError, OSError):  # whoever really reads will say what is wrong
+                    files.announce(spec.file, start, min(step, spec.end - start))
+
+    thread = Thread(target=announce)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def signals_waiting() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM after the body: importing torch swallows what their handlers raise."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

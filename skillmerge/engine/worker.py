@@ -1,0 +1,219 @@
+"""One thread's work: read the tiles of a span into buffers of its own, compute, fill an output buffer.
+
+The same code serves CPU and CUDA; on CUDA a worker owns a stream, and its host buffers are pinned. Knows
+nothing about the other workers, about files written, or about the order of things.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skillmerge.bits import any_nonfinite, canonical_nan, first_nonfinite, torch_dtype
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.engine.rounding_statistics import BlockStatistics, is_sampled, measure
+from skillmerge.engine.tiles import Buffer, Reader, Span, Tile
+from skillmerge.errors import UnusableWeights
+from skillmerge.methods.evaluate import Scratch, evaluate
+from skillmerge.methods.rounding import keep_same_bits, round_value, rounding_key
+from skillmerge.plans.budget import Budget
+from skillmerge.plans.plan import Plan, TensorPlan
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, PAGE, block_count
+
+Statistics = dict[str, dict[int, BlockStatistics]]
+"""What was measured of each merged tensor, by block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run a plan; nothing in here changes a byte of the output."""
+
+    device: torch.device
+    budget: Budget
+    stats: str = "sampled"
+    allow_nonfinite: bool = False
+    warn: Callable[[str], None] = lambda message: None
+
+
+class Worker:
+    """One thread's input buffers and arithmetic.
+
+    `chunk` elements are computed at once: what fits the caches on a CPU, a whole tile on CUDA.
+    """
+
+    def __init__(
+        self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stop: threading.Event
+    ) -> None:
+        self.plan, self.checkpoints, self.settings, self.stop = plan, checkpoints, settings, stop
+        tile = self.settings.budget.tile
+        self.reader = Reader(checkpoints, plan.input_itemsizes, tile, settings.device)
+        self.stream: torch.cuda.Stream | None = None
+        self._use(self.settings.device, tile)
+
+    def _use(self, device: torch.device, tile: int) -> None:
+        if self.stream is not None:
+            self.stream.synchronize()  # results may still be on their way back
+        self.device = device
+        self.chunk = tile if device.type == "cuda" else CHUNK
+        self.scratch = Scratch(device, self.chunk)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def fill(self, span: Span, output: Buffer, statistics: Statistics) -> None:
+        """Put a span's bytes into `output`, aligned in memory as they are in the file (direct I/O asks for it)."""
+        inputs = self.reader.read(span, output)
+        for tile, values in zip(span.tiles, inputs, strict=True):
+            if self.stop.is_set():
+                return
+            start = span.offset % PAGE + tile.offset - span.offset
+            out = output.typed(torch_dtype(tile.tensor.dtype), start, tile.last - tile.first)
+            self._fill(statistics, tile, values, out)
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.synchronize()
+        self.reader.close()
+
+    def _fill(self, statistics: Statistics, tile: Tile, values: list[Tensor], out: Tensor) -> None:
+        tensor = tile.tensor
+        if tensor.action == "same":
+            self.compare(tile, values)
+        elif tensor.program is None:
+            if not self.settings.allow_nonfinite and DTYPES[tensor.dtype].is_float:
+                for first in range(0, out.numel(), BLOCK):
+                    if any_nonfinite(out[first : first + BLOCK]):
+                        raise self.nonfinite(tile, {tensor.sources[0][0]: out}, out)
+        else:
+            inputs = {model: piece for (model, _), piece in zip(tensor.sources, values, strict=True)}
+            while True:
+                try:
+                    return self._compute(statistics, tile, inputs, out)
+                except RuntimeError as error:
+                    if self.stream is None or "out of memory" not in str(error).lower():
+                        raise
+                    self._shrink()
+
+    def compare(self, tile: Tile, values: list[Tensor]) -> None:
+        """Prove that a tensor which no arithmetic is meant for is the same everywhere."""
+        first, *others = tile.tensor.sources
+        for other, piece in zip(others, values[1:], strict=True):
+            if not torch.equal(piece.view(torch.uint8), values[0].view(torch.uint8)):
+                name = tile.tensor.name
+                raise UnusableWeights(
+                    f"tensor `{name}` holds {tile.tensor.dtype} and differs between models `{first[0]}` and "
+                    f"`{other[0]}`: it cannot be merged",
+                    fix=f'leave it out of the skill:\nignore:\n  - "{name}"'
+                    if self.plan.makes_skill
+                    else f'say which one to take:\ncopy:\n  - {{tensors: "{name}", from: {first[0]}}}',
+                )
+
+    def _compute(self, statistics: Statistics, tile: Tile, values: Mapping[str, Tensor], out: Tensor) -> None:
+        if self.stream is None:
+            return self._compute_chunks(statistics, tile, values, out)
+        with torch.cuda.stream(self.stream):
+            self._compute_chunks(statistics, tile, values, out)
+            self.stream.synchronize()
+
+    def _compute_chunks(self, statistics: Statistics, tile: Tile, values: Mapping[str, Tensor], out: Tensor) -> None:
+        for start in range(0, out.numel(), self.chunk):
+            stop = min(start + self.chunk, out.numel())
+            pieces = {
+                model: self._on_device(index, tensor[start:stop])
+                for index, (model, tensor) in enumerate(values.items())
+            }
+            here = out[start:stop]
+            result = here if self.stream is None else self.scratch.get("out", 0, out.dtype, stop - start)
+            self._compute_piece(statistics, tile, tile.first + start, pieces, result)
+            if self.stream is not None:
+                here.copy_(result, non_blocking=True)
+
+    def _on_device(self, index: int, piece: Tensor) -> Tensor:
+        if self.stream is None:
+            return piece
+        return self.scratch.get("input", index, piece.dtype, piece.numel()).copy_(piece, non_blocking=True)
+
+    def _compute_piece(
+        self, statistics: Statistics, tile: Tile, first: int, inputs: Mapping[str, Tensor], out: Tensor
+    ) -> None:
+        """The arithmetic of one run of elements, `first` being its index in the tensor."""
+        tensor, output = tile.tensor, self.plan.recipe.output
+        assert tensor.program is not None
+        value, subtracted = evaluate(tensor.program, inputs, self.scratch)
+        how = (output.rounding, rounding_key(output.seed, tensor.name), first)
+        round_value(value, out, *how)
+        # Before equal bits are put back: whatever is not finite in an input shows in the result until then.
+        if not self.settings.allow_nonfinite and any_nonfinite(out):
+            raise self.nonfinite(tile, inputs, out, first)
+        if tensor.program.same_bits:
+            keep_same_bits(tensor.program, inputs, out, self.scratch, *how)
+        if self.settings.allow_nonfinite:
+            canonical_nan(out)
+        if tensor.action == "merge":
+            self._measure(statistics, tensor, first, inputs, out, value, subtracted)
+
+    def _measure(
+        self,
+        statistics: Statistics,
+        tensor: TensorPlan,
+        first: int,
+        inputs: Mapping[str, Tensor],
+        out: Tensor,
+        value: Tensor,
+        subtracted: Tensor | None,
+    ) -> None:
+        assert tensor.program is not None
+        base = inputs.get(tensor.program.base or self.plan.donor)
+        if base is None or self.settings.stats == "off":
+            return
+        blocks = block_count(math.prod(tensor.shape))
+        for start in range(0, out.numel(), BLOCK):
+            block = (first + start) // BLOCK
+            if not is_sampled(tensor.name, block, blocks, self.settings.stats):
+                continue
+            piece = slice(start, min(start + BLOCK, out.numel()))
+            update = (
+                subtracted[piece]
+                if subtracted is not None
+                else base[piece].to(torch.float64) - value[piece].to(torch.float64)
+            )
+            statistics[tensor.name][block] = measure(base[piece], out[piece], update, self.scratch)
+
+    def nonfinite(
+        self, tile: Tile, inputs: Mapping[str, Tensor], out: Tensor, first: int | None = None
+    ) -> UnusableWeights:
+        """Say which input holds it; where none does, the output's dtype is too narrow."""
+        offset = tile.first if first is None else first
+        names = dict(tile.tensor.sources)
+        for model, values in inputs.items():
+            index = first_nonfinite(values)
+            if index is not None:
+                file = self.checkpoints[model].tensors[names[model]].file
+                return UnusableWeights(
+                    f"model `{model}` holds {values[index].item()} in tensor `{names[model]}` at element "
+                    f"{offset + index} ({file})",
+                    fix="that checkpoint is damaged"
+                    + ("" if self.plan.makes_skill else "; --allow-nonfinite merges it all the same"),
+                )
+        index = first_nonfinite(out) or 0
+        return UnusableWeights(
+            f"tensor `{tile.tensor.name}` overflows {tile.tensor.dtype} at element {offset + index}",
+            fix="choose a wider output.dtype (bfloat16 or float32), or a smaller coefficient",
+        )
+
+    def _shrink(self) -> None:
+        """The GPU is full: smaller pieces, and when those do not fit either, the CPU."""
+        assert self.stream is not None
+        self.stream.synchronize()
+        self.scratch.clear()
+        torch.cuda.empty_cache()
+        if self.chunk > BLOCK:
+            self.chunk = max(BLOCK, self.chunk // 2)
+            self.scratch = Scratch(self.device, self.chunk)
+            self.settings.warn(f"the GPU is out of memory: going on with pieces of {self.chunk} elements")
+        else:
+            self._use(torch.device("cpu"), self.settings.budget.tile)
+            self.settings.warn("the GPU is out of memory: going on with the CPU")

@@ -1,0 +1,67 @@
+"""Programs run on tiles: widen, evaluate as written, round once. The only numerics in the house.
+
+Every operation here is a separate elementwise kernel of IEEE 754 arithmetic (no fused multiply-add, no
+reductions but to a yes or no, or in a fixed order), so that CPU and CUDA and any cutting into tiles give the
+same bytes. Knows nothing about files, models or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from skillmerge.methods.linear import Program
+
+
+def accumulation_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
+    """float32 where every input has 16 bits or fewer, float64 otherwise."""
+    return torch.float32 if all(dtype.itemsize <= 2 for dtype in dtypes) else torch.float64
+
+
+class Scratch:
+    """The registers and temporaries of one worker on one device, made once and used for every tile.
+
+    Register i holds up to `elements` numbers in the accumulation dtype; temporaries are per item size.
+    """
+
+    def __init__(self, device: torch.device, elements: int) -> None:
+        self.device, self.elements = device, elements
+        self._made: dict[tuple[str, int, torch.dtype], Tensor] = {}
+
+    def get(self, purpose: str, index: int, dtype: torch.dtype, count: int) -> Tensor:
+        key = (purpose, index, dtype)
+        if key not in self._made:
+            self._made[key] = torch.empty(self.elements, dtype=dtype, device=self.device)
+        return self._made[key][:count]
+
+    def clear(self) -> None:
+        self._made.clear()
+
+
+def evaluate(program: Program, inputs: Mapping[str, Tensor], scratch: Scratch) -> tuple[Tensor, Tensor | None]:
+    """Run the program's steps on tiles of equal length.
+
+    Returns the unrounded value and, where the program has one, what was subtracted from its base; both live
+    in `scratch` until the next call. A program that only loads gives the input itself.
+    """
+    if len(program.steps) == 1:
+        return inputs[program.steps[0].model], None
+    count = next(iter(inputs.values())).numel()
+    dtype = accumulation_dtype([tensor.dtype for tensor in inputs.values()])
+    registers = [scratch.get("register", index, dtype, count) for index in range(program.registers)]
+    for step in program.steps:
+        register = registers[step.register]
+        if step.op == "load":
+            register.copy_(inputs[step.model])
+        elif step.op == "add":
+            register.add_(registers[step.other])
+        elif step.op == "subtract":
+            register.sub_(registers[step.other])
+        elif step.op == "multiply":
+            register.mul_(step.factor)
+        else:
+            # A tensor, not a number: CUDA would multiply by the reciprocal of a number.
+            register.div_(torch.full((1,), step.factor, dtype=dtype, device=register.device))
+    return registers[program.result], registers[program.update] if program.update >= 0 else None

@@ -1,0 +1,1 @@
+"""What a merge leaves: staging folder, manifest, card, verification, signatures, publishing on the Hub."""

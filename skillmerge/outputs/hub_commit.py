@@ -1,0 +1,384 @@
+"""A finished model -> one commit on the Hugging Face Hub.
+
+Shards are uploaded ahead, where nobody sees them; one commit at the end makes all of them visible, or none. It
+is guarded by the commit that the branch was at, checked against the Hub's own digests afterwards, and found
+again by a run that died after making it. Knows files and digests, nothing about tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
+from huggingface_hub.lfs import UploadInfo
+
+from skillmerge.checkpoints.hub import Repository
+from skillmerge.checkpoints.hub_client import LOG_IN, Passing, retried
+from skillmerge.checkpoints.place import SCHEME, Location, parse_location
+from skillmerge.checkpoints.store import digest_of
+from skillmerge.durable import disk_errors
+from skillmerge.errors import CheckFailed, InputError, SkillmergeError, StalePlan, TemporaryError, UsageError, some
+from skillmerge.outputs import manifest
+from skillmerge.outputs.staging import MANIFEST_FILE
+from skillmerge.recipes.recipe import Push
+
+_FIRST_FILES = {".gitattributes"}
+"""What a repository has that was only just made."""
+
+_MAX_MANIFEST = 256 << 20
+
+_PIECE = 64 << 20
+
+_SHARD = r"(-\d{5}-of-\d{5})?"
+_MODEL_FILE = re.compile(
+    rf"(model|pytorch_model){_SHARD}\.(safetensors|bin)(\.index\.json)?|consolidated(\.\d+)?\.(pth|safetensors)"
+    r"|adapter_config\.json|adapter_model\.(safetensors|bin)|skillmerge\.(manifest|run)\.json|model\.sig"
+    rf"|skill\.json|skill{_SHARD}\.safetensors"
+)
+_TOKENIZER_FILE = re.compile(
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|tokenizer\.model|vocab\.txt|merges\.txt"
+    r"|chat_template\.(jinja|json)"
+)
+"""The names, at the top of a repository, under which runtimes look for what must belong together."""
+
+
+def _is_about_copies(error: BaseException | None) -> bool:
+    """Whether a commit failed for the files that the Hub was to copy, and not for itself."""
+    if isinstance(error, ForgottenUploads):
+        return True  # it said that it had copied them, and had not
+    while error is not None:
+        if isinstance(error, FileDuplicationError) or type(error) is ValueError:
+            return True
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            return "duplicate" in str(error.response.url)
+        error = error.__cause__
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Where a model is now. pull_request: its address, or None. already: it was there before."""
+
+    repository: str
+    commit: str
+    url: str
+    pull_request: str | None
+    already: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "repository": self.repository,
+            "commit": self.commit,
+            "url": self.url,
+            "pull_request": self.pull_request,
+            "already": self.already,
+        }
+
+
+class ForgottenUploads(TemporaryError):
+    """The Hub keeps what no commit speaks of for a while only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """What the Hub will say of a file: its size, and the sha256 or the git digest."""
+
+    size: int
+    sha256: str
+    git_sha1: str | None = None
+
+    @classmethod
+    def of(cls, content: bytes) -> Digests:
+        return cls(len(content), hashlib.sha256(content).hexdigest(), digest_of("git_sha1", content)[1])
+
+    def agree(self, size: int, digest: tuple[str, str]) -> bool:
+        return size == self.size and digest in (("sha256", self.sha256), ("git_sha1", self.git_sha1))
+
+
+def _is_there(file: Mapping[str, Any], listed: Mapping[str, tuple[int, tuple[str, str]]], files: Repository) -> bool:
+    """Whether the Hub has a file of a manifest; a small one, of which it states no sha256, is read."""
+    size, (kind, digest) = listed.get(file["name"], (-1, ("", "")))
+    if size != file["size"]:
+        return False
+    if kind != "sha256":
+        digest = digest_of("sha256", files.read(file["name"], size))[1]
+    return digest == str(file["sha256"])
+
+
+class Publisher:
+    """One push: a repository, the branch or pull request that the commit goes to, and its files.
+
+    Whatever talks to the Hub raises InputError (not allowed, not there), StalePlan (the branch moved),
+    TemporaryError.
+    """
+
+    def __init__(self, push: Push) -> None:
+        """Find the repository, or make it: nothing else of a push is seen before the commit."""
+        try:
+            named = parse_location(SCHEME + push.repository)
+        except ValueError:
+            named = None
+        if named != Location(push.repository):
+            raise UsageError(f"`{push.repository}` is not the name of a repository", fix="write org/name")
+        self.push = push
+        self._api = HfApi()
+        self._place = str(Location(push.repository, push.revision or ""))
+        self._operations: dict[str, CommitOperationAdd | CommitOperationCopy] = {}
+        self._digests: dict[str, Digests] = {}
+        self._tried = False
+        if get_token() is None:
+            raise InputError(f"pushing to {self._place} needs a token, and none was found", fix=LOG_IN)
+        if push.revision and push.pull_request:
+            raise UsageError("a push goes to a branch or into a pull request, not both")
+        self._prepare()
+
+    def _prepare(self) -> None:
+        repository, branch = self.push.repository, self.push.revision or constants.DEFAULT_REVISION
+        if not retried(self._place, lambda: self._api.repo_exists(repository)):
+            retried(self._place, lambda: self._api.create_repo(repository, private=self.push.private, exist_ok=True))
+        elif self.push.private and not retried(self._place, lambda: self._api.model_info(repository)).private:
+            raise UsageError(f"{repository} is public, and a private one was asked for", fix="choose another name")
+        if self.push.revision and not self.push.revision.startswith("refs/"):
+            retried(self._place, lambda: self._api.create_branch(repository, branch=branch, exist_ok=True))
+        self.parent, listed = self._listing(branch)
+        # A repository that a run made and died before its commit is still a new one.
+        new = set(listed) <= _FIRST_FILES
+        asked = self.push.pull_request
+        self.as_pull_request = asked if asked is not None else not (new or self.push.revision)
+        self._branch = branch
+
+    def _listing(self, revision: str) -> tuple[str, dict[str, tuple[int, tuple[str, str]]]]:
+        """The commit of a revision, and what the Hub says of its files."""
+        info = retried(
+            self._place, lambda: self._api.model_info(self.push.repository, revision=revision, files_metadata=True)
+        )
+        files = {}
+        for item in info.siblings or []:
+            digest = ("sha256", item.lfs.sha256) if item.lfs else ("git_sha1", str(item.blob_id))
+            files[item.rfilename] = (item.size or 0, digest)
+        return str(info.sha), files
+
+    def upload(self, name: str, path: Path, size: int, sha256: str) -> None:
+        """Send a large file ahead of the commit. What the Hub has already is not sent again."""
+        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
+        operation.upload_info.sha256 = bytes.fromhex(sha256)  # else it would be read once more
+
+        def attempt() -> None:
+            try:
+                self._api.preupload_lfs_files(
+                    self.push.repository,
+                    [operation],
+                    revision=self._branch,
+                    create_pr=self.as_pull_request,
+                    num_threads=1,
+                )
+            except RuntimeError as error:
+                # How an upload that failed comes out of threads, and how the xet client says all it has to say.
+                if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, RuntimeError):
+                    raise error.__cause__ from None
+                raise Passing("the upload failed") from error
+
+        retried(self._place, attempt, tries=2)  # the client itself has tried several times
+        if operation.path_or_fileobj != b"":  # the Hub wants it in the commit itself: it is small
+            operation.path_or_fileobj = path.read_bytes()
+        self._operations[name] = operation
+        self._digests[name] = Digests(size, sha256)
+
+    def copy(self, name: str, size: int, sha256: str, repository: str, commit: str, path: str) -> None:
+        """A file that is, byte for byte, one of another repository: the Hub copies it by itself."""
+        if repository == self.push.repository:
+            repository = ""  # the same repository is meant where none is named
+        self._operations[name] = CommitOperationCopy(
+            src_path_in_repo=path,
+            path_in_repo=name,
+            src_revision=commit,
+            src_repo_id=repository or None,
+            src_repo_type="model" if repository else None,
+        )
+        self._digests[name] = Digests(size, sha256)
+
+    def fetch_original(self, name: str, path: Path) -> None:
+        """Write the file that the Hub was to copy to `path`. Raises InputError, TemporaryError, ResourceError."""
+        operation = self._operations[name]
+        assert isinstance(operation, CommitOperationCopy)
+        repository = operation.src_repo_id or self.push.repository
+        found, size = hashlib.sha256(), self._digests[name].size
+        try:
+            with (
+                closing(Repository(Location(repository, operation.src_revision or ""))) as files,
+                disk_errors(path),
+                path.open("wb") as stream,
+            ):
+                for position in range(0, size, _PIECE):
+                    piece = memoryview(bytearray(min(_PIECE, size - position)))
+                    files.begin(operation.src_path_in_repo, position, piece)()
+                    found.update(piece)
+                    stream.write(piece)
+            # Nobody else would notice: some storage believes what it is told of a file.
+            if found.hexdigest() != self._digests[name].sha256:
+                raise InputError(
+                    f"{files.path(operation.src_path_in_repo)}: what came does not have the digest that the Hub states",
+                    fix="run the same command again",
+                )
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+    def take_uploaded(self, name: str, size: int, sha256: str) -> None:
+        """A file that an earlier run uploaded and then removed from this disk."""
+        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=b"")
+        operation.upload_info = UploadInfo(size=size, sample=b"", sha256=bytes.fromhex(sha256))
+        # There is no public way to say so; preupload_lfs_files sets the same two.
+        operation._upload_mode, operation._is_uploaded = "lfs", True
+        self._operations[name] = operation
+        self._digests[name] = Digests(size, sha256)
+
+    def add(self, name: str, content: bytes) -> None:
+        """A small file, sent with the commit."""
+        self._operations[name] = CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+        self._digests[name] = Digests.of(content)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._operations)
+
+    def publish(self, message: str, description: str, upload: Callable[[str], None]) -> Published:
+        """Make the commit, unless it is there already, and compare what the Hub then has with what was sent.
+
+        upload: sends a file by name that the Hub does not want to copy. Raises CheckFailed where the Hub has
+        something else, ForgottenUploads where it no longer has what was sent ahead.
+        """
+        message = self.push.message or message
+        published = self._find(message)
+        if published is not None:
+            return published
+        try:
+            published = retried(self._place, lambda: self._commit(message, description))
+        except (SkillmergeError, ValueError, FileDuplicationError) as error:
+            copies = [name for name, item in self._operations.items() if isinstance(item, CommitOperationCopy)]
+            if not copies or not _is_about_copies(error):
+                raise
+            for name in copies:  # other storage, another region, no rights: then it is sent like any other file
+                upload(name)
+            published = retried(self._place, lambda: self._commit(message, description))
+        self._compare(published.commit)
+        return published
+
+    def _description(self, description: str, deleted: Sequence[CommitOperationDelete]) -> str:
+        names = ", ".join(item.path_in_repo for item in deleted)
+        return description + (f"\n\nRemoved with the model that was here: {names}" if deleted else "")
+
+    def _commit(self, message: str, description: str) -> Published:
+        # A commit that seemed to fail may be made after all, a moment later.
+        if self._tried and (found := self._find(message)) is not None:
+            return found
+        self._tried = True
+        stale = self._stale()
+        try:
+            info = self._api.create_commit(
+                self.push.repository,
+                [*self._operations.values(), *stale],
+                commit_message=message,
+                commit_description=self._description(description, stale),
+                revision=self._branch,
+                create_pr=self.as_pull_request,
+                parent_commit=self.parent,
+            )
+        except Exception as error:
+            # The answer may have been lost after the commit was made.
+            if (found := self._find(message)) is not None:
+                return found
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status in (409, 412):
+                raise StalePlan(
+                    f"{self._place} has moved on since this push began ({self.parent[:12]} was its head)",
+                    fix="look at what is new there, then run the same command again",
+                ) from error
+            if status == 400 and "pointer" in str(error).lower():
+                raise ForgottenUploads(
+                    f"{self._place} no longer has all files that were sent ahead", fix="run the same command again"
+                ) from error
+            raise
+        url = info.pr_url or self._home
+        return Published(self.push.repository, info.oid, url, info.pr_url, already=False)
+
+    def _stale(self) -> list[CommitOperationDelete]:
+        """Weights and adapter of another model, and its tokenizer where this one has its own: a runtime would
+        mix them with these."""
+        _, listed = self._listing(self.parent)
+        tokenizer = any(_TOKENIZER_FILE.fullmatch(name) for name in self._operations)
+        return [
+            CommitOperationDelete(path_in_repo=name)
+            for name in listed
+            if name not in self._operations
+            and (_MODEL_FILE.fullmatch(name) or (tokenizer and _TOKENIZER_FILE.fullmatch(name)))
+        ]
+
+    def find_plan(self, plan_digest: str, title: str) -> tuple[Published, dict[str, Any]] | None:
+        """An output of this plan that is there already, and its manifest: on the branch, or in an open pull
+        request of ours. Every byte of it is what its manifest says, and that is whole."""
+        for revision, request in self._places(self.push.message or title):
+            commit, listed = self._listing(revision)
+            if MANIFEST_FILE not in listed:
+                continue
+            files = Repository(Location(self.push.repository, commit))
+            try:
+                proof = manifest.parse(files.read(MANIFEST_FILE, _MAX_MANIFEST), f"{files.place}/{MANIFEST_FILE}")
+                if proof["plan_digest"] == plan_digest and all(
+                    _is_there(file, listed, files) for file in proof["files"]
+                ):
+                    return Published(self.push.repository, commit, request or self._home, request, True), proof
+            except (CheckFailed, InputError):
+                continue  # somebody else's, and not for us to judge
+            finally:
+                files.close()
+        return None
+
+    @property
+    def _home(self) -> str:
+        return f"{constants.ENDPOINT}/{self.push.repository}"
+
+    def _places(self, title: str) -> Iterator[tuple[str, str | None]]:
+        """Where a commit of ours may be: revision, and the address of a pull request that we made."""
+        yield self._branch, None
+        if self.as_pull_request:
+            user = retried(self._place, self._api.whoami)["name"]
+            requests = retried(
+                self._place,
+                lambda: list(
+                    self._api.get_repo_discussions(
+                        self.push.repository, discussion_type="pull_request", discussion_status="open"
+                    )
+                ),
+            )
+            for request in requests:
+                if (request.author, request.title) == (user, title):
+                    yield f"refs/pr/{request.num}", f"{self._home}/discussions/{request.num}"
+
+    def _find(self, title: str) -> Published | None:
+        """This very model, where an earlier run has committed it."""
+        for revision, request in self._places(title):
+            commit, listed = self._listing(revision)
+            if not self._differences(listed):
+                return Published(self.push.repository, commit, request or self._home, request, already=True)
+        return None
+
+    def _differences(self, listed: Mapping[str, tuple[int, tuple[str, str]]]) -> list[str]:
+        return [
+            name for name, digests in self._digests.items() if name not in listed or not digests.agree(*listed[name])
+        ]
+
+    def _compare(self, commit: str) -> None:
+        _, listed = self._listing(commit)
+        if different := self._differences(listed):
+            raise CheckFailed(
+                f"{self._place}: at {commit} the Hub's sizes or digests differ from what was sent: {some(different)}",
+                fix="do not use that commit; push again",
+            )

@@ -1,0 +1,227 @@
+"""The verb push: a verified output -> the Hub. And the shards of a running merge, sent as they are finished."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from skillmerge.checkpoints.place import SCHEME, parse_location
+from skillmerge.errors import UsageError
+from skillmerge.outputs import manifest
+from skillmerge.outputs.card import CARD_FILE, license_of, read_metadata, write_card
+from skillmerge.outputs.hub_commit import ForgottenUploads, Published, Publisher
+from skillmerge.outputs.sign import signature_beside
+from skillmerge.outputs.staging import Staging
+from skillmerge.outputs.verify import SIGNATURE_FILE, check_shard, verify_files
+from skillmerge.plans.plan import Plan
+from skillmerge.recipes.parse import parse_recipe
+from skillmerge.recipes.recipe import Push
+from skillmerge.threads import in_threads
+
+_SMALL = 1 << 20
+"""Files up to this many bytes travel inside the commit."""
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repository: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    pull_request: bool | None = None,
+    message: str | None = None,
+    tags: tuple[str, ...] = (),
+    license: str | None = None,
+    card: str | os.PathLike[str] | None = None,
+    allow_nonfinite: bool = False,
+) -> Published:
+    """Verify an output and publish it as one commit of `repository` (org/name on the Hub).
+
+    A repository that has a model already gets a pull request, unless `pull_request` or `revision` (a branch)
+    say otherwise. license, card: in place of the recipe's. The same call continues a push that was
+    interrupted. Raises CheckFailed, UsageError, InputError, StalePlan, TemporaryError.
+    """
+    folder = Path(folder)
+    verify_files(folder, allow_nonfinite=allow_nonfinite)
+    manifest.refuse_failed(folder)
+    proof = manifest.read(folder)
+    signature = signature_beside(folder, proof)
+    output = parse_recipe(proof["recipe"]["text"], "the manifest's recipe", folder).output
+    given = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
+    settings = _settings(output.push, repository, {**given, "tags": tags or None})
+    if card is None and output.card is not None:
+        raise UsageError(
+            f"the recipe names a card ({output.card.name}), which is not part of the output", fix="--card FILE"
+        )
+    text = write_card(proof, settings, license or output.license, read_card(Path(card) if card else None))
+    return send(Publisher(settings), folder, proof, text, signature)
+
+
+def _settings(asked: Push | None, repository: str | None, options: Mapping[str, Any]) -> Push:
+    """The recipe's push, with what was given (not None) in its place."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if repository is not None:
+        given["repository"] = repository
+    # A branch and a pull request are two ways to say where: what is given wins over the recipe's other way.
+    elsewhere: dict[str, Any] = {"pull_request": None} if "revision" in given else {}
+    if given.get("pull_request"):
+        elsewhere["revision"] = None
+    return replace(asked or Push(repository or ""), **{**elsewhere, **given})
+
+
+def read_card(path: Path | None) -> str | None:
+    """A card written by hand. Raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8") if path is not None else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the card {path} cannot be read: {error}") from error
+
+
+def send(publisher: Publisher, folder: Path, proof: Mapping[str, Any], card: str, signature: bytes | None) -> Published:
+    """Upload what is not on its way yet, and commit. `folder` holds what `proof` names, but for uploaded shards."""
+    large = [file for file in proof["files"] if file["size"] > _SMALL or file["name"].endswith(".safetensors")]
+    sources = _hub_files(
+        (item["uri"], item["revision"], [(file["name"], file["stated_sha256"]) for file in item["files"]])
+        for item in proof["inputs"]
+    )
+    for file in large:
+        if file["name"] not in publisher.names and file["sha256"] in sources:
+            publisher.copy(file["name"], file["size"], file["sha256"], *sources[file["sha256"]])
+    waiting = [file for file in large if file["name"] not in publisher.names]
+    for _ in in_threads(lambda file, stop: _upload(publisher, folder, file), waiting):
+        pass
+    for name in sorted(manifest.file_names(proof) - publisher.names):
+        publisher.add(name, (folder / name).read_bytes())
+    if signature is not None:
+        publisher.add(SIGNATURE_FILE, signature)
+    publisher.add(CARD_FILE, card.encode())
+    title = _title(proof["expression"], proof["plan_digest"])
+    by_name = {file["name"]: file for file in large}
+    return publisher.publish(
+        title,
+        f"Made by skillmerge {proof['tool']['version']}.",
+        lambda name: _upload(publisher, folder, by_name[name]),
+    )
+
+
+def _title(expression: str, plan_digest: str) -> str:
+    return f"Merge {expression} (plan {plan_digest[:12]})"
+
+
+def _upload(publisher: Publisher, folder: Path, file: Mapping[str, Any]) -> None:
+    path = folder / file["name"]
+    if path.exists():
+        return publisher.upload(file["name"], path, file["size"], file["sha256"])
+    publisher.fetch_original(file["name"], path)
+    publisher.upload(file["name"], path, file["size"], file["sha256"])
+    path.unlink()
+
+
+def _hub_files(
+    inputs: Iterable[tuple[str, str | None, Iterable[tuple[str, str | None]]]],
+) -> dict[str | None, tuple[str, str, str]]:
+    """sha256 -> repository, commit and path, of the files (name, sha256) of inputs (URI, commit) on the Hub."""
+    found: dict[str | None, tuple[str, str, str]] = {}
+    for uri, commit, files in inputs:
+        if uri.startswith(SCHEME) and commit:
+            place = parse_location(uri)
+            for name, sha256 in files:
+                path = f"{place.subfolder}/{name}" if place.subfolder else name
+                found[sha256] = (place.repository, commit, path)
+    found.pop(None, None)
+    return found
+
+
+class Publication:
+    """A merge's own push: checked before the work, fed while it goes on, made visible after it.
+
+    With `remove`, each shard is sent and deleted before `finished` returns: the disk holds those in flight alone.
+    """
+
+    def __init__(self, plan: Plan, repository: str | None, remove: bool, options: Mapping[str, Any]) -> None:
+        output = plan.recipe.output
+        self._push = _settings(output.push, repository, options)
+        self._plan, self._remove, self._license = plan, remove, output.license
+        self._card = read_card(output.card)
+        if self._card is None or not read_metadata(self._card)[1].get("license"):
+            license_of([{"name": item.name, "license": item.license} for item in plan.inputs], output.license)
+        self._connected: Publisher | None = None
+        self._pool = ThreadPoolExecutor(2)
+        self._staging: Staging | None = None
+        self._on_the_hub = _hub_files(
+            (item.uri, item.revision, [(file.name, file.stated_sha256) for file in item.files]) for item in plan.inputs
+        )
+
+    @property
+    def _publisher(self) -> Publisher:
+        """The Hub is only asked once everything on this side is known to be in order."""
+        if self._connected is None:
+            self._connected = Publisher(self._push)
+        return self._connected
+
+    @property
+    def repository(self) -> str:
+        return self._push.repository
+
+    @property
+    def in_flight(self) -> int | None:
+        """How many shards may lie on the disk at once, or None."""
+        return 2 if self._remove else None
+
+    def find(self) -> tuple[Published, dict[str, Any]] | None:
+        """This plan's output, where the Hub has it already, and its manifest."""
+        title = _title(self._plan.recipe.document.data["merge"], self._plan.digest)
+        return self._publisher.find_plan(self._plan.digest, title)
+
+    def disk_needed(self, output: int) -> int:
+        """Bytes, where the whole output would need `output`."""
+        if self.in_flight is None:
+            return output
+        sides = sum(file.size for file in self._plan.side_files)
+        return min(output, sides + self.in_flight * max((shard.size for shard in self._plan.shards), default=0))
+
+    def attach(self, staging: Staging) -> None:
+        """Begin, with the shards of an earlier run: those it sent, and those it had no time to send."""
+        self._staging = staging
+        _ = self._publisher
+        for entry in list(staging.finished.values()):
+            self.finished(entry)
+
+    def finished(self, entry: dict[str, Any]) -> None:
+        """A shard is complete; called from any thread."""
+        assert self._staging is not None
+        name, size, sha256 = entry["shard"], entry["size"], entry["sha256"]
+        path = self._staging.files / name
+        if sha256 in self._on_the_hub:
+            self._publisher.copy(name, size, sha256, *self._on_the_hub[sha256])
+        elif entry.get("uploaded"):
+            self._publisher.take_uploaded(name, size, sha256)
+        elif not self._remove:
+            self._pool.submit(self._publisher.upload, name, path, size, sha256)
+        else:
+            check_shard(path, next(shard.specs for shard in self._plan.shards if shard.file == name))
+            self._publisher.upload(name, path, size, sha256)
+        if self._remove and not entry.get("uploaded"):
+            entry["uploaded"] = True  # or not needed: the Hub has it
+            self._staging.record(entry)
+            path.unlink()
+
+    def settle(self, *, failed: bool) -> None:
+        """Wait for what is on its way, unless the merge failed; an upload that did is tried again by `publish`."""
+        self._pool.shutdown(wait=not failed, cancel_futures=failed)
+
+    def publish(self, folder: Path, proof: Mapping[str, Any], *, verified: bool) -> Published:
+        """Make the commit. An output of an earlier run is verified first."""
+        if not verified:
+            verify_files(folder, allow_nonfinite=proof["environment"]["allow_nonfinite"])
+        text = write_card(proof, self._push, self._license, self._card)
+        try:
+            return send(self._publisher, folder, proof, text, signature_beside(folder, proof))
+        except ForgottenUploads:
+            if self._remove and self._staging is not None:
+                self._staging.discard()
+            raise

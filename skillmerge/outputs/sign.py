@@ -1,0 +1,331 @@
+"""The verb sign: a finished output and a private key -> a signature; and what checks one.
+
+Signatures are those of OpenSSF Model Signing 1.0 (https://github.com/sigstore/model-transparency), made and read by
+its own library: a Sigstore bundle with a DSSE envelope with the sha256 of every file. Knows keys, certificates and
+files, nothing about tensors. Nothing here asks a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skillmerge.durable import disk_errors
+from skillmerge.errors import CheckFailed, UsageError, some
+from skillmerge.outputs import manifest
+from skillmerge.outputs.verify import BESIDE, SIGNATURE_FILE, Verdict, checked, verify_files
+from skillmerge.reporter import Reporter
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")
+_PREDICATE = "https://model_signing/signature/v1.0"
+_WHOM = "give --public-key KEY, or --certificate-chain ROOT where it was signed with a certificate"
+
+_AnyPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A signature that was made or has passed. signer: the key's digest, or the certificate's subject."""
+
+    path: Path
+    files: int
+    signer: str
+    verdict: Verdict
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"path": str(self.path), "files": self.files, "signer": self.signer}
+
+
+def sign(
+    folder: _AnyPath,
+    *,
+    private_key: _AnyPath,
+    password: str | None = None,
+    signing_certificate: _AnyPath | None = None,
+    certificate_chain: Sequence[_AnyPath] = (),
+    signature: _AnyPath | None = None,
+    allow_nonfinite: bool = False,
+) -> Signature:
+    """Verify an output, sign every file of it, and write the signature (default: `model.sig` in the folder).
+
+    private_key: a PEM file, an EC key on P-256, P-384 or P-521; password: where it is encrypted. signing_certificate:
+    a PEM file for that key, with certificate_chain: those that lead from it to a root. A signature that is there is
+    replaced. Raises CheckFailed where the output does not verify, UsageError for keys and certificates that cannot be
+    used and where the package is missing, ResourceError.
+    """
+    root = Path(folder)
+    place = _place(root, signature)
+    key = read_private_key(private_key, password)
+    configuration = _signer(key, signing_certificate, certificate_chain)
+    _check_replaceable(root, place)
+    verdict = verify_files(root, allow_nonfinite=allow_nonfinite)
+    manifest.refuse_failed(root)
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch, SIGNATURE_FILE)
+        try:
+            configuration.set_hashing_config(_hashing(BESIDE)).sign(root, made)
+        except (ValueError, OSError) as error:
+            raise CheckFailed(f"{root} could not be signed: {error}") from error
+        content = made.read_bytes()
+    # Read again while it was signed: what was signed has to be what was verified.
+    bundle = _read(content, place)
+    bundle.check_covers(root, manifest.read(root))
+    with disk_errors(place):
+        place.write_bytes(content)  # not by a name of its own first: a crash must leave nothing else in the output
+    return Signature(place, len(bundle.files), bundle.signer, verdict)
+
+
+def verify_signature(
+    folder: _AnyPath,
+    signature: _AnyPath | None = None,
+    *,
+    public_key: _AnyPath | None = None,
+    certificate_chain: Sequence[_AnyPath] = (),
+    allow_nonfinite: bool = False,
+    reporter: Reporter | None = None,
+) -> Signature:
+    """Verify an output's files, and that it was signed as it is, by whom it should be.
+
+    signature: in place of `model.sig` in the folder. public_key: of the key that signed; or certificate_chain: the
+    roots (and what leads to them) that are trusted. Certificates are judged as of the first day of the signing one;
+    nothing is asked about revocation.
+    Raises CheckFailed where there is no signature or it does not hold, UsageError.
+    """
+    root = Path(folder)
+    if (public_key is None) == (not certificate_chain):
+        raise UsageError("a signature is checked against one key, or against trusted certificates", fix=_WHOM)
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
+    configuration = _verifier(public_key, certificate_chain)
+    place = _place(root, signature)
+    reporter = reporter or Reporter()
+    verdict = verify_files(root, allow_nonfinite=allow_nonfinite, reporter=reporter)
+    with checked(reporter, "signature"):
+        bundle = _check_signature(root, place, configuration)
+    return Signature(place, len(bundle.files), bundle.signer, verdict)
+
+
+def _check_signature(root: Path, place: Path, configuration: Any) -> _Bundle:
+    """Whether the signature at `place` is of every file of the output, and holds. Raises CheckFailed."""
+    try:
+        bundle = _read(place.read_bytes(), place)
+    except OSError as error:
+        raise CheckFailed(f"{root} is not signed: {place}: {error.strerror}") from error
+    bundle.check_covers(root, manifest.read(root))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it remarks on old signatures there, where results go
+            configuration.set_hashing_config(_hashing(BESIDE.difference(bundle.files))).verify(root, place)
+    except Exception as error:  # whatever a signature that somebody made up leads to
+        reason = str(error).strip() or "it was not made with that key"
+        raise CheckFailed(f"{place}: the signature does not hold: {reason}") from error
+    return bundle
+
+
+def signature_beside(folder: Path, proof: Mapping[str, Any]) -> bytes | None:
+    """The content of an output's own signature, or None. Raises CheckFailed where it is of other files.
+
+    Whose it is, is not asked.
+    """
+    place = folder / SIGNATURE_FILE
+    if not place.is_file():
+        return None
+    content = place.read_bytes()
+    _read(content, place).check_covers(folder, proof)
+    return content
+
+
+def read_private_key(path: _AnyPath, password: str | None = None) -> EllipticCurvePrivateKey:
+    """An EC key that signatures can be made with. Raises UsageError; the password is in no message."""
+    ec, serialization = _cryptography()
+    content = _read_file(path, "the private key")
+    try:
+        key: Any = serialization.load_pem_private_key(content, password.encode() if password is not None else None)
+    except TypeError as error:
+        if password is None:
+            raise UsageError(
+                f"the private key {os.fspath(path)} is encrypted",
+                fix="put its password into SKILLMERGE_KEY_PASSWORD, or into a file: --password-file FILE",
+            ) from error
+        return read_private_key(path)  # it is not encrypted, and needs none
+    except Exception as error:  # also what its own library does not support
+        wrong = " with that password" if password is not None else ""
+        raise UsageError(f"the private key {os.fspath(path)} cannot be read{wrong}: is it a PEM file?") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
+        raise UsageError(
+            f"the private key {os.fspath(path)} is not an EC key on P-256, P-384 or P-521",
+            fix="make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem",
+        )
+    loaded: EllipticCurvePrivateKey = key
+    return loaded
+
+
+@dataclass(frozen=True, slots=True)
+class _Bundle:
+    """What a signature says; whether it may is another question. files: names and their sha256."""
+
+    path: Path
+    files: Mapping[str, str]
+    material: Mapping[str, Any]
+
+    @property
+    def signer(self) -> str:
+        """The key's digest or the certificate's subject, as the signature itself has them."""
+        if "x509CertificateChain" not in self.material:
+            return f"key sha256:{self.material['publicKey'].get('hint')}"
+        from cryptography.x509 import load_der_x509_certificate
+
+        raw = self.material["x509CertificateChain"]["certificates"][0]["rawBytes"]
+        return load_der_x509_certificate(base64.b64decode(raw)).subject.rfc4514_string()
+
+    def check_covers(self, root: Path, proof: Mapping[str, Any]) -> None:
+        """Whether every file of an output is signed as it is. Raises CheckFailed."""
+        wanted = manifest.digests(root, proof)
+        if other := sorted(name for name in wanted if self.files.get(name) != wanted[name]):
+            raise CheckFailed(
+                f"{self.path}: the signature is not of these files: {some(other)}",
+                fix="they were changed since, or it is the signature of another output",
+            )
+
+
+def _read(content: bytes, path: Path) -> _Bundle:
+    """Raises CheckFailed where it is no signature of Model Signing 1.0."""
+    try:
+        document = json.loads(content)
+        statement = json.loads(base64.b64decode(document["dsseEnvelope"]["payload"]))
+        if statement["predicateType"] != _PREDICATE:
+            raise CheckFailed(f"{path}: is a signature of a kind that is not known here: {statement['predicateType']}")
+        files = {file["name"]: file["digest"] for file in statement["predicate"]["resources"]}
+        return _Bundle(path, files, dict(document["verificationMaterial"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckFailed(f"{path}: is not a signature of a model") from error
+
+
+def _place(root: Path, signature: _AnyPath | None) -> Path:
+    """Raises UsageError where a signature would be one of the output's files, or a stranger among them."""
+    own = root / SIGNATURE_FILE
+    place = Path(signature) if signature is not None else own
+    if place.resolve() != own.resolve() and root.resolve() in place.resolve().parents:
+        raise UsageError(
+            f"{place} is inside the output, where a signature is called {SIGNATURE_FILE}",
+            fix="leave --signature out, or name a file elsewhere",
+        )
+    return place
+
+
+def _check_replaceable(root: Path, place: Path) -> None:
+    """Outside the output, a signature replaces a signature, and nothing else. Raises UsageError."""
+    if place.resolve() == (root / SIGNATURE_FILE).resolve() or not os.path.lexists(place):
+        return
+    try:
+        _read(place.read_bytes() if place.is_file() else b"", place)
+    except (CheckFailed, OSError) as error:
+        raise UsageError(f"{place} exists already and is not a signature", fix="name another file") from error
+
+
+def _signer(key: EllipticCurvePrivateKey, certificate: _AnyPath | None, chain: Sequence[_AnyPath]) -> Any:
+    signing, _, _ = _model_signing()
+    with _in_memory(key) as path:
+        if certificate is None and not chain:
+            return signing.Config().use_elliptic_key_signer(private_key=path)
+        if certificate is None or not chain:
+            raise UsageError(
+                "signing with a certificate needs the certificate and what leads from it to a root",
+                fix="--signing-certificate CERT --certificate-chain CHAIN",
+            )
+        for file in (certificate, *chain):
+            _check_certificates(file)
+        try:
+            return signing.Config().use_certificate_signer(
+                private_key=path, signing_certificate=certificate, certificate_chain=list(chain)
+            )
+        except ValueError as error:
+            raise UsageError(f"the certificate {os.fspath(certificate)} cannot be used: {error}") from error
+
+
+def _verifier(public_key: _AnyPath | None, chain: Sequence[_AnyPath]) -> Any:
+    _, verifying, _ = _model_signing()
+    if public_key is None:
+        for file in chain:
+            _check_certificates(file)
+        return verifying.Config().use_certificate_verifier(certificate_chain=list(chain))
+    _read_file(public_key, "the public key")
+    try:
+        return verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+    except Exception as error:  # not PEM, not EC, a curve that is not for this, a private key
+        raise UsageError(
+            f"the public key {os.fspath(public_key)} cannot be used: {error}",
+            fix="write it from the private one: openssl ec -in key.pem -pubout -out key.pub",
+        ) from error
+
+
+def _hashing(ignored: frozenset[str]) -> Any:
+    # The list travels in the signature, so that others who check it ignore the same files unasked.
+    _, _, hashing = _model_signing()
+    return hashing.Config().set_ignored_paths(paths=sorted(ignored), ignore_git_paths=False)
+
+
+@contextlib.contextmanager
+def _in_memory(key: EllipticCurvePrivateKey) -> Iterator[Path]:
+    """A path at which a key can be read once, decrypted: the library reads files, with no password for those that
+    have a certificate, and a decrypted key must never lie on a disk."""
+    _, serialization = _cryptography()
+    content = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    reader, writer = os.pipe()
+    try:
+        with open(writer, "wb") as stream:
+            stream.write(content)  # less than any pipe holds
+        yield Path(f"/dev/fd/{reader}")
+    finally:
+        os.close(reader)
+
+
+def _check_certificates(path: _AnyPath) -> None:
+    from cryptography.x509 import load_pem_x509_certificates
+
+    try:
+        load_pem_x509_certificates(_read_file(path, "the certificate"))
+    except ValueError as error:
+        raise UsageError(f"{os.fspath(path)} holds no certificate in PEM form") from error
+
+
+def _read_file(path: _AnyPath, what: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{what} {os.fspath(path)} cannot be read: {error.strerror}") from error
+
+
+def _model_signing() -> tuple[Any, Any, Any]:
+    """The library's parts: signing, verifying, hashing. Raises UsageError."""
+    try:
+        from model_signing import hashing, signing, verifying
+    except ImportError as error:
+        raise _missing() from error
+    return signing, verifying, hashing
+
+
+def _cryptography() -> tuple[Any, Any]:
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+    except ImportError as error:
+        raise _missing() from error
+    return ec, serialization
+
+
+def _missing() -> UsageError:
+    return UsageError("signatures need the package model-signing", fix="pip install 'skillmerge[sign]'")

@@ -1,0 +1,307 @@
+"""The staging folder beside the output: lock, journal, shard files, publish by rename.
+
+    out.partial/lock            held while a run works on `out`
+    out.partial/journal.jsonl   the plan's digest, then one line per finished shard
+    out.partial/files/          the output in the making
+    out.partial/complete/       the same, finished; then, for an instant, what it replaced
+
+The output's own name appears, or changes, in one rename, when everything is written, synced and checked. A
+run that dies at any instant leaves a folder from which the same command continues. Knows files and bytes,
+nothing about tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import sys
+import threading
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skillmerge.durable import digest_or_none, disk_errors, is_taken, sync_folder, write_whole
+from skillmerge.errors import OutputLocked, UsageError, some
+from skillmerge.outputs.shard_file import ShardFile, StreamFile, WriteMode
+from skillmerge.threads import hash_file, in_threads
+
+if TYPE_CHECKING:
+    from skillmerge.plans.plan import ShardPlan
+
+
+MANIFEST_FILE = "skillmerge.outputs.manifest.json"
+JOURNAL_VERSION = 2
+
+_OURS = ("lock", "journal.jsonl", "journal.jsonl.new", "files", "complete", "previous")
+
+
+class Staging:
+    """The staging folder of one output, locked for this run until `close` or `publish`.
+
+    Whatever writes raises UsageError and ResourceError, as `disk_errors` says.
+    """
+
+    def __init__(self, output: Path) -> None:
+        """Create and lock it. Raises OutputLocked where another run holds it."""
+        self.output = output
+        self.folder = self.folder_of(output)
+        self.files = self.folder / "files"
+        self.finished: dict[str, dict[str, Any]] = {}
+        self.sealed = False
+        """Whether an earlier run had called `seal`."""
+        self._complete = self.folder / "complete"
+        self._journal = self.folder / "journal.jsonl"
+        self._append_lock = threading.Lock()
+        with disk_errors(self.folder):
+            self._refuse_strangers()
+            self._lock = self._acquire()
+
+    @staticmethod
+    def folder_of(output: Path) -> Path:
+        return output.with_name(output.name + ".partial")
+
+    def _refuse_strangers(self) -> None:
+        """A folder that only happens to have the staging folder's name is not ours to work in."""
+        strangers = [] if not self.folder.is_dir() else [p.name for p in self.folder.iterdir() if p.name not in _OURS]
+        if self.folder.is_symlink() or strangers:
+            what = f"holds {some(strangers)}" if strangers else "is a link"
+            raise UsageError(
+                f"{self.folder} is where the work would be done, but it {what}: it is not skillmerge's",
+                fix="move it away, or choose another --output",
+            )
+
+    def _acquire(self) -> int:
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                continue  # another run has just published and removed the folder
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = os.fstat(descriptor)
+                named = (self.folder / "lock").stat()
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise OutputLocked(
+                    f"another run is writing {self.output}", fix="wait for it, or choose another --output"
+                ) from error
+            except FileNotFoundError:
+                os.close(descriptor)
+                continue
+            if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
+                return descriptor
+            os.close(descriptor)
+
+    @property
+    def unfinished(self) -> bool:
+        return self.files.exists()
+
+    @property
+    def finished_bytes(self) -> int:
+        return sum(entry["size"] for entry in self.finished.values())
+
+    def recover(self, plan_digest: str, conditions: dict[str, Any], replace: bool) -> bool:
+        """Finish a publication that a dead run of the same plan had begun. True where the output is now its.
+
+        What stands at the output's place is only replaced with `replace`; else the finished files stay here.
+        Of another plan's publication only that is finished which had already moved the output away.
+        """
+        entries = _read_lines(self._journal)
+        moved_away = (self.folder / "previous").exists() and not is_taken(self.output)
+        if not moved_away and entries[:1] != [_journal_header(plan_digest, conditions)]:
+            return False
+        digest = next((entry["manifest_sha256"] for entry in entries if "manifest_sha256" in entry), None)
+        if digest is None:
+            return False
+        with disk_errors(self.output):
+            # `complete` is the finished output before the rename, and what it replaced after it.
+            if digest_or_none(self.output / MANIFEST_FILE) != digest:
+                if digest_or_none(self._complete / MANIFEST_FILE) != digest:
+                    return False
+                if not replace and is_taken(self.output):
+                    return False
+                _put_in_place(self._complete, self.output, replace)
+        self._clear()
+        return True
+
+    def begin(self, plan_digest: str, conditions: dict[str, Any], proof: str = "") -> str | None:
+        """Load the journal of an earlier run of the same plan under the same conditions, or start afresh.
+
+        proof: what an output would have been sealed with that this run need not make anew.
+        Returns a remark for the user where something of an earlier run was kept or dropped.
+        """
+        header = _journal_header(plan_digest, conditions)
+        entries = _read_lines(self._journal)
+        remark = None
+        with disk_errors(self.folder):
+            if entries and entries[0] == header:
+                shards = [entry for entry in entries[1:] if "shard" in entry]
+                intact = in_threads(self._is_intact, shards)
+                self.finished = {entry["shard"]: entry for entry, good in zip(shards, intact, strict=True) if good}
+                damaged = len({entry["shard"] for entry in shards}) - len(self.finished)
+                count = f"{len(self.finished)} shard{' is' if len(self.finished) == 1 else 's are'}"
+                remark = f"continuing an interrupted run: {count} finished already"
+                remark += f"; {damaged} were damaged since and are done again" if damaged else ""
+                self.sealed = {"sealed": proof} in entries and not damaged and (self.files / MANIFEST_FILE).is_file()
+                if self.sealed:
+                    return remark
+            elif entries or self.files.exists():
+                remark = "an unfinished run of another plan was found and dropped"
+            self._clear(*(("files", self._journal.name) if self.finished else ()))
+            self.files.mkdir(exist_ok=True)
+            self.drop_strangers(set(self.finished))
+            lines = "".join(json.dumps(entry) + "\n" for entry in [header, *self.finished.values()])
+            write_whole(self._journal, lines.encode(), self.folder / "journal.jsonl.new")
+        return remark
+
+    def _is_intact(self, entry: dict[str, Any], stop: threading.Event) -> bool:
+        path = self.files / entry["shard"]
+        if entry.get("uploaded"):
+            path.unlink(missing_ok=True)
+            return True
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            return False
+        return hash_file(path, stop) == str(entry["sha256"])
+
+    @cached_property
+    def _write_mode(self) -> WriteMode:
+        """Made when the first shard is opened: it measures the pace from then on."""
+        return WriteMode()
+
+    def open_shard(self, shard: ShardPlan) -> ShardFile:
+        """The shard's file, new, in its full size. Raises UsageError, ResourceError."""
+        return ShardFile(self.files / shard.file, shard.size, shard.header, self._write_mode)
+
+    def open_stream(self, shard: ShardPlan, start: int) -> StreamFile:
+        """The shard's file, new, to be appended to from byte `start` on. Raises UsageError, ResourceError."""
+        return StreamFile(self.files / shard.file, start)
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Add a line to the journal and make it durable; what it speaks of must be durable already."""
+        with (
+            self._append_lock,
+            disk_errors(self._journal),
+            open(self._journal, "a", encoding="utf-8") as journal,
+        ):
+            journal.write(json.dumps(entry) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a small file of the output durably."""
+        path = self.files / name
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+
+    def seal(self, proof: str) -> None:
+        """The output is complete, but for shards that were uploaded and removed: nothing of it may change."""
+        self.record({"sealed": proof})
+
+    def drop_strangers(self, names: set[str]) -> None:
+        """Remove what does not belong into the output (an unfinished shard, a stray file)."""
+        with disk_errors(self.files):
+            for path in sorted(self.files.rglob("*"), reverse=True):
+                if path.is_dir() and not path.is_symlink():
+                    if not any(path.iterdir()):
+                        path.rmdir()
+                elif path.relative_to(self.files).as_posix() not in names:
+                    path.unlink()
+
+    def publish(self, replace: bool) -> None:
+        """Give the finished files the output's name in one step.
+
+        With `replace` they take the place of what has it; without, only that of nothing or an empty folder:
+        raises UsageError where something has come to stand there.
+        """
+        with disk_errors(self.output):
+            for folder in {path.parent for path in self.files.rglob("*")} | {self.files}:
+                sync_folder(folder)
+            self.record({"manifest_sha256": digest_or_none(self.files / MANIFEST_FILE)})
+            self.files.rename(self._complete)
+            sync_folder(self.folder)
+            _put_in_place(self._complete, self.output, replace)
+        self._clear()
+        self.close()
+
+    def discard(self) -> None:
+        """Give up what was written: no run of this plan can finish it."""
+        self.finished.clear()
+        self._clear()
+
+    def close(self) -> None:
+        """Let go of the lock. What the next run can use is kept; a folder without it is removed."""
+        if self._lock < 0:
+            return
+        if not is_taken(self.files) and not self._complete.exists():
+            self._clear()
+            with suppress(OSError):  # another run may be waiting in it already
+                (self.folder / "lock").unlink()
+                self.folder.rmdir()
+        os.close(self._lock)
+        self._lock = -1
+
+    def _clear(self, *kept: str) -> None:
+        """Remove all but `kept` and the lock; the journal last, so that it is there while anything is."""
+        with suppress(OSError):
+            paths = [path for path in self.folder.iterdir() if path.name not in ("lock", *kept)]
+            for path in sorted(paths, key=lambda path: path == self._journal):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+
+def _journal_header(plan_digest: str, conditions: dict[str, Any]) -> dict[str, Any]:
+    return {"version": JOURNAL_VERSION, "plan": plan_digest, **conditions}
+
+
+def _put_in_place(finished: Path, output: Path, replace: bool) -> None:
+    """Make `output` what `finished` is. What was replaced is left in `finished`'s folder."""
+    if not (replace and output.exists() and exchange(finished, output)):
+        if replace and is_taken(output):
+            previous = finished.with_name("previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            output.rename(previous)
+        finished.rename(output)
+    sync_folder(output.parent)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (Linux renameat2, macOS renamex_np). False where that cannot be had."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            status = libc.renamex_np(os.fsencode(first), os.fsencode(second), 2)
+        else:
+            here = -100
+            status = libc.renameat2(here, os.fsencode(first), here, os.fsencode(second), 2)
+    except (AttributeError, OSError):
+        return False
+    return bool(status == 0)
+
+
+def _read_lines(journal: Path) -> list[dict[str, Any]]:
+    """The journal's whole lines; what a crash cut short is left out."""
+    try:
+        content = journal.read_bytes()
+    except OSError:
+        return []
+    entries = []
+    for line in content.splitlines(keepends=True):
+        try:
+            entry = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
+    return entries

@@ -1,0 +1,245 @@
+"""Check an output against its manifest: structure, digests, values, and a real load.
+
+`check_structure` is the cheap part, which `apply` runs before publishing; `verify` reads every byte once, in
+bounded memory. The safetensors library is the independent reader of what our own byte layer wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.folder import Folder, open_folder
+from skillmerge.checkpoints.kinds.skill import open_skill
+from skillmerge.checkpoints.model_config import contradictions
+from skillmerge.checkpoints.safetensors import read_header
+from skillmerge.errors import CheckFailed, InputError, UsageError, some
+from skillmerge.outputs import manifest
+from skillmerge.reporter import Reporter
+from skillmerge.tensors import BLOCK, DTYPES, TensorSpec
+from skillmerge.threads import hash_file, in_threads
+
+SIGNATURE_FILE = "model.sig"
+BESIDE = frozenset({"README.md", ".gitattributes", SIGNATURE_FILE})
+"""What an output may have though its manifest does not name it: what the Hub adds, and a signature of the rest."""
+
+_PIECE = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What `verify` found out about a folder that passed: counts, and the load's report, if asked for."""
+
+    folder: Path
+    files: int
+    tensors: int
+    bytes: int
+    load: Mapping[str, Any] | None = None
+
+
+def verify_files(
+    folder: str | os.PathLike[str], *, allow_nonfinite: bool = False, reporter: Reporter | None = None
+) -> Verdict:
+    """Check every file of an output. Raises CheckFailed with the first difference, UsageError for no folder."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
+    reporter = reporter or Reporter()
+    with checked(reporter, "manifest"):
+        proof = manifest.read(root)
+    with checked(reporter, "files, index and headers"):
+        check_structure(root, proof)
+    with checked(reporter, "digests and values"), _reading(root):
+        _check_contents(root, proof, allow_nonfinite)
+    return Verdict(root, len(manifest.file_names(proof)), len(proof["tensors"]), _total(proof))
+
+
+def check_structure(root: Path, proof: Mapping[str, Any]) -> None:
+    """Names and sizes of files, index, headers, tensor set, shapes and dtypes. Raises CheckFailed."""
+    with _reading(root):
+        _check_files(root, proof)
+        if proof["output"].get("kind") == "skill":
+            return _check_skill(root, proof)
+        checkpoint = open_folder(str(root), root)
+        _check_tensors(root, checkpoint, proof)
+        for file, header in checkpoint.shards.items():
+            check_shard(root / file, header.tensors)
+
+
+def _check_skill(root: Path, proof: Mapping[str, Any]) -> None:
+    plus, _ = open_skill(str(root), Folder(root))
+    try:
+        _compare_tensors(root, plus, proof)
+        for file in plus.shards:
+            check_shard(root / file, read_header(str(root / file), file).tensors)
+    finally:
+        plus.close()
+
+
+@contextmanager
+def checked(reporter: Reporter, what: str) -> Iterator[None]:
+    """Tell how a check ended."""
+    try:
+        yield
+    except CheckFailed as error:
+        reporter.event("checked", check=what, problem=error.message)
+        raise
+    reporter.event("checked", check=what, problem="")
+
+
+@contextmanager
+def _reading(root: Path) -> Iterator[None]:
+    """An output that cannot be read, or not as a checkpoint, has failed the check."""
+    try:
+        yield
+    except InputError as error:
+        raise CheckFailed(error.message) from error
+    except OSError as error:
+        raise CheckFailed(f"{error.filename or root}: cannot be read: {error.strerror}") from error
+
+
+def _check_files(root: Path, proof: Mapping[str, Any]) -> None:
+    wanted = manifest.file_names(proof)
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if missing := sorted(wanted - found):
+        raise CheckFailed(f"{root}: files are missing: {some(missing)}")
+    if extra := sorted(found - wanted - BESIDE):
+        raise CheckFailed(f"{root}: files do not belong to the output: {some(extra)}")
+    for name in sorted(found):
+        if not stat.S_ISREG((root / name).lstat().st_mode):
+            raise CheckFailed(f"{root / name}: is not a plain file")
+    for file in proof["files"]:
+        path = root / file["name"]
+        if path.stat().st_size != file["size"]:
+            raise CheckFailed(f"{path}: is not {file['size']} bytes long, as the manifest says")
+    log = proof["environment"]["run_log"]
+    if hash_file(root / log["name"]) != log["sha256"]:
+        raise CheckFailed(f"{root / log['name']}: was changed after it was written")
+
+
+def _check_tensors(root: Path, checkpoint: Checkpoint, proof: Mapping[str, Any]) -> None:
+    _compare_tensors(root, checkpoint, proof)
+    shapes = {name: spec.shape for name, spec in checkpoint.tensors.items()}
+    for problem in contradictions(checkpoint.config, shapes):
+        raise CheckFailed(f"{root}: {problem}")
+    asked = proof["output"]["dtype"]
+    stated = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype", asked))
+    if asked not in ("same", stated):
+        raise CheckFailed(f"{root}: config.json says {stated}, the weights were written as {asked}")
+
+
+def _compare_tensors(root: Path, checkpoint: Checkpoint, proof: Mapping[str, Any]) -> None:
+    wanted = {tensor["name"]: tensor for tensor in proof["tensors"]}
+    if checkpoint.tensors.keys() != wanted.keys():
+        different = sorted(checkpoint.tensors.keys() ^ wanted.keys())
+        raise CheckFailed(f"{root}: tensors differ from the manifest's: {some(different)}")
+    for name, spec in checkpoint.tensors.items():
+        _check_tensor(root, spec, wanted[name])
+
+
+def _check_tensor(root: Path, spec: TensorSpec, described: Mapping[str, Any]) -> None:
+    found = (spec.file, spec.dtype, list(spec.shape))
+    wanted = (described["file"], described["dtype"], described["shape"])
+    if found != wanted:
+        raise CheckFailed(f"{root}: tensor `{spec.name}` is {found}, the manifest says {wanted}")
+
+
+def check_shard(path: Path, specs: tuple[TensorSpec, ...]) -> None:
+    """Open a shard with the safetensors library and compare what it sees. Raises CheckFailed."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as reader:
+            if set(reader.keys()) != {spec.name for spec in specs}:
+                raise CheckFailed(f"{path}: the safetensors library sees other tensors in it")
+            for spec in specs:
+                piece = reader.get_slice(spec.name)
+                if tuple(piece.get_shape()) != spec.shape or piece.get_dtype() != spec.dtype:
+                    raise CheckFailed(f"{path}: the safetensors library sees another `{spec.name}`")
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last is torch's, where it cannot map the file
+        raise CheckFailed(f"{path}: the safetensors library refuses it: {error}") from error
+
+
+def check_values(root: Path, proof: Mapping[str, Any]) -> None:
+    """Digest every file and look for NaN and Inf on the way. Raises CheckFailed."""
+    with _reading(root):
+        _check_contents(root, proof, False)
+
+
+def _check_contents(root: Path, proof: Mapping[str, Any], allow_nonfinite: bool) -> None:
+    """Digest every file and look for NaN and Inf on the way."""
+
+    def check(file: Mapping[str, Any], stop: threading.Event) -> None:
+        path = root / file["name"]
+        specs: tuple[TensorSpec, ...] = ()
+        if path.suffix == ".safetensors" and not allow_nonfinite:
+            specs = read_header(str(path), path.name).tensors
+        if _digest_and_scan(path, specs, stop) != file["sha256"]:
+            raise CheckFailed(f"{path}: its bytes are not those that were written (sha256 differs)")
+
+    for _ in in_threads(check, proof["files"]):
+        pass
+
+
+def _digest_and_scan(path: Path, specs: tuple[TensorSpec, ...], stop: threading.Event) -> str:
+    """sha256 of a file. Raises CheckFailed where a float tensor among `specs` holds NaN or Inf."""
+    import torch
+
+    from skillmerge.bits import any_nonfinite, torch_dtype
+
+    digest = hashlib.sha256()
+    pending = [spec for spec in specs if DTYPES[spec.dtype].is_float and spec.nbytes]
+    with open(path, "rb", buffering=0) as stream:
+        position = 0
+        buffer = bytearray(_PIECE)
+        while not stop.is_set() and (count := _fill(stream, buffer)):
+            digest.update(memoryview(buffer)[:count])
+            # Tensors are aligned to their items (the header is padded), and so is every piece but the last.
+            for spec in [spec for spec in pending if spec.start < position + count and spec.end > position]:
+                first, last = max(spec.start, position) - position, min(spec.end, position + count) - position
+                dtype = torch_dtype(spec.dtype)
+                values = torch.frombuffer(buffer, dtype=dtype, offset=first, count=(last - first) // dtype.itemsize)
+                for start in range(0, values.numel(), BLOCK):
+                    if any_nonfinite(values[start : start + BLOCK]):
+                        raise CheckFailed(f"{path}: tensor `{spec.name}` holds NaN or Inf")
+            position += count
+            pending = [spec for spec in pending if spec.end > position]
+    return digest.hexdigest()
+
+
+def _fill(stream: FileIO, buffer: bytearray) -> int:
+    """Read as much as the buffer takes: one call of the system may give less."""
+    view = memoryview(buffer)
+    count = 0
+    while count < len(buffer) and (more := stream.readinto(view[count:])):
+        count += more
+    return count
+
+
+def is_intact(folder: Path, proof: Mapping[str, Any]) -> bool:
+    """Whether every file still has its digest."""
+    try:
+        digests = in_threads(lambda file, stop: hash_file(folder / file["name"], stop), proof["files"])
+        return all(file["sha256"] == digest for file, digest in zip(proof["files"], digests, strict=True))
+    except OSError:
+        return False
+
+
+def input_digests(checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], str]:
+    """sha256 of every weight file, a few at a time."""
+    files = [(name, file) for name, checkpoint in checkpoints.items() for file in checkpoint.shards]
+    digests = in_threads(lambda item, stop: checkpoints[item[0]].sha256(item[1], stop), files)
+    return dict(zip(files, digests, strict=True))
+
+
+def _total(proof: Mapping[str, Any]) -> int:
+    return sum(file["size"] for file in proof["files"])

@@ -1,0 +1,239 @@
+"""Where every tensor of every model goes, and what is wrong where one has no place.
+
+For each tensor of the donor: which models' tensors the output needs. For each tensor of another model that
+the donor lacks: a problem, unless a rule or the config's ties account for it. Knows names, shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.model_config import tied_source, ties_embeddings
+from skillmerge.errors import InputError, some
+from skillmerge.methods.terms import Leaf, Term, sole_model, weights
+from skillmerge.naming import module_kind
+from skillmerge.recipes.expression import names_in
+from skillmerge.recipes.recipe import Recipe
+from skillmerge.recipes.schedules import matcher, near_pattern
+from skillmerge.tensors import DTYPES, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A difference between the models that only a person can settle.
+
+    copy, ignore: the rules that would settle it, as lines of the recipe's sections of these names.
+    """
+
+    kind: str
+    message: str
+    tensors: tuple[str, ...] = ()
+    copy: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+
+def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:
+    """The rules that would settle the problems, each once, ready to paste into the recipe."""
+    parts = []
+    for key, present in (("copy", recipe.copy), ("ignore", recipe.ignore)):
+        lines = list(dict.fromkeys(line for problem in problems for line in getattr(problem, key)))
+        if lines:
+            where = f"add to the recipe's `{key}:`" if present else "add to the recipe:"
+            why = "to take the donor's own" if key == "copy" else "if the output can do without"
+            parts.append("\n".join([f"{why}, {where}", *([] if present else [f"{key}:"]), *lines]))
+    return "\n".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Where one output tensor comes from. `same`: all sources must hold the same bytes."""
+
+    term: Term
+    sources: tuple[tuple[str, str], ...]
+    same: bool = False
+    copied: bool = False
+
+
+def account_tensors(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    donor_name: str,
+    terms: Mapping[str, Term | None],
+    copied: Mapping[str, str],
+) -> tuple[dict[str, Account], list[Problem], list[tuple[str, str, str]], list[str]]:
+    """Accounts for the donor's tensors that have one (those whose term is None need none), the problems, copies
+    of tied tensors that the output does without (model, copy, original), and notes that are worth a word."""
+    donor = checkpoints[donor_name]
+    in_formula = list(dict.fromkeys(name.name for name in names_in(recipe.expression) if name.is_model))
+    whole = [model for model in in_formula if model not in recipe.skills]  # a skill has no integers to compare
+    accounts: dict[str, Account] = {}
+    troubles: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    notes = set()
+    leaves = {model: Leaf(model) for model in recipe.models}
+    needed: dict[int, list[str]] = {}  # by the term's identity: thousands of tensors share a few terms
+    for name, spec in donor.tensors.items():
+        by_copy = name in copied
+        if not by_copy and name not in terms:
+            continue
+        term = leaves[copied[name]] if by_copy else terms[name]
+        if term is None:
+            continue
+        same = not by_copy and not isinstance(term, Leaf) and not DTYPES[spec.dtype].is_float
+        if id(term) not in needed:
+            sole = sole_model(term)
+            needed[id(term)] = [sole] if sole else list(weights(term))
+        models = whole if same else needed[id(term)]
+        sources, trouble = [], False
+        for model in models:
+            source = find_source(spec, checkpoints[model])
+            if source is None:
+                troubles.setdefault(("missing", model), []).append((name, ""))
+            elif difference := _difference(spec, checkpoints[model].tensors[source]):
+                troubles.setdefault((difference[0], model), []).append((name, difference[1]))
+            else:
+                sources.append((model, source))
+                if source != name:
+                    notes.add(f"`{name}` of model `{model}` is its `{source}`: its config ties the two")
+                continue
+            trouble = True
+        if not trouble:
+            if same:
+                sources.sort(key=lambda item: item[0] != donor_name)
+            accounts[name] = Account(term, tuple(sources), same, by_copy)
+    skill = recipe.output.kind == "skill"
+    problems = [_problem(kind, model, found, donor_name, donor, skill) for (kind, model), found in troubles.items()]
+    extra, ties = _leftovers(recipe, checkpoints, donor_name, in_formula)
+    for name, checkpoint in checkpoints.items():
+        if checkpoint.unread:
+            notes.add(f"model `{name}`: {some(list(checkpoint.unread))} is not named by its index and not read")
+    return accounts, problems + extra, ties, sorted(notes)
+
+
+def copy_rules(recipe: Recipe, donor: Checkpoint) -> dict[str, str]:
+    """Tensor -> model, the last rule that matches winning. A rule that matches nothing is a mistake."""
+    copied: dict[str, str] = {}
+    for index, rule in enumerate(recipe.copy):
+        pattern = matcher(rule.tensors)
+        chosen = [name for name in donor.tensors if pattern.match(name)]
+        if not chosen:
+            near = near_pattern(rule.tensors[0], donor.tensors)
+            raise recipe.error(("copy", index), "this rule matches no tensor of the donor", near)
+        copied.update(dict.fromkeys(chosen, rule.model))
+    return copied
+
+
+def find_source(spec: TensorSpec, checkpoint: Checkpoint) -> str | None:
+    """The tensor of `checkpoint` that stands for `spec`: of its name, or the one that its config ties it to."""
+    if spec.name in checkpoint.tensors:
+        return spec.name
+    return tied_source(spec.name, spec.shape, checkpoint.config, checkpoint.tensors)
+
+
+def _difference(wanted: TensorSpec, found: TensorSpec) -> tuple[str, str] | None:
+    if wanted.shape != found.shape:
+        return "shape", f"{list(wanted.shape)} against {list(found.shape)}"
+    kinds = (DTYPES[wanted.dtype].kind, DTYPES[found.dtype].kind)
+    if kinds[0] != kinds[1] or (kinds[0] != "float" and wanted.dtype != found.dtype):
+        return "dtype", f"{wanted.dtype} against {found.dtype}"
+    return None
+
+
+def _problem(
+    kind: str, model: str, found: list[tuple[str, str]], donor_name: str, donor: Checkpoint, skill: bool
+) -> Problem:
+    names = [name for name, _ in found]
+    if kind == "missing" and len(names) == len(donor.tensors):
+        message = f"`{model}` and the donor `{donor_name}` share no tensor names: are they of the same architecture?"
+        return Problem(kind, message, tuple(names))
+    if kind == "missing":
+        message = f"model `{model}` lacks {_count(names)} that the formula needs: {some(names)}"
+    else:
+        shown = "; ".join(f"`{name}` {detail}" for name, detail in found[:4]) + ("; …" if len(found) > 4 else "")
+        message = f"{_count(names)} differ in {kind} between the donor `{donor_name}` and model `{model}`: {shown}"
+        if kind == "shape" and all(module_kind(name) in ("embedding", "head") for name in names):
+            message += "\ntheir vocabularies seem to differ"
+    globs = _globs(names, donor.tensors)
+    if skill:  # it takes no tensor as it is, but can do without
+        return Problem(kind, message, tuple(names), ignore=tuple(f'  - "{glob}"' for glob in globs))
+    rules = tuple(f'  - {{tensors: "{glob}", from: {donor_name}}}' for glob in globs)
+    return Problem(kind, message, tuple(names), copy=rules)
+
+
+def _leftovers(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, in_formula: list[str]
+) -> tuple[list[Problem], list[tuple[str, str, str]]]:
+    """Tensors of the formula's models that the donor lacks: problems, but for ignored ones and for copies of
+    tied tensors, which come as (model, copy, original)."""
+    donor = checkpoints[donor_name]
+    extra = {
+        model: [name for name in checkpoints[model].tensors if name not in donor.tensors]
+        for model in in_formula
+        if model != donor_name
+    }
+    for index, glob in enumerate(recipe.ignore):
+        pattern = matcher([glob])
+        left_out = recipe.output.kind == "skill" and any(pattern.match(name) for name in donor.tensors)
+        if not left_out and not any(pattern.match(name) for names in extra.values() for name in names):
+            in_donor = any(pattern.match(name) for name in donor.tensors)
+            why = "the donor has what it matches, and the output has exactly the donor's tensors" if in_donor else None
+            raise recipe.error(("ignore", index), "this rule matches no tensor that the donor lacks", why)
+    ignored = matcher(recipe.ignore) if recipe.ignore else None
+    problems, ties = [], []
+    for model, names in extra.items():
+        left = [name for name in names if ignored is None or not ignored.match(name)]
+        tied = {name: source for name in left if (source := _tied_to(name, checkpoints[model], donor)) is not None}
+        ties += [(model, name, source) for name, source in tied.items()]
+        left = [name for name in left if name not in tied]
+        if left:
+            message = f"model `{model}` has {_count(left)} that the donor `{donor_name}` lacks: {some(left)}"
+            globs = _globs(left, set(checkpoints[model].tensors) - set(left))
+            rules = tuple(f'  - "{glob}"' for glob in globs)
+            problems.append(Problem("extra", message, tuple(left), ignore=rules))
+    return problems, ties
+
+
+def _tied_to(name: str, checkpoint: Checkpoint, donor: Checkpoint) -> str | None:
+    """The tensor that `name` is a copy of, where both configs say so and the donor has it."""
+    if not ties_embeddings(checkpoint.config) or not ties_embeddings(donor.config):
+        return None
+    kept = {other: spec for other, spec in checkpoint.tensors.items() if other in donor.tensors}
+    return tied_source(name, checkpoint.tensors[name].shape, checkpoint.config, kept)
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) != 1 else ''}"
+
+
+def _globs(names: list[str], others: Iterable[str]) -> list[str]:
+    """Globs that match `names` and nothing else of `others`, as few as numbers in names allow."""
+    wanted = set(names)
+    rest = [name for name in others if name not in wanted]
+    globs: dict[str, None] = {}
+    for name in names:
+        glob = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        if glob not in globs:
+            pattern = matcher([glob])
+            globs[name if any(pattern.match(other) for other in rest) else glob] = None
+    return list(globs)
+
+
+def prove_ties(ties: Iterable[tuple[str, str, str]], checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Prove that what is left out as a copy is one. Raises InputError where the bytes differ."""
+    piece = 4 << 20
+    for model, name, source in ties:
+        checkpoint = checkpoints[model]
+        copy, original = checkpoint.tensors[name], checkpoint.tensors[source]
+        for start in range(0, copy.nbytes, piece):
+            count = min(piece, copy.nbytes - start)
+            buffers = bytearray(count), bytearray(count)
+            for spec, buffer in zip((copy, original), buffers, strict=True):
+                checkpoint.read_into(spec, start, memoryview(buffer))
+            if copy.dtype != original.dtype or buffers[0] != buffers[1]:
+                raise InputError(
+                    f"model `{model}`: config.json ties `{name}` to `{source}`, but the two differ, and the donor "
+                    f"has no `{name}` for what it holds",
+                    fix=f'if the output can do without it, add to the recipe:\nignore:\n  - "{name}"',
+                )

@@ -1,0 +1,127 @@
+"""How much memory and disk a run takes, and the thread count and tile size that keep it in bounds.
+
+Predictions, from the plan alone. The figures for the runtime itself were measured (`benchmarks/`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from skillmerge.errors import ResourceError
+from skillmerge.plans.plan import Plan
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT, format_bytes
+from skillmerge.threads import cores
+
+RUNTIME_BYTES = 300_000_000
+"""Resident memory of Python with torch imported, before any work, with room for headers and tables."""
+
+_CUDA_RUNTIME_BYTES = 1_500_000_000
+"""The same with a CUDA context and its libraries: an estimate on the safe side."""
+
+_TILE_BYTES = 2 << 20
+_CUDA_TILE_BYTES = 8 << 20
+_REMOTE_TILE_BYTES = 17 << 20
+"""A request over a network costs a round trip: at least 16 MiB are asked for at once."""
+_REMOTE_THREADS = 4
+_MAX_THREADS = 16
+WRITERS = 2
+OUTPUT_BUFFERS = 3
+"""Per worker: one to fill while another is written and a third waits for its turn in the digest."""
+_SPARE_DISK = 64 << 20
+_SKILL_MEMORY = 700_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """threads: workers. tile: elements per tile. memory: predicted peak of host memory in bytes."""
+
+    threads: int
+    tile: int
+    memory: int
+
+
+def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: bool = False) -> Budget:
+    """Choose threads and tile size within `memory_limit` bytes. Raises ResourceError where nothing fits."""
+    if plan.makes_skill:
+        return _skill_budget(plan, threads, memory_limit)
+    itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
+    element = sum(plan.input_itemsizes) + OUTPUT_BUFFERS * itemsize
+    registers = max((tensor.program.registers for tensor in plan.tensors.values() if tensor.program), default=1)
+    remote = any(item.remote for item in plan.inputs)
+    # Over a network workers wait more than they compute, and their buffers are large.
+    wanted = threads or (min(_REMOTE_THREADS, max(2, cores())) if remote else min(_MAX_THREADS, cores()))
+    inflated = 64 << 20 if plan.recipe.skills else 0  # what is kept of a compressed skill
+    tables = 1200 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
+
+    def need(count: int, tile: int) -> int:
+        return (
+            (_CUDA_RUNTIME_BYTES if cuda else RUNTIME_BYTES)
+            + tables
+            + inflated
+            + count * (element * tile + (registers + 6) * CHUNK * 8)
+        )
+
+    tile_bytes = _REMOTE_TILE_BYTES if remote else _CUDA_TILE_BYTES if cuda else _TILE_BYTES
+    tile = max(BLOCK, tile_bytes // itemsize)
+    while memory_limit is not None and need(wanted, tile) > memory_limit and (tile > BLOCK or wanted > 1):
+        if tile > 8 * BLOCK or wanted == 1 or threads:
+            if tile == BLOCK:
+                break
+            tile = max(BLOCK, tile // 2)
+        else:
+            wanted -= 1
+    if memory_limit is not None and need(wanted, tile) > memory_limit:
+        raise ResourceError(
+            f"a memory limit of {format_bytes(memory_limit)} is too small: this merge needs at least "
+            f"{format_bytes(need(wanted, tile))}",
+            fix="raise --memory-limit" + (" or lower --threads" if threads and threads > 1 else ""),
+        )
+    return Budget(wanted, tile, need(wanted, tile))
+
+
+def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> Budget:
+    """Of a skill: units have one size, so that only the count of workers is left to choose."""
+    itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
+    # Its inputs; two planes in pieces, put together, and waiting to be written; and the masks.
+    worker = UNIT * (sum(plan.input_itemsizes) + 10 * itemsize + 2)
+    fixed = RUNTIME_BYTES + 2000 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
+    limit = memory_limit or _SKILL_MEMORY
+    count = threads or max(1, min(_MAX_THREADS, cores(), (limit - fixed) // worker))
+    if memory_limit is not None and fixed + count * worker > memory_limit:
+        raise ResourceError(
+            f"a memory limit of {format_bytes(memory_limit)} is too small: this skill needs at least "
+            f"{format_bytes(fixed + count * worker)}",
+            fix="raise --memory-limit" + (" or lower --threads" if count > 1 else ""),
+        )
+    return Budget(count, UNIT, fixed + count * worker)
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that can be had without swapping, or None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            rows = dict(line.split(":") for line in stream)
+        return int(rows["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free on the disk that `path`, or its nearest existing parent, lies on."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def check_disk(path: Path, needed: int, what: str) -> None:
+    """Raise ResourceError where the disk of `path` cannot take `needed` bytes and a little more."""
+    free = free_disk(path)
+    if free < needed + min(_SPARE_DISK, needed // 20):
+        raise ResourceError(
+            f"{what} needs {format_bytes(needed)}, but the disk of {path} has {format_bytes(free)} free",
+            fix="make room, or choose another place with --output",
+        )

@@ -1,0 +1,94 @@
+"""What differs between two plans, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from skillmerge.errors import some
+from skillmerge.naming import block_of
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed between two plans, in words; nothing where they are the same."""
+    changes = [*_inputs(old, new)]
+    if old["recipe_sha256"] != new["recipe_sha256"]:
+        changes.append("the recipe's text changed")
+    for key, before in {**new["output"], **old["output"]}.items():
+        after = new["output"].get(key)
+        if after != before or key not in old["output"]:
+            changes.append(f"output {key}: {old['output'].get(key)} before, {after} now")
+    if old["donor"] != new["donor"]:
+        changes.append(f"the donor was {old['donor']}, and is {new['donor']} now")
+    changes += _tensors(old, new)
+    changes += _coefficients(old, new)
+    files = [{item["name"]: item for item in plan["side_files"]} for plan in (old, new)]
+    other = sorted(name for name in {*files[0], *files[1]} if files[0].get(name) != files[1].get(name))
+    if other:
+        changes.append(f"other files changed: {some(other)}")
+    return changes
+
+
+def _inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    before, after = ({item["name"]: item for item in plan["inputs"]} for plan in (old, new))
+    changes = [f"model {name} is not used any more" for name in before if name not in after]
+    for name, item in after.items():
+        was = before.get(name)
+        if was is None:
+            changes.append(f"model {name} is new: {item['uri']}")
+            continue
+        for key, what in (("uri", "place"), ("revision", "commit")):
+            if was[key] != item[key]:
+                changes.append(f"model {name}: its {what} was {was[key]}, and is {item[key]} now")
+        files = [{file["name"]: file for file in each["files"]} for each in (was, item)]
+        kept = [{file: (row["size"], row["header_sha256"]) for file, row in each.items()} for each in files]
+        other = sorted(file for file in {*kept[0], *kept[1]} if kept[0].get(file) != kept[1].get(file))
+        if other:
+            changes.append(f"model {name}: other tensors or sizes in {some(other)}")
+        versions = [plan.get("versions", {}).get(name, {}) for plan in (old, new)]
+        again = sorted(file for file in versions[1] if versions[0] and versions[0].get(file) != versions[1][file])
+        if again and not other:
+            changes.append(f"model {name}: written again since: {some(again)}")
+    return changes
+
+
+def _tensors(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    before, after = ({item["name"]: item for item in plan["tensors"]} for plan in (old, new))
+    changes = []
+    for what, names in (
+        ("gone", [name for name in before if name not in after]),
+        ("new", [name for name in after if name not in before]),
+    ):
+        if names:
+            changes.append(f"{len(names)} tensors are {what}: {some(names, 3)}")
+    for key, what in (("action", "what happens to"), ("dtype", "the dtype of"), ("shape", "the shape of")):
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name in after:
+            if name in before and before[name][key] != after[name][key]:
+                groups.setdefault((str(before[name][key]), str(after[name][key])), []).append(name)
+        for (was, now), names in groups.items():
+            changes.append(f"{what} {len(names)} tensors: {was} before, {now} now: {some(names, 3)}")
+    return changes
+
+
+def _coefficients(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """By value before and after, and the layers that have them."""
+    rows = [
+        {item["name"]: dict(zip(plan["coefficients"], item["coefficients"], strict=False)) for item in plan["tensors"]}
+        for plan in (old, new)
+    ]
+    groups: dict[tuple[str, Any, Any], dict[str, None]] = {}
+    for name in rows[1]:
+        if name in rows[0]:
+            block = block_of(name)
+            place = f"{block[0]} {block[1]}" if block else "outside blocks"
+            for coefficient in {**rows[0][name], **rows[1][name]}:
+                was, now = rows[0][name].get(coefficient), rows[1][name].get(coefficient)
+                if was != now:
+                    groups.setdefault((coefficient, was, now), {})[place] = None
+    return [f"{name}: {_shown(was)} before, {_shown(now)} now, in {some(list(places), 6)}"
+            for (name, was, now), places in groups.items()]  # fmt: skip
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"

@@ -1,0 +1,83 @@
+"""Which tensor goes into which file, and where in it: the headers and offsets of every shard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from skillmerge.checkpoints.checkpoint import SINGLE_FILE, Checkpoint
+from skillmerge.checkpoints.safetensors import MAX_HEADER_BYTES, MAX_NAME, build_header
+from skillmerge.errors import InputError
+from skillmerge.plans.plan import ShardPlan, TensorPlan
+from skillmerge.recipes.recipe import Recipe
+from skillmerge.tensors import DTYPES, UNIT, TensorSpec
+
+_PART_NAME = 40
+"""Characters that the parts of a tensor add to its name."""
+
+SKILL_SHARD = 4_000_000_000
+"""Bytes of dense tensors whose parts go into one file of a skill."""
+
+
+def lay_out_skill(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> tuple[ShardPlan, ...]:
+    """A skill's files: tensors in the donor's order, as many as would be a shard's worth if nothing were zero.
+
+    Their specs say where they would be then; where their parts are is known when they are made.
+    """
+    limit, filled, header = recipe.output.shard_size or SKILL_SHARD, 0, 0
+    groups: list[list[TensorPlan]] = [[]]
+    for plan in tensors.values():
+        if plan.action == "same":
+            continue
+        if len(plan.name) > MAX_NAME - _PART_NAME:
+            raise InputError(f"tensor `{plan.name[:80]}…` has a name too long for the parts of a skill")
+        # Six parts a unit at most, each with its place and shape beside its name.
+        entries = 6 * -(-math.prod(plan.shape) // UNIT) * (len(plan.name.encode()) + 160)
+        if groups[-1] and (filled + _nbytes(plan) > limit or header + entries > MAX_HEADER_BYTES // 2):
+            groups.append([])
+            filled = header = 0
+        groups[-1].append(plan)
+        filled += _nbytes(plan)
+        header += entries
+    shards = []
+    for number, group in enumerate(groups, 1):
+        file, specs, end = f"skill-{number:05d}-of-{len(groups):05d}.safetensors", [], 0
+        for plan in group:
+            specs.append(TensorSpec(plan.name, plan.dtype, plan.shape, file, end, end + _nbytes(plan)))
+            end = specs[-1].end
+        shards.append(ShardPlan(file, b"", tuple(specs)))
+    return tuple(shards)
+
+
+def lay_out(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> tuple[ShardPlan, ...]:
+    """The output's files: the donor's own layout, or shards of at most the size that was asked for."""
+    groups: list[tuple[str, list[str]]]
+    if recipe.output.shard_size is None:
+        groups = [(file, [spec.name for spec in header.tensors]) for file, header in donor.shards.items()]
+        if not donor.indexed:
+            groups = [(SINGLE_FILE, names) for _, names in groups]
+    else:
+        pieces: list[list[str]] = [[]]
+        filled = 0
+        for name, plan in tensors.items():
+            nbytes = _nbytes(plan)
+            if pieces[-1] and filled + nbytes > recipe.output.shard_size:
+                pieces.append([])
+                filled = 0
+            pieces[-1].append(name)
+            filled += nbytes
+        count = len(pieces)
+        groups = [
+            (f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE_FILE, names)
+            for number, names in enumerate(pieces, 1)
+        ]
+    shards = []
+    for file, names in groups:
+        header, specs = build_header((name, tensors[name].dtype, tensors[name].shape) for name in names)
+        placed = tuple(TensorSpec(s.name, s.dtype, s.shape, file, s.start, s.end) for s in specs)
+        shards.append(ShardPlan(file, header, placed))
+    return tuple(shards)
+
+
+def _nbytes(plan: TensorPlan) -> int:
+    return math.prod(plan.shape) * DTYPES[plan.dtype].bits // 8

@@ -1,0 +1,202 @@
+"""A recipe's models -> open checkpoints: folders, and repositories at a commit that is known from then on; and the
+plan that is made over them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
+from skillmerge.checkpoints.folder import Folder
+from skillmerge.checkpoints.kinds.patch import open_patch
+from skillmerge.checkpoints.kinds.skill import open_skill
+from skillmerge.checkpoints.place import Location
+from skillmerge.checkpoints.store import Files
+from skillmerge.errors import StalePlan, UsageError
+from skillmerge.methods.terms import minus_of
+from skillmerge.plans.plan import Plan
+from skillmerge.plans.planner import make_plan
+from skillmerge.recipes import lock as lockfile
+from skillmerge.recipes.lock import LOCK_VERSION, LockedModel
+from skillmerge.recipes.parse import load
+from skillmerge.recipes.recipe import Recipe
+
+
+def to_bytes(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> bytes:
+    """A lock for the plan's models on the Hub."""
+    models = {}
+    for item in plan.inputs:
+        checkpoint = checkpoints[item.name]
+        if not checkpoint.files.remote or item.revision is None:
+            continue
+        used = {*checkpoint.shards, *({INDEX_FILE, "config.json"} & {*checkpoint.names})}
+        if item.name == plan.donor:
+            used |= {file.name for file in plan.side_files} & {*checkpoint.names}
+        files = []
+        for name in sorted(used):
+            known = checkpoint.files.known_digest(name)
+            if known is not None:
+                files.append({"name": name, "size": known[0], known[1][0]: known[1][1]})
+        models[item.name] = {"uri": item.uri, "commit": item.revision, "files": files}
+    return (json.dumps({"lock_version": LOCK_VERSION, "models": models}, indent=1) + "\n").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How models may be reached.
+
+    follow_links: links may lead out of a folder. locked: a revision that can change must be in the lock file.
+    relock: the lock file is not looked at. download: repositories go through the Hub's cache instead of being
+    streamed. commits: what revisions of models stand for, whatever the lock says (of a saved plan).
+    """
+
+    follow_links: bool = False
+    locked: bool = False
+    relock: bool = False
+    download: bool = False
+    commits: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> dict[str, Checkpoint]:
+    """The models that the recipe uses, open, in its order.
+
+    Raises RecipeError, UsageError, InputError, StalePlan, TemporaryError.
+    """
+    places = {name: recipe.model_place(name) for name in recipe.used_models()}
+    lock_path = lockfile.path_of(Path(recipe.document.name))
+    lock = None
+    if not access.relock and not access.commits and any(isinstance(place, Location) for place in places.values()):
+        lock = lockfile.read(lock_path)
+    wanted = {name: _locked(recipe, name, place, lock, lock_path, access) for name, place in places.items()}
+    checkpoints = _open_all(recipe, wanted, access)
+    try:
+        for name, place in places.items():
+            if not isinstance(place, Location):
+                continue
+            if lock is not None and name in lock:
+                lock[name].compare(lock_path, name, checkpoints[name])
+            elif not place.pinned and not access.relock and name not in access.commits:
+                pinned = place.at(checkpoints[name].files.revision or "")
+                warn(f"model `{name}`: {place} can change under this name. Pinned, it reads\n  {name}: {pinned}")
+    except BaseException:
+        close_all(checkpoints)
+        raise
+    return checkpoints
+
+
+@contextmanager
+def planned(
+    recipe: str | os.PathLike[str] | Recipe,
+    coefficients: Mapping[str, float] | None,
+    allow_code: bool,
+    access: Access,
+    warn: Callable[[str], None],
+) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
+    """The plan of a recipe and its checkpoints, open while the context lasts."""
+    parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
+    checkpoints = open_models(parsed, access, warn)
+    try:
+        yield make_plan(parsed, checkpoints, allow_code=allow_code), checkpoints
+    finally:
+        close_all(checkpoints)
+
+
+def close_all(checkpoints: Mapping[str, Checkpoint]) -> None:
+    for checkpoint in checkpoints.values():
+        checkpoint.close()
+
+
+def _locked(
+    recipe: Recipe,
+    name: str,
+    place: Path | Location,
+    lock: Mapping[str, LockedModel] | None,
+    lock_path: Path,
+    access: Access,
+) -> Path | Location:
+    """The place with the commit of the lock, where there is one."""
+    if not isinstance(place, Location):
+        return place
+    if name in access.commits:
+        return place.at(access.commits[name])
+    if lock is not None:
+        found = lock.get(name)
+        if found is None or found.uri != recipe.models[name]:
+            what = f"holds {found.uri}" if found else "does not hold it"
+            raise StalePlan(
+                f"{lock_path} is stale: model `{name}` is {recipe.models[name]}, the lock {what}",
+                fix=f"write it again: skillmerge plan {recipe.document.name} --lock",
+            )
+        if place.pinned and place.revision != found.commit:
+            raise StalePlan(
+                f"{lock_path} is stale: model `{name}` is pinned to {place.revision}, the lock to {found.commit}"
+            )
+        return place.at(found.commit)
+    if access.locked and not place.pinned:
+        raise UsageError(
+            f"--locked: model `{name}` ({place}) has a revision that can change, and there is no {lock_path}",
+            fix=f"write one: skillmerge plan {recipe.document.name} --lock",
+        )
+    return place
+
+
+def _open_all(recipe: Recipe, places: Mapping[str, Path | Location], access: Access) -> dict[str, Checkpoint]:
+    """All at once: most of the time is spent waiting for answers."""
+
+    opening: list[Files] = []
+
+    found: dict[str, Checkpoint] = {}
+
+    def one(name: str) -> dict[str, Checkpoint] | Exception:
+        uri, onto = recipe.models[name], recipe.patches.get(name)
+        try:
+            if onto is not None and onto not in found:
+                return {}  # its model says what is wrong
+            files = _files(places[name], access, small=name in recipe.skills or onto is not None)
+            opening.append(files)
+            try:
+                if onto is not None:
+                    return {name: open_patch(uri, files, found[onto])}
+                if name not in recipe.skills:
+                    return {name: open_checkpoint(uri, files)}
+                return dict(zip((name, minus_of(name)), open_skill(uri, files), strict=True))
+            except BaseException:
+                files.close()
+                raise
+        except Exception as error:
+            return error
+
+    pool = ThreadPoolExecutor(max(1, len(places)))
+    opened: dict[str, dict[str, Checkpoint] | Exception] = {}
+    try:
+        for patches in (False, True):
+            names = [name for name in places if (name in recipe.patches) == patches]
+            opened |= zip(names, pool.map(one, names), strict=True)
+            for item in opened.values():
+                found |= item if isinstance(item, dict) else {}
+    except BaseException as error:  # an interrupt, or a thread that cannot be had
+        for files in opening:
+            files.cancel()
+        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
+        raise
+    pool.shutdown()
+    for item in opened.values():
+        if isinstance(item, Exception):
+            close_all(found)
+            raise item
+    order = [name for item in places for name in (item, minus_of(item))]
+    return {name: found[name] for name in order if name in found}
+
+
+def _files(place: Path | Location, access: Access, small: bool) -> Files:
+    """A skill or a patch is small, and read in pieces too small for a network: it goes through the Hub's cache."""
+    if isinstance(place, Path):
+        return Folder(place, follow_links=access.follow_links)
+    from skillmerge.checkpoints.hub import open_location
+
+    return open_location(place, download=access.download or small)

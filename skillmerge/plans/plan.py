@@ -1,0 +1,173 @@
+"""The plan: every output tensor, shard and input as plain data, its digest, and how it is written as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from skillmerge.errors import InputError
+from skillmerge.methods.linear import Program
+from skillmerge.plans.accounting import Problem, settlement
+from skillmerge.plans.side_files import SideFile
+from skillmerge.recipes.recipe import Recipe
+from skillmerge.tensors import TensorSpec
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """What happens to one output tensor.
+
+    action: `merge` computes `program`, `cast` converts one model's tensor to another dtype, `copy` takes its
+    bytes, `same` takes the donor's bytes after proving that every model holds the same. Of a skill: `cut` keeps
+    the difference of two models exactly, `compute` rounds `program`, `zero` is nothing.
+    sources: (model, tensor name in that model) in the order of the program's models.
+    coefficients: their values for this tensor, in the order of `Plan.coefficients`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    action: str
+    sources: tuple[tuple[str, str], ...]
+    coefficients: tuple[float, ...] = ()
+    program: Program | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One output file: its header's bytes and its tensors in the order of their bytes."""
+
+    file: str
+    header: bytes
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def size(self) -> int:
+        return self.specs[-1].end if self.specs else len(self.header)
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A weight file of a model: its size, the digest of its header (size field included), the sha256 that the
+    Hub states, and how many bytes of its weights the output is made of."""
+
+    name: str
+    size: int
+    header_sha256: str
+    stated_sha256: str | None
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True)
+class InputPlan:
+    """One model as the plan saw it: where from, which commit, and its weight files."""
+
+    name: str
+    uri: str
+    revision: str | None
+    license: str | None
+    remote: bool
+    files: tuple[InputFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    recipe: Recipe
+    inputs: tuple[InputPlan, ...]
+    donor: str
+    coefficients: tuple[str, ...]
+    tensors: Mapping[str, TensorPlan]
+    shards: tuple[ShardPlan, ...]
+    side_files: tuple[SideFile, ...]
+    ties: tuple[tuple[str, str, str], ...]
+    """(model, copy, original): tensors that are left out as copies, which `apply` proves first."""
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+    bytes_read: int
+    input_itemsizes: tuple[int, ...] = ()
+    """The widest element, in bytes, that each of a tensor's sources can have."""
+    versions: Mapping[str, Mapping[str, list[int | str]]] = field(default_factory=dict, compare=False)
+    """What tells the input files from changed ones on this machine."""
+    digest: str = field(default="", compare=False)
+    weights_digest: str = field(default="", compare=False)
+    """The digest of what decides the output's bytes: it stays where only words of the recipe change, or its gates."""
+
+    @property
+    def makes_skill(self) -> bool:
+        return self.recipe.output.kind == "skill"
+
+    @property
+    def bytes_written(self) -> int:
+        """How many bytes the output has; of a skill, how many it would have if nothing in it were zero."""
+        return sum(shard.size for shard in self.shards) + sum(file.size for file in self.side_files)
+
+    def refuse_problems(self) -> None:
+        """Raise InputError with every problem of the accounting and the rules that would settle them."""
+        if self.problems:
+            count = len(self.problems)
+            text = "\n".join(problem.message for problem in self.problems)
+            fix = settlement(self.recipe, self.problems) or None
+            raise InputError(f"{count} problem{'s' if count > 1 else ''} between the models:\n{text}", fix=fix)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain data: what `--json` prints, and what `-o` writes."""
+        return {
+            **deciding_facts(self),
+            "digest": self.digest,
+            "problems": [asdict(problem) for problem in self.problems],
+            "notes": list(self.notes),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+        }
+
+
+def deciding_facts(plan: Plan) -> dict[str, Any]:
+    """Everything that the output depends on, but for the weights themselves."""
+    output = plan.recipe.output
+    inputs = [
+        {
+            "name": item.name,
+            "uri": item.uri,
+            "revision": item.revision,
+            "files": [
+                {key: getattr(file, key) for key in ("name", "size", "header_sha256", "bytes_read")}
+                for file in item.files
+            ],
+        }
+        for item in plan.inputs
+    ]
+    return {
+        "version": PLAN_VERSION,
+        "recipe_sha256": plan.recipe.sha256,
+        "donor": plan.donor,
+        "output": {
+            **({"kind": output.kind, "compression": output.compression} if output.kind != "model" else {}),
+            **({"keep": output.keep} if output.keep is not None else {}),
+            "dtype": output.dtype,
+            "rounding": output.rounding,
+            "seed": output.seed,
+        },
+        "coefficients": list(plan.coefficients),
+        "overrides": dict(plan.recipe.overrides),
+        "inputs": inputs,
+        "shards": [{"file": shard.file, "size": shard.size} for shard in plan.shards],
+        "tensors": [_describe(plan.tensors[spec.name], spec.file) for shard in plan.shards for spec in shard.specs],
+        "side_files": [
+            {"name": file.name, "size": file.size, file.digest[0]: file.digest[1]} for file in plan.side_files
+        ],
+    }
+
+
+def _describe(tensor: TensorPlan, file: str) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "file": file,
+        "action": tensor.action,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "sources": [list(source) for source in tensor.sources],
+        "coefficients": list(tensor.coefficients),
+    }

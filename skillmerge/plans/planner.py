@@ -1,0 +1,278 @@
+"""Recipe + checkpoints' headers -> Plan: everything that is decided before weights are read. Pure data.
+
+Every tensor of every model is accounted for: the output has exactly the donor's tensors, and what the formula
+cannot mean, lacks, or leaves over is a problem that names the tensors and prints the rule that would settle
+it. No weights are touched and torch is not imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+
+from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
+from skillmerge.checkpoints.model_config import contradictions, quantisation, tied_source
+from skillmerge.errors import InputError
+from skillmerge.methods.linear import Program, compile_term
+from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, expand_skills, minus_of, sole_model, weights
+from skillmerge.naming import module_kind
+from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
+from skillmerge.plans.layout import lay_out, lay_out_skill
+from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, deciding_facts
+from skillmerge.plans.side_files import SideFile, collect, index_bytes
+from skillmerge.recipes.expression import ExpressionError, bind
+from skillmerge.recipes.recipe import Recipe, unused_names
+from skillmerge.recipes.schedules import ScheduleError, matcher
+from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
+
+
+def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False) -> Plan:
+    """Plan `recipe` over its opened `checkpoints` (by model name, at least those that it uses).
+
+    Raises RecipeError for rules and expressions that these models give no meaning, InputError for
+    checkpoints that are quantised or contradict themselves. What `copy` or `ignore` could settle is
+    collected in `problems` instead, so that a person sees all of it at once.
+    """
+    for name, checkpoint in checkpoints.items():
+        refuse_quantised(name, checkpoint)
+    donor_name = _donor(recipe)
+    donor = checkpoints[donor_name]
+    left_out = _left_out(recipe, donor)
+    values = _coefficients(recipe, [name for name in donor.tensors if name not in left_out])
+    copied = copy_rules(recipe, donor)
+    terms = _terms(recipe, {name: row for name, row in values.items() if name not in copied})
+    accounts, problems, ties, notes = account_tensors(recipe, checkpoints, donor_name, terms, copied)
+    programs: dict[int, Program] = {}  # by the term's identity: thousands of tensors share a few terms
+    tensors = {}
+    for name, spec in donor.tensors.items():
+        if name in left_out:
+            continue
+        account = accounts.get(name)
+        if name in terms and terms[name] is None:
+            tensors[name] = TensorPlan(name, spec.dtype, spec.shape, "zero", (), values[name])
+        elif account is not None:
+            tensors[name] = _plan_tensor(recipe, spec, account, checkpoints, values[name], programs)
+    problems += [
+        Problem("config", f"the donor's config.json and weights do not belong together: {message}")
+        for message in contradictions(donor.config, {name: spec.shape for name, spec in donor.tensors.items()})
+    ]
+    dtypes = {plan.dtype for name, plan in tensors.items() if plan.dtype != donor.tensors[name].dtype}
+    skill = recipe.output.kind == "skill"
+    side_files = () if skill else collect(donor, recipe.output.dtype if dtypes else None, allow_code)
+    shards: tuple[ShardPlan, ...] = ()
+    if len(tensors) == len(donor.tensors) - len(left_out):
+        shards = lay_out_skill(recipe, tensors) if skill else lay_out(recipe, donor, tensors)
+    if not skill and [shard.file for shard in shards] not in ([], [SINGLE_FILE]):
+        content = index_bytes({shard.file: list(shard.specs) for shard in shards})
+        side_files = tuple(sorted((*side_files, SideFile.of(INDEX_FILE, content)), key=lambda file: file.name))
+    read = _bytes_read(tensors, checkpoints)
+    plan = Plan(
+        recipe=recipe,
+        inputs=tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
+        donor=donor_name,
+        coefficients=tuple(recipe.coefficients),
+        tensors=tensors,
+        shards=shards,
+        side_files=side_files,
+        ties=tuple(ties),
+        problems=tuple(problems),
+        notes=(
+            *(f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe)),
+            *_oddities(recipe, checkpoints, donor),
+            *(f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties),
+            *(_untied(donor, tensors) if not problems and not skill else ()),
+            *notes,
+        ),
+        bytes_read=sum(read.values()),
+        input_itemsizes=_itemsizes(tensors, checkpoints),
+        versions=versions(checkpoints),
+    )
+    deciding = {key: value for key, value in deciding_facts(plan).items() if key != "recipe_sha256"}
+    weights_digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    object.__setattr__(plan, "weights_digest", weights_digest)
+    object.__setattr__(plan, "digest", hashlib.sha256((weights_digest + recipe.sha256).encode()).hexdigest())
+    return plan
+
+
+def _left_out(recipe: Recipe, donor: Checkpoint) -> set[str]:
+    """Tensors that a skill does without, as `ignore` says; a model has all of its donor's."""
+    if recipe.output.kind != "skill" or not recipe.ignore:
+        return set()
+    pattern = matcher(recipe.ignore)
+    return {name for name in donor.tensors if pattern.match(name)}
+
+
+def refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
+    """Raise InputError where a checkpoint's weights are no plain numbers."""
+    reason = quantisation(checkpoint.config, checkpoint.tensors)
+    if reason is not None:
+        raise InputError(
+            f"model `{name}` ({checkpoint.place}) is quantised, and its numbers cannot be added: {reason}",
+            fix="use the checkpoint it was quantised from (bfloat16, float16 or float32)",
+        )
+
+
+def _bind(recipe: Recipe, values: Mapping[str, float]) -> Term | None:
+    try:
+        return expand_skills(bind(recipe.expression, values), recipe.skills)
+    except ExpressionError as error:
+        raise recipe.expression_error(error) from error
+
+
+def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Term | None:
+    """The expression with one tensor's coefficients. Raises RecipeError where it is not of degree 1, or of
+    degree 0 for a skill, of which None is nothing."""
+    term = _bind(recipe, values)
+    found = degree(term)
+    if recipe.output.kind == "skill":
+        if found != 0:
+            at = f"for tensor `{tensor}`"
+            raise recipe.error(
+                ("merge",),
+                f"the expression gives {found:g} models' worth of weights {at}, and a skill is a difference",
+                "write rl - sft; for a model leave `output.kind` out",
+            )
+        if not any(weights(term).values()):
+            return None
+    elif term is None or found != 1:
+        asked = ", ".join(f"{name} = {value:g}" for name, value in values.items())
+        at = f"for tensor `{tensor}`" + (f" (with {asked})" if asked else "")
+        what = f"gives {found:g} models' worth of weights" if found != 0 else "gives a difference, not a model,"
+        fix: dict[float, str] = {
+            0: "add it to a model: target + lam * (rl - sft); or store it with `output: {kind: skill}`",
+            2: "did you mean the average, (a + b) / 2?",
+        }
+        advice = fix.get(found, "the factors must add up to 1")
+        raise recipe.error(("merge",), f"the expression {what} {at}", advice)
+    return term
+
+
+def _donor(recipe: Recipe) -> str:
+    if recipe.output.like is not None:
+        return recipe.output.like
+    defaults = {name: schedule.default for name, schedule in recipe.coefficients.items()}
+    term = _bind(recipe, defaults) or _bind(recipe, dict.fromkeys(defaults, 1.0))
+    if term is None:
+        raise recipe.error(("merge",), "the expression is always zero")
+    return donor_of(term)
+
+
+def _coefficients(recipe: Recipe, names: list[str]) -> dict[str, tuple[float, ...]]:
+    """Each tensor's coefficients, in the order of the recipe. Raises RecipeError for rules without meaning."""
+    columns = []
+    for coefficient, schedule in recipe.coefficients.items():
+        try:
+            columns.append(schedule.resolve(names))
+        except ScheduleError as error:
+            path = ("coefficients", coefficient, "rules", error.rule)
+            raise recipe.error(path, str(error), error.fix) from error
+    return {name: tuple(column[name] for column in columns) for name in names}
+
+
+def _terms(recipe: Recipe, values: Mapping[str, tuple[float, ...]]) -> dict[str, Term | None]:
+    """Each tensor's term; tensors with the same coefficients share one."""
+    by_values: dict[tuple[float, ...], Term | None] = {}
+    for name, row in values.items():
+        if row not in by_values:
+            by_values[row] = _degree_term(recipe, dict(zip(recipe.coefficients, row, strict=True)), name)
+    return {name: by_values[row] for name, row in values.items()}
+
+
+def _plan_tensor(
+    recipe: Recipe,
+    spec: TensorSpec,
+    account: Account,
+    checkpoints: Mapping[str, Checkpoint],
+    values: tuple[float, ...],
+    programs: dict[int, Program],
+) -> TensorPlan:
+    term, sources = account.term, account.sources
+    dtype = spec.dtype
+    if DTYPES[dtype].is_float and recipe.output.dtype != "same":
+        dtype = OUTPUT_DTYPES[recipe.output.dtype]
+    if account.same:
+        return TensorPlan(spec.name, dtype, spec.shape, "same", sources)
+    if len(sources) == 1 and (model := sole_model(term)) is not None:
+        source = sources[0][1]
+        copied = checkpoints[model].tensors[source].dtype == dtype
+        action = "copy" if copied else "cast"
+        program = None if copied else compile_term(Leaf(model))
+        coefficients = () if account.copied else values
+        return TensorPlan(spec.name, dtype, spec.shape, action, ((model, source),), coefficients, program)
+    if id(term) not in programs:
+        programs[id(term)] = compile_term(term)
+    program = programs[id(term)]
+    names = dict(sources)
+    ordered = tuple((model, names[model]) for model in program.models)
+    action = "merge"
+    if recipe.output.kind == "skill":
+        plain = isinstance(term, Sum) and isinstance(term.left, Leaf) and isinstance(term.right, Leaf) and term.minus
+        exact = plain and recipe.output.dtype == "same" and recipe.output.keep is None
+        action = "cut" if exact else "compute"
+        if action == "compute" and recipe.output.dtype == "same" and DTYPES[dtype].itemsize < 4:
+            dtype = "F32"  # what was scaled or summed rarely fits 16 bits
+    return TensorPlan(spec.name, dtype, spec.shape, action, ordered, values, program)
+
+
+def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
+    """What is allowed and still hardly meant."""
+    if not donor.config and recipe.output.kind == "model":
+        yield "the donor has no config.json: no runtime will load the output as it is"
+    seen: dict[str, str] = {}
+    for name in recipe.used_models():
+        root = checkpoints[name].files.root
+        place = str(root.resolve()) if root is not None else checkpoints[name].place
+        if place in seen:
+            yield f"models `{seen[place]}` and `{name}` are the same: their difference is zero"
+        seen.setdefault(place, name)
+    for name, value in recipe.overrides.items():
+        if recipe.rules_overridden.get(name):
+            yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
+
+
+def _untied(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> list[str]:
+    """A word where the recipe drives apart what the donor's config ties and the donor stores twice."""
+    notes = []
+    for name in [name for name in tensors if module_kind(name) == "head"]:
+        others = {other: spec for other, spec in donor.tensors.items() if other != name}
+        source = tied_source(name, donor.tensors[name].shape, donor.config, others)
+        if source is not None and tensors[source].coefficients != tensors[name].coefficients:
+            notes.append(
+                f"config.json ties `{name}` to `{source}`, but the recipe gives them different coefficients: "
+                "runtimes will not agree which of the two to use"
+            )
+    return notes
+
+
+def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
+    specs = {name: checkpoint.tensors for name, checkpoint in checkpoints.items()}
+    found = {
+        (index, specs[model][source].dtype)
+        for plan in tensors.values()
+        for index, (model, source) in enumerate(plan.sources)
+    }
+    count = 1 + max((index for index, _ in found), default=-1)
+    return tuple(max(DTYPES[dtype].itemsize for index, dtype in found if index == slot) for slot in range(count))
+
+
+def _bytes_read(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], int]:
+    """How many bytes of each model's weight files the output is made of."""
+    read: dict[tuple[str, str], int] = {}
+    for tensor in tensors.values():
+        for model, source in tensor.sources:
+            spec = checkpoints[model].tensors[source]
+            read[model, spec.file] = read.get((model, spec.file), 0) + checkpoints[model].bytes_of(source)
+    return read
+
+
+def _input(name: str, checkpoint: Checkpoint, read: Mapping[tuple[str, str], int]) -> InputPlan:
+    files = []
+    for file, header in checkpoint.shards.items():
+        _, (kind, stated) = checkpoint.files.known_digest(file) or (0, ("", ""))
+        digest = hashlib.sha256(header.raw).hexdigest()
+        sha256 = stated if kind == "sha256" else None
+        count = read.get((name, file), 0) + read.get((minus_of(name), file), 0)
+        files.append(InputFile(file, header.size, digest, sha256, count))
+    source = checkpoint.files
+    return InputPlan(name, checkpoint.uri, source.revision, source.license, source.remote, tuple(files))

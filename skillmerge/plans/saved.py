@@ -1,0 +1,112 @@
+"""A plan on disk: what `plan -o` writes, `apply` takes in a recipe's place, and two of which can be compared.
+
+It holds the recipe's text, all that the plan decided, and what tells the input files from changed ones: sizes and
+times on this machine, commits on the Hub, digests of headers everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skillmerge.errors import StalePlan, UsageError
+from skillmerge.plans.changes import differences
+from skillmerge.plans.plan import PLAN_VERSION, Plan
+from skillmerge.recipes.parse import SAVED_PLAN, parse_recipe
+from skillmerge.recipes.recipe import Recipe
+
+_KEYS = ("version", "digest", "recipe", "versions", "inputs", "tensors")
+_REMARKS = ("recipe", "problems", "notes")
+"""What is for people. The recipe's text has its digest in the plan."""
+_MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPlan:
+    """A plan as it was made. commits: of the models on the Hub."""
+
+    path: Path
+    document: Mapping[str, Any]
+    recipe: Recipe
+    commits: Mapping[str, str]
+
+    def check(self, plan: Plan) -> None:
+        """Raise StalePlan where the same recipe gives another plan now, or an input's files are not those of then.
+
+        All of the plan counts, not its digest alone: what a person has read in it is what is done.
+        """
+        now = json.loads(json.dumps(describe(plan)))
+        if all(self.document.get(key) == value for key, value in now.items() if key not in _REMARKS):
+            return
+        changes = self.changes(now) or ["it was edited, or this skillmerge plans differently"]
+        raise StalePlan(
+            f"{self.path} is stale: " + "; ".join(changes[:8]),
+            fix=f"look at it and plan again: skillmerge plan {self.recipe.document.name} -o {self.path}",
+        )
+
+    def changes(self, now: Mapping[str, Any]) -> list[str]:
+        """What is different in another plan, in words. Raises UsageError where this one is damaged."""
+        with _damage(self.path):
+            return differences(self.document, now)
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The plan as it is saved."""
+    document = plan.recipe.document
+    return {
+        **plan.as_dict(),
+        "recipe": {"text": document.text, "file": os.path.abspath(document.name)},
+        "versions": {name: dict(files) for name, files in plan.versions.items()},
+    }
+
+
+def looks_saved(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as saved plans do. Recipes may be JSON too, and do not."""
+    try:
+        if not Path(path).is_file():  # a pipe would wait for somebody
+            return False
+        with open(path, "rb") as stream:
+            return stream.read(len(SAVED_PLAN)) == SAVED_PLAN.encode()
+    except OSError:
+        return False
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Whatever goes wrong when a document is taken for a plan says that it is none."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise UsageError(
+            f"{path}: is not a saved plan: {error}", fix="write one: skillmerge plan RECIPE -o plan.json"
+        ) from error
+
+
+def read(path: str | os.PathLike[str]) -> SavedPlan:
+    """Read a saved plan. Raises UsageError for what is none, RecipeError for a recipe in it that is damaged."""
+    path = Path(path)
+    with _damage(path):
+        try:
+            if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+                raise ValueError("it is no file of sane size")
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+        if document["version"] != PLAN_VERSION:
+            raise UsageError(f"{path}: plan version {document['version']!r} is not known to this skillmerge")
+        missing = [key for key in _KEYS if key not in document]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        file = Path(document["recipe"]["file"])
+        if not file.name:
+            raise ValueError("its recipe has no name")
+        recipe = parse_recipe(document["recipe"]["text"], str(file), file.parent, document["overrides"])
+        commits = {item["name"]: item["revision"] for item in document["inputs"] if item["revision"]}
+        if not all(isinstance(commit, str) for commit in commits.values()):
+            raise ValueError("a commit in it is no text")
+    return SavedPlan(path, document, recipe, commits)

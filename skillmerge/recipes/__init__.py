@@ -1,0 +1,1 @@
+"""Text -> recipe: YAML, schema, expressions, schedules, gates, and what lint says of them."""

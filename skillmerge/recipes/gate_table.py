@@ -1,0 +1,125 @@
+"""The table `gates:` of a recipe or of a file of its own -> what an output must fulfil. Text only: `gates` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+from skillmerge.recipes.expression import normalise_name
+from skillmerge.recipes.schema import CosineTable, GatesTable, RangeTable
+from skillmerge.recipes.yamltext import Document
+
+FIGURES = ("changed", "vanished", "realised", "realised_lambda", "norm_ratio")
+"""Gates on what `apply` has measured; the manifest holds it."""
+PROOFS = ("finite", "loads", "finite_logits")
+"""Gates that hold or do not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What one figure of an output may be.
+
+    kind: a key of `gates:`. minimum, maximum: both ends included, except that a default `changed` is more than 0.
+    modules: kinds of module, each by itself; empty for the whole model. name, run, score, timeout (seconds): of a
+    command. text: the file of a perplexity. model: what it is compared with, a name of the recipe or a place.
+    folder: what relative paths start from, and where commands run.
+    """
+
+    kind: str
+    folder: FilePath
+    minimum: float | None = None
+    maximum: float | None = None
+    modules: tuple[str, ...] = ()
+    is_default: bool = False
+    is_ratio: bool = False
+    name: str = ""
+    run: str = ""
+    score: str | None = None
+    timeout: float = 3600.0
+    text: FilePath | None = None
+    model: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """In words: `0.9 to 1.1`, `at most 0.3`."""
+        if self.kind in PROOFS:
+            return "yes"
+        if self.is_default:
+            return "more than 0"
+        of = f" of {self.model or 'the donor'}'s" if self.is_ratio else ""
+        if self.minimum is not None and self.maximum is not None:
+            return f"{self.minimum:g} to {self.maximum:g}{of}"
+        return f"at least {self.minimum:g}{of}" if self.minimum is not None else f"at most {self.maximum:g}{of}"
+
+    @property
+    def told(self) -> str:
+        """The gate in one line, with the command that it runs."""
+        where = f" of {', '.join(self.modules)}" if self.modules else ""
+        what = f" {self.name}, which runs `{' '.join(self.run.split())}`" if self.run else ""
+        return f"{self.kind}{where}{what}: {self.asked}"
+
+    def holds(self, measured: float) -> bool:
+        if self.is_default:
+            return measured > 0
+        return (self.minimum is None or measured >= self.minimum) and (self.maximum is None or measured <= self.maximum)
+
+
+def gates_of(table: GatesTable | None, document: Document, folder: FilePath) -> tuple[Gate, ...]:
+    """The gates of a table; none without one. Raises RecipeError for gates that ask for nothing."""
+    if table is None:
+        return ()
+    return tuple(_gates_of(table, document, folder))
+
+
+def _gates_of(table: GatesTable, document: Document, folder: FilePath) -> Iterable[Gate]:
+    # Whoever has gates at all does not want a merge that did nothing to pass them.
+    if table.changed is None:
+        yield Gate("changed", folder, is_default=True)
+    for kind in (*FIGURES, "cosine_z"):
+        given: RangeTable | None = getattr(table, kind)
+        if given is not None:
+            _check_range(document, (kind,), given.min, given.max)
+            model = given.base if isinstance(given, CosineTable) else None
+            if model is not None:
+                _expanded(document, (kind, "base"), model)
+            modules = (given.modules,) if isinstance(given.modules, str) else tuple(given.modules or ())
+            yield Gate(kind, folder, given.min, given.max, modules, model=model)
+    for kind in PROOFS:
+        if getattr(table, kind):
+            yield Gate(kind, folder)
+    if (given_text := table.perplexity) is not None:
+        if given_text.max is None and given_text.max_ratio is None:
+            _refuse(document, ("perplexity",), "asks for nothing", "give it a max or a max_ratio")
+        text = folder / _expanded(document, ("perplexity", "text"), given_text.text)
+        model = normalise_name(given_text.of) if given_text.of else None
+        for most, is_ratio in ((given_text.max, False), (given_text.max_ratio, True)):
+            if most is not None:
+                yield Gate("perplexity", folder, maximum=most, is_ratio=is_ratio, text=text, model=model)
+    for index, command in enumerate(table.commands):
+        _check_range(document, ("commands", index), command.min, command.max)
+        name = " ".join((command.name or command.run).split())
+        yield Gate(
+            "command", folder, command.min, command.max,
+            name=name, run=command.run, score=command.score, timeout=command.timeout,
+        )  # fmt: skip
+
+
+def _expanded(document: Document, path: tuple[int | str, ...], written: str) -> FilePath:
+    try:
+        return FilePath(written).expanduser()
+    except RuntimeError as error:
+        place = document.place(("gates", *path))
+        raise document.error(f"`{written}` starts at a home that does not exist", place) from error
+
+
+def _check_range(document: Document, path: tuple[int | str, ...], low: float | None, high: float | None) -> None:
+    if low is None and high is None:
+        _refuse(document, path, "asks for nothing", "give it a min, a max, or both")
+    if low is not None and high is not None and low > high:
+        _refuse(document, path, f"can never hold: min {low:g} is more than max {high:g}", None)
+
+
+def _refuse(document: Document, path: tuple[int | str, ...], message: str, fix: str | None) -> None:
+    what = f"`{path[0]}`" if len(path) == 1 else "this command"
+    raise document.error(f"the gate {what} {message}", document.place(("gates", *path)), fix)

@@ -1,0 +1,364 @@
+"""The verb lint: what can be said of recipes from their text alone, all of it, each with its place.
+
+Errors are what `plan` and `apply` would refuse; warnings are what they do, and what is hardly meant. A finding is
+certain: what depends on the models' tensors is left to `plan`. Opens no model; of other files reads the lock alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from skillmerge.checkpoints.place import Location
+from skillmerge.errors import Place, RecipeError, SkillmergeError, UsageError, did_you_mean
+from skillmerge.methods.terms import Term, degree, expand_skills, weights
+from skillmerge.recipes import lock as lockfile
+from skillmerge.recipes.expression import ExpressionError, bind, names_in, normalise_name
+from skillmerge.recipes.parse import load
+from skillmerge.recipes.recipe import Recipe, unused_names
+from skillmerge.recipes.schedules import LayerRange, Rule
+from skillmerge.recipes.yamltext import Path as DataPath
+
+_MANY = 256
+"""Combinations of coefficients that are tried, at most."""
+_LARGE = 10.0
+"""Sweeps in the literature end at 2; a factor beyond this is a slip of the decimal point."""
+
+
+@dataclass(frozen=True, slots=True)
+class LintRule:
+    """Something that lint looks for. title: in a few words; help: why, and what to do."""
+
+    id: str
+    level: str
+    title: str
+    help: str
+
+
+RULES = {
+    rule.id: rule
+    for rule in (
+        LintRule(
+            "invalid-recipe", "error", "This is not a recipe that can be read",
+            "The file cannot be read, is not YAML, or has something that the format of recipes does not allow. `plan` "
+            "and `apply` refuse it. The reference lists every key; `skillmerge schema` prints the format for editors.",
+        ),
+        LintRule(
+            "not-one-model", "error", "The expression is not one model",
+            "Whatever the coefficients are, the factors of the models do not add up to 1 (to 0 for a skill), or the "
+            "expression divides by zero. Write `target + lam * (rl - sft)`, or `(a + b) / 2` for an average.",
+        ),
+        LintRule(
+            "unpinned-revision", "warning", "A model on the Hub can change under this name",
+            "A branch or tag may mean other weights tomorrow. Write the commit (`hf://org/name@<commit>`), or keep a "
+            "lock beside the recipe: `skillmerge plan RECIPE --lock`.",
+        ),
+        LintRule(
+            "stale-lock", "warning", "The lock file does not fit the recipe",
+            "The lock beside the recipe cannot be read, or names another place or commit than the recipe does, and "
+            "`plan` and `apply` refuse that. Write it again: `skillmerge plan RECIPE --lock`.",
+        ),
+        LintRule(
+            "unused-name", "warning", "A model or coefficient does nothing",
+            "It is defined, and neither the expression nor `copy`, `like` or a patch uses it. Remove it, or use it.",
+        ),
+        LintRule(
+            "same-model", "warning", "Two names mean the same model",
+            "Two models that are used have the same place, so that their difference is zero. One of them is probably "
+            "meant to be another.",
+        ),
+        LintRule(
+            "hidden-rule", "warning", "A later rule hides this one",
+            "The last rule that matches a tensor wins, and a later rule of the schedule matches everything that this "
+            "one does. Put general rules first, or remove this one.",
+        ),
+        LintRule(
+            "large-factor", "warning", "A model is multiplied by more than 10",
+            "With these coefficients a model's weights count more than tenfold. Published merges stay below 2: look "
+            "for a lost decimal point.",
+        ),
+        LintRule(
+            "no-output", "warning", "The recipe does not say where its output goes",
+            "Without `output.path` or `output.push`, `apply` needs --output or --push. Allow this rule where the "
+            "command line always says it.",
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong. place: None where it is the file as a whole. excerpt: the line with a marker."""
+
+    file: str
+    rule: LintRule
+    message: str
+    fix: str | None = None
+    place: Place | None = None
+    excerpt: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Lines and columns are counted from 1, and the end column is the one after the last."""
+        where = self.place
+        return {
+            "file": self.file,
+            "line": where.line + 1 if where else None,
+            "column": where.column + 1 if where else None,
+            "end_column": where.column + where.width + 1 if where else None,
+            "level": self.rule.level,
+            "rule": self.rule.id,
+            "message": self.message,
+            "fix": self.fix,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Lint:
+    """What was found in `files`."""
+
+    files: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    def count(self, level: str) -> int:
+        return sum(finding.rule.level == level for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "files": len(self.files),
+            "errors": self.count("error"),
+            "warnings": self.count("warning"),
+            "findings": [finding.as_dict() for finding in self.findings],
+        }
+
+
+def lint(recipes: Iterable[str | os.PathLike[str]], *, allow: Iterable[str] = ()) -> Lint:
+    """Everything that is wrong with the recipes at these paths. allow: ids of warnings that are not looked for.
+
+    Raises UsageError for a rule that is none, or that is an error and cannot be allowed.
+    """
+    allowed = set(allow)
+    warnings = [rule.id for rule in RULES.values() if rule.level == "warning"]
+    for name in sorted(allowed - set(warnings)):
+        what = "is an error, which nothing allows" if name in RULES else "is no rule of lint"
+        raise UsageError(f"`{name}` {what}", fix=did_you_mean(name, warnings) or f"rules: {', '.join(warnings)}")
+    files = tuple(os.fspath(path) for path in recipes)
+    found = [finding for file in files for finding in _lint(file) if finding.rule.id not in allowed]
+    return Lint(files, tuple(found))
+
+
+def _lint(file: str) -> list[Finding]:
+    try:
+        recipe = load(file)
+    except RecipeError as error:
+        return _sorted(_of_error(file, "invalid-recipe", each) for each in (error, *error.others))
+    except SkillmergeError as error:
+        message = error.message.removeprefix(f"{file}: ").removeprefix(f"{file} ")
+        return [Finding(file, RULES["invalid-recipe"], message, error.fix)]
+    return _sorted(finding for check in _CHECKS for finding in check(recipe))
+
+
+def _sorted(findings: Iterable[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda it: (it.place.line, it.place.column) if it.place else (-1, -1))
+
+
+def _of_error(file: str, rule: str, error: RecipeError) -> Finding:
+    message = error.what.removeprefix(f"{file}: ")
+    return Finding(file, RULES[rule], message, error.fix, error.place, error.excerpt)
+
+
+def _at(recipe: Recipe, rule: str, path: DataPath, message: str, fix: str | None = None) -> Finding:
+    """A finding about the key at `path`, or about the value where it has no key."""
+    document = recipe.document
+    place = document.keys.get(path) or document.place(path)
+    error = document.error(message, place, fix)
+    return _of_error(document.name, rule, error)
+
+
+def _written(recipe: Recipe, section: str, name: str) -> DataPath:
+    """Where the table's entry stands, whose key may be spelt in another form of Unicode."""
+    return next((section, key) for key in recipe.document.data[section] if normalise_name(key) == name)
+
+
+def _models(recipe: Recipe) -> Iterator[Finding]:
+    """Places that are none, that can change, and that are the same."""
+    seen: dict[Path | Location, str] = {}
+    used = recipe.used_models()
+    lock, lock_error = _lock(recipe)
+    remote = False
+    for name in recipe.models:
+        path = _written(recipe, "models", name)
+        try:
+            place = recipe.model_place(name)
+        except RecipeError as error:
+            yield _of_error(recipe.document.name, "invalid-recipe", error)
+            continue
+        if name not in used:
+            continue
+        if isinstance(place, Location):
+            remote = True
+            yield from _revision(recipe, name, place, path, lock)
+        other = seen.setdefault(place, name)
+        if other != name and name not in recipe.patches and other not in recipe.patches:
+            yield _at(recipe, "same-model", path, f"`{other}` and `{name}` are the same model")
+    if remote and lock_error is not None:
+        yield Finding(recipe.document.name, RULES["stale-lock"], lock_error.message, lock_error.fix)
+
+
+def _lock(recipe: Recipe) -> tuple[Mapping[str, lockfile.LockedModel] | None, SkillmergeError | None]:
+    try:
+        return lockfile.read(lockfile.path_of(Path(recipe.document.name))), None
+    except SkillmergeError as error:
+        return {}, error
+
+
+def _revision(
+    recipe: Recipe, name: str, place: Location, path: DataPath, lock: Mapping[str, lockfile.LockedModel] | None
+) -> Iterator[Finding]:
+    again = f"write it again: skillmerge plan {recipe.document.name} --lock"
+    if lock is None:
+        if not place.pinned:
+            fix = f"pin a commit, or lock it: skillmerge plan {recipe.document.name} --lock"
+            what = f"`{place.revision}`" if place.revision else "the default branch"
+            yield _at(recipe, "unpinned-revision", path, f"model `{name}` is {what} of {place.repository}", fix)
+        return
+    if not lock:
+        return  # it is damaged, which is told once
+    found = lock.get(name)
+    if found is None or found.uri != recipe.models[name]:
+        what = f"holds {found.uri}" if found else "does not hold it"
+        yield _at(recipe, "stale-lock", path, f"model `{name}` is {place}, the lock {what}", again)
+    elif place.pinned and place.revision != found.commit:
+        yield _at(recipe, "stale-lock", path, f"model `{name}` is pinned to {place.revision}, not the lock's", again)
+
+
+def _unused(recipe: Recipe) -> Iterator[Finding]:
+    for name in unused_names(recipe):
+        section = "models" if name in recipe.models else "coefficients"
+        what = "model" if section == "models" else "coefficient"
+        yield _at(recipe, "unused-name", _written(recipe, section, name), f"{what} `{name}` does nothing", "remove it")
+
+
+def _output(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.output.path is None and recipe.output.push is None:
+        fix = "add `output: {path: ./merged}`, or give --output to apply"
+        yield _at(recipe, "no-output", ("output",), "there is no `output.path`", fix)
+
+
+def _hidden_rules(recipe: Recipe) -> Iterator[Finding]:
+    for name, schedule in recipe.coefficients.items():
+        path = _written(recipe, "coefficients", name)
+        for index, rule in enumerate(schedule.rules):
+            for later in range(index + 1, len(schedule.rules)):
+                if _covers(schedule.rules[later], rule):
+                    place = recipe.document.place((*path, "rules", later))
+                    where = f" on line {place.line + 1}" if place else ""
+                    message = f"this rule of `{name}` never decides: the one{where} matches all that it does"
+                    yield _at(recipe, "hidden-rule", (*path, "rules", index), message, "put general rules first")
+                    break
+
+
+def _covers(later: Rule, rule: Rule) -> bool:
+    """Whether `later` certainly selects every tensor that `rule` can select."""
+    in_blocks = bool(rule.layers) or rule.ramp is not None
+    if later.layers:
+        if not in_blocks or not _contains(later.layers, rule.layers or (LayerRange(0, None),)):
+            return False
+    elif later.ramp is not None and not in_blocks:
+        return False
+    if later.tensors and "*" not in later.tensors and not (rule.tensors and {*rule.tensors} <= {*later.tensors}):
+        return False
+    return not later.modules or (bool(rule.modules) and {*rule.modules} <= {*later.modules})
+
+
+def _contains(outer: Sequence[LayerRange], inner: Sequence[LayerRange]) -> bool:
+    """Whether all blocks of `inner` are in `outer`."""
+    for part in inner:
+        at = part.first
+        for other in sorted(outer, key=lambda it: it.first):
+            if other.first <= at and (other.last is None or other.last >= at):
+                if other.last is None or (part.last is not None and other.last >= part.last):
+                    break
+                at = other.last + 1
+        else:
+            return False
+    return True
+
+
+def _degrees(recipe: Recipe) -> Iterator[Finding]:
+    """Whether any of the values that the coefficients are given makes the expression one model."""
+    values = {name: _values(recipe, name) for name in _used_coefficients(recipe)}
+    count = math.prod(len(given) for given in values.values())
+    if count > _MANY or any(rule.ramp for name in values for rule in recipe.coefficients[name].rules):
+        return
+    wanted = 0 if recipe.output.kind == "skill" else 1
+    wrong = []
+    for row in product(*values.values()):
+        try:
+            found = degree(_term(recipe, {name: value for name, (value, _) in zip(values, row, strict=True)}))
+        except ExpressionError as error:
+            wrong.append(_of_error(recipe.document.name, "not-one-model", recipe.expression_error(error)))
+            continue
+        if found == wanted:
+            return
+        wrong.append(_not_one(recipe, found, wanted))
+    yield wrong[0]
+
+
+def _large_factors(recipe: Recipe) -> Iterator[Finding]:
+    """Values that alone, the other coefficients at their defaults, make a factor large."""
+    names = _used_coefficients(recipe)
+    defaults = {name: recipe.coefficients[name].default for name in names}
+    for name in names:
+        if _most(recipe, {**defaults, name: 1.0}) > _LARGE:
+            continue  # it is not this one that does it
+        told: set[DataPath] = set()
+        for value, path in _values(recipe, name):
+            most = _most(recipe, {**defaults, name: value})
+            if most > _LARGE and path not in told:
+                told.add(path)
+                message = f"with this `{name}`, a model is multiplied by {most:g}"
+                yield _at(recipe, "large-factor", path, message, "published merges stay below 2")
+
+
+def _used_coefficients(recipe: Recipe) -> list[str]:
+    used = {name.name for name in names_in(recipe.expression) if not name.is_model}
+    return [name for name in recipe.coefficients if name in used]
+
+
+def _term(recipe: Recipe, values: Mapping[str, float]) -> Term | None:
+    return expand_skills(bind(recipe.expression, values), recipe.skills)
+
+
+def _most(recipe: Recipe, values: Mapping[str, float]) -> float:
+    try:
+        return max((abs(weight) for weight in weights(_term(recipe, values)).values()), default=0.0)
+    except ExpressionError:
+        return 0.0
+
+
+def _values(recipe: Recipe, name: str) -> list[tuple[float, DataPath]]:
+    """Each number that a coefficient is given, and where."""
+    schedule, path = recipe.coefficients[name], _written(recipe, "coefficients", name)
+    table = isinstance(recipe.document.data[path[0]][path[1]], dict)
+    found = [(schedule.default, (*path, "default") if table else path)]
+    for index, rule in enumerate(schedule.rules):
+        key = (*path, "rules", index, "ramp" if rule.ramp else "value")
+        found += [(value, key) for value in rule.ramp or (rule.value,)]
+    return found
+
+
+def _not_one(recipe: Recipe, found: float, wanted: int) -> Finding:
+    message, fix = f"the expression gives {found:g} models' worth of weights", "the factors must add up to 1"
+    if wanted == 0:
+        message, fix = f"{message}, and a skill is a difference", "write rl - sft"
+    elif found == 0:
+        message, fix = "the expression gives a difference, not a model", "add it to a model: target + lam * (rl - sft)"
+    return _at(recipe, "not-one-model", ("merge",), message, fix)
+
+
+_CHECKS = (_models, _unused, _hidden_rules, _degrees, _large_factors, _output)

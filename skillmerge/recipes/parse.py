@@ -1,0 +1,313 @@
+"""The recipe: YAML (format version 1) -> a frozen `Recipe` that knows where in the text each part stands.
+
+Its shape is checked by `schema`, what can be known from the text alone here, what needs a model's tensors by
+`planning`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path as FilePath
+from typing import Any
+
+from skillmerge.errors import InputError, Mistakes, RecipeError, UsageError, did_you_mean, some
+from skillmerge.recipes import yamltext
+from skillmerge.recipes.expression import ExpressionError, normalise_name, parse
+from skillmerge.recipes.gate_table import Gate, gates_of
+from skillmerge.recipes.recipe import CopyRule, Output, Push, Recipe, expression_error, local_path
+from skillmerge.recipes.schedules import LayerRange, Rule, Schedule, parse_layers
+from skillmerge.recipes.schema import (
+    GatesFileTable,
+    GatesTable,
+    ModelTable,
+    PushTable,
+    RecipeTable,
+    RuleTable,
+    ScheduleTable,
+    read_table,
+)
+from skillmerge.recipes.yamltext import Document, Path
+from skillmerge.tensors import parse_size
+
+SAVED_PLAN = '{\n "ok":'
+"""How a plan that was saved begins, and no recipe."""
+
+
+def load(path: str | os.PathLike[str], overrides: Mapping[str, float] | None = None) -> Recipe:
+    """Read and check the recipe at `path`; `overrides` (from --set) replace coefficients by numbers.
+
+    Raises RecipeError for whatever is wrong with the text, UsageError where there is no such recipe.
+    """
+    path = FilePath(path)
+    text = _text_of(path)
+    if text.startswith(SAVED_PLAN):
+        raise UsageError(
+            f"{path} is a saved plan, not a recipe", fix="`skillmerge apply` takes it; elsewhere name the recipe"
+        )
+    return parse_recipe(text, str(path), path.parent, overrides or {})
+
+
+def load_gates(path: str | os.PathLike[str]) -> tuple[Gate, ...]:
+    """The gates in a file of their own, or of a recipe. Raises RecipeError, UsageError."""
+    path = FilePath(path)
+    document = yamltext.read(_text_of(path), str(path))
+    if isinstance(document.data, dict) and "skillmerge" in document.data:
+        return parse_recipe(document.text, str(path), path.parent).gates
+    return gates_of(read_table(document, GatesFileTable).gates, document, path.parent)
+
+
+def _text_of(path: FilePath) -> str:
+    """What a person wrote, within bounds."""
+    try:
+        if path.is_dir():
+            raise UsageError(
+                f"{path} is a folder, not a recipe", fix="name a recipe file: skillmerge apply recipe.yaml"
+            )
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is not a file", fix="save the recipe as a file and name that")
+        if path.stat().st_size > yamltext.MAX_BYTES:
+            raise RecipeError(f"{path}: is larger than {yamltext.MAX_BYTES // 1024} KiB, which no recipe needs")
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist", fix="`skillmerge init` writes a recipe to start from") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str, float] | None = None) -> Recipe:
+    """The recipe in `text`; `name` is its file in messages, `folder` what relative paths start from."""
+    document = yamltext.read(text, name)
+    table = read_table(document, RecipeTable)
+    models, coefficients = _names(document, table)
+    mistakes = Mistakes()
+    schedules = {
+        normalise_name(written): _schedule(document, ("coefficients", written), table.coefficients[written], mistakes)
+        for written in table.coefficients
+    }
+    overridden = {}
+    for key, value in (overrides or {}).items():
+        key = normalise_name(key)
+        if key not in schedules:
+            near = did_you_mean(key, list(schedules)) or f"this recipe has: {', '.join(schedules) or 'none'}"
+            raise UsageError(f"--set {key}: the recipe has no such coefficient", fix=near)
+        if isinstance(value, bool | str) or not math.isfinite(value):
+            raise UsageError(f"--set {key}: {value} is not a finite number")
+        overridden[key] = len(schedules[key].rules)
+        schedules[key] = Schedule(float(value))
+    with mistakes:
+        try:
+            expression = parse(table.merge, list(models), coefficients)
+        except ExpressionError as error:
+            raise expression_error(document, error) from error
+    skills = frozenset(
+        normalise_name(name) for name, entry in table.models.items() if isinstance(entry, ModelTable) and entry.skill
+    )
+    patches = {
+        normalise_name(name): normalise_name(entry.onto)
+        for name, entry in table.models.items()
+        if isinstance(entry, ModelTable) and entry.patch and entry.onto
+    }
+    _check_model_names(document, table, list(models), skills, patches, mistakes)
+    with mistakes:
+        _check_kind(document, table)
+    with mistakes:
+        shard_size = _shard_size(document, table.output.shard_size)
+    with mistakes:
+        gates = _gates(document, table, folder, list(models), skills | set(patches))
+    mistakes.refuse()
+    like = table.output.like
+    return Recipe(
+        document=document,
+        folder=folder,
+        models=models,
+        skills=skills,
+        patches=patches,
+        coefficients=schedules,
+        expression=expression,
+        copy=tuple(CopyRule(_as_tuple(rule.tensors), normalise_name(rule.from_)) for rule in table.copy_),
+        ignore=tuple(table.ignore),
+        output=Output(
+            kind=table.output.kind,
+            compression=table.output.compression,
+            keep=table.output.keep,
+            path=local_path(document, ("output", "path"), folder, table.output.path) if table.output.path else None,
+            like=normalise_name(like) if like else None,
+            dtype=table.output.dtype,
+            rounding=table.output.rounding,
+            seed=table.output.seed,
+            shard_size=shard_size,
+            license=table.output.license,
+            card=local_path(document, ("output", "card"), folder, table.output.card) if table.output.card else None,
+            push=_push(table.output.push) if table.output.push else None,
+        ),
+        gates=gates,
+        overrides={normalise_name(key): float(value) for key, value in (overrides or {}).items()},
+        rules_overridden=overridden,
+    )
+
+
+def recipe_of(models: Mapping[str, Any], merge: str, output: Mapping[str, Any], name: str, **keys: Any) -> Recipe:
+    """A recipe of a verb that takes its models from the command line; `name` is what it is called in messages."""
+    document = {"skillmerge": 1, "models": dict(models), "merge": merge, "output": dict(output), **keys}
+    return parse_recipe(json.dumps(document, indent=1, ensure_ascii=False) + "\n", name, FilePath.cwd())
+
+
+def _gates(
+    document: Document, table: RecipeTable, folder: FilePath, models: list[str], unlike: AbstractSet[str]
+) -> tuple[Gate, ...]:
+    """The recipe's gates. unlike: those of the models that have no folder of their own to load."""
+    given = table.gates
+    if given is None and "gates" in table.model_fields_set:
+        given = GatesTable()  # every line of it is a comment
+    gates = gates_of(given, document, folder)
+    place = document.place(("gates",))
+    if gates and table.output.kind == "skill":
+        raise document.error("a skill has no `gates`", place, "they are for the models that it is put into")
+    for gate in gates:
+        if gate.kind == "perplexity" and gate.model is not None and gate.model not in set(models) - unlike:
+            known = [name for name in models if name not in unlike]
+            place = document.place(("gates", "perplexity", "of"))
+            raise document.error(
+                f"`{gate.model}` is not a whole model of this recipe", place, f"there are: {some(known)}"
+            )
+    return gates
+
+
+def _check_kind(document: Document, table: RecipeTable) -> None:
+    """What only a model can have, and only a skill."""
+    if table.output.kind == "model" and table.output.compression != "none":
+        raise document.error(
+            "only a skill can be compressed", document.place(("output", "compression")), "models are read as they are"
+        )
+    if table.output.kind == "model" and table.output.keep is not None:
+        raise document.error("only a skill can be pruned", document.place(("output", "keep")), "extract it with --keep")
+    if table.output.kind == "skill":
+        for path, given in ((("copy",), table.copy_), (("output", "rounding"), table.output.rounding != "nearest")):
+            if given:
+                raise document.error(f"a skill has no `{path[-1]}`", document.place(path), "leave it out")
+
+
+def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list[str]]:
+    """Models and coefficients by normalised name; one name means one thing."""
+    models: dict[str, str] = {}
+    coefficients: list[str] = []
+    for section, written in [
+        *(("models", written) for written in table.models),
+        *(("coefficients", written) for written in table.coefficients),
+    ]:
+        name = normalise_name(written)
+        if not name.isidentifier():
+            raise document.error(
+                f"`{written}` cannot be used as a name",
+                document.keys[(section, written)],
+                "use letters, digits, _",
+            )
+        if name in models or name in coefficients:
+            raise document.error(f"`{written}` already names something else", document.keys[(section, written)])
+        if section == "models":
+            entry = table.models[written]
+            if isinstance(entry, ModelTable):
+                given = [value for value in (entry.path, entry.skill, entry.patch) if value is not None]
+                place = document.place((section, written))
+                if len(given) != 1:
+                    what = "more than one" if given else "none"
+                    raise document.error(f"`{written}` has {what} of `path`, `skill`, `patch`", place, "give one")
+                if (entry.patch is None) != (entry.onto is None):
+                    fix = "write {patch: …, onto: …}, the latter a model of this recipe"
+                    raise document.error("`patch` and `onto` go together", place, fix)
+                entry = given[0]
+            models[name] = entry
+        else:
+            coefficients.append(name)
+    return models, coefficients
+
+
+def _schedule(document: Document, path: Path, entry: float | ScheduleTable, mistakes: Mistakes) -> Schedule:
+    if not isinstance(entry, ScheduleTable):
+        return Schedule(float(entry))
+    rules: list[Rule] = []
+    for index, rule in enumerate(entry.rules):
+        with mistakes:
+            rules.append(_rule(document, (*path, "rules", index), rule))
+    return Schedule(float(entry.default), tuple(rules))
+
+
+def _rule(document: Document, path: Path, table: RuleTable) -> Rule:
+    place = document.place(path)
+    if (table.value is None) == (table.ramp is None):
+        what = "has both `value` and `ramp`" if table.value is not None else "has neither `value` nor `ramp`"
+        raise document.error(f"this rule {what}", place, "give exactly one of the two")
+    if table.layers is None and table.tensors is None and table.modules is None:
+        raise document.error("this rule selects nothing", place, "add layers, tensors or modules, or use `default`")
+    layers: list[LayerRange] = []
+    for part in table.layers if isinstance(table.layers, list) else [table.layers]:
+        try:
+            layers += parse_layers(str(part)) if part is not None else ()
+        except ValueError as error:
+            raise document.error(str(error), document.place((*path, "layers"))) from error
+    return Rule(
+        layers=tuple(layers),
+        tensors=_as_tuple(table.tensors),
+        modules=_as_tuple(table.modules),
+        value=float(table.value or 0.0),
+        ramp=(float(table.ramp[0]), float(table.ramp[1])) if table.ramp else None,
+    )
+
+
+def _as_tuple(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def _shard_size(document: Document, value: str | int) -> int | None:
+    if value == "same":
+        return None
+    try:
+        return parse_size(str(value))
+    except ValueError as error:
+        raise document.error(str(error), document.place(("output", "shard_size")), "or `same`") from error
+
+
+def _push(table: PushTable) -> Push:
+    return Push(
+        table.repo,
+        table.private,
+        table.revision,
+        table.pull_request,
+        table.message,
+        tuple(table.tags),
+        table.new_version,
+    )
+
+
+def _check_model_names(
+    document: Document,
+    table: RecipeTable,
+    models: list[str],
+    skills: frozenset[str],
+    patches: Mapping[str, str],
+    mistakes: Mistakes,
+) -> None:
+    uses: list[tuple[Path, str | None]] = [
+        (("copy", index, "from"), rule.from_) for index, rule in enumerate(table.copy_)
+    ]
+    uses += [
+        (("models", name, "onto"), entry.onto)
+        for name, entry in table.models.items()
+        if isinstance(entry, ModelTable) and entry.onto
+    ]
+    for path, name in [*uses, (("output", "like"), table.output.like)]:
+        with mistakes:
+            if name is not None and normalise_name(name) not in models:
+                fix = did_you_mean(name, models) or f"models of this recipe: {', '.join(models)}"
+                raise document.error(f"`{name}` is not a model of this recipe", document.place(path), fix)
+            whole = path[0] in ("copy", "models") or table.output.kind == "model"
+            if name is not None and normalise_name(name) in skills and whole:
+                raise document.error(f"`{name}` is a skill, which has no tensors to take", document.place(path))
+            if path[0] == "models" and name is not None and normalise_name(name) in patches:
+                raise document.error(f"`{name}` is a patch itself", document.place(path), "name a whole model")

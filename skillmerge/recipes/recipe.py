@@ -1,0 +1,130 @@
+"""The recipe as frozen types. Knows where in the text each part is; `parse` makes it, `planner` gives it meaning."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+from skillmerge.checkpoints.place import SCHEME, Location, parse_location
+from skillmerge.errors import Place, RecipeError
+from skillmerge.recipes.expression import ExpressionError, Node, names_in
+from skillmerge.recipes.gate_table import Gate
+from skillmerge.recipes.schedules import Schedule
+from skillmerge.recipes.yamltext import Document, Path
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRule:
+    tensors: tuple[str, ...]
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """Where on the Hub a model goes. revision: a branch, or None. pull_request: None leaves it to what is there."""
+
+    repository: str
+    private: bool | None = None
+    revision: str | None = None
+    pull_request: bool | None = None
+    message: str | None = None
+    tags: tuple[str, ...] = ()
+    new_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    kind: str
+    compression: str
+    keep: float | None
+    """Of a skill: the share of each tensor's elements that stays."""
+    path: FilePath | None
+    like: str | None
+    dtype: str
+    rounding: str
+    seed: int
+    shard_size: int | None
+    """Bytes per shard, or None for the donor's layout."""
+    license: str | None
+    card: FilePath | None
+    push: Push | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe whose text makes sense by itself. `models` maps names to URIs as they are written."""
+
+    document: Document
+    folder: FilePath
+    models: Mapping[str, str]
+    skills: frozenset[str]
+    """Those of the models that are stored skills."""
+    patches: Mapping[str, str]
+    """Those of the models that are sparse patches, and the models that they are for."""
+    coefficients: Mapping[str, Schedule]
+    expression: Node
+    copy: tuple[CopyRule, ...]
+    ignore: tuple[str, ...]
+    output: Output
+    gates: tuple[Gate, ...]
+    overrides: Mapping[str, float]
+    """Coefficients that were set from outside, in place of the recipe's."""
+    rules_overridden: Mapping[str, int]
+    """How many rules of the recipe each of them stands in for."""
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.document.text.encode()).hexdigest()
+
+    def used_models(self) -> list[str]:
+        """The models that the output depends on, in the order of the recipe."""
+        used = {name.name for name in names_in(self.expression) if name.is_model}
+        used |= {rule.model for rule in self.copy} | ({self.output.like} if self.output.like else set())
+        used |= {onto for name, onto in self.patches.items() if name in used}
+        return [name for name in self.models if name in used]
+
+    def error(self, path: Path, message: str, fix: str | None = None) -> RecipeError:
+        """An error about the part of the recipe at `path`."""
+        return self.document.error(message, self.document.place(path), fix)
+
+    def expression_error(self, error: ExpressionError) -> RecipeError:
+        return expression_error(self.document, error)
+
+    def model_place(self, name: str) -> FilePath | Location:
+        """Where the model `name` lies, on this disk or on the Hub. Raises RecipeError for other places."""
+        uri = self.models[name]
+        if uri.startswith(SCHEME):
+            try:
+                return parse_location(uri)
+            except ValueError as error:
+                raise self.error(("models", name), str(error)) from error
+        if "://" in uri:
+            raise self.error(("models", name), f"`{uri.split('://')[0]}://` is not a place that skillmerge reads")
+        return local_path(self.document, ("models", name), self.folder, uri)
+
+
+def unused_names(recipe: Recipe) -> list[str]:
+    """Models and coefficients that stand in the recipe and do nothing: not wrong, but worth a word."""
+    named = {name.name for name in names_in(recipe.expression)} | set(recipe.used_models())
+    return [name for name in (*recipe.models, *recipe.coefficients) if name not in named]
+
+
+def local_path(document: Document, path: Path, folder: FilePath, written: str) -> FilePath:
+    try:
+        return folder / FilePath(written).expanduser()
+    except RuntimeError as error:
+        raise document.error(f"`{written}` starts at a home that does not exist", document.place(path)) from error
+
+
+def expression_error(document: Document, error: ExpressionError) -> RecipeError:
+    """Point into the expression where it stands on one line as it is; else at its start."""
+    place = document.place(("merge",))
+    if place is not None:
+        line = document.line(place.line)
+        written = str(document.data["merge"])
+        offset = line.find(written, place.column)
+        if offset >= 0:
+            place = Place(place.line, offset + error.position, error.width)
+    return document.error(f"the expression {error}", place, error.fix)

@@ -1,0 +1,1 @@
+"""Measuring and judging models: inspection, forecasts, scores, gates."""

@@ -1,0 +1,348 @@
+"""Gates: what a merged model has to fulfil before anybody sees it. Measures each one, judges nothing else.
+
+Figures come from the manifest, the cosine from the models that went in; what loads a model or runs a command is a
+process of its own. A gate that cannot be measured has not held.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.place import SCHEME
+from skillmerge.errors import CheckFailed, SkillmergeError, UsageError
+from skillmerge.naming import module_kind
+from skillmerge.outputs import manifest
+from skillmerge.outputs.verify import check_structure, check_values, is_intact
+from skillmerge.plans.opening import Access, planned
+from skillmerge.plans.plan import Plan
+from skillmerge.recipes.expression import normalise_name
+from skillmerge.recipes.gate_table import FIGURES, PROOFS, Gate
+from skillmerge.recipes.parse import load_gates
+from skillmerge.reporter import Reporter
+from skillmerge.study.inspect import inspect_merge
+from skillmerge.study.loading import load
+from skillmerge.study.scorers import Scorer, run_command
+from skillmerge.study.scores import NotFinite
+
+_RUNS_A_MODEL = ("loads", "finite_logits", "perplexity")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one gate. measured: None where there is no number; `detail` says why."""
+
+    gate: str
+    asked: str
+    measured: float | None
+    passed: bool
+    detail: str = ""
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether it failed for want of a figure, not for what the figure is."""
+        return not self.passed and self.measured is None and self.gate not in PROOFS
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class GateFailed(CheckFailed):
+    """At least one gate did not hold. plan, proof: of the output that was refused, where it was just made."""
+
+    def __init__(
+        self,
+        outcomes: Sequence[Outcome],
+        *,
+        fix: str | None = None,
+        plan: Plan | None = None,
+        proof: Mapping[str, Any] | None = None,
+    ) -> None:
+        failed = [outcome for outcome in outcomes if not outcome.passed]
+        told = "; ".join(f"{item.gate}: {shown(item)} (asked: {item.asked})" for item in failed)
+        super().__init__(f"{len(failed)} of {len(outcomes)} gates failed: {told}", fix=fix)
+        self.outcomes, self.plan, self.proof = tuple(outcomes), plan, proof
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**super().as_dict(), "gates": [outcome.as_dict() for outcome in self.outcomes]}
+
+
+def shown(outcome: Outcome) -> str:
+    """What was measured, or why nothing was."""
+    if outcome.measured is None:
+        return outcome.detail.splitlines()[0] if outcome.detail else ("yes" if outcome.passed else "no")
+    return f"{outcome.measured:.4g}"
+
+
+Opened = Callable[[], AbstractContextManager[tuple[Plan, Mapping[str, Checkpoint]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A finished folder. proof: its manifest, or all of it that there is before it is written. opened: the models
+    that went in, for as long as the context lasts."""
+
+    folder: Path
+    proof: Mapping[str, Any]
+    opened: Opened
+    access: Access
+    warn: Callable[[str], None] = lambda message: None
+    text: Path | None = None
+    """What a perplexity is asked of: one load serves all gates that need one."""
+    reports: dict[Path | None, Mapping[str, Any]] = field(default_factory=dict)
+    """What loading it with transformers gave, by the text that it was given."""
+
+
+def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> None:
+    """Before any work: raise UsageError for gates that could not be measured afterwards."""
+    kinds = {module_kind(name) for name in plan.tensors}
+    for gate in gates:
+        if absent := [kind for kind in gate.modules if kind not in kinds]:
+            raise UsageError(f"the gate `{gate.kind}`: the model has no {' and no '.join(absent)}")
+        if gate.kind == "command" and not gate.folder.is_dir():
+            raise UsageError(f"the gate `{gate.name}` runs in {gate.folder}, which is no folder")
+        if gate.kind == "cosine_z" and gate.model is not None:
+            base = _place_of(gate, gate.model, plan)
+            if not base.startswith(SCHEME) and not Path(base).is_dir():
+                raise UsageError(f"the gate `cosine_z`: its base {base} is no folder")
+        if stats == "off" and gate.kind in FIGURES:
+            raise UsageError(f"the gate `{gate.kind}` needs statistics", fix="use --stats sampled or full")
+        if gate.kind in _RUNS_A_MODEL and find_spec("transformers") is None:
+            raise UsageError(f"the gate `{gate.kind}` needs transformers", fix="pip install 'skillmerge[transformers]'")
+        if gate.text is not None:
+            _check_text(gate.text)
+        if no_local and gate.kind not in (*FIGURES, "cosine_z"):
+            raise UsageError(
+                f"the gate `{gate.kind}` needs the model's files, and --no-local keeps none",
+                fix="leave out --no-local, or that gate",
+            )
+
+
+def check(gates: Sequence[Gate], subject: Subject, tell: Callable[[Outcome], None]) -> list[Outcome]:
+    """Measure every gate, whatever became of those before it; `tell` hears of each outcome as it is known.
+
+    Raises UsageError where a gate does not fit this output, CheckFailed where a command has changed it.
+    """
+    outcomes = []
+    subject = replace(subject, text=next((gate.text for gate in gates if gate.text), None))
+    for gate in gates:
+        try:
+            found = list(_measure(gate, subject))
+        except UsageError:
+            raise
+        except SkillmergeError as error:
+            # What a command complains of may hold anything, and outcomes go into files that are published.
+            first, _, rest = error.message.partition("\n")
+            found = [Outcome(_label(gate), gate.asked, None, False, first)]
+            if rest:
+                subject.warn(f"{_label(gate)}: {rest}")
+        for outcome in found:
+            tell(outcome)
+        outcomes += found
+    if any(gate.kind == "command" for gate in gates) and not is_intact(subject.folder, subject.proof):
+        raise CheckFailed("a command among the gates changed the model's files", fix="have it write somewhere else")
+    return outcomes
+
+
+def _check_text(path: Path) -> None:
+    try:
+        empty = not path.is_file() or not path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the gate `perplexity`: {path} cannot be read: {error}") from error
+    if empty:
+        raise UsageError(f"the gate `perplexity`: {path} is not a file with text in it")
+
+
+def _place_of(gate: Gate, model: str, plan: Plan) -> str:
+    """Where a model is that a gate names: one of the recipe's, or a place."""
+    folder = gate.folder
+    if normalise_name(model) in plan.recipe.models:
+        model, folder = plan.recipe.models[normalise_name(model)], plan.recipe.folder
+    return model if model.startswith(SCHEME) else str(folder / Path(model).expanduser())
+
+
+def _label(gate: Gate, kind: str = "") -> str:
+    return " ".join(filter(None, (gate.kind, gate.name or kind, "ratio" if gate.is_ratio else "")))
+
+
+def _judged(gate: Gate, measured: float | None, kind: str = "", detail: str = "") -> Outcome:
+    if measured is not None and not math.isfinite(measured):
+        measured, detail = None, f"{measured}"
+    return Outcome(_label(gate, kind), gate.asked, measured, measured is not None and gate.holds(measured), detail)
+
+
+def _measure(gate: Gate, subject: Subject) -> Iterator[Outcome]:
+    if gate.kind in FIGURES:
+        yield from _figures(gate, subject.proof)
+    elif gate.kind == "cosine_z":
+        yield from _cosine(gate, subject)
+    elif gate.kind == "finite":
+        yield _finite(gate, subject)
+    elif gate.kind == "perplexity":
+        yield _perplexity(gate, subject)
+    elif gate.kind == "command":
+        yield _command(gate, subject)
+    else:
+        yield _loads(gate, subject)
+
+
+def _figures(gate: Gate, proof: Mapping[str, Any]) -> Iterator[Outcome]:
+    """What `apply` has measured: of the whole model, or of kinds of module."""
+    statistics = proof["statistics"]
+    if statistics["mode"] == "off" or proof["output"].get("kind") == "skill":
+        raise UsageError(
+            f"the gate `{gate.kind}` needs statistics of a merge, and this output has none",
+            fix="merge it with --stats sampled or full",
+        )
+    modules = statistics["modules"]
+    everywhere = [kind for kind, group in modules.items() if group["merged"]] if gate.kind == "norm_ratio" else []
+    for kind in gate.modules or everywhere or ("",):
+        group = modules.get(kind) if kind else statistics["all"]
+        if group is None:
+            yield _judged(gate, None, kind, "the model has no such module")
+            continue
+        measured = group.get(gate.kind)
+        if measured is None and gate.kind in ("changed", "norm_ratio") and not group["merged"]:
+            measured = _taken(proof, kind) if gate.kind == "changed" else 0.0
+        why = "no update was measured" if measured is None else ""
+        if gate.kind == "changed" and measured == 0 and statistics["mode"] == "sampled":
+            why = "nothing changed where it was looked at (--stats full looks everywhere)"
+        yield _judged(gate, measured, kind, why)
+
+
+def _taken(proof: Mapping[str, Any], kind: str) -> float:
+    """The share of elements that were taken whole from a model other than the donor."""
+    rows = [row for row in proof["tensors"] if not kind or module_kind(row["name"]) == kind]
+    sizes = [math.prod(row["shape"]) for row in rows]
+    whole = sum(sizes)
+    other = sum(
+        size for row, size in zip(rows, sizes, strict=True) if row["sources"] and row["sources"][0][0] != proof["donor"]
+    )
+    return other / whole if whole else 0.0
+
+
+def _cosine(gate: Gate, subject: Subject) -> Iterator[Outcome]:
+    """Of the update with the target's own, in standard deviations from chance; docs/inspect.md says what it means."""
+    with subject.opened() as (plan, checkpoints):
+        base = _place_of(gate, gate.model, plan) if gate.model is not None else None
+        found = inspect_merge(plan, checkpoints, base, subject.access)
+    for kind in gate.modules or ("",):
+        group = found.modules.get(kind) if kind else found.total
+        measured = group.get("cosine_z") if group is not None else None
+        why = "" if measured is not None else "there are no two updates to compare"
+        yield _judged(gate, measured, kind, why)
+
+
+def _finite(gate: Gate, subject: Subject) -> Outcome:
+    check_values(subject.folder, subject.proof)
+    return Outcome(_label(gate), gate.asked, None, True)
+
+
+def _loads(gate: Gate, subject: Subject) -> Outcome:
+    """`loads` where every tensor has found its place, `finite_logits` where what it computes is finite."""
+    report = _report(subject, subject.text)
+    loaded = not any(report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    passed = bool(report.get("finite")) if gate.kind == "finite_logits" else loaded and "class" in report
+    return Outcome(_label(gate), gate.asked, None, passed, "" if passed else report["why"])
+
+
+def _report(subject: Subject, text: Path | None) -> Mapping[str, Any]:
+    if text not in subject.reports:
+        subject.reports[text] = load(subject.folder, text)
+    return subject.reports[text]
+
+
+def _perplexity(gate: Gate, subject: Subject) -> Outcome:
+    ours = _perplexity_of(_report(subject, gate.text))
+    if not gate.is_ratio:
+        return _judged(gate, ours)
+    with subject.opened() as (plan, checkpoints):
+        model = gate.model or plan.donor
+        if model not in checkpoints or model in plan.recipe.skills or model in plan.recipe.patches:
+            raise UsageError(f"the gate `perplexity`: `{model}` is not a whole model that this merge reads")
+        theirs = _perplexity_of(load(_folder_of(plan, model, checkpoints[model]), gate.text))
+    asked = replace(gate, model=model)
+    return _judged(asked, ours / theirs, detail=f"{ours:.4g}, and {theirs:.4g} of `{model}`")
+
+
+def _folder_of(plan: Plan, model: str, checkpoint: Checkpoint) -> Path:
+    """Where transformers can load a model from; one on the Hub goes into the Hub's cache."""
+    place = plan.recipe.model_place(model)
+    if isinstance(place, Path):
+        return place
+    from skillmerge.checkpoints.hub import download
+
+    return download(place.at(checkpoint.files.revision or ""))
+
+
+def _perplexity_of(report: Mapping[str, Any]) -> float:
+    if "perplexity" not in report:
+        raise CheckFailed(report.get("no_perplexity") or report["why"])
+    return float(report["perplexity"])
+
+
+def _command(gate: Gate, subject: Subject) -> Outcome:
+    scorer = Scorer(gate.name, command=gate.run)
+    try:
+        scores = run_command(scorer, subject.folder.resolve(), 0, timeout=gate.timeout, where=gate.folder)
+    except NotFinite as error:
+        return _judged(gate, None, detail=str(error))
+    name = gate.score or next(iter(scores))
+    if name not in scores:
+        return _judged(gate, None, detail=f"it printed {', '.join(scores)}, and no {name}")
+    if gate.score is None and len(scores) > 1:
+        return _judged(gate, None, detail=f"it printed {', '.join(scores)}: say `score:` which one")
+    return _judged(gate, scores[name].value)
+
+
+def gate(
+    folder: str | os.PathLike[str],
+    gates: str | os.PathLike[str] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    follow_links: bool = False,
+    reporter: Reporter | None = None,
+) -> list[Outcome]:
+    """Measure every gate of the file `gates` (or of the recipe in the manifest) on the output in `folder`.
+
+    Commands are only run from a file that the caller names: a manifest comes with a model, from anywhere.
+    base: the folder that the recipe's relative paths start from, where gates read the models that went in and these
+    have moved. Raises UsageError, RecipeError, CheckFailed where it is no sound output; a gate that does not hold
+    is in what is returned, not raised.
+    """
+    reporter = reporter or Reporter()
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
+    proof = manifest.read(root)
+    check_structure(root, proof)
+    recipe, commits = manifest.recorded_recipe(proof, root, Path(base) if base is not None else None)
+    asked = load_gates(gates) if gates is not None else recipe.gates
+    if not asked:
+        raise UsageError(
+            f"{gates or 'the recipe in the manifest'} has no gates",
+            fix="name a file that has: skillmerge gate DIR --gates FILE",
+        )
+    if gates is None and any(item.kind == "command" for item in asked):
+        raise UsageError(
+            f"the recipe in the manifest of {root} has gates that run commands, and whoever made it wrote them",
+            fix="read them, and name a file that you trust: skillmerge gate DIR --gates FILE",
+        )
+    access = Access(follow_links, commits=commits)
+
+    @contextmanager
+    def opened() -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
+        with planned(recipe, None, True, access, reporter.warn) as (plan, checkpoints):
+            yield plan, checkpoints
+
+    def tell(outcome: Outcome) -> None:
+        reporter.event("gate", **outcome.as_dict())
+
+    return check(asked, Subject(root, proof, opened, access, reporter.warn), tell)

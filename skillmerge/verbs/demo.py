@@ -1,0 +1,106 @@
+"""The built-in example: four small models that were really trained, the recipe of Parametric Skill Transfer, a control.
+
+base; the source's SFT and RL, which knows how to answer questions about people it has read of; the target's SFT,
+which has read of other people and does not. `experiments/past_miniature` made them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from skillmerge.checkpoints.folder import open_folder
+from skillmerge.verbs.miniature import FAMILY, MODELS, Miniature, Question, questions
+
+RECIPE = """\
+# Parametric Skill Transfer: put what RL taught the source into the target.
+skillmerge: 1
+models:
+  target: ./target-sft      # has read about the people we ask about; answers badly
+  rl: ./source-rl           # has learnt to answer, about other people
+  sft: ./source-sft         # the same before it learnt that
+coefficients:
+  lam: 1.0
+merge: target + lam * (rl - sft)
+output:
+  path: ./{output}
+"""
+
+SENTENCE = (
+    "A made-up world and models of 78,000 parameters: the skill elicits a habit that the base model already has and "
+    "seldom shows."
+)
+_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """How one model does: shares of questions answered rightly, and the greedy answers."""
+
+    name: str
+    greedy: float
+    sampled: float
+    answers: tuple[tuple[str, ...], ...]
+    right: tuple[bool, ...]
+
+
+def write_family(folder: Path) -> tuple[Path, Path]:
+    """Write base, source-sft, source-rl and target-sft into `folder`, and `source-shuffled`, a control; the recipes
+    of the merge and of the control."""
+    for name in MODELS:
+        shutil.copytree(FAMILY / name, folder / name)
+    _write_shuffled(folder)
+    recipe, control = folder / "recipe.yaml", folder / "control.yaml"
+    recipe.write_text(RECIPE.format(output="merged"), encoding="utf-8")
+    text = RECIPE.format(output="shuffled").replace("./source-rl  ", "./source-shuffled")
+    control.write_text(text, encoding="utf-8")
+    return recipe, control
+
+
+def _write_shuffled(folder: Path) -> None:
+    """The source's SFT model plus the skill with its elements in any order: what has the skill's sizes, and no more."""
+    import torch
+
+    from skillmerge.bits import memory_of, torch_dtype
+
+    out = folder / "source-shuffled"
+    shutil.copytree(folder / "source-rl", out)
+    generator = torch.Generator().manual_seed(0)
+    models = [open_folder(str(folder / name), folder / name) for name in ("source-sft", "source-rl")]
+    with open(out / "model.safetensors", "rb+") as stream:
+        for name, spec in models[0].tensors.items():
+            values = []
+            for model in models:
+                content = bytearray(spec.nbytes)
+                model.read_into(model.tensors[name], 0, memoryview(content))
+                values.append(torch.frombuffer(content, dtype=torch_dtype(spec.dtype)).float())
+            update = (values[1] - values[0])[torch.randperm(spec.elements, generator=generator)]
+            stream.seek(models[1].tensors[name].start)
+            moved = (values[0] + update).to(torch_dtype(spec.dtype))
+            stream.write(memory_of(moved))
+    for model in models:
+        model.close()
+
+
+def run(name: str, folder: Path) -> Shown:
+    """Ask a model all the questions about the target's people, once for sure and four times by chance."""
+    import torch
+
+    asked = questions()
+    model = Miniature(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model is slower with more, and on a busy machine ten times slower
+    try:
+        greedy = model.answer(asked, greedy=True)
+        sampled = [model.answer(asked, greedy=False, seed=seed).share for seed in range(4)]
+    finally:
+        torch.set_num_threads(threads)
+    return Shown(name, greedy.share, sum(sampled) / 4, tuple(greedy.words), tuple(greedy.right))
+
+
+def examples(before: Shown, after: Shown) -> list[tuple[Question, str, str]]:
+    """Questions of different people with the answers before and after, in the order of the file."""
+    asked = questions()
+    chosen = range(0, len(asked), len(asked) // _SHOWN + 1)
+    return [(asked[i], " ".join(before.answers[i]), " ".join(after.answers[i])) for i in chosen]

@@ -1,0 +1,186 @@
+"""The verb derive: a recipe whose coefficients follow from the weights alone -> the same recipe with the numbers in it.
+
+    match     each layer's and kind's update is as long as the target's own there, times the coefficient that stood
+              there: lam * ||k|| / ||v||
+    project   what the update shares with the target's own is taken out of it: v - (<v, k> / <k, k>) k
+
+v is the recipe's update and k the target's own, `target - base`. The numbers are measured by `inspect`, once, and
+written down as rules: what is then planned, merged and proved is an ordinary recipe. No evaluation is needed, and
+no benefit over one number is published for this use.
+"""
+
+from __future__ import annotations
+
+import copy
+import glob
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skillmerge.durable import disk_errors, write_whole
+from skillmerge.errors import UsageError
+from skillmerge.methods.terms import weights
+from skillmerge.naming import MODULE_KINDS
+from skillmerge.recipes.expression import bind, normalise_name
+from skillmerge.recipes.parse import load, parse_recipe
+from skillmerge.recipes.recipe import Recipe
+from skillmerge.recipes.yamltext import dump
+from skillmerge.reporter import Reporter
+from skillmerge.study.inspect import Inspection, inspect
+
+CHOICES = ("match", "project")
+_OFF = "off"
+_BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """A recipe that was written. numbers: of each layer and kind. removed: of `project`, the share of the update's
+    energy that is taken out, and what chance would take."""
+
+    output: Path
+    choice: str
+    numbers: Mapping[str, float]
+    removed: float | None = None
+    chance: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "output": str(self.output),
+            "choice": self.choice,
+            "numbers": dict(self.numbers),
+            "removed": self.removed,
+            "chance": self.chance,
+        }
+
+
+def derive(
+    recipe: str | os.PathLike[str],
+    choice: str,
+    output: str | os.PathLike[str],
+    *,
+    base: str,
+    threads: int | None = None,
+    follow_links: bool = False,
+    locked: bool = False,
+    hub: str = "stream",
+    reporter: Reporter | None = None,
+) -> Derived:
+    """Write the recipe that `choice` makes of a recipe with one coefficient before its whole update.
+
+    base: what the target was trained from. The output lies beside the recipe, whose relative paths it has.
+    Raises UsageError, and whatever `inspection.inspect` raises.
+    """
+    if choice not in CHOICES:
+        raise UsageError(f"choice {choice!r}: {', '.join(CHOICES)}")
+    parsed = load(recipe)
+    written, name = _only_coefficient(parsed)
+    if not _is_plain(parsed, name):
+        raise UsageError(
+            f"{parsed.document.name}: `{name}` stands before an update with numbers in it", fix="leave the numbers out"
+        )
+    target = Path(output)
+    if target.exists():
+        raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
+    if target.absolute().parent != parsed.folder.absolute():
+        raise UsageError(f"{target} is not beside {recipe}", fix="its relative paths would mean other places there")
+    found = inspect(
+        recipe, base=base, stats="off", threads=threads, follow_links=follow_links, locked=locked, hub=hub,
+        reporter=reporter,
+    )  # fmt: skip
+    data = copy.deepcopy(parsed.document.data)
+    numbers = {
+        label: number
+        for label, row in found.cells.items()
+        if label.rpartition(" ")[2] in MODULE_KINDS and (number := _number(choice, row)) is not None
+    }
+    if choice == "match":
+        value = float(data["coefficients"][written])
+        data["coefficients"][written] = _schedule({label: value * by for label, by in numbers.items()}, value)
+    else:
+        if _OFF in (*parsed.models, *parsed.coefficients) or _BASE in parsed.models:
+            raise UsageError(f"the recipe has a name that is needed: `{_OFF}` or `{_BASE}`", fix="rename it")
+        assert found.plan is not None
+        donor = found.plan.donor
+        data["models"][_BASE] = os.path.relpath(base, parsed.folder) if "://" not in base else base
+        data["coefficients"][_OFF] = _schedule(numbers, 0.0)
+        data["merge"] = f"{data['merge']} - {name} * {_OFF} * ({donor} - {_BASE})"
+    removed, chance = _removed(found) if choice == "project" else (None, None)
+    text = "".join(f"# {line}\n" for line in _comment(choice, parsed, base, removed, chance)) + dump(data)
+    parse_recipe(text, str(target), parsed.folder)
+    with disk_errors(target):
+        write_whole(target, text.encode())
+    return Derived(target, choice, numbers, removed, chance)
+
+
+def _only_coefficient(recipe: Recipe) -> tuple[str, str]:
+    """The name of the one coefficient, as it is written and as it is meant. It must be a plain number."""
+    table = recipe.document.data.get("coefficients") or {}
+    if len(table) != 1:
+        raise UsageError(
+            f"{recipe.document.name}: has {len(table)} coefficients, and this is for recipes with one",
+            fix="write merge: target + lam * (rl - sft), with lam a number",
+        )
+    (written,) = table
+    if not isinstance(table[written], int | float):
+        raise UsageError(
+            f"{recipe.document.name}: `{written}` is a schedule already, and would be replaced", fix="make it a number"
+        )
+    return written, normalise_name(written)
+
+
+def _is_plain(recipe: Recipe, name: str) -> bool:
+    """Whether one more of the coefficient adds the update once, as `inspect` measures it: models with factors of 1."""
+    one, two = (weights(bind(recipe.expression, {name: value})) for value in (1.0, 2.0))
+    factors = {model: two.get(model, 0.0) - one.get(model, 0.0) for model in {*one, *two}}
+    return all(abs(factor) in (0.0, 1.0) for factor in factors.values())
+
+
+def _number(choice: str, row: Mapping[str, Any]) -> float | None:
+    """Of one layer's modules of one kind."""
+    if not row["norm"] or not row.get("other_norm"):
+        return None
+    ratio = float(row["other_norm"] / row["norm"])
+    return ratio if choice == "match" else float(row["cosine"]) / ratio
+
+
+def _schedule(numbers: Mapping[str, float], default: float) -> dict[str, Any]:
+    """Rules for cells `model.layers 3 attention` and `outside blocks norm`; the latter first, as the last rule wins."""
+    rules: list[dict[str, Any]] = []
+    for label, value in sorted(numbers.items(), key=lambda item: not item[0].startswith("outside")):
+        place, _, kind = label.rpartition(" ")
+        rule: dict[str, Any] = {"modules": kind, "value": float(f"{value:.6g}")}
+        if not place.startswith("outside"):
+            stack, _, layer = place.rpartition(" ")
+            rule = {"tensors": f"{glob.escape(stack)}.{layer}.*", **rule}
+        rules.append(rule)
+    return {"default": default, "rules": rules}
+
+
+def _removed(found: Inspection) -> tuple[float | None, float | None]:
+    """The share of the update's energy that projecting takes, cell by cell, and what it would take by chance."""
+    energy = taken = chance = 0.0
+    for row in found.cells.values():
+        if row["norm"] and row.get("cosine") is not None:
+            energy += row["norm"] ** 2
+            taken += (row["norm"] * row["cosine"]) ** 2
+            chance += row["norm"] ** 2 / row["elements"]
+    return (taken / energy, chance / energy) if energy else (None, None)
+
+
+def _comment(choice: str, recipe: Recipe, base: str, removed: float | None, chance: float | None) -> list[str]:
+    said = f"Derived by `skillmerge derive --choice {choice}` from {recipe.document.name}, base {base}."
+    if choice == "match":
+        return [
+            said,
+            "By layer and kind of module: the coefficient times ||k|| / ||v||, k = target - base, v the update.",
+            "The update is then as long as the target's own. No benefit over one number is published for this use.",
+        ]
+    share = f"{removed:.3%} (by chance {chance:.3%})" if removed is not None else "nothing"
+    return [
+        said,
+        "By layer and kind of module: v - (<v, k> / <k, k>) k, k = target - base, v the update.",
+        f"That removes {share} of the update's energy. No benefit is published for this use.",
+    ]

@@ -1,0 +1,257 @@
+"""The verb export: a stored skill -> a LoRA adapter in PEFT's format, the best one of its rank.
+
+Every matrix of a linear module (attention, mlp, expert) is approximated by B @ A of rank r, by truncated SVD
+(`spectrum`); what an adapter cannot hold (norms, embeddings, biases, heads, routers, fused experts) stays behind
+and is counted. Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.kinds.skill import summary
+from skillmerge.checkpoints.place import SCHEME, parse_location
+from skillmerge.checkpoints.safetensors import build_header
+from skillmerge.durable import new_folder
+from skillmerge.errors import InputError, UsageError
+from skillmerge.naming import module_kind
+from skillmerge.plans.budget import check_disk
+from skillmerge.plans.opening import Access, close_all, open_models
+from skillmerge.recipes.parse import recipe_of
+from skillmerge.reporter import Reporter
+from skillmerge.tensors import DTYPES, TensorSpec
+from skillmerge.verbs.apply import output_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_KINDS = ("attention", "mlp", "expert")
+_TRANSPOSED = {"gpt2", "decision_transformer", "imagegpt", "openai-gpt"}
+"""Model types whose linear modules keep their weights the other way round."""
+
+_TABLES = ("relative_attention_bias.weight",)
+"""Embeddings inside linear modules."""
+
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+          "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an adapter holds. energy: the share of the squared norm of the skill that is in it; modules: the same
+    of each matrix (by tensor name), with its norm; left: tensors that no adapter holds, and what share they are."""
+
+    output: Path
+    rank: int
+    energy: float
+    modules: Mapping[str, Mapping[str, float]]
+    left: tuple[str, ...]
+    left_energy: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "output": str(self.output),
+            "rank": self.rank,
+            "energy": self.energy,
+            "modules": {name: dict(row) for name, row in self.modules.items()},
+            "left": list(self.left),
+            "left_energy": self.left_energy,
+        }
+
+
+def export(
+    skill: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    lora_rank: int,
+    base: str | None = None,
+    seed: int = 0,
+    follow_links: bool = False,
+    reporter: Reporter | None = None,
+) -> Exported:
+    """Write the skill's best LoRA adapter of rank `lora_rank` into a new folder.
+
+    base: what its config names as the model to put it on; by default what the skill was cut from. One matrix is in
+    memory at a time. Raises UsageError, InputError, ResourceError.
+    """
+    if lora_rank < 1:
+        raise UsageError(f"rank {lora_rank}: a number from 1")
+    reporter = reporter or Reporter()
+    recipe = recipe_of({"skill": {"skill": os.fspath(skill)}}, "skill", {"kind": "skill"}, "skillmerge export")
+    checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.warn)
+    try:
+        target = output_folder(recipe, output, checkpoints)
+        plus, minus = checkpoints.values()
+        config = plus.config
+        if str(config.get("model_type")) in _TRANSPOSED:
+            raise InputError(
+                f"{plus.place}: {config['model_type']} keeps its matrices the other way round, which is not supported",
+                fix="for such models use the skill itself in a recipe, or a sparse patch: export --onto SFT",
+            )
+        named, revision = _named(base) if base is not None else _parent(summary(plus.stored or plus.files))
+        if named is None:
+            reporter.warn("the adapter does not say what model it is for: the skill was not cut from one; give --base")
+        chosen = [spec for spec in plus.tensors.values() if _is_linear(spec)]
+        if not chosen:
+            raise InputError(
+                f"{plus.place}: the skill has no matrix of a linear module that an adapter could hold",
+                fix="use the skill itself in a recipe",
+            )
+        layout = _layout(chosen, lora_rank)
+        header, specs = build_header(layout)
+        check_disk(target, specs[-1].end, "the adapter")
+        document = _config(chosen, lora_rank, config, named, revision)
+        with new_folder(target) as folder:
+            rows, left = _write(folder / ADAPTER_FILE, header, specs, (plus, minus), chosen, lora_rank, seed, reporter)
+            (folder / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    finally:
+        close_all(checkpoints)
+    whole = math.fsum(row["norm"] ** 2 for row in (*rows.values(), *left.values()))
+    kept = math.fsum(row["energy"] * row["norm"] ** 2 for row in rows.values())
+    lost = math.fsum(row["norm"] ** 2 for row in left.values())
+    return Exported(
+        target, lora_rank, kept / whole if whole else 0.0, rows, tuple(left), lost / whole if whole else 0.0
+    )
+
+
+def _parent(document: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The model that was subtracted, and its revision; None where it is not one model, or PEFT cannot name it."""
+    planes = document.get("planes") or {}
+    for parent in document["parents"]:
+        if parent["name"] == planes.get("minus"):
+            with suppress(UsageError):
+                named, revision = _named(str(parent["uri"]))
+                return named, parent["revision"] or revision
+    return None, None
+
+
+def _named(uri: str) -> tuple[str, str | None]:
+    """A folder or org/name, and the revision. Raises UsageError for what PEFT cannot name."""
+    if not uri.startswith(SCHEME):
+        return uri, None
+    try:
+        location = parse_location(uri)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if location.subfolder:
+        raise UsageError(f"{uri}: an adapter cannot name a subfolder", fix="give --base another name of the model")
+    return location.repository, location.revision or None
+
+
+def _is_linear(spec: TensorSpec) -> bool:
+    return (
+        len(spec.shape) == 2
+        and spec.elements > 0
+        and spec.name.endswith(".weight")
+        and module_kind(spec.name) in _KINDS
+        and not spec.name.endswith(_TABLES)
+    )
+
+
+def _layout(chosen: list[TensorSpec], rank: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    layout: list[tuple[str, str, tuple[int, ...]]] = []
+    for spec in chosen:
+        rows, columns = spec.shape
+        name = _module(spec.name)
+        layout += [(f"{name}.lora_A.weight", "F32", (rank, columns)), (f"{name}.lora_B.weight", "F32", (rows, rank))]
+    return layout
+
+
+def _module(tensor: str) -> str:
+    return "base_model.model." + tensor.removesuffix(".weight")
+
+
+def _config(
+    chosen: list[TensorSpec], rank: int, config: Mapping[str, Any], base: str | None, revision: str | None
+) -> dict[str, Any]:
+    written = config.get("architectures")
+    architecture = str(written[0]) if isinstance(written, list) and written else ""
+    return {
+        "peft_type": "LORA",
+        "task_type": next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None),
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": sorted({spec.name.removesuffix(".weight") for spec in chosen}),
+    }
+
+
+def _write(
+    path: Path,
+    header: bytes,
+    specs: tuple[TensorSpec, ...],
+    planes: tuple[Checkpoint, Checkpoint],
+    chosen: list[TensorSpec],
+    rank: int,
+    seed: int,
+    reporter: Reporter,
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """The adapter's file. Returns norm and energy kept of each matrix, and norms of what is left behind."""
+    import torch
+
+    from skillmerge.bits import memory_of
+    from skillmerge.study.spectrum import truncated_svd
+
+    places = {spec.name: spec for spec in specs}
+    wanted = {spec.name for spec in chosen}
+    rows: dict[str, dict[str, float]] = {}
+    left: dict[str, dict[str, float]] = {}
+    done = 0
+    with open(path, "wb") as stream, reporter.bar(sum(spec.nbytes for spec in planes[0].tensors.values())) as progress:
+        stream.write(header)
+        for name, spec in planes[0].tensors.items():
+            update = _update(name, planes)
+            if not bool(update.isfinite().all()):
+                raise InputError(
+                    f"tensor `{name}` of the skill is too large for an adapter's float32",
+                    fix="use the skill itself in a recipe, or leave the tensor out: extract --ignore",
+                )
+            norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
+            if name not in wanted:
+                left[name] = {"norm": norm}
+            else:
+                u, s, v = truncated_svd(update, rank, seed ^ zlib.crc32(name.encode()))
+                root = s.sqrt()
+                b, a = torch.zeros(spec.shape[0], rank), torch.zeros(rank, spec.shape[1])
+                b[:, : len(s)], a[: len(s)] = u * root, (v * root).T
+                for part, values in (("lora_A", a), ("lora_B", b)):
+                    stream.seek(places[f"{_module(name)}.{part}.weight"].start)
+                    stream.write(memory_of(values.contiguous()))
+                kept = float((s.double() ** 2).sum()) / norm**2 if norm else 1.0
+                rows[name] = {"norm": norm, "energy": min(1.0, kept)}
+            done += spec.nbytes
+            progress(done)
+    return rows, left
+
+
+def _update(name: str, planes: tuple[Checkpoint, Checkpoint]) -> Tensor:
+    """A whole tensor of the skill, in float32."""
+    import torch
+
+    from skillmerge.bits import torch_dtype
+
+    parts = []
+    for plane in planes:
+        spec = plane.tensors[name]
+        content = bytearray(max(spec.nbytes, DTYPES[spec.dtype].itemsize))
+        plane.read_into(spec, 0, memoryview(content)[: spec.nbytes])
+        values = torch.frombuffer(content, dtype=torch_dtype(spec.dtype))[: spec.elements]
+        parts.append(values.to(torch.float32).view(spec.shape))
+    return parts[0] - parts[1]

@@ -1,0 +1,203 @@
+"""The verb export --onto: a stored skill and the checkpoint it was cut from -> a sparse patch of that checkpoint.
+
+The patch holds the other parent's elements where they differ: places and values, as `checkpoints.patch` says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skillmerge.checkpoints.checkpoint import PATCH_FILE, Checkpoint
+from skillmerge.checkpoints.kinds.patch import INDICES, VALUES
+from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
+from skillmerge.checkpoints.safetensors import build_header
+from skillmerge.durable import new_folder, write_all
+from skillmerge.errors import CheckFailed, InputError
+from skillmerge.methods.terms import minus_of
+from skillmerge.plans.budget import check_disk
+from skillmerge.plans.opening import Access, close_all, open_models
+from skillmerge.recipes.parse import recipe_of
+from skillmerge.reporter import Reporter
+from skillmerge.tensors import DTYPES, UNIT, TensorSpec
+from skillmerge.threads import in_threads
+from skillmerge.verbs.apply import output_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """A patch that was written. elements: how many it changes, of `of`; bytes: of its files."""
+
+    output: Path
+    tensors: int
+    elements: int
+    of: int
+    bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "output": str(self.output),
+            "tensors": self.tensors,
+            "elements": self.elements,
+            "of": self.of,
+            "bytes": self.bytes,
+        }
+
+
+def export_patch(
+    skill: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    onto: str,
+    follow_links: bool = False,
+    reporter: Reporter | None = None,
+) -> Patch:
+    """Write what the skill makes of `onto`, the checkpoint that was subtracted, as a sparse patch in a new folder.
+
+    Raises CheckFailed where `onto` is another checkpoint; UsageError, InputError, ResourceError.
+    """
+    reporter = reporter or Reporter()
+    models = {"skill": {"skill": os.fspath(skill)}, "onto": os.fspath(onto)}
+    recipe = recipe_of(models, "onto + skill", {"path": "nowhere"}, "skillmerge export")
+    checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.warn)
+    try:
+        target = output_folder(recipe, output, checkpoints)
+        plus, base = checkpoints["skill"], checkpoints["onto"]
+        document = summary(plus.stored or plus.files)
+        planes = document.get("planes")
+        if not document["exact"] or not planes:
+            raise InputError(
+                f"{plus.place} is not the exact difference of two checkpoints: no elements are known from it",
+                fix="cut it anew: skillmerge extract --from RL --minus SFT",
+            )
+        rows = {name: row for name, row in document["tensors"].items() if row["changed"]}
+        jobs: list[_Job] = []
+        headers: dict[str, bytes] = {}
+        for number, file in enumerate(document["files"], start=1):
+            inside = {name: row for name, row in rows.items() if row["file"] == file}
+            name = f"delta-{number:05d}-of-{len(document['files']):05d}.safetensors"
+            headers[name], specs = build_header(entry for item in inside.items() for entry in _layout(*item, base))
+            places = {spec.name: spec for spec in specs}
+            jobs += [_Job(tensor, row, name, places) for tensor, row in inside.items()]
+        size = sum(map(len, headers.values())) + sum(
+            job.places[job.tensor + part].nbytes for job in jobs for part in (INDICES, VALUES)
+        )
+        check_disk(target, size, "the patch")
+        shapes = {name: list(spec.shape) for name, spec in base.tensors.items()}
+        with new_folder(target) as folder:
+            for name, header in headers.items():
+                (folder / name).write_bytes(header)
+            metadata = {"format": "indices and values", "shapes": shapes}
+            (folder / PATCH_FILE).write_text(json.dumps(metadata) + "\n", encoding="utf-8")
+            done = 0
+            with reporter.bar(sum(base.tensors[job.tensor].nbytes for job in jobs)) as progress:
+                write = _Writer(folder, checkpoints, planes["minus"])
+                for job, _ in zip(jobs, in_threads(write, jobs), strict=True):
+                    done += base.tensors[job.tensor].nbytes
+                    progress(done)
+    finally:
+        close_all(checkpoints)
+    elements = sum(row["changed"] for row in rows.values())
+    return Patch(target, len(rows), elements, sum(spec.elements for spec in plus.tensors.values()), size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A tensor to write: what `skill.json` says of it, its file, and the file's places."""
+
+    tensor: str
+    row: Mapping[str, Any]
+    file: str
+    places: Mapping[str, TensorSpec]
+
+
+def _layout(name: str, row: Mapping[str, Any], base: Checkpoint) -> list[tuple[str, str, tuple[int, ...]]]:
+    """A tensor's places and values. Raises InputError where the patch could not be put on `base`."""
+    spec, count = base.tensors.get(name), row["changed"]
+    if spec is None or list(spec.shape) != row["shape"] or not row["dtype"] == row["minus_dtype"] == spec.dtype:
+        raise InputError(
+            f"a patch replaces elements by others of their dtype: tensor `{name}` of the skill "
+            f"({row['dtype']} - {row['minus_dtype']}, {row['shape']}) does not fit "
+            + (f"{base.place} ({spec.dtype}, {list(spec.shape)})" if spec else f"{base.place}, which lacks it"),
+            fix="name the checkpoint that was subtracted: --onto SFT",
+        )
+    kind = "I32" if spec.elements <= 1 << 31 else "I64"
+    return [(name + INDICES, kind, (count,)), (name + VALUES, spec.dtype, (count,))]
+
+
+class _Writer:
+    """Writes tensors' places and values into their files; any number at once."""
+
+    def __init__(self, folder: Path, checkpoints: Mapping[str, Checkpoint], subtracted: str) -> None:
+        """subtracted: the name by which the skill's digests know the base."""
+        self._folder, self._subtracted = folder, subtracted
+        self._planes = [checkpoints[name] for name in ("skill", minus_of("skill"), "onto")]
+
+    def __call__(self, job: _Job, stop: threading.Event) -> None:
+        """Raises CheckFailed where the base's tensor is not what the skill was cut from."""
+        import torch
+
+        from skillmerge.bits import memory_of
+
+        elements = self._planes[-1].tensors[job.tensor].elements
+        at = {part: job.places[job.tensor + part].start for part in (INDICES, VALUES)}
+        width = torch.int32 if job.places[job.tensor + INDICES].dtype == "I32" else torch.int64
+        digests, left = [], job.row["changed"]
+        with open(self._folder / job.file, "rb+", buffering=0) as stream:
+            for first in range(0, elements, UNIT):
+                if stop.is_set():
+                    return
+                plus, minus, base = (
+                    self._read(plane, job.tensor, first, min(UNIT, elements - first)) for plane in self._planes
+                )
+                digests.append(hashlib.sha256(memory_of(base)).hexdigest())
+                places, values = _changed(plus, minus, base)
+                left -= len(places)
+                if left < 0:
+                    break
+                for part, content in ((INDICES, (places + first).to(width)), (VALUES, values)):
+                    stream.seek(at[part])
+                    view = memory_of(content)
+                    at[part] += len(view)
+                    write_all(stream, view)
+        if tensor_digest(digests) != job.row.get("digests", {}).get(self._subtracted):
+            raise CheckFailed(
+                f"{self._planes[-1].place} is not the checkpoint that {self._planes[0].place} was cut from: "
+                f"tensor `{job.tensor}` differs",
+                fix="name the one that was subtracted: --onto SFT",
+            )
+        if left:
+            raise InputError(f"{self._planes[0].place}: tensor `{job.tensor}` is not what its skill.json says")
+
+    @staticmethod
+    def _read(plane: Checkpoint, name: str, first: int, count: int) -> Tensor:
+        import torch
+
+        from skillmerge.bits import torch_dtype
+
+        spec = plane.tensors[name]
+        size = DTYPES[spec.dtype].itemsize
+        content = bytearray(count * size)
+        plane.read_into(spec, first * size, memoryview(content))
+        return torch.frombuffer(content, dtype=torch_dtype(spec.dtype))
+
+
+def _changed(plus: Tensor, minus: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the skill changes `base`, and the elements there: those of the checkpoint that has the skill."""
+    from skillmerge.bits import bit_view
+    from skillmerge.checkpoints.kinds.sparse import places_of
+
+    places = places_of((bit_view(plus) != 0) | (bit_view(minus) != 0))
+    plus, minus, base = plus[places], minus[places], base[places]
+    # A pair holds the element itself: one whose minus is not 0, or that no sum gives (-0).
+    pairs = (bit_view(minus) != 0) | ((plus == 0) & plus.signbit())
+    return places, plus.where(pairs, base + plus)

@@ -1,0 +1,121 @@
+"""The verb extract: two checkpoints -> a stored skill; and whether a checkpoint is one that a skill was cut from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from skillmerge.checkpoints.checkpoint import PATCH_FILE, Checkpoint
+from skillmerge.checkpoints.folder import Folder
+from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
+from skillmerge.errors import CheckFailed, UsageError
+from skillmerge.plans.opening import Access, close_all, open_models
+from skillmerge.recipes.parse import recipe_of
+from skillmerge.reporter import Reporter
+from skillmerge.tensors import DTYPES, UNIT
+from skillmerge.threads import in_threads
+from skillmerge.verbs.apply import Result, apply
+
+
+def extract(
+    rl: str,
+    sft: str,
+    output: str | os.PathLike[str],
+    *,
+    dtype: str = "same",
+    ignore: Sequence[str] = (),
+    zstd: bool = False,
+    keep: float | None = None,
+    threads: int | None = None,
+    memory_limit: int | None = None,
+    overwrite: bool = False,
+    hash_inputs: bool = False,
+    follow_links: bool = False,
+    hub: str = "stream",
+    reporter: Reporter | None = None,
+) -> Result:
+    """Store the difference `rl - sft` of two checkpoints (folders, or hf://org/name[@revision][/subfolder]).
+
+    Where `rl` is a folder with a sparse patch, it is the patch of `sft`.
+    dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. ignore: globs of
+    tensors that the skill does without. zstd: compress its files. keep: the share of each tensor's elements,
+    the largest, that stay, multiplied by what restores the tensor's norm. The rest is as of
+    `merge.apply`, whose errors it raises: this is a recipe of three lines.
+    """
+    if dtype not in ("same", "bfloat16", "float16", "float32"):
+        raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
+    if keep is not None and not 0 < keep <= 1:
+        raise UsageError(f"keep {keep!r}: a share above 0, at most 1")
+    patched = (Path(rl) / PATCH_FILE).is_file()
+    return apply(
+        recipe_of(
+            {"rl": {"patch": os.fspath(rl), "onto": "sft"} if patched else os.fspath(rl), "sft": os.fspath(sft)},
+            "rl - sft",
+            {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none", "keep": keep},
+            "skillmerge extract",
+            ignore=list(ignore),
+        ),
+        output,
+        threads=threads,
+        memory_limit=memory_limit,
+        overwrite=overwrite,
+        hash_inputs=hash_inputs,
+        follow_links=follow_links,
+        hub=hub,
+        reporter=reporter,
+    )
+
+
+def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bool = False) -> str:
+    """Which of the models of its expression `parent` is (`rl`), by the digests of all of its tensors.
+
+    Raises CheckFailed where it is none of them, naming the tensor that shows it; UsageError, InputError.
+    """
+    document = summary(Folder(Path(skill)))
+    tensors = {name: row["digests"] for name, row in document["tensors"].items() if row.get("digests")}
+    candidates = sorted({model for digests in tensors.values() for model in digests})
+    if not candidates:
+        raise UsageError(f"{skill} was made of other skills: their parents are known to them")
+    checkpoints = open_models(
+        recipe_of({"parent": os.fspath(parent)}, "parent", {"path": "nowhere"}, "skillmerge verify"),
+        Access(follow_links=follow_links),
+        lambda message: None,
+    )
+    checkpoint = checkpoints["parent"]
+    names = [name for name in tensors if name in checkpoint.tensors]
+    missing = [name for name in tensors if name not in checkpoint.tensors]
+    reason = f"it has no tensor `{missing[0]}`" if missing else ""
+    try:
+        digests = in_threads(lambda name, stop: _digest(checkpoint, name), names)
+        for name, digest in zip(names, digests, strict=True):
+            left = [model for model in candidates if tensors[name].get(model, digest) == digest]
+            if not left and not reason:
+                reason = f"tensor `{name}` differs"
+            candidates = left
+            if not candidates:
+                break
+    finally:
+        close_all(checkpoints)
+    if reason or not candidates:
+        raise CheckFailed(
+            f"{parent} is not a checkpoint that {skill} was cut from: {reason}",
+            fix=f"its parents: {', '.join(_parent(item) for item in document['parents'])}",
+        )
+    return str(candidates[0])
+
+
+def _parent(item: Mapping[str, Any]) -> str:
+    return f"{item['name']} = {item['uri']}" + (f" at {item['revision'][:12]}" if item["revision"] else "")
+
+
+def _digest(checkpoint: Checkpoint, name: str) -> str:
+    spec = checkpoint.tensors[name]
+    size, units = UNIT * DTYPES[spec.dtype].itemsize, []
+    for start in range(0, spec.nbytes, size):
+        piece = memoryview(bytearray(min(size, spec.nbytes - start)))
+        checkpoint.read_into(spec, start, piece)
+        units.append(hashlib.sha256(piece).hexdigest())
+    return tensor_digest(units)

@@ -1,0 +1,307 @@
+"""The verb rebuild: make an output again from what its manifest says, or prove that it would come out the same.
+
+The proof writes nothing: the engine's bytes are compared with the file's where they would have been written. Only a
+stored skill, whose files' sizes are not known before, is made again beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.folder import Folder
+from skillmerge.errors import CheckFailed, StalePlan, UsageError, some
+from skillmerge.outputs import manifest
+from skillmerge.outputs.staging import MANIFEST_FILE
+from skillmerge.outputs.verify import check_structure, input_digests
+from skillmerge.plans import changes as changes_module
+from skillmerge.plans import saved
+from skillmerge.plans.budget import budget
+from skillmerge.plans.opening import Access, planned
+from skillmerge.plans.plan import Plan, ShardPlan
+from skillmerge.plans.side_files import fetch
+from skillmerge.reporter import Reporter
+from skillmerge.tensors import DTYPES, TensorSpec
+from skillmerge.verbs.apply import apply
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """What was made again: how many tensors of how many, and their bytes. output: where, or None for a proof."""
+
+    folder: Path
+    tensors: int
+    of: int
+    bytes: int
+    output: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        output = str(self.output) if self.output is not None else None
+        return {
+            "folder": str(self.folder),
+            "tensors": self.tensors,
+            "of": self.of,
+            "bytes": self.bytes,
+            "output": output,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How to run; nothing in it changes a byte. base: what the recipe's relative paths start from now."""
+
+    base: Path | None = None
+    device: str = "auto"
+    threads: int | None = None
+    memory_limit: int | None = None
+    follow_links: bool = False
+    hub: str = "stream"
+    reporter: Reporter = field(default_factory=Reporter)
+
+
+def rebuild(folder: str | os.PathLike[str], output: str | os.PathLike[str], how: How | None = None) -> Rebuilt:
+    """Make the output whose manifest is in `folder` again as `output`, and compare the manifests.
+
+    Raises CheckFailed for a manifest that is not sound or a rebuild that differs, StalePlan where the models that it
+    names are not those of then; and whatever `merge.apply` raises.
+    """
+    how = how or How()
+    root = _folder(folder)
+    if Path(output).resolve() == root.resolve():
+        raise UsageError(f"{root} cannot be built again in its own place", fix="name another --output")
+    proof = manifest.read(root)
+    recipe, commits = manifest.recorded_recipe(proof, root, how.base)
+    environment = proof["environment"]
+    with _planned_again(root, proof, how):
+        pass  # before hours of work: are these the models?
+    with _blamed_on_inputs(proof):
+        result = apply(
+            replace(recipe, gates=(), output=replace(recipe.output, push=None)), output, device=how.device,
+            threads=how.threads, memory_limit=how.memory_limit, stats=environment["stats"], full=True, expected=proof,
+            allow_nonfinite=environment["allow_nonfinite"], allow_code=_runs_code(root, proof), commits=commits,
+            follow_links=how.follow_links, hub=how.hub, reporter=how.reporter, hash_inputs=_hashed(proof),
+        )  # fmt: skip
+        manifest.compare(root, proof, result.manifest)  # of an output that was there already
+    count = len(proof["tensors"])
+    return Rebuilt(root, count, count, sum(file["size"] for file in proof["files"]), result.output)
+
+
+def check_rebuild(
+    folder: str | os.PathLike[str], *, sample: float = 1.0, seed: int = 0, how: How | None = None
+) -> Rebuilt:
+    """Prove that the manifest in `folder`, and the models that it names, give the output's very bytes.
+
+    sample: the share of tensors to compute again, chosen by `seed`; side files are always compared, and with a share
+    of 1 the manifest too. Raises as `rebuild`; CheckFailed names the first difference.
+    """
+    how = how or How()
+    root = _folder(folder)
+    proof = manifest.read(root)
+    check_structure(root, proof)
+    with _planned_again(root, proof, how) as (plan, checkpoints):
+        if plan.makes_skill:
+            return _check_skill(root, how)
+        side_files = list(fetch(checkpoints[plan.donor], plan.side_files, _runs_code(root, proof)))
+        for file in side_files:
+            _compare_file(root / file.name, file.content or b"")
+        names = [spec.name for shard in plan.shards for spec in shard.specs]
+        chosen = set(random.Random(seed).sample(sorted(names), math.ceil(sample * len(names))))
+        shards = plan.shards if len(chosen) == len(names) else _shards_of(plan, chosen)
+        original = _Original(root)
+        with _blamed_on_inputs(proof):
+            _compute(plan, checkpoints, original, shards, proof["environment"], how)
+        if shards is plan.shards:
+            digests = _recorded_digests(proof)
+            body = manifest.build(plan, original.finished, side_files, proof["environment"]["stats"], digests)
+            manifest.compare(root, proof, body)
+        size = sum(spec.nbytes for shard in shards for spec in shard.specs)
+        return Rebuilt(root, len(chosen), len(names), size)
+
+
+def _folder(folder: str | os.PathLike[str]) -> Path:
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
+    return root
+
+
+@contextmanager
+def _planned_again(root: Path, proof: Mapping[str, Any], how: How) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
+    """The plan that the manifest was made from, over the models as they are now. Raises StalePlan where these or
+    skillmerge have changed."""
+    recipe, commits = manifest.recorded_recipe(proof, root, how.base)
+    access = Access(how.follow_links, download=how.hub == "download", commits=commits)
+    with planned(recipe, None, _runs_code(root, proof), access, how.reporter.warn) as (plan, checkpoints):
+        plan.refuse_problems()
+        if plan.digest != proof["plan_digest"]:
+            now = json.loads(json.dumps(saved.describe(plan)))
+            then = {**proof, "recipe_sha256": proof["recipe"]["sha256"], "side_files": _side_files(proof, now)}
+            version = proof["tool"]["version"]
+            changes = changes_module.differences(then, now) or [
+                f"skillmerge {version}, which made it, planned differently"
+            ]
+            raise StalePlan(
+                f"{root} cannot be built again from what is there now: {'; '.join(changes[:8])}",
+                fix="--base-folder says where the models are now, if they have moved",
+            )
+        if _hashed(proof):
+            now = input_digests(checkpoints)
+            recorded = _recorded_digests(proof)
+            if other := ["/".join(key) for key, digest in recorded.items() if now[key] != digest]:
+                raise StalePlan(f"{root} cannot be built again: these have other weights now: {some(other)}")
+        yield plan, checkpoints
+
+
+def _side_files(proof: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The manifest's side files as a plan has them: the plan's own rows where they say the same."""
+    shards = {tensor["file"] for tensor in proof["tensors"]}
+    rows = {row["name"]: row for row in now["side_files"]}
+    found = []
+    for file in proof["files"]:
+        if file["name"] not in shards:
+            row = rows.get(file["name"], {})
+            same = row.get("size") == file["size"] and row.get("sha256", file["sha256"]) == file["sha256"]
+            found.append(row if same else file)
+    return found
+
+
+@contextmanager
+def _blamed_on_inputs(proof: Mapping[str, Any]) -> Iterator[None]:
+    """What differs may do so because a model has changed, where nobody knows what its weights were."""
+    try:
+        yield
+    except CheckFailed as error:
+        if _hashed(proof):
+            raise
+        fix = "or the weights of a model have changed since: they were not hashed (apply --hash-inputs)"
+        raise CheckFailed(error.message, fix=fix) from error
+
+
+def _recorded_digests(proof: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """Of the inputs' files, where they were hashed."""
+    rows = [(item["name"], file) for item in proof["inputs"] for file in item["files"] if file["sha256"]]
+    return {(name, file["name"]): file["sha256"] for name, file in rows}
+
+
+def _runs_code(root: Path, proof: Mapping[str, Any]) -> bool:
+    """Whether it was made with --allow-code."""
+    names = [file["name"] for file in proof["files"]]
+    config = root / "config.json"
+    return any(name.endswith(".py") for name in names) or (config.is_file() and b'"auto_map"' in config.read_bytes())
+
+
+def _hashed(proof: Mapping[str, Any]) -> bool:
+    return any(file["sha256"] for item in proof["inputs"] for file in item["files"])
+
+
+def _shards_of(plan: Plan, chosen: set[str]) -> tuple[ShardPlan, ...]:
+    """Each chosen tensor as a shard of its own, at its place in its file."""
+    return tuple(
+        ShardPlan(f"{shard.file}: {spec.name}", shard.header, (spec,))
+        for shard in plan.shards
+        for spec in shard.specs
+        if spec.name in chosen
+    )
+
+
+def _compute(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    original: _Original,
+    shards: Sequence[ShardPlan],
+    environment: Mapping[str, Any],
+    how: How,
+) -> None:
+    from skillmerge.engine.device import choose_device
+    from skillmerge.engine.shards import merge_shards
+    from skillmerge.engine.worker import Settings
+
+    where, why = choose_device(how.device)
+    how.reporter.say(f"computing on {where}: {why}")
+    chosen = budget(plan, threads=how.threads, memory_limit=how.memory_limit, cuda=where.type == "cuda")
+    settings = Settings(where, chosen, environment["stats"], environment["allow_nonfinite"], how.reporter.warn)
+    with how.reporter.bar(sum(spec.nbytes for shard in shards for spec in shard.specs)) as progress:
+        merge_shards(plan, checkpoints, original, settings, shards=shards, progress=progress)
+
+
+class _Original:
+    """The finished output, as a destination of the engine: what it is given has to be there already."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.finished: dict[str, dict[str, Any]] = {}
+
+    def open_shard(self, shard: ShardPlan) -> _ComparedFile:
+        return _ComparedFile(self.root / shard.specs[0].file if shard.specs else self.root / shard.file, shard)
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """What was compared needs no journal."""
+
+
+class _ComparedFile:
+    """A file of the output that takes no bytes but those it has."""
+
+    def __init__(self, path: Path, shard: ShardPlan) -> None:
+        self._path, self._specs = path, shard.specs
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.write(memoryview(shard.header), 0)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Raise CheckFailed where the file has other bytes at `offset`, and say which element is the first."""
+        place = 0
+        while place < len(data):
+            there = os.pread(self._descriptor, len(data) - place, offset + place)
+            wanted = bytes(data[place : place + len(there)])
+            if there != wanted or not there:
+                pairs = zip(there, wanted, strict=True)
+                first = next((index for index, (old, new) in enumerate(pairs) if old != new), len(there))
+                raise CheckFailed(self._difference(offset + place + first))
+            place += len(there)
+
+    def _difference(self, position: int) -> str:
+        spec: TensorSpec | None = next((spec for spec in self._specs if spec.start <= position < spec.end), None)
+        if spec is None:
+            return f"{self._path}: byte {position} is not what the manifest gives when it is built again"
+        element = (position - spec.start) // DTYPES[spec.dtype].itemsize
+        return f"{self._path}: tensor `{spec.name}` differs from element {element} on when it is built again"
+
+    def finish(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _compare_file(path: Path, wanted: bytes) -> None:
+    if path.read_bytes() != wanted:
+        raise CheckFailed(f"{path} differs when it is built again")
+
+
+def _check_skill(root: Path, how: How) -> Rebuilt:
+    """Beside the skill, which is where there is room for it."""
+    with tempfile.TemporaryDirectory(prefix=f".{root.resolve().name}-", dir=root.resolve().parent) as scratch:
+        made = rebuild(root, Path(scratch) / "skill", how)
+        assert made.output is not None
+        names = Folder(made.output).names()
+        for name in names:
+            if name not in (MANIFEST_FILE, manifest.RUN_LOG_FILE):
+                _compare_digest(root / name, made.output / name)
+        return replace(made, output=None)
+
+
+def _compare_digest(path: Path, again: Path) -> None:
+    from skillmerge.threads import hash_file
+
+    if hash_file(path) != hash_file(again):
+        raise CheckFailed(f"{path} differs when it is built again")

@@ -1,0 +1,199 @@
+"""A merge in memory: a transformers model whose weights become those of one recipe after another.
+
+The inputs are read once and held. Weights are computed by `apply`'s own workers, and are the bytes that `apply`
+would write.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skillmerge.bits import torch_dtype
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.memory import HeldFiles
+from skillmerge.engine.rounding_statistics import BlockStatistics, summarise, total
+from skillmerge.engine.tiles import Buffer, Span, Tile, spans
+from skillmerge.engine.worker import Settings, Worker
+from skillmerge.errors import ResourceError, UsageError
+from skillmerge.plans.budget import budget, free_memory
+from skillmerge.plans.opening import Access, close_all, open_models
+from skillmerge.plans.plan import Plan
+from skillmerge.plans.planner import make_plan
+from skillmerge.recipes.recipe import Recipe
+from skillmerge.study.built_in import tokenizer_of
+from skillmerge.study.scorers import Scorer
+from skillmerge.study.scores import Scores
+from skillmerge.tensors import DTYPES, PAGE, format_bytes
+from skillmerge.verbs.apply import apply
+
+
+class MergedModel:
+    """A transformers model and its tokenizer, in memory. `use` gives it the weights of a recipe.
+
+    Raises, as it is made: UsageError where transformers is not installed or cannot load the model, ResourceError
+    where the inputs do not fit into memory; and whatever `merge.apply` raises.
+    """
+
+    def __init__(self, recipe: Recipe, access: Access, device: str, warn: Callable[[str], None]) -> None:
+        self._access, self._warn = access, warn
+        self._device = _device(device)
+        self._opened = open_models(recipe, access, warn)
+        try:
+            self.plan = make_plan(recipe, self._opened)
+            self.plan.refuse_problems()
+            _check_memory(self._opened)
+            self.model, self.tokenizer = self._loaded(recipe)
+            self._in_place = self._has_the_files_tensors()
+            if self._in_place:
+                self._checkpoints = {
+                    name: replace(checkpoint, files=HeldFiles(checkpoint)) for name, checkpoint in self._opened.items()
+                }
+                self._in_place = self._has_the_files_values()
+            if not self._in_place:
+                self._checkpoints = self._opened
+                warn("this architecture's parameters are not its files' tensors: each candidate is loaded anew")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        close_all(self._opened)
+
+    def use(self, recipe: Recipe) -> dict[str, Any]:
+        """Give the model the recipe's weights. Returns the statistics of `apply --stats sampled`."""
+        plan = make_plan(recipe, self._checkpoints)
+        plan.refuse_problems()
+        if not self._in_place:
+            self.model, self.tokenizer = self._loaded(recipe)
+            return self._last
+        into = self._parameters()
+
+        def put(tile: Tile, values: Tensor) -> None:
+            into[tile.tensor.name].view(-1)[tile.first : tile.last].copy_(values)
+
+        return {"mode": "sampled", **compute(plan, self._checkpoints, put)}
+
+    def scored(self, scorer: Scorer, seed: int) -> Scores:
+        torch.manual_seed(seed)
+        return scorer.score(self.model, self.tokenizer, seed)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {name: value.data for name, value in self.model.state_dict(keep_vars=True).items()}
+
+    def _loaded(self, recipe: Recipe) -> tuple[Any, Any]:
+        """Merge into a folder, and load that."""
+        try:
+            import transformers
+        except ImportError as error:
+            raise UsageError(
+                "this score needs transformers", fix="pip install 'skillmerge[transformers]', or score with a command"
+            ) from error
+        log: Any = transformers.utils.logging
+        log.disable_progress_bar()
+        with tempfile.TemporaryDirectory(prefix="skillmerge-") as scratch:
+            made = apply(recipe, Path(scratch) / "model", device="cpu", follow_links=self._access.follow_links,
+                         locked=self._access.locked, hub="download" if self._access.download else "stream")  # fmt: skip
+            self._last = {"mode": "sampled", **{key: made.manifest["statistics"][key] for key in ("modules", "all")}}
+            kind = getattr(transformers, self._class_name(), transformers.AutoModelForCausalLM)
+            try:
+                model = kind.from_pretrained(made.output, dtype="auto").eval().requires_grad_(False).to(self._device)
+                tokenizer = tokenizer_of(made.output)
+            except Exception as error:
+                raise UsageError(
+                    f"transformers cannot load the merged model: {type(error).__name__}: {error}",
+                    fix="score it with a command instead",
+                ) from error
+        return model, tokenizer
+
+    def _class_name(self) -> str:
+        names = self._opened[self.plan.donor].config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
+
+    def _has_the_files_tensors(self) -> bool:
+        """Whether each tensor of the output is a parameter of its own, of its name, shape and dtype."""
+        state = self._parameters()
+        wanted = self.plan.tensors
+        fit = all(
+            name in state and tuple(state[name].shape) == plan.shape and state[name].dtype == torch_dtype(plan.dtype)
+            for name, plan in wanted.items()
+        )
+        return fit and len({state[name].data_ptr() for name in wanted}) == len(wanted)
+
+    def _has_the_files_values(self) -> bool:
+        """Whether the model that was loaded holds what the workers compute: nothing was changed in loading it."""
+        state, same = self._parameters(), []
+
+        def compare(tile: Tile, values: Tensor) -> None:
+            held = state[tile.tensor.name].view(-1)[tile.first : tile.last].cpu()
+            same.append(torch.equal(held.view(torch.uint8), values.view(torch.uint8)))
+
+        compute(self.plan, self._checkpoints, compare)
+        return all(same)
+
+
+def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Tile, Tensor], None]) -> dict[str, Any]:
+    """Compute every tensor of the plan, and hand it over tile by tile, from any thread.
+
+    Returns statistics by module and in all. Raises UnusableWeights.
+    """
+    chosen = budget(plan, threads=None, memory_limit=None)
+    settings = Settings(torch.device("cpu"), chosen)
+    widest = max(DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values())
+    measured: dict[str, dict[int, BlockStatistics]] = {
+        name: {} for name, tensor in plan.tensors.items() if tensor.action == "merge"
+    }
+    stop, mine = threading.Event(), threading.local()
+    intraop = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def fill(span: Span) -> None:
+        if not hasattr(mine, "worker"):
+            mine.worker = workers.enter_context(closing(Worker(plan, checkpoints, settings, stop)))
+            mine.buffer = Buffer(chosen.tile * widest + PAGE, settings.device)
+        with torch.inference_mode():
+            mine.worker.fill(span, mine.buffer, measured)
+            for tile in span.tiles:
+                start = span.offset % PAGE + tile.offset - span.offset
+                values = mine.buffer.typed(torch_dtype(tile.tensor.dtype), start, tile.last - tile.first)
+                put(tile, values)
+
+    with ExitStack() as workers, ThreadPoolExecutor(chosen.threads) as pool:
+        try:
+            work = [span for shard in plan.shards for span in spans(plan, shard, chosen.tile)]
+            for _ in pool.map(fill, work):
+                pass
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            torch.set_num_threads(intraop)
+    sizes = {name: math.prod(tensor.shape) for name, tensor in plan.tensors.items()}
+    return summarise(plan, {name: total(blocks.values(), sizes[name]) for name, blocks in measured.items() if blocks})
+
+
+def _device(asked: str) -> torch.device:
+    from skillmerge.engine.device import choose_device
+
+    return choose_device(asked)[0]
+
+
+def _check_memory(checkpoints: Mapping[str, Checkpoint]) -> None:
+    held = sum(spec.nbytes for item in checkpoints.values() for spec in item.tensors.values())
+    model = max(sum(spec.nbytes for spec in item.tensors.values()) for item in checkpoints.values())
+    free = free_memory()
+    if free is not None and held + model > free:
+        raise ResourceError(
+            f"scoring in memory holds {format_bytes(held + model)}, and {format_bytes(free)} are free",
+            fix="score with a command: each candidate is then merged to a folder",
+        )
