@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from skillmerge.errors import Place
 
-from skillmerge.errors import RecipeError
+from skillmerge.errors import Place, RecipeError
 from skillmerge.recipes.yamltext import MAX_BYTES, MAX_DIGITS, MAX_NESTING, MAX_NODES, Document, read
 
 
