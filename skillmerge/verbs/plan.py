@@ -1,4 +1,4 @@
-"""Plan a merge from headers alone."""
+"""The verb plan: all that `apply` would do, from the headers alone."""
 
 from __future__ import annotations
 
