@@ -163,13 +163,14 @@ def test_nothing_is_believed_before_it_is_durable(small: Path, monkeypatch: pyte
 
 SLOW_CLI = """
 import sys, time
-from skillmerge import cli, writer
-write = writer.ShardFile.write
+from skillmerge.cli import main
+from skillmerge.outputs import shard_file
+write = shard_file.ShardFile.write
 def slowly(self, data, offset):
     time.sleep(0.5)
     write(self, data, offset)
-writer.ShardFile.write = slowly
-cli.main()
+shard_file.ShardFile.write = slowly
+main.main()
 """
 
 DEAF_CLI = """
@@ -182,8 +183,8 @@ class Deaf:
             except {swallows}:
                 pass
 sys.meta_path.insert(0, Deaf())
-from skillmerge import cli
-cli.main()
+from skillmerge.cli import main
+main.main()
 """
 
 

@@ -332,7 +332,7 @@ def test_command_gives_the_same_scores_as_memory(demo: Path, tmp_path: Path) -> 
     script = tmp_path / "score.py"
     script.write_text(
         "import sys, transformers\n"
-        "from skillmerge.scoring import find_scorer\n"
+        "from skillmerge.study.scorers import find_scorer\n"
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto').eval()\n"
         "tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(sys.argv[1])\n"
         f"print(find_scorer('qa:{demo / 'choose.jsonl'}').function(model, tokenizer, 0)['accuracy'].value)\n"

@@ -493,7 +493,7 @@ def test_write_mode_tries_both_and_takes_the_faster(
     monkeypatch: pytest.MonkeyPatch, buffered: float, direct: float, winner: bool
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("skillmerge.outputs.staging.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("skillmerge.outputs.shard_file.time.monotonic", lambda: clock[0])
     mode = WriteMode()
     tried = []
     for _ in range(20):

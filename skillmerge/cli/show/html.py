@@ -1,4 +1,4 @@
-"""Text and figures as HTML, escaped."""
+"""Text and figures as HTML, escaped; the one cell that a tensor belongs to."""
 
 from __future__ import annotations
 
