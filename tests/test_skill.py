@@ -35,9 +35,10 @@ from test_laws import DTYPES, INTEGERS, every_kind_of_number
 import skillmerge
 from skillmerge.bits import bit_view
 from skillmerge.checkpoints.kinds.sparse import Encoder
-from skillmerge.engine import skill_shards
 from skillmerge.errors import CheckFailed, InputError, ResourceError, SkillmergeError, UsageError
+from skillmerge.outputs import shard_file
 from skillmerge.tensors import BLOCK, UNIT
+from skillmerge.verbs.extract import check_parent
 
 WITH_PARENTS = {"target": "target", "rl": "rl", "sft": "sft"}
 WITH_SKILL = {"target": "target", "math": {"skill": "math"}}
@@ -435,7 +436,7 @@ def test_parents_are_known_by_their_digests(family: Path) -> None:
     tensors[next(iter(tensors))].view(torch.int16).flatten()[3] ^= 1
     save_file(tensors, file)
     with pytest.raises(CheckFailed, match="differs"):
-        skillmerge.extraction.check_parent(folder / "math", str(folder / "sft"))
+        check_parent(folder / "math", str(folder / "sft"))
 
 
 def test_skill_of_another_architecture_is_refused(family: Path, tmp_path: Path) -> None:
@@ -602,7 +603,7 @@ def test_short_writes_are_written_on(family: Path, monkeypatch: pytest.MonkeyPat
         def write(self, content: Any) -> int:
             return super().write(memoryview(content)[:77])
 
-    monkeypatch.setattr(skill_shards, "open", lambda path, mode, buffering: Dribble(path, mode), raising=False)
+    monkeypatch.setattr(shard_file, "open", lambda path, mode, buffering: Dribble(path, mode), raising=False)
     assert weights(cut(family.parent, "rl - sft", {"rl": "rl", "sft": "sft"}, "dribbled")) == wanted
 
 

@@ -13,6 +13,7 @@ from conftest import run_cli, tensor_shapes, write_family
 
 import skillmerge
 from skillmerge.errors import CheckFailed
+from skillmerge.verbs.apply import is_done
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -115,7 +116,7 @@ def test_tampering_with_any_file_is_refused(
         with pytest.raises(CheckFailed) as caught:
             skillmerge.verify(output)
         assert caught.value.exit_status == 3, name
-        assert not skillmerge.merge.is_done(skillmerge.plan(merged.parent / "recipe.yaml"), output), name
+        assert not is_done(skillmerge.plan(merged.parent / "recipe.yaml"), output), name
     tally(files=len(names), refused=len(names))
 
 
