@@ -27,6 +27,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "study": (
         "gates",
         "inspect load_probe scorers",
+        "update_pass",
         "built_in spectrum",
         "forecast loading scores subjects update_metrics",
     ),
@@ -41,7 +42,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engine": (
         "shards skill_shards",
         "skill_file worker",
-        "destination device rounding_statistics tiles warm_up",
+        "destination device rounding_statistics stream tiles warm_up",
     ),
     "plans": (
         "opening",

@@ -116,19 +116,16 @@ class SkillFile:
         assert len(text) <= self._room
         self._file.put(self._room.to_bytes(8, "little") + text.ljust(self._room), 0)
         size, digest = self._file.finish(stop)
-        return {
-            "shard": self.shard.file,
-            "size": size,
-            "sha256": digest,
-            "statistics": {},
-            "tensors": {
-                spec.name: {
-                    **_describe(spec, self.shard.file, self._dtypes[spec.name], self._rows[spec.name]),
-                    **({"kept": asdict(self._kept[spec.name])} if spec.name in self._kept else {}),
-                }
-                for spec in self.shard.specs
-            },
+        tensors = {
+            spec.name: {
+                **_describe(spec, self.shard.file, self._dtypes[spec.name], self._rows[spec.name]),
+                **({"kept": asdict(self._kept[spec.name])} if spec.name in self._kept else {}),
+            }
+            for spec in self.shard.specs
         }
+        self._header.clear()
+        self._rows.clear()
+        return {"shard": self.shard.file, "size": size, "sha256": digest, "statistics": {}, "tensors": tensors}
 
     def close(self) -> None:
         self._file.close()

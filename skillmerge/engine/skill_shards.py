@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -25,6 +22,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.sparse import Encoder, differing, places_of, within
 from skillmerge.engine.destination import StreamDestination
 from skillmerge.engine.skill_file import Cut, Kept, SkillFile, Unit, compressed
+from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Span, Tile
 from skillmerge.engine.worker import Settings, Worker
 from skillmerge.methods.evaluate import evaluate
@@ -47,50 +45,39 @@ def cut_shards(
     """Write the files of a skill that `destination` has not finished yet; see `engine.merge_shards`."""
     wanted = [shard for shard in plan.shards if shard.file not in destination.finished]
     done = sum(shard.size for shard in plan.shards if shard.file in destination.finished)
-    stop = threading.Event()
-    threads = settings.budget.threads
-    intraop = torch.get_num_threads()
-    torch.set_num_threads(1)
-    workers = _Workers(plan, checkpoints, settings, stop)
-    pool = ThreadPoolExecutor(threads)
-    closing = ThreadPoolExecutor(1)
-    closed: list[Future[None]] = []
-    try:
-        for tensor in plan.tensors.values():
-            if tensor.action == "same":
-                workers.compare(tensor)
+    with Stream(checkpoints.values()) as stream:
+        cutter = _Cutter(plan, checkpoints, settings, stream)
+        cutter.compare_all()
+        threads = settings.budget.threads
         if plan.recipe.output.keep is not None:
             chosen = [tensor for tensor in plan.tensors.values() if tensor.action == "compute"]
-            select = partial(workers.select, share=plan.recipe.output.keep)
-            workers.kept = dict(zip((tensor.name for tensor in chosen), pool.map(select, chosen), strict=True))
-        cuts = _in_order(pool, workers, [unit for shard in wanted for unit in _units(plan, shard)], threads + 1)
-        for shard in wanted:
-            file = SkillFile(destination, shard, plan, checkpoints, workers.kept)
-            try:
+            select = partial(cutter.select, share=plan.recipe.output.keep)
+            kept = stream.map(select, chosen, threads=threads, ahead=threads + 1)
+            cutter.kept = dict(zip((tensor.name for tensor in chosen), kept, strict=True))
+        units = [unit for shard in wanted for unit in _units(plan, shard)]
+        cuts = stream.map(cutter.cut, cutter.announced(units), threads=threads, ahead=threads + 1)
+
+        def files() -> Iterator[SkillFile]:
+            nonlocal done
+            for shard in wanted:
+                file = stream.keep(SkillFile(destination, shard, plan, checkpoints, cutter.kept))
                 for unit in _units(plan, shard):
                     file.add(unit, next(cuts))
                     done += unit.length * DTYPES[unit.spec.dtype].itemsize
                     progress(done)
-            except BaseException:
-                file.close()
-                raise
-            # Digested while the next file is made.
-            closed.append(closing.submit(_complete, file, checkpoints, destination, finished, stop))
-            for future in closed[:-2]:
-                future.result()
-        for future in closed:
-            future.result()
-    except BaseException:
-        stop.set()
-        for checkpoint in checkpoints.values():
-            checkpoint.files.cancel()
-        raise
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-        closing.shutdown(cancel_futures=True)
-        workers.close()
-        torch.set_num_threads(intraop)
+                yield file
+
+        def complete(file: SkillFile) -> dict[str, Any]:
+            """Make a file durable and digest it, while the next one is made."""
+            entry = file.finish(stream.stop)
+            for checkpoint in checkpoints.values():
+                checkpoint.check_unchanged()
+            return entry
+
+        for entry in stream.map(complete, files(), threads=1, ahead=2):
+            destination.record(entry)
+            destination.finished[entry["shard"]] = entry
+            finished(entry)
 
 
 def _units(plan: Plan, shard: ShardPlan) -> Iterator[Unit]:
@@ -99,100 +86,60 @@ def _units(plan: Plan, shard: ShardPlan) -> Iterator[Unit]:
             yield Unit(plan.tensors[spec.name], number, spec)
 
 
-def _in_order(pool: ThreadPoolExecutor, workers: _Workers, units: Sequence[Unit], ahead: int) -> Iterator[Cut]:
-    """The cuts of the units in their order, at most `ahead` of them made before they are wanted."""
-    waiting: deque[Future[Cut]] = deque()
-    for index, unit in enumerate(units):
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-        if index + 1 < len(units):
-            workers.announce(units[index + 1])
-        waiting.append(pool.submit(workers.cut, unit))
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _complete(
-    file: SkillFile,
-    checkpoints: Mapping[str, Checkpoint],
-    destination: StreamDestination,
-    finished: Callable[[dict[str, Any]], None],
-    stop: threading.Event,
-) -> None:
-    """Make a file durable, then say so in the journal."""
-    entry = file.finish(stop)
-    if stop.is_set():
-        return
-    for checkpoint in checkpoints.values():
-        checkpoint.check_unchanged()
-    destination.record(entry)
-    destination.finished[entry["shard"]] = entry
-    finished(entry)
-
-
 _BINS = 1 << 16
 """Sizes are told apart by the upper 16 bits of a float32 without its sign: to one part in 256."""
 
 
-class _Workers:
-    """A worker for each thread, made when the thread first needs it."""
+class _Cutter:
+    """What is done with a unit of a skill; each thread has a worker of its own."""
 
-    def __init__(
-        self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stop: threading.Event
-    ) -> None:
-        self._plan, self._checkpoints, self._settings, self._stop = plan, checkpoints, settings, stop
-        self._mine = threading.local()
-        self._all: list[Worker] = []
+    def __init__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stream: Stream) -> None:
+        self._plan, self._checkpoints, self._settings, self._stream = plan, checkpoints, settings, stream
         # A skill that is read says of what it was made itself.
         self.kept: dict[str, Kept] = {}
         self._digested = set(checkpoints) - plan.recipe.skills - {minus_of(name) for name in plan.recipe.skills}
 
-    def close(self) -> None:
-        for worker in self._all:
-            worker.close()
-
     @property
     def _worker(self) -> Worker:
-        if not hasattr(self._mine, "worker"):
-            self._mine.worker = Worker(self._plan, self._checkpoints, self._settings, self._stop)
-            self._all.append(self._mine.worker)
-        worker: Worker = self._mine.worker
-        return worker
+        return self._stream.own(lambda: Worker(self._plan, self._checkpoints, self._settings, self._stream.stop))
 
-    def announce(self, unit: Unit) -> None:
-        """Have what a coming unit reads read ahead."""
-        for model, source in unit.tensor.sources:
-            spec = self._checkpoints[model].tensors[source]
-            size = DTYPES[spec.dtype].itemsize
-            start = spec.start + unit.number * UNIT * size
-            self._checkpoints[model].files.announce(spec.file, start, unit.length * size)
+    def announced(self, units: Sequence[Unit]) -> Iterator[Unit]:
+        """The units in their order; what the next one reads is read ahead."""
+        for index, unit in enumerate(units):
+            for coming in units[index + 1 : index + 2]:
+                for model, source in coming.tensor.sources:
+                    spec = self._checkpoints[model].tensors[source]
+                    size = DTYPES[spec.dtype].itemsize
+                    start = spec.start + coming.number * UNIT * size
+                    self._checkpoints[model].files.announce(spec.file, start, coming.length * size)
+            yield unit
 
-    def compare(self, tensor: TensorPlan) -> None:
-        """Prove that a tensor which has no difference is the same everywhere. Raises UnusableWeights."""
-        elements = math.prod(tensor.shape)
-        for first in range(0, elements, UNIT):
-            tile = Tile(tensor, first, min(first + UNIT, elements), 0)
-            (values,) = self._worker.reader.read(Span(0, (tile,)))
-            self._worker.compare(tile, values)
+    def compare_all(self) -> None:
+        """Prove that tensors which have no difference are the same everywhere. Raises UnusableWeights."""
+        for tensor in self._plan.tensors.values():
+            elements = math.prod(tensor.shape) if tensor.action == "same" else 0
+            for first in range(0, elements, UNIT):
+                tile = Tile(tensor, first, min(first + UNIT, elements), 0)
+                (values,) = self._worker.reader.read(Span(0, (tile,)))
+                self._worker.compare(tile, values)
 
     def select(self, tensor: TensorPlan, share: float) -> Kept:
         """Which elements of a tensor are its largest, so great a share of them or a little less: a pass of its own."""
         worker, elements = self._worker, math.prod(tensor.shape)
         counts, energies = torch.zeros(_BINS, dtype=torch.int64), torch.zeros(_BINS, dtype=torch.float64)
         assert tensor.program is not None
-        with torch.inference_mode():
-            for first in range(0, elements, UNIT):
-                tile = Tile(tensor, first, min(first + UNIT, elements), 0)
-                (values,) = worker.reader.read(Span(0, (tile,)))
-                inputs = {model: piece for (model, _), piece in zip(tensor.sources, values, strict=True)}
-                for _, pieces in self._chunks(worker, tile, inputs, {}):
-                    value, _ = evaluate(tensor.program, pieces, worker.scratch)
-                    bins = _bins_of(value)
-                    counts += torch.bincount(bins, minlength=_BINS)
-                    squares = value.to(torch.float64)
-                    energies += torch.bincount(bins, weights=squares.mul_(squares), minlength=_BINS)
-                if self._stop.is_set():
-                    return Kept()
+        for first in range(0, elements, UNIT):
+            tile = Tile(tensor, first, min(first + UNIT, elements), 0)
+            (values,) = worker.reader.read(Span(0, (tile,)))
+            inputs = {model: piece for (model, _), piece in zip(tensor.sources, values, strict=True)}
+            for _, pieces in self._chunks(worker, tile, inputs, {}):
+                value, _ = evaluate(tensor.program, pieces, worker.scratch)
+                bins = _bins_of(value)
+                counts += torch.bincount(bins, minlength=_BINS)
+                squares = value.to(torch.float64)
+                energies += torch.bincount(bins, weights=squares.mul_(squares), minlength=_BINS)
+            if self._stream.stop.is_set():
+                return Kept()
         above, energy = counts.flip(0).cumsum(0), energies.flip(0).cumsum(0)
         width = int((above <= max(1, math.floor(share * elements))).sum())
         # The largest stay, however many have their size.
@@ -206,19 +153,18 @@ class _Workers:
     def cut(self, unit: Unit) -> Cut:
         """Read a unit of every model and encode the difference. Raises UnusableWeights."""
         worker = self._worker
-        if unit.tensor.action == "zero" or self._stop.is_set():
+        if unit.tensor.action == "zero" or self._stream.stop.is_set():
             return Cut({})
-        with torch.inference_mode():
-            first = unit.number * UNIT
-            tile = Tile(unit.tensor, first, first + unit.length, 0)
-            (values,) = worker.reader.read(Span(0, (tile,)))
-            inputs = {model: piece for (model, _), piece in zip(unit.tensor.sources, values, strict=True)}
-            digests = {model: hashlib.sha256() for model in inputs if model in self._digested}
-            chunks = self._chunks(worker, tile, inputs, digests)
-            cut = self._keep(chunks) if unit.tensor.action == "cut" else self._compute(worker, tile, chunks)
-            cut.digests = {model: digest.hexdigest() for model, digest in digests.items()}
-            if self._plan.recipe.output.compression == "zstd":
-                cut.planes = {plane: compressed(encoded) for plane, encoded in cut.planes.items()}
+        first = unit.number * UNIT
+        tile = Tile(unit.tensor, first, first + unit.length, 0)
+        (values,) = worker.reader.read(Span(0, (tile,)))
+        inputs = {model: piece for (model, _), piece in zip(unit.tensor.sources, values, strict=True)}
+        digests = {model: hashlib.sha256() for model in inputs if model in self._digested}
+        chunks = self._chunks(worker, tile, inputs, digests)
+        cut = self._keep(chunks) if unit.tensor.action == "cut" else self._compute(worker, tile, chunks)
+        cut.digests = {model: digest.hexdigest() for model, digest in digests.items()}
+        if self._plan.recipe.output.compression == "zstd":
+            cut.planes = {plane: compressed(encoded) for plane, encoded in cut.planes.items()}
         return cut
 
     @staticmethod

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import math
 import os
-import threading
-from collections import deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.errors import SkillmergeError, UsageError, some
+from skillmerge.errors import UsageError, some
 from skillmerge.methods.terms import Leaf, Sum, minus_of
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
 from skillmerge.plans.accounting import find_source
@@ -27,22 +24,19 @@ from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.plans.planner import refuse_quantised
 from skillmerge.reporter import Reporter
-from skillmerge.study.forecast import Forecast, Forecaster
+from skillmerge.study.forecast import Forecaster
 from skillmerge.study.spectrum import measure_spectra
 from skillmerge.study.subjects import BASE, Subject, open_named, refuse_model, subject_of_recipe
-from skillmerge.tensors import CHUNK, DTYPES
+from skillmerge.tensors import DTYPES
 from skillmerge.threads import cores
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from skillmerge.study.update_metrics import Pair, Update
+    pass
 
 
 MAX_RANK = 64
 """Directions that --spectral looks at, at most."""
 
-_TILE, _REMOTE_TILE = 1 << 21, 1 << 23
 _MAX_THREADS = 8
 
 
@@ -172,27 +166,16 @@ def inspect_merge(
         close_all(extra)
 
 
-# The pass.
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What one tile gave."""
-
-    update: Update
-    pair: Pair | None
-    forecast: Forecast
-
-
 def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | None, reporter: Reporter) -> Inspection:
     from skillmerge.study.update_metrics import describe_all
+    from skillmerge.study.update_pass import measure_updates
 
     for model, checkpoint in subject.checkpoints.items():
         refuse_quantised(_name_of(model), checkpoint)
     tasks, left = _tasks(subject)
     sizes = {task.name: math.prod(task.shape) for task in tasks}
     forecaster = Forecaster(subject.plan, subject.target, subject.difference, subject.minus, stats, sizes)
-    rows = _measured(subject, tasks, forecaster, threads or min(_MAX_THREADS, cores()), reporter)
+    rows = measure_updates(subject, tasks, forecaster, threads or min(_MAX_THREADS, cores()), reporter)
     groups = _groups(rows)
     spectra = measure_spectra(subject, tasks, spectral, reporter) if spectral is not None else {}
     return Inspection(
@@ -210,55 +193,6 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
         plan=subject.plan,
         left=left,
     )
-
-
-def _measured(
-    subject: Subject, tasks: Sequence[TensorPlan], forecaster: Forecaster, threads: int, reporter: Reporter
-) -> dict[str, tuple[Update, Pair | None]]:
-    """The one pass over the weights: what each tensor's updates look like. The forecaster is told the rest."""
-    import torch
-
-    from skillmerge.study.update_metrics import add_up
-
-    remote = any(checkpoint.files.remote for checkpoint in subject.checkpoints.values())
-    tile = _REMOTE_TILE if remote else _TILE
-    tiles = [
-        (task, first, min(first + tile, math.prod(task.shape)))
-        for task in tasks
-        for first in range(0, math.prod(task.shape), tile)
-    ]
-    itemsizes = {task.name: DTYPES[task.dtype].itemsize for task in tasks}
-    pass_ = _Pass(subject, tile, forecaster)
-    rows: dict[str, tuple[Update, Pair | None]] = {}
-    parts: list[_Found] = []
-    done = 0
-    intraop = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(threads)
-    try:
-        futures = deque(pool.submit(pass_.measure, *item) for item in tiles)
-        with reporter.bar(sum(math.prod(task.shape) * itemsizes[task.name] for task in tasks)) as progress:
-            for task, first, last in tiles:
-                parts.append(futures.popleft().result())
-                if last == math.prod(task.shape):
-                    pairs = [part.pair for part in parts if part.pair is not None]
-                    rows[task.name] = (add_up(part.update for part in parts), add_up(pairs) if pairs else None)
-                    forecaster.add(task.name, [part.forecast for part in parts])
-                    parts.clear()
-                done += (last - first) * itemsizes[task.name]
-                progress(done)
-        for checkpoint in subject.checkpoints.values():
-            checkpoint.check_unchanged()
-    except BaseException:
-        pass_.stop.set()
-        for checkpoint in subject.checkpoints.values():
-            checkpoint.files.cancel()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        pass_.close()
-        torch.set_num_threads(intraop)
-    return rows
 
 
 def _told(subject: Subject) -> str:
@@ -323,87 +257,3 @@ def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
         cells.setdefault(f"{label} {module_kind(name)}", []).append(name)
         summaries.setdefault(summarised(name), []).append(name)
     return {"modules": modules, "layers": layers, "cells": cells, "summaries": summaries}
-
-
-class _Pass:
-    """The threads' common ground: a reader for each, and what is done with a tile."""
-
-    def __init__(self, subject: Subject, tile: int, forecaster: Forecaster) -> None:
-        self.subject, self.tile, self.forecaster = subject, tile, forecaster
-        self.stop = threading.Event()
-        self._mine = threading.local()
-        self._readers: list[Any] = []
-
-    def close(self) -> None:
-        for reader in self._readers:
-            reader.close()
-
-    def measure(self, task: TensorPlan, first: int, last: int) -> _Found:
-        """Read elements first..last of a tensor of all models, and measure them. Raises InputError, StalePlan."""
-        import torch
-
-        from skillmerge.engine.tiles import Reader, Span, Tile
-        from skillmerge.methods.evaluate import Scratch
-        from skillmerge.study.update_metrics import Update, add_up, measure_pair, measure_update
-
-        if self.stop.is_set():
-            return _Found(Update(), None, Forecast())
-        if not hasattr(self._mine, "reader"):
-            widest = [max(DTYPES[spec.dtype].itemsize for spec in checkpoint.tensors.values())
-                      for checkpoint in (self.subject.checkpoints[model] for model in self.subject.models)]  # fmt: skip
-            device = torch.device("cpu")
-            self._mine.reader = Reader(self.subject.checkpoints, widest, self.tile, device)
-            self._mine.scratch = Scratch(device, CHUNK)
-            self._readers.append(self._mine.reader)
-        with torch.inference_mode():
-            (values,) = self._mine.reader.read(Span(0, (Tile(task, first, last, 0),)))
-            inputs = dict(zip((model for model, _ in task.sources), values, strict=True))
-            updates: list[Update] = []
-            pairs: list[Pair] = []
-            for start in range(0, last - first, CHUNK):
-                pieces = {model: piece[start : start + CHUNK] for model, piece in inputs.items()}
-                update = self._combined(task.name, pieces)
-                subject = self.subject
-                after, before = (pieces[model] for model in subject.pair) if subject.pair else (None, None)
-                against = pieces[subject.against] if subject.against else None
-                updates.append(measure_update(update, against, before, after))
-                if not math.isfinite(updates[-1].squares[0] + sum(updates[-1].weights or [])):
-                    raise self._nonfinite(task, pieces, first + start)
-                if subject.target and subject.reference:
-                    other = pieces[subject.target].to(torch.float64) - pieces[subject.reference].to(torch.float64)
-                    pairs.append(measure_pair(update, other))
-                    if not math.isfinite(pairs[-1].squares[0] + pairs[-1].products[0]):
-                        raise self._nonfinite(task, pieces, first + start)
-                if self.stop.is_set():
-                    return _Found(Update(), None, Forecast())
-            forecast = self.forecaster.measure(task, first, inputs, self._mine.scratch, self.stop)
-            return _Found(add_up(updates), add_up(pairs) if pairs else None, forecast)
-
-    def _combined(self, tensor: str, pieces: Mapping[str, Tensor]) -> Tensor:
-        """v in float64: exact for a difference of two models."""
-        import torch
-
-        result: Tensor | None = None
-        for model, factor in self.subject.factors(tensor).items():
-            value = pieces[model].to(torch.float64, copy=True)
-            if result is None:
-                result = value.mul_(factor)
-            else:
-                result = result.sub_(value) if factor == -1 else result.add_(value.mul_(factor))
-        assert result is not None
-        return result
-
-    def _nonfinite(self, task: TensorPlan, pieces: Mapping[str, Tensor], first: int) -> SkillmergeError:
-        from skillmerge.bits import first_nonfinite
-        from skillmerge.errors import UnusableWeights
-
-        for model, piece in pieces.items():
-            index = first_nonfinite(piece)
-            if index is not None:
-                return UnusableWeights(
-                    f"model `{model}` holds {piece[index].item()} in tensor `{task.name}` at element {first + index}",
-                    fix="that checkpoint is damaged",
-                )
-        return UnusableWeights(
-            f"the update of tensor `{task.name}` is too large for float64", fix="is that checkpoint damaged?"
-        )

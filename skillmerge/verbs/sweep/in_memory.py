@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from skillmerge.bits import torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.memory import HeldFiles
 from skillmerge.engine.rounding_statistics import BlockStatistics, summarise, total
+from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Buffer, Span, Tile, spans
 from skillmerge.engine.worker import Settings, Worker
 from skillmerge.errors import ResourceError, UsageError
@@ -142,6 +140,17 @@ class MergedModel:
         return all(same)
 
 
+class _Own:
+    """One thread's worker, and the buffer that it fills."""
+
+    def __init__(self, worker: Worker, size: int) -> None:
+        self.worker, self.buffer = worker, Buffer(size, torch.device("cpu"))
+
+    def close(self) -> None:
+        self.worker.close()
+        self.buffer.close()
+
+
 def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Tile, Tensor], None]) -> dict[str, Any]:
     """Compute every tensor of the plan, and hand it over tile by tile, from any thread.
 
@@ -153,31 +162,21 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
     measured: dict[str, dict[int, BlockStatistics]] = {
         name: {} for name, tensor in plan.tensors.items() if tensor.action == "merge"
     }
-    stop, mine = threading.Event(), threading.local()
-    intraop = torch.get_num_threads()
-    torch.set_num_threads(1)
+    size = chosen.tile * widest + PAGE
+    with Stream(checkpoints.values()) as stream:
 
-    def fill(span: Span) -> None:
-        if not hasattr(mine, "worker"):
-            mine.worker = workers.enter_context(closing(Worker(plan, checkpoints, settings, stop)))
-            mine.buffer = Buffer(chosen.tile * widest + PAGE, settings.device)
-        with torch.inference_mode():
-            mine.worker.fill(span, mine.buffer, measured)
+        def fill(span: Span) -> None:
+            own = stream.own(
+                lambda: _Own(Worker(plan, checkpoints, settings, stream.stop), chosen.tile * widest + PAGE)
+            )
+            own.worker.fill(span, own.buffer, measured)
             for tile in span.tiles:
                 start = span.offset % PAGE + tile.offset - span.offset
-                values = mine.buffer.typed(torch_dtype(tile.tensor.dtype), start, tile.last - tile.first)
-                put(tile, values)
+                put(tile, own.buffer.typed(torch_dtype(tile.tensor.dtype), start, tile.last - tile.first))
 
-    with ExitStack() as workers, ThreadPoolExecutor(chosen.threads) as pool:
-        try:
-            work = [span for shard in plan.shards for span in spans(plan, shard, chosen.tile)]
-            for _ in pool.map(fill, work):
-                pass
-        except BaseException:
-            stop.set()
-            raise
-        finally:
-            torch.set_num_threads(intraop)
+        work = (span for shard in plan.shards for span in spans(plan, shard, chosen.tile))
+        for _ in stream.map(fill, work, threads=chosen.threads, ahead=4 * chosen.threads):
+            pass
     sizes = {name: math.prod(tensor.shape) for name, tensor in plan.tensors.items()}
     return summarise(plan, {name: total(blocks.values(), sizes[name]) for name, blocks in measured.items() if blocks})
 

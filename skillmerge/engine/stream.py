@@ -1,0 +1,151 @@
+"""The one loop over weights: threads that work side by side, stop together, and leave nothing behind.
+
+`apply`, `extract`, `inspect` and the merge in memory run on it, each with its own work. Knows threads, failures and
+interrupts; nothing about what the work is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import ExitStack, closing
+from queue import SimpleQueue
+from typing import Protocol, TypeVar
+
+import torch
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+
+_PATIENCE = 5.0
+"""Seconds that an interrupted pass waits for its threads."""
+
+_GLANCE = 0.25
+"""Seconds between two looks at whether a thread has failed."""
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+Resource = TypeVar("Resource", bound=Closable)
+
+
+class Stream:
+    """The threads of one pass over checkpoints. Leaving its context ends all of them.
+
+    The first failure of a thread stops the others, ends reads that wait for a network, and is raised in the calling
+    thread. `stop` is set as soon as nothing more is wanted: long work looks at it now and then. Torch computes with one
+    thread per thread meanwhile.
+    """
+
+    def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
+        self.stop = threading.Event()
+        self._checkpoints = tuple(checkpoints)
+        self._threads: list[threading.Thread] = []
+        self._endings: list[Callable[[], None]] = []
+        self._resources = ExitStack()
+        self._own = threading.local()
+        self._lock = threading.Lock()
+        self._failure: BaseException | None = None
+        self._intraop = 1
+
+    def __enter__(self) -> Stream:
+        self._intraop = torch.get_num_threads()
+        torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.cancel()
+        self.stop.set()
+        for end in self._endings:
+            end()
+        deadline = time.monotonic() + _PATIENCE
+        for thread in self._threads:
+            if thread.ident is not None:  # else the system had none to give
+                thread.join(max(0.0, deadline - time.monotonic()) if isinstance(error, KeyboardInterrupt) else None)
+        if not any(thread.is_alive() for thread in self._threads):
+            self._resources.close()  # else one of them waits for a network, and works with what this would close
+        torch.set_num_threads(self._intraop)
+        if error is None:
+            self.check()
+
+    def start(self, count: int, body: Callable[[], None], end: Callable[[], None] = lambda: None) -> None:
+        """Run `body` in `count` more threads; `end` wakes those that wait when nothing more is wanted."""
+        self._endings.append(end)
+        threads = [threading.Thread(target=self._guard, args=(body,), daemon=True) for _ in range(count)]
+        self._threads += threads
+        for thread in threads:
+            thread.start()
+
+    def own(self, make: Callable[[], Resource]) -> Resource:
+        """What the calling thread works with: made when it first asks, closed when the pass is over."""
+        if not hasattr(self._own, "resource"):
+            self._own.resource = self.keep(make())
+        resource: Resource = self._own.resource
+        return resource
+
+    def keep(self, resource: Resource) -> Resource:
+        """Close `resource` when no thread uses it any more."""
+        with self._lock:
+            return self._resources.enter_context(closing(resource))
+
+    def map(
+        self, function: Callable[[Item], Found], items: Iterable[Item], *, threads: int, ahead: int
+    ) -> Iterator[Found]:
+        """`function(item)` in threads of its own; the results in the order of the items, at most `ahead` too early."""
+        tasks: SimpleQueue[tuple[Future[Found], Item] | None] = SimpleQueue()
+
+        def work() -> None:
+            while (task := tasks.get()) is not None and not self.stop.is_set():
+                future, item = task
+                try:
+                    future.set_result(function(item))
+                except BaseException as error:
+                    future.set_exception(error)
+                    raise
+
+        def end() -> None:
+            for _ in range(threads):
+                tasks.put(None)
+
+        self.start(threads, work, end)
+        waiting: deque[Future[Found]] = deque()
+        for item in items:
+            if len(waiting) == ahead:
+                yield self._result(waiting.popleft())
+            waiting.append(Future())
+            tasks.put((waiting[-1], item))
+        while waiting:
+            yield self._result(waiting.popleft())
+
+    def _result(self, future: Future[Found]) -> Found:
+        while not wait([future], _GLANCE).done:
+            self.check()
+        self.check()  # what was done while another thread failed may be half of what it should be
+        return future.result()
+
+    def check(self) -> None:
+        """Raise what a thread has failed with."""
+        if self._failure is not None:
+            raise self._failure
+
+    def cancel(self) -> None:
+        """Stop every thread, also those that wait for a network."""
+        self.stop.set()
+        for checkpoint in self._checkpoints:
+            checkpoint.files.cancel()
+
+    def _guard(self, body: Callable[[], None]) -> None:
+        try:
+            with torch.inference_mode():
+                body()
+        except BaseException as error:
+            with self._lock:
+                self._failure = self._failure or error
+            self.cancel()
