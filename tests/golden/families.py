@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +311,10 @@ FAMILIES: dict[str, Family] = {
         {"architectures": ["Tiles"], "num_hidden_layers": 1},
     ),
 }
+
+
+FAMILIES["qwen2+wide"] = replace(FAMILIES["qwen2"], dtypes=(("", "F32"),))
+"""Parents in float32 of a bfloat16 target: the arithmetic is in float64 then, and has to round to 16 bits once."""
 
 
 def write_families(folder: Path, wanted: Mapping[str, str]) -> None:

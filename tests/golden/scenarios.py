@@ -253,6 +253,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "float32": small(family("t5"), WIDE, "inspect sft rl --threads 2"),
     "stochastic": small(family("vision"), STOCHASTIC, "rebuild merged --check --threads 2 --device cpu"),
+    "wide parents": small({**family("qwen2"), "rl": "qwen2+wide/rl", "sft": "qwen2+wide/sft"}, PAST),
     "encoder": small(family("bert"), PAST, "inspect sft rl --threads 2"),
     "old output": Scenario(
         (

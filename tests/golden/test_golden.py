@@ -59,7 +59,8 @@ def test_recording_is_of_these_scenarios() -> None:
 )
 def test_step_is_as_recorded(played: Played, scenario: str, number: int) -> None:
     differences = list(compare(RECORDED[scenario][number], played(scenario)[number]))
-    assert not differences, "\n".join(["", *differences])
+    if differences:
+        pytest.fail("\n".join([f"{scenario}: {RECORDED[scenario][number]['step']}", *differences]), pytrace=False)
 
 
 def compare(recorded: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
