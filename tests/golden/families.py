@@ -313,7 +313,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-FAMILIES["qwen2+wide"] = replace(FAMILIES["qwen2"], dtypes=(("", "F32"),))
+FAMILIES["tiles+wide"] = replace(FAMILIES["tiles"], dtypes=(("", "F32"),))
 """Parents in float32 of a bfloat16 target: the arithmetic is in float64 then, and has to round to 16 bits once."""
 
 

@@ -253,7 +253,10 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "float32": small(family("t5"), WIDE, "inspect sft rl --threads 2"),
     "stochastic": small(family("vision"), STOCHASTIC, "rebuild merged --check --threads 2 --device cpu"),
-    "wide parents": small({**family("qwen2"), "rl": "qwen2+wide/rl", "sft": "qwen2+wide/sft"}, PAST),
+    "wide parents": Scenario(
+        (*(command(f"apply recipe.yaml {RUN} --set lam={lam} -o out-{lam} --json") for lam in (0.3, 0.7, 1.1)),),
+        {**family("tiles"), "rl": "tiles+wide/rl", "sft": "tiles+wide/sft"}, {"recipe.yaml": PAST},
+    ),
     "encoder": small(family("bert"), PAST, "inspect sft rl --threads 2"),
     "old output": Scenario(
         (
