@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 import skillmerge
-from skillmerge.cli import main  # the one line that knows where the entry point is
+from skillmerge.cli.main import main  # the one line that knows where the entry point is
 
 for _library in ("torch", "numpy", "rich.table"):
     import_module(_library)
