@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch import Tensor
 from skillmerge.bits import any_nonfinite, fold_sum, memory_of, torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.sparse import Encoder, differing, places_of, within
-from skillmerge.engine.destination import StreamDestination
+from skillmerge.engine.destination import ShardRecord, StreamDestination
 from skillmerge.engine.skill_file import Cut, Kept, SkillFile, Unit, compressed
 from skillmerge.engine.tiles import Span, Tile
 from skillmerge.engine.worker import Settings, Worker
@@ -42,7 +41,7 @@ def cut_shards(
     *,
     progress: Callable[[int], None] = lambda done: None,
     in_flight: int | None = None,
-    finished: Callable[[dict[str, Any]], None] = lambda entry: None,
+    finished: Callable[[ShardRecord], None] = lambda done: None,
 ) -> None:
     """Write the files of a skill that `destination` has not finished yet; see `engine.merge_shards`."""
     wanted = [shard for shard in plan.shards if shard.file not in destination.finished]
@@ -116,18 +115,18 @@ def _complete(
     file: SkillFile,
     checkpoints: Mapping[str, Checkpoint],
     destination: StreamDestination,
-    finished: Callable[[dict[str, Any]], None],
+    finished: Callable[[ShardRecord], None],
     stop: threading.Event,
 ) -> None:
     """Make a file durable, then say so in the journal."""
-    entry = file.finish(stop)
+    done = file.finish(stop)
     if stop.is_set():
         return
     for checkpoint in checkpoints.values():
         checkpoint.check_unchanged()
-    destination.record(entry)
-    destination.finished[entry["shard"]] = entry
-    finished(entry)
+    destination.record(done)
+    destination.finished[done.file] = done
+    finished(done)
 
 
 _BINS = 1 << 16
