@@ -3,9 +3,40 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from skillmerge.plans.plan import ShardPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """What there is to say of a finished shard. statistics: of rounding, by tensor; tensors: of a skill's file, the
+    rows of `skill.json`. uploaded: the Hub has it, and this disk no longer."""
+
+    file: str
+    size: int
+    sha256: str
+    statistics: Mapping[str, Mapping[str, Any]]
+    tensors: Mapping[str, Any] | None = None
+    uploaded: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        row = {"shard": self.file, "size": self.size, "sha256": self.sha256, "statistics": self.statistics}
+        tensors = {"tensors": self.tensors} if self.tensors is not None else {}
+        return {**row, **tensors, **({"uploaded": True} if self.uploaded else {})}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> ShardRecord:
+        return cls(
+            row["shard"],
+            row["size"],
+            row["sha256"],
+            row["statistics"],
+            row.get("tensors"),
+            bool(row.get("uploaded")),
+        )
 
 
 class SpanFile(Protocol):
@@ -26,18 +57,18 @@ class StreamFile(Protocol):
 
 
 class Destination(Protocol):
-    """Where shards go. finished: the journal's entries of those that are done, by file."""
+    """Where shards go. finished: those that are done, by file."""
 
-    finished: dict[str, dict[str, Any]]
+    finished: dict[str, ShardRecord]
 
     def open_shard(self, shard: ShardPlan) -> SpanFile: ...
-    def record(self, entry: dict[str, Any]) -> None: ...
+    def record(self, done: ShardRecord) -> None: ...
 
 
 class StreamDestination(Protocol):
     """Where the files of a skill go, whose sizes are known only when they are finished."""
 
-    finished: dict[str, dict[str, Any]]
+    finished: dict[str, ShardRecord]
 
     def open_stream(self, shard: ShardPlan, start: int) -> StreamFile: ...
-    def record(self, entry: dict[str, Any]) -> None: ...
+    def record(self, done: ShardRecord) -> None: ...

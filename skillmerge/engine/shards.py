@@ -16,12 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
-from typing import Any
 
 import torch
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.engine.destination import Destination
+from skillmerge.engine.destination import Destination, ShardRecord
 from skillmerge.engine.rounding_statistics import total
 from skillmerge.engine.tiles import Buffer, Span, spans
 from skillmerge.engine.worker import Settings, Statistics, Worker
@@ -80,17 +79,15 @@ class ShardJob:
             free(waiting[1])
             self._turn += 1
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> ShardRecord:
         self.file.finish()
         elements = {spec.name: spec.elements for spec in self.shard.specs}
-        return {
-            "shard": self.shard.file,
-            "size": self.shard.size,
-            "sha256": self._digest.hexdigest(),
-            "statistics": {
-                name: total(blocks.values(), elements[name]) for name, blocks in self.statistics.items() if blocks
-            },
-        }
+        return ShardRecord(
+            self.shard.file,
+            self.shard.size,
+            self._digest.hexdigest(),
+            {name: total(blocks.values(), elements[name]) for name, blocks in self.statistics.items() if blocks},
+        )
 
 
 class Run:
@@ -104,7 +101,7 @@ class Run:
         settings: Settings,
         shards: Sequence[ShardPlan],
         in_flight: int | None,
-        finished: Callable[[dict[str, Any]], None],
+        finished: Callable[[ShardRecord], None],
     ) -> None:
         self.in_flight, self.finished = in_flight, finished
         self.plan, self.checkpoints, self.destination, self.settings = plan, checkpoints, destination, settings
@@ -194,13 +191,13 @@ class Run:
 
     def complete(self, job: ShardJob) -> None:
         """Make a shard durable, then say so in the journal."""
-        entry = job.finish()
+        done = job.finish()
         for model, files in self._files_read(job.shard).items():
             self.checkpoints[model].check_unchanged(files)
-        self.destination.record(entry)
-        self.finished(entry)
+        self.destination.record(done)
+        self.finished(done)
         with self.lock:
-            self.destination.finished[job.shard.file] = entry
+            self.destination.finished.setdefault(job.shard.file, done)
             self.jobs.remove(job)
             self.lock.notify_all()
 
@@ -221,13 +218,13 @@ def merge_shards(
     shards: Sequence[ShardPlan] | None = None,
     progress: Callable[[int], None] = lambda done: None,
     in_flight: int | None = None,
-    finished: Callable[[dict[str, Any]], None] = lambda entry: None,
+    finished: Callable[[ShardRecord], None] = lambda done: None,
 ) -> None:
     """Write the shards that `destination` has not finished yet (all of the plan's, or those given).
 
     Idempotent per shard: what one call leaves unfinished, another may do. `progress` gets the bytes of output
-    finished so far, a few times a second, in the calling thread. `finished` gets the journal's entry of each
-    shard when that is durable, in a thread of the run; no more than `in_flight` shards are begun and not yet
+    finished so far, a few times a second, in the calling thread. `finished` gets the record of each shard
+    when that is durable, in a thread of the run; no more than `in_flight` shards are begun and not yet
     handed to it.
     """
     wanted = [shard for shard in (shards or plan.shards) if shard.file not in destination.finished]

@@ -17,7 +17,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill import SKILL_FILE, SKILL_VERSION, part_name, tensor_digest
 from skillmerge.checkpoints.kinds.skill_planes import COMPRESSED, deflate
 from skillmerge.checkpoints.kinds.sparse import Encoded
-from skillmerge.engine.destination import StreamDestination
+from skillmerge.engine.destination import ShardRecord, StreamDestination
 from skillmerge.engine.rounding_statistics import summarise_skill
 from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
 from skillmerge.tensors import BLOCK, DTYPES, UNIT, TensorSpec
@@ -110,8 +110,8 @@ class SkillFile:
             )
         )  # fmt: skip
 
-    def finish(self, stop: threading.Event) -> dict[str, Any]:
-        """Write the header, make the file durable, and digest it: the journal's entry."""
+    def finish(self, stop: threading.Event) -> ShardRecord:
+        """Write the header, make the file durable, and digest it."""
         text = _dump(self._header)
         assert len(text) <= self._room
         self._file.put(self._room.to_bytes(8, "little") + text.ljust(self._room), 0)
@@ -125,7 +125,7 @@ class SkillFile:
         }
         self._header.clear()
         self._rows.clear()
-        return {"shard": self.shard.file, "size": size, "sha256": digest, "statistics": {}, "tensors": tensors}
+        return ShardRecord(self.shard.file, size, digest, {}, tensors)
 
     def close(self) -> None:
         self._file.close()
@@ -174,9 +174,11 @@ def _describe(spec: TensorSpec, file: str, dtypes: tuple[str, str], rows: Sequen
     return {**described, "lost_squares": lost} if any(row.lost for row in rows) else described
 
 
-def describe_skill(plan: Plan, checkpoints: Mapping[str, Checkpoint], finished: Mapping[str, Any]) -> tuple[str, bytes]:
+def describe_skill(
+    plan: Plan, checkpoints: Mapping[str, Checkpoint], finished: Mapping[str, ShardRecord]
+) -> tuple[str, bytes]:
     """Name and content of `skill.json`."""
-    tensors = {name: row for shard in plan.shards for name, row in finished[shard.file]["tensors"].items()}
+    tensors = {name: row for shard in plan.shards for name, row in (finished[shard.file].tensors or {}).items()}
     first = next((tensor for tensor in plan.tensors.values() if len(tensor.sources) > 1), None)
     models = [model for model, _ in first.sources] if first is not None else [plan.donor] * 2
     cut = first is not None and first.action == "cut" and not {*models} & plan.recipe.skills

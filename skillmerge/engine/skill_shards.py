@@ -12,7 +12,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from skillmerge.bits import any_nonfinite, fold_sum, memory_of, torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.sparse import Encoder, differing, places_of, within
-from skillmerge.engine.destination import StreamDestination
+from skillmerge.engine.destination import ShardRecord, StreamDestination
 from skillmerge.engine.skill_file import Cut, Kept, SkillFile, Unit, compressed
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Span, Tile
@@ -40,7 +39,7 @@ def cut_shards(
     *,
     progress: Callable[[int], None] = lambda done: None,
     in_flight: int | None = None,
-    finished: Callable[[dict[str, Any]], None] = lambda entry: None,
+    finished: Callable[[ShardRecord], None] = lambda done: None,
 ) -> None:
     """Write the files of a skill that `destination` has not finished yet; see `engine.merge_shards`."""
     wanted = [shard for shard in plan.shards if shard.file not in destination.finished]
@@ -67,17 +66,17 @@ def cut_shards(
                     progress(done)
                 yield file
 
-        def complete(file: SkillFile) -> dict[str, Any]:
+        def complete(file: SkillFile) -> ShardRecord:
             """Make a file durable and digest it, while the next one is made."""
-            entry = file.finish(stream.stop)
+            record = file.finish(stream.stop)
             for checkpoint in checkpoints.values():
                 checkpoint.check_unchanged()
-            return entry
+            return record
 
-        for entry in stream.map(complete, files(), threads=1, ahead=2):
-            destination.record(entry)
-            destination.finished[entry["shard"]] = entry
-            finished(entry)
+        for record in stream.map(complete, files(), threads=1, ahead=2):
+            destination.record(record)
+            destination.finished[record.file] = record
+            finished(record)
 
 
 def _units(plan: Plan, shard: ShardPlan) -> Iterator[Unit]:

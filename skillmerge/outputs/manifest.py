@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.checkpoints.safetensors import unique_keys
+from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.rounding_statistics import summarise, summarise_skill
 from skillmerge.errors import CheckFailed, some
 from skillmerge.outputs.manifest_schema import has_shape_of_manifest
@@ -33,19 +34,19 @@ RUN_LOG_FILE = "skillmerge.run.json"
 
 def build(
     plan: Plan,
-    finished: Mapping[str, Mapping[str, Any]],
+    finished: Mapping[str, ShardRecord],
     side_files: Sequence[SideFile],
     stats: str,
     input_digests: Mapping[tuple[str, str], str],
 ) -> dict[str, Any]:
-    """All of an output's manifest that does not depend on where and when it was made; `finished` are the journal's
-    entries by shard."""
+    """All of an output's manifest that does not depend on where and when it was made; `finished` are the
+    records by shard."""
     files = [
-        {"name": shard.file, "size": finished[shard.file]["size"], "sha256": finished[shard.file]["sha256"]}
+        {"name": shard.file, "size": finished[shard.file].size, "sha256": finished[shard.file].sha256}
         for shard in plan.shards
     ]
     files += [{"name": file.name, "size": file.size, "sha256": file.digest[1]} for file in side_files]
-    measured = {name: row for entry in finished.values() for name, row in entry["statistics"].items()}
+    measured = {name: row for done in finished.values() for name, row in done.statistics.items()}
     described = plan.as_dict()
     inputs = [
         {
@@ -67,7 +68,7 @@ def build(
         for tensor in described["tensors"]
     ]
     if plan.makes_skill:
-        rows = {name: row for entry in finished.values() for name, row in entry["tensors"].items()}
+        rows = {name: row for done in finished.values() for name, row in (done.tensors or {}).items()}
         statistics = {"mode": "full", **summarise_skill(rows)}
     else:
         statistics = {"mode": stats, **summarise(plan, measured)}

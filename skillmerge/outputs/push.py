@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.checkpoints.place import SCHEME, parse_location
+from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import UsageError
 from skillmerge.outputs import manifest
 from skillmerge.outputs.card import CARD_FILE, license_of, read_metadata, write_card
@@ -188,26 +189,26 @@ class Publication:
         """Begin, with the shards of an earlier run: those it sent, and those it had no time to send."""
         self._staging = staging
         _ = self._publisher
-        for entry in list(staging.finished.values()):
-            self.finished(entry)
+        for done in list(staging.finished.values()):
+            self.finished(done)
 
-    def finished(self, entry: dict[str, Any]) -> None:
+    def finished(self, done: ShardRecord) -> None:
         """A shard is complete; called from any thread."""
         assert self._staging is not None
-        name, size, sha256 = entry["shard"], entry["size"], entry["sha256"]
+        name, size, sha256 = done.file, done.size, done.sha256
         path = self._staging.files / name
         if sha256 in self._on_the_hub:
             self._publisher.copy(name, size, sha256, *self._on_the_hub[sha256])
-        elif entry.get("uploaded"):
+        elif done.uploaded:
             self._publisher.take_uploaded(name, size, sha256)
         elif not self._remove:
             self._pool.submit(self._publisher.upload, name, path, size, sha256)
         else:
             check_shard(path, next(shard.specs for shard in self._plan.shards if shard.file == name))
             self._publisher.upload(name, path, size, sha256)
-        if self._remove and not entry.get("uploaded"):
-            entry["uploaded"] = True  # or not needed: the Hub has it
-            self._staging.record(entry)
+        if self._remove and not done.uploaded:
+            self._staging.finished[name] = replace(done, uploaded=True)  # or not needed: the Hub has it
+            self._staging.record(self._staging.finished[name])
             path.unlink()
 
     def settle(self, *, failed: bool) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.durable import digest_or_none, disk_errors, is_taken, sync_folder, write_whole
+from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import OutputLocked, UsageError, some
 from skillmerge.outputs.shard_file import ShardFile, StreamFile, WriteMode
 from skillmerge.threads import hash_file, in_threads
@@ -50,7 +51,7 @@ class Staging:
         self.output = output
         self.folder = self.folder_of(output)
         self.files = self.folder / "files"
-        self.finished: dict[str, dict[str, Any]] = {}
+        self.finished: dict[str, ShardRecord] = {}
         self.sealed = False
         """Whether an earlier run had called `seal`."""
         self._complete = self.folder / "complete"
@@ -103,7 +104,7 @@ class Staging:
 
     @property
     def finished_bytes(self) -> int:
-        return sum(entry["size"] for entry in self.finished.values())
+        return sum(done.size for done in self.finished.values())
 
     def recover(self, plan_digest: str, conditions: dict[str, Any], replace: bool) -> bool:
         """Finish a publication that a dead run of the same plan had begun. True where the output is now its.
@@ -140,10 +141,10 @@ class Staging:
         remark = None
         with disk_errors(self.folder):
             if entries and entries[0] == header:
-                shards = [entry for entry in entries[1:] if "shard" in entry]
+                shards = [ShardRecord.from_json(entry) for entry in entries[1:] if "shard" in entry]
                 intact = in_threads(self._is_intact, shards)
-                self.finished = {entry["shard"]: entry for entry, good in zip(shards, intact, strict=True) if good}
-                damaged = len({entry["shard"] for entry in shards}) - len(self.finished)
+                self.finished = {done.file: done for done, good in zip(shards, intact, strict=True) if good}
+                damaged = len({done.file for done in shards}) - len(self.finished)
                 count = f"{len(self.finished)} shard{' is' if len(self.finished) == 1 else 's are'}"
                 remark = f"continuing an interrupted run: {count} finished already"
                 remark += f"; {damaged} were damaged since and are done again" if damaged else ""
@@ -155,18 +156,19 @@ class Staging:
             self._clear(*(("files", self._journal.name) if self.finished else ()))
             self.files.mkdir(exist_ok=True)
             self.drop_strangers(set(self.finished))
-            lines = "".join(json.dumps(entry) + "\n" for entry in [header, *self.finished.values()])
+            rows = [header, *(done.to_json() for done in self.finished.values())]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
             write_whole(self._journal, lines.encode(), self.folder / "journal.jsonl.new")
         return remark
 
-    def _is_intact(self, entry: dict[str, Any], stop: threading.Event) -> bool:
-        path = self.files / entry["shard"]
-        if entry.get("uploaded"):
+    def _is_intact(self, done: ShardRecord, stop: threading.Event) -> bool:
+        path = self.files / done.file
+        if done.uploaded:
             path.unlink(missing_ok=True)
             return True
-        if not path.is_file() or path.stat().st_size != entry["size"]:
+        if not path.is_file() or path.stat().st_size != done.size:
             return False
-        return hash_file(path, stop) == str(entry["sha256"])
+        return hash_file(path, stop) == done.sha256
 
     @cached_property
     def _write_mode(self) -> WriteMode:
@@ -181,14 +183,18 @@ class Staging:
         """The shard's file, new, to be appended to from byte `start` on. Raises UsageError, ResourceError."""
         return StreamFile(self.files / shard.file, start)
 
-    def record(self, entry: dict[str, Any]) -> None:
+    def record(self, done: ShardRecord) -> None:
+        """Say in the journal that a shard is finished; it must be durable already."""
+        self._append(done.to_json())
+
+    def _append(self, row: dict[str, Any]) -> None:
         """Add a line to the journal and make it durable; what it speaks of must be durable already."""
         with (
             self._append_lock,
             disk_errors(self._journal),
             open(self._journal, "a", encoding="utf-8") as journal,
         ):
-            journal.write(json.dumps(entry) + "\n")
+            journal.write(json.dumps(row) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
 
@@ -204,7 +210,7 @@ class Staging:
 
     def seal(self, proof: str) -> None:
         """The output is complete, but for shards that were uploaded and removed: nothing of it may change."""
-        self.record({"sealed": proof})
+        self._append({"sealed": proof})
 
     def drop_strangers(self, names: set[str]) -> None:
         """Remove what does not belong into the output (an unfinished shard, a stray file)."""
@@ -225,7 +231,7 @@ class Staging:
         with disk_errors(self.output):
             for folder in {path.parent for path in self.files.rglob("*")} | {self.files}:
                 sync_folder(folder)
-            self.record({"manifest_sha256": digest_or_none(self.files / MANIFEST_FILE)})
+            self._append({"manifest_sha256": digest_or_none(self.files / MANIFEST_FILE)})
             self.files.rename(self._complete)
             sync_folder(self.folder)
             _put_in_place(self._complete, self.output, replace)

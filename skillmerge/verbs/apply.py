@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill_planes import check_zstandard
+from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.warm_up import reading_ahead, signals_waiting
 from skillmerge.errors import CheckFailed, UnusableWeights, UsageError, memory_errors, some
 from skillmerge.outputs import manifest
@@ -311,14 +312,14 @@ class _Run:
                 raise
         return f"{where}: {why}"
 
-    def _finished(self, entry: dict[str, Any]) -> None:
+    def _finished(self, done: ShardRecord) -> None:
         """A shard is durable."""
         self.reporter.event(
-            "shard_finished", file=entry["shard"], size=entry["size"], sha256=entry["sha256"],
+            "shard_finished", file=done.file, size=done.size, sha256=done.sha256,
             finished=len(self.staging.finished) + 1, shards=len(self.plan.shards),
         )  # fmt: skip
         if self.publication is not None:
-            self.publication.finished(entry)
+            self.publication.finished(done)
 
 
 def _publication(plan: Plan, repository: str | None, no_local: bool, options: Mapping[str, Any]) -> Publication | None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.folder import Folder
+from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import CheckFailed, StalePlan, UsageError, some
 from skillmerge.outputs import manifest
 from skillmerge.outputs.staging import MANIFEST_FILE
@@ -238,12 +239,12 @@ class _Original:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.finished: dict[str, dict[str, Any]] = {}
+        self.finished: dict[str, ShardRecord] = {}
 
     def open_shard(self, shard: ShardPlan) -> _ComparedFile:
         return _ComparedFile(self.root / shard.specs[0].file if shard.specs else self.root / shard.file, shard)
 
-    def record(self, entry: dict[str, Any]) -> None:
+    def record(self, done: ShardRecord) -> None:
         """What was compared needs no journal."""
 
 
