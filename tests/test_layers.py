@@ -93,7 +93,6 @@ LONG_FUNCTIONS: dict[str, str] = {
     "outputs.manifest.build": "to be cut",
     "plans.accounting.account_tensors": "to be cut",
     "plans.planner.make_plan": "to be cut",
-    "recipes.parse.parse_recipe": "to be cut",
     "study.inspect.inspect": "to be cut",
     "verbs.apply.apply": "to be cut",
     "verbs.apply.finish": "to be cut",
