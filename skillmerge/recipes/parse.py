@@ -164,8 +164,8 @@ def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list
     """Models, with their places, and coefficients by normalised name; one name means one thing."""
     models: dict[str, str] = {}
     coefficients: list[str] = []
-    sections = {"models": table.models, "coefficients": table.coefficients}
-    for section, written in ((section, written) for section, entries in sections.items() for written in entries):
+    sections = {"models": list(table.models), "coefficients": list(table.coefficients)}
+    for section, written in ((section, name) for section, names in sections.items() for name in names):
         path, name = (section, written), normalise_name(written)
         if not name.isidentifier():
             message = f"`{written}` cannot be used as a name"
