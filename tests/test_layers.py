@@ -49,7 +49,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "planner",
         "budget layout saved",
         "plan",
-        "accounting changes depth side_files",
+        "accounting",
+        "changes depth mapping side_files",
     ),
     "recipes": (
         "candidates lint",
@@ -91,8 +92,6 @@ LONG_FUNCTIONS: dict[str, str] = {
     "engine.shards.merge_shards": "to be cut",
     "engine.skill_shards.cut_shards": "to be cut",
     "outputs.manifest.build": "to be cut",
-    "plans.accounting.account_tensors": "to be cut",
-    "plans.planner.make_plan": "to be cut",
     "study.inspect.inspect": "to be cut",
     "verbs.apply.apply": "to be cut",
     "verbs.apply.finish": "to be cut",
