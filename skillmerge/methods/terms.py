@@ -76,6 +76,17 @@ def sole_model(term: Term) -> str | None:
     return next(iter(left)) if list(left.values()) == [1.0] else None
 
 
+def models_of(term: Term) -> list[str]:
+    """The models that the term needs: one where all else cancels, otherwise all that it names."""
+    sole = sole_model(term)
+    return [sole] if sole else list(weights(term))
+
+
+def is_zero(term: Term | None) -> bool:
+    """Whether all of the term cancels."""
+    return not any(weights(term).values())
+
+
 def degree(term: Term | None) -> float:
     """1 for a model, 0 for a difference; near misses of rounding (0.1 + 0.2 + 0.7) are taken as meant.
 

@@ -1,7 +1,8 @@
 """Where every tensor of every model goes, and what is wrong where one has no place.
 
 For each tensor of the donor: which models' tensors the output needs. For each tensor of another model that
-the donor lacks: a problem, unless a rule or the config's ties account for it. Knows names, shapes and dtypes.
+the donor lacks: a problem, unless a rule or the config's ties account for it. Knows names, shapes and dtypes; only
+`prove_ties` reads weights.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from dataclasses import dataclass
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import tied_source, ties_embeddings
 from skillmerge.errors import InputError, some
-from skillmerge.methods.terms import Leaf, Term, sole_model, weights
+from skillmerge.methods.terms import Leaf, Term, models_of
 from skillmerge.naming import module_kind
+from skillmerge.plans.mapping import Source, find_source
 from skillmerge.recipes.expression import names_in
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.schedules import matcher, near_pattern
 from skillmerge.tensors import DTYPES, TensorSpec
+
+_READ = 4 << 20
+"""Bytes of two tensors that are compared at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,64 +57,61 @@ class Account:
     """Where one output tensor comes from. `same`: all sources must hold the same bytes."""
 
     term: Term
-    sources: tuple[tuple[str, str], ...]
+    sources: tuple[Source, ...]
     same: bool = False
-    copied: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """What was found. ties: (model, copy, original), copies of tied tensors that the output does without."""
+
+    tensors: Mapping[str, Account]
+    """Of those output tensors that have one: not of nothing, and not of what has a problem."""
+    problems: tuple[Problem, ...]
+    ties: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...]
+    """What is worth a word."""
 
 
 def account_tensors(
-    recipe: Recipe,
-    checkpoints: Mapping[str, Checkpoint],
-    donor_name: str,
-    terms: Mapping[str, Term | None],
-    copied: Mapping[str, str],
-) -> tuple[dict[str, Account], list[Problem], list[tuple[str, str, str]], list[str]]:
-    """Accounts for the donor's tensors that have one (those whose term is None need none), the problems, copies
-    of tied tensors that the output does without (model, copy, original), and notes that are worth a word."""
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, terms: Mapping[str, Term | None]
+) -> Accounts:
+    """Account for the output's tensors, whose terms these are, and for those that the donor lacks."""
     donor = checkpoints[donor_name]
     in_formula = list(dict.fromkeys(name.name for name in names_in(recipe.expression) if name.is_model))
     whole = [model for model in in_formula if model not in recipe.skills]  # a skill has no integers to compare
     accounts: dict[str, Account] = {}
     troubles: dict[tuple[str, str], list[tuple[str, str]]] = {}
     notes = set()
-    leaves = {model: Leaf(model) for model in recipe.models}
     needed: dict[int, list[str]] = {}  # by the term's identity: thousands of tensors share a few terms
-    for name, spec in donor.tensors.items():
-        by_copy = name in copied
-        if not by_copy and name not in terms:
-            continue
-        term = leaves[copied[name]] if by_copy else terms[name]
+    for name, term in terms.items():
         if term is None:
             continue
-        same = not by_copy and not isinstance(term, Leaf) and not DTYPES[spec.dtype].is_float
+        spec = donor.tensors[name]
+        same = not isinstance(term, Leaf) and not DTYPES[spec.dtype].is_float
         if id(term) not in needed:
-            sole = sole_model(term)
-            needed[id(term)] = [sole] if sole else list(weights(term))
-        models = whole if same else needed[id(term)]
-        sources, trouble = [], False
+            needed[id(term)] = models_of(term)
+        models, sources = whole if same else needed[id(term)], []
         for model in models:
-            source = find_source(spec, checkpoints[model])
+            source = find_source(spec, model, checkpoints[model])
             if source is None:
                 troubles.setdefault(("missing", model), []).append((name, ""))
-            elif difference := _difference(spec, checkpoints[model].tensors[source]):
+            elif difference := _difference(spec, checkpoints[model].tensors[source.tensor]):
                 troubles.setdefault((difference[0], model), []).append((name, difference[1]))
             else:
-                sources.append((model, source))
-                if source != name:
-                    notes.add(f"`{name}` of model `{model}` is its `{source}`: its config ties the two")
-                continue
-            trouble = True
-        if not trouble:
+                sources.append(source)
+                if source.tensor != name:
+                    notes.add(f"`{name}` of model `{model}` is its `{source.tensor}`: its config ties the two")
+        if len(sources) == len(models):
             if same:
-                sources.sort(key=lambda item: item[0] != donor_name)
-            accounts[name] = Account(term, tuple(sources), same, by_copy)
-    skill = recipe.output.kind == "skill"
-    problems = [_problem(kind, model, found, donor_name, donor, skill) for (kind, model), found in troubles.items()]
+                sources.sort(key=lambda source: source.model != donor_name)
+            accounts[name] = Account(term, tuple(sources), same)
+    problems = [_problem(recipe, kind, model, found, donor_name, donor) for (kind, model), found in troubles.items()]
     extra, ties = _leftovers(recipe, checkpoints, donor_name, in_formula)
     for name, checkpoint in checkpoints.items():
         if checkpoint.unread:
             notes.add(f"model `{name}`: {some(list(checkpoint.unread))} is not named by its index and not read")
-    return accounts, problems + extra, ties, sorted(notes)
+    return Accounts(accounts, (*problems, *extra), tuple(ties), tuple(sorted(notes)))
 
 
 def copy_rules(recipe: Recipe, donor: Checkpoint) -> dict[str, str]:
@@ -125,13 +127,6 @@ def copy_rules(recipe: Recipe, donor: Checkpoint) -> dict[str, str]:
     return copied
 
 
-def find_source(spec: TensorSpec, checkpoint: Checkpoint) -> str | None:
-    """The tensor of `checkpoint` that stands for `spec`: of its name, or the one that its config ties it to."""
-    if spec.name in checkpoint.tensors:
-        return spec.name
-    return tied_source(spec.name, spec.shape, checkpoint.config, checkpoint.tensors)
-
-
 def _difference(wanted: TensorSpec, found: TensorSpec) -> tuple[str, str] | None:
     if wanted.shape != found.shape:
         return "shape", f"{list(wanted.shape)} against {list(found.shape)}"
@@ -142,7 +137,7 @@ def _difference(wanted: TensorSpec, found: TensorSpec) -> tuple[str, str] | None
 
 
 def _problem(
-    kind: str, model: str, found: list[tuple[str, str]], donor_name: str, donor: Checkpoint, skill: bool
+    recipe: Recipe, kind: str, model: str, found: list[tuple[str, str]], donor_name: str, donor: Checkpoint
 ) -> Problem:
     names = [name for name, _ in found]
     if kind == "missing" and len(names) == len(donor.tensors):
@@ -156,7 +151,7 @@ def _problem(
         if kind == "shape" and all(module_kind(name) in ("embedding", "head") for name in names):
             message += "\ntheir vocabularies seem to differ"
     globs = _globs(names, donor.tensors)
-    if skill:  # it takes no tensor as it is, but can do without
+    if recipe.makes_skill:  # it takes no tensor as it is, but can do without
         return Problem(kind, message, tuple(names), ignore=tuple(f'  - "{glob}"' for glob in globs))
     rules = tuple(f'  - {{tensors: "{glob}", from: {donor_name}}}' for glob in globs)
     return Problem(kind, message, tuple(names), copy=rules)
@@ -173,10 +168,11 @@ def _leftovers(
         for model in in_formula
         if model != donor_name
     }
+    left_out = recipe.left_out(donor.tensors)
     for index, glob in enumerate(recipe.ignore):
         pattern = matcher([glob])
-        left_out = recipe.output.kind == "skill" and any(pattern.match(name) for name in donor.tensors)
-        if not left_out and not any(pattern.match(name) for names in extra.values() for name in names):
+        taken = (name for part in (left_out, *extra.values()) for name in part)
+        if not any(map(pattern.match, taken)):
             in_donor = any(pattern.match(name) for name in donor.tensors)
             why = "the donor has what it matches, and the output has exactly the donor's tensors" if in_donor else None
             raise recipe.error(("ignore", index), "this rule matches no tensor that the donor lacks", why)
@@ -222,12 +218,11 @@ def _globs(names: list[str], others: Iterable[str]) -> list[str]:
 
 def prove_ties(ties: Iterable[tuple[str, str, str]], checkpoints: Mapping[str, Checkpoint]) -> None:
     """Prove that what is left out as a copy is one. Raises InputError where the bytes differ."""
-    piece = 4 << 20
     for model, name, source in ties:
         checkpoint = checkpoints[model]
         copy, original = checkpoint.tensors[name], checkpoint.tensors[source]
-        for start in range(0, copy.nbytes, piece):
-            count = min(piece, copy.nbytes - start)
+        for start in range(0, copy.nbytes, _READ):
+            count = min(_READ, copy.nbytes - start)
             buffers = bytearray(count), bytearray(count)
             for spec, buffer in zip((copy, original), buffers, strict=True):
                 checkpoint.read_into(spec, start, memoryview(buffer))

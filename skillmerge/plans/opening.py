@@ -20,7 +20,7 @@ from skillmerge.checkpoints.store import Files
 from skillmerge.errors import StalePlan, UsageError
 from skillmerge.methods.terms import minus_of
 from skillmerge.plans.plan import Plan
-from skillmerge.plans.planner import make_plan
+from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.lock import LOCK_VERSION, LockedModel
 from skillmerge.recipes.parse import load
@@ -101,7 +101,7 @@ def planned(
     parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
     checkpoints = open_models(parsed, access, warn)
     try:
-        yield make_plan(parsed, checkpoints, allow_code=allow_code), checkpoints
+        yield plan_recipe(parsed, checkpoints, allow_code=allow_code), checkpoints
     finally:
         close_all(checkpoints)
 

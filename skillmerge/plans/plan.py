@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from skillmerge.errors import InputError
 from skillmerge.methods.linear import Program
 from skillmerge.plans.accounting import Problem, settlement
+from skillmerge.plans.mapping import Source
 from skillmerge.plans.side_files import SideFile
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.tensors import TensorSpec
@@ -23,7 +26,7 @@ class TensorPlan:
     action: `merge` computes `program`, `cast` converts one model's tensor to another dtype, `copy` takes its
     bytes, `same` takes the donor's bytes after proving that every model holds the same. Of a skill: `cut` keeps
     the difference of two models exactly, `compute` rounds `program`, `zero` is nothing.
-    sources: (model, tensor name in that model) in the order of the program's models.
+    sources: where its elements come from, in the order of the program's models.
     coefficients: their values for this tensor, in the order of `Plan.coefficients`.
     """
 
@@ -31,7 +34,7 @@ class TensorPlan:
     dtype: str
     shape: tuple[int, ...]
     action: str
-    sources: tuple[tuple[str, str], ...]
+    sources: tuple[Source, ...]
     coefficients: tuple[float, ...] = ()
     program: Program | None = None
 
@@ -97,7 +100,7 @@ class Plan:
 
     @property
     def makes_skill(self) -> bool:
-        return self.recipe.output.kind == "skill"
+        return self.recipe.makes_skill
 
     @property
     def bytes_written(self) -> int:
@@ -122,6 +125,14 @@ class Plan:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
         }
+
+
+def sealed(plan: Plan) -> Plan:
+    """The plan with its digests."""
+    deciding = {key: value for key, value in deciding_facts(plan).items() if key != "recipe_sha256"}
+    weights_digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256((weights_digest + plan.recipe.sha256).encode()).hexdigest()
+    return replace(plan, weights_digest=weights_digest, digest=digest)
 
 
 def deciding_facts(plan: Plan) -> dict[str, Any]:

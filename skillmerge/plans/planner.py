@@ -8,26 +8,25 @@ it. No weights are touched and torch is not imported.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
 from skillmerge.checkpoints.model_config import contradictions, quantisation, tied_source
 from skillmerge.errors import InputError
 from skillmerge.methods.linear import Program, compile_term
-from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, expand_skills, minus_of, sole_model, weights
+from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, is_zero, minus_of, sole_model
 from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
 from skillmerge.plans.layout import lay_out, lay_out_skill
-from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, deciding_facts
+from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
-from skillmerge.recipes.expression import ExpressionError, bind
+from skillmerge.recipes.expression import ExpressionError
 from skillmerge.recipes.recipe import Recipe, unused_names
-from skillmerge.recipes.schedules import ScheduleError, matcher
+from skillmerge.recipes.schedules import ScheduleError
 from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
 
 
-def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False) -> Plan:
+def plan_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False) -> Plan:
     """Plan `recipe` over its opened `checkpoints` (by model name, at least those that it uses).
 
     Raises RecipeError for rules and expressions that these models give no meaning, InputError for
@@ -38,69 +37,33 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_co
         refuse_quantised(name, checkpoint)
     donor_name = _donor(recipe)
     donor = checkpoints[donor_name]
-    left_out = _left_out(recipe, donor)
+    left_out = recipe.left_out(donor.tensors)
     values = _coefficients(recipe, [name for name in donor.tensors if name not in left_out])
     copied = copy_rules(recipe, donor)
-    terms = _terms(recipe, {name: row for name, row in values.items() if name not in copied})
-    accounts, problems, ties, notes = account_tensors(recipe, checkpoints, donor_name, terms, copied)
-    programs: dict[int, Program] = {}  # by the term's identity: thousands of tensors share a few terms
-    tensors = {}
-    for name, spec in donor.tensors.items():
-        if name in left_out:
-            continue
-        account = accounts.get(name)
-        if name in terms and terms[name] is None:
-            tensors[name] = TensorPlan(name, spec.dtype, spec.shape, "zero", (), values[name])
-        elif account is not None:
-            tensors[name] = _plan_tensor(recipe, spec, account, checkpoints, values[name], programs)
-    problems += [
-        Problem("config", f"the donor's config.json and weights do not belong together: {message}")
-        for message in contradictions(donor.config, {name: spec.shape for name, spec in donor.tensors.items()})
-    ]
-    dtypes = {plan.dtype for name, plan in tensors.items() if plan.dtype != donor.tensors[name].dtype}
-    skill = recipe.output.kind == "skill"
-    side_files = () if skill else collect(donor, recipe.output.dtype if dtypes else None, allow_code)
-    shards: tuple[ShardPlan, ...] = ()
-    if len(tensors) == len(donor.tensors) - len(left_out):
-        shards = lay_out_skill(recipe, tensors) if skill else lay_out(recipe, donor, tensors)
-    if not skill and [shard.file for shard in shards] not in ([], [SINGLE_FILE]):
-        content = index_bytes({shard.file: list(shard.specs) for shard in shards})
-        side_files = tuple(sorted((*side_files, SideFile.of(INDEX_FILE, content)), key=lambda file: file.name))
+    terms = _terms(recipe, values, copied)
+    accounts = account_tensors(recipe, checkpoints, donor_name, terms)
+    used = {name: () if name in copied else row for name, row in values.items()}
+    tensors = _tensors(recipe, checkpoints, donor, used, terms, accounts.tensors)
+    problems = (*accounts.problems, *_contradictions(donor))
+    shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
     read = _bytes_read(tensors, checkpoints)
-    plan = Plan(
-        recipe=recipe,
-        inputs=tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
-        donor=donor_name,
-        coefficients=tuple(recipe.coefficients),
-        tensors=tensors,
-        shards=shards,
-        side_files=side_files,
-        ties=tuple(ties),
-        problems=tuple(problems),
-        notes=(
-            *(f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe)),
-            *_oddities(recipe, checkpoints, donor),
-            *(f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties),
-            *(_untied(donor, tensors) if not problems and not skill else ()),
-            *notes,
-        ),
-        bytes_read=sum(read.values()),
-        input_itemsizes=_itemsizes(tensors, checkpoints),
-        versions=versions(checkpoints),
+    return sealed(
+        Plan(
+            recipe=recipe,
+            inputs=tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
+            donor=donor_name,
+            coefficients=tuple(recipe.coefficients),
+            tensors=tensors,
+            shards=shards,
+            side_files=side_files,
+            ties=accounts.ties,
+            problems=problems,
+            notes=(*_notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties), *accounts.notes),
+            bytes_read=sum(read.values()),
+            input_itemsizes=_itemsizes(tensors, checkpoints),
+            versions=versions(checkpoints),
+        )
     )
-    deciding = {key: value for key, value in deciding_facts(plan).items() if key != "recipe_sha256"}
-    weights_digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
-    object.__setattr__(plan, "weights_digest", weights_digest)
-    object.__setattr__(plan, "digest", hashlib.sha256((weights_digest + recipe.sha256).encode()).hexdigest())
-    return plan
-
-
-def _left_out(recipe: Recipe, donor: Checkpoint) -> set[str]:
-    """Tensors that a skill does without, as `ignore` says; a model has all of its donor's."""
-    if recipe.output.kind != "skill" or not recipe.ignore:
-        return set()
-    pattern = matcher(recipe.ignore)
-    return {name for name in donor.tensors if pattern.match(name)}
 
 
 def refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
@@ -115,7 +78,7 @@ def refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
 
 def _bind(recipe: Recipe, values: Mapping[str, float]) -> Term | None:
     try:
-        return expand_skills(bind(recipe.expression, values), recipe.skills)
+        return recipe.term(values)
     except ExpressionError as error:
         raise recipe.expression_error(error) from error
 
@@ -125,7 +88,7 @@ def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Te
     degree 0 for a skill, of which None is nothing."""
     term = _bind(recipe, values)
     found = degree(term)
-    if recipe.output.kind == "skill":
+    if recipe.makes_skill:
         if found != 0:
             at = f"for tensor `{tensor}`"
             raise recipe.error(
@@ -133,7 +96,7 @@ def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Te
                 f"the expression gives {found:g} models' worth of weights {at}, and a skill is a difference",
                 "write rl - sft; for a model leave `output.kind` out",
             )
-        if not any(weights(term).values()):
+        if is_zero(term):
             return None
     elif term is None or found != 1:
         asked = ", ".join(f"{name} = {value:g}" for name, value in values.items())
@@ -170,13 +133,44 @@ def _coefficients(recipe: Recipe, names: list[str]) -> dict[str, tuple[float, ..
     return {name: tuple(column[name] for column in columns) for name in names}
 
 
-def _terms(recipe: Recipe, values: Mapping[str, tuple[float, ...]]) -> dict[str, Term | None]:
-    """Each tensor's term; tensors with the same coefficients share one."""
+def _terms(
+    recipe: Recipe, values: Mapping[str, tuple[float, ...]], copied: Mapping[str, str]
+) -> dict[str, Term | None]:
+    """Each tensor's term: the model that it is copied from, or the expression; None where it is nothing.
+
+    Tensors with the same coefficients share one.
+    """
+    leaves = {model: Leaf(model) for model in recipe.models}
     by_values: dict[tuple[float, ...], Term | None] = {}
+    terms: dict[str, Term | None] = {}
     for name, row in values.items():
+        if name in copied:
+            terms[name] = leaves[copied[name]]
+            continue
         if row not in by_values:
             by_values[row] = _degree_term(recipe, dict(zip(recipe.coefficients, row, strict=True)), name)
-    return {name: by_values[row] for name, row in values.items()}
+        terms[name] = by_values[row]
+    return terms
+
+
+def _tensors(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    donor: Checkpoint,
+    values: Mapping[str, tuple[float, ...]],
+    terms: Mapping[str, Term | None],
+    accounts: Mapping[str, Account],
+) -> dict[str, TensorPlan]:
+    """What happens to each tensor, but for those that have a problem. values: the coefficients that count."""
+    programs: dict[int, Program] = {}  # by the term's identity: thousands of tensors share a few terms
+    tensors = {}
+    for name, term in terms.items():
+        spec = donor.tensors[name]
+        if term is None:
+            tensors[name] = TensorPlan(name, spec.dtype, spec.shape, "zero", (), values[name])
+        elif name in accounts:
+            tensors[name] = _plan_tensor(recipe, spec, accounts[name], checkpoints, values[name], programs)
+    return tensors
 
 
 def _plan_tensor(
@@ -194,30 +188,69 @@ def _plan_tensor(
     if account.same:
         return TensorPlan(spec.name, dtype, spec.shape, "same", sources)
     if len(sources) == 1 and (model := sole_model(term)) is not None:
-        source = sources[0][1]
-        copied = checkpoints[model].tensors[source].dtype == dtype
-        action = "copy" if copied else "cast"
+        copied = checkpoints[model].tensors[sources[0].tensor].dtype == dtype
         program = None if copied else compile_term(Leaf(model))
-        coefficients = () if account.copied else values
-        return TensorPlan(spec.name, dtype, spec.shape, action, ((model, source),), coefficients, program)
+        return TensorPlan(spec.name, dtype, spec.shape, "copy" if copied else "cast", sources, values, program)
     if id(term) not in programs:
         programs[id(term)] = compile_term(term)
     program = programs[id(term)]
-    names = dict(sources)
-    ordered = tuple((model, names[model]) for model in program.models)
-    action = "merge"
-    if recipe.output.kind == "skill":
-        plain = isinstance(term, Sum) and isinstance(term.left, Leaf) and isinstance(term.right, Leaf) and term.minus
-        exact = plain and recipe.output.dtype == "same" and recipe.output.keep is None
-        action = "cut" if exact else "compute"
-        if action == "compute" and recipe.output.dtype == "same" and DTYPES[dtype].itemsize < 4:
-            dtype = "F32"  # what was scaled or summed rarely fits 16 bits
+    by_model = {source.model: source for source in sources}
+    ordered = tuple(by_model[model] for model in program.models)
+    action, dtype = _skill_action(recipe, term, dtype) if recipe.makes_skill else ("merge", dtype)
     return TensorPlan(spec.name, dtype, spec.shape, action, ordered, values, program)
+
+
+def _skill_action(recipe: Recipe, term: Term, dtype: str) -> tuple[str, str]:
+    """Whether a skill keeps its tensor exactly, and the dtype of what it keeps."""
+    plain = isinstance(term, Sum) and isinstance(term.left, Leaf) and isinstance(term.right, Leaf) and term.minus
+    if recipe.output.dtype != "same":
+        return "compute", dtype
+    if plain and recipe.output.keep is None:
+        return "cut", dtype
+    return "compute", "F32" if DTYPES[dtype].itemsize < 4 else dtype  # what was scaled or summed rarely fits 16 bits
+
+
+def _contradictions(donor: Checkpoint) -> list[Problem]:
+    shapes = {name: spec.shape for name, spec in donor.tensors.items()}
+    return [
+        Problem("config", f"the donor's config.json and weights do not belong together: {message}")
+        for message in contradictions(donor.config, shapes)
+    ]
+
+
+def _files(
+    recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan], complete: bool, allow_code: bool
+) -> tuple[tuple[ShardPlan, ...], tuple[SideFile, ...]]:
+    """The output's shards, none where it is not complete, and its side files, of which a skill has none."""
+    if recipe.makes_skill:
+        return lay_out_skill(recipe, tensors) if complete else (), ()
+    is_cast = any(plan.dtype != donor.tensors[name].dtype for name, plan in tensors.items())
+    side_files = collect(donor, recipe.output.dtype if is_cast else None, allow_code)
+    shards = lay_out(recipe, donor, tensors) if complete else ()
+    if [shard.file for shard in shards] not in ([], [SINGLE_FILE]):
+        content = index_bytes({shard.file: list(shard.specs) for shard in shards})
+        side_files = tuple(sorted((*side_files, SideFile.of(INDEX_FILE, content)), key=lambda file: file.name))
+    return shards, side_files
+
+
+def _notes(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    donor: Checkpoint,
+    tensors: Mapping[str, TensorPlan],
+    ties: Iterable[tuple[str, str, str]],
+) -> Iterator[str]:
+    """What is worth a word. tensors: of a plan without problems."""
+    yield from (f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe))
+    yield from _oddities(recipe, checkpoints, donor)
+    yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
+    if not recipe.makes_skill:
+        yield from _untied(donor, tensors)
 
 
 def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
     """What is allowed and still hardly meant."""
-    if not donor.config and recipe.output.kind == "model":
+    if not donor.config and not recipe.makes_skill:
         yield "the donor has no config.json: no runtime will load the output as it is"
     seen: dict[str, str] = {}
     for name in recipe.used_models():

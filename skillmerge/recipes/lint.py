@@ -16,9 +16,9 @@ from typing import Any
 
 from skillmerge.checkpoints.place import Location
 from skillmerge.errors import Place, RecipeError, SkillmergeError, UsageError, did_you_mean
-from skillmerge.methods.terms import Term, degree, expand_skills, weights
+from skillmerge.methods.terms import degree, weights
 from skillmerge.recipes import lock as lockfile
-from skillmerge.recipes.expression import ExpressionError, bind, names_in, normalise_name
+from skillmerge.recipes.expression import ExpressionError, names_in, normalise_name
 from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe, unused_names
 from skillmerge.recipes.schedules import LayerRange, Rule
@@ -295,11 +295,11 @@ def _degrees(recipe: Recipe) -> Iterator[Finding]:
     count = math.prod(len(given) for given in values.values())
     if count > _MANY or any(rule.ramp for name in values for rule in recipe.coefficients[name].rules):
         return
-    wanted = 0 if recipe.output.kind == "skill" else 1
+    wanted = 0 if recipe.makes_skill else 1
     wrong = []
     for row in product(*values.values()):
         try:
-            found = degree(_term(recipe, {name: value for name, (value, _) in zip(values, row, strict=True)}))
+            found = degree(recipe.term({name: value for name, (value, _) in zip(values, row, strict=True)}))
         except ExpressionError as error:
             wrong.append(_of_error(recipe.document.name, "not-one-model", recipe.expression_error(error)))
             continue
@@ -330,13 +330,9 @@ def _used_coefficients(recipe: Recipe) -> list[str]:
     return [name for name in recipe.coefficients if name in used]
 
 
-def _term(recipe: Recipe, values: Mapping[str, float]) -> Term | None:
-    return expand_skills(bind(recipe.expression, values), recipe.skills)
-
-
 def _most(recipe: Recipe, values: Mapping[str, float]) -> float:
     try:
-        return max((abs(weight) for weight in weights(_term(recipe, values)).values()), default=0.0)
+        return max((abs(weight) for weight in weights(recipe.term(values)).values()), default=0.0)
     except ExpressionError:
         return 0.0
 

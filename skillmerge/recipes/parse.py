@@ -1,7 +1,6 @@
-"""The recipe: YAML (format version 1) -> a frozen `Recipe` that knows where in the text each part stands.
+"""The recipe: YAML (format version 1) -> a frozen `Recipe` that knows where in the text each part is.
 
-Its shape is checked by `schema`, what can be known from the text alone here, what needs a model's tensors by
-`planning`.
+`schema` checks its shape, this module what can be known from the text alone, `planner` what needs a model's tensors.
 """
 
 from __future__ import annotations
@@ -9,14 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path as FilePath
 from typing import Any
 
 from skillmerge.errors import InputError, Mistakes, RecipeError, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
-from skillmerge.recipes.expression import ExpressionError, normalise_name, parse
+from skillmerge.recipes.expression import ExpressionError, Node, normalise_name, parse
 from skillmerge.recipes.gate_table import Gate, gates_of
 from skillmerge.recipes.recipe import CopyRule, Output, Push, Recipe, expression_error, local_path
 from skillmerge.recipes.schedules import LayerRange, Rule, Schedule, parse_layers
@@ -24,6 +23,7 @@ from skillmerge.recipes.schema import (
     GatesFileTable,
     GatesTable,
     ModelTable,
+    OutputTable,
     PushTable,
     RecipeTable,
     RuleTable,
@@ -81,39 +81,20 @@ def _text_of(path: FilePath) -> str:
 
 
 def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str, float] | None = None) -> Recipe:
-    """The recipe in `text`; `name` is its file in messages, `folder` what relative paths start from."""
+    """The recipe in `text`; `name` is its file in messages, `folder` what relative paths start from.
+
+    Raises RecipeError for the first mistake, which knows those of the other parts.
+    """
     document = yamltext.read(text, name)
     table = read_table(document, RecipeTable)
     models, coefficients = _names(document, table)
     mistakes = Mistakes()
-    schedules = {
-        normalise_name(written): _schedule(document, ("coefficients", written), table.coefficients[written], mistakes)
-        for written in table.coefficients
-    }
-    overridden = {}
-    for key, value in (overrides or {}).items():
-        key = normalise_name(key)
-        if key not in schedules:
-            near = did_you_mean(key, list(schedules)) or f"this recipe has: {', '.join(schedules) or 'none'}"
-            raise UsageError(f"--set {key}: the recipe has no such coefficient", fix=near)
-        if isinstance(value, bool | str) or not math.isfinite(value):
-            raise UsageError(f"--set {key}: {value} is not a finite number")
-        overridden[key] = len(schedules[key].rules)
-        schedules[key] = Schedule(float(value))
+    schedules = _schedules(document, table, mistakes)
+    numbers = _numbers(overrides or {}, schedules)
     with mistakes:
-        try:
-            expression = parse(table.merge, list(models), coefficients)
-        except ExpressionError as error:
-            raise expression_error(document, error) from error
-    skills = frozenset(
-        normalise_name(name) for name, entry in table.models.items() if isinstance(entry, ModelTable) and entry.skill
-    )
-    patches = {
-        normalise_name(name): normalise_name(entry.onto)
-        for name, entry in table.models.items()
-        if isinstance(entry, ModelTable) and entry.patch and entry.onto
-    }
-    _check_model_names(document, table, list(models), skills, patches, mistakes)
+        expression = _expression(document, table.merge, list(models), coefficients)
+    skills, patches = _skills(table), _patches(table)
+    _check_models(document, table, list(models), skills, patches, mistakes)
     with mistakes:
         _check_kind(document, table)
     with mistakes:
@@ -121,34 +102,20 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
     with mistakes:
         gates = _gates(document, table, folder, list(models), skills | set(patches))
     mistakes.refuse()
-    like = table.output.like
     return Recipe(
         document=document,
         folder=folder,
         models=models,
         skills=skills,
         patches=patches,
-        coefficients=schedules,
+        coefficients={**schedules, **{key: Schedule(value) for key, value in numbers.items()}},
         expression=expression,
         copy=tuple(CopyRule(_as_tuple(rule.tensors), normalise_name(rule.from_)) for rule in table.copy_),
         ignore=tuple(table.ignore),
-        output=Output(
-            kind=table.output.kind,
-            compression=table.output.compression,
-            keep=table.output.keep,
-            path=local_path(document, ("output", "path"), folder, table.output.path) if table.output.path else None,
-            like=normalise_name(like) if like else None,
-            dtype=table.output.dtype,
-            rounding=table.output.rounding,
-            seed=table.output.seed,
-            shard_size=shard_size,
-            license=table.output.license,
-            card=local_path(document, ("output", "card"), folder, table.output.card) if table.output.card else None,
-            push=_push(table.output.push) if table.output.push else None,
-        ),
+        output=_output(document, table.output, folder, shard_size),
         gates=gates,
-        overrides={normalise_name(key): float(value) for key, value in (overrides or {}).items()},
-        rules_overridden=overridden,
+        overrides=numbers,
+        rules_overridden={key: len(schedules[key].rules) for key in numbers},
     )
 
 
@@ -194,38 +161,82 @@ def _check_kind(document: Document, table: RecipeTable) -> None:
 
 
 def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list[str]]:
-    """Models and coefficients by normalised name; one name means one thing."""
+    """Models, with their places, and coefficients by normalised name; one name means one thing."""
     models: dict[str, str] = {}
     coefficients: list[str] = []
-    for section, written in [
-        *(("models", written) for written in table.models),
-        *(("coefficients", written) for written in table.coefficients),
-    ]:
-        name = normalise_name(written)
+    sections = {"models": list(table.models), "coefficients": list(table.coefficients)}
+    for section, written in ((section, name) for section, names in sections.items() for name in names):
+        path, name = (section, written), normalise_name(written)
         if not name.isidentifier():
-            raise document.error(
-                f"`{written}` cannot be used as a name",
-                document.keys[(section, written)],
-                "use letters, digits, _",
-            )
+            message = f"`{written}` cannot be used as a name"
+            raise document.error(message, document.keys[path], "use letters, digits, _")
         if name in models or name in coefficients:
-            raise document.error(f"`{written}` already names something else", document.keys[(section, written)])
+            raise document.error(f"`{written}` already names something else", document.keys[path])
         if section == "models":
-            entry = table.models[written]
-            if isinstance(entry, ModelTable):
-                given = [value for value in (entry.path, entry.skill, entry.patch) if value is not None]
-                place = document.place((section, written))
-                if len(given) != 1:
-                    what = "more than one" if given else "none"
-                    raise document.error(f"`{written}` has {what} of `path`, `skill`, `patch`", place, "give one")
-                if (entry.patch is None) != (entry.onto is None):
-                    fix = "write {patch: …, onto: …}, the latter a model of this recipe"
-                    raise document.error("`patch` and `onto` go together", place, fix)
-                entry = given[0]
-            models[name] = entry
+            models[name] = _model_place(document, path, table.models[written])
         else:
             coefficients.append(name)
     return models, coefficients
+
+
+def _model_place(document: Document, path: tuple[str, str], entry: str | ModelTable) -> str:
+    """Where a model is, as it is written."""
+    if isinstance(entry, str):
+        return entry
+    given = [value for value in (entry.path, entry.skill, entry.patch) if value is not None]
+    place = document.place(path)
+    if len(given) != 1:
+        what = "more than one" if given else "none"
+        raise document.error(f"`{path[1]}` has {what} of `path`, `skill`, `patch`", place, "give one")
+    if (entry.patch is None) != (entry.onto is None):
+        fix = "write {patch: …, onto: …}, the latter a model of this recipe"
+        raise document.error("`patch` and `onto` go together", place, fix)
+    return given[0]
+
+
+def _tables(table: RecipeTable) -> dict[str, ModelTable]:
+    """The models that are more than a place, by their names as they are written."""
+    return {name: entry for name, entry in table.models.items() if isinstance(entry, ModelTable)}
+
+
+def _skills(table: RecipeTable) -> frozenset[str]:
+    return frozenset(normalise_name(name) for name, entry in _tables(table).items() if entry.skill)
+
+
+def _patches(table: RecipeTable) -> dict[str, str]:
+    return {
+        normalise_name(name): normalise_name(entry.onto)
+        for name, entry in _tables(table).items()
+        if entry.patch and entry.onto
+    }
+
+
+def _schedules(document: Document, table: RecipeTable, mistakes: Mistakes) -> dict[str, Schedule]:
+    return {
+        normalise_name(written): _schedule(document, ("coefficients", written), entry, mistakes)
+        for written, entry in table.coefficients.items()
+    }
+
+
+def _numbers(overrides: Mapping[str, float], schedules: Mapping[str, Schedule]) -> dict[str, float]:
+    """The numbers that replace schedules, by normalised name. Raises UsageError for what cannot replace one."""
+    numbers = {}
+    for written, value in overrides.items():
+        name = normalise_name(written)
+        if name not in schedules:
+            near = did_you_mean(name, list(schedules)) or f"this recipe has: {', '.join(schedules) or 'none'}"
+            raise UsageError(f"--set {name}: the recipe has no such coefficient", fix=near)
+        if isinstance(value, bool | str) or not math.isfinite(value):
+            raise UsageError(f"--set {name}: {value} is not a finite number")
+        numbers[name] = float(value)
+    return numbers
+
+
+def _expression(document: Document, text: str, models: list[str], coefficients: list[str]) -> Node:
+    try:
+        return parse(text, models, coefficients)
+    except ExpressionError as error:
+        raise expression_error(document, error) from error
 
 
 def _schedule(document: Document, path: Path, entry: float | ScheduleTable, mistakes: Mistakes) -> Schedule:
@@ -273,41 +284,57 @@ def _shard_size(document: Document, value: str | int) -> int | None:
         raise document.error(str(error), document.place(("output", "shard_size")), "or `same`") from error
 
 
-def _push(table: PushTable) -> Push:
-    return Push(
-        table.repo,
-        table.private,
-        table.revision,
-        table.pull_request,
-        table.message,
-        tuple(table.tags),
-        table.new_version,
+def _output(document: Document, table: OutputTable, folder: FilePath, shard_size: int | None) -> Output:
+    return Output(
+        kind=table.kind,
+        compression=table.compression,
+        keep=table.keep,
+        path=local_path(document, ("output", "path"), folder, table.path) if table.path else None,
+        like=normalise_name(table.like) if table.like else None,
+        dtype=table.dtype,
+        rounding=table.rounding,
+        seed=table.seed,
+        shard_size=shard_size,
+        license=table.license,
+        card=local_path(document, ("output", "card"), folder, table.card) if table.card else None,
+        push=_push(table.push) if table.push else None,
     )
 
 
-def _check_model_names(
+def _push(table: PushTable) -> Push:
+    return Push(
+        table.repo, table.private, table.revision, table.pull_request, table.message, tuple(table.tags),
+        table.new_version,
+    )  # fmt: skip
+
+
+def _uses(table: RecipeTable) -> Iterator[tuple[Path, str, bool]]:
+    """Where the recipe names a model, and whether it has to be one with all its tensors."""
+    for index, rule in enumerate(table.copy_):
+        yield ("copy", index, "from"), rule.from_, True
+    for name, entry in _tables(table).items():
+        if entry.onto:
+            yield ("models", name, "onto"), entry.onto, True
+    if table.output.like is not None:
+        yield ("output", "like"), table.output.like, table.output.kind == "model"
+
+
+def _check_models(
     document: Document,
     table: RecipeTable,
     models: list[str],
-    skills: frozenset[str],
+    skills: AbstractSet[str],
     patches: Mapping[str, str],
     mistakes: Mistakes,
 ) -> None:
-    uses: list[tuple[Path, str | None]] = [
-        (("copy", index, "from"), rule.from_) for index, rule in enumerate(table.copy_)
-    ]
-    uses += [
-        (("models", name, "onto"), entry.onto)
-        for name, entry in table.models.items()
-        if isinstance(entry, ModelTable) and entry.onto
-    ]
-    for path, name in [*uses, (("output", "like"), table.output.like)]:
+    """What is named as a model must be one, and of the kind that is needed there."""
+    for path, written, whole in _uses(table):
+        name, place = normalise_name(written), document.place(path)
         with mistakes:
-            if name is not None and normalise_name(name) not in models:
-                fix = did_you_mean(name, models) or f"models of this recipe: {', '.join(models)}"
-                raise document.error(f"`{name}` is not a model of this recipe", document.place(path), fix)
-            whole = path[0] in ("copy", "models") or table.output.kind == "model"
-            if name is not None and normalise_name(name) in skills and whole:
-                raise document.error(f"`{name}` is a skill, which has no tensors to take", document.place(path))
-            if path[0] == "models" and name is not None and normalise_name(name) in patches:
-                raise document.error(f"`{name}` is a patch itself", document.place(path), "name a whole model")
+            if name not in models:
+                fix = did_you_mean(written, models) or f"models of this recipe: {', '.join(models)}"
+                raise document.error(f"`{written}` is not a model of this recipe", place, fix)
+            if whole and name in skills:
+                raise document.error(f"`{written}` is a skill, which has no tensors to take", place)
+            if path[0] == "models" and name in patches:
+                raise document.error(f"`{written}` is a patch itself", place, "name a whole model")

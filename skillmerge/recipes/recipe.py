@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 from skillmerge.checkpoints.place import SCHEME, Location, parse_location
 from skillmerge.errors import Place, RecipeError
-from skillmerge.recipes.expression import ExpressionError, Node, names_in
+from skillmerge.methods.terms import Term, expand_skills
+from skillmerge.recipes.expression import ExpressionError, Node, bind, names_in
 from skillmerge.recipes.gate_table import Gate
-from skillmerge.recipes.schedules import Schedule
+from skillmerge.recipes.schedules import Schedule, matcher
 from skillmerge.recipes.yamltext import Document, Path
 
 
@@ -77,6 +78,25 @@ class Recipe:
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.document.text.encode()).hexdigest()
+
+    @property
+    def makes_skill(self) -> bool:
+        """Whether the output is a difference to store; otherwise it is a model."""
+        return self.output.kind == "skill"
+
+    def term(self, values: Mapping[str, float]) -> Term | None:
+        """The expression with these coefficients, stored skills as the differences that they are.
+
+        None where everything fell away. Raises ExpressionError as `bind` does.
+        """
+        return expand_skills(bind(self.expression, values), self.skills)
+
+    def left_out(self, tensors: Iterable[str]) -> set[str]:
+        """Those of the donor's tensors that a skill does without, as `ignore` says; a model has all of them."""
+        if not self.makes_skill or not self.ignore:
+            return set()
+        pattern = matcher(self.ignore)
+        return {name for name in tensors if pattern.match(name)}
 
     def used_models(self) -> list[str]:
         """The models that the output depends on, in the order of the recipe."""

@@ -19,7 +19,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import UsageError, some
 from skillmerge.methods.terms import Leaf, Sum, minus_of
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
-from skillmerge.plans.accounting import find_source
+from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.plans.planner import refuse_quantised
@@ -216,8 +216,8 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
     for name, spec in subject.checkpoints[first].tensors.items():
         sources = []
         for model in subject.models:
-            source = find_source(spec, subject.checkpoints[model])
-            found = subject.checkpoints[model].tensors[source] if source is not None else None
+            source = find_source(spec, model, subject.checkpoints[model])
+            found = subject.checkpoints[model].tensors[source.tensor] if source is not None else None
             if source is None or found is None:
                 left[name] = f"not in {_name_of(model)}"
             elif not DTYPES[found.dtype].is_float:
@@ -225,14 +225,14 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
             elif found.shape != spec.shape:
                 left[name] = f"{list(spec.shape)} in {_name_of(first)}, {list(found.shape)} in {_name_of(model)}"
             else:
-                sources.append((model, source))
+                sources.append(source)
         if not spec.elements:
             left[name] = "has no elements"
         elif len(sources) == len(subject.models):
             tasks.append(TensorPlan(name, spec.dtype, spec.shape, "inspect", tuple(sources)))
     for model in others:
         for name, spec in subject.checkpoints[model].tensors.items():
-            if find_source(spec, subject.checkpoints[first]) is None:
+            if find_source(spec, first, subject.checkpoints[first]) is None:
                 left.setdefault(name, f"not in {_name_of(first)}")
     if not tasks:
         raise UsageError(f"{subject.title}: the models share no tensor", fix="are they of one architecture?")

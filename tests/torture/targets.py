@@ -32,7 +32,7 @@ from skillmerge.methods.terms import degree, donor_of, weights
 from skillmerge.outputs import manifest
 from skillmerge.outputs.verify import check_structure
 from skillmerge.plans import saved as savedplan
-from skillmerge.plans.planner import make_plan as plan_recipe
+from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes.expression import ExpressionError, bind, parse
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.verbs.apply import apply

@@ -27,7 +27,7 @@ from skillmerge.errors import ResourceError, UsageError
 from skillmerge.plans.budget import budget, free_memory
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.plans.plan import Plan
-from skillmerge.plans.planner import make_plan
+from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.study.built_in import tokenizer_of
 from skillmerge.study.scorers import Scorer
@@ -48,7 +48,7 @@ class MergedModel:
         self._device = _device(device)
         self._opened = open_models(recipe, access, warn)
         try:
-            self.plan = make_plan(recipe, self._opened)
+            self.plan = plan_recipe(recipe, self._opened)
             self.plan.refuse_problems()
             _check_memory(self._opened)
             self.model, self.tokenizer = self._loaded(recipe)
@@ -70,7 +70,7 @@ class MergedModel:
 
     def use(self, recipe: Recipe) -> dict[str, Any]:
         """Give the model the recipe's weights. Returns the statistics of `apply --stats sampled`."""
-        plan = make_plan(recipe, self._checkpoints)
+        plan = plan_recipe(recipe, self._checkpoints)
         plan.refuse_problems()
         if not self._in_place:
             self.model, self.tokenizer = self._loaded(recipe)
