@@ -62,7 +62,7 @@ def content(folder: Path | int) -> Content:
         for name in sorted(os.listdir(here)):
             with open(os.open(name, os.O_RDONLY, dir_fd=here), "rb") as stream:
                 data = stream.read()
-            if name == "skillmerge.outputs.manifest.json":
+            if name == "skillmerge.manifest.json":
                 document = json.loads(data)
                 del document["environment"], document["digest"]
                 data = json.dumps(document).encode()

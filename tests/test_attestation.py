@@ -100,7 +100,7 @@ def test_recipe_run_and_builder_are_told(output: Path) -> None:
     assert definition["buildType"] == "urn:skillmerge:build-type:merge:1"
     recipe = {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest(), "pathsShortened": False}
     assert definition["externalParameters"] == {"recipe": recipe, "coefficients": {"lam": 0.4}}
-    proof = json.loads((output / "skillmerge.outputs.manifest.json").read_text())
+    proof = json.loads((output / "skillmerge.manifest.json").read_text())
     assert definition["internalParameters"]["planDigest"] == proof["plan_digest"]
     assert details["builder"]["id"] == builder
     assert details["builder"]["version"]["skillmerge"] == skillmerge.__version__
@@ -199,7 +199,7 @@ def test_bill_of_materials_names_the_model_its_files_and_its_parents(
     document = read_bom(tmp_path / "bom.json")
     model = document["metadata"]["component"]
     assert (model["type"], model["name"]) == ("machine-learning-model", "merged")
-    assert model["hashes"] == [{"alg": "SHA-256", "content": sha256(output / "skillmerge.outputs.manifest.json")}]
+    assert model["hashes"] == [{"alg": "SHA-256", "content": sha256(output / "skillmerge.manifest.json")}]
     assert model["licenses"] == [{"license": {"id": "Apache-2.0"}}]
     assert {file["name"]: file["hashes"][0]["content"] for file in model["components"]} == {
         path.name: sha256(path) for path in output.iterdir()

@@ -75,7 +75,7 @@ def test_options_can_be_set_in_the_environment(family: Path) -> None:
         SKILLMERGE_STATS="off",
     )
     assert process.returncode == 0, process.stderr
-    manifest = json.loads((family.parent / "other" / "skillmerge.outputs.manifest.json").read_text())
+    manifest = json.loads((family.parent / "other" / "skillmerge.manifest.json").read_text())
     assert manifest["tensors"][0]["coefficients"] == [0.25]
     assert manifest["statistics"]["mode"] == "off"
 
@@ -207,7 +207,7 @@ def test_finished_output_is_made_again_where_more_is_asked_of_it(family: Path) -
     assert (again["already"], again["statistics"]["mode"]) == (False, "full")
     assert run_cli("apply", family, "--stats", "full", "--hash-inputs").returncode == 2
     assert run_cli("apply", family, "--stats", "full", "--hash-inputs", "--overwrite").returncode == 0
-    inputs = json.loads((family.parent / "merged" / "skillmerge.outputs.manifest.json").read_text())["inputs"]
+    inputs = json.loads((family.parent / "merged" / "skillmerge.manifest.json").read_text())["inputs"]
     assert all(len(file["sha256"]) == 64 for item in inputs for file in item["files"])
 
 

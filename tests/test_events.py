@@ -35,7 +35,7 @@ def test_events_tell_a_run_from_start_to_end(family: Path, tmp_path: Path) -> No
     assert names == ["started", "planned", "shard_finished", "shard_finished", "gate", "gate", "published"]
     assert all(event["version"] == 1 and event["time"].endswith("Z") for event in found)
     by_name = {event["event"]: event for event in found}
-    manifest = json.loads((tmp_path / "merged" / "skillmerge.outputs.manifest.json").read_text())
+    manifest = json.loads((tmp_path / "merged" / "skillmerge.manifest.json").read_text())
     assert by_name["planned"]["plan"] == manifest["plan_digest"]
     digests = {file["name"]: file["sha256"] for file in manifest["files"]}
     shards = [event for event in found if event["event"] == "shard_finished"]

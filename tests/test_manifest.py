@@ -22,7 +22,7 @@ from skillmerge.study.gates import gate
 from skillmerge.threads import hash_file
 from skillmerge.verbs.rebuild import check_rebuild
 
-MANIFEST = "skillmerge.outputs.manifest.json"
+MANIFEST = "skillmerge.manifest.json"
 SHAPES = {
     "model.embed_tokens.weight": (1024, 512),
     "model.layers.0.mlp.up_proj.weight": (2000, 301),

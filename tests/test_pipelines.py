@@ -206,4 +206,4 @@ def test_merge_that_slurm_stops_is_continued(family: Path, tmp_path: Path) -> No
     _program(tmp_path, "skillmerge", f'exec "{sys.executable}" -m skillmerge "$@"')
     environment = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
     assert subprocess.run(["bash", batch], env=environment, check=False).returncode == 0
-    assert (tmp_path / "out" / "skillmerge.outputs.manifest.json").exists()
+    assert (tmp_path / "out" / "skillmerge.manifest.json").exists()

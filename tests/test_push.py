@@ -229,7 +229,7 @@ def test_a_strangers_pull_request_is_not_ours(hub: HubServer, recipe: Path, tmp_
     hub.create_from(MERGED, write_checkpoint(tmp_path / "other", random_tensors(tensor_shapes())))
     repo = hub.repos[MERGED]
     repo.refs["refs/pr/1"] = repo.refs["main"]
-    hub.commit(MERGED, {"skillmerge.outputs.manifest.json": manifest.replace(b"DIGEST", digest.encode())}, "refs/pr/1")
+    hub.commit(MERGED, {"skillmerge.manifest.json": manifest.replace(b"DIGEST", digest.encode())}, "refs/pr/1")
     title = f"Merge target + lam * (rl - sft) (plan {digest[:12]})"
     discussion = {"num": 1, "title": title, "status": "open", "isPullRequest": True, "author": {"name": "stranger"}}
     repo.discussions.append({**discussion, "createdAt": "2026-01-01T00:00:00.000Z",

@@ -29,7 +29,7 @@ def output(tmp_path: Path) -> Path:
 
 def content(folder: Path) -> dict[str, bytes]:
     """All that does not depend on when and where."""
-    own = ("skillmerge.outputs.manifest.json", "skillmerge.run.json")
+    own = ("skillmerge.manifest.json", "skillmerge.run.json")
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in own}
 
 
@@ -43,7 +43,7 @@ def test_output_is_proved_without_writing_a_byte(output: Path, tmp_path: Path) -
 def test_output_is_built_again_from_its_manifest_alone(output: Path, tmp_path: Path) -> None:
     wanted = content(output)
     for path in output.iterdir():
-        if path.name != "skillmerge.outputs.manifest.json":
+        if path.name != "skillmerge.manifest.json":
             path.unlink()
     made = rebuild(output, tmp_path / "again", OTHERWISE)
     assert made.output == tmp_path / "again"
@@ -62,14 +62,14 @@ def reseal(output: Path, change: Callable[[dict[str, Any]], None]) -> None:
     from skillmerge.outputs import manifest
     from skillmerge.threads import hash_file
 
-    document = json.loads((output / "skillmerge.outputs.manifest.json").read_text())
+    document = json.loads((output / "skillmerge.manifest.json").read_text())
     for file in document["files"]:
         file["sha256"] = hash_file(output / file["name"])
     change(document)
     environment, log = document.pop("environment"), (output / "skillmerge.run.json").read_bytes()
     del document["digest"]
     sealed = manifest.seal(document, {key: environment[key] for key in environment if key != "run_log"}, log)
-    (output / "skillmerge.outputs.manifest.json").write_bytes(manifest.to_bytes(sealed))
+    (output / "skillmerge.manifest.json").write_bytes(manifest.to_bytes(sealed))
 
 
 def test_change_that_verify_cannot_see_is_found_and_placed(output: Path) -> None:

@@ -39,7 +39,7 @@ LEFT = [
     "checkpoint-500/config.json",
     "runs/events.out.tfevents.1",
     "onnx/config.json",
-    "skillmerge.outputs.manifest.json",
+    "skillmerge.manifest.json",
 ]
 
 
@@ -50,7 +50,7 @@ def test_side_files_are_carried_byte_for_byte_and_leftovers_are_not(family: Path
         (donor / name).write_bytes(b'{\r\n "odd"   :  "bytes %d"}' % number)
     output = skillmerge.apply(family).output
     found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-    ours = {"skillmerge.outputs.manifest.json", "skillmerge.run.json", "model.safetensors.index.json"}
+    ours = {"skillmerge.manifest.json", "skillmerge.run.json", "model.safetensors.index.json"}
     shards = {f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
     assert found == set(CARRIED) | ours | shards
     for name in CARRIED:

@@ -246,7 +246,7 @@ def exchange_signature(output: Path) -> None:
 
 FILES = [
     "config.json", SHARD, "model.safetensors.index.json", "tokenizer.json", "1_Pooling/config.json",
-    "skillmerge.outputs.manifest.json", "skillmerge.run.json",
+    "skillmerge.manifest.json", "skillmerge.run.json",
 ]  # fmt: skip
 TAMPERINGS: dict[str, Callable[[Path], object]] = {
     **{f"changed {name}": flip(name) for name in FILES},

@@ -21,7 +21,7 @@ from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.outputs import manifest, verify
 
 CONFIG = {"vocab_size": 32, "num_hidden_layers": 1, "torch_dtype": "bfloat16"}
-MANIFEST, RUN_LOG = "skillmerge.outputs.manifest.json", "skillmerge.run.json"
+MANIFEST, RUN_LOG = "skillmerge.manifest.json", "skillmerge.run.json"
 SHARD, OTHER_SHARD = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 FILES = ["config.json", SHARD, OTHER_SHARD, "model.safetensors.index.json", MANIFEST, RUN_LOG, "tokenizer.json"]
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from skillmerge.plans.plan import ShardPlan
 
 
-MANIFEST_FILE = "skillmerge.outputs.manifest.json"
+MANIFEST_FILE = "skillmerge.manifest.json"
 JOURNAL_VERSION = 2
 
 _OURS = ("lock", "journal.jsonl", "journal.jsonl.new", "files", "complete", "previous")

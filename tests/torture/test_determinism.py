@@ -51,7 +51,7 @@ def digest(folder: Path, *, weights_alone: bool = False) -> str:
         content = path.read_bytes()
         if path.name == "skillmerge.run.json" or (weights_alone and path.suffix != ".safetensors"):
             continue
-        if path.name == "skillmerge.outputs.manifest.json":
+        if path.name == "skillmerge.manifest.json":
             document = json.loads(content)
             del document["environment"], document["digest"]
             content = json.dumps(document).encode()
