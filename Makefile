@@ -26,7 +26,7 @@ check: $(VENV)/installed-dev
 
 # The Hub's client is the one library whose inside changes from release to release. (transformers wants a newer one.)
 check-oldest: $(VENV)/oldest-hub
-	PYTHONPATH=$(abspath $(VENV)/oldest-hub) $(BIN)/pytest -n 2 tests/test_hub.py tests/test_push.py \
+	PYTHONPATH=$(abspath $(VENV)/oldest-hub) $(BIN)/pytest -n 2 tests/checkpoints/test_hub.py tests/outputs/test_push.py \
 		-k "not transformers" -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
 
 # The long form of tests/torture; `make test` has the quick one. Each part can be run by itself, in any order:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import pytest
 import torch
 from observing import SHARDS, MergeServer, wide_shapes
@@ -70,6 +71,14 @@ def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def numpy_of(folder: Path) -> dict[str, Any]:
+    return {
+        name: tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16
+        else tensor.numpy()
+        for name, tensor in read_checkpoint(folder).items()
+    }  # fmt: skip
+
+
 def write_recipe(folder: Path, merge: str = PAST, **keys: Any) -> Path:
     """A recipe over folders target, rl and sft beside it; JSON is YAML."""
     document: dict[str, Any] = {
@@ -104,6 +113,14 @@ def write_family(
             folder / name, {key: value.to(dtype) for key, value in tensors.items()}, shards=shards, config=config
         )
     return write_recipe(folder)
+
+
+# ------------------------------------------------------------------------------------- what a hostile trial has found
+
+
+def qa(folder: Path, rows: list[dict[str, Any]]) -> str:
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return f"qa:{folder / 'rows.jsonl'}"
 
 
 def run_cli(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

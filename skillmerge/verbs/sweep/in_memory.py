@@ -166,9 +166,7 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
     with Stream(checkpoints.values()) as stream:
 
         def fill(span: Span) -> None:
-            own = stream.own(
-                lambda: _Own(Worker(plan, checkpoints, settings, stream.stop), chosen.tile * widest + PAGE)
-            )
+            own = stream.own(lambda: _Own(Worker(plan, checkpoints, settings, stream.stop), size))
             own.worker.fill(span, own.buffer, measured)
             for tile in span.tiles:
                 start = span.offset % PAGE + tile.offset - span.offset

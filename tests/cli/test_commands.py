@@ -368,7 +368,7 @@ def test_folder_that_is_gone_is_told(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     command = f'cd "{gone}" && rmdir "{gone}" && exec "{sys.executable}" -m skillmerge lint recipe.yaml --sarif s.json'
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, check=False)
     assert process.returncode == 2, process.stderr
     assert "Traceback" not in process.stderr

@@ -17,7 +17,7 @@ from skillmerge.cli.show.sarif import document
 from skillmerge.errors import UsageError
 from skillmerge.recipes.lint import RULES, lint
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 CLEAN = f"""\

@@ -52,7 +52,7 @@ def test_size_options_are_read_and_checked(family: Path) -> None:
 
 def test_resident_memory_stays_within_the_prediction(tmp_path: Path) -> None:
     """A model several times larger than the prediction's buffers, merged in a process of its own."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
         from family import SIZES, make
     finally:

@@ -1,4 +1,4 @@
-"""The staging folder, its journal and lock, and the bytes that a shard file takes from any side."""
+"""The staging folder, its journal and its lock."""
 
 from __future__ import annotations
 
@@ -6,24 +6,18 @@ import errno
 import fcntl
 import hashlib
 import json
-import mmap
 import os
-import random
 import stat
 import threading
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from skillmerge.durable import disk_errors
-from skillmerge.engine.destination import ShardRecord
-from skillmerge.errors import OutputLocked, ResourceError, SkillmergeError, UsageError
-from skillmerge.outputs.shard_file import TRIAL_BYTES, ShardFile, WriteMode
+from skillmerge.errors import OutputLocked, UsageError
+from skillmerge.outputs.shard_file import ShardFile, WriteMode
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
-from skillmerge.tensors import PAGE
 
 PLAN = "plan digest"
 CONDITIONS: dict[str, Any] = {"stats": "sampled", "inputs": {"target": {"model.safetensors": [10, 20]}}}
@@ -35,8 +29,13 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "merged"
 
 
-def entry(name: str) -> ShardRecord:
-    return ShardRecord(name, len(SHARDS[name]), hashlib.sha256(SHARDS[name]).hexdigest(), {})
+def entry(name: str) -> dict[str, Any]:
+    return {
+        "shard": name,
+        "size": len(SHARDS[name]),
+        "sha256": hashlib.sha256(SHARDS[name]).hexdigest(),
+        "statistics": {},
+    }
 
 
 def finish_shards(staging: Staging, *names: str) -> None:
@@ -209,8 +208,8 @@ def test_journal_torn_at_any_byte_keeps_the_lines_before(output: Path) -> None:
                 staging.begin(PLAN, CONDITIONS)
                 lines = max(0, whole[:length].count(b"\n") - 1)
                 assert list(staging.finished) == list(SHARDS)[:lines], length
-                staging.record(replace(entry("c.safetensors"), uploaded=True))
-                assert [json.loads(line) for line in journal.read_text().splitlines()][-1]["uploaded"]
+                staging.record({"note": "appended to whole lines only"})
+                assert [json.loads(line) for line in journal.read_text().splitlines()][-1]["note"]
 
 
 def test_journal_is_not_believed_where_the_shard_is_missing_or_short(output: Path) -> None:
@@ -227,14 +226,13 @@ def test_journal_is_not_believed_where_the_shard_is_missing_or_short(output: Pat
 def test_journal_lines_of_many_threads_stay_whole(output: Path) -> None:
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
-        rows = [ShardRecord(f"{n}", n, "x" * 9000, {}) for n in range(40)]
-        threads = [threading.Thread(target=staging.record, args=(row,)) for row in rows]
+        threads = [threading.Thread(target=staging.record, args=({"n": n, "x": "x" * 9000},)) for n in range(40)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         lines = [json.loads(line) for line in (staging.folder / "journal.jsonl").read_text().splitlines()]
-        assert sorted(line["size"] for line in lines[1:]) == list(range(40))
+        assert sorted(line["n"] for line in lines[1:]) == list(range(40))
 
 
 # ------------------------------------------------------------------------------------------- publish, recover
@@ -344,187 +342,6 @@ def test_recover_never_publishes_what_was_replaced(output: Path) -> None:
     assert files(output) == WHOLE
 
 
-# -------------------------------------------------------------------------------------------------- shard files
-
-
-@pytest.fixture
-def memory() -> memoryview:
-    """Page-aligned memory with random bytes, as direct I/O asks for."""
-    size = 6 * PAGE
-    mapped = mmap.mmap(-1, size)
-    mapped[:] = random.Random(0).randbytes(size)
-    return memoryview(mapped)
-
-
-def direct_mode() -> WriteMode:
-    mode = WriteMode()
-    mode.direct = True
-    return mode
-
-
-def write_pieces(path: Path, data: memoryview, cuts: list[int], mode: WriteMode) -> bytes:
-    """A shard of `data`, its first piece as the header and the rest written from the last to the first."""
-    header = bytes(data[: cuts[0]])
-    shard = ShardFile(path, len(data), header, mode)
-    for first, last in reversed(list(zip(cuts, [*cuts[1:], len(data)], strict=True))):
-        shard.write(data[first:last], first)
-    shard.finish()
-    return path.read_bytes()
-
-
-def has_direct(folder: Path) -> bool:
-    shard = ShardFile(folder / "probe", 10, b"", WriteMode())
-    found = shard._direct >= 0
-    shard.close()
-    return found
-
-
-@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
-def test_shard_bytes_do_not_depend_on_cuts_or_mode(tmp_path: Path, memory: memoryview, direct: bool) -> None:
-    if direct and not has_direct(tmp_path):
-        pytest.skip("this filesystem has no direct I/O")
-    dice = random.Random(1)
-    edges = [1, 2, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE - 1, 2 * PAGE, 3 * PAGE + 1, 5 * PAGE, len(memory) - 1]
-    cuttings = [[edge] for edge in edges] + [sorted(dice.sample(range(1, len(memory)), 4)) for _ in range(60)]
-    cuttings += [sorted(dice.sample(edges, 3)) for _ in range(30)]
-    for cuts in cuttings:
-        mode = direct_mode() if direct else WriteMode()
-        assert write_pieces(tmp_path / "shard", memory, cuts, mode) == memory.tobytes(), cuts
-
-
-def test_shard_written_direct_really_is(tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not has_direct(tmp_path):
-        pytest.skip("this filesystem has no direct I/O")
-    real, pages = os.pwrite, []
-
-    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-        if Path(f"/proc/self/fd/{descriptor}").exists():
-            flags = Path(f"/proc/self/fdinfo/{descriptor}").read_text().split("flags:")[1].split()[0]
-            if int(flags, 8) & os.O_DIRECT:
-                pages.append((offset, len(data)))
-        return real(descriptor, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    write_pieces(tmp_path / "shard", memory, [100], direct_mode())
-    assert pages == [(PAGE, 5 * PAGE)]
-
-
-@pytest.mark.parametrize("written_first", [0, PAGE, PAGE + 512], ids=["refused", "one page", "not a page"])
-def test_shard_is_buffered_where_direct_writes_are_refused(
-    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch, written_first: int
-) -> None:
-    """Some storage opens for direct I/O and then asks for more alignment than a page, or writes short."""
-    if not has_direct(tmp_path):
-        pytest.skip("this filesystem has no direct I/O")
-    mode = direct_mode()
-    shard = ShardFile(tmp_path / "shard", len(memory), b"", mode)
-    real, left = os.pwrite, [written_first]
-
-    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-        if descriptor != shard._direct:
-            return real(descriptor, data, offset)
-        if offset % PAGE or not left:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return real(shard._descriptor, data[: left.pop()], offset) if left[0] else refuse(left)
-
-    def refuse(left: list[int]) -> int:
-        left.clear()
-        raise OSError(errno.EINVAL, "Invalid argument")
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    shard.write(memory, 0)
-    shard.finish()
-    assert (tmp_path / "shard").read_bytes() == memory.tobytes()
-    assert mode.direct is (written_first % PAGE != 0)
-    mode.note(10 * TRIAL_BYTES)
-    assert mode.direct is (written_first % PAGE != 0), "storage that refused is not asked again"
-
-
-@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
-def test_shard_survives_short_writes(
-    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch, direct: bool
-) -> None:
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:PAGE], offset))
-    mode = direct_mode() if direct else WriteMode()
-    assert write_pieces(tmp_path / "shard", memory, [7, PAGE + 9], mode) == memory.tobytes()
-
-
-@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-def test_shard_that_cannot_be_written_says_so(
-    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch, number: int, direct: bool
-) -> None:
-    shard = ShardFile(tmp_path / "shard", len(memory), b"", direct_mode() if direct else WriteMode())
-
-    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(ResourceError, match="shard") as caught:
-        shard.write(memory, 0)
-    assert caught.value.exit_status == 5
-    shard.close()
-
-
-def test_shard_that_cannot_be_begun_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = len(os.listdir("/dev/fd"))
-    monkeypatch.setattr(os, "pwrite", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    with pytest.raises(ResourceError):
-        ShardFile(tmp_path / "shard", 10, b"header", WriteMode())
-    assert len(os.listdir("/dev/fd")) == before
-
-
-def test_shard_replaces_what_an_earlier_run_left(tmp_path: Path) -> None:
-    path = tmp_path / "shard"
-    path.write_bytes(b"x" * 100)
-    shard = ShardFile(path, 8, b"head", WriteMode())
-    shard.finish()
-    assert path.read_bytes() == b"head\0\0\0\0"
-
-
-# --------------------------------------------------------------------------------------------------- write mode
-
-
-@pytest.mark.parametrize(("buffered", "direct", "winner"), [(1.0, 2.0, False), (2.0, 1.0, True)])
-def test_write_mode_tries_both_and_takes_the_faster(
-    monkeypatch: pytest.MonkeyPatch, buffered: float, direct: float, winner: bool
-) -> None:
-    clock = [0.0]
-    monkeypatch.setattr("skillmerge.outputs.shard_file.time.monotonic", lambda: clock[0])
-    mode = WriteMode()
-    tried = []
-    for _ in range(20):
-        tried.append(mode.direct)
-        clock[0] += direct if mode.direct else buffered
-        mode.note(TRIAL_BYTES // 2)
-    assert set(tried[:8]) == {False, True}
-    assert set(tried[8:]) == {winner}
-
-
-# ------------------------------------------------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize(
-    ("number", "kind"),
-    [
-        (errno.ENOSPC, ResourceError),
-        (errno.EDQUOT, ResourceError),
-        (errno.EIO, ResourceError),
-        (errno.EACCES, UsageError),
-        (errno.EPERM, UsageError),
-        (errno.EROFS, UsageError),
-        (errno.ENOTDIR, UsageError),
-        (errno.ENAMETOOLONG, UsageError),
-    ],
-    ids=lambda value: errno.errorcode.get(value, "") if isinstance(value, int) else "",
-)
-def test_disk_error_says_where_and_what_to_do(number: int, kind: type[SkillmergeError]) -> None:
-    with pytest.raises(kind, match="some/file") as caught, disk_errors(Path("some/file")):
-        raise OSError(number, os.strerror(number))
-    assert caught.value.fix
-
-
 def test_staging_below_a_file_or_of_a_name_too_long_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     for place in (tmp_path / "file" / "merged", tmp_path / ("x" * 250)):
@@ -538,7 +355,7 @@ def test_recover_leaves_another_plans_publication_alone(output: Path) -> None:
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        staging._append({"manifest_sha256": hashlib.sha256(b"{}").hexdigest()})
+        staging.record({"manifest_sha256": hashlib.sha256(b"{}").hexdigest()})
         staging.files.rename(staging.folder / "complete")
     before = files(output)
     with closing(Staging(output)) as staging:
@@ -550,7 +367,7 @@ def test_recover_gives_back_an_output_that_another_plan_had_moved_away(output: P
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        staging._append({"manifest_sha256": hashlib.sha256(b"{}").hexdigest()})
+        staging.record({"manifest_sha256": hashlib.sha256(b"{}").hexdigest()})
         staging.files.rename(staging.folder / "complete")
         put_previous(staging.folder / "previous")
     with closing(Staging(output)) as staging:

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    numpy_of,
     random_tensors,
     read_checkpoint,
     run_cli,
@@ -25,9 +25,8 @@ from conftest import (
 import skillmerge
 from skillmerge.errors import InputError, UsageError
 from skillmerge.naming import module_kind
-from skillmerge.study.forecast import GRID
 from skillmerge.study.inspect import inspect
-from skillmerge.study.spectrum import SPECTRAL, describe_spectrum, truncated_svd
+from skillmerge.study.spectrum import truncated_svd
 from skillmerge.study.update_metrics import add_up, describe, measure_pair, measure_update
 from skillmerge.tensors import ULP_EDGES
 
@@ -35,14 +34,6 @@ FIGURES = [
     "norm", "norm_ratio", "energy", "other_norm", "updates_ratio", "cosine", "cosine_z", "cosine_z_signs", "conflict",
     "conflict_z", "changed", "above_absolute", "above_relative", "overlap", "overlap_chance",
 ]  # fmt: skip
-
-
-def numpy_of(folder: Path) -> dict[str, Any]:
-    return {
-        name: tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16
-        else tensor.numpy()
-        for name, tensor in read_checkpoint(folder).items()
-    }  # fmt: skip
 
 
 def figures(names: list[str], rl: Any, sft: Any, target: Any, whole: float) -> dict[str, float]:
@@ -199,48 +190,6 @@ def test_forecast_is_what_apply_then_measures(tmp_path: Path, stats: str, output
     assert json.loads(json.dumps(found.forecast["as_planned"])) == json.loads(json.dumps(measured))
 
 
-@pytest.mark.parametrize(("mode", "output"), [
-    ("bfloat16", {}), ("float32", {"dtype": "float32"}), ("bfloat16, stochastic", {"rounding": "stochastic"}),
-])  # fmt: skip
-def test_curve_is_what_apply_measures_at_each_lambda(tmp_path: Path, mode: str, output: dict[str, Any]) -> None:
-    recipe = write_family(tmp_path)
-    found = inspect(recipe, stats="full")
-    assert found.forecast is not None
-    points = {point["lambda"]: point for point in found.forecast["curves"][mode]["all"]}
-    assert list(points) == list(GRID)
-    for lam in (0.1, 0.5, 1.0, 1.3, 2.0):
-        recipe = write_recipe(tmp_path, coefficients={"lam": lam}, output={"path": "merged", **output})
-        measured = skillmerge.apply(recipe, stats="full", overwrite=True).manifest["statistics"]["all"]
-        assert points[lam]["realised"] == pytest.approx(measured["realised_lambda"], rel=1e-12)
-        assert points[lam]["vanished"] == measured["vanished"]
-        assert points[lam]["changed"] == measured["changed"]
-
-
-def test_float64_is_read_and_left_alone(tmp_path: Path) -> None:
-    """The same values in two dtypes have the same figures, forecast included."""
-    shapes = {"model.layers.0.mlp.up_proj.weight": (300, 400)}
-    found = []
-    for dtype in (torch.float32, torch.float64):
-        folder = tmp_path / str(dtype)
-        for seed, name in enumerate(("target", "rl", "sft")):
-            tensors = {key: value.to(dtype) for key, value in random_tensors(shapes, torch.float32, seed).items()}
-            write_checkpoint(folder / name, tensors)
-        recipe = write_recipe(folder, output={"path": "merged", "dtype": "bfloat16"})
-        found.append(inspect(recipe, stats="full"))
-        assert found[-1].forecast is not None
-        measured = skillmerge.apply(recipe, stats="full").manifest["statistics"]
-        assert found[-1].forecast["as_planned"] == measured
-    narrow, wide = (item.as_dict() for item in found)
-    for key in ("norm", "changed", "cosine", "largest", "conflict"):
-        assert narrow["all"][key] == wide["all"][key]
-    sft, rl = torch.tensor([2.0, 1.0], dtype=torch.float64), torch.tensor([-2.0, 1.0], dtype=torch.float64)
-    for name, tensor in (("sft", sft), ("rl", rl)):
-        write_checkpoint(tmp_path / "pair" / name, {"model.norm.weight": tensor})
-    total = inspect(str(tmp_path / "pair" / "sft"), str(tmp_path / "pair" / "rl")).total
-    assert total["changed"] == 0.5
-    assert total["ulps"] == [*[0] * len(ULP_EDGES), 1]
-
-
 def test_model_called_base_is_not_the_base(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "rl", "other", "target")):
         write_checkpoint(tmp_path / name, random_tensors(tensor_shapes(), seed=seed))
@@ -347,31 +296,9 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
         inspect(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
-def test_small_float64_updates_have_a_spectrum(tmp_path: Path) -> None:
-    before = random_tensors({"model.layers.0.mlp.up_proj.weight": (40, 60)}, torch.float64)
-    update = torch.outer(torch.ones(40), torch.linspace(1, 2, 60)).double() * 1e-12
-    write_checkpoint(tmp_path / "a", before)
-    write_checkpoint(tmp_path / "b", {name: tensor + update for name, tensor in before.items()})
-    (row,) = inspect(str(tmp_path / "a"), str(tmp_path / "b"), spectral=4).spectra.values()
-    assert row["stable_rank"] == pytest.approx(1, abs=1e-3)
-
-
 def test_coefficients_need_a_recipe(family: Path) -> None:
     with pytest.raises(UsageError, match="coefficients belong to a recipe"):
         inspect(str(family.parent / "sft"), str(family.parent / "rl"), coefficients={"lam": 2.0})
-
-
-def test_curves_of_very_many_tensors_are_sampled(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan's own figures are not, and the curves stay near."""
-    whole = inspect(family).forecast
-    monkeypatch.setattr("skillmerge.study.forecast._MOST", 6)
-    some = inspect(family).forecast
-    assert whole is not None
-    assert some is not None
-    assert some["as_planned"] == whole["as_planned"]
-    one, other = (found["curves"]["bfloat16"]["all"][9] for found in (whole, some))
-    assert one != other
-    assert other["realised"] == pytest.approx(one["realised"], abs=0.1)
 
 
 def test_threads_and_tiles_change_nothing(family: Path) -> None:
@@ -467,73 +394,3 @@ def test_inspect_command(family: Path) -> None:
     document = json.loads(run_cli("inspect", "recipe.yaml", "--json", "--stats", "off", cwd=folder).stdout)
     assert document["forecast"] is None
     assert set(document["all"]) >= set(FIGURES)
-
-
-# ------------------------------------------------------------------------------------------------------ directions
-
-
-def orthonormal(rows: int, columns: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
-
-
-def test_directions_of_a_known_update() -> None:
-    """Singular values, and the weights' own directions, are known; half of the update lies along them."""
-    rows, columns, k = 300, 200, 8
-    left, right = orthonormal(rows, 2 * k, 1), orthonormal(columns, 2 * k, 2)
-    weights = left[:, :k] * torch.linspace(10, 3, k, dtype=torch.float64) @ right[:, :k].T
-    along = torch.zeros(2 * k, dtype=torch.float64)
-    along[: k // 2] = along[k : k + k // 2] = 2.0
-    update = left * along @ right.T
-    found = describe_spectrum(update, weights, k, seed=0)
-    assert found["stable_rank"] == pytest.approx(k, rel=1e-6)
-    assert found["effective_rank"] == pytest.approx(k, rel=1e-6)
-    assert found["leading_energy"] == pytest.approx(1)
-    assert found["principal_left"] == pytest.approx(0.5)
-    assert found["principal_right"] == pytest.approx(0.5)
-    assert found["principal_left_chance"] == k / rows
-    assert found["principal_right_chance"] == k / columns
-    assert found["subspace_overlap"] == pytest.approx(0.5)
-    assert found["least_angle"] == pytest.approx(0, abs=1e-3)
-    apart = describe_spectrum(left[:, k:] @ right[:, k:].T, weights, k, seed=0)
-    assert apart["principal_left"] == pytest.approx(0, abs=1e-9)
-    assert apart["least_angle"] == pytest.approx(90, abs=1e-3)
-    nothing = describe_spectrum(torch.zeros(4, 4), None, 2, seed=0)
-    assert set(nothing) == set(SPECTRAL)
-    assert set(nothing.values()) == {None}
-
-
-def test_directions_equal_those_of_numpy(tmp_path: Path) -> None:
-    shapes = {"model.layers.0.mlp.up_proj.weight": (90, 70), "model.norm.weight": (16,)}
-    for seed, name in enumerate(("sft", "rl")):
-        write_checkpoint(tmp_path / name, random_tensors(shapes, torch.float32, seed))
-    found = inspect(str(tmp_path / "sft"), str(tmp_path / "rl"), spectral=64).spectra
-    assert list(found) == ["model.layers.0.mlp.up_proj.weight"]
-    sft, rl = (
-        numpy_of(tmp_path / name)["model.layers.0.mlp.up_proj.weight"].astype(np.float64) for name in ("sft", "rl")
-    )
-    v = rl - sft
-    u, s, _ = np.linalg.svd(v, full_matrices=False)
-    left, _, right = np.linalg.svd(sft, full_matrices=False)
-    energy = (s**2).sum()
-    shares = s[:64] ** 2 / (s[:64] ** 2).sum()
-    cosines = np.linalg.svd(u[:, :64].T @ left[:, :64], compute_uv=False)
-    wanted = {
-        "stable_rank": energy / s[0] ** 2,
-        "effective_rank": np.exp(-(shares * np.log(shares)).sum()),
-        "leading_energy": (s[:64] ** 2).sum() / energy,
-        "principal_left": ((left[:, :64].T @ v) ** 2).sum() / energy,
-        "principal_right": ((v @ right[:64].T) ** 2).sum() / energy,
-        "subspace_overlap": (cosines**2).mean(),
-    }
-    for key, value in wanted.items():
-        assert found["model.layers.0.mlp.up_proj.weight"][key] == pytest.approx(value, rel=1e-4), key
-
-
-def test_directions_are_shown(family: Path) -> None:
-    process = run_cli("inspect", family, "--spectral", "4", "--report", family.parent / "report.html")
-    assert process.returncode == 0, process.stderr
-    assert "directions (medians over matrices)" in process.stdout
-    assert "stable rank" in (family.parent / "report.html").read_text()
-    with pytest.raises(UsageError, match="1 to 64"):
-        inspect(family, spectral=65)

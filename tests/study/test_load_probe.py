@@ -1,0 +1,232 @@
+"""The load probe names whatever keeps transformers from loading a model, or the model from answering."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import read_checkpoint, run_cli, write_checkpoint, write_recipe
+from model_families import FAMILIES, LAM, UPDATES, save_models
+
+import skillmerge
+from skillmerge.naming import block_of
+
+LOADER = """
+import json, sys
+from skillmerge.study.load_probe import main
+for line in sys.stdin:
+    print(json.dumps(main(line.strip())), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    library = pytest.importorskip("transformers")
+    library.utils.logging.disable_progress_bar()
+    return library
+
+
+@pytest.fixture(scope="module")
+def families(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's folder with target, sft, rl and merged in it, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            root = tmp_path_factory.mktemp(name)
+            save_models(transformers, root, FAMILIES[name])
+            skillmerge.apply(write_recipe(root, coefficients={"lam": LAM}), device="cpu")
+            made[name] = root
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def load() -> Iterator[Callable[[Path], dict[str, Any]]]:
+    """The load probe in a process of its own, which serves all loads of this module."""
+    pytest.importorskip("transformers")
+    pipe, environment = subprocess.PIPE, {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOADER]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(folder: Path) -> dict[str, Any]:
+            print(folder, file=process.stdin, flush=True)
+            return dict(json.loads(process.stdout.readline()))
+
+        yield ask
+        process.stdin.close()
+
+
+def copy_with(
+    source: Path, folder: Path, drop: str = "", config: dict[str, Any] | None = None, **changed: torch.Tensor
+) -> Path:
+    """A copy of a model without one tensor, or with some added or replaced, or with other config keys."""
+    tensors = {name: tensor for name, tensor in read_checkpoint(source).items() if name != drop} | changed
+    document = json.loads((source / "config.json").read_text())
+    return write_checkpoint(folder, tensors, config={**document, **(config or {})})
+
+
+def inside_block(name: str) -> str:
+    """The end of a tensor's name, from its block on: the runtime may call what comes before differently."""
+    block = block_of(name)
+    assert block is not None
+    return name[len(block[0].rpartition(".")[0]) :].lstrip(".")
+
+
+def test_load_names_a_tensor_too_many(
+    families: Callable[[str], Path], load: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    extra = {"model.layers.7.surplus.weight": torch.ones(3)}
+    report = load(copy_with(families("llama") / "merged", tmp_path / "broken", **extra))
+    assert report["ok"] is False
+    assert report["unexpected_keys"] == ["model.layers.7.surplus.weight"]
+    assert report["why"] == "unexpected_keys: model.layers.7.surplus.weight"
+
+
+def test_load_names_a_tensor_of_another_shape_with_both_shapes(
+    families: Callable[[str], Path], load: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    changed = {"model.layers.1.self_attn.k_proj.weight": torch.ones(8, 32)}
+    report = load(copy_with(families("llama") / "merged", tmp_path / "broken", **changed))
+    assert report["ok"] is False
+    assert report["why"] == "mismatched_keys: model.layers.1.self_attn.k_proj.weight [8, 32] instead of [16, 32]"
+
+
+def test_load_names_an_expert_that_does_not_fit_the_others(
+    families: Callable[[str], Path], load: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    changed = {"model.layers.1.mlp.experts.2.up_proj.weight": torch.ones(8, 32)}
+    report = load(copy_with(families("qwen3_moe") / "merged", tmp_path / "broken", **changed))
+    assert report["ok"] is False
+    assert "model.layers.1.mlp.experts.gate_up_proj" in report["why"]
+
+
+def test_load_refuses_outputs_that_are_not_finite(
+    families: Callable[[str], Path], load: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    norm = torch.full((32,), float("nan"), dtype=torch.bfloat16)
+    changed = {"model.norm.weight": norm}
+    report = load(copy_with(families("llama") / "merged", tmp_path / "broken", **changed))
+    assert (report["ok"], report["finite"]) == (False, False)
+    assert "not finite" in report["why"]
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"architectures": ["LlamaForNothing"]}, "LlamaForNothing"),
+        ({"model_type": "unheard-of"}, "unheard-of"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "trust_remote_code"),
+        ({"hidden_act": "unheard-of"}, "unheard-of"),
+        ({"num_hidden_layers": 3}, "model.layers.2."),
+        ({"num_hidden_layers": 1}, "model.layers.1."),
+    ],
+)
+def test_load_says_what_is_wrong_with_a_config(
+    config: dict[str, Any],
+    why: str,
+    families: Callable[[str], Path],
+    load: Callable[[Path], dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    report = load(copy_with(families("llama") / "merged", tmp_path / "broken", config=config))
+    assert report["ok"] is False
+    assert why in report["why"]
+
+
+def test_load_of_a_model_that_names_no_class_takes_the_automatic_one(
+    families: Callable[[str], Path], load: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    target = families("llama") / "merged"
+    report = load(copy_with(target, tmp_path / "headless", drop="lm_head.weight", config={"architectures": None}))
+    assert report["ok"], report["why"]
+    assert (report["class"], report["shape"]) == ("LlamaModel", [1, 8, 32])
+
+
+def test_load_reports_a_missing_shard_and_serves_on(
+    families: Callable[[str], Path], load: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    merged = families("llama") / "merged"
+    broken = Path(shutil.copytree(merged, tmp_path / "broken"))
+    next(broken.glob("model-00002-*")).unlink()
+    report = load(broken)
+    assert report["ok"] is False
+    assert "model-00002-" in report["why"]
+    assert load(merged)["ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        (
+            "ViTForImageClassification",
+            {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+            | {"image_size": 32, "patch_size": 16},
+        ),
+        (
+            "Wav2Vec2ForCTC",
+            {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+            | {"vocab_size": 16, "conv_dim": [16, 16], "conv_kernel": [10, 8], "conv_stride": [5, 4]}
+            | {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2},
+        ),
+    ],
+)
+def test_load_makes_up_pictures_and_sound(
+    architecture: str,
+    settings: dict[str, Any],
+    transformers: Any,
+    load: Callable[[Path], dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    kind = getattr(transformers, architecture)
+    kind(kind.config_class(**settings)).save_pretrained(tmp_path)
+    report = load(tmp_path)
+    assert report["ok"], report["why"]
+    assert report["finite"] is True
+
+
+def test_load_says_so_where_it_cannot_make_up_inputs(
+    transformers: Any, load: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    """Text and picture both needed: the weights fit, and the report says that only the run failed."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(
+        text_config={**small, "vocab_size": 64},
+        vision_config={**small, "image_size": 28, "patch_size": 14},
+        projection_dim=16,
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    report = load(tmp_path)
+    assert report["ok"] is False
+    assert report["why"].startswith("its weights load, but it does not run on made-up inputs")
+
+
+def test_verify_load_on_the_command_line(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """The whole way as a person goes it; then a donor whose config promises biases that nobody has."""
+    folder = families("qwen3_moe")
+    apply = partial(run_cli, "apply", "--device", "cpu", "--output")
+    assert apply(tmp_path / "merged", folder / "recipe.yaml").returncode == 0
+    checked = run_cli("verify", "--load", "--json", tmp_path / "merged")
+    assert checked.returncode == 0, checked.stderr
+    assert json.loads(checked.stdout)["load"]["class"] == "Qwen3MoeForCausalLM"
+
+    for model in UPDATES:
+        copy_with(folder / model, tmp_path / model, config={"attention_bias": True})
+    recipe = write_recipe(tmp_path)
+    assert apply(tmp_path / "promising", recipe).returncode == 0
+    assert run_cli("verify", tmp_path / "promising").returncode == 0
+    checked = run_cli("verify", "--load", tmp_path / "promising")
+    assert checked.returncode == 3
+    assert "missing_keys: model.layers.0.self_attn.k_proj.bias" in checked.stderr

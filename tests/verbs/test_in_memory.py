@@ -1,0 +1,118 @@
+"""Candidates merged in memory have the weights that `apply` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_recipe
+from safetensors.torch import load_file, save_file
+
+import skillmerge
+from skillmerge.plans.opening import Access
+from skillmerge.recipes.candidates import with_values
+from skillmerge.recipes.parse import load
+from skillmerge.verbs.demo import write_family as write_demo
+from skillmerge.verbs.miniature import questions
+from skillmerge.verbs.sweep.in_memory import MergedModel
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built-in family, with half of the questions to choose by and half held out."""
+    folder = tmp_path_factory.mktemp("sweep") / "demo"
+    write_demo(folder)
+    rows = [
+        json.dumps({"question": " ".join(question.words), "answer": question.wanted, "pattern": r"(\S+)$"})
+        for question in questions()
+    ]
+    (folder / "choose.jsonl").write_text("\n".join(rows[0:256:2]) + "\n")
+    (folder / "held.jsonl").write_text("\n".join(rows[1:256:2]) + "\n")
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------- in place
+
+
+@pytest.mark.parametrize("formula", ["target + lam * (rl - sft)", "(1 - lam) * target + lam * rl"])
+def test_weights_in_memory_are_those_that_apply_writes(tmp_path: Path, formula: str, demo: Path) -> None:
+    """Bit for bit, for every candidate, statistics included."""
+    names = {"target": "target-sft", "rl": "source-rl", "sft": "source-sft"}
+    models = {key: str(demo / name) for key, name in names.items()}
+    recipe = load(write_recipe(tmp_path, formula, models=models, coefficients={"lam": 1.0}))
+    model = MergedModel(recipe, Access(), "cpu", lambda message: None)
+    for lam in (0.0, 0.3, 1.0, -1.0, 1.7):
+        candidate = with_values(recipe, {"lam": lam})
+        statistics = model.use(candidate)
+        made = skillmerge.apply(candidate, tmp_path / f"out-{lam}")
+        wanted = transformers.AutoModelForCausalLM.from_pretrained(made.output, dtype="auto").state_dict()
+        found = model.model.state_dict()
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), (lam, name)
+        assert statistics["all"] == made.manifest["statistics"]["all"]
+    model.close()
+
+
+def test_stochastic_rounding_in_memory_too(tmp_path: Path, demo: Path) -> None:
+    models = {
+        key: str(demo / name) for key, name in {"target": "target-sft", "rl": "source-rl", "sft": "source-sft"}.items()
+    }
+    output = {"rounding": "stochastic", "seed": 3}
+    recipe = load(write_recipe(tmp_path, models=models, output=output))
+    model = MergedModel(recipe, Access(), "cpu", lambda message: None)
+    model.use(recipe)
+    made = skillmerge.apply(recipe, tmp_path / "out")
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(made.output, dtype="auto").state_dict()
+    for name, tensor in model.model.state_dict().items():
+        assert torch.equal(tensor.view(torch.int16), wanted[name].view(torch.int16)), name
+    model.close()
+
+
+def test_a_skill_is_held_in_memory_as_well(tmp_path: Path, demo: Path) -> None:
+    skillmerge.extract(str(demo / "source-rl"), str(demo / "source-sft"), tmp_path / "skill")
+    models = {"target": str(demo / "target-sft"), "math": {"skill": "skill"}}
+    recipe = load(write_recipe(tmp_path, "target + lam * math", models=models))
+    model = MergedModel(recipe, Access(), "cpu", lambda message: None)
+    model.use(with_values(recipe, {"lam": 0.9}))
+    made = skillmerge.apply(with_values(recipe, {"lam": 0.9}), tmp_path / "out")
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(made.output, dtype="auto").state_dict()
+    for name, tensor in model.model.state_dict().items():
+        assert torch.equal(tensor.view(torch.int16), wanted[name].view(torch.int16)), name
+    model.close()
+
+
+def test_too_little_memory_is_told_before_any_work(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skillmerge.verbs.sweep.in_memory.free_memory", lambda: 1000)
+    process_free = pytest.raises(skillmerge.SkillmergeError, match="scoring in memory holds")
+    with process_free:
+        MergedModel(load(demo / "recipe.yaml"), Access(), "cpu", lambda message: None)
+
+
+def test_tied_parameters_that_part_are_loaded_anew(tmp_path: Path) -> None:
+    """Both the embedding and the head are in the files, equal at first: transformers makes one parameter of them."""
+    config = transformers.Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    for seed, name in enumerate(("target", "rl", "sft")):
+        torch.manual_seed(seed)
+        transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    rules = {"default": 0.0, "rules": [{"tensors": "*embed_tokens*", "value": 0.5}]}
+    recipe = load(write_recipe(tmp_path, coefficients={"lam": rules}))
+    notes: list[str] = []
+    model = MergedModel(with_values(recipe, {"lam.rules.0.value": 0.0}), Access(), "cpu", notes.append)
+    assert any("loaded anew" in note for note in notes)
+    candidate = with_values(recipe, {"lam.rules.0.value": 0.7})
+    model.use(candidate)
+    out = skillmerge.apply(candidate, tmp_path / "out").output
+    wanted = transformers.Qwen2ForCausalLM.from_pretrained(out, dtype="auto").state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.model.state_dict().items())
+    model.close()
