@@ -90,7 +90,6 @@ LONG_FUNCTIONS: dict[str, str] = {
     "cli.proving.verify": "to be cut",
     "cli.show.charts.chart": "to be cut",
     "engine.shards.merge_shards": "to be cut",
-    "engine.skill_shards.cut_shards": "to be cut",
     "outputs.manifest.build": "to be cut",
     "study.inspect.inspect": "to be cut",
     "verbs.apply.apply": "to be cut",
