@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 
 import skillmerge.engine.shards  # noqa: F401  (imports torch, which costs a second)
 from skillmerge import reporter
+from skillmerge.engine.runners import threads
 from skillmerge.errors import SkillmergeError
 from skillmerge.outputs import shard_file, staging, verify
 from skillmerge.plans.budget import Budget
@@ -132,7 +133,7 @@ def child(request: dict[str, Any], answers: int) -> NoReturn:
     if request.pop("no_exchange", False):
         staging.exchange = lambda first, second: False
     # Small tiles, so that a small shard takes several writes.
-    apply.budget = lambda plan, *, threads, **limits: Budget(threads or 2, BLOCK, 0)
+    threads.budget = apply.budget = lambda plan, *, threads, **limits: Budget(threads or 2, BLOCK, 0)
     teller, steps = Teller(), Steps(kill_at)
     steps.watch()
     answer: dict[str, Any] = {"already": False, "message": ""}

@@ -9,6 +9,7 @@ from conftest import random_tensors, tensor_shapes, write_checkpoint
 from hub_server import HubServer
 
 import skillmerge
+from skillmerge.engine.runner import Work
 from skillmerge.recipes.parse import load
 from skillmerge.verbs.rebuild import How, check_rebuild
 
@@ -47,5 +48,5 @@ def check(recipe: Path) -> None:
     assert any(tensor.action in ("merge", "compute") for tensor in plan.tensors.values())
     output = skillmerge.apply(recipe, threads=2).output
     assert skillmerge.verify(output).tensors == len(plan.tensors)
-    otherwise = How(threads=5, memory_limit=1_500_000_000, device="cpu")
+    otherwise = How(work=Work("cpu", 5, 1_500_000_000))
     assert check_rebuild(output, how=otherwise).tensors == len(plan.tensors)

@@ -129,8 +129,8 @@ def plan(
     from skillmerge.cli.show import terminal
     from skillmerge.plans.budget import budget, check_disk, free_disk
     from skillmerge.plans.saved import describe, read
-    from skillmerge.verbs.apply import is_done
     from skillmerge.verbs.plan import make_plan
+    from skillmerge.verbs.target import is_done
 
     check_places(report=report_file, save=save, markdown=markdown_file)
     before = read(diff) if diff is not None else None

@@ -154,13 +154,16 @@ def rebuild(
     A difference is exit 3, models that have changed since are exit 7.
     """
     from skillmerge.cli.show import terminal
+    from skillmerge.engine.runner import Work
     from skillmerge.verbs.rebuild import How, check_rebuild
     from skillmerge.verbs.rebuild import rebuild as run
 
     if check == (output is not None):
         raise UsageError("say what to do", fix="give --check (compare, write nothing) or --output NEW (build it again)")
     reporter = TerminalReporter(quiet, verbose=False, doing="rebuilding")
-    how = How(base=Path(base_folder) if base_folder is not None else None, reporter=reporter, **options)
+    work = Work(options.pop("device"), options.pop("threads"), options.pop("memory_limit"))
+    base = Path(base_folder) if base_folder is not None else None
+    how = How(base=base, work=work, reporter=reporter, **options)
     made = run(folder, output, how) if output is not None else check_rebuild(folder, sample=sample, seed=seed, how=how)
     if as_json:
         print_json({"ok": True, **made.as_dict()})

@@ -57,18 +57,15 @@ class StreamFile(Protocol):
 
 
 class Destination(Protocol):
-    """Where shards go. finished: those that are done, by file."""
+    """Where shards go. finished: those that are done, by file.
+
+    A shard's file is opened once a run, by its size (`open_shard`) or, where that is known only at its end, as a
+    stream (`open_stream`). The caller of a runner records what is durable.
+    """
 
     finished: dict[str, ShardRecord]
 
     def open_shard(self, shard: ShardPlan) -> SpanFile: ...
-    def record(self, done: ShardRecord) -> None: ...
-
-
-class StreamDestination(Protocol):
-    """Where the files of a skill go, whose sizes are known only when they are finished."""
-
-    finished: dict[str, ShardRecord]
-
     def open_stream(self, shard: ShardPlan, start: int) -> StreamFile: ...
-    def record(self, done: ShardRecord) -> None: ...
+    def record(self, done: ShardRecord) -> None:
+        """Note that a shard is finished, durably; what it speaks of must be durable already."""

@@ -12,38 +12,36 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
-import torch
-
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.engine.destination import Destination, ShardRecord
+from skillmerge.engine.destination import Destination, ShardRecord, SpanFile
 from skillmerge.engine.rounding_statistics import total
+from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Buffer, Span, spans
 from skillmerge.engine.worker import Settings, Statistics, Worker
 from skillmerge.plans.budget import OUTPUT_BUFFERS, WRITERS
 from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.tensors import DTYPES, PAGE
 
-_PATIENCE = 5.0
-"""Seconds that an interrupted run waits for its threads."""
-
 READ_AHEAD = 6
 """How many spans before its turn the system is told that a span's inputs will be read."""
 
+_WAIT = 0.2
+"""Seconds between two looks at whether the run is over, of a thread that waits for something else."""
 
-class ShardJob:
+
+class _ShardFile:
     """One shard in flight: hands out its spans, keeps its digest in order, finishes its file."""
 
-    def __init__(self, run: Run, shard: ShardPlan) -> None:
-        plan, tile = run.plan, run.settings.budget.tile
+    def __init__(self, plan: Plan, shard: ShardPlan, tile: int, file: SpanFile) -> None:
         self.shard = shard
         self.spans = spans(plan, shard, tile)
         self.taken = 0
-        self.file = run.destination.open_shard(shard)
+        self.file = file
         self.statistics: Statistics = {
             spec.name: {} for spec in shard.specs if plan.tensors[spec.name].action == "merge"
         }
@@ -90,7 +88,7 @@ class ShardJob:
         )
 
 
-class Run:
+class _Run:
     """What the threads of one run share: shards to do, buffers to fill, spans to write."""
 
     def __init__(
@@ -100,106 +98,115 @@ class Run:
         destination: Destination,
         settings: Settings,
         shards: Sequence[ShardPlan],
-        in_flight: int | None,
-        finished: Callable[[ShardRecord], None],
+        room: threading.Semaphore | None,
+        stream: Stream,
     ) -> None:
-        self.in_flight, self.finished = in_flight, finished
         self.plan, self.checkpoints, self.destination, self.settings = plan, checkpoints, destination, settings
+        self.stream, self.room, self.granted = stream, room, 0
         self.unstarted = deque(shards)
-        self.jobs: list[ShardJob] = []
-        self.lock = threading.Condition()
-        self.stop = threading.Event()
-        self.failure: BaseException | None = None
+        self.open: list[_ShardFile] = []
+        self.lock = threading.Lock()
         self.moved = 0
         """Bytes of output written, for the progress display."""
-        self.full: SimpleQueue[tuple[ShardJob, Span, Buffer] | None] = SimpleQueue()
+        self.full: SimpleQueue[tuple[_ShardFile, Span, Buffer] | None] = SimpleQueue()
         self.free: SimpleQueue[Buffer] = SimpleQueue()
+        self.done: SimpleQueue[ShardRecord] = SimpleQueue()
         widest = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=1)
-        count = OUTPUT_BUFFERS * settings.budget.threads
-        self.buffers = [Buffer(settings.budget.tile * widest + PAGE, settings.device) for _ in range(count)]
-        for buffer in self.buffers:
-            self.free.put(buffer)
+        for _ in range(OUTPUT_BUFFERS * settings.budget.threads):
+            self.free.put(stream.keep(Buffer(settings.budget.tile * widest + PAGE, settings.device)))
 
-    def cancel(self) -> None:
-        """Stop every thread, those too that wait for a network."""
-        self.stop.set()
-        for checkpoint in self.checkpoints.values():
-            checkpoint.files.cancel()
+    def start(self) -> None:
+        self.stream.start(self.settings.budget.threads, self._work)
+        self.stream.start(WRITERS, self._write, self._end)
 
-    def work(self) -> None:
+    def _end(self) -> None:
+        for _ in range(WRITERS):
+            self.full.put(None)
+
+    def finished(self, count: int, progress: Callable[[int], None]) -> Iterator[ShardRecord]:
+        """The records of `count` shards, each as soon as its file is durable."""
+        while count:
+            self.stream.check()
+            progress(self.moved)
+            try:
+                record = self.done.get(timeout=_WAIT)
+            except Empty:
+                continue
+            yield record
+            count -= 1
+        progress(self.moved)
+
+    def _work(self) -> None:
         """A worker's life: a free buffer, a span, its bytes, and on to the writers."""
-        worker = Worker(self.plan, self.checkpoints, self.settings, self.stop)
-        job: ShardJob | None = None
-        try:
-            while (buffer := self._free_buffer()) is not None and (taken := self.take(job)) is not None:
-                job, span = taken
-                if span is None:
-                    self.free.put(buffer)
-                    self.complete(job)
-                    continue
-                for coming in job.spans[span.index + READ_AHEAD :][:1]:
-                    worker.reader.announce(coming)
-                worker.fill(span, buffer, job.statistics)
-                self.full.put((job, span, buffer))
-        finally:
-            worker.close()
+        worker = self.stream.own(lambda: Worker(self.plan, self.checkpoints, self.settings, self.stream.stop))
+        file: _ShardFile | None = None
+        while (buffer := self._free_buffer()) is not None and (taken := self._take(file)) is not None:
+            file, span = taken
+            if span is None:
+                self.free.put(buffer)
+                self._complete(file)
+                continue
+            for coming in file.spans[span.index + READ_AHEAD :][:1]:
+                worker.reader.announce(coming)
+            worker.fill(span, buffer, file.statistics)
+            self.full.put((file, span, buffer))
 
-    def write(self) -> None:
-        """A writer's life: until there is nothing left to write."""
-        while (item := self.full.get()) is not None and not self.stop.is_set():
-            job, span, buffer = item
-            if job.add(span, buffer, self.free.put):
-                self.complete(job)
+    def _write(self) -> None:
+        """A writer's life: until nothing more is wanted."""
+        while (item := self.full.get()) is not None and not self.stream.stop.is_set():
+            file, span, buffer = item
+            if file.add(span, buffer, self.free.put):
+                self._complete(file)
             with self.lock:
                 self.moved += span.nbytes
 
     def _free_buffer(self) -> Buffer | None:
-        while not self.stop.is_set():
-            try:
-                return self.free.get(timeout=0.2)
-            except Empty:
-                continue
+        while not self.stream.stop.is_set():
+            with suppress(Empty):
+                return self.free.get(timeout=_WAIT)
         return None
 
-    def close(self) -> None:
-        for job in self.jobs:
-            job.file.close()
-        for buffer in self.buffers:
-            buffer.close()
-
-    def take(self, mine: ShardJob | None) -> tuple[ShardJob, Span | None] | None:
+    def _take(self, mine: _ShardFile | None) -> tuple[_ShardFile, Span | None] | None:
         """The next span: of the worker's own shard, of a new one, or of the one with the most left.
 
         None when nothing is left; a shard without weights comes without a span.
         """
-        with self.lock:
-            while not self.stop.is_set():
-                job = mine if mine is not None and mine.left else self._next_job()
-                if job is not None and job.left:
-                    job.taken += 1
-                    return job, job.spans[job.taken - 1]
-                if job is not None or not self.unstarted:
-                    return (job, None) if job is not None else None
-                self.lock.wait(0.2)  # as many shards are in flight as may be
-            return None
+        while not self.stream.stop.is_set():
+            with self.lock:
+                file = mine if mine is not None and mine.left else self._next_file()
+                if file is not None and file.left:
+                    file.taken += 1
+                    return file, file.spans[file.taken - 1]
+                if file is not None or not self.unstarted:
+                    return (file, None) if file is not None else None
+            if self.room is not None and self.room.acquire(timeout=_WAIT):
+                with self.lock:
+                    self.granted += 1
+        return None
 
-    def _next_job(self) -> ShardJob | None:
-        if not self.unstarted or (self.in_flight is not None and len(self.jobs) >= self.in_flight):
-            return max((job for job in self.jobs if job.left), key=lambda job: job.left, default=None)
-        self.jobs.append(ShardJob(self, self.unstarted.popleft()))
-        return self.jobs[-1]
+    def _next_file(self) -> _ShardFile | None:
+        if not self.unstarted or not self._has_room():
+            return max((file for file in self.open if file.left), key=lambda file: file.left, default=None)
+        shard = self.unstarted.popleft()
+        file = _ShardFile(self.plan, shard, self.settings.budget.tile, self.destination.open_shard(shard))
+        self.open.append(file)
+        self.stream.keep(file.file)
+        return file
 
-    def complete(self, job: ShardJob) -> None:
-        """Make a shard durable, then say so in the journal."""
-        done = job.finish()
-        for model, files in self._files_read(job.shard).items():
+    def _has_room(self) -> bool:
+        if self.granted:
+            self.granted -= 1
+            return True
+        return self.room is None or self.room.acquire(blocking=False)
+
+    def _complete(self, file: _ShardFile) -> None:
+        """Make a shard durable, then hand it over."""
+        record = file.finish()
+        for model, files in self._files_read(file.shard).items():
             self.checkpoints[model].check_unchanged(files)
-        self.destination.record(done)
-        self.finished(done)
         with self.lock:
-            self.destination.finished.setdefault(job.shard.file, done)
-            self.jobs.remove(job)
-            self.lock.notify_all()
+            self.open.remove(file)
+        self.done.put(record)
 
     def _files_read(self, shard: ShardPlan) -> dict[str, set[str]]:
         files: dict[str, set[str]] = {}
@@ -214,69 +221,17 @@ def merge_shards(
     checkpoints: Mapping[str, Checkpoint],
     destination: Destination,
     settings: Settings,
-    *,
-    shards: Sequence[ShardPlan] | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-    in_flight: int | None = None,
-    finished: Callable[[ShardRecord], None] = lambda done: None,
-) -> None:
-    """Write the shards that `destination` has not finished yet (all of the plan's, or those given).
+    shards: Sequence[ShardPlan],
+    progress: Callable[[int], None],
+    room: threading.Semaphore | None = None,
+) -> Iterator[ShardRecord]:
+    """Write `shards`, and yield the record of each as soon as its file is durable.
 
-    Idempotent per shard: what one call leaves unfinished, another may do. `progress` gets the bytes of output
-    finished so far, a few times a second, in the calling thread. `finished` gets the record of each shard
-    when that is durable, in a thread of the run; no more than `in_flight` shards are begun and not yet
-    handed to it.
+    Idempotent per shard: what one call leaves unfinished, another may do. progress: gets the bytes of output written
+    so far, a few times a second, in the calling thread. room: acquired for each shard that is begun; whoever takes a
+    finished shard off the disk releases it.
     """
-    wanted = [shard for shard in (shards or plan.shards) if shard.file not in destination.finished]
-    before = sum(shard.size for shard in plan.shards if shard.file in destination.finished)
-    run = Run(plan, checkpoints, destination, settings, wanted, in_flight, finished)
-    intraop = torch.get_num_threads()
-    torch.set_num_threads(1)
-    workers = [
-        threading.Thread(target=_guard, args=(run, run.work), daemon=True) for _ in range(settings.budget.threads)
-    ]
-    writers = [
-        threading.Thread(target=_guard, args=(run, run.write), daemon=True) for _ in range(WRITERS + (in_flight or 0))
-    ]
-    interrupted = False
-    try:
-        for thread in (*workers, *writers):
-            thread.start()
-        for thread in workers:
-            while thread.is_alive():
-                thread.join(0.25)
-                progress(before + run.moved)
-        for _ in writers:
-            run.full.put(None)
-        for thread in writers:
-            while thread.is_alive():
-                thread.join(0.25)
-        progress(before + run.moved)
-    except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        run.cancel()
-        raise
-    finally:
-        run.stop.set()
-        for _ in writers:
-            run.full.put(None)
-        deadline = time.monotonic() + _PATIENCE
-        for thread in (*workers, *writers):
-            if thread.ident is not None:  # else the system had none to give
-                thread.join(max(0.0, deadline - time.monotonic()) if interrupted else None)
-        if not any(thread.is_alive() for thread in (*workers, *writers)):
-            run.close()  # else one of them waits for a network, and works with what this would close
-        torch.set_num_threads(intraop)
-    if run.failure is not None:
-        raise run.failure
-
-
-def _guard(run: Run, body: Callable[[], None]) -> None:
-    """Run a thread's body; the first failure stops all of them."""
-    try:
-        with torch.inference_mode():
-            body()
-    except BaseException as error:
-        with run.lock:
-            run.failure = run.failure or error
-        run.cancel()
+    with Stream(checkpoints.values()) as stream:
+        run = _Run(plan, checkpoints, destination, settings, shards, room, stream)
+        run.start()
+        yield from run.finished(len(shards), progress)

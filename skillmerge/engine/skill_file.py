@@ -17,7 +17,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill import SKILL_FILE, SKILL_VERSION, part_name, tensor_digest
 from skillmerge.checkpoints.kinds.skill_planes import COMPRESSED, deflate
 from skillmerge.checkpoints.kinds.sparse import Encoded
-from skillmerge.engine.destination import ShardRecord, StreamDestination
+from skillmerge.engine.destination import Destination, ShardRecord
 from skillmerge.engine.rounding_statistics import summarise_skill
 from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
 from skillmerge.tensors import BLOCK, DTYPES, UNIT, TensorSpec
@@ -77,7 +77,7 @@ class SkillFile:
 
     def __init__(
         self,
-        destination: StreamDestination,
+        destination: Destination,
         shard: ShardPlan,
         plan: Plan,
         checkpoints: Mapping[str, Checkpoint],

@@ -19,7 +19,7 @@ from torch import Tensor
 from skillmerge.bits import any_nonfinite, fold_sum, memory_of, torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.sparse import Encoder, differing, places_of, within
-from skillmerge.engine.destination import ShardRecord, StreamDestination
+from skillmerge.engine.destination import Destination, ShardRecord
 from skillmerge.engine.skill_file import Cut, Kept, SkillFile, Unit, compressed
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Span, Tile
@@ -34,36 +34,32 @@ from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT
 def cut_shards(
     plan: Plan,
     checkpoints: Mapping[str, Checkpoint],
-    destination: StreamDestination,
+    destination: Destination,
     settings: Settings,
-    *,
-    progress: Callable[[int], None] = lambda done: None,
-    in_flight: int | None = None,
-    finished: Callable[[ShardRecord], None] = lambda done: None,
-) -> None:
-    """Write the files of a skill that `destination` has not finished yet; see `engine.merge_shards`."""
-    wanted = [shard for shard in plan.shards if shard.file not in destination.finished]
-    done = sum(shard.size for shard in plan.shards if shard.file in destination.finished)
+    shards: Sequence[ShardPlan],
+    progress: Callable[[int], None],
+) -> Iterator[ShardRecord]:
+    """Write files of a skill, and yield the record of each as soon as it is durable; see `shards.merge_shards`."""
+    threads = settings.budget.threads
     with Stream(checkpoints.values()) as stream:
         cutter = _Cutter(plan, checkpoints, settings, stream)
         cutter.compare_all()
-        threads = settings.budget.threads
         if plan.recipe.output.keep is not None:
             chosen = [tensor for tensor in plan.tensors.values() if tensor.action == "compute"]
             select = partial(cutter.select, share=plan.recipe.output.keep)
             kept = stream.map(select, chosen, threads=threads, ahead=threads + 1)
             cutter.kept = dict(zip((tensor.name for tensor in chosen), kept, strict=True))
-        units = [unit for shard in wanted for unit in _units(plan, shard)]
+        units = [unit for shard in shards for unit in _units(plan, shard)]
         cuts = stream.map(cutter.cut, cutter.announced(units), threads=threads, ahead=threads + 1)
 
         def files() -> Iterator[SkillFile]:
-            nonlocal done
-            for shard in wanted:
+            moved = 0
+            for shard in shards:
                 file = stream.keep(SkillFile(destination, shard, plan, checkpoints, cutter.kept))
                 for unit in _units(plan, shard):
                     file.add(unit, next(cuts))
-                    done += unit.length * DTYPES[unit.spec.dtype].itemsize
-                    progress(done)
+                    moved += unit.length * DTYPES[unit.spec.dtype].itemsize
+                    progress(moved)
                 yield file
 
         def complete(file: SkillFile) -> ShardRecord:
@@ -73,10 +69,7 @@ def cut_shards(
                 checkpoint.check_unchanged()
             return record
 
-        for record in stream.map(complete, files(), threads=1, ahead=2):
-            destination.record(record)
-            destination.finished[record.file] = record
-            finished(record)
+        yield from stream.map(complete, files(), threads=1, ahead=2)
 
 
 def _units(plan: Plan, shard: ShardPlan) -> Iterator[Unit]:

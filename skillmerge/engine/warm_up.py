@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from threading import Event, Thread
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import SkillmergeError
-from skillmerge.plans.plan import Plan
+from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.tensors import DTYPES, UNIT
 
 
 @contextmanager
-def reading_ahead(plan: Plan, checkpoints: Mapping[str, Checkpoint], finished: Container[str]) -> Iterator[None]:
+def reading_ahead(plan: Plan, checkpoints: Mapping[str, Checkpoint], shards: Sequence[ShardPlan]) -> Iterator[None]:
     """During the body, have the first weights that are wanted read into the page cache."""
-    wanted = (spec for shard in plan.shards if shard.file not in finished for spec in shard.specs)
-    sources = (source for spec in wanted for source in plan.tensors[spec.name].sources)
+    sources = (source for shard in shards for spec in shard.specs for source in plan.tensors[spec.name].sources)
     stop = Event()
 
     def announce() -> None:

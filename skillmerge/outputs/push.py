@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from skillmerge.threads import in_threads
 
 _SMALL = 1 << 20
 """Files up to this many bytes travel inside the commit."""
+
+_SHARDS_ON_DISK = 2
+"""Shards that a merge to the Hub alone keeps at most: one is made while another is sent."""
 
 
 def push(
@@ -140,7 +144,7 @@ def _hub_files(
 class Publication:
     """A merge's own push: checked before the work, fed while it goes on, made visible after it.
 
-    With `remove`, each shard is sent and deleted before `finished` returns: the disk holds those in flight alone.
+    With `remove`, each shard is deleted as soon as it is sent, and `room` keeps the disk from holding more than two.
     """
 
     def __init__(self, plan: Plan, repository: str | None, remove: bool, options: Mapping[str, Any]) -> None:
@@ -151,7 +155,10 @@ class Publication:
         if self._card is None or not read_metadata(self._card)[1].get("license"):
             license_of([{"name": item.name, "license": item.license} for item in plan.inputs], output.license)
         self._connected: Publisher | None = None
-        self._pool = ThreadPoolExecutor(2)
+        self._pool = ThreadPoolExecutor(_SHARDS_ON_DISK)
+        self._sent: list[Future[None]] = []
+        self.room = threading.Semaphore(_SHARDS_ON_DISK) if remove else None
+        """Taken by each shard that is begun, given back by each that has left the disk."""
         self._staging: Staging | None = None
         self._on_the_hub = _hub_files(
             (item.uri, item.revision, [(file.name, file.stated_sha256) for file in item.files]) for item in plan.inputs
@@ -168,11 +175,6 @@ class Publication:
     def repository(self) -> str:
         return self._push.repository
 
-    @property
-    def in_flight(self) -> int | None:
-        """How many shards may lie on the disk at once, or None."""
-        return 2 if self._remove else None
-
     def find(self) -> tuple[Published, dict[str, Any]] | None:
         """This plan's output, where the Hub has it already, and its manifest."""
         title = _title(self._plan.recipe.document.data["merge"], self._plan.digest)
@@ -180,20 +182,36 @@ class Publication:
 
     def disk_needed(self, output: int) -> int:
         """Bytes, where the whole output would need `output`."""
-        if self.in_flight is None:
+        if not self._remove:
             return output
         sides = sum(file.size for file in self._plan.side_files)
-        return min(output, sides + self.in_flight * max((shard.size for shard in self._plan.shards), default=0))
+        return min(output, sides + _SHARDS_ON_DISK * max((shard.size for shard in self._plan.shards), default=0))
 
     def attach(self, staging: Staging) -> None:
         """Begin, with the shards of an earlier run: those it sent, and those it had no time to send."""
         self._staging = staging
         _ = self._publisher
         for done in list(staging.finished.values()):
-            self.finished(done)
+            if self._remove:
+                self._take(done)
+            else:
+                self._sent.append(self._pool.submit(self._take, done))
 
-    def finished(self, done: ShardRecord) -> None:
-        """A shard is complete; called from any thread."""
+    def send(self, done: ShardRecord) -> None:
+        """A shard is complete: send it, while others are made. Raises what an earlier one has failed with."""
+        if self._remove:
+            for future in [future for future in self._sent if future.done()]:
+                future.result()
+        self._sent.append(self._pool.submit(self._send, done))
+
+    def _send(self, done: ShardRecord) -> None:
+        try:
+            self._take(done)
+        finally:
+            if self.room is not None:
+                self.room.release()
+
+    def _take(self, done: ShardRecord) -> None:
         assert self._staging is not None
         name, size, sha256 = done.file, done.size, done.sha256
         path = self._staging.files / name
@@ -201,10 +219,9 @@ class Publication:
             self._publisher.copy(name, size, sha256, *self._on_the_hub[sha256])
         elif done.uploaded:
             self._publisher.take_uploaded(name, size, sha256)
-        elif not self._remove:
-            self._pool.submit(self._publisher.upload, name, path, size, sha256)
         else:
-            check_shard(path, next(shard.specs for shard in self._plan.shards if shard.file == name))
+            if self._remove:
+                check_shard(path, next(shard.specs for shard in self._plan.shards if shard.file == name))
             self._publisher.upload(name, path, size, sha256)
         if self._remove and not done.uploaded:
             self._staging.finished[name] = replace(done, uploaded=True)  # or not needed: the Hub has it
@@ -214,6 +231,9 @@ class Publication:
     def settle(self, *, failed: bool) -> None:
         """Wait for what is on its way, unless the merge failed; an upload that did is tried again by `publish`."""
         self._pool.shutdown(wait=not failed, cancel_futures=failed)
+        if self._remove and not failed:
+            for future in self._sent:
+                future.result()
 
     def publish(self, folder: Path, proof: Mapping[str, Any], *, verified: bool) -> Published:
         """Make the commit. An output of an earlier run is verified first."""

@@ -52,7 +52,8 @@ class Access:
 
     follow_links: links may lead out of a folder. locked: a revision that can change must be in the lock file.
     relock: the lock file is not looked at. download: repositories go through the Hub's cache instead of being
-    streamed. commits: what revisions of models stand for, whatever the lock says (of a saved plan).
+    streamed. commits: what revisions of models stand for, whatever the lock says (of a saved plan). allow_code: a
+    model may name code of its own, which is carried.
     """
 
     follow_links: bool = False
@@ -60,6 +61,7 @@ class Access:
     relock: bool = False
     download: bool = False
     commits: Mapping[str, str] = field(default_factory=dict)
+    allow_code: bool = False
 
 
 def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> dict[str, Checkpoint]:

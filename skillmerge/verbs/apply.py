@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill_planes import check_zstandard
-from skillmerge.engine.destination import ShardRecord
-from skillmerge.engine.warm_up import reading_ahead, signals_waiting
-from skillmerge.errors import CheckFailed, UnusableWeights, UsageError, memory_errors, some
+from skillmerge.engine.runner import Job, Work
+from skillmerge.engine.runners.threads import Threads
+from skillmerge.errors import UnusableWeights, UsageError, memory_errors
 from skillmerge.outputs import manifest
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 from skillmerge.outputs.verify import check_structure, input_digests, is_intact
@@ -27,10 +26,14 @@ from skillmerge.plans.accounting import prove_ties
 from skillmerge.plans.budget import budget, check_disk
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
+from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.side_files import SideFile, fetch
+from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed, Outcome, Subject, check, prepare
+from skillmerge.verbs.records import Checks, Publish, check_words
+from skillmerge.verbs.target import finished_output, output_folder, refuse_existing
 from skillmerge.version import __version__
 
 if TYPE_CHECKING:
@@ -96,174 +99,213 @@ def apply(
     expected: a manifest that the output has to get, but for its environment.
     Raises SkillmergeError, whose subclasses say which kind of trouble it was; see `skillmerge.errors`.
     """
-    started = time.monotonic()
     reporter = reporter or Reporter()
     reporter.event("started", skillmerge=__version__, recipe=_name_of(recipe))
-    _check_arguments(device, threads, memory_limit, stats, hub)
+    check_words(device, threads, memory_limit, stats, hub)
     if keep_failed and no_local:
         raise UsageError("with no_local there is nothing to keep of a failed output", fix="leave out one of the two")
-    access = Access(follow_links, locked, download=hub == "download", commits=commits or {})
-    saved = savedplan.read(recipe) if not isinstance(recipe, Recipe) and savedplan.looks_saved(recipe) else None
-    if saved is not None:
-        if coefficients:
-            raise UsageError("a saved plan has its coefficients", fix="leave --set out, or plan anew with it")
-        recipe, access = saved.recipe, replace(access, commits=saved.commits)
-    with planned(recipe, coefficients, allow_code, access, reporter.warn) as (plan, checkpoints):
-        plan.refuse_problems()
-        if saved is not None:
-            saved.check(plan)
-        for note in plan.notes:
-            reporter.warn(note)
-        if plan.recipe.output.compression != "none":
-            check_zstandard()
-        prepare(plan.recipe.gates, stats, no_local, plan)
+    return merge(
+        _read(recipe, coefficients),
+        output,
+        Access(follow_links, locked, download=hub == "download", commits=commits or {}, allow_code=allow_code),
+        Work(device, threads, memory_limit),
+        Checks(stats, allow_nonfinite, hash_inputs, full, keep_failed, expected),
+        Publish(overwrite, push, no_local, private, revision, pull_request, message),
+        reporter,
+    )
+
+
+def merge(
+    source: Recipe | SavedPlan,
+    output: str | os.PathLike[str] | None,
+    access: Access,
+    work: Work,
+    checks: Checks,
+    publish: Publish,
+    reporter: Reporter,
+) -> Result:
+    """`apply`, in the records that its arguments sort into."""
+    started = time.monotonic()
+    with _planned(source, access, reporter) as (plan, checkpoints):
+        prepare(plan.recipe.gates, checks.stats, publish.no_local, plan)
         target = output_folder(plan.recipe, output, checkpoints)
         reporter.event(
             "planned", plan=plan.digest, output=str(target), tensors=len(plan.tensors), shards=len(plan.shards),
             bytes_read=plan.bytes_read, bytes_written=plan.bytes_written,
         )  # fmt: skip
-        budget(plan, threads=threads, memory_limit=memory_limit)
-        options = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
-        publication = _publication(plan, push, no_local, options)
-        conditions = {"inputs": plan.versions, "stats": stats, "allow_nonfinite": allow_nonfinite}
-        if publication is not None and no_local:
-            conditions["only_on"] = publication.repository
+        budget(plan, threads=work.threads, memory_limit=work.memory_limit)  # what cannot fit is refused here
+        publication = _publication(plan, publish)
         with closing(Staging(target)) as staging:
-            found = publication.find() if publication is not None and no_local and not overwrite else None
-            if found is not None:
-                staging.discard()
-                seconds = time.monotonic() - started
-                return _told(reporter, Result(target, found[1], seconds, already=True, published=found[0], plan=plan))
-            recovered = staging.recover(plan.weights_digest, conditions, overwrite)
-            proof = finished_output(target, plan, conditions, hash_inputs) if not no_local else None
-            # Who overwrites may have a reason to, a damaged output for one.
-            already = proof is not None and (recovered or not (overwrite or full) or is_intact(target, proof))
-            where, passed = "", manifest.gate_outcomes(target) if already else []
-            if proof is None or not already:
-                if not no_local:
-                    _refuse_existing(target, overwrite)
-                run = _Run(
-                    plan,
-                    checkpoints,
-                    staging,
-                    conditions,
-                    publication,
-                    access,
-                    keep_failed,
-                    expected,
-                    reporter,
-                    started,
-                )
-                where, proof = run.finish(device, threads, memory_limit, allow_code, hash_inputs)
-                passed = manifest.gate_outcomes(staging.files)
-                if not no_local:
-                    check_structure(staging.files, proof)
-                    staging.publish(overwrite)
-            elif staging.unfinished:
-                reporter.warn(f"{staging.folder} holds an unfinished run of another plan")
-            published = None
-            if publication is not None:
-                published = publication.publish(staging.files if no_local else target, proof, verified=not already)
-                if no_local:
-                    staging.discard()
-    seconds = time.monotonic() - started
-    return _told(reporter, Result(target, proof, seconds, where, already, published, plan, passed))
-
-
-def _told(reporter: Reporter, result: Result) -> Result:
-    on_hub = result.published.as_dict() if result.published is not None else None
-    where = {"output": str(result.output), "hub": on_hub, "already": result.already}
-    reporter.event("published", **where, seconds=round(result.seconds, 3))
-    return result
-
-
-def _name_of(recipe: str | os.PathLike[str] | Recipe) -> str:
-    return recipe.document.name if isinstance(recipe, Recipe) else os.fspath(recipe)
+            room = publication.room if publication is not None else None
+            job = Job(plan, checkpoints, staging, checks.stats, checks.allow_nonfinite, room)
+            run = _Merge(job, staging, access, checks, publish, publication, reporter, started)
+            result = run.find_published() or run.find_finished() or run.make(work)
+            return run.published(result)
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """The work between a plan and a checked output in the staging folder."""
+class _Merge:
+    """One merge: what is planned, where it is written, how it is checked, where it goes."""
 
-    plan: Plan
-    checkpoints: Mapping[str, Checkpoint]
+    job: Job
     staging: Staging
-    conditions: Mapping[str, Any]
-    publication: Publication | None
     access: Access
-    keep_failed: bool
-    expected: Mapping[str, Any] | None
+    checks: Checks
+    publish: Publish
+    publication: Publication | None
     reporter: Reporter
     started: float
 
-    def finish(
-        self, device: str, threads: int | None, memory_limit: int | None, allow_code: bool, hash_inputs: bool
-    ) -> tuple[str, dict[str, Any]]:
-        """Begin or continue. Returns where it was computed, and the manifest."""
-        plan, staging = self.plan, self.staging
-        if remark := staging.begin(plan.weights_digest, dict(self.conditions), plan.digest):
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What a run must share with an earlier one to continue it."""
+        job = self.job
+        conditions = {"inputs": job.plan.versions, "stats": job.stats, "allow_nonfinite": job.allow_nonfinite}
+        if self.publication is not None and self.publish.no_local:
+            conditions["only_on"] = self.publication.repository
+        return conditions
+
+    def find_published(self) -> Result | None:
+        """The output, where it goes to the Hub alone and is there."""
+        if self.publication is None or not self.publish.no_local or self.publish.overwrite:
+            return None
+        found = self.publication.find()
+        if found is None:
+            return None
+        self.staging.discard()
+        return self._result(found[1], already=True, published=found[0])
+
+    def find_finished(self) -> Result | None:
+        """The output, where it is at its place already, as asked for now."""
+        plan, target = self.job.plan, self.staging.output
+        recovered = self.staging.recover(plan.weights_digest, self.conditions, self.publish.overwrite)
+        if self.publish.no_local:
+            return None
+        proof = finished_output(target, plan, self.conditions, self.checks.hash_inputs)
+        # Who overwrites may have a reason to, a damaged output for one.
+        trusted = recovered or not (self.publish.overwrite or self.checks.full)
+        if proof is None or not (trusted or is_intact(target, proof)):
+            return None
+        if self.staging.unfinished:
+            self.reporter.warn(f"{self.staging.folder} holds an unfinished run of another plan")
+        return self._result(proof, already=True, gates=manifest.gate_outcomes(target))
+
+    def make(self, work: Work) -> Result:
+        """Begin the work or continue it, check what comes of it, and give it its place."""
+        if not self.publish.no_local:
+            refuse_existing(self.staging.output, self.publish.overwrite)
+        runner = Threads(work, self.reporter)
+        side_files = self._begin()
+        if self.staging.sealed:  # complete, but for its commit
+            proof = manifest.read(self.staging.files)
+        else:
+            self._make_shards(runner)
+            body = self._describe(side_files)
+            outcomes = self._judge(body)
+            proof = self._prove(body, runner.device, outcomes)
+        gates = manifest.gate_outcomes(self.staging.files)
+        if not self.publish.no_local:
+            check_structure(self.staging.files, proof)
+            self.staging.publish(self.publish.overwrite)
+        return self._result(proof, device=runner.device, gates=gates)
+
+    def published(self, result: Result) -> Result:
+        """The same, once it is on the Hub too."""
+        if self.publication is not None and result.published is None:
+            files = self.staging.files if self.publish.no_local else self.staging.output
+            commit = self.publication.publish(files, result.manifest, verified=not result.already)
+            result = replace(result, published=commit)
+            if self.publish.no_local:
+                self.staging.discard()
+        result = replace(result, seconds=time.monotonic() - self.started)
+        on_hub = result.published.as_dict() if result.published is not None else None
+        where = {"output": str(result.output), "hub": on_hub, "already": result.already}
+        self.reporter.event("published", **where, seconds=round(result.seconds, 3))
+        return result
+
+    def _result(self, proof: Mapping[str, Any], **what: Any) -> Result:
+        return Result(self.staging.output, proof, 0.0, plan=self.job.plan, **what)
+
+    def _begin(self) -> list[SideFile]:
+        """Take up what an earlier run has left. Returns the output's side files."""
+        plan, staging, publication = self.job.plan, self.staging, self.publication
+        if remark := staging.begin(plan.weights_digest, self.conditions, plan.digest):
             self.reporter.warn(remark)
-        needed = plan.bytes_written - staging.finished_bytes
-        if plan.makes_skill:
-            needed //= 2  # how much of it will be zero is not known yet
-        if self.publication is not None:
-            needed = self.publication.disk_needed(needed)
+        side_files: list[SideFile] = []
         if not staging.sealed:
-            check_disk(staging.folder, needed, "the output")
-            side_files = list(fetch(self.checkpoints[plan.donor], plan.side_files, allow_code))
-            prove_ties(plan.ties, self.checkpoints)
-        if self.publication is not None:
-            self.publication.attach(staging)
-        if staging.sealed:
-            return "", manifest.read(staging.files)
+            needed = plan.bytes_written - staging.finished_bytes
+            if plan.makes_skill:
+                needed //= 2  # how much of it will be zero is not known yet
+            check_disk(staging.folder, publication.disk_needed(needed) if publication else needed, "the output")
+            side_files += fetch(self.job.checkpoints[plan.donor], plan.side_files, self.access.allow_code)
+            prove_ties(plan.ties, self.job.checkpoints)
+        if publication is not None:
+            publication.attach(staging)
+        return side_files
+
+    def _make_shards(self, runner: Threads) -> None:
+        plan, staging, publication = self.job.plan, self.staging, self.publication
+        missing = [shard for shard in plan.shards if shard.file not in staging.finished]
+        failed = True
         try:
-            where = self._merge(device, threads, memory_limit)
-        except BaseException:
-            if self.publication is not None:
-                self.publication.settle(failed=True)
+            with closing(runner.run(self.job, missing)) as records:
+                for done in records:
+                    staging.record(done)
+                    self.reporter.event(
+                        "shard_finished", file=done.file, size=done.size, sha256=done.sha256,
+                        finished=len(staging.finished), shards=len(plan.shards),
+                    )  # fmt: skip
+                    if publication is not None:
+                        publication.send(done)
+            failed = False
+        except UnusableWeights:
+            staging.discard()
             raise
-        if self.publication is not None:
-            self.publication.settle(failed=False)
-        digests = input_digests(self.checkpoints) if hash_inputs else {}
-        for checkpoint in self.checkpoints.values():
+        finally:
+            if publication is not None:
+                publication.settle(failed=failed)
+
+    def _describe(self, side_files: list[SideFile]) -> dict[str, Any]:
+        """Write the side files. Returns all of the manifest that does not depend on where and when it was made."""
+        plan, checkpoints, staging = self.job.plan, self.job.checkpoints, self.staging
+        digests = input_digests(checkpoints) if self.checks.hash_inputs else {}
+        for checkpoint in checkpoints.values():
             checkpoint.check_unchanged()
         if plan.makes_skill:
             from skillmerge.engine.skill_file import describe_skill
 
-            side_files.append(SideFile.of(*describe_skill(plan, self.checkpoints, staging.finished)))
+            side_files = [*side_files, SideFile.of(*describe_skill(plan, checkpoints, staging.finished))]
         for file in side_files:
             staging.write_file(file.name, file.content or b"")
-        body = manifest.build(plan, staging.finished, side_files, self.conditions["stats"], digests)
-        if self.expected is not None:
-            manifest.compare(staging.output, self.expected, body)
-        outcomes = self._measured(body)
-        failed = not all(outcome.passed for outcome in outcomes)
-        if failed and not self.keep_failed:
-            fix = "mend what could not be measured; the same command goes on from here"
-            if not any(outcome.unmeasured for outcome in outcomes):
-                staging.discard()
-                fix = "--keep-failed keeps the output where it can be looked at"
-            raise GateFailed(outcomes, fix=fix, plan=plan, proof=body)
-        proof = self._prove(body, where, outcomes)
-        if failed:
-            fix = f"it is kept in {staging.files}; the same command goes on from there"
-            raise GateFailed(outcomes, fix=fix, plan=plan, proof=body)
-        if self.publication is not None and self.publication.in_flight is not None:
-            staging.seal(plan.digest)
-        return where, proof
+        body = manifest.build(plan, staging.finished, side_files, self.checks.stats, digests)
+        if self.checks.expected is not None:
+            manifest.compare(staging.output, self.checks.expected, body)
+        return body
 
-    def _measured(self, body: Mapping[str, Any]) -> list[Outcome]:
-        """What becomes of the recipe's gates."""
+    def _judge(self, body: Mapping[str, Any]) -> list[Outcome]:
+        """What becomes of the recipe's gates. Raises GateFailed, unless the output is to be kept all the same."""
 
-        def tell(outcome: Outcome) -> None:
+        def report(outcome: Outcome) -> None:
             self.reporter.event("gate", **outcome.as_dict())
 
-        opened = (self.plan, self.checkpoints)
-        subject = Subject(self.staging.files, body, lambda: nullcontext(opened), self.access, self.reporter.warn)
-        return check(self.plan.recipe.gates, subject, tell)
+        plan, staging = self.job.plan, self.staging
+        opened = (plan, self.job.checkpoints)
+        subject = Subject(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter.warn)
+        outcomes = check(plan.recipe.gates, subject, report)
+        if all(outcome.passed for outcome in outcomes) or self.checks.keep_failed:
+            return outcomes
+        fix = "mend what could not be measured; the same command goes on from here"
+        if not any(outcome.unmeasured for outcome in outcomes):
+            staging.discard()
+            fix = "--keep-failed keeps the output where it can be looked at"
+        raise GateFailed(outcomes, fix=fix, plan=plan, proof=body)
 
-    def _prove(self, body: Mapping[str, Any], where: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-        """Write run log and manifest; nothing else but what it names stays in the output. Returns the manifest."""
+    def _prove(self, body: Mapping[str, Any], device: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """Write run log and manifest; nothing else but what it names stays in the output. Returns the manifest.
+
+        Raises GateFailed for an output that is kept though a gate refused it.
+        """
+        plan, staging = self.job.plan, self.staging
         log = {
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(time.monotonic() - self.started, 3),
@@ -271,162 +313,66 @@ class _Run:
         }
         run_log = (json.dumps(log) + "\n").encode()
         passed = all(outcome.passed for outcome in outcomes)
-        output = self.staging.output if passed else self.staging.files
-        folder = os.path.relpath(self.plan.recipe.folder.resolve(), output.parent.resolve() / output.name)
-        environment = {**_versions(), "device": where.split(": ")[0], "recipe_folder": folder, **self.conditions}
+        output = staging.output if passed else staging.files
+        folder = os.path.relpath(plan.recipe.folder.resolve(), output.parent.resolve() / output.name)
+        environment = {**_versions(), "device": device.split(": ")[0], "recipe_folder": folder, **self.conditions}
         proof = manifest.seal(body, environment, run_log)
-        self.staging.write_file(manifest.RUN_LOG_FILE, run_log)
-        self.staging.write_file(MANIFEST_FILE, manifest.to_bytes(proof))
-        self.staging.drop_strangers(manifest.file_names(proof))
+        staging.write_file(manifest.RUN_LOG_FILE, run_log)
+        staging.write_file(MANIFEST_FILE, manifest.to_bytes(proof))
+        staging.drop_strangers(manifest.file_names(proof))
+        if not passed:
+            fix = f"it is kept in {staging.files}; the same command goes on from there"
+            raise GateFailed(outcomes, fix=fix, plan=plan, proof=body)
+        if self.publish.no_local:
+            staging.seal(plan.digest)
         return proof
 
-    def _merge(self, device: str, threads: int | None, memory_limit: int | None) -> str:
-        # torch takes seconds to import: everything that can fail without it has been tried by now. Meanwhile the
-        # disk has something to do.
-        with signals_waiting(), reading_ahead(self.plan, self.checkpoints, self.staging.finished):
-            from skillmerge.engine.device import choose_device
-            from skillmerge.engine.shards import merge_shards
-            from skillmerge.engine.skill_shards import cut_shards
-        from skillmerge.engine.worker import Settings
 
-        plan, publication = self.plan, self.publication
-        where, why = choose_device("cpu" if plan.makes_skill else device)
-        why = "a skill is cut there" if plan.makes_skill else why
-        self.reporter.say(f"computing on {where}: {why}")
-        chosen = budget(plan, threads=threads, memory_limit=memory_limit, cuda=where.type == "cuda")
-        stats, allow_nonfinite = self.conditions["stats"], self.conditions["allow_nonfinite"]
-        settings = Settings(where, chosen, stats, allow_nonfinite, self.reporter.warn)
-        with self.reporter.bar(sum(shard.size for shard in plan.shards)) as progress:
-            try:
-                (cut_shards if plan.makes_skill else merge_shards)(
-                    plan,
-                    self.checkpoints,
-                    self.staging,
-                    settings,
-                    progress=progress,
-                    in_flight=publication.in_flight if publication is not None else None,
-                    finished=self._finished,
-                )
-            except UnusableWeights:
-                self.staging.discard()
-                raise
-        return f"{where}: {why}"
-
-    def _finished(self, done: ShardRecord) -> None:
-        """A shard is durable."""
-        self.reporter.event(
-            "shard_finished", file=done.file, size=done.size, sha256=done.sha256,
-            finished=len(self.staging.finished) + 1, shards=len(self.plan.shards),
-        )  # fmt: skip
-        if self.publication is not None:
-            self.publication.finished(done)
+def _name_of(recipe: str | os.PathLike[str] | Recipe) -> str:
+    return recipe.document.name if isinstance(recipe, Recipe) else os.fspath(recipe)
 
 
-def _publication(plan: Plan, repository: str | None, no_local: bool, options: Mapping[str, Any]) -> Publication | None:
+def _read(recipe: str | os.PathLike[str] | Recipe, coefficients: Mapping[str, float] | None) -> Recipe | SavedPlan:
+    """The recipe or the saved plan at a path. Raises UsageError, RecipeError."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not savedplan.looks_saved(recipe):
+        return load(recipe, coefficients)
+    if coefficients:
+        raise UsageError("a saved plan has its coefficients", fix="leave --set out, or plan anew with it")
+    return savedplan.read(recipe)
+
+
+@contextmanager
+def _planned(
+    source: Recipe | SavedPlan, access: Access, reporter: Reporter
+) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
+    """A plan that can be carried out, and its open models. Raises StalePlan for a saved plan that has changed."""
+    saved = source if isinstance(source, SavedPlan) else None
+    if saved is not None:
+        access = replace(access, commits=saved.commits)
+    recipe = source.recipe if isinstance(source, SavedPlan) else source
+    with planned(recipe, None, access.allow_code, access, reporter.warn) as (plan, checkpoints):
+        plan.refuse_problems()
+        if saved is not None:
+            saved.check(plan)
+        for note in plan.notes:
+            reporter.warn(note)
+        if plan.recipe.output.compression != "none":
+            check_zstandard()
+        yield plan, checkpoints
+
+
+def _publication(plan: Plan, publish: Publish) -> Publication | None:
     """The push that the recipe or the caller asks for, checked before any work."""
-    if repository is None and plan.recipe.output.push is None:
-        if no_local:
+    if publish.repository is None and plan.recipe.output.push is None:
+        if publish.no_local:
             raise UsageError("without a push there would be no output at all", fix="add --push org/name")
         return None
     from skillmerge.outputs.push import Publication
 
-    return Publication(plan, repository, no_local, options)
-
-
-def _check_arguments(device: str, threads: int | None, memory_limit: int | None, stats: str, hub: str) -> None:
-    """What the command line checks by itself."""
-    for wrong, what in (
-        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(device)) is None, f"device {device!r}: auto, cpu, cuda or cuda:N"),
-        (threads is not None and (type(threads) is not int or threads < 1), f"threads {threads!r}: a number from 1"),
-        (memory_limit is not None and type(memory_limit) is not int, f"memory_limit {memory_limit!r}: bytes"),
-        (stats not in ("full", "sampled", "off"), f"stats {stats!r}: full, sampled or off"),
-        (hub not in ("stream", "download"), f"hub {hub!r}: stream or download"),
-    ):
-        if wrong:
-            raise UsageError(what)
-
-
-def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpoints: Mapping[str, Checkpoint]) -> Path:
-    """Where the output goes. Raises UsageError where that is nowhere, or would replace an input."""
-    try:
-        path = Path(output).expanduser() if output is not None else recipe.output.path
-        str(path).encode()
-    except (RuntimeError, UnicodeEncodeError) as error:
-        raise UsageError(f"the output {os.fspath(output or '')!r} cannot be used: {error}") from error
-    if path is None:
-        raise UsageError("the recipe names no output", fix="add `output: {path: ./merged}` or use --output DIR")
-    path = Path(os.path.abspath(path))
-    try:
-        path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"the output {path} cannot be used: {error}") from error
-    precious = {"the recipe": Path(os.path.abspath(recipe.document.name))}
-    precious |= {
-        f"model `{name}`": Path(os.path.abspath(item.files.root))
-        for name, item in checkpoints.items()
-        if item.files.root is not None
-    }
-    for folder in path.parents:
-        if os.path.isfile(folder / MANIFEST_FILE):
-            raise UsageError(
-                f"the output {path} lies inside a finished output, {folder}", fix="choose another --output"
-            )
-    here = Path.cwd()
-    if path in (here, *here.parents):
-        raise UsageError(f"the output {path} would replace the folder you are in", fix="choose another --output")
-    for what, place in precious.items():
-        for ours in (path, Staging.folder_of(path)) if path.name else (path,):
-            for inner, outer in ((place, ours), (place.resolve(), ours.resolve())):
-                if inner == outer or outer in inner.parents:
-                    raise UsageError(f"the output {ours} would replace {what} ({place})", fix="choose another --output")
-    return path
-
-
-def finished_output(
-    folder: Path, plan: Plan, conditions: Mapping[str, Any], hash_inputs: bool
-) -> dict[str, Any] | None:
-    """The manifest in `folder` where it is this very plan's, made from these very files as asked now, and whole
-    as far as can be seen without reading the weights again (that is what `verify` does)."""
-    if not (folder / MANIFEST_FILE).is_file():
-        return None
-    try:
-        proof = manifest.read(folder)
-        check_structure(folder, proof)
-    except CheckFailed:
-        return None
-    if any(not row.get("passed") for row in manifest.gate_outcomes(folder)):
-        return None  # it was refused, and somebody has put it here
-    environment = proof["environment"]
-    same = proof["plan_digest"] == plan.digest and all(environment.get(key) == conditions[key] for key in conditions)
-    hashed = all(file["sha256"] for item in proof["inputs"] for file in item["files"])
-    return proof if same and (hashed or not hash_inputs) else None
-
-
-def is_done(plan: Plan, output: str | os.PathLike[str] | None = None, stats: str = "sampled") -> bool:
-    """Whether the output is this plan's already, made from these very files, and every byte of it is as it was."""
-    target = output if output is not None else plan.recipe.output.path
-    if target is None:
-        return False
-    conditions = {"inputs": plan.versions, "stats": stats, "allow_nonfinite": False}
-    proof = finished_output(Path(target), plan, conditions, hash_inputs=False)
-    return proof is not None and is_intact(Path(target), proof)
-
-
-def _refuse_existing(target: Path, overwrite: bool) -> None:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UsageError(f"{target} exists and is not a folder", fix="choose another place with --output")
-    if target.is_mount():
-        raise UsageError(
-            f"{target} is a mount point, which cannot be replaced", fix="choose a folder in it with --output"
-        )
-    names = [path.name for path in target.iterdir()] if target.is_dir() else []
-    if names and not overwrite:
-        raise UsageError(f"{target} exists already", fix="replace it with --overwrite, or choose another --output")
-    if names and not any(name == MANIFEST_FILE or name.endswith(".safetensors") for name in names):
-        raise UsageError(
-            f"{target} holds no model, and --overwrite replaces only models: it has {some(sorted(names), 4)}",
-            fix="choose another --output, or remove that folder yourself",
-        )
+    options = {name: getattr(publish, name) for name in ("private", "revision", "pull_request", "message")}
+    return Publication(plan, publish.repository, publish.no_local, options)
 
 
 def _versions() -> dict[str, str]:

@@ -29,7 +29,7 @@ from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter
 from skillmerge.tensors import DTYPES, TensorSpec
-from skillmerge.verbs.apply import output_folder
+from skillmerge.verbs.target import output_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,7 +27,7 @@ from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter
 from skillmerge.tensors import DTYPES, UNIT, TensorSpec
 from skillmerge.threads import in_threads
-from skillmerge.verbs.apply import output_folder
+from skillmerge.verbs.target import output_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

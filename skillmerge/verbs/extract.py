@@ -11,15 +11,19 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import PATCH_FILE, Checkpoint
 from skillmerge.checkpoints.folder import Folder
 from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
-from skillmerge.errors import CheckFailed, UsageError
+from skillmerge.engine.runner import Work
+from skillmerge.errors import CheckFailed, UsageError, memory_errors
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter
 from skillmerge.tensors import DTYPES, UNIT
 from skillmerge.threads import in_threads
-from skillmerge.verbs.apply import Result, apply
+from skillmerge.verbs.apply import Result, merge
+from skillmerge.verbs.records import Checks, Publish, check_words
+from skillmerge.version import __version__
 
 
+@memory_errors()
 def extract(
     rl: str,
     sft: str,
@@ -49,23 +53,22 @@ def extract(
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
     if keep is not None and not 0 < keep <= 1:
         raise UsageError(f"keep {keep!r}: a share above 0, at most 1")
-    patched = (Path(rl) / PATCH_FILE).is_file()
-    return apply(
-        recipe_of(
-            {"rl": {"patch": os.fspath(rl), "onto": "sft"} if patched else os.fspath(rl), "sft": os.fspath(sft)},
-            "rl - sft",
-            {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none", "keep": keep},
-            "skillmerge extract",
-            ignore=list(ignore),
-        ),
+    check_words("cpu", threads, memory_limit, "sampled", hub)
+    models: dict[str, Any] = {"rl": os.fspath(rl), "sft": os.fspath(sft)}
+    if (Path(rl) / PATCH_FILE).is_file():
+        models["rl"] = {"patch": models["rl"], "onto": "sft"}
+    made = {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none", "keep": keep}
+    recipe = recipe_of(models, "rl - sft", made, "skillmerge extract", ignore=list(ignore))
+    reporter = reporter or Reporter()
+    reporter.event("started", skillmerge=__version__, recipe=recipe.document.name)
+    return merge(
+        recipe,
         output,
-        threads=threads,
-        memory_limit=memory_limit,
-        overwrite=overwrite,
-        hash_inputs=hash_inputs,
-        follow_links=follow_links,
-        hub=hub,
-        reporter=reporter,
+        Access(follow_links, download=hub == "download"),
+        Work("auto", threads, memory_limit),
+        Checks(hash_inputs=hash_inputs),
+        Publish(overwrite),
+        reporter,
     )
 
 

@@ -14,7 +14,7 @@ from skillmerge.plans.plan import Plan
 from skillmerge.recipes import lock as lockfile
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import prepare
-from skillmerge.verbs.apply import output_folder
+from skillmerge.verbs.target import output_folder
 
 
 def make_plan(

@@ -10,29 +10,30 @@ import json
 import math
 import os
 import random
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.folder import Folder
 from skillmerge.engine.destination import ShardRecord
+from skillmerge.engine.runner import Job, Work
+from skillmerge.engine.runners.threads import Threads
 from skillmerge.errors import CheckFailed, StalePlan, UsageError, some
 from skillmerge.outputs import manifest
-from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.outputs.verify import check_structure, input_digests
 from skillmerge.plans import changes as changes_module
 from skillmerge.plans import saved
-from skillmerge.plans.budget import budget
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan, ShardPlan
-from skillmerge.plans.side_files import fetch
+from skillmerge.plans.side_files import SideFile, fetch
 from skillmerge.reporter import Reporter
 from skillmerge.tensors import DTYPES, TensorSpec
-from skillmerge.verbs.apply import apply
+from skillmerge.threads import hash_file
+from skillmerge.verbs.apply import merge
+from skillmerge.verbs.records import Checks, Publish
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +62,7 @@ class How:
     """How to run; nothing in it changes a byte. base: what the recipe's relative paths start from now."""
 
     base: Path | None = None
-    device: str = "auto"
-    threads: int | None = None
-    memory_limit: int | None = None
+    work: Work = field(default_factory=Work)
     follow_links: bool = False
     hub: str = "stream"
     reporter: Reporter = field(default_factory=Reporter)
@@ -84,13 +83,13 @@ def rebuild(folder: str | os.PathLike[str], output: str | os.PathLike[str], how:
     environment = proof["environment"]
     with _planned_again(root, proof, how):
         pass  # before hours of work: are these the models?
+    recipe = replace(recipe, gates=(), output=replace(recipe.output, push=None))
+    access = Access(
+        how.follow_links, download=how.hub == "download", commits=commits, allow_code=_runs_code(root, proof)
+    )
+    checks = Checks(environment["stats"], environment["allow_nonfinite"], _hashed(proof), full=True, expected=proof)
     with _blamed_on_inputs(proof):
-        result = apply(
-            replace(recipe, gates=(), output=replace(recipe.output, push=None)), output, device=how.device,
-            threads=how.threads, memory_limit=how.memory_limit, stats=environment["stats"], full=True, expected=proof,
-            allow_nonfinite=environment["allow_nonfinite"], allow_code=_runs_code(root, proof), commits=commits,
-            follow_links=how.follow_links, hub=how.hub, reporter=how.reporter, hash_inputs=_hashed(proof),
-        )  # fmt: skip
+        result = merge(recipe, output, access, how.work, checks, Publish(), how.reporter)
         manifest.compare(root, proof, result.manifest)  # of an output that was there already
     count = len(proof["tensors"])
     return Rebuilt(root, count, count, sum(file["size"] for file in proof["files"]), result.output)
@@ -109,17 +108,24 @@ def check_rebuild(
     proof = manifest.read(root)
     check_structure(root, proof)
     with _planned_again(root, proof, how) as (plan, checkpoints):
-        if plan.makes_skill:
-            return _check_skill(root, how)
+        names = [spec.name for shard in plan.shards for spec in shard.specs]
+        # Where the parts of a skill lie follows from all that comes before them.
+        count = len(names) if plan.makes_skill else math.ceil(sample * len(names))
+        chosen = set(random.Random(seed).sample(sorted(names), count))
+        shards = plan.shards if len(chosen) == len(names) else _shards_of(plan, chosen)
         side_files = list(fetch(checkpoints[plan.donor], plan.side_files, _runs_code(root, proof)))
+        original = _Original(root)
+        environment = proof["environment"]
+        job = Job(plan, checkpoints, original, environment["stats"], environment["allow_nonfinite"])
+        with _blamed_on_inputs(proof), closing(Threads(how.work, how.reporter).run(job, shards)) as records:
+            for done in records:
+                original.record(done)
+        if plan.makes_skill:
+            from skillmerge.engine.skill_file import describe_skill
+
+            side_files.append(SideFile.of(*describe_skill(plan, checkpoints, original.finished)))
         for file in side_files:
             _compare_file(root / file.name, file.content or b"")
-        names = [spec.name for shard in plan.shards for spec in shard.specs]
-        chosen = set(random.Random(seed).sample(sorted(names), math.ceil(sample * len(names))))
-        shards = plan.shards if len(chosen) == len(names) else _shards_of(plan, chosen)
-        original = _Original(root)
-        with _blamed_on_inputs(proof):
-            _compute(plan, checkpoints, original, shards, proof["environment"], how)
         if shards is plan.shards:
             digests = _recorded_digests(proof)
             body = manifest.build(plan, original.finished, side_files, proof["environment"]["stats"], digests)
@@ -214,26 +220,6 @@ def _shards_of(plan: Plan, chosen: set[str]) -> tuple[ShardPlan, ...]:
     )
 
 
-def _compute(
-    plan: Plan,
-    checkpoints: Mapping[str, Checkpoint],
-    original: _Original,
-    shards: Sequence[ShardPlan],
-    environment: Mapping[str, Any],
-    how: How,
-) -> None:
-    from skillmerge.engine.device import choose_device
-    from skillmerge.engine.shards import merge_shards
-    from skillmerge.engine.worker import Settings
-
-    where, why = choose_device(how.device)
-    how.reporter.say(f"computing on {where}: {why}")
-    chosen = budget(plan, threads=how.threads, memory_limit=how.memory_limit, cuda=where.type == "cuda")
-    settings = Settings(where, chosen, environment["stats"], environment["allow_nonfinite"], how.reporter.warn)
-    with how.reporter.bar(sum(spec.nbytes for shard in shards for spec in shard.specs)) as progress:
-        merge_shards(plan, checkpoints, original, settings, shards=shards, progress=progress)
-
-
 class _Original:
     """The finished output, as a destination of the engine: what it is given has to be there already."""
 
@@ -244,8 +230,12 @@ class _Original:
     def open_shard(self, shard: ShardPlan) -> _ComparedFile:
         return _ComparedFile(self.root / shard.specs[0].file if shard.specs else self.root / shard.file, shard)
 
+    def open_stream(self, shard: ShardPlan, start: int) -> _ComparedStream:
+        return _ComparedStream(self.root / shard.file, start)
+
     def record(self, done: ShardRecord) -> None:
         """What was compared needs no journal."""
+        self.finished[done.file] = done
 
 
 class _ComparedFile:
@@ -284,25 +274,37 @@ class _ComparedFile:
             self._descriptor = -1
 
 
+class _ComparedStream:
+    """The same for a file whose size is known only at its end."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._path, self._position = path, start
+        self._stream = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by finish and close
+
+    def append(self, data: memoryview) -> None:
+        self.put(data, self._position)
+        self._position += len(data)
+
+    def put(self, data: bytes | memoryview, offset: int) -> None:
+        """Raise CheckFailed where the file has other bytes at `offset`."""
+        left = memoryview(data)
+        while left:
+            there = os.pread(self._stream.fileno(), len(left), offset)
+            if not there or there != left[: len(there)]:
+                raise CheckFailed(f"{self._path} differs when it is built again")
+            left, offset = left[len(there) :], offset + len(there)
+
+    def finish(self, stop: threading.Event) -> tuple[int, str]:
+        size = os.fstat(self._stream.fileno()).st_size
+        self.close()
+        if size != self._position:
+            raise CheckFailed(f"{self._path} differs when it is built again")
+        return size, hash_file(self._path, stop)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
 def _compare_file(path: Path, wanted: bytes) -> None:
     if path.read_bytes() != wanted:
-        raise CheckFailed(f"{path} differs when it is built again")
-
-
-def _check_skill(root: Path, how: How) -> Rebuilt:
-    """Beside the skill, which is where there is room for it."""
-    with tempfile.TemporaryDirectory(prefix=f".{root.resolve().name}-", dir=root.resolve().parent) as scratch:
-        made = rebuild(root, Path(scratch) / "skill", how)
-        assert made.output is not None
-        names = Folder(made.output).names()
-        for name in names:
-            if name not in (MANIFEST_FILE, manifest.RUN_LOG_FILE):
-                _compare_digest(root / name, made.output / name)
-        return replace(made, output=None)
-
-
-def _compare_digest(path: Path, again: Path) -> None:
-    from skillmerge.threads import hash_file
-
-    if hash_file(path) != hash_file(again):
         raise CheckFailed(f"{path} differs when it is built again")

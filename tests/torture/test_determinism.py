@@ -17,9 +17,9 @@ import pytest
 from conftest import read_checkpoint, tensor_shapes, write_checkpoint, write_family
 
 import skillmerge
+from skillmerge.engine.runners import threads as runner
 from skillmerge.plans.budget import Budget
 from skillmerge.tensors import BLOCK
-from skillmerge.verbs import apply
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -70,7 +70,7 @@ def test_threads_and_tiles_change_no_byte(
     combinations = list(itertools.product((1, 2, 8), (BLOCK, 3 * BLOCK, 64 * BLOCK)))
     for threads, tile in combinations:
         with monkeypatch.context() as patch:
-            patch.setattr(apply, "budget", partial(_chosen, Budget(threads, tile, 0)))
+            patch.setattr(runner, "budget", partial(_chosen, Budget(threads, tile, 0)))
             digests.add(digest(skillmerge.apply(family, tmp_path / f"{threads}-{tile}").output))
     tally(runs=len(combinations), digests=len(digests))
     assert len(digests) == 1

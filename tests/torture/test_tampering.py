@@ -13,7 +13,7 @@ from conftest import run_cli, tensor_shapes, write_family
 
 import skillmerge
 from skillmerge.errors import CheckFailed
-from skillmerge.verbs.apply import is_done
+from skillmerge.verbs.target import is_done
 
 pytestmark = pytest.mark.timeout(1800)
 

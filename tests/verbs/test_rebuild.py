@@ -13,13 +13,14 @@ import pytest
 from conftest import run_cli, write_family, write_recipe
 
 import skillmerge
+from skillmerge.engine.runner import Work
+from skillmerge.engine.runners import threads as runner
 from skillmerge.errors import CheckFailed, StalePlan, UsageError
 from skillmerge.plans.budget import Budget
 from skillmerge.tensors import BLOCK
-from skillmerge.verbs import rebuild as rebuilding
 from skillmerge.verbs.rebuild import How, check_rebuild, rebuild
 
-OTHERWISE = How(threads=3, memory_limit=900_000_000, device="cpu")
+OTHERWISE = How(work=Work("cpu", 3, 900_000_000))
 
 
 @pytest.fixture
@@ -186,13 +187,13 @@ def test_every_kind_of_output_is_proved(tmp_path: Path, options: dict[str, Any])
 
 def test_tiles_of_another_size_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = skillmerge.apply(write_family(tmp_path, {"model.layers.0.mlp.up_proj.weight": (700, 500)})).output
-    budget = rebuilding.budget
+    budget = runner.budget
 
     def small(*arguments: Any, **options: Any) -> Budget:
         found = budget(*arguments, **options)
         return Budget(found.threads, BLOCK, found.memory)
 
-    monkeypatch.setattr(rebuilding, "budget", small)
+    monkeypatch.setattr(runner, "budget", small)
     check_rebuild(output)
 
 

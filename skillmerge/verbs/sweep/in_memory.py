@@ -20,6 +20,7 @@ from skillmerge.bits import torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.memory import HeldFiles
 from skillmerge.engine.rounding_statistics import BlockStatistics, summarise, total
+from skillmerge.engine.runner import Work
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Buffer, Span, Tile, spans
 from skillmerge.engine.worker import Settings, Worker
@@ -29,11 +30,13 @@ from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.reporter import Reporter
 from skillmerge.study.built_in import tokenizer_of
 from skillmerge.study.scorers import Scorer
 from skillmerge.study.scores import Scores
 from skillmerge.tensors import DTYPES, PAGE, format_bytes
-from skillmerge.verbs.apply import apply
+from skillmerge.verbs.apply import merge
+from skillmerge.verbs.records import Checks, Publish
 
 
 class MergedModel:
@@ -100,8 +103,8 @@ class MergedModel:
         log: Any = transformers.utils.logging
         log.disable_progress_bar()
         with tempfile.TemporaryDirectory(prefix="skillmerge-") as scratch:
-            made = apply(recipe, Path(scratch) / "model", device="cpu", follow_links=self._access.follow_links,
-                         locked=self._access.locked, hub="download" if self._access.download else "stream")  # fmt: skip
+            into = Path(scratch) / "model"
+            made = merge(recipe, into, self._access, Work("cpu"), Checks(), Publish(), Reporter())
             self._last = {"mode": "sampled", **{key: made.manifest["statistics"][key] for key in ("modules", "all")}}
             kind = getattr(transformers, self._class_name(), transformers.AutoModelForCausalLM)
             try:

@@ -31,29 +31,8 @@ def searched(
     minimise: bool,
 ) -> list[Trial]:
     """Candidates that Optuna proposes, until there are `trials`; its storage knows those of earlier runs."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise UsageError(
-            "--search needs optuna", fix="pip install 'skillmerge[sweep]', or leave --search out"
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "optuna.jsonl")))
-    direction = "minimize" if minimise else "maximize"
-    study = optuna.create_study(storage=storage, study_name="sweep", direction=direction, load_if_exists=True)
-    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
-    done = [trial for trial in study.trials if trial.state in ended and set(trial.params) == {a.name for a in axes}]
-    # A sampler that starts anew starts elsewhere: else it would propose what it has proposed.
-    start = seed + len(done)
-    samplers: dict[str, Callable[[], Any]] = {
-        "tpe": lambda: optuna.samplers.TPESampler(seed=start),
-        "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=start),
-        "random": lambda: optuna.samplers.RandomSampler(seed=start),
-    }
-    try:
-        study.sampler = samplers[search]()
-    except ImportError as error:
-        raise UsageError(f"--search {search}: {error}", fix="pip install 'skillmerge[sweep]'") from error
+    study = _study(search, seed, folder, axes, minimise)
+    done = _ended(study, axes)
     found = [tried({axis.name: trial.params[axis.name] for axis in axes}) for trial in done]
 
     def objective(trial: Any) -> float:
@@ -71,3 +50,35 @@ def searched(
 
     study.optimize(objective, n_trials=max(0, trials - len(done)))
     return found
+
+
+def _study(search: str, seed: int, folder: Path, axes: Sequence[Axis], minimise: bool) -> Any:
+    """Optuna's study of this sweep, kept in its folder. Raises UsageError where a package is missing."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UsageError(
+            "--search needs optuna", fix="pip install 'skillmerge[sweep]', or leave --search out"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "optuna.jsonl")))
+    direction = "minimize" if minimise else "maximize"
+    study = optuna.create_study(storage=storage, study_name="sweep", direction=direction, load_if_exists=True)
+    # A sampler that starts anew starts elsewhere: else it would propose what it has proposed.
+    start = seed + len(_ended(study, axes))
+    samplers: dict[str, Callable[[], Any]] = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=start),
+        "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=start),
+        "random": lambda: optuna.samplers.RandomSampler(seed=start),
+    }
+    try:
+        study.sampler = samplers[search]()
+    except ImportError as error:
+        raise UsageError(f"--search {search}: {error}", fix="pip install 'skillmerge[sweep]'") from error
+    return study
+
+
+def _ended(study: Any, axes: Sequence[Axis]) -> list[Any]:
+    """The trials of earlier runs over the same axes."""
+    names = {axis.name for axis in axes}
+    return [trial for trial in study.trials if trial.state.name in ("COMPLETE", "FAIL") and set(trial.params) == names]

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,23 +23,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.durable import disk_errors, write_whole
+from skillmerge.engine.runner import Work
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.plans.opening import Access
-from skillmerge.recipes.candidates import Axis, Values, grid, parse_axis, path_of, with_values
-from skillmerge.recipes.parse import load
+from skillmerge.recipes.candidates import Values, grid, with_values
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
-from skillmerge.study.scorers import Scorer, find_scorer, run_command
+from skillmerge.study.scorers import run_command
 from skillmerge.study.scores import CONFIDENCE, NotFinite, Score, Scores, together
-from skillmerge.verbs.apply import apply
-from skillmerge.verbs.sweep.journal import Journal, Trial, identity
-from skillmerge.verbs.sweep.search import SEARCHES, Scored, searched
+from skillmerge.verbs.apply import merge
+from skillmerge.verbs.records import Checks, Publish
+from skillmerge.verbs.sweep.journal import Journal, Trial
+from skillmerge.verbs.sweep.search import Scored, searched
+from skillmerge.verbs.sweep.setting import FOUND, Asked, Setting, prepare
 
 if TYPE_CHECKING:
     from skillmerge.verbs.sweep.in_memory import MergedModel
-
-
-_FOUND = "# Found by `skillmerge sweep`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,84 +136,73 @@ def sweep(
     Raises UsageError, CheckFailed where a score fails, OutputLocked; and what `merge.apply` raises.
     """
     reporter = reporter or Reporter()
-    parsed = load(recipe)
-    chosen, scorer = _axes(parsed, axes), find_scorer(score)
-    if search is not None and search not in SEARCHES:
-        raise UsageError(f"search {search!r}: {', '.join(SEARCHES)}")
-    if repeats < 1 or trials < 1:
-        raise UsageError("repeats and trials are numbers from 1")
-    if parsed.output.kind == "skill":
-        raise UsageError("a skill cannot be scored", fix="sweep a recipe that makes a model")
-    folder = Path(output) if output is not None else Path(recipe).with_suffix(".sweep")
-    best = _place_of_best(Path(recipe), folder)
-    access = Access(follow_links, locked, download=hub == "download")
-    less = scorer.minimise if minimise is None else minimise
-    asked: dict[str, Any] = {"score": score, "score_sha256": scorer.digest, "repeats": repeats, "seed": seed}
-    asked["axes"] = [axis.name for axis in chosen]
-    if search is not None:  # what was proposed depends on all of these
-        asked |= {"axes": list(axes), "search": search, "by": by, "minimise": less}
-    if parsed.gates:
-        (reporter or Reporter()).warn("gates are not looked at while candidates are scored; the best recipe keeps them")
-    first = with_values(parsed, _first(chosen, search))
-    for axis in chosen:
-        with_values(parsed, {axis.name: axis.low})
-    with Journal.open(folder, identity(first, parsed, access, asked), overwrite) as journal:
-        with _scoring(scorer, first, access, device, reporter, seed, repeats, folder / "scratch") as scored:
+    how = Access(follow_links, locked, download=hub == "download"), device
+    asked = Asked(search, trials, repeats, seed, by, minimise)
+    setting = prepare(recipe, axes, score, output, asked, how)
+    if setting.recipe.gates:
+        reporter.warn("gates are not looked at while candidates are scored; the best recipe keeps them")
+    with (
+        Journal.open(setting.folder, setting.identity, overwrite) as journal,
+        _scoring(setting, reporter) as scored,
+    ):
+        resumed = len(journal.trials)
+        made = _ordered(_try_all(setting, journal, scored, reporter, finished))
+        return _report(setting, made, resumed)
 
-            def tried(values: Values) -> Trial:
-                trial = journal.find(values)
-                if trial is None:
-                    trial = scored(values, with_values(parsed, values))
-                    _check_names(trial, journal.trials, by)
-                    journal.add(trial)
-                    finished(trial)
-                else:
-                    _check_names(trial, (), by)
-                return trial
 
-            resumed = len(journal.trials)
-            if search is None:
-                candidates = list(grid(chosen))
-                found = []
-                with reporter.bar(len(candidates)) as progress:
-                    for number, values in enumerate(candidates, start=1):
-                        found.append(tried(values))
-                        progress(number)
-            else:
-                found = searched(chosen, search, trials, seed, folder, tried, by, less)
-        made = _ordered(found)
-        names = next((list(trial.scores) for trial in made if not trial.failed), None)
-        if names is None:
-            raise CheckFailed(f"no candidate has a score: {made[0].failed}", fix="try smaller numbers")
-        result = Sweep(
-            folder, parsed, best, score, tuple(axis.name for axis in chosen), by or names[0], less, made,
-            min(resumed, len(made)),
-        )  # fmt: skip
-        with disk_errors(folder):
-            write_whole(folder / "results.json", (json.dumps(result.as_dict(), indent=1) + "\n").encode())
-        with disk_errors(best):
-            write_whole(best, _best_recipe(result).encode())
+def _try_all(
+    setting: Setting, journal: Journal, scored: Scored, reporter: Reporter, finished: Callable[[Trial], None]
+) -> list[Trial]:
+    """Every candidate's scores: those that the journal has, and those that are scored now."""
+    asked = setting.asked
+
+    def tried(values: Values) -> Trial:
+        trial = journal.find(values)
+        if trial is not None:
+            _check_names(trial, (), asked.by)
+            return trial
+        trial = scored(values, with_values(setting.recipe, values))
+        _check_names(trial, journal.trials, asked.by)
+        journal.add(trial)
+        finished(trial)
+        return trial
+
+    if asked.search is not None:
+        return searched(
+            setting.axes, asked.search, asked.trials, asked.seed, setting.folder, tried, asked.by, setting.less
+        )
+    candidates = list(grid(setting.axes))
+    found = []
+    with reporter.bar(len(candidates)) as progress:
+        for number, values in enumerate(candidates, start=1):
+            found.append(tried(values))
+            progress(number)
+    return found
+
+
+def _report(setting: Setting, made: tuple[Trial, ...], resumed: int) -> Sweep:
+    """Write the results and the best recipe. Raises CheckFailed where no candidate has a score."""
+    names = next((list(trial.scores) for trial in made if not trial.failed), None)
+    if names is None:
+        raise CheckFailed(f"no candidate has a score: {made[0].failed}", fix="try smaller numbers")
+    axes, by = tuple(axis.name for axis in setting.axes), setting.asked.by or names[0]
+    result = Sweep(
+        setting.folder,
+        setting.recipe,
+        setting.best,
+        setting.score,
+        axes,
+        by,
+        setting.less,
+        made,
+        min(resumed, len(made)),
+    )  # fmt: skip
+    with disk_errors(setting.folder):
+        content = (json.dumps(result.as_dict(), indent=1) + "\n").encode()
+        write_whole(setting.folder / "results.json", content)
+    with disk_errors(setting.best):
+        write_whole(setting.best, _best_recipe(result).encode())
     return result
-
-
-def _place_of_best(recipe: Path, folder: Path) -> Path:
-    """Beside the recipe, whose relative paths it has: `recipe.best.yaml`, or by the name of the sweep's folder.
-
-    Raises UsageError, before any work, where it cannot be written.
-    """
-    best = recipe.with_name(f"{folder.stem}.best.yaml")
-    try:
-        if best.exists() and not (best.is_file() and best.read_bytes().startswith(_FOUND.encode())):
-            raise UsageError(
-                f"{best} exists already and is not a sweep's", fix="move it away: the best recipe goes there"
-            )
-        tempfile.TemporaryFile(dir=best.parent).close()
-    except OSError as error:
-        raise UsageError(
-            f"{best} cannot be written: {error.strerror}",
-            fix="the best recipe goes beside the recipe: copy that elsewhere",
-        ) from error
-    return best
 
 
 def _check_names(trial: Trial, others: Sequence[Trial], by: str | None) -> None:
@@ -233,25 +220,6 @@ def _check_names(trial: Trial, others: Sequence[Trial], by: str | None) -> None:
             )
 
 
-def _axes(recipe: Recipe, texts: Sequence[str]) -> list[Axis]:
-    try:
-        axes = [parse_axis(text) for text in texts]
-    except ValueError as error:
-        raise UsageError(f"--set: {error}") from error
-    if not axes:
-        raise UsageError("nothing to try", fix="name a number of the recipe: --set lam=0:2:0.25")
-    places = [path_of(recipe, axis.name) for axis in axes]
-    if len(set(places)) < len(places):
-        raise UsageError("--set names one number twice")
-    return axes
-
-
-def _first(axes: Sequence[Axis], search: str | None) -> Values:
-    if search is None:
-        return next(grid(axes))
-    return {axis.name: axis.low for axis in axes}
-
-
 def _ordered(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     unique = {tuple(trial.values.items()): trial for trial in trials}
     return tuple(unique[key] for key in sorted(unique, key=lambda key: [value for _, value in key]))
@@ -262,26 +230,16 @@ def _size(values: Values) -> float:
 
 
 @contextmanager
-def _scoring(
-    scorer: Scorer,
-    first: Recipe,
-    access: Access,
-    device: str,
-    reporter: Reporter,
-    seed: int,
-    repeats: int,
-    scratch: Path,
-) -> Iterator[Scored]:
-    """How one candidate is merged and scored: in a folder in `scratch`, or in memory."""
+def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
+    """How one candidate is merged and scored: in the sweep's folder, or in memory."""
+    scorer, scratch = setting.scorer, setting.folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     model: MergedModel | None = None
 
     def in_folder(recipe: Recipe) -> tuple[Mapping[str, Any], Callable[[int], Scores]]:
         out = scratch / "model"
-        made = apply(
-            recipe, out, device=device, follow_links=access.follow_links, locked=access.locked,
-            hub="download" if access.download else "stream", overwrite=out.exists(),
-        )  # fmt: skip
+        publish = Publish(overwrite=out.exists())
+        made = merge(recipe, out, setting.access, Work(setting.device), Checks(), publish, Reporter())
         return made.manifest["statistics"], lambda number: run_command(scorer, out, number)
 
     def in_memory(recipe: Recipe) -> tuple[Mapping[str, Any], Callable[[int], Scores]]:
@@ -289,7 +247,7 @@ def _scoring(
         from skillmerge.verbs.sweep.in_memory import MergedModel
 
         if model is None:  # only where something is left to score
-            model = MergedModel(first, access, device, reporter.warn)
+            model = MergedModel(setting.first, setting.access, setting.device, reporter.warn)
         held = model
         return held.use(recipe), lambda number: held.scored(scorer, number)
 
@@ -298,7 +256,7 @@ def _scoring(
         statistics, once = (in_folder if scorer.command is not None else in_memory)(recipe)
         realised = statistics["all"].get("realised_lambda")
         try:
-            scores = together([once(seed + number) for number in range(repeats)])
+            scores = together([once(setting.asked.seed + number) for number in range(setting.asked.repeats)])
             failed = ""
         except NotFinite as error:
             scores, failed = {}, str(error)
@@ -318,7 +276,7 @@ def _best_recipe(sweep: Sweep) -> str:
     said = ", ".join(f"{name} = {value:g}" for name, value in best.values.items())
     score = best.scores[sweep.by]
     lines = [
-        f"{_FOUND.removeprefix('# ')} on {sweep.recipe.document.name}: {said}",
+        f"{FOUND.removeprefix('# ')} on {sweep.recipe.document.name}: {said}",
         f"{sweep.by} = {_told(score)}, the {'least' if sweep.minimise else 'greatest'} of {len(sweep.trials)} "
         f"candidates, by --score {sweep.score!r}",
     ]

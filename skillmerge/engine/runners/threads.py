@@ -1,0 +1,52 @@
+"""The runner that computes in threads of this process, on the CPU or one CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+from skillmerge.engine.destination import ShardRecord
+from skillmerge.engine.runner import Job, Work
+from skillmerge.engine.warm_up import reading_ahead, signals_waiting
+from skillmerge.plans.budget import budget
+from skillmerge.plans.plan import ShardPlan
+from skillmerge.reporter import Reporter
+
+
+class Threads:
+    """See `engine.runner.Runner` for the promise."""
+
+    def __init__(self, work: Work, reporter: Reporter) -> None:
+        self.device = ""
+        self._work, self._reporter = work, reporter
+
+    def run(self, job: Job, shards: Sequence[ShardPlan]) -> Generator[ShardRecord, None, None]:
+        plan, work = job.plan, self._work
+        # torch takes seconds to import: everything that can fail without it has been tried by now. Meanwhile the
+        # disk has something to do.
+        with signals_waiting(), reading_ahead(plan, job.checkpoints, shards):
+            from skillmerge.engine.device import choose_device
+            from skillmerge.engine.shards import merge_shards
+            from skillmerge.engine.skill_shards import cut_shards
+            from skillmerge.engine.worker import Settings
+
+        where, why = choose_device("cpu" if plan.makes_skill else work.device)
+        why = "a skill is cut there" if plan.makes_skill else why
+        self.device = f"{where}: {why}"
+        self._reporter.say(f"computing on {self.device}")
+        chosen = budget(plan, threads=work.threads, memory_limit=work.memory_limit, cuda=where.type == "cuda")
+        settings = Settings(where, chosen, job.stats, job.allow_nonfinite, self._reporter.warn)
+        before = sum(_weights(shard) for shard in plan.shards if shard.file in job.destination.finished)
+        with self._reporter.bar(before + sum(map(_weights, shards))) as progress:
+
+            def moved(count: int) -> None:
+                progress(before + count)
+
+            if plan.makes_skill:
+                yield from cut_shards(plan, job.checkpoints, job.destination, settings, shards, moved)
+            else:
+                yield from merge_shards(plan, job.checkpoints, job.destination, settings, shards, moved, job.room)
+
+
+def _weights(shard: ShardPlan) -> int:
+    """Bytes of a shard without its header."""
+    return sum(spec.nbytes for spec in shard.specs)

@@ -1,0 +1,126 @@
+"""What a sweep tries and how it scores, checked before anything is merged."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skillmerge.errors import UsageError
+from skillmerge.plans.opening import Access
+from skillmerge.recipes.candidates import Axis, Values, grid, parse_axis, path_of, with_values
+from skillmerge.recipes.parse import load
+from skillmerge.recipes.recipe import Recipe
+from skillmerge.study.scorers import Scorer, find_scorer
+from skillmerge.verbs.sweep.journal import identity
+from skillmerge.verbs.sweep.search import SEARCHES
+
+FOUND = "# Found by `skillmerge sweep`"
+"""How the best recipe begins, which a sweep may replace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What `sweep` was asked for, beside the recipe and its axes."""
+
+    search: str | None
+    trials: int
+    repeats: int
+    seed: int
+    by: str | None
+    minimise: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A sweep that can begin: its recipe, what is tried, how that is scored, and where the results go."""
+
+    recipe: Recipe
+    first: Recipe
+    axes: tuple[Axis, ...]
+    score: str
+    scorer: Scorer
+    less: bool
+    """Whether a smaller score is the better one."""
+    asked: Asked
+    access: Access
+    device: str
+    folder: Path
+    best: Path
+    identity: Mapping[str, Any]
+
+
+def prepare(
+    path: str | os.PathLike[str],
+    axes: Sequence[str],
+    score: str,
+    output: str | os.PathLike[str] | None,
+    asked: Asked,
+    how: tuple[Access, str],
+) -> Setting:
+    """Check all that can be checked before anything is scored. Raises UsageError, RecipeError."""
+    recipe = load(path)
+    chosen, scorer = _axes(recipe, axes), find_scorer(score)
+    if asked.search is not None and asked.search not in SEARCHES:
+        raise UsageError(f"search {asked.search!r}: {', '.join(SEARCHES)}")
+    if asked.repeats < 1 or asked.trials < 1:
+        raise UsageError("repeats and trials are numbers from 1")
+    if recipe.output.kind == "skill":
+        raise UsageError("a skill cannot be scored", fix="sweep a recipe that makes a model")
+    folder = Path(output) if output is not None else Path(path).with_suffix(".sweep")
+    best = _place_of_best(Path(path), folder)
+    less = scorer.minimise if asked.minimise is None else asked.minimise
+    same: dict[str, Any] = {
+        "score": score, "score_sha256": scorer.digest, "repeats": asked.repeats, "seed": asked.seed,
+        "axes": [axis.name for axis in chosen],
+    }  # fmt: skip
+    if asked.search is not None:  # what was proposed depends on all of these
+        same |= {"axes": list(axes), "search": asked.search, "by": asked.by, "minimise": less}
+    first = with_values(recipe, _first(chosen, asked.search))
+    for axis in chosen:
+        with_values(recipe, {axis.name: axis.low})
+    access, device = how
+    known = identity(first, recipe, access, same)
+    return Setting(recipe, first, tuple(chosen), score, scorer, less, asked, access, device, folder, best, known)
+
+
+def _place_of_best(recipe: Path, folder: Path) -> Path:
+    """Beside the recipe, whose relative paths it has: `recipe.best.yaml`, or by the name of the sweep's folder.
+
+    Raises UsageError, before any work, where it cannot be written.
+    """
+    best = recipe.with_name(f"{folder.stem}.best.yaml")
+    try:
+        if best.exists() and not (best.is_file() and best.read_bytes().startswith(FOUND.encode())):
+            raise UsageError(
+                f"{best} exists already and is not a sweep's", fix="move it away: the best recipe goes there"
+            )
+        tempfile.TemporaryFile(dir=best.parent).close()
+    except OSError as error:
+        raise UsageError(
+            f"{best} cannot be written: {error.strerror}",
+            fix="the best recipe goes beside the recipe: copy that elsewhere",
+        ) from error
+    return best
+
+
+def _axes(recipe: Recipe, texts: Sequence[str]) -> list[Axis]:
+    try:
+        axes = [parse_axis(text) for text in texts]
+    except ValueError as error:
+        raise UsageError(f"--set: {error}") from error
+    if not axes:
+        raise UsageError("nothing to try", fix="name a number of the recipe: --set lam=0:2:0.25")
+    places = [path_of(recipe, axis.name) for axis in axes]
+    if len(set(places)) < len(places):
+        raise UsageError("--set names one number twice")
+    return axes
+
+
+def _first(axes: Sequence[Axis], search: str | None) -> Values:
+    if search is None:
+        return next(grid(axes))
+    return {axis.name: axis.low for axis in axes}

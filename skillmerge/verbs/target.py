@@ -1,0 +1,100 @@
+"""What is at an output's place already: where it may go, whether it is there, what must not be replaced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.errors import CheckFailed, UsageError, some
+from skillmerge.outputs import manifest
+from skillmerge.outputs.staging import MANIFEST_FILE, Staging
+from skillmerge.outputs.verify import check_structure, is_intact
+from skillmerge.plans.plan import Plan
+from skillmerge.recipes.recipe import Recipe
+
+
+def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpoints: Mapping[str, Checkpoint]) -> Path:
+    """Where the output goes. Raises UsageError where that is nowhere, or would replace an input."""
+    try:
+        path = Path(output).expanduser() if output is not None else recipe.output.path
+        str(path).encode()
+    except (RuntimeError, UnicodeEncodeError) as error:
+        raise UsageError(f"the output {os.fspath(output or '')!r} cannot be used: {error}") from error
+    if path is None:
+        raise UsageError("the recipe names no output", fix="add `output: {path: ./merged}` or use --output DIR")
+    path = Path(os.path.abspath(path))
+    try:
+        path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"the output {path} cannot be used: {error}") from error
+    precious = {"the recipe": Path(os.path.abspath(recipe.document.name))}
+    precious |= {
+        f"model `{name}`": Path(os.path.abspath(item.files.root))
+        for name, item in checkpoints.items()
+        if item.files.root is not None
+    }
+    for folder in path.parents:
+        if os.path.isfile(folder / MANIFEST_FILE):
+            raise UsageError(
+                f"the output {path} lies inside a finished output, {folder}", fix="choose another --output"
+            )
+    here = Path.cwd()
+    if path in (here, *here.parents):
+        raise UsageError(f"the output {path} would replace the folder you are in", fix="choose another --output")
+    for what, place in precious.items():
+        for ours in (path, Staging.folder_of(path)) if path.name else (path,):
+            for inner, outer in ((place, ours), (place.resolve(), ours.resolve())):
+                if inner == outer or outer in inner.parents:
+                    raise UsageError(f"the output {ours} would replace {what} ({place})", fix="choose another --output")
+    return path
+
+
+def finished_output(
+    folder: Path, plan: Plan, conditions: Mapping[str, Any], hash_inputs: bool
+) -> dict[str, Any] | None:
+    """The manifest in `folder` where it is this very plan's, made from these very files as asked now, and whole
+    as far as can be seen without reading the weights again (that is what `verify` does)."""
+    if not (folder / MANIFEST_FILE).is_file():
+        return None
+    try:
+        proof = manifest.read(folder)
+        check_structure(folder, proof)
+    except CheckFailed:
+        return None
+    if any(not row.get("passed") for row in manifest.gate_outcomes(folder)):
+        return None  # it was refused, and somebody has put it here
+    environment = proof["environment"]
+    same = proof["plan_digest"] == plan.digest and all(environment.get(key) == conditions[key] for key in conditions)
+    hashed = all(file["sha256"] for item in proof["inputs"] for file in item["files"])
+    return proof if same and (hashed or not hash_inputs) else None
+
+
+def is_done(plan: Plan, output: str | os.PathLike[str] | None = None, stats: str = "sampled") -> bool:
+    """Whether the output is this plan's already, made from these very files, and every byte of it is as it was."""
+    target = output if output is not None else plan.recipe.output.path
+    if target is None:
+        return False
+    conditions = {"inputs": plan.versions, "stats": stats, "allow_nonfinite": False}
+    proof = finished_output(Path(target), plan, conditions, hash_inputs=False)
+    return proof is not None and is_intact(Path(target), proof)
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Raise UsageError where something is at the output's place that must not be replaced."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UsageError(f"{target} exists and is not a folder", fix="choose another place with --output")
+    if target.is_mount():
+        raise UsageError(
+            f"{target} is a mount point, which cannot be replaced", fix="choose a folder in it with --output"
+        )
+    names = [path.name for path in target.iterdir()] if target.is_dir() else []
+    if names and not overwrite:
+        raise UsageError(f"{target} exists already", fix="replace it with --overwrite, or choose another --output")
+    if names and not any(name == MANIFEST_FILE or name.endswith(".safetensors") for name in names):
+        raise UsageError(
+            f"{target} holds no model, and --overwrite replaces only models: it has {some(sorted(names), 4)}",
+            fix="choose another --output, or remove that folder yourself",
+        )
