@@ -18,6 +18,7 @@ from skillmerge.engine.runners import threads as runner
 from skillmerge.errors import CheckFailed, StalePlan, UsageError
 from skillmerge.plans.budget import Budget
 from skillmerge.tensors import BLOCK
+from skillmerge.verbs import rebuild as rebuilding
 from skillmerge.verbs.rebuild import How, check_rebuild, rebuild
 
 OTHERWISE = How(work=Work("cpu", 3, 900_000_000))
