@@ -224,8 +224,7 @@ class Publication:
                 check_shard(path, next(shard.specs for shard in self._plan.shards if shard.file == name))
             self._publisher.upload(name, path, size, sha256)
         if self._remove and not done.uploaded:
-            self._staging.finished[name] = replace(done, uploaded=True)  # or not needed: the Hub has it
-            self._staging.record(self._staging.finished[name])
+            self._staging.record(replace(done, uploaded=True))  # or not needed: the Hub has it
             path.unlink()
 
     def settle(self, *, failed: bool) -> None:

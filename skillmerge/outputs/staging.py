@@ -186,6 +186,7 @@ class Staging:
     def record(self, done: ShardRecord) -> None:
         """Say in the journal that a shard is finished; it must be durable already."""
         self._append(done.to_json())
+        self.finished[done.file] = done
 
     def _append(self, row: dict[str, Any]) -> None:
         """Add a line to the journal and make it durable; what it speaks of must be durable already."""
