@@ -21,8 +21,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "verbs": (
         "sweep.sweep",
-        "demo export_lora export_patch extract plan rebuild sweep.in_memory sweep.search",
-        "apply derive miniature sweep.journal verify",
+        "demo export",
+        "export_lora export_patch plan rebuild sweep.in_memory sweep.search verify",
+        "extract",
+        "apply derive miniature sweep.journal",
+        "result",
     ),
     "study": (
         "gates",
@@ -75,7 +78,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "ground": (
         "bits durable",
-        "errors naming reporter tensors threads version",
+        "brief errors naming reporter tensors threads version",
     ),
 }
 OUTSIDE = {"", "__main__"}
@@ -86,8 +89,6 @@ MODULES_A_FOLDER, LINES, FUNCTION_LINES, ARGUMENTS = 12, 400, 50, 8
 LONG_FUNCTIONS: dict[str, str] = {
     "checkpoints.hub_client.hub_errors": "to be cut",
     "checkpoints.kinds.skill.open_skill": "to be cut",
-    "cli.merging.plan": "to be cut",
-    "cli.proving.verify": "to be cut",
     "cli.show.charts.chart": "to be cut",
     "engine.shards.merge_shards": "to be cut",
     "outputs.manifest.build": "to be cut",
@@ -95,7 +96,7 @@ LONG_FUNCTIONS: dict[str, str] = {
     "verbs.apply.apply": "to be cut",
     "verbs.apply.finish": "to be cut",
     "verbs.derive.derive": "to be cut",
-    "verbs.export_lora.export": "to be cut",
+    "verbs.export_lora.export_lora": "to be cut",
     "verbs.export_patch.export_patch": "to be cut",
     "verbs.sweep.search.searched": "to be cut",
     "verbs.sweep.sweep.sweep": "to be cut",

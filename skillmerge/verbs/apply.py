@@ -31,29 +31,11 @@ from skillmerge.plans.side_files import SideFile, fetch
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed, Outcome, Subject, check, prepare
+from skillmerge.verbs.result import Result
 from skillmerge.version import __version__
 
 if TYPE_CHECKING:
-    from skillmerge.outputs.hub_commit import Published
     from skillmerge.outputs.push import Publication
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A finished merge: where it is, its manifest, and where it was computed and why there.
-
-    `already` where nothing was left to do. published: where on the Hub it is, if it was pushed. gates: what became
-    of each, as `gates.Outcome` has it.
-    """
-
-    output: Path
-    manifest: Mapping[str, Any]
-    seconds: float
-    device: str = ""
-    already: bool = False
-    published: Published | None = None
-    plan: Plan | None = None
-    gates: Sequence[Mapping[str, Any]] = ()
 
 
 @memory_errors()

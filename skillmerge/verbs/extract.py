@@ -17,7 +17,8 @@ from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter
 from skillmerge.tensors import DTYPES, UNIT
 from skillmerge.threads import in_threads
-from skillmerge.verbs.apply import Result, apply
+from skillmerge.verbs.apply import apply
+from skillmerge.verbs.result import Result
 
 
 def extract(
