@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from skillmerge.verbs.miniature import questions
+from skillmerge.verbs.demo.miniature import questions
 
 SCORE = """\
 import sys, transformers

@@ -1,13 +1,16 @@
 """skillmerge: cut a skill out of one family of checkpoints and put it into another, streaming, with proof.
 
-The verbs of the command line are functions here, with the same words:
+Every command of the command line is a function here, with the same words:
 
-    skillmerge.plan("recipe.yaml")                      -> Plan
+    skillmerge.plan("recipe.yaml")                       -> Preview
     skillmerge.apply("recipe.yaml", "out", device="cpu") -> Result
-    skillmerge.verify("out", load=True)                 -> Verdict
-    skillmerge.push("out", "org/name")                  -> Published
+    skillmerge.verify("out", load=True)                  -> Verdict
+    skillmerge.push("out", "org/name")                   -> Published
 
-They are imported when first used, so that `import skillmerge` costs nothing.
+A function returns what its command shows: a frozen result with a short repr, whose `as_dict()` is what `--json`
+prints after `"ok"`. It raises a `SkillmergeError` where the command exits with a status above 0.
+
+Functions are imported when first used, so that `import skillmerge` costs nothing.
 """
 
 from __future__ import annotations
@@ -16,38 +19,55 @@ from typing import TYPE_CHECKING, Any
 
 from skillmerge.version import __version__
 
-__all__ = [
-    "SkillmergeError", "__version__", "apply", "attest", "export", "export_patch", "extract", "inspect", "plan", "push",
-    "sign", "verify", "verify_signed",
-]  # fmt: skip
+_HOMES = {
+    "SkillmergeError": "errors",
+    "apply": "verbs.apply",
+    "attest": "outputs.attest",
+    "demo": "verbs.demo.demo",
+    "derive": "verbs.derive",
+    "doctor": "cli.doctor",
+    "export": "verbs.export",
+    "export_patch": "verbs.export_patch",
+    "extract": "verbs.extract",
+    "gate": "study.gates",
+    "init": "recipes.starter",
+    "inspect": "study.inspect",
+    "lint": "recipes.lint",
+    "plan": "verbs.plan",
+    "push": "outputs.push",
+    "rebuild": "verbs.rebuild",
+    "schema": "recipes.schema",
+    "sign": "outputs.sign",
+    "sweep": "verbs.sweep.sweep",
+    "verify": "verbs.verify",
+    "verify_signed": "verbs.verify",
+}
+"""Every public name -> the module that defines it. Type checkers read the imports below instead; a test compares."""
+
+__all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from skillmerge.errors import SkillmergeError
-    from skillmerge.outputs.attest import attest
-    from skillmerge.outputs.push import push
-    from skillmerge.outputs.sign import sign
-    from skillmerge.study.inspect import inspect
-    from skillmerge.verbs.apply import apply
-    from skillmerge.verbs.export_lora import export
-    from skillmerge.verbs.export_patch import export_patch
-    from skillmerge.verbs.extract import extract
-    from skillmerge.verbs.plan import make_plan as plan
-    from skillmerge.verbs.verify import verify, verify_signed
-
-_HOMES = {
-    "apply": ("skillmerge.verbs.apply", "apply"),
-    "attest": ("skillmerge.outputs.attest", "attest"),
-    "export": ("skillmerge.verbs.export_lora", "export"),
-    "export_patch": ("skillmerge.verbs.export_patch", "export_patch"),
-    "extract": ("skillmerge.verbs.extract", "extract"),
-    "inspect": ("skillmerge.study.inspect", "inspect"),
-    "plan": ("skillmerge.verbs.plan", "make_plan"),
-    "push": ("skillmerge.outputs.push", "push"),
-    "sign": ("skillmerge.outputs.sign", "sign"),
-    "verify": ("skillmerge.verbs.verify", "verify"),
-    "verify_signed": ("skillmerge.verbs.verify", "verify_signed"),
-    "SkillmergeError": ("skillmerge.errors", "SkillmergeError"),
-}
+    from skillmerge.cli.doctor import doctor as doctor
+    from skillmerge.errors import SkillmergeError as SkillmergeError
+    from skillmerge.outputs.attest import attest as attest
+    from skillmerge.outputs.push import push as push
+    from skillmerge.outputs.sign import sign as sign
+    from skillmerge.recipes.lint import lint as lint
+    from skillmerge.recipes.schema import schema as schema
+    from skillmerge.recipes.starter import init as init
+    from skillmerge.study.gates import gate as gate
+    from skillmerge.study.inspect import inspect as inspect
+    from skillmerge.verbs.apply import apply as apply
+    from skillmerge.verbs.demo.demo import demo as demo
+    from skillmerge.verbs.derive import derive as derive
+    from skillmerge.verbs.export import export as export
+    from skillmerge.verbs.export_patch import export_patch as export_patch
+    from skillmerge.verbs.extract import extract as extract
+    from skillmerge.verbs.plan import plan as plan
+    from skillmerge.verbs.rebuild import rebuild as rebuild
+    from skillmerge.verbs.sweep.sweep import sweep as sweep
+    from skillmerge.verbs.verify import verify as verify
+    from skillmerge.verbs.verify import verify_signed as verify_signed
 
 
 def __getattr__(name: str) -> Any:
@@ -55,5 +75,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -9,7 +9,7 @@ import pytest
 
 from skillmerge import errors
 from skillmerge.cli.main import cli
-from skillmerge.recipes.schema import json_schema
+from skillmerge.recipes.schema import schema as recipe_schema
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTED = (ROOT / "README.md").read_text() + "".join(
@@ -31,7 +31,7 @@ def test_command_and_its_options_are_documented_and_explained(name: str) -> None
 
 
 def test_every_key_of_a_recipe_is_documented() -> None:
-    schema = json_schema()
+    schema = recipe_schema()
     keys = set(schema["properties"])
     for table in schema["definitions"].values():
         keys |= set(table.get("properties", {}))

@@ -20,10 +20,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "doctor messages show.figures show.sarif",
     ),
     "verbs": (
-        "sweep.sweep",
-        "extract rebuild sweep.in_memory sweep.setting",
-        "apply demo export_lora export_patch plan sweep.search",
-        "derive miniature records sweep.journal target verify",
+        "demo.demo",
+        "sweep.sweep verify",
+        "export extract rebuild sweep.in_memory sweep.setting",
+        "apply export_lora export_patch plan sweep.search",
+        "demo.miniature derive records result sweep.journal target",
     ),
     "study": (
         "gates",
@@ -76,7 +77,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "ground": (
         "bits durable",
-        "errors naming reporter tensors threads version",
+        "brief errors naming reporter tensors threads version",
     ),
 }
 OUTSIDE = {"", "__main__"}
@@ -87,14 +88,12 @@ MODULES_A_FOLDER, LINES, FUNCTION_LINES, ARGUMENTS = 12, 400, 50, 8
 LONG_FUNCTIONS: dict[str, str] = {
     "checkpoints.hub_client.hub_errors": "to be cut",
     "checkpoints.kinds.skill.open_skill": "to be cut",
-    "cli.merging.plan": "to be cut",
-    "cli.proving.verify": "to be cut",
     "cli.show.charts.chart": "to be cut",
     "outputs.manifest.build": "to be cut",
     "study.inspect.inspect": "to be cut",
     "verbs.apply.apply": "to be cut",
     "verbs.derive.derive": "to be cut",
-    "verbs.export_lora.export": "to be cut",
+    "verbs.export_lora.export_lora": "to be cut",
     "verbs.export_patch.export_patch": "to be cut",
 }
 """Functions above FUNCTION_LINES, at most five, each with its reason."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from skillmerge.verbs.miniature import FAMILY, MODELS
+from skillmerge.verbs.demo.miniature import FAMILY, MODELS
 
 from . import train
 from .world import KIND_OF, VERBS, World, prompt

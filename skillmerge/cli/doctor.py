@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from skillmerge.brief import brief
 from skillmerge.outputs.staging import exchange
 from skillmerge.plans.budget import free_disk, free_memory
 from skillmerge.tensors import PAGE
@@ -70,6 +71,8 @@ class Diagnosis:
     """Sections of facts, each under its name; every value is text, a number, yes or no, or None (not known)."""
 
     sections: Mapping[str, Mapping[str, Any]]
+
+    __repr__ = brief
 
     def as_dict(self) -> dict[str, Any]:
         return {name: dict(facts) for name, facts in self.sections.items()}

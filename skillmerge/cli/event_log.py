@@ -1,6 +1,6 @@
-"""What happens in a run, for programs: one JSON object a line (docs/events.md), and JUnit XML of what was checked.
+"""The files that record a run for programs: JSON lines (docs/events.md), and JUnit XML of gates and checks.
 
-Both listen to the events of a `Reporter`. Neither may stop a run: what cannot be written is told once.
+Both get the events of a `TerminalReporter`. Neither stops a run: a file that cannot be written is one note.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ VERSION = 1
 
 
 @contextmanager
-def heard(
+def recorded(
     reporter: TerminalReporter, events: str | None = None, junit: str | None = None, suite: str = ""
 ) -> Iterator[None]:
-    """Have what happens in the body written into these files, its failure too. Raises UsageError before it."""
+    """Record the events of the body in these files, its failure too. Raises UsageError before it."""
     if junit is not None:
-        reporter.listeners.append(JUnit(Path(junit), suite))
+        reporter.recorders.append(JUnit(Path(junit), suite))
     if events is not None:
-        reporter.listeners.append(EventLog(Path(events), reporter.warn))
+        reporter.recorders.append(EventLog(Path(events), reporter.warn))
     try:
         yield
     except SkillmergeError as error:
@@ -46,22 +46,22 @@ def heard(
         reporter.event("failed", **SkillmergeError(f"{type(error).__name__}: {error}").as_dict())
         raise
     finally:
-        for listener in reporter.listeners:
+        for recorder in reporter.recorders:
             try:
-                listener.close()
+                recorder.close()
             except OSError as error:
                 reporter.warn(f"{error.filename}: cannot be written: {error.strerror}")
 
 
 class EventLog:
-    """Appends each event to a file, a device or a pipe that somebody reads. Any thread may tell it something."""
+    """A file, a device or a pipe with a reader, to which events are appended. Safe to call from any thread."""
 
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
-        """Raises UsageError where it cannot be written."""
+        """Open the file. Raises UsageError where it cannot be written."""
         self._path, self._complain = path, complain
         self._lock = threading.Lock()
         try:
-            # A pipe that nobody reads would be waited for; O_NONBLOCK refuses it instead.
+            # Opening a pipe that nobody reads would block; with O_NONBLOCK it fails instead.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
             self._descriptor = os.open(path, flags, 0o666)
             if stat.S_ISFIFO(os.fstat(self._descriptor).st_mode):
@@ -70,7 +70,7 @@ class EventLog:
             why = "nobody reads this pipe" if error.errno == errno.ENXIO else error.strerror
             raise UsageError(f"{path} cannot be written: {why}", fix="name another --events") from error
 
-    def tell(self, name: str, what: dict[str, Any]) -> None:
+    def record(self, name: str, what: dict[str, Any]) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = json.dumps({"version": VERSION, "time": now, "event": name, **what}, ensure_ascii=False) + "\n"
         with self._lock:
@@ -93,14 +93,14 @@ class EventLog:
 
 
 class JUnit:
-    """Gates and checks as test cases, for whatever shows the results of tests."""
+    """A JUnit XML file with gates and checks as test cases."""
 
     def __init__(self, path: Path, suite: str) -> None:
         self._path, self._suite = path, _text(suite)
         self._cases: list[tuple[str, str, str]] = []
-        """Name, what went wrong ("" where nothing did), and details."""
+        """Name, problem ("" where it passed), and details."""
 
-    def tell(self, name: str, what: dict[str, Any]) -> None:
+    def record(self, name: str, what: dict[str, Any]) -> None:
         if name == "gate":
             measured = "" if what["measured"] is None else f"measured {what['measured']:.6g}, "
             detail = f"{measured}asked: {what['asked']}" + (f"\n{what['detail']}" if what["detail"] else "")
@@ -111,7 +111,7 @@ class JUnit:
             self._cases.append((self._suite, what["message"], what["message"]))
 
     def close(self) -> None:
-        """Write the file, in one step. Raises OSError."""
+        """Write the file in one step. Raises OSError."""
         from skillmerge.durable import write_whole
 
         failures = sum(bool(problem) for _, problem, _ in self._cases)
@@ -130,7 +130,7 @@ class JUnit:
 
 
 def _text(text: str) -> str:
-    """XML 1.0 has no control characters, nor half of a surrogate pair."""
+    """Replace what XML 1.0 cannot hold: control characters, and halves of surrogate pairs."""
     return "".join(
         character
         if character in "\n\t" or (character >= " " and not "\ud800" <= character <= "\udfff" and character < "\ufffe")

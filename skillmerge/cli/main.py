@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from skillmerge.cli import flags, merging, proving, starting, studying
-from skillmerge.cli.messages import as_json, tell
+from skillmerge.cli.messages import as_json, log
 from skillmerge.cli.results import print_json
 from skillmerge.errors import Interrupted, ResourceError, SkillmergeError, Terminated, UsageError, memory_errors
 from skillmerge.version import __version__
@@ -33,11 +33,11 @@ Exit statuses:
 
 
 class _OutputClosed(Exception):
-    """Whoever read the results has heard enough."""
+    """Raised when the reader of stdout closes it."""
 
 
 class _Commands(click.Group):
-    """Commands whose results may not arrive: click itself would call that an error of ours."""
+    """The group of commands. A stdout that is closed or full is not a bug, as which click would report it."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -75,12 +75,12 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Entry point: run a command, turn errors into a message and an exit status."""
+    """Run a command, and turn errors into a message and an exit status."""
     signal.signal(signal.SIGTERM, _terminate)
-    # A short life with few cycles: collecting them costs a tenth of a plan and of torch's import.
+    # The process is short-lived and makes few cycles: collecting them takes a tenth of a plan and of torch's import.
     gc.disable()
     _prepare_streams()
-    # The Hub's client has bars and a log of its own, which shows addresses; what matters of it is in our errors.
+    # The Hub's client has progress bars and a log of its own, which shows addresses. Our errors say what matters.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
     try:
@@ -102,13 +102,13 @@ def main() -> NoReturn:
         import traceback
 
         traceback.print_exc()
-        tell("error", "this is a bug in skillmerge; please report it with the lines above", exit_status=1)
+        log("error", "this is a bug in skillmerge; please report it with the lines above", exit_status=1)
         _leave(1)
     _leave(status if isinstance(status, int) else 0)
 
 
 def _prepare_streams() -> None:
-    """Results and messages go out whatever they are written to: nothing, ASCII, a name that is no text."""
+    """Make both streams writable for any text: closed streams, ASCII terminals, names that are not text."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -122,8 +122,8 @@ def _wants_json() -> bool:
 
 
 def _leave(status: int) -> NoReturn:
-    """At once: taking torch's modules apart would cost another quarter of a second, and an interrupt can leave
-    Python thinking that it has to die of the signal itself."""
+    """Exit at once: unloading torch takes a quarter of a second, and after an interrupt Python may end with the
+    signal's own status."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -148,14 +148,14 @@ def _fail(error: SkillmergeError) -> NoReturn:
             from skillmerge.cli.show import terminal
 
             terminal.show_gates(outcomes, terminal.console())
-    _tell_error(error)
+    _log_error(error)
     _leave(error.exit_status)
 
 
-def _tell_error(error: SkillmergeError) -> None:
+def _log_error(error: SkillmergeError) -> None:
     if as_json():
-        tell("error", error.message, fix=error.fix, exit_status=error.exit_status)
+        log("error", error.message, fix=error.fix, exit_status=error.exit_status)
         return
-    tell("error", error.message)
+    log("error", error.message)
     if error.fix:
-        tell("info", error.fix)
+        log("info", error.fix)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from skillmerge.cli import flags
 from skillmerge.cli.flags import option
 from skillmerge.cli.messages import TerminalReporter
-from skillmerge.cli.results import check_places, describe_merge, print_json, show_merge, write_report, write_text
+from skillmerge.cli.results import check_places, document_of, print_result, show_merge, write_report, write_text
 from skillmerge.errors import InputError
+
+if TYPE_CHECKING:
+    from skillmerge.verbs.plan import Preview
 
 
 @click.command()
@@ -67,13 +70,13 @@ def apply(
     A run that was interrupted is continued by the same command. An output that is this recipe's already is
     left as it is.
     """
-    from skillmerge.cli.event_log import heard
+    from skillmerge.cli.event_log import recorded
     from skillmerge.study.gates import GateFailed
     from skillmerge.verbs.apply import apply as run
 
     check_places(report=report_file, result_file=result_file, junit=junit_file, events=events_file)
     reporter = TerminalReporter(quiet, verbose)
-    with heard(reporter, events_file, junit_file, f"skillmerge apply {recipe}"):
+    with recorded(reporter, events_file, junit_file, f"skillmerge apply {recipe}"):
         try:
             result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
         except GateFailed as error:
@@ -87,7 +90,7 @@ def apply(
         from skillmerge.durable import disk_errors, write_whole
 
         with disk_errors(Path(result_file)):
-            write_whole(Path(result_file).absolute(), (json.dumps(describe_merge(result), indent=1) + "\n").encode())
+            write_whole(Path(result_file).absolute(), (json.dumps(document_of(result), indent=1) + "\n").encode())
 
 
 @click.command()
@@ -119,51 +122,39 @@ def plan(
     markdown_file: str | None,
     detailed: bool,
     coefficients: tuple[tuple[str, float], ...],
-    threads: int | None,
-    memory_limit: int | None,
     as_json: bool,
-    lock: bool,
-    **access: bool,
+    **options: Any,
 ) -> int:
     """Show all that apply would do, from headers alone."""
-    from skillmerge.cli.show import terminal
-    from skillmerge.plans.budget import budget, check_disk, free_disk
-    from skillmerge.plans.saved import describe, read
-    from skillmerge.verbs.plan import make_plan
-    from skillmerge.verbs.target import is_done
+    from skillmerge.verbs.plan import plan as run
 
     check_places(report=report_file, save=save, markdown=markdown_file)
-    before = read(diff) if diff is not None else None
     reporter = TerminalReporter(quiet=False, verbose=True)
-    made = make_plan(recipe, coefficients=dict(coefficients), lock=lock, reporter=reporter, **access)
-    needs = budget(made, threads=threads, memory_limit=memory_limit)
-    where = made.recipe.output.path
-    free = free_disk(where) if where is not None else None
-    if where is not None and not made.problems and not made.makes_skill:
-        check_disk(where, made.bytes_written, "the output")
-    document = {
-        "ok": not made.problems,
-        **describe(made),
-        "memory": needs.memory,
-        "threads": needs.threads,
-        "disk_free": free,
-    }
-    if save is not None:
-        write_text(Path(save), json.dumps(document, indent=1) + "\n")
-    if before is not None:
-        document["changes"] = before.changes(json.loads(json.dumps(document)))
+    made = run(recipe, coefficients=dict(coefficients), save=save, diff=diff, reporter=reporter, **options)
     if as_json:
-        print_json(document)
-    elif before is not None:
-        terminal.show_changes(document["changes"], str(diff), terminal.console())
+        print_result(made)
     else:
-        terminal.show_plan(made, needs, str(where) if where else None, free, terminal.console())
+        _show_plan(made, diff)
     write_report(report_file, title=f"plan of {recipe}", plan=made)
     if markdown_file is not None:
         from skillmerge.cli.show.markdown import plan_page
 
-        page = plan_page(made, needs, str(where) if where else None, free, document.get("changes"), diff)
+        page = plan_page(made, made.needs, _output_of(made), made.disk_free, made.changes, diff)
         write_text(Path(markdown_file), page)
-    if made.problems:
+    if not made.ok:
         return InputError.exit_status
-    return 10 if detailed and not is_done(made, output=None) else 0
+    return 10 if detailed and not made.done else 0
+
+
+def _show_plan(made: Preview, diff: str | None) -> None:
+    from skillmerge.cli.show import terminal
+
+    if made.changes is not None:
+        terminal.show_changes(made.changes, str(diff), terminal.console())
+    else:
+        terminal.show_plan(made, made.needs, _output_of(made), made.disk_free, terminal.console())
+
+
+def _output_of(made: Preview) -> str | None:
+    where = made.recipe.output.path
+    return str(where) if where else None

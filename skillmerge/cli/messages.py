@@ -1,5 +1,4 @@
-"""Messages and progress to whoever runs the tool: lines on stderr, for people or, with `--log-format json`, for
-programs; a tqdm bar on a terminal."""
+"""Messages and progress on stderr: text for people, JSON lines with `--log-format json`; a tqdm bar on a terminal."""
 
 from __future__ import annotations
 
@@ -26,10 +25,10 @@ def as_json() -> bool:
     return os.environ.get(FORMAT) == "json"
 
 
-def tell(level: str, message: str, **fields: Any) -> None:
-    """One message. level: info, note, warning or error. fields: what programs are told beside it.
+def log(level: str, message: str, **fields: Any) -> None:
+    """Write one message. level: info, note, warning or error. fields: more of it, for programs.
 
-    A stderr that cannot be written to is not a reason to stop.
+    A run goes on where stderr cannot be written.
     """
     with suppress(OSError, ValueError):
         if as_json():
@@ -40,33 +39,33 @@ def tell(level: str, message: str, **fields: Any) -> None:
             print(visible(_PREFIXES[level] + message), file=sys.stderr)
 
 
-class Listener(Protocol):
-    """Hears of a run's events."""
+class Recorder(Protocol):
+    """A file that keeps a run's events."""
 
-    def tell(self, name: str, what: dict[str, Any]) -> None: ...
+    def record(self, name: str, what: dict[str, Any]) -> None: ...
 
     def close(self) -> None:
-        """There will be no more. Raises OSError."""
+        """Finish the file. Raises OSError."""
 
 
 class TerminalReporter(Reporter):
-    """Remarks and progress on stderr: a bar on a terminal, else a line every 30 seconds. Events go to `listeners`."""
+    """Messages and progress on stderr: a bar on a terminal, else a line every 30 seconds. Events go to `recorders`."""
 
     def __init__(self, quiet: bool, verbose: bool, doing: str = "merging", unit: str = "B") -> None:
         self.quiet, self.verbose, self.doing, self.unit = quiet, verbose, doing, unit
-        self.listeners: list[Listener] = []
+        self.recorders: list[Recorder] = []
 
     def say(self, message: str) -> None:
         if self.verbose and not self.quiet:
-            tell("info", message)
+            log("info", message)
 
     def warn(self, message: str) -> None:
         if not self.quiet:
-            tell("note", message)
+            log("note", message)
 
     def event(self, name: str, **what: Any) -> None:
-        for listener in self.listeners:
-            listener.tell(name, what)
+        for recorder in self.recorders:
+            recorder.record(name, what)
 
     @contextmanager
     def bar(self, total: int) -> Iterator[Callable[[int], None]]:
@@ -94,7 +93,7 @@ class TerminalReporter(Reporter):
 def _line_progress(total: int, doing: str, unit: str) -> Callable[[int], None]:
     started = last = time.monotonic()
 
-    def told(count: float) -> str:
+    def size(count: float) -> str:
         from skillmerge.tensors import format_bytes
 
         return format_bytes(int(count)) if unit == "B" else f"{count:.3g} {unit}"
@@ -107,6 +106,6 @@ def _line_progress(total: int, doing: str, unit: str) -> Callable[[int], None]:
         last = now
         speed = done / (now - started)
         left = f", {(total - done) / speed:.0f} s left" if speed else ""
-        tell("info", f"{doing}: {told(done)} of {told(total)}, {told(speed)}/s{left}", done=done, total=total)
+        log("info", f"{doing}: {size(done)} of {size(total)}, {size(speed)}/s{left}", done=done, total=total)
 
     return show

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from skillmerge.cli import flags
 from skillmerge.cli.flags import option
-from skillmerge.cli.messages import TerminalReporter, tell
-from skillmerge.cli.results import check_places, print_json
+from skillmerge.cli.messages import TerminalReporter, log
+from skillmerge.cli.results import check_places, print_result
 from skillmerge.errors import UsageError, visible
 
 
@@ -31,59 +30,32 @@ from skillmerge.errors import UsageError, visible
 @option("--quiet", "-q", is_flag=True, help="Only errors.")
 def verify(
     folder: str,
-    load: bool,
     parent: str | None,
     signature: str | None,
-    public_key: str | None,
-    certificate_chain: tuple[str, ...],
-    allow_nonfinite: bool,
-    follow_links: bool,
     junit_file: str | None,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Check an output against its manifest, every byte of it; with --signature, also who signed it."""
-    from skillmerge.cli.event_log import heard
+    from skillmerge.cli.event_log import recorded
+    from skillmerge.verbs.verify import verify as run
 
     check_places(junit=junit_file)
-    reporter, signed, model = TerminalReporter(quiet, verbose=False), None, None
-    common: dict[str, Any] = {"load": load, "allow_nonfinite": allow_nonfinite, "reporter": reporter}
-    with heard(reporter, junit=junit_file, suite=f"skillmerge verify {folder}"):
-        if signature is not None or public_key is not None or certificate_chain:
-            from skillmerge.verbs.verify import verify_signed
-
-            trusted: dict[str, Any] = {"public_key": public_key, "certificate_chain": certificate_chain}
-            signed = verify_signed(folder, signature or None, **trusted, **common)
-            verdict = signed.verdict
-        else:
-            from skillmerge.verbs.verify import verify as run
-
-            verdict = run(folder, **common)
-        if parent is not None:
-            from skillmerge.verbs.extract import check_parent
-
-            model = check_parent(folder, parent, follow_links=follow_links)
+    reporter = TerminalReporter(quiet, verbose=False)
+    own = True if signature == "" else signature  # without a value: the output's own
+    with recorded(reporter, junit=junit_file, suite=f"skillmerge verify {folder}"):
+        verdict = run(folder, parent=parent, signature=own, reporter=reporter, **options)
     if as_json:
-        print_json(
-            {
-                "ok": True,
-                "folder": str(verdict.folder),
-                "files": verdict.files,
-                "tensors": verdict.tensors,
-                "bytes": verdict.bytes,
-                "load": verdict.load,
-                "parent": model,
-                "signature": signed.as_dict() if signed else None,
-            }
-        )
+        print_result(verdict)
     elif not quiet:
         from skillmerge.cli.show import terminal
 
         terminal.show_verdict(verdict, terminal.console())
-        if signed is not None:
-            click.echo(visible(f"signed by {signed.signer}: {signed.files} files, as they are"))
-        if parent is not None and model is not None:
-            terminal.show_parent(parent, model, terminal.console())
+        if verdict.signature is not None:
+            click.echo(visible("signed by {signer}: {files} files, as they are".format(**verdict.signature)))
+        if parent is not None and verdict.parent is not None:
+            terminal.show_parent(parent, verdict.parent, terminal.console())
 
 
 @click.command()
@@ -98,30 +70,28 @@ def verify(
 def gate(
     folder: str,
     gates_file: str | None,
-    base_folder: str | None,
-    follow_links: bool,
     events_file: str | None,
     junit_file: str | None,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Hold a finished output against gates: exit 3 where one does not hold."""
-    from skillmerge.cli.event_log import heard
+    from skillmerge.cli.event_log import recorded
     from skillmerge.cli.show import terminal
     from skillmerge.study.gates import GateFailed
     from skillmerge.study.gates import gate as run
 
     check_places(junit=junit_file, events=events_file)
     reporter = TerminalReporter(quiet, verbose=False)
-    with heard(reporter, events_file, junit_file, f"skillmerge gate {folder}"):
-        outcomes = run(folder, gates_file, base=base_folder, follow_links=follow_links, reporter=reporter)
-        if not all(outcome.passed for outcome in outcomes):
-            raise GateFailed(outcomes)
-    rows = [outcome.as_dict() for outcome in outcomes]
+    with recorded(reporter, events_file, junit_file, f"skillmerge gate {folder}"):
+        report = run(folder, gates_file, reporter=reporter, **options)
+        if not report.ok:
+            raise GateFailed(report.outcomes)
     if as_json:
-        print_json({"ok": True, "folder": folder, "gates": rows})
+        print_result(report)
     elif not quiet:
-        terminal.show_gates(rows, terminal.console())
+        terminal.show_gates(report.as_dict()["gates"], terminal.console())
 
 
 @click.command()
@@ -138,35 +108,17 @@ def gate(
 @flags.links
 @flags.as_json
 @option("--quiet", "-q", is_flag=True, help="Only errors.")
-def rebuild(
-    folder: str,
-    check: bool,
-    sample: float,
-    seed: int,
-    output: str | None,
-    base_folder: str | None,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def rebuild(folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Build an output again from its manifest and the models that this names, or check that it would be the same.
 
     A difference is exit 3, models that have changed since are exit 7.
     """
     from skillmerge.cli.show import terminal
-    from skillmerge.engine.runner import Work
-    from skillmerge.verbs.rebuild import How, check_rebuild
     from skillmerge.verbs.rebuild import rebuild as run
 
-    if check == (output is not None):
-        raise UsageError("say what to do", fix="give --check (compare, write nothing) or --output NEW (build it again)")
-    reporter = TerminalReporter(quiet, verbose=False, doing="rebuilding")
-    work = Work(options.pop("device"), options.pop("threads"), options.pop("memory_limit"))
-    base = Path(base_folder) if base_folder is not None else None
-    how = How(base=base, work=work, reporter=reporter, **options)
-    made = run(folder, output, how) if output is not None else check_rebuild(folder, sample=sample, seed=seed, how=how)
+    made = run(folder, reporter=TerminalReporter(quiet, verbose=False, doing="rebuilding"), **options)
     if as_json:
-        print_json({"ok": True, **made.as_dict()})
+        print_result(made)
     elif not quiet:
         terminal.show_rebuilt(made, terminal.console())
 
@@ -194,7 +146,7 @@ def sign(
         raise UsageError("a signature is made with a key", fix="give --private-key KEY")
     signed = run(folder, private_key=private_key, password=flags.password(password_file), **options)
     if as_json:
-        print_json({"ok": True, "folder": folder, **signed.as_dict()})
+        print_result(signed)
     elif not quiet:
         click.echo(visible(f"signed {signed.files} files as {signed.signer}\nwrote {signed.path}"))
 
@@ -220,14 +172,14 @@ def attest(folder: str, password_file: str | None, as_json: bool, quiet: bool, *
     given = {name: value for name, value in options.items() if value is not None}
     attested = run(folder, password=flags.password(password_file), **given)
     if as_json:
-        print_json({"ok": True, "folder": folder, **attested.as_dict()})
+        print_result(attested)
     elif not quiet:
         for path in (attested.attestation, attested.bom):
             if path is not None:
                 click.echo(visible(f"wrote {path}"))
     if attested.unpinned and not quiet:
         names = ", ".join(attested.unpinned)
-        tell("note", f"no digests of these inputs are known (apply --hash-inputs): {names}")
+        log("note", f"no digests of these inputs are known (apply --hash-inputs): {names}")
 
 
 @click.command()
@@ -253,7 +205,7 @@ def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: An
 
     published = run(folder, repository, **options)
     if as_json:
-        print_json({"ok": True, **published.as_dict()})
+        print_result(published)
     elif not quiet:
         from skillmerge.cli.show import terminal
 

@@ -1,18 +1,18 @@
-"""What commands have in common: files that they write for others, JSON on stdout, the result of a merge."""
+"""What commands have in common: the files that they write, JSON on stdout, and how they show a merge."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from skillmerge.cli.messages import tell
+from skillmerge.cli.messages import log
 from skillmerge.errors import UsageError
 
 if TYPE_CHECKING:
-    from skillmerge.verbs.apply import Result
+    from skillmerge.verbs.result import Result
 
 
 OURS = {
@@ -24,11 +24,11 @@ OURS = {
     "--markdown": ("<!-- skillmerge plan -->",),
     "--sarif": ('{\n "$schema"',),
 }
-"""How the files begin that an option of commands writes: such a one it replaces, and nothing else."""
+"""How the files of an option begin. An option replaces such a file, and no other."""
 
 
 def check_places(**files: str | None) -> None:
-    """Before any work: each file (by its option, `_` for `-`) can be written, and takes nothing else's place.
+    """Check before any work that each file can be written. The keywords are the options, with `_` for `-`.
 
     Raises UsageError for a file of another kind, one inside an output or its staging folder, and one named twice.
     """
@@ -76,36 +76,34 @@ def write_report(path: str | None, **parts: Any) -> None:
         Path(path).write_text(build(**parts), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}", fix="name another --report") from error
-    tell("info", f"wrote {path}")
+    log("info", f"wrote {path}")
 
 
-def describe_merge(result: Result) -> dict[str, Any]:
-    from skillmerge.cli.show import terminal
+class Documented(Protocol):
+    """A result of a verb."""
 
-    return {
-        "ok": True,
-        "output": str(result.output),
-        "already": result.already,
-        "seconds": round(result.seconds, 3),
-        "plan_digest": result.manifest["plan_digest"],
-        "statistics": result.manifest["statistics"],
-        "warnings": terminal.result_warnings(result),
-        "gates": list(result.gates),
-        "published": result.published.as_dict() if result.published else None,
-        "files": result.manifest["files"],
-    }
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+def document_of(result: Documented) -> dict[str, Any]:
+    """Return what `--json` prints of a result: whether all is well, and its fields."""
+    return {"ok": getattr(result, "ok", True), **result.as_dict()}
+
+
+def print_result(result: Documented) -> None:
+    print_json(document_of(result))
 
 
 def show_merge(result: Result, as_json: bool, quiet: bool) -> None:
-    from skillmerge.cli.show import terminal
-
     if as_json:
-        print_json(describe_merge(result))
+        print_result(result)
         return
     if not quiet:
+        from skillmerge.cli.show import terminal
+
         terminal.show_result(result, terminal.console())
-    for warning in terminal.result_warnings(result):
-        tell("warning", warning)
+    for warning in result.warnings:
+        log("warning", warning)
 
 
 def write_text(path: Path, text: str) -> None:

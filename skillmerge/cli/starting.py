@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from skillmerge.cli import flags
 from skillmerge.cli.flags import option
-from skillmerge.cli.messages import TerminalReporter, tell
-from skillmerge.cli.results import check_places, print_json, write_text
+from skillmerge.cli.messages import TerminalReporter
+from skillmerge.cli.results import check_places, print_json, print_result, show_merge, write_text
 from skillmerge.errors import UsageError
+
+if TYPE_CHECKING:
+    from skillmerge.verbs.result import Result
 
 
 @click.command()
@@ -20,13 +24,12 @@ from skillmerge.errors import UsageError
 def init(path: str) -> None:
     """Write a commented recipe to start from (default: recipe.yaml; - for stdout)."""
     from skillmerge.recipes.starter import RECIPE
+    from skillmerge.recipes.starter import init as run
 
     if path == "-":
         click.echo(RECIPE, nl=False)
         return
-    if Path(path).exists():
-        raise UsageError(f"{path} exists already", fix="name another file: skillmerge init my-recipe.yaml")
-    write_text(Path(path), RECIPE)
+    run(path)
     click.echo(f"wrote {path}: fill in the models, then `skillmerge plan {path}`")
 
 
@@ -45,23 +48,22 @@ def lint(recipes: tuple[str, ...], strict: bool, allow: tuple[str, ...], sarif_f
     from skillmerge.recipes.lint import lint as run
 
     check_places(sarif=sarif_file)
-    found = run(recipes, allow=allow)
-    failed = bool(found.count("error") or (strict and found.findings))
+    found = run(recipes, strict=strict, allow=allow)
     if sarif_file is not None:
         write_text(Path(sarif_file), json.dumps(document(found), indent=1) + "\n")
     if as_json:
-        print_json({"ok": not failed, **found.as_dict()})
+        print_result(found)
     else:
         terminal.show_lint(found, terminal.console())
-    return UsageError.exit_status if failed else 0
+    return 0 if found.ok else UsageError.exit_status
 
 
 @click.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from skillmerge.recipes.schema import json_schema
+    from skillmerge.recipes.schema import schema as run
 
-    print_json(json_schema(), indent=2)
+    print_json(run(), indent=2)
 
 
 @click.command()
@@ -74,7 +76,7 @@ def doctor(path: str | None, as_json: bool) -> None:
 
     found = run(path)
     if as_json:
-        print_json({"ok": True, **found.as_dict()})
+        print_result(found)
     else:
         terminal.show_diagnosis(found, terminal.console())
 
@@ -84,33 +86,27 @@ def doctor(path: str | None, as_json: bool) -> None:
 def demo(folder: str) -> None:
     """Put four small trained models into FOLDER, transfer a skill between them, and let them answer questions."""
     from skillmerge.cli.show import terminal
-    from skillmerge.durable import disk_errors
-    from skillmerge.verbs.apply import apply as merge
-    from skillmerge.verbs.demo import SENTENCE, examples, run, write_family
-    from skillmerge.verbs.verify import verify as check
+    from skillmerge.outputs.verify import Verdict
+    from skillmerge.verbs.demo.demo import SENTENCE, examples
+    from skillmerge.verbs.demo.demo import demo as run
 
-    root = Path(folder)
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise UsageError(f"{folder} exists already", fix="name another folder: skillmerge demo my-demo")
-    out = terminal.console()
-    with disk_errors(root):
-        recipe, control = write_family(root)
+    def show(part: Path | Result | Verdict) -> None:
+        if isinstance(part, Path):
+            _show_family(folder, part)
+        elif isinstance(part, Verdict):
+            terminal.show_verdict(part, terminal.console())
+        else:
+            show_merge(part, as_json=False, quiet=False)
+            click.echo(f"\n$ skillmerge verify {os.path.relpath(part.output)}")
+
+    done = run(folder, reporter=TerminalReporter(quiet=False, verbose=False), finished=show)
+    click.echo("")
+    terminal.show_answers(done.answers, examples(done.answers[0], done.answers[-1]), terminal.console())
+    click.echo(f"{SENTENCE}\n")
+    click.echo(f"Now change lam in {done.recipe} and run: skillmerge apply {done.recipe} --overwrite")
+
+
+def _show_family(folder: str, recipe: Path) -> None:
     click.echo(f"Four small trained models are in {folder}: base, source-sft, source-rl, target-sft.\n")
     click.echo(f"$ cat {recipe}\n{recipe.read_text(encoding='utf-8')}")
     click.echo(f"$ skillmerge apply {recipe}")
-    result = merge(recipe, reporter=TerminalReporter(quiet=False, verbose=False), stats="full")
-    terminal.show_result(result, out)
-    for warning in terminal.result_warnings(result):
-        tell("warning", warning)
-    click.echo(f"\n$ skillmerge verify {os.path.relpath(result.output)}")
-    terminal.show_verdict(check(result.output), out)
-    shuffled = merge(control).output
-    click.echo("")
-    shown = [
-        run("target-sft, before", root / "target-sft"),
-        run("with the skill's elements shuffled", shuffled),
-        run("merged, with the skill", result.output),
-    ]
-    terminal.show_answers(shown, examples(shown[0], shown[-1]), out)
-    click.echo(f"{SENTENCE}\n")
-    click.echo(f"Now change lam in {recipe} and run: skillmerge apply {recipe} --overwrite")

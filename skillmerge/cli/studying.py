@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from skillmerge.cli import flags
 from skillmerge.cli.flags import option
 from skillmerge.cli.messages import TerminalReporter
-from skillmerge.cli.results import check_places, print_json, show_merge, write_report
-from skillmerge.errors import UsageError
-
-if TYPE_CHECKING:
-    from skillmerge.verbs.export_lora import Exported
-    from skillmerge.verbs.export_patch import Patch
+from skillmerge.cli.results import check_places, print_result, show_merge, write_report
 
 
 @click.command()
@@ -60,41 +55,18 @@ def extract(rl: str, sft: str, as_json: bool, quiet: bool, verbose: bool, **opti
 @flags.links
 @flags.as_json
 @option("--quiet", "-q", is_flag=True, help="Only results and errors.")
-def export(
-    skill: str,
-    output: str,
-    lora_rank: int | None,
-    onto: str | None,
-    base: str | None,
-    seed: int,
-    follow_links: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def export(skill: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write a stored skill in a format of others: a LoRA adapter for PEFT, or a sparse patch.
 
     What an adapter cannot hold (norms, embeddings, biases, heads, routers) is left out, and counted. A patch has
     the places and the new elements, exactly, of what changed in the model that was subtracted.
     """
     from skillmerge.cli.show import terminal
+    from skillmerge.verbs.export import export as run
 
-    reporter = TerminalReporter(quiet, verbose=False, doing="exporting")
-    common: dict[str, Any] = {"follow_links": follow_links, "reporter": reporter}
-    if (lora_rank is None) == (onto is None):
-        raise UsageError("say what to write", fix="give --lora-rank R (an adapter) or --onto SFT (a sparse patch)")
-    exported: Exported | Patch
-    if lora_rank is not None:
-        from skillmerge.verbs.export_lora import export as adapter
-
-        exported = adapter(skill, output, lora_rank=lora_rank, base=base, seed=seed, **common)
-    else:
-        from skillmerge.verbs.export_patch import export_patch
-
-        if base is not None:
-            raise UsageError("--base is of an adapter", fix="leave it out: a patch is for the model of --onto")
-        exported = export_patch(skill, output, onto=str(onto), **common)
+    exported = run(skill, output, reporter=TerminalReporter(quiet, verbose=False, doing="exporting"), **options)
     if as_json:
-        print_json({"ok": True, **exported.as_dict()})
+        print_result(exported)
     elif not quiet:
         terminal.show_exported(exported, terminal.console())
 
@@ -140,7 +112,7 @@ def inspect(
     reporter = TerminalReporter(quiet, verbose=False, doing="inspecting")
     found = run(source, other, coefficients=dict(coefficients), reporter=reporter, **options)
     if as_json:
-        print_json({"ok": True, **found.as_dict()})
+        print_result(found)
     else:
         study_tables.show_inspection(found, terminal.console())
     write_report(report_file, title=found.title, plan=found.plan, inspection=found)
@@ -167,7 +139,7 @@ def derive(recipe: str, choice: str, as_json: bool, quiet: bool, **options: Any)
 
     derived = run(recipe, choice, reporter=TerminalReporter(quiet, False, doing="measuring"), **options)
     if as_json:
-        print_json({"ok": True, **derived.as_dict()})
+        print_result(derived)
     elif not quiet:
         terminal.show_derived(derived, terminal.console())
 
@@ -211,7 +183,7 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
     reporter = TerminalReporter(quiet, verbose=False, doing="sweeping", unit="candidates")
     found = run(recipe, options.pop("axes"), score, reporter=reporter, **options)
     if as_json:
-        print_json({"ok": True, **found.as_dict()})
+        print_result(found)
     else:
         terminal.show_sweep(found, terminal.console())
     write_report(report_file, title=f"sweep of {recipe}", sweep=found)

@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from skillmerge.brief import brief
 from skillmerge.checkpoints.place import SCHEME, parse_location
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.errors import UsageError
@@ -36,15 +37,22 @@ _AnyPath = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class Attested:
-    """What was written. unpinned: inputs of which the manifest knows neither a commit nor every sha256."""
+    """What was written. unpinned: inputs of which the manifest knows neither a commit nor every sha256.
+
+    folder: of the output, as it was named.
+    """
 
     attestation: Path
     bom: Path | None
     subjects: int
     unpinned: tuple[str, ...]
+    folder: str
+
+    __repr__ = brief
 
     def as_dict(self) -> dict[str, Any]:
         return {
+            "folder": self.folder,
             "attestation": str(self.attestation),
             "bom": str(self.bom) if self.bom else None,
             "subjects": self.subjects,
@@ -96,7 +104,7 @@ def attest(
             write_whole(Path(bom_file).absolute(), materials.encode())
     unpinned = tuple(item["name"] for item in proof["inputs"] if not _is_pinned(item))
     written = Path(bom_file) if bom_file is not None else None
-    return Attested(place, written, len(files), unpinned)
+    return Attested(place, written, len(files), unpinned, os.fspath(folder))
 
 
 def _statement(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skillmerge.brief import brief
 from skillmerge.durable import disk_errors
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs import manifest
@@ -37,15 +38,21 @@ _AnyPath = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A signature that was made or has passed. signer: the key's digest, or the certificate's subject."""
+    """A signature that was made or has passed. signer: the key's digest, or the certificate's subject.
+
+    folder: of the output, as it was named.
+    """
 
     path: Path
     files: int
     signer: str
     verdict: Verdict
+    folder: str
+
+    __repr__ = brief
 
     def as_dict(self) -> dict[str, Any]:
-        return {"path": str(self.path), "files": self.files, "signer": self.signer}
+        return {"folder": self.folder, "path": str(self.path), "files": self.files, "signer": self.signer}
 
 
 def sign(
@@ -84,7 +91,7 @@ def sign(
     bundle.check_covers(root, manifest.read(root))
     with disk_errors(place):
         place.write_bytes(content)  # not by a name of its own first: a crash must leave nothing else in the output
-    return Signature(place, len(bundle.files), bundle.signer, verdict)
+    return Signature(place, len(bundle.files), bundle.signer, verdict, os.fspath(folder))
 
 
 def verify_signature(
@@ -114,7 +121,7 @@ def verify_signature(
     verdict = verify_files(root, allow_nonfinite=allow_nonfinite, reporter=reporter)
     with checked(reporter, "signature"):
         bundle = _check_signature(root, place, configuration)
-    return Signature(place, len(bundle.files), bundle.signer, verdict)
+    return Signature(place, len(bundle.files), bundle.signer, verdict, os.fspath(folder))
 
 
 def _check_signature(root: Path, place: Path, configuration: Any) -> _Bundle:

@@ -17,6 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.folder import Folder, open_folder
 from skillmerge.checkpoints.kinds.skill import open_skill
@@ -37,13 +38,32 @@ _PIECE = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What `verify` found out about a folder that passed: counts, and the load's report, if asked for."""
+    """What `verify` found out about a folder that passed: counts, and what else was asked for.
+
+    load: the load's report. parent: which of the models of its expression the given one is, of a skill.
+    signature: its path, how many files it is of, and the signer.
+    """
 
     folder: Path
     files: int
     tensors: int
     bytes: int
     load: Mapping[str, Any] | None = None
+    parent: str | None = None
+    signature: Mapping[str, Any] | None = None
+
+    __repr__ = brief
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "files": self.files,
+            "tensors": self.tensors,
+            "bytes": self.bytes,
+            "load": self.load,
+            "parent": self.parent,
+            "signature": self.signature,
+        }
 
 
 def verify_files(

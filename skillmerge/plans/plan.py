@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from skillmerge.brief import brief
 from skillmerge.errors import InputError
 from skillmerge.methods.linear import Program
 from skillmerge.plans.accounting import Problem, settlement
@@ -97,6 +98,8 @@ class Plan:
     digest: str = field(default="", compare=False)
     weights_digest: str = field(default="", compare=False)
     """The digest of what decides the output's bytes: it stays where only words of the recipe change, or its gates."""
+
+    __repr__ = brief
 
     @property
     def makes_skill(self) -> bool:

@@ -59,7 +59,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     """The plan as it is saved."""
     document = plan.recipe.document
     return {
-        **plan.as_dict(),
+        **Plan.as_dict(plan),  # of whatever kind of plan, no more than its decisions
         "recipe": {"text": document.text, "file": os.path.abspath(document.name)},
         "versions": {name: dict(files) for name, files in plan.versions.items()},
     }

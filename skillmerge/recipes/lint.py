@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from skillmerge.brief import brief
 from skillmerge.checkpoints.place import Location
 from skillmerge.errors import Place, RecipeError, SkillmergeError, UsageError, did_you_mean
 from skillmerge.methods.terms import degree, weights
@@ -119,10 +120,17 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Lint:
-    """What was found in `files`."""
+    """What was found in `files`. strict: whether warnings fail too."""
 
     files: tuple[str, ...]
     findings: tuple[Finding, ...]
+    strict: bool = False
+
+    __repr__ = brief
+
+    @property
+    def ok(self) -> bool:
+        return not (self.count("error") or (self.strict and self.findings))
 
     def count(self, level: str) -> int:
         return sum(finding.rule.level == level for finding in self.findings)
@@ -136,9 +144,15 @@ class Lint:
         }
 
 
-def lint(recipes: Iterable[str | os.PathLike[str]], *, allow: Iterable[str] = ()) -> Lint:
-    """Everything that is wrong with the recipes at these paths. allow: ids of warnings that are not looked for.
+def lint(
+    recipes: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    strict: bool = False,
+    allow: Iterable[str] = (),
+) -> Lint:
+    """Return everything that is wrong with the recipe or the recipes at these paths, from their text alone.
 
+    strict: warnings make `ok` false too. allow: ids of warnings that are not looked for.
     Raises UsageError for a rule that is none, or that is an error and cannot be allowed.
     """
     allowed = set(allow)
@@ -146,9 +160,10 @@ def lint(recipes: Iterable[str | os.PathLike[str]], *, allow: Iterable[str] = ()
     for name in sorted(allowed - set(warnings)):
         what = "is an error, which nothing allows" if name in RULES else "is no rule of lint"
         raise UsageError(f"`{name}` {what}", fix=did_you_mean(name, warnings) or f"rules: {', '.join(warnings)}")
-    files = tuple(os.fspath(path) for path in recipes)
+    paths = [recipes] if isinstance(recipes, str | os.PathLike) else recipes
+    files = tuple(os.fspath(path) for path in paths)
     found = [finding for file in files for finding in _lint(file) if finding.rule.id not in allowed]
-    return Lint(files, tuple(found))
+    return Lint(files, tuple(found), strict)
 
 
 def _lint(file: str) -> list[Finding]:

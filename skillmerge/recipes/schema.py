@@ -191,9 +191,9 @@ def read_table(document: Document, table: type[_Whole]) -> _Whole:
         raise first from error
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of the format, as draft 7, which is what editors understand."""
-    schema = RecipeTable.model_json_schema(by_alias=True)
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of recipes, as draft 7, which is what editors understand."""
+    made = RecipeTable.model_json_schema(by_alias=True)
     text_moves = {"$defs": "definitions"}
 
     def rewrite(node: Any) -> Any:
@@ -203,7 +203,7 @@ def json_schema() -> dict[str, Any]:
             return [rewrite(item) for item in node]
         return node.replace("#/$defs/", "#/definitions/") if isinstance(node, str) else node
 
-    return {"$schema": "http://json-schema.org/draft-07/schema#", **rewrite(schema)}
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **rewrite(made)}
 
 
 _EXPECTED = {

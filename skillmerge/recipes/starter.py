@@ -1,6 +1,12 @@
-"""The recipe that `skillmerge init` writes: complete, commented, and one edit away from running."""
+"""The verb init, and the recipe that it writes: complete, commented, and one edit away from running."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from skillmerge.durable import disk_errors
+from skillmerge.errors import UsageError
 
 RECIPE = """\
 # A skillmerge recipe. `skillmerge plan FILE` shows what it would do, `skillmerge apply FILE` does it.
@@ -41,3 +47,13 @@ output:
 #   commands:
 #     - {name: accuracy, run: "python eval.py {}", min: 0.6}
 """
+
+
+def init(path: str | os.PathLike[str] = "recipe.yaml") -> Path:
+    """Write a commented recipe to start from, and return its path. Raises UsageError where a file is there already."""
+    target = Path(path)
+    if target.exists():
+        raise UsageError(f"{path} exists already", fix="name another file: skillmerge init my-recipe.yaml")
+    with disk_errors(target):
+        target.write_text(RECIPE, encoding="utf-8")
+    return target

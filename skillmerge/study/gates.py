@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.place import SCHEME
 from skillmerge.errors import CheckFailed, SkillmergeError, UsageError
@@ -52,6 +53,24 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class GateReport:
+    """What became of every gate of an output. folder: as it was named."""
+
+    folder: str
+    outcomes: tuple[Outcome, ...]
+
+    __repr__ = brief
+
+    @property
+    def ok(self) -> bool:
+        """Whether every gate holds."""
+        return all(outcome.passed for outcome in self.outcomes)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"folder": self.folder, "gates": [outcome.as_dict() for outcome in self.outcomes]}
 
 
 class GateFailed(CheckFailed):
@@ -306,14 +325,14 @@ def gate(
     folder: str | os.PathLike[str],
     gates: str | os.PathLike[str] | None = None,
     *,
-    base: str | os.PathLike[str] | None = None,
+    base_folder: str | os.PathLike[str] | None = None,
     follow_links: bool = False,
     reporter: Reporter | None = None,
-) -> list[Outcome]:
+) -> GateReport:
     """Measure every gate of the file `gates` (or of the recipe in the manifest) on the output in `folder`.
 
     Commands are only run from a file that the caller names: a manifest comes with a model, from anywhere.
-    base: the folder that the recipe's relative paths start from, where gates read the models that went in and these
+    base_folder: what the recipe's relative paths start from, where gates read the models that went in and these
     have moved. Raises UsageError, RecipeError, CheckFailed where it is no sound output; a gate that does not hold
     is in what is returned, not raised.
     """
@@ -323,7 +342,7 @@ def gate(
         raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
     proof = manifest.read(root)
     check_structure(root, proof)
-    recipe, commits = manifest.recorded_recipe(proof, root, Path(base) if base is not None else None)
+    recipe, commits = manifest.recorded_recipe(proof, root, Path(base_folder) if base_folder is not None else None)
     asked = load_gates(gates) if gates is not None else recipe.gates
     if not asked:
         raise UsageError(
@@ -345,4 +364,5 @@ def gate(
     def tell(outcome: Outcome) -> None:
         reporter.event("gate", **outcome.as_dict())
 
-    return check(asked, Subject(root, proof, opened, access, reporter.warn), tell)
+    outcomes = check(asked, Subject(root, proof, opened, access, reporter.warn), tell)
+    return GateReport(os.fspath(folder), tuple(outcomes))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import UsageError, some
 from skillmerge.methods.terms import Leaf, Sum, minus_of
@@ -64,6 +65,8 @@ class Inspection:
     plan: Plan | None
     left: Mapping[str, str]
     """Tensors that are left out -> why."""
+
+    __repr__ = brief
 
     @property
     def notes(self) -> list[str]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from skillmerge.errors import UsageError
 from skillmerge.plans.plan import TensorPlan
 from skillmerge.reporter import Reporter
 from skillmerge.study.subjects import Subject
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def measure_spectra(
@@ -65,6 +67,8 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor,
 
     Works in the matrix's dtype (float32 or float64). The same seed gives the same result on one machine.
     """
+    import torch
+
     rows, columns = matrix.shape
     rank = min(rank, rows, columns)
     largest = float(matrix.abs().max())
@@ -90,6 +94,8 @@ def describe_spectrum(update: Tensor, weights: Tensor | None, rank: int, seed: i
 
     update, weights: [rows, columns] in float32 or float64. rank: how many leading directions are looked at.
     """
+    import torch
+
     rows, columns = update.shape
     rank = min(rank, rows, columns)
     squares = float((update.double() ** 2).sum())

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
@@ -33,30 +32,12 @@ from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed, Outcome, Subject, check, prepare
 from skillmerge.verbs.records import Checks, Publish, check_words
+from skillmerge.verbs.result import Result
 from skillmerge.verbs.target import finished_output, output_folder, refuse_existing
 from skillmerge.version import __version__
 
 if TYPE_CHECKING:
-    from skillmerge.outputs.hub_commit import Published
     from skillmerge.outputs.push import Publication
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A finished merge: where it is, its manifest, and where it was computed and why there.
-
-    `already` where nothing was left to do. published: where on the Hub it is, if it was pushed. gates: what became
-    of each, as `gates.Outcome` has it.
-    """
-
-    output: Path
-    manifest: Mapping[str, Any]
-    seconds: float
-    device: str = ""
-    already: bool = False
-    published: Published | None = None
-    plan: Plan | None = None
-    gates: Sequence[Mapping[str, Any]] = ()
 
 
 @memory_errors()

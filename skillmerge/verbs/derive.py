@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skillmerge.brief import brief
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.errors import UsageError
 from skillmerge.methods.terms import weights
@@ -45,6 +46,8 @@ class Derived:
     numbers: Mapping[str, float]
     removed: float | None = None
     chance: float | None = None
+
+    __repr__ = brief
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill import summary
 from skillmerge.checkpoints.place import SCHEME, parse_location
@@ -59,6 +60,8 @@ class Exported:
     left: tuple[str, ...]
     left_energy: float
 
+    __repr__ = brief
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "output": str(self.output),
@@ -70,7 +73,7 @@ class Exported:
         }
 
 
-def export(
+def export_lora(
     skill: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,

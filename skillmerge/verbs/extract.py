@@ -18,8 +18,9 @@ from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter
 from skillmerge.tensors import DTYPES, UNIT
 from skillmerge.threads import in_threads
-from skillmerge.verbs.apply import Result, merge
+from skillmerge.verbs.apply import merge
 from skillmerge.verbs.records import Checks, Publish, check_words
+from skillmerge.verbs.result import Result
 from skillmerge.version import __version__
 
 

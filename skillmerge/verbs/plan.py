@@ -1,48 +1,121 @@
-"""The verb plan: all that `apply` would do, from the headers alone."""
+"""The verb plan: all that `apply` would do, from the headers alone, and what it would need of this machine."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
+from skillmerge.brief import brief
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.errors import UsageError
-from skillmerge.plans import opening
+from skillmerge.plans import opening, saved
+from skillmerge.plans.budget import Budget, budget, check_disk, free_disk
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.recipes import lock as lockfile
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import prepare
-from skillmerge.verbs.target import output_folder
+from skillmerge.verbs.target import is_done, output_folder
 
 
-def make_plan(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview(Plan):
+    """A plan and what it needs of this machine: threads and memory (`needs`), and the bytes free for its output.
+
+    disk_free: None where the recipe names no output. changes: since a saved plan, in words; None without one.
+    """
+
+    needs: Budget
+    disk_free: int | None
+    changes: tuple[str, ...] | None = None
+
+    __repr__ = brief
+
+    @property
+    def ok(self) -> bool:
+        """Whether `apply` would accept it."""
+        return not self.problems
+
+    @property
+    def done(self) -> bool:
+        """Whether the output is this plan's already. Reads every byte of an output that could be."""
+        return is_done(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The saved plan, with memory in bytes, threads, free disk in bytes, and changes where they were asked for."""
+        changes = {} if self.changes is None else {"changes": list(self.changes)}
+        needs = {"memory": self.needs.memory, "threads": self.needs.threads, "disk_free": self.disk_free}
+        return {**saved.describe(self), **needs, **changes}
+
+
+def plan(
     recipe: str | os.PathLike[str],
     *,
     coefficients: Mapping[str, float] | None = None,
+    threads: int | None = None,
+    memory_limit: int | None = None,
     allow_code: bool = False,
     follow_links: bool = False,
     locked: bool = False,
     lock: bool = False,
+    save: str | os.PathLike[str] | None = None,
+    diff: str | os.PathLike[str] | None = None,
     reporter: Reporter | None = None,
-) -> Plan:
-    """All that `apply` would do, from headers alone. The plan's `problems` are not raised.
+) -> Preview:
+    """Return all that `apply` would do, from headers alone. The plan's `problems` are not raised.
 
-    lock: also write the commits and files of models on the Hub into the lock file beside the recipe.
+    coefficients: numbers in place of the recipe's. threads, memory_limit: as `apply` would get them. lock: also write
+    the commits and files of models on the Hub into the lock file beside the recipe. save: write the plan as JSON into
+    this file, which `apply` takes in a recipe's place. diff: a saved plan to compare with.
+    Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError; ResourceError where memory or disk are
+    too small for it.
     """
     reporter = reporter or Reporter()
-    access = Access(follow_links, locked, relock=lock)
-    with planned(recipe, coefficients, allow_code, access, reporter.warn) as (plan, checkpoints):
-        if plan.recipe.output.path is not None:
-            output_folder(plan.recipe, None, checkpoints)
+    before = saved.read(diff) if diff is not None else None
+    made = _make(recipe, coefficients, allow_code, Access(follow_links, locked, relock=lock), lock, reporter)
+    needs = budget(made, threads=threads, memory_limit=memory_limit)
+    where = made.recipe.output.path
+    if where is not None and not made.problems and not made.makes_skill:
+        check_disk(where, made.bytes_written, "the output")
+    facts: dict[str, Any] = {field.name: getattr(made, field.name) for field in fields(made)}
+    preview = Preview(**facts, needs=needs, disk_free=free_disk(where) if where is not None else None)
+    if save is not None:
+        _save(preview, Path(save))
+    if before is None:
+        return preview
+    return replace(preview, changes=tuple(before.changes(json.loads(json.dumps(preview.as_dict())))))
+
+
+def _make(
+    recipe: str | os.PathLike[str],
+    coefficients: Mapping[str, float] | None,
+    allow_code: bool,
+    access: Access,
+    lock: bool,
+    reporter: Reporter,
+) -> Plan:
+    with planned(recipe, coefficients, allow_code, access, reporter.warn) as (made, checkpoints):
+        if made.recipe.output.path is not None:
+            output_folder(made.recipe, None, checkpoints)
         try:
-            prepare(plan.recipe.gates, "sampled", False, plan)
+            prepare(made.recipe.gates, "sampled", False, made)
         except UsageError as error:
             reporter.warn(f"apply would stop at once: {error.message}")
         if lock:
             path = lockfile.path_of(Path(recipe))
             with disk_errors(path):
-                write_whole(path, opening.to_bytes(plan, checkpoints))
+                write_whole(path, opening.to_bytes(made, checkpoints))
             reporter.say(f"wrote {path}")
-        return plan
+        return made
+
+
+def _save(preview: Preview, path: Path) -> None:
+    """Raises UsageError where something else than a saved plan is there."""
+    if path.exists() and path.stat().st_size and not saved.looks_saved(path):
+        raise UsageError(f"{path} exists already and is not what --save writes", fix="name another --save")
+    with disk_errors(path):
+        path.write_text(json.dumps({"ok": preview.ok, **preview.as_dict()}, indent=1) + "\n", encoding="utf-8")

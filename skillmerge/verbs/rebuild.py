@@ -68,7 +68,37 @@ class How:
     reporter: Reporter = field(default_factory=Reporter)
 
 
-def rebuild(folder: str | os.PathLike[str], output: str | os.PathLike[str], how: How | None = None) -> Rebuilt:
+def rebuild(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    check: bool = False,
+    sample: float = 1.0,
+    seed: int = 0,
+    base_folder: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    memory_limit: int | None = None,
+    follow_links: bool = False,
+    hub: str = "stream",
+    reporter: Reporter | None = None,
+) -> Rebuilt:
+    """Make the output in `folder` again as `output`, or `check` that it would come out the same; one of the two.
+
+    sample: the share of tensors that `check` computes again, chosen by `seed`. base_folder: what the recipe's relative
+    paths start from, if it was moved. The rest is as of `apply`. Raises CheckFailed for a difference, StalePlan for
+    models that are not those of then, and whatever `apply` raises.
+    """
+    if check == (output is not None):
+        raise UsageError("say what to do", fix="give --check (compare, write nothing) or --output NEW (build it again)")
+    base = Path(base_folder) if base_folder is not None else None
+    how = How(base, Work(device, threads, memory_limit), follow_links, hub, reporter or Reporter())
+    if output is not None:
+        return rebuild_into(folder, output, how)
+    return check_rebuild(folder, sample=sample, seed=seed, how=how)
+
+
+def rebuild_into(folder: str | os.PathLike[str], output: str | os.PathLike[str], how: How | None = None) -> Rebuilt:
     """Make the output whose manifest is in `folder` again as `output`, and compare the manifests.
 
     Raises CheckFailed for a manifest that is not sound or a rebuild that differs, StalePlan where the models that it

@@ -1,4 +1,4 @@
-"""Check a finished output: every byte of it, its signature, and whether transformers loads it."""
+"""The verb verify: every byte of a finished output, its signature, whether it loads, and what a skill was cut from."""
 
 from __future__ import annotations
 
@@ -10,35 +10,60 @@ from skillmerge.outputs.sign import Signature, verify_signature
 from skillmerge.outputs.verify import Verdict, checked, verify_files
 from skillmerge.reporter import Reporter
 from skillmerge.study.loading import check_load
+from skillmerge.verbs.extract import check_parent
+
+_AnyPath = str | os.PathLike[str]
 
 
 def verify(
-    folder: str | os.PathLike[str],
+    folder: _AnyPath,
     *,
     load: bool = False,
+    parent: str | None = None,
+    signature: _AnyPath | bool | None = None,
+    public_key: _AnyPath | None = None,
+    certificate_chain: Sequence[_AnyPath] = (),
     allow_nonfinite: bool = False,
+    follow_links: bool = False,
     reporter: Reporter | None = None,
 ) -> Verdict:
     """Check every file of an output against its manifest.
 
-    load: also load it with transformers, in a separate process.
-    Raises CheckFailed with the first difference, UsageError where there is no folder or transformers is missing.
+    load: also load it with transformers, in a separate process. parent: of a skill, a model that it must have been
+    cut from. signature: True for the output's own `model.sig`, or another file; it must have been made with the key
+    of `public_key`, or with a certificate that leads to `certificate_chain`. Either of these demands a signature too.
+    Raises CheckFailed with the first difference, UsageError where there is no folder or a package is missing.
     """
-    verdict = verify_files(folder, allow_nonfinite=allow_nonfinite, reporter=reporter)
-    return _loaded(verdict, reporter) if load else verdict
+    if signature or public_key is not None or certificate_chain:
+        file = None if isinstance(signature, bool) else signature
+        signed = verify_signed(
+            folder, file, public_key=public_key, certificate_chain=certificate_chain, load=load,
+            allow_nonfinite=allow_nonfinite, reporter=reporter,
+        )  # fmt: skip
+        found = {"path": str(signed.path), "files": signed.files, "signer": signed.signer}
+        verdict = replace(signed.verdict, signature=found)
+    else:
+        verdict = verify_files(folder, allow_nonfinite=allow_nonfinite, reporter=reporter)
+        verdict = _loaded(verdict, reporter) if load else verdict
+    if parent is None:
+        return verdict
+    return replace(verdict, parent=check_parent(folder, parent, follow_links=follow_links))
 
 
 def verify_signed(
-    folder: str | os.PathLike[str],
-    signature: str | os.PathLike[str] | None = None,
+    folder: _AnyPath,
+    signature: _AnyPath | None = None,
     *,
-    public_key: str | os.PathLike[str] | None = None,
-    certificate_chain: Sequence[str | os.PathLike[str]] = (),
+    public_key: _AnyPath | None = None,
+    certificate_chain: Sequence[_AnyPath] = (),
     load: bool = False,
     allow_nonfinite: bool = False,
     reporter: Reporter | None = None,
 ) -> Signature:
-    """`verify`, and also check who signed the output; the other arguments are those of `verify_signature`."""
+    """Check an output as `verify` does, and return who signed it.
+
+    The other arguments are those of `skillmerge.outputs.sign.verify_signature`.
+    """
     signed = verify_signature(
         folder,
         signature,

@@ -165,7 +165,7 @@ def test_misspelt_command_and_option_are_usage_errors(family: Path) -> None:
 
 def test_bug_is_told_as_one() -> None:
     program = (
-        "import skillmerge.recipes.schema as s, skillmerge.cli.main as c, sys; s.json_schema = lambda: 1 / 0;"
+        "import skillmerge.recipes.schema as s, skillmerge.cli.main as c, sys; s.schema = lambda: 1 / 0;"
         "sys.argv[1:] = ['schema']; c.main()"
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -87,7 +87,7 @@ def test_events_that_cannot_be_written_do_not_stop_a_run(tmp_path: Path) -> None
     told: list[str] = []
     log = EventLog(Path("/dev/full"), told.append)
     for _ in range(3):
-        log.tell("started", {})
+        log.record("started", {})
     log.close()
     assert len(told) == 1
     assert "no more events" in told[0]
@@ -128,7 +128,7 @@ def test_junit_holds_whatever_a_name_holds(tmp_path: Path) -> None:
 
     junit = JUnit(tmp_path / "j.xml", "suite \x01 \udcff")
     for odd in ("\x00\x1b[31m", "\ud800", "\uffff", "\U0001f600 <&\"'>"):
-        junit.tell("gate", {"gate": odd, "asked": odd, "measured": None, "passed": False, "detail": odd})
+        junit.record("gate", {"gate": odd, "asked": odd, "measured": None, "passed": False, "detail": odd})
     junit.close()
     assert xml.parse(tmp_path / "j.xml").getroot()[0].attrib["name"] == "suite \ufffd \ufffd"
     names = [case.attrib["name"] for case in xml.parse(tmp_path / "j.xml").getroot().iter("testcase")]

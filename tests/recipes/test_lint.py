@@ -231,7 +231,7 @@ def test_lint_prints_one_json_object(tmp_path: Path) -> None:
 
 def test_lint_does_not_import_what_a_merge_needs(tmp_path: Path) -> None:
     path = write(tmp_path, CLEAN)
-    code = f"import sys; from skillmerge.linting import lint; lint([{str(path)!r}]); print(*sys.modules)"
+    code = f"import sys; from skillmerge.recipes.lint import lint; lint([{str(path)!r}]); print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "huggingface_hub", "transformers"} & set(out)
 

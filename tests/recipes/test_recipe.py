@@ -12,7 +12,7 @@ from skillmerge.checkpoints.place import Location, parse_location
 from skillmerge.errors import RecipeError, UsageError
 from skillmerge.recipes.parse import load, parse_recipe
 from skillmerge.recipes.recipe import unused_names
-from skillmerge.recipes.schema import json_schema
+from skillmerge.recipes.schema import schema as recipe_schema
 from skillmerge.recipes.starter import RECIPE
 from skillmerge.recipes.yamltext import read
 
@@ -265,7 +265,7 @@ def test_expression_in_a_folded_text_is_located_at_its_start() -> None:
 
 @pytest.mark.parametrize("text", [GOOD, RECIPE, json.dumps(read(GOOD, "x").data)])
 def test_schema_accepts_what_the_parser_accepts(text: str) -> None:
-    schema = json_schema()
+    schema = recipe_schema()
     jsonschema.Draft7Validator.check_schema(schema)
     jsonschema.Draft7Validator(schema).validate(read(text, "x").data)
     assert parse(text).models
@@ -275,7 +275,7 @@ def test_schema_accepts_what_the_parser_accepts(text: str) -> None:
 def test_schema_refuses_what_the_parser_refuses(name: str) -> None:
     old, new = SNAPSHOTS[name][0]
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.Draft7Validator(json_schema()).validate(read(GOOD.replace(old, new, 1), "x").data)
+        jsonschema.Draft7Validator(recipe_schema()).validate(read(GOOD.replace(old, new, 1), "x").data)
 
 
 def test_recipe_that_is_not_there_says_how_to_start(tmp_path: Path) -> None:

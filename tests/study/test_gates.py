@@ -70,7 +70,7 @@ def test_figures_are_those_of_whole_models(trained: Path, merged: Path) -> None:
     everything = {"min": -1e9, "max": 1e9}
     kinds = ("changed", "vanished", "realised", "realised_lambda")
     gates = dict.fromkeys(kinds, everything)
-    found = measured(gate(merged, gates_file(trained, gates)))
+    found = measured(gate(merged, gates_file(trained, gates)).outcomes)
     t, r, s, y = whole(trained, "target-sft", "source-rl", "source-sft", "finished")
     v, moved = r - s, r != s
     assert found["changed"] == pytest.approx(float((y != t).double().mean()))
@@ -81,7 +81,7 @@ def test_figures_are_those_of_whole_models(trained: Path, merged: Path) -> None:
 
 
 def test_norm_ratio_is_of_every_module(trained: Path, merged: Path) -> None:
-    outcomes = gate(merged, gates_file(trained, {"norm_ratio": {"max": 0.02}}))
+    outcomes = gate(merged, gates_file(trained, {"norm_ratio": {"max": 0.02}})).outcomes
     target, output = read_checkpoint(trained / "target-sft"), read_checkpoint(merged)
     for kind, part in (("mlp", "mlp"), ("attention", "self_attn"), ("embedding", "embed")):
         names = [name for name in target if part in name]
@@ -96,12 +96,12 @@ def test_cosine_is_that_of_inspect(trained: Path, merged: Path) -> None:
     recipe = recipe_with(trained, {}, "finished")
     wanted = skillmerge.inspect(recipe, base=str(trained / "base"))
     gates = {"cosine_z": {"max": wanted.total["cosine_z"] + 1e-6, "base": "base"}}
-    (default, outcome) = gate(merged, gates_file(trained, gates))
+    (default, outcome) = gate(merged, gates_file(trained, gates)).outcomes
     assert default.passed
     assert outcome.measured == wanted.total["cosine_z"]
     assert outcome.passed
     gates = {"cosine_z": {"max": 1e9, "modules": ["mlp", "expert"]}}
-    found = {item.gate: item for item in gate(merged, gates_file(trained, gates))}
+    found = {item.gate: item for item in gate(merged, gates_file(trained, gates)).outcomes}
     assert found["cosine_z mlp"].measured is not None
     assert not found["cosine_z expert"].passed
 
@@ -125,7 +125,7 @@ def test_perplexity_is_that_of_the_model_and_its_parent(trained: Path, merged: P
     ours, theirs = perplexity(merged), perplexity(trained / "source-rl")
     asked = {"text": "text.txt", "max": ours * 1.01, "max_ratio": ours / theirs * 0.99, "of": "rl"}
     gates = {"perplexity": asked, "loads": True, "finite_logits": True, "finite": True}
-    found = {item.gate: item for item in gate(merged, gates_file(trained, gates))}
+    found = {item.gate: item for item in gate(merged, gates_file(trained, gates)).outcomes}
     assert found["perplexity"].measured == pytest.approx(ours, rel=1e-3)
     assert found["perplexity"].passed
     assert found["perplexity ratio"].measured == pytest.approx(ours / theirs, rel=2e-3)
@@ -156,7 +156,7 @@ def test_command_is_judged_by_the_number_it_prints(
 ) -> None:
     (trained / "here.txt").touch()
     command = {"run": run, "name": "it", **limits}
-    outcome = gate(merged, gates_file(trained, {"commands": [command]}))[-1]
+    outcome = gate(merged, gates_file(trained, {"commands": [command]})).outcomes[-1]
     assert (outcome.gate, outcome.measured, outcome.passed) == ("command it", number, passed)
     assert number is not None or outcome.detail
 
@@ -216,7 +216,7 @@ def test_failed_output_is_kept_and_gone_on_from(trained: Path, tmp_path: Path) -
         skillmerge.apply(recipe, keep_failed=True)
     staged = trained / "kept.partial" / "files"
     skillmerge.verify(staged)
-    outcomes = gate(staged, gates_file(trained, {"cosine_z": {"max": 1e9}}))
+    outcomes = gate(staged, gates_file(trained, {"cosine_z": {"max": 1e9}})).outcomes
     assert outcomes[-1].passed, "the models that went in are found from there too"
     told = Shards()
     result = skillmerge.apply(recipe_with(trained, {"changed": {"min": 0.001}}, "kept"), reporter=told)

@@ -16,8 +16,8 @@ from skillmerge.errors import UsageError
 from skillmerge.study.built_in import generate, perplexity
 from skillmerge.study.scorers import find_scorer
 from skillmerge.study.scores import NotFinite, Score, as_scores, of_items, together
-from skillmerge.verbs.demo import write_family as write_demo
-from skillmerge.verbs.miniature import questions
+from skillmerge.verbs.demo.demo import write_family as write_demo
+from skillmerge.verbs.demo.miniature import questions
 
 transformers = pytest.importorskip("transformers")
 

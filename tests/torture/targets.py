@@ -36,7 +36,7 @@ from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes.expression import ExpressionError, bind, parse
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.verbs.apply import apply
-from skillmerge.verbs.plan import make_plan
+from skillmerge.verbs.plan import plan as make_plan
 
 SHAPES = {"model.embed_tokens.weight": (4, 2), "model.layers.0.mlp.up.weight": (2, 2), "model.layers.1.norm": (2,)}
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -14,8 +14,8 @@ import skillmerge
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.candidates import with_values
 from skillmerge.recipes.parse import load
-from skillmerge.verbs.demo import write_family as write_demo
-from skillmerge.verbs.miniature import questions
+from skillmerge.verbs.demo.demo import write_family as write_demo
+from skillmerge.verbs.demo.miniature import questions
 from skillmerge.verbs.sweep.in_memory import MergedModel
 
 transformers = pytest.importorskip("transformers")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from skillmerge.verbs.demo import examples, run, write_family
-from skillmerge.verbs.miniature import FAMILY, MODELS, Miniature, questions
+from skillmerge.verbs.demo.demo import examples, run, write_family
+from skillmerge.verbs.demo.miniature import FAMILY, MODELS, Miniature, questions
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -19,7 +19,7 @@ from skillmerge.errors import CheckFailed, StalePlan, UsageError
 from skillmerge.plans.budget import Budget
 from skillmerge.tensors import BLOCK
 from skillmerge.verbs import rebuild as rebuilding
-from skillmerge.verbs.rebuild import How, check_rebuild, rebuild
+from skillmerge.verbs.rebuild import How, check_rebuild, rebuild_into
 
 OTHERWISE = How(work=Work("cpu", 3, 900_000_000))
 
@@ -47,7 +47,7 @@ def test_output_is_built_again_from_its_manifest_alone(output: Path, tmp_path: P
     for path in output.iterdir():
         if path.name != "skillmerge.manifest.json":
             path.unlink()
-    made = rebuild(output, tmp_path / "again", OTHERWISE)
+    made = rebuild_into(output, tmp_path / "again", OTHERWISE)
     assert made.output == tmp_path / "again"
     assert content(made.output) == wanted
     skillmerge.verify(made.output)
@@ -183,7 +183,7 @@ def test_every_kind_of_output_is_proved(tmp_path: Path, options: dict[str, Any])
     before = sorted(tmp_path.rglob("*"))
     assert check_rebuild(made, how=OTHERWISE).tensors == 12
     assert sorted(tmp_path.rglob("*")) == before
-    assert content(rebuild(made, tmp_path / "again", OTHERWISE).output or made) == content(made)
+    assert content(rebuild_into(made, tmp_path / "again", OTHERWISE).output or made) == content(made)
 
 
 def test_tiles_of_another_size_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,14 +209,14 @@ def test_rebuild_says_what_it_needs(output: Path, tmp_path: Path) -> None:
 
 def test_rebuild_in_a_place_that_is_taken_compares_every_byte(output: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    rebuild(output, again)
-    assert rebuild(output, again).output == again
+    rebuild_into(output, again)
+    assert rebuild_into(output, again).output == again
     shard = sorted(again.glob("*.safetensors"))[0]
     flip(shard, shard.stat().st_size - 3)
     with pytest.raises(UsageError, match="exists already"):
-        rebuild(output, again)
+        rebuild_into(output, again)
     with pytest.raises(UsageError, match="in its own place"):
-        rebuild(output, output)
+        rebuild_into(output, output)
 
 
 def test_inputs_that_were_hashed_are_looked_at_first(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_rebuild_that_differs_is_not_published(output: Path, tmp_path: Path) -> 
     shard = sorted((tmp_path / "rl").glob("*.safetensors"))[0]
     flip(shard, shard.stat().st_size - 1)
     with pytest.raises(CheckFailed, match="they were not hashed"):
-        rebuild(output, tmp_path / "again")
+        rebuild_into(output, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 

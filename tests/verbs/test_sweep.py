@@ -20,8 +20,8 @@ from skillmerge.durable import hold
 from skillmerge.errors import CheckFailed, OutputLocked, UsageError
 from skillmerge.study.scorers import find_scorer
 from skillmerge.study.scores import Score
-from skillmerge.verbs.demo import write_family as write_demo
-from skillmerge.verbs.miniature import questions
+from skillmerge.verbs.demo.demo import write_family as write_demo
+from skillmerge.verbs.demo.miniature import questions
 from skillmerge.verbs.sweep.journal import Trial
 from skillmerge.verbs.sweep.sweep import Sweep, sweep
 

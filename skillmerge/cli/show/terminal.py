@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text as RichText
 
 from skillmerge.cli.show.figures import ACTIONS, show
-from skillmerge.engine.rounding_statistics import deviating
 from skillmerge.errors import some, visible
 from skillmerge.naming import module_kind
 from skillmerge.outputs.verify import Verdict
@@ -25,18 +24,18 @@ from skillmerge.plans.budget import Budget
 from skillmerge.plans.depth import bars, number, over_depth
 from skillmerge.plans.plan import Plan
 from skillmerge.tensors import format_bytes
-from skillmerge.verbs.apply import Result
 from skillmerge.verbs.export_patch import Patch
+from skillmerge.verbs.result import Result
 
 if TYPE_CHECKING:
     from skillmerge.cli.doctor import Diagnosis
     from skillmerge.outputs.hub_commit import Published
     from skillmerge.recipes.lint import Lint
     from skillmerge.study.scores import Score
-    from skillmerge.verbs.demo import Shown
+    from skillmerge.verbs.demo.demo import Shown
+    from skillmerge.verbs.demo.miniature import Question
     from skillmerge.verbs.derive import Derived
     from skillmerge.verbs.export_lora import Exported
-    from skillmerge.verbs.miniature import Question
     from skillmerge.verbs.rebuild import Rebuilt
     from skillmerge.verbs.sweep.sweep import Sweep
 
@@ -195,36 +194,6 @@ def _skill_table(statistics: Mapping[str, Any]) -> Table:
         cells = (f"{group['elements']:,}", changed, number(group["norm"]), format_bytes(group["bytes"]), share)
         table.add_row(name, str(group["tensors"]), *cells)
     return table
-
-
-def result_warnings(result: Result) -> list[str]:
-    """Where the output is not what was asked for: nothing changed, or rounding changed what was asked."""
-    statistics = result.manifest["statistics"]
-    warnings = []
-    if result.manifest["output"].get("kind") == "skill":
-        if not statistics["all"]["changed"]:
-            warnings.append("this skill is empty: the models that it was cut from hold the same weights")
-        if statistics["all"]["relative_error"]:
-            lost = statistics["all"]["relative_error"]
-            warnings.append(
-                f"this skill is rounded: {lost:.2g} of its norm was lost, and merges with it differ by that"
-            )
-        return warnings
-    donor = result.manifest["donor"]
-    plain = all(
-        tensor["action"] == "copy" and tensor["sources"][0][0] == donor for tensor in result.manifest["tensors"]
-    )
-    if plain or statistics["all"].get("changed") == 0:
-        warnings.append(f"this merge does nothing: as far as was measured, the output's weights are those of `{donor}`")
-    far = dict(deviating(statistics)) if not warnings else {}
-    for much, what in ((False, "only part of the update"), (True, "more than the update")):
-        found = [f"{share:.0%} for {name}" for name, share in far.items() if (share > 1) == much]
-        if found:
-            warnings.append(
-                f"rounding lets through {what}: {', '.join(found)}. "
-                "The cures are `dtype: float32` or `rounding: stochastic` under `output`."
-            )
-    return warnings
 
 
 def show_exported(exported: Exported | Patch, out: Console) -> None:

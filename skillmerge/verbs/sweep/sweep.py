@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skillmerge.brief import brief
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.engine.runner import Work
 from skillmerge.errors import CheckFailed, UsageError
@@ -54,6 +55,8 @@ class Sweep:
     minimise: bool
     trials: tuple[Trial, ...]
     resumed: int
+
+    __repr__ = brief
 
     @property
     def scored(self) -> list[Trial]:

@@ -1,4 +1,4 @@
-"""The built-in example: four small models that were really trained, the recipe of Parametric Skill Transfer, a control.
+"""The verb demo: four small models that were really trained, the recipe of Parametric Skill Transfer, a control.
 
 base; the source's SFT and RL, which knows how to answer questions about people it has read of; the target's SFT,
 which has read of other people and does not. `experiments/past_miniature` made them.
@@ -6,12 +6,25 @@ which has read of other people and does not. `experiments/past_miniature` made t
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from skillmerge.brief import brief
 from skillmerge.checkpoints.folder import open_folder
-from skillmerge.verbs.miniature import FAMILY, MODELS, Miniature, Question, questions
+from skillmerge.durable import disk_errors
+from skillmerge.errors import UsageError
+from skillmerge.outputs.verify import Verdict
+from skillmerge.reporter import Reporter
+from skillmerge.verbs.apply import apply
+from skillmerge.verbs.result import Result
+from skillmerge.verbs.verify import verify
+
+if TYPE_CHECKING:
+    from skillmerge.verbs.demo.miniature import Question
 
 RECIPE = """\
 # Parametric Skill Transfer: put what RL taught the source into the target.
@@ -44,10 +57,66 @@ class Shown:
     answers: tuple[tuple[str, ...], ...]
     right: tuple[bool, ...]
 
+    __repr__ = brief
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """What the demo did: its recipe, the merge, and how three models answer.
+
+    answers: of the target before, of the control, and of the merged model.
+    """
+
+    recipe: Path
+    result: Result
+    verdict: Verdict
+    answers: tuple[Shown, ...]
+
+    __repr__ = brief
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "recipe": str(self.recipe),
+            "output": str(self.result.output),
+            "answers": [{"model": it.name, "greedy": it.greedy, "sampled": it.sampled} for it in self.answers],
+        }
+
+
+def demo(
+    folder: str | os.PathLike[str] = "skillmerge-demo",
+    *,
+    reporter: Reporter | None = None,
+    finished: Callable[[Path | Result | Verdict], None] = lambda part: None,
+) -> Demo:
+    """Put four small trained models into a new folder, transfer a skill between them, and let them answer questions.
+
+    finished: called with each part as soon as it is there: the recipe's path, the merge, the verdict.
+    Raises UsageError where the folder has something in it already.
+    """
+    root = Path(folder)
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise UsageError(f"{folder} exists already", fix="name another folder: skillmerge demo my-demo")
+    with disk_errors(root):
+        recipe, control = write_family(root)
+    finished(recipe)
+    result = apply(recipe, reporter=reporter, stats="full")
+    finished(result)
+    verdict = verify(result.output)
+    finished(verdict)
+    shuffled = apply(control).output
+    answers = (
+        run("target-sft, before", root / "target-sft"),
+        run("with the skill's elements shuffled", shuffled),
+        run("merged, with the skill", result.output),
+    )
+    return Demo(recipe, result, verdict, answers)
+
 
 def write_family(folder: Path) -> tuple[Path, Path]:
     """Write base, source-sft, source-rl and target-sft into `folder`, and `source-shuffled`, a control; the recipes
     of the merge and of the control."""
+    from skillmerge.verbs.demo.miniature import FAMILY, MODELS
+
     for name in MODELS:
         shutil.copytree(FAMILY / name, folder / name)
     _write_shuffled(folder)
@@ -87,6 +156,8 @@ def run(name: str, folder: Path) -> Shown:
     """Ask a model all the questions about the target's people, once for sure and four times by chance."""
     import torch
 
+    from skillmerge.verbs.demo.miniature import Miniature, questions
+
     asked = questions()
     model = Miniature(folder)
     threads = torch.get_num_threads()
@@ -101,6 +172,8 @@ def run(name: str, folder: Path) -> Shown:
 
 def examples(before: Shown, after: Shown) -> list[tuple[Question, str, str]]:
     """Questions of different people with the answers before and after, in the order of the file."""
+    from skillmerge.verbs.demo.miniature import questions
+
     asked = questions()
     chosen = range(0, len(asked), len(asked) // _SHOWN + 1)
     return [(asked[i], " ".join(before.answers[i]), " ".join(after.answers[i])) for i in chosen]
