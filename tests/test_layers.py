@@ -42,7 +42,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engine": (
         "shards skill_shards",
         "skill_file worker",
-        "destination device rounding_statistics stream tiles warm_up",
+        "destination device rounding_statistics stream tiles values warm_up",
     ),
     "plans": (
         "opening",
@@ -94,9 +94,6 @@ LONG_FUNCTIONS: dict[str, str] = {
     "study.inspect.inspect": "to be cut",
     "verbs.apply.apply": "to be cut",
     "verbs.apply.finish": "to be cut",
-    "verbs.derive.derive": "to be cut",
-    "verbs.export_lora.export": "to be cut",
-    "verbs.export_patch.export_patch": "to be cut",
     "verbs.sweep.search.searched": "to be cut",
     "verbs.sweep.sweep.sweep": "to be cut",
 }
