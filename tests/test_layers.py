@@ -58,7 +58,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "recipe",
         "gate_table",
         "schema",
-        "expression lock schedules starter yamltext",
+        "expression lock schedules yamltext",
     ),
     "checkpoints": (
         "hub",

@@ -19,14 +19,15 @@ from skillmerge.errors import UsageError
 @click.argument("path", type=click.Path(), default="recipe.yaml")
 def init(path: str) -> None:
     """Write a commented recipe to start from (default: recipe.yaml; - for stdout)."""
-    from skillmerge.recipes.starter import RECIPE
+    from importlib.resources import files
 
+    recipe = (files("skillmerge.recipes") / "starter.yaml").read_text(encoding="utf-8")
     if path == "-":
-        click.echo(RECIPE, nl=False)
+        click.echo(recipe, nl=False)
         return
     if Path(path).exists():
         raise UsageError(f"{path} exists already", fix="name another file: skillmerge init my-recipe.yaml")
-    write_text(Path(path), RECIPE)
+    write_text(Path(path), recipe)
     click.echo(f"wrote {path}: fill in the models, then `skillmerge plan {path}`")
 
 
