@@ -3,6 +3,20 @@
 The dtype names are those of the safetensors format
 (https://github.com/huggingface/safetensors#format), in the order in which its own writer ranks
 them: a file's tensors are sorted by falling rank, then by name.
+
+One word for each stretch of elements or bytes:
+
+    block   BLOCK elements of a tensor, counted from its first: what statistics are kept for
+    chunk   CHUNK elements at most, which are computed at once
+    tile    consecutive elements of one output tensor that a worker makes in one go (`engine.tiles.Tile`)
+    span    consecutive tiles of an output file, read and written together (`engine.tiles.Span`)
+    unit    UNIT elements of a tensor, which a stored skill encodes together
+    part    one of the arrays that a unit is stored as (`checkpoints.kinds.skill`)
+    run     consecutive elements of one tensor of a model, where others come from (`plans.mapping.Run`)
+    shard   a weight file
+    page    PAGE bytes of memory or disk
+
+A layer of the model, which its tensors' names call a block now and then, is a layer (`naming`).
 """
 
 from __future__ import annotations
@@ -11,20 +25,18 @@ import math
 from dataclasses import dataclass
 
 BLOCK = 1 << 16
-"""Elements in a block: the unit of arithmetic and of the sampled statistics. Blocks are counted
-from a tensor's first element, so that neither depends on how a run cuts its tiles."""
+"""No statistic and no random number depends on how tensors are cut into tiles, because blocks are counted from the
+tensor's first element."""
 
 CHUNK = 4 * BLOCK
-"""Elements that the CPU computes at once: large enough to hide the cost of a call, small enough for the L2
-cache (measured, see benchmarks/RESULTS.md). No result depends on it."""
-
+"""On the CPU: large enough to hide the cost of a call, small enough for the L2 cache (measured, see
+benchmarks/RESULTS.md). No result depends on it."""
 
 UNIT = 1 << 22
-"""Elements of a tensor that a stored skill encodes together: the memory that a worker needs to do it."""
-
+"""Decides the memory that a worker needs to make a skill."""
 
 PAGE = 4096
-"""Bytes of a page: what direct I/O aligns to."""
+"""What direct I/O aligns to."""
 
 ULP_EDGES = (1, 2, 4, 8, 16, 64, 256)
 """Upper ends of the classes in which changes are counted, in units in the last place; a last class has no end."""

@@ -44,7 +44,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "runners.threads",
         "shards skill_shards",
         "runner skill_file worker",
-        "destination device rounding_statistics stream tiles warm_up",
+        "destination device rounding_statistics stream tiles values warm_up",
     ),
     "plans": (
         "opening",
@@ -92,9 +92,6 @@ LONG_FUNCTIONS: dict[str, str] = {
     "outputs.manifest.build": "to be cut",
     "study.inspect.inspect": "to be cut",
     "verbs.apply.apply": "to be cut",
-    "verbs.derive.derive": "to be cut",
-    "verbs.export_lora.export_lora": "to be cut",
-    "verbs.export_patch.export_patch": "to be cut",
 }
 """Functions above FUNCTION_LINES, at most five, each with its reason."""
 

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 @click.argument("path", type=click.Path(), default="recipe.yaml")
 def init(path: str) -> None:
     """Write a commented recipe to start from (default: recipe.yaml; - for stdout)."""
-    from skillmerge.recipes.starter import RECIPE
     from skillmerge.recipes.starter import init as run
+    from skillmerge.recipes.starter import starter
 
     if path == "-":
-        click.echo(RECIPE, nl=False)
+        click.echo(starter(), nl=False)
         return
     run(path)
     click.echo(f"wrote {path}: fill in the models, then `skillmerge plan {path}`")

@@ -1,7 +1,7 @@
 """The steps of one tensor: a term compiled for a few registers, with the signs turned so that the laws hold.
 
 Registers hold tiles in the accumulation dtype; two to four of them are enough for any recipe that people
-write. `arithmetic` runs the steps; nothing here knows values.
+write. `evaluate` runs the steps; nothing here knows values.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
 def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> Budget:
     """Of a skill: units have one size, so that only the count of workers is left to choose."""
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
-    # Its inputs; two planes in pieces, put together, and waiting to be written; and the masks.
+    # Its inputs; two planes in parts, put together, and waiting to be written; and the masks.
     worker = UNIT * (sum(plan.input_itemsizes) + 10 * itemsize + 2)
     fixed = RUNTIME_BYTES + 2000 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
     limit = memory_limit or _SKILL_MEMORY

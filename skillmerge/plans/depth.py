@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind
 
@@ -39,8 +40,9 @@ def over_depth(values: Iterable[tuple[str, Sequence[int], float]]) -> Depth:
     for stack, layers in means.items():
         blocks = {layer: cells[stack, layer] for layer in sorted(layers)}
         pictures.append((stack, picture({layer: _mean(layers[layer]) for layer in blocks})))
-        for first, last, row in _runs(blocks):
-            label = f"{stack} {first}" if first == last else f"{stack} {first}-{last}"
+        for row, group in groupby(blocks, key=blocks.__getitem__):
+            first, *others = group
+            label = f"{stack} {first}-{others[-1]}" if others else f"{stack} {first}"
             rows.append((label, {kind: _range(row.get(kind)) for kind in kinds}))
     if outside:
         rows.append(("outside blocks", {kind: _range(outside.get(kind)) for kind in kinds}))
@@ -68,19 +70,6 @@ def bars(values: Iterable[float | None], low: float, high: float) -> str:
     """One character for each value, between low and high; a dot where there is none."""
     span = high - low or 1.0
     return "".join("·" if value is None else _BARS[round((value - low) / span * (len(_BARS) - 1))] for value in values)
-
-
-def _runs(
-    rows: Mapping[int, dict[str, set[float]]],
-) -> Iterable[tuple[int, int, dict[str, set[float]]]]:
-    run: list[tuple[int, dict[str, set[float]]]] = []
-    for item in rows.items():
-        if run and item[1] != run[-1][1]:
-            yield run[0][0], run[-1][0], run[0][1]
-            run = []
-        run.append(item)
-    if run:
-        yield run[0][0], run[-1][0], run[0][1]
 
 
 def _range(found: set[float] | None) -> str:

@@ -51,32 +51,35 @@ def lay_out_skill(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> tuple[Sh
 
 def lay_out(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> tuple[ShardPlan, ...]:
     """The output's files: the donor's own layout, or shards of at most the size that was asked for."""
-    groups: list[tuple[str, list[str]]]
-    if recipe.output.shard_size is None:
-        groups = [(file, [spec.name for spec in header.tensors]) for file, header in donor.shards.items()]
-        if not donor.indexed:
-            groups = [(SINGLE_FILE, names) for _, names in groups]
-    else:
-        pieces: list[list[str]] = [[]]
-        filled = 0
-        for name, plan in tensors.items():
-            nbytes = _nbytes(plan)
-            if pieces[-1] and filled + nbytes > recipe.output.shard_size:
-                pieces.append([])
-                filled = 0
-            pieces[-1].append(name)
-            filled += nbytes
-        count = len(pieces)
-        groups = [
-            (f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE_FILE, names)
-            for number, names in enumerate(pieces, 1)
-        ]
+    limit = recipe.output.shard_size
     shards = []
-    for file, names in groups:
+    for file, names in _as_donor(donor) if limit is None else _by_size(tensors, limit):
         header, specs = build_header((name, tensors[name].dtype, tensors[name].shape) for name in names)
         placed = tuple(TensorSpec(s.name, s.dtype, s.shape, file, s.start, s.end) for s in specs)
         shards.append(ShardPlan(file, header, placed))
     return tuple(shards)
+
+
+def _as_donor(donor: Checkpoint) -> list[tuple[str, list[str]]]:
+    return [
+        (file if donor.indexed else SINGLE_FILE, [spec.name for spec in header.tensors])
+        for file, header in donor.shards.items()
+    ]
+
+
+def _by_size(tensors: Mapping[str, TensorPlan], limit: int) -> list[tuple[str, list[str]]]:
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, plan in tensors.items():
+        nbytes = _nbytes(plan)
+        if groups[-1] and filled + nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += nbytes
+    if len(groups) == 1:
+        return [(SINGLE_FILE, groups[0])]
+    return [(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names) for number, names in enumerate(groups, 1)]
 
 
 def _nbytes(plan: TensorPlan) -> int:

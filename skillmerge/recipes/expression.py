@@ -7,7 +7,7 @@ Grammar (parsed here, never evaluated as Python):
     factor  = { "+" | "-" } ( number | name | "(" sum ")" )
 
 A scalar is a number or a coefficient; everything else is an affine combination of models. Its *degree* is
-what it is: 1 a model, 0 a difference. Knows nothing about tensors' values; `program` makes steps of a term.
+what it is: 1 a model, 0 a difference. Knows nothing about tensors' values; `methods.linear` makes steps of a term.
 """
 
 from __future__ import annotations

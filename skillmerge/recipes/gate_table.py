@@ -1,4 +1,7 @@
-"""The table `gates:` of a recipe or of a file of its own -> what an output must fulfil. Text only: `gates` measures."""
+"""The table `gates:` of a recipe or of a file of its own -> what an output must fulfil.
+
+Text only: `study.gates` measures.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The shape of a recipe's document: its tables and keys, what is wrong with one in a recipe's words, its JSON Schema.
 
-The pydantic classes describe the text and nothing else; what it means is the business of `recipe`.
+The pydantic classes describe the text and nothing else; what it means is the business of `parse`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""YAML text -> plain data, and where in the text each piece of it stands.
+"""YAML text -> plain data, and where in the text each part of it is.
 
 YAML 1.2 core rules (`1e-3` is a number, `no` a string), without tags or merge keys, and with bounds on size,
 nesting and aliases, so that no document can hurt. Knows nothing about recipes.

@@ -74,43 +74,30 @@ def derive(
     """Write the recipe that `choice` makes of a recipe with one coefficient before its whole update.
 
     base: what the target was trained from. The output lies beside the recipe, whose relative paths it has.
-    Raises UsageError, and whatever `inspection.inspect` raises.
+    Raises UsageError, and whatever `inspect` raises.
     """
     if choice not in CHOICES:
         raise UsageError(f"choice {choice!r}: {', '.join(CHOICES)}")
     parsed = load(recipe)
     written, name = _only_coefficient(parsed)
-    if not _is_plain(parsed, name):
-        raise UsageError(
-            f"{parsed.document.name}: `{name}` stands before an update with numbers in it", fix="leave the numbers out"
-        )
-    target = Path(output)
-    if target.exists():
-        raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
-    if target.absolute().parent != parsed.folder.absolute():
-        raise UsageError(f"{target} is not beside {recipe}", fix="its relative paths would mean other places there")
+    target = _place_beside(recipe, parsed.folder, output)
     found = inspect(
         recipe, base=base, stats="off", threads=threads, follow_links=follow_links, locked=locked, hub=hub,
         reporter=reporter,
     )  # fmt: skip
+    numbers = _numbers(choice, found)
     data = copy.deepcopy(parsed.document.data)
-    numbers = {
-        label: number
-        for label, row in found.cells.items()
-        if label.rpartition(" ")[2] in MODULE_KINDS and (number := _number(choice, row)) is not None
-    }
+    removed, chance = None, None
     if choice == "match":
         value = float(data["coefficients"][written])
         data["coefficients"][written] = _schedule({label: value * by for label, by in numbers.items()}, value)
     else:
-        if _OFF in (*parsed.models, *parsed.coefficients) or _BASE in parsed.models:
-            raise UsageError(f"the recipe has a name that is needed: `{_OFF}` or `{_BASE}`", fix="rename it")
         assert found.plan is not None
-        donor = found.plan.donor
+        _refuse_names(parsed)
         data["models"][_BASE] = os.path.relpath(base, parsed.folder) if "://" not in base else base
         data["coefficients"][_OFF] = _schedule(numbers, 0.0)
-        data["merge"] = f"{data['merge']} - {name} * {_OFF} * ({donor} - {_BASE})"
-    removed, chance = _removed(found) if choice == "project" else (None, None)
+        data["merge"] = f"{data['merge']} - {name} * {_OFF} * ({found.plan.donor} - {_BASE})"
+        removed, chance = _removed(found)
     text = "".join(f"# {line}\n" for line in _comment(choice, parsed, base, removed, chance)) + dump(data)
     parse_recipe(text, str(target), parsed.folder)
     with disk_errors(target):
@@ -118,8 +105,27 @@ def derive(
     return Derived(target, choice, numbers, removed, chance)
 
 
+def _place_beside(recipe: str | os.PathLike[str], folder: Path, output: str | os.PathLike[str]) -> Path:
+    """Where to write. Raises UsageError where something is there, or where relative paths would mean other places."""
+    target = Path(output)
+    if target.exists():
+        raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
+    if target.absolute().parent != folder.absolute():
+        raise UsageError(f"{target} is not beside {recipe}", fix="its relative paths would mean other places there")
+    return target
+
+
+def _refuse_names(recipe: Recipe) -> None:
+    """Raise UsageError where the recipe has a name that the derived one needs."""
+    if _OFF in (*recipe.models, *recipe.coefficients) or _BASE in recipe.models:
+        raise UsageError(f"the recipe has a name that is needed: `{_OFF}` or `{_BASE}`", fix="rename it")
+
+
 def _only_coefficient(recipe: Recipe) -> tuple[str, str]:
-    """The name of the one coefficient, as it is written and as it is meant. It must be a plain number."""
+    """The name of the one coefficient, as it is written and as it is meant.
+
+    Raises UsageError where it is not one plain number before the whole update.
+    """
     table = recipe.document.data.get("coefficients") or {}
     if len(table) != 1:
         raise UsageError(
@@ -131,7 +137,12 @@ def _only_coefficient(recipe: Recipe) -> tuple[str, str]:
         raise UsageError(
             f"{recipe.document.name}: `{written}` is a schedule already, and would be replaced", fix="make it a number"
         )
-    return written, normalise_name(written)
+    name = normalise_name(written)
+    if not _is_plain(recipe, name):
+        raise UsageError(
+            f"{recipe.document.name}: `{name}` stands before an update with numbers in it", fix="leave the numbers out"
+        )
+    return written, name
 
 
 def _is_plain(recipe: Recipe, name: str) -> bool:
@@ -139,6 +150,15 @@ def _is_plain(recipe: Recipe, name: str) -> bool:
     one, two = (weights(bind(recipe.expression, {name: value})) for value in (1.0, 2.0))
     factors = {model: two.get(model, 0.0) - one.get(model, 0.0) for model in {*one, *two}}
     return all(abs(factor) in (0.0, 1.0) for factor in factors.values())
+
+
+def _numbers(choice: str, found: Inspection) -> dict[str, float]:
+    """Of each layer and kind of module."""
+    return {
+        label: number
+        for label, row in found.cells.items()
+        if label.rpartition(" ")[2] in MODULE_KINDS and (number := _number(choice, row)) is not None
+    }
 
 
 def _number(choice: str, row: Mapping[str, Any]) -> float | None:

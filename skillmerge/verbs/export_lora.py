@@ -29,7 +29,7 @@ from skillmerge.plans.budget import check_disk
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter
-from skillmerge.tensors import DTYPES, TensorSpec
+from skillmerge.tensors import TensorSpec
 from skillmerge.verbs.target import output_folder
 
 if TYPE_CHECKING:
@@ -96,27 +96,16 @@ def export_lora(
     try:
         target = output_folder(recipe, output, checkpoints)
         plus, minus = checkpoints.values()
-        config = plus.config
-        if str(config.get("model_type")) in _TRANSPOSED:
-            raise InputError(
-                f"{plus.place}: {config['model_type']} keeps its matrices the other way round, which is not supported",
-                fix="for such models use the skill itself in a recipe, or a sparse patch: export --onto SFT",
-            )
+        _refuse_transposed(plus)
         named, revision = _named(base) if base is not None else _parent(summary(plus.stored or plus.files))
         if named is None:
             reporter.warn("the adapter does not say what model it is for: the skill was not cut from one; give --base")
-        chosen = [spec for spec in plus.tensors.values() if _is_linear(spec)]
-        if not chosen:
-            raise InputError(
-                f"{plus.place}: the skill has no matrix of a linear module that an adapter could hold",
-                fix="use the skill itself in a recipe",
-            )
-        layout = _layout(chosen, lora_rank)
-        header, specs = build_header(layout)
+        chosen = _linear_modules(plus)
+        header, specs = build_header(_layout(chosen, lora_rank))
         check_disk(target, specs[-1].end, "the adapter")
-        document = _config(chosen, lora_rank, config, named, revision)
+        document = _config(chosen, lora_rank, plus.config, named, revision)
         with new_folder(target) as folder:
-            rows, left = _write(folder / ADAPTER_FILE, header, specs, (plus, minus), chosen, lora_rank, seed, reporter)
+            rows, left = _write(folder / ADAPTER_FILE, header, specs, (plus, minus), lora_rank, seed, reporter)
             (folder / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     finally:
         close_all(checkpoints)
@@ -126,6 +115,27 @@ def export_lora(
     return Exported(
         target, lora_rank, kept / whole if whole else 0.0, rows, tuple(left), lost / whole if whole else 0.0
     )
+
+
+def _refuse_transposed(skill: Checkpoint) -> None:
+    """Raise InputError for a model type whose matrices an adapter would take the wrong way round."""
+    if str(skill.config.get("model_type")) in _TRANSPOSED:
+        raise InputError(
+            f"{skill.place}: {skill.config['model_type']} keeps its matrices the other way round, which is not "
+            "supported",
+            fix="for such models use the skill itself in a recipe, or a sparse patch: export --onto SFT",
+        )
+
+
+def _linear_modules(skill: Checkpoint) -> list[TensorSpec]:
+    """The matrices that an adapter can hold. Raises InputError where there is none."""
+    chosen = [spec for spec in skill.tensors.values() if _is_linear(spec)]
+    if not chosen:
+        raise InputError(
+            f"{skill.place}: the skill has no matrix of a linear module that an adapter could hold",
+            fix="use the skill itself in a recipe",
+        )
+    return chosen
 
 
 def _parent(document: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -201,7 +211,6 @@ def _write(
     header: bytes,
     specs: tuple[TensorSpec, ...],
     planes: tuple[Checkpoint, Checkpoint],
-    chosen: list[TensorSpec],
     rank: int,
     seed: int,
     reporter: Reporter,
@@ -213,7 +222,6 @@ def _write(
     from skillmerge.study.spectrum import truncated_svd
 
     places = {spec.name: spec for spec in specs}
-    wanted = {spec.name for spec in chosen}
     rows: dict[str, dict[str, float]] = {}
     left: dict[str, dict[str, float]] = {}
     done = 0
@@ -227,7 +235,7 @@ def _write(
                     fix="use the skill itself in a recipe, or leave the tensor out: extract --ignore",
                 )
             norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
-            if name not in wanted:
+            if not _is_linear(spec):
                 left[name] = {"norm": norm}
             else:
                 u, s, v = truncated_svd(update, rank, seed ^ zlib.crc32(name.encode()))
@@ -248,13 +256,7 @@ def _update(name: str, planes: tuple[Checkpoint, Checkpoint]) -> Tensor:
     """A whole tensor of the skill, in float32."""
     import torch
 
-    from skillmerge.bits import torch_dtype
+    from skillmerge.engine.values import read_values
 
-    parts = []
-    for plane in planes:
-        spec = plane.tensors[name]
-        content = bytearray(max(spec.nbytes, DTYPES[spec.dtype].itemsize))
-        plane.read_into(spec, 0, memoryview(content)[: spec.nbytes])
-        values = torch.frombuffer(content, dtype=torch_dtype(spec.dtype))[: spec.elements]
-        parts.append(values.to(torch.float32).view(spec.shape))
-    return parts[0] - parts[1]
+    plus, minus = (read_values(plane, name).to(torch.float32) for plane in planes)
+    return (plus - minus).view(planes[0].tensors[name].shape)

@@ -1,6 +1,6 @@
 """The verb export --onto: a stored skill and the checkpoint it was cut from -> a sparse patch of that checkpoint.
 
-The patch holds the other parent's elements where they differ: places and values, as `checkpoints.patch` says.
+The patch holds the other parent's elements where they differ: places and values, as `checkpoints.kinds.patch` says.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from skillmerge.plans.budget import check_disk
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter
-from skillmerge.tensors import DTYPES, UNIT, TensorSpec
+from skillmerge.tensors import UNIT, TensorSpec
 from skillmerge.threads import in_threads
 from skillmerge.verbs.target import output_folder
 
@@ -72,52 +72,66 @@ def export_patch(
     try:
         target = output_folder(recipe, output, checkpoints)
         plus, base = checkpoints["skill"], checkpoints["onto"]
-        document = summary(plus.stored or plus.files)
-        planes = document.get("planes")
-        if not document["exact"] or not planes:
-            raise InputError(
-                f"{plus.place} is not the exact difference of two checkpoints: no elements are known from it",
-                fix="cut it anew: skillmerge extract --from RL --minus SFT",
-            )
-        rows = {name: row for name, row in document["tensors"].items() if row["changed"]}
-        jobs: list[_Job] = []
-        headers: dict[str, bytes] = {}
-        for number, file in enumerate(document["files"], start=1):
-            inside = {name: row for name, row in rows.items() if row["file"] == file}
-            name = f"delta-{number:05d}-of-{len(document['files']):05d}.safetensors"
-            headers[name], specs = build_header(entry for item in inside.items() for entry in _layout(*item, base))
-            places = {spec.name: spec for spec in specs}
-            jobs += [_Job(tensor, row, name, places) for tensor, row in inside.items()]
-        size = sum(map(len, headers.values())) + sum(
-            job.places[job.tensor + part].nbytes for job in jobs for part in (INDICES, VALUES)
-        )
+        document = _exact(plus)
+        headers, jobs = _lay_out(document, base)
+        size = sum(map(len, headers.values())) + sum(spec.nbytes for job in jobs for spec in job.parts)
         check_disk(target, size, "the patch")
-        shapes = {name: list(spec.shape) for name, spec in base.tensors.items()}
         with new_folder(target) as folder:
             for name, header in headers.items():
                 (folder / name).write_bytes(header)
+            shapes = {name: list(spec.shape) for name, spec in base.tensors.items()}
             metadata = {"format": "indices and values", "shapes": shapes}
             (folder / PATCH_FILE).write_text(json.dumps(metadata) + "\n", encoding="utf-8")
             done = 0
             with reporter.bar(sum(base.tensors[job.tensor].nbytes for job in jobs)) as progress:
-                write = _Writer(folder, checkpoints, planes["minus"])
+                write = _Writer(folder, checkpoints, document["planes"]["minus"])
                 for job, _ in zip(jobs, in_threads(write, jobs), strict=True):
                     done += base.tensors[job.tensor].nbytes
                     progress(done)
     finally:
         close_all(checkpoints)
-    elements = sum(row["changed"] for row in rows.values())
-    return Patch(target, len(rows), elements, sum(spec.elements for spec in plus.tensors.values()), size)
+    elements = sum(job.row["changed"] for job in jobs)
+    return Patch(target, len(jobs), elements, sum(spec.elements for spec in plus.tensors.values()), size)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A tensor to write: what `skill.json` says of it, its file, and the file's places."""
+    """A tensor to write: what `skill.json` says of it, its file, and where in that its two parts go."""
 
     tensor: str
     row: Mapping[str, Any]
     file: str
-    places: Mapping[str, TensorSpec]
+    indices: TensorSpec
+    values: TensorSpec
+
+    @property
+    def parts(self) -> tuple[TensorSpec, TensorSpec]:
+        return self.indices, self.values
+
+
+def _exact(skill: Checkpoint) -> Mapping[str, Any]:
+    """What the skill's `skill.json` says. Raises InputError where no elements are known from the skill."""
+    document = summary(skill.stored or skill.files)
+    if not document["exact"] or not document.get("planes"):
+        raise InputError(
+            f"{skill.place} is not the exact difference of two checkpoints: no elements are known from it",
+            fix="cut it anew: skillmerge extract --from RL --minus SFT",
+        )
+    return document
+
+
+def _lay_out(document: Mapping[str, Any], base: Checkpoint) -> tuple[dict[str, bytes], list[_Job]]:
+    """The patch's files by name, with their headers, and what to write into them: one file for each of the skill's."""
+    rows = {name: row for name, row in document["tensors"].items() if row["changed"]}
+    jobs: list[_Job] = []
+    headers: dict[str, bytes] = {}
+    for number, file in enumerate(document["files"], start=1):
+        inside = {name: row for name, row in rows.items() if row["file"] == file}
+        name = f"delta-{number:05d}-of-{len(document['files']):05d}.safetensors"
+        headers[name], specs = build_header(entry for item in inside.items() for entry in _layout(*item, base))
+        places = {spec.name: spec for spec in specs}
+        jobs += [_Job(it, row, name, places[it + INDICES], places[it + VALUES]) for it, row in inside.items()]
+    return headers, jobs
 
 
 def _layout(name: str, row: Mapping[str, Any], base: Checkpoint) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -147,24 +161,25 @@ class _Writer:
         import torch
 
         from skillmerge.bits import memory_of
+        from skillmerge.engine.values import read_values
 
         elements = self._planes[-1].tensors[job.tensor].elements
-        at = {part: job.places[job.tensor + part].start for part in (INDICES, VALUES)}
-        width = torch.int32 if job.places[job.tensor + INDICES].dtype == "I32" else torch.int64
+        at = [part.start for part in job.parts]
+        width = torch.int32 if job.indices.dtype == "I32" else torch.int64
         digests, left = [], job.row["changed"]
         with open(self._folder / job.file, "rb+", buffering=0) as stream:
             for first in range(0, elements, UNIT):
                 if stop.is_set():
                     return
                 plus, minus, base = (
-                    self._read(plane, job.tensor, first, min(UNIT, elements - first)) for plane in self._planes
+                    read_values(plane, job.tensor, first, min(UNIT, elements - first)) for plane in self._planes
                 )
                 digests.append(hashlib.sha256(memory_of(base)).hexdigest())
                 places, values = _changed(plus, minus, base)
                 left -= len(places)
                 if left < 0:
                     break
-                for part, content in ((INDICES, (places + first).to(width)), (VALUES, values)):
+                for part, content in enumerate(((places + first).to(width), values)):
                     stream.seek(at[part])
                     view = memory_of(content)
                     at[part] += len(view)
@@ -177,18 +192,6 @@ class _Writer:
             )
         if left:
             raise InputError(f"{self._planes[0].place}: tensor `{job.tensor}` is not what its skill.json says")
-
-    @staticmethod
-    def _read(plane: Checkpoint, name: str, first: int, count: int) -> Tensor:
-        import torch
-
-        from skillmerge.bits import torch_dtype
-
-        spec = plane.tensors[name]
-        size = DTYPES[spec.dtype].itemsize
-        content = bytearray(count * size)
-        plane.read_into(spec, first * size, memoryview(content))
-        return torch.frombuffer(content, dtype=torch_dtype(spec.dtype))
 
 
 def _changed(plus: Tensor, minus: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:

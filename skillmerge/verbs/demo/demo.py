@@ -131,7 +131,8 @@ def _write_shuffled(folder: Path) -> None:
     """The source's SFT model plus the skill with its elements in any order: what has the skill's sizes, and no more."""
     import torch
 
-    from skillmerge.bits import memory_of, torch_dtype
+    from skillmerge.bits import memory_of
+    from skillmerge.engine.values import read_values
 
     out = folder / "source-shuffled"
     shutil.copytree(folder / "source-rl", out)
@@ -139,14 +140,10 @@ def _write_shuffled(folder: Path) -> None:
     models = [open_folder(str(folder / name), folder / name) for name in ("source-sft", "source-rl")]
     with open(out / "model.safetensors", "rb+") as stream:
         for name, spec in models[0].tensors.items():
-            values = []
-            for model in models:
-                content = bytearray(spec.nbytes)
-                model.read_into(model.tensors[name], 0, memoryview(content))
-                values.append(torch.frombuffer(content, dtype=torch_dtype(spec.dtype)).float())
-            update = (values[1] - values[0])[torch.randperm(spec.elements, generator=generator)]
+            sft, rl = (read_values(model, name) for model in models)
+            update = (rl.float() - sft.float())[torch.randperm(spec.elements, generator=generator)]
             stream.seek(models[1].tensors[name].start)
-            moved = (values[0] + update).to(torch_dtype(spec.dtype))
+            moved = (sft.float() + update).to(sft.dtype)  # has to outlive the view of its memory
             stream.write(memory_of(moved))
     for model in models:
         model.close()

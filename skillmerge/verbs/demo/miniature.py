@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skillmerge.bits import torch_dtype
 from skillmerge.checkpoints.folder import open_folder
+from skillmerge.engine.values import read_values
 
 FAMILY = Path(__file__).parent / "family"
 MODELS = ("base", "source-sft", "source-rl", "target-sft")
@@ -62,9 +62,7 @@ class Miniature:
         self._config: Mapping[str, Any] = checkpoint.config
         self._weights: dict[str, Tensor] = {}
         for name, spec in checkpoint.tensors.items():
-            content = bytearray(spec.nbytes)
-            checkpoint.read_into(spec, 0, memoryview(content))
-            self._weights[name] = torch.frombuffer(content, dtype=torch_dtype(spec.dtype)).view(spec.shape).float()
+            self._weights[name] = read_values(checkpoint, name).view(spec.shape).float()
         checkpoint.close()
         tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         self._numbers: dict[str, int] = tokenizer["model"]["vocab"]
