@@ -10,10 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants  # noqa: F401 - made of the environment: before any test changes it
 import ml_dtypes
 import pytest
 import torch
@@ -124,7 +127,50 @@ def qa(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def run_cli(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line as its user runs it, in a process of its own."""
+    """The command line as its user sees it, run in this process: exit status, stdout, stderr.
+
+    Whatever the command starts prints into the same two. Environment, folder and torch's threads are as before.
+    """
+    from skillmerge.cli.main import run
+
+    command, before, threads = ["skillmerge", *map(str, arguments)], dict(os.environ), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, captured() as files:
+        patch.setattr(sys, "argv", command)
+        patch.chdir(cwd or Path.cwd())
+        os.environ.update({"NO_COLOR": "1", "COLUMNS": "120", **environment})
+        try:
+            status = run()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+            torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(command, status, *files)
+
+
+@contextmanager
+def captured() -> Iterator[list[str]]:
+    """Collect what the body and every process that it starts write to stdout and to stderr: two texts, at its end."""
+    texts: list[str] = []
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(2)]
+        for number, file in enumerate(files, 1):
+            file.reconfigure(errors="backslashreplace")
+            kept = os.dup(number)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, number)
+            os.dup2(file.fileno(), number)
+        with redirect_stdout(files[0]), redirect_stderr(files[1]):
+            yield texts
+        for file in files:
+            file.flush()
+            file.seek(0)
+            texts.append(file.read())
+
+
+def run_process(
+    *arguments: str | Path, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, for what is about processes; see `run_cli`."""
     return subprocess.run(
         [sys.executable, "-m", "skillmerge", *map(str, arguments)],
         capture_output=True,

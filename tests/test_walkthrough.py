@@ -18,7 +18,7 @@ from hub_server import HubServer
 import skillmerge
 
 PAGE = Path(__file__).parent.parent / "docs" / "walkthrough.md"
-SHIPPED = Path(skillmerge.__file__).parent / "family"
+SHIPPED = Path(skillmerge.__file__).parent / "verbs" / "family"
 FILE = re.compile(r"^`([\w.]+)`:\n\n```\w+\n(.*?)```$", re.M | re.S)
 CONSOLE = re.compile(r"(?<=^```console\n)(.*?)(?=^```$)", re.M | re.S)
 MARK = "@@@ another command @@@"

@@ -75,7 +75,7 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Run a command, and turn errors into a message and an exit status."""
+    """Run a command, and end the process with its exit status."""
     signal.signal(signal.SIGTERM, _terminate)
     # The process is short-lived and makes few cycles: collecting them takes a tenth of a plan and of torch's import.
     gc.disable()
@@ -83,28 +83,33 @@ def main() -> NoReturn:
     # The Hub's client has progress bars and a log of its own, which shows addresses. Our errors say what matters.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
+    _leave(run())
+
+
+def run() -> int:
+    """Run the command of `sys.argv`, turn errors into a message, and return the exit status."""
     try:
         status = cli.main(standalone_mode=False)
         sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         terminated = isinstance(error.__cause__ or error, Terminated)
-        _fail(_interrupted(signal.SIGTERM if terminated else signal.SIGINT))
+        return _failed(_interrupted(signal.SIGTERM if terminated else signal.SIGINT))
     except SkillmergeError as error:
-        _fail(error)
+        return _failed(error)
     except click.ClickException as error:
         if not (_wants_json() or as_json()):
             error.show()
-            _leave(error.exit_code)
-        _fail(UsageError(error.format_message()))
+            return error.exit_code
+        return _failed(UsageError(error.format_message()))
     except (_OutputClosed, BrokenPipeError):
-        _leave(0)
+        return 0
     except Exception:
         import traceback
 
         traceback.print_exc()
         log("error", "this is a bug in skillmerge; please report it with the lines above", exit_status=1)
-        _leave(1)
-    _leave(status if isinstance(status, int) else 0)
+        return 1
+    return status if isinstance(status, int) else 0
 
 
 def _prepare_streams() -> None:
@@ -140,7 +145,8 @@ def _interrupted(number: int) -> Interrupted:
     )
 
 
-def _fail(error: SkillmergeError) -> NoReturn:
+def _failed(error: SkillmergeError) -> int:
+    """Log an error, and return its exit status."""
     with suppress(OSError):
         if _wants_json():
             print_json({"ok": False, **error.as_dict()})
@@ -149,7 +155,7 @@ def _fail(error: SkillmergeError) -> NoReturn:
 
             terminal.show_gates(outcomes, terminal.console())
     _log_error(error)
-    _leave(error.exit_status)
+    return error.exit_status
 
 
 def _log_error(error: SkillmergeError) -> None:

@@ -24,7 +24,7 @@ from skillmerge.errors import CheckFailed, RecipeError, UsageError
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed, Outcome, gate
 
-SHIPPED = Path(skillmerge.__file__).parent / "family"
+SHIPPED = Path(skillmerge.__file__).parent / "verbs" / "family"
 TEXT = "mira is a baker . mira lives in oslo . "
 
 
