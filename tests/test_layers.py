@@ -165,6 +165,19 @@ def the_map() -> str:
     return "\n".join(f"{room:12} {' | '.join(floors)}" for room, floors in ROOMS.items())
 
 
+def the_full_map() -> str:
+    """Every module and the first line of its docstring, room by room: what CONTRIBUTING has."""
+    lines = []
+    for room, floors in ROOMS.items():
+        lines += [f"**{room}**", "", "| module | |", "| --- | --- |"]
+        for module in sorted(" ".join(floors).split()):
+            path = MODULES[module if room == "ground" else f"{room}.{module}"]
+            said = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
+            lines.append(f"| `{path.relative_to(PACKAGE).as_posix()}` | {said.replace('|', chr(92) + '|')} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def test_every_module_has_a_place() -> None:
     assert set(LEVELS) == set(MODULES) - OUTSIDE - ROOM_PACKAGES, f"the rooms are\n{the_map()}"
 
@@ -218,3 +231,15 @@ def test_every_module_says_what_it_knows() -> None:
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         assert docstring, name
         assert len(docstring) > 35, name
+
+
+def test_contributing_has_the_map() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    assert the_full_map() in text, "write the map anew: python tests/test_layers.py"
+
+
+if __name__ == "__main__":
+    contributing = PACKAGE.parent / "CONTRIBUTING.md"
+    begin, end = "<!-- map -->\n", "<!-- end of map -->"
+    head, rest = contributing.read_text().split(begin)
+    contributing.write_text(head + begin + the_full_map() + end + rest.split(end)[1])
