@@ -90,7 +90,6 @@ LONG_FUNCTIONS: dict[str, str] = {
     "checkpoints.kinds.skill.open_skill": "to be cut",
     "cli.show.charts.chart": "to be cut",
     "outputs.manifest.build": "to be cut",
-    "study.inspect.inspect": "to be cut",
     "verbs.apply.apply": "to be cut",
 }
 """Functions above FUNCTION_LINES, at most five, each with its reason."""

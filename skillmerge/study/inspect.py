@@ -127,25 +127,32 @@ def inspect(
         raise UsageError("coefficients belong to a recipe", fix="leave --set out, or inspect a recipe")
     if base is not None:
         raise UsageError("a base belongs to a recipe's target", fix="leave --base out, or inspect a recipe")
-    if other is not None:
-        models = {"before": os.fspath(source), "after": os.fspath(other)}
-        checkpoints = open_named(models, access, reporter)
-        title = f"from {models['before']} to {models['after']}"
-        difference = Sum(Leaf("after"), Leaf("before"), minus=True)
-        subject = Subject(
-            title, checkpoints, {"after": 1.0, "before": -1.0}, ("after", "before"), "before", "before",
-            difference=difference,
-        )  # fmt: skip
-    else:
-        refuse_model(Path(source))
-        checkpoints = open_named({"skill": {"skill": os.fspath(source)}}, access, reporter)
-        subject = Subject(
-            f"skill {os.fspath(source)}", checkpoints, {"skill": 1.0, minus_of("skill"): -1.0}, None, None
-        )
+    subject = _of_models(source, other, access, reporter)
     try:
         return _inspect(subject, stats, spectral, threads, reporter)
     finally:
-        close_all(checkpoints)
+        close_all(subject.checkpoints)
+
+
+def _of_models(
+    source: str | os.PathLike[str], other: str | os.PathLike[str] | None, access: Access, reporter: Reporter
+) -> Subject:
+    """Two models, before and after; or a stored skill alone."""
+    if other is None:
+        refuse_model(Path(source))
+        checkpoints = open_named({"skill": {"skill": os.fspath(source)}}, access, reporter)
+        factors = {"skill": 1.0, minus_of("skill"): -1.0}
+        return Subject(f"skill {os.fspath(source)}", checkpoints, factors, None, None)
+    models = {"before": os.fspath(source), "after": os.fspath(other)}
+    return Subject(
+        f"from {models['before']} to {models['after']}",
+        open_named(models, access, reporter),
+        {"after": 1.0, "before": -1.0},
+        ("after", "before"),
+        "before",
+        "before",
+        difference=Sum(Leaf("after"), Leaf("before"), minus=True),
+    )
 
 
 def inspect_merge(
