@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import UsageError, some
-from skillmerge.methods.terms import Leaf, Sum, minus_of
+from skillmerge.methods.terms import Leaf, Sum, expand_skills, model_of, weights
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
@@ -140,7 +140,7 @@ def inspect(
         refuse_model(Path(source))
         checkpoints = open_named({"skill": {"skill": os.fspath(source)}}, access, reporter)
         subject = Subject(
-            f"skill {os.fspath(source)}", checkpoints, {"skill": 1.0, minus_of("skill"): -1.0}, None, None
+            f"skill {os.fspath(source)}", checkpoints, weights(expand_skills(Leaf("skill"), {"skill"})), None, None
         )
     try:
         return _inspect(subject, stats, spectral, threads, reporter)
@@ -202,8 +202,7 @@ def _told(subject: Subject) -> str:
     """`rl - sft`, of factors."""
     parts = []
     update = {model: factor for model, factor in subject.update.items() if factor}
-    skills = {model for model in update if minus_of(model) in update}
-    update = {model: factor for model, factor in update.items() if model not in map(minus_of, skills)}
+    update = {model: factor for model, factor in update.items() if model_of(model) == model}
     for model, factor in sorted(update.items(), key=lambda item: -item[1]):
         size = "" if abs(factor) == 1 else f"{abs(factor):g} * "
         parts.append(f"{'-' if factor < 0 else '+'} {size}{model}")
@@ -244,7 +243,7 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
 
 def _name_of(model: str) -> str:
     """As the person called it who named it."""
-    return "base" if model == BASE else model.removesuffix(minus_of(""))
+    return "base" if model == BASE else model_of(model)
 
 
 def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
