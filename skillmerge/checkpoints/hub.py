@@ -22,7 +22,7 @@ from skillmerge.checkpoints.folder import Folder
 from skillmerge.checkpoints.http_ranges import Answer, Storage, from_hub
 from skillmerge.checkpoints.hub_client import Passing, refused, retried
 from skillmerge.checkpoints.place import Location
-from skillmerge.checkpoints.store import Stat, Store, Wait, Where, digest_of
+from skillmerge.checkpoints.store import Stat, Store, Wait, Where, digest_of, nothing_to_wait_for
 from skillmerge.errors import InputError, StalePlan
 from skillmerge.threads import hash_file
 
@@ -115,6 +115,9 @@ class Repository:
         return bytes(content)
 
     def read(self, file: str, start: int, into: memoryview) -> Wait:
+        self._stat(file)
+        if not into:
+            return nothing_to_wait_for
         if self._download and file not in self._cached_names:
             with self._lock:
                 if file not in self._cached_names:

@@ -131,8 +131,9 @@ class Reader:
     def announce(self, span: Span) -> None:
         """Have the inputs of a coming span read ahead."""
         for tile in span.tiles:
-            for model, source in tile.tensor.sources:
-                self.checkpoints[model].hint(source, tile.first, tile.last - tile.first)
+            for source in tile.tensor.sources:
+                for run in source.runs(tile.first, tile.last):
+                    self.checkpoints[run.model].hint(run.tensor, run.first, run.last - run.first)
 
     def read(self, span: Span, output: Buffer | None = None) -> list[list[Tensor]]:
         """Read all that a span needs, of each checkpoint together. Returns each tile's values, source by source, which
@@ -146,15 +147,19 @@ class Reader:
         values: list[list[Tensor]] = []
         for tile in span.tiles:
             values.append([])
-            for index, (model, source) in enumerate(tile.tensor.sources):
-                dtype, count = torch_dtype(self.checkpoints[model].tensors[source].dtype), tile.last - tile.first
+            for index, source in enumerate(tile.tensor.sources):
+                dtype = torch_dtype(self.checkpoints[source.model].tensors[source.tensor].dtype)
+                count = tile.last - tile.first
                 if output is not None and index == 0 and tile.tensor.program is None:
                     buffer, start = output, span.offset % PAGE + tile.offset - span.offset
                 else:
                     buffer, start = self.inputs[index], -(-ends[index] // dtype.itemsize) * dtype.itemsize
                     ends[index] = start + count * dtype.itemsize
-                pieces.setdefault(model, []).append(Piece(source, tile.first, count, buffer.view, start))
                 values[-1].append(buffer.typed(dtype, start, count))
+                for run in source.runs(tile.first, tile.last):
+                    piece = Piece(run.tensor, run.first, run.last - run.first, buffer.view, start)
+                    pieces.setdefault(run.model, []).append(piece)
+                    start += piece.count * dtype.itemsize
         for wait in [self.checkpoints[model].read(wanted) for model, wanted in pieces.items()]:
             wait()
         return values

@@ -26,7 +26,6 @@ from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.plans.planner import refuse_quantised
 from skillmerge.reporter import Reporter
 from skillmerge.study.forecast import Forecaster
-from skillmerge.study.spectrum import measure_spectra
 from skillmerge.study.subjects import BASE, Subject, open_named, refuse_model, subject_of_recipe
 from skillmerge.tensors import DTYPES
 from skillmerge.threads import cores
@@ -170,6 +169,7 @@ def inspect_merge(
 
 
 def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | None, reporter: Reporter) -> Inspection:
+    from skillmerge.study.spectrum import measure_spectra
     from skillmerge.study.update_metrics import describe_all
     from skillmerge.study.update_pass import measure_updates
 
