@@ -173,15 +173,27 @@ def test_small_files_are_read_whole_up_to_a_limit(store: Store) -> None:
         store.read_small("config.json", 7)
 
 
-@pytest.mark.parametrize("how", ["read_small", "peek", "read"])
-def test_what_is_not_there_is_told_by_its_name(store: Store, how: str) -> None:
+LOOKS: dict[str, Callable[[Store, str], bytes]] = {
+    "read_small": lambda store, name: store.read_small(name, 100),
+    "peek": lambda store, name: store.peek(name, 0, 8),
+    "read": lambda store, name: read(store, name, 0, 8),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_is_not_there_is_told_by_its_name(store: Store, look: str) -> None:
     with pytest.raises(InputError, match=r"none\.safetensors: is missing"):
-        if how == "read_small":
-            store.read_small("none.safetensors", 100)
-        elif how == "peek":
-            store.peek("none.safetensors", 0, 8)
-        else:
-            read(store, "none.safetensors", 0, 8)
+        LOOKS[look](store, "none.safetensors")
+
+
+def test_a_small_file_is_compared_with_its_stated_digest(case: Case) -> None:
+    if case.hub is None:
+        assert case.store.list()["config.json"].digest is None, "which is nothing to compare with"
+        return
+    tree = case.hub.tree("acme/model")
+    tree["config.json"] = dataclasses.replace(tree["config.json"], content=b'{"a": 2}')
+    with pytest.raises(InputError, match="does not have the digest that the Hub says it has"):
+        case.store.read_small("config.json", 100)
 
 
 # Changes.
@@ -279,20 +291,16 @@ def test_another_store_is_one_line_in_the_table(tmp_path: Path, monkeypatch: pyt
     assert first["sha256"] == hashlib.sha256(shelves["target"][first["name"]]).hexdigest()
 
 
-def test_a_folder_keeps_to_itself_whatever_reads_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_folder_keeps_to_itself_whatever_reads_it(tmp_path: Path, look: str) -> None:
     """Also where only `read` is called, of a file that was listed."""
     write(tmp_path / "model")
-    (tmp_path / "outside.safetensors").write_bytes(b"secret")
-    (tmp_path / "model" / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
-    for folder in (Folder(tmp_path / "model"), Folder(tmp_path / "model")):
-        folder.list()
-        for look in (
-            lambda: read(folder, "link.safetensors", 0, 3),  # noqa: B023
-            lambda: folder.peek("link.safetensors", 0, 3),  # noqa: B023
-            lambda: folder.read_small("link.safetensors", 100),  # noqa: B023
-        ):
-            with pytest.raises(InputError, match="is a link that leaves its folder"):
-                look()
+    (tmp_path / "outside").write_bytes(b"a secret")
+    (tmp_path / "model" / "link.safetensors").symlink_to(tmp_path / "outside")
+    folder = Folder(tmp_path / "model")
+    assert folder.list()["link.safetensors"].size == 8
+    with pytest.raises(InputError, match="is a link that leaves its folder"):
+        LOOKS[look](folder, "link.safetensors")
     allowed = Folder(tmp_path / "model", follow_links=True)
-    assert read(allowed, "link.safetensors", 0, 6) == b"secret"
+    assert LOOKS[look](allowed, "link.safetensors") == b"a secret"
     allowed.close()
