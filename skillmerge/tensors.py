@@ -94,17 +94,12 @@ OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor as a checkpoint's header describes it.
-
-    `start` and `end` are byte offsets in `file` (from the file's first byte, not from its data section).
-    """
+    """A tensor as a checkpoint describes it, however it is stored. `file` is the weight file that it comes from."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str
-    start: int
-    end: int
 
     @property
     def elements(self) -> int:
@@ -112,7 +107,16 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.start
+        """Bytes of its values, one behind the other."""
+        return self.elements * DTYPES[self.dtype].bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor(TensorSpec):
+    """A tensor whose values are bytes start..end of `file`, counted from the file's first byte (not from its data)."""
+
+    start: int
+    end: int
 
 
 def block_count(elements: int) -> int:

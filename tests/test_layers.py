@@ -63,9 +63,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "expression lock schedules starter yamltext",
     ),
     "checkpoints": (
-        "hub",
-        "folder kinds.patch kinds.skill memory",
-        "checkpoint kinds.skill_planes",
+        "kinds.table",
+        "kinds.skill schemes",
+        "hub kinds.dense kinds.patch kinds.skill_planes memory",
+        "checkpoint folder",
         "http_ranges store",
         "hub_client kinds.sparse model_config place safetensors",
     ),
@@ -86,8 +87,6 @@ OUTSIDE = {"", "__main__"}
 MODULES_A_FOLDER, LINES, FUNCTION_LINES, ARGUMENTS = 12, 400, 50, 8
 
 LONG_FUNCTIONS: dict[str, str] = {
-    "checkpoints.hub_client.hub_errors": "to be cut",
-    "checkpoints.kinds.skill.open_skill": "to be cut",
     "cli.show.charts.chart": "to be cut",
     "outputs.manifest.build": "to be cut",
     "verbs.apply.apply": "to be cut",

@@ -10,115 +10,103 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-from skillmerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from skillmerge.checkpoints.safetensors import FileIdentity, Header, read_header
+from skillmerge.checkpoints.safetensors import opened, read_range
+from skillmerge.checkpoints.store import Stat, Wait, Where, nothing_to_wait_for
 from skillmerge.errors import InputError, ResourceError, StalePlan
 
 _MAX_DEPTH = 2
 """How many folders deep side files are looked for."""
 
 
+class FileIdentity(NamedTuple):
+    """What tells an unchanged local file from a changed one without reading it again."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileIdentity:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 class Folder:
-    """A folder on this machine; see `checkpoint.Files` for what its methods promise."""
+    """A folder on this machine. See `Store` for what its methods promise."""
 
     def __init__(self, root: Path, *, follow_links: bool = False, revision: str | None = None) -> None:
-        self.root: Path = root
-        self.place = str(root)
-        self.revision = revision
-        self.remote = False
-        self.follow_links = follow_links
-        self._headers: dict[str, Header] = {}
+        self.root = root
+        self._follow_links, self._revision = follow_links, revision
+        self._inside: set[str] = set()
+        self._first_seen: dict[str, FileIdentity] = {}
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    @property
-    def license(self) -> str | None:
-        """From the first lines of the model card: its metadata."""
-        try:
-            with open(self.root / "README.md", encoding="utf-8") as card:
-                head = card.read(1 << 16)
-        except (OSError, UnicodeDecodeError):
-            return None
-        metadata = re.match(r"---\n(.*?)\n---", head, re.DOTALL)
-        found = re.search(r"^license: *['\"]?([\w.-]+)", metadata[1], re.MULTILINE) if metadata else None
-        return found[1] if found else None
+    @cached_property
+    def at(self) -> Where:
+        return Where(str(self.root), self.root, self._revision, _license(self.root / "README.md"))
 
-    def names(self) -> list[str]:
-        try:
-            os.listdir(self.root)
-        except OSError as error:
-            what = {errno.ENOENT: "does not exist", errno.ENOTDIR: "is not a folder"}.get(error.errno or 0)
-            raise InputError(
-                f"{self.root} {what or f'cannot be opened: {error.strerror}'}",
-                fix="a model is a folder with *.safetensors and config.json",
-            ) from error
-        names = []
-        for folder, folders, files in os.walk(self.root):
-            inside = Path(folder).relative_to(self.root)
-            if len(inside.parts) == _MAX_DEPTH:
-                folders.clear()
-            # A folder in a file's place is named too, to be refused when it is read.
-            odd = [name for name in folders if name.endswith((".json", ".safetensors"))]
-            names += [(inside / name).as_posix() for name in (*files, *odd)]
-        return sorted(names)
+    @cached_property
+    def _listed(self) -> dict[str, Stat]:
+        found: dict[str, Stat] = {}
+        for name in _names(self.root):
+            try:
+                identity = self._first_seen[name] = FileIdentity.of(os.stat(self.root / name))
+                found[name] = Stat(identity.size, (identity.size, identity.mtime_ns))
+            except OSError:  # a broken link: whoever reads it is told
+                found[name] = Stat(0, ())
+        return found
 
-    def path(self, name: str) -> str:
-        return str(self.root / name)
+    def list(self) -> Mapping[str, Stat]:
+        return self._listed
 
-    def read(self, name: str, limit: int) -> bytes:
-        path = resolve_inside(self.root, name, self.follow_links)
+    def read_small(self, file: str, limit: int) -> bytes:
+        path = resolve_inside(self.root, file, self._follow_links)
         try:
             if not path.is_file() or path.stat().st_size > limit:
-                raise InputError(f"{self.root / name}: is not a file of sane size")
+                raise InputError(f"{self.root / file}: is not a file of sane size")
             return path.read_bytes()
         except OSError as error:
-            raise InputError(f"{self.root / name}: cannot be read: {error.strerror}") from error
+            raise InputError(f"{self.root / file}: cannot be read: {error.strerror}") from error
 
-    def headers(self, names: Sequence[str], sizes: Mapping[str, int]) -> list[Header]:
-        for name in names:
-            resolve_inside(self.root, name, self.follow_links)
-        with ThreadPoolExecutor(min(8, len(names))) as pool:
-            headers = list(pool.map(lambda name: read_header(str(self.root / name), name), names))
-        self._headers |= dict(zip(names, headers, strict=True))
-        return headers
+    def peek(self, file: str, start: int, count: int) -> bytes:
+        self._check_inside(file)
+        with opened(str(self.root / file)) as (descriptor, status):
+            if self._first_seen.setdefault(file, FileIdentity.of(status)) != FileIdentity.of(status):
+                raise self._changed(file)
+            return read_range(descriptor, start, count)
 
-    def begin(self, name: str, position: int, buffer: memoryview) -> Callable[[], None]:
+    def read(self, file: str, start: int, into: memoryview) -> Wait:
         """Reads at once: there is nothing to wait for."""
-        descriptor = self._descriptor(name)
-        while buffer:
+        descriptor = self._descriptor(file)
+        while into:
             try:
-                count = os.preadv(descriptor, [buffer], position)
+                count = os.preadv(descriptor, [into], start)
             except OSError as error:
-                raise InputError(f"{self.root / name}: cannot be read: {error.strerror}") from error
+                raise InputError(f"{self.root / file}: cannot be read: {error.strerror}") from error
             if count == 0:
-                raise self._changed(name)
-            position += count
-            buffer = buffer[count:]
-        return _nothing
+                raise self._changed(file)
+            start += count
+            into = into[count:]
+        return nothing_to_wait_for
 
-    def announce(self, name: str, position: int, nbytes: int) -> None:
+    def hint(self, file: str, start: int, nbytes: int) -> None:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor(name), position, nbytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._descriptor(file), start, nbytes, os.POSIX_FADV_WILLNEED)
 
-    def version(self, name: str) -> list[int | str]:
-        identity = FileIdentity(*self._headers[name].identity)  # type: ignore[arg-type]
-        return [identity.size, identity.mtime_ns]
-
-    def known_digest(self, name: str) -> tuple[int, tuple[str, str]] | None:
-        return None
-
-    def check_unchanged(self, names: Sequence[str]) -> None:
-        for name in names:
+    def check_unchanged(self, files: Collection[str]) -> None:
+        for file in files:
             try:
-                identity = FileIdentity.of((self.root / name).stat())
+                identity = FileIdentity.of((self.root / file).stat())
             except OSError:
                 identity = None
-            if identity != self._headers[name].identity:
-                raise self._changed(name)
+            if identity != self._first_seen[file]:
+                raise self._changed(file)
 
     def cancel(self) -> None:
         """Nothing is ever waited for."""
@@ -129,39 +117,72 @@ class Folder:
                 os.close(descriptor)
             self._descriptors.clear()
 
-    def _descriptor(self, name: str) -> int:
-        if (found := self._descriptors.get(name)) is not None:
+    def _check_inside(self, file: str) -> None:
+        if file not in self._inside:
+            resolve_inside(self.root, file, self._follow_links)
+            self._inside.add(file)
+
+    def _descriptor(self, file: str) -> int:
+        if (found := self._descriptors.get(file)) is not None:
             return found
         with self._lock:
-            if name not in self._descriptors:
+            if file not in self._descriptors:
+                self._check_inside(file)
                 try:
-                    descriptor = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                    descriptor = os.open(self.root / file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
                 except OSError as error:
                     if error.errno in (errno.EMFILE, errno.ENFILE):
                         raise ResourceError(
-                            f"{self.root / name}: too many files are open", fix="raise the limit: ulimit -n 4096"
+                            f"{self.root / file}: too many files are open", fix="raise the limit: ulimit -n 4096"
                         ) from error
-                    raise self._changed(name) from error
-                if FileIdentity.of(os.fstat(descriptor)) != self._headers[name].identity:
+                    raise self._changed(file) from error
+                identity = FileIdentity.of(os.fstat(descriptor))
+                if self._first_seen.setdefault(file, identity) != identity:
                     os.close(descriptor)
-                    raise self._changed(name)
-                self._descriptors[name] = descriptor
-            return self._descriptors[name]
+                    raise self._changed(file)
+                self._descriptors[file] = descriptor
+            return self._descriptors[file]
 
-    def _changed(self, name: str) -> StalePlan:
+    def _changed(self, file: str) -> StalePlan:
         return StalePlan(
-            f"{self.root / name} changed while it was in use",
+            f"{self.root / file} changed while it was in use",
             fix="make sure that nothing writes to the inputs, then run the same command again",
         )
 
 
-def _nothing() -> None:
-    pass
+def _names(root: Path) -> list[str]:
+    """Every file below a folder, sorted. Raises InputError where it is none."""
+    try:
+        os.listdir(root)
+    except OSError as error:
+        what = {errno.ENOENT: "does not exist", errno.ENOTDIR: "is not a folder"}.get(error.errno or 0)
+        raise InputError(
+            f"{root} {what or f'cannot be opened: {error.strerror}'}",
+            fix="a model is a folder with *.safetensors and config.json",
+        ) from error
+    names = []
+    for folder, folders, files in os.walk(root):
+        inside = Path(folder).relative_to(root)
+        if len(inside.parts) == _MAX_DEPTH:
+            folders.clear()
+        # A folder in a file's place is named too, to be refused when it is read.
+        odd = [name for name in folders if name.endswith((".json", ".safetensors"))]
+        names += [(inside / name).as_posix() for name in (*files, *odd)]
+    return sorted(names)
 
 
-def open_folder(uri: str, root: Path, *, follow_links: bool = False) -> Checkpoint:
-    """Open the checkpoint in folder `root`. Raises InputError as `open_checkpoint` does."""
-    return open_checkpoint(uri, Folder(root, follow_links=follow_links))
+def _license(card: Path) -> str | None:
+    """From the first lines of a model card: its metadata."""
+    try:
+        if not card.is_file():  # opening a FIFO would block
+            return None
+        with open(card, encoding="utf-8") as stream:
+            head = stream.read(1 << 16)
+    except (OSError, UnicodeDecodeError):
+        return None
+    metadata = re.match(r"---\n(.*?)\n---", head, re.DOTALL)
+    found = re.search(r"^license: *['\"]?([\w.-]+)", metadata[1], re.MULTILINE) if metadata else None
+    return found[1] if found else None
 
 
 def resolve_inside(root: Path, name: str, follow_links: bool) -> Path:

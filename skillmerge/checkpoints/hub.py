@@ -8,9 +8,8 @@ that the local Hub cache has are read from there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -23,8 +22,7 @@ from skillmerge.checkpoints.folder import Folder
 from skillmerge.checkpoints.http_ranges import Answer, Storage, from_hub
 from skillmerge.checkpoints.hub_client import Passing, refused, retried
 from skillmerge.checkpoints.place import Location
-from skillmerge.checkpoints.safetensors import Header, fetch_header, parse_header
-from skillmerge.checkpoints.store import Files, digest_of
+from skillmerge.checkpoints.store import Stat, Store, Wait, Where, digest_of, nothing_to_wait_for
 from skillmerge.errors import InputError, StalePlan
 from skillmerge.threads import hash_file
 
@@ -37,25 +35,13 @@ _REDIRECTS = 5
 _OF_A_MODEL = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """What the Hub says of a file: size in bytes, and `sha256` (of large files) or `git_sha1` and hex digits."""
-
-    size: int
-    digest: tuple[str, str]
-
-
 class Repository:
-    """A repository at one commit; see `checkpoint.Files` for what its methods promise."""
+    """A repository at one commit. See `Store` for what its methods promise."""
 
     def __init__(self, location: Location, *, download: bool = False) -> None:
         """Find the commit and its files: one request. `download` puts weight files into the Hub's cache."""
-        self.asked = location
-        self.root: Path | None = None
-        self.remote = True
-        self.place = str(location)
         info = retried(
-            self.place,
+            str(location),
             lambda: HfApi().model_info(
                 location.repository,
                 revision=location.revision or None,
@@ -64,16 +50,14 @@ class Repository:
             ),
         )
         if not info.sha:
-            raise InputError(f"{self.place}: the Hub names no commit for it")
-        self.revision = info.sha
+            raise InputError(f"{location}: the Hub names no commit for it")
         self.location = location.at(info.sha)
-        self.place = str(self.location)
         license = info.card_data.license if info.card_data is not None else None
-        self.license = license if isinstance(license, str) else None
+        license = license if isinstance(license, str) else None
+        self.at = Where(str(self.location), None, info.sha, license, remote=True)
         self._prefix = f"{location.subfolder}/" if location.subfolder else ""
-        self.listed = self._listing(info.siblings or [])
+        self._listed = self._listing(info.siblings or [])
         self._download = download
-        self._headers: dict[str, Header] = {}
         self._signed: dict[str, str] = {}
         self._cached: Folder | None = None
         self._cached_names: set[str] = set()
@@ -82,93 +66,74 @@ class Repository:
         self._pool = ThreadPoolExecutor(_CONNECTIONS)
         self._storage = Storage()
 
-    def _listing(self, siblings: Sequence[Any]) -> dict[str, RemoteFile]:
+    def _listing(self, siblings: Sequence[Any]) -> dict[str, Stat]:
         files = {}
         for sibling in siblings:
             if not sibling.rfilename.startswith(self._prefix):
                 continue
             if sibling.size is None or not (sibling.lfs or sibling.blob_id):
-                raise InputError(f"{self.place}: the Hub says nothing of the size of {sibling.rfilename}")
+                raise InputError(f"{self.at.place}: the Hub says nothing of the size of {sibling.rfilename}")
             digest = ("sha256", sibling.lfs.sha256) if sibling.lfs else ("git_sha1", sibling.blob_id)
-            files[sibling.rfilename.removeprefix(self._prefix)] = RemoteFile(sibling.size, digest)
+            files[sibling.rfilename.removeprefix(self._prefix)] = Stat(sibling.size, (sibling.size, *digest), digest)
         if not files and self._prefix:
-            raise InputError(f"{self.place}: the repository has no such folder")
-        return files
+            raise InputError(f"{self.at.place}: the repository has no such folder")
+        return dict(sorted(files.items()))
 
-    def names(self) -> list[str]:
-        return sorted(self.listed)
+    def list(self) -> Mapping[str, Stat]:
+        return self._listed
 
-    def path(self, name: str) -> str:
-        return f"{self.place}/{name}"
-
-    def read(self, name: str, limit: int) -> bytes:
-        file = self._file(name)
-        if file.size > limit:
-            raise InputError(f"{self.path(name)}: is not a file of sane size")
-        cached = self._from_cache(name)
+    def read_small(self, file: str, limit: int) -> bytes:
+        size, digest = self._stat(file).size, self._stat(file).digest
+        if size > limit:
+            raise InputError(f"{self.at.path(file)}: is not a file of sane size")
+        cached = self._from_cache(file)
         if cached is None and self._download:
-            cached = self._into_cache(name)
-        content = bytearray(file.size)
+            cached = self._into_cache(file)
+        content = bytearray(size)
         if cached is not None:
             content[:] = cached.read_bytes()
-        elif file.size:
-            self._fetch(name, 0, memoryview(content))
-        if digest_of(file.digest[0], content) != file.digest:
+        elif size:
+            self._fetch(file, 0, memoryview(content))
+        if digest is not None and digest_of(digest[0], content) != digest:
             raise InputError(
-                f"{self.path(name)}: does not have the digest that the Hub says it has",
+                f"{self.at.path(file)}: does not have the digest that the Hub says it has",
                 fix="fetch it again" if cached is None else f"the local copy is damaged: remove {cached}",
             )
         return bytes(content)
 
-    def headers(self, names: Sequence[str], sizes: Mapping[str, int]) -> list[Header]:
-        headers = list(self._pool.map(lambda name: self._header(name, sizes[name]), names))
-        self._headers |= dict(zip(names, headers, strict=True))
-        return headers
+    def peek(self, file: str, start: int, count: int) -> bytes:
+        """What the local cache has is read from there, now and later, unless it is to be compared with its digest."""
+        size = self._stat(file).size
+        if not self._download:
+            if file not in self._cached_names and (found := self._from_cache(file)) is not None:
+                self._adopt(file, found)
+            if self._cached is not None and file in self._cached_names:
+                return self._cached.peek(file, start, count)
+        content = bytearray(max(0, min(count, size - start)))
+        if content:
+            self._fetch(file, start, memoryview(content))
+        return bytes(content)
 
-    def _header(self, name: str, expected: int) -> Header:
-        file = self._file(name)
-        cached = self._from_cache(name)
-        if cached is not None and not self._download:
-            return self._adopt(name, cached)
-        head = bytearray(min(expected, file.size))
-        if head:
-            self._fetch(name, 0, memoryview(head))
-
-        def read(start: int, count: int) -> bytes:
-            if start + count > len(head):
-                more = bytearray(min(start + count, file.size) - len(head))
-                self._fetch(name, len(head), memoryview(more))
-                head.extend(more)
-            return bytes(head[start : start + count])
-
-        raw = fetch_header(read, file.size, self.path(name))
-        return Header(raw, parse_header(raw[8:], file.size, self.path(name), name), file.size, file.digest)
-
-    def begin(self, name: str, position: int, buffer: memoryview) -> Callable[[], None]:
-        if self._download and name not in self._cached_names:
+    def read(self, file: str, start: int, into: memoryview) -> Wait:
+        self._stat(file)
+        if not into:
+            return nothing_to_wait_for
+        if self._download and file not in self._cached_names:
             with self._lock:
-                if name not in self._cached_names:
-                    self._adopt(name, self._downloaded(name))
-        if self._cached is not None and name in self._cached_names:
-            return self._cached.begin(name, position, buffer)
-        return self._pool.submit(self._fetch, name, position, buffer).result
+                if file not in self._cached_names:
+                    self._adopt(file, self._downloaded(file))
+        if self._cached is not None and file in self._cached_names:
+            return self._cached.read(file, start, into)
+        return self._pool.submit(self._fetch, file, start, into).result
 
-    def announce(self, name: str, position: int, nbytes: int) -> None:
-        if self._cached is not None and name in self._cached_names:
-            self._cached.announce(name, position, nbytes)
+    def hint(self, file: str, start: int, nbytes: int) -> None:
+        if self._cached is not None and file in self._cached_names:
+            self._cached.hint(file, start, nbytes)
 
-    def version(self, name: str) -> list[int | str]:
-        file = self.listed[name]
-        return [file.size, *file.digest]
-
-    def known_digest(self, name: str) -> tuple[int, tuple[str, str]] | None:
-        file = self.listed[name]
-        return file.size, file.digest
-
-    def check_unchanged(self, names: Sequence[str]) -> None:
+    def check_unchanged(self, files: Collection[str]) -> None:
         """A commit does not change; a copy in the cache might."""
         if self._cached is not None:
-            self._cached.check_unchanged([name for name in names if name in self._cached_names])
+            self._cached.check_unchanged([file for file in files if file in self._cached_names])
 
     def cancel(self) -> None:
         self._stop.set()
@@ -181,44 +146,43 @@ class Repository:
         if self._cached is not None:
             self._cached.close()
 
-    def _file(self, name: str) -> RemoteFile:
-        if name not in self.listed:
+    def _stat(self, name: str) -> Stat:
+        if name not in self._listed:
             raise InputError(
-                f"{self.path(name)}: is missing", fix="the repository is incomplete: see what its index names"
+                f"{self.at.path(name)}: is missing", fix="the repository is incomplete: see what its index names"
             )
-        return self.listed[name]
+        return self._listed[name]
 
     # The local cache.
 
     def _from_cache(self, name: str) -> Path | None:
         """A file of exactly this commit in the Hub's cache, of the right size."""
-        found = try_to_load_from_cache(self.location.repository, self._prefix + name, revision=self.revision)
+        found = try_to_load_from_cache(self.location.repository, self._prefix + name, revision=self.at.revision)
         if not isinstance(found, str):
             return None
         path = Path(found)
-        return path if path.is_file() and path.stat().st_size == self.listed[name].size else None
+        return path if path.is_file() and path.stat().st_size == self._listed[name].size else None
 
-    def _adopt(self, name: str, path: Path) -> Header:
+    def _adopt(self, name: str, path: Path) -> None:
         """Read a weight file from the cache from now on."""
         with self._lock:
             if self._cached is None:
                 self._cached = Folder(path.parent)
-        (header,) = self._cached.headers([name], {})
+        self._cached.peek(name, 0, 0)
         self._cached_names.add(name)
-        return header
 
     def _into_cache(self, name: str) -> Path:
         """A file in the Hub's cache, fetched where it is not there."""
         repository, path = self.location.repository, self._prefix + name
-        return Path(retried(self.place, lambda: hf_hub_download(repository, path, revision=self.revision)))
+        return Path(retried(self.at.place, lambda: hf_hub_download(repository, path, revision=self.at.revision)))
 
     def _downloaded(self, name: str) -> Path:
         """A weight file in the cache, compared with the digest that the Hub states."""
         path = self._into_cache(name)
-        kind, stated = self.listed[name].digest
+        kind, stated = self._listed[name].digest or ("", "")
         if kind == "sha256" and hash_file(path) != stated:
             raise InputError(
-                f"{self.path(name)}: what was downloaded does not have the digest that the Hub states",
+                f"{self.at.path(name)}: what was downloaded does not have the digest that the Hub states",
                 fix=f"remove {path.resolve()} and run the same command again",
             )
         return path
@@ -242,7 +206,7 @@ class Repository:
             if done < len(buffer):
                 raise Passing(f"the connection ended {len(buffer) - done} bytes early")
 
-        retried(self.place, attempt, progress=lambda: done, stop=self._stop)
+        retried(self.at.place, attempt, progress=lambda: done, stop=self._stop)
 
     def _ask(self, name: str, position: int, buffer: memoryview) -> Iterator[int]:
         """Fill `buffer` with one request, or as much of it as comes: the bytes that came, again and again."""
@@ -251,7 +215,7 @@ class Repository:
         fresh = False
         for _ in range(_REDIRECTS):
             target = url or hf_hub_url(
-                self.location.repository, self._prefix + name, revision=self.revision, endpoint=constants.ENDPOINT
+                self.location.repository, self._prefix + name, revision=self.at.revision, endpoint=constants.ENDPOINT
             )
             hub = _is_hub(target)
             with (
@@ -276,20 +240,20 @@ class Repository:
                 self._check_range(name, answer, position, len(buffer))
                 yield from answer.fill(buffer)
                 return
-        raise InputError(f"{self.path(name)}: the server redirects without end")
+        raise InputError(f"{self.at.path(name)}: the server redirects without end")
 
     def _check_commit(self, name: str, headers: Mapping[str, str]) -> None:
         commit = headers.get("x-repo-commit")
         etag = (headers.get("x-linked-etag") or headers.get("etag") or "").removeprefix("W/").strip('"')
-        stated = self.listed[name].digest[1]
-        if commit not in (None, self.revision) or (headers.get("x-linked-etag") and etag != stated):
+        _, stated = self._listed[name].digest or ("", "")
+        if commit not in (None, self.at.revision) or (headers.get("x-linked-etag") and etag != stated):
             raise StalePlan(
-                f"{self.path(name)}: the server sent another version of it ({commit or etag})",
+                f"{self.at.path(name)}: the server sent another version of it ({commit or etag})",
                 fix="run the same command again",
             )
 
     def _check_range(self, name: str, answer: Answer, position: int, count: int) -> None:
-        size = self.listed[name].size
+        size = self._listed[name].size
         if answer.status == 200 and answer.headers.get("content-type", "").startswith("text/html"):
             raise Passing("a web page came in place of the file")
         if answer.status == 200 and position == 0 and count == size:
@@ -298,14 +262,14 @@ class Repository:
             return
         if answer.status == 200:
             raise InputError(
-                f"{self.path(name)}: the server does not serve ranges", fix="download it first: --hub download"
+                f"{self.at.path(name)}: the server does not serve ranges", fix="download it first: --hub download"
             )
         if answer.status != 206:
-            raise refused(answer.status, answer.headers, self.place)
+            raise refused(answer.status, answer.headers, self.at.place)
         wanted = f"bytes {position}-{position + count - 1}/{size}"
         if answer.headers.get("content-range", wanted) != wanted:
             raise StalePlan(
-                f"{self.path(name)}: the server sent {answer.headers['content-range']} where {wanted} was asked for",
+                f"{self.at.path(name)}: the server sent {answer.headers['content-range']} where {wanted} was asked for",
                 fix="run the same command again",
             )
 
@@ -316,7 +280,7 @@ def _is_hub(url: str) -> bool:
     return (hub.scheme, hub.netloc) == (asked.scheme, asked.netloc)
 
 
-def open_location(location: Location, *, download: bool = False) -> Files:
+def open_location(location: Location, *, download: bool = False) -> Store:
     """The files of a model on the Hub. Offline, those of the local cache.
 
     Raises InputError, TemporaryError.

@@ -99,54 +99,66 @@ def hub_errors(what: str) -> Iterator[None]:
         yield
     except (SkillmergeError, Passing):
         raise
-    except OfflineModeIsEnabled as error:
-        raise InputError(
-            f"{what} is not in the local cache, and HF_HUB_OFFLINE is set",
-            fix=f"unset HF_HUB_OFFLINE, or fetch it where there is a network: hf download {_repository(what)}",
-        ) from error
-    except LocalTokenNotFoundError as error:
-        raise InputError(f"{what} needs a token, and none was found", fix=LOG_IN) from error
-    except LocalEntryNotFoundError as error:
-        raise Passing("a file could not be fetched") from error
-    except HFValidationError as error:
-        raise InputError(f"{what} is not a name that a repository can have") from error
-    except HfHubHTTPError as error:
-        raise _explained(what, error) from error
-    except EntryNotFoundError as error:
-        raise InputError(f"{what}: a file is missing there") from error
-    except HTTPError as error:
-        # The message is not shown: for an unusable token it quotes the token.
-        if type(error).__name__ in ("LocalProtocolError", "UnsupportedProtocol", "InvalidURL"):
-            raise InputError(
-                f"{what}: the request could not be made ({type(error).__name__})",
-                fix="check HF_ENDPOINT, and the token for stray spaces and line ends: hf auth login",
-            ) from None
-        raise Passing(f"the network failed ({type(error).__name__})") from None
-    except (ConnectionError, TimeoutError) as error:
-        raise Passing(f"the network failed ({type(error).__name__})") from None
-    except ImportError as error:
-        raise InputError(
+    except Exception as error:
+        if (ours := _of_the_hub(what, error)) is not None:
+            raise ours from error
+        # What the network's library says is never shown: for an unusable token it quotes the token.
+        if (ours := _of_the_network(what, error)) is not None:
+            raise ours from None
+        raise
+
+
+def _of_the_hub(what: str, error: Exception) -> Exception | None:
+    """Ours for an error that huggingface_hub has a name for; the narrower ones come first."""
+    match error:
+        case OfflineModeIsEnabled():
+            return InputError(
+                f"{what} is not in the local cache, and HF_HUB_OFFLINE is set",
+                fix=f"unset HF_HUB_OFFLINE, or fetch it where there is a network: hf download {_repository(what)}",
+            )
+        case LocalTokenNotFoundError():
+            return InputError(f"{what} needs a token, and none was found", fix=LOG_IN)
+        case LocalEntryNotFoundError():
+            return Passing("a file could not be fetched")
+        case HFValidationError():
+            return InputError(f"{what} is not a name that a repository can have")
+        case HfHubHTTPError():
+            return _explained(what, error)
+        case EntryNotFoundError():
+            return InputError(f"{what}: a file is missing there")
+    return None
+
+
+def _of_the_network(what: str, error: Exception) -> Exception | None:
+    """Ours for an error of the HTTP library, the system or a library between; the narrower ones come first."""
+    name = type(error).__name__
+    if isinstance(error, HTTPError) and name in ("LocalProtocolError", "UnsupportedProtocol", "InvalidURL"):
+        return InputError(
+            f"{what}: the request could not be made ({name})",
+            fix="check HF_ENDPOINT, and the token for stray spaces and line ends: hf auth login",
+        )
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
+        return Passing(f"the network failed ({name})")
+    if isinstance(error, ImportError):
+        return InputError(
             f"{what}: the network's client lacks a package ({error})",
             fix="install it, or unset the proxy that asks for it (ALL_PROXY)",
-        ) from None
-    except OSError as error:
+        )
+    if isinstance(error, OSError):
         if error.filename is not None and error.filename == os.environ.get("SSL_CERT_FILE"):
-            raise InputError(f"{error.filename}: cannot be read: {error.strerror}", fix="check SSL_CERT_FILE") from None
-        raise ResourceError(
-            f"{what}: the local cache could not be used: {error.strerror or type(error).__name__}",
+            return InputError(f"{error.filename}: cannot be read: {error.strerror}", fix="check SSL_CERT_FILE")
+        return ResourceError(
+            f"{what}: the local cache could not be used: {error.strerror or name}",
             fix="make room, or point HF_HOME at another place",
-        ) from error
-    except UnicodeError:
-        raise InputError(f"{what}: the token is not one: it has characters that none has", fix=LOG_IN) from None
-    except ValueError as error:
+        )
+    if isinstance(error, UnicodeError):
+        return InputError(f"{what}: the token is not one: it has characters that none has", fix=LOG_IN)
+    if isinstance(error, ValueError):
         # A refusal in the Hub's own words, or an answer that is none (a proxy's page).
-        raise InputError(f"{what}: {_without_token(str(error)).strip()[:500]}", fix="check HF_ENDPOINT") from None
-    except Exception as error:
-        if type(error).__name__ not in ("InvalidURL", "UnsupportedProtocol"):
-            raise
-        raise InputError(
-            f"{what}: the Hub's address is not one ({constants.ENDPOINT})", fix="check HF_ENDPOINT"
-        ) from None
+        return InputError(f"{what}: {_without_token(str(error)).strip()[:500]}", fix="check HF_ENDPOINT")
+    if name in ("InvalidURL", "UnsupportedProtocol"):
+        return InputError(f"{what}: the Hub's address is not one ({constants.ENDPOINT})", fix="check HF_ENDPOINT")
+    return None
 
 
 def probe(seconds: float = 5.0) -> dict[str, str | bool]:
@@ -206,7 +218,7 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def _repository(what: str) -> str:
-    return what.removeprefix("hf://").split("@")[0]
+    return what.rpartition("://")[2].split("@")[0]
 
 
 def _explained(what: str, error: HfHubHTTPError) -> Exception:

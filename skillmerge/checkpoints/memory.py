@@ -1,51 +1,107 @@
-"""A checkpoint whose weights are held in memory."""
+"""What is held in memory: files, as a store; and the tensors of a checkpoint, which are then read from there."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
-from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.store import Files
+from skillmerge.checkpoints.checkpoint import Checkpoint, Piece
+from skillmerge.checkpoints.store import Stat, Wait, Where, nothing_to_wait_for
+from skillmerge.errors import InputError, StalePlan
+from skillmerge.tensors import DTYPES, UNIT
 from skillmerge.threads import in_threads
 
-_PIECE = 16 << 20
+
+class Memory:
+    """Files in memory, by name. See `Store` for what its methods promise."""
+
+    def __init__(self, contents: Mapping[str, bytes], place: str = "memory") -> None:
+        """contents: may change, which is then noticed."""
+        self.at = Where(place)
+        self._contents = contents
+        self._first_seen: dict[str, bytes] = {}
+
+    def list(self) -> Mapping[str, Stat]:
+        return {file: Stat(len(self._content(file)), (len(self._content(file)),)) for file in sorted(self._contents)}
+
+    def read_small(self, file: str, limit: int) -> bytes:
+        content = self._content(file)
+        if len(content) > limit:
+            raise InputError(f"{self.at.path(file)}: is not a file of sane size")
+        return content
+
+    def peek(self, file: str, start: int, count: int) -> bytes:
+        self.check_unchanged([file])
+        return self._content(file)[start : start + count]
+
+    def read(self, file: str, start: int, into: memoryview) -> Wait:
+        self.check_unchanged([file])
+        into[:] = memoryview(self._content(file))[start : start + len(into)]
+        return nothing_to_wait_for
+
+    def hint(self, file: str, start: int, nbytes: int) -> None:
+        """There is nothing to fetch."""
+
+    def check_unchanged(self, files: Collection[str]) -> None:
+        for file in files:
+            if self._contents.get(file) is not self._content(file):
+                raise StalePlan(f"{self.at.path(file)} changed while it was in use")
+
+    def cancel(self) -> None:
+        """Nothing is ever waited for."""
+
+    def close(self) -> None:
+        """Nothing is held that is not the caller's."""
+
+    def _content(self, file: str) -> bytes:
+        if file not in self._first_seen:
+            if file not in self._contents:
+                raise InputError(f"{self.at.path(file)}: is missing")
+            self._first_seen[file] = self._contents[file]
+        return self._first_seen[file]
 
 
-class HeldFiles:
-    """The weights of a checkpoint in memory; everything else is asked of its files."""
+class Held(Checkpoint):
+    """A checkpoint whose tensors are read once, here, and held; of all else the checkpoint itself is asked."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._files: Files = checkpoint.files
-        self._held = {file: bytearray() for file in checkpoint.shards}
-        for spec in checkpoint.tensors.values():
-            held = self._held[spec.file]
-            held.extend(bytes(max(0, spec.end - len(held))))
+        super().__init__(checkpoint.uri, checkpoint.at, checkpoint.store, checkpoint.config, checkpoint.tensors,
+                         checkpoint.files, indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
+        self._checkpoint = checkpoint
+        self._held = {name: memoryview(bytearray(spec.nbytes)) for name, spec in checkpoint.tensors.items()}
         pieces = [
-            (spec.file, start, min(start + _PIECE, spec.end))
-            for spec in checkpoint.tensors.values()
-            for start in range(spec.start, spec.end, _PIECE)
+            Piece(name, first, min(UNIT, spec.elements - first), self._held[name], first * DTYPES[spec.dtype].itemsize)
+            for name, spec in checkpoint.tensors.items()
+            for first in range(0, spec.elements, UNIT)
         ]
 
-        def read(piece: tuple[str, int, int], stop: threading.Event) -> None:
-            file, start, end = piece
+        def read(piece: Piece, stop: threading.Event) -> None:
             if not stop.is_set():
-                self._files.begin(file, start, memoryview(self._held[file])[start:end])()
+                checkpoint.read([piece])()
 
         for _ in in_threads(read, pieces):
             pass
 
-    def begin(self, name: str, position: int, buffer: memoryview) -> Callable[[], None]:
-        buffer[:] = memoryview(self._held[name])[position : position + len(buffer)]
-        return _nothing
+    def read(self, pieces: Sequence[Piece]) -> Wait:
+        for piece in pieces:
+            view, first = self.view(piece), piece.first * DTYPES[self.tensors[piece.tensor].dtype].itemsize
+            view[:] = self._held[piece.tensor][first : first + len(view)]
+        return nothing_to_wait_for
 
-    def announce(self, name: str, position: int, nbytes: int) -> None:
-        pass
+    def hint(self, tensor: str, first: int, count: int) -> None:
+        """There is nothing to fetch."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._files, name)
+    def cost(self, tensor: str) -> int:
+        return self._checkpoint.cost(tensor)
 
+    def sha256(self, file: str, stop: threading.Event | None = None) -> str:
+        return self._checkpoint.sha256(file, stop)
 
-def _nothing() -> None:
-    pass
+    def check_unchanged(self, files: Collection[str] | None = None) -> None:
+        self._checkpoint.check_unchanged(files)
+
+    def cancel(self) -> None:
+        self._checkpoint.cancel()
+
+    def close(self) -> None:
+        self._checkpoint.close()

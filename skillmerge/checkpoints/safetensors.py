@@ -12,12 +12,13 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from skillmerge.errors import InputError
-from skillmerge.tensors import DTYPES, TensorSpec
+from skillmerge.tensors import DTYPES, StoredTensor
 
 MAX_HEADER_BYTES = 12_000_000
 """Room for 80,000 tensors in one file. The reference implementation allows eight times as much, which takes
@@ -32,28 +33,14 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-
 _INFO_KEYS = {"dtype", "shape", "data_offsets"}
 
 
-class FileIdentity(NamedTuple):
-    """What tells an unchanged local file from a changed one without reading it again."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> FileIdentity:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The tensors of one file in the order of their bytes, the header's bytes (size field included), the
-    file's size, and what tells the file from a changed one."""
+    """The tensors of one file in the order of their bytes, the header's bytes (size field included), and the
+    file's size."""
 
     raw: bytes
-    tensors: tuple[TensorSpec, ...]
+    tensors: tuple[StoredTensor, ...]
     size: int
-    identity: tuple[int | str, ...]
 
 
 def read_header(path: str, file: str) -> Header:
@@ -61,6 +48,15 @@ def read_header(path: str, file: str) -> Header:
 
     Raises InputError where anything at all is not as the format says.
     """
+    with opened(path) as (descriptor, status):
+        size = status.st_size
+        raw = fetch_header(lambda start, count: read_range(descriptor, start, count), size, path)
+    return Header(raw, parse_header(raw[8:], size, path, file), size)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[tuple[int, os.stat_result]]:
+    """A descriptor of the regular file at `path`, and its status. Raises InputError, of reading in the body too."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -69,15 +65,14 @@ def read_header(path: str, file: str) -> Header:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: is not a regular file")
-        raw = fetch_header(lambda start, count: _read(descriptor, start, count), status.st_size, path)
+        yield descriptor, status
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     finally:
         os.close(descriptor)
-    return Header(raw, parse_header(raw[8:], status.st_size, path, file), status.st_size, FileIdentity.of(status))
 
 
-def _read(descriptor: int, start: int, count: int) -> bytes:
+def read_range(descriptor: int, start: int, count: int) -> bytes:
     """Bytes of a file, fewer only at its end: one call of the system may give less than it could."""
     found = b""
     while len(found) < count and (piece := os.pread(descriptor, count - len(found), start + len(found))):
@@ -101,7 +96,7 @@ def fetch_header(read: Callable[[int, int], bytes], file_size: int, path: str) -
     return start + text
 
 
-def parse_header(text: bytes, file_size: int, path: str, file: str) -> tuple[TensorSpec, ...]:
+def parse_header(text: bytes, file_size: int, path: str, file: str) -> tuple[StoredTensor, ...]:
     """The tensors that the header `text` (without its size field) describes, ordered by their bytes."""
     document = _load_object(text, path)
     metadata = document.pop("__metadata__", None)
@@ -124,7 +119,7 @@ def parse_header(text: bytes, file_size: int, path: str, file: str) -> tuple[Ten
     return tuple(specs)
 
 
-def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, tuple[TensorSpec, ...]]:
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, tuple[StoredTensor, ...]]:
     """Header bytes (size field included) for (name, dtype, shape) triples, and their specs in file order.
 
     The order, the JSON and the padding are those of the reference writer, with {"format": "pt"} as metadata.
@@ -142,7 +137,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[b
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
     specs = tuple(
-        TensorSpec(name, dtype, shape, "", base + start, base + end)
+        StoredTensor(name, dtype, shape, "", base + start, base + end)
         for (name, dtype, shape), (start, end) in zip(ordered, ends, strict=True)
     )
     return len(text).to_bytes(8, "little") + text, specs
@@ -211,7 +206,7 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _parse_tensor(name: str, info: Any, data_start: int, path: str, file: str) -> TensorSpec:
+def _parse_tensor(name: str, info: Any, data_start: int, path: str, file: str) -> StoredTensor:
     if not printable(name):
         why = "is empty, has control characters in it or is too long"
         raise _broken(path, f"has a tensor whose name {why}: {name[:80]!r}")
@@ -234,7 +229,7 @@ def _parse_tensor(name: str, info: Any, data_start: int, path: str, file: str) -
     start, end = offsets
     if elements * known.bits != (end - start) * 8:
         raise _broken(path, f"tensor `{name}` of shape {shape} and dtype {dtype} does not fill its {end - start} bytes")
-    return TensorSpec(name, dtype, tuple(shape), file, data_start + start, data_start + end)
+    return StoredTensor(name, dtype, tuple(shape), file, data_start + start, data_start + end)
 
 
 def _naturals(value: Any) -> bool:

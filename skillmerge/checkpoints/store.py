@@ -1,83 +1,147 @@
-"""Where the bytes of a checkpoint are: a folder, a repository, memory. Knows files, nothing about tensors."""
+"""Where the bytes of a checkpoint are: a folder, a repository, memory. Knows files, nothing about tensors.
+
+`Store` is all that a new kind of storage has to be; what can be made of its methods is made here, once for all.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from skillmerge.checkpoints.safetensors import Header, refuse_bulk, unique_keys
+from skillmerge.checkpoints.safetensors import Header, fetch_header, parse_header, refuse_bulk, unique_keys
 from skillmerge.errors import InputError
 
 MAX_JSON_BYTES = 32_000_000
 """Room for an index of 300,000 tensors."""
 
 _MAX_JSON_NESTING = 50
+_HEADERS_AT_ONCE = 16
+
+Wait = Callable[[], None]
+"""Call it to wait for a read that has begun. May raise InputError, StalePlan, TemporaryError."""
 
 
-class Files(Protocol):
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Which place a store is.
+
+    place: what to call it in messages. root: the local folder, or None. revision: the commit, or None where there
+    are no versions. license: what the model card says it is. remote: whether reading goes over a network.
+    """
+
+    place: str
+    root: Path | None = None
+    revision: str | None = None
+    license: str | None = None
+    remote: bool = False
+
+    def path(self, file: str) -> str:
+        """What to call one file in messages."""
+        return str(self.root / file) if self.root is not None else f"{self.place}/{file}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What is known of a file that has not been read.
+
+    version: what tells it from another version of it. digest: `sha256` or `git_sha1` and hex digits, as whoever keeps
+    the file states them, or None where it has to be read.
+    """
+
+    size: int
+    version: tuple[int | str, ...]
+    digest: tuple[str, str] | None = None
+
+
+class Store(Protocol):
     """The files of one checkpoint, by name; a name has `/` in it where the file lies in a subfolder.
 
-    place: what to call them in messages. root: the local folder, or None. revision: the commit, or None where
-    there are no versions. remote: whether reading goes over a network. license: what the model card says it is.
+    A file is the one that it was when it was first looked at, listing included: what has changed since then is
+    StalePlan, not other bytes. What is not there, leads out of the place or is no plain file raises InputError from
+    whatever reads it. All methods may be called from any thread.
     """
 
     @property
-    def place(self) -> str: ...
-    @property
-    def root(self) -> Path | None: ...
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def remote(self) -> bool: ...
-    @property
-    def license(self) -> str | None: ...
+    def at(self) -> Where: ...
 
-    def names(self) -> list[str]:
-        """Every file, sorted. Raises InputError where there is no such place."""
+    def list(self) -> Mapping[str, Stat]:
+        """Every file, sorted by name. Raises InputError where there is no such place."""
 
-    def path(self, name: str) -> str:
-        """What to call one file in messages."""
+    def read_small(self, file: str, limit: int) -> bytes:
+        """A file, whole, and compared with its digest where one is stated. Raises InputError if larger than `limit`."""
 
-    def read(self, name: str, limit: int) -> bytes:
-        """A small file, whole. Raises InputError where it is missing, unsafe or larger than `limit`."""
+    def peek(self, file: str, start: int, count: int) -> bytes:
+        """A few bytes of a weight file, fewer only at its end: nothing is kept open or fetched for more of them."""
 
-    def headers(self, names: Sequence[str], sizes: Mapping[str, int]) -> list[Header]:
-        """The headers of weight files, `sizes` being how many bytes each is likely to have at most.
+    def read(self, file: str, start: int, into: memoryview) -> Wait:
+        """Begin to fill `into` with a weight file's bytes from `start` on. May raise what the Wait may."""
 
-        Raises InputError where one is missing, unsafe or damaged.
-        """
+    def hint(self, file: str, start: int, nbytes: int) -> None:
+        """Bytes of a weight file that will be read soon. Where a store has no use for that it does nothing."""
 
-    def begin(self, name: str, position: int, buffer: memoryview) -> Callable[[], None]:
-        """Begin to fill `buffer` with a weight file's bytes from `position` on; call the result to wait.
-
-        Either may raise InputError, StalePlan, TemporaryError.
-        """
-
-    def announce(self, name: str, position: int, nbytes: int) -> None:
-        """Bytes that will be read soon."""
-
-    def version(self, name: str) -> list[int | str]:
-        """What tells a weight file from another version of it."""
-
-    def known_digest(self, name: str) -> tuple[int, tuple[str, str]] | None:
-        """Size and digest (`sha256` or `git_sha1`, hex digits) of a file as whoever keeps it states them, or None
-        where it has to be read."""
-
-    def check_unchanged(self, names: Sequence[str]) -> None:
-        """Raise StalePlan where a weight file is no longer the one whose header was read."""
+    def check_unchanged(self, files: Collection[str]) -> None:
+        """Raise StalePlan where a file is no longer the one that was first looked at."""
 
     def cancel(self) -> None:
-        """Give up waiting: what is being read is no longer wanted."""
+        """Give up waiting: what is being read is no longer wanted, and reads that wait for a network fail soon."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Cancel, and give back what is held. May be called again."""
 
 
-def read_json_object(files: Files, name: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def nothing_to_wait_for() -> None:
+    """The Wait of a read that is done."""
+
+
+def all_of(waits: Sequence[Wait]) -> Wait:
+    """One Wait for several."""
+    pending = [wait for wait in waits if wait is not nothing_to_wait_for]
+    if not pending:
+        return nothing_to_wait_for
+
+    def wait_for_all() -> None:
+        for wait in pending:
+            wait()
+
+    return wait_for_all
+
+
+def read_headers(store: Store, files: Sequence[str], sizes: Mapping[str, int]) -> dict[str, Header]:
+    """The headers of weight files, checked; `sizes` is how many bytes each is likely to have at most.
+
+    Raises InputError where one is missing, unsafe or damaged; StalePlan, TemporaryError.
+    """
+    listed = store.list()
+    for file in files:
+        if file not in listed:
+            store.peek(file, 0, 8)  # which says what is wrong with it
+            raise InputError(f"{store.at.path(file)}: is missing", fix="the checkpoint is incomplete: fetch it again")
+
+    def one(file: str) -> Header:
+        path, size = store.at.path(file), listed[file].size
+        head = store.peek(file, 0, sizes[file])
+
+        def read(start: int, count: int) -> bytes:
+            nonlocal head
+            if start + count > len(head):
+                head += store.peek(file, len(head), start + count - len(head))
+            return head[start : start + count]
+
+        raw = fetch_header(read, size, path)
+        return Header(raw, parse_header(raw[8:], size, path, file), size)
+
+    with ThreadPoolExecutor(max(1, min(_HEADERS_AT_ONCE, len(files)))) as pool:
+        return dict(zip(files, pool.map(one, files), strict=True))
+
+
+def read_json_object(store: Store, file: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint, read strictly. Raises InputError."""
-    content, path = files.read(name, limit), files.path(name)
+    content, path = store.read_small(file, limit), store.at.path(file)
     try:
         refuse_bulk(content, limit)
         document = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)

@@ -26,7 +26,7 @@ from skillmerge.engine.tiles import Span, Tile
 from skillmerge.engine.worker import Settings, Worker
 from skillmerge.methods.evaluate import evaluate
 from skillmerge.methods.rounding import round_nearest
-from skillmerge.methods.terms import minus_of
+from skillmerge.methods.terms import model_of
 from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT
 
@@ -89,7 +89,7 @@ class _Cutter:
         self._plan, self._checkpoints, self._settings, self._stream = plan, checkpoints, settings, stream
         # A skill that is read says of what it was made itself.
         self.kept: dict[str, Kept] = {}
-        self._digested = set(checkpoints) - plan.recipe.skills - {minus_of(name) for name in plan.recipe.skills}
+        self._digested = {name for name in checkpoints if model_of(name) not in plan.recipe.skills}
 
     @property
     def _worker(self) -> Worker:
@@ -100,10 +100,7 @@ class _Cutter:
         for index, unit in enumerate(units):
             for coming in units[index + 1 : index + 2]:
                 for model, source in coming.tensor.sources:
-                    spec = self._checkpoints[model].tensors[source]
-                    size = DTYPES[spec.dtype].itemsize
-                    start = spec.start + coming.number * UNIT * size
-                    self._checkpoints[model].files.announce(spec.file, start, coming.length * size)
+                    self._checkpoints[model].hint(source, coming.number * UNIT, coming.length)
             yield unit
 
     def compare_all(self) -> None:

@@ -139,7 +139,7 @@ class Stream:
         """Stop every thread, also those that wait for a network."""
         self.stop.set()
         for checkpoint in self._checkpoints:
-            checkpoint.files.cancel()
+            checkpoint.cancel()
 
     def _guard(self, body: Callable[[], None]) -> None:
         try:

@@ -7,7 +7,7 @@ buffers, nothing about what is done with the values.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skillmerge.bits import torch_dtype
-from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.checkpoint import Checkpoint, Piece
 from skillmerge.errors import ResourceError
 from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
 from skillmerge.tensors import BLOCK, DTYPES, PAGE, format_bytes
@@ -114,22 +114,6 @@ def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-@dataclass(slots=True)
-class _Read:
-    """A stretch of one file that is read in one go into a stretch of one buffer."""
-
-    checkpoint: Checkpoint
-    file: str
-    position: int
-    buffer: Buffer
-    start: int
-    nbytes: int = 0
-
-    def begin(self) -> Callable[[], None]:
-        view = self.buffer.view[self.start : self.start + self.nbytes]
-        return self.checkpoint.files.begin(self.file, self.position, view)
-
-
 class Reader:
     """Buffers for the inputs of one thread, and how they are filled."""
 
@@ -147,44 +131,35 @@ class Reader:
     def announce(self, span: Span) -> None:
         """Have the inputs of a coming span read ahead."""
         for tile in span.tiles:
-            for model, source in tile.tensor.sources:
-                spec = self.checkpoints[model].tensors[source]
-                size = DTYPES[spec.dtype].itemsize
-                nbytes = (tile.last - tile.first) * size
-                self.checkpoints[model].files.announce(spec.file, spec.start + tile.first * size, nbytes)
+            for source in tile.tensor.sources:
+                for run in source.runs(tile.first, tile.last):
+                    self.checkpoints[run.model].hint(run.tensor, run.first, run.last - run.first)
 
     def read(self, span: Span, output: Buffer | None = None) -> list[list[Tensor]]:
-        """Read all that a span needs, neighbours in one go. Returns each tile's values, source by source, which
+        """Read all that a span needs, of each checkpoint together. Returns each tile's values, source by source, which
         are good until the next call.
 
-        What is copied is read to its place in `output`, where there is one; all else into buffers of its own.
+        What is copied is read to its place in `output`, where there is one; all else into buffers of its own, one
+        behind the other, so that neighbours in a file are neighbours there.
         """
-        reads: list[_Read] = []
-        latest: dict[int, _Read] = {}
+        pieces: dict[str, list[Piece]] = {}
+        ends = [0] * len(self.inputs)
         values: list[list[Tensor]] = []
         for tile in span.tiles:
             values.append([])
-            for index, (model, source) in enumerate(tile.tensor.sources):
-                checkpoint = self.checkpoints[model]
-                spec = checkpoint.tensors[source]
-                dtype, count = torch_dtype(spec.dtype), tile.last - tile.first
-                position = spec.start + tile.first * dtype.itemsize
-                in_place = output is not None and index == 0 and tile.tensor.program is None
-                buffer = output if output is not None and in_place else self.inputs[index]
-                read = latest.get(-1 if in_place else index)
-                end = read.start + read.nbytes if read else 0
-                start = span.offset % PAGE + tile.offset - span.offset if in_place else end
-                if (
-                    read is None
-                    or (read.checkpoint, read.file, read.position + read.nbytes) != (checkpoint, spec.file, position)
-                    or start != end
-                    or start % dtype.itemsize
-                ):
-                    start = start if in_place else -(-start // 8) * 8
-                    read = latest[-1 if in_place else index] = _Read(checkpoint, spec.file, position, buffer, start)
-                    reads.append(read)
-                read.nbytes += count * dtype.itemsize
+            for index, source in enumerate(tile.tensor.sources):
+                dtype = torch_dtype(self.checkpoints[source.model].tensors[source.tensor].dtype)
+                count = tile.last - tile.first
+                if output is not None and index == 0 and tile.tensor.program is None:
+                    buffer, start = output, span.offset % PAGE + tile.offset - span.offset
+                else:
+                    buffer, start = self.inputs[index], -(-ends[index] // dtype.itemsize) * dtype.itemsize
+                    ends[index] = start + count * dtype.itemsize
                 values[-1].append(buffer.typed(dtype, start, count))
-        for wait in [read.begin() for read in reads]:
+                for run in source.runs(tile.first, tile.last):
+                    piece = Piece(run.tensor, run.first, run.last - run.first, buffer.view, start)
+                    pieces.setdefault(run.model, []).append(piece)
+                    start += piece.count * dtype.itemsize
+        for wait in [self.checkpoints[model].read(wanted) for model, wanted in pieces.items()]:
             wait()
         return values

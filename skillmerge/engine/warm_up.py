@@ -10,7 +10,7 @@ from threading import Event, Thread
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import SkillmergeError
 from skillmerge.plans.plan import Plan, ShardPlan
-from skillmerge.tensors import DTYPES, UNIT
+from skillmerge.tensors import UNIT
 
 
 @contextmanager
@@ -21,13 +21,13 @@ def reading_ahead(plan: Plan, checkpoints: Mapping[str, Checkpoint], shards: Seq
 
     def announce() -> None:
         for model, name in sources:
-            files, spec = checkpoints[model].files, checkpoints[model].tensors[name]
-            step = UNIT * DTYPES[spec.dtype].itemsize
-            for start in range(spec.start, spec.end, step) if not files.remote else ():
+            checkpoint = checkpoints[model]
+            elements = checkpoint.tensors[name].elements if not checkpoint.at.remote else 0
+            for first in range(0, elements, UNIT):
                 if stop.is_set():
                     return
                 with suppress(SkillmergeError, OSError):  # whoever really reads will say what is wrong
-                    files.announce(spec.file, start, min(step, spec.end - start))
+                    checkpoint.hint(name, first, min(UNIT, elements - first))
 
     thread = Thread(target=announce)
     thread.start()

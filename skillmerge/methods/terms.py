@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 _DEGREE_TOLERANCE = 1e-9
+_MINUS = ":minus"
 
 
 # The tree of one tensor: coefficients are numbers, terms that are exactly zero are gone.
@@ -40,7 +41,12 @@ Term = Leaf | Scaled | Sum
 
 def minus_of(skill: str) -> str:
     """The name, beside the models of a recipe, of what is taken from the rest of a stored skill."""
-    return f"{skill}:minus"
+    return f"{skill}{_MINUS}"
+
+
+def model_of(name: str) -> str:
+    """The model of a recipe that a name belongs to, which may be that of what is taken from a stored skill."""
+    return name.removesuffix(_MINUS)
 
 
 def expand_skills(term: Term | None, skills: Collection[str]) -> Term | None:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from skillmerge.brief import brief
-from skillmerge.checkpoints.place import SCHEME, parse_location
+from skillmerge.checkpoints.place import on_hub
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.errors import UsageError
 from skillmerge.outputs import bom, manifest
@@ -166,9 +166,9 @@ def _provenance(proof: Mapping[str, Any], log: Mapping[str, Any], builder_id: st
 def _dependencies(item: Mapping[str, Any]) -> Iterator[Any]:
     """An input's commit, where it has one, and its weight files. Of a local input the name in the recipe is told,
     and not the path."""
-    at = None
-    if item["uri"].startswith(SCHEME) and item["revision"]:
-        at = parse_location(item["uri"]).at(item["revision"])
+    place = on_hub(item["uri"]) if item["revision"] else None
+    at = place.at(item["revision"]) if place is not None else None
+    if at is not None:
         page = f"https://huggingface.co/{at.repository}/tree/{at.revision}"
         yield _descriptor(item["name"], uri=str(at), download_location=page, gitCommit=at.revision)
     for file in item["files"]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_OID, uuid5
 
-from skillmerge.checkpoints.place import SCHEME, parse_location
+from skillmerge.checkpoints.place import on_hub
 from skillmerge.errors import UsageError
 from skillmerge.outputs.card import license_of
 from skillmerge.outputs.staging import MANIFEST_FILE
@@ -80,8 +80,8 @@ def _input(item: Mapping[str, Any], ref: str, with_files: bool) -> Component:
     from packageurl import PackageURL
 
     purl, name = None, item["name"]
-    if item["uri"].startswith(SCHEME) and item["revision"]:
-        place = parse_location(item["uri"])
+    place = on_hub(item["uri"]) if item["revision"] else None
+    if place is not None:
         organisation, name = place.repository.split("/")
         purl = PackageURL("huggingface", organisation, name, item["revision"], subpath=place.subfolder or None)
     files = item["files"] if with_files else []

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from skillmerge.checkpoints.place import SCHEME, parse_location
+from skillmerge.checkpoints.place import Location, on_hub
 from skillmerge.errors import UsageError
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.depth import number, over_depth
@@ -38,7 +38,7 @@ def license_of(inputs: Sequence[Mapping[str, Any]], declared: str | None) -> str
 def write_card(manifest: Mapping[str, Any], push: Push, declared: str | None, by_hand: str | None = None) -> str:
     """The text of the card. Raises UsageError where the licence is not settled or `by_hand` is no card."""
     skill = manifest["output"].get("kind") == "skill"
-    parents = [parse_location(item["uri"]) for item in manifest["inputs"] if item["uri"].startswith(SCHEME)]
+    parents = [place for item in manifest["inputs"] if (place := on_hub(item["uri"])) is not None]
     metadata: dict[str, Any] = {
         "license": None,
         "library_name": "skillmerge" if skill else "transformers",
@@ -123,8 +123,8 @@ def _skill_body(manifest: Mapping[str, Any], push: Push) -> str:
         "## What it changes",
         "\n".join(rows),
         "## Use",
-        "```yaml\nskillmerge: 1\nmodels:\n  target: hf://your/model\n"
-        f"  skill: {{skill: hf://{push.repository}}}\ncoefficients: {{lam: 1.0}}\nmerge: target + lam * skill\n"
+        f"```yaml\nskillmerge: 1\nmodels:\n  target: {Location('your/model')}\n"
+        f"  skill: {{skill: {Location(push.repository)}}}\ncoefficients: {{lam: 1.0}}\nmerge: target + lam * skill\n"
         "output: {path: ./merged}\n```",
         "## Proof",
         f"`{MANIFEST_FILE}` names the parents with their commits, and the sha256 of every file; `skill.json` has the\n"
@@ -136,9 +136,9 @@ def _skill_body(manifest: Mapping[str, Any], push: Push) -> str:
 def _parents(manifest: Mapping[str, Any]) -> str:
     rows = ["| name | model | commit | licence |", "| --- | --- | --- | --- |"]
     for item in manifest["inputs"]:
-        if item["uri"].startswith(SCHEME):
-            repository = parse_location(item["uri"]).repository
-            where = f"[{repository}](https://huggingface.co/{repository})"
+        place = on_hub(item["uri"])
+        if place is not None:
+            where = f"[{place.repository}](https://huggingface.co/{place.repository})"
         else:
             sizes = [file["size"] for file in item["files"]]
             where = f"local: {len(sizes)} file{'s' if len(sizes) > 1 else ''}, {format_bytes(sum(sizes))}"

@@ -21,7 +21,7 @@ from huggingface_hub.lfs import UploadInfo
 
 from skillmerge.checkpoints.hub import Repository
 from skillmerge.checkpoints.hub_client import LOG_IN, Passing, retried
-from skillmerge.checkpoints.place import SCHEME, Location, parse_location
+from skillmerge.checkpoints.place import Location, parse_location
 from skillmerge.checkpoints.store import digest_of
 from skillmerge.durable import disk_errors
 from skillmerge.errors import CheckFailed, InputError, SkillmergeError, StalePlan, TemporaryError, UsageError, some
@@ -108,7 +108,7 @@ def _is_there(file: Mapping[str, Any], listed: Mapping[str, tuple[int, tuple[str
     if size != file["size"]:
         return False
     if kind != "sha256":
-        digest = digest_of("sha256", files.read(file["name"], size))[1]
+        digest = digest_of("sha256", files.read_small(file["name"], size))[1]
     return digest == str(file["sha256"])
 
 
@@ -122,7 +122,7 @@ class Publisher:
     def __init__(self, push: Push) -> None:
         """Find the repository, or make it: nothing else of a push is seen before the commit."""
         try:
-            named = parse_location(SCHEME + push.repository)
+            named = parse_location(push.repository)
         except ValueError:
             named = None
         if named != Location(push.repository):
@@ -218,13 +218,14 @@ class Publisher:
             ):
                 for position in range(0, size, _PIECE):
                     piece = memoryview(bytearray(min(_PIECE, size - position)))
-                    files.begin(operation.src_path_in_repo, position, piece)()
+                    files.read(operation.src_path_in_repo, position, piece)()
                     found.update(piece)
                     stream.write(piece)
             # Nobody else would notice: some storage believes what it is told of a file.
             if found.hexdigest() != self._digests[name].sha256:
+                place = files.at.path(operation.src_path_in_repo)
                 raise InputError(
-                    f"{files.path(operation.src_path_in_repo)}: what came does not have the digest that the Hub states",
+                    f"{place}: what came does not have the digest that the Hub states",
                     fix="run the same command again",
                 )
         except BaseException:
@@ -330,7 +331,7 @@ class Publisher:
                 continue
             files = Repository(Location(self.push.repository, commit))
             try:
-                proof = manifest.parse(files.read(MANIFEST_FILE, _MAX_MANIFEST), f"{files.place}/{MANIFEST_FILE}")
+                proof = manifest.parse(files.read_small(MANIFEST_FILE, _MAX_MANIFEST), files.at.path(MANIFEST_FILE))
                 if proof["plan_digest"] == plan_digest and all(
                     _is_there(file, listed, files) for file in proof["files"]
                 ):

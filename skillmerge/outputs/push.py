@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from skillmerge.checkpoints.place import SCHEME, parse_location
+from skillmerge.checkpoints.place import on_hub
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import UsageError
 from skillmerge.outputs import manifest
@@ -132,8 +132,8 @@ def _hub_files(
     """sha256 -> repository, commit and path, of the files (name, sha256) of inputs (URI, commit) on the Hub."""
     found: dict[str | None, tuple[str, str, str]] = {}
     for uri, commit, files in inputs:
-        if uri.startswith(SCHEME) and commit:
-            place = parse_location(uri)
+        place = on_hub(uri) if commit else None
+        if place is not None and commit:
             for name, sha256 in files:
                 path = f"{place.subfolder}/{name}" if place.subfolder else name
                 found[sha256] = (place.repository, commit, path)

@@ -19,14 +19,15 @@ from typing import Any
 
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.folder import Folder, open_folder
-from skillmerge.checkpoints.kinds.skill import open_skill
+from skillmerge.checkpoints.folder import Folder
+from skillmerge.checkpoints.kinds import skill
+from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.checkpoints.model_config import contradictions
 from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.errors import CheckFailed, InputError, UsageError, some
 from skillmerge.outputs import manifest
 from skillmerge.reporter import Reporter
-from skillmerge.tensors import BLOCK, DTYPES, TensorSpec
+from skillmerge.tensors import BLOCK, DTYPES, StoredTensor, TensorSpec
 from skillmerge.threads import hash_file, in_threads
 
 SIGNATURE_FILE = "model.sig"
@@ -91,15 +92,15 @@ def check_structure(root: Path, proof: Mapping[str, Any]) -> None:
             return _check_skill(root, proof)
         checkpoint = open_folder(str(root), root)
         _check_tensors(root, checkpoint, proof)
-        for file, header in checkpoint.shards.items():
-            check_shard(root / file, header.tensors)
+        for file in checkpoint.files:
+            check_shard(root / file, read_header(str(root / file), file).tensors)
 
 
 def _check_skill(root: Path, proof: Mapping[str, Any]) -> None:
-    plus, _ = open_skill(str(root), Folder(root))
+    plus = skill.open(str(root), Folder(root)).plus
     try:
         _compare_tensors(root, plus, proof)
-        for file in plus.shards:
+        for file in plus.files:
             check_shard(root / file, read_header(str(root / file), file).tensors)
     finally:
         plus.close()
@@ -173,7 +174,7 @@ def _check_tensor(root: Path, spec: TensorSpec, described: Mapping[str, Any]) ->
         raise CheckFailed(f"{root}: tensor `{spec.name}` is {found}, the manifest says {wanted}")
 
 
-def check_shard(path: Path, specs: tuple[TensorSpec, ...]) -> None:
+def check_shard(path: Path, specs: tuple[StoredTensor, ...]) -> None:
     """Open a shard with the safetensors library and compare what it sees. Raises CheckFailed."""
     from safetensors import SafetensorError, safe_open
 
@@ -200,7 +201,7 @@ def _check_contents(root: Path, proof: Mapping[str, Any], allow_nonfinite: bool)
 
     def check(file: Mapping[str, Any], stop: threading.Event) -> None:
         path = root / file["name"]
-        specs: tuple[TensorSpec, ...] = ()
+        specs: tuple[StoredTensor, ...] = ()
         if path.suffix == ".safetensors" and not allow_nonfinite:
             specs = read_header(str(path), path.name).tensors
         if _digest_and_scan(path, specs, stop) != file["sha256"]:
@@ -210,7 +211,7 @@ def _check_contents(root: Path, proof: Mapping[str, Any], allow_nonfinite: bool)
         pass
 
 
-def _digest_and_scan(path: Path, specs: tuple[TensorSpec, ...], stop: threading.Event) -> str:
+def _digest_and_scan(path: Path, specs: tuple[StoredTensor, ...], stop: threading.Event) -> str:
     """sha256 of a file. Raises CheckFailed where a float tensor among `specs` holds NaN or Inf."""
     import torch
 
@@ -256,7 +257,7 @@ def is_intact(folder: Path, proof: Mapping[str, Any]) -> bool:
 
 def input_digests(checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], str]:
     """sha256 of every weight file, a few at a time."""
-    files = [(name, file) for name, checkpoint in checkpoints.items() for file in checkpoint.shards]
+    files = [(name, file) for name, checkpoint in checkpoints.items() for file in checkpoint.files]
     digests = in_threads(lambda item, stop: checkpoints[item[0]].sha256(item[1], stop), files)
     return dict(zip(files, digests, strict=True))
 

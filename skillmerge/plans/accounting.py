@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.model_config import tied_source, ties_embeddings
 from skillmerge.errors import InputError, some
 from skillmerge.methods.terms import Leaf, Term, models_of
@@ -20,10 +20,7 @@ from skillmerge.plans.mapping import Source, find_source
 from skillmerge.recipes.expression import names_in
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.schedules import matcher, near_pattern
-from skillmerge.tensors import DTYPES, TensorSpec
-
-_READ = 4 << 20
-"""Bytes of two tensors that are compared at once."""
+from skillmerge.tensors import DTYPES, UNIT, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,12 +218,11 @@ def prove_ties(ties: Iterable[tuple[str, str, str]], checkpoints: Mapping[str, C
     for model, name, source in ties:
         checkpoint = checkpoints[model]
         copy, original = checkpoint.tensors[name], checkpoint.tensors[source]
-        for start in range(0, copy.nbytes, _READ):
-            count = min(_READ, copy.nbytes - start)
-            buffers = bytearray(count), bytearray(count)
-            for spec, buffer in zip((copy, original), buffers, strict=True):
-                checkpoint.read_into(spec, start, memoryview(buffer))
-            if copy.dtype != original.dtype or buffers[0] != buffers[1]:
+        for first in range(0, copy.elements, UNIT):
+            count = min(UNIT, copy.elements - first)
+            if copy.dtype != original.dtype or read_bytes(checkpoint, name, first, count) != read_bytes(
+                checkpoint, source, first, count
+            ):
                 raise InputError(
                     f"model `{model}`: config.json ties `{name}` to `{source}`, but the two differ, and the donor "
                     f"has no `{name}` for what it holds",

@@ -10,7 +10,7 @@ from skillmerge.checkpoints.safetensors import MAX_HEADER_BYTES, MAX_NAME, build
 from skillmerge.errors import InputError
 from skillmerge.plans.plan import ShardPlan, TensorPlan
 from skillmerge.recipes.recipe import Recipe
-from skillmerge.tensors import DTYPES, UNIT, TensorSpec
+from skillmerge.tensors import DTYPES, UNIT, StoredTensor
 
 _PART_NAME = 40
 """Characters that the parts of a tensor add to its name."""
@@ -43,7 +43,7 @@ def lay_out_skill(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> tuple[Sh
     for number, group in enumerate(groups, 1):
         file, specs, end = f"skill-{number:05d}-of-{len(groups):05d}.safetensors", [], 0
         for plan in group:
-            specs.append(TensorSpec(plan.name, plan.dtype, plan.shape, file, end, end + _nbytes(plan)))
+            specs.append(StoredTensor(plan.name, plan.dtype, plan.shape, file, end, end + _nbytes(plan)))
             end = specs[-1].end
         shards.append(ShardPlan(file, b"", tuple(specs)))
     return tuple(shards)
@@ -55,16 +55,13 @@ def lay_out(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan]
     shards = []
     for file, names in _as_donor(donor) if limit is None else _by_size(tensors, limit):
         header, specs = build_header((name, tensors[name].dtype, tensors[name].shape) for name in names)
-        placed = tuple(TensorSpec(s.name, s.dtype, s.shape, file, s.start, s.end) for s in specs)
+        placed = tuple(StoredTensor(s.name, s.dtype, s.shape, file, s.start, s.end) for s in specs)
         shards.append(ShardPlan(file, header, placed))
     return tuple(shards)
 
 
 def _as_donor(donor: Checkpoint) -> list[tuple[str, list[str]]]:
-    return [
-        (file if donor.indexed else SINGLE_FILE, [spec.name for spec in header.tensors])
-        for file, header in donor.shards.items()
-    ]
+    return [(name if donor.indexed else SINGLE_FILE, list(file.tensors)) for name, file in donor.files.items()]
 
 
 def _by_size(tensors: Mapping[str, TensorPlan], limit: int) -> list[tuple[str, list[str]]]:

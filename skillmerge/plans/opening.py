@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
-from skillmerge.checkpoints.folder import Folder
-from skillmerge.checkpoints.kinds.patch import open_patch
-from skillmerge.checkpoints.kinds.skill import open_skill
-from skillmerge.checkpoints.place import Location
-from skillmerge.checkpoints.store import Files
+from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, named
+from skillmerge.checkpoints.kinds.table import open_as
+from skillmerge.checkpoints.place import ModelPlace
+from skillmerge.checkpoints.schemes import open_store
+from skillmerge.checkpoints.store import Store
 from skillmerge.errors import StalePlan, UsageError
-from skillmerge.methods.terms import minus_of
+from skillmerge.methods.terms import model_of
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes import lock as lockfile
@@ -32,14 +31,15 @@ def to_bytes(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> bytes:
     models = {}
     for item in plan.inputs:
         checkpoint = checkpoints[item.name]
-        if not checkpoint.files.remote or item.revision is None:
+        if not checkpoint.at.remote or item.revision is None:
             continue
-        used = {*checkpoint.shards, *({INDEX_FILE, "config.json"} & {*checkpoint.names})}
+        names = checkpoint.store.list().keys()
+        used = {*checkpoint.files, *({INDEX_FILE, "config.json"} & names)}
         if item.name == plan.donor:
-            used |= {file.name for file in plan.side_files} & {*checkpoint.names}
+            used |= {file.name for file in plan.side_files} & names
         files = []
         for name in sorted(used):
-            known = checkpoint.files.known_digest(name)
+            known = checkpoint.stated(name)
             if known is not None:
                 files.append({"name": name, "size": known[0], known[1][0]: known[1][1]})
         models[item.name] = {"uri": item.uri, "commit": item.revision, "files": files}
@@ -72,18 +72,18 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
     places = {name: recipe.model_place(name) for name in recipe.used_models()}
     lock_path = lockfile.path_of(Path(recipe.document.name))
     lock = None
-    if not access.relock and not access.commits and any(isinstance(place, Location) for place in places.values()):
+    if not access.relock and not access.commits and any(place.versioned for place in places.values()):
         lock = lockfile.read(lock_path)
     wanted = {name: _locked(recipe, name, place, lock, lock_path, access) for name, place in places.items()}
     checkpoints = _open_all(recipe, wanted, access)
     try:
         for name, place in places.items():
-            if not isinstance(place, Location):
+            if not place.versioned:
                 continue
             if lock is not None and name in lock:
                 lock[name].compare(lock_path, name, checkpoints[name])
             elif not place.pinned and not access.relock and name not in access.commits:
-                pinned = place.at(checkpoints[name].files.revision or "")
+                pinned = place.at(checkpoints[name].at.revision or "")
                 warn(f"model `{name}`: {place} can change under this name. Pinned, it reads\n  {name}: {pinned}")
     except BaseException:
         close_all(checkpoints)
@@ -116,13 +116,13 @@ def close_all(checkpoints: Mapping[str, Checkpoint]) -> None:
 def _locked(
     recipe: Recipe,
     name: str,
-    place: Path | Location,
+    place: ModelPlace,
     lock: Mapping[str, LockedModel] | None,
     lock_path: Path,
     access: Access,
-) -> Path | Location:
+) -> ModelPlace:
     """The place with the commit of the lock, where there is one."""
-    if not isinstance(place, Location):
+    if not place.versioned:
         return place
     if name in access.commits:
         return place.at(access.commits[name])
@@ -147,28 +147,25 @@ def _locked(
     return place
 
 
-def _open_all(recipe: Recipe, places: Mapping[str, Path | Location], access: Access) -> dict[str, Checkpoint]:
+def _open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -> dict[str, Checkpoint]:
     """All at once: most of the time is spent waiting for answers."""
-
-    opening: list[Files] = []
-
+    opening: list[Store] = []
     found: dict[str, Checkpoint] = {}
 
     def one(name: str) -> dict[str, Checkpoint] | Exception:
-        uri, onto = recipe.models[name], recipe.patches.get(name)
+        onto = recipe.patches.get(name)
+        word = "patch" if onto is not None else "skill" if name in recipe.skills else "model"
         try:
             if onto is not None and onto not in found:
                 return {}  # its model says what is wrong
-            files = _files(places[name], access, small=name in recipe.skills or onto is not None)
-            opening.append(files)
+            # Of what is small and read in small pieces a network's ranges would be the most of it.
+            download = access.download or word != "model"
+            store = open_store(places[name], follow_links=access.follow_links, download=download)
+            opening.append(store)
             try:
-                if onto is not None:
-                    return {name: open_patch(uri, files, found[onto])}
-                if name not in recipe.skills:
-                    return {name: open_checkpoint(uri, files)}
-                return dict(zip((name, minus_of(name)), open_skill(uri, files), strict=True))
+                return named(name, open_as(word, recipe.models[name], store, found[onto] if onto is not None else None))
             except BaseException:
-                files.close()
+                store.close()
                 raise
         except Exception as error:
             return error
@@ -182,8 +179,8 @@ def _open_all(recipe: Recipe, places: Mapping[str, Path | Location], access: Acc
             for item in opened.values():
                 found |= item if isinstance(item, dict) else {}
     except BaseException as error:  # an interrupt, or a thread that cannot be had
-        for files in opening:
-            files.cancel()
+        for store in opening:
+            store.cancel()
         pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
         raise
     pool.shutdown()
@@ -191,14 +188,4 @@ def _open_all(recipe: Recipe, places: Mapping[str, Path | Location], access: Acc
         if isinstance(item, Exception):
             close_all(found)
             raise item
-    order = [name for item in places for name in (item, minus_of(item))]
-    return {name: found[name] for name in order if name in found}
-
-
-def _files(place: Path | Location, access: Access, small: bool) -> Files:
-    """A skill or a patch is small, and read in pieces too small for a network: it goes through the Hub's cache."""
-    if isinstance(place, Path):
-        return Folder(place, follow_links=access.follow_links)
-    from skillmerge.checkpoints.hub import open_location
-
-    return open_location(place, download=access.download or small)
+    return {name: found[name] for model in places for name in found if model_of(name) == model}

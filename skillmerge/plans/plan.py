@@ -15,7 +15,7 @@ from skillmerge.plans.accounting import Problem, settlement
 from skillmerge.plans.mapping import Source
 from skillmerge.plans.side_files import SideFile
 from skillmerge.recipes.recipe import Recipe
-from skillmerge.tensors import TensorSpec
+from skillmerge.tensors import StoredTensor
 
 PLAN_VERSION = 1
 
@@ -46,7 +46,7 @@ class ShardPlan:
 
     file: str
     header: bytes
-    specs: tuple[TensorSpec, ...]
+    specs: tuple[StoredTensor, ...]
 
     @property
     def size(self) -> int:

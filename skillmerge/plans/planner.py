@@ -14,7 +14,7 @@ from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoin
 from skillmerge.checkpoints.model_config import contradictions, quantisation, tied_source
 from skillmerge.errors import InputError
 from skillmerge.methods.linear import Program, compile_term
-from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, is_zero, minus_of, sole_model
+from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, is_zero, model_of, sole_model
 from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
 from skillmerge.plans.layout import lay_out, lay_out_skill
@@ -254,7 +254,7 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
         yield "the donor has no config.json: no runtime will load the output as it is"
     seen: dict[str, str] = {}
     for name in recipe.used_models():
-        root = checkpoints[name].files.root
+        root = checkpoints[name].at.root
         place = str(root.resolve()) if root is not None else checkpoints[name].place
         if place in seen:
             yield f"models `{seen[place]}` and `{name}` are the same: their difference is zero"
@@ -290,22 +290,21 @@ def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Chec
 
 
 def _bytes_read(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], int]:
-    """How many bytes of each model's weight files the output is made of."""
+    """How many bytes of each model's weight files the output is made of, those of a skill's two planes together."""
     read: dict[tuple[str, str], int] = {}
     for tensor in tensors.values():
         for model, source in tensor.sources:
-            spec = checkpoints[model].tensors[source]
-            read[model, spec.file] = read.get((model, spec.file), 0) + checkpoints[model].bytes_of(source)
+            place = model_of(model), checkpoints[model].tensors[source].file
+            read[place] = read.get(place, 0) + checkpoints[model].cost(source)
     return read
 
 
 def _input(name: str, checkpoint: Checkpoint, read: Mapping[tuple[str, str], int]) -> InputPlan:
     files = []
-    for file, header in checkpoint.shards.items():
-        _, (kind, stated) = checkpoint.files.known_digest(file) or (0, ("", ""))
-        digest = hashlib.sha256(header.raw).hexdigest()
+    for file, known in checkpoint.files.items():
+        kind, stated = known.digest or ("", "")
+        digest = hashlib.sha256(known.described).hexdigest()
         sha256 = stated if kind == "sha256" else None
-        count = read.get((name, file), 0) + read.get((minus_of(name), file), 0)
-        files.append(InputFile(file, header.size, digest, sha256, count))
-    source = checkpoint.files
-    return InputPlan(name, checkpoint.uri, source.revision, source.license, source.remote, tuple(files))
+        files.append(InputFile(file, known.size, digest, sha256, read.get((name, file), 0)))
+    at = checkpoint.at
+    return InputPlan(name, checkpoint.uri, at.revision, at.license, at.remote, tuple(files))

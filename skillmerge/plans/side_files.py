@@ -18,7 +18,7 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.store import digest_of
 from skillmerge.errors import InputError, StalePlan, some
-from skillmerge.tensors import TensorSpec
+from skillmerge.tensors import StoredTensor
 
 _CARRIED = (
     "*.json",
@@ -94,10 +94,10 @@ def collect(donor: Checkpoint, dtype: str | None, allow_code: bool) -> tuple[Sid
     Raises InputError for a config that runs code on loading (`auto_map`), unless `allow_code`.
     """
     files = []
-    for name in _carried(donor.names, allow_code):
+    for name in _carried(donor.store.list(), allow_code):
         if _NO_NAME.search(name):
             raise InputError(f"{donor.place}: the file name {name!r} is not text", fix="rename that file")
-        known = donor.files.known_digest(name)
+        known = donor.stated(name)
         if known is not None and not name.endswith(_CONFIGS):
             files.append(SideFile(name, *known, content=None))
             continue
@@ -115,16 +115,16 @@ def fetch(donor: Checkpoint, files: Iterable[SideFile], allow_code: bool) -> tup
         if file.content is None:
             content = _checked(donor, file.name, allow_code)
             if len(content) != file.size or file.digest != digest_of(file.digest[0], content):
-                raise StalePlan(f"{donor.files.path(file.name)} is not the file that the plan was made with")
+                raise StalePlan(f"{donor.store.at.path(file.name)} is not the file that the plan was made with")
             file = SideFile.of(file.name, content)
         fetched.append(file)
     return tuple(fetched)
 
 
 def _checked(donor: Checkpoint, name: str, allow_code: bool) -> bytes:
-    content = donor.files.read(name, _MAX_BYTES)
+    content = donor.store.read_small(name, _MAX_BYTES)
     if name.endswith(".json") and not allow_code:
-        _refuse_code(donor.files.path(name), content)
+        _refuse_code(donor.store.at.path(name), content)
     return content
 
 
@@ -133,7 +133,7 @@ def with_dtype(config: bytes, dtype: str) -> bytes:
     return _DTYPE_KEY.sub(rb"\g<1>" + dtype.encode() + rb"\g<3>", config)
 
 
-def index_bytes(specs: dict[str, list[TensorSpec]]) -> bytes:
+def index_bytes(specs: dict[str, list[StoredTensor]]) -> bytes:
     """`model.safetensors.index.json` for shards -> tensors, in the form that transformers writes."""
     weight_map = {spec.name: shard for shard, tensors in specs.items() for spec in tensors}
     total = sum(spec.nbytes for tensors in specs.values() for spec in tensors)

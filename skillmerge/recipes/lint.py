@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.brief import brief
-from skillmerge.checkpoints.place import Location
+from skillmerge.checkpoints.place import ModelPlace
 from skillmerge.errors import Place, RecipeError, SkillmergeError, UsageError, did_you_mean
 from skillmerge.methods.terms import degree, weights
 from skillmerge.recipes import lock as lockfile
@@ -201,7 +201,7 @@ def _written(recipe: Recipe, section: str, name: str) -> DataPath:
 
 def _models(recipe: Recipe) -> Iterator[Finding]:
     """Places that are none, that can change, and that are the same."""
-    seen: dict[Path | Location, str] = {}
+    seen: dict[ModelPlace, str] = {}
     used = recipe.used_models()
     lock, lock_error = _lock(recipe)
     remote = False
@@ -214,7 +214,7 @@ def _models(recipe: Recipe) -> Iterator[Finding]:
             continue
         if name not in used:
             continue
-        if isinstance(place, Location):
+        if place.versioned:
             remote = True
             yield from _revision(recipe, name, place, path, lock)
         other = seen.setdefault(place, name)
@@ -232,14 +232,14 @@ def _lock(recipe: Recipe) -> tuple[Mapping[str, lockfile.LockedModel] | None, Sk
 
 
 def _revision(
-    recipe: Recipe, name: str, place: Location, path: DataPath, lock: Mapping[str, lockfile.LockedModel] | None
+    recipe: Recipe, name: str, place: ModelPlace, path: DataPath, lock: Mapping[str, lockfile.LockedModel] | None
 ) -> Iterator[Finding]:
     again = f"write it again: skillmerge plan {recipe.document.name} --lock"
     if lock is None:
         if not place.pinned:
             fix = f"pin a commit, or lock it: skillmerge plan {recipe.document.name} --lock"
             what = f"`{place.revision}`" if place.revision else "the default branch"
-            yield _at(recipe, "unpinned-revision", path, f"model `{name}` is {what} of {place.repository}", fix)
+            yield _at(recipe, "unpinned-revision", path, f"model `{name}` is {what} of {place.name}", fix)
         return
     if not lock:
         return  # it is damaged, which is told once

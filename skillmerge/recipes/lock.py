@@ -31,7 +31,7 @@ class LockedModel:
     def compare(self, path: Path, name: str, checkpoint: Checkpoint) -> None:
         """Raise StalePlan where the checkpoint's files are not the locked ones."""
         for file, stated in self.files.items():
-            if file not in checkpoint.names or checkpoint.files.known_digest(file) not in (None, stated):
+            if file not in checkpoint.store.list() or checkpoint.stated(file) not in (None, stated):
                 raise StalePlan(
                     f"{path}: {file} of model `{name}` is not the file that was locked ({checkpoint.place})",
                     fix="find out why a commit changed; `skillmerge plan --lock` locks what is there now",

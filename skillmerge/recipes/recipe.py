@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
-from skillmerge.checkpoints.place import SCHEME, Location, parse_location
+from skillmerge.checkpoints.place import Local, ModelPlace
+from skillmerge.checkpoints.schemes import parse_place
 from skillmerge.errors import Place, RecipeError
 from skillmerge.methods.terms import Term, expand_skills
 from skillmerge.recipes.expression import ExpressionError, Node, bind, names_in
@@ -112,17 +113,14 @@ class Recipe:
     def expression_error(self, error: ExpressionError) -> RecipeError:
         return expression_error(self.document, error)
 
-    def model_place(self, name: str) -> FilePath | Location:
+    def model_place(self, name: str) -> ModelPlace:
         """Where the model `name` lies, on this disk or on the Hub. Raises RecipeError for other places."""
         uri = self.models[name]
-        if uri.startswith(SCHEME):
-            try:
-                return parse_location(uri)
-            except ValueError as error:
-                raise self.error(("models", name), str(error)) from error
-        if "://" in uri:
-            raise self.error(("models", name), f"`{uri.split('://')[0]}://` is not a place that skillmerge reads")
-        return local_path(self.document, ("models", name), self.folder, uri)
+        try:
+            place = parse_place(uri)
+        except ValueError as error:
+            raise self.error(("models", name), str(error)) from error
+        return place or Local(local_path(self.document, ("models", name), self.folder, uri))
 
 
 def unused_names(recipe: Recipe) -> list[str]:

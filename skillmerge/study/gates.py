@@ -17,7 +17,7 @@ from typing import Any
 
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.place import SCHEME
+from skillmerge.checkpoints.schemes import is_path, local_folder
 from skillmerge.errors import CheckFailed, SkillmergeError, UsageError
 from skillmerge.naming import module_kind
 from skillmerge.outputs import manifest
@@ -129,7 +129,7 @@ def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> No
             raise UsageError(f"the gate `{gate.name}` runs in {gate.folder}, which is no folder")
         if gate.kind == "cosine_z" and gate.model is not None:
             base = _place_of(gate, gate.model, plan)
-            if not base.startswith(SCHEME) and not Path(base).is_dir():
+            if is_path(base) and not Path(base).is_dir():
                 raise UsageError(f"the gate `cosine_z`: its base {base} is no folder")
         if stats == "off" and gate.kind in FIGURES:
             raise UsageError(f"the gate `{gate.kind}` needs statistics", fix="use --stats sampled or full")
@@ -184,7 +184,7 @@ def _place_of(gate: Gate, model: str, plan: Plan) -> str:
     folder = gate.folder
     if normalise_name(model) in plan.recipe.models:
         model, folder = plan.recipe.models[normalise_name(model)], plan.recipe.folder
-    return model if model.startswith(SCHEME) else str(folder / Path(model).expanduser())
+    return str(folder / Path(model).expanduser()) if is_path(model) else model
 
 
 def _label(gate: Gate, kind: str = "") -> str:
@@ -293,12 +293,7 @@ def _perplexity(gate: Gate, subject: Subject) -> Outcome:
 
 def _folder_of(plan: Plan, model: str, checkpoint: Checkpoint) -> Path:
     """Where transformers can load a model from; one on the Hub goes into the Hub's cache."""
-    place = plan.recipe.model_place(model)
-    if isinstance(place, Path):
-        return place
-    from skillmerge.checkpoints.hub import download
-
-    return download(place.at(checkpoint.files.revision or ""))
+    return local_folder(plan.recipe.model_place(model).at(checkpoint.at.revision or ""))
 
 
 def _perplexity_of(report: Mapping[str, Any]) -> float:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import UsageError, some
-from skillmerge.methods.terms import Leaf, Sum, minus_of
+from skillmerge.methods.terms import Leaf, Sum, expand_skills, model_of, weights
 from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
@@ -26,7 +26,6 @@ from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.plans.planner import refuse_quantised
 from skillmerge.reporter import Reporter
 from skillmerge.study.forecast import Forecaster
-from skillmerge.study.spectrum import measure_spectra
 from skillmerge.study.subjects import BASE, Subject, open_named, refuse_model, subject_of_recipe
 from skillmerge.tensors import DTYPES
 from skillmerge.threads import cores
@@ -141,8 +140,8 @@ def _of_models(
     if other is None:
         refuse_model(Path(source))
         checkpoints = open_named({"skill": {"skill": os.fspath(source)}}, access, reporter)
-        factors = {"skill": 1.0, minus_of("skill"): -1.0}
-        return Subject(f"skill {os.fspath(source)}", checkpoints, factors, None, None)
+        update = weights(expand_skills(Leaf("skill"), {"skill"}))
+        return Subject(f"skill {os.fspath(source)}", checkpoints, update, None, None)
     models = {"before": os.fspath(source), "after": os.fspath(other)}
     return Subject(
         f"from {models['before']} to {models['after']}",
@@ -177,6 +176,7 @@ def inspect_merge(
 
 
 def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | None, reporter: Reporter) -> Inspection:
+    from skillmerge.study.spectrum import measure_spectra
     from skillmerge.study.update_metrics import describe_all
     from skillmerge.study.update_pass import measure_updates
 
@@ -209,8 +209,7 @@ def _told(subject: Subject) -> str:
     """`rl - sft`, of factors."""
     parts = []
     update = {model: factor for model, factor in subject.update.items() if factor}
-    skills = {model for model in update if minus_of(model) in update}
-    update = {model: factor for model, factor in update.items() if model not in map(minus_of, skills)}
+    update = {model: factor for model, factor in update.items() if model_of(model) == model}
     for model, factor in sorted(update.items(), key=lambda item: -item[1]):
         size = "" if abs(factor) == 1 else f"{abs(factor):g} * "
         parts.append(f"{'-' if factor < 0 else '+'} {size}{model}")
@@ -251,7 +250,7 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
 
 def _name_of(model: str) -> str:
     """As the person called it who named it."""
-    return "base" if model == BASE else model.removesuffix(minus_of(""))
+    return "base" if model == BASE else model_of(model)
 
 
 def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:

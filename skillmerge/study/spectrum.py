@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from skillmerge.engine.values import read_values
 from skillmerge.errors import UsageError
 from skillmerge.plans.plan import TensorPlan
 from skillmerge.reporter import Reporter
@@ -27,13 +28,9 @@ def measure_spectra(
     """Of every matrix, one at a time: in float32, or float64 where a model has it."""
     import torch
 
-    from skillmerge.bits import torch_dtype
-
     def read(model: str, source: str, wide: torch.dtype) -> Tensor:
-        spec = subject.checkpoints[model].tensors[source]
-        content = bytearray(spec.nbytes)
-        subject.checkpoints[model].read_into(spec, 0, memoryview(content))
-        return torch.frombuffer(content, dtype=torch_dtype(spec.dtype)).view(spec.shape).to(wide)
+        checkpoint = subject.checkpoints[model]
+        return read_values(checkpoint, source).view(checkpoint.tensors[source].shape).to(wide)
 
     matrices = [task for task in tasks if len(task.shape) == 2 and min(task.shape) > 1]
     spectra = {}

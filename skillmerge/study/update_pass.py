@@ -37,7 +37,7 @@ def measure_updates(
     subject: Subject, tasks: Sequence[TensorPlan], forecaster: Forecaster, threads: int, reporter: Reporter
 ) -> dict[str, tuple[Update, Pair | None]]:
     """What each tensor's update looks like; the forecaster learns the rest. Raises InputError, StalePlan."""
-    remote = any(checkpoint.files.remote for checkpoint in subject.checkpoints.values())
+    remote = any(checkpoint.at.remote for checkpoint in subject.checkpoints.values())
     tile = _REMOTE_TILE if remote else _TILE
     rows: dict[str, tuple[Update, Pair | None]] = {}
     parts: list[_Found] = []

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill import summary
-from skillmerge.checkpoints.place import SCHEME, parse_location
+from skillmerge.checkpoints.place import on_hub
 from skillmerge.checkpoints.safetensors import build_header
 from skillmerge.durable import new_folder
 from skillmerge.errors import InputError, UsageError
@@ -29,7 +29,7 @@ from skillmerge.plans.budget import check_disk
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter
-from skillmerge.tensors import TensorSpec
+from skillmerge.tensors import StoredTensor, TensorSpec
 from skillmerge.verbs.target import output_folder
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def export_lora(
         target = output_folder(recipe, output, checkpoints)
         plus, minus = checkpoints.values()
         _refuse_transposed(plus)
-        named, revision = _named(base) if base is not None else _parent(summary(plus.stored or plus.files))
+        named, revision = _named(base) if base is not None else _parent(summary(plus.store))
         if named is None:
             reporter.warn("the adapter does not say what model it is for: the skill was not cut from one; give --base")
         chosen = _linear_modules(plus)
@@ -151,12 +151,12 @@ def _parent(document: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 def _named(uri: str) -> tuple[str, str | None]:
     """A folder or org/name, and the revision. Raises UsageError for what PEFT cannot name."""
-    if not uri.startswith(SCHEME):
-        return uri, None
     try:
-        location = parse_location(uri)
+        location = on_hub(uri)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if location is None:
+        return uri, None
     if location.subfolder:
         raise UsageError(f"{uri}: an adapter cannot name a subfolder", fix="give --base another name of the model")
     return location.repository, location.revision or None
@@ -209,7 +209,7 @@ def _config(
 def _write(
     path: Path,
     header: bytes,
-    specs: tuple[TensorSpec, ...],
+    specs: tuple[StoredTensor, ...],
     planes: tuple[Checkpoint, Checkpoint],
     rank: int,
     seed: int,

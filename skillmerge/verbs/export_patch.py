@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.checkpoints.checkpoint import PATCH_FILE, Checkpoint
-from skillmerge.checkpoints.kinds.patch import INDICES, VALUES
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.kinds.patch import INDICES, PATCH_FILE, VALUES
 from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
 from skillmerge.checkpoints.safetensors import build_header
 from skillmerge.durable import new_folder, write_all
 from skillmerge.errors import CheckFailed, InputError
-from skillmerge.methods.terms import minus_of
 from skillmerge.plans.budget import check_disk
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter
-from skillmerge.tensors import UNIT, TensorSpec
+from skillmerge.tensors import UNIT, StoredTensor
 from skillmerge.threads import in_threads
 from skillmerge.verbs.target import output_folder
 
@@ -101,17 +100,17 @@ class _Job:
     tensor: str
     row: Mapping[str, Any]
     file: str
-    indices: TensorSpec
-    values: TensorSpec
+    indices: StoredTensor
+    values: StoredTensor
 
     @property
-    def parts(self) -> tuple[TensorSpec, TensorSpec]:
+    def parts(self) -> tuple[StoredTensor, StoredTensor]:
         return self.indices, self.values
 
 
 def _exact(skill: Checkpoint) -> Mapping[str, Any]:
     """What the skill's `skill.json` says. Raises InputError where no elements are known from the skill."""
-    document = summary(skill.stored or skill.files)
+    document = summary(skill.store)
     if not document["exact"] or not document.get("planes"):
         raise InputError(
             f"{skill.place} is not the exact difference of two checkpoints: no elements are known from it",
@@ -154,7 +153,7 @@ class _Writer:
     def __init__(self, folder: Path, checkpoints: Mapping[str, Checkpoint], subtracted: str) -> None:
         """subtracted: the name by which the skill's digests know the base."""
         self._folder, self._subtracted = folder, subtracted
-        self._planes = [checkpoints[name] for name in ("skill", minus_of("skill"), "onto")]
+        self._planes = list(checkpoints.values())  # plus, minus, and what they are put on
 
     def __call__(self, job: _Job, stop: threading.Event) -> None:
         """Raises CheckFailed where the base's tensor is not what the skill was cut from."""

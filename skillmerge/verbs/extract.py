@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from skillmerge.checkpoints.checkpoint import PATCH_FILE, Checkpoint
+from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.folder import Folder
+from skillmerge.checkpoints.kinds.patch import PATCH_FILE
 from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
 from skillmerge.engine.runner import Work
 from skillmerge.errors import CheckFailed, UsageError, memory_errors
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter
-from skillmerge.tensors import DTYPES, UNIT
+from skillmerge.tensors import UNIT
 from skillmerge.threads import in_threads
 from skillmerge.verbs.apply import merge
 from skillmerge.verbs.records import Checks, Publish, check_words
@@ -116,10 +117,6 @@ def _parent(item: Mapping[str, Any]) -> str:
 
 
 def _digest(checkpoint: Checkpoint, name: str) -> str:
-    spec = checkpoint.tensors[name]
-    size, units = UNIT * DTYPES[spec.dtype].itemsize, []
-    for start in range(0, spec.nbytes, size):
-        piece = memoryview(bytearray(min(size, spec.nbytes - start)))
-        checkpoint.read_into(spec, start, piece)
-        units.append(hashlib.sha256(piece).hexdigest())
-    return tensor_digest(units)
+    elements = checkpoint.tensors[name].elements
+    pieces = (read_bytes(checkpoint, name, at, min(UNIT, elements - at)) for at in range(0, elements, UNIT))
+    return tensor_digest([hashlib.sha256(piece).hexdigest() for piece in pieces])

@@ -30,7 +30,7 @@ from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.plans.side_files import SideFile, fetch
 from skillmerge.reporter import Reporter
-from skillmerge.tensors import DTYPES, TensorSpec
+from skillmerge.tensors import DTYPES, StoredTensor
 from skillmerge.threads import hash_file
 from skillmerge.verbs.apply import merge
 from skillmerge.verbs.records import Checks, Publish
@@ -289,7 +289,7 @@ class _ComparedFile:
             place += len(there)
 
     def _difference(self, position: int) -> str:
-        spec: TensorSpec | None = next((spec for spec in self._specs if spec.start <= position < spec.end), None)
+        spec: StoredTensor | None = next((spec for spec in self._specs if spec.start <= position < spec.end), None)
         if spec is None:
             return f"{self._path}: byte {position} is not what the manifest gives when it is built again"
         element = (position - spec.start) // DTYPES[spec.dtype].itemsize

@@ -32,9 +32,9 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
         raise UsageError(f"the output {path} cannot be used: {error}") from error
     precious = {"the recipe": Path(os.path.abspath(recipe.document.name))}
     precious |= {
-        f"model `{name}`": Path(os.path.abspath(item.files.root))
+        f"model `{name}`": Path(os.path.abspath(item.at.root))
         for name, item in checkpoints.items()
-        if item.files.root is not None
+        if item.at.root is not None
     }
     for folder in path.parents:
         if os.path.isfile(folder / MANIFEST_FILE):

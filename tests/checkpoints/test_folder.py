@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.folder import Folder, open_folder, resolve_inside
+from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
+from skillmerge.checkpoints.folder import Folder, resolve_inside
+from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.checkpoints.store import read_json_object
 from skillmerge.errors import InputError, StalePlan
 
@@ -33,11 +34,8 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def read(checkpoint: Checkpoint, name: str, start: int = 0, count: int | None = None) -> bytes:
-    spec = checkpoint.tensors[name]
-    buffer = bytearray(spec.nbytes - start if count is None else count)
-    checkpoint.read_into(spec, start, memoryview(buffer))
-    return bytes(buffer)
+def read(checkpoint: Checkpoint, name: str, first: int = 0, count: int | None = None) -> bytes:
+    return bytes(read_bytes(checkpoint, name, first, count))
 
 
 @pytest.fixture
@@ -57,7 +55,7 @@ def test_shards_with_an_index_are_opened(sharded: Path) -> None:
     checkpoint = open_folder("uri", sharded)
     assert checkpoint.uri == "uri"
     assert checkpoint.indexed
-    assert list(checkpoint.shards) == [FIRST, SECOND]
+    assert list(checkpoint.files) == [FIRST, SECOND]
     assert checkpoint.unread == ()
     assert checkpoint.config == {"model_type": "odd"}
     assert {name: spec.shape for name, spec in checkpoint.tensors.items()} == tensor_shapes()
@@ -72,19 +70,19 @@ def test_tensors_come_shard_by_shard_in_the_order_of_their_bytes(sharded: Path) 
 def test_single_file_is_opened_without_an_index(single: Path) -> None:
     checkpoint = open_folder("uri", single)
     assert not checkpoint.indexed
-    assert list(checkpoint.shards) == ["model.safetensors"]
+    assert list(checkpoint.files) == ["model.safetensors"]
     assert checkpoint.tensors.keys() == TENSORS.keys()
 
 
 def test_single_file_of_another_name_is_opened(single: Path) -> None:
     (single / "model.safetensors").rename(single / "weights.safetensors")
-    assert list(open_folder("uri", single).shards) == ["weights.safetensors"]
+    assert list(open_folder("uri", single).files) == ["weights.safetensors"]
 
 
 def test_single_file_of_the_usual_name_goes_before_others(single: Path) -> None:
     shutil.copy(single / "model.safetensors", single / "another.safetensors")
     checkpoint = open_folder("uri", single)
-    assert list(checkpoint.shards) == ["model.safetensors"]
+    assert list(checkpoint.files) == ["model.safetensors"]
     assert checkpoint.unread == ("another.safetensors",)
 
 
@@ -103,7 +101,7 @@ def test_shards_that_the_index_leaves_out_are_told(sharded: Path) -> None:
 
 def test_folder_with_the_ending_of_a_shard_is_no_shard(sharded: Path) -> None:
     (sharded / "old.safetensors").mkdir()
-    assert list(open_folder("uri", sharded).shards) == [FIRST, SECOND]
+    assert list(open_folder("uri", sharded).files) == [FIRST, SECOND]
 
 
 def test_metadata_of_the_index_is_not_believed(sharded: Path) -> None:
@@ -204,9 +202,9 @@ def test_any_range_of_a_tensor_is_read(tmp_path_factory: pytest.TempPathFactory,
         write_checkpoint(folder, TENSORS)
     checkpoint = open_folder("uri", folder)
     name = data.draw(st.sampled_from(list(TENSORS)))
-    start = data.draw(st.integers(0, checkpoint.tensors[name].nbytes))
-    count = data.draw(st.integers(0, checkpoint.tensors[name].nbytes - start))
-    assert read(checkpoint, name, start, count) == raw_bytes(TENSORS[name])[start : start + count]
+    first = data.draw(st.integers(0, checkpoint.tensors[name].elements))
+    count = data.draw(st.integers(0, checkpoint.tensors[name].elements - first))
+    assert read(checkpoint, name, first, count) == raw_bytes(TENSORS[name])[2 * first : 2 * (first + count)]
     checkpoint.close()
 
 
@@ -223,9 +221,9 @@ def test_many_threads_share_one_descriptor_for_each_shard(sharded: Path) -> None
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda name: read(checkpoint, name), list(TENSORS) * 8))
     assert found == [raw_bytes(tensor) for tensor in TENSORS.values()] * 8
-    assert len(checkpoint.files._descriptors) == 2
+    assert len(checkpoint.store._descriptors) == 2
     checkpoint.close()
-    assert checkpoint.files._descriptors == {}
+    assert checkpoint.store._descriptors == {}
 
 
 def test_closed_checkpoint_can_be_closed_again_and_read_again(single: Path) -> None:
@@ -259,7 +257,7 @@ def test_changed_shard_is_noticed_before_and_after_reading(sharded: Path, change
     name = next(name for name, spec in checkpoint.tensors.items() if spec.file == SECOND)
     with pytest.raises(StalePlan, match=f"{SECOND} changed while it was in use"):
         read(checkpoint, name)
-    assert checkpoint.files._descriptors == {}
+    assert checkpoint.store._descriptors == {}
 
 
 def test_shard_that_is_cut_while_it_is_read_is_noticed(single: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from skillmerge.checkpoints.place import Location, parse_location
+from skillmerge.checkpoints.place import Local, Location, parse_location
 from skillmerge.errors import RecipeError, UsageError
 from skillmerge.recipes.parse import load, parse_recipe
 from skillmerge.recipes.recipe import unused_names
@@ -51,8 +51,8 @@ def parse(text: str, **overrides: float):
 def test_recipe_is_read_into_frozen_data() -> None:
     recipe = parse(GOOD)
     assert dict(recipe.models) == {"target": "./runs/target", "rl": "/models/rl", "sft": "./sft"}
-    assert recipe.model_place("target") == Path("/home/runs/target")
-    assert recipe.model_place("rl") == Path("/models/rl")
+    assert recipe.model_place("target") == Local(Path("/home/runs/target"))
+    assert recipe.model_place("rl") == Local(Path("/models/rl"))
     assert recipe.output.path == Path("/home/merged")
     assert recipe.output.shard_size == 5_000_000_000
     assert (recipe.output.dtype, recipe.output.rounding, recipe.output.seed) == ("bfloat16", "stochastic", 3)

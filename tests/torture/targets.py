@@ -21,10 +21,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from memory_files import MemoryFiles, weight_file
+from memory_files import weight_file
 from safetensors import SafetensorError, deserialize
 
-from skillmerge.checkpoints.checkpoint import INDEX_FILE, open_checkpoint
+from skillmerge.checkpoints.checkpoint import INDEX_FILE
+from skillmerge.checkpoints.kinds import dense
+from skillmerge.checkpoints.memory import Memory
 from skillmerge.checkpoints.safetensors import build_header, fetch_header, parse_header
 from skillmerge.errors import InputError, SkillmergeError
 from skillmerge.methods.linear import compile_term
@@ -123,7 +125,7 @@ def index(content: bytes) -> bool:
     """An index is taken where it says exactly what the shards hold, and means that to any reader of
     JSON; files that it does not name are left out and said to be."""
     try:
-        found = open_checkpoint("memory", MemoryFiles({**_FILES, INDEX_FILE: content}))
+        found = dense.open("memory", Memory({**_FILES, INDEX_FILE: content}))
     except InputError:
         return False
     named = {name: file for name, file in _PLACES.items() if file not in found.unread}
@@ -150,7 +152,7 @@ def recipe(content: bytes) -> bool:
             return True
         for name in parsed.used_models():
             parsed.model_place(name)
-        checkpoints = {name: open_checkpoint(name, MemoryFiles(_MODEL)) for name in parsed.used_models()}
+        checkpoints = {name: dense.open(name, Memory(_MODEL)) for name in parsed.used_models()}
         plan = plan_recipe(parsed, checkpoints)
         plan.refuse_problems()
     except (SkillmergeError, UnicodeDecodeError):

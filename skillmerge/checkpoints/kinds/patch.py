@@ -13,21 +13,24 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from skillmerge.checkpoints.checkpoint import PATCH_FILE, Checkpoint
+from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, Piece, read_bytes
 from skillmerge.checkpoints.safetensors import Header
-from skillmerge.checkpoints.store import Files, read_json_object
+from skillmerge.checkpoints.store import Store, Wait, read_headers, read_json_object
 from skillmerge.errors import InputError, some
-from skillmerge.tensors import CHUNK, DTYPES, TensorSpec
+from skillmerge.tensors import CHUNK, DTYPES, UNIT, StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+
+WORD, NOUN, WRITTEN = "patch", "a sparse patch", "{{patch: {uri}, onto: MODEL}}"
+PATCH_FILE = "delta_metadata.json"
+"""What a patch may have beside its places and values, and no model has."""
 
 INDICES, VALUES = ".indices", ".values"
 _FIX = "patches hold places in ascending order, each once, and the new elements of the tensors they are for"
@@ -38,66 +41,64 @@ class _Change:
     """What a patch says of one tensor; `starts` says how many places come before each CHUNK elements of it."""
 
     spec: TensorSpec
-    indices: TensorSpec
-    values: TensorSpec
+    indices: StoredTensor
+    values: StoredTensor
     starts: list[int] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class PatchedFiles:
-    """The base's files, with other elements where the patch has them. See `checkpoint.Files` for the promises."""
+class Patched(Checkpoint):
+    """The base's tensors, with other elements where the patch has them."""
 
     def __init__(
-        self, base: Checkpoint, patch: Files, headers: Mapping[str, Header], changes: Sequence[_Change]
+        self, uri: str, patch: Store, base: Checkpoint, headers: Mapping[str, Header], changes: Sequence[_Change]
     ) -> None:
-        self._base, self._patch, self._patch_files = base.files, patch, sorted(headers)
-        self.place, self.root, self.revision = patch.place, patch.root, patch.revision
-        self.remote, self.license = base.files.remote or patch.remote, base.files.license
-        self._changes: dict[str, list[_Change]] = {file: [] for file in base.shards}
-        for change in sorted(changes, key=lambda change: change.spec.start):
-            self._changes[change.spec.file].append(change)
-        self._begins = {file: [change.spec.start for change in found] for file, found in self._changes.items()}
-        stated = hashlib.sha256(b"".join(headers[file].raw for file in self._patch_files)).digest()
-        # What the plan keeps of a header stands for all that says what the tensors are.
-        self.shards = {file: replace(header, raw=header.raw + stated) for file, header in base.shards.items()}
+        at = replace(patch.at, remote=base.at.remote or patch.at.remote, license=base.at.license)
+        listed = patch.list()
+        version = tuple(part for file in sorted(headers) for part in listed[file].version)
+        stated = hashlib.sha256(b"".join(headers[file].raw for file in sorted(headers))).digest()
+        files = {
+            # What the plan keeps of a header stands for all that says what the tensors are.
+            name: replace(file, described=file.described + stated, version=file.version + version, digest=None)
+            for name, file in base.files.items()
+        }
+        super().__init__(
+            uri, at, base.store, base.config, base.tensors, files, indexed=base.indexed, unread=base.unread
+        )
+        self._base, self._patch, self._patch_files = base, patch, sorted(headers)
+        self._changes = {change.spec.name: change for change in changes}
 
-    def names(self) -> list[str]:
-        return self._base.names()
-
-    def path(self, name: str) -> str:
-        return self._base.path(name)
-
-    def read(self, name: str, limit: int) -> bytes:
-        return self._base.read(name, limit)
-
-    def headers(self, names: Sequence[str], sizes: Mapping[str, int]) -> list[Header]:
-        return [self.shards[name] for name in names]
-
-    def begin(self, name: str, position: int, buffer: memoryview) -> Callable[[], None]:
-        wait = self._base.begin(name, position, buffer)
+    def read(self, pieces: Sequence[Piece]) -> Wait:
+        wait = self._base.read(pieces)
+        changed = [piece for piece in pieces if piece.tensor in self._changes and piece.count]
+        if not changed:
+            return wait
 
         def finish() -> None:
             wait()
-            end = position + len(buffer)
-            for change in self._changes[name][max(0, bisect_right(self._begins[name], position) - 1) :]:
-                if change.spec.start >= end:
-                    break
-                if change.spec.end > position:
-                    self._put(change, position, buffer)
+            for piece in changed:
+                self._put(self._changes[piece.tensor], piece.first, piece.first + piece.count, self.view(piece))
 
         return finish
 
-    def announce(self, name: str, position: int, nbytes: int) -> None:
-        self._base.announce(name, position, nbytes)
+    def hint(self, tensor: str, first: int, count: int) -> None:
+        self._base.hint(tensor, first, count)
 
-    def version(self, name: str) -> list[int | str]:
-        return [*self._base.version(name), *(part for file in self._patch_files for part in self._patch.version(file))]
+    def cost(self, tensor: str) -> int:
+        return self._base.cost(tensor)
 
-    def known_digest(self, name: str) -> tuple[int, tuple[str, str]] | None:
-        return None if name in self.shards else self._base.known_digest(name)
+    def sha256(self, file: str, stop: threading.Event | None = None) -> str:
+        """Of the base's file as it would be with the patch in it."""
+        digest = hashlib.sha256(self._base.files[file].described)
+        for name in self.files[file].tensors:
+            for first in range(0, self.tensors[name].elements, UNIT):
+                if stop is not None and stop.is_set():
+                    return ""
+                digest.update(read_bytes(self, name, first, min(UNIT, self.tensors[name].elements - first)))
+        return digest.hexdigest()
 
-    def check_unchanged(self, names: Sequence[str]) -> None:
-        self._base.check_unchanged(names)
+    def check_unchanged(self, files: Collection[str] | None = None) -> None:
+        self._base.check_unchanged(files)
         self._patch.check_unchanged(self._patch_files)
 
     def cancel(self) -> None:
@@ -108,31 +109,21 @@ class PatchedFiles:
         """The base is somebody else's to close."""
         self._patch.close()
 
-    def _put(self, change: _Change, position: int, buffer: memoryview) -> None:
-        """Put the new elements into `buffer`, which holds the file's bytes from `position` on."""
+    def _put(self, change: _Change, first: int, last: int, view: memoryview) -> None:
+        """Put the new elements into `view`, which holds elements first..last of the tensor."""
         import torch
 
         from skillmerge.bits import bit_view, torch_dtype
 
-        spec, size = change.spec, DTYPES[change.spec.dtype].itemsize
-        begin, end = max(position, spec.start) - spec.start, min(position + len(buffer), spec.end) - spec.start
-        first, last = begin // size, -(-end // size)
         starts = self._starts(change)
         low, high = starts[first // CHUNK], starts[-(-last // CHUNK)]
         if low == high:
             return
         places = self._part(change.indices, low, high, torch.int64)
         inside = slice(*torch.searchsorted(places, torch.tensor([first, last])).tolist())
-        values = self._part(change.values, low + inside.start, low + inside.stop, torch_dtype(spec.dtype))
-        view = buffer[spec.start + begin - position : spec.start + end - position]
-        whole = (begin, end) == (first * size, last * size)  # a digest's pieces may cut through an element
-        memory = view if whole else memoryview(bytearray((last - first) * size))
-        if not whole:
-            memory[begin - first * size : end - first * size] = view
-        out = torch.frombuffer(memory, dtype=torch.uint8).view(values.dtype)
+        values = self._part(change.values, low + inside.start, low + inside.stop, torch_dtype(change.spec.dtype))
+        out = torch.frombuffer(view, dtype=torch.uint8).view(values.dtype)
         bit_view(out)[places[inside] - first] = bit_view(values)
-        if not whole:
-            view[:] = memory[begin - first * size : end - first * size]
 
     def _starts(self, change: _Change) -> list[int]:
         """Where each CHUNK's places start, from a first look at all of them. Raises InputError."""
@@ -149,7 +140,7 @@ class PatchedFiles:
                     ascending = before < int(places[0]) and bool((places.diff() > 0).all())
                     if not ascending or int(places[-1]) >= elements:
                         raise InputError(
-                            f"{self._patch.path(change.indices.file)}: `{change.indices.name}` is not a list of "
+                            f"{self._patch.at.path(change.indices.file)}: `{change.indices.name}` is not a list of "
                             f"ascending places from 0 to {elements - 1}",
                             fix=_FIX,
                         )
@@ -158,7 +149,7 @@ class PatchedFiles:
                 change.starts = starts.tolist()
         return change.starts
 
-    def _part(self, spec: TensorSpec, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def _part(self, spec: StoredTensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Elements of a patch's tensor; places as int64, whatever they are stored in."""
         import torch
 
@@ -168,48 +159,50 @@ class PatchedFiles:
         if last <= first:
             return torch.empty(0, dtype=dtype)
         content = bytearray((last - first) * DTYPES[spec.dtype].itemsize)
-        self._patch.begin(spec.file, spec.start + first * DTYPES[spec.dtype].itemsize, memoryview(content))()
+        self._patch.read(spec.file, spec.start + first * DTYPES[spec.dtype].itemsize, memoryview(content))()
         return torch.frombuffer(content, dtype=stored).to(dtype)
 
 
 _WIDTHS = {"I32": "int32", "I64": "int64"}
 
 
-def open_patch(uri: str, files: Files, base: Checkpoint) -> Checkpoint:
-    """Open the checkpoint that the patch in `files` makes of `base`.
+def claims(files: Collection[str]) -> bool:
+    return PATCH_FILE in files and INDEX_FILE not in files
+
+
+def open(uri: str, store: Store, onto: Checkpoint | None) -> Checkpoint:
+    """Open the checkpoint that a patch makes of `onto`.
 
     Raises InputError where it is missing, damaged, or for another model.
     """
-    names = files.names()
-    weights = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    assert onto is not None
+    files, place = store.list(), store.at.place
+    weights = sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
     if not weights:
-        raise InputError(f"{files.place} has no *.safetensors: it is not a sparse patch")
-    headers = dict(zip(weights, files.headers(weights, dict.fromkeys(weights, 1 << 17)), strict=True))
-    specs: dict[str, TensorSpec] = {}
+        raise InputError(f"{place} has no *.safetensors: it is not a sparse patch")
+    headers = read_headers(store, weights, dict.fromkeys(weights, 1 << 17))
+    specs: dict[str, StoredTensor] = {}
     for spec in (spec for header in headers.values() for spec in header.tensors):
         if spec.name in specs:
-            raise InputError(f"{files.place}: `{spec.name}` is in both {specs[spec.name].file} and {spec.file}")
+            raise InputError(f"{place}: `{spec.name}` is in both {specs[spec.name].file} and {spec.file}")
         specs[spec.name] = spec
     odd = [name for name in specs if not name.endswith((INDICES, VALUES))]
     if odd or not specs:
         what = f"it has tensors that are no places or values: {some(odd)}" if odd else "it holds nothing"
-        raise InputError(
-            f"{files.place} is not a sparse patch: {what}", fix=f"it must have NAME{INDICES}, NAME{VALUES}"
-        )
-    changes = [_change(files, specs, name, base) for name in sorted({name.rpartition(".")[0] for name in specs})]
-    if PATCH_FILE in names:
-        _check_shapes(files, base)
-    patched = PatchedFiles(base, files, headers, changes)
-    return replace(base, uri=uri, files=patched, shards=patched.shards)
+        raise InputError(f"{place} is not a sparse patch: {what}", fix=f"it must have NAME{INDICES}, NAME{VALUES}")
+    changes = [_change(place, specs, name, onto) for name in sorted({name.rpartition(".")[0] for name in specs})]
+    if PATCH_FILE in files:
+        _check_shapes(store, onto)
+    return Patched(uri, store, onto, headers, changes)
 
 
-def _change(files: Files, specs: Mapping[str, TensorSpec], name: str, base: Checkpoint) -> _Change:
+def _change(place: str, specs: Mapping[str, StoredTensor], name: str, base: Checkpoint) -> _Change:
     indices, values, spec = specs.get(name + INDICES), specs.get(name + VALUES), base.tensors.get(name)
     if indices is None or values is None:
-        raise InputError(f"{files.place}: tensor `{name}` has places but no values, or values but no places", fix=_FIX)
+        raise InputError(f"{place}: tensor `{name}` has places but no values, or values but no places", fix=_FIX)
     if spec is None:
         raise InputError(
-            f"{files.place}: tensor `{name}` is not in {base.place}", fix="name the model that the patch was made for"
+            f"{place}: tensor `{name}` is not in {base.place}", fix="name the model that the patch was made for"
         )
     if (
         indices.dtype not in _WIDTHS
@@ -220,20 +213,20 @@ def _change(files: Files, specs: Mapping[str, TensorSpec], name: str, base: Chec
         or DTYPES[spec.dtype].torch_name is None
     ):
         raise InputError(
-            f"{files.place}: the patch of tensor `{name}` ({indices.dtype} {list(indices.shape)}, {values.dtype} "
+            f"{place}: the patch of tensor `{name}` ({indices.dtype} {list(indices.shape)}, {values.dtype} "
             f"{list(values.shape)}) does not fit it ({spec.dtype} {list(spec.shape)} in {base.place})",
             fix=_FIX,
         )
     return _Change(spec, indices, values)
 
 
-def _check_shapes(files: Files, base: Checkpoint) -> None:
-    shapes = read_json_object(files, PATCH_FILE).get("shapes")
+def _check_shapes(store: Store, base: Checkpoint) -> None:
+    shapes = read_json_object(store, PATCH_FILE).get("shapes")
     for name, shape in shapes.items() if isinstance(shapes, dict) else ():
         spec = base.tensors.get(name)
         if spec is None or list(spec.shape) != shape:
             found = f"has shape {list(spec.shape)} there" if spec else "is not there"
             raise InputError(
-                f"{files.path(PATCH_FILE)}: the patch is not for {base.place}: tensor `{name}` {found}",
+                f"{store.at.path(PATCH_FILE)}: the patch is not for {base.place}: tensor `{name}` {found}",
                 fix="name the model that the patch was made for",
             )

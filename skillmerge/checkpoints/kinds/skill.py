@@ -16,16 +16,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, Difference, WeightFile
 from skillmerge.checkpoints.kinds.skill_planes import COMPRESSED, Entry, SkillPlane, load_zstandard
 from skillmerge.checkpoints.safetensors import Header, printable
-from skillmerge.checkpoints.store import Files, read_json_object
+from skillmerge.checkpoints.store import Store, read_headers, read_json_object
 from skillmerge.errors import InputError, some
-from skillmerge.tensors import DTYPES, UNIT, TensorSpec, block_count
+from skillmerge.tensors import DTYPES, UNIT, StoredTensor, TensorSpec, block_count
 
+WORD, NOUN, WRITTEN = "skill", "a skill", "{{skill: {uri}}}"
 SKILL_FILE = "skill.json"
 SKILL_VERSION = 1
 PLANES = ("plus", "minus")
@@ -35,6 +37,9 @@ _MAX_DOCUMENT = 256_000_000
 
 _MAX_ELEMENTS = 1 << 36
 """Of one tensor: more than any model has, and few enough to walk through."""
+
+_Parts = Mapping[tuple[str, str], Mapping[int, Mapping[str, StoredTensor]]]
+"""Stored parts by tensor and plane, then by unit, then by what they are."""
 
 
 def part_name(tensor: str, unit: int, plane: str, part: str) -> str:
@@ -46,71 +51,85 @@ def tensor_digest(units: Sequence[str]) -> str:
     return hashlib.sha256("".join(units).encode()).hexdigest()
 
 
-def open_skill(uri: str, files: Files) -> tuple[Checkpoint, Checkpoint]:
-    """Open the skill that `files` are: its planes, `plus` and `minus`, each as a checkpoint of dense tensors.
+def claims(files: Collection[str]) -> bool:
+    return SKILL_FILE in files and INDEX_FILE not in files
+
+
+def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Difference:
+    """Open a skill: its planes, `plus` and `minus`, each as a checkpoint.
 
     Raises InputError where it is missing, damaged, or none.
     """
-    names = files.names()
-    if SKILL_FILE not in names:
-        fix = "name it as a model instead" if "config.json" in names else "`skillmerge extract` makes one"
-        raise InputError(f"{files.place} is not a skill: it has no {SKILL_FILE}", fix=fix)
-    raw = files.read(SKILL_FILE, _MAX_DOCUMENT)
-    document = read_json_object(files, SKILL_FILE, _MAX_DOCUMENT)
-    path = files.path(SKILL_FILE)
+    files, place = store.list(), store.at.place
+    if SKILL_FILE not in files:
+        fix = "name it as a model instead" if "config.json" in files else "`skillmerge extract` makes one"
+        raise InputError(f"{place} is not a skill: it has no {SKILL_FILE}", fix=fix)
+    described = _describe(store)
+    if missing := sorted(set(described.files) - set(files)):
+        raise InputError(f"{place}: files of the skill are missing: {some(missing)}", fix="fetch it again")
+    headers = read_headers(store, described.files, dict.fromkeys(described.files, 1 << 20))
+    if any(spec.name.endswith(COMPRESSED) for header in headers.values() for spec in header.tensors):
+        load_zstandard()
+    parts = _parts_of(headers, [name for name, *_ in described.tensors], place)
+    plus, minus = (_plane(uri, store, described, headers, parts, plane) for plane in PLANES)
+    return Difference(plus, minus)
+
+
+@dataclass(frozen=True, slots=True)
+class _Description:
+    """What `skill.json` says. tensors: name, shape, file, and the dtype of each plane; configs: one for each plane."""
+
+    digest: bytes
+    tensors: list[tuple[str, tuple[int, ...], str, tuple[str, str]]]
+    configs: tuple[Mapping[str, Any], Mapping[str, Any]]
+    files: list[str]
+
+
+def _describe(store: Store) -> _Description:
+    """Raises InputError where it does not describe a skill."""
+    document = read_json_object(store, SKILL_FILE, _MAX_DOCUMENT)
+    path = store.at.path(SKILL_FILE)
     if document.get("skill_version") != SKILL_VERSION:
         raise InputError(f"{path}: skill version {document.get('skill_version')!r} is not known to this version")
     try:
         tensors = [_described(name, item) for name, item in document["tensors"].items()]
-        configs = [document["configs"][plane] for plane in PLANES]
-        wanted = list(document["files"])
+        plus, minus = (document["configs"][plane] for plane in PLANES)
+        files = list(document["files"])
         if (
-            not wanted
-            or len(set(wanted)) != len(wanted)
-            or not all(isinstance(config, dict) for config in configs)
-            or not all(isinstance(n, str) for n in wanted)
+            not files
+            or len(set(files)) != len(files)
+            or not all(isinstance(config, dict) for config in (plus, minus))
+            or not all(isinstance(name, str) for name in files)
         ):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: does not describe a skill ({error})", fix="the skill is damaged") from error
-    if missing := sorted(set(wanted) - set(names)):
-        raise InputError(f"{files.place}: files of the skill are missing: {some(missing)}", fix="fetch it again")
-    headers = dict(zip(wanted, files.headers(wanted, dict.fromkeys(wanted, 1 << 20)), strict=True))
-    if any(spec.name.endswith(COMPRESSED) for header in headers.values() for spec in header.tensors):
-        load_zstandard()
-    parts = _parts_of(headers, [name for name, *_ in tensors], f"{files.place}")
-    planes = []
-    for plane, config in zip(PLANES, configs, strict=True):
-        ends = dict.fromkeys(wanted, 0)
-        entries = []
-        for name, shape, file, dtypes in tensors:
-            if file not in headers:
-                raise InputError(f"{path}: places tensor `{name}` in {file!r}, which is not one of its files")
-            dtype = dtypes[PLANES.index(plane)]
-            start = ends[file] = -(-ends[file] // 8) * 8
-            spec = TensorSpec(name, dtype, shape, file, start, start)
-            ends[file] = start + spec.elements * DTYPES[dtype].itemsize
-            spec = TensorSpec(name, dtype, shape, file, start, ends[file])
-            entries.append(Entry(spec, file, _checked_units(path, spec, parts.get((name, plane), {}))))
-        virtual = SkillPlane(files, headers, entries, hashlib.sha256(raw).digest())
-        planes.append(
-            Checkpoint(
-                uri=uri,
-                files=virtual,
-                names=tuple(names),
-                tensors={entry.spec.name: entry.spec for entry in entries},
-                shards=dict(zip(wanted, virtual.headers(wanted, {}), strict=True)),
-                indexed=True,
-                config=config,
-                unread=(),
-                stored=files,
-                sizes={
-                    entry.spec.name: sum(part.nbytes for unit in entry.units.values() for part in unit.values())
-                    for entry in entries
-                },
-            )
+    digest = hashlib.sha256(store.read_small(SKILL_FILE, _MAX_DOCUMENT)).digest()
+    return _Description(digest, tensors, (plus, minus), files)
+
+
+def _plane(
+    uri: str, store: Store, described: _Description, headers: Mapping[str, Header], parts: _Parts, plane: str
+) -> SkillPlane:
+    """One plane of the skill. Raises InputError where the parts of a tensor are not those of an encoding."""
+    path, number = store.at.path(SKILL_FILE), PLANES.index(plane)
+    entries = {}
+    inside: dict[str, list[str]] = {file: [] for file in headers}
+    for name, shape, file, dtypes in described.tensors:
+        if file not in headers:
+            raise InputError(f"{path}: places tensor `{name}` in {file!r}, which is not one of its files")
+        spec = TensorSpec(name, dtypes[number], shape, file)
+        entries[name] = Entry(spec, _checked_units(path, spec, parts.get((name, plane), {})))
+        inside[file].append(name)
+    listed = store.list()
+    files = {
+        # What the plan keeps of a header stands for all that says what the tensors are.
+        file: replace(
+            WeightFile.of(header, listed[file]), described=header.raw + described.digest, tensors=tuple(inside[file])
         )
-    return planes[0], planes[1]
+        for file, header in headers.items()
+    }
+    return SkillPlane(uri, store, described.configs[number], entries, files)
 
 
 def _described(name: str, item: Mapping[str, Any]) -> tuple[str, tuple[int, ...], str, tuple[str, str]]:
@@ -133,10 +152,10 @@ def _described(name: str, item: Mapping[str, Any]) -> tuple[str, tuple[int, ...]
 
 def _parts_of(
     headers: Mapping[str, Header], tensors: Sequence[str], place: str
-) -> dict[tuple[str, str], dict[int, dict[str, TensorSpec]]]:
+) -> dict[tuple[str, str], dict[int, dict[str, StoredTensor]]]:
     """Every part of the files, by tensor and plane, then by unit. Raises InputError for one of no tensor."""
     known = set(tensors)
-    found: dict[tuple[str, str], dict[int, dict[str, TensorSpec]]] = {}
+    found: dict[tuple[str, str], dict[int, dict[str, StoredTensor]]] = {}
     for spec in (spec for header in headers.values() for spec in header.tensors):
         match = _PART.fullmatch(spec.name)
         if match is None or match[1] not in known:
@@ -149,8 +168,8 @@ def _parts_of(
 
 
 def _checked_units(
-    path: str, spec: TensorSpec, units: Mapping[int, Mapping[str, TensorSpec]]
-) -> Mapping[int, Mapping[str, TensorSpec]]:
+    path: str, spec: TensorSpec, units: Mapping[int, Mapping[str, StoredTensor]]
+) -> Mapping[int, Mapping[str, StoredTensor]]:
     """The parts of a tensor's units, whose dtypes and sizes must be those of an encoding. Raises InputError."""
     for unit, found in units.items():
         length = min(UNIT, spec.elements - unit * UNIT)
@@ -187,6 +206,6 @@ def _holds(part: TensorSpec, elements: int) -> bool:
     return part.name.endswith(COMPRESSED) or part.elements >= elements
 
 
-def summary(files: Files) -> dict[str, Any]:
+def summary(store: Store) -> dict[str, Any]:
     """What `skill.json` says."""
-    return dict(json.loads(files.read(SKILL_FILE, _MAX_DOCUMENT)))
+    return dict(json.loads(store.read_small(SKILL_FILE, _MAX_DOCUMENT)))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.checkpoints.safetensors import Header
-from skillmerge.checkpoints.store import Files
+from skillmerge.checkpoints.checkpoint import Checkpoint, Piece, WeightFile
+from skillmerge.checkpoints.store import Store, Wait, nothing_to_wait_for
 from skillmerge.errors import InputError, UsageError
-from skillmerge.tensors import BLOCK, DTYPES, UNIT, TensorSpec, block_count
+from skillmerge.tensors import BLOCK, DTYPES, UNIT, StoredTensor, TensorSpec, block_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,85 +28,47 @@ _RECENT = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of one plane: its place in the plane, and its parts by unit."""
+    """A tensor of one plane, and its parts by unit."""
 
     spec: TensorSpec
-    file: str
-    units: Mapping[int, Mapping[str, TensorSpec]]
+    units: Mapping[int, Mapping[str, StoredTensor]]
     """Those that are not all zero."""
 
 
-class SkillPlane:
-    """One plane of a skill, as if its dense tensors lay one behind the other in files.
+class SkillPlane(Checkpoint):
+    """One plane of a skill, as a checkpoint."""
 
-    See `checkpoint.Files` for what its methods promise; `stored` are the files that really are there.
-    """
-
-    def __init__(self, stored: Files, headers: Mapping[str, Header], entries: Sequence[Entry], raw: bytes) -> None:
-        self.stored, self.place, self.root = stored, stored.place, stored.root
-        self.revision, self.remote, self.license = stored.revision, stored.remote, stored.license
-        self._entries: dict[str, list[Entry]] = {file: [] for file in headers}
-        for entry in entries:
-            self._entries[entry.file].append(entry)
-        self._begins = {file: [entry.spec.start for entry in found] for file, found in self._entries.items()}
-        self._headers = {
-            # What the plan keeps of a header stands for all that says what the tensors are.
-            file: Header(header.raw + raw, tuple(entry.spec for entry in self._entries[file]), header.size,
-                         header.identity)
-            for file, header in headers.items()
-        }  # fmt: skip
+    def __init__(
+        self,
+        uri: str,
+        store: Store,
+        config: Mapping[str, Any],
+        entries: Mapping[str, Entry],
+        files: Mapping[str, WeightFile],
+    ) -> None:
+        tensors = {name: entry.spec for name, entry in entries.items()}
+        super().__init__(uri, store.at, store, config, tensors, files)
+        self._entries = entries
         self._starts: dict[tuple[str, int], list[Tensor]] = {}
         self._recent: OrderedDict[str, bytearray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def names(self) -> list[str]:
-        return self.stored.names()
-
-    def path(self, name: str) -> str:
-        return self.stored.path(name)
-
-    def read(self, name: str, limit: int) -> bytes:
-        return self.stored.read(name, limit)
-
-    def headers(self, names: Sequence[str], sizes: Mapping[str, int]) -> list[Header]:
-        return [self._headers[name] for name in names]
-
-    def begin(self, name: str, position: int, buffer: memoryview) -> Callable[[], None]:
+    def read(self, pieces: Sequence[Piece]) -> Wait:
         """Decodes at once: there is nothing to wait for."""
-        index = bisect_right(self._begins[name], position) - 1
-        while buffer:
-            entry = self._entries[name][index]
-            itemsize = DTYPES[entry.spec.dtype].itemsize
-            count = min(entry.spec.end - position, len(buffer))
-            first = (position - entry.spec.start) // itemsize
-            self._decode(entry, first, count // itemsize, buffer[:count])
-            position += count
-            buffer = buffer[count:]
-            index += 1
-        return _nothing
+        for piece in pieces:
+            if piece.count:
+                self._decode(self._entries[piece.tensor], piece.first, piece.count, self.view(piece))
+        return nothing_to_wait_for
 
-    def announce(self, name: str, position: int, nbytes: int) -> None:
-        """The first bytes of a unit announce the unit."""
-        entry = self._entries[name][bisect_right(self._begins[name], position) - 1]
-        unit, inside = divmod((position - entry.spec.start) // DTYPES[entry.spec.dtype].itemsize, UNIT)
-        if inside == 0 and unit in entry.units:
-            for part in entry.units[unit].values():
-                self.stored.announce(part.file, part.start, part.nbytes)
+    def hint(self, tensor: str, first: int, count: int) -> None:
+        """The first elements of a unit announce the unit."""
+        unit, inside = divmod(first, UNIT)
+        if inside == 0:
+            for part in self._entries[tensor].units.get(unit, {}).values():
+                self.store.hint(part.file, part.start, part.nbytes)
 
-    def version(self, name: str) -> list[int | str]:
-        return self.stored.version(name)
-
-    def known_digest(self, name: str) -> tuple[int, tuple[str, str]] | None:
-        return self.stored.known_digest(name)
-
-    def check_unchanged(self, names: Sequence[str]) -> None:
-        self.stored.check_unchanged(names)
-
-    def cancel(self) -> None:
-        self.stored.cancel()
-
-    def close(self) -> None:
-        self.stored.close()
+    def cost(self, tensor: str) -> int:
+        return sum(part.nbytes for unit in self._entries[tensor].units.values() for part in unit.values())
 
     def _decode(self, entry: Entry, first: int, count: int, buffer: memoryview) -> None:
         """Put `count` elements from `first` on into `buffer`, unit by unit; whole blocks are decoded."""
@@ -162,7 +123,7 @@ class SkillPlane:
 
     def _damaged(self, entry: Entry) -> InputError:
         return InputError(
-            f"{self.path(entry.file)}: tensor `{entry.spec.name}` is not encoded as it should be",
+            f"{self.store.at.path(entry.spec.file)}: tensor `{entry.spec.name}` is not encoded as it should be",
             fix="the skill is damaged: `skillmerge verify` says whether it is what was written",
         )
 
@@ -191,7 +152,7 @@ class SkillPlane:
                 self._starts[key] = rows
         return self._starts[key]
 
-    def _part(self, spec: TensorSpec, first: int, last: int, dtype: Any) -> Tensor:
+    def _part(self, spec: StoredTensor, first: int, last: int, dtype: Any) -> Tensor:
         import torch
 
         if last <= first:
@@ -199,30 +160,33 @@ class SkillPlane:
         if spec.name.endswith(COMPRESSED):
             inflated = self._inflated(spec)
             if len(inflated) < last * dtype.itemsize:
-                raise InputError(f"{self.path(spec.file)}: `{spec.name}` is too short", fix="the skill is damaged")
+                raise InputError(
+                    f"{self.store.at.path(spec.file)}: `{spec.name}` is too short", fix="the skill is damaged"
+                )
             return torch.frombuffer(inflated, dtype=torch.uint8).view(dtype)[first:last]
         content = bytearray((last - first) * dtype.itemsize)
-        self.stored.begin(spec.file, spec.start + first * dtype.itemsize, memoryview(content))()
+        self.store.read(spec.file, spec.start + first * dtype.itemsize, memoryview(content))()
         return torch.frombuffer(content, dtype=dtype)
 
-    def _length(self, spec: TensorSpec, itemsize: int) -> int:
+    def _length(self, spec: StoredTensor, itemsize: int) -> int:
         """How many elements a part has."""
         return len(self._inflated(spec)) // itemsize if spec.name.endswith(COMPRESSED) else spec.elements
 
-    def _inflated(self, spec: TensorSpec) -> bytearray:
+    def _inflated(self, spec: StoredTensor) -> bytearray:
         """A compressed part as it was. The latest are kept: neighbouring tiles want the same."""
         with self._lock:
             if spec.name in self._recent:
                 self._recent.move_to_end(spec.name)
                 return self._recent[spec.name]
         content = bytearray(spec.nbytes)
-        self.stored.begin(spec.file, spec.start, memoryview(content))()
+        self.store.read(spec.file, spec.start, memoryview(content))()
         size = int.from_bytes(content[:8], "little")
         try:
             inflated = bytearray(inflate(bytes(content[8 : 8 + size]), _MAX_PART))
         except ValueError as error:
             raise InputError(
-                f"{self.path(spec.file)}: `{spec.name}` is not compressed as it should be", fix="the skill is damaged"
+                f"{self.store.at.path(spec.file)}: `{spec.name}` is not compressed as it should be",
+                fix="the skill is damaged",
             ) from error
         inflated += bytes(-len(inflated) % 8)
         with self._lock:
@@ -230,10 +194,6 @@ class SkillPlane:
             while len(self._recent) > 1 and sum(map(len, self._recent.values())) > _RECENT:
                 self._recent.popitem(last=False)
         return inflated
-
-
-def _nothing() -> None:
-    pass
 
 
 def deflate(content: bytes | memoryview) -> bytes:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.brief import brief
-from skillmerge.checkpoints.folder import open_folder
+from skillmerge.checkpoints.kinds.table import open_folder
+from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.durable import disk_errors
 from skillmerge.errors import UsageError
 from skillmerge.outputs.verify import Verdict
@@ -139,10 +140,10 @@ def _write_shuffled(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     models = [open_folder(str(folder / name), folder / name) for name in ("source-sft", "source-rl")]
     with open(out / "model.safetensors", "rb+") as stream:
-        for name, spec in models[0].tensors.items():
-            sft, rl = (read_values(model, name) for model in models)
+        for spec in read_header(stream.name, "model.safetensors").tensors:
+            sft, rl = (read_values(model, spec.name) for model in models)
             update = (rl.float() - sft.float())[torch.randperm(spec.elements, generator=generator)]
-            stream.seek(models[1].tensors[name].start)
+            stream.seek(spec.start)
             moved = (sft.float() + update).to(sft.dtype)  # has to outlive the view of its memory
             stream.write(memory_of(moved))
     for model in models:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skillmerge.checkpoints.folder import open_folder
+from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.engine.values import read_values
 
 FAMILY = Path(__file__).parent / "family"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from skillmerge.bits import torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.memory import HeldFiles
+from skillmerge.checkpoints.memory import Held
 from skillmerge.engine.rounding_statistics import BlockStatistics, summarise, total
 from skillmerge.engine.runner import Work
 from skillmerge.engine.stream import Stream
@@ -50,6 +49,7 @@ class MergedModel:
         self._access, self._warn = access, warn
         self._device = _device(device)
         self._opened = open_models(recipe, access, warn)
+        self._checkpoints: Mapping[str, Checkpoint] = self._opened
         try:
             self.plan = plan_recipe(recipe, self._opened)
             self.plan.refuse_problems()
@@ -57,9 +57,7 @@ class MergedModel:
             self.model, self.tokenizer = self._loaded(recipe)
             self._in_place = self._has_the_files_tensors()
             if self._in_place:
-                self._checkpoints = {
-                    name: replace(checkpoint, files=HeldFiles(checkpoint)) for name, checkpoint in self._opened.items()
-                }
+                self._checkpoints = {name: Held(checkpoint) for name, checkpoint in self._opened.items()}
                 self._in_place = self._has_the_files_values()
             if not self._in_place:
                 self._checkpoints = self._opened

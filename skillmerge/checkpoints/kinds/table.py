@@ -1,0 +1,89 @@
+"""Which kind of weights a place holds: the table of all kinds, and the one that claims a place's files.
+
+A recipe says whether a place is a model, a skill or a patch; which kind of model it is, its files say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, Difference, Kind
+from skillmerge.checkpoints.folder import Folder
+from skillmerge.checkpoints.kinds import dense, patch, skill
+from skillmerge.checkpoints.store import Store
+from skillmerge.errors import InputError, some
+
+MARKED: tuple[Kind, ...] = (skill, patch)
+"""Kinds that a file of their own marks. A mark goes before plain weights: parts of a skill are weight files too."""
+
+PLAIN: Kind = dense
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def open_as(word: str, uri: str, store: Store, onto: Checkpoint | None = None) -> Checkpoint | Difference:
+    """Open what the recipe calls a `model`, `skill` or `patch`, the latter being for the model `onto`.
+
+    Raises InputError where it is missing, unsafe, damaged, or something else.
+    """
+    if word != "model":
+        return next(kind for kind in MARKED if word == kind.WORD).open(uri, store, onto)
+    kind = claimant(store, (*MARKED, PLAIN))
+    if word != kind.WORD:
+        raise InputError(
+            f"{store.at.place} is {kind.NOUN}, not a model",
+            fix=f"in a recipe write it as {kind.WRITTEN.format(uri=uri)}",
+        )
+    return kind.open(uri, store, onto)
+
+
+def claimant(store: Store, kinds: Sequence[Kind]) -> Kind:
+    """The one kind that claims a store's files. Raises InputError where there is none, or more than one."""
+    files = store.list()
+    claiming = [kind for kind in kinds if kind.claims(files)]
+    if len(claiming) > 1 and claiming[-1] is PLAIN:
+        claiming.pop()
+    if len(claiming) > 1:
+        raise InputError(
+            f"{store.at.place} is {' and '.join(kind.NOUN for kind in claiming)} at once",
+            fix="it is unclear which of them is meant: move the files of one away",
+        )
+    if not claiming:
+        raise _no_weights(store)
+    return claiming[0]
+
+
+def open_folder(uri: str, root: Path, *, follow_links: bool = False) -> Checkpoint:
+    """Open the model in folder `root`. Raises InputError as `open_as` does."""
+    opened = open_as("model", uri, Folder(root, follow_links=follow_links))
+    assert isinstance(opened, Checkpoint)
+    return opened
+
+
+def _no_weights(store: Store) -> InputError:
+    """Why nothing in a store can be opened."""
+    dense.check_weight_names(store)
+    names, place = store.list(), store.at.place
+    weights = dense.weight_names(names)
+    if weights in ([], ["adapter_model.safetensors"]) and "adapter_config.json" in names:
+        return InputError(
+            f"{place} is a PEFT adapter, not a whole model",
+            fix="merge the adapter into its base first (peft: merge_and_unload), then name that folder",
+        )
+    if weights:
+        return InputError(
+            f"{place} has {len(weights)} *.safetensors files but no {INDEX_FILE}: {some(weights)}",
+            fix="the checkpoint is incomplete: fetch its index too",
+        )
+    pickles = [name for name in names if name.endswith(_PICKLES) and "/" not in name]
+    if pickles:
+        return InputError(
+            f"{place} has no *.safetensors, only {some(pickles)}",
+            fix="pickles can run code and are never loaded: save the model with save_pretrained first",
+        )
+    inner = sorted({name.split("/")[0] for name in names if name.endswith(".safetensors")})
+    return InputError(
+        f"{place} has no *.safetensors",
+        fix=f"did you mean one of its folders: {some(inner)}?" if inner else "name a folder that holds a model",
+    )

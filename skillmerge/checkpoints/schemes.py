@@ -1,0 +1,70 @@
+"""How a model's URI begins, and what reads it: the one table of places that are no folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skillmerge.checkpoints.folder import Folder
+from skillmerge.checkpoints.place import Local, Location, ModelPlace, parse_location
+from skillmerge.checkpoints.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What to do with a URI that begins so.
+
+    parse: its place, without a request; raises ValueError. open: the store there, given the place and whether what is
+    read goes through a local cache. fetch: the folder with all that a runtime loads of it.
+    """
+
+    parse: Callable[[str], ModelPlace]
+    open: Callable[[Any, bool], Store]
+    fetch: Callable[[Any], Path]
+
+
+def parse_place(uri: str) -> ModelPlace | None:
+    """The place that a URI names, or None where it is a path. Raises ValueError."""
+    scheme, mark, _ = uri.partition("://")
+    if not mark:
+        return None
+    if scheme not in SCHEMES:
+        raise ValueError(f"`{scheme}://` is not a place that skillmerge reads")
+    return SCHEMES[scheme].parse(uri)
+
+
+def is_path(uri: str) -> bool:
+    """Whether a URI is a path and not a place of one of the schemes."""
+    return not any(uri.startswith(f"{scheme}://") for scheme in SCHEMES)
+
+
+def open_store(place: ModelPlace, *, follow_links: bool = False, download: bool = False) -> Store:
+    """The files of a place. follow_links: of a folder, links may lead out. download: through the local cache.
+
+    Raises InputError, TemporaryError.
+    """
+    if isinstance(place, Local):
+        return Folder(place.path, follow_links=follow_links)
+    return SCHEMES[place.scheme].open(place, download)
+
+
+def local_folder(place: ModelPlace) -> Path:
+    """A folder with all that a runtime loads of a model, fetched where it is not there."""
+    return place.path if isinstance(place, Local) else SCHEMES[place.scheme].fetch(place)
+
+
+def _open_location(location: Location, download: bool) -> Store:
+    from skillmerge.checkpoints.hub import open_location
+
+    return open_location(location, download=download)
+
+
+def _download(location: Location) -> Path:
+    from skillmerge.checkpoints.hub import download
+
+    return download(location)
+
+
+SCHEMES = {Location.scheme: Scheme(parse_location, _open_location, _download)}
