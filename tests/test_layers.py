@@ -17,6 +17,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "show.page",
         "show.charts show.page_table show.study_tables",
         "event_log flags show.html show.markdown show.terminal",
+        "show.tables",
         "doctor messages show.figures show.sarif",
     ),
     "verbs": (
@@ -88,7 +89,6 @@ MODULES_A_FOLDER, LINES, FUNCTION_LINES, ARGUMENTS = 12, 400, 50, 8
 LONG_FUNCTIONS: dict[str, str] = {
     "checkpoints.hub_client.hub_errors": "to be cut",
     "checkpoints.kinds.skill.open_skill": "to be cut",
-    "cli.show.charts.chart": "to be cut",
     "outputs.manifest.build": "to be cut",
     "study.inspect.inspect": "to be cut",
     "verbs.apply.apply": "to be cut",

@@ -61,7 +61,7 @@ def test_resident_memory_stays_within_the_prediction(tmp_path: Path) -> None:
     recipe = make(tmp_path, "memory")
     program = (
         "import re, skillmerge;"
-        f"plan = skillmerge.plan({str(recipe)!r}); from skillmerge.resources import budget;"
+        f"plan = skillmerge.plan({str(recipe)!r}); from skillmerge.plans.budget import budget;"
         "limit = budget(plan, threads=2, memory_limit=None).memory;"
         f"skillmerge.apply({str(recipe)!r}, {str(tmp_path / 'out')!r}, threads=2, device='cpu');"
         f"print(limit, {PEAK_MEMORY})"
