@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from skillmerge.cli.show.figures import Figure, show
 from skillmerge.cli.show.html import abbreviated, escaped
 from skillmerge.plans.depth import number
 
-# Curves.
-
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 270, 62, 14, 26, 40
 _MARKS = 3
 _APART = 44
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """Where numbers are on the paper."""
+
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+
+    def across(self, x: float) -> str:
+        return f"{_LEFT + (x - self.x0) / ((self.x1 - self.x0) or 1) * (_WIDTH - _LEFT - _RIGHT):.1f}"
+
+    def up(self, y: float) -> str:
+        return f"{_HEIGHT - _BOTTOM - (y - self.y0) / ((self.y1 - self.y0) or 1) * (_HEIGHT - _TOP - _BOTTOM):.1f}"
+
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        return "M" + " ".join(f"{self.across(x)},{self.up(y)}" for x, y in points)
 
 
 def chart(
@@ -25,37 +43,14 @@ def chart(
     above: tuple[str, Mapping[float, float]] = ("", {}),
 ) -> str:
     """Lines that are told apart by their dashes too, with a legend in words. above: a second axis' numbers."""
-    points = [point for line in series.values() for point in line]
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    x0, x1 = min(xs), max(xs)
+    xs, ys = ([point[axis] for line in series.values() for point in line] for axis in (0, 1))
     ticks = _ticks(min(0.0, *ys), max(0.0, *ys))
-    y0, y1 = ticks[0], ticks[-1]
-
-    def place(x: float, y: float) -> str:
-        across = _LEFT + (x - x0) / ((x1 - x0) or 1) * (_WIDTH - _LEFT - _RIGHT)
-        up = _HEIGHT - _BOTTOM - (y - y0) / ((y1 - y0) or 1) * (_HEIGHT - _TOP - _BOTTOM)
-        return f"{across:.1f},{up:.1f}"
-
-    parts = []
-    for tick in ticks:
-        _, up = place(x0, tick).split(",")
-        parts.append(f'<path class="grid" style="stroke-width:1" d="M{_LEFT},{up}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{float(up) + 4:.1f}" text-anchor="end">{show(tick, unit)}</text>')
-    for tick in _ticks(x0, x1) if x1 - x0 > 1 and along != "layer" else _layers(x0, x1):
-        if x0 <= tick <= x1:
-            across, _ = place(tick, y0).split(",")
-            parts.append(f'<text x="{across}" y="{_HEIGHT - 22}" text-anchor="middle">{number(tick)}</text>')
-    parts.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 5}" text-anchor="middle">{escaped(along)}</text>')
-    free = -math.inf
-    for x in sorted(above[1]):
-        at = float(place(x, y0).split(",")[0])
-        if at >= free:
-            parts.append(f'<text x="{at}" y="12" text-anchor="middle">{number(above[1][x])}</text>')
-            free = at + _APART
+    scale = _Scale(min(xs), max(xs), ticks[0], ticks[-1])
+    parts = [*_axes(scale, ticks, along, unit), *_above(scale, above[1])]
     legend = [f"above: {escaped(above[0])}"] if above[1] else []
     for index, (label, line) in enumerate(series.items()):
         dash = index % _MARKS
-        parts.append(f'<path class="s{dash}" d="M{" ".join(place(x, y) for x, y in line)}"/>')
+        parts.append(f'<path class="s{dash}" d="{scale.path(line)}"/>')
         sample = f'<svg class="sample" viewBox="0 0 30 8"><path class="s{dash}" d="M0,4H30"/></svg>'
         legend.append(f"{sample} {escaped(label)}")
     head = abbreviated(figure) if figure is not None else escaped(title)
@@ -67,6 +62,28 @@ def chart(
         f'aria-label="{escaped(told)}">{"".join(parts)}</svg></div>'
         f"<figcaption>{' · '.join(legend)}</figcaption></figure>"
     )
+
+
+def _axes(scale: _Scale, ticks: Sequence[float], along: str, unit: str) -> Iterator[str]:
+    for tick in ticks:
+        up = scale.up(tick)
+        yield f'<path class="grid" style="stroke-width:1" d="M{_LEFT},{up}H{_WIDTH - _RIGHT}"/>'
+        yield f'<text x="{_LEFT - 6}" y="{float(up) + 4:.1f}" text-anchor="end">{show(tick, unit)}</text>'
+    x0, x1 = scale.x0, scale.x1
+    for tick in _ticks(x0, x1) if x1 - x0 > 1 and along != "layer" else _layers(x0, x1):
+        if x0 <= tick <= x1:
+            yield f'<text x="{scale.across(tick)}" y="{_HEIGHT - 22}" text-anchor="middle">{number(tick)}</text>'
+    yield f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 5}" text-anchor="middle">{escaped(along)}</text>'
+
+
+def _above(scale: _Scale, numbers: Mapping[float, float]) -> Iterator[str]:
+    """Numbers above the lines, as many as there is room for."""
+    free = -math.inf
+    for x in sorted(numbers):
+        at = float(scale.across(x))
+        if at >= free:
+            yield f'<text x="{at}" y="12" text-anchor="middle">{number(numbers[x])}</text>'
+            free = at + _APART
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from skillmerge.cli.show.figures import ACTIONS
-from skillmerge.errors import some, visible
+from skillmerge.cli.show import tables
+from skillmerge.errors import visible
 from skillmerge.plans.accounting import settlement
 from skillmerge.plans.budget import Budget
-from skillmerge.plans.depth import over_depth
+from skillmerge.plans.depth import Depth
 from skillmerge.plans.plan import Plan
 from skillmerge.tensors import format_bytes
 
@@ -48,8 +48,7 @@ def plan_page(
         _list(plan.notes, "note: "),
         _models(plan),
     ]
-    for index, name in enumerate(plan.coefficients):
-        parts.append(_coefficient(plan, name, index))
+    parts += [_coefficient(name, depth) for name, depth in tables.coefficients(plan)]
     parts += [_actions(plan), _totals(plan, needs, where, free), f"plan `{plan.digest}`"]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -83,32 +82,19 @@ def _models(plan: Plan) -> str:
     return _table(("model", "from", "commit", "files", "size"), rows)
 
 
-def _coefficient(plan: Plan, name: str, index: int) -> str:
-    depth = over_depth(
-        (tensor.name, tensor.shape, tensor.coefficients[index])
-        for tensor in plan.tensors.values()
-        if index < len(tensor.coefficients)
-    )
+def _coefficient(name: str, depth: Depth) -> str:
     pictures = [f"{_code(name)} over {_code(stack)}: {_code(drawn)}" for stack, drawn in depth.pictures]
     rows = [(_code(label), *(cells[kind] for kind in depth.kinds)) for label, cells in depth.rows]
     return "\n\n".join([*pictures, _table((_code(name), *depth.kinds), rows)])
 
 
 def _actions(plan: Plan) -> str:
-    groups: dict[tuple[str, str], list[str]] = {}
-    for tensor in plan.tensors.values():
-        models = ", ".join(dict.fromkeys(model for model, _ in tensor.sources))
-        groups.setdefault((tensor.action, models), []).append(tensor.name)
-    rows = [
-        (str(len(names)), _code(models) if models else "", ACTIONS[action], _code(some(names, 2)))
-        for (action, models), names in groups.items()
-    ]
-    return _table(("tensors", "from", "what happens", "names"), rows)
+    rows = [(row.tensors, _code(row.models), row.what, _code(row.names)) for row in tables.actions(plan)]
+    return _table(tables.ACTION_COLUMNS, rows)
 
 
 def _totals(plan: Plan, needs: Budget | None, where: str | None, free: int | None) -> str:
-    most = "at most " if plan.makes_skill else ""
-    rows = [("reads", format_bytes(plan.bytes_read)), ("writes", most + format_bytes(plan.bytes_written))]
+    rows = [("reads", format_bytes(plan.bytes_read)), ("writes", tables.written(plan))]
     if needs is not None:
         rows.append(("peak memory", f"about {format_bytes(needs.memory)} with {needs.threads} threads"))
     if free is not None:

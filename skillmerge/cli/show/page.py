@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from skillmerge.cli.show import tables
 from skillmerge.cli.show.charts import chart
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL, show
 from skillmerge.cli.show.html import abbreviated, cell_of, escaped
@@ -18,7 +19,7 @@ from skillmerge.naming import MODULE_KINDS
 from skillmerge.plans.depth import number
 from skillmerge.plans.plan import Plan
 from skillmerge.study.inspect import Inspection
-from skillmerge.tensors import ULP_EDGES, format_bytes
+from skillmerge.tensors import format_bytes
 from skillmerge.version import __version__
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _cards(plan: Plan | None, manifest: Mapping[str, Any] | None, inspection: In
     cards: list[tuple[str, str]] = []
     if plan is not None:
         cards += [("tensors", f"{len(plan.tensors):,}"), ("reads", format_bytes(plan.bytes_read))]
-        cards += [("writes", ("at most " if plan.makes_skill else "") + format_bytes(plan.bytes_written))]
+        cards += [("writes", tables.written(plan))]
     if manifest is not None:
         total = manifest["statistics"]["all"]
         cards += [("asked lambda", show(total.get("asked_lambda"), "number"))]
@@ -220,16 +221,13 @@ def _forecast(inspection: Inspection) -> str:
 
 
 def _ulps(inspection: Inspection) -> str:
-    counts = inspection.total.get("ulps")
-    if not counts or not sum(counts):
-        return ""
-    classes = zip((0, *ULP_EDGES[:-1]), ULP_EDGES, strict=True)
-    labels = [f"{low + 1} to {high}" if high - low > 1 else str(high) for low, high in classes]
-    whole = sum(counts)
     rows = "".join(
-        f'<tr><td>{label}</td><td style="--p:{count / whole:.0%}">{count / whole:.1%}</td><td>{count:,}</td></tr>'
-        for label, count in zip([*labels, "more"], counts, strict=True)
+        f'<tr><td>{row.label(" to ")}</td><td style="--p:{row.share:.0%}">{row.share:.1%}</td>'
+        f"<td>{row.count:,}</td></tr>"
+        for row in tables.ulps(inspection.total.get("ulps"))
     )
+    if not rows:
+        return ""
     return (
         "<section><h2>Changes in units in the last place</h2>"
         "<p>How many floating-point numbers lie between an element before and after, of those that changed.</p>"
@@ -272,7 +270,7 @@ def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
         rows.append("<tr>" + "".join(f"<td class=text>{text}</td>" for text in texts) + "</tr>")
     failed = sum(not row["passed"] for row in gates)
     told = f"{failed} of {len(gates)} failed: nothing was published." if failed else f"All {len(gates)} passed."
-    head = "".join(f"<th class=text>{column}</th>" for column in ("gate", "asked", "measured", "verdict", ""))
+    head = "".join(f"<th class=text>{column}</th>" for column in tables.GATE_COLUMNS)
     return (
         f'<section><h2>Gates</h2><p>{told}</p><div class="scroll" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
@@ -323,10 +321,7 @@ def _sweep(sweep: Sweep) -> str:
     rows = []
     for trial in sweep.trials:
         cells = [number(trial.values[axis]) for axis in sweep.axes]
-        for name in names:
-            score = trial.scores.get(name)
-            error = f" ± {1.96 * score.error:.2g}" if score is not None and score.error is not None else ""
-            cells.append("–" if score is None else f"{score.value:.4g}{error}")
+        cells += [tables.scored(trial.scores.get(name)) for name in names]
         cells.append(show(trial.realised, "number"))
         near = "best" if trial is sweep.best else "within noise of it" if sweep.within_noise(trial) else ""
         cells.append(escaped(trial.failed or near))

@@ -10,11 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from skillmerge.cli.show import tables
 from skillmerge.cli.show.figures import FIGURES, SPECTRAL, show
 from skillmerge.cli.show.terminal import Text, statistics_table
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.plans.depth import bars, number
-from skillmerge.tensors import ULP_EDGES
 
 if TYPE_CHECKING:
     from skillmerge.study.inspect import Inspection
@@ -34,8 +34,9 @@ def show_inspection(found: Inspection, out: Console) -> None:
     out.print(Text(found.title, style="bold"), soft_wrap=True)
     rows = {**found.modules, "all": found.total}
     out.print(_figures(f"the update, {found.update}", rows, _ONE_UPDATE))
-    if found.total["ulps"] is not None and sum(found.total["ulps"]):
-        out.print(Text(f"changed by units in the last place: {_ulps(found.total['ulps'])}"), soft_wrap=True)
+    if ulps := tables.ulps(found.total["ulps"]):
+        told = ", ".join(f"{row.label('-')}: {row.share:.1%}" for row in ulps if row.count)
+        out.print(Text(f"changed by units in the last place: {told}"), soft_wrap=True)
     if found.second is not None:
         out.print(_figures(f"beside the target's own update, {found.second}", rows, _TWO_UPDATES))
         out.print(Text(_CHANCE))
@@ -115,14 +116,3 @@ def _show_map(found: Inspection, key: str, what: str, out: Console) -> None:
         out.print(Text(told))
         for kind in (kind for kind in (*MODULE_KINDS, "other", "all") if kind in kinds):
             out.print(Text(f"  {kind:10} {bars([kinds[kind].get(layer) for layer in layers], low, high)}"))
-
-
-def _ulps(counts: Sequence[int]) -> str:
-    labels = [
-        f"{low + 1}-{high}" if high - low > 1 else str(high)
-        for low, high in zip((0, *ULP_EDGES[:-1]), ULP_EDGES, strict=True)
-    ]
-    whole = sum(counts)
-    return ", ".join(
-        f"{label}: {count / whole:.1%}" for label, count in zip([*labels, "more"], counts, strict=True) if count
-    )

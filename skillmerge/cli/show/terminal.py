@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
 
-from skillmerge.cli.show.figures import ACTIONS, show
+from skillmerge.cli.show import tables
+from skillmerge.cli.show.figures import show
 from skillmerge.errors import some, visible
 from skillmerge.naming import module_kind
 from skillmerge.outputs.verify import Verdict
 from skillmerge.plans.accounting import settlement
 from skillmerge.plans.budget import Budget
-from skillmerge.plans.depth import bars, number, over_depth
+from skillmerge.plans.depth import Depth, bars, number
 from skillmerge.plans.plan import Plan
 from skillmerge.tensors import format_bytes
 from skillmerge.verbs.export_patch import Patch
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from skillmerge.cli.doctor import Diagnosis
     from skillmerge.outputs.hub_commit import Published
     from skillmerge.recipes.lint import Lint
-    from skillmerge.study.scores import Score
     from skillmerge.verbs.demo.demo import Shown
     from skillmerge.verbs.demo.miniature import Question
     from skillmerge.verbs.derive import Derived
@@ -67,8 +67,8 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
         place = f"{item.uri} at {item.revision[:12]}" if item.revision else item.uri
         models.add_row(*map(Text, (role, place, str(len(item.files)), size)))
     out.print(models)
-    for index, name in enumerate(plan.coefficients):
-        _show_coefficient(plan, name, index, out)
+    for name, depth in tables.coefficients(plan):
+        _show_coefficient(name, depth, out)
     _show_actions(plan, out)
     for gate in plan.recipe.gates:
         out.print(Text(f"gate: {gate.told}"), soft_wrap=True)
@@ -78,8 +78,7 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
         out.print(Text(f"problem: {problem.message}", style="red"), soft_wrap=True)
     if plan.problems:
         out.print(Text(settlement(plan.recipe, plan.problems)), soft_wrap=True)
-    most = "at most " if plan.makes_skill else ""
-    totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {most}{format_bytes(plan.bytes_written)}"]
+    totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {tables.written(plan)}"]
     if needs is not None:
         totals.append(f"peak memory about {format_bytes(needs.memory)} with {needs.threads} threads")
     if free is not None and plan.makes_skill:
@@ -92,13 +91,8 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     out.print(Text(f"plan {plan.digest}", style="dim"), soft_wrap=True)
 
 
-def _show_coefficient(plan: Plan, name: str, index: int, out: Console) -> None:
-    """lambda over depth as a picture, then by block and module, equal neighbours in one row."""
-    depth = over_depth(
-        (tensor.name, tensor.shape, tensor.coefficients[index])
-        for tensor in plan.tensors.values()
-        if index < len(tensor.coefficients)
-    )
+def _show_coefficient(name: str, depth: Depth, out: Console) -> None:
+    """A coefficient over depth as a picture, then by layer and module, equal neighbors in one row."""
     for stack, drawn in depth.pictures:
         out.print(Text(f"{name} over {stack}: {drawn}"))
     table = Table(name, *depth.kinds, box=box.SIMPLE_HEAD, pad_edge=False)
@@ -108,13 +102,9 @@ def _show_coefficient(plan: Plan, name: str, index: int, out: Console) -> None:
 
 
 def _show_actions(plan: Plan, out: Console) -> None:
-    table = Table("tensors", "from", "what happens", "names", box=box.SIMPLE_HEAD, pad_edge=False)
-    groups: dict[tuple[str, str], list[str]] = {}
-    for tensor in plan.tensors.values():
-        models = ", ".join(dict.fromkeys(model for model, _ in tensor.sources))
-        groups.setdefault((tensor.action, models), []).append(tensor.name)
-    for (action, models), names in groups.items():
-        table.add_row(*map(Text, (str(len(names)), models, ACTIONS[action], some(names, 2))))
+    table = Table(*tables.ACTION_COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in tables.actions(plan):
+        table.add_row(*map(Text, row))
     out.print(table)
 
 
@@ -151,7 +141,7 @@ def _show_work(result: Result, statistics: Mapping[str, Any], out: Console) -> N
 def show_gates(outcomes: Sequence[Mapping[str, Any]], out: Console) -> None:
     """What was asked of the output, what was measured, and the verdict."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("gate", "asked", "measured", "verdict", ""):
+    for column in tables.GATE_COLUMNS:
         table.add_column(column, justify="right" if column == "measured" else "left")
     for row in outcomes:
         measured = f"{row['measured']:.4g}" if row["measured"] is not None else "-"
@@ -243,7 +233,7 @@ def show_sweep(sweep: Sweep, out: Console) -> None:
         remarks += ["not beaten in all"] if trial in pareto else []
         table.add_row(
             *(number(trial.values[axis]) for axis in sweep.axes),
-            *(_scored(trial.scores.get(name)) for name in names),
+            *(tables.scored(trial.scores.get(name)) for name in names),
             show(trial.realised, "number"),
             Text(", ".join(remarks)),
         )
@@ -260,12 +250,6 @@ def show_sweep(sweep: Sweep, out: Console) -> None:
     out.print(Text(f"best: {told}, written to {sweep.best_recipe}", style="bold"), soft_wrap=True)
     if sweep.best.scores[sweep.by].error is None:
         out.print(Text("how noisy these scores are is not known: --repeats shows it"), soft_wrap=True)
-
-
-def _scored(score: Score | None) -> str:
-    if score is None:
-        return "–"
-    return f"{score.value:.4g}" + (f" ± {1.96 * score.error:.2g}" if score.error is not None else "")
 
 
 def show_changes(changes: Sequence[str], since: str, out: Console) -> None:

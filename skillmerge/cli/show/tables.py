@@ -1,0 +1,79 @@
+"""What terminal, page and Markdown all show: rows and words as plain data, which each of them draws in its way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from skillmerge.cli.show.figures import ACTIONS
+from skillmerge.errors import some
+from skillmerge.plans.depth import Depth, over_depth
+from skillmerge.plans.plan import Plan
+from skillmerge.study.scores import CONFIDENCE, Score
+from skillmerge.tensors import ULP_EDGES, format_bytes
+
+ACTION_COLUMNS = ("tensors", "from", "what happens", "names")
+GATE_COLUMNS = ("gate", "asked", "measured", "verdict", "")
+
+
+class Action(NamedTuple):
+    """Tensors of a plan with which the same is done."""
+
+    tensors: str
+    models: str
+    what: str
+    names: str
+
+
+def actions(plan: Plan) -> list[Action]:
+    """What the plan does, and with how many tensors of which models."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for tensor in plan.tensors.values():
+        models = ", ".join(dict.fromkeys(source.model for source in tensor.sources))
+        groups.setdefault((tensor.action, models), []).append(tensor.name)
+    return [Action(str(len(it)), models, ACTIONS[action], some(it, 2)) for (action, models), it in groups.items()]
+
+
+def coefficients(plan: Plan) -> Iterator[tuple[str, Depth]]:
+    """Each coefficient by layer and kind of module."""
+    for index, name in enumerate(plan.coefficients):
+        rows = ((it.name, it.shape, it.coefficients[index]) for it in plan.tensors.values() if it.coefficients[index:])
+        yield name, over_depth(rows)
+
+
+def written(plan: Plan) -> str:
+    """How large the output is; how small a skill will be is known when it is made."""
+    return ("at most " if plan.makes_skill else "") + format_bytes(plan.bytes_written)
+
+
+@dataclass(frozen=True, slots=True)
+class Ulps:
+    """Elements that moved by first..last units in the last place; last is None in the class without an end."""
+
+    first: int
+    last: int | None
+    count: int
+    share: float
+
+    def label(self, to: str) -> str:
+        """`1`, `2 to 4`, `more`; `to` stands between the two numbers."""
+        if self.last is None:
+            return "more"
+        return str(self.last) if self.first == self.last else f"{self.first}{to}{self.last}"
+
+
+def ulps(counts: Sequence[int] | None) -> list[Ulps]:
+    """The classes of changes; none where nothing changed or nothing is known."""
+    whole = sum(counts or ())
+    if not counts or not whole:
+        return []
+    ends = zip((1, *(edge + 1 for edge in ULP_EDGES)), (*ULP_EDGES, None), counts, strict=True)
+    return [Ulps(first, last, count, count / whole) for first, last, count in ends]
+
+
+def scored(score: Score | None) -> str:
+    """A score and, where it is known, how far the true one may be off."""
+    if score is None:
+        return "–"
+    return f"{score.value:.4g}" + (f" ± {CONFIDENCE * score.error:.2g}" if score.error is not None else "")
