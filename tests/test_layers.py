@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import skillmerge
+
 PACKAGE = Path(__file__).parent.parent / "skillmerge"
 
 # A module imports only from rooms below its own, and in its own room only from floors below its own.
@@ -211,6 +213,19 @@ def test_functions_are_short() -> None:
         if (function.end_lineno or 0) - function.lineno >= FUNCTION_LINES
     }
     assert long == set(LONG_FUNCTIONS)
+
+
+def test_functions_take_few_arguments() -> None:
+    """Verbs and click callbacks take what a person can say; they sort it into the records that the rest takes."""
+    verbs = {f"{home}.{verb}" for verb, home in skillmerge._HOMES.items()}
+    commands = {f"{name}.{verb}" for name in LEVELS if name.startswith("cli.") for verb in skillmerge._HOMES}
+    wide = {
+        f"{name}.{function.name}"
+        for name in LEVELS
+        for function in functions(MODULES[name])
+        if len([*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]) > ARGUMENTS
+    }
+    assert wide <= verbs | commands
 
 
 def test_each_library_has_one_home() -> None:
