@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import skillmerge
+
 PACKAGE = Path(__file__).parent.parent / "skillmerge"
 
 # A module imports only from rooms below its own, and in its own room only from floors below its own.
@@ -157,6 +159,11 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
             yield node
 
 
+def arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    taken = function.args
+    return [it.arg for it in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs) if it.arg not in ("self", "cls")]
+
+
 def the_map() -> str:
     """The rooms on one screen, for whoever has to find the place of something."""
     return "\n".join(f"{room:12} {' | '.join(floors)}" for room, floors in ROOMS.items())
@@ -210,6 +217,19 @@ def test_functions_are_short() -> None:
         if (function.end_lineno or 0) - function.lineno >= FUNCTION_LINES
     }
     assert long == set(LONG_FUNCTIONS)
+
+
+def test_functions_take_few_arguments() -> None:
+    """Verbs and click callbacks take what a person can say; they sort it into the records that the rest takes."""
+    verbs = {f"{home}.{verb}" for verb, home in skillmerge._HOMES.items()}
+    commands = {f"{name}.{verb}" for name in LEVELS if name.startswith("cli.") for verb in skillmerge._HOMES}
+    wide = {
+        f"{name}.{function.name}"
+        for name in LEVELS
+        for function in functions(MODULES[name])
+        if len(arguments(function)) > ARGUMENTS
+    }
+    assert wide <= verbs | commands
 
 
 def test_each_library_has_one_home() -> None:

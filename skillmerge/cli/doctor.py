@@ -1,8 +1,7 @@
-"""The verb doctor: what a bug report needs to say of this installation, machine and network, and no secret.
+"""The verb doctor: details of this installation, machine and network for a bug report, without secrets.
 
-Whatever is missing, broken or out of reach is information, never an error. What comes from outside (variables,
-addresses, other programs' words) is shown only in a form that no secret has, and the whole passes through
-`redact` at the end.
+What is missing, broken or out of reach is information, never an error. What comes from outside (variables, addresses,
+the output of other programs) is shown only in a form that no secret has, and everything passes `redact` at the end.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ _SECRET = re.compile(
     r"\b(?:hf_|api_org_|gh[opsu]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA|eyJ)[\w.-]{6,}"  # tokens of known kinds
     r"|(?<=//)[^/\s@]+@"  # user and password in an address
 )
-_TELLING = re.compile(r"TOKEN|SECRET|PASSW|KEY|CREDENTIAL", re.I)
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|KEY|CREDENTIAL", re.I)
 """Names of variables whose values are secrets, however short."""
 _REMOVED = "<removed>"
 
@@ -79,7 +78,7 @@ class Diagnosis:
 
 
 def doctor(path: str | os.PathLike[str] | None = None) -> Diagnosis:
-    """Look at this installation, this machine, the disk of `path` (default: the working folder) and the Hub."""
+    """Describe this installation, this machine, the disk of `path` (default: the working folder) and the Hub."""
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "versions": _versions,
         "processor": _processor,
@@ -97,12 +96,12 @@ def doctor(path: str | os.PathLike[str] | None = None) -> Diagnosis:
 def _facts(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return part()
-    except Exception as error:  # one odd machine more: the other sections are still worth having
+    except Exception as error:  # on an odd machine the other sections are still useful
         return {"not known": type(error).__name__}
 
 
 def redact(value: Any, secrets: tuple[str, ...] = ()) -> Any:
-    """Plain data without `secrets`, without what looks like one, and with ~ for the home folder."""
+    """Return plain data without `secrets` and what looks like one, and with ~ for the home folder."""
     if isinstance(value, Mapping):
         return {redact(key, secrets): redact(item, secrets) for key, item in value.items()}
     if isinstance(value, list):
@@ -117,8 +116,8 @@ def redact(value: Any, secrets: tuple[str, ...] = ()) -> Any:
 
 
 def _secrets() -> tuple[str, ...]:
-    """The values that variables with telling names have, the token, and users and passwords in addresses."""
-    found = {value for name, value in os.environ.items() if _TELLING.search(name)}
+    """Return the values of variables that are named like secrets, the token, and users and passwords in addresses."""
+    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
     with suppress(Exception):
         from huggingface_hub import get_token
 
@@ -162,7 +161,7 @@ def _processor() -> dict[str, Any]:
 def cgroup_limit(
     file: str, root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> list[int] | None:
-    """The numbers of the tightest limit that this process's control groups (version 2) have; None for no limit."""
+    """Return the numbers of the lowest limit of this process's control groups (version 2), or None without one."""
     try:
         path = next(row[3:] for row in own.read_text().splitlines() if row.startswith("0::"))
     except (OSError, StopIteration):
@@ -178,7 +177,7 @@ def cgroup_limit(
 
 
 def _cuda() -> dict[str, Any]:
-    """What torch sees, in a process of its own: a driver that does not fit can take the whole process down."""
+    """Return what torch sees. It runs in another process, because a driver that does not match can kill it."""
     facts: dict[str, Any] = {"driver": _driver()}
     try:
         process = subprocess.run(
@@ -187,7 +186,7 @@ def _cuda() -> dict[str, Any]:
             text=True,
             timeout=_TORCH_SECONDS,
             check=False,
-            cwd=os.sep,  # what lies in the working folder is not imported
+            cwd=os.sep,  # nothing in the working folder is imported
         )
         seen = json.loads(process.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
@@ -244,7 +243,7 @@ def _abilities(folder: Path) -> dict[str, Any]:
 
 
 def _filesystem(folder: Path) -> str | None:
-    """The kind of the filesystem, from the mount that the folder's device is."""
+    """Return the kind of the filesystem, from the mount that is the folder's device."""
     device = os.stat(folder).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with suppress(OSError):
@@ -264,7 +263,7 @@ def _hub() -> dict[str, Any]:
 
 def _environment() -> dict[str, Any]:
     names = sorted(name for name in os.environ if name.startswith(_PREFIXES))
-    plain = {name for name in names if _PLAIN.fullmatch(os.environ[name]) and not _TELLING.search(name)}
+    plain = {name for name in names if _PLAIN.fullmatch(os.environ[name]) and not _SECRET_NAME.search(name)}
     return {name: os.environ[name] if name in plain else "set" for name in names}
 
 

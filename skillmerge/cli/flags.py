@@ -1,4 +1,4 @@
-"""What the commands' options have in common: environment variables, kinds of values, and those that several have."""
+"""Options of commands: their environment variables, their types, and the options that several commands have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skillmerge.errors import UsageError
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
-    """A click option that can also be set as SKILLMERGE_<NAME>."""
+    """Return a click option that SKILLMERGE_<NAME> in the environment sets too."""
     long = next(name for name in names if name.startswith("--"))
     variable = "SKILLMERGE_" + long.removeprefix("--").split("/")[0].replace("-", "_").upper()
     return click.option(*names, envvar=variable, show_envvar=False, **attributes)
@@ -119,7 +119,10 @@ password_file = option(
 
 
 def password(file: str | None) -> str | None:
-    """A key's password, which is in no argument, where everybody on the machine could read it. Raises UsageError."""
+    """Return a key's password. Raises UsageError.
+
+    It is never an argument: every user of the machine can read those.
+    """
     if file is None:
         return os.environ.get("SKILLMERGE_KEY_PASSWORD")
     try:

@@ -320,7 +320,7 @@ class _ComparedStream:
         left = memoryview(data)
         while left:
             there = os.pread(self._stream.fileno(), len(left), offset)
-            if not there or there != left[: len(there)]:
+            if not there or there != bytes(left[: len(there)]):  # a view of another format is never equal
                 raise CheckFailed(f"{self._path} differs when it is built again")
             left, offset = left[len(there) :], offset + len(there)
 

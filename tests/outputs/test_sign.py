@@ -319,7 +319,7 @@ def test_what_changes_while_it_is_signed_is_not_signed(
         flip(SHARD)(root)
         return verdict
 
-    monkeypatch.setattr(sign, "verify", verified)
+    monkeypatch.setattr(sign, "verify_files", verified)
     with pytest.raises(CheckFailed, match=f"not of these files: {SHARD}"):
         skillmerge.sign(output, private_key=keys / "key.pem")
     assert not (output / "model.sig").exists()
