@@ -41,7 +41,7 @@ _OURS = ("lock", "journal.jsonl", "journal.jsonl.new", "files", "complete", "pre
 
 
 class Staging:
-    """The staging folder of one output, locked for this run until `close` or `publish`.
+    """The staging folder of one output, locked for this run until `close` or `put_in_place`.
 
     Whatever writes raises UsageError and ResourceError, as `disk_errors` says.
     """
@@ -223,7 +223,7 @@ class Staging:
                 elif path.relative_to(self.files).as_posix() not in names:
                     path.unlink()
 
-    def publish(self, replace: bool) -> None:
+    def put_in_place(self, replace: bool) -> None:
         """Give the finished files the output's name in one step.
 
         With `replace` they take the place of what has it; without, only that of nothing or an empty folder:

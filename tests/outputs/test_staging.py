@@ -65,7 +65,7 @@ def test_staging_publishes_everything_and_leaves_nothing(output: Path) -> None:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
         assert not output.exists()
-        staging.publish(replace=False)
+        staging.put_in_place(replace=False)
     assert files(output) == WHOLE
     assert os.listdir(output.parent) == ["merged"]
 
@@ -129,7 +129,7 @@ def test_staging_files_are_as_readable_as_any_other(output: Path) -> None:
             shard.finish()
             staging.write_file("sub/config.json", b"{}")
             staging.write_file(MANIFEST_FILE, b"{}")
-            staging.publish(replace=False)
+            staging.put_in_place(replace=False)
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [output, *output.rglob("*")]}
@@ -253,7 +253,7 @@ def test_publish_replaces_an_output_when_asked(output: Path, monkeypatch: pytest
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        staging.publish(replace=True)
+        staging.put_in_place(replace=True)
     assert files(output) == WHOLE
     assert os.listdir(output.parent) == ["merged"]
 
@@ -274,7 +274,7 @@ def test_what_was_replaced_and_could_not_be_removed_is_removed_by_the_next_run(
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
         monkeypatch.setattr(os, "unlink", fails)
-        staging.publish(replace=True)
+        staging.put_in_place(replace=True)
         monkeypatch.undo()
     assert files(output) == WHOLE
     assert (Staging.folder_of(output) / "complete" / "old").exists()
@@ -288,7 +288,7 @@ def test_publish_takes_the_place_of_an_empty_folder(output: Path) -> None:
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        staging.publish(replace=False)
+        staging.put_in_place(replace=False)
     assert files(output) == WHOLE
 
 
@@ -298,7 +298,7 @@ def test_publish_unasked_touches_nothing_and_can_be_done_later(output: Path) -> 
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
         with pytest.raises(UsageError):
-            staging.publish(replace=False)
+            staging.put_in_place(replace=False)
     assert files(output) == previous
     with closing(Staging(output)) as staging:
         assert not staging.recover(PLAN, CONDITIONS, replace=False)
@@ -316,14 +316,14 @@ def test_recover_leaves_a_folder_that_can_be_used_at_once(output: Path) -> None:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
         with pytest.raises(UsageError):
-            staging.publish(replace=False)
+            staging.put_in_place(replace=False)
     with closing(Staging(output)) as staging:
         assert staging.recover(PLAN, CONDITIONS, replace=True)
         with pytest.raises(OutputLocked):
             Staging(output)
         assert staging.begin("another plan", CONDITIONS) is None
         staging.write_file(MANIFEST_FILE, b"another")
-        staging.publish(replace=True)
+        staging.put_in_place(replace=True)
     assert files(output) == {MANIFEST_FILE: b"another"}
     assert os.listdir(output.parent) == ["merged"]
 
@@ -333,7 +333,7 @@ def test_recover_never_publishes_what_was_replaced(output: Path) -> None:
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        staging.publish(replace=False)
+        staging.put_in_place(replace=False)
         staging.folder.mkdir()
         (staging.folder / "journal.jsonl").write_text('{"manifest_sha256": "that of a run long gone"}\n')
         put_previous(staging.folder / "complete")
