@@ -39,7 +39,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "card hub_commit output",
         "manifest",
         "staging",
-        "shard_file",
+        "journal shard_file",
     ),
     "engine": (
         "runners.threads",

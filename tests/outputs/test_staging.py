@@ -10,12 +10,15 @@ import os
 import stat
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import OutputLocked, UsageError
+from skillmerge.outputs.journal import Journal, Placing
 from skillmerge.outputs.shard_file import ShardFile, WriteMode
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 
@@ -29,13 +32,8 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "merged"
 
 
-def entry(name: str) -> dict[str, Any]:
-    return {
-        "shard": name,
-        "size": len(SHARDS[name]),
-        "sha256": hashlib.sha256(SHARDS[name]).hexdigest(),
-        "statistics": {},
-    }
+def entry(name: str) -> ShardRecord:
+    return ShardRecord(name, len(SHARDS[name]), hashlib.sha256(SHARDS[name]).hexdigest(), {})
 
 
 def finish_shards(staging: Staging, *names: str) -> None:
@@ -208,8 +206,8 @@ def test_journal_torn_at_any_byte_keeps_the_lines_before(output: Path) -> None:
                 staging.begin(PLAN, CONDITIONS)
                 lines = max(0, whole[:length].count(b"\n") - 1)
                 assert list(staging.finished) == list(SHARDS)[:lines], length
-                staging.record({"note": "appended to whole lines only"})
-                assert [json.loads(line) for line in journal.read_text().splitlines()][-1]["note"]
+                staging.record(replace(entry("c.safetensors"), uploaded=True))  # appended to whole lines only
+                assert [json.loads(line) for line in journal.read_text().splitlines()][-1]["uploaded"]
 
 
 def test_journal_is_not_believed_where_the_shard_is_missing_or_short(output: Path) -> None:
@@ -226,13 +224,14 @@ def test_journal_is_not_believed_where_the_shard_is_missing_or_short(output: Pat
 def test_journal_lines_of_many_threads_stay_whole(output: Path) -> None:
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
-        threads = [threading.Thread(target=staging.record, args=({"n": n, "x": "x" * 9000},)) for n in range(40)]
+        rows = [ShardRecord(f"{n}", n, "x" * 9000, {}) for n in range(40)]
+        threads = [threading.Thread(target=staging.record, args=(row,)) for row in rows]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         lines = [json.loads(line) for line in (staging.folder / "journal.jsonl").read_text().splitlines()]
-        assert sorted(line["n"] for line in lines[1:]) == list(range(40))
+        assert sorted(line["size"] for line in lines[1:]) == list(range(40))
 
 
 # ------------------------------------------------------------------------------------------- publish, recover
@@ -355,7 +354,7 @@ def test_recover_leaves_another_plans_publication_alone(output: Path) -> None:
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        staging.record({"manifest_sha256": hashlib.sha256(b"{}").hexdigest()})
+        Journal(staging.folder / "journal.jsonl").append(Placing(hashlib.sha256(b"{}").hexdigest()))
         staging.files.rename(staging.folder / "complete")
     before = files(output)
     with closing(Staging(output)) as staging:
@@ -367,7 +366,7 @@ def test_recover_gives_back_an_output_that_another_plan_had_moved_away(output: P
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        staging.record({"manifest_sha256": hashlib.sha256(b"{}").hexdigest()})
+        Journal(staging.folder / "journal.jsonl").append(Placing(hashlib.sha256(b"{}").hexdigest()))
         staging.files.rename(staging.folder / "complete")
         put_previous(staging.folder / "previous")
     with closing(Staging(output)) as staging:
