@@ -40,8 +40,10 @@ from observing import (
 )
 
 import skillmerge
+from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import CheckFailed, ResourceError, SkillmergeError
 from skillmerge.outputs import staging as writer
+from skillmerge.outputs.journal import Journal, Row
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 
 FAILURES = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR]
@@ -113,7 +115,7 @@ def test_kill_during_an_overwrite_keeps_the_previous_output_whole(server: MergeS
 def test_nothing_is_believed_before_it_is_durable(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill leaves what was written in the page cache, a power cut does not: only the order of calls can tell."""
     durable: set[str] = set()
-    fsync, pwrite, record, put = os.fsync, os.pwrite, Staging.record, writer._put_in_place
+    fsync, pwrite, append, put = os.fsync, os.pwrite, Journal.append, writer._put_in_place
     believed = []
     one_at_a_time = threading.Lock()
 
@@ -128,14 +130,14 @@ def test_nothing_is_believed_before_it_is_durable(small: Path, monkeypatch: pyte
         durable.discard(path_of(descriptor))
         return pwrite(descriptor, data, offset)
 
-    def watched_record(staging: Staging, entry: dict[str, Any]) -> None:
-        if "shard" in entry:
-            believed.append(entry["shard"])
-            assert str(staging.files / entry["shard"]) in durable
+    def watched_append(journal: Journal, row: Row) -> None:
+        if isinstance(row, ShardRecord):
+            believed.append(row.file)
+            assert str(journal.path.parent / "files" / row.file) in durable
         with one_at_a_time:  # else another thread's line takes back what this one's has proved
-            durable.discard(str(staging.folder / "journal.jsonl"))
-            record(staging, entry)
-            assert str(staging.folder / "journal.jsonl") in durable
+            durable.discard(str(journal.path))
+            append(journal, row)
+            assert str(journal.path) in durable
 
     def watched_put(finished: Path, output: Path, replace: bool) -> None:
         believed.append(output.name)
@@ -149,7 +151,7 @@ def test_nothing_is_believed_before_it_is_durable(small: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "pwrite", watched_pwrite)
-    monkeypatch.setattr(Staging, "record", watched_record)
+    monkeypatch.setattr(Journal, "append", watched_append)
     monkeypatch.setattr(writer, "_put_in_place", watched_put)
     (small.parent / "target" / "1_Pooling").mkdir()
     (small.parent / "target" / "1_Pooling" / "config.json").write_text("{}")
@@ -304,8 +306,8 @@ def test_disk_filled_midway_keeps_what_is_finished(
     previous = put_previous(output)
     record = Staging.record
 
-    def record_and_fill(staging: Staging, entry: dict[str, Any]) -> None:
-        record(staging, entry)
+    def record_and_fill(staging: Staging, done: ShardRecord) -> None:
+        record(staging, done)
         fill(disk)
 
     monkeypatch.setattr(Staging, "record", record_and_fill)

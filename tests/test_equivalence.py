@@ -108,7 +108,7 @@ def test_output_bytes_do_not_depend_on_threads_and_tiles(
         for tile in (1 << 17, 1 << 19, 1 << 23):
             monkeypatch.setattr(budget, "_TILE_BYTES", tile)
             result = skillmerge.apply(recipe, tmp_path / f"{threads}-{tile}", threads=threads, device="cpu")
-            statistics = str(result.manifest["statistics"])
+            statistics = str(result.manifest.statistics)
             found.add((tuple(sorted(digests(result.output).items())), statistics))
     assert len(found) == 1
 
@@ -155,5 +155,5 @@ def test_copied_tensors_are_the_donors_bytes(tmp_path: Path) -> None:
     family(tmp_path)
     recipe = write_recipe(tmp_path, coefficients={"lam": 0})
     result = skillmerge.apply(recipe)
-    assert {tensor["action"] for tensor in result.manifest["tensors"]} == {"copy"}
+    assert {tensor.action for tensor in result.manifest.tensors} == {"copy"}
     assert digests(result.output) == digests(tmp_path / "target")

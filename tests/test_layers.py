@@ -37,10 +37,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "outputs": (
         "attest push",
         "sign",
-        "bom hub_commit verify",
-        "card manifest",
+        "bom verify",
+        "card hub_commit output",
+        "manifest",
         "staging",
-        "manifest_schema shard_file",
+        "journal shard_file",
     ),
     "engine": (
         "runners.threads",
@@ -88,10 +89,7 @@ OUTSIDE = {"", "__main__"}
 
 MODULES_A_FOLDER, LINES, FUNCTION_LINES, ARGUMENTS = 12, 400, 50, 8
 
-LONG_FUNCTIONS: dict[str, str] = {
-    "outputs.manifest.build": "to be cut",
-    "verbs.apply.apply": "to be cut",
-}
+LONG_FUNCTIONS = {"verbs.apply.apply": "24 keywords, each on a line of its own, and what they mean"}
 """Functions above FUNCTION_LINES, at most five, each with its reason."""
 
 HOMES = {
@@ -100,7 +98,7 @@ HOMES = {
     "rich": {"cli.show.terminal", "cli.show.study_tables"},
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},
-    "pydantic": {"recipes.schema", "outputs.manifest_schema"},
+    "pydantic": {"recipes.schema", "outputs.manifest"},
     "safetensors": {"outputs.verify"},
     "transformers": {"study.load_probe", "study.built_in", "verbs.sweep.in_memory"},
     "optuna": {"verbs.sweep.search"},
@@ -217,6 +215,7 @@ def test_functions_are_short() -> None:
         if (function.end_lineno or 0) - function.lineno >= FUNCTION_LINES
     }
     assert long == set(LONG_FUNCTIONS)
+    assert len(LONG_FUNCTIONS) <= 5
 
 
 def test_functions_take_few_arguments() -> None:

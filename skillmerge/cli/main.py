@@ -150,7 +150,7 @@ def _failed(error: SkillmergeError) -> int:
     with suppress(OSError):
         if _wants_json():
             print_json({"ok": False, **error.as_dict()})
-        elif outcomes := error.as_dict().get("gates"):
+        elif outcomes := getattr(error, "outcomes", ()):  # of gates
             from skillmerge.cli.show import terminal
 
             terminal.show_gates(outcomes, terminal.console())

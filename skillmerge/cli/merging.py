@@ -80,8 +80,8 @@ def apply(
         try:
             result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
         except GateFailed as error:
-            rows = [outcome.as_dict() for outcome in error.outcomes]
-            write_report(report_file, title=f"{recipe}: refused", plan=error.plan, manifest=error.proof, gates=rows)
+            title = f"{recipe}: refused"
+            write_report(report_file, title=title, plan=error.plan, manifest=error.body, gates=error.outcomes)
             raise
     show_merge(result, as_json, quiet)
     title = str(result.output)

@@ -91,7 +91,7 @@ def gate(
     if as_json:
         print_result(report)
     elif not quiet:
-        terminal.show_gates(report.as_dict()["gates"], terminal.console())
+        terminal.show_gates(report.outcomes, terminal.console())
 
 
 @click.command()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.naming import MODULE_KINDS, module_kind
@@ -33,6 +33,84 @@ if TYPE_CHECKING:
 SAMPLE_STRIDE = 128
 DEVIATION = 0.1
 """A realised lambda further than this from the asked one is worth a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What rounding did to one kind of module, or to all. changed: None where nothing was measured, and then so is
+    all the rest; the lambdas: None where not every tensor has one number in front of the difference."""
+
+    tensors: int = 0
+    merged: int = 0
+    changed: float | None = None
+    vanished: float | None = None
+    realised: float | None = None
+    norm_ratio: float | None = None
+    asked_lambda: float | None = None
+    realised_lambda: float | None = None
+
+    @property
+    def lambdas(self) -> tuple[float, float] | None:
+        """Asked and realised lambda; of updates that have none, the realised share of 1."""
+        if self.asked_lambda is not None:
+            return (self.asked_lambda, self.realised_lambda) if self.realised_lambda is not None else None
+        return (1.0, self.realised) if self.realised is not None else None
+
+    def as_dict(self) -> dict[str, Any]:
+        row: dict[str, Any] = {"tensors": self.tensors, "merged": self.merged}
+        if self.changed is not None:
+            row |= {key: getattr(self, key) for key in ("changed", "vanished", "realised", "norm_ratio")}
+        if self.asked_lambda is not None:
+            row |= {"asked_lambda": self.asked_lambda, "realised_lambda": self.realised_lambda}
+        return row
+
+
+@dataclass(frozen=True, slots=True)
+class SkillGroup:
+    """What of a stored skill one kind of module has, or all. changed: the share of elements; relative_error: the norm
+    of what rounding lost, of the norm of the update."""
+
+    tensors: int
+    elements: int
+    changed: float | None
+    pairs: int
+    norm: float
+    relative_error: float
+    bytes: int
+    dense_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What rounding did, by module kind and in all. mode: full, sampled or off."""
+
+    mode: str
+    modules: dict[str, Group]
+    all: Group
+
+    @property
+    def rows(self) -> list[tuple[str, Group]]:
+        return [*self.modules.items(), ("all", self.all)]
+
+    def as_dict(self) -> dict[str, Any]:
+        modules = {kind: group.as_dict() for kind, group in self.modules.items()}
+        return {"mode": self.mode, "modules": modules, "all": self.all.as_dict()}
+
+
+@dataclass(frozen=True, slots=True)
+class SkillStatistics:
+    """What a stored skill has, by module kind and in all."""
+
+    mode: str
+    modules: dict[str, SkillGroup]
+    all: SkillGroup
+
+    @property
+    def rows(self) -> list[tuple[str, SkillGroup]]:
+        return [*self.modules.items(), ("all", self.all)]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def is_sampled(name: str, block: int, blocks: int, mode: str) -> bool:
@@ -115,36 +193,36 @@ def _sum(values: Iterable[float]) -> float | None:
     return result if math.isfinite(result) else None
 
 
-def summarise(plan: Plan, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(plan: Plan, measured: Mapping[str, Mapping[str, Any]], mode: str) -> Statistics:
     """Per module kind and in all: counts, and asked and realised lambda weighted by the update's energy."""
     groups: dict[str, list[str]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
     for name in plan.tensors:
         groups[module_kind(name)].append(name)
     modules = {kind: _group(plan, names, measured) for kind, names in groups.items() if names}
-    return {"modules": modules, "all": _group(plan, list(plan.tensors), measured)}
+    return Statistics(mode, modules, _group(plan, list(plan.tensors), measured))
 
 
-def summarise_skill(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summarise_skill(tensors: Mapping[str, Mapping[str, Any]]) -> SkillStatistics:
     """The same for a stored skill, from what `skill.json` says of its tensors: counts, shares, and the norm."""
     groups: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
     for name, row in tensors.items():
         groups[module_kind(name)].append(row)
     modules = {kind: _skill_group(rows) for kind, rows in groups.items() if rows}
-    return {"modules": modules, "all": _skill_group(list(tensors.values()))}
+    return SkillStatistics("full", modules, _skill_group(list(tensors.values())))
 
 
-def _skill_group(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _skill_group(rows: list[Mapping[str, Any]]) -> SkillGroup:
     elements = [math.prod(row["shape"]) for row in rows]
-    return {
-        "tensors": len(rows),
-        "elements": sum(elements),
-        "changed": _share(sum(row["changed"] for row in rows), sum(elements)),
-        "pairs": sum(row["pairs"] for row in rows),
-        "norm": math.sqrt(math.fsum(row["sum_of_squares"] for row in rows)),
-        "relative_error": _relative_error(rows),
-        "bytes": sum(row["bytes"] for row in rows),
-        "dense_bytes": sum(count * DTYPES[row["dtype"]].itemsize for count, row in zip(elements, rows, strict=True)),
-    }
+    return SkillGroup(
+        tensors=len(rows),
+        elements=sum(elements),
+        changed=_share(sum(row["changed"] for row in rows), sum(elements)),
+        pairs=sum(row["pairs"] for row in rows),
+        norm=math.sqrt(math.fsum(row["sum_of_squares"] for row in rows)),
+        relative_error=_relative_error(rows),
+        bytes=sum(row["bytes"] for row in rows),
+        dense_bytes=sum(count * DTYPES[row["dtype"]].itemsize for count, row in zip(elements, rows, strict=True)),
+    )
 
 
 def _relative_error(rows: list[Mapping[str, Any]]) -> float:
@@ -154,35 +232,46 @@ def _relative_error(rows: list[Mapping[str, Any]]) -> float:
     return math.sqrt(lost / whole) if whole else 0.0
 
 
-def _group(plan: Plan, names: list[str], measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _group(plan: Plan, names: list[str], measured: Mapping[str, Mapping[str, Any]]) -> Group:
     rows = [(name, measured[name]) for name in names if _is_finite(measured.get(name))]
-    result: dict[str, Any] = {"tensors": len(names), "merged": sum(_merged(plan, name) for name in names)}
+    merged = sum(_merged(plan, name) for name in names)
     if not rows:
-        return result
+        return Group(len(names), merged)
     # A sampled tensor stands for all of its elements.
     scaled = [(row, row["total"] / row["elements"]) for _, row in rows]
     updated = math.fsum(row["updated"] * by for row, by in scaled)
     energy = math.fsum(row["uu"] * by for row, by in scaled)
-    result["changed"] = _share(
-        math.fsum(row["changed"] * by for row, by in scaled), sum(row["total"] for _, row in rows)
-    )
-    result["vanished"] = _share(math.fsum(row["vanished"] * by for row, by in scaled), updated)
-    result["realised"] = _share(math.fsum(row["du"] * by for row, by in scaled), energy)
+    changed = math.fsum(row["changed"] * by for row, by in scaled)
     moved, whole = (math.fsum(row[key] * by for row, by in scaled) for key in ("dd", "tt"))
-    result["norm_ratio"] = math.sqrt(moved / whole) if whole else None
     factors = [_factor(plan, name) for name, _ in rows]
-    if None not in factors and energy > 0:
-        # u = lambda * v, so <v, v> = <u, u> / lambda^2.
-        terms = [
-            (row["uu"] * by, row["du"] * by, factor)
-            for (row, by), factor in zip(scaled, factors, strict=True)
-            if factor
-        ]
-        plain = _sum(uu / factor / factor for uu, _, factor in terms)
-        asked, realised = _sum(uu / factor for uu, _, factor in terms), _sum(du / factor for _, du, factor in terms)
-        if plain and asked is not None and realised is not None:
-            result["asked_lambda"], result["realised_lambda"] = asked / plain, realised / plain
-    return result
+    asked, realised = _lambdas(scaled, factors) if energy > 0 else (None, None)
+    return Group(
+        len(names),
+        merged,
+        changed=_share(changed, sum(row["total"] for _, row in rows)),
+        vanished=_share(math.fsum(row["vanished"] * by for row, by in scaled), updated),
+        realised=_share(math.fsum(row["du"] * by for row, by in scaled), energy),
+        norm_ratio=math.sqrt(moved / whole) if whole else None,
+        asked_lambda=asked,
+        realised_lambda=realised,
+    )
+
+
+def _lambdas(
+    scaled: list[tuple[Mapping[str, Any], float]], factors: list[float | None]
+) -> tuple[float, float] | tuple[None, None]:
+    """Asked and realised lambda of tensors that all have one."""
+    if None in factors:
+        return None, None
+    # u = lambda * v, so <v, v> = <u, u> / lambda^2.
+    terms = [
+        (row["uu"] * by, row["du"] * by, factor) for (row, by), factor in zip(scaled, factors, strict=True) if factor
+    ]
+    plain = _sum(uu / factor / factor for uu, _, factor in terms)
+    asked, realised = _sum(uu / factor for uu, _, factor in terms), _sum(du / factor for _, du, factor in terms)
+    if not plain or asked is None or realised is None:
+        return None, None
+    return asked / plain, realised / plain
 
 
 def _is_finite(row: Mapping[str, Any] | None) -> bool:
@@ -203,9 +292,8 @@ def _factor(plan: Plan, name: str) -> float | None:
     return program.asked if program is not None and program.base else None
 
 
-def deviating(summary: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+def deviating(statistics: Statistics) -> Iterable[tuple[str, float]]:
     """Module kinds, and `all`, whose realised share of the update is more than DEVIATION off."""
-    for name, group in (*summary["modules"].items(), ("all", summary["all"])):
-        realised = group.get("realised")
-        if realised is not None and abs(realised - 1) > DEVIATION:
-            yield name, realised
+    for name, group in statistics.rows:
+        if group.realised is not None and abs(group.realised - 1) > DEVIATION:
+            yield name, group.realised

@@ -186,7 +186,7 @@ def describe_skill(
         "skill_version": SKILL_VERSION,
         "expression": plan.recipe.document.data["merge"],
         "exact": all(tensor.action in ("cut", "zero", "same") for tensor in plan.tensors.values()),
-        "relative_error": summarise_skill(tensors)["all"]["relative_error"],
+        "relative_error": summarise_skill(tensors).all.relative_error,
         "parents": [
             {"name": item.name, "uri": item.uri, "revision": item.revision, "license": item.license}
             for item in plan.inputs

@@ -19,7 +19,9 @@ from skillmerge.brief import brief
 from skillmerge.checkpoints.place import on_hub
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.errors import UsageError
-from skillmerge.outputs import bom, manifest
+from skillmerge.outputs import bom
+from skillmerge.outputs.manifest import Input, Manifest
+from skillmerge.outputs.output import RunLog, check_folder
 from skillmerge.outputs.sign import read_private_key
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.outputs.verify import verify_files
@@ -77,9 +79,7 @@ def attest(
     private_key: sign it too, as a DSSE envelope (then it is NAME.intoto.jsonl); see `signing.sign`.
     Raises CheckFailed where the output does not verify, UsageError, ResourceError.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
+    root = check_folder(folder)
     _check_libraries(bom_file is not None, private_key is not None)
     suffix = ".intoto.jsonl" if private_key is not None else ".intoto.json"
     named = root if root.name not in ("", "..") else root.resolve()
@@ -88,28 +88,26 @@ def attest(
     if bom_file is not None:
         _check_place(Path(bom_file), ("bomFormat",))
     key = read_private_key(private_key, password) if private_key is not None else None
-    verify_files(root, allow_nonfinite=allow_nonfinite)
-    manifest.refuse_failed(root)
-    proof = manifest.read(root)
-    log = json.loads((root / manifest.RUN_LOG_FILE).read_bytes())
-    files = manifest.digests(root, proof)
+    made = verify_files(root, allow_nonfinite=allow_nonfinite).output
+    made.refuse_failed()
+    proof, log, files = made.manifest, made.run_log(), made.digests()
     content = _statement(proof, log, files, builder_id, invocation_id)
     if key is not None:
         content = _envelope(content, key)
     with disk_errors(place):
         write_whole(place.absolute(), content)
     if bom_file is not None:
-        materials = bom.build(named.name, proof, files, _time(log["finished"]))
+        materials = bom.build(named.name, proof, files, _time(log.finished))
         with disk_errors(Path(bom_file)):
             write_whole(Path(bom_file).absolute(), materials.encode())
-    unpinned = tuple(item["name"] for item in proof["inputs"] if not _is_pinned(item))
+    unpinned = tuple(item.name for item in proof.inputs if not _is_pinned(item))
     written = Path(bom_file) if bom_file is not None else None
     return Attested(place, written, len(files), unpinned, os.fspath(folder))
 
 
 def _statement(
-    proof: Mapping[str, Any],
-    log: Mapping[str, Any],
+    proof: Manifest,
+    log: RunLog,
     files: Mapping[str, str],
     builder_id: str,
     invocation_id: str | None,
@@ -126,57 +124,55 @@ def _statement(
     return (json.dumps(MessageToDict(statement.pb), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _provenance(proof: Mapping[str, Any], log: Mapping[str, Any], builder_id: str, invocation_id: str | None) -> Any:
+def _provenance(proof: Manifest, log: RunLog, builder_id: str, invocation_id: str | None) -> Any:
     from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
 
-    environment, recipe = proof["environment"], proof["recipe"]
+    environment, recipe = proof.environment, proof.recipe
     made = provenance_pb2.Provenance()
     definition, details = made.build_definition, made.run_details
     definition.build_type = BUILD_TYPE
-    text, shortened = _without_host_paths(recipe["text"])
+    text, shortened = _without_host_paths(recipe.text)
     definition.external_parameters.update(
         {
-            "recipe": {"text": text, "sha256": recipe["sha256"], "pathsShortened": shortened},
-            "coefficients": dict(proof["overrides"]),
+            "recipe": {"text": text, "sha256": recipe.sha256, "pathsShortened": shortened},
+            "coefficients": dict(proof.overrides),
         }
     )
     definition.internal_parameters.update(
         {
-            "planDigest": proof["plan_digest"],
-            "manifestDigest": proof["digest"],
-            "device": environment["device"],
-            "platform": environment["platform"],
+            "planDigest": proof.plan_digest,
+            "manifestDigest": proof.digest,
+            "device": environment.device,
+            "platform": environment.platform,
         }
     )
-    definition.resolved_dependencies.extend(
-        descriptor for item in proof["inputs"] for descriptor in _dependencies(item)
-    )
+    definition.resolved_dependencies.extend(descriptor for item in proof.inputs for descriptor in _dependencies(item))
     details.builder.id = builder_id
     details.builder.version.update(
-        {proof["tool"]["name"]: proof["tool"]["version"]}
-        | {name: environment[name] for name in ("python", "torch", "safetensors")}
+        {proof.tool.name: proof.tool.version}
+        | {name: getattr(environment, name) for name in ("python", "torch", "safetensors")}
     )
     details.metadata.invocation_id = invocation_id or ""
-    finished = _time(log["finished"])
-    details.metadata.started_on.FromDatetime((finished - timedelta(seconds=log["seconds"])).replace(microsecond=0))
+    finished = _time(log.finished)
+    details.metadata.started_on.FromDatetime((finished - timedelta(seconds=log.seconds)).replace(microsecond=0))
     details.metadata.finished_on.FromDatetime(finished)
     return made
 
 
-def _dependencies(item: Mapping[str, Any]) -> Iterator[Any]:
+def _dependencies(item: Input) -> Iterator[Any]:
     """An input's commit, where it has one, and its weight files. Of a local input the name in the recipe is told,
     and not the path."""
-    place = on_hub(item["uri"]) if item["revision"] else None
-    at = place.at(item["revision"]) if place is not None else None
+    place = on_hub(item.uri)
+    at = place.at(item.revision) if place is not None and item.revision else None
     if at is not None:
         page = f"https://huggingface.co/{at.repository}/tree/{at.revision}"
-        yield _descriptor(item["name"], uri=str(at), download_location=page, gitCommit=at.revision)
-    for file in item["files"]:
+        yield _descriptor(item.name, uri=str(at), download_location=page, gitCommit=at.revision)
+    for file in item.files:
         yield _descriptor(
-            f"{item['name']}/{file['name']}",
-            uri=f"{at}/{file['name']}" if at else "",
-            annotations={"size": str(file["size"]), "headerSha256": file["header_sha256"]},
-            sha256=file["sha256"] or file["stated_sha256"],
+            f"{item.name}/{file.name}",
+            uri=f"{at}/{file.name}" if at else "",
+            annotations={"size": str(file.size), "headerSha256": file.header_sha256},
+            sha256=file.sha256 or file.stated_sha256,
         )
 
 
@@ -191,8 +187,8 @@ def _descriptor(
     return descriptor.pb
 
 
-def _is_pinned(item: Mapping[str, Any]) -> bool:
-    return bool(item["revision"]) or all(file["sha256"] or file["stated_sha256"] for file in item["files"])
+def _is_pinned(item: Input) -> bool:
+    return bool(item.revision) or all(file.sha256 or file.stated_sha256 for file in item.files)
 
 
 def _without_host_paths(text: str) -> tuple[str, bool]:

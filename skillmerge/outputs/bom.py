@@ -16,6 +16,7 @@ from uuid import NAMESPACE_OID, uuid5
 from skillmerge.checkpoints.place import on_hub
 from skillmerge.errors import UsageError
 from skillmerge.outputs.card import license_of
+from skillmerge.outputs.manifest import Input, Manifest
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.recipes.parse import parse_recipe
 
@@ -28,7 +29,7 @@ def check_library() -> None:
     import cyclonedx  # noqa: F401
 
 
-def build(name: str, proof: Mapping[str, Any], files: Mapping[str, str], finished: datetime) -> str:
+def build(name: str, proof: Manifest, files: Mapping[str, str], finished: datetime) -> str:
     """The document, as JSON, of an output with this manifest. name: of the model; files: its sha256 by name."""
     from cyclonedx.model.bom import Bom, BomMetaData
     from cyclonedx.model.component import Component, ComponentType
@@ -36,11 +37,11 @@ def build(name: str, proof: Mapping[str, Any], files: Mapping[str, str], finishe
     from cyclonedx.output.json import JsonV1Dot6
 
     model = _model(name, proof, files)
-    inputs = [_input(item, f"input/{item['name']}", with_files=True) for item in proof["inputs"]]
-    tool = proof["tool"]
-    tools = [Component(name=tool["name"], version=tool["version"], type=ComponentType.APPLICATION, bom_ref="tool")]
+    inputs = [_input(item, f"input/{item.name}", with_files=True) for item in proof.inputs]
+    tool = proof.tool
+    tools = [Component(name=tool.name, version=tool.version, type=ComponentType.APPLICATION, bom_ref="tool")]
     document = Bom(
-        serial_number=uuid5(NAMESPACE_OID, f"skillmerge {name} {proof['digest']}"),
+        serial_number=uuid5(NAMESPACE_OID, f"skillmerge {name} {proof.digest}"),
         metadata=BomMetaData(timestamp=finished, tools=ToolRepository(components=tools), component=model),
         components=inputs,
     )
@@ -48,53 +49,53 @@ def build(name: str, proof: Mapping[str, Any], files: Mapping[str, str], finishe
     return JsonV1Dot6(document).output_as_string(indent=1) + "\n"
 
 
-def _model(name: str, proof: Mapping[str, Any], files: Mapping[str, str]) -> Component:
+def _model(name: str, proof: Manifest, files: Mapping[str, str]) -> Component:
     from cyclonedx.model import Property
     from cyclonedx.model.component import Component, ComponentType, Pedigree
 
     told = {
-        "expression": proof["expression"],
-        "recipe-sha256": proof["recipe"]["sha256"],
-        "plan-digest": proof["plan_digest"],
-        "manifest-digest": proof["digest"],
+        "expression": proof.expression,
+        "recipe-sha256": proof.recipe.sha256,
+        "plan-digest": proof.plan_digest,
+        "manifest-digest": proof.digest,
         "hash-is-of": f"{MANIFEST_FILE}, which has the sha256 of every file",
-        **{f"coefficient:{key}": str(value) for key, value in proof["overrides"].items()},
+        **{f"coefficient:{key}": str(value) for key, value in proof.overrides.items()},
     }
-    ancestors = [_input(item, f"ancestor/{item['name']}", with_files=False) for item in proof["inputs"]]
+    ancestors = [_input(item, f"ancestor/{item.name}", with_files=False) for item in proof.inputs]
     return Component(
         name=name,
-        version=proof["plan_digest"],
+        version=proof.plan_digest,
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref="model",
         hashes=_sha256(files[MANIFEST_FILE]),
         licenses=_licenses(_license(proof)),
         components=[_file(file, "model", sha256) for file, sha256 in files.items()],
-        pedigree=Pedigree(ancestors=ancestors, notes=proof["expression"]),
+        pedigree=Pedigree(ancestors=ancestors, notes=proof.expression),
         properties=[Property(name=f"skillmerge:{key}", value=value) for key, value in told.items()],
     )
 
 
-def _input(item: Mapping[str, Any], ref: str, with_files: bool) -> Component:
+def _input(item: Input, ref: str, with_files: bool) -> Component:
     """A model that went in: as a part with its files, or as an ancestor, which only names it."""
     from cyclonedx.model.component import Component, ComponentType
     from packageurl import PackageURL
 
-    purl, name = None, item["name"]
-    place = on_hub(item["uri"]) if item["revision"] else None
+    purl, name = None, item.name
+    place = on_hub(item.uri) if item.revision else None
     if place is not None:
         organisation, name = place.repository.split("/")
-        purl = PackageURL("huggingface", organisation, name, item["revision"], subpath=place.subfolder or None)
-    files = item["files"] if with_files else []
+        purl = PackageURL("huggingface", organisation, name, item.revision, subpath=place.subfolder or None)
+    files = item.files if with_files else []
     return Component(
         name=name,
         group=purl.namespace if purl else None,
-        version=item["revision"],
+        version=item.revision,
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref=ref,
-        description=f"`{item['name']}` of the recipe",
-        licenses=_licenses(item["license"]),
+        description=f"`{item.name}` of the recipe",
+        licenses=_licenses(item.license),
         purl=purl,
-        components=[_file(file["name"], ref, file["sha256"] or file["stated_sha256"]) for file in files],
+        components=[_file(file.name, ref, file.sha256 or file.stated_sha256) for file in files],
     )
 
 
@@ -110,11 +111,11 @@ def _sha256(digest: str | None) -> list[Any]:
     return [HashType(alg=HashAlgorithm.SHA_256, content=digest)] if digest else []
 
 
-def _license(proof: Mapping[str, Any]) -> str | None:
+def _license(proof: Manifest) -> str | None:
     """Of the merge: the recipe's, or its parents' where they agree; or None."""
-    declared = parse_recipe(proof["recipe"]["text"], "the manifest's recipe", Path("/")).output.license
+    declared = parse_recipe(proof.recipe.text, "the manifest's recipe", Path("/")).output.license
     try:
-        return license_of(proof["inputs"], declared)
+        return license_of(proof.inputs, declared)
     except UsageError:
         return None
 

@@ -6,26 +6,29 @@ what it lacks is added. Metadata: https://huggingface.co/docs/hub/model-cards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from skillmerge.checkpoints.place import Location, on_hub
+from skillmerge.engine.rounding_statistics import SkillStatistics, Statistics
 from skillmerge.errors import UsageError
+from skillmerge.outputs.manifest import Input, Manifest
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.depth import number, over_depth
+from skillmerge.plans.plan import InputPlan
 from skillmerge.recipes.recipe import Push
 from skillmerge.tensors import format_bytes
 
 CARD_FILE = "README.md"
 
 
-def license_of(inputs: Sequence[Mapping[str, Any]], declared: str | None) -> str:
+def license_of(inputs: Sequence[Input | InputPlan], declared: str | None) -> str:
     """The licence of a merge of these parents. Raises UsageError where they do not agree and none is declared."""
     if declared is not None:
         return declared
-    found = {item["name"]: item["license"] for item in inputs}
+    found = {item.name: item.license for item in inputs}
     if len(set(found.values())) == 1 and not {None, "other"} & set(found.values()):
         return str(next(iter(found.values())))
     told = ", ".join(f"{name}: {license or 'none'}" for name, license in found.items())
@@ -35,10 +38,10 @@ def license_of(inputs: Sequence[Mapping[str, Any]], declared: str | None) -> str
     )
 
 
-def write_card(manifest: Mapping[str, Any], push: Push, declared: str | None, by_hand: str | None = None) -> str:
+def write_card(manifest: Manifest, push: Push, declared: str | None, by_hand: str | None = None) -> str:
     """The text of the card. Raises UsageError where the licence is not settled or `by_hand` is no card."""
-    skill = manifest["output"].get("kind") == "skill"
-    parents = [place for item in manifest["inputs"] if (place := on_hub(item["uri"])) is not None]
+    skill = manifest.makes_skill
+    parents = [place for item in manifest.inputs if (place := on_hub(item.uri)) is not None]
     metadata: dict[str, Any] = {
         "license": None,
         "library_name": "skillmerge" if skill else "transformers",
@@ -51,10 +54,10 @@ def write_card(manifest: Mapping[str, Any], push: Push, declared: str | None, by
     if push.new_version is not None:
         metadata["new_version"] = push.new_version
     if by_hand is None:
-        metadata["license"] = license_of(manifest["inputs"], declared)
+        metadata["license"] = license_of(manifest.inputs, declared)
         return str(ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{_body(manifest, push)}").content)
     card, written = read_metadata(by_hand)
-    metadata["license"] = written.get("license") or license_of(manifest["inputs"], declared)
+    metadata["license"] = written.get("license") or license_of(manifest.inputs, declared)
     tags = [*(written.get("tags") or []), *metadata["tags"]]
     card.data = ModelCardData(**{**metadata, **written, "tags": list(dict.fromkeys(tags))})
     return str(card.content)
@@ -69,24 +72,23 @@ def read_metadata(card: str) -> tuple[ModelCard, dict[str, Any]]:
         raise UsageError(f"the card's metadata cannot be read: {error}") from error
 
 
-def _body(manifest: Mapping[str, Any], push: Push) -> str:
-    if manifest["output"].get("kind") == "skill":
+def _body(manifest: Manifest, push: Push) -> str:
+    if manifest.makes_skill:
         return _skill_body(manifest, push)
     name = push.repository.split("/")[-1]
-    size = sum(file["size"] for file in manifest["files"])
     sections = [
         f"# {name}",
-        f"A merge of {len(manifest['inputs'])} models by `{manifest['expression']}`, computed by "
-        f"skillmerge {manifest['tool']['version']}: {len(manifest['tensors'])} tensors, {format_bytes(size)}.",
+        f"A merge of {len(manifest.inputs)} models by `{manifest.expression}`, computed by "
+        f"skillmerge {manifest.tool.version}: {len(manifest.tensors)} tensors, {format_bytes(manifest.size)}.",
         "## Parents",
         _parents(manifest),
         "## How they were merged",
-        f"```yaml\n{manifest['recipe']['text'].strip()}\n```",
+        f"```yaml\n{manifest.recipe.text.strip()}\n```",
     ]
-    if manifest["overrides"]:
-        told = ", ".join(f"{key} = {number(value)}" for key, value in manifest["overrides"].items())
+    if manifest.overrides:
+        told = ", ".join(f"{key} = {number(value)}" for key, value in manifest.overrides.items())
         sections.append(f"Set from outside, in place of the recipe's: {told}.")
-    sections += [_coefficient(manifest, name, index) for index, name in enumerate(manifest["coefficients"])]
+    sections += [_coefficient(manifest, name, index) for index, name in enumerate(manifest.coefficients)]
     sections += [
         *_rounding(manifest),
         "## Use",
@@ -94,30 +96,28 @@ def _body(manifest: Mapping[str, Any], push: Push) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("{push.repository}")\n```',
         "## Proof",
         f"`{MANIFEST_FILE}` names every input with its commit and digests, what was done to each tensor,\n"
-        f"and the sha256 of every file. Plan `{manifest['plan_digest']}`.\n"
+        f"and the sha256 of every file. Plan `{manifest.plan_digest}`.\n"
         "With the recipe above and the commits of the table, `skillmerge apply` gives the same bytes again;\n"
         "`skillmerge verify` checks them.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _skill_body(manifest: Mapping[str, Any], push: Push) -> str:
+def _skill_body(manifest: Manifest, push: Push) -> str:
     name = push.repository.split("/")[-1]
-    statistics = manifest["statistics"]
-    total, size = statistics["all"], sum(file["size"] for file in manifest["files"])
-    lost = total["relative_error"]
+    statistics = manifest.statistics
+    assert isinstance(statistics, SkillStatistics)
+    total, lost = statistics.all, statistics.all.relative_error
     kept = f"rounded ({lost:.2g} of its norm was lost)" if lost else "kept exactly"
     rows = ["| module | tensors | changed | norm | stored |", "| --- | --- | --- | --- | --- |"]
-    for label, group in (*statistics["modules"].items(), ("all", total)):
-        changed = f"{group['changed']:.1%}" if group["changed"] is not None else "-"
-        rows.append(
-            f"| {label} | {group['tensors']} | {changed} | {number(group['norm'])} | {format_bytes(group['bytes'])} |"
-        )
+    for label, group in statistics.rows:
+        changed = f"{group.changed:.1%}" if group.changed is not None else "-"
+        rows.append(f"| {label} | {group.tensors} | {changed} | {number(group.norm)} | {format_bytes(group.bytes)} |")
     sections = [
         f"# {name}",
-        f"A skill: the difference of models `{manifest['expression']}`, {kept} by skillmerge "
-        f"{manifest['tool']['version']}: {total['tensors']} tensors, {format_bytes(size)} of the "
-        f"{format_bytes(total['dense_bytes'])} that they would take whole. It is not a model: it is added to one.",
+        f"A skill: the difference of models `{manifest.expression}`, {kept} by skillmerge "
+        f"{manifest.tool.version}: {total.tensors} tensors, {format_bytes(manifest.size)} of the "
+        f"{format_bytes(total.dense_bytes)} that they would take whole. It is not a model: it is added to one.",
         "## Parents",
         _parents(manifest),
         "## What it changes",
@@ -128,31 +128,31 @@ def _skill_body(manifest: Mapping[str, Any], push: Push) -> str:
         "output: {path: ./merged}\n```",
         "## Proof",
         f"`{MANIFEST_FILE}` names the parents with their commits, and the sha256 of every file; `skill.json` has the\n"
-        f"digests of the parents' tensors (`skillmerge verify --parent`). Plan `{manifest['plan_digest']}`.",
+        f"digests of the parents' tensors (`skillmerge verify --parent`). Plan `{manifest.plan_digest}`.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _parents(manifest: Mapping[str, Any]) -> str:
+def _parents(manifest: Manifest) -> str:
     rows = ["| name | model | commit | licence |", "| --- | --- | --- | --- |"]
-    for item in manifest["inputs"]:
-        place = on_hub(item["uri"])
+    for item in manifest.inputs:
+        place = on_hub(item.uri)
         if place is not None:
             where = f"[{place.repository}](https://huggingface.co/{place.repository})"
         else:
-            sizes = [file["size"] for file in item["files"]]
+            sizes = [file.size for file in item.files]
             where = f"local: {len(sizes)} file{'s' if len(sizes) > 1 else ''}, {format_bytes(sum(sizes))}"
-        donor = " (donor)" if item["name"] == manifest["donor"] else ""
-        commit = f"`{item['revision']}`" if item["revision"] else "-"
-        rows.append(f"| `{item['name']}`{donor} | {where} | {commit} | {item['license'] or '-'} |")
+        donor = " (donor)" if item.name == manifest.donor else ""
+        commit = f"`{item.revision}`" if item.revision else "-"
+        rows.append(f"| `{item.name}`{donor} | {where} | {commit} | {item.license or '-'} |")
     return "\n".join(rows)
 
 
-def _coefficient(manifest: Mapping[str, Any], name: str, index: int) -> str:
+def _coefficient(manifest: Manifest, name: str, index: int) -> str:
     depth = over_depth(
-        (tensor["name"], tensor["shape"], tensor["coefficients"][index])
-        for tensor in manifest["tensors"]
-        if index < len(tensor["coefficients"])
+        (tensor.name, tensor.shape, tensor.coefficients[index])
+        for tensor in manifest.tensors
+        if index < len(tensor.coefficients)
     )
     pictures = "\n".join(f"{name} over {stack}: {picture}" for stack, picture in depth.pictures)
     rows = [f"| {name} | {' | '.join(depth.kinds)} |", "| --- |" + " --- |" * len(depth.kinds)]
@@ -160,19 +160,18 @@ def _coefficient(manifest: Mapping[str, Any], name: str, index: int) -> str:
     return (f"```\n{pictures}\n```\n\n" if pictures else "") + "\n".join(rows)
 
 
-def _rounding(manifest: Mapping[str, Any]) -> list[str]:
-    statistics = manifest["statistics"]
+def _rounding(manifest: Manifest) -> list[str]:
+    statistics = manifest.statistics
+    assert isinstance(statistics, Statistics)
     rows = []
-    for name, group in (*statistics["modules"].items(), ("all", statistics["all"])):
-        asked, realised = group.get("asked_lambda"), group.get("realised_lambda")
-        if asked is None and group.get("realised") is not None:
-            asked, realised = 1.0, group["realised"]
-        if asked is None or realised is None:
+    for name, group in statistics.rows:
+        if group.lambdas is None:
             continue
-        shares = [f"{group[key]:.1%}" if group.get(key) is not None else "-" for key in ("vanished", "changed")]
+        asked, realised = group.lambdas
+        shares = [f"{share:.1%}" if share is not None else "-" for share in (group.vanished, group.changed)]
         rows.append(f"| {name} | {number(asked)} | {number(realised)} | {shares[0]} | {shares[1]} |")
     if not rows:
         return []
-    measured = "a sample of blocks" if statistics["mode"] == "sampled" else "every element"
+    measured = "a sample of blocks" if statistics.mode == "sampled" else "every element"
     head = "| module | asked lambda | realised lambda | vanished | changed |\n| --- | --- | --- | --- | --- |"
     return ["## What rounding did", f"Measured on {measured}.", head + "\n" + "\n".join(rows)]

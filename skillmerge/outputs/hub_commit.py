@@ -26,6 +26,7 @@ from skillmerge.checkpoints.store import digest_of
 from skillmerge.durable import disk_errors
 from skillmerge.errors import CheckFailed, InputError, SkillmergeError, StalePlan, TemporaryError, UsageError, some
 from skillmerge.outputs import manifest
+from skillmerge.outputs.manifest import File, Manifest
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.recipes.recipe import Push
 
@@ -102,18 +103,18 @@ class Digests:
         return size == self.size and digest in (("sha256", self.sha256), ("git_sha1", self.git_sha1))
 
 
-def _is_there(file: Mapping[str, Any], listed: Mapping[str, tuple[int, tuple[str, str]]], files: Repository) -> bool:
+def _is_there(file: File, listed: Mapping[str, tuple[int, tuple[str, str]]], files: Repository) -> bool:
     """Whether the Hub has a file of a manifest; a small one, of which it states no sha256, is read."""
-    size, (kind, digest) = listed.get(file["name"], (-1, ("", "")))
-    if size != file["size"]:
+    size, (kind, digest) = listed.get(file.name, (-1, ("", "")))
+    if size != file.size:
         return False
     if kind != "sha256":
-        digest = digest_of("sha256", files.read_small(file["name"], size))[1]
-    return digest == str(file["sha256"])
+        digest = digest_of("sha256", files.read_small(file.name, size))[1]
+    return digest == file.sha256
 
 
-class Publisher:
-    """One push: a repository, the branch or pull request that the commit goes to, and its files.
+class HubCommit:
+    """One commit in the making: a repository, the branch or pull request that the commit goes to, and its files.
 
     Whatever talks to the Hub raises InputError (not allowed, not there), StalePlan (the branch moved),
     TemporaryError.
@@ -250,7 +251,7 @@ class Publisher:
     def names(self) -> set[str]:
         return set(self._operations)
 
-    def publish(self, message: str, description: str, upload: Callable[[str], None]) -> Published:
+    def make(self, message: str, description: str, upload: Callable[[str], None]) -> Published:
         """Make the commit, unless it is there already, and compare what the Hub then has with what was sent.
 
         upload: sends a file by name that the Hub does not want to copy. Raises CheckFailed where the Hub has
@@ -322,7 +323,7 @@ class Publisher:
             and (_MODEL_FILE.fullmatch(name) or (tokenizer and _TOKENIZER_FILE.fullmatch(name)))
         ]
 
-    def find_plan(self, plan_digest: str, title: str) -> tuple[Published, dict[str, Any]] | None:
+    def find_plan(self, plan_digest: str, title: str) -> tuple[Published, Manifest] | None:
         """An output of this plan that is there already, and its manifest: on the branch, or in an open pull
         request of ours. Every byte of it is what its manifest says, and that is whole."""
         for revision, request in self._places(self.push.message or title):
@@ -332,9 +333,7 @@ class Publisher:
             files = Repository(Location(self.push.repository, commit))
             try:
                 proof = manifest.parse(files.read_small(MANIFEST_FILE, _MAX_MANIFEST), files.at.path(MANIFEST_FILE))
-                if proof["plan_digest"] == plan_digest and all(
-                    _is_there(file, listed, files) for file in proof["files"]
-                ):
+                if proof.plan_digest == plan_digest and all(_is_there(file, listed, files) for file in proof.files):
                     return Published(self.push.repository, commit, request or self._home, request, True), proof
             except (CheckFailed, InputError):
                 continue  # somebody else's, and not for us to judge

@@ -1,35 +1,235 @@
-"""The proof beside the weights: what went in, what was done, what came out. Build, write, read, compare.
+"""The proof beside the weights: what went in, what was done, what came out. Types, build, seal, read, write, compare.
 
 Nothing outside `environment` depends on time, host, device or thread count, so that a rebuild gives the same
 manifest. `digest` covers everything else in the file, and the file is written in one canonical form, so that
-no byte of it can change unnoticed.
+no byte of it can change unnoticed. Fields have the names and the order of the JSON's keys.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import stat
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, TypeAdapter, ValidationError
+
+from skillmerge.brief import brief
 from skillmerge.checkpoints.safetensors import unique_keys
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.engine.rounding_statistics import summarise, summarise_skill
-from skillmerge.errors import CheckFailed, some
-from skillmerge.outputs.manifest_schema import has_shape_of_manifest
+from skillmerge.engine.rounding_statistics import SkillStatistics, Statistics, summarise, summarise_skill
+from skillmerge.errors import CheckFailed
 from skillmerge.outputs.staging import MANIFEST_FILE
-from skillmerge.plans.plan import Plan
+from skillmerge.plans.plan import InputPlan, Plan
 from skillmerge.plans.side_files import SideFile
-from skillmerge.recipes.parse import parse_recipe
-from skillmerge.recipes.recipe import Recipe
-from skillmerge.threads import hash_file
 from skillmerge.version import __version__
 
 MANIFEST_VERSION = 1
 RUN_LOG_FILE = "skillmerge.run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    name: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeText:
+    text: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSettings:
+    """What the recipe says under `output`, as far as it decides bytes. keep, compression: of a stored skill."""
+
+    dtype: str
+    rounding: str = "nearest"
+    seed: int = 0
+    kind: str = "model"
+    compression: str = "none"
+    keep: int | float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        kind = {"kind": self.kind, "compression": self.compression} if self.kind != "model" else {}
+        keep = {"keep": self.keep} if self.keep is not None else {}
+        return {**kind, **keep, "dtype": self.dtype, "rounding": self.rounding, "seed": self.seed}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputFile:
+    """A weight file of an input. stated_sha256: what the Hub said of it; sha256: what it was hashed to, if it was."""
+
+    name: str
+    size: int
+    header_sha256: str
+    bytes_read: int = 0
+    stated_sha256: str | None
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A model that went in. revision: its commit on the Hub, or None."""
+
+    name: str
+    uri: str
+    revision: str | None
+    files: tuple[InputFile, ...]
+    license: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        row = {"name": self.name, "uri": self.uri, "revision": self.revision}
+        return {**row, "files": [asdict(file) for file in self.files], "license": self.license}
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of the output."""
+
+    name: str
+    size: int
+    sha256: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """What was done to one tensor of the output; see `TensorPlan`. statistics: of rounding, where it was measured."""
+
+    name: str
+    file: str
+    action: str
+    dtype: str
+    shape: tuple[int, ...]
+    sources: tuple[tuple[str, str], ...]
+    coefficients: tuple[int | float, ...] = ()
+    statistics: dict[str, Any] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        row = {
+            "name": self.name,
+            "file": self.file,
+            "action": self.action,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "sources": [list(source) for source in self.sources],
+            "coefficients": list(self.coefficients),
+        }
+        return {**row, "statistics": self.statistics} if self.statistics is not None else row
+
+
+@dataclass(frozen=True, slots=True)
+class LogFile:
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What it was made in and under which conditions. recipe_folder: where the recipe lay, seen from the output."""
+
+    python: str
+    platform: str
+    torch: str
+    safetensors: str
+    device: str
+    recipe_folder: Annotated[str, Field(pattern=r"^[^\x00]+$")] = ".."
+    inputs: dict[str, dict[str, Any]]
+    stats: Literal["full", "sampled", "off"]
+    allow_nonfinite: bool
+    only_on: str | None = None
+    run_log: LogFile
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What a run that finds the output asks for anew."""
+        row = {"inputs": self.inputs, "stats": self.stats, "allow_nonfinite": self.allow_nonfinite}
+        return {**row, "only_on": self.only_on} if self.only_on is not None else row
+
+    def as_dict(self) -> dict[str, Any]:
+        names = ("python", "platform", "torch", "safetensors", "device", "recipe_folder")
+        return {**{name: getattr(self, name) for name in names}, **self.conditions, "run_log": asdict(self.run_log)}
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestBody:
+    """All of a manifest that does not depend on where and when the output was made."""
+
+    tool: Tool
+    recipe: RecipeText
+    expression: str
+    coefficients: tuple[str, ...]
+    overrides: dict[str, int | float]
+    plan_digest: str
+    donor: str
+    output: OutputSettings
+    inputs: tuple[Input, ...]
+    files: tuple[File, ...]
+    tensors: tuple[Tensor, ...]
+    statistics: Annotated[SkillStatistics | Statistics, Field(union_mode="left_to_right")]
+
+    __repr__ = brief
+
+    @property
+    def makes_skill(self) -> bool:
+        return self.output.kind == "skill"
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that it names."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def file_names(self) -> set[str]:
+        """Every file that an output with this manifest has, the manifest included."""
+        return {file.name for file in self.files} | {MANIFEST_FILE, RUN_LOG_FILE}
+
+    @property
+    def inputs_hashed(self) -> bool:
+        """Whether it knows what the weights of any input were."""
+        return any(file.sha256 for item in self.inputs for file in item.files)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the JSON has it."""
+        return {
+            "manifest_version": MANIFEST_VERSION,
+            "tool": asdict(self.tool),
+            "recipe": asdict(self.recipe),
+            "expression": self.expression,
+            "coefficients": list(self.coefficients),
+            "overrides": dict(self.overrides),
+            "plan_digest": self.plan_digest,
+            "donor": self.donor,
+            "output": self.output.as_dict(),
+            "inputs": [item.as_dict() for item in self.inputs],
+            "files": [file.as_dict() for file in self.files],
+            "tensors": [tensor.as_dict() for tensor in self.tensors],
+            "statistics": self.statistics.as_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest(ManifestBody):
+    """A manifest, sealed by the digest of everything else in it."""
+
+    environment: Environment
+    digest: str
+
+    __repr__ = brief
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**ManifestBody.as_dict(self), "environment": self.environment.as_dict(), "digest": self.digest}
+
+    def to_bytes(self) -> bytes:
+        return to_bytes(self.as_dict())
 
 
 def build(
@@ -38,134 +238,64 @@ def build(
     side_files: Sequence[SideFile],
     stats: str,
     input_digests: Mapping[tuple[str, str], str],
-) -> dict[str, Any]:
-    """All of an output's manifest that does not depend on where and when it was made; `finished` are the
-    records by shard."""
-    files = [
-        {"name": shard.file, "size": finished[shard.file].size, "sha256": finished[shard.file].sha256}
-        for shard in plan.shards
-    ]
-    files += [{"name": file.name, "size": file.size, "sha256": file.digest[1]} for file in side_files]
+) -> ManifestBody:
+    """What there is to say of an output before it is sealed; `finished` are the records by shard."""
+    recipe, shards = plan.recipe, [finished[shard.file] for shard in plan.shards]
+    files = [File(done.file, done.size, done.sha256) for done in shards]
+    files += [File(file.name, file.size, file.digest[1]) for file in side_files]
     measured = {name: row for done in finished.values() for name, row in done.statistics.items()}
-    described = plan.as_dict()
-    inputs = [
-        {
-            **item,
-            "license": source.license,
-            "files": [
-                {
-                    **file,
-                    "stated_sha256": known.stated_sha256,
-                    "sha256": input_digests.get((item["name"], file["name"])),
-                }
-                for file, known in zip(item["files"], source.files, strict=True)
-            ],
-        }
-        for item, source in zip(described["inputs"], plan.inputs, strict=True)
-    ]
-    tensors = [
-        {**tensor, "statistics": measured[tensor["name"]]} if tensor["name"] in measured else tensor
-        for tensor in described["tensors"]
-    ]
-    if plan.makes_skill:
-        rows = {name: row for done in finished.values() for name, row in (done.tensors or {}).items()}
-        statistics = {"mode": "full", **summarise_skill(rows)}
-    else:
-        statistics = {"mode": stats, **summarise(plan, measured)}
-    return {
-        "manifest_version": MANIFEST_VERSION,
-        "tool": {"name": "skillmerge", "version": __version__},
-        "recipe": {"text": plan.recipe.document.text, "sha256": plan.recipe.sha256},
-        "expression": plan.recipe.document.data["merge"],
-        "coefficients": described["coefficients"],
-        "overrides": described["overrides"],
-        "plan_digest": plan.digest,
-        "donor": plan.donor,
-        "output": described["output"],
-        "inputs": inputs,
-        "files": sorted(files, key=lambda file: file["name"]),
-        "tensors": tensors,
-        "statistics": statistics,
-    }
+    cut = {name: row for done in finished.values() for name, row in (done.tensors or {}).items()}
+    return ManifestBody(
+        tool=Tool("skillmerge", __version__),
+        recipe=RecipeText(recipe.document.text, recipe.sha256),
+        expression=recipe.document.data["merge"],
+        coefficients=tuple(plan.coefficients),
+        overrides=dict(recipe.overrides),
+        plan_digest=plan.digest,
+        donor=plan.donor,
+        output=OutputSettings(**{name: getattr(recipe.output, name) for name in OutputSettings.__slots__}),
+        inputs=tuple(_input(item, input_digests) for item in plan.inputs),
+        files=tuple(sorted(files, key=lambda file: file.name)),
+        tensors=_tensors(plan, measured),
+        statistics=summarise_skill(cut) if plan.makes_skill else summarise(plan, measured, stats),
+    )
 
 
-def seal(body: Mapping[str, Any], environment: Mapping[str, Any], run_log: bytes) -> dict[str, Any]:
+def _input(item: InputPlan, digests: Mapping[tuple[str, str], str]) -> Input:
+    files = tuple(InputFile(**asdict(file), sha256=digests.get((item.name, file.name))) for file in item.files)
+    return Input(item.name, item.uri, item.revision, files, item.license)
+
+
+def _tensors(plan: Plan, measured: Mapping[str, Mapping[str, Any]]) -> tuple[Tensor, ...]:
+    found = []
+    for spec in (spec for shard in plan.shards for spec in shard.specs):
+        tensor, row = plan.tensors[spec.name], measured.get(spec.name)
+        found.append(
+            Tensor(
+                tensor.name, spec.file, tensor.action, tensor.dtype, tensor.shape, tensor.sources,
+                tensor.coefficients, dict(row) if row is not None else None,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def seal(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> Manifest:
     """The manifest, with what it was made in and the digest of all of it."""
-    log = {"name": RUN_LOG_FILE, "sha256": hashlib.sha256(run_log).hexdigest()}
-    document = {**body, "environment": {**environment, "run_log": log}}
-    return {**document, "digest": hashlib.sha256(_canonical(document)).hexdigest()}
+    log = LogFile(RUN_LOG_FILE, hashlib.sha256(run_log).hexdigest())
+    made_in = Environment(**environment, run_log=log)
+    document = {**body.as_dict(), "environment": made_in.as_dict()}
+    content = {field.name: getattr(body, field.name) for field in fields(ManifestBody)}
+    return Manifest(**content, environment=made_in, digest=_digest(_pieces(document)))
 
 
-def recorded_recipe(
-    document: Mapping[str, Any], folder: Path, base: Path | None = None
-) -> tuple[Recipe, dict[str, str]]:
-    """The recipe that the output in `folder` was made from, and the commits of its models on the Hub.
-
-    base: what the recipe's relative paths start from now, in place of the folder that it lay in, seen from the output.
-    Raises RecipeError, CheckFailed where the manifest holds none.
-    """
-    try:
-        text, overrides = document["recipe"]["text"], document["overrides"]
-        commits = {item["name"]: item["revision"] for item in document["inputs"] if item["revision"]}
-        start = base if base is not None else folder.resolve() / document["environment"].get("recipe_folder", "..")
-        start = Path(os.path.abspath(start))
-        return parse_recipe(text, str(start / "recipe.yaml"), start, overrides), commits
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckFailed(f"{folder}: its manifest holds no recipe") from error
-
-
-def gate_outcomes(folder: Path) -> list[dict[str, Any]]:
-    """What became of each gate when the output in `folder` was made; its run log says it."""
-    try:
-        found = json.loads((folder / RUN_LOG_FILE).read_bytes()).get("gates", [])
-    except (OSError, ValueError, AttributeError):
-        return []
-    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
-
-
-def refuse_failed(folder: Path) -> None:
-    """Raise CheckFailed for an output that its own gates refused: it was kept to be looked at."""
-    failed = [str(row.get("gate")) for row in gate_outcomes(folder) if not row.get("passed")]
-    if failed:
-        raise CheckFailed(
-            f"{folder} was refused by its gates: {some(failed)}", fix="apply the recipe again with gates that it passes"
-        )
-
-
-def compare(place: Path, document: Mapping[str, Any], again: Mapping[str, Any]) -> None:
+def compare(place: Path, one: ManifestBody, again: ManifestBody) -> None:
     """Raise CheckFailed where two manifests differ in more than where and with what version they were made."""
-    again = json.loads(json.dumps(again))
-    for key in document.keys() | again.keys():
-        if key not in ("tool", "environment", "digest") and document.get(key) != again.get(key):
-            raise CheckFailed(f"{place / MANIFEST_FILE}: `{key}` differs when it is built again")
+    for field in fields(ManifestBody):
+        if field.name != "tool" and getattr(one, field.name) != getattr(again, field.name):
+            raise CheckFailed(f"{place / MANIFEST_FILE}: `{field.name}` differs when it is built again")
 
 
-def file_names(document: Mapping[str, Any]) -> set[str]:
-    """Every file that an output with this manifest has, itself included."""
-    return {file["name"] for file in document["files"]} | {MANIFEST_FILE, RUN_LOG_FILE}
-
-
-def digests(folder: Path, document: Mapping[str, Any]) -> dict[str, str]:
-    """The sha256 of every file of an output, itself included, as this manifest of it says."""
-    log = document["environment"]["run_log"]
-    files = {file["name"]: file["sha256"] for file in document["files"]}
-    return {**files, log["name"]: log["sha256"], MANIFEST_FILE: hash_file(folder / MANIFEST_FILE)}
-
-
-def to_bytes(document: Mapping[str, Any]) -> bytes:
-    """The one form in which a manifest is written: a line per entry of its long lists, so that it can be
-    read by people and compared by diff."""
-    lines = []
-    for key, value in document.items():
-        if isinstance(value, list) and value:
-            items = ",\n".join("    " + _dump(item) for item in value)
-            lines.append(f"  {json.dumps(key)}: [\n{items}\n  ]")
-        else:
-            lines.append(f"  {json.dumps(key)}: {_dump(value)}")
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> Manifest:
     """The manifest in `folder`. Raises CheckFailed where there is none or a byte of it was changed."""
     path = folder / MANIFEST_FILE
     try:
@@ -180,8 +310,9 @@ def read(folder: Path) -> dict[str, Any]:
     return parse(content, str(path))
 
 
-def parse(content: bytes, path: str) -> dict[str, Any]:
-    """A manifest's content. Raises CheckFailed where a byte of it was changed."""
+def parse(content: bytes, path: str) -> Manifest:
+    """A manifest's content; keys that a later version wrote are left out. Raises CheckFailed where a byte of it was
+    changed."""
     try:
         document: Any = json.loads(content, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -189,27 +320,59 @@ def parse(content: bytes, path: str) -> dict[str, Any]:
     version = document.get("manifest_version") if isinstance(document, dict) else None
     if version != MANIFEST_VERSION:
         raise CheckFailed(f"{path}: manifest version {version!r} is not known to this version of skillmerge")
-    if not _is_intact(document, content):
-        raise CheckFailed(f"{path}: was changed after it was written")
-    return dict(document)
-
-
-def _is_intact(document: dict[str, Any], content: bytes) -> bool:
-    """Whether the digest holds, `content` is the canonical form, and what `verify` relies on is there."""
-    body = {key: value for key, value in document.items() if key != "digest"}
     try:
-        return (
-            hashlib.sha256(_canonical(body)).hexdigest() == document["digest"]
-            and to_bytes(document) == content
-            and has_shape_of_manifest(document)
-            and document["environment"]["run_log"]["name"] == RUN_LOG_FILE
-        )
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        return False
+        pieces = _pieces(document)
+        intact = _lines(pieces) == content and _digest({**pieces, "digest": None}) == document["digest"]
+        found = _reader().validate_json(content, strict=True) if intact else None
+    except (ValidationError, KeyError, TypeError, ValueError, RecursionError):
+        found = None
+    if found is None or found.environment.run_log.name != RUN_LOG_FILE or not _agrees(found):
+        raise CheckFailed(f"{path}: was changed after it was written")
+    return found
 
 
-def _canonical(document: Mapping[str, Any]) -> bytes:
-    return _dump(document).encode()
+def _agrees(found: Manifest) -> bool:
+    """Whether the statistics are of what the output is."""
+    return found.makes_skill == isinstance(found.statistics, SkillStatistics)
+
+
+@cache
+def _reader() -> TypeAdapter[Manifest]:
+    """Made when the first manifest is read: a run that makes one may need none."""
+    return TypeAdapter(Manifest)
+
+
+def to_bytes(document: Mapping[str, Any]) -> bytes:
+    """The one form in which a manifest is written: a line per entry of its long lists, so that it can be
+    read by people and compared by diff."""
+    return _lines(_pieces(document))
+
+
+def _pieces(document: Mapping[str, Any]) -> dict[str, str | list[str] | None]:
+    """The JSON of each value, and of each item of the lists."""
+    return {
+        key: [_dump(item) for item in value] if isinstance(value, list) and value else _dump(value)
+        for key, value in document.items()
+    }
+
+
+def _lines(pieces: Mapping[str, str | list[str] | None]) -> bytes:
+    lines = []
+    for key, piece in pieces.items():
+        if isinstance(piece, list):
+            piece = "[\n" + ",\n".join("    " + item for item in piece) + "\n  ]"
+        lines.append(f"  {json.dumps(key)}: {piece}")
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _digest(pieces: Mapping[str, str | list[str] | None]) -> str:
+    """Of the document on one line; `digest` itself is left out, as None."""
+    rows = [
+        f"{_dump(key)}: " + ("[" + ", ".join(piece) + "]" if isinstance(piece, list) else piece)
+        for key, piece in pieces.items()
+        if piece is not None
+    ]
+    return hashlib.sha256(("{" + ", ".join(rows) + "}").encode()).hexdigest()
 
 
 def _dump(value: Any) -> str:

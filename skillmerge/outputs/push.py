@@ -13,13 +13,14 @@ from typing import Any
 from skillmerge.checkpoints.place import on_hub
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import UsageError
-from skillmerge.outputs import manifest
 from skillmerge.outputs.card import CARD_FILE, license_of, read_metadata, write_card
-from skillmerge.outputs.hub_commit import ForgottenUploads, Published, Publisher
+from skillmerge.outputs.hub_commit import ForgottenUploads, HubCommit, Published
+from skillmerge.outputs.manifest import File, Input, Manifest
+from skillmerge.outputs.output import Output
 from skillmerge.outputs.sign import signature_beside
 from skillmerge.outputs.staging import Staging
 from skillmerge.outputs.verify import SIGNATURE_FILE, check_shard, verify_files
-from skillmerge.plans.plan import Plan
+from skillmerge.plans.plan import InputPlan, Plan
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.recipes.recipe import Push
 from skillmerge.threads import in_threads
@@ -50,20 +51,18 @@ def push(
     say otherwise. license, card: in place of the recipe's. The same call continues a push that was
     interrupted. Raises CheckFailed, UsageError, InputError, StalePlan, TemporaryError.
     """
-    folder = Path(folder)
-    verify_files(folder, allow_nonfinite=allow_nonfinite)
-    manifest.refuse_failed(folder)
-    proof = manifest.read(folder)
-    signature = signature_beside(folder, proof)
-    output = parse_recipe(proof["recipe"]["text"], "the manifest's recipe", folder).output
+    made = verify_files(folder, allow_nonfinite=allow_nonfinite).output
+    made.refuse_failed()
+    signature = signature_beside(made)
+    output = parse_recipe(made.manifest.recipe.text, "the manifest's recipe", made.folder).output
     given = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
     settings = _settings(output.push, repository, {**given, "tags": tags or None})
     if card is None and output.card is not None:
         raise UsageError(
             f"the recipe names a card ({output.card.name}), which is not part of the output", fix="--card FILE"
         )
-    text = write_card(proof, settings, license or output.license, read_card(Path(card) if card else None))
-    return send(Publisher(settings), folder, proof, text, signature)
+    text = write_card(made.manifest, settings, license or output.license, read_card(Path(card) if card else None))
+    return send(HubCommit(settings), made, text, signature)
 
 
 def _settings(asked: Push | None, repository: str | None, options: Mapping[str, Any]) -> Push:
@@ -86,30 +85,27 @@ def read_card(path: Path | None) -> str | None:
         raise UsageError(f"the card {path} cannot be read: {error}") from error
 
 
-def send(publisher: Publisher, folder: Path, proof: Mapping[str, Any], card: str, signature: bytes | None) -> Published:
-    """Upload what is not on its way yet, and commit. `folder` holds what `proof` names, but for uploaded shards."""
-    large = [file for file in proof["files"] if file["size"] > _SMALL or file["name"].endswith(".safetensors")]
-    sources = _hub_files(
-        (item["uri"], item["revision"], [(file["name"], file["stated_sha256"]) for file in item["files"]])
-        for item in proof["inputs"]
-    )
+def send(commit: HubCommit, output: Output, card: str, signature: bytes | None) -> Published:
+    """Upload what is not on its way yet, and commit. The output's folder may lack shards that were uploaded."""
+    folder, proof = output.folder, output.manifest
+    large = [file for file in proof.files if file.size > _SMALL or file.name.endswith(".safetensors")]
+    sources = _hub_files(proof.inputs)
     for file in large:
-        if file["name"] not in publisher.names and file["sha256"] in sources:
-            publisher.copy(file["name"], file["size"], file["sha256"], *sources[file["sha256"]])
-    waiting = [file for file in large if file["name"] not in publisher.names]
-    for _ in in_threads(lambda file, stop: _upload(publisher, folder, file), waiting):
+        if file.name not in commit.names and file.sha256 in sources:
+            commit.copy(file.name, file.size, file.sha256, *sources[file.sha256])
+    waiting = [file for file in large if file.name not in commit.names]
+    for _ in in_threads(lambda file, stop: _upload(commit, folder, file), waiting):
         pass
-    for name in sorted(manifest.file_names(proof) - publisher.names):
-        publisher.add(name, (folder / name).read_bytes())
+    for name in sorted(proof.file_names - commit.names):
+        commit.add(name, (folder / name).read_bytes())
     if signature is not None:
-        publisher.add(SIGNATURE_FILE, signature)
-    publisher.add(CARD_FILE, card.encode())
-    title = _title(proof["expression"], proof["plan_digest"])
-    by_name = {file["name"]: file for file in large}
-    return publisher.publish(
-        title,
-        f"Made by skillmerge {proof['tool']['version']}.",
-        lambda name: _upload(publisher, folder, by_name[name]),
+        commit.add(SIGNATURE_FILE, signature)
+    commit.add(CARD_FILE, card.encode())
+    by_name = {file.name: file for file in large}
+    return commit.make(
+        _title(proof.expression, proof.plan_digest),
+        f"Made by skillmerge {proof.tool.version}.",
+        lambda name: _upload(commit, folder, by_name[name]),
     )
 
 
@@ -117,32 +113,30 @@ def _title(expression: str, plan_digest: str) -> str:
     return f"Merge {expression} (plan {plan_digest[:12]})"
 
 
-def _upload(publisher: Publisher, folder: Path, file: Mapping[str, Any]) -> None:
-    path = folder / file["name"]
+def _upload(commit: HubCommit, folder: Path, file: File) -> None:
+    path = folder / file.name
     if path.exists():
-        return publisher.upload(file["name"], path, file["size"], file["sha256"])
-    publisher.fetch_original(file["name"], path)
-    publisher.upload(file["name"], path, file["size"], file["sha256"])
+        return commit.upload(file.name, path, file.size, file.sha256)
+    commit.fetch_original(file.name, path)
+    commit.upload(file.name, path, file.size, file.sha256)
     path.unlink()
 
 
-def _hub_files(
-    inputs: Iterable[tuple[str, str | None, Iterable[tuple[str, str | None]]]],
-) -> dict[str | None, tuple[str, str, str]]:
-    """sha256 -> repository, commit and path, of the files (name, sha256) of inputs (URI, commit) on the Hub."""
+def _hub_files(inputs: Iterable[Input | InputPlan]) -> dict[str | None, tuple[str, str, str]]:
+    """sha256 -> repository, commit and path, of the files of inputs on the Hub."""
     found: dict[str | None, tuple[str, str, str]] = {}
-    for uri, commit, files in inputs:
-        place = on_hub(uri) if commit else None
-        if place is not None and commit:
-            for name, sha256 in files:
-                path = f"{place.subfolder}/{name}" if place.subfolder else name
-                found[sha256] = (place.repository, commit, path)
+    for item in inputs:
+        place = on_hub(item.uri)
+        if place is not None and item.revision:
+            for file in item.files:
+                path = f"{place.subfolder}/{file.name}" if place.subfolder else file.name
+                found[file.stated_sha256] = (place.repository, item.revision, path)
     found.pop(None, None)
     return found
 
 
-class Publication:
-    """A merge's own push: checked before the work, fed while it goes on, made visible after it.
+class MergePush:
+    """The push of a merge while it runs: checked before the work, fed while it goes on, made visible after it.
 
     With `remove`, each shard is deleted as soon as it is sent, and `room` keeps the disk from holding more than two.
     """
@@ -153,32 +147,30 @@ class Publication:
         self._plan, self._remove, self._license = plan, remove, output.license
         self._card = read_card(output.card)
         if self._card is None or not read_metadata(self._card)[1].get("license"):
-            license_of([{"name": item.name, "license": item.license} for item in plan.inputs], output.license)
-        self._connected: Publisher | None = None
+            license_of(plan.inputs, output.license)
+        self._connected: HubCommit | None = None
         self._pool = ThreadPoolExecutor(_SHARDS_ON_DISK)
         self._sent: list[Future[None]] = []
         self.room = threading.Semaphore(_SHARDS_ON_DISK) if remove else None
         """Taken by each shard that is begun, given back by each that has left the disk."""
         self._staging: Staging | None = None
-        self._on_the_hub = _hub_files(
-            (item.uri, item.revision, [(file.name, file.stated_sha256) for file in item.files]) for item in plan.inputs
-        )
+        self._on_the_hub = _hub_files(plan.inputs)
 
     @property
-    def _publisher(self) -> Publisher:
+    def _commit(self) -> HubCommit:
         """The Hub is only asked once everything on this side is known to be in order."""
         if self._connected is None:
-            self._connected = Publisher(self._push)
+            self._connected = HubCommit(self._push)
         return self._connected
 
     @property
     def repository(self) -> str:
         return self._push.repository
 
-    def find(self) -> tuple[Published, dict[str, Any]] | None:
+    def find(self) -> tuple[Published, Manifest] | None:
         """This plan's output, where the Hub has it already, and its manifest."""
         title = _title(self._plan.recipe.document.data["merge"], self._plan.digest)
-        return self._publisher.find_plan(self._plan.digest, title)
+        return self._commit.find_plan(self._plan.digest, title)
 
     def disk_needed(self, output: int) -> int:
         """Bytes, where the whole output would need `output`."""
@@ -190,7 +182,7 @@ class Publication:
     def attach(self, staging: Staging) -> None:
         """Begin, with the shards of an earlier run: those it sent, and those it had no time to send."""
         self._staging = staging
-        _ = self._publisher
+        _ = self._commit
         for done in list(staging.finished.values()):
             if self._remove:
                 self._take(done)
@@ -216,13 +208,13 @@ class Publication:
         name, size, sha256 = done.file, done.size, done.sha256
         path = self._staging.files / name
         if sha256 in self._on_the_hub:
-            self._publisher.copy(name, size, sha256, *self._on_the_hub[sha256])
+            self._commit.copy(name, size, sha256, *self._on_the_hub[sha256])
         elif done.uploaded:
-            self._publisher.take_uploaded(name, size, sha256)
+            self._commit.take_uploaded(name, size, sha256)
         else:
             if self._remove:
                 check_shard(path, next(shard.specs for shard in self._plan.shards if shard.file == name))
-            self._publisher.upload(name, path, size, sha256)
+            self._commit.upload(name, path, size, sha256)
         if self._remove and not done.uploaded:
             self._staging.record(replace(done, uploaded=True))  # or not needed: the Hub has it
             path.unlink()
@@ -234,13 +226,13 @@ class Publication:
             for future in self._sent:
                 future.result()
 
-    def publish(self, folder: Path, proof: Mapping[str, Any], *, verified: bool) -> Published:
+    def publish(self, output: Output, *, verified: bool) -> Published:
         """Make the commit. An output of an earlier run is verified first."""
         if not verified:
-            verify_files(folder, allow_nonfinite=proof["environment"]["allow_nonfinite"])
-        text = write_card(proof, self._push, self._license, self._card)
+            verify_files(output.folder, allow_nonfinite=output.manifest.environment.allow_nonfinite)
+        text = write_card(output.manifest, self._push, self._license, self._card)
         try:
-            return send(self._publisher, folder, proof, text, signature_beside(folder, proof))
+            return send(self._commit, output, text, signature_beside(output))
         except ForgottenUploads:
             if self._remove and self._staging is not None:
                 self._staging.discard()

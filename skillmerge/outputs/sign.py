@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from skillmerge.brief import brief
 from skillmerge.durable import disk_errors
 from skillmerge.errors import CheckFailed, UsageError, some
-from skillmerge.outputs import manifest
+from skillmerge.outputs.output import Output, check_folder
 from skillmerge.outputs.verify import BESIDE, SIGNATURE_FILE, Verdict, checked, verify_files
 from skillmerge.reporter import Reporter
 
@@ -78,7 +78,7 @@ def sign(
     configuration = _signer(key, signing_certificate, certificate_chain)
     _check_replaceable(root, place)
     verdict = verify_files(root, allow_nonfinite=allow_nonfinite)
-    manifest.refuse_failed(root)
+    verdict.output.refuse_failed()
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch, SIGNATURE_FILE)
         try:
@@ -88,7 +88,7 @@ def sign(
         content = made.read_bytes()
     # Read again while it was signed: what was signed has to be what was verified.
     bundle = _read(content, place)
-    bundle.check_covers(root, manifest.read(root))
+    bundle.check_covers(Output.open(root))
     with disk_errors(place):
         place.write_bytes(content)  # not by a name of its own first: a crash must leave nothing else in the output
     return Signature(place, len(bundle.files), bundle.signer, verdict, os.fspath(folder))
@@ -113,24 +113,24 @@ def verify_signature(
     root = Path(folder)
     if (public_key is None) == (not certificate_chain):
         raise UsageError("a signature is checked against one key, or against trusted certificates", fix=_WHOM)
-    if not root.is_dir():
-        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
+    check_folder(root)
     configuration = _verifier(public_key, certificate_chain)
     place = _place(root, signature)
     reporter = reporter or Reporter()
     verdict = verify_files(root, allow_nonfinite=allow_nonfinite, reporter=reporter)
     with checked(reporter, "signature"):
-        bundle = _check_signature(root, place, configuration)
+        bundle = _check_signature(verdict.output, place, configuration)
     return Signature(place, len(bundle.files), bundle.signer, verdict, os.fspath(folder))
 
 
-def _check_signature(root: Path, place: Path, configuration: Any) -> _Bundle:
+def _check_signature(output: Output, place: Path, configuration: Any) -> _Bundle:
     """Whether the signature at `place` is of every file of the output, and holds. Raises CheckFailed."""
+    root = output.folder
     try:
         bundle = _read(place.read_bytes(), place)
     except OSError as error:
         raise CheckFailed(f"{root} is not signed: {place}: {error.strerror}") from error
-    bundle.check_covers(root, manifest.read(root))
+    bundle.check_covers(output)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it remarks on old signatures there, where results go
             configuration.set_hashing_config(_hashing(BESIDE.difference(bundle.files))).verify(root, place)
@@ -140,16 +140,16 @@ def _check_signature(root: Path, place: Path, configuration: Any) -> _Bundle:
     return bundle
 
 
-def signature_beside(folder: Path, proof: Mapping[str, Any]) -> bytes | None:
+def signature_beside(output: Output) -> bytes | None:
     """The content of an output's own signature, or None. Raises CheckFailed where it is of other files.
 
     Whose it is, is not asked.
     """
-    place = folder / SIGNATURE_FILE
+    place = output.folder / SIGNATURE_FILE
     if not place.is_file():
         return None
     content = place.read_bytes()
-    _read(content, place).check_covers(folder, proof)
+    _read(content, place).check_covers(output)
     return content
 
 
@@ -196,9 +196,9 @@ class _Bundle:
         raw = self.material["x509CertificateChain"]["certificates"][0]["rawBytes"]
         return load_der_x509_certificate(base64.b64decode(raw)).subject.rfc4514_string()
 
-    def check_covers(self, root: Path, proof: Mapping[str, Any]) -> None:
+    def check_covers(self, output: Output) -> None:
         """Whether every file of an output is signed as it is. Raises CheckFailed."""
-        wanted = manifest.digests(root, proof)
+        wanted = output.digests()
         if other := sorted(name for name in wanted if self.files.get(name) != wanted[name]):
             raise CheckFailed(
                 f"{self.path}: the signature is not of these files: {some(other)}",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import json
 import os
 import shutil
 import sys
@@ -24,9 +23,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.durable import digest_or_none, disk_errors, is_taken, sync_folder, write_whole
+from skillmerge.durable import digest_or_none, disk_errors, is_taken, sync_folder
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import OutputLocked, UsageError, some
+from skillmerge.outputs.journal import Header, Journal, Placing, Sealed
 from skillmerge.outputs.shard_file import ShardFile, StreamFile, WriteMode
 from skillmerge.threads import hash_file, in_threads
 
@@ -35,13 +35,12 @@ if TYPE_CHECKING:
 
 
 MANIFEST_FILE = "skillmerge.manifest.json"
-JOURNAL_VERSION = 2
 
 _OURS = ("lock", "journal.jsonl", "journal.jsonl.new", "files", "complete", "previous")
 
 
 class Staging:
-    """The staging folder of one output, locked for this run until `close` or `publish`.
+    """The staging folder of one output, locked for this run until `close` or `put_in_place`.
 
     Whatever writes raises UsageError and ResourceError, as `disk_errors` says.
     """
@@ -55,8 +54,7 @@ class Staging:
         self.sealed = False
         """Whether an earlier run had called `seal`."""
         self._complete = self.folder / "complete"
-        self._journal = self.folder / "journal.jsonl"
-        self._append_lock = threading.Lock()
+        self._journal = Journal(self.folder / "journal.jsonl")
         with disk_errors(self.folder):
             self._refuse_strangers()
             self._lock = self._acquire()
@@ -112,11 +110,11 @@ class Staging:
         What stands at the output's place is only replaced with `replace`; else the finished files stay here.
         Of another plan's publication only that is finished which had already moved the output away.
         """
-        entries = _read_lines(self._journal)
+        rows = self._journal.read()
         moved_away = (self.folder / "previous").exists() and not is_taken(self.output)
-        if not moved_away and entries[:1] != [_journal_header(plan_digest, conditions)]:
+        if not moved_away and rows[:1] != [Header(plan_digest, conditions)]:
             return False
-        digest = next((entry["manifest_sha256"] for entry in entries if "manifest_sha256" in entry), None)
+        digest = next((row.manifest_sha256 for row in rows if isinstance(row, Placing)), None)
         if digest is None:
             return False
         with disk_errors(self.output):
@@ -136,29 +134,27 @@ class Staging:
         proof: what an output would have been sealed with that this run need not make anew.
         Returns a remark for the user where something of an earlier run was kept or dropped.
         """
-        header = _journal_header(plan_digest, conditions)
-        entries = _read_lines(self._journal)
+        header = Header(plan_digest, conditions)
+        rows = self._journal.read()
         remark = None
         with disk_errors(self.folder):
-            if entries and entries[0] == header:
-                shards = [ShardRecord.from_json(entry) for entry in entries[1:] if "shard" in entry]
+            if rows[:1] == [header]:
+                shards = [row for row in rows if isinstance(row, ShardRecord)]
                 intact = in_threads(self._is_intact, shards)
                 self.finished = {done.file: done for done, good in zip(shards, intact, strict=True) if good}
                 damaged = len({done.file for done in shards}) - len(self.finished)
                 count = f"{len(self.finished)} shard{' is' if len(self.finished) == 1 else 's are'}"
                 remark = f"continuing an interrupted run: {count} finished already"
                 remark += f"; {damaged} were damaged since and are done again" if damaged else ""
-                self.sealed = {"sealed": proof} in entries and not damaged and (self.files / MANIFEST_FILE).is_file()
+                self.sealed = Sealed(proof) in rows and not damaged and (self.files / MANIFEST_FILE).is_file()
                 if self.sealed:
                     return remark
-            elif entries or self.files.exists():
+            elif rows or self.files.exists():
                 remark = "an unfinished run of another plan was found and dropped"
-            self._clear(*(("files", self._journal.name) if self.finished else ()))
+            self._clear(*(("files", self._journal.path.name) if self.finished else ()))
             self.files.mkdir(exist_ok=True)
             self.drop_strangers(set(self.finished))
-            rows = [header, *(done.to_json() for done in self.finished.values())]
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            write_whole(self._journal, lines.encode(), self.folder / "journal.jsonl.new")
+            self._journal.start([header, *self.finished.values()])
         return remark
 
     def _is_intact(self, done: ShardRecord, stop: threading.Event) -> bool:
@@ -185,19 +181,8 @@ class Staging:
 
     def record(self, done: ShardRecord) -> None:
         """Say in the journal that a shard is finished; it must be durable already."""
-        self._append(done.to_json())
+        self._journal.append(done)
         self.finished[done.file] = done
-
-    def _append(self, row: dict[str, Any]) -> None:
-        """Add a line to the journal and make it durable; what it speaks of must be durable already."""
-        with (
-            self._append_lock,
-            disk_errors(self._journal),
-            open(self._journal, "a", encoding="utf-8") as journal,
-        ):
-            journal.write(json.dumps(row) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file of the output durably."""
@@ -211,7 +196,7 @@ class Staging:
 
     def seal(self, proof: str) -> None:
         """The output is complete, but for shards that were uploaded and removed: nothing of it may change."""
-        self._append({"sealed": proof})
+        self._journal.append(Sealed(proof))
 
     def drop_strangers(self, names: set[str]) -> None:
         """Remove what does not belong into the output (an unfinished shard, a stray file)."""
@@ -223,7 +208,7 @@ class Staging:
                 elif path.relative_to(self.files).as_posix() not in names:
                     path.unlink()
 
-    def publish(self, replace: bool) -> None:
+    def put_in_place(self, replace: bool) -> None:
         """Give the finished files the output's name in one step.
 
         With `replace` they take the place of what has it; without, only that of nothing or an empty folder:
@@ -232,7 +217,7 @@ class Staging:
         with disk_errors(self.output):
             for folder in {path.parent for path in self.files.rglob("*")} | {self.files}:
                 sync_folder(folder)
-            self._append({"manifest_sha256": digest_or_none(self.files / MANIFEST_FILE)})
+            self._journal.append(Placing(digest_or_none(self.files / MANIFEST_FILE)))
             self.files.rename(self._complete)
             sync_folder(self.folder)
             _put_in_place(self._complete, self.output, replace)
@@ -260,15 +245,11 @@ class Staging:
         """Remove all but `kept` and the lock; the journal last, so that it is there while anything is."""
         with suppress(OSError):
             paths = [path for path in self.folder.iterdir() if path.name not in ("lock", *kept)]
-            for path in sorted(paths, key=lambda path: path == self._journal):
+            for path in sorted(paths, key=lambda path: path == self._journal.path):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-
-
-def _journal_header(plan_digest: str, conditions: dict[str, Any]) -> dict[str, Any]:
-    return {"version": JOURNAL_VERSION, "plan": plan_digest, **conditions}
 
 
 def _put_in_place(finished: Path, output: Path, replace: bool) -> None:
@@ -294,21 +275,3 @@ def exchange(first: Path, second: Path) -> bool:
     except (AttributeError, OSError):
         return False
     return bool(status == 0)
-
-
-def _read_lines(journal: Path) -> list[dict[str, Any]]:
-    """The journal's whole lines; what a crash cut short is left out."""
-    try:
-        content = journal.read_bytes()
-    except OSError:
-        return []
-    entries = []
-    for line in content.splitlines(keepends=True):
-        try:
-            entry = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict):
-            break
-        entries.append(entry)
-    return entries

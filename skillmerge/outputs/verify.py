@@ -24,8 +24,9 @@ from skillmerge.checkpoints.kinds import skill
 from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.checkpoints.model_config import contradictions
 from skillmerge.checkpoints.safetensors import read_header
-from skillmerge.errors import CheckFailed, InputError, UsageError, some
-from skillmerge.outputs import manifest
+from skillmerge.errors import CheckFailed, InputError, some
+from skillmerge.outputs.manifest import File, Manifest, ManifestBody, Tensor
+from skillmerge.outputs.output import Output
 from skillmerge.reporter import Reporter
 from skillmerge.tensors import BLOCK, DTYPES, StoredTensor, TensorSpec
 from skillmerge.threads import hash_file, in_threads
@@ -45,10 +46,7 @@ class Verdict:
     signature: its path, how many files it is of, and the signer.
     """
 
-    folder: Path
-    files: int
-    tensors: int
-    bytes: int
+    output: Output
     load: Mapping[str, Any] | None = None
     parent: str | None = None
     signature: Mapping[str, Any] | None = None
@@ -66,29 +64,43 @@ class Verdict:
             "signature": self.signature,
         }
 
+    @property
+    def folder(self) -> Path:
+        return self.output.folder
+
+    @property
+    def files(self) -> int:
+        return len(self.output.manifest.file_names)
+
+    @property
+    def tensors(self) -> int:
+        return len(self.output.manifest.tensors)
+
+    @property
+    def bytes(self) -> int:
+        return self.output.manifest.size
+
 
 def verify_files(
     folder: str | os.PathLike[str], *, allow_nonfinite: bool = False, reporter: Reporter | None = None
 ) -> Verdict:
     """Check every file of an output. Raises CheckFailed with the first difference, UsageError for no folder."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
     reporter = reporter or Reporter()
     with checked(reporter, "manifest"):
-        proof = manifest.read(root)
+        output = Output.open(folder)
+    root, proof = output.folder, output.manifest
     with checked(reporter, "files, index and headers"):
         check_structure(root, proof)
     with checked(reporter, "digests and values"), _reading(root):
         _check_contents(root, proof, allow_nonfinite)
-    return Verdict(root, len(manifest.file_names(proof)), len(proof["tensors"]), _total(proof))
+    return Verdict(output)
 
 
-def check_structure(root: Path, proof: Mapping[str, Any]) -> None:
+def check_structure(root: Path, proof: Manifest) -> None:
     """Names and sizes of files, index, headers, tensor set, shapes and dtypes. Raises CheckFailed."""
     with _reading(root):
         _check_files(root, proof)
-        if proof["output"].get("kind") == "skill":
+        if proof.makes_skill:
             return _check_skill(root, proof)
         checkpoint = open_folder(str(root), root)
         _check_tensors(root, checkpoint, proof)
@@ -96,7 +108,7 @@ def check_structure(root: Path, proof: Mapping[str, Any]) -> None:
             check_shard(root / file, read_header(str(root / file), file).tensors)
 
 
-def _check_skill(root: Path, proof: Mapping[str, Any]) -> None:
+def _check_skill(root: Path, proof: ManifestBody) -> None:
     plus = skill.open(str(root), Folder(root)).plus
     try:
         _compare_tensors(root, plus, proof)
@@ -128,8 +140,8 @@ def _reading(root: Path) -> Iterator[None]:
         raise CheckFailed(f"{error.filename or root}: cannot be read: {error.strerror}") from error
 
 
-def _check_files(root: Path, proof: Mapping[str, Any]) -> None:
-    wanted = manifest.file_names(proof)
+def _check_files(root: Path, proof: Manifest) -> None:
+    wanted = proof.file_names
     found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
     if missing := sorted(wanted - found):
         raise CheckFailed(f"{root}: files are missing: {some(missing)}")
@@ -138,28 +150,28 @@ def _check_files(root: Path, proof: Mapping[str, Any]) -> None:
     for name in sorted(found):
         if not stat.S_ISREG((root / name).lstat().st_mode):
             raise CheckFailed(f"{root / name}: is not a plain file")
-    for file in proof["files"]:
-        path = root / file["name"]
-        if path.stat().st_size != file["size"]:
-            raise CheckFailed(f"{path}: is not {file['size']} bytes long, as the manifest says")
-    log = proof["environment"]["run_log"]
-    if hash_file(root / log["name"]) != log["sha256"]:
-        raise CheckFailed(f"{root / log['name']}: was changed after it was written")
+    for file in proof.files:
+        path = root / file.name
+        if path.stat().st_size != file.size:
+            raise CheckFailed(f"{path}: is not {file.size} bytes long, as the manifest says")
+    log = proof.environment.run_log
+    if hash_file(root / log.name) != log.sha256:
+        raise CheckFailed(f"{root / log.name}: was changed after it was written")
 
 
-def _check_tensors(root: Path, checkpoint: Checkpoint, proof: Mapping[str, Any]) -> None:
+def _check_tensors(root: Path, checkpoint: Checkpoint, proof: ManifestBody) -> None:
     _compare_tensors(root, checkpoint, proof)
     shapes = {name: spec.shape for name, spec in checkpoint.tensors.items()}
     for problem in contradictions(checkpoint.config, shapes):
         raise CheckFailed(f"{root}: {problem}")
-    asked = proof["output"]["dtype"]
+    asked = proof.output.dtype
     stated = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype", asked))
     if asked not in ("same", stated):
         raise CheckFailed(f"{root}: config.json says {stated}, the weights were written as {asked}")
 
 
-def _compare_tensors(root: Path, checkpoint: Checkpoint, proof: Mapping[str, Any]) -> None:
-    wanted = {tensor["name"]: tensor for tensor in proof["tensors"]}
+def _compare_tensors(root: Path, checkpoint: Checkpoint, proof: ManifestBody) -> None:
+    wanted = {tensor.name: tensor for tensor in proof.tensors}
     if checkpoint.tensors.keys() != wanted.keys():
         different = sorted(checkpoint.tensors.keys() ^ wanted.keys())
         raise CheckFailed(f"{root}: tensors differ from the manifest's: {some(different)}")
@@ -167,9 +179,9 @@ def _compare_tensors(root: Path, checkpoint: Checkpoint, proof: Mapping[str, Any
         _check_tensor(root, spec, wanted[name])
 
 
-def _check_tensor(root: Path, spec: TensorSpec, described: Mapping[str, Any]) -> None:
+def _check_tensor(root: Path, spec: TensorSpec, described: Tensor) -> None:
     found = (spec.file, spec.dtype, list(spec.shape))
-    wanted = (described["file"], described["dtype"], described["shape"])
+    wanted = (described.file, described.dtype, list(described.shape))
     if found != wanted:
         raise CheckFailed(f"{root}: tensor `{spec.name}` is {found}, the manifest says {wanted}")
 
@@ -190,24 +202,24 @@ def check_shard(path: Path, specs: tuple[StoredTensor, ...]) -> None:
         raise CheckFailed(f"{path}: the safetensors library refuses it: {error}") from error
 
 
-def check_values(root: Path, proof: Mapping[str, Any]) -> None:
+def check_values(root: Path, proof: ManifestBody) -> None:
     """Digest every file and look for NaN and Inf on the way. Raises CheckFailed."""
     with _reading(root):
         _check_contents(root, proof, False)
 
 
-def _check_contents(root: Path, proof: Mapping[str, Any], allow_nonfinite: bool) -> None:
+def _check_contents(root: Path, proof: ManifestBody, allow_nonfinite: bool) -> None:
     """Digest every file and look for NaN and Inf on the way."""
 
-    def check(file: Mapping[str, Any], stop: threading.Event) -> None:
-        path = root / file["name"]
+    def check(file: File, stop: threading.Event) -> None:
+        path = root / file.name
         specs: tuple[StoredTensor, ...] = ()
         if path.suffix == ".safetensors" and not allow_nonfinite:
             specs = read_header(str(path), path.name).tensors
-        if _digest_and_scan(path, specs, stop) != file["sha256"]:
+        if _digest_and_scan(path, specs, stop) != file.sha256:
             raise CheckFailed(f"{path}: its bytes are not those that were written (sha256 differs)")
 
-    for _ in in_threads(check, proof["files"]):
+    for _ in in_threads(check, proof.files):
         pass
 
 
@@ -246,11 +258,11 @@ def _fill(stream: FileIO, buffer: bytearray) -> int:
     return count
 
 
-def is_intact(folder: Path, proof: Mapping[str, Any]) -> bool:
+def is_intact(folder: Path, proof: ManifestBody) -> bool:
     """Whether every file still has its digest."""
     try:
-        digests = in_threads(lambda file, stop: hash_file(folder / file["name"], stop), proof["files"])
-        return all(file["sha256"] == digest for file, digest in zip(proof["files"], digests, strict=True))
+        digests = in_threads(lambda file, stop: hash_file(folder / file.name, stop), proof.files)
+        return all(file.sha256 == digest for file, digest in zip(proof.files, digests, strict=True))
     except OSError:
         return False
 
@@ -260,7 +272,3 @@ def input_digests(checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str]
     files = [(name, file) for name, checkpoint in checkpoints.items() for file in checkpoint.files]
     digests = in_threads(lambda item, stop: checkpoints[item[0]].sha256(item[1], stop), files)
     return dict(zip(files, digests, strict=True))
-
-
-def _total(proof: Mapping[str, Any]) -> int:
-    return sum(file["size"] for file in proof["files"])

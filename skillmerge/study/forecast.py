@@ -123,13 +123,13 @@ class Forecaster:
                     sums[key] += value if key == "total" else value * by
 
     def summary(self) -> dict[str, Any] | None:
-        """`as_planned` (keys as in a manifest's statistics), and `curves`: by mode and module kind, lambda, realised,
+        """`as_planned` (as a manifest's statistics), and `curves`: by mode and module kind, lambda, realised,
         vanished and changed. None where nothing was to be forecast."""
         if self.stats == "off" or (not self._programs and self._plan is None):
             return None
         result: dict[str, Any] = {"mode": self.stats, "grid": list(GRID), "curves": {}, "as_planned": None}
         if self._plan is not None:
-            result["as_planned"] = {"mode": self.stats, **summarise(self._plan, self._planned)}
+            result["as_planned"] = summarise(self._plan, self._planned, self.stats)
         kinds = {kind for _, kind, _ in self._curves}
         for mode in MODES if self._programs else ():
             result["curves"][mode] = {
@@ -138,6 +138,14 @@ class Forecaster:
                 if kind in kinds
             }
         return result
+
+
+def plain(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What `Forecaster.summary` gave, as JSON has it."""
+    if summary is None:
+        return None
+    planned = summary["as_planned"]
+    return {**summary, "as_planned": planned.as_dict() if planned is not None else None}
 
 
 def _try(

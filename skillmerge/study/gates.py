@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ from typing import Any
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.schemes import is_path, local_folder
+from skillmerge.engine.rounding_statistics import Statistics
 from skillmerge.errors import CheckFailed, SkillmergeError, UsageError
 from skillmerge.naming import module_kind
-from skillmerge.outputs import manifest
+from skillmerge.outputs.manifest import ManifestBody
+from skillmerge.outputs.output import Outcome, Output
 from skillmerge.outputs.verify import check_structure, check_values, is_intact
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.recipes.expression import normalise_name
-from skillmerge.recipes.gate_table import FIGURES, PROOFS, Gate
+from skillmerge.recipes.gate_table import FIGURES, Gate
 from skillmerge.recipes.parse import load_gates
 from skillmerge.reporter import Reporter
 from skillmerge.study.inspect import inspect_merge
@@ -34,25 +36,6 @@ from skillmerge.study.scorers import Scorer, run_command
 from skillmerge.study.scores import NotFinite
 
 _RUNS_A_MODEL = ("loads", "finite_logits", "perplexity")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one gate. measured: None where there is no number; `detail` says why."""
-
-    gate: str
-    asked: str
-    measured: float | None
-    passed: bool
-    detail: str = ""
-
-    @property
-    def unmeasured(self) -> bool:
-        """Whether it failed for want of a figure, not for what the figure is."""
-        return not self.passed and self.measured is None and self.gate not in PROOFS
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +57,7 @@ class GateReport:
 
 
 class GateFailed(CheckFailed):
-    """At least one gate did not hold. plan, proof: of the output that was refused, where it was just made."""
+    """At least one gate did not hold. plan, body: of the output that was refused, where it was just made."""
 
     def __init__(
         self,
@@ -82,34 +65,27 @@ class GateFailed(CheckFailed):
         *,
         fix: str | None = None,
         plan: Plan | None = None,
-        proof: Mapping[str, Any] | None = None,
+        body: ManifestBody | None = None,
     ) -> None:
         failed = [outcome for outcome in outcomes if not outcome.passed]
-        told = "; ".join(f"{item.gate}: {shown(item)} (asked: {item.asked})" for item in failed)
+        told = "; ".join(f"{item.gate}: {item.shown} (asked: {item.asked})" for item in failed)
         super().__init__(f"{len(failed)} of {len(outcomes)} gates failed: {told}", fix=fix)
-        self.outcomes, self.plan, self.proof = tuple(outcomes), plan, proof
+        self.outcomes, self.plan, self.body = tuple(outcomes), plan, body
 
     def as_dict(self) -> dict[str, Any]:
         return {**super().as_dict(), "gates": [outcome.as_dict() for outcome in self.outcomes]}
-
-
-def shown(outcome: Outcome) -> str:
-    """What was measured, or why nothing was."""
-    if outcome.measured is None:
-        return outcome.detail.splitlines()[0] if outcome.detail else ("yes" if outcome.passed else "no")
-    return f"{outcome.measured:.4g}"
 
 
 Opened = Callable[[], AbstractContextManager[tuple[Plan, Mapping[str, Checkpoint]]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """A finished folder. proof: its manifest, or all of it that there is before it is written. opened: the models
-    that went in, for as long as the context lasts."""
+class GateInput:
+    """What gates look at: a finished folder, and what its manifest says or will say. opened: the models that went in,
+    for as long as the context lasts."""
 
     folder: Path
-    proof: Mapping[str, Any]
+    body: ManifestBody
     opened: Opened
     access: Access
     warn: Callable[[str], None] = lambda message: None
@@ -144,16 +120,16 @@ def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> No
             )
 
 
-def check(gates: Sequence[Gate], subject: Subject, tell: Callable[[Outcome], None]) -> list[Outcome]:
+def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], None]) -> list[Outcome]:
     """Measure every gate, whatever became of those before it; `tell` hears of each outcome as it is known.
 
     Raises UsageError where a gate does not fit this output, CheckFailed where a command has changed it.
     """
     outcomes = []
-    subject = replace(subject, text=next((gate.text for gate in gates if gate.text), None))
+    given = replace(given, text=next((gate.text for gate in gates if gate.text), None))
     for gate in gates:
         try:
-            found = list(_measure(gate, subject))
+            found = list(_measure(gate, given))
         except UsageError:
             raise
         except SkillmergeError as error:
@@ -161,11 +137,11 @@ def check(gates: Sequence[Gate], subject: Subject, tell: Callable[[Outcome], Non
             first, _, rest = error.message.partition("\n")
             found = [Outcome(_label(gate), gate.asked, None, False, first)]
             if rest:
-                subject.warn(f"{_label(gate)}: {rest}")
+                given.warn(f"{_label(gate)}: {rest}")
         for outcome in found:
             tell(outcome)
         outcomes += found
-    if any(gate.kind == "command" for gate in gates) and not is_intact(subject.folder, subject.proof):
+    if any(gate.kind == "command" for gate in gates) and not is_intact(given.folder, given.body):
         raise CheckFailed("a command among the gates changed the model's files", fix="have it write somewhere else")
     return outcomes
 
@@ -197,61 +173,59 @@ def _judged(gate: Gate, measured: float | None, kind: str = "", detail: str = ""
     return Outcome(_label(gate, kind), gate.asked, measured, measured is not None and gate.holds(measured), detail)
 
 
-def _measure(gate: Gate, subject: Subject) -> Iterator[Outcome]:
+def _measure(gate: Gate, given: GateInput) -> Iterator[Outcome]:
     if gate.kind in FIGURES:
-        yield from _figures(gate, subject.proof)
+        yield from _figures(gate, given.body)
     elif gate.kind == "cosine_z":
-        yield from _cosine(gate, subject)
+        yield from _cosine(gate, given)
     elif gate.kind == "finite":
-        yield _finite(gate, subject)
+        yield _finite(gate, given)
     elif gate.kind == "perplexity":
-        yield _perplexity(gate, subject)
+        yield _perplexity(gate, given)
     elif gate.kind == "command":
-        yield _command(gate, subject)
+        yield _command(gate, given)
     else:
-        yield _loads(gate, subject)
+        yield _loads(gate, given)
 
 
-def _figures(gate: Gate, proof: Mapping[str, Any]) -> Iterator[Outcome]:
+def _figures(gate: Gate, body: ManifestBody) -> Iterator[Outcome]:
     """What `apply` has measured: of the whole model, or of kinds of module."""
-    statistics = proof["statistics"]
-    if statistics["mode"] == "off" or proof["output"].get("kind") == "skill":
+    statistics = body.statistics
+    if statistics.mode == "off" or not isinstance(statistics, Statistics):
         raise UsageError(
             f"the gate `{gate.kind}` needs statistics of a merge, and this output has none",
             fix="merge it with --stats sampled or full",
         )
-    modules = statistics["modules"]
-    everywhere = [kind for kind, group in modules.items() if group["merged"]] if gate.kind == "norm_ratio" else []
+    modules = statistics.modules
+    everywhere = [kind for kind, group in modules.items() if group.merged] if gate.kind == "norm_ratio" else []
     for kind in gate.modules or everywhere or ("",):
-        group = modules.get(kind) if kind else statistics["all"]
+        group = modules.get(kind) if kind else statistics.all
         if group is None:
             yield _judged(gate, None, kind, "the model has no such module")
             continue
-        measured = group.get(gate.kind)
-        if measured is None and gate.kind in ("changed", "norm_ratio") and not group["merged"]:
-            measured = _taken(proof, kind) if gate.kind == "changed" else 0.0
+        measured = getattr(group, gate.kind)
+        if measured is None and gate.kind in ("changed", "norm_ratio") and not group.merged:
+            measured = _taken(body, kind) if gate.kind == "changed" else 0.0
         why = "no update was measured" if measured is None else ""
-        if gate.kind == "changed" and measured == 0 and statistics["mode"] == "sampled":
+        if gate.kind == "changed" and measured == 0 and statistics.mode == "sampled":
             why = "nothing changed where it was looked at (--stats full looks everywhere)"
         yield _judged(gate, measured, kind, why)
 
 
-def _taken(proof: Mapping[str, Any], kind: str) -> float:
+def _taken(body: ManifestBody, kind: str) -> float:
     """The share of elements that were taken whole from a model other than the donor."""
-    rows = [row for row in proof["tensors"] if not kind or module_kind(row["name"]) == kind]
-    sizes = [math.prod(row["shape"]) for row in rows]
+    rows = [row for row in body.tensors if not kind or module_kind(row.name) == kind]
+    sizes = [math.prod(row.shape) for row in rows]
     whole = sum(sizes)
-    other = sum(
-        size for row, size in zip(rows, sizes, strict=True) if row["sources"] and row["sources"][0][0] != proof["donor"]
-    )
+    other = sum(size for row, size in zip(rows, sizes, strict=True) if row.sources and row.sources[0][0] != body.donor)
     return other / whole if whole else 0.0
 
 
-def _cosine(gate: Gate, subject: Subject) -> Iterator[Outcome]:
+def _cosine(gate: Gate, given: GateInput) -> Iterator[Outcome]:
     """Of the update with the target's own, in standard deviations from chance; docs/inspect.md says what it means."""
-    with subject.opened() as (plan, checkpoints):
+    with given.opened() as (plan, checkpoints):
         base = _place_of(gate, gate.model, plan) if gate.model is not None else None
-        found = inspect_merge(plan, checkpoints, base, subject.access)
+        found = inspect_merge(plan, checkpoints, base, given.access)
     for kind in gate.modules or ("",):
         group = found.modules.get(kind) if kind else found.total
         measured = group.get("cosine_z") if group is not None else None
@@ -259,30 +233,30 @@ def _cosine(gate: Gate, subject: Subject) -> Iterator[Outcome]:
         yield _judged(gate, measured, kind, why)
 
 
-def _finite(gate: Gate, subject: Subject) -> Outcome:
-    check_values(subject.folder, subject.proof)
+def _finite(gate: Gate, given: GateInput) -> Outcome:
+    check_values(given.folder, given.body)
     return Outcome(_label(gate), gate.asked, None, True)
 
 
-def _loads(gate: Gate, subject: Subject) -> Outcome:
+def _loads(gate: Gate, given: GateInput) -> Outcome:
     """`loads` where every tensor has found its place, `finite_logits` where what it computes is finite."""
-    report = _report(subject, subject.text)
+    report = _report(given, given.text)
     loaded = not any(report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     passed = bool(report.get("finite")) if gate.kind == "finite_logits" else loaded and "class" in report
     return Outcome(_label(gate), gate.asked, None, passed, "" if passed else report["why"])
 
 
-def _report(subject: Subject, text: Path | None) -> Mapping[str, Any]:
-    if text not in subject.reports:
-        subject.reports[text] = load(subject.folder, text)
-    return subject.reports[text]
+def _report(given: GateInput, text: Path | None) -> Mapping[str, Any]:
+    if text not in given.reports:
+        given.reports[text] = load(given.folder, text)
+    return given.reports[text]
 
 
-def _perplexity(gate: Gate, subject: Subject) -> Outcome:
-    ours = _perplexity_of(_report(subject, gate.text))
+def _perplexity(gate: Gate, given: GateInput) -> Outcome:
+    ours = _perplexity_of(_report(given, gate.text))
     if not gate.is_ratio:
         return _judged(gate, ours)
-    with subject.opened() as (plan, checkpoints):
+    with given.opened() as (plan, checkpoints):
         model = gate.model or plan.donor
         if model not in checkpoints or model in plan.recipe.skills or model in plan.recipe.patches:
             raise UsageError(f"the gate `perplexity`: `{model}` is not a whole model that this merge reads")
@@ -302,10 +276,10 @@ def _perplexity_of(report: Mapping[str, Any]) -> float:
     return float(report["perplexity"])
 
 
-def _command(gate: Gate, subject: Subject) -> Outcome:
+def _command(gate: Gate, given: GateInput) -> Outcome:
     scorer = Scorer(gate.name, command=gate.run)
     try:
-        scores = run_command(scorer, subject.folder.resolve(), 0, timeout=gate.timeout, where=gate.folder)
+        scores = run_command(scorer, given.folder.resolve(), 0, timeout=gate.timeout, where=gate.folder)
     except NotFinite as error:
         return _judged(gate, None, detail=str(error))
     name = gate.score or next(iter(scores))
@@ -332,12 +306,10 @@ def gate(
     is in what is returned, not raised.
     """
     reporter = reporter or Reporter()
-    root = Path(folder)
-    if not root.is_dir():
-        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
-    proof = manifest.read(root)
-    check_structure(root, proof)
-    recipe, commits = manifest.recorded_recipe(proof, root, Path(base_folder) if base_folder is not None else None)
+    output = Output.open(folder)
+    root = output.folder
+    check_structure(root, output.manifest)
+    recipe, commits = output.recipe(Path(base_folder) if base_folder is not None else None)
     asked = load_gates(gates) if gates is not None else recipe.gates
     if not asked:
         raise UsageError(
@@ -359,5 +331,5 @@ def gate(
     def tell(outcome: Outcome) -> None:
         reporter.event("gate", **outcome.as_dict())
 
-    outcomes = check(asked, Subject(root, proof, opened, access, reporter.warn), tell)
+    outcomes = check(asked, GateInput(root, output.manifest, opened, access, reporter.warn), tell)
     return GateReport(os.fspath(folder), tuple(outcomes))

@@ -25,7 +25,7 @@ from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.plans.planner import refuse_quantised
 from skillmerge.reporter import Reporter
-from skillmerge.study.forecast import Forecaster
+from skillmerge.study.forecast import Forecaster, plain
 from skillmerge.study.subjects import BASE, Subject, open_named, refuse_model, subject_of_recipe
 from skillmerge.tensors import DTYPES
 from skillmerge.threads import cores
@@ -83,7 +83,7 @@ class Inspection:
             "cells": self.cells,
             "tensors": self.tensors,
             "spectra": self.spectra,
-            "forecast": self.forecast,
+            "forecast": plain(self.forecast),
             "left": dict(self.left),
             "notes": self.notes,
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -18,6 +17,8 @@ from skillmerge.engine.runner import Job, Work
 from skillmerge.engine.runners.threads import Threads
 from skillmerge.errors import UnusableWeights, UsageError, memory_errors
 from skillmerge.outputs import manifest
+from skillmerge.outputs.manifest import Manifest, ManifestBody
+from skillmerge.outputs.output import Outcome, Output, RunLog
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 from skillmerge.outputs.verify import check_structure, input_digests, is_intact
 from skillmerge.plans import saved as savedplan
@@ -30,14 +31,14 @@ from skillmerge.plans.side_files import SideFile, fetch
 from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
-from skillmerge.study.gates import GateFailed, Outcome, Subject, check, prepare
+from skillmerge.study.gates import GateFailed, GateInput, check, prepare
 from skillmerge.verbs.records import Checks, Publish, check_words
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.target import finished_output, output_folder, refuse_existing
 from skillmerge.version import __version__
 
 if TYPE_CHECKING:
-    from skillmerge.outputs.push import Publication
+    from skillmerge.outputs.push import MergePush
 
 
 @memory_errors()
@@ -66,7 +67,7 @@ def apply(
     revision: str | None = None,
     pull_request: bool | None = None,
     message: str | None = None,
-    expected: Mapping[str, Any] | None = None,
+    expected: Manifest | None = None,
     reporter: Reporter | None = None,
 ) -> Result:
     """Plan, merge, check, and publish into the output folder; with `push`, on the Hub too.
@@ -133,7 +134,7 @@ class _Merge:
     access: Access
     checks: Checks
     publish: Publish
-    publication: Publication | None
+    publication: MergePush | None
     reporter: Reporter
     started: float
 
@@ -169,7 +170,7 @@ class _Merge:
             return None
         if self.staging.unfinished:
             self.reporter.warn(f"{self.staging.folder} holds an unfinished run of another plan")
-        return self._result(proof, already=True, gates=manifest.gate_outcomes(target))
+        return self._result(proof, already=True, gates=RunLog.read(target).gates)
 
     def make(self, work: Work) -> Result:
         """Begin the work or continue it, check what comes of it, and give it its place."""
@@ -184,17 +185,17 @@ class _Merge:
             body = self._describe(side_files)
             outcomes = self._judge(body)
             proof = self._prove(body, runner.device, outcomes)
-        gates = manifest.gate_outcomes(self.staging.files)
+        gates = RunLog.read(self.staging.files).gates
         if not self.publish.no_local:
             check_structure(self.staging.files, proof)
-            self.staging.publish(self.publish.overwrite)
+            self.staging.put_in_place(self.publish.overwrite)
         return self._result(proof, device=runner.device, gates=gates)
 
     def published(self, result: Result) -> Result:
         """The same, once it is on the Hub too."""
         if self.publication is not None and result.published is None:
             files = self.staging.files if self.publish.no_local else self.staging.output
-            commit = self.publication.publish(files, result.manifest, verified=not result.already)
+            commit = self.publication.publish(Output(files, result.manifest), verified=not result.already)
             result = replace(result, published=commit)
             if self.publish.no_local:
                 self.staging.discard()
@@ -204,7 +205,7 @@ class _Merge:
         self.reporter.event("published", **where, seconds=round(result.seconds, 3))
         return result
 
-    def _result(self, proof: Mapping[str, Any], **what: Any) -> Result:
+    def _result(self, proof: Manifest, **what: Any) -> Result:
         return Result(self.staging.output, proof, 0.0, plan=self.job.plan, **what)
 
     def _begin(self) -> list[SideFile]:
@@ -246,7 +247,7 @@ class _Merge:
             if publication is not None:
                 publication.settle(failed=failed)
 
-    def _describe(self, side_files: list[SideFile]) -> dict[str, Any]:
+    def _describe(self, side_files: list[SideFile]) -> ManifestBody:
         """Write the side files. Returns all of the manifest that does not depend on where and when it was made."""
         plan, checkpoints, staging = self.job.plan, self.job.checkpoints, self.staging
         digests = input_digests(checkpoints) if self.checks.hash_inputs else {}
@@ -263,7 +264,7 @@ class _Merge:
             manifest.compare(staging.output, self.checks.expected, body)
         return body
 
-    def _judge(self, body: Mapping[str, Any]) -> list[Outcome]:
+    def _judge(self, body: ManifestBody) -> list[Outcome]:
         """What becomes of the recipe's gates. Raises GateFailed, unless the output is to be kept all the same."""
 
         def report(outcome: Outcome) -> None:
@@ -271,39 +272,35 @@ class _Merge:
 
         plan, staging = self.job.plan, self.staging
         opened = (plan, self.job.checkpoints)
-        subject = Subject(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter.warn)
-        outcomes = check(plan.recipe.gates, subject, report)
+        given = GateInput(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter.warn)
+        outcomes = check(plan.recipe.gates, given, report)
         if all(outcome.passed for outcome in outcomes) or self.checks.keep_failed:
             return outcomes
         fix = "mend what could not be measured; the same command goes on from here"
         if not any(outcome.unmeasured for outcome in outcomes):
             staging.discard()
             fix = "--keep-failed keeps the output where it can be looked at"
-        raise GateFailed(outcomes, fix=fix, plan=plan, proof=body)
+        raise GateFailed(outcomes, fix=fix, plan=plan, body=body)
 
-    def _prove(self, body: Mapping[str, Any], device: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    def _prove(self, body: ManifestBody, device: str, outcomes: Sequence[Outcome]) -> Manifest:
         """Write run log and manifest; nothing else but what it names stays in the output. Returns the manifest.
 
         Raises GateFailed for an output that is kept though a gate refused it.
         """
         plan, staging = self.job.plan, self.staging
-        log = {
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "seconds": round(time.monotonic() - self.started, 3),
-            "gates": [outcome.as_dict() for outcome in outcomes],
-        }
-        run_log = (json.dumps(log) + "\n").encode()
+        finished, seconds = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic() - self.started
+        run_log = RunLog(finished, round(seconds, 3), tuple(outcomes)).to_bytes()
         passed = all(outcome.passed for outcome in outcomes)
         output = staging.output if passed else staging.files
         folder = os.path.relpath(plan.recipe.folder.resolve(), output.parent.resolve() / output.name)
         environment = {**_versions(), "device": device.split(": ")[0], "recipe_folder": folder, **self.conditions}
         proof = manifest.seal(body, environment, run_log)
         staging.write_file(manifest.RUN_LOG_FILE, run_log)
-        staging.write_file(MANIFEST_FILE, manifest.to_bytes(proof))
-        staging.drop_strangers(manifest.file_names(proof))
+        staging.write_file(MANIFEST_FILE, proof.to_bytes())
+        staging.drop_strangers(proof.file_names)
         if not passed:
             fix = f"it is kept in {staging.files}; the same command goes on from there"
-            raise GateFailed(outcomes, fix=fix, plan=plan, proof=body)
+            raise GateFailed(outcomes, fix=fix, plan=plan, body=body)
         if self.publish.no_local:
             staging.seal(plan.digest)
         return proof
@@ -344,16 +341,16 @@ def _planned(
         yield plan, checkpoints
 
 
-def _publication(plan: Plan, publish: Publish) -> Publication | None:
+def _publication(plan: Plan, publish: Publish) -> MergePush | None:
     """The push that the recipe or the caller asks for, checked before any work."""
     if publish.repository is None and plan.recipe.output.push is None:
         if publish.no_local:
             raise UsageError("without a push there would be no output at all", fix="add --push org/name")
         return None
-    from skillmerge.outputs.push import Publication
+    from skillmerge.outputs.push import MergePush
 
     options = {name: getattr(publish, name) for name in ("private", "revision", "pull_request", "message")}
-    return Publication(plan, publish.repository, publish.no_local, options)
+    return MergePush(plan, publish.repository, publish.no_local, options)
 
 
 def _versions() -> dict[str, str]:

@@ -23,6 +23,8 @@ from skillmerge.engine.runner import Job, Work
 from skillmerge.engine.runners.threads import Threads
 from skillmerge.errors import CheckFailed, StalePlan, UsageError, some
 from skillmerge.outputs import manifest
+from skillmerge.outputs.manifest import Manifest
+from skillmerge.outputs.output import Output, check_folder
 from skillmerge.outputs.verify import check_structure, input_digests
 from skillmerge.plans import changes as changes_module
 from skillmerge.plans import saved
@@ -105,24 +107,23 @@ def rebuild_into(folder: str | os.PathLike[str], output: str | os.PathLike[str],
     names are not those of then; and whatever `merge.apply` raises.
     """
     how = how or How()
-    root = _folder(folder)
+    root = check_folder(folder)
     if Path(output).resolve() == root.resolve():
         raise UsageError(f"{root} cannot be built again in its own place", fix="name another --output")
-    proof = manifest.read(root)
-    recipe, commits = manifest.recorded_recipe(proof, root, how.base)
-    environment = proof["environment"]
-    with _planned_again(root, proof, how):
+    made = Output.open(root)
+    proof, environment = made.manifest, made.manifest.environment
+    recipe, commits = made.recipe(how.base)
+    with _planned_again(made, how):
         pass  # before hours of work: are these the models?
     recipe = replace(recipe, gates=(), output=replace(recipe.output, push=None))
-    access = Access(
-        how.follow_links, download=how.hub == "download", commits=commits, allow_code=_runs_code(root, proof)
-    )
-    checks = Checks(environment["stats"], environment["allow_nonfinite"], _hashed(proof), full=True, expected=proof)
+    access = Access(how.follow_links, download=how.hub == "download", commits=commits, allow_code=_runs_code(made))
+    hashed = proof.inputs_hashed
+    checks = Checks(environment.stats, environment.allow_nonfinite, hashed, full=True, expected=proof)
     with _blamed_on_inputs(proof):
         result = merge(recipe, output, access, how.work, checks, Publish(), how.reporter)
         manifest.compare(root, proof, result.manifest)  # of an output that was there already
-    count = len(proof["tensors"])
-    return Rebuilt(root, count, count, sum(file["size"] for file in proof["files"]), result.output)
+    count = len(proof.tensors)
+    return Rebuilt(root, count, count, proof.size, result.output)
 
 
 def check_rebuild(
@@ -134,19 +135,18 @@ def check_rebuild(
     of 1 the manifest too. Raises as `rebuild`; CheckFailed names the first difference.
     """
     how = how or How()
-    root = _folder(folder)
-    proof = manifest.read(root)
+    made = Output.open(folder)
+    root, proof, environment = made.folder, made.manifest, made.manifest.environment
     check_structure(root, proof)
-    with _planned_again(root, proof, how) as (plan, checkpoints):
+    with _planned_again(made, how) as (plan, checkpoints):
         names = [spec.name for shard in plan.shards for spec in shard.specs]
         # Where the parts of a skill lie follows from all that comes before them.
         count = len(names) if plan.makes_skill else math.ceil(sample * len(names))
         chosen = set(random.Random(seed).sample(sorted(names), count))
         shards = plan.shards if len(chosen) == len(names) else _shards_of(plan, chosen)
-        side_files = list(fetch(checkpoints[plan.donor], plan.side_files, _runs_code(root, proof)))
+        side_files = list(fetch(checkpoints[plan.donor], plan.side_files, _runs_code(made)))
         original = _Original(root)
-        environment = proof["environment"]
-        job = Job(plan, checkpoints, original, environment["stats"], environment["allow_nonfinite"])
+        job = Job(plan, checkpoints, original, environment.stats, environment.allow_nonfinite)
         with _blamed_on_inputs(proof), closing(Threads(how.work, how.reporter).run(job, shards)) as records:
             for done in records:
                 original.record(done)
@@ -158,31 +158,25 @@ def check_rebuild(
             _compare_file(root / file.name, file.content or b"")
         if shards is plan.shards:
             digests = _recorded_digests(proof)
-            body = manifest.build(plan, original.finished, side_files, proof["environment"]["stats"], digests)
+            body = manifest.build(plan, original.finished, side_files, environment.stats, digests)
             manifest.compare(root, proof, body)
         size = sum(spec.nbytes for shard in shards for spec in shard.specs)
         return Rebuilt(root, len(chosen), len(names), size)
 
 
-def _folder(folder: str | os.PathLike[str]) -> Path:
-    root = Path(folder)
-    if not root.is_dir():
-        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
-    return root
-
-
 @contextmanager
-def _planned_again(root: Path, proof: Mapping[str, Any], how: How) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
+def _planned_again(made: Output, how: How) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
     """The plan that the manifest was made from, over the models as they are now. Raises StalePlan where these or
     skillmerge have changed."""
-    recipe, commits = manifest.recorded_recipe(proof, root, how.base)
+    root, proof = made.folder, made.manifest
+    recipe, commits = made.recipe(how.base)
     access = Access(how.follow_links, download=how.hub == "download", commits=commits)
-    with planned(recipe, None, _runs_code(root, proof), access, how.reporter.warn) as (plan, checkpoints):
+    with planned(recipe, None, _runs_code(made), access, how.reporter.warn) as (plan, checkpoints):
         plan.refuse_problems()
-        if plan.digest != proof["plan_digest"]:
+        if plan.digest != proof.plan_digest:
             now = json.loads(json.dumps(saved.describe(plan)))
-            then = {**proof, "recipe_sha256": proof["recipe"]["sha256"], "side_files": _side_files(proof, now)}
-            version = proof["tool"]["version"]
+            then = {**proof.as_dict(), "recipe_sha256": proof.recipe.sha256, "side_files": _side_files(proof, now)}
+            version = proof.tool.version
             changes = changes_module.differences(then, now) or [
                 f"skillmerge {version}, which made it, planned differently"
             ]
@@ -190,7 +184,7 @@ def _planned_again(root: Path, proof: Mapping[str, Any], how: How) -> Iterator[t
                 f"{root} cannot be built again from what is there now: {'; '.join(changes[:8])}",
                 fix="--base-folder says where the models are now, if they have moved",
             )
-        if _hashed(proof):
+        if proof.inputs_hashed:
             now = input_digests(checkpoints)
             recorded = _recorded_digests(proof)
             if other := ["/".join(key) for key, digest in recorded.items() if now[key] != digest]:
@@ -198,46 +192,41 @@ def _planned_again(root: Path, proof: Mapping[str, Any], how: How) -> Iterator[t
         yield plan, checkpoints
 
 
-def _side_files(proof: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _side_files(proof: Manifest, now: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The manifest's side files as a plan has them: the plan's own rows where they say the same."""
-    shards = {tensor["file"] for tensor in proof["tensors"]}
+    shards = {tensor.file for tensor in proof.tensors}
     rows = {row["name"]: row for row in now["side_files"]}
     found = []
-    for file in proof["files"]:
-        if file["name"] not in shards:
-            row = rows.get(file["name"], {})
-            same = row.get("size") == file["size"] and row.get("sha256", file["sha256"]) == file["sha256"]
-            found.append(row if same else file)
+    for file in proof.files:
+        if file.name not in shards:
+            row = rows.get(file.name, {})
+            same = row.get("size") == file.size and row.get("sha256", file.sha256) == file.sha256
+            found.append(row if same else file.as_dict())
     return found
 
 
 @contextmanager
-def _blamed_on_inputs(proof: Mapping[str, Any]) -> Iterator[None]:
+def _blamed_on_inputs(proof: Manifest) -> Iterator[None]:
     """What differs may do so because a model has changed, where nobody knows what its weights were."""
     try:
         yield
     except CheckFailed as error:
-        if _hashed(proof):
+        if proof.inputs_hashed:
             raise
         fix = "or the weights of a model have changed since: they were not hashed (apply --hash-inputs)"
         raise CheckFailed(error.message, fix=fix) from error
 
 
-def _recorded_digests(proof: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+def _recorded_digests(proof: Manifest) -> dict[tuple[str, str], str]:
     """Of the inputs' files, where they were hashed."""
-    rows = [(item["name"], file) for item in proof["inputs"] for file in item["files"] if file["sha256"]]
-    return {(name, file["name"]): file["sha256"] for name, file in rows}
+    return {(item.name, file.name): file.sha256 for item in proof.inputs for file in item.files if file.sha256}
 
 
-def _runs_code(root: Path, proof: Mapping[str, Any]) -> bool:
+def _runs_code(made: Output) -> bool:
     """Whether it was made with --allow-code."""
-    names = [file["name"] for file in proof["files"]]
-    config = root / "config.json"
+    names = [file.name for file in made.manifest.files]
+    config = made.folder / "config.json"
     return any(name.endswith(".py") for name in names) or (config.is_file() and b'"auto_map"' in config.read_bytes())
-
-
-def _hashed(proof: Mapping[str, Any]) -> bool:
-    return any(file["sha256"] for item in proof["inputs"] for file in item["files"])
 
 
 def _shards_of(plan: Plan, chosen: set[str]) -> tuple[ShardPlan, ...]:

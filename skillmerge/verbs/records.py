@@ -6,11 +6,10 @@ How models are reached is `plans.opening.Access`, how it is computed `engine.run
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from skillmerge.errors import UsageError
+from skillmerge.outputs.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +25,7 @@ class Checks:
     hash_inputs: bool = False
     full: bool = False
     keep_failed: bool = False
-    expected: Mapping[str, Any] | None = None
+    expected: Manifest | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs import manifest
+from skillmerge.outputs.manifest import Manifest
+from skillmerge.outputs.output import RunLog
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 from skillmerge.outputs.verify import check_structure, is_intact
 from skillmerge.plans.plan import Plan
@@ -52,9 +54,7 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
     return path
 
 
-def finished_output(
-    folder: Path, plan: Plan, conditions: Mapping[str, Any], hash_inputs: bool
-) -> dict[str, Any] | None:
+def finished_output(folder: Path, plan: Plan, conditions: Mapping[str, Any], hash_inputs: bool) -> Manifest | None:
     """The manifest in `folder` where it is this very plan's, made from these very files as asked now, and whole
     as far as can be seen without reading the weights again (that is what `verify` does)."""
     if not (folder / MANIFEST_FILE).is_file():
@@ -64,11 +64,11 @@ def finished_output(
         check_structure(folder, proof)
     except CheckFailed:
         return None
-    if any(not row.get("passed") for row in manifest.gate_outcomes(folder)):
+    if any(not outcome.passed for outcome in RunLog.read(folder).gates):
         return None  # it was refused, and somebody has put it here
-    environment = proof["environment"]
-    same = proof["plan_digest"] == plan.digest and all(environment.get(key) == conditions[key] for key in conditions)
-    hashed = all(file["sha256"] for item in proof["inputs"] for file in item["files"])
+    known = proof.environment.conditions
+    same = proof.plan_digest == plan.digest and all(known.get(key) == conditions[key] for key in conditions)
+    hashed = all(file.sha256 for item in proof.inputs for file in item.files)
     return proof if same and (hashed or not hash_inputs) else None
 
 

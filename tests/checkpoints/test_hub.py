@@ -69,12 +69,12 @@ def test_merge_from_the_hub_has_the_bytes_of_the_merge_from_disk(
 def test_manifest_names_commits_and_digests(hub: HubServer, tmp_path: Path) -> None:
     put_family(hub, tmp_path / "local", shards=1)
     manifest = skillmerge.apply(hub_recipe(tmp_path / "remote")).manifest
-    for item in manifest["inputs"]:
-        assert item["uri"] == f"hf://acme/{item['name']}"
-        assert item["revision"] == hub.repos[f"acme/{item['name']}"].refs["main"]
-        (file,) = item["files"]
-        assert file["stated_sha256"] == hub.tree(f"acme/{item['name']}")[SINGLE].sha256
-        assert 0 < file["bytes_read"] < file["size"]
+    for item in manifest.inputs:
+        assert item.uri == f"hf://acme/{item.name}"
+        assert item.revision == hub.repos[f"acme/{item.name}"].refs["main"]
+        (file,) = item.files
+        assert file.stated_sha256 == hub.tree(f"acme/{item.name}")[SINGLE].sha256
+        assert 0 < file.bytes_read < file.size
 
 
 def test_a_commit_means_itself_whatever_the_branch_does(hub: HubServer, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_offline_takes_what_the_cache_has(hub: HubServer, tmp_path: Path, monkey
     remote = skillmerge.apply(recipe)
     assert hub.requests == []
     assert weights(local.output) == weights(remote.output)
-    assert {item["revision"] for item in remote.manifest["inputs"]} == {
+    assert {item.revision for item in remote.manifest.inputs} == {
         hub.repos[f"acme/{model}"].refs["main"] for model in MODELS
     }
 

@@ -96,8 +96,8 @@ def test_patched_model_stands_for_a_whole_one(tmp_path: Path, kind: Any) -> None
     recipe = write_recipe(tmp_path, formula, models={"target": "target", **PATCHED})
     through = skillmerge.apply(recipe, tmp_path / "through", hash_inputs=True, threads=2)
     assert same(read_checkpoint(direct.output), read_checkpoint(through.output))
-    inputs = {item["name"]: item for item in through.manifest["inputs"]}
-    assert [item["name"] for item in through.manifest["inputs"]] == ["target", "sft", "rl"]
+    inputs = {item.name: item.as_dict() for item in through.manifest.inputs}
+    assert [item.name for item in through.manifest.inputs] == ["target", "sft", "rl"]
     assert inputs["rl"]["files"][0]["sha256"] != inputs["sft"]["files"][0]["sha256"]
 
 
@@ -107,7 +107,7 @@ def test_a_patch_alone_is_written_out(tmp_path: Path) -> None:
     write_patch(tmp_path / "patch", *(read_checkpoint(tmp_path / name) for name in ("sft", "rl")), torch.int32)
     result = skillmerge.apply(write_recipe(tmp_path, "rl", models=PATCHED), tmp_path / "out")
     assert same(read_checkpoint(result.output), read_checkpoint(tmp_path / "rl"))
-    assert [item["name"] for item in result.manifest["inputs"]] == ["sft", "rl"]
+    assert [item.name for item in result.manifest.inputs] == ["sft", "rl"]
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_patch_that_changes_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists already"):
         skillmerge.apply(recipe, tmp_path / "out")
     again = skillmerge.apply(recipe, tmp_path / "out", overwrite=True)
-    assert first.manifest["files"] != again.manifest["files"]
+    assert first.manifest.files != again.manifest.files
 
 
 def test_commands(tmp_path: Path) -> None:

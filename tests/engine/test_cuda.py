@@ -25,8 +25,8 @@ def on_both(recipe: Path, **options: object) -> tuple[dict[str, str], dict[str, 
         skillmerge.apply(recipe, recipe.parent / device, device=device, stats="full", **options)  # type: ignore[arg-type]
         for device in ("cpu", "cuda")
     ]
-    assert results[0].manifest["statistics"] == results[1].manifest["statistics"]
-    assert results[0].manifest["tensors"] == results[1].manifest["tensors"]
+    assert results[0].manifest.statistics == results[1].manifest.statistics
+    assert results[0].manifest.tensors == results[1].manifest.tensors
     return digests(results[0].output), digests(results[1].output)
 
 

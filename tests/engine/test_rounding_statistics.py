@@ -25,7 +25,7 @@ def past(folder: Path, lam: float, size: float, count: int = 300_000, **output: 
     for name, tensor in (("target", target), ("sft", sft), ("rl", rl)):
         write_checkpoint(folder / name, {NAME: tensor})
     recipe = write_recipe(folder, coefficients={"lam": lam}, output={"path": "merged", **output})
-    return dict(skillmerge.apply(recipe, stats="full", overwrite=True).manifest)
+    return skillmerge.apply(recipe, stats="full", overwrite=True).manifest.as_dict()
 
 
 def whole(folder: Path, lam: float) -> dict[str, float]:
@@ -93,5 +93,5 @@ def test_apply_warns_when_rounding_takes_the_update_away(tmp_path: Path) -> None
 
 def test_statistics_can_be_off(tmp_path: Path) -> None:
     result = skillmerge.apply(write_family(tmp_path), stats="off")
-    assert result.manifest["statistics"]["mode"] == "off"
-    assert not any("statistics" in tensor for tensor in result.manifest["tensors"])
+    assert result.manifest.statistics.mode == "off"
+    assert not any(tensor.statistics for tensor in result.manifest.tensors)

@@ -297,11 +297,11 @@ def test_shard_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_links_that_lead_out_are_followed_when_allowed(folder: Path) -> None:
-    expected = skillmerge.apply(folder / "recipe.yaml", folder / "expected").manifest["files"]
+    expected = skillmerge.apply(folder / "recipe.yaml", folder / "expected").manifest.files
     for name in (FIRST, INDEX, "config.json"):
         moved_and_linked(f"target/{name}", f"elsewhere/{name}")(folder)
     assert refused(folder).exit_status == 4
-    found = skillmerge.apply(folder / "recipe.yaml", follow_links=True).manifest["files"]
+    found = skillmerge.apply(folder / "recipe.yaml", follow_links=True).manifest.files
     assert found == expected
 
 

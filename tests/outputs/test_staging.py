@@ -10,12 +10,15 @@ import os
 import stat
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import OutputLocked, UsageError
+from skillmerge.outputs.journal import Journal, Placing
 from skillmerge.outputs.shard_file import ShardFile, WriteMode
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 
@@ -29,13 +32,8 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "merged"
 
 
-def entry(name: str) -> dict[str, Any]:
-    return {
-        "shard": name,
-        "size": len(SHARDS[name]),
-        "sha256": hashlib.sha256(SHARDS[name]).hexdigest(),
-        "statistics": {},
-    }
+def entry(name: str) -> ShardRecord:
+    return ShardRecord(name, len(SHARDS[name]), hashlib.sha256(SHARDS[name]).hexdigest(), {})
 
 
 def finish_shards(staging: Staging, *names: str) -> None:
@@ -65,7 +63,7 @@ def test_staging_publishes_everything_and_leaves_nothing(output: Path) -> None:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
         assert not output.exists()
-        staging.publish(replace=False)
+        staging.put_in_place(replace=False)
     assert files(output) == WHOLE
     assert os.listdir(output.parent) == ["merged"]
 
@@ -129,7 +127,7 @@ def test_staging_files_are_as_readable_as_any_other(output: Path) -> None:
             shard.finish()
             staging.write_file("sub/config.json", b"{}")
             staging.write_file(MANIFEST_FILE, b"{}")
-            staging.publish(replace=False)
+            staging.put_in_place(replace=False)
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [output, *output.rglob("*")]}
@@ -208,8 +206,8 @@ def test_journal_torn_at_any_byte_keeps_the_lines_before(output: Path) -> None:
                 staging.begin(PLAN, CONDITIONS)
                 lines = max(0, whole[:length].count(b"\n") - 1)
                 assert list(staging.finished) == list(SHARDS)[:lines], length
-                staging.record({"note": "appended to whole lines only"})
-                assert [json.loads(line) for line in journal.read_text().splitlines()][-1]["note"]
+                staging.record(replace(entry("c.safetensors"), uploaded=True))  # appended to whole lines only
+                assert [json.loads(line) for line in journal.read_text().splitlines()][-1]["uploaded"]
 
 
 def test_journal_is_not_believed_where_the_shard_is_missing_or_short(output: Path) -> None:
@@ -226,13 +224,14 @@ def test_journal_is_not_believed_where_the_shard_is_missing_or_short(output: Pat
 def test_journal_lines_of_many_threads_stay_whole(output: Path) -> None:
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
-        threads = [threading.Thread(target=staging.record, args=({"n": n, "x": "x" * 9000},)) for n in range(40)]
+        rows = [ShardRecord(f"{n}", n, "x" * 9000, {}) for n in range(40)]
+        threads = [threading.Thread(target=staging.record, args=(row,)) for row in rows]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         lines = [json.loads(line) for line in (staging.folder / "journal.jsonl").read_text().splitlines()]
-        assert sorted(line["n"] for line in lines[1:]) == list(range(40))
+        assert sorted(line["size"] for line in lines[1:]) == list(range(40))
 
 
 # ------------------------------------------------------------------------------------------- publish, recover
@@ -253,7 +252,7 @@ def test_publish_replaces_an_output_when_asked(output: Path, monkeypatch: pytest
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        staging.publish(replace=True)
+        staging.put_in_place(replace=True)
     assert files(output) == WHOLE
     assert os.listdir(output.parent) == ["merged"]
 
@@ -274,7 +273,7 @@ def test_what_was_replaced_and_could_not_be_removed_is_removed_by_the_next_run(
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
         monkeypatch.setattr(os, "unlink", fails)
-        staging.publish(replace=True)
+        staging.put_in_place(replace=True)
         monkeypatch.undo()
     assert files(output) == WHOLE
     assert (Staging.folder_of(output) / "complete" / "old").exists()
@@ -288,7 +287,7 @@ def test_publish_takes_the_place_of_an_empty_folder(output: Path) -> None:
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        staging.publish(replace=False)
+        staging.put_in_place(replace=False)
     assert files(output) == WHOLE
 
 
@@ -298,7 +297,7 @@ def test_publish_unasked_touches_nothing_and_can_be_done_later(output: Path) -> 
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
         with pytest.raises(UsageError):
-            staging.publish(replace=False)
+            staging.put_in_place(replace=False)
     assert files(output) == previous
     with closing(Staging(output)) as staging:
         assert not staging.recover(PLAN, CONDITIONS, replace=False)
@@ -316,14 +315,14 @@ def test_recover_leaves_a_folder_that_can_be_used_at_once(output: Path) -> None:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
         with pytest.raises(UsageError):
-            staging.publish(replace=False)
+            staging.put_in_place(replace=False)
     with closing(Staging(output)) as staging:
         assert staging.recover(PLAN, CONDITIONS, replace=True)
         with pytest.raises(OutputLocked):
             Staging(output)
         assert staging.begin("another plan", CONDITIONS) is None
         staging.write_file(MANIFEST_FILE, b"another")
-        staging.publish(replace=True)
+        staging.put_in_place(replace=True)
     assert files(output) == {MANIFEST_FILE: b"another"}
     assert os.listdir(output.parent) == ["merged"]
 
@@ -333,7 +332,7 @@ def test_recover_never_publishes_what_was_replaced(output: Path) -> None:
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        staging.publish(replace=False)
+        staging.put_in_place(replace=False)
         staging.folder.mkdir()
         (staging.folder / "journal.jsonl").write_text('{"manifest_sha256": "that of a run long gone"}\n')
         put_previous(staging.folder / "complete")
@@ -355,7 +354,7 @@ def test_recover_leaves_another_plans_publication_alone(output: Path) -> None:
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        staging.record({"manifest_sha256": hashlib.sha256(b"{}").hexdigest()})
+        Journal(staging.folder / "journal.jsonl").append(Placing(hashlib.sha256(b"{}").hexdigest()))
         staging.files.rename(staging.folder / "complete")
     before = files(output)
     with closing(Staging(output)) as staging:
@@ -367,7 +366,7 @@ def test_recover_gives_back_an_output_that_another_plan_had_moved_away(output: P
     with closing(Staging(output)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        staging.record({"manifest_sha256": hashlib.sha256(b"{}").hexdigest()})
+        Journal(staging.folder / "journal.jsonl").append(Placing(hashlib.sha256(b"{}").hexdigest()))
         staging.files.rename(staging.folder / "complete")
         put_previous(staging.folder / "previous")
     with closing(Staging(output)) as staging:

@@ -73,7 +73,7 @@ def flipped(data: bytes, position: int, bit: int) -> bytes:
 
 
 def test_verify_accepts_what_apply_wrote_and_counts_it(output: Path) -> None:
-    verdict = verify.verify(output)
+    verdict = skillmerge.verify(output)
     assert sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()) == sorted(
         [*FILES, "1_Pooling/config.json"]
     )

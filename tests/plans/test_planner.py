@@ -66,7 +66,7 @@ def test_plan_gives_every_tensor_an_action_and_its_coefficients(family: Path, ed
 def test_plan_predicts_bytes_exactly(family: Path) -> None:
     plan = skillmerge.plan(family)
     result = skillmerge.apply(family)
-    written = sum(file["size"] for file in result.manifest["files"])
+    written = result.manifest.size
     assert plan.bytes_written == written
     assert plan.bytes_read == 3 * sum(spec.nbytes for shard in plan.shards for spec in shard.specs)
 

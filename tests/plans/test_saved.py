@@ -43,7 +43,7 @@ def test_a_saved_plan_is_applied_as_it_is(family: Path, tmp_path: Path) -> None:
     assert first.output == family.parent / "merged"
     other = skillmerge.apply(family, tmp_path / "other", coefficients={"lam": 0.3})
     assert weights(first.output) == weights(other.output)
-    assert first.manifest["plan_digest"] == json.loads(plan.read_text())["digest"] == other.manifest["plan_digest"]
+    assert first.manifest.plan_digest == json.loads(plan.read_text())["digest"] == other.manifest.plan_digest
     with pytest.raises(UsageError, match="has its coefficients"):
         skillmerge.apply(plan, coefficients={"lam": 1.0})
 
@@ -88,7 +88,7 @@ def test_a_recipe_that_changed_is_not_looked_at(family: Path) -> None:
     plan = saved(family)
     digest = json.loads(plan.read_text())["digest"]
     write_recipe(family.parent, coefficients={"lam": 0.1})
-    assert skillmerge.apply(plan).manifest["plan_digest"] == digest
+    assert skillmerge.apply(plan).manifest.plan_digest == digest
 
 
 def test_differences_in_words(family: Path) -> None:

@@ -31,10 +31,10 @@ def test_curve_is_what_apply_measures_at_each_lambda(tmp_path: Path, mode: str, 
     assert list(points) == list(GRID)
     for lam in (0.1, 0.5, 1.0, 1.3, 2.0):
         recipe = write_recipe(tmp_path, coefficients={"lam": lam}, output={"path": "merged", **output})
-        measured = skillmerge.apply(recipe, stats="full", overwrite=True).manifest["statistics"]["all"]
-        assert points[lam]["realised"] == pytest.approx(measured["realised_lambda"], rel=1e-12)
-        assert points[lam]["vanished"] == measured["vanished"]
-        assert points[lam]["changed"] == measured["changed"]
+        measured = skillmerge.apply(recipe, stats="full", overwrite=True).manifest.statistics.all
+        assert points[lam]["realised"] == pytest.approx(measured.realised_lambda, rel=1e-12)
+        assert points[lam]["vanished"] == measured.vanished
+        assert points[lam]["changed"] == measured.changed
 
 
 def test_float64_is_read_and_left_alone(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_float64_is_read_and_left_alone(tmp_path: Path) -> None:
         recipe = write_recipe(folder, output={"path": "merged", "dtype": "bfloat16"})
         found.append(inspect(recipe, stats="full"))
         assert found[-1].forecast is not None
-        measured = skillmerge.apply(recipe, stats="full").manifest["statistics"]
+        measured = skillmerge.apply(recipe, stats="full").manifest.statistics
         assert found[-1].forecast["as_planned"] == measured
     narrow, wide = (item.as_dict() for item in found)
     for key in ("norm", "changed", "cosine", "largest", "conflict"):

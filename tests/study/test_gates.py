@@ -221,7 +221,7 @@ def test_failed_output_is_kept_and_gone_on_from(trained: Path, tmp_path: Path) -
     told = Shards()
     result = skillmerge.apply(recipe_with(trained, {"changed": {"min": 0.001}}, "kept"), reporter=told)
     assert told.finished == [], "only the words of the recipe have changed"
-    assert [row["passed"] for row in result.gates] == [True]
+    assert [outcome.passed for outcome in result.gates] == [True]
     skillmerge.verify(result.output)
     plain = skillmerge.apply(recipe_with(trained, {}, "plain"))
     for file in result.output.glob("*.safetensors"):
@@ -244,10 +244,10 @@ def test_merge_that_did_nothing_fails_unless_allowed(trained: Path) -> None:
     with pytest.raises(GateFailed, match=r"changed: 0 \(asked"):
         skillmerge.apply(recipe_with(trained, {}, "nothing"), coefficients={"lam": 0.0})
     allowed = recipe_with(trained, {"changed": {"min": 0}}, "nothing", **nothing)
-    assert skillmerge.apply(allowed).gates[0]["passed"]
+    assert skillmerge.apply(allowed).gates[0].passed
     taken = recipe_with(trained, {}, "taken", merge="rl")
     taken.write_text(json.dumps({**json.loads(taken.read_text()), "output": {"path": "taken", "like": "target"}}))
-    assert skillmerge.apply(taken).gates[0]["measured"] == 1.0, "all of it is another model's"
+    assert skillmerge.apply(taken).gates[0].measured == 1.0, "all of it is another model's"
 
 
 @pytest.mark.parametrize(

@@ -186,8 +186,8 @@ def test_forecast_is_what_apply_then_measures(tmp_path: Path, stats: str, output
     recipe = write_recipe(tmp_path, coefficients={"lam": lam}, output={"path": "merged", **output})
     found = inspect(recipe, stats=stats)
     assert found.forecast is not None
-    measured = skillmerge.apply(recipe, stats=stats).manifest["statistics"]
-    assert json.loads(json.dumps(found.forecast["as_planned"])) == json.loads(json.dumps(measured))
+    measured = skillmerge.apply(recipe, stats=stats).manifest.statistics
+    assert found.as_dict()["forecast"]["as_planned"] == measured.as_dict()
 
 
 def test_model_called_base_is_not_the_base(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_two_differences_are_seen_as_their_sum(tmp_path: Path) -> None:
     assert found.total["norm"] == pytest.approx(math.sqrt(squares), rel=1e-10)
     assert found.forecast is not None
     assert found.forecast["curves"] == {}
-    measured = skillmerge.apply(recipe).manifest["statistics"]
+    measured = skillmerge.apply(recipe).manifest.statistics
     assert found.forecast["as_planned"] == measured
 
 

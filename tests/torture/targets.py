@@ -321,7 +321,7 @@ class Finished:
         )
         self.output = apply(recipe_file, device="cpu", threads=1).output
         self.plan = make_plan(recipe_file)
-        self.proof = manifest.read(self.output)
+        self.manifest = manifest.read(self.output)
         document = {"ok": True, **savedplan.describe(self.plan)}
         self.saved = (json.dumps(document, indent=1) + "\n").encode()
         self.plan_file = self.folder / "plan.json"
@@ -336,19 +336,20 @@ def manifest_of(finished: Finished) -> Callable[[bytes], bool]:
     def accepts(content: bytes) -> bool:
         try:
             document = manifest.parse(content, "manifest")
-            assert document == finished.proof, "a byte was changed, and nobody noticed"
+            assert document == finished.manifest, "a byte was changed, and nobody noticed"
             return True
         except SkillmergeError:
             pass
         try:
             forged = json.loads(content)
             del forged["digest"]
-            forged["digest"] = hashlib.sha256(manifest._canonical(forged)).hexdigest()
-            text = manifest.to_bytes(forged)
+            text = json.dumps(forged, ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
+            forged["digest"] = hashlib.sha256(text.encode()).hexdigest()
+            written = manifest.to_bytes(forged)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
         try:
-            check_structure(finished.output, manifest.parse(text, "manifest"))
+            check_structure(finished.output, manifest.parse(written, "manifest"))
         except SkillmergeError:
             return False
         return True
@@ -388,13 +389,13 @@ _MANIFEST_WORDS = [
 
 def targets(finished: Finished) -> dict[str, Target]:
     small = json.dumps(
-        {**finished.proof, "inputs": [], "statistics": {"mode": "off", "modules": {}, "all": {}}}
+        {**finished.manifest.as_dict(), "inputs": [], "statistics": {"mode": "off", "modules": {}, "all": {}}}
     ).encode()
     return {
         "header": Target(header, _HEADERS, _HEADER_WORDS),
         "index": Target(index, _INDEXES, _INDEX_WORDS),
         "recipe": Target(recipe, _RECIPES, _RECIPE_WORDS),
         "expression": Target(expression, _EXPRESSIONS, _EXPRESSION_WORDS),
-        "manifest": Target(manifest_of(finished), [manifest.to_bytes(finished.proof), small], _MANIFEST_WORDS),
+        "manifest": Target(manifest_of(finished), [finished.manifest.to_bytes(), small], _MANIFEST_WORDS),
         "plan": Target(plan_of(finished), [finished.saved], _MANIFEST_WORDS),
     }

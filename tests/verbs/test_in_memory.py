@@ -54,7 +54,7 @@ def test_weights_in_memory_are_those_that_apply_writes(tmp_path: Path, formula: 
         assert found.keys() == wanted.keys()
         for name, tensor in wanted.items():
             assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), (lam, name)
-        assert statistics["all"] == made.manifest["statistics"]["all"]
+        assert statistics.all == made.manifest.statistics.all
     model.close()
 
 

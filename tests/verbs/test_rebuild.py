@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -68,10 +69,11 @@ def reseal(output: Path, change: Callable[[dict[str, Any]], None]) -> None:
     for file in document["files"]:
         file["sha256"] = hash_file(output / file["name"])
     change(document)
-    environment, log = document.pop("environment"), (output / "skillmerge.run.json").read_bytes()
+    document["environment"]["run_log"]["sha256"] = hash_file(output / "skillmerge.run.json")
     del document["digest"]
-    sealed = manifest.seal(document, {key: environment[key] for key in environment if key != "run_log"}, log)
-    (output / "skillmerge.manifest.json").write_bytes(manifest.to_bytes(sealed))
+    text = json.dumps(document, ensure_ascii=False, separators=(", ", ": "))
+    document["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    (output / "skillmerge.manifest.json").write_bytes(manifest.to_bytes(document))
 
 
 def test_change_that_verify_cannot_see_is_found_and_placed(output: Path) -> None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from skillmerge.cli.show import tables
 from skillmerge.cli.show.charts import chart
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL, show
 from skillmerge.cli.show.html import abbreviated, cell_of, escaped
 from skillmerge.cli.show.page_table import tensor_table
+from skillmerge.engine.rounding_statistics import Group, Statistics
 from skillmerge.naming import MODULE_KINDS
+from skillmerge.outputs.manifest import ManifestBody
+from skillmerge.outputs.output import Outcome
 from skillmerge.plans.depth import number
 from skillmerge.plans.plan import Plan
 from skillmerge.study.inspect import Inspection
@@ -43,10 +46,10 @@ def build(
     title: str,
     *,
     plan: Plan | None = None,
-    manifest: Mapping[str, Any] | None = None,
+    manifest: ManifestBody | None = None,
     inspection: Inspection | None = None,
     sweep: Sweep | None = None,
-    gates: Sequence[Mapping[str, Any]] = (),
+    gates: Sequence[Outcome] = (),
 ) -> str:
     """The page. plan: what would be done; manifest: what was done; inspection: what the updates look like; sweep:
     what candidates are worth; gates: what became of each, as `gates.Outcome` has it."""
@@ -60,8 +63,8 @@ def build(
         sections.append(f'<section><h2>By layer and module</h2><div class="maps">{"".join(maps)}</div></section>')
     if inspection is not None:
         sections += [_depth(inspection), _forecast(inspection), _ulps(inspection)]
-    if manifest is not None and manifest["output"].get("kind") != "skill":
-        sections.append(_rounding(manifest))
+    if manifest is not None and isinstance(manifest.statistics, Statistics):
+        sections.append(_rounding(manifest.statistics))
     if plan is not None:
         sections.append(_recipe(plan))
     sections.append(tensor_table(plan, manifest, inspection))
@@ -82,16 +85,18 @@ def build(
 # Sections.
 
 
-def _cards(plan: Plan | None, manifest: Mapping[str, Any] | None, inspection: Inspection | None) -> str:
+def _cards(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspection | None) -> str:
     cards: list[tuple[str, str]] = []
     if plan is not None:
         cards += [("tensors", f"{len(plan.tensors):,}"), ("reads", format_bytes(plan.bytes_read))]
         cards += [("writes", tables.written(plan))]
     if manifest is not None:
-        total = manifest["statistics"]["all"]
-        cards += [("asked lambda", show(total.get("asked_lambda"), "number"))]
-        cards += [("realised lambda", show(total.get("realised_lambda"), "number"))]
-        cards += [("vanished", show(total.get("vanished"), "share")), ("changed", show(total.get("changed"), "share"))]
+        total = manifest.statistics.all
+        if isinstance(total, Group):
+            cards += [("asked lambda", show(total.asked_lambda, "number"))]
+            cards += [("realised lambda", show(total.realised_lambda, "number"))]
+            cards += [("vanished", show(total.vanished, "share"))]
+        cards += [("changed", show(total.changed, "share"))]
     if inspection is not None:
         keys = ("elements", "changed", "above_absolute", "above_relative", "norm", "norm_ratio", "cosine", "cosine_z")
         for key in keys:
@@ -106,7 +111,7 @@ def _cards(plan: Plan | None, manifest: Mapping[str, Any] | None, inspection: In
     return f'<section>{what}<ul class="cards">{items}</ul></section>'
 
 
-def _plan_maps(plan: Plan | None, manifest: Mapping[str, Any] | None) -> list[str]:
+def _plan_maps(plan: Plan | None, manifest: ManifestBody | None) -> list[str]:
     maps = []
     if plan is not None:
         for index, name in enumerate(plan.coefficients):
@@ -122,10 +127,10 @@ def _plan_maps(plan: Plan | None, manifest: Mapping[str, Any] | None) -> list[st
             ("vanished", "vanished", "updated", "share"),
         ):
             sums: dict[tuple[str, str], list[float]] = {}
-            for tensor in manifest["tensors"]:
-                row = tensor.get("statistics")
+            for tensor in manifest.tensors:
+                row = tensor.statistics
                 if row and row["uu"] is not None and row["du"] is not None:
-                    cell = sums.setdefault(cell_of(tensor["name"]), [0.0, 0.0])
+                    cell = sums.setdefault(cell_of(tensor.name), [0.0, 0.0])
                     scale = row["total"] / row["elements"]
                     cell[0] += row[part] * scale
                     cell[1] += row[whole] * scale
@@ -237,23 +242,22 @@ def _ulps(inspection: Inspection) -> str:
     )
 
 
-def _rounding(manifest: Mapping[str, Any]) -> str:
-    statistics = manifest["statistics"]
+def _rounding(statistics: Statistics) -> str:
     rows = []
-    for name, group in (*statistics["modules"].items(), ("all", statistics["all"])):
-        if "changed" in group:
+    for name, group in statistics.rows:
+        if group.changed is not None:
             figures = (
-                show(group.get("asked_lambda"), "number"),
-                show(group.get("realised_lambda"), "number"),
-                show(group["vanished"], "share"),
-                show(group["changed"], "share"),
+                show(group.asked_lambda, "number"),
+                show(group.realised_lambda, "number"),
+                show(group.vanished, "share"),
+                show(group.changed, "share"),
             )
             rows.append(f"<tr><td>{escaped(name)}</td>{''.join(f'<td>{figure}</td>' for figure in figures)}</tr>")
     if not rows:
         return ""
     head = f"<th>module</th><th>asked lambda</th><th>{abbreviated(FORECAST['realised'])}</th>"
     head += f"<th>{abbreviated(FORECAST['vanished'])}</th><th>changed</th>"
-    measured = "every element" if statistics["mode"] == "full" else "a sample of blocks"
+    measured = "every element" if statistics.mode == "full" else "a sample of blocks"
     return (
         f"<section><h2>What rounding did</h2><p>Measured on {measured}.</p>"
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
@@ -261,14 +265,14 @@ def _rounding(manifest: Mapping[str, Any]) -> str:
     )
 
 
-def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
+def _gates(gates: Sequence[Outcome]) -> str:
     rows = []
-    for row in sorted(gates, key=lambda row: bool(row["passed"])):
-        measured = f"{row['measured']:.4g}" if row["measured"] is not None else "–"
-        verdict = "passed" if row["passed"] else "<strong>FAILED</strong>"
-        texts = [escaped(row["gate"]), escaped(row["asked"]), measured, verdict, escaped(row["detail"])]
+    for row in sorted(gates, key=lambda row: row.passed):
+        measured = f"{row.measured:.4g}" if row.measured is not None else "–"
+        verdict = "passed" if row.passed else "<strong>FAILED</strong>"
+        texts = [escaped(row.gate), escaped(row.asked), measured, verdict, escaped(row.detail)]
         rows.append("<tr>" + "".join(f"<td class=text>{text}</td>" for text in texts) + "</tr>")
-    failed = sum(not row["passed"] for row in gates)
+    failed = sum(not row.passed for row in gates)
     told = f"{failed} of {len(gates)} failed: nothing was published." if failed else f"All {len(gates)} passed."
     head = "".join(f"<th class=text>{column}</th>" for column in tables.GATE_COLUMNS)
     return (

@@ -6,11 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from skillmerge.cli.show.figures import FIGURES, SPECTRAL, show
 from skillmerge.cli.show.html import abbreviated, cell_of, escaped
 from skillmerge.naming import module_kind, summarised
+from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.plans.depth import number
 from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.study.inspect import Inspection
@@ -27,7 +27,7 @@ class _Column:
     text: bool = False
 
 
-def tensor_table(plan: Plan | None, manifest: Mapping[str, Any] | None, inspection: Inspection | None) -> str:
+def tensor_table(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspection | None) -> str:
     """Of every tensor what happens to it, what rounding did, and what was found; experts of a layer share a row."""
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys((*(plan.tensors if plan else ()), *(inspection.tensors if inspection else ()))):
@@ -92,7 +92,7 @@ def _plan_columns(plan: Plan, groups: Mapping[str, Sequence[str]]) -> Iterator[_
         yield _Column(escaped(coefficient), asked)
 
 
-def _rounding_columns(manifest: Mapping[str, Any]) -> Iterator[_Column]:
+def _rounding_columns(manifest: ManifestBody) -> Iterator[_Column]:
     rounding = _rounding_rows(manifest)
     for key in ("realised", "vanished", "changed") if rounding else ():
 
@@ -125,13 +125,13 @@ def _inspection_columns(inspection: Inspection, groups: Mapping[str, Sequence[st
         yield _Column(abbreviated(figure), spread)
 
 
-def _rounding_rows(manifest: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+def _rounding_rows(manifest: ManifestBody) -> dict[str, dict[str, float | None]]:
     """What rounding did to each tensor; the experts of a layer are added up."""
     sums: dict[str, dict[str, float]] = {}
-    for tensor in manifest["tensors"]:
-        row = tensor.get("statistics")
+    for tensor in manifest.tensors:
+        row = tensor.statistics
         if row and row["uu"] is not None and row["du"] is not None:
-            total = sums.setdefault(summarised(tensor["name"]), {})
+            total = sums.setdefault(summarised(tensor.name), {})
             scale = row["total"] / row["elements"]
             for key in ("uu", "du", "updated", "vanished", "changed", "elements"):
                 total[key] = total.get(key, 0.0) + row[key] * scale

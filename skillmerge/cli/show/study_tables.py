@@ -83,7 +83,7 @@ def _show_forecast(forecast: Mapping[str, Any], out: Console) -> None:
                                                           show(points[mode][lam]["vanished"], "share"))]  # fmt: skip
             table.add_row(number(lam), *cells)
         out.print(table)
-    if forecast["as_planned"] is not None and "changed" in forecast["as_planned"]["all"]:
+    if forecast["as_planned"] is not None and forecast["as_planned"].all.changed is not None:
         out.print(statistics_table(forecast["as_planned"], "what rounding will do, as the recipe is"))
 
 

@@ -17,8 +17,10 @@ from rich.text import Text as RichText
 
 from skillmerge.cli.show import tables
 from skillmerge.cli.show.figures import show
+from skillmerge.engine.rounding_statistics import SkillStatistics, Statistics
 from skillmerge.errors import some, visible
 from skillmerge.naming import module_kind
+from skillmerge.outputs.output import Outcome
 from skillmerge.outputs.verify import Verdict
 from skillmerge.plans.accounting import settlement
 from skillmerge.plans.budget import Budget
@@ -110,43 +112,42 @@ def _show_actions(plan: Plan, out: Console) -> None:
 
 def show_result(result: Result, out: Console) -> None:
     """Where the output is and what rounding did."""
-    statistics = result.manifest["statistics"]
     if result.already and not result.output.exists():
         pass  # it is on the Hub only
     elif result.already:
         nothing = "" if result.published else ", nothing to do"
         out.print(Text(f"{result.output} is this plan's output already{nothing}"), soft_wrap=True)
     else:
-        _show_work(result, statistics, out)
+        _show_work(result, out)
         if result.gates:
             show_gates(result.gates, out)
     if result.published is not None:
         show_published(result.published, out)
 
 
-def _show_work(result: Result, statistics: Mapping[str, Any], out: Console) -> None:
-    if result.manifest["output"].get("kind") == "skill":
+def _show_work(result: Result, out: Console) -> None:
+    statistics, size = result.manifest.statistics, result.manifest.size
+    if isinstance(statistics, SkillStatistics):
         out.print(_skill_table(statistics))
-    elif statistics["mode"] != "off" and "changed" in statistics["all"]:
+    elif statistics.mode != "off" and statistics.all.changed is not None:
         out.print(statistics_table(statistics))
-    size = sum(file["size"] for file in result.manifest["files"])
     what = f"wrote {result.output}" if result.output.exists() else "merged"
     where = f" on {result.device}" if result.device else ""
-    if result.manifest["output"].get("kind") == "skill":
-        whole = statistics["all"]["dense_bytes"]
+    if isinstance(statistics, SkillStatistics):
+        whole = statistics.all.dense_bytes
         what += f", {size / whole:.2f} of the {format_bytes(whole)} that it would take whole" if whole else ""
     out.print(Text(f"{what} ({format_bytes(size)} in {result.seconds:.1f} s{where})", style="bold"), soft_wrap=True)
 
 
-def show_gates(outcomes: Sequence[Mapping[str, Any]], out: Console) -> None:
+def show_gates(outcomes: Sequence[Outcome], out: Console) -> None:
     """What was asked of the output, what was measured, and the verdict."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in tables.GATE_COLUMNS:
         table.add_column(column, justify="right" if column == "measured" else "left")
-    for row in outcomes:
-        measured = f"{row['measured']:.4g}" if row["measured"] is not None else "-"
-        verdict = Text("passed", "green") if row["passed"] else Text("FAILED", "bold red")
-        table.add_row(Text(row["gate"]), Text(row["asked"]), measured, verdict, Text(row["detail"]))
+    for outcome in outcomes:
+        measured = f"{outcome.measured:.4g}" if outcome.measured is not None else "-"
+        verdict = Text("passed", "green") if outcome.passed else Text("FAILED", "bold red")
+        table.add_row(Text(outcome.gate), Text(outcome.asked), measured, verdict, Text(outcome.detail))
     out.print(table)
 
 
@@ -157,32 +158,29 @@ def show_published(published: Published, out: Console) -> None:
     out.print(Text(f"{what}{how}: {published.url} (commit {published.commit})", style="bold"), soft_wrap=True)
 
 
-def statistics_table(statistics: Mapping[str, Any], title: str = "what rounding did") -> Table:
-    title += " (sampled)" if statistics["mode"] == "sampled" else ""
+def statistics_table(statistics: Statistics, title: str = "what rounding did") -> Table:
+    title += " (sampled)" if statistics.mode == "sampled" else ""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for column in ("module", "merged tensors", "asked lambda", "realised lambda", "vanished", "changed"):
         table.add_column(column, justify="left" if column == "module" else "right")
-    for name, group in (*statistics["modules"].items(), ("all", statistics["all"])):
-        if not group["merged"]:
+    for name, group in statistics.rows:
+        if not group.merged:
             continue
-        asked, realised = group.get("asked_lambda"), group.get("realised_lambda")
-        if asked is None and group.get("realised") is not None:
-            asked, realised = 1.0, group["realised"]
-        cells = [number(value) if value is not None else "-" for value in (asked, realised)]
-        shares = [f"{group[key]:.1%}" if group.get(key) is not None else "-" for key in ("vanished", "changed")]
-        table.add_row(name, str(group["merged"]), *cells, *shares)
+        cells = [number(value) for value in group.lambdas] if group.lambdas is not None else ["-", "-"]
+        shares = [f"{share:.1%}" if share is not None else "-" for share in (group.vanished, group.changed)]
+        table.add_row(name, str(group.merged), *cells, *shares)
     return table
 
 
-def _skill_table(statistics: Mapping[str, Any]) -> Table:
+def _skill_table(statistics: SkillStatistics) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="the skill", title_justify="left")
     for column in ("module", "tensors", "elements", "changed", "norm", "stored", "of whole"):
         table.add_column(column, justify="left" if column == "module" else "right")
-    for name, group in (*statistics["modules"].items(), ("all", statistics["all"])):
-        changed = f"{group['changed']:.1%}" if group["changed"] is not None else "-"
-        share = f"{group['bytes'] / group['dense_bytes']:.3f}" if group["dense_bytes"] else "-"
-        cells = (f"{group['elements']:,}", changed, number(group["norm"]), format_bytes(group["bytes"]), share)
-        table.add_row(name, str(group["tensors"]), *cells)
+    for name, group in statistics.rows:
+        changed = f"{group.changed:.1%}" if group.changed is not None else "-"
+        share = f"{group.bytes / group.dense_bytes:.3f}" if group.dense_bytes else "-"
+        cells = (f"{group.elements:,}", changed, number(group.norm), format_bytes(group.bytes), share)
+        table.add_row(name, str(group.tensors), *cells)
     return table
 
 

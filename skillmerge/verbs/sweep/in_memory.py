@@ -18,7 +18,7 @@ from torch import Tensor
 from skillmerge.bits import torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.memory import Held
-from skillmerge.engine.rounding_statistics import BlockStatistics, summarise, total
+from skillmerge.engine.rounding_statistics import BlockStatistics, Statistics, summarise, total
 from skillmerge.engine.runner import Work
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Buffer, Span, Tile, spans
@@ -69,7 +69,7 @@ class MergedModel:
     def close(self) -> None:
         close_all(self._opened)
 
-    def use(self, recipe: Recipe) -> dict[str, Any]:
+    def use(self, recipe: Recipe) -> Statistics:
         """Give the model the recipe's weights. Returns the statistics of `apply --stats sampled`."""
         plan = plan_recipe(recipe, self._checkpoints)
         plan.refuse_problems()
@@ -81,7 +81,7 @@ class MergedModel:
         def put(tile: Tile, values: Tensor) -> None:
             into[tile.tensor.name].view(-1)[tile.first : tile.last].copy_(values)
 
-        return {"mode": "sampled", **compute(plan, self._checkpoints, put)}
+        return compute(plan, self._checkpoints, put)
 
     def scored(self, scorer: Scorer, seed: int) -> Scores:
         torch.manual_seed(seed)
@@ -103,7 +103,8 @@ class MergedModel:
         with tempfile.TemporaryDirectory(prefix="skillmerge-") as scratch:
             into = Path(scratch) / "model"
             made = merge(recipe, into, self._access, Work("cpu"), Checks(), Publish(), Reporter())
-            self._last = {"mode": "sampled", **{key: made.manifest["statistics"][key] for key in ("modules", "all")}}
+            assert isinstance(made.manifest.statistics, Statistics)  # a sweep makes models only
+            self._last = made.manifest.statistics
             kind = getattr(transformers, self._class_name(), transformers.AutoModelForCausalLM)
             try:
                 model = kind.from_pretrained(made.output, dtype="auto").eval().requires_grad_(False).to(self._device)
@@ -152,7 +153,7 @@ class _Own:
         self.buffer.close()
 
 
-def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Tile, Tensor], None]) -> dict[str, Any]:
+def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Tile, Tensor], None]) -> Statistics:
     """Compute every tensor of the plan, and hand it over tile by tile, from any thread.
 
     Returns statistics by module and in all. Raises UnusableWeights.
@@ -177,7 +178,8 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
         for _ in stream.map(fill, work, threads=chosen.threads, ahead=4 * chosen.threads):
             pass
     sizes = {name: math.prod(tensor.shape) for name, tensor in plan.tensors.items()}
-    return summarise(plan, {name: total(blocks.values(), sizes[name]) for name, blocks in measured.items() if blocks})
+    rows = {name: total(blocks.values(), sizes[name]) for name, blocks in measured.items() if blocks}
+    return summarise(plan, rows, "sampled")
 
 
 def _device(asked: str) -> torch.device:

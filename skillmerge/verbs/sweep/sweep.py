@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillmerge.brief import brief
 from skillmerge.durable import disk_errors, write_whole
+from skillmerge.engine.rounding_statistics import Statistics
 from skillmerge.engine.runner import Work
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.plans.opening import Access
@@ -239,25 +240,25 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     model: MergedModel | None = None
 
-    def in_folder(recipe: Recipe) -> tuple[Mapping[str, Any], Callable[[int], Scores]]:
+    def in_folder(recipe: Recipe) -> tuple[float | None, Callable[[int], Scores]]:
         out = scratch / "model"
         publish = Publish(overwrite=out.exists())
         made = merge(recipe, out, setting.access, Work(setting.device), Checks(), publish, Reporter())
-        return made.manifest["statistics"], lambda number: run_command(scorer, out, number)
+        assert isinstance(made.manifest.statistics, Statistics)  # a sweep makes models only
+        return made.manifest.statistics.all.realised_lambda, lambda number: run_command(scorer, out, number)
 
-    def in_memory(recipe: Recipe) -> tuple[Mapping[str, Any], Callable[[int], Scores]]:
+    def in_memory(recipe: Recipe) -> tuple[float | None, Callable[[int], Scores]]:
         nonlocal model
         from skillmerge.verbs.sweep.in_memory import MergedModel
 
         if model is None:  # only where something is left to score
             model = MergedModel(setting.first, setting.access, setting.device, reporter.warn)
         held = model
-        return held.use(recipe), lambda number: held.scored(scorer, number)
+        return held.use(recipe).all.realised_lambda, lambda number: held.scored(scorer, number)
 
     def scored(values: Values, recipe: Recipe) -> Trial:
         started = time.monotonic()
-        statistics, once = (in_folder if scorer.command is not None else in_memory)(recipe)
-        realised = statistics["all"].get("realised_lambda")
+        realised, once = (in_folder if scorer.command is not None else in_memory)(recipe)
         try:
             scores = together([once(setting.asked.seed + number) for number in range(setting.asked.repeats)])
             failed = ""

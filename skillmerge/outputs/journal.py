@@ -1,0 +1,111 @@
+"""The journal of a staging folder: of which plan it is, which shards are durable, and how far the output's rename got.
+
+One JSON line a row, each durable before the next step. Knows its own file and rows, nothing about the output's files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skillmerge.durable import disk_errors, write_whole
+from skillmerge.engine.destination import ShardRecord
+
+JOURNAL_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The first row: of which plan the shards are, and under which conditions they are made."""
+
+    plan: str
+    conditions: Mapping[str, Any]
+    version: int = JOURNAL_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": self.version, "plan": self.plan, **self.conditions}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Header:
+        conditions = {key: value for key, value in row.items() if key not in ("version", "plan")}
+        return cls(row["plan"], conditions, row["version"])
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """The output of this plan is complete, but for shards that were uploaded and removed."""
+
+    plan: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"sealed": self.plan}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Sealed:
+        return cls(row["sealed"])
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """The output with this manifest is complete, and gets its name now."""
+
+    manifest_sha256: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"manifest_sha256": self.manifest_sha256}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Placing:
+        return cls(row["manifest_sha256"])
+
+
+Row = Header | ShardRecord | Sealed | Placing
+
+_KINDS: dict[str, type[Header] | type[ShardRecord] | type[Sealed] | type[Placing]] = {
+    "plan": Header, "shard": ShardRecord, "sealed": Sealed, "manifest_sha256": Placing,
+}  # fmt: skip
+"""By the key that only rows of that kind have."""
+
+
+class Journal:
+    """A journal's file, which need not exist. Whatever writes raises UsageError and ResourceError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+
+    def read(self) -> list[Row]:
+        """The whole rows; what a crash cut short, and all behind it, is left out."""
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            return []
+        rows: list[Row] = []
+        for line in content.splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row: Any = json.loads(line)
+                kind = next((kind for key, kind in _KINDS.items() if key in row), None)
+                if kind is not None:
+                    rows.append(kind.from_json(row))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                break
+        return rows
+
+    def start(self, rows: Sequence[Row]) -> None:
+        """Begin with these rows, in place of what is there."""
+        lines = "".join(json.dumps(row.to_json()) + "\n" for row in rows)
+        write_whole(self.path, lines.encode(), self.path.with_name(self.path.name + ".new"))
+
+    def append(self, row: Row) -> None:
+        """Add a row and make it durable; what it speaks of must be durable already."""
+        with self._lock, disk_errors(self.path), open(self.path, "a", encoding="utf-8") as journal:
+            journal.write(json.dumps(row.to_json()) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())

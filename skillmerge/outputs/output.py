@@ -1,0 +1,140 @@
+"""A finished output: its folder, its manifest, and its run log with what became of its gates.
+
+Opened once for all that is done with it afterwards: verify, sign, attest, push, gate, rebuild. Knows what the
+documents say, not whether the files are as they say (that is `verify`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from skillmerge.brief import brief
+from skillmerge.errors import CheckFailed, UsageError, some
+from skillmerge.outputs import manifest
+from skillmerge.outputs.manifest import RUN_LOG_FILE, Manifest
+from skillmerge.outputs.staging import MANIFEST_FILE
+from skillmerge.recipes.gate_table import PROOFS
+from skillmerge.recipes.parse import parse_recipe
+from skillmerge.recipes.recipe import Recipe
+from skillmerge.threads import hash_file
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A finished output. `manifest` was read, and its own digest checked, when it was opened."""
+
+    folder: Path
+    manifest: Manifest
+
+    __repr__ = brief
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Output:
+        """Raises UsageError where there is no folder, CheckFailed where it has no sound manifest."""
+        root = check_folder(folder)
+        return cls(root, manifest.read(root))
+
+    def digests(self) -> dict[str, str]:
+        """The sha256 of every file of it, the manifest included, as the manifest says."""
+        log = self.manifest.environment.run_log
+        files = {file.name: file.sha256 for file in self.manifest.files}
+        return {**files, log.name: log.sha256, MANIFEST_FILE: hash_file(self.folder / MANIFEST_FILE)}
+
+    def run_log(self) -> RunLog:
+        return RunLog.read(self.folder)
+
+    def refuse_failed(self) -> None:
+        """Raise CheckFailed where its own gates refused it: it was kept to be looked at."""
+        failed = [outcome.gate for outcome in self.run_log().gates if not outcome.passed]
+        if failed:
+            raise CheckFailed(
+                f"{self.folder} was refused by its gates: {some(failed)}",
+                fix="apply the recipe again with gates that it passes",
+            )
+
+    def recipe(self, base: Path | None = None) -> tuple[Recipe, dict[str, str]]:
+        """The recipe that it was made from, and the commits of its models on the Hub.
+
+        base: what the recipe's relative paths start from now, in place of the folder that it lay in, seen from the
+        output. Raises RecipeError.
+        """
+        document = self.manifest
+        commits = {item.name: item.revision for item in document.inputs if item.revision}
+        start = base if base is not None else self.folder.resolve() / document.environment.recipe_folder
+        start = Path(os.path.abspath(start))
+        return parse_recipe(document.recipe.text, str(start / "recipe.yaml"), start, document.overrides), commits
+
+
+def check_folder(folder: str | os.PathLike[str]) -> Path:
+    """Raises UsageError where an output is asked for and there is no folder."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
+    return root
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one gate. measured: None where there is no number; `detail` says why."""
+
+    gate: str
+    asked: str
+    measured: float | None
+    passed: bool
+    detail: str = ""
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether it failed for want of a figure, not for what the figure is."""
+        return not self.passed and self.measured is None and self.gate not in PROOFS
+
+    @property
+    def shown(self) -> str:
+        """What was measured, or why nothing was."""
+        if self.measured is None:
+            return self.detail.splitlines()[0] if self.detail else ("yes" if self.passed else "no")
+        return f"{self.measured:.4g}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Outcome:
+        """From a log that anybody may have written: what it leaves out has not passed."""
+        measured = row.get("measured")
+        return cls(
+            str(row.get("gate")),
+            str(row.get("asked", "")),
+            measured if isinstance(measured, int | float) else None,
+            bool(row.get("passed")),
+            str(row.get("detail", "")),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunLog:
+    """When an output was made, how long it took, and what became of each gate: what no rebuild gives again."""
+
+    finished: str = ""
+    seconds: float = 0.0
+    gates: tuple[Outcome, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        gates = [outcome.as_dict() for outcome in self.gates]
+        return (json.dumps({"finished": self.finished, "seconds": self.seconds, "gates": gates}) + "\n").encode()
+
+    @classmethod
+    def read(cls, folder: Path) -> RunLog:
+        """The log in `folder`; an empty one where none can be read."""
+        try:
+            found = json.loads((folder / RUN_LOG_FILE).read_bytes())
+            gates = found.get("gates", [])
+        except (OSError, ValueError, AttributeError):
+            return cls()
+        rows = [row for row in gates if isinstance(row, dict)] if isinstance(gates, list) else []
+        return cls(found.get("finished", ""), found.get("seconds", 0.0), tuple(map(Outcome.from_dict, rows)))
