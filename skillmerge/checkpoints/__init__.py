@@ -1,4 +1,2 @@
-"""Where named tensors come from. A checkpoint kind gives `TensorSpec`s and fills byte ranges on demand.
-
-`safetensors_header` reads and writes the file format's header, `folder` is the checkpoint on local disk.
-"""
+"""Where named tensors come from. A `Store` gives the bytes of files; a `Checkpoint` gives tensors, whatever they are
+stored as; a `Kind` says which bytes of which files a tensor is made of, and `schemes` what reads which URI."""

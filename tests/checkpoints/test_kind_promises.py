@@ -23,7 +23,7 @@ from skillmerge.checkpoints.kinds import dense, patch, skill, table
 from skillmerge.checkpoints.kinds.table import open_as, open_folder
 from skillmerge.checkpoints.memory import Held, Memory
 from skillmerge.checkpoints.store import Store
-from skillmerge.engine.tiles import read_values
+from skillmerge.engine.values import read_values
 from skillmerge.errors import InputError, StalePlan
 from skillmerge.tensors import BLOCK, UNIT
 

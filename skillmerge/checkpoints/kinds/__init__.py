@@ -1,1 +1,1 @@
-"""What a checkpoint can be stored as besides dense safetensors: one module a kind."""
+"""What weights can be stored as: one module a kind, and the table of them."""
