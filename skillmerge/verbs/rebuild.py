@@ -306,7 +306,7 @@ class _ComparedStream:
 
     def put(self, data: bytes | memoryview, offset: int) -> None:
         """Raise CheckFailed where the file has other bytes at `offset`."""
-        left = memoryview(data)
+        left = memoryview(data).cast("B")  # views of other formats equal no bytes
         while left:
             there = os.pread(self._stream.fileno(), len(left), offset)
             if not there or there != bytes(left[: len(there)]):  # a view of another format is never equal

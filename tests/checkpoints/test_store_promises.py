@@ -287,8 +287,8 @@ def test_another_store_is_one_line_in_the_table(tmp_path: Path, monkeypatch: pyt
     assert read_checkpoint(through.output).keys() == read_checkpoint(direct.output).keys()
     for file in direct.output.glob("*.safetensors"):
         assert (through.output / file.name).read_bytes() == file.read_bytes()
-    (first, *_) = through.manifest["inputs"][0]["files"]
-    assert first["sha256"] == hashlib.sha256(shelves["target"][first["name"]]).hexdigest()
+    (first, *_) = through.manifest.inputs[0].files
+    assert first.sha256 == hashlib.sha256(shelves["target"][first.name]).hexdigest()
 
 
 @pytest.mark.parametrize("look", LOOKS)

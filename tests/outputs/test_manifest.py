@@ -75,9 +75,8 @@ def smallest_limit(recipe: Path) -> int:
     """The memory limit under which tiles are as small as they get."""
     from skillmerge.plans.budget import budget
     from skillmerge.tensors import BLOCK
-    from skillmerge.verbs.plan import make_plan
 
-    plan = make_plan(recipe)
+    plan = skillmerge.plan(recipe)
     limits = range(200_000_000, 900_000_000, 1_000_000)
     for limit in limits:
         try:
