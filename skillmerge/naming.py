@@ -1,7 +1,7 @@
-"""What a tensor's name says: which block of which stack it belongs to, and what kind of module it is.
+"""What a tensor's name says: which layer of which stack it belongs to, and what kind of module it is.
 
 Knows naming habits, never architectures: everything is read from the dotted name alone, so that a model
-nobody has seen yet is handled like the rest. Names that say nothing are of kind `other`, outside all blocks.
+nobody has seen yet is handled like the rest. Names that say nothing are of kind `other`, outside all layers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import lru_cache
 MODULE_KINDS = ("attention", "mlp", "norm", "embedding", "head", "router", "expert")
 """The kinds a recipe may select with `modules`, in the order in which people read a model."""
 
-_BLOCK = re.compile(r"(?:^|.*?\.)(?:(?:\w*_)?(?:layers?|h)|\w*blocks?)\.(?=\d+\.)")
+_LAYER = re.compile(r"(?:^|.*?\.)(?:(?:\w*_)?(?:layers?|h)|\w*blocks?)\.(?=\d+\.)")
 
 _EXPERT = re.compile(r"(experts?)\.\d+\.")
 
@@ -32,13 +32,19 @@ _KIND_PATTERNS = tuple(
 
 
 @lru_cache(maxsize=1 << 17)
-def block_of(name: str) -> tuple[str, int] | None:
-    """(stack, index) of the outermost block: `model.layers.7.mlp.up_proj.weight` -> ("model.layers", 7)."""
-    match = _BLOCK.match(name)
+def layer_of(name: str) -> tuple[str, int] | None:
+    """(stack, index) of the outermost layer: `model.layers.7.mlp.up_proj.weight` -> ("model.layers", 7)."""
+    match = _LAYER.match(name)
     if match is None:
         return None
     stack = match.group()[:-1]
     return stack, int(name[match.end() :].split(".", 1)[0])
+
+
+def layer_label(name: str) -> str:
+    """The layer for people: `model.layers 7`, or `outside blocks`."""
+    layer = layer_of(name)
+    return f"{layer[0]} {layer[1]}" if layer is not None else "outside blocks"
 
 
 @lru_cache(maxsize=1 << 17)

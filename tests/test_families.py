@@ -23,7 +23,7 @@ from conftest import PAST, read_checkpoint, write_checkpoint, write_recipe
 from model_families import FAMILIES, KINDS, LAM, TIED_HEADS, UPDATES, save_models
 
 import skillmerge
-from skillmerge.naming import block_of, module_kind
+from skillmerge.naming import layer_of, module_kind
 
 LOADER = """
 import json, sys
@@ -85,7 +85,7 @@ def copy_with(
 
 def inside_block(name: str) -> str:
     """The end of a tensor's name, from its block on: the runtime may call what comes before differently."""
-    block = block_of(name)
+    block = layer_of(name)
     assert block is not None
     return name[len(block[0].rpartition(".")[0]) :].lstrip(".")
 
@@ -160,14 +160,14 @@ def test_merged_family_keeps_files_and_layout(name: str, families: Callable[[str
 def test_family_names_tell_blocks_and_kinds(name: str, families: Callable[[str], Path]) -> None:
     family = FAMILIES[name]
     tensors = read_checkpoint(families(name) / "merged")
-    blocks = {block for key in tensors if (block := block_of(key)) is not None}
+    blocks = {block for key in tensors if (block := layer_of(key)) is not None}
     assert Counter(stack for stack, _ in blocks) == family.stacks
     assert {index for _, index in blocks} == set(range(max(family.stacks.values())))
     assert {module_kind(key) for key in tensors} - {"other"} == family.kinds
     assert {key for key in tensors if module_kind(key) == "other"} == set(family.others)
     for stack, count in family.stacks.items():
         for index in range(count):
-            inside = {module_kind(key) for key in tensors if block_of(key) == (stack, index)}
+            inside = {module_kind(key) for key in tensors if layer_of(key) == (stack, index)}
             assert {"attention", "norm"} <= inside
             assert inside & {"mlp", "expert"}
             assert not inside & {"embedding", "head", "other"}
@@ -220,7 +220,7 @@ def test_load_names_a_missing_tensor(
     tmp_path: Path,
 ) -> None:
     merged = families(name) / "merged"
-    keys = [key for key in read_checkpoint(merged) if block_of(key) and module_kind(key) == kind]
+    keys = [key for key in read_checkpoint(merged) if layer_of(key) and module_kind(key) == kind]
     report = load(copy_with(merged, tmp_path / "broken", drop=keys[-1]))
     assert report["ok"] is False
     # Experts stored one by one are one tensor in memory: the runtime names that one.

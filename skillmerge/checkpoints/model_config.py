@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from skillmerge.naming import block_of, module_kind
+from skillmerge.naming import layer_of, module_kind
 from skillmerge.tensors import DTYPES, TensorSpec
 
 _BLOCK_KEYS = (
@@ -102,9 +102,9 @@ def _vocabulary(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]
 def _blocks(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
     stacks: dict[str, int] = {}
     for name in tensors:
-        block = block_of(name)
-        if block is not None:
-            stacks[block[0]] = max(stacks.get(block[0], 0), block[1] + 1)
+        layer = layer_of(name)
+        if layer is not None:
+            stacks[layer[0]] = max(stacks.get(layer[0], 0), layer[1] + 1)
     counts = {
         section[key]: f"{where + '.' if where else ''}{key}"
         for where, section in sections(config)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from skillmerge.errors import some
-from skillmerge.naming import block_of
+from skillmerge.naming import layer_label
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -80,8 +80,7 @@ def _coefficients(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     groups: dict[tuple[str, Any, Any], dict[str, None]] = {}
     for name in rows[1]:
         if name in rows[0]:
-            block = block_of(name)
-            place = f"{block[0]} {block[1]}" if block else "outside blocks"
+            place = layer_label(name)
             for coefficient in {**rows[0][name], **rows[1][name]}:
                 was, now = rows[0][name].get(coefficient), rows[1][name].get(coefficient)
                 if was != now:

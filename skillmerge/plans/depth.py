@@ -1,4 +1,4 @@
-"""Coefficients over a model's depth: by block and kind of module, and as a picture of one line.
+"""Coefficients over a model's depth: by layer and kind of module, and as a picture of one line.
 
 Works on names, shapes and numbers, so that a plan and a manifest are shown alike.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from skillmerge.naming import MODULE_KINDS, block_of, module_kind
+from skillmerge.naming import MODULE_KINDS, layer_of, module_kind
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -25,22 +25,22 @@ class Depth:
 
 
 def over_depth(values: Iterable[tuple[str, Sequence[int], float]]) -> Depth:
-    """`values`: name, shape and coefficient of every tensor that has one. Equal neighbouring blocks share a row."""
+    """`values`: name, shape and coefficient of every tensor that has one. Equal neighboring layers share a row."""
     cells: dict[tuple[str, int], dict[str, set[float]]] = {}
     means: dict[str, dict[int, list[tuple[float, int]]]] = {}
     outside: dict[str, set[float]] = {}
     for name, shape, value in values:
-        block, kind = block_of(name), module_kind(name)
-        row = cells.setdefault(block, {}) if block else outside
+        layer, kind = layer_of(name), module_kind(name)
+        row = cells.setdefault(layer, {}) if layer else outside
         row.setdefault(kind, set()).add(value)
-        if block:
-            means.setdefault(block[0], {}).setdefault(block[1], []).append((value, math.prod(shape)))
+        if layer:
+            means.setdefault(layer[0], {}).setdefault(layer[1], []).append((value, math.prod(shape)))
     kinds = tuple(kind for kind in (*MODULE_KINDS, "other") if any(kind in row for row in (*cells.values(), outside)))
     rows, pictures = [], []
     for stack, layers in means.items():
-        blocks = {layer: cells[stack, layer] for layer in sorted(layers)}
-        pictures.append((stack, picture({layer: _mean(layers[layer]) for layer in blocks})))
-        for row, group in groupby(blocks, key=blocks.__getitem__):
+        found = {layer: cells[stack, layer] for layer in sorted(layers)}
+        pictures.append((stack, picture({layer: _mean(layers[layer]) for layer in found})))
+        for row, group in groupby(found, key=found.__getitem__):
             first, *others = group
             label = f"{stack} {first}-{others[-1]}" if others else f"{stack} {first}"
             rows.append((label, {kind: _range(row.get(kind)) for kind in kinds}))
@@ -55,12 +55,12 @@ def number(value: float) -> str:
 
 
 def _mean(values: list[tuple[float, int]]) -> float:
-    """The mean over a block's elements, so that a norm counts for as little as it is."""
+    """The mean over a layer's elements, so that a norm counts for as little as it is."""
     return sum(value * count for value, count in values) / max(1, sum(count for _, count in values))
 
 
 def picture(means: Mapping[int, float]) -> str:
-    """Numbers over layers: one character per block, between the smallest (or 0) and the largest (or 0)."""
+    """Numbers over layers: one character per layer, between the smallest (or 0) and the largest (or 0)."""
     low, high = min(0.0, *means.values()), max(0.0, *means.values())
     drawn = f"{min(means)} {bars(means.values(), low, high)} {max(means)}"
     return f"{drawn}  ({number(min(means.values()))} to {number(max(means.values()))})"

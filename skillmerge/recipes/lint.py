@@ -279,11 +279,11 @@ def _hidden_rules(recipe: Recipe) -> Iterator[Finding]:
 
 def _covers(later: Rule, rule: Rule) -> bool:
     """Whether `later` certainly selects every tensor that `rule` can select."""
-    in_blocks = bool(rule.layers) or rule.ramp is not None
+    in_layers = bool(rule.layers) or rule.ramp is not None
     if later.layers:
-        if not in_blocks or not _contains(later.layers, rule.layers or (LayerRange(0, None),)):
+        if not in_layers or not _contains(later.layers, rule.layers or (LayerRange(0, None),)):
             return False
-    elif later.ramp is not None and not in_blocks:
+    elif later.ramp is not None and not in_layers:
         return False
     if later.tensors and "*" not in later.tensors and not (rule.tensors and {*rule.tensors} <= {*later.tensors}):
         return False
@@ -291,7 +291,7 @@ def _covers(later: Rule, rule: Rule) -> bool:
 
 
 def _contains(outer: Sequence[LayerRange], inner: Sequence[LayerRange]) -> bool:
-    """Whether all blocks of `inner` are in `outer`."""
+    """Whether all layers of `inner` are in `outer`."""
     for part in inner:
         at = part.first
         for other in sorted(outer, key=lambda it: it.first):

@@ -1,7 +1,7 @@
 """Schedules: the number that a coefficient has for one tensor.
 
 A schedule is a default and rules; the last rule that matches a tensor wins, as in .gitignore. A rule selects
-by block index, by globs over whole names and by module kind; what it selects, it must select in this model:
+by layer, by globs over whole names and by module kind; what it selects, it must select in this model:
 a rule that matches nothing is always a mistake. Knows names, never values.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 
 from skillmerge.errors import did_you_mean
-from skillmerge.naming import block_of, module_kind
+from skillmerge.naming import layer_of, module_kind
 
 
 class ScheduleError(ValueError):
@@ -27,7 +27,7 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LayerRange:
-    """Blocks first..last, both included; last is None where the range is open (`4-`)."""
+    """Layers first..last, both included; last is None where the range is open (`4-`)."""
 
     first: int
     last: int | None
@@ -64,7 +64,7 @@ def matcher(globs: Iterable[str]) -> re.Pattern[str]:
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One rule: empty selectors match everything, all that are given must match. A ramp is linear over the
-    blocks selected, by their order, both ends included, in each stack by itself."""
+    layers selected, by their order, both ends included, in each stack by itself."""
 
     layers: tuple[LayerRange, ...] = ()
     tensors: tuple[str, ...] = ()
@@ -85,8 +85,8 @@ class Rule:
     def _in_layers(self, name: str) -> bool:
         if not self.layers and self.ramp is None:
             return True
-        block = block_of(name)
-        return block is not None and (not self.layers or any(block[1] in part for part in self.layers))
+        layer = layer_of(name)
+        return layer is not None and (not self.layers or any(layer[1] in part for part in self.layers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,34 +111,34 @@ class Schedule:
 
 def _ramp(ends: tuple[float, float], names: list[str]) -> dict[str, float]:
     stacks: dict[str, set[int]] = {}
-    blocks = {name: block_of(name) for name in names}
-    for block in blocks.values():
-        assert block is not None, "a ramp only selects tensors in blocks"
-        stacks.setdefault(block[0], set()).add(block[1])
+    layers_of = {name: layer_of(name) for name in names}
+    for layer in layers_of.values():
+        assert layer is not None, "a ramp only selects tensors in layers"
+        stacks.setdefault(layer[0], set()).add(layer[1])
     ranks = {
-        (stack, layer): (rank, len(layers))
-        for stack, layers in stacks.items()
-        for rank, layer in enumerate(sorted(layers))
+        (stack, index): (rank, len(indices))
+        for stack, indices in stacks.items()
+        for rank, index in enumerate(sorted(indices))
     }
     first, last = ends
     values = {}
-    for name, block in blocks.items():
-        assert block is not None
-        rank, count = ranks[block]
+    for name, layer in layers_of.items():
+        assert layer is not None
+        rank, count = ranks[layer]
         # Written so that both ends come out exactly.
         values[name] = last if count > 1 and rank == count - 1 else first + (last - first) * rank / max(count - 1, 1)
     return values
 
 
 def _check_layers(index: int, rule: Rule, names: list[str]) -> None:
-    """A range that ends past the last block of every stack the rule could mean is a slip of counting."""
+    """A range that ends past the last layer of every stack the rule could mean is a slip of counting."""
     if not rule.layers:
         return
     everywhere = Rule(tensors=rule.tensors, modules=rule.modules)
-    blocks = [block for name in everywhere.select(names) if (block := block_of(name)) is not None]
-    if not blocks:
+    layers = [layer[1] for name in everywhere.select(names) if (layer := layer_of(name)) is not None]
+    if not layers:
         return
-    last = max(layer for _, layer in blocks)
+    last = max(layers)
     for part in rule.layers:
         asked = part.first if part.last is None else part.last
         if asked > last:
@@ -150,7 +150,7 @@ def _check_layers(index: int, rule: Rule, names: list[str]) -> None:
 
 
 def near_pattern(glob: str, names: Iterable[str]) -> str | None:
-    """A suggestion for a glob that matches none of many names: block numbers make no difference."""
+    """A suggestion for a glob that matches none of many names: layer numbers make no difference."""
     return did_you_mean(glob, list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)))
 
 

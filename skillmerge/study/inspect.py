@@ -19,7 +19,7 @@ from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import UsageError, some
 from skillmerge.methods.terms import Leaf, Sum, expand_skills, model_of, weights
-from skillmerge.naming import MODULE_KINDS, block_of, module_kind, summarised
+from skillmerge.naming import MODULE_KINDS, layer_label, layer_of, module_kind, summarised
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
@@ -258,9 +258,8 @@ def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
     layers: dict[str, list[str]] = {}
     cells: dict[str, list[str]] = {}
     summaries: dict[str, list[str]] = {}
-    for name in sorted(rows, key=lambda name: block_of(name) or ("~", 0)):
-        block = block_of(name)
-        label = f"{block[0]} {block[1]}" if block else "outside blocks"
+    for name in sorted(rows, key=lambda name: layer_of(name) or ("~", 0)):
+        label = layer_label(name)
         modules[module_kind(name)].append(name)
         layers.setdefault(label, []).append(name)
         cells.setdefault(f"{label} {module_kind(name)}", []).append(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from skillmerge.naming import block_of, module_kind
+from skillmerge.naming import layer_of, module_kind
 
 
 @pytest.mark.parametrize(
@@ -39,4 +39,4 @@ from skillmerge.naming import block_of, module_kind
 )
 def test_name_says_its_module_and_block(name: str, kind: str, block: tuple[str, int] | None) -> None:
     assert module_kind(name) == kind
-    assert block_of(name) == block
+    assert layer_of(name) == block

@@ -18,7 +18,7 @@ from conftest import read_checkpoint, run_cli, write_checkpoint, write_recipe
 from model_families import FAMILIES, LAM, UPDATES, save_models
 
 import skillmerge
-from skillmerge.naming import block_of
+from skillmerge.naming import layer_of
 
 LOADER = """
 import json, sys
@@ -80,7 +80,7 @@ def copy_with(
 
 def inside_block(name: str) -> str:
     """The end of a tensor's name, from its block on: the runtime may call what comes before differently."""
-    block = block_of(name)
+    block = layer_of(name)
     assert block is not None
     return name[len(block[0].rpartition(".")[0]) :].lstrip(".")
 

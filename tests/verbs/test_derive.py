@@ -11,7 +11,7 @@ from conftest import random_tensors, read_checkpoint, run_cli, tensor_shapes, wr
 
 import skillmerge
 from skillmerge.errors import UsageError
-from skillmerge.naming import block_of, module_kind
+from skillmerge.naming import layer_of, module_kind
 from skillmerge.verbs.derive import derive
 
 
@@ -35,7 +35,7 @@ def cells(folder: Path) -> dict[tuple[object, str], tuple[torch.Tensor, torch.Te
     for name in tensors["base"]:
         v = (tensors["rl"][name].double() - tensors["sft"][name].double()).flatten()
         k = (tensors["target"][name].double() - tensors["base"][name].double()).flatten()
-        found.setdefault((block_of(name), module_kind(name)), []).append((v, k))
+        found.setdefault((layer_of(name), module_kind(name)), []).append((v, k))
     return {key: (torch.cat([v for v, _ in rows]), torch.cat([k for _, k in rows])) for key, rows in found.items()}
 
 
@@ -44,7 +44,7 @@ def merged_updates(folder: Path, recipe: Path) -> dict[tuple[object, str], torch
     found: dict[tuple[object, str], list[torch.Tensor]] = {}
     for name in out:
         update = (out[name].double() - target[name].double()).flatten()
-        found.setdefault((block_of(name), module_kind(name)), []).append(update)
+        found.setdefault((layer_of(name), module_kind(name)), []).append(update)
     return {key: torch.cat(rows) for key, rows in found.items()}
 
 

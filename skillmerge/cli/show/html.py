@@ -6,7 +6,7 @@ import html
 from typing import Any
 
 from skillmerge.cli.show.figures import Figure
-from skillmerge.naming import block_of, module_kind
+from skillmerge.naming import layer_label, module_kind
 
 
 def escaped(value: Any) -> str:
@@ -19,5 +19,4 @@ def abbreviated(figure: Figure) -> str:
 
 
 def cell_of(name: str) -> tuple[str, str]:
-    block = block_of(name)
-    return (f"{block[0]} {block[1]}" if block else "outside blocks"), module_kind(name)
+    return layer_label(name), module_kind(name)
