@@ -14,12 +14,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import huggingface_hub.constants  # noqa: F401 - made of the environment: before any test changes it
 import ml_dtypes
 import pytest
 import torch
+from command_server import Commands
 from observing import SHARDS, MergeServer, wide_shapes
 from safetensors.torch import load_file, save_file
 
@@ -187,6 +189,15 @@ def server() -> Iterator[MergeServer]:
     process = MergeServer()
     yield process
     process.close()
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Path]:
+    """A folder for the path of scripts, with a `skillmerge` in it that starts quickly."""
+    with TemporaryDirectory(prefix="skillmerge-") as name:  # the path of a socket has to be short
+        server = Commands(Path(name))
+        yield server.folder
+        server.close()
 
 
 @pytest.fixture(scope="session")
