@@ -63,7 +63,8 @@ def become(arguments: list[str], folder: str, environment: dict[str, str], strea
         os.close(stream)
     # Streams know what kind of file they were made for.
     sys.stdin, sys.stdout, sys.stderr = (
-        open(number, mode, encoding="utf-8", closefd=False) for number, mode in enumerate("rww")
+        open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - to the end
+        for number, mode in enumerate("rww")
     )
     os.environ.clear()
     os.environ.update(environment)

@@ -242,6 +242,18 @@ def mount_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 @pytest.fixture
+def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """hide("cyclonedx") makes a package one that is not installed."""
+
+    def make_absent(package: str) -> None:
+        parts = [name for name in sys.modules if name.startswith(f"{package}.")]
+        for name in (package, *parts):
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return make_absent
+
+
+@pytest.fixture
 def family(tmp_path: Path) -> Path:
     """The recipe of a small bfloat16 family in two shards."""
     return write_family(tmp_path)
