@@ -61,10 +61,10 @@ def become(arguments: list[str], folder: str, environment: dict[str, str], strea
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    # Streams know what kind of file they were made for.
+    # Streams know what kind of file they were made for. stderr is written line by line, as Python's own.
     sys.stdin, sys.stdout, sys.stderr = (
-        open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - to the end
-        for number, mode in enumerate("rww")
+        open(number, mode, buffering, encoding="utf-8", closefd=False)  # noqa: SIM115 - to the end
+        for number, (mode, buffering) in enumerate((("r", -1), ("w", -1), ("w", 1)))
     )
     os.environ.clear()
     os.environ.update(environment)
