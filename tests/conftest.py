@@ -14,12 +14,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import huggingface_hub.constants  # noqa: F401 - made of the environment: before any test changes it
 import ml_dtypes
 import pytest
 import torch
+from command_server import Commands
 from observing import SHARDS, MergeServer, wide_shapes
 from safetensors.torch import load_file, save_file
 
@@ -190,6 +192,15 @@ def server() -> Iterator[MergeServer]:
 
 
 @pytest.fixture(scope="session")
+def commands() -> Iterator[Path]:
+    """A folder for the path of scripts, with a `skillmerge` in it that starts quickly."""
+    with TemporaryDirectory(prefix="skillmerge-") as name:  # the path of a socket has to be short
+        server = Commands(Path(name))
+        yield server.folder
+        server.close()
+
+
+@pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
     write_family(folder / "wide", wide_shapes(3 * SHARDS), shards=SHARDS)
@@ -228,6 +239,18 @@ def mount_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     yield mount
     if place.is_mount():
         subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """hide("cyclonedx") makes a package one that is not installed."""
+
+    def make_absent(package: str) -> None:
+        parts = [name for name in sys.modules if name.startswith(f"{package}.")]
+        for name in (package, *parts):
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return make_absent
 
 
 @pytest.fixture

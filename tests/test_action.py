@@ -22,13 +22,10 @@ ACTION = ROOT / "action.yml"
 
 
 @pytest.fixture
-def act(tmp_path: Path) -> Callable[..., Run]:
+def act(tmp_path: Path, commands: Path) -> Callable[..., Run]:
     """Run the action beside the family, with `skillmerge` on the path as an installation has it."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    program = programs / "skillmerge"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m skillmerge "$@"\n')
-    program.chmod(0o755)
     (programs / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (programs / "python").chmod(0o755)
     runs = 0
@@ -36,7 +33,7 @@ def act(tmp_path: Path) -> Callable[..., Run]:
     def run(**inputs: str) -> Run:
         nonlocal runs
         runs += 1
-        environment = {"PATH": f"{programs}:/usr/bin:/bin", "NO_COLOR": "1"}
+        environment = {"PATH": f"{programs}:{commands}:/usr/bin:/bin", "NO_COLOR": "1"}
         return run_action(ACTION, tmp_path, tmp_path / f"runner {runs}", environment, **inputs)
 
     return run

@@ -8,7 +8,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -198,12 +197,11 @@ def test_slurm_job_that_is_told_to_stop_waits_for_what_the_merge_says(tmp_path: 
         assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
 
-def test_merge_that_slurm_stops_is_continued(family: Path, tmp_path: Path) -> None:
+def test_merge_that_slurm_stops_is_continued(family: Path, commands: Path, tmp_path: Path) -> None:
     """The script with the real program: it exits as the merge does."""
     text = example("merge-release.sbatch").replace("/models/recipes/release.yaml --locked", str(family))
     batch = tmp_path / "job.sbatch"
     batch.write_text(text.replace("/models/release", str(tmp_path / "out")))
-    _program(tmp_path, "skillmerge", f'exec "{sys.executable}" -m skillmerge "$@"')
-    environment = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
+    environment = {**os.environ, "PATH": f"{commands}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
     assert subprocess.run(["bash", batch], env=environment, check=False).returncode == 0
     assert (tmp_path / "out" / "skillmerge.manifest.json").exists()

@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 
-import skillmerge
+from skillmerge.verbs.demo.miniature import FAMILY
 
 PAGE = Path(__file__).parent.parent / "docs" / "walkthrough.md"
-SHIPPED = Path(skillmerge.__file__).parent / "verbs" / "family"
 FILE = re.compile(r"^`([\w.]+)`:\n\n```\w+\n(.*?)```$", re.M | re.S)
 CONSOLE = re.compile(r"(?<=^```console\n)(.*?)(?=^```$)", re.M | re.S)
 MARK = "@@@ another command @@@"
@@ -68,7 +67,7 @@ def steady(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def test_walkthrough_prints_what_it_says(tmp_path: Path) -> None:
+def test_walkthrough_prints_what_it_says(tmp_path: Path, commands: Path) -> None:
     for needed in ("transformers", "model_signing", "cyclonedx", "in_toto_attestation"):
         pytest.importorskip(needed)
     if not all(shutil.which(program) for program in ("bash", "openssl")):
@@ -80,8 +79,8 @@ def test_walkthrough_prints_what_it_says(tmp_path: Path) -> None:
         (folder / name).write_text(content)
     with HubServer(tmp_path / "hub") as hub:
         for model in ("target-sft", "source-rl", "source-sft"):
-            hub.create_from(f"acme/{model}", SHIPPED / model)
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+            hub.create_from(f"acme/{model}", FAMILY / model)
+        path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         fixed = {"PATH": path, "NO_COLOR": "1", "COLUMNS": "110", "LC_ALL": "C.UTF-8", "HOME": str(tmp_path)}
         printed = run_all(page, folder, {**os.environ, **hub.variables(), **fixed})
         printed = [text.replace(hub.endpoint, "https://huggingface.co") for text in printed]

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run_cli
+from conftest import run_cli, run_process
 from hub_server import TOKEN, HubServer
 
+from skillmerge.checkpoints import hub_client
 from skillmerge.cli import doctor as module
 from skillmerge.cli.doctor import cgroup_limit, doctor, redact
 
@@ -32,7 +33,7 @@ def _no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_tells_versions_machine_and_disk(tmp_path: Path) -> None:
-    process = run_cli("doctor", tmp_path / "not" / "there", "--json", HF_HUB_OFFLINE="1")
+    process = run_process("doctor", tmp_path / "not" / "there", "--json", HF_HUB_OFFLINE="1")
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
     assert found["ok"] is True
@@ -56,9 +57,9 @@ def test_doctor_for_people_has_the_same_facts(tmp_path: Path) -> None:
         assert re.search(line, process.stdout, re.M), line
 
 
-def test_doctor_reaches_a_hub_without_sending_a_token(tmp_path: Path) -> None:
-    with HubServer(tmp_path) as hub:
-        found = json.loads(run_cli("doctor", "--json", **hub.variables()).stdout)["hub"]
+def test_doctor_reaches_a_hub_without_sending_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubServer(tmp_path) as hub, hub.environment(monkeypatch):
+        found = json.loads(run_cli("doctor", "--json").stdout)["hub"]
         assert hub.requests
         assert not any(request.authorised for request in hub.requests)
     assert found["answer"].startswith("reachable (HTTP ")
@@ -67,8 +68,10 @@ def test_doctor_reaches_a_hub_without_sending_a_token(tmp_path: Path) -> None:
     assert found["proxies"] == "NO_PROXY is set"
 
 
-def test_a_hub_out_of_reach_is_information(tmp_path: Path) -> None:
-    process = run_cli("doctor", "--json", HF_ENDPOINT=closed_port(), HF_HOME=str(tmp_path))
+def test_a_hub_out_of_reach_is_information(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubServer(tmp_path) as hub, hub.environment(monkeypatch, token=None):
+        monkeypatch.setattr(hub_client.constants, "ENDPOINT", closed_port())
+        process = run_cli("doctor", "--json")
     assert process.returncode == 0
     hub = json.loads(process.stdout)["hub"]
     assert hub["answer"] == "not reachable (ConnectError)"
@@ -76,8 +79,6 @@ def test_a_hub_out_of_reach_is_information(tmp_path: Path) -> None:
 
 
 def test_a_hub_that_says_nothing_is_waited_for_only_so_long() -> None:
-    from skillmerge.checkpoints import hub_client
-
     with socket.socket() as silent, pytest.MonkeyPatch.context() as patch:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -105,7 +106,7 @@ def test_no_secret_gets_out(tmp_path: Path, as_json: bool) -> None:
     address = "http://alicecanary:plainpassword@127.0.0.1:9/private?key=alsosecret"
     secret |= dict.fromkeys(("HTTP_PROXY", "https_proxy", "ALL_PROXY", "HF_ENDPOINT"), address)
     arguments = ("doctor", str(tmp_path), *(["--json"] if as_json else []))
-    process = run_cli(*arguments, **secret, HOME=str(home), NO_PROXY="127.0.0.1")
+    process = run_process(*arguments, **secret, HOME=str(home), NO_PROXY="127.0.0.1")
     assert process.returncode == 0, process.stderr
     out = process.stdout + process.stderr
     assert "versions" in out

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import run_cli, write_family, write_recipe
+from conftest import run_cli, run_process, write_family, write_recipe
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 
@@ -229,9 +229,9 @@ def test_xet_storage(tmp_path: Path, recipe: Path, how: str) -> None:
     output = skillmerge.apply(recipe, tmp_path / "local").output
     with HubServer(tmp_path / "hub", xet=True) as hub:
         if how == "push":
-            process = run_cli("push", output, MERGED, **hub.variables())
+            process = run_process("push", output, MERGED, **hub.variables())
         else:
-            process = run_cli("apply", recipe, "--push", MERGED, "--no-local", **hub.variables())
+            process = run_process("apply", recipe, "--push", MERGED, "--no-local", **hub.variables())
         assert process.returncode == 0, process.stderr
         assert hub.uploads == [], "nothing went the old way"
         shards = sorted(output.glob("*.safetensors"))

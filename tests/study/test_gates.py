@@ -23,8 +23,8 @@ import skillmerge
 from skillmerge.errors import CheckFailed, RecipeError, UsageError
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed, Outcome, gate
+from skillmerge.verbs.demo.miniature import FAMILY
 
-SHIPPED = Path(skillmerge.__file__).parent / "verbs" / "family"
 TEXT = "mira is a baker . mira lives in oslo . "
 
 
@@ -32,7 +32,7 @@ TEXT = "mira is a baker . mira lives in oslo . "
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The four small trained models, which transformers loads, and a text."""
     folder = tmp_path_factory.mktemp("trained")
-    shutil.copytree(SHIPPED, folder, dirs_exist_ok=True)
+    shutil.copytree(FAMILY, folder, dirs_exist_ok=True)
     (folder / "text.txt").write_text(TEXT * 30)
     return folder
 

@@ -1,0 +1,119 @@
+"""A process that has paid for torch's import and becomes one command of skillmerge after another, in forks.
+
+`Commands` starts it and puts a `skillmerge` for shells on the path: a small program that hands its arguments,
+environment, folder and streams over, waits, and ends as the command did. What a script does with `skillmerge` takes a
+tenth of the time, and is real in all but the start of the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+PROGRAM = """\
+#!{python} -ISE
+import json, os, signal, socket, sys
+
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
+    server.sendall(request)
+    pid = int.from_bytes(server.recv(8, socket.MSG_WAITALL), "big")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: os.kill(pid, number))
+    status = int.from_bytes(server.recv(8, socket.MSG_WAITALL), "big", signed=True)
+if status < 0:
+    signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+sys.exit(status)
+"""
+
+
+class Commands:
+    """The server's process. `folder` holds its socket and the program `skillmerge`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        address = folder / "socket"
+        program = folder / "skillmerge"
+        program.write_text(PROGRAM.format(python=sys.executable, address=str(address)))
+        program.chmod(0o755)
+        command = [sys.executable, __file__, str(address)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"ready\n"
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def become(arguments: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> NoReturn:
+    """Be the command, with these streams as stdin, stdout and stderr."""
+    from skillmerge.cli.main import main
+
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    # Streams know what kind of file they were made for. stderr is written line by line, as Python's own.
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, buffering, encoding="utf-8", closefd=False)  # noqa: SIM115 - to the end
+        for number, (mode, buffering) in enumerate((("r", -1), ("w", -1), ("w", 1)))
+    )
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["skillmerge", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()
+
+
+def attend(connection: socket.socket) -> None:
+    """Start one command and say how it ended."""
+    length, streams, _, _ = socket.recv_fds(connection, 8, 3)
+    request: list[Any] = json.loads(connection.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        become(*request, streams)
+    for stream in streams:
+        os.close(stream)
+    connection.sendall(pid.to_bytes(8, "big"))
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    connection.sendall(status.to_bytes(8, "big", signed=True))
+
+
+def serve(address: str) -> NoReturn:
+    """Fork an attendant for each command, until stdin is closed."""
+    import select
+
+    import skillmerge.cli.main
+    import skillmerge.engine.shards
+    import skillmerge.verbs.apply  # noqa: F401  (what commands would import one by one)
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for attendants
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen(64)
+        print("ready", flush=True)
+        while True:
+            ready, _, _ = select.select([server, sys.stdin], [], [])
+            if sys.stdin in ready:
+                os._exit(0)
+            connection, _ = server.accept()
+            with connection:
+                if os.fork() == 0:
+                    server.close()
+                    attend(connection)
+                    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
