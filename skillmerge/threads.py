@@ -1,5 +1,4 @@
-"""A function over many items in a few threads, all of which stop when one fails or a person interrupts; and
-the one that is run so most often, a file's digest."""
+"""Map a function over items in a few threads, which stop together when one fails; and hash files."""
 
 from __future__ import annotations
 

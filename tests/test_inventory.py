@@ -46,10 +46,3 @@ def test_every_exit_status_is_documented() -> None:
     statuses = {kind.exit_status for kind in kinds} | {0, 130, 143}
     assert statuses >= {1, 2, 3, 4, 5, 6, 7, 75}
     assert [status for status in statuses if f"| {status} |" not in DOCUMENTED] == []
-
-
-def test_module_map_of_the_readme_is_complete() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for path in (ROOT / "skillmerge").rglob("*.py"):
-        if path.name != "__init__.py":
-            assert f"`{path.relative_to(ROOT / 'skillmerge').as_posix()}`" in readme, path

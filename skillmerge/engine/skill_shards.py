@@ -1,8 +1,8 @@
-"""Plan + checkpoints -> the files of a skill. The streaming core's other end: what is written is mostly nothing.
+"""Plan + checkpoints -> the files of a skill: differences of models, which are mostly zeros.
 
-A worker takes a unit (up to sparse.UNIT elements of one tensor), reads it of every model, takes the
+A worker takes a unit (up to UNIT elements of one tensor), reads it of every model, takes the
 difference and encodes it; the units' parts are appended in the plan's order, and the header, for which room was
-left, is written last. Where a difference is kept exactly, and as what, is said in `checkpoints/skill.py`. All of
+left, is written last. Where a difference is kept exactly, and as what, is said in `checkpoints/kinds/skill.py`. All of
 this is on the CPU: it is reading and counting, and there is no arithmetic for a GPU to speed up.
 """
 

@@ -98,7 +98,10 @@ class Stream:
     def map(
         self, function: Callable[[Item], Found], items: Iterable[Item], *, threads: int, ahead: int
     ) -> Iterator[Found]:
-        """`function(item)` in threads of its own; the results in the order of the items, at most `ahead` too early."""
+        """`function(item)` in threads of its own; the results in the order of the items.
+
+        ahead: how many items are begun before the first of their results is taken.
+        """
         tasks: SimpleQueue[tuple[Future[Found], Item] | None] = SimpleQueue()
 
         def work() -> None:

@@ -1,4 +1,4 @@
-"""Stored elements in memory, as they are: for whoever wants one tensor and no stream of tiles."""
+"""Read elements of one tensor into memory, as they are stored."""
 
 from __future__ import annotations
 

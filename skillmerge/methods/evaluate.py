@@ -1,4 +1,4 @@
-"""Programs run on tiles: widen, evaluate as written, round once. The only numerics in the house.
+"""Run a compiled term on tiles, as it is written, in the dtype of accumulation; `rounding` rounds the result.
 
 Every operation here is a separate elementwise kernel of IEEE 754 arithmetic (no fused multiply-add, no
 reductions but to a yes or no, or in a fixed order), so that CPU and CUDA and any cutting into tiles give the

@@ -1,6 +1,6 @@
-"""Check an output against its manifest: structure, digests, values, and a real load.
+"""The checks that `verbs/verify.py` runs: an output's structure, digests and values against its manifest.
 
-`check_structure` is the cheap part, which `apply` runs before publishing; `verify` reads every byte once, in
+`check_structure` is the cheap part, which `apply` runs before publishing; `verify_files` reads every byte once, in
 bounded memory. The safetensors library is the independent reader of what our own byte layer wrote.
 """
 

@@ -1,4 +1,4 @@
-"""Gates: what a merged model has to fulfil before anybody sees it. Measures each one, judges nothing else.
+"""The verb gate: measure each gate of an output, and decide whether it passes.
 
 Figures come from the manifest, the cosine from the models that went in; what loads a model or runs a command is a
 process of its own. A gate that cannot be measured has not held.

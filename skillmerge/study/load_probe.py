@@ -1,4 +1,4 @@
-"""Load a model folder with transformers and run it once; `verification` starts it as a program of its own.
+"""Load a model folder with transformers and run it once; `loading` starts it as a program of its own.
 
 Of its own, so that a broken model or library cannot take its caller along. Prints one JSON line:
 ok, why, the class, the sets of keys that must be empty, named as the loaded model names them, and the perplexity

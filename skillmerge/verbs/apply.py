@@ -1,4 +1,4 @@
-"""The main job on one screen: recipe -> plan -> shards -> check -> publish."""
+"""The verb apply, the main job: recipe -> plan -> shards -> check -> publish."""
 
 from __future__ import annotations
 

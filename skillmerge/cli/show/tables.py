@@ -1,4 +1,4 @@
-"""What terminal, page and Markdown all show: rows and words as plain data, which each of them draws in its way."""
+"""Rows and column names that two or more of terminal, page and Markdown share, as plain data."""
 
 from __future__ import annotations
 
