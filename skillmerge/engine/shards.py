@@ -126,11 +126,12 @@ class _Run:
     def finished(self, count: int, progress: Callable[[int], None]) -> Iterator[ShardRecord]:
         """The records of `count` shards, each as soon as its file is durable."""
         while count:
-            self.stream.check()
             progress(self.moved)
             try:
+                # What is durable is handed over even where another thread has failed meanwhile.
                 record = self.done.get(timeout=_WAIT)
             except Empty:
+                self.stream.check()
                 continue
             yield record
             count -= 1
@@ -154,11 +155,12 @@ class _Run:
     def _write(self) -> None:
         """A writer's life: until nothing more is wanted."""
         while (item := self.full.get()) is not None and not self.stream.stop.is_set():
+            # A worker that was stopped has handed over half a span, and `stop` was set before that.
             file, span, buffer = item
-            if file.add(span, buffer, self.free.put):
-                self._complete(file)
             with self.lock:
                 self.moved += span.nbytes
+            if file.add(span, buffer, self.free.put):
+                self._complete(file)
 
     def _free_buffer(self) -> Buffer | None:
         while not self.stream.stop.is_set():

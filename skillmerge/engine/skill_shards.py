@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -22,13 +23,16 @@ from skillmerge.checkpoints.kinds.sparse import Encoder, differing, places_of, w
 from skillmerge.engine.destination import Destination, ShardRecord
 from skillmerge.engine.skill_file import Cut, Kept, SkillFile, Unit, compressed
 from skillmerge.engine.stream import Stream
-from skillmerge.engine.tiles import Span, Tile
+from skillmerge.engine.tiles import Tile
 from skillmerge.engine.worker import Settings, Worker
 from skillmerge.methods.evaluate import evaluate
 from skillmerge.methods.rounding import round_nearest
 from skillmerge.methods.terms import model_of
 from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT
+
+_WAIT = 0.2
+"""Seconds between two looks at whether the run has failed, while there is no room on the disk."""
 
 
 def cut_shards(
@@ -38,6 +42,7 @@ def cut_shards(
     settings: Settings,
     shards: Sequence[ShardPlan],
     progress: Callable[[int], None],
+    room: threading.Semaphore | None = None,
 ) -> Iterator[ShardRecord]:
     """Write files of a skill, and yield the record of each as soon as it is durable; see `shards.merge_shards`."""
     threads = settings.budget.threads
@@ -55,6 +60,8 @@ def cut_shards(
         def files() -> Iterator[SkillFile]:
             moved = 0
             for shard in shards:
+                while room is not None and not room.acquire(timeout=_WAIT):
+                    stream.check()
                 file = stream.keep(SkillFile(destination, shard, plan, checkpoints, cutter.kept))
                 for unit in _units(plan, shard):
                     file.add(unit, next(cuts))
@@ -109,8 +116,7 @@ class _Cutter:
             elements = math.prod(tensor.shape) if tensor.action == "same" else 0
             for first in range(0, elements, UNIT):
                 tile = Tile(tensor, first, min(first + UNIT, elements), 0)
-                (values,) = self._worker.reader.read(Span(0, (tile,)))
-                self._worker.compare(tile, values)
+                self._worker.compare(tile, list(self._worker.reader.read_tile(tile).values()))
 
     def select(self, tensor: TensorPlan, share: float) -> Kept:
         """Which elements of a tensor are its largest, so great a share of them or a little less: a pass of its own."""
@@ -119,9 +125,7 @@ class _Cutter:
         assert tensor.program is not None
         for first in range(0, elements, UNIT):
             tile = Tile(tensor, first, min(first + UNIT, elements), 0)
-            (values,) = worker.reader.read(Span(0, (tile,)))
-            inputs = {model: piece for (model, _), piece in zip(tensor.sources, values, strict=True)}
-            for _, pieces in self._chunks(worker, tile, inputs, {}):
+            for _, pieces in self._chunks(worker, tile, worker.reader.read_tile(tile), {}):
                 value, _ = evaluate(tensor.program, pieces, worker.scratch)
                 bins = _bins_of(value)
                 counts += torch.bincount(bins, minlength=_BINS)
@@ -146,8 +150,7 @@ class _Cutter:
             return Cut({})
         first = unit.number * UNIT
         tile = Tile(unit.tensor, first, first + unit.length, 0)
-        (values,) = worker.reader.read(Span(0, (tile,)))
-        inputs = {model: piece for (model, _), piece in zip(unit.tensor.sources, values, strict=True)}
+        inputs = worker.reader.read_tile(tile)
         digests = {model: hashlib.sha256() for model in inputs if model in self._digested}
         chunks = self._chunks(worker, tile, inputs, digests)
         cut = self._keep(chunks) if unit.tensor.action == "cut" else self._compute(worker, tile, chunks)

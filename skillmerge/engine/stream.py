@@ -65,13 +65,16 @@ class Stream:
         self.stop.set()
         for end in self._endings:
             end()
-        deadline = time.monotonic() + _PATIENCE
-        for thread in self._threads:
-            if thread.ident is not None:  # else the system had none to give
-                thread.join(max(0.0, deadline - time.monotonic()) if isinstance(error, KeyboardInterrupt) else None)
-        if not any(thread.is_alive() for thread in self._threads):
-            self._resources.close()  # else one of them waits for a network, and works with what this would close
-        torch.set_num_threads(self._intraop)
+        # A generator that is closed early was interrupted too, wherever its caller was just then.
+        deadline = time.monotonic() + _PATIENCE if isinstance(error, KeyboardInterrupt | GeneratorExit) else None
+        try:
+            for thread in self._threads:
+                if thread.ident is not None:  # else the system had none to give
+                    thread.join(max(0.0, deadline - time.monotonic()) if deadline is not None else None)
+            if not any(thread.is_alive() for thread in self._threads):
+                self._resources.close()  # else one of them waits for a network, and works with what this would close
+        finally:
+            torch.set_num_threads(self._intraop)
         if error is None:
             self.check()
 
@@ -120,10 +123,10 @@ class Stream:
         self.start(threads, work, end)
         waiting: deque[Future[Found]] = deque()
         for item in items:
-            if len(waiting) == ahead:
-                yield self._result(waiting.popleft())
             waiting.append(Future())
             tasks.put((waiting[-1], item))
+            if len(waiting) == ahead:  # before the next item is asked for, which may need what a result gives back
+                yield self._result(waiting.popleft())
         while waiting:
             yield self._result(waiting.popleft())
 

@@ -49,6 +49,10 @@ class Span:
     def nbytes(self) -> int:
         return self.tiles[-1].offset + self.tiles[-1].nbytes - self.offset
 
+    def place(self, tile: Tile) -> int:
+        """Where a tile begins in a buffer that holds the span, aligned in memory as it is in the file."""
+        return self.offset % PAGE + tile.offset - self.offset
+
 
 def spans(plan: Plan, shard: ShardPlan, tile: int) -> list[Span]:
     """Cut a shard into spans of at most `tile` elements, and of little less: only the last one is short.
@@ -135,6 +139,11 @@ class Reader:
                 for run in source.runs(tile.first, tile.last):
                     self.checkpoints[run.model].hint(run.tensor, run.first, run.last - run.first)
 
+    def read_tile(self, tile: Tile) -> dict[str, Tensor]:
+        """The tile's values by model, which are good until the next call."""
+        (values,) = self.read(Span(0, (tile,)))
+        return {source.model: piece for source, piece in zip(tile.tensor.sources, values, strict=True)}
+
     def read(self, span: Span, output: Buffer | None = None) -> list[list[Tensor]]:
         """Read all that a span needs, of each checkpoint together. Returns each tile's values, source by source, which
         are good until the next call.
@@ -151,7 +160,7 @@ class Reader:
                 dtype = torch_dtype(self.checkpoints[source.model].tensors[source.tensor].dtype)
                 count = tile.last - tile.first
                 if output is not None and index == 0 and tile.tensor.program is None:
-                    buffer, start = output, span.offset % PAGE + tile.offset - span.offset
+                    buffer, start = output, span.place(tile)
                 else:
                     buffer, start = self.inputs[index], -(-ends[index] // dtype.itemsize) * dtype.itemsize
                     ends[index] = start + count * dtype.itemsize

@@ -23,7 +23,7 @@ from skillmerge.methods.evaluate import Scratch, evaluate
 from skillmerge.methods.rounding import keep_same_bits, round_value, rounding_key
 from skillmerge.plans.budget import Budget
 from skillmerge.plans.plan import Plan, TensorPlan
-from skillmerge.tensors import BLOCK, CHUNK, DTYPES, PAGE, block_count
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count
 
 Statistics = dict[str, dict[int, BlockStatistics]]
 """What was measured of each merged tensor, by block."""
@@ -69,8 +69,7 @@ class Worker:
         for tile, values in zip(span.tiles, inputs, strict=True):
             if self.stop.is_set():
                 return
-            start = span.offset % PAGE + tile.offset - span.offset
-            out = output.typed(torch_dtype(tile.tensor.dtype), start, tile.last - tile.first)
+            out = output.typed(torch_dtype(tile.tensor.dtype), span.place(tile), tile.last - tile.first)
             self._fill(statistics, tile, values, out)
 
     def close(self) -> None:

@@ -151,6 +151,8 @@ class MergePush:
         self._connected: HubCommit | None = None
         self._pool = ThreadPoolExecutor(_SHARDS_ON_DISK)
         self._sent: list[Future[None]] = []
+        self._leaving = threading.Lock()
+        self._failed = False
         self.room = threading.Semaphore(_SHARDS_ON_DISK) if remove else None
         """Taken by each shard that is begun, given back by each that has left the disk."""
         self._staging: Staging | None = None
@@ -215,12 +217,15 @@ class MergePush:
             if self._remove:
                 check_shard(path, next(shard.specs for shard in self._plan.shards if shard.file == name))
             self._commit.upload(name, path, size, sha256)
-        if self._remove and not done.uploaded:
-            self._staging.record(replace(done, uploaded=True))  # or not needed: the Hub has it
-            path.unlink()
+        with self._leaving:
+            if self._remove and not done.uploaded and not self._failed:
+                self._staging.record(replace(done, uploaded=True))  # or not needed: the Hub has it
+                path.unlink()
 
     def settle(self, *, failed: bool) -> None:
         """Wait for what is on its way, unless the merge failed; an upload that did is tried again by `publish`."""
+        with self._leaving:  # what still goes on must not touch a folder that another run may hold by then
+            self._failed = failed
         self._pool.shutdown(wait=not failed, cancel_futures=failed)
         if self._remove and not failed:
             for future in self._sent:

@@ -128,25 +128,28 @@ class Staging:
         self._clear()
         return True
 
-    def begin(self, plan_digest: str, conditions: dict[str, Any], proof: str = "") -> str | None:
+    def begin(self, weights_digest: str, conditions: dict[str, Any], plan_digest: str = "") -> str | None:
         """Load the journal of an earlier run of the same plan under the same conditions, or start afresh.
 
-        proof: what an output would have been sealed with that this run need not make anew.
+        An output that was sealed with the same `plan_digest` is complete but for its commit.
         Returns a remark for the user where something of an earlier run was kept or dropped.
         """
-        header = Header(plan_digest, conditions)
+        header = Header(weights_digest, conditions)
         rows = self._journal.read()
         remark = None
         with disk_errors(self.folder):
             if rows[:1] == [header]:
-                shards = [row for row in rows if isinstance(row, ShardRecord)]
-                intact = in_threads(self._is_intact, shards)
-                self.finished = {done.file: done for done, good in zip(shards, intact, strict=True) if good}
-                damaged = len({done.file for done in shards}) - len(self.finished)
+                shards = {row.file: row for row in rows if isinstance(row, ShardRecord)}  # the last row of each counts
+                for done in shards.values():
+                    if done.uploaded:
+                        (self.files / done.file).unlink(missing_ok=True)
+                intact = in_threads(self._is_intact, shards.values())
+                self.finished = {done.file: done for done, good in zip(shards.values(), intact, strict=True) if good}
+                damaged = len(shards) - len(self.finished)
                 count = f"{len(self.finished)} shard{' is' if len(self.finished) == 1 else 's are'}"
                 remark = f"continuing an interrupted run: {count} finished already"
                 remark += f"; {damaged} were damaged since and are done again" if damaged else ""
-                self.sealed = Sealed(proof) in rows and not damaged and (self.files / MANIFEST_FILE).is_file()
+                self.sealed = Sealed(plan_digest) in rows and not damaged and (self.files / MANIFEST_FILE).is_file()
                 if self.sealed:
                     return remark
             elif rows or self.files.exists():
@@ -160,7 +163,6 @@ class Staging:
     def _is_intact(self, done: ShardRecord, stop: threading.Event) -> bool:
         path = self.files / done.file
         if done.uploaded:
-            path.unlink(missing_ok=True)
             return True
         if not path.is_file() or path.stat().st_size != done.size:
             return False

@@ -95,7 +95,6 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
 def planned(
     recipe: str | os.PathLike[str] | Recipe,
     coefficients: Mapping[str, float] | None,
-    allow_code: bool,
     access: Access,
     warn: Callable[[str], None],
 ) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
@@ -103,7 +102,7 @@ def planned(
     parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
     checkpoints = open_models(parsed, access, warn)
     try:
-        yield plan_recipe(parsed, checkpoints, allow_code=allow_code), checkpoints
+        yield plan_recipe(parsed, checkpoints, allow_code=access.allow_code), checkpoints
     finally:
         close_all(checkpoints)
 

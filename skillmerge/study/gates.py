@@ -321,11 +321,11 @@ def gate(
             f"the recipe in the manifest of {root} has gates that run commands, and whoever made it wrote them",
             fix="read them, and name a file that you trust: skillmerge gate DIR --gates FILE",
         )
-    access = Access(follow_links, commits=commits)
+    access = Access(follow_links, commits=commits, allow_code=True)
 
     @contextmanager
     def opened() -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
-        with planned(recipe, None, True, access, reporter.warn) as (plan, checkpoints):
+        with planned(recipe, None, access, reporter.warn) as (plan, checkpoints):
             yield plan, checkpoints
 
     def tell(outcome: Outcome) -> None:

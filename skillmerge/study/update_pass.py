@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skillmerge.bits import first_nonfinite
 from skillmerge.engine.stream import Stream
-from skillmerge.engine.tiles import Reader, Span, Tile
+from skillmerge.engine.tiles import Reader, Tile
 from skillmerge.errors import SkillmergeError, UnusableWeights
 from skillmerge.methods.evaluate import Scratch
 from skillmerge.plans.plan import TensorPlan
@@ -93,8 +93,7 @@ class _Measure:
 
     def __call__(self, tile: Tile) -> _Found:
         own = self.stream.own(self._make)
-        (values,) = own.reader.read(Span(0, (tile,)))
-        inputs = dict(zip((model for model, _ in tile.tensor.sources), values, strict=True))
+        inputs = own.reader.read_tile(tile)
         updates: list[Update] = []
         pairs: list[Pair] = []
         for start in range(0, tile.last - tile.first, CHUNK):

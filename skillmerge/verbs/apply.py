@@ -228,7 +228,6 @@ class _Merge:
     def _make_shards(self, runner: Threads) -> None:
         plan, staging, publication = self.job.plan, self.staging, self.publication
         missing = [shard for shard in plan.shards if shard.file not in staging.finished]
-        failed = True
         try:
             with closing(runner.run(self.job, missing)) as records:
                 for done in records:
@@ -239,13 +238,14 @@ class _Merge:
                     )  # fmt: skip
                     if publication is not None:
                         publication.send(done)
-            failed = False
-        except UnusableWeights:
-            staging.discard()
-            raise
-        finally:
+        except BaseException as error:
             if publication is not None:
-                publication.settle(failed=failed)
+                publication.settle(failed=True)
+            if isinstance(error, UnusableWeights):
+                staging.discard()
+            raise
+        if publication is not None:
+            publication.settle(failed=False)
 
     def _describe(self, side_files: list[SideFile]) -> ManifestBody:
         """Write the side files. Returns all of the manifest that does not depend on where and when it was made."""
@@ -330,7 +330,7 @@ def _planned(
     if saved is not None:
         access = replace(access, commits=saved.commits)
     recipe = source.recipe if isinstance(source, SavedPlan) else source
-    with planned(recipe, None, access.allow_code, access, reporter.warn) as (plan, checkpoints):
+    with planned(recipe, None, access, reporter.warn) as (plan, checkpoints):
         plan.refuse_problems()
         if saved is not None:
             saved.check(plan)

@@ -76,7 +76,7 @@ def plan(
     """
     reporter = reporter or Reporter()
     before = saved.read(diff) if diff is not None else None
-    made = _make(recipe, coefficients, allow_code, Access(follow_links, locked, relock=lock), lock, reporter)
+    made = _make(recipe, coefficients, Access(follow_links, locked, relock=lock, allow_code=allow_code), reporter)
     needs = budget(made, threads=threads, memory_limit=memory_limit)
     where = made.recipe.output.path
     if where is not None and not made.problems and not made.makes_skill:
@@ -93,19 +93,17 @@ def plan(
 def _make(
     recipe: str | os.PathLike[str],
     coefficients: Mapping[str, float] | None,
-    allow_code: bool,
     access: Access,
-    lock: bool,
     reporter: Reporter,
 ) -> Plan:
-    with planned(recipe, coefficients, allow_code, access, reporter.warn) as (made, checkpoints):
+    with planned(recipe, coefficients, access, reporter.warn) as (made, checkpoints):
         if made.recipe.output.path is not None:
             output_folder(made.recipe, None, checkpoints)
         try:
             prepare(made.recipe.gates, "sampled", False, made)
         except UsageError as error:
             reporter.warn(f"apply would stop at once: {error.message}")
-        if lock:
+        if access.relock:
             path = lockfile.path_of(Path(recipe))
             with disk_errors(path):
                 write_whole(path, opening.to_bytes(made, checkpoints))

@@ -170,8 +170,8 @@ def _planned_again(made: Output, how: How) -> Iterator[tuple[Plan, Mapping[str, 
     skillmerge have changed."""
     root, proof = made.folder, made.manifest
     recipe, commits = made.recipe(how.base)
-    access = Access(how.follow_links, download=how.hub == "download", commits=commits)
-    with planned(recipe, None, _runs_code(made), access, how.reporter.warn) as (plan, checkpoints):
+    access = Access(how.follow_links, download=how.hub == "download", commits=commits, allow_code=_runs_code(made))
+    with planned(recipe, None, access, how.reporter.warn) as (plan, checkpoints):
         plan.refuse_problems()
         if plan.digest != proof.plan_digest:
             now = json.loads(json.dumps(saved.describe(plan)))
@@ -263,7 +263,11 @@ class _ComparedFile:
     def __init__(self, path: Path, shard: ShardPlan) -> None:
         self._path, self._specs = path, shard.specs
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.write(memoryview(shard.header), 0)
+        try:
+            self.write(memoryview(shard.header), 0)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, data: memoryview, offset: int) -> None:
         """Raise CheckFailed where the file has other bytes at `offset`, and say which element is the first."""

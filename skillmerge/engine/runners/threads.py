@@ -42,7 +42,7 @@ class Threads:
                 progress(before + count)
 
             if plan.makes_skill:
-                yield from cut_shards(plan, job.checkpoints, job.destination, settings, shards, moved)
+                yield from cut_shards(plan, job.checkpoints, job.destination, settings, shards, moved, job.room)
             else:
                 yield from merge_shards(plan, job.checkpoints, job.destination, settings, shards, moved, job.room)
 

@@ -171,8 +171,7 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
             own = stream.own(lambda: _Own(Worker(plan, checkpoints, settings, stream.stop), size))
             own.worker.fill(span, own.buffer, measured)
             for tile in span.tiles:
-                start = span.offset % PAGE + tile.offset - span.offset
-                put(tile, own.buffer.typed(torch_dtype(tile.tensor.dtype), start, tile.last - tile.first))
+                put(tile, own.buffer.typed(torch_dtype(tile.tensor.dtype), span.place(tile), tile.last - tile.first))
 
         work = (span for shard in plan.shards for span in spans(plan, shard, chosen.tile))
         for _ in stream.map(fill, work, threads=chosen.threads, ahead=4 * chosen.threads):
