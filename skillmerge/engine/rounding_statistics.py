@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.naming import MODULE_KINDS, module_kind
+from skillmerge.plans.depth import number
 from skillmerge.plans.plan import Plan
-from skillmerge.tensors import DTYPES
+from skillmerge.tensors import DTYPES, format_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 SAMPLE_STRIDE = 128
 DEVIATION = 0.1
 """A realised lambda further than this from the asked one is worth a warning."""
+
+
+LOSSES = ("asked lambda", "realised lambda", "vanished", "changed")
+"""What people are shown of a group, as they call it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,12 @@ class Group:
             return (self.asked_lambda, self.realised_lambda) if self.realised_lambda is not None else None
         return (1.0, self.realised) if self.realised is not None else None
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """For people, in the order of LOSSES."""
+        lambdas = [number(value) for value in self.lambdas or ()] or ["-", "-"]
+        return (*lambdas, _percent(self.vanished), _percent(self.changed))
+
     def as_dict(self) -> dict[str, Any]:
         row: dict[str, Any] = {"tensors": self.tensors, "merged": self.merged}
         if self.changed is not None:
@@ -78,6 +89,11 @@ class SkillGroup:
     relative_error: float
     bytes: int
     dense_bytes: int
+
+    @property
+    def shown(self) -> tuple[str, str, str]:
+        """For people: changed, norm, and how large it is when it is stored."""
+        return _percent(self.changed), number(self.norm), format_bytes(self.bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +127,10 @@ class SkillStatistics:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def is_sampled(name: str, block: int, blocks: int, mode: str) -> bool:

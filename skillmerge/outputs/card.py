@@ -6,13 +6,13 @@ what it lacks is added. Metadata: https://huggingface.co/docs/hub/model-cards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from skillmerge.checkpoints.place import Location, on_hub
-from skillmerge.engine.rounding_statistics import SkillStatistics, Statistics
+from skillmerge.engine.rounding_statistics import LOSSES, SkillStatistics, Statistics
 from skillmerge.errors import UsageError
 from skillmerge.outputs.manifest import Input, Manifest
 from skillmerge.outputs.staging import MANIFEST_FILE
@@ -109,10 +109,7 @@ def _skill_body(manifest: Manifest, push: Push) -> str:
     assert isinstance(statistics, SkillStatistics)
     total, lost = statistics.all, statistics.all.relative_error
     kept = f"rounded ({lost:.2g} of its norm was lost)" if lost else "kept exactly"
-    rows = ["| module | tensors | changed | norm | stored |", "| --- | --- | --- | --- | --- |"]
-    for label, group in statistics.rows:
-        changed = f"{group.changed:.1%}" if group.changed is not None else "-"
-        rows.append(f"| {label} | {group.tensors} | {changed} | {number(group.norm)} | {format_bytes(group.bytes)} |")
+    rows = [(label, str(group.tensors), *group.shown) for label, group in statistics.rows]
     sections = [
         f"# {name}",
         f"A skill: the difference of models `{manifest.expression}`, {kept} by skillmerge "
@@ -121,7 +118,7 @@ def _skill_body(manifest: Manifest, push: Push) -> str:
         "## Parents",
         _parents(manifest),
         "## What it changes",
-        "\n".join(rows),
+        _table(("module", "tensors", "changed", "norm", "stored"), rows),
         "## Use",
         f"```yaml\nskillmerge: 1\nmodels:\n  target: {Location('your/model')}\n"
         f"  skill: {{skill: {Location(push.repository)}}}\ncoefficients: {{lam: 1.0}}\nmerge: target + lam * skill\n"
@@ -134,7 +131,7 @@ def _skill_body(manifest: Manifest, push: Push) -> str:
 
 
 def _parents(manifest: Manifest) -> str:
-    rows = ["| name | model | commit | licence |", "| --- | --- | --- | --- |"]
+    rows = []
     for item in manifest.inputs:
         place = on_hub(item.uri)
         if place is not None:
@@ -144,8 +141,8 @@ def _parents(manifest: Manifest) -> str:
             where = f"local: {len(sizes)} file{'s' if len(sizes) > 1 else ''}, {format_bytes(sum(sizes))}"
         donor = " (donor)" if item.name == manifest.donor else ""
         commit = f"`{item.revision}`" if item.revision else "-"
-        rows.append(f"| `{item.name}`{donor} | {where} | {commit} | {item.license or '-'} |")
-    return "\n".join(rows)
+        rows.append((f"`{item.name}`{donor}", where, commit, item.license or "-"))
+    return _table(("name", "model", "commit", "licence"), rows)
 
 
 def _coefficient(manifest: Manifest, name: str, index: int) -> str:
@@ -155,23 +152,20 @@ def _coefficient(manifest: Manifest, name: str, index: int) -> str:
         if index < len(tensor.coefficients)
     )
     pictures = "\n".join(f"{name} over {stack}: {picture}" for stack, picture in depth.pictures)
-    rows = [f"| {name} | {' | '.join(depth.kinds)} |", "| --- |" + " --- |" * len(depth.kinds)]
-    rows += [f"| {label} | {' | '.join(cells[kind] for kind in depth.kinds)} |" for label, cells in depth.rows]
-    return (f"```\n{pictures}\n```\n\n" if pictures else "") + "\n".join(rows)
+    rows = [(label, *(cells[kind] for kind in depth.kinds)) for label, cells in depth.rows]
+    return (f"```\n{pictures}\n```\n\n" if pictures else "") + _table((name, *depth.kinds), rows)
 
 
 def _rounding(manifest: Manifest) -> list[str]:
     statistics = manifest.statistics
     assert isinstance(statistics, Statistics)
-    rows = []
-    for name, group in statistics.rows:
-        if group.lambdas is None:
-            continue
-        asked, realised = group.lambdas
-        shares = [f"{share:.1%}" if share is not None else "-" for share in (group.vanished, group.changed)]
-        rows.append(f"| {name} | {number(asked)} | {number(realised)} | {shares[0]} | {shares[1]} |")
+    rows = [(name, *group.shown) for name, group in statistics.rows if group.lambdas is not None]
     if not rows:
         return []
     measured = "a sample of blocks" if statistics.mode == "sampled" else "every element"
-    head = "| module | asked lambda | realised lambda | vanished | changed |\n| --- | --- | --- | --- | --- |"
-    return ["## What rounding did", f"Measured on {measured}.", head + "\n" + "\n".join(rows)]
+    told = f"Measured on {measured}."
+    return ["## What rounding did", told, _table(("module", *LOSSES), rows)]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))

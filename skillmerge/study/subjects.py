@@ -10,10 +10,9 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill import SKILL_FILE
 from skillmerge.errors import UsageError
-from skillmerge.methods.terms import Term, base_and_difference, expand_skills, weights
+from skillmerge.methods.terms import Term, base_and_difference, weights
 from skillmerge.plans.opening import Access, open_models
 from skillmerge.plans.plan import Plan
-from skillmerge.recipes.expression import bind
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
@@ -67,19 +66,19 @@ def subject_of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subj
     nothing of the skill; any other coefficients are part of what the update is."""
     recipe = plan.recipe
     title = f"{recipe.document.name}: {recipe.document.data['merge']}"
-    plain = _bound(recipe, dict.fromkeys(recipe.coefficients, 1.0))
+    plain = recipe.term(dict.fromkeys(recipe.coefficients, 1.0))
     target, difference, minus = _split(plain, plan)
     by_tensor: dict[str, Mapping[str, float]] = {}
     alike = True
     if _is_scaled(recipe, target):
         update = weights(difference, -1.0 if minus else 1.0) if difference is not None else _update(plain, target)
     else:
-        term = _bound(recipe, {name: schedule.default for name, schedule in recipe.coefficients.items()})
+        term = recipe.term({name: schedule.default for name, schedule in recipe.coefficients.items()})
         target, difference, minus = _split(term, plan)
         for name, row in plan.tensors.items():
             if row.coefficients:
                 values = dict(zip(plan.coefficients, row.coefficients, strict=True))
-                by_tensor[name] = _update(_bound(recipe, values), target)
+                by_tensor[name] = _update(recipe.term(values), target)
         alike = len({tuple(factors.items()) for factors in by_tensor.values()}) <= 1
         update = dict(next(iter(by_tensor.values()), {})) if alike else _update(term, target)
         if not alike:  # every model that any tensor needs is read
@@ -112,10 +111,6 @@ def _split(term: Term | None, plan: Plan) -> tuple[str | None, Term | None, bool
     return found if found is not None else (plan.donor, None, False)
 
 
-def _bound(recipe: Recipe, values: Mapping[str, float]) -> Term | None:
-    return expand_skills(bind(recipe.expression, values), recipe.skills)
-
-
 def _update(term: Term | None, target: str | None) -> dict[str, float]:
     """What a term adds to `target`, as factors of models."""
     factors = weights(term)
@@ -126,9 +121,9 @@ def _update(term: Term | None, target: str | None) -> dict[str, float]:
 
 def _is_scaled(recipe: Recipe, target: str | None) -> bool:
     """Whether coefficients only scale the update as a whole: it keeps its direction whatever they are."""
-    plain = _update(_bound(recipe, dict.fromkeys(recipe.coefficients, 1.0)), target)
+    plain = _update(recipe.term(dict.fromkeys(recipe.coefficients, 1.0)), target)
     values = {name: 2.0 + 0.37 * index for index, name in enumerate(recipe.coefficients)}
-    other = _update(_bound(recipe, values), target)
+    other = _update(recipe.term(values), target)
     if not plain or plain.keys() != other.keys():
         return False
     by = {other[model] / factor for model, factor in plain.items()}

@@ -6,13 +6,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from skillmerge.cli.show import tables
 from skillmerge.cli.show.figures import FIGURES, SPECTRAL, show
-from skillmerge.cli.show.terminal import Text, statistics_table
+from skillmerge.cli.show.terminal import Text, new_table, statistics_table
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.plans.depth import bars, number
 
@@ -70,11 +69,8 @@ def _median(values: Sequence[float | None]) -> float | None:
 def _show_forecast(forecast: Mapping[str, Any], out: Console) -> None:
     if forecast["curves"]:
         title = "what rounding would do" + (" (sampled)" if forecast["mode"] == "sampled" else "")
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-        table.add_column("lambda", justify="right")
-        for mode in forecast["curves"]:
-            table.add_column(f"{mode}: realised", justify="right")
-            table.add_column("vanished", justify="right")
+        heads = [head for mode in forecast["curves"] for head in (f"{mode}: realised", "vanished")]
+        table = new_table(("lambda", *heads), title, left=())
         points = {
             mode: {point["lambda"]: point for point in kinds["all"]} for mode, kinds in forecast["curves"].items()
         }
@@ -89,11 +85,8 @@ def _show_forecast(forecast: Mapping[str, Any], out: Console) -> None:
 
 def _figures(title: str, rows: Mapping[str, Mapping[str, Any]], keys: Sequence[str], counted: str = "tensors") -> Table:
     """A row for each module; `counted` is the key of how many there are."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    table.add_column("module")
     known = {**FIGURES, **SPECTRAL}
-    for column in (counted, *(known[key].label for key in keys)):
-        table.add_column(column, justify="right")
+    table = new_table(("module", counted, *(known[key].label for key in keys)), title, left=("module",))
     for label, row in rows.items():
         table.add_row(Text(label), str(row[counted]), *(show(row[key], known[key].unit) for key in keys))
     return table

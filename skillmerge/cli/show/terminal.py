@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -17,7 +17,7 @@ from rich.text import Text as RichText
 
 from skillmerge.cli.show import tables
 from skillmerge.cli.show.figures import show
-from skillmerge.engine.rounding_statistics import SkillStatistics, Statistics
+from skillmerge.engine.rounding_statistics import LOSSES, SkillStatistics, Statistics
 from skillmerge.errors import some, visible
 from skillmerge.naming import module_kind
 from skillmerge.outputs.output import Outcome
@@ -58,11 +58,19 @@ def Text(text: str, style: str = "") -> RichText:
     return RichText(visible(text), style=style)
 
 
+def new_table(head: Sequence[str], title: str | None = None, left: Collection[str] | None = None) -> Table:
+    """A table with these columns. left: those with text; numbers are on the right. By default all are text."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for column in head:
+        table.add_column(Text(column), justify="left" if left is None or column in left else "right")
+    return table
+
+
 def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | None, out: Console) -> None:
     """The human view of a plan: models, coefficients over depth, what happens to the tensors, totals."""
     recipe = plan.recipe
     out.print(Text(f"{recipe.document.name}: {recipe.document.data['merge']}", style="bold"))
-    models = Table("model", "from", "files", "size", box=box.SIMPLE_HEAD, pad_edge=False)
+    models = new_table(("model", "from", "files", "size"))
     for item in plan.inputs:
         role = f"{item.name} (donor)" if item.name == plan.donor else item.name
         size = format_bytes(sum(file.size for file in item.files))
@@ -97,14 +105,14 @@ def _show_coefficient(name: str, depth: Depth, out: Console) -> None:
     """A coefficient over depth as a picture, then by layer and module, equal neighbors in one row."""
     for stack, drawn in depth.pictures:
         out.print(Text(f"{name} over {stack}: {drawn}"))
-    table = Table(name, *depth.kinds, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = new_table((name, *depth.kinds))
     for label, cells in depth.rows:
         table.add_row(Text(label), *(cells[kind] for kind in depth.kinds))
     out.print(table)
 
 
 def _show_actions(plan: Plan, out: Console) -> None:
-    table = Table(*tables.ACTION_COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = new_table(tables.ACTION_COLUMNS)
     for row in tables.actions(plan):
         table.add_row(*map(Text, row))
     out.print(table)
@@ -141,9 +149,7 @@ def _show_work(result: Result, out: Console) -> None:
 
 def show_gates(outcomes: Sequence[Outcome], out: Console) -> None:
     """What was asked of the output, what was measured, and the verdict."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in tables.GATE_COLUMNS:
-        table.add_column(column, justify="right" if column == "measured" else "left")
+    table = new_table(tables.GATE_COLUMNS, left={*tables.GATE_COLUMNS} - {"measured"})
     for outcome in outcomes:
         measured = f"{outcome.measured:.4g}" if outcome.measured is not None else "-"
         verdict = Text("passed", "green") if outcome.passed else Text("FAILED", "bold red")
@@ -160,27 +166,19 @@ def show_published(published: Published, out: Console) -> None:
 
 def statistics_table(statistics: Statistics, title: str = "what rounding did") -> Table:
     title += " (sampled)" if statistics.mode == "sampled" else ""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for column in ("module", "merged tensors", "asked lambda", "realised lambda", "vanished", "changed"):
-        table.add_column(column, justify="left" if column == "module" else "right")
+    table = new_table(("module", "merged tensors", *LOSSES), title, left=("module",))
     for name, group in statistics.rows:
-        if not group.merged:
-            continue
-        cells = [number(value) for value in group.lambdas] if group.lambdas is not None else ["-", "-"]
-        shares = [f"{share:.1%}" if share is not None else "-" for share in (group.vanished, group.changed)]
-        table.add_row(name, str(group.merged), *cells, *shares)
+        if group.merged:
+            table.add_row(name, str(group.merged), *group.shown)
     return table
 
 
 def _skill_table(statistics: SkillStatistics) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="the skill", title_justify="left")
-    for column in ("module", "tensors", "elements", "changed", "norm", "stored", "of whole"):
-        table.add_column(column, justify="left" if column == "module" else "right")
+    head = ("module", "tensors", "elements", "changed", "norm", "stored", "of whole")
+    table = new_table(head, "the skill", left=("module",))
     for name, group in statistics.rows:
-        changed = f"{group.changed:.1%}" if group.changed is not None else "-"
         share = f"{group.bytes / group.dense_bytes:.3f}" if group.dense_bytes else "-"
-        cells = (f"{group.elements:,}", changed, number(group.norm), format_bytes(group.bytes), share)
-        table.add_row(name, str(group.tensors), *cells)
+        table.add_row(name, str(group.tensors), f"{group.elements:,}", *group.shown, share)
     return table
 
 
@@ -200,9 +198,8 @@ def _show_adapter(exported: Exported, out: Console) -> None:
     groups: dict[str, list[Mapping[str, float]]] = {}
     for name, row in exported.modules.items():
         groups.setdefault(module_kind(name), []).append(row)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"the adapter, rank {exported.rank}", title_justify="left")
-    for column in ("module", "matrices", "norm", "energy kept", "least"):
-        table.add_column(column, justify="left" if column == "module" else "right")
+    head = ("module", "matrices", "norm", "energy kept", "least")
+    table = new_table(head, f"the adapter, rank {exported.rank}", left=("module",))
     for kind, rows in groups.items():
         squares = [row["norm"] ** 2 for row in rows]
         kept = sum(row["energy"] * square for row, square in zip(rows, squares, strict=True))
@@ -221,9 +218,7 @@ def _show_adapter(exported: Exported, out: Console) -> None:
 def show_sweep(sweep: Sweep, out: Console) -> None:
     """Every candidate's scores, the best and those that could be as good; a curve over a single number."""
     names = list(sweep.best.scores)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in (*sweep.axes, *names, "realised", ""):
-        table.add_column(Text(column), justify="left" if not column else "right")
+    table = new_table((*sweep.axes, *names, "realised", ""), left=("",))
     pareto = sweep.pareto
     for trial in sweep.trials:
         remarks = ["best"] if trial is sweep.best else ["within noise of the best"] if sweep.within_noise(trial) else []
@@ -310,15 +305,11 @@ def show_answers(shown: Sequence[Shown], examples: Sequence[tuple[Question, str,
     """How models answer: shares, and some questions with the first one's and the last one's answers."""
     title = f"{len(shown[0].right)} questions about people whom only the target has read of, answered rightly"
     out.print(Text(title, style="bold"))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("model", "greedy", "sampled"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = new_table(("model", "greedy", "sampled"), left=("model",))
     for row in shown:
         table.add_row(row.name, f"{row.greedy:.1%}", f"{row.sampled:.1%}")
     out.print(table)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("question", "right", "before", "after"):
-        table.add_column(column)
+    table = new_table(("question", "right", "before", "after"))
     for question, before, after in examples:
         table.add_row(*map(Text, (" ".join(question.words), question.wanted, before, after)))
     out.print(table)

@@ -68,7 +68,7 @@ def prepare(
         raise UsageError(f"search {asked.search!r}: {', '.join(SEARCHES)}")
     if asked.repeats < 1 or asked.trials < 1:
         raise UsageError("repeats and trials are numbers from 1")
-    if recipe.output.kind == "skill":
+    if recipe.makes_skill:
         raise UsageError("a skill cannot be scored", fix="sweep a recipe that makes a model")
     folder = Path(output) if output is not None else Path(path).with_suffix(".sweep")
     best = _place_of_best(Path(path), folder)
