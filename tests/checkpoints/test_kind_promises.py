@@ -28,7 +28,7 @@ from skillmerge.errors import InputError, StalePlan
 from skillmerge.tensors import BLOCK, UNIT
 
 SHAPES = {
-    "model.embed_tokens.weight": (UNIT + 3 * BLOCK + 5,),
+    "model.embed_tokens.weight": (2 * UNIT + 3 * BLOCK + 5,),
     "model.layers.0.mlp.up_proj.weight": (33, 17),
     "model.layers.0.input_layernorm.weight": (7,),
     "model.layers.1.mlp.up_proj.weight": (2 * BLOCK + 1, 3),
