@@ -1,18 +1,22 @@
 """A process that has paid for torch's import and becomes one command of skillmerge after another, in forks.
 
-`Commands` starts it and puts a `skillmerge` for shells on the path: a small program that hands its arguments,
-environment, folder and streams over, waits, and ends as the command did. What a script does with `skillmerge` takes a
-tenth of the time, and is real in all but the start of the interpreter.
+`Commands` starts it. Its `folder` goes onto the path of scripts: the `skillmerge` in it hands its arguments,
+environment, folder and streams over, waits, and ends as the command did. `start` does the same for a test that kills
+or interrupts. Such a command is real in all but the start of an interpreter, which takes ten times as long.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,22 +40,83 @@ sys.exit(status)
 """
 
 
+class Command:
+    """A command that runs, or has ended."""
+
+    def __init__(self, address: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+        self.arguments = arguments
+        self._streams = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115 - closed by `wait`
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.connect(address)
+        request = json.dumps([arguments, str(folder), environment]).encode()
+        files = [stream.fileno() for stream in self._streams]
+        socket.send_fds(self._server, [len(request).to_bytes(8, "big")], files)
+        self._server.sendall(request)
+        self.pid = int.from_bytes(self._server.recv(8, socket.MSG_WAITALL), "big")
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it, and all that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def poll(self) -> bool:
+        """Whether it has ended."""
+        return bool(select.select([self._server], [], [], 0)[0])
+
+    def wait(self, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """How it ended (negative: by a signal), and what it wrote."""
+        self._server.settimeout(timeout)
+        status = int.from_bytes(self._server.recv(8, socket.MSG_WAITALL), "big", signed=True)
+        self._server.close()
+        texts = []
+        for stream in self._streams:
+            with stream:
+                stream.seek(0)
+                texts.append(stream.read().decode())
+        return subprocess.CompletedProcess(self.arguments, status, texts[1], texts[2])
+
+
 class Commands:
-    """The server's process. `folder` holds its socket and the program `skillmerge`."""
+    """The server's process. `folder` holds its socket and the program `skillmerge`; its path has to be short."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        address = folder / "socket"
+        self._address = str(folder / "socket")
         program = folder / "skillmerge"
-        program.write_text(PROGRAM.format(python=sys.executable, address=str(address)))
+        program.write_text(PROGRAM.format(python=sys.executable, address=self._address))
         program.chmod(0o755)
-        command = [sys.executable, __file__, str(address)]
+        command = [sys.executable, __file__, self._address]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
 
+    def start(self, *arguments: str | Path, cwd: Path | None = None, **environment: str) -> Command:
+        """Start a command in the background."""
+        variables = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **environment}
+        return Command(self._address, [str(argument) for argument in arguments], cwd or Path.cwd(), variables)
+
     def close(self) -> None:
         self._process.communicate()
+
+
+def wait_for(what: Any, command: Command | None = None, seconds: float = 60) -> None:
+    """Wait until what() is true, while the command runs."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "in vain"
+        assert command is None or not command.poll(), command.wait().stderr
+        time.sleep(0.005)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and more than its exit status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def become(arguments: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> NoReturn:
@@ -66,6 +131,7 @@ def become(arguments: list[str], folder: str, environment: dict[str, str], strea
         open(number, mode, buffering, encoding="utf-8", closefd=False)  # noqa: SIM115 - to the end
         for number, (mode, buffering) in enumerate((("r", -1), ("w", -1), ("w", 1)))
     )
+    os.setsid()  # so that a test can end it with all that it started
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -92,8 +158,6 @@ def attend(connection: socket.socket) -> None:
 
 def serve(address: str) -> NoReturn:
     """Fork an attendant for each command, until stdin is closed."""
-    import select
-
     import skillmerge.cli.main
     import skillmerge.engine.shards
     import skillmerge.verbs.apply  # noqa: F401  (what commands would import one by one)

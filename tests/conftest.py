@@ -11,10 +11,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants  # noqa: F401 - made of the environment: before any test changes it
@@ -22,13 +24,18 @@ import ml_dtypes
 import pytest
 import torch
 from command_server import Commands
+from hub_server import HubServer
 from observing import SHARDS, MergeServer, wide_shapes
 from safetensors.torch import load_file, save_file
+
+import skillmerge
+from skillmerge.checkpoints import hub_client
 
 PEAK_MEMORY = "1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 """An expression for a process's own peak in bytes; ru_maxrss would begin with its parent's."""
 
 PAST = "target + lam * (rl - sft)"
+MODELS = ("target", "rl", "sft")
 
 
 def tensor_shapes(layers: int = 3, hidden: int = 16, vocabulary: int = 32) -> dict[str, tuple[int, ...]]:
@@ -123,6 +130,29 @@ def write_family(
 # ------------------------------------------------------------------------------------- what a hostile trial has found
 
 
+def put_family(hub: HubServer, folder: Path, *, shards: int = 2, **shapes: int) -> Path:
+    """The same family as folders below `folder` and as repositories acme/...; the recipe of the folders."""
+    for seed, model in enumerate(MODELS):
+        tensors = random_tensors(tensor_shapes(**shapes), seed=seed)
+        path = write_checkpoint(folder / model, tensors, shards=shards, config={"model_type": "odd"})
+        (path / "tokenizer.json").write_text('{"x": "' + "y" * 20_000 + '"}')
+        (path / "generation_config.json").write_text("{}")
+        hub.create_from(f"acme/{model}", path)
+    return write_recipe(folder)
+
+
+def hub_recipe(folder: Path, **revisions: str) -> Path:
+    """A recipe over the repositories of `put_family`."""
+    folder.mkdir(exist_ok=True)
+    models = {model: f"hf://acme/{model}{revisions.get(model, '')}" for model in MODELS}
+    return write_recipe(folder, models=models)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """The files of an output that do not speak of how and where it was made."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith("skillmerge.")}
+
+
 def qa(folder: Path, rows: list[dict[str, Any]]) -> str:
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     return f"qa:{folder / 'rows.jsonl'}"
@@ -192,11 +222,11 @@ def server() -> Iterator[MergeServer]:
 
 
 @pytest.fixture(scope="session")
-def commands() -> Iterator[Path]:
-    """A folder for the path of scripts, with a `skillmerge` in it that starts quickly."""
+def commands() -> Iterator[Commands]:
+    """Starts commands quickly, for scripts and for tests that kill and interrupt; nothing is started until then."""
     with TemporaryDirectory(prefix="skillmerge-") as name:  # the path of a socket has to be short
         server = Commands(Path(name))
-        yield server.folder
+        yield server
         server.close()
 
 
@@ -242,6 +272,16 @@ def mount_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 @pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub that this process uses, with waits between tries that no test has time for taken out."""
+    sleepless = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", sleepless)
+    with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
+        yield server
+
+
+@pytest.fixture
 def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """hide("cyclonedx") makes a package one that is not installed."""
 
@@ -257,6 +297,21 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def family(tmp_path: Path) -> Path:
     """The recipe of a small bfloat16 family in two shards."""
     return write_family(tmp_path)
+
+
+@pytest.fixture
+def licensed(tmp_path: Path) -> Path:
+    """The recipe of a small family with configs, and cards that name one licence."""
+    recipe = write_family(tmp_path / "family", config={"model_type": "odd"})
+    for model in MODELS:
+        (recipe.parent / model / "README.md").write_text("---\nlicense: mit\n---\n# A parent\n")
+    return recipe
+
+
+@pytest.fixture
+def finished(licensed: Path) -> Path:
+    """The output of a small family, with its models beside it."""
+    return Path(skillmerge.apply(licensed).output)
 
 
 @pytest.fixture

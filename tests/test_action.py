@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 from action_runner import Run, load_yaml, read_outputs, run_action
 from check_jsonschema.builtin_schemas import get_builtin_schema
+from command_server import Commands
 from pydantic_sarif.model import StaticAnalysisResultsFormatSarifVersion210JsonSchema as SarifModel
 
 import skillmerge
@@ -22,7 +23,7 @@ ACTION = ROOT / "action.yml"
 
 
 @pytest.fixture
-def act(tmp_path: Path, commands: Path) -> Callable[..., Run]:
+def act(tmp_path: Path, commands: Commands) -> Callable[..., Run]:
     """Run the action beside the family, with `skillmerge` on the path as an installation has it."""
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -33,7 +34,7 @@ def act(tmp_path: Path, commands: Path) -> Callable[..., Run]:
     def run(**inputs: str) -> Run:
         nonlocal runs
         runs += 1
-        environment = {"PATH": f"{programs}:{commands}:/usr/bin:/bin", "NO_COLOR": "1"}
+        environment = {"PATH": f"{programs}:{commands.folder}:/usr/bin:/bin", "NO_COLOR": "1"}
         return run_action(ACTION, tmp_path, tmp_path / f"runner {runs}", environment, **inputs)
 
     return run

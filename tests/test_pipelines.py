@@ -17,6 +17,7 @@ import jsonschema
 import pytest
 from action_runner import load_yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
+from command_server import Commands
 
 from skillmerge import errors
 from skillmerge.cli.main import cli
@@ -197,11 +198,11 @@ def test_slurm_job_that_is_told_to_stop_waits_for_what_the_merge_says(tmp_path: 
         assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
 
-def test_merge_that_slurm_stops_is_continued(family: Path, commands: Path, tmp_path: Path) -> None:
+def test_merge_that_slurm_stops_is_continued(family: Path, commands: Commands, tmp_path: Path) -> None:
     """The script with the real program: it exits as the merge does."""
     text = example("merge-release.sbatch").replace("/models/recipes/release.yaml --locked", str(family))
     batch = tmp_path / "job.sbatch"
     batch.write_text(text.replace("/models/release", str(tmp_path / "out")))
-    environment = {**os.environ, "PATH": f"{commands}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
+    environment = {**os.environ, "PATH": f"{commands.folder}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
     assert subprocess.run(["bash", batch], env=environment, check=False).returncode == 0
     assert (tmp_path / "out" / "skillmerge.manifest.json").exists()

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_server import Commands
 from hub_server import HubServer
 
 from skillmerge.verbs.demo.miniature import FAMILY
@@ -67,7 +68,7 @@ def steady(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def test_walkthrough_prints_what_it_says(tmp_path: Path, commands: Path) -> None:
+def test_walkthrough_prints_what_it_says(tmp_path: Path, commands: Commands) -> None:
     for needed in ("transformers", "model_signing", "cyclonedx", "in_toto_attestation"):
         pytest.importorskip(needed)
     if not all(shutil.which(program) for program in ("bash", "openssl")):
@@ -80,7 +81,7 @@ def test_walkthrough_prints_what_it_says(tmp_path: Path, commands: Path) -> None
     with HubServer(tmp_path / "hub") as hub:
         for model in ("target-sft", "source-rl", "source-sft"):
             hub.create_from(f"acme/{model}", FAMILY / model)
-        path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{commands.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         fixed = {"PATH": path, "NO_COLOR": "1", "COLUMNS": "110", "LC_ALL": "C.UTF-8", "HOME": str(tmp_path)}
         printed = run_all(page, folder, {**os.environ, **hub.variables(), **fixed})
         printed = [text.replace(hub.endpoint, "https://huggingface.co") for text in printed]

@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import random_tensors, tensor_shapes, write_checkpoint, write_recipe
+from command_server import Commands, wait_for
+from conftest import (
+    MODELS,
+    hub_recipe,
+    put_family,
+    random_tensors,
+    weights,
+    write_checkpoint,
+    write_recipe,
+)
 from hub_server import TOKEN, HubServer
 
 import skillmerge
-from skillmerge.checkpoints import hub_client
 from skillmerge.errors import InputError, SkillmergeError, StalePlan, TemporaryError
 
-MODELS = ("target", "rl", "sft")
 SINGLE = "model.safetensors"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub that this process uses, with waits between tries that no test has time for taken out."""
-    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
-    with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
-        yield server
-
-
-def put_family(hub: HubServer, folder: Path, *, shards: int = 2, **shapes: int) -> Path:
-    """The same family as folders below `folder` and as repositories; the recipe of the folders."""
-    for seed, model in enumerate(MODELS):
-        tensors = random_tensors(tensor_shapes(**shapes), seed=seed)
-        path = write_checkpoint(folder / model, tensors, shards=shards, config={"model_type": "odd"})
-        (path / "tokenizer.json").write_text('{"x": "' + "y" * 20_000 + '"}')
-        (path / "generation_config.json").write_text("{}")
-        hub.create_from(f"acme/{model}", path)
-    return write_recipe(folder)
-
-
-def hub_recipe(folder: Path, **revisions: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    models = {model: f"hf://acme/{model}{revisions.get(model, '')}" for model in MODELS}
-    return write_recipe(folder, models=models)
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    """The files of an output that do not speak of where its inputs were."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith("skillmerge.")}
 
 
 # --------------------------------------------------------------------------------------------------- what may fail
@@ -219,21 +192,20 @@ def test_page_of_a_proxy_is_no_answer(hub: HubServer, tmp_path: Path) -> None:
     [("status", 6), ("trickle", 0), ("trickle", 6), ("trickle", 7)],
     ids=["wait", "headers", "side files", "weights"],
 )
-def test_interrupt_is_heard_while_the_hub_is_waited_for(hub: HubServer, tmp_path: Path, fault: str, after: int) -> None:
+def test_interrupt_is_heard_while_the_hub_is_waited_for(
+    hub: HubServer, commands: Commands, tmp_path: Path, fault: str, after: int
+) -> None:
     put_family(hub, tmp_path / "local")
     recipe = hub_recipe(tmp_path / "remote")
     hub.fail(fault, "GET /storage/", times=10**6, after=after, status=503, headers={"Retry-After": "60"})
-    command = [sys.executable, "-m", "skillmerge", "apply", str(recipe)]
-    environment = {**os.environ, **hub.variables()}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        while hub.count("GET /storage/") < after + 1:
-            time.sleep(0.05)
-        time.sleep(0.5)
-        sent = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        process.communicate()
+    process = commands.start("apply", recipe, **hub.variables())
+    wait_for(lambda: hub.count("GET /storage/") >= after + 1, process)
+    time.sleep(0.2)  # to be in the midst of it
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    ended = process.wait()
     assert time.monotonic() - sent < 10
-    assert process.returncode == 143
+    assert ended.returncode == 143
 
 
 def test_pin_and_lock_that_disagree_are_told(hub: HubServer, tmp_path: Path) -> None:

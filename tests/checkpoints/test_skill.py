@@ -16,6 +16,7 @@ from conftest import (
     read_checkpoint,
     run_cli,
     tensor_shapes,
+    weights,
     write_checkpoint,
     write_recipe,
 )
@@ -32,10 +33,6 @@ from skillmerge.verbs.extract import check_parent
 
 WITH_PARENTS = {"target": "target", "rl": "rl", "sft": "sft"}
 WITH_SKILL = {"target": "target", "math": {"skill": "math"}}
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def both(folder: Path, direct: str, stored: str, **keys: Any) -> tuple[Path, Path]:

@@ -10,17 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_cli, write_family, write_recipe
+from conftest import run_cli, write_recipe
 
 from skillmerge.cli.event_log import EventLog, JUnit
 
 XSD = Path(sys.prefix) / "schemas" / "junit-4.xsd"
 DOCUMENTED = (Path(__file__).parents[2] / "docs" / "events.md").read_text()
-
-
-@pytest.fixture
-def family(tmp_path: Path) -> Path:
-    return write_family(tmp_path)
 
 
 def events(path: Path) -> list[dict[str, Any]]:

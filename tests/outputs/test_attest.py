@@ -23,7 +23,6 @@ from in_toto_attestation.v1.statement import Statement
 from packageurl import PackageURL
 
 import skillmerge
-from skillmerge.checkpoints import hub_client
 from skillmerge.errors import CheckFailed
 
 
@@ -31,13 +30,6 @@ from skillmerge.errors import CheckFailed
 def output(tmp_path: Path) -> Path:
     recipe = write_family(tmp_path / "family", tensor_shapes(layers=1, hidden=8))
     return skillmerge.apply(recipe, coefficients={"lam": 0.4}, hash_inputs=True).output
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
-    with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
-        yield server
 
 
 @pytest.fixture

@@ -3,66 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import write_family, write_recipe
+from conftest import write_recipe
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from published import MERGED, put_on_the_hub
 
 import skillmerge
-from skillmerge.checkpoints import hub_client
 from skillmerge.errors import UsageError
 from skillmerge.outputs.card import write_card
 from skillmerge.recipes.recipe import Push
-
-MERGED = "acme/merged"
-CARD = "---\nlicense: mit\n---\n# A parent\n"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
-        yield server
-
-
-def licensed(recipe: Path) -> Path:
-    for model in ("target", "sft", "rl"):
-        (recipe.parent / model / "README.md").write_text(CARD)
-        (recipe.parent / model / "config.json").write_text('{"model_type": "odd"}')
-    return recipe
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    """Local parents of one licence."""
-    (tmp_path / "family").mkdir()
-    return licensed(write_family(tmp_path / "family"))
-
-
-@pytest.fixture
-def output(recipe: Path) -> Path:
-    return skillmerge.apply(recipe).output
-
-
-def put_on_the_hub(hub: HubServer, recipe: Path) -> dict[str, str]:
-    """The family as repositories; their URIs."""
-    for model in ("target", "sft", "rl"):
-        hub.create_from(f"acme/{model}", recipe.parent / model, card={"license": "mit"})
-    return {model: f"hf://acme/{model}" for model in ("target", "sft", "rl")}
-
-
-def assert_is_published(hub: HubServer, folder: Path, ref: str = "main") -> None:
-    """Every file of the output is there, byte for byte, with a card, and no weights beside them."""
-    tree = hub.tree(MERGED, ref)
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert set(tree) == files | {"README.md", ".gitattributes"}
-    for name in files:
-        assert hub.content(MERGED, name, ref) == (folder / name).read_bytes(), name
-
 
 # --------------------------------------------------------------------------------------------------------- the card
 
@@ -71,9 +23,9 @@ def card_of(hub: HubServer) -> ModelCard:
     return ModelCard(hub.content(MERGED, "README.md").decode())
 
 
-def test_card_names_parents_and_what_was_done(hub: HubServer, recipe: Path, tmp_path: Path) -> None:
-    models = put_on_the_hub(hub, recipe)
-    models["sft"] = str(recipe.parent / "sft")
+def test_card_names_parents_and_what_was_done(hub: HubServer, licensed: Path, tmp_path: Path) -> None:
+    models = put_on_the_hub(hub, licensed)
+    models["sft"] = str(licensed.parent / "sft")
     (tmp_path / "work").mkdir()
     schedule = {"default": 1.0, "rules": [{"layers": "0-", "ramp": [0.0, 1.0]}]}
     work = write_recipe(tmp_path / "work", models=models, coefficients={"lam": schedule})
@@ -155,8 +107,8 @@ With the recipe above and the commits of the table, `skillmerge apply` gives the
 """
 
 
-def test_skill_goes_to_the_hub_and_is_used_from_there(hub: HubServer, recipe: Path, tmp_path: Path) -> None:
-    models = put_on_the_hub(hub, recipe)
+def test_skill_goes_to_the_hub_and_is_used_from_there(hub: HubServer, licensed: Path, tmp_path: Path) -> None:
+    models = put_on_the_hub(hub, licensed)
     skill = skillmerge.extract(models["rl"], models["sft"], tmp_path / "math").output
     published = skillmerge.push(skill, "acme/math-skill")
     assert {"skill.json", "README.md"} < set(hub.tree("acme/math-skill"))
@@ -168,26 +120,26 @@ def test_skill_goes_to_the_hub_and_is_used_from_there(hub: HubServer, recipe: Pa
     (tmp_path / "work").mkdir()
     used = {"target": models["target"], "math": {"skill": f"hf://acme/math-skill@{published.commit}"}}
     stored = skillmerge.apply(write_recipe(tmp_path / "work", "target + lam * math", models=used)).output
-    direct = skillmerge.apply(recipe, tmp_path / "direct").output
+    direct = skillmerge.apply(licensed, tmp_path / "direct").output
     assert {p.name: p.read_bytes() for p in stored.glob("*.safetensors")} == {
         p.name: p.read_bytes() for p in direct.glob("*.safetensors")
     }
 
 
-def test_card_reads_as_it_should(recipe: Path) -> None:
+def test_card_reads_as_it_should(licensed: Path) -> None:
     schedule = {"default": 1.0, "rules": [{"layers": "0-", "ramp": [0.0, 1.0]}]}
-    text = write_recipe(recipe.parent, coefficients={"lam": schedule}).read_text()
+    text = write_recipe(licensed.parent, coefficients={"lam": schedule}).read_text()
     for model in ("target", "sft", "rl"):
-        (recipe.parent / model / "config.json").unlink()
-        (recipe.parent / model / "README.md").unlink()
-    card = write_card(skillmerge.apply(recipe).manifest, Push(MERGED), "mit")
+        (licensed.parent / model / "config.json").unlink()
+        (licensed.parent / model / "README.md").unlink()
+    card = write_card(skillmerge.apply(licensed).manifest, Push(MERGED), "mit")
     found = re.sub(r"[0-9a-f]{64}", "<digest>", card.replace(text.strip(), "<recipe>"))
     assert found.split("---\n\n", 1)[1] == BODY
 
 
-def test_licences_that_differ_have_to_be_settled(hub: HubServer, recipe: Path) -> None:
-    (recipe.parent / "rl" / "README.md").unlink()
-    output = skillmerge.apply(recipe).output
+def test_licences_that_differ_have_to_be_settled(hub: HubServer, licensed: Path) -> None:
+    (licensed.parent / "rl" / "README.md").unlink()
+    output = skillmerge.apply(licensed).output
     with pytest.raises(UsageError, match=r"target: mit, rl: none, sft: mit"):
         skillmerge.push(output, MERGED)
     assert MERGED not in hub.repos
@@ -195,10 +147,10 @@ def test_licences_that_differ_have_to_be_settled(hub: HubServer, recipe: Path) -
     assert card_of(hub).data.license == "apache-2.0"
 
 
-def test_card_by_hand_keeps_its_words(hub: HubServer, output: Path, tmp_path: Path) -> None:
+def test_card_by_hand_keeps_its_words(hub: HubServer, finished: Path, tmp_path: Path) -> None:
     card = tmp_path / "card.md"
     card.write_text("---\ntags: [mine]\nlanguage: en\n---\n\n# By hand\n\nExactly  so.\n")
-    skillmerge.push(output, MERGED, card=card, tags=("math",))
+    skillmerge.push(finished, MERGED, card=card, tags=("math",))
     found = card_of(hub)
     assert found.text.endswith("\n# By hand\n\nExactly  so.\n")
     assert found.data.tags == ["mine", "merge", "skillmerge", "math"]

@@ -8,148 +8,101 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import run_cli, run_process, write_family, write_recipe
+from command_server import Command, Commands
+from conftest import run_cli, run_process, weights, write_recipe
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from published import MERGED, assert_is_published, put_on_the_hub
 
 import skillmerge
-from skillmerge.checkpoints import hub_client
 from skillmerge.errors import InputError, TemporaryError, UsageError
-
-MERGED = "acme/merged"
-CARD = "---\nlicense: mit\n---\n# A parent\n"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
-        yield server
-
-
-def licensed(recipe: Path) -> Path:
-    for model in ("target", "sft", "rl"):
-        (recipe.parent / model / "README.md").write_text(CARD)
-        (recipe.parent / model / "config.json").write_text('{"model_type": "odd"}')
-    return recipe
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    """Local parents of one licence."""
-    (tmp_path / "family").mkdir()
-    return licensed(write_family(tmp_path / "family"))
-
-
-@pytest.fixture
-def output(recipe: Path) -> Path:
-    return skillmerge.apply(recipe).output
-
-
-def put_on_the_hub(hub: HubServer, recipe: Path) -> dict[str, str]:
-    """The family as repositories; their URIs."""
-    for model in ("target", "sft", "rl"):
-        hub.create_from(f"acme/{model}", recipe.parent / model, card={"license": "mit"})
-    return {model: f"hf://acme/{model}" for model in ("target", "sft", "rl")}
-
-
-def assert_is_published(hub: HubServer, folder: Path, ref: str = "main") -> None:
-    """Every file of the output is there, byte for byte, with a card, and no weights beside them."""
-    tree = hub.tree(MERGED, ref)
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert set(tree) == files | {"README.md", ".gitattributes"}
-    for name in files:
-        assert hub.content(MERGED, name, ref) == (folder / name).read_bytes(), name
-
 
 # ---------------------------------------------------------------------------------------------------- apply --push
 
 
-def test_apply_pushes_what_the_recipe_says(hub: HubServer, recipe: Path) -> None:
-    document = json.loads(recipe.read_text())
+def test_apply_pushes_what_the_recipe_says(hub: HubServer, licensed: Path) -> None:
+    document = json.loads(licensed.read_text())
     document["output"]["push"] = {"repo": MERGED, "private": True, "tags": ["math"], "message": "Hello"}
-    recipe.write_text(json.dumps(document))
-    result = skillmerge.apply(recipe)
+    licensed.write_text(json.dumps(document))
+    result = skillmerge.apply(licensed)
     assert result.published is not None
     assert_is_published(hub, result.output)
     assert hub.repos[MERGED].private
     assert "math" in ModelCard(hub.content(MERGED, "README.md").decode()).data.tags
-    again = skillmerge.apply(recipe)
+    again = skillmerge.apply(licensed)
     assert again.already
     assert again.published is not None
     assert again.published.already
 
 
-def test_apply_with_a_push_that_fails_keeps_the_output(hub: HubServer, recipe: Path) -> None:
+def test_apply_with_a_push_that_fails_keeps_the_output(hub: HubServer, licensed: Path) -> None:
     hub.fail("status", "PUT /upload", times=10**6, status=503)
     with pytest.raises(TemporaryError):
-        skillmerge.apply(recipe, push=MERGED)
-    output = recipe.parent / "merged"
+        skillmerge.apply(licensed, push=MERGED)
+    output = licensed.parent / "merged"
     skillmerge.verify(output)
     hub.faults.clear()
-    assert skillmerge.apply(recipe, push=MERGED).already
+    assert skillmerge.apply(licensed, push=MERGED).already
     assert_is_published(hub, output)
 
 
-def test_push_that_is_not_allowed_is_told_before_any_work(hub: HubServer, recipe: Path) -> None:
+def test_push_that_is_not_allowed_is_told_before_any_work(hub: HubServer, licensed: Path) -> None:
     with pytest.raises(InputError, match="may not"):
-        skillmerge.apply(recipe, push="forbidden/merged")
-    (recipe.parent / "rl" / "README.md").write_text("---\nlicense: other\n---\n")
+        skillmerge.apply(licensed, push="forbidden/merged")
+    (licensed.parent / "rl" / "README.md").write_text("---\nlicense: other\n---\n")
     with pytest.raises(UsageError, match="licences do not settle"):
-        skillmerge.apply(recipe, push=MERGED)
-    assert not list(recipe.parent.glob("merged*"))
+        skillmerge.apply(licensed, push=MERGED)
+    assert not list(licensed.parent.glob("merged*"))
     assert MERGED not in hub.repos
 
 
-def test_no_local_leaves_nothing_on_the_disk(hub: HubServer, recipe: Path) -> None:
-    local = skillmerge.apply(recipe, recipe.parent / "local").output
-    result = skillmerge.apply(recipe, push=MERGED, no_local=True)
+def test_no_local_leaves_nothing_on_the_disk(hub: HubServer, licensed: Path) -> None:
+    local = skillmerge.apply(licensed, licensed.parent / "local").output
+    result = skillmerge.apply(licensed, push=MERGED, no_local=True)
     assert result.published is not None
-    assert not list(recipe.parent.glob("merged*"))
+    assert not list(licensed.parent.glob("merged*"))
     for path in local.iterdir():
         if not path.name.startswith("skillmerge."):
             assert hub.content(MERGED, path.name) == path.read_bytes()
-    again = skillmerge.apply(recipe, push=MERGED, no_local=True)
+    again = skillmerge.apply(licensed, push=MERGED, no_local=True)
     assert again.already
     assert again.published is not None
     assert again.published.commit == result.published.commit
     with pytest.raises(UsageError, match="no output at all"):
-        skillmerge.apply(recipe, no_local=True)
+        skillmerge.apply(licensed, no_local=True)
 
 
 @pytest.mark.parametrize("where", ["PUT /upload", "commit/main", "#done"])
-def test_no_local_is_continued(hub: HubServer, recipe: Path, where: str) -> None:
+def test_no_local_is_continued(hub: HubServer, licensed: Path, where: str) -> None:
     """Whatever was sent is not sent again, and one commit comes of it."""
     hub.fail("status", where, times=10**6, after=1 if "PUT" in where else 0, status=500)
     if where == "#done":
         hub.faults[0].kind = "reset"
         hub.fail("status", "GET /api/models/acme/merged/revision", times=10**6, after=2, status=500)
     with pytest.raises(TemporaryError):
-        skillmerge.apply(recipe, push=MERGED, no_local=True)
+        skillmerge.apply(licensed, push=MERGED, no_local=True)
     sent = list(hub.uploads)
     hub.faults.clear()
-    result = skillmerge.apply(recipe, push=MERGED, no_local=True)
+    result = skillmerge.apply(licensed, push=MERGED, no_local=True)
     assert hub.uploads[: len(sent)] == sent
     assert len(hub.uploads) == len(set(hub.uploads)) == 3, "two shards and a manifest"
     assert len(hub.repos[MERGED].commits) == 2
     assert result.published is not None
-    assert not list(recipe.parent.glob("merged*"))
+    assert not list(licensed.parent.glob("merged*"))
 
 
-def test_no_local_begins_again_where_the_hub_forgot_uploads(hub: HubServer, recipe: Path) -> None:
+def test_no_local_begins_again_where_the_hub_forgot_uploads(hub: HubServer, licensed: Path) -> None:
     hub.fail("status", "commit/main", times=10**6, status=500)
     with pytest.raises(TemporaryError):
-        skillmerge.apply(recipe, push=MERGED, no_local=True)
+        skillmerge.apply(licensed, push=MERGED, no_local=True)
     hub.faults.clear()
     hub.repos[MERGED].lfs.clear()
     with pytest.raises(TemporaryError, match="no longer has all files"):
-        skillmerge.apply(recipe, push=MERGED, no_local=True)
-    skillmerge.apply(recipe, push=MERGED, no_local=True)
+        skillmerge.apply(licensed, push=MERGED, no_local=True)
+    skillmerge.apply(licensed, push=MERGED, no_local=True)
     assert "model-00001-of-00002.safetensors" in hub.tree(MERGED)
 
 
@@ -178,9 +131,9 @@ def test_hub_to_hub_and_back_through_transformers(hub: HubServer, tmp_path: Path
     assert process.returncode == 0, process.stderr
 
 
-def test_copied_shard_is_copied_by_the_hub(hub: HubServer, recipe: Path, tmp_path: Path) -> None:
+def test_copied_shard_is_copied_by_the_hub(hub: HubServer, licensed: Path, tmp_path: Path) -> None:
     """Blocks that lambda leaves alone, in a shard of their own, are the donor's file byte for byte."""
-    models = put_on_the_hub(hub, recipe)
+    models = put_on_the_hub(hub, licensed)
     rules = [{"layers": "0-", "value": 0.0}, {"tensors": ["*embed*", "model.norm*", "lm_head*"], "value": 0.0}]
     schedule = {"default": 1.0, "rules": rules}
     (tmp_path / "work").mkdir()
@@ -207,9 +160,9 @@ def test_copied_shard_is_copied_by_the_hub(hub: HubServer, recipe: Path, tmp_pat
     assert hub.count("commit/main") == 1
 
 
-def test_copy_that_comes_back_damaged_is_not_published(hub: HubServer, recipe: Path, tmp_path: Path) -> None:
+def test_copy_that_comes_back_damaged_is_not_published(hub: HubServer, licensed: Path, tmp_path: Path) -> None:
     """What the Hub would not copy is fetched, and nobody downstream of us would notice a flipped bit."""
-    models = put_on_the_hub(hub, recipe)
+    models = put_on_the_hub(hub, licensed)
     (tmp_path / "work").mkdir()
     work = write_recipe(tmp_path / "work", models=models, merge="target + 0 * (rl - sft)", coefficients={})
     hub.fail("status", "lfs-files/duplicate", times=10**6, status=400)
@@ -224,14 +177,14 @@ def test_copy_that_comes_back_damaged_is_not_published(hub: HubServer, recipe: P
 
 
 @pytest.mark.parametrize("how", ["push", "no-local"])
-def test_xet_storage(tmp_path: Path, recipe: Path, how: str) -> None:
+def test_xet_storage(tmp_path: Path, licensed: Path, how: str) -> None:
     """Up and down through the xet client, in processes of their own: it reads its settings once."""
-    output = skillmerge.apply(recipe, tmp_path / "local").output
+    output = skillmerge.apply(licensed, tmp_path / "local").output
     with HubServer(tmp_path / "hub", xet=True) as hub:
         if how == "push":
             process = run_process("push", output, MERGED, **hub.variables())
         else:
-            process = run_process("apply", recipe, "--push", MERGED, "--no-local", **hub.variables())
+            process = run_process("apply", licensed, "--push", MERGED, "--no-local", **hub.variables())
         assert process.returncode == 0, process.stderr
         assert hub.uploads == [], "nothing went the old way"
         shards = sorted(output.glob("*.safetensors"))
@@ -264,23 +217,23 @@ KILLS = int(os.environ.get("SKILLMERGE_TEST_KILLS", "4"))
 
 
 @pytest.mark.parametrize("how", ["push", "no-local"])
-def test_push_killed_at_random_instants(hub: HubServer, recipe: Path, tmp_path: Path, how: str) -> None:
+def test_push_killed_at_random_instants(
+    hub: HubServer, commands: Commands, licensed: Path, tmp_path: Path, how: str
+) -> None:
     """Killed, then run again: one commit, all files right, and until then nothing of it is seen."""
-    output = skillmerge.apply(recipe, tmp_path / "local").output
-    wanted = {path.name: path.read_bytes() for path in output.iterdir() if not path.name.startswith("skillmerge.")}
+    output = skillmerge.apply(licensed, tmp_path / "local").output
+    wanted = weights(output)
     random_instant = random.Random(7)
-    environment = {**os.environ, **hub.variables()}
 
-    def start(repository: str) -> subprocess.Popen[bytes]:
+    def start(repository: str) -> Command:
         arguments = ["push", str(output), repository]
         if how == "no-local":
-            arguments = ["apply", str(recipe), "--push", repository, "--no-local"]
-        command = [sys.executable, "-m", "skillmerge", *arguments]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            arguments = ["apply", str(licensed), "--push", repository, "--no-local"]
+        return commands.start(*arguments, **hub.variables())
 
     hub.latency = 0.02  # so that most instants are between two requests
     began = time.monotonic()
-    start("acme/first").communicate()
+    start("acme/first").wait()
     assert "README.md" in hub.tree("acme/first")
     duration = time.monotonic() - began
     for number in range(KILLS):
@@ -288,16 +241,15 @@ def test_push_killed_at_random_instants(hub: HubServer, recipe: Path, tmp_path: 
         process = start(repository)
         time.sleep(duration * random_instant.uniform(0.3, 1.0))
         process.kill()
-        process.communicate()
+        process.wait()
         if repository in hub.repos:
             seen = set(hub.tree(repository))
             assert seen == {".gitattributes"} or seen >= set(wanted), seen
-        process = start(repository)
-        _, told = process.communicate()
-        assert process.returncode == 0, told.decode()
+        ended = start(repository).wait()
+        assert ended.returncode == 0, ended.stderr
         repo = hub.repos[repository]
         assert len(repo.commits) == 2, number
         assert repo.discussions == []
         for name, content in wanted.items():
             assert hub.content(repository, name) == content, (number, name)
-    assert not list(recipe.parent.glob("merged*"))
+    assert not list(licensed.parent.glob("merged*"))

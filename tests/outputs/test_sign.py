@@ -24,7 +24,6 @@ from cryptography.x509.oid import NameOID
 from hub_server import HubServer
 
 import skillmerge
-from skillmerge.checkpoints import hub_client
 from skillmerge.errors import CheckFailed, UsageError
 
 PASSWORD = "correct horse canary staple"
@@ -474,13 +473,6 @@ def test_missing_package_is_told_with_its_extra(signed: Path, keys: Path, hide: 
 
 
 # ---------------------------------------------------------------------------------------------------- the Hub
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
-    with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
-        yield server
 
 
 def test_signature_goes_to_the_hub_and_holds_for_who_downloads(

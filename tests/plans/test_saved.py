@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, write_family, write_recipe
+from conftest import random_tensors, run_cli, tensor_shapes, weights, write_checkpoint, write_recipe
 from hub_server import HubServer
 
 import skillmerge
@@ -18,20 +18,11 @@ from skillmerge.plans.changes import differences
 from skillmerge.plans.saved import describe, looks_saved, read
 
 
-@pytest.fixture
-def family(tmp_path: Path) -> Path:
-    return write_family(tmp_path)
-
-
 def saved(recipe: Path, name: str = "plan.json", *options: str) -> Path:
     plan = recipe.parent / name
     process = run_cli("plan", recipe, "-o", plan, "--json", *options)
     assert process.returncode == 0, process.stderr
     return plan
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def test_a_saved_plan_is_applied_as_it_is(family: Path, tmp_path: Path) -> None:

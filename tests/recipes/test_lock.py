@@ -3,50 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, write_recipe
+from conftest import (
+    MODELS,
+    hub_recipe,
+    put_family,
+    run_cli,
+    weights,
+)
 from hub_server import HubServer
 
 import skillmerge
-from skillmerge.checkpoints import hub_client
 from skillmerge.errors import StalePlan, UsageError
 
-MODELS = ("target", "rl", "sft")
 SINGLE = "model.safetensors"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub that this process uses, with waits between tries that no test has time for taken out."""
-    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
-    with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
-        yield server
-
-
-def put_family(hub: HubServer, folder: Path, *, shards: int = 2, **shapes: int) -> Path:
-    """The same family as folders below `folder` and as repositories; the recipe of the folders."""
-    for seed, model in enumerate(MODELS):
-        tensors = random_tensors(tensor_shapes(**shapes), seed=seed)
-        path = write_checkpoint(folder / model, tensors, shards=shards, config={"model_type": "odd"})
-        (path / "tokenizer.json").write_text('{"x": "' + "y" * 20_000 + '"}')
-        (path / "generation_config.json").write_text("{}")
-        hub.create_from(f"acme/{model}", path)
-    return write_recipe(folder)
-
-
-def hub_recipe(folder: Path, **revisions: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    models = {model: f"hf://acme/{model}{revisions.get(model, '')}" for model in MODELS}
-    return write_recipe(folder, models=models)
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    """The files of an output that do not speak of where its inputs were."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith("skillmerge.")}
 
 
 # ---------------------------------------------------------------------------------------------------------- lock

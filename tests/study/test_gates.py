@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_server import Commands, is_running, wait_for
 from conftest import read_checkpoint, run_cli, write_recipe
 
 import skillmerge
@@ -354,24 +352,22 @@ def test_command_that_changes_the_model_ends_the_run(trained: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_during_a_gate_ends_it_and_loses_nothing(trained: Path, number: int, status: int) -> None:
+def test_signal_during_a_gate_ends_it_and_loses_nothing(
+    commands: Commands, trained: Path, number: int, status: int
+) -> None:
     flag = trained / "running"
     flag.unlink(missing_ok=True)
-    gates = {"commands": [{"run": f"echo $$ > {flag}; sleep 100; echo 1 #", "min": 0}]}
+    gates = {"commands": [{"run": f"sleep 0.3; echo $$ > {flag}; sleep 100; echo 1 #", "min": 0}]}
     recipe, log = recipe_with(trained, gates, f"ended-{status}"), trained / f"{status}.jsonl"
-    command = [sys.executable, "-m", "skillmerge", "apply", str(recipe), "--events", str(log)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not (flag.exists() and flag.read_text().strip()):
-            assert process.poll() is None
-            time.sleep(0.02)
-        started = time.monotonic()
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+    process = commands.start("apply", recipe, "--events", log)
+    wait_for(lambda: flag.exists() and flag.read_text().strip(), process)
+    started = time.monotonic()
+    process.send_signal(number)
+    ended = process.wait()
     assert time.monotonic() - started < 10
-    assert process.returncode == status
-    assert "run the same command again" in said
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(flag.read_text()), 0)
+    assert ended.returncode == status
+    assert "run the same command again" in ended.stderr
+    assert not is_running(int(flag.read_text()))
     last = json.loads(log.read_text().splitlines()[-1])
     assert (last["event"], last["exit_status"]) == ("failed", status)
     easy = recipe_with(trained, {"changed": {"min": 0.1}}, f"ended-{status}")
@@ -392,10 +388,10 @@ def test_refused_output_is_nobodys_release(trained: Path) -> None:
 
 
 def test_what_a_command_leaves_running_ends_with_it(trained: Path) -> None:
-    run = "(sleep 2; echo x >> {}/config.json; touch survived) > /dev/null 2>&1 & echo 1 #"
+    left = trained / "pid of what is left"
+    run = f"(sleep 100; echo x >> {{}}/config.json) > /dev/null 2>&1 & echo $! > '{left}'; echo 1 #"
     output = skillmerge.apply(recipe_with(trained, {"commands": [{"run": run, "min": 0}]}, "left")).output
-    time.sleep(3)
-    assert not (trained / "survived").exists()
+    wait_for(lambda: not is_running(int(left.read_text())), seconds=5)
     skillmerge.verify(output)
 
 

@@ -6,7 +6,6 @@ import json
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from command_server import Commands
 from conftest import (
     PEAK_MEMORY,
     random_tensors,
     read_checkpoint,
     run_cli,
     tensor_shapes,
+    weights,
     write_checkpoint,
     write_family,
     write_recipe,
@@ -38,10 +39,6 @@ from skillmerge.tensors import UNIT
 
 WITH_PARENTS = {"target": "target", "rl": "rl", "sft": "sft"}
 WITH_SKILL = {"target": "target", "math": {"skill": "math"}}
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def both(folder: Path, direct: str, stored: str, **keys: Any) -> tuple[Path, Path]:
@@ -215,7 +212,7 @@ def test_large_skills_have_several_files(family: Path) -> None:
 # ------------------------------------------------------------------------------------------------ resume and bounds
 
 
-def test_interrupted_extraction_is_continued(tmp_path: Path) -> None:
+def test_interrupted_extraction_is_continued(commands: Commands, tmp_path: Path) -> None:
     """Killed at random instants, then run again: the bytes of a run that was left alone."""
     shapes = {f"model.layers.{layer}.mlp.weight": (512, 1024) for layer in range(8)}
     write_family(tmp_path, shapes, shards=8)
@@ -224,24 +221,19 @@ def test_interrupted_extraction_is_continued(tmp_path: Path) -> None:
         tmp_path, "rl - sft", models=models, coefficients=None,
         output={"kind": "skill", "path": "math", "shard_size": "1MB"},
     )  # fmt: skip
-    command = [sys.executable, "-m", "skillmerge", "apply", str(recipe), "-q"]
     began = time.monotonic()
-    subprocess.run(command, check=True)
+    commands.start("apply", recipe, "-q").wait()
     duration = time.monotonic() - began
-    wanted = {path.name: path.read_bytes() for path in (tmp_path / "math").iterdir() if "run" not in path.name}
+    wanted = weights(tmp_path / "math")
     generator = random.Random(1)
     for _ in range(6):
         shutil.rmtree(tmp_path / "math")
-        process = subprocess.Popen(command, stderr=subprocess.PIPE)
-        time.sleep(duration * generator.uniform(0.5, 1.0))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        subprocess.run(command, check=True, stderr=subprocess.PIPE)
-        found = {path.name: path.read_bytes() for path in (tmp_path / "math").iterdir() if "run" not in path.name}
-        assert found.keys() == wanted.keys()
-        assert {k: v for k, v in found.items() if "manifest" not in k} == {
-            k: v for k, v in wanted.items() if "manifest" not in k
-        }
+        process = commands.start("apply", recipe, "-q")
+        time.sleep(duration * generator.uniform(0.1, 1.0))
+        process.kill()
+        process.wait()
+        assert commands.start("apply", recipe, "-q").wait().returncode == 0
+        assert weights(tmp_path / "math") == wanted
         assert not (tmp_path / "math.partial").exists()
 
 

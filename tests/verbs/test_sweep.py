@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import qa, random_tensors, run_cli, tensor_shapes, write_checkpoint, write_family
+from command_server import Commands, is_running, wait_for
+from conftest import qa, random_tensors, run_cli, tensor_shapes, write_checkpoint
 
 from skillmerge.durable import hold
 from skillmerge.errors import CheckFailed, OutputLocked, UsageError
@@ -93,24 +91,12 @@ def test_a_function_of_ones_own(demo: Path, tmp_path: Path, monkeypatch: pytest.
 COUNTING = "f=$(cat {}/skillmerge.manifest.json | wc -c); echo x >> %s; sleep %s; echo 0.5"
 
 
-def test_a_killed_sweep_repeats_nothing(family: Path) -> None:
+def test_a_killed_sweep_repeats_nothing(commands: Commands, family: Path) -> None:
     log, folder = family.parent / "log", family.parent / "s"
-    command = COUNTING % (log, 0.3)
-    arguments = [
-        sys.executable,
-        "-m",
-        "skillmerge",
-        "sweep",
-        family,
-        "--set",
-        "lam=0:1:0.1",
-        "--score",
-        command,
-    ]
-    process = subprocess.Popen([*map(str, arguments), "-o", str(folder), "-q"], start_new_session=True)
-    while not (log.exists() and len(log.read_text().split()) >= 4):
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    command = COUNTING % (log, 0.1)
+    process = commands.start("sweep", family, "--set", "lam=0:1:0.1", "--score", command, "-o", folder, "-q")
+    wait_for(lambda: log.exists() and len(log.read_text().split()) >= 4, process)
+    process.kill()
     process.wait()
     known = len((folder / "journal.jsonl").read_text().splitlines()) - 1
     assert 3 <= known < 11
@@ -246,11 +232,6 @@ def test_commands_and_report(family: Path) -> None:
     assert run_cli("sweep", family, "--set", "lam=1:x", "--score", "true", cwd=folder).returncode == 2
 
 
-@pytest.fixture
-def family(tmp_path: Path) -> Path:
-    return write_family(tmp_path)
-
-
 def test_other_questions_are_another_sweep(demo: Path, tmp_path: Path) -> None:
     rows = [{"question": " ".join(question.words), "answer": "x"} for question in questions()[:4]]
     sweep(demo / "recipe.yaml", ["lam=0"], qa(tmp_path, rows), tmp_path / "other")
@@ -321,31 +302,15 @@ def test_scratch_of_a_killed_run_is_removed(family: Path) -> None:
     assert not scratch.parent.exists()
 
 
-def test_an_interrupt_takes_the_command_along(family: Path) -> None:
+def test_an_interrupt_takes_the_command_along(commands: Commands, family: Path) -> None:
     mark = family.parent / "alive"
-    script = family.parent / "slow.sh"
-    script.write_text(f"#!/bin/sh\ntouch {mark}.started\nsleep 3\ntouch {mark}\n")
-    script.chmod(0o755)
-    command = [
-        sys.executable,
-        "-m",
-        "skillmerge",
-        "sweep",
-        str(family),
-        "--set",
-        "lam=0",
-        "--score",
-        f"{script}; true",
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not Path(f"{mark}.started").exists():
-        time.sleep(0.05)
-    process.terminate()
-    _, said = process.communicate()
-    assert process.returncode == 143
-    assert "candidates that were scored are kept" in said
-    time.sleep(3.2)
-    assert not mark.exists()
+    process = commands.start("sweep", family, "--set", "lam=0", "--score", f"sleep 0.3; echo $$ > {mark}; sleep 100; #")
+    wait_for(lambda: mark.exists() and mark.read_text().strip(), process)
+    process.send_signal(signal.SIGTERM)
+    ended = process.wait()
+    assert ended.returncode == 143
+    assert "candidates that were scored are kept" in ended.stderr
+    wait_for(lambda: not is_running(int(mark.read_text())), seconds=5)
 
 
 def test_damage_inside_a_journal_is_not_passed_over(family: Path) -> None:
