@@ -170,8 +170,8 @@ class Kind(Protocol):
     @property
     def WRITTEN(self) -> str: ...
 
-    def claims(self, files: Collection[str]) -> bool:
-        """Whether a place with these files holds weights of this kind."""
+    def claims(self, store: Store) -> bool:
+        """Whether a store holds weights of this kind, by its files' names or what a small one of them says."""
 
     def open(self, uri: str, store: Store, onto: Checkpoint | None) -> Checkpoint | Difference:
         """Open what is in a store. onto: the model that a patch is for.

@@ -290,8 +290,8 @@ class Negated:
 
     WORD, NOUN, WRITTEN = "model", "a negated model", "{uri}"
 
-    def claims(self, files: Collection[str]) -> bool:
-        return "negated.txt" in files
+    def claims(self, store: Store) -> bool:
+        return "negated.txt" in store.list()
 
     def open(self, uri: str, store: Store, onto: Checkpoint | None) -> Checkpoint:
         negated = dense.open(uri, store)

@@ -19,8 +19,9 @@ WORD, NOUN, WRITTEN = "model", "a model", "{uri}"
 _SHARD_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,243}\.safetensors")
 
 
-def claims(files: Collection[str]) -> bool:
+def claims(store: Store) -> bool:
     """Whether there is an index, a file of the usual name, or just one weight file which is not an adapter's."""
+    files = store.list()
     weights = weight_names(files)
     adapter = weights == ["adapter_model.safetensors"] and "adapter_config.json" in files
     return INDEX_FILE in files or SINGLE_FILE in weights or (len(weights) == 1 and not adapter)

@@ -166,7 +166,8 @@ class Patched(Checkpoint):
 _WIDTHS = {"I32": "int32", "I64": "int64"}
 
 
-def claims(files: Collection[str]) -> bool:
+def claims(store: Store) -> bool:
+    files = store.list()
     return PATCH_FILE in files and INDEX_FILE not in files
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,7 +51,8 @@ def tensor_digest(units: Sequence[str]) -> str:
     return hashlib.sha256("".join(units).encode()).hexdigest()
 
 
-def claims(files: Collection[str]) -> bool:
+def claims(store: Store) -> bool:
+    files = store.list()
     return SKILL_FILE in files and INDEX_FILE not in files
 
 

@@ -40,8 +40,7 @@ def open_as(word: str, uri: str, store: Store, onto: Checkpoint | None = None) -
 
 def claimant(store: Store, kinds: Sequence[Kind]) -> Kind:
     """The one kind that claims a store's files. Raises InputError where there is none, or more than one."""
-    files = store.list()
-    claiming = [kind for kind in kinds if kind.claims(files)]
+    claiming = [kind for kind in kinds if kind.claims(store)]
     if len(claiming) > 1 and claiming[-1] is PLAIN:
         claiming.pop()
     if len(claiming) > 1:
