@@ -47,7 +47,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "runners.threads",
         "shards skill_shards",
         "runner skill_file worker",
-        "destination device rounding_statistics stream tiles values warm_up",
+        "destination",
+        "device rounding_statistics stream tiles values warm_up",
     ),
     "plans": (
         "opening",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from skillmerge.engine.rounding_statistics import TensorStatistics
 from skillmerge.plans.plan import ShardPlan
 
 
@@ -18,12 +19,13 @@ class ShardRecord:
     file: str
     size: int
     sha256: str
-    statistics: Mapping[str, Mapping[str, Any]]
+    statistics: Mapping[str, TensorStatistics]
     tensors: Mapping[str, Any] | None = None
     uploaded: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        row = {"shard": self.file, "size": self.size, "sha256": self.sha256, "statistics": self.statistics}
+        statistics = {name: row.as_dict() for name, row in self.statistics.items()}
+        row = {"shard": self.file, "size": self.size, "sha256": self.sha256, "statistics": statistics}
         tensors = {"tensors": self.tensors} if self.tensors is not None else {}
         return {**row, **tensors, **({"uploaded": True} if self.uploaded else {})}
 
@@ -33,7 +35,7 @@ class ShardRecord:
             row["shard"],
             row["size"],
             row["sha256"],
-            row["statistics"],
+            {name: TensorStatistics(**found) for name, found in row["statistics"].items()},
             row.get("tensors"),
             bool(row.get("uploaded")),
         )

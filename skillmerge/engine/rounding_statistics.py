@@ -41,6 +41,33 @@ LOSSES = ("asked lambda", "realised lambda", "vanished", "changed")
 
 
 @dataclass(frozen=True, slots=True)
+class TensorStatistics:
+    """The same of a tensor: `total` elements, of which `elements` were looked at. A sum is None where it is no number
+    that JSON has (NaN and Inf were allowed in)."""
+
+    total: int
+    elements: int
+    updated: int
+    vanished: int
+    changed: int
+    uu: float | None
+    du: float | None
+    dd: float | None
+    tt: float | None
+
+    @property
+    def whole(self) -> dict[str, float] | None:
+        """Its figures for all of the tensor, which a sample stands for; None where a sum is no number."""
+        by, figures = self.total / self.elements, self.as_dict()
+        if None in figures.values():
+            return None
+        return {key: value if key == "total" else value * by for key, value in figures.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """What rounding did to one kind of module, or to all. changed: None where nothing was measured, and then so is
     all the rest; the lambdas: None where not every tensor has one number in front of the difference."""
@@ -188,20 +215,20 @@ def measure(base: Tensor, out: Tensor, subtracted: Tensor, scratch: Scratch) -> 
     )
 
 
-def total(blocks: Iterable[BlockStatistics], size: int) -> dict[str, Any]:
-    """The statistics of one tensor of `size` elements, as plain data; sums are exact, in whatever order."""
+def total(blocks: Iterable[BlockStatistics], size: int) -> TensorStatistics:
+    """The statistics of one tensor of `size` elements; sums are exact, in whatever order."""
     blocks = list(blocks)
-    return {
-        "total": size,
-        "elements": sum(block.elements for block in blocks),
-        "updated": sum(block.updated for block in blocks),
-        "vanished": sum(block.vanished for block in blocks),
-        "changed": sum(block.changed for block in blocks),
-        "uu": _sum(block.uu for block in blocks),
-        "du": _sum(block.du for block in blocks),
-        "dd": _sum(block.dd for block in blocks),
-        "tt": _sum(block.tt for block in blocks),
-    }
+    return TensorStatistics(
+        total=size,
+        elements=sum(block.elements for block in blocks),
+        updated=sum(block.updated for block in blocks),
+        vanished=sum(block.vanished for block in blocks),
+        changed=sum(block.changed for block in blocks),
+        uu=_sum(block.uu for block in blocks),
+        du=_sum(block.du for block in blocks),
+        dd=_sum(block.dd for block in blocks),
+        tt=_sum(block.tt for block in blocks),
+    )
 
 
 def _sum(values: Iterable[float]) -> float | None:
@@ -213,7 +240,7 @@ def _sum(values: Iterable[float]) -> float | None:
     return result if math.isfinite(result) else None
 
 
-def summarise(plan: Plan, measured: Mapping[str, Mapping[str, Any]], mode: str) -> Statistics:
+def summarise(plan: Plan, measured: Mapping[str, TensorStatistics], mode: str) -> Statistics:
     """Per module kind and in all: counts, and asked and realised lambda weighted by the update's energy."""
     groups: dict[str, list[str]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
     for name in plan.tensors:
@@ -252,50 +279,38 @@ def _relative_error(rows: list[Mapping[str, Any]]) -> float:
     return math.sqrt(lost / whole) if whole else 0.0
 
 
-def _group(plan: Plan, names: list[str], measured: Mapping[str, Mapping[str, Any]]) -> Group:
-    rows = [(name, measured[name]) for name in names if _is_finite(measured.get(name))]
+def _group(plan: Plan, names: list[str], measured: Mapping[str, TensorStatistics]) -> Group:
+    known = [(name, measured[name].whole) for name in names if name in measured]
+    rows = [(name, row) for name, row in known if row is not None]
     merged = sum(_merged(plan, name) for name in names)
     if not rows:
         return Group(len(names), merged)
-    # A sampled tensor stands for all of its elements.
-    scaled = [(row, row["total"] / row["elements"]) for _, row in rows]
-    updated = math.fsum(row["updated"] * by for row, by in scaled)
-    energy = math.fsum(row["uu"] * by for row, by in scaled)
-    changed = math.fsum(row["changed"] * by for row, by in scaled)
-    moved, whole = (math.fsum(row[key] * by for row, by in scaled) for key in ("dd", "tt"))
-    factors = [_factor(plan, name) for name, _ in rows]
-    asked, realised = _lambdas(scaled, factors) if energy > 0 else (None, None)
+    sums = {key: math.fsum(row[key] for _, row in rows) for key in rows[0][1]}
+    asked, realised = _lambdas(plan, rows) if sums["uu"] > 0 else (None, None)
     return Group(
         len(names),
         merged,
-        changed=_share(changed, sum(row["total"] for _, row in rows)),
-        vanished=_share(math.fsum(row["vanished"] * by for row, by in scaled), updated),
-        realised=_share(math.fsum(row["du"] * by for row, by in scaled), energy),
-        norm_ratio=math.sqrt(moved / whole) if whole else None,
+        changed=_share(sums["changed"], sums["total"]),
+        vanished=_share(sums["vanished"], sums["updated"]),
+        realised=_share(sums["du"], sums["uu"]),
+        norm_ratio=math.sqrt(sums["dd"] / sums["tt"]) if sums["tt"] else None,
         asked_lambda=asked,
         realised_lambda=realised,
     )
 
 
-def _lambdas(
-    scaled: list[tuple[Mapping[str, Any], float]], factors: list[float | None]
-) -> tuple[float, float] | tuple[None, None]:
+def _lambdas(plan: Plan, rows: list[tuple[str, dict[str, float]]]) -> tuple[float, float] | tuple[None, None]:
     """Asked and realised lambda of tensors that all have one."""
+    factors = [_factor(plan, name) for name, _ in rows]
     if None in factors:
         return None, None
     # u = lambda * v, so <v, v> = <u, u> / lambda^2.
-    terms = [
-        (row["uu"] * by, row["du"] * by, factor) for (row, by), factor in zip(scaled, factors, strict=True) if factor
-    ]
+    terms = [(row["uu"], row["du"], factor) for (_, row), factor in zip(rows, factors, strict=True) if factor]
     plain = _sum(uu / factor / factor for uu, _, factor in terms)
     asked, realised = _sum(uu / factor for uu, _, factor in terms), _sum(du / factor for _, du, factor in terms)
     if not plain or asked is None or realised is None:
         return None, None
     return asked / plain, realised / plain
-
-
-def _is_finite(row: Mapping[str, Any] | None) -> bool:
-    return row is not None and all(row.get(key) is not None for key in ("uu", "du", "dd", "tt"))
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -21,7 +21,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 from skillmerge.brief import brief
 from skillmerge.checkpoints.safetensors import unique_keys
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.engine.rounding_statistics import SkillStatistics, Statistics, summarise, summarise_skill
+from skillmerge.engine.rounding_statistics import (
+    SkillStatistics,
+    Statistics,
+    TensorStatistics,
+    summarise,
+    summarise_skill,
+)
 from skillmerge.errors import CheckFailed
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.plan import InputPlan, Plan
@@ -111,7 +117,7 @@ class Tensor:
     shape: tuple[int, ...]
     sources: tuple[tuple[str, str], ...]
     coefficients: tuple[int | float, ...] = ()
-    statistics: dict[str, Any] | None = None
+    statistics: TensorStatistics | None = None
 
     def as_dict(self) -> dict[str, Any]:
         row = {
@@ -123,7 +129,7 @@ class Tensor:
             "sources": [list(source) for source in self.sources],
             "coefficients": list(self.coefficients),
         }
-        return {**row, "statistics": self.statistics} if self.statistics is not None else row
+        return {**row, "statistics": self.statistics.as_dict()} if self.statistics is not None else row
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,14 +272,14 @@ def _input(item: InputPlan, digests: Mapping[tuple[str, str], str]) -> Input:
     return Input(item.name, item.uri, item.revision, files, item.license)
 
 
-def _tensors(plan: Plan, measured: Mapping[str, Mapping[str, Any]]) -> tuple[Tensor, ...]:
+def _tensors(plan: Plan, measured: Mapping[str, TensorStatistics]) -> tuple[Tensor, ...]:
     found = []
     for spec in (spec for shard in plan.shards for spec in shard.specs):
         tensor, row = plan.tensors[spec.name], measured.get(spec.name)
         found.append(
             Tensor(
                 tensor.name, spec.file, tensor.action, tensor.dtype, tensor.shape, tensor.sources,
-                tensor.coefficients, dict(row) if row is not None else None,
+                tensor.coefficients, row,
             )
         )  # fmt: skip
     return tuple(found)

@@ -14,7 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.engine.rounding_statistics import SAMPLE_STRIDE, BlockStatistics, is_sampled, measure, summarise, total
+from skillmerge.engine.rounding_statistics import (
+    SAMPLE_STRIDE,
+    BlockStatistics,
+    TensorStatistics,
+    is_sampled,
+    measure,
+    summarise,
+    total,
+)
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Scaled, Sum, Term
 from skillmerge.naming import MODULE_KINDS, module_kind
@@ -75,7 +83,7 @@ class Forecaster:
                 self._programs[lam] = compile_term(Sum(Leaf(target), scaled, minus))
         sampled = sum(max(1, block_count(size) // SAMPLE_STRIDE) for size in sizes.values())
         self._every = -(-sampled // _MOST) if stats == "sampled" else 1
-        self._planned: dict[str, Mapping[str, Any]] = {}
+        self._planned: dict[str, TensorStatistics] = {}
         self._curves: dict[tuple[str, str, float], dict[str, float]] = {}
 
     def measure(
@@ -115,11 +123,11 @@ class Forecaster:
             self._planned[name] = total((block for part in found for block in part.blocks.values()), size)
         for mode, lam in {key: None for part in found for key in part.curves}:
             row = total((block for part in found for block in part.curves.get((mode, lam), ())), size)
-            by = row["total"] / row["elements"]  # what was sampled stands for all of the tensor
+            figures, by = row.as_dict(), row.total / row.elements  # what was sampled stands for all of the tensor
             for kind in ("all", module_kind(name)):
                 sums = self._curves.setdefault((mode, kind, lam), dict.fromkeys(_SUMS, 0.0))
                 for key in _SUMS:
-                    value = math.nan if row[key] is None else row[key]
+                    value = math.nan if figures[key] is None else figures[key]
                     sums[key] += value if key == "total" else value * by
 
     def summary(self) -> dict[str, Any] | None:

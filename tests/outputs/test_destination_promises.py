@@ -18,6 +18,7 @@ from hub_server import HubServer
 import skillmerge
 from skillmerge.checkpoints import hub_client
 from skillmerge.engine.destination import Destination, ShardRecord, SpanFile, StreamFile
+from skillmerge.engine.rounding_statistics import TensorStatistics
 from skillmerge.errors import CheckFailed
 from skillmerge.outputs.push import MergePush
 from skillmerge.outputs.staging import Staging
@@ -112,7 +113,7 @@ def wanted(tmp_path: Path, shard: ShardPlan) -> bytes:
 
 
 def record_of(shard: ShardPlan, data: bytes) -> ShardRecord:
-    statistics = {spec.name: {"total": 2, "uu": 1 / 3, "du": None} for spec in shard.specs}
+    statistics = {spec.name: TensorStatistics(9, 3, 2, 1, 1, 1 / 3, 5e-324, None, 0.0) for spec in shard.specs}
     return ShardRecord(shard.file, len(data), hashlib.sha256(data).hexdigest(), statistics)
 
 

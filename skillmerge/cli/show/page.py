@@ -128,12 +128,11 @@ def _plan_maps(plan: Plan | None, manifest: ManifestBody | None) -> list[str]:
         ):
             sums: dict[tuple[str, str], list[float]] = {}
             for tensor in manifest.tensors:
-                row = tensor.statistics
-                if row and row["uu"] is not None and row["du"] is not None:
+                row = tensor.statistics.whole if tensor.statistics is not None else None
+                if row is not None:
                     cell = sums.setdefault(cell_of(tensor.name), [0.0, 0.0])
-                    scale = row["total"] / row["elements"]
-                    cell[0] += row[part] * scale
-                    cell[1] += row[whole] * scale
+                    cell[0] += row[part]
+                    cell[1] += row[whole]
             cells = {cell: top / bottom for cell, (top, bottom) in sums.items() if bottom}
             if cells:
                 maps.append(_heat(title, "measured on the output", cells, unit))

@@ -129,12 +129,11 @@ def _rounding_rows(manifest: ManifestBody) -> dict[str, dict[str, float | None]]
     """What rounding did to each tensor; the experts of a layer are added up."""
     sums: dict[str, dict[str, float]] = {}
     for tensor in manifest.tensors:
-        row = tensor.statistics
-        if row and row["uu"] is not None and row["du"] is not None:
+        row = tensor.statistics.whole if tensor.statistics is not None else None
+        if row is not None:
             total = sums.setdefault(summarised(tensor.name), {})
-            scale = row["total"] / row["elements"]
-            for key in ("uu", "du", "updated", "vanished", "changed", "elements"):
-                total[key] = total.get(key, 0.0) + row[key] * scale
+            for key, value in row.items():
+                total[key] = total.get(key, 0.0) + value
     parts = {"realised": ("du", "uu"), "vanished": ("vanished", "updated"), "changed": ("changed", "elements")}
     return {
         name: {key: row[top] / row[bottom] if row[bottom] else None for key, (top, bottom) in parts.items()}
