@@ -45,9 +45,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "engine": (
         "runners.threads",
-        "shards skill_shards",
-        "runner skill_file worker",
-        "destination",
+        "skill_shards",
+        "runner shards skill_file",
+        "destination worker",
         "device rounding_statistics stream tiles values warm_up",
     ),
     "plans": (
