@@ -44,6 +44,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "journal shard_file",
     ),
     "engine": (
+        "runners.table",
         "runners.threads",
         "skill_shards",
         "runner shards skill_file",

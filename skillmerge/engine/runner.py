@@ -17,11 +17,13 @@ class Work:
     """Where and how wide to compute; nothing in here changes a byte of the output.
 
     device: auto, cpu, cuda or cuda:N. threads: workers, None for one per core. memory_limit: bytes, None for no limit.
+    runner: a name in the table of runners.
     """
 
     device: str = "auto"
     threads: int | None = None
     memory_limit: int | None = None
+    runner: str = "threads"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill_planes import check_zstandard
-from skillmerge.engine.runner import Job, Work
-from skillmerge.engine.runners.threads import Threads
+from skillmerge.engine.runner import Job, Runner, Work
+from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import UnusableWeights, UsageError, memory_errors
 from skillmerge.outputs import manifest
 from skillmerge.outputs.manifest import Manifest, ManifestBody
@@ -176,7 +176,7 @@ class _Merge:
         """Begin the work or continue it, check what comes of it, and give it its place."""
         if not self.publish.no_local:
             refuse_existing(self.staging.output, self.publish.overwrite)
-        runner = Threads(work, self.reporter)
+        runner = runner_for(work, self.reporter)
         side_files = self._begin()
         if self.staging.sealed:  # complete, but for its commit
             proof = manifest.read(self.staging.files)
@@ -225,7 +225,7 @@ class _Merge:
             publication.attach(staging)
         return side_files
 
-    def _make_shards(self, runner: Threads) -> None:
+    def _make_shards(self, runner: Runner) -> None:
         plan, staging, publication = self.job.plan, self.staging, self.publication
         missing = [shard for shard in plan.shards if shard.file not in staging.finished]
         try:

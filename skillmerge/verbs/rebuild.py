@@ -20,7 +20,7 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Work
-from skillmerge.engine.runners.threads import Threads
+from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import CheckFailed, StalePlan, UsageError, some
 from skillmerge.outputs import manifest
 from skillmerge.outputs.manifest import Manifest
@@ -147,7 +147,7 @@ def check_rebuild(
         side_files = list(fetch(checkpoints[plan.donor], plan.side_files, _runs_code(made)))
         original = _Original(root)
         job = Job(plan, checkpoints, original, environment.stats, environment.allow_nonfinite)
-        with _blamed_on_inputs(proof), closing(Threads(how.work, how.reporter).run(job, shards)) as records:
+        with _blamed_on_inputs(proof), closing(runner_for(how.work, how.reporter).run(job, shards)) as records:
             for done in records:
                 original.record(done)
         if plan.makes_skill:
