@@ -20,7 +20,7 @@ from skillmerge.verbs.demo.miniature import questions
 
 SCORE = """\
 import sys, transformers
-from skillmerge.study.scorers import find_scorer
+from skillmerge.study.scoring.scorers import find_scorer
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
 tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
 print(find_scorer(sys.argv[2]).function(model, tokenizer, 0)["accuracy"].value)

@@ -22,12 +22,12 @@ from skillmerge.version import __version__
 _HOMES = {
     "SkillmergeError": "errors",
     "apply": "verbs.apply",
-    "attest": "outputs.attest",
+    "attest": "outputs.proof.attest",
     "demo": "verbs.demo.demo",
     "derive": "verbs.derive",
     "doctor": "cli.doctor",
-    "export": "verbs.export",
-    "export_patch": "verbs.export_patch",
+    "export": "verbs.export.export",
+    "export_patch": "verbs.export.patch",
     "extract": "verbs.extract",
     "gate": "study.gates",
     "init": "recipes.starter",
@@ -37,7 +37,7 @@ _HOMES = {
     "push": "outputs.push",
     "rebuild": "verbs.rebuild",
     "schema": "recipes.schema",
-    "sign": "outputs.sign",
+    "sign": "outputs.proof.sign",
     "sweep": "verbs.sweep.sweep",
     "verify": "verbs.verify",
     "verify_signed": "verbs.verify",
@@ -49,9 +49,9 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from skillmerge.cli.doctor import doctor as doctor
     from skillmerge.errors import SkillmergeError as SkillmergeError
-    from skillmerge.outputs.attest import attest as attest
+    from skillmerge.outputs.proof.attest import attest as attest
+    from skillmerge.outputs.proof.sign import sign as sign
     from skillmerge.outputs.push import push as push
-    from skillmerge.outputs.sign import sign as sign
     from skillmerge.recipes.lint import lint as lint
     from skillmerge.recipes.schema import schema as schema
     from skillmerge.recipes.starter import init as init
@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     from skillmerge.verbs.apply import apply as apply
     from skillmerge.verbs.demo.demo import demo as demo
     from skillmerge.verbs.derive import derive as derive
-    from skillmerge.verbs.export import export as export
-    from skillmerge.verbs.export_patch import export_patch as export_patch
+    from skillmerge.verbs.export.export import export as export
+    from skillmerge.verbs.export.patch import export_patch as export_patch
     from skillmerge.verbs.extract import extract as extract
     from skillmerge.verbs.plan import plan as plan
     from skillmerge.verbs.rebuild import rebuild as rebuild

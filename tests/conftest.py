@@ -29,7 +29,7 @@ from observing import SHARDS, MergeServer, wide_shapes
 from safetensors.torch import load_file, save_file
 
 import skillmerge
-from skillmerge.checkpoints import hub_client
+from skillmerge.checkpoints.stores import hub_client
 
 PEAK_MEMORY = "1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 """An expression for a process's own peak in bytes; ru_maxrss would begin with its parent's."""

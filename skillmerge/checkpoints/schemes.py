@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skillmerge.checkpoints.folder import Folder
 from skillmerge.checkpoints.place import Local, Location, ModelPlace, parse_location
 from skillmerge.checkpoints.store import Store
+from skillmerge.checkpoints.stores.folder import Folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,13 @@ def local_folder(place: ModelPlace) -> Path:
 
 
 def _open_location(location: Location, download: bool) -> Store:
-    from skillmerge.checkpoints.hub import open_location
+    from skillmerge.checkpoints.stores.hub import open_location
 
     return open_location(location, download=download)
 
 
 def _download(location: Location) -> Path:
-    from skillmerge.checkpoints.hub import download
+    from skillmerge.checkpoints.stores.hub import download
 
     return download(location)
 

@@ -255,7 +255,7 @@ def _filesystem(folder: Path) -> str | None:
 
 
 def _hub() -> dict[str, Any]:
-    from skillmerge.checkpoints.hub_client import probe
+    from skillmerge.checkpoints.stores.hub_client import probe
 
     proxies = [name for name in _PROXIES if os.environ.get(name) or os.environ.get(name.lower())]
     return {**probe(), "proxies": ", ".join(f"{name} is set" for name in proxies) or "none"}

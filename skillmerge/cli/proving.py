@@ -140,7 +140,7 @@ def sign(
 
     Nothing is asked of a network. An encrypted key's password is read from SKILLMERGE_KEY_PASSWORD or from a file.
     """
-    from skillmerge.outputs.sign import sign as run
+    from skillmerge.outputs.proof.sign import sign as run
 
     if private_key is None:
         raise UsageError("a signature is made with a key", fix="give --private-key KEY")
@@ -167,7 +167,7 @@ def attest(folder: str, password_file: str | None, as_json: bool, quiet: bool, *
 
     With --private-key it is signed, as a DSSE envelope. Nothing is asked of a network.
     """
-    from skillmerge.outputs.attest import attest as run
+    from skillmerge.outputs.proof.attest import attest as run
 
     given = {name: value for name, value in options.items() if value is not None}
     attested = run(folder, password=flags.password(password_file), **given)

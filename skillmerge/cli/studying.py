@@ -62,7 +62,7 @@ def export(skill: str, output: str, as_json: bool, quiet: bool, **options: Any) 
     the places and the new elements, exactly, of what changed in the model that was subtracted.
     """
     from skillmerge.cli.show import terminal
-    from skillmerge.verbs.export import export as run
+    from skillmerge.verbs.export.export import export as run
 
     exported = run(skill, output, reporter=TerminalReporter(quiet, verbose=False, doing="exporting"), **options)
     if as_json:

@@ -19,10 +19,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
 from huggingface_hub.lfs import UploadInfo
 
-from skillmerge.checkpoints.hub import Repository
-from skillmerge.checkpoints.hub_client import LOG_IN, Passing, retried
 from skillmerge.checkpoints.place import Location, parse_location
 from skillmerge.checkpoints.store import digest_of
+from skillmerge.checkpoints.stores.hub import Repository
+from skillmerge.checkpoints.stores.hub_client import LOG_IN, Passing, retried
 from skillmerge.durable import disk_errors
 from skillmerge.errors import CheckFailed, InputError, SkillmergeError, StalePlan, TemporaryError, UsageError, some
 from skillmerge.outputs import manifest

@@ -17,7 +17,7 @@ from skillmerge.outputs.card import CARD_FILE, license_of, read_metadata, write_
 from skillmerge.outputs.hub_commit import ForgottenUploads, HubCommit, Published
 from skillmerge.outputs.manifest import File, Input, Manifest
 from skillmerge.outputs.output import Output
-from skillmerge.outputs.sign import signature_beside
+from skillmerge.outputs.proof.sign import signature_beside
 from skillmerge.outputs.staging import Staging
 from skillmerge.outputs.verify import SIGNATURE_FILE, check_shard, verify_files
 from skillmerge.plans.plan import InputPlan, Plan

@@ -19,11 +19,11 @@ from typing import Any
 
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.folder import Folder
 from skillmerge.checkpoints.kinds import skill
 from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.checkpoints.model_config import contradictions
 from skillmerge.checkpoints.safetensors import read_header
+from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.errors import CheckFailed, InputError, some
 from skillmerge.outputs.manifest import File, Manifest, ManifestBody, Tensor
 from skillmerge.outputs.output import Output

@@ -32,8 +32,8 @@ from skillmerge.recipes.parse import load_gates
 from skillmerge.reporter import Reporter
 from skillmerge.study.inspect import inspect_merge
 from skillmerge.study.loading import load
-from skillmerge.study.scorers import Scorer, run_command
-from skillmerge.study.scores import NotFinite
+from skillmerge.study.scoring.scorers import Scorer, run_command
+from skillmerge.study.scoring.scores import NotFinite
 
 _RUNS_A_MODEL = ("loads", "finite_logits", "perplexity")
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from skillmerge.study.built_in import perplexity, tokenizer_of
+from skillmerge.study.scoring.built_in import perplexity, tokenizer_of
 
 _KEY_SETS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _TOKENS = [[1, 2, 3, 4, 5, 6, 7, 8]]

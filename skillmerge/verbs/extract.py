@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
-from skillmerge.checkpoints.folder import Folder
 from skillmerge.checkpoints.kinds.patch import PATCH_FILE
 from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
+from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.engine.runner import Work
 from skillmerge.errors import CheckFailed, UsageError, memory_errors
 from skillmerge.plans.opening import Access, close_all, open_models

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from skillmerge.outputs.sign import Signature, verify_signature
+from skillmerge.outputs.proof.sign import Signature, verify_signature
 from skillmerge.outputs.verify import Verdict, checked, verify_files
 from skillmerge.reporter import Reporter
 from skillmerge.study.loading import check_load
@@ -62,7 +62,7 @@ def verify_signed(
 ) -> Signature:
     """Check an output as `verify` does, and return who signed it.
 
-    The other arguments are those of `skillmerge.outputs.sign.verify_signature`.
+    The other arguments are those of `skillmerge.outputs.proof.sign.verify_signature`.
     """
     signed = verify_signature(
         folder,

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
-from skillmerge.checkpoints.folder import Folder, resolve_inside
 from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.checkpoints.store import read_json_object
+from skillmerge.checkpoints.stores.folder import Folder, resolve_inside
 from skillmerge.errors import InputError, StalePlan
 
 TENSORS = random_tensors(tensor_shapes())

@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 
-from skillmerge.checkpoints.http_ranges import Storage
-from skillmerge.checkpoints.hub_client import HTTPError, Passing
+from skillmerge.checkpoints.stores.http_ranges import Storage
+from skillmerge.checkpoints.stores.hub_client import HTTPError, Passing
 
 CONTENT = bytes(range(256)) * 12_000
 

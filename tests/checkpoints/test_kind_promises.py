@@ -18,11 +18,11 @@ from skill_reader import read_skill
 
 import skillmerge
 from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, named, read_bytes, versions
-from skillmerge.checkpoints.folder import Folder
 from skillmerge.checkpoints.kinds import dense, patch, skill, table
 from skillmerge.checkpoints.kinds.table import open_as, open_folder
-from skillmerge.checkpoints.memory import Held, Memory
 from skillmerge.checkpoints.store import Store
+from skillmerge.checkpoints.stores.folder import Folder
+from skillmerge.checkpoints.stores.memory import Held, Memory
 from skillmerge.engine.values import read_values
 from skillmerge.errors import InputError, StalePlan
 from skillmerge.tensors import BLOCK, UNIT

@@ -20,12 +20,13 @@ from conftest import read_checkpoint, write_family, write_recipe
 from hub_server import HubServer
 
 import skillmerge
-from skillmerge.checkpoints import hub_client, schemes
-from skillmerge.checkpoints.folder import Folder
-from skillmerge.checkpoints.memory import Memory
+from skillmerge.checkpoints import schemes
 from skillmerge.checkpoints.place import Local, parse_location
 from skillmerge.checkpoints.schemes import Scheme, open_store, parse_place
 from skillmerge.checkpoints.store import Store, digest_of
+from skillmerge.checkpoints.stores import hub_client
+from skillmerge.checkpoints.stores.folder import Folder
+from skillmerge.checkpoints.stores.memory import Memory
 from skillmerge.errors import InputError, StalePlan, TemporaryError
 
 WEIGHTS = "model.safetensors"

@@ -13,7 +13,7 @@ import pytest
 from conftest import run_cli, run_process
 from hub_server import TOKEN, HubServer
 
-from skillmerge.checkpoints import hub_client
+from skillmerge.checkpoints.stores import hub_client
 from skillmerge.cli import doctor as module
 from skillmerge.cli.doctor import cgroup_limit, doctor, redact
 

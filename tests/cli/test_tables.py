@@ -6,7 +6,7 @@ import pytest
 
 from skillmerge.cli.show.tables import scored, ulps
 from skillmerge.engine.rounding_statistics import LOSSES, Group
-from skillmerge.study.scores import Score
+from skillmerge.study.scoring.scores import Score
 from skillmerge.tensors import ULP_EDGES
 
 

@@ -16,7 +16,7 @@ from conftest import write_family, write_recipe
 from hub_server import HubServer
 
 import skillmerge
-from skillmerge.checkpoints import hub_client
+from skillmerge.checkpoints.stores import hub_client
 from skillmerge.engine.destination import Destination, ShardRecord, SpanFile, StreamFile
 from skillmerge.engine.rounding_statistics import TensorStatistics
 from skillmerge.errors import CheckFailed

@@ -311,7 +311,7 @@ def test_what_does_not_verify_is_not_signed(output: Path, keys: Path) -> None:
 def test_what_changes_while_it_is_signed_is_not_signed(
     output: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from skillmerge.outputs import sign
+    from skillmerge.outputs.proof import sign
 
     def verified(root: Path, **options: Any) -> Any:
         verdict = skillmerge.verify(root, **options)

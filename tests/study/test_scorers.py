@@ -13,9 +13,9 @@ import torch
 from conftest import qa
 
 from skillmerge.errors import UsageError
-from skillmerge.study.built_in import generate, perplexity
-from skillmerge.study.scorers import find_scorer
-from skillmerge.study.scores import NotFinite, Score, as_scores, of_items, together
+from skillmerge.study.scoring.built_in import generate, perplexity
+from skillmerge.study.scoring.scorers import find_scorer
+from skillmerge.study.scoring.scores import NotFinite, Score, as_scores, of_items, together
 from skillmerge.verbs.demo.demo import write_family as write_demo
 from skillmerge.verbs.demo.miniature import questions
 

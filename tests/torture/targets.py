@@ -26,8 +26,8 @@ from safetensors import SafetensorError, deserialize
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE
 from skillmerge.checkpoints.kinds import dense
-from skillmerge.checkpoints.memory import Memory
 from skillmerge.checkpoints.safetensors import build_header, fetch_header, parse_header
+from skillmerge.checkpoints.stores.memory import Memory
 from skillmerge.errors import InputError, SkillmergeError
 from skillmerge.methods.linear import compile_term
 from skillmerge.methods.terms import degree, donor_of, weights

@@ -16,8 +16,8 @@ from conftest import qa, random_tensors, run_cli, tensor_shapes, write_checkpoin
 
 from skillmerge.durable import hold
 from skillmerge.errors import CheckFailed, OutputLocked, UsageError
-from skillmerge.study.scorers import find_scorer
-from skillmerge.study.scores import Score
+from skillmerge.study.scoring.scorers import find_scorer
+from skillmerge.study.scoring.scores import Score
 from skillmerge.verbs.demo.demo import write_family as write_demo
 from skillmerge.verbs.demo.miniature import questions
 from skillmerge.verbs.sweep.journal import Trial
@@ -60,7 +60,7 @@ def test_command_gives_the_same_scores_as_memory(demo: Path, tmp_path: Path) -> 
     script = tmp_path / "score.py"
     script.write_text(
         "import sys, transformers\n"
-        "from skillmerge.study.scorers import find_scorer\n"
+        "from skillmerge.study.scoring.scorers import find_scorer\n"
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto').eval()\n"
         "tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(sys.argv[1])\n"
         f"print(find_scorer('qa:{demo / 'choose.jsonl'}').function(model, tokenizer, 0)['accuracy'].value)\n"

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, Difference, Kind
-from skillmerge.checkpoints.folder import Folder
 from skillmerge.checkpoints.kinds import dense, patch, skill
 from skillmerge.checkpoints.store import Store
+from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.errors import InputError, some
 
 MARKED: tuple[Kind, ...] = (skill, patch)

@@ -10,7 +10,7 @@ from skillmerge.cli.show.figures import ACTIONS
 from skillmerge.errors import some
 from skillmerge.plans.depth import Depth, over_depth
 from skillmerge.plans.plan import Plan
-from skillmerge.study.scores import CONFIDENCE, Score
+from skillmerge.study.scoring.scores import CONFIDENCE, Score
 from skillmerge.tensors import ULP_EDGES, format_bytes
 
 ACTION_COLUMNS = ("tensors", "from", "what happens", "names")

@@ -27,7 +27,7 @@ from skillmerge.plans.budget import Budget
 from skillmerge.plans.depth import Depth, bars, number
 from skillmerge.plans.plan import Plan
 from skillmerge.tensors import format_bytes
-from skillmerge.verbs.export_patch import Patch
+from skillmerge.verbs.export.patch import Patch
 from skillmerge.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from skillmerge.verbs.demo.demo import Shown
     from skillmerge.verbs.demo.miniature import Question
     from skillmerge.verbs.derive import Derived
-    from skillmerge.verbs.export_lora import Exported
+    from skillmerge.verbs.export.lora import Exported
     from skillmerge.verbs.rebuild import Rebuilt
     from skillmerge.verbs.sweep.sweep import Sweep
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skillmerge.bits import torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.memory import Held
+from skillmerge.checkpoints.stores.memory import Held
 from skillmerge.engine.rounding_statistics import BlockStatistics, Statistics, summarise, total
 from skillmerge.engine.runner import Work
 from skillmerge.engine.stream import Stream
@@ -30,9 +30,9 @@ from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
-from skillmerge.study.built_in import tokenizer_of
-from skillmerge.study.scorers import Scorer
-from skillmerge.study.scores import Scores
+from skillmerge.study.scoring.built_in import tokenizer_of
+from skillmerge.study.scoring.scorers import Scorer
+from skillmerge.study.scoring.scores import Scores
 from skillmerge.tensors import DTYPES, PAGE, format_bytes
 from skillmerge.verbs.apply import merge
 from skillmerge.verbs.records import Checks, Publish

@@ -17,7 +17,7 @@ from skillmerge.errors import UsageError
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.candidates import Values
 from skillmerge.recipes.recipe import Recipe
-from skillmerge.study.scores import Score, Scores
+from skillmerge.study.scoring.scores import Score, Scores
 
 SWEEP_VERSION = 1
 

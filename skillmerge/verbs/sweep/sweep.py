@@ -31,8 +31,8 @@ from skillmerge.plans.opening import Access
 from skillmerge.recipes.candidates import Values, grid, with_values
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
-from skillmerge.study.scorers import run_command
-from skillmerge.study.scores import CONFIDENCE, NotFinite, Score, Scores, together
+from skillmerge.study.scoring.scorers import run_command
+from skillmerge.study.scoring.scores import CONFIDENCE, NotFinite, Score, Scores, together
 from skillmerge.verbs.apply import merge
 from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.sweep.journal import Journal, Trial

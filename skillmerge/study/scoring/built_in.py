@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.errors import CheckFailed, UsageError
-from skillmerge.study.scores import Score, of_items
+from skillmerge.study.scoring.scores import Score, of_items
 
 QUESTIONS_AT_ONCE = 64
 _WINDOW = 1024

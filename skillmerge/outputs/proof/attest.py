@@ -19,10 +19,10 @@ from skillmerge.brief import brief
 from skillmerge.checkpoints.place import on_hub
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.errors import UsageError
-from skillmerge.outputs import bom
 from skillmerge.outputs.manifest import Input, Manifest
 from skillmerge.outputs.output import RunLog, check_folder
-from skillmerge.outputs.sign import read_private_key
+from skillmerge.outputs.proof import bom
+from skillmerge.outputs.proof.sign import read_private_key
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.outputs.verify import verify_files
 from skillmerge.recipes.parse import parse_recipe

@@ -18,11 +18,11 @@ from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snaps
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers
 
-from skillmerge.checkpoints.folder import Folder
-from skillmerge.checkpoints.http_ranges import Answer, Storage, from_hub
-from skillmerge.checkpoints.hub_client import Passing, refused, retried
 from skillmerge.checkpoints.place import Location
 from skillmerge.checkpoints.store import Stat, Store, Wait, Where, digest_of, nothing_to_wait_for
+from skillmerge.checkpoints.stores.folder import Folder
+from skillmerge.checkpoints.stores.http_ranges import Answer, Storage, from_hub
+from skillmerge.checkpoints.stores.hub_client import Passing, refused, retried
 from skillmerge.errors import InputError, StalePlan
 from skillmerge.threads import hash_file
 

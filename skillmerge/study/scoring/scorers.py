@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from skillmerge.errors import CheckFailed, SkillmergeError, UsageError
-from skillmerge.study.built_in import answers, harness, perplexity, rows_of, text_of
-from skillmerge.study.scores import NotFinite, Scores, as_scores
+from skillmerge.study.scoring.built_in import answers, harness, perplexity, rows_of, text_of
+from skillmerge.study.scoring.scores import NotFinite, Scores, as_scores
 
 _SHOWN = 2000
 _PRINTED = 1 << 20

@@ -6,8 +6,8 @@ import os
 
 from skillmerge.errors import UsageError
 from skillmerge.reporter import Reporter
-from skillmerge.verbs.export_lora import Exported, export_lora
-from skillmerge.verbs.export_patch import Patch, export_patch
+from skillmerge.verbs.export.lora import Exported, export_lora
+from skillmerge.verbs.export.patch import Patch, export_patch
 
 
 def export(

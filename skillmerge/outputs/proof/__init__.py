@@ -1,0 +1,1 @@
+"""Who made an output and what of: signatures, provenance, the bill of materials."""
