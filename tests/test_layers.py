@@ -113,8 +113,8 @@ HOMES = {
     "cyclonedx": {"outputs.proof.bom"},
     "packageurl": {"outputs.proof.bom"},
     "huggingface_hub": {
-        "checkpoints.stores.hub", "checkpoints.stores.hub_client", "checkpoints.stores.http_ranges", "outputs.hub_commit",
-        "outputs.card", "cli.doctor",
+        "checkpoints.stores.hub", "checkpoints.stores.hub_client", "checkpoints.stores.http_ranges",
+        "outputs.hub_commit", "outputs.card", "cli.doctor",
     },
 }  # fmt: skip
 TORCH_ROOMS = {"methods", "engine", "study", "verbs"}
