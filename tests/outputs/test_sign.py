@@ -7,15 +7,14 @@ import base64
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from conftest import run_cli, tensor_shapes, write_family
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -31,19 +30,7 @@ SHARD = "model-00001-of-00002.safetensors"
 ROOT, TWIN = "root", "twin"
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process no connection leaves the machine; other processes meet a proxy that is not there."""
-    connect = socket.socket.connect
-
-    def guarded(self: socket.socket, address: Any) -> None:
-        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "localhost", "::1"), address
-        connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", guarded)
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def write_key(path: Path, key: Any, password: str | None = None) -> None:
@@ -128,16 +115,17 @@ def certified(output: Path, keys: Path) -> Path:
     return output
 
 
-def model_signing(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The other tool, as its users run it."""
-    command = [sys.executable, "-m", "model_signing", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def model_signing(*arguments: str | Path) -> Result:
+    """The other tool's own command line, in this process."""
+    from model_signing._cli import main
+
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def theirs_accepts(output: Path, key: Path, *more: str | Path) -> bool:
     process = model_signing("verify", "key", output, "--signature", output / "model.sig", "--public_key", key, *more)
-    assert process.returncode in (0, 1), process.stderr
-    return process.returncode == 0
+    assert process.exit_code in (0, 1), process.output
+    return process.exit_code == 0
 
 
 def ours_accepts(output: Path, key: Path) -> bool:
@@ -165,7 +153,7 @@ def test_signature_made_there_holds_here(output: Path, keys: Path) -> None:
     process = model_signing(
         "sign", "key", output, "--signature", output / "model.sig", "--private_key", keys / "key.pem"
     )
-    assert process.returncode == 0, process.stderr
+    assert process.exit_code == 0, process.output
     assert ours_accepts(output, keys / "key.pub")
     assert not ours_accepts(output, keys / "other.pub")
 
@@ -174,11 +162,11 @@ def test_certificate_holds_here_and_there_offline(certified: Path, keys: Path) -
     checked = skillmerge.verify_signed(certified, certificate_chain=[keys / "root.crt"])
     assert checked.signer == "CN=release"
     verify = ("verify", "certificate", certified, "--signature", certified / "model.sig")
-    assert model_signing(*verify, "--certificate_chain", keys / "root.crt").returncode == 0
+    assert model_signing(*verify, "--certificate_chain", keys / "root.crt").exit_code == 0
     for untrusted in ("twin.crt", "middle.crt"):
         with pytest.raises(CheckFailed, match="does not hold"):
             skillmerge.verify_signed(certified, certificate_chain=[keys / untrusted])
-        assert model_signing(*verify, "--certificate_chain", keys / untrusted).returncode == 1
+        assert model_signing(*verify, "--certificate_chain", keys / untrusted).exit_code == 1
 
 
 def test_certificate_of_there_holds_here(output: Path, keys: Path) -> None:
@@ -186,7 +174,7 @@ def test_certificate_of_there_holds_here(output: Path, keys: Path) -> None:
         "sign", "certificate", output, "--signature", output / "model.sig", "--private_key", keys / "key.pem",
         "--signing_certificate", keys / "signer.crt", "--certificate_chain", keys / "chain.crt",
     )  # fmt: skip
-    assert process.returncode == 0, process.stderr
+    assert process.exit_code == 0, process.output
     assert skillmerge.verify_signed(output, certificate_chain=[keys / "root.crt"]).signer == "CN=release"
 
 
@@ -339,7 +327,7 @@ def test_signature_may_lie_elsewhere(output: Path, keys: Path, tmp_path: Path) -
     assert not (output / "model.sig").exists()
     skillmerge.verify_signed(output, elsewhere, public_key=keys / "key.pub")
     process = model_signing("verify", "key", output, "--signature", elsewhere, "--public_key", keys / "key.pub")
-    assert process.returncode == 0, process.stderr
+    assert process.exit_code == 0, process.output
     skillmerge.sign(output, private_key=keys / "other.pem", signature=elsewhere)
     elsewhere.write_text("notes")
     with pytest.raises(UsageError, match="not a signature"):
