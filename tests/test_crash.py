@@ -226,7 +226,7 @@ def test_signal_ends_a_run_that_can_be_continued(server: MergeServer, wide: Path
     before = finished_shards(output)
     assert 0 < len(before) < SHARDS
     answer = server.run(wide)
-    assert any(f"{len(before)} shards are finished" in remark for remark in answer["said"])
+    assert any(f": {len(before)} shard" in remark for remark in answer["said"])
     assert_finished(output, wanted)
     assert {name: identities(output)[name] for name in before} == before
 
