@@ -21,9 +21,10 @@ from pathlib import Path
 
 from apply import ROOT, Sample, make, run, warm
 from hub import SERVER
-from skill import write_rl
 
-from skillmerge.verbs.demo.miniature import questions
+HERE = Path(__file__).parent
+FAMILY = ROOT / "skillmerge" / "verbs" / "demo" / "family"
+SPARSE = "import sys, pathlib, skill; skill.write_rl(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), 0.2)"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def prepare(work: Path, size: str, wanted: set[str]) -> tuple[dict[str, Job], su
     if wanted & {"extract", "apply from a skill"}:
         sparse, skill = work / f"{size}-rl", work / f"{size}-skill"
         if not sparse.exists():
-            write_rl(family / "sft", sparse, 0.2)
+            # In a process of its own: this one has to stay small, because a child's peak memory begins with its parent's.
+            subprocess.run([sys.executable, "-c", SPARSE, str(family / "sft"), str(sparse)], check=True, cwd=HERE)
         shutil.rmtree(skill, ignore_errors=True)
         extract = ["extract", "--from", str(sparse), "--minus", str(family / "sft"), "-q", "-o"]
         subprocess.run([sys.executable, "-m", "skillmerge", *extract, str(skill)], check=True)
@@ -61,7 +63,8 @@ def prepare(work: Path, size: str, wanted: set[str]) -> tuple[dict[str, Job], su
         demo = work / "versus-demo"
         shutil.rmtree(demo, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "skillmerge", "demo", str(demo)], check=True, stdout=subprocess.DEVNULL)
-        rows = [{"question": " ".join(it.words), "answer": it.wanted, "pattern": r"(\S+)$"} for it in questions()]
+        questions = json.loads((FAMILY / "questions.json").read_text())
+        rows = [{**question, "pattern": r"(\S+)$"} for question in questions]
         (demo / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
         score = ["--set", "lam=0.5:1.5:0.1", "--score", f"qa:{demo / 'qa.jsonl'}"]
         jobs["sweep"] = Job(["sweep", str(demo / "recipe.yaml"), *score, "-o", str(out), "-q"], out, {})
