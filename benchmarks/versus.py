@@ -50,7 +50,7 @@ def prepare(work: Path, size: str, wanted: set[str]) -> tuple[dict[str, Job], su
     if wanted & {"extract", "apply from a skill"}:
         sparse, skill = work / f"{size}-rl", work / f"{size}-skill"
         if not sparse.exists():
-            # In a process of its own: this one has to stay small, because a child's peak memory begins with its parent's.
+            # In a process of its own: a child's peak memory begins with what its parent had.
             subprocess.run([sys.executable, "-c", SPARSE, str(family / "sft"), str(sparse)], check=True, cwd=HERE)
         shutil.rmtree(skill, ignore_errors=True)
         extract = ["extract", "--from", str(sparse), "--minus", str(family / "sft"), "-q", "-o"]
