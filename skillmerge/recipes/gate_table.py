@@ -13,7 +13,7 @@ from skillmerge.recipes.expression import normalise_name
 from skillmerge.recipes.schema import CosineTable, GatesTable, RangeTable
 from skillmerge.recipes.yamltext import Document
 
-FIGURES = ("changed", "vanished", "realised", "realised_lambda", "norm_ratio")
+GATE_FIGURES = ("changed", "vanished", "realised", "realised_lambda", "norm_ratio")
 """Gates on what `apply` has measured; the manifest holds it."""
 PROOFS = ("finite", "loads", "finite_logits")
 """Gates that hold or do not."""
@@ -79,7 +79,7 @@ def _gates_of(table: GatesTable, document: Document, folder: FilePath) -> Iterab
     # Whoever has gates at all does not want a merge that did nothing to pass them.
     if table.changed is None:
         yield Gate("changed", folder, is_default=True)
-    for kind in (*FIGURES, "cosine_z"):
+    for kind in (*GATE_FIGURES, "cosine_z"):
         given: RangeTable | None = getattr(table, kind)
         if given is not None:
             _check_range(document, (kind,), given.min, given.max)

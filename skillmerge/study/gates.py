@@ -27,7 +27,7 @@ from skillmerge.outputs.verify import check_structure, check_values, is_intact
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.recipes.expression import normalise_name
-from skillmerge.recipes.gate_table import FIGURES, Gate
+from skillmerge.recipes.gate_table import GATE_FIGURES, Gate
 from skillmerge.recipes.parse import load_gates
 from skillmerge.reporter import Reporter
 from skillmerge.study.inspect import inspect_merge
@@ -107,13 +107,13 @@ def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> No
             base = _place_of(gate, gate.model, plan)
             if is_path(base) and not Path(base).is_dir():
                 raise UsageError(f"the gate `cosine_z`: its base {base} is no folder")
-        if stats == "off" and gate.kind in FIGURES:
+        if stats == "off" and gate.kind in GATE_FIGURES:
             raise UsageError(f"the gate `{gate.kind}` needs statistics", fix="use --stats sampled or full")
         if gate.kind in _RUNS_A_MODEL and find_spec("transformers") is None:
             raise UsageError(f"the gate `{gate.kind}` needs transformers", fix="pip install 'skillmerge[transformers]'")
         if gate.text is not None:
             _check_text(gate.text)
-        if no_local and gate.kind not in (*FIGURES, "cosine_z"):
+        if no_local and gate.kind not in (*GATE_FIGURES, "cosine_z"):
             raise UsageError(
                 f"the gate `{gate.kind}` needs the model's files, and --no-local keeps none",
                 fix="leave out --no-local, or that gate",
@@ -174,7 +174,7 @@ def _judged(gate: Gate, measured: float | None, kind: str = "", detail: str = ""
 
 
 def _measure(gate: Gate, given: GateInput) -> Iterator[Outcome]:
-    if gate.kind in FIGURES:
+    if gate.kind in GATE_FIGURES:
         yield from _figures(gate, given.body)
     elif gate.kind == "cosine_z":
         yield from _cosine(gate, given)

@@ -97,7 +97,7 @@ def describe_spectrum(update: Tensor, weights: Tensor | None, rank: int, seed: i
     rank = min(rank, rows, columns)
     squares = float((update.double() ** 2).sum())
     if squares == 0:
-        return dict.fromkeys(SPECTRAL)
+        return dict.fromkeys(SPECTRUM_KEYS)
     u, s, _ = truncated_svd(update, rank, seed)
     energies = s.double() ** 2 / squares
     shares = energies / energies.sum()
@@ -108,7 +108,7 @@ def describe_spectrum(update: Tensor, weights: Tensor | None, rank: int, seed: i
         "leading_energy": float(energies.sum()),
     }
     if weights is None or not bool(weights.any()):
-        return {**dict.fromkeys(SPECTRAL), **result}
+        return {**dict.fromkeys(SPECTRUM_KEYS), **result}
     left, _, right = truncated_svd(weights, rank, seed)
     cosines = torch.linalg.svdvals(u.double().T @ left.double()).clamp_(max=1)
     return {
@@ -122,7 +122,7 @@ def describe_spectrum(update: Tensor, weights: Tensor | None, rank: int, seed: i
     }
 
 
-SPECTRAL = (
+SPECTRUM_KEYS = (
     "stable_rank", "effective_rank", "leading_energy", "principal_left", "principal_left_chance", "principal_right",
     "principal_right_chance", "subspace_overlap", "least_angle",
 )  # fmt: skip

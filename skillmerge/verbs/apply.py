@@ -116,11 +116,11 @@ def merge(
             bytes_read=plan.bytes_read, bytes_written=plan.bytes_written,
         )  # fmt: skip
         budget(plan, threads=work.threads, memory_limit=work.memory_limit)  # what cannot fit is refused here
-        publication = _publication(plan, publish)
+        push = _push_of(plan, publish)
         with closing(Staging(target)) as staging:
-            room = publication.room if publication is not None else None
+            room = push.room if push is not None else None
             job = Job(plan, checkpoints, staging, checks.stats, checks.allow_nonfinite, room)
-            run = _Merge(job, staging, access, checks, publish, publication, reporter, started)
+            run = _Merge(job, staging, access, checks, publish, push, reporter, started)
             result = run.find_published() or run.find_finished() or run.make(work)
             return run.published(result)
 
@@ -134,7 +134,7 @@ class _Merge:
     access: Access
     checks: Checks
     publish: Publish
-    publication: MergePush | None
+    push: MergePush | None
     reporter: Reporter
     started: float
 
@@ -143,15 +143,15 @@ class _Merge:
         """What a run must share with an earlier one to continue it."""
         job = self.job
         conditions = {"inputs": job.plan.versions, "stats": job.stats, "allow_nonfinite": job.allow_nonfinite}
-        if self.publication is not None and self.publish.no_local:
-            conditions["only_on"] = self.publication.repository
+        if self.push is not None and self.publish.no_local:
+            conditions["only_on"] = self.push.repository
         return conditions
 
     def find_published(self) -> Result | None:
         """The output, where it goes to the Hub alone and is there."""
-        if self.publication is None or not self.publish.no_local or self.publish.overwrite:
+        if self.push is None or not self.publish.no_local or self.publish.overwrite:
             return None
-        found = self.publication.find()
+        found = self.push.find()
         if found is None:
             return None
         self.staging.discard()
@@ -193,9 +193,9 @@ class _Merge:
 
     def published(self, result: Result) -> Result:
         """The same, once it is on the Hub too."""
-        if self.publication is not None and result.published is None:
+        if self.push is not None and result.published is None:
             files = self.staging.files if self.publish.no_local else self.staging.output
-            commit = self.publication.publish(Output(files, result.manifest), verified=not result.already)
+            commit = self.push.publish(Output(files, result.manifest), verified=not result.already)
             result = replace(result, published=commit)
             if self.publish.no_local:
                 self.staging.discard()
@@ -210,7 +210,7 @@ class _Merge:
 
     def _begin(self) -> list[SideFile]:
         """Take up what an earlier run has left. Returns the output's side files."""
-        plan, staging, publication = self.job.plan, self.staging, self.publication
+        plan, staging, push = self.job.plan, self.staging, self.push
         if remark := staging.begin(plan.weights_digest, self.conditions, plan.digest):
             self.reporter.warn(remark)
         side_files: list[SideFile] = []
@@ -218,15 +218,15 @@ class _Merge:
             needed = plan.bytes_written - staging.finished_bytes
             if plan.makes_skill:
                 needed //= 2  # how much of it will be zero is not known yet
-            check_disk(staging.folder, publication.disk_needed(needed) if publication else needed, "the output")
+            check_disk(staging.folder, push.disk_needed(needed) if push else needed, "the output")
             side_files += fetch(self.job.checkpoints[plan.donor], plan.side_files, self.access.allow_code)
             prove_ties(plan.ties, self.job.checkpoints)
-        if publication is not None:
-            publication.attach(staging)
+        if push is not None:
+            push.attach(staging)
         return side_files
 
     def _make_shards(self, runner: Runner) -> None:
-        plan, staging, publication = self.job.plan, self.staging, self.publication
+        plan, staging, push = self.job.plan, self.staging, self.push
         missing = [shard for shard in plan.shards if shard.file not in staging.finished]
         try:
             with closing(runner.run(self.job, missing)) as records:
@@ -236,16 +236,16 @@ class _Merge:
                         "shard_finished", file=done.file, size=done.size, sha256=done.sha256,
                         finished=len(staging.finished), shards=len(plan.shards),
                     )  # fmt: skip
-                    if publication is not None:
-                        publication.send(done)
+                    if push is not None:
+                        push.send(done)
         except BaseException as error:
-            if publication is not None:
-                publication.settle(failed=True)
+            if push is not None:
+                push.settle(failed=True)
             if isinstance(error, UnusableWeights):
                 staging.discard()
             raise
-        if publication is not None:
-            publication.settle(failed=False)
+        if push is not None:
+            push.settle(failed=False)
 
     def _describe(self, side_files: list[SideFile]) -> ManifestBody:
         """Write the side files. Returns all of the manifest that does not depend on where and when it was made."""
@@ -341,7 +341,7 @@ def _planned(
         yield plan, checkpoints
 
 
-def _publication(plan: Plan, publish: Publish) -> MergePush | None:
+def _push_of(plan: Plan, publish: Publish) -> MergePush | None:
     """The push that the recipe or the caller asks for, checked before any work."""
     if publish.repository is None and plan.recipe.output.push is None:
         if publish.no_local:

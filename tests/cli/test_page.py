@@ -252,7 +252,7 @@ def test_ticks_are_few_and_hold_the_values(low: float, high: float) -> None:
 
 
 def test_figures_of_directions_are_those_that_are_computed() -> None:
-    assert tuple(SPECTRAL) == spectrum.SPECTRAL
+    assert tuple(SPECTRAL) == spectrum.SPECTRUM_KEYS
 
 
 def test_docs_say_what_the_figures_mean() -> None:

@@ -16,7 +16,7 @@ from conftest import (
 
 from skillmerge.errors import UsageError
 from skillmerge.study.inspect import inspect
-from skillmerge.study.spectrum import SPECTRAL, describe_spectrum
+from skillmerge.study.spectrum import SPECTRUM_KEYS, describe_spectrum
 
 
 def test_small_float64_updates_have_a_spectrum(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_directions_of_a_known_update() -> None:
     assert apart["principal_left"] == pytest.approx(0, abs=1e-9)
     assert apart["least_angle"] == pytest.approx(90, abs=1e-3)
     nothing = describe_spectrum(torch.zeros(4, 4), None, 2, seed=0)
-    assert set(nothing) == set(SPECTRAL)
+    assert set(nothing) == set(SPECTRUM_KEYS)
     assert set(nothing.values()) == {None}
 
 
