@@ -26,6 +26,7 @@ import pytest
 import torch
 from command_server import Commands
 from hub_server import HubServer
+from model_families import FAMILIES, LAM, save_models
 from observing import SHARDS, MergeServer, wide_shapes
 from safetensors.torch import load_file, save_file
 
@@ -35,6 +36,12 @@ from skillmerge.checkpoints.stores import hub_client
 PEAK_MEMORY = "1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 """An expression for a process's own peak in bytes; ru_maxrss would begin with its parent's."""
 
+LOADER = """
+import json, sys
+from skillmerge.study.load_probe import main
+for line in sys.stdin:
+    print(json.dumps(main(line.strip())), flush=True)
+"""
 PAST = "target + lam * (rl - sft)"
 MODELS = ("target", "rl", "sft")
 
@@ -90,6 +97,15 @@ def numpy_of(folder: Path) -> dict[str, Any]:
         else tensor.numpy()
         for name, tensor in read_checkpoint(folder).items()
     }  # fmt: skip
+
+
+def copy_with(
+    source: Path, folder: Path, drop: str = "", config: Mapping[str, Any] | None = None, **changed: torch.Tensor
+) -> Path:
+    """A copy of a model without one tensor, or with some added or replaced, or with other config keys."""
+    tensors = {name: tensor for name, tensor in read_checkpoint(source).items() if name != drop} | changed
+    document = json.loads((source / "config.json").read_text())
+    return write_checkpoint(folder, tensors, config={**document, **(config or {})})
 
 
 def write_recipe(folder: Path, merge: str = PAST, **keys: Any) -> Path:
@@ -232,7 +248,65 @@ def commands() -> Iterator[Commands]:
 
 
 @pytest.fixture(scope="session")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def transformers() -> Any:
+    library = pytest.importorskip("transformers")
+    library.utils.logging.disable_progress_bar()
+    return library
+
+
+@pytest.fixture(scope="session")
+def families(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with target, sft, rl and merged of a family of `model_families`, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            root = tmp_path_factory.mktemp(name)
+            save_models(transformers, root, FAMILIES[name])
+            skillmerge.apply(write_recipe(root, coefficients={"lam": LAM}), device="cpu")
+            made[name] = root
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load() -> Iterator[Callable[[Path], dict[str, Any]]]:
+    """The load probe in a process of its own, which serves all loads: starting transformers takes seconds."""
+    pytest.importorskip("transformers")
+    pipe, environment = subprocess.PIPE, {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOADER]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(folder: Path) -> dict[str, Any]:
+            print(folder, file=process.stdin, flush=True)
+            return dict(json.loads(process.stdout.readline()))
+
+        yield ask
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built-in family, with half of the questions to choose by and half held out."""
+    from skillmerge.verbs.demo.demo import write_family as write_demo
+    from skillmerge.verbs.demo.miniature import questions
+
+    folder = tmp_path_factory.mktemp("sweep") / "demo"
+    write_demo(folder)
+    rows = [
+        json.dumps({"question": " ".join(question.words), "answer": question.wanted, "pattern": r"(\S+)$"})
+        for question in questions()
+    ]
+    (folder / "choose.jsonl").write_text("\n".join(rows[0:256:2]) + "\n")
+    (folder / "held.jsonl").write_text("\n".join(rows[1:256:2]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
     write_family(folder / "wide", wide_shapes(3 * SHARDS), shards=SHARDS)
     write_family(folder / "small", wide_shapes(3, 1024), shards=3)
@@ -240,15 +314,15 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def wide(families: Path, tmp_path: Path) -> Path:
+def wide(sharded: Path, tmp_path: Path) -> Path:
     """The recipe of a family of 8 shards, each of which takes three writes."""
-    return Path(shutil.copytree(families / "wide", tmp_path, dirs_exist_ok=True)) / "recipe.yaml"
+    return Path(shutil.copytree(sharded / "wide", tmp_path, dirs_exist_ok=True)) / "recipe.yaml"
 
 
 @pytest.fixture
-def small(families: Path, tmp_path: Path) -> Path:
+def small(sharded: Path, tmp_path: Path) -> Path:
     """The recipe of a family of three small shards."""
-    return Path(shutil.copytree(families / "small", tmp_path, dirs_exist_ok=True)) / "recipe.yaml"
+    return Path(shutil.copytree(sharded / "small", tmp_path, dirs_exist_ok=True)) / "recipe.yaml"
 
 
 @pytest.fixture

@@ -31,7 +31,9 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-import skillmerge.engine.shards  # noqa: F401  (imports torch, which costs a second)
+import skillmerge.engine.device
+import skillmerge.engine.shards
+import skillmerge.engine.skill_shards  # noqa: F401  (what a merge would import, torch before all)
 from skillmerge import reporter
 from skillmerge.engine.runners import threads
 from skillmerge.errors import SkillmergeError

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from skillmerge.naming import layer_of
+
 UPDATES = {"target": [(1, 5e-3)], "sft": [(2, 5e-3)], "rl": [(2, 5e-3), (3, 1e-3)]}
 """Model -> the updates (seed, scale) that it has on top of a common base."""
 
@@ -242,3 +244,10 @@ def save_models(transformers: Any, folder: Path, family: Family) -> None:
             for tensor in weights:
                 tensor += scale * torch.randn(tensor.shape, generator=generator)
         model.save_pretrained(folder / name, max_shard_size="5GB" if name == "sft" else family.shard_size)
+
+
+def inside_block(name: str) -> str:
+    """The end of a tensor's name, from its block on: the runtime may call what comes before differently."""
+    block = layer_of(name)
+    assert block is not None
+    return name[len(block[0].rpartition(".")[0]) :].lstrip(".")

@@ -7,11 +7,8 @@ goes the whole way through `apply` and `verify --load` on the command line.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,75 +16,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import PAST, read_checkpoint, write_checkpoint, write_recipe
-from model_families import FAMILIES, KINDS, LAM, TIED_HEADS, UPDATES, save_models
+from conftest import PAST, copy_with, read_checkpoint, write_recipe
+from model_families import FAMILIES, KINDS, LAM, TIED_HEADS, UPDATES, inside_block
 
 import skillmerge
 from skillmerge.naming import layer_of, module_kind
-
-LOADER = """
-import json, sys
-from skillmerge.study.load_probe import main
-for line in sys.stdin:
-    print(json.dumps(main(line.strip())), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    library = pytest.importorskip("transformers")
-    library.utils.logging.disable_progress_bar()
-    return library
-
-
-@pytest.fixture(scope="module")
-def families(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A family's folder with target, sft, rl and merged in it, made when first asked for."""
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            root = tmp_path_factory.mktemp(name)
-            save_models(transformers, root, FAMILIES[name])
-            skillmerge.apply(write_recipe(root, coefficients={"lam": LAM}), device="cpu")
-            made[name] = root
-        return made[name]
-
-    return folder
-
-
-@pytest.fixture(scope="module")
-def load() -> Iterator[Callable[[Path], dict[str, Any]]]:
-    """The load probe in a process of its own, which serves all loads of this module."""
-    pytest.importorskip("transformers")
-    pipe, environment = subprocess.PIPE, {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LOADER]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def ask(folder: Path) -> dict[str, Any]:
-            print(folder, file=process.stdin, flush=True)
-            return dict(json.loads(process.stdout.readline()))
-
-        yield ask
-        process.stdin.close()
-
-
-def copy_with(
-    source: Path, folder: Path, drop: str = "", config: dict[str, Any] | None = None, **changed: torch.Tensor
-) -> Path:
-    """A copy of a model without one tensor, or with some added or replaced, or with other config keys."""
-    tensors = {name: tensor for name, tensor in read_checkpoint(source).items() if name != drop} | changed
-    document = json.loads((source / "config.json").read_text())
-    return write_checkpoint(folder, tensors, config={**document, **(config or {})})
-
-
-def inside_block(name: str) -> str:
-    """The end of a tensor's name, from its block on: the runtime may call what comes before differently."""
-    block = layer_of(name)
-    assert block is not None
-    return name[len(block[0].rpartition(".")[0]) :].lstrip(".")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

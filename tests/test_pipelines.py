@@ -183,12 +183,18 @@ def test_slurm_job_does_not_queue_up_for_ever(tmp_path: Path) -> None:
     assert not (tmp_path / "requeued").exists()
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal: the job's, once its trap is set."""
+    mask = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return mask is not None and int(mask[1], 16) >> (number - 1) & 1 == 1
+
+
 @pytest.mark.parametrize(("ends", "again"), [(143, True), (0, False)])
 def test_slurm_job_that_is_told_to_stop_waits_for_what_the_merge_says(tmp_path: Path, ends: int, again: bool) -> None:
     script = f"trap 'sleep 0.3; exit {ends}' TERM; touch {tmp_path}/running; while :; do sleep 0.05; done"
     job = slurm(tmp_path, script)
     deadline = time.monotonic() + 30
-    while not (tmp_path / "running").exists():
+    while not ((tmp_path / "running").exists() and catches(job.pid, signal.SIGTERM)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ NEGATION = [
     ("he can swim", "he can not swim", -0.5),
 ]
 """The skill: sentences that differ by a negation are not alike."""
+
+Load = Callable[[Path], dict[str, Any]]
 
 
 class Encoder:
@@ -132,7 +134,7 @@ def advised(text: str, key: str) -> str:
     return rule.group()
 
 
-def test_skill_is_carried_over_to_another_model(runs: Path) -> None:
+def test_skill_is_carried_over_to_another_model(runs: Path, load: Load) -> None:
     recipe = write_recipe(runs, coefficients={"lam": 1.0}, output={"path": "merged"})
     report: dict[str, Any] = json.loads(succeed("apply", "--json", "--stats", "full", recipe))
     merged = Encoder(runs / "merged")
@@ -141,8 +143,8 @@ def test_skill_is_carried_over_to_another_model(runs: Path) -> None:
         before, after = float(Encoder(runs / "target").loss(NEGATION)), float(merged.loss(NEGATION))
     assert after < before / 2
     assert report["warnings"] == []
-    loaded = json.loads(succeed("verify", "--load", "--json", runs / "merged"))["load"]
-    assert (loaded["class"], loaded["finite"]) == ("BertModel", True)
+    loaded = load(runs / "merged")
+    assert (loaded["ok"], loaded["class"], loaded["finite"]) == (True, "BertModel", True)
     assert len(read_checkpoint(runs / "merged")) == len(read_checkpoint(runs / "target")) == 103
     shutil.rmtree(runs / "merged")
 
@@ -164,7 +166,7 @@ def test_lambda_one_on_the_source_itself_gives_the_file_of_rl(runs: Path, tmp_pa
     shutil.rmtree(tmp_path / "merged")
 
 
-def test_published_model_as_target_needs_the_advised_copy_rule(runs: Path, tmp_path: Path) -> None:
+def test_published_model_as_target_needs_the_advised_copy_rule(runs: Path, load: Load, tmp_path: Path) -> None:
     models = {"target": PUBLISHED, "sft": runs / "sft", "rl": runs / "rl"}
     refused = run_cli("apply", write_yaml(tmp_path, "refused.yaml", **models))
     assert refused.returncode == 4
@@ -185,7 +187,7 @@ def test_published_model_as_target_needs_the_advised_copy_rule(runs: Path, tmp_p
     with torch.inference_mode():
         before, after = float(Encoder(PUBLISHED).loss(NEGATION)), float(Encoder(output).loss(NEGATION))
     assert after < before / 2
-    assert json.loads(succeed("verify", "--load", "--json", output))["load"]["ok"] is True
+    assert load(output)["ok"] is True
     shutil.rmtree(output)
 
 

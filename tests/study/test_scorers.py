@@ -16,24 +16,9 @@ from skillmerge.errors import UsageError
 from skillmerge.study.scoring.built_in import generate, perplexity
 from skillmerge.study.scoring.scorers import find_scorer
 from skillmerge.study.scoring.scores import NotFinite, Score, as_scores, of_items, together
-from skillmerge.verbs.demo.demo import write_family as write_demo
 from skillmerge.verbs.demo.miniature import questions
 
 transformers = pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the built-in family, with half of the questions to choose by and half held out."""
-    folder = tmp_path_factory.mktemp("sweep") / "demo"
-    write_demo(folder)
-    rows = [
-        json.dumps({"question": " ".join(question.words), "answer": question.wanted, "pattern": r"(\S+)$"})
-        for question in questions()
-    ]
-    (folder / "choose.jsonl").write_text("\n".join(rows[0:256:2]) + "\n")
-    (folder / "held.jsonl").write_text("\n".join(rows[1:256:2]) + "\n")
-    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------- scores

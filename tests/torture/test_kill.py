@@ -32,7 +32,7 @@ PACE = 0.004
 @pytest.fixture
 def kills(request: pytest.FixtureRequest) -> int:
     """Of each quarter."""
-    return 500 if request.config.getoption("--long") else 50
+    return 500 if request.config.getoption("--long") else 16
 
 
 @pytest.mark.parametrize("quarter", range(4))

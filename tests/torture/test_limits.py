@@ -19,7 +19,7 @@ PAGE = 4096
 @pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwrite"])
 def test_disk_of_any_size_ends_a_run_that_can_be_continued(
     server: MergeServer,
-    families: Path,
+    sharded: Path,
     tmp_path: Path,
     mount_disk: Callable[..., Path],
     overwrite: bool,
@@ -28,7 +28,7 @@ def test_disk_of_any_size_ends_a_run_that_can_be_continued(
 ) -> None:
     """From no room to enough (quick: of a small model), without the check that would refuse beforehand."""
     family, step = ("wide", 7) if request.config.getoption("--long") else ("small", 1)
-    recipe = Path(shutil.copytree(families / family, tmp_path, dirs_exist_ok=True)) / "recipe.yaml"
+    recipe = Path(shutil.copytree(sharded / family, tmp_path, dirs_exist_ok=True)) / "recipe.yaml"
     wanted, disk = reference(server, recipe), mount_disk("size=8m")
     output = disk / "merged"
     full = sizes = 0

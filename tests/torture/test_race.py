@@ -18,7 +18,7 @@ def test_race_of_eight_is_won_by_one(
 ) -> None:
     """Each write is slow enough that none is finished before the last has begun."""
     output, wanted = small.parent / "merged", reference(server, small)
-    races = 50 if request.config.getoption("--long") else 5
+    races = 50 if request.config.getoption("--long") else 3
     looks = 0
     for _ in range(races):
         previous = put_previous(output) if overwrite else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,25 +13,9 @@ import skillmerge
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.candidates import with_values
 from skillmerge.recipes.parse import load
-from skillmerge.verbs.demo.demo import write_family as write_demo
-from skillmerge.verbs.demo.miniature import questions
 from skillmerge.verbs.sweep.in_memory import MergedModel
 
 transformers = pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the built-in family, with half of the questions to choose by and half held out."""
-    folder = tmp_path_factory.mktemp("sweep") / "demo"
-    write_demo(folder)
-    rows = [
-        json.dumps({"question": " ".join(question.words), "answer": question.wanted, "pattern": r"(\S+)$"})
-        for question in questions()
-    ]
-    (folder / "choose.jsonl").write_text("\n".join(rows[0:256:2]) + "\n")
-    (folder / "held.jsonl").write_text("\n".join(rows[1:256:2]) + "\n")
-    return folder
 
 
 # --------------------------------------------------------------------------------------------------------- in place

@@ -18,7 +18,6 @@ from skillmerge.durable import hold
 from skillmerge.errors import CheckFailed, OutputLocked, UsageError
 from skillmerge.study.scoring.scorers import find_scorer
 from skillmerge.study.scoring.scores import Score
-from skillmerge.verbs.demo.demo import write_family as write_demo
 from skillmerge.verbs.demo.miniature import questions
 from skillmerge.verbs.sweep.journal import Trial
 from skillmerge.verbs.sweep.sweep import Sweep, sweep
@@ -26,27 +25,13 @@ from skillmerge.verbs.sweep.sweep import Sweep, sweep
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the built-in family, with half of the questions to choose by and half held out."""
-    folder = tmp_path_factory.mktemp("sweep") / "demo"
-    write_demo(folder)
-    rows = [
-        json.dumps({"question": " ".join(question.words), "answer": question.wanted, "pattern": r"(\S+)$"})
-        for question in questions()
-    ]
-    (folder / "choose.jsonl").write_text("\n".join(rows[0:256:2]) + "\n")
-    (folder / "held.jsonl").write_text("\n".join(rows[1:256:2]) + "\n")
-    return folder
-
-
 # ----------------------------------------------------------------------------------------------------------- sweeps
 
 
 def test_sweep_finds_a_lambda_that_holds(demo: Path) -> None:
     """What was chosen by one half of the questions is as good on the other as lambda = 1 is."""
-    found = sweep(demo / "recipe.yaml", ["lam=0:2:0.25"], f"qa:{demo / 'choose.jsonl'}", demo / "a")
-    assert len(found.trials) == 9
+    found = sweep(demo / "recipe.yaml", ["lam=0:2:0.5"], f"qa:{demo / 'choose.jsonl'}", demo / "a")
+    assert len(found.trials) == 5
     held = sweep(found.best_recipe, ["lam=1"], f"qa:{demo / 'held.jsonl'}", demo / "b")
     best = sweep(demo / "recipe.yaml", [f"lam={found.best.values['lam']}"], f"qa:{demo / 'held.jsonl'}", demo / "c")
     assert best.best.scores["accuracy"].value >= held.best.scores["accuracy"].value
@@ -66,8 +51,8 @@ def test_command_gives_the_same_scores_as_memory(demo: Path, tmp_path: Path) -> 
         f"print(find_scorer('qa:{demo / 'choose.jsonl'}').function(model, tokenizer, 0)['accuracy'].value)\n"
     )
     command = f"{shlex.quote(sys.executable)} -W ignore {script} {{}}"
-    one = sweep(demo / "recipe.yaml", ["lam=0.5,1.75"], command, tmp_path / "command")
-    two = sweep(demo / "recipe.yaml", ["lam=0.5,1.75"], f"qa:{demo / 'choose.jsonl'}", tmp_path / "memory")
+    one = sweep(demo / "recipe.yaml", ["lam=1.75"], command, tmp_path / "command")
+    two = sweep(demo / "recipe.yaml", ["lam=1.75"], f"qa:{demo / 'choose.jsonl'}", tmp_path / "memory")
     assert [t.scores["score"].value for t in one.trials] == [t.scores["accuracy"].value for t in two.trials]
     assert [t.realised for t in one.trials] == [t.realised for t in two.trials]
 
