@@ -108,6 +108,17 @@ def copy_with(
     return write_checkpoint(folder, tensors, config={**document, **(config or {})})
 
 
+def flip(path: Path, position: int = -1, bit: int = 0, *, keep_times: bool = False) -> None:
+    """Flip one bit of a file in place, with or without a trace in its times."""
+    before = path.stat()
+    with open(path, "rb+", buffering=0) as stream:
+        place = position % before.st_size
+        byte = os.pread(stream.fileno(), 1, place)[0]
+        os.pwrite(stream.fileno(), bytes([byte ^ 1 << bit]), place)
+    if keep_times:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def write_recipe(folder: Path, merge: str = PAST, **keys: Any) -> Path:
     """A recipe over folders target, rl and sft beside it; JSON is YAML."""
     document: dict[str, Any] = {
@@ -387,6 +398,24 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def family(tmp_path: Path) -> Path:
     """The recipe of a small bfloat16 family in two shards."""
     return write_family(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output in two shards, with config, tokenizer and a folder, and its models beside it. Only to be read."""
+    config = {"vocab_size": 32, "num_hidden_layers": 1, "torch_dtype": "bfloat16"}
+    recipe = write_family(tmp_path_factory.mktemp("family"), tensor_shapes(layers=1, hidden=8), config=config)
+    target = recipe.parent / "target"
+    (target / "tokenizer.json").write_text('{"version": "1.0", "model": {"vocab": {"a": 0}}}')
+    (target / "1_Pooling").mkdir()
+    (target / "1_Pooling" / "config.json").write_text("{}")
+    return Path(skillmerge.apply(recipe).output)
+
+
+@pytest.fixture
+def output(merged: Path, tmp_path: Path) -> Path:
+    """A copy of an output, to be damaged."""
+    return Path(shutil.copytree(merged, tmp_path / "merged"))
 
 
 @pytest.fixture

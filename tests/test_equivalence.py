@@ -91,7 +91,7 @@ def test_streamed_merge_equals_the_oracle(
         assert np.all(np.abs(found - wanted) <= slack)
 
 
-def family(folder: Path, shards: int = 2, dtype: torch.dtype = torch.bfloat16) -> Path:
+def write_models(folder: Path, shards: int = 2, dtype: torch.dtype = torch.bfloat16) -> Path:
     for number, name in enumerate(("target", "rl", "sft")):
         write_checkpoint(folder / name, random_tensors(SHAPES, dtype, number), shards=shards)
     return write_recipe(folder)
@@ -101,7 +101,7 @@ def family(folder: Path, shards: int = 2, dtype: torch.dtype = torch.bfloat16) -
 def test_output_bytes_do_not_depend_on_threads_and_tiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: str
 ) -> None:
-    family(tmp_path)
+    write_models(tmp_path)
     recipe = write_recipe(tmp_path, output={"path": "merged", "rounding": rounding})
     found = set()
     for threads in (1, 2, 8):
@@ -117,7 +117,7 @@ def test_output_tensors_do_not_depend_on_the_inputs_shards(tmp_path: Path) -> No
     outputs = []
     for shards in (1, 2, 3):
         (tmp_path / str(shards)).mkdir()
-        recipe = family(tmp_path / str(shards), shards)
+        recipe = write_models(tmp_path / str(shards), shards)
         outputs.append(read_checkpoint(skillmerge.apply(recipe, device="cpu").output))
     for other in outputs[1:]:
         assert other.keys() == outputs[0].keys()
@@ -125,7 +125,7 @@ def test_output_tensors_do_not_depend_on_the_inputs_shards(tmp_path: Path) -> No
 
 
 def test_output_shards_of_an_asked_size_hold_the_same_tensors(tmp_path: Path) -> None:
-    recipe = family(tmp_path)
+    recipe = write_models(tmp_path)
     plain = read_checkpoint(skillmerge.apply(recipe).output)
     write_recipe(tmp_path, output={"path": "split", "shard_size": "150KB"})
     split = skillmerge.apply(recipe).output
@@ -139,7 +139,7 @@ def test_output_shards_of_an_asked_size_hold_the_same_tensors(tmp_path: Path) ->
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("source", DTYPES)
 def test_output_dtype_is_rounded_once(tmp_path: Path, source: torch.dtype, dtype: str) -> None:
-    recipe = family(tmp_path, dtype=source)
+    recipe = write_models(tmp_path, dtype=source)
     write_recipe(tmp_path, output={"path": "merged", "dtype": dtype}, coefficients={"lam": 1 / 3})
     merged = read_checkpoint(skillmerge.apply(recipe, device="cpu").output)
     models = {name: read_checkpoint(tmp_path / name) for name in ("target", "rl", "sft")}
@@ -152,7 +152,7 @@ def test_output_dtype_is_rounded_once(tmp_path: Path, source: torch.dtype, dtype
 
 
 def test_copied_tensors_are_the_donors_bytes(tmp_path: Path) -> None:
-    family(tmp_path)
+    write_models(tmp_path)
     recipe = write_recipe(tmp_path, coefficients={"lam": 0})
     result = skillmerge.apply(recipe)
     assert {tensor.action for tensor in result.manifest.tensors} == {"copy"}

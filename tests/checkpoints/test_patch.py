@@ -50,7 +50,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(bit_view(left[n]), bit_view(right[n])) for n in left)
 
 
-def family(folder: Path, dtype: torch.dtype = torch.bfloat16, elements: int = 3 * CHUNK // 2) -> None:
+def write_pair(folder: Path, dtype: torch.dtype = torch.bfloat16, elements: int = 3 * CHUNK // 2) -> None:
     """`sft` and `rl` of random bits: most of a large tensor is the same, all of a small one is not."""
     tensors = {}
     for seed, name in enumerate(("sft", "rl")):
@@ -71,7 +71,7 @@ def test_patch_of_a_skill_is_the_other_parent(tmp_path: Path, dtype: torch.dtype
             values = every_kind_of_number(torch.float32, seed).double() * (1 + seed * 2**-40)
             write_checkpoint(tmp_path / name, {"w": values})
     else:
-        family(tmp_path, dtype)
+        write_pair(tmp_path, dtype)
     skill = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "skill").output
     written = skillmerge.export_patch(skill, tmp_path / "patch", onto=str(tmp_path / "sft"))
     sft, rl = read_checkpoint(tmp_path / "sft"), read_checkpoint(tmp_path / "rl")
@@ -103,7 +103,7 @@ def test_patched_model_stands_for_a_whole_one(tmp_path: Path, kind: Any) -> None
 
 def test_a_patch_alone_is_written_out(tmp_path: Path) -> None:
     """`merge: rl` makes the whole checkpoint of it, with the base's config and layout."""
-    family(tmp_path)
+    write_pair(tmp_path)
     write_patch(tmp_path / "patch", *(read_checkpoint(tmp_path / name) for name in ("sft", "rl")), torch.int32)
     result = skillmerge.apply(write_recipe(tmp_path, "rl", models=PATCHED), tmp_path / "out")
     assert same(read_checkpoint(result.output), read_checkpoint(tmp_path / "rl"))
@@ -111,7 +111,7 @@ def test_a_patch_alone_is_written_out(tmp_path: Path) -> None:
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
-    family(tmp_path)
+    write_pair(tmp_path)
     skill = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "skill").output
     with pytest.raises(
         CheckFailed, match=r"is not the checkpoint that .* was cut from: tensor `(small|large)` differs"
@@ -122,7 +122,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_rounded_skill_has_no_patch(tmp_path: Path) -> None:
-    family(tmp_path)
+    write_pair(tmp_path)
     rounded = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "r", dtype="float32").output
     with pytest.raises(InputError, match="is not the exact difference of two checkpoints"):
         skillmerge.export_patch(rounded, tmp_path / "patch", onto=str(tmp_path / "sft"))
@@ -150,7 +150,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_told(tmp_path: Path, damage: str) -> None:
-    family(tmp_path)
+    write_pair(tmp_path)
     write_patch(tmp_path / "patch", *(read_checkpoint(tmp_path / name) for name in ("sft", "rl")), torch.int32)
     change, message = DAMAGE[damage]
     edit(tmp_path / "patch", change)
@@ -161,7 +161,7 @@ def test_damage_is_told(tmp_path: Path, damage: str) -> None:
 
 
 def test_shapes_of_another_model_are_refused(tmp_path: Path) -> None:
-    family(tmp_path)
+    write_pair(tmp_path)
     write_patch(tmp_path / "patch", *(read_checkpoint(tmp_path / name) for name in ("sft", "rl")), torch.int32)
     (tmp_path / "patch" / "delta_metadata.json").write_text(json.dumps({"shapes": {"small": [1, 2]}}))
     with pytest.raises(InputError, match=r"is not for .*: tensor `small` has shape"):
@@ -169,7 +169,7 @@ def test_shapes_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_patch_is_no_model_and_needs_one(tmp_path: Path) -> None:
-    family(tmp_path)
+    write_pair(tmp_path)
     write_patch(tmp_path / "patch", *(read_checkpoint(tmp_path / name) for name in ("sft", "rl")), torch.int32)
     with pytest.raises(InputError, match="is a sparse patch, not a model") as caught:
         skillmerge.apply(write_recipe(tmp_path, "rl", models={"rl": "patch"}), tmp_path / "out")
@@ -187,7 +187,7 @@ def test_a_patch_is_no_model_and_needs_one(tmp_path: Path) -> None:
 
 def test_a_patch_that_changes_is_noticed(tmp_path: Path) -> None:
     """The plan of a patched model depends on the patch: the same command does not say that it is done already."""
-    family(tmp_path)
+    write_pair(tmp_path)
     sft, rl = (read_checkpoint(tmp_path / name) for name in ("sft", "rl"))
     write_patch(tmp_path / "patch", sft, rl, torch.int32)
     recipe = write_recipe(tmp_path, "rl", models=PATCHED)
@@ -203,7 +203,7 @@ def test_a_patch_that_changes_is_noticed(tmp_path: Path) -> None:
 
 
 def test_commands(tmp_path: Path) -> None:
-    family(tmp_path)
+    write_pair(tmp_path)
     assert run_cli("extract", "--from", "rl", "--minus", "sft", "-o", "skill", cwd=tmp_path).returncode == 0
     process = run_cli("export", "skill", "--onto", "sft", "-o", "patch", cwd=tmp_path)
     assert process.returncode == 0, process.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_tensors, write_checkpoint, write_recipe
-from test_equivalence import EXPRESSIONS, SHAPES, digests, family
+from test_equivalence import EXPRESSIONS, SHAPES, digests, write_models
 from test_laws import every_kind_of_number
 
 import skillmerge
@@ -33,7 +33,7 @@ def on_both(recipe: Path, **options: object) -> tuple[dict[str, str], dict[str, 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_cuda_gives_the_same_bytes(tmp_path: Path, expression: str, dtype: torch.dtype) -> None:
-    family(tmp_path, dtype=dtype)
+    write_models(tmp_path, dtype=dtype)
     coefficients = {"lam": 0.7} if "lam" in expression else {}
     cpu, cuda = on_both(write_recipe(tmp_path, expression, coefficients=coefficients))
     assert cuda == cpu
@@ -42,7 +42,7 @@ def test_cuda_gives_the_same_bytes(tmp_path: Path, expression: str, dtype: torch
 @pytest.mark.parametrize("output", [{"rounding": "stochastic"}, {"dtype": "float16"}, {"dtype": "float32"}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_cuda_rounds_to_the_same_bytes(tmp_path: Path, output: dict[str, str], dtype: torch.dtype) -> None:
-    family(tmp_path, dtype=dtype)
+    write_models(tmp_path, dtype=dtype)
     cpu, cuda = on_both(write_recipe(tmp_path, output={"path": "merged", **output}))
     assert cuda == cpu
 

@@ -27,7 +27,7 @@ from skillmerge.errors import CheckFailed
 
 
 @pytest.fixture
-def output(tmp_path: Path) -> Path:
+def hashed(tmp_path: Path) -> Path:
     recipe = write_family(tmp_path / "family", tensor_shapes(layers=1, hidden=8))
     return skillmerge.apply(recipe, coefficients={"lam": 0.4}, hash_inputs=True).output
 
@@ -71,45 +71,45 @@ def read_bom(path: Path) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------- provenance
 
 
-def test_every_file_of_the_output_is_a_subject(output: Path) -> None:
-    made = skillmerge.attest(output)
-    assert made.attestation == output.with_name("merged.intoto.json")
+def test_every_file_of_the_output_is_a_subject(hashed: Path) -> None:
+    made = skillmerge.attest(hashed)
+    assert made.attestation == hashed.with_name("merged.intoto.json")
     statement = read_statement(made.attestation)
     assert statement["_type"] == "https://in-toto.io/Statement/v1"
     assert {subject["name"]: subject["digest"] for subject in statement["subject"]} == {
-        path.name: {"sha256": sha256(path)} for path in output.iterdir()
+        path.name: {"sha256": sha256(path)} for path in hashed.iterdir()
     }
     assert made.subjects == 6
-    skillmerge.verify(output)
+    skillmerge.verify(hashed)
 
 
-def test_recipe_run_and_builder_are_told(output: Path) -> None:
+def test_recipe_run_and_builder_are_told(hashed: Path) -> None:
     builder = "https://ci.example/builders/release@v3"
-    made = skillmerge.attest(output, builder_id=builder, invocation_id="run-17")
+    made = skillmerge.attest(hashed, builder_id=builder, invocation_id="run-17")
     predicate = read_statement(made.attestation)["predicate"]
     definition, details = predicate["buildDefinition"], predicate["runDetails"]
-    text = (output.parent / "recipe.yaml").read_text()
+    text = (hashed.parent / "recipe.yaml").read_text()
     assert definition["buildType"] == "urn:skillmerge:build-type:merge:1"
     recipe = {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest(), "pathsShortened": False}
     assert definition["externalParameters"] == {"recipe": recipe, "coefficients": {"lam": 0.4}}
-    proof = json.loads((output / "skillmerge.manifest.json").read_text())
+    proof = json.loads((hashed / "skillmerge.manifest.json").read_text())
     assert definition["internalParameters"]["planDigest"] == proof["plan_digest"]
     assert details["builder"]["id"] == builder
     assert details["builder"]["version"]["skillmerge"] == skillmerge.__version__
     assert details["metadata"]["invocationId"] == "run-17"
-    log = json.loads((output / "skillmerge.run.json").read_text())
+    log = json.loads((hashed / "skillmerge.run.json").read_text())
     assert details["metadata"]["finishedOn"] == log["finished"]
     assert details["metadata"]["startedOn"] <= log["finished"]
 
 
-def test_local_inputs_have_digests_and_no_paths(output: Path) -> None:
-    made = skillmerge.attest(output, bom_file=output.with_name("bom.json"))
+def test_local_inputs_have_digests_and_no_paths(hashed: Path) -> None:
+    made = skillmerge.attest(hashed, bom_file=hashed.with_name("bom.json"))
     assert made.unpinned == ()
     dependencies = read_statement(made.attestation)["predicate"]["buildDefinition"]["resolvedDependencies"]
     assert {item["name"]: item["digest"]["sha256"] for item in dependencies} == {
         f"{model}/{path.name}": sha256(path)
         for model in ("target", "rl", "sft")
-        for path in (output.parent / model).glob("*.safetensors")
+        for path in (hashed.parent / model).glob("*.safetensors")
     }
     assert not any("uri" in item for item in dependencies)
 
@@ -161,17 +161,17 @@ def test_inputs_on_the_hub_have_commits_and_digests(from_hub: tuple[Path, dict[s
             assert by_name[f"{model}/{path.name}"]["uri"] == f"hf://Acme/{model}@{commit}/{path.name}"
 
 
-def test_signed_attestation_is_a_dsse_envelope_that_openssl_verifies(output: Path, tmp_path: Path) -> None:
+def test_signed_attestation_is_a_dsse_envelope_that_openssl_verifies(hashed: Path, tmp_path: Path) -> None:
     key, public = tmp_path / "key.pem", tmp_path / "key.pub"
     subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True)
     subprocess.run(["openssl", "ec", "-in", key, "-pubout", "-out", public], check=True, capture_output=True)
-    made = skillmerge.attest(output, private_key=key)
+    made = skillmerge.attest(hashed, private_key=key)
     assert made.attestation.name == "merged.intoto.jsonl"
     (line,) = made.attestation.read_text().splitlines()
     envelope = json.loads(line)
     payload = base64.b64decode(envelope["payload"])
     check_statement(json.loads(payload))
-    assert payload == skillmerge.attest(output).attestation.read_bytes()
+    assert payload == skillmerge.attest(hashed).attestation.read_bytes()
     (tmp_path / "sig").write_bytes(base64.b64decode(envelope["signatures"][0]["sig"]))
     for content, status in ((payload, 0), (payload.replace(b'"lam": 0.4', b'"lam": 0.5'), 1)):
         kind = envelope["payloadType"].encode()
@@ -209,10 +209,10 @@ def test_bill_of_materials_names_the_model_its_files_and_its_parents(
     assert sorted(depends) == ["input/rl", "input/sft", "input/target"]
 
 
-def test_license_that_is_not_settled_or_has_no_spdx_name_is_no_trouble(output: Path, tmp_path: Path) -> None:
-    skillmerge.attest(output, bom_file=tmp_path / "bom.json")
+def test_license_that_is_not_settled_or_has_no_spdx_name_is_no_trouble(hashed: Path, tmp_path: Path) -> None:
+    skillmerge.attest(hashed, bom_file=tmp_path / "bom.json")
     assert "licenses" not in read_bom(tmp_path / "bom.json")["metadata"]["component"]
-    recipe = write_recipe(output.parent, output={"path": "other", "license": "llama3.2"})
+    recipe = write_recipe(hashed.parent, output={"path": "other", "license": "llama3.2"})
     skillmerge.attest(skillmerge.apply(recipe).output, bom_file=tmp_path / "other.json")
     found = read_bom(tmp_path / "other.json")["metadata"]["component"]["licenses"]
     assert found == [{"license": {"name": "llama3.2"}}]
@@ -221,32 +221,32 @@ def test_license_that_is_not_settled_or_has_no_spdx_name_is_no_trouble(output: P
 # ------------------------------------------------------------------------------------------------- as documents
 
 
-def test_same_output_gives_the_same_documents(output: Path, tmp_path: Path) -> None:
+def test_same_output_gives_the_same_documents(hashed: Path, tmp_path: Path) -> None:
     documents = set()
     for number, seed in enumerate(("1", "2")):
         folder = tmp_path / str(number)
         folder.mkdir()
-        shutil.copytree(output, folder / "merged")
+        shutil.copytree(hashed, folder / "merged")
         process = run_cli("attest", "merged", "--bom", "bom.json", "-q", cwd=folder, PYTHONHASHSEED=seed)
         assert process.returncode == 0, process.stderr
         documents.add((folder / "merged.intoto.json").read_bytes() + (folder / "bom.json").read_bytes())
     assert len(documents) == 1
 
 
-def test_other_output_has_another_serial_number(output: Path, tmp_path: Path) -> None:
-    other = skillmerge.apply(output.parent / "recipe.yaml", tmp_path / "merged").output
+def test_other_output_has_another_serial_number(hashed: Path, tmp_path: Path) -> None:
+    other = skillmerge.apply(hashed.parent / "recipe.yaml", tmp_path / "merged").output
     serials = set()
-    for folder in (output, other):
+    for folder in (hashed, other):
         skillmerge.attest(folder, bom_file=tmp_path / "bom.json")
         serials.add(read_bom(tmp_path / "bom.json")["serialNumber"])
     assert len(serials) == 2
 
 
-def test_what_does_not_verify_is_not_attested(output: Path) -> None:
-    (output / "config.json").write_text("[]")
+def test_what_does_not_verify_is_not_attested(hashed: Path) -> None:
+    (hashed / "config.json").write_text("[]")
     with pytest.raises(CheckFailed):
-        skillmerge.attest(output)
-    assert not output.with_name("merged.intoto.json").exists()
+        skillmerge.attest(hashed)
+    assert not hashed.with_name("merged.intoto.json").exists()
 
 
 def test_skill_can_be_attested(tmp_path: Path) -> None:
@@ -260,35 +260,35 @@ def test_skill_can_be_attested(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--output", "--bom"])
-def test_documents_replace_their_own_kind_and_lie_beside_the_output(output: Path, tmp_path: Path, option: str) -> None:
+def test_documents_replace_their_own_kind_and_lie_beside_the_output(hashed: Path, tmp_path: Path, option: str) -> None:
     place = tmp_path / "document.json"
     for _ in range(2):
-        assert run_cli("attest", output, option, place).returncode == 0
+        assert run_cli("attest", hashed, option, place).returncode == 0
     for content in ("notes", '{"mine": 1}', "[]"):
         place.write_text(content)
-        process = run_cli("attest", output, option, place)
+        process = run_cli("attest", hashed, option, place)
         assert process.returncode == 2
         assert place.read_text() == content
-    assert run_cli("attest", output, option, output / "document.json").returncode == 2
-    assert run_cli("attest", output, option, tmp_path / "nowhere" / "document.json").returncode == 2
-    skillmerge.verify(output)
+    assert run_cli("attest", hashed, option, hashed / "document.json").returncode == 2
+    assert run_cli("attest", hashed, option, tmp_path / "nowhere" / "document.json").returncode == 2
+    skillmerge.verify(hashed)
 
 
-def test_attest_prints_one_json_object(output: Path, tmp_path: Path) -> None:
-    document = json.loads(run_cli("attest", output, "--bom", tmp_path / "bom.json", "--json").stdout)
+def test_attest_prints_one_json_object(hashed: Path, tmp_path: Path) -> None:
+    document = json.loads(run_cli("attest", hashed, "--bom", tmp_path / "bom.json", "--json").stdout)
     assert document["ok"]
     assert document["subjects"] == 6
-    assert document["attestation"] == str(output.with_name("merged.intoto.json"))
+    assert document["attestation"] == str(hashed.with_name("merged.intoto.json"))
     assert document["bom"] == str(tmp_path / "bom.json")
     assert run_cli("attest", tmp_path / "nothing").returncode == 2
 
 
 @pytest.mark.parametrize("package", ["in_toto_attestation", "cyclonedx", "securesystemslib"])
 def test_missing_package_is_told_with_its_extra(
-    output: Path, tmp_path: Path, hide: Callable[[str], None], package: str
+    hashed: Path, tmp_path: Path, hide: Callable[[str], None], package: str
 ) -> None:
     hide(package)
-    process = run_cli("attest", output, "--bom", tmp_path / "bom.json", "--private-key", "key.pem")
+    process = run_cli("attest", hashed, "--bom", tmp_path / "bom.json", "--private-key", "key.pem")
     assert process.returncode == 2
     assert package in process.stderr
     assert "pip install 'skillmerge[attest" in process.stderr

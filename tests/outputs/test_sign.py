@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import run_cli, tensor_shapes, write_family
+from conftest import flip, run_cli, tensor_shapes, write_family
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -84,22 +84,6 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.crt").write_bytes(made_certificate.public_bytes(serialization.Encoding.PEM))
     (folder / "chain.crt").write_bytes((folder / "middle.crt").read_bytes() + (folder / "root.crt").read_bytes())
     return folder
-
-
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("family")
-    recipe = write_family(folder, tensor_shapes(layers=1, hidden=8))
-    (folder / "target" / "tokenizer.json").write_text('{"version": "1.0", "model": {"vocab": {"a": 0}}}')
-    (folder / "target" / "1_Pooling").mkdir()
-    (folder / "target" / "1_Pooling" / "config.json").write_text("{}")
-    skillmerge.apply(recipe)
-    return folder / "merged"
-
-
-@pytest.fixture
-def output(merged: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(merged, tmp_path / "merged"))
 
 
 @pytest.fixture
@@ -204,16 +188,6 @@ def test_card_that_was_signed_is_signed(output: Path, keys: Path) -> None:
 # --------------------------------------------------------------------------------------------------- tamperings
 
 
-def flip(name: str) -> Callable[[Path], object]:
-    def change(output: Path) -> None:
-        path = output / name
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-
-    return change
-
-
 def change_signed_digest(output: Path) -> None:
     """What is signed names other bytes, and the bytes are those."""
     path = output / "model.sig"
@@ -236,7 +210,7 @@ FILES = [
     "skillmerge.manifest.json", "skillmerge.run.json",
 ]  # fmt: skip
 TAMPERINGS: dict[str, Callable[[Path], object]] = {
-    **{f"changed {name}": flip(name) for name in FILES},
+    **{f"changed {name}": lambda output, name=name: flip(output / name, 5) for name in FILES},
     "removed": lambda output: (output / "tokenizer.json").unlink(),
     "added": lambda output: (output / "extra.json").write_text("{}"),
     "added below": lambda output: (output / "1_Pooling" / "extra.json").write_text("{}"),
@@ -290,7 +264,7 @@ def test_other_key_is_refused(signed: Path, keys: Path) -> None:
 
 
 def test_what_does_not_verify_is_not_signed(output: Path, keys: Path) -> None:
-    flip(SHARD)(output)
+    flip(output / SHARD)
     with pytest.raises(CheckFailed):
         skillmerge.sign(output, private_key=keys / "key.pem")
     assert not (output / "model.sig").exists()
@@ -303,7 +277,7 @@ def test_what_changes_while_it_is_signed_is_not_signed(
 
     def verified(root: Path, **options: Any) -> Any:
         verdict = skillmerge.verify(root, **options)
-        flip(SHARD)(root)
+        flip(root / SHARD)
         return verdict
 
     monkeypatch.setattr(sign, "verify_files", verified)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_cli, tensor_shapes, write_family
+from conftest import run_cli, write_family
 from safetensors.torch import load_file, save_file
 
 import skillmerge
@@ -24,24 +24,6 @@ CONFIG = {"vocab_size": 32, "num_hidden_layers": 1, "torch_dtype": "bfloat16"}
 MANIFEST, RUN_LOG = "skillmerge.manifest.json", "skillmerge.run.json"
 SHARD, OTHER_SHARD = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 FILES = ["config.json", SHARD, OTHER_SHARD, "model.safetensors.index.json", MANIFEST, RUN_LOG, "tokenizer.json"]
-
-
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output in two shards, with config and tokenizer."""
-    folder = tmp_path_factory.mktemp("family")
-    recipe = write_family(folder, tensor_shapes(layers=1, hidden=8), config=CONFIG)
-    (folder / "target" / "tokenizer.json").write_text('{"version": "1.0", "model": {"vocab": {"a": 0}}}')
-    (folder / "target" / "1_Pooling").mkdir()
-    (folder / "target" / "1_Pooling" / "config.json").write_text("{}")
-    skillmerge.apply(recipe)
-    return folder / "merged"
-
-
-@pytest.fixture
-def output(merged: Path, tmp_path: Path) -> Path:
-    """A copy of an output, to be damaged."""
-    return Path(shutil.copytree(merged, tmp_path / "merged"))
 
 
 def assert_refused(output: Path, match: str | None = None) -> None:

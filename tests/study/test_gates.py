@@ -47,7 +47,7 @@ def gates_file(folder: Path, gates: dict[str, Any]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def merged(trained: Path) -> Path:
+def judged(trained: Path) -> Path:
     return skillmerge.apply(recipe_with(trained, {}, "finished"), stats="full").output
 
 
@@ -64,11 +64,11 @@ def whole(folder: Path, *models: str) -> list[torch.Tensor]:
 # ---------------------------------------------------------------------------------------------- what is measured
 
 
-def test_figures_are_those_of_whole_models(trained: Path, merged: Path) -> None:
+def test_figures_are_those_of_whole_models(trained: Path, judged: Path) -> None:
     everything = {"min": -1e9, "max": 1e9}
     kinds = ("changed", "vanished", "realised", "realised_lambda")
     gates = dict.fromkeys(kinds, everything)
-    found = measured(gate(merged, gates_file(trained, gates)).outcomes)
+    found = measured(gate(judged, gates_file(trained, gates)).outcomes)
     t, r, s, y = whole(trained, "target-sft", "source-rl", "source-sft", "finished")
     v, moved = r - s, r != s
     assert found["changed"] == pytest.approx(float((y != t).double().mean()))
@@ -78,9 +78,9 @@ def test_figures_are_those_of_whole_models(trained: Path, merged: Path) -> None:
     assert found["realised_lambda"] == pytest.approx(0.7 * realised, rel=1e-5)
 
 
-def test_norm_ratio_is_of_every_module(trained: Path, merged: Path) -> None:
-    outcomes = gate(merged, gates_file(trained, {"norm_ratio": {"max": 0.02}})).outcomes
-    target, output = read_checkpoint(trained / "target-sft"), read_checkpoint(merged)
+def test_norm_ratio_is_of_every_module(trained: Path, judged: Path) -> None:
+    outcomes = gate(judged, gates_file(trained, {"norm_ratio": {"max": 0.02}})).outcomes
+    target, output = read_checkpoint(trained / "target-sft"), read_checkpoint(judged)
     for kind, part in (("mlp", "mlp"), ("attention", "self_attn"), ("embedding", "embed")):
         names = [name for name in target if part in name]
         moved = math.fsum(float((output[name].double() - target[name].double()).norm() ** 2) for name in names)
@@ -90,21 +90,21 @@ def test_norm_ratio_is_of_every_module(trained: Path, merged: Path) -> None:
         assert outcome.passed == (math.sqrt(moved / before) <= 0.02)
 
 
-def test_cosine_is_that_of_inspect(trained: Path, merged: Path) -> None:
+def test_cosine_is_that_of_inspect(trained: Path, judged: Path) -> None:
     recipe = recipe_with(trained, {}, "finished")
     wanted = skillmerge.inspect(recipe, base=str(trained / "base"))
     gates = {"cosine_z": {"max": wanted.total["cosine_z"] + 1e-6, "base": "base"}}
-    (default, outcome) = gate(merged, gates_file(trained, gates)).outcomes
+    (default, outcome) = gate(judged, gates_file(trained, gates)).outcomes
     assert default.passed
     assert outcome.measured == wanted.total["cosine_z"]
     assert outcome.passed
     gates = {"cosine_z": {"max": 1e9, "modules": ["mlp", "expert"]}}
-    found = {item.gate: item for item in gate(merged, gates_file(trained, gates)).outcomes}
+    found = {item.gate: item for item in gate(judged, gates_file(trained, gates)).outcomes}
     assert found["cosine_z mlp"].measured is not None
     assert not found["cosine_z expert"].passed
 
 
-def test_perplexity_is_that_of_the_model_and_its_parent(trained: Path, merged: Path) -> None:
+def test_perplexity_is_that_of_the_model_and_its_parent(trained: Path, judged: Path) -> None:
     transformers = pytest.importorskip("transformers")
 
     def perplexity(folder: Path) -> float:
@@ -120,10 +120,10 @@ def test_perplexity_is_that_of_the_model_and_its_parent(trained: Path, merged: P
             count += piece.shape[1] - 1
         return math.exp(total / count)
 
-    ours, theirs = perplexity(merged), perplexity(trained / "source-rl")
+    ours, theirs = perplexity(judged), perplexity(trained / "source-rl")
     asked = {"text": "text.txt", "max": ours * 1.01, "max_ratio": ours / theirs * 0.99, "of": "rl"}
     gates = {"perplexity": asked, "loads": True, "finite_logits": True, "finite": True}
-    found = {item.gate: item for item in gate(merged, gates_file(trained, gates)).outcomes}
+    found = {item.gate: item for item in gate(judged, gates_file(trained, gates)).outcomes}
     assert found["perplexity"].measured == pytest.approx(ours, rel=1e-3)
     assert found["perplexity"].passed
     assert found["perplexity ratio"].measured == pytest.approx(ours / theirs, rel=2e-3)
@@ -150,11 +150,11 @@ COMMANDS: list[tuple[str, dict[str, Any], float | None, bool]] = [
 
 @pytest.mark.parametrize(("run", "limits", "number", "passed"), COMMANDS)
 def test_command_is_judged_by_the_number_it_prints(
-    trained: Path, merged: Path, run: str, limits: dict[str, Any], number: float | None, passed: bool
+    trained: Path, judged: Path, run: str, limits: dict[str, Any], number: float | None, passed: bool
 ) -> None:
     (trained / "here.txt").touch()
     command = {"run": run, "name": "it", **limits}
-    outcome = gate(merged, gates_file(trained, {"commands": [command]})).outcomes[-1]
+    outcome = gate(judged, gates_file(trained, {"commands": [command]})).outcomes[-1]
     assert (outcome.gate, outcome.measured, outcome.passed) == ("command it", number, passed)
     assert number is not None or outcome.detail
 
@@ -296,15 +296,15 @@ def test_skill_has_no_gates(trained: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the verb gate
 
 
-def test_gate_command_judges_a_finished_folder(trained: Path, merged: Path, tmp_path: Path) -> None:
+def test_gate_command_judges_a_finished_folder(trained: Path, judged: Path, tmp_path: Path) -> None:
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
     good.write_text("gates:\n  changed: {min: 0.5}\n")
     bad.write_text("gates:\n  changed: {min: 0.999999}\n")
-    process = run_cli("gate", merged, "--gates", good)
+    process = run_cli("gate", judged, "--gates", good)
     assert process.returncode == 0, process.stderr
     assert "passed" in process.stdout
     junit = tmp_path / "junit.xml"
-    process = run_cli("gate", merged, "--gates", bad, "--json", "--junit", junit)
+    process = run_cli("gate", judged, "--gates", bad, "--json", "--junit", junit)
     assert process.returncode == 3
     assert json.loads(process.stdout)["gates"][0]["passed"] is False
     suite = xml.parse(junit).getroot()[0]
@@ -312,11 +312,11 @@ def test_gate_command_judges_a_finished_folder(trained: Path, merged: Path, tmp_
     assert suite[0][0].tag == "failure"
 
 
-def test_gate_command_needs_gates_and_a_sound_output(trained: Path, merged: Path, tmp_path: Path) -> None:
+def test_gate_command_needs_gates_and_a_sound_output(trained: Path, judged: Path, tmp_path: Path) -> None:
     process = run_cli("gate", trained / "base", "--gates", gates_file(tmp_path, {}))
     assert process.returncode == 3
     moved = tmp_path / "moved"
-    shutil.copytree(merged, moved)
+    shutil.copytree(judged, moved)
     file = gates_file(tmp_path, {"cosine_z": {"max": 9}})
     process = run_cli("gate", moved, "--gates", file)
     assert process.returncode == 3
@@ -419,7 +419,7 @@ def test_output_that_could_not_be_measured_is_not_thrown_away(trained: Path) -> 
 @pytest.mark.parametrize(
     "precious", ["recipe.yaml", "target-sft/config.json", "finished/model.safetensors", "finished/new"]
 )
-def test_file_for_programs_takes_no_others_place(trained: Path, merged: Path, option: str, precious: str) -> None:
+def test_file_for_programs_takes_no_others_place(trained: Path, judged: Path, option: str, precious: str) -> None:
     recipe = recipe_with(trained, {}, "placed")
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     process = run_cli("apply", recipe, option, trained / precious)

@@ -35,7 +35,7 @@ skillmerge.apply({recipe!r}, {output!r}, device="cpu", threads=2)
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = write_family(tmp_path_factory.mktemp("family"), SHAPES, shards=3)
     document = json.loads(recipe.read_text())
     document["coefficients"] = {"lam": {"default": 0.7, "rules": [{"layers": "0-1", "ramp": [0.1, 0.9]}]}}
@@ -64,31 +64,31 @@ def _chosen(budget: Budget, plan: object, **limits: object) -> Budget:
 
 
 def test_threads_and_tiles_change_no_byte(
-    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable[..., None]
+    blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable[..., None]
 ) -> None:
     digests = set()
     combinations = list(itertools.product((1, 2, 8), (BLOCK, 3 * BLOCK, 64 * BLOCK)))
     for threads, tile in combinations:
         with monkeypatch.context() as patch:
             patch.setattr(runner, "budget", partial(_chosen, Budget(threads, tile, 0)))
-            digests.add(digest(skillmerge.apply(family, tmp_path / f"{threads}-{tile}").output))
+            digests.add(digest(skillmerge.apply(blocks, tmp_path / f"{threads}-{tile}").output))
     tally(runs=len(combinations), digests=len(digests))
     assert len(digests) == 1
 
 
 def test_order_and_number_of_shards_change_no_byte_of_a_tensor(
-    family: Path, tmp_path: Path, tally: Callable[..., None]
+    blocks: Path, tmp_path: Path, tally: Callable[..., None]
 ) -> None:
     """The inputs other than the donor are laid out anew: other shards, other order in them."""
     digests = set()
     for shards in (1, 2, 5, 11):
         folder = tmp_path / str(shards)
-        shutil.copytree(family.parent / "target", folder / "target")
+        shutil.copytree(blocks.parent / "target", folder / "target")
         for name in ("rl", "sft"):
-            tensors = list(read_checkpoint(family.parent / name).items())
+            tensors = list(read_checkpoint(blocks.parent / name).items())
             ordered = dict(tensors[::-1] if shards % 2 else tensors[3:] + tensors[:3])
             write_checkpoint(folder / name, ordered, shards=shards)
-        shutil.copy(family, folder / "recipe.yaml")
+        shutil.copy(blocks, folder / "recipe.yaml")
         digests.add(digest(skillmerge.apply(folder / "recipe.yaml").output, weights_alone=True))
     tally(layouts=4, digests=len(digests))
     assert len(digests) == 1
@@ -111,22 +111,22 @@ def pythons() -> list[Path]:
 
 
 def test_hash_seed_changes_no_byte(
-    family: Path, tmp_path: Path, request: pytest.FixtureRequest, tally: Callable[..., None]
+    blocks: Path, tmp_path: Path, request: pytest.FixtureRequest, tally: Callable[..., None]
 ) -> None:
     seeds = range(40) if request.config.getoption("--long") else range(2)
     for seed in seeds:
-        _run(Path(sys.executable), family, tmp_path / str(seed), PYTHONHASHSEED=str(seed))
+        _run(Path(sys.executable), blocks, tmp_path / str(seed), PYTHONHASHSEED=str(seed))
     digests = {digest(tmp_path / str(seed)) for seed in seeds}
     tally(seeds=len(seeds), digests=len(digests))
     assert len(digests) == 1
 
 
-def test_python_version_changes_no_byte(family: Path, tmp_path: Path, tally: Callable[..., None]) -> None:
+def test_python_version_changes_no_byte(blocks: Path, tmp_path: Path, tally: Callable[..., None]) -> None:
     others = pythons()
     if len(others) < 2:
         pytest.skip("only one version of Python here has torch and what else skillmerge needs")
     for number, python in enumerate(others):
-        _run(python, family, tmp_path / str(number))
+        _run(python, blocks, tmp_path / str(number))
     assert len({digest(tmp_path / str(number)) for number in range(len(others))}) == 1
     tally(versions=len(others), digests=1)
 

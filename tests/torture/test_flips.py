@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tensor_shapes, write_family, write_recipe
+from conftest import flip, tensor_shapes, write_family, write_recipe
 from safetensors import SafetensorError, deserialize
 
 import skillmerge
@@ -31,23 +31,12 @@ def bits(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small family, with an output and a skill cut from it."""
     folder = tmp_path_factory.mktemp("family")
     skillmerge.apply(write_family(folder, tensor_shapes(layers=1, hidden=8)))
     skillmerge.extract(folder / "rl", folder / "sft", folder / "math")
     return folder
-
-
-def flip(path: Path, bit: int) -> None:
-    """In place, and without a trace in the file's times."""
-    before = path.stat()
-    with open(path, "rb+", buffering=0) as stream:
-        stream.seek(bit // 8)
-        byte = stream.read(1)[0]
-        stream.seek(bit // 8)
-        stream.write(bytes([byte ^ 1 << bit % 8]))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def payload_bits(paths: list[Path], dice: random.Random, count: int) -> list[tuple[Path, int]]:
@@ -57,10 +46,10 @@ def payload_bits(paths: list[Path], dice: random.Random, count: int) -> list[tup
 
 
 def test_any_bit_of_a_header_is_an_error_or_means_the_same_to_the_library(
-    family: Path, tmp_path: Path, tally: Callable[..., None]
+    artefacts: Path, tmp_path: Path, tally: Callable[..., None]
 ) -> None:
     path = tmp_path / "model.safetensors"
-    sound = (family / "target" / "model-00001-of-00002.safetensors").read_bytes()
+    sound = (artefacts / "target" / "model-00001-of-00002.safetensors").read_bytes()
     size = 8 + int.from_bytes(sound[:8], "little")
     refused = alike = 0
     for bit in range(8 * size):
@@ -83,51 +72,51 @@ def test_any_bit_of_a_header_is_an_error_or_means_the_same_to_the_library(
     assert refused > alike > 0  # what is alike is most often another letter in a name
 
 
-def test_any_bit_of_an_output_is_noticed(family: Path, bits: int, tally: Callable[..., None]) -> None:
-    output, dice = family / "merged", random.Random(0)
+def test_any_bit_of_an_output_is_noticed(artefacts: Path, bits: int, tally: Callable[..., None]) -> None:
+    output, dice = artefacts / "merged", random.Random(0)
     chosen = payload_bits(sorted(output.glob("*.safetensors")), dice, bits)
     header = output / "model-00001-of-00002.safetensors"
     chosen += [(header, bit) for bit in range(0, 8 * (8 + int.from_bytes(header.read_bytes()[:8], "little")), 7)]
     chosen += [(path, dice.randrange(8 * path.stat().st_size)) for path in output.glob("*.json") for _ in range(100)]
     for path, bit in chosen:
-        flip(path, bit)
+        flip(path, bit // 8, bit % 8, keep_times=True)
         with pytest.raises(CheckFailed):
             skillmerge.verify(output)
-        flip(path, bit)
+        flip(path, bit // 8, bit % 8, keep_times=True)
     skillmerge.verify(output)
     tally(bits=len(chosen), noticed=len(chosen))
 
 
-def test_any_bit_of_a_stored_skill_is_noticed(family: Path, bits: int, tally: Callable[..., None]) -> None:
-    skill, dice = family / "math", random.Random(1)
+def test_any_bit_of_a_stored_skill_is_noticed(artefacts: Path, bits: int, tally: Callable[..., None]) -> None:
+    skill, dice = artefacts / "math", random.Random(1)
     chosen = payload_bits(sorted(skill.glob("*.safetensors")), dice, bits)
     for path, bit in chosen:
-        flip(path, bit)
+        flip(path, bit // 8, bit % 8, keep_times=True)
         with pytest.raises(CheckFailed):
             skillmerge.verify(skill)
-        flip(path, bit)
+        flip(path, bit // 8, bit % 8, keep_times=True)
     skillmerge.verify(skill)
     tally(bits=len(chosen), noticed=len(chosen))
 
 
-def test_any_bit_of_a_parent_is_noticed(family: Path, bits: int, tally: Callable[..., None]) -> None:
+def test_any_bit_of_a_parent_is_noticed(artefacts: Path, bits: int, tally: Callable[..., None]) -> None:
     """`verify SKILL --parent`: the weights that a skill was cut from are known by their digests."""
-    chosen = payload_bits(sorted((family / "rl").glob("*.safetensors")), random.Random(2), bits)
+    chosen = payload_bits(sorted((artefacts / "rl").glob("*.safetensors")), random.Random(2), bits)
     for path, bit in chosen:
-        flip(path, bit)
+        flip(path, bit // 8, bit % 8, keep_times=True)
         with pytest.raises(CheckFailed):
-            check_parent(family / "math", str(family / "rl"))
-        flip(path, bit)
-    assert check_parent(family / "math", str(family / "rl")) == "rl"
+            check_parent(artefacts / "math", str(artefacts / "rl"))
+        flip(path, bit // 8, bit % 8, keep_times=True)
+    assert check_parent(artefacts / "math", str(artefacts / "rl")) == "rl"
     tally(bits=len(chosen), noticed=len(chosen))
 
 
 def test_any_bit_of_a_saved_plan_is_noticed_or_changes_nothing(
-    family: Path, bits: int, tally: Callable[..., None]
+    artefacts: Path, bits: int, tally: Callable[..., None]
 ) -> None:
     """What is a remark for people, or white space, may differ; whatever is done is what was planned."""
-    recipe = write_recipe(family, output={"path": "planned"})
-    path = family / "plan.json"
+    recipe = write_recipe(artefacts, output={"path": "planned"})
+    path = artefacts / "plan.json"
     planned = skillmerge.plan(recipe)
     sound = (json.dumps({"ok": True, **describe(planned)}, indent=1) + "\n").encode()
     dice, noticed = random.Random(3), 0
@@ -157,19 +146,19 @@ def _is_taken(path: Path, planned: Any) -> bool:
     return True
 
 
-def test_weights_written_again_under_a_saved_plan_are_noticed(family: Path, tally: Callable[..., None]) -> None:
+def test_weights_written_again_under_a_saved_plan_are_noticed(artefacts: Path, tally: Callable[..., None]) -> None:
     """A plan pins its inputs by size, time and header: a bit that flips without a trace is for --hash-inputs."""
-    recipe = write_recipe(family, output={"path": "planned"})
-    path = family / "plan.json"
+    recipe = write_recipe(artefacts, output={"path": "planned"})
+    path = artefacts / "plan.json"
     path.write_text(json.dumps({"ok": True, **describe(skillmerge.plan(recipe))}, indent=1) + "\n")
-    chosen = payload_bits(sorted((family / "rl").glob("*.safetensors")), random.Random(4), 50)
+    chosen = payload_bits(sorted((artefacts / "rl").glob("*.safetensors")), random.Random(4), 50)
     for number, (file, bit) in enumerate(chosen, 1):
         before = file.stat()
-        flip(file, bit)
+        flip(file, bit // 8, bit % 8, keep_times=True)
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + number))
         with pytest.raises(StalePlan):
             skillmerge.apply(path)
-        flip(file, bit)
+        flip(file, bit // 8, bit % 8, keep_times=True)
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert not (family / "planned").exists()
+    assert not (artefacts / "planned").exists()
     tally(bits=len(chosen), noticed=len(chosen))

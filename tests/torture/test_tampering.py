@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def every_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output with every kind of file that one can have."""
     folder = tmp_path_factory.mktemp("family")
     recipe = write_family(folder, tensor_shapes(layers=1, hidden=8), config={"vocab_size": 32})
@@ -104,25 +104,25 @@ WAYS = [changed, truncated, emptied, grown, removed, renamed, linked, linked_to_
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_tampering_with_any_file_is_refused(
-    merged: Path, tmp_path: Path, way: Callable[[Path], None], tally: Callable[..., None]
+    every_file: Path, tmp_path: Path, way: Callable[[Path], None], tally: Callable[..., None]
 ) -> None:
-    names = sorted(path.relative_to(merged).as_posix() for path in merged.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(every_file).as_posix() for path in every_file.rglob("*") if path.is_file())
     assert len(names) == 15
     for name in names:
         output = tmp_path / name.replace("/", "-") / "merged"
-        shutil.copytree(merged, output)
+        shutil.copytree(every_file, output)
         skillmerge.verify(output)
         way(output / name)
         with pytest.raises(CheckFailed) as caught:
             skillmerge.verify(output)
         assert caught.value.exit_status == 3, name
-        assert not is_done(skillmerge.plan(merged.parent / "recipe.yaml"), output), name
+        assert not is_done(skillmerge.plan(every_file.parent / "recipe.yaml"), output), name
     tally(files=len(names), refused=len(names))
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "run.sh", ".hidden", "model.safetensors", "sub/tokenizer.json"])
-def test_added_file_is_refused(merged: Path, tmp_path: Path, name: str) -> None:
-    output = Path(shutil.copytree(merged, tmp_path / "merged"))
+def test_added_file_is_refused(every_file: Path, tmp_path: Path, name: str) -> None:
+    output = Path(shutil.copytree(every_file, tmp_path / "merged"))
     (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text("added")
     refused = run_cli("verify", output)

@@ -16,7 +16,7 @@ from skillmerge.verbs.derive import derive
 
 
 @pytest.fixture
-def family(tmp_path: Path) -> Path:
+def related(tmp_path: Path) -> Path:
     """base, target, sft, rl in float32, where rl - sft has something of target - base in it."""
     base = random_tensors(tensor_shapes(), torch.float32, 1)
     noise = [random_tensors(tensor_shapes(), torch.float32, seed) for seed in range(2, 6)]
@@ -48,17 +48,17 @@ def merged_updates(folder: Path, recipe: Path) -> dict[tuple[object, str], torch
     return {key: torch.cat(rows) for key, rows in found.items()}
 
 
-def test_matched_updates_are_as_long_as_the_targets_own(family: Path) -> None:
-    folder = family.parent
-    derived = derive(family, "match", folder / "matched.yaml", base=str(folder / "base"))
+def test_matched_updates_are_as_long_as_the_targets_own(related: Path) -> None:
+    folder = related.parent
+    derived = derive(related, "match", folder / "matched.yaml", base=str(folder / "base"))
     updates = merged_updates(folder, derived.output)
     for cell, (_, k) in cells(folder).items():
         assert float(updates[cell].norm()) == pytest.approx(0.5 * float(k.norm()), rel=1e-4), cell
 
 
-def test_projected_updates_share_nothing_with_the_targets_own(family: Path) -> None:
-    folder = family.parent
-    derived = derive(family, "project", folder / "projected.yaml", base=str(folder / "base"))
+def test_projected_updates_share_nothing_with_the_targets_own(related: Path) -> None:
+    folder = related.parent
+    derived = derive(related, "project", folder / "projected.yaml", base=str(folder / "base"))
     updates = merged_updates(folder, derived.output)
     taken = energy = 0.0
     for cell, (v, k) in cells(folder).items():
@@ -82,9 +82,9 @@ def test_projected_updates_share_nothing_with_the_targets_own(family: Path) -> N
     ],
 )
 def test_recipes_that_are_not_simple_enough(
-    family: Path, formula: str, coefficients: dict[str, object], message: str | None
+    related: Path, formula: str, coefficients: dict[str, object], message: str | None
 ) -> None:
-    folder = family.parent
+    folder = related.parent
     recipe = write_recipe(folder, formula, coefficients=coefficients)
     if message is None:
         derive(recipe, "match", folder / "x.yaml", base=str(folder / "base"))
@@ -94,20 +94,20 @@ def test_recipes_that_are_not_simple_enough(
     assert not (folder / "x.yaml").exists()
 
 
-def test_places_that_are_taken_or_elsewhere(family: Path) -> None:
-    folder = family.parent
+def test_places_that_are_taken_or_elsewhere(related: Path) -> None:
+    folder = related.parent
     (folder / "taken.yaml").write_text("mine")
     (folder / "sub").mkdir()
     for name, message in (("taken.yaml", "exists already"), ("sub/x.yaml", "is not beside")):
         with pytest.raises(UsageError, match=message):
-            derive(family, "match", folder / name, base=str(folder / "base"))
+            derive(related, "match", folder / name, base=str(folder / "base"))
 
 
-def test_derive_command(family: Path) -> None:
-    folder = family.parent
-    process = run_cli("derive", family, "--choice", "project", "--base", "base", "-o", "p.yaml", "--json", cwd=folder)
+def test_derive_command(related: Path) -> None:
+    folder = related.parent
+    process = run_cli("derive", related, "--choice", "project", "--base", "base", "-o", "p.yaml", "--json", cwd=folder)
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["removed"] > 0
-    process = run_cli("derive", family, "--choice", "match", "--base", "base", "-o", "m.yaml", cwd=folder)
+    process = run_cli("derive", related, "--choice", "match", "--base", "base", "-o", "m.yaml", cwd=folder)
     assert "rules" in process.stdout
     assert run_cli("plan", folder / "p.yaml").returncode == 0

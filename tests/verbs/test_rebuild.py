@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_cli, write_family, write_recipe
+from conftest import flip, run_cli, write_family, write_recipe
 
 import skillmerge
 from skillmerge.engine.runner import Work
@@ -25,39 +25,28 @@ from skillmerge.verbs.rebuild import How, check_rebuild, rebuild_into
 OTHERWISE = How(work=Work("cpu", 3, 900_000_000))
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return skillmerge.apply(write_family(tmp_path)).output
-
-
 def content(folder: Path) -> dict[str, bytes]:
     """All that does not depend on when and where."""
     own = ("skillmerge.manifest.json", "skillmerge.run.json")
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in own}
 
 
-def test_output_is_proved_without_writing_a_byte(output: Path, tmp_path: Path) -> None:
+def test_output_is_proved_without_writing_a_byte(finished: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    made = check_rebuild(output, how=OTHERWISE)
+    made = check_rebuild(finished, how=OTHERWISE)
     assert made.tensors == made.of == 12
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_output_is_built_again_from_its_manifest_alone(output: Path, tmp_path: Path) -> None:
-    wanted = content(output)
-    for path in output.iterdir():
+def test_output_is_built_again_from_its_manifest_alone(finished: Path, tmp_path: Path) -> None:
+    wanted = content(finished)
+    for path in finished.iterdir():
         if path.name != "skillmerge.manifest.json":
             path.unlink()
-    made = rebuild_into(output, tmp_path / "again", OTHERWISE)
+    made = rebuild_into(finished, tmp_path / "again", OTHERWISE)
     assert made.output == tmp_path / "again"
     assert content(made.output) == wanted
     skillmerge.verify(made.output)
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 def reseal(output: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -76,21 +65,21 @@ def reseal(output: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (output / "skillmerge.manifest.json").write_bytes(manifest.to_bytes(document))
 
 
-def test_change_that_verify_cannot_see_is_found_and_placed(output: Path) -> None:
+def test_change_that_verify_cannot_see_is_found_and_placed(finished: Path) -> None:
     """A weight and the manifest changed together."""
-    shard = sorted(output.glob("*.safetensors"))[0]
-    flip(shard, shard.stat().st_size - 3)
-    reseal(output, lambda document: None)
-    skillmerge.verify(output)
+    shard = sorted(finished.glob("*.safetensors"))[0]
+    flip(shard, -3)
+    reseal(finished, lambda document: None)
+    skillmerge.verify(finished)
     with pytest.raises(CheckFailed, match=rf"{shard.name}: tensor `.*` differs from element \d+ on"):
-        check_rebuild(output)
-    process = run_cli("rebuild", output, "--check")
+        check_rebuild(finished)
+    process = run_cli("rebuild", finished, "--check")
     assert process.returncode == 3
     assert "differs from element" in process.stderr
 
 
 @pytest.mark.parametrize("key", ["statistics", "files", "expression"])
-def test_change_of_what_the_manifest_says_is_found(output: Path, key: str) -> None:
+def test_change_of_what_the_manifest_says_is_found(finished: Path, key: str) -> None:
     def change(document: dict[str, Any]) -> None:
         if key == "files":
             document["files"] = document["files"][::-1]
@@ -99,13 +88,13 @@ def test_change_of_what_the_manifest_says_is_found(output: Path, key: str) -> No
         else:
             document["expression"] = "target"
 
-    reseal(output, change)
+    reseal(finished, change)
     with pytest.raises(CheckFailed, match=f"`{key}` differs"):
-        check_rebuild(output)
+        check_rebuild(finished)
 
 
-def test_side_file_that_was_changed_with_the_manifest_is_found(output: Path) -> None:
-    path = output / "model.safetensors.index.json"
+def test_side_file_that_was_changed_with_the_manifest_is_found(finished: Path) -> None:
+    path = finished / "model.safetensors.index.json"
     path.write_text(path.read_text().replace("total_size", "total_bytes"))
     sizes = {path.name: path.stat().st_size}
 
@@ -113,40 +102,40 @@ def test_side_file_that_was_changed_with_the_manifest_is_found(output: Path) -> 
         for file in document["files"]:
             file["size"] = sizes.get(file["name"], file["size"])
 
-    reseal(output, change)
+    reseal(finished, change)
     with pytest.raises(CheckFailed, match=r"index\.json differs"):
-        check_rebuild(output, sample=0.1)
+        check_rebuild(finished, sample=0.1)
 
 
-def test_sample_is_seeded_and_finds_what_it_looks_at(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_is_seeded_and_finds_what_it_looks_at(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
     real = rebuilding._shards_of
     monkeypatch.setattr(
         rebuilding, "_shards_of", lambda plan, chosen: looked.append(sorted(chosen)) or real(plan, chosen)
     )  # fmt: skip
     for seed in (0, 0, 1):
-        assert check_rebuild(output, sample=0.25, seed=seed).tensors == 3
+        assert check_rebuild(finished, sample=0.25, seed=seed).tensors == 3
     assert looked[0] == looked[1] != looked[2]
-    shard = sorted(output.glob("*.safetensors"))[0]
-    flip(shard, shard.stat().st_size - 3)
-    reseal(output, lambda document: None)
+    shard = sorted(finished.glob("*.safetensors"))[0]
+    flip(shard, -3)
+    reseal(finished, lambda document: None)
     found = 0
     for seed in range(12):
         try:
-            check_rebuild(output, sample=0.25, seed=seed)
+            check_rebuild(finished, sample=0.25, seed=seed)
         except CheckFailed:
             found += 1
     assert 0 < found < 12
 
 
-def test_models_that_changed_are_told_and_moved_ones_are_found(output: Path, tmp_path: Path) -> None:
+def test_models_that_changed_are_told_and_moved_ones_are_found(finished: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     for name in ("target", "rl", "sft"):
-        (tmp_path / name).rename(moved / name)
-    process = run_cli("rebuild", output, "--check")
+        (finished.parent / name).rename(moved / name)
+    process = run_cli("rebuild", finished, "--check")
     assert process.returncode == 4
-    process = run_cli("rebuild", output, "--check", "--base-folder", moved, "--sample", "20%", "--json")
+    process = run_cli("rebuild", finished, "--check", "--base-folder", moved, "--sample", "20%", "--json")
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["tensors"] == 3
     shutil.rmtree(moved / "rl")
@@ -155,14 +144,14 @@ def test_models_that_changed_are_told_and_moved_ones_are_found(output: Path, tmp
     index = moved / "rl" / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("00001-of-00002", "00001-of-00003"))
     with pytest.raises(StalePlan, match="model rl: other tensors or sizes"):
-        check_rebuild(output, how=How(base=moved))
+        check_rebuild(finished, how=How(base=moved))
 
 
-def test_weights_of_a_model_that_changed_give_another_output(output: Path, tmp_path: Path) -> None:
-    shard = sorted((tmp_path / "rl").glob("*.safetensors"))[0]
-    flip(shard, shard.stat().st_size - 1)
+def test_weights_of_a_model_that_changed_give_another_output(finished: Path) -> None:
+    shard = sorted((finished.parent / "rl").glob("*.safetensors"))[0]
+    flip(shard)
     with pytest.raises(CheckFailed, match="differs from element"):
-        check_rebuild(output)
+        check_rebuild(finished)
 
 
 @pytest.mark.parametrize(
@@ -200,46 +189,46 @@ def test_tiles_of_another_size_give_the_same_bytes(tmp_path: Path, monkeypatch: 
     check_rebuild(output)
 
 
-def test_rebuild_says_what_it_needs(output: Path, tmp_path: Path) -> None:
-    assert run_cli("rebuild", output).returncode == 2
-    assert run_cli("rebuild", output, "--check", "--sample", "0%").returncode == 2
-    assert run_cli("rebuild", tmp_path / "target", "--check").returncode == 3
-    process = run_cli("rebuild", output, "--output", tmp_path / "again", "-q")
+def test_rebuild_says_what_it_needs(finished: Path, tmp_path: Path) -> None:
+    assert run_cli("rebuild", finished).returncode == 2
+    assert run_cli("rebuild", finished, "--check", "--sample", "0%").returncode == 2
+    assert run_cli("rebuild", finished.parent / "target", "--check").returncode == 3
+    process = run_cli("rebuild", finished, "--output", tmp_path / "again", "-q")
     assert process.returncode == 0, process.stderr
-    assert content(tmp_path / "again") == content(output)
+    assert content(tmp_path / "again") == content(finished)
 
 
-def test_rebuild_in_a_place_that_is_taken_compares_every_byte(output: Path, tmp_path: Path) -> None:
+def test_rebuild_in_a_place_that_is_taken_compares_every_byte(finished: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    rebuild_into(output, again)
-    assert rebuild_into(output, again).output == again
+    rebuild_into(finished, again)
+    assert rebuild_into(finished, again).output == again
     shard = sorted(again.glob("*.safetensors"))[0]
-    flip(shard, shard.stat().st_size - 3)
+    flip(shard, -3)
     with pytest.raises(UsageError, match="exists already"):
-        rebuild_into(output, again)
+        rebuild_into(finished, again)
     with pytest.raises(UsageError, match="in its own place"):
-        rebuild_into(output, output)
+        rebuild_into(finished, finished)
 
 
 def test_inputs_that_were_hashed_are_looked_at_first(tmp_path: Path) -> None:
     output = skillmerge.apply(write_family(tmp_path), hash_inputs=True).output
     shard = sorted((tmp_path / "rl").glob("*.safetensors"))[0]
-    flip(shard, shard.stat().st_size - 1)
+    flip(shard)
     for sample in (1.0, 0.05):
         with pytest.raises(StalePlan, match=f"other weights now: rl/{shard.name}"):
             check_rebuild(output, sample=sample)
 
 
-def test_rebuild_that_differs_is_not_published(output: Path, tmp_path: Path) -> None:
-    shard = sorted((tmp_path / "rl").glob("*.safetensors"))[0]
-    flip(shard, shard.stat().st_size - 1)
+def test_rebuild_that_differs_is_not_published(finished: Path, tmp_path: Path) -> None:
+    shard = sorted((finished.parent / "rl").glob("*.safetensors"))[0]
+    flip(shard)
     with pytest.raises(CheckFailed, match="they were not hashed"):
-        rebuild_into(output, tmp_path / "again")
+        rebuild_into(finished, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
-def test_side_file_that_changed_is_named(output: Path, tmp_path: Path) -> None:
-    config = tmp_path / "target" / "config.json"
+def test_side_file_that_changed_is_named(finished: Path) -> None:
+    config = finished.parent / "target" / "config.json"
     config.write_text(config.read_text() + "\n")
     with pytest.raises(StalePlan, match=r"other files changed: config\.json"):
-        check_rebuild(output)
+        check_rebuild(finished)
