@@ -46,8 +46,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engine": (
         "runners.table",
         "runners.threads",
-        "skill_shards",
-        "runner shards skill_file",
+        "shards skill_shards",
+        "runner skill_file",
         "destination worker",
         "device rounding_statistics stream tiles values warm_up",
     ),

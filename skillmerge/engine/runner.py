@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Generator, Mapping, Sequence
+import re
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.engine.destination import Destination, ShardRecord
+from skillmerge.errors import UsageError
 from skillmerge.plans.plan import Plan, ShardPlan
 
 
@@ -26,12 +28,32 @@ class Work:
     runner: str = "threads"
 
 
+def check_words(device: str, threads: int | None, memory_limit: int | None, stats: str, hub: str) -> None:
+    """Check what the command line checks by itself. Raises UsageError."""
+    for wrong, what in (
+        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(device)) is None, f"device {device!r}: auto, cpu, cuda or cuda:N"),
+        (threads is not None and (type(threads) is not int or threads < 1), f"threads {threads!r}: a number from 1"),
+        (memory_limit is not None and type(memory_limit) is not int, f"memory_limit {memory_limit!r}: bytes"),
+        (stats not in ("full", "sampled", "off"), f"stats {stats!r}: full, sampled or off"),
+        (hub not in ("stream", "download"), f"hub {hub!r}: stream or download"),
+    ):
+        if wrong:
+            raise UsageError(what)
+
+
+class Room(Protocol):
+    """Room on the disk, taken by each shard that is begun. Whoever takes a finished one away gives it back."""
+
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        """Whether there was room. Raises what keeps finished shards from leaving."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A plan, the open models that it reads, and where its shards go.
 
     stats: how much of the rounding is measured: full, sampled or off. room: limits the shards that are on the disk at
-    once: acquired for each that is begun, released by whoever takes a finished one away; None for no limit.
+    once; None for no limit.
     """
 
     plan: Plan
@@ -39,7 +61,7 @@ class Job:
     destination: Destination
     stats: str = "sampled"
     allow_nonfinite: bool = False
-    room: threading.Semaphore | None = None
+    room: Room | None = None
 
 
 class Runner(Protocol):
@@ -54,3 +76,15 @@ class Runner(Protocol):
         The caller alone records. Closing the generator ends the work; what is unfinished another run does again.
         Raises UnusableWeights, InputError, StalePlan, TemporaryError, ResourceError, UsageError.
         """
+
+
+@contextmanager
+def handed(records: Generator[ShardRecord, None, None]) -> Iterator[Generator[ShardRecord, None, None]]:
+    """End a run with its caller's own error: an interrupt waits a few seconds for threads, anything else for all."""
+    try:
+        yield records
+    except BaseException as error:
+        records.throw(error)
+        raise
+    finally:
+        records.close()

@@ -20,6 +20,7 @@ from queue import Empty, SimpleQueue
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.engine.destination import Destination, ShardRecord, SpanFile
 from skillmerge.engine.rounding_statistics import total
+from skillmerge.engine.runner import Room
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Buffer, Span, spans
 from skillmerge.engine.worker import Settings, Statistics, Worker
@@ -98,7 +99,7 @@ class _Run:
         destination: Destination,
         settings: Settings,
         shards: Sequence[ShardPlan],
-        room: threading.Semaphore | None,
+        room: Room | None,
         stream: Stream,
     ) -> None:
         self.plan, self.checkpoints, self.destination, self.settings = plan, checkpoints, destination, settings
@@ -122,20 +123,6 @@ class _Run:
     def _end(self) -> None:
         for _ in range(WRITERS):
             self.full.put(None)
-
-    def finished(self, count: int, progress: Callable[[int], None]) -> Iterator[ShardRecord]:
-        """The records of `count` shards, each as soon as its file is durable."""
-        while count:
-            progress(self.moved)
-            try:
-                # What is durable is handed over even where another thread has failed meanwhile.
-                record = self.done.get(timeout=_WAIT)
-            except Empty:
-                self.stream.check()
-                continue
-            yield record
-            count -= 1
-        progress(self.moved)
 
     def _work(self) -> None:
         """A worker's life: a free buffer, a span, its bytes, and on to the writers."""
@@ -225,15 +212,14 @@ def merge_shards(
     settings: Settings,
     shards: Sequence[ShardPlan],
     progress: Callable[[int], None],
-    room: threading.Semaphore | None = None,
+    room: Room | None = None,
 ) -> Iterator[ShardRecord]:
     """Write `shards`, and yield the record of each as soon as its file is durable.
 
     Idempotent per shard: what one call leaves unfinished, another may do. progress: gets the bytes of output written
-    so far, a few times a second, in the calling thread. room: acquired for each shard that is begun; whoever takes a
-    finished shard off the disk releases it.
+    so far, a few times a second, in the calling thread. room: taken by each shard that is begun.
     """
     with Stream(checkpoints.values()) as stream:
         run = _Run(plan, checkpoints, destination, settings, shards, room, stream)
         run.start()
-        yield from run.finished(len(shards), progress)
+        yield from stream.take(run.done, len(shards), lambda: progress(run.moved))

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from skillmerge.bits import any_nonfinite, fold_sum, memory_of, torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.sparse import Encoder, differing, places_of, within
 from skillmerge.engine.destination import Destination, ShardRecord
+from skillmerge.engine.runner import Room
 from skillmerge.engine.skill_file import Cut, Kept, SkillFile, Unit, compressed
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Tile
@@ -42,7 +43,7 @@ def cut_shards(
     settings: Settings,
     shards: Sequence[ShardPlan],
     progress: Callable[[int], None],
-    room: threading.Semaphore | None = None,
+    room: Room | None = None,
 ) -> Iterator[ShardRecord]:
     """Write files of a skill, and yield the record of each as soon as it is durable; see `shards.merge_shards`."""
     threads = settings.budget.threads
@@ -57,26 +58,45 @@ def cut_shards(
         units = [unit for shard in shards for unit in _units(plan, shard)]
         cuts = stream.map(cutter.cut, cutter.announced(units), threads=threads, ahead=threads + 1)
 
-        def files() -> Iterator[SkillFile]:
-            moved = 0
-            for shard in shards:
-                while room is not None and not room.acquire(timeout=_WAIT):
-                    stream.check()
-                file = stream.keep(SkillFile(destination, shard, plan, checkpoints, cutter.kept))
-                for unit in _units(plan, shard):
-                    file.add(unit, next(cuts))
-                    moved += unit.length * DTYPES[unit.spec.dtype].itemsize
-                    progress(moved)
-                yield file
+        maker = _Maker(cutter, cuts, room)
+        stream.start(1, lambda: maker.make(shards, destination))
+        stream.start(1, lambda: maker.complete(len(shards)), lambda: maker.made.put(None))
+        yield from stream.take(maker.done, len(shards), lambda: progress(maker.moved))
 
-        def complete(file: SkillFile) -> ShardRecord:
-            """Make a file durable and digest it, while the next one is made."""
-            record = file.finish(stream.stop)
-            for checkpoint in checkpoints.values():
+
+class _Maker:
+    """Files in the making: one thread puts cuts together, another makes files durable and digests them meanwhile."""
+
+    def __init__(self, cutter: _Cutter, cuts: Iterator[Cut], room: Room | None) -> None:
+        self._cutter, self._cuts, self._room = cutter, cuts, room
+        self.made: SimpleQueue[SkillFile | None] = SimpleQueue()
+        self.done: SimpleQueue[ShardRecord] = SimpleQueue()
+        self.moved = 0
+
+    def make(self, shards: Sequence[ShardPlan], destination: Destination) -> None:
+        cutter, stop = self._cutter, self._cutter.stream.stop
+        for shard in shards:
+            while self._room is not None and not self._room.acquire(timeout=_WAIT):
+                if stop.is_set():
+                    return
+            file = cutter.stream.keep(SkillFile(destination, shard, cutter.plan, cutter.checkpoints, cutter.kept))
+            for unit in _units(cutter.plan, shard):
+                file.add(unit, next(self._cuts))
+                self.moved += unit.length * DTYPES[unit.spec.dtype].itemsize
+            self.made.put(file)
+
+    def complete(self, count: int) -> None:
+        stop = self._cutter.stream.stop
+        for _ in range(count):
+            file = self.made.get()
+            if file is None or stop.is_set():
+                return
+            record = file.finish(stop)
+            if stop.is_set():
+                return  # its digest may be cut short
+            for checkpoint in self._cutter.checkpoints.values():
                 checkpoint.check_unchanged()
-            return record
-
-        yield from stream.map(complete, files(), threads=1, ahead=2)
+            self.done.put(record)
 
 
 def _units(plan: Plan, shard: ShardPlan) -> Iterator[Unit]:
@@ -93,26 +113,26 @@ class _Cutter:
     """What is done with a unit of a skill; each thread has a worker of its own."""
 
     def __init__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stream: Stream) -> None:
-        self._plan, self._checkpoints, self._settings, self._stream = plan, checkpoints, settings, stream
+        self.plan, self.checkpoints, self._settings, self.stream = plan, checkpoints, settings, stream
         # A skill that is read says of what it was made itself.
         self.kept: dict[str, Kept] = {}
         self._digested = {name for name in checkpoints if model_of(name) not in plan.recipe.skills}
 
     @property
     def _worker(self) -> Worker:
-        return self._stream.own(lambda: Worker(self._plan, self._checkpoints, self._settings, self._stream.stop))
+        return self.stream.own(lambda: Worker(self.plan, self.checkpoints, self._settings, self.stream.stop))
 
     def announced(self, units: Sequence[Unit]) -> Iterator[Unit]:
         """The units in their order; what the next one reads is read ahead."""
         for index, unit in enumerate(units):
             for coming in units[index + 1 : index + 2]:
                 for model, source in coming.tensor.sources:
-                    self._checkpoints[model].hint(source, coming.number * UNIT, coming.length)
+                    self.checkpoints[model].hint(source, coming.number * UNIT, coming.length)
             yield unit
 
     def compare_all(self) -> None:
         """Prove that tensors which have no difference are the same everywhere. Raises UnusableWeights."""
-        for tensor in self._plan.tensors.values():
+        for tensor in self.plan.tensors.values():
             elements = math.prod(tensor.shape) if tensor.action == "same" else 0
             for first in range(0, elements, UNIT):
                 tile = Tile(tensor, first, min(first + UNIT, elements), 0)
@@ -131,7 +151,7 @@ class _Cutter:
                 counts += torch.bincount(bins, minlength=_BINS)
                 squares = value.to(torch.float64)
                 energies += torch.bincount(bins, weights=squares.mul_(squares), minlength=_BINS)
-            if self._stream.stop.is_set():
+            if self.stream.stop.is_set():
                 return Kept()
         above, energy = counts.flip(0).cumsum(0), energies.flip(0).cumsum(0)
         width = int((above <= max(1, math.floor(share * elements))).sum())
@@ -146,7 +166,7 @@ class _Cutter:
     def cut(self, unit: Unit) -> Cut:
         """Read a unit of every model and encode the difference. Raises UnusableWeights."""
         worker = self._worker
-        if unit.tensor.action == "zero" or self._stream.stop.is_set():
+        if unit.tensor.action == "zero" or self.stream.stop.is_set():
             return Cut({})
         first = unit.number * UNIT
         tile = Tile(unit.tensor, first, first + unit.length, 0)
@@ -155,7 +175,7 @@ class _Cutter:
         chunks = self._chunks(worker, tile, inputs, digests)
         cut = self._keep(chunks) if unit.tensor.action == "cut" else self._compute(worker, tile, chunks)
         cut.digests = {model: digest.hexdigest() for model, digest in digests.items()}
-        if self._plan.recipe.output.compression == "zstd":
+        if self.plan.recipe.output.compression == "zstd":
             cut.planes = {plane: compressed(encoded) for plane, encoded in cut.planes.items()}
         return cut
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
 import torch
@@ -33,6 +33,10 @@ class Closable(Protocol):
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 Resource = TypeVar("Resource", bound=Closable)
+
+
+class _Stopped(Exception):
+    """Ends a thread that waits for another one when nothing more is wanted."""
 
 
 class Stream:
@@ -65,8 +69,7 @@ class Stream:
         self.stop.set()
         for end in self._endings:
             end()
-        # A generator that is closed early was interrupted too, wherever its caller was just then.
-        deadline = time.monotonic() + _PATIENCE if isinstance(error, KeyboardInterrupt | GeneratorExit) else None
+        deadline = time.monotonic() + _PATIENCE if isinstance(error, KeyboardInterrupt) else None
         try:
             for thread in self._threads:
                 if thread.ident is not None:  # else the system had none to give
@@ -120,19 +123,38 @@ class Stream:
             for _ in range(threads):
                 tasks.put(None)
 
-        self.start(threads, work, end)
-        waiting: deque[Future[Found]] = deque()
-        for item in items:
-            waiting.append(Future())
-            tasks.put((waiting[-1], item))
-            if len(waiting) == ahead:  # before the next item is asked for, which may need what a result gives back
+        def in_order() -> Iterator[Found]:
+            waiting: deque[Future[Found]] = deque()
+            for item in items:
+                waiting.append(Future())
+                tasks.put((waiting[-1], item))
+                if len(waiting) == ahead:
+                    yield self._result(waiting.popleft())
+            while waiting:
                 yield self._result(waiting.popleft())
-        while waiting:
-            yield self._result(waiting.popleft())
+
+        self.start(threads, work, end)
+        return in_order()
+
+    def take(self, queue: SimpleQueue[Found], count: int, tick: Callable[[], None]) -> Iterator[Found]:
+        """`count` things that threads put into `queue`, each as soon as it is there; `tick` is called meanwhile."""
+        while count:
+            tick()
+            try:
+                # What is there is handed over even where a thread has failed meanwhile.
+                found = queue.get(timeout=_GLANCE)
+            except Empty:
+                self.check()
+                continue
+            yield found
+            count -= 1
+        tick()
 
     def _result(self, future: Future[Found]) -> Found:
         while not wait([future], _GLANCE).done:
             self.check()
+            if self.stop.is_set():  # nobody will do it: only a thread of this pass can be here then
+                raise _Stopped
         self.check()  # what was done while another thread failed may be half of what it should be
         return future.result()
 
@@ -151,6 +173,8 @@ class Stream:
         try:
             with torch.inference_mode():
                 body()
+        except _Stopped:
+            pass
         except BaseException as error:
             with self._lock:
                 self._failure = self._failure or error

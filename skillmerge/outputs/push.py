@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.checkpoints.place import on_hub
+from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import UsageError
 from skillmerge.outputs.card import CARD_FILE, license_of, read_metadata, write_card
@@ -135,6 +136,22 @@ def _hub_files(inputs: Iterable[Input | InputPlan]) -> dict[str | None, tuple[st
     return found
 
 
+class _Room:
+    """See `engine.runner.Room`: room for so many shards, until an upload has failed."""
+
+    def __init__(self, shards: int) -> None:
+        self.failure: BaseException | None = None
+        self._free = threading.Semaphore(shards)
+
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        if self.failure is not None:
+            raise self.failure  # what it was to send stays on the disk: there will be no more room
+        return self._free.acquire(blocking, timeout)
+
+    def release(self) -> None:
+        self._free.release()
+
+
 class MergePush:
     """The push of a merge while it runs: checked before the work, fed while it goes on, made visible after it.
 
@@ -153,8 +170,7 @@ class MergePush:
         self._sent: list[Future[None]] = []
         self._leaving = threading.Lock()
         self._failed = False
-        self.room = threading.Semaphore(_SHARDS_ON_DISK) if remove else None
-        """Taken by each shard that is begun, given back by each that has left the disk."""
+        self.room = _Room(_SHARDS_ON_DISK) if remove else None
         self._staging: Staging | None = None
         self._on_the_hub = _hub_files(plan.inputs)
 
@@ -196,14 +212,18 @@ class MergePush:
         if self._remove:
             for future in [future for future in self._sent if future.done()]:
                 future.result()
+                self._sent.remove(future)
         self._sent.append(self._pool.submit(self._send, done))
 
     def _send(self, done: ShardRecord) -> None:
         try:
             self._take(done)
-        finally:
+        except BaseException as error:
             if self.room is not None:
-                self.room.release()
+                self.room.failure = error
+            raise
+        if self.room is not None:
+            self.room.release()
 
     def _take(self, done: ShardRecord) -> None:
         assert self._staging is not None
@@ -215,12 +235,17 @@ class MergePush:
             self._commit.take_uploaded(name, size, sha256)
         else:
             if self._remove:
-                check_shard(path, next(shard.specs for shard in self._plan.shards if shard.file == name))
+                self._check(path)
             self._commit.upload(name, path, size, sha256)
         with self._leaving:
             if self._remove and not done.uploaded and not self._failed:
                 self._staging.record(replace(done, uploaded=True))  # or not needed: the Hub has it
                 path.unlink()
+
+    def _check(self, path: Path) -> None:
+        """Read a shard's header with the safetensors library before it is sent. Raises CheckFailed."""
+        shard = next(shard for shard in self._plan.shards if shard.file == path.name)
+        check_shard(path, read_header(str(path), path.name).tensors if self._plan.makes_skill else shard.specs)
 
     def settle(self, *, failed: bool) -> None:
         """Wait for what is on its way, unless the merge failed; an upload that did is tried again by `publish`."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError, some
 from skillmerge.methods.terms import Leaf, Sum, expand_skills, model_of, weights
 from skillmerge.naming import MODULE_KINDS, layer_label, layer_of, module_kind, summarised
@@ -110,8 +111,7 @@ def inspect(
     also how the matrices' updates spread over this many directions (1 to 64), a matrix at a time in memory.
     Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError.
     """
-    if stats not in ("full", "sampled", "off"):
-        raise UsageError(f"stats {stats!r}: full, sampled or off")
+    check_words("cpu", threads, None, stats, hub)
     if spectral is not None and not 1 <= spectral <= MAX_RANK:
         raise UsageError(f"spectral rank {spectral}: 1 to {MAX_RANK}")
     reporter = reporter or Reporter()

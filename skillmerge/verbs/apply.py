@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill_planes import check_zstandard
-from skillmerge.engine.runner import Job, Runner, Work
+from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import UnusableWeights, UsageError, memory_errors
 from skillmerge.outputs import manifest
@@ -32,7 +32,7 @@ from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed, GateInput, check, prepare
-from skillmerge.verbs.records import Checks, Publish, check_words
+from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.target import finished_output, output_folder, refuse_existing
 from skillmerge.version import __version__
@@ -229,7 +229,7 @@ class _Merge:
         plan, staging, push = self.job.plan, self.staging, self.push
         missing = [shard for shard in plan.shards if shard.file not in staging.finished]
         try:
-            with closing(runner.run(self.job, missing)) as records:
+            with handed(runner.run(self.job, missing)) as records:
                 for done in records:
                     staging.record(done)
                     self.reporter.event(
@@ -238,14 +238,14 @@ class _Merge:
                     )  # fmt: skip
                     if push is not None:
                         push.send(done)
+            if push is not None:
+                push.settle(failed=False)
         except BaseException as error:
             if push is not None:
                 push.settle(failed=True)
             if isinstance(error, UnusableWeights):
                 staging.discard()
             raise
-        if push is not None:
-            push.settle(failed=False)
 
     def _describe(self, side_files: list[SideFile]) -> ManifestBody:
         """Write the side files. Returns all of the manifest that does not depend on where and when it was made."""

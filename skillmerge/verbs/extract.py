@@ -12,7 +12,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.kinds.patch import PATCH_FILE
 from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
 from skillmerge.checkpoints.stores.folder import Folder
-from skillmerge.engine.runner import Work
+from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError, memory_errors
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
@@ -20,7 +20,7 @@ from skillmerge.reporter import Reporter
 from skillmerge.tensors import UNIT
 from skillmerge.threads import in_threads
 from skillmerge.verbs.apply import merge
-from skillmerge.verbs.records import Checks, Publish, check_words
+from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
 from skillmerge.version import __version__
 
@@ -49,7 +49,7 @@ def extract(
     dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. ignore: globs of
     tensors that the skill does without. zstd: compress its files. keep: the share of each tensor's elements,
     the largest, that stay, multiplied by what restores the tensor's norm. The rest is as of
-    `merge.apply`, whose errors it raises: this is a recipe of three lines.
+    `apply`, whose errors it raises: this is a recipe of three lines.
     """
     if dtype not in ("same", "bfloat16", "float16", "float32"):
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")

@@ -11,6 +11,7 @@ from typing import Any
 
 from skillmerge.brief import brief
 from skillmerge.durable import disk_errors, write_whole
+from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError
 from skillmerge.plans import opening, saved
 from skillmerge.plans.budget import Budget, budget, check_disk, free_disk
@@ -75,6 +76,7 @@ def plan(
     too small for it.
     """
     reporter = reporter or Reporter()
+    check_words("auto", threads, memory_limit, "sampled", "stream")
     before = saved.read(diff) if diff is not None else None
     made = _make(recipe, coefficients, Access(follow_links, locked, relock=lock, allow_code=allow_code), reporter)
     needs = budget(made, threads=threads, memory_limit=memory_limit)

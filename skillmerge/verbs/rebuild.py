@@ -12,14 +12,15 @@ import os
 import random
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.engine.runner import Job, Work
+from skillmerge.engine.runner import Job, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import CheckFailed, StalePlan, UsageError, some
 from skillmerge.outputs import manifest
@@ -47,6 +48,8 @@ class Rebuilt:
     of: int
     bytes: int
     output: Path | None = None
+
+    __repr__ = brief
 
     def as_dict(self) -> dict[str, Any]:
         output = str(self.output) if self.output is not None else None
@@ -93,6 +96,9 @@ def rebuild(
     """
     if check == (output is not None):
         raise UsageError("say what to do", fix="give --check (compare, write nothing) or --output NEW (build it again)")
+    check_words(device, threads, memory_limit, "sampled", hub)
+    if not 0 < sample <= 1:
+        raise UsageError(f"sample {sample!r}: a share above 0, at most 1")
     base = Path(base_folder) if base_folder is not None else None
     how = How(base, Work(device, threads, memory_limit), follow_links, hub, reporter or Reporter())
     if output is not None:
@@ -104,7 +110,7 @@ def rebuild_into(folder: str | os.PathLike[str], output: str | os.PathLike[str],
     """Make the output whose manifest is in `folder` again as `output`, and compare the manifests.
 
     Raises CheckFailed for a manifest that is not sound or a rebuild that differs, StalePlan where the models that it
-    names are not those of then; and whatever `merge.apply` raises.
+    names are not those of then; and whatever `apply` raises.
     """
     how = how or How()
     root = check_folder(folder)
@@ -147,7 +153,7 @@ def check_rebuild(
         side_files = list(fetch(checkpoints[plan.donor], plan.side_files, _runs_code(made)))
         original = _Original(root)
         job = Job(plan, checkpoints, original, environment.stats, environment.allow_nonfinite)
-        with _blamed_on_inputs(proof), closing(runner_for(how.work, how.reporter).run(job, shards)) as records:
+        with _blamed_on_inputs(proof), handed(runner_for(how.work, how.reporter).run(job, shards)) as records:
             for done in records:
                 original.record(done)
         if plan.makes_skill:
@@ -160,7 +166,8 @@ def check_rebuild(
             digests = _recorded_digests(proof)
             body = manifest.build(plan, original.finished, side_files, environment.stats, digests)
             manifest.compare(root, proof, body)
-        size = sum(spec.nbytes for shard in shards for spec in shard.specs)
+        weights = sum(spec.nbytes for shard in shards for spec in shard.specs)
+        size = proof.size if plan.makes_skill else weights
         return Rebuilt(root, len(chosen), len(names), size)
 
 
@@ -313,7 +320,7 @@ class _ComparedStream:
         left = memoryview(data).cast("B")  # views of other formats equal no bytes
         while left:
             there = os.pread(self._stream.fileno(), len(left), offset)
-            if not there or there != bytes(left[: len(there)]):  # a view of another format is never equal
+            if not there or there != bytes(left[: len(there)]):
                 raise CheckFailed(f"{self._path} differs when it is built again")
             left, offset = left[len(there) :], offset + len(there)
 

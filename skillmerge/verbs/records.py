@@ -5,10 +5,8 @@ How models are reached is `plans.opening.Access`, how it is computed `engine.run
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from skillmerge.errors import UsageError
 from skillmerge.outputs.manifest import Manifest
 
 
@@ -43,16 +41,3 @@ class Publish:
     revision: str | None = None
     pull_request: bool | None = None
     message: str | None = None
-
-
-def check_words(device: str, threads: int | None, memory_limit: int | None, stats: str, hub: str) -> None:
-    """What the command line checks by itself."""
-    for wrong, what in (
-        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(device)) is None, f"device {device!r}: auto, cpu, cuda or cuda:N"),
-        (threads is not None and (type(threads) is not int or threads < 1), f"threads {threads!r}: a number from 1"),
-        (memory_limit is not None and type(memory_limit) is not int, f"memory_limit {memory_limit!r}: bytes"),
-        (stats not in ("full", "sampled", "off"), f"stats {stats!r}: full, sampled or off"),
-        (hub not in ("stream", "download"), f"hub {hub!r}: stream or download"),
-    ):
-        if wrong:
-            raise UsageError(what)

@@ -42,7 +42,7 @@ class MergedModel:
     """A transformers model and its tokenizer, in memory. `use` gives it the weights of a recipe.
 
     Raises, as it is made: UsageError where transformers is not installed or cannot load the model, ResourceError
-    where the inputs do not fit into memory; and whatever `merge.apply` raises.
+    where the inputs do not fit into memory; and whatever `apply` raises.
     """
 
     def __init__(self, recipe: Recipe, access: Access, device: str, warn: Callable[[str], None]) -> None:

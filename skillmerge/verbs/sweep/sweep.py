@@ -137,7 +137,7 @@ def sweep(
     output: a folder of the sweep's own (default: `recipe.sweep` beside the recipe). by: the score that decides
     (default: the first). search: tpe, cmaes or random (with Optuna) instead of a grid, of `trials` candidates.
     repeats: how often each is scored, with another seed. Continues what was interrupted.
-    Raises UsageError, CheckFailed where a score fails, OutputLocked; and what `merge.apply` raises.
+    Raises UsageError, CheckFailed where a score fails, OutputLocked; and what `apply` raises.
     """
     reporter = reporter or Reporter()
     how = Access(follow_links, locked, download=hub == "download"), device
