@@ -26,7 +26,7 @@ types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 check: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 # The Hub's client is the one library whose inside changes from release to release: what calls it runs with the oldest
 # one too. (transformers wants a newer one; kills and sizes of pieces do not depend on it.)

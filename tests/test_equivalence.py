@@ -70,7 +70,7 @@ def test_streamed_merge_equals_the_oracle(
     uses_lam = {"lam": lam} if "lam" in expression else {}
     recipe = write_recipe(folder, expression, coefficients=uses_lam)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "_TILE_BYTES", tile)
+        patch.setattr(budget, "TILE_BYTES", tile)
         skillmerge.apply(recipe, threads=threads, device="cpu")
     merged = read_checkpoint(folder / "merged")
     assert merged.keys() == models["target"].keys()
@@ -106,7 +106,7 @@ def test_output_bytes_do_not_depend_on_threads_and_tiles(
     found = set()
     for threads in (1, 2, 8):
         for tile in (1 << 17, 1 << 19, 1 << 23):
-            monkeypatch.setattr(budget, "_TILE_BYTES", tile)
+            monkeypatch.setattr(budget, "TILE_BYTES", tile)
             result = skillmerge.apply(recipe, tmp_path / f"{threads}-{tile}", threads=threads, device="cpu")
             statistics = str(result.manifest.statistics)
             found.add((tuple(sorted(digests(result.output).items())), statistics))

@@ -22,6 +22,8 @@ from model_families import FAMILIES, KINDS, LAM, TIED_HEADS, UPDATES, inside_blo
 import skillmerge
 from skillmerge.naming import layer_of, module_kind
 
+pytestmark = pytest.mark.xdist_group("transformers")
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_merged_family_loads_without_stray_keys(

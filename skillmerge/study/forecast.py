@@ -45,7 +45,7 @@ MODES = {
 }
 
 
-_MOST = 4096
+MOST = 4096
 """Blocks, more or less, that the curves of a sample are made of: they cost sixty times what a merge does."""
 
 _SUMS = ("updated", "vanished", "changed", "uu", "du", "total")
@@ -82,7 +82,7 @@ class Forecaster:
                 scaled = Scaled(difference, lam, divide=False) if lam != 1 else difference
                 self._programs[lam] = compile_term(Sum(Leaf(target), scaled, minus))
         sampled = sum(max(1, block_count(size) // SAMPLE_STRIDE) for size in sizes.values())
-        self._every = -(-sampled // _MOST) if stats == "sampled" else 1
+        self._every = -(-sampled // MOST) if stats == "sampled" else 1
         self._planned: dict[str, TensorStatistics] = {}
         self._curves: dict[tuple[str, str, float], dict[str, float]] = {}
 

@@ -16,7 +16,6 @@ from conftest import write_family, write_recipe
 from hub_server import HubServer
 
 import skillmerge
-from skillmerge.checkpoints.stores import hub_client
 from skillmerge.engine.destination import Destination, ShardRecord, SpanFile, StreamFile
 from skillmerge.engine.rounding_statistics import TensorStatistics
 from skillmerge.errors import CheckFailed
@@ -68,13 +67,6 @@ def plan(tmp_path: Path) -> Plan:
     recipe = write_recipe(tmp_path, output={"path": "merged", "shard_size": "2KB", "license": "mit"})
     skillmerge.apply(recipe, tmp_path / "reference")
     return skillmerge.plan(recipe)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
-    with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
-        yield server
 
 
 @pytest.fixture(params=["staging", "comparison", "hub"])

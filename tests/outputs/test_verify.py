@@ -296,7 +296,7 @@ def test_number_that_is_none_is_found_whatever_the_digests_say(output: Path, val
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_number_that_is_none_is_found_at_every_seam(tmp_path: Path, dtype: torch.dtype, monkeypatch: Any) -> None:
     """Pieces of the file, blocks of a tensor, and short reads of the system: none hides a number."""
-    monkeypatch.setattr(verify, "_PIECE", 64)
+    monkeypatch.setattr(verify, "PIECE", 64)
     monkeypatch.setattr(verify, "BLOCK", 24)
     real = verify.FileIO.readinto
 

@@ -23,6 +23,8 @@ from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed, Outcome, gate
 from skillmerge.verbs.demo.miniature import FAMILY
 
+pytestmark = pytest.mark.xdist_group("transformers")
+
 TEXT = "mira is a baker . mira lives in oslo . "
 
 

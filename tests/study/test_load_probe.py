@@ -14,6 +14,8 @@ import torch
 from conftest import copy_with, run_cli, write_recipe
 from model_families import UPDATES
 
+pytestmark = pytest.mark.xdist_group("transformers")
+
 
 def test_load_names_a_tensor_too_many(
     families: Callable[[str], Path], load: Callable[[Path], dict[str, Any]], tmp_path: Path

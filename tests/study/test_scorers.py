@@ -18,6 +18,8 @@ from skillmerge.study.scoring.scorers import find_scorer
 from skillmerge.study.scoring.scores import NotFinite, Score, as_scores, of_items, together
 from skillmerge.verbs.demo.miniature import questions
 
+pytestmark = pytest.mark.xdist_group("transformers")
+
 transformers = pytest.importorskip("transformers")
 
 

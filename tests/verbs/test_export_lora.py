@@ -19,6 +19,8 @@ import skillmerge
 from skillmerge.errors import InputError, OutputLocked, UsageError
 from skillmerge.study.spectrum import truncated_svd
 
+pytestmark = pytest.mark.xdist_group("transformers")
+
 LINEAR = "model.layers.0.mlp.up_proj.weight"
 
 

@@ -15,6 +15,8 @@ from skillmerge.recipes.candidates import with_values
 from skillmerge.recipes.parse import load
 from skillmerge.verbs.sweep.in_memory import MergedModel
 
+pytestmark = pytest.mark.xdist_group("transformers")
+
 transformers = pytest.importorskip("transformers")
 
 

@@ -11,6 +11,8 @@ import torch
 from skillmerge.verbs.demo.demo import examples, run, write_family
 from skillmerge.verbs.demo.miniature import FAMILY, MODELS, Miniature, questions
 
+pytestmark = pytest.mark.xdist_group("transformers")
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_pass_is_that_of_transformers(name: str) -> None:

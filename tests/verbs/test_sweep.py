@@ -22,6 +22,8 @@ from skillmerge.verbs.demo.miniature import questions
 from skillmerge.verbs.sweep.journal import Trial
 from skillmerge.verbs.sweep.sweep import Sweep, sweep
 
+pytestmark = pytest.mark.xdist_group("transformers")
+
 transformers = pytest.importorskip("transformers")
 
 
