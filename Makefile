@@ -12,11 +12,10 @@ demo: $(VENV)/installed
 	rm -rf demo
 	$(BIN)/skillmerge demo demo
 
-# Types are checked beside the tests, which leave a core idle now and then.
+# Types and the oldest client are checked beside the tests, which leave a core idle now and then.
 test: $(VENV)/installed-dev $(VENV)/oldest-hub
 	$(MAKE) lint
-	$(MAKE) -j2 types check
-	$(MAKE) check-oldest
+	$(MAKE) -j3 types check check-oldest
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -26,12 +25,12 @@ types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 check: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 3 --dist loadgroup
 
 # The Hub's client is the one library whose inside changes from release to release: what calls it runs with the oldest
 # one too. (transformers wants a newer one; kills and sizes of pieces do not depend on it.)
 check-oldest: $(VENV)/oldest-hub
-	PYTHONPATH=$(abspath $(VENV)/oldest-hub) $(BIN)/pytest -n 2 tests/checkpoints/test_hub.py \
+	PYTHONPATH=$(abspath $(VENV)/oldest-hub) $(BIN)/pytest tests/checkpoints/test_hub.py \
 		tests/checkpoints/test_hub_faults.py tests/outputs/test_push.py tests/outputs/test_push_apply.py \
 		-k "not transformers and not killed and not pieces" \
 		-W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
