@@ -57,7 +57,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "budget layout saved",
         "plan",
         "accounting",
-        "changes depth mapping side_files",
+        "changes compare.found compare.roles depth mapping side_files",
     ),
     "recipes": (
         "candidates lint",
