@@ -133,11 +133,13 @@ class Plan:
 
     @property
     def acceptance(self) -> str | None:
-        """The line of the recipe that accepts every problem and warning that can be accepted."""
+        """What accepts every problem and warning that can be accepted: a line of the recipe, or options."""
         found = (*(it.name for it in self.problems), *(it.name for it in self.warnings))
         names = dict.fromkeys(name for name in found if name is not None)
         if not names:
             return None
+        if self.recipe.of_command:
+            return f"to accept what was found, once you have looked at it: {' '.join(f'--accept {it}' for it in names)}"
         every = [*sorted(self.recipe.accept), *(name for name in names if name not in self.recipe.accept)]
         return f"to accept what was found, once you have looked at it, add to the recipe:\naccept: [{', '.join(every)}]"
 
