@@ -12,19 +12,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
-from skillmerge.checkpoints.model_config import contradictions, quantisation, tied_source
+from skillmerge.checkpoints.model_config import contradictions, quantisation
 from skillmerge.errors import InputError
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, is_zero, model_of, sole_model
-from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
 from skillmerge.plans.compare.models import NOTHING, compare_models
+from skillmerge.plans.heads import driven_apart
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.recipes.expression import ExpressionError
 from skillmerge.recipes.recipe import Recipe, unused_names
 from skillmerge.recipes.schedules import ScheduleError
+from skillmerge.remarks import Remark
 from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
 
 
@@ -71,7 +72,7 @@ def plan_recipe(
             ties=accounts.ties,
             problems=problems,
             notes=(*notes, *accounts.notes, *compared.notes),
-            warnings=tuple(compared.warnings),
+            warnings=(*compared.warnings, *_warnings(recipe, donor, tensors)),
             compared=compared,
             **_inputs(recipe, checkpoints, tensors),
         )
@@ -256,8 +257,12 @@ def _notes(
     yield from (f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe))
     yield from _oddities(recipe, checkpoints, donor)
     yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
+
+
+def _warnings(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> Iterator[Remark]:
+    """What needs attention, of what the recipe does."""
     if not recipe.makes_skill:
-        yield from _untied(donor, tensors)
+        yield from (it for it in driven_apart(donor, tensors) if it.name not in recipe.accept)
 
 
 def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
@@ -274,20 +279,6 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
             yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
-
-
-def _untied(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> list[str]:
-    """A word where the recipe drives apart what the donor's config ties and the donor stores twice."""
-    notes = []
-    for name in [name for name in tensors if module_kind(name) == "head"]:
-        others = {other: spec for other, spec in donor.tensors.items() if other != name}
-        source = tied_source(name, donor.tensors[name].shape, donor.config, others)
-        if source is not None and tensors[source].coefficients != tensors[name].coefficients:
-            notes.append(
-                f"config.json ties `{name}` to `{source}`, but the recipe gives them different coefficients: "
-                "runtimes will not agree which of the two to use"
-            )
-    return notes
 
 
 def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:

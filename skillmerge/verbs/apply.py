@@ -25,6 +25,7 @@ from skillmerge.outputs.verify import check_structure, input_digests, is_intact
 from skillmerge.plans import saved as savedplan
 from skillmerge.plans.accounting import prove_ties
 from skillmerge.plans.budget import budget, check_disk
+from skillmerge.plans.heads import with_heads_read
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.saved import SavedPlan
@@ -357,6 +358,7 @@ def _planned(
         plan.refuse_problems()
         if saved is not None:
             saved.check(plan)
+        plan = with_heads_read(plan, checkpoints[plan.donor])
         for remark in plan.warnings:
             reporter.warn(remark.message, remark.fix)
         for note in plan.notes:
