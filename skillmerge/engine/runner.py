@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,18 +73,27 @@ class Runner(Protocol):
     def run(self, job: Job, shards: Sequence[ShardPlan]) -> Generator[ShardRecord, None, None]:
         """Write `shards`, in any order, and yield the record of each when it is durable.
 
-        The caller alone records. Closing the generator ends the work; what is unfinished another run does again.
+        The caller alone records. What is finished when the work fails, or when `handed` throws its caller's error in,
+        is yielded before that is raised. Closing the generator ends the work. Another run does what is unfinished.
         Raises UnusableWeights, InputError, StalePlan, TemporaryError, ResourceError, UsageError.
         """
 
 
 @contextmanager
-def handed(records: Generator[ShardRecord, None, None]) -> Iterator[Generator[ShardRecord, None, None]]:
-    """End a run with its caller's own error: an interrupt waits a few seconds for threads, anything else for all."""
+def handed(
+    records: Generator[ShardRecord, None, None], record: Callable[[ShardRecord], None]
+) -> Iterator[Generator[ShardRecord, None, None]]:
+    """End a run with its caller's own error: an interrupt waits a few seconds for threads, anything else for all.
+
+    record: gets what is finished by then and was not handed over, and the one that was in the caller's hands.
+    """
     try:
         yield records
     except BaseException as error:
-        records.throw(error)
+        with suppress(Exception):  # the caller's own error is the one to raise
+            record(records.throw(error))
+            for done in records:
+                record(done)
         raise
     finally:
         records.close()

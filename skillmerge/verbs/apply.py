@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill_planes import check_zstandard
+from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import UnusableWeights, UsageError, memory_errors
@@ -244,8 +245,13 @@ class _Merge:
     def _make_shards(self, runner: Runner) -> None:
         plan, staging, push = self.job.plan, self.staging, self.push
         missing = [shard for shard in plan.shards if shard.file not in staging.finished]
+
+        def record(done: ShardRecord) -> None:
+            if done.file not in staging.finished:  # else an upload may have said more of it since
+                staging.record(done)
+
         try:
-            with handed(runner.run(self.job, missing)) as records:
+            with handed(runner.run(self.job, missing), record) as records:
                 for done in records:
                     staging.record(done)
                     self.reporter.event(

@@ -153,7 +153,8 @@ def check_rebuild(
         side_files = list(fetch(checkpoints[plan.donor], plan.side_files, _runs_code(made)))
         original = _Original(root)
         job = Job(plan, checkpoints, original, environment.stats, environment.allow_nonfinite)
-        with _blamed_on_inputs(proof), handed(runner_for(how.work, how.reporter).run(job, shards)) as records:
+        run = runner_for(how.work, how.reporter).run(job, shards)
+        with _blamed_on_inputs(proof), handed(run, original.record) as records:
             for done in records:
                 original.record(done)
         if plan.makes_skill:
