@@ -87,7 +87,7 @@ def apply(
     """
     reporter = reporter or Reporter()
     reporter.event("started", skillmerge=__version__, recipe=_name_of(recipe))
-    check_words(device, threads, memory_limit, stats, hub)
+    check_words(device=device, threads=threads, memory_limit=memory_limit, stats=stats, hub=hub)
     if keep_failed and no_local:
         raise UsageError("with no_local there is nothing to keep of a failed output", fix="leave out one of the two")
     return merge(
