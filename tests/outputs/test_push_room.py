@@ -233,13 +233,16 @@ def test_push_from_python_draws_no_bars(
     hub: HubServer, model: Path, bars: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    for name in ("preupload_lfs_files", "create_commit"):
 
-        def noted(*given: Any, real: Any = vars(HfApi)[name], **options: Any) -> Any:
+    def noted(real: Any) -> Any:
+        def call(*given: Any, **options: Any) -> Any:
             seen.append(are_progress_bars_disabled())
             return real(*given, **options)
 
-        monkeypatch.setattr(HfApi, name, noted)
+        return call
+
+    for name in ("preupload_lfs_files", "create_commit"):
+        monkeypatch.setattr(HfApi, name, noted(getattr(HfApi, name)))
     skillmerge.apply(model, push=MERGED)
     assert len(seen) > SHARDS
     assert all(seen)
