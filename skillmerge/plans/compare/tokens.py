@@ -11,7 +11,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import sections
 from skillmerge.checkpoints.tokenizers.placeholders import is_placeholder
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
-from skillmerge.checkpoints.tokenizers.tokenizer import Tokenizer, read_tokenizer
+from skillmerge.checkpoints.tokenizers.tokenizer import Tokenizer, read_tokenizer, vocabulary_file
 from skillmerge.errors import visible
 from skillmerge.plans.compare.found import Compared, Level
 from skillmerge.plans.compare.roles import Role, Roles
@@ -20,6 +20,8 @@ NAMED = 8
 """How many tokens a message names."""
 
 _LONGEST = 40
+_SPELLINGS = {"<0x09>": "\t"}
+"""One token that Gemma's two tokenizers spell in two ways."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +67,28 @@ def compare_tokens(
     """
     files = files or SmallFiles()
     names = [donor, *(name for name in models if name != donor and roles.get(name, Role()).used)]
+    differ = _vocabularies_differ([models[name] for name in names])
     known = _Models(
-        donor, models, roles, {name: read_tokenizer(models[name], files) for name in names}, _rows(models, donor, roles)
+        donor,
+        models,
+        roles,
+        {name: read_tokenizer(models[name], files, tokens=differ) for name in names},
+        _rows(models, donor, roles),
     )
     found = [*_unread(known), *_ids(known)]
     if not any(it.name == "tokenizer" for it in found):
         found += _tokenization(known)
     return [*found, *_stops(known), *_templates(known), *_numbers(known)]
+
+
+def _vocabularies_differ(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether these may hold several vocabularies: what their stores state to be one file need not be fetched."""
+    digests = set()
+    for checkpoint in checkpoints:
+        listed = checkpoint.store.list()
+        stat = listed.get(vocabulary_file(listed))
+        digests.add(stat.digest if stat is not None else None)
+    return len(digests) > 1 or None in digests
 
 
 def _rows(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> int:
@@ -115,6 +132,7 @@ def _ids(known: _Models) -> Iterator[Compared]:
     clashing, free = [], []
     for number in sorted(differing):
         texts = {tokens[number] for tokens in merged.values() if number in tokens}
+        texts = {_SPELLINGS.get(text, text) for text in texts}
         if len({text for text in texts if not is_placeholder(text)}) > 1:
             clashing.append(number)
         elif len(texts) > 1:
@@ -124,7 +142,7 @@ def _ids(known: _Models) -> Iterator[Compared]:
     if free:
         yield _placeholders(known, free)
     if len(merged) > 1 and known.rows:
-        yield from _unnamed(known)
+        yield from _unnamed(known, {*clashing, *free})
 
 
 def _clash(known: _Models, ids: Sequence[int]) -> Compared:
@@ -191,8 +209,8 @@ def _placeholders(known: _Models, ids: Sequence[int]) -> Compared:
     )
 
 
-def _unnamed(known: _Models) -> Iterator[Compared]:
-    """Rows of tokens that not every model has, and of none."""
+def _unnamed(known: _Models, told: set[int]) -> Iterator[Compared]:
+    """Rows of tokens that not every model has, but for those that were told of, and of none."""
     merged = known.merged
     first = next(iter(merged.values()))
     everywhere, anywhere = set(first), set(first)
@@ -200,7 +218,7 @@ def _unnamed(known: _Models) -> Iterator[Compared]:
         if tokens is not first:
             everywhere &= tokens.keys()
             anywhere |= tokens.keys()
-    some = sorted(number for number in anywhere - everywhere if number < known.rows)
+    some = sorted(number for number in anywhere - everywhere - told if number < known.rows)
     if some:
         count = f"{len(some):,} tokens are" if len(some) > 1 else "a token is"
         yield Compared(
@@ -270,8 +288,11 @@ def _templates(known: _Models) -> Iterator[Compared]:
         differing = [key for key, text in theirs.items() if key in ours and ours[key] != text]
         if not theirs or (ours and not differing):
             continue
-        what = "another chat template than" if ours else "a chat template, and none has"
-        has = f"the output has that of `{known.donor}`" if ours else "the output has none"
+        message = (
+            f"`{name}` has another chat template than `{known.donor}`; the output has that of `{known.donor}`"
+            if ours
+            else f"`{name}` has a chat template and `{known.donor}` has none; the output has none"
+        )
         yield Compared(
             "chat-template",
             "chat_template",
@@ -279,7 +300,7 @@ def _templates(known: _Models) -> Iterator[Compared]:
             "warning",
             {model: _template(known.tokenizers[model]) for model in (known.donor, name)},
             False,
-            f"`{name}` has {what} `{known.donor}`: {has}",
+            message,
             f"to take the side files of `{name}`, write `output.like: {name}`; to keep those of `{known.donor}`, "
             "`accept: [chat-template]`",
         )
