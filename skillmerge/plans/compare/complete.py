@@ -41,6 +41,8 @@ _STATED = (
 )
 """(key of a config, a tensor of a block, the tensor that it has beside it where the key is true)."""
 
+_OF_TEXT = ("", "text_config", "thinker_config.text_config", "llm_config", "language_config")
+
 _BUFFER = re.compile(r"(inv_freq|masked_bias|attn\.bias|position_ids|num_batches_tracked|rotary_emb\..*)$")
 
 # Keys of configs that say why blocks are not all alike, besides lists and texts with an entry for each block.
@@ -186,7 +188,7 @@ def _experts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack]) -> 
 
 def _stated(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack]) -> Iterator[Compared]:
     for key, beside, wanted in _STATED:
-        if not any(section.get(key) is True for at, section in sections(checkpoint.config) if _part(at) == "text"):
+        if not any(section.get(key) is True for at, section in sections(checkpoint.config) if at in _OF_TEXT):
             continue
         for stack, blocks in stacks.items():
             inner = set().union(*blocks.values())

@@ -263,7 +263,7 @@ def mixed(special: Callable[[int], bool], count: int = 12) -> Tensors:
     ("special", "config"),
     [
         (lambda index: index == 4, {"layer_types": ["full"] * 4 + ["linear"] + ["full"] * 7}),
-        (lambda index: index > 4, {"first_k_dense_replace": 5}),
+        (lambda index: index < 1, {"first_k_dense_replace": 1}),
         (lambda index: index in (4, 7), {"mlp_only_layers": [4, 7]}),
         (lambda index: index in (4, 9), {"cross_attention_layers": [4, 9]}),
         (lambda index: index % 4 == 3, {"decoder_sparse_step": 4}),
