@@ -128,9 +128,18 @@ def test_rows_that_are_copied_from_another_model_have_to_be_the_donors_tokens(tm
 
 
 def test_a_model_whose_coefficient_is_zero_is_not_compared(tmp_path: Path) -> None:
-    other = {"tokenizer.json": tokenizer(WORDS[::-1]), "generation_config.json": {"eos_token_id": 5}}
+    other = {
+        "tokenizer.json": tokenizer(WORDS[::-1], normalizer={"type": "NFC"}),
+        "generation_config.json": {"eos_token_id": 5},
+        "config": {"vocab_size": 12},
+    }
     assert compared(tmp_path, term=Leaf("target"), rl=other, sft=other) == []
     assert said(compared(tmp_path, term=Sum(Leaf("target"), Scaled(Leaf("rl"), 0.0, False), False), rl=other)) == []
+
+
+def test_a_model_whose_rows_stay_out_may_have_other_tokens(tmp_path: Path) -> None:
+    mean = Scaled(Sum(Leaf("target"), Leaf("rl"), minus=False), 2.0, divide=True)
+    assert said(compared(tmp_path, rows=mean, sft={"tokenizer.json": tokenizer(WORDS[::-1])})) == [FREE]
 
 
 def test_ids_above_the_smallest_row_count_do_not_matter(tmp_path: Path) -> None:
