@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import chain, pairwise
 from typing import Any
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -49,7 +49,7 @@ def tokenization(document: Mapping[str, Any]) -> dict[str, str]:
     parts = {"normalizer": _digest(normalizer), "pre-tokenizer": _digest(pre_tokenizer)}
     model = document.get("model")
     if isinstance(model, dict) and isinstance(model.get("merges"), list):
-        parts["merges"] = merges_digest(_joined(merge) for merge in model["merges"])
+        parts["merges"] = merges_digest(_joined(model["merges"]))
     if isinstance(model, dict) and isinstance(model.get("vocab"), list):
         parts["scores"] = text_digest(_score(piece) for piece in model["vocab"])
     return parts
@@ -57,25 +57,28 @@ def tokenization(document: Mapping[str, Any]) -> dict[str, str]:
 
 def merges_digest(merges: Iterable[str]) -> str:
     """The digest of merges in their order, each as `left right`; of neighbors that give one token the order is free."""
-    runs = (sorted(run) for _, run in groupby(merges, _merged))
-    return text_digest(merge for run in runs for merge in run)
+    lines = list(merges)
+    given = [line.replace(" ", "") for line in lines]
+    end = 0
+    for start in [place for place, (one, next_one) in enumerate(pairwise(given)) if one == next_one]:
+        if start < end:
+            continue  # inside the run before
+        end = next((place for place in range(start, len(given)) if given[place] != given[start]), len(given))
+        lines[start:end] = sorted(lines[start:end])
+    return text_digest(lines)
 
 
 def text_digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _merged(merge: str) -> str:
-    return merge.replace(" ", "")
-
-
-def _joined(merge: Any) -> str:
-    if isinstance(merge, str):
-        return merge
-    if isinstance(merge, list) and len(merge) == 2:
-        left, right = merge
-        if isinstance(left, str) and isinstance(right, str):
-            return f"{left} {right}"
+def _joined(merges: Sequence[Any]) -> Sequence[str]:
+    """Merges as `left right`, which they are, or lists of both."""
+    kinds = set(map(type, merges))
+    if kinds <= {str}:
+        return merges
+    if kinds == {list} and set(map(len, merges)) == {2} and set(map(type, chain.from_iterable(merges))) == {str}:
+        return [f"{left} {right}" for left, right in merges]
     raise ValueError("a merge is neither two tokens nor a text of both")
 
 

@@ -272,7 +272,7 @@ def _stops(known: _Models) -> Iterator[Compared]:
             "eos_token_id",
             it.stop_file,
             "warning",
-            {model: str(sorted(known.tokenizers[model].stop)) for model in (known.donor, name)},
+            {model: _stop_ids(known.tokenizers[model]) for model in (known.donor, name)},
             False,
             f"`{name}` stops at {', '.join(tokens)}, and the output, which has the stop tokens of `{known.donor}`, "
             "does not: it may go on where an answer ends",
@@ -332,6 +332,10 @@ def _size(checkpoint: Checkpoint) -> int | None:
         section["vocab_size"] for _, section in sections(checkpoint.config) if type(section.get("vocab_size")) is int
     ]
     return sizes[0] if sizes else None
+
+
+def _stop_ids(it: Tokenizer) -> str:
+    return ", ".join(map(str, sorted(it.stop))) or "none"
 
 
 def _template(it: Tokenizer) -> str:

@@ -288,7 +288,7 @@ def test_a_stop_token_that_the_output_lacks_is_a_warning(tmp_path: Path) -> None
         "eos_token_id",
         "generation_config.json",
         "warning",
-        {"target": "[2]", "rl": "[2, 5]"},
+        {"target": "2", "rl": "2, 5"},
         False,
         "`rl` stops at 5 (`f`), and the output, which has the stop tokens of `target`, does not: it may go on where an "
         "answer ends",
