@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -51,6 +52,8 @@ _EDGES = re.compile(r"first_|dense_layers|start|end_index|hash_layers|kv_shared|
 
 _FEW_TENSORS = 4
 """What mostly has fewer tensors is no block of a transformer: layers of a projector may be numbered 0 and 2."""
+
+_NAMED = 9
 
 Stack = dict[int, set[str]]
 """The blocks of a stack: index -> the rest of its tensors' names."""
@@ -144,7 +147,9 @@ def _counts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack], dono
                 )  # fmt: skip
         least = min((count for _, count in _expected(inside, of_part)), default=0)
         for stack, blocks in of_part.items():
-            gaps = [index for index in range(max(blocks)) if index not in blocks]
+            # A number may be as large as a name can hold: of each gap the first few are named.
+            places = pairwise([-1, *sorted(blocks)])
+            gaps = [index for before, after in places for index in range(before + 1, min(after, before + 1 + _NAMED))]
             if gaps:
                 listed = some([str(index) for index in gaps])
                 level: Level = "problem" if part == "text" and gaps[0] < least else "warning"

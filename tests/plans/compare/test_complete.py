@@ -143,6 +143,14 @@ def test_a_block_that_is_missing_between_others_is_a_problem(tmp_path: Path) -> 
     ]
 
 
+def test_a_block_of_an_absurd_number_costs_nothing(tmp_path: Path) -> None:
+    far = {f"model.layers.{10**15}.{name}": torch.zeros(2, 2) for name in BLOCK}
+    assert said(tmp_path, {**blocks(), **far}) == [
+        ("warning", "model `m`: blocks 6, 7, 8, 9, 10, 11, 12, 13 … and 1 more of `model.layers` are missing between "
+                    "the others"),
+    ]  # fmt: skip
+
+
 def test_each_part_of_a_multimodal_model_has_its_own_count(tmp_path: Path) -> None:
     config = {"text_config": {"num_hidden_layers": 6}, "vision_config": {"depth": 4}, "audio_config": {"num_layers": 3}}
     whole = {
