@@ -137,8 +137,8 @@ def _counts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack], dono
             continue  # blocks are shared
         for which, expected in _expected(inside, of_part):
             matching = {stack: blocks for stack, blocks in of_part.items() if which in stack}
-            held = max((max(blocks) + 1 for blocks in matching.values()), default=0)
-            if held < expected and (held or part != "text"):
+            held = max((_last(blocks) + 1 for blocks in matching.values()), default=0)
+            if held < expected and (held or (part != "text" and not any(map(_PARTS[part].search, checkpoint.tensors)))):
                 where = f"{which or part} blocks" if which or part != "text" else "blocks"
                 certain: Level = "problem" if part == "text" else "warning"
                 yield _found(
@@ -148,7 +148,7 @@ def _counts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack], dono
         least = min((count for _, count in _expected(inside, of_part)), default=0)
         for stack, blocks in of_part.items():
             # A number may be as large as a name can hold: of each gap the first few are named.
-            places = pairwise([-1, *sorted(blocks)])
+            places = pairwise([-1, *(index for index in sorted(blocks) if index <= _last(blocks))])
             gaps = [index for before, after in places for index in range(before + 1, min(after, before + 1 + _NAMED))]
             if gaps:
                 listed = some([str(index) for index in gaps])
@@ -158,6 +158,12 @@ def _counts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack], dono
                     f"block{'s' if len(gaps) > 1 else ''} {listed} of `{stack}` {'are' if len(gaps) > 1 else 'is'} "
                     "missing between the others",
                 )  # fmt: skip
+
+
+def _last(blocks: Stack) -> int:
+    """The last block that is one; heads and leftovers may have larger numbers."""
+    usual = median(map(len, blocks.values()))
+    return max(index for index, block in blocks.items() if 2 * len(block) >= usual)
 
 
 def _expected(inside: Sequence[Mapping[str, Any]], stacks: Mapping[str, Stack]) -> list[tuple[str, int]]:

@@ -13,6 +13,7 @@ from skillmerge.checkpoints.tokenizers.placeholders import is_placeholder
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.tokenizer import Tokenizer, read_tokenizer, vocabulary_file
 from skillmerge.errors import visible
+from skillmerge.methods.terms import minus_of, model_of
 from skillmerge.plans.compare.found import Compared, Level
 from skillmerge.plans.compare.roles import Role, Roles
 
@@ -111,7 +112,8 @@ def _unread(known: _Models) -> Iterator[Compared]:
             yield Compared(None, "tokenizer", it.file, "note", {name: message}, False, said)
     if any(it.file for it in known.tokenizers.values()):
         for name, it in known.tokenizers.items():
-            if not it.file and known.checkpoints[name].config and known.role(name).tokens:
+            skill = model_of(name) != name or minus_of(name) in known.checkpoints
+            if not it.file and not skill and known.role(name).tokens:
                 said = f"model `{name}` has no tokenizer files: its ids are taken to be those of the other models"
                 yield Compared(None, "tokenizer", "tokenizer.json", "note", {name: "none"}, False, said)
 

@@ -143,6 +143,12 @@ def test_a_block_that_is_missing_between_others_is_a_problem(tmp_path: Path) -> 
     ]
 
 
+def test_leftovers_with_larger_numbers_are_no_blocks(tmp_path: Path) -> None:
+    assert said(tmp_path, {**blocks(), "model.layers.9.extra": torch.zeros(2)}) == []
+    small = blocks(3, "vision_tower.layers", ("weight", "bias"))
+    assert said(tmp_path / "small", {**blocks(), **small}, {**CONFIG, "vision_config": {"num_hidden_layers": 3}}) == []
+
+
 def test_a_block_of_an_absurd_number_costs_nothing(tmp_path: Path) -> None:
     far = {f"model.layers.{10**15}.{name}": torch.zeros(2, 2) for name in BLOCK}
     assert said(tmp_path, {**blocks(), **far}) == [

@@ -414,6 +414,13 @@ def test_a_model_without_tokenizer_files_is_a_note(tmp_path: Path) -> None:
     assert compare_tokens(without, "target", roles) == []
 
 
+def test_a_skill_has_no_tokenizer_and_needs_none(tmp_path: Path) -> None:
+    stored = Sum(Leaf("target"), Sum(Leaf("math"), Leaf("math:minus"), minus=True), minus=False)
+    models = {"target": open_folder("target", model(tmp_path / "target", {"tokenizer.json": tokenizer()}))}
+    models |= {name: open_folder(name, model(tmp_path / name, {})) for name in ("math", "math:minus")}
+    assert compare_tokens(models, "target", roles_of({EMBEDDING: stored, Q: stored})) == []
+
+
 def test_roles_are_what_the_terms_of_all_tensors_say() -> None:
     assert roles_of({EMBEDDING: Leaf("target"), Q: PAST, HEAD: None}) == {
         "target": Role(True, False, frozenset([EMBEDDING])),
