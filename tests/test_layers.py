@@ -70,7 +70,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "checkpoints": (
         "kinds.table",
         "kinds.skill schemes",
-        "kinds.dense kinds.patch kinds.skill_planes stores.hub stores.memory",
+        "kinds.dense kinds.patch kinds.skill_planes renamed stores.hub stores.memory",
         "checkpoint stores.folder",
         "store stores.http_ranges",
         "kinds.sparse model_config place safetensors stores.hub_client",

@@ -81,17 +81,20 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A model that went in. revision: its commit on the Hub, or None."""
+    """A model that went in. revision: its commit on the Hub, or None. rename, unwrapped: see `Naming`."""
 
     name: str
     uri: str
     revision: str | None
     files: tuple[InputFile, ...]
     license: str | None
+    rename: tuple[dict[str, str], ...] = ()
+    unwrapped: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         row = {"name": self.name, "uri": self.uri, "revision": self.revision}
-        return {**row, "files": [asdict(file) for file in self.files], "license": self.license}
+        names = {key: list(value) for key in ("rename", "unwrapped") if (value := getattr(self, key))}
+        return {**row, "files": [asdict(file) for file in self.files], "license": self.license, **names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +272,8 @@ def build(
 
 def _input(item: InputPlan, digests: Mapping[tuple[str, str], str]) -> Input:
     files = tuple(InputFile(**asdict(file), sha256=digests.get((item.name, file.name))) for file in item.files)
-    return Input(item.name, item.uri, item.revision, files, item.license)
+    names = {key: tuple(value) for key, value in item.naming.as_dict().items()}
+    return Input(item.name, item.uri, item.revision, files, item.license, **names)
 
 
 def _tensors(plan: Plan, measured: Mapping[str, TensorStatistics]) -> tuple[Tensor, ...]:

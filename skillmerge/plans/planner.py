@@ -12,15 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
 from skillmerge.checkpoints.model_config import contradictions, quantisation, tied_source
+from skillmerge.checkpoints.renamed import WRAPPERS
 from skillmerge.errors import InputError
 from skillmerge.methods.linear import Program, compile_term
-from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, is_zero, model_of, sole_model
+from skillmerge.methods.terms import Leaf, Sum, Term, degree, is_zero, model_of, sole_model
 from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
-from skillmerge.recipes.expression import ExpressionError
+from skillmerge.recipes.expression import ExpressionError, donor_of
 from skillmerge.recipes.recipe import Recipe, unused_names
 from skillmerge.recipes.schedules import ScheduleError
 from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
@@ -112,13 +113,11 @@ def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Te
 
 
 def _donor(recipe: Recipe) -> str:
-    if recipe.output.like is not None:
-        return recipe.output.like
-    defaults = {name: schedule.default for name, schedule in recipe.coefficients.items()}
-    term = _bind(recipe, defaults) or _bind(recipe, dict.fromkeys(defaults, 1.0))
-    if term is None:
+    donor = recipe.output.like or donor_of(recipe.expression, recipe.skills)
+    if donor is None:
+        _bind(recipe, {name: schedule.default for name, schedule in recipe.coefficients.items()})
         raise recipe.error(("merge",), "the expression is always zero")
-    return donor_of(term)
+    return donor
 
 
 def _coefficients(recipe: Recipe, names: list[str]) -> dict[str, tuple[float, ...]]:
@@ -243,6 +242,7 @@ def _notes(
     """What is worth a word. tensors: of a plan without problems."""
     yield from (f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe))
     yield from _oddities(recipe, checkpoints, donor)
+    yield from _unwrapped(checkpoints)
     yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
     if not recipe.makes_skill:
         yield from _untied(donor, tensors)
@@ -262,6 +262,14 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
             yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
+
+
+def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """What training libraries have left in the names of tensors, and is left out of them."""
+    for name, checkpoint in checkpoints.items():
+        if checkpoint.naming.unwrapped and name == model_of(name):
+            parts = " and ".join(f"`{part}.` ({WRAPPERS.get(part, part)})" for part in checkpoint.naming.unwrapped)
+            yield f"model `{name}` is read without {parts} in the names of its tensors"
 
 
 def _untied(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> list[str]:
@@ -307,4 +315,4 @@ def _input(name: str, checkpoint: Checkpoint, read: Mapping[tuple[str, str], int
         sha256 = stated if kind == "sha256" else None
         files.append(InputFile(file, known.size, digest, sha256, read.get((name, file), 0)))
     at = checkpoint.at
-    return InputPlan(name, checkpoint.uri, at.revision, at.license, at.remote, tuple(files))
+    return InputPlan(name, checkpoint.uri, at.revision, at.license, at.remote, tuple(files), checkpoint.naming)

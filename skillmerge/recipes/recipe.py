@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
 from skillmerge.checkpoints.place import Local, ModelPlace
@@ -65,6 +65,8 @@ class Recipe:
     """Those of the models that are stored skills."""
     patches: Mapping[str, str]
     """Those of the models that are sparse patches, and the models that they are for."""
+    renames: Mapping[str, tuple[tuple[str, str], ...]]
+    """Those of the models that are read under other names: prefixes, and what stands in their place."""
     coefficients: Mapping[str, Schedule]
     expression: Node
     copy: tuple[CopyRule, ...]
@@ -75,6 +77,8 @@ class Recipe:
     """Coefficients that were set from outside, in place of the recipe's."""
     rules_overridden: Mapping[str, int]
     """How many rules of the recipe each of them stands in for."""
+    unwrapped: Mapping[str, tuple[str, ...]] | None = None
+    """Of an earlier plan: the wrappers that are left out of each model's names. None: all that are found."""
 
     @property
     def sha256(self) -> str:
@@ -105,6 +109,11 @@ class Recipe:
         used |= {rule.model for rule in self.copy} | ({self.output.like} if self.output.like else set())
         used |= {onto for name, onto in self.patches.items() if name in used}
         return [name for name in self.models if name in used]
+
+    def as_planned(self, donor: str, inputs: Mapping[str, Sequence[str]]) -> Recipe:
+        """The recipe with what a plan of it has settled: its donor, and the wrappers left out of its models' names."""
+        like = donor if donor in self.models else self.output.like
+        return replace(self, output=replace(self.output, like=like), unwrapped={k: tuple(v) for k, v in inputs.items()})
 
     def error(self, path: Path, message: str, fix: str | None = None) -> RecipeError:
         """An error about the part of the recipe at `path`."""
