@@ -68,7 +68,7 @@ class Output:
         start = base if base is not None else self.folder.resolve() / document.environment.recipe_folder
         start = Path(os.path.abspath(start))
         recipe = parse_recipe(document.recipe.text, str(start / "recipe.yaml"), start, document.overrides)
-        return recipe.as_planned(document.donor, {item.name: item.unwrapped for item in document.inputs}), commits
+        return recipe.as_planned(document.donor, {item.name: item.unwrapped or () for item in document.inputs}), commits
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
