@@ -56,7 +56,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "planner",
         "budget layout saved",
         "plan",
-        "accounting",
+        "accounting advice.shares",
         "changes compare.found compare.roles depth mapping side_files",
     ),
     "recipes": (

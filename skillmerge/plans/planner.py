@@ -18,11 +18,12 @@ from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, is_zero, model_of, sole_model
 from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
+from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.recipes.expression import ExpressionError, donor_of
-from skillmerge.recipes.recipe import Recipe, unused_names
+from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
 from skillmerge.recipes.schedules import ScheduleError
 from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
 
@@ -48,6 +49,8 @@ def plan_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_
     problems = (*accounts.problems, *_contradictions(donor))
     shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
     read = _bytes_read(tensors, checkpoints)
+    shares = None if problems or recipe.makes_skill else _shares(recipe, checkpoints, donor_name, copied, values)
+    doubts = (unclear_donor(recipe), shares.doubt(recipe) if shares is not None else None)
     return sealed(
         Plan(
             recipe=recipe,
@@ -59,6 +62,8 @@ def plan_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_
             side_files=side_files,
             ties=accounts.ties,
             problems=problems,
+            warnings=tuple(doubt for doubt in doubts if doubt is not None and doubt.name not in recipe.accept),
+            merged_share=shares.share if shares is not None else None,
             notes=(*_notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties), *accounts.notes),
             bytes_read=sum(read.values()),
             input_itemsizes=_itemsizes(tensors, checkpoints),
@@ -262,6 +267,18 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
             yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
+
+
+def _shares(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    donor_name: str,
+    copied: Mapping[str, str],
+    values: Mapping[str, tuple[float, ...]],
+) -> Shares:
+    if ignored := ignored_tensors(recipe, checkpoints, donor_name):
+        values = _coefficients(recipe, [*values, *ignored])
+    return shares_of(recipe, checkpoints, donor_name, copied, values)
 
 
 def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:

@@ -11,10 +11,11 @@ from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.checkpoints.schemes import parse_place
 from skillmerge.errors import Place, RecipeError
 from skillmerge.methods.terms import Term, expand_skills
-from skillmerge.recipes.expression import ExpressionError, Node, bind, names_in
+from skillmerge.recipes.expression import ExpressionError, Node, bind, donor_of, is_donor_unclear, names_in
 from skillmerge.recipes.gate_table import Gate
 from skillmerge.recipes.schedules import Schedule, matcher
 from skillmerge.recipes.yamltext import Document, Path
+from skillmerge.remarks import Remark, warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,21 @@ def unused_names(recipe: Recipe) -> list[str]:
     """Models and coefficients that stand in the recipe and do nothing: not wrong, but worth a word."""
     named = {name.name for name in names_in(recipe.expression)} | set(recipe.used_models())
     return [name for name in (*recipe.models, *recipe.coefficients) if name not in named]
+
+
+def unclear_donor(recipe: Recipe) -> Remark | None:
+    """A warning where the text of a merge does not show which of its models is the donor."""
+    unclear = is_donor_unclear(recipe.expression, recipe.skills)
+    if recipe.output.like is not None or recipe.makes_skill or not unclear:
+        return None
+    donor = donor_of(recipe.expression, recipe.skills)
+    return warning(
+        f"the donor is `{donor}`, the first model that `{recipe.document.data['merge']}` adds: the output takes its "
+        "names, dtypes, config and tokenizer",
+        f"confirm it with `output: {{like: {donor}}}`, or put the difference in parentheses: target + (rl - sft)",
+        name="donor",
+        of_recipe=True,
+    )
 
 
 def local_path(document: Document, path: Path, folder: FilePath, written: str) -> FilePath:

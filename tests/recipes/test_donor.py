@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, write_family, write_recipe
+from conftest import run_cli, write_family, write_recipe
 
 import skillmerge
 from skillmerge.recipes.expression import donor_of, is_donor_unclear, parse
@@ -105,7 +105,7 @@ def _some_sum(chance: random.Random, depth: int) -> str:
 
 def _some_term(chance: random.Random, depth: int) -> str:
     if depth and chance.random() < 0.5:
-        inner = "({})".format(_some_sum(chance, depth - 1))
+        inner = f"({_some_sum(chance, depth - 1)})"
         if chance.random() < 0.4:  # a difference, now and then with a coefficient in it
             by = chance.choice(["", "lam * ", "0.7 * "])
             inner = f"({by}{chance.choice(MODELS)} - {by}{chance.choice(MODELS)})"
@@ -189,12 +189,17 @@ def test_files_of_the_output_are_those_of_the_first_model_that_is_added(tmp_path
 def test_donor_that_the_text_does_not_show_is_told(tmp_path: Path) -> None:
     write_family(tmp_path)
     recipe = write_recipe(tmp_path, "target + rl - sft", coefficients=None)
-    warning = (
-        "the output takes names, dtypes, config and tokenizer from `target`, the first of 2 models that "
-        "`target + rl - sft` adds"
+    shown = run_cli("plan", recipe).stdout.splitlines()
+    at = shown.index(
+        "warning: the donor is `target`, the first model that `target + rl - sft` adds: the output takes its names, "
+        "dtypes, config and tokenizer"
     )
-    shown = run_cli("plan", recipe)
-    assert warning in " ".join((shown.stdout + shown.stderr).split())
+    assert shown[at + 1] == (
+        "help: confirm it with `output: {like: target}`, or put the difference in parentheses: target + (rl - sft)"
+    )
+    assert run_cli("plan", recipe, "--strict").returncode == 2
+    write_recipe(tmp_path, "target + rl - sft", coefficients=None, accept=["donor"])
+    assert run_cli("plan", recipe, "--strict").returncode == 0
     write_recipe(tmp_path, "target + rl - sft", coefficients=None, output={"path": "merged", "like": "target"})
     shown = run_cli("plan", recipe)
-    assert "the output takes names" not in shown.stdout + shown.stderr
+    assert "the donor is" not in shown.stdout + shown.stderr
