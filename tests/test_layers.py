@@ -56,8 +56,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "planner",
         "budget layout saved",
         "plan",
-        "accounting advice.shares",
-        "changes compare.found compare.roles depth mapping side_files",
+        "accounting",
+        "advice.causes advice.shares",
+        "advice.names changes compare.found compare.roles depth mapping side_files",
     ),
     "recipes": (
         "candidates lint",
