@@ -255,6 +255,9 @@ def _notes(
 
 def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
     """What is allowed and still hardly meant."""
+    if donor.naming.rename and not recipe.makes_skill:
+        name = next(name for name, checkpoint in checkpoints.items() if checkpoint is donor)
+        yield f"the output has the names that `{name}` is renamed to, and config.json is as it was: do they fit?"
     if not donor.config and not recipe.makes_skill:
         yield "the donor has no config.json: no runtime will load the output as it is"
     seen: dict[str, str] = {}
