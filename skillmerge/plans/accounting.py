@@ -46,12 +46,9 @@ class Problem:
     final: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data, without the keys that say nothing."""
-        row = asdict(self)
-        return {key: value for key, value in row.items() if value or key in ("kind", "message", *_LISTS)}
-
-
-_LISTS = ("tensors", "copy", "ignore")
+        """As plain data, without the keys that say nothing, and `final`, which is for `settlement`."""
+        always = ("kind", "message", "tensors", "copy", "ignore")
+        return {key: value for key, value in asdict(self).items() if key in always or (value and key != "final")}
 
 
 def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:

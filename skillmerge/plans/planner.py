@@ -19,17 +19,24 @@ from skillmerge.methods.terms import Leaf, Sum, Term, degree, is_zero, model_of,
 from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
+from skillmerge.plans.compare.found import Compared
+from skillmerge.plans.compare.models import compare_models
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
-from skillmerge.recipes.expression import ExpressionError, donor_of
+from skillmerge.recipes.expression import ExpressionError
 from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
 from skillmerge.recipes.schedules import ScheduleError
+from skillmerge.remarks import Remark
 from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
 
 
-def plan_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False) -> Plan:
+def plan_recipe(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False, lenient: bool = False
+) -> Plan:
     """Plan `recipe` over its opened `checkpoints` (by model name, at least those that it uses).
+
+    lenient: differences between the models are warnings at most, for what was made before they were looked at.
 
     Raises RecipeError for rules and expressions that these models give no meaning, InputError for
     checkpoints that are quantised or contradict themselves. What `copy` or `ignore` could settle is
@@ -46,11 +53,13 @@ def plan_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_
     accounts = account_tensors(recipe, checkpoints, donor_name, terms)
     used = {name: () if name in copied else row for name, row in values.items()}
     tensors = _tensors(recipe, checkpoints, donor, used, terms, accounts.tensors)
-    problems = (*accounts.problems, *_contradictions(donor))
+    compared = compare_models(checkpoints, donor_name, terms, recipe.accept, recipe.output.dtype, lenient=lenient)
+    problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
+    notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
     shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
     read = _bytes_read(tensors, checkpoints)
     shares = None if problems or recipe.makes_skill else _shares(recipe, checkpoints, donor_name, copied, values)
-    doubts = (unclear_donor(recipe), shares.doubt(recipe) if shares is not None else None)
+    doubts = [*filter(None, (unclear_donor(recipe), shares.doubt(recipe) if shares is not None else None))]
     return sealed(
         Plan(
             recipe=recipe,
@@ -62,9 +71,11 @@ def plan_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_
             side_files=side_files,
             ties=accounts.ties,
             problems=problems,
-            warnings=tuple(doubt for doubt in doubts if doubt is not None and doubt.name not in recipe.accept),
+            notes=(*notes, *accounts.notes, *compared.notes),
+            warnings=(*compared.warnings, *(doubt for doubt in doubts if doubt.name not in recipe.accept)),
+            compared=(*compared.found, *_accepted(recipe, doubts)),
+            comparison=compared.line,
             merged_share=shares.share if shares is not None else None,
-            notes=(*_notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties), *accounts.notes),
             bytes_read=sum(read.values()),
             input_itemsizes=_itemsizes(tensors, checkpoints),
             versions=versions(checkpoints),
@@ -118,11 +129,10 @@ def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Te
 
 
 def _donor(recipe: Recipe) -> str:
-    donor = recipe.output.like or donor_of(recipe.expression, recipe.skills)
-    if donor is None:
+    if recipe.donor is None:
         _bind(recipe, {name: schedule.default for name, schedule in recipe.coefficients.items()})
         raise recipe.error(("merge",), "the expression is always zero")
-    return donor
+    return recipe.donor
 
 
 def _coefficients(recipe: Recipe, names: list[str]) -> dict[str, tuple[float, ...]]:
@@ -282,6 +292,13 @@ def _shares(
     if ignored := ignored_tensors(recipe, checkpoints, donor_name):
         values = _coefficients(recipe, [*values, *ignored])
     return shares_of(recipe, checkpoints, donor_name, copied, values)
+
+
+def _accepted(recipe: Recipe, doubts: Iterable[Remark]) -> Iterator[Compared]:
+    """What the recipe accepts beside differences between models, kept as these are."""
+    for doubt in doubts:
+        if doubt.name in recipe.accept:
+            yield Compared(doubt.name, "merge", "the recipe", "warning", {}, True, doubt.message)
 
 
 def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:

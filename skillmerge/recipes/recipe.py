@@ -80,6 +80,8 @@ class Recipe:
     """Coefficients that were set from outside, in place of the recipe's."""
     rules_overridden: Mapping[str, int]
     """How many rules of the recipe each of them stands in for."""
+    settled: str | None = None
+    """Of an earlier plan: its donor."""
     unwrapped: Mapping[str, tuple[str, ...]] | None = None
     """Of an earlier plan: the wrappers that are left out of each model's names. None: all that are found."""
 
@@ -115,8 +117,13 @@ class Recipe:
 
     def as_planned(self, donor: str, inputs: Mapping[str, Sequence[str]]) -> Recipe:
         """The recipe with what a plan of it has settled: its donor, and the wrappers left out of its models' names."""
-        like = donor if donor in self.models else self.output.like
-        return replace(self, output=replace(self.output, like=like), unwrapped={k: tuple(v) for k, v in inputs.items()})
+        names = {model: tuple(wrappers) for model, wrappers in inputs.items()}
+        return replace(self, settled=donor if donor in self.models else None, unwrapped=names)
+
+    @property
+    def donor(self) -> str | None:
+        """The model that the output is like; None where the expression multiplies everything by zero."""
+        return self.output.like or self.settled or donor_of(self.expression, self.skills)
 
     def error(self, path: Path, message: str, fix: str | None = None) -> RecipeError:
         """An error about the part of the recipe at `path`."""
@@ -144,9 +151,9 @@ def unused_names(recipe: Recipe) -> list[str]:
 def unclear_donor(recipe: Recipe) -> Remark | None:
     """A warning where the text of a merge does not show which of its models is the donor."""
     unclear = is_donor_unclear(recipe.expression, recipe.skills)
-    if recipe.output.like is not None or recipe.makes_skill or not unclear:
-        return None
     donor = donor_of(recipe.expression, recipe.skills)
+    if recipe.output.like is not None or recipe.makes_skill or recipe.donor != donor or not unclear:
+        return None
     return warning(
         f"the donor is `{donor}`, the first model that `{recipe.document.data['merge']}` adds: the output takes its "
         "names, dtypes, config and tokenizer",

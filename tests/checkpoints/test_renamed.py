@@ -272,7 +272,7 @@ def test_what_was_planned_with_another_donor_keeps_it(tmp_path: Path, monkeypatc
         (tmp_path / model / "tokenizer.json").write_text(f'"{model}"')
     recipe = write_recipe(tmp_path, "target + rl - sft", coefficients=None)
     with monkeypatch.context() as patch:
-        patch.setattr("skillmerge.plans.planner.donor_of", lambda expression, skills: "sft")
+        patch.setattr("skillmerge.recipes.recipe.donor_of", lambda expression, skills: "sft")
         skillmerge.plan(recipe, save=tmp_path / "plan.json")
         skillmerge.apply(recipe)
     assert skillmerge.rebuild(tmp_path / "merged", check=True)

@@ -198,8 +198,14 @@ def test_donor_that_the_text_does_not_show_is_told(tmp_path: Path) -> None:
         "help: confirm it with `output: {like: target}`, or put the difference in parentheses: target + (rl - sft)"
     )
     assert run_cli("plan", recipe, "--strict").returncode == 2
+    output = skillmerge.apply(recipe).output
+    assert skillmerge.rebuild(output, check=True)
+    skillmerge.rebuild(output, tmp_path / "again")
     write_recipe(tmp_path, "target + rl - sft", coefficients=None, accept=["donor"])
     assert run_cli("plan", recipe, "--strict").returncode == 0
+    (accepted,) = skillmerge.plan(recipe).compared
+    assert (accepted.name, accepted.accepted) == ("donor", True)
+    assert skillmerge.rebuild(skillmerge.apply(recipe, tmp_path / "accepted").output, check=True)
     write_recipe(tmp_path, "target + rl - sft", coefficients=None, output={"path": "merged", "like": "target"})
     shown = run_cli("plan", recipe)
     assert "the donor is" not in shown.stdout + shown.stderr
