@@ -212,7 +212,7 @@ def test_what_training_leaves_is_told_with_its_cure(family: Path, case: str, bes
     odd = {name: torch.zeros(2, 16, dtype=torch.bfloat16)}
     renamed(family.parent / "rl", (lambda it: it) if beside else lambda it: "other." + it if it == old else it, **odd)
     (first, *_), fix = told(family)
-    assert first.startswith(f"model `rl` ({family.parent / 'rl'}) has `{name}`: ")
+    assert first.startswith(f"model `rl` has `{name}`: ")
     assert cure in fix
     assert "ignore:" not in fix
     shown = run_cli("plan", family)

@@ -57,7 +57,7 @@ def left_behind(model: str, checkpoint: Checkpoint, names: Iterable[str]) -> Cau
         part = next((part for part in name.split(".") if part in _LEFT), None)
         if part is not None:
             what, cure = _LEFT[part]
-            return Cause(f"model `{model}` ({checkpoint.place}) has `{name}`: {what}", cure)
+            return Cause(f"model `{model}` has `{name}`: {what}", cure)
     return None
 
 
