@@ -54,8 +54,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "plans": (
         "opening",
         "planner",
-        "budget compare.models layout saved",
+        "budget layout saved",
         "plan",
+        "compare.models",
         "accounting",
         "advice.causes advice.shares compare.config compare.tokens",
         "advice.names compare.config_values",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
 from skillmerge.checkpoints.model_config import contradictions, quantisation, tied_source
@@ -20,23 +22,28 @@ from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
 from skillmerge.plans.compare.found import Compared
-from skillmerge.plans.compare.models import compare_models
+from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.recipes.expression import ExpressionError
 from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
 from skillmerge.recipes.schedules import ScheduleError
-from skillmerge.remarks import Remark
 from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
 
 
 def plan_recipe(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False, lenient: bool = False
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    allow_code: bool = False,
+    lenient: bool = False,
+    compare: bool = True,
 ) -> Plan:
     """Plan `recipe` over its opened `checkpoints` (by model name, at least those that it uses).
 
     lenient: differences between the models are warnings at most, for what was made before they were looked at.
+    compare: whether to look at them at all, which these models may have been through.
 
     Raises RecipeError for rules and expressions that these models give no meaning, InputError for
     checkpoints that are quantised or contradict themselves. What `copy` or `ignore` could settle is
@@ -53,17 +60,14 @@ def plan_recipe(
     accounts = account_tensors(recipe, checkpoints, donor_name, terms)
     used = {name: () if name in copied else row for name, row in values.items()}
     tensors = _tensors(recipe, checkpoints, donor, used, terms, accounts.tensors)
-    compared = compare_models(checkpoints, donor_name, terms, recipe.accept, recipe.output.dtype, lenient=lenient)
+    compared = compare_models(recipe, checkpoints, donor_name, terms, lenient=lenient) if compare else NOTHING
     problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
     notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
     shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
-    read = _bytes_read(tensors, checkpoints)
     shares = None if problems or recipe.makes_skill else _shares(recipe, checkpoints, donor_name, copied, values)
-    doubts = [*filter(None, (unclear_donor(recipe), shares.doubt(recipe) if shares is not None else None))]
     return sealed(
         Plan(
             recipe=recipe,
-            inputs=tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
             donor=donor_name,
             coefficients=tuple(recipe.coefficients),
             tensors=tensors,
@@ -72,13 +76,8 @@ def plan_recipe(
             ties=accounts.ties,
             problems=problems,
             notes=(*notes, *accounts.notes, *compared.notes),
-            warnings=(*compared.warnings, *(doubt for doubt in doubts if doubt.name not in recipe.accept)),
-            compared=(*compared.found, *_accepted(recipe, doubts)),
-            comparison=compared.line,
-            merged_share=shares.share if shares is not None else None,
-            bytes_read=sum(read.values()),
-            input_itemsizes=_itemsizes(tensors, checkpoints),
-            versions=versions(checkpoints),
+            **_doubts(recipe, compared, shares),
+            **_inputs(recipe, checkpoints, tensors),
         )
     )
 
@@ -294,11 +293,20 @@ def _shares(
     return shares_of(recipe, checkpoints, donor_name, copied, values)
 
 
-def _accepted(recipe: Recipe, doubts: Iterable[Remark]) -> Iterator[Compared]:
-    """What the recipe accepts beside differences between models, kept as these are."""
-    for doubt in doubts:
-        if doubt.name in recipe.accept:
-            yield Compared(doubt.name, "merge", "the recipe", "warning", {}, True, doubt.message)
+def _doubts(recipe: Recipe, compared: Comparison, shares: Shares | None) -> dict[str, Any]:
+    """The plan's warnings, and what the recipe accepts, beside differences between models what its own text calls
+    for; and how much the formula changes."""
+    found = [*filter(None, (unclear_donor(recipe), shares.doubt(recipe) if shares is not None else None))]
+    accepted = [
+        Compared(doubt.name, "merge", "the recipe", "warning", {}, True, doubt.message)
+        for doubt in found
+        if doubt.name in recipe.accept
+    ]
+    return {
+        "warnings": (*compared.warnings, *(doubt for doubt in found if doubt.name not in recipe.accept)),
+        "compared": replace(compared, found=(*compared.found, *accepted)),
+        "merged_share": shares.share if shares is not None else None,
+    }
 
 
 def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
@@ -321,6 +329,17 @@ def _untied(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> list[str]:
                 "runtimes will not agree which of the two to use"
             )
     return notes
+
+
+def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:
+    """The parts of a plan that say what is read."""
+    read = _bytes_read(tensors, checkpoints)
+    return {
+        "inputs": tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
+        "bytes_read": sum(read.values()),
+        "input_itemsizes": _itemsizes(tensors, checkpoints),
+        "versions": versions(checkpoints),
+    }
 
 
 def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:

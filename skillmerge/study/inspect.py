@@ -117,7 +117,9 @@ def inspect(
     reporter = reporter or Reporter()
     access = Access(follow_links, locked, download=hub == "download")
     if other is None and Path(source).is_file():
-        with planned(source, coefficients, access, reporter.note) as (plan, checkpoints):
+        with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
+            for remark in plan.warnings:
+                reporter.warn(remark.message, remark.fix)
             plan.refuse_problems()
             return inspect_merge(
                 plan, checkpoints, base, access, stats=stats, spectral=spectral, threads=threads, reporter=reporter

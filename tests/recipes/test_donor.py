@@ -203,7 +203,7 @@ def test_donor_that_the_text_does_not_show_is_told(tmp_path: Path) -> None:
     skillmerge.rebuild(output, tmp_path / "again")
     write_recipe(tmp_path, "target + rl - sft", coefficients=None, accept=["donor"])
     assert run_cli("plan", recipe, "--strict").returncode == 0
-    (accepted,) = skillmerge.plan(recipe).compared
+    (accepted,) = skillmerge.plan(recipe).compared.found
     assert (accepted.name, accepted.accepted) == ("donor", True)
     assert skillmerge.rebuild(skillmerge.apply(recipe, tmp_path / "accepted").output, check=True)
     write_recipe(tmp_path, "target + rl - sft", coefficients=None, output={"path": "merged", "like": "target"})
