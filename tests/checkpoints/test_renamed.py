@@ -265,6 +265,18 @@ def test_what_was_planned_with_the_names_as_they_are_stays_so(tmp_path: Path, mo
     assert all(name.startswith("_orig_mod.") for name in read_checkpoint(tmp_path / "merged"))
 
 
+def test_parents_of_a_skill_are_known_by_either_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_family(tmp_path)
+    for model in ("rl", "sft"):
+        rename(tmp_path / model, lambda name: f"_orig_mod.{name}")
+    skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "skill")
+    with monkeypatch.context() as patch:
+        patch.setattr("skillmerge.plans.opening.wrappers_of", lambda names: ())
+        skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "old")
+    for skill in ("skill", "old"):
+        assert skillmerge.verify(tmp_path / skill, parent=str(tmp_path / "rl")).parent == "rl"
+
+
 def test_what_was_planned_with_another_donor_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions whose donor depended on the numbers took `sft` for this one."""
     write_family(tmp_path)
