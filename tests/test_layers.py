@@ -54,7 +54,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "plans": (
         "opening",
         "planner",
-        "budget layout saved",
+        "budget heads layout saved",
         "plan",
         "compare.models",
         "accounting",

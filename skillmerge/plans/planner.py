@@ -13,22 +13,23 @@ from dataclasses import replace
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
-from skillmerge.checkpoints.model_config import contradictions, quantisation, tied_source
+from skillmerge.checkpoints.model_config import contradictions, quantisation
 from skillmerge.checkpoints.renamed import WRAPPERS
 from skillmerge.errors import InputError
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, is_zero, model_of, sole_model
-from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models
+from skillmerge.plans.heads import driven_apart
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.recipes.expression import ExpressionError
 from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
 from skillmerge.recipes.schedules import ScheduleError
+from skillmerge.remarks import Remark
 from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
 
 
@@ -76,7 +77,7 @@ def plan_recipe(
             ties=accounts.ties,
             problems=problems,
             notes=(*notes, *accounts.notes, *compared.notes),
-            **_doubts(recipe, compared, shares),
+            **_doubts(recipe, compared, shares, () if recipe.makes_skill else driven_apart(donor, tensors)),
             **_inputs(recipe, checkpoints, tensors),
         )
     )
@@ -258,8 +259,6 @@ def _notes(
     yield from _oddities(recipe, checkpoints, donor)
     yield from _unwrapped(checkpoints)
     yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
-    if not recipe.makes_skill:
-        yield from _untied(donor, tensors)
 
 
 def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
@@ -293,10 +292,11 @@ def _shares(
     return shares_of(recipe, checkpoints, donor_name, copied, values)
 
 
-def _doubts(recipe: Recipe, compared: Comparison, shares: Shares | None) -> dict[str, Any]:
+def _doubts(recipe: Recipe, compared: Comparison, shares: Shares | None, apart: Iterable[Remark]) -> dict[str, Any]:
     """The plan's warnings, and what the recipe accepts, beside differences between models what its own text calls
     for; and how much the formula changes."""
-    found = [*filter(None, (unclear_donor(recipe), shares.doubt(recipe) if shares is not None else None))]
+    of_text = (unclear_donor(recipe), shares.doubt(recipe) if shares is not None else None)
+    found = [*(doubt for doubt in of_text if doubt is not None), *apart]
     accepted = [
         Compared(doubt.name, "merge", "the recipe", "warning", {}, True, doubt.message)
         for doubt in found
@@ -315,20 +315,6 @@ def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
         if checkpoint.naming.unwrapped and name == model_of(name):
             parts = " and ".join(f"`{part}.` ({WRAPPERS.get(part, part)})" for part in checkpoint.naming.unwrapped)
             yield f"model `{name}` is read without {parts} in the names of its tensors"
-
-
-def _untied(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> list[str]:
-    """A word where the recipe drives apart what the donor's config ties and the donor stores twice."""
-    notes = []
-    for name in [name for name in tensors if module_kind(name) == "head"]:
-        others = {other: spec for other, spec in donor.tensors.items() if other != name}
-        source = tied_source(name, donor.tensors[name].shape, donor.config, others)
-        if source is not None and tensors[source].coefficients != tensors[name].coefficients:
-            notes.append(
-                f"config.json ties `{name}` to `{source}`, but the recipe gives them different coefficients: "
-                "runtimes will not agree which of the two to use"
-            )
-    return notes
 
 
 def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:

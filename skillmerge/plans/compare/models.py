@@ -15,7 +15,7 @@ from skillmerge.plans.compare.tokens import compare_tokens
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
 
-_OTHERS = ("donor", "update-size", "merged-share", "quantised-difference")
+_OTHERS = ("donor", "ties", "update-size", "merged-share", "quantised-difference")
 """Names in `accept` for what is found elsewhere."""
 
 
