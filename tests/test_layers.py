@@ -82,6 +82,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "terms",
     ),
     "ground": (
+        "claim",
         "bits durable",
         "brief errors naming reporter tensors threads version",
     ),

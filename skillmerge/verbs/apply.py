@@ -117,7 +117,7 @@ def merge(
         )  # fmt: skip
         budget(plan, threads=work.threads, memory_limit=work.memory_limit)  # what cannot fit is refused here
         push = _push_of(plan, publish)
-        with closing(Staging(target)) as staging:
+        with closing(Staging(target, reporter)) as staging:
             room = push.room if push is not None else None
             job = Job(plan, checkpoints, staging, checks.stats, checks.allow_nonfinite, room)
             run = _Merge(job, staging, access, checks, publish, push, reporter, started)
@@ -160,7 +160,7 @@ class _Merge:
     def find_finished(self) -> Result | None:
         """The output, where it is at its place already, as asked for now."""
         plan, target = self.job.plan, self.staging.output
-        recovered = self.staging.recover(plan.weights_digest, self.conditions, self.publish.overwrite)
+        recovered = self.staging.recover(plan.weights_digest, self.conditions, self.publish.overwrite, plan.digest)
         if self.publish.no_local:
             return None
         proof = finished_output(target, plan, self.conditions, self.checks.hash_inputs)
@@ -188,7 +188,7 @@ class _Merge:
         gates = RunLog.read(self.staging.files).gates
         if not self.publish.no_local:
             check_structure(self.staging.files, proof)
-            self.staging.put_in_place(self.publish.overwrite)
+            self.staging.put_in_place(self.publish.overwrite, self.job.plan.digest)
         return self._result(proof, device=runner.device, gates=gates)
 
     def published(self, result: Result) -> Result:

@@ -11,6 +11,7 @@ import os
 import re
 import threading
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -24,16 +25,17 @@ _MAX_DEPTH = 2
 
 
 class FileIdentity(NamedTuple):
-    """What tells an unchanged local file from a changed one without reading it again."""
+    """What tells an unchanged local file from a changed one without reading it again.
 
-    device: int
-    inode: int
+    Not its inode: some FUSE filesystems have another number for it at every look.
+    """
+
     size: int
     mtime_ns: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileIdentity:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_size, status.st_mtime_ns)
 
 
 class Folder:
@@ -57,7 +59,7 @@ class Folder:
         for name in _names(self.root):
             try:
                 identity = self._first_seen[name] = FileIdentity.of(os.stat(self.root / name))
-                found[name] = Stat(identity.size, (identity.size, identity.mtime_ns))
+                found[name] = Stat(identity.size, tuple(identity))
             except OSError:  # a broken link: whoever reads it is told
                 found[name] = Stat(0, ())
         return found
@@ -96,8 +98,9 @@ class Folder:
         return nothing_to_wait_for
 
     def hint(self, file: str, start: int, nbytes: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor(file), start, nbytes, os.POSIX_FADV_WILLNEED)
+        descriptor = self._descriptor(file)
+        with suppress(AttributeError, OSError):
+            os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self, files: Collection[str]) -> None:
         for file in files:

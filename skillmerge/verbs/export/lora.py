@@ -22,7 +22,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill import summary
 from skillmerge.checkpoints.place import on_hub
 from skillmerge.checkpoints.safetensors import build_header
-from skillmerge.durable import new_folder
+from skillmerge.claim import new_folder
 from skillmerge.errors import InputError, UsageError
 from skillmerge.naming import module_kind
 from skillmerge.plans.budget import check_disk
@@ -104,7 +104,7 @@ def export_lora(
         header, specs = build_header(_layout(chosen, lora_rank))
         check_disk(target, specs[-1].end, "the adapter")
         document = _config(chosen, lora_rank, plus.config, named, revision)
-        with new_folder(target) as folder:
+        with new_folder(target, reporter) as folder:
             rows, left = _write(folder / ADAPTER_FILE, header, specs, (plus, minus), lora_rank, seed, reporter)
             (folder / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     finally:
