@@ -21,10 +21,17 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def in_threads(function: Callable[[Item, threading.Event], Found], items: Iterable[Item]) -> Iterator[Found]:
-    """`function(item, stop)` for every item, in order. A long function looks at `stop` now and then."""
+def in_threads(
+    function: Callable[[Item, threading.Event], Found],
+    items: Iterable[Item],
+    begin: Callable[[], object] | None = None,
+) -> Iterator[Found]:
+    """`function(item, stop)` for every item, in order. A long function looks at `stop` now and then.
+
+    begin: called first in every thread; `bits.settle_thread` where the function computes.
+    """
     stop = threading.Event()
-    pool = ThreadPoolExecutor(min(4, cores()))
+    pool = ThreadPoolExecutor(min(4, cores()), initializer=begin)
     patient = True
     try:
         yield from pool.map(lambda item: function(item, stop), items)

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from skillmerge.bits import settle_thread
 from skillmerge.checkpoints.checkpoint import Checkpoint
 
 _PATIENCE = 5.0
@@ -44,7 +45,7 @@ class Stream:
 
     The first failure of a thread stops the others, ends reads that wait for a network, and is raised in the calling
     thread. `stop` is set as soon as nothing more is wanted: long work looks at it now and then. Torch computes with one
-    thread per thread meanwhile.
+    thread in each of them, and the settings of the caller's threads are neither used nor changed.
     """
 
     def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
@@ -56,11 +57,9 @@ class Stream:
         self._own = threading.local()
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
-        self._intraop = 1
+        self._settled = threading.Semaphore(0)
 
     def __enter__(self) -> Stream:
-        self._intraop = torch.get_num_threads()
-        torch.set_num_threads(1)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -70,14 +69,11 @@ class Stream:
         for end in self._endings:
             end()
         deadline = time.monotonic() + _PATIENCE if isinstance(error, KeyboardInterrupt) else None
-        try:
-            for thread in self._threads:
-                if thread.ident is not None:  # else the system had none to give
-                    thread.join(max(0.0, deadline - time.monotonic()) if deadline is not None else None)
-            if not any(thread.is_alive() for thread in self._threads):
-                self._resources.close()  # else one of them waits for a network, and works with what this would close
-        finally:
-            torch.set_num_threads(self._intraop)
+        for thread in self._threads:
+            if thread.ident is not None:  # else the system had none to give
+                thread.join(max(0.0, deadline - time.monotonic()) if deadline is not None else None)
+        if not any(thread.is_alive() for thread in self._threads):
+            self._resources.close()  # else one of them waits for a network, and works with what this would close
         if error is None:
             self.check()
 
@@ -88,6 +84,8 @@ class Stream:
         self._threads += threads
         for thread in threads:
             thread.start()
+        for _ in threads:
+            self._settled.acquire()
 
     def own(self, make: Callable[[], Resource]) -> Resource:
         """What the calling thread works with: made when it first asks, closed when the pass is over."""
@@ -171,6 +169,10 @@ class Stream:
 
     def _guard(self, body: Callable[[], None]) -> None:
         try:
+            try:
+                settle_thread()
+            finally:
+                self._settled.release()
             with torch.inference_mode():
                 body()
         except _Stopped:

@@ -76,6 +76,8 @@ def export_patch(
         headers, jobs = _lay_out(document, base)
         size = sum(map(len, headers.values())) + sum(spec.nbytes for job in jobs for spec in job.parts)
         check_disk(target, size, "the patch")
+        from skillmerge.bits import settle_thread
+
         with new_folder(target, reporter) as folder:
             for name, header in headers.items():
                 (folder / name).write_bytes(header)
@@ -85,7 +87,7 @@ def export_patch(
             done = 0
             with reporter.bar(sum(base.tensors[job.tensor].nbytes for job in jobs)) as progress:
                 write = _Writer(folder, checkpoints, document["planes"]["minus"])
-                for job, _ in zip(jobs, in_threads(write, jobs), strict=True):
+                for job, _ in zip(jobs, in_threads(write, jobs, settle_thread), strict=True):
                     done += base.tensors[job.tensor].nbytes
                     progress(done)
     finally:
