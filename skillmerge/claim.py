@@ -43,7 +43,8 @@ class Claim:
     def __init__(self, folder: Path, target: Path, reporter: Reporter) -> None:
         """Create the folder and take it. target: what messages say is being written.
 
-        Raises OutputLocked where another run holds it. Warns where the filesystem has no locks.
+        Raises OutputLocked where another run holds it. Warns where the filesystem has no locks, and notes where it
+        cannot sync folders.
         """
         self.folder, self._target = folder, target
         self._token = secrets.token_hex(16).encode()
@@ -57,12 +58,12 @@ class Claim:
                 raise
         if why:
             reporter.warn(
-                f"the filesystem of {target} has no file locks ({why}): run one command at a time on this output; "
-                "where a second one starts, the first stops with exit status 6"
+                f"the filesystem of {target} has no file locks ({why}): a second run on it would stop this one",
+                fix="run one command at a time on this output",
             )
         if not synced:
-            reporter.warn(
-                f"the filesystem of {target} cannot sync folders: after a power failure run the same command again"
+            reporter.note(
+                f"the filesystem of {target} cannot sync folders: after a power failure, run the same command again"
             )
 
     def _acquire(self) -> tuple[int, str]:

@@ -6,10 +6,12 @@ import errno
 import hashlib
 import os
 import shlex
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import IO
 
 from skillmerge.errors import ResourceError, UsageError
 
@@ -121,6 +123,36 @@ def remove_tree(folder: Path) -> None:
             (os.unlink if os.path.islink(path) else os.rmdir)(path)
     if os.path.lexists(folder):
         os.rmdir(folder)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder, which is removed at the end. Raises ResourceError where there is no place for one."""
+    try:
+        name = tempfile.mkdtemp(prefix="skillmerge-")
+    except OSError as error:
+        raise _no_temporary(error) from error
+    try:
+        yield Path(name)
+    finally:
+        with suppress(OSError):
+            remove_tree(Path(name))
+
+
+def scratch_file() -> IO[bytes]:
+    """A temporary file without a name; in memory where no folder takes it. Raises ResourceError."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        if not hasattr(os, "memfd_create"):
+            raise _no_temporary(error) from error
+        return open(os.memfd_create("skillmerge"), "w+b")
+
+
+def _no_temporary(error: OSError) -> ResourceError:
+    return ResourceError(
+        f"no temporary file can be made: {error.strerror}", fix="set TMPDIR to a folder that can be written to"
+    )
 
 
 def digest_or_none(path: Path) -> str | None:

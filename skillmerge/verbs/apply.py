@@ -15,7 +15,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill_planes import check_zstandard
 from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
-from skillmerge.errors import UnusableWeights, UsageError, memory_errors
+from skillmerge.errors import UnusableWeights, UsageError, machine_errors
 from skillmerge.outputs import manifest
 from skillmerge.outputs.manifest import Manifest, ManifestBody
 from skillmerge.outputs.measured import strict_outcome, warnings_of
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from skillmerge.outputs.push import MergePush
 
 
-@memory_errors()
+@machine_errors()
 def apply(
     recipe: str | os.PathLike[str] | Recipe,
     output: str | os.PathLike[str] | None = None,

@@ -16,14 +16,6 @@ from skillmerge.errors import OutputLocked, ResourceError, UsageError
 from skillmerge.reporter import Reporter
 
 
-class Listener(Reporter):
-    def __init__(self) -> None:
-        self.warned: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warned.append(message)
-
-
 def refuses(number: int) -> Callable[[int, int], None]:
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -32,7 +24,7 @@ def refuses(number: int) -> Callable[[int, int], None]:
 
 
 def test_claim_holds_until_it_is_closed_and_leaves_nothing(tmp_path: Path) -> None:
-    first, said = Claim(tmp_path / "a", tmp_path / "out", Reporter()), Listener()
+    first, said = Claim(tmp_path / "a", tmp_path / "out", Reporter()), Reporter()
     with pytest.raises(OutputLocked, match=f"another run is writing {tmp_path / 'out'}"):
         Claim(tmp_path / "a", tmp_path / "out", said)
     first.check()
@@ -40,7 +32,7 @@ def test_claim_holds_until_it_is_closed_and_leaves_nothing(tmp_path: Path) -> No
     first.close()
     assert list(tmp_path.iterdir()) == []
     Claim(tmp_path / "a", tmp_path / "out", said).close()
-    assert said.warned == []
+    assert said.warnings == []
 
 
 def test_claim_keeps_what_the_folder_holds(tmp_path: Path) -> None:
@@ -52,12 +44,12 @@ def test_claim_keeps_what_the_folder_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
 def test_filesystem_without_locks_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(fcntl, "flock", refuses(number))
-    said = Listener()
+    said = Reporter()
     with hold(tmp_path / "s", said) as claim:
         claim.check()
-    assert said.warned == [
-        f"the filesystem of {tmp_path / 's'} has no file locks ({os.strerror(number)}): run one command at a time on "
-        "this output; where a second one starts, the first stops with exit status 6"
+    assert said.warnings == [
+        f"the filesystem of {tmp_path / 's'} has no file locks ({os.strerror(number)}): a second run on it would stop "
+        "this one"
     ]
     assert list(tmp_path.iterdir()) == []
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from skillmerge.checkpoints.safetensors import opened, read_range
 from skillmerge.checkpoints.store import Stat, Wait, Where, nothing_to_wait_for
-from skillmerge.errors import InputError, ResourceError, StalePlan
+from skillmerge.errors import InputError, ResourceError, StalePlan, is_machine, unreadable, unusable
 
 _MAX_DEPTH = 2
 """How many folders deep side files are looked for."""
@@ -74,7 +74,7 @@ class Folder:
                 raise InputError(f"{self.root / file}: is not a file of sane size")
             return path.read_bytes()
         except OSError as error:
-            raise InputError(f"{self.root / file}: cannot be read: {error.strerror}") from error
+            raise unreadable(self.root / file, error) from error
 
     def peek(self, file: str, start: int, count: int) -> bytes:
         self._check_inside(file)
@@ -90,7 +90,7 @@ class Folder:
             try:
                 count = os.preadv(descriptor, [into], start)
             except OSError as error:
-                raise InputError(f"{self.root / file}: cannot be read: {error.strerror}") from error
+                raise unreadable(self.root / file, error) from error
             if count == 0:
                 raise self._changed(file)
             start += count
@@ -106,7 +106,9 @@ class Folder:
         for file in files:
             try:
                 identity = FileIdentity.of((self.root / file).stat())
-            except OSError:
+            except OSError as error:
+                if is_machine(error):
+                    raise unusable(str(self.root / file), error) from error
                 identity = None
             if identity != self._first_seen[file]:
                 raise self._changed(file)
@@ -138,6 +140,8 @@ class Folder:
                         raise ResourceError(
                             f"{self.root / file}: too many files are open", fix="raise the limit: ulimit -n 4096"
                         ) from error
+                    if is_machine(error):
+                        raise unusable(str(self.root / file), error) from error
                     raise self._changed(file) from error
                 identity = FileIdentity.of(os.fstat(descriptor))
                 if self._first_seen.setdefault(file, identity) != identity:
