@@ -51,10 +51,9 @@ class Claim:
         with disk_errors(folder):
             self._descriptor, why = self._acquire()
             try:
-                (folder / OWNER_FILE).write_bytes(self._token)
                 synced = sync_folder(folder)
             except BaseException:
-                os.close(self._descriptor)
+                self._let_go(remove=not why)
                 raise
         if why:
             reporter.warn(
@@ -78,7 +77,10 @@ class Claim:
             try:
                 why = _lock(descriptor)
                 if why or self._is_named(descriptor):
+                    self._sign(remove=not why)
                     return descriptor, why
+            except FileNotFoundError:
+                pass  # as above, where nothing is locked
             except BlockingIOError as error:
                 os.close(descriptor)
                 raise OutputLocked(
@@ -88,6 +90,15 @@ class Claim:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
+
+    def _sign(self, remove: bool) -> None:
+        """Write the owner's file. Raises OSError."""
+        try:
+            (self.folder / OWNER_FILE).write_bytes(self._token)
+        except OSError:
+            if remove:
+                self._remove()
+            raise
 
     def _is_named(self, descriptor: int) -> bool:
         """Whether the file that is locked still has the lock's name: its last owner may have removed it."""
@@ -120,16 +131,25 @@ class Claim:
 
     def close(self) -> None:
         """Let go of the folder, and remove it where it is empty; not where it is another run's by now."""
-        if self._descriptor < 0:
-            return
-        with suppress(OSError):
-            if (self.folder / OWNER_FILE).read_bytes() == self._token:
-                for name in reversed(CLAIM_FILES):
-                    (self.folder / name).unlink()
-                self.folder.rmdir()
+        if self._descriptor >= 0:
+            mine = False
+            with suppress(OSError):
+                mine = (self.folder / OWNER_FILE).read_bytes() == self._token
+            self._let_go(remove=mine)
+
+    def _let_go(self, remove: bool) -> None:
+        if remove:
+            self._remove()
         with suppress(OSError):
             os.close(self._descriptor)
         self._descriptor = -1
+
+    def _remove(self) -> None:
+        """Remove lock and owner, and the folder where it is empty."""
+        with suppress(OSError):
+            for name in reversed(CLAIM_FILES):
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
 
 
 def _lock(descriptor: int) -> str:
