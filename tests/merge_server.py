@@ -42,6 +42,7 @@ from skillmerge import reporter
 from skillmerge.engine.runners import threads
 from skillmerge.errors import SkillmergeError
 from skillmerge.outputs import shard_file, staging, verify
+from skillmerge.outputs.trials import tried
 from skillmerge.plans.budget import Budget
 from skillmerge.tensors import BLOCK
 from skillmerge.verbs import apply
@@ -159,7 +160,9 @@ def child(request: dict[str, Any], answers: int) -> NoReturn:
         library.filesystem_mount(os.fsencode(folder), which, ctypes.c_long(limit))
     verb, given = request.pop("verb", None), request.pop("given", [])
     try:
-        if verb is not None:
+        if verb == "tried":
+            answer["trials"] = {trial.what: trial.works for trial in tried(Path(given[0]))}
+        elif verb is not None:
             listens = "reporter" in inspect.signature(getattr(skillmerge, verb)).parameters
             getattr(skillmerge, verb)(*given, **request, **({"reporter": teller} if listens else {}))
         elif (verified := request.pop("verify", None)) is not None:

@@ -103,6 +103,30 @@ def recipe(tmp_path: Path) -> Path:
     return write_family(tmp_path / "odd", wide_shapes(2, 1024), shards=2)
 
 
+TOLD = {
+    "no-lock": "lock", "empty-lock": "lock", "new-inodes": "stable inodes", "no-folder-sync": "sync folders",
+    "no-mapping": "map files", "no-exchange": "exchange names", "no-direct": "direct I/O", "late-direct": "direct I/O",
+    "no-allocation": "preallocate", "quota": "write a shard", "full-at-close": "write a shard",
+    "full-at-sync": "write a shard",
+}  # fmt: skip
+"""What `doctor` says does not work, where it can be seen from one process."""
+
+
+@pytest.mark.parametrize("trait", ["none", *TOLD])
+def test_doctor_says_what_does_not_work(machine: Machine, tmp_path: Path, trait: str) -> None:
+    (tmp_path / "odd").mkdir()
+    ordinary = machine.run(tmp_path / "odd", [], "tried", tmp_path / "odd")["trials"]
+    limit = 0 if trait in FULL else 1 << 40
+    found = machine.run(tmp_path / "odd", [trait] if trait in TOLD else [], "tried", tmp_path / "odd", limit=limit)[
+        "trials"
+    ]
+    assert found.keys() == ordinary.keys()
+    assert found.get(TOLD.get(trait, "")) in (None, False)
+    if trait not in FULL:
+        assert {what for what in found if found[what] != ordinary[what]} <= {TOLD.get(trait)}
+    assert list((tmp_path / "odd").iterdir()) == []
+
+
 @pytest.mark.parametrize("name", FILESYSTEMS)
 def test_every_verb_finishes_with_the_right_bytes(
     machine: Machine, recipe: Path, wanted: dict[str, Content], name: str

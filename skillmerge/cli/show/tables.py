@@ -15,6 +15,7 @@ from skillmerge.study.scoring.scores import CONFIDENCE, Score
 from skillmerge.tensors import ULP_EDGES, format_bytes
 
 ACTION_COLUMNS = ("tensors", "from", "what happens", "names")
+TRIAL_COLUMNS = ("tried", "works", "what follows")
 GATE_COLUMNS = ("gate", "asked", "measured", "verdict", "")
 
 COMPARED_COLUMNS = ("difference", "level", "what follows")
