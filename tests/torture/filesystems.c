@@ -1,13 +1,15 @@
 /* Plays a filesystem that lacks something, in one folder of an ordinary one.
  *
  * Preloaded into a process (LD_PRELOAD) it does nothing until filesystem_mount is called with the folder, and the traits
- * of the filesystem that the folder is to be on. Calls about other files are not touched.
+ * of the filesystem that the folder is to be on, or the environment has PLAYED_FILESYSTEM=traits:folder, which processes
+ * that are started inherit. Calls about other files are not touched, but where all else is to be read-only.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <pwd.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -39,6 +41,8 @@ enum trait {
     NO_STATVFS = 1 << 14,    /* statvfs answers ENOSYS */
     NO_ADVICE = 1 << 15,     /* posix_fadvise answers EINVAL */
     LATE_DIRECT = 1 << 16,   /* O_DIRECT opens, and writing through it answers EINVAL */
+    READ_ONLY_ELSE = 1 << 17,/* everything outside the folder is on a read-only filesystem: EROFS */
+    NAMELESS = 1 << 18,      /* the user has no entry in passwd */
 };
 
 static char folder[PATH_MAX];
@@ -52,6 +56,11 @@ void filesystem_mount(const char *where, unsigned which, long bytes) {
     atomic_store(&limit, bytes);
     atomic_store(&written, 0);
     traits = which;
+}
+
+__attribute__((constructor)) static void inherit(void) {
+    const char *played = getenv("PLAYED_FILESYSTEM"), *colon = played ? strchr(played, ':') : NULL;
+    if (colon) filesystem_mount(colon + 1, (unsigned)atol(played), LONG_MAX);
 }
 
 #define REAL(name) ((__typeof__(&name))real(#name))
@@ -208,6 +217,22 @@ int statvfs64(const char *path, struct statvfs64 *status) {
     FAIL_IF(has(NO_STATVFS, path), ENOSYS) return REAL(statvfs64)(path, status);
 }
 
+static int is_read_only(const char *path) {
+    if (!(traits & READ_ONLY_ELSE)) return 0;
+    char cwd[PATH_MAX];
+    const char *whole = path[0] == '/' ? path : getcwd(cwd, sizeof cwd);
+    return whole && !is_inside(whole) && strncmp(whole, "/dev/", 5) && strncmp(whole, "/proc/", 6);
+}
+int mkdir(const char *path, mode_t mode) {
+    FAIL_IF(is_read_only(path), EROFS)
+    return REAL(mkdir)(path, mode);
+}
+struct passwd *getpwuid(uid_t user) { return (traits & NAMELESS) ? NULL : REAL(getpwuid)(user); }
+int getpwuid_r(uid_t user, struct passwd *entry, char *buffer, size_t size, struct passwd **result) {
+    if (traits & NAMELESS) return *result = NULL, 0;
+    return REAL(getpwuid_r)(user, entry, buffer, size, result);
+}
+
 #define OPENING(name, path_inside, ...)                          \
     mode_t mode = 0;                                             \
     if (flags & (O_CREAT | O_TMPFILE)) {                         \
@@ -217,6 +242,7 @@ int statvfs64(const char *path, struct statvfs64 *status) {
         va_end(rest);                                            \
     }                                                            \
     FAIL_IF((flags & O_DIRECT) && (path_inside), EINVAL)         \
+    FAIL_IF((flags & (O_WRONLY | O_RDWR | O_CREAT)) && is_read_only(path), EROFS) \
     return REAL(name)(__VA_ARGS__, flags, mode);
 int open(const char *path, int flags, ...) { OPENING(open, has(NO_DIRECT, path), path) }
 int open64(const char *path, int flags, ...) { OPENING(open64, has(NO_DIRECT, path), path) }

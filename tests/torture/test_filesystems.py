@@ -6,16 +6,17 @@ path, and what to do. Every verb that writes gives the right bytes or says so, a
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_family
+from conftest import run_process, write_family
 from hub_server import HubServer
 from observing import Content, MergeServer, assert_finished, content, staging_of, wide_shapes
 
@@ -30,6 +31,7 @@ TRAITS = [
     "no-lock", "empty-lock", "nfs4-lock", "new-inodes", "no-folder-sync", "no-mapping", "no-exchange", "no-direct",
     "quota", "short-writes", "no-allocation", "full-at-close", "full-at-sync", "no-rename-over", "no-statvfs",
     "no-advice", "late-direct",
+    "read-only-else", "nameless",
 ]  # fmt: skip
 """As `enum trait` has them, from the lowest bit."""
 
@@ -41,7 +43,9 @@ FULL = {
     "full-at-close": "the disk is full: ",
     "full-at-sync": "the disk is full: ",
 }
-LACKING = [trait for trait in TRAITS if trait not in FULL]
+PROCESS = ("read-only-else", "nameless")
+"""Of the machine, not of a folder."""
+LACKING = [trait for trait in TRAITS if trait not in (*FULL, *PROCESS)]
 FILESYSTEMS: dict[str, list[str]] = {
     **{trait: [trait] for trait in LACKING},
     "NFS": ["nfs4-lock", "no-exchange", "no-rename-over", "short-writes"],
@@ -65,7 +69,8 @@ class Machine:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is preloaded."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler to build the filesystems with")
@@ -77,6 +82,11 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     )  # fmt: skip
     if built.returncode != 0:
         pytest.skip(f"the compiler cannot build a library that is preloaded: {built.stderr[-300:]}")
+    return library
+
+
+@pytest.fixture(scope="module")
+def machine(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     with HubServer(tmp_path_factory.mktemp("hub")) as hub:
         server = MergeServer(LD_PRELOAD=str(library), **hub.variables())
         yield Machine(server, hub)
@@ -218,3 +228,59 @@ def test_two_merges_without_locks_make_one_sound_output(
         assert machine.run(folder, [trait], "verify", output)["status"] == 0
         shutil.rmtree(output)
         assert not staging_of(output).exists()
+
+
+def test_container_with_a_read_only_root_and_a_nameless_user(
+    library: Path, families: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No HOME, no entry in passwd, nowhere to write but beside the recipe: no temporary folder either."""
+    folder = tmp_path / "data"
+    shutil.copytree(families("llama"), folder, ignore=shutil.ignore_patterns("merged*"))
+    for name in ("HOME", "USER", "LOGNAME", "USERNAME", "TMPDIR", "TEMP", "TMP", "XDG_CACHE_HOME", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    which = sum(1 << TRAITS.index(trait) for trait in PROCESS)
+    played = {"LD_PRELOAD": str(library), "PLAYED_FILESYSTEM": f"{which}:{folder}", "PYTHONDONTWRITEBYTECODE": "1"}
+    (folder / "gates.yaml").write_text("gates: {loads: true}\n")
+    output = folder / "merged"
+    made = run_process("apply", folder / "recipe.yaml", cwd=folder.parent, **played)
+    assert made.returncode == 0, made.stderr
+    before = content(output)
+    for command in (
+        ["verify", output],
+        ["verify", output, "--load"],
+        ["gate", output, "--gates", folder / "gates.yaml"],
+    ):
+        done = run_process(*command, cwd=folder.parent, **played)
+        assert done.returncode in (0, 5), (command, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == 0 or "TMPDIR" in done.stderr, done.stderr
+        assert content(output) == before
+    said = json.loads(run_process("doctor", folder, "--json", cwd=folder.parent, HF_HUB_OFFLINE="1", **played).stdout)
+    works = {trial["what"]: trial["works"] for trial in said["trials"]}
+    assert (works["write"], works["temporary folder"]) == (True, False)
+
+
+def test_locale_that_cannot_name_a_model_is_named(tmp_path: Path) -> None:
+    """C and ISO 8859-1 end with status 2 and say what to set; C.UTF-8 works."""
+    recipe = write_family(tmp_path, wide_shapes(1, 256), shards=1)
+    (tmp_path / "rl").rename(tmp_path / "rl-模型")
+    recipe.write_text(recipe.read_text().replace('"rl": "rl"', '"rl": "rl-模型"'))
+    locales = {"C": "ascii", "C.UTF-8": ""}
+    if shutil.which("localedef") is not None:
+        made = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(tmp_path / "de_DE.ISO-8859-1")]
+        if subprocess.run(made, capture_output=True, check=False).returncode == 0:
+            locales["de_DE.ISO-8859-1"] = "iso8859-1"
+    for name, encoding in locales.items():
+        environment = {"LC_ALL": name, "LOCPATH": str(tmp_path), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        if name == "C.UTF-8":
+            del environment["LOCPATH"]
+        for command in (["plan", recipe], ["apply", recipe, "-o", tmp_path / name], ["lint", recipe]):
+            done = run_process(*command, **environment)
+            if not encoding or command[0] == "lint":
+                assert done.returncode == 0, done.stderr
+                continue
+            assert done.returncode == 2, (name, done.stderr)
+            text = done.stderr.encode().decode("unicode_escape") if "\\u" in done.stderr else done.stderr
+            assert text.startswith(f"error: the locale `{name}` ({encoding}) cannot name the file `"), done.stderr
+            assert "rl-模型" in text
+            assert "set LC_ALL=C.UTF-8, or PYTHONUTF8=1" in text
