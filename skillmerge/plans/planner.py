@@ -9,25 +9,38 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
-from skillmerge.checkpoints.model_config import contradictions, quantisation, tied_source
+from skillmerge.checkpoints.model_config import contradictions, quantisation
 from skillmerge.errors import InputError
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, is_zero, model_of, sole_model
-from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
+from skillmerge.plans.compare.models import NOTHING, compare_models
+from skillmerge.plans.heads import driven_apart
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.recipes.expression import ExpressionError
 from skillmerge.recipes.recipe import Recipe, unused_names
 from skillmerge.recipes.schedules import ScheduleError
+from skillmerge.remarks import Remark
 from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
 
 
-def plan_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False) -> Plan:
+def plan_recipe(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    allow_code: bool = False,
+    lenient: bool = False,
+    compare: bool = True,
+) -> Plan:
     """Plan `recipe` over its opened `checkpoints` (by model name, at least those that it uses).
+
+    lenient: differences between the models are warnings at most, for what was made before they were looked at.
+    compare: whether to look at them at all, which these models may have been through.
 
     Raises RecipeError for rules and expressions that these models give no meaning, InputError for
     checkpoints that are quantised or contradict themselves. What `copy` or `ignore` could settle is
@@ -44,13 +57,13 @@ def plan_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_
     accounts = account_tensors(recipe, checkpoints, donor_name, terms)
     used = {name: () if name in copied else row for name, row in values.items()}
     tensors = _tensors(recipe, checkpoints, donor, used, terms, accounts.tensors)
-    problems = (*accounts.problems, *_contradictions(donor))
+    compared = compare_models(recipe, checkpoints, donor_name, terms, lenient=lenient) if compare else NOTHING
+    problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
+    notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
     shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
-    read = _bytes_read(tensors, checkpoints)
     return sealed(
         Plan(
             recipe=recipe,
-            inputs=tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
             donor=donor_name,
             coefficients=tuple(recipe.coefficients),
             tensors=tensors,
@@ -58,10 +71,10 @@ def plan_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_
             side_files=side_files,
             ties=accounts.ties,
             problems=problems,
-            notes=(*_notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties), *accounts.notes),
-            bytes_read=sum(read.values()),
-            input_itemsizes=_itemsizes(tensors, checkpoints),
-            versions=versions(checkpoints),
+            notes=(*notes, *accounts.notes, *compared.notes),
+            warnings=(*compared.warnings, *_warnings(recipe, donor, tensors)),
+            compared=compared,
+            **_inputs(recipe, checkpoints, tensors),
         )
     )
 
@@ -244,8 +257,12 @@ def _notes(
     yield from (f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe))
     yield from _oddities(recipe, checkpoints, donor)
     yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
+
+
+def _warnings(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> Iterator[Remark]:
+    """What needs attention, of what the recipe does."""
     if not recipe.makes_skill:
-        yield from _untied(donor, tensors)
+        yield from (it for it in driven_apart(donor, tensors) if it.name not in recipe.accept)
 
 
 def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
@@ -264,18 +281,15 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
             yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
 
 
-def _untied(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> list[str]:
-    """A word where the recipe drives apart what the donor's config ties and the donor stores twice."""
-    notes = []
-    for name in [name for name in tensors if module_kind(name) == "head"]:
-        others = {other: spec for other, spec in donor.tensors.items() if other != name}
-        source = tied_source(name, donor.tensors[name].shape, donor.config, others)
-        if source is not None and tensors[source].coefficients != tensors[name].coefficients:
-            notes.append(
-                f"config.json ties `{name}` to `{source}`, but the recipe gives them different coefficients: "
-                "runtimes will not agree which of the two to use"
-            )
-    return notes
+def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:
+    """The parts of a plan that say what is read."""
+    read = _bytes_read(tensors, checkpoints)
+    return {
+        "inputs": tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
+        "bytes_read": sum(read.values()),
+        "input_itemsizes": _itemsizes(tensors, checkpoints),
+        "versions": versions(checkpoints),
+    }
 
 
 def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:

@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     pass
 
 
-MAX_RANK = 64
-"""Directions that --spectral looks at, at most."""
-
 _MAX_THREADS = 8
 
 
@@ -111,13 +108,13 @@ def inspect(
     also how the matrices' updates spread over this many directions (1 to 64), a matrix at a time in memory.
     Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError.
     """
-    check_words("cpu", threads, None, stats, hub)
-    if spectral is not None and not 1 <= spectral <= MAX_RANK:
-        raise UsageError(f"spectral rank {spectral}: 1 to {MAX_RANK}")
+    check_words(threads=threads, stats=stats, spectral=spectral, hub=hub)
     reporter = reporter or Reporter()
     access = Access(follow_links, locked, download=hub == "download")
     if other is None and Path(source).is_file():
-        with planned(source, coefficients, access, reporter.note) as (plan, checkpoints):
+        with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
+            for remark in plan.warnings:
+                reporter.warn(remark.message, remark.fix)
             plan.refuse_problems()
             return inspect_merge(
                 plan, checkpoints, base, access, stats=stats, spectral=spectral, threads=threads, reporter=reporter

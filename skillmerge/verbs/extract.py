@@ -33,6 +33,7 @@ def extract(
     *,
     dtype: str = "same",
     ignore: Sequence[str] = (),
+    accept: Sequence[str] = (),
     zstd: bool = False,
     keep: float | None = None,
     threads: int | None = None,
@@ -47,20 +48,18 @@ def extract(
 
     Where `rl` is a folder with a sparse patch, it is the patch of `sft`.
     dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. ignore: globs of
-    tensors that the skill does without. zstd: compress its files. keep: the share of each tensor's elements,
-    the largest, that stay, multiplied by what restores the tensor's norm. The rest is as of
-    `apply`, whose errors it raises: this is a recipe of three lines.
+    tensors that the skill does without. accept: differences between the two that are meant, by name. zstd: compress
+    its files. keep: the share of each tensor's elements, the largest, that stay, multiplied by what restores the
+    tensor's norm. The rest is as of `apply`, whose errors it raises: this is a recipe of three lines.
     """
     if dtype not in ("same", "bfloat16", "float16", "float32"):
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
-    if keep is not None and not 0 < keep <= 1:
-        raise UsageError(f"keep {keep!r}: a share above 0, at most 1")
-    check_words("cpu", threads, memory_limit, "sampled", hub)
+    check_words(keep=keep, threads=threads, memory_limit=memory_limit, hub=hub)
     models: dict[str, Any] = {"rl": os.fspath(rl), "sft": os.fspath(sft)}
     if (Path(rl) / PATCH_FILE).is_file():
         models["rl"] = {"patch": models["rl"], "onto": "sft"}
     made = {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none", "keep": keep}
-    recipe = recipe_of(models, "rl - sft", made, "skillmerge extract", ignore=list(ignore))
+    recipe = recipe_of(models, "rl - sft", made, "skillmerge extract", ignore=list(ignore), accept=list(accept))
     reporter = reporter or Reporter()
     reporter.event("started", skillmerge=__version__, recipe=recipe.document.name)
     return merge(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from skillmerge.brief import brief
 from skillmerge.durable import disk_errors, remove_tree, write_whole
 from skillmerge.engine.rounding_statistics import Statistics
-from skillmerge.engine.runner import Work
+from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.candidates import Values, grid, with_values
@@ -138,9 +139,10 @@ def sweep(
     repeats: how often each is scored, with another seed. Continues what was interrupted.
     Raises UsageError, CheckFailed where a score fails, OutputLocked; and what `apply` raises.
     """
+    check_words(repeats=repeats, trials=trials, seed=seed, device=device, hub=hub)
     reporter = reporter or Reporter()
     how = Access(follow_links, locked, download=hub == "download"), device
-    asked = Asked(search, trials, repeats, seed, by, minimise)
+    asked = Asked(search, operator.index(trials), operator.index(repeats), operator.index(seed), by, minimise)
     setting = prepare(recipe, axes, score, output, asked, how)
     if setting.recipe.gates:
         reporter.note("gates are not looked at while candidates are scored; the best recipe keeps them")
@@ -244,6 +246,8 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
         out = scratch / "model"
         publish = Publish(overwrite=out.exists())
         made = merge(recipe, out, setting.access, Work(setting.device), Checks(), publish, Reporter())
+        for remark in made.plan.warnings if made.plan is not None else ():
+            reporter.warn(remark.message, remark.fix)
         assert isinstance(made.manifest.statistics, Statistics)  # a sweep makes models only
         return made.manifest.statistics.all.realised_lambda, lambda number: run_command(scorer, out, number)
 
@@ -252,7 +256,7 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
         from skillmerge.verbs.sweep.in_memory import MergedModel
 
         if model is None:  # only where something is left to score
-            model = MergedModel(setting.first, setting.access, setting.device, reporter.note)
+            model = MergedModel(setting.first, setting.access, setting.device, reporter)
         held = model
         return held.use(recipe).all.realised_lambda, lambda number: held.scored(scorer, number)
 
