@@ -58,7 +58,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "plan",
         "compare.models",
         "accounting",
-        "compare.config compare.tokens",
+        "compare.complete compare.config compare.tokens",
         "compare.config_values",
         "compare.table",
         "changes depth mapping side_files compare.architectures compare.found compare.roles",
