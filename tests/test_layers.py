@@ -41,7 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "card hub_commit output trials",
         "manifest",
         "staging",
-        "journal shard_file",
+        "canonical journal shard_file",
     ),
     "engine": (
         "runners.table",
