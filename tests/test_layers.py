@@ -19,7 +19,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "show.page show.study_tables",
         "show.charts show.markdown show.page_table show.terminal",
         "event_log flags show.html show.tables",
-        "doctor messages show.figures show.sarif",
+        "doctor messages show.figures show.sarif usage",
     ),
     "verbs": (
         "demo.demo",
@@ -96,7 +96,10 @@ LONG_FUNCTIONS = {"verbs.apply.apply": "24 keywords, each on a line of its own, 
 
 HOMES = {
     "numpy": {"checkpoints.kinds.sparse"},
-    "click": {"cli.main", "cli.flags", "cli.merging", "cli.studying", "cli.proving", "cli.starting", "cli.results"},
+    "click": {
+        "cli.main", "cli.flags", "cli.merging", "cli.studying", "cli.proving", "cli.starting", "cli.results",
+        "cli.usage",
+    },
     "rich": {"cli.show.terminal", "cli.show.study_tables"},
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},

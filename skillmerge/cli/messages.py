@@ -18,7 +18,7 @@ FORMAT = "SKILLMERGE_LOG_FORMAT"
 """The environment variable that every process of a run sees; `json` or `text`."""
 
 _QUIET_SECONDS = 30
-_PREFIXES = {"info": "", "note": "note: ", "warning": "warning: ", "error": "error: "}
+_PREFIXES = {"info": "", "note": "note: ", "warning": "warning: ", "error": "error: ", "help": "help: "}
 
 
 def as_json() -> bool:
@@ -26,7 +26,7 @@ def as_json() -> bool:
 
 
 def log(level: str, message: str, **fields: Any) -> None:
-    """Write one message. level: info, note, warning or error. fields: more of it, for programs.
+    """Write one message. level: info, note, warning, error or help (of text only). fields: more of it, for programs.
 
     A run goes on where stderr cannot be written.
     """
