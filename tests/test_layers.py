@@ -74,6 +74,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "checkpoint stores.folder",
         "store stores.http_ranges",
         "kinds.sparse model_config place safetensors stores.hub_client",
+        "foreign",
     ),
     "methods": (
         "rounding",
