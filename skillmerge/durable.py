@@ -33,9 +33,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"the disk is full: {path} could not be written", fix=CONTINUE) from error
         if error.errno in _WRONG_PLACE:
-            raise UsageError(
-                f"{path} cannot be written: {error.strerror}", fix="choose another place with --output"
-            ) from error
+            raise UsageError(f"{path} cannot be written: {error.strerror}", fix="choose another place") from error
         raise ResourceError(
             f"{path} could not be written: {error.strerror}",
             fix="check the disk, then run the same command again",

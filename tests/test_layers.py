@@ -77,8 +77,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "kinds.dense kinds.patch kinds.skill_planes stores.hub stores.memory",
         "checkpoint stores.folder",
         "store stores.http_ranges",
-        "kinds.sparse model_config place safetensors stores.hub_client",
-        "foreign",
+        "kinds.sparse missing model_config safetensors stores.hub_client",
+        "foreign place",
     ),
     "methods": (
         "rounding",

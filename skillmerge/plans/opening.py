@@ -13,10 +13,11 @@ from pathlib import Path
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, named
 from skillmerge.checkpoints.kinds.table import open_as
-from skillmerge.checkpoints.place import ModelPlace
+from skillmerge.checkpoints.missing import missing
+from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Store
-from skillmerge.errors import StalePlan, UsageError
+from skillmerge.errors import InputError, StalePlan, UsageError
 from skillmerge.methods.terms import model_of
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
@@ -53,7 +54,8 @@ class Access:
     follow_links: links may lead out of a folder. locked: a revision that can change must be in the lock file.
     relock: the lock file is not looked at. download: repositories go through the Hub's cache instead of being
     streamed. commits: what revisions of models stand for, whatever the lock says (of a saved plan). allow_code: a
-    model may name code of its own, which is carried.
+    model may name code of its own, which is carried. moved: what to do where a folder is not there, in place of a
+    guess.
     """
 
     follow_links: bool = False
@@ -62,6 +64,7 @@ class Access:
     download: bool = False
     commits: Mapping[str, str] = field(default_factory=dict)
     allow_code: bool = False
+    moved: str | None = None
 
 
 def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> dict[str, Checkpoint]:
@@ -70,6 +73,7 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
     Raises RecipeError, UsageError, InputError, StalePlan, TemporaryError.
     """
     places = {name: recipe.model_place(name) for name in recipe.used_models()}
+    _refuse_missing(recipe, places, access)
     lock_path = lockfile.path_of(Path(recipe.document.name))
     lock = None
     if not access.relock and not access.commits and any(place.versioned for place in places.values()):
@@ -110,6 +114,16 @@ def planned(
 def close_all(checkpoints: Mapping[str, Checkpoint]) -> None:
     for checkpoint in checkpoints.values():
         checkpoint.close()
+
+
+def _refuse_missing(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -> None:
+    """Raise InputError where a model's folder is not there: at the place in the recipe that a person wrote."""
+    for name, place in places.items():
+        found = missing(place.path, recipe.models[name]) if isinstance(place, Local) else None
+        if found is not None:
+            whose = f"model `{name}`: " if recipe.document.by_hand else ""
+            error = recipe.error(recipe.place_path(name), whose + found[0], access.moved or found[1])
+            raise InputError(error.message, fix=error.fix)
 
 
 def _locked(

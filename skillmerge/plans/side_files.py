@@ -171,7 +171,7 @@ def _refuse_code(path: str, content: bytes) -> None:
     if found:
         raise InputError(
             f"{path}: has `auto_map`, which runs code on loading: {some(found)}",
-            fix="if you trust that code, allow it with --allow-code; *.py files are then carried too",
+            fix="if you trust that code: `skillmerge apply RECIPE --allow-code`; *.py files are then carried too",
         )
 
 

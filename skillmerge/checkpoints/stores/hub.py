@@ -261,9 +261,8 @@ class Repository:
                 raise Passing(f"{answer.headers['content-length']} bytes came in place of {size}")
             return
         if answer.status == 200:
-            raise InputError(
-                f"{self.at.path(name)}: the server does not serve ranges", fix="download it first: --hub download"
-            )
+            fix = f"fetch it first: `hf download {self.location.repository}`"
+            raise InputError(f"{self.at.path(name)}: the server does not serve ranges", fix=fix)
         if answer.status != 206:
             raise refused(answer.status, answer.headers, self.at.place)
         wanted = f"bytes {position}-{position + count - 1}/{size}"
