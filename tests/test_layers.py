@@ -56,7 +56,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "planner",
         "budget compare.models layout saved",
         "plan",
-        "accounting",
+        "accounting dtypes",
         "compare.config compare.tokens",
         "compare.config_values",
         "compare.table",

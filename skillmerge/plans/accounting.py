@@ -8,7 +8,7 @@ the donor lacks: a problem, unless a rule or the config's ties account for it. K
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,9 +78,16 @@ class Accounts:
 
 
 def account_tensors(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, terms: Mapping[str, Term | None]
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    donor_name: str,
+    terms: Mapping[str, Term | None],
+    exact: Collection[str] = (),
 ) -> Accounts:
-    """Account for the output's tensors, whose terms these are, and for those that the donor lacks."""
+    """Account for the output's tensors, whose terms these are, and for those that the donor lacks.
+
+    exact: tensors that no arithmetic is meant for, whatever their dtype: they have to be the same everywhere.
+    """
     donor = checkpoints[donor_name]
     in_formula = list(dict.fromkeys(name.name for name in names_in(recipe.expression) if name.is_model))
     whole = [model for model in in_formula if model not in recipe.skills]  # a skill has no integers to compare
@@ -92,7 +99,7 @@ def account_tensors(
         if term is None:
             continue
         spec = donor.tensors[name]
-        same = not isinstance(term, Leaf) and not DTYPES[spec.dtype].is_float
+        same = not isinstance(term, Leaf) and (name in exact or not DTYPES[spec.dtype].is_float)
         if id(term) not in needed:
             needed[id(term)] = models_of(term)
         models, sources = whole if same else needed[id(term)], []

@@ -19,6 +19,7 @@ from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Store
 from skillmerge.errors import InputError, StalePlan, UsageError
 from skillmerge.methods.terms import model_of
+from skillmerge.plans.dtypes import refuse_unequal
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes import lock as lockfile
@@ -106,7 +107,9 @@ def planned(
     parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
     checkpoints = open_models(parsed, access, warn)
     try:
-        yield plan_recipe(parsed, checkpoints, allow_code=access.allow_code), checkpoints
+        plan = plan_recipe(parsed, checkpoints, allow_code=access.allow_code)
+        refuse_unequal({name: (it.action, it.sources) for name, it in plan.tensors.items()}, checkpoints)
+        yield plan, checkpoints
     finally:
         close_all(checkpoints)
 

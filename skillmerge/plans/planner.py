@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
-from skillmerge.checkpoints.model_config import contradictions, quantisation, tied_source
-from skillmerge.errors import InputError
+from skillmerge.checkpoints.model_config import contradictions, tied_source
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, is_zero, model_of, sole_model
 from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
 from skillmerge.plans.compare.models import compare_models
+from skillmerge.plans.dtypes import levelled, marks_of, output_dtypes, refuse_computed
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.recipes.expression import ExpressionError
 from skillmerge.recipes.recipe import Recipe, unused_names
 from skillmerge.recipes.schedules import ScheduleError
-from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
+from skillmerge.tensors import DTYPES, TensorSpec
 
 
 def plan_recipe(
@@ -38,17 +39,20 @@ def plan_recipe(
     checkpoints that are quantised or contradict themselves. What `copy` or `ignore` could settle is
     collected in `problems` instead, so that a person sees all of it at once.
     """
-    for name, checkpoint in checkpoints.items():
-        refuse_quantised(name, checkpoint)
     donor_name = _donor(recipe)
     donor = checkpoints[donor_name]
     left_out = recipe.left_out(donor.tensors)
     values = _coefficients(recipe, [name for name in donor.tensors if name not in left_out])
     copied = copy_rules(recipe, donor)
     terms = _terms(recipe, values, copied)
-    accounts = account_tensors(recipe, checkpoints, donor_name, terms)
+    marks = marks_of(checkpoints)
+    refuse_computed(recipe, checkpoints, donor_name, terms, marks)
+    exact = {name for marked in marks.values() for name in marked}
+    dtypes = output_dtypes(recipe, donor, exact)
+    accounts = account_tensors(recipe, checkpoints, donor_name, terms, exact)
     used = {name: () if name in copied else row for name, row in values.items()}
-    tensors = _tensors(recipe, checkpoints, donor, used, terms, accounts.tensors)
+    wanted = {name: replace(spec, dtype=dtypes[name]) for name, spec in donor.tensors.items()}
+    tensors = _tensors(recipe, checkpoints, wanted, used, terms, accounts.tensors)
     compared = compare_models(checkpoints, donor_name, terms, recipe.accept, recipe.output.dtype, lenient=lenient)
     problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
     notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
@@ -66,7 +70,7 @@ def plan_recipe(
             ties=accounts.ties,
             problems=problems,
             notes=(*notes, *accounts.notes, *compared.notes),
-            warnings=tuple(compared.warnings),
+            warnings=(*compared.warnings, *levelled(recipe, donor, dtypes)),
             compared=compared.found,
             comparison=compared.line,
             bytes_read=sum(read.values()),
@@ -74,16 +78,6 @@ def plan_recipe(
             versions=versions(checkpoints),
         )
     )
-
-
-def refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
-    """Raise InputError where a checkpoint's weights are no plain numbers."""
-    reason = quantisation(checkpoint.config, checkpoint.tensors)
-    if reason is not None:
-        raise InputError(
-            f"model `{name}` ({checkpoint.place}) is quantised, and its numbers cannot be added: {reason}",
-            fix="use the checkpoint it was quantised from (bfloat16, float16 or float32)",
-        )
 
 
 def _bind(recipe: Recipe, values: Mapping[str, float]) -> Term | None:
@@ -166,16 +160,19 @@ def _terms(
 def _tensors(
     recipe: Recipe,
     checkpoints: Mapping[str, Checkpoint],
-    donor: Checkpoint,
+    wanted: Mapping[str, TensorSpec],
     values: Mapping[str, tuple[float, ...]],
     terms: Mapping[str, Term | None],
     accounts: Mapping[str, Account],
 ) -> dict[str, TensorPlan]:
-    """What happens to each tensor, but for those that have a problem. values: the coefficients that count."""
+    """What happens to each tensor, but for those that have a problem.
+
+    wanted: the donor's tensors, in the output's dtypes. values: the coefficients that count.
+    """
     programs: dict[int, Program] = {}  # by the term's identity: thousands of tensors share a few terms
     tensors = {}
     for name, term in terms.items():
-        spec = donor.tensors[name]
+        spec = wanted[name]
         if term is None:
             tensors[name] = TensorPlan(name, spec.dtype, spec.shape, "zero", (), values[name])
         elif name in accounts:
@@ -193,8 +190,6 @@ def _plan_tensor(
 ) -> TensorPlan:
     term, sources = account.term, account.sources
     dtype = spec.dtype
-    if DTYPES[dtype].is_float and recipe.output.dtype != "same":
-        dtype = OUTPUT_DTYPES[recipe.output.dtype]
     if account.same:
         return TensorPlan(spec.name, dtype, spec.shape, "same", sources)
     if len(sources) == 1 and (model := sole_model(term)) is not None:

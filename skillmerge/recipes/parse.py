@@ -182,7 +182,12 @@ def _check_kind(document: Document, table: RecipeTable) -> None:
             "`skillmerge extract … --keep SHARE` prunes one",
         )
     if table.output.kind == "skill":
-        for path, given in ((("copy",), table.copy_), (("output", "rounding"), table.output.rounding != "nearest")):
+        of_models = {
+            ("copy",): bool(table.copy_),
+            ("output", "rounding"): table.output.rounding != "nearest",
+            ("output", "keep_dtype"): bool(table.output.keep_dtype),
+        }
+        for path, given in of_models.items():
             if given:
                 raise document.error(f"a skill has no `{path[-1]}`", document.place(path), "leave it out")
 
@@ -319,6 +324,7 @@ def _output(document: Document, table: OutputTable, folder: FilePath, shard_size
         path=local_path(document, ("output", "path"), folder, table.path) if table.path else None,
         like=normalise_name(table.like) if table.like else None,
         dtype=table.dtype,
+        keep_dtype=tuple(table.keep_dtype),
         rounding=table.rounding,
         seed=table.seed,
         shard_size=shard_size,

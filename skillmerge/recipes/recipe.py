@@ -45,6 +45,8 @@ class Output:
     path: FilePath | None
     like: str | None
     dtype: str
+    keep_dtype: tuple[str, ...]
+    """Globs over tensors that keep the donor's dtype whatever `dtype` says."""
     rounding: str
     seed: int
     shard_size: int | None

@@ -97,6 +97,9 @@ class OutputTable(_Table):
     dtype: Annotated[Literal["same", "bfloat16", "float16", "float32"], Field(description="of the weights written")] = (
         "same"
     )
+    keep_dtype: Annotated[
+        list[Glob], Field(description="globs over tensors that keep the donor's dtype all the same")
+    ] = []
     rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: Annotated[int, Field(ge=0, lt=1 << 63, description="of stochastic rounding")] = 0
     shard_size: Annotated[str | int, Field(description="same (the donor's layout), or a size such as 5GB")] = "same"

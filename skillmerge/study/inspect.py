@@ -22,10 +22,10 @@ from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError, some
 from skillmerge.methods.terms import Leaf, Sum, expand_skills, model_of, weights
 from skillmerge.naming import MODULE_KINDS, layer_label, layer_of, module_kind, summarised
+from skillmerge.plans.dtypes import refuse_quantised
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
-from skillmerge.plans.planner import refuse_quantised
 from skillmerge.recipes.parse import RECIPE_SUFFIXES
 from skillmerge.reporter import Reporter
 from skillmerge.study.forecast import Forecaster, plain

@@ -268,13 +268,13 @@ CONFIGS = cases(4, [
 ])  # fmt: skip
 
 QUANTISED = cases(4, [
-    ("quantised: FP8", "holds F8_E4M3", with_tensor(HEAD, torch.zeros(32, 16).to(torch.float8_e4m3fn))),
+    ("quantised: FP8", "holds F8_E4M3", with_tensor(HEAD, torch.zeros(32, 16).to(torch.float8_e4m3fn), "target")),
     ("quantised: FP8 in one model", "model `rl`", with_tensor(HEAD, torch.zeros(32, 16).to(torch.float8_e5m2), "rl")),
     ("quantised: FP8 scales", "quantised layout",
         with_tensor("model.layers.0.mlp.up_proj.weight_scale_inv", torch.ones(1))),
     ("quantised: MXFP4 blocks", "MXFP4",
-        all_of(with_tensor("model.layers.0.mlp.experts.down_proj_blocks", torch.zeros(4, dtype=torch.uint8)),
-               with_tensor("model.layers.0.mlp.experts.down_proj_scales", torch.zeros(1, dtype=torch.uint8)))),
+        all_of(with_tensor("model.layers.0.mlp.experts.down_proj_blocks", torch.zeros(4, dtype=torch.uint8), "rl"),
+               with_tensor("model.layers.0.mlp.experts.down_proj_scales", torch.zeros(1, dtype=torch.uint8), "rl"))),
     ("quantised: four bits", "holds F4", tensor("F4", [2], [0, 1])),
     ("quantised: GPTQ", "quantised layout",
         with_tensor("model.layers.0.mlp.up_proj.qweight", torch.zeros(4, dtype=I32))),

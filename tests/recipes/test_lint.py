@@ -225,7 +225,8 @@ def test_lint_prints_one_json_object(tmp_path: Path) -> None:
     assert (result["ok"], result["files"], result["errors"], result["warnings"]) == (False, 1, 1, 0)
     assert result["findings"][0] == {
         "file": str(path), "line": 3, "column": 11, "end_column": 18, "level": "error", "rule": "invalid-recipe",
-        "message": "`s3://` is not a place that skillmerge reads", "fix": "a model is a folder, or `hf://org/name` on the Hub: fetch it into a folder first",
+        "message": "`s3://` is not a place that skillmerge reads",
+        "fix": "a model is a folder, or `hf://org/name` on the Hub: fetch it into a folder first",
     }  # fmt: skip
 
 
