@@ -68,7 +68,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "recipe",
         "gate_table",
         "schema",
-        "expression lock schedules starter yamltext",
+        "expression lint_rules lock schedules starter yamltext",
+        "foreign.spellings",
     ),
     "checkpoints": (
         "kinds.table",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.model_config import quantised
@@ -33,13 +34,13 @@ def marks_of(checkpoints: Mapping[str, Checkpoint]) -> Marks:
     return {name: quantised(checkpoint.config, checkpoint.tensors) for name, checkpoint in checkpoints.items()}
 
 
-def output_dtypes(recipe: Recipe, donor: Checkpoint, marked: Iterable[str]) -> dict[str, str]:
-    """The dtype of each of the donor's tensors in the output. marked: those that are quantized, scales included.
+def output_specs(recipe: Recipe, donor: Checkpoint, exact: Iterable[str]) -> dict[str, TensorSpec]:
+    """The donor's tensors, in the output's dtypes. exact: those that keep theirs.
 
     Raises RecipeError for a rule of `keep_dtype` that matches nothing.
     """
     wanted = OUTPUT_DTYPES.get(recipe.output.dtype)
-    kept = {*marked}
+    kept = {*exact}
     for index, glob in enumerate(recipe.output.keep_dtype):
         pattern = matcher([glob])
         found = [name for name in donor.tensors if pattern.match(name)]
@@ -49,12 +50,12 @@ def output_dtypes(recipe: Recipe, donor: Checkpoint, marked: Iterable[str]) -> d
             raise recipe.error(("output", "keep_dtype", index), f"`{glob}` matches no tensor of the donor", fix)
         kept.update(found)
     return {
-        name: wanted if wanted and DTYPES[spec.dtype].is_float and name not in kept else spec.dtype
+        name: replace(spec, dtype=wanted) if wanted and DTYPES[spec.dtype].is_float and name not in kept else spec
         for name, spec in donor.tensors.items()
     }
 
 
-def levelled(recipe: Recipe, donor: Checkpoint, dtypes: Mapping[str, str]) -> list[Remark]:
+def levelled(recipe: Recipe, donor: Checkpoint, wanted: Mapping[str, TensorSpec]) -> list[Remark]:
     """A warning where `output.dtype` rounds tensors that the donor keeps wider than most of its weights."""
     sizes: dict[str, int] = {}
     for spec in donor.tensors.values():
@@ -64,7 +65,7 @@ def levelled(recipe: Recipe, donor: Checkpoint, dtypes: Mapping[str, str]) -> li
     names = [
         name
         for name, spec in donor.tensors.items()
-        if spec.dtype != most and DTYPES[dtypes[name]].itemsize < DTYPES[spec.dtype].itemsize
+        if spec.dtype != most and DTYPES[wanted[name].dtype].itemsize < DTYPES[spec.dtype].itemsize
     ]
     if not names or recipe.makes_skill:
         return []
@@ -81,19 +82,17 @@ def levelled(recipe: Recipe, donor: Checkpoint, dtypes: Mapping[str, str]) -> li
     ]
 
 
-def refuse_computed(
-    recipe: Recipe,
-    checkpoints: Mapping[str, Checkpoint],
-    donor_name: str,
-    terms: Mapping[str, Term | None],
-    marks: Marks,
-) -> None:
-    """Raise InputError where the formula would compute with a quantized tensor.
+def exact_tensors(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, terms: Mapping[str, Term | None]
+) -> set[str]:
+    """The tensors that no arithmetic is meant for: quantized ones, scales included, of any model.
 
-    Where all of its models hold the tensor alike, in dtype and shape, it may still be the same in all of them.
+    Raises InputError where the formula would compute with one. Where all of its models hold the tensor alike, in dtype
+    and shape, it may still be the same in all of them.
     """
+    marks = marks_of(checkpoints)
     if not any(marks.values()):
-        return
+        return set()
     donor = checkpoints[donor_name]
     for name, term in terms.items():
         if term is None or (isinstance(term, Leaf) and _whole_bytes(donor.tensors[name])):
@@ -108,6 +107,7 @@ def refuse_computed(
         for name, why in marks.get(model, {}).items():
             if name not in donor.tensors and not (ignored is not None and ignored.match(name)):
                 raise _refusal(model, checkpoints[model], why)
+    return {name for marked in marks.values() for name in marked}
 
 
 def refuse_unequal(tensors: Mapping[str, tuple[str, Sequence[Source]]], checkpoints: Mapping[str, Checkpoint]) -> None:

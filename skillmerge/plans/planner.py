@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
-from skillmerge.checkpoints.model_config import contradictions, tied_source
+from skillmerge.checkpoints.model_config import contradictions, tied_source, ties_embeddings
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, is_zero, model_of, sole_model
 from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
 from skillmerge.plans.compare.models import compare_models
-from skillmerge.plans.dtypes import levelled, marks_of, output_dtypes, refuse_computed
+from skillmerge.plans.dtypes import exact_tensors, levelled, output_specs
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
-from skillmerge.recipes.expression import ExpressionError
-from skillmerge.recipes.recipe import Recipe, unused_names
-from skillmerge.recipes.schedules import ScheduleError
+from skillmerge.recipes.expression import ExpressionError, grouped
+from skillmerge.recipes.lint import remarks
+from skillmerge.recipes.recipe import Recipe
+from skillmerge.recipes.schedules import Rule, ScheduleError
+from skillmerge.remarks import Remark, warning
 from skillmerge.tensors import DTYPES, TensorSpec
 
 
@@ -42,16 +44,13 @@ def plan_recipe(
     donor_name = _donor(recipe)
     donor = checkpoints[donor_name]
     left_out = recipe.left_out(donor.tensors)
-    values = _coefficients(recipe, [name for name in donor.tensors if name not in left_out])
+    values = _coefficients(recipe, [name for name in donor.tensors if name not in left_out], donor.config)
     copied = copy_rules(recipe, donor)
     terms = _terms(recipe, values, copied)
-    marks = marks_of(checkpoints)
-    refuse_computed(recipe, checkpoints, donor_name, terms, marks)
-    exact = {name for marked in marks.values() for name in marked}
-    dtypes = output_dtypes(recipe, donor, exact)
+    exact = exact_tensors(recipe, checkpoints, donor_name, terms)
+    wanted = output_specs(recipe, donor, exact)
     accounts = account_tensors(recipe, checkpoints, donor_name, terms, exact)
     used = {name: () if name in copied else row for name, row in values.items()}
-    wanted = {name: replace(spec, dtype=dtypes[name]) for name, spec in donor.tensors.items()}
     tensors = _tensors(recipe, checkpoints, wanted, used, terms, accounts.tensors)
     compared = compare_models(checkpoints, donor_name, terms, recipe.accept, recipe.output.dtype, lenient=lenient)
     problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
@@ -70,7 +69,7 @@ def plan_recipe(
             ties=accounts.ties,
             problems=problems,
             notes=(*notes, *accounts.notes, *compared.notes),
-            warnings=(*compared.warnings, *levelled(recipe, donor, dtypes)),
+            warnings=(*compared.warnings, *_of_recipe(recipe, checkpoints), *levelled(recipe, donor, wanted)),
             compared=compared.found,
             comparison=compared.line,
             bytes_read=sum(read.values()),
@@ -110,7 +109,8 @@ def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Te
             0: "add it to a model: target + lam * (rl - sft); or store it with `output: {kind: skill}`",
             2: "did you mean the average, (a + b) / 2?",
         }
-        advice = fix.get(found, "the factors must add up to 1")
+        meant = grouped(str(recipe.document.data["merge"]), recipe.models)
+        advice = meant or fix.get(found, "the factors must add up to 1")
         raise recipe.error(("merge",), f"the expression {what} {at}", advice)
     return term
 
@@ -125,7 +125,17 @@ def _donor(recipe: Recipe) -> str:
     return donor_of(term)
 
 
-def _coefficients(recipe: Recipe, names: list[str]) -> dict[str, tuple[float, ...]]:
+def _tied_advice(rule: Rule, config: Mapping[str, Any]) -> str | None:
+    """What to write for a rule about a head that is the embedding."""
+    about_head = "head" in rule.modules or any("lm_head" in glob for glob in rule.tensors)
+    if not about_head or not ties_embeddings(config):
+        return None
+    return (
+        "the head of this model is its embedding (`tie_word_embeddings`): write `modules: embedding`, or leave it out"
+    )
+
+
+def _coefficients(recipe: Recipe, names: list[str], config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
     """Each tensor's coefficients, in the order of the recipe. Raises RecipeError for rules without meaning."""
     columns = []
     for coefficient, schedule in recipe.coefficients.items():
@@ -133,7 +143,8 @@ def _coefficients(recipe: Recipe, names: list[str]) -> dict[str, tuple[float, ..
             columns.append(schedule.resolve(names))
         except ScheduleError as error:
             path = ("coefficients", coefficient, "rules", error.rule)
-            raise recipe.error(path, str(error), error.fix) from error
+            fix = _tied_advice(schedule.rules[error.rule], config) or error.fix
+            raise recipe.error(path, str(error), fix) from error
     return {name: tuple(column[name] for column in columns) for name in names}
 
 
@@ -246,7 +257,6 @@ def _notes(
     ties: Iterable[tuple[str, str, str]],
 ) -> Iterator[str]:
     """What is worth a word. tensors: of a plan without problems."""
-    yield from (f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe))
     yield from _oddities(recipe, checkpoints, donor)
     yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
     if not recipe.makes_skill:
@@ -257,16 +267,24 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
     """What is allowed and still hardly meant."""
     if not donor.config and not recipe.makes_skill:
         yield "the donor has no config.json: no runtime will load the output as it is"
+    for name, value in recipe.overrides.items():
+        if recipe.rules_overridden.get(name):
+            yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
+
+
+def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
+    """What is allowed of a recipe that a person wrote, and is hardly meant."""
+    if not recipe.document.by_hand:
+        return
+    yield from remarks(recipe)
     seen: dict[str, str] = {}
     for name in recipe.used_models():
         root = checkpoints[name].at.root
         place = str(root.resolve()) if root is not None else checkpoints[name].place
         if place in seen:
-            yield f"models `{seen[place]}` and `{name}` are the same: their difference is zero"
+            what = f"models `{seen[place]}` and `{name}` are the same: their difference is zero"
+            yield warning(what, "name another folder for one of them", of_recipe=True)
         seen.setdefault(place, name)
-    for name, value in recipe.overrides.items():
-        if recipe.rules_overridden.get(name):
-            yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
 
 
 def _untied(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> list[str]:

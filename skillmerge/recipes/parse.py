@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path as FilePath
@@ -201,7 +202,9 @@ def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list
         path, name = (section, written), normalise_name(written)
         if not name.isidentifier():
             message = f"`{written}` cannot be used as a name"
-            raise document.error(message, document.keys[path], "use letters, digits, _")
+            fitting = re.sub(r"\W", "_", name)
+            fix = f"write `{fitting}`" if fitting.isidentifier() else "use letters, digits, _, and begin with a letter"
+            raise document.error(message, document.keys[path], fix)
         if name in models or name in coefficients:
             raise document.error(f"`{written}` already names something else", document.keys[path])
         if section == "models":

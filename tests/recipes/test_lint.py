@@ -15,7 +15,8 @@ from pydantic_sarif.model import StaticAnalysisResultsFormatSarifVersion210JsonS
 
 from skillmerge.cli.show.sarif import document
 from skillmerge.errors import UsageError
-from skillmerge.recipes.lint import RULES, lint
+from skillmerge.recipes.lint import lint
+from skillmerge.recipes.lint_rules import RULES
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
