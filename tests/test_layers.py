@@ -68,8 +68,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "recipe",
         "gate_table",
         "schema",
-        "expression lint_rules lock schedules starter yamltext",
-        "foreign.spellings",
+        "expression lint_rules lock schedules starter yamltext foreign.documents",
+        "foreign.mergekit foreign.spellings",
     ),
     "checkpoints": (
         "kinds.table",

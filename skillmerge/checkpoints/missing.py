@@ -38,6 +38,9 @@ def missing(path: Path, written: str) -> tuple[str, str] | None:
 
 def meant(path: Path, written: str) -> str | None:
     """Return what was probably meant by the path of a folder that does not exist; None where nothing is near."""
+    model, plus, adapter = written.partition("+")
+    if plus and (os.path.isdir(path.parent) or "/" in adapter):
+        return f"to put an adapter on `{model}`, merge it in first (peft: `merge_and_unload`), and name that folder"
     near = instead_on_hub(written) or near_path(path, written, Path.is_dir)
     if near is not None:
         return near

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, ValidationError
 
 from skillmerge.errors import RecipeError, did_you_mean
+from skillmerge.recipes.foreign.documents import recognised
 from skillmerge.recipes.foreign.spellings import key_meant, number_meant, numbers_meant, word_meant
 from skillmerge.recipes.yamltext import Document, Path
 from skillmerge.remarks import ACCEPTABLE
@@ -192,6 +193,8 @@ def read_table(document: Document, table: type[_Whole]) -> _Whole:
     if not isinstance(document.data, dict):
         what = "a recipe" if table is RecipeTable else "a file of gates"
         raise document.error(f"is not {what}: it must be a table of keys", document.place(()))
+    if table is RecipeTable and (foreign := recognised(document.data)) is not None:
+        raise document.error(f"is {foreign[0]}", document.keys.get((foreign[1],)), foreign[2])
     try:
         return table.model_validate(document.data)
     except ValidationError as error:
@@ -299,7 +302,11 @@ def _shape_message(path: Path, detail: Any) -> tuple[str, str | None]:
         return f"{where} is empty", "write target + lam * (rl - sft)" if path == ("merge",) else None
     if detail["msg"].startswith("Input should be "):
         return f"{where} must be {detail['msg'].removeprefix('Input should be ')}, not {value!r}", None
-    return f"{where}: {detail['msg'].lower()}", "write org/name" if kind == "string_pattern_mismatch" else None
+    return (
+        f"{where} must be org/name, not {value!r}"
+        if kind == "string_pattern_mismatch"
+        else f"{where}: {detail['msg'].lower()}"
+    ), None
 
 
 def _number_advice(path: Path, value: Any) -> str | None:
