@@ -54,9 +54,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "plans": (
         "opening",
         "planner",
-        "budget compare.models layout saved",
+        "budget heads layout saved",
         "plan",
-        "accounting dtypes",
+        "compare.models",
+        "accounting dtypes.kept dtypes.quantised",
         "compare.config compare.tokens",
         "compare.config_values",
         "compare.table",

@@ -19,7 +19,7 @@ from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Store
 from skillmerge.errors import InputError, StalePlan, UsageError
 from skillmerge.methods.terms import model_of
-from skillmerge.plans.dtypes import refuse_unequal
+from skillmerge.plans.dtypes.quantised import refuse_unequal
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes import lock as lockfile
@@ -101,13 +101,15 @@ def planned(
     recipe: str | os.PathLike[str] | Recipe,
     coefficients: Mapping[str, float] | None,
     access: Access,
-    warn: Callable[[str], None],
+    note: Callable[[str], None],
+    *,
+    lenient: bool = False,
 ) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
-    """The plan of a recipe and its checkpoints, open while the context lasts."""
+    """The plan of a recipe and its checkpoints, open while the context lasts. lenient: as of `plan_recipe`."""
     parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
-    checkpoints = open_models(parsed, access, warn)
+    checkpoints = open_models(parsed, access, note)
     try:
-        plan = plan_recipe(parsed, checkpoints, allow_code=access.allow_code)
+        plan = plan_recipe(parsed, checkpoints, allow_code=access.allow_code, lenient=lenient)
         refuse_unequal({name: (it.action, it.sources) for name, it in plan.tensors.items()}, checkpoints)
         yield plan, checkpoints
     finally:

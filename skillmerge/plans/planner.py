@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
-from skillmerge.checkpoints.model_config import contradictions, tied_source, ties_embeddings
+from skillmerge.checkpoints.model_config import contradictions, ties_embeddings
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, is_zero, model_of, sole_model
-from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
-from skillmerge.plans.compare.models import compare_models
-from skillmerge.plans.dtypes import exact_tensors, levelled, output_specs
+from skillmerge.plans.compare.models import NOTHING, compare_models
+from skillmerge.plans.dtypes.kept import levelled, output_specs
+from skillmerge.plans.dtypes.quantised import exact_tensors
+from skillmerge.plans.heads import driven_apart
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
@@ -31,11 +32,17 @@ from skillmerge.tensors import DTYPES, TensorSpec
 
 
 def plan_recipe(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False, lenient: bool = False
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    allow_code: bool = False,
+    lenient: bool = False,
+    compare: bool = True,
 ) -> Plan:
     """Plan `recipe` over its opened `checkpoints` (by model name, at least those that it uses).
 
     lenient: differences between the models are warnings at most, for what was made before they were looked at.
+    compare: whether to look at them at all, which these models may have been through.
 
     Raises RecipeError for rules and expressions that these models give no meaning, InputError for
     checkpoints that are quantised or contradict themselves. What `copy` or `ignore` could settle is
@@ -52,15 +59,13 @@ def plan_recipe(
     accounts = account_tensors(recipe, checkpoints, donor_name, terms, exact)
     used = {name: () if name in copied else row for name, row in values.items()}
     tensors = _tensors(recipe, checkpoints, wanted, used, terms, accounts.tensors)
-    compared = compare_models(checkpoints, donor_name, terms, recipe.accept, recipe.output.dtype, lenient=lenient)
+    compared = compare_models(recipe, checkpoints, donor_name, terms, lenient=lenient) if compare else NOTHING
     problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
     notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
     shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
-    read = _bytes_read(tensors, checkpoints)
     return sealed(
         Plan(
             recipe=recipe,
-            inputs=tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
             donor=donor_name,
             coefficients=tuple(recipe.coefficients),
             tensors=tensors,
@@ -69,12 +74,9 @@ def plan_recipe(
             ties=accounts.ties,
             problems=problems,
             notes=(*notes, *accounts.notes, *compared.notes),
-            warnings=(*compared.warnings, *_of_recipe(recipe, checkpoints), *levelled(recipe, donor, wanted)),
-            compared=compared.found,
-            comparison=compared.line,
-            bytes_read=sum(read.values()),
-            input_itemsizes=_itemsizes(tensors, checkpoints),
-            versions=versions(checkpoints),
+            warnings=(*compared.warnings, *_of_recipe(recipe, checkpoints), *_warnings(recipe, donor, tensors, wanted)),
+            compared=compared,
+            **_inputs(recipe, checkpoints, tensors),
         )
     )
 
@@ -259,8 +261,15 @@ def _notes(
     """What is worth a word. tensors: of a plan without problems."""
     yield from _oddities(recipe, checkpoints, donor)
     yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
+
+
+def _warnings(
+    recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan], wanted: Mapping[str, TensorSpec]
+) -> Iterator[Remark]:
+    """What needs attention, of what the recipe does."""
+    yield from levelled(recipe, donor, wanted)
     if not recipe.makes_skill:
-        yield from _untied(donor, tensors)
+        yield from (it for it in driven_apart(donor, tensors) if it.name not in recipe.accept)
 
 
 def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
@@ -287,18 +296,15 @@ def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterato
         seen.setdefault(place, name)
 
 
-def _untied(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> list[str]:
-    """A word where the recipe drives apart what the donor's config ties and the donor stores twice."""
-    notes = []
-    for name in [name for name in tensors if module_kind(name) == "head"]:
-        others = {other: spec for other, spec in donor.tensors.items() if other != name}
-        source = tied_source(name, donor.tensors[name].shape, donor.config, others)
-        if source is not None and tensors[source].coefficients != tensors[name].coefficients:
-            notes.append(
-                f"config.json ties `{name}` to `{source}`, but the recipe gives them different coefficients: "
-                "runtimes will not agree which of the two to use"
-            )
-    return notes
+def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:
+    """The parts of a plan that say what is read."""
+    read = _bytes_read(tensors, checkpoints)
+    return {
+        "inputs": tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
+        "bytes_read": sum(read.values()),
+        "input_itemsizes": _itemsizes(tensors, checkpoints),
+        "versions": versions(checkpoints),
+    }
 
 
 def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:

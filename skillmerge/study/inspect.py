@@ -22,7 +22,7 @@ from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError, some
 from skillmerge.methods.terms import Leaf, Sum, expand_skills, model_of, weights
 from skillmerge.naming import MODULE_KINDS, layer_label, layer_of, module_kind, summarised
-from skillmerge.plans.dtypes import refuse_quantised
+from skillmerge.plans.dtypes.quantised import refuse_quantised
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
@@ -120,7 +120,9 @@ def inspect(
     access = Access(follow_links, locked, download=hub == "download")
     alone = other is None and not Path(source).is_dir() and is_path(os.fspath(source))
     if alone and (Path(source).is_file() or Path(source).suffix in RECIPE_SUFFIXES):
-        with planned(source, coefficients, access, reporter.note) as (plan, checkpoints):
+        with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
+            for remark in plan.warnings:
+                reporter.warn(remark.message, remark.fix)
             plan.refuse_problems()
             return inspect_merge(
                 plan, checkpoints, base, access, stats=stats, spectral=spectral, threads=threads, reporter=reporter

@@ -183,7 +183,9 @@ def _planned_again(made: Output, how: How) -> Iterator[tuple[Plan, Mapping[str, 
     access = Access(
         how.follow_links, download=how.hub == "download", commits=commits, allow_code=_runs_code(made), moved=MOVED
     )
-    with planned(recipe, None, access, how.reporter.note) as (plan, checkpoints):
+    with planned(recipe, None, access, how.reporter.note, lenient=True) as (plan, checkpoints):
+        for remark in plan.warnings:
+            how.reporter.warn(remark.message, remark.fix)
         plan.refuse_problems()
         if plan.digest != proof.plan_digest:
             now = json.loads(json.dumps(saved.describe(plan)))

@@ -160,7 +160,7 @@ def test_head_that_differs_from_what_it_is_tied_to_is_not_lost(tmp_path: Path) -
 
 def test_tied_pair_that_the_recipe_drives_apart_gets_a_word(tmp_path: Path, edit: Edit) -> None:
     recipe = edit(trio(tmp_path, TIED), coefficients={"lam": {"rules": [{"modules": "head", "value": 0}]}})
-    assert any("runtimes will not agree" in note for note in skillmerge.plan(recipe).notes)
+    assert any("runtimes will not agree" in it.message for it in skillmerge.plan(recipe).warnings)
 
 
 def test_rules_are_added_to_sections_that_are_there(tmp_path: Path, edit: Edit) -> None:

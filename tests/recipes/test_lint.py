@@ -87,9 +87,9 @@ def test_a_misspelt_key_is_not_told_as_a_missing_one_too(tmp_path: Path) -> None
 
 
 def test_yaml_that_is_no_recipe_is_not_told_key_by_key(tmp_path: Path) -> None:
-    path = write(tmp_path, "on: push\njobs: {}\nsteps: []\n")
+    path = write(tmp_path, "when: push\ntasks: {}\nsteps: []\n")
     first, second = lint([path]).findings
-    assert first.message == "unknown key `on`"
+    assert first.message == "unknown key `when`"
     assert (second.message, second.fix) == ("missing key `skillmerge`", "start the recipe with `skillmerge: 1`")
 
 
