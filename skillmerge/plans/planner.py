@@ -132,9 +132,7 @@ def _tied_advice(rule: Rule, config: Mapping[str, Any]) -> str | None:
     about_head = "head" in rule.modules or any("lm_head" in glob for glob in rule.tensors)
     if not about_head or not ties_embeddings(config):
         return None
-    return (
-        "the head of this model is its embedding (`tie_word_embeddings`): write `modules: embedding`, or leave it out"
-    )
+    return "the head is the embedding here (`tie_word_embeddings`): write `modules: embedding`, or leave this rule out"
 
 
 def _coefficients(recipe: Recipe, names: list[str], config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:

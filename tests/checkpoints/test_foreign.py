@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from conftest import run_cli, write_family
+from safetensors.torch import load_file, save_file
 
 from skillmerge.checkpoints.foreign import FOREIGN, recognised
 
+SHARD = "model-0000{}-of-00002.safetensors"
 _SAVE = "load it with transformers and save it: `AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)`"
 _CONFIG = "and put config and tokenizer files beside the result"
 FOLDERS = {
@@ -209,3 +211,19 @@ def test_foreign_table_has_an_example_of_every_row() -> None:
         "a sentence-transformers model in parts",
     }  # fmt: skip
     assert {row.what for row in FOREIGN} - seen == rare
+
+
+def test_foreign_shard_that_was_left_over_is_named(tmp_path: Path) -> None:
+    recipe = write_family(tmp_path, shards=2)
+    rl = tmp_path / "rl"
+    tensors = {**load_file(rl / SHARD.format(1)), **load_file(rl / SHARD.format(2))}
+    save_file(tensors, rl / SHARD.format(2), metadata={"format": "pt"})
+    process = run_cli("plan", recipe)
+    message, _, fix = process.stderr.partition("\nhelp: ")
+    assert process.returncode == 4
+    assert message.startswith(f"error: {rl}: tensor `")
+    assert message.endswith(f"` is in both {SHARD.format(1)} and {SHARD.format(2)}")
+    assert fix == (
+        f"the index names {SHARD.format(1)}: {SHARD.format(2)} is probably left over from another save; save the model "
+        "again into an empty folder (`save_pretrained`), or fetch it again\n"
+    )
