@@ -54,9 +54,7 @@ def extract(
     """
     if dtype not in ("same", "bfloat16", "float16", "float32"):
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
-    if keep is not None and not 0 < keep <= 1:
-        raise UsageError(f"keep {keep!r}: a share above 0, at most 1")
-    check_words("cpu", threads, memory_limit, "sampled", hub)
+    check_words(keep=keep, threads=threads, memory_limit=memory_limit, hub=hub)
     models: dict[str, Any] = {"rl": os.fspath(rl), "sft": os.fspath(sft)}
     if (Path(rl) / PATCH_FILE).is_file():
         models["rl"] = {"patch": models["rl"], "onto": "sft"}
