@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 
 from skillmerge.checkpoints.place import instead_on_hub, looks_like_repository
-from skillmerge.errors import did_you_mean, some
+from skillmerge.errors import some
 
 _MOST = 10_000
 """Names of a folder that are looked at."""
+_ENDS = (".yaml", ".yml", ".json")
 _A_MODEL = "a model is a folder with *.safetensors and config.json"
 
 
@@ -88,8 +90,10 @@ def _respelled(written: str, name: str, near: str, below: int) -> str:
 
 
 def _nearest(name: str, names: list[str]) -> str | None:
-    suggestion = did_you_mean(name, names)
-    return suggestion.split("`")[1] if suggestion else None
+    """The name nearest to one, by what stands before the ends of files' names: those are alike anyway."""
+    stems = {os.path.splitext(other)[0] if other.endswith(_ENDS) else other: other for other in names}
+    near = get_close_matches(os.path.splitext(name)[0] if name.endswith(_ENDS) else name, stems, n=1, cutoff=0.7)
+    return stems[near[0]] if near else None
 
 
 def _names(folder: Path) -> list[str]:

@@ -186,9 +186,7 @@ def _same(recipe: Recipe) -> Iterator[Finding]:
         other = seen.setdefault(place, name)
         if other != name and name not in recipe.patches and other not in recipe.patches:
             path = _written(recipe, "models", name)
-            yield _at(
-                recipe, "same-model", path, f"`{other}` and `{name}` are the same model: their difference is zero"
-            )
+            yield _at(recipe, "same-model", path, f"`{other}` and `{name}` are the same model")
 
 
 def _missing(recipe: Recipe, name: str, place: Local) -> Iterator[Finding]:

@@ -23,7 +23,6 @@ HUB = "to read it from the Hub, write `hf://Qwen/Qwen2.5-7B`"
 PLACES = {
     "../m/rll": ("model `rl`: folder `../m/rll` does not exist", "did you mean `../m/rl`?", 4),
     "../M/rl": ("model `rl`: folder `../M/rl` does not exist", "did you mean `../m/rl`?", 4),
-    "../mm/rl": ("model `rl`: folder `../mm/rl` does not exist", "did you mean `../m/rl`?", 4),
     "../m/other": ("model `rl`: folder `../m/other` does not exist", "`../m` holds `rl`, `sft`, `target`", 4),
     "nowhere/at/all": (
         "model `rl`: folder `nowhere/at/all` does not exist",
@@ -161,3 +160,9 @@ def test_missing_models_of_a_moved_output_name_the_option_that_finds_them(trees:
         "help: name the folder that the recipe's relative paths start from now: `--base-folder FOLDER`\n",
     )
     assert run_cli("rebuild", "out", "--check", "--base-folder", trees / "w", cwd=trees / "a" / "b").returncode == 0
+
+
+def test_missing_model_below_a_misspelt_folder_keeps_what_is_below(trees: Path) -> None:
+    (trees / "models").symlink_to("m")
+    process = run_cli("inspect", "../model/sft", "../m/rl", cwd=trees / "w")
+    assert process.stderr == "error: folder `../model/sft` does not exist\nhelp: did you mean `../models/sft`?\n"
