@@ -99,8 +99,7 @@ def account_tensors(
 ) -> Accounts:
     """Account for the output's tensors, whose terms these are, and for those that the donor lacks.
 
-    exact: tensors that no arithmetic is meant for, whatever their dtype: they have to be the same everywhere.
-    """
+    exact: tensors that have to be the same everywhere, whatever their dtype."""
     donor, in_formula = checkpoints[donor_name], models_in(recipe)
     whole = [model for model in in_formula if model not in recipe.skills]  # a skill has no integers to compare
     accounts: dict[str, Account] = {}
@@ -140,12 +139,16 @@ def account_tensors(
         ),
         *(_extra(model, names, checkpoints[model], donor_name) for model, names in extra.items() if model not in apart),
     ]
-    notes |= {
+    notes |= _unread(checkpoints)
+    return Accounts(accounts, tuple(problems), tuple(ties), tuple(sorted(notes)))
+
+
+def _unread(checkpoints: Mapping[str, Checkpoint]) -> set[str]:
+    return {
         f"model `{name}`: {some(list(it.unread))} is not named by its index and not read"
         for name, it in checkpoints.items()
         if it.unread
     }
-    return Accounts(accounts, tuple(problems), tuple(ties), tuple(sorted(notes)))
 
 
 def models_in(recipe: Recipe) -> list[str]:
