@@ -130,13 +130,10 @@ def account_tensors(
             accounts[name] = Account(term, tuple(sources), same)
     extra, ties = _leftovers(recipe, checkpoints, donor_name, in_formula)
     apart = _apart(recipe, checkpoints, donor_name, troubles, extra)
+    left = {key: found for key, found in troubles.items() if key[0] != "missing" or model_of(key[1]) not in apart}
     problems = [
         *apart.values(),
-        *(
-            _problem(recipe, kind, model, found, donor_name, donor)
-            for (kind, model), found in troubles.items()
-            if kind != "missing" or model_of(model) not in apart
-        ),
+        *(_problem(recipe, kind, model, found, donor_name, donor) for (kind, model), found in left.items()),
         *(_extra(model, names, checkpoints[model], donor_name) for model, names in extra.items() if model not in apart),
     ]
     notes |= _unread(checkpoints)
