@@ -48,7 +48,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "runners.threads",
         "shards skill_shards",
         "runner skill_file",
-        "destination worker",
+        "destination measures.cells worker",
         "device rounding_statistics stream tiles values warm_up",
     ),
     "plans": (

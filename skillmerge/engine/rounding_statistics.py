@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.plans.depth import number
-from skillmerge.plans.plan import Plan
+from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.tensors import DTYPES, format_bytes
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 SAMPLE_STRIDE = 128
 DEVIATION = 0.1
-"""A realised lambda further than this from the asked one is worth a warning."""
-
+"""A realised lambda further than this from the asked one, as a share of it, is worth a warning."""
 
 LOSSES = ("asked lambda", "realised lambda", "vanished", "changed")
 """What people are shown of a group, as they call it."""
@@ -242,11 +241,13 @@ def _sum(values: Iterable[float]) -> float | None:
 
 def summarise(plan: Plan, measured: Mapping[str, TensorStatistics], mode: str) -> Statistics:
     """Per module kind and in all: counts, and asked and realised lambda weighted by the update's energy."""
-    groups: dict[str, list[str]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
-    for name in plan.tensors:
-        groups[module_kind(name)].append(name)
-    modules = {kind: _group(plan, names, measured) for kind, names in groups.items() if names}
-    return Statistics(mode, modules, _group(plan, list(plan.tensors), measured))
+    rows = [
+        Row(name, tensor.action == "merge", measured.get(name), factor(tensor)) for name, tensor in plan.tensors.items()
+    ]
+    kinds: dict[str, list[Row]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
+    for row in rows:
+        kinds[module_kind(row.name)].append(row)
+    return Statistics(mode, {kind: group(found) for kind, found in kinds.items() if found}, group(rows))
 
 
 def summarise_skill(tensors: Mapping[str, Mapping[str, Any]]) -> SkillStatistics:
@@ -279,16 +280,27 @@ def _relative_error(rows: list[Mapping[str, Any]]) -> float:
     return math.sqrt(lost / whole) if whole else 0.0
 
 
-def _group(plan: Plan, names: list[str], measured: Mapping[str, TensorStatistics]) -> Group:
-    known = [(name, measured[name].whole) for name in names if name in measured]
-    rows = [(name, row) for name, row in known if row is not None]
-    merged = sum(_merged(plan, name) for name in names)
-    if not rows:
-        return Group(len(names), merged)
-    sums = {key: math.fsum(row[key] for _, row in rows) for key in rows[0][1]}
-    asked, realised = _lambdas(plan, rows) if sums["uu"] > 0 else (None, None)
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A tensor of a group. merged: whether the formula computes it; factor: lambda, where one number stands in front of
+    the difference; statistics: None where nothing was measured."""
+
+    name: str
+    merged: bool
+    statistics: TensorStatistics | None
+    factor: float | None = None
+
+
+def group(rows: Sequence[Row]) -> Group:
+    """What rounding did to these tensors together; what was sampled of a tensor stands for all of it."""
+    known = [(row, whole) for row in rows if row.statistics is not None and (whole := row.statistics.whole) is not None]
+    merged = sum(row.merged for row in rows)
+    if not known:
+        return Group(len(rows), merged)
+    sums = {key: math.fsum(whole[key] for _, whole in known) for key in known[0][1]}
+    asked, realised = _lambdas(known) if sums["uu"] > 0 else (None, None)
     return Group(
-        len(names),
+        len(rows),
         merged,
         changed=_share(sums["changed"], sums["total"]),
         vanished=_share(sums["vanished"], sums["updated"]),
@@ -299,13 +311,12 @@ def _group(plan: Plan, names: list[str], measured: Mapping[str, TensorStatistics
     )
 
 
-def _lambdas(plan: Plan, rows: list[tuple[str, dict[str, float]]]) -> tuple[float, float] | tuple[None, None]:
+def _lambdas(rows: Sequence[tuple[Row, dict[str, float]]]) -> tuple[float, float] | tuple[None, None]:
     """Asked and realised lambda of tensors that all have one."""
-    factors = [_factor(plan, name) for name, _ in rows]
-    if None in factors:
+    if any(row.factor is None for row, _ in rows):
         return None, None
     # u = lambda * v, so <v, v> = <u, u> / lambda^2.
-    terms = [(row["uu"], row["du"], factor) for (_, row), factor in zip(rows, factors, strict=True) if factor]
+    terms = [(whole["uu"], whole["du"], row.factor) for row, whole in rows if row.factor]
     plain = _sum(uu / factor / factor for uu, _, factor in terms)
     asked, realised = _sum(uu / factor for uu, _, factor in terms), _sum(du / factor for _, du, factor in terms)
     if not plain or asked is None or realised is None:
@@ -317,14 +328,9 @@ def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _merged(plan: Plan, name: str) -> bool:
-    return plan.tensors[name].action == "merge"
-
-
-def _factor(plan: Plan, name: str) -> float | None:
+def factor(tensor: TensorPlan) -> float | None:
     """lambda, where the tensor is `base + lambda * v` with one number in front of the difference."""
-    program = plan.tensors[name].program
-    return program.asked if program is not None and program.base else None
+    return tensor.program.asked if tensor.program is not None and tensor.program.base else None
 
 
 def deviating(statistics: Statistics) -> Iterable[tuple[str, float]]:
