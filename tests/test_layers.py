@@ -49,7 +49,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "shards skill_shards",
         "runner skill_file",
         "destination measures.cells worker",
-        "device rounding_statistics stream tiles values warm_up",
+        "device measures.input_rounding rounding_statistics stream tiles values warm_up",
     ),
     "plans": (
         "opening",
