@@ -1,4 +1,4 @@
-"""What a run tells while it works, to whoever listens: remarks, warnings, progress, and events for programs.
+"""What a run tells while it works, to whoever listens: warnings, notes, progress, and events for programs.
 
 This one keeps quiet; `messages` has the one for terminals and logs. Knows nothing about what is told.
 """
@@ -11,13 +11,27 @@ from typing import Any
 
 
 class Reporter:
-    """A listener that keeps quiet."""
+    """A listener that prints nothing, and remembers warnings. Its methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        """The warnings so far, each once."""
 
     def say(self, message: str) -> None:
-        """A remark."""
+        """Take in a step of the work."""
 
-    def warn(self, message: str) -> None:
-        """Something that a person should know."""
+    def note(self, message: str) -> None:
+        """Take in information."""
+
+    def warn(self, message: str, fix: str | None = None) -> None:
+        """Take in something that needs attention, once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+            self.event("warning", message=message, fix=fix)
+            self.show_warning(message, fix)
+
+    def show_warning(self, message: str, fix: str | None) -> None:
+        """Show a new warning."""
 
     def event(self, name: str, **what: Any) -> None:
         """Something that happened, as plain data; docs/events.md names them."""

@@ -49,9 +49,10 @@ class Teller(reporter.Reporter):
     """Keeps what a person would be told."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.said: list[str] = []
 
-    def warn(self, message: str) -> None:
+    def note(self, message: str) -> None:
         self.said.append(message)
 
 

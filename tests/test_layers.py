@@ -17,7 +17,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "merging proving starting studying",
         "results",
         "show.page show.study_tables",
-        "show.charts show.markdown show.page_table show.terminal",
+        "show.charts show.markdown show.page_remarks show.page_table show.terminal",
         "event_log flags show.html show.tables",
         "doctor messages show.figures show.sarif",
     ),
@@ -37,7 +37,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "outputs": (
         "proof.attest push",
         "proof.sign",
-        "proof.bom verify",
+        "measured proof.bom verify",
         "card hub_commit output",
         "manifest",
         "staging",
@@ -83,7 +83,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "ground": (
         "bits durable",
-        "brief errors naming reporter tensors threads version",
+        "brief errors naming remarks reporter tensors threads version",
     ),
 }
 OUTSIDE = {"", "__main__"}
@@ -91,7 +91,7 @@ OUTSIDE = {"", "__main__"}
 
 MODULES_A_FOLDER, LINES, FUNCTION_LINES, ARGUMENTS = 12, 400, 50, 8
 
-LONG_FUNCTIONS = {"verbs.apply.apply": "24 keywords, each on a line of its own, and what they mean"}
+LONG_FUNCTIONS = {"verbs.apply.apply": "25 keywords, each on a line of its own, and what they mean"}
 """Functions above FUNCTION_LINES, at most five, each with its reason."""
 
 HOMES = {

@@ -32,7 +32,7 @@ def recorded(
     if junit is not None:
         reporter.recorders.append(JUnit(Path(junit), suite))
     if events is not None:
-        reporter.recorders.append(EventLog(Path(events), reporter.warn))
+        reporter.recorders.append(EventLog(Path(events), reporter.note))
     try:
         yield
     except SkillmergeError as error:
@@ -50,7 +50,7 @@ def recorded(
             try:
                 recorder.close()
             except OSError as error:
-                reporter.warn(f"{error.filename}: cannot be written: {error.strerror}")
+                reporter.note(f"{error.filename}: cannot be written: {error.strerror}")
 
 
 class EventLog:

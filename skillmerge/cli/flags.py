@@ -92,6 +92,7 @@ memory = option("--memory-limit", type=Size(), help="Bound on resident memory, s
 as_json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 code = option("--allow-code", is_flag=True, help="Accept a config whose auto_map runs code, and carry *.py files.")
 links = option("--follow-links", is_flag=True, help="Accept links that lead out of a checkpoint's folder.")
+strict = option("--strict", is_flag=True, help="Refuse what would be a warning.")
 locked = option("--locked", is_flag=True, help="Refuse revisions that can change and are not in the lock file.")
 private = option("--private/--public", default=None, help="Of a repository that is made.")
 revision = option("--revision", help="The branch of the Hub's repository to commit to.")

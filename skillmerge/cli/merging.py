@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @flags.set
 @option("--overwrite", is_flag=True, help="Replace an existing output, at the end.")
 @option("--full", is_flag=True, help="Read an output that is there already again, every byte of it.")
+@flags.strict
 @option("--keep-failed", is_flag=True, help="Keep an output that a gate refuses, beside its place, for inspection.")
 @option(
     "--result-file", type=click.Path(dir_okay=False), help="Write what --json prints into this file, at the very end."
@@ -106,6 +107,7 @@ def apply(
     help="Also write it as Markdown into this file, for a job's summary or a pull request.",
 )  # fmt: skip
 @option("--lock", is_flag=True, help="Write the commits and files of models on the Hub into a lock file.")
+@flags.strict
 @flags.locked
 @flags.set
 @flags.threads
@@ -141,6 +143,8 @@ def plan(
 
         page = plan_page(made, made.needs, _output_of(made), made.disk_free, made.changes, diff)
         write_text(Path(markdown_file), page)
+    if not made.problems and not made.ok:
+        made.refuse_warnings()
     if not made.ok:
         return InputError.exit_status
     return 10 if detailed and not made.done else 0

@@ -18,7 +18,7 @@ FORMAT = "SKILLMERGE_LOG_FORMAT"
 """The environment variable that every process of a run sees; `json` or `text`."""
 
 _QUIET_SECONDS = 30
-_PREFIXES = {"info": "", "note": "note: ", "warning": "warning: ", "error": "error: "}
+_PREFIXES = {"info": "", "note": "note: ", "warning": "warning: ", "error": "error: ", "help": "help: "}
 
 
 def as_json() -> bool:
@@ -26,7 +26,7 @@ def as_json() -> bool:
 
 
 def log(level: str, message: str, **fields: Any) -> None:
-    """Write one message. level: info, note, warning or error. fields: more of it, for programs.
+    """Write one message. level: info, help, note, warning or error. fields: more of it, for programs.
 
     A run goes on where stderr cannot be written.
     """
@@ -52,6 +52,7 @@ class TerminalReporter(Reporter):
     """Messages and progress on stderr: a bar on a terminal, else a line every 30 seconds. Events go to `recorders`."""
 
     def __init__(self, quiet: bool, verbose: bool, doing: str = "merging", unit: str = "B") -> None:
+        super().__init__()
         self.quiet, self.verbose, self.doing, self.unit = quiet, verbose, doing, unit
         self.recorders: list[Recorder] = []
 
@@ -59,9 +60,14 @@ class TerminalReporter(Reporter):
         if self.verbose and not self.quiet:
             log("info", message)
 
-    def warn(self, message: str) -> None:
+    def note(self, message: str) -> None:
         if not self.quiet:
             log("note", message)
+
+    def show_warning(self, message: str, fix: str | None) -> None:
+        log("warning", message, **({"fix": fix} if fix and as_json() else {}))
+        if fix and not as_json():
+            log("help", fix)
 
     def event(self, name: str, **what: Any) -> None:
         for recorder in self.recorders:

@@ -102,8 +102,6 @@ def show_merge(result: Result, as_json: bool, quiet: bool) -> None:
         from skillmerge.cli.show import terminal
 
         terminal.show_result(result, terminal.console())
-    for warning in result.warnings:
-        log("warning", warning)
 
 
 def write_text(path: Path, text: str) -> None:

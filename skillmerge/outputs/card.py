@@ -90,6 +90,7 @@ def _body(manifest: Manifest, push: Push) -> str:
         sections.append(f"Set from outside, in place of the recipe's: {told}.")
     sections += [_coefficient(manifest, name, index) for index, name in enumerate(manifest.coefficients)]
     sections += [
+        *_accepted(manifest),
         *_rounding(manifest),
         "## Use",
         "```python\nfrom transformers import AutoModelForCausalLM  # or the class for its task\n\n"
@@ -154,6 +155,15 @@ def _coefficient(manifest: Manifest, name: str, index: int) -> str:
     pictures = "\n".join(f"{name} over {stack}: {picture}" for stack, picture in depth.pictures)
     rows = [(label, *(cells[kind] for kind in depth.kinds)) for label, cells in depth.rows]
     return (f"```\n{pictures}\n```\n\n" if pictures else "") + _table((name, *depth.kinds), rows)
+
+
+def _accepted(manifest: Manifest) -> list[str]:
+    """The differences between the parents that the recipe accepts."""
+    rows = []
+    for found in manifest.accepted:
+        values = ", ".join(f"{model}: {value}" for model, value in found.values.items())
+        rows.append((found.name or "", found.key, values))
+    return ["## Accepted differences", _table(("name", "what", "values"), rows)] if rows else []
 
 
 def _rounding(manifest: Manifest) -> list[str]:

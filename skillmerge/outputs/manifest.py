@@ -11,7 +11,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +30,7 @@ from skillmerge.engine.rounding_statistics import (
 )
 from skillmerge.errors import CheckFailed
 from skillmerge.outputs.staging import MANIFEST_FILE
+from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.plan import InputPlan, Plan
 from skillmerge.plans.side_files import SideFile
 from skillmerge.version import __version__
@@ -181,6 +182,10 @@ class ManifestBody:
     files: tuple[File, ...]
     tensors: tuple[Tensor, ...]
     statistics: Annotated[SkillStatistics | Statistics, Field(union_mode="left_to_right")]
+    accepted: tuple[Compared, ...] = field(default=(), kw_only=True)
+    """Differences between the models that the recipe accepts."""
+    warnings: tuple[str, ...] = field(default=(), kw_only=True)
+    """Of the plan and of the weights."""
 
     __repr__ = brief
 
@@ -219,6 +224,8 @@ class ManifestBody:
             "files": [file.as_dict() for file in self.files],
             "tensors": [tensor.as_dict() for tensor in self.tensors],
             "statistics": self.statistics.as_dict(),
+            **({"accepted": [found.as_dict() for found in self.accepted]} if self.accepted else {}),
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
 
@@ -263,6 +270,7 @@ def build(
         inputs=tuple(_input(item, input_digests) for item in plan.inputs),
         files=tuple(sorted(files, key=lambda file: file.name)),
         tensors=_tensors(plan, measured),
+        accepted=tuple(replace(found, help=None) for found in plan.compared if found.accepted),
         statistics=summarise_skill(cut) if plan.makes_skill else summarise(plan, measured, stats),
     )
 
@@ -290,15 +298,19 @@ def seal(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> 
     log = LogFile(RUN_LOG_FILE, hashlib.sha256(run_log).hexdigest())
     made_in = Environment(**environment, run_log=log)
     document = {**body.as_dict(), "environment": made_in.as_dict()}
-    content = {field.name: getattr(body, field.name) for field in fields(ManifestBody)}
+    content = {part.name: getattr(body, part.name) for part in fields(ManifestBody)}
     return Manifest(**content, environment=made_in, digest=_digest(_pieces(document)))
+
+
+_UNCOMPARED = ("tool", "accepted", "warnings")
+"""The version, and words for people, which may change with it."""
 
 
 def compare(place: Path, one: ManifestBody, again: ManifestBody) -> None:
     """Raise CheckFailed where two manifests differ in more than where and with what version they were made."""
-    for field in fields(ManifestBody):
-        if field.name != "tool" and getattr(one, field.name) != getattr(again, field.name):
-            raise CheckFailed(f"{place / MANIFEST_FILE}: `{field.name}` differs when it is built again")
+    for part in fields(ManifestBody):
+        if part.name not in _UNCOMPARED and getattr(one, part.name) != getattr(again, part.name):
+            raise CheckFailed(f"{place / MANIFEST_FILE}: `{part.name}` differs when it is built again")
 
 
 def read(folder: Path) -> Manifest:

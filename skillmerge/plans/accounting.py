@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.model_config import tied_source, ties_embeddings
@@ -27,7 +28,8 @@ from skillmerge.tensors import DTYPES, UNIT, TensorSpec
 class Problem:
     """A difference between the models that only a person can settle.
 
-    copy, ignore: the rules that would settle it, as lines of the recipe's sections of these names.
+    copy, ignore: the rules that would settle it, as lines of the recipe's sections of these names. name: what
+    `accept` calls it, where that would settle it.
     """
 
     kind: str
@@ -35,6 +37,11 @@ class Problem:
     tensors: tuple[str, ...] = ()
     copy: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    name: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        row = asdict(self)
+        return row if self.name is not None else {key: value for key, value in row.items() if key != "name"}
 
 
 def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from skillmerge.brief import brief
-from skillmerge.errors import InputError
+from skillmerge.errors import InputError, UsageError
 from skillmerge.methods.linear import Program
 from skillmerge.plans.accounting import Problem, settlement
+from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.mapping import Source
 from skillmerge.plans.side_files import SideFile
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.remarks import Remark, count_of
 from skillmerge.tensors import StoredTensor
 
 PLAN_VERSION = 1
@@ -90,7 +92,14 @@ class Plan:
     """(model, copy, original): tensors that are left out as copies, which `apply` proves first."""
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
-    bytes_read: int
+    warnings: tuple[Remark, ...] = ()
+    compared: tuple[Compared, ...] = ()
+    """The differences between the models, those that are accepted too."""
+    comparison: str | None = None
+    """What was compared and what came of it, in one line; None where there is one model."""
+    merged_share: float | None = None
+    """The parameters of the tensors that the formula changes, of the donor's; of a skill None."""
+    bytes_read: int = 0
     input_itemsizes: tuple[int, ...] = ()
     """The widest element, in bytes, that each of a tensor's sources can have."""
     versions: Mapping[str, Mapping[str, list[int | str]]] = field(default_factory=dict, compare=False)
@@ -115,16 +124,36 @@ class Plan:
         if self.problems:
             count = len(self.problems)
             text = "\n".join(problem.message for problem in self.problems)
-            fix = settlement(self.recipe, self.problems) or None
+            fix = "\n".join(filter(None, (settlement(self.recipe, self.problems), self.acceptance))) or None
             raise InputError(f"{count} problem{'s' if count > 1 else ''} between the models:\n{text}", fix=fix)
+
+    def refuse_warnings(self) -> None:
+        """Raise what `--strict` makes of the plan's warnings: InputError, or UsageError where all are the recipe's."""
+        if self.warnings:
+            what = InputError if any(not warning.of_recipe for warning in self.warnings) else UsageError
+            text = "\n".join(warning.message for warning in self.warnings)
+            raise what(f"{count_of(self.warnings)} under --strict:\n{text}", fix=self.acceptance)
+
+    @property
+    def acceptance(self) -> str | None:
+        """The line of the recipe that accepts every problem and warning that can be accepted."""
+        found = (*(it.name for it in self.problems), *(it.name for it in self.warnings))
+        names = dict.fromkeys(name for name in found if name is not None)
+        if not names:
+            return None
+        every = [*sorted(self.recipe.accept), *(name for name in names if name not in self.recipe.accept)]
+        return f"to accept what was found, once you have looked at it, add to the recipe:\naccept: [{', '.join(every)}]"
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data: what `--json` prints, and what `-o` writes."""
         return {
             **deciding_facts(self),
             "digest": self.digest,
-            "problems": [asdict(problem) for problem in self.problems],
+            "problems": [problem.as_dict() for problem in self.problems],
+            "warnings": [warning.message for warning in self.warnings],
             "notes": list(self.notes),
+            "compared": [found.as_dict() for found in self.compared],
+            **({"merged_share": self.merged_share} if self.merged_share is not None else {}),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
         }

@@ -21,7 +21,7 @@ from skillmerge.recipes.parse import SAVED_PLAN, parse_recipe
 from skillmerge.recipes.recipe import Recipe
 
 _KEYS = ("version", "digest", "recipe", "versions", "inputs", "tensors")
-_REMARKS = ("recipe", "problems", "notes")
+_REMARKS = ("recipe", "problems", "warnings", "notes", "compared", "merged_share")
 """What is for people. The recipe's text has its digest in the plan."""
 _MAX_BYTES = 1 << 30
 

@@ -31,6 +31,7 @@ from skillmerge.recipes.schema import (
     read_table,
 )
 from skillmerge.recipes.yamltext import Document, Path
+from skillmerge.remarks import ACCEPTABLE
 from skillmerge.tensors import parse_size
 
 SAVED_PLAN = '{\n "ok":'
@@ -100,6 +101,8 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
     with mistakes:
         shard_size = _shard_size(document, table.output.shard_size)
     with mistakes:
+        _check_accept(document, table.accept)
+    with mistakes:
         gates = _gates(document, table, folder, list(models), skills | set(patches))
     mistakes.refuse()
     return Recipe(
@@ -112,6 +115,7 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
         expression=expression,
         copy=tuple(CopyRule(_as_tuple(rule.tensors), normalise_name(rule.from_)) for rule in table.copy_),
         ignore=tuple(table.ignore),
+        accept=frozenset(table.accept),
         output=_output(document, table.output, folder, shard_size),
         gates=gates,
         overrides=numbers,
@@ -123,6 +127,15 @@ def recipe_of(models: Mapping[str, Any], merge: str, output: Mapping[str, Any], 
     """A recipe of a verb that takes its models from the command line; `name` is what it is called in messages."""
     document = {"skillmerge": 1, "models": dict(models), "merge": merge, "output": dict(output), **keys}
     return parse_recipe(json.dumps(document, indent=1, ensure_ascii=False) + "\n", name, FilePath.cwd())
+
+
+def _check_accept(document: Document, names: Sequence[str]) -> None:
+    for index, name in enumerate(names):
+        if name not in ACCEPTABLE:
+            near = did_you_mean(name, list(ACCEPTABLE)) or f"known names: {', '.join(ACCEPTABLE)}"
+            raise document.error(
+                f"`{name}` is not a difference that can be accepted", document.place(("accept", index)), near
+            )
 
 
 def _gates(

@@ -69,6 +69,8 @@ class Recipe:
     expression: Node
     copy: tuple[CopyRule, ...]
     ignore: tuple[str, ...]
+    accept: frozenset[str]
+    """Names of differences between the models that a person has looked at; see `remarks.ACCEPTABLE`."""
     output: Output
     gates: tuple[Gate, ...]
     overrides: Mapping[str, float]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from skillmerge.errors import RecipeError, did_you_mean
 from skillmerge.recipes.yamltext import Document, Path
+from skillmerge.remarks import ACCEPTABLE
 
 # Unions are told apart by the YAML shape of the value, so that an error speaks of the member that was meant.
 _PLAIN_OR_LIST = Discriminator(lambda value: "list" if isinstance(value, list) else "plain")
@@ -171,6 +172,10 @@ class RecipeTable(_Table):
     merge: Annotated[str, Field(min_length=1, description="the arithmetic: target + lam * (rl - sft)")]
     copy_: Annotated[list[CopyTable], Field(alias="copy")] = []
     ignore: Annotated[list[Glob], Field(description="tensors of other models that the output does without")] = []
+    accept: Annotated[
+        list[Annotated[str, Field(json_schema_extra={"enum": list(ACCEPTABLE)})]],
+        Field(description="differences between the models that a person has looked at"),
+    ] = []
     output: OutputTable = OutputTable()
     gates: Annotated[GatesTable | None, Field(description="what must hold before the output is published")] = None
 

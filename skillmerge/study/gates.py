@@ -353,11 +353,11 @@ def gate(
 
     @contextmanager
     def opened() -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
-        with planned(recipe, None, access, reporter.warn) as (plan, checkpoints):
+        with planned(recipe, None, access, reporter.note) as (plan, checkpoints):
             yield plan, checkpoints
 
     def tell(outcome: Outcome) -> None:
         reporter.event("gate", **outcome.as_dict())
 
-    outcomes = check(asked, GateInput(root, output.manifest, opened, access, reporter.warn), tell)
+    outcomes = check(asked, GateInput(root, output.manifest, opened, access, reporter.note), tell)
     return GateReport(os.fspath(folder), tuple(outcomes))

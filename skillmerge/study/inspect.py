@@ -117,7 +117,7 @@ def inspect(
     reporter = reporter or Reporter()
     access = Access(follow_links, locked, download=hub == "download")
     if other is None and Path(source).is_file():
-        with planned(source, coefficients, access, reporter.warn) as (plan, checkpoints):
+        with planned(source, coefficients, access, reporter.note) as (plan, checkpoints):
             plan.refuse_problems()
             return inspect_merge(
                 plan, checkpoints, base, access, stats=stats, spectral=spectral, threads=threads, reporter=reporter

@@ -58,7 +58,7 @@ def refuse_model(path: Path) -> None:
 
 def open_named(models: Mapping[str, Any], access: Access, reporter: Reporter) -> dict[str, Checkpoint]:
     recipe = recipe_of(models, " + ".join(models), {"path": "nowhere"}, "skillmerge inspect")
-    return open_models(recipe, access, reporter.warn)
+    return open_models(recipe, access, reporter.note)
 
 
 def subject_of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subject:

@@ -18,6 +18,7 @@ from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import UnusableWeights, UsageError, memory_errors
 from skillmerge.outputs import manifest
 from skillmerge.outputs.manifest import Manifest, ManifestBody
+from skillmerge.outputs.measured import strict_outcome, warnings_of
 from skillmerge.outputs.output import Outcome, Output, RunLog
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 from skillmerge.outputs.verify import check_structure, input_digests, is_intact
@@ -54,6 +55,7 @@ def apply(
     overwrite: bool = False,
     full: bool = False,
     keep_failed: bool = False,
+    strict: bool = False,
     hash_inputs: bool = False,
     allow_nonfinite: bool = False,
     allow_code: bool = False,
@@ -75,7 +77,8 @@ def apply(
     recipe: path of the recipe, or of a saved plan, or one that was read. output: the folder, in place of `output.path`.
     coefficients: numbers in place of the recipe's. device: auto, cpu, cuda or cuda:N. memory_limit: bytes.
     stats: full, sampled or off. full: an output that is there already is read again, every byte. keep_failed: an
-    output that a gate refuses stays in the staging folder. hub: stream or download. push: org/name, in place of
+    output that a gate refuses stays in the staging folder. strict: warnings are problems; those of the finished
+    weights are gates. hub: stream or download. push: org/name, in place of
     `output.push.repo`; private, revision, pull_request and message likewise. no_local: shards are sent as they are
     finished and removed; only the Hub keeps them. commits: what the revisions of models on the Hub stand for.
     expected: a manifest that the output has to get, but for its environment.
@@ -91,7 +94,7 @@ def apply(
         output,
         Access(follow_links, locked, download=hub == "download", commits=commits or {}, allow_code=allow_code),
         Work(device, threads, memory_limit),
-        Checks(stats, allow_nonfinite, hash_inputs, full, keep_failed, expected),
+        Checks(stats, allow_nonfinite, hash_inputs, full, keep_failed, expected, strict),
         Publish(overwrite, push, no_local, private, revision, pull_request, message),
         reporter,
     )
@@ -108,7 +111,7 @@ def merge(
 ) -> Result:
     """`apply`, in the records that its arguments sort into."""
     started = time.monotonic()
-    with _planned(source, access, reporter) as (plan, checkpoints):
+    with _planned(source, access, checks.strict, reporter) as (plan, checkpoints):
         prepare(plan.recipe.gates, checks.stats, publish.no_local, plan)
         target = output_folder(plan.recipe, output, checkpoints)
         reporter.event(
@@ -154,6 +157,7 @@ class _Merge:
         found = self.push.find()
         if found is None:
             return None
+        self._warn(found[1], there=True)
         self.staging.discard()
         return self._result(found[1], already=True, published=found[0])
 
@@ -169,7 +173,8 @@ class _Merge:
         if proof is None or not (trusted or is_intact(target, proof)):
             return None
         if self.staging.unfinished:
-            self.reporter.warn(f"{self.staging.folder} holds an unfinished run of another plan")
+            self.reporter.note(f"{self.staging.folder} holds an unfinished run of another plan")
+        self._warn(proof, there=True)
         return self._result(proof, already=True, gates=RunLog.read(target).gates)
 
     def make(self, work: Work) -> Result:
@@ -180,6 +185,7 @@ class _Merge:
         side_files = self._begin()
         if self.staging.sealed:  # complete, but for its commit
             proof = manifest.read(self.staging.files)
+            self._warn(proof, there=True)
         else:
             self._make_shards(runner)
             body = self._describe(side_files)
@@ -199,11 +205,21 @@ class _Merge:
             result = replace(result, published=commit)
             if self.publish.no_local:
                 self.staging.discard()
-        result = replace(result, seconds=time.monotonic() - self.started)
+        warnings = tuple(self.reporter.warnings)
+        result = replace(result, seconds=time.monotonic() - self.started, warnings=warnings)
         on_hub = result.published.as_dict() if result.published is not None else None
         where = {"output": str(result.output), "hub": on_hub, "already": result.already}
         self.reporter.event("published", **where, seconds=round(result.seconds, 3))
         return result
+
+    def _warn(self, body: ManifestBody, there: bool = False) -> None:
+        """Report what the weights warn of. there: of an output that was made before, which is not judged again."""
+        for remark in warnings_of(body):
+            self.reporter.warn(remark.message, remark.fix)
+        outcome = strict_outcome(body)
+        if there and self.checks.strict and not outcome.passed:
+            fix = f"{self.staging.output} was made without --strict: look at it, and remove it or leave --strict out"
+            raise GateFailed([outcome], fix=fix, plan=self.job.plan, body=body)
 
     def _result(self, proof: Manifest, **what: Any) -> Result:
         return Result(self.staging.output, proof, 0.0, plan=self.job.plan, **what)
@@ -212,7 +228,7 @@ class _Merge:
         """Take up what an earlier run has left. Returns the output's side files."""
         plan, staging, push = self.job.plan, self.staging, self.push
         if remark := staging.begin(plan.weights_digest, self.conditions, plan.digest):
-            self.reporter.warn(remark)
+            self.reporter.note(remark)
         side_files: list[SideFile] = []
         if not staging.sealed:
             needed = plan.bytes_written - staging.finished_bytes
@@ -260,6 +276,8 @@ class _Merge:
         for file in side_files:
             staging.write_file(file.name, file.content or b"")
         body = manifest.build(plan, staging.finished, side_files, self.checks.stats, digests)
+        warned = [remark.message for remark in (*plan.warnings, *warnings_of(body))]
+        body = replace(body, warnings=tuple(warned))
         if self.checks.expected is not None:
             manifest.compare(staging.output, self.checks.expected, body)
         return body
@@ -272,8 +290,12 @@ class _Merge:
 
         plan, staging = self.job.plan, self.staging
         opened = (plan, self.job.checkpoints)
-        given = GateInput(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter.warn)
+        given = GateInput(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter.note)
+        self._warn(body)
         outcomes = check(plan.recipe.gates, given, report)
+        if self.checks.strict:
+            outcomes.append(strict_outcome(body))
+            report(outcomes[-1])
         if all(outcome.passed for outcome in outcomes) or self.checks.keep_failed:
             return outcomes
         fix = "mend what could not be measured; the same command goes on from here"
@@ -323,19 +345,23 @@ def _read(recipe: str | os.PathLike[str] | Recipe, coefficients: Mapping[str, fl
 
 @contextmanager
 def _planned(
-    source: Recipe | SavedPlan, access: Access, reporter: Reporter
+    source: Recipe | SavedPlan, access: Access, strict: bool, reporter: Reporter
 ) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
     """A plan that can be carried out, and its open models. Raises StalePlan for a saved plan that has changed."""
     saved = source if isinstance(source, SavedPlan) else None
     if saved is not None:
         access = replace(access, commits=saved.commits)
     recipe = source.recipe if isinstance(source, SavedPlan) else source
-    with planned(recipe, None, access, reporter.warn) as (plan, checkpoints):
+    with planned(recipe, None, access, reporter.note) as (plan, checkpoints):
         plan.refuse_problems()
         if saved is not None:
             saved.check(plan)
+        for remark in plan.warnings:
+            reporter.warn(remark.message, remark.fix)
         for note in plan.notes:
-            reporter.warn(note)
+            reporter.note(note)
+        if strict:
+            plan.refuse_warnings()
         if plan.recipe.output.compression != "none":
             check_zstandard()
         yield plan, checkpoints

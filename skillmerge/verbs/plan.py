@@ -33,13 +33,14 @@ class Preview(Plan):
     needs: Budget
     disk_free: int | None
     changes: tuple[str, ...] | None = None
+    strict: bool = False
 
     __repr__ = brief
 
     @property
     def ok(self) -> bool:
-        """Whether `apply` would accept it."""
-        return not self.problems
+        """Whether `apply` would accept it; with `strict`, whether there are no warnings either."""
+        return not self.problems and not (self.strict and self.warnings)
 
     @property
     def done(self) -> bool:
@@ -59,6 +60,7 @@ def plan(
     coefficients: Mapping[str, float] | None = None,
     threads: int | None = None,
     memory_limit: int | None = None,
+    strict: bool = False,
     allow_code: bool = False,
     follow_links: bool = False,
     locked: bool = False,
@@ -67,11 +69,12 @@ def plan(
     diff: str | os.PathLike[str] | None = None,
     reporter: Reporter | None = None,
 ) -> Preview:
-    """Return all that `apply` would do, from headers alone. The plan's `problems` are not raised.
+    """Return all that `apply` would do, from headers alone. The plan's `problems` and `warnings` are not raised.
 
-    coefficients: numbers in place of the recipe's. threads, memory_limit: as `apply` would get them. lock: also write
-    the commits and files of models on the Hub into the lock file beside the recipe. save: write the plan as JSON into
-    this file, which `apply` takes in a recipe's place. diff: a saved plan to compare with.
+    coefficients: numbers in place of the recipe's. strict: warnings make `ok` false too. threads, memory_limit: as
+    `apply` would get them. lock: also write the commits and files of models on the Hub into the lock file beside the
+    recipe. save: write the plan as JSON into this file, which `apply` takes in a recipe's place. diff: a saved plan to
+    compare with.
     Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError; ResourceError where memory or disk are
     too small for it.
     """
@@ -84,7 +87,7 @@ def plan(
     if where is not None and not made.problems and not made.makes_skill:
         check_disk(where, made.bytes_written, "the output")
     facts: dict[str, Any] = {field.name: getattr(made, field.name) for field in fields(made)}
-    preview = Preview(**facts, needs=needs, disk_free=free_disk(where) if where is not None else None)
+    preview = Preview(**facts, strict=strict, needs=needs, disk_free=free_disk(where) if where is not None else None)
     if save is not None:
         _save(preview, Path(save))
     if before is None:
@@ -98,13 +101,13 @@ def _make(
     access: Access,
     reporter: Reporter,
 ) -> Plan:
-    with planned(recipe, coefficients, access, reporter.warn) as (made, checkpoints):
+    with planned(recipe, coefficients, access, reporter.note) as (made, checkpoints):
         if made.recipe.output.path is not None:
             output_folder(made.recipe, None, checkpoints)
         try:
             prepare(made.recipe.gates, "sampled", False, made)
         except UsageError as error:
-            reporter.warn(f"apply would stop at once: {error.message}")
+            reporter.note(f"apply would stop at once: {error.message}")
         if access.relock:
             path = lockfile.path_of(Path(recipe))
             with disk_errors(path):

@@ -15,7 +15,8 @@ class Checks:
     """How inputs and output are checked.
 
     stats: how much of the rounding is measured: full, sampled or off. full: an output that is there already is read
-    again, every byte. expected: a manifest that the output has to get, but for its environment.
+    again, every byte. expected: a manifest that the output has to get, but for its environment. strict: warnings
+    are refused.
     """
 
     stats: str = "sampled"
@@ -24,6 +25,7 @@ class Checks:
     full: bool = False
     keep_failed: bool = False
     expected: Manifest | None = None
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)

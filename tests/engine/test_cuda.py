@@ -64,7 +64,7 @@ def test_full_gpu_falls_back_to_smaller_pieces_then_to_the_cpu(tmp_path: Path, m
     heard: list[str] = []
 
     class Warnings(Reporter):
-        def warn(self, message: str) -> None:
+        def warn(self, message: str, fix: str | None = None) -> None:
             heard.append(message)
 
     plain = Scratch.get

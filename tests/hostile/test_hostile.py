@@ -233,6 +233,7 @@ class Saboteur(Reporter):
     """Does something between the plan and the first byte of weights, or between the last and the end."""
 
     def __init__(self, first: Callable[[], object] = lambda: None, last: Callable[[], object] = lambda: None) -> None:
+        super().__init__()
         self.first, self.last = first, last
 
     @contextmanager

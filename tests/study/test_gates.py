@@ -206,6 +206,7 @@ def test_report_tells_the_gates_of_a_refused_output(trained: Path, tmp_path: Pat
 def test_failed_output_is_kept_and_gone_on_from(trained: Path, tmp_path: Path) -> None:
     class Shards(Reporter):
         def __init__(self) -> None:
+            super().__init__()
             self.finished: list[str] = []
 
         def event(self, name: str, **what: Any) -> None:

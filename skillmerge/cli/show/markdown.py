@@ -45,6 +45,8 @@ def plan_page(
     parts += [
         _problems(plan),
         _list([gate.told for gate in plan.recipe.gates], "gate: "),
+        _compared(plan),
+        _list([warning.message for warning in plan.warnings], "warning: "),
         _list(plan.notes, "note: "),
         _models(plan),
     ]
@@ -64,8 +66,17 @@ def _problems(plan: Plan) -> str:
     if not plan.problems:
         return ""
     listed = _list(problem.message for problem in plan.problems)
-    fix = settlement(plan.recipe, plan.problems)
+    fix = "\n".join(filter(None, (settlement(plan.recipe, plan.problems), plan.acceptance)))
     return f"{listed}\n\n{_block(fix)}" if fix else listed
+
+
+def _compared(plan: Plan) -> str:
+    if not plan.compared:
+        return plan.comparison or ""
+    models = list(dict.fromkeys(model for found in plan.compared for model in found.values))
+    rows = [[_code(cell) for cell in row] for row in tables.compared(plan.compared, models)]
+    head = (*tables.COMPARED_COLUMNS[:1], *map(_code, models), *tables.COMPARED_COLUMNS[1:])
+    return f"{plan.comparison}\n\n{_table(head, rows)}"
 
 
 def _models(plan: Plan) -> str:

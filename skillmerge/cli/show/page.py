@@ -14,6 +14,7 @@ from skillmerge.cli.show import tables
 from skillmerge.cli.show.charts import chart
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL, show
 from skillmerge.cli.show.html import abbreviated, cell_of, escaped
+from skillmerge.cli.show.page_remarks import remarks_section
 from skillmerge.cli.show.page_table import tensor_table
 from skillmerge.engine.rounding_statistics import Group, Statistics
 from skillmerge.naming import MODULE_KINDS
@@ -53,7 +54,7 @@ def build(
 ) -> str:
     """The page. plan: what would be done; manifest: what was done; inspection: what the updates look like; sweep:
     what candidates are worth; gates: what became of each, as `gates.Outcome` has it."""
-    sections = [_cards(plan, manifest, inspection)]
+    sections = [_cards(plan, manifest, inspection), remarks_section(plan, manifest)]
     if gates:
         sections.append(_gates(gates))
     if sweep is not None:

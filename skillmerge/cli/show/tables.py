@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from skillmerge.cli.show.figures import ACTIONS
 from skillmerge.errors import some
+from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.depth import Depth, over_depth
 from skillmerge.plans.plan import Plan
 from skillmerge.study.scoring.scores import CONFIDENCE, Score
@@ -15,6 +16,8 @@ from skillmerge.tensors import ULP_EDGES, format_bytes
 
 ACTION_COLUMNS = ("tensors", "from", "what happens", "names")
 GATE_COLUMNS = ("gate", "asked", "measured", "verdict", "")
+
+COMPARED_COLUMNS = ("difference", "level", "what follows")
 
 
 class Action(NamedTuple):
@@ -33,6 +36,19 @@ def actions(plan: Plan) -> list[Action]:
         models = ", ".join(dict.fromkeys(source.model for source in tensor.sources))
         groups.setdefault((tensor.action, models), []).append(tensor.name)
     return [Action(str(len(it)), models, ACTIONS[action], some(it, 2)) for (action, models), it in groups.items()]
+
+
+def compared(found: Sequence[Compared], models: Sequence[str]) -> list[tuple[str, ...]]:
+    """Each difference: its key, its value in each of `models`, its level, and what follows."""
+    return [
+        (
+            one.key,
+            *(one.values.get(model, "-") for model in models),
+            "accepted" if one.accepted else one.level,
+            one.message,
+        )
+        for one in found
+    ]
 
 
 def coefficients(plan: Plan) -> Iterator[tuple[str, Depth]]:

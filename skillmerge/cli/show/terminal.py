@@ -26,6 +26,7 @@ from skillmerge.plans.accounting import settlement
 from skillmerge.plans.budget import Budget
 from skillmerge.plans.depth import Depth, bars, number
 from skillmerge.plans.plan import Plan
+from skillmerge.remarks import count_of
 from skillmerge.tensors import format_bytes
 from skillmerge.verbs.export.patch import Patch
 from skillmerge.verbs.result import Result
@@ -82,12 +83,17 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     _show_actions(plan, out)
     for gate in plan.recipe.gates:
         out.print(Text(f"gate: {gate.told}"), soft_wrap=True)
+    _show_compared(plan, out)
     for note in plan.notes:
-        out.print(Text(f"note: {note}", style="yellow"))
+        out.print(Text(f"note: {note}"), soft_wrap=True)
+    for warning in plan.warnings:
+        out.print(Text(f"warning: {warning.message}", style="yellow"), soft_wrap=True)
+        if warning.fix:
+            out.print(Text(f"help: {warning.fix}"), soft_wrap=True)
     for problem in plan.problems:
         out.print(Text(f"problem: {problem.message}", style="red"), soft_wrap=True)
-    if plan.problems:
-        out.print(Text(settlement(plan.recipe, plan.problems)), soft_wrap=True)
+    for text in filter(None, (settlement(plan.recipe, plan.problems), plan.acceptance)):
+        out.print(Text(text), soft_wrap=True)
     totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {tables.written(plan)}"]
     if needs is not None:
         totals.append(f"peak memory about {format_bytes(needs.memory)} with {needs.threads} threads")
@@ -99,6 +105,20 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     if where is not None:
         out.print(Text(f"output {where}"), soft_wrap=True)
     out.print(Text(f"plan {plan.digest}", style="dim"), soft_wrap=True)
+    if plan.warnings:
+        out.print(Text(count_of(plan.warnings), style="yellow"))
+
+
+def _show_compared(plan: Plan, out: Console) -> None:
+    """What was compared in one line, and every difference as a row."""
+    if plan.comparison is not None:
+        out.print(Text(plan.comparison), soft_wrap=True)
+    if plan.compared:
+        models = list(dict.fromkeys(model for found in plan.compared for model in found.values))
+        table = new_table((*tables.COMPARED_COLUMNS[:1], *models, *tables.COMPARED_COLUMNS[1:]))
+        for row in tables.compared(plan.compared, models):
+            table.add_row(*map(Text, row))
+        out.print(table)
 
 
 def _show_coefficient(name: str, depth: Depth, out: Console) -> None:
@@ -131,6 +151,8 @@ def show_result(result: Result, out: Console) -> None:
             show_gates(result.gates, out)
     if result.published is not None:
         show_published(result.published, out)
+    if result.warnings:
+        out.print(Text(count_of(result.warnings), style="yellow"))
 
 
 def _show_work(result: Result, out: Console) -> None:

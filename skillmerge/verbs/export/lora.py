@@ -92,14 +92,14 @@ def export_lora(
         raise UsageError(f"rank {lora_rank}: a number from 1")
     reporter = reporter or Reporter()
     recipe = recipe_of({"skill": {"skill": os.fspath(skill)}}, "skill", {"kind": "skill"}, "skillmerge export")
-    checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.warn)
+    checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.note)
     try:
         target = output_folder(recipe, output, checkpoints)
         plus, minus = checkpoints.values()
         _refuse_transposed(plus)
         named, revision = _named(base) if base is not None else _parent(summary(plus.store))
         if named is None:
-            reporter.warn("the adapter does not say what model it is for: the skill was not cut from one; give --base")
+            reporter.note("the adapter does not say what model it is for: the skill was not cut from one; give --base")
         chosen = _linear_modules(plus)
         header, specs = build_header(_layout(chosen, lora_rank))
         check_disk(target, specs[-1].end, "the adapter")

@@ -67,7 +67,7 @@ def export_patch(
     reporter = reporter or Reporter()
     models = {"skill": {"skill": os.fspath(skill)}, "onto": os.fspath(onto)}
     recipe = recipe_of(models, "onto + skill", {"path": "nowhere"}, "skillmerge export")
-    checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.warn)
+    checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.note)
     try:
         target = output_folder(recipe, output, checkpoints)
         plus, base = checkpoints["skill"], checkpoints["onto"]

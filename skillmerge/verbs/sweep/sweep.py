@@ -144,7 +144,7 @@ def sweep(
     asked = Asked(search, trials, repeats, seed, by, minimise)
     setting = prepare(recipe, axes, score, output, asked, how)
     if setting.recipe.gates:
-        reporter.warn("gates are not looked at while candidates are scored; the best recipe keeps them")
+        reporter.note("gates are not looked at while candidates are scored; the best recipe keeps them")
     with (
         Journal.open(setting.folder, setting.identity, overwrite) as journal,
         _scoring(setting, reporter) as scored,
@@ -252,7 +252,7 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
         from skillmerge.verbs.sweep.in_memory import MergedModel
 
         if model is None:  # only where something is left to score
-            model = MergedModel(setting.first, setting.access, setting.device, reporter.warn)
+            model = MergedModel(setting.first, setting.access, setting.device, reporter.note)
         held = model
         return held.use(recipe).all.realised_lambda, lambda number: held.scored(scorer, number)
 
