@@ -48,8 +48,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "runners.threads",
         "shards skill_shards",
         "runner skill_file",
-        "destination measures.cells worker",
-        "device measures.input_rounding rounding_statistics stream tiles values warm_up",
+        "destination worker",
+        "measures.cells measures.skill_statistics",
+        "device rounding_statistics stream tiles values warm_up",
+        "measures.input_rounding measures.update_size",
     ),
     "plans": (
         "opening",

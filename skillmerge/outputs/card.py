@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from skillmerge.checkpoints.place import Location, on_hub
-from skillmerge.engine.rounding_statistics import LOSSES, SkillStatistics, Statistics
+from skillmerge.engine.measures.skill_statistics import SkillStatistics
+from skillmerge.engine.rounding_statistics import LOSSES, Statistics
 from skillmerge.errors import UsageError
 from skillmerge.outputs.manifest import Input, Manifest
 from skillmerge.outputs.staging import MANIFEST_FILE

@@ -21,13 +21,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from skillmerge.brief import brief
 from skillmerge.checkpoints.safetensors import unique_keys
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.engine.rounding_statistics import (
-    SkillStatistics,
-    Statistics,
-    TensorStatistics,
-    summarise,
-    summarise_skill,
-)
+from skillmerge.engine.measures.skill_statistics import SkillStatistics, summarise_skill
+from skillmerge.engine.rounding_statistics import Statistics, TensorStatistics, summarise
 from skillmerge.errors import CheckFailed
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.compare.found import Compared
@@ -258,6 +253,7 @@ def build(
     files += [File(file.name, file.size, file.digest[1]) for file in side_files]
     measured = {name: row for done in finished.values() for name, row in done.statistics.items()}
     cut = {name: row for done in finished.values() for name, row in (done.tensors or {}).items()}
+    inputs = {name: row for done in finished.values() for name, row in done.inputs.items()}
     return ManifestBody(
         tool=Tool("skillmerge", __version__),
         recipe=RecipeText(recipe.document.text, recipe.sha256),
@@ -271,7 +267,7 @@ def build(
         files=tuple(sorted(files, key=lambda file: file.name)),
         tensors=_tensors(plan, measured),
         accepted=tuple(replace(found, help=None) for found in plan.compared if found.accepted),
-        statistics=summarise_skill(cut) if plan.makes_skill else summarise(plan, measured, stats),
+        statistics=summarise_skill(cut, inputs) if plan.makes_skill else summarise(plan, measured, stats),
     )
 
 

@@ -25,8 +25,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from skillmerge.engine.rounding_statistics import DEVIATION, Group, Row, TensorStatistics, group
+from skillmerge.engine.rounding_statistics import Group, Row, TensorStatistics, group
 from skillmerge.naming import MODULE_KINDS, layer_of, module_kind
+
+DEVIATION = 0.1
+"""A realised lambda further than this from the asked one, as a share of it, is worth a warning."""
 
 SIGMAS, KURTOSIS, LEAST = 3.0, 3.0, 100
 
@@ -35,24 +38,16 @@ _ORDER = {kind: index for index, kind in enumerate((*MODULE_KINDS, "other"))}
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Tensors of one layer and kind. layer: its stack and number, or None; updated: elements with an update that were
-    looked at; error: the standard error of `group.realised`; several_stacks: whether its model has more than one."""
+    """Tensors of one layer and kind, or of one kind in all layers. label: `layer 4 mlp`; `visual.blocks 4 mlp` where
+    there are several stacks; `head outside layers`; `mlp`. updated: elements with an update that were looked at; error:
+    the standard error of `group.realised`."""
 
-    layer: tuple[str, int] | None
+    label: str
     kind: str
     names: tuple[str, ...]
     group: Group
     updated: int
     error: float
-    several_stacks: bool = False
-
-    @property
-    def label(self) -> str:
-        """`layer 4 mlp`; `model.visual.blocks 4 mlp` where there are several stacks; `head outside layers`."""
-        if self.layer is None:
-            return f"{self.kind} outside layers"
-        stack, number = self.layer
-        return f"{stack if self.several_stacks else 'layer'} {number} {self.kind}"
 
     @property
     def is_measured(self) -> bool:
@@ -90,14 +85,26 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
         found.setdefault((layer_of(row.name), module_kind(row.name)), []).append(row)
     several = len({layer[0] for layer, _ in found if layer is not None}) > 1
     ordered = sorted(found, key=lambda cell: (cell[0] is None, cell[0] or ("", 0), _ORDER[cell[1]]))
-    return [_cell(layer, kind, found[layer, kind], several) for layer, kind in ordered]
+    return [_cell(_label(layer, kind, several), kind, found[layer, kind]) for layer, kind in ordered]
 
 
-def _cell(layer: tuple[str, int] | None, kind: str, rows: Sequence[Row], several: bool) -> Cell:
+def kinds(rows: Iterable[Row]) -> list[Cell]:
+    """The same over all layers: a cell for each kind of module."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(module_kind(row.name), []).append(row)
+    return [_cell(kind, kind, found[kind]) for kind in sorted(found, key=lambda kind: _ORDER[kind])]
+
+
+def _label(layer: tuple[str, int] | None, kind: str, several: bool) -> str:
+    return f"{layer[0] if several else 'layer'} {layer[1]} {kind}" if layer is not None else f"{kind} outside layers"
+
+
+def _cell(label: str, kind: str, rows: Sequence[Row]) -> Cell:
     whole = group(rows)
     updated = sum(row.statistics.updated for row in rows if row.statistics is not None)
     error = _error(rows, whole.realised) if whole.realised is not None else 0.0
-    return Cell(layer, kind, tuple(row.name for row in rows), whole, updated, error, several)
+    return Cell(label, kind, tuple(row.name for row in rows), whole, updated, error)
 
 
 def _error(rows: Sequence[Row], realised: float) -> float:

@@ -5,6 +5,10 @@ squares by ulp^2 / 12. Of an update v = r - s whose two models were both rounded
 
     floor = sqrt(sum (ulp(r)^2 + ulp(s)^2) / 12) / |v|        as a share of the update's norm
 
+summed over the elements of all tensors that have an update. With r alone it is the floor of an r that was rounded and an
+s that was not, as where RL began from the rounded s itself. Above 1 the two errors are no longer independent, as most
+elements of r and s are rounded to the same number: then what is left of v says where steps were rounded up.
+
 The precision is that of the numbers, not of the file: float32 whose lower 16 bits are all 0 were bfloat16 before. It is
 read tensor by tensor from the mantissa bits that are in use; a tensor that uses fewer than bfloat16 has (all ones, say)
 shows nothing of what it was, and counts in the precision in which it is stored.
@@ -13,14 +17,14 @@ shows nothing of what it was, and counts in the precision in which it is stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor
+from skillmerge.remarks import Remark, warning
 
-from skillmerge.bits import bit_view, fold_sum
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGE = math.sqrt(0.5)
 """A floor from which on rounding is as large as what is left of the update: |v|^2 holds the squares of both."""
@@ -40,13 +44,18 @@ class Grain:
 
 def grain_of(values: Tensor) -> Grain:
     """Look at elements as they are stored."""
+    import torch
+
+    from skillmerge.bits import bit_view, fold_sum
+    from skillmerge.checkpoints.kinds.sparse import bits_in_use
+
     name = str(values.dtype).removeprefix("torch.")
     mantissa = (1 << _MANTISSAS[name]) - 1
     bits = bit_view(values)
     exponents = bits & (torch.iinfo(bits.dtype).max & ~mantissa)
     if values.dtype == torch.float16:  # many are subnormal, whose bits are one place or more off
         bits = bits.where(exponents != 0, 0)
-    used = int(np.bitwise_or.reduce(bits.numpy())) & mantissa if bits.numel() else 0
+    used = bits_in_use(bits) & mantissa
     # The exponent's bits alone are a power of two; 0 and subnormal numbers have the ulp of the least normal one.
     power = exponents.view(values.dtype).to(torch.promote_types(values.dtype, torch.float32))
     power.clamp_(min=torch.finfo(values.dtype).tiny)
@@ -105,3 +114,15 @@ def floor(squares: Iterable[float], norm: float) -> float | None:
     """Rounding's share of an update of this norm; None of one that is 0 or has no finite norm."""
     whole = math.fsum(squares)
     return math.sqrt(whole) / norm if norm and math.isfinite(whole) and math.isfinite(norm) else None
+
+
+def input_warning(share: float | None, added: float | None, precisions: Sequence[str]) -> Iterator[Remark]:
+    """The warning that a floor calls for from LARGE on. added: the floor of the added models alone."""
+    if share is None or added is None or share < LARGE:
+        return
+    yield warning(
+        f"most of this update may be rounding of its models: {share:.2f} of its norm is to be expected of "
+        f"{' and '.join(precisions)} ({added:.2f} of the added model alone)",
+        "if the models were cast, export float32 and take the difference of that; "
+        "values that were trained in this precision itself are exact",
+    )
