@@ -59,7 +59,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "budget layout saved",
         "plan",
         "accounting",
-        "changes compare.found compare.roles depth mapping side_files",
+        "compare.tokens",
+        "compare.tokenizer",
+        "compare.vocabulary",
+        "changes depth mapping side_files "
+        "compare.found compare.placeholders compare.roles compare.small_files compare.tokenization",
     ),
     "recipes": (
         "candidates lint",

@@ -1,0 +1,174 @@
+"""What a model's configuration really says: effective values, whichever keys and defaults they are written with.
+
+`rope_theta` and `rope_scaling` are `rope_parameters`, `type` is `rope_type`, a window that is off is none. Knows one
+configuration; `config` compares several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from skillmerge.plans.compare.architectures import (
+    ACTIVATIONS,
+    DEFAULTS,
+    ROPE_TYPES,
+    SCALING_DEFAULTS,
+    TEXT_OF,
+    TRAINED_SCALINGS,
+    WINDOW_OFF,
+    WINDOW_PATTERNS,
+)
+from skillmerge.plans.compare.table import ROWS, UNKNOWN
+
+_TEXT = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config")
+_OTHERS = ("vision_config", "audio_config", "decoder", "encoder")
+_NO_FACTOR = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part that describes the language model, with what the whole says for all of its parts."""
+    for key in _TEXT:
+        inner = config.get(key)
+        if isinstance(inner, Mapping) and inner:
+            return {**{name: value for name, value in config.items() if name not in _TEXT}, **text_part(inner)}
+    return config
+
+
+def other_parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the parts beside the language model, by their key."""
+    for key in _OTHERS:
+        part = config.get(key)
+        if isinstance(part, Mapping) and part:
+            yield key, part
+
+
+def architecture(config: Mapping[str, Any]) -> str | None:
+    """Return the architecture of the language model, the same for a text model and a multimodal one that holds it."""
+    kind = text_part(config).get("model_type")
+    if not isinstance(kind, str):
+        return None
+    kind = kind.removesuffix("_text")
+    return TEXT_OF.get(kind, kind)
+
+
+def layers(part: Mapping[str, Any]) -> int | None:
+    """Return how many layers a part says that it has."""
+    found = _first(part, _LAYERS)
+    return found if type(found) is int else None
+
+
+def effective(part: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+    """Return the effective value of each row of the table that this part of a configuration says something about.
+
+    kind: the architecture, whose defaults hold. What neither it nor the row has a default for is left out.
+    """
+    defaults = DEFAULTS.get(kind or "", {})
+    found = dict(_worked_out(part, kind, defaults))
+    for row in ROWS:
+        if row.keys:
+            value = _first(part, row.keys)
+            if value is None:
+                value = next((defaults[key] for key in (row.what, *row.keys) if key in defaults), row.default)
+            if value is not UNKNOWN:
+                found[row.what] = _plain(value)
+    return found
+
+
+def _worked_out(part: Mapping[str, Any], kind: str | None, defaults: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from _rope(part, defaults)
+    heads, hidden = _first(part, ("num_attention_heads", "n_head", "n_heads")), _first(part, ("hidden_size", "n_embd"))
+    kv_heads = _first(part, ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"))
+    if kv_heads is None:
+        kv_heads = defaults.get("kv_heads", heads if kind in DEFAULTS else None)
+    if kv_heads is not None:
+        yield "key and value heads", kv_heads
+    size = _first(part, ("head_dim", "kv_channels"))
+    if size is None:
+        size = defaults.get("head_dim")
+    if size is None and type(heads) is int and type(hidden) is int and heads > 0:
+        size = hidden // heads
+    if size is not None:
+        yield "head size", size
+    activation = _first(part, ("hidden_activation",)) or _first(part, ("hidden_act", "activation_function"))
+    if kind == "gemma" and _first(part, ("hidden_activation",)) is None:
+        activation = None  # `gelu` there has always been computed as its tanh approximation
+    activation = activation or defaults.get("activation")
+    if activation is not None:
+        yield "activation", ACTIVATIONS.get(activation, activation) if isinstance(activation, str) else activation
+    yield "sliding window", _window(part, kind, defaults)
+
+
+def _rope(part: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    given = _table(part.get("rope_parameters"))
+    nested = any(isinstance(value, Mapping) for value in given.values())
+    main = _table(given.get("full_attention") or next(iter(given.values()), None)) if nested else given
+    local = _table(given.get("sliding_attention")) if nested else {}
+    old = _table(part.get("rope_scaling"))
+    base = _first(main, ("rope_theta",)) or _first(part, ("rope_theta", "rotary_emb_base")) or old.get("rope_theta")
+    base = base or defaults.get("rope base")
+    if base is not None:
+        yield "rope base", base
+        near = local.get("rope_theta") or part.get("rope_local_base_freq") or defaults.get("rope local base") or base
+        yield "rope local base", near
+    turned = _first(main, ("partial_rotary_factor",)) or _first(part, ("partial_rotary_factor", "rotary_pct"))
+    yield "rope partial", turned or defaults.get("rope partial", 1.0)
+    sections = _first(main, ("mrope_section",)) or _first(old, ("mrope_section",))
+    yield "rope sections", tuple(sections) if isinstance(sections, list) else None
+    scaling = {**old, **main}
+    kind = _first(scaling, ("rope_type", "type"))
+    kind = ROPE_TYPES.get(kind, kind) if isinstance(kind, str | None) else str(kind)
+    factors = {
+        key: _plain(value)
+        for key, value in scaling.items()
+        if value is not None and key not in _NO_FACTOR and SCALING_DEFAULTS.get(key) != value
+    }
+    length = "original_max_position_embeddings"
+    if kind in ("linear", "dynamic"):
+        factors.pop(length, None)
+    elif (stated_length := part.get(length, part.get("max_position_embeddings"))) is not None:
+        factors.setdefault(length, stated_length)
+    stated = (kind, *sorted(factors.items())) if kind != "default" else None
+    yield "rope trained scaling", stated if kind in TRAINED_SCALINGS else None
+    yield "rope scaling", stated if kind not in TRAINED_SCALINGS else None
+
+
+def _window(
+    part: Mapping[str, Any], kind: str | None, defaults: Mapping[str, Any]
+) -> tuple[int, tuple[int, ...]] | None:
+    """Return the window and the layers that have it, or None where none is in force."""
+    size = part.get("sliding_window", defaults.get("sliding_window"))
+    on = part.get("use_sliding_window")
+    longest = _first(part, ("max_position_embeddings", "n_positions"))
+    if type(size) is not int or size <= 0 or on is False or (on is None and kind in WINDOW_OFF):
+        return None
+    count = layers(part) or 0
+    kinds, pattern = part.get("layer_types"), part.get("sliding_window_pattern") or WINDOW_PATTERNS.get(kind or "")
+    if isinstance(kinds, list):
+        where = tuple(index for index, each in enumerate(kinds) if each != "full_attention")
+    elif type(pattern) is int and pattern > 0:
+        where = tuple(index for index in range(count) if (index + 1) % pattern)
+    else:
+        first = part.get("max_window_layers") if kind in WINDOW_OFF else 0
+        where = tuple(range(first if type(first) is int else 0, count))
+    if not where or (type(longest) is int and size >= longest):
+        return None
+    return size, where
+
+
+def _first(table: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    return next((table[key] for key in keys if table.get(key) is not None), None)
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _plain(value: Any) -> Any:
+    """A value that equals another where both mean the same: lists as tuples, nothing as nothing."""
+    if isinstance(value, list):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return tuple(sorted((str(key), _plain(item)) for key, item in value.items()))
+    return value

@@ -1,0 +1,334 @@
+"""The tokenizers of a formula's models, compared: whether the rows that are added up are rows of the same tokens, and
+what else differs between what the models read and where they stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.model_config import sections
+from skillmerge.errors import visible
+from skillmerge.plans.compare.found import Compared, Level
+from skillmerge.plans.compare.placeholders import is_placeholder
+from skillmerge.plans.compare.roles import Role, Roles
+from skillmerge.plans.compare.small_files import SmallFiles
+from skillmerge.plans.compare.tokenizer import Tokenizer, read_tokenizer
+
+NAMED = 8
+"""How many tokens a message names."""
+
+_LONGEST = 40
+
+
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """The models that are compared, the donor first; rows: how many rows the merged matrices have, 0 without any."""
+
+    donor: str
+    checkpoints: Mapping[str, Checkpoint]
+    roles: Roles
+    tokenizers: Mapping[str, Tokenizer]
+    rows: int
+
+    def role(self, name: str) -> Role:
+        return self.roles.get(name, Role())
+
+    @property
+    def output(self) -> Tokenizer:
+        """The tokenizer that the output has."""
+        return self.tokenizers[self.donor]
+
+    @property
+    def added(self) -> list[str]:
+        """The models besides the donor whose skill the output is to have."""
+        return [name for name in self.tokenizers if name != self.donor and self.role(name).added]
+
+    @property
+    def merged(self) -> dict[str, Mapping[int, str]]:
+        """The tokens of the models whose embedding or head is merged, as far as they are known."""
+        return {
+            name: it.tokens
+            for name, it in self.tokenizers.items()
+            if it.tokens and (name == self.donor or self.role(name).tokens)
+        }
+
+
+def compare_tokens(
+    models: Mapping[str, Checkpoint], donor: str, roles: Roles, files: SmallFiles | None = None
+) -> list[Compared]:
+    """What differs between the tokenizers of the models that count, `accepted` left to the caller.
+
+    models: by the names that `roles` has. files: where other comparisons read small files too, the same.
+    Raises StalePlan, TemporaryError.
+    """
+    files = files or SmallFiles()
+    names = [donor, *(name for name in models if name != donor and roles.get(name, Role()).used)]
+    known = _Models(
+        donor, models, roles, {name: read_tokenizer(models[name], files) for name in names}, _rows(models, donor, roles)
+    )
+    found = [*_unread(known), *_ids(known)]
+    if not any(it.name == "tokenizer" for it in found):
+        found += _tokenization(known)
+    return [*found, *_stops(known), *_templates(known), *_numbers(known)]
+
+
+def _rows(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> int:
+    """The smallest row count of the matrices of tokens that another model than the donor has a part in."""
+    counts = [
+        models[model].tensors[tensor].shape[0]
+        for name, role in roles.items()
+        if name != donor
+        for tensor in role.tokens
+        for model in (donor, name)
+        if model in models and tensor in models[model].tensors and models[model].tensors[tensor].shape
+    ]
+    return min(counts, default=0)
+
+
+def _unread(known: _Models) -> Iterator[Compared]:
+    for name, it in known.tokenizers.items():
+        for message in it.unread:
+            said = f"model `{name}`: {message}; its tokenizer is compared as far as other files say it"
+            yield Compared(None, "tokenizer", it.file, "note", {name: message}, False, said)
+    if any(it.file for it in known.tokenizers.values()):
+        for name, it in known.tokenizers.items():
+            if not it.file and known.checkpoints[name].config and known.role(name).tokens:
+                said = f"model `{name}` has no tokenizer files: its ids are taken to be those of the other models"
+                yield Compared(None, "tokenizer", "tokenizer.json", "note", {name: "none"}, False, said)
+
+
+# Which token an id is.
+
+
+def _ids(known: _Models) -> Iterator[Compared]:
+    merged = known.merged
+    base = next(iter(merged.values()), {})
+    differing = {
+        number
+        for tokens in merged.values()
+        if tokens is not base
+        for number, text in tokens.items()
+        if base.get(number) != text and number < known.rows
+    }
+    clashing, free = [], []
+    for number in sorted(differing):
+        texts = {tokens[number] for tokens in merged.values() if number in tokens}
+        if len({text for text in texts if not is_placeholder(text)}) > 1:
+            clashing.append(number)
+        elif len(texts) > 1:
+            free.append(number)
+    if clashing:
+        yield _clash(known, clashing)
+    if free:
+        yield _placeholders(known, free)
+    if len(merged) > 1 and known.rows:
+        yield from _unnamed(known)
+
+
+def _clash(known: _Models, ids: Sequence[int]) -> Compared:
+    merged = known.merged
+    count = f"{len(ids):,} ids mean" if len(ids) > 1 else "an id means"
+    named = _with_ids(merged, ids)
+    return Compared(
+        "tokenizer",
+        "tokens",
+        known.output.file,
+        "problem",
+        {name: _listed(tokens, ids) for name, tokens in merged.items()},
+        False,
+        f"{count} different tokens in models whose embedding or head is merged: {named}",
+        "leave those rows as they are with the rule `{modules: [embedding, head], value: 0}`; if they do belong "
+        "together, write `accept: [tokenizer]`",
+    )
+
+
+def _with_ids(merged: Mapping[str, Mapping[int, str]], ids: Sequence[int]) -> str:
+    """The first tokens at these ids, each with its id in every model."""
+    texts: dict[str, None] = {}  # in order, once each
+    for number in ids:
+        texts |= dict.fromkeys(tokens[number] for tokens in merged.values() if number in tokens)
+        if len(texts) >= NAMED:
+            break
+    wanted = list(texts)[:NAMED]
+    where: dict[str, dict[str, int]] = {text: {} for text in wanted}
+    for name, tokens in merged.items():
+        for number, text in tokens.items():
+            if text in where:
+                where[text].setdefault(name, number)
+    said = []
+    for text, places in where.items():
+        by_id: dict[int, list[str]] = {}
+        for name, number in places.items():
+            by_id.setdefault(number, []).append(f"`{name}`")
+        at = ", ".join(f"{number} in {' and '.join(names)}" for number, names in by_id.items())
+        said.append(f"`{_shown(text)}` is {at}{' only' if len(places) == 1 else ''}")
+    more = len(ids) > len(wanted)
+    return "; ".join(said) + ("; …" if more else "")
+
+
+def _placeholders(known: _Models, ids: Sequence[int]) -> Compared:
+    """Ids that some models keep free and others use."""
+    merged = known.merged
+    plus = [tokens for name, tokens in merged.items() if name in known.added]
+    minus = [tokens for name, tokens in merged.items() if known.role(name).subtracted]
+    disagreeing = [
+        number
+        for number in ids
+        if any(number in a and number in b and a[number] != b[number] for a in plus for b in minus)
+    ]
+    level: Level = "warning" if disagreeing else "note"
+    shown = disagreeing or ids
+    count = f"{len(shown):,} ids are" if len(shown) > 1 else "an id is"
+    message = f"{count} kept free in some models and used in others: {_with_ids(merged, shown)}"
+    if disagreeing:
+        message += "; the difference has rows of trained tokens minus rows of unused ones"
+    values = {name: _listed(tokens, shown) for name, tokens in merged.items()}
+    help = "if that is not meant, leave the rows as they are: `{modules: [embedding, head], value: 0}`"
+    return Compared(
+        None, "placeholders", known.output.file, level, values, False, message, help if disagreeing else None
+    )
+
+
+def _unnamed(known: _Models) -> Iterator[Compared]:
+    """Rows of tokens that not every model has, and of none."""
+    merged = known.merged
+    first = next(iter(merged.values()))
+    everywhere, anywhere = set(first), set(first)
+    for tokens in merged.values():
+        if tokens is not first:
+            everywhere &= tokens.keys()
+            anywhere |= tokens.keys()
+    some = sorted(number for number in anywhere - everywhere if number < known.rows)
+    if some:
+        count = f"{len(some):,} tokens are" if len(some) > 1 else "a token is"
+        yield Compared(
+            None, "tokens", known.output.file, "note",
+            {name: _listed(tokens, some) for name, tokens in merged.items()}, False,
+            f"{count} not in every model, and the rows follow the formula: {_with_ids(merged, some)}",
+        )  # fmt: skip
+    nameless = known.rows - sum(number < known.rows for number in anywhere)
+    if nameless:
+        rows = f"{nameless:,} of {known.rows:,} rows have" if nameless > 1 else f"1 of {known.rows:,} rows has"
+        yield Compared(
+            None, "rows", known.output.file, "note", {}, False, f"{rows} no token in any model, and follow the formula"
+        )
+
+
+# How text is cut, where answers stop, how a conversation is written.
+
+
+def _tokenization(known: _Models) -> Iterator[Compared]:
+    parts = {part for it in known.tokenizers.values() for part in it.tokenization}
+    for part in sorted(parts):
+        said = {name: it.tokenization[part] for name, it in known.tokenizers.items() if part in it.tokenization}
+        if len(set(said.values())) < 2:
+            continue
+        reference = said.get(known.donor, next(iter(said.values())))
+        others = [name for name, digest in said.items() if digest != reference]
+        merged = any(known.role(name).tokens for name in others)
+        yield Compared(
+            "tokenization" if merged else None,
+            part,
+            known.output.file,
+            "warning" if merged else "note",
+            {name: digest[:12] for name, digest in said.items()},
+            False,
+            f"{_models(others)} cut{'s' if len(others) == 1 else ''} text in another way than `{known.donor}`, whose "
+            f"tokenizer the output has: another {part}",
+            "if that is meant, write `accept: [tokenization]`" if merged else None,
+        )
+
+
+def _stops(known: _Models) -> Iterator[Compared]:
+    for name in known.added:
+        it = known.tokenizers[name]
+        lacking = sorted(it.stop - known.output.stop)
+        if not lacking:
+            continue
+        texts = {**known.output.tokens, **it.tokens} if len(it.tokens) < len(known.output.tokens) else it.tokens
+        tokens = [f"{number} (`{_shown(texts[number])}`)" if number in texts else str(number) for number in lacking]
+        yield Compared(
+            "stop-tokens",
+            "eos_token_id",
+            it.stop_file,
+            "warning",
+            {model: str(sorted(known.tokenizers[model].stop)) for model in (known.donor, name)},
+            False,
+            f"`{name}` stops at {', '.join(tokens)}, and the output, which has the stop tokens of `{known.donor}`, "
+            "does not: it may go on where an answer ends",
+            f"add the id to `eos_token_id` in the generation_config.json of `{known.donor}`, or write "
+            "`accept: [stop-tokens]`",
+        )
+
+
+def _templates(known: _Models) -> Iterator[Compared]:
+    ours = known.output.templates
+    for name in known.added:
+        theirs, file = known.tokenizers[name].templates, known.tokenizers[name].template_file
+        differing = [key for key, text in theirs.items() if key in ours and ours[key] != text]
+        if not theirs or (ours and not differing):
+            continue
+        what = "another chat template than" if ours else "a chat template, and none has"
+        has = f"the output has that of `{known.donor}`" if ours else "the output has none"
+        yield Compared(
+            "chat-template",
+            "chat_template",
+            file,
+            "warning",
+            {model: _template(known.tokenizers[model]) for model in (known.donor, name)},
+            False,
+            f"`{name}` has {what} `{known.donor}`: {has}",
+            f"to take the side files of `{name}`, write `output.like: {name}`; to keep those of `{known.donor}`, "
+            "`accept: [chat-template]`",
+        )
+
+
+def _numbers(known: _Models) -> Iterator[Compared]:
+    """What is only worth knowing: ids of padding and beginning, and the vocabulary's size."""
+    tables: list[tuple[str, str, dict[str, int | None]]] = [
+        ("pad_token_id", "padding", {name: it.pad for name, it in known.tokenizers.items()}),
+        ("bos_token_id", "the beginning of a text", {name: it.bos for name, it in known.tokenizers.items()}),
+        (
+            "vocab_size",
+            "the size of the vocabulary",
+            {name: _size(known.checkpoints[name]) for name in known.tokenizers},
+        ),
+    ]
+    for key, what, values in tables:
+        said = {name: value for name, value in values.items() if value is not None}
+        if len(set(said.values())) > 1:
+            listed = ", ".join(f"{value} in `{name}`" for name, value in said.items())
+            yield Compared(
+                None, key, "config.json", "note", {name: str(value) for name, value in said.items()}, False,
+                f"{what} differs: {listed}; the output has that of `{known.donor}`",
+            )  # fmt: skip
+
+
+def _size(checkpoint: Checkpoint) -> int | None:
+    sizes = [
+        section["vocab_size"] for _, section in sections(checkpoint.config) if type(section.get("vocab_size")) is int
+    ]
+    return sizes[0] if sizes else None
+
+
+def _template(it: Tokenizer) -> str:
+    if not it.templates:
+        return "none"
+    return f"{sum(map(len, it.templates.values())):,} characters in {it.template_file}"
+
+
+def _listed(tokens: Mapping[int, str], ids: Sequence[int]) -> str:
+    shown = ", ".join(f"{number} {_shown(tokens[number])}" for number in ids[:NAMED] if number in tokens)
+    return (shown or "-") + (", …" if len(ids) > NAMED else "")
+
+
+def _models(names: Sequence[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)
+
+
+def _shown(token: str) -> str:
+    """A token on a line of a terminal."""
+    text = visible(json.dumps(token, ensure_ascii=False)[1:-1])
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

@@ -1,0 +1,211 @@
+"""Files that hold vocabularies -> which text each id is, and how text is cut. Content is not trusted.
+
+Bytes of tokens are written as byte-level tokenizers write them (a space is `Ġ`), so that all files of one vocabulary
+agree. Every function raises ValueError where a file is not what its name says.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from skillmerge.checkpoints.safetensors import refuse_bulk, unique_keys
+from skillmerge.plans.compare.small_files import MAX_BYTES
+from skillmerge.plans.compare.tokenization import merges_digest, tokenization
+
+_MOST_IDS = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """tokens: id -> text. tokenization: part -> digest, as far as the file says it."""
+
+    tokens: Mapping[int, str]
+    tokenization: Mapping[str, str] = field(default_factory=dict)
+
+
+def json_table(content: bytes) -> dict[str, Any]:
+    """A JSON object, read strictly."""
+    refuse_bulk(content, MAX_BYTES)
+    document = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
+    if not isinstance(document, dict):
+        raise ValueError("it is not a JSON object")
+    return document
+
+
+def tokenizer_json(content: bytes) -> Vocabulary:
+    """The format of the `tokenizers` library."""
+    document = json_table(content)
+    model, added = document.get("model"), document.get("added_tokens") or []
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        tokens = _by_id(vocabulary)
+    elif isinstance(vocabulary, list):
+        tokens = {number: _text(piece[0] if isinstance(piece, list) and piece else None)
+                  for number, piece in enumerate(vocabulary)}  # fmt: skip
+    else:
+        raise ValueError("it has no `model.vocab`")
+    if not isinstance(added, list):
+        raise ValueError("`added_tokens` is not a list")
+    for token in added:
+        if not isinstance(token, dict):
+            raise ValueError("`added_tokens` has an entry that is not a table")
+        tokens[_number(token.get("id"))] = _text(token.get("content"))
+    return Vocabulary(tokens, tokenization(document))
+
+
+def vocab_json(content: bytes) -> Vocabulary:
+    """token -> id, as `vocab.json` and `added_tokens.json` have it."""
+    return Vocabulary(_by_id(json_table(content)))
+
+
+def vocab_txt(content: bytes) -> Vocabulary:
+    """A token a line."""
+    return Vocabulary(dict(enumerate(content.decode("utf-8").removesuffix("\n").split("\n"))))
+
+
+def merges_txt(content: bytes) -> str:
+    """A merge a line -> the digest of all."""
+    lines = content.decode("utf-8").splitlines()
+    return merges_digest(line for line in lines if line.strip() and not line.startswith("#version"))
+
+
+def tokens_model(content: bytes) -> Vocabulary:
+    """`tokenizer.model`: sentencepiece's, or ranks of bytes, as newer models have under the same name."""
+    first = content[:4096].partition(b"\n")[0].split(b" ")
+    return tiktoken(content) if len(first) == 2 and first[1].strip().isdigit() else sentencepiece(content)
+
+
+def tiktoken(content: bytes) -> Vocabulary:
+    """Ranks: a token's bytes in base64 and its id, a line each."""
+    tokens = {}
+    for line in content.splitlines():
+        if line:
+            encoded, _, rank = line.partition(b" ")
+            tokens[_number(int(rank))] = _written(base64.b64decode(encoded, validate=True))
+    return Vocabulary(tokens)
+
+
+def tekken(content: bytes) -> Vocabulary:
+    """Mistral's ranks: special tokens first, then tokens by the rank of their bytes."""
+    document = json_table(content)
+    settings, ranks = document.get("config"), document.get("vocab")
+    if not isinstance(settings, dict) or not isinstance(ranks, list):
+        raise ValueError("it has no `config` or no `vocab`")
+    special = _number(settings.get("default_num_special_tokens", 0))
+    tokens = {}
+    for entry in ranks:
+        if not isinstance(entry, dict):
+            raise ValueError("`vocab` has an entry that is not a table")
+        tokens[special + _number(entry.get("rank"))] = _written(
+            base64.b64decode(_text(entry.get("token_bytes")), validate=True)
+        )
+    for entry in document.get("special_tokens") or []:
+        if isinstance(entry, dict):
+            tokens[_number(entry.get("rank"))] = _text(entry.get("token_str"))
+    return Vocabulary(tokens)
+
+
+def sentencepiece(content: bytes) -> Vocabulary:
+    """A `ModelProto` of sentencepiece: its first field, repeated, is a piece, whose first field is its text."""
+    tokens: dict[int, str] = {}
+    for number, piece in _fields(content):
+        if number == 1:
+            text = next((value for inner, value in _fields(piece) if inner == 1), None)
+            if text is None:
+                raise ValueError("a piece has no text")
+            tokens[len(tokens)] = text.decode("utf-8")
+    if not tokens:
+        raise ValueError("it holds no pieces")
+    return Vocabulary(tokens)
+
+
+def added_tokens(decoder: Any) -> dict[int, str]:
+    """`added_tokens_decoder` of `tokenizer_config.json`: id -> its text, or a table with its `content`."""
+    if decoder is None:
+        return {}
+    if not isinstance(decoder, dict):
+        raise ValueError("`added_tokens_decoder` is not a table")
+    return {_number(int(key)): _text(content_of(token)) for key, token in decoder.items()}
+
+
+def content_of(token: Any) -> str | None:
+    """A special token, which is a text or a table with its `content`; None where it is neither."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """The fields of a protobuf message that hold bytes: (number, bytes)."""
+    position, end = 0, len(message)
+    while position < end:
+        tag, position = _varint(message, position)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            _, position = _varint(message, position)
+            continue
+        if wire == 2:
+            length, position = _varint(message, position)
+        elif wire in (1, 5):
+            length = 8 if wire == 1 else 4
+        else:
+            raise ValueError("it is not a protobuf message")
+        if position + length > end:
+            raise ValueError("it is cut off")
+        if wire == 2:
+            yield number, message[position : position + length]
+        position += length
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(message):
+            raise ValueError("it is cut off")
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise ValueError("it is not a protobuf message")
+
+
+def _visible() -> dict[int, str]:
+    """The characters that byte-level tokenizers write bytes as (GPT-2's table)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + number) for number, byte in enumerate(hidden)}
+
+
+_CHARACTERS = _visible()
+
+
+def _written(token: bytes) -> str:
+    return token.decode("latin-1").translate(_CHARACTERS)
+
+
+def _by_id(vocabulary: Mapping[str, Any]) -> dict[int, str]:
+    _check(vocabulary.values())
+    return {number: token for token, number in vocabulary.items()}
+
+
+def _check(numbers: Iterable[Any]) -> None:
+    if set(map(type, numbers)) - {int}:
+        raise ValueError("an id is not a whole number")
+    if any(not 0 <= number < _MOST_IDS for number in numbers):
+        raise ValueError("an id is out of range")
+
+
+def _number(value: Any) -> int:
+    _check([value])
+    number: int = value
+    return number
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a token is not a text")
+    return value
