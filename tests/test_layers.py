@@ -17,7 +17,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "merging proving starting studying",
         "results",
         "show.page show.study_tables",
-        "show.charts show.markdown show.page_remarks show.page_table show.terminal",
+        "show.charts show.heat_maps show.markdown show.page_remarks show.page_table show.terminal",
         "event_log flags show.html show.tables",
         "doctor messages show.figures show.sarif",
     ),

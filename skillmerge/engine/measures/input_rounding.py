@@ -5,8 +5,8 @@ squares by ulp^2 / 12. Of an update v = r - s whose two models were both rounded
 
     floor = sqrt(sum (ulp(r)^2 + ulp(s)^2) / 12) / |v|        as a share of the update's norm
 
-summed over the elements of all tensors that have an update. With r alone it is the floor of an r that was rounded and an
-s that was not, as where RL began from the rounded s itself. Above 1 the two errors are no longer independent, as most
+summed over the elements of all tensors that have an update. With r alone it is the floor of a rounded r and an exact
+s, as where RL began from the rounded s itself. Above 1 the two errors are no longer independent, as most
 elements of r and s are rounded to the same number: then what is left of v says where steps were rounded up.
 
 The precision is that of the numbers, not of the file: float32 whose lower 16 bits are all 0 were bfloat16 before. It is
