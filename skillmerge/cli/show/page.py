@@ -6,9 +6,9 @@ value stands as a number beside its colour. The figures' meanings come from `fig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skillmerge.cli.show import tables
 from skillmerge.cli.show.charts import chart
@@ -22,7 +22,7 @@ from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.outputs.output import Outcome
 from skillmerge.plans.depth import number
 from skillmerge.plans.plan import Plan
-from skillmerge.study.inspect import Inspection
+from skillmerge.study.inspect import FIGURES_OF_TWO, Inspection
 from skillmerge.tensors import format_bytes
 from skillmerge.version import __version__
 
@@ -57,7 +57,7 @@ def build(
         sections.append(_sweep(sweep))
     sections.append(maps_section(plan, manifest, inspection))
     if inspection is not None:
-        sections += [_depth(inspection), _forecast(inspection), _ulps(inspection)]
+        sections += [_each(inspection), _depth(inspection), _forecast(inspection), _ulps(inspection)]
     if manifest is not None and isinstance(manifest.statistics, Statistics):
         sections.append(_rounding(manifest.statistics))
     if plan is not None:
@@ -93,7 +93,10 @@ def _cards(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspect
             cards += [("vanished", show(total.vanished, "share"))]
         cards += [("changed", show(total.changed, "share"))]
     if inspection is not None:
-        keys = ("elements", "changed", "above_absolute", "above_relative", "norm", "norm_ratio", "cosine", "cosine_z")
+        keys = (
+            "elements", "changed", "above_absolute", "above_relative", "norm", "norm_ratio", "input_rounding", "cosine",
+            "cosine_z",
+        )  # fmt: skip
         for key in keys:
             if inspection.total.get(key) is not None:
                 cards.append((abbreviated(FIGURES[key]), show(inspection.total[key], FIGURES[key].unit)))
@@ -104,6 +107,36 @@ def _cards(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspect
         what += f"; the second: <code>{escaped(inspection.second)}</code></p>" if inspection.second else "</p>"
         what += "".join(f"<p>{escaped(note)}</p>" for note in inspection.notes)
     return f'<section>{what}<ul class="cards">{items}</ul></section>'
+
+
+def _each(inspection: Inspection) -> str:
+    """Each of several updates by itself, and every two of them."""
+    if not inspection.updates:
+        return ""
+    keys = ("changed", "norm", "norm_ratio", "input_rounding", "input_rounding_added")
+    each = [([label], row["all"]) for label, row in inspection.updates.items()]
+    two = [([pair["first"], pair["second"], "all"], pair["all"]) for pair in inspection.pairs]
+    for pair in inspection.pairs:
+        two += [([pair["first"], pair["second"], kind], row) for kind, row in pair["modules"].items()]
+    return (
+        f"<section><h2>Each update</h2>{_figures_table(('update',), each, keys)}</section>"
+        f"<section><h2>Every two updates</h2>"
+        f"{_figures_table(('update', 'beside', 'module'), two, FIGURES_OF_TWO)}</section>"
+    )
+
+
+def _figures_table(
+    first: Sequence[str], rows: Sequence[tuple[Sequence[str], Mapping[str, Any]]], keys: Sequence[str]
+) -> str:
+    head = "".join(f"<th class=text>{name}</th>" for name in first)
+    head += "".join(f"<th>{abbreviated(FIGURES[key])}</th>" for key in keys)
+    body = []
+    for names, row in rows:
+        cells = "".join(f"<td class=text>{escaped(name)}</td>" for name in names)
+        cells += "".join(f"<td>{show(row.get(key), FIGURES[key].unit)}</td>" for key in keys)
+        body.append(f"<tr>{cells}</tr>")
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def _depth(inspection: Inspection) -> str:

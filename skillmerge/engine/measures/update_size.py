@@ -33,14 +33,18 @@ def _is_left_out(name: str) -> bool:
     return module_kind(name) in _NOT_JUDGED or name.endswith("bias")
 
 
-def size_warning(ratios: Mapping[str, float]) -> Iterator[Remark]:
-    """The warning that such matrices call for, where there are any; it names the largest."""
+def size_warning(ratios: Mapping[str, float], has_recipe: bool = True) -> Iterator[Remark]:
+    """The warning that such matrices call for, where there are any; it names the largest.
+
+    has_recipe: whether there is a recipe that could accept it.
+    """
     if not ratios:
         return
     name = max(ratios, key=lambda name: ratios[name])
     count = f"; {len(ratios)} matrices change by more than {LARGE}" if len(ratios) > 1 else ""
     yield warning(
         f"`{name}` changes by {ratios[name]:.2f} of its norm, which is implausibly large{count}",
-        f"check that the models belong together; to accept it, add to the recipe: `accept: [{NAME}]`",
+        "check that the models belong together"
+        + (f"; to accept it, add to the recipe: `accept: [{NAME}]`" if has_recipe else ""),
         name=NAME,
     )
