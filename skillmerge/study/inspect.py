@@ -237,7 +237,8 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
     spectra = measure_spectra(subject, tasks, spectral, reporter) if spectral is not None else {}
     return Inspection(
         title=subject.title,
-        update=told_update(subject.update) + (", where no rule says otherwise" if subject.by_tensor else ""),
+        update=(subject.told or told_update(subject.update))
+        + (", where no rule says otherwise" if subject.by_tensor else ""),
         second=f"{subject.target} - {subject.reference}".replace(BASE, "base") if subject.reference else None,
         tensors=describe_all(rows, {name: [name] for name in rows}),
         spectra=spectra,

@@ -52,6 +52,8 @@ class Subject:
     """The update's factors of tensors, where coefficients make them differ."""
     parts: tuple[Part, ...] = ()
     """The updates that make up v, where there are several: each is seen by itself, and beside each other one."""
+    told: str = ""
+    """What v is, for people; by default its factors."""
     skills: frozenset[str] = frozenset()
     """Models that are planes of stored skills, whose numbers show nothing of the models before."""
 
@@ -99,8 +101,9 @@ def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter)
     together = {model: factor for update in updates for model, factor in update.items()}
     title = f"skill{'s' if len(places) > 1 else ''} {' and '.join(places)}"
     return Subject(
-        title, checkpoints, together, None, None, parts=parts if len(parts) > 1 else (), skills=frozenset(names)
-    )
+        title, checkpoints, together, None, None, parts=parts if len(parts) > 1 else (),
+        told=" + ".join(places) if len(parts) > 1 else "", skills=frozenset(names),
+    )  # fmt: skip
 
 
 def open_named(models: Mapping[str, Any], access: Access, reporter: Reporter) -> dict[str, Checkpoint]:
@@ -238,4 +241,6 @@ def _pair(update: Mapping[str, float], recipe: Recipe) -> tuple[str, str] | None
 
 def _real(pair: tuple[str, str] | None, recipe: Recipe, index: int) -> str | None:
     """A model of the pair, where it is one and not a plane of a skill."""
-    return pair[index] if pair is not None and pair[index] in recipe.models else None
+    if pair is None or pair[index] not in recipe.models or pair[index] in recipe.skills:
+        return None
+    return pair[index]

@@ -58,7 +58,7 @@ FIGURES = {
     "input_rounding": Figure(
         "input rounding",
         "sqrt(sum (ulp(r)^2 + ulp(s)^2) / 12) / ||v||",
-        "What a cast of both models is expected to have put into v = r - s, as a share of its norm, in tensors that have "
+        "What a cast of both models is expected to have put into v = r - s, as a share of its norm, in tensors with "
         "an update. From about 0.7 on it is as large as what is left of the update. It does not apply to models that "
         "were trained in the precision of their numbers: these are no casts.",
         "number",

@@ -112,6 +112,7 @@ def _figures(
     """A row for each module, or whatever `first` calls them; `counted` is the key of how many there are."""
     known = {**FIGURES, **SPECTRAL}
     table = new_table((first, counted, *(known[key].label for key in keys)), title, left=(first,))
+    table.columns[0].no_wrap = first == "module"
     for label, row in rows.items():
         table.add_row(Text(label), str(row[counted]), *(show(row[key], known[key].unit) for key in keys))
     return table
