@@ -56,14 +56,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "plans": (
         "opening",
         "planner",
-        "budget layout saved",
+        "budget compare.models layout saved",
         "plan",
         "accounting",
-        "compare.tokens",
-        "compare.tokenizer",
-        "compare.vocabulary",
-        "changes depth mapping side_files "
-        "compare.found compare.placeholders compare.roles compare.small_files compare.tokenization",
+        "compare.config compare.tokens",
+        "compare.config_values",
+        "compare.table",
+        "changes depth mapping side_files compare.architectures compare.found compare.roles",
     ),
     "recipes": (
         "candidates lint",
@@ -77,8 +76,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "kinds.table",
         "kinds.skill schemes",
         "kinds.dense kinds.patch kinds.skill_planes stores.hub stores.memory",
+        "tokenizers.tokenizer",
+        "tokenizers.vocabulary",
+        "tokenizers.small_files",
         "checkpoint stores.folder",
-        "store stores.http_ranges",
+        "store tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
         "kinds.sparse model_config place safetensors stores.hub_client",
     ),
     "methods": (

@@ -17,6 +17,7 @@ from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, is_zero, model_of, sole_model
 from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
+from skillmerge.plans.compare.models import compare_models
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
@@ -26,8 +27,12 @@ from skillmerge.recipes.schedules import ScheduleError
 from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
 
 
-def plan_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False) -> Plan:
+def plan_recipe(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False, lenient: bool = False
+) -> Plan:
     """Plan `recipe` over its opened `checkpoints` (by model name, at least those that it uses).
+
+    lenient: differences between the models are warnings at most, for what was made before they were looked at.
 
     Raises RecipeError for rules and expressions that these models give no meaning, InputError for
     checkpoints that are quantised or contradict themselves. What `copy` or `ignore` could settle is
@@ -44,7 +49,9 @@ def plan_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_
     accounts = account_tensors(recipe, checkpoints, donor_name, terms)
     used = {name: () if name in copied else row for name, row in values.items()}
     tensors = _tensors(recipe, checkpoints, donor, used, terms, accounts.tensors)
-    problems = (*accounts.problems, *_contradictions(donor))
+    compared = compare_models(checkpoints, donor_name, terms, recipe.accept, recipe.output.dtype, lenient=lenient)
+    problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
+    notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
     shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
     read = _bytes_read(tensors, checkpoints)
     return sealed(
@@ -58,7 +65,10 @@ def plan_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_
             side_files=side_files,
             ties=accounts.ties,
             problems=problems,
-            notes=(*_notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties), *accounts.notes),
+            notes=(*notes, *accounts.notes, *compared.notes),
+            warnings=tuple(compared.warnings),
+            compared=compared.found,
+            comparison=compared.line,
             bytes_read=sum(read.values()),
             input_itemsizes=_itemsizes(tensors, checkpoints),
             versions=versions(checkpoints),

@@ -17,7 +17,7 @@ from skillmerge.tensors import ULP_EDGES, format_bytes
 ACTION_COLUMNS = ("tensors", "from", "what happens", "names")
 GATE_COLUMNS = ("gate", "asked", "measured", "verdict", "")
 
-COMPARED_COLUMNS = ("difference", "level", "what follows")
+COMPARED_COLUMNS = ("difference", "what follows")
 
 
 class Action(NamedTuple):
@@ -39,16 +39,13 @@ def actions(plan: Plan) -> list[Action]:
 
 
 def compared(found: Sequence[Compared], models: Sequence[str]) -> list[tuple[str, ...]]:
-    """Each difference: its key, its value in each of `models`, its level, and what follows."""
-    return [
-        (
-            one.key,
-            *(one.values.get(model, "-") for model in models),
-            "accepted" if one.accepted else one.level,
-            one.message,
-        )
-        for one in found
-    ]
+    """Each difference: its key, its value in each of `models`, and what follows, in a word."""
+    rows = []
+    for one in found:
+        follows = "accepted" if one.accepted else one.level
+        values = (one.values.get(model, "-") for model in models)
+        rows.append((one.key, *values, f"{follows} `{one.name}`" if one.name else follows))
+    return rows
 
 
 def coefficients(plan: Plan) -> Iterator[tuple[str, Depth]]:

@@ -12,7 +12,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.methods.terms import model_of
 from skillmerge.naming import module_kind
 from skillmerge.plans.compare.config_values import architecture, effective, layers, other_parts, text_part
-from skillmerge.plans.compare.found import Compared
+from skillmerge.plans.compare.found import Compared, Level
 from skillmerge.plans.compare.roles import Roles
 from skillmerge.plans.compare.table import IGNORED, ROWS, Row
 from skillmerge.tensors import DTYPES
@@ -21,9 +21,7 @@ FILE = "config.json"
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
-def compare_config(
-    models: Mapping[str, Checkpoint], donor: str, roles: Roles, accept: frozenset[str], dtype: str
-) -> list[Compared]:
+def compare_config(models: Mapping[str, Checkpoint], donor: str, roles: Roles, dtype: str) -> list[Compared]:
     """Return how the configurations of the models that a formula uses differ from the donor's, which is first.
 
     A model without a configuration, as a stored skill is, is not compared. dtype: of the recipe's output.
@@ -35,18 +33,12 @@ def compare_config(
         if not any(one.name == "architecture" for one in found):
             found += _parts(configs, donor, roles)
         found += _ties({name: models[name] for name in configs}, donor, roles)
-    return [_settled(one, accept) for one in found]
+    return found
 
 
 def _compared(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> list[str]:
     used = [name for name, role in roles.items() if role.used and name != donor and model_of(name) == name]
     return [donor, *(name for name in used if models[name].config)]
-
-
-def _settled(found: Compared, accept: frozenset[str]) -> Compared:
-    if found.name not in accept or found.level == "note":
-        return found
-    return Compared(found.name, found.key, found.file, found.level, found.values, True, found.message, found.help)
 
 
 def _architectures(configs: Mapping[str, Mapping[str, Any]], donor: str) -> Iterator[Compared]:
@@ -107,7 +99,8 @@ def _rows(
 
 def _difference(row: Row, prefix: str, having: Mapping[str, Any], donor: str, roles: Roles) -> Compared:
     other = [name for name, value in having.items() if value != having[donor]]
-    level, shown = row.level, _shown(having)
+    level: Level = row.level
+    shown = _shown(having)
     alone = len(other) == len(having) - 1 and len({repr(having[name]) for name in other}) == 1
     if row.name == "rope-scaling" and alone and len(other) > 1:
         level = "note"  # the usual way to serve long inputs: the donor alone has it
@@ -187,7 +180,7 @@ def _donor(donor: Checkpoint, name: str, dtype: str) -> Iterator[Compared]:
     if type(size) is int and len(rows) == 1 and rows[0] > size:
         yield Compared(
             "dtype-config", "vocab_size", FILE, "warning", {name: f"{size:,}, rows {rows[0]:,}"}, False,
-            f"the donor `{name}` says vocab_size {size:,}, and its embedding has {rows[0]:,} rows: runtimes refuse that",
+            f"the donor `{name}` says vocab_size {size:,}, its embedding has {rows[0]:,} rows: some runtimes refuse it",
             f"set vocab_size to {rows[0]:,} in the donor's config.json",
         )  # fmt: skip
     classes = donor.config.get("architectures")

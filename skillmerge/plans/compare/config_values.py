@@ -110,13 +110,13 @@ def _rope(part: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tupl
     base = base or defaults.get("rope base")
     if base is not None:
         yield "rope base", base
-        near = local.get("rope_theta") or part.get("rope_local_base_freq") or defaults.get("rope local base") or base
-        yield "rope local base", near
+        near = local.get("rope_theta") or part.get("rope_local_base_freq") or defaults.get("rope local base")
+        yield "rope local base", near if near != base else None
     turned = _first(main, ("partial_rotary_factor",)) or _first(part, ("partial_rotary_factor", "rotary_pct"))
     yield "rope partial", turned or defaults.get("rope partial", 1.0)
     sections = _first(main, ("mrope_section",)) or _first(old, ("mrope_section",))
     yield "rope sections", tuple(sections) if isinstance(sections, list) else None
-    scaling = {**old, **main}
+    scaling = old or main  # transformers takes the older key where a person has added it
     kind = _first(scaling, ("rope_type", "type"))
     kind = ROPE_TYPES.get(kind, kind) if isinstance(kind, str | None) else str(kind)
     factors = {

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from skillmerge.plans.compare.found import Level
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -19,7 +21,7 @@ class Row:
     """
 
     what: str
-    level: str
+    level: Level
     name: str | None
     follows: str
     keys: tuple[str, ...] = ()
@@ -40,7 +42,8 @@ ROWS = (
     Row("rope sections", "problem", "rope", _ROPE),
     Row("rope trained scaling", "problem", "rope", _ROPE),
     Row("rope scaling", "warning", "rope-scaling", "positions are scaled in only some of the models"),
-    Row("attention heads", "problem", "heads", _HEADS, ("num_attention_heads", "n_head", "n_heads", "num_heads"), UNKNOWN),
+    Row("attention heads", "problem", "heads", _HEADS,
+        ("num_attention_heads", "n_head", "n_heads", "num_heads"), UNKNOWN),
     Row("key and value heads", "problem", "heads", _HEADS),
     Row("head size", "problem", "heads", _HEADS),
     Row("decoder attention heads", "problem", "heads", _HEADS, ("decoder_attention_heads",), UNKNOWN),
@@ -49,8 +52,8 @@ ROWS = (
         Row(key, "problem", "heads", _HEADS, (key,), UNKNOWN)
         for key in (
             "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "linear_num_key_heads", "linear_num_value_heads",
-            "linear_key_head_dim", "linear_value_head_dim", "mamba_n_heads", "mamba_d_head", "mamba_n_groups", "n_groups",
-            "multi_query", "new_decoder_architecture", "relative_attention_num_buckets",
+            "linear_key_head_dim", "linear_value_head_dim", "mamba_n_heads", "mamba_d_head", "mamba_n_groups",
+            "n_groups", "multi_query", "new_decoder_architecture", "relative_attention_num_buckets",
         )
     ),
     Row("activation", "problem", "activation", "the weights were trained for another function"),
@@ -87,7 +90,8 @@ ROWS = (
     Row("sliding window", "problem", "window", "the layers attend over another distance"),
     *(
         Row(key, "problem", "window", "the layers attend over another distance", (key,))
-        for key in ("attention_chunk_size", "no_rope_layers", "attention_window", "local_attention", "global_attn_every_n_layers")
+        for key in ("attention_chunk_size", "no_rope_layers", "attention_window", "local_attention",
+                    "global_attn_every_n_layers")
     ),
     Row("norm epsilon", "note", None, "the donor's is used", ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
         "norm_epsilon", "norm_eps", "layernorm_epsilon"), UNKNOWN),

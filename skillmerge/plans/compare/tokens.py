@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import sections
+from skillmerge.checkpoints.tokenizers.placeholders import is_placeholder
+from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
+from skillmerge.checkpoints.tokenizers.tokenizer import Tokenizer, read_tokenizer
 from skillmerge.errors import visible
 from skillmerge.plans.compare.found import Compared, Level
-from skillmerge.plans.compare.placeholders import is_placeholder
 from skillmerge.plans.compare.roles import Role, Roles
-from skillmerge.plans.compare.small_files import SmallFiles
-from skillmerge.plans.compare.tokenizer import Tokenizer, read_tokenizer
 
 NAMED = 8
 """How many tokens a message names."""

@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import sections
-from skillmerge.errors import InputError
-from skillmerge.plans.compare.small_files import SmallFiles
-from skillmerge.plans.compare.vocabulary import (
+from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
+from skillmerge.checkpoints.tokenizers.vocabulary import (
     Vocabulary,
     added_tokens,
     content_of,
@@ -29,6 +28,7 @@ from skillmerge.plans.compare.vocabulary import (
     vocab_json,
     vocab_txt,
 )
+from skillmerge.errors import InputError
 
 VOCABULARIES: tuple[tuple[str, Callable[[bytes], Vocabulary]], ...] = (
     ("tokenizer.json", tokenizer_json),

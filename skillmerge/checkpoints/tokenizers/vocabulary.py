@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from skillmerge.checkpoints.safetensors import refuse_bulk, unique_keys
-from skillmerge.plans.compare.small_files import MAX_BYTES
-from skillmerge.plans.compare.tokenization import merges_digest, tokenization
+from skillmerge.checkpoints.tokenizers.small_files import MAX_BYTES
+from skillmerge.checkpoints.tokenizers.tokenization import merges_digest, tokenization
 
 _MOST_IDS = 1 << 31
 

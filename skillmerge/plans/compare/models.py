@@ -1,0 +1,82 @@
+"""The comparison of a formula's models: all that their files say of them, and what comes of the differences."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.methods.terms import Term, model_of
+from skillmerge.plans.accounting import Problem
+from skillmerge.plans.compare.config import compare_config
+from skillmerge.plans.compare.found import Compared
+from skillmerge.plans.compare.roles import roles_of
+from skillmerge.plans.compare.tokens import compare_tokens
+from skillmerge.remarks import Remark
+
+_OTHERS = ("donor", "update-size", "merged-share", "quantised-difference")
+"""Names in `accept` for what is found elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What came of it. found: every difference; line: what was compared, for people, None where there is one model."""
+
+    found: tuple[Compared, ...]
+    line: str | None
+    unused: tuple[str, ...]
+    """Names in `accept` that settle nothing."""
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [Problem("models", it.message, name=it.name) for it in self._open("problem")]
+
+    @property
+    def warnings(self) -> list[Remark]:
+        return [Remark("warning", it.message, it.help, it.name) for it in self._open("warning")]
+
+    @property
+    def notes(self) -> list[str]:
+        notes = [it.message for it in self._open("note")]
+        return notes + [f"`accept: [{name}]` settles nothing here" for name in self.unused]
+
+    def _open(self, level: str) -> list[Compared]:
+        return [it for it in self.found if it.level == level and not it.accepted]
+
+
+def compare_models(
+    checkpoints: Mapping[str, Checkpoint],
+    donor: str,
+    terms: Mapping[str, Term | None],
+    accept: Collection[str],
+    dtype: str,
+    *,
+    lenient: bool = False,
+) -> Comparison:
+    """Compare the models of `terms` (by the donor's tensors' names) with the donor and with what they say they hold.
+
+    accept: names of differences that the recipe accepts. dtype: of the recipe's output. lenient: problems are
+    warnings, for what was made before these comparisons. Reads small files only; raises StalePlan, TemporaryError.
+    """
+    roles = roles_of(terms)
+    found = compare_config(checkpoints, donor, roles, dtype)
+    foreign = any(it.name == "architecture" for it in found)  # of two architectures everything differs
+    found += [] if foreign else compare_tokens(checkpoints, donor, roles)
+    if lenient:
+        found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
+    found = [replace(it, accepted=it.name in accept and it.level != "note") for it in found]
+    settled = {it.name for it in found if it.accepted}
+    unused = tuple(name for name in sorted(accept) if name not in settled and name not in _OTHERS)
+    names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
+    return Comparison(tuple(found), _line(names, found) if len(names) > 1 else None, unused)
+
+
+def _line(names: list[str], found: list[Compared]) -> str:
+    counts = []
+    for level in ("problem", "warning", "note"):
+        count = sum(it.level == level and not it.accepted for it in found)
+        counts += [f"{count} {level}{'s' if count > 1 else ''}"] if count else []
+    accepted = sum(it.accepted for it in found)
+    counts += [f"{accepted} accepted"] if accepted else []
+    what = "configuration, tokenizer, chat template, stop tokens"
+    return f"compared {', '.join(names)}: {what}: {', '.join(counts) or 'no differences'}"
