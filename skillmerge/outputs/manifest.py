@@ -303,10 +303,17 @@ _UNCOMPARED = ("tool", "accepted", "warnings")
 
 
 def compare(place: Path, one: ManifestBody, again: ManifestBody) -> None:
-    """Raise CheckFailed where two manifests differ in more than where and with what version they were made."""
-    for part in fields(ManifestBody):
-        if part.name not in _UNCOMPARED and getattr(one, part.name) != getattr(again, part.name):
-            raise CheckFailed(f"{place / MANIFEST_FILE}: `{part.name}` differs when it is built again")
+    """Raise CheckFailed where `again` does not say all that `one` says, the version apart; it may say more."""
+    new = ManifestBody.as_dict(again)
+    for key, value in ManifestBody.as_dict(one).items():
+        if key not in _UNCOMPARED and not _is_said(value, new[key]):
+            raise CheckFailed(f"{place / MANIFEST_FILE}: `{key}` differs when it is built again")
+
+
+def _is_said(old: Any, new: Any) -> bool:
+    if isinstance(old, dict):
+        return all(key in new and _is_said(value, new[key]) for key, value in old.items())
+    return len(old) == len(new) and all(map(_is_said, old, new)) if isinstance(old, list) else bool(old == new)
 
 
 def read(folder: Path) -> Manifest:
