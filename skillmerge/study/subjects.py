@@ -165,11 +165,13 @@ def _parts(term: Term | None, target: str | None, recipe: Recipe) -> tuple[Part,
     """
     found: dict[tuple[tuple[str, float], ...], Part] = {}
     together: dict[str, float] = {}
-    is_added_to = target is not None
-    for model, factor in _leaves(term) if term is not None else ():
-        if is_added_to and model == target and factor == 1:
-            is_added_to = False
-            continue
+    leaves = list(_leaves(term)) if term is not None else []
+    if target is not None:  # what they are added to: the target, or else the first whole model
+        whole = [leaf for leaf in leaves if leaf[1] == 1]
+        for leaf in [leaf for leaf in whole if leaf[0] == target] or whole[:1]:
+            leaves.remove(leaf)
+            break
+    for model, factor in leaves:
         together[model] = together.get(model, 0.0) + factor
         if abs(sum(together.values())) > 1e-12:
             continue
