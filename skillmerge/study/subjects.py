@@ -168,9 +168,9 @@ def _parts(term: Term | None, target: str | None, recipe: Recipe) -> tuple[Part,
     leaves = list(_leaves(term)) if term is not None else []
     if target is not None:  # what they are added to: the target, or else the first whole model
         whole = [leaf for leaf in leaves if leaf[1] == 1]
-        for leaf in [leaf for leaf in whole if leaf[0] == target] or whole[:1]:
-            leaves.remove(leaf)
-            break
+        base = next((leaf for leaf in whole if leaf[0] == target), whole[0] if whole else None)
+        if base is not None:
+            leaves.remove(base)
     for model, factor in leaves:
         together[model] = together.get(model, 0.0) + factor
         if abs(sum(together.values())) > 1e-12:
