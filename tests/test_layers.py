@@ -56,8 +56,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "plans": (
         "opening",
         "planner",
-        "budget compare.models layout saved",
+        "budget layout saved",
         "plan",
+        "compare.models",
         "accounting",
         "compare.config compare.tokens",
         "compare.config_values",

@@ -10,6 +10,7 @@ from skillmerge.cli import flags
 from skillmerge.cli.flags import option
 from skillmerge.cli.messages import TerminalReporter
 from skillmerge.cli.results import check_places, print_result, show_merge, write_report
+from skillmerge.remarks import ACCEPTABLE
 
 
 @click.command()
@@ -26,6 +27,10 @@ from skillmerge.cli.results import check_places, print_result, show_merge, write
     help="Only the largest elements of each tensor, multiplied by what restores its norm.",
 )  # fmt: skip
 @option("--ignore", multiple=True, metavar="GLOB", help="Tensors that the skill does without; may be given again.")
+@option(
+    "--accept", multiple=True, metavar="NAME", type=click.Choice(list(ACCEPTABLE)),
+    help="A difference between the models that is meant; may be given again.",
+)  # fmt: skip
 @option("--overwrite", is_flag=True, help="Replace an existing output, at the end.")
 @flags.threads
 @flags.memory

@@ -266,7 +266,7 @@ def build(
         inputs=tuple(_input(item, input_digests) for item in plan.inputs),
         files=tuple(sorted(files, key=lambda file: file.name)),
         tensors=_tensors(plan, measured),
-        accepted=tuple(replace(found, help=None) for found in plan.compared if found.accepted),
+        accepted=tuple(replace(found, help=None) for found in plan.compared.found if found.accepted),
         statistics=summarise_skill(cut, inputs) if plan.makes_skill else summarise(plan, measured, stats),
     )
 

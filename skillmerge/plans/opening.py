@@ -96,13 +96,15 @@ def planned(
     recipe: str | os.PathLike[str] | Recipe,
     coefficients: Mapping[str, float] | None,
     access: Access,
-    warn: Callable[[str], None],
+    note: Callable[[str], None],
+    *,
+    lenient: bool = False,
 ) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
-    """The plan of a recipe and its checkpoints, open while the context lasts."""
+    """The plan of a recipe and its checkpoints, open while the context lasts. lenient: as of `plan_recipe`."""
     parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
-    checkpoints = open_models(parsed, access, warn)
+    checkpoints = open_models(parsed, access, note)
     try:
-        yield plan_recipe(parsed, checkpoints, allow_code=access.allow_code), checkpoints
+        yield plan_recipe(parsed, checkpoints, allow_code=access.allow_code, lenient=lenient), checkpoints
     finally:
         close_all(checkpoints)
 

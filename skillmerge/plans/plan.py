@@ -12,7 +12,7 @@ from skillmerge.brief import brief
 from skillmerge.errors import InputError, UsageError
 from skillmerge.methods.linear import Program
 from skillmerge.plans.accounting import Problem, settlement
-from skillmerge.plans.compare.found import Compared
+from skillmerge.plans.compare.models import NOTHING, Comparison
 from skillmerge.plans.mapping import Source
 from skillmerge.plans.side_files import SideFile
 from skillmerge.recipes.recipe import Recipe
@@ -93,10 +93,7 @@ class Plan:
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     warnings: tuple[Remark, ...] = ()
-    compared: tuple[Compared, ...] = ()
-    """The differences between the models, those that are accepted too."""
-    comparison: str | None = None
-    """What was compared and what came of it, in one line; None where there is one model."""
+    compared: Comparison = NOTHING
     merged_share: float | None = None
     """The parameters of the tensors that the formula changes, of the donor's; of a skill None."""
     bytes_read: int = 0
@@ -136,11 +133,13 @@ class Plan:
 
     @property
     def acceptance(self) -> str | None:
-        """The line of the recipe that accepts every problem and warning that can be accepted."""
+        """What accepts every problem and warning that can be accepted: a line of the recipe, or options."""
         found = (*(it.name for it in self.problems), *(it.name for it in self.warnings))
         names = dict.fromkeys(name for name in found if name is not None)
         if not names:
             return None
+        if self.recipe.of_command:
+            return f"to accept what was found, once you have looked at it: {' '.join(f'--accept {it}' for it in names)}"
         every = [*sorted(self.recipe.accept), *(name for name in names if name not in self.recipe.accept)]
         return f"to accept what was found, once you have looked at it, add to the recipe:\naccept: [{', '.join(every)}]"
 
@@ -152,7 +151,7 @@ class Plan:
             "problems": [problem.as_dict() for problem in self.problems],
             "warnings": [warning.message for warning in self.warnings],
             "notes": list(self.notes),
-            "compared": [found.as_dict() for found in self.compared],
+            "compared": [found.as_dict() for found in self.compared.found],
             **({"merged_share": self.merged_share} if self.merged_share is not None else {}),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
 from skillmerge.checkpoints.model_config import contradictions, quantisation, tied_source
@@ -17,7 +18,7 @@ from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, is_zero, model_of, sole_model
 from skillmerge.naming import module_kind
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
-from skillmerge.plans.compare.models import compare_models
+from skillmerge.plans.compare.models import NOTHING, compare_models
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
@@ -28,11 +29,17 @@ from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
 
 
 def plan_recipe(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, allow_code: bool = False, lenient: bool = False
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    allow_code: bool = False,
+    lenient: bool = False,
+    compare: bool = True,
 ) -> Plan:
     """Plan `recipe` over its opened `checkpoints` (by model name, at least those that it uses).
 
     lenient: differences between the models are warnings at most, for what was made before they were looked at.
+    compare: whether to look at them at all, which these models may have been through.
 
     Raises RecipeError for rules and expressions that these models give no meaning, InputError for
     checkpoints that are quantised or contradict themselves. What `copy` or `ignore` could settle is
@@ -49,15 +56,13 @@ def plan_recipe(
     accounts = account_tensors(recipe, checkpoints, donor_name, terms)
     used = {name: () if name in copied else row for name, row in values.items()}
     tensors = _tensors(recipe, checkpoints, donor, used, terms, accounts.tensors)
-    compared = compare_models(checkpoints, donor_name, terms, recipe.accept, recipe.output.dtype, lenient=lenient)
+    compared = compare_models(recipe, checkpoints, donor_name, terms, lenient=lenient) if compare else NOTHING
     problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
     notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
     shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
-    read = _bytes_read(tensors, checkpoints)
     return sealed(
         Plan(
             recipe=recipe,
-            inputs=tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
             donor=donor_name,
             coefficients=tuple(recipe.coefficients),
             tensors=tensors,
@@ -67,11 +72,8 @@ def plan_recipe(
             problems=problems,
             notes=(*notes, *accounts.notes, *compared.notes),
             warnings=tuple(compared.warnings),
-            compared=compared.found,
-            comparison=compared.line,
-            bytes_read=sum(read.values()),
-            input_itemsizes=_itemsizes(tensors, checkpoints),
-            versions=versions(checkpoints),
+            compared=compared,
+            **_inputs(recipe, checkpoints, tensors),
         )
     )
 
@@ -286,6 +288,17 @@ def _untied(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> list[str]:
                 "runtimes will not agree which of the two to use"
             )
     return notes
+
+
+def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:
+    """The parts of a plan that say what is read."""
+    read = _bytes_read(tensors, checkpoints)
+    return {
+        "inputs": tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
+        "bytes_read": sum(read.values()),
+        "input_itemsizes": _itemsizes(tensors, checkpoints),
+        "versions": versions(checkpoints),
+    }
 
 
 def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:

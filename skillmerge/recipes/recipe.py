@@ -83,6 +83,11 @@ class Recipe:
         return hashlib.sha256(self.document.text.encode()).hexdigest()
 
     @property
+    def of_command(self) -> bool:
+        """Whether it stands for the words of a command, and is in no file."""
+        return self.document.name.startswith("skillmerge ")
+
+    @property
     def makes_skill(self) -> bool:
         """Whether the output is a difference to store; otherwise it is a model."""
         return self.output.kind == "skill"

@@ -353,7 +353,7 @@ def gate(
 
     @contextmanager
     def opened() -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
-        with planned(recipe, None, access, reporter.note) as (plan, checkpoints):
+        with planned(recipe, None, access, reporter.note, lenient=True) as (plan, checkpoints):
             yield plan, checkpoints
 
     def tell(outcome: Outcome) -> None:

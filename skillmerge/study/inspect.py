@@ -149,7 +149,9 @@ def inspect(
     if Path(source).is_file():
         if len(places) > 1:
             raise UsageError(f"{places[0]} is a file: a recipe is inspected alone", fix=f"leave {places[1]} out")
-        with planned(source, coefficients, access, reporter.note) as (plan, checkpoints):
+        with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
+            for remark in plan.warnings:
+                reporter.warn(remark.message, remark.fix)
             plan.refuse_problems()
             found = inspect_merge(
                 plan, checkpoints, base, access, stats=stats, spectral=spectral, threads=threads, reporter=reporter

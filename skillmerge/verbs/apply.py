@@ -111,7 +111,7 @@ def merge(
 ) -> Result:
     """`apply`, in the records that its arguments sort into."""
     started = time.monotonic()
-    with _planned(source, access, checks.strict, reporter) as (plan, checkpoints):
+    with _planned(source, access, checks, reporter) as (plan, checkpoints):
         prepare(plan.recipe.gates, checks.stats, publish.no_local, plan)
         target = output_folder(plan.recipe, output, checkpoints)
         reporter.event(
@@ -346,14 +346,15 @@ def _read(recipe: str | os.PathLike[str] | Recipe, coefficients: Mapping[str, fl
 
 @contextmanager
 def _planned(
-    source: Recipe | SavedPlan, access: Access, strict: bool, reporter: Reporter
+    source: Recipe | SavedPlan, access: Access, checks: Checks, reporter: Reporter
 ) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
     """A plan that can be carried out, and its open models. Raises StalePlan for a saved plan that has changed."""
     saved = source if isinstance(source, SavedPlan) else None
     if saved is not None:
         access = replace(access, commits=saved.commits)
     recipe = source.recipe if isinstance(source, SavedPlan) else source
-    with planned(recipe, None, access, reporter.note) as (plan, checkpoints):
+    made_before = checks.expected is not None or (saved is not None and "compared" not in saved.document)
+    with planned(recipe, None, access, reporter.note, lenient=made_before) as (plan, checkpoints):
         plan.refuse_problems()
         if saved is not None:
             saved.check(plan)
@@ -361,7 +362,7 @@ def _planned(
             reporter.warn(remark.message, remark.fix)
         for note in plan.notes:
             reporter.note(note)
-        if strict:
+        if checks.strict:
             plan.refuse_warnings()
         if plan.recipe.output.compression != "none":
             check_zstandard()

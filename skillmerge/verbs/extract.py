@@ -33,6 +33,7 @@ def extract(
     *,
     dtype: str = "same",
     ignore: Sequence[str] = (),
+    accept: Sequence[str] = (),
     zstd: bool = False,
     keep: float | None = None,
     threads: int | None = None,
@@ -47,9 +48,9 @@ def extract(
 
     Where `rl` is a folder with a sparse patch, it is the patch of `sft`.
     dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. ignore: globs of
-    tensors that the skill does without. zstd: compress its files. keep: the share of each tensor's elements,
-    the largest, that stay, multiplied by what restores the tensor's norm. The rest is as of
-    `apply`, whose errors it raises: this is a recipe of three lines.
+    tensors that the skill does without. accept: differences between the two that are meant, by name. zstd: compress
+    its files. keep: the share of each tensor's elements, the largest, that stay, multiplied by what restores the
+    tensor's norm. The rest is as of `apply`, whose errors it raises: this is a recipe of three lines.
     """
     if dtype not in ("same", "bfloat16", "float16", "float32"):
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
@@ -60,7 +61,7 @@ def extract(
     if (Path(rl) / PATCH_FILE).is_file():
         models["rl"] = {"patch": models["rl"], "onto": "sft"}
     made = {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none", "keep": keep}
-    recipe = recipe_of(models, "rl - sft", made, "skillmerge extract", ignore=list(ignore))
+    recipe = recipe_of(models, "rl - sft", made, "skillmerge extract", ignore=list(ignore), accept=list(accept))
     reporter = reporter or Reporter()
     reporter.event("started", skillmerge=__version__, recipe=recipe.document.name)
     return merge(

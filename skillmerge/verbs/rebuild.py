@@ -178,7 +178,9 @@ def _planned_again(made: Output, how: How) -> Iterator[tuple[Plan, Mapping[str, 
     root, proof = made.folder, made.manifest
     recipe, commits = made.recipe(how.base)
     access = Access(how.follow_links, download=how.hub == "download", commits=commits, allow_code=_runs_code(made))
-    with planned(recipe, None, access, how.reporter.note) as (plan, checkpoints):
+    with planned(recipe, None, access, how.reporter.note, lenient=True) as (plan, checkpoints):
+        for remark in plan.warnings:
+            how.reporter.warn(remark.message, remark.fix)
         plan.refuse_problems()
         if plan.digest != proof.plan_digest:
             now = json.loads(json.dumps(saved.describe(plan)))

@@ -13,7 +13,18 @@ import skillmerge
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.candidates import with_values
 from skillmerge.recipes.parse import load
+from skillmerge.reporter import Reporter
 from skillmerge.verbs.sweep.in_memory import MergedModel
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
 
 pytestmark = pytest.mark.xdist_group("transformers")
 
@@ -29,7 +40,7 @@ def test_weights_in_memory_are_those_that_apply_writes(tmp_path: Path, formula: 
     names = {"target": "target-sft", "rl": "source-rl", "sft": "source-sft"}
     models = {key: str(demo / name) for key, name in names.items()}
     recipe = load(write_recipe(tmp_path, formula, models=models, coefficients={"lam": 1.0}))
-    model = MergedModel(recipe, Access(), "cpu", lambda message: None)
+    model = MergedModel(recipe, Access(), "cpu", Reporter())
     for lam in (0.0, 0.3, 1.0, -1.0, 1.7):
         candidate = with_values(recipe, {"lam": lam})
         statistics = model.use(candidate)
@@ -49,7 +60,7 @@ def test_stochastic_rounding_in_memory_too(tmp_path: Path, demo: Path) -> None:
     }
     output = {"rounding": "stochastic", "seed": 3}
     recipe = load(write_recipe(tmp_path, models=models, output=output))
-    model = MergedModel(recipe, Access(), "cpu", lambda message: None)
+    model = MergedModel(recipe, Access(), "cpu", Reporter())
     model.use(recipe)
     made = skillmerge.apply(recipe, tmp_path / "out")
     wanted = transformers.AutoModelForCausalLM.from_pretrained(made.output, dtype="auto").state_dict()
@@ -62,7 +73,7 @@ def test_a_skill_is_held_in_memory_as_well(tmp_path: Path, demo: Path) -> None:
     skillmerge.extract(str(demo / "source-rl"), str(demo / "source-sft"), tmp_path / "skill")
     models = {"target": str(demo / "target-sft"), "math": {"skill": "skill"}}
     recipe = load(write_recipe(tmp_path, "target + lam * math", models=models))
-    model = MergedModel(recipe, Access(), "cpu", lambda message: None)
+    model = MergedModel(recipe, Access(), "cpu", Reporter())
     model.use(with_values(recipe, {"lam": 0.9}))
     made = skillmerge.apply(with_values(recipe, {"lam": 0.9}), tmp_path / "out")
     wanted = transformers.AutoModelForCausalLM.from_pretrained(made.output, dtype="auto").state_dict()
@@ -75,7 +86,7 @@ def test_too_little_memory_is_told_before_any_work(demo: Path, monkeypatch: pyte
     monkeypatch.setattr("skillmerge.verbs.sweep.in_memory.free_memory", lambda: 1000)
     process_free = pytest.raises(skillmerge.SkillmergeError, match="scoring in memory holds")
     with process_free:
-        MergedModel(load(demo / "recipe.yaml"), Access(), "cpu", lambda message: None)
+        MergedModel(load(demo / "recipe.yaml"), Access(), "cpu", Reporter())
 
 
 def test_tied_parameters_that_part_are_loaded_anew(tmp_path: Path) -> None:
@@ -92,9 +103,9 @@ def test_tied_parameters_that_part_are_loaded_anew(tmp_path: Path) -> None:
         save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
     rules = {"default": 0.0, "rules": [{"tensors": "*embed_tokens*", "value": 0.5}]}
     recipe = load(write_recipe(tmp_path, coefficients={"lam": rules}))
-    notes: list[str] = []
-    model = MergedModel(with_values(recipe, {"lam.rules.0.value": 0.0}), Access(), "cpu", notes.append)
-    assert any("loaded anew" in note for note in notes)
+    listener = Notes()
+    model = MergedModel(with_values(recipe, {"lam.rules.0.value": 0.0}), Access(), "cpu", listener)
+    assert any("loaded again" in note for note in listener.notes)
     candidate = with_values(recipe, {"lam.rules.0.value": 0.7})
     model.use(candidate)
     out = skillmerge.apply(candidate, tmp_path / "out").output

@@ -71,12 +71,12 @@ def _problems(plan: Plan) -> str:
 
 
 def _compared(plan: Plan) -> str:
-    if not plan.compared:
-        return plan.comparison or ""
-    models = list(dict.fromkeys(model for found in plan.compared for model in found.values))
-    rows = [[_code(cell) for cell in row] for row in tables.compared(plan.compared, models)]
+    if not plan.compared.found:
+        return plan.compared.line or ""
+    models = list(dict.fromkeys(model for found in plan.compared.found for model in found.values))
+    rows = [[_code(cell) for cell in row] for row in tables.compared(plan.compared.found, models)]
     head = (*tables.COMPARED_COLUMNS[:1], *map(_code, models), *tables.COMPARED_COLUMNS[1:])
-    return f"{plan.comparison}\n\n{_table(head, rows)}"
+    return f"{plan.compared.line}\n\n{_table(head, rows)}"
 
 
 def _models(plan: Plan) -> str:

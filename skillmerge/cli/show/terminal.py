@@ -112,12 +112,12 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
 
 def _show_compared(plan: Plan, out: Console) -> None:
     """What was compared in one line, and every difference as a row."""
-    if plan.comparison is not None:
-        out.print(Text(plan.comparison), soft_wrap=True)
-    if plan.compared:
-        models = list(dict.fromkeys(model for found in plan.compared for model in found.values))
+    if plan.compared.line is not None:
+        out.print(Text(plan.compared.line), soft_wrap=True)
+    if plan.compared.found:
+        models = list(dict.fromkeys(model for found in plan.compared.found for model in found.values))
         table = new_table((*tables.COMPARED_COLUMNS[:1], *models, *tables.COMPARED_COLUMNS[1:]))
-        for row in tables.compared(plan.compared, models):
+        for row in tables.compared(plan.compared.found, models):
             table.add_row(*map(Text, row))
         out.print(table)
 

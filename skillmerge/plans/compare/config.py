@@ -120,7 +120,7 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], tuple):  # a window and its layers
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], int) and isinstance(value[1], tuple):
         return f"{value[0]} in {len(value[1])} layers"
     if isinstance(value, tuple):
         text = ", ".join(" ".join(map(_text, item)) if isinstance(item, tuple) else _text(item) for item in value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
@@ -12,6 +12,7 @@ from skillmerge.plans.compare.config import compare_config
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.roles import roles_of
 from skillmerge.plans.compare.tokens import compare_tokens
+from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
 
 _OTHERS = ("donor", "update-size", "merged-share", "quantised-difference")
@@ -44,29 +45,31 @@ class Comparison:
         return [it for it in self.found if it.level == level and not it.accepted]
 
 
+NOTHING = Comparison((), None, ())
+
+
 def compare_models(
+    recipe: Recipe,
     checkpoints: Mapping[str, Checkpoint],
     donor: str,
     terms: Mapping[str, Term | None],
-    accept: Collection[str],
-    dtype: str,
     *,
     lenient: bool = False,
 ) -> Comparison:
     """Compare the models of `terms` (by the donor's tensors' names) with the donor and with what they say they hold.
 
-    accept: names of differences that the recipe accepts. dtype: of the recipe's output. lenient: problems are
-    warnings, for what was made before these comparisons. Reads small files only; raises StalePlan, TemporaryError.
+    lenient: problems are warnings, for what was made before these comparisons. Reads small files only; raises
+    StalePlan, TemporaryError.
     """
     roles = roles_of(terms)
-    found = compare_config(checkpoints, donor, roles, dtype)
+    found = compare_config(checkpoints, donor, roles, recipe.output.dtype)
     foreign = any(it.name == "architecture" for it in found)  # of two architectures everything differs
     found += [] if foreign else compare_tokens(checkpoints, donor, roles)
     if lenient:
         found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
-    found = [replace(it, accepted=it.name in accept and it.level != "note") for it in found]
+    found = [replace(it, accepted=it.name in recipe.accept and it.level != "note") for it in found]
     settled = {it.name for it in found if it.accepted}
-    unused = tuple(name for name in sorted(accept) if name not in settled and name not in _OTHERS)
+    unused = tuple(name for name in sorted(recipe.accept) if name not in settled and name not in _OTHERS)
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
     return Comparison(tuple(found), _line(names, found) if len(names) > 1 else None, unused)
 

@@ -45,14 +45,16 @@ class MergedModel:
     where the inputs do not fit into memory; and whatever `apply` raises.
     """
 
-    def __init__(self, recipe: Recipe, access: Access, device: str, warn: Callable[[str], None]) -> None:
-        self._access, self._warn = access, warn
+    def __init__(self, recipe: Recipe, access: Access, device: str, reporter: Reporter) -> None:
+        self._access = access
         self._device = _device(device)
-        self._opened = open_models(recipe, access, warn)
+        self._opened = open_models(recipe, access, reporter.note)
         self._checkpoints: Mapping[str, Checkpoint] = self._opened
         try:
             self.plan = plan_recipe(recipe, self._opened)
             self.plan.refuse_problems()
+            for remark in self.plan.warnings:
+                reporter.warn(remark.message, remark.fix)
             _check_memory(self._opened)
             self.model, self.tokenizer = self._loaded(recipe)
             self._in_place = self._has_the_files_tensors()
@@ -61,7 +63,9 @@ class MergedModel:
                 self._in_place = self._has_the_files_values()
             if not self._in_place:
                 self._checkpoints = self._opened
-                warn("this architecture's parameters are not its files' tensors: each candidate is loaded anew")
+                reporter.note(
+                    "this architecture's parameters are not its files' tensors: each candidate is loaded again"
+                )
         except BaseException:
             self.close()
             raise
@@ -71,7 +75,7 @@ class MergedModel:
 
     def use(self, recipe: Recipe) -> Statistics:
         """Give the model the recipe's weights. Returns the statistics of `apply --stats sampled`."""
-        plan = plan_recipe(recipe, self._checkpoints)
+        plan = plan_recipe(recipe, self._checkpoints, compare=False)
         plan.refuse_problems()
         if not self._in_place:
             self.model, self.tokenizer = self._loaded(recipe)

@@ -244,6 +244,8 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
         out = scratch / "model"
         publish = Publish(overwrite=out.exists())
         made = merge(recipe, out, setting.access, Work(setting.device), Checks(), publish, Reporter())
+        for remark in made.plan.warnings if made.plan is not None else ():
+            reporter.warn(remark.message, remark.fix)
         assert isinstance(made.manifest.statistics, Statistics)  # a sweep makes models only
         return made.manifest.statistics.all.realised_lambda, lambda number: run_command(scorer, out, number)
 
@@ -252,7 +254,7 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
         from skillmerge.verbs.sweep.in_memory import MergedModel
 
         if model is None:  # only where something is left to score
-            model = MergedModel(setting.first, setting.access, setting.device, reporter.note)
+            model = MergedModel(setting.first, setting.access, setting.device, reporter)
         held = model
         return held.use(recipe).all.realised_lambda, lambda number: held.scored(scorer, number)
 

@@ -1,0 +1,138 @@
+"""Problems, warnings and notes: where each is told, what `accept` settles, and what `--strict` makes of warnings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, write_recipe
+
+import skillmerge
+from skillmerge.errors import InputError
+from skillmerge.outputs import manifest
+from skillmerge.study.gates import GateFailed
+
+PLAIN: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "rope_theta": 10000.0, "vocab_size": 32,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+SCALED = {**PLAIN, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+"""With what only a warning is for: another scaling in one of the models."""
+WARNED = "rope scaling: `rl` has linear, factor 2, the donor `target` none: positions are scaled in only some"
+
+
+def models(folder: Path, *, rl: dict[str, Any] = PLAIN, update: float = 0.02, **keys: Any) -> Path:
+    """A family in bfloat16, where rl has a configuration of its own, and `update` is how far it moved."""
+    shapes = tensor_shapes()
+    sft = random_tensors(shapes, torch.bfloat16, 0)
+    moved = random_tensors(shapes, torch.float32, 1, update)
+    write_checkpoint(folder / "sft", sft, config=PLAIN)
+    write_checkpoint(folder / "target", random_tensors(shapes, torch.bfloat16, 2), config=PLAIN)
+    write_checkpoint(folder / "rl", {name: (sft[name] + moved[name]).bfloat16() for name in sft}, config=rl)
+    return write_recipe(folder, **keys)
+
+
+@pytest.fixture
+def warned(tmp_path: Path) -> Path:
+    return models(tmp_path, rl=SCALED)
+
+
+def test_warning_is_told_wherever_a_run_is_recorded(warned: Path) -> None:
+    files = {name: warned.parent / name for name in ("report.html", "events.jsonl", "plan.md")}
+    plan = run_cli("plan", warned, "--markdown", files["plan.md"])
+    assert plan.returncode == 0
+    assert f"warning: {WARNED}" in plan.stdout
+    assert plan.stdout.splitlines()[-1] == "1 warning"
+    assert "warning: `rope scaling" in files["plan.md"].read_text().replace("``", "`")
+    document = json.loads(run_cli("plan", warned, "--json").stdout)
+    assert [WARNED in text for text in document["warnings"]] == [True]
+    assert [(row["name"], row["level"], row["accepted"]) for row in document["compared"]] == [
+        ("rope-scaling", "warning", False)
+    ]
+    quiet = run_cli("apply", warned, "-q", "--report", files["report.html"], "--events", files["events.jsonl"])
+    assert quiet.returncode == 0
+    assert quiet.stderr.startswith(f"warning: {WARNED}")
+    assert "1 warning" not in quiet.stdout
+    assert WARNED in files["report.html"].read_text().replace("&#x27;", "'")
+    events = [json.loads(line) for line in files["events.jsonl"].read_text().splitlines()]
+    assert [WARNED in event["message"] for event in events if event["event"] == "warning"] == [True]
+    assert [WARNED in text for text in manifest.read(warned.parent / "merged").warnings] == [True]
+    again = run_cli("apply", warned)
+    assert again.stdout.splitlines()[-1] == "1 warning"
+    assert again.stderr.count(WARNED) == 1
+    assert [WARNED in text for text in json.loads(run_cli("apply", warned, "--json").stdout)["warnings"]] == [True]
+
+
+def test_models_that_belong_together_are_warned_of_nothing(tmp_path: Path) -> None:
+    recipe = models(tmp_path)
+    result = skillmerge.apply(recipe)
+    assert list(result.warnings) == []
+    document = manifest.read(result.output).as_dict()
+    assert "warnings" not in document
+    assert "accepted" not in document
+    assert run_cli("apply", recipe, "--strict").returncode == 0
+
+
+def test_strict_refuses_a_warning_before_a_byte_is_written(warned: Path) -> None:
+    for command in ("plan", "apply"):
+        process = run_cli(command, warned, "--strict")
+        assert process.returncode == 4
+        assert "1 warning under --strict" in process.stderr
+        assert "accept: [rope-scaling]" in process.stderr
+    assert run_cli("plan", warned, "--strict", "--detailed-exitcode").returncode == 4
+    assert not skillmerge.plan(warned, strict=True).ok
+    with pytest.raises(InputError):
+        skillmerge.apply(warned, strict=True)
+    assert sorted(path.name for path in warned.parent.iterdir()) == ["recipe.yaml", "rl", "sft", "target"]
+
+
+def test_accepted_difference_is_kept_and_warns_no_more(tmp_path: Path) -> None:
+    recipe = models(tmp_path, rl=SCALED, accept=["rope-scaling"])
+    assert run_cli("plan", recipe, "--strict").returncode == 0
+    assert "accepted `rope-scaling`" in run_cli("plan", recipe).stdout
+    result = skillmerge.apply(recipe, strict=True)
+    (kept,) = manifest.read(result.output).accepted
+    assert (kept.name, kept.key, kept.values) == (
+        "rope-scaling", "rope scaling", {"target": "none", "rl": "linear, factor 2", "sft": "none"},
+    )  # fmt: skip
+    assert run_cli("verify", result.output).returncode == 0
+
+
+def test_accepting_what_is_not_there_is_a_note(tmp_path: Path) -> None:
+    recipe = models(tmp_path, accept=["window"])
+    assert "note: `accept: [window]` settles nothing here" in run_cli("plan", recipe).stdout
+    assert run_cli("plan", recipe, "--strict").returncode == 0
+
+
+def test_name_that_nothing_is_called_is_a_mistake(tmp_path: Path) -> None:
+    process = run_cli("plan", models(tmp_path, accept=["tokeniser"]))
+    assert process.returncode == 2
+    assert "`tokeniser` is not a difference that can be accepted" in process.stderr
+    assert "did you mean `tokenizer`?" in process.stderr
+
+
+def test_strict_holds_back_weights_that_rounding_spoiled(tmp_path: Path) -> None:
+    recipe = models(tmp_path, update=1e-5, coefficients={"lam": 0.3})
+    junit = tmp_path / "junit.xml"
+    process = run_cli("apply", recipe, "--strict", "--junit", junit)
+    assert process.returncode == 3
+    assert "strict" in process.stderr
+    assert 'failures="1"' in junit.read_text()
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(GateFailed) as caught:
+        skillmerge.apply(recipe, strict=True, keep_failed=True)
+    assert [outcome.gate for outcome in caught.value.outcomes] == ["strict"]
+    assert (tmp_path / "merged.partial" / "files" / "model.safetensors").exists()
+
+
+def test_strict_refuses_what_was_made_without_it_and_leaves_it_alone(tmp_path: Path) -> None:
+    recipe = models(tmp_path, update=1e-5, coefficients={"lam": 0.3})
+    output = skillmerge.apply(recipe).output
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    process = run_cli("apply", recipe, "--strict")
+    assert process.returncode == 3
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
