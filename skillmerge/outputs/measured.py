@@ -54,7 +54,7 @@ def _of_skill(statistics: SkillStatistics) -> Iterator[Remark]:
         yield warning(f"this skill is rounded: {lost:.2g} of its norm was lost, and merges with it differ by that")
     whole = statistics.all
     yield from input_warning(whole.input_rounding, whole.input_rounding_added, statistics.input_precisions)
-    yield from update_size.size_warning(statistics.large, has_recipe=False)
+    yield from update_size.size_warning(statistics.large, update_size.IN_EXTRACT)
 
 
 def _of_model(body: ManifestBody, statistics: Statistics) -> Iterator[Remark]:

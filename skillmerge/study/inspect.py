@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.engine.measures.input_rounding import input_warning
-from skillmerge.engine.measures.update_size import size_warning, too_large
+from skillmerge.engine.measures.update_size import IN_RECIPE, size_warning, too_large
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError, some
 from skillmerge.methods.terms import Leaf, Sum, model_of
@@ -297,7 +297,7 @@ def _remarks(subject: Subject, rows: Mapping[str, Row], tasks: Sequence[TensorPl
         ratios = ((task.name, task.shape, found[task.name].norm_ratio) for task in tasks)
         remarks = [
             *input_warning(whole["input_rounding"], whole["input_rounding_added"], whole["input_precisions"] or ()),
-            *size_warning(too_large(ratios), subject.plan is not None),
+            *size_warning(too_large(ratios), IN_RECIPE if subject.plan is not None else None),
         ]
         yield from (replace(it, message=label + it.message) for it in remarks if it.name not in accept)
 

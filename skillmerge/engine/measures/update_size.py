@@ -33,10 +33,14 @@ def _is_left_out(name: str) -> bool:
     return module_kind(name) in _NOT_JUDGED or name.endswith("bias")
 
 
-def size_warning(ratios: Mapping[str, float], has_recipe: bool = True) -> Iterator[Remark]:
+IN_RECIPE = f"add to the recipe: `accept: [{NAME}]`"
+IN_EXTRACT = f"pass `--accept {NAME}`, or add to a recipe: `accept: [{NAME}]`"
+
+
+def size_warning(ratios: Mapping[str, float], acceptance: str | None = IN_RECIPE) -> Iterator[Remark]:
     """The warning that such matrices call for, where there are any; it names the largest.
 
-    has_recipe: whether there is a recipe that could accept it.
+    acceptance: how it can be accepted, if it can.
     """
     if not ratios:
         return
@@ -44,7 +48,6 @@ def size_warning(ratios: Mapping[str, float], has_recipe: bool = True) -> Iterat
     count = f"; {len(ratios)} matrices change by more than {LARGE}" if len(ratios) > 1 else ""
     yield warning(
         f"`{name}` changes by {ratios[name]:.2f} of its norm, which is implausibly large{count}",
-        "check that the models belong together"
-        + (f"; to accept it, add to the recipe: `accept: [{NAME}]`" if has_recipe else ""),
+        "check that the models belong together" + (f"; to accept it, {acceptance}" if acceptance else ""),
         name=NAME,
     )
