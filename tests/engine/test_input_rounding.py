@@ -171,12 +171,17 @@ def test_nothing_is_said_of_models_that_are_not_there(cast: Path) -> None:
     """A stored skill, and a skill that is made of one: what they were cut from is known where they were cut."""
     skillmerge.extract(str(cast / "rl"), str(cast / "sft"), cast / "skill")
     assert inspect(str(cast / "skill")).total["input_rounding"] is None
-    recipe = write_recipe(
-        cast, "0.5 * m", models={"m": {"skill": "skill"}}, coefficients=None, output={"kind": "skill", "path": "half"}
-    )
-    statistics = skillmerge.apply(recipe).manifest.as_dict()["statistics"]
-    assert "input_rounding" not in statistics["all"]
-    assert "input_precisions" not in statistics
+    for formula in ("0.5 * m", "m"):
+        recipe = write_recipe(
+            cast,
+            formula,
+            models={"m": {"skill": "skill"}},
+            coefficients=None,
+            output={"kind": "skill", "path": "of-it"},
+        )
+        statistics = skillmerge.apply(recipe, overwrite=True).manifest.as_dict()["statistics"]
+        assert "input_rounding" not in statistics["all"]
+        assert "input_precisions" not in statistics
 
 
 def test_tensors_without_an_update_do_not_count(cast: Path) -> None:

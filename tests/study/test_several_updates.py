@@ -102,11 +102,13 @@ def test_recipe_of_several_differences_shows_each(skills: Path, formula: str, la
         "0.5 * target + 0.5 * m",
         "target + 0.5 * (m + c - 2 * base)",
         "m + a * (target - base)",
+        "v * target + (m - base) + (c - base) + w * m",
     ],
 )
 def test_recipe_of_one_update_is_shown_as_before(skills: Path, formula: str) -> None:
     models = {name: place for name, place in MODELS.items() if re.search(rf"\b{name}\b", formula)}
-    factors = {name: value for name, value in {"a": 0.7, "b": 0.3}.items() if re.search(rf"\b{name}\b", formula)}
+    known = {"a": 0.7, "b": 0.3, "v": 0.5, "w": 0.5}
+    factors = {name: value for name, value in known.items() if re.search(rf"\b{name}\b", formula)}
     found = inspect(write_recipe(skills, formula, models=models, coefficients=factors), stats="off")
     assert (found.updates, found.pairs) == ({}, [])
     assert not {"updates", "pairs"} & set(found.as_dict())
