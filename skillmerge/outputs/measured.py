@@ -53,7 +53,8 @@ def _of_skill(statistics: SkillStatistics) -> Iterator[Remark]:
     if lost := statistics.all.relative_error:
         yield warning(f"this skill is rounded: {lost:.2g} of its norm was lost, and merges with it differ by that")
     whole = statistics.all
-    yield from input_warning(whole.input_rounding, whole.input_rounding_added, statistics.input_precisions)
+    kinds = {kind: (group.norm, group.input_rounding) for kind, group in statistics.modules.items()}
+    yield from input_warning(whole.input_rounding, whole.input_rounding_added, statistics.input_precisions, kinds)
     yield from update_size.size_warning(statistics.large, update_size.IN_EXTRACT)
 
 

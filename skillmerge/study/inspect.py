@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -287,16 +287,20 @@ def _of_two(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 def _remarks(subject: Subject, rows: Mapping[str, Row], tasks: Sequence[TensorPlan]) -> Iterator[Remark]:
     """Updates that may be rounding, and those that are too large to be updates."""
-    from skillmerge.study.update_metrics import add_up, describe
+    from skillmerge.study.update_metrics import describe_all
 
     accept = subject.plan.recipe.accept if subject.plan is not None else frozenset()
     labels = [f"{part.label}: " for part in subject.parts] or [""]
     for index, label in enumerate(labels):
         found = {name: row.parts[index] if row.parts else row.update for name, row in rows.items()}
-        whole = describe(add_up(found.values()), None, 0.0)
+        groups = describe_all({name: (update, None) for name, update in found.items()}, _kinds(found))
+        whole = groups.pop("all")
+        kinds = {kind: (row["norm"], row["input_rounding"]) for kind, row in groups.items()}
         ratios = ((task.name, task.shape, found[task.name].norm_ratio) for task in tasks)
         remarks = [
-            *input_warning(whole["input_rounding"], whole["input_rounding_added"], whole["input_precisions"] or ()),
+            *input_warning(
+                whole["input_rounding"], whole["input_rounding_added"], whole["input_precisions"] or (), kinds
+            ),
             *size_warning(too_large(ratios), IN_RECIPE if subject.plan is not None else None),
         ]
         yield from (replace(it, message=label + it.message) for it in remarks if it.name not in accept)
@@ -336,6 +340,14 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
 def _name_of(model: str) -> str:
     """As the person called it who named it."""
     return "base" if model == BASE else model_of(model)
+
+
+def _kinds(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by kind of module, and `all`."""
+    kinds: dict[str, list[str]] = {"all": list(names)}
+    for name in names:
+        kinds.setdefault(module_kind(name), []).append(name)
+    return kinds
 
 
 def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:

@@ -197,6 +197,22 @@ def test_tensors_without_an_update_do_not_count(cast: Path) -> None:
     assert made.as_dict()["statistics"]["all"]["input_rounding"] == pytest.approx(wanted, rel=1e-4)
 
 
+def test_a_few_coarse_norms_raise_no_alarm(tmp_path: Path) -> None:
+    """Numbers near 1 have units a hundred times those of the matrices, and hold little of the update."""
+    shapes = tensor_shapes(layers=1, hidden=16)
+    base = random_tensors(shapes, torch.float32)
+    base |= {name: value + 1 for name, value in base.items() if "norm" in name}
+    step = random_tensors(shapes, torch.float32, 5, 1.5e-4)
+    step = {name: value * (8 if "norm" in name else 1) for name, value in step.items()}
+    write_checkpoint(tmp_path / "sft", {key: value.bfloat16() for key, value in base.items()})
+    write_checkpoint(tmp_path / "rl", {key: (value + step[key]).bfloat16() for key, value in base.items()})
+    found = inspect(str(tmp_path / "sft"), str(tmp_path / "rl"))
+    assert found.modules["norm"]["input_rounding"] > found.total["input_rounding"] > 0.71
+    assert found.modules["attention"]["input_rounding"] < 0.6
+    assert found.as_dict()["warnings"] == []
+    assert not skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "skill").warnings
+
+
 def test_threads_change_nothing_in_what_a_skill_says_of_its_models(cast: Path) -> None:
     made = [
         skillmerge.extract(

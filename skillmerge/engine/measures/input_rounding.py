@@ -116,9 +116,20 @@ def floor(squares: Iterable[float], norm: float) -> float | None:
     return math.sqrt(whole) / norm if norm and math.isfinite(whole) and math.isfinite(norm) else None
 
 
-def input_warning(share: float | None, added: float | None, precisions: Sequence[str]) -> Iterator[Remark]:
-    """The warning that a floor calls for from LARGE on. added: the floor of the added models alone."""
-    if share is None or added is None or share < LARGE:
+def input_warning(
+    share: float | None,
+    added: float | None,
+    precisions: Sequence[str],
+    kinds: Mapping[str, tuple[float, float | None]],
+) -> Iterator[Remark]:
+    """The warning that a floor calls for from LARGE on.
+
+    added: the floor of the added models alone. kinds: norm and floor of the update in each kind of module. The kind
+    with most of the update, norms apart, has to have such a floor too: norms are few, coarse numbers near 1.
+    """
+    matrices = [row for kind, row in kinds.items() if kind != "norm"] or list(kinds.values())
+    _, most = max(matrices, key=lambda row: row[0], default=(0.0, None))
+    if share is None or added is None or most is None or min(share, most) < LARGE:
         return
     yield warning(
         f"most of this update may be rounding of its models: {share:.2f} of its norm is to be expected of "
