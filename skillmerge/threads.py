@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -21,19 +24,63 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+class Crew:
+    """A few threads that do what they are given, and that neither the end of Python nor a signal waits for.
+
+    Those of `ThreadPoolExecutor` keep an interrupted script alive until their last upload is sent. Signals are left to
+    the main thread, which may have them wait.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+        self._given: list[Future[Any]] = []
+
+    def submit(self, function: Callable[[], Found]) -> Future[Found]:
+        future: Future[Found] = Future()
+        self._given.append(future)
+        self._tasks.put((future, function))
+        for thread in self._threads:
+            if thread.ident is None:
+                thread.start()
+        return future
+
+    def _work(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        while (task := self._tasks.get()) is not None:
+            future, function = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+
+    def end(self, *, wait: bool, cancel: bool) -> None:
+        """cancel: what is not begun. wait: until the rest is done."""
+        if cancel:
+            for future in self._given:
+                future.cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            if wait and thread.ident is not None:
+                thread.join()
+
+
 def in_threads(function: Callable[[Item, threading.Event], Found], items: Iterable[Item]) -> Iterator[Found]:
     """`function(item, stop)` for every item, in order. A long function looks at `stop` now and then."""
     stop = threading.Event()
-    pool = ThreadPoolExecutor(min(4, cores()))
+    crew = Crew(min(4, cores()))
     patient = True
     try:
-        yield from pool.map(lambda item: function(item, stop), items)
+        for future in [crew.submit(partial(function, item, stop)) for item in items]:
+            yield future.result()
     except KeyboardInterrupt:
         patient = False  # a function may wait for a network, and a person does not
         raise
     finally:
         stop.set()
-        pool.shutdown(wait=patient, cancel_futures=True)
+        crew.end(wait=patient, cancel=True)
 
 
 def hash_file(path: Path, stop: threading.Event | None = None) -> str:

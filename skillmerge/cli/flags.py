@@ -40,7 +40,7 @@ class Device(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         kind, _, number = value.partition(":")
-        if value in ("auto", "cpu", "cuda") or (kind == "cuda" and number.isdecimal()):
+        if value in ("auto", "cpu", "cuda") or (kind == "cuda" and number.isascii() and number.isdecimal()):
             return str(value)
         self.fail(f"`{value}` is not a device; choose auto, cpu, cuda or cuda:N", param, ctx)
 

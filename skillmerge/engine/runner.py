@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from numbers import Real
+from typing import Any, Protocol
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.engine.destination import Destination, ShardRecord
@@ -28,17 +31,52 @@ class Work:
     runner: str = "threads"
 
 
-def check_words(device: str, threads: int | None, memory_limit: int | None, stats: str, hub: str) -> None:
-    """Check what the command line checks by itself. Raises UsageError."""
-    for wrong, what in (
-        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(device)) is None, f"device {device!r}: auto, cpu, cuda or cuda:N"),
-        (threads is not None and (type(threads) is not int or threads < 1), f"threads {threads!r}: a number from 1"),
-        (memory_limit is not None and type(memory_limit) is not int, f"memory_limit {memory_limit!r}: bytes"),
-        (stats not in ("full", "sampled", "off"), f"stats {stats!r}: full, sampled or off"),
-        (hub not in ("stream", "download"), f"hub {hub!r}: stream or download"),
-    ):
-        if wrong:
-            raise UsageError(what)
+def _whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
+    """Whether something is a whole number of a range; numpy's are too, True is not."""
+
+    def fits(value: Any) -> bool:
+        try:
+            return not isinstance(value, bool) and least <= operator.index(value) <= most
+        except TypeError:
+            return False
+
+    return fits
+
+
+def _choice(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII) is not None
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
+
+
+_WORDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "device": (_choice(r"auto|cpu|cuda(:\d+)?"), "auto, cpu, cuda or cuda:N"),
+    "stats": (_choice("full|sampled|off"), "full, sampled or off"),
+    "hub": (_choice("stream|download"), "stream or download"),
+    "threads": (_whole(1, 256), "a number from 1 to 256"),
+    "memory_limit": (_whole(1), "bytes, more than 0"),
+    "seed": (_whole(0), "a number from 0"),
+    "spectral": (_whole(1, 64), "a number from 1 to 64"),
+    "lora_rank": (_whole(1, 4096), "a number from 1 to 4096"),
+    "trials": (_whole(1), "a number from 1"),
+    "repeats": (_whole(1), "a number from 1"),
+    "sample": (_is_share, "a share above 0, at most 1"),
+    "keep": (_is_share, "a share above 0, at most 1"),
+}
+"""What an argument may say that several functions have, or that the command line checks by itself."""
+
+_OPTIONAL = ("threads", "memory_limit", "spectral", "keep")
+"""May be None."""
+
+
+def check_words(**given: object) -> None:
+    """Check arguments by their names, before any work. Raises UsageError."""
+    for name, value in given.items():
+        fits, what = _WORDS[name]
+        if not (fits(value) or (value is None and name in _OPTIONAL)):
+            raise UsageError(f"{name} {value!r}: {what}")
 
 
 class Room(Protocol):
@@ -73,18 +111,27 @@ class Runner(Protocol):
     def run(self, job: Job, shards: Sequence[ShardPlan]) -> Generator[ShardRecord, None, None]:
         """Write `shards`, in any order, and yield the record of each when it is durable.
 
-        The caller alone records. Closing the generator ends the work; what is unfinished another run does again.
+        The caller alone records. What is finished when the work fails, or when `handed` throws its caller's error in,
+        is yielded before that is raised. Closing the generator ends the work. Another run does what is unfinished.
         Raises UnusableWeights, InputError, StalePlan, TemporaryError, ResourceError, UsageError.
         """
 
 
 @contextmanager
-def handed(records: Generator[ShardRecord, None, None]) -> Iterator[Generator[ShardRecord, None, None]]:
-    """End a run with its caller's own error: an interrupt waits a few seconds for threads, anything else for all."""
+def handed(
+    records: Generator[ShardRecord, None, None], record: Callable[[ShardRecord], None]
+) -> Iterator[Generator[ShardRecord, None, None]]:
+    """End a run with its caller's own error: an interrupt waits a few seconds for threads, anything else for all.
+
+    record: gets what is finished by then and was not handed over, and the one that was in the caller's hands.
+    """
     try:
         yield records
     except BaseException as error:
-        records.throw(error)
+        with suppress(Exception):  # the caller's own error is the one to raise
+            record(records.throw(error))
+            for done in records:
+                record(done)
         raise
     finally:
         records.close()

@@ -61,7 +61,7 @@ def cut_shards(
 
         maker = _Maker(cutter, cuts, room)
         stream.start(1, lambda: maker.make(shards, destination))
-        stream.start(1, lambda: maker.complete(len(shards)), lambda: maker.made.put(None))
+        stream.start(1, maker.complete)
         yield from stream.take(maker.done, len(shards), lambda: progress(maker.moved))
 
 
@@ -75,25 +75,38 @@ class _Maker:
         self.moved = 0
 
     def make(self, shards: Sequence[ShardPlan], destination: Destination) -> None:
-        cutter, stop = self._cutter, self._cutter.stream.stop
-        for shard in shards:
-            while self._room is not None and not self._room.acquire(timeout=_WAIT):
-                if stop.is_set():
+        try:
+            for shard in shards:
+                if not self._has_room():
                     return
-            file = cutter.stream.keep(SkillFile(destination, shard, cutter.plan, cutter.checkpoints, cutter.kept))
-            for unit in _units(cutter.plan, shard):
-                file.add(unit, next(self._cuts))
-                self.moved += unit.length * DTYPES[unit.spec.dtype].itemsize
-            self.made.put(file)
+                file = self._put_together(shard, destination)
+                if self._cutter.stream.stop.is_set():
+                    return  # units that were cut since are empty
+                self.made.put(file)
+        finally:
+            self.made.put(None)
 
-    def complete(self, count: int) -> None:
-        stop = self._cutter.stream.stop
-        for _ in range(count):
-            file = self.made.get()
-            if file is None or stop.is_set():
-                return
-            record = file.finish(stop)
-            if stop.is_set():
+    def _has_room(self) -> bool:
+        """Whether there is room for one more file, once there is; False where nothing more is wanted."""
+        while self._room is not None and not self._room.acquire(timeout=_WAIT):
+            if self._cutter.stream.stop.is_set():
+                return False
+        return True
+
+    def _put_together(self, shard: ShardPlan, destination: Destination) -> SkillFile:
+        cutter = self._cutter
+        file = cutter.stream.keep(SkillFile(destination, shard, cutter.plan, cutter.checkpoints, cutter.kept))
+        for unit in _units(cutter.plan, shard):
+            file.add(unit, next(self._cuts))
+            self.moved += unit.length * DTYPES[unit.spec.dtype].itemsize
+        return file
+
+    def complete(self) -> None:
+        """Also of a run that has failed: a file that is put together is not to be made again."""
+        hurry = self._cutter.stream.hurry
+        while (file := self.made.get()) is not None:
+            record = file.finish(hurry)
+            if hurry.is_set():
                 return  # its digest may be cut short
             for checkpoint in self._cutter.checkpoints.values():
                 checkpoint.check_unchanged()

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
@@ -43,12 +43,14 @@ class Stream:
     """The threads of one pass over checkpoints. Leaving its context ends all of them.
 
     The first failure of a thread stops the others, ends reads that wait for a network, and is raised in the calling
-    thread. `stop` is set as soon as nothing more is wanted: long work looks at it now and then. Torch computes with one
+    thread. `stop` is set as soon as nothing more is wanted: long work looks at it now and then. `hurry` is set where a
+    person waits for the end of an interrupted pass: then what is nearly done is left too. Torch computes with one
     thread per thread meanwhile.
     """
 
     def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
         self.stop = threading.Event()
+        self.hurry = threading.Event()
         self._checkpoints = tuple(checkpoints)
         self._threads: list[threading.Thread] = []
         self._endings: list[Callable[[], None]] = []
@@ -56,6 +58,7 @@ class Stream:
         self._own = threading.local()
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
+        self._deadline: float | None = None
         self._intraop = 1
 
     def __enter__(self) -> Stream:
@@ -64,22 +67,28 @@ class Stream:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self.cancel()
-        self.stop.set()
-        for end in self._endings:
-            end()
-        deadline = time.monotonic() + _PATIENCE if isinstance(error, KeyboardInterrupt) else None
         try:
-            for thread in self._threads:
-                if thread.ident is not None:  # else the system had none to give
-                    thread.join(max(0.0, deadline - time.monotonic()) if deadline is not None else None)
+            self._join(error)
             if not any(thread.is_alive() for thread in self._threads):
                 self._resources.close()  # else one of them waits for a network, and works with what this would close
         finally:
             torch.set_num_threads(self._intraop)
         if error is None:
             self.check()
+
+    def _join(self, error: BaseException | None) -> None:
+        """End all threads and wait for them; after an interrupt for a few seconds only."""
+        if error is not None:
+            self.cancel()
+        self.stop.set()
+        if isinstance(error, KeyboardInterrupt):
+            self.hurry.set()
+            self._deadline = self._deadline or time.monotonic() + _PATIENCE
+        for end in self._endings:
+            end()
+        for thread in self._threads:
+            if thread.ident is not None:  # else the system had none to give
+                thread.join(max(0.0, self._deadline - time.monotonic()) if self._deadline is not None else None)
 
     def start(self, count: int, body: Callable[[], None], end: Callable[[], None] = lambda: None) -> None:
         """Run `body` in `count` more threads; `end` wakes those that wait when nothing more is wanted."""
@@ -137,18 +146,34 @@ class Stream:
         return in_order()
 
     def take(self, queue: SimpleQueue[Found], count: int, tick: Callable[[], None]) -> Iterator[Found]:
-        """`count` things that threads put into `queue`, each as soon as it is there; `tick` is called meanwhile."""
-        while count:
+        """`count` things that threads put into `queue`, each as soon as it is there; `tick` is called meanwhile.
+
+        Whatever ends a pass early (a thread's failure, an interrupt, an error that is thrown in where something was
+        handed over) is raised once the threads have ended and all that they had put there was handed over. What was
+        handed over when the error was thrown in comes again: who threw it may not have got round to it.
+        """
+        found: list[Found] = []
+        try:
+            while count:
+                tick()
+                try:
+                    found.append(queue.get(timeout=_GLANCE))
+                except Empty:
+                    self.check()
+                    continue
+                yield found[0]
+                found.clear()
+                count -= 1
             tick()
-            try:
-                # What is there is handed over even where a thread has failed meanwhile.
-                found = queue.get(timeout=_GLANCE)
-            except Empty:
-                self.check()
-                continue
-            yield found
-            count -= 1
-        tick()
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self._join(error)
+            with suppress(Empty):
+                while True:
+                    found.append(queue.get_nowait())
+            yield from found
+            raise
 
     def _result(self, future: Future[Found]) -> Found:
         while not wait([future], _GLANCE).done:

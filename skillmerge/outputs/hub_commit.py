@@ -22,7 +22,7 @@ from huggingface_hub.lfs import UploadInfo
 from skillmerge.checkpoints.place import Location, parse_location
 from skillmerge.checkpoints.store import digest_of
 from skillmerge.checkpoints.stores.hub import Repository
-from skillmerge.checkpoints.stores.hub_client import LOG_IN, Passing, retried
+from skillmerge.checkpoints.stores.hub_client import LOG_IN, Passing, Quiet, retried
 from skillmerge.durable import disk_errors
 from skillmerge.errors import CheckFailed, InputError, SkillmergeError, StalePlan, TemporaryError, UsageError, some
 from skillmerge.outputs import manifest
@@ -130,6 +130,7 @@ class HubCommit:
             raise UsageError(f"`{push.repository}` is not the name of a repository", fix="write org/name")
         self.push = push
         self._api = HfApi()
+        self._quiet = Quiet()
         self._place = str(Location(push.repository, push.revision or ""))
         self._operations: dict[str, CommitOperationAdd | CommitOperationCopy] = {}
         self._digests: dict[str, Digests] = {}
@@ -173,13 +174,14 @@ class HubCommit:
 
         def attempt() -> None:
             try:
-                self._api.preupload_lfs_files(
-                    self.push.repository,
-                    [operation],
-                    revision=self._branch,
-                    create_pr=self.as_pull_request,
-                    num_threads=1,
-                )
+                with self._quiet:
+                    self._api.preupload_lfs_files(
+                        self.push.repository,
+                        [operation],
+                        revision=self._branch,
+                        create_pr=self.as_pull_request,
+                        num_threads=1,
+                    )
             except RuntimeError as error:
                 # How an upload that failed comes out of threads, and how the xet client says all it has to say.
                 if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, RuntimeError):
@@ -284,15 +286,16 @@ class HubCommit:
         self._tried = True
         stale = self._stale()
         try:
-            info = self._api.create_commit(
-                self.push.repository,
-                [*self._operations.values(), *stale],
-                commit_message=message,
-                commit_description=self._description(description, stale),
-                revision=self._branch,
-                create_pr=self.as_pull_request,
-                parent_commit=self.parent,
-            )
+            with self._quiet:
+                info = self._api.create_commit(
+                    self.push.repository,
+                    [*self._operations.values(), *stale],
+                    commit_message=message,
+                    commit_description=self._description(description, stale),
+                    revision=self._branch,
+                    create_pr=self.as_pull_request,
+                    parent_commit=self.parent,
+                )
         except Exception as error:
             # The answer may have been lost after the commit was made.
             if (found := self._find(message)) is not None:

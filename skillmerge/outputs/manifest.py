@@ -77,17 +77,20 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A model that went in. revision: its commit on the Hub, or None."""
+    """A model that went in. revision: its commit on the Hub, or None. rename, unwrapped: see `Naming`."""
 
     name: str
     uri: str
     revision: str | None
     files: tuple[InputFile, ...]
     license: str | None
+    rename: list[dict[str, str]] | None = None
+    unwrapped: list[str] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         row = {"name": self.name, "uri": self.uri, "revision": self.revision}
-        return {**row, "files": [asdict(file) for file in self.files], "license": self.license}
+        names = {key: value for key in ("rename", "unwrapped") if (value := getattr(self, key))}
+        return {**row, "files": [asdict(file) for file in self.files], "license": self.license, **names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +276,7 @@ def build(
 
 def _input(item: InputPlan, digests: Mapping[tuple[str, str], str]) -> Input:
     files = tuple(InputFile(**asdict(file), sha256=digests.get((item.name, file.name))) for file in item.files)
-    return Input(item.name, item.uri, item.revision, files, item.license)
+    return Input(item.name, item.uri, item.revision, files, item.license, **item.naming.as_dict())
 
 
 def _tensors(plan: Plan, measured: Mapping[str, TensorStatistics]) -> tuple[Tensor, ...]:

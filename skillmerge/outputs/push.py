@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from skillmerge.outputs.verify import SIGNATURE_FILE, check_shard, verify_files
 from skillmerge.plans.plan import InputPlan, Plan
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.recipes.recipe import Push
-from skillmerge.threads import in_threads
+from skillmerge.threads import Crew, in_threads
 
 _SMALL = 1 << 20
 """Files up to this many bytes travel inside the commit."""
@@ -166,7 +167,7 @@ class MergePush:
         if self._card is None or not read_metadata(self._card)[1].get("license"):
             license_of(plan.inputs, output.license)
         self._connected: HubCommit | None = None
-        self._pool = ThreadPoolExecutor(_SHARDS_ON_DISK)
+        self._crew = Crew(_SHARDS_ON_DISK)
         self._sent: list[Future[None]] = []
         self._leaving = threading.Lock()
         self._failed = False
@@ -205,7 +206,7 @@ class MergePush:
             if self._remove:
                 self._take(done)
             else:
-                self._sent.append(self._pool.submit(self._take, done))
+                self._sent.append(self._crew.submit(partial(self._take, done)))
 
     def send(self, done: ShardRecord) -> None:
         """A shard is complete: send it, while others are made. Raises what an earlier one has failed with."""
@@ -213,7 +214,7 @@ class MergePush:
             for future in [future for future in self._sent if future.done()]:
                 future.result()
                 self._sent.remove(future)
-        self._sent.append(self._pool.submit(self._send, done))
+        self._sent.append(self._crew.submit(partial(self._send, done)))
 
     def _send(self, done: ShardRecord) -> None:
         try:
@@ -251,7 +252,7 @@ class MergePush:
         """Wait for what is on its way, unless the merge failed; an upload that did is tried again by `publish`."""
         with self._leaving:  # what still goes on must not touch a folder that another run may hold by then
             self._failed = failed
-        self._pool.shutdown(wait=not failed, cancel_futures=failed)
+        self._crew.end(wait=not failed, cancel=failed)
         if self._remove and not failed:
             for future in self._sent:
                 future.result()

@@ -5,6 +5,7 @@ Predictions, from the plan alone. The figures for the runtime itself were measur
 
 from __future__ import annotations
 
+import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ class Budget:
 
 def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: bool = False) -> Budget:
     """Choose threads and tile size within `memory_limit` bytes. Raises ResourceError where nothing fits."""
+    threads = operator.index(threads) if threads is not None else None  # numpy's numbers overflow
+    memory_limit = operator.index(memory_limit) if memory_limit is not None else None
     if plan.makes_skill:
         return _skill_budget(plan, threads, memory_limit)
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)

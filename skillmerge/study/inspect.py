@@ -49,9 +49,6 @@ if TYPE_CHECKING:
     from skillmerge.study.update_pass import Row
 
 
-MAX_RANK = 64
-"""Directions that --spectral looks at, at most."""
-
 _MAX_THREADS = 8
 
 FIGURES_OF_TWO = (
@@ -140,9 +137,7 @@ def inspect(
     also how the matrices' updates spread over this many directions (1 to 64), a matrix at a time in memory.
     Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError.
     """
-    check_words("cpu", threads, None, stats, hub)
-    if spectral is not None and not 1 <= spectral <= MAX_RANK:
-        raise UsageError(f"spectral rank {spectral}: 1 to {MAX_RANK}")
+    check_words(threads=threads, stats=stats, spectral=spectral, hub=hub)
     reporter = reporter or Reporter()
     access = Access(follow_links, locked, download=hub == "download")
     places = [os.fspath(place) for place in (source, other, *more) if place is not None]

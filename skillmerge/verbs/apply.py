@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill_planes import check_zstandard
+from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import UnusableWeights, UsageError, memory_errors
@@ -25,6 +26,7 @@ from skillmerge.outputs.verify import check_structure, input_digests, is_intact
 from skillmerge.plans import saved as savedplan
 from skillmerge.plans.accounting import prove_ties
 from skillmerge.plans.budget import budget, check_disk
+from skillmerge.plans.heads import with_heads_read
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.saved import SavedPlan
@@ -86,7 +88,7 @@ def apply(
     """
     reporter = reporter or Reporter()
     reporter.event("started", skillmerge=__version__, recipe=_name_of(recipe))
-    check_words(device, threads, memory_limit, stats, hub)
+    check_words(device=device, threads=threads, memory_limit=memory_limit, stats=stats, hub=hub)
     if keep_failed and no_local:
         raise UsageError("with no_local there is nothing to keep of a failed output", fix="leave out one of the two")
     return merge(
@@ -244,8 +246,13 @@ class _Merge:
     def _make_shards(self, runner: Runner) -> None:
         plan, staging, push = self.job.plan, self.staging, self.push
         missing = [shard for shard in plan.shards if shard.file not in staging.finished]
+
+        def record(done: ShardRecord) -> None:
+            if done.file not in staging.finished:  # else an upload may have said more of it since
+                staging.record(done)
+
         try:
-            with handed(runner.run(self.job, missing)) as records:
+            with handed(runner.run(self.job, missing), record) as records:
                 for done in records:
                     staging.record(done)
                     self.reporter.event(
@@ -358,6 +365,7 @@ def _planned(
         plan.refuse_problems()
         if saved is not None:
             saved.check(plan)
+        plan = with_heads_read(plan, checkpoints[plan.donor])
         for remark in plan.warnings:
             reporter.warn(remark.message, remark.fix)
         for note in plan.notes:

@@ -21,6 +21,7 @@ from typing import Any
 
 from skillmerge.brief import brief
 from skillmerge.durable import disk_errors, write_whole
+from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError
 from skillmerge.methods.terms import weights
 from skillmerge.naming import MODULE_KINDS
@@ -76,6 +77,7 @@ def derive(
     base: what the target was trained from. The output lies beside the recipe, whose relative paths it has.
     Raises UsageError, and whatever `inspect` raises.
     """
+    check_words(threads=threads, hub=hub)
     if choice not in CHOICES:
         raise UsageError(f"choice {choice!r}: {', '.join(CHOICES)}")
     parsed = load(recipe)

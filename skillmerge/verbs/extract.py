@@ -11,6 +11,7 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.kinds.patch import PATCH_FILE
 from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
+from skillmerge.checkpoints.renamed import wrappers_of
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError, memory_errors
@@ -54,9 +55,7 @@ def extract(
     """
     if dtype not in ("same", "bfloat16", "float16", "float32"):
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
-    if keep is not None and not 0 < keep <= 1:
-        raise UsageError(f"keep {keep!r}: a share above 0, at most 1")
-    check_words("cpu", threads, memory_limit, "sampled", hub)
+    check_words(keep=keep, threads=threads, memory_limit=memory_limit, hub=hub)
     models: dict[str, Any] = {"rl": os.fspath(rl), "sft": os.fspath(sft)}
     if (Path(rl) / PATCH_FILE).is_file():
         models["rl"] = {"patch": models["rl"], "onto": "sft"}
@@ -86,11 +85,10 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     candidates = sorted({model for digests in tensors.values() for model in digests})
     if not candidates:
         raise UsageError(f"{skill} was made of other skills: their parents are known to them")
-    checkpoints = open_models(
-        recipe_of({"parent": os.fspath(parent)}, "parent", {"path": "nowhere"}, "skillmerge verify"),
-        Access(follow_links=follow_links),
-        lambda message: None,
-    )
+    recipe = recipe_of({"parent": os.fspath(parent)}, "parent", {"path": "nowhere"}, "skillmerge verify")
+    if wrappers_of(tensors):  # cut when names were taken as they are stored
+        recipe = recipe.as_planned("parent", {})
+    checkpoints = open_models(recipe, Access(follow_links=follow_links), lambda message: None)
     checkpoint = checkpoints["parent"]
     names = [name for name in tensors if name in checkpoint.tensors]
     missing = [name for name in tensors if name not in checkpoint.tensors]

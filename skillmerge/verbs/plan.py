@@ -79,7 +79,7 @@ def plan(
     too small for it.
     """
     reporter = reporter or Reporter()
-    check_words("auto", threads, memory_limit, "sampled", "stream")
+    check_words(threads=threads, memory_limit=memory_limit)
     before = saved.read(diff) if diff is not None else None
     made = _make(recipe, coefficients, Access(follow_links, locked, relock=lock, allow_code=allow_code), reporter)
     needs = budget(made, threads=threads, memory_limit=memory_limit)

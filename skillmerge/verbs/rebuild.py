@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import random
 import threading
@@ -96,14 +97,12 @@ def rebuild(
     """
     if check == (output is not None):
         raise UsageError("say what to do", fix="give --check (compare, write nothing) or --output NEW (build it again)")
-    check_words(device, threads, memory_limit, "sampled", hub)
-    if not 0 < sample <= 1:
-        raise UsageError(f"sample {sample!r}: a share above 0, at most 1")
+    check_words(sample=sample, seed=seed, device=device, threads=threads, memory_limit=memory_limit, hub=hub)
     base = Path(base_folder) if base_folder is not None else None
     how = How(base, Work(device, threads, memory_limit), follow_links, hub, reporter or Reporter())
     if output is not None:
         return rebuild_into(folder, output, how)
-    return check_rebuild(folder, sample=sample, seed=seed, how=how)
+    return check_rebuild(folder, sample=sample, seed=operator.index(seed), how=how)
 
 
 def rebuild_into(folder: str | os.PathLike[str], output: str | os.PathLike[str], how: How | None = None) -> Rebuilt:
@@ -153,7 +152,8 @@ def check_rebuild(
         side_files = list(fetch(checkpoints[plan.donor], plan.side_files, _runs_code(made)))
         original = _Original(root)
         job = Job(plan, checkpoints, original, environment.stats, environment.allow_nonfinite)
-        with _blamed_on_inputs(proof), handed(runner_for(how.work, how.reporter).run(job, shards)) as records:
+        run = runner_for(how.work, how.reporter).run(job, shards)
+        with _blamed_on_inputs(proof), handed(run, original.record) as records:
             for done in records:
                 original.record(done)
         if plan.makes_skill:

@@ -16,6 +16,7 @@ from skillmerge.errors import InputError, some
 from skillmerge.tensors import DTYPES, StoredTensor
 
 WORD, NOUN, WRITTEN = "model", "a model", "{uri}"
+_SHARD_OF = re.compile(r"(.*?)(\d+)-of-(\d+)\.safetensors")
 _SHARD_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,243}\.safetensors")
 
 
@@ -37,6 +38,22 @@ def check_weight_names(store: Store) -> None:
             raise InputError(f"{store.at.place}: {name!r} is not a name that a weight file can have")
 
 
+def missing_shards(files: Collection[str]) -> str | None:
+    """Which parts are missing by the names of the others, such as `shard 2 of 2`; None where none are.
+
+    Names say how many parts there are: `model-00001-of-00002.safetensors`.
+    """
+    parts: dict[tuple[str, str], set[int]] = {}
+    for match in map(_SHARD_OF.fullmatch, files):
+        if match is not None:
+            parts.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (_, of), found in parts.items():
+        first = 0 if 0 in found else 1
+        if len(of) < 7 and (missing := [str(part) for part in range(first, int(of) + first) if part not in found]):
+            return f"shard{'s' if len(missing) > 1 else ''} {some(missing)} of {int(of)}"
+    return None
+
+
 def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Checkpoint:
     """Open a model. Raises InputError where it is missing, unsafe or damaged."""
     files, place = store.list(), store.at.place
@@ -45,6 +62,12 @@ def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Checkpoint:
     index = _read_index(store) if INDEX_FILE in files else None
     if index is None:
         shards = [SINGLE_FILE if SINGLE_FILE in weights else weights[0]]
+        if (missing := missing_shards(shards)) is not None:
+            verb = "are" if missing.startswith("shards") else "is"
+            raise InputError(
+                f"{place}: {missing} {verb} missing: only {shards[0]} is there",
+                fix=f"the checkpoint is incomplete: fetch it again, with {INDEX_FILE}",
+            )
     else:
         if SINGLE_FILE in weights and SINGLE_FILE not in index.values():
             raise InputError(

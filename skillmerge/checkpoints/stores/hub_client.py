@@ -31,7 +31,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session, parse_ratelimit_headers
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+    parse_ratelimit_headers,
+)
 
 from skillmerge.errors import InputError, ResourceError, SkillmergeError, TemporaryError
 
@@ -54,6 +60,28 @@ class Passing(Exception):
     def __init__(self, what: str, wait: float | None = None) -> None:
         super().__init__(what)
         self.what, self.wait = what, wait
+
+
+class Quiet:
+    """A context, entered from any thread, in which the client draws no progress bars: they are the process's own."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._restore = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            # The variable decides for good where it is set.
+            if self._inside == 1 and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+                self._restore = not are_progress_bars_disabled()
+                disable_progress_bars()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._restore:
+                self._restore = False
+                enable_progress_bars()
 
 
 def retried(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -23,6 +24,10 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _IDLE = {"trim_offsets", "str_rep"}
 _WORDS = {"behavior", "prepend_scheme"}
 _SPACE = {"String": " "}
+_SPACE_RUNS = (
+    {"type": "Strip", "strip_left": False, "strip_right": True},
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"},
+)
 
 
 def tokenization(document: Mapping[str, Any]) -> dict[str, str]:
@@ -37,27 +42,43 @@ def tokenization(document: Mapping[str, Any]) -> dict[str, str]:
         normalizer.append({"type": "Replace", "pattern": _SPACE, "content": mark["replacement"]})
     if normalizer and (normalizer[-1]["type"], normalizer[-1].get("pattern")) == ("Replace", _SPACE):
         pre_tokenizer = [step for step in pre_tokenizer if step.get("pattern") != _SPACE]  # no spaces are left
+    # Runs of spaces become one where a model of sentencepiece was converted: before the cut, or by cutting at each.
+    normalizer = [step for step in normalizer if step not in _SPACE_RUNS]
+    if [step["type"] for step in pre_tokenizer] == ["WhitespaceSplit", "Metaspace"]:
+        del pre_tokenizer[0]
     parts = {"normalizer": _digest(normalizer), "pre-tokenizer": _digest(pre_tokenizer)}
     model = document.get("model")
     if isinstance(model, dict) and isinstance(model.get("merges"), list):
-        parts["merges"] = merges_digest(_joined(merge) for merge in model["merges"])
+        parts["merges"] = merges_digest(_joined(model["merges"]))
     if isinstance(model, dict) and isinstance(model.get("vocab"), list):
-        parts["scores"] = merges_digest(_score(piece) for piece in model["vocab"])
+        parts["scores"] = text_digest(_score(piece) for piece in model["vocab"])
     return parts
 
 
 def merges_digest(merges: Iterable[str]) -> str:
-    """The digest of merges in their order, each as `left right`."""
-    return hashlib.sha256("\n".join(merges).encode("utf-8", "surrogatepass")).hexdigest()
+    """The digest of merges in their order, each as `left right`; of neighbors that give one token the order is free."""
+    lines = list(merges)
+    given = [line.replace(" ", "") for line in lines]
+    end = 0
+    for start in [place for place, (one, next_one) in enumerate(pairwise(given)) if one == next_one]:
+        if start < end:
+            continue  # inside the run before
+        end = next((place for place in range(start, len(given)) if given[place] != given[start]), len(given))
+        lines[start:end] = sorted(lines[start:end])
+    return text_digest(lines)
 
 
-def _joined(merge: Any) -> str:
-    if isinstance(merge, str):
-        return merge
-    if isinstance(merge, list) and len(merge) == 2:
-        left, right = merge
-        if isinstance(left, str) and isinstance(right, str):
-            return f"{left} {right}"
+def text_digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _joined(merges: Sequence[Any]) -> Sequence[str]:
+    """Merges as `left right`, which they are, or lists of both."""
+    kinds = set(map(type, merges))
+    if kinds <= {str}:
+        return merges
+    if kinds == {list} and set(map(len, merges)) == {2} and set(map(type, chain.from_iterable(merges))) == {str}:
+        return [f"{left} {right}" for left, right in merges]
     raise ValueError("a merge is neither two tokens nor a text of both")
 
 

@@ -7,7 +7,7 @@ tokens in the config), `merges.txt` (beside `vocab.json`), `special_tokens_map.j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -71,12 +71,19 @@ class Tokenizer:
     unread: tuple[str, ...] = ()
 
 
-def read_tokenizer(checkpoint: Checkpoint, files: SmallFiles) -> Tokenizer:
-    """The tokenizer of a model. files: shared by all models that are compared, the donor's read first.
+def vocabulary_file(names: Iterable[str]) -> str:
+    """The file, among a model's, that says which text each id is, or ""."""
+    found = [file for pattern, _ in VOCABULARIES for file in names if "/" not in file and fnmatchcase(file, pattern)]
+    return found[0] if found else ""
+
+
+def read_tokenizer(checkpoint: Checkpoint, files: SmallFiles, *, tokens: bool = True) -> Tokenizer:
+    """The tokenizer of a model. files: shared by all models that are compared, the donor's read first. tokens: whether
+    the vocabulary is wanted.
 
     Raises StalePlan, TemporaryError; what cannot be read as what it is, is named in `unread`.
     """
-    return _Reading(checkpoint, files).tokenizer()
+    return _Reading(checkpoint, files).tokenizer(tokens)
 
 
 class _Reading:
@@ -87,8 +94,10 @@ class _Reading:
         self._unread: list[str] = []
         self._listed = self._store.list()
 
-    def tokenizer(self) -> Tokenizer:
-        file, found = self._vocabulary()
+    def tokenizer(self, vocabulary: bool) -> Tokenizer:
+        file = vocabulary_file(self._listed)
+        parse = next((parse for pattern, parse in VOCABULARIES if vocabulary and fnmatchcase(file, pattern)), None)
+        found = (self._read(file, parse) if parse is not None else None) or Vocabulary({})
         config = self._read("tokenizer_config.json", json_table) or {}
         if file.endswith(".model") and str(config.get("tokenizer_class", "")).startswith(_SHIFTED):
             found = Vocabulary({})
@@ -111,13 +120,6 @@ class _Reading:
         except InputError as error:
             self._unread.append(error.message)
             return None
-
-    def _vocabulary(self) -> tuple[str, Vocabulary]:
-        for pattern, parse in VOCABULARIES:
-            for file in self._listed:
-                if fnmatchcase(file, pattern) and "/" not in file:
-                    return file, self._read(file, parse) or Vocabulary({})
-        return "", Vocabulary({})
 
     def _added(self, file: str, tokens: Mapping[int, str], config: Mapping[str, Any]) -> Mapping[int, str]:
         """The tokens and those that other files add. The same object where they add nothing."""

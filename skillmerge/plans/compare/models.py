@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.methods.terms import Term, model_of
 from skillmerge.plans.accounting import Problem
+from skillmerge.plans.compare.complete import check_complete
 from skillmerge.plans.compare.config import compare_config
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.roles import roles_of
@@ -15,7 +17,7 @@ from skillmerge.plans.compare.tokens import compare_tokens
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
 
-_OTHERS = ("donor", "update-size", "merged-share", "quantised-difference")
+_OTHERS = ("donor", "ties", "update-size", "merged-share", "quantised-difference")
 """Names in `accept` for what is found elsewhere."""
 
 
@@ -30,7 +32,9 @@ class Comparison:
 
     @property
     def problems(self) -> list[Problem]:
-        return [Problem("models", it.message, name=it.name) for it in self._open("problem")]
+        return [
+            Problem("models", it.message, name=it.name, final=it.name == "architecture") for it in self._open("problem")
+        ]
 
     @property
     def warnings(self) -> list[Remark]:
@@ -64,13 +68,15 @@ def compare_models(
     roles = roles_of(terms)
     found = compare_config(checkpoints, donor, roles, recipe.output.dtype)
     foreign = any(it.name == "architecture" for it in found)  # of two architectures everything differs
-    found += [] if foreign else compare_tokens(checkpoints, donor, roles)
+    files = SmallFiles()
+    found += [] if foreign else compare_tokens(checkpoints, donor, roles, files)
+    names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
+    found += check_complete({name: checkpoints[name] for name in names}, donor, files)
     if lenient:
         found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
     found = [replace(it, accepted=it.name in recipe.accept and it.level != "note") for it in found]
     settled = {it.name for it in found if it.accepted}
     unused = tuple(name for name in sorted(recipe.accept) if name not in settled and name not in _OTHERS)
-    names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
     return Comparison(tuple(found), _line(names, found) if len(names) > 1 else None, unused)
 
 

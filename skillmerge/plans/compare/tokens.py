@@ -11,8 +11,9 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import sections
 from skillmerge.checkpoints.tokenizers.placeholders import is_placeholder
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
-from skillmerge.checkpoints.tokenizers.tokenizer import Tokenizer, read_tokenizer
+from skillmerge.checkpoints.tokenizers.tokenizer import Tokenizer, read_tokenizer, vocabulary_file
 from skillmerge.errors import visible
+from skillmerge.methods.terms import minus_of, model_of
 from skillmerge.plans.compare.found import Compared, Level
 from skillmerge.plans.compare.roles import Role, Roles
 
@@ -20,6 +21,8 @@ NAMED = 8
 """How many tokens a message names."""
 
 _LONGEST = 40
+_SPELLINGS = {"<0x09>": "\t"}
+"""One token that Gemma's two tokenizers spell in two ways."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +68,28 @@ def compare_tokens(
     """
     files = files or SmallFiles()
     names = [donor, *(name for name in models if name != donor and roles.get(name, Role()).used)]
+    differ = _vocabularies_differ([models[name] for name in names])
     known = _Models(
-        donor, models, roles, {name: read_tokenizer(models[name], files) for name in names}, _rows(models, donor, roles)
+        donor,
+        models,
+        roles,
+        {name: read_tokenizer(models[name], files, tokens=differ) for name in names},
+        _rows(models, donor, roles),
     )
     found = [*_unread(known), *_ids(known)]
     if not any(it.name == "tokenizer" for it in found):
         found += _tokenization(known)
     return [*found, *_stops(known), *_templates(known), *_numbers(known)]
+
+
+def _vocabularies_differ(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether these may hold several vocabularies: what their stores state to be one file need not be fetched."""
+    digests = set()
+    for checkpoint in checkpoints:
+        listed = checkpoint.store.list()
+        stat = listed.get(vocabulary_file(listed))
+        digests.add(stat.digest if stat is not None else None)
+    return len(digests) > 1 or None in digests
 
 
 def _rows(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> int:
@@ -94,7 +112,8 @@ def _unread(known: _Models) -> Iterator[Compared]:
             yield Compared(None, "tokenizer", it.file, "note", {name: message}, False, said)
     if any(it.file for it in known.tokenizers.values()):
         for name, it in known.tokenizers.items():
-            if not it.file and known.checkpoints[name].config and known.role(name).tokens:
+            skill = model_of(name) != name or minus_of(name) in known.checkpoints
+            if not it.file and not skill and known.role(name).tokens:
                 said = f"model `{name}` has no tokenizer files: its ids are taken to be those of the other models"
                 yield Compared(None, "tokenizer", "tokenizer.json", "note", {name: "none"}, False, said)
 
@@ -115,6 +134,7 @@ def _ids(known: _Models) -> Iterator[Compared]:
     clashing, free = [], []
     for number in sorted(differing):
         texts = {tokens[number] for tokens in merged.values() if number in tokens}
+        texts = {_SPELLINGS.get(text, text) for text in texts}
         if len({text for text in texts if not is_placeholder(text)}) > 1:
             clashing.append(number)
         elif len(texts) > 1:
@@ -124,7 +144,7 @@ def _ids(known: _Models) -> Iterator[Compared]:
     if free:
         yield _placeholders(known, free)
     if len(merged) > 1 and known.rows:
-        yield from _unnamed(known)
+        yield from _unnamed(known, {*clashing, *free})
 
 
 def _clash(known: _Models, ids: Sequence[int]) -> Compared:
@@ -191,8 +211,8 @@ def _placeholders(known: _Models, ids: Sequence[int]) -> Compared:
     )
 
 
-def _unnamed(known: _Models) -> Iterator[Compared]:
-    """Rows of tokens that not every model has, and of none."""
+def _unnamed(known: _Models, told: set[int]) -> Iterator[Compared]:
+    """Rows of tokens that not every model has, but for those that were told of, and of none."""
     merged = known.merged
     first = next(iter(merged.values()))
     everywhere, anywhere = set(first), set(first)
@@ -200,7 +220,7 @@ def _unnamed(known: _Models) -> Iterator[Compared]:
         if tokens is not first:
             everywhere &= tokens.keys()
             anywhere |= tokens.keys()
-    some = sorted(number for number in anywhere - everywhere if number < known.rows)
+    some = sorted(number for number in anywhere - everywhere - told if number < known.rows)
     if some:
         count = f"{len(some):,} tokens are" if len(some) > 1 else "a token is"
         yield Compared(
@@ -254,7 +274,7 @@ def _stops(known: _Models) -> Iterator[Compared]:
             "eos_token_id",
             it.stop_file,
             "warning",
-            {model: str(sorted(known.tokenizers[model].stop)) for model in (known.donor, name)},
+            {model: _stop_ids(known.tokenizers[model]) for model in (known.donor, name)},
             False,
             f"`{name}` stops at {', '.join(tokens)}, and the output, which has the stop tokens of `{known.donor}`, "
             "does not: it may go on where an answer ends",
@@ -270,8 +290,11 @@ def _templates(known: _Models) -> Iterator[Compared]:
         differing = [key for key, text in theirs.items() if key in ours and ours[key] != text]
         if not theirs or (ours and not differing):
             continue
-        what = "another chat template than" if ours else "a chat template, and none has"
-        has = f"the output has that of `{known.donor}`" if ours else "the output has none"
+        message = (
+            f"`{name}` has another chat template than `{known.donor}`; the output has that of `{known.donor}`"
+            if ours
+            else f"`{name}` has a chat template and `{known.donor}` has none; the output has none"
+        )
         yield Compared(
             "chat-template",
             "chat_template",
@@ -279,7 +302,7 @@ def _templates(known: _Models) -> Iterator[Compared]:
             "warning",
             {model: _template(known.tokenizers[model]) for model in (known.donor, name)},
             False,
-            f"`{name}` has {what} `{known.donor}`: {has}",
+            message,
             f"to take the side files of `{name}`, write `output.like: {name}`; to keep those of `{known.donor}`, "
             "`accept: [chat-template]`",
         )
@@ -311,6 +334,10 @@ def _size(checkpoint: Checkpoint) -> int | None:
         section["vocab_size"] for _, section in sections(checkpoint.config) if type(section.get("vocab_size")) is int
     ]
     return sizes[0] if sizes else None
+
+
+def _stop_ids(it: Tokenizer) -> str:
+    return ", ".join(map(str, sorted(it.stop))) or "none"
 
 
 def _template(it: Tokenizer) -> str:

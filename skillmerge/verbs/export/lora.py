@@ -23,6 +23,7 @@ from skillmerge.checkpoints.kinds.skill import summary
 from skillmerge.checkpoints.place import on_hub
 from skillmerge.checkpoints.safetensors import build_header
 from skillmerge.durable import new_folder
+from skillmerge.engine.runner import check_words
 from skillmerge.errors import InputError, UsageError
 from skillmerge.naming import module_kind
 from skillmerge.plans.budget import check_disk
@@ -88,8 +89,7 @@ def export_lora(
     base: what its config names as the model to put it on; by default what the skill was cut from. One matrix is in
     memory at a time. Raises UsageError, InputError, ResourceError.
     """
-    if lora_rank < 1:
-        raise UsageError(f"rank {lora_rank}: a number from 1")
+    check_words(lora_rank=lora_rank, seed=seed)
     reporter = reporter or Reporter()
     recipe = recipe_of({"skill": {"skill": os.fspath(skill)}}, "skill", {"kind": "skill"}, "skillmerge export")
     checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.note)

@@ -66,8 +66,6 @@ def prepare(
     chosen, scorer = _axes(recipe, axes), find_scorer(score)
     if asked.search is not None and asked.search not in SEARCHES:
         raise UsageError(f"search {asked.search!r}: {', '.join(SEARCHES)}")
-    if asked.repeats < 1 or asked.trials < 1:
-        raise UsageError("repeats and trials are numbers from 1")
     if recipe.makes_skill:
         raise UsageError("a skill cannot be scored", fix="sweep a recipe that makes a model")
     folder = Path(output) if output is not None else Path(path).with_suffix(".sweep")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import shutil
 import time
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from skillmerge.brief import brief
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.engine.rounding_statistics import Statistics
-from skillmerge.engine.runner import Work
+from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.candidates import Values, grid, with_values
@@ -139,9 +140,10 @@ def sweep(
     repeats: how often each is scored, with another seed. Continues what was interrupted.
     Raises UsageError, CheckFailed where a score fails, OutputLocked; and what `apply` raises.
     """
+    check_words(repeats=repeats, trials=trials, seed=seed, device=device, hub=hub)
     reporter = reporter or Reporter()
     how = Access(follow_links, locked, download=hub == "download"), device
-    asked = Asked(search, trials, repeats, seed, by, minimise)
+    asked = Asked(search, operator.index(trials), operator.index(repeats), operator.index(seed), by, minimise)
     setting = prepare(recipe, axes, score, output, asked, how)
     if setting.recipe.gates:
         reporter.note("gates are not looked at while candidates are scored; the best recipe keeps them")
