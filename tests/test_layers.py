@@ -38,7 +38,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "proof.attest push",
         "proof.sign",
         "measured proof.bom verify",
-        "card hub_commit output",
+        "card comparison hub_commit output",
         "manifest",
         "staging",
         "journal shard_file",

@@ -301,24 +301,6 @@ def seal(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> 
     return Manifest(**content, environment=made_in, digest=_digest(_pieces(document)))
 
 
-_UNCOMPARED = ("tool", "accepted", "warnings")
-"""The version, and words for people, which may change with it."""
-
-
-def compare(place: Path, one: ManifestBody, again: ManifestBody) -> None:
-    """Raise CheckFailed where `again` does not say all that `one` says, the version apart; it may say more."""
-    new = ManifestBody.as_dict(again)
-    for key, value in ManifestBody.as_dict(one).items():
-        if key not in _UNCOMPARED and not _is_said(value, new[key]):
-            raise CheckFailed(f"{place / MANIFEST_FILE}: `{key}` differs when it is built again")
-
-
-def _is_said(old: Any, new: Any) -> bool:
-    if isinstance(old, dict):
-        return all(key in new and _is_said(value, new[key]) for key, value in old.items())
-    return len(old) == len(new) and all(map(_is_said, old, new)) if isinstance(old, list) else bool(old == new)
-
-
 def read(folder: Path) -> Manifest:
     """The manifest in `folder`. Raises CheckFailed where there is none or a byte of it was changed."""
     path = folder / MANIFEST_FILE

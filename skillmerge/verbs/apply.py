@@ -17,7 +17,7 @@ from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import UnusableWeights, UsageError, memory_errors
-from skillmerge.outputs import manifest
+from skillmerge.outputs import comparison, manifest
 from skillmerge.outputs.manifest import Manifest, ManifestBody
 from skillmerge.outputs.measured import settled, strict_outcome, warnings_of
 from skillmerge.outputs.output import Outcome, Output, RunLog
@@ -287,7 +287,7 @@ class _Merge:
         warned = [remark.message for remark in (*plan.warnings, *warnings_of(body))]
         body = replace(body, warnings=tuple(warned))
         if self.checks.expected is not None:
-            manifest.compare(staging.output, self.checks.expected, body)
+            comparison.compare(staging.output, self.checks.expected, body)
         return body
 
     def _judge(self, body: ManifestBody) -> list[Outcome]:
