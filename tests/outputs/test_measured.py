@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from conftest import read_checkpoint, run_cli, tensor_shapes, write_checkpoint, 
 
 import skillmerge
 from skillmerge.engine.measures.cells import cells, rows_of
+from skillmerge.engine.measures.skill_statistics import SkillStatistics
+from skillmerge.errors import CheckFailed
+from skillmerge.outputs.comparison import compare
 from skillmerge.study.inspect import inspect
 
 Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.2.mlp.up_proj.weight"
@@ -173,3 +177,14 @@ def test_update_that_is_too_large_is_refused_by_strict(tmp_path: Path) -> None:
     process = run_cli("apply", changed(tmp_path, Q, 0.6), "--strict", "-q")
     assert process.returncode == 3
     assert not (tmp_path / "merged").exists()
+
+
+def test_manifest_made_before_skills_knew_their_models_is_said_again(tmp_path: Path) -> None:
+    write_family(tmp_path)
+    new = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "skill").manifest
+    assert isinstance(new.statistics, SkillStatistics)
+    whole = replace(new.statistics.all, input_rounding=None, input_rounding_added=None)
+    old = replace(new, statistics=replace(new.statistics, all=whole, input_precisions=()))
+    compare(tmp_path, old, new)
+    with pytest.raises(CheckFailed, match="`statistics` differs when it is built again"):
+        compare(tmp_path, new, old)
