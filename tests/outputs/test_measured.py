@@ -50,7 +50,11 @@ def test_rounding_that_cancels_in_the_mean_is_told_by_its_worst_layer(tmp_path: 
     assert manifest["warnings"] == [said]
     report = run_cli("apply", recipe, "--report", tmp_path / "report.html")
     assert report.returncode == 0
-    assert said in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert said in page
+    assert '<td style="--p:100%"><b>1.33</b></td>' in page
+    assert '<td class="neg" style="--p:60%"><b>0.8</b></td>' in page
+    assert '<i class="neg" style="--p:100%">0.667</i>' in page, "the legend"
 
 
 def test_strict_keeps_back_what_rounding_has_changed(tmp_path: Path) -> None:
@@ -114,6 +118,8 @@ def test_matrix_that_changes_too_much_is_told_in_apply_extract_and_inspect(tmp_p
     assert process.stderr == f"warning: {said}\nhelp: check that the models belong together{accept}\n"
     extract = ("extract", "--from", "rl", "--minus", "sft", "-o", "skill")
     passing = "; to accept it, pass `--accept update-size`, or add to a recipe: `accept: [update-size]`"
+    assert run_cli("inspect", "sft", "rl", "--report", "r.html", cwd=tmp_path).returncode == 0
+    assert "changes by 0.60 of its norm" in (tmp_path / "r.html").read_text()
     for command, way in ((("inspect", "sft", "rl"), ""), (extract, passing)):
         assert run_cli(*command, "-q", cwd=tmp_path).stderr == (
             f"warning: `{Q}` changes by 0.60 of its norm, which is implausibly large\n"

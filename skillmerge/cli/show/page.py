@@ -106,6 +106,7 @@ def _cards(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspect
     if inspection is not None:
         what = f"<p>The update: <code>{escaped(inspection.update)}</code>"
         what += f"; the second: <code>{escaped(inspection.second)}</code></p>" if inspection.second else "</p>"
+        what += "".join(f"<p><b>warning</b> {escaped(remark.message)}</p>" for remark in inspection.remarks)
         what += "".join(f"<p>{escaped(note)}</p>" for note in inspection.notes)
     return f'<section>{what}<ul class="cards">{items}</ul></section>'
 
