@@ -38,7 +38,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "proof.attest push",
         "proof.sign",
         "measured proof.bom verify",
-        "card comparison hub_commit output",
+        "card comparison hub_commit output trials",
         "manifest",
         "staging",
         "journal shard_file",
@@ -91,6 +91,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "terms",
     ),
     "ground": (
+        "claim",
         "bits durable",
         "brief errors naming remarks reporter tensors threads version",
     ),

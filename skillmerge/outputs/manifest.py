@@ -23,7 +23,7 @@ from skillmerge.checkpoints.safetensors import unique_keys
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.measures.skill_statistics import SkillStatistics, summarise_skill
 from skillmerge.engine.rounding_statistics import Statistics, TensorStatistics, summarise
-from skillmerge.errors import CheckFailed
+from skillmerge.errors import CheckFailed, is_machine, unusable
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.plan import InputPlan, Plan
@@ -302,13 +302,15 @@ def seal(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> 
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest in `folder`. Raises CheckFailed where there is none or a byte of it was changed."""
+    """The manifest in `folder`. Raises CheckFailed where there is none or a byte of it was changed, ResourceError."""
     path = folder / MANIFEST_FILE
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise CheckFailed(f"{path}: is not a plain file")
         content = path.read_bytes()
     except OSError as error:
+        if is_machine(error):
+            raise unusable(str(path), error) from error
         raise CheckFailed(
             f"{folder} has no readable {MANIFEST_FILE}: {error.strerror}",
             fix="only outputs of `skillmerge apply` can be verified",

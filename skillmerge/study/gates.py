@@ -20,7 +20,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.schemes import is_path, local_folder
 from skillmerge.engine.measures.cells import LEAST, cells, rows_of
 from skillmerge.engine.rounding_statistics import Statistics, factor
-from skillmerge.errors import CheckFailed, SkillmergeError, UsageError
+from skillmerge.errors import CheckFailed, ResourceError, SkillmergeError, UsageError
 from skillmerge.naming import module_kind
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.outputs.output import Outcome, Output
@@ -126,14 +126,15 @@ def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> No
 def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], None]) -> list[Outcome]:
     """Measure every gate, whatever became of those before it; `tell` hears of each outcome as it is known.
 
-    Raises UsageError where a gate does not fit this output, CheckFailed where a command has changed it.
+    Raises UsageError where a gate does not fit this output, ResourceError where the machine fails, CheckFailed where a
+    command has changed it.
     """
     outcomes = []
     given = replace(given, text=next((gate.text for gate in gates if gate.text), None))
     for gate in gates:
         try:
             found = list(_measure(gate, given))
-        except UsageError:
+        except (UsageError, ResourceError):  # a fault of the machine says nothing of the model
             raise
         except SkillmergeError as error:
             # What a command complains of may hold anything, and outcomes go into files that are published.
@@ -163,7 +164,10 @@ def _place_of(gate: Gate, model: str, plan: Plan) -> str:
     folder = gate.folder
     if normalise_name(model) in plan.recipe.models:
         model, folder = plan.recipe.models[normalise_name(model)], plan.recipe.folder
-    return str(folder / Path(model).expanduser()) if is_path(model) else model
+    try:
+        return str(folder / Path(model).expanduser()) if is_path(model) else model
+    except RuntimeError as error:
+        raise UsageError(f"the gate `{gate.kind}`: {model}: {error}", fix="write the whole path") from error
 
 
 def _label(gate: Gate, kind: str = "") -> str:

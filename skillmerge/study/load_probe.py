@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from skillmerge.errors import is_machine
 from skillmerge.study.scoring.built_in import perplexity, tokenizer_of
 
 _KEY_SETS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -55,7 +56,7 @@ def main(folder: str, text: str | None = None) -> dict[str, Any]:
         return {"transformers": transformers.__version__, **_load(transformers, folder, text)}
     except Exception as error:
         details = [*warnings.table_rows[:_SHOWN], f"{type(error).__name__}: {error}"]
-        return {"ok": False, "why": "; ".join(details)}
+        return {"ok": False, "why": "; ".join(details), **({"machine": True} if is_machine(error) else {})}
     finally:
         log.remove_handler(warnings)
 

@@ -14,7 +14,7 @@ from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
 from skillmerge.checkpoints.renamed import wrappers_of
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.engine.runner import Work, check_words
-from skillmerge.errors import CheckFailed, UsageError, memory_errors
+from skillmerge.errors import CheckFailed, UsageError, machine_errors
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter
@@ -26,7 +26,7 @@ from skillmerge.verbs.result import Result
 from skillmerge.version import __version__
 
 
-@memory_errors()
+@machine_errors()
 def extract(
     rl: str,
     sft: str,

@@ -16,6 +16,7 @@ from skillmerge.study.scoring.scores import CONFIDENCE, Score
 from skillmerge.tensors import ULP_EDGES, format_bytes, format_count, percent
 
 ACTION_COLUMNS = ("tensors", "from", "what happens", "names")
+TRIAL_COLUMNS = ("tried", "works", "what follows")
 GATE_COLUMNS = ("gate", "asked", "measured", "verdict", "")
 
 COMPARED_COLUMNS = ("difference", "what follows")

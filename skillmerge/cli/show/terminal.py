@@ -308,6 +308,11 @@ def show_diagnosis(diagnosis: Diagnosis, out: Console) -> None:
         out.print(Text(name, style="bold"))
         for key, value in facts.items() or [("none", "")]:
             out.print(Text(f"  {key}: {_fact(key, value)}" if value != "" else f"  {key}"), soft_wrap=True)
+    table = new_table(tables.TRIAL_COLUMNS, left=tables.TRIAL_COLUMNS)
+    for trial in diagnosis.trials:
+        works = "not known" if trial.works is None else "yes" if trial.works else "no"
+        table.add_row(trial.what, works, trial.follows)
+    out.print(table)
 
 
 def _fact(key: str, value: Any) -> str:
