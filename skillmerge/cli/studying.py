@@ -79,6 +79,7 @@ def export(skill: str, output: str, as_json: bool, quiet: bool, **options: Any) 
 @click.command()
 @click.argument("source", type=click.Path())
 @click.argument("other", type=click.Path(), required=False)
+@click.argument("more", type=click.Path(), nargs=-1)
 @option("--base", metavar="MODEL", help="Of a recipe: what its target was trained from.")
 @flags.set
 @option(
@@ -99,13 +100,16 @@ def export(skill: str, output: str, as_json: bool, quiet: bool, **options: Any) 
 def inspect(
     source: str,
     other: str | None,
+    more: tuple[str, ...],
     report_file: str | None,
     coefficients: tuple[tuple[str, float], ...],
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Show what changed from model SOURCE to OTHER; or the updates that a recipe merges; or a stored skill.
+    """Show what changed from model SOURCE to OTHER; or the updates that a recipe merges; or stored skills.
+
+    Several skills, named alone or added up by a recipe, are shown each by itself and each beside every other one.
 
     Shares, norms, units in the last place, how two updates lie to each other, and what rounding will do with them
     for every lambda, before anything is written.
@@ -115,7 +119,7 @@ def inspect(
 
     check_places(report=report_file)
     reporter = TerminalReporter(quiet, verbose=False, doing="inspecting")
-    found = run(source, other, coefficients=dict(coefficients), reporter=reporter, **options)
+    found = run(source, other, *more, coefficients=dict(coefficients), reporter=reporter, **options)
     if as_json:
         print_result(found)
     else:

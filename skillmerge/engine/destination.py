@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from skillmerge.engine.measures.skill_statistics import SkillInput
 from skillmerge.engine.rounding_statistics import TensorStatistics
 from skillmerge.plans.plan import ShardPlan
 
@@ -14,7 +15,8 @@ from skillmerge.plans.plan import ShardPlan
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
     """What there is to say of a finished shard. statistics: of rounding, by tensor; tensors: of a skill's file, the
-    rows of `skill.json`. uploaded: the Hub has it, and this disk no longer."""
+    rows of `skill.json`; inputs: what is known of the models of a skill's tensors. uploaded: the Hub has it, and
+    this disk no longer."""
 
     file: str
     size: int
@@ -22,12 +24,14 @@ class ShardRecord:
     statistics: Mapping[str, TensorStatistics]
     tensors: Mapping[str, Any] | None = None
     uploaded: bool = False
+    inputs: Mapping[str, SkillInput] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         statistics = {name: row.as_dict() for name, row in self.statistics.items()}
         row = {"shard": self.file, "size": self.size, "sha256": self.sha256, "statistics": statistics}
         tensors = {"tensors": self.tensors} if self.tensors is not None else {}
-        return {**row, **tensors, **({"uploaded": True} if self.uploaded else {})}
+        inputs = {"inputs": {name: found.as_dict() for name, found in self.inputs.items()}} if self.inputs else {}
+        return {**row, **tensors, **inputs, **({"uploaded": True} if self.uploaded else {})}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> ShardRecord:
@@ -38,6 +42,7 @@ class ShardRecord:
             {name: TensorStatistics(**found) for name, found in row["statistics"].items()},
             row.get("tensors"),
             bool(row.get("uploaded")),
+            {name: SkillInput.from_dict(found) for name, found in row.get("inputs", {}).items()},
         )
 
 

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.plans.depth import number
-from skillmerge.plans.plan import Plan
-from skillmerge.tensors import DTYPES, format_bytes
+from skillmerge.plans.plan import Plan, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 
 
 SAMPLE_STRIDE = 128
-DEVIATION = 0.1
-"""A realised lambda further than this from the asked one is worth a warning."""
-
 
 LOSSES = ("asked lambda", "realised lambda", "vanished", "changed")
 """What people are shown of a group, as they call it."""
@@ -54,6 +50,11 @@ class TensorStatistics:
     du: float | None
     dd: float | None
     tt: float | None
+
+    @property
+    def norm_ratio(self) -> float | None:
+        """|y - t| / |t|; None of a base of zeros, and where a sum is no number."""
+        return math.sqrt(self.dd / self.tt) if self.dd is not None and self.tt else None
 
     @property
     def whole(self) -> dict[str, float] | None:
@@ -92,7 +93,7 @@ class Group:
     def shown(self) -> tuple[str, ...]:
         """For people, in the order of LOSSES."""
         lambdas = [number(value) for value in self.lambdas or ()] or ["-", "-"]
-        return (*lambdas, _percent(self.vanished), _percent(self.changed))
+        return (*lambdas, percent(self.vanished), percent(self.changed))
 
     def as_dict(self) -> dict[str, Any]:
         row: dict[str, Any] = {"tensors": self.tensors, "merged": self.merged}
@@ -101,26 +102,6 @@ class Group:
         if self.asked_lambda is not None:
             row |= {"asked_lambda": self.asked_lambda, "realised_lambda": self.realised_lambda}
         return row
-
-
-@dataclass(frozen=True, slots=True)
-class SkillGroup:
-    """What of a stored skill one kind of module has, or all. changed: the share of elements; relative_error: the norm
-    of what rounding lost, of the norm of the update."""
-
-    tensors: int
-    elements: int
-    changed: float | None
-    pairs: int
-    norm: float
-    relative_error: float
-    bytes: int
-    dense_bytes: int
-
-    @property
-    def shown(self) -> tuple[str, str, str]:
-        """For people: changed, norm, and how large it is when it is stored."""
-        return _percent(self.changed), number(self.norm), format_bytes(self.bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,24 +121,9 @@ class Statistics:
         return {"mode": self.mode, "modules": modules, "all": self.all.as_dict()}
 
 
-@dataclass(frozen=True, slots=True)
-class SkillStatistics:
-    """What a stored skill has, by module kind and in all."""
-
-    mode: str
-    modules: dict[str, SkillGroup]
-    all: SkillGroup
-
-    @property
-    def rows(self) -> list[tuple[str, SkillGroup]]:
-        return [*self.modules.items(), ("all", self.all)]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+def percent(part: float | None) -> str:
+    """For people."""
+    return "-" if part is None else f"{part:.1%}"
 
 
 def is_sampled(name: str, block: int, blocks: int, mode: str) -> bool:
@@ -242,70 +208,52 @@ def _sum(values: Iterable[float]) -> float | None:
 
 def summarise(plan: Plan, measured: Mapping[str, TensorStatistics], mode: str) -> Statistics:
     """Per module kind and in all: counts, and asked and realised lambda weighted by the update's energy."""
-    groups: dict[str, list[str]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
-    for name in plan.tensors:
-        groups[module_kind(name)].append(name)
-    modules = {kind: _group(plan, names, measured) for kind, names in groups.items() if names}
-    return Statistics(mode, modules, _group(plan, list(plan.tensors), measured))
+    rows = [
+        Row(name, tensor.action == "merge", measured.get(name), factor(tensor)) for name, tensor in plan.tensors.items()
+    ]
+    kinds: dict[str, list[Row]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
+    for row in rows:
+        kinds[module_kind(row.name)].append(row)
+    return Statistics(mode, {kind: group(found) for kind, found in kinds.items() if found}, group(rows))
 
 
-def summarise_skill(tensors: Mapping[str, Mapping[str, Any]]) -> SkillStatistics:
-    """The same for a stored skill, from what `skill.json` says of its tensors: counts, shares, and the norm."""
-    groups: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
-    for name, row in tensors.items():
-        groups[module_kind(name)].append(row)
-    modules = {kind: _skill_group(rows) for kind, rows in groups.items() if rows}
-    return SkillStatistics("full", modules, _skill_group(list(tensors.values())))
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A tensor of a group. merged: whether the formula computes it; factor: lambda, where one number stands in front of
+    the difference; statistics: None where nothing was measured."""
+
+    name: str
+    merged: bool
+    statistics: TensorStatistics | None
+    factor: float | None = None
 
 
-def _skill_group(rows: list[Mapping[str, Any]]) -> SkillGroup:
-    elements = [math.prod(row["shape"]) for row in rows]
-    return SkillGroup(
-        tensors=len(rows),
-        elements=sum(elements),
-        changed=_share(sum(row["changed"] for row in rows), sum(elements)),
-        pairs=sum(row["pairs"] for row in rows),
-        norm=math.sqrt(math.fsum(row["sum_of_squares"] for row in rows)),
-        relative_error=_relative_error(rows),
-        bytes=sum(row["bytes"] for row in rows),
-        dense_bytes=sum(count * DTYPES[row["dtype"]].itemsize for count, row in zip(elements, rows, strict=True)),
-    )
-
-
-def _relative_error(rows: list[Mapping[str, Any]]) -> float:
-    """The norm of what rounding lost, of the norm of the update."""
-    lost = math.fsum(row.get("lost_squares", 0.0) for row in rows)
-    whole = math.fsum(row["sum_of_squares"] for row in rows)
-    return math.sqrt(lost / whole) if whole else 0.0
-
-
-def _group(plan: Plan, names: list[str], measured: Mapping[str, TensorStatistics]) -> Group:
-    known = [(name, measured[name].whole) for name in names if name in measured]
-    rows = [(name, row) for name, row in known if row is not None]
-    merged = sum(_merged(plan, name) for name in names)
-    if not rows:
-        return Group(len(names), merged)
-    sums = {key: math.fsum(row[key] for _, row in rows) for key in rows[0][1]}
-    asked, realised = _lambdas(plan, rows) if sums["uu"] > 0 else (None, None)
+def group(rows: Sequence[Row]) -> Group:
+    """What rounding did to these tensors together; what was sampled of a tensor stands for all of it."""
+    known = [(row, whole) for row in rows if row.statistics is not None and (whole := row.statistics.whole) is not None]
+    merged = sum(row.merged for row in rows)
+    if not known:
+        return Group(len(rows), merged)
+    sums = {key: math.fsum(whole[key] for _, whole in known) for key in known[0][1]}
+    asked, realised = _lambdas(known) if sums["uu"] > 0 else (None, None)
     return Group(
-        len(names),
+        len(rows),
         merged,
-        changed=_share(sums["changed"], sums["total"]),
-        vanished=_share(sums["vanished"], sums["updated"]),
-        realised=_share(sums["du"], sums["uu"]),
+        changed=share(sums["changed"], sums["total"]),
+        vanished=share(sums["vanished"], sums["updated"]),
+        realised=share(sums["du"], sums["uu"]),
         norm_ratio=math.sqrt(sums["dd"] / sums["tt"]) if sums["tt"] else None,
         asked_lambda=asked,
         realised_lambda=realised,
     )
 
 
-def _lambdas(plan: Plan, rows: list[tuple[str, dict[str, float]]]) -> tuple[float, float] | tuple[None, None]:
+def _lambdas(rows: Sequence[tuple[Row, dict[str, float]]]) -> tuple[float, float] | tuple[None, None]:
     """Asked and realised lambda of tensors that all have one."""
-    factors = [_factor(plan, name) for name, _ in rows]
-    if None in factors:
+    if any(row.factor is None for row, _ in rows):
         return None, None
     # u = lambda * v, so <v, v> = <u, u> / lambda^2.
-    terms = [(row["uu"], row["du"], factor) for (_, row), factor in zip(rows, factors, strict=True) if factor]
+    terms = [(whole["uu"], whole["du"], row.factor) for row, whole in rows if row.factor]
     plain = _sum(uu / factor / factor for uu, _, factor in terms)
     asked, realised = _sum(uu / factor for uu, _, factor in terms), _sum(du / factor for _, du, factor in terms)
     if not plain or asked is None or realised is None:
@@ -313,22 +261,11 @@ def _lambdas(plan: Plan, rows: list[tuple[str, dict[str, float]]]) -> tuple[floa
     return asked / plain, realised / plain
 
 
-def _share(part: float, whole: float) -> float | None:
+def share(part: float, whole: float) -> float | None:
+    """A part of a whole; None of nothing."""
     return part / whole if whole else None
 
 
-def _merged(plan: Plan, name: str) -> bool:
-    return plan.tensors[name].action == "merge"
-
-
-def _factor(plan: Plan, name: str) -> float | None:
+def factor(tensor: TensorPlan) -> float | None:
     """lambda, where the tensor is `base + lambda * v` with one number in front of the difference."""
-    program = plan.tensors[name].program
-    return program.asked if program is not None and program.base else None
-
-
-def deviating(statistics: Statistics) -> Iterable[tuple[str, float]]:
-    """Module kinds, and `all`, whose realised share of the update is more than DEVIATION off."""
-    for name, group in statistics.rows:
-        if group.realised is not None and abs(group.realised - 1) > DEVIATION:
-            yield name, group.realised
+    return tensor.program.asked if tensor.program is not None and tensor.program.base else None

@@ -18,7 +18,8 @@ from skillmerge.checkpoints.kinds.skill import SKILL_FILE, SKILL_VERSION, part_n
 from skillmerge.checkpoints.kinds.skill_planes import COMPRESSED, deflate
 from skillmerge.checkpoints.kinds.sparse import Encoded
 from skillmerge.engine.destination import Destination, ShardRecord
-from skillmerge.engine.rounding_statistics import summarise_skill
+from skillmerge.engine.measures.input_rounding import Grain, input_rounding, joined
+from skillmerge.engine.measures.skill_statistics import SkillInput, summarise_skill
 from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
 from skillmerge.tensors import BLOCK, DTYPES, UNIT, TensorSpec
 
@@ -38,8 +39,8 @@ class Unit:
 
 @dataclass(slots=True)
 class Cut:
-    """What became of a unit: its planes, counts, sums of squares (of the update, and of what rounding lost), and
-    the digest of what was read of each model."""
+    """What became of a unit: its planes, counts, sums of squares (of the update, of what rounding lost, of what was
+    subtracted), the digest of what was read of each model, and its precision."""
 
     planes: dict[str, Encoded]
     stored: int = 0
@@ -48,6 +49,8 @@ class Cut:
     squares: list[float] = field(default_factory=list)
     lost: list[float] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    weights: list[float] = field(default_factory=list)
+    grains: dict[str, Grain] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ class SkillFile:
             Cut(
                 {plane: Encoded(encoded.encoding, {}) for plane, encoded in cut.planes.items()},
                 sum(encoded.nbytes for encoded in cut.planes.values()),
-                cut.changed, cut.pairs, cut.squares, cut.lost, cut.digests,
+                cut.changed, cut.pairs, cut.squares, cut.lost, cut.digests, cut.weights, cut.grains,
             )
         )  # fmt: skip
 
@@ -123,9 +126,10 @@ class SkillFile:
             }
             for spec in self.shard.specs
         }
+        inputs = {name: made_of for name, rows in self._rows.items() if (made_of := _made_of(rows)) is not None}
         self._header.clear()
         self._rows.clear()
-        return ShardRecord(self.shard.file, size, digest, {}, tensors)
+        return ShardRecord(self.shard.file, size, digest, {}, tensors, inputs=inputs)
 
     def close(self) -> None:
         self._file.close()
@@ -172,6 +176,18 @@ def _describe(spec: TensorSpec, file: str, dtypes: tuple[str, str], rows: Sequen
     }
     lost = math.fsum(square for row in rows for square in row.lost)
     return {**described, "lost_squares": lost} if any(row.lost for row in rows) else described
+
+
+def _made_of(rows: Sequence[Cut]) -> SkillInput | None:
+    """What is known of the two models of a tensor, the added and the subtracted one; None where they are none."""
+    models = list(dict.fromkeys(model for row in rows for model in row.grains))
+    if not models:
+        return None
+    grains = {model: joined(row.grains[model] for row in rows if model in row.grains) for model in models}
+    rounding = input_rounding(grains, dict(zip(models, (1.0, -1.0), strict=True)))
+    sums = (math.fsum(square for row in rows for square in row.weights), rounding.of_all, rounding.of_added)
+    weights, of_all, of_added = (value if math.isfinite(value) else None for value in sums)
+    return SkillInput(weights, of_all, of_added, rounding.precisions)
 
 
 def describe_skill(

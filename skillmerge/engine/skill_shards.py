@@ -21,6 +21,7 @@ from skillmerge.bits import any_nonfinite, fold_sum, memory_of, torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.sparse import Encoder, differing, places_of, within
 from skillmerge.engine.destination import Destination, ShardRecord
+from skillmerge.engine.measures.input_rounding import Grain, grain_of, joined
 from skillmerge.engine.runner import Room
 from skillmerge.engine.skill_file import Cut, Kept, SkillFile, Unit, compressed
 from skillmerge.engine.stream import Stream
@@ -28,7 +29,7 @@ from skillmerge.engine.tiles import Tile
 from skillmerge.engine.worker import Settings, Worker
 from skillmerge.methods.evaluate import evaluate
 from skillmerge.methods.rounding import round_nearest
-from skillmerge.methods.terms import model_of
+from skillmerge.methods.terms import model_of, weights
 from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT
 
@@ -130,6 +131,7 @@ class _Cutter:
         # A skill that is read says of what it was made itself.
         self.kept: dict[str, Kept] = {}
         self._digested = {name for name in checkpoints if model_of(name) not in plan.recipe.skills}
+        self._pair = _pair_of(plan) if len(self._digested) == len(checkpoints) else ()
 
     @property
     def _worker(self) -> Worker:
@@ -185,9 +187,12 @@ class _Cutter:
         tile = Tile(unit.tensor, first, first + unit.length, 0)
         inputs = worker.reader.read_tile(tile)
         digests = {model: hashlib.sha256() for model in inputs if model in self._digested}
-        chunks = self._chunks(worker, tile, inputs, digests)
+        grains: dict[str, list[Grain]] = {model: [] for model in self._pair if model in inputs}
+        weights: list[float] = []
+        chunks = self._seen(self._chunks(worker, tile, inputs, digests), grains, weights)
         cut = self._keep(chunks) if unit.tensor.action == "cut" else self._compute(worker, tile, chunks)
         cut.digests = {model: digest.hexdigest() for model, digest in digests.items()}
+        cut.weights, cut.grains = weights, {model: joined(found) for model, found in grains.items() if found}
         if self.plan.recipe.output.compression == "zstd":
             cut.planes = {plane: compressed(encoded) for plane, encoded in cut.planes.items()}
         return cut
@@ -204,6 +209,23 @@ class _Cutter:
                     raise worker.nonfinite(tile, inputs, inputs[model])
                 if model in digests:
                     digests[model].update(memory_of(piece))
+            yield start, pieces
+
+    def _seen(
+        self,
+        chunks: Iterable[tuple[int, dict[str, Tensor]]],
+        grains: Mapping[str, list[Grain]],
+        weights: list[float],
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """The same pieces, once it is known how coarse the numbers of both models are and how large the subtracted
+        ones."""
+        for start, pieces in chunks:
+            for model, found in grains.items():
+                found.append(grain_of(pieces[model]))
+            if self._pair:
+                subtracted = pieces[self._pair[1]]
+                wide = subtracted.to(torch.promote_types(subtracted.dtype, torch.float32), copy=True)
+                weights.append(fold_sum(wide.mul_(wide)))
             yield start, pieces
 
     def _keep(self, chunks: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Cut:
@@ -258,6 +280,13 @@ class _Cutter:
             cut.squares.append(fold_sum(update * update))
         cut.planes = {"plus": plus.finish()}
         return cut
+
+
+def _pair_of(plan: Plan) -> tuple[str, ...]:
+    """The added and the subtracted model of a skill that is their plain difference; of any other nothing."""
+    factors = weights(plan.recipe.term({})) if not plan.coefficients else {}
+    pair = tuple(sorted(factors, key=lambda model: -factors[model]))
+    return pair if [factors[model] for model in pair] == [1.0, -1.0] else ()
 
 
 def _bins_of(values: Tensor) -> Tensor:

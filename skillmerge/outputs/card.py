@@ -12,7 +12,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from skillmerge.checkpoints.place import Location, on_hub
-from skillmerge.engine.rounding_statistics import LOSSES, SkillStatistics, Statistics
+from skillmerge.engine.measures.cells import DEVIATION, cells, rows_of
+from skillmerge.engine.measures.skill_statistics import SkillStatistics
+from skillmerge.engine.rounding_statistics import LOSSES, Statistics
 from skillmerge.errors import UsageError
 from skillmerge.outputs.manifest import Input, Manifest
 from skillmerge.outputs.staging import MANIFEST_FILE
@@ -22,6 +24,8 @@ from skillmerge.recipes.recipe import Push
 from skillmerge.tensors import format_bytes
 
 CARD_FILE = "README.md"
+_CELLS = 8
+"""Layers of which a card tells what rounding did to them, at most."""
 
 
 IN_THE_RECIPE = "declare it in the recipe:\noutput:\n  license: apache-2.0"
@@ -182,7 +186,16 @@ def _rounding(manifest: Manifest) -> list[str]:
         return []
     measured = "a sample of blocks" if statistics.mode == "sampled" else "every element"
     told = f"Measured on {measured}."
-    return ["## What rounding did", told, _table(("module", *LOSSES), rows)]
+    off = [cell for cell in cells(rows_of(manifest.tensors)) if cell.is_off]
+    off = sorted(off, key=lambda cell: -abs((cell.group.realised or 0.0) - 1))
+    shown = [(cell.label, *cell.group.shown[2:], f"{cell.group.realised:.2f}") for cell in off[:_CELLS]]
+    return [
+        "## What rounding did",
+        told,
+        _table(("module", *LOSSES), rows),
+        *([f"More than {DEVIATION:.0%} off in {len(off)} layers and kinds of module, most of all in:",
+           _table(("layer", *LOSSES[2:], "realised, of asked"), shown)] if off else ()),
+    ]  # fmt: skip
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

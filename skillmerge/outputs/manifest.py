@@ -21,13 +21,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from skillmerge.brief import brief
 from skillmerge.checkpoints.safetensors import unique_keys
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.engine.rounding_statistics import (
-    SkillStatistics,
-    Statistics,
-    TensorStatistics,
-    summarise,
-    summarise_skill,
-)
+from skillmerge.engine.measures.skill_statistics import SkillStatistics, summarise_skill
+from skillmerge.engine.rounding_statistics import Statistics, TensorStatistics, summarise
 from skillmerge.errors import CheckFailed, is_machine, unusable
 from skillmerge.outputs.canonical import digest_of, lines_of, pieces_of, to_bytes
 from skillmerge.outputs.staging import MANIFEST_FILE
@@ -262,6 +257,7 @@ def build(
     files += [File(file.name, file.size, file.digest[1]) for file in side_files]
     measured = {name: row for done in finished.values() for name, row in done.statistics.items()}
     cut = {name: row for done in finished.values() for name, row in (done.tensors or {}).items()}
+    inputs = {name: row for done in finished.values() for name, row in done.inputs.items()}
     return ManifestBody(
         tool=Tool("skillmerge", __version__),
         recipe=RecipeText(recipe.document.text, recipe.sha256),
@@ -275,7 +271,7 @@ def build(
         files=tuple(sorted(files, key=lambda file: file.name)),
         tensors=_tensors(plan, measured),
         accepted=tuple(replace(found, help=None) for found in plan.compared.found if found.accepted),
-        statistics=summarise_skill(cut) if plan.makes_skill else summarise(plan, measured, stats),
+        statistics=summarise_skill(cut, inputs) if plan.makes_skill else summarise(plan, measured, stats),
     )
 
 
@@ -304,17 +300,6 @@ def seal(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> 
     document = {**body.as_dict(), "environment": made_in.as_dict()}
     content = {part.name: getattr(body, part.name) for part in fields(ManifestBody)}
     return Manifest(**content, environment=made_in, digest=digest_of(pieces_of(document)))
-
-
-_UNCOMPARED = ("tool", "accepted", "warnings")
-"""The version, and words for people, which may change with it."""
-
-
-def compare(place: Path, one: ManifestBody, again: ManifestBody) -> None:
-    """Raise CheckFailed where two manifests differ in more than where and with what version they were made."""
-    for part in fields(ManifestBody):
-        if part.name not in _UNCOMPARED and getattr(one, part.name) != getattr(again, part.name):
-            raise CheckFailed(f"{place / MANIFEST_FILE}: `{part.name}` differs when it is built again")
 
 
 def read(folder: Path) -> Manifest:

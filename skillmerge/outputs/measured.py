@@ -1,24 +1,44 @@
-"""The warnings that finished weights call for: nothing changed, or rounding changed what was asked.
+"""The warnings that finished weights call for: nothing changed, rounding changed what was asked, updates too large.
 
 Read from the statistics of a manifest; nothing is measured here.
 """
 
 from __future__ import annotations
 
-from skillmerge.engine.rounding_statistics import SkillStatistics, Statistics, deviating
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+from skillmerge.engine.measures import update_size
+from skillmerge.engine.measures.cells import DEVIATION, Cell, cells, kinds, rows_of, worst
+from skillmerge.engine.measures.input_rounding import input_warning
+from skillmerge.engine.measures.skill_statistics import SkillStatistics
+from skillmerge.engine.rounding_statistics import Statistics
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.outputs.output import Outcome
+from skillmerge.plans.compare.found import Compared
 from skillmerge.remarks import Remark, warning
+from skillmerge.tensors import DTYPES
 
 STRICT = "strict"
 """The name of the gate that `--strict` makes of warnings."""
 
 
 def warnings_of(body: ManifestBody) -> list[Remark]:
-    """Return where the output is not what was asked for."""
-    if isinstance(body.statistics, SkillStatistics):
-        return _of_skill(body.statistics)
-    return _of_model(body, body.statistics)
+    """Return where the output is not what was asked for; what the recipe accepts is left out."""
+    accepted = {found.name for found in body.accepted}
+    statistics = body.statistics
+    found = _of_skill(statistics) if isinstance(statistics, SkillStatistics) else _of_model(body, statistics)
+    return [remark for remark in found if remark.name is None or remark.name not in accepted]
+
+
+def settled(body: ManifestBody, accept: Collection[str]) -> ManifestBody:
+    """Return the same with what finished weights warn of and a recipe accepts."""
+    found = [
+        Compared(remark.name, "norm ratio", "weights", "warning", {}, accepted=True, message=remark.message)
+        for remark in warnings_of(body)
+        if remark.name is not None and remark.name in accept
+    ]
+    return replace(body, accepted=(*body.accepted, *found)) if found else body
 
 
 def strict_outcome(body: ManifestBody) -> Outcome:
@@ -27,31 +47,51 @@ def strict_outcome(body: ManifestBody) -> Outcome:
     return Outcome(STRICT, "no warnings", float(len(found)), not found, "\n".join(remark.message for remark in found))
 
 
-def _of_skill(statistics: SkillStatistics) -> list[Remark]:
-    warnings = []
+def _of_skill(statistics: SkillStatistics) -> Iterator[Remark]:
     if not statistics.all.changed:
-        warnings.append(warning("this skill is empty: the models that it was cut from hold the same weights"))
+        yield warning("this skill is empty: the models that it was cut from hold the same weights")
     if lost := statistics.all.relative_error:
-        lossy = f"this skill is rounded: {lost:.2g} of its norm was lost, and merges with it differ by that"
-        warnings.append(warning(lossy))
-    return warnings
+        yield warning(f"this skill is rounded: {lost:.2g} of its norm was lost, and merges with it differ by that")
+    whole = statistics.all
+    kinds = {kind: (group.norm, group.input_rounding) for kind, group in statistics.modules.items()}
+    yield from input_warning(whole.input_rounding, whole.input_rounding_added, statistics.input_precisions, kinds)
+    yield from update_size.size_warning(statistics.large, update_size.IN_EXTRACT)
 
 
-def _of_model(body: ManifestBody, statistics: Statistics) -> list[Remark]:
+def _of_model(body: ManifestBody, statistics: Statistics) -> Iterator[Remark]:
     donor = body.donor
     plain = all(tensor.action == "copy" and tensor.sources[0][0] == donor for tensor in body.tensors)
     if plain or statistics.all.changed == 0:
-        return [
-            warning(f"this merge does nothing: as far as was measured, the output's weights are those of `{donor}`")
-        ]
-    warnings, far = [], dict(deviating(statistics))
-    for much, what in ((False, "only part of the update"), (True, "more than the update")):
-        found = [f"{share:.0%} for {name}" for name, share in far.items() if (share > 1) == much]
-        if found:
-            warnings.append(
-                warning(
-                    f"rounding lets through {what}: {', '.join(found)}",
-                    "set `output.dtype: float32` or `output.rounding: stochastic`",
-                )
-            )
-    return warnings
+        yield warning(f"this merge does nothing: as far as was measured, the output's weights are those of `{donor}`")
+        return
+    yield from _rounding(body)
+    ratios = ((it.name, it.shape, it.statistics.norm_ratio) for it in body.tensors if it.statistics is not None)
+    yield from update_size.size_warning(update_size.too_large(ratios))
+
+
+def _rounding(body: ManifestBody) -> Iterator[Remark]:
+    """The layer and kind of module whose effective lambda is furthest off; else the kind of module in all layers, whose
+    small tensors may only together be enough to tell."""
+    rows = rows_of(body.tensors)
+    for found, what in ((cells(rows), "cells"), (kinds(rows), "kinds of module")):
+        if (far := worst(found)) is None:
+            continue
+        off, measured = sum(cell.is_off for cell in found), sum(cell.is_measured for cell in found)
+        count = f"; {off} of {measured} {what} are more than {DEVIATION:.0%} off" if measured > 1 else ""
+        yield warning(
+            f"{far.label}: effective lambda is {far.group.realised:.2f} of what was requested "
+            f"({_dtypes(body, far)} rounding){count}",
+            _cures(body),
+        )
+        return
+
+
+def _dtypes(body: ManifestBody, cell: Cell) -> str:
+    names = {str(DTYPES[tensor.dtype].torch_name) for tensor in body.tensors if tensor.name in cell.names}
+    return " and ".join(sorted(names))
+
+
+def _cures(body: ManifestBody) -> str | None:
+    cures = ["`output.dtype: float32`"] if body.output.dtype != "float32" else []
+    cures += ["`output.rounding: stochastic`"] if body.output.rounding != "stochastic" else []
+    return f"set {' or '.join(cures)}" if cures else None

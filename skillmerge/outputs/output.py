@@ -94,13 +94,15 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one gate. measured: None where there is no number; `detail` says why."""
+    """What became of one gate. measured: None where there is no number; `detail` says why. where: the part of the model
+    that `measured` is of, if it is of the worst one."""
 
     gate: str
     asked: str
     measured: float | None
     passed: bool
     detail: str = ""
+    where: str = ""
 
     @property
     def unmeasured(self) -> bool:
@@ -112,10 +114,10 @@ class Outcome:
         """What was measured, or why nothing was."""
         if self.measured is None:
             return self.detail.splitlines()[0] if self.detail else ("yes" if self.passed else "no")
-        return f"{self.measured:.4g}"
+        return f"{self.measured:.4g}" + (f" at {self.where}" if self.where else "")
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "where" or value}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Outcome:
@@ -127,6 +129,7 @@ class Outcome:
             measured if isinstance(measured, int | float) else None,
             bool(row.get("passed")),
             str(row.get("detail", "")),
+            str(row.get("where", "")),
         )
 
 

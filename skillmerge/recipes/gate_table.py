@@ -5,12 +5,13 @@ Text only: `study.gates` measures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 from skillmerge.recipes.expression import normalise_name
-from skillmerge.recipes.schema import CosineTable, GatesTable, RangeTable
+from skillmerge.recipes.schema import CosineTable, FigureTable, GatesTable, RangeTable
 from skillmerge.recipes.yamltext import Document
 
 GATE_FIGURES = ("changed", "vanished", "realised", "realised_lambda", "norm_ratio")
@@ -24,7 +25,8 @@ class Gate:
     """What one figure of an output may be.
 
     kind: a key of `gates:`. minimum, maximum: both ends included, except that a default `changed` is more than 0.
-    modules: kinds of module, each by itself; empty for the whole model. name, run, score, timeout (seconds): of a
+    modules: kinds of module, each by itself; empty for the whole model. by: `block` where each layer and kind of module
+    has to hold. name, run, score, timeout (seconds): of a
     command. text: the file of a perplexity. model: what it is compared with, a name of the recipe or a place.
     folder: what relative paths start from, and where commands run.
     """
@@ -34,6 +36,7 @@ class Gate:
     minimum: float | None = None
     maximum: float | None = None
     modules: tuple[str, ...] = ()
+    by: str = ""
     is_default: bool = False
     is_ratio: bool = False
     name: str = ""
@@ -58,9 +61,15 @@ class Gate:
     @property
     def told(self) -> str:
         """The gate in one line, with the command that it runs."""
-        where = f" of {', '.join(self.modules)}" if self.modules else ""
+        where = (f" by {self.by}" if self.by else "") + (f" of {', '.join(self.modules)}" if self.modules else "")
         what = f" {self.name}, which runs `{' '.join(self.run.split())}`" if self.run else ""
         return f"{self.kind}{where}{what}: {self.asked}"
+
+    def excess(self, measured: float) -> float:
+        """How far outside of what is asked a figure is; less than 0 inside."""
+        below = self.minimum - measured if self.minimum is not None else -math.inf
+        above = measured - self.maximum if self.maximum is not None else -math.inf
+        return max(below, above)
 
     def holds(self, measured: float) -> bool:
         if self.is_default:
@@ -87,7 +96,8 @@ def _gates_of(table: GatesTable, document: Document, folder: FilePath) -> Iterab
             if model is not None:
                 _expanded(document, (kind, "base"), model)
             modules = (given.modules,) if isinstance(given.modules, str) else tuple(given.modules or ())
-            yield Gate(kind, folder, given.min, given.max, modules, model=model)
+            by = given.by or "" if isinstance(given, FigureTable) else ""
+            yield Gate(kind, folder, given.min, given.max, modules, by, model=model)
     for kind in PROOFS:
         if getattr(table, kind):
             yield Gate(kind, folder)

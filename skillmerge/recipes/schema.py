@@ -125,6 +125,13 @@ class RangeTable(_Table):
     modules: Annotated[Kinds | None, Field(description="look at each of these kinds of module by itself")] = None
 
 
+class FigureTable(RangeTable):
+    by: Annotated[
+        Literal["block"] | None,
+        Field(description="block: look at each layer and kind of module by itself; the worst one counts"),
+    ] = None
+
+
 class CosineTable(RangeTable):
     base: Annotated[
         str | None,
@@ -149,11 +156,11 @@ class CommandTable(_Table):
 
 
 class GatesTable(_Table):
-    changed: Annotated[RangeTable | None, Field(description="share of elements; by default more than 0")] = None
-    vanished: Annotated[RangeTable | None, Field(description="share of the update that rounding took")] = None
-    realised: Annotated[RangeTable | None, Field(description="what rounding let through, of what was asked")] = None
-    realised_lambda: Annotated[RangeTable | None, Field(description="the coefficient that came out")] = None
-    norm_ratio: Annotated[RangeTable | None, Field(description="|y - t| / |t|, of each kind of module")] = None
+    changed: Annotated[FigureTable | None, Field(description="share of elements; by default more than 0")] = None
+    vanished: Annotated[FigureTable | None, Field(description="share of the update that rounding took")] = None
+    realised: Annotated[FigureTable | None, Field(description="what rounding let through, of what was asked")] = None
+    realised_lambda: Annotated[FigureTable | None, Field(description="the coefficient that came out")] = None
+    norm_ratio: Annotated[FigureTable | None, Field(description="|y - t| / |t|, of each kind of module")] = None
     cosine_z: Annotated[CosineTable | None, Field(description="between the update and the target's own")] = None
     finite: Annotated[bool, Field(description="no NaN and no Inf in any weight")] = False
     loads: Annotated[bool, Field(description="transformers loads it, and every tensor finds its place")] = False
@@ -352,7 +359,7 @@ def _known_keys(path: Path) -> list[str]:
     elif path[:1] == ("output",):
         table = OutputTable
     elif path[:1] == ("gates",):
-        table = _GATES.get(path[1], RangeTable) if path[1:] else GatesTable
+        table = _GATES.get(path[1], FigureTable) if path[1:] else GatesTable
     return [field.alias or name for name, field in table.model_fields.items()]
 
 

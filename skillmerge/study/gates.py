@@ -18,7 +18,8 @@ from typing import Any
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.schemes import is_path, local_folder
-from skillmerge.engine.rounding_statistics import Statistics
+from skillmerge.engine.measures.cells import LEAST, cells, rows_of
+from skillmerge.engine.rounding_statistics import Statistics, factor
 from skillmerge.errors import CheckFailed, ResourceError, SkillmergeError, UsageError
 from skillmerge.naming import module_kind
 from skillmerge.outputs.manifest import ManifestBody
@@ -36,6 +37,8 @@ from skillmerge.study.scoring.scorers import Scorer, run_command
 from skillmerge.study.scoring.scores import NotFinite
 
 _RUNS_A_MODEL = ("loads", "finite_logits", "perplexity")
+_OF_ALL_ELEMENTS = ("changed", "norm_ratio")
+"""Figures that are not of the elements with an update alone, and need no number of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +171,8 @@ def _place_of(gate: Gate, model: str, plan: Plan) -> str:
 
 
 def _label(gate: Gate, kind: str = "") -> str:
-    return " ".join(filter(None, (gate.kind, gate.name or kind, "ratio" if gate.is_ratio else "")))
+    by = f"by {gate.by}" if gate.by else ""
+    return " ".join(filter(None, (gate.kind, by, gate.name or kind, "ratio" if gate.is_ratio else "")))
 
 
 def _judged(gate: Gate, measured: float | None, kind: str = "", detail: str = "") -> Outcome:
@@ -179,7 +183,7 @@ def _judged(gate: Gate, measured: float | None, kind: str = "", detail: str = ""
 
 def _measure(gate: Gate, given: GateInput) -> Iterator[Outcome]:
     if gate.kind in GATE_FIGURES:
-        yield from _figures(gate, given.body)
+        yield from _figures(gate, given)
     elif gate.kind == "cosine_z":
         yield from _cosine(gate, given)
     elif gate.kind == "finite":
@@ -192,14 +196,17 @@ def _measure(gate: Gate, given: GateInput) -> Iterator[Outcome]:
         yield _loads(gate, given)
 
 
-def _figures(gate: Gate, body: ManifestBody) -> Iterator[Outcome]:
-    """What `apply` has measured: of the whole model, or of kinds of module."""
-    statistics = body.statistics
+def _figures(gate: Gate, given: GateInput) -> Iterator[Outcome]:
+    """What `apply` has measured: of the whole model, of kinds of module, or of the worst layer."""
+    body, statistics = given.body, given.body.statistics
     if statistics.mode == "off" or not isinstance(statistics, Statistics):
         raise UsageError(
             f"the gate `{gate.kind}` needs statistics of a merge, and this output has none",
             fix="merge it again: `skillmerge apply RECIPE --stats sampled`",
         )
+    if gate.by:
+        yield from _by_block(gate, given)
+        return
     modules = statistics.modules
     everywhere = [kind for kind, group in modules.items() if group.merged] if gate.kind == "norm_ratio" else []
     for kind in gate.modules or everywhere or ("",):
@@ -214,6 +221,27 @@ def _figures(gate: Gate, body: ManifestBody) -> Iterator[Outcome]:
         if gate.kind == "changed" and measured == 0 and statistics.mode == "sampled":
             why = "nothing changed where it was looked at (--stats full looks everywhere)"
         yield _judged(gate, measured, kind, why)
+
+
+def _by_block(gate: Gate, given: GateInput) -> Iterator[Outcome]:
+    """The figure of the layer and kind of module that is furthest from what is asked; all of them have to hold."""
+    factors: dict[str, float | None] = {}
+    if gate.kind == "realised_lambda":  # lambda itself is in the plan alone
+        with given.opened() as (plan, _):
+            factors = {name: factor(tensor) for name, tensor in plan.tensors.items()}
+    found = cells(rows_of(given.body.tensors, factors))
+    for kind in gate.modules or ("",):
+        known = {cell.label: getattr(cell.group, gate.kind) for cell in found
+                 if kind in ("", cell.kind) and (cell.is_measured or gate.kind in _OF_ALL_ELEMENTS)}  # fmt: skip
+        figures = {label: figure for label, figure in known.items() if figure is not None}
+        if not figures:
+            few = f"no block{f' of kind {kind}' if kind else ''} has {LEAST} elements with an update"
+            yield _judged(gate, None, kind, few)
+            continue
+        where = max(figures, key=lambda label: gate.excess(figures[label]))
+        failing = sum(not gate.holds(figure) for figure in figures.values())
+        said = f"{failing} of {len(figures)} do not hold" if failing else f"the worst of {len(figures)}"
+        yield replace(_judged(gate, figures[where], kind, f"{where}; {said}"), where=where)
 
 
 def _taken(body: ManifestBody, kind: str) -> float:

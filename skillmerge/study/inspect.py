@@ -10,34 +10,53 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.schemes import is_path
+from skillmerge.engine.measures.input_rounding import input_warning
+from skillmerge.engine.measures.update_size import IN_RECIPE, size_warning, too_large
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError, some
-from skillmerge.methods.terms import Leaf, Sum, expand_skills, model_of, weights
+from skillmerge.methods.terms import Leaf, Sum, model_of
 from skillmerge.naming import MODULE_KINDS, layer_label, layer_of, module_kind, summarised
 from skillmerge.plans.dtypes.quantised import refuse_quantised
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.recipes.parse import RECIPE_SUFFIXES
+from skillmerge.remarks import Remark
 from skillmerge.reporter import Reporter
 from skillmerge.study.forecast import Forecaster, plain
-from skillmerge.study.subjects import BASE, Subject, open_named, refuse_model, subject_of_recipe
+from skillmerge.study.subjects import (
+    BASE,
+    Subject,
+    is_skill,
+    open_named,
+    refuse_model,
+    subject_of_recipe,
+    subject_of_skills,
+    told_update,
+)  # fmt: skip
 from skillmerge.tensors import DTYPES
 from skillmerge.threads import cores
 
 if TYPE_CHECKING:
-    pass
+    from skillmerge.study.update_metrics import Pair, Update
+    from skillmerge.study.update_pass import Row
 
 
 _MAX_THREADS = 8
+
+FIGURES_OF_TWO = (
+    "cosine", "cosine_z", "cosine_z_signs", "conflict", "conflict_z", "overlap", "overlap_chance", "updates_ratio",
+)  # fmt: skip
+"""What is shown of two updates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +83,12 @@ class Inspection:
     plan: Plan | None
     left: Mapping[str, str]
     """Tensors that are left out -> why."""
+    updates: Mapping[str, Mapping[str, Any]]
+    """Where the update is made of several: each of them by itself, as `all` and `modules`."""
+    pairs: Sequence[Mapping[str, Any]]
+    """Each two of those beside each other: `first` and `second`, and figures as `all` and `modules`."""
+    remarks: Sequence[Remark]
+    """Its warnings."""
 
     __repr__ = brief
 
@@ -73,6 +98,7 @@ class Inspection:
         return [f"{count}: {some([f'{name} ({why})' for name, why in self.left.items()])}"] if self.left else []
 
     def as_dict(self) -> dict[str, Any]:
+        several = {"updates": self.updates, "pairs": list(self.pairs)} if self.updates else {}
         return {
             "title": self.title,
             "update": self.update,
@@ -86,13 +112,15 @@ class Inspection:
             "forecast": plain(self.forecast),
             "left": dict(self.left),
             "notes": self.notes,
+            **several,
+            "warnings": [remark.message for remark in self.remarks],
         }
 
 
 def inspect(
     source: str | os.PathLike[str],
     other: str | os.PathLike[str] | None = None,
-    *,
+    *more: str | os.PathLike[str],
     base: str | None = None,
     coefficients: Mapping[str, float] | None = None,
     stats: str = "sampled",
@@ -105,6 +133,7 @@ def inspect(
 ) -> Inspection:
     """Measure what changed from model `source` to model `other`; or, alone, a recipe's updates, or a stored skill.
 
+    Several stored skills are measured each by itself and each beside every other one, as are those of a recipe.
     base: the model that a recipe's target was trained from: its knowledge update is taken against that, and else
     against what the skill was cut from. stats: how much the forecast computes: full, sampled or off. spectral:
     also how the matrices' updates spread over this many directions (1 to 64), a matrix at a time in memory.
@@ -113,36 +142,52 @@ def inspect(
     check_words(threads=threads, stats=stats, spectral=spectral, hub=hub)
     reporter = reporter or Reporter()
     access = Access(follow_links, locked, download=hub == "download")
-    alone = other is None and not Path(source).is_dir() and is_path(os.fspath(source))
-    if alone and (Path(source).is_file() or Path(source).suffix in RECIPE_SUFFIXES):
+    places = [os.fspath(place) for place in (source, other, *more) if place is not None]
+    named = is_path(places[0]) and not Path(source).is_dir() and Path(source).suffix in RECIPE_SUFFIXES
+    if Path(source).is_file() or (named and len(places) == 1):
+        if len(places) > 1:
+            raise UsageError(f"{places[0]} is a file: a recipe is inspected alone", fix=f"leave {places[1]} out")
         with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
             for remark in plan.warnings:
                 reporter.warn(remark.message, remark.fix)
             plan.refuse_problems()
-            return inspect_merge(
+            found = inspect_merge(
                 plan, checkpoints, base, access, stats=stats, spectral=spectral, threads=threads, reporter=reporter
             )
+        return _warned(found, reporter)
     if coefficients:
         raise UsageError("coefficients belong to a recipe", fix="leave --set out, or inspect a recipe")
     if base is not None:
         raise UsageError("a base belongs to a recipe's target", fix="leave --base out, or inspect a recipe")
-    subject = _of_models(source, other, access, reporter)
+    subject = _of_models(places, access, reporter)
     try:
-        return _inspect(subject, stats, spectral, threads, reporter)
+        return _warned(_inspect(subject, stats, spectral, threads, reporter), reporter)
     finally:
         close_all(subject.checkpoints)
 
 
-def _of_models(
-    source: str | os.PathLike[str], other: str | os.PathLike[str] | None, access: Access, reporter: Reporter
-) -> Subject:
-    """Two models, before and after; or a stored skill alone."""
-    if other is None:
-        refuse_model(Path(source))
-        checkpoints = open_named({"skill": {"skill": os.fspath(source)}}, access, reporter)
-        update = weights(expand_skills(Leaf("skill"), {"skill"}))
-        return Subject(f"skill {os.fspath(source)}", checkpoints, update, None, None)
-    models = {"before": os.fspath(source), "after": os.fspath(other)}
+def _warned(found: Inspection, reporter: Reporter) -> Inspection:
+    """The same, once its warnings are told."""
+    for remark in found.remarks:
+        reporter.warn(remark.message, remark.fix)
+    return found
+
+
+def _of_models(places: Sequence[str], access: Access, reporter: Reporter) -> Subject:
+    """Two models, before and after; or stored skills, one or several."""
+    if len(places) == 1:
+        refuse_model(Path(places[0]))
+        return subject_of_skills(places, access, reporter)
+    skills = [place for place in places if is_skill(place, access)]
+    if len(skills) == len(places):
+        return subject_of_skills(places, access, reporter)
+    fix = "name two models, before and after; or skills alone"
+    if skills:
+        model = next(place for place in places if place not in skills)
+        raise UsageError(f"{skills[0]} is a skill, and {model} is none", fix=fix)
+    if len(places) > 2:
+        raise UsageError(f"{len(places)} models: {some(list(places))}", fix=fix)
+    models = {"before": places[0], "after": places[1]}
     return Subject(
         f"from {models['before']} to {models['after']}",
         open_named(models, access, reporter),
@@ -185,12 +230,15 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
     tasks, left = _tasks(subject)
     sizes = {task.name: math.prod(task.shape) for task in tasks}
     forecaster = Forecaster(subject.plan, subject.target, subject.difference, subject.minus, stats, sizes)
-    rows = measure_updates(subject, tasks, forecaster, threads or min(_MAX_THREADS, cores()), reporter)
+    measured = measure_updates(subject, tasks, forecaster, threads or min(_MAX_THREADS, cores()), reporter)
+    rows = {name: (row.update, row.pair) for name, row in measured.items()}
     groups = _groups(rows)
+    updates, pairs = _each(subject, measured, groups["modules"])
     spectra = measure_spectra(subject, tasks, spectral, reporter) if spectral is not None else {}
     return Inspection(
         title=subject.title,
-        update=_told(subject),
+        update=(subject.told or told_update(subject.update))
+        + (", where no rule says otherwise" if subject.by_tensor else ""),
         second=f"{subject.target} - {subject.reference}".replace(BASE, "base") if subject.reference else None,
         tensors=describe_all(rows, {name: [name] for name in rows}),
         spectra=spectra,
@@ -202,19 +250,58 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
         forecast=forecaster.summary(),
         plan=subject.plan,
         left=left,
+        updates=updates,
+        pairs=pairs,
+        remarks=tuple(_remarks(subject, measured, tasks)),
     )
 
 
-def _told(subject: Subject) -> str:
-    """`rl - sft`, of factors."""
-    parts = []
-    update = {model: factor for model, factor in subject.update.items() if factor}
-    update = {model: factor for model, factor in update.items() if model_of(model) == model}
-    for model, factor in sorted(update.items(), key=lambda item: -item[1]):
-        size = "" if abs(factor) == 1 else f"{abs(factor):g} * "
-        parts.append(f"{'-' if factor < 0 else '+'} {size}{model}")
-    told = " ".join(parts).removeprefix("+ ")
-    return f"{told}, where no rule says otherwise" if subject.by_tensor else told
+def _each(
+    subject: Subject, rows: Mapping[str, Row], modules: Mapping[str, list[str]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Where the update is made of several: the figures of each, and of every two of them."""
+    from skillmerge.study.update_metrics import describe_all
+
+    def described(found: Mapping[str, tuple[Update, Pair | None]]) -> dict[str, Any]:
+        whole = describe_all(found, {"all": list(found)}).get("all", {})
+        return {"all": whole, "modules": describe_all(found, modules)}
+
+    updates = {
+        part.label: described({name: (row.parts[index], None) for name, row in rows.items()})
+        for index, part in enumerate(subject.parts)
+    }
+    pairs = []
+    for index, (one, other) in enumerate(combinations(range(len(subject.parts)), 2)):
+        found = described({name: (row.parts[one], row.beside[index]) for name, row in rows.items()})
+        labels = {"first": subject.parts[one].label, "second": subject.parts[other].label}
+        modules_of = {kind: _of_two(row) for kind, row in found["modules"].items()}
+        pairs.append({**labels, "all": _of_two(found["all"]), "modules": modules_of})
+    return updates, pairs
+
+
+def _of_two(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: figures[key] for key in ("tensors", *FIGURES_OF_TWO) if key in figures}
+
+
+def _remarks(subject: Subject, rows: Mapping[str, Row], tasks: Sequence[TensorPlan]) -> Iterator[Remark]:
+    """Updates that may be rounding, and those that are too large to be updates."""
+    from skillmerge.study.update_metrics import describe_all
+
+    accept = subject.plan.recipe.accept if subject.plan is not None else frozenset()
+    labels = [f"{part.label}: " for part in subject.parts] or [""]
+    for index, label in enumerate(labels):
+        found = {name: row.parts[index] if row.parts else row.update for name, row in rows.items()}
+        groups = describe_all({name: (update, None) for name, update in found.items()}, _kinds(found))
+        whole = groups.pop("all")
+        kinds = {kind: (row["norm"], row["input_rounding"]) for kind, row in groups.items()}
+        ratios = ((task.name, task.shape, found[task.name].norm_ratio) for task in tasks)
+        remarks = [
+            *input_warning(
+                whole["input_rounding"], whole["input_rounding_added"], whole["input_precisions"] or (), kinds
+            ),
+            *size_warning(too_large(ratios), IN_RECIPE if subject.plan is not None else None),
+        ]
+        yield from (replace(it, message=label + it.message) for it in remarks if it.name not in accept)
 
 
 def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
@@ -251,6 +338,14 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
 def _name_of(model: str) -> str:
     """As the person called it who named it."""
     return "base" if model == BASE else model_of(model)
+
+
+def _kinds(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by kind of module, and `all`."""
+    kinds: dict[str, list[str]] = {"all": list(names)}
+    for name in names:
+        kinds.setdefault(module_kind(name), []).append(name)
+    return kinds
 
 
 def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:

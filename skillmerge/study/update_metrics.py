@@ -8,7 +8,7 @@ the sums into figures. What each figure means, and who has used it, stands in do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from skillmerge.bits import bit_view
 from skillmerge.checkpoints.kinds.sparse import places_of
+from skillmerge.engine.measures.input_rounding import InputRounding, floor
 from skillmerge.tensors import ULP_EDGES
 
 ABSOLUTE, RELATIVE = 1e-5, 1e-3
@@ -28,7 +29,8 @@ class Update:
     """changed: elements whose bits differ (whose v is not 0, where only v is known). above_absolute,
     above_relative: elements with |v| above ABSOLUTE, and above RELATIVE * |w|. ulps: changed elements by how many
     floating-point numbers lie between before and after. squares, weights: lists of sums of v^2 and of w^2.
-    largest: the greatest |v|. What cannot be known is None."""
+    largest: the greatest |v|. rounding, rounding_added, precisions: of whole tensors, see `InputRounding`; empty where
+    nothing changed. What cannot be known is None."""
 
     elements: int = 0
     changed: int = 0
@@ -38,6 +40,22 @@ class Update:
     squares: list[float] = field(default_factory=list)
     weights: list[float] | None = field(default_factory=list)
     largest: float = 0.0
+    rounding: list[float] | None = None
+    rounding_added: list[float] | None = None
+    precisions: list[str] | None = None
+
+    @property
+    def norm_ratio(self) -> float | None:
+        """|v| / |w|; None where w is unknown or 0."""
+        weights = math.fsum(self.weights) if self.weights is not None else 0.0
+        return math.sqrt(math.fsum(self.squares)) / math.sqrt(weights) if weights else None
+
+    def set_rounding(self, found: InputRounding) -> None:
+        """Of a whole tensor: what is known of its models' numbers."""
+        moved = self.changed > 0
+        self.rounding = [found.of_all] if moved else []
+        self.rounding_added = [found.of_added] if moved else []
+        self.precisions = list(found.precisions)
 
 
 @dataclass(slots=True)
@@ -129,7 +147,6 @@ def add_up(parts: Iterable[Update | Pair]) -> Any:
 def describe(update: Update, pair: Pair | None, whole: float) -> dict[str, Any]:
     """The figures of a tensor or a group. whole: the sum of v^2 over the whole model. Keys as in docs/inspect.md."""
     count, squares = update.elements, math.fsum(update.squares)
-    weights = math.fsum(update.weights) if update.weights is not None else None
     figures: dict[str, Any] = {
         "elements": count,
         "changed": _share(update.changed, count),
@@ -138,8 +155,11 @@ def describe(update: Update, pair: Pair | None, whole: float) -> dict[str, Any]:
         "ulps": update.ulps,
         "norm": math.sqrt(squares),
         "largest": update.largest,
-        "norm_ratio": _share(math.sqrt(squares), math.sqrt(weights)) if weights else None,
+        "norm_ratio": update.norm_ratio,
         "energy": _share(squares, whole),
+        "input_rounding": _floor(update.rounding, squares),
+        "input_rounding_added": _floor(update.rounding_added, squares),
+        "input_precisions": sorted(set(update.precisions)) if update.precisions is not None else None,
     }
     if pair is None:
         return figures
@@ -160,6 +180,10 @@ def describe(update: Update, pair: Pair | None, whole: float) -> dict[str, Any]:
         "overlap": _share(pair.both, update.changed),
         "overlap_chance": _share(pair.changed, count),
     }
+
+
+def _floor(errors: Sequence[float] | None, squares: float) -> float | None:
+    return floor(errors, math.sqrt(squares)) if errors is not None else None
 
 
 def _share(part: float | None, whole: float) -> float | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from skillmerge.bits import first_nonfinite
+from skillmerge.engine.measures.input_rounding import Grain, grain_of, input_rounding, joined
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Reader, Tile
 from skillmerge.errors import SkillmergeError, UnusableWeights
@@ -30,16 +32,30 @@ class _Found:
 
     update: Update
     pair: Pair | None
+    parts: list[Update]
+    beside: list[Pair]
+    grains: dict[str, Grain]
     forecast: Forecast
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor. update, pair: of the whole update; parts: each of several updates; beside: each pair of those, in the
+    order of `itertools.combinations`."""
+
+    update: Update
+    pair: Pair | None
+    parts: tuple[Update, ...]
+    beside: tuple[Pair, ...]
 
 
 def measure_updates(
     subject: Subject, tasks: Sequence[TensorPlan], forecaster: Forecaster, threads: int, reporter: Reporter
-) -> dict[str, tuple[Update, Pair | None]]:
+) -> dict[str, Row]:
     """What each tensor's update looks like; the forecaster learns the rest. Raises InputError, StalePlan."""
     remote = any(checkpoint.at.remote for checkpoint in subject.checkpoints.values())
     tile = _REMOTE_TILE if remote else _TILE
-    rows: dict[str, tuple[Update, Pair | None]] = {}
+    rows: dict[str, Row] = {}
     parts: list[_Found] = []
     done = 0
     with (
@@ -52,8 +68,7 @@ def measure_updates(
             parts.append(found)
             name = one.tensor.name
             if one.last == math.prod(one.tensor.shape):
-                pairs = [part.pair for part in parts if part.pair is not None]
-                rows[name] = (add_up(part.update for part in parts), add_up(pairs) if pairs else None)
+                rows[name] = _row(subject, name, parts)
                 forecaster.add(name, [part.forecast for part in parts])
                 parts.clear()
             done += one.nbytes
@@ -61,6 +76,25 @@ def measure_updates(
         for checkpoint in subject.checkpoints.values():
             checkpoint.check_unchanged()
     return rows
+
+
+def _row(subject: Subject, name: str, found: Sequence[_Found]) -> Row:
+    """What the tiles of a tensor gave, together."""
+    pairs = [tile.pair for tile in found if tile.pair is not None]
+    row = Row(
+        add_up(tile.update for tile in found),
+        add_up(pairs) if pairs else None,
+        tuple(add_up(tiles) for tiles in zip(*(tile.parts for tile in found), strict=True)),
+        tuple(add_up(tiles) for tiles in zip(*(tile.beside for tile in found), strict=True)),
+    )
+    grains = {model: joined(tile.grains[model] for tile in found) for model in found[0].grains}
+    updates = [(row.update, subject.factors(name))]
+    updates += [(update, part.update) for update, part in zip(row.parts, subject.parts, strict=True)]
+    for update, factors in updates:
+        inside = {model: factor for model, factor in factors.items() if factor}
+        if inside.keys() <= grains.keys():
+            update.set_rounding(input_rounding({model: grains[model] for model in inside}, inside))
+    return row
 
 
 def _tiles(tasks: Iterable[TensorPlan], tile: int) -> Iterator[Tile]:
@@ -94,43 +128,64 @@ class _Measure:
     def __call__(self, tile: Tile) -> _Found:
         own = self.stream.own(self._make)
         inputs = own.reader.read_tile(tile)
-        updates: list[Update] = []
-        pairs: list[Pair] = []
+        chunks: list[_Found] = []
         for start in range(0, tile.last - tile.first, CHUNK):
             if self.stream.stop.is_set():
-                return _Found(Update(), None, Forecast())
+                return _Found(Update(), None, [], [], {}, Forecast())
             pieces = {model: piece[start : start + CHUNK] for model, piece in inputs.items()}
-            self._measure_chunk(tile, tile.first + start, pieces, updates, pairs)
+            chunks.append(self._measure_chunk(tile, tile.first + start, pieces))
         forecast = self.forecaster.measure(tile.tensor, tile.first, inputs, own.scratch, self.stream.stop)
-        return _Found(add_up(updates), add_up(pairs) if pairs else None, forecast)
+        pairs = [chunk.pair for chunk in chunks if chunk.pair is not None]
+        return _Found(
+            add_up(chunk.update for chunk in chunks),
+            add_up(pairs) if pairs else None,
+            [add_up(found) for found in zip(*(chunk.parts for chunk in chunks), strict=True)],
+            [add_up(found) for found in zip(*(chunk.beside for chunk in chunks), strict=True)],
+            {model: joined(chunk.grains[model] for chunk in chunks) for model in chunks[0].grains},
+            forecast,
+        )
 
-    def _measure_chunk(
-        self, tile: Tile, first: int, pieces: Mapping[str, Tensor], updates: list[Update], pairs: list[Pair]
-    ) -> None:
+    def _measure_chunk(self, tile: Tile, first: int, pieces: Mapping[str, Tensor]) -> _Found:
         subject = self.subject
-        update = self._combined(tile.tensor.name, pieces)
-        after, before = (pieces[model] for model in subject.pair) if subject.pair else (None, None)
-        against = pieces[subject.against] if subject.against else None
-        updates.append(measure_update(update, against, before, after))
-        if not math.isfinite(updates[-1].squares[0] + sum(updates[-1].weights or [])):
+        update = _combined(subject.factors(tile.tensor.name), pieces)
+        measured = _measured(update, pieces, subject.against, subject.pair)
+        if not math.isfinite(measured.squares[0] + sum(measured.weights or [])):
             raise _nonfinite(tile.tensor, pieces, first)
+        pair = None
         if subject.target and subject.reference:
             other = pieces[subject.target].to(torch.float64) - pieces[subject.reference].to(torch.float64)
-            pairs.append(measure_pair(update, other))
-            if not math.isfinite(pairs[-1].squares[0] + pairs[-1].products[0]):
+            pair = measure_pair(update, other)
+            if not math.isfinite(pair.squares[0] + pair.products[0]):
                 raise _nonfinite(tile.tensor, pieces, first)
+        single = [_combined(part.update, pieces) for part in subject.parts]
+        return _Found(
+            measured,
+            pair,
+            [_measured(one, pieces, part.against, part.pair) for one, part in zip(single, subject.parts, strict=True)],
+            [measure_pair(one, other) for one, other in combinations(single, 2)],
+            {model: grain_of(pieces[model]) for model in subject.numbers_of},
+            Forecast(),
+        )
 
-    def _combined(self, tensor: str, pieces: Mapping[str, Tensor]) -> Tensor:
-        """v in float64: exact for a difference of two models."""
-        result: Tensor | None = None
-        for model, factor in self.subject.factors(tensor).items():
-            value = pieces[model].to(torch.float64, copy=True)
-            if result is None:
-                result = value.mul_(factor)
-            else:
-                result = result.sub_(value) if factor == -1 else result.add_(value.mul_(factor))
-        assert result is not None
-        return result
+
+def _measured(
+    update: Tensor, pieces: Mapping[str, Tensor], against: str | None, pair: tuple[str, str] | None
+) -> Update:
+    after, before = (pieces[model] for model in pair) if pair else (None, None)
+    return measure_update(update, pieces[against] if against else None, before, after)
+
+
+def _combined(factors: Mapping[str, float], pieces: Mapping[str, Tensor]) -> Tensor:
+    """v in float64: exact for a difference of two models."""
+    result: Tensor | None = None
+    for model, factor in factors.items():
+        value = pieces[model].to(torch.float64, copy=True)
+        if result is None:
+            result = value.mul_(factor)
+        else:
+            result = result.sub_(value) if factor == -1 else result.add_(value.mul_(factor))
+    assert result is not None
+    return result
 
 
 def _nonfinite(task: TensorPlan, pieces: Mapping[str, Tensor], first: int) -> SkillmergeError:

@@ -17,9 +17,9 @@ from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import UnusableWeights, UsageError, machine_errors
-from skillmerge.outputs import manifest
+from skillmerge.outputs import comparison, manifest
 from skillmerge.outputs.manifest import Manifest, ManifestBody
-from skillmerge.outputs.measured import strict_outcome, warnings_of
+from skillmerge.outputs.measured import settled, strict_outcome, warnings_of
 from skillmerge.outputs.output import Outcome, Output, RunLog
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 from skillmerge.outputs.verify import check_structure, input_digests, is_intact
@@ -283,10 +283,11 @@ class _Merge:
         for file in side_files:
             staging.write_file(file.name, file.content or b"")
         body = manifest.build(plan, staging.finished, side_files, self.checks.stats, digests)
+        body = settled(body, plan.recipe.accept)
         warned = [remark.message for remark in (*plan.warnings, *warnings_of(body))]
         body = replace(body, warnings=tuple(warned))
         if self.checks.expected is not None:
-            manifest.compare(staging.output, self.checks.expected, body)
+            comparison.compare(staging.output, self.checks.expected, body)
         return body
 
     def _judge(self, body: ManifestBody) -> list[Outcome]:

@@ -60,7 +60,8 @@ def extract(
     if (Path(rl) / PATCH_FILE).is_file():
         models["rl"] = {"patch": models["rl"], "onto": "sft"}
     made = {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none", "keep": keep}
-    recipe = recipe_of(models, "rl - sft", made, "skillmerge extract", ignore=list(ignore), accept=list(accept))
+    accepting = {"accept": list(accept)} if accept else {}  # left out, the text is that of earlier versions
+    recipe = recipe_of(models, "rl - sft", made, "skillmerge extract", ignore=list(ignore), **accepting)
     reporter = reporter or Reporter()
     reporter.event("started", skillmerge=__version__, recipe=recipe.document.name)
     return merge(

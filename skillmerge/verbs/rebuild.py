@@ -24,7 +24,7 @@ from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import CheckFailed, StalePlan, UsageError, some
-from skillmerge.outputs import manifest
+from skillmerge.outputs import comparison, manifest
 from skillmerge.outputs.manifest import Manifest
 from skillmerge.outputs.output import MOVED, Output, check_folder
 from skillmerge.outputs.verify import check_structure, input_digests
@@ -129,7 +129,7 @@ def rebuild_into(folder: str | os.PathLike[str], output: str | os.PathLike[str],
     checks = Checks(environment.stats, environment.allow_nonfinite, hashed, full=True, expected=proof)
     with _blamed_on_inputs(proof):
         result = merge(recipe, output, access, how.work, checks, Publish(), how.reporter)
-        manifest.compare(root, proof, result.manifest)  # of an output that was there already
+        comparison.compare(root, proof, result.manifest)  # of an output that was there already
     count = len(proof.tensors)
     return Rebuilt(root, count, count, proof.size, result.output)
 
@@ -168,7 +168,7 @@ def check_rebuild(
         if shards is plan.shards:
             digests = _recorded_digests(proof)
             body = manifest.build(plan, original.finished, side_files, environment.stats, digests)
-            manifest.compare(root, proof, body)
+            comparison.compare(root, proof, body)
         weights = sum(spec.nbytes for shard in shards for spec in shard.specs)
         size = proof.size if plan.makes_skill else weights
         return Rebuilt(root, len(chosen), len(names), size)

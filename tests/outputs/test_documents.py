@@ -14,7 +14,8 @@ from conftest import write_family, write_recipe
 
 import skillmerge
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.engine.rounding_statistics import SkillStatistics, Statistics
+from skillmerge.engine.measures.skill_statistics import SkillStatistics
+from skillmerge.engine.rounding_statistics import Statistics
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.outputs import manifest
 from skillmerge.outputs.journal import Header, Journal, Placing, Sealed

@@ -145,6 +145,11 @@ def within(a: Tensor, b: Tensor, units: int) -> Tensor:
     return torch.from_numpy((apart + apart.dtype.type(units)).view(f"u{apart.itemsize}") <= 2 * units)
 
 
+def bits_in_use(values: Tensor) -> int:
+    """All bits that any of these integers has."""
+    return int(np.bitwise_or.reduce(values.numpy())) if values.numel() else 0
+
+
 def places_of(mask: Tensor) -> Tensor:
     """The indices (int64) at which a bool `mask` is set."""
     return torch.from_numpy(np.flatnonzero(mask.numpy()))

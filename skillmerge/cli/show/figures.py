@@ -24,6 +24,7 @@ class Figure:
 _SUBNETWORKS = "Mukherjee et al. 2025, arXiv 2505.11711"
 _PRINCIPALS = "Zhu et al. 2025, arXiv 2511.08567"
 _PAST = "Parametric Skill Transfer, arXiv 2601.11258"
+_CASTS = "arXiv 2608.27409"
 _TIES = "Yadav et al. 2023 (TIES), arXiv 2306.01708"
 
 FIGURES = {
@@ -54,6 +55,20 @@ FIGURES = {
     "largest": Figure("largest", "max |v_i|", "The greatest change of one element."),
     "norm_ratio": Figure("of weights' norm", "||v|| / ||w||", "How large the update is beside the weights."),
     "energy": Figure("energy", "||v||^2 / ||v of the whole model||^2", "This part's share of the update.", "share"),
+    "input_rounding": Figure(
+        "input rounding",
+        "sqrt(sum (ulp(r)^2 + ulp(s)^2) / 12) / ||v||",
+        "What a cast of both models is expected to have put into v = r - s, as a share of its norm, in tensors with "
+        "an update. From about 0.7 on it is as large as what is left of the update. It does not apply to models that "
+        "were trained in the precision of their numbers: these are no casts.",
+        "number",
+        _CASTS,
+    ),
+    "input_rounding_added": Figure(
+        "of r alone",
+        "sqrt(sum ulp(r)^2 / 12) / ||v||",
+        "The same where only r was cast, as where RL began from s as it is stored.",
+    ),
     "other_norm": Figure("second norm", "||k||", "Euclidean norm of the second update, the target's own."),
     "updates_ratio": Figure("norms' ratio", "||v|| / ||k||", "How large the update is beside the second one."),
     "cosine": Figure(

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skillmerge.cli.show import tables
 from skillmerge.cli.show.charts import chart
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL, show
-from skillmerge.cli.show.html import abbreviated, cell_of, escaped
+from skillmerge.cli.show.heat_maps import maps_section
+from skillmerge.cli.show.html import abbreviated, escaped
 from skillmerge.cli.show.page_remarks import remarks_section
 from skillmerge.cli.show.page_table import tensor_table
 from skillmerge.engine.rounding_statistics import Group, Statistics
-from skillmerge.naming import MODULE_KINDS
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.outputs.output import Outcome
 from skillmerge.plans.depth import number
 from skillmerge.plans.plan import Plan
-from skillmerge.study.inspect import Inspection
+from skillmerge.study.inspect import FIGURES_OF_TWO, Inspection
 from skillmerge.tensors import format_bytes
 from skillmerge.version import __version__
 
@@ -31,16 +31,12 @@ if TYPE_CHECKING:
     from skillmerge.verbs.sweep.sweep import Sweep
 
 
-_KINDS = (*MODULE_KINDS, "other")
 _LIMITS = """
 <p>These figures describe; they do not predict. Sparsity of an update can come from the learning rate and from the
 dtype that hides small steps (arXiv 2511.08567). Updates that are nearly orthogonal can still disturb each other:
 what lets task vectors be added is disentangled function, not orthogonal weights (arXiv 2305.12827). Measure the
 merged model.</p>
 """
-
-Cells = Mapping[tuple[str, str], float]
-"""A number for each layer (`model.layers 7`) and kind of module."""
 
 
 def build(
@@ -59,11 +55,9 @@ def build(
         sections.append(_gates(gates))
     if sweep is not None:
         sections.append(_sweep(sweep))
-    maps = [*_plan_maps(plan, manifest), *_inspection_maps(inspection)]
-    if maps:
-        sections.append(f'<section><h2>By layer and module</h2><div class="maps">{"".join(maps)}</div></section>')
+    sections.append(maps_section(plan, manifest, inspection))
     if inspection is not None:
-        sections += [_depth(inspection), _forecast(inspection), _ulps(inspection)]
+        sections += [_each(inspection), _depth(inspection), _forecast(inspection), _ulps(inspection)]
     if manifest is not None and isinstance(manifest.statistics, Statistics):
         sections.append(_rounding(manifest.statistics))
     if plan is not None:
@@ -100,7 +94,10 @@ def _cards(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspect
             cards += [("vanished", show(total.vanished, "share"))]
         cards += [("changed", show(total.changed, "share"))]
     if inspection is not None:
-        keys = ("elements", "changed", "above_absolute", "above_relative", "norm", "norm_ratio", "cosine", "cosine_z")
+        keys = (
+            "elements", "changed", "above_absolute", "above_relative", "norm", "norm_ratio", "input_rounding", "cosine",
+            "cosine_z",
+        )  # fmt: skip
         for key in keys:
             if inspection.total.get(key) is not None:
                 cards.append((abbreviated(FIGURES[key]), show(inspection.total[key], FIGURES[key].unit)))
@@ -109,88 +106,39 @@ def _cards(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspect
     if inspection is not None:
         what = f"<p>The update: <code>{escaped(inspection.update)}</code>"
         what += f"; the second: <code>{escaped(inspection.second)}</code></p>" if inspection.second else "</p>"
+        what += "".join(f"<p><b>warning</b> {escaped(remark.message)}</p>" for remark in inspection.remarks)
         what += "".join(f"<p>{escaped(note)}</p>" for note in inspection.notes)
     return f'<section>{what}<ul class="cards">{items}</ul></section>'
 
 
-def _plan_maps(plan: Plan | None, manifest: ManifestBody | None) -> list[str]:
-    maps = []
-    if plan is not None:
-        for index, name in enumerate(plan.coefficients):
-            values = {
-                tensor.name: tensor.coefficients[index]
-                for tensor in plan.tensors.values()
-                if index < len(tensor.coefficients)
-            }
-            maps.append(_heat(f"{name}, as asked", "mean over a cell's tensors", _mean_cells(values), "number"))
-    if manifest is not None:
-        for title, part, whole, unit in (
-            ("realised, of what was asked", "du", "uu", "number"),
-            ("vanished", "vanished", "updated", "share"),
-        ):
-            sums: dict[tuple[str, str], list[float]] = {}
-            for tensor in manifest.tensors:
-                row = tensor.statistics.whole if tensor.statistics is not None else None
-                if row is not None:
-                    cell = sums.setdefault(cell_of(tensor.name), [0.0, 0.0])
-                    cell[0] += row[part]
-                    cell[1] += row[whole]
-            cells = {cell: top / bottom for cell, (top, bottom) in sums.items() if bottom}
-            if cells:
-                maps.append(_heat(title, "measured on the output", cells, unit))
-    return maps
-
-
-def _inspection_maps(inspection: Inspection | None) -> list[str]:
-    if inspection is None:
-        return []
-    maps = []
-    for key in ("changed", "norm_ratio", "cosine_z"):
-        cells = {}
-        for label, row in inspection.cells.items():
-            layer, _, kind = label.rpartition(" ")
-            if row.get(key) is not None:
-                cells[layer, kind] = row[key]
-        if cells:
-            figure = FIGURES[key]
-            maps.append(_heat(figure.label, figure.formula, cells, figure.unit))
-    return maps
-
-
-def _mean_cells(values: Mapping[str, float]) -> Cells:
-    found: dict[tuple[str, str], list[float]] = {}
-    for name, value in values.items():
-        found.setdefault(cell_of(name), []).append(value)
-    return {cell: sum(numbers) / len(numbers) for cell, numbers in found.items()}
-
-
-def _heat(title: str, what: str, cells: Cells, unit: str) -> str:
-    """A table whose cells are tinted by their numbers: blue above 0, orange below."""
-    kinds = [kind for kind in _KINDS if any(kind == found for _, found in cells)]
-    layers = list(dict.fromkeys(layer for layer, _ in sorted(cells, key=lambda cell: _layer_order(cell[0]))))
-    most = max((abs(value) for value in cells.values()), default=0.0) or 1.0
-    rows = []
-    for layer in layers:
-        row = []
-        for kind in kinds:
-            value = cells.get((layer, kind))
-            if value is None:
-                row.append("<td></td>")
-                continue
-            side = ' class="neg"' if value < 0 else ""
-            row.append(f'<td{side} style="--p:{abs(value) / most * 100:.0f}%">{show(value, unit)}</td>')
-        rows.append(f"<tr><th scope=row>{escaped(layer)}</th>{''.join(row)}</tr>")
-    head = "".join(f"<th scope=col>{kind}</th>" for kind in kinds)
+def _each(inspection: Inspection) -> str:
+    """Each of several updates by itself, and every two of them."""
+    if not inspection.updates:
+        return ""
+    keys = ("changed", "norm", "norm_ratio", "input_rounding", "input_rounding_added")
+    each = [([label], row["all"]) for label, row in inspection.updates.items()]
+    two = [([pair["first"], pair["second"], "all"], pair["all"]) for pair in inspection.pairs]
+    for pair in inspection.pairs:
+        two += [([pair["first"], pair["second"], kind], row) for kind, row in pair["modules"].items()]
     return (
-        '<div class="scroll" tabindex="0"><table class="heat">'
-        f"<caption><b>{escaped(title)}</b> · {escaped(what)}</caption>"
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<section><h2>Each update</h2>{_figures_table(('update',), each, keys)}</section>"
+        f"<section><h2>Every two updates</h2>"
+        f"{_figures_table(('update', 'beside', 'module'), two, FIGURES_OF_TWO)}</section>"
     )
 
 
-def _layer_order(layer: str) -> tuple[bool, str, int]:
-    stack, _, index = layer.rpartition(" ")
-    return (layer == "outside blocks", stack, int(index) if index.isdecimal() else 0)
+def _figures_table(
+    first: Sequence[str], rows: Sequence[tuple[Sequence[str], Mapping[str, Any]]], keys: Sequence[str]
+) -> str:
+    head = "".join(f"<th class=text>{name}</th>" for name in first)
+    head += "".join(f"<th>{abbreviated(FIGURES[key])}</th>" for key in keys)
+    body = []
+    for names, row in rows:
+        cells = "".join(f"<td class=text>{escaped(name)}</td>" for name in names)
+        cells += "".join(f"<td>{show(row.get(key), FIGURES[key].unit)}</td>" for key in keys)
+        body.append(f"<tr>{cells}</tr>")
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def _depth(inspection: Inspection) -> str:

@@ -14,15 +14,16 @@ from skillmerge.cli.show.figures import FIGURES, SPECTRAL, show
 from skillmerge.cli.show.terminal import Text, new_table, statistics_table
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.plans.depth import bars, number
+from skillmerge.study.inspect import FIGURES_OF_TWO
 
 if TYPE_CHECKING:
     from skillmerge.study.inspect import Inspection
 
 
 _ONE_UPDATE = ("elements", "changed", "above_absolute", "above_relative", "norm", "norm_ratio", "energy")
-_TWO_UPDATES = (
-    "cosine", "cosine_z", "cosine_z_signs", "conflict", "conflict_z", "overlap", "overlap_chance", "updates_ratio",
-)  # fmt: skip
+_ROUNDING = ("input_rounding", "input_rounding_added")
+_EACH = ("changed", "norm", "norm_ratio", *_ROUNDING)
+_PAIR = ("cosine", "cosine_z_signs", "conflict", "overlap", "overlap_chance", "updates_ratio")
 _CHANCE = """\
 z counts standard deviations from chance, which is a cosine of 0 give or take 1/sqrt(n), and opposite signs
 in 50%. A cosine near 0 is what any two unrelated updates have: it alone shows little."""
@@ -33,11 +34,16 @@ def show_inspection(found: Inspection, out: Console) -> None:
     out.print(Text(found.title, style="bold"), soft_wrap=True)
     rows = {**found.modules, "all": found.total}
     out.print(_figures(f"the update, {found.update}", rows, _ONE_UPDATE))
+    if found.updates:
+        _show_each(found, out)
+    elif found.total.get("input_rounding") is not None:
+        title = f"rounding of the models ({' and '.join(found.total['input_precisions'])})"
+        out.print(_figures(title, rows, _ROUNDING))
     if ulps := tables.ulps(found.total["ulps"]):
         told = ", ".join(f"{row.label('-')}: {row.share:.1%}" for row in ulps if row.count)
         out.print(Text(f"changed by units in the last place: {told}"), soft_wrap=True)
     if found.second is not None:
-        out.print(_figures(f"beside the target's own update, {found.second}", rows, _TWO_UPDATES))
+        out.print(_figures(f"beside the target's own update, {found.second}", rows, FIGURES_OF_TWO))
         out.print(Text(_CHANCE))
     for key, what in (("changed", "changed"), ("norm_ratio", "of weights' norm"), ("cosine_z", "cosine's z")):
         _show_map(found, key, what, out)
@@ -47,6 +53,19 @@ def show_inspection(found: Inspection, out: Console) -> None:
         _show_forecast(found.forecast, out)
     for note in found.notes:
         out.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+
+
+def _show_each(found: Inspection, out: Console) -> None:
+    """Each of several updates, and every two of them; of a single pair its modules too."""
+    each = {label: row["all"] for label, row in found.updates.items()}
+    out.print(_figures("each update by itself", each, _EACH, first="update"))
+    for pair in found.pairs if len(found.pairs) == 1 else ():
+        rows = {**pair["modules"], "all": pair["all"]}
+        out.print(_figures(f"{pair['first']} beside {pair['second']}", rows, _PAIR))
+    if len(found.pairs) > 1:
+        two = {f"{pair['first']} | {pair['second']}": pair["all"] for pair in found.pairs}
+        out.print(_figures("every two updates", two, _PAIR, first="pair"))
+    out.print(Text(_CHANCE))
 
 
 def _spectra_table(spectra: Mapping[str, Mapping[str, float | None]]) -> Table:
@@ -83,10 +102,17 @@ def _show_forecast(forecast: Mapping[str, Any], out: Console) -> None:
         out.print(statistics_table(forecast["as_planned"], "what rounding will do, as the recipe is"))
 
 
-def _figures(title: str, rows: Mapping[str, Mapping[str, Any]], keys: Sequence[str], counted: str = "tensors") -> Table:
-    """A row for each module; `counted` is the key of how many there are."""
+def _figures(
+    title: str,
+    rows: Mapping[str, Mapping[str, Any]],
+    keys: Sequence[str],
+    counted: str = "tensors",
+    first: str = "module",
+) -> Table:
+    """A row for each module, or whatever `first` calls them; `counted` is the key of how many there are."""
     known = {**FIGURES, **SPECTRAL}
-    table = new_table(("module", counted, *(known[key].label for key in keys)), title, left=("module",))
+    table = new_table((first, counted, *(known[key].label for key in keys)), title, left=(first,))
+    table.columns[0].no_wrap = first == "module"
     for label, row in rows.items():
         table.add_row(Text(label), str(row[counted]), *(show(row[key], known[key].unit) for key in keys))
     return table

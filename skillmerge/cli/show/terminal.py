@@ -17,7 +17,8 @@ from rich.text import Text as RichText
 
 from skillmerge.cli.show import tables
 from skillmerge.cli.show.figures import show
-from skillmerge.engine.rounding_statistics import LOSSES, SkillStatistics, Statistics
+from skillmerge.engine.measures.skill_statistics import SkillStatistics
+from skillmerge.engine.rounding_statistics import LOSSES, Statistics
 from skillmerge.errors import some, visible
 from skillmerge.naming import module_kind
 from skillmerge.outputs.output import Outcome

@@ -1,0 +1,128 @@
+"""What rounding did to each layer and kind of module: the cells in which it may hide behind a mean of 1.
+
+A cell is one layer's tensors of one kind (`layer 4 mlp`), or one kind's tensors outside all layers. Its figures are
+those of `rounding_statistics`, added up from the sums of its tensors, which the manifest keeps.
+
+How much is enough. `sampled` reads at least one block of every tensor: of a tensor of up to 65,536 elements all of it.
+The realised share of a cell is R = sum w <d, u> / sum w <u, u>, d = y - t, over its tensors, each weighted by w, its
+elements for each one that was read. This ratio of means has a standard error (Cochran 1977, Sampling Techniques,
+sections 6.3 and 6.10) whose square is
+
+    KURTOSIS * sum w^2 <u, u> <e, e> / n / (sum w <u, u>)^2        with e = d - R u, n the elements with u != 0
+
+<u, u> <e, e> / n stands for the sum of (u e)^2, which is not kept. The two are equal where the sizes of u and e have
+nothing to do with each other; where e grows with u, the sum is up to KURTOSIS times as large (3 of normal numbers). A
+cell is off where R is further than DEVIATION from 1 even after SIGMAS standard errors, which happens by chance in fewer
+than one cell of 700, and only where at least LEAST elements with an update were read: of fewer, a mean and its error
+say little. Cells that were read whole are treated alike: the question is whether rounding takes part of such an update,
+not how the last bits of 64 elements happened to fall.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from skillmerge.engine.rounding_statistics import Group, Row, TensorStatistics, group
+from skillmerge.naming import MODULE_KINDS, layer_of, module_kind
+
+DEVIATION = 0.1
+"""A realised lambda further than this from the asked one, as a share of it, is worth a warning."""
+
+SIGMAS, KURTOSIS, LEAST = 3.0, 3.0, 100
+
+_ORDER = {kind: index for index, kind in enumerate((*MODULE_KINDS, "other"))}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Tensors of one layer and kind, or of one kind in all layers. label: `layer 4 mlp`; `visual.blocks 4 mlp` where
+    there are several stacks; `head outside layers`; `mlp`. updated: elements with an update that were looked at; error:
+    the standard error of `group.realised`."""
+
+    label: str
+    kind: str
+    names: tuple[str, ...]
+    group: Group
+    updated: int
+    error: float
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether enough elements with an update were looked at."""
+        return self.updated >= LEAST and self.group.realised is not None
+
+    @property
+    def is_off(self) -> bool:
+        """Whether rounding gives another part of the update than was asked for, beyond what chance does."""
+        realised = self.group.realised
+        return self.is_measured and realised is not None and abs(realised - 1) - SIGMAS * self.error > DEVIATION
+
+
+class Measured(Protocol):
+    """A tensor as a manifest has it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def action(self) -> str: ...
+    @property
+    def statistics(self) -> TensorStatistics | None: ...
+
+
+def rows_of(tensors: Iterable[Measured], factors: Mapping[str, float | None] | None = None) -> list[Row]:
+    """Rows of a manifest's tensors. factors: lambda of each, which a manifest does not have."""
+    known = factors or {}
+    return [Row(it.name, it.action == "merge", it.statistics, known.get(it.name)) for it in tensors]
+
+
+def cells(rows: Iterable[Row]) -> list[Cell]:
+    """The cells of these tensors, in the order of layers; those outside of layers come last."""
+    found: dict[tuple[tuple[str, int] | None, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((layer_of(row.name), module_kind(row.name)), []).append(row)
+    several = len({layer[0] for layer, _ in found if layer is not None}) > 1
+    ordered = sorted(found, key=lambda cell: (cell[0] is None, cell[0] or ("", 0), _ORDER[cell[1]]))
+    return [_cell(_label(layer, kind, several), kind, found[layer, kind]) for layer, kind in ordered]
+
+
+def kinds(rows: Iterable[Row]) -> list[Cell]:
+    """The same over all layers: a cell for each kind of module."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(module_kind(row.name), []).append(row)
+    return [_cell(kind, kind, found[kind]) for kind in sorted(found, key=lambda kind: _ORDER[kind])]
+
+
+def _label(layer: tuple[str, int] | None, kind: str, several: bool) -> str:
+    return f"{layer[0] if several else 'layer'} {layer[1]} {kind}" if layer is not None else f"{kind} outside layers"
+
+
+def _cell(label: str, kind: str, rows: Sequence[Row]) -> Cell:
+    whole = group(rows)
+    updated = sum(row.statistics.updated for row in rows if row.statistics is not None)
+    error = _error(rows, whole.realised) if whole.realised is not None else 0.0
+    return Cell(label, kind, tuple(row.name for row in rows), whole, updated, error)
+
+
+def _error(rows: Sequence[Row], realised: float) -> float:
+    """The standard error of the realised share of these tensors."""
+    spread, energy = [], []
+    for statistics in (row.statistics for row in rows if row.statistics is not None):
+        uu, du, dd = statistics.uu, statistics.du, statistics.dd
+        if uu is None or du is None or dd is None or not statistics.updated:
+            continue
+        weight = statistics.total / statistics.elements
+        rest = max(0.0, dd - 2 * realised * du + realised * realised * uu)
+        spread.append(weight * weight * uu * rest / statistics.updated)
+        energy.append(weight * uu)
+    whole = math.fsum(energy)
+    return math.sqrt(KURTOSIS * math.fsum(spread)) / whole if whole else 0.0
+
+
+def worst(found: Iterable[Cell]) -> Cell | None:
+    """Of cells that are off, the one whose realised share is furthest from 1; None where there is none."""
+    off = [cell for cell in found if cell.is_off]
+    return max(off, key=lambda cell: abs((cell.group.realised or 0.0) - 1), default=None)

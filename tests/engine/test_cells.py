@@ -1,0 +1,178 @@
+"""What rounding did by layer and kind of module: figures, how sure they are, what is said of them and when."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_checkpoint, write_checkpoint, write_recipe
+
+import skillmerge
+from skillmerge.engine.measures.cells import LEAST, Cell, cells, rows_of
+from skillmerge.engine.rounding_statistics import Row, TensorStatistics
+from skillmerge.errors import CheckFailed
+
+RAMP = {"lam": {"default": 0, "rules": [{"layers": "3-11", "ramp": [0.3, 1.0]}]}}
+
+
+def twelve_layers(folder: Path, hidden: int = 32, step: float = 3e-5, **keys: object) -> Path:
+    """A bfloat16 family whose RL moves each element by about half a unit in the last place; a ramp over its layers."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"model.embed_tokens.weight": (64, hidden)}
+    for layer in range(12):
+        block = f"model.layers.{layer}"
+        for projection in "qkvo":
+            shapes[f"{block}.self_attn.{projection}_proj.weight"] = (hidden, hidden)
+        for projection in ("gate", "up", "down"):
+            shapes[f"{block}.mlp.{projection}_proj.weight"] = (3 * hidden, hidden)
+        shapes[f"{block}.input_layernorm.weight"] = (hidden,)
+    start = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
+
+    def moved(tensors: dict[str, torch.Tensor], size: float) -> dict[str, torch.Tensor]:
+        added = {name: size * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
+        return {name: (value.float() + added[name]).bfloat16() for name, value in tensors.items()}
+
+    sft = moved(start, 1e-3)
+    for name, tensors in (("target", moved(start, 1e-3)), ("sft", sft), ("rl", moved(sft, step))):
+        write_checkpoint(folder / name, tensors)
+    return write_recipe(folder, coefficients=RAMP, **keys)
+
+
+@pytest.fixture(scope="module")
+def ramp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return twelve_layers(tmp_path_factory.mktemp("ramp"))
+
+
+def test_figures_of_a_cell_are_those_of_its_whole_tensors(ramp: Path) -> None:
+    result = skillmerge.apply(ramp, overwrite=True)
+    assert result.plan is not None
+    t, r, s, y = (read_checkpoint(ramp.parent / name) for name in ("target", "rl", "sft", "merged"))
+    found = {cell.label: cell for cell in cells(rows_of(result.manifest.tensors))}
+    assert len(found) == 12 * 3 + 1
+    for label, cell in found.items():
+        if cell.group.realised is None:
+            assert (
+                label.split()[:2] in (["layer", "0"], ["layer", "1"], ["layer", "2"])
+                or label == "embedding outside layers"
+            )
+            continue
+        step, asked = [], []
+        for name in cell.names:
+            step.append((y[name].double() - t[name].double()).flatten())
+            asked.append(result.plan.tensors[name].coefficients[0] * (r[name].double() - s[name].double()).flatten())
+        d, u = torch.cat(step).numpy(), torch.cat(asked).numpy()
+        assert cell.group.realised == pytest.approx(np.dot(d, u) / np.dot(u, u), rel=1e-5)
+        assert cell.updated == np.count_nonzero(u)
+
+
+def statistics_of(generator: np.random.Generator, size: float, count: int) -> TensorStatistics:
+    """The sums of one tensor in bfloat16 to which an update of this size is added, in float64 with numpy."""
+    target = torch.from_numpy(generator.normal(0, 0.02, count)).bfloat16()
+    u = generator.normal(0, size, count)
+    d = (target.double() + torch.from_numpy(u)).bfloat16().double().numpy() - target.double().numpy()
+    changed = int(np.count_nonzero(d))
+    sums = {"uu": float(u @ u), "du": float(d @ u), "dd": float(d @ d), "tt": float((target.double() ** 2).sum())}
+    return TensorStatistics(count, count, count, count - changed, changed, **sums)
+
+
+@pytest.mark.parametrize("size", [2e-5, 6e-5, 3e-4])
+@pytest.mark.parametrize("count", [150, 2000])
+def test_standard_error_is_that_of_many_cells_alike(size: float, count: int) -> None:
+    generator = np.random.default_rng(1)
+    rows = [Row(f"model.layers.{layer}.mlp.up_proj.weight", True, statistics_of(generator, size, count))
+            for layer in range(300)]  # fmt: skip
+    found = cells(rows)
+    spread = float(np.std([cell.group.realised or 0.0 for cell in found]))
+    said = math.sqrt(float(np.mean([cell.error**2 for cell in found])))
+    assert spread <= said * 1.05 <= 2 * spread, "never too small, and not so large that nothing would be said"
+
+
+def cell(realised_by: float, count: int) -> Cell:
+    """One cell whose update came out `realised_by` times as large, to the last element."""
+    uu = 1e-8 * count
+    sums = {"uu": uu, "du": realised_by * uu, "dd": realised_by**2 * uu, "tt": 1.0}
+    (found,) = cells([Row("h.4.mlp.c_fc.weight", True, TensorStatistics(count, count, count, 0, count, **sums))])
+    return found
+
+
+def test_cell_is_off_only_beyond_the_deviation_and_with_enough_elements() -> None:
+    assert cell(0.5, LEAST).is_off
+    assert cell(1.2, 10_000).is_off
+    assert not cell(0.5, LEAST - 1).is_off, "too few elements"
+    assert not cell(0.91, 10_000).is_off
+    assert not cell(1.09, 10_000).is_off
+
+
+def test_sampled_tensors_weigh_as_much_as_they_are_large() -> None:
+    """Half of a cell's tensors was read in a hundredth part; the cell's share is that of all of it."""
+    small = TensorStatistics(1000, 1000, 1000, 0, 1000, uu=1.0, du=1.0, dd=1.0, tt=1.0)
+    large = TensorStatistics(100_000, 1000, 1000, 0, 1000, uu=1.0, du=0.5, dd=0.25, tt=1.0)
+    names = ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight")
+    (found,) = cells([Row(name, True, row) for name, row in zip(names, (small, large), strict=True)])
+    assert found.group.realised == pytest.approx((1.0 + 100 * 0.5) / 101)
+    assert found.is_off
+
+
+def test_labels_name_the_stack_where_there_is_more_than_one() -> None:
+    one = cells([Row(name, True, None) for name in ("model.layers.7.mlp.up.weight", "lm_head.weight")])
+    assert [it.label for it in one] == ["layer 7 mlp", "head outside layers"]
+    names = ("visual.blocks.3.attn.qkv.weight", "model.layers.10.mlp.up.weight", "model.layers.9.mlp.up.weight")
+    two = cells([Row(name, True, None) for name in names])
+    labels = ["model.layers 9 mlp", "model.layers 10 mlp", "visual.blocks 3 attention"]
+    assert [it.label for it in two] == labels
+
+
+# ---------------------------------------------------------------------------------------------------------- the gate
+
+
+def test_gate_by_block_sees_what_the_mean_hides(ramp: Path, tmp_path: Path) -> None:
+    merged = skillmerge.apply(ramp, overwrite=True).output
+    gates = tmp_path / "gates.yaml"
+    gates.write_text("gates:\n  realised: {min: 0.9, max: 1.1}\n")
+    assert skillmerge.gate(merged, gates).ok, "the mean hides it"
+    gates.write_text("gates:\n  realised: {min: 0.9, max: 1.1, by: block}\n")
+    _, outcome = skillmerge.gate(merged, gates).outcomes
+    found = [it for it in cells(rows_of(skillmerge.apply(ramp).manifest.tensors)) if it.is_measured]
+    realised = {it.label: it.group.realised or 0.0 for it in found}
+    worst = max(realised, key=lambda label: max(0.9 - realised[label], realised[label] - 1.1))
+    failing = sum(not 0.9 <= share <= 1.1 for share in realised.values())
+    assert (outcome.gate, outcome.passed) == ("realised by block", False)
+    assert outcome.measured == realised[worst] < 0.7
+    assert outcome.as_dict()["where"] == worst
+    assert outcome.detail == f"{worst}; {failing} of {len(realised)} do not hold"
+
+
+def test_gate_by_block_keeps_the_output_back_and_names_the_worst(tmp_path: Path) -> None:
+    gates = {"realised": {"min": 0.9, "max": 1.1, "by": "block", "modules": "mlp"}}
+    path = twelve_layers(tmp_path, gates=gates)
+    with pytest.raises(CheckFailed, match=r"realised by block mlp: 0\.\d+ at layer \d+ mlp \(asked: 0\.9 to 1\.1\)"):
+        skillmerge.apply(path)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("gate", "measured"),
+    [
+        ("norm_ratio: {max: 0.05, by: block, modules: mlp}", "the worst of 9"),
+        ("changed: {min: 0.0001, by: block, modules: attention}", "the worst of 9"),
+        ("vanished: {max: 0.99, by: block}", "the worst of 18"),
+        ("realised_lambda: {max: 1.5, by: block, modules: attention}", "the worst of 9"),
+    ],
+)
+def test_other_figures_are_looked_at_by_block_too(ramp: Path, tmp_path: Path, gate: str, measured: str) -> None:
+    merged = skillmerge.apply(ramp, overwrite=True).output
+    (tmp_path / "gates.yaml").write_text(f"gates:\n  {gate}\n")
+    outcome = skillmerge.gate(merged, tmp_path / "gates.yaml").outcomes[-1]
+    assert outcome.passed
+    assert outcome.detail.endswith(measured)
+
+
+def test_gate_by_block_needs_enough_elements(ramp: Path, tmp_path: Path) -> None:
+    merged = skillmerge.apply(ramp, overwrite=True).output
+    (tmp_path / "gates.yaml").write_text("gates:\n  vanished: {max: 1, by: block, modules: norm}\n")
+    outcome = skillmerge.gate(merged, tmp_path / "gates.yaml").outcomes[-1]
+    assert not outcome.passed
+    assert outcome.detail == "no block of kind norm has 100 elements with an update"
