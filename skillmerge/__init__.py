@@ -34,7 +34,7 @@ _HOMES = {
     "inspect": "study.inspect",
     "lint": "recipes.lint",
     "plan": "verbs.plan",
-    "push": "outputs.push",
+    "push": "outputs.hub.push",
     "rebuild": "verbs.rebuild",
     "schema": "recipes.schema",
     "sign": "outputs.proof.sign",
@@ -49,9 +49,9 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from skillmerge.cli.doctor import doctor as doctor
     from skillmerge.errors import SkillmergeError as SkillmergeError
+    from skillmerge.outputs.hub.push import push as push
     from skillmerge.outputs.proof.attest import attest as attest
     from skillmerge.outputs.proof.sign import sign as sign
-    from skillmerge.outputs.push import push as push
     from skillmerge.recipes.lint import lint as lint
     from skillmerge.recipes.schema import schema as schema
     from skillmerge.recipes.starter import init as init

@@ -35,10 +35,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "forecast loading scoring.scores subjects update_metrics",
     ),
     "outputs": (
-        "proof.attest push",
+        "hub.push proof.attest",
         "proof.sign",
         "measured proof.bom verify",
-        "card comparison hub_commit output trials",
+        "comparison hub.card hub.commit output trials",
         "manifest",
         "staging",
         "canonical journal shard_file",
@@ -129,7 +129,7 @@ HOMES = {
     "packageurl": {"outputs.proof.bom"},
     "huggingface_hub": {
         "checkpoints.stores.hub", "checkpoints.stores.hub_client", "checkpoints.stores.http_ranges",
-        "outputs.hub_commit", "outputs.card", "cli.doctor",
+        "outputs.hub.commit", "outputs.hub.card", "cli.doctor",
     },
 }  # fmt: skip
 TORCH_ROOMS = {"methods", "engine", "study", "verbs"}

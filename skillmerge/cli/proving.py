@@ -201,7 +201,7 @@ def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: An
     A repository that has a model already gets a pull request. An interrupted push is continued by the same
     command.
     """
-    from skillmerge.outputs.push import push as run
+    from skillmerge.outputs.hub.push import push as run
 
     published = run(folder, repository, **options)
     if as_json:

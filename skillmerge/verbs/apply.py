@@ -41,7 +41,7 @@ from skillmerge.verbs.target import finished_output, output_folder, refuse_exist
 from skillmerge.version import __version__
 
 if TYPE_CHECKING:
-    from skillmerge.outputs.push import MergePush
+    from skillmerge.outputs.hub.push import MergePush
 
 
 @machine_errors()
@@ -383,7 +383,7 @@ def _push_of(plan: Plan, publish: Publish) -> MergePush | None:
         if publish.no_local:
             raise UsageError("without a push there would be no output at all", fix="add --push org/name")
         return None
-    from skillmerge.outputs.push import MergePush
+    from skillmerge.outputs.hub.push import MergePush
 
     options = {name: getattr(publish, name) for name in ("private", "revision", "pull_request", "message")}
     return MergePush(plan, publish.repository, publish.no_local, options)

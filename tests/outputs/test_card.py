@@ -13,7 +13,7 @@ from published import MERGED, put_on_the_hub
 
 import skillmerge
 from skillmerge.errors import UsageError
-from skillmerge.outputs.card import write_card
+from skillmerge.outputs.hub.card import write_card
 from skillmerge.recipes.recipe import Push
 
 # --------------------------------------------------------------------------------------------------------- the card

@@ -19,7 +19,7 @@ import skillmerge
 from skillmerge.engine.destination import Destination, ShardRecord, SpanFile, StreamFile
 from skillmerge.engine.rounding_statistics import TensorStatistics
 from skillmerge.errors import CheckFailed
-from skillmerge.outputs.push import MergePush
+from skillmerge.outputs.hub.push import MergePush
 from skillmerge.outputs.staging import Staging
 from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.verbs.rebuild import _Original

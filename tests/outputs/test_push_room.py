@@ -21,7 +21,7 @@ import skillmerge
 from skillmerge.checkpoints.stores.hub_client import Quiet
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import InputError, SkillmergeError
-from skillmerge.outputs.push import MergePush
+from skillmerge.outputs.hub.push import MergePush
 from skillmerge.outputs.staging import Staging
 from skillmerge.threads import Crew, in_threads
 

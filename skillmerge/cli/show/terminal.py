@@ -34,7 +34,7 @@ from skillmerge.verbs.result import Result
 
 if TYPE_CHECKING:
     from skillmerge.cli.doctor import Diagnosis
-    from skillmerge.outputs.hub_commit import Published
+    from skillmerge.outputs.hub.commit import Published
     from skillmerge.recipes.lint import Lint
     from skillmerge.verbs.demo.demo import Shown
     from skillmerge.verbs.demo.miniature import Question

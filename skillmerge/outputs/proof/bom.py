@@ -15,7 +15,7 @@ from uuid import NAMESPACE_OID, uuid5
 
 from skillmerge.checkpoints.place import on_hub
 from skillmerge.errors import UsageError
-from skillmerge.outputs.card import license_of
+from skillmerge.outputs.hub.card import license_of
 from skillmerge.outputs.manifest import Input, Manifest
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.recipes.parse import parse_recipe

@@ -15,8 +15,8 @@ from skillmerge.checkpoints.place import on_hub
 from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import UsageError
-from skillmerge.outputs.card import CARD_FILE, license_of, read_metadata, write_card
-from skillmerge.outputs.hub_commit import ForgottenUploads, HubCommit, Published
+from skillmerge.outputs.hub.card import CARD_FILE, license_of, read_metadata, write_card
+from skillmerge.outputs.hub.commit import ForgottenUploads, HubCommit, Published
 from skillmerge.outputs.manifest import File, Input, Manifest
 from skillmerge.outputs.output import Output
 from skillmerge.outputs.proof.sign import signature_beside
