@@ -1,15 +1,17 @@
-"""Torch tensors as bits and bytes: dtypes, views, finiteness, sums in a fixed order."""
+"""Torch tensors as bits and bytes: dtypes, views, finiteness, sums in a fixed order; and how our threads compute."""
 
 from __future__ import annotations
 
 import ctypes
 import math
+import threading
 
 import torch
 from torch import Tensor
 
 from skillmerge.tensors import DTYPES
 
+_SETTLING = threading.Lock()
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -55,3 +57,19 @@ def memory_of(values: Tensor) -> memoryview:
 def bit_view(values: Tensor) -> Tensor:
     """The same memory as integers of the same size."""
     return values.view(_INTEGERS[values.element_size()])
+
+
+def settle_thread() -> None:
+    """Let the calling thread, a new one of ours, compute as all of ours do, whatever its caller has set.
+
+    Subnormal numbers are kept (a thread inherits the mode that flushes them), and torch takes one thread for it.
+    """
+    torch.set_flush_denormal(False)
+    with _SETTLING:
+        # Torch keeps the number for each thread, and the last one that was set for all threads to come: another
+        # thread, of no other use, gives those back what they had.
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restoring = threading.Thread(target=torch.set_num_threads, args=(before,))
+        restoring.start()
+        restoring.join()

@@ -1,24 +1,29 @@
-"""Files that survive a crash: whole writes, fsynced folders, locks, and what a full or broken disk means."""
+"""Files that survive a crash: whole writes, synced files and folders, and what a full, odd or broken disk means."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
-import shutil
+import shlex
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import IO
 
-from skillmerge.errors import OutputLocked, ResourceError, UsageError
+from skillmerge.errors import ResourceError, UsageError
 
 CONTINUE = "make room, then run the same command again: it continues where it stopped"
 _WRONG_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EXDEV,
 )  # fmt: skip
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY)
+"""What a filesystem answers that has no such thing (NFS, CIFS, Lustre and FUSE do not agree on which)."""
+
+_NO_FOLDER_SYNC = (*UNSUPPORTED, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 
 @contextmanager
@@ -30,73 +35,24 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno == errno.ENOSPC:
             raise ResourceError(f"the disk is full: {path} could not be written", fix=CONTINUE) from error
+        if error.errno == errno.EDQUOT:
+            raise ResourceError(f"the disk quota is used up: {path} could not be written", fix=CONTINUE) from error
+        if error.errno == errno.EFBIG:
+            raise ResourceError(
+                f"{path} could not be written: no file may be that large here",
+                fix="write smaller files with `output.shard_size`, or choose another folder with `--output`",
+            ) from error
         if error.errno in _WRONG_PLACE:
             raise UsageError(
                 f"{path} cannot be written: {error.strerror}", fix="choose another place with --output"
             ) from error
+        doctor = f"skillmerge doctor {shlex.quote(str(path.parent))}"
         raise ResourceError(
             f"{path} could not be written: {error.strerror}",
-            fix="check the disk, then run the same command again",
+            fix=f"check the disk with `{doctor}`, then run the same command again",
         ) from error
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which is called `target` when all is done and does not exist otherwise.
-
-    For outputs that are small beside a merge: nothing is kept of a failed try, and what a killed one left is
-    removed by the next. Raises UsageError where there is something at `target` already; OutputLocked where
-    another run fills it; ResourceError.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
-    folder = target.with_name(f".{target.name}.writing")
-    with disk_errors(target):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            _lock(descriptor, folder, target)
-            try:
-                for path in folder.iterdir():
-                    path.unlink()
-                yield folder
-                for path in folder.iterdir():
-                    with open(path, "rb") as stream:
-                        os.fsync(stream.fileno())
-                sync_folder(folder)
-                folder.rename(target)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-            sync_folder(target.parent)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Hold a folder for this run alone. Raises OutputLocked where another run does."""
-    with disk_errors(folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        _lock(descriptor, folder, folder)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path, target: Path) -> None:
-    """Hold a folder for this run alone, as long as the descriptor is open. Raises OutputLocked."""
-    taken = OutputLocked(f"another run is writing {target}", fix="wait for it, or choose another --output")
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine, there = os.fstat(descriptor), folder.stat()
-    except (BlockingIOError, FileNotFoundError) as error:
-        raise taken from error
-    if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):  # renamed since it was opened
-        raise taken
 
 
 def is_taken(path: Path) -> bool:
@@ -117,17 +73,86 @@ def write_whole(path: Path, content: bytes, beside: Path | None = None) -> None:
     with open(beside, "wb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(stream.fileno())
+        sync_file(stream.fileno())
     beside.replace(path)
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+def sync_file(descriptor: int) -> None:
+    """Make a file durable, where its filesystem knows how. Raises OSError where that fails."""
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def sync_folder(folder: Path) -> bool:
+    """Make a folder's names durable. False where the filesystem cannot. Raises OSError where that fails."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+        return False
+    return True
+
+
+def rename_folder(folder: Path, target: Path) -> None:
+    """Give a folder a name that nothing has, or an empty folder. Raises OSError."""
+    if os.path.lexists(target):
+        with suppress(OSError):  # not every filesystem renames over an empty folder
+            target.rmdir()
+    folder.rename(target)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all in it, where it exists. Raises OSError.
+
+    `shutil.rmtree` compares inode numbers, and gives up where those change at every look (some FUSE filesystems).
+    """
+    for parent, folders, files in os.walk(folder, topdown=False):
+        for name in files:
+            os.unlink(os.path.join(parent, name))
+        for name in folders:
+            path = os.path.join(parent, name)
+            (os.unlink if os.path.islink(path) else os.rmdir)(path)
+    if os.path.lexists(folder):
+        os.rmdir(folder)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder, which is removed at the end. Raises ResourceError where there is no place for one."""
+    try:
+        name = tempfile.mkdtemp(prefix="skillmerge-")
+    except OSError as error:
+        raise _no_temporary(error) from error
+    try:
+        yield Path(name)
     finally:
-        os.close(descriptor)
+        with suppress(OSError):
+            remove_tree(Path(name))
+
+
+def scratch_file() -> IO[bytes]:
+    """A temporary file without a name; in memory where no folder takes it. Raises ResourceError."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        if not hasattr(os, "memfd_create"):
+            raise _no_temporary(error) from error
+        return open(os.memfd_create("skillmerge"), "w+b")
+
+
+def _no_temporary(error: OSError) -> ResourceError:
+    return ResourceError(
+        f"no temporary file can be made: {error.strerror}", fix="set TMPDIR to a folder that can be written to"
+    )
 
 
 def digest_or_none(path: Path) -> str | None:

@@ -18,7 +18,11 @@ skillmerge and exits 1. This module knows nothing about terminals: `cli` prints.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import shlex
+import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +32,20 @@ from typing import Any
 _NO_MEMORY = re.compile(
     r"can(no|')t allocate memory|can't start new thread|out of memory|failed to map segment", re.IGNORECASE
 )
+
+
+_MACHINE = (
+    errno.EIO, errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENODEV,
+    errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOLCK, errno.EFBIG, errno.EINTR,
+)  # fmt: skip
+_NO_TEMPORARY = "No usable temporary directory found in"
+_MACHINE_WORDS = re.compile(
+    "|".join(
+        [*(re.escape(os.strerror(number)) for number in _MACHINE), _NO_TEMPORARY, "uid not found", _NO_MEMORY.pattern]
+    ),
+    re.IGNORECASE,
+)
+"""What errors say that have lost their number on the way through a library or another process."""
 
 
 class SkillmergeError(Exception):
@@ -157,6 +175,50 @@ def memory_errors() -> Iterator[None]:
             f"memory or threads were not to be had{detail and ': '}{detail}",
             fix="give it more, or lower --threads or --memory-limit; then run the same command again",
         ) from error
+
+
+@contextmanager
+def machine_errors() -> Iterator[None]:
+    """Turn faults of the machine that nothing below has put into words into errors.
+
+    Raises ResourceError for memory, threads and disks, UsageError for a locale that cannot name a file.
+    """
+    try:
+        with memory_errors():
+            yield
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        if encoding == "utf-8":
+            raise
+        name = next((os.environ[key] for key in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(key)), "C")
+        raise UsageError(
+            f"the locale `{name}` ({encoding}) cannot name the file `{error.object}`",
+            fix="set LC_ALL=C.UTF-8, or PYTHONUTF8=1",
+        ) from error
+    except OSError as error:
+        if not (is_machine(error) and error.filename):
+            raise
+        raise unusable(os.fsdecode(error.filename), error) from error
+
+
+def is_machine(error: object) -> bool:
+    """Whether an error, or the text of one, is of a machine that lacks something, not of what it works on."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _MACHINE or str(error.strerror).startswith(_NO_TEMPORARY)
+    return isinstance(error, MemoryError) or bool(_MACHINE_WORDS.search(str(error)))
+
+
+def unusable(path: str, error: OSError) -> ResourceError:
+    """The error for a file or folder that this machine refuses to use."""
+    doctor = f"skillmerge doctor {shlex.quote(path)}"
+    return ResourceError(
+        f"{path}: {error.strerror or error}", fix=f"check it with `{doctor}`, then run the same command again"
+    )
+
+
+def unreadable(what: object, error: OSError, how: str = "read") -> SkillmergeError:
+    """The error for an input that cannot be read: InputError, or ResourceError where the machine is at fault."""
+    return unusable(str(what), error) if is_machine(error) else InputError(f"{what}: cannot be {how}: {error.strerror}")
 
 
 def visible(text: str) -> str:

@@ -132,6 +132,22 @@ def format_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def format_count(count: float) -> str:
+    """A number of parameters for people: 1.54 B."""
+    for unit in ("", " K", " M", " B", " T"):
+        if count < 999.5 or unit == " T":
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def percent(share: float) -> str:
+    """A share for people: 98.4%. Only all is 100%, and only nothing is 0%."""
+    if share in (0, 1):
+        return f"{share:.0%}"
+    return f"{min(max(share, 0.001), 0.999):.1%}"
+
+
 def parse_size(text: str) -> int:
     """`5GB`, `700 MB`, `2GiB`, `1000000` -> bytes. Raises ValueError."""
     import re

@@ -31,7 +31,9 @@ class Crew:
     the main thread, which may have them wait.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, begin: Callable[[], None] = lambda: None) -> None:
+        """begin: called first in every thread."""
+        self._begin = begin
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
         self._given: list[Future[Any]] = []
@@ -47,10 +49,14 @@ class Crew:
 
     def _work(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        begun = False
         while (task := self._tasks.get()) is not None:
             future, function = task
             if future.set_running_or_notify_cancel():
                 try:
+                    if not begun:
+                        self._begin()
+                        begun = True
                     future.set_result(function())
                 except BaseException as error:
                     future.set_exception(error)
@@ -67,10 +73,17 @@ class Crew:
                 thread.join()
 
 
-def in_threads(function: Callable[[Item, threading.Event], Found], items: Iterable[Item]) -> Iterator[Found]:
-    """`function(item, stop)` for every item, in order. A long function looks at `stop` now and then."""
+def in_threads(
+    function: Callable[[Item, threading.Event], Found],
+    items: Iterable[Item],
+    begin: Callable[[], None] = lambda: None,
+) -> Iterator[Found]:
+    """`function(item, stop)` for every item, in order. A long function looks at `stop` now and then.
+
+    begin: called first in every thread; `bits.settle_thread` where the function computes.
+    """
     stop = threading.Event()
-    crew = Crew(min(4, cores()))
+    crew = Crew(min(4, cores()), begin)
     patient = True
     try:
         for future in [crew.submit(partial(function, item, stop)) for item in items]:

@@ -12,14 +12,17 @@ request holds the arguments of `skillmerge.apply` and how to be cruel to it:
     memory          bytes of address space that it gets beside what the process has
     unchecked       the room on the disk is not looked at before
     fault           arguments of `fault_arm` in torture/faults.c, which has to be preloaded
+    mount           arguments of `filesystem_mount` in torture/filesystems.c, likewise
+    verb            another function of the package than `apply`, whose arguments are in `given` and the request
 
 A step is a call that changes the disk. The answer holds status (negative: the signal that it died of), and,
-where it lived, steps, said, already and message; with a fault, how many calls it was counted among.
+where it lived, steps, said, warned, already and message; with a fault, how many calls it was counted among.
 """
 
 from __future__ import annotations
 
 import ctypes
+import inspect
 import json
 import os
 import resource
@@ -31,13 +34,15 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import skillmerge
 import skillmerge.engine.device
 import skillmerge.engine.shards
-import skillmerge.engine.skill_shards  # noqa: F401  (what a merge would import, torch before all)
+import skillmerge.engine.skill_shards  # what a merge would import, torch before all
 from skillmerge import reporter
 from skillmerge.engine.runners import threads
 from skillmerge.errors import SkillmergeError
 from skillmerge.outputs import shard_file, staging, verify
+from skillmerge.outputs.trials import tried
 from skillmerge.plans.budget import Budget
 from skillmerge.tensors import BLOCK
 from skillmerge.verbs import apply
@@ -150,8 +155,17 @@ def child(request: dict[str, Any], answers: int) -> NoReturn:
     if fault is not None:
         folder, *numbers = fault
         library.fault_arm(os.fsencode(folder), *numbers)
+    if (mount := request.pop("mount", None)) is not None:
+        folder, which, limit = mount
+        library.filesystem_mount(os.fsencode(folder), which, ctypes.c_long(limit))
+    verb, given = request.pop("verb", None), request.pop("given", [])
     try:
-        if (verified := request.pop("verify", None)) is not None:
+        if verb == "tried":
+            answer["trials"] = {trial.what: trial.works for trial in tried(Path(given[0]))}
+        elif verb is not None:
+            listens = "reporter" in inspect.signature(getattr(skillmerge, verb)).parameters
+            getattr(skillmerge, verb)(*given, **request, **({"reporter": teller} if listens else {}))
+        elif (verified := request.pop("verify", None)) is not None:
             verify.verify_files(verified)
         else:
             answer["already"] = apply.apply(reporter=teller, **request).already
@@ -162,7 +176,7 @@ def child(request: dict[str, Any], answers: int) -> NoReturn:
         answer["message"] = repr(error)
     if fault is not None:
         answer["calls"] = library.fault_calls()
-    answer |= {"steps": steps.count, "said": teller.said}
+    answer |= {"steps": steps.count, "said": teller.said, "warned": teller.warnings}
     os.write(answers, json.dumps(answer).encode())
     os._exit(status)
 

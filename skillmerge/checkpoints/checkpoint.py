@@ -54,15 +54,35 @@ class WeightFile:
         return cls(header.size, header.raw, stat.version, stat.digest, tuple(spec.name for spec in header.tensors))
 
 
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """How the names of a checkpoint's tensors differ from the stored ones.
+
+    rename: prefixes and what stands in their place, the first that matches winning. unwrapped: parts that a training
+    library left in them.
+    """
+
+    rename: tuple[tuple[str, str], ...] = ()
+    unwrapped: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """What plans and manifests hold of it: nothing, where names are as they are stored."""
+        rename = {"rename": [{"from": old, "to": new} for old, new in self.rename]} if self.rename else {}
+        return {**rename, **({"unwrapped": list(self.unwrapped)} if self.unwrapped else {})}
+
+
 class Checkpoint(ABC):
     """A checkpoint, open for reading from any number of threads.
 
     uri: what the recipe calls its place. at: that place. store: where its side files are. config: the parsed
     `config.json`, empty where there is none. tensors: by name, file by file in the order of their bytes. files: the
     weight files, by name. indexed: whether an index names them. unread: weight files that the index leaves out.
+    naming: how its names differ from the stored ones.
 
     A kind says how tensors are read; what it does not say here is true of one whose weight files are its store's.
     """
+
+    naming = Naming()
 
     def __init__(
         self,

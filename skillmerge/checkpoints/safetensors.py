@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from skillmerge.errors import InputError
+from skillmerge.errors import InputError, unreadable
 from skillmerge.tensors import DTYPES, StoredTensor
 
 MAX_HEADER_BYTES = 12_000_000
@@ -56,18 +56,21 @@ def read_header(path: str, file: str) -> Header:
 
 @contextmanager
 def opened(path: str) -> Iterator[tuple[int, os.stat_result]]:
-    """A descriptor of the regular file at `path`, and its status. Raises InputError, of reading in the body too."""
+    """A descriptor of the regular file at `path`, and its status.
+
+    Raises InputError and ResourceError, of reading in the body too.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
+        raise unreadable(path, error, "opened") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: is not a regular file")
         yield descriptor, status
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise unreadable(path, error) from error
     finally:
         os.close(descriptor)
 

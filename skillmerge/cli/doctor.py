@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import json
 import locale
-import mmap
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from skillmerge.brief import brief
-from skillmerge.outputs.staging import exchange
+from skillmerge.outputs.trials import Trial, tried
 from skillmerge.plans.budget import free_disk, free_memory
-from skillmerge.tensors import PAGE
 from skillmerge.threads import cores
 from skillmerge.version import __version__
 
@@ -67,30 +64,40 @@ _REMOVED = "<removed>"
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Sections of facts, each under its name; every value is text, a number, yes or no, or None (not known)."""
+    """Sections of facts, each under its name; every value is text, a number, yes or no, or None (not known).
+
+    trials: what a run does, tried in the folder.
+    """
 
     sections: Mapping[str, Mapping[str, Any]]
+    trials: tuple[Trial, ...] = ()
 
     __repr__ = brief
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: dict(facts) for name, facts in self.sections.items()}
+        facts = {name: dict(facts) for name, facts in self.sections.items()}
+        return {**facts, "trials": [trial.as_dict() for trial in self.trials]}
 
 
 def doctor(path: str | os.PathLike[str] | None = None) -> Diagnosis:
-    """Describe this installation, this machine, the disk of `path` (default: the working folder) and the Hub."""
+    """Describe this installation, this machine and the Hub, and try in `path` (default: the working folder) what a run
+    does there: locks, syncs, renames, direct I/O and the like. Nothing of it is left behind."""
+    folder = _folder_of(Path(path) if path is not None else Path.cwd())
+    trials = tried(folder)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "versions": _versions,
         "processor": _processor,
         "cuda": _cuda,
         "memory": _memory,
-        "disk": lambda: _disk(Path(path) if path is not None else Path.cwd()),
+        "disk": lambda: _disk(folder, trials),
         "hub": _hub,
         "environment": _environment,
         "terminal": _terminal,
     }
     sections = {name: _facts(part) for name, part in parts.items()}
-    return Diagnosis(redact(sections, _secrets()))
+    secrets = _secrets()
+    shown = (replace(trial, follows=redact(trial.follows, secrets)) for trial in trials)
+    return Diagnosis(redact(sections, secrets), tuple(shown))
 
 
 def _facts(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -216,30 +223,21 @@ def _memory() -> dict[str, Any]:
     return {"total": total, "available": free_memory(), "cgroup limit": limit[0] if limit else None}
 
 
-def _disk(path: Path) -> dict[str, Any]:
+def _folder_of(path: Path) -> Path:
+    """The folder, or the nearest one above that is there."""
     folder = path.absolute()
-    while not folder.is_dir():
+    while not os.path.isdir(folder):
         folder = folder.parent
+    return folder
+
+
+def _disk(folder: Path, trials: Sequence[Trial]) -> dict[str, Any]:
     facts: dict[str, Any] = {"folder": str(folder), "filesystem": _filesystem(folder), "free": free_disk(folder)}
-    try:
-        with tempfile.TemporaryDirectory(prefix=".skillmerge-doctor-", dir=folder) as name:
-            return {**facts, "writable": True, **_abilities(Path(name))}
-    except OSError as error:
-        return {**facts, "writable": False, "why": error.strerror}
-
-
-def _abilities(folder: Path) -> dict[str, Any]:
-    """Whether direct I/O works here, and whether two names can be swapped in one step."""
-    direct = False
-    with suppress(OSError, AttributeError), mmap.mmap(-1, PAGE) as page:
-        descriptor = os.open(folder / "direct", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
-        try:
-            direct = os.pwrite(descriptor, page, 0) == PAGE
-        finally:
-            os.close(descriptor)
-    for name in ("one", "two"):
-        (folder / name).mkdir()
-    return {"direct I/O": direct, "rename-exchange": exchange(folder / "one", folder / "two")}
+    works = {trial.what: trial.works for trial in trials}
+    facts["writable"] = works["write"]
+    if not works["write"]:
+        return {**facts, "why": trials[0].follows}
+    return {**facts, "direct I/O": works["direct I/O"], "rename-exchange": works["exchange names"]}
 
 
 def _filesystem(folder: Path) -> str | None:

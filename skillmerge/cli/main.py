@@ -18,7 +18,7 @@ import click
 from skillmerge.cli import flags, merging, proving, starting, studying
 from skillmerge.cli.messages import as_json, log
 from skillmerge.cli.results import print_json
-from skillmerge.errors import Interrupted, ResourceError, SkillmergeError, Terminated, UsageError, memory_errors
+from skillmerge.errors import Interrupted, ResourceError, SkillmergeError, Terminated, UsageError, machine_errors
 from skillmerge.version import __version__
 
 _EXIT_STATUSES = """\b
@@ -41,7 +41,7 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with memory_errors():
+            with machine_errors():
                 return super().invoke(ctx)
         except OSError as error:
             if error.errno == errno.EPIPE:

@@ -70,7 +70,7 @@ def schema() -> None:
 @click.argument("path", type=click.Path(), required=False)
 @flags.as_json
 def doctor(path: str | None, as_json: bool) -> None:
-    """Print what a bug report needs: versions, devices, memory, the disk of PATH, the Hub. No secret is shown."""
+    """Try what a run will do in PATH, and print what a bug report needs (versions, devices, memory, Hub; no secret)."""
     from skillmerge.cli.doctor import doctor as run
     from skillmerge.cli.show import terminal
 

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from skillmerge.bits import settle_thread
 from skillmerge.checkpoints.checkpoint import Checkpoint
 
 _PATIENCE = 5.0
@@ -45,7 +46,7 @@ class Stream:
     The first failure of a thread stops the others, ends reads that wait for a network, and is raised in the calling
     thread. `stop` is set as soon as nothing more is wanted: long work looks at it now and then. `hurry` is set where a
     person waits for the end of an interrupted pass: then what is nearly done is left too. Torch computes with one
-    thread per thread meanwhile.
+    thread in each of them, and the settings of the caller's threads are neither used nor changed.
     """
 
     def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
@@ -59,20 +60,15 @@ class Stream:
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self._deadline: float | None = None
-        self._intraop = 1
+        self._settled = threading.Semaphore(0)
 
     def __enter__(self) -> Stream:
-        self._intraop = torch.get_num_threads()
-        torch.set_num_threads(1)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            self._join(error)
-            if not any(thread.is_alive() for thread in self._threads):
-                self._resources.close()  # else one of them waits for a network, and works with what this would close
-        finally:
-            torch.set_num_threads(self._intraop)
+        self._join(error)
+        if not any(thread.is_alive() for thread in self._threads):
+            self._resources.close()  # else one of them waits for a network, and works with what this would close
         if error is None:
             self.check()
 
@@ -97,6 +93,8 @@ class Stream:
         self._threads += threads
         for thread in threads:
             thread.start()
+        for _ in threads:
+            self._settled.acquire()
 
     def own(self, make: Callable[[], Resource]) -> Resource:
         """What the calling thread works with: made when it first asks, closed when the pass is over."""
@@ -196,6 +194,10 @@ class Stream:
 
     def _guard(self, body: Callable[[], None]) -> None:
         try:
+            try:
+                settle_thread()
+            finally:
+                self._settled.release()
             with torch.inference_mode():
                 body()
         except _Stopped:

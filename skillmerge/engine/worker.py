@@ -94,7 +94,7 @@ class Worker:
                 except RuntimeError as error:
                     if self.stream is None or "out of memory" not in str(error).lower():
                         raise
-                    self._shrink()
+                self._shrink()  # out here: the error's frames held the tensors of the failed attempt
 
     def compare(self, tile: Tile, values: list[Tensor]) -> None:
         """Prove that a tensor which no arithmetic is meant for is the same everywhere."""

@@ -105,16 +105,6 @@ def degree(term: Term | None) -> float:
         return math.inf
 
 
-def donor_of(term: Term) -> str:
-    """The first model of degree 1: where a sum has a part of degree 1, the first such part decides."""
-    if isinstance(term, Leaf):
-        return term.model
-    if isinstance(term, Scaled):
-        return donor_of(term.inner)
-    parts = (term.left, term.right)
-    return donor_of(next((part for part in parts if degree(part) == 1), next(iter(_nonzero(parts)), term.left)))
-
-
 def base_and_difference(term: Term) -> tuple[str, Term, bool] | None:
     """(model, difference without its factor, whether it is subtracted), where that is what the term is."""
     if not isinstance(term, Sum):
@@ -123,7 +113,3 @@ def base_and_difference(term: Term) -> tuple[str, Term, bool] | None:
         if isinstance(base, Leaf) and degree(rest) == 0 and not (base is term.right and term.minus):
             return base.model, rest.inner if isinstance(rest, Scaled) else rest, minus
     return None
-
-
-def _nonzero(parts: tuple[Term, Term]) -> list[Term]:
-    return [part for part in parts if degree(part) != 0]

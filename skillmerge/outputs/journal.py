@@ -6,14 +6,13 @@ One JSON line a row, each durable before the next step. Knows its own file and r
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skillmerge.durable import disk_errors, write_whole
+from skillmerge.durable import disk_errors, sync_file, write_whole
 from skillmerge.engine.destination import ShardRecord
 
 JOURNAL_VERSION = 2
@@ -52,16 +51,20 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class Placing:
-    """The output with this manifest is complete, and gets its name now."""
+    """The output with this manifest is complete, and gets its name now.
+
+    plan: the digest of all of the plan, gates included, which the header's is not of; "" in journals before 0.2.
+    """
 
     manifest_sha256: str | None
+    plan: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {"manifest_sha256": self.manifest_sha256}
+        return {"manifest_sha256": self.manifest_sha256, **({"of": self.plan} if self.plan else {})}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Placing:
-        return cls(row["manifest_sha256"])
+        return cls(row["manifest_sha256"], row.get("of", ""))
 
 
 Row = Header | ShardRecord | Sealed | Placing
@@ -108,4 +111,4 @@ class Journal:
         with self._lock, disk_errors(self.path), open(self.path, "a", encoding="utf-8") as journal:
             journal.write(json.dumps(row.to_json()) + "\n")
             journal.flush()
-            os.fsync(journal.fileno())
+            sync_file(journal.fileno())

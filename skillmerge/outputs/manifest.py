@@ -28,7 +28,7 @@ from skillmerge.engine.rounding_statistics import (
     summarise,
     summarise_skill,
 )
-from skillmerge.errors import CheckFailed
+from skillmerge.errors import CheckFailed, is_machine, unusable
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.plan import InputPlan, Plan
@@ -82,17 +82,20 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A model that went in. revision: its commit on the Hub, or None."""
+    """A model that went in. revision: its commit on the Hub, or None. rename, unwrapped: see `Naming`."""
 
     name: str
     uri: str
     revision: str | None
     files: tuple[InputFile, ...]
     license: str | None
+    rename: list[dict[str, str]] | None = None
+    unwrapped: list[str] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         row = {"name": self.name, "uri": self.uri, "revision": self.revision}
-        return {**row, "files": [asdict(file) for file in self.files], "license": self.license}
+        names = {key: value for key in ("rename", "unwrapped") if (value := getattr(self, key))}
+        return {**row, "files": [asdict(file) for file in self.files], "license": self.license, **names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +280,7 @@ def build(
 
 def _input(item: InputPlan, digests: Mapping[tuple[str, str], str]) -> Input:
     files = tuple(InputFile(**asdict(file), sha256=digests.get((item.name, file.name))) for file in item.files)
-    return Input(item.name, item.uri, item.revision, files, item.license)
+    return Input(item.name, item.uri, item.revision, files, item.license, **item.naming.as_dict())
 
 
 def _tensors(plan: Plan, measured: Mapping[str, TensorStatistics]) -> tuple[Tensor, ...]:
@@ -314,13 +317,15 @@ def compare(place: Path, one: ManifestBody, again: ManifestBody) -> None:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest in `folder`. Raises CheckFailed where there is none or a byte of it was changed."""
+    """The manifest in `folder`. Raises CheckFailed where there is none or a byte of it was changed, ResourceError."""
     path = folder / MANIFEST_FILE
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise CheckFailed(f"{path}: is not a plain file")
         content = path.read_bytes()
     except OSError as error:
+        if is_machine(error):
+            raise unusable(str(path), error) from error
         raise CheckFailed(
             f"{folder} has no readable {MANIFEST_FILE}: {error.strerror}",
             fix="only outputs of `skillmerge apply` can be verified",

@@ -58,7 +58,7 @@ class Output:
             )
 
     def recipe(self, base: Path | None = None) -> tuple[Recipe, dict[str, str]]:
-        """The recipe that it was made from, and the commits of its models on the Hub.
+        """The recipe that it was made from, with the donor of then, and the commits of its models on the Hub.
 
         base: what the recipe's relative paths start from now, in place of the folder that it lay in, seen from the
         output. Raises RecipeError.
@@ -67,7 +67,8 @@ class Output:
         commits = {item.name: item.revision for item in document.inputs if item.revision}
         start = base if base is not None else self.folder.resolve() / document.environment.recipe_folder
         start = Path(os.path.abspath(start))
-        return parse_recipe(document.recipe.text, str(start / "recipe.yaml"), start, document.overrides), commits
+        recipe = parse_recipe(document.recipe.text, str(start / "recipe.yaml"), start, document.overrides)
+        return recipe.as_planned(document.donor, {item.name: item.unwrapped or () for item in document.inputs}), commits
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:

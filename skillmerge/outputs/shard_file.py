@@ -6,10 +6,12 @@ import errno
 import os
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from io import FileIO
 from pathlib import Path
 
-from skillmerge.durable import disk_errors, write_all
+from skillmerge.durable import UNSUPPORTED, disk_errors, sync_file, write_all
+from skillmerge.errors import OutputLocked
 from skillmerge.tensors import PAGE
 from skillmerge.threads import hash_file
 
@@ -60,13 +62,13 @@ class ShardFile:
     """One shard under construction: bytes go to their final offsets, from any thread, in any order."""
 
     def __init__(self, path: Path, size: int, header: bytes, mode: WriteMode) -> None:
-        """Create the file in its full size and write its header. Raises UsageError, ResourceError."""
+        """Create the file in its full size and write its header. Raises UsageError, ResourceError, OutputLocked."""
         self.path, self._mode = path, mode
         self._descriptor = self._direct = -1
         try:
             with disk_errors(path):
-                self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-                os.ftruncate(self._descriptor, size)
+                self._descriptor = _create(path)
+                _allocate(self._descriptor, size)
             self._write(memoryview(header), 0)
         except BaseException:
             self.close()
@@ -88,7 +90,7 @@ class ShardFile:
         else:
             self._write(data, offset)
             # Starts the write-back at once and keeps the merge from evicting everyone else's page cache.
-            if hasattr(os, "posix_fadvise"):
+            with suppress(AttributeError, OSError):
                 os.posix_fadvise(self._descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
         self._mode.note(len(data))
 
@@ -98,9 +100,9 @@ class ShardFile:
         with disk_errors(self.path):
             while done < len(pages) and done % PAGE == 0:
                 try:
-                    done += os.pwrite(self._direct, pages[done:], offset + done)
+                    done += _pwrite(self._direct, pages[done:], offset + done)
                 except OSError as error:
-                    if error.errno != errno.EINVAL:
+                    if error.errno not in UNSUPPORTED:
                         raise
                     self._mode.refuse_direct()
                     break
@@ -109,31 +111,68 @@ class ShardFile:
     def _write(self, data: memoryview, offset: int) -> None:
         with disk_errors(self.path):
             while data:
-                count = os.pwrite(self._descriptor, data, offset)
+                count = _pwrite(self._descriptor, data, offset)
                 offset += count
                 data = data[count:]
 
     def finish(self) -> None:
         """Make the file durable and close it. Raises UsageError, ResourceError."""
         with disk_errors(self.path):
-            os.fsync(self._descriptor)
-        self.close()
+            sync_file(self._descriptor)
+            self._close()
 
     def close(self) -> None:
-        for descriptor in (self._descriptor, self._direct):
-            if descriptor >= 0:
-                os.close(descriptor)
+        """Close an unfinished file: whatever became of it, nobody will read it."""
+        with suppress(OSError):
+            self._close()
+
+    def _close(self) -> None:
+        """Raises OSError: quotas and network filesystems may say only here that there was no room."""
+        descriptors = [self._direct, self._descriptor]
         self._descriptor = self._direct = -1
+        with ExitStack() as stack:  # all of them, whatever becomes of one
+            for descriptor in descriptors:
+                if descriptor >= 0:
+                    stack.callback(os.close, descriptor)
+
+
+def _create(path: Path) -> int:
+    """A descriptor of a new file. Raises OSError, and OutputLocked where there is one of that name.
+
+    Where locks lock nothing, another run may be making it: neither may write into the other's.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError as error:
+        raise OutputLocked(
+            f"another run is writing {path}", fix="let that run finish, or choose another --output"
+        ) from error
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Give a file its size at once, where the filesystem can; else it grows as it is written. Raises OSError."""
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, errno.EPERM):
+            raise
+
+
+def _pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+    """Write some of it, one byte at least. Raises OSError."""
+    if not (count := os.pwrite(descriptor, data, offset)):
+        raise OSError(errno.EIO, "nothing of it was taken")
+    return count
 
 
 class StreamFile:
     """One shard under construction whose size is known only at its end: bytes are appended by one thread."""
 
     def __init__(self, path: Path, start: int) -> None:
-        """Create the file; what is appended begins at byte `start`. Raises UsageError, ResourceError."""
+        """Create the file; what is appended begins at byte `start`. Raises UsageError, ResourceError, OutputLocked."""
         self.path = path
         with disk_errors(path):
-            self._stream = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by finish and close
+            self._stream = FileIO(_create(path), "r+")
             self._stream.seek(start)
 
     def append(self, data: memoryview) -> None:
@@ -149,9 +188,11 @@ class StreamFile:
     def finish(self, stop: threading.Event) -> tuple[int, str]:
         """Make the file durable and close it. Returns its size and sha256, of no use where `stop` was set."""
         with disk_errors(self.path):
-            os.fsync(self._stream.fileno())
+            sync_file(self._stream.fileno())
             self._stream.close()
             return self.path.stat().st_size, hash_file(self.path, stop)
 
     def close(self) -> None:
-        self._stream.close()
+        """Close an unfinished file."""
+        with suppress(OSError):
+            self._stream.close()

@@ -1,9 +1,10 @@
 """The staging folder beside the output: lock, journal, shard files, publish by rename.
 
-    out.partial/lock            held while a run works on `out`
+    out.partial/lock, owner     held while a run works on `out`; see `claim`
     out.partial/journal.jsonl   the plan's digest, then one line per finished shard
     out.partial/files/          the output in the making
     out.partial/complete/       the same, finished; then, for an instant, what it replaced
+    out.partial/dropped/        what is being removed
 
 The output's own name appears, or changes, in one rename, when everything is written, synced and checked. A
 run that dies at any instant leaves a folder from which the same command continues. Knows files and bytes,
@@ -13,9 +14,7 @@ nothing about tensors.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
-import shutil
 import sys
 import threading
 from contextlib import suppress
@@ -23,11 +22,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.durable import digest_or_none, disk_errors, is_taken, sync_folder
+from skillmerge.claim import CLAIM_FILES, Claim
+from skillmerge.durable import (
+    digest_or_none,
+    disk_errors,
+    is_taken,
+    remove_tree,
+    rename_folder,
+    sync_file,
+    sync_folder,
+)
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.errors import OutputLocked, UsageError, some
+from skillmerge.errors import SkillmergeError, UsageError, some
 from skillmerge.outputs.journal import Header, Journal, Placing, Sealed
 from skillmerge.outputs.shard_file import ShardFile, StreamFile, WriteMode
+from skillmerge.reporter import Reporter
 from skillmerge.threads import hash_file, in_threads
 
 if TYPE_CHECKING:
@@ -36,16 +45,17 @@ if TYPE_CHECKING:
 
 MANIFEST_FILE = "skillmerge.manifest.json"
 
-_OURS = ("lock", "journal.jsonl", "journal.jsonl.new", "files", "complete", "previous")
+_OURS = (*CLAIM_FILES, "journal.jsonl", "journal.jsonl.new", "files", "complete", "previous", "dropped")
 
 
 class Staging:
     """The staging folder of one output, locked for this run until `close` or `put_in_place`.
 
-    Whatever writes raises UsageError and ResourceError, as `disk_errors` says.
+    Whatever writes raises UsageError and ResourceError, as `disk_errors` says, and OutputLocked where another run has
+    taken the folder over, which can only be where locks lock nothing.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, reporter: Reporter | None = None) -> None:
         """Create and lock it. Raises OutputLocked where another run holds it."""
         self.output = output
         self.folder = self.folder_of(output)
@@ -57,7 +67,7 @@ class Staging:
         self._journal = Journal(self.folder / "journal.jsonl")
         with disk_errors(self.folder):
             self._refuse_strangers()
-            self._lock = self._acquire()
+        self._claim = Claim(self.folder, output, reporter or Reporter())
 
     @staticmethod
     def folder_of(output: Path) -> Path:
@@ -73,29 +83,6 @@ class Staging:
                 fix="move it away, or choose another --output",
             )
 
-    def _acquire(self) -> int:
-        while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            except FileNotFoundError:
-                continue  # another run has just published and removed the folder
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = os.fstat(descriptor)
-                named = (self.folder / "lock").stat()
-            except BlockingIOError as error:
-                os.close(descriptor)
-                raise OutputLocked(
-                    f"another run is writing {self.output}", fix="wait for it, or choose another --output"
-                ) from error
-            except FileNotFoundError:
-                os.close(descriptor)
-                continue
-            if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
-                return descriptor
-            os.close(descriptor)
-
     @property
     def unfinished(self) -> bool:
         return self.files.exists()
@@ -104,23 +91,31 @@ class Staging:
     def finished_bytes(self) -> int:
         return sum(done.size for done in self.finished.values())
 
-    def recover(self, plan_digest: str, conditions: dict[str, Any], replace: bool) -> bool:
+    def recover(self, weights_digest: str, conditions: dict[str, Any], replace: bool, plan_digest: str = "") -> bool:
         """Finish a publication that a dead run of the same plan had begun. True where the output is now its.
 
         What stands at the output's place is only replaced with `replace`; else the finished files stay here.
-        Of another plan's publication only that is finished which had already moved the output away.
+        Of another plan's publication only that is finished which had already moved the output away. Where only
+        gates and the like are others now (`plan_digest`), the finished shards are kept, and `begin` finds them.
         """
         rows = self._journal.read()
-        moved_away = (self.folder / "previous").exists() and not is_taken(self.output)
-        if not moved_away and rows[:1] != [Header(plan_digest, conditions)]:
+        previous = self.folder / "previous"
+        moved_away = previous.exists() and not is_taken(self.output)
+        ours = rows[:1] == [Header(weights_digest, conditions)]
+        placing = next((row for row in rows if isinstance(row, Placing)), None)
+        if placing is None or placing.manifest_sha256 is None or not (ours or moved_away):
             return False
-        digest = next((row.manifest_sha256 for row in rows if isinstance(row, Placing)), None)
-        if digest is None:
-            return False
+        digest = placing.manifest_sha256
         with disk_errors(self.output):
             # `complete` is the finished output before the rename, and what it replaced after it.
             if digest_or_none(self.output / MANIFEST_FILE) != digest:
                 if digest_or_none(self._complete / MANIFEST_FILE) != digest:
+                    return False
+                self._claim.check()
+                if ours and placing.plan not in ("", plan_digest):
+                    if moved_away:
+                        rename_folder(previous, self.output)
+                    self._complete.rename(self.files)
                     return False
                 if not replace and is_taken(self.output):
                     return False
@@ -135,6 +130,7 @@ class Staging:
         Returns a remark for the user where something of an earlier run was kept or dropped.
         """
         header = Header(weights_digest, conditions)
+        self._claim.check()
         rows = self._journal.read()
         remark = None
         with disk_errors(self.folder):
@@ -174,34 +170,40 @@ class Staging:
         return WriteMode()
 
     def open_shard(self, shard: ShardPlan) -> ShardFile:
-        """The shard's file, new, in its full size. Raises UsageError, ResourceError."""
+        """The shard's file, new, in its full size. Raises UsageError, ResourceError, OutputLocked."""
+        self._claim.check()
         return ShardFile(self.files / shard.file, shard.size, shard.header, self._write_mode)
 
     def open_stream(self, shard: ShardPlan, start: int) -> StreamFile:
-        """The shard's file, new, to be appended to from byte `start` on. Raises UsageError, ResourceError."""
+        """The shard's file, new, to be appended to from byte `start` on. Raises as `open_shard` does."""
+        self._claim.check()
         return StreamFile(self.files / shard.file, start)
 
     def record(self, done: ShardRecord) -> None:
         """Say in the journal that a shard is finished; it must be durable already."""
+        self._claim.check()
         self._journal.append(done)
         self.finished[done.file] = done
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file of the output durably."""
         path = self.files / name
+        self._claim.check()
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as stream:
                 stream.write(content)
                 stream.flush()
-                os.fsync(stream.fileno())
+                sync_file(stream.fileno())
 
     def seal(self, proof: str) -> None:
         """The output is complete, but for shards that were uploaded and removed: nothing of it may change."""
+        self._claim.check()
         self._journal.append(Sealed(proof))
 
     def drop_strangers(self, names: set[str]) -> None:
         """Remove what does not belong into the output (an unfinished shard, a stray file)."""
+        self._claim.check()
         with disk_errors(self.files):
             for path in sorted(self.files.rglob("*"), reverse=True):
                 if path.is_dir() and not path.is_symlink():
@@ -210,19 +212,28 @@ class Staging:
                 elif path.relative_to(self.files).as_posix() not in names:
                     path.unlink()
 
-    def put_in_place(self, replace: bool) -> None:
+    def put_in_place(self, replace: bool, plan_digest: str = "") -> None:
         """Give the finished files the output's name in one step.
 
         With `replace` they take the place of what has it; without, only that of nothing or an empty folder:
         raises UsageError where something has come to stand there.
         """
-        with disk_errors(self.output):
-            for folder in {path.parent for path in self.files.rglob("*")} | {self.files}:
-                sync_folder(folder)
-            self._journal.append(Placing(digest_or_none(self.files / MANIFEST_FILE)))
-            self.files.rename(self._complete)
-            sync_folder(self.folder)
-            _put_in_place(self._complete, self.output, replace)
+        digest = digest_or_none(self.files / MANIFEST_FILE)
+        self._claim.check()
+        try:
+            with disk_errors(self.output):
+                for folder in {path.parent for path in self.files.rglob("*")} | {self.files}:
+                    sync_folder(folder)
+                self._journal.append(Placing(digest, plan_digest))
+                self.files.rename(self._complete)
+                sync_folder(self.folder)
+                if not self._claim.is_mine():
+                    self._complete.rename(self.files)  # another run's by now
+                    self._claim.check()
+                _put_in_place(self._complete, self.output, replace)
+        except UsageError:
+            self._claim.check()  # what another run has moved is missing here
+            raise
         self._clear()
         self.close()
 
@@ -233,23 +244,24 @@ class Staging:
 
     def close(self) -> None:
         """Let go of the lock. What the next run can use is kept; a folder without it is removed."""
-        if self._lock < 0:
-            return
         if not is_taken(self.files) and not self._complete.exists():
             self._clear()
-            with suppress(OSError):  # another run may be waiting in it already
-                (self.folder / "lock").unlink()
-                self.folder.rmdir()
-        os.close(self._lock)
-        self._lock = -1
+        self._claim.close()
 
     def _clear(self, *kept: str) -> None:
-        """Remove all but `kept` and the lock; the journal last, so that it is there while anything is."""
-        with suppress(OSError):
-            paths = [path for path in self.folder.iterdir() if path.name not in ("lock", *kept)]
+        """Remove all but `kept` and the lock; the journal last, so that it is there while anything is.
+
+        A folder loses its name first: another run never finds half of it. What is another run's by now is left alone.
+        """
+        dropped = self.folder / "dropped"
+        with suppress(OSError, SkillmergeError):
+            self._claim.check()
+            remove_tree(dropped)
+            paths = [path for path in self.folder.iterdir() if path.name not in (*CLAIM_FILES, *kept)]
             for path in sorted(paths, key=lambda path: path == self._journal.path):
                 if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
+                    path.rename(dropped)
+                    remove_tree(dropped)
                 else:
                     path.unlink()
 
@@ -259,9 +271,9 @@ def _put_in_place(finished: Path, output: Path, replace: bool) -> None:
     if not (replace and output.exists() and exchange(finished, output)):
         if replace and is_taken(output):
             previous = finished.with_name("previous")
-            shutil.rmtree(previous, ignore_errors=True)
+            remove_tree(previous)
             output.rename(previous)
-        finished.rename(output)
+        rename_folder(finished, output)
     sync_folder(output.parent)
 
 

@@ -6,12 +6,13 @@ bounded memory. The safetensors library is the independent reader of what our ow
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -24,7 +25,7 @@ from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.checkpoints.model_config import contradictions
 from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.checkpoints.stores.folder import Folder
-from skillmerge.errors import CheckFailed, InputError, StalePlan, some
+from skillmerge.errors import CheckFailed, InputError, ResourceError, StalePlan, is_machine, some, unusable
 from skillmerge.outputs.manifest import File, Manifest, ManifestBody, Tensor
 from skillmerge.outputs.output import Output
 from skillmerge.reporter import Reporter
@@ -131,12 +132,14 @@ def checked(reporter: Reporter, what: str) -> Iterator[None]:
 
 @contextmanager
 def _reading(root: Path) -> Iterator[None]:
-    """An output that cannot be read, or not as a checkpoint, has failed the check."""
+    """An output that cannot be read, or not as a checkpoint, has failed the check, unless the machine has."""
     try:
         yield
     except InputError as error:
         raise CheckFailed(error.message) from error
     except OSError as error:
+        if is_machine(error):
+            raise unusable(str(error.filename or root), error) from error
         raise CheckFailed(f"{error.filename or root}: cannot be read: {error.strerror}") from error
 
 
@@ -187,19 +190,45 @@ def _check_tensor(root: Path, spec: TensorSpec, described: Tensor) -> None:
 
 
 def check_shard(path: Path, specs: tuple[StoredTensor, ...]) -> None:
-    """Open a shard with the safetensors library and compare what it sees. Raises CheckFailed."""
-    from safetensors import SafetensorError, safe_open
+    """Open a shard with the safetensors library and compare what it sees. Raises CheckFailed, ResourceError."""
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt") as reader:
+        with _opened_by_library(path) as reader:
             if set(reader.keys()) != {spec.name for spec in specs}:
                 raise CheckFailed(f"{path}: the safetensors library sees other tensors in it")
             for spec in specs:
                 piece = reader.get_slice(spec.name)
                 if tuple(piece.get_shape()) != spec.shape or piece.get_dtype() != spec.dtype:
                     raise CheckFailed(f"{path}: the safetensors library sees another `{spec.name}`")
-    except (SafetensorError, OSError, RuntimeError) as error:  # the last is torch's, where it cannot map the file
+    except (SafetensorError, OSError, RuntimeError) as error:
+        if is_machine(error):
+            raise ResourceError(
+                f"{path}: could not be opened here: {error}", fix=f"check it with `skillmerge doctor {path.parent}`"
+            ) from error
         raise CheckFailed(f"{path}: the safetensors library refuses it: {error}") from error
+
+
+@contextmanager
+def _opened_by_library(path: Path) -> Iterator[Any]:
+    """A shard as the safetensors library sees it. Where its filesystem maps no files, a stand-in in memory: the header,
+    and as much of nothing behind it. Raises SafetensorError, OSError, RuntimeError."""
+    from safetensors import SafetensorError, safe_open
+
+    with ExitStack() as stack:
+        try:
+            reader = stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError, RuntimeError) as error:  # the last is torch's
+            if os.strerror(errno.ENODEV) not in str(error) or not hasattr(os, "memfd_create"):
+                raise
+            with open(path, "rb") as shard:
+                head = shard.read(8)
+                head += shard.read(int.from_bytes(head, "little"))
+            stand_in = stack.enter_context(open(os.memfd_create(path.name), "wb"))
+            stand_in.write(head)
+            stand_in.truncate(path.stat().st_size)
+            reader = stack.enter_context(safe_open(f"/proc/self/fd/{stand_in.fileno()}", framework="pt"))
+        yield reader
 
 
 def check_values(root: Path, proof: ManifestBody) -> None:
@@ -259,11 +288,13 @@ def _fill(stream: FileIO, buffer: bytearray) -> int:
 
 
 def is_intact(folder: Path, proof: ManifestBody) -> bool:
-    """Whether every file still has its digest."""
+    """Whether every file still has its digest. Raises ResourceError where the machine cannot tell."""
     try:
         digests = in_threads(lambda file, stop: hash_file(folder / file.name, stop), proof.files)
         return all(file.sha256 == digest for file, digest in zip(proof.files, digests, strict=True))
-    except OSError:
+    except OSError as error:
+        if is_machine(error):
+            raise unusable(str(error.filename or folder), error) from error
         return False
 
 

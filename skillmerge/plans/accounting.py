@@ -15,8 +15,10 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.model_config import tied_source, ties_embeddings
 from skillmerge.errors import InputError, some
-from skillmerge.methods.terms import Leaf, Term, models_of
+from skillmerge.methods.terms import Leaf, Term, model_of, models_of
 from skillmerge.naming import module_kind
+from skillmerge.plans.advice.causes import cause_of, left_behind, share, tensors_of
+from skillmerge.plans.advice.shares import MUCH
 from skillmerge.plans.mapping import Source, find_source
 from skillmerge.recipes.expression import names_in
 from skillmerge.recipes.recipe import Recipe
@@ -28,8 +30,9 @@ from skillmerge.tensors import DTYPES, UNIT, TensorSpec
 class Problem:
     """A difference between the models that only a person can settle.
 
-    copy, ignore: the rules that would settle it, as lines of the recipe's sections of these names. name: what
-    `accept` calls it, where that would settle it.
+    copy, ignore, rename: what would settle it, as lines of the recipe's sections `copy`, `ignore` and `models`. name:
+    what `accept` calls it, where that would settle it. help: what to do where no line of the recipe settles it.
+    final: no rule is worth printing, of this problem and of any beside it.
     """
 
     kind: str
@@ -38,15 +41,25 @@ class Problem:
     copy: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     name: str | None = None
+    rename: tuple[str, ...] = ()
+    help: str | None = None
+    final: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        row = asdict(self)
-        return row if self.name is not None else {key: value for key, value in row.items() if key != "name"}
+        """As plain data, without the keys that say nothing, and `final`, which is for `settlement`."""
+        always = ("kind", "message", "tensors", "copy", "ignore")
+        return {key: value for key, value in asdict(self).items() if key in always or (value and key != "final")}
 
 
 def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:
-    """The rules that would settle the problems, each once, ready to paste into the recipe."""
-    parts = []
+    """What would settle the problems, each once: rules ready to paste into the recipe, and what is to be done
+    elsewhere. No rules where the models are not of one kind."""
+    problems = list(problems)
+    parts = list(dict.fromkeys(problem.help for problem in problems if problem.help))
+    if any(problem.final for problem in problems):
+        return "\n".join(parts)
+    if lines := list(dict.fromkeys(line for problem in problems for line in problem.rename)):
+        parts.append("\n".join(["to read these under the donor's names, write in the recipe's `models:`", *lines]))
     for key, present in (("copy", recipe.copy), ("ignore", recipe.ignore)):
         lines = list(dict.fromkeys(line for problem in problems for line in getattr(problem, key)))
         if lines:
@@ -110,12 +123,21 @@ def account_tensors(
             if same:
                 sources.sort(key=lambda source: source.model != donor_name)
             accounts[name] = Account(term, tuple(sources), same)
-    problems = [_problem(recipe, kind, model, found, donor_name, donor) for (kind, model), found in troubles.items()]
     extra, ties = _leftovers(recipe, checkpoints, donor_name, in_formula)
+    apart = _apart(recipe, checkpoints, donor_name, troubles, extra)
+    problems = [
+        *apart.values(),
+        *(
+            _problem(recipe, kind, model, found, donor_name, donor)
+            for (kind, model), found in troubles.items()
+            if kind != "missing" or model_of(model) not in apart
+        ),
+        *(_extra(model, names, checkpoints[model], donor_name) for model, names in extra.items() if model not in apart),
+    ]
     for name, checkpoint in checkpoints.items():
         if checkpoint.unread:
             notes.add(f"model `{name}`: {some(list(checkpoint.unread))} is not named by its index and not read")
-    return Accounts(accounts, (*problems, *extra), tuple(ties), tuple(sorted(notes)))
+    return Accounts(accounts, tuple(problems), tuple(ties), tuple(sorted(notes)))
 
 
 def copy_rules(recipe: Recipe, donor: Checkpoint) -> dict[str, str]:
@@ -144,16 +166,15 @@ def _problem(
     recipe: Recipe, kind: str, model: str, found: list[tuple[str, str]], donor_name: str, donor: Checkpoint
 ) -> Problem:
     names = [name for name, _ in found]
-    if kind == "missing" and len(names) == len(donor.tensors):
-        message = f"`{model}` and the donor `{donor_name}` share no tensor names: are they of the same architecture?"
-        return Problem(kind, message, tuple(names))
     if kind == "missing":
-        message = f"model `{model}` lacks {_count(names)} that the formula needs: {some(names)}"
+        message = f"model `{model}` lacks {tensors_of(names)} that the formula needs: {some(names)}"
     else:
         shown = "; ".join(f"`{name}` {detail}" for name, detail in found[:4]) + ("; …" if len(found) > 4 else "")
-        message = f"{_count(names)} differ in {kind} between the donor `{donor_name}` and model `{model}`: {shown}"
+        message = f"{tensors_of(names)} differ in {kind} between the donor `{donor_name}` and model `{model}`: {shown}"
         if kind == "shape" and all(module_kind(name) in ("embedding", "head") for name in names):
             message += "\ntheir vocabularies seem to differ"
+        elif kind == "shape" and share(names, donor.tensors) >= MUCH:
+            return Problem(kind, message, tuple(names), help=f"is `{model}` the right model? Its sizes are others")
     globs = _globs(names, donor.tensors)
     if recipe.makes_skill:  # it takes no tensor as it is, but can do without
         return Problem(kind, message, tuple(names), ignore=tuple(f'  - "{glob}"' for glob in globs))
@@ -163,9 +184,9 @@ def _problem(
 
 def _leftovers(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, in_formula: list[str]
-) -> tuple[list[Problem], list[tuple[str, str, str]]]:
-    """Tensors of the formula's models that the donor lacks: problems, but for ignored ones and for copies of
-    tied tensors, which come as (model, copy, original)."""
+) -> tuple[dict[str, list[str]], list[tuple[str, str, str]]]:
+    """Tensors of the formula's models that the donor lacks, but for ignored ones; and copies of tied tensors, as
+    (model, copy, original)."""
     donor = checkpoints[donor_name]
     extra = {
         model: [name for name in checkpoints[model].tensors if name not in donor.tensors]
@@ -181,18 +202,46 @@ def _leftovers(
             why = "the donor has what it matches, and the output has exactly the donor's tensors" if in_donor else None
             raise recipe.error(("ignore", index), "this rule matches no tensor that the donor lacks", why)
     ignored = matcher(recipe.ignore) if recipe.ignore else None
-    problems, ties = [], []
+    found, ties = {}, []
     for model, names in extra.items():
         left = [name for name in names if ignored is None or not ignored.match(name)]
         tied = {name: source for name in left if (source := _tied_to(name, checkpoints[model], donor)) is not None}
         ties += [(model, name, source) for name, source in tied.items()]
         left = [name for name in left if name not in tied]
         if left:
-            message = f"model `{model}` has {_count(left)} that the donor `{donor_name}` lacks: {some(left)}"
-            globs = _globs(left, set(checkpoints[model].tensors) - set(left))
-            rules = tuple(f'  - "{glob}"' for glob in globs)
-            problems.append(Problem("extra", message, tuple(left), ignore=rules))
-    return problems, ties
+            found[model] = left
+    return found, ties
+
+
+def _apart(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    donor_name: str,
+    troubles: Mapping[tuple[str, str], list[tuple[str, str]]],
+    extra: Mapping[str, list[str]],
+) -> dict[str, Problem]:
+    """The models of which so much has no partner that a rule which takes it out would leave little of the skill; and
+    those that hold what is no weight."""
+    found: dict[str, Problem] = {}
+    donor = checkpoints[donor_name]
+    lacking = {model: [name for name, _ in names] for (kind, model), names in troubles.items() if kind == "missing"}
+    without = share({name for names in lacking.values() for name in names}, donor.tensors)  # any of the models
+    for model in dict.fromkeys(map(model_of, (*lacking, *extra))):
+        missing, more = lacking.get(model, []), extra.get(model, [])
+        checkpoint = checkpoints[model]
+        cause = left_behind(model, checkpoint, more)
+        much = share(more, checkpoint.tensors) >= MUCH or (without >= MUCH and missing)
+        if cause is None and much:
+            cause = cause_of(recipe, model, checkpoint, donor_name, donor, missing, more)
+        if cause is not None:
+            found[model] = Problem("names", cause.message, tuple(missing or more), rename=cause.rename, help=cause.help)
+    return found
+
+
+def _extra(model: str, names: list[str], checkpoint: Checkpoint, donor_name: str) -> Problem:
+    message = f"model `{model}` has {tensors_of(names)} that the donor `{donor_name}` lacks: {some(names)}"
+    rules = tuple(f'  - "{glob}"' for glob in _globs(names, set(checkpoint.tensors) - set(names)))
+    return Problem("extra", message, tuple(names), ignore=rules)
 
 
 def _tied_to(name: str, checkpoint: Checkpoint, donor: Checkpoint) -> str | None:
@@ -201,10 +250,6 @@ def _tied_to(name: str, checkpoint: Checkpoint, donor: Checkpoint) -> str | None
         return None
     kept = {other: spec for other, spec in checkpoint.tensors.items() if other in donor.tensors}
     return tied_source(name, checkpoint.tensors[name].shape, checkpoint.config, kept)
-
-
-def _count(names: list[str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) != 1 else ''}"
 
 
 def _globs(names: list[str], others: Iterable[str]) -> list[str]:

@@ -112,19 +112,22 @@ def free_memory() -> int | None:
         return None
 
 
-def free_disk(path: Path) -> int:
-    """Bytes free on the disk that `path`, or its nearest existing parent, lies on."""
+def free_disk(path: Path) -> int | None:
+    """Bytes free on the disk that `path`, or its nearest existing parent, is on; None where the disk does not say."""
     path = path.absolute()
-    while not path.exists():
+    while not os.path.exists(path):
         path = path.parent
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
+    try:
+        status = os.statvfs(path)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize if status.f_blocks else None  # FUSE may answer with zeros
 
 
 def check_disk(path: Path, needed: int, what: str) -> None:
     """Raise ResourceError where the disk of `path` cannot take `needed` bytes and a little more."""
     free = free_disk(path)
-    if free < needed + min(_SPARE_DISK, needed // 20):
+    if free is not None and free < needed + min(_SPARE_DISK, needed // 20):
         raise ResourceError(
             f"{what} needs {format_bytes(needed)}, but the disk of {path} has {format_bytes(free)} free",
             fix="make room, or choose another place with --output",

@@ -14,9 +14,10 @@ from pathlib import Path
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, named
 from skillmerge.checkpoints.kinds.table import open_as
 from skillmerge.checkpoints.place import ModelPlace
+from skillmerge.checkpoints.renamed import idle_rule, prefixes_of, read_as, wrappers_of
 from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Store
-from skillmerge.errors import StalePlan, UsageError
+from skillmerge.errors import StalePlan, UsageError, did_you_mean, some
 from skillmerge.methods.terms import model_of
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
@@ -85,10 +86,10 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
             elif not place.pinned and not access.relock and name not in access.commits:
                 pinned = place.at(checkpoints[name].at.revision or "")
                 warn(f"model `{name}`: {place} can change under this name. Pinned, it reads\n  {name}: {pinned}")
+        return {name: _under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
     except BaseException:
         close_all(checkpoints)
         raise
-    return checkpoints
 
 
 @contextmanager
@@ -107,6 +108,29 @@ def planned(
         yield plan_recipe(parsed, checkpoints, allow_code=access.allow_code, lenient=lenient), checkpoints
     finally:
         close_all(checkpoints)
+
+
+def _under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkpoint:
+    """The model under the names that it is read by. Raises RecipeError for a rule of `rename` that renames nothing."""
+    model = model_of(name)
+    rename = recipe.renames.get(model, ())
+    found = recipe.unwrapped
+    wrappers = wrappers_of(checkpoint.tensors) if found is None else found.get(model, ())
+    idle = idle_rule(checkpoint.tensors, rename, wrappers)
+    if idle is not None:
+        old, prefixes = rename[idle][0], prefixes_of(checkpoint.tensors, wrappers)
+        earlier = any(prefix.startswith(old) for prefix in prefixes) or old in prefixes
+        raise recipe.error(
+            ("models", model, "rename", idle, "from"),
+            f"no tensor of model `{model}` is left that begins with `{old}`: an earlier rule renames them"
+            if earlier
+            else f"no tensor of model `{model}` begins with `{old}`",
+            "the first rule that matches wins: put it first"
+            if earlier
+            else did_you_mean(old, prefixes)
+            or f"its names begin with {some([f'`{prefix}`' for prefix in prefixes], 4)}",
+        )
+    return read_as(name, checkpoint, rename, wrappers)
 
 
 def close_all(checkpoints: Mapping[str, Checkpoint]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from skillmerge.brief import brief
+from skillmerge.checkpoints.checkpoint import Naming
 from skillmerge.errors import InputError, UsageError
 from skillmerge.methods.linear import Program
 from skillmerge.plans.accounting import Problem, settlement
@@ -77,6 +78,7 @@ class InputPlan:
     license: str | None
     remote: bool
     files: tuple[InputFile, ...]
+    naming: Naming = field(default_factory=Naming)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,7 @@ def deciding_facts(plan: Plan) -> dict[str, Any]:
                 {key: getattr(file, key) for key in ("name", "size", "header_sha256", "bytes_read")}
                 for file in item.files
             ],
+            **item.naming.as_dict(),
         }
         for item in plan.inputs
     ]

@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
 from skillmerge.checkpoints.model_config import contradictions, quantisation
+from skillmerge.checkpoints.renamed import WRAPPERS
 from skillmerge.errors import InputError
 from skillmerge.methods.linear import Program, compile_term
-from skillmerge.methods.terms import Leaf, Sum, Term, degree, donor_of, is_zero, model_of, sole_model
+from skillmerge.methods.terms import Leaf, Sum, Term, degree, is_zero, model_of, sole_model
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
-from skillmerge.plans.compare.models import NOTHING, compare_models
+from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
+from skillmerge.plans.compare.found import Compared
+from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models
 from skillmerge.plans.heads import driven_apart
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.recipes.expression import ExpressionError
-from skillmerge.recipes.recipe import Recipe, unused_names
+from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
 from skillmerge.recipes.schedules import ScheduleError
 from skillmerge.remarks import Remark
 from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
@@ -61,6 +65,7 @@ def plan_recipe(
     problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
     notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
     shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
+    shares = None if problems or recipe.makes_skill else _shares(recipe, checkpoints, donor_name, copied, values)
     return sealed(
         Plan(
             recipe=recipe,
@@ -72,8 +77,7 @@ def plan_recipe(
             ties=accounts.ties,
             problems=problems,
             notes=(*notes, *accounts.notes, *compared.notes),
-            warnings=(*compared.warnings, *_warnings(recipe, donor, tensors)),
-            compared=compared,
+            **_doubts(recipe, compared, shares, () if recipe.makes_skill else driven_apart(donor, tensors)),
             **_inputs(recipe, checkpoints, tensors),
         )
     )
@@ -125,13 +129,10 @@ def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Te
 
 
 def _donor(recipe: Recipe) -> str:
-    if recipe.output.like is not None:
-        return recipe.output.like
-    defaults = {name: schedule.default for name, schedule in recipe.coefficients.items()}
-    term = _bind(recipe, defaults) or _bind(recipe, dict.fromkeys(defaults, 1.0))
-    if term is None:
+    if recipe.donor is None:
+        _bind(recipe, {name: schedule.default for name, schedule in recipe.coefficients.items()})
         raise recipe.error(("merge",), "the expression is always zero")
-    return donor_of(term)
+    return recipe.donor
 
 
 def _coefficients(recipe: Recipe, names: list[str]) -> dict[str, tuple[float, ...]]:
@@ -256,17 +257,15 @@ def _notes(
     """What is worth a word. tensors: of a plan without problems."""
     yield from (f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe))
     yield from _oddities(recipe, checkpoints, donor)
+    yield from _unwrapped(checkpoints)
     yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
-
-
-def _warnings(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> Iterator[Remark]:
-    """What needs attention, of what the recipe does."""
-    if not recipe.makes_skill:
-        yield from (it for it in driven_apart(donor, tensors) if it.name not in recipe.accept)
 
 
 def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
     """What is allowed and still hardly meant."""
+    if donor.naming.rename and not recipe.makes_skill:
+        name = next(name for name, checkpoint in checkpoints.items() if checkpoint is donor)
+        yield f"the output has the names that `{name}` is renamed to, and config.json is as it was: do they fit?"
     if not donor.config and not recipe.makes_skill:
         yield "the donor has no config.json: no runtime will load the output as it is"
     seen: dict[str, str] = {}
@@ -279,6 +278,43 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
             yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
+
+
+def _shares(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    donor_name: str,
+    copied: Mapping[str, str],
+    values: Mapping[str, tuple[float, ...]],
+) -> Shares:
+    if ignored := ignored_tensors(recipe, checkpoints, donor_name):
+        values = _coefficients(recipe, [*values, *ignored])
+    return shares_of(recipe, checkpoints, donor_name, copied, values)
+
+
+def _doubts(recipe: Recipe, compared: Comparison, shares: Shares | None, apart: Iterable[Remark]) -> dict[str, Any]:
+    """The plan's warnings, and what the recipe accepts, beside differences between models what its own text calls
+    for; and how much the formula changes."""
+    of_text = (unclear_donor(recipe), shares.doubt(recipe) if shares is not None else None)
+    found = [*(doubt for doubt in of_text if doubt is not None), *apart]
+    accepted = [
+        Compared(doubt.name, "merge", "the recipe", "warning", {}, True, doubt.message)
+        for doubt in found
+        if doubt.name in recipe.accept
+    ]
+    return {
+        "warnings": (*compared.warnings, *(doubt for doubt in found if doubt.name not in recipe.accept)),
+        "compared": replace(compared, found=(*compared.found, *accepted)),
+        "merged_share": shares.share if shares is not None else None,
+    }
+
+
+def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """What training libraries have left in the names of tensors, and is left out of them."""
+    for name, checkpoint in checkpoints.items():
+        if checkpoint.naming.unwrapped and name == model_of(name):
+            parts = " and ".join(f"`{part}.` ({WRAPPERS.get(part, part)})" for part in checkpoint.naming.unwrapped)
+            yield f"model `{name}` is read without {parts} in the names of its tensors"
 
 
 def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:
@@ -321,4 +357,4 @@ def _input(name: str, checkpoint: Checkpoint, read: Mapping[tuple[str, str], int
         sha256 = stated if kind == "sha256" else None
         files.append(InputFile(file, known.size, digest, sha256, read.get((name, file), 0)))
     at = checkpoint.at
-    return InputPlan(name, checkpoint.uri, at.revision, at.license, at.remote, tuple(files))
+    return InputPlan(name, checkpoint.uri, at.revision, at.license, at.remote, tuple(files), checkpoint.naming)

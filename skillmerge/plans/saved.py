@@ -106,6 +106,8 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
         if not file.name:
             raise ValueError("its recipe has no name")
         recipe = parse_recipe(document["recipe"]["text"], str(file), file.parent, document["overrides"])
+        unwrapped = {item["name"]: item.get("unwrapped", ()) for item in document["inputs"]}
+        recipe = recipe.as_planned(document.get("donor", ""), unwrapped)
         commits = {item["name"]: item["revision"] for item in document["inputs"] if item["revision"]}
         if not all(isinstance(commit, str) for commit in commits.values()):
             raise ValueError("a commit in it is no text")

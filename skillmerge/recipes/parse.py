@@ -111,6 +111,7 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
         models=models,
         skills=skills,
         patches=patches,
+        renames=_renames(table),
         coefficients={**schedules, **{key: Schedule(value) for key, value in numbers.items()}},
         expression=expression,
         copy=tuple(CopyRule(_as_tuple(rule.tensors), normalise_name(rule.from_)) for rule in table.copy_),
@@ -221,6 +222,14 @@ def _patches(table: RecipeTable) -> dict[str, str]:
         normalise_name(name): normalise_name(entry.onto)
         for name, entry in _tables(table).items()
         if entry.patch and entry.onto
+    }
+
+
+def _renames(table: RecipeTable) -> dict[str, tuple[tuple[str, str], ...]]:
+    return {
+        normalise_name(name): tuple((rule.from_, rule.to) for rule in entry.rename)
+        for name, entry in _tables(table).items()
+        if entry.rename
     }
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
 from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.checkpoints.schemes import parse_place
 from skillmerge.errors import Place, RecipeError
 from skillmerge.methods.terms import Term, expand_skills
-from skillmerge.recipes.expression import ExpressionError, Node, bind, names_in
+from skillmerge.recipes.expression import ExpressionError, Node, bind, donor_of, is_donor_unclear, names_in
 from skillmerge.recipes.gate_table import Gate
 from skillmerge.recipes.schedules import Schedule, matcher
 from skillmerge.recipes.yamltext import Document, Path
+from skillmerge.remarks import Remark, warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,8 @@ class Recipe:
     """Those of the models that are stored skills."""
     patches: Mapping[str, str]
     """Those of the models that are sparse patches, and the models that they are for."""
+    renames: Mapping[str, tuple[tuple[str, str], ...]]
+    """Those of the models that are read under other names: prefixes, and what stands in their place."""
     coefficients: Mapping[str, Schedule]
     expression: Node
     copy: tuple[CopyRule, ...]
@@ -77,6 +80,10 @@ class Recipe:
     """Coefficients that were set from outside, in place of the recipe's."""
     rules_overridden: Mapping[str, int]
     """How many rules of the recipe each of them stands in for."""
+    settled: str | None = None
+    """Of an earlier plan: its donor."""
+    unwrapped: Mapping[str, tuple[str, ...]] | None = None
+    """Of an earlier plan: the wrappers that are left out of each model's names. None: all that are found."""
 
     @property
     def sha256(self) -> str:
@@ -113,6 +120,16 @@ class Recipe:
         used |= {onto for name, onto in self.patches.items() if name in used}
         return [name for name in self.models if name in used]
 
+    def as_planned(self, donor: str, inputs: Mapping[str, Sequence[str]]) -> Recipe:
+        """The recipe with what a plan of it has settled: its donor, and the wrappers left out of its models' names."""
+        names = {model: tuple(wrappers) for model, wrappers in inputs.items()}
+        return replace(self, settled=donor if donor in self.models else None, unwrapped=names)
+
+    @property
+    def donor(self) -> str | None:
+        """The model that the output is like; None where the expression multiplies everything by zero."""
+        return self.output.like or self.settled or donor_of(self.expression, self.skills)
+
     def error(self, path: Path, message: str, fix: str | None = None) -> RecipeError:
         """An error about the part of the recipe at `path`."""
         return self.document.error(message, self.document.place(path), fix)
@@ -134,6 +151,21 @@ def unused_names(recipe: Recipe) -> list[str]:
     """Models and coefficients that stand in the recipe and do nothing: not wrong, but worth a word."""
     named = {name.name for name in names_in(recipe.expression)} | set(recipe.used_models())
     return [name for name in (*recipe.models, *recipe.coefficients) if name not in named]
+
+
+def unclear_donor(recipe: Recipe) -> Remark | None:
+    """A warning where the text of a merge does not show which of its models is the donor."""
+    unclear = is_donor_unclear(recipe.expression, recipe.skills)
+    donor = donor_of(recipe.expression, recipe.skills)
+    if recipe.output.like is not None or recipe.makes_skill or recipe.donor != donor or not unclear:
+        return None
+    return warning(
+        f"the donor is `{donor}`, the first model that `{recipe.document.data['merge']}` adds: the output takes its "
+        "names, dtypes, config and tokenizer",
+        f"confirm it with `output: {{like: {donor}}}`, or put the difference in parentheses: target + (rl - sft)",
+        name="donor",
+        of_recipe=True,
+    )
 
 
 def local_path(document: Document, path: Path, folder: FilePath, written: str) -> FilePath:

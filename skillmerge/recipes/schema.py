@@ -47,6 +47,11 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class RenameTable(_Table):
+    from_: Annotated[str, Field(alias="from", max_length=1000, description="how names of its tensors begin")]
+    to: Annotated[str, Field(max_length=1000, description="what stands there instead")]
+
+
 class ModelTable(_Table):
     path: Annotated[
         str | None, Field(min_length=1, description="a folder, or hf://org/name[@revision][/subfolder]")
@@ -54,6 +59,10 @@ class ModelTable(_Table):
     skill: Annotated[str | None, Field(min_length=1, description="the same, of a skill that was stored")] = None
     patch: Annotated[str | None, Field(min_length=1, description="the same, of a sparse patch")] = None
     onto: Annotated[str | None, Field(min_length=1, description="the model that the patch is for")] = None
+    rename: Annotated[
+        list[RenameTable] | None,
+        Field(min_length=1, description="other names for its tensors; the first rule that matches wins"),
+    ] = None
 
 
 class RuleTable(_Table):
@@ -313,7 +322,7 @@ _GATES: dict[int | str, type[BaseModel]] = {
 def _known_keys(path: Path) -> list[str]:
     table: type[BaseModel] = RecipeTable
     if path[:1] == ("models",):
-        table = ModelTable
+        table = RenameTable if "rename" in path[2:] else ModelTable
     elif path[:1] == ("coefficients",):
         table = RuleTable if "rules" in path[2:] else ScheduleTable
     elif path[:1] == ("copy",):

@@ -125,8 +125,8 @@ def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> No
 def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], None]) -> list[Outcome]:
     """Measure every gate, whatever became of those before it; `tell` hears of each outcome as it is known.
 
-    Raises UsageError where a gate does not fit this output, ResourceError where the machine is why it cannot be
-    measured, CheckFailed where a command has changed it.
+    Raises UsageError where a gate does not fit this output, ResourceError where the machine fails, CheckFailed where a
+    command has changed it.
     """
     outcomes = []
     text = next((gate.text for gate in gates if gate.text), None)
@@ -135,7 +135,7 @@ def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], Non
     for gate in gates:
         try:
             found = list(_measure(gate, given))
-        except (UsageError, ResourceError):
+        except (UsageError, ResourceError):  # a fault of the machine says nothing of the model
             raise
         except SkillmergeError as error:
             # What a command complains of may hold anything, and outcomes go into files that are published.
@@ -165,7 +165,10 @@ def _place_of(gate: Gate, model: str, plan: Plan) -> str:
     folder = gate.folder
     if normalise_name(model) in plan.recipe.models:
         model, folder = plan.recipe.models[normalise_name(model)], plan.recipe.folder
-    return str(folder / Path(model).expanduser()) if is_path(model) else model
+    try:
+        return str(folder / Path(model).expanduser()) if is_path(model) else model
+    except RuntimeError as error:
+        raise UsageError(f"the gate `{gate.kind}`: {model}: {error}", fix="write the whole path") from error
 
 
 def _label(gate: Gate, kind: str = "") -> str:

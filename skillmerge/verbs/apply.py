@@ -16,7 +16,7 @@ from skillmerge.checkpoints.kinds.skill_planes import check_zstandard
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
-from skillmerge.errors import UnusableWeights, UsageError, memory_errors
+from skillmerge.errors import UnusableWeights, UsageError, machine_errors
 from skillmerge.outputs import manifest
 from skillmerge.outputs.manifest import Manifest, ManifestBody
 from skillmerge.outputs.measured import strict_outcome, warnings_of
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from skillmerge.outputs.push import MergePush
 
 
-@memory_errors()
+@machine_errors()
 def apply(
     recipe: str | os.PathLike[str] | Recipe,
     output: str | os.PathLike[str] | None = None,
@@ -122,7 +122,7 @@ def merge(
         )  # fmt: skip
         budget(plan, threads=work.threads, memory_limit=work.memory_limit)  # what cannot fit is refused here
         push = _push_of(plan, publish)
-        with closing(Staging(target)) as staging:
+        with closing(Staging(target, reporter)) as staging:
             room = push.room if push is not None else None
             job = Job(plan, checkpoints, staging, checks.stats, checks.allow_nonfinite, room)
             run = _Merge(job, staging, access, checks, publish, push, reporter, started)
@@ -166,7 +166,7 @@ class _Merge:
     def find_finished(self) -> Result | None:
         """The output, where it is at its place already, as asked for now."""
         plan, target = self.job.plan, self.staging.output
-        recovered = self.staging.recover(plan.weights_digest, self.conditions, self.publish.overwrite)
+        recovered = self.staging.recover(plan.weights_digest, self.conditions, self.publish.overwrite, plan.digest)
         if self.publish.no_local:
             return None
         proof = finished_output(target, plan, self.conditions, self.checks.hash_inputs)
@@ -198,7 +198,7 @@ class _Merge:
         if not self.publish.no_local:
             with checked(self.reporter, "files, index and headers"):
                 check_structure(self.staging.files, proof)
-            self.staging.put_in_place(self.publish.overwrite)
+            self.staging.put_in_place(self.publish.overwrite, self.job.plan.digest)
         return self._result(proof, device=runner.device, gates=gates)
 
     def published(self, result: Result) -> Result:

@@ -11,9 +11,10 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.kinds.patch import PATCH_FILE
 from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
+from skillmerge.checkpoints.renamed import wrappers_of
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.engine.runner import Work, check_words
-from skillmerge.errors import CheckFailed, UsageError, memory_errors
+from skillmerge.errors import CheckFailed, UsageError, machine_errors
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter
@@ -25,7 +26,7 @@ from skillmerge.verbs.result import Result
 from skillmerge.version import __version__
 
 
-@memory_errors()
+@machine_errors()
 def extract(
     rl: str,
     sft: str,
@@ -83,11 +84,10 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     candidates = sorted({model for digests in tensors.values() for model in digests})
     if not candidates:
         raise UsageError(f"{skill} was made of other skills: their parents are known to them")
-    checkpoints = open_models(
-        recipe_of({"parent": os.fspath(parent)}, "parent", {"path": "nowhere"}, "skillmerge verify"),
-        Access(follow_links=follow_links),
-        lambda message: None,
-    )
+    recipe = recipe_of({"parent": os.fspath(parent)}, "parent", {"path": "nowhere"}, "skillmerge verify")
+    if wrappers_of(tensors):  # cut when names were taken as they are stored
+        recipe = recipe.as_planned("parent", {})
+    checkpoints = open_models(recipe, Access(follow_links=follow_links), lambda message: None)
     checkpoint = checkpoints["parent"]
     names = [name for name in tensors if name in checkpoint.tensors]
     missing = [name for name in tensors if name not in checkpoint.tensors]

@@ -37,11 +37,13 @@ class Result:
     __repr__ = brief
 
     def as_dict(self) -> dict[str, Any]:
+        share = self.plan.merged_share if self.plan is not None else None
         return {
             "output": str(self.output),
             "already": self.already,
             "seconds": round(self.seconds, 3),
             "plan_digest": self.manifest.plan_digest,
+            **({"merged_share": share} if share is not None else {}),
             "statistics": self.manifest.statistics.as_dict(),
             "warnings": list(self.warnings),
             "gates": [outcome.as_dict() for outcome in self.gates],

@@ -1,4 +1,5 @@
-"""What every kind of stored weights promises: plain weights, a plane of a skill, a patched model, held in memory."""
+"""What every kind of stored weights promises: plain weights, a plane of a skill, a patched model, held in memory,
+under other names."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ import skillmerge
 from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, named, read_bytes, versions
 from skillmerge.checkpoints.kinds import dense, patch, skill, table
 from skillmerge.checkpoints.kinds.table import open_as, open_folder
+from skillmerge.checkpoints.renamed import read_as
 from skillmerge.checkpoints.store import Store
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.checkpoints.stores.memory import Held, Memory
@@ -34,7 +36,7 @@ SHAPES = {
     "model.layers.1.mlp.up_proj.weight": (2 * BLOCK + 1, 3),
     "model.norm.weight": (0,),
 }
-KINDS = ["dense", "skill plus", "skill minus", "patch", "held"]
+KINDS = ["dense", "skill plus", "skill minus", "patch", "held", "renamed"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ def open_kind(kind: str, folder: Path, store: Callable[[Path], Store]) -> Checkp
         return opened.plus if kind == "skill plus" else opened.minus
     base = open_as("model", "uri", store(folder / "sft"))
     assert isinstance(base, Checkpoint)
+    if kind == "renamed":  # and back
+        other = read_as("sft", base, [("model.", "other.")], ())
+        return read_as("sft", other, [("other.", "model.")], ())
     if kind != "patch":
         return Held(base) if kind == "held" else base
     patched = open_as("patch", "uri", store(folder / "patch"), base)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import socket
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from hub_server import TOKEN, HubServer
 from skillmerge.checkpoints.stores import hub_client
 from skillmerge.cli import doctor as module
 from skillmerge.cli.doctor import cgroup_limit, doctor, redact
+from skillmerge.outputs.trials import tried
 
 CANARY = "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"
 
@@ -37,7 +40,18 @@ def test_doctor_tells_versions_machine_and_disk(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
     assert found["ok"] is True
-    assert set(found) == {"ok", "versions", "processor", "cuda", "memory", "disk", "hub", "environment", "terminal"}
+    assert set(found) == {
+        "ok",
+        "versions",
+        "processor",
+        "cuda",
+        "memory",
+        "disk",
+        "hub",
+        "environment",
+        "terminal",
+        "trials",
+    }
     assert found["versions"]["torch"]
     assert found["cuda"]["torch built for"]
     assert found["processor"]["usable"] == len(os.sched_getaffinity(0))
@@ -53,6 +67,8 @@ def test_doctor_tells_versions_machine_and_disk(tmp_path: Path) -> None:
 def test_doctor_for_people_has_the_same_facts(tmp_path: Path) -> None:
     process = run_cli("doctor", tmp_path, HF_HUB_OFFLINE="1")
     assert process.returncode == 0
+    assert re.search(r"^ ?lock +yes +two runs on one output: the second exits 6", process.stdout, re.M)
+    assert list(tmp_path.iterdir()) == []
     for line in (r"^versions$", r"^  skillmerge: \d", r"^  total: \d+\.\d GB$", r"^  writable: yes$"):
         assert re.search(line, process.stdout, re.M), line
 
@@ -180,3 +196,31 @@ def test_nothing_in_the_working_folder_is_imported(monkeypatch: pytest.MonkeyPat
     (tmp_path / "torch.py").write_text("raise OSError('not the real one')")
     monkeypatch.chdir(tmp_path)
     assert "torch" not in doctor().sections["cuda"]
+
+
+WORKING = [
+    "write", "lock", "sync files", "sync folders", "rename", "stable inodes", "map files", "preallocate",
+    "write a shard", "free space", "temporary folder", "any file name",
+]  # fmt: skip
+"""What works on every disk that tests run on."""
+
+
+def test_doctor_tries_what_a_run_does_and_leaves_nothing(tmp_path: Path) -> None:
+    found = {trial.what: trial for trial in doctor(tmp_path).trials}
+    assert [what for what in WORKING if not found[what].works] == []
+    assert found["temporary folder"].follows == tempfile.gettempdir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_finds_no_temporary_folder_and_no_locale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", none)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(os, "fsencode", lambda name: name.encode("latin-1"))
+    found = {trial.what: trial for trial in tried(tmp_path)}
+    assert (found["temporary folder"].works, found["any file name"].works) == (False, False)
+    assert found["temporary folder"].follows.startswith("set TMPDIR: ")
+    assert found["any file name"].follows.startswith("set LC_ALL=C.UTF-8: ")
+    assert found["write"].works

@@ -40,7 +40,7 @@ def test_markdown_of_a_plan_shows_models_coefficients_actions_and_totals(
     assert rows(text, "`lam`")[0][:2] == ["`model.layers 0`", "0"]
     assert [row[0] for row in rows(text, "tensors")] == ["9", "3"]
     totals = dict(rows(text, "totals"))
-    assert set(totals) == {"reads", "writes", "peak memory", "disk free", "output"}
+    assert set(totals) == {"merges", "reads", "writes", "peak memory", "disk free", "output"}
     assert totals["output"] == f"`{family.parent / 'merged'}`"
     plan = skillmerge.plan(family)
     assert text.rstrip().endswith(f"plan `{plan.digest}`")

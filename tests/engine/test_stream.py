@@ -289,11 +289,10 @@ def test_interrupt_while_something_is_taken_waits_only_once(monkeypatch: pytest.
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(threading.Thread, "join", noted)
-
     def run() -> None:
         with stream:
             stream.start(1, hang)
+            monkeypatch.setattr(threading.Thread, "join", noted)
             list(stream.take(SimpleQueue(), 1, interrupt))
 
     stream = Stream([])

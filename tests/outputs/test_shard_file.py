@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from skillmerge.errors import ResourceError
-from skillmerge.outputs.shard_file import TRIAL_BYTES, ShardFile, WriteMode
+from skillmerge.errors import OutputLocked, ResourceError
+from skillmerge.outputs.shard_file import TRIAL_BYTES, ShardFile, StreamFile, WriteMode
 from skillmerge.tensors import PAGE
 
 # -------------------------------------------------------------------------------------------------- shard files
@@ -34,6 +34,7 @@ def direct_mode() -> WriteMode:
 
 def write_pieces(path: Path, data: memoryview, cuts: list[int], mode: WriteMode) -> bytes:
     """A shard of `data`, its first piece as the header and the rest written from the last to the first."""
+    path.unlink(missing_ok=True)
     header = bytes(data[: cuts[0]])
     shard = ShardFile(path, len(data), header, mode)
     for first, last in reversed(list(zip(cuts, [*cuts[1:], len(data)], strict=True))):
@@ -145,12 +146,15 @@ def test_shard_that_cannot_be_begun_leaves_nothing_open(tmp_path: Path, monkeypa
     assert len(os.listdir("/dev/fd")) == before
 
 
-def test_shard_replaces_what_an_earlier_run_left(tmp_path: Path) -> None:
+def test_shard_never_writes_into_a_file_that_is_there(tmp_path: Path) -> None:
+    """Where locks lock nothing it may be another run's."""
     path = tmp_path / "shard"
     path.write_bytes(b"x" * 100)
-    shard = ShardFile(path, 8, b"head", WriteMode())
-    shard.finish()
-    assert path.read_bytes() == b"head\0\0\0\0"
+    with pytest.raises(OutputLocked, match=f"another run is writing {path}"):
+        ShardFile(path, 8, b"head", WriteMode())
+    with pytest.raises(OutputLocked, match=f"another run is writing {path}"):
+        StreamFile(path, 0)
+    assert path.read_bytes() == b"x" * 100
 
 
 # --------------------------------------------------------------------------------------------------- write mode

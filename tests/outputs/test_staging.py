@@ -276,7 +276,7 @@ def test_what_was_replaced_and_could_not_be_removed_is_removed_by_the_next_run(
         staging.put_in_place(replace=True)
         monkeypatch.undo()
     assert files(place) == WHOLE
-    assert (Staging.folder_of(place) / "complete" / "old").exists()
+    assert (Staging.folder_of(place) / "dropped" / "old").exists()
     with closing(Staging(place)) as staging:
         assert staging.recover(PLAN, CONDITIONS, replace=True)
     assert os.listdir(place.parent) == ["merged"]

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from conftest import run_cli, write_family
 from safetensors.torch import load_file, save_file
 
 import skillmerge
-from skillmerge.errors import CheckFailed, UsageError
+from skillmerge.checkpoints.safetensors import read_header
+from skillmerge.errors import CheckFailed, ResourceError, UsageError
 from skillmerge.outputs import manifest, verify
 
 CONFIG = {"vocab_size": 32, "num_hidden_layers": 1, "torch_dtype": "bfloat16"}
@@ -207,22 +209,47 @@ def test_unreadable_file_is_found(output: Path) -> None:
     assert_refused(output, SHARD)
 
 
-def test_unreadable_disk_is_a_failed_check(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_disk_is_the_machines_fault(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def hash_file(path: Path, stop: object = None) -> str:
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(verify, "hash_file", hash_file)
-    assert_refused(output, "Input/output error")
+    with pytest.raises(
+        ResourceError, match=r"skillmerge.run.json: Input/output error\ncheck it with `skillmerge doctor"
+    ):
+        verify.verify_files(output)
 
 
-def test_file_that_the_library_cannot_map_is_a_failed_check(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_the_library_cannot_open_is_the_machines_fault(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by letting calls of the system fail: torch, which maps the file, has an error of its own for that."""
 
     def safe_open(path: Path, framework: str) -> None:
         raise RuntimeError(f"unable to open file <{path}> in read-only mode: Input/output error (5)")
 
     monkeypatch.setattr("safetensors.safe_open", safe_open)
-    assert_refused(output, "Input/output error")
+    with pytest.raises(ResourceError, match="could not be opened here: unable to open file"):
+        verify.verify_files(output)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the stand-in is Linux's")
+def test_file_that_cannot_be_mapped_is_read_by_the_library_all_the_same(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a stand-in with its header, in which a wrong one is seen too."""
+    real, opened = safetensors.safe_open, []
+
+    def safe_open(path: Any, framework: str) -> Any:
+        if Path(path).is_relative_to(output):
+            raise RuntimeError(f"unable to mmap 80 bytes from file <{path}>: No such device (19)")
+        opened.append(str(path))
+        return real(path, framework=framework)
+
+    monkeypatch.setattr("safetensors.safe_open", safe_open)
+    verify.verify_files(output)
+    assert len(opened) == 2
+    specs = read_header(str(output / SHARD), SHARD).tensors
+    with pytest.raises(CheckFailed, match="sees other tensors"):
+        verify.check_shard(output / SHARD, specs[1:])
 
 
 # ---------------------------------------------------------------------------------------- whole files exchanged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from skillmerge.methods.terms import Leaf, Scaled, degree, donor_of, sole_model, weights
+from skillmerge.methods.terms import Leaf, Scaled, degree, sole_model, weights
 from skillmerge.recipes.expression import ExpressionError, bind, parse
 
 MODELS = ["a", "b", "c"]
@@ -96,17 +96,3 @@ def test_mistake_is_told_where_it_stands(text: str, position: int, message: str)
 def test_division_by_zero_is_refused(text: str) -> None:
     with pytest.raises(ExpressionError, match="divides by zero"):
         bind(parse(text, MODELS, ["lam"]), {"lam": 0.0})
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("a + 0.5 * (b - c)", "a"),
-        ("b - c + a", "a"),
-        ("0.5 * (b - c) + a", "a"),
-        ("0.5 * b + 0.5 * c", "b"),
-        ("(c + a) / 2", "c"),
-    ],
-)
-def test_donor_is_the_first_model_of_degree_one(text: str, wanted: str) -> None:
-    assert donor_of(bound(text)) == wanted

@@ -197,12 +197,11 @@ def test_fault_of_the_machine_never_blames_the_model(
 
 
 def test_no_temporary_folder_is_status_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    monkeypatch.setattr(tempfile, "tempdir", str(file))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "recipe.yaml"))
+    (tmp_path / "recipe.yaml").touch()
     with pytest.raises(ResourceError) as caught:
         load(tmp_path)
-    assert f"{tmp_path}: this machine could not load it with transformers: NotADirectoryError" in caught.value.message
+    assert caught.value.message == "no temporary file can be made: Not a directory"
     assert caught.value.exit_status == 5
 
 

@@ -30,12 +30,12 @@ from skillmerge.checkpoints.safetensors import build_header, fetch_header, parse
 from skillmerge.checkpoints.stores.memory import Memory
 from skillmerge.errors import InputError, SkillmergeError
 from skillmerge.methods.linear import compile_term
-from skillmerge.methods.terms import degree, donor_of, weights
+from skillmerge.methods.terms import degree, weights
 from skillmerge.outputs import manifest
 from skillmerge.outputs.verify import check_structure
 from skillmerge.plans import saved as savedplan
 from skillmerge.plans.planner import plan_recipe
-from skillmerge.recipes.expression import ExpressionError, bind, parse
+from skillmerge.recipes.expression import ExpressionError, bind, donor_of, parse
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.verbs.apply import apply
 from skillmerge.verbs.plan import plan as make_plan
@@ -255,14 +255,15 @@ def expression(content: bytes) -> bool:
     """An expression, its term, and the steps of that; its factors are those of Python's own arithmetic."""
     text = content.decode(errors="replace")
     try:
-        term = bind(parse(text, _MODELS, list(_VALUES)), _VALUES)
+        node = parse(text, _MODELS, list(_VALUES))
+        donor_of(node)
+        term = bind(node, _VALUES)
     except ExpressionError:
         return False
     if term is None:
         return True
     factors = weights(term)
     degree(term)
-    donor_of(term)
     assert set(compile_term(term).models) <= set(_MODELS)
     numbers = [abs(float(number)) for number in re.findall(r"[\d.]+(?:[eE][+-]?\d+)?", text)]
     if len(numbers) <= 8 and all(number == 0 or 1e-6 < number < 1e6 for number in numbers):

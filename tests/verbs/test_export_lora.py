@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,9 @@ from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, w
 from safetensors.torch import load_file
 
 import skillmerge
+from skillmerge.claim import hold
 from skillmerge.errors import InputError, OutputLocked, UsageError
+from skillmerge.reporter import Reporter
 from skillmerge.study.spectrum import truncated_svd
 
 pytestmark = pytest.mark.xdist_group("transformers")
@@ -194,20 +192,12 @@ def test_one_export_at_a_time(tmp_path: Path) -> None:
     beside = tmp_path / ".adapter.writing"
     beside.mkdir()
     (beside / "adapter_model.safetensors").write_bytes(b"half")
-    with holding(beside), pytest.raises(OutputLocked):
+    with hold(beside, Reporter()), pytest.raises(OutputLocked):
         skillmerge.export(skill, tmp_path / "adapter", lora_rank=2)
     assert (beside / "adapter_model.safetensors").read_bytes() == b"half"
     skillmerge.export(skill, tmp_path / "adapter", lora_rank=2)
     assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 2
     assert not beside.exists()
-
-
-@contextmanager
-def holding(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    yield
-    os.close(descriptor)
 
 
 def test_export_command(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 from command_server import Commands, is_running, wait_for
 from conftest import qa, random_tensors, run_cli, tensor_shapes, write_checkpoint
 
-from skillmerge.durable import hold
+from skillmerge.claim import hold
 from skillmerge.errors import CheckFailed, OutputLocked, UsageError
+from skillmerge.reporter import Reporter
 from skillmerge.study.scoring.scorers import find_scorer
 from skillmerge.study.scoring.scores import Score
 from skillmerge.verbs.demo.miniature import questions
@@ -133,7 +134,7 @@ def test_another_sweep_is_not_continued(family: Path) -> None:
 def test_one_sweep_at_a_time(family: Path) -> None:
     folder = family.parent / "s"
     sweep(family, ["lam=0,1"], "echo 1 #", folder)
-    with hold(folder), pytest.raises(OutputLocked):
+    with hold(folder, Reporter()), pytest.raises(OutputLocked):
         sweep(family, ["lam=0,1,2"], "echo 1 #", folder)
 
 

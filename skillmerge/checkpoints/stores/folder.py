@@ -11,29 +11,31 @@ import os
 import re
 import threading
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from skillmerge.checkpoints.safetensors import opened, read_range
 from skillmerge.checkpoints.store import Stat, Wait, Where, nothing_to_wait_for
-from skillmerge.errors import InputError, ResourceError, StalePlan
+from skillmerge.errors import InputError, ResourceError, StalePlan, is_machine, unreadable, unusable
 
 _MAX_DEPTH = 2
 """How many folders deep side files are looked for."""
 
 
 class FileIdentity(NamedTuple):
-    """What tells an unchanged local file from a changed one without reading it again."""
+    """What tells an unchanged local file from a changed one without reading it again.
 
-    device: int
-    inode: int
+    Not its inode: some FUSE filesystems have another number for it at every look.
+    """
+
     size: int
     mtime_ns: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileIdentity:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_size, status.st_mtime_ns)
 
 
 class Folder:
@@ -57,7 +59,7 @@ class Folder:
         for name in _names(self.root):
             try:
                 identity = self._first_seen[name] = FileIdentity.of(os.stat(self.root / name))
-                found[name] = Stat(identity.size, (identity.size, identity.mtime_ns))
+                found[name] = Stat(identity.size, tuple(identity))
             except OSError:  # a broken link: whoever reads it is told
                 found[name] = Stat(0, ())
         return found
@@ -72,7 +74,7 @@ class Folder:
                 raise InputError(f"{self.root / file}: is not a file of sane size")
             return path.read_bytes()
         except OSError as error:
-            raise InputError(f"{self.root / file}: cannot be read: {error.strerror}") from error
+            raise unreadable(self.root / file, error) from error
 
     def peek(self, file: str, start: int, count: int) -> bytes:
         self._check_inside(file)
@@ -88,7 +90,7 @@ class Folder:
             try:
                 count = os.preadv(descriptor, [into], start)
             except OSError as error:
-                raise InputError(f"{self.root / file}: cannot be read: {error.strerror}") from error
+                raise unreadable(self.root / file, error) from error
             if count == 0:
                 raise self._changed(file)
             start += count
@@ -96,14 +98,17 @@ class Folder:
         return nothing_to_wait_for
 
     def hint(self, file: str, start: int, nbytes: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor(file), start, nbytes, os.POSIX_FADV_WILLNEED)
+        descriptor = self._descriptor(file)
+        with suppress(AttributeError, OSError):
+            os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self, files: Collection[str]) -> None:
         for file in files:
             try:
                 identity = FileIdentity.of((self.root / file).stat())
-            except OSError:
+            except OSError as error:
+                if is_machine(error):
+                    raise unusable(str(self.root / file), error) from error
                 identity = None
             if identity != self._first_seen[file]:
                 raise self._changed(file)
@@ -135,6 +140,8 @@ class Folder:
                         raise ResourceError(
                             f"{self.root / file}: too many files are open", fix="raise the limit: ulimit -n 4096"
                         ) from error
+                    if is_machine(error):
+                        raise unusable(str(self.root / file), error) from error
                     raise self._changed(file) from error
                 identity = FileIdentity.of(os.fstat(descriptor))
                 if self._first_seen.setdefault(file, identity) != identity:

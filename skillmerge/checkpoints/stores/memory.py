@@ -67,6 +67,7 @@ class Held(Checkpoint):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint.uri, checkpoint.at, checkpoint.store, checkpoint.config, checkpoint.tensors,
                          checkpoint.files, indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
+        self.naming = checkpoint.naming
         self._checkpoint = checkpoint
         self._held = {name: memoryview(bytearray(spec.nbytes)) for name, spec in checkpoint.tensors.items()}
         pieces = [

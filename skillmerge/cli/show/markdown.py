@@ -106,6 +106,8 @@ def _actions(plan: Plan) -> str:
 
 def _totals(plan: Plan, needs: Budget | None, where: str | None, free: int | None) -> str:
     rows = [("reads", format_bytes(plan.bytes_read)), ("writes", tables.written(plan))]
+    if (merged := tables.merged(plan)) is not None:
+        rows.insert(0, ("merges", merged))
     if needs is not None:
         rows.append(("peak memory", f"about {format_bytes(needs.memory)} with {needs.threads} threads"))
     if free is not None:

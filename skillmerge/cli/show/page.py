@@ -91,6 +91,7 @@ def _cards(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspect
     if plan is not None:
         cards += [("tensors", f"{len(plan.tensors):,}"), ("reads", format_bytes(plan.bytes_read))]
         cards += [("writes", tables.written(plan))]
+        cards += [("merges", merged)] if (merged := tables.merged(plan)) is not None else []
     if manifest is not None:
         total = manifest.statistics.all
         if isinstance(total, Group):

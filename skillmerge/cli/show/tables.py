@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,9 +13,10 @@ from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.depth import Depth, over_depth
 from skillmerge.plans.plan import Plan
 from skillmerge.study.scoring.scores import CONFIDENCE, Score
-from skillmerge.tensors import ULP_EDGES, format_bytes
+from skillmerge.tensors import ULP_EDGES, format_bytes, format_count, percent
 
 ACTION_COLUMNS = ("tensors", "from", "what happens", "names")
+TRIAL_COLUMNS = ("tried", "works", "what follows")
 GATE_COLUMNS = ("gate", "asked", "measured", "verdict", "")
 
 COMPARED_COLUMNS = ("difference", "what follows")
@@ -58,6 +60,14 @@ def coefficients(plan: Plan) -> Iterator[tuple[str, Depth]]:
 def written(plan: Plan) -> str:
     """How large the output is; how small a skill will be is known when it is made."""
     return ("at most " if plan.makes_skill else "") + format_bytes(plan.bytes_written)
+
+
+def merged(plan: Plan) -> str | None:
+    """How much of the donor the formula changes; None where that is not known, or means nothing."""
+    if plan.merged_share is None:
+        return None
+    whole = sum(math.prod(tensor.shape) for tensor in plan.tensors.values())
+    return f"{percent(plan.merged_share)} of {format_count(whole)} parameters"
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,8 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     for text in filter(None, (settlement(plan.recipe, plan.problems), plan.acceptance)):
         out.print(Text(text), soft_wrap=True)
     totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {tables.written(plan)}"]
+    if (merged := tables.merged(plan)) is not None:
+        totals.insert(0, f"merges {merged}")
     if needs is not None:
         totals.append(f"peak memory about {format_bytes(needs.memory)} with {needs.threads} threads")
     if free is not None and plan.makes_skill:
@@ -161,6 +163,8 @@ def _show_work(result: Result, out: Console) -> None:
         out.print(_skill_table(statistics))
     elif statistics.mode != "off" and statistics.all.changed is not None:
         out.print(statistics_table(statistics))
+    if result.plan is not None and (merged := tables.merged(result.plan)) is not None:
+        out.print(Text(f"merged {merged}"))
     what = f"wrote {result.output}" if result.output.exists() else "merged"
     where = f" on {result.device}" if result.device else ""
     if isinstance(statistics, SkillStatistics):
@@ -303,6 +307,11 @@ def show_diagnosis(diagnosis: Diagnosis, out: Console) -> None:
         out.print(Text(name, style="bold"))
         for key, value in facts.items() or [("none", "")]:
             out.print(Text(f"  {key}: {_fact(key, value)}" if value != "" else f"  {key}"), soft_wrap=True)
+    table = new_table(tables.TRIAL_COLUMNS, left=tables.TRIAL_COLUMNS)
+    for trial in diagnosis.trials:
+        works = "not known" if trial.works is None else "yes" if trial.works else "no"
+        table.add_row(trial.what, works, trial.follows)
+    out.print(table)
 
 
 def _fact(key: str, value: Any) -> str:

@@ -12,14 +12,13 @@ import contextlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.brief import brief
-from skillmerge.durable import disk_errors
+from skillmerge.durable import disk_errors, scratch_folder
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs.output import Output, check_folder
 from skillmerge.outputs.verify import BESIDE, SIGNATURE_FILE, Verdict, checked, verify_files
@@ -79,8 +78,8 @@ def sign(
     _check_replaceable(root, place)
     verdict = verify_files(root, allow_nonfinite=allow_nonfinite)
     verdict.output.refuse_failed()
-    with tempfile.TemporaryDirectory() as scratch:
-        made = Path(scratch, SIGNATURE_FILE)
+    with scratch_folder() as scratch:
+        made = scratch / SIGNATURE_FILE
         try:
             configuration.set_hashing_config(_hashing(BESIDE)).sign(root, made)
         except (ValueError, OSError) as error:

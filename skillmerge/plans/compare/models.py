@@ -32,7 +32,9 @@ class Comparison:
 
     @property
     def problems(self) -> list[Problem]:
-        return [Problem("models", it.message, name=it.name) for it in self._open("problem")]
+        return [
+            Problem("models", it.message, name=it.name, final=it.name == "architecture") for it in self._open("problem")
+        ]
 
     @property
     def warnings(self) -> list[Remark]:

@@ -13,13 +13,13 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-from skillmerge.errors import CheckFailed, ResourceError
+from skillmerge.durable import scratch_file, scratch_folder
+from skillmerge.errors import CheckFailed, ResourceError, is_machine
 
 TIMEOUT = 3600.0
 """Seconds."""
@@ -52,8 +52,9 @@ def run(probe: str, name: str, what: Path, environment: Mapping[str, str], **key
     ResourceError where the machine is.
     """
     try:
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, _scratch() as scratch:
-            status = _finish(_start(probe, keys, {**environment, **scratch}, (out, err)))
+        with scratch_file() as out, scratch_file() as err, scratch_folder() as caches:
+            homes = {"XDG_CACHE_HOME": str(caches), "XDG_CONFIG_HOME": str(caches)}
+            status = _finish(_start(probe, keys, {**environment, **homes}, (out, err)))
             lines, complained = _text(out).splitlines(), _text(err).strip()
     except subprocess.TimeoutExpired:
         raise CheckFailed(f"{what}: {name} had not loaded it after {TIMEOUT:g} seconds") from None
@@ -64,7 +65,7 @@ def run(probe: str, name: str, what: Path, environment: Mapping[str, str], **key
     except (ValueError, IndexError):
         detail = "\n".join(complained.splitlines()[-_SHOWN:])
         how = f"was killed by signal {-status}" if status < 0 else "ended without a word"
-        if -status in _MACHINE_SIGNALS or _MACHINE.search(detail):
+        if -status in _MACHINE_SIGNALS or is_machine(complained) or _MACHINE.search(detail):
             raise _fault(what, name, f"the loading process {how}", detail) from None
         raise CheckFailed(f"{what}: {name} could not load it, the loading process {how}\n{detail}") from None
     if "machine" in found:
@@ -75,7 +76,7 @@ def run(probe: str, name: str, what: Path, environment: Mapping[str, str], **key
 def told(error: BaseException) -> dict[str, Any]:
     """An error of a library as an answer: `machine` where the machine is at fault, else `why`."""
     words = f"{type(error).__name__}: {error}"
-    of_machine = isinstance(error, ImportError) or _MACHINE.search(words)
+    of_machine = isinstance(error, ImportError) or is_machine(error) or _MACHINE.search(words)
     return {"ok": False, "machine" if of_machine else "why": words}
 
 
@@ -97,13 +98,6 @@ def _fault(what: Path, name: str, why: str, detail: str = "") -> ResourceError:
         f"{what}: this machine could not load it with {name}: {why}{more}",
         fix="the model may be sound: free memory or disk, or install what is missing; then run the same command again",
     )
-
-
-@contextlib.contextmanager
-def _scratch() -> Any:
-    """A home for the caches of libraries, which goes with the process."""
-    with tempfile.TemporaryDirectory(prefix="skillmerge-") as folder:
-        yield {"XDG_CACHE_HOME": folder, "XDG_CONFIG_HOME": folder}
 
 
 def _start(

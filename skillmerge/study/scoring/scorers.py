@@ -22,13 +22,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from skillmerge.durable import scratch_file
 from skillmerge.errors import CheckFailed, SkillmergeError, UsageError
 from skillmerge.study.scoring.built_in import answers, harness, perplexity, rows_of, text_of
 from skillmerge.study.scoring.scores import NotFinite, Scores, as_scores
@@ -116,7 +116,7 @@ def run_command(
     command = scorer.command.replace("{}", quoted) if "{}" in scorer.command else f"{scorer.command} {quoted}"
     environment = {**os.environ, "SKILLMERGE_SEED": str(seed)}
     # Into files: a pipe would be waited for as long as anything that the command has left behind holds it.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with scratch_file() as out, scratch_file() as err:
         status = _run(command, out, err, environment, timeout, where)
         printed, complained = _end_of(out), _end_of(err)
     if status:

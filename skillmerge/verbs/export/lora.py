@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill import summary
 from skillmerge.checkpoints.place import on_hub
 from skillmerge.checkpoints.safetensors import build_header
-from skillmerge.durable import new_folder
+from skillmerge.claim import new_folder
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import InputError, UsageError
 from skillmerge.naming import module_kind
@@ -104,7 +105,7 @@ def export_lora(
         header, specs = build_header(_layout(chosen, lora_rank))
         check_disk(target, specs[-1].end, "the adapter")
         document = _config(chosen, lora_rank, plus.config, named, revision)
-        with new_folder(target) as folder:
+        with new_folder(target, reporter) as folder:
             rows, left = _write(folder / ADAPTER_FILE, header, specs, (plus, minus), lora_rank, seed, reporter)
             (folder / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     finally:
@@ -216,40 +217,55 @@ def _write(
     reporter: Reporter,
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """The adapter's file. Returns norm and energy kept of each matrix, and norms of what is left behind."""
-    import torch
-
     from skillmerge.bits import memory_of
-    from skillmerge.study.spectrum import truncated_svd
+    from skillmerge.engine.stream import Stream
 
     places = {spec.name: spec for spec in specs}
     rows: dict[str, dict[str, float]] = {}
     left: dict[str, dict[str, float]] = {}
     done = 0
-    with open(path, "wb") as stream, reporter.bar(sum(spec.nbytes for spec in planes[0].tensors.values())) as progress:
-        stream.write(header)
-        for name, spec in planes[0].tensors.items():
-            update = _update(name, planes)
-            if not bool(update.isfinite().all()):
-                raise InputError(
-                    f"tensor `{name}` of the skill is too large for an adapter's float32",
-                    fix="use the skill itself in a recipe, or leave the tensor out: extract --ignore",
-                )
-            norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
-            if not _is_linear(spec):
-                left[name] = {"norm": norm}
-            else:
-                u, s, v = truncated_svd(update, rank, seed ^ zlib.crc32(name.encode()))
-                root = s.sqrt()
-                b, a = torch.zeros(spec.shape[0], rank), torch.zeros(rank, spec.shape[1])
-                b[:, : len(s)], a[: len(s)] = u * root, (v * root).T
-                for part, values in (("lora_A", a), ("lora_B", b)):
-                    stream.seek(places[f"{_module(name)}.{part}.weight"].start)
-                    stream.write(memory_of(values.contiguous()))
-                kept = float((s.double() ** 2).sum()) / norm**2 if norm else 1.0
-                rows[name] = {"norm": norm, "energy": min(1.0, kept)}
+    every = planes[0].tensors.values()
+    approximate = partial(_approximate, planes=planes, rank=rank, seed=seed)
+    # One at a time, in a thread of ours: what the caller has set for its own changes no byte.
+    with (
+        Stream(planes) as stream,
+        open(path, "wb") as file,
+        reporter.bar(sum(spec.nbytes for spec in every)) as progress,
+    ):
+        file.write(header)
+        for spec, (row, parts) in zip(every, stream.map(approximate, every, threads=1, ahead=1), strict=True):
+            (rows if parts else left)[spec.name] = row
+            for part, values in parts.items():
+                file.seek(places[f"{_module(spec.name)}.{part}.weight"].start)
+                file.write(memory_of(values))
             done += spec.nbytes
             progress(done)
     return rows, left
+
+
+def _approximate(
+    spec: TensorSpec, planes: tuple[Checkpoint, Checkpoint], rank: int, seed: int
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """A tensor's norm and, of a matrix that an adapter can hold, the energy kept and the two factors by their names."""
+    import torch
+
+    from skillmerge.study.spectrum import truncated_svd
+
+    update = _update(spec.name, planes)
+    if not bool(update.isfinite().all()):
+        raise InputError(
+            f"tensor `{spec.name}` of the skill is too large for an adapter's float32",
+            fix="use the skill itself in a recipe, or leave the tensor out: extract --ignore",
+        )
+    norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
+    if not _is_linear(spec):
+        return {"norm": norm}, {}
+    u, s, v = truncated_svd(update, rank, seed ^ zlib.crc32(spec.name.encode()))
+    root = s.sqrt()
+    b, a = update.new_zeros(spec.shape[0], rank), update.new_zeros(rank, spec.shape[1])
+    b[:, : len(s)], a[: len(s)] = u * root, (v * root).T
+    kept = float((s.double() ** 2).sum()) / norm**2 if norm else 1.0
+    return {"norm": norm, "energy": min(1.0, kept)}, {"lora_A": a, "lora_B": b}
 
 
 def _update(name: str, planes: tuple[Checkpoint, Checkpoint]) -> Tensor:

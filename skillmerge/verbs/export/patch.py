@@ -18,7 +18,8 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.patch import INDICES, PATCH_FILE, VALUES
 from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
 from skillmerge.checkpoints.safetensors import build_header
-from skillmerge.durable import new_folder, write_all
+from skillmerge.claim import new_folder
+from skillmerge.durable import write_all
 from skillmerge.errors import CheckFailed, InputError
 from skillmerge.plans.budget import check_disk
 from skillmerge.plans.opening import Access, close_all, open_models
@@ -75,7 +76,9 @@ def export_patch(
         headers, jobs = _lay_out(document, base)
         size = sum(map(len, headers.values())) + sum(spec.nbytes for job in jobs for spec in job.parts)
         check_disk(target, size, "the patch")
-        with new_folder(target) as folder:
+        from skillmerge.bits import settle_thread
+
+        with new_folder(target, reporter) as folder:
             for name, header in headers.items():
                 (folder / name).write_bytes(header)
             shapes = {name: list(spec.shape) for name, spec in base.tensors.items()}
@@ -84,7 +87,7 @@ def export_patch(
             done = 0
             with reporter.bar(sum(base.tensors[job.tensor].nbytes for job in jobs)) as progress:
                 write = _Writer(folder, checkpoints, document["planes"]["minus"])
-                for job, _ in zip(jobs, in_threads(write, jobs), strict=True):
+                for job, _ in zip(jobs, in_threads(write, jobs, settle_thread), strict=True):
                     done += base.tensors[job.tensor].nbytes
                     progress(done)
     finally:

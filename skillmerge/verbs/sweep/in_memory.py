@@ -7,9 +7,7 @@ would write.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 from skillmerge.bits import torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.stores.memory import Held
+from skillmerge.durable import scratch_folder
 from skillmerge.engine.rounding_statistics import BlockStatistics, Statistics, summarise, total
 from skillmerge.engine.runner import Work
 from skillmerge.engine.stream import Stream
@@ -104,8 +103,8 @@ class MergedModel:
             ) from error
         log: Any = transformers.utils.logging
         log.disable_progress_bar()
-        with tempfile.TemporaryDirectory(prefix="skillmerge-") as scratch:
-            into = Path(scratch) / "model"
+        with scratch_folder() as scratch:
+            into = scratch / "model"
             made = merge(recipe, into, self._access, Work("cpu"), Checks(), Publish(), Reporter())
             assert isinstance(made.manifest.statistics, Statistics)  # a sweep makes models only
             self._last = made.manifest.statistics

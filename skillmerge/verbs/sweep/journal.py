@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import versions
-from skillmerge.durable import disk_errors, hold, write_whole
+from skillmerge.claim import CLAIM_FILES, hold
+from skillmerge.durable import disk_errors, sync_file, write_whole
 from skillmerge.errors import UsageError
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.candidates import Values
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.reporter import Reporter
 from skillmerge.study.scoring.scores import Score, Scores
 
 SWEEP_VERSION = 1
@@ -69,14 +71,12 @@ class Journal:
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path, identity: Mapping[str, Any], overwrite: bool) -> Iterator[Journal]:
+    def open(cls, folder: Path, identity: Mapping[str, Any], overwrite: bool, reporter: Reporter) -> Iterator[Journal]:
         """Raises UsageError where the folder is another sweep's or nothing of ours, OutputLocked where it is in use."""
         path = folder / "journal.jsonl"
-        if folder.exists() and not path.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not path.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {*CLAIM_FILES}):
             raise UsageError(f"{folder} exists already and is no sweep", fix="choose another --output")
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        with hold(folder):
+        with hold(folder, reporter):
             with disk_errors(folder):
                 known, trials = (None, []) if overwrite else _read_journal(path)
                 if known is None:
@@ -102,7 +102,7 @@ class Journal:
         with disk_errors(self._path), open(self._path, "ab") as stream:
             stream.write((json.dumps(trial.as_dict()) + "\n").encode())
             stream.flush()
-            os.fsync(stream.fileno())
+            sync_file(stream.fileno())
         self.trials.append(trial)
 
 

@@ -15,16 +15,15 @@ import json
 import math
 import operator
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.brief import brief
-from skillmerge.durable import disk_errors, write_whole
+from skillmerge.durable import disk_errors, remove_tree, write_whole
 from skillmerge.engine.rounding_statistics import Statistics
 from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError
@@ -148,7 +147,7 @@ def sweep(
     if setting.recipe.gates:
         reporter.note("gates are not looked at while candidates are scored; the best recipe keeps them")
     with (
-        Journal.open(setting.folder, setting.identity, overwrite) as journal,
+        Journal.open(setting.folder, setting.identity, overwrite, reporter) as journal,
         _scoring(setting, reporter) as scored,
     ):
         resumed = len(journal.trials)
@@ -239,7 +238,8 @@ def _size(values: Values) -> float:
 def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
     """How one candidate is merged and scored: in the sweep's folder, or in memory."""
     scorer, scratch = setting.scorer, setting.folder / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    with suppress(OSError):
+        remove_tree(scratch)  # of a run that was killed
     model: MergedModel | None = None
 
     def in_folder(recipe: Recipe) -> tuple[float | None, Callable[[int], Scores]]:
@@ -275,7 +275,8 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
     finally:
         if model is not None:
             model.close()
-        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            remove_tree(scratch)
 
 
 def _best_recipe(sweep: Sweep) -> str:

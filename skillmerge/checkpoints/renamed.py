@@ -1,0 +1,146 @@
+"""A checkpoint read under other names: prefixes that a recipe replaces, and parts that training libraries leave.
+
+    torch.compile                      model._orig_mod.layers.0…
+    FullyShardedDataParallel           _fsdp_wrapped_module.model.layers.0._fsdp_wrapped_module…
+    activation checkpointing           model.layers.0._checkpoint_wrapped_module…
+    Fabric, DistributedDataParallel    _forward_module.model…, module.model…
+
+Such a part holds nothing: with it or without, the tensor is the same. A wrapper that computes something of its own
+(`base_layer`, `parametrizations`) is none of these, and its name stays.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from skillmerge.checkpoints.checkpoint import Checkpoint, Naming, Piece
+from skillmerge.checkpoints.safetensors import printable
+from skillmerge.checkpoints.store import Wait
+from skillmerge.errors import InputError
+
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_forward_module": "Lightning Fabric",
+    "module": "DistributedDataParallel or DeepSpeed",
+}
+"""A part of a name -> what leaves it there. No architecture calls its own modules so, but for the last, which counts
+only where all names begin with it."""
+
+_OUTERMOST = "module"
+
+
+class Renamed(Checkpoint):
+    """A checkpoint whose tensors have other names; of all else the checkpoint itself is asked."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], naming: Naming) -> None:
+        """names: by the stored ones."""
+        tensors = {names[name]: replace(spec, name=names[name]) for name, spec in checkpoint.tensors.items()}
+        files = {
+            file: replace(item, tensors=tuple(names[name] for name in item.tensors))
+            for file, item in checkpoint.files.items()
+        }
+        super().__init__(checkpoint.uri, checkpoint.at, checkpoint.store, checkpoint.config, tensors, files,
+                         indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
+        self.naming = naming
+        self._checkpoint, self._stored = checkpoint, {name: stored for stored, name in names.items()}
+
+    def read(self, pieces: Sequence[Piece]) -> Wait:
+        stored = self._stored
+        return self._checkpoint.read(
+            [Piece(stored[it.tensor], it.first, it.count, it.buffer, it.start) for it in pieces]
+        )
+
+    def hint(self, tensor: str, first: int, count: int) -> None:
+        self._checkpoint.hint(self._stored[tensor], first, count)
+
+    def cost(self, tensor: str) -> int:
+        return self._checkpoint.cost(self._stored[tensor])
+
+    def sha256(self, file: str, stop: threading.Event | None = None) -> str:
+        return self._checkpoint.sha256(file, stop)
+
+    def check_unchanged(self, files: Collection[str] | None = None) -> None:
+        self._checkpoint.check_unchanged(files)
+
+    def cancel(self) -> None:
+        self._checkpoint.cancel()
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+
+def read_as(
+    name: str, checkpoint: Checkpoint, rename: Sequence[tuple[str, str]], unwrapped: Sequence[str]
+) -> Checkpoint:
+    """The model `name` under other names: without the wrappers, and then with other prefixes, the first rule that
+    matches a name winning. Itself where no name changes.
+
+    Raises InputError where two tensors would get the same name, or one a name that no file can hold.
+    """
+    bare = {stored: _without(stored, unwrapped) for stored in checkpoint.tensors}
+    rules = [(_without(old, unwrapped), _without(new, unwrapped)) for old, new in rename]
+    names = {stored: replaced(each, rules) for stored, each in bare.items()}
+    if all(stored == new for stored, new in names.items()):
+        return checkpoint
+    taken: dict[str, str] = {}
+    for stored, new in names.items():
+        if not printable(new):
+            raise InputError(f"model `{name}`: `{stored}` would be read as {new[:80]!r}, which is no name for a tensor")
+        if (other := taken.setdefault(new, stored)) != stored:
+            raise InputError(
+                f"model `{name}` ({checkpoint.place}): `{other}` and `{stored}` would both be read as `{new}`",
+                fix=f"change the `rename` of model `{name}`" if rename
+                else "it holds the same weights twice: save it again from the model inside its wrappers",
+            )  # fmt: skip
+    return Renamed(checkpoint, names, Naming(tuple(rename), tuple(unwrapped)))
+
+
+def wrappers_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The wrappers that names carry, those of WRAPPERS."""
+    names = list(names)
+    present = {part for name in names for part in name.split(".")[:-1]} & WRAPPERS.keys() - {_OUTERMOST}
+    found = tuple(part for part in WRAPPERS if part in present)
+    first = {_without(name, found).partition(".")[0] for name in names}
+    return (*found, _OUTERMOST) if first == {_OUTERMOST} else found
+
+
+def idle_rule(names: Iterable[str], rename: Sequence[tuple[str, str]], unwrapped: Sequence[str]) -> int | None:
+    """The first rule that decides no tensor's name, or None."""
+    prefixes = [_without(old, unwrapped) for old, _ in rename]
+    busy = {
+        next((index for index, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
+        for name in (_without(stored, unwrapped) for stored in names)
+    } if rename else set()  # fmt: skip
+    return next((index for index in range(len(rename)) if index not in busy), None)
+
+
+def prefixes_of(names: Iterable[str], unwrapped: Sequence[str]) -> list[str]:
+    """How names begin, up to the number of a layer."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = _without(name, unwrapped).split(".")[:-1]
+        for count in range(1, len(parts) + 1):
+            if parts[count - 1].isdigit():
+                break
+            found[".".join(parts[:count]) + "."] = None
+    return list(found)
+
+
+def replaced(name: str, rules: Sequence[tuple[str, str]]) -> str:
+    """The name with another prefix, that of the first rule that matches it."""
+    for old, new in rules:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
+def _without(name: str, wrappers: Sequence[str]) -> str:
+    """The name without these parts; the outermost only where it begins with it."""
+    if not wrappers:
+        return name
+    inner = [part for part in name.split(".") if part not in wrappers or part == _OUTERMOST]
+    return ".".join(inner[1:] if _OUTERMOST in wrappers and inner[:1] == [_OUTERMOST] else inner)

@@ -1,0 +1,211 @@
+"""A folder that one run has for itself: a lock where the filesystem has locks, and the owner's token everywhere.
+
+    folder/lock     locked while a run works in the folder
+    folder/owner    a random token of the run that took the folder last
+
+Some filesystems refuse `flock` (Lustre without `-o flock`), others answer it and lock nothing (NFS with `local_lock`,
+some FUSE). There the token tells: the run that finds another one in its place stops and touches nothing more.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from skillmerge.durable import (
+    UNSUPPORTED,
+    disk_errors,
+    is_taken,
+    remove_tree,
+    rename_folder,
+    sync_file,
+    sync_folder,
+)
+from skillmerge.errors import OutputLocked, UsageError
+from skillmerge.reporter import Reporter
+
+LOCK_FILE, OWNER_FILE = "lock", "owner"
+CLAIM_FILES = (LOCK_FILE, OWNER_FILE)
+
+_NO_LOCKS = (*UNSUPPORTED, errno.ENOLCK)
+_TAKEN = (errno.EAGAIN, errno.EACCES)
+"""What `flock` answers where another run has the lock; EACCES is what CIFS says."""
+
+
+class Claim:
+    """A folder taken for this run, until `close`. Raises UsageError and ResourceError as `disk_errors` says."""
+
+    def __init__(self, folder: Path, target: Path, reporter: Reporter) -> None:
+        """Create the folder and take it. target: what messages say is being written.
+
+        Raises OutputLocked where another run holds it. Warns where the filesystem has no locks, and notes where it
+        cannot sync folders.
+        """
+        self.folder, self._target = folder, target
+        self._token = secrets.token_hex(16).encode()
+        with disk_errors(folder):
+            self._descriptor, why = self._acquire()
+            try:
+                synced = sync_folder(folder)
+            except BaseException:
+                self._let_go(remove=not why)
+                raise
+        if why:
+            reporter.warn(
+                f"the filesystem of {target} has no file locks ({why}): a second run on it would stop this one",
+                fix="run one command at a time on this output",
+            )
+        if not synced:
+            reporter.note(
+                f"the filesystem of {target} cannot sync folders: after a power failure, run the same command again"
+            )
+
+    def _acquire(self) -> tuple[int, str]:
+        """The lock's descriptor, and why it locks nothing, where it does not. Raises OutputLocked."""
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                # For writing: NFSv4 locks nothing else.
+                descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                continue  # another run has just finished and removed the folder
+            try:
+                why = _lock(descriptor)
+                if why or self._is_named(descriptor):
+                    self._sign(remove=not why)
+                    return descriptor, why
+            except FileNotFoundError:
+                pass  # as above, where nothing is locked
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise OutputLocked(
+                    f"another run is writing {self._target}", fix="wait for it, or choose another --output"
+                ) from error
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def _sign(self, remove: bool) -> None:
+        """Write the owner's file. Raises OSError."""
+        try:
+            (self.folder / OWNER_FILE).write_bytes(self._token)
+        except OSError:
+            if remove:
+                self._remove()
+            raise
+
+    def _is_named(self, descriptor: int) -> bool:
+        """Whether the file that is locked still has the lock's name: its last owner may have removed it."""
+        path = self.folder / LOCK_FILE
+        try:
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return True
+            # Inode numbers may change at every look: what is written through the one is read through the other.
+            os.pwrite(descriptor, self._token, 0)
+            sync_file(descriptor)
+            return path.read_bytes() == self._token
+        except FileNotFoundError:
+            return False
+
+    def is_mine(self) -> bool:
+        """Whether no other run has taken the folder meanwhile."""
+        with disk_errors(self.folder):
+            try:
+                return (self.folder / OWNER_FILE).read_bytes() == self._token
+            except FileNotFoundError:
+                return False
+
+    def check(self) -> None:
+        """Raise OutputLocked where another run has taken the folder meanwhile."""
+        if not self.is_mine():
+            raise OutputLocked(
+                f"another run has taken {self._target} over: this one has stopped, and left it alone",
+                fix="let that run finish, or choose another --output",
+            )
+
+    def close(self) -> None:
+        """Let go of the folder, and remove it where it is empty; not where it is another run's by now."""
+        if self._descriptor >= 0:
+            mine = False
+            with suppress(OSError):
+                mine = (self.folder / OWNER_FILE).read_bytes() == self._token
+            self._let_go(remove=mine)
+
+    def _let_go(self, remove: bool) -> None:
+        if remove:
+            self._remove()
+        with suppress(OSError):
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _remove(self) -> None:
+        """Remove lock and owner, and the folder where it is empty."""
+        with suppress(OSError):
+            for name in reversed(CLAIM_FILES):
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
+
+
+def _lock(descriptor: int) -> str:
+    """Lock a file. Returns why that cannot be had here, or "". Raises BlockingIOError where it is taken."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            raise BlockingIOError(error.errno, error.strerror) from error
+        if error.errno not in _NO_LOCKS:
+            raise
+        return error.strerror or "flock"
+    return ""
+
+
+@contextmanager
+def hold(folder: Path, reporter: Reporter) -> Iterator[Claim]:
+    """Hold a folder for this run alone. Raises OutputLocked where another run does."""
+    with closing(Claim(folder, folder, reporter)) as claim:
+        yield claim
+
+
+@contextmanager
+def new_folder(target: Path, reporter: Reporter) -> Iterator[Path]:
+    """A folder to fill, which is called `target` when all is done and does not exist otherwise.
+
+    For outputs that are small beside a merge: nothing is kept of a failed try, and what a killed one left is
+    removed by the next. Raises UsageError where there is something at `target` already; OutputLocked where
+    another run fills it; ResourceError.
+    """
+    with disk_errors(target):
+        if is_taken(target):
+            raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
+        with closing(Claim(target.with_name(f".{target.name}.writing"), target, reporter)) as claim:
+            _clear(claim)
+            folder = claim.folder / "files"
+            folder.mkdir()
+            try:
+                yield folder
+                for path in folder.iterdir():
+                    with open(path, "rb+") as stream:  # for writing: some filesystems sync nothing else
+                        sync_file(stream.fileno())
+                sync_folder(folder)
+                claim.check()
+                rename_folder(folder, target)
+                sync_folder(target.parent)
+            finally:
+                with suppress(OSError):
+                    _clear(claim)
+
+
+def _clear(claim: Claim) -> None:
+    """Remove what is in a folder, where it is still this run's. Raises OSError."""
+    if claim.is_mine():
+        for path in claim.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                remove_tree(path)
+            elif path.name not in CLAIM_FILES:
+                path.unlink()
