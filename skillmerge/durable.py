@@ -42,12 +42,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno == errno.EFBIG:
             raise ResourceError(
                 f"{path} could not be written: no file may be that large here",
-                fix="write smaller files with `output.shard_size`, or choose another folder with `--output`",
+                fix="write smaller files with `output.shard_size`, or choose another folder for the output",
             ) from error
         if error.errno in _WRONG_PLACE:
-            raise UsageError(
-                f"{path} cannot be written: {error.strerror}", fix="choose another place with --output"
-            ) from error
+            raise UsageError(f"{path} cannot be written: {error.strerror}", fix="choose another place") from error
         doctor = f"skillmerge doctor {shlex.quote(str(path.parent))}"
         raise ResourceError(
             f"{path} could not be written: {error.strerror}",

@@ -172,8 +172,8 @@ def memory_errors() -> Iterator[None]:
             raise
         detail = str(error).strip().partition("\n")[0]
         raise ResourceError(
-            f"memory or threads were not to be had{detail and ': '}{detail}",
-            fix="give it more, or lower --threads or --memory-limit; then run the same command again",
+            f"not enough memory or threads{detail and ': '}{detail}",
+            fix="free memory, or allow fewer threads, then run the same command again",
         ) from error
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -204,7 +205,20 @@ def run_cli(*arguments: str | Path, cwd: Path | None = None, **environment: str)
             os.environ.clear()
             os.environ.update(before)
             torch.set_num_threads(threads)
+    _refuse_foreign_options(command, files[1])
     return subprocess.CompletedProcess(command, status, *files)
+
+
+def _refuse_foreign_options(command: list[str], stderr: str) -> None:
+    """What an error advises has to be possible: no option that the command lacks, but in a command line of its own."""
+    from skillmerge.cli.main import cli
+    from skillmerge.cli.usage import options_of
+
+    own = options_of(next((cli.commands[word] for word in command[1:] if word in cli.commands), cli))
+    for advice in re.findall(r"^help: (.*?)(?=^\w+: |\Z)", stderr, re.MULTILINE | re.DOTALL):
+        outside = re.sub(r"`[a-z]\w* [^`]*`|\b(skillmerge|hf|openssl|pip|ulimit) .*", "", advice)
+        foreign = {*re.findall(r"(?<![\w-])--?[a-z][\w-]*", outside)} - {*own}
+        assert not foreign, f"{' '.join(command)}: it has no {foreign}: {advice}"
 
 
 @contextmanager

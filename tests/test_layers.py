@@ -19,7 +19,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "show.page show.study_tables",
         "show.charts show.markdown show.page_remarks show.page_table show.terminal",
         "event_log flags show.html show.tables",
-        "doctor messages show.figures show.sarif",
+        "doctor messages show.figures show.sarif usage",
     ),
     "verbs": (
         "demo.demo",
@@ -41,7 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "card hub_commit output trials",
         "manifest",
         "staging",
-        "journal shard_file",
+        "canonical journal shard_file",
     ),
     "engine": (
         "runners.table",
@@ -57,7 +57,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "budget heads layout saved",
         "plan",
         "compare.models",
-        "accounting",
+        "accounting dtypes.kept dtypes.quantised",
         "advice.causes advice.shares compare.complete compare.config compare.tokens",
         "advice.names compare.config_values",
         "compare.table",
@@ -69,7 +69,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "recipe",
         "gate_table",
         "schema",
-        "expression lock schedules starter yamltext",
+        "expression lint_rules lock schedules starter yamltext foreign.documents",
+        "foreign.mergekit foreign.spellings",
     ),
     "checkpoints": (
         "kinds.table",
@@ -80,7 +81,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tokenizers.small_files",
         "checkpoint stores.folder",
         "store tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
-        "kinds.sparse model_config place safetensors stores.hub_client",
+        "kinds.sparse missing model_config safetensors stores.hub_client",
+        "foreign place",
     ),
     "methods": (
         "rounding",
@@ -104,7 +106,10 @@ LONG_FUNCTIONS = {"verbs.apply.apply": "25 keywords, each on a line of its own, 
 
 HOMES = {
     "numpy": {"checkpoints.kinds.sparse"},
-    "click": {"cli.main", "cli.flags", "cli.merging", "cli.studying", "cli.proving", "cli.starting", "cli.results"},
+    "click": {
+        "cli.main", "cli.flags", "cli.merging", "cli.studying", "cli.proving", "cli.starting", "cli.results",
+        "cli.usage",
+    },
     "rich": {"cli.show.terminal", "cli.show.study_tables"},
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},

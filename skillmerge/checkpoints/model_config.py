@@ -25,9 +25,11 @@ _BLOCK_KEYS = (
 )
 _TOKEN_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings)\.weight$")
 _QUANTISED_NAMES = re.compile(
-    r"(_scale_inv|\.weight_scale(_2)?|\.qweight|\.qzeros|\.weight_packed|\.absmax|\.quant_map|\.SCB"
+    r"(_scale_inv|\.weight_scale(_2)?|\.input_scale|\.weight_global_scale|\.weight_zero_point|\.qweight|\.qzeros|\.weight_packed|\.absmax|\.quant_map|\.SCB"
     r"|\.quant_state\.\w+|_blocks|_scales)$"
 )
+_MODULE = re.compile(r"\.(weight|qweight|qzeros|SCB|absmax|weight_\w+)(\.[^.]+)*$")
+"""What follows the name of a module in its quantized tensors' names."""
 
 
 def sections(config: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -58,21 +60,43 @@ def tied_source(
     return candidates[0] if len(candidates) == 1 else None
 
 
-def quantisation(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> str | None:
-    """Why these weights are not plain numbers, or None where they are."""
-    for where, section in sections(config):
-        details = section.get("quantization_config")
-        if isinstance(details, dict) and details:
-            method = details.get("quant_method", "unnamed method")
-            return f"{where + ': ' if where else ''}config.json says it is quantised ({method})"
+def quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """The tensors that are no plain numbers, or belong to such, and why.
+
+    Where only the config says that a model is quantized, all of its matrices may be.
+    """
+    said = _said_quantised(config)
+    marked: dict[str, str] = {}
+    modules: dict[str, str] = {}
     for name, spec in tensors.items():
+        packed = _QUANTISED_NAMES.search(name)
         if DTYPES[spec.dtype].kind == "quantised":
-            return f"tensor `{name}` holds {spec.dtype}, which means nothing without its scales"
-    by_name = next((name for name in tensors if _QUANTISED_NAMES.search(name)), None)
-    if by_name is not None and _QUANTISED_NAMES.sub("", by_name) + "_blocks" in tensors:
-        return f"tensor `{by_name}` belongs to packed blocks (MXFP4)"
-    if by_name is not None and not by_name.endswith(("_blocks", "_scales")):
-        return f"tensor `{by_name}` belongs to a quantised layout"
+            marked[name] = f"tensor `{name}` holds {spec.dtype}, which means nothing without its scales"
+        elif packed is not None and packed[0] in ("_blocks", "_scales"):
+            if {_QUANTISED_NAMES.sub("", name) + part for part in ("_blocks", "_scales")} <= tensors.keys():
+                marked[name] = f"tensor `{name}` belongs to packed blocks (MXFP4)"
+        elif packed is not None:
+            marked[name] = f"tensor `{name}` belongs to a quantised layout"
+            modules.setdefault(_MODULE.sub("", name) + ".", marked[name])
+    for name in tensors if modules else ():
+        parts = name.split(".")
+        prefixes = (".".join(parts[:count]) + "." for count in range(1, len(parts)))
+        module = next((prefix for prefix in prefixes if prefix in modules), None)
+        if module is not None and name not in marked and not name.endswith(".bias"):
+            marked[name] = modules[module]
+    if said is not None and not marked:
+        marked = {name: said for name, spec in tensors.items() if len(spec.shape) > 1 and DTYPES[spec.dtype].is_float}
+    return dict.fromkeys(marked, said) if said is not None else marked
+
+
+def _said_quantised(config: Mapping[str, Any]) -> str | None:
+    """What the config says of quantization, or None."""
+    for where, section in sections(config):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            details = section.get(key)
+            if isinstance(details, dict) and details:
+                method = details.get("quant_method") or ("MLX" if key == "quantization" else "unnamed method")
+                return f"{where + ': ' if where else ''}config.json says it is quantised ({method})"
     return None
 
 

@@ -17,6 +17,29 @@ _LOCATION = re.compile(
     r"(?:/(?P<subfolder>.+?))?/?"
 )
 
+_ADDRESS = re.compile(
+    r"(?:https?://|git@|hf:/?/?|huggingface:/?/?|hub:/?/?|)"
+    r"(?:(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)[/:])?(?:api/)?(?P<kind>models/|datasets/|spaces/)?"
+    r"(?P<repository>[^/@\s?#:]+/[^/@\s?#:]+?)(?:\.git)?"
+    r"(?:@(?P<at>[^/\s?#]+)"
+    r"|/(?P<page>tree|blob|resolve|raw|commit|blame|edit)/(?P<revision>refs/pr/[0-9]+|[^/\s?#]+))?"
+    r"(?P<below>/[^\s?#]*)?(?:[?#].*)?"
+)
+"""How people write a model on the Hub that is no URI of ours: addresses of pages and files, git's form, prefixes."""
+_ON_HUB = re.compile(
+    r"(https?://)?(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com)[/:]|git@hf\.co|(hf|huggingface|hub):"
+)
+
+_PAGE = re.compile(r"(tree|blob|resolve|raw)/(main|[0-9a-f]{40})(/|$)")
+
+
+class PlaceError(ValueError):
+    """What is written is not a place. fix: what to write instead, or None."""
+
+    def __init__(self, message: str, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.fix = fix
+
 
 class ModelPlace(Protocol):
     """Where a model is. scheme: how its URI begins, "" for a path. name: what people call it. versioned: whether it
@@ -88,19 +111,49 @@ class Location:
 
 
 def parse_location(uri: str) -> Location:
-    """Raises ValueError. A revision with a slash in it (but for refs/pr/N) is written with %2F."""
+    """Raises PlaceError. A revision with a slash in it (but for refs/pr/N) is written with %2F."""
     match = _LOCATION.fullmatch(uri.removeprefix(_HUB))
     if match is None or not _REPOSITORY.fullmatch(match["repository"]) or uri.endswith("@"):
-        raise ValueError(f"`{uri}` is not a model on the Hub; write hf://org/name, hf://org/name@revision/subfolder")
+        fix = "write `hf://org/name`, `hf://org/name@revision` or `hf://org/name@revision/subfolder`"
+        raise PlaceError(f"`{uri}` is not a model on the Hub", instead_on_hub(uri.removeprefix(_HUB)) or fix)
     subfolder = match["subfolder"] or ""
+    if _ON_HUB.match(match["repository"]) or _PAGE.match(subfolder):
+        address = uri.removeprefix(_HUB)
+        instead = instead_on_hub(address if _ON_HUB.match(address) else f"hf.co/{address}")
+        raise PlaceError(f"`{uri}` is the address of a page, not of a model", instead)
     revision = unquote(match["revision"] or "")
     if any(part in ("", ".", "..") for part in subfolder.split("/") if subfolder) or re.search(
         r"[\s\\]|\.\.", revision
     ):
-        raise ValueError(f"`{uri}` has a revision or subfolder that cannot be")
+        raise PlaceError(f"`{uri}` has a revision or subfolder that cannot be")
     return Location(match["repository"], revision, subfolder)
 
 
 def on_hub(uri: str) -> Location | None:
-    """The model on the Hub that a URI names, or None for one elsewhere. Raises ValueError as `parse_location`."""
+    """The model on the Hub that a URI names, or None for one elsewhere. Raises PlaceError as `parse_location`."""
     return parse_location(uri) if uri.startswith(_HUB) else None
+
+
+def instead_on_hub(text: str) -> str | None:
+    """Return what to write for a model on the Hub that was written in another way, or None where it is none."""
+    match = _ADDRESS.fullmatch(text.strip())
+    if match is None or _ON_HUB.match(text.strip()) is None:
+        return None
+    if match["kind"] in ("datasets/", "spaces/"):
+        return f"name a model: this is one of the Hub's {match['kind'].rstrip('/')}"
+    if not _REPOSITORY.fullmatch(match["repository"]) or _ON_HUB.match(match["repository"]):
+        return None
+    below = [part for part in (match["below"] or "").split("/") if part]
+    if match["page"] in ("blob", "resolve", "raw", "blame", "edit") or (below and "." in below[-1]):
+        below = below[:-1]  # a file of the model
+    if match["page"] is None and match["at"] is None:
+        below = []  # a tab of its page, such as discussions
+    revision = unquote(match["at"] or match["revision"] or "")
+    written = revision if revision.startswith("refs/pr/") else revision.replace("/", "%2F")
+    place = Location(match["repository"], "" if revision == "main" else written, "/".join(below))
+    return f"to read it from the Hub, write `{place}`"
+
+
+def looks_like_repository(text: str) -> bool:
+    """Whether text could be the name of a repository, `org/name` or `org/name@revision`, and is no plain path."""
+    return _REPOSITORY.fullmatch(text.partition("@")[0]) is not None

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from skillmerge.checkpoints.foreign import disguised
 from skillmerge.errors import InputError, unreadable
 from skillmerge.tensors import DTYPES, StoredTensor
 
@@ -89,6 +90,8 @@ def fetch_header(read: Callable[[int, int], bytes], file_size: int, path: str) -
     if len(start) < 8:
         raise _broken(path, f"is {file_size} bytes long; even an empty file of this format has 10")
     size = int.from_bytes(start, "little")
+    if (8 + size > file_size or read(8, 1) != b"{") and (known := disguised(read(0, 32))) is not None:
+        raise InputError(f"{path}: {known[0]}", fix=known[1])
     if 8 + size > file_size:
         raise _broken(path, f"claims a header of {size} bytes but is only {file_size} bytes long")
     if size > MAX_HEADER_BYTES:

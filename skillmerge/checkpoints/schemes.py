@@ -6,17 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-from skillmerge.checkpoints.place import Local, Location, ModelPlace, parse_location
+from skillmerge.checkpoints.place import Local, Location, ModelPlace, PlaceError, instead_on_hub, parse_location
 from skillmerge.checkpoints.store import Store
 from skillmerge.checkpoints.stores.folder import Folder
+from skillmerge.errors import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """What to do with a URI that begins so.
 
-    parse: its place, without a request; raises ValueError. open: the store there, given the place and whether what is
+    parse: its place, without a request; raises PlaceError. open: the store there, given the place and whether what is
     read goes through a local cache. fetch: the folder with all that a runtime loads of it.
     """
 
@@ -26,13 +28,20 @@ class Scheme:
 
 
 def parse_place(uri: str) -> ModelPlace | None:
-    """The place that a URI names, or None where it is a path. Raises ValueError."""
-    scheme, mark, _ = uri.partition("://")
+    """The place that a URI names, or None where it is a path. Raises PlaceError."""
+    scheme, mark, rest = uri.partition("://")
     if not mark:
         return None
     if scheme not in SCHEMES:
-        raise ValueError(f"`{scheme}://` is not a place that skillmerge reads")
+        raise PlaceError(f"`{scheme}://` is not a place that skillmerge reads", _instead(uri, scheme, rest))
     return SCHEMES[scheme].parse(uri)
+
+
+def _instead(uri: str, scheme: str, rest: str) -> str:
+    if scheme == "file":
+        return f"write the path alone: `{unquote(rest).removeprefix('localhost')}`"
+    known = instead_on_hub(uri) or did_you_mean(scheme, list(SCHEMES))
+    return known or "a model is a folder, or `hf://org/name` on the Hub: fetch it into a folder first"
 
 
 def is_path(uri: str) -> bool:

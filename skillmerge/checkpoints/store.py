@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from skillmerge.checkpoints.foreign import disguised
 from skillmerge.checkpoints.safetensors import Header, fetch_header, parse_header, refuse_bulk, unique_keys
 from skillmerge.errors import InputError
 
@@ -142,6 +143,8 @@ def read_headers(store: Store, files: Sequence[str], sizes: Mapping[str, int]) -
 def read_json_object(store: Store, file: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint, read strictly. Raises InputError."""
     content, path = store.read_small(file, limit), store.at.path(file)
+    if (known := disguised(content[:32])) is not None:
+        raise InputError(f"{path}: {known[0]}", fix=known[1])
     try:
         refuse_bulk(content, limit)
         document = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)

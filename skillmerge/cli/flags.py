@@ -21,6 +21,10 @@ def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
     return click.option(*names, envvar=variable, show_envvar=False, **attributes)
 
 
+_FEW_BYTES = 1_000_000
+"""A plain number below this was hardly meant in bytes."""
+
+
 class Size(click.ParamType):  # type: ignore[type-arg]
     """A size such as 5GB, as bytes."""
 
@@ -30,9 +34,12 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         from skillmerge.tensors import parse_size
 
         try:
-            return value if isinstance(value, int) else parse_size(value)
+            size = value if isinstance(value, int) else parse_size(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        if isinstance(value, str) and value.strip().isdecimal() and size < _FEW_BYTES:
+            self.fail(f"`{value}` is {size} bytes; write it like {size}GB", param, ctx)
+        return size
 
 
 class Device(click.ParamType):  # type: ignore[type-arg]

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from skillmerge.cli import flags, merging, proving, starting, studying
+from skillmerge.cli import flags, merging, proving, starting, studying, usage
 from skillmerge.cli.messages import as_json, log
 from skillmerge.cli.results import print_json
 from skillmerge.errors import Interrupted, ResourceError, SkillmergeError, Terminated, UsageError, machine_errors
@@ -38,6 +38,12 @@ class _OutputClosed(Exception):
 
 class _Commands(click.Group):
     """The group of commands. A stdout that is closed or full is not a bug, as which click would report it."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        found = super().get_command(ctx, cmd_name)
+        if found is None:
+            raise usage.unknown_command(cmd_name, self.list_commands(ctx))
+        return found
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -97,10 +103,10 @@ def run() -> int:
     except SkillmergeError as error:
         return _failed(error)
     except click.ClickException as error:
-        if not (_wants_json() or as_json()):
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
             error.show()
             return error.exit_code
-        return _failed(UsageError(error.format_message()))
+        return _failed(usage.explained(error, _command_run(), cli.commands))
     except (_OutputClosed, BrokenPipeError):
         return 0
     except Exception:
@@ -110,6 +116,11 @@ def run() -> int:
         log("error", "this is a bug in skillmerge; please report it with the lines above", exit_status=1)
         return 1
     return status if isinstance(status, int) else 0
+
+
+def _command_run() -> click.Command:
+    """The command that was typed; without one, all of them."""
+    return next((cli.commands[word] for word in sys.argv[1:] if word in cli.commands), cli)
 
 
 def _prepare_streams() -> None:
@@ -164,4 +175,4 @@ def _log_error(error: SkillmergeError) -> None:
         return
     log("error", error.message)
     if error.fix:
-        log("info", error.fix)
+        log("help", error.fix)

@@ -88,7 +88,7 @@ class Buffer:
         except OSError as error:
             raise ResourceError(
                 f"{format_bytes(size)} of memory for a buffer are not to be had: {error.strerror}",
-                fix="use fewer --threads, or a --memory-limit",
+                fix="use fewer threads",
             ) from error
         self.view = memoryview(self._memory)
         self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)

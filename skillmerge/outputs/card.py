@@ -24,8 +24,14 @@ from skillmerge.tensors import format_bytes
 CARD_FILE = "README.md"
 
 
-def license_of(inputs: Sequence[Input | InputPlan], declared: str | None) -> str:
-    """The licence of a merge of these parents. Raises UsageError where they do not agree and none is declared."""
+IN_THE_RECIPE = "declare it in the recipe:\noutput:\n  license: apache-2.0"
+
+
+def license_of(inputs: Sequence[Input | InputPlan], declared: str | None, how: str = IN_THE_RECIPE) -> str:
+    """The licence of a merge of these parents. how: what declares it, of the command that was run.
+
+    Raises UsageError where they do not agree and none is declared.
+    """
     if declared is not None:
         return declared
     found = {item.name: item.license for item in inputs}
@@ -34,11 +40,13 @@ def license_of(inputs: Sequence[Input | InputPlan], declared: str | None) -> str
     told = ", ".join(f"{name}: {license or 'none'}" for name, license in found.items())
     raise UsageError(
         f"the parents' licences do not settle that of the merge ({told})",
-        fix="read them, then declare it in the recipe:\noutput:\n  license: apache-2.0",
+        fix=f"read them, then {how}",
     )
 
 
-def write_card(manifest: Manifest, push: Push, declared: str | None, by_hand: str | None = None) -> str:
+def write_card(
+    manifest: Manifest, push: Push, declared: str | None, by_hand: str | None = None, how: str = IN_THE_RECIPE
+) -> str:
     """The text of the card. Raises UsageError where the licence is not settled or `by_hand` is no card."""
     skill = manifest.makes_skill
     parents = [place for item in manifest.inputs if (place := on_hub(item.uri)) is not None]
@@ -54,10 +62,10 @@ def write_card(manifest: Manifest, push: Push, declared: str | None, by_hand: st
     if push.new_version is not None:
         metadata["new_version"] = push.new_version
     if by_hand is None:
-        metadata["license"] = license_of(manifest.inputs, declared)
+        metadata["license"] = license_of(manifest.inputs, declared, how)
         return str(ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{_body(manifest, push)}").content)
     card, written = read_metadata(by_hand)
-    metadata["license"] = written.get("license") or license_of(manifest.inputs, declared)
+    metadata["license"] = written.get("license") or license_of(manifest.inputs, declared, how)
     tags = [*(written.get("tags") or []), *metadata["tags"]]
     card.data = ModelCardData(**{**metadata, **written, "tags": list(dict.fromkeys(tags))})
     return str(card.content)

@@ -29,6 +29,7 @@ from skillmerge.engine.rounding_statistics import (
     summarise_skill,
 )
 from skillmerge.errors import CheckFailed, is_machine, unusable
+from skillmerge.outputs.canonical import digest_of, lines_of, pieces_of, to_bytes
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.plan import InputPlan, Plan
@@ -302,7 +303,7 @@ def seal(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> 
     made_in = Environment(**environment, run_log=log)
     document = {**body.as_dict(), "environment": made_in.as_dict()}
     content = {part.name: getattr(body, part.name) for part in fields(ManifestBody)}
-    return Manifest(**content, environment=made_in, digest=_digest(_pieces(document)))
+    return Manifest(**content, environment=made_in, digest=digest_of(pieces_of(document)))
 
 
 _UNCOMPARED = ("tool", "accepted", "warnings")
@@ -344,8 +345,8 @@ def parse(content: bytes, path: str) -> Manifest:
     if version != MANIFEST_VERSION:
         raise CheckFailed(f"{path}: manifest version {version!r} is not known to this version of skillmerge")
     try:
-        pieces = _pieces(document)
-        intact = _lines(pieces) == content and _digest({**pieces, "digest": None}) == document["digest"]
+        pieces = pieces_of(document)
+        intact = lines_of(pieces) == content and digest_of({**pieces, "digest": None}) == document["digest"]
         found = _reader().validate_json(content, strict=True) if intact else None
     except (ValidationError, KeyError, TypeError, ValueError, RecursionError):
         found = None
@@ -363,40 +364,3 @@ def _agrees(found: Manifest) -> bool:
 def _reader() -> TypeAdapter[Manifest]:
     """Made when the first manifest is read: a run that makes one may need none."""
     return TypeAdapter(Manifest)
-
-
-def to_bytes(document: Mapping[str, Any]) -> bytes:
-    """The one form in which a manifest is written: a line per entry of its long lists, so that it can be
-    read by people and compared by diff."""
-    return _lines(_pieces(document))
-
-
-def _pieces(document: Mapping[str, Any]) -> dict[str, str | list[str] | None]:
-    """The JSON of each value, and of each item of the lists."""
-    return {
-        key: [_dump(item) for item in value] if isinstance(value, list) and value else _dump(value)
-        for key, value in document.items()
-    }
-
-
-def _lines(pieces: Mapping[str, str | list[str] | None]) -> bytes:
-    lines = []
-    for key, piece in pieces.items():
-        if isinstance(piece, list):
-            piece = "[\n" + ",\n".join("    " + item for item in piece) + "\n  ]"
-        lines.append(f"  {json.dumps(key)}: {piece}")
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-
-def _digest(pieces: Mapping[str, str | list[str] | None]) -> str:
-    """Of the document on one line; `digest` itself is left out, as None."""
-    rows = [
-        f"{_dump(key)}: " + ("[" + ", ".join(piece) + "]" if isinstance(piece, list) else piece)
-        for key, piece in pieces.items()
-        if piece is not None
-    ]
-    return hashlib.sha256(("{" + ", ".join(rows) + "}").encode()).hexdigest()
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(", ", ": "))

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.brief import brief
+from skillmerge.checkpoints.missing import near_path
+from skillmerge.checkpoints.schemes import is_path
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs import manifest
 from skillmerge.outputs.manifest import RUN_LOG_FILE, Manifest
@@ -71,12 +73,23 @@ class Output:
         return recipe.as_planned(document.donor, {item.name: item.unwrapped or () for item in document.inputs}), commits
 
 
+MOVED = "name the folder that the recipe's relative paths start from now: `--base-folder FOLDER`"
+"""What to do where an output's models are not found: of the commands that read them again."""
+
+
 def check_folder(folder: str | os.PathLike[str]) -> Path:
     """Raises UsageError where an output is asked for and there is no folder."""
     root = Path(folder)
-    if not root.is_dir():
+    if root.is_dir():
+        return root
+    if not is_path(os.fspath(folder)):
+        repository = os.fspath(folder).partition("://")[2].split("@")[0]
+        fix = f"fetch it first: `hf download {repository} --local-dir FOLDER`"
+        raise UsageError(f"{os.fspath(folder)} is on the Hub, not a folder", fix=fix)
+    if root.exists():
         raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
-    return root
+    near = near_path(root, os.fspath(folder), Path.is_dir)
+    raise UsageError(f"folder {root} does not exist", fix=near or "name an output of `skillmerge apply`")
 
 
 @dataclass(frozen=True, slots=True)

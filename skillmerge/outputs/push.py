@@ -61,9 +61,12 @@ def push(
     settings = _settings(output.push, repository, {**given, "tags": tags or None})
     if card is None and output.card is not None:
         raise UsageError(
-            f"the recipe names a card ({output.card.name}), which is not part of the output", fix="--card FILE"
+            f"the recipe names a card ({output.card.name}), which is not part of the output",
+            fix="pass it: `--card FILE`",
         )
-    text = write_card(made.manifest, settings, license or output.license, read_card(Path(card) if card else None))
+    by_hand = read_card(Path(card) if card else None)
+    how = "declare it: `--license apache-2.0`"
+    text = write_card(made.manifest, settings, license or output.license, by_hand, how)
     return send(HubCommit(settings), made, text, signature)
 
 

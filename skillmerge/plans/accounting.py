@@ -8,7 +8,7 @@ the donor lacks: a problem, unless a rule or the config's ties account for it. K
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,11 +91,16 @@ class Accounts:
 
 
 def account_tensors(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, terms: Mapping[str, Term | None]
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    donor_name: str,
+    terms: Mapping[str, Term | None],
+    exact: Collection[str] = (),
 ) -> Accounts:
-    """Account for the output's tensors, whose terms these are, and for those that the donor lacks."""
-    donor = checkpoints[donor_name]
-    in_formula = list(dict.fromkeys(name.name for name in names_in(recipe.expression) if name.is_model))
+    """Account for the output's tensors, whose terms these are, and for those that the donor lacks.
+
+    exact: tensors that have to be the same everywhere, whatever their dtype."""
+    donor, in_formula = checkpoints[donor_name], models_in(recipe)
     whole = [model for model in in_formula if model not in recipe.skills]  # a skill has no integers to compare
     accounts: dict[str, Account] = {}
     troubles: dict[tuple[str, str], list[tuple[str, str]]] = {}
@@ -105,7 +110,7 @@ def account_tensors(
         if term is None:
             continue
         spec = donor.tensors[name]
-        same = not isinstance(term, Leaf) and not DTYPES[spec.dtype].is_float
+        same = not isinstance(term, Leaf) and (name in exact or not DTYPES[spec.dtype].is_float)
         if id(term) not in needed:
             needed[id(term)] = models_of(term)
         models, sources = whole if same else needed[id(term)], []
@@ -125,19 +130,27 @@ def account_tensors(
             accounts[name] = Account(term, tuple(sources), same)
     extra, ties = _leftovers(recipe, checkpoints, donor_name, in_formula)
     apart = _apart(recipe, checkpoints, donor_name, troubles, extra)
+    left = {key: found for key, found in troubles.items() if key[0] != "missing" or model_of(key[1]) not in apart}
     problems = [
         *apart.values(),
-        *(
-            _problem(recipe, kind, model, found, donor_name, donor)
-            for (kind, model), found in troubles.items()
-            if kind != "missing" or model_of(model) not in apart
-        ),
+        *(_problem(recipe, kind, model, found, donor_name, donor) for (kind, model), found in left.items()),
         *(_extra(model, names, checkpoints[model], donor_name) for model, names in extra.items() if model not in apart),
     ]
-    for name, checkpoint in checkpoints.items():
-        if checkpoint.unread:
-            notes.add(f"model `{name}`: {some(list(checkpoint.unread))} is not named by its index and not read")
+    notes |= _unread(checkpoints)
     return Accounts(accounts, tuple(problems), tuple(ties), tuple(sorted(notes)))
+
+
+def _unread(checkpoints: Mapping[str, Checkpoint]) -> set[str]:
+    return {
+        f"model `{name}`: {some(list(it.unread))} is not named by its index and not read"
+        for name, it in checkpoints.items()
+        if it.unread
+    }
+
+
+def models_in(recipe: Recipe) -> list[str]:
+    """The models of the formula, in the order of the text."""
+    return list(dict.fromkeys(name.name for name in names_in(recipe.expression) if name.is_model))
 
 
 def copy_rules(recipe: Recipe, donor: Checkpoint) -> dict[str, str]:

@@ -130,5 +130,5 @@ def check_disk(path: Path, needed: int, what: str) -> None:
     if free is not None and free < needed + min(_SPARE_DISK, needed // 20):
         raise ResourceError(
             f"{what} needs {format_bytes(needed)}, but the disk of {path} has {format_bytes(free)} free",
-            fix="make room, or choose another place with --output",
+            fix="free disk space, or choose another folder for the output",
         )

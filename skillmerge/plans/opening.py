@@ -13,12 +13,14 @@ from pathlib import Path
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, named
 from skillmerge.checkpoints.kinds.table import open_as
-from skillmerge.checkpoints.place import ModelPlace
+from skillmerge.checkpoints.missing import missing
+from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.checkpoints.renamed import idle_rule, prefixes_of, read_as, wrappers_of
 from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Store
-from skillmerge.errors import StalePlan, UsageError, did_you_mean, some
+from skillmerge.errors import InputError, StalePlan, UsageError, did_you_mean, some
 from skillmerge.methods.terms import model_of
+from skillmerge.plans.dtypes.quantised import refuse_unequal
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes import lock as lockfile
@@ -54,7 +56,8 @@ class Access:
     follow_links: links may lead out of a folder. locked: a revision that can change must be in the lock file.
     relock: the lock file is not looked at. download: repositories go through the Hub's cache instead of being
     streamed. commits: what revisions of models stand for, whatever the lock says (of a saved plan). allow_code: a
-    model may name code of its own, which is carried.
+    model may name code of its own, which is carried. moved: what to do where a folder is not there, in place of a
+    guess.
     """
 
     follow_links: bool = False
@@ -63,6 +66,7 @@ class Access:
     download: bool = False
     commits: Mapping[str, str] = field(default_factory=dict)
     allow_code: bool = False
+    moved: str | None = None
 
 
 def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> dict[str, Checkpoint]:
@@ -71,6 +75,7 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
     Raises RecipeError, UsageError, InputError, StalePlan, TemporaryError.
     """
     places = {name: recipe.model_place(name) for name in recipe.used_models()}
+    _refuse_missing(recipe, places, access)
     lock_path = lockfile.path_of(Path(recipe.document.name))
     lock = None
     if not access.relock and not access.commits and any(place.versioned for place in places.values()):
@@ -105,7 +110,9 @@ def planned(
     parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
     checkpoints = open_models(parsed, access, note)
     try:
-        yield plan_recipe(parsed, checkpoints, allow_code=access.allow_code, lenient=lenient), checkpoints
+        plan = plan_recipe(parsed, checkpoints, allow_code=access.allow_code, lenient=lenient)
+        refuse_unequal({name: (it.action, it.sources) for name, it in plan.tensors.items()}, checkpoints)
+        yield plan, checkpoints
     finally:
         close_all(checkpoints)
 
@@ -136,6 +143,16 @@ def _under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Check
 def close_all(checkpoints: Mapping[str, Checkpoint]) -> None:
     for checkpoint in checkpoints.values():
         checkpoint.close()
+
+
+def _refuse_missing(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -> None:
+    """Raise InputError where a model's folder is not there: at the place in the recipe that a person wrote."""
+    for name, place in places.items():
+        found = missing(place.path, recipe.models[name]) if isinstance(place, Local) else None
+        if found is not None:
+            whose = f"model `{name}`: " if recipe.document.by_hand else ""
+            error = recipe.error(recipe.place_path(name), whose + found[0], access.moved or found[1])
+            raise InputError(error.message, fix=error.fix)
 
 
 def _locked(

@@ -13,24 +13,26 @@ from dataclasses import replace
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
-from skillmerge.checkpoints.model_config import contradictions, quantisation
+from skillmerge.checkpoints.model_config import contradictions, ties_embeddings
 from skillmerge.checkpoints.renamed import WRAPPERS
-from skillmerge.errors import InputError
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, is_zero, model_of, sole_model
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models
+from skillmerge.plans.dtypes.kept import levelled, output_specs
+from skillmerge.plans.dtypes.quantised import exact_tensors
 from skillmerge.plans.heads import driven_apart
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
-from skillmerge.recipes.expression import ExpressionError
-from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
-from skillmerge.recipes.schedules import ScheduleError
-from skillmerge.remarks import Remark
-from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
+from skillmerge.recipes.expression import ExpressionError, grouped
+from skillmerge.recipes.lint import remarks
+from skillmerge.recipes.recipe import Recipe, unclear_donor
+from skillmerge.recipes.schedules import Rule, ScheduleError
+from skillmerge.remarks import Remark, warning
+from skillmerge.tensors import DTYPES, TensorSpec
 
 
 def plan_recipe(
@@ -50,17 +52,17 @@ def plan_recipe(
     checkpoints that are quantised or contradict themselves. What `copy` or `ignore` could settle is
     collected in `problems` instead, so that a person sees all of it at once.
     """
-    for name, checkpoint in checkpoints.items():
-        refuse_quantised(name, checkpoint)
     donor_name = _donor(recipe)
     donor = checkpoints[donor_name]
     left_out = recipe.left_out(donor.tensors)
-    values = _coefficients(recipe, [name for name in donor.tensors if name not in left_out])
+    values = _coefficients(recipe, [name for name in donor.tensors if name not in left_out], donor.config)
     copied = copy_rules(recipe, donor)
     terms = _terms(recipe, values, copied)
-    accounts = account_tensors(recipe, checkpoints, donor_name, terms)
+    exact = exact_tensors(recipe, checkpoints, donor_name, terms)
+    wanted = output_specs(recipe, donor, exact)
+    accounts = account_tensors(recipe, checkpoints, donor_name, terms, exact)
     used = {name: () if name in copied else row for name, row in values.items()}
-    tensors = _tensors(recipe, checkpoints, donor, used, terms, accounts.tensors)
+    tensors = _tensors(recipe, checkpoints, wanted, used, terms, accounts.tensors)
     compared = compare_models(recipe, checkpoints, donor_name, terms, lenient=lenient) if compare else NOTHING
     problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
     notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
@@ -77,20 +79,10 @@ def plan_recipe(
             ties=accounts.ties,
             problems=problems,
             notes=(*notes, *accounts.notes, *compared.notes),
-            **_doubts(recipe, compared, shares, () if recipe.makes_skill else driven_apart(donor, tensors)),
+            **_doubts(recipe, compared, shares, _warnings(recipe, checkpoints, donor, tensors, wanted)),
             **_inputs(recipe, checkpoints, tensors),
         )
     )
-
-
-def refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
-    """Raise InputError where a checkpoint's weights are no plain numbers."""
-    reason = quantisation(checkpoint.config, checkpoint.tensors)
-    if reason is not None:
-        raise InputError(
-            f"model `{name}` ({checkpoint.place}) is quantised, and its numbers cannot be added: {reason}",
-            fix="use the checkpoint it was quantised from (bfloat16, float16 or float32)",
-        )
 
 
 def _bind(recipe: Recipe, values: Mapping[str, float]) -> Term | None:
@@ -123,7 +115,8 @@ def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Te
             0: "add it to a model: target + lam * (rl - sft); or store it with `output: {kind: skill}`",
             2: "did you mean the average, (a + b) / 2?",
         }
-        advice = fix.get(found, "the factors must add up to 1")
+        meant = grouped(str(recipe.document.data["merge"]), recipe.models)
+        advice = meant or fix.get(found, "the factors must add up to 1")
         raise recipe.error(("merge",), f"the expression {what} {at}", advice)
     return term
 
@@ -135,7 +128,15 @@ def _donor(recipe: Recipe) -> str:
     return recipe.donor
 
 
-def _coefficients(recipe: Recipe, names: list[str]) -> dict[str, tuple[float, ...]]:
+def _tied_advice(rule: Rule, config: Mapping[str, Any]) -> str | None:
+    """What to write for a rule about a head that is the embedding."""
+    about_head = "head" in rule.modules or any("lm_head" in glob for glob in rule.tensors)
+    if not about_head or not ties_embeddings(config):
+        return None
+    return "the head is the embedding here (`tie_word_embeddings`): write `modules: embedding`, or leave this rule out"
+
+
+def _coefficients(recipe: Recipe, names: list[str], config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
     """Each tensor's coefficients, in the order of the recipe. Raises RecipeError for rules without meaning."""
     columns = []
     for coefficient, schedule in recipe.coefficients.items():
@@ -143,7 +144,8 @@ def _coefficients(recipe: Recipe, names: list[str]) -> dict[str, tuple[float, ..
             columns.append(schedule.resolve(names))
         except ScheduleError as error:
             path = ("coefficients", coefficient, "rules", error.rule)
-            raise recipe.error(path, str(error), error.fix) from error
+            fix = _tied_advice(schedule.rules[error.rule], config) or error.fix
+            raise recipe.error(path, str(error), fix) from error
     return {name: tuple(column[name] for column in columns) for name in names}
 
 
@@ -170,16 +172,19 @@ def _terms(
 def _tensors(
     recipe: Recipe,
     checkpoints: Mapping[str, Checkpoint],
-    donor: Checkpoint,
+    wanted: Mapping[str, TensorSpec],
     values: Mapping[str, tuple[float, ...]],
     terms: Mapping[str, Term | None],
     accounts: Mapping[str, Account],
 ) -> dict[str, TensorPlan]:
-    """What happens to each tensor, but for those that have a problem. values: the coefficients that count."""
+    """What happens to each tensor, but for those that have a problem.
+
+    wanted: the donor's tensors, in the output's dtypes. values: the coefficients that count.
+    """
     programs: dict[int, Program] = {}  # by the term's identity: thousands of tensors share a few terms
     tensors = {}
     for name, term in terms.items():
-        spec = donor.tensors[name]
+        spec = wanted[name]
         if term is None:
             tensors[name] = TensorPlan(name, spec.dtype, spec.shape, "zero", (), values[name])
         elif name in accounts:
@@ -197,8 +202,6 @@ def _plan_tensor(
 ) -> TensorPlan:
     term, sources = account.term, account.sources
     dtype = spec.dtype
-    if DTYPES[dtype].is_float and recipe.output.dtype != "same":
-        dtype = OUTPUT_DTYPES[recipe.output.dtype]
     if account.same:
         return TensorPlan(spec.name, dtype, spec.shape, "same", sources)
     if len(sources) == 1 and (model := sole_model(term)) is not None:
@@ -255,10 +258,23 @@ def _notes(
     ties: Iterable[tuple[str, str, str]],
 ) -> Iterator[str]:
     """What is worth a word. tensors: of a plan without problems."""
-    yield from (f"`{name}` stands in the recipe but does nothing" for name in unused_names(recipe))
     yield from _oddities(recipe, checkpoints, donor)
     yield from _unwrapped(checkpoints)
     yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
+
+
+def _warnings(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    donor: Checkpoint,
+    tensors: Mapping[str, TensorPlan],
+    wanted: Mapping[str, TensorSpec],
+) -> Iterator[Remark]:
+    """What needs attention, of what the recipe does."""
+    yield from _of_recipe(recipe, checkpoints)
+    yield from levelled(recipe, donor, wanted)
+    if not recipe.makes_skill:
+        yield from driven_apart(donor, tensors)
 
 
 def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
@@ -268,16 +284,24 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
         yield f"the output has the names that `{name}` is renamed to, and config.json is as it was: do they fit?"
     if not donor.config and not recipe.makes_skill:
         yield "the donor has no config.json: no runtime will load the output as it is"
+    for name, value in recipe.overrides.items():
+        if recipe.rules_overridden.get(name):
+            yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
+
+
+def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
+    """What is allowed of a recipe that a person wrote, and is hardly meant."""
+    if not recipe.document.by_hand:
+        return
+    yield from remarks(recipe)
     seen: dict[str, str] = {}
     for name in recipe.used_models():
         root = checkpoints[name].at.root
         place = str(root.resolve()) if root is not None else checkpoints[name].place
         if place in seen:
-            yield f"models `{seen[place]}` and `{name}` are the same: their difference is zero"
+            what = f"models `{seen[place]}` and `{name}` are the same: their difference is zero"
+            yield warning(what, "name another folder for one of them", of_recipe=True)
         seen.setdefault(place, name)
-    for name, value in recipe.overrides.items():
-        if recipe.rules_overridden.get(name):
-            yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
 
 
 def _shares(
@@ -288,7 +312,7 @@ def _shares(
     values: Mapping[str, tuple[float, ...]],
 ) -> Shares:
     if ignored := ignored_tensors(recipe, checkpoints, donor_name):
-        values = _coefficients(recipe, [*values, *ignored])
+        values = _coefficients(recipe, [*values, *ignored], checkpoints[donor_name].config)
     return shares_of(recipe, checkpoints, donor_name, copied, values)
 
 

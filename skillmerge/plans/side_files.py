@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.foreign import disguised
 from skillmerge.checkpoints.store import digest_of
 from skillmerge.errors import InputError, StalePlan, some
 from skillmerge.tensors import StoredTensor
@@ -123,6 +124,8 @@ def fetch(donor: Checkpoint, files: Iterable[SideFile], allow_code: bool) -> tup
 
 def _checked(donor: Checkpoint, name: str, allow_code: bool) -> bytes:
     content = donor.store.read_small(name, _MAX_BYTES)
+    if (known := disguised(content[:32], text=True)) is not None:
+        raise InputError(f"{donor.store.at.path(name)}: {known[0]}", fix=known[1])
     if name.endswith(".json") and not allow_code:
         _refuse_code(donor.store.at.path(name), content)
     return content
@@ -168,7 +171,7 @@ def _refuse_code(path: str, content: bytes) -> None:
     if found:
         raise InputError(
             f"{path}: has `auto_map`, which runs code on loading: {some(found)}",
-            fix="if you trust that code, allow it with --allow-code; *.py files are then carried too",
+            fix="if you trust that code: `skillmerge apply RECIPE --allow-code`; *.py files are then carried too",
         )
 
 

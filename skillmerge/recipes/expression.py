@@ -21,12 +21,16 @@ from fractions import Fraction
 
 from skillmerge.errors import did_you_mean
 from skillmerge.methods.terms import Leaf, Scaled, Sum, Term, weights
+from skillmerge.recipes.foreign.spellings import call_meant, sign_meant
 
 MAX_LENGTH = 10_000
 MAX_DEPTH = 50
 MAX_OPERATIONS = 150
 """Bounds the depth of the tree too, so that every walk over it stays within Python's own limit."""
 _TOKEN = re.compile(r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[^\W\d]\w*)|(?P<op>[-+*/(),]))")
+_DECIMAL_COMMA = re.compile(r"\b\d+,\d+\b")
+_CALL = re.compile(r"[^\W\d]\w*\s*\(")
+_UNGROUPED = re.compile(r"(?P<factor>[\w.]+)\s*\*\s*(?P<first>[^\W\d]\w*)\s*[-−]\s*(?P<second>[^\W\d]\w*)")
 
 
 class ExpressionError(ValueError):
@@ -73,10 +77,21 @@ def parse(text: str, models: list[str], coefficients: list[str]) -> Node:
     """The tree of `text`. Raises ExpressionError for whatever the grammar or the names do not allow."""
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"is longer than {MAX_LENGTH} characters", 0)
+    if (comma := _DECIMAL_COMMA.search(text)) is not None and not _CALL.search(text):
+        fix = f"write {comma[0].replace(',', '.')}"
+        raise ExpressionError("has a decimal comma", comma.start(), len(comma[0]), fix)
     node = _Parser(text, models, coefficients).whole()
     if not _has_model(node):
         raise ExpressionError("has no model in it", 0, len(text))
     return node
+
+
+def grouped(text: str, models: Collection[str]) -> str | None:
+    """Return the difference that a factor was probably meant for: `lam * rl - sft` -> lam * (rl - sft)."""
+    match = _UNGROUPED.search(text)
+    if match is None or not {match["first"], match["second"]} <= {*models} or match["factor"] in models:
+        return None
+    return f"did you mean `{match['factor']} * ({match['first']} - {match['second']})`?"
 
 
 class _Parser:
@@ -96,8 +111,7 @@ class _Parser:
             match = _TOKEN.match(self.text, position)
             if match is None or match.lastgroup is None:
                 at = position + len(self.text[position:]) - len(self.text[position:].lstrip())
-                near = {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/"}.get(self.text[at])
-                fix = f"write {near}" if near else None
+                fix = sign_meant(self.text[at])
                 raise ExpressionError(f"has an unexpected character {self.text[at]!r}", at, fix=fix)
             tokens.append((match.lastgroup, match.group(match.lastgroup), match.start(match.lastgroup)))
             position = match.end()
@@ -112,7 +126,8 @@ class _Parser:
         node = self.sum()
         kind, text, position = self.tokens[self.index]
         if kind != "end":
-            raise ExpressionError(f"has `{text}` where an operator or the end is expected", position, len(text))
+            fix = "remove it, or open it with `(`" if text == ")" else None
+            raise ExpressionError(f"has `{text}` where an operator or the end is expected", position, len(text), fix)
         return node
 
     def sum(self) -> Node:
@@ -156,7 +171,8 @@ class _Parser:
             _, closing, at = self.take()
             if closing != ")":
                 self.index -= 1
-                raise ExpressionError("has a `(` that is never closed", position if closing == "" else at)
+                where = position if closing == "" else at
+                raise ExpressionError("has a `(` that is never closed", where, fix="close it with `)`")
             node = replace(node, grouped=True) if isinstance(node, Operation) else node
         elif text == "-":
             node = self._operation("*", Number(-1.0, position), self.factor(), position)
@@ -169,8 +185,11 @@ class _Parser:
         elif kind == "name":
             node = self._name(text, position)
         else:
+            if text == "*" and self.tokens[self.index - 2][1] == "*":
+                raise ExpressionError("has `**`", position - 1, 2, fix="there are no powers: write lam * lam")
             what = f"`{text}`" if text else "nothing"
-            raise ExpressionError(f"has {what} where a model, a number or `(` is expected", position)
+            fix = f"write one, or leave `{text or self.tokens[self.index - 2][1]}` out"
+            raise ExpressionError(f"has {what} where a model, a number or `(` is expected", position, fix=fix)
         self.depth -= 1
         return node
 
@@ -181,11 +200,11 @@ class _Parser:
                 f"calls `{text}`, which is no method of this version",
                 position,
                 len(text),
-                fix="use + - * / with models and coefficients",
+                fix=call_meant(text),
             )
         if name not in self.models and name not in self.coefficients:
             near = did_you_mean(name, self.models + self.coefficients)
-            known = "known names: " + ", ".join(self.models + self.coefficients)
+            known = f"add `coefficients: {{{text}: 1}}`, or use: {', '.join(self.models + self.coefficients)}"
             raise ExpressionError(
                 f"names `{text}`, which is neither a model nor a coefficient",
                 position,

@@ -15,81 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.brief import brief
-from skillmerge.checkpoints.place import ModelPlace
+from skillmerge.checkpoints.missing import meant
+from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.errors import Place, RecipeError, SkillmergeError, UsageError, did_you_mean
 from skillmerge.methods.terms import degree, weights
 from skillmerge.recipes import lock as lockfile
-from skillmerge.recipes.expression import ExpressionError, names_in, normalise_name
+from skillmerge.recipes.expression import ExpressionError, grouped, names_in, normalise_name
+from skillmerge.recipes.lint_rules import RULES, LintRule
 from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe, unused_names
 from skillmerge.recipes.schedules import LayerRange, Rule
 from skillmerge.recipes.yamltext import Path as DataPath
+from skillmerge.remarks import Remark, warning
 
 _MANY = 256
 """Combinations of coefficients that are tried, at most."""
+_FEW_BYTES = 1_000_000
 _LARGE = 10.0
 """Sweeps in the literature end at 2; a factor beyond this is a slip of the decimal point."""
-
-
-@dataclass(frozen=True, slots=True)
-class LintRule:
-    """Something that lint looks for. title: in a few words; help: why, and what to do."""
-
-    id: str
-    level: str
-    title: str
-    help: str
-
-
-RULES = {
-    rule.id: rule
-    for rule in (
-        LintRule(
-            "invalid-recipe", "error", "This is not a recipe that can be read",
-            "The file cannot be read, is not YAML, or has something that the format of recipes does not allow. `plan` "
-            "and `apply` refuse it. The reference lists every key; `skillmerge schema` prints the format for editors.",
-        ),
-        LintRule(
-            "not-one-model", "error", "The expression is not one model",
-            "Whatever the coefficients are, the factors of the models do not add up to 1 (to 0 for a skill), or the "
-            "expression divides by zero. Write `target + lam * (rl - sft)`, or `(a + b) / 2` for an average.",
-        ),
-        LintRule(
-            "unpinned-revision", "warning", "A model on the Hub can change under this name",
-            "A branch or tag may mean other weights tomorrow. Write the commit (`hf://org/name@<commit>`), or keep a "
-            "lock beside the recipe: `skillmerge plan RECIPE --lock`.",
-        ),
-        LintRule(
-            "stale-lock", "warning", "The lock file does not fit the recipe",
-            "The lock beside the recipe cannot be read, or names another place or commit than the recipe does, and "
-            "`plan` and `apply` refuse that. Write it again: `skillmerge plan RECIPE --lock`.",
-        ),
-        LintRule(
-            "unused-name", "warning", "A model or coefficient does nothing",
-            "It is defined, and neither the expression nor `copy`, `like` or a patch uses it. Remove it, or use it.",
-        ),
-        LintRule(
-            "same-model", "warning", "Two names mean the same model",
-            "Two models that are used have the same place, so that their difference is zero. One of them is probably "
-            "meant to be another.",
-        ),
-        LintRule(
-            "hidden-rule", "warning", "A later rule hides this one",
-            "The last rule that matches a tensor wins, and a later rule of the schedule matches everything that this "
-            "one does. Put general rules first, or remove this one.",
-        ),
-        LintRule(
-            "large-factor", "warning", "A model is multiplied by more than 10",
-            "With these coefficients a model's weights count more than tenfold. Published merges stay below 2: look "
-            "for a lost decimal point.",
-        ),
-        LintRule(
-            "no-output", "warning", "The recipe does not say where its output goes",
-            "Without `output.path` or `output.push`, `apply` needs --output or --push. Allow this rule where the "
-            "command line always says it.",
-        ),
-    )
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +73,7 @@ class Lint:
 
     @property
     def ok(self) -> bool:
-        return not (self.count("error") or (self.strict and self.findings))
+        return not (self.count("error") or (self.strict and self.count("warning")))
 
     def count(self, level: str) -> int:
         return sum(finding.rule.level == level for finding in self.findings)
@@ -156,7 +99,7 @@ def lint(
     Raises UsageError for a rule that is none, or that is an error and cannot be allowed.
     """
     allowed = set(allow)
-    warnings = [rule.id for rule in RULES.values() if rule.level == "warning"]
+    warnings = [rule.id for rule in RULES.values() if rule.level != "error"]
     for name in sorted(allowed - set(warnings)):
         what = "is an error, which nothing allows" if name in RULES else "is no rule of lint"
         raise UsageError(f"`{name}` {what}", fix=did_you_mean(name, warnings) or f"rules: {', '.join(warnings)}")
@@ -164,6 +107,16 @@ def lint(
     files = tuple(os.fspath(path) for path in paths)
     found = [finding for file in files for finding in _lint(file) if finding.rule.id not in allowed]
     return Lint(files, tuple(found), strict)
+
+
+def remarks(recipe: Recipe) -> list[Remark]:
+    """The warnings that `plan` and `apply` give of a recipe's text, those of lint."""
+    found = _sorted(finding for check in _MEANING for finding in check(recipe))
+    return [warning(f"{_line(it)}{it.message}", it.fix, of_recipe=True) for it in found]
+
+
+def _line(finding: Finding) -> str:
+    return f"line {finding.place.line + 1} of the recipe: " if finding.place is not None else ""
 
 
 def _lint(file: str) -> list[Finding]:
@@ -200,8 +153,7 @@ def _written(recipe: Recipe, section: str, name: str) -> DataPath:
 
 
 def _models(recipe: Recipe) -> Iterator[Finding]:
-    """Places that are none, that can change, and that are the same."""
-    seen: dict[ModelPlace, str] = {}
+    """Places that are none, that are not there, and that can change."""
     used = recipe.used_models()
     lock, lock_error = _lock(recipe)
     remote = False
@@ -214,14 +166,35 @@ def _models(recipe: Recipe) -> Iterator[Finding]:
             continue
         if name not in used:
             continue
+        if isinstance(place, Local):
+            yield from _missing(recipe, name, place)
         if place.versioned:
             remote = True
             yield from _revision(recipe, name, place, path, lock)
-        other = seen.setdefault(place, name)
-        if other != name and name not in recipe.patches and other not in recipe.patches:
-            yield _at(recipe, "same-model", path, f"`{other}` and `{name}` are the same model")
     if remote and lock_error is not None:
         yield Finding(recipe.document.name, RULES["stale-lock"], lock_error.message, lock_error.fix)
+
+
+def _same(recipe: Recipe) -> Iterator[Finding]:
+    """Names for one place."""
+    seen: dict[ModelPlace, str] = {}
+    for name in recipe.used_models():
+        try:
+            place = recipe.model_place(name)
+        except RecipeError:
+            continue  # which is told of by itself
+        other = seen.setdefault(place, name)
+        if other != name and name not in recipe.patches and other not in recipe.patches:
+            path = _written(recipe, "models", name)
+            yield _at(recipe, "same-model", path, f"`{other}` and `{name}` are the same model")
+
+
+def _missing(recipe: Recipe, name: str, place: Local) -> Iterator[Finding]:
+    """A folder that is not there, where something near it is: alone that may be so on the machine that lints."""
+    fix = meant(place.path, recipe.models[name]) if not os.path.lexists(place.path) else None
+    if fix is not None:
+        message = f"model `{name}`: folder `{recipe.models[name]}` does not exist"
+        yield _at(recipe, "missing-model", recipe.place_path(name), message, fix)
 
 
 def _lock(recipe: Recipe) -> tuple[Mapping[str, lockfile.LockedModel] | None, SkillmergeError | None]:
@@ -260,7 +233,7 @@ def _unused(recipe: Recipe) -> Iterator[Finding]:
 
 def _output(recipe: Recipe) -> Iterator[Finding]:
     if recipe.output.path is None and recipe.output.push is None:
-        fix = "add `output: {path: ./merged}`, or give --output to apply"
+        fix = f"add `output: {{path: ./merged}}`, or run `skillmerge apply {recipe.document.name} --output DIR`"
         yield _at(recipe, "no-output", ("output",), "there is no `output.path`", fix)
 
 
@@ -340,6 +313,34 @@ def _large_factors(recipe: Recipe) -> Iterator[Finding]:
                 yield _at(recipe, "large-factor", path, message, "published merges stay below 2")
 
 
+def _accidental(recipe: Recipe) -> Iterator[Finding]:
+    """Coefficients that are 1 everywhere, and that have to be for the expression to be one model."""
+    names = _used_coefficients(recipe)
+    defaults = {name: recipe.coefficients[name].default for name in names}
+    wanted = 0 if recipe.makes_skill else 1
+    try:
+        term = recipe.term(defaults)
+        if degree(term) != wanted or min(weights(term).values(), default=0.0) >= 0:
+            return
+        for name in names:
+            ones = {value for value, _ in _values(recipe, name)} == {1.0}
+            if ones and degree(recipe.term({**defaults, name: 0.75})) != wanted:
+                fix = grouped(str(recipe.document.data["merge"]), recipe.models) or "put the difference in parentheses"
+                what = "a difference" if recipe.makes_skill else "one model"
+                message = f"the expression is {what} only where `{name}` is 1"
+                yield _at(recipe, "accidental-model", ("merge",), message, fix)
+    except ExpressionError:
+        return
+
+
+def _sizes(recipe: Recipe) -> Iterator[Finding]:
+    """A size that is a plain number, and a small one."""
+    written = recipe.document.data.get("output", {}).get("shard_size")
+    if str(written).isdecimal() and int(written) < _FEW_BYTES:
+        message = f"`shard_size: {written}` is {written} bytes"
+        yield _at(recipe, "odd-size", ("output", "shard_size"), message, f"did you mean `{written}GB`?")
+
+
 def _used_coefficients(recipe: Recipe) -> list[str]:
     used = {name.name for name in names_in(recipe.expression) if not name.is_model}
     return [name for name in recipe.coefficients if name in used]
@@ -367,9 +368,13 @@ def _not_one(recipe: Recipe, found: float, wanted: int) -> Finding:
     message, fix = f"the expression gives {found:g} models' worth of weights", "the factors must add up to 1"
     if wanted == 0:
         message, fix = f"{message}, and a skill is a difference", "write rl - sft"
+    elif (meant_so := grouped(str(recipe.document.data["merge"]), recipe.models)) is not None:
+        fix = meant_so
     elif found == 0:
         message, fix = "the expression gives a difference, not a model", "add it to a model: target + lam * (rl - sft)"
     return _at(recipe, "not-one-model", ("merge",), message, fix)
 
 
-_CHECKS = (_models, _unused, _hidden_rules, _degrees, _large_factors, _output)
+_MEANING = (_unused, _hidden_rules, _large_factors, _accidental, _sizes)
+"""What is wrong with a recipe's meaning, whatever else is there: warnings of `plan` and `apply` too."""
+_CHECKS = (_models, _same, *_MEANING, _degrees, _output)

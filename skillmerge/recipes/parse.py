@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path as FilePath
 from typing import Any
 
+from skillmerge.checkpoints.missing import near_path
 from skillmerge.errors import InputError, Mistakes, RecipeError, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.expression import ExpressionError, Node, normalise_name, parse
@@ -34,6 +36,7 @@ from skillmerge.recipes.yamltext import Document, Path
 from skillmerge.remarks import ACCEPTABLE
 from skillmerge.tensors import parse_size
 
+RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 SAVED_PLAN = '{\n "ok":'
 """How a plan that was saved begins, and no recipe."""
 
@@ -65,28 +68,35 @@ def _text_of(path: FilePath) -> str:
     """What a person wrote, within bounds."""
     try:
         if path.is_dir():
-            raise UsageError(
-                f"{path} is a folder, not a recipe", fix="name a recipe file: skillmerge apply recipe.yaml"
-            )
+            inside = [file.name for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")]
+            fix = f"did you mean `{path / inside[0]}`?" if inside else "name a recipe file, such as `recipe.yaml`"
+            raise UsageError(f"{path} is a folder, not a recipe", fix=fix)
         if path.exists() and not path.is_file():
             raise UsageError(f"{path} is not a file", fix="save the recipe as a file and name that")
         if path.stat().st_size > yamltext.MAX_BYTES:
             raise RecipeError(f"{path}: is larger than {yamltext.MAX_BYTES // 1024} KiB, which no recipe needs")
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist", fix="`skillmerge init` writes a recipe to start from") from error
+        near = near_path(path, str(path), lambda other: other.suffix in RECIPE_SUFFIXES and other.is_file())
+        fix = near or "`skillmerge init` writes a recipe to start from"
+        raise UsageError(f"{path} does not exist", fix=fix) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str, float] | None = None) -> Recipe:
+def parse_recipe(
+    text: str, name: str, folder: FilePath, overrides: Mapping[str, float] | None = None, *, by_hand: bool = True
+) -> Recipe:
     """The recipe in `text`; `name` is its file in messages, `folder` what relative paths start from.
+
+    by_hand: whether a person wrote the text, so that messages show its lines.
 
     Raises RecipeError for the first mistake, which knows those of the other parts.
     """
     document = yamltext.read(text, name)
+    document.by_hand = by_hand
     table = read_table(document, RecipeTable)
     models, coefficients = _names(document, table)
     mistakes = Mistakes()
@@ -127,7 +137,8 @@ def parse_recipe(text: str, name: str, folder: FilePath, overrides: Mapping[str,
 def recipe_of(models: Mapping[str, Any], merge: str, output: Mapping[str, Any], name: str, **keys: Any) -> Recipe:
     """A recipe of a verb that takes its models from the command line; `name` is what it is called in messages."""
     document = {"skillmerge": 1, "models": dict(models), "merge": merge, "output": dict(output), **keys}
-    return parse_recipe(json.dumps(document, indent=1, ensure_ascii=False) + "\n", name, FilePath.cwd())
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    return parse_recipe(text, name, FilePath.cwd(), by_hand=False)
 
 
 def _check_accept(document: Document, names: Sequence[str]) -> None:
@@ -167,9 +178,18 @@ def _check_kind(document: Document, table: RecipeTable) -> None:
             "only a skill can be compressed", document.place(("output", "compression")), "models are read as they are"
         )
     if table.output.kind == "model" and table.output.keep is not None:
-        raise document.error("only a skill can be pruned", document.place(("output", "keep")), "extract it with --keep")
+        raise document.error(
+            "only a skill can be pruned",
+            document.place(("output", "keep")),
+            "`skillmerge extract … --keep SHARE` prunes one",
+        )
     if table.output.kind == "skill":
-        for path, given in ((("copy",), table.copy_), (("output", "rounding"), table.output.rounding != "nearest")):
+        of_models = {
+            ("copy",): bool(table.copy_),
+            ("output", "rounding"): table.output.rounding != "nearest",
+            ("output", "keep_dtype"): bool(table.output.keep_dtype),
+        }
+        for path, given in of_models.items():
             if given:
                 raise document.error(f"a skill has no `{path[-1]}`", document.place(path), "leave it out")
 
@@ -183,7 +203,9 @@ def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list
         path, name = (section, written), normalise_name(written)
         if not name.isidentifier():
             message = f"`{written}` cannot be used as a name"
-            raise document.error(message, document.keys[path], "use letters, digits, _")
+            fitting = re.sub(r"\W", "_", name)
+            fix = f"write `{fitting}`" if fitting.isidentifier() else "use letters, digits, _, and begin with a letter"
+            raise document.error(message, document.keys[path], fix)
         if name in models or name in coefficients:
             raise document.error(f"`{written}` already names something else", document.keys[path])
         if section == "models":
@@ -314,6 +336,7 @@ def _output(document: Document, table: OutputTable, folder: FilePath, shard_size
         path=local_path(document, ("output", "path"), folder, table.path) if table.path else None,
         like=normalise_name(table.like) if table.like else None,
         dtype=table.dtype,
+        keep_dtype=tuple(table.keep_dtype),
         rounding=table.rounding,
         seed=table.seed,
         shard_size=shard_size,

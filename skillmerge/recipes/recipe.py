@@ -7,11 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
-from skillmerge.checkpoints.place import Local, ModelPlace
+from skillmerge.checkpoints.place import Local, ModelPlace, PlaceError
 from skillmerge.checkpoints.schemes import parse_place
 from skillmerge.errors import Place, RecipeError
 from skillmerge.methods.terms import Term, expand_skills
-from skillmerge.recipes.expression import ExpressionError, Node, bind, donor_of, is_donor_unclear, names_in
+from skillmerge.recipes.expression import (
+    ExpressionError,
+    Node,
+    bind,
+    donor_of,
+    is_donor_unclear,
+    names_in,
+    normalise_name,
+)
 from skillmerge.recipes.gate_table import Gate
 from skillmerge.recipes.schedules import Schedule, matcher
 from skillmerge.recipes.yamltext import Document, Path
@@ -46,6 +54,8 @@ class Output:
     path: FilePath | None
     like: str | None
     dtype: str
+    keep_dtype: tuple[str, ...]
+    """Globs over tensors that keep the donor's dtype whatever `dtype` says."""
     rounding: str
     seed: int
     shard_size: int | None
@@ -142,9 +152,16 @@ class Recipe:
         uri = self.models[name]
         try:
             place = parse_place(uri)
-        except ValueError as error:
-            raise self.error(("models", name), str(error)) from error
+        except PlaceError as error:
+            raise self.error(self.place_path(name), str(error), error.fix) from error
         return place or Local(local_path(self.document, ("models", name), self.folder, uri))
+
+    def place_path(self, name: str) -> Path:
+        """Where in the document the place of a model is written, whose name may be spelled in another form there."""
+        written = next((key for key in self.document.data["models"] if normalise_name(key) == name), name)
+        entry = self.document.data["models"].get(written)
+        keys = [key for key in ("path", "skill", "patch") if isinstance(entry, dict) and entry.get(key) is not None]
+        return ("models", written, *keys[:1])
 
 
 def unused_names(recipe: Recipe) -> list[str]:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, ValidationError
 
 from skillmerge.errors import RecipeError, did_you_mean
+from skillmerge.recipes.foreign.documents import recognised
+from skillmerge.recipes.foreign.spellings import key_meant, number_meant, numbers_meant, word_meant
 from skillmerge.recipes.yamltext import Document, Path
 from skillmerge.remarks import ACCEPTABLE
 
@@ -112,6 +114,9 @@ class OutputTable(_Table):
     dtype: Annotated[Literal["same", "bfloat16", "float16", "float32"], Field(description="of the weights written")] = (
         "same"
     )
+    keep_dtype: Annotated[
+        list[Glob], Field(description="globs over tensors that keep the donor's dtype all the same")
+    ] = []
     rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: Annotated[int, Field(ge=0, lt=1 << 63, description="of stochastic rounding")] = 0
     shard_size: Annotated[str | int, Field(description="same (the donor's layout), or a size such as 5GB")] = "same"
@@ -205,6 +210,8 @@ def read_table(document: Document, table: type[_Whole]) -> _Whole:
     if not isinstance(document.data, dict):
         what = "a recipe" if table is RecipeTable else "a file of gates"
         raise document.error(f"is not {what}: it must be a table of keys", document.place(()))
+    if table is RecipeTable and (foreign := recognised(document.data)) is not None:
+        raise document.error(f"is {foreign[0]}", document.keys.get((foreign[1],)), foreign[2])
     try:
         return table.model_validate(document.data)
     except ValidationError as error:
@@ -279,7 +286,8 @@ def _shape_message(path: Path, detail: Any) -> tuple[str, str | None]:
     where = f"`{path[-1]}`" if path and isinstance(path[-1], str) else "this"
     if kind == "extra_forbidden":
         known = _known_keys(path[:-1])
-        return f"unknown key `{last}`", did_you_mean(str(last), known) or f"known keys here: {', '.join(known)}"
+        near = did_you_mean(str(last), known) or key_meant(str(last), known)
+        return f"unknown key `{last}`", near or f"known keys here: {', '.join(known)}"
     if kind == "missing":
         here = f" in {where}" if path else ""
         fix = "start the recipe with `skillmerge: 1`" if last == "skillmerge" else None
@@ -292,7 +300,9 @@ def _shape_message(path: Path, detail: Any) -> tuple[str, str | None]:
             )
         expected = detail["ctx"]["expected"].replace("'", "`")
         options = re.findall(r"`([^`]+)`", expected)
-        return f"{where} must be {expected}, not {value!r}", did_you_mean(str(value), options)
+        key = next((part for part in reversed(path) if isinstance(part, str)), "")
+        fix = word_meant(key, str(value), options) or did_you_mean(str(value), options)
+        return f"{where} must be {expected}, not {value!r}", fix
     if kind == "finite_number":
         return f"{where} must be a finite number, not {value}", None
     if kind in ("too_short", "too_long") and last == "ramp":
@@ -302,14 +312,32 @@ def _shape_message(path: Path, detail: Any) -> tuple[str, str | None]:
         )
     if kind in _EXPECTED:
         fix = None
-        if kind == "float_type" and isinstance(value, str):
-            fix = (
-                f"remove the quotes: {value}"
-                if _is_number(value) and "_" not in value
-                else "coefficients are numbers or schedules"
-            )
+        if kind == "float_type":
+            fix = _number_advice(path, value)
         return f"{where} must be {_EXPECTED[kind]}, not {_describe(value)}", fix
-    return f"{where}: {detail['msg'].lower()}", None
+    if kind in ("string_too_short", "too_short"):
+        return f"{where} is empty", "write target + lam * (rl - sft)" if path == ("merge",) else None
+    if detail["msg"].startswith("Input should be "):
+        return f"{where} must be {detail['msg'].removeprefix('Input should be ')}, not {value!r}", None
+    return (
+        f"{where} must be org/name, not {value!r}"
+        if kind == "string_pattern_mismatch"
+        else f"{where}: {detail['msg'].lower()}"
+    ), None
+
+
+def _number_advice(path: Path, value: Any) -> str | None:
+    """What to write where a number is wanted."""
+    name = str(path[-1]) if path else ""
+    if isinstance(value, list) and path[:1] == ("coefficients",) and len(path) == 2:
+        return numbers_meant(name, value)
+    if isinstance(value, str):
+        if _is_number(value) and "_" not in value:
+            return f"remove the quotes: {value}"
+        return number_meant(value) or "coefficients are numbers or schedules"
+    if value is None and name.isdecimal():
+        return "write decimals with a point, such as 0.5"
+    return "write a number, such as 1" if path[:1] == ("coefficients",) and not isinstance(value, dict) else None
 
 
 _GATES: dict[int | str, type[BaseModel]] = {

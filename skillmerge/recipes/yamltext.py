@@ -52,6 +52,8 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITY = re.compile(r"[-+]?\.(inf|Inf|INF)")
 _NAN = re.compile(r"\.(nan|NaN|NAN)")
 _LONGEST_MESSAGE = 600
+_MOST_ADVICE = 50
+"""Lines of advice: room for a recipe."""
 
 Path = tuple[str | int, ...]
 
@@ -65,13 +67,18 @@ class Document:
     data: Any = None
     keys: dict[Path, Place] = field(default_factory=dict)
     values: dict[Path, Place] = field(default_factory=dict)
+    by_hand: bool = True
+    """Whether a person wrote the text, so that lines of it mean something to them."""
 
     def error(self, message: str, place: Place | None, fix: str | None = None) -> RecipeError:
         """An error that shows the file, the position, the line itself and a marker under it."""
         # A name may hold line ends, and what begins a line means something to those who read logs.
-        message, fix = _shortened(message).replace("\n", "\\n"), fix and _shortened(fix)
-        if place is None:
-            return RecipeError(f"{self.name}: {message}", fix=fix, what=message)
+        message, fix = (
+            _shortened(message).replace("\n", "\\n"),
+            fix and "\n".join(_shortened(line) for line in fix.split("\n")[:_MOST_ADVICE]),
+        )
+        if place is None or not self.by_hand:
+            return RecipeError(f"{self.name}: {message}" if self.by_hand else message, fix=fix, what=message)
         excerpt = self.excerpt(place)
         text = f"{self.name}:{place.line + 1}:{place.column + 1}: {message}\n{excerpt}"
         return RecipeError(text, fix=fix, what=message, place=place, excerpt=excerpt)

@@ -21,7 +21,7 @@ from skillmerge.engine.rounding_statistics import Statistics
 from skillmerge.errors import CheckFailed, ResourceError, SkillmergeError, UsageError
 from skillmerge.naming import module_kind
 from skillmerge.outputs.manifest import ManifestBody
-from skillmerge.outputs.output import Outcome, Output
+from skillmerge.outputs.output import MOVED, Outcome, Output
 from skillmerge.outputs.verify import check_structure, check_values, is_intact
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
@@ -202,7 +202,7 @@ def _figures(gate: Gate, body: ManifestBody) -> Iterator[Outcome]:
     if statistics.mode == "off" or not isinstance(statistics, Statistics):
         raise UsageError(
             f"the gate `{gate.kind}` needs statistics of a merge, and this output has none",
-            fix="merge it with --stats sampled or full",
+            fix="merge it again: `skillmerge apply RECIPE --stats sampled`",
         )
     modules = statistics.modules
     everywhere = [kind for kind, group in modules.items() if group.merged] if gate.kind == "norm_ratio" else []
@@ -336,7 +336,7 @@ def gate(
             f"the recipe in the manifest of {root} has gates that run commands, and whoever made it wrote them",
             fix="read them, and name a file that you trust: skillmerge gate DIR --gates FILE",
         )
-    access = Access(follow_links, commits=commits, allow_code=True)
+    access = Access(follow_links, commits=commits, allow_code=True, moved=MOVED)
 
     @contextmanager
     def opened() -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:

@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.schemes import is_path
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError, some
 from skillmerge.methods.terms import Leaf, Sum, expand_skills, model_of, weights
 from skillmerge.naming import MODULE_KINDS, layer_label, layer_of, module_kind, summarised
+from skillmerge.plans.dtypes.quantised import refuse_quantised
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
-from skillmerge.plans.planner import refuse_quantised
+from skillmerge.recipes.parse import RECIPE_SUFFIXES
 from skillmerge.reporter import Reporter
 from skillmerge.study.forecast import Forecaster, plain
 from skillmerge.study.subjects import BASE, Subject, open_named, refuse_model, subject_of_recipe
@@ -111,7 +113,8 @@ def inspect(
     check_words(threads=threads, stats=stats, spectral=spectral, hub=hub)
     reporter = reporter or Reporter()
     access = Access(follow_links, locked, download=hub == "download")
-    if other is None and Path(source).is_file():
+    alone = other is None and not Path(source).is_dir() and is_path(os.fspath(source))
+    if alone and (Path(source).is_file() or Path(source).suffix in RECIPE_SUFFIXES):
         with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
             for remark in plan.warnings:
                 reporter.warn(remark.message, remark.fix)

@@ -10,7 +10,7 @@ from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.kinds.patch import PATCH_FILE
-from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
+from skillmerge.checkpoints.kinds.skill import SKILL_FILE, summary, tensor_digest
 from skillmerge.checkpoints.renamed import wrappers_of
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.engine.runner import Work, check_words
@@ -79,6 +79,8 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
 
     Raises CheckFailed where it is none of them, naming the tensor that shows it; UsageError, InputError.
     """
+    if not (Path(skill) / SKILL_FILE).is_file():
+        raise UsageError(f"{skill} is not a skill, and `--parent` is for skills", fix="leave `--parent` out")
     document = summary(Folder(Path(skill)))
     tensors = {name: row["digests"] for name, row in document["tensors"].items() if row.get("digests")}
     candidates = sorted({model for digests in tensors.values() for model in digests})

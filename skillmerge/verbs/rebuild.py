@@ -26,7 +26,7 @@ from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import CheckFailed, StalePlan, UsageError, some
 from skillmerge.outputs import manifest
 from skillmerge.outputs.manifest import Manifest
-from skillmerge.outputs.output import Output, check_folder
+from skillmerge.outputs.output import MOVED, Output, check_folder
 from skillmerge.outputs.verify import check_structure, input_digests
 from skillmerge.plans import changes as changes_module
 from skillmerge.plans import saved
@@ -96,7 +96,10 @@ def rebuild(
     models that are not those of then, and whatever `apply` raises.
     """
     if check == (output is not None):
-        raise UsageError("say what to do", fix="give --check (compare, write nothing) or --output NEW (build it again)")
+        raise UsageError(
+            "nothing says what to do",
+            fix="pass `--check` to compare and write nothing, or `--output NEW` to build it again",
+        )
     check_words(sample=sample, seed=seed, device=device, threads=threads, memory_limit=memory_limit, hub=hub)
     base = Path(base_folder) if base_folder is not None else None
     how = How(base, Work(device, threads, memory_limit), follow_links, hub, reporter or Reporter())
@@ -177,7 +180,9 @@ def _planned_again(made: Output, how: How) -> Iterator[tuple[Plan, Mapping[str, 
     skillmerge have changed."""
     root, proof = made.folder, made.manifest
     recipe, commits = made.recipe(how.base)
-    access = Access(how.follow_links, download=how.hub == "download", commits=commits, allow_code=_runs_code(made))
+    access = Access(
+        how.follow_links, download=how.hub == "download", commits=commits, allow_code=_runs_code(made), moved=MOVED
+    )
     with planned(recipe, None, access, how.reporter.note, lenient=True) as (plan, checkpoints):
         for remark in plan.warnings:
             how.reporter.warn(remark.message, remark.fix)
@@ -191,7 +196,7 @@ def _planned_again(made: Output, how: How) -> Iterator[tuple[Plan, Mapping[str, 
             ]
             raise StalePlan(
                 f"{root} cannot be built again from what is there now: {'; '.join(changes[:8])}",
-                fix="--base-folder says where the models are now, if they have moved",
+                fix=f"if the models have moved, {MOVED}",
             )
         if proof.inputs_hashed:
             now = input_digests(checkpoints)
@@ -222,7 +227,7 @@ def _blamed_on_inputs(proof: Manifest) -> Iterator[None]:
     except CheckFailed as error:
         if proof.inputs_hashed:
             raise
-        fix = "or the weights of a model have changed since: they were not hashed (apply --hash-inputs)"
+        fix = "or a model's weights have changed since: they were not hashed (`skillmerge apply RECIPE --hash-inputs`)"
         raise CheckFailed(error.message, fix=fix) from error
 
 

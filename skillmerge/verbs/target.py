@@ -26,7 +26,7 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
     except (RuntimeError, UnicodeEncodeError) as error:
         raise UsageError(f"the output {os.fspath(output or '')!r} cannot be used: {error}") from error
     if path is None:
-        raise UsageError("the recipe names no output", fix="add `output: {path: ./merged}` or use --output DIR")
+        raise UsageError("the recipe names no output", fix="add `output: {path: ./merged}`, or pass `--output DIR`")
     path = Path(os.path.abspath(path))
     try:
         path.resolve()
@@ -41,16 +41,20 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
     for folder in path.parents:
         if os.path.isfile(folder / MANIFEST_FILE):
             raise UsageError(
-                f"the output {path} lies inside a finished output, {folder}", fix="choose another --output"
+                f"the output {path} lies inside a finished output, {folder}", fix="choose another folder for the output"
             )
     here = Path.cwd()
     if path in (here, *here.parents):
-        raise UsageError(f"the output {path} would replace the folder you are in", fix="choose another --output")
+        raise UsageError(
+            f"the output {path} would replace the folder you are in", fix="choose another folder for the output"
+        )
     for what, place in precious.items():
         for ours in (path, Staging.folder_of(path)) if path.name else (path,):
             for inner, outer in ((place, ours), (place.resolve(), ours.resolve())):
                 if inner == outer or outer in inner.parents:
-                    raise UsageError(f"the output {ours} would replace {what} ({place})", fix="choose another --output")
+                    raise UsageError(
+                        f"the output {ours} would replace {what} ({place})", fix="choose another folder for the output"
+                    )
     return path
 
 
@@ -85,16 +89,18 @@ def is_done(plan: Plan, output: str | os.PathLike[str] | None = None, stats: str
 def refuse_existing(target: Path, overwrite: bool) -> None:
     """Raise UsageError where something is at the output's place that must not be replaced."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UsageError(f"{target} exists and is not a folder", fix="choose another place with --output")
+        raise UsageError(f"{target} exists and is not a folder", fix="choose another folder with `--output`")
     if target.is_mount():
         raise UsageError(
-            f"{target} is a mount point, which cannot be replaced", fix="choose a folder in it with --output"
+            f"{target} is a mount point, which cannot be replaced", fix="choose a folder in it with `--output`"
         )
     names = [path.name for path in target.iterdir()] if target.is_dir() else []
     if names and not overwrite:
-        raise UsageError(f"{target} exists already", fix="replace it with --overwrite, or choose another --output")
+        raise UsageError(
+            f"{target} exists already", fix="pass `--overwrite` to replace it, or choose another folder with `--output`"
+        )
     if names and not any(name == MANIFEST_FILE or name.endswith(".safetensors") for name in names):
         raise UsageError(
             f"{target} holds no model, and --overwrite replaces only models: it has {some(sorted(names), 4)}",
-            fix="choose another --output, or remove that folder yourself",
+            fix="choose another folder with `--output`, or remove that one yourself",
         )

@@ -186,7 +186,7 @@ HEADERS = cases(4, [
 FILES = cases(4, [
     ("shard: cut short", "is cut short", file_edited(f"target/{SECOND}", cut_short(1))),
     ("shard: grown", "bytes after its last tensor", file_edited(f"rl/{FIRST}", lambda content: content + b"\0")),
-    ("shard: a text of the fetcher", "claims a header",
+    ("shard: a text of the fetcher", "Git LFS pointer",
         file_is(f"sft/{FIRST}", "version https://git-lfs.github.com/spec/v1\n")),
     ("shard: missing", "is missing", removed(f"target/{SECOND}")),
     ("shard: a folder", "is not a regular file", made_folder(f"target/{FIRST}")),
@@ -209,7 +209,7 @@ FILES = cases(4, [
     ("folder: the model is one below", "did you mean one of its folders: deeper",
         all_of(moved("target", "deeper"), made_folder("target"), moved("deeper", "target/deeper"))),
     ("folder: missing", "does not exist", removed("sft")),
-    ("folder: a file", "is not a folder", all_of(removed("sft"), file_is("sft", "x"))),
+    ("folder: a file", "is a file, not a folder", all_of(removed("sft"), file_is("sft", "x"))),
     ("side file: bytes in its name", "is not text", file_is(f"target/{NOT_TEXT}.json", "{}")),
 ])  # fmt: skip
 
@@ -268,13 +268,13 @@ CONFIGS = cases(4, [
 ])  # fmt: skip
 
 QUANTISED = cases(4, [
-    ("quantised: FP8", "holds F8_E4M3", with_tensor(HEAD, torch.zeros(32, 16).to(torch.float8_e4m3fn))),
+    ("quantised: FP8", "holds F8_E4M3", with_tensor(HEAD, torch.zeros(32, 16).to(torch.float8_e4m3fn), "target")),
     ("quantised: FP8 in one model", "model `rl`", with_tensor(HEAD, torch.zeros(32, 16).to(torch.float8_e5m2), "rl")),
     ("quantised: FP8 scales", "quantised layout",
         with_tensor("model.layers.0.mlp.up_proj.weight_scale_inv", torch.ones(1))),
     ("quantised: MXFP4 blocks", "MXFP4",
-        all_of(with_tensor("model.layers.0.mlp.experts.down_proj_blocks", torch.zeros(4, dtype=torch.uint8)),
-               with_tensor("model.layers.0.mlp.experts.down_proj_scales", torch.zeros(1, dtype=torch.uint8)))),
+        all_of(with_tensor("model.layers.0.mlp.experts.down_proj_blocks", torch.zeros(4, dtype=torch.uint8), "rl"),
+               with_tensor("model.layers.0.mlp.experts.down_proj_scales", torch.zeros(1, dtype=torch.uint8), "rl"))),
     ("quantised: four bits", "holds F4", tensor("F4", [2], [0, 1])),
     ("quantised: GPTQ", "quantised layout",
         with_tensor("model.layers.0.mlp.up_proj.qweight", torch.zeros(4, dtype=I32))),
@@ -424,7 +424,7 @@ PLACES = cases(2, [
     ("resources: a device that is not there", "--device cuda:99", lambda f: None, {"device": "cuda:99"}),
 ]) + cases(4, [
     ("place: a path of 5,000 characters", "File name too long", models(target="x" * 5_000)),
-    ("place: a device", "is not a folder", models(target="/dev/null")),
+    ("place: a device", "is a file, not a folder", models(target="/dev/null")),
 ]) + cases(5, [
     ("resources: more than the disk", "free", terabytes),
     ("resources: a memory limit of 1 MB", "too small", lambda f: None, {"memory_limit": 10**6}),

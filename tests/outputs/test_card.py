@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import write_recipe
+from conftest import run_cli, write_recipe
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from published import MERGED, put_on_the_hub
@@ -155,3 +155,15 @@ def test_card_by_hand_keeps_its_words(hub: HubServer, finished: Path, tmp_path: 
     assert found.text.endswith("\n# By hand\n\nExactly  so.\n")
     assert found.data.tags == ["mine", "merge", "skillmerge", "math"]
     assert (found.data.language, found.data.license) == ("en", "mit")
+
+
+def test_licence_that_is_not_settled_is_settled_in_the_words_of_the_command(family: Path) -> None:
+    assert run_cli("apply", family, "-q").returncode == 0
+    told = "the parents' licences do not settle that of the merge (target: none, rl: none, sft: none)"
+    process = run_cli("push", family.parent / "merged", "acme/merged")
+    assert (process.returncode, process.stderr) == (
+        2, f"error: {told}\nhelp: read them, then declare it: `--license apache-2.0`\n"
+    )  # fmt: skip
+    process = run_cli("apply", family, "-q", "--push", "acme/merged", "--set", "lam=0.5", "--overwrite")
+    declare = "declare it in the recipe:\noutput:\n  license: apache-2.0"
+    assert (process.returncode, process.stderr) == (2, f"error: {told}\nhelp: read them, then {declare}\n")

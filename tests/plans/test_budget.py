@@ -84,7 +84,7 @@ def test_resident_memory_stays_within_the_prediction(tmp_path: Path) -> None:
 )
 def test_memory_that_is_not_to_be_had_is_told(error: Exception) -> None:
     """Found by limiting memory: all of these were taken for bugs."""
-    with pytest.raises(ResourceError, match="memory or threads were not to be had") as caught, memory_errors():
+    with pytest.raises(ResourceError, match="not enough memory or threads") as caught, memory_errors():
         raise error
     assert caught.value.exit_status == 5
     assert "same command" in str(caught.value.fix)

@@ -377,7 +377,8 @@ def test_oddities_are_noted(tmp_path: Path) -> None:
     schedule = {"default": 1.0, "rules": [{"layers": 0, "value": 0.5}]}
     recipe = write_recipe(tmp_path, coefficients={"lam": schedule})
     (folder / "config.json").unlink(missing_ok=True)
-    notes = "\n".join(skillmerge.plan(recipe, coefficients={"lam": 0.3}).notes)
+    plan = skillmerge.plan(recipe, coefficients={"lam": 0.3})
+    notes = "\n".join(plan.notes)
     assert "no config.json" in notes
-    assert "are the same: their difference is zero" in notes
+    assert "models `rl` and `sft` are the same: their difference is zero" in [it.message for it in plan.warnings]
     assert "--set lam=0.3 stands in for the whole schedule" in notes

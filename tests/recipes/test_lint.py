@@ -15,7 +15,8 @@ from pydantic_sarif.model import StaticAnalysisResultsFormatSarifVersion210JsonS
 
 from skillmerge.cli.show.sarif import document
 from skillmerge.errors import UsageError
-from skillmerge.recipes.lint import RULES, lint
+from skillmerge.recipes.lint import lint
+from skillmerge.recipes.lint_rules import RULES
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -86,9 +87,9 @@ def test_a_misspelt_key_is_not_told_as_a_missing_one_too(tmp_path: Path) -> None
 
 
 def test_yaml_that_is_no_recipe_is_not_told_key_by_key(tmp_path: Path) -> None:
-    path = write(tmp_path, "on: push\njobs: {}\nsteps: []\n")
+    path = write(tmp_path, "when: push\ntasks: {}\nsteps: []\n")
     first, second = lint([path]).findings
-    assert first.message == "unknown key `on`"
+    assert first.message == "unknown key `when`"
     assert (second.message, second.fix) == ("missing key `skillmerge`", "start the recipe with `skillmerge: 1`")
 
 
@@ -225,7 +226,8 @@ def test_lint_prints_one_json_object(tmp_path: Path) -> None:
     assert (result["ok"], result["files"], result["errors"], result["warnings"]) == (False, 1, 1, 0)
     assert result["findings"][0] == {
         "file": str(path), "line": 3, "column": 11, "end_column": 18, "level": "error", "rule": "invalid-recipe",
-        "message": "`s3://` is not a place that skillmerge reads", "fix": None,
+        "message": "`s3://` is not a place that skillmerge reads",
+        "fix": "a model is a folder, or `hf://org/name` on the Hub: fetch it into a folder first",
     }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Checkpoint:
             )
         shards = sorted(set(index.values()))
     headers = read_headers(store, shards, _header_sizes(shards, index))
-    tensors = _collect(place, headers)
+    tensors = _collect(place, headers, index)
     if index is not None:
         _compare_index(place, index, tensors)
     if not tensors:
@@ -162,20 +162,34 @@ def _header_sizes(shards: Sequence[str], index: Mapping[str, str] | None) -> dic
     return sizes
 
 
-def _collect(place: str, headers: Mapping[str, Header]) -> dict[str, StoredTensor]:
+def _collect(
+    place: str, headers: Mapping[str, Header], index: Mapping[str, str] | None = None
+) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for header in headers.values():
         for spec in header.tensors:
             other = tensors.setdefault(spec.name, spec)
             if other is not spec:
-                raise InputError(f"{place}: tensor `{spec.name}` is in both {other.file} and {spec.file}")
+                named = (index or {}).get(spec.name)
+                left = next((it.file for it in (other, spec) if named is not None and it.file != named), None)
+                told = f"the index names {named}: {left} is probably left over from another save; " if left else ""
+                raise InputError(
+                    f"{place}: tensor `{spec.name}` is in both {other.file} and {spec.file}",
+                    fix=f"{told}save the model again into an empty folder (`save_pretrained`), or fetch it again",
+                )
     return tensors
 
 
 def _compare_index(place: str, index: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
     missing = sorted(name for name, file in index.items() if name not in tensors or tensors[name].file != file)
     if missing:
-        raise InputError(f"{place}: {INDEX_FILE} names tensors that their shards lack: {some(missing)}")
+        raise InputError(
+            f"{place}: {INDEX_FILE} names tensors that their shards lack: {some(missing)}",
+            fix="index and shards are of different saves: fetch them again, or save the model again",
+        )
     extra = sorted(tensors.keys() - index.keys())
     if extra:
-        raise InputError(f"{place}: shards hold tensors that {INDEX_FILE} does not name: {some(extra)}")
+        raise InputError(
+            f"{place}: shards hold tensors that {INDEX_FILE} does not name: {some(extra)}",
+            fix="index and shards are of different saves: fetch them again, or save the model again",
+        )

@@ -63,7 +63,8 @@ def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Difference:
     """
     files, place = store.list(), store.at.place
     if SKILL_FILE not in files:
-        fix = "name it as a model instead" if "config.json" in files else "`skillmerge extract` makes one"
+        made = "`skillmerge extract --from AFTER --minus BEFORE -o SKILL` makes one"
+        fix = f"it is a model, which recipes name by its path alone; {made}" if "config.json" in files else made
         raise InputError(f"{place} is not a skill: it has no {SKILL_FILE}", fix=fix)
     described = _describe(store)
     if missing := sorted(set(described.files) - set(files)):

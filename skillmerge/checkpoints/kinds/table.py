@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, Difference, Kind
+from skillmerge.checkpoints.foreign import PICKLES, SAVE, recognised
 from skillmerge.checkpoints.kinds import dense, patch, skill
 from skillmerge.checkpoints.store import Store
 from skillmerge.checkpoints.stores.folder import Folder
@@ -18,8 +19,6 @@ MARKED: tuple[Kind, ...] = (skill, patch)
 """Kinds that a file of their own marks. A mark goes before plain weights: parts of a skill are weight files too."""
 
 PLAIN: Kind = dense
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def open_as(word: str, uri: str, store: Store, onto: Checkpoint | None = None) -> Checkpoint | Difference:
@@ -70,16 +69,20 @@ def _no_weights(store: Store) -> InputError:
             f"{place} is a PEFT adapter, not a whole model",
             fix="merge the adapter into its base first (peft: merge_and_unload), then name that folder",
         )
+    # Beside shards without an index only another index tells what they are.
+    telling = [name for name in names if name.endswith(".index.json")] if weights else names
+    if (known := recognised(telling, place, store.at.root is not None)) is not None:
+        return InputError(f"{place} holds {known[0]}, not a model in safetensors", fix=known[1])
     if weights:
         return InputError(
             f"{place} has {len(weights)} *.safetensors files but no {INDEX_FILE}: {some(weights)}",
             fix="the checkpoint is incomplete: fetch its index too",
         )
-    pickles = [name for name in names if name.endswith(_PICKLES) and "/" not in name]
+    pickles = [name for name in names if name.endswith(PICKLES) and "/" not in name]
     if pickles:
         return InputError(
             f"{place} has no *.safetensors, only {some(pickles)}",
-            fix="pickles can run code and are never loaded: save the model with save_pretrained first",
+            fix=SAVE,
         )
     inner = sorted({name.split("/")[0] for name in names if name.endswith(".safetensors")})
     return InputError(

@@ -7,6 +7,7 @@ that the local Hub cache has are read from there.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,13 @@ from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snaps
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers
 
+from skillmerge.checkpoints.checkpoint import INDEX_FILE
 from skillmerge.checkpoints.place import Location
 from skillmerge.checkpoints.store import Stat, Store, Wait, Where, digest_of, nothing_to_wait_for
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.checkpoints.stores.http_ranges import Answer, Storage, from_hub
 from skillmerge.checkpoints.stores.hub_client import Passing, refused, retried
-from skillmerge.errors import InputError, StalePlan
+from skillmerge.errors import InputError, StalePlan, TemporaryError
 from skillmerge.threads import hash_file
 
 _CONNECTIONS = 16
@@ -261,9 +263,8 @@ class Repository:
                 raise Passing(f"{answer.headers['content-length']} bytes came in place of {size}")
             return
         if answer.status == 200:
-            raise InputError(
-                f"{self.at.path(name)}: the server does not serve ranges", fix="download it first: --hub download"
-            )
+            fix = f"fetch it first: `hf download {self.location.repository}`"
+            raise InputError(f"{self.at.path(name)}: the server does not serve ranges", fix=fix)
         if answer.status != 206:
             raise refused(answer.status, answer.headers, self.at.place)
         wanted = f"bytes {position}-{position + count - 1}/{size}"
@@ -286,7 +287,13 @@ def open_location(location: Location, *, download: bool = False) -> Store:
     Raises InputError, TemporaryError.
     """
     if not constants.HF_HUB_OFFLINE:
-        return Repository(location, download=download)
+        try:
+            return Repository(location, download=download)
+        except TemporaryError as error:
+            if not _cached(location):
+                raise
+            fix = f"{error.fix}; or read it from the local cache, which has this model: set HF_HUB_OFFLINE=1"
+            raise TemporaryError(error.message, fix=fix) from error
     try:
         snapshot = snapshot_download(location.repository, revision=location.revision or None, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError) as error:
@@ -296,6 +303,19 @@ def open_location(location: Location, *, download: bool = False) -> Store:
             + (f" --revision {location.revision}" if location.revision else ""),
         ) from error
     return Folder(Path(snapshot, location.subfolder), revision=Path(snapshot).name)
+
+
+def _cached(location: Location) -> bool:
+    """Whether the Hub's cache has a model, all of its weight files."""
+    try:
+        snapshot = snapshot_download(location.repository, revision=location.revision or None, local_files_only=True)
+        folder = Path(snapshot, location.subfolder)
+        index = folder / INDEX_FILE
+        if not index.is_file():
+            return any(folder.glob("*.safetensors"))
+        return all((folder / file).is_file() for file in set(json.loads(index.read_text())["weight_map"].values()))
+    except Exception:  # whatever is wrong with a cache that was only to be looked into
+        return False
 
 
 def download(location: Location) -> Path:

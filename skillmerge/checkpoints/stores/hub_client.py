@@ -2,8 +2,8 @@
 
 huggingface_hub finds the endpoint, the token and the cache (HF_ENDPOINT, HF_TOKEN, `hf auth login`, HF_HOME,
 HF_HUB_OFFLINE). What may pass later is tried again, as long as the server asks for; what goes wrong for good
-becomes an error with the next command to type. No text that comes from a request is ever shown: a token
-could be in it.
+becomes an error with the next command to type. What the Hub says is shown, its first line without tokens and
+signatures; no other text that comes from a request ever is: a token could be in it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import email.utils
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +48,7 @@ HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 TRIES = 6
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 300.0
+_LONGEST_SAYING = 300
 """Seconds. A server that asks for a longer wait than this gets it next time: exit status 75."""
 
 _PASSING = {408, 425, 429, 500, 502, 503, 504, 520, 522, 524}
@@ -250,6 +252,23 @@ def _repository(what: str) -> str:
 
 
 def _explained(what: str, error: HfHubHTTPError) -> Exception:
+    """Ours for an answer of the Hub, with what it says of it."""
+    ours = _meant(what, error)
+    headers = error.response.headers if error.response is not None else {}
+    said = _said(headers, getattr(error, "server_message", None))
+    if said and isinstance(ours, InputError) and said.lower() not in ours.message.lower():
+        return type(ours)(f"{ours.message} (the Hub says: {said})", fix=ours.fix)
+    return ours
+
+
+def _said(headers: Mapping[str, str], message: str | None = None) -> str:
+    """The first line of what a service says, without what could be a secret."""
+    text = (message or headers.get("x-error-message") or "").strip().partition("\n")[0]
+    text = re.sub(r"\bhf_\w{6,}|(?i:bearer|basic)\s+\S+", "<token>", _without_token(text))
+    return re.sub(r"(://[^\s?]*)\?\S*", r"\1", text)[:_LONGEST_SAYING].rstrip(" .")  # addresses are signed there
+
+
+def _meant(what: str, error: HfHubHTTPError) -> Exception:
     status = error.response.status_code if error.response is not None else 0
     known = get_token() is not None
     repository = _repository(what)
@@ -284,7 +303,8 @@ def refused(status: int, headers: Mapping[str, str], what: str) -> Exception:
     """An answer that is not what was asked for: Passing, or an InputError."""
     if status in _PASSING:
         word = "too many requests" if status == 429 else f"the server answers {status}"
-        return Passing(word, _asked_wait(headers))
+        said = _said(headers)
+        return Passing(f"{word} (the Hub says: {said})" if said else word, _asked_wait(headers))
     return InputError(f"{what}: the server answers {status}")
 
 

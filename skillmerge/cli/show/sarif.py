@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from skillmerge.recipes.lint import RULES, Finding, Lint, LintRule
+from skillmerge.recipes.lint import Finding, Lint
+from skillmerge.recipes.lint_rules import RULES, LintRule
 from skillmerge.version import __version__
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"

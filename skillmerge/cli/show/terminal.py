@@ -286,7 +286,7 @@ def show_lint(lint: Lint, out: Console) -> None:
         style = "red" if finding.rule.level == "error" else "yellow"
         told = Text(f"{finding.file}{place}: ", style="bold") + Text(f"{finding.rule.level}: ", style=style)
         out.print(told + Text(f"{finding.message} [{finding.rule.id}]"), soft_wrap=True)
-        for text in filter(None, (finding.excerpt, finding.fix)):
+        for text in filter(None, (finding.excerpt, finding.fix and f"help: {finding.fix}")):
             out.print(Text(text), soft_wrap=True)
     files = f"{len(lint.files)} recipe{'s' if len(lint.files) != 1 else ''}"
     out.print(Text(f"{files}: {_count(lint, 'error')}, {_count(lint, 'warning')}", style="bold"))

@@ -71,7 +71,7 @@ def sign(
     replaced. Raises CheckFailed where the output does not verify, UsageError for keys and certificates that cannot be
     used and where the package is missing, ResourceError.
     """
-    root = Path(folder)
+    root = check_folder(folder)
     place = _place(root, signature)
     key = read_private_key(private_key, password)
     configuration = _signer(key, signing_certificate, certificate_chain)

@@ -124,7 +124,7 @@ def _refuse_transposed(skill: Checkpoint) -> None:
         raise InputError(
             f"{skill.place}: {skill.config['model_type']} keeps its matrices the other way round, which is not "
             "supported",
-            fix="for such models use the skill itself in a recipe, or a sparse patch: export --onto SFT",
+            fix="use the skill itself in a recipe, or a sparse patch: `skillmerge export SKILL --onto SFT`",
         )
 
 
@@ -255,7 +255,7 @@ def _approximate(
     if not bool(update.isfinite().all()):
         raise InputError(
             f"tensor `{spec.name}` of the skill is too large for an adapter's float32",
-            fix="use the skill itself in a recipe, or leave the tensor out: extract --ignore",
+            fix="use the skill in a recipe, or leave the tensor out: `skillmerge extract … --ignore GLOB`",
         )
     norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
     if not _is_linear(spec):

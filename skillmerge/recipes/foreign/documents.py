@@ -1,0 +1,52 @@
+"""What a document is that is no recipe: mergekit's configurations, and files of other tools, by their keys.
+
+One table of data, and the recipe that says the same where there is one. Knows parsed documents only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from skillmerge.recipes.foreign import mergekit
+
+_STARTS = "start one: `skillmerge init recipe.yaml`"
+_DOCUMENTS = (
+    (("peft_type",), "the configuration of a PEFT adapter",
+     "merge the adapter into its base (peft: `merge_and_unload`), and name that folder as a model of a recipe"),
+    (("model_type", "architectures"), "a model's config.json", f"name its folder as a model of a recipe; {_STARTS}"),
+    (("weight_map",), "the index of a model's weights", f"name its folder as a model of a recipe; {_STARTS}"),
+    (("base_model", "datasets"), "a configuration of Axolotl", f"recipes name finished models; {_STARTS}"),
+    (("model_name_or_path", "stage"), "a configuration of LLaMA-Factory", f"recipes name finished models; {_STARTS}"),
+    (("model_name_or_path",), "a configuration of a trainer", f"recipes name finished models; {_STARTS}"),
+    (("actor_rollout_ref",), "a configuration of verl", f"recipes name finished models; {_STARTS}"),
+    (("lock_version",), "a lock, which belongs to a recipe", "name the recipe beside it"),
+    (("manifest_version",), "the manifest of an output", "to build it again: `skillmerge rebuild FOLDER`"),
+    (("skill_version",), "the description of a stored skill",
+     "name its folder in a recipe: `models: {math: {skill: FOLDER}}`"),
+    (("on", "jobs"), "a workflow of a code host", _STARTS),
+    (("services",), "a Compose file", _STARTS),
+    (("apiVersion", "kind"), "a Kubernetes object", _STARTS),
+    (("tokenizer_class",), "a tokenizer's configuration", f"name its folder as a model of a recipe; {_STARTS}"),
+)  # fmt: skip
+"""Keys that a document has, all of them; what it is; what to do."""
+
+
+def recognised(data: Any) -> tuple[str, str, str] | None:
+    """Return what a document is that is no recipe, the key that shows it, and what to do; None if unknown."""
+    if not isinstance(data, dict) or "skillmerge" in data:
+        return None
+    if mergekit.is_mergekit(data):
+        key = next(key for key in ("merge_method", "slices", "models") if key in data)
+        return "a configuration of mergekit, not a recipe", key, _translated(data)
+    for keys, what, fix in _DOCUMENTS:
+        if all(key in data for key in keys):
+            return f"{what}, not a recipe", keys[0], fix
+    return None
+
+
+def _translated(data: Mapping[str, Any]) -> str:
+    try:
+        return "the recipe that says the same:\n" + mergekit.equivalent(data)
+    except mergekit.NoCounterpart as error:
+        return f"{error}; recipes add and scale whole models: {_STARTS}"

@@ -1,0 +1,139 @@
+"""mergekit's YAML -> the recipe that says the same, where one does; else what has no counterpart.
+
+Written from its published configuration format (https://github.com/arcee-ai/mergekit#merge-configuration), of which
+what adds and scales whole models can be said: linear, task_arithmetic, and passthrough of one model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_IDLE = {"int8_mask", "normalize", "rescale", "weight", "lambda", "density", "t"}
+_KNOWN = {
+    "merge_method",
+    "models",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "name",
+    "tokenizer_source",
+}
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+class NoCounterpart(Exception):
+    """Something in a configuration has no counterpart in a recipe."""
+
+
+def is_mergekit(data: Any) -> bool:
+    """Whether a document is a configuration of mergekit."""
+    return isinstance(data, dict) and ("merge_method" in data or "slices" in data or _listed(data.get("models")))
+
+
+def equivalent(data: Mapping[str, Any]) -> str:
+    """The recipe that says what a configuration says. Raises NoCounterpart."""
+    method = data.get("merge_method")
+    if unknown := sorted({*data} - _KNOWN):
+        raise NoCounterpart(f"`{unknown[0]}` has no counterpart in a recipe")
+    if method not in ("linear", "task_arithmetic", "passthrough"):
+        raise NoCounterpart(f"`merge_method: {method}` has no counterpart in this version")
+    base = _place(data["base_model"]) if data.get("base_model") is not None else None
+    places = [_place(_entry(item)["model"]) for item in data.get("models") or ()]
+    factors = [_weight(data, _entry(item)) for item in data.get("models") or ()]
+    rows = [(place, factor) for place, factor in zip(places, factors, strict=True)]
+    shared = data.get("parameters") or {}
+    if method == "passthrough":
+        if len(rows) != 1 or "scale" in shared:
+            raise NoCounterpart("a passthrough of several models, or with a scale, has no counterpart")
+        names = _names([places[0]])
+        return _recipe(names, names[places[0]], data)
+    if method == "linear":
+        return _linear(rows, shared, data)
+    if base is None:
+        raise NoCounterpart("task_arithmetic without `base_model` has no counterpart")
+    return _task_arithmetic(base, rows, shared, data)
+
+
+def _linear(rows: Sequence[tuple[str, float]], shared: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    total = sum(factor for _, factor in rows)
+    if abs(total) < 1e-9:
+        raise NoCounterpart("weights that add up to 0 have no counterpart")
+    names = _names([place for place, _ in rows])
+    if shared.get("normalize", True) is False and abs(total - 1) > 1e-9:
+        raise NoCounterpart(f"the weights add up to {total:g}, and the model would be scaled by that")
+    terms = " + ".join(_times(factor, names[place]) for place, factor in rows)
+    return _recipe(names, terms if abs(total - 1) <= 1e-9 else f"({terms}) / {total:g}", data)
+
+
+def _task_arithmetic(
+    base: str, rows: Sequence[tuple[str, float]], shared: Mapping[str, Any], data: Mapping[str, Any]
+) -> str:
+    """base + sum of weight * (model - base), scaled by `lambda`; the base's own entry counts nothing."""
+    rows = [(place, factor) for place, factor in rows if place != base]
+    names = _names([base, *(place for place, _ in rows)])
+    by = _number(shared.get("lambda", 1), "lambda")
+    total = sum(factor for _, factor in rows)
+    if shared.get("normalize", False) and abs(total) > 1e-8:
+        by /= total
+    terms = [_times(factor * by, f"({names[place]} - {names[base]})") for place, factor in rows]
+    return _recipe(names, " + ".join([names[base], *terms]), data)
+
+
+def _times(factor: float, what: str) -> str:
+    return what if factor == 1 else f"{factor:.10g} * {what}"
+
+
+def _entry(item: Any) -> Mapping[str, Any]:
+    if not isinstance(item, dict) or "model" not in item:
+        raise NoCounterpart("`models` holds an entry without a `model`")
+    return item
+
+
+def _weight(data: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
+    own = entry.get("parameters") or {}
+    for key in {*own, *(data.get("parameters") or {})} - _IDLE:
+        raise NoCounterpart(f"the parameter `{key}` has no counterpart")
+    shared = (data.get("parameters") or {}).get("weight", 1)
+    return _number(own.get("weight", shared), "weight")
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise NoCounterpart(f"a `{what}` that is a list or a filter is written as a coefficient with `rules`")
+    return float(value)
+
+
+def _place(written: Any) -> str:
+    """A model of mergekit, which is a repository or a folder, as a place of ours."""
+    text = str(written.get("model", written)) if isinstance(written, dict) else str(written)
+    if "+" in text or (isinstance(written, dict) and written.get("lora")):
+        raise NoCounterpart(f"`{text}` puts an adapter on a model: merge it in first (peft: `merge_and_unload`)")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\S+)?", text):
+        return f"hf://{text}"
+    return text
+
+
+def _names(places: Sequence[str]) -> dict[str, str]:
+    """A name for each place, from its last part; one alone needs no number."""
+    names: dict[str, str] = {}
+    for place in dict.fromkeys(places):
+        last = re.sub(r"\W", "_", place.split("@")[0].rstrip("/").rsplit("/", 1)[-1]).strip("_") or "model"
+        name = last if not last[0].isdigit() else f"m{last}"
+        while name in names.values():
+            name += "_2"
+        names[place] = name
+    return names
+
+
+def _recipe(names: Mapping[str, str], merge: str, data: Mapping[str, Any]) -> str:
+    models = "\n".join(f"  {name}: {place}" for place, name in names.items())
+    dtype = data.get("out_dtype") or data.get("dtype")
+    written = f", dtype: {dtype}" if dtype in _DTYPES else ""
+    return f"skillmerge: 1\nmodels:\n{models}\nmerge: {merge}\noutput: {{path: ./merged{written}}}"
+
+
+def _listed(models: Any) -> bool:
+    return isinstance(models, list) and any(isinstance(item, dict) and "model" in item for item in models)

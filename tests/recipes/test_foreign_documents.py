@@ -1,0 +1,121 @@
+"""Documents of other tools, handed to a command as a recipe: what is said of each, whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_tensors, read_checkpoint, run_cli, tensor_shapes, write_checkpoint, write_family
+
+import skillmerge
+
+START = "start one: `skillmerge init recipe.yaml`"
+NO = "recipes add and scale whole models: " + START
+MERGEKIT = {
+    "base_model: ./base\nmodels:\n  - model: ./rl\n    parameters: {weight: 0.7}\n  - model: ./sft\n"
+    "    parameters: {weight: -0.7}\nmerge_method: task_arithmetic\ndtype: bfloat16\n": (
+        7, "merge_method",
+        "the recipe that says the same:\nskillmerge: 1\nmodels:\n  base: ./base\n  rl: ./rl\n  sft: ./sft\n"
+        "merge: base + 0.7 * (rl - base) + -0.7 * (sft - base)\noutput: {path: ./merged, dtype: bfloat16}",
+    ),
+    "merge_method: linear\nmodels:\n  - model: Qwen/Qwen2.5-7B\n    parameters: {weight: 1}\n"
+    "  - model: org/other@v1\n    parameters: {weight: 3}\n": (
+        1, "merge_method",
+        "the recipe that says the same:\nskillmerge: 1\nmodels:\n  Qwen2_5_7B: hf://Qwen/Qwen2.5-7B\n"
+        "  other: hf://org/other@v1\nmerge: (Qwen2_5_7B + 3 * other) / 4\noutput: {path: ./merged}",
+    ),
+    "merge_method: passthrough\nmodels: [{model: ./rl}]\n": (
+        1, "merge_method",
+        "the recipe that says the same:\nskillmerge: 1\nmodels:\n  rl: ./rl\nmerge: rl\noutput: {path: ./merged}",
+    ),
+    "merge_method: linear\nparameters: {normalize: false}\nmodels:\n  - model: ./a\n    parameters: {weight: .8}\n"
+    "  - model: ./b\n    parameters: {weight: .5}\n": (
+        1, "merge_method", f"the weights add up to 1.3, and the model would be scaled by that; {NO}"
+    ),
+    "merge_method: ties\nbase_model: ./base\nmodels: [{model: ./a, parameters: {weight: 1}}]\n": (
+        1, "merge_method", f"`merge_method: ties` has no counterpart in this version; {NO}"
+    ),
+    "slices:\n  - sources: [{model: ./a, layer_range: [0, 4]}]\nmerge_method: passthrough\n": (
+        3, "merge_method", f"`slices` has no counterpart in a recipe; {NO}"
+    ),
+    "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: [0, 1]}}]\n": (
+        1, "merge_method", f"a `weight` that is a list or a filter is written as a coefficient with `rules`; {NO}"
+    ),
+    "merge_method: linear\nmodels: [{model: ./a+./lora, parameters: {weight: 1}}]\n": (
+        1, "merge_method",
+        f"`./a+./lora` puts an adapter on a model: merge it in first (peft: `merge_and_unload`); {NO}",
+    ),
+    "models:\n  - model: ./a\n  - model: ./b\n": (
+        1, "models", f"`merge_method: None` has no counterpart in this version; {NO}"
+    ),
+}  # fmt: skip
+OTHERS = {
+    '{"peft_type": "LORA", "r": 8}': (
+        "the configuration of a PEFT adapter", "peft_type",
+        "merge the adapter into its base (peft: `merge_and_unload`), and name that folder as a model of a recipe",
+    ),
+    '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}': (
+        "a model's config.json", "model_type", f"name its folder as a model of a recipe; {START}"
+    ),
+    "base_model: meta-llama/Llama-3.1-8B\ndatasets: [{path: x}]\n": (
+        "a configuration of Axolotl", "base_model", f"recipes name finished models; {START}"
+    ),
+    "model_name_or_path: x\nstage: sft\n": (
+        "a configuration of LLaMA-Factory", "model_name_or_path", f"recipes name finished models; {START}"
+    ),
+    '{"metadata": {}, "weight_map": {"a": "b"}}': (
+        "the index of a model's weights", "weight_map", f"name its folder as a model of a recipe; {START}"
+    ),
+    '{"lock_version": 1}': ("a lock, which belongs to a recipe", "lock_version", "name the recipe beside it"),
+    "on: push\njobs: {}\n": ("a workflow of a code host", "on", START),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MERGEKIT)
+def test_foreign_mergekit_is_answered_with_the_recipe_that_says_the_same(tmp_path: Path, text: str) -> None:
+    (tmp_path / "merge.yml").write_text(text)
+    line, key, fix = MERGEKIT[text]
+    told = f"{line}:1: is a configuration of mergekit, not a recipe\n{line:>5} | {text.splitlines()[line - 1]}\n"
+    told += f"      | {'^' * len(key)}\nhelp: {fix}\n"
+    for command in ("plan", "apply", "inspect"):
+        process = run_cli(command, "merge.yml", cwd=tmp_path)
+        assert (process.returncode, process.stderr) == (2, f"error: merge.yml:{told}")
+    process = run_cli("lint", "merge.yml", cwd=tmp_path)
+    marked = told.replace(": is a", ": error: is a", 1).replace("not a recipe", "not a recipe [invalid-recipe]", 1)
+    assert process.stdout == f"merge.yml:{marked}1 recipe: 1 error, no warnings\n"
+
+
+def test_foreign_mergekit_in_our_words_computes_what_it_says(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "rl", "sft")):
+        write_checkpoint(tmp_path / name, random_tensors(tensor_shapes(), torch.float32, seed))
+    (tmp_path / "merge.yml").write_text(next(iter(MERGEKIT)).replace("bfloat16", "float32"))
+    fix = run_cli("plan", "merge.yml", cwd=tmp_path).stderr.partition("the same:\n")[2]
+    (tmp_path / "recipe.yaml").write_text(fix)
+    skillmerge.apply(tmp_path / "recipe.yaml")
+    made, base, rl, sft = (read_checkpoint(tmp_path / name) for name in ("merged", "base", "rl", "sft"))
+    for name, tensor in made.items():
+        wanted = base[name].double() + 0.7 * (rl[name].double() - base[name]) - 0.7 * (sft[name].double() - base[name])
+        torch.testing.assert_close(tensor.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_foreign_document_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    what, key, fix = OTHERS[text]
+    for command in ("plan", "lint"):
+        process = run_cli(command, "x.json", cwd=tmp_path)
+        told = process.stderr + process.stdout
+        assert process.returncode == 2
+        assert f"is {what}, not a recipe" in told
+        assert f"{'^' * (len(key) + 2 * text.startswith('{'))}\nhelp: {fix}\n" in told
+
+
+def test_foreign_place_with_an_adapter_is_told(tmp_path: Path) -> None:
+    recipe = write_family(tmp_path, shards=1)
+    recipe.write_text(recipe.read_text().replace('"rl": "rl"', '"rl": "./sft+./adapter"'))
+    told = run_cli("plan", recipe).stderr
+    assert "model `rl`: folder `./sft+./adapter` does not exist" in told
+    assert told.endswith(
+        "help: to put an adapter on `./sft`, merge it in first (peft: `merge_and_unload`), and name that folder\n"
+    )
