@@ -228,7 +228,7 @@ def test_gate_names_runtimes(tmp_path: Path) -> None:
     assert gates_of(tmp_path, False) == []
     assert gates_of(tmp_path, True) == gates_of(tmp_path, ["transformers"]) == ["loads: yes"]
     assert gates_of(tmp_path, ["vllm", "transformers"]) == ["loads vllm: yes", "loads: yes"]
-    for wrong, message in ((["vlm"], "did you mean `vllm`"), ([], "at least 1"), ("vllm", "must be true or false")):
+    for wrong, message in ((["vlm"], "did you mean `vllm`"), ([], "`loads` is empty"), ("vllm", "must be true or false")):
         with pytest.raises(RecipeError, match=message):
             gates_of(tmp_path, wrong)
 
@@ -237,11 +237,11 @@ def test_runtime_that_is_not_installed_is_told_before_any_work(family: Path, mon
     monkeypatch.setattr("skillmerge.study.loads.loading.find_spec", lambda name: None if name == "vllm" else sys)
     process = run_cli("apply", write_recipe(family.parent, gates={"loads": ["vllm"]}))
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr.endswith("\nerror: the gate `loads vllm` needs vllm\npip install vllm\n")
+    assert process.stderr.endswith("\nerror: the gate `loads vllm` needs vllm\nhelp: pip install vllm\n")
     assert not (family.parent / "merged.partial").exists()
     assert run_cli("apply", write_recipe(family.parent)).returncode == 0
     process = run_cli("verify", "--load", "vllm", family.parent / "merged")
-    assert (process.returncode, process.stderr) == (2, "error: this needs vllm\npip install vllm\n")
+    assert (process.returncode, process.stderr) == (2, "error: this needs vllm\nhelp: pip install vllm\n")
 
 
 # ------------------------------------------------------------------------------------------------- as a person meets it
