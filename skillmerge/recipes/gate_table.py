@@ -26,9 +26,9 @@ class Gate:
 
     kind: a key of `gates:`. minimum, maximum: both ends included, except that a default `changed` is more than 0.
     modules: kinds of module, each by itself; empty for the whole model. by: `block` where each layer and kind of module
-    has to hold. name, run, score, timeout (seconds): of a
-    command. text: the file of a perplexity. model: what it is compared with, a name of the recipe or a place.
-    folder: what relative paths start from, and where commands run.
+    has to hold. name, run, score, timeout (seconds): of a command; name also of a runtime other than transformers.
+    text: the file of a perplexity. model: what it is compared with, a name of the recipe or a place. folder: what
+    relative paths start from, and where commands run.
     """
 
     kind: str
@@ -62,7 +62,9 @@ class Gate:
     def told(self) -> str:
         """The gate in one line, with the command that it runs."""
         where = (f" by {self.by}" if self.by else "") + (f" of {', '.join(self.modules)}" if self.modules else "")
-        what = f" {self.name}, which runs `{' '.join(self.run.split())}`" if self.run else ""
+        what = (
+            f" {self.name}" + (f", which runs `{' '.join(self.run.split())}`" if self.run else "") if self.name else ""
+        )
         return f"{self.kind}{where}{what}: {self.asked}"
 
     def excess(self, measured: float) -> float:
@@ -99,8 +101,10 @@ def _gates_of(table: GatesTable, document: Document, folder: FilePath) -> Iterab
             by = given.by or "" if isinstance(given, FigureTable) else ""
             yield Gate(kind, folder, given.min, given.max, modules, by, model=model)
     for kind in PROOFS:
-        if getattr(table, kind):
-            yield Gate(kind, folder)
+        asked: bool | list[str] = getattr(table, kind)
+        runtimes = ["transformers"] * asked if isinstance(asked, bool) else list(dict.fromkeys(asked))
+        for name in runtimes:
+            yield Gate(kind, folder, name="" if name == "transformers" else name)
     if (given_text := table.perplexity) is not None:
         if given_text.max is None and given_text.max_ratio is None:
             _refuse(document, ("perplexity",), "asks for nothing", "give it a max or a max_ratio")

@@ -39,6 +39,12 @@ def _plain_version(value: object) -> object:
     return value if type(value) in (int, str) else repr(value)
 
 
+Runtime = Literal["transformers", "vllm"]
+Runtimes = Annotated[
+    Annotated[bool, Tag("plain")] | Annotated[list[Runtime], Field(min_length=1), Tag("list")], _PLAIN_OR_LIST
+]
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -163,7 +169,9 @@ class GatesTable(_Table):
     norm_ratio: Annotated[FigureTable | None, Field(description="|y - t| / |t|, of each kind of module")] = None
     cosine_z: Annotated[CosineTable | None, Field(description="between the update and the target's own")] = None
     finite: Annotated[bool, Field(description="no NaN and no Inf in any weight")] = False
-    loads: Annotated[bool, Field(description="transformers loads it, and every tensor finds its place")] = False
+    loads: Annotated[
+        Runtimes, Field(description="it loads in these runtimes, with its tokenizer; true is transformers")
+    ] = False
     finite_logits: Annotated[bool, Field(description="what it computes from a short input is finite")] = False
     perplexity: Annotated[PerplexityTable | None, Field(description="of a text, in itself or beside a parent's")] = None
     commands: Annotated[list[CommandTable], Field(description="whatever prints a number")] = []

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ from skillmerge.recipes.gate_table import GATE_FIGURES, Gate
 from skillmerge.recipes.parse import load_gates
 from skillmerge.reporter import Reporter
 from skillmerge.study.inspect import inspect_merge
-from skillmerge.study.loading import load
+from skillmerge.study.loads.generation import TOKENS
+from skillmerge.study.loads.loading import check_generation, check_tokenizer, load, loads_whole, need
 from skillmerge.study.scoring.scorers import Scorer, run_command
 from skillmerge.study.scoring.scores import NotFinite
 
@@ -94,6 +94,8 @@ class GateInput:
     warn: Callable[[str], None] = lambda message: None
     text: Path | None = None
     """What a perplexity is asked of: one load serves all gates that need one."""
+    tokens: int = 0
+    """How many to generate, for the runtimes that are compared."""
     reports: dict[Path | None, Mapping[str, Any]] = field(default_factory=dict)
     """What loading it with transformers gave, by the text that it was given."""
 
@@ -112,8 +114,8 @@ def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> No
                 raise UsageError(f"the gate `cosine_z`: its base {base} is no folder")
         if stats == "off" and gate.kind in GATE_FIGURES:
             raise UsageError(f"the gate `{gate.kind}` needs statistics", fix="use --stats sampled or full")
-        if gate.kind in _RUNS_A_MODEL and find_spec("transformers") is None:
-            raise UsageError(f"the gate `{gate.kind}` needs transformers", fix="pip install 'skillmerge[transformers]'")
+        if gate.kind in _RUNS_A_MODEL:
+            need([gate.name or "transformers"], f"the gate `{_label(gate)}`")
         if gate.text is not None:
             _check_text(gate.text)
         if no_local and gate.kind not in (*GATE_FIGURES, "cosine_z"):
@@ -130,7 +132,9 @@ def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], Non
     command has changed it.
     """
     outcomes = []
-    given = replace(given, text=next((gate.text for gate in gates if gate.text), None))
+    text = next((gate.text for gate in gates if gate.text), None)
+    compared = any(gate.kind == "loads" and gate.name for gate in gates)
+    given = replace(given, text=text, tokens=TOKENS if compared else 0)
     for gate in gates:
         try:
             found = list(_measure(gate, given))
@@ -271,16 +275,23 @@ def _finite(gate: Gate, given: GateInput) -> Outcome:
 
 
 def _loads(gate: Gate, given: GateInput) -> Outcome:
-    """`loads` where every tensor has found its place, `finite_logits` where what it computes is finite."""
+    """`loads` where every tensor has found its place and the tokenizer is sound, and in another runtime, where it
+    generates what transformers does; `finite_logits` where what it computes is finite."""
     report = _report(given, given.text)
-    loaded = not any(report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-    passed = bool(report.get("finite")) if gate.kind == "finite_logits" else loaded and "class" in report
-    return Outcome(_label(gate), gate.asked, None, passed, "" if passed else report["why"])
+    passed = bool(report.get("finite")) if gate.kind == "finite_logits" or gate.name else loads_whole(report)
+    notes: list[str] = []
+    if passed and gate.name:
+        notes = check_generation(given.folder, report, gate.name).get("notes", [])
+    elif passed and gate.kind == "loads":
+        check_tokenizer(given.folder, report)
+        for note in report["tokenizer"]["notes"]:
+            given.warn(f"{_label(gate)}: {note}")
+    return Outcome(_label(gate), gate.asked, None, passed, "; ".join(notes) if passed else report["why"])
 
 
 def _report(given: GateInput, text: Path | None) -> Mapping[str, Any]:
     if text not in given.reports:
-        given.reports[text] = load(given.folder, text)
+        given.reports[text] = load(given.folder, text, given.tokens)
     return given.reports[text]
 
 

@@ -22,7 +22,7 @@ from skillmerge.outputs.manifest import Manifest, ManifestBody
 from skillmerge.outputs.measured import settled, strict_outcome, warnings_of
 from skillmerge.outputs.output import Outcome, Output, RunLog
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
-from skillmerge.outputs.verify import check_structure, input_digests, is_intact
+from skillmerge.outputs.verify import check_structure, checked, input_digests, is_intact
 from skillmerge.plans import saved as savedplan
 from skillmerge.plans.accounting import prove_ties
 from skillmerge.plans.budget import budget, check_disk
@@ -189,13 +189,15 @@ class _Merge:
             proof = manifest.read(self.staging.files)
             self._warn(proof, there=True)
         else:
-            self._make_shards(runner)
+            with nullcontext() if self.checks.allow_nonfinite else checked(self.reporter, "finite values"):
+                self._make_shards(runner)
             body = self._describe(side_files)
             outcomes = self._judge(body)
             proof = self._prove(body, runner.device, outcomes)
         gates = RunLog.read(self.staging.files).gates
         if not self.publish.no_local:
-            check_structure(self.staging.files, proof)
+            with checked(self.reporter, "files, index and headers"):
+                check_structure(self.staging.files, proof)
             self.staging.put_in_place(self.publish.overwrite, self.job.plan.digest)
         return self._result(proof, device=runner.device, gates=gates)
 
@@ -207,8 +209,7 @@ class _Merge:
             result = replace(result, published=commit)
             if self.publish.no_local:
                 self.staging.discard()
-        warnings = tuple(self.reporter.warnings)
-        result = replace(result, seconds=time.monotonic() - self.started, warnings=warnings)
+        result = replace(result, seconds=time.monotonic() - self.started, warnings=tuple(self.reporter.warnings))
         on_hub = result.published.as_dict() if result.published is not None else None
         where = {"output": str(result.output), "hub": on_hub, "already": result.already}
         self.reporter.event("published", **where, seconds=round(result.seconds, 3))
@@ -274,8 +275,9 @@ class _Merge:
         """Write the side files. Returns all of the manifest that does not depend on where and when it was made."""
         plan, checkpoints, staging = self.job.plan, self.job.checkpoints, self.staging
         digests = input_digests(checkpoints) if self.checks.hash_inputs else {}
-        for checkpoint in checkpoints.values():
-            checkpoint.check_unchanged()
+        with checked(self.reporter, "models unchanged since planning"):
+            for checkpoint in checkpoints.values():
+                checkpoint.check_unchanged()
         if plan.makes_skill:
             from skillmerge.engine.skill_file import describe_skill
 
@@ -284,8 +286,7 @@ class _Merge:
             staging.write_file(file.name, file.content or b"")
         body = manifest.build(plan, staging.finished, side_files, self.checks.stats, digests)
         body = settled(body, plan.recipe.accept)
-        warned = [remark.message for remark in (*plan.warnings, *warnings_of(body))]
-        body = replace(body, warnings=tuple(warned))
+        body = replace(body, warnings=tuple(it.message for it in (*plan.warnings, *warnings_of(body))))
         if self.checks.expected is not None:
             comparison.compare(staging.output, self.checks.expected, body)
         return body

@@ -9,7 +9,7 @@ from dataclasses import replace
 from skillmerge.outputs.proof.sign import Signature, verify_signature
 from skillmerge.outputs.verify import Verdict, checked, verify_files
 from skillmerge.reporter import Reporter
-from skillmerge.study.loading import check_load
+from skillmerge.study.loads.loading import asked_runtimes, check_load, need
 from skillmerge.verbs.extract import check_parent
 
 _AnyPath = str | os.PathLike[str]
@@ -18,7 +18,7 @@ _AnyPath = str | os.PathLike[str]
 def verify(
     folder: _AnyPath,
     *,
-    load: bool = False,
+    load: bool | str | Sequence[str] = False,
     parent: str | None = None,
     signature: _AnyPath | bool | None = None,
     public_key: _AnyPath | None = None,
@@ -29,22 +29,28 @@ def verify(
 ) -> Verdict:
     """Check every file of an output against its manifest.
 
-    load: also load it with transformers, in a separate process. parent: of a skill, a model that it must have been
-    cut from. signature: True for the output's own `model.sig`, or another file; it must have been made with the key
-    of `public_key`, or with a certificate that leads to `certificate_chain`. Either of these demands a signature too.
-    Raises CheckFailed with the first difference, UsageError where there is no folder or a package is missing.
+    load: also load it and its tokenizer with transformers, in a separate process; a name or names of runtimes
+    (`transformers`, `vllm`) load it with these, and another one has to generate what transformers does. parent: of a
+    skill, a model that it must have been cut from. signature: True for the output's own `model.sig`, or another file;
+    it must have been made with the key of `public_key`, or with a certificate that leads to `certificate_chain`.
+    Either of these demands a signature too.
+    Raises CheckFailed with the first difference, UsageError where there is no folder or a package is missing,
+    ResourceError where it cannot be loaded and the machine is at fault.
     """
+    runtimes = asked_runtimes(load)
+    if runtimes:
+        need(runtimes)
     if signature or public_key is not None or certificate_chain:
         file = None if isinstance(signature, bool) else signature
         signed = verify_signed(
-            folder, file, public_key=public_key, certificate_chain=certificate_chain, load=load,
+            folder, file, public_key=public_key, certificate_chain=certificate_chain, load=runtimes,
             allow_nonfinite=allow_nonfinite, reporter=reporter,
         )  # fmt: skip
         found = {"path": str(signed.path), "files": signed.files, "signer": signed.signer}
         verdict = replace(signed.verdict, signature=found)
     else:
         verdict = verify_files(folder, allow_nonfinite=allow_nonfinite, reporter=reporter)
-        verdict = _loaded(verdict, reporter) if load else verdict
+        verdict = _loaded(verdict, runtimes, reporter)
     if parent is None:
         return verdict
     return replace(verdict, parent=check_parent(folder, parent, follow_links=follow_links))
@@ -56,7 +62,7 @@ def verify_signed(
     *,
     public_key: _AnyPath | None = None,
     certificate_chain: Sequence[_AnyPath] = (),
-    load: bool = False,
+    load: bool | str | Sequence[str] = False,
     allow_nonfinite: bool = False,
     reporter: Reporter | None = None,
 ) -> Signature:
@@ -72,9 +78,11 @@ def verify_signed(
         allow_nonfinite=allow_nonfinite,
         reporter=reporter,
     )
-    return replace(signed, verdict=_loaded(signed.verdict, reporter)) if load else signed
+    return replace(signed, verdict=_loaded(signed.verdict, asked_runtimes(load), reporter))
 
 
-def _loaded(verdict: Verdict, reporter: Reporter | None) -> Verdict:
-    with checked(reporter or Reporter(), "loads in transformers"):
-        return replace(verdict, load=check_load(verdict.folder))
+def _loaded(verdict: Verdict, runtimes: Sequence[str], reporter: Reporter | None) -> Verdict:
+    if not runtimes:
+        return verdict
+    with checked(reporter or Reporter(), f"loads in {' and '.join(runtimes)}"):
+        return replace(verdict, load=check_load(verdict.folder, runtimes))

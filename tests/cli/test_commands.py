@@ -15,7 +15,7 @@ from conftest import random_tensors, run_cli, run_process, tensor_shapes, write_
 
 import skillmerge
 from skillmerge.errors import CheckFailed, UsageError
-from skillmerge.study.loading import check_load
+from skillmerge.study.loads.loading import check_load
 
 
 def test_apply_reports_on_stdout_and_keeps_stderr_for_the_rest(family: Path) -> None:

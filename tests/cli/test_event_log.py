@@ -27,7 +27,10 @@ def test_events_tell_a_run_from_start_to_end(family: Path, tmp_path: Path) -> No
     assert run_cli("apply", recipe, "--events", log).returncode == 0
     found = events(log)
     names = [event["event"] for event in found]
-    assert names == ["started", "planned", "shard_finished", "shard_finished", "gate", "gate", "published"]
+    work = ["shard_finished", "shard_finished", "checked", "checked"]
+    assert names == ["started", "planned", *work, "gate", "gate", "checked", "published"]
+    checks = [event["check"] for event in found if event["event"] == "checked"]
+    assert checks == ["finite values", "models unchanged since planning", "files, index and headers"]
     assert all(event["version"] == 1 and event["time"].endswith("Z") for event in found)
     by_name = {event["event"]: event for event in found}
     manifest = json.loads((tmp_path / "merged" / "skillmerge.manifest.json").read_text())
@@ -116,6 +119,40 @@ def test_junit_is_valid_by_the_schema_of_jenkins(family: Path, tmp_path: Path) -
     assert run_cli("verify", tmp_path / "merged", "--junit", junit).returncode == 3
     schema.validate(str(junit))
     assert "<failure" in junit.read_text()
+
+
+def cases_of(path: Path) -> dict[str, str]:
+    """Test case -> the message of its failure, or nothing."""
+    import xml.etree.ElementTree as xml
+
+    found = xml.parse(path).getroot().iter("testcase")
+    return {case.attrib["name"]: "".join(it.attrib["message"] for it in case.iter("failure")) for case in found}
+
+
+def test_junit_of_an_apply_without_gates_has_its_own_checks(family: Path, tmp_path: Path) -> None:
+    junit, own = (
+        tmp_path / "junit.xml",
+        ["finite values", "models unchanged since planning", "files, index and headers"],
+    )
+    assert run_cli("apply", family, "--junit", junit).returncode == 0
+    assert cases_of(junit) == dict.fromkeys(own, "")
+    assert run_cli("apply", family, "--junit", junit).returncode == 0
+    assert cases_of(junit) == {"output is this plan's already": ""}
+    skill = write_recipe(tmp_path, "rl - sft", coefficients=None, output={"path": "skill", "kind": "skill"})
+    assert run_cli("apply", skill, "--junit", junit).returncode == 0
+    assert cases_of(junit) == dict.fromkeys(own, "")
+
+
+def test_junit_of_an_apply_names_the_check_that_failed(family: Path, tmp_path: Path) -> None:
+    junit, file = tmp_path / "junit.xml", tmp_path / "rl" / "model-00001-of-00002.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-2] + b"\x80\x7f")  # Inf
+    assert run_cli("apply", family, "--junit", junit).returncode == 4
+    (name, problem), *rest = cases_of(junit).items()
+    assert (name, rest) == ("finite values", [])
+    assert "model `rl` holds inf in tensor" in problem
+    assert run_cli("apply", family, "--junit", junit, "--allow-nonfinite").returncode == 0
+    assert "finite values" not in cases_of(junit)
 
 
 def test_junit_holds_whatever_a_name_holds(tmp_path: Path) -> None:

@@ -162,3 +162,33 @@ def test_verify_load_on_the_command_line(families: Callable[[str], Path], tmp_pa
     checked = run_cli("verify", "--load", tmp_path / "promising")
     assert checked.returncode == 3
     assert "missing_keys: model.layers.0.self_attn.k_proj.bias" in checked.stderr
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "whisper"])
+def test_what_writes_no_text_from_text_generates_nothing(
+    name: str, families: Callable[[str], Path], transformers: Any
+) -> None:
+    from skillmerge.study.loads.load_probe import main
+
+    report = main(str(families(name) / "merged"), tokens=2)
+    assert report["ok"], report["why"]
+    assert report["generated"] is None
+
+
+def test_generated_tokens_are_those_of_the_library(families: Callable[[str], Path], transformers: Any) -> None:
+    from skillmerge.study.loads.load_probe import main
+
+    folder = families("llama") / "merged"
+    report = main(str(folder), tokens=6)["generated"]
+    assert (report["prompt"], report["dtype"]) == ([1, 2, 3, 4, 5, 6, 7, 8], "bfloat16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    ids = torch.tensor([report["prompt"]])
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=False
+    )
+    assert report["tokens"] == made[0, 8:].tolist()
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[0, -1].float()
+    likely = dict(map(tuple, report["steps"][0]["likely"]))
+    assert likely[report["tokens"][0]] == pytest.approx(float(logits.log_softmax(-1).max()))
+    assert report["steps"][0]["largest"] == float(logits.abs().max())

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from conftest import run_cli, write_family
 import skillmerge
 from skillmerge.durable import scratch_file, scratch_folder
 from skillmerge.errors import CheckFailed, ResourceError, is_machine
-from skillmerge.study import loading
-from skillmerge.study.load_probe import main
+from skillmerge.study.loads import child, loading
+from skillmerge.study.loads.load_probe import main
 from skillmerge.study.scoring.scorers import Scorer, run_command
 
 NOWHERE = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
@@ -26,21 +25,25 @@ NOWHERE = FileNotFoundError(errno.ENOENT, "No usable temporary directory found i
 
 def answer(monkeypatch: pytest.MonkeyPatch, report: dict[str, Any] | None, status: int = 0, stderr: str = "") -> None:
     """Let the loading process have ended so."""
-    printed = json.dumps(report) if report is not None else ""
-    ended = subprocess.CompletedProcess([], status, printed, stderr)
-    monkeypatch.setattr(loading.subprocess, "run", lambda *given, **named: ended)
+
+    def start(probe: str, keys: Any, environment: Any, files: Any) -> None:
+        files[0].write(json.dumps(report).encode() if report is not None else b"")
+        files[1].write(stderr.encode())
+
+    monkeypatch.setattr(child, "_start", start)
+    monkeypatch.setattr(child, "_finish", lambda process: status)
 
 
 @pytest.mark.parametrize(
     ("report", "status", "stderr", "said"),
     [
         (
-            {"ok": False, "why": "OSError: no room", "machine": True},
+            {"ok": False, "machine": "OSError: no room"},
             0,
             "",
-            "could not be loaded on this machine: OSErr",
+            "this machine could not load it with transformers: OSErr",
         ),
-        (None, -signal.SIGKILL, "", "the loading process was killed: out of memory?"),
+        (None, -signal.SIGKILL, "", "the loading process was killed by signal 9"),
         (None, 1, str(NOWHERE), "No usable temporary directory found"),
         (None, 1, "RuntimeError: unable to mmap 80 bytes: No such device (19)", "No such device"),
         (None, 1, "KeyError: 'getpwuid(): uid not found: 1234'", "uid not found"),
@@ -53,7 +56,7 @@ def test_load_that_the_machine_has_stopped_is_status_5(
     with pytest.raises(ResourceError) as caught:
         loading.load(tmp_path)
     assert said in caught.value.message
-    assert caught.value.fix == "see what `skillmerge doctor` says; a temporary folder is named by TMPDIR"
+    assert "the model may be sound" in str(caught.value.fix)
 
 
 def test_load_that_crashes_is_still_the_models_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +69,8 @@ def test_process_that_cannot_be_started_is_status_5(tmp_path: Path, monkeypatch:
     def run(*given: object, **named: object) -> None:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(loading.subprocess, "run", run)
-    with pytest.raises(ResourceError, match="no process could be started to load"):
+    monkeypatch.setattr(child.subprocess, "Popen", run)
+    with pytest.raises(ResourceError, match="this machine could not load it with transformers: BlockingIOError"):
         loading.load(tmp_path)
 
 
@@ -80,19 +83,19 @@ def test_load_probe_tells_a_machine_from_a_model(
         raise NOWHERE
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", nowhere)
-    assert main(str(tmp_path))["machine"] is True
+    assert "No usable temporary directory" in main(str(tmp_path))["machine"]
 
 
 def test_gate_that_the_machine_has_stopped_keeps_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_family(tmp_path)
     recipe.write_text(json.dumps({**json.loads(recipe.read_text()), "gates": {"loads": True}}))
-    answer(monkeypatch, {"ok": False, "why": str(NOWHERE), "machine": True})
+    answer(monkeypatch, {"ok": False, "machine": str(NOWHERE)})
     done = run_cli("apply", recipe)
     assert done.returncode == 5
     files = tmp_path / "merged.partial" / "files"
     before = {path.name: path.stat().st_mtime_ns for path in files.glob("*.safetensors")}
     assert len(before) == 2
-    answer(monkeypatch, {"ok": True, "why": "", "class": "Odd", "finite": True})
+    answer(monkeypatch, {"ok": True, "why": "", "class": "Odd", "finite": True, "tokenizer": {"notes": []}})
     skillmerge.apply(recipe)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "merged").glob("*.safetensors")} == before
 

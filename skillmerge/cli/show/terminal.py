@@ -367,4 +367,23 @@ def show_verdict(verdict: Verdict, out: Console) -> None:
         soft_wrap=True,
     )
     if verdict.load is not None:
-        out.print(Text(f"loaded as {verdict.load['class']}: no missing, unexpected or mismatched keys; finite output"))
+        _show_load(verdict.load, out)
+
+
+def _show_load(report: Mapping[str, Any], out: Console) -> None:
+    """What loaded the model, its tokenizer, and what other runtimes made of it."""
+    lines = [f"loaded as {report['class']}: no missing, unexpected or mismatched keys; finite output"]
+    tokenizer, vllm = report["tokenizer"], report.get("vllm", {})
+    if "texts" in tokenizer:
+        size = f"{tokenizer['tokens']} tokens for {tokenizer['rows']} rows"
+        again = f"{tokenizer['texts']} texts give the same ids when written and read again"
+        lines.append(f"tokenizer {tokenizer['class']}: {size}; {again}")
+    if vllm:
+        count = len(vllm["tokens"])
+        same = "all" if vllm["same"] == count else f"the first {vllm['same']}"
+        alike = f"{same} of {count} tokens are those of transformers, in {vllm['dtype']}"
+        lines.append(f"loaded in vLLM {vllm['version']}: {alike}")
+    for line in lines:
+        out.print(Text(line), soft_wrap=True)
+    for note in (*tokenizer["notes"], *vllm.get("notes", ())):
+        out.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)

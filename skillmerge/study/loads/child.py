@@ -1,0 +1,124 @@
+"""The processes that load a model: one of its own for each, so that a broken model or library takes nobody along.
+
+Both ends are here: `run` starts a probe in a process of its own, `answer` is what runs there. A probe is a function
+`main(**keys)` of a module of this folder that returns plain data. Knows nothing of what probes look at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+from skillmerge.durable import scratch_file, scratch_folder
+from skillmerge.errors import CheckFailed, ResourceError, is_machine
+
+TIMEOUT = 3600.0
+"""Seconds."""
+
+# Not `-m`: that would import modules from the folder that somebody happens to stand in.
+_PROGRAM = (
+    "import sys; sys.path[:] = [path for path in sys.path if path]; from skillmerge.study.loads.child import answer; "
+    "answer()"
+)
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+_SHOWN = 5
+
+_MACHINE = re.compile(
+    r"MemoryError|bad_alloc|out of memory|not enough memory|can(no|')t allocate memory|failed to map segment"
+    r"|can't start new thread|resource temporarily unavailable|too many open files|no usable temporary directory"
+    r"|no space left on device|disk quota exceeded|read-only file system|No available memory for the cache blocks"
+    r"|less than desired (GPU|CPU) memory utilization|larger than the available KV cache memory"
+    r"|no CUDA (GPUs are available|-capable device)|CUDA driver version is insufficient|Failed to infer device type",
+    re.IGNORECASE,
+)
+"""What Python, torch, CUDA and vLLM say where the machine is at fault, not the model."""
+_MACHINE_SIGNALS = {signal.SIGKILL, signal.SIGTERM, signal.SIGBUS, signal.SIGILL, signal.SIGXCPU}
+"""The kernel's for memory, a scheduler's, a disk's, and a processor's that lacks an instruction."""
+
+
+def run(probe: str, name: str, what: Path, environment: Mapping[str, str], **keys: Any) -> dict[str, Any]:
+    """Run a probe offline on the model `what`, in a process that ends with this call, and return its answer.
+
+    name: of the runtime, in messages. Raises CheckFailed where there is no answer and the model may be why,
+    ResourceError where the machine is.
+    """
+    try:
+        with scratch_file() as out, scratch_file() as err, scratch_folder() as caches:
+            homes = {"XDG_CACHE_HOME": str(caches), "XDG_CONFIG_HOME": str(caches)}
+            status = _finish(_start(probe, keys, {**environment, **homes}, (out, err)))
+            lines, complained = _text(out).splitlines(), _text(err).strip()
+    except subprocess.TimeoutExpired:
+        raise CheckFailed(f"{what}: {name} had not loaded it after {TIMEOUT:g} seconds") from None
+    except OSError as error:
+        raise _fault(what, name, f"{type(error).__name__}: {error}") from error
+    try:
+        found = json.loads(lines[-1])
+    except (ValueError, IndexError):
+        detail = "\n".join(complained.splitlines()[-_SHOWN:])
+        how = f"was killed by signal {-status}" if status < 0 else "ended without a word"
+        if -status in _MACHINE_SIGNALS or is_machine(complained) or _MACHINE.search(detail):
+            raise _fault(what, name, f"the loading process {how}", detail) from None
+        raise CheckFailed(f"{what}: {name} could not load it, the loading process {how}\n{detail}") from None
+    if "machine" in found:
+        raise _fault(what, name, found["machine"])
+    return dict(found)
+
+
+def told(error: BaseException) -> dict[str, Any]:
+    """An error of a library as an answer: `machine` where the machine is at fault, else `why`."""
+    words = f"{type(error).__name__}: {error}"
+    of_machine = isinstance(error, ImportError) or is_machine(error) or _MACHINE.search(words)
+    return {"ok": False, "machine" if of_machine else "why": words}
+
+
+def answer() -> None:
+    """The process of a probe: its arguments are the probe's name and its keys as JSON, its answer is one line."""
+    line = os.fdopen(os.dup(1), "w")  # what libraries print goes to stderr
+    os.dup2(2, 1)
+    try:
+        probe = import_module(f"skillmerge.study.loads.{sys.argv[1]}")
+        found = probe.main(**json.loads(sys.argv[2]))
+    except (MemoryError, OSError) as error:
+        found = told(error)
+    print(json.dumps(found), file=line, flush=True)
+
+
+def _fault(what: Path, name: str, why: str, detail: str = "") -> ResourceError:
+    more = f"\n{detail}" if detail else ""
+    return ResourceError(
+        f"{what}: this machine could not load it with {name}: {why}{more}",
+        fix="the model may be sound: free memory or disk, or install what is missing; then run the same command again",
+    )
+
+
+def _start(
+    probe: str, keys: Mapping[str, Any], environment: Mapping[str, str], files: tuple[IO[bytes], IO[bytes]]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, probe, json.dumps(keys)],
+        stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], start_new_session=True,
+        env={**os.environ, **_OFFLINE, **environment},
+    )  # fmt: skip
+
+
+def _finish(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return process.wait(TIMEOUT)
+    finally:  # whatever it has started goes with it
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _text(stream: IO[bytes]) -> str:
+    stream.seek(0)
+    return stream.read().decode(errors="replace")

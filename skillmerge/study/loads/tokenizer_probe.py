@@ -1,0 +1,195 @@
+"""Load the tokenizer of a model folder and hold it against itself and against the model's embedding.
+
+Part of the process of `load_probe`. Runs no code of the folder. Knows no kind of tokenizer: what it reads and
+writes has to survive being read again, whatever it is made of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from skillmerge.errors import some
+from skillmerge.study.loads.child import told
+
+TEXTS = (
+    "The capital of France is Paris.",
+    "def area(r: float) -> float:\n    return 3.14 * r ** 2  # πr²\n",
+    "Grüße, naïve café: Привет мир, 你好世界, こんにちは, مرحبا, नमस्ते, 😀",
+    " two  spaces and a tab\t.",
+)
+"""Plain text, code, several scripts, white space."""
+
+_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.spm", "spiece.model", "sentencepiece*", "tekken.json")
+_QUESTION = "What is the capital of France?"
+_LIBRARIES = {
+    "sentencepiece": "sentencepiece", "tiktoken": "tiktoken", "protobuf": "google", "blobfile": "blobfile",
+    "jinja": "jinja2", "mistral-common": "mistral_common", "sacremoses": "sacremoses", "fugashi": "fugashi",
+}  # fmt: skip
+"""What tokenizers of transformers may need beside it: in its messages, and the module."""
+_SHOWN = 8
+
+
+def probe(folder: Path, model: Any | None, warnings: Sequence[str] = ()) -> dict[str, Any]:
+    """What is to be said of a folder's tokenizer. Nothing that is wrong with it is raised.
+
+    model: what was loaded of the folder, for its rows. warnings: where the caller collects what transformers warns
+    of: where a library is missing it tries another, and may complain of that one. The report has `class`, `tokens` and
+    `rows` where they are known; then `why` (what is wrong), `lacks` (which library is missing, in the words of the one
+    that wants it), `machine` (what this machine lacks) or none of them; and `notes`.
+    """
+    if not any(path for pattern in _FILES for path in folder.glob(pattern)):
+        return {"notes": ["no tokenizer files: none was loaded"]}
+    report: dict[str, Any] = {"notes": []}
+    try:
+        settings = _settings(folder)
+        if "AutoTokenizer" in settings.get("auto_map", ()) or isinstance(settings.get("auto_map"), list):
+            return {"notes": ["the tokenizer needs code of its own: it was not loaded"]}
+        if (name := settings.get("tokenizer_class")) and not _is_class(name):
+            return {**report, "why": f"tokenizer_config.json names `{name}`, a class that transformers lacks"}
+        report |= _checked(folder, model, report["notes"])
+    except Exception as error:
+        failed = f"{type(error).__name__}: {error}"
+        lacks = [line for text in warnings for line in text.splitlines() if _names_absent(line)]
+        if lacks or _is_lack(error):
+            clearest = sorted(lacks, key=lambda line: "requires" not in line) or [failed]
+            return {**report, "lacks": clearest[0].split(". ")[0]}
+        kind, words = next(item for item in told(error).items() if item[0] != "ok")
+        return {**report, kind: words}
+    return report
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_class(name: str) -> bool:
+    """Whether transformers has a tokenizer of this name: it takes others for one of the general kind."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name as find
+
+    names = (name, name.removesuffix("Fast"), f"{name}Fast")
+    return any(find(item) is not None for item in names)
+
+
+def _is_lack(error: BaseException) -> bool:
+    """Whether a library is missing: some say so by an ImportError, some in words."""
+    cause = error.__cause__ or error.__context__
+    return isinstance(error, ImportError) or _names_absent(str(error)) or (cause is not None and _is_lack(cause))
+
+
+def _names_absent(text: str) -> bool:
+    """Whether a message names a library that is not installed."""
+    return any(name in text.lower() and find_spec(module) is None for name, module in _LIBRARIES.items())
+
+
+def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    ids = tokenizer.get_vocab().values()
+    report: dict[str, Any] = {"class": type(tokenizer).__name__, "tokens": len(ids), "rows": _rows(model)}
+    if report["rows"] is not None and ids and max(ids) >= report["rows"]:
+        beyond = sum(token >= report["rows"] for token in ids)
+        what = f"{beyond} of its {len(ids)} tokens have ids beyond the embedding's {report['rows']} rows"
+        return {**report, "why": what}
+    if not tokenizer.get_vocab().keys() - getattr(tokenizer, "get_added_vocab", dict)().keys():
+        notes.append("its files hold no vocabulary: the tokenizer knows nothing but its special tokens")
+        return report
+    if not _reads_as_filed(folder, tokenizer):
+        notes.append(
+            f"transformers reads tokenizer.json as {type(tokenizer).__name__}, with other ids than the file gives"
+        )
+    notes += _split_tokens(tokenizer)
+    if model is not None and model.main_input_name != "input_ids":
+        return report  # it writes and does not read: what it writes of sounds may not be read again
+    if not _writes(tokenizer):
+        notes.append("the tokenizer has no decoder: what it writes was not read again")
+        return report
+    return {**report, **_read_again(tokenizer)}
+
+
+def _rows(model: Any | None) -> int | None:
+    import torch
+
+    embedding = model.get_input_embeddings() if model is not None else None
+    return int(embedding.num_embeddings) if isinstance(embedding, torch.nn.Embedding) else None
+
+
+def _reads_as_filed(folder: Path, tokenizer: Any) -> bool:
+    """Whether the class that transformers chose, by the model's type, reads plain text as tokenizer.json does."""
+    from tokenizers import Tokenizer
+
+    if not (folder / "tokenizer.json").exists():
+        return True
+    filed = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    filed.no_truncation()
+    filed.no_padding()
+    return bool(_ids(tokenizer, TEXTS[0]) == filed.encode(TEXTS[0], add_special_tokens=False).ids)
+
+
+def _split_tokens(tokenizer: Any) -> list[str]:
+    """A note on special tokens that are read as several: some tokenizers mean to, but no chat will end with them."""
+    split = [
+        token for token in tokenizer.all_special_tokens
+        if _ids(tokenizer, token) != [tokenizer.convert_tokens_to_ids(token)]
+    ]  # fmt: skip
+    return [f"special tokens are read as several tokens each: {some(split)}"] if split else []
+
+
+def _writes(tokenizer: Any) -> bool:
+    """Whether it was made to write text: without a decoder the tokens are put side by side, with spaces."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is None or backend.decoder is not None
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _read_again(tokenizer: Any) -> dict[str, Any]:
+    """`texts`, how many gave the same ids again, or `why` with the first that did not."""
+    count = 0
+    for text in (*TEXTS, *_chat(tokenizer), *tokenizer.all_special_tokens):
+        ids = _ids(tokenizer, text)
+        if tokenizer.unk_token_id in ids and text != tokenizer.unk_token:
+            continue  # what it does not know is lost
+        written = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        again = _ids(tokenizer, written)
+        if again != ids and not _is_spaced(tokenizer, text, written, ids, again):
+            return {"why": f"it writes the ids of {text!r} as {written!r}, which has other ids: {_apart(ids, again)}"}
+        count += 1
+    return {"texts": count}
+
+
+def _is_spaced(tokenizer: Any, text: str, written: str, ids: list[int], again: list[int]) -> bool:
+    """Whether special tokens only got spaces around them when they were written, as those of Llama 2 do."""
+    special = set(tokenizer.all_special_ids)
+    before, after = ([token for token in row if token in special] for row in (ids, again))
+    return bool(before) and before == after and "".join(text.split()) == "".join(written.split())
+
+
+def _apart(ids: list[int], again: list[int]) -> str:
+    """The first ids where two lists differ."""
+    start = next((i for i, pair in enumerate(zip(ids, again, strict=False)) if pair[0] != pair[1]), len(again))
+    return f"{ids[start : start + _SHOWN]} and {again[start : start + _SHOWN]}"
+
+
+def _chat(tokenizer: Any) -> list[str]:
+    """One turn of a user as the chat template renders it. Raises ValueError where it fails."""
+    if not tokenizer.chat_template:
+        return []
+    failures = []
+    for content in (_QUESTION, [{"type": "text", "text": _QUESTION}]):  # the parts are those of multimodal models
+        try:
+            turn = [{"role": "user", "content": content}]
+            return [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)]
+        except ImportError:
+            raise
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}")
+    raise ValueError(f"its chat template fails on one turn of a user: {failures[0]}")
