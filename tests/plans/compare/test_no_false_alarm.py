@@ -100,7 +100,7 @@ def older(config: dict[str, Any]) -> dict[str, Any]:
     kinds = found.get("layer_types")
     if kinds and set(kinds) == {"full_attention"}:
         del found["layer_types"]
-    whole = found.get("head_dim", 0) * found.get("num_attention_heads", 0) == found.get("hidden_size")
+    whole = (found.get("head_dim") or 0) * found.get("num_attention_heads", 0) == found.get("hidden_size")
     if whole and found.get("model_type") in ("llama", "mistral", "olmo2", "qwen2", "granite"):
         del found["head_dim"]
     return found
