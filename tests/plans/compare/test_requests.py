@@ -33,7 +33,9 @@ def put(hub: HubServer, folder: Path, *, alike: bool) -> Path:
             "tokenizer_config.json": "{}", "added_tokens.json": "{}", "special_tokens_map.json": "{}",
             "tokenizer.model": "x",
         }  # fmt: skip
-        hub.commit(f"acme/{model}", {name: (text + own).encode() for name, text in files.items()})
+        held = {name: (text + own).encode() for name, text in files.items()}
+        # Without it there are more files to look at than may be fetched.
+        hub.commit(f"acme/{model}", held if alike else {**held, "tokenizer.json": None})
     (folder / "remote").mkdir()
     return write_recipe(folder / "remote", models={model: f"hf://acme/{model}" for model in MODELS})
 
