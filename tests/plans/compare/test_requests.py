@@ -29,8 +29,8 @@ def put(hub: HubServer, folder: Path, *, alike: bool) -> Path:
         own = "" if alike else " " * number
         files: Mapping[str, Any] = {
             "tokenizer.json": json.dumps(tokenizer()), "chat_template.jinja": "{{ messages }}",
-            "generation_config.json": '{"eos_token_id": 12}', "vocab.json": "{}", "merges.txt": "#version: 0.2",
-            "tokenizer_config.json": "{}", "added_tokens.json": "{}", "special_tokens_map.json": "{}",
+            "generation_config.json": '{"eos_token_id": 12}', "vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2",
+            "tokenizer_config.json": '{"x": 1}', "added_tokens.json": '{"b": 9}', "special_tokens_map.json": '{"y": 1}',
             "tokenizer.model": "x",
         }  # fmt: skip
         held = {name: (text + own).encode() for name, text in files.items()}
