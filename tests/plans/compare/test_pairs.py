@@ -67,7 +67,7 @@ def write_pair(folder: Path, case: Case) -> Path:
         tied = REAL[case.base].get("tie_word_embeddings", case.base in ("gemma2", "gpt2"))
         head = case.head if case.head is not None and case.where in (model, "all") else not tied
         generator = torch.Generator().manual_seed(0)
-        shapes = {EMBEDDING: (ROWS, 4), **{f"model.layers.{index}.mlp.up_proj.weight": (4, 4) for index in (0, 1)}}
+        shapes = {EMBEDDING: (ROWS, 4), **{f"model.layers.{index}.mlp.up_proj.weight": (256, 4) for index in (0, 1)}}
         shapes |= {HEAD: (ROWS, 4)} if head else {}
         tensors = {
             name: (torch.randn(shape, generator=generator) + 0.01 * seed).to(torch.bfloat16)
