@@ -182,3 +182,27 @@ def test_padding_rows_are_no_alarm(stated: str, saved: Callable[[str], Path], tm
         write_checkpoint(folder, tensors, config={**config, "vocab_size": 120 if model == stated else 128})
         write_tokenizer(folder, again=model == stated)
     assert remarks(write_recipe(tmp_path)) == (0, [], [])
+
+
+@pytest.mark.parametrize("writer", MODELS)
+def test_stored_copy_of_a_tied_head_is_no_alarm(writer: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    for model in MODELS:
+        tensors = read_checkpoint(saved("qwen2") / model)
+        copy = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()} if model == writer else {}
+        config = json.loads((saved("qwen2") / model / "config.json").read_text())
+        write_checkpoint(tmp_path / model, {**tensors, **copy}, config=config)
+    assert remarks(write_recipe(tmp_path)) == (0, [], [])
+
+
+def test_vision_tower_that_newer_versions_describe_at_length_is_no_alarm(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Newer versions write that images have two axes; older ones wrote nothing."""
+    for model in MODELS:
+        shutil.copytree(saved("qwen2_5_vl") / model, tmp_path / model)
+        config = json.loads((tmp_path / model / "config.json").read_text())
+        config["vision_config"].pop("rope_parameters", None)
+        if model == "rl":
+            config["vision_config"]["rope_parameters"] = {"rope_type": "axial", "rope_theta": 1e4}
+        (tmp_path / model / "config.json").write_text(json.dumps(config))
+    assert remarks(write_recipe(tmp_path)) == (0, [], [])
