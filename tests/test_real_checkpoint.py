@@ -152,6 +152,15 @@ def test_skill_is_carried_over_to_another_model(runs: Path, load: Load) -> None:
     shutil.rmtree(runs / "merged")
 
 
+def test_comparison_raises_no_alarm(runs: Path, tmp_path: Path) -> None:
+    """The published files are of an older library than those of the three runs."""
+    for target in (runs / "target", PUBLISHED):
+        recipe = write_yaml(tmp_path, "recipe.yaml", "", target=target, rl=runs / "rl", sft=runs / "sft")
+        plan = json.loads(run_cli("plan", "--json", recipe).stdout)
+        assert [it for it in plan["compared"] if it["level"] != "note"] == []
+        assert plan["warnings"] == []
+
+
 def test_lambda_zero_gives_the_file_of_the_target(runs: Path, tmp_path: Path) -> None:
     recipe = write_recipe(runs)
     succeed("apply", "--set", "lam=0", "--output", tmp_path / "merged", recipe)

@@ -30,8 +30,9 @@ ACTIVATIONS = {
 }
 """Two spellings of one function. All of the tanh approximations of GELU compute the same formula."""
 
-ROPE_TYPES = {"su": "longrope", "mrope": "default", None: "default"}
-"""Older names. `mrope` only says that there are sections, which are compared by themselves."""
+ROPE_TYPES = {"su": "longrope", "mrope": "default", "axial": "default", None: "default"}
+"""Older names, and kinds that scale nothing: `mrope` only says that there are sections, which are compared by
+themselves, `axial` that images have two axes."""
 
 SCALING_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 """Factors of yarn that mean the same when they are left out."""
@@ -42,8 +43,11 @@ TRAINED_SCALINGS = ("llama3", "longrope")
 WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "gpt_oss": 2, "olmo3": 4, "exaone4": 4}
 """One layer in so many attends to everything, where the configuration does not list its layers."""
 
-WINDOW_OFF = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
+WINDOW_OFF = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen3", "qwen3_moe", "smollm3")
 """Architectures whose window is off unless `use_sliding_window` is true."""
+
+WITHOUT_ROPE_EVERY = {"smollm3": 4, "llama4": 4}
+"""One layer in so many has no rotary positions, where the configuration does not list its layers."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rope base": 1e4, "activation": "silu"},
@@ -62,16 +66,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "kv_heads": 4, "head_dim": 256, "rope base": 1e6, "rope local base": 1e4, "activation": "gelu_pytorch_tanh",
         "sliding_window": 4096, "query_pre_attn_scalar": 256,
     },
+    "qwen2_vl": {"kv_heads": 8, "rope base": 1e6, "activation": "silu"},
+    "qwen2_5_vl": {"kv_heads": 8, "rope base": 1e6, "activation": "silu"},
+    "qwen3_vl": {"kv_heads": 32, "head_dim": 128, "rope base": 5e5, "activation": "silu"},
     "phi": {"rope base": 1e4, "rope partial": 0.5, "activation": "gelu_pytorch_tanh"},
     "phi3": {"rope base": 1e4, "activation": "silu"},
-    "gpt_neox": {"rope base": 1e4, "rope partial": 0.25, "activation": "gelu"},
+    "gpt_neox": {"rope base": 1e4, "rope partial": 0.25, "activation": "gelu", "use_parallel_residual": True},
+    "gpt2": {"activation": "gelu_pytorch_tanh", "scale_attn_weights": True},
     "starcoder2": {"kv_heads": 2, "rope base": 1e4, "activation": "gelu_pytorch_tanh"},
     "stablelm": {"kv_heads": 32, "rope base": 1e4, "rope partial": 0.25, "activation": "silu"},
     "cohere": {"rope base": 5e5, "activation": "silu", "logit_scale": 0.0625},
     "cohere2": {"rope base": 1e4, "activation": "silu", "logit_scale": 0.0625, "sliding_window": 4096},
     "olmo2": {"rope base": 1e4, "activation": "silu"},
     "olmoe": {"rope base": 1e4, "activation": "silu", "num_experts_per_tok": 8},
-    "granite": {"rope base": 1e4, "activation": "silu"},
+    "granite": {
+        "rope base": 1e4, "activation": "silu", "attention_multiplier": 1.0, "residual_multiplier": 1.0,
+        "embedding_multiplier": 1.0, "logits_scaling": 1.0,
+    },
     "deepseek_v3": {"rope base": 1e4, "activation": "silu", "num_experts_per_tok": 8, "norm_topk_prob": True},
     "glm4": {"kv_heads": 2, "head_dim": 128, "rope base": 1e4, "rope partial": 0.5, "activation": "silu"},
     "smollm3": {"kv_heads": 4, "rope base": 2e6, "activation": "silu"},

@@ -11,7 +11,7 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.methods.terms import model_of
 from skillmerge.naming import module_kind
-from skillmerge.plans.compare.config_values import architecture, effective, layers, other_parts, text_part
+from skillmerge.plans.compare.config_values import architecture, effective, layers, other_parts, text_kind, text_part
 from skillmerge.plans.compare.found import Compared, Level
 from skillmerge.plans.compare.roles import Roles
 from skillmerge.plans.compare.table import IGNORED, ROWS, Row
@@ -68,8 +68,8 @@ def _kind(kind: str | None, depth: int | None) -> str:
 def _parts(configs: Mapping[str, Mapping[str, Any]], donor: str, roles: Roles) -> Iterator[Compared]:
     """The differences of the language models, then of what the models hold beside them."""
     texts = {name: text_part(config) for name, config in configs.items()}
-    yield from _rows(texts, donor, roles, "", {name: architecture(config) for name, config in configs.items()})
-    others = {name: dict(other_parts(config)) for name, config in configs.items()}
+    yield from _rows(texts, donor, roles, "", {name: text_kind(config) for name, config in configs.items()})
+    others = {name: dict(other_parts(text)) for name, text in texts.items()}
     for key in others[donor]:
         having = {name: parts[key] for name, parts in others.items() if key in parts}
         kinds = {name: part.get("model_type") for name, part in having.items()}
@@ -84,7 +84,7 @@ def _rows(
         having = {name: found[row.what] for name, found in values.items() if row.what in found}
         if donor in having and any(value != having[donor] for value in having.values()):
             yield _difference(row, prefix, having, donor, roles)
-        elif 0 < len(having) < len(parts) and row.level != "note":
+        elif len(having) < len(parts) and row.level != "note" and any(_says(value, row) for value in having.values()):
             silent = ", ".join(f"`{name}`" for name in parts if name not in having)
             message = f"{row.what}: {silent} does not say it, and what that means is not known"
             yield Compared(None, prefix + row.what, FILE, "note", _shown(having), False, message)
@@ -95,6 +95,11 @@ def _rows(
         if plain and key not in known and not IGNORED.search(key) and len({*found.values()}) > 1:
             message = f"`{key}` differs, which skillmerge does not know the meaning of: the donor's is used"
             yield Compared(None, prefix + key, FILE, "note", _shown(found), False, message)
+
+
+def _says(value: Any, row: Row) -> bool:
+    """Whether a value is another than what the lack of a key mostly means."""
+    return value != row.default and value not in (None, False, ())
 
 
 def _difference(row: Row, prefix: str, having: Mapping[str, Any], donor: str, roles: Roles) -> Compared:
@@ -137,12 +142,14 @@ def _ties(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> Iterato
             continue
         values = {each: _tie(tied[each], heads[each]) for each in (donor, name)}
         if heads[name] and not heads[donor] and not tied[name]:
+            level: Level = "problem" if tied[name] is False else "note"
             message = (
                 f"`{name}` has a head of its own, the donor `{donor}` ties its head to the embedding: "
                 "what the head learned has no place in the output"
             )
-            yield Compared("ties", "tie_word_embeddings", FILE, "problem", values, False, message)
-        elif heads[donor] and not heads[name] and tied[name]:
+            accept = "ties" if level == "problem" else None
+            yield Compared(accept, "tie_word_embeddings", FILE, level, values, False, message)
+        elif heads[donor] and not heads[name] and tied[name] and not tied[donor]:
             message = f"`{name}` ties its head to the embedding, which is read as the head that the donor `{donor}` has"
             yield Compared("ties", "tie_word_embeddings", FILE, "warning", values, False, message)
 

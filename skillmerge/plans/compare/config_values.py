@@ -18,11 +18,13 @@ from skillmerge.plans.compare.architectures import (
     TRAINED_SCALINGS,
     WINDOW_OFF,
     WINDOW_PATTERNS,
+    WITHOUT_ROPE_EVERY,
 )
 from skillmerge.plans.compare.table import ROWS, UNKNOWN
 
 _TEXT = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config")
 _OTHERS = ("vision_config", "audio_config", "decoder", "encoder")
+_NEAR = ("sliding_attention", "chunked_attention")
 _NO_FACTOR = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -44,13 +46,16 @@ def other_parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
             yield key, part
 
 
+def text_kind(config: Mapping[str, Any]) -> str | None:
+    """Return what the language model's architecture is called, whose defaults hold for this configuration."""
+    kind = text_part(config).get("model_type")
+    return kind.removesuffix("_text") if isinstance(kind, str) else None
+
+
 def architecture(config: Mapping[str, Any]) -> str | None:
     """Return the architecture of the language model, the same for a text model and a multimodal one that holds it."""
-    kind = text_part(config).get("model_type")
-    if not isinstance(kind, str):
-        return None
-    kind = kind.removesuffix("_text")
-    return TEXT_OF.get(kind, kind)
+    kind = text_kind(config)
+    return TEXT_OF.get(kind, kind) if kind is not None else None
 
 
 def layers(part: Mapping[str, Any]) -> int | None:
@@ -62,34 +67,40 @@ def layers(part: Mapping[str, Any]) -> int | None:
 def effective(part: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
     """Return the effective value of each row of the table that this part of a configuration says something about.
 
-    kind: the architecture, whose defaults hold. What neither it nor the row has a default for is left out.
+    kind: the architecture, whose defaults hold. What is absent is left out where the architecture is not known, or
+    neither it nor the row has a default.
     """
     defaults = DEFAULTS.get(kind or "", {})
     found = dict(_worked_out(part, kind, defaults))
     for row in ROWS:
         if row.keys:
             value = _first(part, row.keys)
-            if value is None:
-                value = next((defaults[key] for key in (row.what, *row.keys) if key in defaults), row.default)
+            if value is None and any(key in part for key in row.keys):
+                value = row.default  # null is said, and is not what the architecture assumes of itself
+            elif value is None:
+                absent = row.default if kind in DEFAULTS else UNKNOWN
+                value = next((defaults[key] for key in (row.what, *row.keys) if key in defaults), absent)
             if value is not UNKNOWN:
                 found[row.what] = _plain(value)
     return found
 
 
 def _worked_out(part: Mapping[str, Any], kind: str | None, defaults: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _rope(part, defaults)
+    yield from _rope(part, defaults, kind in DEFAULTS)
     heads, hidden = _first(part, ("num_attention_heads", "n_head", "n_heads")), _first(part, ("hidden_size", "n_embd"))
     kv_heads = _first(part, ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"))
     if kv_heads is None:
-        kv_heads = defaults.get("kv_heads", heads if kind in DEFAULTS else None)
+        assumed = heads if kind in DEFAULTS else None
+        kv_heads = heads if "num_key_value_heads" in part else defaults.get("kv_heads", assumed)
     if kv_heads is not None:
         yield "key and value heads", kv_heads
     size = _first(part, ("head_dim", "kv_channels"))
-    if size is None:
+    if size is None and "head_dim" not in part:
         size = defaults.get("head_dim")
-    if size is None and type(heads) is int and type(hidden) is int and heads > 0:
+    equal = kind in DEFAULTS or "head_dim" in part
+    if size is None and equal and type(heads) is int and type(hidden) is int and heads > 0:
         size = hidden // heads
-    if size is not None:
+    if size is not None and not part.get("qk_rope_head_dim"):  # latent attention has sizes of its own
         yield "head size", size
     activation = _first(part, ("hidden_activation",)) or _first(part, ("hidden_act", "activation_function"))
     if kind == "gemma" and _first(part, ("hidden_activation",)) is None:
@@ -97,10 +108,15 @@ def _worked_out(part: Mapping[str, Any], kind: str | None, defaults: Mapping[str
     activation = activation or defaults.get("activation")
     if activation is not None:
         yield "activation", ACTIVATIONS.get(activation, activation) if isinstance(activation, str) else activation
-    yield "sliding window", _window(part, kind, defaults)
+    if kind in DEFAULTS or "sliding_window" in part:
+        yield "sliding window", _window(part, kind, defaults)
+    if kind in WITHOUT_ROPE_EVERY:
+        every = part.get("no_rope_layer_interval") or WITHOUT_ROPE_EVERY[kind]
+        usual = [int((index + 1) % every != 0) for index in range(layers(part) or 0)]
+        yield "layers without positions", tuple(part.get("no_rope_layers") or usual)
 
 
-def _rope(part: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _rope(part: Mapping[str, Any], defaults: Mapping[str, Any], known: bool) -> Iterator[tuple[str, Any]]:
     given = _table(part.get("rope_parameters"))
     nested = any(isinstance(value, Mapping) for value in given.values())
     main = _table(given.get("full_attention") or next(iter(given.values()), None)) if nested else given
@@ -113,9 +129,14 @@ def _rope(part: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tupl
         near = local.get("rope_theta") or part.get("rope_local_base_freq") or defaults.get("rope local base")
         yield "rope local base", near if near != base else None
     turned = _first(main, ("partial_rotary_factor",)) or _first(part, ("partial_rotary_factor", "rotary_pct"))
-    yield "rope partial", turned or defaults.get("rope partial", 1.0)
+    turned = turned or defaults.get("rope partial", 1.0 if known else None)
+    if turned is not None:
+        yield "rope partial", turned
     sections = _first(main, ("mrope_section",)) or _first(old, ("mrope_section",))
-    yield "rope sections", tuple(sections) if isinstance(sections, list) else None
+    if isinstance(sections, list):  # a text model has none, and means the same by it
+        yield "rope sections", tuple(sections)
+    if not known and not part.keys() & {"rope_scaling", "rope_parameters"}:
+        return
     scaling = old or main  # transformers takes the older key where a person has added it
     kind = _first(scaling, ("rope_type", "type"))
     kind = ROPE_TYPES.get(kind, kind) if isinstance(kind, str | None) else str(kind)
@@ -146,7 +167,7 @@ def _window(
     count = layers(part) or 0
     kinds, pattern = part.get("layer_types"), part.get("sliding_window_pattern") or WINDOW_PATTERNS.get(kind or "")
     if isinstance(kinds, list):
-        where = tuple(index for index, each in enumerate(kinds) if each != "full_attention")
+        where = tuple(index for index, each in enumerate(kinds) if each in _NEAR)
     elif type(pattern) is int and pattern > 0:
         where = tuple(index for index in range(count) if (index + 1) % pattern)
     else:

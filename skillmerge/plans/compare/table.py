@@ -62,7 +62,7 @@ ROWS = (
         for key in (
             "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier",
             "residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale", "scale_emb", "scale_depth",
-            "dim_model_base", "emb_scale_by_sqrt_dim", "scale_embedding", "attn_scale", "floor_scale", "swiglu_limit",
+            "dim_model_base", "attn_scale", "floor_scale", "swiglu_limit",
             "clip_qkv", "attn_temperature_tuning", "lm_head_multiplier", "key_multiplier", "ssm_multipliers",
             "mup_width_multiplier", "mup_attn_multiplier", "mup_embedding_multiplier", "attention_in_multiplier",
         )
@@ -72,7 +72,7 @@ ROWS = (
         for key in (
             "use_parallel_residual", "parallel_attn", "use_qk_norm", "qk_layernorm", "alibi", "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx", "do_layer_norm_before", "apply_residual_connection_post_layernorm",
-            "use_bidirectional_attention",
+            "use_bidirectional_attention", "scale_embedding", "emb_scale_by_sqrt_dim",
         )
     ),
     Row("position_embedding_type", "problem", "rope", _ROPE, ("position_embedding_type",), UNKNOWN),
@@ -87,10 +87,11 @@ ROWS = (
             "n_shared_experts", "num_shared_experts", "use_grouped_topk",
         )
     ),
+    Row("layers without positions", "problem", "rope", _ROPE),
     Row("sliding window", "problem", "window", "the layers attend over another distance"),
     *(
         Row(key, "problem", "window", "the layers attend over another distance", (key,))
-        for key in ("attention_chunk_size", "no_rope_layers", "attention_window", "local_attention",
+        for key in ("attention_chunk_size", "attention_window", "local_attention",
                     "global_attn_every_n_layers")
     ),
     Row("norm epsilon", "note", None, "the donor's is used", ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
@@ -103,7 +104,7 @@ IGNORED = re.compile(
     r"^_|transformers_version|use_cache|dtype|dropout|pdrop|^drop|initializer|init_std|name_or_path|architectures"
     r"|id2label|label2id|problem_type|task_specific|return_|output_|^is_|chunk_size_feed|pruned_heads|torchscript"
     r"|temperature|^top_[kp]$|typical_p|penalty|num_beam|num_return|do_sample|early_stopping|max_length|min_length"
-    r"|no_repeat|bad_words|forced_|suppress|begin_suppress|prefix$|sep_token|decoder_start|cross_attention_hidden"
+    r"|no_repeat|no_rope_layer|bad_words|forced_|suppress|begin_suppress|prefix$|sep_token|decoder_start|cross_attention_hidden"
     r"|aux_loss|jitter|router_z_loss|pretraining_tp|gradient_checkpointing|unsloth|attn_implementation|flash_attn"
     r"|auto_map|quantization|token_id|token_index|vocab|tokenizer|tie_|finetuning|model_type|cache_implementation"
     r"|_config$|rope|rotary|rotary_emb|sliding|window|layer_types|hidden_act|activation|num_key_value|kv_heads|head_dim"
