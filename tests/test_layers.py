@@ -26,7 +26,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "sweep.sweep verify",
         "export.export extract rebuild sweep.in_memory sweep.setting",
         "apply export.lora export.patch plan sweep.search",
-        "demo.miniature derive records result sweep.journal target",
+        "demo.miniature derive result source sweep.journal target",
+        "records",
     ),
     "study": (
         "gates",

@@ -6,13 +6,11 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.kinds.skill_planes import check_zstandard
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
@@ -23,20 +21,18 @@ from skillmerge.outputs.measured import settled, strict_outcome, warnings_of
 from skillmerge.outputs.output import Outcome, Output, RunLog
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 from skillmerge.outputs.verify import check_structure, checked, input_digests, is_intact
-from skillmerge.plans import saved as savedplan
 from skillmerge.plans.accounting import prove_ties
 from skillmerge.plans.budget import budget, check_disk
-from skillmerge.plans.heads import with_heads_read
-from skillmerge.plans.opening import Access, planned
+from skillmerge.plans.opening import Access
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.side_files import SideFile, fetch
-from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed, GateInput, check, prepare
 from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
+from skillmerge.verbs.source import name_of, planned_to_apply, read_source
 from skillmerge.verbs.target import finished_output, output_folder, refuse_existing
 from skillmerge.version import __version__
 
@@ -87,12 +83,12 @@ def apply(
     Raises SkillmergeError, whose subclasses say which kind of trouble it was; see `skillmerge.errors`.
     """
     reporter = reporter or Reporter()
-    reporter.event("started", skillmerge=__version__, recipe=_name_of(recipe))
+    reporter.event("started", skillmerge=__version__, recipe=name_of(recipe))
     check_words(device=device, threads=threads, memory_limit=memory_limit, stats=stats, hub=hub)
     if keep_failed and no_local:
         raise UsageError("with no_local there is nothing to keep of a failed output", fix="leave out one of the two")
     return merge(
-        _read(recipe, coefficients),
+        read_source(recipe, coefficients),
         output,
         Access(follow_links, locked, download=hub == "download", commits=commits or {}, allow_code=allow_code),
         Work(device, threads, memory_limit),
@@ -113,7 +109,7 @@ def merge(
 ) -> Result:
     """`apply`, in the records that its arguments sort into."""
     started = time.monotonic()
-    with _planned(source, access, checks, reporter) as (plan, checkpoints):
+    with planned_to_apply(source, access, checks, reporter) as (plan, checkpoints):
         prepare(plan.recipe.gates, checks.stats, publish.no_local, plan)
         target = output_folder(plan.recipe, output, checkpoints)
         reporter.event(
@@ -335,47 +331,6 @@ class _Merge:
         if self.publish.no_local:
             staging.seal(plan.digest)
         return proof
-
-
-def _name_of(recipe: str | os.PathLike[str] | Recipe) -> str:
-    return recipe.document.name if isinstance(recipe, Recipe) else os.fspath(recipe)
-
-
-def _read(recipe: str | os.PathLike[str] | Recipe, coefficients: Mapping[str, float] | None) -> Recipe | SavedPlan:
-    """The recipe or the saved plan at a path. Raises UsageError, RecipeError."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if not savedplan.looks_saved(recipe):
-        return load(recipe, coefficients)
-    if coefficients:
-        raise UsageError("a saved plan has its coefficients", fix="leave --set out, or plan anew with it")
-    return savedplan.read(recipe)
-
-
-@contextmanager
-def _planned(
-    source: Recipe | SavedPlan, access: Access, checks: Checks, reporter: Reporter
-) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
-    """A plan that can be carried out, and its open models. Raises StalePlan for a saved plan that has changed."""
-    saved = source if isinstance(source, SavedPlan) else None
-    if saved is not None:
-        access = replace(access, commits=saved.commits)
-    recipe = source.recipe if isinstance(source, SavedPlan) else source
-    made_before = checks.expected is not None or (saved is not None and "compared" not in saved.document)
-    with planned(recipe, None, access, reporter.note, lenient=made_before) as (plan, checkpoints):
-        plan.refuse_problems()
-        if saved is not None:
-            saved.check(plan)
-        plan = with_heads_read(plan, checkpoints[plan.donor])
-        for remark in plan.warnings:
-            reporter.warn(remark.message, remark.fix)
-        for note in plan.notes:
-            reporter.note(note)
-        if checks.strict:
-            plan.refuse_warnings()
-        if plan.recipe.output.compression != "none":
-            check_zstandard()
-        yield plan, checkpoints
 
 
 def _push_of(plan: Plan, publish: Publish) -> MergePush | None:

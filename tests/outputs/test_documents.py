@@ -142,7 +142,7 @@ def test_an_output_that_its_gates_refused_is_nobodys_release(tmp_path: Path) -> 
 def test_only_a_folder_with_a_manifest_is_an_output(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for place in ("file", "nowhere"):
-        with pytest.raises(UsageError, match="is not a folder|does not exist"):
+        with pytest.raises(UsageError, match=r"is not a folder|does not exist"):
             Output.open(tmp_path / place)
     with pytest.raises(CheckFailed, match=r"has no readable skillmerge\.manifest\.json"):
         Output.open(tmp_path)
