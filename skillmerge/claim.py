@@ -48,7 +48,7 @@ class Claim:
         """
         self.folder, self._target = folder, target
         self._token = secrets.token_hex(16).encode()
-        with disk_errors(folder):
+        with disk_errors(folder, "choose another folder with `--output`"):
             self._descriptor, why = self._acquire()
             try:
                 synced = sync_folder(folder)

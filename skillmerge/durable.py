@@ -27,10 +27,11 @@ _NO_FOLDER_SYNC = (*UNSUPPORTED, errno.EBADF, errno.EACCES, errno.EPERM, errno.E
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, elsewhere: str = "choose another place") -> Iterator[None]:
     """Turn the operating system's refusals to write into errors that say what to do.
 
-    Raises UsageError where the place is wrong, ResourceError where the disk is full or fails.
+    elsewhere: how to choose another place, in the words of the command. Raises UsageError where the place is wrong,
+    ResourceError where the disk is full or fails.
     """
     try:
         yield
@@ -45,7 +46,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 fix="write smaller files with `output.shard_size`, or choose another folder for the output",
             ) from error
         if error.errno in _WRONG_PLACE:
-            raise UsageError(f"{path} cannot be written: {error.strerror}", fix="choose another place") from error
+            raise UsageError(f"{path} cannot be written: {error.strerror}", fix=elsewhere) from error
         doctor = f"skillmerge doctor {shlex.quote(str(path.parent))}"
         raise ResourceError(
             f"{path} could not be written: {error.strerror}",

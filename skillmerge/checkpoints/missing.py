@@ -74,8 +74,8 @@ def near_path(path: Path, written: str, wanted: Callable[[Path], bool] = Path.ex
         names = [other for other in _names(folder) if wanted(Path(folder, other, *rest))]
         folded = {other.casefold(): other for other in names}
         near = folded.get(name.casefold()) or _nearest(name, names)
-        if near is None:
-            return None
+        if near is None or len(rest) >= len(written.rstrip("/").split("/")):
+            return None  # nothing is near, or the misspelt name is not in what was written
         return f"did you mean `{_respelled(written, name, near, len(rest))}`?"
     return None
 

@@ -65,7 +65,7 @@ class Staging:
         """Whether an earlier run had called `seal`."""
         self._complete = self.folder / "complete"
         self._journal = Journal(self.folder / "journal.jsonl")
-        with disk_errors(self.folder):
+        with disk_errors(self.folder, "choose another folder with `--output`"):
             self._refuse_strangers()
         self._claim = Claim(self.folder, output, reporter or Reporter())
 

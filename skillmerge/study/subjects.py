@@ -84,7 +84,10 @@ def is_skill(uri: str, access: Access) -> bool:
     """Whether a place holds a stored skill. Raises InputError, TemporaryError where a remote one cannot be listed."""
     if is_path(uri):
         return (Path(uri) / SKILL_FILE).is_file()
-    place = parse_place(uri)
+    try:
+        place = parse_place(uri)
+    except ValueError:
+        return False  # opening it says what is wrong with it
     return place is not None and SKILL_FILE in open_store(place, download=access.download).list()
 
 

@@ -158,7 +158,8 @@ def test_other_layouts_are_only_copied_too(
 def mixed(folder: Path, **output: Any) -> Path:
     """A family of bfloat16 with two tensors a layer that its models keep in float32."""
     for seed, name in enumerate(("target", "rl", "sft")):
-        tensors = random_tensors(tensor_shapes(), seed=seed)
+        step = random_tensors(tensor_shapes(), seed=seed, scale=1e-3)
+        tensors = {key: value + step[key] for key, value in random_tensors(tensor_shapes()).items()}
         for layer in range(3):
             tensors |= random_tensors(
                 {f"model.layers.{layer}.mixer.A_log": (8,), f"model.layers.{layer}.gate.e_score_correction_bias": (4,)},

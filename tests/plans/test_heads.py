@@ -16,7 +16,8 @@ TIED = {"model_type": "llama", "tie_word_embeddings": True}
 def family(folder: Path, *, same: bool, **keys: object) -> Path:
     """Models that store their tied head, as a copy of the embedding or as another matrix."""
     for seed, name in enumerate(("target", "rl", "sft")):
-        tensors = random_tensors(tensor_shapes(), seed=seed)
+        step = random_tensors(tensor_shapes(), seed=seed, scale=1e-3)
+        tensors = {key: value + step[key] for key, value in random_tensors(tensor_shapes()).items()}
         if same:
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         write_checkpoint(folder / name, tensors, config=TIED)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import run_cli, write_family
 
+from skillmerge.checkpoints.missing import near_path
 from skillmerge.checkpoints.place import instead_on_hub
 
 RECIPE = """skillmerge: 1
@@ -166,3 +167,9 @@ def test_missing_model_below_a_misspelt_folder_keeps_what_is_below(trees: Path) 
     (trees / "models").symlink_to("m")
     process = run_cli("inspect", "../model/sft", "../m/rl", cwd=trees / "w")
     assert process.stderr == "error: folder `../model/sft` does not exist\nhelp: did you mean `../models/sft`?\n"
+
+
+def test_misspelt_folder_above_what_was_written_is_not_guessed_at(tmp_path: Path) -> None:
+    """Found by flipping bits of a saved plan: a recipe's own folder was gone, and looking for near names failed."""
+    (tmp_path / "models").mkdir()
+    assert near_path(tmp_path / "modelz" / "deep" / "target", "target") is None

@@ -141,7 +141,7 @@ def _is_taken(path: Path, planned: Any) -> bool:
         return False
     wanted = json.loads(json.dumps(describe(planned)))
     differ = {key for key in wanted if saved.document.get(key) != wanted[key]}
-    assert differ <= {"recipe", "notes", "problems"}
+    assert differ <= {"recipe", "problems", "warnings", "notes", "compared", "merged_share"}
     assert saved.recipe.document.text == planned.recipe.document.text
     return True
 

@@ -25,7 +25,7 @@ SCALED = {**PLAIN, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
 WARNED = "rope scaling: `rl` has linear, factor 2, the donor `target` none: positions are scaled in only some"
 
 
-def models(folder: Path, *, rl: dict[str, Any] = PLAIN, update: float = 0.02, **keys: Any) -> Path:
+def models(folder: Path, *, rl: dict[str, Any] = PLAIN, update: float = 2e-3, **keys: Any) -> Path:
     """A family in bfloat16, where rl has a configuration of its own, and `update` is how far it moved."""
     shapes = tensor_shapes()
     sft = random_tensors(shapes, torch.bfloat16, 0)

@@ -12,10 +12,10 @@ import torch
 from conftest import run_cli, write_checkpoint, write_recipe
 from old_configs import OLD
 from pair_cases import CASES, GONE, REAL, ROWS, Case, tokenizer
-from skillmerge.outputs.card import write_card
 
 from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.methods.terms import Leaf, Scaled, Sum
+from skillmerge.outputs.hub.card import write_card
 from skillmerge.outputs.manifest import read as read_manifest
 from skillmerge.plans.compare.config import compare_config
 from skillmerge.plans.compare.found import Compared
