@@ -295,7 +295,7 @@ def test_what_the_donor_has_is_fetched_once(hub: HubServer, saved: Path, tmp_pat
     fast, slow = saved / "qwen2" / "4-fast", saved / "qwen2" / "4-slow"
     with on_the_hub(hub, tmp_path, target=(fast, {}), rl=(slow, {}), sft=(fast, {})) as models:
         found = compare_tokens(models, "target", ROLES)
-    assert [it.message for it in found] == ["68 of 400 rows have no token in any model, and follow the formula"]
+    assert [it.message for it in found] == ["68 of 400 rows have no token in any model: the formula holds there too"]
     assert hub.count("GET .*/acme/target/.*tokenizer.json") == 1
     assert hub.count("GET .*/acme/sft/") == 0
     assert hub.count("GET .*/acme/rl/.*(vocab.json|merges.txt)") == 2

@@ -69,7 +69,7 @@ def said(found: Sequence[Compared]) -> list[tuple[str, str | None, str]]:
     return [(it.level, it.name, it.message) for it in found]
 
 
-FREE = ("note", None, "5 of 16 rows have no token in any model, and follow the formula")
+FREE = ("note", None, "5 of 16 rows have no token in any model: the formula holds there too")
 
 
 def test_models_of_one_tokenizer_differ_in_nothing(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_added_tokens_in_another_order_are_a_problem_that_names_both_ids(tmp_pat
         "leave those rows as they are with the rule `{modules: [embedding, head], value: 0}`; if they do belong "
         "together, write `accept: [tokenizer]`",
     )
-    assert said([note]) == [("note", None, "3 of 16 rows have no token in any model, and follow the formula")]
+    assert said([note]) == [("note", None, "3 of 16 rows have no token in any model: the formula holds there too")]
 
 
 def test_a_token_renamed_by_a_distill_is_a_problem(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_tokens_that_only_some_models_have_are_a_note(tmp_path: Path) -> None:
     [note, rows] = compared(tmp_path, rl={"tokenizer.json": tokenizer(added={11: "<think>"})})
     assert said([note, rows]) == [
         ("note", None, "a token is not in every model, and the rows follow the formula: `<think>` is 11 in `rl` only"),
-        ("note", None, "4 of 16 rows have no token in any model, and follow the formula"),
+        ("note", None, "4 of 16 rows have no token in any model: the formula holds there too"),
     ]
 
 
