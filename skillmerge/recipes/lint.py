@@ -23,7 +23,7 @@ from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.expression import ExpressionError, grouped, names_in, normalise_name
 from skillmerge.recipes.lint_rules import RULES, LintRule
 from skillmerge.recipes.parse import load
-from skillmerge.recipes.recipe import Recipe, unused_names
+from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
 from skillmerge.recipes.schedules import LayerRange, Rule
 from skillmerge.recipes.yamltext import Path as DataPath
 from skillmerge.remarks import Remark, warning
@@ -313,6 +313,12 @@ def _large_factors(recipe: Recipe) -> Iterator[Finding]:
                 yield _at(recipe, "large-factor", path, message, "published merges stay below 2")
 
 
+def _donor(recipe: Recipe) -> Iterator[Finding]:
+    remark = unclear_donor(recipe)
+    if remark is not None and remark.name not in recipe.accept:
+        yield _at(recipe, "unclear-donor", ("merge",), remark.message, remark.fix)
+
+
 def _accidental(recipe: Recipe) -> Iterator[Finding]:
     """Coefficients that are 1 everywhere, and that have to be for the expression to be one model."""
     names = _used_coefficients(recipe)
@@ -377,4 +383,4 @@ def _not_one(recipe: Recipe, found: float, wanted: int) -> Finding:
 
 _MEANING = (_unused, _hidden_rules, _large_factors, _accidental, _sizes)
 """What is wrong with a recipe's meaning, whatever else is there: warnings of `plan` and `apply` too."""
-_CHECKS = (_models, _same, *_MEANING, _degrees, _output)
+_CHECKS = (_models, _same, *_MEANING, _donor, _degrees, _output)

@@ -63,6 +63,11 @@ RULES = {
             "in parentheses: `target + lam * (rl - sft)`.",
         ),
         LintRule(
+            "unclear-donor", "warning", "The formula does not show which model is the donor",
+            "A sum subtracts a model and adds two others without a coefficient, and the output takes its names, config "
+            "and tokenizer from the first of them. Name it with `output.like`, or put the difference in parentheses.",
+        ),
+        LintRule(
             "odd-size", "warning", "A size without a unit",
             "A plain number is a number of bytes, and so few of them are hardly meant. Write a unit: `5GB`.",
         ),

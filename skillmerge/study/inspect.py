@@ -23,7 +23,7 @@ from skillmerge.engine.measures.input_rounding import input_warning
 from skillmerge.engine.measures.update_size import IN_RECIPE, size_warning, too_large
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError, some
-from skillmerge.methods.terms import Leaf, Sum, model_of
+from skillmerge.methods.terms import model_of
 from skillmerge.naming import MODULE_KINDS, layer_label, layer_of, module_kind, summarised
 from skillmerge.plans.dtypes.quantised import refuse_quantised
 from skillmerge.plans.mapping import find_source
@@ -39,6 +39,7 @@ from skillmerge.study.subjects import (
     is_skill,
     open_named,
     refuse_model,
+    subject_of_models,
     subject_of_recipe,
     subject_of_skills,
     told_update,
@@ -148,8 +149,6 @@ def inspect(
         if len(places) > 1:
             raise UsageError(f"{places[0]} is a file: a recipe is inspected alone", fix=f"leave {places[1]} out")
         with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
-            for remark in plan.warnings:
-                reporter.warn(remark.message, remark.fix)
             plan.refuse_problems()
             found = inspect_merge(
                 plan, checkpoints, base, access, stats=stats, spectral=spectral, threads=threads, reporter=reporter
@@ -187,16 +186,7 @@ def _of_models(places: Sequence[str], access: Access, reporter: Reporter) -> Sub
         raise UsageError(f"{skills[0]} is a skill, and {model} is none", fix=fix)
     if len(places) > 2:
         raise UsageError(f"{len(places)} models: {some(list(places))}", fix=fix)
-    models = {"before": places[0], "after": places[1]}
-    return Subject(
-        f"from {models['before']} to {models['after']}",
-        open_named(models, access, reporter),
-        {"after": 1.0, "before": -1.0},
-        ("after", "before"),
-        "before",
-        "before",
-        difference=Sum(Leaf("after"), Leaf("before"), minus=True),
-    )
+    return subject_of_models(places[0], places[1], access, reporter)
 
 
 def inspect_merge(
@@ -215,6 +205,7 @@ def inspect_merge(
     extra = open_named({"base": base}, access, reporter) if base is not None else {}
     try:
         subject = subject_of_recipe(plan, {**checkpoints, **({BASE: extra["base"]} if extra else {})})
+        subject = replace(subject, doubts=plan.warnings)
         return _inspect(subject, stats, spectral, threads, reporter)
     finally:
         close_all(extra)
@@ -252,7 +243,7 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
         left=left,
         updates=updates,
         pairs=pairs,
-        remarks=tuple(_remarks(subject, measured, tasks)),
+        remarks=(*subject.doubts, *_remarks(subject, measured, tasks)),
     )
 
 

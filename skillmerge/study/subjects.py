@@ -11,11 +11,13 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill import SKILL_FILE
 from skillmerge.checkpoints.schemes import is_path, open_store, parse_place
 from skillmerge.errors import UsageError
-from skillmerge.methods.terms import Leaf, Scaled, Term, base_and_difference, expand_skills, model_of, weights
-from skillmerge.plans.opening import Access, open_models
+from skillmerge.methods.terms import Leaf, Scaled, Sum, Term, base_and_difference, expand_skills, model_of, weights
+from skillmerge.plans.compare.models import compare_models
+from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.plans.plan import Plan
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.remarks import Remark
 from skillmerge.reporter import Reporter
 
 BASE = "--base"
@@ -48,6 +50,8 @@ class Subject:
     difference: Term | None = None
     minus: bool = False
     plan: Plan | None = None
+    doubts: tuple[Remark, ...] = ()
+    """How the models do not belong together."""
     by_tensor: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """The update's factors of tensors, where coefficients make them differ."""
     parts: tuple[Part, ...] = ()
@@ -106,6 +110,26 @@ def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter)
     return Subject(
         title, checkpoints, together, None, None, parts=parts if len(parts) > 1 else (),
         told=" + ".join(places) if len(parts) > 1 else "", skills=frozenset(names),
+    )  # fmt: skip
+
+
+def subject_of_models(before: str, after: str, access: Access, reporter: Reporter) -> Subject:
+    """Two models, and how they do not belong together."""
+    models = {"before": before, "after": after}
+    recipe = recipe_of(models, "after - before", {"kind": "skill"}, "skillmerge inspect")
+    checkpoints = open_models(recipe, access, reporter.note)
+    try:
+        difference = Sum(Leaf("after"), Leaf("before"), minus=True)
+        terms = dict.fromkeys(checkpoints["after"].tensors, difference)
+        compared = compare_models(recipe, checkpoints, "after", terms, lenient=True)
+    except BaseException:
+        close_all(checkpoints)
+        raise
+    for note in compared.notes:
+        reporter.note(note)
+    return Subject(
+        f"from {before} to {after}", checkpoints, {"after": 1.0, "before": -1.0}, ("after", "before"), "before",
+        "before", difference=difference, doubts=tuple(compared.warnings),
     )  # fmt: skip
 
 

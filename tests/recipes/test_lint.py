@@ -326,3 +326,12 @@ def test_hook_runs_under_pre_commit(tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert "recipes/bad.yaml:8:1: error: unknown key `mrege`" in failed.stdout
     assert "other.yaml" not in failed.stdout
+
+
+def test_formula_that_does_not_show_its_donor_is_told(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "target + rl - sft", coefficients=None)
+    (finding,) = lint(recipe).findings
+    assert (finding.rule.id, finding.rule.level) == ("unclear-donor", "warning")
+    assert finding.message.startswith("the donor is `target`, the first model that `target + rl - sft` adds")
+    assert lint(write_recipe(tmp_path, "target + rl - sft", coefficients=None, accept=["donor"])).findings == ()
+    assert lint(write_recipe(tmp_path, "target + (rl - sft)", coefficients=None)).findings == ()

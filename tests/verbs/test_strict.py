@@ -136,3 +136,16 @@ def test_strict_refuses_what_was_made_without_it_and_leaves_it_alone(tmp_path: P
     process = run_cli("apply", recipe, "--strict")
     assert process.returncode == 3
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_inspect_of_two_models_says_how_they_do_not_belong_together(tmp_path: Path) -> None:
+    """Nothing is made of them, so that what is a problem elsewhere only warns."""
+    models(tmp_path, rl={**PLAIN, "rope_theta": 1e6})
+    process = run_cli("inspect", tmp_path / "sft", tmp_path / "rl", "--json")
+    assert process.returncode == 0
+    (said,) = json.loads(process.stdout)["warnings"]
+    assert said.startswith("rope base: `before` has 10,000, the donor `after` 1,000,000")
+    assert f"warning: {said}" in process.stderr
+    assert json.loads(run_cli("inspect", tmp_path / "recipe.yaml", "--json").stdout)["warnings"][0].startswith(
+        "rope base"
+    )

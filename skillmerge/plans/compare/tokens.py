@@ -232,7 +232,13 @@ def _unnamed(known: _Models, told: set[int]) -> Iterator[Compared]:
     if nameless:
         rows = f"{nameless:,} of {known.rows:,} rows have" if nameless > 1 else f"1 of {known.rows:,} rows has"
         yield Compared(
-            None, "rows", known.output.file, "note", {}, False, f"{rows} no token in any model: the formula holds there too"
+            None,
+            "rows",
+            known.output.file,
+            "note",
+            {},
+            False,
+            f"{rows} no token in any model: the formula holds there too",
         )
 
 
