@@ -71,12 +71,9 @@ def _problems(plan: Plan) -> str:
 
 
 def _compared(plan: Plan) -> str:
-    if not plan.compared.found:
-        return plan.compared.line or ""
-    models = list(dict.fromkeys(model for found in plan.compared.found for model in found.values))
-    rows = [[_code(cell) for cell in row] for row in tables.compared(plan.compared.found, models)]
-    head = (*tables.COMPARED_COLUMNS[:1], *map(_code, models), *tables.COMPARED_COLUMNS[1:])
-    return f"{plan.compared.line}\n\n{_table(head, rows)}"
+    head, rows = tables.compared(plan)
+    table = _table([head[0], *map(_code, head[1:-1]), head[-1]], [[*map(_code, row)] for row in rows]) if rows else ""
+    return "\n\n".join(filter(None, (plan.compared.line, table)))
 
 
 def _models(plan: Plan) -> str:

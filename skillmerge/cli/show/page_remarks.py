@@ -30,11 +30,10 @@ def _items(kind: str, messages: Iterable[str]) -> str:
 
 def _compared(plan: Plan) -> str:
     said = f"<p>{escaped(plan.compared.line)}</p>" if plan.compared.line is not None else ""
-    if not plan.compared.found:
+    head, found = tables.compared(plan)
+    if not found:
         return said
-    models = list(dict.fromkeys(model for found in plan.compared.found for model in found.values))
-    head = (*tables.COMPARED_COLUMNS[:1], *models, *tables.COMPARED_COLUMNS[1:])
-    rows = "".join(_row("td", row) for row in tables.compared(plan.compared.found, models))
+    rows = "".join(_row("td", row) for row in found)
     table = f"<table><thead>{_row('th', head)}</thead><tbody>{rows}</tbody></table>"
     return f'{said}<div class="scroll" tabindex="0">{table}</div>'
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from skillmerge.cli.show.figures import ACTIONS
 from skillmerge.errors import some
-from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.depth import Depth, over_depth
 from skillmerge.plans.plan import Plan
 from skillmerge.study.scoring.scores import CONFIDENCE, Score
@@ -18,8 +17,6 @@ from skillmerge.tensors import ULP_EDGES, format_bytes, format_count, percent
 ACTION_COLUMNS = ("tensors", "from", "what happens", "names")
 TRIAL_COLUMNS = ("tried", "works", "what follows")
 GATE_COLUMNS = ("gate", "asked", "measured", "verdict", "")
-
-COMPARED_COLUMNS = ("difference", "what follows")
 
 
 class Action(NamedTuple):
@@ -40,14 +37,19 @@ def actions(plan: Plan) -> list[Action]:
     return [Action(str(len(it)), models, ACTIONS[action], some(it, 2)) for (action, models), it in groups.items()]
 
 
-def compared(found: Sequence[Compared], models: Sequence[str]) -> list[tuple[str, ...]]:
-    """Each difference: its key, its value in each of `models`, and what follows, in a word."""
+def compared(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of the differences between the models: key, value in each model, and what follows in a word.
+
+    Without rows where there is no difference that has values.
+    """
+    shown = [one for one in plan.compared.found if one.values]
+    models = list(dict.fromkeys(model for one in shown for model in one.values))
     rows = []
-    for one in found:
+    for one in shown:
         follows = "accepted" if one.accepted else one.level
         values = (one.values.get(model, "-") for model in models)
         rows.append((one.key, *values, f"{follows} `{one.name}`" if one.name else follows))
-    return rows
+    return ("difference", *models, "what follows"), rows
 
 
 def coefficients(plan: Plan) -> Iterator[tuple[str, Depth]]:

@@ -116,10 +116,10 @@ def _show_compared(plan: Plan, out: Console) -> None:
     """What was compared in one line, and every difference as a row."""
     if plan.compared.line is not None:
         out.print(Text(plan.compared.line), soft_wrap=True)
-    if plan.compared.found:
-        models = list(dict.fromkeys(model for found in plan.compared.found for model in found.values))
-        table = new_table((*tables.COMPARED_COLUMNS[:1], *models, *tables.COMPARED_COLUMNS[1:]))
-        for row in tables.compared(plan.compared.found, models):
+    head, rows = tables.compared(plan)
+    if rows:
+        table = new_table(head)
+        for row in rows:
             table.add_row(*map(Text, row))
         out.print(table)
 
