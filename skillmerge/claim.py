@@ -26,7 +26,7 @@ from skillmerge.durable import (
     sync_file,
     sync_folder,
 )
-from skillmerge.errors import OutputLocked, UsageError
+from skillmerge.errors import OutputLocked, SkillmergeError, UsageError
 from skillmerge.reporter import Reporter
 
 LOCK_FILE, OWNER_FILE = "lock", "owner"
@@ -120,6 +120,16 @@ class Claim:
                 return (self.folder / OWNER_FILE).read_bytes() == self._token
             except FileNotFoundError:
                 return False
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Whatever fails in a folder that another run has taken, and may have removed, fails of that."""
+        try:
+            yield
+        except (SkillmergeError, OSError) as error:
+            if self._descriptor >= 0 and not isinstance(error, OutputLocked):
+                self.check()
+            raise
 
     def check(self) -> None:
         """Raise OutputLocked where another run has taken the folder meanwhile."""

@@ -93,7 +93,7 @@ class LoadCommand(click.Command):
         from skillmerge.study.loads.loading import RUNTIMES
 
         end = args.index("--") if "--" in args else len(args)
-        following = [*args[1:end], ""]
+        following = [*args[1:end], ""][:end]
         plain = [
             "--load=transformers" if arg == "--load" and other not in RUNTIMES else arg
             for arg, other in zip(args[:end], following, strict=True)

@@ -17,7 +17,7 @@ import ctypes
 import os
 import sys
 import threading
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,10 @@ class Staging:
         with disk_errors(self.folder, "choose another folder with `--output`"):
             self._refuse_strangers()
         self._claim = Claim(self.folder, output, reporter or Reporter())
+
+    def working(self) -> AbstractContextManager[None]:
+        """See `Claim.working`."""
+        return self._claim.working()
 
     @staticmethod
     def folder_of(output: Path) -> Path:

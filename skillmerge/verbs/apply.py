@@ -118,7 +118,7 @@ def merge(
         )  # fmt: skip
         budget(plan, threads=work.threads, memory_limit=work.memory_limit)  # what cannot fit is refused here
         push = _push_of(plan, publish)
-        with closing(Staging(target, reporter)) as staging:
+        with closing(Staging(target, reporter)) as staging, staging.working():
             room = push.room if push is not None else None
             job = Job(plan, checkpoints, staging, checks.stats, checks.allow_nonfinite, room)
             run = _Merge(job, staging, access, checks, publish, push, reporter, started)
@@ -148,6 +148,11 @@ class _Merge:
             conditions["only_on"] = self.push.repository
         return conditions
 
+    @property
+    def judged(self) -> str:
+        """By what an output is judged before it gets its place: its gates, which the plan has, and `strict`."""
+        return self.job.plan.digest + ("+strict" if self.checks.strict else "")
+
     def find_published(self) -> Result | None:
         """The output, where it goes to the Hub alone and is there."""
         if self.push is None or not self.publish.no_local or self.publish.overwrite:
@@ -162,7 +167,7 @@ class _Merge:
     def find_finished(self) -> Result | None:
         """The output, where it is at its place already, as asked for now."""
         plan, target = self.job.plan, self.staging.output
-        recovered = self.staging.recover(plan.weights_digest, self.conditions, self.publish.overwrite, plan.digest)
+        recovered = self.staging.recover(plan.weights_digest, self.conditions, self.publish.overwrite, self.judged)
         if self.publish.no_local:
             return None
         proof = finished_output(target, plan, self.conditions, self.checks.hash_inputs)
@@ -194,7 +199,7 @@ class _Merge:
         if not self.publish.no_local:
             with checked(self.reporter, "files, index and headers"):
                 check_structure(self.staging.files, proof)
-            self.staging.put_in_place(self.publish.overwrite, self.job.plan.digest)
+            self.staging.put_in_place(self.publish.overwrite, self.judged)
         return self._result(proof, device=runner.device, gates=gates)
 
     def published(self, result: Result) -> Result:

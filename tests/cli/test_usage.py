@@ -55,6 +55,7 @@ TYPED = {
         "missing option `--minus`", "write `skillmerge extract --from MODEL --minus MODEL --output PATH`"
     ),
     "apply r.yaml other": ("unexpected argument `other`", "write `skillmerge apply RECIPE`"),
+    "verify": ("missing argument `FOLDER`", "write `skillmerge verify FOLDER`"),
     "verify a b": ("unexpected argument `b`", "write `skillmerge verify FOLDER`"),
     "apply r.yaml --stats ful": (
         "`--stats`: `ful` is not one of `full`, `sampled`, `off`", "did you mean `full`?"

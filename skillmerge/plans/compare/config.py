@@ -21,16 +21,19 @@ FILE = "config.json"
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
-def compare_config(models: Mapping[str, Checkpoint], donor: str, roles: Roles, dtype: str) -> list[Compared]:
+def compare_config(
+    models: Mapping[str, Checkpoint], donor: str, roles: Roles, dtype: str | None, *, foreign: bool = False
+) -> list[Compared]:
     """Return how the configurations of the models that a formula uses differ from the donor's, which is first.
 
-    A model without a configuration, as a stored skill is, is not compared. dtype: of the recipe's output.
+    A model without a configuration, as a stored skill is, is not compared. dtype: of the output, or None for a skill,
+    which gets no configuration. foreign: two architectures, of which nearly everything differs, are compared too.
     """
     configs = {name: models[name].config for name in _compared(models, donor, roles)}
-    found = [*_donor(models[donor], donor, dtype)]
+    found = [] if dtype is None else [*_donor(models[donor], donor, dtype)]
     if configs.get(donor):
         found += _architectures(configs, donor)
-        if not any(one.name == "architecture" for one in found):
+        if foreign or not any(one.name == "architecture" for one in found):
             found += _parts(configs, donor, roles)
         found += _ties({name: models[name] for name in configs}, donor, roles)
     return found
@@ -107,7 +110,7 @@ def _difference(row: Row, prefix: str, having: Mapping[str, Any], donor: str, ro
     level: Level = row.level
     shown = _shown(having)
     alone = len(other) == len(having) - 1 and len({repr(having[name]) for name in other}) == 1
-    if row.name == "rope-scaling" and alone and len(other) > 1:
+    if row.name == "rope-scaling" and alone and len(other) > 1 and having[donor] is not None:
         level = "note"  # the usual way to serve long inputs: the donor alone has it
     told = " and ".join(f"`{name}` has {shown[name]}" for name in other)
     message = f"{prefix}{row.what}: {told}, the donor `{donor}` {shown[donor]}: {row.follows}"
@@ -141,7 +144,13 @@ def _ties(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> Iterato
         if name == donor or not roles[name].tokens:
             continue
         values = {each: _tie(tied[each], heads[each]) for each in (donor, name)}
-        if heads[name] and not heads[donor] and not tied[name]:
+        if heads[name] and heads[donor] and tied[donor] and tied[name] is False:
+            message = (
+                f"`{name}` has a head of its own, the donor `{donor}` stores one but ties it to the embedding: "
+                "runtimes use the embedding, and what the head learned is lost"
+            )
+            yield Compared("ties", "tie_word_embeddings", FILE, "problem", values, False, message)
+        elif heads[name] and not heads[donor] and not tied[name]:
             level: Level = "problem" if tied[name] is False else "note"
             message = (
                 f"`{name}` has a head of its own, the donor `{donor}` ties its head to the embedding: "
@@ -173,7 +182,9 @@ def _tie(tied: bool | None, heads: Sequence[str]) -> str:
 def _donor(donor: Checkpoint, name: str, dtype: str) -> Iterator[Compared]:
     """What a runtime will make of weights that do not agree with their own configuration."""
     text = text_part(donor.config)
-    stated = text.get("dtype") or text.get("torch_dtype")
+    stated = next(
+        (part[key] for part in (donor.config, text) for key in ("dtype", "torch_dtype") if part.get(key)), None
+    )
     matrices = {spec.dtype for spec in donor.tensors.values() if len(spec.shape) > 1 and DTYPES[spec.dtype].is_float}
     if dtype == "same" and matrices and _DTYPES.get(str(stated), "") not in {"", *matrices}:
         held = ", ".join(sorted(matrices))
@@ -184,7 +195,8 @@ def _donor(donor: Checkpoint, name: str, dtype: str) -> Iterator[Compared]:
         )  # fmt: skip
     rows = [spec.shape[0] for each, spec in donor.tensors.items() if each.endswith("embed_tokens.weight")]
     size = text.get("vocab_size")
-    if type(size) is int and len(rows) == 1 and rows[0] > size:
+    extra = 8 if str(text.get("model_type")).startswith("mllama") else 0  # its tokens of images have rows of their own
+    if type(size) is int and len(rows) == 1 and rows[0] > size + extra:
         yield Compared(
             "dtype-config", "vocab_size", FILE, "warning", {name: f"{size:,}, rows {rows[0]:,}"}, False,
             f"the donor `{name}` says vocab_size {size:,}, its embedding has {rows[0]:,} rows: some runtimes refuse it",

@@ -23,8 +23,9 @@ from skillmerge.plans.compare.architectures import (
 from skillmerge.plans.compare.table import ROWS, UNKNOWN
 
 _TEXT = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config")
-_OTHERS = ("vision_config", "audio_config", "decoder", "encoder")
+_OTHERS = ("vision_config", "audio_config", "decoder", "encoder", "attn_config", "ffn_config")
 _NEAR = ("sliding_attention", "chunked_attention")
+ACTIVATION_KEYS = ("hidden_act", "activation_function", "activation", "activation_type", "ff_activation", "ffn_act_fn")
 _NO_FACTOR = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -102,7 +103,7 @@ def _worked_out(part: Mapping[str, Any], kind: str | None, defaults: Mapping[str
         size = hidden // heads
     if size is not None and not part.get("qk_rope_head_dim"):  # latent attention has sizes of its own
         yield "head size", size
-    activation = _first(part, ("hidden_activation",)) or _first(part, ("hidden_act", "activation_function"))
+    activation = _first(part, ("hidden_activation",)) or _first(part, ACTIVATION_KEYS)
     if kind == "gemma" and _first(part, ("hidden_activation",)) is None:
         activation = None  # `gelu` there has always been computed as its tanh approximation
     activation = activation or defaults.get("activation")

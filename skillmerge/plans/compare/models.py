@@ -66,8 +66,10 @@ def compare_models(
     StalePlan, TemporaryError.
     """
     roles = roles_of(terms)
-    found = compare_config(checkpoints, donor, roles, recipe.output.dtype)
-    foreign = any(it.name == "architecture" for it in found)  # of two architectures everything differs
+    dtype = None if recipe.makes_skill else recipe.output.dtype
+    # Of two architectures nearly everything differs; who accepts that wants to know what else does.
+    found = compare_config(checkpoints, donor, roles, dtype, foreign="architecture" in recipe.accept)
+    foreign = "architecture" not in recipe.accept and any(it.name == "architecture" for it in found)
     files = SmallFiles()
     found += [] if foreign else compare_tokens(checkpoints, donor, roles, files)
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]

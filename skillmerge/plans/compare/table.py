@@ -76,6 +76,13 @@ ROWS = (
         )
     ),
     Row("position_embedding_type", "problem", "rope", _ROPE, ("position_embedding_type",), UNKNOWN),
+    *(
+        Row(key, "problem", "rope", _ROPE, (key,), UNKNOWN)
+        for key in (
+            "rope_ratio", "global_rope_theta", "local_rope_theta", "compress_rope_theta", "rotary_dim", "rope_pct",
+            "rotary_percent", "rotary_emb_fraction", "rotary_base", "rope_base", "rope_freq_base",
+        )
+    ),
     Row("experts per token", "problem", "experts", _EXPERTS,
         ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts"), UNKNOWN),
     Row("norm_topk_prob", "problem", "experts", _EXPERTS, ("norm_topk_prob",), False),
@@ -103,11 +110,13 @@ ROWS = (
 IGNORED = re.compile(
     r"^_|transformers_version|use_cache|dtype|dropout|pdrop|^drop|initializer|init_std|name_or_path|architectures"
     r"|id2label|label2id|problem_type|task_specific|return_|output_|^is_|chunk_size_feed|pruned_heads|torchscript"
-    r"|temperature|^top_[kp]$|typical_p|penalty|num_beam|num_return|do_sample|early_stopping|max_length|min_length"
+    r"|^temperature$|^top_[kp]$|typical_p|penalty|num_beam|num_return|do_sample|early_stopping|max_length|min_length"
     r"|no_repeat|no_rope_layer|bad_words|forced_|suppress|begin_suppress|prefix$|sep_token|decoder_start|cross_attention_hidden"
     r"|aux_loss|jitter|router_z_loss|pretraining_tp|gradient_checkpointing|unsloth|attn_implementation|flash_attn"
     r"|auto_map|quantization|token_id|token_index|vocab|tokenizer|tie_|finetuning|model_type|cache_implementation"
-    r"|_config$|rope|rotary|rotary_emb|sliding|window|layer_types|hidden_act|activation|num_key_value|kv_heads|head_dim"
+    r"|_config$|^rope_(theta|scaling|parameters|local_base_freq)$|^rotary_(pct|emb_base)$|^partial_rotary_factor$"
+    r"|^sliding_window(_pattern)?$|^use_sliding_window$|^max_window_layers$|layer_types$|no_rope_layer"
+    r"|^hidden_act(ivation)?$|^activation(_function|_type)?$|^ff(n)?_act(ivation|_fn)$|num_key_value|kv_heads|head_dim"
     r"|num_hidden_layers|n_layers?$|num_layers|hidden_size|n_embd|d_model|intermediate|ffn_dim|n_inner|num_experts$"
     r"|num_local_experts|n_routed_experts|license|language|trained|train_|optim|batch|seed|version|summary_",
     re.IGNORECASE,

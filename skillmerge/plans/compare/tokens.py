@@ -87,8 +87,10 @@ def _vocabularies_differ(checkpoints: Sequence[Checkpoint]) -> bool:
     digests = set()
     for checkpoint in checkpoints:
         listed = checkpoint.store.list()
-        stat = listed.get(vocabulary_file(listed))
-        digests.add(stat.digest if stat is not None else None)
+        file = vocabulary_file(listed)
+        stat = listed.get(file)
+        # Other files leave the added tokens to further ones.
+        digests.add(stat.digest if stat is not None and file == "tokenizer.json" else None)
     return len(digests) > 1 or None in digests
 
 

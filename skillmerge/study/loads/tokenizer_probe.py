@@ -7,6 +7,7 @@ writes has to survive being read again, whatever it is made of.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,7 @@ _LIBRARIES = {
 }  # fmt: skip
 """What tokenizers of transformers may need beside it: in its messages, and the module."""
 _SHOWN = 8
+_MEDIA = re.compile(r"<\|?/?(?:image|video|audio|vision|img|speech)[\w\- ]*\|?>", re.IGNORECASE)
 
 
 def probe(folder: Path, model: Any | None, warnings: Sequence[str] = ()) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def probe(folder: Path, model: Any | None, warnings: Sequence[str] = ()) -> dict
     report: dict[str, Any] = {"notes": []}
     try:
         settings = _settings(folder)
-        if "AutoTokenizer" in settings.get("auto_map", ()) or isinstance(settings.get("auto_map"), list):
+        if "AutoTokenizer" in (settings.get("auto_map") or ()) or isinstance(settings.get("auto_map"), list):
             return {"notes": ["the tokenizer needs code of its own: it was not loaded"]}
         if (name := settings.get("tokenizer_class")) and not _is_class(name):
             return {**report, "why": f"tokenizer_config.json names `{name}`, a class that transformers lacks"}
@@ -93,9 +95,12 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = tokenizer.get_vocab().values()
     report: dict[str, Any] = {"class": type(tokenizer).__name__, "tokens": len(ids), "rows": _rows(model)}
-    if report["rows"] is not None and ids and max(ids) >= report["rows"]:
-        beyond = sum(token >= report["rows"] for token in ids)
-        what = f"{beyond} of its {len(ids)} tokens have ids beyond the embedding's {report['rows']} rows"
+    rows = report["rows"]
+    beyond = [token for token, number in tokenizer.get_vocab().items() if rows is not None and number >= rows]
+    if beyond and _are_unread(beyond, model):
+        notes.append(f"{some(beyond)}: ids beyond the embedding's rows, of media that this model does not read")
+    elif beyond:
+        what = f"{len(beyond)} of its {len(ids)} tokens have ids beyond the embedding's {rows} rows"
         return {**report, "why": what}
     if not tokenizer.get_vocab().keys() - getattr(tokenizer, "get_added_vocab", dict)().keys():
         notes.append("its files hold no vocabulary: the tokenizer knows nothing but its special tokens")
@@ -110,7 +115,14 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
     if not _writes(tokenizer):
         notes.append("the tokenizer has no decoder: what it writes was not read again")
         return report
-    return {**report, **_read_again(tokenizer)}
+    return {**report, **_read_again(tokenizer, notes)}
+
+
+def _are_unread(tokens: Sequence[str], model: Any) -> bool:
+    """Whether tokens stand for media that a model has no part for: text models of Gemma 3 keep those of its family."""
+    config = getattr(model, "config", None)
+    towers = any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config"))
+    return not towers and all(_MEDIA.fullmatch(token) for token in tokens)
 
 
 def _rows(model: Any | None) -> int | None:
@@ -151,10 +163,10 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _read_again(tokenizer: Any) -> dict[str, Any]:
+def _read_again(tokenizer: Any, notes: list[str]) -> dict[str, Any]:
     """`texts`, how many gave the same ids again, or `why` with the first that did not."""
     count = 0
-    for text in (*TEXTS, *_chat(tokenizer), *tokenizer.all_special_tokens):
+    for text in (*TEXTS, *_chat(tokenizer, notes), *tokenizer.all_special_tokens):
         ids = _ids(tokenizer, text)
         if tokenizer.unk_token_id in ids and text != tokenizer.unk_token:
             continue  # what it does not know is lost
@@ -168,7 +180,7 @@ def _read_again(tokenizer: Any) -> dict[str, Any]:
 
 def _is_spaced(tokenizer: Any, text: str, written: str, ids: list[int], again: list[int]) -> bool:
     """Whether special tokens only got spaces around them when they were written, as those of Llama 2 do."""
-    special = set(tokenizer.all_special_ids)
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
     before, after = ([token for token in row if token in special] for row in (ids, again))
     return bool(before) and before == after and "".join(text.split()) == "".join(written.split())
 
@@ -179,11 +191,11 @@ def _apart(ids: list[int], again: list[int]) -> str:
     return f"{ids[start : start + _SHOWN]} and {again[start : start + _SHOWN]}"
 
 
-def _chat(tokenizer: Any) -> list[str]:
-    """One turn of a user as the chat template renders it. Raises ValueError where it fails."""
+def _chat(tokenizer: Any, notes: list[str]) -> list[str]:
+    """One turn of a user as the chat template renders it, if it takes one. Raises ValueError where it fails."""
     if not tokenizer.chat_template:
         return []
-    failures = []
+    failures, refused = [], ""
     for content in (_QUESTION, [{"type": "text", "text": _QUESTION}]):  # the parts are those of multimodal models
         try:
             turn = [{"role": "user", "content": content}]
@@ -192,4 +204,11 @@ def _chat(tokenizer: Any) -> list[str]:
             raise
         except Exception as error:
             failures.append(f"{type(error).__name__}: {error}")
+            # What a template itself refuses, or templates by name without a default, are made for other turns.
+            named = isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template
+            if type(error).__name__ == "TemplateError" or named:
+                refused = f"its chat template does not take one plain turn of a user: {error}"
+    if refused:
+        notes.append(refused)
+        return []
     raise ValueError(f"its chat template fails on one turn of a user: {failures[0]}")
