@@ -11,6 +11,7 @@ from dataclasses import replace
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.model_config import tied_source
 from skillmerge.naming import module_kind
+from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.remarks import Remark, warning
 
@@ -35,19 +36,23 @@ def with_heads_read(plan: Plan, donor: Checkpoint) -> Plan:
 
     Reads a few samples of both. Raises what reading raises.
     """
-    if plan.makes_skill or "ties" in plan.recipe.accept:
+    if plan.makes_skill:
         return plan
-    found = [
-        warning(
+    accepted = "ties" in plan.recipe.accept
+    compared, warnings = [*plan.compared.found], [*plan.warnings]
+    for head, source in _tied_pairs(donor):
+        if not _differ(donor, head, source):
+            continue
+        found = warning(
             f"config.json of the donor `{plan.donor}` ties `{head}` to `{source}`, but the two differ: "
             "runtimes will not agree which of them to use",
             "set `tie_word_embeddings` to false in the donor's config.json, or leave its head out of the file",
             name="ties",
         )
-        for head, source in _tied_pairs(donor)
-        if _differ(donor, head, source)
-    ]
-    return replace(plan, warnings=(*plan.warnings, *found)) if found else plan
+        values = {plan.donor: f"tied, another `{head}`"}
+        compared.append(Compared("ties", head, "weights", "warning", values, accepted, found.message, found.fix))
+        warnings += [] if accepted else [found]
+    return replace(plan, warnings=tuple(warnings), compared=replace(plan.compared, found=tuple(compared)))
 
 
 def _tied_pairs(donor: Checkpoint) -> Iterator[tuple[str, str]]:

@@ -138,8 +138,9 @@ class Plan:
         """What accepts every problem and warning that can be accepted: a line of the recipe, or options."""
         found = (*(it.name for it in self.problems), *(it.name for it in self.warnings))
         names = dict.fromkeys(name for name in found if name is not None)
-        if not names:
-            return None
+        final = any(problem.final for problem in self.problems)
+        if not names or (final and any(problem.name is None for problem in self.problems)):
+            return None  # accepting it would not settle the rest, for which there are no rules
         if self.recipe.of_command:
             return f"to accept what was found, once you have looked at it: {' '.join(f'--accept {it}' for it in names)}"
         every = [*sorted(self.recipe.accept), *(name for name in names if name not in self.recipe.accept)]

@@ -47,3 +47,24 @@ def test_stored_head_that_is_not_the_embedding_warns_as_the_weights_are_read(tmp
 def test_accepted_ties_warn_of_nothing(tmp_path: Path) -> None:
     recipe = family(tmp_path, same=False, accept=["ties"])
     assert list(skillmerge.apply(recipe, strict=True).warnings) == []
+
+
+def test_trained_head_beside_a_donor_that_ties_its_own_is_a_problem(tmp_path: Path) -> None:
+    """Found by a review: runtimes tie the donor's head, and what RL taught the head was lost without a word."""
+    recipe = family(tmp_path, same=True)
+    for name in ("rl", "sft"):
+        config = tmp_path / name / "config.json"
+        config.write_text('{"model_type": "llama", "tie_word_embeddings": false}')
+    process = run_cli("plan", recipe)
+    assert process.returncode == 4
+    assert "problem: `rl` has a head of its own, the donor `target` stores one but ties it" in process.stdout
+
+
+def test_accepted_tie_is_kept_with_what_was_seen(tmp_path: Path) -> None:
+    recipe = family(tmp_path, same=False, accept=["ties"])
+    (kept,) = skillmerge.apply(recipe).manifest.accepted
+    assert (kept.name, kept.key, kept.values) == (
+        "ties",
+        "lm_head.weight",
+        {"target": "tied, another `lm_head.weight`"},
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from conftest import write_recipe
 from safetensors.torch import load_file, save_file
 
 import skillmerge
+from skillmerge.errors import InputError
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.candidates import with_values
 from skillmerge.recipes.parse import load
@@ -111,4 +114,16 @@ def test_tied_parameters_that_part_are_loaded_anew(tmp_path: Path) -> None:
     out = skillmerge.apply(candidate, tmp_path / "out").output
     wanted = transformers.Qwen2ForCausalLM.from_pretrained(out, dtype="auto").state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.model.state_dict().items())
+    model.close()
+
+
+def test_sweep_that_begins_at_0_compares_the_models_all_the_same(demo: Path, tmp_path: Path) -> None:
+    """Found by a review: at 0 no model but the target is used, and none was compared for the other candidates."""
+    shutil.copytree(demo, tmp_path / "demo")
+    config = tmp_path / "demo" / "source-rl" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rope_theta": 5.0, "rope_parameters": None}))
+    recipe = load(tmp_path / "demo" / "recipe.yaml")
+    model = MergedModel(with_values(recipe, {"lam": 0.0}), Access(), "cpu", Reporter())
+    with pytest.raises(InputError, match="rope base"):
+        model.use(with_values(recipe, {"lam": 0.5}))
     model.close()

@@ -33,7 +33,8 @@ class Comparison:
     @property
     def problems(self) -> list[Problem]:
         return [
-            Problem("models", it.message, name=it.name, final=it.name == "architecture") for it in self._open("problem")
+            Problem("models", it.message, name=it.name, help=it.help, final=it.name == "architecture")
+            for it in self._open("problem")
         ]
 
     @property

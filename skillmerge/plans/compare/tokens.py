@@ -161,8 +161,8 @@ def _clash(known: _Models, ids: Sequence[int]) -> Compared:
         {name: _listed(tokens, ids) for name, tokens in merged.items()},
         False,
         f"{count} different tokens in models whose embedding or head is merged: {named}",
-        "leave those rows as they are with the rule `{modules: [embedding, head], value: 0}`; if they do belong "
-        "together, write `accept: [tokenizer]`",
+        "to leave those rows as they are in the donor, add the rule `{modules: [embedding, head], value: 0}` to the "
+        "coefficient",
     )
 
 

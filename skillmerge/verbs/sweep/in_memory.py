@@ -45,15 +45,13 @@ class MergedModel:
     """
 
     def __init__(self, recipe: Recipe, access: Access, device: str, reporter: Reporter) -> None:
-        self._access = access
+        self._access, self._reporter = access, reporter
+        self._compared: set[frozenset[str]] = set()
         self._device = _device(device)
         self._opened = open_models(recipe, access, reporter.note)
         self._checkpoints: Mapping[str, Checkpoint] = self._opened
         try:
-            self.plan = plan_recipe(recipe, self._opened)
-            self.plan.refuse_problems()
-            for remark in self.plan.warnings:
-                reporter.warn(remark.message, remark.fix)
+            self.plan = self._planned(recipe)
             _check_memory(self._opened)
             self.model, self.tokenizer = self._loaded(recipe)
             self._in_place = self._has_the_files_tensors()
@@ -72,10 +70,22 @@ class MergedModel:
     def close(self) -> None:
         close_all(self._opened)
 
+    def _planned(self, recipe: Recipe) -> Plan:
+        """The plan of a candidate. Its models are compared where no candidate had these; a 0 leaves some out."""
+        plan = plan_recipe(recipe, self._checkpoints, compare=False)
+        used = frozenset(source.model for tensor in plan.tensors.values() for source in tensor.sources)
+        if used not in self._compared:
+            compared = plan_recipe(recipe, self._opened)
+            compared.refuse_problems()
+            for remark in compared.warnings:
+                self._reporter.warn(remark.message, remark.fix)
+            self._compared.add(used)
+        plan.refuse_problems()
+        return plan
+
     def use(self, recipe: Recipe) -> Statistics:
         """Give the model the recipe's weights. Returns the statistics of `apply --stats sampled`."""
-        plan = plan_recipe(recipe, self._checkpoints, compare=False)
-        plan.refuse_problems()
+        plan = self._planned(recipe)
         if not self._in_place:
             self.model, self.tokenizer = self._loaded(recipe)
             return self._last

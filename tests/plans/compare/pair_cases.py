@@ -101,7 +101,8 @@ _SCALING = OLD["meta-llama/Llama-3.1-8B"]["rope_scaling"]
 _LONG = REAL["phi3"]["rope_scaling"]
 
 CASES = (
-    Case("another architecture", "llama", "architecture", "model_type", {"model_type": "mistral"}),
+    Case("another architecture", "llama", "architecture", "model_type",
+         {"model_type": "mistral", "sliding_window": None}),
     Case("another number of layers", "qwen", "architecture", "num_hidden_layers", {"num_hidden_layers": 3}),
     Case("rotary base of Qwen2.5-Math", "qwen", "rope", "rope base", {"rope_theta": 10000}),
     Case("rotary base in the new form", "qwen", "rope", "rope base",

@@ -92,8 +92,8 @@ def test_added_tokens_in_another_order_are_a_problem_that_names_both_ids(tmp_pat
         False,
         "2 ids mean different tokens in models whose embedding or head is merged: `<tool>` is 11 in `target` only; "
         "`</think>` is 11 in `rl`, 12 in `sft`; `<think>` is 12 in `rl`, 11 in `sft`",
-        "leave those rows as they are with the rule `{modules: [embedding, head], value: 0}`; if they do belong "
-        "together, write `accept: [tokenizer]`",
+        "to leave those rows as they are in the donor, add the rule `{modules: [embedding, head], value: 0}` to the "
+        "coefficient",
     )
     assert said([note]) == [("note", None, "3 of 16 rows have no token in any model: the formula holds there too")]
 
