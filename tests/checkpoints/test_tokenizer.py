@@ -166,6 +166,15 @@ _BYTES = {
 """GPT-2's table, written down in another way than the module's."""
 
 
+def test_line_ends_of_other_systems_are_no_tokens(tmp_path: Path) -> None:
+    tokens = []
+    for name, end in (("unix", b"\n"), ("windows", b"\r\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_bytes(end.join([b"[PAD]", b"a", b"b", b""]))
+        tokens.append(read(tmp_path / name).tokens)
+    assert tokens == [{0: "[PAD]", 1: "a", 2: "b"}] * 2
+
+
 def test_ids_that_code_moves_are_not_compared(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes((saved / "t5" / "4-slow" / "spiece.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PegasusTokenizer"}')
@@ -204,6 +213,9 @@ SPOILT: dict[str, tuple[str, bytes]] = {
     "no base64": ("a.tiktoken", b"!!!! 1\n"),
     "no rank": ("a.tiktoken", b"YQ==\n"),
     "tekken without ranks": ("tekken.json", b"{}"),
+    "tekken whose special tokens are true": ("tekken.json", b'{"config": {}, "vocab": [], "special_tokens": true}'),
+    "tekken whose special tokens are a table": ("tekken.json", b'{"config": {}, "vocab": [], "special_tokens": {}}'),
+    "a score without end": ("tokenizer.json", b'{"model": {"vocab": [["a", 1' + b"0" * 400 + b"]]}}"),
     "tekken of numbers": ("tekken.json", b'{"config": {}, "vocab": [1]}'),
 }
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import random_tensors, read_checkpoint, run_cli, tensor_shapes, write_checkpoint, write_family
 
 import skillmerge
+from skillmerge.recipes import expression, yamltext
+from skillmerge.recipes.foreign import mergekit
 
 START = "start one: `skillmerge init recipe.yaml`"
 NO = "recipes add and scale whole models: " + START
@@ -45,6 +49,11 @@ MERGEKIT = {
     "merge_method: linear\nmodels: [{model: ./a+./lora, parameters: {weight: 1}}]\n": (
         1, "merge_method",
         f"`./a+./lora` puts an adapter on a model: merge it in first (peft: `merge_and_unload`); {NO}",
+    ),
+    "merge_method: linear\nbase_model: ./b\nmodels: [{model: ./a}, {model: ./b}]\nparameters: {weight: 0.5}\n": (
+        1, "merge_method",
+        "the recipe that says the same:\nskillmerge: 1\nmodels:\n  a: ./a\n  b: ./b\nmerge: 0.5 * a + 0.5 * b\n"
+        "output: {path: ./merged, like: b}",
     ),
     "models:\n  - model: ./a\n  - model: ./b\n": (
         1, "models", f"`merge_method: None` has no counterpart in this version; {NO}"
@@ -84,6 +93,70 @@ def test_foreign_mergekit_is_answered_with_the_recipe_that_says_the_same(tmp_pat
     process = run_cli("lint", "merge.yml", cwd=tmp_path)
     marked = told.replace(": is a", ": error: is a", 1).replace("not a recipe", "not a recipe [invalid-recipe]", 1)
     assert process.stdout == f"merge.yml:{marked}1 recipe: 1 error, no warnings\n"
+
+
+LINEAR: dict[str, Any] = {"merge_method": "linear", "models": [{"model": "./a"}]}
+TASKS: dict[str, Any] = {**LINEAR, "merge_method": "task_arithmetic", "base_model": "./base"}
+NOWHERE: list[tuple[dict[str, Any], str]] = [
+    ({**LINEAR, "models": 5}, "`models`"),
+    ({**LINEAR, "models": True}, "`models`"),
+    ({**LINEAR, "models": {"a": 1}}, "`models`"),
+    ({**LINEAR, "parameters": 3}, "`parameters`"),
+    ({**LINEAR, "parameters": [1]}, "`parameters`"),
+    ({**TASKS, "parameters": "x"}, "`parameters`"),
+    ({**LINEAR, "models": [{"model": "./a", "parameters": 3}]}, "`parameters`"),
+    ({**LINEAR, 5: 6, "a": 7}, "`5`"),
+    ({**LINEAR, "models": [{"model": 5}]}, "`5`"),
+    ({**LINEAR, "models": [{"model": {"model": {"path": "a"}}}]}, "`{'path': 'a'}`"),
+    *(
+        ({**LINEAR, "parameters": {"weight": number}}, "`weight`")
+        for number in (math.inf, math.nan, -math.inf, 10**400, [1], None)
+    ),
+    ({**TASKS, "parameters": {"lambda": math.inf}}, "`lambda`"),
+    ({**LINEAR, "models": [{"model": name, "parameters": {"weight": 1e308}} for name in "abc"]}, "weights"),
+    ({**TASKS, "parameters": {"lambda": 1e200, "weight": 1e200}}, "weights"),
+    ({**LINEAR, "tokenizer_source": "union"}, "`tokenizer_source: union`"),
+    ({**LINEAR, "tokenizer_source": "./a"}, "`tokenizer_source: ./a`"),
+    ({**LINEAR, "tokenizer_source": {"model": "./a"}}, "`tokenizer_source: "),
+    ({**LINEAR, "base_model": "./b"}, "`base_model: ./b`"),
+    ({**LINEAR, "merge_method": "passthrough", "base_model": "./b"}, "`base_model: ./b`"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(NOWHERE)))
+def test_foreign_mergekit_that_cannot_be_said_is_named(number: int) -> None:
+    document, named = NOWHERE[number]
+    with pytest.raises(mergekit.NoCounterpart) as refused:
+        mergekit.equivalent(document)
+    assert named in str(refused.value)
+
+
+@pytest.mark.parametrize("source", [None, "base"])
+def test_foreign_mergekit_with_the_usual_tokenizer_is_answered(source: str | None) -> None:
+    assert mergekit.equivalent({**LINEAR, "tokenizer_source": source}) == mergekit.equivalent(LINEAR)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "null", "True", "no", "~", "12", "1e5", "0x1F", ".inf", "2024-01-01", "a: b", "a #b", "a, b", "[a]", "- a",
+        "@a", "*a", "&a", "!a", "|", ">", "%a", "'a'", 'a"b', "C:\\models\\a", " a ", "a\nb", "é", "模型/二", "a:", "?",
+        "", "\u2028", "\U0001f600/a", "./true", "./null", "~/a", "/srv/a b", "org/name@v1", "./½", "a" * 3000,
+    ],
+)  # fmt: skip
+def test_foreign_place_is_read_as_it_was(place: str) -> None:
+    for document in (TASKS, {**LINEAR, "base_model": place}):
+        document = {**document, "models": [{"model": place}, {"model": "./other"}]}
+        data = yamltext.read(mergekit.equivalent(document), "recipe.yaml").data
+        assert all(isinstance(name, str) for name in data["models"])
+        assert {path.removeprefix("hf://") for path in data["models"].values()} >= {place, "./other"}
+        assert data["output"].get("like", "base") in data["models"]
+        expression.parse(data["merge"], [*data["models"]], [])
+
+
+def test_foreign_weights_keep_their_digits() -> None:
+    models = [{"model": name, "parameters": {"weight": weight}} for name, weight in (("a", 1.2345678), ("b", 2.0))]
+    assert "merge: (1.2345678 * a + 2 * b) / 3.2345678\n" in mergekit.equivalent({**LINEAR, "models": models})
 
 
 def test_foreign_mergekit_in_our_words_computes_what_it_says(tmp_path: Path) -> None:

@@ -85,7 +85,10 @@ def _joined(merges: Sequence[Any]) -> Sequence[str]:
 def _score(piece: Any) -> str:
     if not isinstance(piece, list) or len(piece) != 2 or type(piece[1]) not in (int, float):
         raise ValueError("`model.vocab` has an entry that is not a piece and its score")
-    return f"{piece[1]:.4g}"
+    try:
+        return f"{piece[1]:.4g}"
+    except OverflowError as error:
+        raise ValueError("`model.vocab` has a score that is out of range") from error
 
 
 def _steps(part: Any, key: str) -> list[dict[str, Any]]:

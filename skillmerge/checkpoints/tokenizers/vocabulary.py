@@ -63,8 +63,9 @@ def vocab_json(content: bytes) -> Vocabulary:
 
 
 def vocab_txt(content: bytes) -> Vocabulary:
-    """A token a line."""
-    return Vocabulary(dict(enumerate(content.decode("utf-8").removesuffix("\n").split("\n"))))
+    """A token a line, whichever system's line ends."""
+    text = content.decode("utf-8").replace("\r\n", "\n")
+    return Vocabulary(dict(enumerate(text.removesuffix("\n").split("\n"))))
 
 
 def merges_txt(content: bytes) -> str:
@@ -103,7 +104,10 @@ def tekken(content: bytes) -> Vocabulary:
         tokens[special + _number(entry.get("rank"))] = _written(
             base64.b64decode(_text(entry.get("token_bytes")), validate=True)
         )
-    for entry in document.get("special_tokens") or []:
+    named = document.get("special_tokens")
+    if not isinstance(named, list | None):
+        raise ValueError("`special_tokens` is not a list")
+    for entry in named or []:
         if isinstance(entry, dict):
             tokens[_number(entry.get("rank"))] = _text(entry.get("token_str"))
     return Vocabulary(tokens)

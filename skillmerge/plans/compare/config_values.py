@@ -28,6 +28,7 @@ _NEAR = ("sliding_attention", "chunked_attention")
 ACTIVATION_KEYS = ("hidden_act", "activation_function", "activation", "activation_type", "ff_activation", "ffn_act_fn")
 _NO_FACTOR = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_MOST_LAYERS = 100_000
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -60,9 +61,9 @@ def architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def layers(part: Mapping[str, Any]) -> int | None:
-    """Return how many layers a part says that it has."""
+    """Return how many layers a part says that it has, where that is a number that some model may have."""
     found = _first(part, _LAYERS)
-    return found if type(found) is int else None
+    return found if type(found) is int and 0 <= found <= _MOST_LAYERS else None
 
 
 def effective(part: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
@@ -71,6 +72,7 @@ def effective(part: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
     kind: the architecture, whose defaults hold. What is absent is left out where the architecture is not known, or
     neither it nor the row has a default.
     """
+    kind = kind if isinstance(kind, str) else None  # files may say anything
     defaults = DEFAULTS.get(kind or "", {})
     found = dict(_worked_out(part, kind, defaults))
     for row in ROWS:
@@ -112,9 +114,10 @@ def _worked_out(part: Mapping[str, Any], kind: str | None, defaults: Mapping[str
     if kind in DEFAULTS or "sliding_window" in part:
         yield "sliding window", _window(part, kind, defaults)
     if kind in WITHOUT_ROPE_EVERY:
-        every = part.get("no_rope_layer_interval") or WITHOUT_ROPE_EVERY[kind]
+        every, listed = part.get("no_rope_layer_interval"), part.get("no_rope_layers")
+        every = every if type(every) is int and every else WITHOUT_ROPE_EVERY[kind]
         usual = [int((index + 1) % every != 0) for index in range(layers(part) or 0)]
-        yield "layers without positions", tuple(part.get("no_rope_layers") or usual)
+        yield "layers without positions", _plain(listed if isinstance(listed, list) and listed else usual)
 
 
 def _rope(part: Mapping[str, Any], defaults: Mapping[str, Any], known: bool) -> Iterator[tuple[str, Any]]:
@@ -173,7 +176,7 @@ def _window(
         where = tuple(index for index in range(count) if (index + 1) % pattern)
     else:
         first = part.get("max_window_layers") if kind in WINDOW_OFF else 0
-        where = tuple(range(first if type(first) is int else 0, count))
+        where = tuple(range(max(0, first) if type(first) is int else 0, count))
     if not where or (type(longest) is int and size >= longest):
         return None
     return size, where

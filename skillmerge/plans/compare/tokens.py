@@ -295,7 +295,8 @@ def _templates(known: _Models) -> Iterator[Compared]:
     ours = known.output.templates
     for name in known.added:
         theirs, file = known.tokenizers[name].templates, known.tokenizers[name].template_file
-        differing = [key for key, text in theirs.items() if key in ours and ours[key] != text]
+        differing = any(key in ours and ours[key] != text for key, text in theirs.items())
+        differing = differing or ("default" in theirs and ours.get("default") != theirs["default"])
         if not theirs or (ours and not differing):
             continue
         message = (

@@ -6,6 +6,8 @@ what adds and scales whole models can be said: linear, task_arithmetic, and pass
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +24,10 @@ _KNOWN = {
     "tokenizer_source",
 }
 _DTYPES = ("bfloat16", "float16", "float32")
+_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n", "nan", "inf"}
+"""What some version of YAML reads as something else than a text."""
+
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*|(?:hf://)?[A-Za-z0-9_./][A-Za-z0-9_.-]*/[A-Za-z0-9_./@-]*")
 
 
 class NoCounterpart(Exception):
@@ -36,36 +42,43 @@ def is_mergekit(data: Any) -> bool:
 def equivalent(data: Mapping[str, Any]) -> str:
     """The recipe that says what a configuration says. Raises NoCounterpart."""
     method = data.get("merge_method")
-    if unknown := sorted({*data} - _KNOWN):
+    if unknown := sorted({*data} - _KNOWN, key=str):
         raise NoCounterpart(f"`{unknown[0]}` has no counterpart in a recipe")
     if method not in ("linear", "task_arithmetic", "passthrough"):
         raise NoCounterpart(f"`merge_method: {method}` has no counterpart in this version")
+    if data.get("tokenizer_source") not in (None, "base"):
+        raise NoCounterpart(f"`tokenizer_source: {data['tokenizer_source']}` has no counterpart in a recipe")
     base = _place(data["base_model"]) if data.get("base_model") is not None else None
-    places = [_place(_entry(item)["model"]) for item in data.get("models") or ()]
-    factors = [_weight(data, _entry(item)) for item in data.get("models") or ()]
-    rows = [(place, factor) for place, factor in zip(places, factors, strict=True)]
-    shared = data.get("parameters") or {}
+    models, shared = data.get("models") or [], _parameters(data)
+    if not isinstance(models, list):
+        raise NoCounterpart("`models` is not a list")
+    rows = [(_place(_entry(item)["model"]), _weight(shared, _entry(item))) for item in models]
+    if method != "task_arithmetic" and base is not None and base not in dict(rows):
+        raise NoCounterpart(f"`base_model: {base}`, which is not one of the models, has no counterpart here")
     if method == "passthrough":
         if len(rows) != 1 or "scale" in shared:
             raise NoCounterpart("a passthrough of several models, or with a scale, has no counterpart")
-        names = _names([places[0]])
-        return _recipe(names, names[places[0]], data)
+        names = _names([rows[0][0]])
+        return _recipe(names, names[rows[0][0]], data)
     if method == "linear":
-        return _linear(rows, shared, data)
+        return _linear(rows, base, shared, data)
     if base is None:
         raise NoCounterpart("task_arithmetic without `base_model` has no counterpart")
     return _task_arithmetic(base, rows, shared, data)
 
 
-def _linear(rows: Sequence[tuple[str, float]], shared: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    total = sum(factor for _, factor in rows)
+def _linear(
+    rows: Sequence[tuple[str, float]], base: str | None, shared: Mapping[str, Any], data: Mapping[str, Any]
+) -> str:
+    total = _finite(sum(factor for _, factor in rows))
     if abs(total) < 1e-9:
         raise NoCounterpart("weights that add up to 0 have no counterpart")
     names = _names([place for place, _ in rows])
-    if shared.get("normalize", True) is False and abs(total - 1) > 1e-9:
+    if not shared.get("normalize", True) and abs(total - 1) > 1e-9:
         raise NoCounterpart(f"the weights add up to {total:g}, and the model would be scaled by that")
     terms = " + ".join(_times(factor, names[place]) for place, factor in rows)
-    return _recipe(names, terms if abs(total - 1) <= 1e-9 else f"({terms}) / {total:g}", data)
+    merge = terms if abs(total - 1) <= 1e-9 else f"({terms}) / {total:.10g}"
+    return _recipe(names, merge, data, like=None if base is None else names[base])
 
 
 def _task_arithmetic(
@@ -75,10 +88,10 @@ def _task_arithmetic(
     rows = [(place, factor) for place, factor in rows if place != base]
     names = _names([base, *(place for place, _ in rows)])
     by = _number(shared.get("lambda", 1), "lambda")
-    total = sum(factor for _, factor in rows)
+    total = _finite(sum(factor for _, factor in rows))
     if shared.get("normalize", False) and abs(total) > 1e-8:
         by /= total
-    terms = [_times(factor * by, f"({names[place]} - {names[base]})") for place, factor in rows]
+    terms = [_times(_finite(factor * by), f"({names[place]} - {names[base]})") for place, factor in rows]
     return _recipe(names, " + ".join([names[base], *terms]), data)
 
 
@@ -92,23 +105,43 @@ def _entry(item: Any) -> Mapping[str, Any]:
     return item
 
 
-def _weight(data: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
-    own = entry.get("parameters") or {}
-    for key in {*own, *(data.get("parameters") or {})} - _IDLE:
+def _parameters(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = table.get("parameters") or {}
+    if not isinstance(found, dict):
+        raise NoCounterpart("`parameters` is not a table")
+    return found
+
+
+def _weight(shared: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
+    own = _parameters(entry)
+    for key in sorted({*own, *shared} - _IDLE, key=str):
         raise NoCounterpart(f"the parameter `{key}` has no counterpart")
-    shared = (data.get("parameters") or {}).get("weight", 1)
-    return _number(own.get("weight", shared), "weight")
+    return _number(own.get("weight", shared.get("weight", 1)), "weight")
 
 
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise NoCounterpart(f"a `{what}` that is a list or a filter is written as a coefficient with `rules`")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise NoCounterpart(f"a `{what}` that is not finite has no counterpart")
+    return number
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise NoCounterpart("weights that are too large together have no counterpart")
+    return number
 
 
 def _place(written: Any) -> str:
     """A model of mergekit, which is a repository or a folder, as a place of ours."""
-    text = str(written.get("model", written)) if isinstance(written, dict) else str(written)
+    text = written.get("model") if isinstance(written, dict) else written
+    if not isinstance(text, str):
+        raise NoCounterpart(f"the model `{text}`, which is not a text, has no counterpart")
     if "+" in text or (isinstance(written, dict) and written.get("lora")):
         raise NoCounterpart(f"`{text}` puts an adapter on a model: merge it in first (peft: `merge_and_unload`)")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\S+)?", text):
@@ -120,19 +153,29 @@ def _names(places: Sequence[str]) -> dict[str, str]:
     """A name for each place, from its last part; one alone needs no number."""
     names: dict[str, str] = {}
     for place in dict.fromkeys(places):
-        last = re.sub(r"\W", "_", place.split("@")[0].rstrip("/").rsplit("/", 1)[-1]).strip("_") or "model"
-        name = last if not last[0].isdigit() else f"m{last}"
+        last = place.split("@")[0].rstrip("/").rsplit("/", 1)[-1]
+        last = re.sub(r"[^A-Za-z0-9_]", "_", last)[:60].strip("_") or "model"
+        name = f"m{last}" if last[0].isdigit() or last.lower() in _WORDS else last
         while name in names.values():
             name += "_2"
         names[place] = name
     return names
 
 
-def _recipe(names: Mapping[str, str], merge: str, data: Mapping[str, Any]) -> str:
-    models = "\n".join(f"  {name}: {place}" for place, name in names.items())
+def _quoted(place: str) -> str:
+    """A place as YAML has to say it, so that it is read as it is."""
+    if _PLAIN.fullmatch(place) and place.lower() not in _WORDS:
+        return place
+    text = json.dumps(place, ensure_ascii=False)
+    return "".join(character if character.isprintable() else f"\\U{ord(character):08x}" for character in text)
+
+
+def _recipe(names: Mapping[str, str], merge: str, data: Mapping[str, Any], *, like: str | None = None) -> str:
+    models = "\n".join(f"  {name}: {_quoted(place)}" for place, name in names.items())
     dtype = data.get("out_dtype") or data.get("dtype")
     written = f", dtype: {dtype}" if dtype in _DTYPES else ""
-    return f"skillmerge: 1\nmodels:\n{models}\nmerge: {merge}\noutput: {{path: ./merged{written}}}"
+    donor = f", like: {like}" if like is not None else ""
+    return f"skillmerge: 1\nmodels:\n{models}\nmerge: {merge}\noutput: {{path: ./merged{donor}{written}}}"
 
 
 def _listed(models: Any) -> bool:

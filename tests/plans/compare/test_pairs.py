@@ -18,6 +18,7 @@ from skillmerge.methods.terms import Leaf, Scaled, Sum
 from skillmerge.outputs.hub.card import write_card
 from skillmerge.outputs.manifest import read as read_manifest
 from skillmerge.plans.compare.config import compare_config
+from skillmerge.plans.compare.config_values import effective, layers
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.roles import roles_of
 from skillmerge.plans.compare.table import ROWS as TABLE
@@ -168,6 +169,37 @@ def test_layers_without_positions_are_compared(tmp_path: Path) -> None:
     assert compared(tmp_path / "same", smol, usual) == []
     [found] = compared(tmp_path / "other", smol, {**smol, "no_rope_layers": [1] * 8})
     assert (found.name, found.key, found.level) == ("rope", "layers without positions", "problem")
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "a kind that is a list": {"vision_config": {"model_type": ["llama"]}},
+    "a kind that is a table": {"vision_config": {"model_type": {"llama": 1}}},
+    "an interval that is a text": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": "4"},
+    "layers that are a number": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": 4},
+    "a text of layers": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": "1110"},
+    "endless layers": {"model_type": "smollm3", "num_hidden_layers": 10**15},
+    "endless layers with a window": {"model_type": "mistral", "num_hidden_layers": 10**15},
+    "a window from below": {"model_type": "qwen2", "num_hidden_layers": 4, "sliding_window": 8,
+                            "use_sliding_window": True, "max_window_layers": -(10**15)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_values_end_no_comparison(odd: str, tmp_path: Path) -> None:
+    found = compared(tmp_path, ODD[odd], ODD[odd])
+    assert [it.message for it in found] == []
+
+
+def test_odd_values_mean_nothing() -> None:
+    smol = {"model_type": "smollm3", "num_hidden_layers": 4}
+    usual = effective(smol, "smollm3")
+    assert usual["layers without positions"] == (1, 1, 1, 0)
+    for odd in ("1110", 4, {"0": 1}, True):
+        assert effective({**smol, "no_rope_layers": odd}, "smollm3") == usual
+        assert effective({**smol, "no_rope_layer_interval": {} if odd == 4 else odd}, "smollm3") == usual
+    assert [layers({"num_hidden_layers": count}) for count in (-1, 0, 100_000, 100_001)] == [None, 0, 100_000, None]
+    window = {"num_hidden_layers": 3, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": -2}
+    assert effective(window, "qwen2")["sliding window"] == (8, (0, 1, 2))
 
 
 @pytest.mark.parametrize(

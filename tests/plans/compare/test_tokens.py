@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,14 @@ def test_placeholders_are_known_by_their_names(token: str, free: bool) -> None:
     assert is_placeholder(token) is free
 
 
+def test_a_long_token_is_no_placeholder_and_costs_nothing() -> None:
+    start = time.perf_counter()
+    assert not is_placeholder("<" + "unused" * 20_000)
+    assert time.perf_counter() - start < 1
+    assert is_placeholder("<unused" + "7" * 92 + ">")
+    assert not is_placeholder("<unused" + "7" * 93 + ">")
+
+
 def test_tokens_that_only_some_models_have_are_a_note(tmp_path: Path) -> None:
     [note, rows] = compared(tmp_path, rl={"tokenizer.json": tokenizer(added={11: "<think>"})})
     assert said([note, rows]) == [
@@ -375,6 +384,34 @@ def test_chat_templates_are_read_wherever_they_are(tmp_path: Path, rl: dict[str,
     if rl:
         [_, warning] = compared(tmp_path, target={"chat_template.jinja": "others"}, rl=rl)
         assert warning.name == "chat-template"
+
+
+def named(**templates: str) -> dict[str, Any]:
+    return {
+        "tokenizer_config.json": {
+            "chat_template": [{"name": name, "template": text} for name, text in templates.items()]
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "rl", "differ"),
+    [
+        (named(tool_use="tools"), named(default="theirs"), True),
+        (named(tool_use="tools"), named(default="theirs", tool_use="tools"), True),
+        (named(tool_use="tools"), named(tool_use="other"), True),
+        (named(default="ours", tool_use="tools"), named(default="ours"), False),
+        (named(tool_use="tools"), named(tool_use="tools"), False),
+        (named(default="ours"), named(tool_use="tools"), False),
+    ],
+)
+def test_the_usual_template_that_the_output_would_lack_is_a_difference(
+    target: dict[str, Any], rl: dict[str, Any], differ: bool, tmp_path: Path
+) -> None:
+    found = compared(tmp_path, target=target, rl=rl)
+    assert [it.message for it in found if it.name == "chat-template"] == [
+        "`rl` has another chat template than `target`; the output has that of `target`"
+    ] * differ
 
 
 # What is only worth knowing.
