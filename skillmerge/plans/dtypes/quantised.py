@@ -82,7 +82,7 @@ def refuse_unequal(tensors: Mapping[str, tuple[str, Sequence[Source]]], checkpoi
                     read_bytes(checkpoints[model], source, 0, count),
                 )
                 if pair[0] != pair[1]:
-                    why = marks[model].get(source) or marks[first][first_name]
+                    why = next(marks[at][its] for at, its in ((model, source), *sources) if its in marks[at])
                     raise _refusal(model_of(model), checkpoints[model], f"{why}, and `{name}` is not that of `{first}`")
 
 
