@@ -88,8 +88,8 @@ MISTAKES = {
 }  # fmt: skip
 WARNINGS = {
     (_MERGE, "target + lam * rl - sft"): (
-        "4:1", 4, "the expression is one model only where `lam` is 1", "did you mean `lam * (rl - sft)`?",
-        "accidental-model",
+        "4:1", 4, "the expression is one model only where `lam` is 1",
+        "did you mean `target + lam * (rl - sft)`?", "accidental-model",
     ),
     (_LAM, "100"): (
         "3:16", 3, "with this `lam`, a model is multiplied by 100", "published merges stay below 2", "large-factor"
@@ -144,7 +144,7 @@ def test_a_factor_that_does_not_stand_before_parentheses_is_told(folder: Path) -
     (folder / "r.yaml").write_text(_MERGE.replace("@", "target + 0.5 * rl - sft"))
     process = run_cli("plan", "r.yaml", cwd=folder)
     assert process.returncode == 2
-    assert process.stderr.endswith("help: did you mean `0.5 * (rl - sft)`?\n")
+    assert process.stderr.endswith("help: did you mean `target + 0.5 * (rl - sft)`?\n")
 
 
 @pytest.mark.parametrize("size", ["2", "999999"])

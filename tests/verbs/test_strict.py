@@ -57,6 +57,9 @@ def test_warning_is_told_wherever_a_run_is_recorded(warned: Path) -> None:
     assert quiet.returncode == 0
     assert quiet.stderr.startswith(f"warning: {WARNED}")
     assert "1 warning" not in quiet.stdout
+    told = run_cli("plan", warned, "-q").stdout.splitlines()
+    assert [told[0], told[-2][:5], told[-1]] == [f"warning: {WARNED}", "plan ", "1 warning"]
+    assert not any(line.startswith(("note:", "compared", "output", "reads")) for line in told)
     assert WARNED in files["report.html"].read_text().replace("&#x27;", "'")
     events = [json.loads(line) for line in files["events.jsonl"].read_text().splitlines()]
     assert [WARNED in event["message"] for event in events if event["event"] == "warning"] == [True]
