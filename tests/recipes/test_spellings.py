@@ -17,7 +17,8 @@ _ALONE = "write the arithmetic alone, such as target + lam * (rl - sft)"
 MISTAKES = {
     (_LAM, "[0, .3, 1]"): (
         "3:21", "`lam` must be a number, not a list",
-        "to change it over the layers, write `lam: {rules: [{layers: 0-, ramp: [0, 1]}]}`; to try each: "
+        "to change it over the layers, write `lam: {rules: [{layers: 0-, ramp: [0, 1]}]}` (a ramp takes two ends, "
+        "nothing between); to try each: "
         "`skillmerge sweep RECIPE --set lam=0,0.3,1`",
     ),
     (_LAM, "50%"): ("3:21", "`lam` must be a number, not the text '50%'", "write 0.5"),
@@ -95,6 +96,9 @@ WARNINGS = {
         "3:16", 3, "with this `lam`, a model is multiplied by 100", "published merges stay below 2", "large-factor"
     ),
     (_OUT, "shard_size: 5"): ("4:21", 4, "`shard_size: 5` is 5 bytes", "did you mean `5GB`?", "odd-size"),
+    (_OUT, "shard_size: 5000"): (
+        "4:21", 4, "`shard_size: 5000` is 5000 bytes", "write a unit, such as 5GB", "odd-size"
+    ),
     (_MERGE, "target + rl - sft"): ("3:16", 3, "coefficient `lam` does nothing", "remove it", "unused-name"),
     (_LAM, "{rules: [{layers: 0, value: 2}, {layers: 0-, value: 1}]}"): (
         "3:30", 3, "this rule of `lam` never decides: the one on line 3 matches all that it does",
