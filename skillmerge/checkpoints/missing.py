@@ -32,7 +32,8 @@ def missing(path: Path, written: str) -> tuple[str, str] | None:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return f"folder `{written}` does not exist", meant(path, written) or _there(path, written) or _A_MODEL
+        where = f"`{written}` (`{path}`)" if written.startswith("~") else f"`{written}`"
+        return f"folder {where} does not exist", meant(path, written) or _there(path, written) or _A_MODEL
     except (OSError, ValueError):
         pass
     return None  # whoever opens it says why it cannot be

@@ -116,6 +116,7 @@ def apply(
 @flags.links
 @flags.report
 @flags.as_json
+@option("--quiet", "-q", is_flag=True, help="Only warnings, problems and the plan's digest.")
 def plan(
     recipe: str,
     report_file: str | None,
@@ -125,18 +126,19 @@ def plan(
     detailed: bool,
     coefficients: tuple[tuple[str, float], ...],
     as_json: bool,
+    quiet: bool,
     **options: Any,
 ) -> int:
     """Show all that apply would do, from headers alone."""
     from skillmerge.verbs.plan import plan as run
 
     check_places(report=report_file, save=save, markdown=markdown_file)
-    reporter = TerminalReporter(quiet=False, verbose=True)
+    reporter = TerminalReporter(quiet, verbose=True)
     made = run(recipe, coefficients=dict(coefficients), save=save, diff=diff, reporter=reporter, **options)
     if as_json:
         print_result(made)
     else:
-        _show_plan(made, diff)
+        _show_plan(made, diff, quiet)
     write_report(report_file, title=f"plan of {recipe}", plan=made)
     if markdown_file is not None:
         from skillmerge.cli.show.markdown import plan_page
@@ -150,11 +152,14 @@ def plan(
     return 10 if detailed and not made.done else 0
 
 
-def _show_plan(made: Preview, diff: str | None) -> None:
+def _show_plan(made: Preview, diff: str | None, quiet: bool) -> None:
     from skillmerge.cli.show import terminal
 
     if made.changes is not None:
         terminal.show_changes(made.changes, str(diff), terminal.console())
+    elif quiet:
+        terminal.show_remarks(made, terminal.console())
+        terminal.show_digest(made, terminal.console())
     else:
         terminal.show_plan(made, made.needs, _output_of(made), made.disk_free, terminal.console())
 

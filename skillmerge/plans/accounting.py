@@ -142,7 +142,9 @@ def account_tensors(
 
 def _unread(checkpoints: Mapping[str, Checkpoint]) -> set[str]:
     return {
-        f"model `{name}`: {some(list(it.unread))} is not named by its index and not read"
+        f"model `{name}`: {some(list(it.unread))} is "
+        + ("not named by its index and" if it.indexed else f"beside {next(iter(it.files), 'the weights')} and")
+        + " not read"
         for name, it in checkpoints.items()
         if it.unread
     }

@@ -87,11 +87,14 @@ def parse(text: str, models: list[str], coefficients: list[str]) -> Node:
 
 
 def grouped(text: str, models: Collection[str]) -> str | None:
-    """Return the difference that a factor was probably meant for: `lam * rl - sft` -> lam * (rl - sft)."""
+    """Return the expression with the difference that a factor was probably meant for in parentheses:
+    `lam * rl - sft` -> lam * (rl - sft)."""
     match = _UNGROUPED.search(text)
     if match is None or not {match["first"], match["second"]} <= {*models} or match["factor"] in models:
         return None
-    return f"did you mean `{match['factor']} * ({match['first']} - {match['second']})`?"
+    difference = f"{match['factor']} * ({match['first']} - {match['second']})"
+    meant = text[: match.start("factor")] + difference + text[match.end("second") :]
+    return f"did you mean `{' '.join(meant.split())}`?"
 
 
 class _Parser:

@@ -30,6 +30,7 @@ from skillmerge.remarks import Remark, warning
 
 _MANY = 256
 """Combinations of coefficients that are tried, at most."""
+_MOST_GB = 100
 _FEW_BYTES = 1_000_000
 _LARGE = 10.0
 """Sweeps in the literature end at 2; a factor beyond this is a slip of the decimal point."""
@@ -344,7 +345,8 @@ def _sizes(recipe: Recipe) -> Iterator[Finding]:
     written = recipe.document.data.get("output", {}).get("shard_size")
     if str(written).isdecimal() and int(written) < _FEW_BYTES:
         message = f"`shard_size: {written}` is {written} bytes"
-        yield _at(recipe, "odd-size", ("output", "shard_size"), message, f"did you mean `{written}GB`?")
+        fix = f"did you mean `{written}GB`?" if int(written) <= _MOST_GB else "write a unit, such as 5GB"
+        yield _at(recipe, "odd-size", ("output", "shard_size"), message, fix)
 
 
 def _used_coefficients(recipe: Recipe) -> list[str]:

@@ -37,7 +37,9 @@ class Result:
     __repr__ = brief
 
     def as_dict(self) -> dict[str, Any]:
-        share = self.plan.merged_share if self.plan is not None else None
+        plan = self.plan
+        share = plan.merged_share if plan is not None else None
+        found = [each.as_dict() for each in plan.compared.found] if plan is not None else []
         return {
             "output": str(self.output),
             "already": self.already,
@@ -46,6 +48,8 @@ class Result:
             **({"merged_share": share} if share is not None else {}),
             "statistics": self.manifest.statistics.as_dict(),
             "warnings": list(self.warnings),
+            "notes": list(plan.notes) if plan is not None else [],
+            "compared": found,
             "gates": [outcome.as_dict() for outcome in self.gates],
             "published": self.published.as_dict() if self.published else None,
             "files": [file.as_dict() for file in self.manifest.files],

@@ -25,7 +25,8 @@ from conftest import (
 from hub_server import TOKEN, HubServer
 
 import skillmerge
-from skillmerge.errors import InputError
+from skillmerge.checkpoints.stores import hub as hub_store
+from skillmerge.errors import InputError, TemporaryError
 
 SINGLE = "model.safetensors"
 
@@ -183,6 +184,35 @@ def test_what_was_downloaded_is_enough_offline(hub: HubServer, tmp_path: Path, m
     offline = skillmerge.apply(recipe, tmp_path / "offline")
     assert hub.requests == []
     assert weights(online.output) == weights(offline.output)
+
+
+def test_what_was_downloaded_is_found_without_its_branch(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    put_family(hub, tmp_path / "local")
+    recipe = hub_recipe(tmp_path / "remote")
+    online = skillmerge.apply(recipe, tmp_path / "online", hub="download")
+    cache = hub.folder / "hf-home" / "hub"
+    assert not list(cache.glob("*/refs/main"))
+    with monkeypatch.context() as away:
+        away.setattr(hub_store, "Repository", _away)
+        with pytest.raises(TemporaryError) as caught:
+            skillmerge.plan(recipe)
+        assert "set HF_HUB_OFFLINE=1" in str(caught.value.fix)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    offline = skillmerge.apply(recipe, tmp_path / "offline")
+    assert hub.requests == []
+    assert weights(online.output) == weights(offline.output)
+    (cache / "models--acme--rl" / "snapshots" / ("0" * 40)).mkdir()
+    with pytest.raises(InputError, match="hf://acme/rl is not in the local cache"):
+        skillmerge.plan(recipe)
+
+
+def _away(*_: Any, **__: Any) -> Any:
+    raise TemporaryError("the Hub is away", fix="try again later")
 
 
 def test_downloaded_file_with_another_digest_is_refused(hub: HubServer, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import run_cli, write_family
 
-from skillmerge.checkpoints.missing import near_path
+from skillmerge.checkpoints.missing import missing, near_path
 from skillmerge.checkpoints.place import instead_on_hub
 
 RECIPE = """skillmerge: 1
@@ -173,3 +173,10 @@ def test_misspelt_folder_above_what_was_written_is_not_guessed_at(tmp_path: Path
     """Found by flipping bits of a saved plan: a recipe's own folder was gone, and looking for near names failed."""
     (tmp_path / "models").mkdir()
     assert near_path(tmp_path / "modelz" / "deep" / "target", "target") is None
+
+
+def test_a_home_folder_is_told_as_it_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = missing(Path("~/rl").expanduser(), "~/rl")
+    assert found is not None
+    assert found[0] == f"folder `~/rl` (`{tmp_path}/rl`) does not exist"

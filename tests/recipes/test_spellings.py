@@ -17,7 +17,8 @@ _ALONE = "write the arithmetic alone, such as target + lam * (rl - sft)"
 MISTAKES = {
     (_LAM, "[0, .3, 1]"): (
         "3:21", "`lam` must be a number, not a list",
-        "to change it over the layers, write `lam: {rules: [{layers: 0-, ramp: [0, 1]}]}`; to try each: "
+        "to change it over the layers, write `lam: {rules: [{layers: 0-, ramp: [0, 1]}]}` (a ramp takes two ends, "
+        "nothing between); to try each: "
         "`skillmerge sweep RECIPE --set lam=0,0.3,1`",
     ),
     (_LAM, "50%"): ("3:21", "`lam` must be a number, not the text '50%'", "write 0.5"),
@@ -88,13 +89,16 @@ MISTAKES = {
 }  # fmt: skip
 WARNINGS = {
     (_MERGE, "target + lam * rl - sft"): (
-        "4:1", 4, "the expression is one model only where `lam` is 1", "did you mean `lam * (rl - sft)`?",
-        "accidental-model",
+        "4:1", 4, "the expression is one model only where `lam` is 1",
+        "did you mean `target + lam * (rl - sft)`?", "accidental-model",
     ),
     (_LAM, "100"): (
         "3:16", 3, "with this `lam`, a model is multiplied by 100", "published merges stay below 2", "large-factor"
     ),
     (_OUT, "shard_size: 5"): ("4:21", 4, "`shard_size: 5` is 5 bytes", "did you mean `5GB`?", "odd-size"),
+    (_OUT, "shard_size: 5000"): (
+        "4:21", 4, "`shard_size: 5000` is 5000 bytes", "write a unit, such as 5GB", "odd-size"
+    ),
     (_MERGE, "target + rl - sft"): ("3:16", 3, "coefficient `lam` does nothing", "remove it", "unused-name"),
     (_LAM, "{rules: [{layers: 0, value: 2}, {layers: 0-, value: 1}]}"): (
         "3:30", 3, "this rule of `lam` never decides: the one on line 3 matches all that it does",
@@ -144,7 +148,7 @@ def test_a_factor_that_does_not_stand_before_parentheses_is_told(folder: Path) -
     (folder / "r.yaml").write_text(_MERGE.replace("@", "target + 0.5 * rl - sft"))
     process = run_cli("plan", "r.yaml", cwd=folder)
     assert process.returncode == 2
-    assert process.stderr.endswith("help: did you mean `0.5 * (rl - sft)`?\n")
+    assert process.stderr.endswith("help: did you mean `target + 0.5 * (rl - sft)`?\n")
 
 
 @pytest.mark.parametrize("size", ["2", "999999"])

@@ -57,6 +57,9 @@ def test_warning_is_told_wherever_a_run_is_recorded(warned: Path) -> None:
     assert quiet.returncode == 0
     assert quiet.stderr.startswith(f"warning: {WARNED}")
     assert "1 warning" not in quiet.stdout
+    told = run_cli("plan", warned, "-q").stdout.splitlines()
+    assert (told[0].startswith(f"warning: {WARNED}"), told[-2][:5], told[-1]) == (True, "plan ", "1 warning")
+    assert not any(line.startswith(("note:", "compared", "output", "reads")) for line in told)
     assert WARNED in files["report.html"].read_text().replace("&#x27;", "'")
     events = [json.loads(line) for line in files["events.jsonl"].read_text().splitlines()]
     assert [WARNED in event["message"] for event in events if event["event"] == "warning"] == [True]
@@ -149,3 +152,14 @@ def test_inspect_of_two_models_says_how_they_do_not_belong_together(tmp_path: Pa
     assert json.loads(run_cli("inspect", tmp_path / "recipe.yaml", "--json").stdout)["warnings"][0].startswith(
         "rope base"
     )
+
+
+def test_result_has_what_the_plan_compared_and_noted(warned: Path) -> None:
+    (warned.parent / "rl" / "extra.safetensors").write_bytes((warned.parent / "rl" / "model.safetensors").read_bytes())
+    written = warned.parent / "result.json"
+    result = json.loads(run_cli("apply", warned, "--json", "--result-file", written).stdout)
+    plan = json.loads(run_cli("plan", warned, "--json").stdout)
+    assert result == json.loads(written.read_text())
+    assert (result["notes"], result["compared"]) == (plan["notes"], plan["compared"])
+    assert "model `rl`: extra.safetensors is beside model.safetensors and not read" in result["notes"]
+    assert [row["name"] for row in result["compared"] if row["level"] == "warning"] == ["rope-scaling"]

@@ -295,21 +295,33 @@ def open_location(location: Location, *, download: bool = False) -> Store:
             fix = f"{error.fix}; or read it from the local cache, which has this model: set HF_HUB_OFFLINE=1"
             raise TemporaryError(error.message, fix=fix) from error
     try:
-        snapshot = snapshot_download(location.repository, revision=location.revision or None, local_files_only=True)
+        snapshot = _snapshot(location)
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise InputError(
             f"{location} is not in the local cache, and HF_HUB_OFFLINE is set",
             fix=f"unset HF_HUB_OFFLINE, or where there is a network: hf download {location.repository}"
             + (f" --revision {location.revision}" if location.revision else ""),
         ) from error
-    return Folder(Path(snapshot, location.subfolder), revision=Path(snapshot).name)
+    return Folder(snapshot / location.subfolder, revision=snapshot.name)
+
+
+def _snapshot(location: Location) -> Path:
+    """The folder of a revision in the Hub's cache. Files that were fetched by their commit leave no note of the branch
+    that they are of: without a revision, the only snapshot is meant. Raises LocalEntryNotFoundError."""
+    try:
+        return Path(snapshot_download(location.repository, revision=location.revision or None, local_files_only=True))
+    except LocalEntryNotFoundError:
+        cache = Path(constants.HF_HUB_CACHE, "--".join(["models", *location.repository.split("/")]))
+        found = [] if location.revision else list(cache.glob("snapshots/*/"))
+        if len(found) != 1 or (cache / "refs" / "main").exists():
+            raise
+        return found[0]
 
 
 def _cached(location: Location) -> bool:
     """Whether the Hub's cache has a model, all of its weight files."""
     try:
-        snapshot = snapshot_download(location.repository, revision=location.revision or None, local_files_only=True)
-        folder = Path(snapshot, location.subfolder)
+        folder = _snapshot(location) / location.subfolder
         index = folder / INDEX_FILE
         if not index.is_file():
             return any(folder.glob("*.safetensors"))

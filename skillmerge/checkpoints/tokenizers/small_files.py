@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from skillmerge.checkpoints.foreign import disguised
 from skillmerge.checkpoints.store import Store, digest_of
 from skillmerge.errors import InputError
 
@@ -23,11 +24,13 @@ class SmallFiles:
     def __init__(self) -> None:
         self._parsed: dict[tuple[Callable[[bytes], Any], tuple[str, str]], Any] = {}
         self._fetched: dict[str, int] = {}
+        self.pointers: set[str] = set()
+        """Files that are pointers to what was never fetched."""
 
     def read(self, store: Store, file: str, parse: Callable[[bytes], T]) -> T | None:
         """What `parse` makes of a file; None where it is not there, or as many were fetched as may be.
 
-        Raises InputError where it is too large or `parse` raises ValueError; StalePlan, TemporaryError.
+        Raises InputError where it is too large, a pointer, or `parse` raises ValueError; StalePlan, TemporaryError.
         """
         stat, path = store.list().get(file), store.at.path(file)
         if stat is None:
@@ -40,6 +43,9 @@ class SmallFiles:
             return None
         self._fetched[store.at.place] = self._fetched.get(store.at.place, 0) + 1
         content = store.read_small(file, MAX_BYTES)
+        if (known := disguised(content[:32], text=True)) is not None:
+            self.pointers.add(path)
+            raise InputError(f"{path}: {known[0]}", fix=known[1])
         digests = [digest_of(kind, content) for kind in ("sha256", "git_sha1")]
         if (parse, digests[0]) not in self._parsed:
             try:

@@ -81,7 +81,8 @@ def read_tokenizer(checkpoint: Checkpoint, files: SmallFiles, *, tokens: bool = 
     """The tokenizer of a model. files: shared by all models that are compared, the donor's read first. tokens: whether
     the vocabulary is wanted.
 
-    Raises StalePlan, TemporaryError; what cannot be read as what it is, is named in `unread`.
+    Raises InputError for a pointer in a file's place; StalePlan, TemporaryError. What else cannot be read as what it
+    is, is named in `unread`.
     """
     return _Reading(checkpoint, files).tokenizer(tokens)
 
@@ -118,6 +119,8 @@ class _Reading:
         try:
             return self._files.read(self._store, file, parse)
         except InputError as error:
+            if self._store.at.path(file) in self._files.pointers:
+                raise
             self._unread.append(error.message)
             return None
 

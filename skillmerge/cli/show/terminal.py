@@ -87,14 +87,7 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     _show_compared(plan, out)
     for note in plan.notes:
         out.print(Text(f"note: {note}"), soft_wrap=True)
-    for warning in plan.warnings:
-        out.print(Text(f"warning: {warning.message}", style="yellow"), soft_wrap=True)
-        if warning.fix:
-            out.print(Text(f"help: {warning.fix}"), soft_wrap=True)
-    for problem in plan.problems:
-        out.print(Text(f"problem: {problem.message}", style="red"), soft_wrap=True)
-    for text in filter(None, (settlement(plan.recipe, plan.problems), plan.acceptance)):
-        out.print(Text(text), soft_wrap=True)
+    show_remarks(plan, out)
     totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {tables.written(plan)}"]
     if (merged := tables.merged(plan)) is not None:
         totals.insert(0, f"merges {merged}")
@@ -107,6 +100,22 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     out.print(Text(", ".join(totals)))
     if where is not None:
         out.print(Text(f"output {where}"), soft_wrap=True)
+    show_digest(plan, out)
+
+
+def show_remarks(plan: Plan, out: Console) -> None:
+    """What of a plan needs attention."""
+    for warning in plan.warnings:
+        out.print(Text(f"warning: {warning.message}", style="yellow"), soft_wrap=True)
+        if warning.fix:
+            out.print(Text(f"help: {warning.fix}"), soft_wrap=True)
+    for problem in plan.problems:
+        out.print(Text(f"problem: {problem.message}", style="red"), soft_wrap=True)
+    for text in filter(None, (settlement(plan.recipe, plan.problems), plan.acceptance)):
+        out.print(Text(text), soft_wrap=True)
+
+
+def show_digest(plan: Plan, out: Console) -> None:
     out.print(Text(f"plan {plan.digest}", style="dim"), soft_wrap=True)
     if plan.warnings:
         out.print(Text(count_of(plan.warnings), style="yellow"))

@@ -48,6 +48,8 @@ _BUFFER = re.compile(r"(inv_freq|masked_bias|attn\.bias|position_ids|num_batches
 
 # Keys of configs that say why blocks are not all alike, besides lists and texts with an entry for each block.
 _PERIODS = re.compile(r"step|period|interval|freq|every|factor|stride|pattern|_per_")
+_LETTERS = re.compile(r"layer|block|pattern")
+"""Keys whose texts may have a letter for each block: `hybrid_override_pattern`, `layers_block_type`, `layer_types`."""
 _EDGES = re.compile(r"first_|dense_layers|start|end_index|hash_layers|kv_shared|last_|nextn|mtp")
 
 _FEW_TENSORS = 4
@@ -264,12 +266,13 @@ def _traits(config: Mapping[str, Any], indices: Sequence[int]) -> list[tuple[Any
 
 
 def _columns(key: str, value: Any, indices: Sequence[int], count: int) -> Iterator[list[Any]]:
-    if isinstance(value, list | str) and len(value) >= count:
+    counts = (count, max(indices) + 1)
+    if (isinstance(value, list) or (isinstance(value, str) and _LETTERS.search(key))) and len(value) in counts:
         yield [repr(value[index]) if index < len(value) else "" for index in indices]
     elif isinstance(value, list) and value and all(type(item) is int for item in value):
         for shift in (0, 1) if 0 not in value else (0,):  # some configs count blocks from 1
             yield [index + shift in value for index in indices]
-    elif isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+    elif isinstance(value, list) and 0 < 2 * len(value) <= count and all(isinstance(item, str) for item in value):
         yield [index % len(value) for index in indices]  # a pattern that is repeated
     elif type(value) is int and 1 < value <= count and _PERIODS.search(key):
         yield [index % value for index in indices]

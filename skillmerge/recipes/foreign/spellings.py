@@ -123,7 +123,8 @@ def numbers_meant(name: str, values: Sequence[object]) -> str:
         return "a coefficient is one number, or a table with `rules`"
     ramp = f"`{name}: {{rules: [{{layers: 0-, ramp: [{listed[0]}, {listed[-1]}]}}]}}`"
     tried = f"`skillmerge sweep RECIPE --set {name}={','.join(listed)}`"
-    return f"to change it over the layers, write {ramp}; to try each: {tried}"
+    ends = " (a ramp takes two ends, nothing between)" if len(listed) > 2 else ""
+    return f"to change it over the layers, write {ramp}{ends}; to try each: {tried}"
 
 
 def _row(table: dict[str, str], word: str) -> str | None:

@@ -303,6 +303,21 @@ def test_what_the_config_explains_is_not_told(
     assert (level, "block 2 of" in message) == ("warning", True)
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"_name_or_path": "/models/qwen/one-of-them"},
+        {"dtype": "bfloat16"},
+        {"languages": ["de", "en", "es", "fr", "it", "nl", "pl"]},
+        {"eos_token_ids": list(range(100, 113))},
+    ],
+)
+def test_what_is_no_entry_for_each_block_explains_nothing(tmp_path: Path, others: dict[str, Any]) -> None:
+    assert said(tmp_path, without(blocks(), r"\.3\.mlp"), {**CONFIG, **others}) == [
+        ("warning", "model `m`: block 3 of `model.layers` lacks `mlp.up_proj.weight`, which the blocks beside it have"),
+    ]
+
+
 def test_models_of_the_donors_tensors_are_told_of_once(tmp_path: Path) -> None:
     tensors = without(blocks(), r"\.3\.mlp")
     models = {name: opened(tmp_path / name, tensors) for name in ("rl", "target", "sft")}
