@@ -11,7 +11,7 @@ import torch
 from conftest import read_checkpoint, write_checkpoint, write_recipe
 
 import skillmerge
-from skillmerge.engine.measures.cells import LEAST, Cell, cells, rows_of
+from skillmerge.engine.measures.cells import LEAST, SIGMAS, Cell, cells, rows_of
 from skillmerge.engine.rounding_statistics import Row, TensorStatistics
 from skillmerge.errors import CheckFailed
 
@@ -137,8 +137,9 @@ def test_gate_by_block_sees_what_the_mean_hides(ramp: Path, tmp_path: Path) -> N
     _, outcome = skillmerge.gate(merged, gates).outcomes
     found = [it for it in cells(rows_of(skillmerge.apply(ramp).manifest.tensors)) if it.is_measured]
     realised = {it.label: it.group.realised or 0.0 for it in found}
-    worst = max(realised, key=lambda label: max(0.9 - realised[label], realised[label] - 1.1))
-    failing = sum(not 0.9 <= share <= 1.1 for share in realised.values())
+    worst = max(found, key=lambda it: abs((it.group.realised or 0.0) - 1) - SIGMAS * it.error).label
+    failing = sum(it.is_off for it in found)  # beyond chance, as the warning of apply has it
+    assert 0 < failing < sum(not 0.9 <= share <= 1.1 for share in realised.values())
     assert (outcome.gate, outcome.passed) == ("realised by block", False)
     assert outcome.measured == realised[worst] < 0.7
     assert outcome.as_dict()["where"] == worst
