@@ -161,6 +161,30 @@ class Checkpoint(ABC):
         return piece.buffer[piece.start : piece.start + nbytes]
 
 
+class View(Checkpoint):
+    """A checkpoint seen in another way: what a view does not say itself, the checkpoint beneath is asked."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], files: Mapping[str, WeightFile]
+    ) -> None:
+        super().__init__(checkpoint.uri, checkpoint.at, checkpoint.store, checkpoint.config, tensors, files,
+                         indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
+        self.naming = checkpoint.naming
+        self._checkpoint = checkpoint
+
+    def sha256(self, file: str, stop: threading.Event | None = None) -> str:
+        return self._checkpoint.sha256(file, stop)
+
+    def check_unchanged(self, files: Collection[str] | None = None) -> None:
+        self._checkpoint.check_unchanged(files)
+
+    def cancel(self) -> None:
+        self._checkpoint.cancel()
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """Two checkpoints of the same tensors, one minus the other: what a stored skill is."""

@@ -11,11 +11,10 @@ Such a part holds nothing: with it or without, the tensor is the same. A wrapper
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from skillmerge.checkpoints.checkpoint import Checkpoint, Naming, Piece
+from skillmerge.checkpoints.checkpoint import Checkpoint, Naming, Piece, View
 from skillmerge.checkpoints.safetensors import printable
 from skillmerge.checkpoints.store import Wait
 from skillmerge.errors import InputError
@@ -33,8 +32,8 @@ only where all names begin with it."""
 _OUTERMOST = "module"
 
 
-class Renamed(Checkpoint):
-    """A checkpoint whose tensors have other names; of all else the checkpoint itself is asked."""
+class Renamed(View):
+    """A checkpoint whose tensors have other names."""
 
     def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], naming: Naming) -> None:
         """names: by the stored ones."""
@@ -43,10 +42,9 @@ class Renamed(Checkpoint):
             file: replace(item, tensors=tuple(names[name] for name in item.tensors))
             for file, item in checkpoint.files.items()
         }
-        super().__init__(checkpoint.uri, checkpoint.at, checkpoint.store, checkpoint.config, tensors, files,
-                         indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
+        super().__init__(checkpoint, tensors, files)
         self.naming = naming
-        self._checkpoint, self._stored = checkpoint, {name: stored for stored, name in names.items()}
+        self._stored = {name: stored for stored, name in names.items()}
 
     def read(self, pieces: Sequence[Piece]) -> Wait:
         stored = self._stored
@@ -59,18 +57,6 @@ class Renamed(Checkpoint):
 
     def cost(self, tensor: str) -> int:
         return self._checkpoint.cost(self._stored[tensor])
-
-    def sha256(self, file: str, stop: threading.Event | None = None) -> str:
-        return self._checkpoint.sha256(file, stop)
-
-    def check_unchanged(self, files: Collection[str] | None = None) -> None:
-        self._checkpoint.check_unchanged(files)
-
-    def cancel(self) -> None:
-        self._checkpoint.cancel()
-
-    def close(self) -> None:
-        self._checkpoint.close()
 
 
 def read_as(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Mapping, Sequence
 
-from skillmerge.checkpoints.checkpoint import Checkpoint, Piece
+from skillmerge.checkpoints.checkpoint import Checkpoint, Piece, View
 from skillmerge.checkpoints.store import Stat, Wait, Where, nothing_to_wait_for
 from skillmerge.errors import InputError, StalePlan
 from skillmerge.tensors import DTYPES, UNIT
@@ -61,14 +61,11 @@ class Memory:
         return self._first_seen[file]
 
 
-class Held(Checkpoint):
-    """A checkpoint whose tensors are read once, here, and held; of all else the checkpoint itself is asked."""
+class Held(View):
+    """A checkpoint whose tensors are read once, here, and held."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__(checkpoint.uri, checkpoint.at, checkpoint.store, checkpoint.config, checkpoint.tensors,
-                         checkpoint.files, indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
-        self.naming = checkpoint.naming
-        self._checkpoint = checkpoint
+        super().__init__(checkpoint, checkpoint.tensors, checkpoint.files)
         self._held = {name: memoryview(bytearray(spec.nbytes)) for name, spec in checkpoint.tensors.items()}
         pieces = [
             Piece(name, first, min(UNIT, spec.elements - first), self._held[name], first * DTYPES[spec.dtype].itemsize)
@@ -94,15 +91,3 @@ class Held(Checkpoint):
 
     def cost(self, tensor: str) -> int:
         return self._checkpoint.cost(tensor)
-
-    def sha256(self, file: str, stop: threading.Event | None = None) -> str:
-        return self._checkpoint.sha256(file, stop)
-
-    def check_unchanged(self, files: Collection[str] | None = None) -> None:
-        self._checkpoint.check_unchanged(files)
-
-    def cancel(self) -> None:
-        self._checkpoint.cancel()
-
-    def close(self) -> None:
-        self._checkpoint.close()
