@@ -163,3 +163,17 @@ def test_result_has_what_the_plan_compared_and_noted(warned: Path) -> None:
     assert (result["notes"], result["compared"]) == (plan["notes"], plan["compared"])
     assert "model `rl`: extra.safetensors is beside model.safetensors and not read" in result["notes"]
     assert [row["name"] for row in result["compared"] if row["level"] == "warning"] == ["rope-scaling"]
+
+
+def test_side_file_that_is_none_stops_no_rebuild(tmp_path: Path) -> None:
+    """Its weights are what they were: only what is made now needs the tokenizer to be compared."""
+    recipe = models(tmp_path)
+    output = skillmerge.apply(recipe).output
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+    (tmp_path / "rl" / "tokenizer.json").write_text(pointer)
+    assert run_cli("plan", recipe).returncode == 4
+    for command in (("rebuild", output, "--check"), ("inspect", tmp_path / "sft", tmp_path / "rl")):
+        process = run_cli(*command)
+        assert process.returncode == 0, process.stderr
+        assert "warning: " in process.stderr
+        assert "is a Git LFS pointer" in process.stderr

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
+from skillmerge.errors import InputError
 from skillmerge.methods.terms import Term, model_of
 from skillmerge.plans.accounting import Problem
 from skillmerge.plans.compare.complete import check_complete
@@ -64,7 +65,7 @@ def compare_models(
     """Compare the models of `terms` (by the donor's tensors' names) with the donor and with what they say they hold.
 
     lenient: problems are warnings, for what was made before these comparisons. Reads small files only; raises
-    StalePlan, TemporaryError.
+    InputError for one that is none, unless lenient; StalePlan, TemporaryError.
     """
     roles = roles_of(terms)
     dtype = None if recipe.makes_skill else recipe.output.dtype
@@ -72,9 +73,14 @@ def compare_models(
     found = compare_config(checkpoints, donor, roles, dtype, foreign="architecture" in recipe.accept)
     foreign = "architecture" not in recipe.accept and any(it.name == "architecture" for it in found)
     files = SmallFiles()
-    found += [] if foreign else compare_tokens(checkpoints, donor, roles, files)
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
-    found += check_complete({name: checkpoints[name] for name in names}, donor, files)
+    try:
+        found += [] if foreign else compare_tokens(checkpoints, donor, roles, files)
+        found += check_complete({name: checkpoints[name] for name in names}, donor, files)
+    except InputError as error:  # a side file that is none, such as a Git LFS pointer
+        if not lenient:
+            raise
+        found.append(Compared(None, "side files", "", "warning", {}, False, error.message, error.fix))
     if lenient:
         found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
     found = [replace(it, accepted=it.name in recipe.accept and it.level != "note") for it in found]
