@@ -162,9 +162,10 @@ def _failed(error: SkillmergeError) -> int:
         if _wants_json():
             print_json({"ok": False, **error.as_dict()})
         elif outcomes := getattr(error, "outcomes", ()):  # of gates
-            from skillmerge.cli.show import terminal
+            from skillmerge.cli.show.proving import show_gates
+            from skillmerge.cli.show.table import console
 
-            terminal.show_gates(outcomes, terminal.console())
+            show_gates(outcomes, console())
     _log_error(error)
     return error.exit_status
 

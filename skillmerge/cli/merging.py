@@ -153,15 +153,16 @@ def plan(
 
 
 def _show_plan(made: Preview, diff: str | None, quiet: bool) -> None:
-    from skillmerge.cli.show import terminal
+    from skillmerge.cli.show.merging import show_changes, show_digest, show_plan, show_remarks
+    from skillmerge.cli.show.table import console
 
     if made.changes is not None:
-        terminal.show_changes(made.changes, str(diff), terminal.console())
+        show_changes(made.changes, str(diff), console())
     elif quiet:
-        terminal.show_remarks(made, terminal.console())
-        terminal.show_digest(made, terminal.console())
+        show_remarks(made, console())
+        show_digest(made, console())
     else:
-        terminal.show_plan(made, made.needs, _output_of(made), made.disk_free, terminal.console())
+        show_plan(made, made.needs, _output_of(made), made.disk_free, console())
 
 
 def _output_of(made: Preview) -> str | None:

@@ -54,13 +54,14 @@ def verify(
     if as_json:
         print_result(verdict)
     elif not quiet:
-        from skillmerge.cli.show import terminal
+        from skillmerge.cli.show.proving import show_parent, show_verdict
+        from skillmerge.cli.show.table import console
 
-        terminal.show_verdict(verdict, terminal.console())
+        show_verdict(verdict, console())
         if verdict.signature is not None:
             click.echo(visible("signed by {signer}: {files} files, as they are".format(**verdict.signature)))
         if parent is not None and verdict.parent is not None:
-            terminal.show_parent(parent, verdict.parent, terminal.console())
+            show_parent(parent, verdict.parent, console())
 
 
 @click.command()
@@ -83,7 +84,8 @@ def gate(
 ) -> None:
     """Hold a finished output against gates: exit 3 where one does not hold."""
     from skillmerge.cli.event_log import recorded
-    from skillmerge.cli.show import terminal
+    from skillmerge.cli.show.proving import show_gates
+    from skillmerge.cli.show.table import console
     from skillmerge.study.gates import GateFailed
     from skillmerge.study.gates import gate as run
 
@@ -96,7 +98,7 @@ def gate(
     if as_json:
         print_result(report)
     elif not quiet:
-        terminal.show_gates(report.outcomes, terminal.console())
+        show_gates(report.outcomes, console())
 
 
 @click.command()
@@ -118,14 +120,15 @@ def rebuild(folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
 
     A difference is exit 3, models that have changed since are exit 7.
     """
-    from skillmerge.cli.show import terminal
+    from skillmerge.cli.show.proving import show_rebuilt
+    from skillmerge.cli.show.table import console
     from skillmerge.verbs.rebuild import rebuild as run
 
     made = run(folder, reporter=TerminalReporter(quiet, verbose=False, doing="rebuilding"), **options)
     if as_json:
         print_result(made)
     elif not quiet:
-        terminal.show_rebuilt(made, terminal.console())
+        show_rebuilt(made, console())
 
 
 @click.command()
@@ -212,6 +215,7 @@ def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: An
     if as_json:
         print_result(published)
     elif not quiet:
-        from skillmerge.cli.show import terminal
+        from skillmerge.cli.show.merging import show_published
+        from skillmerge.cli.show.table import console
 
-        terminal.show_published(published, terminal.console())
+        show_published(published, console())

@@ -70,7 +70,7 @@ def _check_place(name: str, option: str) -> None:
 def write_report(path: str | None, **parts: Any) -> None:
     if path is None:
         return
-    from skillmerge.cli.show.page import build
+    from skillmerge.cli.show.report.page import build
 
     try:
         Path(path).write_text(build(**parts), encoding="utf-8")
@@ -99,9 +99,10 @@ def show_merge(result: Result, as_json: bool, quiet: bool) -> None:
         print_result(result)
         return
     if not quiet:
-        from skillmerge.cli.show import terminal
+        from skillmerge.cli.show.merging import show_result
+        from skillmerge.cli.show.table import console
 
-        terminal.show_result(result, terminal.console())
+        show_result(result, console())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -43,8 +43,9 @@ def init(path: str) -> None:
 @flags.as_json
 def lint(recipes: tuple[str, ...], strict: bool, allow: tuple[str, ...], sarif_file: str | None, as_json: bool) -> int:
     """Check recipes from their text alone, every one of them, and tell all that is wrong. Opens no model."""
-    from skillmerge.cli.show import terminal
     from skillmerge.cli.show.sarif import document
+    from skillmerge.cli.show.starting import show_lint
+    from skillmerge.cli.show.table import console
     from skillmerge.recipes.lint import lint as run
 
     check_places(sarif=sarif_file)
@@ -54,7 +55,7 @@ def lint(recipes: tuple[str, ...], strict: bool, allow: tuple[str, ...], sarif_f
     if as_json:
         print_result(found)
     else:
-        terminal.show_lint(found, terminal.console())
+        show_lint(found, console())
     return 0 if found.ok else UsageError.exit_status
 
 
@@ -72,20 +73,23 @@ def schema() -> None:
 def doctor(path: str | None, as_json: bool) -> None:
     """Try what a run will do in PATH, and print what a bug report needs (versions, devices, memory, Hub; no secret)."""
     from skillmerge.cli.doctor import doctor as run
-    from skillmerge.cli.show import terminal
+    from skillmerge.cli.show.starting import show_diagnosis
+    from skillmerge.cli.show.table import console
 
     found = run(path)
     if as_json:
         print_result(found)
     else:
-        terminal.show_diagnosis(found, terminal.console())
+        show_diagnosis(found, console())
 
 
 @click.command()
 @click.argument("folder", type=click.Path(), default="skillmerge-demo")
 def demo(folder: str) -> None:
     """Put four small trained models into FOLDER, transfer a skill between them, and let them answer questions."""
-    from skillmerge.cli.show import terminal
+    from skillmerge.cli.show.proving import show_verdict
+    from skillmerge.cli.show.starting import show_answers
+    from skillmerge.cli.show.table import console
     from skillmerge.outputs.verify import Verdict
     from skillmerge.verbs.demo.demo import SENTENCE, examples
     from skillmerge.verbs.demo.demo import demo as run
@@ -94,14 +98,14 @@ def demo(folder: str) -> None:
         if isinstance(part, Path):
             _show_family(folder, part)
         elif isinstance(part, Verdict):
-            terminal.show_verdict(part, terminal.console())
+            show_verdict(part, console())
         else:
             show_merge(part, as_json=False, quiet=False)
             click.echo(f"\n$ skillmerge verify {os.path.relpath(part.output)}")
 
     done = run(folder, reporter=TerminalReporter(quiet=False, verbose=False), finished=show)
     click.echo("")
-    terminal.show_answers(done.answers, examples(done.answers[0], done.answers[-1]), terminal.console())
+    show_answers(done.answers, examples(done.answers[0], done.answers[-1]), console())
     click.echo(f"{SENTENCE}\n")
     click.echo(f"Now change lam in {done.recipe} and run: skillmerge apply {done.recipe} --overwrite")
 

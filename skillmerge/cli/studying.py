@@ -66,14 +66,15 @@ def export(skill: str, output: str, as_json: bool, quiet: bool, **options: Any) 
     What an adapter cannot hold (norms, embeddings, biases, heads, routers) is left out, and counted. A patch has
     the places and the new elements, exactly, of what changed in the model that was subtracted.
     """
-    from skillmerge.cli.show import terminal
+    from skillmerge.cli.show.studying import show_exported
+    from skillmerge.cli.show.table import console
     from skillmerge.verbs.export.export import export as run
 
     exported = run(skill, output, reporter=TerminalReporter(quiet, verbose=False, doing="exporting"), **options)
     if as_json:
         print_result(exported)
     elif not quiet:
-        terminal.show_exported(exported, terminal.console())
+        show_exported(exported, console())
 
 
 @click.command()
@@ -90,6 +91,7 @@ def export(skill: str, output: str, as_json: bool, quiet: bool, **options: Any) 
     "--spectral", type=click.IntRange(1, 64), metavar="RANK",
     help="Also how matrices' updates spread over so many directions.",
 )  # fmt: skip
+@option("--details", is_flag=True, help="Every figure, also by layer.")
 @flags.threads
 @flags.hub
 @flags.locked
@@ -103,6 +105,7 @@ def inspect(
     more: tuple[str, ...],
     report_file: str | None,
     coefficients: tuple[tuple[str, float], ...],
+    details: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -114,7 +117,8 @@ def inspect(
     Shares, norms, units in the last place, how two updates lie to each other, and what rounding will do with them
     for every lambda, before anything is written.
     """
-    from skillmerge.cli.show import study_tables, terminal
+    from skillmerge.cli.show.inspection import show_inspection
+    from skillmerge.cli.show.table import console
     from skillmerge.study.inspect import inspect as run
 
     check_places(report=report_file)
@@ -123,7 +127,7 @@ def inspect(
     if as_json:
         print_result(found)
     else:
-        study_tables.show_inspection(found, terminal.console())
+        show_inspection(found, console(), details)
     write_report(report_file, title=found.title, plan=found.plan, inspection=found)
 
 
@@ -143,14 +147,15 @@ def inspect(
 @option("--quiet", "-q", is_flag=True, help="Only results and errors.")
 def derive(recipe: str, choice: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write a recipe whose coefficients, by layer and kind of module, follow from the weights alone."""
-    from skillmerge.cli.show import terminal
+    from skillmerge.cli.show.studying import show_derived
+    from skillmerge.cli.show.table import console
     from skillmerge.verbs.derive import derive as run
 
     derived = run(recipe, choice, reporter=TerminalReporter(quiet, False, doing="measuring"), **options)
     if as_json:
         print_result(derived)
     elif not quiet:
-        terminal.show_derived(derived, terminal.console())
+        show_derived(derived, console())
 
 
 @click.command()
@@ -185,7 +190,8 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
 
     An interrupted sweep is continued by the same command; no candidate is scored twice.
     """
-    from skillmerge.cli.show import terminal
+    from skillmerge.cli.show.studying import show_sweep
+    from skillmerge.cli.show.table import console
     from skillmerge.verbs.sweep.sweep import sweep as run
 
     check_places(report=report_file)
@@ -194,5 +200,5 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
     if as_json:
         print_result(found)
     else:
-        terminal.show_sweep(found, terminal.console())
+        show_sweep(found, console())
     write_report(report_file, title=f"sweep of {recipe}", sweep=found)

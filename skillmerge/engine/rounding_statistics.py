@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SAMPLE_STRIDE = 128
 
-LOSSES = ("asked lambda", "realised lambda", "vanished", "changed")
+LOSSES = ("requested λ", "effective λ", "lost", "changed")
 """What people are shown of a group, as they call it."""
 
 

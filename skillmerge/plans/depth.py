@@ -13,6 +13,8 @@ from itertools import groupby
 from skillmerge.naming import MODULE_KINDS, layer_of, module_kind
 
 _BARS = "▁▂▃▄▅▆▇█"
+_MARKS = 48
+"""Marks of a picture, at most: so that it has room in a terminal of 60 columns, beside the name of what it shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +62,33 @@ def _mean(values: list[tuple[float, int]]) -> float:
 
 
 def picture(means: Mapping[int, float]) -> str:
-    """Numbers over layers: one character per layer, between the smallest (or 0) and the largest (or 0)."""
+    """Numbers over layers, drawn between the smallest (or 0) and the largest (or 0)."""
     low, high = min(0.0, *means.values()), max(0.0, *means.values())
-    drawn = f"{min(means)} {bars(means.values(), low, high)} {max(means)}"
-    return f"{drawn}  ({number(min(means.values()))} to {number(max(means.values()))})"
+    drawn = f"{min(means)} {bars(list(means.values()), low, high)} {max(means)}"
+    scale = f"{number(min(means.values()))} to {number(max(means.values()))}"
+    return f"{drawn}  ({scale}{a_mark(len(means))})"
 
 
-def bars(values: Iterable[float | None], low: float, high: float) -> str:
-    """One character for each value, between low and high; a dot where there is none."""
-    span = high - low or 1.0
-    return "".join("·" if value is None else _BARS[round((value - low) / span * (len(_BARS) - 1))] for value in values)
+def bars(values: Sequence[float | None], low: float, high: float) -> str:
+    """One mark for each value, between low and high; a dot where there is none.
+
+    Of more values than there is room for, neighbors share a mark: their mean.
+    """
+    span, each = high - low or 1.0, _each(len(values))
+    means = []
+    for first in range(0, len(values), each):
+        known = [value for value in values[first : first + each] if value is not None]
+        means.append(sum(known) / len(known) if known else None)
+    return "".join("·" if mean is None else _BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
+
+
+def a_mark(layers: int) -> str:
+    """Return `, 3 layers a mark` where layers share marks, otherwise nothing."""
+    return f", {_each(layers)} layers a mark" if layers > _MARKS else ""
+
+
+def _each(values: int) -> int:
+    return max(1, math.ceil(values / _MARKS))
 
 
 def _range(found: set[float] | None) -> str:

@@ -15,9 +15,9 @@ import pytest
 from conftest import random_tensors, run_cli, write_checkpoint, write_family, write_recipe
 
 import skillmerge
-from skillmerge.cli.show.charts import _ticks
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL
-from skillmerge.cli.show.page import build
+from skillmerge.cli.show.report.charts import _ticks
+from skillmerge.cli.show.report.page import build
 from skillmerge.plans.depth import number
 from skillmerge.study import spectrum
 from skillmerge.study.inspect import _groups, inspect

@@ -53,7 +53,7 @@ FIGURES = {
     ),
     "norm": Figure("norm", "||v||", "Euclidean norm of the update."),
     "largest": Figure("largest", "max |v_i|", "The greatest change of one element."),
-    "norm_ratio": Figure("of weights' norm", "||v|| / ||w||", "How large the update is beside the weights."),
+    "norm_ratio": Figure("relative norm", "||v|| / ||w||", "How large the update is beside the weights."),
     "energy": Figure("energy", "||v||^2 / ||v of the whole model||^2", "This part's share of the update.", "share"),
     "input_rounding": Figure(
         "input rounding",
@@ -70,7 +70,7 @@ FIGURES = {
         "The same where only r was cast, as where RL began from s as it is stored.",
     ),
     "other_norm": Figure("second norm", "||k||", "Euclidean norm of the second update, the target's own."),
-    "updates_ratio": Figure("norms' ratio", "||v|| / ||k||", "How large the update is beside the second one."),
+    "updates_ratio": Figure("norm ratio", "||v|| / ||k||", "How large the update is beside the second one."),
     "cosine": Figure(
         "cosine",
         "<v, k> / (||v|| ||k||)",
@@ -80,7 +80,7 @@ FIGURES = {
         _PAST,
     ),
     "cosine_z": Figure(
-        "cosine's z",
+        "cosine z",
         "cosine * sqrt(n)",
         "Standard deviations from chance, whose cosine is 0 give or take 1/sqrt(n) for dense independent updates. "
         "It overstates where few elements carry most of the norms (sparse updates; norms beside matrices). Where both "
@@ -88,21 +88,21 @@ FIGURES = {
         "signed",
     ),
     "cosine_z_signs": Figure(
-        "z of random signs",
+        "sign-flip z",
         "<v, k> / sqrt(sum v_i^2 k_i^2)",
         "The same against updates of these very sizes and random signs, which does not overstate: where the two z "
         "differ, believe this one.",
         "signed",
     ),
     "conflict": Figure(
-        "opposite signs",
+        "sign conflict",
         "|{i : v_i k_i < 0}| / |{i : v_i k_i != 0}|",
         "Of the elements that both move, those moved to opposite sides; 50% by chance.",
         "share",
         _TIES,
     ),
     "conflict_z": Figure(
-        "signs' z", "(conflict - 1/2) * 2 sqrt(|{i : v_i k_i != 0}|)", "Standard deviations from chance.", "signed"
+        "sign z", "(conflict - 1/2) * 2 sqrt(|{i : v_i k_i != 0}|)", "Standard deviations from chance.", "signed"
     ),
     "overlap": Figure(
         "overlap",
@@ -112,7 +112,7 @@ FIGURES = {
         _SUBNETWORKS,
     ),
     "overlap_chance": Figure(
-        "overlap by chance", "|{i : k_i != 0}| / n", "What the overlap would be of unrelated places.", "share"
+        "chance overlap", "|{i : k_i != 0}| / n", "What the overlap would be of unrelated places.", "share"
     ),
 }
 
@@ -141,7 +141,7 @@ SPECTRAL = {
         "share",
         _PRINCIPALS,
     ),
-    "principal_left_chance": Figure("by chance, rows", "k / rows", "What a random update has there.", "share"),
+    "principal_left_chance": Figure("chance, rows", "k / rows", "What a random update has there.", "share"),
     "principal_right": Figure(
         "in principal columns",
         "||v V_k||_F^2 / ||v||_F^2",
@@ -149,7 +149,7 @@ SPECTRAL = {
         "share",
         _PRINCIPALS,
     ),
-    "principal_right_chance": Figure("by chance, columns", "k / columns", "What a random update has there.", "share"),
+    "principal_right_chance": Figure("chance, columns", "k / columns", "What a random update has there.", "share"),
     "subspace_overlap": Figure(
         "subspace overlap",
         "mean of cos^2 of the principal angles between U_k of v and U_k of w",
@@ -162,12 +162,12 @@ SPECTRAL = {
 
 FORECAST = {
     "realised": Figure(
-        "realised lambda",
+        "effective λ",
         "lambda <y - t, u> / <u, u>, u = lambda v",
         "The lambda that the output really has, after rounding: t the target, y the output.",
     ),
     "vanished": Figure(
-        "vanished",
+        "lost",
         "|{i : u_i != 0, y_i = t_i}| / |{i : u_i != 0}|",
         "Of the update's elements, those that rounding lost.",
         "share",

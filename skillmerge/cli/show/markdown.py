@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from skillmerge.cli.show import tables
+from skillmerge.cli.show import listings
 from skillmerge.errors import visible
 from skillmerge.plans.accounting import settlement
 from skillmerge.plans.budget import Budget
@@ -50,7 +50,7 @@ def plan_page(
         _list(plan.notes, "note: "),
         _models(plan),
     ]
-    parts += [_coefficient(name, depth) for name, depth in tables.coefficients(plan)]
+    parts += [_coefficient(name, depth) for name, depth in listings.coefficients(plan)]
     parts += [_actions(plan), _totals(plan, needs, where, free), f"plan `{plan.digest}`"]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -71,7 +71,7 @@ def _problems(plan: Plan) -> str:
 
 
 def _compared(plan: Plan) -> str:
-    head, rows = tables.compared(plan)
+    head, rows = listings.compared(plan)
     table = _table([head[0], *map(_code, head[1:-1]), head[-1]], [[*map(_code, row)] for row in rows]) if rows else ""
     return "\n\n".join(filter(None, (plan.compared.line, table)))
 
@@ -97,13 +97,13 @@ def _coefficient(name: str, depth: Depth) -> str:
 
 
 def _actions(plan: Plan) -> str:
-    rows = [(row.tensors, _code(row.models), row.what, _code(row.names)) for row in tables.actions(plan)]
-    return _table(tables.ACTION_COLUMNS, rows)
+    rows = [(row.tensors, _code(row.models), row.what, _code(row.names)) for row in listings.actions(plan)]
+    return _table(listings.ACTION_COLUMNS, rows)
 
 
 def _totals(plan: Plan, needs: Budget | None, where: str | None, free: int | None) -> str:
-    rows = [("reads", format_bytes(plan.bytes_read)), ("writes", tables.written(plan))]
-    if (merged := tables.merged(plan)) is not None:
+    rows = [("reads", format_bytes(plan.bytes_read)), ("writes", listings.written(plan))]
+    if (merged := listings.merged(plan)) is not None:
         rows.insert(0, ("merges", merged))
     if needs is not None:
         rows.append(("peak memory", f"about {format_bytes(needs.memory)} with {needs.threads} threads"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from skillmerge.cli.show.tables import scored, ulps
+from skillmerge.cli.show.listings import scored, ulps
 from skillmerge.engine.rounding_statistics import LOSSES, Group
 from skillmerge.study.scoring.scores import Score
 from skillmerge.tensors import ULP_EDGES

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from skillmerge.cli.show.figures import FIGURES, SPECTRAL, show
-from skillmerge.cli.show.html import abbreviated, cell_of, escaped
+from skillmerge.cli.show.report.html import abbreviated, cell_of, escaped
 from skillmerge.naming import module_kind, summarised
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.plans.depth import number

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 from skillmerge.cli.show.figures import FIGURES, show
-from skillmerge.cli.show.html import cell_of, escaped
+from skillmerge.cli.show.report.html import cell_of, escaped
 from skillmerge.engine.measures.cells import DEVIATION, cells, rows_of
 from skillmerge.naming import MODULE_KINDS
 from skillmerge.outputs.manifest import ManifestBody

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.cli.show import tables
-from skillmerge.cli.show.charts import chart
+from skillmerge.cli.show import listings
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL, show
-from skillmerge.cli.show.heat_maps import maps_section
-from skillmerge.cli.show.html import abbreviated, escaped
-from skillmerge.cli.show.page_remarks import remarks_section
-from skillmerge.cli.show.page_table import tensor_table
+from skillmerge.cli.show.report.charts import chart
+from skillmerge.cli.show.report.heat_maps import maps_section
+from skillmerge.cli.show.report.html import abbreviated, escaped
+from skillmerge.cli.show.report.remarks import remarks_section
+from skillmerge.cli.show.report.tensor_table import tensor_table
 from skillmerge.engine.rounding_statistics import Group, Statistics
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.outputs.output import Outcome
@@ -66,7 +66,7 @@ def build(
     if inspection is not None:
         sections.append(f"<section><h2>What the figures mean</h2>{_LIMITS}{_glossary()}</section>")
     body = "\n".join(filter(None, sections))
-    here = files("skillmerge.cli.show")
+    here = files("skillmerge.cli.show.report")
     style, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -84,8 +84,8 @@ def _cards(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspect
     cards: list[tuple[str, str]] = []
     if plan is not None:
         cards += [("tensors", f"{len(plan.tensors):,}"), ("reads", format_bytes(plan.bytes_read))]
-        cards += [("writes", tables.written(plan))]
-        cards += [("merges", merged)] if (merged := tables.merged(plan)) is not None else []
+        cards += [("writes", listings.written(plan))]
+        cards += [("merges", merged)] if (merged := listings.merged(plan)) is not None else []
     if manifest is not None:
         total = manifest.statistics.all
         if isinstance(total, Group):
@@ -178,7 +178,7 @@ def _ulps(inspection: Inspection) -> str:
     rows = "".join(
         f'<tr><td>{row.label(" to ")}</td><td style="--p:{row.share:.0%}">{row.share:.1%}</td>'
         f"<td>{row.count:,}</td></tr>"
-        for row in tables.ulps(inspection.total.get("ulps"))
+        for row in listings.ulps(inspection.total.get("ulps"))
     )
     if not rows:
         return ""
@@ -223,7 +223,7 @@ def _gates(gates: Sequence[Outcome]) -> str:
         rows.append("<tr>" + "".join(f"<td class=text>{text}</td>" for text in texts) + "</tr>")
     failed = sum(not row.passed for row in gates)
     told = f"{failed} of {len(gates)} failed: nothing was published." if failed else f"All {len(gates)} passed."
-    head = "".join(f"<th class=text>{column}</th>" for column in tables.GATE_COLUMNS)
+    head = "".join(f"<th class=text>{column}</th>" for column in listings.GATE_COLUMNS)
     return (
         f'<section><h2>Gates</h2><p>{told}</p><div class="scroll" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
@@ -274,7 +274,7 @@ def _sweep(sweep: Sweep) -> str:
     rows = []
     for trial in sweep.trials:
         cells = [number(trial.values[axis]) for axis in sweep.axes]
-        cells += [tables.scored(trial.scores.get(name)) for name in names]
+        cells += [listings.scored(trial.scores.get(name)) for name in names]
         cells.append(show(trial.realised, "number"))
         near = "best" if trial is sweep.best else "within noise of it" if sweep.within_noise(trial) else ""
         cells.append(escaped(trial.failed or near))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from skillmerge.cli.show.figures import Figure, show
-from skillmerge.cli.show.html import abbreviated, escaped
+from skillmerge.cli.show.report.html import abbreviated, escaped
 from skillmerge.plans.depth import number
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 270, 62, 14, 26, 40

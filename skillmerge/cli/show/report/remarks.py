@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from skillmerge.cli.show import tables
-from skillmerge.cli.show.html import escaped
+from skillmerge.cli.show.report.html import escaped
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.plans.plan import Plan
 

@@ -1,0 +1,175 @@
+"""Plans and merges for people: what would be done, what was done, and what rounding did.
+
+Only shows what it is given; nothing is computed here but how to draw it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from skillmerge.cli.show import listings
+from skillmerge.cli.show.proving import show_gates
+from skillmerge.cli.show.table import Table, Text
+from skillmerge.engine.measures.skill_statistics import SkillStatistics
+from skillmerge.engine.rounding_statistics import LOSSES, Statistics
+from skillmerge.plans.accounting import settlement
+from skillmerge.plans.budget import Budget
+from skillmerge.plans.depth import Depth
+from skillmerge.plans.plan import Plan
+from skillmerge.remarks import count_of
+from skillmerge.tensors import format_bytes
+from skillmerge.verbs.result import Result
+
+if TYPE_CHECKING:
+    from skillmerge.outputs.hub.commit import Published
+
+
+def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | None, out: Console) -> None:
+    """The human view of a plan: models, coefficients over depth, what happens to the tensors, totals."""
+    recipe = plan.recipe
+    out.print(Text(f"{recipe.document.name}: {recipe.document.data['merge']}", style="bold"))
+    models = Table(("model", "from", "files", "size"))
+    for item in plan.inputs:
+        role = f"{item.name} (donor)" if item.name == plan.donor else item.name
+        size = format_bytes(sum(file.size for file in item.files))
+        place = f"{item.uri} at {item.revision[:12]}" if item.revision else item.uri
+        models.add_row(*map(Text, (role, place, str(len(item.files)), size)))
+    out.print(models)
+    for name, depth in listings.coefficients(plan):
+        _show_coefficient(name, depth, out)
+    _show_actions(plan, out)
+    for gate in plan.recipe.gates:
+        out.print(Text(f"gate: {gate.told}"), soft_wrap=True)
+    _show_compared(plan, out)
+    for note in plan.notes:
+        out.print(Text(f"note: {note}"), soft_wrap=True)
+    show_remarks(plan, out)
+    totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {listings.written(plan)}"]
+    if (merged := listings.merged(plan)) is not None:
+        totals.insert(0, f"merges {merged}")
+    if needs is not None:
+        totals.append(f"peak memory about {format_bytes(needs.memory)} with {needs.threads} threads")
+    if free is not None and plan.makes_skill:
+        totals.append(f"disk {format_bytes(free)} free")
+    elif free is not None:
+        totals.append(f"disk needed {format_bytes(plan.bytes_written)} of {format_bytes(free)} free")
+    out.print(Text(", ".join(totals)))
+    if where is not None:
+        out.print(Text(f"output {where}"), soft_wrap=True)
+    show_digest(plan, out)
+
+
+def show_remarks(plan: Plan, out: Console) -> None:
+    """What of a plan needs attention."""
+    for warning in plan.warnings:
+        out.print(Text(f"warning: {warning.message}", style="yellow"), soft_wrap=True)
+        if warning.fix:
+            out.print(Text(f"help: {warning.fix}"), soft_wrap=True)
+    for problem in plan.problems:
+        out.print(Text(f"problem: {problem.message}", style="red"), soft_wrap=True)
+    for text in filter(None, (settlement(plan.recipe, plan.problems), plan.acceptance)):
+        out.print(Text(text), soft_wrap=True)
+
+
+def show_digest(plan: Plan, out: Console) -> None:
+    out.print(Text(f"plan {plan.digest}", style="dim"), soft_wrap=True)
+    if plan.warnings:
+        out.print(Text(count_of(plan.warnings), style="yellow"))
+
+
+def _show_compared(plan: Plan, out: Console) -> None:
+    """What was compared in one line, and every difference as a row."""
+    if plan.compared.line is not None:
+        out.print(Text(plan.compared.line), soft_wrap=True)
+    head, rows = listings.compared(plan)
+    if rows:
+        table = Table(head)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        out.print(table)
+
+
+def _show_coefficient(name: str, depth: Depth, out: Console) -> None:
+    """A coefficient over depth as a picture, then by layer and module, equal neighbors in one row."""
+    for stack, drawn in depth.pictures:
+        out.print(Text(f"{name} over {stack}: {drawn}"))
+    table = Table((name, *depth.kinds))
+    for label, cells in depth.rows:
+        table.add_row(Text(label), *(cells[kind] for kind in depth.kinds))
+    out.print(table)
+
+
+def _show_actions(plan: Plan, out: Console) -> None:
+    table = Table(listings.ACTION_COLUMNS)
+    for row in listings.actions(plan):
+        table.add_row(*map(Text, row))
+    out.print(table)
+
+
+def show_changes(changes: Sequence[str], since: str, out: Console) -> None:
+    """What is different from a saved plan."""
+    if not changes:
+        out.print(Text(f"nothing changed since {since}", style="bold"), soft_wrap=True)
+    for change in changes:
+        out.print(Text(f"- {change}"), soft_wrap=True)
+
+
+def show_result(result: Result, out: Console) -> None:
+    """Where the output is and what rounding did."""
+    if result.already and not result.output.exists():
+        pass  # it is on the Hub only
+    elif result.already:
+        nothing = "" if result.published else ", nothing to do"
+        out.print(Text(f"{result.output} is this plan's output already{nothing}"), soft_wrap=True)
+    else:
+        _show_work(result, out)
+        if result.gates:
+            show_gates(result.gates, out)
+    if result.published is not None:
+        show_published(result.published, out)
+    if result.warnings:
+        out.print(Text(count_of(result.warnings), style="yellow"))
+
+
+def _show_work(result: Result, out: Console) -> None:
+    statistics, size = result.manifest.statistics, result.manifest.size
+    if isinstance(statistics, SkillStatistics):
+        out.print(_skill_table(statistics))
+    elif statistics.mode != "off" and statistics.all.changed is not None:
+        out.print(statistics_table(statistics))
+    if result.plan is not None and (merged := listings.merged(result.plan)) is not None:
+        out.print(Text(f"merged {merged}"))
+    what = f"wrote {result.output}" if result.output.exists() else "merged"
+    where = f" on {result.device}" if result.device else ""
+    if isinstance(statistics, SkillStatistics):
+        whole = statistics.all.dense_bytes
+        what += f", {size / whole:.2f} of the {format_bytes(whole)} that it would take whole" if whole else ""
+    out.print(Text(f"{what} ({format_bytes(size)} in {result.seconds:.1f} s{where})", style="bold"), soft_wrap=True)
+
+
+def statistics_table(statistics: Statistics, title: str = "Effect of rounding") -> Table:
+    title += " (sampled)" if statistics.mode == "sampled" else ""
+    table = Table(("module", "merged tensors", *LOSSES), title, text=("module",))
+    for name, group in statistics.rows:
+        if group.merged:
+            table.add_row(name, str(group.merged), *group.shown)
+    return table
+
+
+def _skill_table(statistics: SkillStatistics) -> Table:
+    head = ("module", "tensors", "elements", "changed", "norm", "stored", "of whole")
+    table = Table(head, "Skill", text=("module",))
+    for name, group in statistics.rows:
+        share = f"{group.bytes / group.dense_bytes:.3f}" if group.dense_bytes else "-"
+        table.add_row(name, str(group.tensors), f"{group.elements:,}", *group.shown, share)
+    return table
+
+
+def show_published(published: Published, out: Console) -> None:
+    """Where on the Hub a model is."""
+    what = "is there already" if published.already else "published"
+    how = " as a pull request" if published.pull_request else ""
+    out.print(Text(f"{what}{how}: {published.url} (commit {published.commit})", style="bold"), soft_wrap=True)

@@ -1,0 +1,69 @@
+"""Verified, gated and recreated outputs for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from skillmerge.cli.show import listings
+from skillmerge.cli.show.table import Table, Text
+from skillmerge.outputs.output import Outcome
+from skillmerge.outputs.verify import Verdict
+from skillmerge.tensors import format_bytes
+
+if TYPE_CHECKING:
+    from skillmerge.verbs.rebuild import Rebuilt
+
+
+def show_gates(outcomes: Sequence[Outcome], out: Console) -> None:
+    """What was asked of the output, what was measured, and the verdict."""
+    table = Table(listings.GATE_COLUMNS, text={*listings.GATE_COLUMNS} - {"measured"})
+    for outcome in outcomes:
+        measured = f"{outcome.measured:.4g}" if outcome.measured is not None else "-"
+        verdict = Text("passed", "green") if outcome.passed else Text("FAILED", "bold red")
+        table.add_row(Text(outcome.gate), Text(outcome.asked), measured, verdict, Text(outcome.detail))
+    out.print(table)
+
+
+def show_verdict(verdict: Verdict, out: Console) -> None:
+    out.print(
+        Text(
+            f"{verdict.folder}: verified: {verdict.files} files, {verdict.tensors} tensors, "
+            f"{format_bytes(verdict.bytes)}: digests, index, headers, shapes, dtypes, finite values"
+        ),
+        soft_wrap=True,
+    )
+    if verdict.load is not None:
+        _show_load(verdict.load, out)
+
+
+def _show_load(report: Mapping[str, Any], out: Console) -> None:
+    """What loaded the model, its tokenizer, and what other runtimes made of it."""
+    lines = [f"loaded as {report['class']}: no missing, unexpected or mismatched keys; finite output"]
+    tokenizer, vllm = report["tokenizer"], report.get("vllm", {})
+    if "texts" in tokenizer:
+        size = f"{tokenizer['tokens']} tokens for {tokenizer['rows']} rows"
+        again = f"{tokenizer['texts']} texts give the same ids when written and read again"
+        lines.append(f"tokenizer {tokenizer['class']}: {size}; {again}")
+    if vllm:
+        count = len(vllm["tokens"])
+        same = "all" if vllm["same"] == count else f"the first {vllm['same']}"
+        alike = f"{same} of {count} tokens are those of transformers, in {vllm['dtype']}"
+        lines.append(f"loaded in vLLM {vllm['version']}: {alike}")
+    for line in lines:
+        out.print(Text(line), soft_wrap=True)
+    for note in (*tokenizer["notes"], *vllm.get("notes", ())):
+        out.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+
+
+def show_parent(parent: str, model: str, out: Console) -> None:
+    out.print(Text(f"{parent} is `{model}` of this skill: all tensors have the digests that it was cut from"))
+
+
+def show_rebuilt(made: Rebuilt, out: Console) -> None:
+    """What was built again, and that it is the same."""
+    what = "all" if made.tensors == made.of else f"{made.tensors} of"
+    told = f"{made.folder}: {what} {made.of} tensors ({format_bytes(made.bytes)}) come out the same, to the byte"
+    out.print(Text(told if made.output is None else f"{told}, in {made.output}", style="bold"), soft_wrap=True)

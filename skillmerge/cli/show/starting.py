@@ -1,0 +1,77 @@
+"""Lint findings, system details and the demo for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from skillmerge.cli.show import listings
+from skillmerge.cli.show.table import Table, Text
+from skillmerge.tensors import format_bytes
+
+if TYPE_CHECKING:
+    from skillmerge.cli.doctor import Diagnosis
+    from skillmerge.recipes.lint import Lint
+    from skillmerge.verbs.demo.demo import Shown
+    from skillmerge.verbs.demo.miniature import Question
+
+
+def show_lint(lint: Lint, out: Console) -> None:
+    """As compilers do: file, line, column, what is wrong, and the line itself."""
+    for finding in lint.findings:
+        place = f":{finding.place.line + 1}:{finding.place.column + 1}" if finding.place else ""
+        style = "red" if finding.rule.level == "error" else "yellow"
+        told = Text(f"{finding.file}{place}: ", style="bold") + Text(f"{finding.rule.level}: ", style=style)
+        out.print(told + Text(f"{finding.message} [{finding.rule.id}]"), soft_wrap=True)
+        for text in filter(None, (finding.excerpt, finding.fix and f"help: {finding.fix}")):
+            out.print(Text(text), soft_wrap=True)
+    files = f"{len(lint.files)} recipe{'s' if len(lint.files) != 1 else ''}"
+    out.print(Text(f"{files}: {_count(lint, 'error')}, {_count(lint, 'warning')}", style="bold"))
+
+
+def _count(lint: Lint, level: str) -> str:
+    count = lint.count(level)
+    return f"{count or 'no'} {level}{'s' if count != 1 else ''}"
+
+
+_BYTES = ("total", "available", "free", "memory", "cgroup limit")
+"""Facts of a diagnosis that are sizes, where they are large."""
+
+
+def show_diagnosis(diagnosis: Diagnosis, out: Console) -> None:
+    """Sections of facts, ready to be pasted."""
+    for name, facts in diagnosis.sections.items():
+        out.print(Text(name, style="bold"))
+        for key, value in facts.items() or [("none", "")]:
+            out.print(Text(f"  {key}: {_fact(key, value)}" if value != "" else f"  {key}"), soft_wrap=True)
+    table = Table(listings.TRIAL_COLUMNS, text=listings.TRIAL_COLUMNS)
+    for trial in diagnosis.trials:
+        works = "not known" if trial.works is None else "yes" if trial.works else "no"
+        table.add_row(trial.what, works, trial.follows)
+    out.print(table)
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(", ".join(_fact(name, fact) for name, fact in item.items()) for item in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key in _BYTES and isinstance(value, int):
+        return format_bytes(value)
+    return "none" if value is None else str(value)
+
+
+def show_answers(shown: Sequence[Shown], examples: Sequence[tuple[Question, str, str]], out: Console) -> None:
+    """How models answer: shares, and some questions with the first one's and the last one's answers."""
+    title = f"{len(shown[0].right)} questions about people whom only the target has read of, answered rightly"
+    out.print(Text(title, style="bold"))
+    table = Table(("model", "greedy", "sampled"), text=("model",))
+    for row in shown:
+        table.add_row(row.name, f"{row.greedy:.1%}", f"{row.sampled:.1%}")
+    out.print(table)
+    table = Table(("question", "right", "before", "after"))
+    for question, before, after in examples:
+        table.add_row(*map(Text, (" ".join(question.words), question.wanted, before, after)))
+    out.print(table)

@@ -1,0 +1,135 @@
+"""Tables that fit a terminal: text wraps, headings wrap, and what still has no room is left out by name.
+
+A number is never cut. Knows widths and columns, not what the figures mean.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table as RichTable
+from rich.text import Text as RichText
+
+from skillmerge.errors import visible
+
+_APART = 3
+"""Blanks that rich puts around a column: one before it, two after it."""
+_WORD = 16
+"""A column of text is never narrower than its longest word, or than this many characters."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Left to the caller: rich would end the process."""
+        raise
+
+
+def console() -> Console:
+    """Return a console for results, on stdout. Off a terminal it is 120 columns wide."""
+    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
+
+
+def Text(text: str, style: str = "") -> RichText:
+    """Return text that holds no markup and no control characters."""
+    return RichText(visible(text), style=style)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Column:
+    """head: its heading. numeric: aligned right, and never wrapped. cells: one for each row."""
+
+    head: str
+    numeric: bool
+    cells: Sequence[RichText]
+
+    @property
+    def natural(self) -> int:
+        """Width without wrapping."""
+        return max(len(self.head), *(cell.cell_len for cell in self.cells), 0)
+
+    @property
+    def least(self) -> int:
+        """Width below which a number would be cut, or a word broken."""
+        words = max(map(len, self.head.split()), default=0)
+        if self.numeric:
+            return max(words, *(cell.cell_len for cell in self.cells), 0)
+        longest = max((len(word) for cell in self.cells for word in cell.plain.split()), default=0)
+        return max(words, min(longest, _WORD))
+
+
+class Table:
+    """Rows under headings, laid out when printed, for the width that there is then.
+
+    head: one heading a column. text: the headings of columns with text; the others hold numbers. None: all are text.
+    drop: headings of columns in the order in which they may be left out; the others follow, from the right. The first
+    column always stays. What was left out is named below the table.
+    """
+
+    def __init__(
+        self,
+        head: Sequence[str],
+        title: str | None = None,
+        text: Collection[str] | None = None,
+        drop: Sequence[str] = (),
+    ) -> None:
+        self.head, self.title, self.drop = tuple(head), title, tuple(drop)
+        self._text = set(head) if text is None else set(text)
+        self._rows: list[tuple[RichText, ...]] = []
+
+    def add_row(self, *cells: str | RichText) -> None:
+        """Add a row; raises ValueError unless there is one cell a column."""
+        if len(cells) != len(self.head):
+            raise ValueError(f"{len(cells)} cells for {len(self.head)} columns")
+        self._rows.append(tuple(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = [
+            _Column(head, head not in self._text, [row[index] for row in self._rows])
+            for index, head in enumerate(self.head)
+        ]
+        kept = _fitting(columns, self._leaving_order(columns), options.max_width)
+        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title=self.title, title_justify="left")
+        for column, width in zip(kept, _widths(kept, options.max_width), strict=True):
+            table.add_column(
+                Text(column.head), justify="right" if column.numeric else "left", width=width, overflow="fold"
+            )
+        for cells in zip(*(column.cells for column in kept), strict=True):
+            table.add_row(*cells)
+        yield table
+        left_out = [column.head for column in columns if column not in kept and column.head]
+        if left_out:
+            yield Text(f"no room for: {', '.join(left_out)} (widen the terminal, or use --json)", style="dim")
+
+    def _leaving_order(self, columns: Sequence[_Column]) -> list[_Column]:
+        named = [column for head in self.drop for column in columns if column.head == head]
+        others = [column for column in reversed(columns[1:]) if column not in named]
+        return [*named, *others]
+
+
+def _fitting(columns: Sequence[_Column], order: Iterable[_Column], room: int) -> list[_Column]:
+    """The columns that fit side by side at their least widths."""
+    kept = list(columns)
+    for column in order:
+        if _sum(one.least for one in kept) <= room:
+            break
+        kept.remove(column)
+    return kept
+
+
+def _widths(columns: Sequence[_Column], room: int) -> list[int]:
+    """Each column's width: its natural one, or for all the widest common bound at which they fit."""
+    for bound in range(max((column.natural for column in columns), default=0), 0, -1):
+        widths = [max(column.least, min(column.natural, bound)) for column in columns]
+        if _sum(widths) <= room:
+            return widths
+    return [min(column.least, room) for column in columns]
+
+
+def _sum(widths: Iterable[int]) -> int:
+    """How wide columns are side by side. Their first and last blank are not printed."""
+    widths = list(widths)
+    return sum(widths) + _APART * max(len(widths) - 1, 0) + 2
