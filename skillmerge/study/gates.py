@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.schemes import is_path, local_folder
 from skillmerge.engine.measures.cells import LEAST, SIGMAS, Cell, cells, rows_of
@@ -49,6 +49,7 @@ class GateReport:
     outcomes: tuple[Outcome, ...]
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     @property
     def ok(self) -> bool:

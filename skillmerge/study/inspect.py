@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.schemes import is_path
 from skillmerge.engine.measures.input_rounding import input_warning
@@ -92,6 +92,7 @@ class Inspection:
     """Its warnings."""
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     @property
     def notes(self) -> list[str]:

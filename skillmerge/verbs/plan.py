@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError
@@ -37,6 +37,7 @@ class Preview(Plan):
     strict: bool = False
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     @property
     def ok(self) -> bool:

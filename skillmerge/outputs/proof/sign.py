@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.durable import disk_errors, scratch_folder
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs.output import Output, check_folder
@@ -49,6 +49,7 @@ class Signature:
     folder: str
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         return {"folder": self.folder, "path": str(self.path), "files": self.files, "signer": self.signer}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.durable import disk_errors, remove_tree, write_whole
 from skillmerge.engine.rounding_statistics import Statistics
 from skillmerge.engine.runner import Work, check_words
@@ -59,6 +59,7 @@ class Sweep:
     resumed: int
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     @property
     def scored(self) -> list[Trial]:

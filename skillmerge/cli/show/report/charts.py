@@ -10,7 +10,7 @@ from skillmerge.cli.show.figures import Figure, show
 from skillmerge.cli.show.report.html import abbreviated, escaped
 from skillmerge.plans.depth import number
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 270, 62, 14, 26, 40
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 520, 250, 62, 14, 26, 40
 _MARKS = 3
 _APART = 44
 
@@ -58,8 +58,8 @@ def chart(
         f"{label} from {show(line[0][1], unit)} to {show(line[-1][1], unit)}" for label, line in series.items()
     )
     return (
-        f'<figure><h3>{head}</h3><div class="scroll" tabindex="0"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escaped(told)}">{"".join(parts)}</svg></div>'
+        f'<figure><h3>{head}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{escaped(told)}">{"".join(parts)}</svg>'
         f"<figcaption>{' · '.join(legend)}</figcaption></figure>"
     )
 
