@@ -1,9 +1,10 @@
-"""Chromium without a window, driven over a pipe with its own protocol (CDP): sizes, color schemes, scripts, pictures."""
+"""Chromium without a window, driven over a pipe with its own protocol (CDP): sizes, schemes, scripts, pictures."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -93,21 +94,23 @@ class Browser:
 def browser() -> Iterator[Browser]:
     """Start Chromium, and end it."""
     assert CHROMIUM is not None
-    their_in, our_out = os.pipe()
-    our_in, their_out = os.pipe()
+    (read_end, our_out), (our_in, write_end) = os.pipe(), os.pipe()
+    their_in, their_out = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read_end, write_end))
+    os.close(read_end)
+    os.close(write_end)
 
-    def places() -> None:
+    def places() -> None:  # the protocol is on these two
         os.dup2(their_in, 3)
         os.dup2(their_out, 4)
 
     with tempfile.TemporaryDirectory() as profile:
         command = [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}", "--remote-debugging-pipe",
-            "about:blank",
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+            "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}",
+            "--remote-debugging-pipe", "about:blank",
         ]  # fmt: skip
         process = subprocess.Popen(
-            command, preexec_fn=places, close_fds=False,
+            command, pass_fds=(3, 4), preexec_fn=places,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(their_in)

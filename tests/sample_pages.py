@@ -1,4 +1,4 @@
-"""Reports of every kind, of small models: one of each command, many layers, two stacks, experts, and what is refused."""
+"""Reports of every kind, of small models: each command, many layers, two stacks, experts, and what is refused."""
 
 from __future__ import annotations
 

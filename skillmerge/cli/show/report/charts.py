@@ -70,7 +70,7 @@ def _axes(scale: _Scale, ticks: Sequence[float], along: str, unit: str) -> Itera
         yield f'<path class="grid" style="stroke-width:1" d="M{_LEFT},{up}H{_WIDTH - _RIGHT}"/>'
         yield f'<text x="{_LEFT - 6}" y="{float(up) + 4:.1f}" text-anchor="end">{show(tick, unit)}</text>'
     x0, x1 = scale.x0, scale.x1
-    for tick in _ticks(x0, x1) if x1 - x0 > 1 and along != "layer" else _layers(x0, x1):
+    for tick in _layers(x0, x1) if along == "layer" else _ticks(x0, x1):
         if x0 <= tick <= x1:
             yield f'<text x="{scale.across(tick)}" y="{_HEIGHT - 22}" text-anchor="middle">{number(tick)}</text>'
     yield f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 5}" text-anchor="middle">{escaped(along)}</text>'

@@ -108,9 +108,9 @@ def draw(drawn: HeatMap) -> str:
         body += _rows(drawn, list(layers), kinds)
     corner = "layer" if len(stacks) > 1 or not stacks else f'<abbr title="{escaped(*stacks)}">layer</abbr>'
     head = "".join(f"<th scope=col>{kind}" for kind in kinds)
-    legend = f"<br>{_legend(drawn)}"
+    told = f"<b>{escaped(drawn.title)}</b> <span class=soft>{escaped(drawn.what)}</span><br>{_legend(drawn)}"
     return scrolling(
-        f"<table class=heat><caption><b>{escaped(drawn.title)}</b> <span class=soft>{escaped(drawn.what)}</span>{legend}</caption>"
+        f"<table class=heat><caption>{told}</caption>"
         f"<thead><tr><th scope=col>{corner}{head}<tbody>{''.join(body)}</table>",
         " tall",
     )

@@ -6,7 +6,7 @@ value stands as a number beside its color. The figures' meanings come from `figu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from skillmerge.cli.show.report.tensor_table import tensor_table
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.outputs.output import Outcome
 from skillmerge.plans.plan import Plan
+from skillmerge.recipes.recipe import Recipe
 from skillmerge.study.inspect import Inspection
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def build(
         maps_section(plan, manifest, inspection),
         *(_inspected(inspection) if inspection is not None else ()),
         rounding_section(manifest) if manifest is not None else "",
-        _recipe(plan) if plan is not None else "",
+        _recipe(plan.recipe, plan.tensors) if plan is not None else "",
+        _recipe(sweep.recipe, ()) if sweep is not None else "",
         tensor_table(plan, manifest, inspection),
         _meanings() if inspection is not None else "",
     ]
@@ -80,7 +82,7 @@ def build(
 
 
 def _inspected(inspection: Inspection) -> list[str]:
-    parts = (updates_sections, _forecast, _depth, inspection_section, ulps_section)
+    parts = (updates_sections, _forecast, ulps_section, _depth, inspection_section)
     return [part(inspection) for part in parts]
 
 
@@ -118,14 +120,14 @@ def _forecast(inspection: Inspection) -> str:
     sampled = "of every element" if inspection.forecast["mode"] == "full" else "of one block of 65,536 elements in 128"
     told = f"Computed {sampled}, with the arithmetic of <code>apply</code>; nothing was written."
     charts = f'<div class="charts">{"".join(parts)}</div>'
-    return f'<section class="wide"><h2>Forecast of rounding</h2><p>{told}</p>{charts}</section>' if parts else ""
+    return f'<section class="curves"><h2>Forecast of rounding</h2><p>{told}</p>{charts}</section>' if parts else ""
 
 
-def _recipe(plan: Plan) -> str:
-    """The text, and behind each line of a rule how many tensors it selects."""
-    document, names = plan.recipe.document, list(plan.tensors)
+def _recipe(recipe: Recipe, tensors: Iterable[str]) -> str:
+    """The text, and behind each line of a rule how many of the tensors it selects."""
+    document, names = recipe.document, list(tensors)
     touched: dict[int, str] = {}
-    for name, schedule in plan.recipe.coefficients.items():
+    for name, schedule in recipe.coefficients.items() if names else ():
         for index, rule in enumerate(schedule.rules):
             place = document.place(("coefficients", name, "rules", index))
             if place is not None:
@@ -136,9 +138,7 @@ def _recipe(plan: Plan) -> str:
     for index, line in enumerate(document.text.splitlines()):
         told = f'  <span class="count">← {touched[index]}</span>' if index in touched else ""
         lines.append(escaped(line) + told)
-    set_ = "".join(
-        f"<p>Set from outside: <code>{escaped(k)} = {v:g}</code></p>" for k, v in plan.recipe.overrides.items()
-    )
+    set_ = "".join(f"<p>Set from outside: <code>{escaped(k)} = {v:g}</code></p>" for k, v in recipe.overrides.items())
     return f'<section><h2>The recipe</h2>{set_}<pre tabindex="0">{chr(10).join(lines)}</pre></section>'
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from skillmerge.cli.show import listings
 from skillmerge.cli.show.figures import show
 from skillmerge.cli.show.report.charts import chart
-from skillmerge.cli.show.report.html import escaped, table
+from skillmerge.cli.show.report.html import escaped, prose, table
 from skillmerge.plans.depth import number
 from skillmerge.verbs.sweep.journal import Trial
 from skillmerge.verbs.sweep.sweep import Sweep
@@ -18,7 +18,7 @@ def sweep_section(sweep: Sweep) -> str:
     return (
         f'<section class="wide"><h2>Scores</h2><p>Scored with <code>{escaped(sweep.score)}</code>; '
         f"<code>{escaped(sweep.by)}</code> decides.</p><div class=charts>{charts}</div></section>"
-        f'<section class="wide"><h2>Candidates</h2>{candidates(sweep)}</section>'
+        f"<section><h2>Candidates</h2>{candidates(sweep)}</section>"
     )
 
 
@@ -54,5 +54,5 @@ def candidates(sweep: Sweep) -> str:
         cells.append(show(trial.realised, "number"))
         best = trial is sweep.best
         near = "<b>best</b>" if best else "within noise of the best" if sweep.within_noise(trial) else ""
-        rows.append((*cells, escaped(trial.failed) or near))
+        rows.append((*cells, prose(trial.failed) or near))
     return table((*map(escaped, (*sweep.axes, *names)), "effective λ", "remark"), rows)

@@ -58,15 +58,20 @@ def figures_table(first: Sequence[str], rows: Iterable[Row], keys: Sequence[str]
 
 
 def modules_table(inspection: Inspection, keys: Sequence[str] = tuple(FIGURES)) -> str:
-    """Return the figures by kind of module, and of all."""
-    rows = [([kind], row) for kind, row in (*inspection.modules.items(), ("all", inspection.total))]
-    return figures_table(("module",), rows, keys)
+    """Return a row for each figure, by kind of module and of all."""
+    columns = {**inspection.modules, "all": inspection.total}
+    known = [key for key in keys if any(row.get(key) is not None for row in columns.values())]
+    rows = (
+        (abbreviated(FIGURES[key]), *(show(row.get(key), FIGURES[key].unit) for row in columns.values()))
+        for key in known
+    )
+    return table(("figure", *columns), rows)
 
 
 def inspection_section(inspection: Inspection) -> str:
     layers = figures_table(("layer",), [([name], row) for name, row in inspection.layers.items()], tuple(FIGURES))
     return (
-        f'<section class="wide"><h2>By module</h2>{modules_table(inspection)}'
+        f"<section><h2>By module</h2>{modules_table(inspection)}"
         f"{collapsed(f'By layer ({len(inspection.layers)} rows)', layers)}</section>"
     )
 
@@ -95,7 +100,7 @@ def ulps_section(inspection: Inspection) -> str:
     if not shown:
         return ""
     return (
-        "<section><h2>Changes in units in the last place</h2>"
+        "<section class=small><h2>Changes in units in the last place</h2>"
         "<p>How many floating-point numbers lie between an element before and after, of those that changed.</p>"
         f"{shown}</section>"
     )
