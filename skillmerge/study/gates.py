@@ -29,7 +29,7 @@ from skillmerge.plans.plan import Plan
 from skillmerge.recipes.expression import normalise_name
 from skillmerge.recipes.gate_table import GATE_FIGURES, Gate
 from skillmerge.recipes.parse import load_gates
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.inspect import inspect_merge
 from skillmerge.study.loads.generation import TOKENS
 from skillmerge.study.loads.loading import check_generation, check_tokenizer, load, loads_whole, need
@@ -357,7 +357,7 @@ def gate(
     have moved. Raises UsageError, RecipeError, CheckFailed where it is no sound output; a gate that does not hold
     is in what is returned, not raised.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("measuring")
     output = Output.open(folder)
     root = output.folder
     check_structure(root, output.manifest)

@@ -19,7 +19,7 @@ from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.source import RecipeSource
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.gates import prepare
 from skillmerge.verbs.target import is_done, output_folder
 
@@ -84,7 +84,7 @@ def plan(
     Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError; ResourceError where memory or disk are
     too small for it.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter()
     check_words(threads=threads, memory_limit=memory_limit)
     before = saved.read(diff) if diff is not None else None
     made = _make(recipe, coefficients, Access(follow_links, locked, relock=lock, allow_code=allow_code), reporter)

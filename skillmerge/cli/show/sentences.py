@@ -89,7 +89,7 @@ def _changed(whole: Group, manifest: ManifestBody) -> Headline:
         size = format_bytes(manifest.size)
         return Headline(size, "written", f"Wrote {size}; the effect of rounding was not measured.")
     share = show(whole.changed, "share")
-    return Headline(share, "changed", f"{share} of the merged elements differ from those of {manifest.donor}.")
+    return Headline(share, "changed", f"{share} of the merged elements differ from those of `{manifest.donor}`.")
 
 
 def _of_skill(whole: SkillGroup) -> Iterator[Headline]:

@@ -22,7 +22,7 @@ from skillmerge.durable import disk_errors, scratch_folder
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs.output import Output, check_folder
 from skillmerge.outputs.verify import BESIDE, SIGNATURE_FILE, Verdict, checked, verify_files
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -117,7 +117,7 @@ def verify_signature(
     check_folder(root)
     configuration = _verifier(public_key, certificate_chain)
     place = _place(root, signature)
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("verifying")
     verdict = verify_files(root, allow_nonfinite=allow_nonfinite, reporter=reporter)
     with checked(reporter, "signature"):
         bundle = _check_signature(verdict.output, place, configuration)

@@ -30,7 +30,7 @@ from skillmerge.naming import module_kind
 from skillmerge.plans.budget import check_disk
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.tensors import StoredTensor, TensorSpec
 from skillmerge.verbs.target import output_folder
 
@@ -92,7 +92,7 @@ def export_lora(
     memory at a time. Raises UsageError, InputError, ResourceError.
     """
     check_words(lora_rank=lora_rank, seed=seed)
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("exporting")
     recipe = recipe_of({"skill": {"skill": os.fspath(skill)}}, "skill", {"kind": "skill"}, "skillmerge export")
     checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.note)
     try:

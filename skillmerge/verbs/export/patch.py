@@ -24,7 +24,7 @@ from skillmerge.errors import CheckFailed, InputError
 from skillmerge.plans.budget import check_disk
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.tensors import UNIT, StoredTensor
 from skillmerge.threads import in_threads
 from skillmerge.verbs.target import output_folder
@@ -65,7 +65,7 @@ def export_patch(
 
     Raises CheckFailed where `onto` is another checkpoint; UsageError, InputError, ResourceError.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("exporting")
     models = {"skill": {"skill": os.fspath(skill)}, "onto": os.fspath(onto)}
     recipe = recipe_of(models, "onto + skill", {"path": "nowhere"}, "skillmerge export")
     checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.note)
