@@ -65,8 +65,8 @@ def made_sweep(plan: Plan, axes: tuple[str, ...] = ("lam",)) -> Sweep:
     )
 
 
-def sample_pages(folder: Path) -> Mapping[str, str]:
-    """Every kind of page by a name for its file."""
+def sample_pages(folder: Path, layers: int = 80) -> Mapping[str, str]:
+    """Every kind of page by a name for its file. layers: of the deep model."""
     recipe = family(folder / "small")
     plan, done = skillmerge.plan(recipe), skillmerge.apply(recipe)
     skill = skillmerge.extract(folder / "small" / "rl", folder / "small" / "sft", folder / "skill")
@@ -81,7 +81,7 @@ def sample_pages(folder: Path) -> Mapping[str, str]:
         "skill": build(plan=skill.plan, manifest=skill.manifest),
         "sweep": build(sweep=made_sweep(plan)),
     }
-    for name, shapes in {"small": None, "layers": deep(), "stacks": stacks(), "experts": experts()}.items():
+    for name, shapes in {"small": None, "layers": deep(layers), "stacks": stacks(), "experts": experts()}.items():
         path = recipe if shapes is None else family(folder / name, shapes)
         found = skillmerge.inspect(path, base=str(path.parent / "base"), spectral=2 if shapes is None else None)
         pages[f"inspect-{name}"] = build(plan=found.plan, inspection=found)

@@ -120,7 +120,7 @@ def _forecast(inspection: Inspection) -> str:
     sampled = "of every element" if inspection.forecast["mode"] == "full" else "of one block of 65,536 elements in 128"
     told = f"Computed {sampled}, with the arithmetic of <code>apply</code>; nothing was written."
     charts = f'<div class="charts">{"".join(parts)}</div>'
-    return f'<section class="curves"><h2>Forecast of rounding</h2><p>{told}</p>{charts}</section>' if parts else ""
+    return f'<section class="broad"><h2>Forecast of rounding</h2><p>{told}</p>{charts}</section>' if parts else ""
 
 
 def _recipe(recipe: Recipe, tensors: Iterable[str]) -> str:

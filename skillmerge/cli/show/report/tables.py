@@ -71,7 +71,7 @@ def modules_table(inspection: Inspection, keys: Sequence[str] = tuple(FIGURES)) 
 def inspection_section(inspection: Inspection) -> str:
     layers = figures_table(("layer",), [([name], row) for name, row in inspection.layers.items()], tuple(FIGURES))
     return (
-        f"<section><h2>By module</h2>{modules_table(inspection)}"
+        f"<section class=broad><h2>By module</h2>{modules_table(inspection)}"
         f"{collapsed(f'By layer ({len(inspection.layers)} rows)', layers)}</section>"
     )
 
