@@ -38,6 +38,7 @@ class Browser:
         self._session = ""
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._call("Page.enable")
+        self._call("Emulation.setScrollbarsHidden", hidden=True)
 
     def _call(self, method: str, **params: Any) -> dict[str, Any]:
         number = next(self._ids)

@@ -47,8 +47,12 @@ class HeatMap:
 
 def maps_section(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspection | None) -> str:
     """Return all maps as HTML; nothing where there are none."""
-    maps = "".join(draw(each) for each in maps_of(plan, manifest, inspection))
-    return f'<section class="wide"><h2>By layer and module</h2><div class="maps">{maps}</div></section>' if maps else ""
+    maps = maps_of(plan, manifest, inspection)
+    if not maps:
+        return ""
+    width = ' class="wide"' if len(maps) > 1 else ""
+    inner = "".join(map(draw, maps))
+    return f'<section{width}><h2>By layer and module</h2><div class="maps">{inner}</div></section>'
 
 
 def maps_of(

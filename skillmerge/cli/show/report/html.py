@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,10 @@ def abbreviated(figure: Figure) -> str:
     return f'<abbr title="{escaped(told)}">{escaped(figure.label)}</abbr>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1, caption: str = "") -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: Collection[int] = (0,), caption: str = "") -> str:
     """Return a table of HTML cells in a box that scrolls; empty where there is no row.
 
-    The first cell of a row names it. texts: how many of the first columns are words, which are set to the left.
+    The first cell of a row names it. texts: the columns that are words, which are set to the left and may wrap.
     """
     body = "".join(f"<tr>{_cells(row, texts)}" for row in rows)
     if not body:
@@ -72,11 +72,11 @@ def cell_of(name: str) -> tuple[str, str]:
     return layer_label(name), module_kind(name)
 
 
-def _cells(row: Sequence[str], texts: int) -> str:
+def _cells(row: Sequence[str], texts: Collection[int]) -> str:
     first, *others = row
     cells = "".join(f"<td{_kind(index, texts)}>{cell}" for index, cell in enumerate(others, 1))
     return f"<th scope=row>{first}{cells}"
 
 
-def _kind(index: int, texts: int) -> str:
-    return " class=text" if index < texts else ""
+def _kind(index: int, texts: Collection[int]) -> str:
+    return " class=text" if index in texts else ""

@@ -73,7 +73,9 @@ def _gates(report: GateReport) -> Iterator[str]:
 
 def _facts(result: Any) -> Iterator[str]:
     """Plain values as they are, and how many items there are of others."""
-    yield table((type(result).__name__, ""), ((escaped(key), _value(it)) for key, it in result.as_dict().items()), 2)
+    yield table(
+        (type(result).__name__, ""), ((escaped(key), _value(it)) for key, it in result.as_dict().items()), (0, 1)
+    )
 
 
 _DRAWINGS: dict[str, Callable[[Any], Iterator[str]]] = {

@@ -45,4 +45,6 @@ def _items(kind: str, messages: Iterable[str]) -> str:
 def _compared(plan: Plan) -> str:
     said = f"<p>{prose(plan.compared.line)}</p>" if plan.compared.line is not None else ""
     head, found = listings.compared(plan)
-    return said + table([escaped(name) for name in head], ([prose(cell) for cell in row] for row in found), len(head))
+    return said + table(
+        [escaped(name) for name in head], ([prose(cell) for cell in row] for row in found), range(len(head))
+    )

@@ -55,4 +55,5 @@ def candidates(sweep: Sweep) -> str:
         best = trial is sweep.best
         near = "<b>best</b>" if best else "within noise of the best" if sweep.within_noise(trial) else ""
         rows.append((*cells, prose(trial.failed) or near))
-    return table((*map(escaped, (*sweep.axes, *names)), "effective λ", "remark"), rows)
+    head = (*map(escaped, (*sweep.axes, *names)), "effective λ", "remark")
+    return table(head, rows, (0, len(head) - 1))

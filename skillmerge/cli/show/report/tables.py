@@ -52,7 +52,7 @@ def figures_table(first: Sequence[str], rows: Iterable[Row], keys: Sequence[str]
     return table(
         (*first, *(abbreviated(FIGURES[key]) for key in keys)),
         ((*map(escaped, names), *(show(row.get(key), FIGURES[key].unit) for key in keys)) for names, row in rows),
-        len(first),
+        range(len(first)),
         caption,
     )
 
@@ -114,7 +114,7 @@ def gates_table(gates: Sequence[Outcome]) -> str:
         result = "passed" if row.passed else "<strong>FAILED</strong>"
         rows.append((prose(row.gate), prose(row.asked), measured, result, prose(row.detail)))
     head = (*listings.GATE_COLUMNS[:-1], "detail")
-    return table(head, rows, len(head))
+    return table(head, rows, range(len(head)))
 
 
 def gates_section(gates: Sequence[Outcome]) -> str:
