@@ -53,12 +53,12 @@ def planned_to_apply(
         if saved is not None:
             saved.check(plan)
         plan = with_heads_read(plan, checkpoints[plan.donor])
+        if checks.strict:
+            plan.refuse_warnings()
         for remark in plan.warnings:
             reporter.warn(remark.message, remark.fix)
         for note in plan.notes:
             reporter.note(note)
-        if checks.strict:
-            plan.refuse_warnings()
         if plan.recipe.output.compression != "none":
             check_zstandard()
         yield plan, checkpoints

@@ -92,7 +92,7 @@ def test_fp8_tensors_that_differ_are_refused_by_name(tmp_path: Path, changed: st
     for command in ("plan", "apply"):
         process = run_cli(command, recipe)
         assert process.returncode == 4
-        assert process.stderr.startswith(f"error: model `sft` ({tmp_path / 'sft'}) is quantised")
+        assert f": model `sft` ({tmp_path / 'sft'}) is quantised" in process.stderr.splitlines()[0]
         assert UP.format(0) in process.stderr
 
 
