@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_tensors, read_checkpoint, run_cli, tensor_shapes, write_checkpoint, write_recipe
+from conftest import (
+    about_model,
+    random_tensors,
+    read_checkpoint,
+    run_cli,
+    tensor_shapes,
+    write_checkpoint,
+    write_recipe,
+)
 from safetensors import safe_open
 
 import skillmerge
@@ -102,11 +110,15 @@ def test_a_quantised_target_takes_no_arithmetic_with_plain_models(tmp_path: Path
         write_checkpoint(tmp_path / name, random_tensors(tensor_shapes(), seed=seed))
     recipe = write_recipe(tmp_path)
     process = run_cli("plan", recipe)
+    message = (
+        f"model `target` ({tmp_path / 'target'}) is quantised, and its numbers cannot be added: config.json says it is "
+        "quantised (fp8)"
+    )
     assert (process.returncode, process.stderr) == (
         4,
-        f"error: model `target` ({tmp_path / 'target'}) is quantised, and its numbers cannot be added: config.json "
-        "says it is quantised (fp8)\nhelp: use the checkpoint it was quantised from (bfloat16, float16 or float32), or "
-        "take these tensors from one model: a coefficient of 0 for them, or `copy`\n",
+        f"error: {about_model(recipe, 'target', message)}\n"
+        "help: use the checkpoint it was quantised from (bfloat16, float16 or float32), or take these tensors from one "
+        "model: a coefficient of 0 for them, or `copy`\n",
     )
     rules = {"lam": {"default": 0.7, "rules": LEAVE}}
     skillmerge.apply(write_recipe(tmp_path, coefficients=rules))

@@ -75,25 +75,25 @@ FOUND: dict[str, tuple[Callable[[Path], None], str, str]] = {
 @pytest.mark.parametrize("what", FOUND)
 def test_model_that_cannot_be_read_is_shown_in_the_recipe(tmp_path: Path, what: str) -> None:
     make, message, fix = FOUND[what]
-    write_family(tmp_path)
+    write_family(tmp_path, shards=1)
     (tmp_path / "rl").rename(tmp_path / "rlx")
     shutil.copytree(tmp_path / "target", tmp_path / "rl")  # whose name the other's begins with
     make(tmp_path / "rlx")
     (tmp_path / "r.yaml").write_text(RECIPE.format(rl="./rlx"))
     where = "    4 |   rl: ./rlx\n      |       ^^^^^\n"
-    for command in ("plan", "apply", "inspect"):
+    for command in ("plan", "apply"):
         done = run_cli(command, "r.yaml", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (4, f"error: r.yaml:4:7: model `rl`: {message}\n{where}{fix}")
     assert not (tmp_path / "out").exists()
 
 
 def test_model_that_a_command_names_has_no_line(tmp_path: Path) -> None:
-    write_family(tmp_path)
+    write_family(tmp_path, shards=1)
     a_shard(tmp_path / "rl")
     for command in (("extract", "--from", "rl", "--minus", "sft", "--output", "skill"), ("inspect", "sft", "rl")):
         done = run_cli(*command, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (
             4,
-            "error: rl: shard 2 of 2 is missing: only model-00001-of-00002.safetensors is there\n"
+            f"error: {tmp_path / 'rl'}: shard 2 of 2 is missing: only model-00001-of-00002.safetensors is there\n"
             "help: the checkpoint is incomplete: fetch it again, with model.safetensors.index.json\n",
         )
