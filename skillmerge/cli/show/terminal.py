@@ -293,18 +293,22 @@ def show_lint(lint: Lint, out: Console) -> None:
     """As compilers do: file, line, column, what is wrong, and the line itself."""
     for finding in lint.findings:
         place = f":{finding.place.line + 1}:{finding.place.column + 1}" if finding.place else ""
-        style = "red" if finding.rule.level == "error" else "yellow"
-        told = Text(f"{finding.file}{place}: ", style="bold") + Text(f"{finding.rule.level}: ", style=style)
+        level = finding.rule.level
+        told = Text(f"{finding.file}{place}: ", style="bold") + Text(f"{level}: ", style=_LEVELS[level])
         out.print(told + Text(f"{finding.message} [{finding.rule.id}]"), soft_wrap=True)
         for text in filter(None, (finding.excerpt, finding.fix and f"help: {finding.fix}")):
             out.print(Text(text), soft_wrap=True)
     files = f"{len(lint.files)} recipe{'s' if len(lint.files) != 1 else ''}"
-    out.print(Text(f"{files}: {_count(lint, 'error')}, {_count(lint, 'warning')}", style="bold"))
+    counts = [_count(lint, "error"), _count(lint, "warning"), *([_count(lint, "note")] if lint.count("note") else [])]
+    out.print(Text(f"{files}: {', '.join(counts)}", style="bold"))
 
 
 def _count(lint: Lint, level: str) -> str:
     count = lint.count(level)
     return f"{count or 'no'} {level}{'s' if count != 1 else ''}"
+
+
+_LEVELS = {"error": "red", "warning": "yellow", "note": ""}
 
 
 _BYTES = ("total", "available", "free", "memory", "cgroup limit")
