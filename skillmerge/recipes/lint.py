@@ -195,10 +195,11 @@ def _missing(recipe: Recipe, name: str, place: Local) -> Iterator[Finding]:
     """A folder that is not there, where something near it is: alone that may be so on the machine that lints; or what
     is there and is no folder."""
     written = recipe.models[name]
-    fix = meant(place.path, written) if not os.path.lexists(place.path) else None
-    found = (f"folder `{written}` does not exist", fix) if fix is not None else None
-    if os.path.exists(place.path):
+    if os.path.lexists(place.path):
         found = missing(place.path, written)
+    else:
+        fix = meant(place.path, written)
+        found = (f"folder `{written}` does not exist", fix) if fix is not None else None
     if found is not None:
         yield _at(recipe, "missing-model", recipe.place_path(name), f"model `{name}`: {found[0]}", found[1])
 

@@ -64,6 +64,8 @@ def test_warning_is_told_wherever_a_run_is_recorded(warned: Path) -> None:
     events = [json.loads(line) for line in files["events.jsonl"].read_text().splitlines()]
     assert [WARNED in event["message"] for event in events if event["event"] == "warning"] == [True]
     assert [WARNED in text for text in manifest.read(warned.parent / "merged").warnings] == [True]
+    run_cli("apply", warned, "--overwrite", "--full", "--junit", warned.parent / "junit.xml")
+    assert f"<system-out>warning: {WARNED}" in (warned.parent / "junit.xml").read_text()
     again = run_cli("apply", warned)
     assert again.stdout.splitlines()[-1] == "1 warning"
     assert again.stderr.count(WARNED) == 1
