@@ -147,10 +147,14 @@ def account_tensors(
         *(_extra(model, names, checkpoints[model], donor_name) for model, names in extra.items() if model not in apart),
     ]
     notes |= _unread(checkpoints)
-    problems = [
-        replace(it, message=recipe.in_words(it.message), help=it.help and recipe.in_words(it.help)) for it in problems
-    ]
-    return Accounts(accounts, tuple(problems), tuple(ties), tuple(map(recipe.in_words, sorted(notes))))
+    found = tuple(_in_words(recipe, problem) for problem in problems)
+    return Accounts(accounts, found, tuple(ties), tuple(map(recipe.in_words, sorted(notes))))
+
+
+def _in_words(recipe: Recipe, problem: Problem) -> Problem:
+    return replace(
+        problem, message=recipe.in_words(problem.message), help=problem.help and recipe.in_words(problem.help)
+    )
 
 
 def _unread(checkpoints: Mapping[str, Checkpoint]) -> set[str]:

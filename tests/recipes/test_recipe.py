@@ -150,7 +150,8 @@ remove the quotes: 1.0""",
         """\
 recipe.yaml:12:37: `value` must be a finite number, not inf
    12 |       - {tensors: "*.mlp.*", value: .inf}
-      |                                     ^^^^""",
+      |                                     ^^^^
+write a number, such as 1""",
     ),
     "division by a model": (
         ("merge: target + lam * (rl - sft)", "merge: target / rl"),

@@ -6,20 +6,20 @@ Only shows what it is given; nothing is computed here but how to draw it.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text as RichText
 
+from skillmerge.cli.console import Text
+from skillmerge.cli.console import console as console
 from skillmerge.cli.show import tables
 from skillmerge.cli.show.figures import show
 from skillmerge.engine.measures.skill_statistics import SkillStatistics
 from skillmerge.engine.rounding_statistics import LOSSES, Statistics
-from skillmerge.errors import some, visible
+from skillmerge.errors import some
 from skillmerge.naming import module_kind
 from skillmerge.outputs.output import Outcome
 from skillmerge.outputs.verify import Verdict
@@ -42,22 +42,6 @@ if TYPE_CHECKING:
     from skillmerge.verbs.export.lora import Exported
     from skillmerge.verbs.rebuild import Rebuilt
     from skillmerge.verbs.sweep.sweep import Sweep
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Left to the caller: rich would end the process."""
-        raise
-
-
-def console() -> Console:
-    """Results go to stdout; off a terminal they are as wide as they need to be."""
-    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
-
-
-def Text(text: str, style: str = "") -> RichText:
-    """Text as it is: no markup in it, no control characters."""
-    return RichText(visible(text), style=style)
 
 
 def new_table(head: Sequence[str], title: str | None = None, left: Collection[str] | None = None) -> Table:
@@ -299,7 +283,7 @@ def show_lint(lint: Lint, out: Console) -> None:
         for text in filter(None, (finding.excerpt, finding.fix and f"help: {finding.fix}")):
             out.print(Text(text), soft_wrap=True)
     files = f"{len(lint.files)} recipe{'s' if len(lint.files) != 1 else ''}"
-    counts = [_count(lint, "error"), _count(lint, "warning"), *([_count(lint, "note")] if lint.count("note") else [])]
+    counts = [_count(lint, level) for level in _LEVELS if level != "note" or lint.count(level)]
     out.print(Text(f"{files}: {', '.join(counts)}", style="bold"))
 
 
