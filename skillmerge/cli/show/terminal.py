@@ -96,7 +96,7 @@ def show_remarks(plan: Plan, out: Console) -> None:
     for problem in plan.problems:
         out.print(Text(f"problem: {problem.message}", style="red"), soft_wrap=True)
     for text in filter(None, (settlement(plan.recipe, plan.problems), plan.acceptance)):
-        out.print(Text(text), soft_wrap=True)
+        out.print(Text(f"help: {text}"), soft_wrap=True)
 
 
 def show_digest(plan: Plan, out: Console) -> None:
