@@ -204,7 +204,7 @@ def _locked(
             what = f"holds {found.uri}" if found else "does not hold it"
             raise StalePlan(
                 f"{lock_path} is stale: model `{name}` is {recipe.models[name]}, the lock {what}",
-                fix=f"write it again: skillmerge plan {recipe.document.name} --lock",
+                fix=f"write it again: `skillmerge plan {recipe.document.name} --lock`",
             )
         if place.pinned and place.revision != found.commit:
             raise StalePlan(
@@ -214,7 +214,7 @@ def _locked(
     if access.locked and not place.pinned:
         raise UsageError(
             f"--locked: model `{name}` ({place}) has a revision that can change, and there is no {lock_path}",
-            fix=f"write one: skillmerge plan {recipe.document.name} --lock",
+            fix=f"write one: `skillmerge plan {recipe.document.name} --lock`",
         )
     return place
 

@@ -288,7 +288,7 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
         yield "the donor has no config.json: no runtime will load the output as it is"
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
-            yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
+            yield f"--set {name}={value:g} replaces the whole `{name}` schedule, including its rules"
 
 
 def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:

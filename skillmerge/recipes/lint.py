@@ -214,10 +214,10 @@ def _lock(recipe: Recipe) -> tuple[Mapping[str, lockfile.LockedModel] | None, Sk
 def _revision(
     recipe: Recipe, name: str, place: ModelPlace, path: DataPath, lock: Mapping[str, lockfile.LockedModel] | None
 ) -> Iterator[Finding]:
-    again = f"write it again: skillmerge plan {recipe.document.name} --lock"
+    again = f"write it again: `skillmerge plan {recipe.document.name} --lock`"
     if lock is None:
         if not place.pinned:
-            fix = f"pin a commit, or lock it: skillmerge plan {recipe.document.name} --lock"
+            fix = f"pin a commit, or lock it: `skillmerge plan {recipe.document.name} --lock`"
             what = f"`{place.revision}`" if place.revision else "the default branch"
             yield _at(recipe, "unpinned-revision", path, f"model `{name}` is {what} of {place.name}", fix)
         return

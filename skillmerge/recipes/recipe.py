@@ -198,7 +198,7 @@ def local_path(document: Document, path: Path, folder: FilePath, written: str) -
     try:
         return folder / FilePath(written).expanduser()
     except RuntimeError as error:
-        raise document.error(f"`{written}` starts at a home that does not exist", document.place(path)) from error
+        raise document.error(f"`{written}` is in a home folder that does not exist", document.place(path)) from error
 
 
 def expression_error(document: Document, error: ExpressionError) -> RecipeError:

@@ -315,7 +315,7 @@ def _shape_message(data: Any, path: Path, detail: Any) -> tuple[str, str | None]
         return f"{where} must be a finite number, not {value}", "write a number, such as 1"
     if kind in ("too_short", "too_long") and last == "ramp":
         return (
-            "`ramp` must be two numbers, at the first and the last block selected",
+            "`ramp` must be two numbers, at the first and the last layer selected",
             "write ramp: [0.5, 1.0]",
         )
     if kind in _EXPECTED:

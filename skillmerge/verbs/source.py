@@ -34,7 +34,7 @@ def read_source(
     if not savedplan.looks_saved(recipe):
         return load(recipe, coefficients)
     if coefficients:
-        raise UsageError("a saved plan has its coefficients", fix="leave --set out, or plan anew with it")
+        raise UsageError("a saved plan has its coefficients", fix="leave `--set` out, or plan again with it")
     return savedplan.read(recipe)
 
 

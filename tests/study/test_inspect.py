@@ -293,7 +293,7 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         norm = {"model.norm.weight": torch.ones(4)}
         write_checkpoint(tmp_path / name, {"w": torch.ones(4, 4).to(torch.float8_e4m3fn), **norm})
-    with pytest.raises(InputError, match="is quantised"):
+    with pytest.raises(InputError, match="is quantized"):
         inspect(str(tmp_path / "a"), str(tmp_path / "b"))
 
 

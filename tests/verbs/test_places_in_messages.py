@@ -61,7 +61,7 @@ EXTRACTED = {
         "error: 2 problems between the models:\n"
         "`old` is llama with 3 layers, `./deep` llama with 5 layers: is it the right model?\n"
         "config.json and weights of `./deep` contradict each other: config.json says num_hidden_layers = 5, but the "
-        "weights hold 3 blocks (`model.layers.0` to `model.layers.2`)\n"
+        "weights hold 3 layers (`model.layers.0` to `model.layers.2`)\n"
     ),
 }
 

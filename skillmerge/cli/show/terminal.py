@@ -345,7 +345,7 @@ def show_answers(shown: Sequence[Shown], examples: Sequence[tuple[Question, str,
 
 
 def show_parent(parent: str, model: str, out: Console) -> None:
-    out.print(Text(f"{parent} is `{model}` of this skill: all tensors have the digests that it was cut from"))
+    out.print(Text(f"{parent} is `{model}` of this skill: all tensors have the digests that it was extracted from"))
 
 
 def show_rebuilt(made: Rebuilt, out: Console) -> None:

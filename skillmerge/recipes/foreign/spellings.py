@@ -70,7 +70,7 @@ _SIGNS = {
     ":": "write the arithmetic alone, such as target + lam * (rl - sft)",
     "[": "write parentheses: ( and )", "{": "write parentheses: ( and )",
     "]": "write parentheses: ( and )", "}": "write parentheses: ( and )",
-    "$": "names stand alone: leave $ out", "'": "names stand alone: leave the quotes out",
+    "$": "names stand alone: leave `$` out", "'": "names stand alone: leave the quotes out",
     '"': "names stand alone: leave the quotes out", "@": "only + - * / and parentheses",
     ".": "models are added whole: for some tensors give a coefficient `rules`",
 }  # fmt: skip
