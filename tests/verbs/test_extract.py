@@ -171,7 +171,7 @@ def test_many_tensors_get_files_whose_headers_can_be_read(tmp_path: Path) -> Non
 def test_output_inside_a_finished_one_is_refused(family: Path) -> None:
     folder = family.parent
     skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
-    with pytest.raises(UsageError, match="lies inside"):
+    with pytest.raises(UsageError, match="is inside"):
         skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math" / "inner")
     skillmerge.verify(folder / "math")
 
