@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
-from skillmerge.checkpoints.model_config import tied_source
+from skillmerge.checkpoints.model_config import tied_source, ties_embeddings
 from skillmerge.naming import module_kind
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.plan import Plan, TensorPlan
@@ -91,7 +91,7 @@ def _apart(donor: str, models: Sequence[str], head: str, source: str) -> Iterato
 
 def _tied_pairs(donor: Checkpoint) -> Iterator[tuple[str, str]]:
     """The heads that the configuration ties, of those that are stored all the same, and what they are tied to."""
-    for name in donor.tensors:
+    for name in donor.tensors if ties_embeddings(donor.config) else ():
         if module_kind(name) == "head":
             others = {other: spec for other, spec in donor.tensors.items() if other != name}
             source = tied_source(name, donor.tensors[name].shape, donor.config, others)

@@ -7,10 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from skillmerge.methods.terms import Term, weights
-from skillmerge.naming import layer_of
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in)\.weight$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer|output)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$|^((language_)?model\.|transformer\.)*output(_layer)?\.weight$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,4 +65,4 @@ def is_token_matrix(tensor: str) -> bool:
 
 def is_head(tensor: str) -> bool:
     """Whether a tensor is, by its name, the matrix that gives each token its score."""
-    return _HEAD.search(tensor) is not None and layer_of(tensor) is None
+    return _HEAD.search(tensor) is not None
