@@ -52,15 +52,14 @@ def with_heads_read(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     Where the donor's is not, its family has two matrices, and no other model is looked at. Reads a few samples of
     both. Raises what reading raises.
     """
-    heads = stored_heads(plan.donor, plan.tensors, checkpoints)
-    if plan.makes_skill or not heads:
+    if plan.makes_skill or not (heads := stored_heads(plan.donor, plan.tensors, checkpoints)):
         return plan
     accepted = "ties" in plan.recipe.accept
     compared, warnings = [*plan.compared.found], [*plan.warnings]
     for (head, source), models in heads.items():
-        of_donor = [plan.donor] if plan.donor in models and _differ(checkpoints[plan.donor], head, source) else []
-        others = [name for name in models if name != plan.donor and _differ(checkpoints[name], head, source)]
-        for found in _apart(plan.donor, of_donor or others, head, source):
+        differing = [plan.donor] if plan.donor in models and _differ(checkpoints[plan.donor], head, source) else []
+        differing = differing or [it for it in models if it != plan.donor and _differ(checkpoints[it], head, source)]
+        for found in _apart(plan.donor, differing, head, source):
             compared.append(replace(found, accepted=accepted))
             warnings += [] if accepted else [warning(found.message, found.help, name="ties")]
     idle = accepted and not any(it.name == "ties" and it.accepted for it in compared)

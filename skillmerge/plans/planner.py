@@ -8,7 +8,7 @@ it. No weights are touched and torch is not imported.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,16 +63,13 @@ def plan_recipe(
     accounts = account_tensors(recipe, checkpoints, donor_name, terms, exact)
     used = {name: () if name in copied else row for name, row in values.items()}
     tensors = _tensors(recipe, checkpoints, wanted, used, terms, accounts.tensors)
-    compared = NOTHING
-    if compare:
-        compared = compare_models(recipe, checkpoints, donor_name, terms, copied=copied, lenient=lenient)
+    compared = compare_models(recipe, checkpoints, donor_name, terms, copied, lenient=lenient) if compare else NOTHING
     problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
     notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
     shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
     shares = None if problems or recipe.makes_skill else _shares(recipe, checkpoints, donor_name, copied, values)
     doubts = _doubts(recipe, compared, shares, _warnings(recipe, checkpoints, donor, tensors, wanted))
-    later = ["ties"] if not recipe.makes_skill and stored_heads(donor_name, tensors, checkpoints) else []
-    idle = unsettled(recipe, doubts["compared"].found, problems, later) if compare else []
+    idle = _idle(recipe, doubts["compared"].found, problems, tensors, checkpoints) if compare else []
     return sealed(
         Plan(
             recipe=recipe,
@@ -336,6 +333,19 @@ def _doubts(recipe: Recipe, compared: Comparison, shares: Shares | None, apart: 
         "compared": replace(compared, found=(*compared.found, *accepted)),
         "merged_share": shares.share if shares is not None else None,
     }
+
+
+def _idle(
+    recipe: Recipe,
+    found: Iterable[Compared],
+    problems: Sequence[Problem],
+    tensors: Mapping[str, TensorPlan],
+    checkpoints: Mapping[str, Checkpoint],
+) -> list[str]:
+    if not recipe.accept:
+        return []
+    heads = {} if recipe.makes_skill else stored_heads(_donor(recipe), tensors, checkpoints)
+    return unsettled(recipe, found, problems, heads_unread=bool(heads))
 
 
 def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:

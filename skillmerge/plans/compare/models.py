@@ -53,8 +53,8 @@ def compare_models(
     checkpoints: Mapping[str, Checkpoint],
     donor: str,
     terms: Mapping[str, Term | None],
-    *,
     copied: Collection[str] = (),
+    *,
     lenient: bool = False,
 ) -> Comparison:
     """Compare the models of `terms` (by the donor's tensors' names) with the donor and with what they say they hold.
@@ -84,16 +84,16 @@ def compare_models(
 
 
 def unsettled(
-    recipe: Recipe, found: Iterable[Compared], problems: Sequence[Problem], later: Iterable[str]
+    recipe: Recipe, found: Iterable[Compared], problems: Sequence[Problem], *, heads_unread: bool
 ) -> list[str]:
-    """A note for each name in `accept` that settles nothing. later: names of what only the weights show.
+    """A note for each name in `accept` that settles nothing. heads_unread: whether `apply` will look at tied heads.
 
     Nothing is said of what is not looked at before the problems are settled, nor of `update-size`: whether it settles
     something depends on what `apply` measures, so that the note would come and go with `--stats`.
     """
     if any(problem.final for problem in problems):
         return []
-    unknown = {"update-size", *later, *(["merged-share"] if problems else [])}
+    unknown = {"update-size", *(["merged-share"] if problems else []), *(["ties"] if heads_unread else [])}
     settled = {it.name for it in found if it.accepted}
     return [f"`accept: [{name}]` settles nothing here" for name in sorted({*recipe.accept} - settled - unknown)]
 
