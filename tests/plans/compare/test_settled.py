@@ -13,6 +13,7 @@ from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, w
 from pair_cases import tokenizer
 
 import skillmerge
+from skillmerge.checkpoints.tokenizers.small_files import MAX_BYTES
 from skillmerge.errors import InputError
 from skillmerge.remarks import ACCEPTABLE
 
@@ -220,3 +221,12 @@ def test_vocabularies_of_several_languages_are_not_broken(tmp_path: Path) -> Non
         (tmp_path / name / "tokenizer.json").unlink()
     plan = skillmerge.plan(recipe)
     assert (plan.problems, plan.warnings, [it for it in plan.notes if "read" in it]) == ((), (), [])
+
+
+def test_tokenizer_above_the_limit_is_not_broken(tmp_path: Path) -> None:
+    recipe = models(tmp_path)
+    with open(tmp_path / "target" / "tokenizer.json", "r+b") as stream:
+        stream.truncate(MAX_BYTES + 1)
+    plan = skillmerge.plan(recipe)
+    assert plan.warnings == ()
+    assert any("tokenizer.json: is larger than 64 MB; its tokenizer is compared as far" in note for note in plan.notes)
