@@ -52,7 +52,7 @@ def planned_to_apply(
         plan.refuse_problems()
         if saved is not None:
             saved.check(plan)
-        plan = with_heads_read(plan, checkpoints[plan.donor])
+        plan = with_heads_read(plan, checkpoints)
         if checks.strict:
             plan.refuse_warnings()
         for remark in plan.warnings:
