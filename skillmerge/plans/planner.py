@@ -230,13 +230,9 @@ def _skill_action(recipe: Recipe, term: Term, dtype: str) -> tuple[str, str]:
 
 
 def _contradictions(recipe: Recipe, donor: Checkpoint, name: str) -> list[Problem]:
-    shapes = {name: spec.shape for name, spec in donor.tensors.items()}
-    return [
-        Problem(
-            "config", recipe.in_words(f"config.json and weights of the donor `{name}` contradict each other: {message}")
-        )
-        for message in contradictions(donor.config, shapes)
-    ]
+    shapes = {tensor: spec.shape for tensor, spec in donor.tensors.items()}
+    said = recipe.in_words(f"config.json and weights of the donor `{name}` contradict each other: ")
+    return [Problem("config", said + message) for message in contradictions(donor.config, shapes)]
 
 
 def _files(
