@@ -178,8 +178,8 @@ def unclear_donor(recipe: Recipe) -> Remark | None:
         return None
     if recipe.donor != donor:  # version 0.1 took another one from some texts
         return warning(
-            f"the donor is `{recipe.donor}`, as this was planned before; of `{recipe.document.data['merge']}` it would be "
-            f"`{donor}` now: the output takes its names, dtypes, config and tokenizer from `{recipe.donor}`",
+            f"the donor is `{recipe.donor}`, as this was planned before; of `{recipe.document.data['merge']}` it would "
+            f"be `{donor}` now: the output takes its names, dtypes, config and tokenizer from `{recipe.donor}`",
             f"keep it with `output: {{like: {recipe.donor}}}` in the recipe, or plan the recipe again",
             name="donor",
             of_recipe=True,

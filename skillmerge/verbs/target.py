@@ -100,7 +100,8 @@ def refuse_other_donor(
     raise UsageError(
         f"{staging.folder} holds finished shards of this merge with the donor `{donor}`, but the donor is "
         f"`{plan.donor}` now",
-        fix=f"to finish that merge, add `output: {{like: {donor}}}`; to start over with `{plan.donor}`, remove the folder",
+        fix=f"to finish that merge, add `output: {{like: {donor}}}`; to start over with `{plan.donor}`, "
+        "remove the folder",
     )
 
 
