@@ -79,7 +79,10 @@ class Staging:
 
     def _refuse_strangers(self) -> None:
         """A folder that only happens to have the staging folder's name is not ours to work in."""
-        strangers = [] if not self.folder.is_dir() else [p.name for p in self.folder.iterdir() if p.name not in _OURS]
+        strangers: list[str] = []
+        if self.folder.is_dir():
+            with suppress(FileNotFoundError):  # its run has finished meanwhile
+                strangers = [path.name for path in self.folder.iterdir() if path.name not in _OURS]
         if self.folder.is_symlink() or strangers:
             what = f"holds {some(strangers)}" if strangers else "is a link"
             raise UsageError(
@@ -254,8 +257,9 @@ class Staging:
 
     def close(self) -> None:
         """Let go of the lock. What the next run can use is kept; a folder without it is removed."""
-        if not is_taken(self.files) and not self._complete.exists():
-            self._clear()
+        with suppress(OSError):  # of a folder that another run has taken, and removes right now
+            if not is_taken(self.files) and not self._complete.exists():
+                self._clear()
         self._claim.close()
 
     def _clear(self, *kept: str) -> None:
