@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -145,3 +146,22 @@ def test_folder_loses_its_name_before_it_is_removed(place: Path, monkeypatch: py
         staging.discard()
     assert "dropped" in seen
     assert not {"files", "complete"} & set(seen)
+
+
+def test_folder_that_goes_while_it_is_looked_at_is_no_fault(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run has finished in between, before this one's begin or at its end."""
+    real = Path.iterdir
+
+    def goes(path: Path) -> Any:
+        monkeypatch.undo()
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    Staging.folder_of(place).mkdir()
+    monkeypatch.setattr(Path, "iterdir", goes)
+    staging = Staging(place)
+    assert Path.iterdir is real
+    staging.begin(PLAN, CONDITIONS)
+    monkeypatch.setattr(Path, "iterdir", goes)
+    staging.close()
+    assert Path.iterdir is real
+    Staging(place).close()
