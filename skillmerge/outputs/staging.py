@@ -108,8 +108,8 @@ class Staging:
         """Finish a publication that a dead run of the same plan had begun. True where the output is now its.
 
         What stands at the output's place is only replaced with `replace`; else the finished files stay here.
-        Of another plan's publication only that is finished which had already moved the output away. Where only
-        gates and the like are others now (`plan_digest`), the finished shards are kept, and `begin` finds them.
+        Of another plan's publication only that is finished which had already moved the output away. Where it is not
+        known to have passed all that is asked now (`plan_digest`), its finished shards are kept for `begin`.
         """
         rows = self._journal.read()
         previous = self.folder / "previous"
@@ -125,7 +125,7 @@ class Staging:
                 if digest_or_none(self._complete / MANIFEST_FILE) != digest:
                     return False
                 self._claim.check()
-                if ours and placing.plan not in ("", plan_digest):
+                if ours and placing.plan != plan_digest:
                     if moved_away:
                         rename_folder(previous, self.output)
                     self._complete.rename(self.files)

@@ -34,9 +34,10 @@ def die_before_the_rename(place: Path, plan_digest: str) -> None:
 
 
 @pytest.mark.parametrize("moved_away", [False, True])
-def test_recover_publishes_nothing_that_other_gates_have_passed(place: Path, moved_away: bool) -> None:
+@pytest.mark.parametrize("passed", ["without gates", ""], ids=["other gates", "journal of 0.1"])
+def test_recover_publishes_nothing_that_has_not_passed_these_gates(place: Path, passed: str, moved_away: bool) -> None:
     """The weights are those of this plan, so that no shard is made again; the gates are not."""
-    die_before_the_rename(place, "without gates")
+    die_before_the_rename(place, passed)
     previous = put_previous(place)
     if moved_away:
         place.rename(Staging.folder_of(place) / "previous")
@@ -52,9 +53,8 @@ def test_recover_publishes_nothing_that_other_gates_have_passed(place: Path, mov
     assert os.listdir(place.parent) == ["merged"]
 
 
-@pytest.mark.parametrize("recorded", ["the same", ""], ids=["same plan", "journal of 0.1"])
-def test_recover_publishes_what_passed_these_gates(place: Path, recorded: str) -> None:
-    die_before_the_rename(place, recorded)
+def test_recover_publishes_what_passed_these_gates(place: Path) -> None:
+    die_before_the_rename(place, "the same")
     with closing(Staging(place)) as staging:
         assert staging.recover(PLAN, CONDITIONS, replace=False, plan_digest="the same")
     assert files(place) == WHOLE
