@@ -21,6 +21,7 @@ import pytest
 from conftest import run_process, write_family
 from hub_server import HubServer
 from observing import Content, MergeServer, assert_finished, content, staging_of, wait_until, wide_shapes
+from preloading import built
 
 import skillmerge
 from skillmerge.outputs.staging import Staging
@@ -74,18 +75,7 @@ class Machine:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What is preloaded."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("no C compiler to build the filesystems with")
-    library = tmp_path_factory.mktemp("filesystems") / "filesystems.so"
-    source = Path(__file__).with_name("filesystems.c")
-    built = subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if built.returncode != 0:
-        pytest.skip(f"the compiler cannot build a library that is preloaded: {built.stderr[-300:]}")
-    return library
+    return built("filesystems", tmp_path_factory.mktemp("filesystems"))
 
 
 @pytest.fixture(scope="module")
