@@ -181,7 +181,7 @@ def _describe(spec: TensorSpec, file: str, dtypes: tuple[str, str], rows: Sequen
 def _made_of(rows: Sequence[Cut]) -> SkillInput | None:
     """What is known of the two models of a tensor, the added and the subtracted one; None where they are none."""
     models = list(dict.fromkeys(model for row in rows for model in row.grains))
-    if not models:
+    if len(models) < 2:
         return None
     grains = {model: joined(row.grains[model] for row in rows if model in row.grains) for model in models}
     rounding = input_rounding(grains, dict(zip(models, (1.0, -1.0), strict=True)))

@@ -164,7 +164,7 @@ class _Measure:
             pair,
             [_measured(one, pieces, part.against, part.pair) for one, part in zip(single, subject.parts, strict=True)],
             [measure_pair(one, other) for one, other in combinations(single, 2)],
-            {model: grain_of(pieces[model]) for model in subject.numbers_of},
+            {model: it for model in subject.numbers_of if (it := grain_of(pieces[model])) is not None},
             Forecast(),
         )
 
