@@ -111,7 +111,7 @@ def planned(
     checkpoints = open_models(parsed, access, note)
     try:
         plan = plan_recipe(parsed, checkpoints, allow_code=access.allow_code, lenient=lenient)
-        refuse_unequal({name: (it.action, it.sources) for name, it in plan.tensors.items()}, checkpoints)
+        refuse_unequal(parsed, {name: (it.action, it.sources) for name, it in plan.tensors.items()}, checkpoints)
         yield plan, checkpoints
     finally:
         close_all(checkpoints)
