@@ -52,7 +52,7 @@ def planned_to_apply(
         plan.refuse_problems()
         if saved is not None:
             saved.check(plan)
-        plan = with_heads_read(plan, checkpoints[plan.donor])
+        plan = with_heads_read(plan, checkpoints)
         for remark in plan.warnings:
             reporter.warn(remark.message, remark.fix)
         for note in plan.notes:
