@@ -64,7 +64,7 @@ def plan_recipe(
     used = {name: () if name in copied else row for name, row in values.items()}
     tensors = _tensors(recipe, checkpoints, wanted, used, terms, accounts.tensors)
     compared = compare_models(recipe, checkpoints, donor_name, terms, copied, lenient=lenient) if compare else NOTHING
-    problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
+    problems = (*compared.problems, *accounts.problems, *_contradictions(recipe, donor, donor_name))
     notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
     shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
     shares = None if problems or recipe.makes_skill else _shares(recipe, checkpoints, donor_name, copied, values)
@@ -229,12 +229,10 @@ def _skill_action(recipe: Recipe, term: Term, dtype: str) -> tuple[str, str]:
     return "compute", "F32" if DTYPES[dtype].itemsize < 4 else dtype  # what was scaled or summed rarely fits 16 bits
 
 
-def _contradictions(donor: Checkpoint) -> list[Problem]:
-    shapes = {name: spec.shape for name, spec in donor.tensors.items()}
-    return [
-        Problem("config", f"the donor's config.json and weights do not belong together: {message}")
-        for message in contradictions(donor.config, shapes)
-    ]
+def _contradictions(recipe: Recipe, donor: Checkpoint, name: str) -> list[Problem]:
+    shapes = {tensor: spec.shape for tensor, spec in donor.tensors.items()}
+    said = recipe.in_words(f"config.json and weights of the donor `{name}` contradict each other: ")
+    return [Problem("config", said + message) for message in contradictions(donor.config, shapes)]
 
 
 def _files(
@@ -288,7 +286,7 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
         yield "the donor has no config.json: no runtime will load the output as it is"
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
-            yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
+            yield f"--set {name}={value:g} replaces the whole `{name}` schedule, including its rules"
 
 
 def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:

@@ -234,7 +234,7 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, spoilt: 
         "sentencepiece cut off": "it is cut off",
         "nested": "nested too deeply",
         "a negative id": "an id is out of range",
-        "a key twice": "the key 'a' stands twice",
+        "a key twice": "the key 'a' is defined twice",
     }
     assert message.endswith(f": {expected.get(spoilt, '')}") or spoilt not in expected
 

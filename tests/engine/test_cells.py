@@ -234,4 +234,4 @@ def test_gate_by_block_needs_enough_elements(ramp: Path, tmp_path: Path) -> None
     (tmp_path / "gates.yaml").write_text("gates:\n  vanished: {max: 1, by: block, modules: norm}\n")
     outcome = skillmerge.gate(merged, tmp_path / "gates.yaml").outcomes[-1]
     assert not outcome.passed
-    assert outcome.detail == "no block of kind norm has 100 elements with an update"
+    assert outcome.detail == "no layer of kind norm has 100 elements with an update"

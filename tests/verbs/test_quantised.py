@@ -108,7 +108,7 @@ def test_skill_that_was_cut_without_them_does_not_pass_for_one(tmp_path: Path) -
     recipe = write_recipe(tmp_path, "target + lam * m", models={"target": "target", "m": {"skill": "skill"}})
     process = run_cli("plan", recipe)
     assert process.returncode == 4
-    assert process.stderr.startswith(f"error: model `target` ({tmp_path / 'target'}) is quantised")
+    assert process.stderr.startswith(f"error: model `target` ({tmp_path / 'target'}) is quantized")
 
 
 def test_skill_without_what_is_multiplied_by_0_is_one(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_inspect_passes_equal_ones_by(equal: tuple[Path, dict[str, torch.Tensor]
     found = inspect(str(folder / "sft"), str(folder / "rl"))
     plain = inspect(str(folder / "sft-plain"), str(folder / "rl-plain"))
     assert found.tensors == plain.tensors
-    assert found.left == dict.fromkeys(same, "quantised, and the same in all models")
+    assert found.left == dict.fromkeys(same, "quantized, and the same in all models")
     assert "left out" in run_cli("inspect", folder / "sft", folder / "rl", "--stats", "off").stdout
     assert inspect(write_recipe(folder)).left == found.left
     skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "skill")
@@ -157,7 +157,7 @@ def test_inspect_of_a_recipe_leaves_out_what_is_only_copied(tmp_path: Path) -> N
         write_recipe(tmp_path, coefficients=rules),
         write_recipe(tmp_path, copy=[{"tensors": "*.up_proj.*", "from": "target"}]),
     ):
-        assert inspect(recipe).left == dict.fromkeys(fp8(0), "quantised, and only copied")
+        assert inspect(recipe).left == dict.fromkeys(fp8(0), "quantized, and only copied")
 
 
 @pytest.mark.parametrize(
@@ -197,5 +197,5 @@ def test_unequal_ones_are_refused_by_name_with_a_way_out(
     error, help_ = process.stderr.splitlines()[:2]
     assert error.startswith("error: model `")
     assert name in error
-    assert help_ == (f"help: use the checkpoint it was quantised from (bfloat16, float16 or float32), or {fix}")
+    assert help_ == (f"help: use the checkpoint it was quantized from (bfloat16, float16 or float32), or {fix}")
     assert not (tmp_path / "skill").exists()

@@ -79,7 +79,13 @@ def compare_models(
         found.append(Compared(None, "side files", "", "warning", {}, False, error.message, error.fix))
     if lenient:
         found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
-    found = [replace(it, accepted=it.name in recipe.accept and it.level != "note") for it in found]
+    found = [
+        replace(
+            it, accepted=it.name in recipe.accept and it.level != "note", message=recipe.in_words(it.message),
+            help=it.help and recipe.in_words(it.help),
+        )
+        for it in found
+    ]  # fmt: skip
     return Comparison(tuple(found), _line(names, found) if len(names) > 1 else None)
 
 

@@ -110,7 +110,7 @@ def equal_tensors(
     found: dict[str, str] = {}
     for name in dict.fromkeys(name for marked in marks.values() for name in marked):
         if name in copied:
-            found[name] = "quantised, and only copied"
+            found[name] = "quantized, and only copied"
             continue
         sources = []
         for model in models:
@@ -125,7 +125,7 @@ def equal_tensors(
             sources.append(source)
         if (unlike := _differing(sources, checkpoints)) is not None:
             raise _unequal(name, sources[0], unlike, marks, checkpoints, _INSPECT)
-        found[name] = "quantised, and the same in all models"
+        found[name] = "quantized, and the same in all models"
     return found
 
 
@@ -162,8 +162,8 @@ def _way_out(recipe: Recipe) -> str:
 
 def _refusal(name: str, checkpoint: Checkpoint, why: str, fix: str) -> InputError:
     return InputError(
-        f"model `{name}` ({checkpoint.place}) is quantised, and its numbers cannot be added: {why}",
-        fix=f"use the checkpoint it was quantised from (bfloat16, float16 or float32), or {fix}",
+        f"model `{name}` ({checkpoint.place}) is quantized, and its numbers cannot be added: {why}",
+        fix=f"use the checkpoint it was quantized from (bfloat16, float16 or float32), or {fix}",
     )
 
 
