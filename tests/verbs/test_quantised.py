@@ -108,7 +108,7 @@ def test_skill_that_was_cut_without_them_does_not_pass_for_one(tmp_path: Path) -
     recipe = write_recipe(tmp_path, "target + lam * m", models={"target": "target", "m": {"skill": "skill"}})
     process = run_cli("plan", recipe)
     assert process.returncode == 4
-    assert process.stderr.startswith(f"error: model `target` ({tmp_path / 'target'}) is quantized")
+    assert f"model `target` ({tmp_path / 'target'}) is quantized" in process.stderr
 
 
 def test_skill_without_what_is_multiplied_by_0_is_one(tmp_path: Path) -> None:
