@@ -67,13 +67,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "changes depth mapping side_files compare.architectures compare.found compare.roles",
     ),
     "recipes": (
-        "candidates lint",
+        "candidates lint starter",
         "parse",
         "recipe",
         "gate_table",
         "schema",
-        "expression lint_rules lock schedules starter yamltext foreign.documents",
-        "foreign.mergekit foreign.spellings",
+        "expression lint_rules lock schedules yamltext foreign.documents tables.recipe",
+        "foreign.mergekit foreign.spellings tables.gates",
+        "tables.values",
     ),
     "checkpoints": (
         "kinds.table",
@@ -116,7 +117,9 @@ HOMES = {
     "rich": {"cli.show.terminal", "cli.show.study_tables"},
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},
-    "pydantic": {"recipes.schema", "outputs.manifest"},
+    "pydantic": {
+        "recipes.schema", "recipes.tables.gates", "recipes.tables.recipe", "recipes.tables.values", "outputs.manifest",
+    },
     "safetensors": {"outputs.verify"},
     "transformers": {
         "study.loads.load_probe", "study.loads.tokenizer_probe", "study.scoring.built_in", "verbs.sweep.in_memory",

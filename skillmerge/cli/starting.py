@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import click
 from skillmerge.cli import flags
 from skillmerge.cli.flags import option
 from skillmerge.cli.messages import TerminalReporter
-from skillmerge.cli.results import check_places, print_json, print_result, show_merge, write_text
+from skillmerge.cli.results import check_places, print_result, show_merge, write_text
 from skillmerge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,16 +22,30 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("path", type=click.Path(), default="recipe.yaml")
-def init(path: str) -> None:
-    """Write a commented recipe to start from (default: recipe.yaml; - for stdout)."""
-    from skillmerge.recipes.starter import init as run
-    from skillmerge.recipes.starter import starter
+@option("--from", "source", metavar="NAME", help="Write this recipe instead of the starter.")
+@option("--list", "names", is_flag=True, help="List the recipes for --from, and write nothing.")
+def init(path: str, source: str | None, names: bool) -> None:
+    """Write a starter recipe.
 
-    if path == "-":
-        click.echo(starter(), nl=False)
-        return
-    run(path)
-    click.echo(f"wrote {path}: fill in the models, then `skillmerge plan {path}`")
+    PATH is recipe.yaml by default; - writes to standard output. A schema beside the recipe lets editors complete its
+    keys.
+
+    Recipes for --from: attention-only, average, blend-skills, chat-vector, frozen-embeddings-and-norms, hub-to-hub,
+    mlp-only, past, past-ramp, refine, skill-removal, stored-skill, two-skills.
+    """
+    from skillmerge.recipes.starter import SCHEMA_FILE, gallery, recipe_text
+    from skillmerge.recipes.starter import init as run
+
+    if names:
+        recipes = gallery()
+        width = max(map(len, recipes))
+        click.echo("\n".join(f"{name:{width}}  {summary}" for name, summary in recipes.items()))
+    elif path == "-":
+        click.echo(recipe_text(source), nl=False)
+    else:
+        run(path, source)
+        click.echo(f"wrote {path}, and {SCHEMA_FILE} beside it for editors")
+        click.echo(f"next: fill in the models, then run `skillmerge plan {shlex.quote(path)}`")
 
 
 @click.command()
@@ -61,10 +76,13 @@ def lint(recipes: tuple[str, ...], strict: bool, allow: tuple[str, ...], sarif_f
 
 @click.command()
 def schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
-    from skillmerge.recipes.schema import schema as run
+    """Print the JSON Schema of recipes.
 
-    print_json(run(), indent=2)
+    Editors complete and check recipes with it; `skillmerge init` writes it beside a recipe.
+    """
+    from skillmerge.recipes.schema import schema_text
+
+    click.echo(schema_text(), nl=False)
 
 
 @click.command()
