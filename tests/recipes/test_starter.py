@@ -21,8 +21,7 @@ EDITOR_LINE = "# yaml-language-server: $schema=skillmerge.schema.json\n"
 def test_init_writes_a_recipe_that_plans(tmp_path: Path) -> None:
     process = run_cli("init", cwd=tmp_path)
     assert process.stdout == (
-        "wrote recipe.yaml, and skillmerge.schema.json beside it for editors\n"
-        "next: fill in the models, then run `skillmerge plan recipe.yaml`\n"
+        "wrote recipe.yaml, and skillmerge.schema.json beside it for editors: fill in the models\n"
     )
     text = (tmp_path / "recipe.yaml").read_text()
     assert text == EDITOR_LINE + run_cli("init", "-", cwd=tmp_path).stdout

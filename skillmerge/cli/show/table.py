@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
+from skillmerge.cli.messages import clear_status
 from skillmerge.errors import visible
 
 _APART = 3
@@ -30,6 +31,7 @@ class _Console(Console):
 
 def console() -> Console:
     """Return a console for results, on stdout. Off a terminal it is 120 columns wide."""
+    clear_status()
     return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
 
 
@@ -92,7 +94,9 @@ class Table:
             for index, head in enumerate(self.head)
         ]
         kept = _fitting(columns, self._leaving_order(columns), options.max_width)
-        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title=self.title, title_justify="left")
+        table = RichTable(
+            box=box.SIMPLE_HEAD, pad_edge=False, title=self.title, title_justify="left", title_style="bold"
+        )
         for column, width in zip(kept, _widths(kept, options.max_width), strict=True):
             table.add_column(
                 Text(column.head), justify="right" if column.numeric else "left", width=width, overflow="fold"
