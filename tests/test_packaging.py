@@ -12,7 +12,6 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from email.parser import Parser
-from importlib.metadata import version
 from pathlib import Path
 
 import jsonschema
@@ -149,7 +148,7 @@ def test_docker_build_sees_what_it_copies_and_nothing_else() -> None:
 
 
 def test_dockerfile_is_linted() -> None:
-    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    hadolint = shutil.which("hadolint", path=f"{sys.prefix}/bin:{os.environ['PATH']}")
     if hadolint is None:
         pytest.skip("hadolint is not here: the extra `dev` has it for Linux")
     text = (ROOT / "Dockerfile").read_text()
@@ -161,42 +160,13 @@ def test_dockerfile_is_linted() -> None:
 
 # ------------------------------------------------------------------------------------------ the lint hook
 
-BLOCK = """
-import sys
 
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        top = name.split(".")[0]
-        if top not in sys.stdlib_module_names | {allowed!r} and not top.startswith("_"):
-            raise ModuleNotFoundError("No module named " + name)
-
-sys.meta_path.insert(0, Blocked())
-from skillmerge.cli.main import main
-main()
-"""
-
-
-def test_lint_hook_runs_with_nothing_but_what_it_installs(tmp_path: Path) -> None:
-    """No torch, no numpy, no safetensors, no client of the Hub: everything else cannot be imported."""
+def test_lint_hook_pins_what_constraints_pin() -> None:
+    """Versions that pip has found to fit each other: with --no-deps it does not look."""
     (hook,) = load_yaml((ROOT / ".pre-commit-hooks.yaml").read_text())
-    first, *pinned = hook["additional_dependencies"]
-    assert first == "--no-deps"
-    pins = dict(pin.split("==") for pin in pinned)
-    known = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.M))
-    assert {name: pin for name, pin in pins.items() if known.get(name, pin) != pin} == {}
-    assert version("pydantic-core") == pins["pydantic-core"] or version("pydantic") != pins["pydantic"]
-    allowed = {"skillmerge"} | {name.replace("-", "_").removesuffix(".yaml") for name in pins}
-    (tmp_path / "past.yaml").write_text(RECIPES["past.yaml"])
-    (tmp_path / "wrong.yaml").write_text(RECIPES["past.yaml"].replace("merge:", "mrege:"))
-    program = tmp_path / "program.py"
-    program.write_text(BLOCK.replace("{allowed!r}", repr(allowed)))
-    words = [*hook["entry"].split()[1:], "past.yaml", "wrong.yaml"]
-    process = subprocess.run(
-        [sys.executable, program, *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (process.returncode, process.stderr) == (2, "")
-    assert "wrong.yaml:16:1: error: unknown key `mrege`" in process.stdout
+    pins = set(hook["additional_dependencies"]) - {"--no-deps"}
+    assert {pin.split("==")[0] for pin in pins} >= {"click", "pydantic", "pydantic-core", "rich", "ruamel.yaml"}
+    assert pins <= set((ROOT / "constraints.txt").read_text().splitlines())
 
 
 # -------------------------------------------------------------------------------- files about the project
@@ -222,5 +192,6 @@ def test_version_and_date_are_the_same_everywhere() -> None:
     assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d{2}-\d{2}", heading) for heading in released)
     assert released[0] == f"{skillmerge.__version__} - {citation['date-released']}"
     assert citation["version"] == skillmerge.__version__
+    assert f"such as `{skillmerge.__version__}`" in (ROOT / "action.yml").read_text()
     dates = [heading.split(" - ")[1] for heading in released]
     assert dates == sorted(dates, reverse=True)
