@@ -17,20 +17,20 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
+ENV PATH="/opt/venv/bin:$PATH"
 WORKDIR /opt/skillmerge
 COPY constraints.txt ./
 
 # An empty TORCH_INDEX means the wheels of the default index, which bring CUDA.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python3 -m venv /opt/venv \
-    && /opt/venv/bin/pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
+    && pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 
 COPY LICENSE README.md pyproject.toml ./
 COPY recipes ./recipes
 COPY skillmerge ./skillmerge
-RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[transformers,zstd]'
+RUN pip install --no-cache-dir -c constraints.txt '.[transformers,zstd]'
 
-ENV PATH="/opt/venv/bin:$PATH"
 USER 1000
 WORKDIR /models
 ENTRYPOINT ["skillmerge"]
