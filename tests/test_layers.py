@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "export.export extract rebuild sweep.in_memory sweep.setting",
         "apply export.lora export.patch plan sweep.search",
         "demo.miniature derive result source sweep.journal target",
-        "records",
+        "records sweep.candidates",
     ),
     "study": (
         "gates",
@@ -68,13 +68,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "changes depth mapping side_files compare.architectures compare.found compare.roles",
     ),
     "recipes": (
-        "candidates lint starter",
+        "lint starter",
         "parse",
         "recipe",
         "gate_table",
         "schema",
-        "expression lint_rules lock schedules yamltext foreign.documents tables.recipe",
-        "foreign.mergekit foreign.spellings tables.gates",
+        "expression lint_rules lock schedules source foreign.documents tables.recipe",
+        "yamltext foreign.mergekit foreign.spellings tables.gates",
         "tables.values",
     ),
     "checkpoints": (

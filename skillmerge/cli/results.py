@@ -54,7 +54,7 @@ def check_places(**files: str | bool | None) -> bool:
             raise UsageError(f"{path} cannot be written: {error.strerror}", fix=f"name another {option}") from error
     if len(printed) > 1:
         fix = f"name a file for {printed[-1]}" if printed[-1] != "--json" else f"name a file for {printed[0]}"
-        raise UsageError(f"{' and '.join(printed)} all write to standard output", fix=fix)
+        raise UsageError(f"{' and '.join(printed)} both write to standard output", fix=fix)
     return bool(printed)
 
 

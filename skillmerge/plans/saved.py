@@ -17,8 +17,9 @@ from typing import Any
 from skillmerge.errors import StalePlan, UsageError
 from skillmerge.plans.changes import differences
 from skillmerge.plans.plan import PLAN_VERSION, Plan
-from skillmerge.recipes.parse import SAVED_PLAN, parse_recipe
+from skillmerge.recipes.parse import parse_recipe
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.recipes.source import SAVED_PLAN
 
 _KEYS = ("version", "digest", "recipe", "versions", "inputs", "tensors")
 _REMARKS = ("recipe", "problems", "warnings", "notes", "compared", "merged_share")
@@ -94,9 +95,16 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
         try:
             if not path.is_file() or path.stat().st_size > _MAX_BYTES:
                 raise ValueError("it is no file of sane size")
-            document = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse(text, path)
+
+
+def parse(text: str, path: Path) -> SavedPlan:
+    """The same of a text; `path` is what messages call it."""
+    with _damage(path):
+        document = json.loads(text)
         if document["version"] != PLAN_VERSION:
             raise UsageError(f"{path}: plan version {document['version']!r} is not known to this skillmerge")
         missing = [key for key in _KEYS if key not in document]

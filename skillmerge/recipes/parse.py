@@ -14,14 +14,14 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path as FilePath
 from typing import Any
 
-from skillmerge.checkpoints.missing import near_path
-from skillmerge.errors import InputError, Mistakes, RecipeError, UsageError, did_you_mean, some
+from skillmerge.errors import Mistakes, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.expression import ExpressionError, Node, normalise_name, parse
 from skillmerge.recipes.gate_table import Gate, gates_of
 from skillmerge.recipes.recipe import CopyRule, Output, Push, Recipe, expression_error, local_path
 from skillmerge.recipes.schedules import LayerRange, Rule, Schedule, parse_layers
 from skillmerge.recipes.schema import read_table
+from skillmerge.recipes.source import SAVED_PLAN, RecipeSource, name_of, text_of
 from skillmerge.recipes.tables.gates import GatesTable
 from skillmerge.recipes.tables.recipe import (
     GatesFileTable,
@@ -36,18 +36,17 @@ from skillmerge.recipes.yamltext import Document, Path
 from skillmerge.remarks import ACCEPTABLE
 from skillmerge.tensors import parse_size
 
-RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
-SAVED_PLAN = '{\n "ok":'
-"""How a plan that was saved begins, and no recipe."""
 
+def load(source: RecipeSource, overrides: Mapping[str, float] | None = None) -> Recipe:
+    """Read and check a recipe; `overrides` (from --set) replace coefficients by numbers.
 
-def load(path: str | os.PathLike[str], overrides: Mapping[str, float] | None = None) -> Recipe:
-    """Read and check the recipe at `path`; `overrides` (from --set) replace coefficients by numbers.
-
+    Relative paths in a dict, and in what comes from standard input, start at the working folder.
     Raises RecipeError for whatever is wrong with the text, UsageError where there is no such recipe.
     """
-    path = FilePath(path)
-    text = _text_of(path)
+    text = text_of(source)
+    if isinstance(source, Mapping):
+        return parse_recipe(text, name_of(source), FilePath(), overrides or {}, by_hand=False)
+    path = FilePath(source)
     if text.startswith(SAVED_PLAN):
         raise UsageError(
             f"{path} is a saved plan, not a recipe", fix="`skillmerge apply` takes it; elsewhere name the recipe"
@@ -58,32 +57,10 @@ def load(path: str | os.PathLike[str], overrides: Mapping[str, float] | None = N
 def load_gates(path: str | os.PathLike[str]) -> tuple[Gate, ...]:
     """The gates in a file of their own, or of a recipe. Raises RecipeError, UsageError."""
     path = FilePath(path)
-    document = yamltext.read(_text_of(path), str(path))
+    document = yamltext.read(text_of(path), str(path))
     if isinstance(document.data, dict) and "skillmerge" in document.data:
         return parse_recipe(document.text, str(path), path.parent).gates
     return gates_of(read_table(document, GatesFileTable).gates, document, path.parent)
-
-
-def _text_of(path: FilePath) -> str:
-    """What a person wrote, within bounds."""
-    try:
-        if path.is_dir():
-            inside = [file.name for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")]
-            fix = f"did you mean `{path / inside[0]}`?" if inside else "name a recipe file, such as `recipe.yaml`"
-            raise UsageError(f"{path} is a folder, not a recipe", fix=fix)
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is not a file", fix="save the recipe as a file and name that")
-        if path.stat().st_size > yamltext.MAX_BYTES:
-            raise RecipeError(f"{path}: is larger than {yamltext.MAX_BYTES // 1024} KiB, which no recipe needs")
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        near = near_path(path, str(path), lambda other: other.suffix in RECIPE_SUFFIXES and other.is_file())
-        fix = near or "`skillmerge init` writes a recipe to start from"
-        raise UsageError(f"{path} does not exist", fix=fix) from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def parse_recipe(
