@@ -15,6 +15,7 @@ import pytest
 
 import skillmerge
 from skillmerge.recipes.tables.recipe import OutputTable
+from skillmerge.remarks import ACCEPTABLE
 
 SERVER = Path(sys.prefix, "yaml-language-server/node_modules/yaml-language-server/bin/yaml-language-server")
 START = "skillmerge: 1\nmodels:\n  target: ./a\nmerge: target\n"
@@ -53,6 +54,13 @@ def test_defaults_are_those_of_the_recipe_and_never_nothing() -> None:
         key: field.default for key, field in OutputTable.model_fields.items() if field.default not in (None, [])
     }
     assert nodes["rounding"]["default"] == "nearest"
+
+
+def test_names_to_accept_say_what_they_mean() -> None:
+    names = skillmerge.schema()["properties"]["accept"]["items"]
+    meanings = dict(zip(names["enum"], names["enumDescriptions"], strict=True))
+    assert meanings.keys() == ACCEPTABLE.keys()
+    assert meanings["window"] == "Another sliding window."
 
 
 class Editor:
@@ -110,8 +118,9 @@ class Editor:
         place = {"line": 1 + before.count("\n"), "character": len(before.split("\n")[-1])}
         return self.ask(f"textDocument/{method}", textDocument={"uri": self.open(before + after)}, position=place)
 
-    def complete(self, text: str) -> list[str]:
-        return [item["label"] for item in self._at("completion", text)["items"]]
+    def complete(self, text: str) -> dict[str, Any]:
+        """What can be written there, and what the editor says of each."""
+        return {item["label"]: item.get("documentation") for item in self._at("completion", text)["items"]}
 
     def hover(self, text: str) -> str:
         return str(self._at("hover", text)["contents"]["value"])
@@ -136,8 +145,8 @@ def editor(tmp_path: Path) -> Iterator[Editor]:
 
 def test_yaml_language_server_completes_explains_and_checks(editor: Editor) -> None:
     assert {"dtype", "rounding", "push"} <= set(editor.complete(START + "output:\n  path: ./m\n  |"))
-    assert editor.complete(START + "output:\n  dtype: |") == ["same", "bfloat16", "float16", "float32"]
-    assert "chat-template" in editor.complete(START + "accept: [|]\n")
+    assert list(editor.complete(START + "output:\n  dtype: |")) == ["same", "bfloat16", "float16", "float32"]
+    assert editor.complete(START + "accept: [|]\n")["window"] == "Another sliding window."
     assert "run" in editor.complete(START + "gates:\n  commands:\n    - |")
     assert {"layers", "modules", "ramp"} <= set(editor.complete(START + "coefficients:\n  lam:\n    rules:\n      - |"))
     assert {"skill", "patch", "rename"} <= set(editor.complete("skillmerge: 1\nmodels:\n  a:\n    |\nmerge: a\n"))

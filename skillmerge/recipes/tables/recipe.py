@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, FiniteFloat, Tag
+from pydantic import BeforeValidator, Field, FiniteFloat, JsonValue, Tag
 
 from skillmerge.recipes.tables.gates import GatesTable
 from skillmerge.recipes.tables.values import PLAIN_OR_TABLE, Glob, Globs, Kinds, Layers, Table
 from skillmerge.remarks import ACCEPTABLE
+
+_MEANINGS: list[JsonValue] = [f"{meaning[0].upper()}{meaning[1:]}." for meaning in ACCEPTABLE.values()]
 
 
 def _plain_version(value: object) -> object:
@@ -305,7 +307,7 @@ class RecipeTable(Table):
         Field(description="Globs over tensors of other models to leave out.", examples=[["lm_head.weight"]]),
     ] = []
     accept: Annotated[
-        list[Annotated[str, Field(json_schema_extra={"enum": list(ACCEPTABLE)})]],
+        list[Annotated[str, Field(json_schema_extra={"enum": list(ACCEPTABLE), "enumDescriptions": _MEANINGS})]],
         Field(
             description="Differences between the models that you have checked and accept, by name.",
             examples=[["tokenizer", "chat-template"]],
