@@ -256,7 +256,7 @@ def test_figures_of_directions_are_those_that_are_computed() -> None:
 
 
 def test_docs_say_what_the_figures_mean() -> None:
-    docs = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
+    docs = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     for key, figure in {**FIGURES, **SPECTRAL, **FORECAST}.items():
         assert f"| {figure.label} | `{key}` |" in docs, key
         assert figure.formula.replace("|", "\\|") in docs

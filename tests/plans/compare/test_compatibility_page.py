@@ -64,7 +64,7 @@ def test_page_has_the_table_of_today() -> None:
 
 
 def test_pages_link_to_it_and_its_links_lead_somewhere() -> None:
-    assert "(compatibility.md" in (DOCS / "reference.md").read_text()
+    assert "(compatibility.md" in (DOCS / "recipe.md").read_text()
     readme = (DOCS.parent / "README.md").read_text()
     assert "(docs/compatibility.md)" in readme
     assert "(docs/troubleshooting.md)" in readme

@@ -1,0 +1,111 @@
+"""What the site takes from elsewhere when mkdocs builds it: commands, recipes, the API, and files of the repository.
+
+Pages hold a comment such as `<!-- commands -->` where generated text goes. A page in INCLUDED is the file itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import click
+
+from skillmerge import _HOMES
+from skillmerge.cli.main import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+INCLUDED = {
+    "benchmarks.md": "benchmarks/RESULTS.md",
+    "evidence.md": "experiments/RESULTS.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+}
+IMAGES = ["experiments/accuracy.png", "experiments/orthogonality.png", "experiments/recall.png"]
+LINK = re.compile(r"(?P<code>^```.*?^```$|`[^`\n]+`)|(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)", re.M | re.S)
+WIDTH = 88
+
+
+def commands() -> str:
+    """The help of every command, as a terminal shows it."""
+    root = click.Context(cli, info_name="skillmerge", terminal_width=WIDTH, color=False)
+    parts = [f"```text\n{cli.get_help(root).rstrip()}\n```\n"]
+    for name in cli.list_commands(root):
+        command = cli.commands[name]
+        context = click.Context(command, info_name=name, parent=root, terminal_width=WIDTH, color=False)
+        parts.append(f"## skillmerge {name}\n\n```text\n{command.get_help(context).rstrip()}\n```\n")
+    return "\n".join(parts)
+
+
+def recipes() -> str:
+    """Each file of recipes/: its first comment as text, then the file."""
+    parts = []
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        comment, body = [], path.read_text().splitlines()
+        while body and body[0].startswith("#"):
+            comment.append(body.pop(0).removeprefix("#").strip())
+        text, code = "\n".join(comment), "\n".join(body)
+        parts.append(f"## {path.stem}\n\n{text}\n\n```yaml\n# {path.name}\n{code}\n```\n")
+    return "\n".join(parts)
+
+
+def api() -> str:
+    """Every public name, from its docstring."""
+    order = sorted(_HOMES, key=lambda name: (name[0].isupper(), name))
+    return "\n".join(f"::: skillmerge.{_HOMES[name]}.{name}\n" for name in order)
+
+
+GENERATED = {"commands": commands, "recipes": recipes, "api": api}
+
+
+def with_generated(markdown: str) -> str:
+    for name, make in GENERATED.items():
+        mark = f"<!-- {name} -->"
+        if mark in markdown:
+            markdown = markdown.replace(mark, make())
+    return markdown
+
+
+def site_link(target: str, folder: str) -> str | None:
+    """Where a link of a file in a folder of the repository leads on the site; None for what the site has not."""
+    path, _, anchor = target.partition("#")
+    found = os.path.normpath(PurePosixPath(folder, path))
+    anchor = f"#{anchor}" if anchor else ""
+    for page, source in INCLUDED.items():
+        if found == source:
+            return page + anchor
+    if found.startswith("docs/"):
+        return found.removeprefix("docs/") + anchor
+    if found.startswith("recipes/") and found.endswith(".yaml"):
+        return f"recipes.md#{PurePosixPath(found).stem}"
+    return f"images/{found}" if found in IMAGES else None
+
+
+def with_links(markdown: str, folder: str) -> str:
+    """Links that lead out of the site become plain text."""
+
+    def change(match: re.Match[str]) -> str:
+        target = match["target"]
+        if match["code"] or re.match(r"[a-z]+:", target) or target.startswith("#"):
+            return match[0]
+        found = site_link(target, folder)
+        return match["text"] if found is None else f"{match['image']}[{match['text']}]({found})"
+
+    return LINK.sub(change, markdown)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    from mkdocs.structure.files import File
+
+    for image in IMAGES:
+        files.append(File.generated(config, f"images/{image}", abs_src_path=str(ROOT / image)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    source = INCLUDED.get(page.file.src_uri)
+    if source:
+        text = (ROOT / source).read_text().replace("][", "]\\[")  # two brackets in a row are no reference in these
+        return with_links(text, str(PurePosixPath(source).parent))
+    return with_links(with_generated(markdown), "docs")

@@ -1,0 +1,108 @@
+"""Pages of the docs as scripts: their files, their console blocks, and what the commands print.
+
+A file is named in backticks before its block (`recipe.yaml`:). In a ```console block a line that begins with `$ ` is a
+command, one that begins with `> ` continues it, and the other lines are what it prints.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from command_server import Commands
+from hub_server import HubServer
+
+from skillmerge.verbs.demo.miniature import FAMILY
+
+DOCS = Path(__file__).parent.parent / "docs"
+RECIPE = DOCS.parent / "recipes" / "past.yaml"
+FILE = re.compile(r"^`([\w./-]+)`:\n\n```\w+\n(.*?)```$", re.M | re.S)
+CONSOLE = re.compile(r"(?<=^```console\n)(.*?)(?=^```$)", re.M | re.S)
+MARK = "@@@ another command @@@"
+VARYING = [
+    (r"\b[0-9a-f]{64}\b", "DIGEST"),
+    (r"\b[0-9a-f]{12}\b", "PLAN"),
+    (r"\b[0-9a-f]{40}\b", "COMMIT"),
+    (r"urn:uuid:[0-9a-f-]{36}", "UUID"),
+    (r"\d{4}-\d\d-\d\dT[\d:.]+Z?", "TIME"),
+    (r"in \d+\.\d s", "in SECONDS"),
+    (r"\d+(\.\d+)? (GB|TB)\b", "ROOM"),
+    (r"about \d+(\.\d+)?\s+MB\s+with\s+\d+\s+threads", "MEMORY"),
+    (r"drwx.*\n", ""),
+]
+
+
+def commands(block: str) -> list[str]:
+    """The commands of a block; one that goes on in further lines has these in it."""
+    found: list[str] = []
+    for line in block.splitlines():
+        if line.startswith("$ "):
+            found.append(line[2:])
+        elif line.startswith("> ") and found:
+            found[-1] += "\n" + line[2:]
+    return found
+
+
+def shown(command: str) -> str:
+    return "$ " + command.replace("\n", "\n> ") + "\n"
+
+
+def run_all(blocks: list[str], folder: Path, environment: dict[str, str]) -> list[str]:
+    """What each command of the blocks prints, in one shell."""
+    script = ["last=0"]
+    for block in blocks:
+        for command in commands(block):
+            script += [f"printf '%s\\n' '{MARK}'", "(exit $last)", command, "last=$?"]
+    process = subprocess.run(
+        ["bash", "-c", "\n".join(script)], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    return process.stdout.split(f"{MARK}\n")[1:]
+
+
+def prepare(folder: Path, text: str) -> None:
+    """The small trained models, a recipe for them, and the files that the page shows."""
+    folder.mkdir()
+    for model in ("base", "target-sft", "source-rl", "source-sft"):
+        shutil.copytree(FAMILY / model, folder / model)
+    shutil.copy(RECIPE, folder / "recipe.yaml")
+    for name, content in FILE.findall(text):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def played(page: Path, where: Path, server: Commands, left_out: Callable[[str], bool]) -> str:
+    """The page, each command followed by what it prints now; blocks that are left out stay as they are."""
+    text = page.read_text()
+    folder = where / "work"
+    prepare(folder, text)
+    run = [block for block in CONSOLE.findall(text) if not left_out(block)]
+    with HubServer(where / "hub") as hub:
+        for model in ("target-sft", "source-rl", "source-sft"):
+            hub.create_from(f"acme/{model}", FAMILY / model)
+        path = f"{server.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        fixed = {"PATH": path, "NO_COLOR": "1", "COLUMNS": "100", "LC_ALL": "C.UTF-8", "HOME": str(where)}
+        printed = run_all(run, folder, {**os.environ, **hub.variables(), **fixed})
+        printed = [output.replace(hub.endpoint, "https://huggingface.co") for output in printed]
+    printed = [output.replace(str(folder), "/home/ci") for output in printed]
+    printed = ["".join(f"{line.rstrip()}\n" for line in output.splitlines()) for output in printed]
+    left = iter(printed)
+
+    def fill(match: re.Match[str]) -> str:
+        if left_out(match[1]):
+            return match[1]
+        return "".join(shown(command) + next(left, "") for command in commands(match[1]))
+
+    return CONSOLE.sub(fill, text)
+
+
+def steady(text: str) -> str:
+    """The text without what differs from run to run."""
+    for pattern, word in VARYING:
+        text = re.sub(pattern, word, text)
+    return text
