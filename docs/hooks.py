@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,6 +15,7 @@ import click
 
 from skillmerge import _HOMES
 from skillmerge.cli.main import cli
+from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL, Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 INCLUDED = {
@@ -23,7 +25,8 @@ INCLUDED = {
     "contributing.md": "CONTRIBUTING.md",
 }
 IMAGES = ["experiments/accuracy.png", "experiments/orthogonality.png", "experiments/recall.png"]
-LINK = re.compile(r"(?P<code>^```.*?^```$|`[^`\n]+`)|(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)", re.M | re.S)
+CODE = r"(?P<code>^```.*?^```$|`[^`\n]+`)"
+LINK = re.compile(CODE + r"|(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)", re.M | re.S)
 WIDTH = 88
 
 
@@ -56,7 +59,23 @@ def api() -> str:
     return "\n".join(f"::: skillmerge.{_HOMES[name]}.{name}\n" for name in order)
 
 
-GENERATED = {"commands": commands, "recipes": recipes, "api": api}
+def figures(table: Mapping[str, Figure]) -> str:
+    """What the figures of inspect mean, as a table."""
+    rows = [["figure", "key in JSON", "formula", "meaning"], ["---"] * 4]
+    for key, figure in table.items():
+        source = f" Source: {figure.source}." if figure.source else ""
+        rows.append([figure.label, f"`{key}`", f"`{figure.formula}`".replace("|", "\\|"), figure.meaning + source])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+GENERATED = {
+    "commands": commands,
+    "recipes": recipes,
+    "api": api,
+    "updates": lambda: figures(FIGURES),
+    "directions": lambda: figures(SPECTRAL),
+    "forecast": lambda: figures(FORECAST),
+}
 
 
 def with_generated(markdown: str) -> str:

@@ -23,6 +23,19 @@ DOCS = Path(__file__).parent.parent / "docs"
 RECIPE = DOCS.parent / "recipes" / "past.yaml"
 FILE = re.compile(r"^`([\w./-]+)`:\n\n```\w+\n(.*?)```$", re.M | re.S)
 CONSOLE = re.compile(r"(?<=^```console\n)(.*?)(?=^```$)", re.M | re.S)
+TRAINING = """\
+import shutil, sys
+shutil.copytree("source-{kind}", sys.argv[sys.argv.index("--out") + 1])
+"""
+STAND_INS = {
+    "refinement.md": {
+        "train_sft.py": TRAINING.format(kind="sft"),
+        "train_rl.py": TRAINING.format(kind="rl"),
+        "refine.yaml": (DOCS.parent / "recipes" / "refine.yaml").read_text(),
+    },
+}
+"""Files that a page expects its reader to have: page -> name -> content. Training is a copy of a trained model."""
+
 MARK = "@@@ another command @@@"
 VARYING = [
     (r"\b[0-9a-f]{64}\b", "DIGEST"),
@@ -30,9 +43,9 @@ VARYING = [
     (r"\b[0-9a-f]{40}\b", "COMMIT"),
     (r"urn:uuid:[0-9a-f-]{36}", "UUID"),
     (r"\d{4}-\d\d-\d\dT[\d:.]+Z?", "TIME"),
-    (r"in \d+\.\d s", "in SECONDS"),
-    (r"\d+(\.\d+)? (GB|TB)\b", "ROOM"),
-    (r"about \d+(\.\d+)?\s+MB\s+with\s+\d+\s+threads", "MEMORY"),
+    (r"in\s+\d+\.\d\s+s", "in SECONDS"),
+    (r"about\s+[\d.,]+\s+[MG]B\s+with\s+\d+\s+threads", "MEMORY"),
+    (r"\d+(\.\d+)?\s+(GB|TB)\b", "ROOM"),
     (r"drwx.*\n", ""),
 ]
 
@@ -65,13 +78,13 @@ def run_all(blocks: list[str], folder: Path, environment: dict[str, str]) -> lis
     return process.stdout.split(f"{MARK}\n")[1:]
 
 
-def prepare(folder: Path, text: str) -> None:
+def prepare(folder: Path, page: str, text: str) -> None:
     """The small trained models, a recipe for them, and the files that the page shows."""
     folder.mkdir()
     for model in ("base", "target-sft", "source-rl", "source-sft"):
         shutil.copytree(FAMILY / model, folder / model)
     shutil.copy(RECIPE, folder / "recipe.yaml")
-    for name, content in FILE.findall(text):
+    for name, content in [*STAND_INS.get(page, {}).items(), *FILE.findall(text)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
 
@@ -80,7 +93,7 @@ def played(page: Path, where: Path, server: Commands, left_out: Callable[[str], 
     """The page, each command followed by what it prints now; blocks that are left out stay as they are."""
     text = page.read_text()
     folder = where / "work"
-    prepare(folder, text)
+    prepare(folder, page.name, text)
     run = [block for block in CONSOLE.findall(text) if not left_out(block)]
     with HubServer(where / "hub") as hub:
         for model in ("target-sft", "source-rl", "source-sft"):
@@ -101,8 +114,8 @@ def played(page: Path, where: Path, server: Commands, left_out: Callable[[str], 
     return CONSOLE.sub(fill, text)
 
 
-def steady(text: str) -> str:
-    """The text without what differs from run to run."""
+def steady(text: str) -> list[str]:
+    """The words of the text without what differs from run to run, and lines break elsewhere for."""
     for pattern, word in VARYING:
         text = re.sub(pattern, word, text)
-    return text
+    return text.split()

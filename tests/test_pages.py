@@ -14,7 +14,7 @@ from command_server import Commands
 from console_pages import CONSOLE, DOCS, commands, played, steady
 
 NOT_RUN = {
-    ("install.md", "pip install ."): "downloads packages",
+    ("filesystems.md", "skillmerge doctor /mnt/models"): "shows a filesystem without locks",
 }
 """Page and first command of each block that is not run -> why."""
 

@@ -253,12 +253,3 @@ def test_ticks_are_few_and_hold_the_values(low: float, high: float) -> None:
 
 def test_figures_of_directions_are_those_that_are_computed() -> None:
     assert tuple(SPECTRAL) == spectrum.SPECTRUM_KEYS
-
-
-def test_docs_say_what_the_figures_mean() -> None:
-    docs = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    for key, figure in {**FIGURES, **SPECTRAL, **FORECAST}.items():
-        assert f"| {figure.label} | `{key}` |" in docs, key
-        assert figure.formula.replace("|", "\\|") in docs
-        assert figure.meaning in docs
-        assert figure.source in docs
