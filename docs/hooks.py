@@ -27,18 +27,24 @@ INCLUDED = {
 IMAGES = ["experiments/accuracy.png", "experiments/orthogonality.png", "experiments/recall.png"]
 CODE = r"(?P<code>^```.*?^```$|`[^`\n]+`)"
 LINK = re.compile(CODE + r"|(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)", re.M | re.S)
-WIDTH = 88
+WIDTH = 80
 
 
 def commands() -> str:
-    """The help of every command, as a terminal shows it."""
+    """The help of every command, as a terminal shows it, by subject."""
     root = click.Context(cli, info_name="skillmerge", terminal_width=WIDTH, color=False)
-    parts = [f"```text\n{cli.get_help(root).rstrip()}\n```\n"]
-    for name in cli.list_commands(root):
-        command = cli.commands[name]
-        context = click.Context(command, info_name=name, parent=root, terminal_width=WIDTH, color=False)
-        parts.append(f"## skillmerge {name}\n\n```text\n{command.get_help(context).rstrip()}\n```\n")
+    parts = [block(cli.get_help(root))]
+    for subject, names in cli.groups.items():
+        parts.append(f"## {subject}\n")
+        for name in names:
+            command = cli.commands[name]
+            context = click.Context(command, info_name=name, parent=root, terminal_width=WIDTH, color=False)
+            parts.append(f"### skillmerge {name}\n\n{block(command.get_help(context))}")
     return "\n".join(parts)
+
+
+def block(text: str) -> str:
+    return "```text\n" + text.replace("\N{NO-BREAK SPACE}", " ").rstrip() + "\n```\n"
 
 
 def recipes() -> str:

@@ -59,7 +59,7 @@ def words(command: click.Command) -> set[str]:
     for parameter in command.params:
         long = [name for name in parameter.opts if name.startswith("--")]
         found.add(long[0].removeprefix("--").replace("-", "_") if long else str(parameter.name))
-    return found - {"help", "log_format"}
+    return found - {"help", "log_format", "details"}
 
 
 # ------------------------------------------------------------------------------------------------ names

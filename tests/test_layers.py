@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).parent.parent / "skillmerge"
 ROOMS: dict[str, tuple[str, ...]] = {
     "cli": (
         "main",
-        "merging proving starting studying",
+        "commands.merging commands.proving commands.starting commands.studying",
         "results",
-        "show.page show.study_tables",
-        "show.charts show.heat_maps show.markdown show.page_remarks show.page_table show.terminal",
-        "event_log flags show.html show.tables",
-        "doctor messages show.figures show.sarif usage",
+        "show.inspection show.report.page",
+        "show.merging show.report.charts show.report.heat_maps show.report.remarks show.report.tensor_table",
+        "show.markdown show.proving show.sentences show.starting show.studying",
+        "event_log flags show.listings show.report.html show.table",
+        "completion doctor help messages show.figures show.sarif usage",
     ),
     "verbs": (
         "demo.demo",
@@ -110,10 +111,10 @@ LONG_FUNCTIONS = {"verbs.apply.apply": "25 keywords, each on a line of its own, 
 HOMES = {
     "numpy": {"checkpoints.kinds.sparse"},
     "click": {
-        "cli.main", "cli.flags", "cli.merging", "cli.studying", "cli.proving", "cli.starting", "cli.results",
-        "cli.usage",
+        "cli.main", "cli.completion", "cli.flags", "cli.help", "cli.results", "cli.usage", "cli.commands.merging",
+        "cli.commands.studying", "cli.commands.proving", "cli.commands.starting",
     },
-    "rich": {"cli.show.terminal", "cli.show.study_tables"},
+    "rich": {f"cli.show.{name}" for name in ("inspection", "merging", "proving", "starting", "studying", "table")},
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},
     "pydantic": {"recipes.schema", "outputs.manifest"},

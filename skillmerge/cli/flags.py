@@ -1,24 +1,21 @@
-"""Options of commands: their environment variables, their types, and the options that several commands have."""
+"""Options that several commands have, in their groups, and the types of options."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from skillmerge.cli.help import MESSAGES, Command, option
 from skillmerge.cli.messages import FORMAT
 from skillmerge.errors import UsageError
 
-
-def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
-    """Return a click option that SKILLMERGE_<NAME> in the environment sets too."""
-    long = next(name for name in names if name.startswith("--"))
-    variable = "SKILLMERGE_" + long.removeprefix("--").split("/")[0].replace("-", "_").upper()
-    return click.option(*names, envvar=variable, show_envvar=False, **attributes)
+MERGE, INPUTS, OUTPUT, PUBLISH = "Merge", "Inputs", "Output", "Publish"
+SIGNATURE, REPORTS = "Signature", "Reports"
+"""Groups of options on help screens."""
 
 
 _FEW_BYTES = 1_000_000
@@ -86,7 +83,7 @@ class Runtime(click.ParamType):  # type: ignore[type-arg]
         return str(word)
 
 
-class LoadCommand(click.Command):
+class LoadCommand(Command):
     """A command whose `--load` may stand without a value, in front of anything but the name of a runtime."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -118,44 +115,77 @@ class Coefficient(click.ParamType):  # type: ignore[type-arg]
 
 
 set = option(
-    "--set",
-    "coefficients",
-    multiple=True,
-    type=Coefficient(),
-    help="A coefficient in place of the recipe's, its rules included.",
-)
-output = option("--output", "-o", type=click.Path(), help="The folder to write, in place of the recipe's.")
+    "--set", "coefficients", group=MERGE, multiple=True, type=Coefficient(), metavar="NAME=NUMBER",
+    help="Override a coefficient, including its rules",
+)  # fmt: skip
+device = option(
+    "--device", group=MERGE, type=Device(), default="auto", metavar="DEVICE",
+    help="auto, cpu, cuda or cuda:N  [default: auto]",
+)  # fmt: skip
 threads = option(
-    "--threads", type=click.IntRange(1, 256), help="Workers. Default: as many as there are cores, at most 16."
-)
-memory = option("--memory-limit", type=Size(), help="Bound on resident memory, such as 2GB.")
-as_json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-code = option("--allow-code", is_flag=True, help="Accept a config whose auto_map runs code, and carry *.py files.")
-links = option("--follow-links", is_flag=True, help="Accept links that lead out of a checkpoint's folder.")
-strict = option("--strict", is_flag=True, help="Refuse what would be a warning.")
-locked = option("--locked", is_flag=True, help="Refuse revisions that can change and are not in the lock file.")
-private = option("--private/--public", default=None, help="Of a repository that is made.")
-revision = option("--revision", help="The branch of the Hub's repository to commit to.")
-pull_request = option(
-    "--pull-request/--no-pull-request", default=None, help="By default only where a model is there already."
-)
-message = option("--message", help="Of the commit.")
+    "--threads", group=MERGE, type=click.IntRange(1, 256), metavar="N",
+    help="Worker threads  [default: one per core, max 16]",
+)  # fmt: skip
+memory = option("--memory-limit", group=MERGE, type=Size(), metavar="SIZE", help="Memory limit, such as 2GB")
+stats = option(
+    "--stats", group=MERGE, type=click.Choice(["full", "sampled", "off"]), default="sampled", metavar="MODE",
+    help="Rounding statistics: full, sampled or off  [default: sampled]",
+)  # fmt: skip
+strict = option("--strict", group=MERGE, is_flag=True, help="Treat warnings as problems")
 hub = option(
-    "--hub", type=click.Choice(["stream", "download"]), default="stream", show_default=True,
-    help="Stream models on the Hub, or put them into its local cache first.",
+    "--hub", group=INPUTS, type=click.Choice(["stream", "download"]), default="stream", metavar="MODE",
+    help="stream Hub models, or download them first  [default: stream]",
 )  # fmt: skip
-report = option(
-    "--report", "report_file", type=click.Path(dir_okay=False), help="Also write it as one HTML page into this file."
+locked = option("--locked", group=INPUTS, is_flag=True, help="Require pinned Hub revisions")
+hash_inputs = option("--hash-inputs", group=INPUTS, is_flag=True, help="Record the SHA-256 of input files")
+links = option("--follow-links", group=INPUTS, is_flag=True, help="Allow links that leave a checkpoint folder")
+code = option("--allow-code", group=INPUTS, is_flag=True, help="Allow custom model code, and copy *.py files")
+nonfinite = option("--allow-nonfinite", group=INPUTS, is_flag=True, help="Allow NaN and Inf in weights")
+base_folder = option(
+    "--base-folder", group=INPUTS, type=click.Path(), metavar="DIR",
+    help="Folder that the recipe's relative paths start from  [default: the recorded one]",
+)  # fmt: skip
+output = option(
+    "--output", "-o", group=OUTPUT, type=click.Path(), metavar="DIR", help="Output folder  [default: the recipe's]"
 )
-nonfinite = option("--allow-nonfinite", is_flag=True, help="Accept NaN and Inf in weights.")
-certificate_chain = option(
-    "--certificate-chain", type=click.Path(), multiple=True,
-    help="Certificates up to a root, in PEM form: those to send along, or those to trust. May be given again.",
+new_output = option(
+    "--output", "-o", group=OUTPUT, type=click.Path(), required=True, metavar="DIR", help="Output folder"
+)
+overwrite = option("--overwrite", group=OUTPUT, is_flag=True, help="Replace an existing output")
+private = option("--private/--public", group=PUBLISH, default=None, help="Visibility of a new repository")
+revision = option("--revision", group=PUBLISH, metavar="BRANCH", help="Branch to commit to  [default: main]")
+pull_request = option(
+    "--pull-request/--no-pull-request", group=PUBLISH, default=None,
+    help="Open a pull request  [default: if a model exists]",
 )  # fmt: skip
-private_key = option("--private-key", type=click.Path(), metavar="KEY", help="The EC key to sign with, in PEM form.")
+message = option("--message", group=PUBLISH, metavar="TEXT", help="Commit message")
+report = option(
+    "--report", "report_file", group=REPORTS, type=click.Path(dir_okay=False), metavar="FILE",
+    help="Write an HTML report",
+)  # fmt: skip
+result_file = option(
+    "--result-file", group=REPORTS, type=click.Path(dir_okay=False), metavar="FILE", help="Write the JSON result"
+)
+events = option(
+    "--events", "events_file", group=REPORTS, type=click.Path(), metavar="FILE", help="Append events as JSON lines"
+)
+junit = option(
+    "--junit", "junit_file", group=REPORTS, type=click.Path(dir_okay=False), metavar="FILE",
+    help="Write checks as JUnit XML",
+)  # fmt: skip
+as_json = option("--json", "as_json", group=REPORTS, is_flag=True, help="Print the JSON result")
+quiet = option("--quiet", "-q", group=MESSAGES, is_flag=True, help="Print only results, warnings and errors")
+verbose = option("--verbose", "-v", group=MESSAGES, is_flag=True, help="Print each step")
+certificate_chain = option(
+    "--certificate-chain", group=SIGNATURE, type=click.Path(), multiple=True, metavar="FILE",
+    help="PEM certificates up to a root; repeatable",
+)  # fmt: skip
+private_key = option(
+    "--private-key", group=SIGNATURE, type=click.Path(), metavar="FILE", help="PEM file with the EC key to sign with"
+)
 password_file = option(
-    "--password-file", type=click.Path(),
-    help="Holds the password of an encrypted key, in place of SKILLMERGE_KEY_PASSWORD.",
+    "--password-file", group=SIGNATURE, type=click.Path(), metavar="FILE",
+    help="File with the key's password  [default: SKILLMERGE_KEY_PASSWORD]",
 )  # fmt: skip
 
 
@@ -172,19 +202,13 @@ def password(file: str | None) -> str | None:
         raise UsageError(f"the password file {file} cannot be read") from error
 
 
-base_folder = option(
-    "--base-folder", type=click.Path(), help="What relative paths of the recipe start from, if it was moved."
-)
-events = option("--events", "events_file", type=click.Path(), help="Append what happens to this file, as JSON lines.")
-junit = option("--junit", "junit_file", type=click.Path(dir_okay=False), help="Write gates and checks as JUnit XML.")
-
-
 def _use_log_format(context: click.Context, parameter: click.Parameter, value: str) -> None:
     os.environ[FORMAT] = value
 
 
 log_format = option(
-    "--log-format", type=click.Choice(["text", "json"]), default="text", is_eager=True, expose_value=False,
-    callback=_use_log_format, help="Of messages and progress on stderr.",
+    "--log-format", group=MESSAGES, type=click.Choice(["text", "json"]), default="text", is_eager=True,
+    expose_value=False, callback=_use_log_format, metavar="FORMAT",
+    help="text or json messages on stderr  [default: text]",
 )  # fmt: skip
 """Every command has it."""

@@ -15,7 +15,9 @@ from typing import Any, NoReturn
 
 import click
 
-from skillmerge.cli import flags, merging, proving, starting, studying, usage
+from skillmerge.cli import flags, usage
+from skillmerge.cli.commands import merging, proving, starting, studying
+from skillmerge.cli.help import Commands
 from skillmerge.cli.messages import as_json, log
 from skillmerge.cli.results import print_json
 from skillmerge.errors import Interrupted, ResourceError, SkillmergeError, Terminated, UsageError, machine_errors
@@ -32,11 +34,19 @@ Exit statuses:
     or does not fit                 command continues"""
 
 
+_GROUPS = {
+    "Start": ("demo", "init", "schema", "doctor"),
+    "Merge": ("lint", "plan", "apply", "sweep"),
+    "Inspect and reuse": ("inspect", "extract", "export", "derive"),
+    "Verify and publish": ("verify", "gate", "rebuild", "sign", "attest", "push"),
+}
+
+
 class _OutputClosed(Exception):
     """Raised when the reader of stdout closes it."""
 
 
-class _Commands(click.Group):
+class _Commands(Commands):
     """The group of commands. A stdout that is closed or full is not a bug, as which click would report it."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
@@ -59,13 +69,33 @@ class _Commands(click.Group):
             raise
 
 
-@click.group(cls=_Commands, epilog=_EXIT_STATUSES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="skillmerge")
-def cli() -> None:
-    """Merge model checkpoints as a recipe says: streaming, at copy speed, with proof.
+def _install_completion(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from skillmerge.cli.completion import install
 
-    Start with `skillmerge demo`, or `skillmerge init` for a recipe of your own.
-    """
+        for line in install(cli):
+            click.echo(line)
+        context.exit()
+
+
+@click.group(
+    cls=_Commands,
+    groups=_GROUPS,
+    examples=("init recipe.yaml", "apply recipe.yaml --set lam=0.7"),
+    epilog=_EXIT_STATUSES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option(
+    "--install-completion",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_install_completion,
+    help="Complete commands and options in your shell",
+)
+@click.version_option(__version__, prog_name="skillmerge", help="Show the version")
+def cli() -> None:
+    """Merge model checkpoints from disk or the Hugging Face Hub."""
 
 
 for _command in (
@@ -95,7 +125,7 @@ def main() -> NoReturn:
 def run() -> int:
     """Run the command of `sys.argv`, turn errors into a message, and return the exit status."""
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(prog_name="skillmerge", standalone_mode=False)
         sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         terminated = isinstance(error.__cause__ or error, Terminated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +15,8 @@ from skillmerge.errors import UsageError
 if TYPE_CHECKING:
     from skillmerge.verbs.result import Result
 
+
+STANDARD_OUTPUT = "-"
 
 OURS = {
     "--report": ("<!doctype html>",),
@@ -27,15 +30,21 @@ OURS = {
 """How the files of an option begin. An option replaces such a file, and no other."""
 
 
-def check_places(**files: str | None) -> None:
-    """Check before any work that each file can be written. The keywords are the options, with `_` for `-`.
+def check_places(**files: str | bool | None) -> bool:
+    """Check before any work that each file can be written, and return whether standard output is one of them.
 
+    The keywords are the options, with `_` for `-`; a flag that is True writes to standard output, as `-` does. Nothing
+    else may be printed there then.
     Raises UsageError for a file of another kind, one inside an output or its staging folder, and one named twice.
     """
     seen: dict[Path, str] = {}
+    printed: list[str] = []
     for name, path in files.items():
         option = f"--{name.replace('_', '-')}"
-        if path is None:
+        if path is None or path is False:
+            continue
+        if path is True or path == STANDARD_OUTPUT:
+            printed.append(option)
             continue
         if (other := seen.setdefault(Path(path).absolute(), option)) != option:
             raise UsageError(f"{other} and {option} are both {path}", fix=f"name another {option}")
@@ -43,6 +52,10 @@ def check_places(**files: str | None) -> None:
             _check_place(path, option)
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}", fix=f"name another {option}") from error
+    if len(printed) > 1:
+        fix = f"name a file for {printed[-1]}" if printed[-1] != "--json" else f"name a file for {printed[0]}"
+        raise UsageError(f"{' and '.join(printed)} all write to standard output", fix=fix)
+    return bool(printed)
 
 
 def _check_place(name: str, option: str) -> None:
@@ -68,15 +81,14 @@ def _check_place(name: str, option: str) -> None:
 
 
 def write_report(path: str | None, **parts: Any) -> None:
+    """Write the page, where one was asked for. The keywords are those of `build`. Raises ResourceError, UsageError."""
     if path is None:
         return
     from skillmerge.cli.show.report.page import build
 
-    try:
-        Path(path).write_text(build(**parts), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}", fix="name another --report") from error
-    log("info", f"wrote {path}")
+    write_text(path, build(**parts))
+    if path != STANDARD_OUTPUT:
+        log("info", f"wrote {path}")
 
 
 class Documented(Protocol):
@@ -105,11 +117,21 @@ def show_merge(result: Result, as_json: bool, quiet: bool) -> None:
         show_result(result, console())
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: str, text: str) -> None:
+    """Write a file, or standard output. Raises ResourceError, UsageError."""
+    if path == STANDARD_OUTPUT:
+        click.echo(text, nl=False)
+        return
     from skillmerge.durable import disk_errors
 
-    with disk_errors(path):
-        path.write_text(text, encoding="utf-8")
+    with disk_errors(Path(path)):
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def suggest(command: str) -> None:
+    """Print the command that comes next, for a person at a terminal."""
+    if sys.stdout.isatty():
+        click.secho(f"next: {command}", dim=True)
 
 
 def print_json(document: Any, indent: int | None = None) -> None:

@@ -53,6 +53,10 @@ class Preview(Plan):
         needs = {"memory": self.needs.memory, "threads": self.needs.threads, "disk_free": self.disk_free}
         return {**saved.describe(self), **needs, **changes}
 
+    def as_text(self) -> str:
+        """The text of the saved plan, as `save` writes it."""
+        return json.dumps({"ok": self.ok, **self.as_dict()}, indent=1) + "\n"
+
 
 def plan(
     recipe: str | os.PathLike[str],
@@ -121,4 +125,4 @@ def _save(preview: Preview, path: Path) -> None:
     if path.exists() and path.stat().st_size and not saved.looks_saved(path):
         raise UsageError(f"{path} exists already and is not what --save writes", fix="name another --save")
     with disk_errors(path):
-        path.write_text(json.dumps({"ok": preview.ok, **preview.as_dict()}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(preview.as_text(), encoding="utf-8")

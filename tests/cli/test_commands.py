@@ -21,7 +21,7 @@ from skillmerge.study.loads.loading import check_load
 def test_apply_reports_on_stdout_and_keeps_stderr_for_the_rest(family: Path) -> None:
     process = run_cli("apply", family)
     assert process.returncode == 0, process.stderr
-    assert "realised lambda" in process.stdout
+    assert "effective λ" in process.stdout
     assert f"wrote {family.parent / 'merged'}" in process.stdout
     assert skillmerge.verify(family.parent / "merged").tensors == 12
 
@@ -143,7 +143,7 @@ def test_demo_does_the_whole_job(tmp_path: Path) -> None:
     for phrase in (
         "target-sft",
         "merge: target + lam",
-        "realised lambda",
+        "effective λ",
         "verified",
         "512 questions",
     ):

@@ -32,9 +32,9 @@ def test_score_shows_its_error_where_that_is_known() -> None:
 def test_group_without_one_lambda_shows_the_share_of_one() -> None:
     group = Group(tensors=2, merged=2, changed=0.25, vanished=0.5, realised=0.75)
     assert dict(zip(LOSSES, group.shown, strict=True)) == {
-        "asked lambda": "1",
-        "realised lambda": "0.75",
-        "vanished": "50.0%",
+        "requested λ": "1",
+        "effective λ": "0.75",
+        "lost": "50.0%",
         "changed": "25.0%",
     }
     assert Group(merged=1).shown == ("-",) * len(LOSSES)

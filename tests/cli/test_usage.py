@@ -52,7 +52,7 @@ TYPED = {
     "apply": ("missing argument `RECIPE`", "write `skillmerge apply RECIPE`"),
     "push out": ("missing argument `ORG/NAME`", "write `skillmerge push FOLDER ORG/NAME`"),
     "extract --from a": (
-        "missing option `--minus`", "write `skillmerge extract --from MODEL --minus MODEL --output PATH`"
+        "missing option `--minus`", "write `skillmerge extract --from MODEL --minus MODEL --output DIR`"
     ),
     "apply r.yaml other": ("unexpected argument `other`", "write `skillmerge apply RECIPE`"),
     "verify": ("missing argument `FOLDER`", "write `skillmerge verify FOLDER`"),
@@ -94,7 +94,7 @@ def test_usage_errors_keep_their_keys_as_json() -> None:
 
 def test_usage_without_a_command_is_the_help() -> None:
     process = run_cli()
-    assert (process.returncode, process.stderr[:6], "Commands:" in process.stderr) == (2, "Usage:", True)
+    assert (process.returncode, process.stderr[:6], "Inspect and reuse:" in process.stderr) == (2, "Usage:", True)
 
 
 @pytest.mark.parametrize("command", list(cli.commands))

@@ -384,13 +384,16 @@ def test_what_cannot_be_inspected_is_told(family: Path, tmp_path: Path) -> None:
 
 def test_inspect_command(family: Path) -> None:
     folder = family.parent
-    process = run_cli("inspect", "sft", "rl", cwd=folder)
+    process = run_cli("inspect", "sft", "rl", "--details", cwd=folder)
     assert process.returncode == 0, process.stderr
-    for text in ("the update, after - before", "changed by units in the last place: 1: ", "what rounding would do"):
+    for text in ("Update, after - before", "changed by units in the last place: 1: ", "Effect of rounding"):
         assert text in process.stdout
-    process = run_cli("inspect", "recipe.yaml", "--set", "lam=0.4", cwd=folder)
-    for text in ("beside the target's own update, target - sft", "A cosine near 0", "as the recipe is (sampled)"):
+    process = run_cli("inspect", "recipe.yaml", "--set", "lam=0.4", "--details", cwd=folder)
+    for text in ("Beside the target's own update, target - sft", "a cosine near 0", "as the recipe says (sampled)"):
         assert text in process.stdout
+    short = run_cli("inspect", "recipe.yaml", "--set", "lam=0.4", cwd=folder).stdout
+    assert "as the recipe says (sampled)" in short
+    assert "Beside the target's own update" not in short
     document = json.loads(run_cli("inspect", "recipe.yaml", "--json", "--stats", "off", cwd=folder).stdout)
     assert document["forecast"] is None
     assert set(document["all"]) >= set(FIGURES)

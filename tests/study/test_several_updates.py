@@ -164,7 +164,7 @@ def test_terminal_json_and_report_show_every_update_and_pair(skills: Path, tmp_p
     report = tmp_path / "report.html"
     process = run_cli("inspect", "math", "code", "--report", report, cwd=skills, COLUMNS="80")
     assert process.returncode == 0, process.stderr
-    for text in ("the update, math + code", "each update by itself", "math beside code", "opposite signs"):
+    for text in ("Update, math + code", "Each update", "math beside code", "sign conflict"):
         assert text in process.stdout
     for text in ("<h2>Each update</h2>", "<h2>Every two updates</h2>", "<td class=text>code</td>"):
         assert text in report.read_text()
@@ -174,5 +174,5 @@ def test_terminal_json_and_report_show_every_update_and_pair(skills: Path, tmp_p
     models = {"target": "target", "math": {"skill": "math"}, "code": {"skill": "code"}, "m": "math-rl", "base": "base"}
     recipe = write_recipe(skills, "target + math + code + (m - base)", models=models, coefficients=None)
     shown = run_cli("inspect", recipe, "--stats", "off").stdout
-    assert "every two updates" in shown
+    assert "Every pair of updates" in shown
     assert "math | m - base" in shown

@@ -92,7 +92,7 @@ def test_directions_equal_those_of_numpy(tmp_path: Path) -> None:
 def test_directions_are_shown(family: Path) -> None:
     process = run_cli("inspect", family, "--spectral", "4", "--report", family.parent / "report.html")
     assert process.returncode == 0, process.stderr
-    assert "directions (medians over matrices)" in process.stdout
+    assert "Directions (medians over matrices)" in process.stdout
     assert "stable rank" in (family.parent / "report.html").read_text()
     with pytest.raises(UsageError, match="1 to 64"):
         inspect(family, spectral=65)

@@ -36,6 +36,7 @@ def show_inspection(found: Inspection, out: Console, details: bool = False) -> N
     out.print(Text(found.title, style="bold"), soft_wrap=True)
     for sentence in sentences(found):
         out.print(Text(sentence))
+    out.print()
     rows = {**found.modules, "all": found.total}
     out.print(_figures(f"Update, {found.update}", rows, _ONE_UPDATE if details else _BRIEF))
     if found.updates:

@@ -31,7 +31,7 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     """The human view of a plan: models, coefficients over depth, what happens to the tensors, totals."""
     recipe = plan.recipe
     out.print(Text(f"{recipe.document.name}: {recipe.document.data['merge']}", style="bold"))
-    models = Table(("model", "from", "files", "size"))
+    models = Table(("model", "from", "files", "size"), text=("model", "from"))
     for item in plan.inputs:
         role = f"{item.name} (donor)" if item.name == plan.donor else item.name
         size = format_bytes(sum(file.size for file in item.files))
@@ -96,14 +96,14 @@ def _show_coefficient(name: str, depth: Depth, out: Console) -> None:
     """A coefficient over depth as a picture, then by layer and module, equal neighbors in one row."""
     for stack, drawn in depth.pictures:
         out.print(Text(f"{name} over {stack}: {drawn}"))
-    table = Table((name, *depth.kinds))
+    table = Table((name, *depth.kinds), text=(name,))
     for label, cells in depth.rows:
         table.add_row(Text(label), *(cells[kind] for kind in depth.kinds))
     out.print(table)
 
 
 def _show_actions(plan: Plan, out: Console) -> None:
-    table = Table(listings.ACTION_COLUMNS)
+    table = Table(listings.ACTION_COLUMNS, text=listings.ACTION_COLUMNS[1:])
     for row in listings.actions(plan):
         table.add_row(*map(Text, row))
     out.print(table)

@@ -92,7 +92,9 @@ class Table:
             for index, head in enumerate(self.head)
         ]
         kept = _fitting(columns, self._leaving_order(columns), options.max_width)
-        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title=self.title, title_justify="left")
+        table = RichTable(
+            box=box.SIMPLE_HEAD, pad_edge=False, title=self.title, title_justify="left", title_style="bold"
+        )
         for column, width in zip(kept, _widths(kept, options.max_width), strict=True):
             table.add_column(
                 Text(column.head), justify="right" if column.numeric else "left", width=width, overflow="fold"

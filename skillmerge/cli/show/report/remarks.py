@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from skillmerge.cli.show import tables
+from skillmerge.cli.show import listings
 from skillmerge.cli.show.report.html import escaped
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.plans.plan import Plan
@@ -30,7 +30,7 @@ def _items(kind: str, messages: Iterable[str]) -> str:
 
 def _compared(plan: Plan) -> str:
     said = f"<p>{escaped(plan.compared.line)}</p>" if plan.compared.line is not None else ""
-    head, found = tables.compared(plan)
+    head, found = listings.compared(plan)
     if not found:
         return said
     rows = "".join(_row("td", row) for row in found)

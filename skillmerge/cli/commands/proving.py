@@ -7,30 +7,30 @@ from typing import Any
 import click
 
 from skillmerge.cli import flags
-from skillmerge.cli.flags import option
+from skillmerge.cli.help import command, option
 from skillmerge.cli.messages import TerminalReporter, log
 from skillmerge.cli.results import check_places, print_result
 from skillmerge.errors import UsageError, visible
 
 
-@click.command(cls=flags.LoadCommand)
+@command("verify merged", "verify merged --load", cls=flags.LoadCommand)
 @click.argument("folder", type=click.Path())
 @option(
-    "--load", type=flags.Runtime(), multiple=True, metavar="[RUNTIME]",
-    help="Also load it with transformers or vllm, in a process of its own, and run it. May be given again.",
+    "--load", group="Checks", type=flags.Runtime(), multiple=True, metavar="[RUNTIME]",
+    help="Also load and run it in transformers or vllm; repeatable",
 )  # fmt: skip
-@option("--parent", metavar="MODEL", help="Of a skill: prove that it was cut from this model.")
-@option(
-    "--signature", is_flag=False, flag_value="", metavar="[FILE]",
-    help="Demand a signature that holds: its own model.sig, or this file.",
-)  # fmt: skip
-@option("--public-key", type=click.Path(), help="Of the key that has to have signed it.")
-@flags.certificate_chain
+@option("--parent", group="Checks", metavar="MODEL", help="Prove that a skill was extracted from this model")
 @flags.nonfinite
 @flags.links
+@option(
+    "--signature", group=flags.SIGNATURE, is_flag=False, flag_value="", metavar="[FILE]",
+    help="Require a valid signature: model.sig, or FILE",
+)  # fmt: skip
+@option("--public-key", group=flags.SIGNATURE, type=click.Path(), metavar="FILE", help="Public key of the signer")
+@flags.certificate_chain
 @flags.junit
 @flags.as_json
-@option("--quiet", "-q", is_flag=True, help="Only errors.")
+@flags.quiet
 def verify(
     folder: str,
     parent: str | None,
@@ -41,11 +41,14 @@ def verify(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Check an output against its manifest, every byte of it; with --signature, also who signed it."""
+    """Check every byte of an output against its manifest.
+
+    A difference exits 3.
+    """
     from skillmerge.cli.event_log import recorded
     from skillmerge.verbs.verify import verify as run
 
-    check_places(junit=junit_file)
+    printed = check_places(json=as_json, junit=junit_file)
     reporter = TerminalReporter(quiet, verbose=False)
     runtimes = [name for name in load if name]
     own = True if signature == "" else signature  # without a value: the output's own
@@ -53,7 +56,7 @@ def verify(
         verdict = run(folder, parent=parent, signature=own, load=runtimes, reporter=reporter, **options)
     if as_json:
         print_result(verdict)
-    elif not quiet:
+    elif not quiet and not printed:
         from skillmerge.cli.show.proving import show_parent, show_verdict
         from skillmerge.cli.show.table import console
 
@@ -64,15 +67,22 @@ def verify(
             show_parent(parent, verdict.parent, console())
 
 
-@click.command()
+@command("gate merged --gates gates.yaml")
 @click.argument("folder", type=click.Path())
-@option("--gates", "gates_file", type=click.Path(), help="A file with `gates:`, in place of those of the recipe.")
+@option(
+    "--gates",
+    "gates_file",
+    group="Checks",
+    type=click.Path(),
+    metavar="FILE",
+    help="File with `gates:`  [default: the recipe's gates]",
+)
 @flags.base_folder
 @flags.links
 @flags.events
 @flags.junit
 @flags.as_json
-@option("--quiet", "-q", is_flag=True, help="Only errors.")
+@flags.quiet
 def gate(
     folder: str,
     gates_file: str | None,
@@ -82,14 +92,17 @@ def gate(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Hold a finished output against gates: exit 3 where one does not hold."""
+    """Run quality gates on an output.
+
+    A gate that fails exits 3.
+    """
     from skillmerge.cli.event_log import recorded
     from skillmerge.cli.show.proving import show_gates
     from skillmerge.cli.show.table import console
     from skillmerge.study.gates import GateFailed
     from skillmerge.study.gates import gate as run
 
-    check_places(junit=junit_file, events=events_file)
+    printed = check_places(json=as_json, junit=junit_file, events=events_file)
     reporter = TerminalReporter(quiet, verbose=False)
     with recorded(reporter, events_file, junit_file, f"skillmerge gate {folder}"):
         report = run(folder, gates_file, reporter=reporter, **options)
@@ -97,28 +110,37 @@ def gate(
             raise GateFailed(report.outcomes)
     if as_json:
         print_result(report)
-    elif not quiet:
+    elif not quiet and not printed:
         show_gates(report.outcomes, console())
 
 
-@click.command()
+@command("rebuild merged --check", "rebuild merged --check --sample 5%", "rebuild merged -o again")
 @click.argument("folder", type=click.Path())
-@option("--check", is_flag=True, help="Write nothing: compare with the bytes that are there.")
-@option("--sample", type=flags.Share(), default="100%", show_default=True, help="How many of the tensors to check.")
-@option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice of these tensors.")
-@flags.output
-@flags.base_folder
-@option("--device", type=flags.Device(), default="auto", show_default=True, help="Where to compute.")
+@option("--check", group="Checks", is_flag=True, help="Write nothing: compare with the existing bytes")
+@option(
+    "--sample",
+    group="Checks",
+    type=flags.Share(),
+    default="100%",
+    metavar="SHARE",
+    help="Share of the tensors to check  [default: 100%]",
+)
+@option(
+    "--seed", group="Checks", type=click.IntRange(0), default=0, metavar="N", help="Seed of the sample  [default: 0]"
+)
+@flags.device
 @flags.threads
 @flags.memory
+@flags.base_folder
 @flags.hub
 @flags.links
+@flags.output
 @flags.as_json
-@option("--quiet", "-q", is_flag=True, help="Only errors.")
+@flags.quiet
 def rebuild(folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Build an output again from its manifest and the models that this names, or check that it would be the same.
+    """Reproduce an output from its manifest.
 
-    A difference is exit 3, models that have changed since are exit 7.
+    A difference exits 3; models that have changed exit 7.
     """
     from skillmerge.cli.show.proving import show_rebuilt
     from skillmerge.cli.show.table import console
@@ -131,22 +153,30 @@ def rebuild(folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
         show_rebuilt(made, console())
 
 
-@click.command()
+@command("sign merged --private-key key.pem")
 @click.argument("folder", type=click.Path())
 @flags.private_key
 @flags.password_file
-@option("--signing-certificate", type=click.Path(), help="Of that key, where it has one.")
+@option(
+    "--signing-certificate", group=flags.SIGNATURE, type=click.Path(), metavar="FILE", help="Certificate of the key"
+)
 @flags.certificate_chain
-@option("--signature", type=click.Path(), metavar="FILE", help="Where to write it. Default: model.sig in the folder.")
+@option(
+    "--signature",
+    group=flags.OUTPUT,
+    type=click.Path(),
+    metavar="FILE",
+    help="Signature file  [default: model.sig in FOLDER]",
+)
 @flags.nonfinite
 @flags.as_json
-@option("--quiet", "-q", is_flag=True, help="Only errors.")
+@flags.quiet
 def sign(
     folder: str, private_key: str | None, password_file: str | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:
-    """Verify an output and sign every file of it, for OpenSSF Model Signing.
+    """Sign every file of an output.
 
-    Nothing is asked of a network. An encrypted key's password is read from SKILLMERGE_KEY_PASSWORD or from a file.
+    Verifies the output first, then writes an OpenSSF Model Signing signature. Needs no network.
     """
     from skillmerge.outputs.proof.sign import sign as run
 
@@ -159,21 +189,36 @@ def sign(
         click.echo(visible(f"signed {signed.files} files as {signed.signer}\nwrote {signed.path}"))
 
 
-@click.command()
+@command("attest merged --bom bom.json", "attest merged --private-key key.pem")
 @click.argument("folder", type=click.Path())
-@option("--output", "-o", type=click.Path(), metavar="FILE", help="Default: NAME.intoto.json beside the folder.")
-@option("--bom", "bom_file", type=click.Path(), metavar="FILE", help="Also write a CycloneDX bill of materials.")
-@option("--builder-id", metavar="URI", help="Who is trusted to have run the merge, such as a pipeline's address.")
-@option("--invocation-id", metavar="ID", help="The run of the merge, in the builder's words.")
+@option("--builder-id", group="Provenance", metavar="URI", help="Identity of the pipeline that ran the merge")
+@option("--invocation-id", group="Provenance", metavar="ID", help="Run of that pipeline")
 @flags.private_key
 @flags.password_file
+@option(
+    "--output",
+    "-o",
+    group=flags.OUTPUT,
+    type=click.Path(),
+    metavar="FILE",
+    help="Attestation  [default: NAME.intoto.json beside FOLDER]",
+)
+@option(
+    "--bom",
+    "bom_file",
+    group=flags.OUTPUT,
+    type=click.Path(),
+    metavar="FILE",
+    help="Also write a CycloneDX bill of materials",
+)
 @flags.nonfinite
 @flags.as_json
-@option("--quiet", "-q", is_flag=True, help="Only errors.")
+@flags.quiet
 def attest(folder: str, password_file: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Verify an output and write where it came from, as an in-toto attestation with SLSA provenance.
+    """Write provenance and a bill of materials.
 
-    With --private-key it is signed, as a DSSE envelope. Nothing is asked of a network.
+    Verifies the output first, then writes an in-toto attestation with SLSA provenance. A key signs it as a DSSE
+    envelope. Needs no network.
     """
     from skillmerge.outputs.proof.attest import attest as run
 
@@ -190,24 +235,24 @@ def attest(folder: str, password_file: str | None, as_json: bool, quiet: bool, *
         log("note", f"no digests of these inputs are known (apply --hash-inputs): {names}")
 
 
-@click.command()
+@command("push merged org/name --private")
 @click.argument("folder", type=click.Path())
 @click.argument("repository", metavar="ORG/NAME")
 @flags.private
 @flags.revision
 @flags.pull_request
 @flags.message
-@option("--tag", "tags", multiple=True, help="Of the model card; may be given again.")
-@option("--license", help="Of the merge, for its model card, in place of the recipe's.")
-@option("--card", type=click.Path(), help="A model card written by hand.")
+@option("--card", group="Model card", type=click.Path(), metavar="FILE", help="Model card to use as it is")
+@option("--license", group="Model card", metavar="ID", help="License  [default: the recipe's]")
+@option("--tag", "tags", group="Model card", multiple=True, metavar="TAG", help="Tag; repeatable")
 @flags.nonfinite
 @flags.as_json
-@option("--quiet", "-q", is_flag=True, help="Only errors.")
+@flags.quiet
 def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Verify an output and publish it on the Hugging Face Hub, in one commit.
+    """Publish an output on the Hugging Face Hub.
 
-    A repository that has a model already gets a pull request. An interrupted push is continued by the same
-    command.
+    Verifies the output first, then publishes it in one commit. Opens a pull request if the repository has a model.
+    Rerun to resume.
     """
     from skillmerge.outputs.hub.push import push as run
 

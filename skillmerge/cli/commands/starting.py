@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from skillmerge.cli import flags
-from skillmerge.cli.flags import option
+from skillmerge.cli.help import command, option
 from skillmerge.cli.messages import TerminalReporter
 from skillmerge.cli.results import check_places, print_json, print_result, show_merge, write_text
 from skillmerge.errors import UsageError
@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from skillmerge.verbs.result import Result
 
 
-@click.command()
+@command("init recipe.yaml", "init - > recipe.yaml")
 @click.argument("path", type=click.Path(), default="recipe.yaml")
-def init(path: str) -> None:
-    """Write a commented recipe to start from (default: recipe.yaml; - for stdout)."""
+@flags.quiet
+def init(path: str, quiet: bool) -> None:
+    """Write a starter recipe.
+
+    PATH is recipe.yaml by default; - writes to standard output.
+    """
     from skillmerge.recipes.starter import init as run
     from skillmerge.recipes.starter import starter
 
@@ -30,48 +34,69 @@ def init(path: str) -> None:
         click.echo(starter(), nl=False)
         return
     run(path)
-    click.echo(f"wrote {path}: fill in the models, then `skillmerge plan {path}`")
+    if not quiet:
+        click.echo(f"wrote {path}: fill in the models, then `skillmerge plan {path}`")
 
 
-@click.command()
+@command("lint recipes/*.yaml", "lint recipe.yaml --strict --sarif lint.sarif")
 @click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path())
-@option("--strict", is_flag=True, help="Warnings fail too.")
-@option("--allow", multiple=True, metavar="RULE", help="A warning that is not looked for; may be given again.")
+@option("--strict", group="Checks", is_flag=True, help="Fail on warnings too")
+@option("--allow", group="Checks", multiple=True, metavar="RULE", help="Do not check this rule; repeatable")
 @option(
-    "--sarif", "sarif_file", type=click.Path(dir_okay=False), help="Also write the findings as SARIF into this file."
-)
+    "--sarif", "sarif_file", group=flags.REPORTS, type=click.Path(dir_okay=False), metavar="FILE",
+    help="Write the findings as SARIF",
+)  # fmt: skip
 @flags.as_json
-def lint(recipes: tuple[str, ...], strict: bool, allow: tuple[str, ...], sarif_file: str | None, as_json: bool) -> int:
-    """Check recipes from their text alone, every one of them, and tell all that is wrong. Opens no model."""
+@flags.quiet
+def lint(
+    recipes: tuple[str, ...],
+    strict: bool,
+    allow: tuple[str, ...],
+    sarif_file: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Check recipes without opening models.
+
+    Reports every mistake, not only the first.
+    """
     from skillmerge.cli.show.sarif import document
     from skillmerge.cli.show.starting import show_lint
     from skillmerge.cli.show.table import console
     from skillmerge.recipes.lint import lint as run
 
-    check_places(sarif=sarif_file)
+    printed = check_places(json=as_json, sarif=sarif_file)
     found = run(recipes, strict=strict, allow=allow)
     if sarif_file is not None:
-        write_text(Path(sarif_file), json.dumps(document(found), indent=1) + "\n")
+        write_text(sarif_file, json.dumps(document(found), indent=1) + "\n")
     if as_json:
         print_result(found)
-    else:
+    elif not printed and not (quiet and found.ok):
         show_lint(found, console())
     return 0 if found.ok else UsageError.exit_status
 
 
-@click.command()
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
+@command("schema > recipe.schema.json")
+@flags.quiet
+def schema(quiet: bool) -> None:
+    """Print the JSON Schema of recipes.
+
+    Editors complete and check recipes with it.
+    """
     from skillmerge.recipes.schema import schema as run
 
     print_json(run(), indent=2)
 
 
-@click.command()
+@command("doctor", "doctor /data/models")
 @click.argument("path", type=click.Path(), required=False)
 @flags.as_json
-def doctor(path: str | None, as_json: bool) -> None:
-    """Try what a run will do in PATH, and print what a bug report needs (versions, devices, memory, Hub; no secret)."""
+@flags.quiet
+def doctor(path: str | None, as_json: bool, quiet: bool) -> None:
+    """Print system details for a bug report.
+
+    Shows versions, devices, memory and Hub access, and no secret. With PATH, tries what a merge does in that folder.
+    """
     from skillmerge.cli.doctor import doctor as run
     from skillmerge.cli.show.starting import show_diagnosis
     from skillmerge.cli.show.table import console
@@ -83,10 +108,14 @@ def doctor(path: str | None, as_json: bool) -> None:
         show_diagnosis(found, console())
 
 
-@click.command()
+@command("demo")
 @click.argument("folder", type=click.Path(), default="skillmerge-demo")
-def demo(folder: str) -> None:
-    """Put four small trained models into FOLDER, transfer a skill between them, and let them answer questions."""
+@flags.quiet
+def demo(folder: str, quiet: bool) -> None:
+    """Transfer a skill between four small models.
+
+    Writes the models, their recipe and the merged model into FOLDER, and lets them answer questions.
+    """
     from skillmerge.cli.show.proving import show_verdict
     from skillmerge.cli.show.starting import show_answers
     from skillmerge.cli.show.table import console

@@ -1,0 +1,196 @@
+"""Commands that make a model: apply, plan, and what they write beside it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from skillmerge.cli import flags
+from skillmerge.cli.help import command, option
+from skillmerge.cli.messages import TerminalReporter
+from skillmerge.cli.results import (
+    STANDARD_OUTPUT,
+    check_places,
+    document_of,
+    print_result,
+    show_merge,
+    suggest,
+    write_report,
+    write_text,
+)  # fmt: skip
+from skillmerge.errors import InputError
+
+if TYPE_CHECKING:
+    from skillmerge.verbs.plan import Preview
+
+
+@command("apply recipe.yaml -o merged", "apply plan.json --push org/name --private")
+@click.argument("recipe", type=click.Path())
+@flags.set
+@flags.device
+@flags.threads
+@flags.memory
+@flags.stats
+@flags.strict
+@flags.hub
+@flags.locked
+@flags.hash_inputs
+@flags.links
+@flags.code
+@flags.nonfinite
+@flags.output
+@flags.overwrite
+@option("--full", group=flags.OUTPUT, is_flag=True, help="Reread an existing output before reusing it")
+@option("--keep-failed", group=flags.OUTPUT, is_flag=True, help="Keep an output that fails a gate")
+@option("--push", group=flags.PUBLISH, metavar="ORG/NAME", help="Publish on the Hub  [default: the recipe's]")
+@option("--no-local", group=flags.PUBLISH, is_flag=True, help="Upload shards as they finish; keep no copy")
+@flags.private
+@flags.revision
+@flags.pull_request
+@flags.message
+@flags.report
+@flags.result_file
+@flags.events
+@flags.junit
+@flags.as_json
+@flags.quiet
+@flags.verbose
+def apply(
+    recipe: str,
+    report_file: str | None,
+    result_file: str | None,
+    events_file: str | None,
+    junit_file: str | None,
+    coefficients: tuple[tuple[str, float], ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Merge models and write the output.
+
+    RECIPE may be a saved plan, or - for standard input. Rerun to resume an interrupted merge.
+    """
+    from skillmerge.cli.event_log import recorded
+    from skillmerge.study.gates import GateFailed
+    from skillmerge.verbs.apply import apply as run
+
+    printed = check_places(
+        json=as_json, report=report_file, result_file=result_file, junit=junit_file, events=events_file
+    )
+    reporter = TerminalReporter(quiet, verbose)
+    with recorded(reporter, events_file, junit_file, f"skillmerge apply {recipe}"):
+        try:
+            result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
+        except GateFailed as error:
+            title = f"{recipe}: refused"
+            write_report(report_file, title=title, plan=error.plan, manifest=error.body, gates=error.outcomes)
+            raise
+    show_merge(result, as_json, quiet or printed)
+    title = str(result.output)
+    write_report(report_file, title=title, plan=result.plan, manifest=result.manifest, gates=result.gates)
+    if result_file is not None:
+        _write_result(result_file, json.dumps(document_of(result), indent=1) + "\n")
+    if result.output.exists() and not quiet and not printed:
+        suggest(f"skillmerge verify {shlex.quote(str(result.output))} --load")
+
+
+def _write_result(path: str, text: str) -> None:
+    """Write the file in one step: a pipeline may be waiting for it."""
+    from skillmerge.durable import disk_errors, write_whole
+
+    if path == STANDARD_OUTPUT:
+        write_text(path, text)
+        return
+    with disk_errors(Path(path)):
+        write_whole(Path(path).absolute(), text.encode())
+
+
+@command("plan recipe.yaml", "plan recipe.yaml -o plan.json", "plan recipe.yaml --diff plan.json")
+@click.argument("recipe", type=click.Path())
+@flags.set
+@flags.threads
+@flags.memory
+@flags.strict
+@flags.locked
+@flags.links
+@flags.code
+@option(
+    "--save", "-o", group=flags.OUTPUT, type=click.Path(dir_okay=False), metavar="FILE", help="Save the plan as JSON"
+)
+@option("--lock", group=flags.OUTPUT, is_flag=True, help="Write Hub commits and files into a lock file")
+@option("--diff", group=flags.REPORTS, type=click.Path(), metavar="PLAN", help="Show what changed since a saved plan")
+@option(
+    "--detailed-exitcode", "detailed", group=flags.REPORTS, is_flag=True,
+    help="Exit 0 if the output is up to date, 10 if there is work",
+)  # fmt: skip
+@flags.report
+@option(
+    "--markdown", "markdown_file", group=flags.REPORTS, type=click.Path(dir_okay=False), metavar="FILE",
+    help="Write a summary for pull requests",
+)  # fmt: skip
+@flags.as_json
+@flags.quiet
+def plan(
+    recipe: str,
+    report_file: str | None,
+    save: str | None,
+    diff: str | None,
+    markdown_file: str | None,
+    detailed: bool,
+    coefficients: tuple[tuple[str, float], ...],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> int:
+    """Show what apply would do, reading only headers.
+
+    RECIPE may be - for standard input. Problems exit 4.
+    """
+    from skillmerge.verbs.plan import plan as run
+
+    printed = check_places(json=as_json, report=report_file, save=save, markdown=markdown_file)
+    reporter = TerminalReporter(quiet, verbose=True)
+    file = None if save == STANDARD_OUTPUT else save
+    made = run(recipe, coefficients=dict(coefficients), save=file, diff=diff, reporter=reporter, **options)
+    if as_json:
+        print_result(made)
+    elif not printed:
+        _show_plan(made, diff, quiet)
+    if save == STANDARD_OUTPUT:
+        write_text(save, made.as_text())
+    write_report(report_file, title=f"plan of {recipe}", plan=made)
+    if markdown_file is not None:
+        from skillmerge.cli.show.markdown import plan_page
+
+        page = plan_page(made, made.needs, _output_of(made), made.disk_free, made.changes, diff)
+        write_text(markdown_file, page)
+    if not made.problems and not made.ok:
+        made.refuse_warnings()
+    if not made.ok:
+        return InputError.exit_status
+    if diff is None and not printed and not quiet:
+        suggest(f"skillmerge apply {shlex.quote(save or recipe)}")
+    return 10 if detailed and not made.done else 0
+
+
+def _show_plan(made: Preview, diff: str | None, quiet: bool) -> None:
+    from skillmerge.cli.show.merging import show_changes, show_digest, show_plan, show_remarks
+    from skillmerge.cli.show.table import console
+
+    if made.changes is not None:
+        show_changes(made.changes, str(diff), console())
+    elif quiet:
+        show_remarks(made, console())
+        show_digest(made, console())
+    else:
+        show_plan(made, made.needs, _output_of(made), made.disk_free, console())
+
+
+def _output_of(made: Preview) -> str | None:
+    where = made.recipe.output.path
+    return str(where) if where else None
