@@ -46,7 +46,7 @@ VARYING = [
     (r"in\s+\d+\.\d\s+s", "in SECONDS"),
     (r"about\s+[\d.,]+\s+[MG]B\s+with\s+\d+\s+threads", "MEMORY"),
     (r"\d+(\.\d+)?\s+(GB|TB)\b", "ROOM"),
-    (r"drwx.*\n", ""),
+    (r"\b\d+\.\d+\.\d+\b", "VERSION"),
 ]
 
 
