@@ -37,6 +37,9 @@ class Reporter:
         """Something that happened, as plain data; docs/files.md names them."""
 
     @contextmanager
-    def bar(self, total: int) -> Iterator[Callable[[int], None]]:
-        """A progress display for `total` bytes of output; it is told how many are finished."""
+    def bar(self, total: int, doing: str | None = None) -> Iterator[Callable[[int], None]]:
+        """Show progress through `total` bytes; what is yielded takes how many are finished, from any thread.
+
+        doing: what is being done, where that is not what the whole run does.
+        """
         yield lambda done: None

@@ -18,7 +18,7 @@ import click
 from skillmerge.cli import flags, usage
 from skillmerge.cli.commands import merging, proving, starting, studying
 from skillmerge.cli.help import Commands
-from skillmerge.cli.messages import as_json, log
+from skillmerge.cli.messages import as_json, clear_status, log
 from skillmerge.cli.results import print_json
 from skillmerge.errors import Interrupted, ResourceError, SkillmergeError, Terminated, UsageError, machine_errors
 from skillmerge.version import __version__
@@ -170,6 +170,7 @@ def _wants_json() -> bool:
 def _leave(status: int) -> NoReturn:
     """Exit at once: unloading torch takes a quarter of a second, and after an interrupt Python may end with the
     signal's own status."""
+    clear_status()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

@@ -18,6 +18,8 @@ FORMAT = "SKILLMERGE_LOG_FORMAT"
 """The environment variable that every process of a run sees; `json` or `text`."""
 
 _QUIET_SECONDS = 30
+_ERASE = "\r\x1b[K"
+"""Back to the beginning of the line, and nothing to its end."""
 _PREFIXES = {"info": "", "note": "note: ", "warning": "warning: ", "error": "error: ", "help": "help: "}
 
 
@@ -31,12 +33,36 @@ def log(level: str, message: str, **fields: Any) -> None:
     A run goes on where stderr cannot be written.
     """
     with suppress(OSError, ValueError):
+        clear_status()
         if as_json():
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
             line = json.dumps({"time": now, "level": level, "message": message, **fields}, ensure_ascii=False)
             print(line, file=sys.stderr, flush=True)
         else:
             print(visible(_PREFIXES[level] + message), file=sys.stderr)
+
+
+_shown = False
+"""Whether the terminal's last line is a status."""
+
+
+def show_status(text: str) -> None:
+    """Say on a terminal what is being done, on a line that the next message replaces."""
+    global _shown
+    with suppress(OSError, ValueError):
+        if sys.stderr.isatty() and not as_json():
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            print(f"{_ERASE}{visible(text)[: width - 2]}…", end="", file=sys.stderr, flush=True)
+            _shown = True
+
+
+def clear_status() -> None:
+    """Remove the status, before anything else is printed."""
+    global _shown
+    if _shown:
+        _shown = False
+        with suppress(OSError, ValueError):
+            print(_ERASE, end="", file=sys.stderr, flush=True)
 
 
 class Recorder(Protocol):
@@ -55,10 +81,14 @@ class TerminalReporter(Reporter):
         super().__init__()
         self.quiet, self.verbose, self.doing, self.unit = quiet, verbose, doing, unit
         self.recorders: list[Recorder] = []
+        if not quiet:
+            show_status("reading")
 
     def say(self, message: str) -> None:
         if self.verbose and not self.quiet:
             log("info", message)
+        elif not self.quiet:
+            show_status(message)
 
     def note(self, message: str) -> None:
         if not self.quiet:
@@ -74,21 +104,23 @@ class TerminalReporter(Reporter):
             recorder.record(name, what)
 
     @contextmanager
-    def bar(self, total: int) -> Iterator[Callable[[int], None]]:
+    def bar(self, total: int, doing: str | None = None) -> Iterator[Callable[[int], None]]:
+        doing = doing or self.doing
         if self.quiet:
             yield lambda done: None
         elif sys.stderr.isatty() and not as_json():
-            with self._tqdm(total) as show:
+            clear_status()
+            with self._tqdm(total, doing) as show:
                 yield show
         else:
-            yield _line_progress(total, self.doing, self.unit)
+            yield _line_progress(total, doing, self.unit)
 
     @contextmanager
-    def _tqdm(self, total: int) -> Iterator[Callable[[int], None]]:
+    def _tqdm(self, total: int, doing: str) -> Iterator[Callable[[int], None]]:
         from tqdm import tqdm
 
         scale, unit = self.unit == "B", self.unit if self.unit == "B" else f" {self.unit}"
-        with tqdm(total=total, unit=unit, unit_scale=scale, desc=self.doing, file=sys.stderr, leave=False) as bar:
+        with tqdm(total=total, unit=unit, unit_scale=scale, desc=doing, file=sys.stderr, leave=False) as bar:
 
             def show(done: int) -> None:
                 bar.update(done - bar.n)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from skillmerge.cli.messages import log
-from skillmerge.errors import UsageError
+from skillmerge.cli.messages import clear_status, log
+from skillmerge.errors import UsageError, visible
 
 if TYPE_CHECKING:
     from skillmerge.verbs.result import Result
@@ -54,7 +54,7 @@ def check_places(**files: str | bool | None) -> bool:
             raise UsageError(f"{path} cannot be written: {error.strerror}", fix=f"name another {option}") from error
     if len(printed) > 1:
         fix = f"name a file for {printed[-1]}" if printed[-1] != "--json" else f"name a file for {printed[0]}"
-        raise UsageError(f"{' and '.join(printed)} all write to standard output", fix=fix)
+        raise UsageError(f"{' and '.join(printed)} both write to standard output", fix=fix)
     return bool(printed)
 
 
@@ -120,12 +120,19 @@ def show_merge(result: Result, as_json: bool, quiet: bool) -> None:
 def write_text(path: str, text: str) -> None:
     """Write a file, or standard output. Raises ResourceError, UsageError."""
     if path == STANDARD_OUTPUT:
+        clear_status()
         click.echo(text, nl=False)
         return
     from skillmerge.durable import disk_errors
 
     with disk_errors(Path(path)):
         Path(path).write_text(text, encoding="utf-8")
+
+
+def print_line(text: str) -> None:
+    """Print a result that is text, on standard output."""
+    clear_status()
+    click.echo(visible(text))
 
 
 def suggest(command: str) -> None:
@@ -135,4 +142,5 @@ def suggest(command: str) -> None:
 
 
 def print_json(document: Any, indent: int | None = None) -> None:
+    clear_status()
     click.echo(json.dumps(document, indent=indent, ensure_ascii=False))

@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -92,8 +92,8 @@ def verify_files(
     root, proof = output.folder, output.manifest
     with checked(reporter, "files, index and headers"):
         check_structure(root, proof)
-    with checked(reporter, "digests and values"), _reading(root):
-        _check_contents(root, proof, allow_nonfinite)
+    with checked(reporter, "digests and values"), _reading(root), reporter.bar(proof.size, "verifying") as progress:
+        _check_contents(root, proof, allow_nonfinite, progress)
     return Verdict(output)
 
 
@@ -237,23 +237,37 @@ def check_values(root: Path, proof: ManifestBody) -> None:
         _check_contents(root, proof, False)
 
 
-def _check_contents(root: Path, proof: ManifestBody, allow_nonfinite: bool) -> None:
-    """Digest every file and look for NaN and Inf on the way."""
+def _check_contents(
+    root: Path, proof: ManifestBody, allow_nonfinite: bool, progress: Callable[[int], None] = lambda done: None
+) -> None:
+    """Digest every file and look for NaN and Inf on the way. progress: takes how many bytes are finished."""
+    done, lock = 0, threading.Lock()
+
+    def moved(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            progress(done)
 
     def check(file: File, stop: threading.Event) -> None:
         path = root / file.name
         specs: tuple[StoredTensor, ...] = ()
         if path.suffix == ".safetensors" and not allow_nonfinite:
             specs = read_header(str(path), path.name).tensors
-        if _digest_and_scan(path, specs, stop) != file.sha256:
+        if _digest_and_scan(path, specs, stop, moved) != file.sha256:
             raise CheckFailed(f"{path}: its bytes are not those that were written (sha256 differs)")
 
     for _ in in_threads(check, proof.files):
         pass
 
 
-def _digest_and_scan(path: Path, specs: tuple[StoredTensor, ...], stop: threading.Event) -> str:
-    """sha256 of a file. Raises CheckFailed where a float tensor among `specs` holds NaN or Inf."""
+def _digest_and_scan(
+    path: Path, specs: tuple[StoredTensor, ...], stop: threading.Event, moved: Callable[[int], None]
+) -> str:
+    """sha256 of a file; `moved` takes the size of each piece that was read.
+
+    Raises CheckFailed where a float tensor among `specs` holds NaN or Inf.
+    """
     import torch
 
     from skillmerge.bits import any_nonfinite, torch_dtype
@@ -274,6 +288,7 @@ def _digest_and_scan(path: Path, specs: tuple[StoredTensor, ...], stop: threadin
                     if any_nonfinite(values[start : start + BLOCK]):
                         raise CheckFailed(f"{path}: tensor `{spec.name}` holds NaN or Inf")
             position += count
+            moved(count)
             pending = [spec for spec in pending if spec.end > position]
     return digest.hexdigest()
 

@@ -4,7 +4,6 @@ plan that is made over them."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.lock import LOCK_VERSION, LockedModel
-from skillmerge.recipes.parse import load
+from skillmerge.recipes.parse import RecipeSource, load
 from skillmerge.recipes.recipe import Recipe
 
 
@@ -99,7 +98,7 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
 
 @contextmanager
 def planned(
-    recipe: str | os.PathLike[str] | Recipe,
+    recipe: RecipeSource | Recipe,
     coefficients: Mapping[str, float] | None,
     access: Access,
     note: Callable[[str], None],

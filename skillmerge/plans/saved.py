@@ -94,9 +94,16 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
         try:
             if not path.is_file() or path.stat().st_size > _MAX_BYTES:
                 raise ValueError("it is no file of sane size")
-            document = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse(text, path)
+
+
+def parse(text: str, path: Path) -> SavedPlan:
+    """The same of a text; `path` is what messages call it."""
+    with _damage(path):
+        document = json.loads(text)
         if document["version"] != PLAN_VERSION:
             raise UsageError(f"{path}: plan version {document['version']!r} is not known to this skillmerge")
         missing = [key for key in _KEYS if key not in document]

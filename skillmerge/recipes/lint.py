@@ -22,7 +22,7 @@ from skillmerge.methods.terms import degree, weights
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.expression import ExpressionError, grouped, names_in, normalise_name
 from skillmerge.recipes.lint_rules import RULES, LintRule
-from skillmerge.recipes.parse import load
+from skillmerge.recipes.parse import RecipeSource, load, name_of
 from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
 from skillmerge.recipes.schedules import LayerRange, Rule
 from skillmerge.recipes.yamltext import Path as DataPath
@@ -89,12 +89,12 @@ class Lint:
 
 
 def lint(
-    recipes: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    recipes: RecipeSource | Iterable[RecipeSource],
     *,
     strict: bool = False,
     allow: Iterable[str] = (),
 ) -> Lint:
-    """Return everything that is wrong with the recipe or the recipes at these paths, from their text alone.
+    """Return everything that is wrong with a recipe or with recipes, from their text alone.
 
     strict: warnings make `ok` false too. allow: ids of warnings that are not looked for.
     Raises UsageError for a rule that is none, or that is an error and cannot be allowed.
@@ -104,10 +104,9 @@ def lint(
     for name in sorted(allowed - set(warnings)):
         what = "is an error, which nothing allows" if name in RULES else "is no rule of lint"
         raise UsageError(f"`{name}` {what}", fix=did_you_mean(name, warnings) or f"rules: {', '.join(warnings)}")
-    paths = [recipes] if isinstance(recipes, str | os.PathLike) else recipes
-    files = tuple(os.fspath(path) for path in paths)
-    found = [finding for file in files for finding in _lint(file) if finding.rule.id not in allowed]
-    return Lint(files, tuple(found), strict)
+    sources = [recipes] if isinstance(recipes, str | os.PathLike | Mapping) else list(recipes)
+    found = [finding for source in sources for finding in _lint(source) if finding.rule.id not in allowed]
+    return Lint(tuple(map(name_of, sources)), tuple(found), strict)
 
 
 def remarks(recipe: Recipe) -> list[Remark]:
@@ -120,9 +119,10 @@ def _line(finding: Finding) -> str:
     return f"line {finding.place.line + 1} of the recipe: " if finding.place is not None else ""
 
 
-def _lint(file: str) -> list[Finding]:
+def _lint(source: RecipeSource) -> list[Finding]:
+    file = name_of(source)
     try:
-        recipe = load(file)
+        recipe = load(source)
     except RecipeError as error:
         return _sorted(_of_error(file, "invalid-recipe", each) for each in (error, *error.others))
     except SkillmergeError as error:

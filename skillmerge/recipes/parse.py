@@ -9,10 +9,11 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, TypeAlias
 
 from skillmerge.checkpoints.missing import near_path
 from skillmerge.errors import InputError, Mistakes, RecipeError, UsageError, did_you_mean, some
@@ -41,18 +42,59 @@ SAVED_PLAN = '{\n "ok":'
 """How a plan that was saved begins, and no recipe."""
 
 
-def load(path: str | os.PathLike[str], overrides: Mapping[str, float] | None = None) -> Recipe:
-    """Read and check the recipe at `path`; `overrides` (from --set) replace coefficients by numbers.
+RecipeSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
+"""A recipe's file, `-` for standard input, or what the file would hold as a dict."""
+STANDARD_INPUT = "-"
+_NO_FILE = "recipe"
+"""What a recipe is called that is a dict."""
 
+
+def load(source: RecipeSource, overrides: Mapping[str, float] | None = None) -> Recipe:
+    """Read and check a recipe; `overrides` (from --set) replace coefficients by numbers.
+
+    Relative paths in a dict, and in what comes from standard input, start at the working folder.
     Raises RecipeError for whatever is wrong with the text, UsageError where there is no such recipe.
     """
-    path = FilePath(path)
-    text = _text_of(path)
+    if isinstance(source, Mapping):
+        text = yamltext.dump(_plain(source, _NO_FILE))
+        return parse_recipe(text, _NO_FILE, FilePath(), overrides or {}, by_hand=False)
+    path = FilePath(source)
+    text = standard_input() if source == STANDARD_INPUT else _text_of(path)
     if text.startswith(SAVED_PLAN):
         raise UsageError(
             f"{path} is a saved plan, not a recipe", fix="`skillmerge apply` takes it; elsewhere name the recipe"
         )
     return parse_recipe(text, str(path), path.parent, overrides or {})
+
+
+def name_of(source: RecipeSource | Recipe) -> str:
+    """Return what messages call a recipe."""
+    if isinstance(source, Recipe):
+        return source.document.name
+    return _NO_FILE if isinstance(source, Mapping) else os.fspath(source)
+
+
+def standard_input() -> str:
+    """Return all of standard input: a recipe, or a saved plan. Raises UsageError where it is no text."""
+    try:
+        return sys.stdin.read()
+    except (OSError, UnicodeDecodeError, AttributeError) as error:
+        raise UsageError(f"standard input cannot be read: {error}", fix="name a recipe file") from error
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A value of a dict as YAML holds it. Raises UsageError for what is no table, list, text, number or path."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise UsageError(
+        f"{where}: {type(value).__name__} is not something a recipe holds", fix="use text, numbers, lists and dicts"
+    )
 
 
 def load_gates(path: str | os.PathLike[str]) -> tuple[Gate, ...]:

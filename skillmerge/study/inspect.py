@@ -29,7 +29,7 @@ from skillmerge.plans.dtypes.quantised import refuse_quantised
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
-from skillmerge.recipes.parse import RECIPE_SUFFIXES
+from skillmerge.recipes.parse import RECIPE_SUFFIXES, STANDARD_INPUT, RecipeSource, name_of
 from skillmerge.remarks import Remark
 from skillmerge.reporter import Reporter
 from skillmerge.study.forecast import Forecaster, plain
@@ -119,7 +119,7 @@ class Inspection:
 
 
 def inspect(
-    source: str | os.PathLike[str],
+    source: RecipeSource,
     other: str | os.PathLike[str] | None = None,
     *more: str | os.PathLike[str],
     base: str | None = None,
@@ -143,11 +143,10 @@ def inspect(
     check_words(threads=threads, stats=stats, spectral=spectral, hub=hub)
     reporter = reporter or Reporter()
     access = Access(follow_links, locked, download=hub == "download")
-    places = [os.fspath(place) for place in (source, other, *more) if place is not None]
-    named = is_path(places[0]) and not Path(source).is_dir() and Path(source).suffix in RECIPE_SUFFIXES
-    if Path(source).is_file() or (named and len(places) == 1):
+    places = [name_of(source), *(os.fspath(place) for place in (other, *more) if place is not None)]
+    if _is_recipe(source, alone=len(places) == 1):
         if len(places) > 1:
-            raise UsageError(f"{places[0]} is a file: a recipe is inspected alone", fix=f"leave {places[1]} out")
+            raise UsageError(f"{places[0]} is a recipe, which is inspected alone", fix=f"leave {places[1]} out")
         with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
             plan.refuse_problems()
             found = inspect_merge(
@@ -163,6 +162,12 @@ def inspect(
         return _warned(_inspect(subject, stats, spectral, threads, reporter), reporter)
     finally:
         close_all(subject.checkpoints)
+
+
+def _is_recipe(source: RecipeSource, alone: bool) -> bool:
+    if isinstance(source, Mapping) or source == STANDARD_INPUT or Path(source).is_file():
+        return True
+    return alone and is_path(os.fspath(source)) and not Path(source).is_dir() and Path(source).suffix in RECIPE_SUFFIXES
 
 
 def _warned(found: Inspection, reporter: Reporter) -> Inspection:

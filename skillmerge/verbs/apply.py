@@ -27,12 +27,13 @@ from skillmerge.plans.opening import Access
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.side_files import SideFile, fetch
+from skillmerge.recipes.parse import RecipeSource, name_of
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed, GateInput, check, prepare
 from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
-from skillmerge.verbs.source import name_of, planned_to_apply, read_source
+from skillmerge.verbs.source import planned_to_apply, read_source
 from skillmerge.verbs.target import finished_output, output_folder, refuse_existing
 from skillmerge.version import __version__
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 @machine_errors()
 def apply(
-    recipe: str | os.PathLike[str] | Recipe,
+    recipe: RecipeSource | Recipe,
     output: str | os.PathLike[str] | None = None,
     *,
     coefficients: Mapping[str, float] | None = None,
@@ -72,7 +73,8 @@ def apply(
 ) -> Result:
     """Plan, merge, check, and publish into the output folder; with `push`, on the Hub too.
 
-    recipe: path of the recipe, or of a saved plan, or one that was read. output: the folder, in place of `output.path`.
+    recipe: path of the recipe or of a saved plan, or what a recipe holds, as a dict. output: the folder, in place of
+    `output.path`.
     coefficients: numbers in place of the recipe's. device: auto, cpu, cuda or cuda:N. memory_limit: bytes.
     stats: full, sampled or off. full: an output that is there already is read again, every byte. keep_failed: an
     output that a gate refuses stays in the staging folder. strict: warnings are problems; those of the finished

@@ -26,7 +26,7 @@ from skillmerge.errors import UsageError
 from skillmerge.methods.terms import weights
 from skillmerge.naming import MODULE_KINDS
 from skillmerge.recipes.expression import bind, normalise_name
-from skillmerge.recipes.parse import load, parse_recipe
+from skillmerge.recipes.parse import RecipeSource, load, parse_recipe
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.yamltext import dump
 from skillmerge.reporter import Reporter
@@ -61,7 +61,7 @@ class Derived:
 
 
 def derive(
-    recipe: str | os.PathLike[str],
+    recipe: RecipeSource,
     choice: str,
     output: str | os.PathLike[str],
     *,
@@ -82,7 +82,7 @@ def derive(
         raise UsageError(f"choice {choice!r}: {', '.join(CHOICES)}")
     parsed = load(recipe)
     written, name = _only_coefficient(parsed)
-    target = _place_beside(recipe, parsed.folder, output)
+    target = _place_beside(parsed.document.name, parsed.folder, output)
     found = inspect(
         recipe, base=base, stats="off", threads=threads, follow_links=follow_links, locked=locked, hub=hub,
         reporter=reporter,
@@ -107,7 +107,7 @@ def derive(
     return Derived(target, choice, numbers, removed, chance)
 
 
-def _place_beside(recipe: str | os.PathLike[str], folder: Path, output: str | os.PathLike[str]) -> Path:
+def _place_beside(recipe: str, folder: Path, output: str | os.PathLike[str]) -> Path:
     """Where to write. Raises UsageError where something is there, or where relative paths would mean other places."""
     target = Path(output)
     if target.exists():

@@ -18,6 +18,7 @@ from skillmerge.plans.budget import Budget, budget, check_disk, free_disk
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.recipes import lock as lockfile
+from skillmerge.recipes.parse import RecipeSource
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import prepare
 from skillmerge.verbs.target import is_done, output_folder
@@ -59,7 +60,7 @@ class Preview(Plan):
 
 
 def plan(
-    recipe: str | os.PathLike[str],
+    recipe: RecipeSource,
     *,
     coefficients: Mapping[str, float] | None = None,
     threads: int | None = None,
@@ -75,10 +76,10 @@ def plan(
 ) -> Preview:
     """Return all that `apply` would do, from headers alone. The plan's `problems` and `warnings` are not raised.
 
-    coefficients: numbers in place of the recipe's. strict: warnings make `ok` false too. threads, memory_limit: as
-    `apply` would get them. lock: also write the commits and files of models on the Hub into the lock file beside the
-    recipe. save: write the plan as JSON into this file, which `apply` takes in a recipe's place. diff: a saved plan to
-    compare with.
+    recipe: a file, or what it would hold as a dict. coefficients: numbers in place of the recipe's. strict: warnings
+    make `ok` false too. threads, memory_limit: as `apply` would get them. lock: also write the commits and files of
+    models on the Hub into the lock file beside the recipe. save: write the plan as JSON into this file, which `apply`
+    takes in a recipe's place. diff: a saved plan to compare with.
     Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError; ResourceError where memory or disk are
     too small for it.
     """
@@ -100,7 +101,7 @@ def plan(
 
 
 def _make(
-    recipe: str | os.PathLike[str],
+    recipe: RecipeSource,
     coefficients: Mapping[str, float] | None,
     access: Access,
     reporter: Reporter,
@@ -113,7 +114,7 @@ def _make(
         except UsageError as error:
             reporter.note(f"apply would stop at once: {error.message}")
         if access.relock:
-            path = lockfile.path_of(Path(recipe))
+            path = lockfile.path_of(Path(made.recipe.document.name))
             with disk_errors(path):
                 write_whole(path, opening.to_bytes(made, checkpoints))
             reporter.say(f"wrote {path}")

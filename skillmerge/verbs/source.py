@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill_planes import check_zstandard
@@ -15,27 +15,26 @@ from skillmerge.plans.heads import with_heads_read
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.saved import SavedPlan
-from skillmerge.recipes.parse import load
+from skillmerge.recipes.parse import SAVED_PLAN, STANDARD_INPUT, RecipeSource, load, parse_recipe, standard_input
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
 from skillmerge.verbs.records import Checks
 
 
-def name_of(recipe: str | os.PathLike[str] | Recipe) -> str:
-    return recipe.document.name if isinstance(recipe, Recipe) else os.fspath(recipe)
-
-
-def read_source(
-    recipe: str | os.PathLike[str] | Recipe, coefficients: Mapping[str, float] | None
-) -> Recipe | SavedPlan:
-    """The recipe or the saved plan at a path. Raises UsageError, RecipeError."""
+def read_source(recipe: RecipeSource | Recipe, coefficients: Mapping[str, float] | None) -> Recipe | SavedPlan:
+    """The recipe, or the saved plan, at a path or on standard input. Raises UsageError, RecipeError."""
     if isinstance(recipe, Recipe):
         return recipe
-    if not savedplan.looks_saved(recipe):
+    if isinstance(recipe, Mapping):
+        return load(recipe, coefficients)
+    piped = standard_input() if recipe == STANDARD_INPUT else None
+    if piped is not None and not piped.startswith(SAVED_PLAN):
+        return parse_recipe(piped, STANDARD_INPUT, Path(), coefficients)
+    if piped is None and not savedplan.looks_saved(recipe):
         return load(recipe, coefficients)
     if coefficients:
-        raise UsageError("a saved plan has its coefficients", fix="leave --set out, or plan anew with it")
-    return savedplan.read(recipe)
+        raise UsageError("a saved plan has its coefficients", fix="leave --set out, or plan again with it")
+    return savedplan.read(recipe) if piped is None else savedplan.parse(piped, Path(STANDARD_INPUT))
 
 
 @contextmanager

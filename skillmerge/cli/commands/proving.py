@@ -9,8 +9,8 @@ import click
 from skillmerge.cli import flags
 from skillmerge.cli.help import command, option
 from skillmerge.cli.messages import TerminalReporter, log
-from skillmerge.cli.results import check_places, print_result
-from skillmerge.errors import UsageError, visible
+from skillmerge.cli.results import check_places, print_line, print_result
+from skillmerge.errors import UsageError
 
 
 @command("verify merged", "verify merged --load", cls=flags.LoadCommand)
@@ -62,7 +62,7 @@ def verify(
 
         show_verdict(verdict, console())
         if verdict.signature is not None:
-            click.echo(visible("signed by {signer}: {files} files, as they are".format(**verdict.signature)))
+            print_line("signed by {signer}: {files} files, as they are".format(**verdict.signature))
         if parent is not None and verdict.parent is not None:
             show_parent(parent, verdict.parent, console())
 
@@ -182,11 +182,12 @@ def sign(
 
     if private_key is None:
         raise UsageError("a signature is made with a key", fix="give --private-key KEY")
-    signed = run(folder, private_key=private_key, password=flags.password(password_file), **options)
+    reporter = TerminalReporter(quiet, verbose=False)
+    signed = run(folder, private_key=private_key, password=flags.password(password_file), reporter=reporter, **options)
     if as_json:
         print_result(signed)
     elif not quiet:
-        click.echo(visible(f"signed {signed.files} files as {signed.signer}\nwrote {signed.path}"))
+        print_line(f"signed {signed.files} files as {signed.signer}\nwrote {signed.path}")
 
 
 @command("attest merged --bom bom.json", "attest merged --private-key key.pem")
@@ -223,13 +224,14 @@ def attest(folder: str, password_file: str | None, as_json: bool, quiet: bool, *
     from skillmerge.outputs.proof.attest import attest as run
 
     given = {name: value for name, value in options.items() if value is not None}
-    attested = run(folder, password=flags.password(password_file), **given)
+    reporter = TerminalReporter(quiet, verbose=False)
+    attested = run(folder, password=flags.password(password_file), reporter=reporter, **given)
     if as_json:
         print_result(attested)
     elif not quiet:
         for path in (attested.attestation, attested.bom):
             if path is not None:
-                click.echo(visible(f"wrote {path}"))
+                print_line(f"wrote {path}")
     if attested.unpinned and not quiet:
         names = ", ".join(attested.unpinned)
         log("note", f"no digests of these inputs are known (apply --hash-inputs): {names}")
@@ -256,7 +258,7 @@ def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: An
     """
     from skillmerge.outputs.hub.push import push as run
 
-    published = run(folder, repository, **options)
+    published = run(folder, repository, reporter=TerminalReporter(quiet, verbose=False), **options)
     if as_json:
         print_result(published)
     elif not quiet:

@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
+from skillmerge.cli.messages import clear_status
 from skillmerge.errors import visible
 
 _APART = 3
@@ -30,6 +31,7 @@ class _Console(Console):
 
 def console() -> Console:
     """Return a console for results, on stdout. Off a terminal it is 120 columns wide."""
+    clear_status()
     return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
 
 

@@ -25,6 +25,7 @@ from skillmerge.outputs.verify import SIGNATURE_FILE, check_shard, verify_files
 from skillmerge.plans.plan import InputPlan, Plan
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.recipes.recipe import Push
+from skillmerge.reporter import Reporter
 from skillmerge.threads import Crew, in_threads
 
 _SMALL = 1 << 20
@@ -46,6 +47,7 @@ def push(
     license: str | None = None,
     card: str | os.PathLike[str] | None = None,
     allow_nonfinite: bool = False,
+    reporter: Reporter | None = None,
 ) -> Published:
     """Verify an output and publish it as one commit of `repository` (org/name on the Hub).
 
@@ -53,7 +55,8 @@ def push(
     say otherwise. license, card: in place of the recipe's. The same call continues a push that was
     interrupted. Raises CheckFailed, UsageError, InputError, StalePlan, TemporaryError.
     """
-    made = verify_files(folder, allow_nonfinite=allow_nonfinite).output
+    reporter = reporter or Reporter()
+    made = verify_files(folder, allow_nonfinite=allow_nonfinite, reporter=reporter).output
     made.refuse_failed()
     signature = signature_beside(made)
     output = parse_recipe(made.manifest.recipe.text, "the manifest's recipe", made.folder).output
@@ -67,6 +70,7 @@ def push(
     by_hand = read_card(Path(card) if card else None)
     how = "declare it: `--license apache-2.0`"
     text = write_card(made.manifest, settings, license or output.license, by_hand, how)
+    reporter.say(f"uploading to {settings.repository}")
     return send(HubCommit(settings), made, text, signature)
 
 

@@ -26,6 +26,7 @@ from skillmerge.outputs.proof.sign import read_private_key
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.outputs.verify import verify_files
 from skillmerge.recipes.parse import parse_recipe
+from skillmerge.reporter import Reporter
 
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -72,6 +73,7 @@ def attest(
     private_key: _AnyPath | None = None,
     password: str | None = None,
     allow_nonfinite: bool = False,
+    reporter: Reporter | None = None,
 ) -> Attested:
     """Verify an output and write its provenance (default: NAME.intoto.json beside it); and a bill of materials.
 
@@ -88,7 +90,7 @@ def attest(
     if bom_file is not None:
         _check_place(Path(bom_file), ("bomFormat",))
     key = read_private_key(private_key, password) if private_key is not None else None
-    made = verify_files(root, allow_nonfinite=allow_nonfinite).output
+    made = verify_files(root, allow_nonfinite=allow_nonfinite, reporter=reporter).output
     made.refuse_failed()
     proof, log, files = made.manifest, made.run_log(), made.digests()
     content = _statement(proof, log, files, builder_id, invocation_id)

@@ -63,6 +63,7 @@ def sign(
     certificate_chain: Sequence[_AnyPath] = (),
     signature: _AnyPath | None = None,
     allow_nonfinite: bool = False,
+    reporter: Reporter | None = None,
 ) -> Signature:
     """Verify an output, sign every file of it, and write the signature (default: `model.sig` in the folder).
 
@@ -76,7 +77,7 @@ def sign(
     key = read_private_key(private_key, password)
     configuration = _signer(key, signing_certificate, certificate_chain)
     _check_replaceable(root, place)
-    verdict = verify_files(root, allow_nonfinite=allow_nonfinite)
+    verdict = verify_files(root, allow_nonfinite=allow_nonfinite, reporter=reporter)
     verdict.output.refuse_failed()
     with scratch_folder() as scratch:
         made = scratch / SIGNATURE_FILE

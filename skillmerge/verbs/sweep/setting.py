@@ -12,7 +12,7 @@ from typing import Any
 from skillmerge.errors import UsageError
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.candidates import Axis, Values, grid, parse_axis, path_of, with_values
-from skillmerge.recipes.parse import load
+from skillmerge.recipes.parse import RecipeSource, load
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.study.scoring.scorers import Scorer, find_scorer
 from skillmerge.verbs.sweep.journal import identity
@@ -54,7 +54,7 @@ class Setting:
 
 
 def prepare(
-    path: str | os.PathLike[str],
+    source: RecipeSource,
     axes: Sequence[str],
     score: str,
     output: str | os.PathLike[str] | None,
@@ -62,14 +62,15 @@ def prepare(
     how: tuple[Access, str],
 ) -> Setting:
     """Check all that can be checked before anything is scored. Raises UsageError, RecipeError."""
-    recipe = load(path)
+    recipe = load(source)
+    path = Path(recipe.document.name)
     chosen, scorer = _axes(recipe, axes), find_scorer(score)
     if asked.search is not None and asked.search not in SEARCHES:
         raise UsageError(f"search {asked.search!r}: {', '.join(SEARCHES)}")
     if recipe.makes_skill:
         raise UsageError("a skill cannot be scored", fix="sweep a recipe that makes a model")
-    folder = Path(output) if output is not None else Path(path).with_suffix(".sweep")
-    best = _place_of_best(Path(path), folder)
+    folder = Path(output) if output is not None else path.with_suffix(".sweep")
+    best = _place_of_best(path, folder)
     less = scorer.minimise if asked.minimise is None else asked.minimise
     same: dict[str, Any] = {
         "score": score, "score_sha256": scorer.digest, "repeats": asked.repeats, "seed": asked.seed,

@@ -29,6 +29,7 @@ from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.candidates import Values, grid, with_values
+from skillmerge.recipes.parse import RecipeSource
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
 from skillmerge.study.scoring.scorers import run_command
@@ -113,7 +114,7 @@ class Sweep:
 
 
 def sweep(
-    recipe: str | os.PathLike[str],
+    recipe: RecipeSource,
     axes: Sequence[str],
     score: str,
     output: str | os.PathLike[str] | None = None,
