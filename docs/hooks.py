@@ -32,7 +32,7 @@ WIDTH = 80
 
 def commands() -> str:
     """The help of every command, as a terminal shows it, by subject."""
-    root = click.Context(cli, info_name="skillmerge", terminal_width=WIDTH, color=False)
+    root = click.Context(cli, info_name="skillmerge", terminal_width=WIDTH, color=False, **cli.context_settings)
     parts = [block(cli.get_help(root))]
     for subject, names in cli.groups.items():
         parts.append(f"## {subject}\n")
@@ -54,7 +54,7 @@ def recipes() -> str:
         comment, body = [], path.read_text().splitlines()
         while body and body[0].startswith("#"):
             comment.append(body.pop(0).removeprefix("#").strip())
-        text, code = "\n".join(comment), "\n".join(body)
+        text, code = "\n".join(comment).replace("When: ", "**When:** "), "\n".join(body)
         parts.append(f"## {path.stem}\n\n{text}\n\n```yaml\n# {path.name}\n{code}\n```\n")
     return "\n".join(parts)
 
@@ -81,7 +81,7 @@ def figures(table: Mapping[str, Figure]) -> str:
     rows = [["figure", "key in JSON", "formula", "meaning"], ["---"] * 4]
     for key, figure in table.items():
         source = f" Source: {figure.source}." if figure.source else ""
-        rows.append([figure.label, f"`{key}`", f"`{figure.formula}`".replace("|", "\\|"), figure.meaning + source])
+        rows.append([figure.label, f"`{key}`", f"`{figure.formula}`", figure.meaning + source])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -145,4 +145,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if source:
         text = (ROOT / source).read_text().replace("][", "]\\[")  # two brackets in a row are no reference in these
         return with_links(text, str(PurePosixPath(source).parent))
-    return with_links(with_generated(markdown), "docs")
+    return with_links(with_bars(with_generated(markdown)), "docs")
+
+
+def with_bars(markdown: str) -> str:
+    """Bars in a table's code without their backslashes: GitHub needs those, and Markdown's Python shows them."""
+    return re.sub(r"^\|.*`.*$", lambda row: re.sub(r"`[^`]*`", _without_backslashes, row[0]), markdown, flags=re.M)
+
+
+def _without_backslashes(code: re.Match[str]) -> str:
+    return code[0].replace("\\|", "|")

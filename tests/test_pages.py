@@ -15,9 +15,7 @@ from console_pages import CONSOLE, DOCS, commands, played, steady
 
 NOT_RUN = {
     ("filesystems.md", "skillmerge doctor /mnt/models"): "shows a filesystem without locks",
-    ("index.md", "pip install '.[transformers]'   # in the repository's folder; Python 3.10+, Linux or macOS"): (
-        "downloads packages"
-    ),
+    ("index.md", "pip install '.[transformers]'"): "downloads packages",
     ("install.md", "pip install '.[transformers]'"): "downloads packages",
     ("install.md", "pip install torch --index-url https://download.pytorch.org/whl/cpu"): "downloads packages",
     ("install.md", "docker build -t skillmerge ."): "needs Docker",
