@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "export.export extract rebuild sweep.in_memory sweep.setting",
         "apply export.lora export.patch plan sweep.search",
         "demo.miniature derive result source sweep.journal target",
-        "records",
+        "records sweep.candidates",
     ),
     "study": (
         "gates",
@@ -68,13 +68,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "changes depth mapping side_files compare.architectures compare.found compare.roles",
     ),
     "recipes": (
-        "candidates lint",
+        "lint",
         "parse",
         "recipe",
         "gate_table",
         "schema",
-        "expression lint_rules lock schedules starter yamltext foreign.documents",
-        "foreign.mergekit foreign.spellings",
+        "expression lint_rules lock schedules source starter foreign.documents",
+        "yamltext foreign.mergekit foreign.spellings",
     ),
     "checkpoints": (
         "kinds.table",

@@ -24,8 +24,9 @@ from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.lock import LOCK_VERSION, LockedModel
-from skillmerge.recipes.parse import RecipeSource, load
+from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.recipes.source import RecipeSource
 
 
 def to_bytes(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> bytes:

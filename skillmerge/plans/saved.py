@@ -17,8 +17,9 @@ from typing import Any
 from skillmerge.errors import StalePlan, UsageError
 from skillmerge.plans.changes import differences
 from skillmerge.plans.plan import PLAN_VERSION, Plan
-from skillmerge.recipes.parse import SAVED_PLAN, parse_recipe
+from skillmerge.recipes.parse import parse_recipe
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.recipes.source import SAVED_PLAN
 
 _KEYS = ("version", "digest", "recipe", "versions", "inputs", "tensors")
 _REMARKS = ("recipe", "problems", "warnings", "notes", "compared", "merged_share")

@@ -22,9 +22,10 @@ from skillmerge.methods.terms import degree, weights
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.expression import ExpressionError, grouped, names_in, normalise_name
 from skillmerge.recipes.lint_rules import RULES, LintRule
-from skillmerge.recipes.parse import RecipeSource, load, name_of
+from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
 from skillmerge.recipes.schedules import LayerRange, Rule
+from skillmerge.recipes.source import RecipeSource, name_of
 from skillmerge.recipes.yamltext import Path as DataPath
 from skillmerge.remarks import Remark, warning
 

@@ -9,14 +9,12 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path as FilePath
-from typing import Any, TypeAlias
+from typing import Any
 
-from skillmerge.checkpoints.missing import near_path
-from skillmerge.errors import InputError, Mistakes, RecipeError, UsageError, did_you_mean, some
+from skillmerge.errors import Mistakes, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.expression import ExpressionError, Node, normalise_name, parse
 from skillmerge.recipes.gate_table import Gate, gates_of
@@ -33,20 +31,10 @@ from skillmerge.recipes.schema import (
     ScheduleTable,
     read_table,
 )
+from skillmerge.recipes.source import SAVED_PLAN, RecipeSource, name_of, text_of
 from skillmerge.recipes.yamltext import Document, Path
 from skillmerge.remarks import ACCEPTABLE
 from skillmerge.tensors import parse_size
-
-RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
-SAVED_PLAN = '{\n "ok":'
-"""How a plan that was saved begins, and no recipe."""
-
-
-RecipeSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
-"""A recipe's file, `-` for standard input, or what the file would hold as a dict."""
-STANDARD_INPUT = "-"
-_NO_FILE = "recipe"
-"""What a recipe is called that is a dict."""
 
 
 def load(source: RecipeSource, overrides: Mapping[str, float] | None = None) -> Recipe:
@@ -55,11 +43,10 @@ def load(source: RecipeSource, overrides: Mapping[str, float] | None = None) -> 
     Relative paths in a dict, and in what comes from standard input, start at the working folder.
     Raises RecipeError for whatever is wrong with the text, UsageError where there is no such recipe.
     """
+    text = text_of(source)
     if isinstance(source, Mapping):
-        text = yamltext.dump(_plain(source, _NO_FILE))
-        return parse_recipe(text, _NO_FILE, FilePath(), overrides or {}, by_hand=False)
+        return parse_recipe(text, name_of(source), FilePath(), overrides or {}, by_hand=False)
     path = FilePath(source)
-    text = standard_input() if source == STANDARD_INPUT else _text_of(path)
     if text.startswith(SAVED_PLAN):
         raise UsageError(
             f"{path} is a saved plan, not a recipe", fix="`skillmerge apply` takes it; elsewhere name the recipe"
@@ -67,65 +54,13 @@ def load(source: RecipeSource, overrides: Mapping[str, float] | None = None) -> 
     return parse_recipe(text, str(path), path.parent, overrides or {})
 
 
-def name_of(source: RecipeSource | Recipe) -> str:
-    """Return what messages call a recipe."""
-    if isinstance(source, Recipe):
-        return source.document.name
-    return _NO_FILE if isinstance(source, Mapping) else os.fspath(source)
-
-
-def standard_input() -> str:
-    """Return all of standard input: a recipe, or a saved plan. Raises UsageError where it is no text."""
-    try:
-        return sys.stdin.read()
-    except (OSError, UnicodeDecodeError, AttributeError) as error:
-        raise UsageError(f"standard input cannot be read: {error}", fix="name a recipe file") from error
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A value of a dict as YAML holds it. Raises UsageError for what is no table, list, text, number or path."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    raise UsageError(
-        f"{where}: {type(value).__name__} is not something a recipe holds", fix="use text, numbers, lists and dicts"
-    )
-
-
 def load_gates(path: str | os.PathLike[str]) -> tuple[Gate, ...]:
     """The gates in a file of their own, or of a recipe. Raises RecipeError, UsageError."""
     path = FilePath(path)
-    document = yamltext.read(_text_of(path), str(path))
+    document = yamltext.read(text_of(path), str(path))
     if isinstance(document.data, dict) and "skillmerge" in document.data:
         return parse_recipe(document.text, str(path), path.parent).gates
     return gates_of(read_table(document, GatesFileTable).gates, document, path.parent)
-
-
-def _text_of(path: FilePath) -> str:
-    """What a person wrote, within bounds."""
-    try:
-        if path.is_dir():
-            inside = [file.name for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")]
-            fix = f"did you mean `{path / inside[0]}`?" if inside else "name a recipe file, such as `recipe.yaml`"
-            raise UsageError(f"{path} is a folder, not a recipe", fix=fix)
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is not a file", fix="save the recipe as a file and name that")
-        if path.stat().st_size > yamltext.MAX_BYTES:
-            raise RecipeError(f"{path}: is larger than {yamltext.MAX_BYTES // 1024} KiB, which no recipe needs")
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        near = near_path(path, str(path), lambda other: other.suffix in RECIPE_SUFFIXES and other.is_file())
-        fix = near or "`skillmerge init` writes a recipe to start from"
-        raise UsageError(f"{path} does not exist", fix=fix) from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def parse_recipe(

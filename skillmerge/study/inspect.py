@@ -29,7 +29,7 @@ from skillmerge.plans.dtypes.quantised import refuse_quantised
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
-from skillmerge.recipes.parse import RECIPE_SUFFIXES, STANDARD_INPUT, RecipeSource, name_of
+from skillmerge.recipes.source import RECIPE_SUFFIXES, STANDARD_INPUT, RecipeSource, name_of
 from skillmerge.remarks import Remark
 from skillmerge.reporter import Reporter
 from skillmerge.study.forecast import Forecaster, plain

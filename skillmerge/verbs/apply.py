@@ -27,13 +27,13 @@ from skillmerge.plans.opening import Access
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.side_files import SideFile, fetch
-from skillmerge.recipes.parse import RecipeSource, name_of
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.recipes.source import RecipeSource
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed, GateInput, check, prepare
 from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
-from skillmerge.verbs.source import planned_to_apply, read_source
+from skillmerge.verbs.source import planned_to_apply, read_source, source_name
 from skillmerge.verbs.target import finished_output, output_folder, refuse_existing
 from skillmerge.version import __version__
 
@@ -85,7 +85,7 @@ def apply(
     Raises SkillmergeError, whose subclasses say which kind of trouble it was; see `skillmerge.errors`.
     """
     reporter = reporter or Reporter()
-    reporter.event("started", skillmerge=__version__, recipe=name_of(recipe))
+    reporter.event("started", skillmerge=__version__, recipe=source_name(recipe))
     check_words(device=device, threads=threads, memory_limit=memory_limit, stats=stats, hub=hub)
     if keep_failed and no_local:
         raise UsageError("with no_local there is nothing to keep of a failed output", fix="leave out one of the two")

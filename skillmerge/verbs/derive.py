@@ -26,8 +26,9 @@ from skillmerge.errors import UsageError
 from skillmerge.methods.terms import weights
 from skillmerge.naming import MODULE_KINDS
 from skillmerge.recipes.expression import bind, normalise_name
-from skillmerge.recipes.parse import RecipeSource, load, parse_recipe
+from skillmerge.recipes.parse import load, parse_recipe
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.recipes.source import RecipeSource
 from skillmerge.recipes.yamltext import dump
 from skillmerge.reporter import Reporter
 from skillmerge.study.inspect import Inspection, inspect

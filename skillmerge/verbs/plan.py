@@ -18,7 +18,7 @@ from skillmerge.plans.budget import Budget, budget, check_disk, free_disk
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.recipes import lock as lockfile
-from skillmerge.recipes.parse import RecipeSource
+from skillmerge.recipes.source import RecipeSource
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import prepare
 from skillmerge.verbs.target import is_done, output_folder

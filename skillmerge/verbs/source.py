@@ -15,10 +15,15 @@ from skillmerge.plans.heads import with_heads_read
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.saved import SavedPlan
-from skillmerge.recipes.parse import SAVED_PLAN, STANDARD_INPUT, RecipeSource, load, parse_recipe, standard_input
+from skillmerge.recipes.parse import load, parse_recipe
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.recipes.source import SAVED_PLAN, STANDARD_INPUT, RecipeSource, name_of, standard_input
 from skillmerge.reporter import Reporter
 from skillmerge.verbs.records import Checks
+
+
+def source_name(recipe: RecipeSource | Recipe) -> str:
+    return recipe.document.name if isinstance(recipe, Recipe) else name_of(recipe)
 
 
 def read_source(recipe: RecipeSource | Recipe, coefficients: Mapping[str, float] | None) -> Recipe | SavedPlan:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import skillmerge
 from skillmerge.errors import InputError
 from skillmerge.plans.opening import Access
-from skillmerge.recipes.candidates import with_values
 from skillmerge.recipes.parse import load
 from skillmerge.reporter import Reporter
+from skillmerge.verbs.sweep.candidates import with_values
 from skillmerge.verbs.sweep.in_memory import MergedModel
 
 

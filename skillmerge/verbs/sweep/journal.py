@@ -16,10 +16,10 @@ from skillmerge.claim import CLAIM_FILES, hold
 from skillmerge.durable import disk_errors, sync_file, write_whole
 from skillmerge.errors import UsageError
 from skillmerge.plans.opening import Access, close_all, open_models
-from skillmerge.recipes.candidates import Values
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
 from skillmerge.study.scoring.scores import Score, Scores
+from skillmerge.verbs.sweep.candidates import Values
 
 SWEEP_VERSION = 1
 

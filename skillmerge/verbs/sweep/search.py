@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.errors import UsageError
-from skillmerge.recipes.candidates import Axis, Values
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.verbs.sweep.candidates import Axis, Values
 from skillmerge.verbs.sweep.journal import Trial
 
 SEARCHES = ("tpe", "cmaes", "random")

@@ -11,10 +11,11 @@ from typing import Any
 
 from skillmerge.errors import UsageError
 from skillmerge.plans.opening import Access
-from skillmerge.recipes.candidates import Axis, Values, grid, parse_axis, path_of, with_values
-from skillmerge.recipes.parse import RecipeSource, load
+from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.recipes.source import RecipeSource
 from skillmerge.study.scoring.scorers import Scorer, find_scorer
+from skillmerge.verbs.sweep.candidates import Axis, Values, grid, parse_axis, path_of, with_values
 from skillmerge.verbs.sweep.journal import identity
 from skillmerge.verbs.sweep.search import SEARCHES
 

@@ -28,14 +28,14 @@ from skillmerge.engine.rounding_statistics import Statistics
 from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.plans.opening import Access
-from skillmerge.recipes.candidates import Values, grid, with_values
-from skillmerge.recipes.parse import RecipeSource
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.recipes.source import RecipeSource
 from skillmerge.reporter import Reporter
 from skillmerge.study.scoring.scorers import run_command
 from skillmerge.study.scoring.scores import CONFIDENCE, NotFinite, Score, Scores, together
 from skillmerge.verbs.apply import merge
 from skillmerge.verbs.records import Checks, Publish
+from skillmerge.verbs.sweep.candidates import Values, grid, with_values
 from skillmerge.verbs.sweep.journal import Journal, Trial
 from skillmerge.verbs.sweep.search import Scored, searched
 from skillmerge.verbs.sweep.setting import FOUND, Asked, Setting, prepare

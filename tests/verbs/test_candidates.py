@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from skillmerge.errors import UsageError
-from skillmerge.recipes.candidates import grid, parse_axis, path_of, with_values
 from skillmerge.recipes.parse import load
+from skillmerge.verbs.sweep.candidates import grid, parse_axis, path_of, with_values
 
 SCHEDULE = """\
 skillmerge: 1

@@ -1,0 +1,84 @@
+"""Where the text of a recipe comes from: a file, standard input, or a dict. Knows nothing of what it says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from skillmerge.checkpoints.missing import near_path
+from skillmerge.errors import InputError, RecipeError, UsageError
+from skillmerge.recipes import yamltext
+
+RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
+SAVED_PLAN = '{\n "ok":'
+"""How a plan that was saved begins, and no recipe."""
+
+
+RecipeSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
+"""A recipe's file, `-` for standard input, or what the file would hold as a dict."""
+STANDARD_INPUT = "-"
+_NO_FILE = "recipe"
+"""What a recipe is called that is a dict."""
+
+
+def name_of(source: RecipeSource) -> str:
+    """Return what messages call a recipe."""
+    return _NO_FILE if isinstance(source, Mapping) else os.fspath(source)
+
+
+def text_of(source: RecipeSource) -> str:
+    """Return the text of a recipe; of a dict, as YAML.
+
+    Raises UsageError where there is none, RecipeError for what is no text or too large, InputError.
+    """
+    if isinstance(source, Mapping):
+        return yamltext.dump(_plain(source, _NO_FILE))
+    return standard_input() if source == STANDARD_INPUT else _of_file(Path(source))
+
+
+def standard_input() -> str:
+    """Return all of standard input: a recipe, or a saved plan. Raises UsageError where it is no text."""
+    try:
+        return sys.stdin.read()
+    except (OSError, UnicodeDecodeError, AttributeError) as error:
+        raise UsageError(f"standard input cannot be read: {error}", fix="name a recipe file") from error
+
+
+def _of_file(path: Path) -> str:
+    """What a person wrote, within bounds."""
+    try:
+        if path.is_dir():
+            inside = [file.name for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")]
+            fix = f"did you mean `{path / inside[0]}`?" if inside else "name a recipe file, such as `recipe.yaml`"
+            raise UsageError(f"{path} is a folder, not a recipe", fix=fix)
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is not a file", fix="save the recipe as a file and name that")
+        if path.stat().st_size > yamltext.MAX_BYTES:
+            raise RecipeError(f"{path}: is larger than {yamltext.MAX_BYTES // 1024} KiB, which no recipe needs")
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        near = near_path(path, str(path), lambda other: other.suffix in RECIPE_SUFFIXES and other.is_file())
+        fix = near or "`skillmerge init` writes a recipe to start from"
+        raise UsageError(f"{path} does not exist", fix=fix) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A value of a dict as YAML holds it. Raises UsageError for what is no table, list, text, number or path."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise UsageError(
+        f"{where}: {type(value).__name__} is not something a recipe holds", fix="use text, numbers, lists and dicts"
+    )
