@@ -54,7 +54,7 @@ def recipes() -> str:
         comment, body = [], path.read_text().splitlines()
         while body and body[0].startswith("#"):
             comment.append(body.pop(0).removeprefix("#").strip())
-        text, code = "\n".join(comment).replace("When: ", "**When:** "), "\n".join(body)
+        text, code = re.sub(r"^(When|Not when):", r"**\1:**", "\n".join(comment), flags=re.M), "\n".join(body)
         parts.append(f"## {path.stem}\n\n{text}\n\n```yaml\n# {path.name}\n{code}\n```\n")
     return "\n".join(parts)
 

@@ -18,6 +18,7 @@ NOT_RUN = {
     ("index.md", "pip install '.[transformers]'"): "downloads packages",
     ("install.md", "pip install '.[transformers]'"): "downloads packages",
     ("install.md", "pip install torch --index-url https://download.pytorch.org/whl/cpu"): "downloads packages",
+    ("install.md", "pip install click pydantic rich ruamel.yaml"): "downloads packages",
     ("install.md", "docker build -t skillmerge ."): "needs Docker",
 }
 """Page and first command of each block that is not run -> why."""
