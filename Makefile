@@ -41,7 +41,7 @@ check-oldest: $(VENV)/oldest-hub
 
 # The documentation as a site in build/site. Reading it needs no network: python -m http.server -d build/site
 docs: $(VENV)/installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The long form of tests/torture; `make test` has the quick one. Each part can be run by itself, in any order:
 # its figures are told at its end, and RESULTS.md beside the tests has those of the last time.

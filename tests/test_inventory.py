@@ -49,6 +49,20 @@ def test_options_with_a_note_are_there() -> None:
     assert [option for option in noted if option not in known] == []
 
 
+def test_commands_in_the_docs_exist() -> None:
+    """Every `skillmerge NAME --option` in code, wherever it is."""
+    found = re.findall(r"(?:\$ |`|&& |\| )skillmerge ([a-z]\w*)\b([^`|&;>\n]*)", DOCUMENTED)
+    assert len(found) > 150
+    wrong = []
+    for name, rest in found:
+        command = cli.commands.get(name)
+        known = {option for each in command.params for option in each.opts + each.secondary_opts} if command else set()
+        used = re.findall(r"(?<=\s)--?[a-z][\w-]*", rest)
+        wrong += [f"{name} {option}" for option in used if option not in known | {"-h", "--help"}]
+        wrong += [] if command else [name]
+    assert wrong == []
+
+
 def test_every_figure_is_documented() -> None:
     for key, figure in {**FIGURES, **SPECTRAL, **FORECAST}.items():
         assert f"| {figure.label} | `{key}` |" in DOCUMENTED, key

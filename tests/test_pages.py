@@ -24,6 +24,8 @@ NOT_RUN = {
 """Page and first command of each block that is not run -> why."""
 
 NEEDS: dict[str, list[str]] = {
+    "choosing-lambda.md": ["transformers", "optuna"],
+    "first-merge.md": ["transformers"],
     "walkthrough.md": ["transformers", "model_signing", "cyclonedx", "in_toto_attestation"],
     "proof.md": ["model_signing", "cyclonedx", "in_toto_attestation"],
 }
