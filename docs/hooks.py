@@ -5,6 +5,7 @@ Pages hold a comment such as `<!-- commands -->` where generated text goes. A pa
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import click
 
-from skillmerge import _HOMES
+from skillmerge import _HOMES, errors
 from skillmerge.cli.main import cli
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL, Figure
 
@@ -71,9 +72,35 @@ def speed() -> str:
 
 
 def api() -> str:
-    """Every public name, from its docstring."""
-    order = sorted(_HOMES, key=lambda name: (name[0].isupper(), name))
-    return "\n".join(f"::: skillmerge.{_HOMES[name]}.{name}\n" for name in order)
+    """Every public function, from its docstring."""
+    return "\n".join(f"::: skillmerge.{_HOMES[name]}.{name}\n" for name in sorted(_HOMES) if name.islower())
+
+
+def results() -> str:
+    """The classes that public functions return, in the order of their names."""
+    found = set()
+    for name, module in _HOMES.items():
+        tree = ast.parse((ROOT / "skillmerge" / f"{module.replace('.', '/')}.py").read_text())
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+        homes = {node.name: f"skillmerge.{module}" for node in tree.body if isinstance(node, ast.ClassDef)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                homes |= {alias.name: node.module or "" for alias in node.names}
+        returned = {word for node in functions for word in re.findall(r"\w+", ast.unparse(node.returns or node))}
+        found |= {(word, homes[word]) for word in returned if homes.get(word, "").startswith("skillmerge")}
+    return "\n".join(f"::: {module}.{name}\n    options: {{heading_level: 3}}\n" for name, module in sorted(found))
+
+
+def raised() -> str:
+    """The errors that functions raise, as a table."""
+    statuses = dict(re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "docs" / "commands.md").read_text(), re.M))
+    rows = ["| error | exit status | meaning |", "| --- | --- | --- |"]
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, errors.SkillmergeError):
+            status = "" if kind.exit_status == 1 else str(kind.exit_status)  # 1: of its own, or the base of all
+            meaning = " ".join((kind.__doc__ or "").split("\n\n")[0].split()) or statuses[status]
+            rows.append(f"| `{kind.__name__}` | {status} | {meaning} |")
+    return "\n".join(rows)
 
 
 def figures(table: Mapping[str, Figure]) -> str:
@@ -89,6 +116,8 @@ GENERATED = {
     "commands": commands,
     "recipes": recipes,
     "api": api,
+    "results": results,
+    "raised": raised,
     "speed": speed,
     "updates": lambda: figures(FIGURES),
     "directions": lambda: figures(SPECTRAL),
