@@ -84,3 +84,10 @@ def test_every_exit_status_is_documented() -> None:
     statuses = {kind.exit_status for kind in kinds} | {0, 130, 143}
     assert statuses >= {1, 2, 3, 4, 5, 6, 7, 75}
     assert [status for status in statuses if f"| {status} |" not in DOCUMENTED] == []
+
+
+def test_tests_of_the_threat_model_exist() -> None:
+    tests = {path.relative_to(ROOT / "tests").with_suffix("") for path in (ROOT / "tests").rglob("test_*.py")}
+    named = re.findall(r"`((?:torture/)?test_\w+)`", (ROOT / "docs" / "threat-model.md").read_text())
+    assert len(named) > 30
+    assert [name for name in named if not any(str(path).endswith(name) for path in tests)] == []
