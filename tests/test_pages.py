@@ -6,6 +6,7 @@ SKILLMERGE_RECORD=1 writes what they print now into the pages.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -56,3 +57,11 @@ def reason(page: Path, block: str) -> str | None:
 def test_what_is_not_run_is_there() -> None:
     blocks = {(page.name, commands(block)[0]) for page in PAGES for block in CONSOLE.findall(page.read_text())}
     assert set(NOT_RUN) <= blocks
+
+
+def test_commands_are_in_console_blocks() -> None:
+    """Where the tests find them."""
+    for page in DOCS.glob("*.md"):
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+        assert [text for kind, text in blocks if kind != "console" and re.search(r"^ *\$ ", text, re.M)] == [], page.name
+        assert [kind for kind, _ in blocks if not kind] == [], page.name
