@@ -20,7 +20,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "show.merging show.report.charts show.report.heat_maps show.report.remarks show.report.tensor_table",
         "show.markdown show.proving show.sentences show.starting show.studying",
         "event_log flags show.listings show.report.html show.table",
-        "completion doctor help messages show.figures show.sarif usage",
+        "completion console doctor help show.figures show.sarif usage",
+        "messages",
     ),
     "verbs": (
         "demo.demo",
@@ -73,7 +74,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "recipe",
         "gate_table",
         "schema",
-        "expression lint_rules lock schedules source starter foreign.documents",
+        "expression lint_rules lock schedules source starter foreign.documents foreign.near_misses",
         "yamltext foreign.mergekit foreign.spellings",
     ),
     "checkpoints": (
@@ -114,7 +115,10 @@ HOMES = {
         "cli.main", "cli.completion", "cli.flags", "cli.help", "cli.results", "cli.usage", "cli.commands.merging",
         "cli.commands.studying", "cli.commands.proving", "cli.commands.starting",
     },
-    "rich": {f"cli.show.{name}" for name in ("inspection", "merging", "proving", "starting", "studying", "table")},
+    "rich": {
+        "cli.console", "cli.show.inspection", "cli.show.merging", "cli.show.proving", "cli.show.starting",
+        "cli.show.studying", "cli.show.table",
+    },
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},
     "pydantic": {"recipes.schema", "outputs.manifest"},

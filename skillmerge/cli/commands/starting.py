@@ -60,9 +60,9 @@ def lint(
 
     Reports every mistake, not only the first.
     """
+    from skillmerge.cli.console import console
     from skillmerge.cli.show.sarif import document
     from skillmerge.cli.show.starting import show_lint
-    from skillmerge.cli.show.table import console
     from skillmerge.recipes.lint import lint as run
 
     printed = check_places(json=as_json, sarif=sarif_file)
@@ -97,9 +97,9 @@ def doctor(path: str | None, as_json: bool, quiet: bool) -> None:
 
     Shows versions, devices, memory and Hub access, and no secret. With PATH, tries what a merge does in that folder.
     """
+    from skillmerge.cli.console import console
     from skillmerge.cli.doctor import doctor as run
     from skillmerge.cli.show.starting import show_diagnosis
-    from skillmerge.cli.show.table import console
 
     found = run(path)
     if as_json:
@@ -116,9 +116,9 @@ def demo(folder: str, quiet: bool) -> None:
 
     Writes the models, their recipe and the merged model into FOLDER, and lets them answer questions.
     """
+    from skillmerge.cli.console import console
     from skillmerge.cli.show.proving import show_verdict
     from skillmerge.cli.show.starting import show_answers
-    from skillmerge.cli.show.table import console
     from skillmerge.outputs.verify import Verdict
     from skillmerge.verbs.demo.demo import SENTENCE, examples
     from skillmerge.verbs.demo.demo import demo as run

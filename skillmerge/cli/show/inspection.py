@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from skillmerge.cli.console import Text
 from skillmerge.cli.show import listings
 from skillmerge.cli.show.figures import FIGURES, SPECTRAL, show
 from skillmerge.cli.show.merging import statistics_table
 from skillmerge.cli.show.sentences import sentences
-from skillmerge.cli.show.table import Table, Text
+from skillmerge.cli.show.table import Table
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.plans.depth import a_mark, bars, number
 from skillmerge.study.inspect import FIGURES_OF_TWO

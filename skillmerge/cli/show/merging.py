@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from skillmerge.cli.console import Text
 from skillmerge.cli.show import listings
 from skillmerge.cli.show.proving import show_gates
-from skillmerge.cli.show.table import Table, Text
+from skillmerge.cli.show.table import Table
 from skillmerge.engine.measures.skill_statistics import SkillStatistics
 from skillmerge.engine.rounding_statistics import LOSSES, Statistics
 from skillmerge.plans.accounting import settlement
@@ -71,7 +72,7 @@ def show_remarks(plan: Plan, out: Console) -> None:
     for problem in plan.problems:
         out.print(Text(f"problem: {problem.message}", style="red"), soft_wrap=True)
     for text in filter(None, (settlement(plan.recipe, plan.problems), plan.acceptance)):
-        out.print(Text(text), soft_wrap=True)
+        out.print(Text(f"help: {text}"), soft_wrap=True)
 
 
 def show_digest(plan: Plan, out: Console) -> None:

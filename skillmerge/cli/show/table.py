@@ -5,7 +5,6 @@ A number is never cut. Knows widths and columns, not what the figures mean.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,30 +13,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from skillmerge.cli.messages import clear_status
-from skillmerge.errors import visible
+from skillmerge.cli.console import Text
 
 _APART = 3
 """Blanks that rich puts around a column: one before it, two after it."""
 _WORD = 16
 """A column of text is never narrower than its longest word, or than this many characters."""
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Left to the caller: rich would end the process."""
-        raise
-
-
-def console() -> Console:
-    """Return a console for results, on stdout. Off a terminal it is 120 columns wide."""
-    clear_status()
-    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
-
-
-def Text(text: str, style: str = "") -> RichText:
-    """Return text that holds no markup and no control characters."""
-    return RichText(visible(text), style=style)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
