@@ -12,6 +12,7 @@ import pytest
 from skillmerge import errors
 from skillmerge.cli.main import cli
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL
+from skillmerge.recipes.foreign.mergekit import NoCounterpart, equivalent
 from skillmerge.recipes.schema import schema as recipe_schema
 
 ROOT = Path(__file__).parent.parent
@@ -91,3 +92,15 @@ def test_tests_of_the_threat_model_exist() -> None:
     named = re.findall(r"`((?:torture/)?test_\w+)`", (ROOT / "docs" / "threat-model.md").read_text())
     assert len(named) > 30
     assert [name for name in named if not any(str(path).endswith(name) for path in tests)] == []
+
+
+def test_methods_of_mergekit_without_a_counterpart_have_none() -> None:
+    page = (ROOT / "docs" / "mergekit.md").read_text()
+    rows = page.split("## What has no counterpart")[1].split("| Gradients")[0]
+    methods = re.findall(
+        r"`([a-z_]+)`", "".join(line.split("|")[1] for line in rows.splitlines() if line.startswith("| `"))
+    )
+    assert len(methods) > 12
+    for method in methods:
+        with pytest.raises(NoCounterpart, match=method):
+            equivalent({"merge_method": method, "base_model": "./a", "models": [{"model": "./a"}, {"model": "./b"}]})
