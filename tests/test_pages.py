@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from command_server import Commands
 from console_pages import CONSOLE, DOCS, commands, played, steady
 
 NOT_RUN = {
+    ("CONTRIBUTING.md", "pip install click pydantic rich ruamel.yaml"): "downloads packages",
     ("filesystems.md", "skillmerge doctor /mnt/models"): "shows a filesystem without locks",
     ("index.md", "pip install '.[transformers]'"): "downloads packages",
     ("install.md", "pip install '.[transformers]'"): "downloads packages",
@@ -32,7 +34,8 @@ NEEDS: dict[str, list[str]] = {
 }
 """Libraries without which a page is skipped."""
 
-PAGES = [path for path in sorted(DOCS.glob("*.md")) if CONSOLE.search(path.read_text())]
+INCLUDED = [DOCS.parent / name for name in runpy.run_path(str(DOCS / "hooks.py"))["INCLUDED"].values()]
+PAGES = [path for path in [*sorted(DOCS.glob("*.md")), *INCLUDED] if CONSOLE.search(path.read_text())]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
