@@ -265,7 +265,7 @@ def _taken(body: ManifestBody, kind: str) -> float:
 
 
 def _cosine(gate: Gate, given: GateInput) -> Iterator[Outcome]:
-    """Of the update with the target's own, in standard deviations from chance; docs/inspect.md says what it means."""
+    """Of the update with the target's own, in standard deviations from chance; docs/metrics.md says what it means."""
     with given.opened() as (plan, checkpoints):
         base = _place_of(gate, gate.model, plan) if gate.model is not None else None
         found = inspect_merge(plan, checkpoints, base, given.access)

@@ -45,7 +45,7 @@ def extract(
     hub: str = "stream",
     reporter: Reporter | None = None,
 ) -> Result:
-    """Store the difference `rl - sft` of two checkpoints (folders, or hf://org/name[@revision][/subfolder]).
+    """Store the difference `rl - sft` of two checkpoints (folders, or `hf://org/name[@revision][/subfolder]`).
 
     Where `rl` is a folder with a sparse patch, it is the patch of `sft`.
     dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. ignore: globs of

@@ -1,7 +1,7 @@
 """What an inspection found, in sentences: how large an update is, where it is, how it lies to another, what rounding
 takes.
 
-Every figure in them is one of the inspection's; docs/inspect.md defines each.
+Every figure in them is one of the inspection's; docs/metrics.md defines each.
 """
 
 from __future__ import annotations
