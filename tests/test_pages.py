@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from command_server import Commands
-from console_pages import CONSOLE, DOCS, commands, played, steady
+from console_pages import CONSOLE, DOCS, commands, played, prepare, steady
 
 NOT_RUN = {
     ("CONTRIBUTING.md", "pip install click pydantic rich ruamel.yaml"): "downloads packages",
+    ("README.md", "pip install torch --index-url https://download.pytorch.org/whl/cpu"): "downloads packages",
     ("filesystems.md", "skillmerge doctor /mnt/models"): "shows a filesystem without locks",
     ("index.md", "pip install '.[transformers]'"): "downloads packages",
     ("install.md", "pip install '.[transformers]'"): "downloads packages",
@@ -35,7 +36,8 @@ NEEDS: dict[str, list[str]] = {
 """Libraries without which a page is skipped."""
 
 INCLUDED = [DOCS.parent / name for name in runpy.run_path(str(DOCS / "hooks.py"))["INCLUDED"].values()]
-PAGES = [path for path in [*sorted(DOCS.glob("*.md")), *INCLUDED] if CONSOLE.search(path.read_text())]
+README = DOCS.parent / "README.md"
+PAGES = [path for path in [README, *sorted(DOCS.glob("*.md")), *INCLUDED] if CONSOLE.search(path.read_text())]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -55,6 +57,15 @@ def test_page_prints_what_it_says(page: Path, tmp_path: Path, commands: Commands
 def reason(page: Path, block: str) -> str | None:
     """Why a block is not run; None for one that is."""
     return NOT_RUN.get((page.name, commands(block)[0]))
+
+
+def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    prepare(tmp_path / "work", "README.md", "")
+    monkeypatch.chdir(tmp_path / "work")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
+    exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "work/merged/model.safetensors").exists()
 
 
 def test_what_is_not_run_is_there() -> None:
