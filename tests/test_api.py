@@ -27,11 +27,13 @@ SCALARS = {"str", "int", "float", "bool", "Path", "str | None", "Path | None", "
 
 TERMINAL = {
     "json", "quiet", "verbose", "report", "result_file", "events", "junit", "markdown", "sarif", "detailed_exitcode",
+    "list",
 }  # fmt: skip
 """Options that only concern the terminal and files about a run. Python has results, reporters, and `Preview.done`."""
 
 WORDS = {
     "extract": {"from": "rl", "minus": "sft"},
+    "init": {"from": "source"},
     "apply": {"set": "coefficients"},
     "plan": {"set": "coefficients"},
     "inspect": {"set": "coefficients"},
@@ -249,7 +251,7 @@ def test_plan_is_not_saved_over_something_else(family: Path) -> None:
 def test_init_writes_a_recipe_that_lint_reads(tmp_path: Path) -> None:
     path = skillmerge.init(tmp_path / "recipe.yaml")
     assert skillmerge.lint(path).findings == skillmerge.lint([path]).findings == ()
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         skillmerge.init(path)
 
 

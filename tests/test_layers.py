@@ -21,7 +21,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "show.report.charts show.report.heat_maps show.report.remarks show.report.tables show.report.tensor_table",
         "show.markdown show.proving show.sentences show.starting show.studying",
         "event_log flags show.listings show.report.html show.table",
-        "completion doctor help messages show.figures show.sarif usage",
+        "completion console doctor help show.figures show.sarif usage",
+        "messages",
     ),
     "verbs": (
         "demo.demo",
@@ -69,13 +70,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "changes depth mapping side_files compare.architectures compare.found compare.roles",
     ),
     "recipes": (
-        "lint",
+        "lint starter",
         "parse",
         "recipe",
         "gate_table",
         "schema",
-        "expression lint_rules lock schedules source starter foreign.documents",
-        "yamltext foreign.mergekit foreign.spellings",
+        "expression lint_rules lock schedules source foreign.documents foreign.near_misses tables.recipe",
+        "yamltext foreign.mergekit foreign.spellings tables.gates",
+        "tables.values",
     ),
     "checkpoints": (
         "kinds.table",
@@ -115,10 +117,15 @@ HOMES = {
         "cli.main", "cli.completion", "cli.flags", "cli.help", "cli.results", "cli.usage", "cli.commands.merging",
         "cli.commands.studying", "cli.commands.proving", "cli.commands.starting",
     },
-    "rich": {f"cli.show.{name}" for name in ("inspection", "merging", "proving", "starting", "studying", "table")},
+    "rich": {
+        "cli.console", "cli.show.inspection", "cli.show.merging", "cli.show.proving", "cli.show.starting",
+        "cli.show.studying", "cli.show.table",
+    },
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},
-    "pydantic": {"recipes.schema", "outputs.manifest"},
+    "pydantic": {
+        "recipes.schema", "recipes.tables.gates", "recipes.tables.recipe", "recipes.tables.values", "outputs.manifest",
+    },
     "safetensors": {"outputs.verify"},
     "transformers": {
         "study.loads.load_probe", "study.loads.tokenizer_probe", "study.scoring.built_in", "verbs.sweep.in_memory",

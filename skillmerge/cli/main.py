@@ -193,8 +193,8 @@ def _failed(error: SkillmergeError) -> int:
         if _wants_json():
             print_json({"ok": False, **error.as_dict()})
         elif outcomes := getattr(error, "outcomes", ()):  # of gates
+            from skillmerge.cli.console import console
             from skillmerge.cli.show.proving import show_gates
-            from skillmerge.cli.show.table import console
 
             show_gates(outcomes, console())
     _log_error(error)

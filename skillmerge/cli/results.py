@@ -111,8 +111,8 @@ def show_merge(result: Result, as_json: bool, quiet: bool) -> None:
         print_result(result)
         return
     if not quiet:
+        from skillmerge.cli.console import console
         from skillmerge.cli.show.merging import show_result
-        from skillmerge.cli.show.table import console
 
         show_result(result, console())
 

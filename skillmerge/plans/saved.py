@@ -106,7 +106,7 @@ def parse(text: str, path: Path) -> SavedPlan:
     with _damage(path):
         document = json.loads(text)
         if document["version"] != PLAN_VERSION:
-            raise UsageError(f"{path}: plan version {document['version']!r} is not known to this skillmerge")
+            raise UsageError(f"{path}: plan version {document['version']!r} is not known to this version of skillmerge")
         missing = [key for key in _KEYS if key not in document]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")

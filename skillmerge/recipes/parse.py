@@ -20,18 +20,18 @@ from skillmerge.recipes.expression import ExpressionError, Node, normalise_name,
 from skillmerge.recipes.gate_table import Gate, gates_of
 from skillmerge.recipes.recipe import CopyRule, Output, Push, Recipe, expression_error, local_path
 from skillmerge.recipes.schedules import LayerRange, Rule, Schedule, parse_layers
-from skillmerge.recipes.schema import (
+from skillmerge.recipes.schema import read_table
+from skillmerge.recipes.source import SAVED_PLAN, RecipeSource, name_of, text_of
+from skillmerge.recipes.tables.gates import GatesTable
+from skillmerge.recipes.tables.recipe import (
     GatesFileTable,
-    GatesTable,
     ModelTable,
     OutputTable,
     PushTable,
     RecipeTable,
     RuleTable,
     ScheduleTable,
-    read_table,
 )
-from skillmerge.recipes.source import SAVED_PLAN, RecipeSource, name_of, text_of
 from skillmerge.recipes.yamltext import Document, Path
 from skillmerge.remarks import ACCEPTABLE
 from skillmerge.tensors import parse_size

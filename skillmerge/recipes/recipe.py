@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
@@ -104,6 +105,14 @@ class Recipe:
         """Whether it stands for the words of a command, and is in no file."""
         return self.document.name.startswith("skillmerge ")
 
+    def in_words(self, text: str) -> str:
+        """A message for the person who ran a command: the places that were typed, not the names it gave to them."""
+        if not self.of_command:
+            return text
+        text = text.replace(": the donor's is used", "").replace("name that under `ignore`", "pass `--ignore GLOB`")
+        names = "|".join(map(re.escape, self.models))
+        return re.sub(rf"(?:the donor |model )?`({names})`", lambda name: f"`{self.models[name[1]]}`", text)
+
     @property
     def makes_skill(self) -> bool:
         """Whether the output is a difference to store; otherwise it is a model."""
@@ -174,7 +183,17 @@ def unclear_donor(recipe: Recipe) -> Remark | None:
     """A warning where the text of a merge does not show which of its models is the donor."""
     unclear = is_donor_unclear(recipe.expression, recipe.skills)
     donor = donor_of(recipe.expression, recipe.skills)
-    if recipe.output.like is not None or recipe.makes_skill or recipe.donor != donor or not unclear:
+    if recipe.output.like is not None or recipe.makes_skill:
+        return None
+    if recipe.donor != donor:  # version 0.1 took another one from some texts
+        return warning(
+            f"the donor is `{recipe.donor}`, as this was planned before; of `{recipe.document.data['merge']}` it would "
+            f"be `{donor}` now: the output takes its names, dtypes, config and tokenizer from `{recipe.donor}`",
+            f"keep it with `output: {{like: {recipe.donor}}}` in the recipe, or plan the recipe again",
+            name="donor",
+            of_recipe=True,
+        )
+    if not unclear:
         return None
     return warning(
         f"the donor is `{donor}`, the first model that `{recipe.document.data['merge']}` adds: the output takes its "
@@ -189,7 +208,7 @@ def local_path(document: Document, path: Path, folder: FilePath, written: str) -
     try:
         return folder / FilePath(written).expanduser()
     except RuntimeError as error:
-        raise document.error(f"`{written}` starts at a home that does not exist", document.place(path)) from error
+        raise document.error(f"`{written}` is in a home folder that does not exist", document.place(path)) from error
 
 
 def expression_error(document: Document, error: ExpressionError) -> RecipeError:

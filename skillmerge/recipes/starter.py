@@ -1,4 +1,4 @@
-"""The verb init, and the recipe that it writes: complete, commented, and one edit away from running."""
+"""The verb init: a recipe to start from, the commented starter or one of the gallery, with completion for editors."""
 
 from __future__ import annotations
 
@@ -7,19 +7,49 @@ from importlib.resources import files
 from pathlib import Path
 
 from skillmerge.durable import disk_errors
-from skillmerge.errors import UsageError
+from skillmerge.errors import UsageError, did_you_mean
+from skillmerge.recipes.schema import schema_text
+
+SCHEMA_FILE = "skillmerge.schema.json"
+_EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
+"""What editors with the YAML language server look for; a relative path starts at the recipe's folder."""
 
 
-def starter() -> str:
-    """The text of the recipe to start from."""
-    return (files("skillmerge.recipes") / "starter.yaml").read_text(encoding="utf-8")
+def gallery() -> dict[str, str]:
+    """Return the recipes that `source` can name, and what each of them does, in one line."""
+    found = (path for path in (files("skillmerge.recipes") / "gallery").iterdir() if path.name.endswith(".yaml"))
+    texts = {path.name.removesuffix(".yaml"): path.read_text(encoding="utf-8") for path in found}
+    return {name: text.split("\n", 1)[0].removeprefix("# ") for name, text in sorted(texts.items())}
 
 
-def init(path: str | os.PathLike[str] = "recipe.yaml") -> Path:
-    """Write a commented recipe to start from, and return its path. Raises UsageError where a file is there already."""
+def recipe_text(source: str | None = None) -> str:
+    """Return the text of a recipe of the gallery; without `source`, of the starter. Raises UsageError for a name that
+    is not in the gallery."""
+    home = files("skillmerge.recipes")
+    if source is None:
+        return (home / "starter.yaml").read_text(encoding="utf-8")
+    names = list(gallery())
+    if source not in names:
+        near = did_you_mean(source, names)
+        raise UsageError(f"no recipe is called `{source}`", fix=near or f"choose one of: {', '.join(names)}")
+    return (home / "gallery" / f"{source}.yaml").read_text(encoding="utf-8")
+
+
+def init(path: str | os.PathLike[str] = "recipe.yaml", source: str | None = None) -> Path:
+    """Write a recipe to start from, and return its path.
+
+    source: the name of a recipe of the gallery, such as `past-ramp`; by default a commented starter. Beside the recipe
+    is the JSON Schema that its first line names, so that editors complete keys; one that is there is kept.
+    Raises UsageError where `path` exists, and for a name that is not in the gallery.
+    """
+    text = recipe_text(source)
     target = Path(path)
     if target.exists():
-        raise UsageError(f"{path} exists already", fix="name another file: skillmerge init my-recipe.yaml")
+        raise UsageError(f"`{path}` already exists", fix="choose another file: `skillmerge init my-recipe.yaml`")
     with disk_errors(target):
-        target.write_text(starter(), encoding="utf-8")
+        target.write_text(_EDITOR_LINE + text, encoding="utf-8")
+    beside = target.parent / SCHEMA_FILE
+    if not beside.exists():
+        with disk_errors(beside):
+            beside.write_text(schema_text(), encoding="utf-8")
     return target

@@ -242,7 +242,7 @@ def _by_block(gate: Gate, given: GateInput) -> Iterator[Outcome]:
         outside = {cell.label: gate.excess(figures[cell.label]) - _chance(gate, cell) for cell in known
                    if figures[cell.label] is not None}  # fmt: skip
         if not outside:
-            few = f"no block{f' of kind {kind}' if kind else ''} has {LEAST} elements with an update"
+            few = f"no layer{f' of kind {kind}' if kind else ''} has {LEAST} elements with an update"
             yield _judged(gate, None, kind, few)
             continue
         where = max(outside, key=lambda label: outside[label])
@@ -253,8 +253,7 @@ def _by_block(gate: Gate, given: GateInput) -> Iterator[Outcome]:
 
 def _chance(gate: Gate, cell: Cell) -> float:
     """How far from what is asked chance alone can bring a cell's figure, as the warning of `apply` allows for it."""
-    factor = {"realised": 1.0, "realised_lambda": abs(cell.group.asked_lambda or 0.0)}.get(gate.kind, 0.0)
-    return SIGMAS * cell.error * factor
+    return SIGMAS * {"realised": cell.error, "realised_lambda": cell.lambda_error}.get(gate.kind, 0.0)
 
 
 def _taken(body: ManifestBody, kind: str) -> float:
@@ -267,7 +266,7 @@ def _taken(body: ManifestBody, kind: str) -> float:
 
 
 def _cosine(gate: Gate, given: GateInput) -> Iterator[Outcome]:
-    """Of the update with the target's own, in standard deviations from chance; docs/inspect.md says what it means."""
+    """Of the update with the target's own, in standard deviations from chance; docs/metrics.md says what it means."""
     with given.opened() as (plan, checkpoints):
         base = _place_of(gate, gate.model, plan) if gate.model is not None else None
         found = inspect_merge(plan, checkpoints, base, given.access)
@@ -370,7 +369,7 @@ def gate(
         )
     if gates is None and any(item.kind == "command" for item in asked):
         raise UsageError(
-            f"the recipe in the manifest of {root} has gates that run commands, and whoever made it wrote them",
+            f"the recipe in the manifest of {root} has gates that run commands, written by its author",
             fix="read them, and name a file that you trust: skillmerge gate DIR --gates FILE",
         )
     access = Access(follow_links, commits=commits, allow_code=True, moved=MOVED)

@@ -3,7 +3,7 @@
 One streaming pass: every tensor's update is measured by `metrics`, and, where there is a target, a recipe's
 rounding is forecast: for some blocks (those that `apply --stats sampled` looks at, or all) the arithmetic of
 `apply` is done for every lambda of a grid and three ways to round, and measured as `apply` measures. Nothing is
-written. What the figures mean stands in docs/inspect.md.
+written. What the figures mean stands in docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from skillmerge.engine.measures.input_rounding import input_warning
 from skillmerge.engine.measures.update_size import IN_RECIPE, size_warning, too_large
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError, some
-from skillmerge.methods.terms import model_of
 from skillmerge.naming import MODULE_KINDS, layer_label, layer_of, module_kind, summarised
-from skillmerge.plans.dtypes.quantised import refuse_quantised
+from skillmerge.plans.dtypes.quantised import equal_tensors
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
@@ -62,7 +61,7 @@ FIGURES_OF_TWO = (
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found. tensors, groups (`all`, modules, layers, cells): label -> figures, see docs/inspect.md.
+    """What was found. tensors, groups (`all`, modules, layers, cells): label -> figures, see docs/metrics.md.
 
     forecast: None, or mode, blocks and curves; see `Forecast`. second: what k is, or None.
     """
@@ -222,8 +221,6 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
     from skillmerge.study.update_metrics import describe_all
     from skillmerge.study.update_pass import measure_updates
 
-    for model, checkpoint in subject.checkpoints.items():
-        refuse_quantised(_name_of(model), checkpoint)
     tasks, left = _tasks(subject)
     sizes = {task.name: math.prod(task.shape) for task in tasks}
     forecaster = Forecaster(subject.plan, subject.target, subject.difference, subject.minus, stats, sizes)
@@ -305,18 +302,22 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
     """What to read for each tensor that all models have, as floats of one shape; and why others are left out."""
     first, *others = subject.models
     tasks: list[TensorPlan] = []
-    left: dict[str, str] = {}
+    left = equal_tensors(subject.models, subject.checkpoints, _only_copied(subject))
     for name, spec in subject.checkpoints[first].tensors.items():
+        if name in left:
+            continue
         sources = []
         for model in subject.models:
             source = find_source(spec, model, subject.checkpoints[model])
             found = subject.checkpoints[model].tensors[source.tensor] if source is not None else None
             if source is None or found is None:
-                left[name] = f"not in {_name_of(model)}"
+                left[name] = f"not in {subject.name_of(model)}"
             elif not DTYPES[found.dtype].is_float:
-                left[name] = f"{found.dtype} in {_name_of(model)}"
+                left[name] = f"{found.dtype} in {subject.name_of(model)}"
             elif found.shape != spec.shape:
-                left[name] = f"{list(spec.shape)} in {_name_of(first)}, {list(found.shape)} in {_name_of(model)}"
+                left[name] = (
+                    f"{list(spec.shape)} in {subject.name_of(first)}, {list(found.shape)} in {subject.name_of(model)}"
+                )
             else:
                 sources.append(source)
         if not spec.elements:
@@ -326,15 +327,18 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
     for model in others:
         for name, spec in subject.checkpoints[model].tensors.items():
             if find_source(spec, first, subject.checkpoints[first]) is None:
-                left.setdefault(name, f"not in {_name_of(first)}")
+                left.setdefault(name, f"not in {subject.name_of(first)}")
     if not tasks:
         raise UsageError(f"{subject.title}: the models share no tensor", fix="are they of one architecture?")
     return tasks, left
 
 
-def _name_of(model: str) -> str:
-    """As the person called it who named it."""
-    return "base" if model == BASE else model_of(model)
+def _only_copied(subject: Subject) -> set[str]:
+    """The tensors that a recipe takes from one model, or from none."""
+    if subject.plan is None:
+        return set()
+    computed = {name for name, it in subject.plan.tensors.items() if it.action not in ("copy", "cast", "zero")}
+    return {name for model in subject.models for name in subject.checkpoints[model].tensors} - computed
 
 
 def _kinds(names: Iterable[str]) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 
 v = after - before is the update, k a second one, w the weights that v is seen against; n elements. A run gives
 an `Update` (and, with k, a `Pair`); they add up over runs, tensors, layers and modules, and `describe` turns
-the sums into figures. What each figure means, and who has used it, stands in docs/inspect.md.
+the sums into figures. What each figure means, and who has used it, stands in docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def add_up(parts: Iterable[Update | Pair]) -> Any:
 
 
 def describe(update: Update, pair: Pair | None, whole: float) -> dict[str, Any]:
-    """The figures of a tensor or a group. whole: the sum of v^2 over the whole model. Keys as in docs/inspect.md."""
+    """The figures of a tensor or a group. whole: the sum of v^2 over the whole model. Keys as in docs/metrics.md."""
     count, squares = update.elements, math.fsum(update.squares)
     figures: dict[str, Any] = {
         "elements": count,

@@ -34,7 +34,7 @@ from skillmerge.study.gates import GateFailed, GateInput, check, prepare
 from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.source import planned_to_apply, read_source, source_name
-from skillmerge.verbs.target import finished_output, output_folder, refuse_existing
+from skillmerge.verbs.target import finished_output, output_folder, refuse_existing, refuse_other_donor
 from skillmerge.version import __version__
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ class _Merge:
         """Begin the work or continue it, check what comes of it, and give it its place."""
         if not self.publish.no_local:
             refuse_existing(self.staging.output, self.publish.overwrite)
+        job, allow_code = self.job, self.access.allow_code
+        refuse_other_donor(self.staging, job.plan, job.checkpoints, self.conditions, allow_code)
         runner = runner_for(work, self.reporter)
         side_files = self._begin()
         if self.staging.sealed:  # complete, but for its commit
@@ -310,7 +312,7 @@ class _Merge:
             report(outcomes[-1])
         if all(outcome.passed for outcome in outcomes) or self.checks.keep_failed:
             return outcomes
-        fix = "mend what could not be measured; the same command goes on from here"
+        fix = "fix what could not be measured; the same command continues from here"
         if not any(outcome.unmeasured for outcome in outcomes):
             staging.discard()
             fix = "--keep-failed keeps the output where it can be looked at"

@@ -45,7 +45,7 @@ def extract(
     hub: str = "stream",
     reporter: Reporter | None = None,
 ) -> Result:
-    """Store the difference `rl - sft` of two checkpoints (folders, or hf://org/name[@revision][/subfolder]).
+    """Store the difference `rl - sft` of two checkpoints (folders, or `hf://org/name[@revision][/subfolder]`).
 
     Where `rl` is a folder with a sparse patch, it is the patch of `sft`.
     dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. ignore: globs of
@@ -108,7 +108,7 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
         close_all(checkpoints)
     if reason or not candidates:
         raise CheckFailed(
-            f"{parent} is not a checkpoint that {skill} was cut from: {reason}",
+            f"{parent} is not a checkpoint that {skill} was extracted from: {reason}",
             fix=f"its parents: {', '.join(_parent(item) for item in document['parents'])}",
         )
     return str(candidates[0])

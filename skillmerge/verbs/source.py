@@ -38,7 +38,7 @@ def read_source(recipe: RecipeSource | Recipe, coefficients: Mapping[str, float]
     if piped is None and not savedplan.looks_saved(recipe):
         return load(recipe, coefficients)
     if coefficients:
-        raise UsageError("a saved plan has its coefficients", fix="leave --set out, or plan again with it")
+        raise UsageError("a saved plan has its coefficients", fix="leave `--set` out, or plan again with it")
     return savedplan.read(recipe) if piped is None else savedplan.parse(piped, Path(STANDARD_INPUT))
 
 
@@ -56,13 +56,13 @@ def planned_to_apply(
         plan.refuse_problems()
         if saved is not None:
             saved.check(plan)
-        plan = with_heads_read(plan, checkpoints[plan.donor])
+        plan = with_heads_read(plan, checkpoints)
+        if checks.strict:
+            plan.refuse_warnings()
         for remark in plan.warnings:
             reporter.warn(remark.message, remark.fix)
         for note in plan.notes:
             reporter.note(note)
-        if checks.strict:
-            plan.refuse_warnings()
         if plan.recipe.output.compression != "none":
             check_zstandard()
         yield plan, checkpoints

@@ -124,19 +124,6 @@ def test_verify_passes_and_fails(family: Path) -> None:
     assert run_cli("verify", family.parent / "nothing").returncode == 2
 
 
-def test_init_writes_a_recipe_that_plans(tmp_path: Path) -> None:
-    assert run_cli("init", cwd=tmp_path).returncode == 0
-    assert run_cli("init", cwd=tmp_path).returncode == 2
-    assert run_cli("init", "-", cwd=tmp_path).stdout == (tmp_path / "recipe.yaml").read_text()
-    for name in ("target-sft", "source-rl", "source-sft"):
-        write_checkpoint(tmp_path / "path" / "to" / name, random_tensors(tensor_shapes()))
-    assert run_cli("plan", "recipe.yaml", cwd=tmp_path).returncode == 0
-
-
-def test_schema_is_draft_7(tmp_path: Path) -> None:
-    assert json.loads(run_cli("schema").stdout)["$schema"] == "http://json-schema.org/draft-07/schema#"
-
-
 def test_demo_does_the_whole_job(tmp_path: Path) -> None:
     process = run_cli("demo", cwd=tmp_path)
     assert process.returncode == 0, process.stderr

@@ -13,7 +13,7 @@ from skillmerge.errors import RecipeError, UsageError
 from skillmerge.recipes.parse import load, parse_recipe
 from skillmerge.recipes.recipe import unused_names
 from skillmerge.recipes.schema import schema as recipe_schema
-from skillmerge.recipes.starter import starter
+from skillmerge.recipes.starter import recipe_text
 from skillmerge.recipes.yamltext import read
 
 GOOD = """\
@@ -135,7 +135,7 @@ did you mean `sft`?""",
 recipe.yaml:17:1: duplicate key `merge`
    17 | merge: target
       | ^^^^^
-it stands on line 14 already: keep one of the two""",
+remove one of the two; the first is on line 14""",
     ),
     "string for a number": (
         ("default: 1.0", 'default: "1.0"'),
@@ -150,7 +150,8 @@ remove the quotes: 1.0""",
         """\
 recipe.yaml:12:37: `value` must be a finite number, not inf
    12 |       - {tensors: "*.mlp.*", value: .inf}
-      |                                     ^^^^""",
+      |                                     ^^^^
+write a number, such as 1""",
     ),
     "division by a model": (
         ("merge: target + lam * (rl - sft)", "merge: target / rl"),
@@ -263,7 +264,7 @@ def test_expression_in_a_folded_text_is_located_at_its_start() -> None:
         parse(text)
 
 
-@pytest.mark.parametrize("text", [GOOD, starter(), json.dumps(read(GOOD, "x").data)])
+@pytest.mark.parametrize("text", [GOOD, recipe_text(), json.dumps(read(GOOD, "x").data)])
 def test_schema_accepts_what_the_parser_accepts(text: str) -> None:
     schema = recipe_schema()
     jsonschema.Draft7Validator.check_schema(schema)

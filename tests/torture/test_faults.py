@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from observing import (
     visible,
     wide_shapes,
 )
+from preloading import built
 
 import skillmerge
 
@@ -62,17 +62,7 @@ HANG = 60.0
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MergeServer]:
     """A server with `faults.c` beneath it."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("no C compiler to build the faults with")
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    source = Path(__file__).with_name("faults.c")
-    built = subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if built.returncode != 0:
-        pytest.skip(f"the compiler cannot build a library that is preloaded: {built.stderr[-300:]}")
+    library = built("faults", tmp_path_factory.mktemp("faults"))
     server = MergeServer(LD_PRELOAD=str(library))
     yield server
     server.close()
@@ -158,7 +148,7 @@ def _suffer(
     assert visible(output) in (previous, wanted), what
     assert answer["status"] != 0 or visible(output) == wanted, what
     if answer["calls"] >= nth and (number == SHORT or (number == errno.EINTR and kind in ("read", "write", "sync"))):
-        assert answer["status"] == 0, ("less than was asked for is no failure", what)
+        assert answer["status"] == 0, ("less than was requested is no failure", what)
     left = {path.name for path in recipe.parent.iterdir()} - {"merged", staging_of(output).name}
     assert left == {"recipe.yaml", "target", "rl", "sft"}, what
     before = finished_shards(output)

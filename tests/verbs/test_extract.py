@@ -29,26 +29,13 @@ from conftest import (
     write_recipe,
 )
 from skill_reader import read_skill
+from stored_skills import both
 
 import skillmerge
 from skillmerge.bits import bit_view
 from skillmerge.errors import InputError, ResourceError, SkillmergeError, UsageError
 from skillmerge.outputs import shard_file
 from skillmerge.tensors import UNIT
-
-WITH_PARENTS = {"target": "target", "rl": "rl", "sft": "sft"}
-WITH_SKILL = {"target": "target", "math": {"skill": "math"}}
-
-
-def both(folder: Path, direct: str, stored: str, **keys: Any) -> tuple[Path, Path]:
-    """The same formula with the two checkpoints and with the skill cut from them."""
-    if not (folder / "math").exists():
-        skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
-    recipe = write_recipe(folder, direct, models=WITH_PARENTS, **keys)
-    first = skillmerge.apply(recipe, folder / "direct", overwrite=True).output
-    recipe = write_recipe(folder, stored, models=WITH_SKILL, **keys)
-    return first, skillmerge.apply(recipe, folder / "stored", overwrite=True).output
-
 
 # ----------------------------------------------------------------------------------------------- skills from skills
 
@@ -147,7 +134,7 @@ def test_vocabularies_that_differ_can_be_left_out(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="their vocabularies seem to differ") as error:
         skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "math")
     assert error.value.fix is not None
-    globs = re.findall(r'- "(.*)"', error.value.fix)
+    globs = re.findall(r'--ignore "(.*?)"', error.value.fix)
     skill = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "math", ignore=globs).output
     assert len(read_skill(skill)) == len(tensor_shapes()) - 2
 
@@ -171,7 +158,7 @@ def test_many_tensors_get_files_whose_headers_can_be_read(tmp_path: Path) -> Non
 def test_output_inside_a_finished_one_is_refused(family: Path) -> None:
     folder = family.parent
     skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
-    with pytest.raises(UsageError, match="lies inside"):
+    with pytest.raises(UsageError, match="is inside"):
         skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math" / "inner")
     skillmerge.verify(folder / "math")
 

@@ -11,7 +11,7 @@ import click
 
 from skillmerge.cli import flags
 from skillmerge.cli.help import command, option
-from skillmerge.cli.messages import TerminalReporter
+from skillmerge.cli.messages import TerminalReporter, log
 from skillmerge.cli.results import (
     STANDARD_OUTPUT,
     check_places,
@@ -23,6 +23,7 @@ from skillmerge.cli.results import (
     write_text,
 )  # fmt: skip
 from skillmerge.errors import InputError
+from skillmerge.remarks import count_of
 
 if TYPE_CHECKING:
     from skillmerge.verbs.plan import Preview
@@ -167,8 +168,9 @@ def plan(
 
         page = plan_page(made, made.needs, _output_of(made), made.disk_free, made.changes, diff)
         write_text(markdown_file, page)
-    if not made.problems and not made.ok:
-        made.refuse_warnings()
+    if not made.problems and not made.ok:  # the warnings are shown already
+        log("error", f"{count_of(made.warnings)} under --strict", exit_status=made.strict_error.exit_status)
+        return made.strict_error.exit_status
     if not made.ok:
         return InputError.exit_status
     if diff is None and not printed and not quiet:
@@ -177,11 +179,12 @@ def plan(
 
 
 def _show_plan(made: Preview, diff: str | None, quiet: bool) -> None:
+    from skillmerge.cli.console import console
     from skillmerge.cli.show.merging import show_changes, show_digest, show_plan, show_remarks
-    from skillmerge.cli.show.table import console
 
     if made.changes is not None:
         show_changes(made.changes, str(diff), console())
+        show_remarks(made, console())
     elif quiet:
         show_remarks(made, console())
         show_digest(made, console())

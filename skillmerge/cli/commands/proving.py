@@ -57,8 +57,8 @@ def verify(
     if as_json:
         print_result(verdict)
     elif not quiet and not printed:
+        from skillmerge.cli.console import console
         from skillmerge.cli.show.proving import show_parent, show_verdict
-        from skillmerge.cli.show.table import console
 
         show_verdict(verdict, console())
         if verdict.signature is not None:
@@ -96,9 +96,9 @@ def gate(
 
     A gate that fails exits 3.
     """
+    from skillmerge.cli.console import console
     from skillmerge.cli.event_log import recorded
     from skillmerge.cli.show.proving import show_gates
-    from skillmerge.cli.show.table import console
     from skillmerge.study.gates import GateFailed
     from skillmerge.study.gates import gate as run
 
@@ -142,8 +142,8 @@ def rebuild(folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
 
     A difference exits 3; models that have changed exit 7.
     """
+    from skillmerge.cli.console import console
     from skillmerge.cli.show.proving import show_rebuilt
-    from skillmerge.cli.show.table import console
     from skillmerge.verbs.rebuild import rebuild as run
 
     made = run(folder, reporter=TerminalReporter(quiet, verbose=False, doing="rebuilding"), **options)
@@ -262,7 +262,7 @@ def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: An
     if as_json:
         print_result(published)
     elif not quiet:
+        from skillmerge.cli.console import console
         from skillmerge.cli.show.merging import show_published
-        from skillmerge.cli.show.table import console
 
         show_published(published, console())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,30 +13,42 @@ import click
 from skillmerge.cli import flags
 from skillmerge.cli.help import command, option
 from skillmerge.cli.messages import TerminalReporter
-from skillmerge.cli.results import check_places, print_json, print_result, show_merge, write_text
+from skillmerge.cli.results import STANDARD_OUTPUT, check_places, print_result, show_merge, suggest, write_text
 from skillmerge.errors import UsageError
 
 if TYPE_CHECKING:
     from skillmerge.verbs.result import Result
 
 
-@command("init recipe.yaml", "init - > recipe.yaml")
+@command("init recipe.yaml", "init past-ramp.yaml --from past-ramp", "init - > recipe.yaml")
 @click.argument("path", type=click.Path(), default="recipe.yaml")
+@option("--from", "source", group="Recipe", metavar="NAME", help="Write this recipe instead of the starter")
+@option("--list", "names", group="Recipe", is_flag=True, help="List the recipes for --from, and write nothing")
 @flags.quiet
-def init(path: str, quiet: bool) -> None:
+def init(path: str, source: str | None, names: bool, quiet: bool) -> None:
     """Write a starter recipe.
 
-    PATH is recipe.yaml by default; - writes to standard output.
-    """
-    from skillmerge.recipes.starter import init as run
-    from skillmerge.recipes.starter import starter
+    PATH is recipe.yaml by default; - writes to standard output. The schema that is written beside a recipe lets
+    editors complete and explain its keys.
 
-    if path == "-":
-        click.echo(starter(), nl=False)
+    Recipes for --from: attention-only, average, blend-skills, chat-vector, frozen-embeddings-and-norms, hub-to-hub,
+    mlp-only, past, past-ramp, refine, skill-removal, stored-skill, two-skills.
+    """
+    from skillmerge.recipes.starter import SCHEMA_FILE, gallery, recipe_text
+    from skillmerge.recipes.starter import init as run
+
+    if names:
+        recipes = gallery()
+        width = max(map(len, recipes))
+        click.echo("\n".join(f"{name:{width}}  {summary}" for name, summary in recipes.items()))
         return
-    run(path)
+    if path == STANDARD_OUTPUT:
+        click.echo(recipe_text(source), nl=False)
+        return
+    run(path, source)
     if not quiet:
-        click.echo(f"wrote {path}: fill in the models, then `skillmerge plan {path}`")
+        click.echo(f"wrote {path}, and {SCHEMA_FILE} beside it for editors: fill in the models")
+        suggest(f"skillmerge plan {shlex.quote(path)}")
 
 
 @command("lint recipes/*.yaml", "lint recipe.yaml --strict --sarif lint.sarif")
@@ -60,9 +73,9 @@ def lint(
 
     Reports every mistake, not only the first.
     """
+    from skillmerge.cli.console import console
     from skillmerge.cli.show.sarif import document
     from skillmerge.cli.show.starting import show_lint
-    from skillmerge.cli.show.table import console
     from skillmerge.recipes.lint import lint as run
 
     printed = check_places(json=as_json, sarif=sarif_file)
@@ -76,16 +89,16 @@ def lint(
     return 0 if found.ok else UsageError.exit_status
 
 
-@command("schema > recipe.schema.json")
+@command("schema > skillmerge.schema.json")
 @flags.quiet
 def schema(quiet: bool) -> None:
     """Print the JSON Schema of recipes.
 
-    Editors complete and check recipes with it.
+    Editors complete and check recipes with it; `skillmerge init` writes it beside a recipe.
     """
-    from skillmerge.recipes.schema import schema as run
+    from skillmerge.recipes.schema import schema_text
 
-    print_json(run(), indent=2)
+    click.echo(schema_text(), nl=False)
 
 
 @command("doctor", "doctor /data/models")
@@ -97,9 +110,9 @@ def doctor(path: str | None, as_json: bool, quiet: bool) -> None:
 
     Shows versions, devices, memory and Hub access, and no secret. With PATH, tries what a merge does in that folder.
     """
+    from skillmerge.cli.console import console
     from skillmerge.cli.doctor import doctor as run
     from skillmerge.cli.show.starting import show_diagnosis
-    from skillmerge.cli.show.table import console
 
     found = run(path)
     if as_json:
@@ -116,9 +129,9 @@ def demo(folder: str, quiet: bool) -> None:
 
     Writes the models, their recipe and the merged model into FOLDER, and lets them answer questions.
     """
+    from skillmerge.cli.console import console
     from skillmerge.cli.show.proving import show_verdict
     from skillmerge.cli.show.starting import show_answers
-    from skillmerge.cli.show.table import console
     from skillmerge.outputs.verify import Verdict
     from skillmerge.verbs.demo.demo import SENTENCE, examples
     from skillmerge.verbs.demo.demo import demo as run

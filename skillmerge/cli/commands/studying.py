@@ -84,8 +84,8 @@ def export(skill: str, output: str, as_json: bool, quiet: bool, **options: Any) 
     An adapter leaves out norms, embeddings, biases, heads and routers, and reports how much that is. A patch is
     exact: it stores the positions and new values of every changed element.
     """
+    from skillmerge.cli.console import console
     from skillmerge.cli.show.studying import show_exported
-    from skillmerge.cli.show.table import console
     from skillmerge.verbs.export.export import export as run
 
     exported = run(skill, output, reporter=TerminalReporter(quiet, verbose=False, doing="exporting"), **options)
@@ -130,8 +130,8 @@ def inspect(
     SOURCE is a recipe, a stored skill, or the model before; OTHER is the model after. Several skills are compared
     with one another. Nothing is written: rounding is computed for every lambda.
     """
+    from skillmerge.cli.console import console
     from skillmerge.cli.show.inspection import show_inspection
-    from skillmerge.cli.show.table import console
     from skillmerge.study.inspect import inspect as run
 
     printed = check_places(json=as_json, report=report_file)
@@ -166,8 +166,8 @@ def derive(recipe: str, choice: str, as_json: bool, quiet: bool, **options: Any)
 
     Writes a recipe with one coefficient for each layer and kind of module.
     """
+    from skillmerge.cli.console import console
     from skillmerge.cli.show.studying import show_derived
-    from skillmerge.cli.show.table import console
     from skillmerge.verbs.derive import derive as run
 
     derived = run(recipe, choice, reporter=TerminalReporter(quiet, False, doing="measuring"), **options)
@@ -228,8 +228,8 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
 
     Writes a recipe with the best ones. Rerun to resume; no candidate is scored twice.
     """
+    from skillmerge.cli.console import console
     from skillmerge.cli.show.studying import show_sweep
-    from skillmerge.cli.show.table import console
     from skillmerge.verbs.sweep.sweep import sweep as run
 
     printed = check_places(json=as_json, report=report_file)

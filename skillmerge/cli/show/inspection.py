@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from skillmerge.cli.console import Text
 from skillmerge.cli.show import listings
 from skillmerge.cli.show.figures import FIGURES, SPECTRAL, show
 from skillmerge.cli.show.merging import statistics_table
 from skillmerge.cli.show.sentences import sentences
-from skillmerge.cli.show.table import Table, Text
+from skillmerge.cli.show.table import Table
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.plans.depth import a_mark, bars, number
 from skillmerge.study.inspect import FIGURES_OF_TWO
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _ONE_UPDATE = ("elements", "changed", "above_absolute", "above_relative", "norm", "norm_ratio", "energy")
 _ROUNDING = ("input_rounding", "input_rounding_added")
 _BRIEF = ("elements", "changed", "norm", "norm_ratio", "energy")
+_LEAST = ("tensors", "elements", "matrices", "above 1e-5")
+"""What a narrow terminal does without first."""
 _EACH = ("changed", "norm", "norm_ratio", *_ROUNDING)
 _PAIR = ("cosine", "cosine_z_signs", "conflict", "overlap", "overlap_chance", "updates_ratio")
 _CHANCE = """\
@@ -122,7 +125,7 @@ def _figures(
 ) -> Table:
     """A row for each module, or whatever `first` calls them; `counted` is the key of how many there are."""
     known = {**FIGURES, **SPECTRAL}
-    table = Table((first, counted, *(known[key].label for key in keys)), title, text=(first,))
+    table = Table((first, counted, *(known[key].label for key in keys)), title, text=(first,), drop=_LEAST)
     for label, row in rows.items():
         table.add_row(Text(label), str(row[counted]), *(show(row[key], known[key].unit) for key in keys))
     return table

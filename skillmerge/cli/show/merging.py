@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from skillmerge.cli.console import Text
 from skillmerge.cli.show import listings
 from skillmerge.cli.show.proving import show_gates
-from skillmerge.cli.show.table import Table, Text
+from skillmerge.cli.show.table import Table
 from skillmerge.engine.measures.skill_statistics import SkillStatistics
 from skillmerge.engine.rounding_statistics import LOSSES, Statistics
 from skillmerge.plans.accounting import settlement
@@ -71,7 +72,7 @@ def show_remarks(plan: Plan, out: Console) -> None:
     for problem in plan.problems:
         out.print(Text(f"problem: {problem.message}", style="red"), soft_wrap=True)
     for text in filter(None, (settlement(plan.recipe, plan.problems), plan.acceptance)):
-        out.print(Text(text), soft_wrap=True)
+        out.print(Text(f"help: {text}"), soft_wrap=True)
 
 
 def show_digest(plan: Plan, out: Console) -> None:
@@ -152,7 +153,7 @@ def _show_work(result: Result, out: Console) -> None:
 
 def statistics_table(statistics: Statistics, title: str = "Effect of rounding") -> Table:
     title += " (sampled)" if statistics.mode == "sampled" else ""
-    table = Table(("module", "merged tensors", *LOSSES), title, text=("module",))
+    table = Table(("module", "merged tensors", *LOSSES), title, text=("module",), drop=("merged tensors",))
     for name, group in statistics.rows:
         if group.merged:
             table.add_row(name, str(group.merged), *group.shown)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from skillmerge.cli.console import Text
 from skillmerge.cli.show import listings
-from skillmerge.cli.show.table import Table, Text
+from skillmerge.cli.show.table import Table
 from skillmerge.outputs.output import Outcome
 from skillmerge.outputs.verify import Verdict
 from skillmerge.tensors import format_bytes
@@ -59,7 +60,7 @@ def _show_load(report: Mapping[str, Any], out: Console) -> None:
 
 
 def show_parent(parent: str, model: str, out: Console) -> None:
-    out.print(Text(f"{parent} is `{model}` of this skill: all tensors have the digests that it was cut from"))
+    out.print(Text(f"{parent} is `{model}` of this skill: all tensors have the digests that it was extracted from"))
 
 
 def show_rebuilt(made: Rebuilt, out: Console) -> None:

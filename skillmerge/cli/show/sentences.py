@@ -1,6 +1,6 @@
 """Headlines: a figure and a sentence each, of a plan, a merge, an inspection or a sweep.
 
-Every figure in them is one of the result's; docs/inspect.md defines those of an inspection.
+Every figure in them is one of the result's; docs/metrics.md defines those of an inspection.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from skillmerge.cli.console import Text
 from skillmerge.cli.show import listings
-from skillmerge.cli.show.table import Table, Text
+from skillmerge.cli.show.table import Table
 from skillmerge.tensors import format_bytes
 
 if TYPE_CHECKING:
@@ -22,13 +23,14 @@ def show_lint(lint: Lint, out: Console) -> None:
     """As compilers do: file, line, column, what is wrong, and the line itself."""
     for finding in lint.findings:
         place = f":{finding.place.line + 1}:{finding.place.column + 1}" if finding.place else ""
-        style = "red" if finding.rule.level == "error" else "yellow"
-        told = Text(f"{finding.file}{place}: ", style="bold") + Text(f"{finding.rule.level}: ", style=style)
+        level = finding.rule.level
+        told = Text(f"{finding.file}{place}: ", style="bold") + Text(f"{level}: ", style=_LEVELS[level])
         out.print(told + Text(f"{finding.message} [{finding.rule.id}]"), soft_wrap=True)
         for text in filter(None, (finding.excerpt, finding.fix and f"help: {finding.fix}")):
             out.print(Text(text), soft_wrap=True)
     files = f"{len(lint.files)} recipe{'s' if len(lint.files) != 1 else ''}"
-    out.print(Text(f"{files}: {_count(lint, 'error')}, {_count(lint, 'warning')}", style="bold"))
+    counts = [_count(lint, level) for level in _LEVELS if level != "note" or lint.count(level)]
+    out.print(Text(f"{files}: {', '.join(counts)}", style="bold"))
 
 
 def _count(lint: Lint, level: str) -> str:
@@ -36,6 +38,7 @@ def _count(lint: Lint, level: str) -> str:
     return f"{count or 'no'} {level}{'s' if count != 1 else ''}"
 
 
+_LEVELS = {"error": "red", "warning": "yellow", "note": ""}
 _BYTES = ("total", "available", "free", "memory", "cgroup limit")
 """Facts of a diagnosis that are sizes, where they are large."""
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from skillmerge.cli.console import Text
 from skillmerge.cli.show import listings
 from skillmerge.cli.show.figures import show
-from skillmerge.cli.show.table import Table, Text
+from skillmerge.cli.show.table import Table
 from skillmerge.errors import some
 from skillmerge.naming import module_kind
 from skillmerge.plans.depth import bars, number

@@ -5,7 +5,7 @@ A number is never cut. Knows widths and columns, not what the figures mean.
 
 from __future__ import annotations
 
-import sys
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,30 +14,13 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from skillmerge.cli.messages import clear_status
-from skillmerge.errors import visible
+from skillmerge.cli.console import Text
 
 _APART = 3
 """Blanks that rich puts around a column: one before it, two after it."""
+_PIECE = re.compile(r"[^\s./_-]*(?:[./_-]+|\s+|$)")
 _WORD = 16
 """A column of text is never narrower than its longest word, or than this many characters."""
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Left to the caller: rich would end the process."""
-        raise
-
-
-def console() -> Console:
-    """Return a console for results, on stdout. Off a terminal it is 120 columns wide."""
-    clear_status()
-    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
-
-
-def Text(text: str, style: str = "") -> RichText:
-    """Return text that holds no markup and no control characters."""
-    return RichText(visible(text), style=style)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,15 +77,16 @@ class Table:
             for index, head in enumerate(self.head)
         ]
         kept = _fitting(columns, self._leaving_order(columns), options.max_width)
+        widths = _widths(kept, options.max_width)
         table = RichTable(
             box=box.SIMPLE_HEAD, pad_edge=False, title=self.title, title_justify="left", title_style="bold"
         )
-        for column, width in zip(kept, _widths(kept, options.max_width), strict=True):
+        for column, width in zip(kept, widths, strict=True):
             table.add_column(
                 Text(column.head), justify="right" if column.numeric else "left", width=width, overflow="fold"
             )
-        for cells in zip(*(column.cells for column in kept), strict=True):
-            table.add_row(*cells)
+        for row in zip(*(column.cells for column in kept), strict=True):
+            table.add_row(*(_wrapped(cell, width) for cell, width in zip(row, widths, strict=True)))
         yield table
         left_out = [column.head for column in columns if column not in kept and column.head]
         if left_out:
@@ -131,6 +115,17 @@ def _widths(columns: Sequence[_Column], room: int) -> list[int]:
         if _sum(widths) <= room:
             return widths
     return [min(column.least, room) for column in columns]
+
+
+def _wrapped(cell: RichText, width: int) -> RichText:
+    """A cell with its lines broken: between words, and names and paths behind a mark where that is not enough."""
+    places, start, last = [], 0, 0
+    for match in _PIECE.finditer(cell.plain):
+        if len(cell.plain[start : match.end()].rstrip()) > width and last > start:
+            places.append(last)
+            start = last
+        last = match.end()
+    return RichText("\n").join(cell.divide(places)) if places else cell
 
 
 def _sum(widths: Iterable[int]) -> int:
