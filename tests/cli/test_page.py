@@ -361,8 +361,8 @@ def test_report_has_a_lambda_where_the_recipe_has_none(tmp_path: Path) -> None:
     write_recipe(tmp_path, "(1 - lam) * target + lam * rl", models={"target": "target", "rl": "rl"})
     assert run_cli("apply", recipe, "--report", tmp_path / "page.html").returncode == 0
     text = (tmp_path / "page.html").read_text()
-    rounding = text.partition("<h2>What rounding did</h2>")[2].partition("</section>")[0]
-    assert "<td>mlp</td><td>1</td>" in rounding
+    rounding = text.partition("<h2>Effect of rounding</h2>")[2].partition("</section>")[0]
+    assert "<th scope=row>mlp<td>1<td>" in rounding
     assert "–" not in rounding
 
 
