@@ -79,7 +79,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             shapes[f"model.layers.{layer}.{part}.weight"] = shape
     write_family(folder, shapes)
     rules = [{"layers": "0-2", "value": 0.5}, {"modules": "norm", "value": 0.0}]
-    recipe = write_recipe(folder, coefficients={"lam": {"default": 1.0, "rules": rules}})
+    models = {name: str(folder / name) for name in ("target", "rl", "sft")}
+    recipe = write_recipe(folder, models=models, coefficients={"lam": {"default": 1.0, "rules": rules}})
     for command in ("inspect", "plan", "apply"):
         process = run_cli(command, recipe, "--report", folder / f"{command}.html")
         assert process.returncode == 0, process.stderr
