@@ -17,6 +17,7 @@ from sample_pages import deep, experts, family, made_sweep
 
 import skillmerge
 from skillmerge.cli.messages import NotebookReporter
+from skillmerge.outputs.hub.commit import Published
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.gates import GateReport
 
@@ -44,6 +45,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "verify": skillmerge.verify(done.output),
         "lint": skillmerge.lint([str(recipe)]),
         "doctor": skillmerge.doctor(),
+        "push": Published("acme/model", "0123abc", "https://huggingface.co/acme/model", None, False),
     }
 
 

@@ -24,6 +24,7 @@ from skillmerge.cli.show.report.html import prose, without_paths
 from skillmerge.cli.show.report.page import build
 from skillmerge.outputs.manifest import MANIFEST_FILE
 from skillmerge.plans.depth import number
+from skillmerge.remarks import Remark
 from skillmerge.study import spectrum
 from skillmerge.study.inspect import _groups, inspect
 from skillmerge.study.update_metrics import Pair, Update, describe_all
@@ -148,6 +149,21 @@ def test_models_of_the_hub_are_shown_with_their_commits(family: Path) -> None:
               for item in made.inputs]  # fmt: skip
     text = build(plan=dataclasses.replace(made, inputs=tuple(inputs)))
     assert "<dt>rl<dd>hf://acme/rl at <code>0123456789ab</code></div>" in text
+
+
+def test_inspections_without_a_recipe_are_called_after_their_models(family: Path) -> None:
+    found = inspect(family.parent / "sft", family.parent / "rl")
+    assert "<h1>Inspection from …/sft to …/rl</h1>" in build(inspection=found)
+
+
+def test_a_warning_comes_with_its_fix(family: Path) -> None:
+    made = skillmerge.plan(family)
+    warned = dataclasses.replace(made, warnings=(Remark("warning", "`lam` is odd", "set `lam` to 1"),))
+    assert (
+        '<li class="warning"><b>warning</b> <code>lam</code> is odd<br><b>help</b> set <code>lam</code> to 1'
+        in build(plan=warned)
+    )
+    assert "<b>1</b> <span>warning</span><p>1 warning needs attention." in build(plan=warned)
 
 
 @pytest.mark.parametrize(

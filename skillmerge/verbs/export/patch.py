@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skillmerge.brief import drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.patch import INDICES, PATCH_FILE, VALUES
 from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
@@ -42,6 +43,8 @@ class Patch:
     elements: int
     of: int
     bytes: int
+
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -52,7 +52,9 @@ def title(
     if sweep is not None:
         return f"Sweep of {_name(sweep.recipe)}"
     if inspection is not None:
-        return f"Inspection of {_name(inspection.plan.recipe) if inspection.plan is not None else inspection.title}"
+        if inspection.plan is not None:
+            return f"Inspection of {_name(inspection.plan.recipe)}"
+        return f"Inspection {'' if inspection.title.startswith('from ') else 'of '}{inspection.title}"
     if plan is None:
         return "Merge"
     kind = "Plan" if manifest is None else "Refused merge" if refused else "Skill" if plan.makes_skill else "Merge"

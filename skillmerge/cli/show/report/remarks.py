@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from skillmerge.cli.show import listings
 from skillmerge.cli.show.report.html import escaped, prose, table
@@ -28,18 +28,20 @@ def remarks_list(
 ) -> str:
     """Return each problem, warning and note once; nothing where there is none. warned: warnings of a run."""
     problems = [problem.message for problem in plan.problems] if plan is not None else []
-    warnings = [warning.message for warning in plan.warnings] if plan is not None else []
-    warnings += manifest.warnings if manifest is not None else ()
-    warnings += [remark.message for remark in inspection.remarks] if inspection is not None else ()
     notes = list(plan.notes) if plan is not None else []
     notes += inspection.notes if inspection is not None else ()
-    kinds = (("problem", problems), ("warning", (*warnings, *warned)), ("note", notes))
-    items = "".join(_items(kind, dict.fromkeys(messages)) for kind, messages in kinds)
+    remarks = (*(plan.warnings if plan is not None else ()), *(inspection.remarks if inspection is not None else ()))
+    warnings = {remark.message: remark.fix for remark in remarks}
+    for message in (*(manifest.warnings if manifest is not None else ()), *warned):
+        warnings.setdefault(message, None)
+    kinds = (("problem", dict.fromkeys(problems)), ("warning", warnings), ("note", dict.fromkeys(notes)))
+    items = "".join(_item(kind, *item) for kind, messages in kinds for item in messages.items())
     return f'<ul class="remarks">{items}</ul>' if items else ""
 
 
-def _items(kind: str, messages: Iterable[str]) -> str:
-    return "".join(f'<li class="{kind}"><b>{kind}</b> {prose(message)}' for message in messages)
+def _item(kind: str, message: str, fix: str | None) -> str:
+    help_ = f"<br><b>help</b> {prose(fix)}" if fix else ""
+    return f'<li class="{kind}"><b>{kind}</b> {prose(message)}{help_}'
 
 
 def _compared(plan: Plan) -> str:
