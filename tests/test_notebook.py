@@ -138,12 +138,18 @@ def test_the_example_runs(tmp_path: Path) -> None:
 
     notebook = nbformat.read(EXAMPLE, as_version=4)
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert any(
+        "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+    ), "no bar"
     shown = [
         output["data"]["text/html"]
         for cell in notebook.cells
         for output in cell.get("outputs", ())
         if "text/html" in output.get("data", {})
     ]
+    assert "Questions answered correctly" in shown[0]
     titles = [found[1] for text in shown if (found := re.search(r"<p><b>(.*?)</b> <code>", text))]
     assert titles == ["Plan of recipe", "Merge of recipe", "Inspection of recipe", "Sweep of recipe"]
     assert (tmp_path / "merged" / "model.safetensors").exists()

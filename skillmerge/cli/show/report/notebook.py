@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from skillmerge.plans.plan import Plan
     from skillmerge.study.gates import GateReport
     from skillmerge.study.inspect import Inspection
+    from skillmerge.verbs.demo.demo import Demo
     from skillmerge.verbs.result import Result
     from skillmerge.verbs.sweep.sweep import Sweep
 
@@ -67,6 +68,11 @@ def _sweep(sweep: Sweep) -> Iterator[str]:
     yield candidates(sweep)
 
 
+def _demo(demo: Demo) -> Iterator[str]:
+    rows = ((escaped(row.name), f"{row.greedy:.1%}", f"{row.sampled:.1%}") for row in demo.answers)
+    yield table(("model", "greedy", "sampled"), rows, caption="Questions answered correctly")
+
+
 def _gates(report: GateReport) -> Iterator[str]:
     yield tables.gates_table(report.outcomes)
 
@@ -80,7 +86,7 @@ def _facts(result: Any) -> Iterator[str]:
 
 _DRAWINGS: dict[str, Callable[[Any], Iterator[str]]] = {
     "Plan": _plan, "Preview": _plan, "Result": _result, "Inspection": _inspection, "Sweep": _sweep,
-    "GateReport": _gates,
+    "GateReport": _gates, "Demo": _demo,
 }  # fmt: skip
 
 
