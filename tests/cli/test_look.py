@@ -48,11 +48,12 @@ def test_axe_finds_nothing_serious(pages: Mapping[str, Path], chromium: Browser,
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_pages_fit_and_nothing_is_cut_off(pages: Mapping[str, Path], chromium: Browser, width: int) -> None:
+    """On a phone, figures by seven kinds of module and more scroll beside their names."""
     for name, page in pages.items():
         chromium.open(page, width, "light")
         assert chromium.run("document.documentElement.scrollWidth - innerWidth") <= 0, name
-        if width > WIDTHS[0]:
-            assert chromium.run(CUT_OFF) == [], name
+        cut = chromium.run(CUT_OFF)
+        assert [text for text in cut if width > WIDTHS[0] or not text.startswith("figure")] == [], name
         chromium.run(UNFOLD)
         assert chromium.run("document.documentElement.scrollWidth - innerWidth") <= 0, name
 

@@ -97,7 +97,7 @@ def _of_skill(whole: SkillGroup) -> Iterator[Headline]:
     yield Headline(share, "changed", f"{share} of {format_count(whole.elements)} elements changed.")
     yield Headline(number(whole.norm), "norm", f"The update's norm is {number(whole.norm)}.")
     size, dense = format_bytes(whole.bytes), format_bytes(whole.dense_bytes)
-    yield Headline(size, "stored", f"Stored in {size}; without compression it would take {dense}.")
+    yield Headline(size, "stored", f"Stored in {size}; as whole tensors it would take {dense}.")
 
 
 def of_sweep(sweep: Sweep) -> list[Headline]:

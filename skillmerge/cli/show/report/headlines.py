@@ -62,8 +62,8 @@ def title(
 
 
 def _name(recipe: Recipe) -> str:
-    name = recipe.document.name
-    return name if recipe.of_command else PurePath(name).name
+    """The recipe's file; of the words of a command its expression."""
+    return str(recipe.document.data["merge"]) if recipe.of_command else PurePath(recipe.document.name).name
 
 
 def provenance(

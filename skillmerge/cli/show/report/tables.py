@@ -59,7 +59,7 @@ def figures_table(first: Sequence[str], rows: Iterable[Row], keys: Sequence[str]
 
 def modules_table(inspection: Inspection, keys: Sequence[str] = tuple(FIGURES)) -> str:
     """Return a row for each figure, by kind of module and of all."""
-    columns = {**inspection.modules, "all": inspection.total}
+    columns = {"all": inspection.total, **inspection.modules}
     known = [key for key in keys if any(row.get(key) is not None for row in columns.values())]
     rows = (
         (abbreviated(FIGURES[key]), *(show(row.get(key), FIGURES[key].unit) for row in columns.values()))
