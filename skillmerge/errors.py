@@ -231,6 +231,11 @@ def visible(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """Text that a model's files say, to be put into a message: it can begin no line of its own."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def did_you_mean(word: str, candidates: list[str]) -> str | None:
     """A suggestion for a misspelt word, or None where nothing is near."""
     import difflib
