@@ -40,7 +40,8 @@ _ORDER = {kind: index for index, kind in enumerate((*MODULE_KINDS, "other"))}
 class Cell:
     """Tensors of one layer and kind, or of one kind in all layers. label: `layer 4 mlp`; `visual.blocks 4 mlp` where
     there are several stacks; `head outside layers`; `mlp`. updated: elements with an update that were looked at; error:
-    the standard error of `group.realised`."""
+    the standard error of `group.realised`. finite: whether each tensor's sums are numbers; of others
+    `group` has nothing."""
 
     label: str
     kind: str
@@ -48,6 +49,7 @@ class Cell:
     group: Group
     updated: int
     error: float
+    finite: bool = True
 
     @property
     def is_measured(self) -> bool:
@@ -96,15 +98,21 @@ def kinds(rows: Iterable[Row]) -> list[Cell]:
     return [_cell(kind, kind, found[kind]) for kind in sorted(found, key=lambda kind: _ORDER[kind])]
 
 
+def together(rows: Sequence[Row], label: str) -> Cell:
+    """The same of all these tensors: one cell."""
+    return _cell(label, label, rows)
+
+
 def _label(layer: tuple[str, int] | None, kind: str, several: bool) -> str:
     return f"{layer[0] if several else 'layer'} {layer[1]} {kind}" if layer is not None else f"{kind} outside layers"
 
 
 def _cell(label: str, kind: str, rows: Sequence[Row]) -> Cell:
     whole = group(rows)
-    updated = sum(row.statistics.updated for row in rows if row.statistics is not None)
+    known = [row.statistics for row in rows if row.statistics is not None]
+    updated, finite = sum(it.updated for it in known), all(it.whole is not None for it in known)
     error = _error(rows, whole.realised) if whole.realised is not None else 0.0
-    return Cell(label, kind, tuple(row.name for row in rows), whole, updated, error)
+    return Cell(label, kind, tuple(row.name for row in rows), whole, updated, error, finite)
 
 
 def _error(rows: Sequence[Row], realised: float) -> float:
