@@ -236,6 +236,24 @@ def one_line(text: str) -> str:
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def lines_of(line: str, width: int) -> list[int]:
+    """Where to break a line that is too wide for a terminal: between words, and never in what backticks quote.
+
+    What begins with a space is to be pasted, or has a marker under it: it stays whole, as does what is too long anyway.
+    """
+    breaks: list[int] = []
+    start = 0
+    for word in re.finditer(r"(?:`[^`]*`|\S)+", line) if not line.startswith(" ") else ():
+        if word.start() > start and _columns(line[start : word.end()]) > width:
+            start = word.start()
+            breaks.append(start)
+    return breaks
+
+
+def _columns(text: str) -> int:
+    return len(text) + sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+
+
 def did_you_mean(word: str, candidates: list[str]) -> str | None:
     """A suggestion for a misspelt word, or None where nothing is near."""
     import difflib

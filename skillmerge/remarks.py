@@ -19,7 +19,7 @@ ACCEPTABLE = {
     "experts": "other routing of experts",
     "window": "another sliding window",
     "ties": "a head that is tied to the embedding in only some models",
-    "tokenizer": "the same token id means different tokens",
+    "tokenizer": "the same token id means different tokens, or is kept free in some models of a difference",
     "tokenization": "the same ids, but text is split in another way",
     "stop-tokens": "a model stops at a token that the output does not stop at",
     "chat-template": "other chat templates",

@@ -135,6 +135,15 @@ def write_recipe(folder: Path, merge: str = PAST, **keys: Any) -> Path:
     return path
 
 
+def about_model(recipe: Path, name: str, message: str) -> str:
+    """An error about a model of a recipe that `write_recipe` wrote: its place, the line, and a marker under it."""
+    for number, line in enumerate(recipe.read_text().splitlines(), 1):
+        if found := re.match(rf'\s*"{name}": ("[^"]*")', line):
+            marker = " " * found.start(1) + "^" * len(found[1])
+            return f"{recipe}:{number}:{found.start(1) + 1}: {message}\n{number:>5} | {line}\n      | {marker}"
+    raise AssertionError(f"no model {name} in {recipe}")
+
+
 def write_family(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]] | None = None,

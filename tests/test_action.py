@@ -133,6 +133,18 @@ def test_warnings_fail_where_they_are_asked_to(
     assert act(recipe="recipe.yaml", fail_on="warnings").failed
 
 
+def test_warnings_of_a_plan_fail_it_where_they_are_asked_to(family: Path, act: Callable[..., Run]) -> None:
+    config = {"model_type": "llama", "num_hidden_layers": 3}
+    for name in ("target", "rl", "sft"):
+        scaling = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}} if name == "rl" else {}
+        (family.parent / name / "config.json").write_text(json.dumps({**config, **scaling}))
+    assert not act(recipe="recipe.yaml").failed
+    run = act(recipe="recipe.yaml", fail_on="warnings")
+    assert (run.failed, run.outputs["status"]) == (True, "4")
+    assert "**Cannot be applied with `--strict`**: 1 warning." in run.summary
+    assert "- warning: `rope scaling: " in run.summary.replace("``", "`")
+
+
 def test_a_plan_that_cannot_be_made_is_told_in_the_summary(family: Path, act: Callable[..., Run]) -> None:
     (family.parent / "rl" / "model-00001-of-00002.safetensors").write_bytes(b"short")
     run = act(recipe="recipe.yaml")

@@ -19,7 +19,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "show.page show.study_tables",
         "show.charts show.heat_maps show.markdown show.page_remarks show.page_table show.terminal",
         "event_log flags show.html show.tables",
-        "doctor messages show.figures show.sarif usage",
+        "console doctor messages show.figures show.sarif usage",
     ),
     "verbs": (
         "demo.demo",
@@ -72,7 +72,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "recipe",
         "gate_table",
         "schema",
-        "expression lint_rules lock schedules starter yamltext foreign.documents",
+        "expression lint_rules lock schedules starter yamltext foreign.documents foreign.near_misses",
         "foreign.mergekit foreign.spellings",
     ),
     "checkpoints": (
@@ -113,7 +113,7 @@ HOMES = {
         "cli.main", "cli.flags", "cli.merging", "cli.studying", "cli.proving", "cli.starting", "cli.results",
         "cli.usage",
     },
-    "rich": {"cli.show.terminal", "cli.show.study_tables"},
+    "rich": {"cli.console", "cli.show.terminal", "cli.show.study_tables"},
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},
     "pydantic": {"recipes.schema", "outputs.manifest"},

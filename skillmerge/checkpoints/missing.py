@@ -28,7 +28,7 @@ def missing(path: Path, written: str) -> tuple[str, str] | None:
         inside = written.endswith((".safetensors", ".json", ".bin", ".gguf", ".pt"))
         return f"`{written}` is a file, not a folder", f"name its folder: `{parent}`" if inside else _A_MODEL
     if os.path.islink(path):
-        return f"`{written}` is a link to `{os.readlink(path)}`, which does not exist", "mend the link"
+        return f"`{written}` is a link to `{os.readlink(path)}`, which does not exist", "fix the link"
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

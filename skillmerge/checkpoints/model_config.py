@@ -77,7 +77,7 @@ def quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> d
             if {_QUANTISED_NAMES.sub("", name) + part for part in ("_blocks", "_scales")} <= tensors.keys():
                 marked[name] = f"tensor `{name}` belongs to packed blocks (MXFP4)"
         elif packed is not None:
-            marked[name] = f"tensor `{name}` belongs to a quantised layout"
+            marked[name] = f"tensor `{name}` belongs to a quantized layout"
             modules.setdefault(_MODULE.sub("", name) + ".", marked[name])
     for name in tensors if modules else ():
         parts = name.split(".")
@@ -97,7 +97,7 @@ def _said_quantised(config: Mapping[str, Any]) -> str | None:
             details = section.get(key)
             if isinstance(details, dict) and details:
                 method = details.get("quant_method") or ("MLX" if key == "quantization" else "unnamed method")
-                return f"{where + ': ' if where else ''}config.json says it is quantised ({one_line(str(method))})"
+                return f"{where + ': ' if where else ''}config.json says it is quantized ({one_line(str(method))})"
     return None
 
 
@@ -143,4 +143,4 @@ def _blocks(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -
     if any(found >= count for count in counts):
         return []
     said = ", ".join(f"{key} = {count}" for count, key in counts.items())
-    return [f"config.json says {said}, but the weights hold {found} blocks (`{stack}.0` to `{stack}.{found - 1}`)"]
+    return [f"config.json says {said}, but the weights hold {found} layers (`{stack}.0` to `{stack}.{found - 1}`)"]

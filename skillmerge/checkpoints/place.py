@@ -19,7 +19,8 @@ _LOCATION = re.compile(
 
 _ADDRESS = re.compile(
     r"(?:https?://|git@|hf:/?/?|huggingface:/?/?|hub:/?/?|)"
-    r"(?:(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)[/:])?(?:api/)?(?P<kind>models/|datasets/|spaces/)?"
+    r"(?:(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)[/:])?(?:api/)?"
+    r"(?P<kind>(?:models|datasets|spaces|buckets|kernels)/)?"
     r"(?P<repository>[^/@\s?#:]+/[^/@\s?#:]+?)(?:\.git)?"
     r"(?:@(?P<at>[^/\s?#]+)"
     r"|/(?P<page>tree|blob|resolve|raw|commit|blame|edit)/(?P<revision>refs/pr/[0-9]+|[^/\s?#]+))?"
@@ -29,6 +30,15 @@ _ADDRESS = re.compile(
 _ON_HUB = re.compile(
     r"(https?://)?(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com)[/:]|git@hf\.co|(hf|huggingface|hub):"
 )
+
+_OTHERS = {
+    "datasets": "a data set", "spaces": "a Space", "buckets": "a storage bucket", "kernels": "a kernel",
+    "collections": "a collection", "papers": "a paper", "api": "the address of a page",
+    "models": "the address of a page",
+}  # fmt: skip
+"""What an address on the Hub begins with where it names no organization, and what is there."""
+_FILE = re.compile(r"\.(safetensors|json|bin|pt|pth|gguf|md)$")
+_FORMS = "write `hf://org/name`, `hf://org/name@revision` or `hf://org/name@revision/subfolder`"
 
 _PAGE = re.compile(r"(tree|blob|resolve|raw)/(main|[0-9a-f]{40})(/|$)")
 
@@ -112,21 +122,42 @@ class Location:
 
 def parse_location(uri: str) -> Location:
     """Raises PlaceError. A revision with a slash in it (but for refs/pr/N) is written with %2F."""
-    match = _LOCATION.fullmatch(uri.removeprefix(_HUB))
+    written = uri.removeprefix(_HUB)
+    first, _, rest = written.lstrip("/").partition("/")
+    if first in _OTHERS:
+        raise PlaceError(f"`{uri}` is {_OTHERS[first]}, not a model", _model_in(first, rest))
+    match = _LOCATION.fullmatch(written)
     if match is None or not _REPOSITORY.fullmatch(match["repository"]) or uri.endswith("@"):
-        fix = "write `hf://org/name`, `hf://org/name@revision` or `hf://org/name@revision/subfolder`"
-        raise PlaceError(f"`{uri}` is not a model on the Hub", instead_on_hub(uri.removeprefix(_HUB)) or fix)
+        raise PlaceError(f"`{uri}` is not a model on the Hub", _near(written) or _FORMS)
     subfolder = match["subfolder"] or ""
     if _ON_HUB.match(match["repository"]) or _PAGE.match(subfolder):
-        address = uri.removeprefix(_HUB)
-        instead = instead_on_hub(address if _ON_HUB.match(address) else f"hf.co/{address}")
-        raise PlaceError(f"`{uri}` is the address of a page, not of a model", instead)
+        raise PlaceError(f"`{uri}` is the address of a page, not of a model", _near(written))
+    if _FILE.search(subfolder):
+        folder, _, _ = uri.rstrip("/").rpartition("/")
+        raise PlaceError(f"`{uri}` is a file, not a model", f"name its folder: `{folder}`")
     revision = unquote(match["revision"] or "")
     if any(part in ("", ".", "..") for part in subfolder.split("/") if subfolder) or re.search(
         r"[\s\\]|\.\.", revision
     ):
-        raise PlaceError(f"`{uri}` has a revision or subfolder that cannot be")
+        raise PlaceError(f"`{uri}` has a revision or subfolder that cannot be", _FORMS)
     return Location(match["repository"], revision, subfolder)
+
+
+def _model_in(kind: str, rest: str) -> str:
+    """What to write in place of an address that does not begin with an organization."""
+    repository = "/".join(rest.removeprefix("models/").split("/")[:2])
+    if kind in ("models", "api") and _REPOSITORY.fullmatch(repository):
+        return f"to read the model, write `{_HUB}{repository}`"
+    return "name a model: `hf://org/name`"
+
+
+def _near(written: str) -> str | None:
+    """What to write for something like a model on the Hub."""
+    if _ON_HUB.match(written):
+        return instead_on_hub(written)
+    if "@" not in written:
+        written = written.replace(":", "@", 1)
+    return instead_on_hub(f"hf.co/{written.lstrip('/')}")
 
 
 def on_hub(uri: str) -> Location | None:
@@ -139,8 +170,9 @@ def instead_on_hub(text: str) -> str | None:
     match = _ADDRESS.fullmatch(text.strip())
     if match is None or _ON_HUB.match(text.strip()) is None:
         return None
-    if match["kind"] in ("datasets/", "spaces/"):
-        return f"name a model: this is one of the Hub's {match['kind'].rstrip('/')}"
+    kind = (match["kind"] or "models/").rstrip("/")
+    if kind != "models":
+        return f"name a model: this is {_OTHERS[kind]}"
     if not _REPOSITORY.fullmatch(match["repository"]) or _ON_HUB.match(match["repository"]):
         return None
     below = [part for part in (match["below"] or "").split("/") if part]

@@ -40,8 +40,9 @@ def parse_place(uri: str) -> ModelPlace | None:
 def _instead(uri: str, scheme: str, rest: str) -> str:
     if scheme == "file":
         return f"write the path alone: `{unquote(rest).removeprefix('localhost')}`"
-    known = instead_on_hub(uri) or did_you_mean(scheme, list(SCHEMES))
-    return known or "a model is a folder, or `hf://org/name` on the Hub: fetch it into a folder first"
+    if near := next((known for known in SCHEMES if scheme.lower() == known or did_you_mean(scheme, [known])), None):
+        return f"did you mean `{near}://{rest}`?"
+    return instead_on_hub(uri) or "a model is a folder, or `hf://org/name` on the Hub: fetch it into a folder first"
 
 
 def is_path(uri: str) -> bool:

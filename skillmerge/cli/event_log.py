@@ -99,12 +99,15 @@ class JUnit:
         self._path, self._suite = path, _text(suite)
         self._cases: list[tuple[str, str, str]] = []
         """Name, problem ("" where it passed), and details."""
+        self._warnings: list[str] = []
 
     def record(self, name: str, what: dict[str, Any]) -> None:
         if name == "gate":
             measured = "" if what["measured"] is None else f"measured {what['measured']:.6g}, "
             detail = f"{measured}asked: {what['asked']}" + (f"\n{what['detail']}" if what["detail"] else "")
             self._cases.append((what["gate"], "" if what["passed"] else f"{what['gate']} does not hold", detail))
+        elif name == "warning":
+            self._warnings.append(f"warning: {what['message']}" + (f"\nhelp: {what['fix']}" if what["fix"] else ""))
         elif name == "checked":
             self._cases.append((what["check"], what["problem"], what["problem"]))
         elif name == "published" and what["already"]:
@@ -126,6 +129,8 @@ class JUnit:
                 xml.SubElement(case, "failure", {"message": _text(problem)}).text = _text(detail)
             elif detail:
                 xml.SubElement(case, "system-out").text = _text(detail)
+        if self._warnings:
+            xml.SubElement(suite, "system-out").text = _text("\n".join(self._warnings))
         xml.indent(suites)
         content = xml.tostring(suites, encoding="utf-8", xml_declaration=True) + b"\n"
         write_whole(self._path.absolute(), content)

@@ -10,9 +10,10 @@ import click
 
 from skillmerge.cli import flags
 from skillmerge.cli.flags import option
-from skillmerge.cli.messages import TerminalReporter
+from skillmerge.cli.messages import TerminalReporter, log
 from skillmerge.cli.results import check_places, document_of, print_result, show_merge, write_report, write_text
 from skillmerge.errors import InputError
+from skillmerge.remarks import count_of
 
 if TYPE_CHECKING:
     from skillmerge.verbs.plan import Preview
@@ -145,8 +146,9 @@ def plan(
 
         page = plan_page(made, made.needs, _output_of(made), made.disk_free, made.changes, diff)
         write_text(Path(markdown_file), page)
-    if not made.problems and not made.ok:
-        made.refuse_warnings()
+    if not made.problems and not made.ok:  # the warnings are shown already
+        log("error", f"{count_of(made.warnings)} under --strict", exit_status=made.strict_error.exit_status)
+        return made.strict_error.exit_status
     if not made.ok:
         return InputError.exit_status
     return 10 if detailed and not made.done else 0
@@ -157,6 +159,7 @@ def _show_plan(made: Preview, diff: str | None, quiet: bool) -> None:
 
     if made.changes is not None:
         terminal.show_changes(made.changes, str(diff), terminal.console())
+        terminal.show_remarks(made, terminal.console())
     elif quiet:
         terminal.show_remarks(made, terminal.console())
         terminal.show_digest(made, terminal.console())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from itertools import pairwise
 from typing import Any, Protocol
 
-from skillmerge.errors import visible
+from skillmerge.errors import lines_of, visible
 from skillmerge.reporter import Reporter
 
 FORMAT = "SKILLMERGE_LOG_FORMAT"
@@ -36,7 +38,19 @@ def log(level: str, message: str, **fields: Any) -> None:
             line = json.dumps({"time": now, "level": level, "message": message, **fields}, ensure_ascii=False)
             print(line, file=sys.stderr, flush=True)
         else:
-            print(visible(_PREFIXES[level] + message), file=sys.stderr)
+            print(_fitting(visible(_PREFIXES[level] + message)), file=sys.stderr)
+
+
+def _fitting(text: str) -> str:
+    """Text with its lines broken between words, where stderr is a terminal; elsewhere a message's lines stay whole."""
+    if not sys.stderr.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    lines = []
+    for line in text.split("\n"):
+        places = [0, *lines_of(line, width), len(line)]
+        lines += [line[first:last].rstrip() for first, last in pairwise(places)]
+    return "\n".join(lines)
 
 
 class Recorder(Protocol):

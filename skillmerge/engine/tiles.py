@@ -87,7 +87,7 @@ class Buffer:
             self._memory = mmap.mmap(-1, max(size, mmap.PAGESIZE))
         except OSError as error:
             raise ResourceError(
-                f"{format_bytes(size)} of memory for a buffer are not to be had: {error.strerror}",
+                f"{format_bytes(size)} of memory for a buffer are not available: {error.strerror}",
                 fix="use fewer threads",
             ) from error
         self.view = memoryview(self._memory)

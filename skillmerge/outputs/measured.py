@@ -49,7 +49,7 @@ def strict_outcome(body: ManifestBody) -> Outcome:
 
 def _of_skill(statistics: SkillStatistics) -> Iterator[Remark]:
     if not statistics.all.changed:
-        yield warning("this skill is empty: the models that it was cut from hold the same weights")
+        yield warning("this skill is empty: the models that it was extracted from hold the same weights")
     if lost := statistics.all.relative_error:
         yield warning(f"this skill is rounded: {lost:.2g} of its norm was lost, and merges with it differ by that")
     whole = statistics.all

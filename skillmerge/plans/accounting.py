@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
@@ -58,8 +58,18 @@ def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:
     parts = list(dict.fromkeys(problem.help for problem in problems if problem.help))
     if any(problem.final for problem in problems):
         return "\n".join(parts)
-    if lines := list(dict.fromkeys(line for problem in problems for line in problem.rename)):
-        parts.append("\n".join(["to read these under the donor's names, write in the recipe's `models:`", *lines]))
+    lines = list(dict.fromkeys(line for problem in problems for line in problem.rename))
+    if lines:
+        what = "to read these under the donor's names, write in the recipe's `models:`"
+        if recipe.of_command:
+            what = (
+                "to read one under the other's names, write a recipe with `output: {kind: skill}`, and in its `models:`"
+            )
+        parts.append("\n".join([what, *lines]))
+    if recipe.of_command:
+        globs = dict.fromkeys(line.removeprefix("  - ") for problem in problems for line in problem.ignore)
+        ignore = " ".join(f"--ignore {glob}" for glob in globs)
+        return "\n".join([*parts, *([f"if the skill can do without, pass: {ignore}"] if globs else [])])
     for key, present in (("copy", recipe.copy), ("ignore", recipe.ignore)):
         lines = list(dict.fromkeys(line for problem in problems for line in getattr(problem, key)))
         if lines:
@@ -137,7 +147,14 @@ def account_tensors(
         *(_extra(model, names, checkpoints[model], donor_name) for model, names in extra.items() if model not in apart),
     ]
     notes |= _unread(checkpoints)
-    return Accounts(accounts, tuple(problems), tuple(ties), tuple(sorted(notes)))
+    found = tuple(_in_words(recipe, problem) for problem in problems)
+    return Accounts(accounts, found, tuple(ties), tuple(map(recipe.in_words, sorted(notes))))
+
+
+def _in_words(recipe: Recipe, problem: Problem) -> Problem:
+    return replace(
+        problem, message=recipe.in_words(problem.message), help=problem.help and recipe.in_words(problem.help)
+    )
 
 
 def _unread(checkpoints: Mapping[str, Checkpoint]) -> set[str]:
@@ -185,7 +202,10 @@ def _problem(
         message = f"model `{model}` lacks {tensors_of(names)} that the formula needs: {some(names)}"
     else:
         shown = "; ".join(f"`{name}` {detail}" for name, detail in found[:4]) + ("; …" if len(found) > 4 else "")
-        message = f"{tensors_of(names)} differ in {kind} between the donor `{donor_name}` and model `{model}`: {shown}"
+        differ = "differs" if len(names) == 1 else "differ"
+        message = (
+            f"{tensors_of(names)} {differ} in {kind} between the donor `{donor_name}` and model `{model}`: {shown}"
+        )
         if kind == "shape" and all(module_kind(name) in ("embedding", "head") for name in names):
             message += "\ntheir vocabularies seem to differ"
         elif kind == "shape" and share(names, donor.tensors) >= MUCH:

@@ -80,7 +80,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
         raise ResourceError(
             f"a memory limit of {format_bytes(memory_limit)} is too small: this merge needs at least "
             f"{format_bytes(need(wanted, tile))}",
-            fix="raise --memory-limit" + (" or lower --threads" if threads and threads > 1 else ""),
+            fix="raise `--memory-limit`" + (" or lower `--threads`" if threads and threads > 1 else ""),
         )
     return Budget(wanted, tile, need(wanted, tile))
 
@@ -97,7 +97,7 @@ def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> 
         raise ResourceError(
             f"a memory limit of {format_bytes(memory_limit)} is too small: this skill needs at least "
             f"{format_bytes(fixed + count * worker)}",
-            fix="raise --memory-limit" + (" or lower --threads" if count > 1 else ""),
+            fix="raise `--memory-limit`" + (" or lower `--threads`" if count > 1 else ""),
         )
     return Budget(count, UNIT, fixed + count * worker)
 

@@ -5,11 +5,11 @@ A tied configuration tells most runtimes to leave the stored head alone and use 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
-from skillmerge.checkpoints.model_config import tied_source
+from skillmerge.checkpoints.model_config import tied_source, ties_embeddings
 from skillmerge.naming import module_kind
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.plan import Plan, TensorPlan
@@ -31,33 +31,66 @@ def driven_apart(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> Iterat
             )
 
 
-def with_heads_read(plan: Plan, donor: Checkpoint) -> Plan:
-    """Return the plan with a warning where the donor's tied head is not its embedding, which only the weights show.
+def stored_heads(
+    donor: str, tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]
+) -> dict[tuple[str, str], list[str]]:
+    """Heads that configurations tie and files hold all the same, and what they are tied to -> the models.
 
-    Reads a few samples of both. Raises what reading raises.
+    The donor's are in the output; of other models those count that the formula reads.
     """
-    if plan.makes_skill:
+    found: dict[tuple[str, str], list[str]] = {}
+    for model, checkpoint in checkpoints.items():
+        for head, source in _tied_pairs(checkpoint):
+            if model == donor or any((model, head) in tensor.sources for tensor in tensors.values()):
+                found.setdefault((head, source), []).append(model)
+    return found
+
+
+def with_heads_read(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Plan:
+    """Return the plan with a warning where a tied head is not its embedding, which only the weights show.
+
+    Where the donor's is not, its family has two matrices, and no other model is looked at. Reads a few samples of
+    both. Raises what reading raises.
+    """
+    if plan.makes_skill or not (heads := stored_heads(plan.donor, plan.tensors, checkpoints)):
         return plan
     accepted = "ties" in plan.recipe.accept
     compared, warnings = [*plan.compared.found], [*plan.warnings]
-    for head, source in _tied_pairs(donor):
-        if not _differ(donor, head, source):
-            continue
-        found = warning(
-            f"config.json of the donor `{plan.donor}` ties `{head}` to `{source}`, but the two differ: "
+    for (head, source), models in heads.items():
+        differing = [plan.donor] if plan.donor in models and _differ(checkpoints[plan.donor], head, source) else []
+        differing = differing or [it for it in models if it != plan.donor and _differ(checkpoints[it], head, source)]
+        for found in _apart(plan.donor, differing, head, source):
+            compared.append(replace(found, accepted=accepted))
+            warnings += [] if accepted else [warning(found.message, found.help, name="ties")]
+    idle = accepted and not any(it.name == "ties" and it.accepted for it in compared)
+    notes = [*plan.notes, *(["`accept: [ties]` settles nothing here"] if idle else [])]
+    comparison = replace(plan.compared, found=tuple(compared))
+    return replace(plan, warnings=tuple(warnings), notes=tuple(notes), compared=comparison)
+
+
+def _apart(donor: str, models: Sequence[str], head: str, source: str) -> Iterator[Compared]:
+    """What follows where these models tie a head that is another matrix than what it is tied to."""
+    values = dict.fromkeys(models, f"tied, another `{head}`")
+    if [*models] == [donor]:
+        yield Compared(
+            "ties", head, "weights", "warning", values, False,
+            f"config.json of the donor `{donor}` ties `{head}` to `{source}`, but the two differ: "
             "runtimes will not agree which of them to use",
             "set `tie_word_embeddings` to false in the donor's config.json, or leave its head out of the file",
-            name="ties",
-        )
-        values = {plan.donor: f"tied, another `{head}`"}
-        compared.append(Compared("ties", head, "weights", "warning", values, accepted, found.message, found.fix))
-        warnings += [] if accepted else [found]
-    return replace(plan, warnings=tuple(warnings), compared=replace(plan.compared, found=tuple(compared)))
+        )  # fmt: skip
+    elif models:
+        yield Compared(
+            "ties", head, "weights", "warning", values, False,
+            f"config.json of {' and '.join(f'`{name}`' for name in models)} ties `{head}` to `{source}`, but the two "
+            "differ: the formula reads the stored head, which runtimes may leave alone",
+            "set `tie_word_embeddings` to false there if the stored head is the trained one; else leave it out of the "
+            "file",
+        )  # fmt: skip
 
 
 def _tied_pairs(donor: Checkpoint) -> Iterator[tuple[str, str]]:
     """The heads that the configuration ties, of those that are stored all the same, and what they are tied to."""
-    for name in donor.tensors:
+    for name in donor.tensors if ties_embeddings(donor.config) else ():
         if module_kind(name) == "head":
             others = {other: spec for other, spec in donor.tensors.items() if other != name}
             source = tied_source(name, donor.tensors[name].shape, donor.config, others)

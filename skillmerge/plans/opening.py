@@ -90,8 +90,12 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
                 lock[name].compare(lock_path, name, checkpoints[name])
             elif not place.pinned and not access.relock and name not in access.commits:
                 pinned = place.at(checkpoints[name].at.revision or "")
-                warn(f"model `{name}`: {place} can change under this name. Pinned, it reads\n  {name}: {pinned}")
-        return {name: _under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
+                if recipe.of_command:
+                    warn(f"`{place}` can change under this name. Pinned, it is `{pinned}`")
+                else:
+                    warn(f"model `{name}`: {place} can change under this name. Pinned, it reads\n  {name}: {pinned}")
+        with _placed(recipe, checkpoints):
+            return {name: _under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
     except BaseException:
         close_all(checkpoints)
         raise
@@ -110,8 +114,9 @@ def planned(
     parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
     checkpoints = open_models(parsed, access, note)
     try:
-        plan = plan_recipe(parsed, checkpoints, allow_code=access.allow_code, lenient=lenient)
-        refuse_unequal({name: (it.action, it.sources) for name, it in plan.tensors.items()}, checkpoints)
+        with _placed(parsed, checkpoints):
+            plan = plan_recipe(parsed, checkpoints, allow_code=access.allow_code, lenient=lenient)
+            refuse_unequal({name: (it.action, it.sources) for name, it in plan.tensors.items()}, checkpoints)
         yield plan, checkpoints
     finally:
         close_all(checkpoints)
@@ -150,9 +155,34 @@ def _refuse_missing(recipe: Recipe, places: Mapping[str, ModelPlace], access: Ac
     for name, place in places.items():
         found = missing(place.path, recipe.models[name]) if isinstance(place, Local) else None
         if found is not None:
-            whose = f"model `{name}`: " if recipe.document.by_hand else ""
-            error = recipe.error(recipe.place_path(name), whose + found[0], access.moved or found[1])
-            raise InputError(error.message, fix=error.fix)
+            raise _of_model(recipe, name, InputError(found[0], fix=access.moved or found[1]))
+
+
+def _of_model(recipe: Recipe, name: str, error: InputError) -> InputError:
+    """An error about a model with the model's name, at its place in the recipe, where a person wrote one."""
+    if not recipe.document.by_hand:
+        return error
+    whose = f"model `{name}`"
+    message = error.message if error.message.startswith(whose) else f"{whose}: {error.message}"
+    found = recipe.error(recipe.place_path(name), message, error.fix)
+    return type(error)(found.message, fix=found.fix)
+
+
+@contextmanager
+def _placed(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[None]:
+    """Put errors that begin with a model's name or place at its place in the recipe."""
+    try:
+        yield
+    except InputError as error:
+        meant = {
+            name: len(checkpoint.place)
+            for name, checkpoint in checkpoints.items()
+            if error.message.startswith((f"model `{model_of(name)}`", checkpoint.place))
+        }
+        if not meant:
+            raise
+        name = max(meant, key=meant.__getitem__)  # `m2` begins with `m`
+        raise _of_model(recipe, model_of(name), error) from error
 
 
 def _locked(
@@ -174,7 +204,7 @@ def _locked(
             what = f"holds {found.uri}" if found else "does not hold it"
             raise StalePlan(
                 f"{lock_path} is stale: model `{name}` is {recipe.models[name]}, the lock {what}",
-                fix=f"write it again: skillmerge plan {recipe.document.name} --lock",
+                fix=f"write it again: `skillmerge plan {recipe.document.name} --lock`",
             )
         if place.pinned and place.revision != found.commit:
             raise StalePlan(
@@ -184,7 +214,7 @@ def _locked(
     if access.locked and not place.pinned:
         raise UsageError(
             f"--locked: model `{name}` ({place}) has a revision that can change, and there is no {lock_path}",
-            fix=f"write one: skillmerge plan {recipe.document.name} --lock",
+            fix=f"write one: `skillmerge plan {recipe.document.name} --lock`",
         )
     return place
 
@@ -209,6 +239,8 @@ def _open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) 
             except BaseException:
                 store.close()
                 raise
+        except InputError as error:
+            return _of_model(recipe, name, error)
         except Exception as error:
             return error
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Naming
-from skillmerge.errors import InputError, UsageError
+from skillmerge.errors import InputError, SkillmergeError, UsageError
 from skillmerge.methods.linear import Program
 from skillmerge.plans.accounting import Problem, settlement
 from skillmerge.plans.compare.models import NOTHING, Comparison
@@ -126,12 +126,18 @@ class Plan:
             fix = "\n".join(filter(None, (settlement(self.recipe, self.problems), self.acceptance))) or None
             raise InputError(f"{count} problem{'s' if count > 1 else ''} between the models:\n{text}", fix=fix)
 
+    @property
+    def strict_error(self) -> type[SkillmergeError]:
+        """What `--strict` makes of the plan's warnings: a fault of the recipe's text where all of them are."""
+        return InputError if any(not warning.of_recipe for warning in self.warnings) else UsageError
+
     def refuse_warnings(self) -> None:
-        """Raise what `--strict` makes of the plan's warnings: InputError, or UsageError where all are the recipe's."""
+        """Raise what `--strict` makes of the plan's warnings, with all of them and what is to be done."""
         if self.warnings:
-            what = InputError if any(not warning.of_recipe for warning in self.warnings) else UsageError
             text = "\n".join(warning.message for warning in self.warnings)
-            raise what(f"{count_of(self.warnings)} under --strict:\n{text}", fix=self.acceptance)
+            advice = dict.fromkeys((*(warning.fix for warning in self.warnings), self.acceptance))
+            fix = "\n".join(filter(None, advice)) or None
+            raise self.strict_error(f"{count_of(self.warnings)} under --strict:\n{text}", fix=fix)
 
     @property
     def acceptance(self) -> str | None:

@@ -8,7 +8,7 @@ it. No weights are touched and torch is not imported.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,10 @@ from skillmerge.methods.terms import Leaf, Sum, Term, degree, is_zero, model_of,
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
 from skillmerge.plans.compare.found import Compared
-from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models
+from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models, unsettled
 from skillmerge.plans.dtypes.kept import levelled, output_specs
 from skillmerge.plans.dtypes.quantised import exact_tensors
-from skillmerge.plans.heads import driven_apart
+from skillmerge.plans.heads import driven_apart, stored_heads
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
@@ -63,11 +63,13 @@ def plan_recipe(
     accounts = account_tensors(recipe, checkpoints, donor_name, terms, exact)
     used = {name: () if name in copied else row for name, row in values.items()}
     tensors = _tensors(recipe, checkpoints, wanted, used, terms, accounts.tensors)
-    compared = compare_models(recipe, checkpoints, donor_name, terms, lenient=lenient) if compare else NOTHING
-    problems = (*compared.problems, *accounts.problems, *_contradictions(donor))
+    compared = compare_models(recipe, checkpoints, donor_name, terms, copied, lenient=lenient) if compare else NOTHING
+    problems = (*compared.problems, *accounts.problems, *_contradictions(recipe, donor, donor_name))
     notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
     shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
     shares = None if problems or recipe.makes_skill else _shares(recipe, checkpoints, donor_name, copied, values)
+    doubts = _doubts(recipe, compared, shares, _warnings(recipe, checkpoints, donor, tensors, wanted))
+    idle = _idle(recipe, doubts["compared"].found, problems, tensors, checkpoints) if compare else []
     return sealed(
         Plan(
             recipe=recipe,
@@ -78,8 +80,8 @@ def plan_recipe(
             side_files=side_files,
             ties=accounts.ties,
             problems=problems,
-            notes=(*notes, *accounts.notes, *compared.notes),
-            **_doubts(recipe, compared, shares, _warnings(recipe, checkpoints, donor, tensors, wanted)),
+            notes=(*notes, *accounts.notes, *compared.notes, *idle),
+            **doubts,
             **_inputs(recipe, checkpoints, tensors),
         )
     )
@@ -227,12 +229,10 @@ def _skill_action(recipe: Recipe, term: Term, dtype: str) -> tuple[str, str]:
     return "compute", "F32" if DTYPES[dtype].itemsize < 4 else dtype  # what was scaled or summed rarely fits 16 bits
 
 
-def _contradictions(donor: Checkpoint) -> list[Problem]:
-    shapes = {name: spec.shape for name, spec in donor.tensors.items()}
-    return [
-        Problem("config", f"the donor's config.json and weights do not belong together: {message}")
-        for message in contradictions(donor.config, shapes)
-    ]
+def _contradictions(recipe: Recipe, donor: Checkpoint, name: str) -> list[Problem]:
+    shapes = {tensor: spec.shape for tensor, spec in donor.tensors.items()}
+    said = recipe.in_words(f"config.json and weights of the donor `{name}` contradict each other: ")
+    return [Problem("config", said + message) for message in contradictions(donor.config, shapes)]
 
 
 def _files(
@@ -286,7 +286,7 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
         yield "the donor has no config.json: no runtime will load the output as it is"
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
-            yield f"--set {name}={value:g} stands in for the whole schedule of `{name}`, its rules included"
+            yield f"--set {name}={value:g} replaces the whole `{name}` schedule, including its rules"
 
 
 def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
@@ -331,6 +331,19 @@ def _doubts(recipe: Recipe, compared: Comparison, shares: Shares | None, apart: 
         "compared": replace(compared, found=(*compared.found, *accepted)),
         "merged_share": shares.share if shares is not None else None,
     }
+
+
+def _idle(
+    recipe: Recipe,
+    found: Iterable[Compared],
+    problems: Sequence[Problem],
+    tensors: Mapping[str, TensorPlan],
+    checkpoints: Mapping[str, Checkpoint],
+) -> list[str]:
+    if not recipe.accept:
+        return []
+    heads = {} if recipe.makes_skill else stored_heads(_donor(recipe), tensors, checkpoints)
+    return unsettled(recipe, found, problems, heads_unread=bool(heads))
 
 
 def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:

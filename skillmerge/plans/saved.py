@@ -98,7 +98,7 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
         if document["version"] != PLAN_VERSION:
-            raise UsageError(f"{path}: plan version {document['version']!r} is not known to this skillmerge")
+            raise UsageError(f"{path}: plan version {document['version']!r} is not known to this version of skillmerge")
         missing = [key for key in _KEYS if key not in document]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")

@@ -127,7 +127,7 @@ def _expanded(document: Document, path: tuple[int | str, ...], written: str) -> 
         return FilePath(written).expanduser()
     except RuntimeError as error:
         place = document.place(("gates", *path))
-        raise document.error(f"`{written}` starts at a home that does not exist", place) from error
+        raise document.error(f"`{written}` is in a home folder that does not exist", place) from error
 
 
 def _check_range(document: Document, path: tuple[int | str, ...], low: float | None, high: float | None) -> None:

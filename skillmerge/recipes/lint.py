@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.brief import brief
-from skillmerge.checkpoints.missing import meant
+from skillmerge.checkpoints.missing import meant, missing
 from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.errors import Place, RecipeError, SkillmergeError, UsageError, did_you_mean
 from skillmerge.methods.terms import degree, weights
@@ -84,6 +84,7 @@ class Lint:
             "files": len(self.files),
             "errors": self.count("error"),
             "warnings": self.count("warning"),
+            "notes": self.count("note"),
             "findings": [finding.as_dict() for finding in self.findings],
         }
 
@@ -191,11 +192,16 @@ def _same(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _missing(recipe: Recipe, name: str, place: Local) -> Iterator[Finding]:
-    """A folder that is not there, where something near it is: alone that may be so on the machine that lints."""
-    fix = meant(place.path, recipe.models[name]) if not os.path.lexists(place.path) else None
-    if fix is not None:
-        message = f"model `{name}`: folder `{recipe.models[name]}` does not exist"
-        yield _at(recipe, "missing-model", recipe.place_path(name), message, fix)
+    """A folder that is not there, where something near it is: alone that may be so on the machine that lints; or what
+    is there and is no folder."""
+    written = recipe.models[name]
+    if os.path.lexists(place.path):
+        found = missing(place.path, written)
+    else:
+        fix = meant(place.path, written)
+        found = (f"folder `{written}` does not exist", fix) if fix is not None else None
+    if found is not None:
+        yield _at(recipe, "missing-model", recipe.place_path(name), f"model `{name}`: {found[0]}", found[1])
 
 
 def _lock(recipe: Recipe) -> tuple[Mapping[str, lockfile.LockedModel] | None, SkillmergeError | None]:
@@ -208,10 +214,10 @@ def _lock(recipe: Recipe) -> tuple[Mapping[str, lockfile.LockedModel] | None, Sk
 def _revision(
     recipe: Recipe, name: str, place: ModelPlace, path: DataPath, lock: Mapping[str, lockfile.LockedModel] | None
 ) -> Iterator[Finding]:
-    again = f"write it again: skillmerge plan {recipe.document.name} --lock"
+    again = f"write it again: `skillmerge plan {recipe.document.name} --lock`"
     if lock is None:
         if not place.pinned:
-            fix = f"pin a commit, or lock it: skillmerge plan {recipe.document.name} --lock"
+            fix = f"pin a commit, or lock it: `skillmerge plan {recipe.document.name} --lock`"
             what = f"`{place.revision}`" if place.revision else "the default branch"
             yield _at(recipe, "unpinned-revision", path, f"model `{name}` is {what} of {place.name}", fix)
         return

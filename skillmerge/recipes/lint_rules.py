@@ -73,8 +73,8 @@ RULES = {
         ),
         LintRule(
             "missing-model", "note", "A model's folder is not there",
-            "Nothing is at the place that the recipe names, seen from here, and a name near it or the form of a name "
-            "on the Hub tells what was probably meant. `plan` and `apply` need it to be there.",
+            "No folder is at the place that the recipe names, seen from here: a file is there, or a name near it or "
+            "the form of a name on the Hub tells what was probably meant. `plan` and `apply` need a folder.",
         ),
         LintRule(
             "no-output", "warning", "The recipe does not say where its output goes",

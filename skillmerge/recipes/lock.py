@@ -53,10 +53,14 @@ def read(path: Path) -> dict[str, LockedModel] | None:
     try:
         document = json.loads(content)
         if document["lock_version"] != LOCK_VERSION:
-            raise UsageError(f"{path}: lock version {document['lock_version']!r} is not known to this skillmerge")
+            raise UsageError(
+                f"{path}: lock version {document['lock_version']!r} is not known to this version of skillmerge"
+            )
         return {name: _parse(entry) for name, entry in document["models"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{path}: is not a lock file", fix="write it again: skillmerge plan RECIPE --lock") from error
+        raise UsageError(
+            f"{path}: is not a lock file", fix="write it again: `skillmerge plan RECIPE --lock`"
+        ) from error
 
 
 def _parse(entry: Any) -> LockedModel:

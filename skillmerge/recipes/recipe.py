@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
@@ -104,6 +105,14 @@ class Recipe:
         """Whether it stands for the words of a command, and is in no file."""
         return self.document.name.startswith("skillmerge ")
 
+    def in_words(self, text: str) -> str:
+        """A message for the person who ran a command: the places that were typed, not the names it gave to them."""
+        if not self.of_command:
+            return text
+        text = text.replace(": the donor's is used", "").replace("name that under `ignore`", "pass `--ignore GLOB`")
+        names = "|".join(map(re.escape, self.models))
+        return re.sub(rf"(?:the donor |model )?`({names})`", lambda name: f"`{self.models[name[1]]}`", text)
+
     @property
     def makes_skill(self) -> bool:
         """Whether the output is a difference to store; otherwise it is a model."""
@@ -189,7 +198,7 @@ def local_path(document: Document, path: Path, folder: FilePath, written: str) -
     try:
         return folder / FilePath(written).expanduser()
     except RuntimeError as error:
-        raise document.error(f"`{written}` starts at a home that does not exist", document.place(path)) from error
+        raise document.error(f"`{written}` is in a home folder that does not exist", document.place(path)) from error
 
 
 def expression_error(document: Document, error: ExpressionError) -> RecipeError:

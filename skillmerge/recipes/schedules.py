@@ -144,8 +144,8 @@ def _check_layers(index: int, rule: Rule, names: list[str]) -> None:
         if asked > last:
             raise ScheduleError(
                 index,
-                f"layer {asked} is past the last block, which is {last}",
-                f"blocks are counted from 0: this model has 0-{last}",
+                f"layer {asked} is past the last layer, which is {last}",
+                f"layers are counted from 0: this model has 0-{last}",
             )
 
 

@@ -12,7 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from skillmerge.errors import RecipeError, did_you_mean
 from skillmerge.recipes.foreign.documents import recognised
-from skillmerge.recipes.foreign.spellings import key_meant, number_meant, numbers_meant, word_meant
+from skillmerge.recipes.foreign.near_misses import list_meant, shape_meant, unknown_meant
+from skillmerge.recipes.foreign.spellings import key_meant, number_meant, word_meant
 from skillmerge.recipes.yamltext import Document, Path
 from skillmerge.remarks import ACCEPTABLE
 
@@ -267,7 +268,7 @@ def _shape_errors(document: Document, error: ValidationError) -> list[RecipeErro
             continue  # the misspelling is the mistake
         key_place = document.keys.get(path) if detail["type"] == "extra_forbidden" else None
         place = key_place or document.place(path)
-        message, fix = _shape_message(path, detail)
+        message, fix = _shape_message(document.data, path, detail)
         mistake = document.error(message, place, fix)
         found.append(((missing, place.line if place else 0, place.column if place else 0), mistake))
         if detail["loc"] == ("skillmerge",) and missing:
@@ -288,16 +289,16 @@ def _data_path(data: Any, location: tuple[int | str, ...]) -> Path:
     return tuple(path)
 
 
-def _shape_message(path: Path, detail: Any) -> tuple[str, str | None]:
+def _shape_message(data: Any, path: Path, detail: Any) -> tuple[str, str | None]:
     kind, value, last = detail["type"], detail["input"], detail["loc"][-1]
     where = f"`{path[-1]}`" if path and isinstance(path[-1], str) else "this"
     if kind == "extra_forbidden":
         known = _known_keys(path[:-1])
-        near = did_you_mean(str(last), known) or key_meant(str(last), known)
+        near = unknown_meant(data, path) or did_you_mean(str(last), known) or key_meant(str(last), known)
         return f"unknown key `{last}`", near or f"known keys here: {', '.join(known)}"
     if kind == "missing":
         here = f" in {where}" if path else ""
-        fix = "start the recipe with `skillmerge: 1`" if last == "skillmerge" else None
+        fix = "start the recipe with `skillmerge: 1`" if last == "skillmerge" else shape_meant((str(last),), None)
         return f"missing key `{last}`{here}", fix
     if kind == "literal_error":
         if path == ("skillmerge",):
@@ -311,33 +312,31 @@ def _shape_message(path: Path, detail: Any) -> tuple[str, str | None]:
         fix = word_meant(key, str(value), options) or did_you_mean(str(value), options)
         return f"{where} must be {expected}, not {value!r}", fix
     if kind == "finite_number":
-        return f"{where} must be a finite number, not {value}", None
+        return f"{where} must be a finite number, not {value}", "write a number, such as 1"
     if kind in ("too_short", "too_long") and last == "ramp":
         return (
-            "`ramp` must be two numbers, at the first and the last block selected",
+            "`ramp` must be two numbers, at the first and the last layer selected",
             "write ramp: [0.5, 1.0]",
         )
     if kind in _EXPECTED:
-        fix = None
-        if kind == "float_type":
-            fix = _number_advice(path, value)
+        fix = _number_advice(path, value) if kind == "float_type" else shape_meant(path, value)
         return f"{where} must be {_EXPECTED[kind]}, not {_describe(value)}", fix
     if kind in ("string_too_short", "too_short"):
-        return f"{where} is empty", "write target + lam * (rl - sft)" if path == ("merge",) else None
+        return f"{where} is empty", "write target + lam * (rl - sft)" if path == ("merge",) else shape_meant(
+            path, value
+        )
     if detail["msg"].startswith("Input should be "):
-        return f"{where} must be {detail['msg'].removeprefix('Input should be ')}, not {value!r}", None
-    return (
-        f"{where} must be org/name, not {value!r}"
-        if kind == "string_pattern_mismatch"
-        else f"{where}: {detail['msg'].lower()}"
-    ), None
+        what = detail["msg"].removeprefix("Input should be ")
+        return f"{where} must be {what}, not {value!r}", shape_meant(path, value)
+    said = f" must be org/name, not {value!r}" if kind == "string_pattern_mismatch" else f": {detail['msg'].lower()}"
+    return where + said, shape_meant(path, value)
 
 
 def _number_advice(path: Path, value: Any) -> str | None:
     """What to write where a number is wanted."""
     name = str(path[-1]) if path else ""
     if isinstance(value, list) and path[:1] == ("coefficients",) and len(path) == 2:
-        return numbers_meant(name, value)
+        return list_meant(name, value)
     if isinstance(value, str):
         if _is_number(value) and "_" not in value:
             return f"remove the quotes: {value}"

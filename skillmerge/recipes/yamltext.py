@@ -176,12 +176,12 @@ def _problem(event: Event, depth: int, count: int, anchors: set[str]) -> tuple[s
         return ("nests aliases" if depth > MAX_NESTING // 2 else None), None
     if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
         version = ".".join(map(str, event.version))
-        return f"says that it is YAML {version}; recipes are YAML 1.2", "remove the %YAML line"
+        return f"says that it is YAML {version}; recipes are YAML 1.2", "remove the `%YAML` line"
     if isinstance(event, ScalarEvent | CollectionStartEvent):
         if event.ctag is not None:
             return f"tag {event.ctag} is not allowed", "remove the tag"
         if event.anchor in anchors:
-            return f"anchor `{event.anchor}` stands twice", "give each its own name"
+            return f"anchor `{event.anchor}` is defined twice", "give each its own name"
     return None, None
 
 
@@ -214,7 +214,7 @@ class _Builder:
             if key in table:
                 first = self.document.keys[here].line + 1
                 raise self.document.error(
-                    f"duplicate key `{key}`", place, f"it stands on line {first} already: keep one of the two"
+                    f"duplicate key `{key}`", place, f"remove one of the two; the first is on line {first}"
                 )
             self.document.keys[here] = place
             table[key] = self.build(value_node, here)

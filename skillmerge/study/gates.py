@@ -241,14 +241,14 @@ def _by_block(gate: Gate, given: GateInput) -> Iterator[Outcome]:
             yield replace(_judged(gate, None, kind, f"{some(lost)}: the update is not finite"), where=lost[0])
             continue
         known = [cell for cell in of_kind if cell.is_measured or gate.kind in _OF_ALL_ELEMENTS]
-        whole = together([rows[name] for cell in known for name in cell.names], "all blocks together")
+        whole = together([rows[name] for cell in known for name in cell.names], "all layers together")
         yield _worst(gate, kind, [cell for cell in known if getattr(cell.group, gate.kind) is not None], whole)
 
 
 def _worst(gate: Gate, kind: str, known: Sequence[Cell], whole: Cell) -> Outcome:
     """The outcome of the block that is furthest outside. What chance excuses in each may be certain of all of them."""
     if not known:
-        few = f"no block{f' of kind {kind}' if kind else ''} has {LEAST} elements with an update"
+        few = f"no layer{f' of kind {kind}' if kind else ''} has {LEAST} elements with an update"
         return _judged(gate, None, kind, few)
     excess = {cell: gate.excess(getattr(cell.group, gate.kind)) for cell in known}
     worst = max(known, key=lambda cell: excess[cell] - _chance(gate, cell))
@@ -382,7 +382,7 @@ def gate(
         )
     if gates is None and any(item.kind == "command" for item in asked):
         raise UsageError(
-            f"the recipe in the manifest of {root} has gates that run commands, and whoever made it wrote them",
+            f"the recipe in the manifest of {root} has gates that run commands, written by its author",
             fix="read them, and name a file that you trust: skillmerge gate DIR --gates FILE",
         )
     access = Access(follow_links, commits=commits, allow_code=True, moved=MOVED)

@@ -23,7 +23,6 @@ from skillmerge.engine.measures.input_rounding import input_warning
 from skillmerge.engine.measures.update_size import IN_RECIPE, size_warning, too_large
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError, some
-from skillmerge.methods.terms import model_of
 from skillmerge.naming import MODULE_KINDS, layer_label, layer_of, module_kind, summarised
 from skillmerge.plans.dtypes.quantised import refuse_quantised
 from skillmerge.plans.mapping import find_source
@@ -217,7 +216,7 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
     from skillmerge.study.update_pass import measure_updates
 
     for model, checkpoint in subject.checkpoints.items():
-        refuse_quantised(_name_of(model), checkpoint)
+        refuse_quantised(subject.name_of(model), checkpoint)
     tasks, left = _tasks(subject)
     sizes = {task.name: math.prod(task.shape) for task in tasks}
     forecaster = Forecaster(subject.plan, subject.target, subject.difference, subject.minus, stats, sizes)
@@ -306,11 +305,13 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
             source = find_source(spec, model, subject.checkpoints[model])
             found = subject.checkpoints[model].tensors[source.tensor] if source is not None else None
             if source is None or found is None:
-                left[name] = f"not in {_name_of(model)}"
+                left[name] = f"not in {subject.name_of(model)}"
             elif not DTYPES[found.dtype].is_float:
-                left[name] = f"{found.dtype} in {_name_of(model)}"
+                left[name] = f"{found.dtype} in {subject.name_of(model)}"
             elif found.shape != spec.shape:
-                left[name] = f"{list(spec.shape)} in {_name_of(first)}, {list(found.shape)} in {_name_of(model)}"
+                left[name] = (
+                    f"{list(spec.shape)} in {subject.name_of(first)}, {list(found.shape)} in {subject.name_of(model)}"
+                )
             else:
                 sources.append(source)
         if not spec.elements:
@@ -320,15 +321,10 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
     for model in others:
         for name, spec in subject.checkpoints[model].tensors.items():
             if find_source(spec, first, subject.checkpoints[first]) is None:
-                left.setdefault(name, f"not in {_name_of(first)}")
+                left.setdefault(name, f"not in {subject.name_of(first)}")
     if not tasks:
         raise UsageError(f"{subject.title}: the models share no tensor", fix="are they of one architecture?")
     return tasks, left
-
-
-def _name_of(model: str) -> str:
-    """As the person called it who named it."""
-    return "base" if model == BASE else model_of(model)
 
 
 def _kinds(names: Iterable[str]) -> dict[str, list[str]]:

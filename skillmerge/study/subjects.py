@@ -61,6 +61,13 @@ class Subject:
     skills: frozenset[str] = frozenset()
     """Models that are planes of stored skills, whose numbers show nothing of the models before."""
 
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Of models that a command named: their places."""
+
+    def name_of(self, model: str) -> str:
+        """A model as the person called it who named it."""
+        return "base" if model == BASE else self.places.get(model) or model_of(model)
+
     def factors(self, tensor: str) -> Mapping[str, float]:
         return self.by_tensor.get(tensor, self.update)
 
@@ -129,7 +136,7 @@ def subject_of_models(before: str, after: str, access: Access, reporter: Reporte
         reporter.note(note)
     return Subject(
         f"from {before} to {after}", checkpoints, {"after": 1.0, "before": -1.0}, ("after", "before"), "before",
-        "before", difference=difference, doubts=tuple(compared.warnings),
+        "before", difference=difference, doubts=tuple(compared.warnings), places=models,
     )  # fmt: skip
 
 

@@ -308,7 +308,7 @@ class _Merge:
             report(outcomes[-1])
         if all(outcome.passed for outcome in outcomes) or self.checks.keep_failed:
             return outcomes
-        fix = "mend what could not be measured; the same command goes on from here"
+        fix = "fix what could not be measured; the same command continues from here"
         if not any(outcome.unmeasured for outcome in outcomes):
             staging.discard()
             fix = "--keep-failed keeps the output where it can be looked at"

@@ -108,7 +108,7 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
         close_all(checkpoints)
     if reason or not candidates:
         raise CheckFailed(
-            f"{parent} is not a checkpoint that {skill} was cut from: {reason}",
+            f"{parent} is not a checkpoint that {skill} was extracted from: {reason}",
             fix=f"its parents: {', '.join(_parent(item) for item in document['parents'])}",
         )
     return str(candidates[0])

@@ -34,7 +34,7 @@ def read_source(
     if not savedplan.looks_saved(recipe):
         return load(recipe, coefficients)
     if coefficients:
-        raise UsageError("a saved plan has its coefficients", fix="leave --set out, or plan anew with it")
+        raise UsageError("a saved plan has its coefficients", fix="leave `--set` out, or plan again with it")
     return savedplan.read(recipe)
 
 
@@ -52,13 +52,13 @@ def planned_to_apply(
         plan.refuse_problems()
         if saved is not None:
             saved.check(plan)
-        plan = with_heads_read(plan, checkpoints[plan.donor])
+        plan = with_heads_read(plan, checkpoints)
+        if checks.strict:
+            plan.refuse_warnings()
         for remark in plan.warnings:
             reporter.warn(remark.message, remark.fix)
         for note in plan.notes:
             reporter.note(note)
-        if checks.strict:
-            plan.refuse_warnings()
         if plan.recipe.output.compression != "none":
             check_zstandard()
         yield plan, checkpoints

@@ -41,7 +41,7 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
     for folder in path.parents:
         if os.path.isfile(folder / MANIFEST_FILE):
             raise UsageError(
-                f"the output {path} lies inside a finished output, {folder}", fix="choose another folder for the output"
+                f"the output {path} is inside a finished output, `{folder}`", fix="choose another folder for the output"
             )
     here = Path.cwd()
     if path in (here, *here.parents):

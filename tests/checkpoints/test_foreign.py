@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import run_cli, write_family
+from conftest import about_model, run_cli, write_family
 from safetensors.torch import load_file, save_file
 
 from skillmerge.checkpoints.foreign import FOREIGN, recognised
@@ -159,11 +159,17 @@ def place(folder: Path, names: str) -> Path:
 def test_foreign_folder_is_named_with_what_makes_a_model_of_it(tmp_path: Path, names: str) -> None:
     recipe, (what, cure) = place(tmp_path, names), FOLDERS[names]
     rl = tmp_path / "rl"
-    told = f"error: {rl} {what}\nhelp: {cure.replace('{rl}', str(rl))}\n"
-    for command in (("plan", recipe), ("extract", "--from", rl, "--minus", tmp_path / "sft", "-o", tmp_path / "out")):
+    fix = f"help: {cure.replace('{rl}', str(rl))}\n"
+    located = f"error: {about_model(recipe, 'rl', f'model `rl`: {rl} {what}')}\n{fix}"
+    told = f"error: {rl} {what}\n{fix}"
+    out = tmp_path / "out"
+    for command, said in (
+        (("plan", recipe), located),
+        (("extract", "--from", rl, "--minus", tmp_path / "sft", "-o", out), told),
+        (("inspect", tmp_path / "sft", rl), told),
+    ):
         process = run_cli(*command)
-        assert (process.returncode, process.stderr) == (4, told)
-    assert run_cli("inspect", tmp_path / "sft", rl).stderr == told
+        assert (process.returncode, process.stderr) == (4, said)
 
 
 @pytest.mark.parametrize("kind", STARTS)
@@ -172,7 +178,10 @@ def test_foreign_file_under_the_name_of_weights_is_told(tmp_path: Path, kind: st
     path = tmp_path / "rl" / "model.safetensors"
     path.write_bytes(content)
     process = run_cli("plan", recipe)
-    assert (process.returncode, process.stderr) == (4, f"error: {path}: {what}\nhelp: {cure}\n")
+    assert (process.returncode, process.stderr) == (
+        4,
+        f"error: {about_model(recipe, 'rl', f'model `rl`: {path}: {what}')}\nhelp: {cure}\n",
+    )
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt"])
@@ -181,7 +190,8 @@ def test_foreign_pointer_is_never_carried_as_a_side_file(tmp_path: Path, file: s
     path = tmp_path / "target" / file
     path.write_bytes(_LFS)
     process = run_cli("apply", recipe)
-    assert process.stderr == f"error: {path}: is a Git LFS pointer, not the file itself\nhelp: {FETCH}\n"
+    message = f"model `target`: {path}: is a Git LFS pointer, not the file itself"
+    assert process.stderr == f"error: {about_model(recipe, 'target', message)}\nhelp: {FETCH}\n"
     assert (process.returncode, (tmp_path / "merged").exists()) == (4, False)
 
 
@@ -189,7 +199,8 @@ def test_foreign_pointer_in_the_place_of_an_index_is_told(tmp_path: Path) -> Non
     recipe = write_family(tmp_path, shards=2)
     path = tmp_path / "sft" / "model.safetensors.index.json"
     path.write_bytes(_LFS)
-    assert run_cli("plan", recipe).stderr.splitlines()[0] == f"error: {path}: is a Git LFS pointer, not the file itself"
+    message = about_model(recipe, "sft", f"model `sft`: {path}: is a Git LFS pointer, not the file itself")
+    assert run_cli("plan", recipe).stderr.startswith(f"error: {message}\n")
 
 
 def test_foreign_header_of_640_bytes_is_no_pickle(tmp_path: Path) -> None:
@@ -221,8 +232,8 @@ def test_foreign_shard_that_was_left_over_is_named(tmp_path: Path) -> None:
     process = run_cli("plan", recipe)
     message, _, fix = process.stderr.partition("\nhelp: ")
     assert process.returncode == 4
-    assert message.startswith(f"error: {rl}: tensor `")
-    assert message.endswith(f"` is in both {SHARD.format(1)} and {SHARD.format(2)}")
+    assert f": model `rl`: {rl}: tensor `" in message
+    assert f"` is in both {SHARD.format(1)} and {SHARD.format(2)}\n" in message
     assert fix == (
         f"the index names {SHARD.format(1)}: {SHARD.format(2)} is probably left over from another save; save the model "
         "again into an empty folder (`save_pretrained`), or fetch it again\n"

@@ -105,7 +105,7 @@ def test_answer_that_is_not_read_does_not_get_into_the_next(server: Server, stor
 @pytest.mark.parametrize("chunked", [False, True])
 def test_more_than_was_asked_for_is_refused(server: Server, storage: Storage, chunked: bool) -> None:
     server.extra, server.chunked = b"x", chunked
-    with pytest.raises(Passing, match="more than was asked for"):
+    with pytest.raises(Passing, match="more than was requested"):
         read(storage, f"http://127.0.0.1:{server.server_port}/file")
 
 

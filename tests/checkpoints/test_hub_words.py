@@ -54,8 +54,9 @@ def test_what_the_hub_says_is_shown_without_secrets(hub: HubServer, tmp_path: Pa
     hub.fail("status", "GET /api/models/acme/rl", times=10**6, status=403, headers={"X-Error-Message": said})
     with pytest.raises(InputError) as caught:
         skillmerge.plan(hub_recipe(tmp_path / "remote"))
-    assert caught.value.message == (
-        "hf://acme/rl: the token may not do this (the Hub says: Repo is under review until Friday, says <token>)"
+    assert caught.value.message.splitlines()[0].endswith(
+        ": model `rl`: hf://acme/rl: the token may not do this (the Hub says: Repo is under review until Friday, says "
+        "<token>)"
     )
 
 

@@ -114,7 +114,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     write_pair(tmp_path)
     skill = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "skill").output
     with pytest.raises(
-        CheckFailed, match=r"is not the checkpoint that .* was cut from: tensor `(small|large)` differs"
+        CheckFailed, match=r"is not the checkpoint that .* was extracted from: tensor `(small|large)` differs"
     ):
         skillmerge.export_patch(skill, tmp_path / "patch", onto=str(tmp_path / "rl"))
     assert not (tmp_path / "patch").exists()

@@ -234,7 +234,7 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, spoilt: 
         "sentencepiece cut off": "it is cut off",
         "nested": "nested too deeply",
         "a negative id": "an id is out of range",
-        "a key twice": "the key 'a' stands twice",
+        "a key twice": "the key 'a' is defined twice",
     }
     assert message.endswith(f": {expected.get(spoilt, '')}") or spoilt not in expected
 
@@ -306,8 +306,7 @@ def test_equal_vocabularies_on_the_hub_are_not_fetched(hub: HubServer, saved: Pa
 def test_what_the_donor_has_is_fetched_once(hub: HubServer, saved: Path, tmp_path: Path) -> None:
     fast, slow = saved / "qwen2" / "4-fast", saved / "qwen2" / "4-slow"
     with on_the_hub(hub, tmp_path, target=(fast, {}), rl=(slow, {}), sft=(fast, {})) as models:
-        found = compare_tokens(models, "target", ROLES)
-    assert [it.message for it in found] == ["68 of 400 rows have no token in any model: the formula holds there too"]
+        assert compare_tokens(models, "target", ROLES) == []
     assert hub.count("GET .*/acme/target/.*tokenizer.json") == 1
     assert hub.count("GET .*/acme/sft/") == 0
     assert hub.count("GET .*/acme/rl/.*(vocab.json|merges.txt)") == 2

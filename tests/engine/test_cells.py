@@ -169,7 +169,7 @@ def test_gate_by_block_sees_what_chance_excuses_in_each_block(tmp_path: Path, le
     found = [it for it in cells(rows_of(output.manifest.tensors)) if it.is_measured]
     below = sum((it.group.realised or 0.0) < least for it in found)
     assert outcome.passed is passed
-    where = "all blocks together" if not passed else outcome.as_dict()["where"]
+    where = "all layers together" if not passed else outcome.as_dict()["where"]
     assert outcome.detail == f"{where}; the worst of {len(found)}; {below} outside within chance"
     assert 0 < below <= len(found)
 
@@ -211,4 +211,4 @@ def test_gate_by_block_needs_enough_elements(ramp: Path, tmp_path: Path) -> None
     (tmp_path / "gates.yaml").write_text("gates:\n  vanished: {max: 1, by: block, modules: norm}\n")
     outcome = skillmerge.gate(merged, tmp_path / "gates.yaml").outcomes[-1]
     assert not outcome.passed
-    assert outcome.detail == "no block of kind norm has 100 elements with an update"
+    assert outcome.detail == "no layer of kind norm has 100 elements with an update"

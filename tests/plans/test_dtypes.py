@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_tensors, read_checkpoint, run_cli, tensor_shapes, write_checkpoint, write_recipe
+from conftest import (
+    about_model,
+    random_tensors,
+    read_checkpoint,
+    run_cli,
+    tensor_shapes,
+    write_checkpoint,
+    write_recipe,
+)
 from safetensors import safe_open
 
 import skillmerge
@@ -92,7 +100,7 @@ def test_fp8_tensors_that_differ_are_refused_by_name(tmp_path: Path, changed: st
     for command in ("plan", "apply"):
         process = run_cli(command, recipe)
         assert process.returncode == 4
-        assert process.stderr.startswith(f"error: model `sft` ({tmp_path / 'sft'}) is quantised")
+        assert f": model `sft` ({tmp_path / 'sft'}) is quantized" in process.stderr.splitlines()[0]
         assert UP.format(0) in process.stderr
 
 
@@ -102,11 +110,15 @@ def test_a_quantised_target_takes_no_arithmetic_with_plain_models(tmp_path: Path
         write_checkpoint(tmp_path / name, random_tensors(tensor_shapes(), seed=seed))
     recipe = write_recipe(tmp_path)
     process = run_cli("plan", recipe)
+    message = (
+        f"model `target` ({tmp_path / 'target'}) is quantized, and its numbers cannot be added: config.json says it is "
+        "quantised (fp8)"
+    )
     assert (process.returncode, process.stderr) == (
         4,
-        f"error: model `target` ({tmp_path / 'target'}) is quantised, and its numbers cannot be added: config.json "
-        "says it is quantised (fp8)\nhelp: use the checkpoint it was quantised from (bfloat16, float16 or float32), or "
-        "take these tensors from one model: a coefficient of 0 for them, or `copy`\n",
+        f"error: {about_model(recipe, 'target', message)}\n"
+        "help: use the checkpoint it was quantized from (bfloat16, float16 or float32), or take these tensors from one "
+        "model: a coefficient of 0 for them, or `copy`\n",
     )
     rules = {"lam": {"default": 0.7, "rules": LEAVE}}
     skillmerge.apply(write_recipe(tmp_path, coefficients=rules))
@@ -132,10 +144,10 @@ def test_mxfp4_blocks_pass_where_they_are_only_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "config", "reason"),
     [
-        ({"a.qweight": torch.int32, "a.scales": torch.float16}, {}, "tensor `a.qweight` belongs to a quantised layout"),
+        ({"a.qweight": torch.int32, "a.scales": torch.float16}, {}, "tensor `a.qweight` belongs to a quantized layout"),
         ({"a.weight": torch.uint8, "a.weight.absmax": torch.float32}, {}, "tensor `a.weight.absmax` belongs to"),
-        ({"a.weight": torch.float16}, {"quantization": {"bits": 4}}, r"config.json says it is quantised \(MLX\)"),
-        ({"a.weight": torch.float16}, {"compression_config": {"quant_method": "ct"}}, r"is quantised \(ct\)"),
+        ({"a.weight": torch.float16}, {"quantization": {"bits": 4}}, r"config.json says it is quantized \(MLX\)"),
+        ({"a.weight": torch.float16}, {"compression_config": {"quant_method": "ct"}}, r"is quantized \(ct\)"),
     ],
 )  # fmt: skip
 def test_other_layouts_are_only_copied_too(

@@ -57,7 +57,9 @@ def test_trained_head_beside_a_donor_that_ties_its_own_is_a_problem(tmp_path: Pa
         config.write_text('{"model_type": "llama", "tie_word_embeddings": false}')
     process = run_cli("plan", recipe)
     assert process.returncode == 4
-    assert "problem: `rl` has a head of its own, the donor `target` stores one but ties it" in process.stdout
+    assert (
+        "problem: `rl` and `sft` have a head of their own, the donor `target` stores one but ties it" in process.stdout
+    )
 
 
 def test_accepted_tie_is_kept_with_what_was_seen(tmp_path: Path) -> None:

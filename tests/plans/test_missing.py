@@ -47,7 +47,24 @@ PLACES = {
         "`hf://Qwen/Qwen2.5-7B/tree/main` is the address of a page, not of a model", HUB, 2
     ),
     "file:///data/rl": ("`file://` is not a place that skillmerge reads", "write the path alone: `/data/rl`", 2),
-    "hff://a/b": ("`hff://` is not a place that skillmerge reads", "did you mean `hf`?", 2),
+    "hff://a/b": ("`hff://` is not a place that skillmerge reads", "did you mean `hf://a/b`?", 2),
+    "hf://datasets/a/b": ("`hf://datasets/a/b` is a data set, not a model", "name a model: `hf://org/name`", 2),
+    "hf://spaces/a/b": ("`hf://spaces/a/b` is a Space, not a model", "name a model: `hf://org/name`", 2),
+    "hf://buckets/a/b/c": ("`hf://buckets/a/b/c` is a storage bucket, not a model", "name a model: `hf://org/name`", 2),
+    "hf://models/a/b": (
+        "`hf://models/a/b` is the address of a page, not a model", "to read the model, write `hf://a/b`", 2
+    ),
+    "hf://a/b@v1/sub/model.safetensors": (
+        "`hf://a/b@v1/sub/model.safetensors` is a file, not a model", "name its folder: `hf://a/b@v1/sub`", 2
+    ),
+    "hf:///a/b": ("`hf:///a/b` is not a model on the Hub", "to read it from the Hub, write `hf://a/b`", 2),
+    "hf://a/b?x=1": ("`hf://a/b?x=1` is not a model on the Hub", "to read it from the Hub, write `hf://a/b`", 2),
+    "hf://a/b:v1": ("`hf://a/b:v1` is not a model on the Hub", "to read it from the Hub, write `hf://a/b@v1`", 2),
+    "hf://a/b/../c": (
+        "`hf://a/b/../c` has a revision or subfolder that cannot be",
+        "write `hf://org/name`, `hf://org/name@revision` or `hf://org/name@revision/subfolder`", 2,
+    ),
+    "HF://a/b": ("`HF://` is not a place that skillmerge reads", "did you mean `hf://a/b`?", 2),
     "ftp://host/rl": (
         "`ftp://` is not a place that skillmerge reads",
         "a model is a folder, or `hf://org/name` on the Hub: fetch it into a folder first", 2,
@@ -117,7 +134,7 @@ def test_missing_address_of_the_hub_has_a_form_of_ours(address: str) -> None:
 def test_missing_address_that_is_none_of_the_hubs_stays_unknown() -> None:
     for address in ("https://example.com/a/b", "a/b", "./a/b", "https://huggingface.co/gpt2", "https://huggingface.co"):
         assert instead_on_hub(address) is None
-    assert instead_on_hub("https://huggingface.co/datasets/a/b") == ("name a model: this is one of the Hub's datasets")
+    assert instead_on_hub("https://huggingface.co/datasets/a/b") == "name a model: this is a data set"
 
 
 OUTPUTS = {

@@ -181,7 +181,7 @@ def test_head_that_is_not_tied_is_a_difference(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"num_hidden_layers": 4}, "the weights hold 3 blocks"),
+        ({"num_hidden_layers": 4}, "the weights hold 3 layers"),
         ({"vocab_size": 33}, "`model.embed_tokens.weight` has 32 rows"),
         ({"text_config": {"num_hidden_layers": 5}}, "text_config.num_hidden_layers = 5"),
     ],
@@ -206,7 +206,7 @@ def test_config_that_fits_or_leaves_room_is_none(tmp_path: Path, config: dict) -
         ({"merge": "lam * target + (1 - lam) * rl - 0.1 * sft"}, r"with lam = 0.7"),
         (
             {"coefficients": {"lam": {"rules": [{"layers": "1-7", "value": 0}]}}},
-            "layer 7 is past the last block, which is 2",
+            "layer 7 is past the last layer, which is 2",
         ),
         (
             {"coefficients": {"lam": {"rules": [{"tensors": "*.mpl.*", "value": 0}]}}},
@@ -254,8 +254,8 @@ def test_integer_tensors_must_be_equal_or_named(tmp_path: Path, edit: Edit) -> N
     ("name", "dtype", "config", "message"),
     [
         ("w", torch.float8_e4m3fn, {}, "holds F8_E4M3"),
-        ("model.layers.0.mlp.up_proj.weight_scale_inv", torch.float32, {}, "quantised layout"),
-        ("model.layers.0.mlp.qweight", torch.int32, {}, "quantised layout"),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", torch.float32, {}, "quantized layout"),
+        ("model.layers.0.mlp.qweight", torch.int32, {}, "quantized layout"),
         ("w", torch.bfloat16, {"quantization_config": {"quant_method": "fp8"}}, r"\(fp8\)"),
         ("w", torch.bfloat16, {"text_config": {"quantization_config": {"quant_method": "awq"}}}, r"\(awq\)"),
     ],
@@ -381,4 +381,4 @@ def test_oddities_are_noted(tmp_path: Path) -> None:
     notes = "\n".join(plan.notes)
     assert "no config.json" in notes
     assert "models `rl` and `sft` are the same: their difference is zero" in [it.message for it in plan.warnings]
-    assert "--set lam=0.3 stands in for the whole schedule" in notes
+    assert "--set lam=0.3 replaces the whole `lam` schedule" in notes

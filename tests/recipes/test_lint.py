@@ -335,3 +335,22 @@ def test_formula_that_does_not_show_its_donor_is_told(tmp_path: Path) -> None:
     assert finding.message.startswith("the donor is `target`, the first model that `target + rl - sft` adds")
     assert lint(write_recipe(tmp_path, "target + rl - sft", coefficients=None, accept=["donor"])).findings == ()
     assert lint(write_recipe(tmp_path, "target + (rl - sft)", coefficients=None)).findings == ()
+
+
+def test_three_levels_are_counted_and_keep_their_names(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"x")
+    changed = CLEAN.replace("./target", "./weights.safetensors").replace(f"@{COMMIT}", "")
+    noted = write(tmp_path, changed, "noted.yaml")
+    wrong = write(tmp_path, CLEAN.replace("path:", "paht:"), "wrong.yaml")
+    process = run_cli("lint", "noted.yaml", "wrong.yaml", cwd=tmp_path)
+    lines = process.stdout.splitlines()
+    assert lines[0] == (
+        "noted.yaml:3:3: note: model `target`: `./weights.safetensors` is a file, not a folder [missing-model]"
+    )
+    assert lines[3] == "help: name its folder: `.`"
+    assert lines[-1] == "2 recipes: 1 error, 1 warning, 1 note"
+    document = json.loads(run_cli("lint", noted, wrong, "--json").stdout)
+    assert (document["errors"], document["warnings"], document["notes"]) == (1, 1, 1)
+    (run,) = sarif(noted, wrong)["runs"]
+    assert [result["level"] for result in run["results"]] == ["note", "warning", "error"]
+    assert run_cli("lint", noted, "--strict", "--allow", "unpinned-revision").returncode == 0

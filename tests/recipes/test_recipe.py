@@ -135,7 +135,7 @@ did you mean `sft`?""",
 recipe.yaml:17:1: duplicate key `merge`
    17 | merge: target
       | ^^^^^
-it stands on line 14 already: keep one of the two""",
+remove one of the two; the first is on line 14""",
     ),
     "string for a number": (
         ("default: 1.0", 'default: "1.0"'),
@@ -150,7 +150,8 @@ remove the quotes: 1.0""",
         """\
 recipe.yaml:12:37: `value` must be a finite number, not inf
    12 |       - {tensors: "*.mlp.*", value: .inf}
-      |                                     ^^^^""",
+      |                                     ^^^^
+write a number, such as 1""",
     ),
     "division by a model": (
         ("merge: target + lam * (rl - sft)", "merge: target / rl"),

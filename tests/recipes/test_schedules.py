@@ -74,8 +74,8 @@ def test_ramp_runs_over_each_stack_by_itself() -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (Rule(layers=(LayerRange(4, 40),)), "layer 40 is past the last block, which is 5"),
-        (Rule(layers=(LayerRange(6, None),)), "layer 6 is past the last block"),
+        (Rule(layers=(LayerRange(4, 40),)), "layer 40 is past the last layer, which is 5"),
+        (Rule(layers=(LayerRange(6, None),)), "layer 6 is past the last layer"),
         (Rule(tensors=("*.mpl.*",)), "matches no tensor"),
         (Rule(modules=("router",)), "matches no tensor"),
         (Rule(layers=(LayerRange(0, 1),), tensors=("lm_head.weight",)), "matches no tensor"),

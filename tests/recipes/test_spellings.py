@@ -45,8 +45,8 @@ MISTAKES = {
         "4:27", "`kind` must be `model` or `skill`, not 'lora'",
         "write `kind: skill`, then run `skillmerge export SKILL --lora-rank R`",
     ),
-    (_OUT, "keep: 3"): ("4:27", "`keep` must be less than or equal to 1, not 3", None),
-    (_OUT, "push: {repo: x}"): ("4:34", "`repo` must be org/name, not 'x'", None),
+    (_OUT, "keep: 3"): ("4:27", "`keep` must be less than or equal to 1, not 3", "write a share: `keep: 0.03` for 3%"),
+    (_OUT, "push: {repo: x}"): ("4:34", "`repo` must be org/name, not 'x'", "write `repo: org/name`"),
     (_MERGE, "ties(target, rl, sft)"): (
         "4:8", f"the expression calls `ties`, {_NONE}",
         "this version adds and scales: base + lam * (a - base) + lam * (b - base) is the plain sum of updates",

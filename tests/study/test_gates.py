@@ -337,7 +337,7 @@ def test_commands_of_a_manifest_are_not_run(trained: Path, tmp_path: Path) -> No
     trace.unlink()
     process = run_cli("gate", made)
     assert process.returncode == 2
-    assert "whoever made it wrote them" in process.stderr
+    assert "written by its author" in process.stderr
     assert not trace.exists()
     assert run_cli("gate", made, "--gates", gates_file(trained, gates)).returncode == 0
     assert trace.exists()

@@ -275,11 +275,12 @@ def test_what_is_left_out_is_named_with_the_reason(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", {**plain, "step": torch.tensor([1, 2]), "none": torch.zeros(0)})
     changed = {"w": plain["w"] * 2, "new": plain["gone"], "wide": torch.ones(4), "step": torch.tensor([1, 3])}
     write_checkpoint(tmp_path / "b", {**changed, "none": torch.zeros(0)})
-    found = inspect(str(tmp_path / "a"), str(tmp_path / "b"))
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    found = inspect(a, b)
     assert list(found.tensors) == ["w"]
     assert found.left == {
-        "gone": "not in after", "new": "not in before", "none": "has no elements", "step": "I64 in before",
-        "wide": "[4] in after, [3] in before",
+        "gone": f"not in {b}", "new": f"not in {a}", "none": "has no elements", "step": f"I64 in {a}",
+        "wide": f"[4] in {b}, [3] in {a}",
     }  # fmt: skip
     for name in ("a", "b"):
         shutil.rmtree(tmp_path / name)
@@ -292,7 +293,7 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         norm = {"model.norm.weight": torch.ones(4)}
         write_checkpoint(tmp_path / name, {"w": torch.ones(4, 4).to(torch.float8_e4m3fn), **norm})
-    with pytest.raises(InputError, match="is quantised"):
+    with pytest.raises(InputError, match="is quantized"):
         inspect(str(tmp_path / "a"), str(tmp_path / "b"))
 
 

@@ -112,7 +112,7 @@ def test_command_is_scored_without_a_temporary_folder(tmp_path: Path, monkeypatc
     no_temporary_folder(monkeypatch)
     scores = run_command(Scorer("it", command="echo wrong; echo 0.5 #"), tmp_path, 0)
     assert scores["score"].value == 0.5
-    with pytest.raises(CheckFailed, match=r"exit status 3: .*\nno\nmend it"):
+    with pytest.raises(CheckFailed, match=r"exit status 3: .*\nno\nfix it"):
         run_command(Scorer("it", command="echo no >&2; exit 3 #"), tmp_path, 0)
 
 

@@ -158,7 +158,7 @@ def _suffer(
     assert visible(output) in (previous, wanted), what
     assert answer["status"] != 0 or visible(output) == wanted, what
     if answer["calls"] >= nth and (number == SHORT or (number == errno.EINTR and kind in ("read", "write", "sync"))):
-        assert answer["status"] == 0, ("less than was asked for is no failure", what)
+        assert answer["status"] == 0, ("less than was requested is no failure", what)
     left = {path.name for path in recipe.parent.iterdir()} - {"merged", staging_of(output).name}
     assert left == {"recipe.yaml", "target", "rl", "sft"}, what
     before = finished_shards(output)

@@ -64,6 +64,8 @@ def test_warning_is_told_wherever_a_run_is_recorded(warned: Path) -> None:
     events = [json.loads(line) for line in files["events.jsonl"].read_text().splitlines()]
     assert [WARNED in event["message"] for event in events if event["event"] == "warning"] == [True]
     assert [WARNED in text for text in manifest.read(warned.parent / "merged").warnings] == [True]
+    run_cli("apply", warned, "--overwrite", "--full", "--junit", warned.parent / "junit.xml")
+    assert f"<system-out>warning: {WARNED}" in (warned.parent / "junit.xml").read_text()
     again = run_cli("apply", warned)
     assert again.stdout.splitlines()[-1] == "1 warning"
     assert again.stderr.count(WARNED) == 1
@@ -84,13 +86,37 @@ def test_strict_refuses_a_warning_before_a_byte_is_written(warned: Path) -> None
     for command in ("plan", "apply"):
         process = run_cli(command, warned, "--strict")
         assert process.returncode == 4
-        assert "1 warning under --strict" in process.stderr
-        assert "accept: [rope-scaling]" in process.stderr
+        assert "error: 1 warning under --strict" in process.stderr
+        for text in (WARNED, "accept: [rope-scaling]"):  # once is enough
+            assert (process.stdout + process.stderr).count(text) == 1
     assert run_cli("plan", warned, "--strict", "--detailed-exitcode").returncode == 4
+    for command in ("plan", "apply"):
+        process = run_cli(command, warned, "--strict", "--json")
+        assert (process.returncode, json.loads(process.stdout)["ok"]) == (4, False)
     assert not skillmerge.plan(warned, strict=True).ok
     with pytest.raises(InputError):
         skillmerge.apply(warned, strict=True)
     assert sorted(path.name for path in warned.parent.iterdir()) == ["recipe.yaml", "rl", "sft", "target"]
+
+
+def test_warning_of_the_text_alone_is_refused_with_its_help(tmp_path: Path) -> None:
+    recipe = models(tmp_path, output={"path": "merged", "shard_size": 5})
+    process = run_cli("apply", recipe, "--strict")
+    assert process.returncode == 2
+    assert process.stderr == (
+        "error: 1 warning under --strict:\n"
+        "line 14 of the recipe: `shard_size: 5` is 5 bytes\n"
+        "help: did you mean `5GB`?\n"
+    )
+    process = run_cli("plan", recipe, "--strict")
+    assert (process.returncode, process.stderr) == (2, "error: 1 warning under --strict\n")
+
+
+def test_comparison_with_a_saved_plan_shows_warnings_too(warned: Path) -> None:
+    run_cli("plan", warned, "--save", warned.parent / "plan.json")
+    process = run_cli("plan", warned, "--diff", warned.parent / "plan.json")
+    assert process.stdout.startswith("nothing changed since ")
+    assert process.stdout.count(f"warning: {WARNED}") == 1
 
 
 def test_accepted_difference_is_kept_and_warns_no_more(tmp_path: Path) -> None:
@@ -147,7 +173,7 @@ def test_inspect_of_two_models_says_how_they_do_not_belong_together(tmp_path: Pa
     process = run_cli("inspect", tmp_path / "sft", tmp_path / "rl", "--json")
     assert process.returncode == 0
     (said,) = json.loads(process.stdout)["warnings"]
-    assert said.startswith("rope base: `before` has 10,000, the donor `after` 1,000,000")
+    assert said.startswith(f"rope base: `{tmp_path / 'sft'}` has 10,000, `{tmp_path / 'rl'}` 1,000,000")
     assert f"warning: {said}" in process.stderr
     assert json.loads(run_cli("inspect", tmp_path / "recipe.yaml", "--json").stdout)["warnings"][0].startswith(
         "rope base"

@@ -29,7 +29,7 @@ from skillmerge.checkpoints.stores.hub_client import Passing
 _PIECE, _SMALL_PIECE = 1 << 20, 1 << 12
 """Bytes asked of a connection at once; they are lost if it breaks, and it is read in small ones from then on."""
 
-_TOO_MUCH = "the server sent more than was asked for"
+_TOO_MUCH = "the server sent more than was requested"
 
 
 @dataclass(frozen=True, slots=True)

@@ -270,7 +270,7 @@ class Repository:
         wanted = f"bytes {position}-{position + count - 1}/{size}"
         if answer.headers.get("content-range", wanted) != wanted:
             raise StalePlan(
-                f"{self.at.path(name)}: the server sent {answer.headers['content-range']} where {wanted} was asked for",
+                f"{self.at.path(name)}: the server sent {answer.headers['content-range']} where {wanted} was requested",
                 fix="run the same command again",
             )
 

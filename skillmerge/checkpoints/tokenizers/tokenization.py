@@ -6,7 +6,6 @@ fields that change offsets alone are left out.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
@@ -30,8 +29,8 @@ _SPACE_RUNS = (
 )
 
 
-def tokenization(document: Mapping[str, Any]) -> dict[str, str]:
-    """The parts of a `tokenizer.json` that decide how text is cut -> their digests."""
+def tokenization(document: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The parts of a `tokenizer.json` that decide how text is cut -> their steps, merges or scores, a text each."""
     normalizer = _steps(document.get("normalizer"), "normalizers")
     pre_tokenizer = _steps(document.get("pre_tokenizer"), "pretokenizers")
     # Libraries mark spaces in one place or the other: "a b" becomes "▁a▁b" either way.
@@ -46,17 +45,17 @@ def tokenization(document: Mapping[str, Any]) -> dict[str, str]:
     normalizer = [step for step in normalizer if step not in _SPACE_RUNS]
     if [step["type"] for step in pre_tokenizer] == ["WhitespaceSplit", "Metaspace"]:
         del pre_tokenizer[0]
-    parts = {"normalizer": _digest(normalizer), "pre-tokenizer": _digest(pre_tokenizer)}
+    parts = {"normalizer": _texts(normalizer), "pre-tokenizer": _texts(pre_tokenizer)}
     model = document.get("model")
     if isinstance(model, dict) and isinstance(model.get("merges"), list):
-        parts["merges"] = merges_digest(_joined(model["merges"]))
+        parts["merges"] = in_order(_joined(model["merges"]))
     if isinstance(model, dict) and isinstance(model.get("vocab"), list):
-        parts["scores"] = text_digest(_score(piece) for piece in model["vocab"])
+        parts["scores"] = tuple(_score(piece) for piece in model["vocab"])
     return parts
 
 
-def merges_digest(merges: Iterable[str]) -> str:
-    """The digest of merges in their order, each as `left right`; of neighbors that give one token the order is free."""
+def in_order(merges: Iterable[str]) -> tuple[str, ...]:
+    """Merges, each as `left right`, in their order; that of neighbors that give one token is free, and sorted here."""
     lines = list(merges)
     given = [line.replace(" ", "") for line in lines]
     end = 0
@@ -65,11 +64,29 @@ def merges_digest(merges: Iterable[str]) -> str:
             continue  # inside the run before
         end = next((place for place in range(start, len(given)) if given[place] != given[start]), len(given))
         lines[start:end] = sorted(lines[start:end])
-    return text_digest(lines)
+    return tuple(lines)
 
 
-def text_digest(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+def described(part: str, said: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """A part in which models differ, for people, by model: its kinds of steps, or else the first difference."""
+    longest = max(map(len, said.values()))
+    place = next((at for at in range(longest) if len({texts[at : at + 1] for texts in said.values()}) > 1), longest)
+    if part in ("merges", "scores"):
+        return {
+            name: f"{len(texts):,} {part}" + "".join(f", number {place + 1:,} is {text}" for text in texts[place:][:1])
+            for name, texts in said.items()
+        }
+    steps = {name: [json.loads(text) for text in texts] for name, texts in said.items()}
+    kinds = {name: [str(step["type"]) for step in it] for name, it in steps.items()}
+    if any(one != other for one, other in pairwise(kinds.values())):
+        return {name: " + ".join(it) or "none" for name, it in kinds.items()}
+    differing = {name: it[place] for name, it in steps.items()}
+    keys = sorted({key for step in differing.values() for key in step})
+    values = {
+        key: {name: json.dumps(step.get(key), ensure_ascii=False) for name, step in differing.items()} for key in keys
+    }
+    key = next(key for key in keys if len(set(values[key].values())) > 1)
+    return {name: f"{differing[name]['type']}, {key}: {value}" for name, value in values[key].items()}
 
 
 def _joined(merges: Sequence[Any]) -> Sequence[str]:
@@ -109,5 +126,5 @@ def _steps(part: Any, key: str) -> list[dict[str, Any]]:
     return [step]
 
 
-def _digest(steps: Sequence[Mapping[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(steps, sort_keys=True).encode()).hexdigest()
+def _texts(steps: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    return tuple(json.dumps(step, sort_keys=True) for step in steps)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import sections
-from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
+from skillmerge.checkpoints.tokenizers.small_files import MAX_BYTES, SmallFiles
 from skillmerge.checkpoints.tokenizers.vocabulary import (
     Vocabulary,
     added_tokens,
@@ -54,14 +54,15 @@ class Tokenizer:
     """What the files of a model say of its tokens.
 
     file: the vocabulary's, or "" where there is none. tokens: id -> text, empty where that is not known.
-    tokenization: part (`normalizer`, `pre-tokenizer`, `merges`, `scores`) -> digest, as far as it is known.
+    tokenization: how text is cut, as far as it is known (`tokenization.tokenization`).
     stop: the ids that end an answer, and stop_file, which says so; empty where nothing does. templates: name -> chat
     template, the usual one as `default`, and template_file. pad, bos: ids. unread: why files could not be read.
+    broken: those of `unread` that are no JSON files of their kind, which no runtime can read either.
     """
 
     file: str = ""
     tokens: Mapping[int, str] = field(default_factory=dict)
-    tokenization: Mapping[str, str] = field(default_factory=dict)
+    tokenization: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stop: frozenset[int] = frozenset()
     stop_file: str = ""
     templates: Mapping[str, str] = field(default_factory=dict)
@@ -69,6 +70,7 @@ class Tokenizer:
     pad: int | None = None
     bos: int | None = None
     unread: tuple[str, ...] = ()
+    broken: frozenset[str] = frozenset()
 
 
 def vocabulary_file(names: Iterable[str]) -> str:
@@ -93,6 +95,7 @@ class _Reading:
     def __init__(self, checkpoint: Checkpoint, files: SmallFiles) -> None:
         self._checkpoint, self._store, self._files = checkpoint, checkpoint.store, files
         self._unread: list[str] = []
+        self._broken: set[str] = set()
         self._listed = self._store.list()
 
     def tokenizer(self, vocabulary: bool) -> Tokenizer:
@@ -106,13 +109,14 @@ class _Reading:
         template_file, templates = self._templates(config)
         tokens, merges = self._added(file, found.tokens, config), found.tokenization
         if file == "vocab.json":
-            digest = self._read("merges.txt", merges_txt)
-            merges = {"merges": digest} if digest is not None else {}
+            lines = self._read("merges.txt", merges_txt)
+            merges = {"merges": lines} if lines is not None else {}
         special = self._special(config)
         stop_file, stop = self._stop(generation, tokens, special)
         return Tokenizer(
             file, tokens, merges, stop, stop_file, templates, template_file,
             self._id("pad", tokens, special), self._id("bos", tokens, special), tuple(self._unread),
+            frozenset(self._broken),
         )  # fmt: skip
 
     def _read(self, file: str, parse: Callable[[bytes], T]) -> T | None:
@@ -122,6 +126,8 @@ class _Reading:
             if self._store.at.path(file) in self._files.pointers:
                 raise
             self._unread.append(error.message)
+            if file.endswith(".json") and self._listed[file].size <= MAX_BYTES:
+                self._broken.add(error.message)
             return None
 
     def _added(self, file: str, tokens: Mapping[int, str], config: Mapping[str, Any]) -> Mapping[int, str]:
@@ -130,6 +136,7 @@ class _Reading:
             added = added_tokens(config.get("added_tokens_decoder"))
         except ValueError as error:
             self._unread.append(f"{self._store.at.path('tokenizer_config.json')}: cannot be read: {error}")
+            self._broken.add(self._unread[-1])
             added = {}
         if not added and file != "tokenizer.json":
             found = self._read("added_tokens.json", vocab_json)

@@ -14,17 +14,17 @@ from typing import Any
 
 from skillmerge.checkpoints.safetensors import refuse_bulk, unique_keys
 from skillmerge.checkpoints.tokenizers.small_files import MAX_BYTES
-from skillmerge.checkpoints.tokenizers.tokenization import merges_digest, tokenization
+from skillmerge.checkpoints.tokenizers.tokenization import in_order, tokenization
 
 _MOST_IDS = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """tokens: id -> text. tokenization: part -> digest, as far as the file says it."""
+    """tokens: id -> text. tokenization: as of `tokenization`, as far as the file says it."""
 
     tokens: Mapping[int, str]
-    tokenization: Mapping[str, str] = field(default_factory=dict)
+    tokenization: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def json_table(content: bytes) -> dict[str, Any]:
@@ -59,7 +59,10 @@ def tokenizer_json(content: bytes) -> Vocabulary:
 
 def vocab_json(content: bytes) -> Vocabulary:
     """token -> id, as `vocab.json` and `added_tokens.json` have it."""
-    return Vocabulary(_by_id(json_table(content)))
+    table = json_table(content)
+    if all(isinstance(entry, dict) for entry in table.values()):
+        return Vocabulary({})  # speech models have a vocabulary for each language
+    return Vocabulary(_by_id(table))
 
 
 def vocab_txt(content: bytes) -> Vocabulary:
@@ -68,10 +71,10 @@ def vocab_txt(content: bytes) -> Vocabulary:
     return Vocabulary(dict(enumerate(text.removesuffix("\n").split("\n"))))
 
 
-def merges_txt(content: bytes) -> str:
-    """A merge a line -> the digest of all."""
+def merges_txt(content: bytes) -> tuple[str, ...]:
+    """A merge a line."""
     lines = content.decode("utf-8").splitlines()
-    return merges_digest(line for line in lines if line.strip() and not line.startswith("#version"))
+    return in_order(line for line in lines if line.strip() and not line.startswith("#version"))
 
 
 def tokens_model(content: bytes) -> Vocabulary:

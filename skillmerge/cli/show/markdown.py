@@ -15,6 +15,7 @@ from skillmerge.plans.accounting import settlement
 from skillmerge.plans.budget import Budget
 from skillmerge.plans.depth import Depth
 from skillmerge.plans.plan import Plan
+from skillmerge.remarks import count_of
 from skillmerge.tensors import format_bytes
 
 MARK = "<!-- skillmerge plan -->"
@@ -56,6 +57,8 @@ def plan_page(
 
 
 def _verdict(plan: Plan) -> str:
+    if not plan.problems and not getattr(plan, "ok", True):
+        return f"**Cannot be applied with `--strict`**: {count_of(plan.warnings)}."
     if not plan.problems:
         return f"**Can be applied**: {len(plan.tensors)} tensors, {format_bytes(plan.bytes_written)}."
     count = len(plan.problems)

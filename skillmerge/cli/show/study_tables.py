@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from skillmerge.cli.console import Text
 from skillmerge.cli.show import tables
 from skillmerge.cli.show.figures import FIGURES, SPECTRAL, show
-from skillmerge.cli.show.terminal import Text, new_table, statistics_table
+from skillmerge.cli.show.terminal import new_table, statistics_table
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.plans.depth import bars, number
 from skillmerge.study.inspect import FIGURES_OF_TWO

@@ -6,20 +6,20 @@ Only shows what it is given; nothing is computed here but how to draw it.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text as RichText
 
+from skillmerge.cli.console import Text
+from skillmerge.cli.console import console as console
 from skillmerge.cli.show import tables
 from skillmerge.cli.show.figures import show
 from skillmerge.engine.measures.skill_statistics import SkillStatistics
 from skillmerge.engine.rounding_statistics import LOSSES, Statistics
-from skillmerge.errors import some, visible
+from skillmerge.errors import some
 from skillmerge.naming import module_kind
 from skillmerge.outputs.output import Outcome
 from skillmerge.outputs.verify import Verdict
@@ -42,22 +42,6 @@ if TYPE_CHECKING:
     from skillmerge.verbs.export.lora import Exported
     from skillmerge.verbs.rebuild import Rebuilt
     from skillmerge.verbs.sweep.sweep import Sweep
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Left to the caller: rich would end the process."""
-        raise
-
-
-def console() -> Console:
-    """Results go to stdout; off a terminal they are as wide as they need to be."""
-    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
-
-
-def Text(text: str, style: str = "") -> RichText:
-    """Text as it is: no markup in it, no control characters."""
-    return RichText(visible(text), style=style)
 
 
 def new_table(head: Sequence[str], title: str | None = None, left: Collection[str] | None = None) -> Table:
@@ -112,7 +96,7 @@ def show_remarks(plan: Plan, out: Console) -> None:
     for problem in plan.problems:
         out.print(Text(f"problem: {problem.message}", style="red"), soft_wrap=True)
     for text in filter(None, (settlement(plan.recipe, plan.problems), plan.acceptance)):
-        out.print(Text(text), soft_wrap=True)
+        out.print(Text(f"help: {text}"), soft_wrap=True)
 
 
 def show_digest(plan: Plan, out: Console) -> None:
@@ -293,18 +277,22 @@ def show_lint(lint: Lint, out: Console) -> None:
     """As compilers do: file, line, column, what is wrong, and the line itself."""
     for finding in lint.findings:
         place = f":{finding.place.line + 1}:{finding.place.column + 1}" if finding.place else ""
-        style = "red" if finding.rule.level == "error" else "yellow"
-        told = Text(f"{finding.file}{place}: ", style="bold") + Text(f"{finding.rule.level}: ", style=style)
+        level = finding.rule.level
+        told = Text(f"{finding.file}{place}: ", style="bold") + Text(f"{level}: ", style=_LEVELS[level])
         out.print(told + Text(f"{finding.message} [{finding.rule.id}]"), soft_wrap=True)
         for text in filter(None, (finding.excerpt, finding.fix and f"help: {finding.fix}")):
             out.print(Text(text), soft_wrap=True)
     files = f"{len(lint.files)} recipe{'s' if len(lint.files) != 1 else ''}"
-    out.print(Text(f"{files}: {_count(lint, 'error')}, {_count(lint, 'warning')}", style="bold"))
+    counts = [_count(lint, level) for level in _LEVELS if level != "note" or lint.count(level)]
+    out.print(Text(f"{files}: {', '.join(counts)}", style="bold"))
 
 
 def _count(lint: Lint, level: str) -> str:
     count = lint.count(level)
     return f"{count or 'no'} {level}{'s' if count != 1 else ''}"
+
+
+_LEVELS = {"error": "red", "warning": "yellow", "note": ""}
 
 
 _BYTES = ("total", "available", "free", "memory", "cgroup limit")
@@ -357,7 +345,7 @@ def show_answers(shown: Sequence[Shown], examples: Sequence[tuple[Question, str,
 
 
 def show_parent(parent: str, model: str, out: Console) -> None:
-    out.print(Text(f"{parent} is `{model}` of this skill: all tensors have the digests that it was cut from"))
+    out.print(Text(f"{parent} is `{model}` of this skill: all tensors have the digests that it was extracted from"))
 
 
 def show_rebuilt(made: Rebuilt, out: Console) -> None:

@@ -30,7 +30,7 @@ class Threads:
             from skillmerge.engine.worker import Settings
 
         where, why = choose_device("cpu" if plan.makes_skill else work.device)
-        why = "a skill is cut there" if plan.makes_skill else why
+        why = "a skill is extracted there" if plan.makes_skill else why
         self.device = f"{where}: {why}"
         self._reporter.say(f"computing on {self.device}")
         chosen = budget(plan, threads=work.threads, memory_limit=work.memory_limit, cuda=where.type == "cuda")

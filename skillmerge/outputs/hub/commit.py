@@ -146,7 +146,7 @@ class HubCommit:
         if not retried(self._place, lambda: self._api.repo_exists(repository)):
             retried(self._place, lambda: self._api.create_repo(repository, private=self.push.private, exist_ok=True))
         elif self.push.private and not retried(self._place, lambda: self._api.model_info(repository)).private:
-            raise UsageError(f"{repository} is public, and a private one was asked for", fix="choose another name")
+            raise UsageError(f"{repository} is public, and a private one was requested", fix="choose another name")
         if self.push.revision and not self.push.revision.startswith("refs/"):
             retried(self._place, lambda: self._api.create_branch(repository, branch=branch, exist_ok=True))
         self.parent, listed = self._listing(branch)

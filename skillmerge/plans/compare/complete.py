@@ -130,7 +130,7 @@ def _part(name: str) -> str:
 
 def _counts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack], donor: bool) -> Iterator[Compared]:
     """Stacks with fewer blocks than the config says, and numbers that are left out."""
-    if donor and any(" blocks " in text for text in contradictions(checkpoint.config, _shapes(checkpoint))):
+    if donor and any(" layers (" in text for text in contradictions(checkpoint.config, _shapes(checkpoint))):
         return  # is a problem of the donor already
     for part in ("text", *_PARTS):
         inside = [section for where, section in sections(checkpoint.config) if _part(where) == part]
@@ -141,7 +141,7 @@ def _counts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack], dono
             matching = {stack: blocks for stack, blocks in of_part.items() if which in stack}
             held = max((_last(blocks) + 1 for blocks in matching.values()), default=0)
             if held < expected and (held or (part != "text" and not any(map(_PARTS[part].search, checkpoint.tensors)))):
-                where = f"{which or part} blocks" if which or part != "text" else "blocks"
+                where = f"{which or part} layers" if which or part != "text" else "layers"
                 certain: Level = "problem" if part == "text" else "warning"
                 yield _found(
                     certain if len(matching) == 1 else "note", "blocks", "config.json", name, f"{held} of {expected}",
@@ -157,7 +157,7 @@ def _counts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack], dono
                 level: Level = "problem" if part == "text" and gaps[0] < least else "warning"
                 yield _found(
                     level, stack, "config.json", name, f"without {listed}",
-                    f"block{'s' if len(gaps) > 1 else ''} {listed} of `{stack}` {'are' if len(gaps) > 1 else 'is'} "
+                    f"layer{'s' if len(gaps) > 1 else ''} {listed} of `{stack}` {'are' if len(gaps) > 1 else 'is'} "
                     "missing between the others",
                 )  # fmt: skip
 
@@ -195,7 +195,7 @@ def _experts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack]) -> 
     if 0 < held < expected:
         yield _found(
             "problem", "experts", "config.json", name, f"{held} of {expected}",
-            f"config.json says {expected} experts in a block, and the weights hold {held}",
+            f"config.json says {expected} experts in a layer, and the weights hold {held}",
         )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def _stated(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack]) -> I
             if _part(stack) == "text" and beside in inner and wanted not in inner:
                 yield _found(
                     "warning", key, "config.json", name, "true",
-                    f"config.json says `{key}`, and no block of `{stack}` has `{wanted}`",
+                    f"config.json says `{key}`, and no layer of `{stack}` has `{wanted}`",
                 )  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def _blocks(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack]) -> I
         if len(lacking) > max(1, len(blocks) // 4):
             yield _found(
                 "note", stack, "config.json", name, f"{len(lacking)} blocks",
-                f"{len(lacking)} blocks of `{stack}` lack tensors that others have, and config.json does not say why",
+                f"{len(lacking)} layers of `{stack}` lack tensors that others have, and config.json does not say why",
             )  # fmt: skip
             continue
         for index, inner in sorted(lacking.items()):
@@ -234,7 +234,7 @@ def _blocks(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack]) -> I
             listed = some([f"`{it}`" for it in inner])
             yield _found(
                 level, f"{stack}.{index}", "config.json", name, f"{len(inner)} missing",
-                f"block {index} of `{stack}` lacks {listed}, which the blocks beside it have",
+                f"layer {index} of `{stack}` lacks {listed}, which the layers beside it have",
             )  # fmt: skip
 
 

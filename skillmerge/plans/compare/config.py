@@ -5,19 +5,43 @@ The output is computed as the donor's configuration says; what another model was
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.methods.terms import model_of
 from skillmerge.naming import module_kind
-from skillmerge.plans.compare.config_values import architecture, effective, layers, other_parts, text_kind, text_part
+from skillmerge.plans.compare.config_values import (
+    PARTS,
+    architecture,
+    effective,
+    layers,
+    other_parts,
+    text_kind,
+    text_part,
+)
 from skillmerge.plans.compare.found import Compared, Level
-from skillmerge.plans.compare.roles import Roles
+from skillmerge.plans.compare.roles import Roles, is_head
 from skillmerge.plans.compare.table import IGNORED, ROWS, Row
 from skillmerge.tensors import DTYPES
 
 FILE = "config.json"
+_Meaning = tuple[Level, str]
+
+_OWN = "{names} {has} a head of {its} own, the donor {donor} "
+_TIED = "{names} {ties} {its} head to the embedding"
+_NOWHERE = ": what the head learned has no place in the output"
+_USED = "stores one but ties it to the embedding: runtimes use the embedding, and what the head learned is lost"
+_SPARE = " and {stores} one all the same, which is read as the head that the donor {donor} has: runtimes may use the "
+_LOST: _Meaning = ("problem", _OWN + _USED)
+_NO_PLACE: _Meaning = ("problem", _OWN + "ties its head to the embedding" + _NOWHERE)
+_NO_HEAD: _Meaning = ("problem", _OWN + "has none" + _NOWHERE)
+_STORED: _Meaning = ("warning", _TIED + _SPARE + "embedding in its place")
+_READ: _Meaning = ("warning", _TIED + ", which is read as the head that the donor {donor} has")
+_ONE = {"has": "has", "its": "its", "ties": "ties", "stores": "stores"}
+_MANY = {"has": "have", "its": "their", "ties": "tie", "stores": "store"}
+
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
@@ -48,20 +72,23 @@ def _architectures(configs: Mapping[str, Mapping[str, Any]], donor: str) -> Iter
     kinds = {name: architecture(config) for name, config in configs.items()}
     depths = {name: layers(text_part(config)) for name, config in configs.items()}
     values = {name: _kind(kinds[name], depths[name]) for name in configs}
-    for name in configs:
-        if name == donor:
-            continue
-        other_kind = None not in (kinds[name], kinds[donor]) and kinds[name] != kinds[donor]
-        other_depth = None not in (depths[name], depths[donor]) and depths[name] != depths[donor]
-        if other_kind or other_depth:
-            pair = {donor: values[donor], name: values[name]}
-            message = f"`{name}` is {values[name]}, the donor `{donor}` {values[donor]}: is it the right model?"
-            key = "model_type" if other_kind else "num_hidden_layers"
-            yield Compared("architecture", key, FILE, "problem", pair, False, message)
-        elif configs[name].get("model_type") != configs[donor].get("model_type"):
-            pair = {each: str(configs[each].get("model_type")) for each in (donor, name)}
-            message = f"`{name}` ({pair[name]}) and the donor `{donor}` ({pair[donor]}) hold the same language model"
-            yield Compared(None, "model_type", FILE, "note", pair, False, message)
+    other_kind = [name for name in configs if None not in (kinds[name], kinds[donor]) and kinds[name] != kinds[donor]]
+    other_depth = [
+        name for name in configs if None not in (depths[name], depths[donor]) and depths[name] != depths[donor]
+    ]
+    others = [name for name in configs if name in (*other_kind, *other_depth)]
+    if others:
+        told = " and ".join(f"`{name}` is {values[name]}" for name in others)
+        which = "is it the right model" if len(others) == 1 else "are they the right models"
+        message = f"{told}, the donor `{donor}` {values[donor]}: {which}?"
+        key = "model_type" if other_kind else "num_hidden_layers"
+        yield Compared("architecture", key, FILE, "problem", values, False, message)
+    types = {name: str(config.get("model_type")) for name, config in configs.items()}
+    wrapped = [name for name in configs if name not in others and types[name] != types[donor]]
+    if wrapped:
+        told = " and ".join(f"`{name}` ({types[name]})" for name in wrapped)
+        message = f"{told} and the donor `{donor}` ({types[donor]}) hold the same language model"
+        yield Compared(None, "model_type", FILE, "note", types, False, message)
 
 
 def _kind(kind: str | None, depth: int | None) -> str:
@@ -94,10 +121,11 @@ def _rows(
     known = {key for row in ROWS for key in row.keys}
     for key in sorted(set.intersection(*(set(part) for part in parts.values()))):
         found = {name: part[key] for name, part in parts.items()}
-        plain = all(isinstance(value, int | float | str | bool) for value in found.values())
-        if plain and key not in known and not IGNORED.search(key) and len({*found.values()}) > 1:
+        looked_at = key in known or key in PARTS or IGNORED.search(key) is not None
+        if not looked_at and None not in found.values() and any(it != found[donor] for it in found.values()):
             message = f"`{key}` differs, which skillmerge does not know the meaning of: the donor's is used"
-            yield Compared(None, prefix + key, FILE, "note", _shown(found), False, message)
+            shown = {name: _json(it) if isinstance(it, list | dict) else _text(it) for name, it in found.items()}
+            yield Compared(None, prefix + key, FILE, "note", shown, False, message)
 
 
 def _says(value: Any, row: Row) -> bool:
@@ -121,6 +149,11 @@ def _shown(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: _text(value) for name, value in values.items()}
 
 
+def _json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
 def _text(value: Any) -> str:
     if value is None:
         return "none"
@@ -137,30 +170,31 @@ def _text(value: Any) -> str:
 
 
 def _ties(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> Iterator[Compared]:
-    """Heads that are tied to the embedding in only some models."""
+    """Heads that are tied to the embedding in only some models: a finding for each thing that this means."""
     tied = {name: _is_tied(model.config) for name, model in models.items()}
-    heads = {name: _heads(model) for name, model in models.items()}
+    heads = {name: any(map(is_head, model.tensors)) for name, model in models.items()}
+    found: dict[_Meaning, list[str]] = {}
     for name in models:
-        if name == donor or not roles[name].tokens:
-            continue
-        values = {each: _tie(tied[each], heads[each]) for each in (donor, name)}
-        if heads[name] and heads[donor] and tied[donor] and tied[name] is False:
-            message = (
-                f"`{name}` has a head of its own, the donor `{donor}` stores one but ties it to the embedding: "
-                "runtimes use the embedding, and what the head learned is lost"
-            )
-            yield Compared("ties", "tie_word_embeddings", FILE, "problem", values, False, message)
-        elif heads[name] and not heads[donor] and not tied[name]:
-            level: Level = "problem" if tied[name] is False else "note"
-            message = (
-                f"`{name}` has a head of its own, the donor `{donor}` ties its head to the embedding: "
-                "what the head learned has no place in the output"
-            )
-            accept = "ties" if level == "problem" else None
-            yield Compared(accept, "tie_word_embeddings", FILE, level, values, False, message)
-        elif heads[donor] and not heads[name] and tied[name] and not tied[donor]:
-            message = f"`{name}` ties its head to the embedding, which is read as the head that the donor `{donor}` has"
-            yield Compared("ties", "tie_word_embeddings", FILE, "warning", values, False, message)
+        if name != donor and roles[name].tokens:
+            meaning = _meaning(tied[donor], heads[donor], tied[name], heads[name])
+            if meaning is not None:
+                found.setdefault(meaning, []).append(name)
+    values = {name: _tie(tied[name], heads[name]) for name in models}
+    for (level, text), others in found.items():
+        names = " and ".join(f"`{name}`" for name in others)
+        message = text.format(names=names, donor=f"`{donor}`", **(_ONE if len(others) == 1 else _MANY))
+        accept = "ties" if level != "note" else None
+        yield Compared(accept, "tie_word_embeddings", FILE, level, values, False, message)
+
+
+def _meaning(donor_tied: bool | None, donor_head: bool, tied: bool | None, head: bool) -> _Meaning | None:
+    """What it means that a model and the donor tie their heads, or store them, in these ways."""
+    if head and donor_head:
+        return _LOST if donor_tied and tied is False else _STORED if tied and donor_tied is False else None
+    if head and not tied:
+        level, text = _NO_HEAD if donor_tied is False else _NO_PLACE
+        return (level if tied is False else "note"), text
+    return _READ if donor_head and tied and not donor_tied else None
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool | None:
@@ -169,14 +203,8 @@ def _is_tied(config: Mapping[str, Any]) -> bool | None:
     )
 
 
-def _heads(model: Checkpoint) -> list[str]:
-    return [name for name in model.tensors if name.endswith(("lm_head.weight", "embed_out.weight"))]
-
-
-def _tie(tied: bool | None, heads: Sequence[str]) -> str:
-    return ("tied" if tied else "not tied" if tied is False else "not said") + (
-        ", has a head" if heads else ", no head"
-    )
+def _tie(tied: bool | None, head: bool) -> str:
+    return ("tied" if tied else "not tied" if tied is False else "not said") + (", has a head" if head else ", no head")
 
 
 def _donor(donor: Checkpoint, name: str, dtype: str) -> Iterator[Compared]:
@@ -204,7 +232,11 @@ def _donor(donor: Checkpoint, name: str, dtype: str) -> Iterator[Compared]:
         )  # fmt: skip
     classes = donor.config.get("architectures")
     causal = isinstance(classes, list) and any(str(each).endswith("ForCausalLM") for each in classes)
-    if causal and _is_tied(donor.config) is False and not any(module_kind(each) == "head" for each in donor.tensors):
+    if (
+        causal
+        and _is_tied(donor.config) is False
+        and not any(module_kind(each) == "head" or is_head(each) for each in donor.tensors)
+    ):
         yield Compared(
             "ties", "tie_word_embeddings", FILE, "warning", {name: "not tied, no head"}, False,
             f"the donor `{name}` has no head, and config.json does not tie it: runtimes start with a random one",

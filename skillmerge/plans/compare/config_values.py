@@ -23,7 +23,7 @@ from skillmerge.plans.compare.architectures import (
 from skillmerge.plans.compare.table import ROWS, UNKNOWN
 
 _TEXT = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config")
-_OTHERS = ("vision_config", "audio_config", "decoder", "encoder", "attn_config", "ffn_config")
+PARTS = ("vision_config", "audio_config", "decoder", "encoder", "attn_config", "ffn_config")
 _NEAR = ("sliding_attention", "chunked_attention")
 ACTIVATION_KEYS = ("hidden_act", "activation_function", "activation", "activation_type", "ff_activation", "ffn_act_fn")
 _NO_FACTOR = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
@@ -42,7 +42,7 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def other_parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the parts beside the language model, by their key."""
-    for key in _OTHERS:
+    for key in PARTS:
         part = config.get(key)
         if isinstance(part, Mapping) and part:
             yield key, part

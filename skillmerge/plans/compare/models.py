@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
@@ -18,9 +18,6 @@ from skillmerge.plans.compare.tokens import compare_tokens
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
 
-_OTHERS = ("donor", "ties", "update-size", "merged-share", "quantised-difference")
-"""Names in `accept` for what is found elsewhere."""
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -28,8 +25,6 @@ class Comparison:
 
     found: tuple[Compared, ...]
     line: str | None
-    unused: tuple[str, ...]
-    """Names in `accept` that settle nothing."""
 
     @property
     def problems(self) -> list[Problem]:
@@ -44,14 +39,13 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        notes = [it.message for it in self._open("note")]
-        return notes + [f"`accept: [{name}]` settles nothing here" for name in self.unused]
+        return [it.message for it in self._open("note")]
 
     def _open(self, level: str) -> list[Compared]:
         return [it for it in self.found if it.level == level and not it.accepted]
 
 
-NOTHING = Comparison((), None, ())
+NOTHING = Comparison((), None)
 
 
 def compare_models(
@@ -59,15 +53,17 @@ def compare_models(
     checkpoints: Mapping[str, Checkpoint],
     donor: str,
     terms: Mapping[str, Term | None],
+    copied: Collection[str] = (),
     *,
     lenient: bool = False,
 ) -> Comparison:
     """Compare the models of `terms` (by the donor's tensors' names) with the donor and with what they say they hold.
 
-    lenient: problems are warnings, for what was made before these comparisons. Reads small files only; raises
-    InputError for one that is none, unless lenient; StalePlan, TemporaryError.
+    copied: the tensors that `copy` takes as they are. lenient: problems are warnings, for what was made before these
+    comparisons. Reads small files only; raises InputError for one that is none, unless lenient; StalePlan,
+    TemporaryError.
     """
-    roles = roles_of(terms)
+    roles = roles_of(terms, copied)
     dtype = None if recipe.makes_skill else recipe.output.dtype
     # Of two architectures nearly everything differs; who accepts that wants to know what else does.
     found = compare_config(checkpoints, donor, roles, dtype, foreign="architecture" in recipe.accept)
@@ -75,7 +71,7 @@ def compare_models(
     files = SmallFiles()
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
     try:
-        found += [] if foreign else compare_tokens(checkpoints, donor, roles, files)
+        found += [] if foreign else compare_tokens(checkpoints, donor, roles, files, carried=dtype is not None)
         found += check_complete({name: checkpoints[name] for name in names}, donor, files)
     except InputError as error:  # a side file that is none, such as a Git LFS pointer
         if not lenient:
@@ -83,10 +79,29 @@ def compare_models(
         found.append(Compared(None, "side files", "", "warning", {}, False, error.message, error.fix))
     if lenient:
         found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
-    found = [replace(it, accepted=it.name in recipe.accept and it.level != "note") for it in found]
+    found = [
+        replace(
+            it, accepted=it.name in recipe.accept and it.level != "note", message=recipe.in_words(it.message),
+            help=it.help and recipe.in_words(it.help),
+        )
+        for it in found
+    ]  # fmt: skip
+    return Comparison(tuple(found), _line(names, found) if len(names) > 1 else None)
+
+
+def unsettled(
+    recipe: Recipe, found: Iterable[Compared], problems: Sequence[Problem], *, heads_unread: bool
+) -> list[str]:
+    """A note for each name in `accept` that settles nothing. heads_unread: whether `apply` will look at tied heads.
+
+    Nothing is said of what is not looked at before the problems are settled, nor of `update-size`: whether it settles
+    something depends on what `apply` measures, so that the note would come and go with `--stats`.
+    """
+    if any(problem.final for problem in problems):
+        return []
+    unknown = {"update-size", *(["merged-share"] if problems else []), *(["ties"] if heads_unread else [])}
     settled = {it.name for it in found if it.accepted}
-    unused = tuple(name for name in sorted(recipe.accept) if name not in settled and name not in _OTHERS)
-    return Comparison(tuple(found), _line(names, found) if len(names) > 1 else None, unused)
+    return [f"`accept: [{name}]` settles nothing here" for name in sorted({*recipe.accept} - settled - unknown)]
 
 
 def _line(names: list[str], found: list[Compared]) -> str:

@@ -115,6 +115,7 @@ IGNORED = re.compile(
     r"|aux_loss|jitter|router_z_loss|pretraining_tp|gradient_checkpointing|unsloth|attn_implementation|flash_attn"
     r"|auto_map|quantization|token_id|token_index|vocab|tokenizer|tie_|finetuning|model_type|cache_implementation"
     r"|_config$|^rope_(theta|scaling|parameters|local_base_freq)$|^rotary_(pct|emb_base)$|^partial_rotary_factor$"
+    r"|^original_max_position_embeddings$"
     r"|^sliding_window(_pattern)?$|^use_sliding_window$|^max_window_layers$|layer_types$|no_rope_layer"
     r"|^hidden_act(ivation)?$|^activation(_function|_type)?$|^ff(n)?_act(ivation|_fn)$|num_key_value|kv_heads|head_dim"
     r"|num_hidden_layers|n_layers?$|num_layers|hidden_size|n_embd|d_model|intermediate|ffn_dim|n_inner|num_experts$"

@@ -11,6 +11,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import sections
 from skillmerge.checkpoints.tokenizers.placeholders import is_placeholder
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
+from skillmerge.checkpoints.tokenizers.tokenization import described
 from skillmerge.checkpoints.tokenizers.tokenizer import Tokenizer, read_tokenizer, vocabulary_file
 from skillmerge.errors import visible
 from skillmerge.methods.terms import minus_of, model_of
@@ -59,12 +60,12 @@ class _Models:
 
 
 def compare_tokens(
-    models: Mapping[str, Checkpoint], donor: str, roles: Roles, files: SmallFiles | None = None
+    models: Mapping[str, Checkpoint], donor: str, roles: Roles, files: SmallFiles | None = None, *, carried: bool = True
 ) -> list[Compared]:
     """What differs between the tokenizers of the models that count, `accepted` left to the caller.
 
-    models: by the names that `roles` has. files: where other comparisons read small files too, the same.
-    Raises StalePlan, TemporaryError.
+    models: by the names that `roles` has. files: where other comparisons read small files too, the same. carried:
+    whether the output takes the donor's files. Raises StalePlan, TemporaryError.
     """
     files = files or SmallFiles()
     names = [donor, *(name for name in models if name != donor and roles.get(name, Role()).used)]
@@ -76,8 +77,8 @@ def compare_tokens(
         {name: read_tokenizer(models[name], files, tokens=differ) for name in names},
         _rows(models, donor, roles),
     )
-    found = [*_unread(known), *_ids(known)]
-    if not any(it.name == "tokenizer" for it in found):
+    found = [*_unread(known, carried), *_ids(known)]
+    if not any(it.name == "tokenizer" and it.level == "problem" for it in found):
         found += _tokenization(known)
     return [*found, *_stops(known), *_templates(known), *_numbers(known)]
 
@@ -107,9 +108,14 @@ def _rows(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> int:
     return min(counts, default=0)
 
 
-def _unread(known: _Models) -> Iterator[Compared]:
+def _unread(known: _Models, carried: bool) -> Iterator[Compared]:
     for name, it in known.tokenizers.items():
         for message in it.unread:
+            if carried and name == known.donor and message in it.broken:
+                said = f"the donor `{name}`: {message}; the output carries the file as it is"
+                help = "fetch or save that file again, and plan again"
+                yield Compared(None, "tokenizer", it.file, "warning", {name: message}, False, said, help)
+                continue
             said = f"model `{name}`: {message}; its tokenizer is compared as far as other files say it"
             yield Compared(None, "tokenizer", it.file, "note", {name: message}, False, said)
     if any(it.file for it in known.tokenizers.values()):
@@ -207,14 +213,16 @@ def _placeholders(known: _Models, ids: Sequence[int]) -> Compared:
     if disagreeing:
         message += "; the difference has rows of trained tokens minus rows of unused ones"
     values = {name: _listed(tokens, shown) for name, tokens in merged.items()}
-    help = "if that is not meant, leave the rows as they are: `{modules: [embedding, head], value: 0}`"
-    return Compared(
-        None, "placeholders", known.output.file, level, values, False, message, help if disagreeing else None
+    advice = (
+        "if that is not meant, leave the rows as they are: `{modules: [embedding, head], value: 0}`; if it is, write "
+        "`accept: [tokenizer]`"
     )
+    name, help = ("tokenizer", advice) if disagreeing else (None, None)
+    return Compared(name, "placeholders", known.output.file, level, values, False, message, help)
 
 
 def _unnamed(known: _Models, told: set[int]) -> Iterator[Compared]:
-    """Rows of tokens that not every model has, but for those that were told of, and of none."""
+    """Rows of tokens that not every model has, but for those that were told of. Rows of none are mostly padding."""
     merged = known.merged
     first = next(iter(merged.values()))
     everywhere, anywhere = set(first), set(first)
@@ -230,18 +238,6 @@ def _unnamed(known: _Models, told: set[int]) -> Iterator[Compared]:
             {name: _listed(tokens, some) for name, tokens in merged.items()}, False,
             f"{count} not in every model, and the rows follow the formula: {_with_ids(merged, some)}",
         )  # fmt: skip
-    nameless = known.rows - sum(number < known.rows for number in anywhere)
-    if nameless:
-        rows = f"{nameless:,} of {known.rows:,} rows have" if nameless > 1 else f"1 of {known.rows:,} rows has"
-        yield Compared(
-            None,
-            "rows",
-            known.output.file,
-            "note",
-            {},
-            False,
-            f"{rows} no token in any model: the formula holds there too",
-        )
 
 
 # How text is cut, where answers stop, how a conversation is written.
@@ -251,17 +247,17 @@ def _tokenization(known: _Models) -> Iterator[Compared]:
     parts = {part for it in known.tokenizers.values() for part in it.tokenization}
     for part in sorted(parts):
         said = {name: it.tokenization[part] for name, it in known.tokenizers.items() if part in it.tokenization}
-        if len(set(said.values())) < 2:
-            continue
         reference = said.get(known.donor, next(iter(said.values())))
-        others = [name for name, digest in said.items() if digest != reference]
+        others = [name for name, texts in said.items() if texts != reference]
+        if not others:
+            continue
         merged = any(known.role(name).tokens for name in others)
         yield Compared(
             "tokenization" if merged else None,
             part,
             known.output.file,
             "warning" if merged else "note",
-            {name: digest[:12] for name, digest in said.items()},
+            {name: _cut_off(" ".join(visible(text).split())) for name, text in described(part, said).items()},
             False,
             f"{_models(others)} cut{'s' if len(others) == 1 else ''} text in another way than `{known.donor}`, whose "
             f"tokenizer the output has: another {part}",
@@ -366,5 +362,8 @@ def _models(names: Sequence[str]) -> str:
 
 def _shown(token: str) -> str:
     """A token on a line of a terminal."""
-    text = visible(json.dumps(token, ensure_ascii=False)[1:-1])
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return _cut_off(visible(json.dumps(token, ensure_ascii=False)[1:-1]), _LONGEST)
+
+
+def _cut_off(text: str, longest: int = 2 * _LONGEST) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -95,8 +95,8 @@ def refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
 
 def _refusal(name: str, checkpoint: Checkpoint, why: str) -> InputError:
     return InputError(
-        f"model `{name}` ({checkpoint.place}) is quantised, and its numbers cannot be added: {why}",
-        fix="use the checkpoint it was quantised from (bfloat16, float16 or float32), or take these tensors from one "
+        f"model `{name}` ({checkpoint.place}) is quantized, and its numbers cannot be added: {why}",
+        fix="use the checkpoint it was quantized from (bfloat16, float16 or float32), or take these tensors from one "
         "model: a coefficient of 0 for them, or `copy`",
     )
 

@@ -42,9 +42,10 @@ _KEYS = {
     "dtype": "torch_dtype out_dtype precision", "path": "folder dir output_path save_path model",
     "repo": "repo_id name",
     "merge": "formula expression equation method merge_method", "models": "model checkpoints inputs",
-    "modules": "module kind kinds", "layers": "layer blocks block", "tensors": "tensor names pattern glob filter",
+    "modules": "module kind kinds", "layers": "layer blocks block layer_range",
+    "tensors": "tensor names pattern glob filter",
     "ramp": "gradient linear schedule range", "value": "weight scale lambda",
-    "coefficients": "coefs weights lambdas params",
+    "coefficients": "coefs weights lambdas params parameters",
     "shard_size": "max_shard_size out_shard_size", "license": "licence", "output": "out target destination",
 }  # fmt: skip
 """Key of ours -> what others call it."""
@@ -69,7 +70,7 @@ _SIGNS = {
     ":": "write the arithmetic alone, such as target + lam * (rl - sft)",
     "[": "write parentheses: ( and )", "{": "write parentheses: ( and )",
     "]": "write parentheses: ( and )", "}": "write parentheses: ( and )",
-    "$": "names stand alone: leave $ out", "'": "names stand alone: leave the quotes out",
+    "$": "names stand alone: leave `$` out", "'": "names stand alone: leave the quotes out",
     '"': "names stand alone: leave the quotes out", "@": "only + - * / and parentheses",
     ".": "models are added whole: for some tensors give a coefficient `rules`",
 }  # fmt: skip
@@ -91,6 +92,12 @@ def word_meant(key: str, word: str, known: Sequence[str]) -> str | None:
     if found is None:
         return None
     return f"did you mean `{found}`?" if found in known else found
+
+
+def kind_meant(word: str) -> str | None:
+    """Return the kind of module that a word means, or None."""
+    kinds = _WORDS["modules"]
+    return word if word in kinds.values() else _row(kinds, word)
 
 
 def key_meant(key: str, known: Sequence[str]) -> str | None:

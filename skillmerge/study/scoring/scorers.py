@@ -62,7 +62,7 @@ class Scorer:
             where = "".join(traceback.format_exception(error)[-4:]).strip()
             raise CheckFailed(
                 f"--score {self.name} failed: {type(error).__name__}: {error}\n{where[-_SHOWN:]}",
-                fix="mend it, then run the same sweep again: it goes on where it stopped",
+                fix="fix it and run the same sweep again; finished candidates are kept",
             ) from error
 
 
@@ -122,7 +122,7 @@ def run_command(
     if status:
         raise CheckFailed(
             f"the command failed with exit status {status}: {command}\n{complained.strip()[-_SHOWN:]}",
-            fix="mend it, then run the same sweep again: it goes on where it stopped",
+            fix="fix it and run the same sweep again; finished candidates are kept",
         )
     lines = printed.strip().splitlines()
     for text in (lines[-1] if lines else "", printed):

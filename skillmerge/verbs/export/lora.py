@@ -100,7 +100,9 @@ def export_lora(
         _refuse_transposed(plus)
         named, revision = _named(base) if base is not None else _parent(summary(plus.store))
         if named is None:
-            reporter.note("the adapter does not say what model it is for: the skill was not cut from one; give --base")
+            reporter.note(
+                "the adapter does not say what model it is for: the skill was not extracted from one; pass `--base`"
+            )
         chosen = _linear_modules(plus)
         header, specs = build_header(_layout(chosen, lora_rank))
         check_disk(target, specs[-1].end, "the adapter")

@@ -117,7 +117,7 @@ def _exact(skill: Checkpoint) -> Mapping[str, Any]:
     if not document["exact"] or not document.get("planes"):
         raise InputError(
             f"{skill.place} is not the exact difference of two checkpoints: no elements are known from it",
-            fix="cut it anew: skillmerge extract --from RL --minus SFT",
+            fix="extract it again: `skillmerge extract --from RL --minus SFT`",
         )
     return document
 
@@ -188,7 +188,7 @@ class _Writer:
                     write_all(stream, view)
         if tensor_digest(digests) != job.row.get("digests", {}).get(self._subtracted):
             raise CheckFailed(
-                f"{self._planes[-1].place} is not the checkpoint that {self._planes[0].place} was cut from: "
+                f"{self._planes[-1].place} is not the checkpoint that {self._planes[0].place} was extracted from: "
                 f"tensor `{job.tensor}` differs",
                 fix="name the one that was subtracted: --onto SFT",
             )

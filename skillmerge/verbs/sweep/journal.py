@@ -114,7 +114,8 @@ def _read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Trial]]:
         return (dict(rows[0]) if rows else None), [_trial_of(row) for row in rows[1:]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{path}: is damaged, or no sweep's journal", fix="choose another --output, or begin anew with --overwrite"
+            f"{path}: is damaged, or no sweep's journal",
+            fix="choose another `--output`, or start again with `--overwrite`",
         ) from error
 
 

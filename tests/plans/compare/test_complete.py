@@ -121,7 +121,7 @@ def test_an_index_of_pickles_may_name_what_is_missing(tmp_path: Path) -> None:
 
 def test_fewer_blocks_than_the_config_says_are_a_problem(tmp_path: Path) -> None:
     assert said(tmp_path, blocks(4)) == [
-        ("problem", "model `m`: config.json says 6 blocks, and the weights hold 4"),
+        ("problem", "model `m`: config.json says 6 layers, and the weights hold 4"),
     ]
 
 
@@ -136,10 +136,10 @@ def test_more_blocks_than_the_config_says_are_heads_for_speculation(tmp_path: Pa
 
 def test_a_block_that_is_missing_between_others_is_a_problem(tmp_path: Path) -> None:
     assert said(tmp_path, without(blocks(), r"layers\.3\.")) == [
-        ("problem", "model `m`: block 3 of `model.layers` is missing between the others"),
+        ("problem", "model `m`: layer 3 of `model.layers` is missing between the others"),
     ]
     assert said(tmp_path / "no", without(blocks(), r"layers\.[23]\."), {"model_type": "odd"}) == [
-        ("warning", "model `m`: blocks 2, 3 of `model.layers` are missing between the others"),
+        ("warning", "model `m`: layers 2, 3 of `model.layers` are missing between the others"),
     ]
 
 
@@ -152,7 +152,7 @@ def test_leftovers_with_larger_numbers_are_no_blocks(tmp_path: Path) -> None:
 def test_a_block_of_an_absurd_number_costs_nothing(tmp_path: Path) -> None:
     far = {f"model.layers.{10**15}.{name}": torch.zeros(2, 2) for name in BLOCK}
     assert said(tmp_path, {**blocks(), **far}) == [
-        ("warning", "model `m`: blocks 6, 7, 8, 9, 10, 11, 12, 13 … and 1 more of `model.layers` are missing between "
+        ("warning", "model `m`: layers 6, 7, 8, 9, 10, 11, 12, 13 … and 1 more of `model.layers` are missing between "
                     "the others"),
     ]  # fmt: skip
 
@@ -166,17 +166,17 @@ def test_each_part_of_a_multimodal_model_has_its_own_count(tmp_path: Path) -> No
     }
     assert said(tmp_path / "whole", whole, config) == []
     assert said(tmp_path / "text", without(whole, r"layers\.5\."), config) == [
-        ("problem", "model `m`: config.json says 6 blocks, and the weights hold 5"),
+        ("problem", "model `m`: config.json says 6 layers, and the weights hold 5"),
     ]
     assert said(tmp_path / "vision", without(whole, r"visual\.blocks\.3", "audio_tower"), config) == [
-        ("warning", "model `m`: config.json says 4 vision blocks, and the weights hold 3"),
-        ("note", "model `m`: config.json says 3 audio blocks, and the weights hold none"),
+        ("warning", "model `m`: config.json says 4 vision layers, and the weights hold 3"),
+        ("note", "model `m`: config.json says 3 audio layers, and the weights hold none"),
     ]
 
 
 def test_stacks_that_together_may_be_what_the_config_counts_are_a_note(tmp_path: Path) -> None:
     halves = {**blocks(4, "model.upper.layers"), **blocks(4, "model.lower.layers")}
-    assert said(tmp_path, halves) == [("note", "model `m`: config.json says 6 blocks, and the weights hold 4")]
+    assert said(tmp_path, halves) == [("note", "model `m`: config.json says 6 layers, and the weights hold 4")]
 
 
 @pytest.mark.parametrize(
@@ -190,10 +190,10 @@ def test_encoder_and_decoder_have_their_own_counts(tmp_path: Path, config: dict[
     whole = {**blocks(6, "encoder.block"), **blocks(4, "decoder.block")}
     assert said(tmp_path / "whole", whole, config) == []
     assert said(tmp_path / "encoder", without(whole, r"encoder\.block\.5"), config) == [
-        ("problem", "model `m`: config.json says 6 encoder blocks, and the weights hold 5"),
+        ("problem", "model `m`: config.json says 6 encoder layers, and the weights hold 5"),
     ]
     assert said(tmp_path / "decoder", without(whole, r"decoder\.block\.3"), config) == [
-        ("problem", "model `m`: config.json says 4 decoder blocks, and the weights hold 3"),
+        ("problem", "model `m`: config.json says 4 decoder layers, and the weights hold 3"),
     ]
 
 
@@ -210,7 +210,7 @@ def test_layers_of_a_projector_may_be_numbered_as_they_like(tmp_path: Path) -> N
 def test_experts_that_no_block_has_are_a_problem(tmp_path: Path) -> None:
     inner = tuple(f"mlp.experts.{expert}.up_proj.weight" for expert in range(3))
     assert said(tmp_path, blocks(inner=(*BLOCK, *inner)), {**CONFIG, "num_experts": 4}) == [
-        ("problem", "model `m`: config.json says 4 experts in a block, and the weights hold 3"),
+        ("problem", "model `m`: config.json says 4 experts in a layer, and the weights hold 3"),
     ]
     assert said(tmp_path / "all", blocks(inner=(*BLOCK, *inner)), {**CONFIG, "num_experts": 3}) == []
     packed = blocks(inner=(*BLOCK, "mlp.experts.up_proj"))
@@ -222,7 +222,7 @@ def test_biases_that_the_config_promises_are_a_warning(tmp_path: Path) -> None:
     assert said(tmp_path, blocks(), config) == [
         (
             "warning",
-            "model `m`: config.json says `attention_bias`, and no block of `model.layers` has `self_attn.q_proj.bias`",
+            "model `m`: config.json says `attention_bias`, and no layer of `model.layers` has `self_attn.q_proj.bias`",
         ),
     ]
     assert said(tmp_path / "there", blocks(inner=(*BLOCK, "self_attn.q_proj.bias")), config) == []
@@ -233,7 +233,7 @@ def test_biases_that_the_config_promises_are_a_warning(tmp_path: Path) -> None:
 
 def test_a_block_that_lacks_what_its_neighbors_have_is_a_warning(tmp_path: Path) -> None:
     assert said(tmp_path, without(blocks(), r"\.3\.mlp")) == [
-        ("warning", "model `m`: block 3 of `model.layers` lacks `mlp.up_proj.weight`, which the blocks beside it have"),
+        ("warning", "model `m`: layer 3 of `model.layers` lacks `mlp.up_proj.weight`, which the layers beside it have"),
     ]
 
 
@@ -241,7 +241,7 @@ def test_a_block_that_lacks_what_its_neighbors_have_is_a_warning(tmp_path: Path)
 def test_a_block_at_an_end_may_be_meant_so(tmp_path: Path, index: int) -> None:
     [(level, message)] = said(tmp_path, without(blocks(), rf"\.{index}\.mlp"))
     assert level == "note"
-    assert message.startswith(f"model `m`: block {index} of `model.layers` lacks `mlp.up_proj.weight`")
+    assert message.startswith(f"model `m`: layer {index} of `model.layers` lacks `mlp.up_proj.weight`")
 
 
 def test_one_expert_of_one_block_that_is_missing_is_a_warning(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_one_expert_of_one_block_that_is_missing_is_a_warning(tmp_path: Path) ->
     assert said(tmp_path, tensors, {**CONFIG, "num_experts": 4}) == [
         (
             "warning",
-            "model `m`: block 2 of `model.layers` lacks `mlp.experts.1.up_proj.weight`, which the blocks beside it "
+            "model `m`: layer 2 of `model.layers` lacks `mlp.experts.1.up_proj.weight`, which the layers beside it "
             "have",
         ),
     ]
@@ -260,7 +260,7 @@ def test_a_pattern_that_nothing_explains_is_one_note(tmp_path: Path) -> None:
     assert said(tmp_path, without(blocks(9), r"\.[147]\.mlp"), {**CONFIG, "num_hidden_layers": 9}) == [
         (
             "note",
-            "model `m`: 3 blocks of `model.layers` lack tensors that others have, and config.json does not say why",
+            "model `m`: 3 layers of `model.layers` lack tensors that others have, and config.json does not say why",
         ),
     ]
 
@@ -300,7 +300,7 @@ def test_what_the_config_explains_is_not_told(
     assert said(tmp_path, tensors, config) == []
     # And a block that lacks what those of its own kind have is told all the same.
     [(level, message)] = said(tmp_path / "cut", without(tensors, r"\.2\.mlp"), config)
-    assert (level, "block 2 of" in message) == ("warning", True)
+    assert (level, "layer 2 of" in message) == ("warning", True)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_what_the_config_explains_is_not_told(
 )
 def test_what_is_no_entry_for_each_block_explains_nothing(tmp_path: Path, others: dict[str, Any]) -> None:
     assert said(tmp_path, without(blocks(), r"\.3\.mlp"), {**CONFIG, **others}) == [
-        ("warning", "model `m`: block 3 of `model.layers` lacks `mlp.up_proj.weight`, which the blocks beside it have"),
+        ("warning", "model `m`: layer 3 of `model.layers` lacks `mlp.up_proj.weight`, which the layers beside it have"),
     ]
 
 

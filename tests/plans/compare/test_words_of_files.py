@@ -59,4 +59,4 @@ def test_value_begins_no_line_of_its_own(family: Path) -> None:
 def test_method_of_quantization_begins_no_line_of_its_own(family: Path) -> None:
     recipe = says(family, quantization_config={"quant_method": f"\nplan {HALF}"})
     process = run_cli("plan", recipe)
-    assert "config.json says it is quantised (\\nplan \\ud800)" in process.stderr
+    assert "config.json says it is quantized (\\nplan \\ud800)" in process.stderr

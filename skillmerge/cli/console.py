@@ -1,0 +1,40 @@
+"""Text for people on stdout: what is printed where a terminal is, and where none is.
+
+Knows rich, and nothing about what is printed.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text as RichText
+
+from skillmerge.errors import lines_of, visible
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Left to the caller: rich would end the process."""
+        raise
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """Print; on a terminal, lines of text break between words, and what is quoted stays whole."""
+        if self.is_terminal and objects and isinstance(objects[0], RichText):
+            lines = objects[0].split("\n", allow_blank=True)
+            parts = [part for line in lines for part in line.divide(lines_of(line.plain, self.width))]
+            for part in parts:
+                part.rstrip()
+            objects, how["soft_wrap"] = (RichText("\n").join(parts),), True
+        super().print(*objects, **how)
+
+
+def console() -> Console:
+    """Results go to stdout; off a terminal they are as wide as they need to be."""
+    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
+
+
+def Text(text: str, style: str = "") -> RichText:
+    """Text as it is: no markup in it, no control characters."""
+    return RichText(visible(text), style=style)
