@@ -44,6 +44,11 @@ def answer(monkeypatch: pytest.MonkeyPatch, report: dict[str, Any] | None, statu
             "this machine could not load it with transformers: OSErr",
         ),
         (None, -signal.SIGKILL, "", "the loading process was killed by signal 9"),
+        (None, -signal.SIGHUP, "", "the loading process was killed by signal 1"),
+        (None, -signal.SIGABRT, "terminate called after throwing an instance\n  what():  std::bad_alloc", "bad_alloc"),
+        (None, -signal.SIGABRT, "memory allocation of 8589934592 bytes failed", "memory allocation of 8589934592"),
+        (None, 1, "Fatal Python error: _PyRuntimeState_Init: memory allocation failed\n\nno thread", "_PyRuntimeState"),
+        (None, 1, "ImportError: x.so: failed to map segment\n  from a shared object\n", "failed to map segment"),
         (None, 1, str(NOWHERE), "No usable temporary directory found"),
         (None, 1, "RuntimeError: unable to mmap 80 bytes: No such device (19)", "No such device"),
         (None, 1, "KeyError: 'getpwuid(): uid not found: 1234'", "uid not found"),
@@ -59,10 +64,24 @@ def test_load_that_the_machine_has_stopped_is_status_5(
     assert "the model may be sound" in str(caught.value.fix)
 
 
-def test_load_that_crashes_is_still_the_models_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer(monkeypatch, None, -signal.SIGSEGV, "")
-    with pytest.raises(CheckFailed, match="was killed by signal 11"):
+@pytest.mark.parametrize(
+    ("status", "stderr"),
+    [
+        (-signal.SIGSEGV, ""),
+        (-signal.SIGABRT, "out of memory: a token of the model\nterminate called\n  what():  index out of range"),
+        (1, "no space left on device.safetensors: odd name\nValueError: broken header\n\nsome more"),
+        (1, "the chat template says: out of memory\nended"),
+    ],
+)
+def test_load_that_crashes_is_still_the_models_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, stderr: str
+) -> None:
+    """What stands in its messages before the last words is the model's own."""
+    answer(monkeypatch, None, status, stderr)
+    how = "ended without a word" if status > 0 else f"was killed by signal {-status}"
+    with pytest.raises(CheckFailed) as caught:
         loading.load(tmp_path)
+    assert caught.value.message == f"{tmp_path}: transformers could not load it, the loading process {how}\n{stderr}"
 
 
 def test_process_that_cannot_be_started_is_status_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.xdist_group("transformers"), pytest.mark.usefixtures("
 
 CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
 PARTS = "{% for m in messages %}<|user|>{% for part in m.content %}{{ part.text + '' }}{% endfor %}<|end|>{% endfor %}"
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant"
 SPECIAL = ["<|end|>", "<|user|>"]
 Save = Callable[..., Path]
 
@@ -81,15 +82,19 @@ def byte_fallback() -> Any:
 
 @pytest.fixture
 def save(transformers: Any, tmp_path: Path) -> Save:
-    """Save a tokenizer beside a config.json; keys are of its tokenizer_config.json."""
+    """Save a tokenizer beside a config.json, with `added` tokens; keys are of its tokenizer_config.json."""
+    from tokenizers import AddedToken
 
-    def saved(make: Callable[[], Any] = byte_level, model_type: str = "qwen2", **keys: Any) -> Path:
+    def saved(
+        make: Callable[[], Any] = byte_level, model_type: str = "qwen2", added: Sequence[str] = (), **keys: Any
+    ) -> Path:
         folder = tmp_path / "model"
         unknown = {} if make is byte_level else {"unk_token": "<unk>"}
         own = {key: keys.pop(key) for key in ("chat_template",) if key in keys}
         made = transformers.PreTrainedTokenizerFast(
             tokenizer_object=make(), eos_token="<|end|>", extra_special_tokens=["<|user|>"], **unknown, **own
         )
+        made.add_tokens([AddedToken(token, normalized=False) for token in added])
         made.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
         path = folder / "tokenizer_config.json"
@@ -99,8 +104,11 @@ def save(transformers: Any, tmp_path: Path) -> Save:
     return saved
 
 
-def model_with(rows: int, reads: str = "input_ids") -> Any:
-    return SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(rows, 2), main_input_name=reads)
+def model_with(rows: int, reads: str = "input_ids", **config: Any) -> Any:
+    return SimpleNamespace(
+        get_input_embeddings=lambda: torch.nn.Embedding(rows, 2), can_generate=lambda: reads == "input_ids",
+        main_input_name=reads, config=SimpleNamespace(**config),
+    )  # fmt: skip
 
 
 def edit(folder: Path, **keys: Any) -> Path:
@@ -132,6 +140,30 @@ def test_padded_rows_are_fine_and_tokens_beyond_them_are_not(save: Save) -> None
     assert "why" not in probe(folder, model_with(tokens + 64))
     report = probe(folder, model_with(tokens - 3))
     assert report["why"] == f"3 of its {tokens} tokens have ids beyond the embedding's {tokens - 3} rows"
+
+
+def test_chat_of_added_tokens_may_get_spaces_when_it_is_written(save: Save) -> None:
+    """Llama 2 with ChatML: a prefix space comes after every added token, whether it is a special one or not."""
+    folder = save(byte_fallback, "mistral", ["<|im_start|>", "<|im_end|>"], chat_template=CHATML)
+    report = probe(folder, None)
+    assert (report["notes"], report.get("why"), report.get("texts")) == ([], None, 8)
+
+
+def test_model_without_one_embedding_has_no_rows_to_count(save: Save, transformers: Any) -> None:
+    """Wav2Vec2 reads sounds; CLIP has an embedding in each of its towers, and transformers says so by an error."""
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.CLIPConfig(
+        text_config={**small, "vocab_size": 9, "bos_token_id": 0, "eos_token_id": 1},
+        vision_config={**small, "image_size": 8, "patch_size": 8},
+    )
+    report = probe(save(), transformers.CLIPModel(config))
+    assert (report["notes"], report["rows"], report.get("why"), report.get("texts")) == ([], None, None, 7)
+
+
+@pytest.mark.parametrize("code", [{"AutoProcessor": "mine.Processor"}, {"AutoTokenizer": None}])
+def test_map_that_names_no_code_of_a_tokenizer_is_fine(save: Save, code: dict[str, Any]) -> None:
+    report = probe(save(auto_map=code), None)
+    assert (report["notes"], report.get("texts")) == ([], 7)
 
 
 def test_real_tokenizer_is_sound() -> None:
@@ -177,18 +209,42 @@ def test_ids_that_do_not_come_again_are_wrong(save: Save) -> None:
 
 def test_chat_template_that_fails_is_wrong(save: Save) -> None:
     report = probe(save(chat_template="{{ nothing.of.it }}"), None)
-    assert report["why"].startswith("ValueError: its chat template fails on one turn of a user: UndefinedError: ")
+    assert report["why"].startswith("its chat template fails on one turn of a user: UndefinedError: ")
 
 
-def test_chat_template_that_does_not_take_a_plain_turn_is_a_note(save: Save) -> None:
-    report = probe(save(chat_template="{{ raise_exception('no system message') }}"), None)
-    assert "why" not in report
-    assert "its chat template does not take one plain turn of a user: no system message" in report["notes"]
+def test_map_of_code_that_is_null_is_told_in_the_words_of_the_library(save: Save) -> None:
+    """It names no code; transformers fails on it all the same."""
+    assert probe(save(auto_map=None), None) == {
+        "notes": [], "why": "AttributeError: 'NoneType' object has no attribute 'get'",
+    }  # fmt: skip
 
 
-def test_chat_template_that_wants_parts_is_fine(save: Save) -> None:
+def test_chat_template_blames_no_machine_in_words_of_its_own(save: Save) -> None:
+    report = probe(save(chat_template="{{ messages['out of memory'].x }}"), None)
+    assert report["why"] == (
+        "its chat template fails on one turn of a user: UndefinedError: 'list object' has no attribute 'out of memory'"
+    )
+    report = probe(save(chat_template="{{ raise_exception('out of memory') }}"), None)
+    assert report["notes"] == ["its chat template does not take one plain turn of a user: out of memory"]
+    assert "machine" not in report
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device"), ImportError("needs jinja2")])
+def test_chat_template_that_the_machine_cannot_render_is_not_wrong(
+    save: Save, transformers: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*arguments: Any, **keys: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "apply_chat_template", fail)
+    assert "why" not in probe(save(chat_template=CHAT), None)
+
+
+@pytest.mark.parametrize("template", [PARTS, PARTS.replace(" + ''", "")], ids=["fails", "leaves it out"])
+def test_chat_template_that_wants_parts_is_fine(save: Save, template: str) -> None:
     plain = probe(save(), None)["texts"]
-    assert probe(save(chat_template=PARTS), None)["texts"] == plain + 1
+    report = probe(save(chat_template=template), None)
+    assert (report["notes"], report["texts"]) == ([], plain + 1)
 
 
 # --------------------------------------------------------------------------------------------------- what is missing
@@ -241,6 +297,68 @@ def test_no_files_and_code_of_its_own_are_notes(save: Save) -> None:
     for path in folder.glob("tokenizer*"):
         path.unlink()
     assert probe(folder, None) == {"notes": ["no tokenizer files: none was loaded"]}
+
+
+@pytest.mark.parametrize(
+    ("template", "note"),
+    [
+        ("{{ raise_exception('no system') }}", "does not take one plain turn of a user: no system"),
+        ({"tool_use": CHAT}, "does not take one plain turn of a user: This model has multiple chat templates with no"),
+        ("<|user|>", "leaves out what the user says"),
+        ("{{ '' }}", "leaves out what the user says"),
+    ],
+)
+def test_chat_template_for_other_turns_is_a_note(save: Save, template: Any, note: str) -> None:
+    report = probe(save(chat_template=template), None)
+    assert "why" not in report
+    assert [text[: len(note) + 18] for text in report["notes"]] == [f"its chat template {note}"]
+
+
+def test_tokens_of_media_that_a_model_does_not_read_are_a_note(save: Save) -> None:
+    """Text models of Gemma 3 keep `<image_soft_token>`, one id beyond their rows."""
+    folder = save(byte_level, "mistral", ["<image_soft_token>"])
+    rows = probe(folder, None)["tokens"] - 1
+    report = probe(folder, model_with(rows))
+    assert report["notes"] == ["<image_soft_token>: ids beyond the embedding's rows, of what this model does not read"]
+    assert (report.get("why"), report["texts"]) == (None, 6)
+    wrong = f"1 of its {rows + 1} tokens have ids beyond the embedding's {rows} rows"
+    assert probe(folder, model_with(rows, vision_config={}))["why"] == wrong
+    wrong = f"2 of its {rows + 1} tokens have ids beyond the embedding's {rows - 1} rows"
+    assert probe(folder, model_with(rows - 1))["why"] == wrong
+
+
+def test_mask_that_a_model_does_not_fill_is_a_note(save: Save) -> None:
+    """BART's models that summarize have no row for it."""
+    folder = save(byte_level, "mistral", ["<mask>"], mask_token="<mask>")
+    rows = probe(folder, None)["tokens"] - 1
+    report = probe(folder, model_with(rows))
+    assert report["notes"] == ["<mask>: ids beyond the embedding's rows, of what this model does not read"]
+    assert "why" not in report
+    assert "why" in probe(folder, model_with(rows, "input_values"))
+
+
+def test_tokenizer_that_knows_none_of_the_texts_is_a_note(save: Save) -> None:
+    """A protein's, for one; but it may also have lost its vocabulary."""
+    model = {"type": "WordLevel", "vocab": {"<unk>": 0, "MKV": 1}, "unk_token": "<unk>"}
+    folder = edit(save(word_piece, "mistral"), model=model)
+    assert probe(folder, None)["notes"] == [
+        "no text was written and read again: each has something that the tokenizer does not know"
+    ]
+    folder = edit(folder, model={"type": "BPE", "vocab": {"~": 0}, "merges": []})  # it leaves out what it does not know
+    assert probe(folder, None)["notes"] == [
+        "no text was written and read again: each has something that the tokenizer does not know"
+    ]
+
+
+def test_tokenizer_of_words_with_places_is_only_loaded(save: Save) -> None:
+    folder = save(word_piece, "layoutlmv2", tokenizer_class="LayoutLMv2Tokenizer")
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    report = probe(folder, None)
+    assert report["notes"] == [
+        "the tokenizer reads words with their places on a page: no text was written and read again"
+    ]
+    assert (report["class"], "why" in report, "texts" in report) == ("LayoutLMv2Tokenizer", False, False)
 
 
 def test_settings_without_a_vocabulary_are_a_note(save: Save) -> None:

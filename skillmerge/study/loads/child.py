@@ -31,9 +31,12 @@ _PROGRAM = (
 )
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 _SHOWN = 5
+_LACKING = "the model may be sound: free memory or disk, or install what is missing; then run the same command again"
+_SLOW = "the model may be sound: run the same command again while less else is running, or on a faster machine"
 
 _MACHINE = re.compile(
-    r"MemoryError|bad_alloc|out of memory|not enough memory|can(no|')t allocate memory|failed to map segment"
+    r"MemoryError|bad_alloc|memory allocation (of \d+ bytes )?failed|out of memory"
+    r"|not enough memory|can(no|')t allocate memory|failed to map segment"
     r"|can't start new thread|resource temporarily unavailable|too many open files|no usable temporary directory"
     r"|no space left on device|disk quota exceeded|read-only file system|No available memory for the cache blocks"
     r"|less than desired (GPU|CPU) memory utilization|larger than the available KV cache memory"
@@ -41,15 +44,21 @@ _MACHINE = re.compile(
     re.IGNORECASE,
 )
 """What Python, torch, CUDA and vLLM say where the machine is at fault, not the model."""
-_MACHINE_SIGNALS = {signal.SIGKILL, signal.SIGTERM, signal.SIGBUS, signal.SIGILL, signal.SIGXCPU}
-"""The kernel's for memory, a scheduler's, a disk's, and a processor's that lacks an instruction."""
+_LAST_WORDS = re.compile(
+    r"^(?:\w+(?:\.\w+)*(?:Error|Exception)\b|  what\(\): |Fatal Python error: |memory allocation of ).*", re.MULTILINE
+)
+"""How Python, C++ and Rust begin the line that says why they end."""
+_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGTRAP}
+"""What a library does to itself, and a broken model can be why. Other signals are the kernel's for memory, a
+scheduler's, a disk's, or a processor's that lacks an instruction.
+"""
 
 
 def run(probe: str, name: str, what: Path, environment: Mapping[str, str], **keys: Any) -> dict[str, Any]:
     """Run a probe offline on the model `what`, in a process that ends with this call, and return its answer.
 
     name: of the runtime, in messages. Raises CheckFailed where there is no answer and the model may be why,
-    ResourceError where the machine is.
+    ResourceError where the machine is, or is as likely: a load that takes too long.
     """
     try:
         with scratch_file() as out, scratch_file() as err, scratch_folder() as caches:
@@ -57,7 +66,7 @@ def run(probe: str, name: str, what: Path, environment: Mapping[str, str], **key
             status = _finish(_start(probe, keys, {**environment, **homes}, (out, err)))
             lines, complained = _text(out).splitlines(), _text(err).strip()
     except subprocess.TimeoutExpired:
-        raise CheckFailed(f"{what}: {name} had not loaded it after {TIMEOUT:g} seconds") from None
+        raise _fault(what, name, f"it took longer than {TIMEOUT:g} seconds", fix=_SLOW) from None
     except OSError as error:
         raise _fault(what, name, f"{type(error).__name__}: {error}") from error
     try:
@@ -65,7 +74,8 @@ def run(probe: str, name: str, what: Path, environment: Mapping[str, str], **key
     except (ValueError, IndexError):
         detail = "\n".join(complained.splitlines()[-_SHOWN:])
         how = f"was killed by signal {-status}" if status < 0 else "ended without a word"
-        if -status in _MACHINE_SIGNALS or is_machine(complained) or _MACHINE.search(detail):
+        said = _last_words(complained)
+        if (status < 0 and -status not in _CRASHES) or is_machine(said) or _MACHINE.search(said):
             raise _fault(what, name, f"the loading process {how}", detail) from None
         raise CheckFailed(f"{what}: {name} could not load it, the loading process {how}\n{detail}") from None
     if "machine" in found:
@@ -87,17 +97,20 @@ def answer() -> None:
     try:
         probe = import_module(f"skillmerge.study.loads.{sys.argv[1]}")
         found = probe.main(**json.loads(sys.argv[2]))
-    except (MemoryError, OSError) as error:
+    except BaseException as error:  # a panic of Rust is no Exception
         found = told(error)
     print(json.dumps(found), file=line, flush=True)
 
 
-def _fault(what: Path, name: str, why: str, detail: str = "") -> ResourceError:
+def _last_words(complained: str) -> str:
+    """The line in which a process says why it ends: what stands before it may be the model's own text."""
+    lines = _LAST_WORDS.findall(complained) or complained.splitlines()
+    return str(lines[-1]) if lines else ""
+
+
+def _fault(what: Path, name: str, why: str, detail: str = "", fix: str = _LACKING) -> ResourceError:
     more = f"\n{detail}" if detail else ""
-    return ResourceError(
-        f"{what}: this machine could not load it with {name}: {why}{more}",
-        fix="the model may be sound: free memory or disk, or install what is missing; then run the same command again",
-    )
+    return ResourceError(f"{what}: this machine could not load it with {name}: {why}{more}", fix=fix)
 
 
 def _start(

@@ -35,6 +35,10 @@ _SHOWN = 8
 _MEDIA = re.compile(r"<\|?/?(?:image|video|audio|vision|img|speech)[\w\- ]*\|?>", re.IGNORECASE)
 
 
+class _BrokenTemplate(Exception):
+    """A chat template that fails on the simplest turn."""
+
+
 def probe(folder: Path, model: Any | None, warnings: Sequence[str] = ()) -> dict[str, Any]:
     """What is to be said of a folder's tokenizer. Nothing that is wrong with it is raised.
 
@@ -48,17 +52,20 @@ def probe(folder: Path, model: Any | None, warnings: Sequence[str] = ()) -> dict
     report: dict[str, Any] = {"notes": []}
     try:
         settings = _settings(folder)
-        if "AutoTokenizer" in (settings.get("auto_map") or ()) or isinstance(settings.get("auto_map"), list):
+        code = settings.get("auto_map")
+        if isinstance(code, list) or (isinstance(code, dict) and code.get("AutoTokenizer")):
             return {"notes": ["the tokenizer needs code of its own: it was not loaded"]}
         if (name := settings.get("tokenizer_class")) and not _is_class(name):
             return {**report, "why": f"tokenizer_config.json names `{name}`, a class that transformers lacks"}
         report |= _checked(folder, model, report["notes"])
+    except _BrokenTemplate as error:  # in the words of the model, which say nothing of the machine
+        return {**report, "why": str(error)}
     except Exception as error:
         failed = f"{type(error).__name__}: {error}"
         lacks = [line for text in warnings for line in text.splitlines() if _names_absent(line)]
         if lacks or _is_lack(error):
             clearest = sorted(lacks, key=lambda line: "requires" not in line) or [failed]
-            return {**report, "lacks": clearest[0].split(". ")[0]}
+            return {**report, "lacks": " ".join(clearest[0].split(". ")[0].split())}
         kind, words = next(item for item in told(error).items() if item[0] != "ok")
         return {**report, kind: words}
     return report
@@ -97,13 +104,16 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
     report: dict[str, Any] = {"class": type(tokenizer).__name__, "tokens": len(ids), "rows": _rows(model)}
     rows = report["rows"]
     beyond = [token for token, number in tokenizer.get_vocab().items() if rows is not None and number >= rows]
-    if beyond and _are_unread(beyond, model):
-        notes.append(f"{some(beyond)}: ids beyond the embedding's rows, of media that this model does not read")
+    if beyond and all(_is_unread(token, tokenizer, model) for token in beyond):
+        notes.append(f"{some(beyond)}: ids beyond the embedding's rows, of what this model does not read")
     elif beyond:
         what = f"{len(beyond)} of its {len(ids)} tokens have ids beyond the embedding's {rows} rows"
         return {**report, "why": what}
-    if not tokenizer.get_vocab().keys() - getattr(tokenizer, "get_added_vocab", dict)().keys():
+    if not tokenizer.get_vocab().keys() - _added(tokenizer).keys():
         notes.append("its files hold no vocabulary: the tokenizer knows nothing but its special tokens")
+        return report
+    if hasattr(tokenizer, "cls_token_box"):  # those of the LayoutLM family
+        notes.append("the tokenizer reads words with their places on a page: no text was written and read again")
         return report
     if not _reads_as_filed(folder, tokenizer):
         notes.append(
@@ -118,17 +128,29 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
     return {**report, **_read_again(tokenizer, notes)}
 
 
-def _are_unread(tokens: Sequence[str], model: Any) -> bool:
-    """Whether tokens stand for media that a model has no part for: text models of Gemma 3 keep those of its family."""
+def _is_unread(token: str, tokenizer: Any, model: Any) -> bool:
+    """Whether a model has no use for a token: text models of Gemma 3 keep those of the family's media, and BART's that
+    summarize the one of its masks.
+    """
+    if token == getattr(tokenizer, "mask_token", None):
+        return bool(model.can_generate())
     config = getattr(model, "config", None)
     towers = any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config"))
-    return not towers and all(_MEDIA.fullmatch(token) for token in tokens)
+    return not towers and bool(_MEDIA.fullmatch(token))
+
+
+def _added(tokenizer: Any) -> dict[str, int]:
+    """The tokens that were added to the vocabulary; not every kind of tokenizer tells."""
+    return dict(getattr(tokenizer, "get_added_vocab", dict)())
 
 
 def _rows(model: Any | None) -> int | None:
     import torch
 
-    embedding = model.get_input_embeddings() if model is not None else None
+    try:
+        embedding = model.get_input_embeddings() if model is not None else None
+    except NotImplementedError:  # a model of sounds, or one with an embedding in each of its parts
+        embedding = None
     return int(embedding.num_embeddings) if isinstance(embedding, torch.nn.Embedding) else None
 
 
@@ -165,22 +187,24 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 def _read_again(tokenizer: Any, notes: list[str]) -> dict[str, Any]:
     """`texts`, how many gave the same ids again, or `why` with the first that did not."""
-    count = 0
+    read = set()
     for text in (*TEXTS, *_chat(tokenizer, notes), *tokenizer.all_special_tokens):
         ids = _ids(tokenizer, text)
-        if tokenizer.unk_token_id in ids and text != tokenizer.unk_token:
+        if not ids or (tokenizer.unk_token_id in ids and text != tokenizer.unk_token):
             continue  # what it does not know is lost
         written = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         again = _ids(tokenizer, written)
         if again != ids and not _is_spaced(tokenizer, text, written, ids, again):
             return {"why": f"it writes the ids of {text!r} as {written!r}, which has other ids: {_apart(ids, again)}"}
-        count += 1
-    return {"texts": count}
+        read.add(text)
+    if read.isdisjoint(TEXTS):
+        notes.append("no text was written and read again: each has something that the tokenizer does not know")
+    return {"texts": len(read)}
 
 
 def _is_spaced(tokenizer: Any, text: str, written: str, ids: list[int], again: list[int]) -> bool:
     """Whether special tokens only got spaces around them when they were written, as those of Llama 2 do."""
-    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    special = {*tokenizer.all_special_ids, *_added(tokenizer).values()}
     before, after = ([token for token in row if token in special] for row in (ids, again))
     return bool(before) and before == after and "".join(text.split()) == "".join(written.split())
 
@@ -192,15 +216,17 @@ def _apart(ids: list[int], again: list[int]) -> str:
 
 
 def _chat(tokenizer: Any, notes: list[str]) -> list[str]:
-    """One turn of a user as the chat template renders it, if it takes one. Raises ValueError where it fails."""
+    """One turn of a user as the chat template renders it, if it takes one. Raises _BrokenTemplate where it fails."""
     if not tokenizer.chat_template:
         return []
-    failures, refused = [], ""
+    rendered, failures, refused = [], [], ""
     for content in (_QUESTION, [{"type": "text", "text": _QUESTION}]):  # the parts are those of multimodal models
         try:
             turn = [{"role": "user", "content": content}]
-            return [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)]
-        except ImportError:
+            rendered.append(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+            if _QUESTION in rendered[-1]:
+                return rendered[-1:]
+        except (ImportError, MemoryError, OSError):
             raise
         except Exception as error:
             failures.append(f"{type(error).__name__}: {error}")
@@ -208,7 +234,7 @@ def _chat(tokenizer: Any, notes: list[str]) -> list[str]:
             named = isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template
             if type(error).__name__ == "TemplateError" or named:
                 refused = f"its chat template does not take one plain turn of a user: {error}"
-    if refused:
-        notes.append(refused)
-        return []
-    raise ValueError(f"its chat template fails on one turn of a user: {failures[0]}")
+    if rendered or refused:
+        notes.append(refused or "its chat template leaves out what the user says")
+        return rendered[:1]
+    raise _BrokenTemplate(f"its chat template fails on one turn of a user: {failures[0]}")
