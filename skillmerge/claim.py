@@ -26,7 +26,7 @@ from skillmerge.durable import (
     sync_file,
     sync_folder,
 )
-from skillmerge.errors import OutputLocked, SkillmergeError, UsageError
+from skillmerge.errors import OutputLocked, ResourceError, SkillmergeError, UsageError
 from skillmerge.reporter import Reporter
 
 LOCK_FILE, OWNER_FILE = "lock", "owner"
@@ -49,12 +49,7 @@ class Claim:
         self.folder, self._target = folder, target
         self._token = secrets.token_hex(16).encode()
         with disk_errors(folder, "choose another folder with `--output`"):
-            self._descriptor, why = self._acquire()
-            try:
-                synced = sync_folder(folder)
-            except BaseException:
-                self._let_go(remove=not why)
-                raise
+            self._descriptor, why, synced = self._acquire()
         if why:
             reporter.warn(
                 f"the filesystem of {target} has no file locks ({why}): a second run on it would stop this one",
@@ -65,8 +60,11 @@ class Claim:
                 f"the filesystem of {target} cannot sync folders: after a power failure, run the same command again"
             )
 
-    def _acquire(self) -> tuple[int, str]:
-        """The lock's descriptor, and why it locks nothing, where it does not. Raises OutputLocked."""
+    def _acquire(self) -> tuple[int, str, bool]:
+        """The lock's descriptor, why it locks nothing, where it does not, and whether the folder's names are durable.
+
+        Raises OutputLocked, OSError.
+        """
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -77,8 +75,7 @@ class Claim:
             try:
                 why = _lock(descriptor)
                 if why or self._is_named(descriptor):
-                    self._sign(remove=not why)
-                    return descriptor, why
+                    return descriptor, why, self._sign(remove=not why)
             except FileNotFoundError:
                 pass  # as above, where nothing is locked
             except BlockingIOError as error:
@@ -91,11 +88,12 @@ class Claim:
                 raise
             os.close(descriptor)
 
-    def _sign(self, remove: bool) -> None:
-        """Write the owner's file. Raises OSError."""
+    def _sign(self, remove: bool) -> bool:
+        """Write the owner's file. Returns whether the folder's names are durable. Raises OSError."""
         try:
             (self.folder / OWNER_FILE).write_bytes(self._token)
-        except OSError:
+            return sync_folder(self.folder)
+        except BaseException:
             if remove:
                 self._remove()
             raise
@@ -118,8 +116,10 @@ class Claim:
         with disk_errors(self.folder):
             try:
                 return (self.folder / OWNER_FILE).read_bytes() == self._token
-            except FileNotFoundError:
-                return False
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ESTALE):
+                    return False
+                raise
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -128,7 +128,8 @@ class Claim:
             yield
         except (SkillmergeError, OSError) as error:
             if self._descriptor >= 0 and not isinstance(error, OutputLocked):
-                self.check()
+                with suppress(UsageError, ResourceError):  # who owns it cannot be seen: the first error says more
+                    self.check()
             raise
 
     def check(self) -> None:
@@ -178,7 +179,7 @@ def _lock(descriptor: int) -> str:
 @contextmanager
 def hold(folder: Path, reporter: Reporter) -> Iterator[Claim]:
     """Hold a folder for this run alone. Raises OutputLocked where another run does."""
-    with closing(Claim(folder, folder, reporter)) as claim:
+    with closing(Claim(folder, folder, reporter)) as claim, claim.working():
         yield claim
 
 
@@ -193,7 +194,8 @@ def new_folder(target: Path, reporter: Reporter) -> Iterator[Path]:
     with disk_errors(target):
         if is_taken(target):
             raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
-        with closing(Claim(target.with_name(f".{target.name}.writing"), target, reporter)) as claim:
+        folder = target.with_name(f".{target.name}.writing")
+        with closing(Claim(folder, target, reporter)) as claim, claim.working():
             _clear(claim)
             folder = claim.folder / "files"
             folder.mkdir()
@@ -207,7 +209,7 @@ def new_folder(target: Path, reporter: Reporter) -> Iterator[Path]:
                 rename_folder(folder, target)
                 sync_folder(target.parent)
             finally:
-                with suppress(OSError):
+                with suppress(OSError, SkillmergeError):
                     _clear(claim)
 
 

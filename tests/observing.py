@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -186,3 +188,10 @@ def fill(disk: Path) -> None:
         while stream.write(bytes(1 << 16)):
             pass
     assert shutil.disk_usage(disk).free == 0
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.005)

@@ -37,6 +37,7 @@ from observing import (
     reference,
     staging_of,
     visible,
+    wait_until,
 )
 
 import skillmerge
@@ -203,13 +204,6 @@ def start_cli(program: str, *arguments: str | Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

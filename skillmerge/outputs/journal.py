@@ -53,7 +53,8 @@ class Sealed:
 class Placing:
     """The output with this manifest is complete, and gets its name now.
 
-    plan: the digest of all of the plan, gates included, which the header's is not of; "" in journals before 0.2.
+    plan: what it has passed, the digest of all of the plan, gates included, which the header's is not of, and whether
+    warnings were problems; "" in journals before 0.2.
     """
 
     manifest_sha256: str | None

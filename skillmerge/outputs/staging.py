@@ -79,7 +79,10 @@ class Staging:
 
     def _refuse_strangers(self) -> None:
         """A folder that only happens to have the staging folder's name is not ours to work in."""
-        strangers = [] if not self.folder.is_dir() else [p.name for p in self.folder.iterdir() if p.name not in _OURS]
+        strangers: list[str] = []
+        if self.folder.is_dir():
+            with suppress(FileNotFoundError):  # its run has finished meanwhile
+                strangers = [path.name for path in self.folder.iterdir() if path.name not in _OURS]
         if self.folder.is_symlink() or strangers:
             what = f"holds {some(strangers)}" if strangers else "is a link"
             raise UsageError(
@@ -95,12 +98,18 @@ class Staging:
     def finished_bytes(self) -> int:
         return sum(done.size for done in self.finished.values())
 
+    def plan_of_unfinished(self, conditions: dict[str, Any]) -> str | None:
+        """The digest of what an earlier run under these conditions was making, where it has finished a shard."""
+        rows = self._journal.read()
+        of = rows[0].plan if rows and isinstance(rows[0], Header) and rows[0].conditions == conditions else None
+        return of if any(isinstance(row, ShardRecord) for row in rows) else None
+
     def recover(self, weights_digest: str, conditions: dict[str, Any], replace: bool, plan_digest: str = "") -> bool:
         """Finish a publication that a dead run of the same plan had begun. True where the output is now its.
 
         What stands at the output's place is only replaced with `replace`; else the finished files stay here.
-        Of another plan's publication only that is finished which had already moved the output away. Where only
-        gates and the like are others now (`plan_digest`), the finished shards are kept, and `begin` finds them.
+        Of another plan's publication only that is finished which had already moved the output away. Where it is not
+        known to have passed all that is asked now (`plan_digest`), its finished shards are kept for `begin`.
         """
         rows = self._journal.read()
         previous = self.folder / "previous"
@@ -116,7 +125,7 @@ class Staging:
                 if digest_or_none(self._complete / MANIFEST_FILE) != digest:
                     return False
                 self._claim.check()
-                if ours and placing.plan not in ("", plan_digest):
+                if ours and placing.plan != plan_digest:
                     if moved_away:
                         rename_folder(previous, self.output)
                     self._complete.rename(self.files)
@@ -248,8 +257,9 @@ class Staging:
 
     def close(self) -> None:
         """Let go of the lock. What the next run can use is kept; a folder without it is removed."""
-        if not is_taken(self.files) and not self._complete.exists():
-            self._clear()
+        with suppress(OSError):  # of a folder that another run has taken, and removes right now
+            if not is_taken(self.files) and not self._complete.exists():
+                self._clear()
         self._claim.close()
 
     def _clear(self, *kept: str) -> None:

@@ -183,7 +183,17 @@ def unclear_donor(recipe: Recipe) -> Remark | None:
     """A warning where the text of a merge does not show which of its models is the donor."""
     unclear = is_donor_unclear(recipe.expression, recipe.skills)
     donor = donor_of(recipe.expression, recipe.skills)
-    if recipe.output.like is not None or recipe.makes_skill or recipe.donor != donor or not unclear:
+    if recipe.output.like is not None or recipe.makes_skill:
+        return None
+    if recipe.donor != donor:  # version 0.1 took another one from some texts
+        return warning(
+            f"the donor is `{recipe.donor}`, as this was planned before; of `{recipe.document.data['merge']}` it would "
+            f"be `{donor}` now: the output takes its names, dtypes, config and tokenizer from `{recipe.donor}`",
+            f"keep it with `output: {{like: {recipe.donor}}}` in the recipe, or plan the recipe again",
+            name="donor",
+            of_recipe=True,
+        )
+    if not unclear:
         return None
     return warning(
         f"the donor is `{donor}`, the first model that `{recipe.document.data['merge']}` adds: the output takes its "

@@ -265,8 +265,7 @@ def _worst(gate: Gate, kind: str, known: Sequence[Cell], whole: Cell) -> Outcome
 
 def _chance(gate: Gate, cell: Cell) -> float:
     """How far from what is asked chance alone can bring a cell's figure, as the warning of `apply` allows for it."""
-    factor = {"realised": 1.0, "realised_lambda": abs(cell.group.asked_lambda or 0.0)}.get(gate.kind, 0.0)
-    return SIGMAS * cell.error * factor
+    return SIGMAS * {"realised": cell.error, "realised_lambda": cell.lambda_error}.get(gate.kind, 0.0)
 
 
 def _taken(body: ManifestBody, kind: str) -> float:

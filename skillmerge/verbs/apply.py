@@ -33,7 +33,7 @@ from skillmerge.study.gates import GateFailed, GateInput, check, prepare
 from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.source import name_of, planned_to_apply, read_source
-from skillmerge.verbs.target import finished_output, output_folder, refuse_existing
+from skillmerge.verbs.target import finished_output, output_folder, refuse_existing, refuse_other_donor
 from skillmerge.version import __version__
 
 if TYPE_CHECKING:
@@ -184,6 +184,8 @@ class _Merge:
         """Begin the work or continue it, check what comes of it, and give it its place."""
         if not self.publish.no_local:
             refuse_existing(self.staging.output, self.publish.overwrite)
+        job, allow_code = self.job, self.access.allow_code
+        refuse_other_donor(self.staging, job.plan, job.checkpoints, self.conditions, allow_code)
         runner = runner_for(work, self.reporter)
         side_files = self._begin()
         if self.staging.sealed:  # complete, but for its commit

@@ -22,6 +22,7 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 from skill_reader import read_skill
+from stored_skills import WITH_SKILL, both
 from test_laws import DTYPES, INTEGERS, every_kind_of_number
 
 import skillmerge
@@ -30,20 +31,6 @@ from skillmerge.checkpoints.kinds.sparse import Encoder
 from skillmerge.errors import CheckFailed, InputError, SkillmergeError, UsageError
 from skillmerge.tensors import BLOCK, UNIT
 from skillmerge.verbs.extract import check_parent
-
-WITH_PARENTS = {"target": "target", "rl": "rl", "sft": "sft"}
-WITH_SKILL = {"target": "target", "math": {"skill": "math"}}
-
-
-def both(folder: Path, direct: str, stored: str, **keys: Any) -> tuple[Path, Path]:
-    """The same formula with the two checkpoints and with the skill cut from them."""
-    if not (folder / "math").exists():
-        skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
-    recipe = write_recipe(folder, direct, models=WITH_PARENTS, **keys)
-    first = skillmerge.apply(recipe, folder / "direct", overwrite=True).output
-    recipe = write_recipe(folder, stored, models=WITH_SKILL, **keys)
-    return first, skillmerge.apply(recipe, folder / "stored", overwrite=True).output
-
 
 # -------------------------------------------------------------------------------------------------------- lossless
 

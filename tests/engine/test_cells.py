@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +20,11 @@ import skillmerge
 from skillmerge.engine.measures.cells import LEAST, SIGMAS, Cell, cells, rows_of
 from skillmerge.engine.rounding_statistics import Row, TensorStatistics
 from skillmerge.errors import CheckFailed
+from skillmerge.outputs import manifest
+from skillmerge.outputs.output import Outcome
+from skillmerge.plans.opening import Access
+from skillmerge.recipes.parse import load_gates
+from skillmerge.study.gates import GateInput, check
 
 RAMP = {"lam": {"default": 0, "rules": [{"layers": "3-11", "ramp": [0.3, 1.0]}]}}
 
@@ -212,3 +222,94 @@ def test_gate_by_block_needs_enough_elements(ramp: Path, tmp_path: Path) -> None
     outcome = skillmerge.gate(merged, tmp_path / "gates.yaml").outcomes[-1]
     assert not outcome.passed
     assert outcome.detail == "no layer of kind norm has 100 elements with an update"
+
+
+Sums = Mapping[str, TensorStatistics]
+
+
+class Held:
+    """An output whose tensors may be given other sums, and what becomes of a gate then."""
+
+    def __init__(self, merged: Path, folder: Path) -> None:
+        self.merged, self.gates = merged, folder / "gates.yaml"
+        self.body = manifest.read(merged)
+
+    def by_block(self, gate: str, sums: Sums, factors: Mapping[str, float] | None = None, mode: str = "") -> Outcome:
+        tensors = [manifest.Tensor(name, "", "merge", "BF16", (it.total,), (), (), it) for name, it in sums.items()]
+        known = replace(self.body.statistics, mode=mode or self.body.statistics.mode)
+        body = replace(self.body, tensors=tuple(tensors), statistics=known)
+        self.gates.write_text(f"gates: {{{gate}}}")
+        given = GateInput(self.merged, body, opened(factors), Access())
+        return check(load_gates(self.gates)[-1:], given, lambda outcome: None)[0]
+
+    def failing(self, figure: str, least: float, most: float, sums: Sums, factors: Mapping[str, float]) -> int:
+        """How many blocks do not hold."""
+        asked = f"{figure}: {{min: {least:.17g}, max: {most:.17g}, by: block}}"
+        failed, _, said = self.by_block(asked, sums, factors).detail.rpartition("; ")[2].partition(" of ")
+        return int(failed) if said.endswith("do not hold") else 0
+
+
+def opened(factors: Mapping[str, float] | None) -> Any:
+    """Of a plan no more than its factors."""
+
+    @contextmanager
+    def plan() -> Iterator[tuple[Any, dict[str, Any]]]:
+        tensors = {name: SimpleNamespace(program=SimpleNamespace(asked=factor, base="target"))
+                   for name, factor in (factors or {}).items()}  # fmt: skip
+        yield SimpleNamespace(tensors=tensors), {}
+
+    return plan
+
+
+@pytest.fixture
+def held(ramp: Path, tmp_path: Path) -> Held:
+    return Held(skillmerge.apply(ramp, overwrite=True).output, tmp_path)
+
+
+@pytest.mark.parametrize("count", [60, 1000], ids=["few samples", "many samples"])
+@pytest.mark.parametrize("lambdas", [(0.7, 0.7), (0.3, -0.9)], ids=["one lambda", "two lambdas"])
+@pytest.mark.parametrize("figure", ["realised", "realised_lambda"])
+def test_gate_by_block_allows_for_chance_and_for_little_more(
+    held: Held, figure: str, lambdas: tuple[float, float], count: int
+) -> None:
+    """Of 300 blocks alike, what they realised differs by the sample alone, by as much as numpy says. Where what all of
+    them realised is asked for, none fails, or by chance one; where another number is, far from that, nearly all do."""
+    generator, blocks, sums, factors = np.random.default_rng(7), 300, {}, {}
+    for layer in range(blocks):
+        for factor, kind in zip(lambdas, "qk", strict=True):
+            name = f"model.layers.{layer}.self_attn.{kind}_proj.weight"
+            # A sample of a tensor that is a hundred times as large.
+            sums[name] = replace(statistics_of(generator, 4e-5 * abs(factor), count), total=100 * count)
+            factors[name] = factor
+    uu, du = (np.array([[getattr(sums[f"model.layers.{layer}.self_attn.{kind}_proj.weight"], key) for kind in "qk"]
+                        for layer in range(blocks)]) for key in ("uu", "du"))  # fmt: skip
+    by = np.array(lambdas) if figure == "realised_lambda" else np.ones(2)
+    of_each = (du / by).sum(1) / (uu / by**2).sum(1)
+    of_all, spread = float((du / by).sum() / (uu / by**2).sum()), float(of_each.std())
+    assert held.failing(figure, of_all, of_all, sums, factors) <= 1
+    assert held.failing(figure, of_all + 9 * spread, of_all + 10 * spread, sums, factors) > 0.9 * blocks
+    assert held.failing(figure, of_all - 10 * spread, of_all - 9 * spread, sums, factors) > 0.9 * blocks
+
+
+@pytest.mark.parametrize("mode", ["sampled", "full"])
+def test_gate_by_block_looks_at_no_block_without_an_update(held: Held, mode: str) -> None:
+    """Nor at one with too few elements; full statistics are judged alike, and so is a figure that is no mean."""
+
+    def exactly(count: int, share: float) -> TensorStatistics:
+        uu = 1e-8 * count
+        return TensorStatistics(count, count, count, 0, count, uu=uu, du=share * uu, dd=share**2 * uu, tt=1.0)
+
+    still = TensorStatistics(5000, 5000, 0, 0, 0, uu=0.0, du=0.0, dd=0.0, tt=1.0)
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(4)]
+    sums = dict(zip(names, (still, exactly(LEAST - 1, 0.5), exactly(LEAST, 0.5), exactly(4000, 0.95)), strict=True))
+    gate = "realised: {min: 0.9, max: 1.1, by: block}"
+    found = held.by_block(gate, sums, mode=mode)
+    assert (found.passed, found.measured, found.detail) == (False, 0.5, "layer 2 mlp; 1 of 2 do not hold")
+    found = held.by_block(gate, {name: sums[name] for name in names if name != names[2]}, mode=mode)
+    assert (found.passed, found.measured, found.detail) == (True, 0.95, "layer 3 mlp; the worst of 1")
+    found = held.by_block(gate, dict.fromkeys(names, still), mode=mode)
+    assert (found.passed, found.measured) == (False, None)
+    assert found.detail == "no block has 100 elements with an update"
+    rough = replace(exactly(400, 0.8), dd=4e-6)  # as a whole 20 % off, where no element is moved by what was asked
+    assert held.by_block(gate, {names[0]: rough}, mode=mode).passed is True
+    assert held.by_block("norm_ratio: {max: 0.001, by: block}", {names[0]: rough}, mode=mode).passed is False

@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from playing import ARTEFACTS, HERE, clean_environment
+from playing import ARTEFACTS, HERE, Scenario, clean_environment
 from playing import prepare as put
-from scenarios import SCENARIOS
+from scenarios import OTHER_DONOR, SCENARIOS
 
 Files = dict[str, bytes]
 
@@ -74,30 +74,29 @@ def collected(work: Path, *names: str) -> Files:
 
 
 @contextmanager
-def workplace(scenario: str) -> Iterator[Path]:
+def workplace(scenario: Scenario) -> Iterator[Path]:
     """A folder with the models and files of a scenario."""
     with tempfile.TemporaryDirectory(prefix="golden-", dir="/tmp") as name:
         work = Path(name).resolve()
-        known = SCENARIOS[scenario]
-        put(type(known)((), known.models, known.files), work)
+        put(Scenario((), scenario.models, scenario.files), work)
         yield work
 
 
 def output(words: list[str]) -> Files:
-    with workplace("old output") as work:
+    with workplace(SCENARIOS["old output"]) as work:
         run(words, "apply recipe.yaml --threads 2 --device cpu -q", work)
         return collected(work, "merged")
 
 
 def skill(words: list[str]) -> Files:
-    with workplace("old skill") as work:
+    with workplace(SCENARIOS["old skill"]) as work:
         run(words, "extract --from rl --minus sft -o skill --threads 2 -q", work)
         run(words, "extract --from rl --minus sft -o packed --zstd --dtype float32 --keep 0.3 --threads 2 -q", work)
         return collected(work, "skill", "packed")
 
 
 def plan(words: list[str]) -> Files:
-    with workplace("old plan") as work:
+    with workplace(SCENARIOS["old plan"]) as work:
         run(words, "plan recipe.yaml --set lam=0.45 --threads 2 -o plan.json --json", work)
         return collected(work, "plan.json")
 
@@ -107,7 +106,7 @@ def lock(words: list[str]) -> Files:
     sys.path.insert(0, str(HERE.parent))
     from hub_server import HubServer
 
-    with workplace("past") as work, HubServer(work / "hub") as hub:
+    with workplace(SCENARIOS["past"]) as work, HubServer(work / "hub") as hub:
         for model in ("rl", "sft"):
             hub.create_from(f"acme/{model}", work / model)
         text = SCENARIOS["past"].files["recipe.yaml"].replace("./rl", "hf://acme/rl@main")
@@ -116,15 +115,17 @@ def lock(words: list[str]) -> Files:
         return collected(work, "recipe.yaml", "recipe.lock")
 
 
-def staging(scenario: str, folder: str) -> Callable[[list[str]], Files]:
-    """How to make the staging folder of a run that was killed."""
+def staging(scenario: Scenario, folder: str, *then: str) -> Callable[[list[str]], Files]:
+    """How to make the staging folder of a run that was killed. then: a further command, and a file that it writes."""
 
     def make(words: list[str]) -> Files:
         for _ in range(50):
             with workplace(scenario) as work:
                 half_done(words, "apply recipe.yaml --threads 1 --device cpu", work)
                 if is_half_done(work / folder):
-                    return collected(work, folder)
+                    for line in then[:1]:
+                        run(words, line, work)
+                    return collected(work, folder, *then[1:])
         raise RuntimeError("the runs were always too fast to be killed halfway")
 
     return make
@@ -135,8 +136,9 @@ MAKERS: Mapping[str, Callable[[list[str]], Files]] = {
     "skill": skill,
     "plan": plan,
     "lock": lock,
-    "staging": staging("old staging", "merged.partial"),
-    "skill-staging": staging("old staging of a skill", "blend.partial"),
+    "staging": staging(SCENARIOS["old staging"], "merged.partial"),
+    "skill-staging": staging(SCENARIOS["old staging of a skill"], "blend.partial"),
+    "donor-staging": staging(OTHER_DONOR, "merged.partial", "plan recipe.yaml -o plan.json", "plan.json"),
 }
 
 

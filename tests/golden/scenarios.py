@@ -309,3 +309,10 @@ SCENARIOS: dict[str, Scenario] = {
     ),
 }  # fmt: skip
 """Name -> what is played."""
+
+OTHER_DONOR = Scenario(
+    (), family("mixtral"),
+    {"recipe.yaml": SMALL_SHARDS.replace("lam * (rl - sft)", "rl - sft").replace("coefficients:\n  lam: 0.7\n", "")},
+    "donor-staging",
+)  # fmt: skip
+"""Of this text version 0.1.0 took `sft` for the donor."""

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_cli
+from conftest import run_cli, weights
 from playing import prepare
-from scenarios import SCENARIOS
+from scenarios import OTHER_DONOR, SCENARIOS
 
 FOUND = (
     "warning: rope base: `rl` has 77, the donor `target` 10,000: the update was trained for other positions than the "
@@ -72,3 +72,42 @@ def test_new_keys_are_left_out_where_they_say_nothing(tmp_path: Path) -> None:
     assert applied.returncode == 0, applied.stderr
     assert (new.keys() - old.keys()) & NEW_KEYS <= ({"warnings"} if "warning" in applied.stderr else set())
     assert old.keys() <= new.keys()
+
+
+def test_unfinished_run_with_the_donor_of_then_is_dropped_by_nobody(tmp_path: Path) -> None:
+    """The same command stops, and says how to finish what is there and how to start over."""
+    prepare(OTHER_DONOR, tmp_path)
+    staging = tmp_path / "merged.partial"
+    before = {path: path.read_bytes() for path in staging.rglob("*") if path.name != "lock" and path.is_file()}
+    for options in ((), ("--overwrite",)):
+        refused = run_cli("apply", "recipe.yaml", "-o", "merged", "--device", "cpu", *options, "-q", cwd=tmp_path)
+        assert refused.returncode == 2
+        assert refused.stderr.endswith(
+            f"error: {staging} holds finished shards of this merge with the donor `sft`, but the donor is "
+            "`target` now\n"
+            "help: to finish that merge, add `output: {like: sft}`; to start over with `target`, remove the folder\n"
+        )
+        assert {path: path.read_bytes() for path in before} == before
+        assert not (tmp_path / "merged").exists()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "  like: sft\n")
+    finished = run_cli("apply", "recipe.yaml", "-o", "merged", "--device", "cpu", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert "note: continuing an interrupted run: 1 shard is finished already\n" in finished.stderr
+    assert run_cli("apply", "recipe.yaml", "-o", "again", "--device", "cpu", cwd=tmp_path).returncode == 0
+    assert weights(tmp_path / "merged") == weights(tmp_path / "again")
+
+
+def test_saved_plan_goes_on_with_the_donor_of_then_and_says_so(tmp_path: Path) -> None:
+    prepare(OTHER_DONOR, tmp_path)
+    applied = run_cli("apply", "plan.json", "-o", "merged", "--device", "cpu", cwd=tmp_path)
+    assert (applied.returncode, applied.stderr) == (
+        0,
+        "warning: the donor is `sft`, as this was planned before; of `target + rl - sft` it would be `target` now: the "
+        "output takes its names, dtypes, config and tokenizer from `sft`\n"
+        "help: keep it with `output: {like: sft}` in the recipe, or plan the recipe again\n"
+        "note: continuing an interrupted run: 1 shard is finished already\n",
+    )
+    assert json.loads((tmp_path / "merged" / "skillmerge.manifest.json").read_text())["donor"] == "sft"
+    assert run_cli("apply", "plan.json", "-o", "new", "--strict", "-q", cwd=tmp_path).returncode == 2
+    assert run_cli("rebuild", "merged", "--check", "--device", "cpu", "-q", cwd=tmp_path).returncode == 0

@@ -7,12 +7,14 @@ import fcntl
 import os
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from skillmerge import claim as claims
 from skillmerge.claim import Claim, hold, new_folder
-from skillmerge.errors import OutputLocked, ResourceError, UsageError
+from skillmerge.errors import CheckFailed, OutputLocked, ResourceError, SkillmergeError, UsageError
 from skillmerge.reporter import Reporter
 
 
@@ -150,3 +152,116 @@ def test_new_folder_of_another_run_is_never_published(tmp_path: Path, monkeypatc
     assert not (tmp_path / "out").exists()
     assert (folder / "file").read_text() == "x"
     second.close()
+
+
+FAILURES: list[OSError | SkillmergeError] = [
+    FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)),
+    OSError(errno.EIO, os.strerror(errno.EIO)),
+    UsageError("cannot be written: No such file or directory"),
+    ResourceError("the disk is full"),
+    CheckFailed("other bytes"),
+]
+
+
+def fail(claim: Claim, failure: Exception, first: Callable[[], object] = lambda: None) -> None:
+    """Fail while the claim's run works, after something has happened."""
+    with claim.working():
+        first()
+        raise failure
+
+
+STOPPED = "another run has taken {} over: this one has stopped, and left it alone"
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["the other works", "the other has finished"])
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
+def test_whatever_fails_in_a_folder_that_another_run_took_fails_of_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, gone: bool
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, operation: None)
+    first = Claim(tmp_path / "a", tmp_path / "out", Reporter())
+    second = Claim(tmp_path / "a", tmp_path / "out", Reporter())
+    if gone:
+        second.close()
+    with pytest.raises(OutputLocked) as caught, closing(first):
+        fail(first, failure)
+    assert caught.value.message == STOPPED.format(tmp_path / "out")
+    assert caught.value.fix == "let that run finish, or choose another --output"
+    assert caught.value.__context__ is failure
+    if not gone:
+        second.check()
+        second.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
+def test_what_fails_in_a_folder_of_ones_own_is_told_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    """Also after the folder is let go of, and where its owner cannot be read any more."""
+    claim = Claim(tmp_path / "a", tmp_path / "out", Reporter())
+    unreadable = partial(monkeypatch.setattr, Path, "read_bytes", lambda path: refuses(errno.EIO)(0, 0))
+    for first in (lambda: None, unreadable, monkeypatch.undo, claim.close):
+        with pytest.raises(type(failure)) as caught:
+            fail(claim, failure, first)
+        assert caught.value is failure
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE])
+def test_owner_that_is_gone_is_another_runs_doing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """NFS says ESTALE of what another machine has removed."""
+    with closing(Claim(tmp_path / "a", tmp_path / "out", Reporter())) as claim:
+        monkeypatch.setattr(Path, "read_bytes", lambda path: refuses(number)(0, 0))
+        with pytest.raises(OutputLocked):
+            claim.check()
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO])
+def test_folder_that_goes_while_it_is_taken_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """By a run that finishes at that moment; any other failure of the sync is told, and leaves nothing."""
+    real, calls = claims.sync_folder, []
+
+    def sync_folder(folder: Path) -> bool:
+        calls.append(folder)
+        if len(calls) == 1:
+            refuses(number)(0, 0)
+        return real(folder)
+
+    monkeypatch.setattr(claims, "sync_folder", sync_folder)
+    if number == errno.EIO:
+        with pytest.raises(ResourceError, match="could not be written: Input/output error"):
+            Claim(tmp_path / "a", tmp_path / "out", Reporter())
+    else:
+        with closing(Claim(tmp_path / "a", tmp_path / "out", Reporter())) as claim:
+            claim.check()
+        assert calls == [tmp_path / "a"] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_folder_and_held_folder_that_another_run_took_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one is done and has removed it: what is missing now is no fault of the disk."""
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, operation: None)
+
+    def overtaken_while_held() -> None:
+        with hold(tmp_path / "s", Reporter()):
+            Claim(tmp_path / "s", tmp_path / "s", Reporter()).close()
+            (tmp_path / "s" / "journal").write_text("mine")
+
+    def overtaken_while_written() -> None:
+        with new_folder(tmp_path / "out", Reporter()) as folder:
+            with new_folder(tmp_path / "out", Reporter()) as others:
+                (others / "file").write_text("the other's")
+            (folder / "file").write_text("mine")
+
+    with pytest.raises(OutputLocked, match=STOPPED.format(tmp_path / "s")):
+        overtaken_while_held()
+    with pytest.raises(OutputLocked, match=STOPPED.format(tmp_path / "out")):
+        overtaken_while_written()
+    assert {path.name: path.is_file() and path.read_text() for path in tmp_path.rglob("*")} == {
+        "out": False, "file": "the other's",
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -33,9 +34,10 @@ def die_before_the_rename(place: Path, plan_digest: str) -> None:
 
 
 @pytest.mark.parametrize("moved_away", [False, True])
-def test_recover_publishes_nothing_that_other_gates_have_passed(place: Path, moved_away: bool) -> None:
+@pytest.mark.parametrize("passed", ["without gates", ""], ids=["other gates", "journal of 0.1"])
+def test_recover_publishes_nothing_that_has_not_passed_these_gates(place: Path, passed: str, moved_away: bool) -> None:
     """The weights are those of this plan, so that no shard is made again; the gates are not."""
-    die_before_the_rename(place, "without gates")
+    die_before_the_rename(place, passed)
     previous = put_previous(place)
     if moved_away:
         place.rename(Staging.folder_of(place) / "previous")
@@ -51,9 +53,8 @@ def test_recover_publishes_nothing_that_other_gates_have_passed(place: Path, mov
     assert os.listdir(place.parent) == ["merged"]
 
 
-@pytest.mark.parametrize("recorded", ["the same", ""], ids=["same plan", "journal of 0.1"])
-def test_recover_publishes_what_passed_these_gates(place: Path, recorded: str) -> None:
-    die_before_the_rename(place, recorded)
+def test_recover_publishes_what_passed_these_gates(place: Path) -> None:
+    die_before_the_rename(place, "the same")
     with closing(Staging(place)) as staging:
         assert staging.recover(PLAN, CONDITIONS, replace=False, plan_digest="the same")
     assert files(place) == WHOLE
@@ -145,3 +146,22 @@ def test_folder_loses_its_name_before_it_is_removed(place: Path, monkeypatch: py
         staging.discard()
     assert "dropped" in seen
     assert not {"files", "complete"} & set(seen)
+
+
+def test_folder_that_goes_while_it_is_looked_at_is_no_fault(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run has finished in between, before this one's begin or at its end."""
+    real = Path.iterdir
+
+    def goes(path: Path) -> Any:
+        monkeypatch.undo()
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    Staging.folder_of(place).mkdir()
+    monkeypatch.setattr(Path, "iterdir", goes)
+    staging = Staging(place)
+    assert Path.iterdir is real
+    staging.begin(PLAN, CONDITIONS)
+    monkeypatch.setattr(Path, "iterdir", goes)
+    staging.close()
+    assert Path.iterdir is real
+    Staging(place).close()

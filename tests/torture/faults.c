@@ -4,24 +4,10 @@
  * functions, so that whatever calls those meets it: Python, torch, the safetensors library. Calls about other
  * files are neither counted nor touched.
  */
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <limits.h>
-#include <stdarg.h>
-#include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <sys/types.h>
-#include <sys/uio.h>
-#include <unistd.h>
+#include "preloaded.h"
 
 enum kind { NONE, READ, WRITE, SYNC, RENAME, ALLOCATE, OPEN, REMOVE };
 
-static char folder[PATH_MAX];
 static enum kind armed = NONE;
 static long first_failing;
 static int failing_errno; /* 0: a short transfer instead */
@@ -39,20 +25,6 @@ void fault_arm(const char *where, int kind, long nth, int error, int sticky) {
 /* How many calls of the armed kind there were. */
 long fault_calls(void) { return atomic_load(&count); }
 
-static int is_inside(const char *path) {
-    size_t length = strlen(folder);
-    return strncmp(path, folder, length) == 0 && (path[length] == '/' || path[length] == 0);
-}
-
-static int is_descriptor_inside(int descriptor) {
-    char link[64], path[PATH_MAX];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
-    ssize_t length = readlink(link, path, sizeof path - 1);
-    if (length < 0) return 0;
-    path[length] = 0;
-    return is_inside(path);
-}
-
 /* Whether this call is one that goes wrong. */
 static int is_hit(enum kind kind, int inside) {
     if (armed != kind || !inside) return 0;
@@ -61,14 +33,8 @@ static int is_hit(enum kind kind, int inside) {
 }
 
 static int is_hit_at(enum kind kind, int descriptor) {
-    if (armed != kind) return 0;
-    int before = errno, hit = is_hit(kind, is_descriptor_inside(descriptor));
-    errno = before;
-    return hit;
+    return armed == kind && is_hit(kind, is_descriptor_inside(descriptor));
 }
-
-#define REAL(name) ((__typeof__(&name))real(#name))
-static void *real(const char *name) { return dlsym(RTLD_NEXT, name); }
 
 #define FAIL_IF(hit)               \
     if (hit) {                     \
@@ -151,13 +117,7 @@ int unlinkat(int at, const char *path, int flags) {
 }
 
 #define OPENING(name, inside, ...)              \
-    mode_t mode = 0;                            \
-    if (flags & (O_CREAT | O_TMPFILE)) {        \
-        va_list rest;                           \
-        va_start(rest, flags);                  \
-        mode = va_arg(rest, mode_t);            \
-        va_end(rest);                           \
-    }                                           \
+    TAKE_MODE                                   \
     FAIL_IF(inside) return REAL(name)(__VA_ARGS__, flags, mode);
 
 int open(const char *path, int flags, ...) { OPENING(open, is_hit(OPEN, is_inside(path)), path) }

@@ -4,24 +4,12 @@
  * of the filesystem that the folder is to be on, or the environment has PLAYED_FILESYSTEM=traits:folder, which processes
  * that are started inherit. Calls about other files are not touched, but where all else is to be read-only.
  */
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <limits.h>
+#include "preloaded.h"
+
 #include <pwd.h>
-#include <stdarg.h>
-#include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <sys/statvfs.h>
-#include <sys/types.h>
-#include <sys/uio.h>
-#include <unistd.h>
 
 enum trait {
     NO_LOCK = 1 << 0,        /* flock answers ENOLCK: Lustre without -o flock, NFSv3 without lockd */
@@ -45,7 +33,6 @@ enum trait {
     NAMELESS = 1 << 18,      /* the user has no entry in passwd */
 };
 
-static char folder[PATH_MAX];
 static unsigned traits;
 static atomic_long limit, written;
 static atomic_ulong inode = 1000000;
@@ -63,30 +50,11 @@ __attribute__((constructor)) static void inherit(void) {
     if (colon) filesystem_mount(colon + 1, (unsigned)atol(played), LONG_MAX);
 }
 
-#define REAL(name) ((__typeof__(&name))real(#name))
-static void *real(const char *name) { return dlsym(RTLD_NEXT, name); }
-
 #define FAIL_IF(hit, number) \
     if (hit) {               \
         errno = number;      \
         return -1;           \
     }
-
-static int is_inside(const char *path) {
-    size_t length = strlen(folder);
-    return strncmp(path, folder, length) == 0 && (path[length] == '/' || path[length] == 0);
-}
-
-static int is_descriptor_inside(int descriptor) {
-    char link[64], path[PATH_MAX];
-    int before = errno;
-    snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
-    ssize_t length = readlink(link, path, sizeof path - 1);
-    errno = before;
-    if (length < 0) return 0;
-    path[length] = 0;
-    return is_inside(path);
-}
 
 static int has(enum trait trait, const char *path) { return (traits & trait) && is_inside(path); }
 static int has_at(enum trait trait, int descriptor) { return (traits & trait) && is_descriptor_inside(descriptor); }
@@ -234,13 +202,7 @@ int getpwuid_r(uid_t user, struct passwd *entry, char *buffer, size_t size, stru
 }
 
 #define OPENING(name, path_inside, ...)                          \
-    mode_t mode = 0;                                             \
-    if (flags & (O_CREAT | O_TMPFILE)) {                         \
-        va_list rest;                                            \
-        va_start(rest, flags);                                   \
-        mode = va_arg(rest, mode_t);                             \
-        va_end(rest);                                            \
-    }                                                            \
+    TAKE_MODE                                                    \
     FAIL_IF((flags & O_DIRECT) && (path_inside), EINVAL)         \
     FAIL_IF((flags & (O_WRONLY | O_RDWR | O_CREAT)) && is_read_only(path), EROFS) \
     return REAL(name)(__VA_ARGS__, flags, mode);

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from observing import (
     visible,
     wide_shapes,
 )
+from preloading import built
 
 import skillmerge
 
@@ -62,17 +62,7 @@ HANG = 60.0
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MergeServer]:
     """A server with `faults.c` beneath it."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("no C compiler to build the faults with")
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    source = Path(__file__).with_name("faults.c")
-    built = subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if built.returncode != 0:
-        pytest.skip(f"the compiler cannot build a library that is preloaded: {built.stderr[-300:]}")
+    library = built("faults", tmp_path_factory.mktemp("faults"))
     server = MergeServer(LD_PRELOAD=str(library))
     yield server
     server.close()

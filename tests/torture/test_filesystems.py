@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from typing import Any
 import pytest
 from conftest import run_process, write_family
 from hub_server import HubServer
-from observing import Content, MergeServer, assert_finished, content, staging_of, wide_shapes
+from observing import Content, MergeServer, assert_finished, content, staging_of, wait_until, wide_shapes
+from preloading import built
 
 import skillmerge
+from skillmerge.outputs.staging import Staging
 
 pytestmark = [
     pytest.mark.timeout(1800),
@@ -71,18 +75,7 @@ class Machine:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What is preloaded."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("no C compiler to build the filesystems with")
-    library = tmp_path_factory.mktemp("filesystems") / "filesystems.so"
-    source = Path(__file__).with_name("filesystems.c")
-    built = subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if built.returncode != 0:
-        pytest.skip(f"the compiler cannot build a library that is preloaded: {built.stderr[-300:]}")
-    return library
+    return built("filesystems", tmp_path_factory.mktemp("filesystems"))
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +221,31 @@ def test_two_merges_without_locks_make_one_sound_output(
         assert machine.run(folder, [trait], "verify", output)["status"] == 0
         shutil.rmtree(output)
         assert not staging_of(output).exists()
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["the other works", "the other has finished"])
+@pytest.mark.parametrize("trait", ["no-lock", "empty-lock"])
+def test_run_that_another_one_overtakes_says_so_whatever_failed(
+    machine: Machine, recipe: Path, wanted: dict[str, Content], trait: str, gone: bool
+) -> None:
+    """In the middle of its work: the disk is full for it, in a folder that is another run's by then, or gone."""
+    folder, output = recipe.parent, recipe.parent / "merged"
+    with ThreadPoolExecutor(1) as beside:
+        full = {"limit": 700, "pace": 0.3, "threads": 1}
+        first = beside.submit(machine.run, folder, [trait, "quota"], "apply", recipe, **full)
+        wait_until(lambda: list(staging_of(output).glob("files/*.safetensors")))
+        with closing(Staging(output)) as second:
+            if gone:
+                second.discard()
+                second.close()
+            answer = first.result()
+        assert answer["status"] == 6, answer
+        assert answer["message"].split("\n") == [
+            f"another run has taken {output} over: this one has stopped, and left it alone",
+            "let that run finish, or choose another --output",
+        ]
+    assert machine.run(folder, [trait], "apply", recipe)["status"] == 0
+    assert_finished(output, wanted["merged"])
 
 
 def test_container_with_a_read_only_root_and_a_nameless_user(

@@ -29,26 +29,13 @@ from conftest import (
     write_recipe,
 )
 from skill_reader import read_skill
+from stored_skills import both
 
 import skillmerge
 from skillmerge.bits import bit_view
 from skillmerge.errors import InputError, ResourceError, SkillmergeError, UsageError
 from skillmerge.outputs import shard_file
 from skillmerge.tensors import UNIT
-
-WITH_PARENTS = {"target": "target", "rl": "rl", "sft": "sft"}
-WITH_SKILL = {"target": "target", "math": {"skill": "math"}}
-
-
-def both(folder: Path, direct: str, stored: str, **keys: Any) -> tuple[Path, Path]:
-    """The same formula with the two checkpoints and with the skill cut from them."""
-    if not (folder / "math").exists():
-        skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "math")
-    recipe = write_recipe(folder, direct, models=WITH_PARENTS, **keys)
-    first = skillmerge.apply(recipe, folder / "direct", overwrite=True).output
-    recipe = write_recipe(folder, stored, models=WITH_SKILL, **keys)
-    return first, skillmerge.apply(recipe, folder / "stored", overwrite=True).output
-
 
 # ----------------------------------------------------------------------------------------------- skills from skills
 

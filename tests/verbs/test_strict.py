@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, write_recipe
+from observing import MergeServer, discard, finished_shards, put_previous, staging_of, visible
 
 import skillmerge
 from skillmerge.errors import InputError
@@ -203,3 +205,36 @@ def test_side_file_that_is_none_stops_no_rebuild(tmp_path: Path) -> None:
         assert process.returncode == 0, process.stderr
         assert "warning: " in process.stderr
         assert "is a Git LFS pointer" in process.stderr
+
+
+@pytest.mark.parametrize("replaces", [False, True], ids=["nothing there", "replaces an output"])
+@pytest.mark.parametrize("judge", ["strict", "gates"])
+def test_publication_that_was_killed_is_judged_by_what_is_asked_now(
+    server: MergeServer, tmp_path: Path, judge: str, replaces: bool
+) -> None:
+    """The run that died asked for nothing; the one that goes on must not publish for it what it would refuse."""
+    recipe = models(tmp_path, update=1e-5, coefficients={"lam": 0.3})
+    output, asked = tmp_path / "merged", recipe
+    way: dict[str, Any] = {"overwrite": replaces, "no_exchange": replaces}
+    if judge == "gates":
+        asked = tmp_path / "asked.yaml"
+        asked.write_text(recipe.read_text()[:-1] + ', "gates": {"realised": {"min": 0.99, "max": 1.01}}}')
+    steps = server.run(recipe, output=tmp_path / "undisturbed", **way)["steps"]
+    kept = 0
+    for step in range(steps - 25, steps + 1):
+        previous = put_previous(output) if replaces else None
+        assert server.run(recipe, **way, kill_at=step)["status"] == -signal.SIGKILL
+        published = visible(output) not in (None, previous)
+        shards = finished_shards(output)
+        placing = "manifest_sha256" in (staging_of(output) / "journal.jsonl").read_text() if not published else False
+        answer = server.run(asked, **way, strict=judge == "strict")
+        if published and judge == "gates" and not replaces:
+            assert answer["status"] == 2, answer  # what is there was made of another recipe
+        else:
+            assert answer["status"] == 3, answer
+        assert visible(output) == previous or published, step
+        kept += placing and bool(shards)
+        if output.exists():
+            discard(output)
+        assert not staging_of(output).exists()
+    assert kept > 2, "no run was killed while it published"

@@ -39,9 +39,9 @@ _ORDER = {kind: index for index, kind in enumerate((*MODULE_KINDS, "other"))}
 @dataclass(frozen=True, slots=True)
 class Cell:
     """Tensors of one layer and kind, or of one kind in all layers. label: `layer 4 mlp`; `visual.blocks 4 mlp` where
-    there are several stacks; `head outside layers`; `mlp`. updated: elements with an update that were looked at; error:
-    the standard error of `group.realised`. finite: whether each tensor's sums are numbers; of others
-    `group` has nothing."""
+    there are several stacks; `head outside layers`; `mlp`. updated: elements with an update that were looked at; error,
+    lambda_error: the standard errors of `group.realised` and `group.realised_lambda`. finite: whether each tensor's sums
+    are numbers; of others `group` has nothing."""
 
     label: str
     kind: str
@@ -49,6 +49,7 @@ class Cell:
     group: Group
     updated: int
     error: float
+    lambda_error: float
     finite: bool = True
 
     @property
@@ -111,18 +112,22 @@ def _cell(label: str, kind: str, rows: Sequence[Row]) -> Cell:
     whole = group(rows)
     known = [row.statistics for row in rows if row.statistics is not None]
     updated, finite = sum(it.updated for it in known), all(it.whole is not None for it in known)
-    error = _error(rows, whole.realised) if whole.realised is not None else 0.0
-    return Cell(label, kind, tuple(row.name for row in rows), whole, updated, error, finite)
+    error = _error([(row, 1.0) for row in rows], whole.realised)
+    lambda_error = _error([(row, row.factor) for row in rows], whole.realised_lambda)
+    return Cell(label, kind, tuple(row.name for row in rows), whole, updated, error, lambda_error, finite)
 
 
-def _error(rows: Sequence[Row], realised: float) -> float:
-    """The standard error of the realised share of these tensors."""
+def _error(rows: Iterable[tuple[Row, float | None]], realised: float | None) -> float:
+    """The standard error of what these tensors realised of the updates that are, without these factors, u."""
     spread, energy = [], []
-    for statistics in (row.statistics for row in rows if row.statistics is not None):
-        uu, du, dd = statistics.uu, statistics.du, statistics.dd
-        if uu is None or du is None or dd is None or not statistics.updated:
+    for row, factor in rows:
+        statistics = row.statistics
+        if statistics is None or realised is None or not factor or not statistics.updated:
             continue
-        weight = statistics.total / statistics.elements
+        uu, du, dd = statistics.uu, statistics.du, statistics.dd
+        if uu is None or du is None or dd is None:
+            continue
+        weight, uu, du = statistics.total / statistics.elements, uu / factor / factor, du / factor
         rest = max(0.0, dd - 2 * realised * du + realised * realised * uu)
         spread.append(weight * weight * uu * rest / statistics.updated)
         energy.append(weight * uu)
