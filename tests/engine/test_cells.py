@@ -309,7 +309,7 @@ def test_gate_by_block_looks_at_no_block_without_an_update(held: Held, mode: str
     assert (found.passed, found.measured, found.detail) == (True, 0.95, "layer 3 mlp; the worst of 1")
     found = held.by_block(gate, dict.fromkeys(names, still), mode=mode)
     assert (found.passed, found.measured) == (False, None)
-    assert found.detail == "no block has 100 elements with an update"
+    assert found.detail == "no layer has 100 elements with an update"
     rough = replace(exactly(400, 0.8), dd=4e-6)  # as a whole 20 % off, where no element is moved by what was asked
     assert held.by_block(gate, {names[0]: rough}, mode=mode).passed is True
     assert held.by_block("norm_ratio: {max: 0.001, by: block}", {names[0]: rough}, mode=mode).passed is False

@@ -40,8 +40,8 @@ _ORDER = {kind: index for index, kind in enumerate((*MODULE_KINDS, "other"))}
 class Cell:
     """Tensors of one layer and kind, or of one kind in all layers. label: `layer 4 mlp`; `visual.blocks 4 mlp` where
     there are several stacks; `head outside layers`; `mlp`. updated: elements with an update that were looked at; error,
-    lambda_error: the standard errors of `group.realised` and `group.realised_lambda`. finite: whether each tensor's sums
-    are numbers; of others `group` has nothing."""
+    lambda_error: the standard errors of `group.realised` and `group.realised_lambda`. finite: whether each tensor's
+    sums are numbers; of others `group` has nothing."""
 
     label: str
     kind: str
