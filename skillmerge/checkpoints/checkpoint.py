@@ -77,12 +77,14 @@ class Checkpoint(ABC):
     uri: what the recipe calls its place. at: that place. store: where its side files are. config: the parsed
     `config.json`, empty where there is none. tensors: by name, file by file in the order of their bytes. files: the
     weight files, by name. indexed: whether an index names them. unread: weight files that the index leaves out.
-    naming: how its names differ from the stored ones.
+    naming: how its names differ from the stored ones. same: of a plane of a skill, the quantized tensors that it has
+    no update of; None of anything else.
 
     A kind says how tensors are read; what it does not say here is true of one whose weight files are its store's.
     """
 
     naming = Naming()
+    same: frozenset[str] | None = None
 
     def __init__(
         self,
@@ -169,7 +171,7 @@ class View(Checkpoint):
     ) -> None:
         super().__init__(checkpoint.uri, checkpoint.at, checkpoint.store, checkpoint.config, tensors, files,
                          indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
-        self.naming = checkpoint.naming
+        self.naming, self.same = checkpoint.naming, checkpoint.same
         self._checkpoint = checkpoint
 
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:

@@ -20,6 +20,7 @@ from skillmerge.checkpoints.kinds.sparse import Encoded
 from skillmerge.engine.destination import Destination, ShardRecord
 from skillmerge.engine.measures.input_rounding import Grain, input_rounding, joined
 from skillmerge.engine.measures.skill_statistics import SkillInput, summarise_skill
+from skillmerge.plans.dtypes.quantised import same_tensors
 from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
 from skillmerge.tensors import BLOCK, DTYPES, UNIT, TensorSpec
 
@@ -181,7 +182,7 @@ def _describe(spec: TensorSpec, file: str, dtypes: tuple[str, str], rows: Sequen
 def _made_of(rows: Sequence[Cut]) -> SkillInput | None:
     """What is known of the two models of a tensor, the added and the subtracted one; None where they are none."""
     models = list(dict.fromkeys(model for row in rows for model in row.grains))
-    if not models:
+    if len(models) < 2:
         return None
     grains = {model: joined(row.grains[model] for row in rows if model in row.grains) for model in models}
     rounding = input_rounding(grains, dict(zip(models, (1.0, -1.0), strict=True)))
@@ -195,7 +196,9 @@ def describe_skill(
 ) -> tuple[str, bytes]:
     """Name and content of `skill.json`."""
     tensors = {name: row for shard in plan.shards for name, row in (finished[shard.file].tensors or {}).items()}
-    first = next((tensor for tensor in plan.tensors.values() if len(tensor.sources) > 1), None)
+    same = same_tensors({name: (it.action, it.sources) for name, it in plan.tensors.items()}, checkpoints)
+    several = [tensor for tensor in plan.tensors.values() if len(tensor.sources) > 1]
+    first = next((tensor for tensor in several if tensor.name not in same), None)
     models = [model for model, _ in first.sources] if first is not None else [plan.donor] * 2
     cut = first is not None and first.action == "cut" and not {*models} & plan.recipe.skills
     document = {
@@ -213,6 +216,7 @@ def describe_skill(
         "unit": UNIT,
         "block": BLOCK,
         "files": [shard.file for shard in plan.shards],
+        **({"same": same} if same else {}),
     }
     lines = [f" {json.dumps(key)}: {_dump(value).decode()}" for key, value in document.items()]
     rows = ",\n".join(

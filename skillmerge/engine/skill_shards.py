@@ -221,7 +221,8 @@ class _Cutter:
         ones."""
         for start, pieces in chunks:
             for model, found in grains.items():
-                found.append(grain_of(pieces[model]))
+                if (grain := grain_of(pieces[model])) is not None:
+                    found.append(grain)
             if self._pair:
                 subtracted = pieces[self._pair[1]]
                 wide = subtracted.to(torch.promote_types(subtracted.dtype, torch.float32), copy=True)

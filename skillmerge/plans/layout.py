@@ -27,7 +27,7 @@ def lay_out_skill(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> tuple[Sh
     limit, filled, header = recipe.output.shard_size or SKILL_SHARD, 0, 0
     groups: list[list[TensorPlan]] = [[]]
     for plan in tensors.values():
-        if plan.action == "same":
+        if plan.action == "same" or not DTYPES[plan.dtype].is_float:  # a coefficient of 0 leaves nothing of the latter
             continue
         if len(plan.name) > MAX_NAME - _PART_NAME:
             raise InputError(f"tensor `{plan.name[:80]}…` has a name too long for the parts of a skill")

@@ -116,7 +116,7 @@ def planned(
     try:
         with _placed(parsed, checkpoints):
             plan = plan_recipe(parsed, checkpoints, allow_code=access.allow_code, lenient=lenient)
-            refuse_unequal({name: (it.action, it.sources) for name, it in plan.tensors.items()}, checkpoints)
+            refuse_unequal(parsed, {name: (it.action, it.sources) for name, it in plan.tensors.items()}, checkpoints)
         yield plan, checkpoints
     finally:
         close_all(checkpoints)

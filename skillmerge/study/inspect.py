@@ -24,7 +24,7 @@ from skillmerge.engine.measures.update_size import IN_RECIPE, size_warning, too_
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError, some
 from skillmerge.naming import MODULE_KINDS, layer_label, layer_of, module_kind, summarised
-from skillmerge.plans.dtypes.quantised import refuse_quantised
+from skillmerge.plans.dtypes.quantised import equal_tensors
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
@@ -215,8 +215,6 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
     from skillmerge.study.update_metrics import describe_all
     from skillmerge.study.update_pass import measure_updates
 
-    for model, checkpoint in subject.checkpoints.items():
-        refuse_quantised(subject.name_of(model), checkpoint)
     tasks, left = _tasks(subject)
     sizes = {task.name: math.prod(task.shape) for task in tasks}
     forecaster = Forecaster(subject.plan, subject.target, subject.difference, subject.minus, stats, sizes)
@@ -298,8 +296,10 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
     """What to read for each tensor that all models have, as floats of one shape; and why others are left out."""
     first, *others = subject.models
     tasks: list[TensorPlan] = []
-    left: dict[str, str] = {}
+    left = equal_tensors(subject.models, subject.checkpoints, _only_copied(subject))
     for name, spec in subject.checkpoints[first].tensors.items():
+        if name in left:
+            continue
         sources = []
         for model in subject.models:
             source = find_source(spec, model, subject.checkpoints[model])
@@ -325,6 +325,14 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
     if not tasks:
         raise UsageError(f"{subject.title}: the models share no tensor", fix="are they of one architecture?")
     return tasks, left
+
+
+def _only_copied(subject: Subject) -> set[str]:
+    """The tensors that a recipe takes from one model, or from none."""
+    if subject.plan is None:
+        return set()
+    computed = {name for name, it in subject.plan.tensors.items() if it.action not in ("copy", "cast", "zero")}
+    return {name for model in subject.models for name in subject.checkpoints[model].tensors} - computed
 
 
 def _kinds(names: Iterable[str]) -> dict[str, list[str]]:

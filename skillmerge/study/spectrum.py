@@ -7,6 +7,7 @@ matrix's own the exact decomposition is cheaper, and is taken.
 from __future__ import annotations
 
 import math
+import threading
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from skillmerge.errors import UsageError
 from skillmerge.plans.plan import TensorPlan
 from skillmerge.reporter import Reporter
 from skillmerge.study.subjects import Subject
+from skillmerge.threads import in_threads
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +27,22 @@ if TYPE_CHECKING:
 def measure_spectra(
     subject: Subject, tasks: Sequence[TensorPlan], rank: int, reporter: Reporter
 ) -> dict[str, dict[str, float | None]]:
-    """Of every matrix, one at a time: in float32, or float64 where a model has it."""
+    """Of every matrix, one at a time: in float32, or float64 where a model has it.
+
+    In a thread of our own, to which no context of the caller's reaches (a default device, autocast).
+    """
+    import torch
+
+    def settle() -> None:
+        torch.set_flush_denormal(False)
+
+    measured = in_threads(lambda task, stop: _measure(subject, tasks, rank, reporter, stop), [None], settle)
+    return next(iter(measured))
+
+
+def _measure(
+    subject: Subject, tasks: Sequence[TensorPlan], rank: int, reporter: Reporter, stop: threading.Event
+) -> dict[str, dict[str, float | None]]:
     import torch
 
     def read(model: str, source: str, wide: torch.dtype) -> Tensor:
@@ -37,6 +54,8 @@ def measure_spectra(
     with reporter.bar(sum(math.prod(task.shape) for task in matrices)) as progress:
         done = 0
         for task in matrices:
+            if stop.is_set():
+                break
             sources = dict(task.sources)
             dtypes = {subject.checkpoints[model].tensors[source].dtype for model, source in task.sources}
             wide = torch.float64 if "F64" in dtypes else torch.float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,17 @@ from skillmerge.checkpoints.kinds.skill import SKILL_FILE
 from skillmerge.checkpoints.model_config import contradictions
 from skillmerge.checkpoints.schemes import is_path, open_store, parse_place
 from skillmerge.errors import UsageError
-from skillmerge.methods.terms import Leaf, Scaled, Sum, Term, base_and_difference, expand_skills, model_of, weights
+from skillmerge.methods.terms import (
+    Leaf,
+    Scaled,
+    Sum,
+    Term,
+    base_and_difference,
+    degree,
+    expand_skills,
+    model_of,
+    weights,
+)
 from skillmerge.plans.compare.models import compare_models
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.plans.plan import Plan
@@ -37,7 +47,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is inspected. update: v, as factors of models. pair: (after, before), where v is their difference.
+    """What is inspected. update: v, as factors of models. pair: (after, before), where v is their difference, or where
+    that is subtracted and v is before - after.
     against: the model whose weights v is compared with. target, reference: k is their difference.
     difference: v as a term that is added to `target` (or subtracted), for the forecast."""
 
@@ -178,7 +189,7 @@ def subject_of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subj
     if not update:
         what = f"is `{target}` itself" if target else "comes to nothing"
         raise recipe.error(("merge",), f"the expression {what}: there is no update to inspect")
-    pair = _pair(update, recipe)
+    pair = _whole_pair(update, _differences(plain, target) or [])
     before = _real(pair, recipe, 1)
     seen: dict[str, Any] = {
         "by_tensor": by_tensor,
@@ -197,41 +208,103 @@ def subject_of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subj
 def _parts(term: Term | None, target: str | None, recipe: Recipe) -> tuple[Part, ...]:
     """The differences that a formula adds up, `(a - base)` and `(b - base)`, each without the number in front of it.
 
-    None where it does not add up several. A formula without parentheses is read from the left: models belong together
-    until they come to a difference.
+    None where it does not add up several.
     """
+    written = _differences(term, target)
+    roots = _roots(written, recipe)
     found: dict[tuple[tuple[str, float], ...], Part] = {}
-    together: dict[str, float] = {}
+    for difference in written or ():
+        update = difference.update
+        pair = _pair(update, difference.before(roots))
+        before = _real(pair, recipe, 1)
+        part = Part(told_update(update), update, pair if before else None, before or target)
+        found.setdefault(tuple(sorted(update.items())), part)
+    return tuple(found.values()) if len(found) > 1 else ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """Models of a formula that come to a difference, in their order, with the numbers in front of them; turned: it
+    stands in parentheses that a minus, or a negative number, turns around."""
+
+    factors: Mapping[str, float]
+    turned: bool
+
+    @property
+    def is_added(self) -> bool:
+        return next(factor for factor in self.factors.values() if factor) > 0
+
+    @property
+    def update(self) -> dict[str, float]:
+        """The same, the largest factor being 1."""
+        most = max(abs(factor) for factor in self.factors.values())
+        return {model: factor / most for model, factor in self.factors.items() if factor}
+
+    def before(self, roots: Collection[str]) -> str | None:
+        """Of a difference of two models the one that the other was trained from, as far as the text says it.
+
+        `a - b` is b. `- (c - d)` is d, and `- c + d` is c, but a model that an added update is cut from (roots) is what
+        this one is cut from too: in `(a - base) - (base - c)` that is base.
+        """
+        update = self.update
+        if sorted(update.values()) != [-1.0, 1.0]:
+            return None
+        added, subtracted = sorted(update, key=lambda model: -update[model])
+        known = [model for model in (added, subtracted) if model in roots]
+        if self.is_added:
+            return subtracted
+        return known[0] if len(known) == 1 else added if self.turned else subtracted
+
+
+def _whole_pair(update: Mapping[str, float], written: Sequence[_Difference]) -> tuple[str, str] | None:
+    """(after, before) of all of an update. `(a - base) - (c - base)` has none, as neither a nor c was cut from the
+    other."""
+    if len({tuple(sorted(it.update.items())) for it in written}) == 1:
+        return _pair(update, written[0].before(()))
+    return _pair(update) if all(it.is_added for it in written) else None
+
+
+def _roots(written: Sequence[_Difference] | None, recipe: Recipe) -> set[str]:
+    """The models that updates are cut from which a formula adds as they are written."""
+    added = (it.before(()) for it in written or () if it.is_added)
+    return {model for model in added if model is not None and model_of(model) not in recipe.skills}
+
+
+def _differences(term: Term | None, target: str | None) -> list[_Difference] | None:
+    """The differences that are added to the target, or None where something else is left.
+
+    A formula without parentheses is read from the left: models belong together until they come to a difference.
+    """
     leaves = list(_leaves(term)) if term is not None else []
     if target is not None:  # what they are added to: the target, or else the first whole model
         whole = [leaf for leaf in leaves if leaf[1] == 1]
         base = next((leaf for leaf in whole if leaf[0] == target), whole[0] if whole else None)
         if base is not None:
             leaves.remove(base)
-    for model, factor in leaves:
+    found: list[_Difference] = []
+    together: dict[str, float] = {}
+    for model, factor, turned in leaves:
         together[model] = together.get(model, 0.0) + factor
         if abs(sum(together.values())) > 1e-12:
             continue
-        most = max(abs(factor) for factor in together.values())
-        update = {model: factor / most for model, factor in together.items() if factor}
-        if update:
-            pair = _pair(update, recipe)
-            before = _real(pair, recipe, 1)
-            part = Part(told_update(update), update, pair if before else None, before or target)
-            found.setdefault(tuple(sorted(update.items())), part)
+        if any(together.values()):
+            found.append(_Difference(together, turned))
         together = {}
-    return tuple(found.values()) if len(found) > 1 and not together else ()
+    return found if not together else None
 
 
-def _leaves(term: Term, by: float = 1.0) -> Iterator[tuple[str, float]]:
-    """The models of a formula from left to right, each with the number in front of it."""
+def _leaves(term: Term, by: float = 1.0, turned: bool = False) -> Iterator[tuple[str, float, bool]]:
+    """The models of a formula from left to right, each with the number in front of it, and whether the difference that
+    it stands in is turned around."""
+    if degree(term) == 0:
+        turned = by < 0
     if isinstance(term, Leaf):
-        yield term.model, by
+        yield term.model, by, turned
     elif isinstance(term, Scaled):
-        yield from _leaves(term.inner, by / term.factor if term.divide else by * term.factor)
+        yield from _leaves(term.inner, by / term.factor if term.divide else by * term.factor, turned)
     else:
-        yield from _leaves(term.left, by)
-        yield from _leaves(term.right, -by if term.minus else by)
+        yield from _leaves(term.left, by, turned)
+        yield from _leaves(term.right, -by if term.minus else by, turned)
 
 
 def told_update(factors: Mapping[str, float]) -> str:
@@ -250,6 +323,8 @@ def _split(term: Term | None, plan: Plan) -> tuple[str | None, Term | None, bool
     if plan.makes_skill:
         return None, None, False
     found = base_and_difference(term) if term is not None else None
+    if isinstance(term, Sum) and not isinstance(term.left, Leaf) and weights(term).get(plan.donor) == 1:
+        found = found if found is not None and found[0] == plan.donor else None  # `target - sft + rl`
     return found if found is not None else (plan.donor, None, False)
 
 
@@ -272,10 +347,12 @@ def _is_scaled(recipe: Recipe, target: str | None) -> bool:
     return max(by) - min(by) <= 1e-12 * max(map(abs, by))
 
 
-def _pair(update: Mapping[str, float], recipe: Recipe) -> tuple[str, str] | None:
-    """(after, before), where the update is the plain difference of two models."""
-    ordered = sorted(update.items(), key=lambda item: -item[1])
-    return (ordered[0][0], ordered[1][0]) if [factor for _, factor in ordered] == [1.0, -1.0] else None
+def _pair(update: Mapping[str, float], before: str | None = None) -> tuple[str, str] | None:
+    """(after, before), where the update is the plain difference of two models, either way round."""
+    ordered = sorted(update, key=lambda model: -update[model])
+    if [update[model] for model in ordered] != [1.0, -1.0]:
+        return None
+    return (ordered[1], ordered[0]) if ordered[0] == before else (ordered[0], ordered[1])
 
 
 def _real(pair: tuple[str, str] | None, recipe: Recipe, index: int) -> str | None:

@@ -88,10 +88,11 @@ def _row(subject: Subject, name: str, found: Sequence[_Found]) -> Row:
         tuple(add_up(tiles) for tiles in zip(*(tile.beside for tile in found), strict=True)),
     )
     grains = {model: joined(tile.grains[model] for tile in found) for model in found[0].grains}
-    updates = [(row.update, subject.factors(name))]
-    updates += [(update, part.update) for update, part in zip(row.parts, subject.parts, strict=True)]
-    for update, factors in updates:
-        inside = {model: factor for model, factor in factors.items() if factor}
+    updates = [(row.update, subject.factors(name), subject.pair)]
+    updates += [(update, part.update, part.pair) for update, part in zip(row.parts, subject.parts, strict=True)]
+    for update, factors, pair in updates:
+        by = -1.0 if pair is not None and factors[pair[0]] < 0 else 1.0  # of a skill that is subtracted, the skill
+        inside = {model: by * factor for model, factor in factors.items() if factor}
         if inside.keys() <= grains.keys():
             update.set_rounding(input_rounding({model: grains[model] for model in inside}, inside))
     return row
@@ -163,7 +164,7 @@ class _Measure:
             pair,
             [_measured(one, pieces, part.against, part.pair) for one, part in zip(single, subject.parts, strict=True)],
             [measure_pair(one, other) for one, other in combinations(single, 2)],
-            {model: grain_of(pieces[model]) for model in subject.numbers_of},
+            {model: it for model in subject.numbers_of if (it := grain_of(pieces[model])) is not None},
             Forecast(),
         )
 

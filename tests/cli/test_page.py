@@ -262,3 +262,40 @@ def test_docs_say_what_the_figures_mean() -> None:
         assert figure.formula.replace("|", "\\|") in docs
         assert figure.meaning in docs
         assert figure.source in docs
+
+
+def shapes_of_all_kinds() -> dict[str, tuple[int, ...]]:
+    block = {"self_attn.q_proj": (8, 8), "mlp.up_proj": (8, 8), "input_layernorm": (8,), "extra.thing": (8, 8)}
+    layers = {f"model.layers.{layer}.{name}.weight": shape for layer in (3, 10) for name, shape in block.items()}
+    return {"model.embed_tokens.weight": (16, 8), **layers, "lm_head.weight": (16, 8)}
+
+
+def test_report_shows_what_stands_in_backticks_as_code(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        write_checkpoint(tmp_path / name, random_tensors({"model.layers.0.mlp.up_proj.weight": (8, 8)}, seed=seed))
+    assert run_cli("inspect", "a", "b", "--report", "page.html", cwd=tmp_path).returncode == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "<b>warning</b> <code>model.layers.0.mlp.up_proj.weight</code> changes by " in text
+
+
+def test_report_has_a_lambda_where_the_recipe_has_none(tmp_path: Path) -> None:
+    recipe = write_family(tmp_path, shapes_of_all_kinds())
+    write_recipe(tmp_path, "(1 - lam) * target + lam * rl", models={"target": "target", "rl": "rl"})
+    assert run_cli("apply", recipe, "--report", tmp_path / "page.html").returncode == 0
+    text = (tmp_path / "page.html").read_text()
+    rounding = text.partition("<h2>What rounding did</h2>")[2].partition("</section>")[0]
+    assert "<td>mlp</td><td>1</td>" in rounding
+    assert "–" not in rounding
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_maps_of_six_kinds_are_whole_at_1000_pixels(tmp_path: Path) -> None:
+    recipe = write_family(tmp_path, shapes_of_all_kinds())
+    assert run_cli("apply", recipe, "--report", tmp_path / "page.html").returncode == 0
+    cut = """<script>document.title = "cut: " + [...document.querySelectorAll(".maps .scroll, .maps > *")]
+      .filter((it) => it.scrollWidth > it.clientWidth + 1).length;</script>"""
+    page = tmp_path / "tried.html"
+    page.write_text((tmp_path / "page.html").read_text().replace("</body>", cut + "</body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--window-size=1000,900", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert "<title>cut: 0</title>" in shown

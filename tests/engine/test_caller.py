@@ -14,12 +14,16 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import random_tensors, tensor_shapes, weights, write_checkpoint, write_recipe
+from conftest import random_tensors, read_checkpoint, tensor_shapes, weights, write_checkpoint, write_recipe
 
 import skillmerge
-from skillmerge.bits import settle_thread
+from skillmerge.bits import memory_of, settle_thread
 from skillmerge.engine.shards import _Run
 from skillmerge.engine.worker import Worker
+from skillmerge.plans.opening import Access
+from skillmerge.recipes.parse import load
+from skillmerge.reporter import Reporter
+from skillmerge.verbs.sweep.in_memory import MergedModel
 
 
 def subnormal(dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -68,6 +72,15 @@ MODES: dict[str, Callable[[], Any]] = {
     ),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "no-grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "matmul-precision": lambda: having(
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
+    ),
+    "reduced-precision": lambda: having(
+        lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        lambda value: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", value),
+        False,
+    ),
     "numpy-errors": lambda: numpy.errstate(all="raise"),
     "locale": lambda: having(
         lambda: locale.setlocale(locale.LC_ALL), lambda value: locale.setlocale(locale.LC_ALL, value), "C"
@@ -93,6 +106,34 @@ def test_callers_settings_change_no_byte(recipe: Path, tmp_path: Path, mode: str
         found = all_bytes(recipe, tmp_path / "odd")
     del wanted["adapter"]["adapter_config.json"], found["adapter"]["adapter_config.json"]
     assert found == wanted
+
+
+ABOUT_THE_CALLER = ["flush-denormal", "default-device", "default-dtype", "autocast", "inference", "matmul-precision"]
+
+
+@pytest.mark.parametrize("mode", ABOUT_THE_CALLER)
+def test_callers_settings_change_no_spectrum(tmp_path: Path, mode: str) -> None:
+    for seed, name in enumerate(("rl", "sft")):
+        write_checkpoint(tmp_path / name, {"w": subnormal(torch.float32, seed)})
+    wanted = skillmerge.inspect(str(tmp_path / "sft"), str(tmp_path / "rl"), stats="off", spectral=2).as_dict()
+    with MODES[mode]():
+        found = skillmerge.inspect(str(tmp_path / "sft"), str(tmp_path / "rl"), stats="off", spectral=2).as_dict()
+    assert found == wanted
+    assert wanted["spectra"]
+
+
+@pytest.mark.parametrize("mode", ABOUT_THE_CALLER)
+def test_callers_settings_change_no_weight_in_memory(tmp_path: Path, demo: Path, mode: str) -> None:
+    pytest.importorskip("transformers")
+    names = {"target": "target-sft", "rl": "source-rl", "sft": "source-sft"}
+    recipe = load(write_recipe(tmp_path, models={key: str(demo / name) for key, name in names.items()}))
+    wanted = read_checkpoint(skillmerge.apply(recipe, tmp_path / "out", device="cpu").output)
+    with MODES[mode]():
+        model = MergedModel(recipe, Access(), "cpu", Reporter())
+        model.use(recipe)
+        found = {name: bytes(memory_of(value.data.contiguous())) for name, value in model.model.named_parameters()}
+        model.close()
+    assert found == {name: bytes(memory_of(value)) for name, value in wanted.items()}
 
 
 def threads_of_a_new_thread() -> int:

@@ -24,12 +24,31 @@ from skillmerge.engine.measures.input_rounding import (
 )
 from skillmerge.naming import module_kind
 from skillmerge.study.inspect import inspect
+from skillmerge.tensors import DTYPES, DType
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
 def exact(count: int = 100_000) -> torch.Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 0.02
+
+
+def grain(values: torch.Tensor) -> Grain:
+    found = grain_of(values)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_every_dtype_has_a_grain_or_none(dtype: DType) -> None:
+    if dtype.torch_name is None:
+        pytest.skip("torch has no such dtype")
+    stored = getattr(torch, dtype.torch_name)
+    for bits in (torch.zeros(64, dtype=torch.uint8), torch.full((64,), 1, dtype=torch.uint8)):
+        found = grain_of(bits.view(stored))
+        assert (found is None) == (dtype.kind != "float")
+        assert found is None or (found.dtype, precision_of(found)) == (dtype.torch_name, dtype.torch_name)
+    assert grain_of(torch.zeros(0, dtype=stored)) == (Grain(dtype.torch_name) if dtype.kind == "float" else None)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -39,38 +58,38 @@ def test_expected_error_is_the_error_of_a_cast_however_it_is_stored(dtype: str, 
     if NARROW[stored].itemsize < cast.itemsize or {dtype, stored} == {"bfloat16", "float16"}:
         pytest.skip("does not fit")
     lost = float(((cast.double() - exact()) ** 2).sum())
-    grain = grain_of(cast.to(NARROW[stored]))
-    assert squared_error(grain) == pytest.approx(lost, rel=0.02)
-    assert precision_of(grain) == dtype
-    assert told_precision(grain) == (dtype if dtype == stored else f"{dtype} in {stored}")
+    made = grain(cast.to(NARROW[stored]))
+    assert squared_error(made) == pytest.approx(lost, rel=0.02)
+    assert precision_of(made) == dtype
+    assert told_precision(made) == (dtype if dtype == stored else f"{dtype} in {stored}")
 
 
 def test_numbers_that_are_bfloat16_in_float16_are_told_apart_from_subnormal_ones() -> None:
-    assert precision_of(grain_of(exact().bfloat16().half())) == "bfloat16"
+    assert precision_of(grain(exact().bfloat16().half())) == "bfloat16"
 
 
 @pytest.mark.parametrize("values", [torch.ones(1000), torch.zeros(1000), torch.tensor([0.5, 2.0, 1.5])])
 def test_numbers_that_use_no_bits_show_no_cast(values: torch.Tensor) -> None:
-    assert told_precision(grain_of(values)) == "float32"
+    assert told_precision(grain(values)) == "float32"
 
 
 def test_one_element_more_decides_for_the_whole_tensor() -> None:
     cast, odd = exact().bfloat16().float(), torch.tensor([0.1])
-    assert precision_of(joined([grain_of(cast), grain_of(cast)])) == "bfloat16"
-    assert precision_of(joined([grain_of(cast), grain_of(odd)])) == "float32"
+    assert precision_of(joined([grain(cast), grain(cast)])) == "bfloat16"
+    assert precision_of(joined([grain(cast), grain(odd)])) == "float32"
 
 
 def test_pieces_add_up_to_the_whole() -> None:
-    whole = grain_of(exact().bfloat16())
-    pieces = joined(grain_of(piece) for piece in exact().bfloat16().split(4096))
+    whole = grain(exact().bfloat16())
+    pieces = joined(grain(piece) for piece in exact().bfloat16().split(4096))
     assert squared_error(pieces) == pytest.approx(squared_error(whole), rel=1e-6)
     assert pieces.used == whole.used
 
 
 def test_factors_count_by_their_squares() -> None:
-    grain = Grain("bfloat16", 0x7F, (1.0,))
-    found = input_rounding({"a": grain, "b": grain, "c": grain}, {"a": 0.5, "b": 2.0, "c": -1.0})
-    unit = squared_error(grain)
+    made = Grain("bfloat16", 0x7F, (1.0,))
+    found = input_rounding({"a": made, "b": made, "c": made}, {"a": 0.5, "b": 2.0, "c": -1.0})
+    unit = squared_error(made)
     assert found.of_all == pytest.approx((0.25 + 4 + 1) * unit)
     assert found.of_added == pytest.approx((0.25 + 4) * unit)
 

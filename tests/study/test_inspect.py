@@ -289,10 +289,10 @@ def test_what_is_left_out_is_named_with_the_reason(tmp_path: Path) -> None:
         inspect(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
-def test_quantised_weights_are_refused(tmp_path: Path) -> None:
-    for name in ("a", "b"):
+def test_quantised_weights_that_differ_are_refused(tmp_path: Path) -> None:
+    for value, name in enumerate(("a", "b")):
         norm = {"model.norm.weight": torch.ones(4)}
-        write_checkpoint(tmp_path / name, {"w": torch.ones(4, 4).to(torch.float8_e4m3fn), **norm})
+        write_checkpoint(tmp_path / name, {"w": torch.full((4, 4), value).to(torch.float8_e4m3fn), **norm})
     with pytest.raises(InputError, match="is quantized"):
         inspect(str(tmp_path / "a"), str(tmp_path / "b"))
 

@@ -36,6 +36,16 @@ def skills(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of one tensor whose norms tell them apart."""
+    folder = tmp_path_factory.mktemp("sizes")
+    for seed, (name, size) in enumerate({"target": 1.0, "base": 2.0, "m": 4.0, "c": 8.0}.items()):
+        write_checkpoint(folder / name, random_tensors({"w": (8, 8)}, torch.bfloat16, seed, size))
+    skillmerge.extract(str(folder / "m"), str(folder / "base"), folder / "math")
+    return folder
+
+
 def vector(folder: Path, after: str, kind: str) -> Any:
     a, b = (read_checkpoint(folder / name) for name in (after, "base"))
     names = [name for name in sorted(a) if kind in ("all", module_kind(name))]
@@ -112,6 +122,71 @@ def test_recipe_of_one_update_is_shown_as_before(skills: Path, formula: str) -> 
     found = inspect(write_recipe(skills, formula, models=models, coefficients=factors), stats="off")
     assert (found.updates, found.pairs) == ({}, [])
     assert not {"updates", "pairs"} & set(found.as_dict())
+
+
+@pytest.mark.parametrize(
+    ("formula", "expected"),
+    [
+        ("target + (m - base) - (c - base)", {"m - base": "base", "base - c": "base"}),
+        ("target + (m - base) - 0.5 * (c - target)", {"m - base": "base", "target - c": "target"}),
+        ("target + (m - base) + (-0.5) * (c - target)", {"m - base": "base", "target - c": "target"}),
+        ("target + (m - base) - b * (c - target)", {"m - base": "base", "target - c": "target"}),
+        ("target + (m - base) - (c - target) / 3", {"m - base": "base", "target - c": "target"}),
+        ("target - ((m - base) - (c - target))", {"base - m": "base", "c - target": "target"}),
+        ("target - 2 * ((m - base) + 0.5 * (c - target))", {"base - m": "base", "target - c": "target"}),
+        ("target + m - base - c + base", {"m - base": "base", "base - c": "base"}),
+        ("target - base + m - (c - base)", {"m - base": "base", "base - c": "base"}),
+        ("target - (base - m) + (c - base)", {"m - base": "base", "c - base": "base"}),
+        ("target + (m - base) - (c - target) + 0 * (m - c)", {"m - base": "base", "target - c": "target"}),
+        ("target - math - (c - base)", {"- math": "target", "base - c": "base"}),
+    ],
+)
+def test_each_update_is_seen_beside_what_it_was_cut_from(sizes: Path, formula: str, expected: dict[str, str]) -> None:
+    """Also one that is subtracted: its weights are of another size than those of the model that was tuned."""
+    models: dict[str, Any] = {name: name for name in ("target", "m", "c", "base") if re.search(rf"\b{name}\b", formula)}
+    models |= {"math": {"skill": "math"}} if "math" in formula else {}
+    factors = {"b": -0.5} if "b *" in formula else None
+    found = inspect(write_recipe(sizes, formula, models=models, coefficients=factors), stats="off")
+    assert list(found.updates) == list(expected)
+    for label, before in expected.items():
+        row = found.updates[label]["all"]
+        weight = np.linalg.norm(read_checkpoint(sizes / before)["w"].double().numpy())
+        assert row["norm"] / row["norm_ratio"] == pytest.approx(weight), label
+
+
+@pytest.mark.parametrize(
+    ("formula", "before", "reference"),
+    [
+        ("target - (c - base)", "base", "base"),
+        ("target - b * (c - base)", "base", "base"),
+        ("target - 0.5 * (c - base)", "base", "base"),
+        ("target - base + c", "base", "base"),
+        ("target - (c - target)", "target", None),
+        ("target + (m - base) - (c - base)", "target", None),
+    ],
+)
+def test_update_that_is_subtracted_is_seen_beside_what_it_was_cut_from(
+    sizes: Path, formula: str, before: str, reference: str | None
+) -> None:
+    models = {name: name for name in ("target", "m", "c", "base") if re.search(rf"\b{name}\b", formula)}
+    factors = {"b": 0.5} if "b *" in formula else None
+    found = inspect(write_recipe(sizes, formula, models=models, coefficients=factors), stats="off")
+    weight = np.linalg.norm(read_checkpoint(sizes / before)["w"].double().numpy())
+    assert found.total["norm"] / found.total["norm_ratio"] == pytest.approx(weight)
+    assert found.second == (f"target - {reference}" if reference else None)
+
+
+@pytest.mark.parametrize("formula", ["target - (c - base)", "target + (m - base) - (c - base)"])
+def test_floor_of_the_tuned_model_is_that_of_an_update_that_is_subtracted_too(sizes: Path, formula: str) -> None:
+    models = {name: name for name in ("target", "m", "c", "base") if re.search(rf"\b{name}\b", formula)}
+    found = inspect(write_recipe(sizes, formula, models=models, coefficients=None), stats="off")
+    row = found.updates["base - c"]["all"] if found.updates else found.total
+    wanted = inspect(str(sizes / "base"), str(sizes / "c"), stats="off").total
+    for key in ("ulps", "changed", "norm", "norm_ratio", "input_rounding", "input_rounding_added"):
+        assert row[key] == wanted[key], key
+    tuned = read_checkpoint(sizes / "c")["w"].double().numpy()
+    unit = 2.0 ** (np.floor(np.log2(np.abs(tuned))) - 7)
+    assert row["input_rounding_added"] == pytest.approx(np.sqrt((unit**2).sum() / 12) / row["norm"])
 
 
 def test_subtracted_skill_points_the_other_way(skills: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from conftest import run_cli, write_family, write_recipe
 
 from skillmerge.errors import CheckFailed, ResourceError
+from skillmerge.study.loads import tokenizer_probe
 from skillmerge.study.loads.loading import check_tokenizer
 from skillmerge.study.loads.tokenizer_probe import TEXTS, probe
 from skillmerge.verbs.demo.miniature import FAMILY
@@ -285,6 +286,7 @@ def test_errors_of_a_library_are_told_apart(
         raise error
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(tokenizer_probe, "find_spec", lambda name: None)  # whatever is installed here
     assert {"lacks", "machine", "why"} & probe(save(), None).keys() == {key}
 
 

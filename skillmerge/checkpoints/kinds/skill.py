@@ -79,12 +79,14 @@ def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Difference:
 
 @dataclass(frozen=True, slots=True)
 class _Description:
-    """What `skill.json` says. tensors: name, shape, file, and the dtype of each plane; configs: one for each plane."""
+    """What `skill.json` says. tensors: name, shape, file, and the dtype of each plane; configs: one for each plane;
+    same: see `Checkpoint`."""
 
     digest: bytes
     tensors: list[tuple[str, tuple[int, ...], str, tuple[str, str]]]
     configs: tuple[Mapping[str, Any], Mapping[str, Any]]
     files: list[str]
+    same: frozenset[str]
 
 
 def _describe(store: Store) -> _Description:
@@ -96,18 +98,19 @@ def _describe(store: Store) -> _Description:
     try:
         tensors = [_described(name, item) for name, item in document["tensors"].items()]
         plus, minus = (document["configs"][plane] for plane in PLANES)
-        files = list(document["files"])
+        files, same = list(document["files"]), document.get("same", [])
         if (
             not files
             or len(set(files)) != len(files)
             or not all(isinstance(config, dict) for config in (plus, minus))
-            or not all(isinstance(name, str) for name in files)
+            or not isinstance(same, list)
+            or not all(isinstance(name, str) for name in (*files, *same))
         ):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: does not describe a skill ({error})", fix="the skill is damaged") from error
     digest = hashlib.sha256(store.read_small(SKILL_FILE, _MAX_DOCUMENT)).digest()
-    return _Description(digest, tensors, (plus, minus), files)
+    return _Description(digest, tensors, (plus, minus), files, frozenset(same))
 
 
 def _plane(
@@ -131,7 +134,7 @@ def _plane(
         )
         for file, header in headers.items()
     }
-    return SkillPlane(uri, store, described.configs[number], entries, files)
+    return SkillPlane(uri, store, described.configs[number], entries, files, described.same)
 
 
 def _described(name: str, item: Mapping[str, Any]) -> tuple[str, tuple[int, ...], str, tuple[str, str]]:

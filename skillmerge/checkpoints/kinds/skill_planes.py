@@ -45,9 +45,11 @@ class SkillPlane(Checkpoint):
         config: Mapping[str, Any],
         entries: Mapping[str, Entry],
         files: Mapping[str, WeightFile],
+        same: frozenset[str],
     ) -> None:
         tensors = {name: entry.spec for name, entry in entries.items()}
         super().__init__(uri, store.at, store, config, tensors, files)
+        self.same = same
         self._entries = entries
         self._starts: dict[tuple[str, int], list[Tensor]] = {}
         self._recent: OrderedDict[str, bytearray] = OrderedDict()

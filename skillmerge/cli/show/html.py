@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from typing import Any
 
 from skillmerge.cli.show.figures import Figure
@@ -11,6 +12,11 @@ from skillmerge.naming import layer_label, module_kind
 
 def escaped(value: Any) -> str:
     return html.escape(str(value), quote=True)
+
+
+def prose(value: Any) -> str:
+    """A message: what stands in backticks is code."""
+    return re.sub(r"`([^`\n]+)`", r"<code>\1</code>", escaped(value))
 
 
 def abbreviated(figure: Figure) -> str:

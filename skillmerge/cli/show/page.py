@@ -14,7 +14,7 @@ from skillmerge.cli.show import tables
 from skillmerge.cli.show.charts import chart
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL, show
 from skillmerge.cli.show.heat_maps import maps_section
-from skillmerge.cli.show.html import abbreviated, escaped
+from skillmerge.cli.show.html import abbreviated, escaped, prose
 from skillmerge.cli.show.page_remarks import remarks_section
 from skillmerge.cli.show.page_table import tensor_table
 from skillmerge.engine.rounding_statistics import Group, Statistics
@@ -106,8 +106,8 @@ def _cards(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspect
     if inspection is not None:
         what = f"<p>The update: <code>{escaped(inspection.update)}</code>"
         what += f"; the second: <code>{escaped(inspection.second)}</code></p>" if inspection.second else "</p>"
-        what += "".join(f"<p><b>warning</b> {escaped(remark.message)}</p>" for remark in inspection.remarks)
-        what += "".join(f"<p>{escaped(note)}</p>" for note in inspection.notes)
+        what += "".join(f"<p><b>warning</b> {prose(remark.message)}</p>" for remark in inspection.remarks)
+        what += "".join(f"<p>{prose(note)}</p>" for note in inspection.notes)
     return f'<section>{what}<ul class="cards">{items}</ul></section>'
 
 
@@ -195,9 +195,10 @@ def _rounding(statistics: Statistics) -> str:
     rows = []
     for name, group in statistics.rows:
         if group.changed is not None:
+            asked, realised = group.lambdas or (None, None)
             figures = (
-                show(group.asked_lambda, "number"),
-                show(group.realised_lambda, "number"),
+                show(asked, "number"),
+                show(realised, "number"),
                 show(group.vanished, "share"),
                 show(group.changed, "share"),
             )

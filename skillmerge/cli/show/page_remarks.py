@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from skillmerge.cli.show import tables
-from skillmerge.cli.show.html import escaped
+from skillmerge.cli.show.html import escaped, prose
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.plans.plan import Plan
 
@@ -25,7 +25,7 @@ def remarks_section(plan: Plan | None, manifest: ManifestBody | None) -> str:
 
 
 def _items(kind: str, messages: Iterable[str]) -> str:
-    return "".join(f'<li class="{kind}"><b>{kind}</b> {escaped(message)}</li>' for message in messages)
+    return "".join(f'<li class="{kind}"><b>{kind}</b> {prose(message)}</li>' for message in messages)
 
 
 def _compared(plan: Plan) -> str:

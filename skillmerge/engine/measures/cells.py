@@ -10,12 +10,22 @@ sections 6.3 and 6.10) whose square is
 
     KURTOSIS * sum w^2 <u, u> <e, e> / n / (sum w <u, u>)^2        with e = d - R u, n the elements with u != 0
 
+    + RUNS^2 * sum (w <u, u>)^2 (1 - f) / k / (sum w <u, u>)^2    with f the share read, k the blocks that it is in
+
 <u, u> <e, e> / n stands for the sum of (u e)^2, which is not kept. The two are equal where the sizes of u and e have
-nothing to do with each other; where e grows with u, the sum is up to KURTOSIS times as large (3 of normal numbers). A
-cell is off where R is further than DEVIATION from 1 even after SIGMAS standard errors, which happens by chance in fewer
-than one cell of 700, and only where at least LEAST elements with an update were read: of fewer, a mean and its error
-say little. Cells that were read whole are treated alike: the question is whether rounding takes part of such an update,
-not how the last bits of 64 elements happened to fall.
+nothing to do with each other; where e grows with u, the sum is up to KURTOSIS times as large (3 of normal numbers).
+
+That takes elements for independent, and what was sampled is blocks of neighbors: a few rows, whose weights may be of
+another size than those of other rows, so that rounding does something else to them. Blocks are the units then (Cochran,
+section 9.2), but of most tensors only one or two are read, which do not show how far blocks differ. It is taken to be
+by RUNS, as a standard deviation. Rows whose weights and whose updates both have sizes of exp(N(0, 0.5^2)), with 6 to 64
+rows in a block, make it 0.1 at most; with rows alike it is nearly 0. Where one block was read, a cell is off below a
+share of 0.6, with 3 of them below 0.73; in a tensor that was read whole there is nothing to guess.
+
+A cell is off where R is further than DEVIATION from 1 even after SIGMAS standard errors, which happens by chance in
+fewer than one cell of 700, and only where at least LEAST elements with an update were read: of fewer, a mean and its
+error say little. Cells that were read whole are treated alike: the question is whether rounding takes part of such an
+update, not how the last bits of 64 elements happened to fall.
 """
 
 from __future__ import annotations
@@ -27,11 +37,12 @@ from typing import Protocol
 
 from skillmerge.engine.rounding_statistics import Group, Row, TensorStatistics, group
 from skillmerge.naming import MODULE_KINDS, layer_of, module_kind
+from skillmerge.tensors import block_count
 
 DEVIATION = 0.1
 """A realised lambda further than this from the asked one, as a share of it, is worth a warning."""
 
-SIGMAS, KURTOSIS, LEAST = 3.0, 3.0, 100
+SIGMAS, KURTOSIS, RUNS, LEAST = 3.0, 3.0, 0.1, 100
 
 _ORDER = {kind: index for index, kind in enumerate((*MODULE_KINDS, "other"))}
 
@@ -119,7 +130,7 @@ def _cell(label: str, kind: str, rows: Sequence[Row]) -> Cell:
 
 def _error(rows: Iterable[tuple[Row, float | None]], realised: float | None) -> float:
     """The standard error of what these tensors realised of the updates that are, without these factors, u."""
-    spread, energy = [], []
+    spread, apart, energy = [], [], []
     for row, factor in rows:
         statistics = row.statistics
         if statistics is None or realised is None or not factor or not statistics.updated:
@@ -130,9 +141,11 @@ def _error(rows: Iterable[tuple[Row, float | None]], realised: float | None) -> 
         weight, uu, du = statistics.total / statistics.elements, uu / factor / factor, du / factor
         rest = max(0.0, dd - 2 * realised * du + realised * realised * uu)
         spread.append(weight * weight * uu * rest / statistics.updated)
+        apart.append((weight * uu * factor) ** 2 * (1 - 1 / weight) / block_count(statistics.elements))
         energy.append(weight * uu)
     whole = math.fsum(energy)
-    return math.sqrt(KURTOSIS * math.fsum(spread)) / whole if whole else 0.0
+    variance = KURTOSIS * math.fsum(spread) + RUNS * RUNS * math.fsum(apart)
+    return math.sqrt(variance) / whole if whole else 0.0
 
 
 def worst(found: Iterable[Cell]) -> Cell | None:

@@ -42,14 +42,16 @@ class Grain:
     powers: tuple[float, ...] = ()
 
 
-def grain_of(values: Tensor) -> Grain:
-    """Look at elements as they are stored."""
+def grain_of(values: Tensor) -> Grain | None:
+    """Look at elements as they are stored; None where they are no plain floating-point numbers."""
     import torch
 
     from skillmerge.bits import bit_view, fold_sum
     from skillmerge.checkpoints.kinds.sparse import bits_in_use
 
     name = str(values.dtype).removeprefix("torch.")
+    if name not in _MANTISSAS:
+        return None
     mantissa = (1 << _MANTISSAS[name]) - 1
     bits = bit_view(values)
     exponents = bits & (torch.iinfo(bits.dtype).max & ~mantissa)

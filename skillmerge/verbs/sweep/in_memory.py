@@ -124,7 +124,9 @@ class MergedModel:
             self._last = made.manifest.statistics
             kind = getattr(transformers, self._class_name(), transformers.AutoModelForCausalLM)
             try:
-                model = kind.from_pretrained(made.output, dtype="auto").eval().requires_grad_(False).to(self._device)
+                with torch.device("cpu"):  # whatever the caller's default is: transformers refuses `meta`
+                    model = kind.from_pretrained(made.output, dtype="auto")
+                model = model.eval().requires_grad_(False).to(self._device)
                 tokenizer = tokenizer_of(made.output)
             except Exception as error:
                 raise UsageError(
