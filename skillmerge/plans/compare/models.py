@@ -75,7 +75,7 @@ def compare_models(
     files = SmallFiles()
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
     if not foreign:
-        found += compare_tokens(checkpoints, donor, roles, files, carried=dtype is not None and not lenient)
+        found += compare_tokens(checkpoints, donor, roles, files, carried=dtype is not None, lenient=lenient)
     found += check_complete({name: checkpoints[name] for name in names}, donor, files)
     if lenient:
         found = [replace(it, level="warning") if it.level == "problem" else it for it in found]

@@ -22,6 +22,7 @@ from skillmerge.plans.compare.roles import Role, Roles
 NAMED = 8
 """How many tokens a message names."""
 
+_REST = "its tokenizer is compared as far as other files say it"
 _LONGEST = 40
 _SPELLINGS = {"<0x09>": "\t"}
 """One token that Gemma's two tokenizers spell in two ways."""
@@ -61,13 +62,19 @@ class _Models:
 
 
 def compare_tokens(
-    models: Mapping[str, Checkpoint], donor: str, roles: Roles, files: SmallFiles | None = None, *, carried: bool = True
+    models: Mapping[str, Checkpoint],
+    donor: str,
+    roles: Roles,
+    files: SmallFiles | None = None,
+    *,
+    carried: bool = True,
+    lenient: bool = False,
 ) -> list[Compared]:
     """What differs between the tokenizers of the models that count, `accepted` left to the caller.
 
     models: by the names that `roles` has. files: where other comparisons read small files too, the same. carried:
-    whether the output takes the donor's files. Raises InputError for a pointer in the place of one that it takes;
-    StalePlan, TemporaryError.
+    whether the output takes the donor's files. Raises InputError for a pointer in the place of one that it takes,
+    unless lenient; StalePlan, TemporaryError.
     """
     files = files or SmallFiles()
     names = [donor, *(name for name in models if name != donor and roles.get(name, Role()).used)]
@@ -79,7 +86,7 @@ def compare_tokens(
         {name: read_tokenizer(models[name], files, tokens=differ) for name in names},
         _rows(models, donor, roles),
     )
-    for message, fix in known.output.pointers.items() if carried else ():
+    for message, fix in known.output.pointers.items() if carried and not lenient else ():
         raise InputError(message, fix=fix)
     found = [*_unread(known, carried), *_ids(known)]
     if not any(it.name == "tokenizer" and it.level == "problem" for it in found):
@@ -131,13 +138,11 @@ def _unread(known: _Models, carried: bool) -> Iterator[Compared]:
                 continue
             if message in it.pointers and known.role(name).tokens:
                 place = known.checkpoints[name].at.path("x")[:-1]
-                said = (
-                    f"model `{name}`: {message.removeprefix(place)}; its tokens are compared as far as others say them"
-                )
+                said = f"model `{name}`: {message.removeprefix(place)}; {_REST}"
                 values = {name: "a pointer"}
                 yield Compared("tokenizer", "files", it.file, "warning", values, False, said, it.pointers[message])
                 continue
-            said = f"model `{name}`: {message}; its tokenizer is compared as far as other files say it"
+            said = f"model `{name}`: {message}; {_REST}"
             yield Compared(None, "tokenizer", it.file, "note", {name: message}, False, said)
     if any(it.file for it in known.tokenizers.values()):
         for name, it in known.tokenizers.items():

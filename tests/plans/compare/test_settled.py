@@ -148,14 +148,14 @@ def test_pointer_in_place_of_a_side_file_ends_nothing_but_is_told(tmp_path: Path
     output = skillmerge.apply(recipe).output
     assert run_cli("plan", recipe, "--save", saved).returncode == 0
     (tmp_path / "rl" / "tokenizer.json").write_text(POINTER)
-    said = "model `rl`: tokenizer.json: is a Git LFS pointer, not the file itself; its tokens are compared as far as"
+    said = "model `rl`: tokenizer.json: is a Git LFS pointer, not the file itself; its tokenizer is compared as far as"
     planned = run_cli("plan", recipe)
     assert planned.returncode == 0
-    assert f"warning: {said} others say them\n" in planned.stdout
+    assert f"warning: {said} other files say it\n" in planned.stdout
     for command in (("apply", saved, "--output", tmp_path / "out"), ("rebuild", output, "--check")):
         process = run_cli(*command)
         assert process.returncode == 0, process.stderr
-        assert f"warning: {said} others say them\n" in process.stderr
+        assert f"warning: {said} other files say it\n" in process.stderr
     inspected = run_cli("inspect", tmp_path / "sft", tmp_path / "rl")
     assert inspected.returncode == 0
     assert "tokenizer.json: is a Git LFS pointer, not the file itself" in inspected.stderr

@@ -28,9 +28,9 @@ def test_a_pointer_in_the_place_of_a_file_of_the_donor_is_an_error(tmp_path: Pat
 def test_a_pointer_in_the_place_of_a_file_of_another_model_is_a_warning(tmp_path: Path, file: str) -> None:
     """Found by a review: nothing settled it, and the output needs none of these files."""
     (found,) = compared(tmp_path, rl={file: POINTER})
-    message = f"model `rl`: {file}: is a Git LFS pointer, not the file itself; its tokens are compared as far as"
+    message = f"model `rl`: {file}: is a Git LFS pointer, not the file itself; its tokenizer is compared as far as"
     assert (found.level, found.name, found.help) == ("warning", "tokenizer", FETCH)
-    assert found.message == f"{message} others say them"
+    assert found.message == f"{message} other files say it"
 
 
 def test_a_pointer_of_a_model_without_a_part_in_embedding_and_head_is_a_note(tmp_path: Path) -> None:
