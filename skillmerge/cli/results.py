@@ -73,7 +73,7 @@ def write_report(path: str | None, **parts: Any) -> None:
     from skillmerge.cli.show.page import build
 
     try:
-        Path(path).write_text(build(**parts), encoding="utf-8")
+        Path(path).write_text(build(**parts), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}", fix="name another --report") from error
     log("info", f"wrote {path}")
@@ -108,7 +108,7 @@ def write_text(path: Path, text: str) -> None:
     from skillmerge.durable import disk_errors
 
     with disk_errors(path):
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def print_json(document: Any, indent: int | None = None) -> None:

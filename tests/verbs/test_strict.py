@@ -199,7 +199,7 @@ def test_side_file_that_is_none_stops_no_rebuild(tmp_path: Path) -> None:
     output = skillmerge.apply(recipe).output
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
     (tmp_path / "rl" / "tokenizer.json").write_text(pointer)
-    assert run_cli("plan", recipe).returncode == 4
+    assert run_cli("plan", recipe, "--strict").returncode == 4
     for command in (("rebuild", output, "--check"), ("inspect", tmp_path / "sft", tmp_path / "rl")):
         process = run_cli(*command)
         assert process.returncode == 0, process.stderr
