@@ -62,7 +62,8 @@ def test_warning_is_told_wherever_a_run_is_recorded(warned: Path) -> None:
     told = run_cli("plan", warned, "-q").stdout.splitlines()
     assert (told[0].startswith(f"warning: {WARNED}"), told[-2][:5], told[-1]) == (True, "plan ", "1 warning")
     assert not any(line.startswith(("note:", "compared", "output", "reads")) for line in told)
-    assert WARNED in files["report.html"].read_text().replace("&#x27;", "'")
+    report = files["report.html"].read_text().replace("&#x27;", "'")
+    assert WARNED in report.replace("<code>", "`").replace("</code>", "`")
     events = [json.loads(line) for line in files["events.jsonl"].read_text().splitlines()]
     assert [WARNED in event["message"] for event in events if event["event"] == "warning"] == [True]
     assert [WARNED in text for text in manifest.read(warned.parent / "merged").warnings] == [True]
