@@ -272,6 +272,9 @@ def _warnings(
 ) -> Iterator[Remark]:
     """What needs attention, of what the recipe does."""
     yield from _of_recipe(recipe, checkpoints)
+    for name in recipe.used_models():
+        if doubt := checkpoints[name].at.doubt:
+            yield warning(f"model `{name}`: {doubt}", "name the commit or the branch that you mean")
     yield from levelled(recipe, donor, wanted)
     if not recipe.makes_skill:
         yield from driven_apart(donor, tensors)
