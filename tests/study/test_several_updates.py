@@ -229,7 +229,7 @@ def test_what_does_not_go_together_is_told(skills: Path) -> None:
         (("math-rl", "code"), "code is a skill, and .*math-rl is none"),
         (("math", "math"), "the same skill is named twice"),
         (("base", "math-rl", "code-rl"), "3 models: "),
-        ((recipe.name, "math"), "is a file: a recipe is inspected alone"),
+        ((recipe.name, "math"), "is a recipe, which is inspected alone"),
     ):
         with pytest.raises(UsageError, match=message):
             inspect(*(str(skills / name) for name in names))
