@@ -5,6 +5,7 @@ Knows rich, and nothing about what is printed.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -32,9 +33,11 @@ class _Console(Console):
 
 
 def console() -> Console:
-    """Return a console for results, on stdout. Off a terminal it is 120 columns wide."""
+    """Return a console for results, on stdout. Off a terminal it is as wide as COLUMNS says, or 120 columns."""
     clear_status()
-    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
+    given = os.environ.get("COLUMNS", "")
+    width = None if sys.stdout.isatty() else int(given) if given.isdecimal() and int(given) else 120
+    return _Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
 
 
 def Text(text: str, style: str = "") -> RichText:

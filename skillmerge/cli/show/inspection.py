@@ -61,12 +61,12 @@ def _show_details(found: Inspection, rows: Mapping[str, Mapping[str, Any]], out:
         out.print(_figures(f"Rounding of the inputs ({precisions})", rows, _ROUNDING))
     if ulps := listings.ulps(found.total["ulps"]):
         shares = ", ".join(f"{row.label('-')}: {row.share:.1%}" for row in ulps if row.count)
-        out.print(Text(f"changed by units in the last place: {shares}"))
+        out.print(Text(f"\nchanged by units in the last place: {shares}\n"))
     if found.second is not None:
         out.print(_figures(f"Beside the target's own update, {found.second}", rows, FIGURES_OF_TWO))
-        out.print(Text(_CHANCE))
+        out.print(Text(f"\n{_CHANCE}"))
     for key in ("changed", "norm_ratio", "cosine_z"):
-        _show_map(found, key, FIGURES[key].label, out)
+        _show_map(found, key, out)
 
 
 def _show_each(found: Inspection, out: Console) -> None:
@@ -131,7 +131,7 @@ def _figures(
     return table
 
 
-def _show_map(found: Inspection, key: str, what: str, out: Console) -> None:
+def _show_map(found: Inspection, key: str, out: Console) -> None:
     """A small heat map of each stack: kinds of module below each other, layers side by side, on one scale."""
     stacks: dict[str, dict[str, dict[int, float]]] = {}
     for groups in (found.cells, {f"{label} all": row for label, row in found.layers.items()}):
@@ -144,7 +144,8 @@ def _show_map(found: Inspection, key: str, what: str, out: Console) -> None:
         values = [value for row in kinds.values() for value in row.values()]
         layers = sorted({layer for row in kinds.values() for layer in row})
         low, high = min(0.0, *values), max(0.0, *values)
-        scale = f"{number(min(values))} to {number(max(values))}{a_mark(len(layers))}"
-        out.print(Text(f"{what} over {stack} {layers[0]} to {layers[-1]}: {scale}"))
+        unit = FIGURES[key].unit
+        scale = f"{show(min(values), unit)} to {show(max(values), unit)}{a_mark(len(layers))}"
+        out.print(Text(f"\n{FIGURES[key].label} over {stack} {layers[0]} to {layers[-1]}: {scale}"))
         for kind in (kind for kind in (*MODULE_KINDS, "other", "all") if kind in kinds):
             out.print(Text(f"{kind:10} {bars([kinds[kind].get(layer) for layer in layers], low, high)}"))
