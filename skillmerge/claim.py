@@ -43,7 +43,7 @@ class Claim:
     def __init__(self, folder: Path, target: Path, reporter: Reporter) -> None:
         """Create the folder and take it. target: what messages say is being written.
 
-        Raises OutputLocked where another run holds it. Warns where the filesystem has no locks, and notes where it
+        Raises OutputLocked if another run holds it. Warns where the filesystem has no locks, and notes where it
         cannot sync folders.
         """
         self.folder, self._target = folder, target
@@ -61,7 +61,8 @@ class Claim:
             )
 
     def _acquire(self) -> tuple[int, str, bool]:
-        """The lock's descriptor, why it locks nothing, where it does not, and whether the folder's names are durable.
+        """Return the lock's descriptor, why it locks nothing, where it does not, and whether the folder's names are
+        durable.
 
         Raises OutputLocked, OSError.
         """
@@ -99,7 +100,7 @@ class Claim:
             raise
 
     def _is_named(self, descriptor: int) -> bool:
-        """Whether the file that is locked still has the lock's name: its last owner may have removed it."""
+        """Return whether the file that is locked still has the lock's name: its last owner may have removed it."""
         path = self.folder / LOCK_FILE
         try:
             if os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -112,7 +113,7 @@ class Claim:
             return False
 
     def is_mine(self) -> bool:
-        """Whether no other run has taken the folder meanwhile."""
+        """Return whether this run still owns the folder."""
         with disk_errors(self.folder):
             try:
                 return (self.folder / OWNER_FILE).read_bytes() == self._token
@@ -133,7 +134,7 @@ class Claim:
             raise
 
     def check(self) -> None:
-        """Raise OutputLocked where another run has taken the folder meanwhile."""
+        """Raise OutputLocked if another run has taken the folder meanwhile."""
         if not self.is_mine():
             raise OutputLocked(
                 f"another run has taken {self._target} over: this one has stopped, and left it alone",
@@ -164,7 +165,7 @@ class Claim:
 
 
 def _lock(descriptor: int) -> str:
-    """Lock a file. Returns why that cannot be had here, or "". Raises BlockingIOError where it is taken."""
+    """Lock a file. Returns why that cannot be had here, or "". Raises BlockingIOError if it is taken."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -178,17 +179,17 @@ def _lock(descriptor: int) -> str:
 
 @contextmanager
 def hold(folder: Path, reporter: Reporter) -> Iterator[Claim]:
-    """Hold a folder for this run alone. Raises OutputLocked where another run does."""
+    """Hold a folder for this run alone. Raises OutputLocked if another run does."""
     with closing(Claim(folder, folder, reporter)) as claim, claim.working():
         yield claim
 
 
 @contextmanager
 def new_folder(target: Path, reporter: Reporter) -> Iterator[Path]:
-    """A folder to fill, which is called `target` when all is done and does not exist otherwise.
+    """Yield a folder to fill, which is called `target` when all is done and does not exist otherwise.
 
     For outputs that are small beside a merge: nothing is kept of a failed try, and what a killed one left is
-    removed by the next. Raises UsageError where there is something at `target` already; OutputLocked where
+    removed by the next. Raises UsageError if there is something at `target` already; OutputLocked if
     another run fills it; ResourceError.
     """
     with disk_errors(target):

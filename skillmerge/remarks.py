@@ -36,7 +36,7 @@ ACCEPTABLE = {
 class Remark:
     """One warning or note. level: `warning` or `note`. fix: what to do about it.
 
-    name: under which a recipe accepts it, or None where it cannot be accepted. of_recipe: whether the recipe's text is
+    name: under which a recipe accepts it, or None if it cannot be accepted. of_recipe: whether the recipe's text is
     at fault rather than a model: under `--strict` it exits with status 2 rather than 4.
     """
 
@@ -53,6 +53,6 @@ def warning(message: str, fix: str | None = None, *, name: str | None = None, of
 
 
 def count_of(warnings: Iterable[object]) -> str:
-    """Return `2 warnings`, or nothing where there are none."""
+    """Return `2 warnings`, or nothing if there are none."""
     count = len(list(warnings))
     return f"{count} warning{'s' if count > 1 else ''}" if count else ""

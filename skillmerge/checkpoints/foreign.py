@@ -201,7 +201,7 @@ SAVE = "pickles can run code and are never loaded; " + _SAVE
 
 
 def recognised(names: Iterable[str], place: str, local: bool) -> tuple[str, str] | None:
-    """Return what is in a place with these files, and what makes a model of it; None where that is not known.
+    """Return what is in a place with these files, and what makes a model of it; None if that is not known.
 
     local: whether the place is a folder, so that commands can name it.
     """
@@ -220,7 +220,8 @@ def recognised(names: Iterable[str], place: str, local: bool) -> tuple[str, str]
 
 
 def _first(mark: str, names: Iterable[str]) -> str | None:
-    """The first name that a mark's globs match; where one matches in several folders, the last folder by number."""
+    """Return the first name that a mark's globs match; where one matches in several folders, the last folder by
+    number."""
     globs = mark.split("|")
     matching = [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
     return max(matching, key=_by_number) if matching else None

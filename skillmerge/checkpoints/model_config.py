@@ -33,7 +33,7 @@ _MODULE = re.compile(r"\.(weight|qweight|qzeros|SCB|absmax|weight_\w+)(\.[^.]+)*
 
 
 def sections(config: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """The config itself and every table nested in it (`text_config`, `vision_config`), with its name."""
+    """Yield the config itself and every table nested in it (`text_config`, `vision_config`), with its name."""
     yield "", config
     for key, value in config.items():
         if key.endswith("config") and isinstance(value, dict) and key != "quantization_config":
@@ -42,14 +42,14 @@ def sections(config: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether the config says that the output head is the input embedding."""
+    """Return whether the config says that the output head is the input embedding."""
     return any(section.get("tie_word_embeddings") is True for _, section in sections(config))
 
 
 def tied_source(
     name: str, shape: tuple[int, ...], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
 ) -> str | None:
-    """The stored tensor that stands for `name` where the config ties them, or None."""
+    """Return the stored tensor that stands for `name` where the config ties them, or None."""
     if name in tensors or not ties_embeddings(config) or module_kind(name) not in ("head", "embedding"):
         return None
     candidates = [
@@ -61,7 +61,7 @@ def tied_source(
 
 
 def quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The tensors that are no plain numbers, or belong to such, and why.
+    """Return the tensors that are no plain numbers, or belong to such, and why.
 
     Where only the config says that a model is quantized, all of its matrices may be.
     """
@@ -90,7 +90,7 @@ def quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> d
 
 
 def _said_quantised(config: Mapping[str, Any]) -> str | None:
-    """What the config says of quantization, or None."""
+    """Return what the config says of quantization, or None."""
     for where, section in sections(config):
         for key in ("quantization_config", "compression_config", "quantization"):
             details = section.get(key)
@@ -101,7 +101,7 @@ def _said_quantised(config: Mapping[str, Any]) -> str | None:
 
 
 def contradictions(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Where config and shapes cannot both be right, so that no runtime would load the model."""
+    """Return contradictions between config and shapes that keep every runtime from loading the model."""
     return [*_vocabulary(config, tensors), *_blocks(config, tensors)]
 
 

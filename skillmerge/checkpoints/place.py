@@ -68,7 +68,7 @@ class ModelPlace(Protocol):
         """Whether the revision is a commit, which never means anything else."""
 
     def at(self, commit: str) -> ModelPlace:
-        """The same place at a commit."""
+        """Return the same place at a commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Location:
 
 
 def parse_location(uri: str) -> Location:
-    """Raises PlaceError. A revision with a slash in it (but for refs/pr/N) is written with %2F."""
+    """Parse a URI. Raises PlaceError. A revision with a slash in it (except refs/pr/N) is written with %2F."""
     written = uri.removeprefix(_HUB)
     first, _, rest = written.lstrip("/").partition("/")
     if first in _OTHERS:
@@ -144,7 +144,7 @@ def parse_location(uri: str) -> Location:
 
 
 def _model_in(kind: str, rest: str) -> str:
-    """What to write in place of an address that does not begin with an organization."""
+    """Return what to write in place of an address that does not begin with an organization."""
     repository = "/".join(rest.removeprefix("models/").split("/")[:2])
     if kind in ("models", "api") and _REPOSITORY.fullmatch(repository):
         return f"to read the model, write `{_HUB}{repository}`"
@@ -152,7 +152,7 @@ def _model_in(kind: str, rest: str) -> str:
 
 
 def _near(written: str) -> str | None:
-    """What to write for something like a model on the Hub."""
+    """Return what to write for something like a model on the Hub."""
     if _ON_HUB.match(written):
         return instead_on_hub(written)
     if "@" not in written:
@@ -161,12 +161,13 @@ def _near(written: str) -> str | None:
 
 
 def on_hub(uri: str) -> Location | None:
-    """The model on the Hub that a URI names, or None for one elsewhere. Raises PlaceError as `parse_location`."""
+    """Return the model on the Hub that a URI names, or None for one elsewhere. Raises PlaceError as
+    `parse_location`."""
     return parse_location(uri) if uri.startswith(_HUB) else None
 
 
 def instead_on_hub(text: str) -> str | None:
-    """Return what to write for a model on the Hub that was written in another way, or None where it is none."""
+    """Return what to write for a model on the Hub that was written in another way, or None if it is none."""
     match = _ADDRESS.fullmatch(text.strip())
     if match is None or _ON_HUB.match(text.strip()) is None:
         return None
@@ -187,5 +188,6 @@ def instead_on_hub(text: str) -> str | None:
 
 
 def looks_like_repository(text: str) -> bool:
-    """Whether text could be the name of a repository, `org/name` or `org/name@revision`, and is no plain path."""
+    """Return whether text could be the name of a repository, `org/name` or `org/name@revision`, and is no plain
+    path."""
     return _REPOSITORY.fullmatch(text.partition("@")[0]) is not None

@@ -38,5 +38,5 @@ def console() -> Console:
 
 
 def Text(text: str, style: str = "") -> RichText:
-    """Text as it is: no markup in it, no control characters."""
+    """Return text as it is: no markup in it, no control characters."""
     return RichText(visible(text), style=style)

@@ -224,7 +224,7 @@ def _memory() -> dict[str, Any]:
 
 
 def _folder_of(path: Path) -> Path:
-    """The folder, or the nearest one above that is there."""
+    """Return the folder, or the nearest one above that is there."""
     folder = path.absolute()
     while not os.path.isdir(folder):
         folder = folder.parent

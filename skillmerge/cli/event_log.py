@@ -57,7 +57,7 @@ class EventLog:
     """A file, a device or a pipe with a reader, to which events are appended. Safe to call from any thread."""
 
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
-        """Open the file. Raises UsageError where it cannot be written."""
+        """Open the file. Raises UsageError if it cannot be written."""
         self._path, self._complain = path, complain
         self._lock = threading.Lock()
         try:
@@ -98,7 +98,7 @@ class JUnit:
     def __init__(self, path: Path, suite: str) -> None:
         self._path, self._suite = path, _text(suite)
         self._cases: list[tuple[str, str, str]] = []
-        """Name, problem ("" where it passed), and details."""
+        """Name, problem ("" if it passed), and details."""
         self._warnings: list[str] = []
 
     def record(self, name: str, what: dict[str, Any]) -> None:

@@ -45,7 +45,8 @@ def log(level: str, message: str, **fields: Any) -> None:
 
 
 def _fitting(text: str) -> str:
-    """Text with its lines broken between words, where stderr is a terminal; elsewhere a message's lines stay whole."""
+    """Return text with its lines broken between words, where stderr is a terminal; elsewhere a message's lines stay
+    whole."""
     if not sys.stderr.isatty():
         return text
     width = shutil.get_terminal_size().columns

@@ -18,7 +18,7 @@ from skillmerge.errors import UsageError, did_you_mean, some
 class Foreign:
     """Options of other tools that mean one thing here.
 
-    own: the option of ours that does it, which the command must have; "" where no option does. help: what to do.
+    own: the option of ours that does it, which the command must have; "" if no option does. help: what to do.
     commands: where that is true; everywhere by default.
     """
 
@@ -340,7 +340,7 @@ def options_of(command: click.Command) -> list[str]:
 
 
 def _usage(path: str, command: click.Command) -> str:
-    """How to write a command, with all that it needs."""
+    """Return how to write a command, with all that it needs."""
     words = [path]
     for parameter in command.params:
         if isinstance(parameter, click.Argument) and (parameter.required or parameter.nargs == 1):

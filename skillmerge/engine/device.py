@@ -8,7 +8,7 @@ from skillmerge.errors import UsageError
 
 
 def choose_device(asked: str) -> tuple[torch.device, str]:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`, and why. Raises UsageError where it is not there."""
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`, and why. Raises UsageError if it is not there."""
     if asked == "cpu":
         return torch.device("cpu"), "as asked"
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0

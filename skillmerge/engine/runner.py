@@ -32,7 +32,7 @@ class Work:
 
 
 def _whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
-    """Whether something is a whole number of a range; numpy's are too, True is not."""
+    """Return whether something is a whole number of a range; numpy's are too, True is not."""
 
     def fits(value: Any) -> bool:
         try:
@@ -83,7 +83,7 @@ class Room(Protocol):
     """Room on the disk, taken by each shard that is begun. Whoever takes a finished one away gives it back."""
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        """Whether there was room. Raises what keeps finished shards from leaving."""
+        """Return whether there was room. Raises what keeps finished shards from leaving."""
 
 
 @dataclass(frozen=True, slots=True)

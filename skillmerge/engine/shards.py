@@ -156,7 +156,7 @@ class _Run:
         return None
 
     def _take(self, mine: _ShardFile | None) -> tuple[_ShardFile, Span | None] | None:
-        """The next span: of the worker's own shard, of a new one, or of the one with the most left.
+        """Return the next span: of the worker's own shard, of a new one, or of the one with the most left.
 
         None when nothing is left; a shard without weights comes without a span.
         """

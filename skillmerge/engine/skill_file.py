@@ -144,7 +144,7 @@ def _plane_dtypes(tensor: TensorPlan, checkpoints: Mapping[str, Checkpoint]) -> 
 
 
 def _largest_header(start: Mapping[str, Any], shard: ShardPlan, dtypes: Mapping[str, tuple[str, str]]) -> int:
-    """A size for the header, a multiple of 8, that is enough whatever the encodings will be."""
+    """Return a size for the header, a multiple of 8, that is enough whatever the encodings will be."""
     document = dict(start)
     end = 10**15
     for spec in shard.specs:
@@ -158,7 +158,7 @@ def _largest_header(start: Mapping[str, Any], shard: ShardPlan, dtypes: Mapping[
 
 
 def _describe(spec: TensorSpec, file: str, dtypes: tuple[str, str], rows: Sequence[Cut]) -> dict[str, Any]:
-    """What `skill.json` says of a tensor."""
+    """Return what `skill.json` says of a tensor."""
     models = list(dict.fromkeys(model for row in rows for model in row.digests))
     described: dict[str, Any] = {
         "shape": list(spec.shape),
@@ -180,7 +180,8 @@ def _describe(spec: TensorSpec, file: str, dtypes: tuple[str, str], rows: Sequen
 
 
 def _made_of(rows: Sequence[Cut]) -> SkillInput | None:
-    """What is known of the two models of a tensor, the added and the subtracted one; None where they are none."""
+    """Return what is known of the two models of a tensor, the added and the subtracted one; None if they are
+    none."""
     models = list(dict.fromkeys(model for row in rows for model in row.grains))
     if len(models) < 2:
         return None

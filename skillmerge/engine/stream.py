@@ -97,7 +97,7 @@ class Stream:
             self._settled.acquire()
 
     def own(self, make: Callable[[], Resource]) -> Resource:
-        """What the calling thread works with: made when it first asks, closed when the pass is over."""
+        """Return what the calling thread works with: made when it first asks, closed when the pass is over."""
         if not hasattr(self._own, "resource"):
             self._own.resource = self.keep(make())
         resource: Resource = self._own.resource

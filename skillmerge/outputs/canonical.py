@@ -12,13 +12,13 @@ from typing import Any
 
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:
-    """The one form in which a manifest is written: a line per entry of its long lists, so that it can be
+    """Return the one form in which a manifest is written: a line per entry of its long lists, so that it can be
     read by people and compared by diff."""
     return lines_of(pieces_of(document))
 
 
 def pieces_of(document: Mapping[str, Any]) -> dict[str, str | list[str] | None]:
-    """The JSON of each value, and of each item of the lists."""
+    """Return the JSON of each value, and of each item of the lists."""
     return {
         key: [_dump(item) for item in value] if isinstance(value, list) and value else _dump(value)
         for key, value in document.items()

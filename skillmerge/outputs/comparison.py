@@ -14,7 +14,7 @@ _UNCOMPARED = ("tool", "accepted", "warnings")
 
 
 def compare(place: Path, one: ManifestBody, again: ManifestBody) -> None:
-    """Raise CheckFailed where `again` does not say all that `one` says, the version apart; it may say more."""
+    """Raise CheckFailed if `again` does not say all that `one` says, the version apart; it may say more."""
     new = ManifestBody.as_dict(again)
     for key, value in ManifestBody.as_dict(one).items():
         if key not in _UNCOMPARED and not _is_said(value, new[key]):

@@ -84,7 +84,7 @@ class Journal:
         self._lock = threading.Lock()
 
     def read(self) -> list[Row]:
-        """The whole rows; what a crash cut short, and all behind it, is left out."""
+        """Return the whole rows; what a crash cut short, and all behind it, is left out."""
         try:
             content = self.path.read_bytes()
         except OSError:

@@ -251,7 +251,7 @@ def build(
     stats: str,
     input_digests: Mapping[tuple[str, str], str],
 ) -> ManifestBody:
-    """What there is to say of an output before it is sealed; `finished` are the records by shard."""
+    """Return what there is to say of an output before it is sealed; `finished` are the records by shard."""
     recipe, shards = plan.recipe, [finished[shard.file] for shard in plan.shards]
     files = [File(done.file, done.size, done.sha256) for done in shards]
     files += [File(file.name, file.size, file.digest[1]) for file in side_files]
@@ -294,7 +294,7 @@ def _tensors(plan: Plan, measured: Mapping[str, TensorStatistics]) -> tuple[Tens
 
 
 def seal(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> Manifest:
-    """The manifest, with what it was made in and the digest of all of it."""
+    """Return the manifest, with what it was made in and the digest of all of it."""
     log = LogFile(RUN_LOG_FILE, hashlib.sha256(run_log).hexdigest())
     made_in = Environment(**environment, run_log=log)
     document = {**body.as_dict(), "environment": made_in.as_dict()}
@@ -303,7 +303,8 @@ def seal(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> 
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest in `folder`. Raises CheckFailed where there is none or a byte of it was changed, ResourceError."""
+    """Return the manifest in `folder`. Raises CheckFailed if there is none or a byte of it was changed,
+    ResourceError."""
     path = folder / MANIFEST_FILE
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -320,8 +321,8 @@ def read(folder: Path) -> Manifest:
 
 
 def parse(content: bytes, path: str) -> Manifest:
-    """A manifest's content; keys that a later version wrote are left out. Raises CheckFailed where a byte of it was
-    changed."""
+    """Return a manifest's content; keys that a later version wrote are left out. Raises CheckFailed if a byte of it
+    was changed."""
     try:
         document: Any = json.loads(content, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -341,7 +342,7 @@ def parse(content: bytes, path: str) -> Manifest:
 
 
 def _agrees(found: Manifest) -> bool:
-    """Whether the statistics are of what the output is."""
+    """Return whether the statistics are of what the output is."""
     return found.makes_skill == isinstance(found.statistics, SkillStatistics)
 
 

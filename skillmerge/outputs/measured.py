@@ -70,8 +70,8 @@ def _of_model(body: ManifestBody, statistics: Statistics) -> Iterator[Remark]:
 
 
 def _rounding(body: ManifestBody) -> Iterator[Remark]:
-    """The layer and kind of module whose effective lambda is furthest off; else the kind of module in all layers, whose
-    small tensors may only together be enough to tell."""
+    """Yield the layer and kind of module whose effective lambda is furthest off; else the kind of module in all layers,
+    whose small tensors may only together be enough to tell."""
     rows = rows_of(body.tensors)
     for found, what in ((cells(rows), "cells"), (kinds(rows), "kinds of module")):
         if (far := worst(found)) is None:

@@ -37,12 +37,12 @@ class Output:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Output:
-        """Raises UsageError where there is no folder, CheckFailed where it has no sound manifest."""
+        """Open a finished output. Raises UsageError if there is no folder, CheckFailed if its manifest is not valid."""
         root = check_folder(folder)
         return cls(root, manifest.read(root))
 
     def digests(self) -> dict[str, str]:
-        """The sha256 of every file of it, the manifest included, as the manifest says."""
+        """Return the sha256 of every file of it, the manifest included, as the manifest says."""
         log = self.manifest.environment.run_log
         files = {file.name: file.sha256 for file in self.manifest.files}
         return {**files, log.name: log.sha256, MANIFEST_FILE: hash_file(self.folder / MANIFEST_FILE)}
@@ -51,7 +51,7 @@ class Output:
         return RunLog.read(self.folder)
 
     def refuse_failed(self) -> None:
-        """Raise CheckFailed where its own gates refused it: it was kept to be looked at."""
+        """Raise CheckFailed if its own gates refused it: it was kept to be looked at."""
         failed = [outcome.gate for outcome in self.run_log().gates if not outcome.passed]
         if failed:
             raise CheckFailed(
@@ -60,7 +60,7 @@ class Output:
             )
 
     def recipe(self, base: Path | None = None) -> tuple[Recipe, dict[str, str]]:
-        """The recipe that it was made from, with the donor of then, and the commits of its models on the Hub.
+        """Return the recipe that it was made from, with the donor of then, and the commits of its models on the Hub.
 
         base: what the recipe's relative paths start from now, in place of the folder that it lay in, seen from the
         output. Raises RecipeError.
@@ -78,7 +78,7 @@ MOVED = "name the folder that the recipe's relative paths start from now: `--bas
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
-    """Raises UsageError where an output is asked for and there is no folder."""
+    """Raise UsageError if an output is asked for and there is no folder."""
     root = Path(folder)
     if root.is_dir():
         return root
@@ -94,7 +94,7 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one gate. measured: None where there is no number; `detail` says why. where: the part of the model
+    """What became of one gate. measured: None if there is no number; `detail` says why. where: the part of the model
     that `measured` is of, if it is of the worst one."""
 
     gate: str
@@ -147,7 +147,7 @@ class RunLog:
 
     @classmethod
     def read(cls, folder: Path) -> RunLog:
-        """The log in `folder`; an empty one where none can be read."""
+        """Return the log in `folder`; an empty one where none can be read."""
         try:
             found = json.loads((folder / RUN_LOG_FILE).read_bytes())
             gates = found.get("gates", [])

@@ -127,7 +127,7 @@ class ShardFile:
             self._close()
 
     def _close(self) -> None:
-        """Raises OSError: quotas and network filesystems may say only here that there was no room."""
+        """Close a file. Raises OSError: quotas and network filesystems may report only here that there was no room."""
         descriptors = [self._direct, self._descriptor]
         self._descriptor = self._direct = -1
         with ExitStack() as stack:  # all of them, whatever becomes of one
@@ -137,7 +137,7 @@ class ShardFile:
 
 
 def _create(path: Path) -> int:
-    """A descriptor of a new file. Raises OSError, and OutputLocked where there is one of that name.
+    """Return a descriptor of a new file. Raises OSError, and OutputLocked if there is one of that name.
 
     Where locks lock nothing, another run may be making it: neither may write into the other's.
     """

@@ -56,7 +56,7 @@ class Staging:
     """
 
     def __init__(self, output: Path, reporter: Reporter | None = None) -> None:
-        """Create and lock it. Raises OutputLocked where another run holds it."""
+        """Create and lock it. Raises OutputLocked if another run holds it."""
         self.output = output
         self.folder = self.folder_of(output)
         self.files = self.folder / "files"
@@ -99,7 +99,7 @@ class Staging:
         return sum(done.size for done in self.finished.values())
 
     def plan_of_unfinished(self, conditions: dict[str, Any]) -> str | None:
-        """The digest of what an earlier run under these conditions was making, where it has finished a shard."""
+        """Return the digest of what an earlier run under these conditions was making, where it has finished a shard."""
         rows = self._journal.read()
         of = rows[0].plan if rows and isinstance(rows[0], Header) and rows[0].conditions == conditions else None
         return of if any(isinstance(row, ShardRecord) for row in rows) else None
@@ -183,12 +183,12 @@ class Staging:
         return WriteMode()
 
     def open_shard(self, shard: ShardPlan) -> ShardFile:
-        """The shard's file, new, in its full size. Raises UsageError, ResourceError, OutputLocked."""
+        """Return the shard's file, new, in its full size. Raises UsageError, ResourceError, OutputLocked."""
         self._claim.check()
         return ShardFile(self.files / shard.file, shard.size, shard.header, self._write_mode)
 
     def open_stream(self, shard: ShardPlan, start: int) -> StreamFile:
-        """The shard's file, new, to be appended to from byte `start` on. Raises as `open_shard` does."""
+        """Return the shard's file, new, to be appended to from byte `start` on. Raises as `open_shard` does."""
         self._claim.check()
         return StreamFile(self.files / shard.file, start)
 

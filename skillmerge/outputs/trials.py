@@ -27,7 +27,7 @@ _FEW_INODES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One thing that was tried. works: None where the system does not say. follows: what that means for a run."""
+    """One thing that was tried. works: None if the system does not say. follows: what that means for a run."""
 
     what: str
     works: bool | None
@@ -73,7 +73,7 @@ def _try(folder: Path, what: str, function: Callable[[Path], bool], good: str, b
 
 
 def _locks(folder: Path) -> bool:
-    """Whether a lock that is held keeps another one out."""
+    """Return whether a lock that is held keeps another one out."""
     with ExitStack() as stack:
         first, second = (stack.enter_context(open(folder / "lock", "ab")) for _ in range(2))
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,7 +144,7 @@ def _allocates(folder: Path) -> bool:
 
 
 def _makes_shards(folder: Path) -> bool:
-    """A shard, as a run makes one."""
+    """Write a shard as a run does, and return whether that works."""
     shard = ShardFile(folder / "shard", PAGE, b"head", WriteMode())
     try:
         shard.write(memoryview(bytes(PAGE - 4)), 4)

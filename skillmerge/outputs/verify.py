@@ -132,7 +132,7 @@ def checked(reporter: Reporter, what: str) -> Iterator[None]:
 
 @contextmanager
 def _reading(root: Path) -> Iterator[None]:
-    """An output that cannot be read, or not as a checkpoint, has failed the check, unless the machine has."""
+    """Turn errors of reading an output into CheckFailed, unless the machine is at fault."""
     try:
         yield
     except InputError as error:
@@ -211,8 +211,8 @@ def check_shard(path: Path, specs: tuple[StoredTensor, ...]) -> None:
 
 @contextmanager
 def _opened_by_library(path: Path) -> Iterator[Any]:
-    """A shard as the safetensors library sees it. Where its filesystem maps no files, a stand-in in memory: the header,
-    and as much of nothing behind it. Raises SafetensorError, OSError, RuntimeError."""
+    """Yield a shard as the safetensors library sees it. Where its filesystem maps no files, a stand-in in memory: the
+    header, and as much of nothing behind it. Raises SafetensorError, OSError, RuntimeError."""
     from safetensors import SafetensorError, safe_open
 
     with ExitStack() as stack:
@@ -266,7 +266,7 @@ def _digest_and_scan(
 ) -> str:
     """sha256 of a file; `moved` takes the size of each piece that was read.
 
-    Raises CheckFailed where a float tensor among `specs` holds NaN or Inf.
+    Raises CheckFailed if a float tensor among `specs` holds NaN or Inf.
     """
     import torch
 
@@ -303,7 +303,7 @@ def _fill(stream: FileIO, buffer: bytearray) -> int:
 
 
 def is_intact(folder: Path, proof: ManifestBody) -> bool:
-    """Whether every file still has its digest. Raises ResourceError where the machine cannot tell."""
+    """Return whether every file still has its digest. Raises ResourceError if the machine cannot tell."""
     try:
         digests = in_threads(lambda file, stop: hash_file(folder / file.name, stop), proof.files)
         return all(file.sha256 == digest for file, digest in zip(proof.files, digests, strict=True))

@@ -52,7 +52,7 @@ class Problem:
 
 
 def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:
-    """What would settle the problems, each once: rules ready to paste into the recipe, and what is to be done
+    """Return what would settle the problems, each once: rules ready to paste into the recipe, and what is to be done
     elsewhere. No rules where the models are not of one kind."""
     problems = list(problems)
     parts = list(dict.fromkeys(problem.help for problem in problems if problem.help))
@@ -168,12 +168,13 @@ def _unread(checkpoints: Mapping[str, Checkpoint]) -> set[str]:
 
 
 def models_in(recipe: Recipe) -> list[str]:
-    """The models of the formula, in the order of the text."""
+    """Return the models of the formula, in the order of the text."""
     return list(dict.fromkeys(name.name for name in names_in(recipe.expression) if name.is_model))
 
 
 def copy_rules(recipe: Recipe, donor: Checkpoint) -> dict[str, str]:
-    """Tensor -> model, the last rule that matches winning. A rule that matches nothing is a mistake."""
+    """Return the model that each tensor is copied from. The last rule that matches wins; one that matches nothing is a
+    mistake."""
     copied: dict[str, str] = {}
     for index, rule in enumerate(recipe.copy):
         pattern = matcher(rule.tensors)
@@ -220,7 +221,7 @@ def _problem(
 def _leftovers(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, in_formula: list[str]
 ) -> tuple[dict[str, list[str]], list[tuple[str, str, str]]]:
-    """Tensors of the formula's models that the donor lacks, but for ignored ones; and copies of tied tensors, as
+    """Return tensors of the formula's models that the donor lacks, but for ignored ones; and copies of tied tensors, as
     (model, copy, original)."""
     donor = checkpoints[donor_name]
     extra = {
@@ -255,8 +256,8 @@ def _apart(
     troubles: Mapping[tuple[str, str], list[tuple[str, str]]],
     extra: Mapping[str, list[str]],
 ) -> dict[str, Problem]:
-    """The models of which so much has no partner that a rule which takes it out would leave little of the skill; and
-    those that hold what is no weight."""
+    """Return the models of which so much has no partner that a rule which takes it out would leave little of the skill;
+    and those that hold what is no weight."""
     found: dict[str, Problem] = {}
     donor = checkpoints[donor_name]
     lacking = {model: [name for name, _ in names] for (kind, model), names in troubles.items() if kind == "missing"}
@@ -280,7 +281,7 @@ def _extra(model: str, names: list[str], checkpoint: Checkpoint, donor_name: str
 
 
 def _tied_to(name: str, checkpoint: Checkpoint, donor: Checkpoint) -> str | None:
-    """The tensor that `name` is a copy of, where both configs say so and the donor has it."""
+    """Return the tensor that `name` is a copy of, where both configs say so and the donor has it."""
     if not ties_embeddings(checkpoint.config) or not ties_embeddings(donor.config):
         return None
     kept = {other: spec for other, spec in checkpoint.tensors.items() if other in donor.tensors}
@@ -288,7 +289,7 @@ def _tied_to(name: str, checkpoint: Checkpoint, donor: Checkpoint) -> str | None
 
 
 def _globs(names: list[str], others: Iterable[str]) -> list[str]:
-    """Globs that match `names` and nothing else of `others`, as few as numbers in names allow."""
+    """Return globs that match `names` and nothing else of `others`, as few as numbers in names allow."""
     wanted = set(names)
     rest = [name for name in others if name not in wanted]
     globs: dict[str, None] = {}
@@ -301,7 +302,7 @@ def _globs(names: list[str], others: Iterable[str]) -> list[str]:
 
 
 def prove_ties(ties: Iterable[tuple[str, str, str]], checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Prove that what is left out as a copy is one. Raises InputError where the bytes differ."""
+    """Prove that what is left out as a copy is one. Raises InputError if the bytes differ."""
     for model, name, source in ties:
         checkpoint = checkpoints[model]
         copy, original = checkpoint.tensors[name], checkpoint.tensors[source]

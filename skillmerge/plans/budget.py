@@ -45,7 +45,7 @@ class Budget:
 
 
 def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: bool = False) -> Budget:
-    """Choose threads and tile size within `memory_limit` bytes. Raises ResourceError where nothing fits."""
+    """Choose threads and tile size within `memory_limit` bytes. Raises ResourceError if nothing fits."""
     threads = operator.index(threads) if threads is not None else None  # numpy's numbers overflow
     memory_limit = operator.index(memory_limit) if memory_limit is not None else None
     if plan.makes_skill:
@@ -103,7 +103,7 @@ def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> 
 
 
 def free_memory() -> int | None:
-    """Bytes of memory that can be had without swapping, or None where the system does not say."""
+    """Return the bytes of memory available without swapping, or None if the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as stream:
             rows = dict(line.split(":") for line in stream)
@@ -113,7 +113,8 @@ def free_memory() -> int | None:
 
 
 def free_disk(path: Path) -> int | None:
-    """Bytes free on the disk that `path`, or its nearest existing parent, is on; None where the disk does not say."""
+    """Return bytes free on the disk that `path`, or its nearest existing parent, is on; None if the disk does not
+    say."""
     path = path.absolute()
     while not os.path.exists(path):
         path = path.parent
@@ -125,7 +126,7 @@ def free_disk(path: Path) -> int | None:
 
 
 def check_disk(path: Path, needed: int, what: str) -> None:
-    """Raise ResourceError where the disk of `path` cannot take `needed` bytes and a little more."""
+    """Raise ResourceError if the disk of `path` cannot take `needed` bytes and a little more."""
     free = free_disk(path)
     if free is not None and free < needed + min(_SPARE_DISK, needed // 20):
         raise ResourceError(

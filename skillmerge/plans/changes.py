@@ -10,7 +10,7 @@ from skillmerge.naming import layer_label
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two plans, in words; nothing where they are the same."""
+    """Return what changed between two plans, in words; nothing if they are the same."""
     changes = [*_inputs(old, new)]
     if old["recipe_sha256"] != new["recipe_sha256"]:
         changes.append("the recipe's text changed")

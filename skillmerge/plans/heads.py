@@ -69,7 +69,7 @@ def with_heads_read(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Plan:
 
 
 def _apart(donor: str, models: Sequence[str], head: str, source: str) -> Iterator[Compared]:
-    """What follows where these models tie a head that is another matrix than what it is tied to."""
+    """Yield what follows where these models tie a head that is another matrix than what it is tied to."""
     values = dict.fromkeys(models, f"tied, another `{head}`")
     if [*models] == [donor]:
         yield Compared(
@@ -89,7 +89,7 @@ def _apart(donor: str, models: Sequence[str], head: str, source: str) -> Iterato
 
 
 def _tied_pairs(donor: Checkpoint) -> Iterator[tuple[str, str]]:
-    """The heads that the configuration ties, of those that are stored all the same, and what they are tied to."""
+    """Yield the heads that the configuration ties, of those that are stored all the same, and what they are tied to."""
     for name in donor.tensors if ties_embeddings(donor.config) else ():
         if module_kind(name) == "head":
             others = {other: spec for other, spec in donor.tensors.items() if other != name}

@@ -30,7 +30,7 @@ from skillmerge.recipes.source import RecipeSource
 
 
 def to_bytes(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> bytes:
-    """A lock for the plan's models on the Hub."""
+    """Return a lock for the plan's models on the Hub."""
     models = {}
     for item in plan.inputs:
         checkpoint = checkpoints[item.name]
@@ -70,7 +70,7 @@ class Access:
 
 
 def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> dict[str, Checkpoint]:
-    """The models that the recipe uses, open, in its order.
+    """Return the models that the recipe uses, open, in its order.
 
     Raises RecipeError, UsageError, InputError, StalePlan, TemporaryError.
     """
@@ -110,7 +110,7 @@ def planned(
     *,
     lenient: bool = False,
 ) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
-    """The plan of a recipe and its checkpoints, open while the context lasts. lenient: as of `plan_recipe`."""
+    """Yield the plan of a recipe and its checkpoints, open while the context lasts. lenient: as of `plan_recipe`."""
     parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
     checkpoints = open_models(parsed, access, note)
     try:
@@ -123,7 +123,8 @@ def planned(
 
 
 def _under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkpoint:
-    """The model under the names that it is read by. Raises RecipeError for a rule of `rename` that renames nothing."""
+    """Return the model under the names that it is read by. Raises RecipeError for a rule of `rename` that renames
+    nothing."""
     model = model_of(name)
     rename = recipe.renames.get(model, ())
     found = recipe.unwrapped
@@ -151,7 +152,7 @@ def close_all(checkpoints: Mapping[str, Checkpoint]) -> None:
 
 
 def _refuse_missing(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -> None:
-    """Raise InputError where a model's folder is not there: at the place in the recipe that a person wrote."""
+    """Raise InputError if a model's folder is not there: at the place in the recipe that a person wrote."""
     for name, place in places.items():
         found = missing(place.path, recipe.models[name]) if isinstance(place, Local) else None
         if found is not None:
@@ -159,7 +160,7 @@ def _refuse_missing(recipe: Recipe, places: Mapping[str, ModelPlace], access: Ac
 
 
 def _of_model(recipe: Recipe, name: str, error: InputError) -> InputError:
-    """An error about a model with the model's name, at its place in the recipe, where a person wrote one."""
+    """Return an error about a model with the model's name, at its place in the recipe, where a person wrote one."""
     if not recipe.document.by_hand:
         return error
     whose = f"model `{name}`"
@@ -193,7 +194,7 @@ def _locked(
     lock_path: Path,
     access: Access,
 ) -> ModelPlace:
-    """The place with the commit of the lock, where there is one."""
+    """Return the place with the commit of the lock, where there is one."""
     if not place.versioned:
         return place
     if name in access.commits:
@@ -220,7 +221,7 @@ def _locked(
 
 
 def _open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -> dict[str, Checkpoint]:
-    """All at once: most of the time is spent waiting for answers."""
+    """Open all models at once: most of the time is spent waiting for answers."""
     opening: list[Store] = []
     found: dict[str, Checkpoint] = {}
 

@@ -153,7 +153,7 @@ class Plan:
         return f"to accept what was found, once you have looked at it, add to the recipe:\naccept: [{', '.join(every)}]"
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as plain data: what `--json` prints, and what `-o` writes."""
+        """Return the plan as plain data: what `--json` prints, and what `-o` writes."""
         return {
             **deciding_facts(self),
             "digest": self.digest,
@@ -168,7 +168,7 @@ class Plan:
 
 
 def sealed(plan: Plan) -> Plan:
-    """The plan with its digests."""
+    """Return the plan with its digests."""
     deciding = {key: value for key, value in deciding_facts(plan).items() if key != "recipe_sha256"}
     weights_digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
     digest = hashlib.sha256((weights_digest + plan.recipe.sha256).encode()).hexdigest()
@@ -176,7 +176,7 @@ def sealed(plan: Plan) -> Plan:
 
 
 def deciding_facts(plan: Plan) -> dict[str, Any]:
-    """Everything that the output depends on, but for the weights themselves."""
+    """Return everything that the output depends on, but for the weights themselves."""
     output = plan.recipe.output
     inputs = [
         {

@@ -37,7 +37,7 @@ class SavedPlan:
     commits: Mapping[str, str]
 
     def check(self, plan: Plan) -> None:
-        """Raise StalePlan where the same recipe gives another plan now, or an input's files are not those of then.
+        """Raise StalePlan if the same recipe gives another plan now, or an input's files are not those of then.
 
         All of the plan counts, not its digest alone: what a person has read in it is what is done.
         """
@@ -51,13 +51,13 @@ class SavedPlan:
         )
 
     def changes(self, now: Mapping[str, Any]) -> list[str]:
-        """What is different in another plan, in words. Raises UsageError where this one is damaged."""
+        """Return what is different in another plan, in words. Raises UsageError if this one is damaged."""
         with _damage(self.path):
             return differences(self.document, now)
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """The plan as it is saved."""
+    """Return the plan as it is saved."""
     document = plan.recipe.document
     return {
         **Plan.as_dict(plan),  # of whatever kind of plan, no more than its decisions
@@ -67,7 +67,7 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 
 def looks_saved(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as saved plans do. Recipes may be JSON too, and do not."""
+    """Return whether a file begins as saved plans do. Recipes may be JSON too, and do not."""
     try:
         if not Path(path).is_file():  # a pipe would wait for somebody
             return False
@@ -102,7 +102,7 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
 
 
 def parse(text: str, path: Path) -> SavedPlan:
-    """The same of a text; `path` is what messages call it."""
+    """Return the same of a text; `path` is what messages call it."""
     with _damage(path):
         document = json.loads(text)
         if document["version"] != PLAN_VERSION:

@@ -68,7 +68,7 @@ class Gate:
         return f"{self.kind}{where}{what}: {self.asked}"
 
     def excess(self, measured: float) -> float:
-        """How far outside of what is asked a figure is; less than 0 inside."""
+        """Return how far outside of what is asked a figure is; less than 0 inside."""
         below = self.minimum - measured if self.minimum is not None else -math.inf
         above = measured - self.maximum if self.maximum is not None else -math.inf
         return max(below, above)
@@ -80,7 +80,7 @@ class Gate:
 
 
 def gates_of(table: GatesTable | None, document: Document, folder: FilePath) -> tuple[Gate, ...]:
-    """The gates of a table; none without one. Raises RecipeError for gates that ask for nothing."""
+    """Return the gates of a table; none without one. Raises RecipeError for gates that ask for nothing."""
     if table is None:
         return ()
     return tuple(_gates_of(table, document, folder))

@@ -39,7 +39,7 @@ _LARGE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong. place: None where it is the file as a whole. excerpt: the line with a marker."""
+    """One thing that is wrong. place: None if it is the file as a whole. excerpt: the line with a marker."""
 
     file: str
     rule: LintRule
@@ -49,7 +49,7 @@ class Finding:
     excerpt: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Lines and columns are counted from 1, and the end column is the one after the last."""
+        """Return the finding as plain data. Lines and columns count from 1; the end column is exclusive."""
         where = self.place
         return {
             "file": self.file,
@@ -112,7 +112,7 @@ def lint(
 
 
 def remarks(recipe: Recipe) -> list[Remark]:
-    """The warnings that `plan` and `apply` give of a recipe's text, those of lint."""
+    """Return the warnings that `plan` and `apply` give of a recipe's text, those of lint."""
     found = _sorted(finding for check in _MEANING for finding in check(recipe))
     return [warning(f"{_line(it)}{it.message}", it.fix, of_recipe=True) for it in found]
 
@@ -143,7 +143,7 @@ def _of_error(file: str, rule: str, error: RecipeError) -> Finding:
 
 
 def _at(recipe: Recipe, rule: str, path: DataPath, message: str, fix: str | None = None) -> Finding:
-    """A finding about the key at `path`, or about the value where it has no key."""
+    """Return a finding about the key at `path`, or about the value where it has no key."""
     document = recipe.document
     place = document.keys.get(path) or document.place(path)
     error = document.error(message, place, fix)
@@ -151,12 +151,12 @@ def _at(recipe: Recipe, rule: str, path: DataPath, message: str, fix: str | None
 
 
 def _written(recipe: Recipe, section: str, name: str) -> DataPath:
-    """Where the table's entry stands, whose key may be spelt in another form of Unicode."""
+    """Return where the table's entry stands, whose key may be spelled in another form of Unicode."""
     return next((section, key) for key in recipe.document.data[section] if normalise_name(key) == name)
 
 
 def _models(recipe: Recipe) -> Iterator[Finding]:
-    """Places that are none, that are not there, and that can change."""
+    """Yield findings about places that are malformed, missing, or can change."""
     used = recipe.used_models()
     lock, lock_error = _lock(recipe)
     remote = False
@@ -179,7 +179,7 @@ def _models(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _same(recipe: Recipe) -> Iterator[Finding]:
-    """Names for one place."""
+    """Yield findings about models that have the same place."""
     seen: dict[ModelPlace, str] = {}
     for name in recipe.used_models():
         try:
@@ -193,8 +193,8 @@ def _same(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _missing(recipe: Recipe, name: str, place: Local) -> Iterator[Finding]:
-    """A folder that is not there, where something near it is: alone that may be so on the machine that lints; or what
-    is there and is no folder."""
+    """Yield a folder that is not there, where something near it is: alone that may be so on the machine that lints; or
+    what is there and is no folder."""
     written = recipe.models[name]
     if os.path.lexists(place.path):
         found = missing(place.path, written)
@@ -259,7 +259,7 @@ def _hidden_rules(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _covers(later: Rule, rule: Rule) -> bool:
-    """Whether `later` certainly selects every tensor that `rule` can select."""
+    """Return whether `later` certainly selects every tensor that `rule` can select."""
     in_layers = bool(rule.layers) or rule.ramp is not None
     if later.layers:
         if not in_layers or not _contains(later.layers, rule.layers or (LayerRange(0, None),)):
@@ -272,7 +272,7 @@ def _covers(later: Rule, rule: Rule) -> bool:
 
 
 def _contains(outer: Sequence[LayerRange], inner: Sequence[LayerRange]) -> bool:
-    """Whether all layers of `inner` are in `outer`."""
+    """Return whether all layers of `inner` are in `outer`."""
     for part in inner:
         at = part.first
         for other in sorted(outer, key=lambda it: it.first):
@@ -286,7 +286,7 @@ def _contains(outer: Sequence[LayerRange], inner: Sequence[LayerRange]) -> bool:
 
 
 def _degrees(recipe: Recipe) -> Iterator[Finding]:
-    """Whether any of the values that the coefficients are given makes the expression one model."""
+    """Yield whether any of the values that the coefficients are given makes the expression one model."""
     values = {name: _values(recipe, name) for name in _used_coefficients(recipe)}
     count = math.prod(len(given) for given in values.values())
     if count > _MANY or any(rule.ramp for name in values for rule in recipe.coefficients[name].rules):
@@ -348,7 +348,7 @@ def _accidental(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _sizes(recipe: Recipe) -> Iterator[Finding]:
-    """A size that is a plain number, and a small one."""
+    """Yield a size that is a plain number, and a small one."""
     written = recipe.document.data.get("output", {}).get("shard_size")
     if str(written).isdecimal() and int(written) < _FEW_BYTES:
         message = f"`shard_size: {written}` is {written} bytes"
@@ -369,7 +369,7 @@ def _most(recipe: Recipe, values: Mapping[str, float]) -> float:
 
 
 def _values(recipe: Recipe, name: str) -> list[tuple[float, DataPath]]:
-    """Each number that a coefficient is given, and where."""
+    """Return each number that a coefficient is given, and where."""
     schedule, path = recipe.coefficients[name], _written(recipe, "coefficients", name)
     table = isinstance(recipe.document.data[path[0]][path[1]], dict)
     found = [(schedule.default, (*path, "default") if table else path)]

@@ -29,7 +29,7 @@ class LockedModel:
     files: Mapping[str, tuple[int, tuple[str, str]]]
 
     def compare(self, path: Path, name: str, checkpoint: Checkpoint) -> None:
-        """Raise StalePlan where the checkpoint's files are not the locked ones."""
+        """Raise StalePlan if the checkpoint's files are not the locked ones."""
         for file, stated in self.files.items():
             if file not in checkpoint.store.list() or checkpoint.stated(file) not in (None, stated):
                 raise StalePlan(
@@ -43,7 +43,7 @@ def path_of(recipe: Path) -> Path:
 
 
 def read(path: Path) -> dict[str, LockedModel] | None:
-    """The locked models by name, or None where there is no lock. Raises UsageError for one that is damaged."""
+    """Return the locked models by name, or None if there is no lock. Raises UsageError for one that is damaged."""
     try:
         content = path.read_bytes()[: _MAX_BYTES + 1]
     except FileNotFoundError:

@@ -41,7 +41,7 @@ def load(source: RecipeSource, overrides: Mapping[str, float] | None = None) -> 
     """Read and check a recipe; `overrides` (from --set) replace coefficients by numbers.
 
     Relative paths in a dict, and in what comes from standard input, start at the working folder.
-    Raises RecipeError for whatever is wrong with the text, UsageError where there is no such recipe.
+    Raises RecipeError for whatever is wrong with the text, UsageError if there is no such recipe.
     """
     text = text_of(source)
     if isinstance(source, Mapping):
@@ -55,7 +55,7 @@ def load(source: RecipeSource, overrides: Mapping[str, float] | None = None) -> 
 
 
 def load_gates(path: str | os.PathLike[str]) -> tuple[Gate, ...]:
-    """The gates in a file of their own, or of a recipe. Raises RecipeError, UsageError."""
+    """Return the gates in a file of their own, or of a recipe. Raises RecipeError, UsageError."""
     path = FilePath(path)
     document = yamltext.read(text_of(path), str(path))
     if isinstance(document.data, dict) and "skillmerge" in document.data:
@@ -66,7 +66,7 @@ def load_gates(path: str | os.PathLike[str]) -> tuple[Gate, ...]:
 def parse_recipe(
     text: str, name: str, folder: FilePath, overrides: Mapping[str, float] | None = None, *, by_hand: bool = True
 ) -> Recipe:
-    """The recipe in `text`; `name` is its file in messages, `folder` what relative paths start from.
+    """Return the recipe in `text`; `name` is its file in messages, `folder` what relative paths start from.
 
     by_hand: whether a person wrote the text, so that messages show its lines.
 
@@ -112,7 +112,8 @@ def parse_recipe(
 
 
 def recipe_of(models: Mapping[str, Any], merge: str, output: Mapping[str, Any], name: str, **keys: Any) -> Recipe:
-    """A recipe of a verb that takes its models from the command line; `name` is what it is called in messages."""
+    """Return a recipe of a verb that takes its models from the command line; `name` is what it is called in
+    messages."""
     document = {"skillmerge": 1, "models": dict(models), "merge": merge, "output": dict(output), **keys}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     return parse_recipe(text, name, FilePath.cwd(), by_hand=False)
@@ -130,7 +131,7 @@ def _check_accept(document: Document, names: Sequence[str]) -> None:
 def _gates(
     document: Document, table: RecipeTable, folder: FilePath, models: list[str], unlike: AbstractSet[str]
 ) -> tuple[Gate, ...]:
-    """The recipe's gates. unlike: those of the models that have no folder of their own to load."""
+    """Return the recipe's gates. unlike: those of the models that have no folder of their own to load."""
     given = table.gates
     if given is None and "gates" in table.model_fields_set:
         given = GatesTable()  # every line of it is a comment
@@ -172,7 +173,7 @@ def _check_kind(document: Document, table: RecipeTable) -> None:
 
 
 def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list[str]]:
-    """Models, with their places, and coefficients by normalised name; one name means one thing."""
+    """Return models, with their places, and coefficients by normalized name; one name means one thing."""
     models: dict[str, str] = {}
     coefficients: list[str] = []
     sections = {"models": list(table.models), "coefficients": list(table.coefficients)}
@@ -193,7 +194,7 @@ def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list
 
 
 def _model_place(document: Document, path: tuple[str, str], entry: str | ModelTable) -> str:
-    """Where a model is, as it is written."""
+    """Return where a model is, as it is written."""
     if isinstance(entry, str):
         return entry
     given = [value for value in (entry.path, entry.skill, entry.patch) if value is not None]
@@ -208,7 +209,7 @@ def _model_place(document: Document, path: tuple[str, str], entry: str | ModelTa
 
 
 def _tables(table: RecipeTable) -> dict[str, ModelTable]:
-    """The models that are more than a place, by their names as they are written."""
+    """Return the models that are more than a place, by their names as they are written."""
     return {name: entry for name, entry in table.models.items() if isinstance(entry, ModelTable)}
 
 
@@ -240,7 +241,7 @@ def _schedules(document: Document, table: RecipeTable, mistakes: Mistakes) -> di
 
 
 def _numbers(overrides: Mapping[str, float], schedules: Mapping[str, Schedule]) -> dict[str, float]:
-    """The numbers that replace schedules, by normalised name. Raises UsageError for what cannot replace one."""
+    """Return the numbers that replace schedules, by normalized name. Raises UsageError for what cannot replace one."""
     numbers = {}
     for written, value in overrides.items():
         name = normalise_name(written)
@@ -331,7 +332,7 @@ def _push(table: PushTable) -> Push:
 
 
 def _uses(table: RecipeTable) -> Iterator[tuple[Path, str, bool]]:
-    """Where the recipe names a model, and whether it has to be one with all its tensors."""
+    """Yield where the recipe names a model, and whether it has to be one with all its tensors."""
     for index, rule in enumerate(table.copy_):
         yield ("copy", index, "from"), rule.from_, True
     for name, entry in _tables(table).items():

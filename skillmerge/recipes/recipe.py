@@ -106,7 +106,8 @@ class Recipe:
         return self.document.name.startswith("skillmerge ")
 
     def in_words(self, text: str) -> str:
-        """A message for the person who ran a command: the places that were typed, not the names it gave to them."""
+        """Return a message for the person who ran a command: the places that were typed, not the names it gave to
+        them."""
         if not self.of_command:
             return text
         text = text.replace(": the donor's is used", "").replace("name that under `ignore`", "pass `--ignore GLOB`")
@@ -119,45 +120,46 @@ class Recipe:
         return self.output.kind == "skill"
 
     def term(self, values: Mapping[str, float]) -> Term | None:
-        """The expression with these coefficients, stored skills as the differences that they are.
+        """Return the expression with these coefficients, stored skills as the differences that they are.
 
-        None where everything fell away. Raises ExpressionError as `bind` does.
+        None if everything fell away. Raises ExpressionError as `bind` does.
         """
         return expand_skills(bind(self.expression, values), self.skills)
 
     def left_out(self, tensors: Iterable[str]) -> set[str]:
-        """Those of the donor's tensors that a skill does without, as `ignore` says; a model has all of them."""
+        """Return those of the donor's tensors that a skill does without, as `ignore` says; a model has all of them."""
         if not self.makes_skill or not self.ignore:
             return set()
         pattern = matcher(self.ignore)
         return {name for name in tensors if pattern.match(name)}
 
     def used_models(self) -> list[str]:
-        """The models that the output depends on, in the order of the recipe."""
+        """Return the models that the output depends on, in the order of the recipe."""
         used = {name.name for name in names_in(self.expression) if name.is_model}
         used |= {rule.model for rule in self.copy} | ({self.output.like} if self.output.like else set())
         used |= {onto for name, onto in self.patches.items() if name in used}
         return [name for name in self.models if name in used]
 
     def as_planned(self, donor: str, inputs: Mapping[str, Sequence[str]]) -> Recipe:
-        """The recipe with what a plan of it has settled: its donor, and the wrappers left out of its models' names."""
+        """Return the recipe with what a plan of it has settled: its donor, and the wrappers left out of its models'
+        names."""
         names = {model: tuple(wrappers) for model, wrappers in inputs.items()}
         return replace(self, settled=donor if donor in self.models else None, unwrapped=names)
 
     @property
     def donor(self) -> str | None:
-        """The model that the output is like; None where the expression multiplies everything by zero."""
+        """The model that the output is like; None if the expression multiplies everything by zero."""
         return self.output.like or self.settled or donor_of(self.expression, self.skills)
 
     def error(self, path: Path, message: str, fix: str | None = None) -> RecipeError:
-        """An error about the part of the recipe at `path`."""
+        """Return an error about the part of the recipe at `path`."""
         return self.document.error(message, self.document.place(path), fix)
 
     def expression_error(self, error: ExpressionError) -> RecipeError:
         return expression_error(self.document, error)
 
     def model_place(self, name: str) -> ModelPlace:
-        """Where the model `name` lies, on this disk or on the Hub. Raises RecipeError for other places."""
+        """Return where the model `name` lies, on this disk or on the Hub. Raises RecipeError for other places."""
         uri = self.models[name]
         try:
             place = parse_place(uri)
@@ -166,7 +168,8 @@ class Recipe:
         return place or Local(local_path(self.document, ("models", name), self.folder, uri))
 
     def place_path(self, name: str) -> Path:
-        """Where in the document the place of a model is written, whose name may be spelled in another form there."""
+        """Return where in the document the place of a model is written, whose name may be spelled in another form
+        there."""
         written = next((key for key in self.document.data["models"] if normalise_name(key) == name), name)
         entry = self.document.data["models"].get(written)
         keys = [key for key in ("path", "skill", "patch") if isinstance(entry, dict) and entry.get(key) is not None]
@@ -174,13 +177,13 @@ class Recipe:
 
 
 def unused_names(recipe: Recipe) -> list[str]:
-    """Models and coefficients that stand in the recipe and do nothing: not wrong, but worth a word."""
+    """Return models and coefficients that stand in the recipe and do nothing: not wrong, but worth a word."""
     named = {name.name for name in names_in(recipe.expression)} | set(recipe.used_models())
     return [name for name in (*recipe.models, *recipe.coefficients) if name not in named]
 
 
 def unclear_donor(recipe: Recipe) -> Remark | None:
-    """A warning where the text of a merge does not show which of its models is the donor."""
+    """Return a warning where the text of a merge does not show which of its models is the donor."""
     unclear = is_donor_unclear(recipe.expression, recipe.skills)
     donor = donor_of(recipe.expression, recipe.skills)
     if recipe.output.like is not None or recipe.makes_skill:

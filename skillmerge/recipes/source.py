@@ -32,7 +32,7 @@ def name_of(source: RecipeSource) -> str:
 def text_of(source: RecipeSource) -> str:
     """Return the text of a recipe; of a dict, as YAML.
 
-    Raises UsageError where there is none, RecipeError for what is no text or too large, InputError.
+    Raises UsageError if there is none, RecipeError for what is no text or too large, InputError.
     """
     if isinstance(source, Mapping):
         return yamltext.dump(_plain(source, _NO_FILE))
@@ -40,7 +40,7 @@ def text_of(source: RecipeSource) -> str:
 
 
 def standard_input() -> str:
-    """Return all of standard input: a recipe, or a saved plan. Raises UsageError where it is no text."""
+    """Return all of standard input: a recipe, or a saved plan. Raises UsageError if it is no text."""
     try:
         return sys.stdin.read()
     except (OSError, UnicodeDecodeError, AttributeError) as error:
@@ -48,7 +48,7 @@ def standard_input() -> str:
 
 
 def _of_file(path: Path) -> str:
-    """What a person wrote, within bounds."""
+    """Return what a person wrote, within bounds."""
     try:
         if path.is_dir():
             inside = [file.name for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")]
@@ -70,7 +70,7 @@ def _of_file(path: Path) -> str:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A value of a dict as YAML holds it. Raises UsageError for what is no table, list, text, number or path."""
+    """Return a value of a dict as YAML holds it. Raises UsageError for what is no table, list, text, number or path."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):

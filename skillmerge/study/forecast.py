@@ -132,7 +132,7 @@ class Forecaster:
 
     def summary(self) -> dict[str, Any] | None:
         """`as_planned` (as a manifest's statistics), and `curves`: by mode and module kind, lambda, realised,
-        vanished and changed. None where nothing was to be forecast."""
+        vanished and changed. None if nothing was to be forecast."""
         if self.stats == "off" or (not self._programs and self._plan is None):
             return None
         result: dict[str, Any] = {"mode": self.stats, "grid": list(GRID), "curves": {}, "as_planned": None}
@@ -149,7 +149,7 @@ class Forecaster:
 
 
 def plain(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What `Forecaster.summary` gave, as JSON has it."""
+    """Return what `Forecaster.summary` gave, as JSON has it."""
     if summary is None:
         return None
     planned = summary["as_planned"]
@@ -164,7 +164,7 @@ def _try(
     place: tuple[str, int],
     scratch: Scratch,
 ) -> BlockStatistics | None:
-    """What `apply` would measure of one block: the same steps in the same order.
+    """Return what `apply` would measure of one block: the same steps in the same order.
 
     how: dtype, rounding and seed of the output; place: tensor and first element.
     """
@@ -189,7 +189,7 @@ def _try(
 
 
 def _point(lam: float, sums: Mapping[str, float] | None) -> dict[str, float | None]:
-    """One lambda; None stands for what is not known."""
+    """Return the figures at one lambda; None if unknown."""
 
     def share(top: str, bottom: str, by: float = 1.0) -> float | None:
         if sums is None or not sums[bottom]:

@@ -128,7 +128,7 @@ def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> No
 def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], None]) -> list[Outcome]:
     """Measure every gate, whatever became of those before it; `tell` hears of each outcome as it is known.
 
-    Raises UsageError where a gate does not fit this output, ResourceError where the machine fails, CheckFailed where a
+    Raises UsageError if a gate does not fit this output, ResourceError if the machine fails, CheckFailed if a
     command has changed it.
     """
     outcomes = []
@@ -164,7 +164,7 @@ def _check_text(path: Path) -> None:
 
 
 def _place_of(gate: Gate, model: str, plan: Plan) -> str:
-    """Where a model is that a gate names: one of the recipe's, or a place."""
+    """Return the place of a model that a gate names: one of the recipe's, or a place."""
     folder = gate.folder
     if normalise_name(model) in plan.recipe.models:
         model, folder = plan.recipe.models[normalise_name(model)], plan.recipe.folder
@@ -201,7 +201,7 @@ def _measure(gate: Gate, given: GateInput) -> Iterator[Outcome]:
 
 
 def _figures(gate: Gate, given: GateInput) -> Iterator[Outcome]:
-    """What `apply` has measured: of the whole model, of kinds of module, or of the worst layer."""
+    """Yield what `apply` has measured: of the whole model, of kinds of module, or of the worst layer."""
     body, statistics = given.body, given.body.statistics
     if statistics.mode == "off" or not isinstance(statistics, Statistics):
         raise UsageError(
@@ -228,7 +228,8 @@ def _figures(gate: Gate, given: GateInput) -> Iterator[Outcome]:
 
 
 def _by_block(gate: Gate, given: GateInput) -> Iterator[Outcome]:
-    """The figure of the layer and kind of module that is furthest from what is asked; all of them have to hold."""
+    """Yield the figure of the layer and kind of module that is furthest from what is asked; all of them have to
+    hold."""
     factors: dict[str, float | None] = {}
     if gate.kind == "realised_lambda":  # lambda itself is in the plan alone
         with given.opened() as (plan, _):
@@ -251,12 +252,13 @@ def _by_block(gate: Gate, given: GateInput) -> Iterator[Outcome]:
 
 
 def _chance(gate: Gate, cell: Cell) -> float:
-    """How far from what is asked chance alone can bring a cell's figure, as the warning of `apply` allows for it."""
+    """Return how far from what is asked chance alone can bring a cell's figure, as the warning of `apply` allows for
+    it."""
     return SIGMAS * {"realised": cell.error, "realised_lambda": cell.lambda_error}.get(gate.kind, 0.0)
 
 
 def _taken(body: ManifestBody, kind: str) -> float:
-    """The share of elements that were taken whole from a model other than the donor."""
+    """Return the share of elements that were taken whole from a model other than the donor."""
     rows = [row for row in body.tensors if not kind or module_kind(row.name) == kind]
     sizes = [math.prod(row.shape) for row in rows]
     whole = sum(sizes)
@@ -316,7 +318,7 @@ def _perplexity(gate: Gate, given: GateInput) -> Outcome:
 
 
 def _folder_of(plan: Plan, model: str, checkpoint: Checkpoint) -> Path:
-    """Where transformers can load a model from; one on the Hub goes into the Hub's cache."""
+    """Return where transformers can load a model from; one on the Hub goes into the Hub's cache."""
     return local_folder(plan.recipe.model_place(model).at(checkpoint.at.revision or ""))
 
 
@@ -352,7 +354,7 @@ def gate(
 
     Commands are only run from a file that the caller names: a manifest comes with a model, from anywhere.
     base_folder: what the recipe's relative paths start from, where gates read the models that went in and these
-    have moved. Raises UsageError, RecipeError, CheckFailed where it is no sound output; a gate that does not hold
+    have moved. Raises UsageError, RecipeError, CheckFailed if it is no sound output; a gate that does not hold
     is in what is returned, not raised.
     """
     reporter = reporter or Reporter()

@@ -170,14 +170,14 @@ def _is_recipe(source: RecipeSource, alone: bool) -> bool:
 
 
 def _warned(found: Inspection, reporter: Reporter) -> Inspection:
-    """The same, once its warnings are told."""
+    """Report an inspection's warnings, and return the inspection."""
     for remark in found.remarks:
         reporter.warn(remark.message, remark.fix)
     return found
 
 
 def _of_models(places: Sequence[str], access: Access, reporter: Reporter) -> Subject:
-    """Two models, before and after; or stored skills, one or several."""
+    """Return the subject for two models, before and after, or for one or several stored skills."""
     if len(places) == 1:
         refuse_model(Path(places[0]))
         return subject_of_skills(places, access, reporter)
@@ -252,7 +252,7 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
 def _each(
     subject: Subject, rows: Mapping[str, Row], modules: Mapping[str, list[str]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Where the update is made of several: the figures of each, and of every two of them."""
+    """Return, for an update that is made of several, the figures of each and of every pair."""
     from skillmerge.study.update_metrics import describe_all
 
     def described(found: Mapping[str, tuple[Update, Pair | None]]) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def _remarks(subject: Subject, rows: Mapping[str, Row], tasks: Sequence[TensorPl
 
 
 def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
-    """What to read for each tensor that all models have, as floats of one shape; and why others are left out."""
+    """Return what to read for each tensor that all models have, as floats of one shape; and why others are left out."""
     first, *others = subject.models
     tasks: list[TensorPlan] = []
     left = equal_tensors(subject.models, subject.checkpoints, _only_copied(subject))
@@ -333,7 +333,7 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
 
 
 def _only_copied(subject: Subject) -> set[str]:
-    """The tensors that a recipe takes from one model, or from none."""
+    """Return the tensors that a recipe takes from one model, or from none."""
     if subject.plan is None:
         return set()
     computed = {name for name, it in subject.plan.tensors.items() if it.action not in ("copy", "cast", "zero")}
@@ -341,7 +341,7 @@ def _only_copied(subject: Subject) -> set[str]:
 
 
 def _kinds(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by kind of module, and `all`."""
+    """Return names by kind of module, and `all`."""
     kinds: dict[str, list[str]] = {"all": list(names)}
     for name in names:
         kinds.setdefault(module_kind(name), []).append(name)

@@ -1,4 +1,4 @@
-"""Low-rank approximations of matrices: the truncated singular value decomposition, exact or randomised, seeded.
+"""Low-rank approximations of matrices: the truncated singular value decomposition, exact or randomized, seeded.
 
 Halko, Martinsson and Tropp 2011 (arXiv 0909.4061), with power iterations; where the rank asked for is near the
 matrix's own the exact decomposition is cheaper, and is taken.
@@ -106,7 +106,7 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor,
 
 
 def describe_spectrum(update: Tensor, weights: Tensor | None, rank: int, seed: int) -> dict[str, float | None]:
-    """How an update spreads over directions, and over those of the weights. Keys as in docs/inspect.md.
+    """Return how an update spreads over directions, and over those of the weights. Keys as in docs/inspect.md.
 
     update, weights: [rows, columns] in float32 or float64. rank: how many leading directions are looked at.
     """

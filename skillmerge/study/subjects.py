@@ -76,7 +76,7 @@ class Subject:
     """Of models that a command named: their places."""
 
     def name_of(self, model: str) -> str:
-        """A model as the person called it who named it."""
+        """Return a model as the person called it who named it."""
         return "base" if model == BASE else self.places.get(model) or model_of(model)
 
     def factors(self, tensor: str) -> Mapping[str, float]:
@@ -103,7 +103,8 @@ def refuse_model(path: Path) -> None:
 
 
 def is_skill(uri: str, access: Access) -> bool:
-    """Whether a place holds a stored skill. Raises InputError, TemporaryError where a remote one cannot be listed."""
+    """Return whether a place holds a stored skill. Raises InputError, TemporaryError if a remote one cannot be
+    listed."""
     if is_path(uri):
         return (Path(uri) / SKILL_FILE).is_file()
     try:
@@ -114,7 +115,7 @@ def is_skill(uri: str, access: Access) -> bool:
 
 
 def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter) -> Subject:
-    """One stored skill, or several: then each by itself, and all of them together."""
+    """Return the subject for stored skills; several are measured each by itself and all together."""
     if len(set(places)) < len(places):
         raise UsageError("the same skill is named twice", fix="name each skill once")
     names = [f"skill{index}" for index in range(1, len(places) + 1)] if len(places) > 1 else ["skill"]
@@ -132,7 +133,7 @@ def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter)
 
 
 def subject_of_models(before: str, after: str, access: Access, reporter: Reporter) -> Subject:
-    """Two models, and how they do not belong together."""
+    """Return the subject for two models, with how they do not belong together."""
     models = {"before": before, "after": after}
     recipe = recipe_of(models, "after - before", {"kind": "skill"}, "skillmerge inspect")
     checkpoints = open_models(recipe, access, reporter.note)
@@ -157,7 +158,7 @@ def open_named(models: Mapping[str, Any], access: Access, reporter: Reporter) ->
 
 
 def subject_of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subject:
-    """The updates of a merge. A single coefficient before the whole difference is left out, as its norms say
+    """Return the updates of a merge. A single coefficient before the whole difference is left out, as its norms say
     nothing of the skill; any other coefficients are part of what the update is."""
     recipe = plan.recipe
     title = f"{recipe.document.name}: {recipe.document.data['merge']}"
@@ -203,9 +204,10 @@ def subject_of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subj
 
 
 def _parts(term: Term | None, target: str | None, recipe: Recipe) -> tuple[Part, ...]:
-    """The differences that a formula adds up, `(a - base)` and `(b - base)`, each without the number in front of it.
+    """Return the differences that a formula adds up, `(a - base)` and `(b - base)`, each without the number in front of
+    it.
 
-    None where it does not add up several.
+    None if it does not add up several.
     """
     written = _differences(term, target)
     roots = _roots(written, recipe)
@@ -262,13 +264,13 @@ def _whole_pair(update: Mapping[str, float], written: Sequence[_Difference]) -> 
 
 
 def _roots(written: Sequence[_Difference] | None, recipe: Recipe) -> set[str]:
-    """The models that updates are cut from which a formula adds as they are written."""
+    """Return the models that updates are cut from which a formula adds as they are written."""
     added = (it.before(()) for it in written or () if it.is_added)
     return {model for model in added if model is not None and model_of(model) not in recipe.skills}
 
 
 def _differences(term: Term | None, target: str | None) -> list[_Difference] | None:
-    """The differences that are added to the target, or None where something else is left.
+    """Return the differences that are added to the target, or None if something else is left.
 
     A formula without parentheses is read from the left: models belong together until they come to a difference.
     """
@@ -291,8 +293,8 @@ def _differences(term: Term | None, target: str | None) -> list[_Difference] | N
 
 
 def _leaves(term: Term, by: float = 1.0, turned: bool = False) -> Iterator[tuple[str, float, bool]]:
-    """The models of a formula from left to right, each with the number in front of it, and whether the difference that
-    it stands in is turned around."""
+    """Yield the models of a formula from left to right, each with the number in front of it, and whether the difference
+    that it stands in is turned around."""
     if degree(term) == 0:
         turned = by < 0
     if isinstance(term, Leaf):
@@ -315,7 +317,7 @@ def told_update(factors: Mapping[str, float]) -> str:
 
 
 def _split(term: Term | None, plan: Plan) -> tuple[str | None, Term | None, bool]:
-    """The model that an update is added to (None for a skill), the update as a term where it stands as one, and
+    """Return the model that an update is added to (None for a skill), the update as a term where it stands as one, and
     whether it is subtracted."""
     if plan.makes_skill:
         return None, None, False
@@ -326,7 +328,7 @@ def _split(term: Term | None, plan: Plan) -> tuple[str | None, Term | None, bool
 
 
 def _update(term: Term | None, target: str | None) -> dict[str, float]:
-    """What a term adds to `target`, as factors of models."""
+    """Return what a term adds to `target`, as factors of models."""
     factors = weights(term)
     if target is not None:
         factors = {**factors, target: factors.get(target, 0.0) - 1}
@@ -334,7 +336,7 @@ def _update(term: Term | None, target: str | None) -> dict[str, float]:
 
 
 def _is_scaled(recipe: Recipe, target: str | None) -> bool:
-    """Whether coefficients only scale the update as a whole: it keeps its direction whatever they are."""
+    """Return whether coefficients only scale the update as a whole: it keeps its direction whatever they are."""
     plain = _update(recipe.term(dict.fromkeys(recipe.coefficients, 1.0)), target)
     values = {name: 2.0 + 0.37 * index for index, name in enumerate(recipe.coefficients)}
     other = _update(recipe.term(values), target)
@@ -353,7 +355,7 @@ def _pair(update: Mapping[str, float], before: str | None = None) -> tuple[str, 
 
 
 def _real(pair: tuple[str, str] | None, recipe: Recipe, index: int) -> str | None:
-    """A model of the pair, where it is one and not a plane of a skill."""
+    """Return a model of the pair, where it is one and not a plane of a skill."""
     if pair is None or pair[index] not in recipe.models or pair[index] in recipe.skills:
         return None
     return pair[index]

@@ -52,7 +52,7 @@ class Row:
 def measure_updates(
     subject: Subject, tasks: Sequence[TensorPlan], forecaster: Forecaster, threads: int, reporter: Reporter
 ) -> dict[str, Row]:
-    """What each tensor's update looks like; the forecaster learns the rest. Raises InputError, StalePlan."""
+    """Return what each tensor's update looks like; the forecaster learns the rest. Raises InputError, StalePlan."""
     remote = any(checkpoint.at.remote for checkpoint in subject.checkpoints.values())
     tile = _REMOTE_TILE if remote else _TILE
     rows: dict[str, Row] = {}
@@ -79,7 +79,7 @@ def measure_updates(
 
 
 def _row(subject: Subject, name: str, found: Sequence[_Found]) -> Row:
-    """What the tiles of a tensor gave, together."""
+    """Return what the tiles of a tensor gave, together."""
     pairs = [tile.pair for tile in found if tile.pair is not None]
     row = Row(
         add_up(tile.update for tile in found),

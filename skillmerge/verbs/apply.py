@@ -156,7 +156,7 @@ class _Merge:
         return self.job.plan.digest + ("+strict" if self.checks.strict else "")
 
     def find_published(self) -> Result | None:
-        """The output, where it goes to the Hub alone and is there."""
+        """Return the output, where it goes to the Hub alone and is there."""
         if self.push is None or not self.publish.no_local or self.publish.overwrite:
             return None
         found = self.push.find()
@@ -167,7 +167,7 @@ class _Merge:
         return self._result(found[1], already=True, published=found[0])
 
     def find_finished(self) -> Result | None:
-        """The output, where it is at its place already, as asked for now."""
+        """Return the output, where it is at its place already, as asked for now."""
         plan, target = self.job.plan, self.staging.output
         recovered = self.staging.recover(plan.weights_digest, self.conditions, self.publish.overwrite, self.judged)
         if self.publish.no_local:
@@ -207,7 +207,7 @@ class _Merge:
         return self._result(proof, device=runner.device, gates=gates)
 
     def published(self, result: Result) -> Result:
-        """The same, once it is on the Hub too."""
+        """Return the same, once it is on the Hub too."""
         if self.push is not None and result.published is None:
             files = self.staging.files if self.publish.no_local else self.staging.output
             commit = self.push.publish(Output(files, result.manifest), verified=not result.already)
@@ -297,7 +297,8 @@ class _Merge:
         return body
 
     def _judge(self, body: ManifestBody) -> list[Outcome]:
-        """What becomes of the recipe's gates. Raises GateFailed, unless the output is to be kept all the same."""
+        """Return what becomes of the recipe's gates. Raises GateFailed, unless the output is to be kept all the
+        same."""
 
         def report(outcome: Outcome) -> None:
             self.reporter.event("gate", **outcome.as_dict())
@@ -343,7 +344,7 @@ class _Merge:
 
 
 def _push_of(plan: Plan, publish: Publish) -> MergePush | None:
-    """The push that the recipe or the caller asks for, checked before any work."""
+    """Return the push that the recipe or the caller asks for, checked before any work."""
     if publish.repository is None and plan.recipe.output.push is None:
         if publish.no_local:
             raise UsageError("without a push there would be no output at all", fix="add --push org/name")

@@ -109,7 +109,8 @@ def derive(
 
 
 def _place_beside(recipe: str, folder: Path, output: str | os.PathLike[str]) -> Path:
-    """Where to write. Raises UsageError where something is there, or where relative paths would mean other places."""
+    """Return the path to write to. Raises UsageError if something is there, or where relative paths would mean other
+    places."""
     target = Path(output)
     if target.exists():
         raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
@@ -119,15 +120,15 @@ def _place_beside(recipe: str, folder: Path, output: str | os.PathLike[str]) -> 
 
 
 def _refuse_names(recipe: Recipe) -> None:
-    """Raise UsageError where the recipe has a name that the derived one needs."""
+    """Raise UsageError if the recipe has a name that the derived one needs."""
     if _OFF in (*recipe.models, *recipe.coefficients) or _BASE in recipe.models:
         raise UsageError(f"the recipe has a name that is needed: `{_OFF}` or `{_BASE}`", fix="rename it")
 
 
 def _only_coefficient(recipe: Recipe) -> tuple[str, str]:
-    """The name of the one coefficient, as it is written and as it is meant.
+    """Return the name of the one coefficient, as it is written and as it is meant.
 
-    Raises UsageError where it is not one plain number before the whole update.
+    Raises UsageError if it is not one plain number before the whole update.
     """
     table = recipe.document.data.get("coefficients") or {}
     if len(table) != 1:
@@ -149,7 +150,8 @@ def _only_coefficient(recipe: Recipe) -> tuple[str, str]:
 
 
 def _is_plain(recipe: Recipe, name: str) -> bool:
-    """Whether one more of the coefficient adds the update once, as `inspect` measures it: models with factors of 1."""
+    """Return whether one more of the coefficient adds the update once, as `inspect` measures it: models with factors of
+    1."""
     one, two = (weights(bind(recipe.expression, {name: value})) for value in (1.0, 2.0))
     factors = {model: two.get(model, 0.0) - one.get(model, 0.0) for model in {*one, *two}}
     return all(abs(factor) in (0.0, 1.0) for factor in factors.values())
@@ -173,7 +175,8 @@ def _number(choice: str, row: Mapping[str, Any]) -> float | None:
 
 
 def _schedule(numbers: Mapping[str, float], default: float) -> dict[str, Any]:
-    """Rules for cells `model.layers 3 attention` and `outside blocks norm`; the latter first, as the last rule wins."""
+    """Return rules for cells `model.layers 3 attention` and `outside blocks norm`; the latter first, as the last rule
+    wins."""
     rules: list[dict[str, Any]] = []
     for label, value in sorted(numbers.items(), key=lambda item: not item[0].startswith("outside")):
         place, _, kind = label.rpartition(" ")
@@ -186,7 +189,7 @@ def _schedule(numbers: Mapping[str, float], default: float) -> dict[str, Any]:
 
 
 def _removed(found: Inspection) -> tuple[float | None, float | None]:
-    """The share of the update's energy that projecting takes, cell by cell, and what it would take by chance."""
+    """Return the share of the update's energy that projecting takes, cell by cell, and what it would take by chance."""
     energy = taken = chance = 0.0
     for row in found.cells.values():
         if row["norm"] and row.get("cosine") is not None:

@@ -76,9 +76,9 @@ def extract(
 
 
 def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bool = False) -> str:
-    """Which of the models of its expression `parent` is (`rl`), by the digests of all of its tensors.
+    """Return which of the models of its expression `parent` is (`rl`), by the digests of all of its tensors.
 
-    Raises CheckFailed where it is none of them, naming the tensor that shows it; UsageError, InputError.
+    Raises CheckFailed if it is none of them, naming the tensor that shows it; UsageError, InputError.
     """
     if not (Path(skill) / SKILL_FILE).is_file():
         raise UsageError(f"{skill} is not a skill, and `--parent` is for skills", fix="leave `--parent` out")

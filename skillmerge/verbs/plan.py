@@ -28,7 +28,7 @@ from skillmerge.verbs.target import is_done, output_folder
 class Preview(Plan):
     """A plan and what it needs of this machine: threads and memory (`needs`), and the bytes free for its output.
 
-    disk_free: None where the recipe names no output. changes: since a saved plan, in words; None without one.
+    disk_free: None if the recipe names no output. changes: since a saved plan, in words; None without one.
     """
 
     needs: Budget
@@ -49,13 +49,14 @@ class Preview(Plan):
         return is_done(self)
 
     def as_dict(self) -> dict[str, Any]:
-        """The saved plan, with memory in bytes, threads, free disk in bytes, and changes where they were asked for."""
+        """Return the saved plan, with memory in bytes, threads, free disk in bytes, and changes where they were asked
+        for."""
         changes = {} if self.changes is None else {"changes": list(self.changes)}
         needs = {"memory": self.needs.memory, "threads": self.needs.threads, "disk_free": self.disk_free}
         return {**saved.describe(self), **needs, **changes}
 
     def as_text(self) -> str:
-        """The text of the saved plan, as `save` writes it."""
+        """Return the text of the saved plan, as `save` writes it."""
         return json.dumps({"ok": self.ok, **self.as_dict()}, indent=1) + "\n"
 
 
@@ -80,7 +81,7 @@ def plan(
     make `ok` false too. threads, memory_limit: as `apply` would get them. lock: also write the commits and files of
     models on the Hub into the lock file beside the recipe. save: write the plan as JSON into this file, which `apply`
     takes in a recipe's place. diff: a saved plan to compare with.
-    Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError; ResourceError where memory or disk are
+    Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError; ResourceError if memory or disk are
     too small for it.
     """
     reporter = reporter or Reporter()
@@ -122,7 +123,7 @@ def _make(
 
 
 def _save(preview: Preview, path: Path) -> None:
-    """Raises UsageError where something else than a saved plan is there."""
+    """Raise UsageError if something else than a saved plan is there."""
     if path.exists() and path.stat().st_size and not saved.looks_saved(path):
         raise UsageError(f"{path} exists already and is not what --save writes", fix="name another --save")
     with disk_errors(path):

@@ -111,7 +111,7 @@ def rebuild(
 def rebuild_into(folder: str | os.PathLike[str], output: str | os.PathLike[str], how: How | None = None) -> Rebuilt:
     """Make the output whose manifest is in `folder` again as `output`, and compare the manifests.
 
-    Raises CheckFailed for a manifest that is not sound or a rebuild that differs, StalePlan where the models that it
+    Raises CheckFailed for a manifest that is not sound or a rebuild that differs, StalePlan if the models that it
     names are not those of then; and whatever `apply` raises.
     """
     how = how or How()
@@ -176,7 +176,7 @@ def check_rebuild(
 
 @contextmanager
 def _planned_again(made: Output, how: How) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
-    """The plan that the manifest was made from, over the models as they are now. Raises StalePlan where these or
+    """Yield the plan that the manifest was made from, over the models as they are now. Raises StalePlan if these or
     skillmerge have changed."""
     root, proof = made.folder, made.manifest
     recipe, commits = made.recipe(how.base)
@@ -207,7 +207,7 @@ def _planned_again(made: Output, how: How) -> Iterator[tuple[Plan, Mapping[str, 
 
 
 def _side_files(proof: Manifest, now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The manifest's side files as a plan has them: the plan's own rows where they say the same."""
+    """Return the manifest's side files as a plan has them: the plan's own rows where they say the same."""
     shards = {tensor.file for tensor in proof.tensors}
     rows = {row["name"]: row for row in now["side_files"]}
     found = []
@@ -221,7 +221,7 @@ def _side_files(proof: Manifest, now: Mapping[str, Any]) -> list[dict[str, Any]]
 
 @contextmanager
 def _blamed_on_inputs(proof: Manifest) -> Iterator[None]:
-    """What differs may do so because a model has changed, where nobody knows what its weights were."""
+    """Add to a difference that a model's weights may have changed, if they were not hashed."""
     try:
         yield
     except CheckFailed as error:
@@ -237,14 +237,14 @@ def _recorded_digests(proof: Manifest) -> dict[tuple[str, str], str]:
 
 
 def _runs_code(made: Output) -> bool:
-    """Whether it was made with --allow-code."""
+    """Return whether it was made with --allow-code."""
     names = [file.name for file in made.manifest.files]
     config = made.folder / "config.json"
     return any(name.endswith(".py") for name in names) or (config.is_file() and b'"auto_map"' in config.read_bytes())
 
 
 def _shards_of(plan: Plan, chosen: set[str]) -> tuple[ShardPlan, ...]:
-    """Each chosen tensor as a shard of its own, at its place in its file."""
+    """Return each chosen tensor as a shard of its own, at its place in its file."""
     return tuple(
         ShardPlan(f"{shard.file}: {spec.name}", shard.header, (spec,))
         for shard in plan.shards
@@ -284,7 +284,7 @@ class _ComparedFile:
             raise
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Raise CheckFailed where the file has other bytes at `offset`, and say which element is the first."""
+        """Raise CheckFailed if the file has other bytes at `offset`, and say which element is the first."""
         place = 0
         while place < len(data):
             there = os.pread(self._descriptor, len(data) - place, offset + place)
@@ -323,7 +323,7 @@ class _ComparedStream:
         self._position += len(data)
 
     def put(self, data: bytes | memoryview, offset: int) -> None:
-        """Raise CheckFailed where the file has other bytes at `offset`."""
+        """Raise CheckFailed if the file has other bytes at `offset`."""
         left = memoryview(data).cast("B")  # views of other formats equal no bytes
         while left:
             there = os.pread(self._stream.fileno(), len(left), offset)

@@ -27,7 +27,7 @@ def source_name(recipe: RecipeSource | Recipe) -> str:
 
 
 def read_source(recipe: RecipeSource | Recipe, coefficients: Mapping[str, float] | None) -> Recipe | SavedPlan:
-    """The recipe, or the saved plan, at a path or on standard input. Raises UsageError, RecipeError."""
+    """Return the recipe, or the saved plan, at a path or on standard input. Raises UsageError, RecipeError."""
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
@@ -46,7 +46,7 @@ def read_source(recipe: RecipeSource | Recipe, coefficients: Mapping[str, float]
 def planned_to_apply(
     source: Recipe | SavedPlan, access: Access, checks: Checks, reporter: Reporter
 ) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
-    """A plan that can be carried out, and its open models. Raises StalePlan for a saved plan that has changed."""
+    """Yield a plan that can be carried out, and its open models. Raises StalePlan for a saved plan that has changed."""
     saved = source if isinstance(source, SavedPlan) else None
     if saved is not None:
         access = replace(access, commits=saved.commits)

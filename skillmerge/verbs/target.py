@@ -22,7 +22,7 @@ from skillmerge.recipes.recipe import Recipe
 
 
 def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpoints: Mapping[str, Checkpoint]) -> Path:
-    """Where the output goes. Raises UsageError where that is nowhere, or would replace an input."""
+    """Return where the output goes. Raises UsageError if that is nowhere, or would replace an input."""
     try:
         path = Path(output).expanduser() if output is not None else recipe.output.path
         str(path).encode()
@@ -62,7 +62,7 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
 
 
 def finished_output(folder: Path, plan: Plan, conditions: Mapping[str, Any], hash_inputs: bool) -> Manifest | None:
-    """The manifest in `folder` where it is this very plan's, made from these very files as asked now, and whole
+    """Return the manifest in `folder` where it is this very plan's, made from these very files as asked now, and whole
     as far as can be seen without reading the weights again (that is what `verify` does)."""
     if not (folder / MANIFEST_FILE).is_file():
         return None
@@ -82,7 +82,7 @@ def finished_output(folder: Path, plan: Plan, conditions: Mapping[str, Any], has
 def refuse_other_donor(
     staging: Staging, plan: Plan, checkpoints: Mapping[str, Checkpoint], conditions: dict[str, Any], allow_code: bool
 ) -> None:
-    """Raise UsageError where an earlier run has finished shards of this merge with another donor.
+    """Raise UsageError if an earlier run has finished shards of this merge with another donor.
 
     Version 0.1 took another donor from some recipes. Nobody has changed such a recipe, so what it made is not dropped.
     """
@@ -106,7 +106,8 @@ def refuse_other_donor(
 
 
 def is_done(plan: Plan, output: str | os.PathLike[str] | None = None, stats: str = "sampled") -> bool:
-    """Whether the output is this plan's already, made from these very files, and every byte of it is as it was."""
+    """Return whether the output is this plan's already, made from these very files, and every byte of it is as it
+    was."""
     target = output if output is not None else plan.recipe.output.path
     if target is None:
         return False
@@ -116,7 +117,7 @@ def is_done(plan: Plan, output: str | os.PathLike[str] | None = None, stats: str
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raise UsageError where something is at the output's place that must not be replaced."""
+    """Raise UsageError if something is at the output's place that must not be replaced."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} exists and is not a folder", fix="choose another folder with `--output`")
     if target.is_mount():

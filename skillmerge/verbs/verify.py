@@ -34,7 +34,7 @@ def verify(
     skill, a model that it must have been cut from. signature: True for the output's own `model.sig`, or another file;
     it must have been made with the key of `public_key`, or with a certificate that leads to `certificate_chain`.
     Either of these demands a signature too.
-    Raises CheckFailed with the first difference, UsageError where there is no folder or a package is missing,
+    Raises CheckFailed with the first difference, UsageError if there is no folder or a package is missing,
     ResourceError where it cannot be loaded and the machine is at fault.
     """
     runtimes = asked_runtimes(load)

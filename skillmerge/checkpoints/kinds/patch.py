@@ -126,7 +126,7 @@ class Patched(Checkpoint):
         bit_view(out)[places[inside] - first] = bit_view(values)
 
     def _starts(self, change: _Change) -> list[int]:
-        """Where each CHUNK's places start, from a first look at all of them. Raises InputError."""
+        """Return where each CHUNK's places start, from a first look at all of them. Raises InputError."""
         import torch
 
         with change.lock:
@@ -150,7 +150,7 @@ class Patched(Checkpoint):
         return change.starts
 
     def _part(self, spec: StoredTensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Elements of a patch's tensor; places as int64, whatever they are stored in."""
+        """Return elements of a patch's tensor; places as int64, whatever they are stored in."""
         import torch
 
         from skillmerge.bits import torch_dtype
@@ -174,7 +174,7 @@ def claims(store: Store) -> bool:
 def open(uri: str, store: Store, onto: Checkpoint | None) -> Checkpoint:
     """Open the checkpoint that a patch makes of `onto`.
 
-    Raises InputError where it is missing, damaged, or for another model.
+    Raises InputError if it is missing, damaged, or for another model.
     """
     assert onto is not None
     files, place = store.list(), store.at.place

@@ -158,7 +158,7 @@ class Folder:
 
 
 def _names(root: Path) -> list[str]:
-    """Every file below a folder, sorted. Raises InputError where it is none."""
+    """Return every file below a folder, sorted. Raises InputError if it is none."""
     try:
         os.listdir(root)
     except OSError as error:
@@ -193,7 +193,7 @@ def _license(card: Path) -> str | None:
 
 
 def resolve_inside(root: Path, name: str, follow_links: bool) -> Path:
-    """The path of `name` in `root`, with every link followed. Raises InputError where it leads out.
+    """Return the path of `name` in `root`, with every link followed. Raises InputError if it leads out.
 
     The Hub cache's layout is allowed: `snapshots/<commit>/…` pointing to `blobs/…` of the same repository.
     """

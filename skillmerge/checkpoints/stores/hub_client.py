@@ -98,7 +98,7 @@ def retried(
 
     Only tries without any `progress` count: a link that breaks often still gets there. Once `stop` is set,
     nothing is waited for.
-    Raises InputError for what will not pass, TemporaryError where `tries` (or TRIES) were not enough.
+    Raises InputError for what will not pass, TemporaryError if `tries` (or TRIES) were not enough.
     """
     failed, reached = 0, progress()
     while True:
@@ -192,7 +192,8 @@ def _of_the_network(what: str, error: Exception) -> Exception | None:
 
 
 def probe(seconds: float = 5.0) -> dict[str, str | bool]:
-    """Whether the Hub answers: one request without a token, for at most so long. Never raises, never shows a token."""
+    """Return whether the Hub answers: one request without a token, for at most so long. Never raises, never shows a
+    token."""
     found: dict[str, str | bool] = {
         "endpoint": _host(constants.ENDPOINT),
         "offline": bool(constants.HF_HUB_OFFLINE),
@@ -217,7 +218,7 @@ def probe(seconds: float = 5.0) -> dict[str, str | bool]:
 
 
 def _host(address: str) -> str:
-    """An address without user, password, path and query."""
+    """Return an address without user, password, path and query."""
     try:
         parts = urlsplit(address)
         return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
@@ -262,7 +263,7 @@ def _explained(what: str, error: HfHubHTTPError) -> Exception:
 
 
 def _said(headers: Mapping[str, str], message: str | None = None) -> str:
-    """The first line of what a service says, without what could be a secret."""
+    """Return the first line of what a service says, without what could be a secret."""
     text = (message or headers.get("x-error-message") or "").strip().partition("\n")[0]
     text = re.sub(r"\bhf_\w{6,}|(?i:bearer|basic)\s+\S+", "<token>", _without_token(text))
     return re.sub(r"(://[^\s?]*)\?\S*", r"\1", text)[:_LONGEST_SAYING].rstrip(" .")  # addresses are signed there
@@ -300,7 +301,7 @@ def _meant(what: str, error: HfHubHTTPError) -> Exception:
 
 
 def refused(status: int, headers: Mapping[str, str], what: str) -> Exception:
-    """An answer that is not what was asked for: Passing, or an InputError."""
+    """Return an answer that is not what was asked for: Passing, or an InputError."""
     if status in _PASSING:
         word = "too many requests" if status == 429 else f"the server answers {status}"
         said = _said(headers)
@@ -309,7 +310,7 @@ def refused(status: int, headers: Mapping[str, str], what: str) -> Exception:
 
 
 def _asked_wait(headers: Mapping[str, str]) -> float | None:
-    """Seconds that `Retry-After` (a number or a date) or the rate limit's reset ask to wait."""
+    """Return seconds that `Retry-After` (a number or a date) or the rate limit's reset ask to wait."""
     asked = headers.get("retry-after")
     if asked is not None:
         if asked.strip().isdecimal():

@@ -176,7 +176,7 @@ FORECAST = {
 
 
 def show(value: float | None, unit: str) -> str:
-    """A figure for people; what is not known is a dash."""
+    """Return a figure for people; what is not known is a dash."""
     if value is None:
         return "–"
     if unit == "share":

@@ -121,7 +121,7 @@ def _figures(
     counted: str = "tensors",
     first: str = "module",
 ) -> Table:
-    """A row for each module, or whatever `first` calls them; `counted` is the key of how many there are."""
+    """Return a row for each module, or whatever `first` calls them; `counted` is the key of how many there are."""
     known = {**FIGURES, **SPECTRAL}
     table = Table((first, counted, *(known[key].label for key in keys)), title, text=(first,))
     for label, row in rows.items():

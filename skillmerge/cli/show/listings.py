@@ -29,7 +29,7 @@ class Action(NamedTuple):
 
 
 def actions(plan: Plan) -> list[Action]:
-    """What the plan does, and with how many tensors of which models."""
+    """Return what the plan does, and with how many tensors of which models."""
     groups: dict[tuple[str, str], list[str]] = {}
     for tensor in plan.tensors.values():
         models = ", ".join(dict.fromkeys(source.model for source in tensor.sources))
@@ -53,19 +53,19 @@ def compared(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def coefficients(plan: Plan) -> Iterator[tuple[str, Depth]]:
-    """Each coefficient by layer and kind of module."""
+    """Yield each coefficient by layer and kind of module."""
     for index, name in enumerate(plan.coefficients):
         rows = ((it.name, it.shape, it.coefficients[index]) for it in plan.tensors.values() if it.coefficients[index:])
         yield name, over_depth(rows)
 
 
 def written(plan: Plan) -> str:
-    """How large the output is; how small a skill will be is known when it is made."""
+    """Return how large the output is; how small a skill will be is known when it is made."""
     return ("at most " if plan.makes_skill else "") + format_bytes(plan.bytes_written)
 
 
 def merged(plan: Plan) -> str | None:
-    """How much of the donor the formula changes; None where that is not known, or means nothing."""
+    """Return how much of the donor the formula changes; None if that is not known, or means nothing."""
     if plan.merged_share is None:
         return None
     whole = sum(math.prod(tensor.shape) for tensor in plan.tensors.values())
@@ -89,7 +89,7 @@ class Ulps:
 
 
 def ulps(counts: Sequence[int] | None) -> list[Ulps]:
-    """The classes of changes; none where nothing changed or nothing is known."""
+    """Return the classes of changes; none if nothing changed or nothing is known."""
     whole = sum(counts or ())
     if not counts or not whole:
         return []
@@ -98,7 +98,7 @@ def ulps(counts: Sequence[int] | None) -> list[Ulps]:
 
 
 def scored(score: Score | None) -> str:
-    """A score and, where it is known, how far the true one may be off."""
+    """Return a score and, where it is known, how far the true one may be off."""
     if score is None:
         return "–"
     return f"{score.value:.4g}" + (f" ± {CONFIDENCE * score.error:.2g}" if score.error is not None else "")

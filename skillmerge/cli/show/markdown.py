@@ -34,7 +34,7 @@ def plan_page(
     changes: Sequence[str] | None = None,
     since: str | None = None,
 ) -> str:
-    """The plan. where: the output. free: bytes on its disk. changes: since the saved plan `since`."""
+    """Return a plan as Markdown. where: the output. free: bytes on its disk. changes: since the saved plan `since`."""
     recipe = plan.recipe
     parts = [
         MARK,
@@ -131,7 +131,7 @@ def _list(items: Iterable[str], what: str = "") -> str:
 
 
 def _code(text: str) -> str:
-    """Text as it is, on one line: in a code span nothing is markup, and its fence is longer than any in it."""
+    """Return text as it is, on one line: in a code span nothing is markup, and its fence is longer than any in it."""
     line = " ".join(visible(text).split())
     line = line if len(line) <= _CELL else f"{line[: _CELL - 1]}…"
     fence = _fence(line, 1)
@@ -144,7 +144,7 @@ def _fence(text: str, least: int) -> str:
 
 
 def _block(text: str) -> str:
-    """Lines as they are, fenced by more backticks than they have."""
+    """Return lines as they are, fenced by more backticks than they have."""
     kept = visible(text)[: 20 * _CELL]
     fence = _fence(kept, 3)
     return f"{fence}yaml\n{kept}\n{fence}"

@@ -19,7 +19,7 @@ SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sar
 
 
 def document(lint: Lint) -> dict[str, Any]:
-    """A SARIF log of one run."""
+    """Return a SARIF log of one run."""
     rules = list(RULES.values())
     driver = {
         "name": "skillmerge",

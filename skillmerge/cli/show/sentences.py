@@ -56,7 +56,7 @@ def _place(found: Inspection) -> Iterator[str]:
 
 
 def _shortest(layers: Mapping[int, float]) -> tuple[int, int] | None:
-    """The shortest run of layers that holds half of the update's energy; the later one of two."""
+    """Return the shortest run of layers that holds half of the update's energy; the later one of two."""
     places = sorted(layers)
     runs = (
         (last - first, -first, (places[first], places[last]))

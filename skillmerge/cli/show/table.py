@@ -96,7 +96,7 @@ class Table:
 
 
 def _fitting(columns: Sequence[_Column], order: Iterable[_Column], room: int) -> list[_Column]:
-    """The columns that fit side by side at their least widths."""
+    """Return the columns that fit side by side at their least widths."""
     kept = list(columns)
     for column in order:
         if _sum(one.least for one in kept) <= room:
@@ -106,7 +106,7 @@ def _fitting(columns: Sequence[_Column], order: Iterable[_Column], room: int) ->
 
 
 def _widths(columns: Sequence[_Column], room: int) -> list[int]:
-    """Each column's width: its natural one, or for all the widest common bound at which they fit."""
+    """Return each column's width: its natural one, or for all the widest common bound at which they fit."""
     for bound in range(max((column.natural for column in columns), default=0), 0, -1):
         widths = [max(column.least, min(column.natural, bound)) for column in columns]
         if _sum(widths) <= room:
@@ -115,6 +115,6 @@ def _widths(columns: Sequence[_Column], room: int) -> list[int]:
 
 
 def _sum(widths: Iterable[int]) -> int:
-    """How wide columns are side by side. Their first and last blank are not printed."""
+    """Return how wide columns are side by side. Their first and last blank are not printed."""
     widths = list(widths)
     return sum(widths) + _APART * max(len(widths) - 1, 0) + 2

@@ -43,7 +43,7 @@ class Grain:
 
 
 def grain_of(values: Tensor) -> Grain | None:
-    """Look at elements as they are stored; None where they are no plain floating-point numbers."""
+    """Look at elements as they are stored; None if they are no plain floating-point numbers."""
     import torch
 
     from skillmerge.bits import bit_view, fold_sum
@@ -65,7 +65,7 @@ def grain_of(values: Tensor) -> Grain | None:
 
 
 def joined(grains: Iterable[Grain]) -> Grain:
-    """The runs of one tensor together."""
+    """Return the runs of one tensor together."""
     grains, used = list(grains), 0
     for grain in grains:
         used |= grain.used
@@ -73,7 +73,7 @@ def joined(grains: Iterable[Grain]) -> Grain:
 
 
 def precision_of(grain: Grain) -> str:
-    """The narrowest dtype that a tensor's numbers have come through, as its mantissa bits show."""
+    """Return the narrowest dtype that a tensor's numbers have come through, as its mantissa bits show."""
     stored = _MANTISSAS[grain.dtype]
     bits = stored - (grain.used & -grain.used).bit_length() + 1 if grain.used else 0
     if bits < _MANTISSAS["bfloat16"]:
@@ -88,7 +88,7 @@ def told_precision(grain: Grain) -> str:
 
 
 def squared_error(grain: Grain) -> float:
-    """The expected sum of squares of what rounding to a tensor's precision took from its elements."""
+    """Return the expected sum of squares of what rounding to a tensor's precision took from its elements."""
     return math.fsum(grain.powers) * 4.0 ** -_MANTISSAS[precision_of(grain)] / 12
 
 
@@ -124,7 +124,7 @@ def input_warning(
     precisions: Sequence[str],
     kinds: Mapping[str, tuple[float, float | None]],
 ) -> Iterator[Remark]:
-    """The warning that a floor calls for from LARGE on.
+    """Yield the warning that a floor calls for from LARGE on.
 
     added: the floor of the added models alone. kinds: norm and floor of the update in each kind of module. The kind
     with most of the update, norms apart, has to have such a floor too: norms are few, coarse numbers near 1.

@@ -21,7 +21,7 @@ class SkillGroup:
     of what rounding lost, of the norm of the update.
 
     input_rounding: the norm that is to be expected of what rounding took from the models before, of the update's;
-    input_rounding_added: of the added models alone. None where nothing is known of the models.
+    input_rounding_added: of the added models alone. None if nothing is known of the models.
     """
 
     tensors: int
@@ -69,7 +69,7 @@ class SkillStatistics:
 @dataclass(frozen=True, slots=True)
 class SkillInput:
     """What a tensor of a skill was made of. weights: sum of squares of what was subtracted; of_all, of_added and
-    precisions: see `InputRounding`. A sum is None where it is no number that JSON has."""
+    precisions: see `InputRounding`. A sum is None if it is no number that JSON has."""
 
     weights: float | None
     of_all: float | None
@@ -87,7 +87,7 @@ class SkillInput:
 def summarise_skill(
     tensors: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, SkillInput] | None = None
 ) -> SkillStatistics:
-    """The same for a stored skill, from what `skill.json` says of its tensors: counts, shares, and the norm.
+    """Return the same for a stored skill, from what `skill.json` says of its tensors: counts, shares, and the norm.
 
     inputs: what is known of the models of each tensor.
     """
@@ -126,12 +126,12 @@ def _skill_group(
 
 
 def _ratio(row: Mapping[str, Any], made_of: SkillInput) -> float | None:
-    """The norm of a tensor's update, of that of what was subtracted; None of zeros."""
+    """Return the norm of a tensor's update, of that of what was subtracted; None of zeros."""
     return math.sqrt(row["sum_of_squares"] / made_of.weights) if made_of.weights else None
 
 
 def _relative_error(rows: list[Mapping[str, Any]]) -> float:
-    """The norm of what rounding lost, of the norm of the update."""
+    """Return the norm of what rounding lost, of the norm of the update."""
     lost = math.fsum(row.get("lost_squares", 0.0) for row in rows)
     whole = math.fsum(row["sum_of_squares"] for row in rows)
     return math.sqrt(lost / whole) if whole else 0.0

@@ -21,7 +21,7 @@ NAME = "update-size"
 
 
 def too_large(ratios: Iterable[tuple[str, Sequence[int], float | None]]) -> dict[str, float]:
-    """The matrices among these tensors (name, shape, norm ratio or None) whose ratio is above LARGE."""
+    """Return the matrices among these tensors (name, shape, norm ratio or None) whose ratio is above LARGE."""
     return {
         name: ratio
         for name, shape, ratio in ratios
@@ -38,7 +38,7 @@ IN_EXTRACT = f"pass `--accept {NAME}`, or add to a recipe: `accept: [{NAME}]`"
 
 
 def size_warning(ratios: Mapping[str, float], acceptance: str | None = IN_RECIPE) -> Iterator[Remark]:
-    """The warning that such matrices call for, where there are any; it names the largest.
+    """Yield the warning that such matrices call for, where there are any; it names the largest.
 
     acceptance: how it can be accepted, if it can.
     """

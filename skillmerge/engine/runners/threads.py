@@ -48,5 +48,5 @@ class Threads:
 
 
 def _weights(shard: ShardPlan) -> int:
-    """Bytes of a shard without its header."""
+    """Return the bytes of a shard without its header."""
     return sum(spec.nbytes for spec in shard.specs)

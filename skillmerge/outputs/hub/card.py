@@ -32,9 +32,9 @@ IN_THE_RECIPE = "declare it in the recipe:\noutput:\n  license: apache-2.0"
 
 
 def license_of(inputs: Sequence[Input | InputPlan], declared: str | None, how: str = IN_THE_RECIPE) -> str:
-    """The licence of a merge of these parents. how: what declares it, of the command that was run.
+    """Return the license of a merge of these parents. how: what declares it, of the command that was run.
 
-    Raises UsageError where they do not agree and none is declared.
+    Raises UsageError if they do not agree and none is declared.
     """
     if declared is not None:
         return declared
@@ -51,7 +51,7 @@ def license_of(inputs: Sequence[Input | InputPlan], declared: str | None, how: s
 def write_card(
     manifest: Manifest, push: Push, declared: str | None, by_hand: str | None = None, how: str = IN_THE_RECIPE
 ) -> str:
-    """The text of the card. Raises UsageError where the licence is not settled or `by_hand` is no card."""
+    """Return the text of the card. Raises UsageError if the license is not settled or `by_hand` is no card."""
     skill = manifest.makes_skill
     parents = [place for item in manifest.inputs if (place := on_hub(item.uri)) is not None]
     metadata: dict[str, Any] = {
@@ -76,7 +76,7 @@ def write_card(
 
 
 def read_metadata(card: str) -> tuple[ModelCard, dict[str, Any]]:
-    """A card written by hand, and its metadata. Raises UsageError."""
+    """Return a card written by hand, and its metadata. Raises UsageError."""
     try:
         parsed = ModelCard(card)
         return parsed, dict(parsed.data.to_dict())  # type: ignore[no-untyped-call]
@@ -170,7 +170,7 @@ def _coefficient(manifest: Manifest, name: str, index: int) -> str:
 
 
 def _accepted(manifest: Manifest) -> list[str]:
-    """The differences between the parents that the recipe accepts."""
+    """Return the differences between the parents that the recipe accepts."""
     rows = []
     for found in manifest.accepted:
         values = ", ".join(f"{model}: {value}" for model, value in found.values.items())

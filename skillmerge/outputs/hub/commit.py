@@ -51,7 +51,7 @@ _TOKENIZER_FILE = re.compile(
 
 
 def _is_about_copies(error: BaseException | None) -> bool:
-    """Whether a commit failed for the files that the Hub was to copy, and not for itself."""
+    """Return whether a commit failed for the files that the Hub was to copy, and not for itself."""
     if isinstance(error, ForgottenUploads):
         return True  # it said that it had copied them, and had not
     while error is not None:
@@ -104,7 +104,7 @@ class Digests:
 
 
 def _is_there(file: File, listed: Mapping[str, tuple[int, tuple[str, str]]], files: Repository) -> bool:
-    """Whether the Hub has a file of a manifest; a small one, of which it states no sha256, is read."""
+    """Return whether the Hub has a file of a manifest; a small one, of which it states no sha256, is read."""
     size, (kind, digest) = listed.get(file.name, (-1, ("", "")))
     if size != file.size:
         return False
@@ -157,7 +157,7 @@ class HubCommit:
         self._branch = branch
 
     def _listing(self, revision: str) -> tuple[str, dict[str, tuple[int, tuple[str, str]]]]:
-        """The commit of a revision, and what the Hub says of its files."""
+        """Return the commit of a revision, and what the Hub says of its files."""
         info = retried(
             self._place, lambda: self._api.model_info(self.push.repository, revision=revision, files_metadata=True)
         )
@@ -256,8 +256,8 @@ class HubCommit:
     def make(self, message: str, description: str, upload: Callable[[str], None]) -> Published:
         """Make the commit, unless it is there already, and compare what the Hub then has with what was sent.
 
-        upload: sends a file by name that the Hub does not want to copy. Raises CheckFailed where the Hub has
-        something else, ForgottenUploads where it no longer has what was sent ahead.
+        upload: sends a file by name that the Hub does not want to copy. Raises CheckFailed if the Hub has
+        something else, ForgottenUploads if it no longer has what was sent ahead.
         """
         message = self.push.message or message
         published = self._find(message)
@@ -327,7 +327,7 @@ class HubCommit:
         ]
 
     def find_plan(self, plan_digest: str, title: str) -> tuple[Published, Manifest] | None:
-        """An output of this plan that is there already, and its manifest: on the branch, or in an open pull
+        """Return an output of this plan that is there already, and its manifest: on the branch, or in an open pull
         request of ours. Every byte of it is what its manifest says, and that is whole."""
         for revision, request in self._places(self.push.message or title):
             commit, listed = self._listing(revision)
@@ -349,7 +349,7 @@ class HubCommit:
         return f"{constants.ENDPOINT}/{self.push.repository}"
 
     def _places(self, title: str) -> Iterator[tuple[str, str | None]]:
-        """Where a commit of ours may be: revision, and the address of a pull request that we made."""
+        """Yield where a commit of ours may be: revision, and the address of a pull request that we made."""
         yield self._branch, None
         if self.as_pull_request:
             user = retried(self._place, self._api.whoami)["name"]

@@ -75,7 +75,7 @@ def push(
 
 
 def _settings(asked: Push | None, repository: str | None, options: Mapping[str, Any]) -> Push:
-    """The recipe's push, with what was given (not None) in its place."""
+    """Return the recipe's push, with what was given (not None) in its place."""
     given = {name: value for name, value in options.items() if value is not None}
     if repository is not None:
         given["repository"] = repository
@@ -87,7 +87,7 @@ def _settings(asked: Push | None, repository: str | None, options: Mapping[str, 
 
 
 def read_card(path: Path | None) -> str | None:
-    """A card written by hand. Raises UsageError."""
+    """Return a card written by hand. Raises UsageError."""
     try:
         return path.read_text(encoding="utf-8") if path is not None else None
     except (OSError, UnicodeDecodeError) as error:
@@ -199,7 +199,7 @@ class MergePush:
         return self._commit.find_plan(self._plan.digest, title)
 
     def disk_needed(self, output: int) -> int:
-        """Bytes, where the whole output would need `output`."""
+        """Return the disk space that this push needs, in bytes; the whole output needs `output`."""
         if not self._remove:
             return output
         sides = sum(file.size for file in self._plan.side_files)

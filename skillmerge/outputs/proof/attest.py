@@ -79,7 +79,7 @@ def attest(
 
     builder_id: a URI that says who is trusted to have run the merge; invocation_id: the run, in that builder's words.
     private_key: sign it too, as a DSSE envelope (then it is NAME.intoto.jsonl); see `signing.sign`.
-    Raises CheckFailed where the output does not verify, UsageError, ResourceError.
+    Raises CheckFailed if the output does not verify, UsageError, ResourceError.
     """
     root = check_folder(folder)
     _check_libraries(bom_file is not None, private_key is not None)
@@ -114,7 +114,7 @@ def _statement(
     builder_id: str,
     invocation_id: str | None,
 ) -> bytes:
-    """The statement as JSON. files: the output's, and their sha256."""
+    """Return the statement as JSON. files: the output's, and their sha256."""
     from google.protobuf.json_format import MessageToDict
     from in_toto_attestation.v1.statement import Statement
 
@@ -162,7 +162,7 @@ def _provenance(proof: Manifest, log: RunLog, builder_id: str, invocation_id: st
 
 
 def _dependencies(item: Input) -> Iterator[Any]:
-    """An input's commit, where it has one, and its weight files. Of a local input the name in the recipe is told,
+    """Yield an input's commit, where it has one, and its weight files. Of a local input the name in the recipe is told,
     and not the path."""
     place = on_hub(item.uri)
     at = place.at(item.revision) if place is not None and item.revision else None
@@ -194,8 +194,8 @@ def _is_pinned(item: Input) -> bool:
 
 
 def _without_host_paths(text: str) -> tuple[str, bool]:
-    """A recipe's text with the last parts of absolute paths alone, and whether it had any: what folders a machine
-    has is nobody's business. The manifest keeps the text as it was, and its digest is of that."""
+    """Return a recipe's text with the last parts of absolute paths alone, and whether it had any: what folders a
+    machine has is nobody's business. The manifest keeps the text as it was, and its digest is of that."""
     recipe = parse_recipe(text, "the manifest's recipe", Path("/"))
     found = sorted({value for value in _strings(recipe.document.data) if value.startswith(("/", "~"))}, key=len)
     for value in reversed(found):
@@ -217,7 +217,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _envelope(content: bytes, key: Any) -> bytes:
-    """A DSSE envelope (https://github.com/secure-systems-lab/dsse, v1), on one line as in an in-toto bundle."""
+    """Return a DSSE envelope (https://github.com/secure-systems-lab/dsse, v1), on one line as in an in-toto bundle."""
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import CryptoSigner
 
@@ -247,7 +247,7 @@ def _check_place(place: Path, keys: tuple[str, ...]) -> None:
 
 
 def _check_libraries(with_bom: bool, signed: bool) -> None:
-    """Raises UsageError."""
+    """Raise UsageError if a package is missing."""
     try:
         import in_toto_attestation  # noqa: F401
 

@@ -69,7 +69,7 @@ def sign(
 
     private_key: a PEM file, an EC key on P-256, P-384 or P-521; password: where it is encrypted. signing_certificate:
     a PEM file for that key, with certificate_chain: those that lead from it to a root. A signature that is there is
-    replaced. Raises CheckFailed where the output does not verify, UsageError for keys and certificates that cannot be
+    replaced. Raises CheckFailed if the output does not verify, UsageError for keys and certificates that cannot be
     used and where the package is missing, ResourceError.
     """
     root = check_folder(folder)
@@ -108,7 +108,7 @@ def verify_signature(
     signature: in place of `model.sig` in the folder. public_key: of the key that signed; or certificate_chain: the
     roots (and what leads to them) that are trusted. Certificates are judged as of the first day of the signing one;
     nothing is asked about revocation.
-    Raises CheckFailed where there is no signature or it does not hold, UsageError.
+    Raises CheckFailed if there is no signature or it does not hold, UsageError.
     """
     root = Path(folder)
     if (public_key is None) == (not certificate_chain):
@@ -124,7 +124,7 @@ def verify_signature(
 
 
 def _check_signature(output: Output, place: Path, configuration: Any) -> _Bundle:
-    """Whether the signature at `place` is of every file of the output, and holds. Raises CheckFailed."""
+    """Check that the signature at `place` is valid and covers every file of the output. Raises CheckFailed."""
     root = output.folder
     try:
         bundle = _read(place.read_bytes(), place)
@@ -141,7 +141,7 @@ def _check_signature(output: Output, place: Path, configuration: Any) -> _Bundle
 
 
 def signature_beside(output: Output) -> bytes | None:
-    """The content of an output's own signature, or None. Raises CheckFailed where it is of other files.
+    """Return the content of an output's own signature, or None. Raises CheckFailed if it is of other files.
 
     Whose it is, is not asked.
     """
@@ -154,7 +154,7 @@ def signature_beside(output: Output) -> bytes | None:
 
 
 def read_private_key(path: _AnyPath, password: str | None = None) -> EllipticCurvePrivateKey:
-    """An EC key that signatures can be made with. Raises UsageError; the password is in no message."""
+    """Return an EC key that signatures can be made with. Raises UsageError; the password is in no message."""
     ec, serialization = _cryptography()
     content = _read_file(path, "the private key")
     try:
@@ -207,7 +207,7 @@ class _Bundle:
 
 
 def _read(content: bytes, path: Path) -> _Bundle:
-    """Raises CheckFailed where it is no signature of Model Signing 1.0."""
+    """Read a signature. Raises CheckFailed if it is not one of Model Signing 1.0."""
     try:
         document = json.loads(content)
         statement = json.loads(base64.b64decode(document["dsseEnvelope"]["payload"]))
@@ -220,7 +220,7 @@ def _read(content: bytes, path: Path) -> _Bundle:
 
 
 def _place(root: Path, signature: _AnyPath | None) -> Path:
-    """Raises UsageError where a signature would be one of the output's files, or a stranger among them."""
+    """Return where the signature goes. Raises UsageError if it would be inside the output under another name."""
     own = root / SIGNATURE_FILE
     place = Path(signature) if signature is not None else own
     if place.resolve() != own.resolve() and root.resolve() in place.resolve().parents:
@@ -285,7 +285,7 @@ def _hashing(ignored: frozenset[str]) -> Any:
 
 @contextlib.contextmanager
 def _in_memory(key: EllipticCurvePrivateKey) -> Iterator[Path]:
-    """A path at which a key can be read once, decrypted: the library reads files, with no password for those that
+    """Yield a path at which a key can be read once, decrypted: the library reads files, with no password for those that
     have a certificate, and a decrypted key must never lie on a disk."""
     _, serialization = _cryptography()
     content = key.private_bytes(
@@ -317,7 +317,7 @@ def _read_file(path: _AnyPath, what: str) -> bytes:
 
 
 def _model_signing() -> tuple[Any, Any, Any]:
-    """The library's parts: signing, verifying, hashing. Raises UsageError."""
+    """Return the library's parts: signing, verifying, hashing. Raises UsageError."""
     try:
         from model_signing import hashing, signing, verifying
     except ImportError as error:

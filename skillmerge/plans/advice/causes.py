@@ -52,7 +52,7 @@ class Cause:
 
 
 def left_behind(model: str, checkpoint: Checkpoint, names: Iterable[str]) -> Cause | None:
-    """What a library for training has left in a checkpoint that is no model's weight."""
+    """Return what a library for training has left in a checkpoint that is no model's weight."""
     for name in names:
         part = next((part for part in name.split(".") if part in _LEFT), None)
         if part is not None:
@@ -65,7 +65,7 @@ def cause_of(
     recipe: Recipe, model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoint,
     missing: Sequence[str], extra: Sequence[str],
 ) -> Cause:  # fmt: skip
-    """Why a model and the donor share so little. missing: what the model lacks; extra: what the donor lacks."""
+    """Return why a model and the donor share so little. missing: what the model lacks; extra: what the donor lacks."""
     known = left_behind(model, checkpoint, extra) or left_behind(donor_name, donor, missing)
     if known is not None:
         return known
@@ -83,7 +83,7 @@ def cause_of(
 
 
 def share(names: Iterable[str], tensors: Mapping[str, TensorSpec]) -> float:
-    """The share of all parameters that these tensors hold."""
+    """Return the share of all parameters that these tensors hold."""
     return sum(tensors[name].elements for name in names) / max(1, sum(spec.elements for spec in tensors.values()))
 
 
@@ -94,7 +94,7 @@ def _like(old: str, new: str) -> str:
 
 
 def _line(recipe: Recipe, model: str, rules: Sequence[tuple[str, str]]) -> str:
-    """The model's line under `models`, with these rules."""
+    """Return the model's line under `models`, with these rules."""
     written = next(name for name in recipe.document.data["models"] if normalise_name(name) == model)
     entry = recipe.document.data["models"][written]
     places = {"path": entry} if isinstance(entry, str) else entry
@@ -104,12 +104,12 @@ def _line(recipe: Recipe, model: str, rules: Sequence[tuple[str, str]]) -> str:
 
 
 def _scalar(text: str) -> str:
-    """Text as YAML inside braces."""
+    """Return text as YAML inside braces."""
     return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
 def _by_layer(tensors: Mapping[str, TensorSpec]) -> dict[int, int]:
-    """How many parameters each layer has."""
+    """Return how many parameters each layer has."""
     found: dict[int, int] = {}
     for name, spec in tensors.items():
         if (layer := layer_of(name)) is not None:
@@ -118,7 +118,7 @@ def _by_layer(tensors: Mapping[str, TensorSpec]) -> dict[int, int]:
 
 
 def _packed(model: str, ours: Mapping[str, TensorSpec], donor_name: str, theirs: Mapping[str, TensorSpec]) -> Cause:
-    """Two layouts of the same parameters."""
+    """Return the cause for two layouts of the same parameters."""
     experts = [[name for name in side if module_kind(name) == "expert"] for side in (ours, theirs)]
     mine, other = (names[0] for names in (experts if all(experts) else (list(ours), list(theirs))))
     shapes = [sorted(spec.shape for spec in side.values()) for side in (ours, theirs)]

@@ -33,7 +33,8 @@ class Shares:
         return self.merged / max(self.whole, 1)
 
     def doubt(self, recipe: Recipe) -> Remark | None:
-        """A warning where more than a tenth of what has a coefficient other than 0 is taken out of the formula."""
+        """Return a warning where more than a tenth of what has a coefficient other than 0 is taken out of the
+        formula."""
         if self.taken <= MUCH * (self.merged + self.taken):
             return None
         rules = [f"`{key}:`" for key in ("copy", "ignore") if getattr(recipe, key)]
@@ -52,8 +53,8 @@ def shares_of(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, copied: Collection[str],
     values: Mapping[str, tuple[float, ...]],
 ) -> Shares:  # fmt: skip
-    """How much of a model the formula changes. values: the coefficients of the donor's tensors, and of those of other
-    models that the output does without (`ignored_tensors`)."""
+    """Return how much of a model the formula changes. values: the coefficients of the donor's tensors, and of those of
+    other models that the output does without (`ignored_tensors`)."""
     donor, sizes = checkpoints[donor_name], ignored_tensors(recipe, checkpoints, donor_name)
     changes: dict[tuple[float, ...], bool] = {}
     merged = taken = whole = 0
@@ -70,7 +71,7 @@ def shares_of(
 
 
 def ignored_tensors(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str) -> dict[str, int]:
-    """The tensors of the formula's models that `ignore` leaves out, and how many parameters each has."""
+    """Return the tensors of the formula's models that `ignore` leaves out, and how many parameters each has."""
     found: dict[str, int] = {}
     if not recipe.ignore:
         return found
@@ -83,7 +84,7 @@ def ignored_tensors(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor
 
 
 def _changes(recipe: Recipe, donor_name: str, values: tuple[float, ...]) -> bool:
-    """Whether the expression with these coefficients is anything but the donor."""
+    """Return whether the expression with these coefficients is anything but the donor."""
     try:
         term = recipe.term(dict(zip(recipe.coefficients, values, strict=True)))
     except ExpressionError:  # of a tensor that is copied, for which it means nothing

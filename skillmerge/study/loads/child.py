@@ -57,7 +57,7 @@ scheduler's, a disk's, or a processor's that lacks an instruction.
 def run(probe: str, name: str, what: Path, environment: Mapping[str, str], **keys: Any) -> dict[str, Any]:
     """Run a probe offline on the model `what`, in a process that ends with this call, and return its answer.
 
-    name: of the runtime, in messages. Raises CheckFailed where there is no answer and the model may be why,
+    name: of the runtime, in messages. Raises CheckFailed if there is no answer and the model may be why,
     ResourceError where the machine is, or is as likely: a load that takes too long.
     """
     try:
@@ -84,7 +84,7 @@ def run(probe: str, name: str, what: Path, environment: Mapping[str, str], **key
 
 
 def told(error: BaseException) -> dict[str, Any]:
-    """An error of a library as an answer: `machine` where the machine is at fault, else `why`."""
+    """Return an error of a library as an answer: `machine` where the machine is at fault, else `why`."""
     words = f"{type(error).__name__}: {error}"
     of_machine = isinstance(error, ImportError) or is_machine(error) or _MACHINE.search(words)
     return {"ok": False, "machine" if of_machine else "why": words}
@@ -103,7 +103,7 @@ def answer() -> None:
 
 
 def _last_words(complained: str) -> str:
-    """The line in which a process says why it ends: what stands before it may be the model's own text."""
+    """Return the line in which a process says why it ends: what stands before it may be the model's own text."""
     lines = _LAST_WORDS.findall(complained) or complained.splitlines()
     return str(lines[-1]) if lines else ""
 

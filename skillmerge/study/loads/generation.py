@@ -25,7 +25,7 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
     Both have `tokens`, and `steps` with the log probabilities of the `likely` tokens; ours also the `dtype`, and of
     each step the `largest` of the logits. Returns `same`, how many tokens agree before the first that does not;
     `furthest`, the largest difference of a log probability up to there; and, where they part, `difference`: both
-    tokens, their log probabilities in both runtimes (None where a token is not likely), the `noise` that rounding may
+    tokens, their log probabilities in both runtimes (None if a token is not likely), the `noise` that rounding may
     add to the difference of two logits, and whether it is a `tie`: the two are no further apart in either runtime.
     """
     pairs = list(zip(ours["tokens"], theirs["tokens"], strict=True))
@@ -43,7 +43,7 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
 
 
 def first_difference(report: Mapping[str, Any], name: str) -> str:
-    """Where two runtimes part, in words. name: of the other one."""
+    """Return where two runtimes part, in words. name: of the other one."""
     found = report["difference"]
     (ours, theirs), chances = found["tokens"], found["logprobs"]
     sides = [

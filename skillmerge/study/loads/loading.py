@@ -19,7 +19,7 @@ _KEY_SETS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 def asked_runtimes(asked: bool | str | Sequence[str]) -> tuple[str, ...]:
-    """The runtimes of `load=` in the order of the table. True is transformers. Raises UsageError for others."""
+    """Return the runtimes of `load=` in the order of the table. True is transformers. Raises UsageError for others."""
     names = ["transformers"] * asked if isinstance(asked, bool) else [asked] if isinstance(asked, str) else list(asked)
     for name in names:
         if name not in RUNTIMES:
@@ -39,8 +39,8 @@ def check_load(root: Path, runtimes: Sequence[str] = ("transformers",)) -> dict[
     """Load the model and its tokenizer with transformers, offline, in a process of its own; then with the other
     runtimes, each of which has to generate what transformers does.
 
-    Returns what `load_probe` reports, with a key for each other runtime. Raises CheckFailed where the model is at
-    fault, ResourceError where the machine or its installation is, UsageError where a runtime is not installed.
+    Returns what `load_probe` reports, with a key for each other runtime. Raises CheckFailed if the model is at
+    fault, ResourceError if the machine or its installation is, UsageError if a runtime is not installed.
     """
     need(runtimes)
     others = [name for name in runtimes if name != "transformers"]
@@ -56,9 +56,9 @@ def check_load(root: Path, runtimes: Sequence[str] = ("transformers",)) -> dict[
 
 
 def load(root: Path, text: Path | None = None, tokens: int = 0) -> dict[str, Any]:
-    """What `load_probe` reports of a model: of the perplexity that `text` has, of `tokens` that it generates.
+    """Return what `load_probe` reports of a model: of the perplexity that `text` has, of `tokens` that it generates.
 
-    Raises CheckFailed where it cannot report at all, ResourceError where the machine is at fault, UsageError where
+    Raises CheckFailed if it cannot report at all, ResourceError if the machine is at fault, UsageError if
     transformers is not installed.
     """
     file = os.path.abspath(text) if text else None
@@ -70,12 +70,12 @@ def load(root: Path, text: Path | None = None, tokens: int = 0) -> dict[str, Any
 
 
 def loads_whole(report: Mapping[str, Any]) -> bool:
-    """Whether there is a class for it, and every tensor has found its place."""
+    """Return whether there is a class for it, and every tensor has found its place."""
     return "class" in report and not any(report.get(key) for key in _KEY_SETS)
 
 
 def check_tokenizer(root: Path, report: Mapping[str, Any]) -> None:
-    """Raises CheckFailed for a tokenizer that is wrong, ResourceError for one that needs a library."""
+    """Raise CheckFailed for a tokenizer that is wrong, ResourceError for one that needs a library."""
     found = report["tokenizer"]
     if "lacks" in found:
         raise ResourceError(
@@ -89,9 +89,9 @@ def check_tokenizer(root: Path, report: Mapping[str, Any]) -> None:
 
 
 def check_generation(root: Path, report: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What another runtime makes of a model, beside what transformers `generated`.
+    """Return what another runtime makes of a model, beside what transformers `generated`.
 
-    Raises CheckFailed where it refuses the model or generates something else, UsageError for a model that generates
+    Raises CheckFailed if it refuses the model or generates something else, UsageError for a model that generates
     no text.
     """
     ours = report.get("generated")

@@ -40,7 +40,7 @@ class _BrokenTemplate(Exception):
 
 
 def probe(folder: Path, model: Any | None, warnings: Sequence[str] = ()) -> dict[str, Any]:
-    """What is to be said of a folder's tokenizer. Nothing that is wrong with it is raised.
+    """Return what is to be said of a folder's tokenizer. Nothing that is wrong with it is raised.
 
     model: what was loaded of the folder, for its rows. warnings: where the caller collects what transformers warns
     of: where a library is missing it tries another, and may complain of that one. The report has `class`, `tokens` and
@@ -78,7 +78,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _is_class(name: str) -> bool:
-    """Whether transformers has a tokenizer of this name: it takes others for one of the general kind."""
+    """Return whether transformers has a tokenizer of this name: it takes others for one of the general kind."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name as find
 
     names = (name, name.removesuffix("Fast"), f"{name}Fast")
@@ -86,13 +86,13 @@ def _is_class(name: str) -> bool:
 
 
 def _is_lack(error: BaseException) -> bool:
-    """Whether a library is missing: some say so by an ImportError, some in words."""
+    """Return whether a library is missing: some say so by an ImportError, some in words."""
     cause = error.__cause__ or error.__context__
     return isinstance(error, ImportError) or _names_absent(str(error)) or (cause is not None and _is_lack(cause))
 
 
 def _names_absent(text: str) -> bool:
-    """Whether a message names a library that is not installed."""
+    """Return whether a message names a library that is not installed."""
     return any(name in text.lower() and find_spec(module) is None for name, module in _LIBRARIES.items())
 
 
@@ -129,8 +129,8 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
 
 
 def _is_unread(token: str, tokenizer: Any, model: Any) -> bool:
-    """Whether a model has no use for a token: text models of Gemma 3 keep those of the family's media, and BART's that
-    summarize the one of its masks.
+    """Return whether a model has no use for a token: text models of Gemma 3 keep those of the family's media, and
+    BART's that summarize the one of its masks.
     """
     if token == getattr(tokenizer, "mask_token", None):
         return bool(model.can_generate())
@@ -140,7 +140,7 @@ def _is_unread(token: str, tokenizer: Any, model: Any) -> bool:
 
 
 def _added(tokenizer: Any) -> dict[str, int]:
-    """The tokens that were added to the vocabulary; not every kind of tokenizer tells."""
+    """Return the tokens that were added to the vocabulary; not every kind of tokenizer tells."""
     return dict(getattr(tokenizer, "get_added_vocab", dict)())
 
 
@@ -155,7 +155,8 @@ def _rows(model: Any | None) -> int | None:
 
 
 def _reads_as_filed(folder: Path, tokenizer: Any) -> bool:
-    """Whether the class that transformers chose, by the model's type, reads plain text as tokenizer.json does."""
+    """Return whether the class that transformers chose, by the model's type, reads plain text as tokenizer.json
+    does."""
     from tokenizers import Tokenizer
 
     if not (folder / "tokenizer.json").exists():
@@ -167,7 +168,8 @@ def _reads_as_filed(folder: Path, tokenizer: Any) -> bool:
 
 
 def _split_tokens(tokenizer: Any) -> list[str]:
-    """A note on special tokens that are read as several: some tokenizers mean to, but no chat will end with them."""
+    """Return a note on special tokens that are read as several: some tokenizers mean to, but no chat will end with
+    them."""
     split = [
         token for token in tokenizer.all_special_tokens
         if _ids(tokenizer, token) != [tokenizer.convert_tokens_to_ids(token)]
@@ -176,7 +178,7 @@ def _split_tokens(tokenizer: Any) -> list[str]:
 
 
 def _writes(tokenizer: Any) -> bool:
-    """Whether it was made to write text: without a decoder the tokens are put side by side, with spaces."""
+    """Return whether it was made to write text: without a decoder the tokens are put side by side, with spaces."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend is None or backend.decoder is not None
 
@@ -203,20 +205,21 @@ def _read_again(tokenizer: Any, notes: list[str]) -> dict[str, Any]:
 
 
 def _is_spaced(tokenizer: Any, text: str, written: str, ids: list[int], again: list[int]) -> bool:
-    """Whether special tokens only got spaces around them when they were written, as those of Llama 2 do."""
+    """Return whether special tokens only got spaces around them when they were written, as those of Llama 2 do."""
     special = {*tokenizer.all_special_ids, *_added(tokenizer).values()}
     before, after = ([token for token in row if token in special] for row in (ids, again))
     return bool(before) and before == after and "".join(text.split()) == "".join(written.split())
 
 
 def _apart(ids: list[int], again: list[int]) -> str:
-    """The first ids where two lists differ."""
+    """Return the first ids where two lists differ."""
     start = next((i for i, pair in enumerate(zip(ids, again, strict=False)) if pair[0] != pair[1]), len(again))
     return f"{ids[start : start + _SHOWN]} and {again[start : start + _SHOWN]}"
 
 
 def _chat(tokenizer: Any, notes: list[str]) -> list[str]:
-    """One turn of a user as the chat template renders it, if it takes one. Raises _BrokenTemplate where it fails."""
+    """Return one turn of a user as the chat template renders it, if it takes one. Raises _BrokenTemplate where it
+    fails."""
     if not tokenizer.chat_template:
         return []
     rendered, failures, refused = [], [], ""

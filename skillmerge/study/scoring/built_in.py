@@ -31,7 +31,7 @@ def text_of(path: str) -> str:
 
 
 def rows_of(path: str) -> list[dict[str, Any]]:
-    """The questions of a JSONL file, checked."""
+    """Return the questions of a JSONL file, checked."""
     rows = []
     for number, line in enumerate(text_of(path).split("\n"), start=1):
         if not line.strip():
@@ -55,7 +55,7 @@ def rows_of(path: str) -> list[dict[str, Any]]:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """A folder's tokenizer as tokenizer.json says (AutoTokenizer rebuilds some from the name of the model's type
+    """Return a folder's tokenizer as tokenizer.json says (AutoTokenizer rebuilds some from the name of the model's type
     alone), or None."""
     import transformers
 
@@ -93,7 +93,7 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> dict[str, Score]:
 
 
 def answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
-    """The share of questions whose greedy answer is one of those wanted, but for case and spaces.
+    """Return the share of questions whose greedy answer is one of those wanted, but for case and spaces.
 
     The answer ends at the first line's end; `pattern`, where a question has one, picks its first group.
     """
@@ -109,7 +109,7 @@ def answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> di
 
 
 def generate(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int = _NEW_TOKENS) -> list[str]:
-    """Greedy continuations of prompts, whatever the model's own settings for sampling are.
+    """Return greedy continuations of prompts, whatever the model's own settings for sampling are.
 
     Prompts of one length go together, so that none is padded and each has the room that it has alone. Raises
     UsageError for a prompt that leaves none.
@@ -153,7 +153,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int
 
 
 def _pad(end: Any) -> int:
-    """What stands behind an answer that is done: the token that ended it, or any."""
+    """Return what stands behind an answer that is done: the token that ended it, or any."""
     return int(end[0]) if isinstance(end, list) else int(end or 0)
 
 

@@ -51,7 +51,7 @@ class Scorer:
     digest: str = ""
 
     def score(self, model: Any, tokenizer: Any, seed: int) -> Scores:
-        """Score a model in memory. What it prints goes to stderr. Raises CheckFailed where it fails, NotFinite."""
+        """Score a model in memory. What it prints goes to stderr. Raises CheckFailed if it fails, NotFinite."""
         assert self.function is not None
         try:
             with contextlib.redirect_stdout(sys.stderr):
@@ -67,7 +67,7 @@ class Scorer:
 
 
 def find_scorer(text: str) -> Scorer:
-    """What `--score` means. Raises UsageError for files and functions that are not there."""
+    """Return what `--score` means. Raises UsageError for files and functions that are not there."""
     kind, colon, rest = text.partition(":")
     if colon and kind == "perplexity":
         content = text_of(rest)
@@ -109,7 +109,7 @@ def run_command(
 ) -> Scores:
     """Run the scoring command on a model's folder. timeout: seconds. where: the folder that it runs in.
 
-    Raises CheckFailed where it fails, prints no number, or takes longer.
+    Raises CheckFailed if it fails, prints no number, or takes longer.
     """
     assert scorer.command is not None
     quoted = shlex.quote(str(folder))
@@ -146,7 +146,7 @@ def _run(
     timeout: float | None,
     where: Path | None,
 ) -> int:
-    """The exit status of a shell's command. Raises CheckFailed where it takes too long."""
+    """Return the exit status of a shell's command. Raises CheckFailed if it takes too long."""
     process = subprocess.Popen(
         command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
         start_new_session=True, cwd=where,
@@ -162,7 +162,7 @@ def _run(
 
 
 def _end_of(stream: IO[bytes]) -> str:
-    """The last of what was printed."""
+    """Return the last of what was printed."""
     stream.seek(max(0, stream.seek(0, os.SEEK_END) - _PRINTED))
     return stream.read().decode(errors="replace")
 

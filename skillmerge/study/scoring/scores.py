@@ -41,7 +41,7 @@ Scores = Mapping[str, Score]
 
 
 def as_scores(found: Any) -> dict[str, Score]:
-    """A number, items (of which the mean counts), or a table of them. Raises TypeError, ValueError, KeyError."""
+    """Return a number, items (of which the mean counts), or a table of them. Raises TypeError, ValueError, KeyError."""
     if isinstance(found, Mapping) and set(found) != {"value", "error"}:
         names = [str(name) for name in found]
         if not names or any(not name or len(name) > 100 or not name.isprintable() for name in names):
@@ -63,7 +63,7 @@ def _as_score(value: Any) -> Score:
 
 
 def of_items(values: Sequence[float]) -> Score:
-    """The mean of independent items, and its standard error.
+    """Return the mean of independent items, and its standard error.
 
     Of items that are right or wrong the error is Agresti and Coull's (1998), which does not vanish where all agree.
     """

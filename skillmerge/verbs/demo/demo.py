@@ -92,7 +92,7 @@ def demo(
     """Put four small trained models into a new folder, transfer a skill between them, and let them answer questions.
 
     finished: called with each part as soon as it is there: the recipe's path, the merge, the verdict.
-    Raises UsageError where the folder has something in it already.
+    Raises UsageError if the folder has something in it already.
     """
     root = Path(folder)
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):

@@ -57,7 +57,7 @@ class Miniature:
     """A checkpoint of Qwen2's architecture with tied embeddings, ready to answer questions."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError where there is no such checkpoint."""
+        """Raises InputError if there is no such checkpoint."""
         checkpoint = open_folder(str(folder), folder)
         self._config: Mapping[str, Any] = checkpoint.config
         self._weights: dict[str, Tensor] = {}

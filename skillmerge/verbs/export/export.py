@@ -24,8 +24,8 @@ def export(
     """Write a stored skill into a new folder: the best LoRA adapter of rank `lora_rank`, or a sparse patch of `onto`.
 
     onto: the checkpoint that was subtracted when the skill was cut. base: of an adapter, what its config names as the
-    model to put it on; by default what the skill was cut from. seed: of the randomised decomposition.
-    Raises CheckFailed where `onto` is another checkpoint; UsageError, InputError, ResourceError.
+    model to put it on; by default what the skill was cut from. seed: of the randomized decomposition.
+    Raises CheckFailed if `onto` is another checkpoint; UsageError, InputError, ResourceError.
     """
     if (lora_rank is None) == (onto is None):
         raise UsageError("say what to write", fix="give --lora-rank R (an adapter) or --onto SFT (a sparse patch)")

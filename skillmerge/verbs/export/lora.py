@@ -131,7 +131,7 @@ def _refuse_transposed(skill: Checkpoint) -> None:
 
 
 def _linear_modules(skill: Checkpoint) -> list[TensorSpec]:
-    """The matrices that an adapter can hold. Raises InputError where there is none."""
+    """Return the matrices that an adapter can hold. Raises InputError if there is none."""
     chosen = [spec for spec in skill.tensors.values() if _is_linear(spec)]
     if not chosen:
         raise InputError(
@@ -142,7 +142,8 @@ def _linear_modules(skill: Checkpoint) -> list[TensorSpec]:
 
 
 def _parent(document: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """The model that was subtracted, and its revision; None where it is not one model, or PEFT cannot name it."""
+    """Return the model that was subtracted, and its revision; None if it is not one model, or PEFT cannot name
+    it."""
     planes = document.get("planes") or {}
     for parent in document["parents"]:
         if parent["name"] == planes.get("minus"):
@@ -153,7 +154,7 @@ def _parent(document: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def _named(uri: str) -> tuple[str, str | None]:
-    """A folder or org/name, and the revision. Raises UsageError for what PEFT cannot name."""
+    """Return a folder or org/name, and the revision. Raises UsageError for what PEFT cannot name."""
     try:
         location = on_hub(uri)
     except ValueError as error:
@@ -218,7 +219,7 @@ def _write(
     seed: int,
     reporter: Reporter,
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """The adapter's file. Returns norm and energy kept of each matrix, and norms of what is left behind."""
+    """Write the adapter's file. Returns norm and energy kept of each matrix, and norms of what is left behind."""
     from skillmerge.bits import memory_of
     from skillmerge.engine.stream import Stream
 
@@ -248,7 +249,8 @@ def _write(
 def _approximate(
     spec: TensorSpec, planes: tuple[Checkpoint, Checkpoint], rank: int, seed: int
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """A tensor's norm and, of a matrix that an adapter can hold, the energy kept and the two factors by their names."""
+    """Return a tensor's norm and, of a matrix that an adapter can hold, the energy kept and the two factors by their
+    names."""
     import torch
 
     from skillmerge.study.spectrum import truncated_svd
@@ -271,7 +273,7 @@ def _approximate(
 
 
 def _update(name: str, planes: tuple[Checkpoint, Checkpoint]) -> Tensor:
-    """A whole tensor of the skill, in float32."""
+    """Return a whole tensor of the skill, in float32."""
     import torch
 
     from skillmerge.engine.values import read_values

@@ -63,7 +63,7 @@ def export_patch(
 ) -> Patch:
     """Write what the skill makes of `onto`, the checkpoint that was subtracted, as a sparse patch in a new folder.
 
-    Raises CheckFailed where `onto` is another checkpoint; UsageError, InputError, ResourceError.
+    Raises CheckFailed if `onto` is another checkpoint; UsageError, InputError, ResourceError.
     """
     reporter = reporter or Reporter()
     models = {"skill": {"skill": os.fspath(skill)}, "onto": os.fspath(onto)}
@@ -112,7 +112,7 @@ class _Job:
 
 
 def _exact(skill: Checkpoint) -> Mapping[str, Any]:
-    """What the skill's `skill.json` says. Raises InputError where no elements are known from the skill."""
+    """Return what the skill's `skill.json` says. Raises InputError if no elements are known from the skill."""
     document = summary(skill.store)
     if not document["exact"] or not document.get("planes"):
         raise InputError(
@@ -123,7 +123,8 @@ def _exact(skill: Checkpoint) -> Mapping[str, Any]:
 
 
 def _lay_out(document: Mapping[str, Any], base: Checkpoint) -> tuple[dict[str, bytes], list[_Job]]:
-    """The patch's files by name, with their headers, and what to write into them: one file for each of the skill's."""
+    """Return the patch's files by name, with their headers, and what to write into them: one file for each of the
+    skill's."""
     rows = {name: row for name, row in document["tensors"].items() if row["changed"]}
     jobs: list[_Job] = []
     headers: dict[str, bytes] = {}
@@ -137,7 +138,7 @@ def _lay_out(document: Mapping[str, Any], base: Checkpoint) -> tuple[dict[str, b
 
 
 def _layout(name: str, row: Mapping[str, Any], base: Checkpoint) -> list[tuple[str, str, tuple[int, ...]]]:
-    """A tensor's places and values. Raises InputError where the patch could not be put on `base`."""
+    """Return a tensor's places and values. Raises InputError if the patch could not be put on `base`."""
     spec, count = base.tensors.get(name), row["changed"]
     if spec is None or list(spec.shape) != row["shape"] or not row["dtype"] == row["minus_dtype"] == spec.dtype:
         raise InputError(
@@ -159,7 +160,7 @@ class _Writer:
         self._planes = list(checkpoints.values())  # plus, minus, and what they are put on
 
     def __call__(self, job: _Job, stop: threading.Event) -> None:
-        """Raises CheckFailed where the base's tensor is not what the skill was cut from."""
+        """Raises CheckFailed if the base's tensor is not what the skill was cut from."""
         import torch
 
         from skillmerge.bits import memory_of
@@ -197,7 +198,7 @@ class _Writer:
 
 
 def _changed(plus: Tensor, minus: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the skill changes `base`, and the elements there: those of the checkpoint that has the skill."""
+    """Return where the skill changes `base`, and the elements there: those of the checkpoint that has the skill."""
     from skillmerge.bits import bit_view
     from skillmerge.checkpoints.kinds.sparse import places_of
 

@@ -68,7 +68,7 @@ def parse_axis(text: str) -> Axis:
 
 
 def grid(axes: Sequence[Axis]) -> Iterator[Values]:
-    """Every combination, the last axis fastest. Raises UsageError for an axis without values, or far too many."""
+    """Yield every combination, the last axis fastest. Raises UsageError for an axis without values, or far too many."""
     for axis in axes:
         if not axis.values:
             raise UsageError(
@@ -83,7 +83,7 @@ def grid(axes: Sequence[Axis]) -> Iterator[Values]:
 
 
 def with_values(recipe: Recipe, values: Values) -> Recipe:
-    """The recipe with other numbers, and without its gates: they are for what is published.
+    """Return the recipe with other numbers, and without its gates: they are for what is published.
 
     Raises UsageError for a name that is no number of it, or one tied to others.
     """
@@ -113,7 +113,7 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
 
 
 def path_of(recipe: Recipe, name: str) -> Path:
-    """Where an axis stands in the document: `lam.rules.0.value`. Raises UsageError where no number is."""
+    """Return where an axis stands in the document: `lam.rules.0.value`. Raises UsageError if no number is."""
     table = recipe.document.data.get("coefficients") or {}
     numbers = {".".join(map(str, path)): path for path in _numbers(table)}
     first, dot, rest = name.partition(".")

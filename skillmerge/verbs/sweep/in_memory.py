@@ -71,7 +71,7 @@ class MergedModel:
         close_all(self._opened)
 
     def _planned(self, recipe: Recipe) -> Plan:
-        """The plan of a candidate. Its models are compared where no candidate had these; a 0 leaves some out."""
+        """Return the plan of a candidate. Its models are compared where no candidate had these; a 0 leaves some out."""
         plan = plan_recipe(recipe, self._checkpoints, compare=False)
         used = frozenset(source.model for tensor in plan.tensors.values() for source in tensor.sources)
         if used not in self._compared:
@@ -136,7 +136,7 @@ class MergedModel:
         return str(names[0]) if isinstance(names, list) and names else ""
 
     def _has_the_files_tensors(self) -> bool:
-        """Whether each tensor of the output is a parameter of its own, of its name, shape and dtype."""
+        """Return whether each tensor of the output is a parameter of its own, of its name, shape and dtype."""
         state = self._parameters()
         wanted = self.plan.tensors
         fit = all(
@@ -146,7 +146,8 @@ class MergedModel:
         return fit and len({state[name].data_ptr() for name in wanted}) == len(wanted)
 
     def _has_the_files_values(self) -> bool:
-        """Whether the model that was loaded holds what the workers compute: nothing was changed in loading it."""
+        """Return whether the model that was loaded holds what the workers compute: nothing was changed in loading
+        it."""
         state, same = self._parameters(), []
 
         def compare(tile: Tile, values: Tensor) -> None:

@@ -49,7 +49,7 @@ class Trial:
 
 
 def identity(candidate: Recipe, recipe: Recipe, access: Access, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What a journal is of: the recipe, the models as they are now, and how they are scored."""
+    """Return what a journal is of: the recipe, the models as they are now, and how they are scored."""
     checkpoints = open_models(candidate, access, lambda message: None)
     try:
         inputs = json.dumps(versions(checkpoints), sort_keys=True)
@@ -72,7 +72,7 @@ class Journal:
     @classmethod
     @contextmanager
     def open(cls, folder: Path, identity: Mapping[str, Any], overwrite: bool, reporter: Reporter) -> Iterator[Journal]:
-        """Raises UsageError where the folder is another sweep's or nothing of ours, OutputLocked where it is in use."""
+        """Open a sweep's journal. Raises UsageError if the folder is not its own, OutputLocked if it is in use."""
         path = folder / "journal.jsonl"
         if folder.exists() and not path.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {*CLAIM_FILES}):
             raise UsageError(f"{folder} exists already and is no sweep", fix="choose another --output")
@@ -107,7 +107,7 @@ class Journal:
 
 
 def _read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Trial]]:
-    """The head, None where there is none, and the trials; a last line that a dying run cut off is left out."""
+    """Return the head, None if there is none, and the trials; a last line that a dying run cut off is left out."""
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
     try:
         rows = [json.loads(line) for line in lines[:-1]]

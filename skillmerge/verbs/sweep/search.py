@@ -53,7 +53,7 @@ def searched(
 
 
 def _study(search: str, seed: int, folder: Path, axes: Sequence[Axis], minimise: bool) -> Any:
-    """Optuna's study of this sweep, kept in its folder. Raises UsageError where a package is missing."""
+    """Optuna's study of this sweep, kept in its folder. Raises UsageError if a package is missing."""
     try:
         import optuna
     except ImportError as error:
@@ -79,6 +79,6 @@ def _study(search: str, seed: int, folder: Path, axes: Sequence[Axis], minimise:
 
 
 def _ended(study: Any, axes: Sequence[Axis]) -> list[Any]:
-    """The trials of earlier runs over the same axes."""
+    """Return the trials of earlier runs over the same axes."""
     names = {axis.name for axis in axes}
     return [trial for trial in study.trials if trial.state.name in ("COMPLETE", "FAIL") and set(trial.params) == names]

@@ -71,7 +71,8 @@ class Sweep:
         return min(self.scored, key=lambda trial: (sign * trial.scores[self.by].value, _size(trial.values)))
 
     def within_noise(self, trial: Trial) -> bool | None:
-        """Whether the best and this one could be the same but for chance (95 %); None where the noise is not known.
+        """Return whether the best and this one could be the same but for chance (95 %); None if the noise is not
+        known.
 
         Errors are taken as independent, which for the same questions overstates the noise.
         """
@@ -138,7 +139,7 @@ def sweep(
     output: a folder of the sweep's own (default: `recipe.sweep` beside the recipe). by: the score that decides
     (default: the first). search: tpe, cmaes or random (with Optuna) instead of a grid, of `trials` candidates.
     repeats: how often each is scored, with another seed. Continues what was interrupted.
-    Raises UsageError, CheckFailed where a score fails, OutputLocked; and what `apply` raises.
+    Raises UsageError, CheckFailed if a score fails, OutputLocked; and what `apply` raises.
     """
     check_words(repeats=repeats, trials=trials, seed=seed, device=device, hub=hub)
     reporter = reporter or Reporter()
@@ -159,7 +160,7 @@ def sweep(
 def _try_all(
     setting: Setting, journal: Journal, scored: Scored, reporter: Reporter, finished: Callable[[Trial], None]
 ) -> list[Trial]:
-    """Every candidate's scores: those that the journal has, and those that are scored now."""
+    """Return every candidate's scores: those that the journal has, and those that are scored now."""
     asked = setting.asked
 
     def tried(values: Values) -> Trial:
@@ -187,7 +188,7 @@ def _try_all(
 
 
 def _report(setting: Setting, made: tuple[Trial, ...], resumed: int) -> Sweep:
-    """Write the results and the best recipe. Raises CheckFailed where no candidate has a score."""
+    """Write the results and the best recipe. Raises CheckFailed if no candidate has a score."""
     names = next((list(trial.scores) for trial in made if not trial.failed), None)
     if names is None:
         raise CheckFailed(f"no candidate has a score: {made[0].failed}", fix="try smaller numbers")
@@ -212,7 +213,7 @@ def _report(setting: Setting, made: tuple[Trial, ...], resumed: int) -> Sweep:
 
 
 def _check_names(trial: Trial, others: Sequence[Trial], by: str | None) -> None:
-    """Raise CheckFailed where a candidate has other scores than the ones before, UsageError for a --by of none."""
+    """Raise CheckFailed if a candidate has other scores than the ones before, UsageError for a --by of none."""
     if trial.failed:
         return
     names = list(trial.scores)
@@ -237,7 +238,7 @@ def _size(values: Values) -> float:
 
 @contextmanager
 def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
-    """How one candidate is merged and scored: in the sweep's folder, or in memory."""
+    """Yield how one candidate is merged and scored: in the sweep's folder, or in memory."""
     scorer, scratch = setting.scorer, setting.folder / "scratch"
     with suppress(OSError):
         remove_tree(scratch)  # of a run that was killed
@@ -281,7 +282,7 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
 
 
 def _best_recipe(sweep: Sweep) -> str:
-    """The recipe with the best numbers, and how they were found on top of it."""
+    """Return the recipe with the best numbers, and how they were found on top of it."""
     best = sweep.best
     said = ", ".join(f"{name} = {value:g}" for name, value in best.values.items())
     score = best.scores[sweep.by]
