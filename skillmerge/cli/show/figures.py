@@ -1,6 +1,6 @@
-"""What the figures of inspect mean (name, formula, meaning, who has used them), and what the actions of a plan do.
+"""The figures of inspect (name, formula, meaning, source), and what the actions of a plan do.
 
-v is the update, k the second one, w the weights that v is seen against, n the number of elements.
+v is the update, k the second update, w the weights that v is compared with, n the number of elements.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ FORECAST = {
 
 
 def show(value: float | None, unit: str) -> str:
-    """Return a figure for people; what is not known is a dash."""
+    """Return a figure for people; a dash if unknown."""
     if value is None:
         return "–"
     if unit == "share":

@@ -14,13 +14,13 @@ from skillmerge.plans.plan import Plan
 from skillmerge.study.scoring.scores import CONFIDENCE, Score
 from skillmerge.tensors import ULP_EDGES, format_bytes, format_count, percent
 
-ACTION_COLUMNS = ("tensors", "from", "what happens", "names")
-TRIAL_COLUMNS = ("tried", "works", "what follows")
-GATE_COLUMNS = ("gate", "asked", "measured", "verdict", "")
+ACTION_COLUMNS = ("tensors", "from", "action", "names")
+TRIAL_COLUMNS = ("test", "works", "effect")
+GATE_COLUMNS = ("gate", "required", "measured", "result", "")
 
 
 class Action(NamedTuple):
-    """Tensors of a plan with which the same is done."""
+    """Tensors of a plan that are treated alike."""
 
     tensors: str
     models: str
@@ -38,9 +38,9 @@ def actions(plan: Plan) -> list[Action]:
 
 
 def compared(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and rows of the differences between the models: key, value in each model, and what follows in a word.
+    """Return head and rows of the differences between the models: key, value in each model, and the result.
 
-    Without rows where there is no difference that has values.
+    There are no rows if no difference has values.
     """
     shown = [one for one in plan.compared.found if one.values]
     models = list(dict.fromkeys(model for one in shown for model in one.values))
@@ -49,7 +49,7 @@ def compared(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         follows = "accepted" if one.accepted else one.level
         values = (one.values.get(model, "-") for model in models)
         rows.append((one.key, *values, f"{follows} `{one.name}`" if one.name else follows))
-    return ("difference", *models, "what follows"), rows
+    return ("difference", *models, "result"), rows
 
 
 def coefficients(plan: Plan) -> Iterator[tuple[str, Depth]]:
@@ -60,7 +60,7 @@ def coefficients(plan: Plan) -> Iterator[tuple[str, Depth]]:
 
 
 def written(plan: Plan) -> str:
-    """Return how large the output is; how small a skill will be is known when it is made."""
+    """Return the size of the output; a skill's size is known only once it is encoded."""
     return ("at most " if plan.makes_skill else "") + format_bytes(plan.bytes_written)
 
 

@@ -1,7 +1,6 @@
-"""What an inspection found, in sentences: how large an update is, where it is, how it lies to another, what rounding
-takes.
+"""An inspection in sentences: how large an update is, where it is, how it relates to another, what rounding loses.
 
-Every figure in them is one of the inspection's; docs/inspect.md defines each.
+Every figure is one of the inspection's; docs/inspect.md defines each.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 _HALF = 0.5
 _CHANCE = 3.0
-"""Standard deviations from chance below which nothing is said to be seen."""
+"""Standard deviations from chance below which a cosine counts as chance."""
 
 
 def sentences(found: Inspection) -> list[str]:

@@ -1,6 +1,6 @@
-"""Tables that fit a terminal: text wraps, headings wrap, and what still has no room is left out by name.
+"""Tables that fit a terminal: text and headings wrap; columns that still do not fit are left out and named.
 
-A number is never cut. Knows widths and columns, not what the figures mean.
+Numbers are never truncated. Knows widths and columns, not what the figures mean.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Column:
 
     @property
     def least(self) -> int:
-        """Width below which a number would be cut, or a word broken."""
+        """Width below which a number or a word would be cut."""
         words = max(map(len, self.head.split()), default=0)
         if self.numeric:
             return max(words, *(cell.cell_len for cell in self.cells), 0)
@@ -45,7 +45,7 @@ class _Column:
 
 
 class Table:
-    """Rows under headings, laid out when printed, for the width that there is then.
+    """Rows under headings, laid out for the available width when printed.
 
     head: one heading a column. text: the headings of columns with text; the others hold numbers. None: all are text.
     drop: headings of columns in the order in which they may be left out; the others follow, from the right. The first
