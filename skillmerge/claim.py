@@ -82,7 +82,8 @@ class Claim:
             except BlockingIOError as error:
                 os.close(descriptor)
                 raise OutputLocked(
-                    f"another run is writing {self._target}", fix="wait for it, or choose another --output"
+                    f"another run is writing {self._target}",
+                    fix="wait for it, or choose another folder with `--output`",
                 ) from error
             except BaseException:
                 os.close(descriptor)
@@ -138,7 +139,7 @@ class Claim:
         if not self.is_mine():
             raise OutputLocked(
                 f"another run has taken {self._target} over: this one has stopped, and left it alone",
-                fix="let that run finish, or choose another --output",
+                fix="let that run finish, or choose another folder with `--output`",
             )
 
     def close(self) -> None:
@@ -194,7 +195,9 @@ def new_folder(target: Path, reporter: Reporter) -> Iterator[Path]:
     """
     with disk_errors(target):
         if is_taken(target):
-            raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
+            raise UsageError(
+                f"{target} already exists", fix="choose another folder with `--output`, or remove it yourself"
+            )
         folder = target.with_name(f".{target.name}.writing")
         with closing(Claim(folder, target, reporter)) as claim, claim.working():
             _clear(claim)

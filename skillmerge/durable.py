@@ -15,7 +15,7 @@ from typing import IO
 
 from skillmerge.errors import ResourceError, UsageError
 
-CONTINUE = "make room, then run the same command again: it continues where it stopped"
+CONTINUE = "free disk space, then run the same command again: it continues where it stopped"
 _WRONG_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY,
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EXDEV,

@@ -89,7 +89,8 @@ def _check_place(name: str, option: str) -> None:
 
 
 def write_report(path: str | None, **parts: Any) -> None:
-    """Write the HTML report if there is a `path`. The keywords are those of `build`. Raises ResourceError, UsageError."""
+    """Write the HTML report if there is a `path`. The keywords are those of `build`. Raises ResourceError,
+    UsageError."""
     if path is None:
         return
     from skillmerge.cli.show.report.page import build

@@ -145,7 +145,7 @@ def _create(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileExistsError as error:
         raise OutputLocked(
-            f"another run is writing {path}", fix="let that run finish, or choose another --output"
+            f"another run is writing {path}", fix="let that run finish, or choose another folder with `--output`"
         ) from error
 
 

@@ -87,7 +87,7 @@ class Staging:
             what = f"holds {some(strangers)}" if strangers else "is a link"
             raise UsageError(
                 f"{self.folder} is where the work would be done, but it {what}: it is not skillmerge's",
-                fix="move it away, or choose another --output",
+                fix="move it away, or choose another folder with `--output`",
             )
 
     @property

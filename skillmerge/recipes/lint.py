@@ -194,7 +194,7 @@ def _same(recipe: Recipe) -> Iterator[Finding]:
 
 def _missing(recipe: Recipe, name: str, place: Local) -> Iterator[Finding]:
     """Yield a folder that is not there, where something near it is: alone that may be so on the machine that lints; or
-    what is there and is no folder."""
+    what is there and is not a folder."""
     written = recipe.models[name]
     if os.path.lexists(place.path):
         found = missing(place.path, written)

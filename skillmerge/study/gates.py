@@ -107,11 +107,11 @@ def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> No
         if absent := [kind for kind in gate.modules if kind not in kinds]:
             raise UsageError(f"the gate `{gate.kind}`: the model has no {' and no '.join(absent)}")
         if gate.kind == "command" and not gate.folder.is_dir():
-            raise UsageError(f"the gate `{gate.name}` runs in {gate.folder}, which is no folder")
+            raise UsageError(f"the gate `{gate.name}` runs in {gate.folder}, which is not a folder")
         if gate.kind == "cosine_z" and gate.model is not None:
             base = _place_of(gate, gate.model, plan)
             if is_path(base) and not Path(base).is_dir():
-                raise UsageError(f"the gate `cosine_z`: its base {base} is no folder")
+                raise UsageError(f"the gate `cosine_z`: its base {base} is not a folder")
         if stats == "off" and gate.kind in GATE_FIGURES:
             raise UsageError(f"the gate `{gate.kind}` needs statistics", fix="use --stats sampled or full")
         if gate.kind in _RUNS_A_MODEL:

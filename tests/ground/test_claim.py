@@ -137,7 +137,7 @@ def test_new_folder_appears_when_it_is_done(tmp_path: Path) -> None:
         with pytest.raises(OutputLocked), new_folder(tmp_path / "out", Reporter()):
             pass
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
-    with pytest.raises(UsageError, match="exists already"), new_folder(tmp_path / "out", Reporter()):
+    with pytest.raises(UsageError, match="already exists"), new_folder(tmp_path / "out", Reporter()):
         pass
 
 
@@ -186,7 +186,7 @@ def test_whatever_fails_in_a_folder_that_another_run_took_fails_of_that(
     with pytest.raises(OutputLocked) as caught, closing(first):
         fail(first, failure)
     assert caught.value.message == STOPPED.format(tmp_path / "out")
-    assert caught.value.fix == "let that run finish, or choose another --output"
+    assert caught.value.fix == "let that run finish, or choose another folder with `--output`"
     assert caught.value.__context__ is failure
     if not gone:
         second.check()

@@ -275,7 +275,7 @@ def test_commit_that_lands_after_it_was_given_up_is_found(hub: HubServer, finish
 
 def test_output_that_stands_in_the_way_is_told_before_anything_is_made(hub: HubServer, licensed: Path) -> None:
     skillmerge.apply(licensed)
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         skillmerge.apply(licensed, coefficients={"lam": 0.5}, push=MERGED)
     assert MERGED not in hub.repos
 

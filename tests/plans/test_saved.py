@@ -140,7 +140,7 @@ def test_detailed_exit_status(family: Path) -> None:
     path.write_bytes(content)
     assert run_cli("plan", family, "--detailed-exitcode").returncode == 10
     assert skillmerge.apply(family).already
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         skillmerge.apply(family, full=True)
     assert not skillmerge.apply(family, full=True, overwrite=True).already
     assert run_cli("plan", family, "--detailed-exitcode").returncode == 0

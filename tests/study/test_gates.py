@@ -441,7 +441,7 @@ def test_gates_without_a_line_have_the_default(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("gates", "message"),
     [
-        ({"cosine_z": {"max": 1, "base": "nowhere"}}, "nowhere is no folder"),
+        ({"cosine_z": {"max": 1, "base": "nowhere"}}, "nowhere is not a folder"),
         ({"vanished": {"max": 1, "modules": "router"}}, "the model has no router"),
         ({"perplexity": {"text": "empty.txt", "max": 3}}, "not a file with text"),
     ],

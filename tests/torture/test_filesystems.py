@@ -185,7 +185,7 @@ def test_full_disk_is_told_and_loses_no_finished_output(
         message, _, fix = answer["message"].partition("\n")
         assert message.startswith(FULL[trait]), (limit, answer)
         assert str(folder) in message
-        assert fix == "make room, then run the same command again: it continues where it stopped"
+        assert fix == "free disk space, then run the same command again: it continues where it stopped"
         assert content(output) == wanted["merged"], "what was there is there"
         for form in ({"onto": str(folder / "sft")}, {"lora_rank": 2}):
             answer = machine.run(
@@ -242,7 +242,7 @@ def test_run_that_another_one_overtakes_says_so_whatever_failed(
         assert answer["status"] == 6, answer
         assert answer["message"].split("\n") == [
             f"another run has taken {output} over: this one has stopped, and left it alone",
-            "let that run finish, or choose another --output",
+            "let that run finish, or choose another folder with `--output`",
         ]
     assert machine.run(folder, [trait], "apply", recipe)["status"] == 0
     assert_finished(output, wanted["merged"])

@@ -84,7 +84,7 @@ def test_output_that_appears_during_the_run_is_not_touched(server: MergeServer, 
     with pytest.raises(UsageError):
         skillmerge.apply(small, reporter=Intruder())
     assert set(content(output)) == {"config.json", "model.safetensors"}
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         skillmerge.apply(small)
     assert set(content(output)) == {"config.json", "model.safetensors"}
     done = identities(staging_of(output) / "complete")

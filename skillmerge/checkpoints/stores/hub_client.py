@@ -179,7 +179,7 @@ def _of_the_network(what: str, error: Exception) -> Exception | None:
             return InputError(f"{error.filename}: cannot be read: {error.strerror}", fix="check SSL_CERT_FILE")
         return ResourceError(
             f"{what}: the local cache could not be used: {error.strerror or name}",
-            fix="make room, or point HF_HOME at another place",
+            fix="free disk space, or point HF_HOME at another place",
         )
     if isinstance(error, UnicodeError):
         return InputError(f"{what}: the token is not one: it has characters that none has", fix=LOG_IN)

@@ -234,16 +234,16 @@ def _check_place(place: Path, keys: tuple[str, ...]) -> None:
     """A document goes beside the output, into a folder that is there, and replaces one of its own kind or nothing.
     Raises UsageError."""
     if any((folder / MANIFEST_FILE).exists() for folder in place.resolve().parents):
-        raise UsageError(f"{place} is inside an output, which would not be sound then", fix="name another file")
+        raise UsageError(f"{place} is inside an output, and would make it invalid", fix="choose another file")
     if not place.absolute().parent.is_dir():
-        raise UsageError(f"{place.absolute().parent} is no folder", fix="make it first, or name another file")
+        raise UsageError(f"{place.absolute().parent} is not a folder", fix="create it first, or choose another file")
     if os.path.lexists(place):
         try:
             document = json.loads(place.read_bytes() if place.is_file() else b"")
         except (ValueError, OSError, RecursionError):
             document = None
         if not isinstance(document, dict) or not document.keys() & set(keys):
-            raise UsageError(f"{place} exists already and is something else", fix="name another file")
+            raise UsageError(f"{place} already exists and is a different kind of file", fix="choose another file")
 
 
 def _check_libraries(with_bom: bool, signed: bool) -> None:

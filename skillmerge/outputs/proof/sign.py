@@ -238,7 +238,7 @@ def _check_replaceable(root: Path, place: Path) -> None:
     try:
         _read(place.read_bytes() if place.is_file() else b"", place)
     except (CheckFailed, OSError) as error:
-        raise UsageError(f"{place} exists already and is not a signature", fix="name another file") from error
+        raise UsageError(f"{place} already exists and is not a signature", fix="choose another file") from error
 
 
 def _signer(key: EllipticCurvePrivateKey, certificate: _AnyPath | None, chain: Sequence[_AnyPath]) -> Any:
