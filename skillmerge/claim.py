@@ -1,4 +1,4 @@
-"""A folder that one run has for itself: a lock where the filesystem has locks, and the owner's token everywhere.
+"""A folder that belongs to one run: a lock if the filesystem supports locks, and the owner's token everywhere.
 
     folder/lock     locked while a run works in the folder
     folder/owner    a random token of the run that took the folder last
@@ -52,12 +52,12 @@ class Claim:
             self._descriptor, why, synced = self._acquire()
         if why:
             reporter.warn(
-                f"the filesystem of {target} has no file locks ({why}): a second run on it would stop this one",
+                f"the filesystem of {target} has no file locks ({why}), so a second run on it would stop this one",
                 fix="run one command at a time on this output",
             )
         if not synced:
             reporter.note(
-                f"the filesystem of {target} cannot sync folders: after a power failure, run the same command again"
+                f"the filesystem of {target} cannot sync folders; after a power failure, rerun the same command"
             )
 
     def _acquire(self) -> tuple[int, str, bool]:
@@ -138,12 +138,12 @@ class Claim:
         """Raise OutputLocked if another run has taken the folder meanwhile."""
         if not self.is_mine():
             raise OutputLocked(
-                f"another run has taken {self._target} over: this one has stopped, and left it alone",
+                f"another run has taken over {self._target}; this one has stopped and left it alone",
                 fix="let that run finish, or choose another folder with `--output`",
             )
 
     def close(self) -> None:
-        """Let go of the folder, and remove it where it is empty; not where it is another run's by now."""
+        """Release the folder, and remove it if it is empty and still this run's."""
         if self._descriptor >= 0:
             mine = False
             with suppress(OSError):
@@ -166,7 +166,7 @@ class Claim:
 
 
 def _lock(descriptor: int) -> str:
-    """Lock a file. Returns why that cannot be had here, or "". Raises BlockingIOError if it is taken."""
+    """Lock a file. Returns why locking is unsupported here, or "". Raises BlockingIOError if it is taken."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

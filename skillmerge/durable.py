@@ -27,10 +27,10 @@ _NO_FOLDER_SYNC = (*UNSUPPORTED, errno.EBADF, errno.EACCES, errno.EPERM, errno.E
 
 
 @contextmanager
-def disk_errors(path: Path, elsewhere: str = "choose another place") -> Iterator[None]:
-    """Turn the operating system's refusals to write into errors that say what to do.
+def disk_errors(path: Path, elsewhere: str = "choose another folder") -> Iterator[None]:
+    """Turn the operating system's write errors into errors with advice.
 
-    elsewhere: how to choose another place, in the words of the command. Raises UsageError if the place is wrong,
+    elsewhere: how to choose another place in this command. Raises UsageError if the place is wrong,
     ResourceError where the disk is full or fails.
     """
     try:

@@ -1,4 +1,4 @@
-"""Every error a user can meet: one class per exit status, with what is wrong and what to do next.
+"""All expected errors: one class per exit status, with what is wrong and what to do next.
 
     SkillmergeError
     ├── UsageError           2  the command line or the recipe
@@ -164,7 +164,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn what Python, torch and the loader say where memory or threads are not to be had into a ResourceError."""
+    """Turn errors of Python, torch and the loader about memory or threads into a ResourceError."""
     try:
         yield
     except (MemoryError, RuntimeError, ImportError, OSError) as error:
@@ -173,7 +173,7 @@ def memory_errors() -> Iterator[None]:
         detail = str(error).strip().partition("\n")[0]
         raise ResourceError(
             f"not enough memory or threads{detail and ': '}{detail}",
-            fix="free memory, or allow fewer threads, then run the same command again",
+            fix="free memory, or pass a lower `--threads`, then rerun",
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Problems, warnings and notes: what they are, and the names under which a recipe accepts differences.
 
-A problem stops a command until a person settles it by name. A warning needs attention: it is printed at once, also
-with `-q`, and kept in every record of the run. A note is information. Knows nothing about what finds or shows them.
+A problem stops a command until it is settled by name. A warning needs attention: it is printed at once, even with
+`-q`, and kept in every record of the run. A note is information. Knows nothing about what finds or shows them.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class WeightFile:
 class Naming:
     """How the names of a checkpoint's tensors differ from the stored ones.
 
-    rename: prefixes and what stands in their place, the first that matches winning. unwrapped: parts that a training
+    rename: prefixes and their replacements; the first match wins. unwrapped: parts that a training
     library left in them.
     """
 

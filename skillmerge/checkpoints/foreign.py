@@ -21,13 +21,13 @@ class Foreign:
     """A way in which other tools keep weights.
 
     marks: globs of names below the place, each of which has to match a file; `|` separates alternatives. what: what it
-    is. cure: what makes a model of it, with `{folder}` for the folder of the first mark's file, `{file}` for that file
+    is. fix: how to make a model of it, with `{folder}` for the folder of the first mark's file, `{file}` for that file
     and `{name}` for its first part.
     """
 
     marks: tuple[str, ...]
     what: str
-    cure: str
+    fix: str
 
 
 FOREIGN = (
@@ -212,10 +212,8 @@ def recognised(names: Iterable[str], place: str, local: bool) -> tuple[str, str]
             continue
         folder, _, file = first.rpartition("/")
         inside = f"{place}/{folder}".rstrip("/") if local else "FOLDER"
-        cure = foreign.cure.format(
-            folder=inside, file=file, name=first.split("/")[0], place=place if local else "FOLDER"
-        )
-        return foreign.what, cure
+        fix = foreign.fix.format(folder=inside, file=file, name=first.split("/")[0], place=place if local else "FOLDER")
+        return foreign.what, fix
     return None
 
 
@@ -239,4 +237,4 @@ def disguised(start: bytes, *, text: bool = False) -> tuple[str, str] | None:
     start: its first 32 bytes. text: whether it may hold any text, so that only pointers are told from it.
     """
     rows = STARTS[:_POINTERS] if text else STARTS
-    return next(((what, cure) for begins, what, cure in rows if start.startswith(begins)), None)
+    return next(((what, fix) for begins, what, fix in rows if start.startswith(begins)), None)

@@ -1,4 +1,4 @@
-"""A path that is not there: names near it, and what was probably meant by the folder of a model."""
+"""A missing path: names near it, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def missing(path: Path, written: str) -> tuple[str, str] | None:
         return f"folder {where} does not exist", meant(path, written) or _there(path, written) or _A_MODEL
     except (OSError, ValueError):
         pass
-    return None  # whoever opens it says why it cannot be
+    return None  # opening it reports why it fails
 
 
 def meant(path: Path, written: str) -> str | None:

@@ -1,6 +1,6 @@
 """What `config.json` says about the weights beside it, as far as any architecture's config says it alike.
 
-Vocabulary, number of blocks, tied embeddings, quantisation. Knows the keys that many configs share, never
+Vocabulary, number of blocks, tied embeddings, quantization. Knows the keys that many configs share, never
 an architecture: where a config is silent, nothing is concluded.
 """
 

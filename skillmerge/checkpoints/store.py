@@ -50,8 +50,8 @@ class Where:
 class Stat:
     """What is known of a file that has not been read.
 
-    version: what tells it from another version of it. digest: `sha256` or `git_sha1` and hex digits, as whoever keeps
-    the file states them, or None if it has to be read.
+    version: what tells it from another version of it. digest: `sha256` or `git_sha1` and hex digits, as the store
+    states them, or None if it has to be read.
     """
 
     size: int

@@ -1,9 +1,9 @@
-"""What rounding did: effective lambda, vanished and changed shares, per tensor, per module kind and in all.
+"""The effect of rounding: effective lambda, lost and changed shares, per tensor, per module kind and in total.
 
-Measured where the update v is not 0 (design: "rounding is reported, never hidden"):
+Measured where the update v is not 0. The keys of manifests call the first two `realised` and `vanished`:
 
-    effective lambda   lambda * <y - t, u> / <u, u>    with u = lambda * v, t the base, y the output
-    vanished share    elements with u != 0 and y = t, of those with u != 0
+    effective lambda  lambda * <y - t, u> / <u, u>    with u = lambda * v, t the base, y the output
+    lost share        elements with u != 0 and y = t, of those with u != 0
     changed share     elements with y != t, of all
     norm ratio        |y - t| / |t|
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 SAMPLE_STRIDE = 128
 
 LOSSES = ("requested λ", "effective λ", "lost", "changed")
-"""What people are shown of a group, as they call it."""
+"""Headings for people, in the order of `Group.shown`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorStatistics:
-    """The same of a tensor: `total` elements, of which `elements` were looked at. A sum is None if it is no number
+    """The same of a tensor: `total` elements, of which `elements` were looked at. A sum is None if it is not a number
     that JSON has (NaN and Inf were allowed in)."""
 
     total: int
@@ -53,12 +53,12 @@ class TensorStatistics:
 
     @property
     def norm_ratio(self) -> float | None:
-        """|y - t| / |t|; None of a base of zeros, and where a sum is no number."""
+        """|y - t| / |t|; None of a base of zeros, and where a sum is not a number."""
         return math.sqrt(self.dd / self.tt) if self.dd is not None and self.tt else None
 
     @property
     def whole(self) -> dict[str, float] | None:
-        """Its figures for all of the tensor, which a sample stands for; None if a sum is no number."""
+        """Its figures for all of the tensor, which a sample stands for; None if a sum is not a number."""
         by, figures = self.total / self.elements, self.as_dict()
         if None in figures.values():
             return None
@@ -70,7 +70,7 @@ class TensorStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What rounding did to one kind of module, or to all. changed: None if nothing was measured, and then so is
+    """The effect of rounding on one kind of module, or on all. changed: None if nothing was measured, and then so is
     all the rest; the lambdas: None if not every tensor has one number in front of the difference."""
 
     tensors: int = 0
@@ -91,7 +91,7 @@ class Group:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """For people, in the order of LOSSES."""
+        """The figures for people, in the order of LOSSES."""
         lambdas = [number(value) for value in self.lambdas or ()] or ["-", "-"]
         return (*lambdas, percent(self.vanished), percent(self.changed))
 
@@ -106,7 +106,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What rounding did, by module kind and in all. mode: full, sampled or off."""
+    """The effect of rounding, by module kind and in total. mode: full, sampled or off."""
 
     mode: str
     modules: dict[str, Group]
@@ -122,7 +122,7 @@ class Statistics:
 
 
 def percent(part: float | None) -> str:
-    """For people."""
+    """The rows of a table for people."""
     return "-" if part is None else f"{part:.1%}"
 
 
@@ -198,7 +198,7 @@ def total(blocks: Iterable[BlockStatistics], size: int) -> TensorStatistics:
 
 
 def _sum(values: Iterable[float]) -> float | None:
-    """Return the exact sum, or None if it is no number that JSON has (NaN and Inf were allowed in)."""
+    """Return the exact sum, or None if it is not a number that JSON has (NaN and Inf were allowed in)."""
     try:
         result = math.fsum(values)
     except (OverflowError, ValueError):

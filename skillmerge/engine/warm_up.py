@@ -26,7 +26,7 @@ def reading_ahead(plan: Plan, checkpoints: Mapping[str, Checkpoint], shards: Seq
             for first in range(0, elements, UNIT):
                 if stop.is_set():
                     return
-                with suppress(SkillmergeError, OSError):  # whoever really reads will say what is wrong
+                with suppress(SkillmergeError, OSError):  # the actual read reports errors
                     checkpoint.hint(name, first, min(UNIT, elements - first))
 
     thread = Thread(target=announce)

@@ -28,7 +28,7 @@ class Program:
     """How to compute one tensor.
 
     result: the register that holds the value.
-    base, update, asked: where the expression is one model plus a difference, that model, the register that
+    base, update, asked (lambda): if the expression is one model plus a difference, that model, the register that
     holds what was subtracted from it (`-lambda * v`), and lambda; else "", -1 and 1.
     same_bits: triples (a, b, keep): where models a and b hold the same bits, the element is that of model
     keep. Together with the turning of signs they make the laws hold bit for bit, signs of zeros included.

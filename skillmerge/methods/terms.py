@@ -1,4 +1,4 @@
-"""What an expression means for one tensor: leaves, scaled terms and sums, their weights and degree."""
+"""The meaning of an expression for one tensor: leaves, scaled terms and sums, their weights and degree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one form in which a manifest is written, so that no byte of it can change unnoticed, and its digest.
+"""The canonical form of a manifest, so that no byte of it can change unnoticed, and its digest.
 
 Knows JSON, nothing about manifests.
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:
-    """Return the one form in which a manifest is written: a line per entry of its long lists, so that it can be
-    read by people and compared by diff."""
+    """Return a manifest in its canonical form: one line for each entry of its long lists, readable and easy to
+    diff."""
     return lines_of(pieces_of(document))
 
 
@@ -35,7 +35,7 @@ def lines_of(pieces: Mapping[str, str | list[str] | None]) -> bytes:
 
 
 def digest_of(pieces: Mapping[str, str | list[str] | None]) -> str:
-    """Of the document on one line; `digest` itself is left out, as None."""
+    """Return the digest of the document on one line; `digest` itself is left out, as None."""
     rows = [
         f"{_dump(key)}: " + ("[" + ", ".join(piece) + "]" if isinstance(piece, list) else piece)
         for key, piece in pieces.items()

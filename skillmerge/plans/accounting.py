@@ -1,4 +1,4 @@
-"""Where every tensor of every model goes, and what is wrong where one has no place.
+"""The accounting of every tensor of every model, and the problems of tensors without a place.
 
 For each tensor of the donor: which models' tensors the output needs. For each tensor of another model that
 the donor lacks: a problem, unless a rule or the config's ties account for it. Knows names, shapes and dtypes; only
@@ -28,7 +28,7 @@ from skillmerge.tensors import DTYPES, UNIT, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A difference between the models that only a person can settle.
+    """A difference between the models that only the user can settle.
 
     copy, ignore, rename: what would settle it, as lines of the recipe's sections `copy`, `ignore` and `models`. name:
     what `accept` calls it, where that would settle it. help: what to do where no line of the recipe settles it.
@@ -46,7 +46,7 @@ class Problem:
     final: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data, without the keys that say nothing, and `final`, which is for `settlement`."""
+        """Return plain data, without empty keys and `final`, which is for `settlement`."""
         always = ("kind", "message", "tensors", "copy", "ignore")
         return {key: value for key, value in asdict(self).items() if key in always or (value and key != "final")}
 
@@ -69,12 +69,12 @@ def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:
     if recipe.of_command:
         globs = dict.fromkeys(line.removeprefix("  - ") for problem in problems for line in problem.ignore)
         ignore = " ".join(f"--ignore {glob}" for glob in globs)
-        return "\n".join([*parts, *([f"if the skill can do without, pass: {ignore}"] if globs else [])])
+        return "\n".join([*parts, *([f"if the skill does not need them, pass: {ignore}"] if globs else [])])
     for key, present in (("copy", recipe.copy), ("ignore", recipe.ignore)):
         lines = list(dict.fromkeys(line for problem in problems for line in getattr(problem, key)))
         if lines:
             where = f"add to the recipe's `{key}:`" if present else "add to the recipe:"
-            why = "to take the donor's own" if key == "copy" else "if the output can do without"
+            why = "to take the donor's own" if key == "copy" else "if the output does not need them"
             parts.append("\n".join([f"{why}, {where}", *([] if present else [f"{key}:"]), *lines]))
     return "\n".join(parts)
 
@@ -90,14 +90,15 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Accounts:
-    """What was found. ties: (model, copy, original), copies of tied tensors that the output does without."""
+    """The result of the accounting. ties: (model, copy, original), copies of tied tensors that the output does
+    without."""
 
     tensors: Mapping[str, Account]
     """Of those output tensors that have one: not of nothing, and not of what has a problem."""
     problems: tuple[Problem, ...]
     ties: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
-    """What is worth a word."""
+    """Notes."""
 
 
 def account_tensors(
@@ -133,7 +134,7 @@ def account_tensors(
             else:
                 sources.append(source)
                 if source.tensor != name:
-                    notes.add(f"`{name}` of model `{model}` is its `{source.tensor}`: its config ties the two")
+                    notes.add(f"`{name}` of model `{model}` is its `{source.tensor}`, which its config ties to it")
         if len(sources) == len(models):
             if same:
                 sources.sort(key=lambda source: source.model != donor_name)
@@ -210,7 +211,9 @@ def _problem(
         if kind == "shape" and all(module_kind(name) in ("embedding", "head") for name in names):
             message += "\ntheir vocabularies seem to differ"
         elif kind == "shape" and share(names, donor.tensors) >= MUCH:
-            return Problem(kind, message, tuple(names), help=f"is `{model}` the right model? Its sizes are others")
+            return Problem(
+                kind, message, tuple(names), help=f"check that `{model}` is the right model; its sizes differ"
+            )
     globs = _globs(names, donor.tensors)
     if recipe.makes_skill:  # it takes no tensor as it is, but can do without
         return Problem(kind, message, tuple(names), ignore=tuple(f'  - "{glob}"' for glob in globs))
@@ -313,6 +316,6 @@ def prove_ties(ties: Iterable[tuple[str, str, str]], checkpoints: Mapping[str, C
             ):
                 raise InputError(
                     f"model `{model}`: config.json ties `{name}` to `{source}`, but the two differ, and the donor "
-                    f"has no `{name}` for what it holds",
-                    fix=f'if the output can do without it, add to the recipe:\nignore:\n  - "{name}"',
+                    f"has no `{name}`",
+                    fix=f'if the output does not need it, add to the recipe:\nignore:\n  - "{name}"',
                 )

@@ -1,4 +1,4 @@
-"""How much memory and disk a run takes, and the thread count and tile size that keep it in bounds.
+"""The memory and disk that a run needs, and the thread count and tile size that stay within bounds.
 
 Predictions, from the plan alone. The figures for the runtime itself were measured (`benchmarks/`).
 """
@@ -78,7 +78,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
             wanted -= 1
     if memory_limit is not None and need(wanted, tile) > memory_limit:
         raise ResourceError(
-            f"a memory limit of {format_bytes(memory_limit)} is too small: this merge needs at least "
+            f"memory limit {format_bytes(memory_limit)} is too low: this merge needs "
             f"{format_bytes(need(wanted, tile))}",
             fix="raise `--memory-limit`" + (" or lower `--threads`" if threads and threads > 1 else ""),
         )
@@ -95,7 +95,7 @@ def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> 
     count = threads or max(1, min(_MAX_THREADS, cores(), (limit - fixed) // worker))
     if memory_limit is not None and fixed + count * worker > memory_limit:
         raise ResourceError(
-            f"a memory limit of {format_bytes(memory_limit)} is too small: this skill needs at least "
+            f"memory limit {format_bytes(memory_limit)} is too low: this skill needs "
             f"{format_bytes(fixed + count * worker)}",
             fix="raise `--memory-limit`" + (" or lower `--threads`" if count > 1 else ""),
         )

@@ -1,4 +1,4 @@
-"""A head and the embedding that it is tied to: what runtimes make of a file that holds both.
+"""A head that is tied to the embedding: what runtimes do with a file that holds both.
 
 A tied configuration tells most runtimes to leave the stored head alone and use the embedding.
 """
@@ -24,8 +24,8 @@ def driven_apart(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> Iterat
     for head, source in _tied_pairs(donor):
         if head in tensors and source in tensors and tensors[source].coefficients != tensors[head].coefficients:
             yield warning(
-                f"config.json ties `{head}` to `{source}`, but the recipe gives them different coefficients: "
-                "runtimes will not agree which of the two to use",
+                f"config.json ties `{head}` to `{source}`, but the recipe gives them different coefficients, "
+                "so runtimes may use either",
                 "give both the same coefficient: {modules: [embedding, head], value: …}",
                 name="ties",
             )
@@ -74,17 +74,17 @@ def _apart(donor: str, models: Sequence[str], head: str, source: str) -> Iterato
     if [*models] == [donor]:
         yield Compared(
             "ties", head, "weights", "warning", values, False,
-            f"config.json of the donor `{donor}` ties `{head}` to `{source}`, but the two differ: "
-            "runtimes will not agree which of them to use",
-            "set `tie_word_embeddings` to false in the donor's config.json, or leave its head out of the file",
+            f"config.json of the donor `{donor}` ties `{head}` to `{source}`, but the two differ, "
+            "so runtimes may use either",
+            "set `tie_word_embeddings` to false in the donor's config.json, or remove its head from the file",
         )  # fmt: skip
     elif models:
         yield Compared(
             "ties", head, "weights", "warning", values, False,
             f"config.json of {' and '.join(f'`{name}`' for name in models)} ties `{head}` to `{source}`, but the two "
-            "differ: the formula reads the stored head, which runtimes may leave alone",
-            "set `tie_word_embeddings` to false there if the stored head is the trained one; else leave it out of the "
-            "file",
+            "differ; the formula reads the stored head, which runtimes may ignore",
+            "set `tie_word_embeddings` to false there if the stored head is the trained one; otherwise remove it from "
+            "the file",
         )  # fmt: skip
 
 

@@ -91,9 +91,9 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
             elif not place.pinned and not access.relock and name not in access.commits:
                 pinned = place.at(checkpoints[name].at.revision or "")
                 if recipe.of_command:
-                    warn(f"`{place}` can change under this name. Pinned, it is `{pinned}`")
+                    warn(f"`{place}` can change; pinned, it is `{pinned}`")
                 else:
-                    warn(f"model `{name}`: {place} can change under this name. Pinned, it reads\n  {name}: {pinned}")
+                    warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
         with _placed(recipe, checkpoints):
             return {name: _under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
     except BaseException:
@@ -138,7 +138,7 @@ def _under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Check
             f"no tensor of model `{model}` is left that begins with `{old}`: an earlier rule renames them"
             if earlier
             else f"no tensor of model `{model}` begins with `{old}`",
-            "the first rule that matches wins: put it first"
+            "put this rule first; the first rule that matches wins"
             if earlier
             else did_you_mean(old, prefixes)
             or f"its names begin with {some([f'`{prefix}`' for prefix in prefixes], 4)}",
@@ -205,7 +205,7 @@ def _locked(
             what = f"holds {found.uri}" if found else "does not hold it"
             raise StalePlan(
                 f"{lock_path} is stale: model `{name}` is {recipe.models[name]}, the lock {what}",
-                fix=f"write it again: `skillmerge plan {recipe.document.name} --lock`",
+                fix=f"recreate it: `skillmerge plan {recipe.document.name} --lock`",
             )
         if place.pinned and place.revision != found.commit:
             raise StalePlan(
@@ -214,8 +214,8 @@ def _locked(
         return place.at(found.commit)
     if access.locked and not place.pinned:
         raise UsageError(
-            f"--locked: model `{name}` ({place}) has a revision that can change, and there is no {lock_path}",
-            fix=f"write one: `skillmerge plan {recipe.document.name} --lock`",
+            f"--locked: model `{name}` ({place}) has a revision that can change, but there is no {lock_path}",
+            fix=f"create it: `skillmerge plan {recipe.document.name} --lock`",
         )
     return place
 

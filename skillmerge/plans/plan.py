@@ -148,9 +148,9 @@ class Plan:
         if not names or (final and any(problem.name is None for problem in self.problems)):
             return None  # accepting it would not settle the rest, for which there are no rules
         if self.recipe.of_command:
-            return f"to accept what was found, once you have looked at it: {' '.join(f'--accept {it}' for it in names)}"
+            return f"after checking, to accept these differences: {' '.join(f'--accept {it}' for it in names)}"
         every = [*sorted(self.recipe.accept), *(name for name in names if name not in self.recipe.accept)]
-        return f"to accept what was found, once you have looked at it, add to the recipe:\naccept: [{', '.join(every)}]"
+        return f"after checking, to accept these differences, add to the recipe:\naccept: [{', '.join(every)}]"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain data: what `--json` prints, and what `-o` writes."""

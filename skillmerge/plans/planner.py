@@ -281,9 +281,9 @@ def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Chec
     """Yield what is allowed and still hardly meant."""
     if donor.naming.rename and not recipe.makes_skill:
         name = next(name for name, checkpoint in checkpoints.items() if checkpoint is donor)
-        yield f"the output has the names that `{name}` is renamed to, and config.json is as it was: do they fit?"
+        yield f"the output has the names that `{name}` is renamed to, but config.json is unchanged: check that they fit"
     if not donor.config and not recipe.makes_skill:
-        yield "the donor has no config.json: no runtime will load the output as it is"
+        yield "the donor has no config.json: no runtime can load the output"
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
             yield f"--set {name}={value:g} replaces the whole `{name}` schedule, including its rules"
@@ -300,7 +300,7 @@ def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterato
         place = str(root.resolve()) if root is not None else checkpoints[name].place
         if place in seen:
             what = f"models `{seen[place]}` and `{name}` are the same: their difference is zero"
-            yield warning(what, "name another folder for one of them", of_recipe=True)
+            yield warning(what, "change the folder of one of them", of_recipe=True)
         seen.setdefault(place, name)
 
 

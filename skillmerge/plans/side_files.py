@@ -116,7 +116,7 @@ def fetch(donor: Checkpoint, files: Iterable[SideFile], allow_code: bool) -> tup
         if file.content is None:
             content = _checked(donor, file.name, allow_code)
             if len(content) != file.size or file.digest != digest_of(file.digest[0], content):
-                raise StalePlan(f"{donor.store.at.path(file.name)} is not the file that the plan was made with")
+                raise StalePlan(f"{donor.store.at.path(file.name)} has changed since the plan was made")
             file = SideFile.of(file.name, content)
         fetched.append(file)
     return tuple(fetched)

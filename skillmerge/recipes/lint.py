@@ -1,4 +1,4 @@
-"""The verb lint: what can be said of recipes from their text alone, all of it, each with its place.
+"""The verb lint: all mistakes that show in a recipe's text alone, each with its position.
 
 Errors are what `plan` and `apply` would refuse; warnings are what they do, and what is hardly meant. A finding is
 certain: what depends on the models' tensors is left to `plan`. Opens no model; of other files reads the lock alone.
@@ -104,7 +104,7 @@ def lint(
     allowed = set(allow)
     warnings = [rule.id for rule in RULES.values() if rule.level != "error"]
     for name in sorted(allowed - set(warnings)):
-        what = "is an error, which nothing allows" if name in RULES else "is no rule of lint"
+        what = "is an error, which cannot be allowed" if name in RULES else "is not a lint rule"
         raise UsageError(f"`{name}` {what}", fix=did_you_mean(name, warnings) or f"rules: {', '.join(warnings)}")
     sources = [recipes] if isinstance(recipes, str | os.PathLike | Mapping) else list(recipes)
     found = [finding for source in sources for finding in _lint(source) if finding.rule.id not in allowed]
@@ -185,7 +185,7 @@ def _same(recipe: Recipe) -> Iterator[Finding]:
         try:
             place = recipe.model_place(name)
         except RecipeError:
-            continue  # which is told of by itself
+            continue  # which has its own finding
         other = seen.setdefault(place, name)
         if other != name and name not in recipe.patches and other not in recipe.patches:
             path = _written(recipe, "models", name)
@@ -215,7 +215,7 @@ def _lock(recipe: Recipe) -> tuple[Mapping[str, lockfile.LockedModel] | None, Sk
 def _revision(
     recipe: Recipe, name: str, place: ModelPlace, path: DataPath, lock: Mapping[str, lockfile.LockedModel] | None
 ) -> Iterator[Finding]:
-    again = f"write it again: `skillmerge plan {recipe.document.name} --lock`"
+    again = f"recreate it: `skillmerge plan {recipe.document.name} --lock`"
     if lock is None:
         if not place.pinned:
             fix = f"pin a commit, or lock it: `skillmerge plan {recipe.document.name} --lock`"
@@ -223,7 +223,7 @@ def _revision(
             yield _at(recipe, "unpinned-revision", path, f"model `{name}` is {what} of {place.name}", fix)
         return
     if not lock:
-        return  # it is damaged, which is told once
+        return  # it is damaged, which is reported once
     found = lock.get(name)
     if found is None or found.uri != recipe.models[name]:
         what = f"holds {found.uri}" if found else "does not hold it"
@@ -253,7 +253,7 @@ def _hidden_rules(recipe: Recipe) -> Iterator[Finding]:
                 if _covers(schedule.rules[later], rule):
                     place = recipe.document.place((*path, "rules", later))
                     where = f" on line {place.line + 1}" if place else ""
-                    message = f"this rule of `{name}` never decides: the one{where} matches all that it does"
+                    message = f"this rule of `{name}` has no effect: the one{where} matches everything that it matches"
                     yield _at(recipe, "hidden-rule", (*path, "rules", index), message, "put general rules first")
                     break
 

@@ -49,7 +49,7 @@ def load(source: RecipeSource, overrides: Mapping[str, float] | None = None) -> 
     path = FilePath(source)
     if text.startswith(SAVED_PLAN):
         raise UsageError(
-            f"{path} is a saved plan, not a recipe", fix="`skillmerge apply` takes it; elsewhere name the recipe"
+            f"{path} is a saved plan, not a recipe", fix="pass it to `skillmerge apply`, or pass the recipe here"
         )
     return parse_recipe(text, str(path), path.parent, overrides or {})
 
@@ -138,7 +138,7 @@ def _gates(
     gates = gates_of(given, document, folder)
     place = document.place(("gates",))
     if gates and table.output.kind == "skill":
-        raise document.error("a skill has no `gates`", place, "they are for the models that it is put into")
+        raise document.error("a skill has no `gates`", place, "add them to recipes that use the skill")
     for gate in gates:
         if gate.kind == "perplexity" and gate.model is not None and gate.model not in set(models) - unlike:
             known = [name for name in models if name not in unlike]
@@ -201,7 +201,7 @@ def _model_place(document: Document, path: tuple[str, str], entry: str | ModelTa
     place = document.place(path)
     if len(given) != 1:
         what = "more than one" if given else "none"
-        raise document.error(f"`{path[1]}` has {what} of `path`, `skill`, `patch`", place, "give one")
+        raise document.error(f"`{path[1]}` has {what} of `path`, `skill`, `patch`", place, "keep one of them")
     if (entry.patch is None) != (entry.onto is None):
         fix = "write {patch: …, onto: …}, the latter a model of this recipe"
         raise document.error("`patch` and `onto` go together", place, fix)
@@ -275,7 +275,7 @@ def _rule(document: Document, path: Path, table: RuleTable) -> Rule:
     place = document.place(path)
     if (table.value is None) == (table.ramp is None):
         what = "has both `value` and `ramp`" if table.value is not None else "has neither `value` nor `ramp`"
-        raise document.error(f"this rule {what}", place, "give exactly one of the two")
+        raise document.error(f"this rule {what}", place, "write exactly one of them")
     if table.layers is None and table.tensors is None and table.modules is None:
         raise document.error("this rule selects nothing", place, "add layers, tensors or modules, or use `default`")
     layers: list[LayerRange] = []

@@ -78,7 +78,7 @@ class Recipe:
     patches: Mapping[str, str]
     """Those of the models that are sparse patches, and the models that they are for."""
     renames: Mapping[str, tuple[tuple[str, str], ...]]
-    """Those of the models that are read under other names: prefixes, and what stands in their place."""
+    """Models that are read under other names: prefixes, and their replacements."""
     coefficients: Mapping[str, Schedule]
     expression: Node
     copy: tuple[CopyRule, ...]
@@ -88,9 +88,9 @@ class Recipe:
     output: Output
     gates: tuple[Gate, ...]
     overrides: Mapping[str, float]
-    """Coefficients that were set from outside, in place of the recipe's."""
+    """Coefficients that override the recipe's."""
     rules_overridden: Mapping[str, int]
-    """How many rules of the recipe each of them stands in for."""
+    """How many rules of the recipe each of them replaces."""
     settled: str | None = None
     """Of an earlier plan: its donor."""
     unwrapped: Mapping[str, tuple[str, ...]] | None = None
@@ -177,7 +177,7 @@ class Recipe:
 
 
 def unused_names(recipe: Recipe) -> list[str]:
-    """Return models and coefficients that stand in the recipe and do nothing: not wrong, but worth a word."""
+    """Return models and coefficients that stand in the recipe and do nothing: allowed, but worth a warning."""
     named = {name.name for name in names_in(recipe.expression)} | set(recipe.used_models())
     return [name for name in (*recipe.models, *recipe.coefficients) if name not in named]
 
@@ -190,7 +190,7 @@ def unclear_donor(recipe: Recipe) -> Remark | None:
         return None
     if recipe.donor != donor:  # version 0.1 took another one from some texts
         return warning(
-            f"the donor is `{recipe.donor}`, as this was planned before; of `{recipe.document.data['merge']}` it would "
+            f"the donor is `{recipe.donor}`, as in the earlier plan; for `{recipe.document.data['merge']}` it would "
             f"be `{donor}` now: the output takes its names, dtypes, config and tokenizer from `{recipe.donor}`",
             f"keep it with `output: {{like: {recipe.donor}}}` in the recipe, or plan the recipe again",
             name="donor",

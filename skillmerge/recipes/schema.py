@@ -149,7 +149,7 @@ def _shape_message(data: Any, path: Path, detail: Any) -> tuple[str, str | None]
     if kind == "literal_error":
         if path == ("skillmerge",):
             return (
-                f"format version {value!r} is not known to this version of skillmerge",
+                f"format version {value!r} is unknown to this version of skillmerge",
                 "write `skillmerge: 1`",
             )
         expected = detail["ctx"]["expected"].replace("'", "`")

@@ -1,4 +1,4 @@
-"""Where the text of a recipe comes from: a file, standard input, or a dict. Knows nothing of what it says."""
+"""The source of a recipe's text: a file, standard input, or a dict. Knows nothing about its content."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def name_of(source: RecipeSource) -> str:
 def text_of(source: RecipeSource) -> str:
     """Return the text of a recipe; of a dict, as YAML.
 
-    Raises UsageError if there is none, RecipeError for what is no text or too large, InputError.
+    Raises UsageError if there is none, RecipeError for text that is invalid or too large, InputError.
     """
     if isinstance(source, Mapping):
         return yamltext.dump(_plain(source, _NO_FILE))
@@ -40,7 +40,7 @@ def text_of(source: RecipeSource) -> str:
 
 
 def standard_input() -> str:
-    """Return all of standard input: a recipe, or a saved plan. Raises UsageError if it is no text."""
+    """Return all of standard input: a recipe, or a saved plan. Raises UsageError if it is not text."""
     try:
         return sys.stdin.read()
     except (OSError, UnicodeDecodeError, AttributeError) as error:
@@ -55,7 +55,7 @@ def _of_file(path: Path) -> str:
             fix = f"did you mean `{path / inside[0]}`?" if inside else "name a recipe file, such as `recipe.yaml`"
             raise UsageError(f"{path} is a folder, not a recipe", fix=fix)
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is not a file", fix="save the recipe as a file and name that")
+            raise UsageError(f"{path} is not a file", fix="save the recipe as a file and pass that")
         if path.stat().st_size > yamltext.MAX_BYTES:
             raise RecipeError(f"{path}: is larger than {yamltext.MAX_BYTES // 1024} KiB, which no recipe needs")
         return path.read_bytes().decode("utf-8-sig")
@@ -79,6 +79,4 @@ def _plain(value: Any, where: str) -> Any:
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise UsageError(
-        f"{where}: {type(value).__name__} is not something a recipe holds", fix="use text, numbers, lists and dicts"
-    )
+    raise UsageError(f"{where}: {type(value).__name__} cannot be in a recipe", fix="use text, numbers, lists and dicts")

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 def measure_spectra(
     subject: Subject, tasks: Sequence[TensorPlan], rank: int, reporter: Reporter
 ) -> dict[str, dict[str, float | None]]:
-    """Of every matrix, one at a time: in float32, or float64 where a model has it.
+    """Measure every matrix, one at a time, in float32, or in float64 if a model has it.
 
-    In a thread of our own, to which no context of the caller's reaches (a default device, autocast).
+    Runs in a thread of its own, which the caller's torch settings (default device, autocast) do not reach.
     """
     import torch
 
@@ -66,7 +66,7 @@ def _measure(
             if not all(bool(matrix.isfinite().all()) for matrix in (update, against) if matrix is not None):
                 raise UsageError(
                     f"--spectral: tensor `{task.name}` is too large for {str(wide).removeprefix('torch.')}",
-                    fix="leave --spectral out",
+                    fix="leave `--spectral` out",
                 )
             spectra[task.name] = describe_spectrum(update, against, rank, zlib.crc32(task.name.encode()))
             done += math.prod(task.shape)

@@ -1,4 +1,4 @@
-"""What `inspect` looks at: which models make the update, what it is compared with."""
+"""The subjects of `inspect`: which models make the update, what it is compared with."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Subject:
 def refuse_model(path: Path) -> None:
     if path.is_dir() and not (path / SKILL_FILE).exists():
         raise UsageError(
-            f"{path} is a folder, and not of a skill", fix="name two models, before and after; or a recipe; or skills"
+            f"{path} is a folder, but not a skill", fix="pass two models, before and after, or a recipe, or skills"
         )
 
 
@@ -117,7 +117,7 @@ def is_skill(uri: str, access: Access) -> bool:
 def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter) -> Subject:
     """Return the subject for stored skills; several are measured each by itself and all together."""
     if len(set(places)) < len(places):
-        raise UsageError("the same skill is named twice", fix="name each skill once")
+        raise UsageError("the same skill is named twice", fix="pass each skill once")
     names = [f"skill{index}" for index in range(1, len(places) + 1)] if len(places) > 1 else ["skill"]
     checkpoints = open_named(
         {name: {"skill": place} for name, place in zip(names, places, strict=True)}, access, reporter
@@ -185,7 +185,7 @@ def subject_of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subj
     if alike:
         update = {model: factor for model, factor in update.items() if factor}
     if not update:
-        what = f"is `{target}` itself" if target else "comes to nothing"
+        what = f"is `{target}` itself" if target else "is always zero"
         raise recipe.error(("merge",), f"the expression {what}: there is no update to inspect")
     pair = _whole_pair(update, _differences(plain, target) or [])
     before = _real(pair, recipe, 1)
@@ -256,8 +256,8 @@ class _Difference:
 
 
 def _whole_pair(update: Mapping[str, float], written: Sequence[_Difference]) -> tuple[str, str] | None:
-    """(after, before) of all of an update. `(a - base) - (c - base)` has none, as neither a nor c was cut from the
-    other."""
+    """(after, before) of all of an update. `(a - base) - (c - base)` has none, as neither a nor c was extracted from
+    the other."""
     if len({tuple(sorted(it.update.items())) for it in written}) == 1:
         return _pair(update, written[0].before(()))
     return _pair(update) if all(it.is_added for it in written) else None

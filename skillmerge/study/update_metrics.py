@@ -1,8 +1,8 @@
-"""What an update looks like, and two of them together: counts and float64 sums of runs of elements.
+"""Measures of an update, and of two updates together: counts and float64 sums of runs of elements.
 
-v = after - before is the update, k a second one, w the weights that v is seen against; n elements. A run gives
+v = after - before is the update, k a second update, w the weights that v is compared with; n elements. A run gives
 an `Update` (and, with k, a `Pair`); they add up over runs, tensors, layers and modules, and `describe` turns
-the sums into figures. What each figure means, and who has used it, stands in docs/inspect.md.
+the sums into figures. docs/inspect.md defines each figure and names its source.
 """
 
 from __future__ import annotations

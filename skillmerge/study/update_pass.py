@@ -28,7 +28,7 @@ _TILE, _REMOTE_TILE = 1 << 21, 1 << 23
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What one tile gave."""
+    """Measurements of one tile."""
 
     update: Update
     pair: Pair | None
@@ -79,7 +79,7 @@ def measure_updates(
 
 
 def _row(subject: Subject, name: str, found: Sequence[_Found]) -> Row:
-    """Return what the tiles of a tensor gave, together."""
+    """Combine the measurements of a tensor's tiles."""
     pairs = [tile.pair for tile in found if tile.pair is not None]
     row = Row(
         add_up(tile.update for tile in found),
@@ -195,8 +195,8 @@ def _nonfinite(task: TensorPlan, pieces: Mapping[str, Tensor], first: int) -> Sk
         if index is not None:
             return UnusableWeights(
                 f"model `{model}` holds {piece[index].item()} in tensor `{task.name}` at element {first + index}",
-                fix="that checkpoint is damaged",
+                fix="the checkpoint is damaged; download or export it again",
             )
     return UnusableWeights(
-        f"the update of tensor `{task.name}` is too large for float64", fix="is that checkpoint damaged?"
+        f"the update of tensor `{task.name}` is too large for float64", fix="check whether that checkpoint is damaged"
     )

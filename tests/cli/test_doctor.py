@@ -61,7 +61,7 @@ def test_doctor_tells_versions_machine_and_disk(tmp_path: Path) -> None:
     assert disk["writable"] is True
     assert disk["filesystem"] in Path("/proc/filesystems").read_text()
     assert list(tmp_path.iterdir()) == []
-    assert found["hub"]["answer"] == "not asked: HF_HUB_OFFLINE is set"
+    assert found["hub"]["answer"] == "not checked: HF_HUB_OFFLINE is set"
 
 
 def test_doctor_for_people_has_the_same_facts(tmp_path: Path) -> None:

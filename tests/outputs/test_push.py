@@ -116,7 +116,7 @@ def test_branch_that_moves_is_left_alone(hub: HubServer, finished: Path) -> None
         hub.commit(MERGED, {"notes.txt": b"somebody else's"})
 
     hub.fail("call", r"POST /api/models/acme/merged/commit", action=move)
-    with pytest.raises(StalePlan, match="has moved on"):
+    with pytest.raises(StalePlan, match="has changed since"):
         skillmerge.push(finished, MERGED)
     assert set(hub.tree(MERGED)) == {".gitattributes", "notes.txt"}
 

@@ -210,7 +210,7 @@ def test_ids_that_do_not_come_again_are_wrong(save: Save) -> None:
 
 def test_chat_template_that_fails_is_wrong(save: Save) -> None:
     report = probe(save(chat_template="{{ nothing.of.it }}"), None)
-    assert report["why"].startswith("its chat template fails on one turn of a user: UndefinedError: ")
+    assert report["why"].startswith("its chat template fails on one user turn: UndefinedError: ")
 
 
 def test_map_of_code_that_is_null_is_told_in_the_words_of_the_library(save: Save) -> None:
@@ -223,10 +223,10 @@ def test_map_of_code_that_is_null_is_told_in_the_words_of_the_library(save: Save
 def test_chat_template_blames_no_machine_in_words_of_its_own(save: Save) -> None:
     report = probe(save(chat_template="{{ messages['out of memory'].x }}"), None)
     assert report["why"] == (
-        "its chat template fails on one turn of a user: UndefinedError: 'list object' has no attribute 'out of memory'"
+        "its chat template fails on one user turn: UndefinedError: 'list object' has no attribute 'out of memory'"
     )
     report = probe(save(chat_template="{{ raise_exception('out of memory') }}"), None)
-    assert report["notes"] == ["its chat template does not take one plain turn of a user: out of memory"]
+    assert report["notes"] == ["its chat template rejects one plain user turn: out of memory"]
     assert "machine" not in report
 
 
@@ -295,10 +295,10 @@ def test_errors_of_a_library_are_told_apart(
 
 def test_no_files_and_code_of_its_own_are_notes(save: Save) -> None:
     folder = save(auto_map={"AutoTokenizer": ["mine.Tokenizer", None]})
-    assert probe(folder, None) == {"notes": ["the tokenizer needs code of its own: it was not loaded"]}
+    assert probe(folder, None) == {"notes": ["the tokenizer needs custom code and was not loaded"]}
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    assert probe(folder, None) == {"notes": ["no tokenizer files: none was loaded"]}
+    assert probe(folder, None) == {"notes": ["no tokenizer files; no tokenizer was loaded"]}
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_tokens_of_media_that_a_model_does_not_read_are_a_note(save: Save) -> No
     folder = save(byte_level, "mistral", ["<image_soft_token>"])
     rows = probe(folder, None)["tokens"] - 1
     report = probe(folder, model_with(rows))
-    assert report["notes"] == ["<image_soft_token>: ids beyond the embedding's rows, of what this model does not read"]
+    assert report["notes"] == ["<image_soft_token>: ids beyond the embedding's rows, which this model does not use"]
     assert (report.get("why"), report["texts"]) == (None, 6)
     wrong = f"1 of its {rows + 1} tokens have ids beyond the embedding's {rows} rows"
     assert probe(folder, model_with(rows, vision_config={}))["why"] == wrong
@@ -334,7 +334,7 @@ def test_mask_that_a_model_does_not_fill_is_a_note(save: Save) -> None:
     folder = save(byte_level, "mistral", ["<mask>"], mask_token="<mask>")
     rows = probe(folder, None)["tokens"] - 1
     report = probe(folder, model_with(rows))
-    assert report["notes"] == ["<mask>: ids beyond the embedding's rows, of what this model does not read"]
+    assert report["notes"] == ["<mask>: ids beyond the embedding's rows, which this model does not use"]
     assert "why" not in report
     assert "why" in probe(folder, model_with(rows, "input_values"))
 
@@ -344,11 +344,11 @@ def test_tokenizer_that_knows_none_of_the_texts_is_a_note(save: Save) -> None:
     model = {"type": "WordLevel", "vocab": {"<unk>": 0, "MKV": 1}, "unk_token": "<unk>"}
     folder = edit(save(word_piece, "mistral"), model=model)
     assert probe(folder, None)["notes"] == [
-        "no text was written and read again: each has something that the tokenizer does not know"
+        "no text was decoded and encoded: each has something that the tokenizer does not know"
     ]
     folder = edit(folder, model={"type": "BPE", "vocab": {"~": 0}, "merges": []})  # it leaves out what it does not know
     assert probe(folder, None)["notes"] == [
-        "no text was written and read again: each has something that the tokenizer does not know"
+        "no text was decoded and encoded: each has something that the tokenizer does not know"
     ]
 
 
@@ -357,9 +357,7 @@ def test_tokenizer_of_words_with_places_is_only_loaded(save: Save) -> None:
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     report = probe(folder, None)
-    assert report["notes"] == [
-        "the tokenizer reads words with their places on a page: no text was written and read again"
-    ]
+    assert report["notes"] == ["the tokenizer reads words with their places on a page: no text was decoded and encoded"]
     assert (report["class"], "why" in report, "texts" in report) == ("LayoutLMv2Tokenizer", False, False)
 
 
@@ -373,7 +371,7 @@ def test_settings_without_a_vocabulary_are_a_note(save: Save) -> None:
 
 def test_tokenizer_without_a_decoder_is_only_loaded(save: Save) -> None:
     report = probe(edit(save(byte_fallback, "mistral"), decoder=None), None)
-    assert report["notes"] == ["the tokenizer has no decoder: what it writes was not read again"]
+    assert report["notes"] == ["the tokenizer has no decoder, so decoded text was not encoded again"]
     assert "texts" not in report
 
 
@@ -431,7 +429,7 @@ def test_verify_and_the_gate_refuse_tokens_without_rows(recipe: Path) -> None:
         recipe.parent / "gated",
     )
     assert process.returncode == 3
-    assert f"1 of 3 gates failed: loads: gated.partial/files: {why} (asked: yes)" in process.stderr.replace(
+    assert f"1 of 3 gates failed: loads: gated.partial/files: {why} (required: yes)" in process.stderr.replace(
         f"{recipe.parent}/", ""
     )
 

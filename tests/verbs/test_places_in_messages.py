@@ -43,13 +43,13 @@ EXTRACTED = {
     "bias": (
         "error: 1 problem between the models:\n"
         f"`old` lacks 1 tensor that the formula needs: {BIAS}\n"
-        'help: if the skill can do without, pass: --ignore "model.layers.*.self_attn.q_proj.bias"\n'
+        'help: if the skill does not need them, pass: --ignore "model.layers.*.self_attn.q_proj.bias"\n'
     ),
     "wide": (
         "error: 1 problem between the models:\n"
         "1 tensor differs in shape between `./wide` and `old`: `lm_head.weight` [40, 16] against [32, 16]\n"
         "their vocabularies seem to differ\n"
-        'help: if the skill can do without, pass: --ignore "lm_head.weight"\n'
+        'help: if the skill does not need them, pass: --ignore "lm_head.weight"\n'
     ),
     "wrapped": (
         "error: 1 problem between the models:\n"

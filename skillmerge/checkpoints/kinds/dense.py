@@ -72,7 +72,7 @@ def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Checkpoint:
         if SINGLE_FILE in weights and SINGLE_FILE not in index.values():
             raise InputError(
                 f"{place} has both {SINGLE_FILE} and {INDEX_FILE}, which does not name it",
-                fix="it is unclear which of the two is the model: move one away",
+                fix="move one of them away, so that it is clear which is the model",
             )
         shards = sorted(set(index.values()))
     headers = read_headers(store, shards, _header_sizes(shards, index))

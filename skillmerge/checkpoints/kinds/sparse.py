@@ -6,7 +6,7 @@ A run (a part of one tensor) is kept as one of
     dense    every element
     bitmap   `mask`: one bit per element, least significant first; `values`: the elements whose bit is set
     gaps     `gaps`: a byte per step, 0 to 254 for so many zeros and then a value, 255 for 255 zeros and no
-             value, counting anew at every block of BLOCK elements; `values`
+             value, restarting at every block of BLOCK elements; `values`
 
 `starts` says for each block, and for the end, how many values come before it (with gaps, in a second row, how
 many bytes of `gaps`), so that any block can be decoded by itself. Every part is padded with zeros to a multiple

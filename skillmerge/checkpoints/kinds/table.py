@@ -45,7 +45,7 @@ def claimant(store: Store, kinds: Sequence[Kind]) -> Kind:
     if len(claiming) > 1:
         raise InputError(
             f"{store.at.place} is {' and '.join(kind.NOUN for kind in claiming)} at once",
-            fix="it is unclear which of them is meant: move the files of one away",
+            fix="move the files of one of them away, so that it is clear which is meant",
         )
     if not claiming:
         raise _no_weights(store)

@@ -60,7 +60,7 @@ class Folder:
             try:
                 identity = self._first_seen[name] = FileIdentity.of(os.stat(self.root / name))
                 found[name] = Stat(identity.size, tuple(identity))
-            except OSError:  # a broken link: whoever reads it is told
+            except OSError:  # a broken link: reading it raises
                 found[name] = Stat(0, ())
         return found
 
@@ -71,7 +71,7 @@ class Folder:
         path = resolve_inside(self.root, file, self._follow_links)
         try:
             if not path.is_file() or path.stat().st_size > limit:
-                raise InputError(f"{self.root / file}: is not a file of sane size")
+                raise InputError(f"{self.root / file}: is not a regular file of acceptable size")
             return path.read_bytes()
         except OSError as error:
             raise unreadable(self.root / file, error) from error
@@ -153,7 +153,7 @@ class Folder:
     def _changed(self, file: str) -> StalePlan:
         return StalePlan(
             f"{self.root / file} changed while it was in use",
-            fix="make sure that nothing writes to the inputs, then run the same command again",
+            fix="stop everything that writes to the inputs, then rerun",
         )
 
 
@@ -212,5 +212,5 @@ def resolve_inside(root: Path, name: str, follow_links: bool) -> Path:
             return target
     raise InputError(
         f"{path}: is a link that leaves its folder, to {target}",
-        fix="if you trust it, allow it with --follow-links",
+        fix="if you trust it, pass `--follow-links`",
     )

@@ -116,7 +116,7 @@ def retried(
             wait = max(passing.wait or 0.0, FIRST_WAIT * 2 ** (failed - 1)) * random.uniform(1.0, 1.2)
             if failed >= (tries or TRIES) or wait > 1.2 * LONGEST_WAIT:
                 raise TemporaryError(
-                    f"{what}: {passing.what}", fix="try again later: the same command continues where it stopped"
+                    f"{what}: {passing.what}", fix="rerun later; the same command continues where it stopped"
                 ) from passing
             if (stop or threading.Event()).wait(wait):
                 raise TemporaryError(f"{what}: stopped while it waited for the Hub") from passing
@@ -147,7 +147,7 @@ def _of_the_hub(what: str, error: Exception) -> Exception | None:
                 fix=f"unset HF_HUB_OFFLINE, or fetch it where there is a network: hf download {_repository(what)}",
             )
         case LocalTokenNotFoundError():
-            return InputError(f"{what} needs a token, and none was found", fix=LOG_IN)
+            return InputError(f"{what} needs a token, but there is none", fix=LOG_IN)
         case LocalEntryNotFoundError():
             return Passing("a file could not be fetched")
         case HFValidationError():
@@ -164,7 +164,7 @@ def _of_the_network(what: str, error: Exception) -> Exception | None:
     name = type(error).__name__
     if isinstance(error, HTTPError) and name in ("LocalProtocolError", "UnsupportedProtocol", "InvalidURL"):
         return InputError(
-            f"{what}: the request could not be made ({name})",
+            f"{what}: the request failed ({name})",
             fix="check HF_ENDPOINT, and the token for stray spaces and line ends: hf auth login",
         )
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
@@ -182,12 +182,12 @@ def _of_the_network(what: str, error: Exception) -> Exception | None:
             fix="free disk space, or point HF_HOME at another place",
         )
     if isinstance(error, UnicodeError):
-        return InputError(f"{what}: the token is not one: it has characters that none has", fix=LOG_IN)
+        return InputError(f"{what}: the token has invalid characters", fix=LOG_IN)
     if isinstance(error, ValueError):
         # A refusal in the Hub's own words, or an answer that is none (a proxy's page).
         return InputError(f"{what}: {_without_token(str(error)).strip()[:500]}", fix="check HF_ENDPOINT")
     if name in ("InvalidURL", "UnsupportedProtocol"):
-        return InputError(f"{what}: the Hub's address is not one ({constants.ENDPOINT})", fix="check HF_ENDPOINT")
+        return InputError(f"{what}: the Hub's address is invalid ({constants.ENDPOINT})", fix="check HF_ENDPOINT")
     return None
 
 
@@ -200,7 +200,7 @@ def probe(seconds: float = 5.0) -> dict[str, str | bool]:
         "token": _token_state(),
     }
     if constants.HF_HUB_OFFLINE:
-        return {**found, "answer": "not asked: HF_HUB_OFFLINE is set"}
+        return {**found, "answer": "not checked: HF_HUB_OFFLINE is set"}
     answer = [f"none in {seconds:g} s"]
 
     def ask() -> None:
@@ -295,7 +295,7 @@ def _meant(what: str, error: HfHubHTTPError) -> Exception:
         return InputError(f"{what}: the Hub refuses the token", fix="log in again: hf auth login")
     if status == 403:
         return InputError(
-            f"{what}: the token may not do this", fix="make a token with more rights at hf.co/settings/tokens"
+            f"{what}: the token may not do this", fix="create a token with more rights at hf.co/settings/tokens"
         )
     return refused(status, error.response.headers if error.response is not None else {}, what)
 

@@ -1,4 +1,4 @@
-"""What rounding did to each layer and kind of module: the cells in which it may hide behind a mean of 1.
+"""The effect of rounding on each layer and kind of module: cells whose deviations a mean of 1 may hide.
 
 A cell is one layer's tensors of one kind (`layer 4 mlp`), or one kind's tensors outside all layers. Its figures are
 those of `rounding_statistics`, added up from the sums of its tensors, which the manifest keeps.
@@ -40,7 +40,7 @@ from skillmerge.naming import MODULE_KINDS, layer_of, module_kind
 from skillmerge.tensors import block_count
 
 DEVIATION = 0.1
-"""A effective lambda further than this from the asked one, as a share of it, is worth a warning."""
+"""An effective lambda further than this from the requested one, as a share of it, is worth a warning."""
 
 SIGMAS, KURTOSIS, RUNS, LEAST = 3.0, 3.0, 0.1, 100
 
@@ -68,7 +68,7 @@ class Cell:
 
     @property
     def is_off(self) -> bool:
-        """Whether rounding gives another part of the update than was asked for, beyond what chance does."""
+        """Whether the effective share of the update deviates from 1 by more than chance explains."""
         realised = self.group.realised
         return self.is_measured and realised is not None and abs(realised - 1) - SIGMAS * self.error > DEVIATION
 

@@ -1,4 +1,4 @@
-"""How much of an update may be rounding of its inputs, known from the numbers themselves.
+"""How much of an update may be rounding of its inputs, estimated from the numbers themselves.
 
 A number that was rounded to nearest is off by up to half a unit in the last place (ulp), evenly spread: in the mean of
 squares by ulp^2 / 12. Of an update v = r - s whose two models were both rounded, the error therefore has the norm
@@ -134,8 +134,7 @@ def input_warning(
     if share is None or added is None or most is None or min(share, most) < LARGE:
         return
     yield warning(
-        f"most of this update may be rounding of its models: {share:.2f} of its norm is to be expected of "
+        f"most of this update may be rounding of its models: {share:.2f} of its norm is expected from "
         f"{' and '.join(precisions)} ({added:.2f} of the added model alone)",
-        "if the models were cast, export float32 and take the difference of that; "
-        "values that were trained in this precision itself are exact",
+        "if the models were cast, use their float32 originals; models that were trained in this precision are exact",
     )

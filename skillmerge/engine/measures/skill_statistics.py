@@ -1,4 +1,4 @@
-"""What a stored skill has: counts, shares and norms, and what is known of the models that it was made of."""
+"""Statistics of a stored skill: counts, shares and norms, and the rounding of the models that it was made from."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class SkillStatistics:
 @dataclass(frozen=True, slots=True)
 class SkillInput:
     """What a tensor of a skill was made of. weights: sum of squares of what was subtracted; of_all, of_added and
-    precisions: see `InputRounding`. A sum is None if it is no number that JSON has."""
+    precisions: see `InputRounding`. A sum is None if it is not a number that JSON has."""
 
     weights: float | None
     of_all: float | None

@@ -1,4 +1,4 @@
-"""Which updates are too large to be what training does to a matrix: most often one of the models is a wrong one.
+"""Updates that are too large for training: usually one of the models is the wrong one.
 
 Fine-tuning moves a matrix by some thousandths or hundredths of its norm; two unrelated matrices of one size differ by
 1.4 of it. Not all tensors are judged: norms and biases are few numbers that may move far, a matrix of zeros has no

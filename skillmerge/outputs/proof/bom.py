@@ -1,4 +1,4 @@
-"""The bill of materials of a finished output: the model, its files, the models that it was made of.
+"""The bill of materials of a finished output: the model, its files, its input models.
 
 A CycloneDX 1.6 document (https://cyclonedx.org/docs/1.6/json), which security and license tools read; models on the
 Hub have a package URL of type huggingface (https://github.com/package-url/purl-spec). Knows the manifest alone. It
@@ -112,7 +112,7 @@ def _sha256(digest: str | None) -> list[Any]:
 
 
 def _license(proof: Manifest) -> str | None:
-    """Of the merge: the recipe's, or its parents' where they agree; or None."""
+    """Return the license of the merge: the recipe's, or its parents' if they agree; or None."""
     declared = parse_recipe(proof.recipe.text, "the manifest's recipe", Path("/")).output.license
     try:
         return license_of(proof.inputs, declared)
@@ -121,7 +121,7 @@ def _license(proof: Manifest) -> str | None:
 
 
 def _licenses(name: str | None) -> Iterable[Any]:
-    """As an SPDX identifier where it is one, else by its name; the Hub writes them in small letters."""
+    """Return a license as an SPDX identifier, or by its name; the Hub writes them in lower case."""
     from cyclonedx.model.license import DisjunctiveLicense
     from cyclonedx.spdx import fixup_id
 

@@ -1,4 +1,4 @@
-"""Why much of a model finds no partner in the donor, and what makes the two fit: from names and shapes alone."""
+"""Why a model shares little with the donor, and how to fix it, from names and shapes alone."""
 
 from __future__ import annotations
 
@@ -126,9 +126,9 @@ def _packed(model: str, ours: Mapping[str, TensorSpec], donor_name: str, theirs:
     if shapes[0] == shapes[1]:
         what = "tensors of the same shapes, named"
     return Cause(
-        f"model `{model}` and the donor `{donor_name}` hold {what} otherwise: `{mine}` against `{other}`",
-        "save both alike: load each in the same version of transformers with `from_pretrained`, write it with "
-        "`save_pretrained`, and name the folders that this writes",
+        f"model `{model}` and the donor `{donor_name}` store {what} differently: `{mine}` against `{other}`",
+        "save both with the same version of transformers: load each with `from_pretrained`, write it with "
+        "`save_pretrained`, and name the new folders",
     )
 
 
@@ -137,9 +137,9 @@ def _unknown(
 ) -> Cause:
     if not any(name in donor.tensors for name in checkpoint.tensors):
         return Cause(
-            f"`{model}` and the donor `{donor_name}` share no tensor names: are they of the same architecture?"
+            f"`{model}` and the donor `{donor_name}` share no tensor names; check that they have the same architecture"
         )
-    told, help = [], ["is it the right model, and complete?"]
+    told, help = [], ["check that it is the right model, and complete."]
     if missing:
         much = percent(share(missing, donor.tensors))
         told.append(
@@ -150,7 +150,7 @@ def _unknown(
         much = percent(share(extra, checkpoint.tensors))
         told.append(f"has {tensors_of(extra)} that the donor `{donor_name}` lacks, {much} of its parameters: "
                     f"{some(list(extra))}")  # fmt: skip
-        help.append("If the output can do without what only it has, name that under `ignore`.")
+        help.append("If the output does not need those tensors, name them under `ignore`.")
     return Cause(f"model `{model}` " + "; and it ".join(told), " ".join(help))
 
 

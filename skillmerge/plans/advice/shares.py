@@ -42,7 +42,8 @@ class Shares:
         return warning(
             f"{what}{percent(self.taken / (self.merged + self.taken))} of the parameters that have a coefficient other "
             f"than 0 out of the formula, which changes {percent(self.share)} of the output",
-            "if that is meant, add to the recipe `accept: [merged-share]`; a part that is to stay as it is can have a "
+            "if that is intended, add to the recipe `accept: [merged-share]`; a part that is to stay as it is can "
+            "have a "
             "coefficient of 0 instead",
             name="merged-share",
             of_recipe=True,

@@ -1,4 +1,4 @@
-"""Quantized tensors mean nothing without their scales: they are copied, or taken where all models hold the same.
+"""Quantized tensors, which mean nothing without their scales: they are copied, or equal in all models.
 
 Knows names, dtypes and configs; `refuse_unequal` looks at a few bytes, and `equal_tensors` at all of them.
 """
@@ -162,7 +162,7 @@ def _way_out(recipe: Recipe) -> str:
 
 def _refusal(name: str, checkpoint: Checkpoint, why: str, fix: str) -> InputError:
     return InputError(
-        f"model `{name}` ({checkpoint.place}) is quantized, and its numbers cannot be added: {why}",
+        f"model `{name}` ({checkpoint.place}) is quantized, so its numbers cannot be added: {why}",
         fix=f"use the checkpoint it was quantized from (bfloat16, float16 or float32), or {fix}",
     )
 

@@ -39,9 +39,9 @@ class _Warnings(logging.Handler):
 
 
 def main(folder: str, text: str | None = None, tokens: int = 0) -> dict[str, Any]:
-    """Return the report of one load. Whatever goes wrong with the model is in the report, never raised.
+    """Load a model and return a report. Faults of the model are in the report, never raised.
 
-    text: a file, whose perplexity is wanted. tokens: how many to generate.
+    text: a file to measure the perplexity of. tokens: how many to generate.
     """
     try:
         import transformers
@@ -73,7 +73,7 @@ def main(folder: str, text: str | None = None, tokens: int = 0) -> dict[str, Any
 
 
 def _load(transformers: Any, folder: str) -> tuple[Any, dict[str, Any]]:
-    """Return the model, None if there is no class for it, and what is to be said of its keys."""
+    """Return the model, or None if there is no class for it, and the report on its keys."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     names = getattr(config, "architectures", None) or ["AutoModel"]
     kind = getattr(transformers, names[0], None)
@@ -87,13 +87,13 @@ def _load(transformers: Any, folder: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _run(model: Any, folder: Path, text: str | None, tokens: int) -> dict[str, Any]:
-    """Return what the model computes: of made-up inputs, of a text, and as its own continuation of a prompt."""
+    """Run the model on made-up inputs, on a text, and to continue a prompt."""
     try:
         values = _first_output(model)
     except Exception as error:
         failed = told(error)
         if "why" in failed:
-            failed["why"] = f"its weights load, but it does not run on made-up inputs: {failed['why']}"
+            failed["why"] = f"its weights load, but it fails on made-up inputs: {failed['why']}"
         return failed
     finite = bool(values.isfinite().all())
     why = "" if finite else "its outputs are not finite on a short input"
@@ -110,7 +110,7 @@ def _run(model: Any, folder: Path, text: str | None, tokens: int) -> dict[str, A
 
 
 def _writes_text(model: Any) -> bool:
-    """Return whether it continues tokens by tokens."""
+    """Return whether the model generates tokens from tokens."""
     encodes = getattr(model.config, "is_encoder_decoder", False)
     return bool(model.can_generate() and not encodes and model.main_input_name == "input_ids")
 

@@ -1,4 +1,4 @@
-"""Whether a finished model loads in the runtimes that are asked for, and what they make of it."""
+"""Whether a finished model loads in the requested runtimes, and what they generate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def asked_runtimes(asked: bool | str | Sequence[str]) -> tuple[str, ...]:
 
 
 def need(runtimes: Sequence[str], what: str = "this") -> None:
-    """Raise UsageError for a runtime that is not installed; transformers is what the others are held against."""
+    """Raise UsageError for a runtime that is not installed; the others are compared with transformers."""
     for name in dict.fromkeys(["transformers", *runtimes]):
         if find_spec(name) is None:
             raise UsageError(f"{what} needs {name}", fix=RUNTIMES[name])
@@ -70,7 +70,7 @@ def load(root: Path, text: Path | None = None, tokens: int = 0) -> dict[str, Any
 
 
 def loads_whole(report: Mapping[str, Any]) -> bool:
-    """Return whether there is a class for it, and every tensor has found its place."""
+    """Return whether there is a class for the model and every tensor was loaded."""
     return "class" in report and not any(report.get(key) for key in _KEY_SETS)
 
 
@@ -85,7 +85,7 @@ def check_tokenizer(root: Path, report: Mapping[str, Any]) -> None:
     if "machine" in found:
         raise ResourceError(f"{root}: this machine could not load its tokenizer: {found['machine']}")
     if "why" in found:
-        raise CheckFailed(f"{root}: its tokenizer is not sound: {found['why']}")
+        raise CheckFailed(f"{root}: its tokenizer is broken: {found['why']}")
 
 
 def check_generation(root: Path, report: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -98,19 +98,21 @@ def check_generation(root: Path, report: Mapping[str, Any], name: str) -> dict[s
     if ours is None:
         raise UsageError(
             f"{root}: {report['class']} generates no text from text, so {name} has nothing to compare",
-            fix="check it with transformers alone",
+            fix="verify it with transformers alone",
         )
     theirs = run(
         "vllm_probe", name, root, vllm_probe.ENVIRONMENT, folder=os.path.abspath(root), prompt=ours["prompt"],
         dtype=ours["dtype"], tokens=TOKENS, likely=LIKELY, has_tokenizer="tokens" in report["tokenizer"],
     )  # fmt: skip
     if not theirs["ok"]:
-        raise CheckFailed(f"{root}: {name} refuses it: {theirs['why']}")
+        raise CheckFailed(f"{root}: {name} cannot load it: {theirs['why']}")
     found = {"version": theirs["version"], "dtype": ours["dtype"], "prompt": ours["prompt"], "tokens": theirs["tokens"]}
     found |= compare(ours, theirs)
     if "difference" in found:
         where = first_difference(found, name)
         if not found["difference"]["tie"]:
-            raise CheckFailed(f"{root}: {name} generates something else than transformers: {where}")
-        found["notes"] = [f"{name} and transformers part where two tokens are as likely as rounding can tell: {where}"]
+            raise CheckFailed(f"{root}: {name} generates different tokens than transformers: {where}")
+        found["notes"] = [
+            f"{name} and transformers differ where two tokens are equally likely within rounding: {where}"
+        ]
     return found

@@ -1,7 +1,7 @@
-"""Load the tokenizer of a model folder and hold it against itself and against the model's embedding.
+"""Load the tokenizer of a model folder and check it against itself and the model's embedding.
 
-Part of the process of `load_probe`. Runs no code of the folder. Knows no kind of tokenizer: what it reads and
-writes has to survive being read again, whatever it is made of.
+Part of the process of `load_probe`. Runs no code of the folder. Knows no kind of tokenizer: decoded text must encode
+to the same ids.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _BrokenTemplate(Exception):
 
 
 def probe(folder: Path, model: Any | None, warnings: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what is to be said of a folder's tokenizer. Nothing that is wrong with it is raised.
+    """Return a report on a folder's tokenizer. Its faults are in the report, never raised.
 
     model: what was loaded of the folder, for its rows. warnings: where the caller collects what transformers warns
     of: where a library is missing it tries another, and may complain of that one. The report has `class`, `tokens` and
@@ -48,13 +48,13 @@ def probe(folder: Path, model: Any | None, warnings: Sequence[str] = ()) -> dict
     that wants it), `machine` (what this machine lacks) or none of them; and `notes`.
     """
     if not any(path for pattern in _FILES for path in folder.glob(pattern)):
-        return {"notes": ["no tokenizer files: none was loaded"]}
+        return {"notes": ["no tokenizer files; no tokenizer was loaded"]}
     report: dict[str, Any] = {"notes": []}
     try:
         settings = _settings(folder)
         code = settings.get("auto_map")
         if isinstance(code, list) or (isinstance(code, dict) and code.get("AutoTokenizer")):
-            return {"notes": ["the tokenizer needs code of its own: it was not loaded"]}
+            return {"notes": ["the tokenizer needs custom code and was not loaded"]}
         if (name := settings.get("tokenizer_class")) and not _is_class(name):
             return {**report, "why": f"tokenizer_config.json names `{name}`, a class that transformers lacks"}
         report |= _checked(folder, model, report["notes"])
@@ -105,7 +105,7 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
     rows = report["rows"]
     beyond = [token for token, number in tokenizer.get_vocab().items() if rows is not None and number >= rows]
     if beyond and all(_is_unread(token, tokenizer, model) for token in beyond):
-        notes.append(f"{some(beyond)}: ids beyond the embedding's rows, of what this model does not read")
+        notes.append(f"{some(beyond)}: ids beyond the embedding's rows, which this model does not use")
     elif beyond:
         what = f"{len(beyond)} of its {len(ids)} tokens have ids beyond the embedding's {rows} rows"
         return {**report, "why": what}
@@ -113,7 +113,7 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
         notes.append("its files hold no vocabulary: the tokenizer knows nothing but its special tokens")
         return report
     if hasattr(tokenizer, "cls_token_box"):  # those of the LayoutLM family
-        notes.append("the tokenizer reads words with their places on a page: no text was written and read again")
+        notes.append("the tokenizer reads words with their places on a page: no text was decoded and encoded")
         return report
     if not _reads_as_filed(folder, tokenizer):
         notes.append(
@@ -123,7 +123,7 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
     if model is not None and model.main_input_name != "input_ids":
         return report  # it writes and does not read: what it writes of sounds may not be read again
     if not _writes(tokenizer):
-        notes.append("the tokenizer has no decoder: what it writes was not read again")
+        notes.append("the tokenizer has no decoder, so decoded text was not encoded again")
         return report
     return {**report, **_read_again(tokenizer, notes)}
 
@@ -174,7 +174,7 @@ def _split_tokens(tokenizer: Any) -> list[str]:
         token for token in tokenizer.all_special_tokens
         if _ids(tokenizer, token) != [tokenizer.convert_tokens_to_ids(token)]
     ]  # fmt: skip
-    return [f"special tokens are read as several tokens each: {some(split)}"] if split else []
+    return [f"special tokens are encoded as several tokens each: {some(split)}"] if split else []
 
 
 def _writes(tokenizer: Any) -> bool:
@@ -197,10 +197,12 @@ def _read_again(tokenizer: Any, notes: list[str]) -> dict[str, Any]:
         written = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         again = _ids(tokenizer, written)
         if again != ids and not _is_spaced(tokenizer, text, written, ids, again):
-            return {"why": f"it writes the ids of {text!r} as {written!r}, which has other ids: {_apart(ids, again)}"}
+            return {
+                "why": f"it decodes the ids of {text!r} to {written!r}, which has different ids: {_apart(ids, again)}"
+            }
         read.add(text)
     if read.isdisjoint(TEXTS):
-        notes.append("no text was written and read again: each has something that the tokenizer does not know")
+        notes.append("no text was decoded and encoded: each contains something unknown to the tokenizer")
     return {"texts": len(read)}
 
 
@@ -236,8 +238,8 @@ def _chat(tokenizer: Any, notes: list[str]) -> list[str]:
             # What a template itself refuses, or templates by name without a default, are made for other turns.
             named = isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template
             if type(error).__name__ == "TemplateError" or named:
-                refused = f"its chat template does not take one plain turn of a user: {error}"
+                refused = f"its chat template rejects one plain user turn: {error}"
     if rendered or refused:
-        notes.append(refused or "its chat template leaves out what the user says")
+        notes.append(refused or "its chat template omits the user's message")
         return rendered[:1]
-    raise _BrokenTemplate(f"its chat template fails on one turn of a user: {failures[0]}")
+    raise _BrokenTemplate(f"its chat template fails on one user turn: {failures[0]}")

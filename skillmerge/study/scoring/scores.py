@@ -15,12 +15,12 @@ CONFIDENCE = 1.959964
 
 
 class NotFinite(ValueError):
-    """A score that is no number: what a merge that has broken gets."""
+    """A score that is not a number, which a broken merge gets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A number, and its standard error where that is known. Raises NotFinite for what is no number."""
+    """A number, and its standard error where that is known. Raises NotFinite for what is not a number."""
 
     value: float
     error: float | None = None
@@ -31,7 +31,7 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 %, as far as errors are normal."""
+        """The 95 % interval, if errors are normal."""
         if self.error is None:
             return None
         return self.value - CONFIDENCE * self.error, self.value + CONFIDENCE * self.error
