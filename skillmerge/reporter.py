@@ -34,7 +34,7 @@ class Reporter:
         """Show a new warning."""
 
     def event(self, name: str, **what: Any) -> None:
-        """Report an event as plain data; docs/events.md lists them."""
+        """Report an event as plain data; docs/files.md lists them."""
 
     @contextmanager
     def bar(self, total: int, doing: str | None = None) -> Iterator[Callable[[int], None]]:

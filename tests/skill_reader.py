@@ -1,4 +1,4 @@
-"""A reader of stored skills, written from docs/reference.md alone: numpy and the safetensors library, a loop or two.
+"""A reader of stored skills, written from docs/files.md alone: numpy and the safetensors library, a loop or two.
 
 Shares no code with the package, and reads whole tensors: an oracle, and an example of how little it takes.
 """

@@ -27,7 +27,8 @@ CACHES = shutil.ignore_patterns("__pycache__")
 SHIPPED = [
     ".dockerignore", ".github", ".gitignore", ".pre-commit-hooks.yaml", "CHANGELOG.md", "CITATION.cff",
     "CONTRIBUTING.md", "Dockerfile", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "action.yml",
-    "benchmarks", "constraints.txt", "docs", "experiments", "pyproject.toml", "recipes", "skillmerge", "tests",
+    "benchmarks", "constraints.txt", "docs", "experiments", "mkdocs.yml", "pyproject.toml", "recipes",
+    "skillmerge", "tests",
 ]  # fmt: skip
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from skillmerge.errors import one_line
 from skillmerge.naming import layer_of, module_kind
 from skillmerge.tensors import DTYPES, TensorSpec
 
@@ -96,7 +97,7 @@ def _said_quantised(config: Mapping[str, Any]) -> str | None:
             details = section.get(key)
             if isinstance(details, dict) and details:
                 method = details.get("quant_method") or ("MLX" if key == "quantization" else "unnamed method")
-                return f"{where + ': ' if where else ''}config.json says it is quantized ({method})"
+                return f"{where + ': ' if where else ''}config.json says it is quantized ({one_line(str(method))})"
     return None
 
 

@@ -33,6 +33,7 @@ class Where:
 
     place: what to call it in messages. root: the local folder, or None. revision: the commit, or None if there
     are no versions. license: what the model card says it is. remote: whether reading goes over a network.
+    doubt: why this may be another place than was named, or "".
     """
 
     place: str
@@ -40,6 +41,7 @@ class Where:
     revision: str | None = None
     license: str | None = None
     remote: bool = False
+    doubt: str = ""
 
     def path(self, file: str) -> str:
         """Return what to call one file in messages."""

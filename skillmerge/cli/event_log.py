@@ -1,4 +1,4 @@
-"""The files that record a run for programs: JSON lines (docs/events.md), and JUnit XML of gates and checks.
+"""The files that record a run for programs: JSON lines (docs/files.md), and JUnit XML of gates and checks.
 
 Both get the events of a `TerminalReporter`. Neither stops a run: a file that cannot be written is one note.
 """

@@ -48,6 +48,11 @@ class Device(click.ParamType):  # type: ignore[type-arg]
             return str(value)
         self.fail(f"`{value}` is not a device; choose auto, cpu, cuda or cuda:N", param, ctx)
 
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(word) for word in ("auto", "cpu", "cuda") if word.startswith(incomplete)]
+
 
 class Share(click.ParamType):  # type: ignore[type-arg]
     """A share: 5% or 0.05, as a number above 0 and up to 1."""

@@ -135,7 +135,7 @@ def write_text(path: str, text: str) -> None:
     from skillmerge.durable import disk_errors
 
     with disk_errors(Path(path)):
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def print_line(text: str) -> None:

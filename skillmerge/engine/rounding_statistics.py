@@ -122,7 +122,7 @@ class Statistics:
 
 
 def percent(part: float | None) -> str:
-    """The rows of a table for people."""
+    """Return the rows of a table for people."""
     return "-" if part is None else f"{part:.1%}"
 
 

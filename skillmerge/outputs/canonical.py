@@ -10,6 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+_HALVES = "backslashreplace"
+"""How UTF-8 writes half of a surrogate pair, which JSON can say: as JSON's own escape of it."""
+
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:
     """Return a manifest in its canonical form: one line for each entry of its long lists, readable and easy to
@@ -31,7 +34,7 @@ def lines_of(pieces: Mapping[str, str | list[str] | None]) -> bytes:
         if isinstance(piece, list):
             piece = "[\n" + ",\n".join("    " + item for item in piece) + "\n  ]"
         lines.append(f"  {json.dumps(key)}: {piece}")
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", _HALVES)
 
 
 def digest_of(pieces: Mapping[str, str | list[str] | None]) -> str:
@@ -41,7 +44,7 @@ def digest_of(pieces: Mapping[str, str | list[str] | None]) -> str:
         for key, piece in pieces.items()
         if piece is not None
     ]
-    return hashlib.sha256(("{" + ", ".join(rows) + "}").encode()).hexdigest()
+    return hashlib.sha256(("{" + ", ".join(rows) + "}").encode("utf-8", _HALVES)).hexdigest()
 
 
 def _dump(value: Any) -> str:

@@ -45,12 +45,12 @@ def plan_recipe(
 ) -> Plan:
     """Plan `recipe` over its opened `checkpoints` (by model name, at least those that it uses).
 
-    lenient: differences between the models are warnings at most, for what was made before they were looked at.
-    compare: whether to look at them at all, which these models may have been through.
+    lenient: report differences between the models as warnings at most, for outputs of versions that did not compare.
+    compare: whether to compare the models; False if that was done.
 
-    Raises RecipeError for rules and expressions that these models give no meaning, InputError for
-    checkpoints that are quantized or contradict themselves. What `copy` or `ignore` could settle is
-    collected in `problems` instead, so that a person sees all of it at once.
+    Raises RecipeError for rules and expressions without meaning for these models, InputError for checkpoints that are
+    quantized or contradict themselves. What `copy` or `ignore` could settle is collected in `problems`, to be
+    reported all at once.
     """
     donor_name = _donor(recipe)
     donor = checkpoints[donor_name]
@@ -257,7 +257,7 @@ def _notes(
     tensors: Mapping[str, TensorPlan],
     ties: Iterable[tuple[str, str, str]],
 ) -> Iterator[str]:
-    """Yield what is worth a word. tensors: of a plan without problems."""
+    """Yield notes. tensors: of a plan without problems."""
     yield from _oddities(recipe, checkpoints, donor)
     yield from _unwrapped(checkpoints)
     yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
@@ -270,15 +270,18 @@ def _warnings(
     tensors: Mapping[str, TensorPlan],
     wanted: Mapping[str, TensorSpec],
 ) -> Iterator[Remark]:
-    """Yield what needs attention, of what the recipe does."""
+    """Yield warnings about what the recipe does."""
     yield from _of_recipe(recipe, checkpoints)
+    for name in recipe.used_models():
+        if doubt := checkpoints[name].at.doubt:
+            yield warning(f"model `{name}`: {doubt}", "name the commit or the branch that you mean")
     yield from levelled(recipe, donor, wanted)
     if not recipe.makes_skill:
         yield from driven_apart(donor, tensors)
 
 
 def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
-    """Yield what is allowed and still hardly meant."""
+    """Yield notes on what is allowed but probably unintended."""
     if donor.naming.rename and not recipe.makes_skill:
         name = next(name for name, checkpoint in checkpoints.items() if checkpoint is donor)
         yield f"the output has the names that `{name}` is renamed to, but config.json is unchanged: check that they fit"
@@ -317,8 +320,7 @@ def _shares(
 
 
 def _doubts(recipe: Recipe, compared: Comparison, shares: Shares | None, apart: Iterable[Remark]) -> dict[str, Any]:
-    """Return the plan's warnings, and what the recipe accepts, beside differences between models what its own text
-    calls for; and how much the formula changes."""
+    """Return warnings and accepted differences, of the models and the recipe's text, and the merged share."""
     of_text = (unclear_donor(recipe), shares.doubt(recipe) if shares is not None else None)
     found = [*(doubt for doubt in of_text if doubt is not None), *apart]
     accepted = [

@@ -17,9 +17,9 @@ from typing import Any
 from skillmerge.brief import brief
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.schemes import is_path, local_folder
-from skillmerge.engine.measures.cells import LEAST, SIGMAS, Cell, cells, rows_of
+from skillmerge.engine.measures.cells import LEAST, SIGMAS, Cell, cells, rows_of, together
 from skillmerge.engine.rounding_statistics import Statistics, factor
-from skillmerge.errors import CheckFailed, ResourceError, SkillmergeError, UsageError
+from skillmerge.errors import CheckFailed, ResourceError, SkillmergeError, UsageError, some
 from skillmerge.naming import module_kind
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.outputs.output import MOVED, Outcome, Output
@@ -84,8 +84,7 @@ Opened = Callable[[], AbstractContextManager[tuple[Plan, Mapping[str, Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class GateInput:
-    """The input of gates: a finished folder, and its manifest's body. opened: the input models, while the context
-    lasts."""
+    """The input of gates: a finished folder, its manifest's body, and, while in use, its models."""
 
     folder: Path
     body: ManifestBody
@@ -235,26 +234,38 @@ def _by_block(gate: Gate, given: GateInput) -> Iterator[Outcome]:
     if gate.kind == "realised_lambda":  # lambda itself is in the plan alone
         with given.opened() as (plan, _):
             factors = {name: factor(tensor) for name, tensor in plan.tensors.items()}
-    found = cells(rows_of(given.body.tensors, factors))
+    rows = {row.name: row for row in rows_of(given.body.tensors, factors)}
+    found = cells(rows.values())
     for kind in gate.modules or ("",):
-        known = [cell for cell in found if kind in ("", cell.kind)
-                 and (cell.is_measured or gate.kind in _OF_ALL_ELEMENTS)]  # fmt: skip
-        figures = {cell.label: getattr(cell.group, gate.kind) for cell in known}
-        outside = {cell.label: gate.excess(figures[cell.label]) - _chance(gate, cell) for cell in known
-                   if figures[cell.label] is not None}  # fmt: skip
-        if not outside:
-            few = f"no layer{f' of kind {kind}' if kind else ''} has {LEAST} elements with an update"
-            yield _judged(gate, None, kind, few)
+        of_kind = [cell for cell in found if kind in ("", cell.kind)]
+        if lost := [cell.label for cell in of_kind if not cell.finite]:
+            yield replace(_judged(gate, None, kind, f"{some(lost)}: the update is not finite"), where=lost[0])
             continue
-        where = max(outside, key=lambda label: outside[label])
-        failing = sum(excess > 0 for excess in outside.values())
-        said = f"{failing} of {len(outside)} fail" if failing else f"the worst of {len(outside)}"
-        yield replace(_judged(gate, figures[where], kind, f"{where}; {said}"), where=where, passed=not failing)
+        known = [cell for cell in of_kind if cell.is_measured or gate.kind in _OF_ALL_ELEMENTS]
+        whole = together([rows[name] for cell in known for name in cell.names], "all layers together")
+        yield _worst(gate, kind, [cell for cell in known if getattr(cell.group, gate.kind) is not None], whole)
+
+
+def _worst(gate: Gate, kind: str, known: Sequence[Cell], whole: Cell) -> Outcome:
+    """Return the outcome of the worst block. Deviations that are chance in one may be certain in all together."""
+    if not known:
+        few = f"no layer{f' of kind {kind}' if kind else ''} has {LEAST} elements with an update"
+        return _judged(gate, None, kind, few)
+    excess = {cell: gate.excess(getattr(cell.group, gate.kind)) for cell in known}
+    worst = max(known, key=lambda cell: excess[cell] - _chance(gate, cell))
+    failing = sum(excess[cell] > _chance(gate, cell) for cell in known)
+    excused = sum(excess[cell] > 0 for cell in known) - failing
+    said = f"{failing} of {len(known)} fail" if failing else f"the worst of {len(known)}"
+    said += f"; {excused} outside within chance" if excused and not failing else ""
+    figure = getattr(whole.group, gate.kind)
+    if excused and not failing and figure is not None and gate.excess(figure) > _chance(gate, whole):
+        worst, failing = whole, 1
+    found = _judged(gate, getattr(worst.group, gate.kind), kind, f"{worst.label}; {said}")
+    return replace(found, where=worst.label, passed=not failing)
 
 
 def _chance(gate: Gate, cell: Cell) -> float:
-    """Return how far from what is asked chance alone can bring a cell's figure, as the warning of `apply` allows for
-    it."""
+    """Return how far chance alone can move a cell's figure; the warning of `apply` allows the same."""
     return SIGMAS * {"realised": cell.error, "realised_lambda": cell.lambda_error}.get(gate.kind, 0.0)
 
 
@@ -268,7 +279,7 @@ def _taken(body: ManifestBody, kind: str) -> float:
 
 
 def _cosine(gate: Gate, given: GateInput) -> Iterator[Outcome]:
-    """Measure the update's cosine with the target's own, in standard deviations from chance; see docs/inspect.md."""
+    """Measure the update's cosine with the target's own, in standard deviations from chance; see docs/metrics.md."""
     with given.opened() as (plan, checkpoints):
         base = _place_of(gate, gate.model, plan) if gate.model is not None else None
         found = inspect_merge(plan, checkpoints, base, given.access)

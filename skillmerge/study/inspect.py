@@ -3,7 +3,7 @@
 One streaming pass: every tensor's update is measured by `metrics`, and, where there is a target, a recipe's
 rounding is forecast: for some blocks (those that `apply --stats sampled` looks at, or all) the arithmetic of
 `apply` is done for every lambda of a grid and three ways to round, and measured as `apply` measures. Nothing is
-written. docs/inspect.md defines the figures.
+written. docs/metrics.md defines the figures.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ FIGURES_OF_TWO = (
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """The result of inspect. tensors, groups (`all`, modules, layers, cells): label -> figures, see docs/inspect.md.
+    """The result of inspect. tensors, groups (`all`, modules, layers, cells): label -> figures, see docs/metrics.md.
 
     forecast: None, or mode, blocks and curves; see `Forecast`. second: what k is, or None.
     """

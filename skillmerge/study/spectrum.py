@@ -106,7 +106,7 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor,
 
 
 def describe_spectrum(update: Tensor, weights: Tensor | None, rank: int, seed: int) -> dict[str, float | None]:
-    """Return how an update spreads over directions, and over those of the weights. Keys as in docs/inspect.md.
+    """Return how an update spreads over directions, and over those of the weights. Keys as in docs/metrics.md.
 
     update, weights: [rows, columns] in float32 or float64. rank: how many leading directions are looked at.
     """

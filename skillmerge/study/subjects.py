@@ -9,6 +9,7 @@ from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill import SKILL_FILE
+from skillmerge.checkpoints.model_config import contradictions
 from skillmerge.checkpoints.schemes import is_path, open_store, parse_place
 from skillmerge.errors import UsageError
 from skillmerge.methods.terms import (
@@ -27,7 +28,7 @@ from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.plans.plan import Plan
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.recipes.recipe import Recipe
-from skillmerge.remarks import Remark
+from skillmerge.remarks import Remark, warning
 from skillmerge.reporter import Reporter
 
 BASE = "--base"
@@ -141,6 +142,8 @@ def subject_of_models(before: str, after: str, access: Access, reporter: Reporte
         difference = Sum(Leaf("after"), Leaf("before"), minus=True)
         terms = dict.fromkeys(checkpoints["after"].tensors, difference)
         compared = compare_models(recipe, checkpoints, "after", terms, lenient=True)
+        shapes = {name: spec.shape for name, spec in checkpoints["after"].tensors.items()}
+        held = [warning(f"`{after}`: {it}") for it in contradictions(checkpoints["after"].config, shapes)]
     except BaseException:
         close_all(checkpoints)
         raise
@@ -148,7 +151,7 @@ def subject_of_models(before: str, after: str, access: Access, reporter: Reporte
         reporter.note(note)
     return Subject(
         f"from {before} to {after}", checkpoints, {"after": 1.0, "before": -1.0}, ("after", "before"), "before",
-        "before", difference=difference, doubts=tuple(compared.warnings), places=models,
+        "before", difference=difference, doubts=(*compared.warnings, *held), places=models,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 v = after - before is the update, k a second update, w the weights that v is compared with; n elements. A run gives
 an `Update` (and, with k, a `Pair`); they add up over runs, tensors, layers and modules, and `describe` turns
-the sums into figures. docs/inspect.md defines each figure and names its source.
+the sums into figures. docs/metrics.md defines each figure and names its source.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def add_up(parts: Iterable[Update | Pair]) -> Any:
 
 def describe(update: Update, pair: Pair | None, whole: float) -> dict[str, Any]:
     """Return the figures of a tensor or a group. whole: the sum of v^2 over the whole model. Keys as in
-    docs/inspect.md."""
+    docs/metrics.md."""
     count, squares = update.elements, math.fsum(update.squares)
     figures: dict[str, Any] = {
         "elements": count,

@@ -198,5 +198,6 @@ def _nonfinite(task: TensorPlan, pieces: Mapping[str, Tensor], first: int) -> Sk
                 fix="the checkpoint is damaged; download or export it again",
             )
     return UnusableWeights(
-        f"the update of tensor `{task.name}` is too large for float64", fix="check whether that checkpoint is damaged"
+        f"the update of tensor `{task.name}` is too large for float64",
+        fix="check whether the checkpoint is damaged; download or export it again",
     )

@@ -153,8 +153,7 @@ def _only_coefficient(recipe: Recipe) -> tuple[str, str]:
 
 
 def _is_plain(recipe: Recipe, name: str) -> bool:
-    """Return whether one more of the coefficient adds the update once, as `inspect` measures it: models with factors of
-    1."""
+    """Return whether the coefficient multiplies the update as `inspect` measures it: models with factors of 1."""
     one, two = (weights(bind(recipe.expression, {name: value})) for value in (1.0, 2.0))
     factors = {model: two.get(model, 0.0) - one.get(model, 0.0) for model in {*one, *two}}
     return all(abs(factor) in (0.0, 1.0) for factor in factors.values())

@@ -45,7 +45,7 @@ def extract(
     hub: str = "stream",
     reporter: Reporter | None = None,
 ) -> Result:
-    """Store the difference `rl - sft` of two checkpoints (folders, or hf://org/name[@revision][/subfolder]).
+    """Store the difference `rl - sft` of two checkpoints (folders, or `hf://org/name[@revision][/subfolder]`).
 
     If `rl` is a folder with a sparse patch, it is read as a patch of `sft`.
     dtype: `same` is exact; bfloat16, float16 or float32 round each element once. ignore: globs of tensors to leave

@@ -206,9 +206,37 @@ def test_what_was_downloaded_is_found_without_its_branch(
     offline = skillmerge.apply(recipe, tmp_path / "offline")
     assert hub.requests == []
     assert weights(online.output) == weights(offline.output)
+    commit = hub.repos["acme/rl"].refs["main"]
+    assert offline.plan is not None
+    assert [found.message for found in offline.plan.warnings if "`rl`" in found.message] == [
+        f"model `rl`: the local cache does not say of which branch its one commit is: {commit}"
+    ]
     (cache / "models--acme--rl" / "snapshots" / ("0" * 40)).mkdir()
     with pytest.raises(InputError, match="hf://acme/rl is not in the local cache"):
         skillmerge.plan(recipe)
+
+
+def test_snapshot_of_another_branch_is_not_taken_for_the_main_one(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by a review: `hf download --revision` leaves one snapshot, which was read without a word."""
+    from huggingface_hub import constants
+
+    put_family(hub, tmp_path / "local")
+    skillmerge.apply(hub_recipe(tmp_path / "remote"), tmp_path / "online", hub="download")
+    cache = hub.folder / "hf-home" / "hub" / "models--acme--rl"
+    (cache / "refs" / "refs" / "pr").mkdir(parents=True, exist_ok=True)
+    (cache / "refs" / "refs" / "pr" / "1").write_text(hub.repos["acme/rl"].refs["main"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError) as caught:
+        skillmerge.plan(hub_recipe(tmp_path / "remote"))
+    assert "hf://acme/rl is not in the local cache, which has its revision `refs/pr/1`, and HF_HUB_OFFLINE is set" in (
+        caught.value.message
+    )
+    assert str(caught.value.fix) == (
+        "unset HF_HUB_OFFLINE, or where there is a network: hf download acme/rl; "
+        "to read what the cache has, name its revision: hf://acme/rl@refs/pr/1"
+    )
 
 
 def _away(*_: Any, **__: Any) -> Any:

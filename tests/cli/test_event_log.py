@@ -15,7 +15,7 @@ from conftest import run_cli, write_recipe
 from skillmerge.cli.event_log import EventLog, JUnit
 
 XSD = Path(sys.prefix) / "schemas" / "junit-4.xsd"
-DOCUMENTED = (Path(__file__).parents[2] / "docs" / "events.md").read_text()
+DOCUMENTED = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
 
 
 def events(path: Path) -> list[dict[str, Any]]:

@@ -110,7 +110,9 @@ def test_completion_keeps_what_a_startup_file_holds(tmp_path: Path) -> None:
     assert install(cli, "fish", tmp_path)[0] == f"wrote {tmp_path / '.config/fish/completions/skillmerge.fish'}"
 
 
-@pytest.mark.parametrize(("words", "found"), [("ap", "apply"), ("apply --over", "--overwrite")])
+@pytest.mark.parametrize(
+    ("words", "found"), [("ap", "apply"), ("apply --over", "--overwrite"), ("apply --device cu", "cuda")]
+)
 def test_words_are_completed(words: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMP_WORDS", f"skillmerge {words}")
     monkeypatch.setenv("COMP_CWORD", str(len(words.split())))

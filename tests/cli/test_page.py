@@ -255,15 +255,6 @@ def test_figures_of_directions_are_those_that_are_computed() -> None:
     assert tuple(SPECTRAL) == spectrum.SPECTRUM_KEYS
 
 
-def test_docs_say_what_the_figures_mean() -> None:
-    docs = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
-    for key, figure in {**FIGURES, **SPECTRAL, **FORECAST}.items():
-        assert f"| {figure.label} | `{key}` |" in docs, key
-        assert figure.formula.replace("|", "\\|") in docs
-        assert figure.meaning in docs
-        assert figure.source in docs
-
-
 def shapes_of_all_kinds() -> dict[str, tuple[int, ...]]:
     block = {"self_attn.q_proj": (8, 8), "mlp.up_proj": (8, 8), "input_layernorm": (8,), "extra.thing": (8, 8)}
     layers = {f"model.layers.{layer}.{name}.weight": shape for layer in (3, 10) for name, shape in block.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import read_checkpoint, write_checkpoint, write_recipe
+from conftest import random_tensors, read_checkpoint, tensor_shapes, write_checkpoint, write_family, write_recipe
 
 import skillmerge
 from skillmerge.engine.measures.cells import LEAST, SIGMAS, Cell, cells, rows_of
@@ -220,6 +221,40 @@ def test_gate_by_block_keeps_the_output_back_and_names_the_worst(tmp_path: Path)
     with pytest.raises(CheckFailed, match=r"realised by block mlp: 0\.\d+ at layer \d+ mlp \(required: 0\.9 to 1\.1\)"):
         skillmerge.apply(path)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(("least", "passed"), [(0.4, True), (0.5, False)])
+def test_gate_by_block_sees_what_chance_excuses_in_each_block(tmp_path: Path, least: float, passed: bool) -> None:
+    """Found by a review: most blocks were outside, each within its own chance, and the gate held."""
+    shapes, generator = tensor_shapes(), torch.Generator().manual_seed(5)
+    sft = {name: it.float() for name, it in random_tensors(shapes, torch.bfloat16, 1).items()}
+    rl = {name: it + 3e-5 * torch.randn(it.shape, generator=generator) for name, it in sft.items()}
+    for name, tensors in (("target", random_tensors(shapes, torch.bfloat16, 2)), ("sft", sft), ("rl", rl)):
+        write_checkpoint(tmp_path / name, tensors)
+    output = skillmerge.apply(write_recipe(tmp_path, coefficients={"lam": 0.5}), stats="full")
+    (tmp_path / "gates.yaml").write_text(f"gates:\n  realised: {{min: {least}, by: block}}\n")
+    outcome = skillmerge.gate(output.output, tmp_path / "gates.yaml").outcomes[-1]
+    found = [it for it in cells(rows_of(output.manifest.tensors)) if it.is_measured]
+    below = sum((it.group.realised or 0.0) < least for it in found)
+    assert outcome.passed is passed
+    where = "all layers together" if not passed else outcome.as_dict()["where"]
+    assert outcome.detail == f"{where}; the worst of {len(found)}; {below} outside within chance"
+    assert 0 < below <= len(found)
+
+
+@pytest.mark.parametrize("kind", ["realised", "norm_ratio", "changed", "vanished"])
+def test_gate_by_block_fails_where_an_update_is_not_finite(tmp_path: Path, kind: str) -> None:
+    """Found by a review: the block was left out of those that were looked at."""
+    path = write_family(tmp_path)
+    tensors = read_checkpoint(tmp_path / "rl")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
+    shutil.rmtree(tmp_path / "rl")
+    write_checkpoint(tmp_path / "rl", tensors)
+    output = skillmerge.apply(path, allow_nonfinite=True).output
+    (tmp_path / "gates.yaml").write_text(f"gates:\n  {kind}: {{max: 9, by: block}}\n")
+    outcome = skillmerge.gate(output, tmp_path / "gates.yaml").outcomes[-1]
+    assert (outcome.passed, outcome.measured) == (False, None)
+    assert outcome.detail == "layer 1 mlp: the update is not finite"
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ QUANTISED = cases(4, [
 MISFITS = cases(4, [
     ("misfit: shape", "[31, 16]", with_tensor(HEAD, torch.zeros(31, 16, dtype=BF16), "rl")),
     ("misfit: transposed", "[16, 32]", with_tensor(HEAD, torch.zeros(16, 32, dtype=BF16), "sft")),
-    ("misfit: one dimension more", "differ in shape",
+    ("misfit: one dimension more", "differs in shape",
         with_tensor(NORM, torch.zeros(16, 1, dtype=BF16), "sft")),
     ("misfit: integer against float", "I32 against BF16",
         with_tensor(NORM, torch.zeros(16, dtype=I32), "target")),

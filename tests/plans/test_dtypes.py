@@ -112,7 +112,7 @@ def test_a_quantised_target_takes_no_arithmetic_with_plain_models(tmp_path: Path
     process = run_cli("plan", recipe)
     message = (
         f"model `target` ({tmp_path / 'target'}) is quantized, so its numbers cannot be added: config.json says it is "
-        "quantised (fp8)"
+        "quantized (fp8)"
     )
     assert (process.returncode, process.stderr) == (
         4,

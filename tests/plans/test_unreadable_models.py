@@ -60,9 +60,6 @@ FOUND: dict[str, tuple[Callable[[Path], None], str, str]] = {
         with_file("model.safetensors", POINTER), "rlx/model.safetensors: is a Git LFS pointer, not the file itself",
         FETCH,
     ),
-    "a pointer for a tokenizer": (
-        with_file("tokenizer.json", POINTER), "rlx/tokenizer.json: is a Git LFS pointer, not the file itself", FETCH
-    ),
     "a broken config": (
         with_file("config.json", "{"),
         "rlx/config.json: is not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 "

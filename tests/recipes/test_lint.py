@@ -232,7 +232,7 @@ def test_lint_prints_one_json_object(tmp_path: Path) -> None:
 
 
 def test_every_rule_of_lint_is_documented() -> None:
-    text = (ROOT / "docs" / "reference.md").read_text()
+    text = (ROOT / "docs" / "commands.md").read_text()
     assert [rule for rule in RULES if f"`{rule}`" not in text] == []
 
 

@@ -26,6 +26,7 @@ CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
 PARTS = "{% for m in messages %}<|user|>{% for part in m.content %}{{ part.text + '' }}{% endfor %}<|end|>{% endfor %}"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant"
 SPECIAL = ["<|end|>", "<|user|>"]
+MANY = [f"<image {it}>" for it in "abcd"]
 Save = Callable[..., Path]
 
 
@@ -327,6 +328,20 @@ def test_tokens_of_media_that_a_model_does_not_read_are_a_note(save: Save) -> No
     assert probe(folder, model_with(rows, vision_config={}))["why"] == wrong
     wrong = f"2 of its {rows + 1} tokens have ids beyond the embedding's {rows - 1} rows"
     assert probe(folder, model_with(rows - 1))["why"] == wrong
+
+
+@pytest.mark.parametrize("added", [[f"<|audio_{it}|>" for it in range(1000)], ["<img0>"], ["<img>", *MANY]])
+def test_codes_of_media_beyond_the_rows_are_refused(save: Save, added: list[str]) -> None:
+    """Found by a review: a thousand codes that a model writes passed for what it does not read."""
+    folder = save(byte_level, "mistral", added)
+    report = probe(folder, model_with(probe(folder, None)["tokens"] - len(added)))
+    assert report["why"].startswith(f"{len(added)} of its ")
+
+
+def test_tokens_of_media_are_named_by_their_ids(save: Save) -> None:
+    folder = save(byte_level, "mistral", ["<video>", "<|image|>", "<audio>"])
+    report = probe(folder, model_with(probe(folder, None)["tokens"] - 3))
+    assert report["notes"][0].startswith("<video>, <|image|>, <audio>: ids beyond")
 
 
 def test_mask_that_a_model_does_not_fill_is_a_note(save: Save) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from skillmerge.recipes.parse import load
 from skillmerge.reporter import Reporter
 from skillmerge.verbs.sweep.candidates import with_values
 from skillmerge.verbs.sweep.in_memory import MergedModel
+from skillmerge.verbs.sweep.sweep import sweep
 
 
 class Notes(Reporter):
@@ -127,3 +130,39 @@ def test_sweep_that_begins_at_0_compares_the_models_all_the_same(demo: Path, tmp
     with pytest.raises(InputError, match="rope base"):
         model.use(with_values(recipe, {"lam": 0.5}))
     model.close()
+
+
+def changed(demo: Path, into: Path, file: str, change: Callable[[dict[str, Any]], None], coefficient: Any) -> Path:
+    """A copy of the family in which a file of `source-rl` says something else. Returns a recipe of it."""
+    shutil.copytree(demo, into)
+    path = into / "source-rl" / file
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    names = {"target": "target-sft", "rl": "source-rl", "sft": "source-sft"}
+    return write_recipe(into, models=names, coefficients={"lam": coefficient})
+
+
+@pytest.mark.parametrize("values", ["0,0.5", "0.5,0"])
+def test_sweep_refuses_a_problem_of_any_candidate_before_a_score(demo: Path, tmp_path: Path, values: str) -> None:
+    """Found by a review: the models were compared for the first candidate alone, here without the embedding."""
+
+    def swap(document: dict[str, Any]) -> None:
+        vocabulary = document["model"]["vocab"]
+        one, other = list(vocabulary)[-2:]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+    lam = {"default": 0.5, "rules": [{"modules": "embedding", "value": 0}]}
+    path = changed(demo, tmp_path / "demo", "tokenizer.json", swap, lam)
+    with pytest.raises(InputError, match="2 ids mean different tokens"):
+        sweep(path, [f"lam.rules.0.value={values}"], f"qa:{demo / 'choose.jsonl'}", tmp_path / "out")
+    assert len((tmp_path / "out" / "journal.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("values", ["-0.5,0.5", "0.5,-0.5"])
+def test_sweep_warns_alike_whichever_sign_comes_first(demo: Path, tmp_path: Path, values: str) -> None:
+    """Found by a review: the template of a model that is only subtracted is not compared, nor was it later."""
+    path = changed(demo, tmp_path / "demo", "tokenizer_config.json", lambda it: it.update(chat_template="B"), 0.5)
+    reporter = Reporter()
+    sweep(path, [f"lam={values}"], f"qa:{demo / 'choose.jsonl'}", tmp_path / "out", reporter=reporter)
+    assert reporter.warnings == ["`rl` has a chat template and `target` has none; the output has none"]

@@ -62,7 +62,8 @@ def test_warning_is_told_wherever_a_run_is_recorded(warned: Path) -> None:
     told = run_cli("plan", warned, "-q").stdout.splitlines()
     assert (told[0].startswith(f"warning: {WARNED}"), told[-2][:5], told[-1]) == (True, "plan ", "1 warning")
     assert not any(line.startswith(("note:", "compared", "output", "reads")) for line in told)
-    assert WARNED in files["report.html"].read_text().replace("&#x27;", "'")
+    report = files["report.html"].read_text().replace("&#x27;", "'")
+    assert WARNED in report.replace("<code>", "`").replace("</code>", "`")
     events = [json.loads(line) for line in files["events.jsonl"].read_text().splitlines()]
     assert [WARNED in event["message"] for event in events if event["event"] == "warning"] == [True]
     assert [WARNED in text for text in manifest.read(warned.parent / "merged").warnings] == [True]
@@ -199,7 +200,7 @@ def test_side_file_that_is_none_stops_no_rebuild(tmp_path: Path) -> None:
     output = skillmerge.apply(recipe).output
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
     (tmp_path / "rl" / "tokenizer.json").write_text(pointer)
-    assert run_cli("plan", recipe).returncode == 4
+    assert run_cli("plan", recipe, "--strict").returncode == 4
     for command in (("rebuild", output, "--check"), ("inspect", tmp_path / "sft", tmp_path / "rl")):
         process = run_cli(*command)
         assert process.returncode == 0, process.stderr

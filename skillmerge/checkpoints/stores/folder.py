@@ -41,9 +41,9 @@ class FileIdentity(NamedTuple):
 class Folder:
     """A folder on this machine. See `Store` for what its methods promise."""
 
-    def __init__(self, root: Path, *, follow_links: bool = False, revision: str | None = None) -> None:
+    def __init__(self, root: Path, *, follow_links: bool = False, revision: str | None = None, doubt: str = "") -> None:
         self.root = root
-        self._follow_links, self._revision = follow_links, revision
+        self._follow_links, self._revision, self._doubt = follow_links, revision, doubt
         self._inside: set[str] = set()
         self._first_seen: dict[str, FileIdentity] = {}
         self._descriptors: dict[str, int] = {}
@@ -51,7 +51,7 @@ class Folder:
 
     @cached_property
     def at(self) -> Where:
-        return Where(str(self.root), self.root, self._revision, _license(self.root / "README.md"))
+        return Where(str(self.root), self.root, self._revision, _license(self.root / "README.md"), doubt=self._doubt)
 
     @cached_property
     def _listed(self) -> dict[str, Stat]:

@@ -25,7 +25,7 @@ from skillmerge.checkpoints.store import Stat, Store, Wait, Where, digest_of, no
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.checkpoints.stores.http_ranges import Answer, Storage, from_hub
 from skillmerge.checkpoints.stores.hub_client import Passing, refused, retried
-from skillmerge.errors import InputError, StalePlan, TemporaryError
+from skillmerge.errors import InputError, StalePlan, TemporaryError, some
 from skillmerge.threads import hash_file
 
 _CONNECTIONS = 16
@@ -296,33 +296,50 @@ def open_location(location: Location, *, download: bool = False) -> Store:
             fix = f"{error.fix}; or read it from the local cache, which has this model: set HF_HUB_OFFLINE=1"
             raise TemporaryError(error.message, fix=fix) from error
     try:
-        snapshot = _snapshot(location)
+        snapshot, is_sure = _snapshot(location)
     except (LocalEntryNotFoundError, HFValidationError) as error:
+        others = [] if location.revision else [ref for ref in _refs(location) if ref != "main"]
+        named = some([f"`{ref}`" for ref in others])
+        which = f", which has its revision{'s' if len(others) > 1 else ''} {named}" if others else ""
+        written = [ref if ref.startswith("refs/pr/") else ref.replace("/", "%2F") for ref in others]
         raise InputError(
-            f"{location} is not in the local cache, and HF_HUB_OFFLINE is set",
+            f"{location} is not in the local cache{which}, and HF_HUB_OFFLINE is set",
             fix=f"unset HF_HUB_OFFLINE, or where there is a network: hf download {location.repository}"
-            + (f" --revision {location.revision}" if location.revision else ""),
+            + (f" --revision {location.revision}" if location.revision else "")
+            + (f"; to read what the cache has, name its revision: {location.at(written[0])}" if others else ""),
         ) from error
-    return Folder(snapshot / location.subfolder, revision=snapshot.name)
+    doubt = "" if is_sure else f"the local cache does not say of which branch its one commit is: {snapshot.name}"
+    return Folder(snapshot / location.subfolder, revision=snapshot.name, doubt=doubt)
 
 
-def _snapshot(location: Location) -> Path:
-    """Return the folder of a revision in the Hub's cache. Files that were fetched by their commit leave no note of the
-    branch that they are of: without a revision, the only snapshot is meant. Raises LocalEntryNotFoundError."""
+def _snapshot(location: Location) -> tuple[Path, bool]:
+    """Return the folder of a revision in the Hub's cache, and whether that is certain: files that were fetched by
+    their commit leave no note of the branch that they are of. Without a revision, the only snapshot is meant, if the
+    cache has no branch at all. Raises LocalEntryNotFoundError."""
     try:
-        return Path(snapshot_download(location.repository, revision=location.revision or None, local_files_only=True))
+        found = snapshot_download(location.repository, revision=location.revision or None, local_files_only=True)
+        return Path(found), True
     except LocalEntryNotFoundError:
-        cache = Path(constants.HF_HUB_CACHE, "--".join(["models", *location.repository.split("/")]))
-        found = [] if location.revision else list(cache.glob("snapshots/*/"))
-        if len(found) != 1 or (cache / "refs" / "main").exists():
+        only = [] if location.revision or _refs(location) else list(_cache_of(location).glob("snapshots/*/"))
+        if len(only) != 1:
             raise
-        return found[0]
+        return only[0], False
+
+
+def _refs(location: Location) -> list[str]:
+    """Return the branches and tags that the Hub's cache knows of a repository."""
+    folder = _cache_of(location) / "refs"
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _cache_of(location: Location) -> Path:
+    return Path(constants.HF_HUB_CACHE, "--".join(["models", *location.repository.split("/")]))
 
 
 def _cached(location: Location) -> bool:
     """Return whether the Hub's cache has a model, all of its weight files."""
     try:
-        folder = _snapshot(location) / location.subfolder
+        folder = _snapshot(location)[0] / location.subfolder
         index = folder / INDEX_FILE
         if not index.is_file():
             return any(folder.glob("*.safetensors"))

@@ -57,7 +57,8 @@ class Tokenizer:
     tokenization: how text is cut, as far as it is known (`tokenization.tokenization`).
     stop: the ids that end an answer, and stop_file, which says so; empty if nothing does. templates: name -> chat
     template, the usual one as `default`, and template_file. pad, bos: ids. unread: why files could not be read.
-    broken: those of `unread` that are no JSON files of their kind, which no runtime can read either.
+    broken: those of `unread` that are no JSON files of their kind, which no runtime can read either. pointers: those of
+    `unread` where a pointer is in the file's place, and what to do.
     """
 
     file: str = ""
@@ -71,6 +72,7 @@ class Tokenizer:
     bos: int | None = None
     unread: tuple[str, ...] = ()
     broken: frozenset[str] = frozenset()
+    pointers: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def vocabulary_file(names: Iterable[str]) -> str:
@@ -83,8 +85,7 @@ def read_tokenizer(checkpoint: Checkpoint, files: SmallFiles, *, tokens: bool = 
     """Return the tokenizer of a model. files: shared by all models that are compared, the donor's read first. tokens:
     whether the vocabulary is wanted.
 
-    Raises InputError for a pointer in a file's place; StalePlan, TemporaryError. What else cannot be read as what it
-    is, is named in `unread`.
+    Raises StalePlan, TemporaryError. What cannot be read as what it is, is named in `unread`.
     """
     return _Reading(checkpoint, files).tokenizer(tokens)
 
@@ -96,6 +97,7 @@ class _Reading:
         self._checkpoint, self._store, self._files = checkpoint, checkpoint.store, files
         self._unread: list[str] = []
         self._broken: set[str] = set()
+        self._pointers: dict[str, str | None] = {}
         self._listed = self._store.list()
 
     def tokenizer(self, vocabulary: bool) -> Tokenizer:
@@ -116,17 +118,17 @@ class _Reading:
         return Tokenizer(
             file, tokens, merges, stop, stop_file, templates, template_file,
             self._id("pad", tokens, special), self._id("bos", tokens, special), tuple(self._unread),
-            frozenset(self._broken),
+            frozenset(self._broken), self._pointers,
         )  # fmt: skip
 
     def _read(self, file: str, parse: Callable[[bytes], T]) -> T | None:
         try:
             return self._files.read(self._store, file, parse)
         except InputError as error:
-            if self._store.at.path(file) in self._files.pointers:
-                raise
             self._unread.append(error.message)
-            if file.endswith(".json") and self._listed[file].size <= MAX_BYTES:
+            if self._store.at.path(file) in self._files.pointers:
+                self._pointers[error.message] = error.fix
+            elif file.endswith(".json") and self._listed[file].size <= MAX_BYTES:
                 self._broken.add(error.message)
             return None
 

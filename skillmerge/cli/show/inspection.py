@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _ONE_UPDATE = ("elements", "changed", "above_absolute", "above_relative", "norm", "norm_ratio", "energy")
 _ROUNDING = ("input_rounding", "input_rounding_added")
 _BRIEF = ("elements", "changed", "norm", "norm_ratio", "energy")
+_LEAST = ("tensors", "elements", "matrices", "above 1e-5")
+"""What a narrow terminal does without first."""
 _EACH = ("changed", "norm", "norm_ratio", *_ROUNDING)
 _PAIR = ("cosine", "cosine_z_signs", "conflict", "overlap", "overlap_chance", "updates_ratio")
 _CHANCE = """\
@@ -123,7 +125,7 @@ def _figures(
 ) -> Table:
     """Return a row for each module, or whatever `first` calls them; `counted` is the key of how many there are."""
     known = {**FIGURES, **SPECTRAL}
-    table = Table((first, counted, *(known[key].label for key in keys)), title, text=(first,))
+    table = Table((first, counted, *(known[key].label for key in keys)), title, text=(first,), drop=_LEAST)
     for label, row in rows.items():
         table.add_row(Text(label), str(row[counted]), *(show(row[key], known[key].unit) for key in keys))
     return table

@@ -153,7 +153,7 @@ def _show_work(result: Result, out: Console) -> None:
 
 def statistics_table(statistics: Statistics, title: str = "Effect of rounding") -> Table:
     title += " (sampled)" if statistics.mode == "sampled" else ""
-    table = Table(("module", "merged tensors", *LOSSES), title, text=("module",))
+    table = Table(("module", "merged tensors", *LOSSES), title, text=("module",), drop=("merged tensors",))
     for name, group in statistics.rows:
         if group.merged:
             table.add_row(name, str(group.merged), *group.shown)

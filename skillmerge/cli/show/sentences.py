@@ -1,6 +1,6 @@
 """An inspection in sentences: how large an update is, where it is, how it relates to another, what rounding loses.
 
-Every figure is one of the inspection's; docs/inspect.md defines each.
+Every figure is one of the inspection's; docs/metrics.md defines each.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Numbers are never truncated. Knows widths and columns, not what the figures mean
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from skillmerge.cli.console import Text
 
 _APART = 3
 """Blanks that rich puts around a column: one before it, two after it."""
+_PIECE = re.compile(r"[^\s./_-]*(?:[./_-]+|\s+|$)")
 _WORD = 16
 """A column of text is never narrower than its longest word, or than this many characters."""
 
@@ -75,15 +77,16 @@ class Table:
             for index, head in enumerate(self.head)
         ]
         kept = _fitting(columns, self._leaving_order(columns), options.max_width)
+        widths = _widths(kept, options.max_width)
         table = RichTable(
             box=box.SIMPLE_HEAD, pad_edge=False, title=self.title, title_justify="left", title_style="bold"
         )
-        for column, width in zip(kept, _widths(kept, options.max_width), strict=True):
+        for column, width in zip(kept, widths, strict=True):
             table.add_column(
                 Text(column.head), justify="right" if column.numeric else "left", width=width, overflow="fold"
             )
-        for cells in zip(*(column.cells for column in kept), strict=True):
-            table.add_row(*cells)
+        for row in zip(*(column.cells for column in kept), strict=True):
+            table.add_row(*(_wrapped(cell, width) for cell, width in zip(row, widths, strict=True)))
         yield table
         left_out = [column.head for column in columns if column not in kept and column.head]
         if left_out:
@@ -112,6 +115,18 @@ def _widths(columns: Sequence[_Column], room: int) -> list[int]:
         if _sum(widths) <= room:
             return widths
     return [min(column.least, room) for column in columns]
+
+
+def _wrapped(cell: RichText, width: int) -> RichText:
+    """Return a cell with its lines broken: between words, and names and paths behind a mark where that is not
+    enough."""
+    places, start, last = [], 0, 0
+    for match in _PIECE.finditer(cell.plain):
+        if len(cell.plain[start : match.end()].rstrip()) > width and last > start:
+            places.append(last)
+            start = last
+        last = match.end()
+    return RichText("\n").join(cell.divide(places)) if places else cell
 
 
 def _sum(widths: Iterable[int]) -> int:

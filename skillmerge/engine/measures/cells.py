@@ -51,7 +51,8 @@ _ORDER = {kind: index for index, kind in enumerate((*MODULE_KINDS, "other"))}
 class Cell:
     """Tensors of one layer and kind, or of one kind in all layers. label: `layer 4 mlp`; `visual.blocks 4 mlp` where
     there are several stacks; `head outside layers`; `mlp`. updated: elements with an update that were looked at; error,
-    lambda_error: the standard errors of `group.realised` and `group.realised_lambda`."""
+    lambda_error: the standard errors of `group.realised` and `group.realised_lambda`. finite: whether each tensor's
+    sums are numbers; of others `group` has nothing."""
 
     label: str
     kind: str
@@ -60,6 +61,7 @@ class Cell:
     updated: int
     error: float
     lambda_error: float
+    finite: bool = True
 
     @property
     def is_measured(self) -> bool:
@@ -108,16 +110,22 @@ def kinds(rows: Iterable[Row]) -> list[Cell]:
     return [_cell(kind, kind, found[kind]) for kind in sorted(found, key=lambda kind: _ORDER[kind])]
 
 
+def together(rows: Sequence[Row], label: str) -> Cell:
+    """Return the same of all these tensors: one cell."""
+    return _cell(label, label, rows)
+
+
 def _label(layer: tuple[str, int] | None, kind: str, several: bool) -> str:
     return f"{layer[0] if several else 'layer'} {layer[1]} {kind}" if layer is not None else f"{kind} outside layers"
 
 
 def _cell(label: str, kind: str, rows: Sequence[Row]) -> Cell:
     whole = group(rows)
-    updated = sum(row.statistics.updated for row in rows if row.statistics is not None)
+    known = [row.statistics for row in rows if row.statistics is not None]
+    updated, finite = sum(it.updated for it in known), all(it.whole is not None for it in known)
     error = _error([(row, 1.0) for row in rows], whole.realised)
     lambda_error = _error([(row, row.factor) for row in rows], whole.realised_lambda)
-    return Cell(label, kind, tuple(row.name for row in rows), whole, updated, error, lambda_error)
+    return Cell(label, kind, tuple(row.name for row in rows), whole, updated, error, lambda_error, finite)
 
 
 def _error(rows: Iterable[tuple[Row, float | None]], realised: float | None) -> float:

@@ -19,6 +19,7 @@ from skillmerge.errors import InputError, some
 from skillmerge.methods.terms import model_of
 from skillmerge.naming import layer_of, module_kind
 from skillmerge.plans.compare.found import Compared, Level
+from skillmerge.plans.compare.table import IGNORED
 
 NAME = "architecture"
 """What `accept` calls a checkpoint that lacks blocks."""
@@ -51,6 +52,10 @@ _PERIODS = re.compile(r"step|period|interval|freq|every|factor|stride|pattern|_p
 _LETTERS = re.compile(r"layer|block|pattern")
 """Keys whose texts may have a letter for each block: `hybrid_override_pattern`, `layers_block_type`, `layer_types`."""
 _EDGES = re.compile(r"first_|dense_layers|start|end_index|hash_layers|kv_shared|last_|nextn|mtp")
+
+_LISTS = re.compile(r"layer|block|attn|moe|mlp|ffn|expert|mamba|idx|ind[ei]|pattern|type")
+"""Keys whose lists may be about blocks."""
+_OF_TOKENS = re.compile(r"_per_tok|token_id")
 
 _FEW_TENSORS = 4
 """What mostly has fewer tensors is no block of a transformer: layers of a projector may be numbered 0 and 2."""
@@ -223,6 +228,8 @@ def _blocks(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack]) -> I
         for index, traits in zip(sorted(blocks), _traits(checkpoint.config, sorted(blocks)), strict=True):
             kinds.setdefault(traits, []).append(index)
         lacking = {index: inner for alike in kinds.values() for index, inner in _lacking(blocks, alike).items()}
+        for pair in (alike for alike in kinds.values() if len(alike) == 2):
+            lacking |= _lacking_of_two(blocks, pair)
         if len(lacking) > max(1, len(blocks) // 4):
             yield _found(
                 "note", stack, "config.json", name, f"{len(lacking)} blocks",
@@ -253,6 +260,13 @@ def _lacking(blocks: Stack, alike: Sequence[int]) -> dict[int, list[str]]:
     return found
 
 
+def _lacking_of_two(blocks: Stack, alike: Sequence[int]) -> dict[int, list[str]]:
+    """The same of a kind of two blocks, for what the other one has and every block of other kinds."""
+    others = [block for index, block in blocks.items() if index not in alike]
+    shared = set.union(*(blocks[index] for index in alike)).intersection(*others) if others else set()
+    return {index: sorted(shared - blocks[index]) for index in alike if shared - blocks[index]}
+
+
 def _traits(config: Mapping[str, Any], indices: Sequence[int]) -> list[tuple[Any, ...]]:
     """What the config says of each block, whatever it means: blocks with equal traits should be alike."""
     count = max(indices) + 1
@@ -261,6 +275,9 @@ def _traits(config: Mapping[str, Any], indices: Sequence[int]) -> list[tuple[Any
         total = next((section[key] for key in _COUNTS if type(section.get(key)) is int), count)
         columns.append([index < total for index in indices])  # behind them are heads for speculative decoding
         for key, value in section.items():
+            listed = _LISTS.search(key) is not None
+            if _OF_TOKENS.search(key) or (not listed and (isinstance(value, list) or IGNORED.search(key))):
+                continue  # is not about blocks
             columns += _columns(key, value, indices, min(total, count))
     return list(zip(*columns, strict=True))
 

@@ -175,7 +175,10 @@ def _ties(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> Iterato
     heads = {name: any(map(is_head, model.tensors)) for name, model in models.items()}
     found: dict[_Meaning, list[str]] = {}
     for name in models:
-        if name != donor and roles[name].tokens:
+        if name == donor:
+            continue
+        # Where the donor stores a head, what the formula does not use of another model's is no loss.
+        if any(is_head(token) or not heads[donor] for token in roles[name].tokens):
             meaning = _meaning(tied[donor], heads[donor], tied[name], heads[name])
             if meaning is not None:
                 found.setdefault(meaning, []).append(name)

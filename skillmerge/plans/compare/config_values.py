@@ -25,7 +25,10 @@ from skillmerge.plans.compare.table import ROWS, UNKNOWN
 _TEXT = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config")
 PARTS = ("vision_config", "audio_config", "decoder", "encoder", "attn_config", "ffn_config")
 _NEAR = ("sliding_attention", "chunked_attention")
-ACTIVATION_KEYS = ("hidden_act", "activation_function", "activation", "activation_type", "ff_activation", "ffn_act_fn")
+ACTIVATION_KEYS = (
+    "hidden_act", "activation_function", "activation", "activation_type", "ff_activation", "ffn_act_fn",
+    "mlp_hidden_act", "feed_forward_proj", "dense_act_fn",
+)  # fmt: skip
 _NO_FACTOR = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MOST_LAYERS = 100_000
@@ -83,8 +86,10 @@ def effective(part: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
             elif value is None:
                 absent = row.default if kind in DEFAULTS else UNKNOWN
                 value = next((defaults[key] for key in (row.what, *row.keys) if key in defaults), absent)
+            if row.default is False and isinstance(value, int | None):
+                value = bool(value)  # 4 says that it is on, as true does
             if value is not UNKNOWN:
-                found[row.what] = _plain(value)
+                found[row.what] = _activation(value) if row.name == "activation" else _plain(value)
     return found
 
 
@@ -110,7 +115,7 @@ def _worked_out(part: Mapping[str, Any], kind: str | None, defaults: Mapping[str
         activation = None  # `gelu` there has always been computed as its tanh approximation
     activation = activation or defaults.get("activation")
     if activation is not None:
-        yield "activation", ACTIVATIONS.get(activation, activation) if isinstance(activation, str) else activation
+        yield "activation", _activation(activation)
     if kind in DEFAULTS or "sliding_window" in part:
         yield "sliding window", _window(part, kind, defaults)
     if kind in WITHOUT_ROPE_EVERY:
@@ -118,6 +123,14 @@ def _worked_out(part: Mapping[str, Any], kind: str | None, defaults: Mapping[str
         every = every if type(every) is int and every else WITHOUT_ROPE_EVERY[kind]
         usual = [int((index + 1) % every != 0) for index in range(layers(part) or 0)]
         yield "layers without positions", _plain(listed if isinstance(listed, list) and listed else usual)
+
+
+def _activation(value: Any) -> Any:
+    """One name for each function. T5 says whether it is gated, too, as the shapes do: `gated-gelu`."""
+    if not isinstance(value, str):
+        return _plain(value)
+    function = "gelu_new" if value == "gated-gelu" else value.removeprefix("gated-")
+    return ACTIVATIONS.get(function, function)
 
 
 def _rope(part: Mapping[str, Any], defaults: Mapping[str, Any], known: bool) -> Iterator[tuple[str, Any]]:

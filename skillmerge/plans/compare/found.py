@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from skillmerge.errors import one_line
+
 Level = Literal["problem", "warning", "note"]
 
 
@@ -26,6 +28,12 @@ class Compared:
     accepted: bool
     message: str
     help: str | None = None
+
+    def __post_init__(self) -> None:
+        """Make visible what models' files say: a JSON text can be a line's end, or half of a surrogate pair."""
+        shown = {one_line(model): one_line(value) for model, value in self.values.items()}
+        for field, text in (("key", one_line(self.key)), ("values", shown), ("message", one_line(self.message))):
+            object.__setattr__(self, field, text)
 
     def as_dict(self) -> dict[str, Any]:
         """The finding as plain data, without `help`, which is about the command that was run."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
-from skillmerge.errors import InputError
 from skillmerge.methods.terms import Term, model_of
 from skillmerge.plans.accounting import Problem
 from skillmerge.plans.compare.complete import check_complete
@@ -21,10 +20,15 @@ from skillmerge.remarks import Remark
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What came of it. found: every difference; line: what was compared, for people, None where there is one model."""
+    """What came of it. found: every difference; names: the models that were compared."""
 
     found: tuple[Compared, ...]
-    line: str | None
+    names: tuple[str, ...]
+
+    @property
+    def line(self) -> str | None:
+        """What was compared, for people; None where there is one model."""
+        return _line(self.names, self.found) if len(self.names) > 1 else None
 
     @property
     def problems(self) -> list[Problem]:
@@ -45,7 +49,7 @@ class Comparison:
         return [it for it in self.found if it.level == level and not it.accepted]
 
 
-NOTHING = Comparison((), None)
+NOTHING = Comparison((), ())
 
 
 def compare_models(
@@ -60,8 +64,8 @@ def compare_models(
     """Compare the models of `terms` (by the donor's tensors' names) with the donor and with what they say they hold.
 
     copied: the tensors that `copy` takes as they are. lenient: problems are warnings, for what was made before these
-    comparisons. Reads small files only; raises InputError for one that is none, unless lenient; StalePlan,
-    TemporaryError.
+    comparisons. Reads small files only; raises InputError for one of the donor's that is a pointer, unless lenient;
+    StalePlan, TemporaryError.
     """
     roles = roles_of(terms, copied)
     dtype = None if recipe.makes_skill else recipe.output.dtype
@@ -70,13 +74,9 @@ def compare_models(
     foreign = "architecture" not in recipe.accept and any(it.name == "architecture" for it in found)
     files = SmallFiles()
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
-    try:
-        found += [] if foreign else compare_tokens(checkpoints, donor, roles, files, carried=dtype is not None)
-        found += check_complete({name: checkpoints[name] for name in names}, donor, files)
-    except InputError as error:  # a side file that is none, such as a Git LFS pointer
-        if not lenient:
-            raise
-        found.append(Compared(None, "side files", "", "warning", {}, False, error.message, error.fix))
+    if not foreign:
+        found += compare_tokens(checkpoints, donor, roles, files, carried=dtype is not None, lenient=lenient)
+    found += check_complete({name: checkpoints[name] for name in names}, donor, files)
     if lenient:
         found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
     found = [
@@ -86,7 +86,7 @@ def compare_models(
         )
         for it in found
     ]  # fmt: skip
-    return Comparison(tuple(found), _line(names, found) if len(names) > 1 else None)
+    return Comparison(tuple(found), tuple(names))
 
 
 def unsettled(
@@ -104,7 +104,7 @@ def unsettled(
     return [f"`accept: [{name}]` settles nothing here" for name in sorted({*recipe.accept} - settled - unknown)]
 
 
-def _line(names: list[str], found: list[Compared]) -> str:
+def _line(names: Sequence[str], found: Sequence[Compared]) -> str:
     counts = []
     for level in ("problem", "warning", "note"):
         count = sum(it.level == level and not it.accepted for it in found)

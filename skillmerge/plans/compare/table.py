@@ -17,7 +17,8 @@ class Row:
     """One thing that configurations say. level, name: of the finding where models differ in it.
 
     keys: how configurations call it; none where `config_values` works it out. default: what absence means, unless the
-    architecture has its own; UNKNOWN where that is not known. follows: what a difference does.
+    architecture has its own; UNKNOWN where that is not known, False where all that counts is whether it is on.
+    follows: what a difference does.
     """
 
     what: str
@@ -58,12 +59,16 @@ ROWS = (
     ),
     Row("activation", "problem", "activation", "the weights were trained for another function"),
     *(
+        Row(key, "problem", "activation", "the weights were trained for another function", (key,), UNKNOWN)
+        for key in ("encoder_activation_function", "decoder_activation_function")
+    ),
+    *(
         Row(key, "problem", "scales", _SCALES, (key,))
         for key in (
             "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier",
             "residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale", "scale_emb", "scale_depth",
             "dim_model_base", "attn_scale", "floor_scale", "swiglu_limit",
-            "clip_qkv", "attn_temperature_tuning", "lm_head_multiplier", "key_multiplier", "ssm_multipliers",
+            "clip_qkv", "lm_head_multiplier", "key_multiplier", "ssm_multipliers",
             "mup_width_multiplier", "mup_attn_multiplier", "mup_embedding_multiplier", "attention_in_multiplier",
         )
     ),
@@ -72,7 +77,7 @@ ROWS = (
         for key in (
             "use_parallel_residual", "parallel_attn", "use_qk_norm", "qk_layernorm", "alibi", "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx", "do_layer_norm_before", "apply_residual_connection_post_layernorm",
-            "use_bidirectional_attention", "scale_embedding", "emb_scale_by_sqrt_dim",
+            "use_bidirectional_attention", "scale_embedding", "emb_scale_by_sqrt_dim", "attn_temperature_tuning",
         )
     ),
     Row("position_embedding_type", "problem", "rope", _ROPE, ("position_embedding_type",), UNKNOWN),
@@ -117,7 +122,7 @@ IGNORED = re.compile(
     r"|_config$|^rope_(theta|scaling|parameters|local_base_freq)$|^rotary_(pct|emb_base)$|^partial_rotary_factor$"
     r"|^original_max_position_embeddings$"
     r"|^sliding_window(_pattern)?$|^use_sliding_window$|^max_window_layers$|layer_types$|no_rope_layer"
-    r"|^hidden_act(ivation)?$|^activation(_function|_type)?$|^ff(n)?_act(ivation|_fn)$|num_key_value|kv_heads|head_dim"
+    r"|^(mlp_)?hidden_act(ivation)?$|^dense_act_fn$|^feed_forward_proj$|^activation(_function|_type)?$|^ff(n)?_act(ivation|_fn)$|num_key_value|kv_heads|head_dim"
     r"|num_hidden_layers|n_layers?$|num_layers|hidden_size|n_embd|d_model|intermediate|ffn_dim|n_inner|num_experts$"
     r"|num_local_experts|n_routed_experts|license|language|trained|train_|optim|batch|seed|version|summary_",
     re.IGNORECASE,

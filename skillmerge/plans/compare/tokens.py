@@ -13,7 +13,8 @@ from skillmerge.checkpoints.tokenizers.placeholders import is_placeholder
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.tokenization import described
 from skillmerge.checkpoints.tokenizers.tokenizer import Tokenizer, read_tokenizer, vocabulary_file
-from skillmerge.errors import visible
+from skillmerge.checkpoints.tokenizers.vocabulary import added_tokens, json_table
+from skillmerge.errors import InputError, visible
 from skillmerge.methods.terms import minus_of, model_of
 from skillmerge.plans.compare.found import Compared, Level
 from skillmerge.plans.compare.roles import Role, Roles
@@ -21,6 +22,7 @@ from skillmerge.plans.compare.roles import Role, Roles
 NAMED = 8
 """How many tokens a message names."""
 
+_REST = "its tokenizer is compared as far as other files say it"
 _LONGEST = 40
 _SPELLINGS = {"<0x09>": "\t"}
 """One token that Gemma's two tokenizers spell in two ways."""
@@ -60,16 +62,23 @@ class _Models:
 
 
 def compare_tokens(
-    models: Mapping[str, Checkpoint], donor: str, roles: Roles, files: SmallFiles | None = None, *, carried: bool = True
+    models: Mapping[str, Checkpoint],
+    donor: str,
+    roles: Roles,
+    files: SmallFiles | None = None,
+    *,
+    carried: bool = True,
+    lenient: bool = False,
 ) -> list[Compared]:
     """What differs between the tokenizers of the models that count, `accepted` left to the caller.
 
     models: by the names that `roles` has. files: where other comparisons read small files too, the same. carried:
-    whether the output takes the donor's files. Raises StalePlan, TemporaryError.
+    whether the output takes the donor's files. Raises InputError for a pointer in the place of one that it takes,
+    unless lenient; StalePlan, TemporaryError.
     """
     files = files or SmallFiles()
     names = [donor, *(name for name in models if name != donor and roles.get(name, Role()).used)]
-    differ = _vocabularies_differ([models[name] for name in names])
+    differ = _vocabularies_differ([models[name] for name in names], files)
     known = _Models(
         donor,
         models,
@@ -77,13 +86,15 @@ def compare_tokens(
         {name: read_tokenizer(models[name], files, tokens=differ) for name in names},
         _rows(models, donor, roles),
     )
+    for message, fix in known.output.pointers.items() if carried and not lenient else ():
+        raise InputError(message, fix=fix)
     found = [*_unread(known, carried), *_ids(known)]
     if not any(it.name == "tokenizer" and it.level == "problem" for it in found):
         found += _tokenization(known)
     return [*found, *_stops(known), *_templates(known), *_numbers(known)]
 
 
-def _vocabularies_differ(checkpoints: Sequence[Checkpoint]) -> bool:
+def _vocabularies_differ(checkpoints: Sequence[Checkpoint], files: SmallFiles) -> bool:
     """Whether these may hold several vocabularies: what their stores state to be one file need not be fetched."""
     digests = set()
     for checkpoint in checkpoints:
@@ -92,7 +103,16 @@ def _vocabularies_differ(checkpoints: Sequence[Checkpoint]) -> bool:
         stat = listed.get(file)
         # Other files leave the added tokens to further ones.
         digests.add(stat.digest if stat is not None and file == "tokenizer.json" else None)
-    return len(digests) > 1 or None in digests
+    return len(digests) > 1 or None in digests or len({_added(checkpoint, files) for checkpoint in checkpoints}) > 1
+
+
+def _added(checkpoint: Checkpoint, files: SmallFiles) -> str:
+    """The tokens that tokenizer_config.json adds to the vocabulary, to be compared."""
+    try:
+        config = files.read(checkpoint.store, "tokenizer_config.json", json_table) or {}
+        return repr(sorted(added_tokens(config.get("added_tokens_decoder")).items()))
+    except (InputError, ValueError):
+        return ""  # read_tokenizer says what is wrong with it
 
 
 def _rows(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> int:
@@ -116,7 +136,13 @@ def _unread(known: _Models, carried: bool) -> Iterator[Compared]:
                 help = "fetch or save that file again, and plan again"
                 yield Compared(None, "tokenizer", it.file, "warning", {name: message}, False, said, help)
                 continue
-            said = f"model `{name}`: {message}; its tokenizer is compared as far as other files say it"
+            if message in it.pointers and known.role(name).tokens:
+                place = known.checkpoints[name].at.path("x")[:-1]
+                said = f"model `{name}`: {message.removeprefix(place)}; {_REST}"
+                values = {name: "a pointer"}
+                yield Compared("tokenizer", "files", it.file, "warning", values, False, said, it.pointers[message])
+                continue
+            said = f"model `{name}`: {message}; {_REST}"
             yield Compared(None, "tokenizer", it.file, "note", {name: message}, False, said)
     if any(it.file for it in known.tokenizers.values()):
         for name, it in known.tokenizers.items():

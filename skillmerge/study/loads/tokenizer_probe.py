@@ -32,7 +32,11 @@ _LIBRARIES = {
 }  # fmt: skip
 """What tokenizers of transformers may need beside it: in its messages, and the module."""
 _SHOWN = 8
-_MEDIA = re.compile(r"<\|?/?(?:image|video|audio|vision|img|speech)[\w\- ]*\|?>", re.IGNORECASE)
+_MEDIA = re.compile(r"<\|?/?(?:image|video|audio|vision|img|speech)(?:[^\W\d]|[ -])*\|?>", re.IGNORECASE)
+"""Tokens that stand for a medium as a whole. Those with numbers are codes of it, which a model reads and writes."""
+
+_FEW = 4
+"""A family has no more tokens for media than these."""
 
 
 class _BrokenTemplate(Exception):
@@ -100,14 +104,15 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    ids = tokenizer.get_vocab().values()
-    report: dict[str, Any] = {"class": type(tokenizer).__name__, "tokens": len(ids), "rows": _rows(model)}
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    report: dict[str, Any] = {"class": type(tokenizer).__name__, "tokens": len(vocabulary), "rows": _rows(model)}
     rows = report["rows"]
-    beyond = [token for token, number in tokenizer.get_vocab().items() if rows is not None and number >= rows]
-    if beyond and all(_is_unread(token, tokenizer, model) for token in beyond):
-        notes.append(f"{some(beyond)}: ids beyond the embedding's rows, which this model does not use")
+    beyond = {token: number for token, number in vocabulary if rows is not None and number >= rows}
+    few = len(beyond) <= _FEW and [*beyond.values()] == [rows + place for place in range(len(beyond))]
+    if beyond and few and all(_is_unread(token, tokenizer, model) for token in beyond):
+        notes.append(f"{some([*beyond])}: ids beyond the embedding's rows, which this model does not use")
     elif beyond:
-        what = f"{len(beyond)} of its {len(ids)} tokens have ids beyond the embedding's {rows} rows"
+        what = f"{len(beyond)} of its {len(vocabulary)} tokens have ids beyond the embedding's {rows} rows"
         return {**report, "why": what}
     if not tokenizer.get_vocab().keys() - _added(tokenizer).keys():
         notes.append("its files hold no vocabulary: the tokenizer knows nothing but its special tokens")

@@ -24,6 +24,7 @@ from skillmerge.engine.tiles import Buffer, Span, Tile, spans
 from skillmerge.engine.worker import Settings, Worker
 from skillmerge.errors import ResourceError, UsageError
 from skillmerge.plans.budget import budget, free_memory
+from skillmerge.plans.compare.roles import Roles, roles_of
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
@@ -46,12 +47,12 @@ class MergedModel:
 
     def __init__(self, recipe: Recipe, access: Access, device: str, reporter: Reporter) -> None:
         self._access, self._reporter = access, reporter
-        self._compared: set[frozenset[str]] = set()
+        self._compared: list[Roles] = []
         self._device = _device(device)
         self._opened = open_models(recipe, access, reporter.note)
         self._checkpoints: Mapping[str, Checkpoint] = self._opened
         try:
-            self.plan = self._planned(recipe)
+            self.plan = self.planned(recipe)
             _check_memory(self._opened)
             self.model, self.tokenizer = self._loaded(recipe)
             self._in_place = self._has_the_files_tensors()
@@ -71,23 +72,25 @@ class MergedModel:
     def close(self) -> None:
         close_all(self._opened)
 
-    def _planned(self, recipe: Recipe) -> Plan:
-        """Return the plan of a candidate. Its models are compared only once for each set; a coefficient of 0 leaves
-        some out."""
+    def planned(self, recipe: Recipe) -> Plan:
+        """Return the plan of a candidate. Its models are compared where no candidate asked the same of them.
+
+        Raises InputError if they have problems.
+        """
         plan = plan_recipe(recipe, self._checkpoints, compare=False)
-        used = frozenset(source.model for tensor in plan.tensors.values() for source in tensor.sources)
-        if used not in self._compared:
+        roles = _roles(plan)
+        if roles not in self._compared:
             compared = plan_recipe(recipe, self._opened)
             compared.refuse_problems()
             for remark in compared.warnings:
                 self._reporter.warn(remark.message, remark.fix)
-            self._compared.add(used)
+            self._compared.append(roles)
         plan.refuse_problems()
         return plan
 
     def use(self, recipe: Recipe) -> Statistics:
         """Give the model the recipe's weights. Returns the statistics of `apply --stats sampled`."""
-        plan = self._planned(recipe)
+        plan = self.planned(recipe)
         if not self._in_place:
             self.model, self.tokenizer = self._loaded(recipe)
             return self._last
@@ -196,6 +199,13 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
     sizes = {name: math.prod(tensor.shape) for name, tensor in plan.tensors.items()}
     rows = {name: total(blocks.values(), sizes[name]) for name, blocks in measured.items() if blocks}
     return summarise(plan, rows, "sampled")
+
+
+def _roles(plan: Plan) -> Roles:
+    """Return what the formula does with each model at these numbers, which decides what of the models is compared."""
+    rows = {name: tensor.coefficients for name, tensor in plan.tensors.items() if tensor.coefficients}
+    terms = {row: plan.recipe.term(dict(zip(plan.coefficients, row, strict=True))) for row in {*rows.values()}}
+    return roles_of({name: terms[row] for name, row in rows.items()})
 
 
 def _device(asked: str) -> torch.device:

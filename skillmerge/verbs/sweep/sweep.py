@@ -258,6 +258,8 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
 
         if model is None:  # only where something is left to score
             model = MergedModel(setting.first, setting.access, setting.device, reporter)
+            for each in grid(setting.axes) if setting.asked.search is None else ():
+                model.planned(with_values(setting.recipe, each))  # a problem of the last one is known before all scores
         held = model
         return held.use(recipe).all.realised_lambda, lambda number: held.scored(scorer, number)
 

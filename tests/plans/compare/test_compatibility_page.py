@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 
 from skillmerge.plans.compare.architectures import DEFAULTS, TEXT_OF
 from skillmerge.plans.compare.table import ROWS
@@ -44,7 +45,8 @@ def names_to_accept() -> str:
 
 def architectures() -> str:
     held = ", ".join(f"`{kind}` in `{outer}`" for outer, kind in TEXT_OF.items())
-    return f"Defaults are known of {code(sorted(DEFAULTS))}.\n\nThe same language model: {held}.\n"
+    paragraphs = (f"Defaults are known of {code(sorted(DEFAULTS))}.", f"The same language model: {held}.")
+    return "\n\n".join(fill(text, 118, break_on_hyphens=False) for text in paragraphs) + "\n"
 
 
 PARTS = {"configurations": rows_of_configurations, "names": names_to_accept, "architectures": architectures}
@@ -64,7 +66,7 @@ def test_page_has_the_table_of_today() -> None:
 
 
 def test_pages_link_to_it_and_its_links_lead_somewhere() -> None:
-    assert "(compatibility.md" in (DOCS / "reference.md").read_text()
+    assert "(compatibility.md" in (DOCS / "recipe.md").read_text()
     readme = (DOCS.parent / "README.md").read_text()
     assert "(docs/compatibility.md)" in readme
     assert "(docs/troubleshooting.md)" in readme

@@ -231,6 +231,25 @@ def test_biases_that_the_config_promises_are_a_warning(tmp_path: Path) -> None:
 # Blocks beside each other.
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_experts_per_tok": 8},
+        {"eos_token_id": [3, 9]},
+        {"num_key_value_heads": [8] * 3 + [4] + [8] * 12},
+        {"languages": list("abcdefgh")},
+        {"attn_layer_period": 8},
+    ],
+    ids=str,
+)
+def test_a_lost_tensor_is_seen_whatever_else_has_numbers_of_blocks(tmp_path: Path, keys: dict[str, Any]) -> None:
+    """Found by a review: such keys split the layers into kinds of one or two, in which nothing could be missing."""
+    held = without(blocks(16), r"layers\.3\.mlp\.up_proj")
+    assert said(tmp_path, held, {**CONFIG, "num_hidden_layers": 16, **keys}) == [
+        ("warning", "model `m`: layer 3 of `model.layers` lacks `mlp.up_proj.weight`, which the layers beside it have"),
+    ]
+
+
 def test_a_block_that_lacks_what_its_neighbors_have_is_a_warning(tmp_path: Path) -> None:
     assert said(tmp_path, without(blocks(), r"\.3\.mlp")) == [
         ("warning", "model `m`: layer 3 of `model.layers` lacks `mlp.up_proj.weight`, which the layers beside it have"),

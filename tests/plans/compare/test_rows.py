@@ -61,8 +61,14 @@ KEYS: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     *(
         (key, ODD | {key: "silu"}, ODD | {key: "gelu"}, "activation", "activation")
         for key in ("hidden_act", "hidden_activation", "activation_function", "activation", "activation_type",
-                    "ff_activation", "ffn_act_fn")
+                    "ff_activation", "ffn_act_fn", "mlp_hidden_act", "dense_act_fn", "feed_forward_proj")
     ),
+    *(
+        (key, ODD | {key: "silu"}, ODD | {key: "gelu"}, "activation", key)
+        for key in ("encoder_activation_function", "decoder_activation_function")
+    ),
+    ("a flag", ODD | {"attn_temperature_tuning": False}, ODD | {"attn_temperature_tuning": 4}, "scales",
+     "attn_temperature_tuning"),
     ("a table of an activation", ODD | {"ffn_act_fn": {"name": "silu"}}, ODD | {"ffn_act_fn": {"name": "gelu"}},
      "activation", "activation"),
     ("the activation of a nested part", ODD | {"ffn_config": {"ffn_act_fn": "silu"}},
@@ -90,6 +96,11 @@ def test_key_of_positions_or_activations_is_a_problem_where_it_differs(
         ({"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1e6}}),
         ({"rope_theta": 1e6}, {"rotary_emb_base": 1e6}),
         ({"partial_rotary_factor": 0.5}, {"rotary_pct": 0.5}),
+        ({"attn_temperature_tuning": 4}, {"attn_temperature_tuning": True}),
+        ({"use_qk_norm": False}, {"use_qk_norm": 0}),
+        ({"feed_forward_proj": "gated-gelu"}, {"dense_act_fn": "gelu_new"}),
+        ({"feed_forward_proj": "gated-silu"}, {"dense_act_fn": "silu"}),
+        ({"decoder_activation_function": "swish"}, {"decoder_activation_function": "silu"}),
     ],
 )
 def test_spellings_of_one_value_are_one(one: dict[str, Any], other: dict[str, Any], tmp_path: Path) -> None:

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, write_recipe
+from conftest import (
+    random_tensors,
+    read_checkpoint,
+    run_cli,
+    tensor_shapes,
+    write_checkpoint,
+    write_family,
+    write_recipe,
+)
 from pair_cases import tokenizer
 
 import skillmerge
@@ -134,20 +142,63 @@ def test_accepted_architecture_shows_what_else_differs(tmp_path: Path) -> None:
     ]
 
 
-def test_pointer_in_place_of_a_side_file_ends_a_plan_but_no_rebuild(tmp_path: Path) -> None:
-    recipe = models(tmp_path)
+def test_pointer_in_place_of_a_side_file_ends_nothing_but_is_told(tmp_path: Path) -> None:
+    """Found by a review: a saved plan ended as well, and all that is found later was not told of."""
+    recipe, saved = models(tmp_path), tmp_path / "p.json"
     output = skillmerge.apply(recipe).output
-    for name in ("rl", "sft"):
-        (tmp_path / name / "tokenizer.json").write_text(POINTER)
-    said = f"{tmp_path / 'rl' / 'tokenizer.json'}: is a Git LFS pointer, not the file itself"
-    stopped = run_cli("plan", recipe)
-    assert (stopped.returncode, stopped.stderr.splitlines()[0]) == (4, f"error: {said}")
-    rebuilt = run_cli("rebuild", output, "--check")
-    assert rebuilt.returncode == 0
-    assert f"warning: {said}\n" in rebuilt.stderr
+    assert run_cli("plan", recipe, "--save", saved).returncode == 0
+    (tmp_path / "rl" / "tokenizer.json").write_text(POINTER)
+    said = "model `rl`: tokenizer.json: is a Git LFS pointer, not the file itself; its tokenizer is compared as far as"
+    planned = run_cli("plan", recipe)
+    assert planned.returncode == 0
+    assert f"warning: {said} other files say it\n" in planned.stdout
+    for command in (("apply", saved, "--output", tmp_path / "out"), ("rebuild", output, "--check")):
+        process = run_cli(*command)
+        assert process.returncode == 0, process.stderr
+        assert f"warning: {said} other files say it\n" in process.stderr
     inspected = run_cli("inspect", tmp_path / "sft", tmp_path / "rl")
     assert inspected.returncode == 0
-    assert f"warning: {said}\n" in inspected.stderr
+    assert "tokenizer.json: is a Git LFS pointer, not the file itself" in inspected.stderr
+    assert run_cli("plan", changed(recipe, accept=["tokenizer"]), "--strict").returncode == 0
+
+
+def test_pointer_in_place_of_a_side_file_of_the_donor_ends_a_plan(tmp_path: Path) -> None:
+    recipe = models(tmp_path)
+    (tmp_path / "target" / "chat_template.jinja").write_text(POINTER)
+    stopped = run_cli("plan", recipe)
+    assert stopped.returncode == 4
+    assert f"{tmp_path / 'target' / 'chat_template.jinja'}: is a Git LFS pointer, not the file" in stopped.stderr
+
+
+SIX = {f"model.layers.{layer}.self_attn.{it}_proj.weight": (16, 16) for layer in range(6) for it in "qkvo"}
+"""Six layers, each of enough tensors to be one."""
+
+
+def without_the_last_layer(folder: Path, name: str) -> None:
+    """Two models of a configuration that says six layers, of which one holds five."""
+    config = {**PLAIN, "num_hidden_layers": 6}
+    write_family(folder, SIX, config=config)
+    held = {key: it for key, it in read_checkpoint(folder / name).items() if ".layers.5." not in key}
+    shutil.rmtree(folder / name)
+    write_checkpoint(folder / name, held, config=config)
+
+
+def test_pointer_hides_nothing_that_is_found_later(tmp_path: Path) -> None:
+    """Found by a review: the comparison ended at the first one, and said that all had been compared."""
+    without_the_last_layer(tmp_path, "rl")
+    (tmp_path / "sft" / "special_tokens_map.json").write_text(POINTER)
+    inspected = run_cli("inspect", tmp_path / "rl", tmp_path / "sft").stderr
+    assert "special_tokens_map.json: is a Git LFS pointer" in inspected
+    assert "config.json says 6 layers, and the weights hold 5" in inspected
+
+
+def test_inspect_tells_what_the_model_after_lacks(tmp_path: Path) -> None:
+    """Found by a review: what a plan says of its donor, `inspect` did not."""
+    without_the_last_layer(tmp_path, "rl")
+    assert run_cli("inspect", tmp_path / "sft", tmp_path / "rl", "-q").stderr.splitlines()[0] == (
+        f"warning: `{tmp_path / 'rl'}`: config.json says num_hidden_layers = 6, but the weights hold 5 layers "
+        "(`model.layers.0` to `model.layers.4`)"
+    )
 
 
 def test_differences_only_warn_of_what_is_built_again(tmp_path: Path) -> None:

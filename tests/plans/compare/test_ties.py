@@ -167,3 +167,28 @@ def test_heads_of_other_names_are_compared(name: str, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / model, tensors, config=config)
     [told] = skillmerge.plan(write_recipe(tmp_path)).warnings
     assert SAID["spare"] in told.message
+
+
+def test_head_that_the_formula_does_not_use_is_no_loss(tmp_path: Path) -> None:
+    """Found by a review: nothing of their heads is used, and yet the plan had a problem."""
+    for seed, name in enumerate(("target", "rl", "sft")):
+        write_model(tmp_path / name, "tied, equal" if name == "target" else "own, other", seed)
+    lam = {"default": 0.5, "rules": [{"modules": "head", "value": 0}]}
+    plan = skillmerge.plan(write_recipe(tmp_path, coefficients={"lam": lam}))
+    assert plan.problems == ()
+    assert [it.name for it in plan.compared.found] == []
+    lam = {"default": 0, "rules": [{"modules": "head", "value": 0.5}]}
+    (problem,) = skillmerge.plan(write_recipe(tmp_path, coefficients={"lam": lam})).problems
+    assert SAID["lost"] in problem.message
+
+
+def test_line_of_the_comparison_counts_what_only_the_weights_show(tmp_path: Path) -> None:
+    """Found by a review: `no differences` stood beside a difference."""
+    for seed, name in enumerate(("target", "rl", "sft")):
+        write_model(tmp_path / name, "tied, other", seed)
+    plan = skillmerge.apply(write_recipe(tmp_path)).plan
+    assert plan is not None
+    assert [(it.name, it.level) for it in plan.compared.found] == [("ties", "warning")]
+    assert plan.compared.line == (
+        "compared target, rl, sft: configuration, tokenizer, chat template, stop tokens: 1 warning"
+    )

@@ -14,7 +14,6 @@ from conftest import write_checkpoint
 
 from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.checkpoints.tokenizers.placeholders import is_placeholder
-from skillmerge.errors import InputError
 from skillmerge.methods.terms import Leaf, Scaled, Sum, Term
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.roles import Role, roles_of
@@ -461,11 +460,3 @@ def test_roles_are_what_the_terms_of_all_tensors_say() -> None:
     }
     cancelled = Sum(PAST, Leaf("target"), minus=True)
     assert roles_of({EMBEDDING: cancelled})["target"] == Role()
-
-
-@pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja"])
-def test_a_pointer_in_the_place_of_a_file_is_an_error(tmp_path: Path, file: str) -> None:
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11421896\n"
-    with pytest.raises(InputError, match=rf"rl/{file}: is a Git LFS pointer, not the file itself") as caught:
-        compared(tmp_path, rl={file: pointer})
-    assert "git lfs pull" in str(caught.value.fix)
