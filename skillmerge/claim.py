@@ -34,7 +34,7 @@ CLAIM_FILES = (LOCK_FILE, OWNER_FILE)
 
 _NO_LOCKS = (*UNSUPPORTED, errno.ENOLCK)
 _TAKEN = (errno.EAGAIN, errno.EACCES)
-"""What `flock` answers where another run has the lock; EACCES is what CIFS says."""
+"""Error numbers of `flock` if another run has the lock; CIFS uses EACCES."""
 
 
 class Claim:
@@ -125,7 +125,7 @@ class Claim:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Whatever fails in a folder that another run has taken, and may have removed, fails of that."""
+        """Turn any error in a folder that another run has taken over into OutputLocked."""
         try:
             yield
         except (SkillmergeError, OSError) as error:

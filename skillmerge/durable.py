@@ -21,7 +21,7 @@ _WRONG_PLACE = (
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EXDEV,
 )  # fmt: skip
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY)
-"""What a filesystem answers that has no such thing (NFS, CIFS, Lustre and FUSE do not agree on which)."""
+"""Error numbers of filesystems without a feature (NFS, CIFS, Lustre and FUSE differ)."""
 
 _NO_FOLDER_SYNC = (*UNSUPPORTED, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR)
 

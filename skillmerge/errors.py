@@ -45,7 +45,7 @@ _MACHINE_WORDS = re.compile(
     ),
     re.IGNORECASE,
 )
-"""What errors say that have lost their number on the way through a library or another process."""
+"""Messages of errors whose number was lost in a library or another process."""
 
 
 class SkillmergeError(Exception):
@@ -77,7 +77,7 @@ class UsageError(SkillmergeError):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where in a text something stands: line and column counted from 0, and how many characters it is wide."""
+    """A position in a text: line and column counted from 0, and the width in characters."""
 
     line: int
     column: int

@@ -1,7 +1,7 @@
-"""What a tensor's name says: which layer of which stack it belongs to, and what kind of module it is.
+"""Tensor names: the layer, its stack, and the kind of module.
 
-Knows naming habits, never architectures: everything is read from the dotted name alone, so that a model
-nobody has seen yet is handled like the rest. Names that say nothing are of kind `other`, outside all layers.
+Knows naming habits, never architectures: everything is read from the dotted name alone, so that new
+architectures are handled like the rest. Names that say nothing are of kind `other`, outside all layers.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ ACCEPTABLE = {
     "merged-share": "rules that take much of the model out of the formula",
     "quantised-difference": "a difference of quantized weights",
 }
-"""What `accept` in a recipe can name, and what it means."""
+"""Names for `accept` in a recipe, and their meanings."""
 
 
 @dataclass(frozen=True, slots=True)

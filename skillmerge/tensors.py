@@ -1,4 +1,4 @@
-"""What a tensor is before its values are known: name, dtype, shape, size. No I/O, no torch.
+"""Tensor specifications: name, dtype, shape, size. No I/O, no torch.
 
 The dtype names are those of the safetensors format
 (https://github.com/huggingface/safetensors#format), in the order in which its own writer ranks

@@ -103,7 +103,7 @@ class Checkpoint(ABC):
 
     @property
     def place(self) -> str:
-        """What to call it in messages."""
+        """Its name in messages."""
         return self.at.place
 
     @abstractmethod

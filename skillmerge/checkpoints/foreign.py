@@ -1,4 +1,4 @@
-"""What is in a place that holds no weights that skillmerge reads, by its files' names, and what makes a model of it.
+"""Places without weights that skillmerge reads: what they are, by file names, and how to convert them to a model.
 
 One table of data. Knows names and first bytes of files, never what is in them.
 """
@@ -193,7 +193,7 @@ STARTS = (
     (b"\x89HDF", "is an HDF5 file, under another name", _SAVE),
     (b"\0" * 8, "begins with zeros: a download that was never finished", "fetch the file again"),
 )  # fmt: skip
-"""How files begin that are not what their names say: first bytes, what it is, what to do. Pointers come first."""
+"""First bytes of files that are not what their names say: bytes, description, fix. Pointers come first."""
 _POINTERS = 3
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -1,4 +1,4 @@
-"""What `config.json` says about the weights beside it, as far as any architecture's config says it alike.
+"""Facts in `config.json` about the weights beside it, as far as architectures share keys.
 
 Vocabulary, number of blocks, tied embeddings, quantization. Knows the keys that many configs share, never
 an architecture: where a config is silent, nothing is concluded.
@@ -30,7 +30,7 @@ _QUANTISED_NAMES = re.compile(
     r"|\.quant_state\.\w+|_blocks|_scales)$"
 )
 _MODULE = re.compile(r"\.(weight|qweight|qzeros|SCB|absmax|weight_\w+)(\.[^.]+)*$")
-"""What follows the name of a module in its quantized tensors' names."""
+"""Suffixes of a module's name in the names of its quantized tensors."""
 
 
 def sections(config: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Where a model is: a folder, or hf://org/name[@revision][/subfolder]. Text only, no requests."""
+"""Places of models: a folder, or hf://org/name[@revision][/subfolder]. Text only, no requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ADDRESS = re.compile(
     r"|/(?P<page>tree|blob|resolve|raw|commit|blame|edit)/(?P<revision>refs/pr/[0-9]+|[^/\s?#]+))?"
     r"(?P<below>/[^\s?#]*)?(?:[?#].*)?"
 )
-"""How people write a model on the Hub that is no URI of ours: addresses of pages and files, git's form, prefixes."""
+"""Other spellings of a model on the Hub: addresses of pages and files, git's form, prefixes."""
 _ON_HUB = re.compile(
     r"(https?://)?(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com)[/:]|git@hf\.co|(hf|huggingface|hub):"
 )
@@ -36,7 +36,7 @@ _OTHERS = {
     "collections": "a collection", "papers": "a paper", "api": "the address of a page",
     "models": "the address of a page",
 }  # fmt: skip
-"""What an address on the Hub begins with where it names no organization, and what is there."""
+"""First parts of Hub addresses that are not organizations, and what they name."""
 _FILE = re.compile(r"\.(safetensors|json|bin|pt|pth|gguf|md)$")
 _FORMS = "write `hf://org/name`, `hf://org/name@revision` or `hf://org/name@revision/subfolder`"
 
@@ -44,7 +44,7 @@ _PAGE = re.compile(r"(tree|blob|resolve|raw)/(main|[0-9a-f]{40})(/|$)")
 
 
 class PlaceError(ValueError):
-    """What is written is not a place. fix: what to write instead, or None."""
+    """Raised for text that is not a place. fix: what to write instead, or None."""
 
     def __init__(self, message: str, fix: str | None = None) -> None:
         super().__init__(message)
@@ -52,7 +52,7 @@ class PlaceError(ValueError):
 
 
 class ModelPlace(Protocol):
-    """Where a model is. scheme: how its URI begins, "" for a path. name: what people call it. versioned: whether it
+    """The place of a model. scheme: how its URI begins, "" for a path. name: what people call it. versioned: whether it
     has commits, so that what it names may change; revision: which of them, "" for the latest."""
 
     @property
@@ -65,7 +65,7 @@ class ModelPlace(Protocol):
     def revision(self) -> str: ...
     @property
     def pinned(self) -> bool:
-        """Whether the revision is a commit, which never means anything else."""
+        """Whether the revision is a commit, which cannot change."""
 
     def at(self, commit: str) -> ModelPlace:
         """Return the same place at a commit."""
@@ -109,7 +109,7 @@ class Location:
 
     @property
     def pinned(self) -> bool:
-        """Whether the revision is a commit, which never means anything else."""
+        """Whether the revision is a commit, which cannot change."""
         return _COMMIT.fullmatch(self.revision) is not None
 
     def at(self, commit: str) -> Location:

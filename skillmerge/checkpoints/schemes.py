@@ -1,4 +1,4 @@
-"""How a model's URI begins, and what reads it: the one table of places that are no folders."""
+"""The table of URI schemes, and what reads each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skillmerge.errors import did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What to do with a URI that begins so.
+    """A scheme of URIs.
 
     parse: its place, without a request; raises PlaceError. open: the store there, given the place and whether what is
     read goes through a local cache. fetch: the folder with all that a runtime loads of it.

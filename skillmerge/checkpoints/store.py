@@ -1,4 +1,4 @@
-"""Where the bytes of a checkpoint are: a folder, a repository, memory. Knows files, nothing about tensors.
+"""The bytes of a checkpoint: a folder, a repository, memory. Knows files, nothing about tensors.
 
 `Store` is all that a new kind of storage has to be; what can be made of its methods is made here, once for all.
 """
@@ -50,7 +50,7 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What is known of a file that has not been read.
+    """Facts about a file that has not been read.
 
     version: what tells it from another version of it. digest: `sha256` or `git_sha1` and hex digits, as the store
     states them, or None if it has to be read.

@@ -1,4 +1,4 @@
-"""What commands have in common: the files that they write, JSON on stdout, and how they show a merge."""
+"""Results of commands: files, JSON on stdout, and the view of a merge."""
 
 from __future__ import annotations
 

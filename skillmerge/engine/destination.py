@@ -64,7 +64,7 @@ class StreamFile(Protocol):
 
 
 class Destination(Protocol):
-    """Where shards go. finished: those that are done, by file.
+    """A destination of shards. finished: those that are done, by file.
 
     A shard's file is opened once a run, by its size (`open_shard`) or, where that is known only at its end, as a
     stream (`open_stream`). The caller of a runner records what is durable.

@@ -38,7 +38,7 @@ LOSSES = ("requested λ", "effective λ", "lost", "changed")
 
 @dataclass(frozen=True, slots=True)
 class TensorStatistics:
-    """The same of a tensor: `total` elements, of which `elements` were looked at. A sum is None if it is not a number
+    """Statistics of a tensor of `total` elements, with `elements` measured. A sum is None if it is not a number
     that JSON has (NaN and Inf were allowed in)."""
 
     total: int

@@ -40,7 +40,7 @@ class Unit:
 
 @dataclass(slots=True)
 class Cut:
-    """What became of a unit: its planes, counts, sums of squares (of the update, of what rounding lost, of what was
+    """An encoded unit: its planes, counts, sums of squares (of the update, of what rounding lost, of what was
     subtracted), the digest of what was read of each model, and its precision."""
 
     planes: dict[str, Encoded]
@@ -56,7 +56,8 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What of a tensor's update stays: values of at least `least` in size, times `factor`; they are `share` of all."""
+    """The part of a tensor's update to keep: values of at least `least` in size, times `factor`; they are `share` of
+    all."""
 
     least: float = 0.0
     factor: float = 1.0

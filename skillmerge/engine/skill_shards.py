@@ -124,7 +124,7 @@ _BINS = 1 << 16
 
 
 class _Cutter:
-    """What is done with a unit of a skill; each thread has a worker of its own."""
+    """Encodes units of a skill; each thread has its own worker."""
 
     def __init__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stream: Stream) -> None:
         self.plan, self.checkpoints, self._settings, self.stream = plan, checkpoints, settings, stream

@@ -1,4 +1,4 @@
-"""What happens while torch is imported: weights are read ahead, and signals wait."""
+"""Work during the import of torch: weights are read ahead, and signals wait."""
 
 from __future__ import annotations
 

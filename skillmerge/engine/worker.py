@@ -26,7 +26,7 @@ from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count
 
 Statistics = dict[str, dict[int, BlockStatistics]]
-"""What was measured of each merged tensor, by block."""
+"""Statistics of each merged tensor, by block."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _HALVES = "backslashreplace"
-"""How UTF-8 writes half of a surrogate pair, which JSON can say: as JSON's own escape of it."""
+"""The encoding of half a surrogate pair, which JSON can express: JSON's own escape."""
 
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:

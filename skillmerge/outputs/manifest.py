@@ -208,7 +208,7 @@ class ManifestBody:
         return any(file.sha256 for item in self.inputs for file in item.files)
 
     def as_dict(self) -> dict[str, Any]:
-        """As the JSON has it."""
+        """Return the manifest as JSON data."""
         return {
             "manifest_version": MANIFEST_VERSION,
             "tool": asdict(self.tool),

@@ -62,7 +62,7 @@ class Staging:
         self.files = self.folder / "files"
         self.finished: dict[str, ShardRecord] = {}
         self.sealed = False
-        """Whether an earlier run had called `seal`."""
+        """Whether an earlier run called `seal`."""
         self._complete = self.folder / "complete"
         self._journal = Journal(self.folder / "journal.jsonl")
         with disk_errors(self.folder, "choose another folder with `--output`"):

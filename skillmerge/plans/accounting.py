@@ -81,7 +81,7 @@ def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Where one output tensor comes from. `same`: all sources must hold the same bytes."""
+    """The sources of one output tensor. `same`: all sources must hold the same bytes."""
 
     term: Term
     sources: tuple[Source, ...]
@@ -94,7 +94,7 @@ class Accounts:
     without."""
 
     tensors: Mapping[str, Account]
-    """Of those output tensors that have one: not of nothing, and not of what has a problem."""
+    """Sources of the output tensors that have any, and no problem."""
     problems: tuple[Problem, ...]
     ties: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]

@@ -19,10 +19,10 @@ RUNTIME_BYTES = 300_000_000
 """Resident memory of Python with torch imported, before any work, with room for headers and tables."""
 
 _CUDA_RUNTIME_BYTES = 1_500_000_000
-"""The same with a CUDA context and its libraries: an estimate on the safe side."""
+"""The same with a CUDA context and its libraries; a conservative estimate."""
 
 TILE_BYTES = 2 << 20
-"""Of a tile on the CPU, where memory allows it."""
+"""Bytes of a tile on the CPU, if memory allows."""
 _CUDA_TILE_BYTES = 8 << 20
 _REMOTE_TILE_BYTES = 17 << 20
 """A request over a network costs a round trip: at least 16 MiB are asked for at once."""
@@ -86,7 +86,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
 
 
 def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> Budget:
-    """Of a skill: units have one size, so that only the count of workers is left to choose."""
+    """Choose the number of workers for a skill, whose units have a fixed size."""
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
     # Its inputs; two planes in parts, put together, and waiting to be written; and the masks.
     worker = UNIT * (sum(plan.input_itemsizes) + 10 * itemsize + 2)

@@ -1,4 +1,4 @@
-"""What differs between two plans, in words."""
+"""The differences between two plans, in words."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _tensors(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _coefficients(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """By value before and after, and the layers that have them."""
+    """Yield changed coefficients by value before and after, with their layers."""
     rows = [
         {item["name"]: dict(zip(plan["coefficients"], item["coefficients"], strict=False)) for item in plan["tensors"]}
         for plan in (old, new)

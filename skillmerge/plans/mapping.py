@@ -1,4 +1,4 @@
-"""Where a tensor's elements come from in a model. Knows names and positions, nothing of bytes, files or values."""
+"""The sources of a tensor's elements in a model. Knows names and positions, not bytes, files or values."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def to_bytes(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How models may be reached.
+    """Settings for opening models.
 
     follow_links: links may lead out of a folder. locked: a revision that can change must be in the lock file.
     relock: the lock file is not looked at. download: repositories go through the Hub's cache instead of being

@@ -343,7 +343,8 @@ def _addends(node: Node, skills: Collection[str], sign: int, plain: bool, inside
 
 
 def _sign(scalar: Node) -> int:
-    """Of a number its sign; a coefficient counts as positive, and a sum with one as negative where all of it is."""
+    """Return the sign of a scalar. A coefficient counts as positive; a sum with one is negative only if all of it
+    is."""
     if not names_in(scalar):
         try:
             value = _exact(scalar, {})

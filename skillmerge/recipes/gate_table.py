@@ -22,7 +22,7 @@ PROOFS = ("finite", "loads", "finite_logits")
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What one figure of an output may be.
+    """The required range of one figure of an output.
 
     kind: a key of `gates:`. minimum, maximum: both ends included, except that a default `changed` is more than 0.
     modules: kinds of module, each by itself; empty for the whole model. by: `block` where each layer and kind of module

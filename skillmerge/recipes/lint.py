@@ -65,7 +65,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Lint:
-    """What was found in `files`. strict: whether warnings fail too."""
+    """The findings in `files`. strict: whether warnings fail too."""
 
     files: tuple[str, ...]
     findings: tuple[Finding, ...]
@@ -391,5 +391,5 @@ def _not_one(recipe: Recipe, found: float, wanted: int) -> Finding:
 
 
 _MEANING = (_unused, _hidden_rules, _large_factors, _accidental, _sizes)
-"""What is wrong with a recipe's meaning, whatever else is there: warnings of `plan` and `apply` too."""
+"""Checks of a recipe's meaning, which `plan` and `apply` also report as warnings."""
 _CHECKS = (_models, _same, *_MEANING, _donor, _degrees, _output)

@@ -150,7 +150,7 @@ def _gates(
 
 
 def _check_kind(document: Document, table: RecipeTable) -> None:
-    """What only a model can have, and only a skill."""
+    """Check keys that only models or only skills can have."""
     if table.output.kind == "model" and table.output.compression != "none":
         raise document.error(
             "only a skill can be compressed", document.place(("output", "compression")), "models are read as they are"
@@ -350,7 +350,7 @@ def _check_models(
     patches: Mapping[str, str],
     mistakes: Mistakes,
 ) -> None:
-    """What is named as a model must be one, and of the kind that is needed there."""
+    """Check that every name of a model is one, of the kind that is needed there."""
     for path, written, whole in _uses(table):
         name, place = normalise_name(written), document.place(path)
         with mistakes:

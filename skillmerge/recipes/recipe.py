@@ -35,7 +35,8 @@ class CopyRule:
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """Where on the Hub a model goes. revision: a branch, or None. pull_request: None leaves it to what is there."""
+    """The destination on the Hub. revision: a branch, or None. pull_request: None means if the repository has a
+    model."""
 
     repository: str
     private: bool | None = None
@@ -51,7 +52,7 @@ class Output:
     kind: str
     compression: str
     keep: float | None
-    """Of a skill: the share of each tensor's elements that stays."""
+    """For a skill: the share of each tensor's elements to keep."""
     path: FilePath | None
     like: str | None
     dtype: str
@@ -92,9 +93,9 @@ class Recipe:
     rules_overridden: Mapping[str, int]
     """How many rules of the recipe each of them replaces."""
     settled: str | None = None
-    """Of an earlier plan: its donor."""
+    """The donor of an earlier plan."""
     unwrapped: Mapping[str, tuple[str, ...]] | None = None
-    """Of an earlier plan: the wrappers that are left out of each model's names. None: all that are found."""
+    """The wrappers that an earlier plan left out of each model's names. None: all that are found."""
 
     @property
     def sha256(self) -> str:
@@ -102,7 +103,7 @@ class Recipe:
 
     @property
     def of_command(self) -> bool:
-        """Whether it stands for the words of a command, and is in no file."""
+        """Whether a command line defines it, not a file."""
         return self.document.name.startswith("skillmerge ")
 
     def in_words(self, text: str) -> str:

@@ -14,14 +14,14 @@ from skillmerge.recipes import yamltext
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 SAVED_PLAN = '{\n "ok":'
-"""How a plan that was saved begins, and no recipe."""
+"""How saved plans begin, and no recipe."""
 
 
 RecipeSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 """A recipe's file, `-` for standard input, or what the file would hold as a dict."""
 STANDARD_INPUT = "-"
 _NO_FILE = "recipe"
-"""What a recipe is called that is a dict."""
+"""The name of a recipe that is a dict."""
 
 
 def name_of(source: RecipeSource) -> str:

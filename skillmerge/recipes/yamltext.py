@@ -34,10 +34,10 @@ MAX_BYTES = 256 * 1024
 MAX_NESTING = 20
 MAX_NODES = 20_000
 MAX_DIGITS = 300
-"""Of a whole number: as many as a coefficient can have and still be finite."""
+"""Most digits of a whole number, as many as a finite coefficient can have."""
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
-"""What YAML 1.2 counts as the end of a line; `splitlines` knows more."""
+"""Line ends of YAML 1.2; `splitlines` knows more."""
 
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 """Control characters and halves of characters, which escapes can spell and no path or terminal can take."""
@@ -68,7 +68,7 @@ class Document:
     keys: dict[Path, Place] = field(default_factory=dict)
     values: dict[Path, Place] = field(default_factory=dict)
     by_hand: bool = True
-    """Whether a person wrote the text, so that lines of it mean something to them."""
+    """Whether a person wrote the text, so that messages show its lines."""
 
     def error(self, message: str, place: Place | None, fix: str | None = None) -> RecipeError:
         """Return an error that shows the file, the position, the line itself and a marker under it."""

@@ -32,7 +32,7 @@ from skillmerge.remarks import Remark, warning
 from skillmerge.reporter import Reporter
 
 BASE = "--base"
-"""What the model of that option is called beside the models of a recipe, none of which can have this name."""
+"""The name of the option's model beside those of a recipe, which cannot have this name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is inspected. update: v, as factors of models. pair: (after, before), where v is their difference, or where
-    that is subtracted and v is before - after.
-    against: the model whose weights v is compared with. target, reference: k is their difference.
-    difference: v as a term that is added to `target` (or subtracted), for the forecast."""
+    """The subject of an inspection. update: v, as factors of models. pair: (after, before), where v is their
+    difference, or where that is subtracted and v is before - after. against: the model whose weights v is compared
+    with. target, reference: k is their difference. difference: v as a term that is added to `target` (or subtracted),
+    for the forecast."""
 
     title: str
     checkpoints: Mapping[str, Checkpoint]
@@ -69,12 +69,12 @@ class Subject:
     parts: tuple[Part, ...] = ()
     """The updates that make up v, where there are several: each is seen by itself, and beside each other one."""
     told: str = ""
-    """What v is, for people; by default its factors."""
+    """The update for people [default: its factors]."""
     skills: frozenset[str] = frozenset()
     """Models that are planes of stored skills, whose numbers show nothing of the models before."""
 
     places: Mapping[str, str] = field(default_factory=dict)
-    """Of models that a command named: their places."""
+    """Places of models that a command named."""
 
     def name_of(self, model: str) -> str:
         """Return a model as the person called it who named it."""
@@ -238,7 +238,7 @@ class _Difference:
 
     @property
     def update(self) -> dict[str, float]:
-        """The same, the largest factor being 1."""
+        """The factors, scaled so that the largest is 1."""
         most = max(abs(factor) for factor in self.factors.values())
         return {model: factor / most for model, factor in self.factors.items() if factor}
 

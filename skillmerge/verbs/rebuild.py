@@ -311,7 +311,7 @@ class _ComparedFile:
 
 
 class _ComparedStream:
-    """The same for a file whose size is known only at its end."""
+    """A compared file whose size is known only at its end."""
 
     def __init__(self, path: Path, start: int) -> None:
         self._path, self._position = path, start

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 WORD, NOUN, WRITTEN = "patch", "a sparse patch", "{{patch: {uri}, onto: MODEL}}"
 PATCH_FILE = "delta_metadata.json"
-"""What a patch may have beside its places and values, and no model has."""
+"""A file that only patches have, beside positions and values."""
 
 INDICES, VALUES = ".indices", ".values"
 _FIX = "patches hold places in ascending order, each once, and the new elements of the tensors they are for"
@@ -38,7 +38,7 @@ _FIX = "patches hold places in ascending order, each once, and the new elements 
 
 @dataclass(slots=True)
 class _Change:
-    """What a patch says of one tensor; `starts` says how many places come before each CHUNK elements of it."""
+    """One tensor of a patch; `starts`: how many positions come before each CHUNK elements of it."""
 
     spec: TensorSpec
     indices: StoredTensor
@@ -88,7 +88,7 @@ class Patched(Checkpoint):
         return self._base.cost(tensor)
 
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:
-        """Of the base's file as it would be with the patch in it."""
+        """Return the digest of the base's file with the patch applied."""
         digest = hashlib.sha256(self._base.files[file].described)
         for name in self.files[file].tensors:
             for first in range(0, self.tensors[name].elements, UNIT):

@@ -36,7 +36,7 @@ _MAX_DOCUMENT = 256_000_000
 """Bytes of `skill.json`: 500,000 tensors."""
 
 _MAX_ELEMENTS = 1 << 36
-"""Of one tensor: more than any model has, and few enough to walk through."""
+"""Most units of one tensor: more than any model has, and few enough to iterate over."""
 
 _Parts = Mapping[tuple[str, str], Mapping[int, Mapping[str, StoredTensor]]]
 """Stored parts by tensor and plane, then by unit, then by what they are."""
@@ -79,8 +79,8 @@ def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Difference:
 
 @dataclass(frozen=True, slots=True)
 class _Description:
-    """What `skill.json` says. tensors: name, shape, file, and the dtype of each plane; configs: one for each plane;
-    same: see `Checkpoint`."""
+    """The content of `skill.json`. tensors: name, shape, file, and the dtype of each plane; configs: one for each
+    plane; same: see `Checkpoint`."""
 
     digest: bytes
     tensors: list[tuple[str, tuple[int, ...], str, tuple[str, str]]]

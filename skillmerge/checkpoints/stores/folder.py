@@ -21,11 +21,11 @@ from skillmerge.checkpoints.store import Stat, Wait, Where, nothing_to_wait_for
 from skillmerge.errors import InputError, ResourceError, StalePlan, is_machine, unreadable, unusable
 
 _MAX_DEPTH = 2
-"""How many folders deep side files are looked for."""
+"""Depth of folders in which side files are searched."""
 
 
 class FileIdentity(NamedTuple):
-    """What tells an unchanged local file from a changed one without reading it again.
+    """Return the version of a local file, which shows changes without rereading it.
 
     Not its inode: some FUSE filesystems have another number for it at every look.
     """
@@ -179,7 +179,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _license(card: Path) -> str | None:
-    """From the first lines of a model card: its metadata."""
+    """Return the license from the metadata of a model card."""
     try:
         if not card.is_file():  # opening a FIFO would block
             return None

@@ -43,7 +43,7 @@ from huggingface_hub.utils import (
 from skillmerge.errors import InputError, ResourceError, SkillmergeError, TemporaryError
 
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
-"""What every error of the HTTP library derives from, whichever library this huggingface_hub is built on."""
+"""The base class of the HTTP library's errors, whichever library this huggingface_hub uses."""
 
 TRIES = 6
 FIRST_WAIT = 1.0

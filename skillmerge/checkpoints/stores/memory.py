@@ -1,4 +1,4 @@
-"""What is held in memory: files, as a store; and the tensors of a checkpoint, which are then read from there."""
+"""Files in memory, as a store; and checkpoints whose tensors are kept in memory."""
 
 from __future__ import annotations
 

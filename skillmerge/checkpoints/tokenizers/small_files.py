@@ -13,7 +13,7 @@ MAX_BYTES = 64 << 20
 """Vocabularies of 260,000 tokens take 35 MB."""
 
 MOST_FETCHED = 5
-"""How many files of a remote model are fetched for the comparison."""
+"""Most files of a remote model that are fetched for the comparison."""
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""How a tokenizer cuts text, in one form: what libraries save in several ways is the same here.
+"""How a tokenizer splits text, in one normal form for what libraries save in several ways.
 
 Knows the parts of the `tokenizers` library's JSON (normalizer, pre-tokenizer, merges, scores) and their defaults;
 fields that change offsets alone are left out.

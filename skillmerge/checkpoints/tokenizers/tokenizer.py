@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """What the files of a model say of its tokens.
+    """The tokenizer that a model's files describe.
 
     file: the vocabulary's, or "" if there is none. tokens: id -> text, empty if that is not known.
     tokenization: how text is cut, as far as it is known (`tokenization.tokenization`).

@@ -197,4 +197,4 @@ ACTIONS = {
     "compute": "computed, rounded once",
     "zero": "nothing",
 }
-"""What a plan does with a tensor, in words."""
+"""Actions of a plan, in words."""

@@ -26,7 +26,7 @@ _ONE_UPDATE = ("elements", "changed", "above_absolute", "above_relative", "norm"
 _ROUNDING = ("input_rounding", "input_rounding_added")
 _BRIEF = ("elements", "changed", "norm", "norm_ratio", "energy")
 _LEAST = ("tensors", "elements", "matrices", "above 1e-5")
-"""What a narrow terminal does without first."""
+"""Columns that a narrow terminal drops first."""
 _EACH = ("changed", "norm", "norm_ratio", *_ROUNDING)
 _PAIR = ("cosine", "cosine_z_signs", "conflict", "overlap", "overlap_chance", "updates_ratio")
 _CHANCE = """\

@@ -1,4 +1,4 @@
-"""What lint found, as SARIF 2.1.0 (OASIS), which code hosts and editors show beside the lines.
+"""Findings of lint as SARIF 2.1.0 (OASIS), which code hosts and editors show beside the lines.
 
 Knows the format and nothing about recipes. Files are named relative to the working folder, which is taken to be the
 root of the sources (`%SRCROOT%`); a file outside of it by its whole address.

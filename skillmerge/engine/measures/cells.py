@@ -65,7 +65,7 @@ class Cell:
 
     @property
     def is_measured(self) -> bool:
-        """Whether enough elements with an update were looked at."""
+        """Whether enough elements with an update were measured."""
         return self.updated >= LEAST and self.group.realised is not None
 
     @property
@@ -149,6 +149,6 @@ def _error(rows: Iterable[tuple[Row, float | None]], realised: float | None) -> 
 
 
 def worst(found: Iterable[Cell]) -> Cell | None:
-    """Of cells that are off, the one whose effective share is furthest from 1; None if there is none."""
+    """Return the cell that is furthest off, or None if none is off."""
     off = [cell for cell in found if cell.is_off]
     return max(off, key=lambda cell: abs((cell.group.realised or 0.0) - 1), default=None)

@@ -34,7 +34,7 @@ _MANTISSAS = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
 
 @dataclass(frozen=True, slots=True)
 class Grain:
-    """What a run of one model's elements shows of its precision. dtype: in which it is stored; used: mantissa bits that
+    """The precision that a run of one model's elements shows. dtype: as stored; used: mantissa bits that
     any element has; powers: the sum of 4^exponent. Runs of a tensor add up."""
 
     dtype: str
@@ -82,7 +82,7 @@ def precision_of(grain: Grain) -> str:
 
 
 def told_precision(grain: Grain) -> str:
-    """For people: `bfloat16`, or `bfloat16 in float32`."""
+    """Describe a precision for people: `bfloat16`, or `bfloat16 in float32`."""
     precision = precision_of(grain)
     return precision if precision == grain.dtype else f"{precision} in {grain.dtype}"
 
@@ -103,7 +103,7 @@ class InputRounding:
 
 
 def input_rounding(grains: Mapping[str, Grain], factors: Mapping[str, float]) -> InputRounding:
-    """Of the update of one tensor, which is the sum of each model's elements times its factor."""
+    """Compute the rounding of one tensor's update, the sum of each model's elements times its factor."""
     errors = {model: factors[model] ** 2 * squared_error(grain) for model, grain in grains.items()}
     return InputRounding(
         math.fsum(errors.values()),

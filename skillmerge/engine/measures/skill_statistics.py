@@ -17,8 +17,8 @@ from skillmerge.tensors import DTYPES, format_bytes
 
 @dataclass(frozen=True, slots=True)
 class SkillGroup:
-    """What of a stored skill one kind of module has, or all. changed: the share of elements; relative_error: the norm
-    of what rounding lost, of the norm of the update.
+    """Statistics of a stored skill for one kind of module, or all. changed: the share of elements; relative_error: the
+    norm of what rounding lost, of the norm of the update.
 
     input_rounding: the norm that is to be expected of what rounding took from the models before, of the update's;
     input_rounding_added: of the added models alone. None if nothing is known of the models.
@@ -40,14 +40,14 @@ class SkillGroup:
 
     @property
     def shown(self) -> tuple[str, str, str]:
-        """For people: changed, norm, and how large it is when it is stored."""
+        """The figures for people: changed, norm, and stored size."""
         return percent(self.changed), number(self.norm), format_bytes(self.bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class SkillStatistics:
-    """What a stored skill has, by module kind and in all. input_precisions: of its models' numbers; large: matrices
-    whose update is implausibly large, and its norm as a share of that of what was subtracted."""
+    """Statistics of a stored skill, by module kind and in total. input_precisions: of its models' numbers; large:
+    matrices whose update is implausibly large, and its norm as a share of that of what was subtracted."""
 
     mode: str
     modules: dict[str, SkillGroup]
@@ -68,7 +68,7 @@ class SkillStatistics:
 
 @dataclass(frozen=True, slots=True)
 class SkillInput:
-    """What a tensor of a skill was made of. weights: sum of squares of what was subtracted; of_all, of_added and
+    """The inputs of a skill's tensor. weights: sum of squares of what was subtracted; of_all, of_added and
     precisions: see `InputRounding`. A sum is None if it is not a number that JSON has."""
 
     weights: float | None

@@ -17,7 +17,7 @@ LARGE = 0.3
 
 _NOT_JUDGED = ("norm", "embedding", "head")
 NAME = "update-size"
-"""What `accept` in a recipe calls such a warning."""
+"""The warning's name for `accept` in a recipe."""
 
 
 def too_large(ratios: Iterable[tuple[str, Sequence[int], float | None]]) -> dict[str, float]:

@@ -44,7 +44,7 @@ _LEFT = {
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why tensors have no partner. help: what to do, or None; rename: the model's line in the recipe, to be pasted."""
+    """A cause why tensors have no partner. help: what to do, or None; rename: the model's line for the recipe."""
 
     message: str
     help: str | None = None

@@ -1,4 +1,4 @@
-"""How much of a model the formula changes, and how much of it rules take out of the formula."""
+"""The share of a model that the formula changes, and the share that rules take out of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Shares:
 
     @property
     def share(self) -> float:
-        """Of the donor's parameters, those of tensors that the formula changes."""
+        """The share of the donor's parameters that the formula changes."""
         return self.merged / max(self.whole, 1)
 
     def doubt(self, recipe: Recipe) -> Remark | None:

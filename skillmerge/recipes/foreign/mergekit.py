@@ -25,7 +25,7 @@ _KNOWN = {
 }
 _DTYPES = ("bfloat16", "float16", "float32")
 _WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n", "nan", "inf"}
-"""What some version of YAML reads as something else than a text."""
+"""Words that some version of YAML does not read as text."""
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*|(?:hf://)?[A-Za-z0-9_./][A-Za-z0-9_.-]*/[A-Za-z0-9_./@-]*")
 

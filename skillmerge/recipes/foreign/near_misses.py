@@ -1,4 +1,4 @@
-"""What people write in a recipe that is nearly its grammar, and the lines that they meant.
+"""Common mistakes in recipes, and the lines that were probably meant.
 
 Knows the text's data and the names of keys; never reads a model.
 """

@@ -1,4 +1,4 @@
-"""What people write in a recipe that means something elsewhere, and what it is here: numbers, words, signs, methods.
+"""Words of other tools, and their spelling here: numbers, words, signs, methods.
 
 Tables of data. Knows text only.
 """

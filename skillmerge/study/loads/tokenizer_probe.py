@@ -30,7 +30,7 @@ _LIBRARIES = {
     "sentencepiece": "sentencepiece", "tiktoken": "tiktoken", "protobuf": "google", "blobfile": "blobfile",
     "jinja": "jinja2", "mistral-common": "mistral_common", "sacremoses": "sacremoses", "fugashi": "fugashi",
 }  # fmt: skip
-"""What tokenizers of transformers may need beside it: in its messages, and the module."""
+"""Libraries that tokenizers of transformers may need: the name in messages, and the module."""
 _SHOWN = 8
 _MEDIA = re.compile(r"<\|?/?(?:image|video|audio|vision|img|speech)(?:[^\W\d]|[ -])*\|?>", re.IGNORECASE)
 """Tokens that stand for a medium as a whole. Those with numbers are codes of it, which a model reads and writes."""
