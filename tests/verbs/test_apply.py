@@ -176,7 +176,7 @@ def test_leftovers_of_another_recipe_are_dropped_and_said_so(server: MergeServer
     wanted = reference(server, other)
     done = run_cli("apply", other)
     assert done.returncode == 0
-    assert "another plan was found and dropped" in done.stderr
+    assert "dropped an unfinished run of another plan" in done.stderr
     assert_finished(wide.parent / "merged", wanted)
 
 
