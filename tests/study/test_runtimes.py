@@ -278,7 +278,7 @@ def test_verify_and_the_gate_with_a_runtime(
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[1:] == [
         "loaded as LlamaForCausalLM: no missing, unexpected or mismatched keys; finite output",
-        "loaded in vLLM 0.0-fake: all of 8 tokens are those of transformers, in bfloat16",
+        "loaded in vLLM 0.0-fake: all of 8 tokens match transformers, in bfloat16",
         "note: no tokenizer files; no tokenizer was loaded",
     ]
     gates = tmp_path / "gates.yaml"

@@ -225,8 +225,8 @@ def test_skills_on_the_hub_are_told_from_models(skills: Path, hub: HubServer) ->
 def test_what_does_not_go_together_is_told(skills: Path) -> None:
     recipe = write_recipe(skills, "target + m - base", models={k: v for k, v in MODELS.items() if k != "c"})
     for names, message in (
-        (("math", "code-rl"), "math is a skill, and .*code-rl is none"),
-        (("math-rl", "code"), "code is a skill, and .*math-rl is none"),
+        (("math", "code-rl"), "math is a skill, and .*code-rl is not"),
+        (("math-rl", "code"), "code is a skill, and .*math-rl is not"),
         (("math", "math"), "the same skill is named twice"),
         (("base", "math-rl", "code-rl"), "3 models: "),
         ((recipe.name, "math"), "is a file: a recipe is inspected alone"),

@@ -205,8 +205,10 @@ def test_ids_that_do_not_come_again_are_wrong(save: Save) -> None:
     config = folder / "config.json"
     config.write_text(json.dumps({"model_type": "mistral"}))  # of a type whose tokenizer is taken as it is stored
     why = probe(folder, None)["why"]
-    assert why.startswith("it writes the ids of 'The capital of France is Paris.' as 'TheĠcapitalĠofĠFranceĠisĠParis.'")
-    assert "which has other ids: " in why
+    assert why.startswith(
+        "it decodes the ids of 'The capital of France is Paris.' to 'TheĠcapitalĠofĠFranceĠisĠParis.'"
+    )
+    assert "which has different ids: " in why
 
 
 def test_chat_template_that_fails_is_wrong(save: Save) -> None:
@@ -305,10 +307,10 @@ def test_no_files_and_code_of_its_own_are_notes(save: Save) -> None:
 @pytest.mark.parametrize(
     ("template", "note"),
     [
-        ("{{ raise_exception('no system') }}", "does not take one plain turn of a user: no system"),
-        ({"tool_use": CHAT}, "does not take one plain turn of a user: This model has multiple chat templates with no"),
-        ("<|user|>", "leaves out what the user says"),
-        ("{{ '' }}", "leaves out what the user says"),
+        ("{{ raise_exception('no system') }}", "rejects one plain user turn: no system"),
+        ({"tool_use": CHAT}, "rejects one plain user turn: This model has multiple chat templates with no"),
+        ("<|user|>", "omits the user's message"),
+        ("{{ '' }}", "omits the user's message"),
     ],
 )
 def test_chat_template_for_other_turns_is_a_note(save: Save, template: Any, note: str) -> None:
@@ -359,11 +361,11 @@ def test_tokenizer_that_knows_none_of_the_texts_is_a_note(save: Save) -> None:
     model = {"type": "WordLevel", "vocab": {"<unk>": 0, "MKV": 1}, "unk_token": "<unk>"}
     folder = edit(save(word_piece, "mistral"), model=model)
     assert probe(folder, None)["notes"] == [
-        "no text was decoded and encoded: each has something that the tokenizer does not know"
+        "no text was decoded and encoded: each contains something unknown to the tokenizer"
     ]
     folder = edit(folder, model={"type": "BPE", "vocab": {"~": 0}, "merges": []})  # it leaves out what it does not know
     assert probe(folder, None)["notes"] == [
-        "no text was decoded and encoded: each has something that the tokenizer does not know"
+        "no text was decoded and encoded: each contains something unknown to the tokenizer"
     ]
 
 
@@ -413,7 +415,7 @@ def test_special_token_that_is_read_as_letters_is_a_note(
     encode = made.encode
     monkeypatch.setattr(made, "encode", lambda text, **keys: encode(text.replace("<|end|>", "<|en d|>"), **keys))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *rest, **keys: made)
-    assert probe(folder, None)["notes"] == ["special tokens are read as several tokens each: <|end|>"]
+    assert probe(folder, None)["notes"] == ["special tokens are encoded as several tokens each: <|end|>"]
 
 
 # ------------------------------------------------------------------------------------------------- as a person meets it
@@ -431,7 +433,7 @@ def recipe(families: Callable[[str], Path], save: Save, tmp_path: Path) -> Path:
 
 def test_verify_and_the_gate_refuse_tokens_without_rows(recipe: Path) -> None:
     tokens = len(json.loads((recipe.parent / "target" / "tokenizer.json").read_text())["model"]["vocab"])
-    why = f"its tokenizer is not sound: {tokens - 64} of its {tokens} tokens have ids beyond the embedding's 64 rows"
+    why = f"its tokenizer is broken: {tokens - 64} of its {tokens} tokens have ids beyond the embedding's 64 rows"
     output = recipe.parent / "merged"
     assert run_cli("apply", recipe).returncode == 0
     process = run_cli("verify", output, "--load")
@@ -484,7 +486,7 @@ def test_sound_tokenizer_is_shown(save: Save, families: Callable[[str], Path], t
     assert process.stdout.splitlines()[1:] == [
         "loaded as LlamaForCausalLM: no missing, unexpected or mismatched keys; finite output",
         f"tokenizer TokenizersBackend: {tokens} tokens for {tokens + 7} rows; "
-        "7 texts give the same ids when written and read again",
+        "7 texts decode and encode to the same ids",
     ]
     process = run_cli("verify", tmp_path / "merged", "--load=transformers", "--json")
     assert json.loads(process.stdout)["load"]["tokenizer"] == {
@@ -493,6 +495,6 @@ def test_sound_tokenizer_is_shown(save: Save, families: Callable[[str], Path], t
 
 
 def test_unsound_tokenizer_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckFailed, match="x: its tokenizer is not sound: y"):
+    with pytest.raises(CheckFailed, match="x: its tokenizer is broken: y"):
         check_tokenizer(Path("x"), {"tokenizer": {"notes": [], "why": "y"}})
     assert write_family(tmp_path)

@@ -236,7 +236,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     applying = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
     assert extracting < 700e6
     assert applying < 500e6
-    with pytest.raises(ResourceError, match="too small"):
+    with pytest.raises(ResourceError, match="too low"):
         skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "m", memory_limit=300_000_000)
 
 

@@ -38,7 +38,7 @@ EXTRACTED = {
         "error: 1 problem between the models:\n"
         "rope base: `old` has 10,000, `./rope` 1,000,000: the update was trained for other positions than the output "
         "computes\n"
-        "help: to accept what was found, once you have looked at it: --accept rope\n"
+        "help: after checking, to accept these differences: --accept rope\n"
     ),
     "bias": (
         "error: 1 problem between the models:\n"
