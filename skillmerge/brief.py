@@ -1,7 +1,8 @@
-"""The short repr of results: their fields on one line, however much they hold. Knows nothing of what is in them."""
+"""How results show themselves: a short repr on one line, and HTML in notebooks. Knows nothing of what is in them."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import fields
 from pathlib import PurePath
@@ -18,6 +19,15 @@ def brief(result: Any) -> str:
     """
     values = (f"{field.name}={_value(getattr(result, field.name))}" for field in fields(result))
     return f"{type(result).__name__}({', '.join(values)})"
+
+
+def drawn(result: Any) -> str:
+    """Return a result as a small piece of HTML. Use it as `_repr_html_ = drawn`, which notebooks call.
+
+    What draws is above all results, and is imported by name when a notebook asks.
+    """
+    html: str = importlib.import_module("skillmerge.cli.show.report.notebook").fragment(result)
+    return html
 
 
 def _value(value: Any) -> str:

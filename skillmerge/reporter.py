@@ -1,10 +1,12 @@
 """The reporter of a run: warnings, notes, progress, and events for programs.
 
-This one is silent; `messages` has the one for terminals and logs. Knows nothing about the content.
+The one here is silent; `messages` has those for terminals, logs and notebooks. Knows nothing about the content.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,3 +45,15 @@ class Reporter:
         doing: what is being done, where that is not what the whole run does.
         """
         yield lambda done: None
+
+
+def default_reporter(doing: str = "merging", unit: str = "B") -> Reporter:
+    """Return the reporter of a call that names none: progress and messages in a notebook, nothing in a script.
+
+    doing, unit: of the bar, as in `TerminalReporter`.
+    """
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if type(shell).__name__ != "ZMQInteractiveShell":
+        return Reporter()
+    made: Reporter = importlib.import_module("skillmerge.cli.messages").NotebookReporter(doing, unit)
+    return made

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.outputs.trials import Trial, tried
 from skillmerge.plans.budget import free_disk, free_memory
 from skillmerge.threads import cores
@@ -73,6 +73,7 @@ class Diagnosis:
     trials: tuple[Trial, ...] = ()
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         facts = {name: dict(facts) for name, facts in self.sections.items()}

@@ -1,4 +1,4 @@
-"""Messages and progress on stderr: text for people, JSON lines with `--log-format json`; a tqdm bar on a terminal."""
+"""Messages and progress on stderr: text for people, JSON lines with `--log-format json`; a tqdm bar where it moves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -132,7 +133,9 @@ class TerminalReporter(Reporter):
 
     @contextmanager
     def _tqdm(self, total: int, doing: str) -> Iterator[Callable[[int], None]]:
-        from tqdm import tqdm
+        with warnings.catch_warnings():  # a notebook without widgets has a bar of text
+            warnings.simplefilter("ignore")
+            from tqdm.auto import tqdm
 
         scale, unit = self.unit == "B", self.unit if self.unit == "B" else f" {self.unit}"
         with tqdm(total=total, unit=unit, unit_scale=scale, desc=doing, file=sys.stderr, leave=False) as bar:
@@ -140,6 +143,18 @@ class TerminalReporter(Reporter):
             def show(done: int) -> None:
                 bar.update(done - bar.n)
 
+            yield show
+
+
+class NotebookReporter(TerminalReporter):
+    """Messages below a cell, and a bar that moves, with widgets where there are any."""
+
+    def __init__(self, doing: str = "merging", unit: str = "B") -> None:
+        super().__init__(quiet=False, verbose=False, doing=doing, unit=unit)
+
+    @contextmanager
+    def bar(self, total: int, doing: str | None = None) -> Iterator[Callable[[int], None]]:
+        with self._tqdm(total, doing or self.doing) as show:
             yield show
 
 

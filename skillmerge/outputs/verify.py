@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds import skill
 from skillmerge.checkpoints.kinds.table import open_folder
@@ -28,7 +28,7 @@ from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.errors import CheckFailed, InputError, ResourceError, StalePlan, is_machine, some, unusable
 from skillmerge.outputs.manifest import File, Manifest, ManifestBody, Tensor
 from skillmerge.outputs.output import Output
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.tensors import BLOCK, DTYPES, StoredTensor, TensorSpec
 from skillmerge.threads import hash_file, in_threads
 
@@ -53,6 +53,7 @@ class Verdict:
     signature: Mapping[str, Any] | None = None
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -86,7 +87,7 @@ def verify_files(
     folder: str | os.PathLike[str], *, allow_nonfinite: bool = False, reporter: Reporter | None = None
 ) -> Verdict:
     """Check every file of an output. Raises CheckFailed with the first difference, UsageError if there is no folder."""
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("verifying")
     with checked(reporter, "manifest"):
         output = Output.open(folder)
     root, proof = output.folder, output.manifest

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Naming
 from skillmerge.errors import InputError, SkillmergeError, UsageError
 from skillmerge.methods.linear import Program
@@ -108,6 +108,7 @@ class Plan:
     """The digest of what decides the output's bytes: it stays where only words of the recipe change, or its gates."""
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     @property
     def makes_skill(self) -> bool:

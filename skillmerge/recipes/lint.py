@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.missing import meant, missing
 from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.errors import Place, RecipeError, SkillmergeError, UsageError, did_you_mean
@@ -72,6 +72,7 @@ class Lint:
     strict: bool = False
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     @property
     def ok(self) -> bool:

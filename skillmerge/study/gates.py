@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.schemes import is_path, local_folder
 from skillmerge.engine.measures.cells import LEAST, SIGMAS, Cell, cells, rows_of, together
@@ -29,7 +29,7 @@ from skillmerge.plans.plan import Plan
 from skillmerge.recipes.expression import normalise_name
 from skillmerge.recipes.gate_table import GATE_FIGURES, Gate
 from skillmerge.recipes.parse import load_gates
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.inspect import inspect_merge
 from skillmerge.study.loads.generation import TOKENS
 from skillmerge.study.loads.loading import check_generation, check_tokenizer, load, loads_whole, need
@@ -49,6 +49,7 @@ class GateReport:
     outcomes: tuple[Outcome, ...]
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     @property
     def ok(self) -> bool:
@@ -369,7 +370,7 @@ def gate(
     have moved. Raises UsageError, RecipeError, CheckFailed if it is no sound output; a gate that does not hold
     is in what is returned, not raised.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("measuring")
     output = Output.open(folder)
     root = output.folder
     check_structure(root, output.manifest)

@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.schemes import is_path
 from skillmerge.engine.measures.input_rounding import input_warning
@@ -30,7 +30,7 @@ from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.recipes.source import RECIPE_SUFFIXES, STANDARD_INPUT, RecipeSource, name_of
 from skillmerge.remarks import Remark
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.forecast import Forecaster, plain
 from skillmerge.study.subjects import (
     BASE,
@@ -91,6 +91,7 @@ class Inspection:
     """Warnings about the updates."""
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     @property
     def notes(self) -> list[str]:
@@ -140,7 +141,7 @@ def inspect(
     Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError.
     """
     check_words(threads=threads, stats=stats, spectral=spectral, hub=hub)
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("inspecting")
     access = Access(follow_links, locked, download=hub == "download")
     places = [name_of(source), *(os.fspath(place) for place in (other, *more) if place is not None)]
     if _is_recipe(source, alone=len(places) == 1):
@@ -205,7 +206,7 @@ def inspect_merge(
     reporter: Reporter | None = None,
 ) -> Inspection:
     """Measure the updates of a merge whose models are open. base: where what its target was trained from is."""
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("inspecting")
     extra = open_named({"base": base}, access, reporter) if base is not None else {}
     try:
         subject = subject_of_recipe(plan, {**checkpoints, **({BASE: extra["base"]} if extra else {})})

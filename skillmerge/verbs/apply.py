@@ -29,7 +29,7 @@ from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.side_files import SideFile, fetch
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import RecipeSource
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.gates import GateFailed, GateInput, check, prepare
 from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
@@ -82,7 +82,7 @@ def apply(
     commits to use for revisions on the Hub. expected: a manifest that the output must equal, except its environment.
     Raises a subclass of SkillmergeError for each kind of failure; see `skillmerge.errors`.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter()
     reporter.event("started", skillmerge=__version__, recipe=source_name(recipe))
     check_words(device=device, threads=threads, memory_limit=memory_limit, stats=stats, hub=hub)
     if keep_failed and no_local:

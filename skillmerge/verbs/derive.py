@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError
@@ -49,6 +49,7 @@ class Derived:
     chance: float | None = None
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -17,7 +17,7 @@ from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError, machine_errors
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.tensors import UNIT
 from skillmerge.threads import in_threads
 from skillmerge.verbs.apply import merge
@@ -62,7 +62,7 @@ def extract(
     made = {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none", "keep": keep}
     accepting = {"accept": list(accept)} if accept else {}  # left out, the text is that of earlier versions
     recipe = recipe_of(models, "rl - sft", made, "skillmerge extract", ignore=list(ignore), **accepting)
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("extracting")
     reporter.event("started", skillmerge=__version__, recipe=recipe.document.name)
     return merge(
         recipe,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError
@@ -19,7 +19,7 @@ from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.source import RecipeSource
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.gates import prepare
 from skillmerge.verbs.target import is_done, output_folder
 
@@ -37,6 +37,7 @@ class Preview(Plan):
     strict: bool = False
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     @property
     def ok(self) -> bool:
@@ -83,7 +84,7 @@ def plan(
     Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError; ResourceError if memory or disk are
     too small for it.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter()
     check_words(threads=threads, memory_limit=memory_limit)
     before = saved.read(diff) if diff is not None else None
     made = _make(recipe, coefficients, Access(follow_links, locked, relock=lock, allow_code=allow_code), reporter)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Work, check_words, handed
@@ -32,7 +32,7 @@ from skillmerge.plans import saved
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.plans.side_files import SideFile, fetch
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.tensors import DTYPES, StoredTensor
 from skillmerge.threads import hash_file
 from skillmerge.verbs.apply import merge
@@ -50,6 +50,7 @@ class Rebuilt:
     output: Path | None = None
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         output = str(self.output) if self.output is not None else None
@@ -101,7 +102,7 @@ def rebuild(
         )
     check_words(sample=sample, seed=seed, device=device, threads=threads, memory_limit=memory_limit, hub=hub)
     base = Path(base_folder) if base_folder is not None else None
-    how = How(base, Work(device, threads, memory_limit), follow_links, hub, reporter or Reporter())
+    how = How(base, Work(device, threads, memory_limit), follow_links, hub, reporter or default_reporter("rebuilding"))
     if output is not None:
         return rebuild_into(folder, output, how)
     return check_rebuild(folder, sample=sample, seed=operator.index(seed), how=how)

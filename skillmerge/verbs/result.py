@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.outputs.manifest import Manifest
 from skillmerge.outputs.output import Outcome
 from skillmerge.plans.plan import Plan
@@ -35,6 +35,7 @@ class Result:
     warnings: Sequence[str] = ()
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         plan = self.plan

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from skillmerge.outputs.proof.sign import Signature, verify_signature
 from skillmerge.outputs.verify import Verdict, checked, verify_files
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.loads.loading import asked_runtimes, check_load, need
 from skillmerge.verbs.extract import check_parent
 
@@ -83,5 +83,5 @@ def verify_signed(
 def _loaded(verdict: Verdict, runtimes: Sequence[str], reporter: Reporter | None) -> Verdict:
     if not runtimes:
         return verdict
-    with checked(reporter or Reporter(), f"loads in {' and '.join(runtimes)}"):
+    with checked(reporter or default_reporter("verifying"), f"loads in {' and '.join(runtimes)}"):
         return replace(verdict, load=check_load(verdict.folder, runtimes))

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import html
 import json
 import re
-import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM
 from conftest import random_tensors, run_cli, write_checkpoint, write_family, write_recipe
 
 import skillmerge
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL
 from skillmerge.cli.show.report.charts import _ticks
+from skillmerge.cli.show.report.heat_maps import HeatMap, draw
+from skillmerge.cli.show.report.html import prose, without_paths
 from skillmerge.cli.show.report.page import build
+from skillmerge.outputs.manifest import MANIFEST_FILE
 from skillmerge.plans.depth import number
+from skillmerge.remarks import Remark
 from skillmerge.study import spectrum
 from skillmerge.study.inspect import _groups, inspect
 from skillmerge.study.update_metrics import Pair, Update, describe_all
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LISTEN = "<script>window.problems = []; addEventListener('error', (event) => problems.push(event.message));</script>"
 TRY = """<script>
 const table = document.querySelector("table.sortable"), rows = () => [...table.tBodies[0].rows];
@@ -60,17 +65,23 @@ document.body.append(out);
 </script>"""
 
 
+SECRET = "ada-the-user"
+"""A part of every path on this machine: a user's name, as in `/home/NAME`."""
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The reports of inspect, plan and apply of one recipe."""
-    folder = tmp_path_factory.mktemp("pages")
+    folder = tmp_path_factory.mktemp("pages") / SECRET
+    folder.mkdir()
     shapes = {"model.embed_tokens.weight": (64, 16), "lm_head.weight": (64, 16), "model.norm.weight": (16,)}
     for layer in range(6):
         for part, shape in (("self_attn.q_proj", (16, 16)), ("mlp.up_proj", (64, 16)), ("input_layernorm", (16,))):
             shapes[f"model.layers.{layer}.{part}.weight"] = shape
     write_family(folder, shapes)
     rules = [{"layers": "0-2", "value": 0.5}, {"modules": "norm", "value": 0.0}]
-    recipe = write_recipe(folder, coefficients={"lam": {"default": 1.0, "rules": rules}})
+    models = {name: str(folder / name) for name in ("target", "rl", "sft")}
+    recipe = write_recipe(folder, models=models, coefficients={"lam": {"default": 1.0, "rules": rules}})
     for command in ("inspect", "plan", "apply"):
         process = run_cli(command, recipe, "--report", folder / f"{command}.html")
         assert process.returncode == 0, process.stderr
@@ -93,15 +104,108 @@ def test_report_says_what_it_should(pages: dict[str, Path]) -> None:
         assert figure.label in text
         assert figure.formula in text
         assert figure.meaning in text
-    wanted = ["target + lam * (rl - sft)", "target - sft", "What rounding will do", "they do not predict"]
+    wanted = ["target + lam * (rl - sft)", "target - sft", "Forecast of rounding", "they do not predict"]
     for told in (*wanted, '"layers": "0-2"', "← 9 tensors", "← 7 tensors"):
         assert told in text, told
     plan = pages["plan"].read_text()
-    assert "lam, as asked" in plan
+    assert "lam, as requested" in plan
     assert "what happens" in plan
     done = pages["apply"].read_text()
-    assert "What rounding did" in done
-    assert "realised, of asked" in done
+    assert "Effect of rounding" in done
+    assert "effective / requested λ" in done
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "apply"])
+def test_report_has_no_path_of_the_machine(pages: dict[str, Path], command: str) -> None:
+    text = html.unescape(pages[command].read_text())
+    for private in (SECRET, str(pages[command].parent), str(Path.home()), tempfile.gettempdir()):
+        assert private not in text
+
+
+def test_report_begins_with_provenance_and_headlines(pages: dict[str, Path]) -> None:
+    text = pages["apply"].read_text()
+    assert "<title>Merge of recipe.yaml · skillmerge</title>" in text
+    manifest = (pages["apply"].parent / "merged" / MANIFEST_FILE).read_bytes()
+    facts = dict(re.findall(r"<div><dt>(.*?)<dd>(.*?)</div>", text))
+    assert list(facts) == [
+        "expression", "target (donor)", "rl", "sft", "date", "device", "manifest sha256", "skillmerge",
+    ]  # fmt: skip
+    assert facts["expression"] == "<code>target + lam * (rl - sft)</code>"
+    assert facts["manifest sha256"] == f"<code>{hashlib.sha256(manifest).hexdigest()}</code>"
+    assert (facts["device"], facts["skillmerge"]) == ("cpu", skillmerge.__version__)
+    for command, labels in {
+        "plan": ["merged", "read", "warnings"],
+        "apply": ["effective λ", "lost", "changed"],
+        "inspect": ["changed", "in mlp", "cosine", "effective λ"],
+    }.items():
+        cards = re.findall(r"<li><b>([^<]+)</b> <span>([^<]+)</span><p>(.*?)(?=<li>|</ul>)", pages[command].read_text())
+        assert [label for _, label, _ in cards] == labels
+        assert all(figure in sentence or figure == "0" for figure, _, sentence in cards)
+
+
+def test_models_of_the_hub_are_shown_with_their_commits(family: Path) -> None:
+    made = skillmerge.plan(family)
+    inputs = [dataclasses.replace(item, uri=f"hf://acme/{item.name}", revision="0123456789abcdef" * 2)
+              for item in made.inputs]  # fmt: skip
+    text = build(plan=dataclasses.replace(made, inputs=tuple(inputs)))
+    assert "<dt>rl<dd>hf://acme/rl at <code>0123456789ab</code></div>" in text
+
+
+def test_inspections_without_a_recipe_are_called_after_their_models(family: Path) -> None:
+    found = inspect(family.parent / "sft", family.parent / "rl")
+    assert "<h1>Inspection from …/sft to …/rl</h1>" in build(inspection=found)
+
+
+def test_a_warning_comes_with_its_fix(family: Path) -> None:
+    made = skillmerge.plan(family)
+    warned = dataclasses.replace(made, warnings=(Remark("warning", "`lam` is odd", "set `lam` to 1"),))
+    assert (
+        '<li class="warning"><b>warning</b> <code>lam</code> is odd<br><b>help</b> set <code>lam</code> to 1'
+        in build(plan=warned)
+    )
+    assert "<b>1</b> <span>warning</span><p>1 warning needs attention." in build(plan=warned)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/ada/models/sft", "…/sft"),
+        ("`/home/ada/my models/sft` is missing", "`…/sft` is missing"),
+        ("~/models/sft, file:///data/x/y; (/a/b/c)", "…/sft, …/y; (…/c)"),
+        ("hf://acme/rl and https://huggingface.co/acme/rl", "hf://acme/rl and https://huggingface.co/acme/rl"),
+        ("||v|| / ||w||, k / rows, ./rl, and/or", "||v|| / ||w||, k / rows, ./rl, and/or"),
+        ('{"rl": "/data/a b/rl", "x": "/y/z"}', '{"rl": "…/rl", "x": "…/z"}'),
+    ],
+)
+def test_paths_are_cut_to_their_last_part(text: str, shown: str) -> None:
+    assert without_paths(text) == shown
+
+
+def test_backticks_become_code(pages: dict[str, Path]) -> None:
+    assert prose("`lam` is <1, not `2`: a lone ` stays") == (
+        "<code>lam</code> is &lt;1, not <code>2</code>: a lone &#96; stays"
+    )
+    for page in pages.values():
+        assert "`" not in re.sub(r"<script>.*?</script>|<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL)
+
+
+def test_a_map_of_shares_of_lambda_has_no_color_at_1() -> None:
+    values = {("model.layers 0", "mlp"): 1.0, ("model.layers 1", "mlp"): 0.8, ("model.layers 2", "mlp"): 1.1}
+    text = draw(HeatMap("effective λ / requested λ", "", values, center=1.0, off={("model.layers 1", "mlp")}))
+    assert re.findall("<th scope=row>(.)<td(.*?)>(.*?)(?=<tr>|</table>)", text) == [
+        ("0", "", "1"), ("1", " class=n10", "<b>0.8</b>"), ("2", " class=p5", "1.1"),
+    ]  # fmt: skip
+    assert re.findall("<i(.*?)>(.*?)</i>", text) == [
+        (" class=n10", "0.8"), (" class=n5", "0.9"), ("", "1"), (" class=p5", "1.1"), (" class=p10", "1.2"),
+    ]  # fmt: skip
+
+
+def test_a_map_of_signed_figures_has_no_color_at_0_and_equal_layers_share_a_row() -> None:
+    values = {(f"model.layers {layer}", "mlp"): 0.5 if layer else -1.0 for layer in range(12)}
+    text = draw(HeatMap("cosine z", "", values, "signed"))
+    assert re.findall("<th scope=row>(.*?)<td(.*?)>(.*?)(?=<tr>|</table>)", text) == [
+        ("0", " class=n10", "-1"), ("1–11", " class=p5", "0.5"),
+    ]  # fmt: skip
 
 
 def run_in_browser(page: Path, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
@@ -153,7 +257,7 @@ def test_report_of_80_layers_is_small(tmp_path: Path) -> None:
     for seed, name in enumerate(("target", "rl", "sft")):
         write_checkpoint(tmp_path / name, random_tensors(shapes, seed=seed))
     found = inspect(write_recipe(tmp_path))
-    text = build("eighty", plan=found.plan, inspection=found)
+    text = build(plan=found.plan, inspection=found)
     assert len(text.encode()) < 1_000_000
     assert text.count("<tr>") > 721
 
@@ -172,7 +276,7 @@ def test_report_of_many_experts_is_small_and_sums_them_up(family: Path) -> None:
         inspect(family), plan=None, forecast=None, tensors={key: {} for key in rows}, spectra={},
         **{key: describe_all(rows, groups[key]) for key in ("modules", "layers", "cells", "summaries")},
     )  # fmt: skip
-    text = build("experts", inspection=found)
+    text = build(inspection=found)
     assert len(text.encode()) < 1_000_000
     assert text.count("mlp.experts.*.up_proj.weight") == 61
     assert found.summaries["model.layers.7.mlp.experts.*.up_proj.weight"]["elements"] == 25_600
@@ -184,7 +288,7 @@ def test_experts_that_differ_are_counted(tmp_path: Path) -> None:
     recipe = write_family(tmp_path, shapes, shards=1)
     recipe = write_recipe(tmp_path, coefficients={"lam": {"default": 0.5, "rules": rules}})
     found = inspect(recipe, spectral=2)
-    text = build("experts", plan=found.plan, inspection=found)
+    text = build(plan=found.plan, inspection=found)
     (row,) = (line for line in text.split("<tr>") if "mlp.experts.*.up_proj.weight" in line and "class=text" in line)
     assert "merge ×3, copy ×1" in row
     assert ">0 to 0.9" in row
@@ -201,7 +305,7 @@ def test_two_rules_on_one_line_are_both_counted(tmp_path: Path) -> None:
         f"skillmerge: 1\nmodels: {models}\ncoefficients: {{lam: {{rules: {rules}}}}}\n"
         "merge: target + lam * (rl - sft)\n"
     )
-    found = re.search(r"← (\d+) tensors?, (\d+) tensors?", build("plan", plan=skillmerge.plan(recipe)))
+    found = re.search(r"← (\d+) tensors?, (\d+) tensors?", build(plan=skillmerge.plan(recipe)))
     assert found is not None
 
 
@@ -217,10 +321,10 @@ def test_names_and_words_are_escaped(tmp_path: Path) -> None:
     name = "model.layers.0.<img src=x onerror=alert(1)>\"'&.weight"
     for seed, model in enumerate(("target", "rl", "sft")):
         write_checkpoint(tmp_path / model, random_tensors({name: (4, 4)}, seed=seed))
-    recipe = write_recipe(tmp_path)
+    recipe = write_recipe(tmp_path).rename(tmp_path / "<script>alert(3).yaml")
     recipe.write_text(recipe.read_text() + "# </pre><script>alert(2)</script>\n")
     found = inspect(recipe)
-    text = build("</title><script>alert(3)</script>", plan=found.plan, inspection=found)
+    text = build(plan=found.plan, inspection=found)
     assert "<img" not in text
     assert "<script>alert" not in text
     assert html.escape(name) in text
@@ -274,8 +378,8 @@ def test_report_has_a_lambda_where_the_recipe_has_none(tmp_path: Path) -> None:
     write_recipe(tmp_path, "(1 - lam) * target + lam * rl", models={"target": "target", "rl": "rl"})
     assert run_cli("apply", recipe, "--report", tmp_path / "page.html").returncode == 0
     text = (tmp_path / "page.html").read_text()
-    rounding = text.partition("<h2>What rounding did</h2>")[2].partition("</section>")[0]
-    assert "<td>mlp</td><td>1</td>" in rounding
+    rounding = text.partition("<h2>Effect of rounding</h2>")[2].partition("</section>")[0]
+    assert "<th scope=row>mlp<td>1<td>" in rounding
     assert "–" not in rounding
 
 

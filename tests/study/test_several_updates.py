@@ -229,7 +229,7 @@ def test_what_does_not_go_together_is_told(skills: Path) -> None:
         (("math-rl", "code"), "code is a skill, and .*math-rl is not"),
         (("math", "math"), "the same skill is named twice"),
         (("base", "math-rl", "code-rl"), "3 models: "),
-        ((recipe.name, "math"), "is a file: a recipe is inspected alone"),
+        ((recipe.name, "math"), "is a recipe, which must be the only argument"),
     ):
         with pytest.raises(UsageError, match=message):
             inspect(*(str(skills / name) for name in names))
@@ -241,7 +241,7 @@ def test_terminal_json_and_report_show_every_update_and_pair(skills: Path, tmp_p
     assert process.returncode == 0, process.stderr
     for text in ("Update, math + code", "Each update", "math beside code", "sign conflict"):
         assert text in process.stdout
-    for text in ("<h2>Each update</h2>", "<h2>Every two updates</h2>", "<td class=text>code</td>"):
+    for text in ("<h2>Each update</h2>", "<h2>Every two updates</h2>", "<td class=text>code<"):
         assert text in report.read_text()
     document = json.loads(run_cli("inspect", "math", "code", "--json", cwd=skills).stdout)
     assert list(document["updates"]) == ["math", "code"]

@@ -209,8 +209,8 @@ def test_commands_and_report(family: Path) -> None:
     assert "best: lam = 0, written to" in process.stdout
     assert "kept over lam" in process.stdout
     page = (folder / "r.html").read_text()
-    assert "The sweep" in page
-    assert "realised lambda" in page
+    assert "<h1>Sweep of recipe.yaml</h1>" in page
+    assert "effective λ" in page
     process = run_cli(*arguments, "--json", cwd=folder)
     document = json.loads(process.stdout)
     assert (document["by"], document["resumed"], len(document["trials"])) == ("kept", 5, 5)

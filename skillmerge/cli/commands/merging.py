@@ -88,12 +88,10 @@ def apply(
         try:
             result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
         except GateFailed as error:
-            title = f"{recipe}: refused"
-            write_report(report_file, title=title, plan=error.plan, manifest=error.body, gates=error.outcomes)
+            write_report(report_file, plan=error.plan, manifest=error.body, gates=error.outcomes)
             raise
     show_merge(result, as_json, quiet or printed)
-    title = str(result.output)
-    write_report(report_file, title=title, plan=result.plan, manifest=result.manifest, gates=result.gates)
+    write_report(report_file, plan=result.plan, manifest=result.manifest, gates=result.gates)
     if result_file is not None:
         _write_result(result_file, json.dumps(document_of(result), indent=1) + "\n")
     if result.output.exists() and not quiet and not printed:
@@ -164,7 +162,7 @@ def plan(
         _show_plan(made, diff, quiet)
     if save == STANDARD_OUTPUT:
         write_text(save, made.as_text())
-    write_report(report_file, title=f"plan of {recipe}", plan=made)
+    write_report(report_file, plan=made)
     if markdown_file is not None:
         from skillmerge.cli.show.markdown import plan_page
 

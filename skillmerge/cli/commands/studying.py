@@ -141,7 +141,7 @@ def inspect(
         print_result(found)
     elif not printed:
         show_inspection(found, console(), details)
-    write_report(report_file, title=found.title, plan=found.plan, inspection=found)
+    write_report(report_file, plan=found.plan, inspection=found)
 
 
 @command("derive recipe.yaml --choice match --base base -o matched.yaml")
@@ -240,4 +240,4 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
     elif not printed:
         show_sweep(found, console())
         suggest(f"skillmerge apply {shlex.quote(str(found.best_recipe))}")
-    write_report(report_file, title=f"sweep of {recipe}", sweep=found)
+    write_report(report_file, sweep=found)

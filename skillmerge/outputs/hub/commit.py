@@ -19,6 +19,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
 from huggingface_hub.lfs import UploadInfo
 
+from skillmerge.brief import drawn
 from skillmerge.checkpoints.place import Location, parse_location
 from skillmerge.checkpoints.store import digest_of
 from skillmerge.checkpoints.stores.hub import Repository
@@ -72,6 +73,8 @@ class Published:
     url: str
     pull_request: str | None
     already: bool
+
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         return {

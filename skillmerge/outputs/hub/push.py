@@ -25,7 +25,7 @@ from skillmerge.outputs.verify import SIGNATURE_FILE, check_shard, verify_files
 from skillmerge.plans.plan import InputPlan, Plan
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.recipes.recipe import Push
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.threads import Crew, in_threads
 
 _SMALL = 1 << 20
@@ -55,7 +55,7 @@ def push(
     otherwise. license, card: replace the recipe's. Rerun to resume an interrupted push. Raises CheckFailed, UsageError,
     InputError, StalePlan, TemporaryError.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("uploading")
     made = verify_files(folder, allow_nonfinite=allow_nonfinite, reporter=reporter).output
     made.refuse_failed()
     signature = signature_beside(made)

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.place import on_hub
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.errors import UsageError
@@ -52,6 +52,7 @@ class Attested:
     folder: str
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.durable import disk_errors, scratch_folder
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs.output import Output, check_folder
 from skillmerge.outputs.verify import BESIDE, SIGNATURE_FILE, Verdict, checked, verify_files
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -49,6 +49,7 @@ class Signature:
     folder: str
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         return {"folder": self.folder, "path": str(self.path), "files": self.files, "signer": self.signer}
@@ -116,7 +117,7 @@ def verify_signature(
     check_folder(root)
     configuration = _verifier(public_key, certificate_chain)
     place = _place(root, signature)
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("verifying")
     verdict = verify_files(root, allow_nonfinite=allow_nonfinite, reporter=reporter)
     with checked(reporter, "signature"):
         bundle = _check_signature(verdict.output, place, configuration)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.durable import disk_errors
@@ -60,6 +60,7 @@ class Shown:
     right: tuple[bool, ...]
 
     __repr__ = brief
+    _repr_html_ = drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Demo:
     answers: tuple[Shown, ...]
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         return {

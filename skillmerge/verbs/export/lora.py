@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill import summary
 from skillmerge.checkpoints.place import on_hub
@@ -30,7 +30,7 @@ from skillmerge.naming import module_kind
 from skillmerge.plans.budget import check_disk
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.tensors import StoredTensor, TensorSpec
 from skillmerge.verbs.target import output_folder
 
@@ -63,6 +63,7 @@ class Exported:
     left_energy: float
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -91,7 +92,7 @@ def export_lora(
     memory at a time. Raises UsageError, InputError, ResourceError.
     """
     check_words(lora_rank=lora_rank, seed=seed)
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("exporting")
     recipe = recipe_of({"skill": {"skill": os.fspath(skill)}}, "skill", {"kind": "skill"}, "skillmerge export")
     checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.note)
     try:

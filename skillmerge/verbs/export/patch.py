@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skillmerge.brief import drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.patch import INDICES, PATCH_FILE, VALUES
 from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
@@ -24,7 +25,7 @@ from skillmerge.errors import CheckFailed, InputError
 from skillmerge.plans.budget import check_disk
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.tensors import UNIT, StoredTensor
 from skillmerge.threads import in_threads
 from skillmerge.verbs.target import output_folder
@@ -42,6 +43,8 @@ class Patch:
     elements: int
     of: int
     bytes: int
+
+    _repr_html_ = drawn
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -65,7 +68,7 @@ def export_patch(
 
     Raises CheckFailed if `onto` is another checkpoint; UsageError, InputError, ResourceError.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("exporting")
     models = {"skill": {"skill": os.fspath(skill)}, "onto": os.fspath(onto)}
     recipe = recipe_of(models, "onto + skill", {"path": "nowhere"}, "skillmerge export")
     checkpoints = open_models(recipe, Access(follow_links=follow_links), reporter.note)

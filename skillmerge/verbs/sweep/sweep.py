@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.brief import brief
+from skillmerge.brief import brief, drawn
 from skillmerge.durable import disk_errors, remove_tree, write_whole
 from skillmerge.engine.rounding_statistics import Statistics
 from skillmerge.engine.runner import Work, check_words
@@ -30,7 +30,7 @@ from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import RecipeSource
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.scoring.scorers import run_command
 from skillmerge.study.scoring.scores import CONFIDENCE, NotFinite, Score, Scores, together
 from skillmerge.verbs.apply import merge
@@ -59,6 +59,7 @@ class Sweep:
     resumed: int
 
     __repr__ = brief
+    _repr_html_ = drawn
 
     @property
     def scored(self) -> list[Trial]:
@@ -141,7 +142,7 @@ def sweep(
     resume. Raises UsageError, CheckFailed if a score fails, OutputLocked, and what `apply` raises.
     """
     check_words(repeats=repeats, trials=trials, seed=seed, device=device, hub=hub)
-    reporter = reporter or Reporter()
+    reporter = reporter or default_reporter("sweeping", "candidates")
     how = Access(follow_links, locked, download=hub == "download"), device
     asked = Asked(search, operator.index(trials), operator.index(repeats), operator.index(seed), by, minimise)
     setting = prepare(recipe, axes, score, output, asked, how)

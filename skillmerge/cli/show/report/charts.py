@@ -10,7 +10,7 @@ from skillmerge.cli.show.figures import Figure, show
 from skillmerge.cli.show.report.html import abbreviated, escaped
 from skillmerge.plans.depth import number
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 270, 62, 14, 26, 40
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 520, 250, 62, 14, 26, 40
 _MARKS = 3
 _APART = 44
 
@@ -58,8 +58,8 @@ def chart(
         f"{label} from {show(line[0][1], unit)} to {show(line[-1][1], unit)}" for label, line in series.items()
     )
     return (
-        f'<figure><h3>{head}</h3><div class="scroll" tabindex="0"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escaped(told)}">{"".join(parts)}</svg></div>'
+        f'<figure><h3>{head}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{escaped(told)}">{"".join(parts)}</svg>'
         f"<figcaption>{' · '.join(legend)}</figcaption></figure>"
     )
 
@@ -70,7 +70,7 @@ def _axes(scale: _Scale, ticks: Sequence[float], along: str, unit: str) -> Itera
         yield f'<path class="grid" style="stroke-width:1" d="M{_LEFT},{up}H{_WIDTH - _RIGHT}"/>'
         yield f'<text x="{_LEFT - 6}" y="{float(up) + 4:.1f}" text-anchor="end">{show(tick, unit)}</text>'
     x0, x1 = scale.x0, scale.x1
-    for tick in _ticks(x0, x1) if x1 - x0 > 1 and along != "layer" else _layers(x0, x1):
+    for tick in _layers(x0, x1) if along == "layer" else _ticks(x0, x1):
         if x0 <= tick <= x1:
             yield f'<text x="{scale.across(tick)}" y="{_HEIGHT - 22}" text-anchor="middle">{number(tick)}</text>'
     yield f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 5}" text-anchor="middle">{escaped(along)}</text>'

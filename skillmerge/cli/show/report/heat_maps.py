@@ -1,124 +1,163 @@
-"""The report's maps: a number for each layer and kind of module, beside a color that shows where it is large."""
+"""The report's maps: a number for each layer and kind of module, on a color that shows where it is large."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
 
-from skillmerge.cli.show.figures import FIGURES, show
-from skillmerge.cli.show.report.html import cell_of, escaped
+from skillmerge.cli.show.figures import FIGURES, FORECAST, show
+from skillmerge.cli.show.report.html import cell_of, escaped, scrolling
 from skillmerge.engine.measures.cells import DEVIATION, cells, rows_of
 from skillmerge.naming import MODULE_KINDS
 from skillmerge.outputs.manifest import ManifestBody
-from skillmerge.plans.depth import number
 from skillmerge.plans.plan import Plan
 from skillmerge.study.inspect import Inspection
 
 LEAST_SPAN = 2 * DEVIATION
 """A map around 1 has its full colors at least this far from it, so that small differences look small."""
 
+STEPS = 10
+"""Depths of a color; `parts.css` has one class for each."""
+
 _KINDS = (*MODULE_KINDS, "other")
+_OUTSIDE = "outside blocks"
 
 Cells = Mapping[tuple[str, str], float]
 """A number for each layer (`model.layers 7`) and kind of module."""
 
 
+@dataclass(frozen=True, slots=True)
+class HeatMap:
+    """One map. center: the number without a color, blue above and orange below. off: the cells set in bold."""
+
+    title: str
+    what: str
+    values: Cells
+    unit: str = "number"
+    center: float = 0.0
+    off: Collection[tuple[str, str]] = ()
+
+    @property
+    def most(self) -> float:
+        """How far from the center the color is full."""
+        least = LEAST_SPAN if self.center else 0.0
+        return max([least, *(abs(value - self.center) for value in self.values.values())]) or 1.0
+
+
 def maps_section(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspection | None) -> str:
-    """All maps; nothing where there are none."""
-    maps = [*_plan_maps(plan, manifest), *(_inspection_maps(inspection) if inspection is not None else ())]
-    return f'<section><h2>By layer and module</h2><div class="maps">{"".join(maps)}</div></section>' if maps else ""
+    """Return all maps as HTML; nothing where there are none."""
+    maps = maps_of(plan, manifest, inspection)
+    if not maps:
+        return ""
+    width = ' class="wide"' if len(maps) > 1 else ""
+    inner = "".join(map(draw, maps))
+    return f'<section{width}><h2>By layer and module</h2><div class="maps">{inner}</div></section>'
 
 
-def _plan_maps(plan: Plan | None, manifest: ManifestBody | None) -> list[str]:
-    maps = []
-    if plan is not None:
-        for index, name in enumerate(plan.coefficients):
-            values = {
-                tensor.name: tensor.coefficients[index]
-                for tensor in plan.tensors.values()
-                if index < len(tensor.coefficients)
-            }
-            maps.append(_heat(f"{name}, as asked", "mean over a cell's tensors", _mean_cells(values), "number"))
-    if manifest is not None:
-        maps += _rounding_maps(manifest)
-    return maps
+def maps_of(
+    plan: Plan | None = None, manifest: ManifestBody | None = None, inspection: Inspection | None = None
+) -> list[HeatMap]:
+    """Return the maps of what was measured, before those of what was requested."""
+    found = [*(_of_manifest(manifest) if manifest is not None else ())]
+    found += _of_inspection(inspection) if inspection is not None else ()
+    return [*found, *(_of_plan(plan) if plan is not None else ())]
 
 
-def _rounding_maps(manifest: ManifestBody) -> Iterator[str]:
+def _of_plan(plan: Plan) -> Iterator[HeatMap]:
+    for index, name in enumerate(plan.coefficients):
+        found: dict[tuple[str, str], list[float]] = {}
+        for tensor in plan.tensors.values():
+            if index < len(tensor.coefficients):
+                found.setdefault(cell_of(tensor.name), []).append(tensor.coefficients[index])
+        means = {cell: sum(values) / len(values) for cell, values in found.items()}
+        yield HeatMap(f"{name}, as requested", "mean over the tensors of a cell", means)
+
+
+def _of_manifest(manifest: ManifestBody) -> Iterator[HeatMap]:
     found = {cell_of(cell.names[0]): cell for cell in cells(rows_of(manifest.tensors))}
-    realised = {place: cell.group.realised for place, cell in found.items() if cell.group.realised is not None}
-    if realised:
+    effective = {place: cell.group.realised for place, cell in found.items() if cell.group.realised is not None}
+    if effective:
         off = {place for place, cell in found.items() if cell.is_off}
-        yield _diverging("realised, of what was asked", "measured on the output", realised, off)
-    vanished = {place: cell.group.vanished for place, cell in found.items() if cell.group.vanished is not None}
-    if vanished:
-        yield _heat("vanished", "measured on the output", vanished, "share")
+        yield HeatMap("effective λ / requested λ", "1 is what the recipe requests", effective, center=1.0, off=off)
+    lost = {place: cell.group.vanished for place, cell in found.items() if cell.group.vanished is not None}
+    if lost:
+        yield HeatMap("lost", FORECAST["vanished"].formula, lost, "share")
 
 
-def _inspection_maps(inspection: Inspection) -> Iterator[str]:
+def _of_inspection(inspection: Inspection) -> Iterator[HeatMap]:
     for key in ("changed", "norm_ratio", "cosine_z"):
-        cells = {}
+        found = {}
         for label, row in inspection.cells.items():
             layer, _, kind = label.rpartition(" ")
             if row.get(key) is not None:
-                cells[layer, kind] = row[key]
-        if cells:
+                found[layer, kind] = row[key]
+        if found:
             figure = FIGURES[key]
-            yield _heat(figure.label, figure.formula, cells, figure.unit)
+            yield HeatMap(figure.label, figure.formula, found, figure.unit)
 
 
-def _mean_cells(values: Mapping[str, float]) -> Cells:
-    found: dict[tuple[str, str], list[float]] = {}
-    for name, value in values.items():
-        found.setdefault(cell_of(name), []).append(value)
-    return {cell: sum(numbers) / len(numbers) for cell, numbers in found.items()}
+# Drawing.
 
 
-def _heat(title: str, what: str, values: Cells, unit: str) -> str:
-    """A map whose cells are tinted by their numbers: blue above 0, orange below."""
-    most = max((abs(value) for value in values.values()), default=0.0) or 1.0
-
-    def cell(place: tuple[str, str], value: float) -> str:
-        return f"<td{_tint(value, most)}>{show(value, unit)}</td>"
-
-    return _map(title, what, values, cell)
-
-
-def _diverging(title: str, what: str, values: Cells, off: Collection[tuple[str, str]]) -> str:
-    """A map that is white at 1, blue above and orange below, with a legend. off: the cells that are set in bold."""
-    most = max(LEAST_SPAN, *(abs(value - 1) for value in values.values()))
-
-    def cell(place: tuple[str, str], value: float) -> str:
-        shown = show(value, "number")
-        return f"<td{_tint(value - 1, most)}>{f'<b>{shown}</b>' if place in off else shown}</td>"
-
-    steps = (-most, -most / 2, 0.0, most / 2, most)
-    legend = "".join(f"<i{_tint(step, most)}>{number(1 + step)}</i>" for step in steps)
-    bold = f" Bold: more than {DEVIATION:.0%} off." if off else ""
-    return _map(title, what, values, cell, f'<span class="legend">{legend}</span>{bold}')
-
-
-def _tint(value: float, most: float) -> str:
-    side = ' class="neg"' if value < 0 else ""
-    return f'{side} style="--p:{abs(value) / most * 100:.0f}%"'
-
-
-def _map(title: str, what: str, values: Cells, cell: Callable[[tuple[str, str], float], str], legend: str = "") -> str:
-    """Layers below each other, kinds of module side by side."""
-    kinds = [kind for kind in _KINDS if any(kind == found for _, found in values)]
-    layers = list(dict.fromkeys(layer for layer, _ in sorted(values, key=lambda place: _layer_order(place[0]))))
-    rows = []
-    for layer in layers:
-        row = ((layer, kind) for kind in kinds)
-        found = "".join(cell(place, values[place]) if place in values else "<td></td>" for place in row)
-        rows.append(f"<tr><th scope=row>{escaped(layer)}</th>{found}</tr>")
-    head = "".join(f"<th scope=col>{kind}</th>" for kind in kinds)
-    return (
-        '<div class="scroll" tabindex="0"><table class="heat">'
-        f"<caption><b>{escaped(title)}</b> · {escaped(what)}{f'<br>{legend}' if legend else ''}</caption>"
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+def draw(drawn: HeatMap) -> str:
+    """Return a map as HTML: layers below each other, kinds of module side by side. Equal layers share a row."""
+    kinds = [kind for kind in _KINDS if any(kind == found for _, found in drawn.values)]
+    places = sorted({layer for layer, _ in drawn.values}, key=_order)
+    stacks = {_split(layer)[0] for layer in places} - {_OUTSIDE}
+    body = []
+    for stack, layers in groupby(places, key=lambda layer: _split(layer)[0]):
+        if len(stacks) > 1 and stack != _OUTSIDE:
+            body.append(f"<tr><th class=stack scope=rowgroup colspan={len(kinds) + 1}>{escaped(stack)}")
+        body += _rows(drawn, list(layers), kinds)
+    corner = "layer" if len(stacks) > 1 or not stacks else f'<abbr title="{escaped(*stacks)}">layer</abbr>'
+    head = "".join(f"<th scope=col>{kind}" for kind in kinds)
+    told = f"<b>{escaped(drawn.title)}</b> <span class=soft>{escaped(drawn.what)}</span><br>{_legend(drawn)}"
+    return scrolling(
+        f"<table class=heat><caption>{told}</caption>"
+        f"<thead><tr><th scope=col>{corner}{head}<tbody>{''.join(body)}</table>",
+        " tall",
     )
 
 
-def _layer_order(layer: str) -> tuple[bool, str, int]:
+def _rows(drawn: HeatMap, layers: list[str], kinds: list[str]) -> Iterator[str]:
+    cells = {layer: "".join(_cell(drawn, (layer, kind)) for kind in kinds) for layer in layers}
+    for row, group in groupby(layers, key=cells.__getitem__):
+        first, *others = (_split(layer)[1] for layer in group)
+        yield f"<tr><th scope=row>{first}{f'–{others[-1]}' if others else ''}{row}"
+
+
+def _cell(drawn: HeatMap, place: tuple[str, str]) -> str:
+    if place not in drawn.values:
+        return "<td>"
+    value = drawn.values[place]
+    shown = show(value, drawn.unit)
+    return f"<td{_tint(drawn, value)}>{f'<b>{shown}</b>' if place in drawn.off else shown}"
+
+
+def _legend(drawn: HeatMap) -> str:
+    least = min(drawn.values.values())
+    steps = (-1.0, -0.5, 0.0, 0.5, 1.0) if drawn.center or least < 0 else (0.0, 0.5, 1.0)
+    values = [drawn.center + step * drawn.most for step in steps]
+    marks = "".join(f"<i{_tint(drawn, value)}>{show(value, drawn.unit)}</i>" for value in values)
+    bold = f" bold: more than {DEVIATION:.0%} off" if drawn.off else ""
+    return f"<span class=legend>{marks}</span>{bold}"
+
+
+def _tint(drawn: HeatMap, value: float) -> str:
+    """The class of a color: `p4` above the center, `n4` below."""
+    step = round((value - drawn.center) / drawn.most * STEPS)
+    return f" class={'p' if step > 0 else 'n'}{abs(step)}" if step else ""
+
+
+def _split(layer: str) -> tuple[str, str]:
+    """`model.layers 7` -> its stack and its number; what is outside of layers is a stack of its own."""
+    if layer == _OUTSIDE:
+        return _OUTSIDE, "outside"
     stack, _, index = layer.rpartition(" ")
-    return (layer == "outside blocks", stack, int(index) if index.isdecimal() else 0)
+    return stack, index
+
+
+def _order(layer: str) -> tuple[bool, str, int]:
+    stack, index = _split(layer)
+    return (stack == _OUTSIDE, stack, int(index) if index.isdecimal() else 0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from skillmerge.cli.show.figures import FIGURES, SPECTRAL, show
-from skillmerge.cli.show.report.html import abbreviated, cell_of, escaped
+from skillmerge.cli.show.report.html import abbreviated, cell_of, collapsed, escaped
 from skillmerge.naming import module_kind, summarised
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.plans.depth import number
@@ -48,7 +48,7 @@ def tensor_table(plan: Plan | None, manifest: ManifestBody | None, inspection: I
     # Every byte counts here, of hundred thousand cells: what HTML lets be left out is left out.
     body = []
     for name in groups:
-        cells = [f"<td>{escaped(name)}"]
+        cells = [f"<th scope=row>{escaped(name)}"]
         for column in columns:
             shown, value = column.cell(name)
             key = "" if value is None else f"={value:.4g}"
@@ -59,14 +59,14 @@ def tensor_table(plan: Plan | None, manifest: ManifestBody | None, inspection: I
         f"<output>{len(body)} of {len(body)} rows</output>"
         '<button type="button" class="csv">Download as CSV</button></div>'
     )
-    return (
-        "<section><h2>Every tensor</h2>"
-        f"<p>Experts of one layer share a row, <code>*</code> standing for their numbers.</p>{tools}"
+    inner = (
+        f"<p>Experts of one layer share a row, with <code>*</code> for their numbers.</p>{tools}"
         '<p class="paper">On paper only the first columns are shown.</p>'
-        '<div class="scroll tall" tabindex="0"><table class="sortable">'
-        f"<thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div></section>"
+        f'<div class="scroll tall" tabindex="0"><table class="sortable"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+    shown = collapsed(f"{len(body)} row{'s' if len(body) != 1 else ''}, to sort, filter and download", inner)
+    return f'<section class="wide"><h2>Every tensor</h2>{shown}</section>'
 
 
 def _plan_columns(plan: Plan, groups: Mapping[str, Sequence[str]]) -> Iterator[_Column]:
@@ -92,6 +92,9 @@ def _plan_columns(plan: Plan, groups: Mapping[str, Sequence[str]]) -> Iterator[_
         yield _Column(escaped(coefficient), asked)
 
 
+_LABELS = {"realised": "effective / requested λ", "vanished": "lost", "changed": "changed"}
+
+
 def _rounding_columns(manifest: ManifestBody) -> Iterator[_Column]:
     rounding = _rounding_rows(manifest)
     for key in ("realised", "vanished", "changed") if rounding else ():
@@ -100,7 +103,7 @@ def _rounding_columns(manifest: ManifestBody) -> Iterator[_Column]:
             value = rounding.get(name, {}).get(key)
             return show(value, "number" if key == "realised" else "share"), value
 
-        yield _Column("realised, of asked" if key == "realised" else key, did)
+        yield _Column(_LABELS[key], did)
 
 
 def _inspection_columns(inspection: Inspection, groups: Mapping[str, Sequence[str]]) -> Iterator[_Column]:
