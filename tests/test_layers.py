@@ -34,6 +34,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "study": (
         "gates",
+        "gate_obstacles",
         "inspect loads.load_probe loads.loading scoring.scorers",
         "loads.tokenizer_probe loads.vllm_probe scoring.built_in spectrum update_pass",
         "forecast loads.child loads.generation scoring.scores subjects update_metrics",
