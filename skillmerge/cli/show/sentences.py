@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _HALF = 0.5
 _CHANCE, _FAR = 3.0, 4.0
-"""Standard deviations from chance below which nothing is said to be seen: of the whole, and of one kind of module."""
+"""Standard deviations from chance below which a cosine counts as chance: of the whole, and of one kind of module."""
 
 
 class Headline(NamedTuple):
@@ -168,7 +168,7 @@ def _place(found: Inspection) -> Iterator[Headline]:
 
 
 def _shortest(layers: Mapping[int, float]) -> tuple[int, int] | None:
-    """The shortest run of layers that holds half of the update's energy; the later one of two."""
+    """Return the shortest run of layers that holds half of the update's energy; the later one of two."""
     places = sorted(layers)
     runs = (
         (last - first, -first, (places[first], places[last]))
