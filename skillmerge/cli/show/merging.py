@@ -51,6 +51,8 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {listings.written(plan)}"]
     if (merged := listings.merged(plan)) is not None:
         totals.insert(0, f"merges {merged}")
+    if (told := listings.patched(plan)) is not None:
+        out.print(Text(told))
     if needs is not None:
         totals.append(f"peak memory about {format_bytes(needs.memory)} with {needs.threads} threads")
     if free is not None and plan.makes_skill:
@@ -143,6 +145,8 @@ def _show_work(result: Result, out: Console) -> None:
         out.print(statistics_table(statistics))
     if result.plan is not None and (merged := listings.merged(result.plan)) is not None:
         out.print(Text(f"merged {merged}"))
+    if result.plan is not None and (told := listings.patched(result.plan)) is not None:
+        out.print(Text(told.replace("writes", "wrote")))
     what = f"wrote {result.output}" if result.output.exists() else "merged"
     where = f" on {result.device}" if result.device else ""
     if isinstance(statistics, SkillStatistics):
