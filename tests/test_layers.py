@@ -46,7 +46,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "comparison hub.card hub.commit output trials",
         "manifest",
         "staging",
-        "canonical journal shard_file",
+        "canonical hub.published journal shard_file",
     ),
     "engine": (
         "runners.table",

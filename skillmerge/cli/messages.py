@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -90,6 +91,18 @@ class Recorder(Protocol):
         """Finish the file. Raises OSError."""
 
 
+class _Forward(logging.Handler):
+    """Gives a reporter what is logged where none is near: steps, and from `warning` on notes."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__()
+        self._reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        show = self._reporter.note if record.levelno >= logging.WARNING else self._reporter.say
+        show(record.getMessage())
+
+
 class TerminalReporter(Reporter):
     """Messages and progress on stderr: a bar on a terminal, else a line every 30 seconds. Events go to `recorders`."""
 
@@ -97,6 +110,9 @@ class TerminalReporter(Reporter):
         super().__init__()
         self.quiet, self.verbose, self.doing, self.unit = quiet, verbose, doing, unit
         self.recorders: list[Recorder] = []
+        logger = logging.getLogger("skillmerge")
+        logger.handlers = [_Forward(self)]
+        logger.setLevel(logging.INFO)
         if not quiet:
             show_status("reading")
 

@@ -176,5 +176,6 @@ def _skill_table(statistics: SkillStatistics) -> Table:
 def show_published(published: Published, out: Console) -> None:
     """Show where on the Hub a model is."""
     what = "already published" if published.already else "published"
-    how = " as a pull request" if published.pull_request else ""
+    branch = f" on branch `{published.branch}`" if published.branch else ""
+    how = " as a pull request" if published.pull_request else branch
     out.print(Text(f"{what}{how}: {published.url} (commit {published.commit})", style="bold"), soft_wrap=True)
