@@ -92,15 +92,17 @@ class Recorder(Protocol):
 
 
 class _Forward(logging.Handler):
-    """Gives a reporter what is logged where none is near: steps, and from `warning` on notes."""
+    """Shows what is logged where no reporter is near: waits as a status, and from `warning` on notes."""
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: TerminalReporter) -> None:
         super().__init__()
         self._reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        show = self._reporter.note if record.levelno >= logging.WARNING else self._reporter.say
-        show(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            self._reporter.note(record.getMessage())
+        elif not self._reporter.quiet:
+            show_status(record.getMessage())
 
 
 class TerminalReporter(Reporter):

@@ -18,7 +18,7 @@ from skillmerge.plans.budget import Budget, budget, check_disk, free_disk
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.recipes import lock as lockfile
-from skillmerge.recipes.source import RecipeSource
+from skillmerge.recipes.source import STANDARD_INPUT, RecipeSource
 from skillmerge.remarks import warning
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.gate_obstacles import obstacles
@@ -87,6 +87,8 @@ def plan(
     """
     reporter = reporter or default_reporter()
     check_words(threads=threads, memory_limit=memory_limit)
+    if diff == STANDARD_INPUT:
+        raise UsageError("`--diff` takes a file, not standard input", fix="write the saved plan into a file first")
     before = saved.read(diff) if diff is not None else None
     made = _make(recipe, coefficients, Access(follow_links, locked, relock=lock, allow_code=allow_code), reporter)
     needs = budget(made, threads=threads, memory_limit=memory_limit)

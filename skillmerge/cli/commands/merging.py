@@ -106,7 +106,12 @@ def apply(
 @flags.links
 @flags.code
 @option(
-    "--save", "-o", group=flags.OUTPUT, type=click.Path(dir_okay=False), metavar="FILE", help="Save the plan as JSON"
+    "--save",
+    "-o",
+    group=flags.OUTPUT,
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Save the plan as JSON; - for standard output",
 )
 @option("--lock", group=flags.OUTPUT, is_flag=True, help="Write Hub commits and files into a lock file")
 @option("--diff", group=flags.REPORTS, type=click.Path(), metavar="PLAN", help="Show what changed since a saved plan")

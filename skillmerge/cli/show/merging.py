@@ -25,7 +25,7 @@ from skillmerge.tensors import format_bytes
 from skillmerge.verbs.result import Result
 
 if TYPE_CHECKING:
-    from skillmerge.outputs.hub.commit import Published
+    from skillmerge.outputs.hub.published import Published
 
 
 def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | None, out: Console) -> None:

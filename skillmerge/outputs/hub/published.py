@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skillmerge.brief import drawn
-from skillmerge.checkpoints.stores.hub import Location, parse_location
+from skillmerge.checkpoints.place import Location, parse_location
 from skillmerge.errors import UsageError
 
 
