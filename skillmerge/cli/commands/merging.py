@@ -20,7 +20,6 @@ from skillmerge.cli.results import (
     write_text,
 )  # fmt: skip
 from skillmerge.errors import InputError
-from skillmerge.recipes.source import STANDARD_INPUT
 from skillmerge.remarks import count_of
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ def plan(
         return made.strict_error.exit_status
     if not made.ok:
         return InputError.exit_status
-    if diff is None and not printed and not quiet and (save or recipe != STANDARD_INPUT):
+    if diff is None and not printed and not quiet and (save or recipe != STANDARD_OUTPUT):
         suggest(f"skillmerge apply {shlex.quote(save)}" if save else made.recipe.command("apply"))
     return 10 if detailed and not made.done else 0
 
