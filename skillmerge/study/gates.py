@@ -305,11 +305,9 @@ def _loads(gate: Gate, given: GateInput) -> Outcome:
     if passed and gate.name:
         notes = check_generation(given.folder, report, gate.name).get("notes", [])
     elif passed and gate.kind == "loads":
-        check_tokenizer(given.folder, report)
+        check_tokenizer(given.folder, report, given.reporter, f"{_label(gate)}: ")
         for note in report["tokenizer"]["notes"]:
             given.reporter.note(f"{_label(gate)}: {note}")
-        for warning in report["tokenizer"].get("warnings", ()):
-            given.reporter.warn(f"{_label(gate)}: {warning['message']}", warning["fix"])
     return Outcome(_label(gate), gate.asked, None, passed, "; ".join(notes) if passed else report["why"])
 
 

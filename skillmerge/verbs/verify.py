@@ -85,7 +85,4 @@ def _loaded(verdict: Verdict, runtimes: Sequence[str], reporter: Reporter | None
         return verdict
     reporter = reporter or default_reporter("verifying")
     with checked(reporter, f"loads in {' and '.join(runtimes)}"):
-        report = check_load(verdict.folder, runtimes)
-    for warning in report["tokenizer"].get("warnings", ()):
-        reporter.warn(warning["message"], warning["fix"])
-    return replace(verdict, load=report)
+        return replace(verdict, load=check_load(verdict.folder, runtimes, reporter))

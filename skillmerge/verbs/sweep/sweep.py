@@ -230,10 +230,10 @@ def _report(setting: Setting, made: tuple[Trial, ...], resumed: int, reporter: R
         content = (json.dumps(result.as_dict(), indent=1) + "\n").encode()
         write_whole(setting.folder / "results.json", content)
     with disk_errors(setting.best):
-        content = _best_recipe(result).encode()
-        if setting.best.exists() and setting.best.read_bytes() != content:
+        recipe = with_values(result.recipe, result.best.values).document.text.encode()
+        if setting.best.exists() and not setting.best.read_bytes().endswith(recipe):
             reporter.note(f"replaced {setting.best}, which an earlier sweep wrote")
-        write_whole(setting.best, content)
+        write_whole(setting.best, _found(result).encode() + recipe)
     for axis in setting.axes:
         if axis.has_at_its_edge(value := result.best.values[axis.name]):
             fix = f"try a wider range with `--set {axis.name}=START:STOP:STEP`"
@@ -312,8 +312,8 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
             remove_tree(scratch)
 
 
-def _best_recipe(sweep: Sweep) -> str:
-    """Return the recipe with the best numbers, below a comment that says how they were found."""
+def _found(sweep: Sweep) -> str:
+    """Return a comment that says how the best numbers were found."""
     best = sweep.best
     said = ", ".join(f"{name} = {value:g}" for name, value in best.values.items())
     score = best.scores[sweep.by]
@@ -329,8 +329,7 @@ def _best_recipe(sweep: Sweep) -> str:
         named = "; ".join(", ".join(f"{name} = {v:g}" for name, v in trial.values.items()) for trial in others[:8])
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         lines.append(f"Within noise of: {named}{more}")
-    text = with_values(sweep.recipe, best.values).document.text
-    return "".join(f"# {line}\n" for line in lines) + text
+    return "".join(f"# {line}\n" for line in lines)
 
 
 def _told(score: Score) -> str:
