@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from skillmerge.study.scoring.scorers import find_scorer, run_command
-from skillmerge.verbs.demo.demo import examples, run, write_family, write_score
+from skillmerge.verbs.demo.demo import examples, run, score_files, write_family
 from skillmerge.verbs.demo.miniature import FAMILY, MODELS, Miniature, questions
 
 pytestmark = pytest.mark.xdist_group("transformers")
@@ -73,7 +73,8 @@ def test_demo_writes_a_score_command_that_agrees_with_the_built_in_score(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    write_score(tmp_path)
+    for name, text in score_files().items():
+        (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     command = find_scorer(f"{shlex.quote(sys.executable)} -W ignore eval.py {{}}")
     asked = find_scorer("qa:questions.jsonl")

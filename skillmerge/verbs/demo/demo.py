@@ -61,7 +61,7 @@ print(json.dumps({"accuracy": [int(text.split()[-1:] == [row["answer"]]) for tex
 """
 
 _EVERY = 8
-"""Of the questions, so many are there for each that a sweep asks."""
+"""A sweep asks one of this many questions."""
 
 SENTENCE = (
     "The world is made up, and the models have 78,000 parameters. The skill elicits a habit that the base model "
@@ -124,7 +124,8 @@ def demo(
         raise UsageError(f"{folder} already exists", fix="name another folder: skillmerge demo my-demo")
     with disk_errors(root):
         recipe, control = write_family(root)
-        write_score(root)
+        for name, text in score_files().items():
+            (root / name).write_text(text, encoding="utf-8")
     finished(recipe)
     result = apply(recipe, reporter=reporter, stats="full")
     finished(result)
@@ -154,13 +155,12 @@ def write_family(folder: Path) -> tuple[Path, Path]:
     return recipe, control
 
 
-def write_score(folder: Path) -> None:
-    """Write what a sweep can score the models with: some questions, and a command that asks them."""
+def score_files() -> dict[str, str]:
+    """Return what a sweep can score the models with, by file name: some questions, and a command that asks them."""
     from skillmerge.verbs.demo.miniature import questions
 
     rows = [{"question": " ".join(it.words), "answer": it.wanted, "pattern": r"(\S+)$"} for it in questions()[::_EVERY]]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "eval.py").write_text(SCORE, encoding="utf-8")
+    return {"questions.jsonl": "".join(json.dumps(row) + "\n" for row in rows), "eval.py": SCORE}
 
 
 def _write_shuffled(folder: Path) -> None:
