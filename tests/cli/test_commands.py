@@ -150,10 +150,10 @@ def test_demo_replaces_the_status_of_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("skillmerge.cli.messages._shown", True)
+    monkeypatch.setattr("sys.stdout", sys.stderr)
     (tmp_path / "recipe.yaml").write_text("skillmerge: 1")
     starting._show_family("demo", tmp_path / "recipe.yaml")
-    printed = capsys.readouterr()
-    assert (printed.err, printed.out.partition(":")[0]) == ("\r\x1b[K", "Four small trained models are in demo")
+    assert capsys.readouterr().err.startswith("\r\x1b[KFour small trained models are in demo:")
 
 
 def test_misspelt_command_and_option_are_usage_errors(family: Path) -> None:
