@@ -91,7 +91,7 @@ class GateInput:
     body: ManifestBody
     opened: Opened
     access: Access
-    warn: Callable[[str], None] = lambda message: None
+    reporter: Reporter = field(default_factory=Reporter)
     text: Path | None = None
     """The text for a perplexity, so that one load serves all gates."""
     tokens: int = 0
@@ -145,7 +145,7 @@ def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], Non
             first, _, rest = error.message.partition("\n")
             found = [Outcome(_label(gate), gate.asked, None, False, first)]
             if rest:
-                given.warn(f"{_label(gate)}: {rest}")
+                given.reporter.note(f"{_label(gate)}: {rest}")
         for outcome in found:
             tell(outcome)
         outcomes += found
@@ -305,9 +305,9 @@ def _loads(gate: Gate, given: GateInput) -> Outcome:
     if passed and gate.name:
         notes = check_generation(given.folder, report, gate.name).get("notes", [])
     elif passed and gate.kind == "loads":
-        check_tokenizer(given.folder, report)
+        check_tokenizer(given.folder, report, given.reporter, f"{_label(gate)}: ")
         for note in report["tokenizer"]["notes"]:
-            given.warn(f"{_label(gate)}: {note}")
+            given.reporter.note(f"{_label(gate)}: {note}")
     return Outcome(_label(gate), gate.asked, None, passed, "; ".join(notes) if passed else report["why"])
 
 
@@ -396,5 +396,5 @@ def gate(
     def tell(outcome: Outcome) -> None:
         reporter.event("gate", **outcome.as_dict())
 
-    outcomes = check(asked, GateInput(root, output.manifest, opened, access, reporter.note), tell)
+    outcomes = check(asked, GateInput(root, output.manifest, opened, access, reporter), tell)
     return GateReport(os.fspath(folder), tuple(outcomes))

@@ -302,7 +302,7 @@ class _Merge:
 
         plan, staging = self.job.plan, self.staging
         opened = (plan, self.job.checkpoints)
-        given = GateInput(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter.note)
+        given = GateInput(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter)
         self._warn(body)
         outcomes = check(plan.recipe.gates, given, report)
         if self.checks.strict:
