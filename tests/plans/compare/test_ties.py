@@ -19,6 +19,7 @@ WAYS = ["tied, absent", "tied, equal", "tied, other", "own, absent", "own, equal
 SAID = {
     "none": "the donor `target` has no head, and config.json does not tie it",
     "read": "`rl` and `sft` tie their head to the embedding, which is read as the head that the donor `target` has",
+    "spare": "`rl` and `sft` tie their head to the embedding and store one all the same, which is read as the head",
     "lost": "the donor `target` stores one but ties it to the embedding: runtimes use the embedding",
     "no place": "the donor `target` ties its head to the embedding: what the head learned has no place",
     "no head": "the donor `target` has none: what the head learned has no place",
