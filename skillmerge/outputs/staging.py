@@ -165,7 +165,9 @@ class Staging:
                 if self.sealed:
                     return remark
             elif rows or self.files.exists():
-                remark = "dropped an unfinished run of another plan"
+                same = any(isinstance(row, Header) and row.plan == weights_digest for row in rows[:1])
+                remark = "dropped an unfinished run "
+                remark += "of this plan with other options or inputs" if same else "of another plan"
             self._clear(*(("files", self._journal.path.name) if self.finished else ()))
             self.files.mkdir(exist_ok=True)
             self.drop_strangers(set(self.finished))

@@ -404,3 +404,11 @@ def test_two_runs_never_write_the_journal_under_one_name(place: Path, monkeypatc
             staging.begin(PLAN, CONDITIONS)
             assert not left.exists()
     assert len(written) == 2
+
+
+def test_run_of_this_plan_with_other_options_is_not_called_another_plan(place: Path) -> None:
+    for conditions in (CONDITIONS, {**CONDITIONS, "stats": "full"}):
+        with closing(Staging(place)) as staging:
+            remark = staging.begin(PLAN, conditions)
+            finish_shards(staging, "a.safetensors")
+    assert remark == "dropped an unfinished run of this plan with other options or inputs"
