@@ -88,9 +88,9 @@ def apply(
             except GateFailed as error:
                 write_report(report_file, plan=error.plan, manifest=error.body, gates=error.outcomes)
                 raise
+        show_merge(result, as_json, quiet or printed)
         write_report(report_file, plan=result.plan, manifest=result.manifest, gates=result.gates)
         write_result(result)
-    show_merge(result, as_json, quiet or printed)
     if result.output.exists() and not quiet and not printed:
         suggest(f"skillmerge verify {shlex.quote(str(result.output))} --load")
 
