@@ -52,9 +52,9 @@ def test_rounding_that_cancels_in_the_mean_is_told_by_its_worst_layer(tmp_path: 
     assert report.returncode == 0
     page = (tmp_path / "report.html").read_text()
     assert said in page
-    assert '<td class=p10><b>1.33</b>' in page
-    assert '<td class=n6><b>0.8</b>' in page
-    assert '<i class=n10>0.667</i>' in page, "the legend"
+    assert "<td class=p10><b>1.33</b>" in page
+    assert "<td class=n6><b>0.8</b>" in page
+    assert "<i class=n10>0.667</i>" in page, "the legend"
 
 
 def test_strict_keeps_back_what_rounding_has_changed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.methods.terms import model_of
+from skillmerge.methods.terms import minus_of, model_of
 from skillmerge.naming import module_kind
 from skillmerge.plans.compare.config_values import (
     PARTS,
@@ -56,6 +56,7 @@ def compare_config(
     configs = {name: models[name].config for name in _compared(models, donor, roles)}
     found = [] if dtype is None else [*_donor(models[donor], donor, dtype)]
     if configs.get(donor):
+        found += _without(models, donor, roles)
         found += _architectures(configs, donor)
         if foreign or not any(one.name == "architecture" for one in found):
             found += _parts(configs, donor, roles)
@@ -66,6 +67,14 @@ def compare_config(
 def _compared(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> list[str]:
     used = [name for name, role in roles.items() if role.used and name != donor and model_of(name) == name]
     return [donor, *(name for name in used if models[name].config)]
+
+
+def _without(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> Iterator[Compared]:
+    for name, role in roles.items():
+        skill = model_of(name) != name or minus_of(name) in models
+        if role.used and name != donor and not skill and not models[name].config:
+            said = f"model `{name}` has no config.json: its configuration is not compared"
+            yield Compared(None, FILE, FILE, "note", {name: "none"}, False, said)
 
 
 def _architectures(configs: Mapping[str, Mapping[str, Any]], donor: str) -> Iterator[Compared]:
