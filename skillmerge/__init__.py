@@ -1,6 +1,6 @@
-"""skillmerge: cut a skill out of one family of checkpoints and put it into another, streaming, with proof.
+"""skillmerge: merge model checkpoints, and extract skills of one model family to use in another.
 
-Every command of the command line is a function here, with the same words:
+Every command is a function here, with the same arguments:
 
     skillmerge.plan("recipe.yaml")                       -> Preview
     skillmerge.apply("recipe.yaml", "out", device="cpu") -> Result
@@ -10,7 +10,7 @@ Every command of the command line is a function here, with the same words:
 A function returns what its command shows: a frozen result with a short repr, whose `as_dict()` is what `--json`
 prints after `"ok"`. It raises a `SkillmergeError` where the command exits with a status above 0.
 
-Functions are imported when first used, so that `import skillmerge` costs nothing.
+Functions are imported on first use, so `import skillmerge` is fast.
 """
 
 from __future__ import annotations

@@ -16,20 +16,20 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype that holds plain numbers."""
+    """Return the torch dtype of a safetensors dtype that holds plain numbers."""
     dtype = getattr(torch, DTYPES[name].torch_name or "")
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
 def any_nonfinite(values: Tensor) -> bool:
-    """Whether a float tile holds NaN or Inf. A sum shows it, many times faster than isfinite on the CPU; a sum
+    """Return whether a float tile holds NaN or Inf. A sum shows it, many times faster than isfinite on the CPU; a sum
     that overflowed by itself is looked into."""
     return not math.isfinite(values.sum().item()) and not bool(values.isfinite().all())
 
 
 def first_nonfinite(values: Tensor) -> int | None:
-    """The index of the first NaN or Inf, or None."""
+    """Return the index of the first NaN or Inf, or None."""
     found = (~values.isfinite()).nonzero()
     return int(found[0].item()) if found.numel() else None
 
@@ -50,12 +50,13 @@ def fold_sum(values: Tensor) -> float:
 
 
 def memory_of(values: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, which must live as long (torch itself shows them to numpy only)."""
+    """Return the bytes of a contiguous tensor on the CPU, which must live as long (torch itself shows them to numpy
+    only)."""
     return memoryview((ctypes.c_char * (values.numel() * values.element_size())).from_address(values.data_ptr()))
 
 
 def bit_view(values: Tensor) -> Tensor:
-    """The same memory as integers of the same size."""
+    """Return a view of the same memory as integers of the same size."""
     return values.view(_INTEGERS[values.element_size()])
 
 

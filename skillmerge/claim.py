@@ -1,4 +1,4 @@
-"""A folder that one run has for itself: a lock where the filesystem has locks, and the owner's token everywhere.
+"""A folder that belongs to one run: a lock if the filesystem supports locks, and the owner's token everywhere.
 
     folder/lock     locked while a run works in the folder
     folder/owner    a random token of the run that took the folder last
@@ -34,7 +34,7 @@ CLAIM_FILES = (LOCK_FILE, OWNER_FILE)
 
 _NO_LOCKS = (*UNSUPPORTED, errno.ENOLCK)
 _TAKEN = (errno.EAGAIN, errno.EACCES)
-"""What `flock` answers where another run has the lock; EACCES is what CIFS says."""
+"""Error numbers of `flock` if another run has the lock; CIFS uses EACCES."""
 
 
 class Claim:
@@ -43,7 +43,7 @@ class Claim:
     def __init__(self, folder: Path, target: Path, reporter: Reporter) -> None:
         """Create the folder and take it. target: what messages say is being written.
 
-        Raises OutputLocked where another run holds it. Warns where the filesystem has no locks, and notes where it
+        Raises OutputLocked if another run holds it. Warns where the filesystem has no locks, and notes where it
         cannot sync folders.
         """
         self.folder, self._target = folder, target
@@ -52,16 +52,17 @@ class Claim:
             self._descriptor, why, synced = self._acquire()
         if why:
             reporter.warn(
-                f"the filesystem of {target} has no file locks ({why}): a second run on it would stop this one",
+                f"the filesystem of {target} has no file locks ({why}), so a second run on it would stop this one",
                 fix="run one command at a time on this output",
             )
         if not synced:
             reporter.note(
-                f"the filesystem of {target} cannot sync folders: after a power failure, run the same command again"
+                f"the filesystem of {target} cannot sync folders; after a power failure, rerun the same command"
             )
 
     def _acquire(self) -> tuple[int, str, bool]:
-        """The lock's descriptor, why it locks nothing, where it does not, and whether the folder's names are durable.
+        """Return the lock's descriptor, why it locks nothing, where it does not, and whether the folder's names are
+        durable.
 
         Raises OutputLocked, OSError.
         """
@@ -81,7 +82,8 @@ class Claim:
             except BlockingIOError as error:
                 os.close(descriptor)
                 raise OutputLocked(
-                    f"another run is writing {self._target}", fix="wait for it, or choose another --output"
+                    f"another run is writing {self._target}",
+                    fix="wait for it, or choose another folder with `--output`",
                 ) from error
             except BaseException:
                 os.close(descriptor)
@@ -99,7 +101,7 @@ class Claim:
             raise
 
     def _is_named(self, descriptor: int) -> bool:
-        """Whether the file that is locked still has the lock's name: its last owner may have removed it."""
+        """Return whether the file that is locked still has the lock's name: its last owner may have removed it."""
         path = self.folder / LOCK_FILE
         try:
             if os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -112,7 +114,7 @@ class Claim:
             return False
 
     def is_mine(self) -> bool:
-        """Whether no other run has taken the folder meanwhile."""
+        """Return whether this run still owns the folder."""
         with disk_errors(self.folder):
             try:
                 return (self.folder / OWNER_FILE).read_bytes() == self._token
@@ -123,7 +125,7 @@ class Claim:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Whatever fails in a folder that another run has taken, and may have removed, fails of that."""
+        """Turn any error in a folder that another run has taken over into OutputLocked."""
         try:
             yield
         except (SkillmergeError, OSError) as error:
@@ -133,15 +135,15 @@ class Claim:
             raise
 
     def check(self) -> None:
-        """Raise OutputLocked where another run has taken the folder meanwhile."""
+        """Raise OutputLocked if another run has taken the folder meanwhile."""
         if not self.is_mine():
             raise OutputLocked(
-                f"another run has taken {self._target} over: this one has stopped, and left it alone",
-                fix="let that run finish, or choose another --output",
+                f"another run has taken over {self._target}; this one has stopped and left it alone",
+                fix="let that run finish, or choose another folder with `--output`",
             )
 
     def close(self) -> None:
-        """Let go of the folder, and remove it where it is empty; not where it is another run's by now."""
+        """Release the folder, and remove it if it is empty and still this run's."""
         if self._descriptor >= 0:
             mine = False
             with suppress(OSError):
@@ -164,7 +166,7 @@ class Claim:
 
 
 def _lock(descriptor: int) -> str:
-    """Lock a file. Returns why that cannot be had here, or "". Raises BlockingIOError where it is taken."""
+    """Lock a file. Returns why locking is unsupported here, or "". Raises BlockingIOError if it is taken."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -178,22 +180,24 @@ def _lock(descriptor: int) -> str:
 
 @contextmanager
 def hold(folder: Path, reporter: Reporter) -> Iterator[Claim]:
-    """Hold a folder for this run alone. Raises OutputLocked where another run does."""
+    """Hold a folder for this run alone. Raises OutputLocked if another run does."""
     with closing(Claim(folder, folder, reporter)) as claim, claim.working():
         yield claim
 
 
 @contextmanager
 def new_folder(target: Path, reporter: Reporter) -> Iterator[Path]:
-    """A folder to fill, which is called `target` when all is done and does not exist otherwise.
+    """Yield a folder to fill, which is called `target` when all is done and does not exist otherwise.
 
     For outputs that are small beside a merge: nothing is kept of a failed try, and what a killed one left is
-    removed by the next. Raises UsageError where there is something at `target` already; OutputLocked where
+    removed by the next. Raises UsageError if there is something at `target` already; OutputLocked if
     another run fills it; ResourceError.
     """
     with disk_errors(target):
         if is_taken(target):
-            raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
+            raise UsageError(
+                f"{target} already exists", fix="choose another folder with `--output`, or remove it yourself"
+            )
         folder = target.with_name(f".{target.name}.writing")
         with closing(Claim(folder, target, reporter)) as claim, claim.working():
             _clear(claim)

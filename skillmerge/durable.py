@@ -15,22 +15,22 @@ from typing import IO
 
 from skillmerge.errors import ResourceError, UsageError
 
-CONTINUE = "make room, then run the same command again: it continues where it stopped"
+CONTINUE = "free disk space, then run the same command again: it continues where it stopped"
 _WRONG_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY,
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EXDEV,
 )  # fmt: skip
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY)
-"""What a filesystem answers that has no such thing (NFS, CIFS, Lustre and FUSE do not agree on which)."""
+"""Error numbers of filesystems without a feature (NFS, CIFS, Lustre and FUSE differ)."""
 
 _NO_FOLDER_SYNC = (*UNSUPPORTED, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 
 @contextmanager
-def disk_errors(path: Path, elsewhere: str = "choose another place") -> Iterator[None]:
-    """Turn the operating system's refusals to write into errors that say what to do.
+def disk_errors(path: Path, elsewhere: str = "choose another folder") -> Iterator[None]:
+    """Turn the operating system's write errors into errors with advice.
 
-    elsewhere: how to choose another place, in the words of the command. Raises UsageError where the place is wrong,
+    elsewhere: how to choose another place in this command. Raises UsageError if the place is wrong,
     ResourceError where the disk is full or fails.
     """
     try:
@@ -55,7 +55,7 @@ def disk_errors(path: Path, elsewhere: str = "choose another place") -> Iterator
 
 
 def is_taken(path: Path) -> bool:
-    """Whether anything but an empty folder has that name."""
+    """Return whether anything but an empty folder has that name."""
     return os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
 
 
@@ -78,7 +78,7 @@ def write_whole(path: Path, content: bytes, beside: Path | None = None) -> None:
 
 
 def sync_file(descriptor: int) -> None:
-    """Make a file durable, where its filesystem knows how. Raises OSError where that fails."""
+    """Make a file durable, where its filesystem knows how. Raises OSError if that fails."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -87,7 +87,7 @@ def sync_file(descriptor: int) -> None:
 
 
 def sync_folder(folder: Path) -> bool:
-    """Make a folder's names durable. False where the filesystem cannot. Raises OSError where that fails."""
+    """Make a folder's names durable. False where the filesystem cannot. Raises OSError if that fails."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -126,7 +126,7 @@ def remove_tree(folder: Path) -> None:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder, which is removed at the end. Raises ResourceError where there is no place for one."""
+    """Yield a temporary folder, which is removed at the end. Raises ResourceError if there is no place for one."""
     try:
         name = tempfile.mkdtemp(prefix="skillmerge-")
     except OSError as error:
@@ -139,7 +139,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def scratch_file() -> IO[bytes]:
-    """A temporary file without a name; in memory where no folder takes it. Raises ResourceError."""
+    """Return a temporary file without a name; in memory where no folder takes it. Raises ResourceError."""
     try:
         return tempfile.TemporaryFile()
     except OSError as error:

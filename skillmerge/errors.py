@@ -1,4 +1,4 @@
-"""Every error a user can meet: one class per exit status, with what is wrong and what to do next.
+"""All expected errors: one class per exit status, with what is wrong and what to do next.
 
     SkillmergeError
     ├── UsageError           2  the command line or the recipe
@@ -45,7 +45,7 @@ _MACHINE_WORDS = re.compile(
     ),
     re.IGNORECASE,
 )
-"""What errors say that have lost their number on the way through a library or another process."""
+"""Messages of errors whose number was lost in a library or another process."""
 
 
 class SkillmergeError(Exception):
@@ -59,7 +59,7 @@ class SkillmergeError(Exception):
         self.fix = fix
 
     def as_dict(self) -> dict[str, Any]:
-        """What programs are told of it."""
+        """Return the error as plain data, for programs."""
         return {
             "error": type(self).__name__,
             "exit_status": self.exit_status,
@@ -77,7 +77,7 @@ class UsageError(SkillmergeError):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where in a text something stands: line and column counted from 0, and how many characters it is wide."""
+    """A position in a text: line and column counted from 0, and the width in characters."""
 
     line: int
     column: int
@@ -164,7 +164,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn what Python, torch and the loader say where memory or threads are not to be had into a ResourceError."""
+    """Turn errors of Python, torch and the loader about memory or threads into a ResourceError."""
     try:
         yield
     except (MemoryError, RuntimeError, ImportError, OSError) as error:
@@ -173,7 +173,7 @@ def memory_errors() -> Iterator[None]:
         detail = str(error).strip().partition("\n")[0]
         raise ResourceError(
             f"not enough memory or threads{detail and ': '}{detail}",
-            fix="free memory, or allow fewer threads, then run the same command again",
+            fix="free memory, or pass a lower `--threads`, then rerun",
         ) from error
 
 
@@ -202,14 +202,14 @@ def machine_errors() -> Iterator[None]:
 
 
 def is_machine(error: object) -> bool:
-    """Whether an error, or the text of one, is of a machine that lacks something, not of what it works on."""
+    """Return whether an error, or the text of one, is of a machine that lacks something, not of what it works on."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _MACHINE or str(error.strerror).startswith(_NO_TEMPORARY)
     return isinstance(error, MemoryError) or bool(_MACHINE_WORDS.search(str(error)))
 
 
 def unusable(path: str, error: OSError) -> ResourceError:
-    """The error for a file or folder that this machine refuses to use."""
+    """Return the error for a file or folder that this machine refuses to use."""
     doctor = f"skillmerge doctor {shlex.quote(path)}"
     return ResourceError(
         f"{path}: {error.strerror or error}", fix=f"check it with `{doctor}`, then run the same command again"
@@ -217,12 +217,12 @@ def unusable(path: str, error: OSError) -> ResourceError:
 
 
 def unreadable(what: object, error: OSError, how: str = "read") -> SkillmergeError:
-    """The error for an input that cannot be read: InputError, or ResourceError where the machine is at fault."""
+    """Return the error for an input that cannot be read: InputError, or ResourceError where the machine is at fault."""
     return unusable(str(what), error) if is_machine(error) else InputError(f"{what}: cannot be {how}: {error.strerror}")
 
 
 def visible(text: str) -> str:
-    """Text for a terminal: control characters, which a file's name may hold, are written out."""
+    """Return text that is safe for a terminal: control characters, which a file name may hold, are escaped."""
     return "".join(
         repr(character)[1:-1]
         if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
@@ -232,12 +232,12 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text that a model's files say, to be put into a message: it can begin no line of its own."""
+    """Return text that a model's files say, to be put into a message: it can begin no line of its own."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def lines_of(line: str, width: int) -> list[int]:
-    """Where to break a line that is too wide for a terminal: between words, and never in what backticks quote.
+    """Return where to break a line that is too wide for a terminal: between words, and never in what backticks quote.
 
     What begins with a space is to be pasted, or has a marker under it: it stays whole, as does what is too long anyway.
     """
@@ -255,7 +255,7 @@ def _columns(text: str) -> int:
 
 
 def did_you_mean(word: str, candidates: list[str]) -> str | None:
-    """A suggestion for a misspelt word, or None where nothing is near."""
+    """Return a suggestion for a misspelled word, or None if nothing is near."""
     import difflib
 
     near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
@@ -263,6 +263,6 @@ def did_you_mean(word: str, candidates: list[str]) -> str | None:
 
 
 def some(names: list[str], limit: int = 8) -> str:
-    """The first names of a long list, and how many are left out."""
+    """Return the first names of a long list, and how many are left out."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} … and {len(names) - limit} more"

@@ -1,7 +1,7 @@
-"""What a tensor's name says: which layer of which stack it belongs to, and what kind of module it is.
+"""Tensor names: the layer, its stack, and the kind of module.
 
-Knows naming habits, never architectures: everything is read from the dotted name alone, so that a model
-nobody has seen yet is handled like the rest. Names that say nothing are of kind `other`, outside all layers.
+Knows naming habits, never architectures: everything is read from the dotted name alone, so that new
+architectures are handled like the rest. Names that say nothing are of kind `other`, outside all layers.
 """
 
 from __future__ import annotations
@@ -42,17 +42,18 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 
 def layer_label(name: str) -> str:
-    """The layer for people: `model.layers 7`, or `outside blocks`."""
+    """Return the layer for people: `model.layers 7`, or `outside blocks`."""
     layer = layer_of(name)
     return f"{layer[0]} {layer[1]}" if layer is not None else "outside blocks"
 
 
 @lru_cache(maxsize=1 << 17)
 def module_kind(name: str) -> str:
-    """One of MODULE_KINDS, or `other`."""
+    """Return one of MODULE_KINDS, or `other`."""
     return next((kind for kind, pattern in _KIND_PATTERNS if pattern.search(name)), "other")
 
 
 def summarised(name: str) -> str:
-    """A tensor's name with the numbers of experts taken out: `mlp.experts.7.up_proj` -> `mlp.experts.*.up_proj`."""
+    """Return a tensor's name with the numbers of experts taken out: `mlp.experts.7.up_proj` ->
+    `mlp.experts.*.up_proj`."""
     return _EXPERT.sub(r"\1.*.", name)

@@ -1,7 +1,7 @@
 """Problems, warnings and notes: what they are, and the names under which a recipe accepts differences.
 
-A problem stops a command until a person settles it by name. A warning needs attention: it is printed at once, also
-with `-q`, and kept in every record of the run. A note is information. Knows nothing about what finds or shows them.
+A problem stops a command until it is settled by name. A warning needs attention: it is printed at once, even with
+`-q`, and kept in every record of the run. A note is information. Knows nothing about what finds or shows them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ACCEPTABLE = {
     "merged-share": "rules that take much of the model out of the formula",
     "quantised-difference": "a difference of quantized weights",
 }
-"""What `accept` in a recipe can name, and what it means."""
+"""Names for `accept` in a recipe, and their meanings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remark:
     """One warning or note. level: `warning` or `note`. fix: what to do about it.
 
-    name: under which a recipe accepts it, or None where it cannot be accepted. of_recipe: whether the recipe's text is
+    name: under which a recipe accepts it, or None if it cannot be accepted. of_recipe: whether the recipe's text is
     at fault rather than a model: under `--strict` it exits with status 2 rather than 4.
     """
 
@@ -53,6 +53,6 @@ def warning(message: str, fix: str | None = None, *, name: str | None = None, of
 
 
 def count_of(warnings: Iterable[object]) -> str:
-    """Return `2 warnings`, or nothing where there are none."""
+    """Return `2 warnings`, or nothing if there are none."""
     count = len(list(warnings))
     return f"{count} warning{'s' if count > 1 else ''}" if count else ""

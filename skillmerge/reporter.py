@@ -1,6 +1,6 @@
-"""What a run tells while it works, to whoever listens: warnings, notes, progress, and events for programs.
+"""The reporter of a run: warnings, notes, progress, and events for programs.
 
-The one here keeps quiet; `messages` has those for terminals, logs and notebooks. Knows nothing about what is told.
+The one here is silent; `messages` has those for terminals, logs and notebooks. Knows nothing about the content.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 
 class Reporter:
-    """A listener that prints nothing, and remembers warnings. Its methods may be called from any thread."""
+    """A reporter that prints nothing and keeps warnings. Its methods may be called from any thread."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
         """The warnings so far, each once."""
 
     def say(self, message: str) -> None:
-        """Take in a step of the work."""
+        """Report a step of the work."""
 
     def note(self, message: str) -> None:
-        """Take in information."""
+        """Report information."""
 
     def warn(self, message: str, fix: str | None = None) -> None:
-        """Take in something that needs attention, once."""
+        """Report a warning, once."""
         if message not in self.warnings:
             self.warnings.append(message)
             self.event("warning", message=message, fix=fix)
@@ -36,7 +36,7 @@ class Reporter:
         """Show a new warning."""
 
     def event(self, name: str, **what: Any) -> None:
-        """Something that happened, as plain data; docs/files.md names them."""
+        """Report an event as plain data; docs/files.md lists them."""
 
     @contextmanager
     def bar(self, total: int, doing: str | None = None) -> Iterator[Callable[[int], None]]:

@@ -1,4 +1,4 @@
-"""What a tensor is before its values are known: name, dtype, shape, size. No I/O, no torch.
+"""Tensor specifications: name, dtype, shape, size. No I/O, no torch.
 
 The dtype names are those of the safetensors format
 (https://github.com/huggingface/safetensors#format), in the order in which its own writer ranks
@@ -44,7 +44,7 @@ ULP_EDGES = (1, 2, 4, 8, 16, 64, 256)
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """A safetensors dtype. `kind` is float, integer, bool, complex or quantised (never plain numbers)."""
+    """A safetensors dtype. `kind` is float, integer, bool, complex or quantized (never plain numbers)."""
 
     name: str
     bits: int
@@ -107,7 +107,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values, one behind the other."""
+        """Bytes of its values, concatenated."""
         return self.elements * DTYPES[self.dtype].bits // 8
 
 
@@ -124,7 +124,7 @@ def block_count(elements: int) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people, in the decimal units that disks and the Hub use: 3.1 GB."""
+    """Return bytes for people, in the decimal units that disks and the Hub use: 3.1 GB."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -133,7 +133,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """A number of parameters for people: 1.54 B."""
+    """Return a number of parameters for people: 1.54 B."""
     for unit in ("", " K", " M", " B", " T"):
         if count < 999.5 or unit == " T":
             return f"{count:.3g}{unit}"
@@ -142,7 +142,7 @@ def format_count(count: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share for people: 98.4%. Only all is 100%, and only nothing is 0%."""
+    """Return a share for people: 98.4%. Only all is 100%, and only nothing is 0%."""
     if share in (0, 1):
         return f"{share:.0%}"
     return f"{min(max(share, 0.001), 0.999):.1%}"

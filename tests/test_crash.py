@@ -217,7 +217,7 @@ def test_signal_ends_a_run_that_can_be_continued(server: MergeServer, wide: Path
     assert time.monotonic() - sent < 10
     assert process.returncode == 128 + number
     assert number.name in told
-    assert "run the same command again" in told
+    assert "rerun to continue" in told
     assert "Traceback" not in told
     assert visible(output) is None
     before = finished_shards(output)

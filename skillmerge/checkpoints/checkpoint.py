@@ -58,7 +58,7 @@ class WeightFile:
 class Naming:
     """How the names of a checkpoint's tensors differ from the stored ones.
 
-    rename: prefixes and what stands in their place, the first that matches winning. unwrapped: parts that a training
+    rename: prefixes and their replacements; the first match wins. unwrapped: parts that a training
     library left in them.
     """
 
@@ -66,7 +66,7 @@ class Naming:
     unwrapped: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """What plans and manifests hold of it: nothing, where names are as they are stored."""
+        """Return what plans and manifests hold of it: nothing, where names are as they are stored."""
         rename = {"rename": [{"from": old, "to": new} for old, new in self.rename]} if self.rename else {}
         return {**rename, **({"unwrapped": list(self.unwrapped)} if self.unwrapped else {})}
 
@@ -75,7 +75,7 @@ class Checkpoint(ABC):
     """A checkpoint, open for reading from any number of threads.
 
     uri: what the recipe calls its place. at: that place. store: where its side files are. config: the parsed
-    `config.json`, empty where there is none. tensors: by name, file by file in the order of their bytes. files: the
+    `config.json`, empty if there is none. tensors: by name, file by file in the order of their bytes. files: the
     weight files, by name. indexed: whether an index names them. unread: weight files that the index leaves out.
     naming: how its names differ from the stored ones. same: of a plane of a skill, the quantized tensors that it has
     no update of; None of anything else.
@@ -103,7 +103,7 @@ class Checkpoint(ABC):
 
     @property
     def place(self) -> str:
-        """What to call it in messages."""
+        """Its name in messages."""
         return self.at.place
 
     @abstractmethod
@@ -119,17 +119,17 @@ class Checkpoint(ABC):
         """Elements that will be read soon."""
 
     def cost(self, tensor: str) -> int:
-        """How many bytes of its files a tensor takes."""
+        """Return how many bytes of its files a tensor takes."""
         return self.tensors[tensor].nbytes
 
     def stated(self, file: str) -> tuple[int, tuple[str, str]] | None:
-        """Size and digest of one of its files, weights or not, as its store states them; None where it does not."""
+        """Size and digest of one of its files, weights or not, as its store states them; None if it does not."""
         known = self.files.get(file) or self.store.list()[file]
         return (known.size, known.digest) if known.digest is not None else None
 
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:
-        """The sha256 of a weight file; of no use where `stop` was set meanwhile. Raises InputError where it is not
-        the one that is stated."""
+        """Return the sha256 of a weight file; of no use where `stop` was set meanwhile. Raises InputError if it is
+        not the one that is stated."""
         digest, size, stated = hashlib.sha256(), self.files[file].size, self.files[file].digest
         buffer = memoryview(bytearray(min(size, _PIECE)))
         for position in range(0, size, _PIECE):
@@ -147,7 +147,7 @@ class Checkpoint(ABC):
         return found[1]
 
     def check_unchanged(self, files: Collection[str] | None = None) -> None:
-        """Raise StalePlan where a weight file is no longer the one that was opened."""
+        """Raise StalePlan if a weight file is no longer the one that was opened."""
         self.store.check_unchanged(sorted(self.files if files is None else files))
 
     def cancel(self) -> None:
@@ -158,7 +158,7 @@ class Checkpoint(ABC):
         self.store.close()
 
     def view(self, piece: Piece) -> memoryview:
-        """The bytes that a piece goes to."""
+        """Return the bytes that a piece goes to."""
         nbytes = piece.count * DTYPES[self.tensors[piece.tensor].dtype].itemsize
         return piece.buffer[piece.start : piece.start + nbytes]
 
@@ -196,7 +196,7 @@ class Difference:
 
 
 def named(name: str, opened: Checkpoint | Difference) -> dict[str, Checkpoint]:
-    """The checkpoints of a recipe's model, by the names that plans call them by."""
+    """Return the checkpoints of a recipe's model, by the names that plans call them by."""
     if isinstance(opened, Checkpoint):
         return {name: opened}
     return {name: opened.plus, minus_of(name): opened.minus}
@@ -217,17 +217,17 @@ class Kind(Protocol):
     def WRITTEN(self) -> str: ...
 
     def claims(self, store: Store) -> bool:
-        """Whether a store holds weights of this kind, by its files' names or what a small one of them says."""
+        """Return whether a store holds weights of this kind, by its files' names or what a small one of them says."""
 
     def open(self, uri: str, store: Store, onto: Checkpoint | None) -> Checkpoint | Difference:
         """Open what is in a store. onto: the model that a patch is for.
 
-        Raises InputError where it is missing, unsafe, damaged, or not of this kind.
+        Raises InputError if it is missing, unsafe, damaged, or not of this kind.
         """
 
 
 def read_bytes(checkpoint: Checkpoint, tensor: str, first: int = 0, count: int | None = None) -> bytearray:
-    """Elements of a tensor, by default all of them, as bytes."""
+    """Return elements of a tensor, by default all of them, as bytes."""
     spec = checkpoint.tensors[tensor]
     count = spec.elements - first if count is None else count
     content = bytearray(count * DTYPES[spec.dtype].itemsize)
@@ -236,7 +236,7 @@ def read_bytes(checkpoint: Checkpoint, tensor: str, first: int = 0, count: int |
 
 
 def versions(checkpoints: Mapping[str, Checkpoint]) -> dict[str, dict[str, list[int | str]]]:
-    """What tells the weight files of models from changed ones, on this machine: model -> file -> version."""
+    """Return the version of each weight file, which shows later whether it has changed: model -> file -> version."""
     return {
         name: {file: list(item.version) for file, item in checkpoint.files.items()}
         for name, checkpoint in checkpoints.items()

@@ -1,4 +1,4 @@
-"""What is in a place that holds no weights that skillmerge reads, by its files' names, and what makes a model of it.
+"""Places without weights that skillmerge reads: what they are, by file names, and how to convert them to a model.
 
 One table of data. Knows names and first bytes of files, never what is in them.
 """
@@ -21,13 +21,13 @@ class Foreign:
     """A way in which other tools keep weights.
 
     marks: globs of names below the place, each of which has to match a file; `|` separates alternatives. what: what it
-    is. cure: what makes a model of it, with `{folder}` for the folder of the first mark's file, `{file}` for that file
+    is. fix: how to make a model of it, with `{folder}` for the folder of the first mark's file, `{file}` for that file
     and `{name}` for its first part.
     """
 
     marks: tuple[str, ...]
     what: str
-    cure: str
+    fix: str
 
 
 FOREIGN = (
@@ -193,7 +193,7 @@ STARTS = (
     (b"\x89HDF", "is an HDF5 file, under another name", _SAVE),
     (b"\0" * 8, "begins with zeros: a download that was never finished", "fetch the file again"),
 )  # fmt: skip
-"""How files begin that are not what their names say: first bytes, what it is, what to do. Pointers come first."""
+"""First bytes of files that are not what their names say: bytes, description, fix. Pointers come first."""
 _POINTERS = 3
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -201,7 +201,7 @@ SAVE = "pickles can run code and are never loaded; " + _SAVE
 
 
 def recognised(names: Iterable[str], place: str, local: bool) -> tuple[str, str] | None:
-    """Return what is in a place with these files, and what makes a model of it; None where that is not known.
+    """Return what is in a place with these files, and what makes a model of it; None if that is not known.
 
     local: whether the place is a folder, so that commands can name it.
     """
@@ -212,15 +212,14 @@ def recognised(names: Iterable[str], place: str, local: bool) -> tuple[str, str]
             continue
         folder, _, file = first.rpartition("/")
         inside = f"{place}/{folder}".rstrip("/") if local else "FOLDER"
-        cure = foreign.cure.format(
-            folder=inside, file=file, name=first.split("/")[0], place=place if local else "FOLDER"
-        )
-        return foreign.what, cure
+        fix = foreign.fix.format(folder=inside, file=file, name=first.split("/")[0], place=place if local else "FOLDER")
+        return foreign.what, fix
     return None
 
 
 def _first(mark: str, names: Iterable[str]) -> str | None:
-    """The first name that a mark's globs match; where one matches in several folders, the last folder by number."""
+    """Return the first name that a mark's globs match; where one matches in several folders, the last folder by
+    number."""
     globs = mark.split("|")
     matching = [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
     return max(matching, key=_by_number) if matching else None
@@ -238,4 +237,4 @@ def disguised(start: bytes, *, text: bool = False) -> tuple[str, str] | None:
     start: its first 32 bytes. text: whether it may hold any text, so that only pointers are told from it.
     """
     rows = STARTS[:_POINTERS] if text else STARTS
-    return next(((what, cure) for begins, what, cure in rows if start.startswith(begins)), None)
+    return next(((what, fix) for begins, what, fix in rows if start.startswith(begins)), None)

@@ -1,4 +1,4 @@
-"""A path that is not there: names near it, and what was probably meant by the folder of a model."""
+"""A missing path: names near it, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _A_MODEL = "a model is a folder with *.safetensors and config.json"
 
 
 def missing(path: Path, written: str) -> tuple[str, str] | None:
-    """Return what is wrong with the folder that was `written`, and what to do; None where a folder is there.
+    """Return what is wrong with the folder that was `written`, and what to do; None if a folder is there.
 
     Only what exists is looked at, never what is in it.
     """
@@ -36,11 +36,11 @@ def missing(path: Path, written: str) -> tuple[str, str] | None:
         return f"folder {where} does not exist", meant(path, written) or _there(path, written) or _A_MODEL
     except (OSError, ValueError):
         pass
-    return None  # whoever opens it says why it cannot be
+    return None  # opening it reports why it fails
 
 
 def meant(path: Path, written: str) -> str | None:
-    """Return what was probably meant by the path of a folder that does not exist; None where nothing is near."""
+    """Return what was probably meant by the path of a folder that does not exist; None if nothing is near."""
     model, plus, adapter = written.partition("+")
     if plus and (os.path.isdir(path.parent) or "/" in adapter):
         return f"to put an adapter on `{model}`, merge it in first (peft: `merge_and_unload`), and name that folder"
@@ -53,7 +53,7 @@ def meant(path: Path, written: str) -> str | None:
 
 
 def _there(path: Path, written: str) -> str | None:
-    """What is beside the place, where that is a folder."""
+    """Return what is beside the place, where that is a folder."""
     try:
         names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir() and entry.name[0] != ".")
     except OSError:
@@ -62,10 +62,10 @@ def _there(path: Path, written: str) -> str | None:
 
 
 def near_path(path: Path, written: str, wanted: Callable[[Path], bool] = Path.exists) -> str | None:
-    """Return `did you mean …?` for a path that does not exist, spelled as `written` is; None where nothing is near.
+    """Return `did you mean …?` for a path that does not exist, spelled as `written` is; None if nothing is near.
 
     wanted: what a neighbor has to be to be meant. The nearest folder that exists is looked into; of what is below a
-    name that is misspelt, the rest is kept.
+    name that is misspelled, the rest is kept.
     """
     parts = path.parts
     for length in range(len(parts), 0, -1):
@@ -76,13 +76,13 @@ def near_path(path: Path, written: str, wanted: Callable[[Path], bool] = Path.ex
         folded = {other.casefold(): other for other in names}
         near = folded.get(name.casefold()) or _nearest(name, names)
         if near is None or len(rest) >= len(written.rstrip("/").split("/")):
-            return None  # nothing is near, or the misspelt name is not in what was written
+            return None  # nothing is near, or the misspelled name is not in what was written
         return f"did you mean `{_respelled(written, name, near, len(rest))}`?"
     return None
 
 
 def _respelled(written: str, name: str, near: str, below: int) -> str:
-    """What was written, with one name in it replaced: the one that has so many below it."""
+    """Return what was written, with one name in it replaced: the one that has so many below it."""
     parts = written.rstrip("/").split("/")
     index = len(parts) - 1 - below
     return (
@@ -91,7 +91,7 @@ def _respelled(written: str, name: str, near: str, below: int) -> str:
 
 
 def _nearest(name: str, names: list[str]) -> str | None:
-    """The name nearest to one, by what stands before the ends of files' names: those are alike anyway."""
+    """Return the name nearest to one, by what stands before the ends of files' names: those are alike anyway."""
     stems = {os.path.splitext(other)[0] if other.endswith(_ENDS) else other: other for other in names}
     near = get_close_matches(os.path.splitext(name)[0] if name.endswith(_ENDS) else name, stems, n=1, cutoff=0.7)
     return stems[near[0]] if near else None

@@ -1,6 +1,6 @@
-"""What `config.json` says about the weights beside it, as far as any architecture's config says it alike.
+"""Facts in `config.json` about the weights beside it, as far as architectures share keys.
 
-Vocabulary, number of blocks, tied embeddings, quantisation. Knows the keys that many configs share, never
+Vocabulary, number of blocks, tied embeddings, quantization. Knows the keys that many configs share, never
 an architecture: where a config is silent, nothing is concluded.
 """
 
@@ -30,11 +30,11 @@ _QUANTISED_NAMES = re.compile(
     r"|\.quant_state\.\w+|_blocks|_scales)$"
 )
 _MODULE = re.compile(r"\.(weight|qweight|qzeros|SCB|absmax|weight_\w+)(\.[^.]+)*$")
-"""What follows the name of a module in its quantized tensors' names."""
+"""Suffixes of a module's name in the names of its quantized tensors."""
 
 
 def sections(config: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """The config itself and every table nested in it (`text_config`, `vision_config`), with its name."""
+    """Yield the config itself and every table nested in it (`text_config`, `vision_config`), with its name."""
     yield "", config
     for key, value in config.items():
         if key.endswith("config") and isinstance(value, dict) and key != "quantization_config":
@@ -43,14 +43,14 @@ def sections(config: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether the config says that the output head is the input embedding."""
+    """Return whether the config says that the output head is the input embedding."""
     return any(section.get("tie_word_embeddings") is True for _, section in sections(config))
 
 
 def tied_source(
     name: str, shape: tuple[int, ...], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
 ) -> str | None:
-    """The stored tensor that stands for `name` where the config ties them, or None."""
+    """Return the stored tensor that stands for `name` where the config ties them, or None."""
     if name in tensors or not ties_embeddings(config) or module_kind(name) not in ("head", "embedding"):
         return None
     candidates = [
@@ -62,7 +62,7 @@ def tied_source(
 
 
 def quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The tensors that are no plain numbers, or belong to such, and why.
+    """Return the tensors that are no plain numbers, or belong to such, and why.
 
     Where only the config says that a model is quantized, all of its matrices may be.
     """
@@ -91,7 +91,7 @@ def quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> d
 
 
 def _said_quantised(config: Mapping[str, Any]) -> str | None:
-    """What the config says of quantization, or None."""
+    """Return what the config says of quantization, or None."""
     for where, section in sections(config):
         for key in ("quantization_config", "compression_config", "quantization"):
             details = section.get(key)
@@ -102,7 +102,7 @@ def _said_quantised(config: Mapping[str, Any]) -> str | None:
 
 
 def contradictions(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Where config and shapes cannot both be right, so that no runtime would load the model."""
+    """Return contradictions between config and shapes that keep every runtime from loading the model."""
     return [*_vocabulary(config, tensors), *_blocks(config, tensors)]
 
 

@@ -1,4 +1,4 @@
-"""Where a model is: a folder, or hf://org/name[@revision][/subfolder]. Text only, no requests."""
+"""Places of models: a folder, or hf://org/name[@revision][/subfolder]. Text only, no requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ADDRESS = re.compile(
     r"|/(?P<page>tree|blob|resolve|raw|commit|blame|edit)/(?P<revision>refs/pr/[0-9]+|[^/\s?#]+))?"
     r"(?P<below>/[^\s?#]*)?(?:[?#].*)?"
 )
-"""How people write a model on the Hub that is no URI of ours: addresses of pages and files, git's form, prefixes."""
+"""Other spellings of a model on the Hub: addresses of pages and files, git's form, prefixes."""
 _ON_HUB = re.compile(
     r"(https?://)?(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com)[/:]|git@hf\.co|(hf|huggingface|hub):"
 )
@@ -36,7 +36,7 @@ _OTHERS = {
     "collections": "a collection", "papers": "a paper", "api": "the address of a page",
     "models": "the address of a page",
 }  # fmt: skip
-"""What an address on the Hub begins with where it names no organization, and what is there."""
+"""First parts of Hub addresses that are not organizations, and what they name."""
 _FILE = re.compile(r"\.(safetensors|json|bin|pt|pth|gguf|md)$")
 _FORMS = "write `hf://org/name`, `hf://org/name@revision` or `hf://org/name@revision/subfolder`"
 
@@ -44,7 +44,7 @@ _PAGE = re.compile(r"(tree|blob|resolve|raw)/(main|[0-9a-f]{40})(/|$)")
 
 
 class PlaceError(ValueError):
-    """What is written is not a place. fix: what to write instead, or None."""
+    """Raised for text that is not a place. fix: what to write instead, or None."""
 
     def __init__(self, message: str, fix: str | None = None) -> None:
         super().__init__(message)
@@ -52,7 +52,7 @@ class PlaceError(ValueError):
 
 
 class ModelPlace(Protocol):
-    """Where a model is. scheme: how its URI begins, "" for a path. name: what people call it. versioned: whether it
+    """The place of a model. scheme: how its URI begins, "" for a path. name: what people call it. versioned: whether it
     has commits, so that what it names may change; revision: which of them, "" for the latest."""
 
     @property
@@ -65,10 +65,10 @@ class ModelPlace(Protocol):
     def revision(self) -> str: ...
     @property
     def pinned(self) -> bool:
-        """Whether the revision is a commit, which never means anything else."""
+        """Whether the revision is a commit, which cannot change."""
 
     def at(self, commit: str) -> ModelPlace:
-        """The same place at a commit."""
+        """Return the same place at a commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Location:
 
     @property
     def pinned(self) -> bool:
-        """Whether the revision is a commit, which never means anything else."""
+        """Whether the revision is a commit, which cannot change."""
         return _COMMIT.fullmatch(self.revision) is not None
 
     def at(self, commit: str) -> Location:
@@ -121,7 +121,7 @@ class Location:
 
 
 def parse_location(uri: str) -> Location:
-    """Raises PlaceError. A revision with a slash in it (but for refs/pr/N) is written with %2F."""
+    """Parse a URI. Raises PlaceError. A revision with a slash in it (except refs/pr/N) is written with %2F."""
     written = uri.removeprefix(_HUB)
     first, _, rest = written.lstrip("/").partition("/")
     if first in _OTHERS:
@@ -144,7 +144,7 @@ def parse_location(uri: str) -> Location:
 
 
 def _model_in(kind: str, rest: str) -> str:
-    """What to write in place of an address that does not begin with an organization."""
+    """Return what to write in place of an address that does not begin with an organization."""
     repository = "/".join(rest.removeprefix("models/").split("/")[:2])
     if kind in ("models", "api") and _REPOSITORY.fullmatch(repository):
         return f"to read the model, write `{_HUB}{repository}`"
@@ -152,7 +152,7 @@ def _model_in(kind: str, rest: str) -> str:
 
 
 def _near(written: str) -> str | None:
-    """What to write for something like a model on the Hub."""
+    """Return what to write for something like a model on the Hub."""
     if _ON_HUB.match(written):
         return instead_on_hub(written)
     if "@" not in written:
@@ -161,12 +161,13 @@ def _near(written: str) -> str | None:
 
 
 def on_hub(uri: str) -> Location | None:
-    """The model on the Hub that a URI names, or None for one elsewhere. Raises PlaceError as `parse_location`."""
+    """Return the model on the Hub that a URI names, or None for one elsewhere. Raises PlaceError as
+    `parse_location`."""
     return parse_location(uri) if uri.startswith(_HUB) else None
 
 
 def instead_on_hub(text: str) -> str | None:
-    """Return what to write for a model on the Hub that was written in another way, or None where it is none."""
+    """Return what to write for a model on the Hub that was written in another way, or None if it is none."""
     match = _ADDRESS.fullmatch(text.strip())
     if match is None or _ON_HUB.match(text.strip()) is None:
         return None
@@ -187,5 +188,6 @@ def instead_on_hub(text: str) -> str | None:
 
 
 def looks_like_repository(text: str) -> bool:
-    """Whether text could be the name of a repository, `org/name` or `org/name@revision`, and is no plain path."""
+    """Return whether text could be the name of a repository, `org/name` or `org/name@revision`, and is no plain
+    path."""
     return _REPOSITORY.fullmatch(text.partition("@")[0]) is not None

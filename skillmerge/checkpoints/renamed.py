@@ -62,10 +62,10 @@ class Renamed(View):
 def read_as(
     name: str, checkpoint: Checkpoint, rename: Sequence[tuple[str, str]], unwrapped: Sequence[str]
 ) -> Checkpoint:
-    """The model `name` under other names: without the wrappers, and then with other prefixes, the first rule that
-    matches a name winning. Itself where no name changes.
+    """Return the model `name` under other names: without the wrappers, and then with other prefixes, the first rule
+    that matches a name winning. Itself where no name changes.
 
-    Raises InputError where two tensors would get the same name, or one a name that no file can hold.
+    Raises InputError if two tensors would get the same name, or one a name that no file can hold.
     """
     bare = {stored: _without(stored, unwrapped) for stored in checkpoint.tensors}
     rules = [(_without(old, unwrapped), _without(new, unwrapped)) for old, new in rename]
@@ -86,7 +86,7 @@ def read_as(
 
 
 def wrappers_of(names: Iterable[str]) -> tuple[str, ...]:
-    """The wrappers that names carry, those of WRAPPERS."""
+    """Return the wrappers that names carry, those of WRAPPERS."""
     names = list(names)
     present = {part for name in names for part in name.split(".")[:-1]} & WRAPPERS.keys() - {_OUTERMOST}
     found = tuple(part for part in WRAPPERS if part in present)
@@ -95,7 +95,7 @@ def wrappers_of(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def idle_rule(names: Iterable[str], rename: Sequence[tuple[str, str]], unwrapped: Sequence[str]) -> int | None:
-    """The first rule that decides no tensor's name, or None."""
+    """Return the first rule that decides no tensor's name, or None."""
     prefixes = [_without(old, unwrapped) for old, _ in rename]
     busy = {
         next((index for index, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
@@ -105,7 +105,7 @@ def idle_rule(names: Iterable[str], rename: Sequence[tuple[str, str]], unwrapped
 
 
 def prefixes_of(names: Iterable[str], unwrapped: Sequence[str]) -> list[str]:
-    """How names begin, up to the number of a layer."""
+    """Return how names begin, up to the number of a layer."""
     found: dict[str, None] = {}
     for name in names:
         parts = _without(name, unwrapped).split(".")[:-1]
@@ -117,7 +117,7 @@ def prefixes_of(names: Iterable[str], unwrapped: Sequence[str]) -> list[str]:
 
 
 def replaced(name: str, rules: Sequence[tuple[str, str]]) -> str:
-    """The name with another prefix, that of the first rule that matches it."""
+    """Return the name with another prefix, that of the first rule that matches it."""
     for old, new in rules:
         if name.startswith(old):
             return new + name[len(old) :]
@@ -125,7 +125,7 @@ def replaced(name: str, rules: Sequence[tuple[str, str]]) -> str:
 
 
 def _without(name: str, wrappers: Sequence[str]) -> str:
-    """The name without these parts; the outermost only where it begins with it."""
+    """Return the name without these parts; the outermost only where it begins with it."""
     if not wrappers:
         return name
     inner = [part for part in name.split(".") if part not in wrappers or part == _OUTERMOST]

@@ -47,7 +47,7 @@ class Header:
 def read_header(path: str, file: str) -> Header:
     """Read and check the header of the file at `path`; `file` is its name in the returned specs.
 
-    Raises InputError where anything at all is not as the format says.
+    Raises InputError if anything at all is not as the format says.
     """
     with opened(path) as (descriptor, status):
         size = status.st_size
@@ -57,7 +57,7 @@ def read_header(path: str, file: str) -> Header:
 
 @contextmanager
 def opened(path: str) -> Iterator[tuple[int, os.stat_result]]:
-    """A descriptor of the regular file at `path`, and its status.
+    """Yield a descriptor of the regular file at `path`, and its status.
 
     Raises InputError and ResourceError, of reading in the body too.
     """
@@ -77,7 +77,7 @@ def opened(path: str) -> Iterator[tuple[int, os.stat_result]]:
 
 
 def read_range(descriptor: int, start: int, count: int) -> bytes:
-    """Bytes of a file, fewer only at its end: one call of the system may give less than it could."""
+    """Return bytes of a file, fewer only at its end: one call of the system may give less than it could."""
     found = b""
     while len(found) < count and (piece := os.pread(descriptor, count - len(found), start + len(found))):
         found += piece
@@ -85,7 +85,7 @@ def read_range(descriptor: int, start: int, count: int) -> bytes:
 
 
 def fetch_header(read: Callable[[int, int], bytes], file_size: int, path: str) -> bytes:
-    """The header's bytes, size field included; `read(start, count)` gives bytes of the file."""
+    """Return the header's bytes, size field included; `read(start, count)` gives bytes of the file."""
     start = read(0, 8)
     if len(start) < 8:
         raise _broken(path, f"is {file_size} bytes long; even an empty file of this format has 10")
@@ -103,7 +103,7 @@ def fetch_header(read: Callable[[int, int], bytes], file_size: int, path: str) -
 
 
 def parse_header(text: bytes, file_size: int, path: str, file: str) -> tuple[StoredTensor, ...]:
-    """The tensors that the header `text` (without its size field) describes, ordered by their bytes."""
+    """Return the tensors that the header `text` (without its size field) describes, ordered by their bytes."""
     document = _load_object(text, path)
     metadata = document.pop("__metadata__", None)
     if metadata is not None and not (
@@ -193,7 +193,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def printable(name: str) -> bool:
-    """Whether a tensor's name is one that can be shown and stored: some text, not endless, nothing unseen."""
+    """Return whether a tensor's name is one that can be shown and stored: some text, not endless, nothing unseen."""
     return 0 < len(name) <= MAX_NAME and _UNPRINTABLE.search(name) is None
 
 

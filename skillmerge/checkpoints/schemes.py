@@ -1,4 +1,4 @@
-"""How a model's URI begins, and what reads it: the one table of places that are no folders."""
+"""The table of URI schemes, and what reads each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skillmerge.errors import did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What to do with a URI that begins so.
+    """A scheme of URIs.
 
     parse: its place, without a request; raises PlaceError. open: the store there, given the place and whether what is
     read goes through a local cache. fetch: the folder with all that a runtime loads of it.
@@ -28,7 +28,7 @@ class Scheme:
 
 
 def parse_place(uri: str) -> ModelPlace | None:
-    """The place that a URI names, or None where it is a path. Raises PlaceError."""
+    """Return the place that a URI names, or None if it is a path. Raises PlaceError."""
     scheme, mark, rest = uri.partition("://")
     if not mark:
         return None
@@ -46,12 +46,12 @@ def _instead(uri: str, scheme: str, rest: str) -> str:
 
 
 def is_path(uri: str) -> bool:
-    """Whether a URI is a path and not a place of one of the schemes."""
+    """Return whether a URI is a path and not a place of one of the schemes."""
     return not any(uri.startswith(f"{scheme}://") for scheme in SCHEMES)
 
 
 def open_store(place: ModelPlace, *, follow_links: bool = False, download: bool = False) -> Store:
-    """The files of a place. follow_links: of a folder, links may lead out. download: through the local cache.
+    """Return the files of a place. follow_links: of a folder, links may lead out. download: through the local cache.
 
     Raises InputError, TemporaryError.
     """
@@ -61,7 +61,7 @@ def open_store(place: ModelPlace, *, follow_links: bool = False, download: bool 
 
 
 def local_folder(place: ModelPlace) -> Path:
-    """A folder with all that a runtime loads of a model, fetched where it is not there."""
+    """Return a folder with all that a runtime loads of a model, fetched where it is not there."""
     return place.path if isinstance(place, Local) else SCHEMES[place.scheme].fetch(place)
 
 

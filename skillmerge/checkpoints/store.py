@@ -1,4 +1,4 @@
-"""Where the bytes of a checkpoint are: a folder, a repository, memory. Knows files, nothing about tensors.
+"""The bytes of a checkpoint: a folder, a repository, memory. Knows files, nothing about tensors.
 
 `Store` is all that a new kind of storage has to be; what can be made of its methods is made here, once for all.
 """
@@ -31,7 +31,7 @@ Wait = Callable[[], None]
 class Where:
     """Which place a store is.
 
-    place: what to call it in messages. root: the local folder, or None. revision: the commit, or None where there
+    place: what to call it in messages. root: the local folder, or None. revision: the commit, or None if there
     are no versions. license: what the model card says it is. remote: whether reading goes over a network.
     doubt: why this may be another place than was named, or "".
     """
@@ -44,16 +44,16 @@ class Where:
     doubt: str = ""
 
     def path(self, file: str) -> str:
-        """What to call one file in messages."""
+        """Return what to call one file in messages."""
         return str(self.root / file) if self.root is not None else f"{self.place}/{file}"
 
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What is known of a file that has not been read.
+    """Facts about a file that has not been read.
 
-    version: what tells it from another version of it. digest: `sha256` or `git_sha1` and hex digits, as whoever keeps
-    the file states them, or None where it has to be read.
+    version: what tells it from another version of it. digest: `sha256` or `git_sha1` and hex digits, as the store
+    states them, or None if it has to be read.
     """
 
     size: int
@@ -73,13 +73,15 @@ class Store(Protocol):
     def at(self) -> Where: ...
 
     def list(self) -> Mapping[str, Stat]:
-        """Every file, sorted by name. Raises InputError where there is no such place."""
+        """Return every file, sorted by name. Raises InputError if there is no such place."""
 
     def read_small(self, file: str, limit: int) -> bytes:
-        """A file, whole, and compared with its digest where one is stated. Raises InputError if larger than `limit`."""
+        """Return a file, whole, and compared with its digest where one is stated. Raises InputError if larger than
+        `limit`."""
 
     def peek(self, file: str, start: int, count: int) -> bytes:
-        """A few bytes of a weight file, fewer only at its end: nothing is kept open or fetched for more of them."""
+        """Return a few bytes of a weight file, fewer only at its end: nothing is kept open or fetched for more of
+        them."""
 
     def read(self, file: str, start: int, into: memoryview) -> Wait:
         """Begin to fill `into` with a weight file's bytes from `start` on. May raise what the Wait may."""
@@ -88,7 +90,7 @@ class Store(Protocol):
         """Bytes of a weight file that will be read soon. Where a store has no use for that it does nothing."""
 
     def check_unchanged(self, files: Collection[str]) -> None:
-        """Raise StalePlan where a file is no longer the one that was first looked at."""
+        """Raise StalePlan if a file is no longer the one that was first looked at."""
 
     def cancel(self) -> None:
         """Give up waiting: what is being read is no longer wanted, and reads that wait for a network fail soon."""
@@ -102,7 +104,7 @@ def nothing_to_wait_for() -> None:
 
 
 def all_of(waits: Sequence[Wait]) -> Wait:
-    """One Wait for several."""
+    """Return one Wait for several."""
     pending = [wait for wait in waits if wait is not nothing_to_wait_for]
     if not pending:
         return nothing_to_wait_for
@@ -115,9 +117,9 @@ def all_of(waits: Sequence[Wait]) -> Wait:
 
 
 def read_headers(store: Store, files: Sequence[str], sizes: Mapping[str, int]) -> dict[str, Header]:
-    """The headers of weight files, checked; `sizes` is how many bytes each is likely to have at most.
+    """Return the headers of weight files, checked; `sizes` is how many bytes each is likely to have at most.
 
-    Raises InputError where one is missing, unsafe or damaged; StalePlan, TemporaryError.
+    Raises InputError if one is missing, unsafe or damaged; StalePlan, TemporaryError.
     """
     listed = store.list()
     for file in files:
@@ -143,7 +145,7 @@ def read_headers(store: Store, files: Sequence[str], sizes: Mapping[str, int]) -
 
 
 def read_json_object(store: Store, file: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint, read strictly. Raises InputError."""
+    """Return a JSON object from a file of a checkpoint, read strictly. Raises InputError."""
     content, path = store.read_small(file, limit), store.at.path(file)
     if (known := disguised(content[:32])) is not None:
         raise InputError(f"{path}: {known[0]}", fix=known[1])
@@ -162,7 +164,7 @@ def read_json_object(store: Store, file: str, limit: int = MAX_JSON_BYTES) -> di
 
 
 def digest_of(kind: str, content: bytes | bytearray) -> tuple[str, str]:
-    """The digest of a file's content. git_sha1 is the name that git gives to a file with that content."""
+    """Return the digest of a file's content. git_sha1 is the name that git gives to a file with that content."""
     if kind == "git_sha1":
         return kind, hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     return kind, hashlib.sha256(content).hexdigest()

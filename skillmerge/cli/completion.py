@@ -37,7 +37,7 @@ _SHELLS = {
 
 
 def install(command: click.Command, shell: str | None = None, home: Path | None = None) -> list[str]:
-    """Install completion of a command for the user's shell, and return what was done, a sentence each.
+    """Install shell completion for a command, and return what was done, one sentence each.
 
     shell: bash, zsh or fish; by default that of $SHELL. Installing again changes nothing.
     Raises UsageError for other shells, and for files that cannot be written.
@@ -58,7 +58,7 @@ def install(command: click.Command, shell: str | None = None, home: Path | None 
         if place.startup is not None:
             done += _sourced(home / place.startup, path)
     except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}", fix="make it writable, then run this again") from error
+        raise UsageError(f"{error.filename}: {error.strerror}", fix="make it writable, then rerun") from error
     return [*done, "start a new shell to use it"]
 
 

@@ -1,10 +1,11 @@
-"""Text for people on stdout: what is printed where a terminal is, and where none is.
+"""Text for people on stdout, on a terminal and off one.
 
 Knows rich, and nothing about what is printed.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -17,11 +18,11 @@ from skillmerge.errors import lines_of, visible
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Left to the caller: rich would end the process."""
+        """Leave a broken pipe to the caller: rich would end the process."""
         raise
 
     def print(self, *objects: Any, **how: Any) -> None:
-        """Print; on a terminal, lines of text break between words, and what is quoted stays whole."""
+        """Print. On a terminal, text breaks between words, never inside backticks."""
         if self.is_terminal and objects and isinstance(objects[0], RichText):
             lines = objects[0].split("\n", allow_blank=True)
             parts = [part for line in lines for part in line.divide(lines_of(line.plain, self.width))]
@@ -32,11 +33,13 @@ class _Console(Console):
 
 
 def console() -> Console:
-    """Return a console for results, on stdout. Off a terminal it is 120 columns wide."""
+    """Return a console for results, on stdout. Off a terminal it is as wide as COLUMNS says, or 120 columns."""
     clear_status()
-    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
+    given = os.environ.get("COLUMNS", "")
+    width = None if sys.stdout.isatty() else int(given) if given.isdecimal() and int(given) else 120
+    return _Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
 
 
 def Text(text: str, style: str = "") -> RichText:
-    """Text as it is: no markup in it, no control characters."""
+    """Return text as it is: no markup in it, no control characters."""
     return RichText(visible(text), style=style)

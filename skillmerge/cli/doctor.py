@@ -1,6 +1,6 @@
 """The verb doctor: details of this installation, machine and network for a bug report, without secrets.
 
-What is missing, broken or out of reach is information, never an error. What comes from outside (variables, addresses,
+Anything missing, broken or unreachable is information, never an error. Outside text (variables, addresses,
 the output of other programs) is shown only in a form that no secret has, and everything passes `redact` at the end.
 """
 
@@ -66,7 +66,7 @@ _REMOVED = "<removed>"
 class Diagnosis:
     """Sections of facts, each under its name; every value is text, a number, yes or no, or None (not known).
 
-    trials: what a run does, tried in the folder.
+    trials: what a run does to a disk, tried in the folder.
     """
 
     sections: Mapping[str, Mapping[str, Any]]
@@ -82,7 +82,7 @@ class Diagnosis:
 
 def doctor(path: str | os.PathLike[str] | None = None) -> Diagnosis:
     """Describe this installation, this machine and the Hub, and try in `path` (default: the working folder) what a run
-    does there: locks, syncs, renames, direct I/O and the like. Nothing of it is left behind."""
+    does there: locks, syncs, renames, direct I/O and the like. Leaves nothing behind."""
     folder = _folder_of(Path(path) if path is not None else Path.cwd())
     trials = tried(folder)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -225,7 +225,7 @@ def _memory() -> dict[str, Any]:
 
 
 def _folder_of(path: Path) -> Path:
-    """The folder, or the nearest one above that is there."""
+    """Return the folder, or the nearest parent that exists."""
     folder = path.absolute()
     while not os.path.isdir(folder):
         folder = folder.parent

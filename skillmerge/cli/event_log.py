@@ -28,7 +28,7 @@ VERSION = 1
 def recorded(
     reporter: TerminalReporter, events: str | None = None, junit: str | None = None, suite: str = ""
 ) -> Iterator[None]:
-    """Record the events of the body in these files, its failure too. Raises UsageError before it."""
+    """Record the events of the body, including its failure, in these files. Raises UsageError before the body runs."""
     if junit is not None:
         reporter.recorders.append(JUnit(Path(junit), suite))
     if events is not None:
@@ -57,7 +57,7 @@ class EventLog:
     """A file, a device or a pipe with a reader, to which events are appended. Safe to call from any thread."""
 
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
-        """Open the file. Raises UsageError where it cannot be written."""
+        """Open the file. Raises UsageError if it cannot be written."""
         self._path, self._complain = path, complain
         self._lock = threading.Lock()
         try:
@@ -67,8 +67,8 @@ class EventLog:
             if stat.S_ISFIFO(os.fstat(self._descriptor).st_mode):
                 os.set_blocking(self._descriptor, True)
         except OSError as error:
-            why = "nobody reads this pipe" if error.errno == errno.ENXIO else error.strerror
-            raise UsageError(f"{path} cannot be written: {why}", fix="name another --events") from error
+            why = "no process reads this pipe" if error.errno == errno.ENXIO else error.strerror
+            raise UsageError(f"{path} cannot be written: {why}", fix="choose another file with `--events`") from error
 
     def record(self, name: str, what: dict[str, Any]) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -83,7 +83,7 @@ class EventLog:
             except OSError as error:
                 os.close(self._descriptor)
                 self._descriptor = -1
-                self._complain(f"{self._path}: no more events are written: {error.strerror}")
+                self._complain(f"{self._path}: logging of events stopped: {error.strerror}")
 
     def close(self) -> None:
         with self._lock:
@@ -98,20 +98,20 @@ class JUnit:
     def __init__(self, path: Path, suite: str) -> None:
         self._path, self._suite = path, _text(suite)
         self._cases: list[tuple[str, str, str]] = []
-        """Name, problem ("" where it passed), and details."""
+        """Name, problem ("" if it passed), and details."""
         self._warnings: list[str] = []
 
     def record(self, name: str, what: dict[str, Any]) -> None:
         if name == "gate":
             measured = "" if what["measured"] is None else f"measured {what['measured']:.6g}, "
-            detail = f"{measured}asked: {what['asked']}" + (f"\n{what['detail']}" if what["detail"] else "")
-            self._cases.append((what["gate"], "" if what["passed"] else f"{what['gate']} does not hold", detail))
+            detail = f"{measured}required: {what['asked']}" + (f"\n{what['detail']}" if what["detail"] else "")
+            self._cases.append((what["gate"], "" if what["passed"] else f"{what['gate']} failed", detail))
         elif name == "warning":
             self._warnings.append(f"warning: {what['message']}" + (f"\nhelp: {what['fix']}" if what["fix"] else ""))
         elif name == "checked":
             self._cases.append((what["check"], what["problem"], what["problem"]))
         elif name == "published" and what["already"]:
-            self._cases.append(("output is this plan's already", "", ""))
+            self._cases.append(("output is up to date", "", ""))
         elif name == "failed" and not any(problem for _, problem, _ in self._cases):
             self._cases.append((self._suite, what["message"], what["message"]))
 

@@ -19,7 +19,7 @@ SIGNATURE, REPORTS = "Signature", "Reports"
 
 
 _FEW_BYTES = 1_000_000
-"""A plain number below this was hardly meant in bytes."""
+"""A plain number below this is probably not meant in bytes."""
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -55,7 +55,7 @@ class Device(click.ParamType):  # type: ignore[type-arg]
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]
-    """5% or 0.05, as a number above 0 and up to 1."""
+    """A share: 5% or 0.05, as a number above 0 and up to 1."""
 
     name = "share"
 
@@ -66,12 +66,12 @@ class Share(click.ParamType):  # type: ignore[type-arg]
         except ValueError:
             share = math.nan
         if not 0 < share <= 1:
-            self.fail(f"`{value}` is not a share such as 5%", param, ctx)
+            self.fail(f"`{value}` is not a share; write it like 5% or 0.05", param, ctx)
         return share
 
 
 class Runtime(click.ParamType):  # type: ignore[type-arg]
-    """A runtime that loads models; yes stands for transformers, and no for none."""
+    """A runtime that loads models; `yes` means transformers, `no` means none."""
 
     name = "transformers|vllm"
 
@@ -89,7 +89,7 @@ class Runtime(click.ParamType):  # type: ignore[type-arg]
 
 
 class LoadCommand(Command):
-    """A command whose `--load` may stand without a value, in front of anything but the name of a runtime."""
+    """A command whose `--load` needs no value, except in front of the name of a runtime."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         from skillmerge.study.loads.loading import RUNTIMES
@@ -197,7 +197,7 @@ password_file = option(
 def password(file: str | None) -> str | None:
     """Return a key's password. Raises UsageError.
 
-    It is never an argument: every user of the machine can read those.
+    A password is never an argument: every user of the machine can read those.
     """
     if file is None:
         return os.environ.get("SKILLMERGE_KEY_PASSWORD")

@@ -43,11 +43,11 @@ _GROUPS = {
 
 
 class _OutputClosed(Exception):
-    """Raised when the reader of stdout closes it."""
+    """Raised when the reader closes stdout."""
 
 
 class _Commands(Commands):
-    """The group of commands. A stdout that is closed or full is not a bug, as which click would report it."""
+    """The group of commands. click would report a closed or full stdout as a bug."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
         found = super().get_command(ctx, cmd_name)
@@ -63,9 +63,9 @@ class _Commands(Commands):
             if error.errno == errno.EPIPE:
                 raise _OutputClosed from error
             if error.errno == errno.ENOSPC and error.filename is None:
-                raise ResourceError("the results could not be written: no space left where they go") from error
+                raise ResourceError("results could not be written: no space left on the disk") from error
             if error.errno == errno.ENOENT and error.filename is None:
-                raise UsageError("the folder that you are in is not there any more", fix="change to another") from error
+                raise UsageError("the current folder no longer exists", fix="change to another folder") from error
             raise
 
 
@@ -178,8 +178,8 @@ def _leave(status: int) -> NoReturn:
 
 
 def _interrupted(number: int) -> Interrupted:
-    kept = "candidates that were scored" if sys.argv[1:2] == ["sweep"] else "finished shards"
-    continues = f"{kept} are kept: run the same command again to continue"
+    kept = "finished candidates" if sys.argv[1:2] == ["sweep"] else "finished shards"
+    continues = f"{kept} are kept; rerun to continue"
     return Interrupted(
         number,
         f"interrupted by {signal.Signals(number).name}",

@@ -31,9 +31,9 @@ def as_json() -> bool:
 
 
 def log(level: str, message: str, **fields: Any) -> None:
-    """Write one message. level: info, help, note, warning or error. fields: more of it, for programs.
+    """Write one message. level: info, help, note, warning or error. fields: more facts, for programs.
 
-    A run goes on where stderr cannot be written.
+    A run continues if stderr cannot be written.
     """
     with suppress(OSError, ValueError):
         clear_status()
@@ -46,7 +46,8 @@ def log(level: str, message: str, **fields: Any) -> None:
 
 
 def _fitting(text: str) -> str:
-    """Text with its lines broken between words, where stderr is a terminal; elsewhere a message's lines stay whole."""
+    """Return text with its lines broken between words, where stderr is a terminal; elsewhere a message's lines stay
+    whole."""
     if not sys.stderr.isatty():
         return text
     width = shutil.get_terminal_size().columns
@@ -62,7 +63,7 @@ _shown = False
 
 
 def show_status(text: str) -> None:
-    """Say on a terminal what is being done, on a line that the next message replaces."""
+    """Show the current step on a terminal, on a line that the next message replaces."""
     global _shown
     with suppress(OSError, ValueError):
         if sys.stderr.isatty() and not as_json():
@@ -72,7 +73,7 @@ def show_status(text: str) -> None:
 
 
 def clear_status() -> None:
-    """Remove the status, before anything else is printed."""
+    """Remove the status line before printing anything else."""
     global _shown
     if _shown:
         _shown = False

@@ -1,4 +1,4 @@
-"""What commands have in common: the files that they write, JSON on stdout, and how they show a merge."""
+"""Results of commands: files, JSON on stdout, and the view of a merge."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OURS = {
     "--markdown": ("<!-- skillmerge plan -->",),
     "--sarif": ('{\n "$schema"',),
 }
-"""How the files of an option begin. An option replaces such a file, and no other."""
+"""How the files of each option begin. An option replaces only such a file."""
 
 
 def check_places(**files: str | bool | None) -> bool:
@@ -47,11 +47,13 @@ def check_places(**files: str | bool | None) -> bool:
             printed.append(option)
             continue
         if (other := seen.setdefault(Path(path).absolute(), option)) != option:
-            raise UsageError(f"{other} and {option} are both {path}", fix=f"name another {option}")
+            raise UsageError(f"{other} and {option} both name `{path}`", fix=f"choose another file with `{option}`")
         try:
             _check_place(path, option)
         except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror}", fix=f"name another {option}") from error
+            raise UsageError(
+                f"{path} cannot be written: {error.strerror}", fix=f"choose another file with `{option}`"
+            ) from error
     if len(printed) > 1:
         fix = f"name a file for {printed[-1]}" if printed[-1] != "--json" else f"name a file for {printed[0]}"
         raise UsageError(f"{' and '.join(printed)} both write to standard output", fix=fix)
@@ -65,23 +67,30 @@ def _check_place(name: str, option: str) -> None:
 
     path = Path(name).absolute()
     if not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is no folder", fix=f"make it first, or name another {option}")
+        raise UsageError(
+            f"{path.parent} is not a folder", fix=f"create it first, or choose another file with `{option}`"
+        )
     if any((folder / file).exists() for folder in path.parents for file in (MANIFEST_FILE, "journal.jsonl")):
-        raise UsageError(f"{name} is inside an output, which would not be sound then", fix=f"name another {option}")
+        raise UsageError(
+            f"{name} is inside an output, and would make it invalid", fix=f"choose another file with `{option}`"
+        )
     if option == "--events" and path.exists() and not path.is_file() and not path.is_dir():
         return  # a pipe or a device
     if path.exists() and not path.is_file():
-        raise UsageError(f"{name} is not a file", fix=f"name another {option}")
+        raise UsageError(f"{name} is not a file", fix=f"choose another file with `{option}`")
     if path.exists():
         with open(path, "rb") as stream:
             start = stream.read(80)
         if start and not any(start.startswith(begin.encode()) for begin in OURS[option]):
-            raise UsageError(f"{name} exists already and is not what {option} writes", fix=f"name another {option}")
+            raise UsageError(
+                f"{name} already exists and is not what {option} writes", fix=f"choose another file with `{option}`"
+            )
     tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_report(path: str | None, **parts: Any) -> None:
-    """Write the page, where one was asked for. The keywords are those of `build`. Raises ResourceError, UsageError."""
+    """Write the HTML report if there is a `path`. The keywords are those of `build`. Raises ResourceError,
+    UsageError."""
     if path is None:
         return
     from skillmerge.cli.show.report.page import build

@@ -1,6 +1,6 @@
-"""What the command line says where it was typed wrong: click's errors in our words, and what other tools call things.
+"""Errors of the command line: click's errors in skillmerge's words, and other tools' names for options and commands.
 
-Knows click's errors and the words of other tools; what a command has it asks the command.
+Knows click's errors and the words of other tools; each command says what options it has.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from skillmerge.errors import UsageError, did_you_mean, some
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """Options of other tools that mean one thing here.
+    """Options of other tools that have one meaning here.
 
-    own: the option of ours that does it, which the command must have; "" where no option does. help: what to do.
+    own: the option of ours that does it, which the command must have; "" if no option does. help: what to do.
     commands: where that is true; everywhere by default.
     """
 
@@ -108,7 +108,7 @@ FOREIGN_OPTIONS = (
     ),
     Foreign(
         "--allow-crimes",
-        "leave it out: what a recipe settles, it settles by name (`copy`, `ignore`)",
+        "leave it out: name tensors in the recipe under `copy` or `ignore`",
         commands="apply plan",
     ),
     Foreign(
@@ -191,7 +191,7 @@ FOREIGN_OPTIONS = (
     ),
     Foreign(
         "--resume --continue --restart --resume-from",
-        "leave it out: the same command continues an interrupted run",
+        "leave it out: rerun the same command to resume",
     ),
     Foreign(
         "--debug --verbosity --loud --log-level -vv",
@@ -289,7 +289,7 @@ FOREIGN_COMMANDS = {
     "download fetch pull": "models on the Hub are streamed; to keep one: `hf download ORG/NAME`",
     "help": "run `skillmerge --help`, or `skillmerge COMMAND --help`",
 }
-"""What other tools call commands, and which of ours does it."""
+"""Other tools' names for commands, and the command of skillmerge that does the same."""
 
 
 def unknown_command(name: str, commands: list[str]) -> UsageError:
@@ -301,7 +301,7 @@ def unknown_command(name: str, commands: list[str]) -> UsageError:
 
 
 def explained(error: click.ClickException, command: click.Command, commands: Mapping[str, click.Command]) -> UsageError:
-    """Return what click refuses as an error of ours. command: the one that was run, of these `commands`, or the group
+    """Turn an error of click into one of skillmerge. command: the one that was run, of these `commands`, or the group
     of all."""
     path = f"skillmerge {command.name}" if command.name in commands else "skillmerge"
     see = f"run `{path} --help`"
@@ -340,7 +340,7 @@ def options_of(command: click.Command) -> list[str]:
 
 
 def _usage(path: str, command: click.Command) -> str:
-    """How to write a command, with all that it needs."""
+    """Return how to write a command with its required arguments."""
     words = [path]
     for parameter in command.params:
         if isinstance(parameter, click.Argument) and (parameter.required or parameter.nargs == 1):

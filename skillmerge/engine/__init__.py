@@ -1,1 +1,1 @@
-"""Plan -> finished shards: the stream of spans, the workers, and what they write and measure."""
+"""Plan -> finished shards: the stream of spans, the workers, their output and measurements."""

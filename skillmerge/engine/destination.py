@@ -1,4 +1,4 @@
-"""Where finished shards go: the promise that staging folders, comparisons and uploads keep."""
+"""The interface of destinations for finished shards: staging folders, comparisons and uploads."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from skillmerge.plans.plan import ShardPlan
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """What there is to say of a finished shard. statistics: of rounding, by tensor; tensors: of a skill's file, the
+    """The record of a finished shard. statistics: of rounding, by tensor; tensors: of a skill's file, the
     rows of `skill.json`; inputs: what is known of the models of a skill's tensors. uploaded: the Hub has it, and
-    this disk no longer."""
+    this disk no longer does."""
 
     file: str
     size: int
@@ -64,7 +64,7 @@ class StreamFile(Protocol):
 
 
 class Destination(Protocol):
-    """Where shards go. finished: those that are done, by file.
+    """A destination of shards. finished: those that are done, by file.
 
     A shard's file is opened once a run, by its size (`open_shard`) or, where that is known only at its end, as a
     stream (`open_stream`). The caller of a runner records what is durable.
@@ -75,4 +75,4 @@ class Destination(Protocol):
     def open_shard(self, shard: ShardPlan) -> SpanFile: ...
     def open_stream(self, shard: ShardPlan, start: int) -> StreamFile: ...
     def record(self, done: ShardRecord) -> None:
-        """Note that a shard is finished, durably; what it speaks of must be durable already."""
+        """Record durably that a shard is finished; its file must be durable already."""

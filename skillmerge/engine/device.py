@@ -1,4 +1,4 @@
-"""Which device a merge is computed on, and why."""
+"""The choice of the device that computes a merge."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from skillmerge.errors import UsageError
 
 
 def choose_device(asked: str) -> tuple[torch.device, str]:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`, and why. Raises UsageError where it is not there."""
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`, and why. Raises UsageError if it is not there."""
     if asked == "cpu":
-        return torch.device("cpu"), "as asked"
+        return torch.device("cpu"), "as requested"
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "auto":
         if found == 0:
@@ -20,6 +20,6 @@ def choose_device(asked: str) -> tuple[torch.device, str]:
     if number >= found:
         raise UsageError(
             f"--device {asked}: this machine has {found} CUDA devices that torch can use",
-            fix="use --device cpu or auto",
+            fix="pass `--device cpu` or `--device auto`",
         )
-    return torch.device("cuda", number), "as asked"
+    return torch.device("cuda", number), "as requested"

@@ -1,9 +1,9 @@
-"""What rounding did: realised lambda, vanished and changed shares, per tensor, per module kind and in all.
+"""The effect of rounding: effective lambda, lost and changed shares, per tensor, per module kind and in total.
 
-Measured where the update v is not 0 (design: "rounding is reported, never hidden"):
+Measured where the update v is not 0. The keys of manifests call the first two `realised` and `vanished`:
 
-    realised lambda   lambda * <y - t, u> / <u, u>    with u = lambda * v, t the base, y the output
-    vanished share    elements with u != 0 and y = t, of those with u != 0
+    effective lambda  lambda * <y - t, u> / <u, u>    with u = lambda * v, t the base, y the output
+    lost share        elements with u != 0 and y = t, of those with u != 0
     changed share     elements with y != t, of all
     norm ratio        |y - t| / |t|
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 SAMPLE_STRIDE = 128
 
 LOSSES = ("requested λ", "effective λ", "lost", "changed")
-"""What people are shown of a group, as they call it."""
+"""Headings for people, in the order of `Group.shown`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorStatistics:
-    """The same of a tensor: `total` elements, of which `elements` were looked at. A sum is None where it is no number
+    """Statistics of a tensor of `total` elements, with `elements` measured. A sum is None if it is not a number
     that JSON has (NaN and Inf were allowed in)."""
 
     total: int
@@ -53,12 +53,12 @@ class TensorStatistics:
 
     @property
     def norm_ratio(self) -> float | None:
-        """|y - t| / |t|; None of a base of zeros, and where a sum is no number."""
+        """|y - t| / |t|; None of a base of zeros, and where a sum is not a number."""
         return math.sqrt(self.dd / self.tt) if self.dd is not None and self.tt else None
 
     @property
     def whole(self) -> dict[str, float] | None:
-        """Its figures for all of the tensor, which a sample stands for; None where a sum is no number."""
+        """Its figures for all of the tensor, which a sample stands for; None if a sum is not a number."""
         by, figures = self.total / self.elements, self.as_dict()
         if None in figures.values():
             return None
@@ -70,8 +70,8 @@ class TensorStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What rounding did to one kind of module, or to all. changed: None where nothing was measured, and then so is
-    all the rest; the lambdas: None where not every tensor has one number in front of the difference."""
+    """The effect of rounding on one kind of module, or on all. changed: None if nothing was measured, and then so is
+    all the rest; the lambdas: None if not every tensor has one number in front of the difference."""
 
     tensors: int = 0
     merged: int = 0
@@ -84,14 +84,14 @@ class Group:
 
     @property
     def lambdas(self) -> tuple[float, float] | None:
-        """Asked and realised lambda; of updates that have none, the realised share of 1."""
+        """Requested and effective lambda; of updates that have none, the effective share of 1."""
         if self.asked_lambda is not None:
             return (self.asked_lambda, self.realised_lambda) if self.realised_lambda is not None else None
         return (1.0, self.realised) if self.realised is not None else None
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """For people, in the order of LOSSES."""
+        """The figures for people, in the order of LOSSES."""
         lambdas = [number(value) for value in self.lambdas or ()] or ["-", "-"]
         return (*lambdas, percent(self.vanished), percent(self.changed))
 
@@ -106,7 +106,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What rounding did, by module kind and in all. mode: full, sampled or off."""
+    """The effect of rounding, by module kind and in total. mode: full, sampled or off."""
 
     mode: str
     modules: dict[str, Group]
@@ -122,12 +122,12 @@ class Statistics:
 
 
 def percent(part: float | None) -> str:
-    """For people."""
+    """Return the rows of a table for people."""
     return "-" if part is None else f"{part:.1%}"
 
 
 def is_sampled(name: str, block: int, blocks: int, mode: str) -> bool:
-    """Whether block number `block` of the `blocks` of tensor `name` is read for statistics."""
+    """Return whether block number `block` of the `blocks` of tensor `name` is read for statistics."""
     if mode != "sampled":
         return mode == "full"
     stride = min(SAMPLE_STRIDE, blocks)
@@ -182,7 +182,7 @@ def measure(base: Tensor, out: Tensor, subtracted: Tensor, scratch: Scratch) -> 
 
 
 def total(blocks: Iterable[BlockStatistics], size: int) -> TensorStatistics:
-    """The statistics of one tensor of `size` elements; sums are exact, in whatever order."""
+    """Return the statistics of one tensor of `size` elements; sums are exact, in whatever order."""
     blocks = list(blocks)
     return TensorStatistics(
         total=size,
@@ -198,7 +198,7 @@ def total(blocks: Iterable[BlockStatistics], size: int) -> TensorStatistics:
 
 
 def _sum(values: Iterable[float]) -> float | None:
-    """The exact sum, or None where it is no number that JSON has (NaN and Inf were allowed in)."""
+    """Return the exact sum, or None if it is not a number that JSON has (NaN and Inf were allowed in)."""
     try:
         result = math.fsum(values)
     except (OverflowError, ValueError):
@@ -207,7 +207,7 @@ def _sum(values: Iterable[float]) -> float | None:
 
 
 def summarise(plan: Plan, measured: Mapping[str, TensorStatistics], mode: str) -> Statistics:
-    """Per module kind and in all: counts, and asked and realised lambda weighted by the update's energy."""
+    """Per module kind and in all: counts, and Requested and effective lambda weighted by the update's energy."""
     rows = [
         Row(name, tensor.action == "merge", measured.get(name), factor(tensor)) for name, tensor in plan.tensors.items()
     ]
@@ -220,7 +220,7 @@ def summarise(plan: Plan, measured: Mapping[str, TensorStatistics], mode: str) -
 @dataclass(frozen=True, slots=True)
 class Row:
     """A tensor of a group. merged: whether the formula computes it; factor: lambda, where one number stands in front of
-    the difference; statistics: None where nothing was measured."""
+    the difference; statistics: None if nothing was measured."""
 
     name: str
     merged: bool
@@ -229,7 +229,7 @@ class Row:
 
 
 def group(rows: Sequence[Row]) -> Group:
-    """What rounding did to these tensors together; what was sampled of a tensor stands for all of it."""
+    """Return what rounding did to these tensors together; what was sampled of a tensor stands for all of it."""
     known = [(row, whole) for row in rows if row.statistics is not None and (whole := row.statistics.whole) is not None]
     merged = sum(row.merged for row in rows)
     if not known:
@@ -249,7 +249,7 @@ def group(rows: Sequence[Row]) -> Group:
 
 
 def _lambdas(rows: Sequence[tuple[Row, dict[str, float]]]) -> tuple[float, float] | tuple[None, None]:
-    """Asked and realised lambda of tensors that all have one."""
+    """Requested and effective lambda of tensors that all have one."""
     if any(row.factor is None for row, _ in rows):
         return None, None
     # u = lambda * v, so <v, v> = <u, u> / lambda^2.
@@ -262,7 +262,7 @@ def _lambdas(rows: Sequence[tuple[Row, dict[str, float]]]) -> tuple[float, float
 
 
 def share(part: float, whole: float) -> float | None:
-    """A part of a whole; None of nothing."""
+    """Return a part of a whole; None of nothing."""
     return part / whole if whole else None
 
 

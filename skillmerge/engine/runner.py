@@ -1,4 +1,4 @@
-"""What makes the shards of a plan: the promise that every runner keeps, and what it is given."""
+"""The interface of runners, which compute the shards of a plan, and their inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Work:
 
 
 def _whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
-    """Whether something is a whole number of a range; numpy's are too, True is not."""
+    """Return whether something is a whole number of a range; numpy's are too, True is not."""
 
     def fits(value: Any) -> bool:
         try:
@@ -65,14 +65,14 @@ _WORDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "sample": (_is_share, "a share above 0, at most 1"),
     "keep": (_is_share, "a share above 0, at most 1"),
 }
-"""What an argument may say that several functions have, or that the command line checks by itself."""
+"""Allowed values of arguments that several functions share, or that the command line also checks."""
 
 _OPTIONAL = ("threads", "memory_limit", "spectral", "keep")
 """May be None."""
 
 
 def check_words(**given: object) -> None:
-    """Check arguments by their names, before any work. Raises UsageError."""
+    """Check arguments by name, before any work. Raises UsageError."""
     for name, value in given.items():
         fits, what = _WORDS[name]
         if not (fits(value) or (value is None and name in _OPTIONAL)):
@@ -80,10 +80,10 @@ def check_words(**given: object) -> None:
 
 
 class Room(Protocol):
-    """Room on the disk, taken by each shard that is begun. Whoever takes a finished one away gives it back."""
+    """Room on the disk, taken by each shard that is begun. Released by the consumer of a finished shard."""
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        """Whether there was room. Raises what keeps finished shards from leaving."""
+        """Return whether there was room. Raises what keeps finished shards from leaving."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Job:
 
 
 class Runner(Protocol):
-    """Makes shards. `device` says where it computes and why, once a run has begun."""
+    """Computes shards. `device` says where and why, once a run has started."""
 
     @property
     def device(self) -> str: ...

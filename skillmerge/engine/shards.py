@@ -29,7 +29,7 @@ from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.tensors import DTYPES, PAGE
 
 READ_AHEAD = 6
-"""How many spans before its turn the system is told that a span's inputs will be read."""
+"""How many spans ahead inputs are prefetched."""
 
 _WAIT = 0.2
 """Seconds between two looks at whether the run is over, of a thread that waits for something else."""
@@ -90,7 +90,7 @@ class _ShardFile:
 
 
 class _Run:
-    """What the threads of one run share: shards to do, buffers to fill, spans to write."""
+    """The shared state of one run's threads: shards to do, buffers to fill, spans to write."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class _Run:
         return None
 
     def _take(self, mine: _ShardFile | None) -> tuple[_ShardFile, Span | None] | None:
-        """The next span: of the worker's own shard, of a new one, or of the one with the most left.
+        """Return the next span: of the worker's own shard, of a new one, or of the one with the most left.
 
         None when nothing is left; a shard without weights comes without a span.
         """

@@ -40,7 +40,7 @@ class Unit:
 
 @dataclass(slots=True)
 class Cut:
-    """What became of a unit: its planes, counts, sums of squares (of the update, of what rounding lost, of what was
+    """An encoded unit: its planes, counts, sums of squares (of the update, of what rounding lost, of what was
     subtracted), the digest of what was read of each model, and its precision."""
 
     planes: dict[str, Encoded]
@@ -56,7 +56,8 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What of a tensor's update stays: values of at least `least` in size, times `factor`; they are `share` of all."""
+    """The part of a tensor's update to keep: values of at least `least` in size, times `factor`; they are `share` of
+    all."""
 
     least: float = 0.0
     factor: float = 1.0
@@ -144,7 +145,7 @@ def _plane_dtypes(tensor: TensorPlan, checkpoints: Mapping[str, Checkpoint]) -> 
 
 
 def _largest_header(start: Mapping[str, Any], shard: ShardPlan, dtypes: Mapping[str, tuple[str, str]]) -> int:
-    """A size for the header, a multiple of 8, that is enough whatever the encodings will be."""
+    """Return a size for the header, a multiple of 8, that is enough whatever the encodings will be."""
     document = dict(start)
     end = 10**15
     for spec in shard.specs:
@@ -158,7 +159,7 @@ def _largest_header(start: Mapping[str, Any], shard: ShardPlan, dtypes: Mapping[
 
 
 def _describe(spec: TensorSpec, file: str, dtypes: tuple[str, str], rows: Sequence[Cut]) -> dict[str, Any]:
-    """What `skill.json` says of a tensor."""
+    """Return what `skill.json` says of a tensor."""
     models = list(dict.fromkeys(model for row in rows for model in row.digests))
     described: dict[str, Any] = {
         "shape": list(spec.shape),
@@ -180,7 +181,8 @@ def _describe(spec: TensorSpec, file: str, dtypes: tuple[str, str], rows: Sequen
 
 
 def _made_of(rows: Sequence[Cut]) -> SkillInput | None:
-    """What is known of the two models of a tensor, the added and the subtracted one; None where they are none."""
+    """Return what is known of the two models of a tensor, the added and the subtracted one; None if they are
+    none."""
     models = list(dict.fromkeys(model for row in rows for model in row.grains))
     if len(models) < 2:
         return None

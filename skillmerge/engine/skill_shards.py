@@ -87,7 +87,7 @@ class _Maker:
             self.made.put(None)
 
     def _has_room(self) -> bool:
-        """Whether there is room for one more file, once there is; False where nothing more is wanted."""
+        """Return whether there is room for one more file, once there is; False where nothing more is wanted."""
         while self._room is not None and not self._room.acquire(timeout=_WAIT):
             if self._cutter.stream.stop.is_set():
                 return False
@@ -124,7 +124,7 @@ _BINS = 1 << 16
 
 
 class _Cutter:
-    """What is done with a unit of a skill; each thread has a worker of its own."""
+    """Encodes units of a skill; each thread has its own worker."""
 
     def __init__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stream: Stream) -> None:
         self.plan, self.checkpoints, self._settings, self.stream = plan, checkpoints, settings, stream
@@ -138,7 +138,7 @@ class _Cutter:
         return self.stream.own(lambda: Worker(self.plan, self.checkpoints, self._settings, self.stream.stop))
 
     def announced(self, units: Sequence[Unit]) -> Iterator[Unit]:
-        """The units in their order; what the next one reads is read ahead."""
+        """Yield the units in their order; what the next one reads is read ahead."""
         for index, unit in enumerate(units):
             for coming in units[index + 1 : index + 2]:
                 for model, source in coming.tensor.sources:
@@ -154,7 +154,8 @@ class _Cutter:
                 self._worker.compare(tile, list(self._worker.reader.read_tile(tile).values()))
 
     def select(self, tensor: TensorPlan, share: float) -> Kept:
-        """Which elements of a tensor are its largest, so great a share of them or a little less: a pass of its own."""
+        """Return which elements of a tensor are its largest, so great a share of them or a little less: a pass of its
+        own."""
         worker, elements = self._worker, math.prod(tensor.shape)
         counts, energies = torch.zeros(_BINS, dtype=torch.int64), torch.zeros(_BINS, dtype=torch.float64)
         assert tensor.program is not None
@@ -201,7 +202,7 @@ class _Cutter:
     def _chunks(
         worker: Worker, tile: Tile, inputs: Mapping[str, Tensor], digests: Mapping[str, hashlib._Hash]
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """A tile's values, checked and digested, in pieces that stay in the cache. Raises UnusableWeights."""
+        """Yield a tile's values, checked and digested, in pieces that stay in the cache. Raises UnusableWeights."""
         for start in range(0, tile.last - tile.first, CHUNK):
             pieces = {model: values[start : start + CHUNK] for model, values in inputs.items()}
             for model, piece in pieces.items():
@@ -217,8 +218,8 @@ class _Cutter:
         grains: Mapping[str, list[Grain]],
         weights: list[float],
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """The same pieces, once it is known how coarse the numbers of both models are and how large the subtracted
-        ones."""
+        """Yield the same pieces, once it is known how coarse the numbers of both models are and how large the
+        subtracted ones."""
         for start, pieces in chunks:
             for model, found in grains.items():
                 if (grain := grain_of(pieces[model])) is not None:
@@ -230,7 +231,7 @@ class _Cutter:
             yield start, pieces
 
     def _keep(self, chunks: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Cut:
-        """The exact difference of two models, as pairs."""
+        """Return the exact difference of two models, as pairs."""
         cut = Cut({})
         planes: tuple[Encoder, Encoder] | None = None
         for _, pieces in chunks:
@@ -258,7 +259,7 @@ class _Cutter:
         return cut
 
     def _compute(self, worker: Worker, tile: Tile, chunks: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Cut:
-        """The value of the formula, rounded once."""
+        """Return the value of the formula, rounded once."""
         assert tile.tensor.program is not None
         dtype, kept = torch_dtype(tile.tensor.dtype), self.kept.get(tile.tensor.name)
         plus = Encoder(dtype)
@@ -284,20 +285,20 @@ class _Cutter:
 
 
 def _pair_of(plan: Plan) -> tuple[str, ...]:
-    """The added and the subtracted model of a skill that is their plain difference; of any other nothing."""
+    """Return the added and the subtracted model of a skill that is their plain difference; of any other nothing."""
     factors = weights(plan.recipe.term({})) if not plan.coefficients else {}
     pair = tuple(sorted(factors, key=lambda model: -factors[model]))
     return pair if [factors[model] for model in pair] == [1.0, -1.0] else ()
 
 
 def _bins_of(values: Tensor) -> Tensor:
-    """The upper bits of values' sizes as float32, as int64."""
+    """Return the upper bits of values' sizes as float32, as int64."""
     return (values.to(torch.float32).view(torch.int32).bitwise_and(0x7FFFFFFF) >> 15).to(torch.int64)
 
 
 def _fits(a: Tensor, b: Tensor, value: Tensor) -> Tensor:
-    """Where `value`, the rounded difference of elements that differ, is exact, and gives `a` when added to `b` and
-    `b` when taken from `a`."""
+    """Return where `value`, the rounded difference of elements that differ, is exact, and gives `a` when added to `b`
+    and `b` when taken from `a`."""
     fits = torch.zeros(len(a), dtype=torch.bool)
     if a.dtype == b.dtype:
         # Numbers of one sign and within a binade of each other (Sterbenz 1974), but for what is near -0, which no

@@ -83,7 +83,7 @@ class Stream:
         for end in self._endings:
             end()
         for thread in self._threads:
-            if thread.ident is not None:  # else the system had none to give
+            if thread.ident is not None:  # else the system had no more threads
                 thread.join(max(0.0, self._deadline - time.monotonic()) if self._deadline is not None else None)
 
     def start(self, count: int, body: Callable[[], None], end: Callable[[], None] = lambda: None) -> None:
@@ -97,7 +97,7 @@ class Stream:
             self._settled.acquire()
 
     def own(self, make: Callable[[], Resource]) -> Resource:
-        """What the calling thread works with: made when it first asks, closed when the pass is over."""
+        """Return what the calling thread works with: made when it first asks, closed when the pass is over."""
         if not hasattr(self._own, "resource"):
             self._own.resource = self.keep(make())
         resource: Resource = self._own.resource
@@ -176,7 +176,7 @@ class Stream:
     def _result(self, future: Future[Found]) -> Found:
         while not wait([future], _GLANCE).done:
             self.check()
-            if self.stop.is_set():  # nobody will do it: only a thread of this pass can be here then
+            if self.stop.is_set():  # no thread will do it: only a thread of this pass can be here then
                 raise _Stopped
         self.check()  # what was done while another thread failed may be half of what it should be
         return future.result()

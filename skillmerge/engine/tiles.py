@@ -50,7 +50,7 @@ class Span:
         return self.tiles[-1].offset + self.tiles[-1].nbytes - self.offset
 
     def place(self, tile: Tile) -> int:
-        """Where a tile begins in a buffer that holds the span, aligned in memory as it is in the file."""
+        """Return where a tile begins in a buffer that holds the span, aligned in memory as it is in the file."""
         return self.offset % PAGE + tile.offset - self.offset
 
 
@@ -140,7 +140,7 @@ class Reader:
                     self.checkpoints[run.model].hint(run.tensor, run.first, run.last - run.first)
 
     def read_tile(self, tile: Tile) -> dict[str, Tensor]:
-        """The tile's values by model, which are good until the next call."""
+        """Return the tile's values by model, which are good until the next call."""
         (values,) = self.read(Span(0, (tile,)))
         return {source.model: piece for source, piece in zip(tile.tensor.sources, values, strict=True)}
 
@@ -149,7 +149,7 @@ class Reader:
         are good until the next call.
 
         What is copied is read to its place in `output`, where there is one; all else into buffers of its own, one
-        behind the other, so that neighbours in a file are neighbours there.
+        behind the other, so that neighbors in a file are neighbors there.
         """
         pieces: dict[str, list[Piece]] = {}
         ends = [0] * len(self.inputs)

@@ -1,4 +1,4 @@
-"""What happens while torch is imported: weights are read ahead, and signals wait."""
+"""Work during the import of torch: weights are read ahead, and signals wait."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def reading_ahead(plan: Plan, checkpoints: Mapping[str, Checkpoint], shards: Seq
             for first in range(0, elements, UNIT):
                 if stop.is_set():
                     return
-                with suppress(SkillmergeError, OSError):  # whoever really reads will say what is wrong
+                with suppress(SkillmergeError, OSError):  # the actual read reports errors
                     checkpoint.hint(name, first, min(UNIT, elements - first))
 
     thread = Thread(target=announce)

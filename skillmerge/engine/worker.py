@@ -26,7 +26,7 @@ from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count
 
 Statistics = dict[str, dict[int, BlockStatistics]]
-"""What was measured of each merged tensor, by block."""
+"""Statistics of each merged tensor, by block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +97,17 @@ class Worker:
                 self._shrink()  # out here: the error's frames held the tensors of the failed attempt
 
     def compare(self, tile: Tile, values: list[Tensor]) -> None:
-        """Prove that a tensor which no arithmetic is meant for is the same everywhere."""
+        """Check that a tensor without arithmetic is the same in every model."""
         first, *others = tile.tensor.sources
         for other, piece in zip(others, values[1:], strict=True):
             if not torch.equal(piece.view(torch.uint8), values[0].view(torch.uint8)):
                 name = tile.tensor.name
                 raise UnusableWeights(
                     f"tensor `{name}` holds {tile.tensor.dtype} and differs between models `{first[0]}` and "
-                    f"`{other[0]}`: it cannot be merged",
+                    f"`{other[0]}`, so it cannot be merged",
                     fix=f'leave it out of the skill:\nignore:\n  - "{name}"'
                     if self.plan.makes_skill
-                    else f'say which one to take:\ncopy:\n  - {{tensors: "{name}", from: {first[0]}}}',
+                    else f'choose one in the recipe:\ncopy:\n  - {{tensors: "{name}", from: {first[0]}}}',
                 )
 
     def _compute(self, statistics: Statistics, tile: Tile, values: Mapping[str, Tensor], out: Tensor) -> None:
@@ -194,13 +194,13 @@ class Worker:
                 return UnusableWeights(
                     f"model `{model}` holds {values[index].item()} in tensor `{names[model]}` at element "
                     f"{offset + index} ({file})",
-                    fix="that checkpoint is damaged"
-                    + ("" if self.plan.makes_skill else "; --allow-nonfinite merges it all the same"),
+                    fix="the checkpoint is damaged; download or export it again"
+                    + ("" if self.plan.makes_skill else "; pass `--allow-nonfinite` to merge it anyway"),
                 )
         index = first_nonfinite(out) or 0
         return UnusableWeights(
             f"tensor `{tile.tensor.name}` overflows {tile.tensor.dtype} at element {offset + index}",
-            fix="choose a wider output.dtype (bfloat16 or float32), or a smaller coefficient",
+            fix="set a wider `output.dtype` (bfloat16 or float32), or a smaller coefficient",
         )
 
     def _shrink(self) -> None:
@@ -212,7 +212,7 @@ class Worker:
         if self.chunk > BLOCK:
             self.chunk = max(BLOCK, self.chunk // 2)
             self.scratch = Scratch(self.device, self.chunk)
-            self.settings.warn(f"the GPU is out of memory: going on with pieces of {self.chunk} elements")
+            self.settings.warn(f"the GPU is out of memory; continuing with pieces of {self.chunk} elements")
         else:
             self._use(torch.device("cpu"), self.settings.budget.tile)
-            self.settings.warn("the GPU is out of memory: going on with the CPU")
+            self.settings.warn("the GPU is out of memory; continuing on the CPU")

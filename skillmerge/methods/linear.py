@@ -28,7 +28,7 @@ class Program:
     """How to compute one tensor.
 
     result: the register that holds the value.
-    base, update, asked: where the expression is one model plus a difference, that model, the register that
+    base, update, asked (lambda): if the expression is one model plus a difference, that model, the register that
     holds what was subtracted from it (`-lambda * v`), and lambda; else "", -1 and 1.
     same_bits: triples (a, b, keep): where models a and b hold the same bits, the element is that of model
     keep. Together with the turning of signs they make the laws hold bit for bit, signs of zeros included.
@@ -45,7 +45,7 @@ class Program:
 
 
 def compile_term(term: Term) -> Program:
-    """The steps that evaluate `term` as it is written.
+    """Return the steps that evaluate `term` as it is written.
 
     Signs are the one freedom taken. A difference that is added is computed the other way round and
     subtracted: t + lam * (rl - sft) becomes t - lam * (sft - rl), which rounds alike everywhere, and where
@@ -152,7 +152,7 @@ def _need(term: Term) -> int:
 
 
 def _cancelling(total: Mapping[str, float], free_pairs: set[frozenset[str]]) -> list[tuple[str, str, str]]:
-    """Pairs of models whose equal bits cancel and leave one model with factor 1, but for those that the
+    """Return pairs of models whose equal bits cancel and leave one model with factor 1, but for those that the
     arithmetic itself already gets right."""
     names = list(total)
     rules = []

@@ -1,4 +1,4 @@
-"""What an expression means for one tensor: leaves, scaled terms and sums, their weights and degree."""
+"""The meaning of an expression for one tensor: leaves, scaled terms and sums, their weights and degree."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ Term = Leaf | Scaled | Sum
 
 
 def minus_of(skill: str) -> str:
-    """The name, beside the models of a recipe, of what is taken from the rest of a stored skill."""
+    """Return the name, beside the models of a recipe, of what is taken from the rest of a stored skill."""
     return f"{skill}{_MINUS}"
 
 
 def model_of(name: str) -> str:
-    """The model of a recipe that a name belongs to, which may be that of what is taken from a stored skill."""
+    """Return the model of a recipe that a name belongs to, which may be that of what is taken from a stored skill."""
     return name.removesuffix(_MINUS)
 
 
 def expand_skills(term: Term | None, skills: Collection[str]) -> Term | None:
-    """The tree with every stored skill as what it is, a difference of two models."""
+    """Return the tree with every stored skill as what it is, a difference of two models."""
     if isinstance(term, Leaf):
         return Sum(term, Leaf(minus_of(term.model)), minus=True) if term.model in skills else term
     if isinstance(term, Scaled):
@@ -63,7 +63,7 @@ def expand_skills(term: Term | None, skills: Collection[str]) -> Term | None:
 
 
 def weights(term: Term | None, by: float = 1.0) -> dict[str, float]:
-    """The factor that each model ends up with: lam * (rl - sft) + t -> {rl: lam, sft: -lam, t: 1}."""
+    """Return the factor that each model ends up with: lam * (rl - sft) + t -> {rl: lam, sft: -lam, t: 1}."""
     if term is None:
         return {}
     if isinstance(term, Leaf):
@@ -77,19 +77,19 @@ def weights(term: Term | None, by: float = 1.0) -> dict[str, float]:
 
 
 def sole_model(term: Term) -> str | None:
-    """The model that is all of the term, with factor 1, once what cancels is gone."""
+    """Return the model that is all of the term, with factor 1, once what cancels is gone."""
     left = {model: factor for model, factor in weights(term).items() if factor != 0}
     return next(iter(left)) if list(left.values()) == [1.0] else None
 
 
 def models_of(term: Term) -> list[str]:
-    """The models that the term needs: one where all else cancels, otherwise all that it names."""
+    """Return the models that the term needs: one where all else cancels, otherwise all that it names."""
     sole = sole_model(term)
     return [sole] if sole else list(weights(term))
 
 
 def is_zero(term: Term | None) -> bool:
-    """Whether all of the term cancels."""
+    """Return whether all of the term cancels."""
     return not any(weights(term).values())
 
 

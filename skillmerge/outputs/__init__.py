@@ -1,1 +1,1 @@
-"""What a merge leaves: staging folder, manifest, card, verification, signatures, publishing on the Hub."""
+"""The outputs of merges: staging folder, manifest, card, verification, signatures, publishing on the Hub."""

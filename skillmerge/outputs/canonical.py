@@ -1,4 +1,4 @@
-"""The one form in which a manifest is written, so that no byte of it can change unnoticed, and its digest.
+"""The canonical form of a manifest, so that no byte of it can change unnoticed, and its digest.
 
 Knows JSON, nothing about manifests.
 """
@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from typing import Any
 
 _HALVES = "backslashreplace"
-"""How UTF-8 writes half of a surrogate pair, which JSON can say: as JSON's own escape of it."""
+"""The encoding of half a surrogate pair, which JSON can express: JSON's own escape."""
 
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:
-    """The one form in which a manifest is written: a line per entry of its long lists, so that it can be
-    read by people and compared by diff."""
+    """Return a manifest in its canonical form: one line for each entry of its long lists, readable and easy to
+    diff."""
     return lines_of(pieces_of(document))
 
 
 def pieces_of(document: Mapping[str, Any]) -> dict[str, str | list[str] | None]:
-    """The JSON of each value, and of each item of the lists."""
+    """Return the JSON of each value, and of each item of the lists."""
     return {
         key: [_dump(item) for item in value] if isinstance(value, list) and value else _dump(value)
         for key, value in document.items()
@@ -38,7 +38,7 @@ def lines_of(pieces: Mapping[str, str | list[str] | None]) -> bytes:
 
 
 def digest_of(pieces: Mapping[str, str | list[str] | None]) -> str:
-    """Of the document on one line; `digest` itself is left out, as None."""
+    """Return the digest of the document on one line; `digest` itself is left out, as None."""
     rows = [
         f"{_dump(key)}: " + ("[" + ", ".join(piece) + "]" if isinstance(piece, list) else piece)
         for key, piece in pieces.items()

@@ -1,4 +1,4 @@
-"""Whether an output that is built again comes out as its manifest says."""
+"""The comparison of a rebuilt output's manifest with the recorded one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.outputs.staging import MANIFEST_FILE
 
 _UNCOMPARED = ("tool", "accepted", "warnings")
-"""The version, and words for people, which may change with it."""
+"""The version, and words for people, which may change between versions."""
 
 
 def compare(place: Path, one: ManifestBody, again: ManifestBody) -> None:
-    """Raise CheckFailed where `again` does not say all that `one` says, the version apart; it may say more."""
+    """Raise CheckFailed if `again` lacks or changes anything in `one`, except the version; it may have more."""
     new = ManifestBody.as_dict(again)
     for key, value in ManifestBody.as_dict(one).items():
         if key not in _UNCOMPARED and not _is_said(value, new[key]):
-            raise CheckFailed(f"{place / MANIFEST_FILE}: `{key}` differs when it is built again")
+            raise CheckFailed(f"{place / MANIFEST_FILE}: `{key}` differs when rebuilt")
 
 
 def _is_said(old: Any, new: Any) -> bool:

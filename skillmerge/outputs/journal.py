@@ -1,4 +1,4 @@
-"""The journal of a staging folder: of which plan it is, which shards are durable, and how far the output's rename got.
+"""The journal of a staging folder: its plan, its durable shards, and the progress of the output's rename.
 
 One JSON line a row, each durable before the next step. Knows its own file and rows, nothing about the output's files.
 """
@@ -20,7 +20,7 @@ JOURNAL_VERSION = 2
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The first row: of which plan the shards are, and under which conditions they are made."""
+    """The first row: the plan that the shards belong to, and the conditions of the run."""
 
     plan: str
     conditions: Mapping[str, Any]
@@ -37,7 +37,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """The output of this plan is complete, but for shards that were uploaded and removed."""
+    """The output of this plan is complete, except for shards that were uploaded and removed."""
 
     plan: str
 
@@ -51,10 +51,10 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class Placing:
-    """The output with this manifest is complete, and gets its name now.
+    """The output with this manifest is complete, and is about to be renamed.
 
-    plan: what it has passed, the digest of all of the plan, gates included, which the header's is not of, and whether
-    warnings were problems; "" in journals before 0.2.
+    plan: the checks that it has passed: the digest of the whole plan with its gates (the header's digest excludes
+    them), and whether warnings were problems; "" in journals before 0.2.
     """
 
     manifest_sha256: str | None
@@ -73,18 +73,18 @@ Row = Header | ShardRecord | Sealed | Placing
 _KINDS: dict[str, type[Header] | type[ShardRecord] | type[Sealed] | type[Placing]] = {
     "plan": Header, "shard": ShardRecord, "sealed": Sealed, "manifest_sha256": Placing,
 }  # fmt: skip
-"""By the key that only rows of that kind have."""
+"""Kinds of rows, by a key that only they have."""
 
 
 class Journal:
-    """A journal's file, which need not exist. Whatever writes raises UsageError and ResourceError."""
+    """A journal's file, which need not exist. Writing raises UsageError and ResourceError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
 
     def read(self) -> list[Row]:
-        """The whole rows; what a crash cut short, and all behind it, is left out."""
+        """Return the complete rows, up to the first that a crash cut short."""
         try:
             content = self.path.read_bytes()
         except OSError:
@@ -103,12 +103,12 @@ class Journal:
         return rows
 
     def start(self, rows: Sequence[Row]) -> None:
-        """Begin with these rows, in place of what is there."""
+        """Replace the journal by these rows."""
         lines = "".join(json.dumps(row.to_json()) + "\n" for row in rows)
         write_whole(self.path, lines.encode(), self.path.with_name(self.path.name + ".new"))
 
     def append(self, row: Row) -> None:
-        """Add a row and make it durable; what it speaks of must be durable already."""
+        """Add a row and make it durable; the files that it names must be durable already."""
         with self._lock, disk_errors(self.path), open(self.path, "a", encoding="utf-8") as journal:
             journal.write(json.dumps(row.to_json()) + "\n")
             journal.flush()

@@ -1,4 +1,4 @@
-"""The proof beside the weights: what went in, what was done, what came out. Types, build, seal, read, write, compare.
+"""The manifest beside the weights: inputs, actions, outputs. Types, build, seal, read, write, compare.
 
 Nothing outside `environment` depends on time, host, device or thread count, so that a rebuild gives the same
 manifest. `digest` covers everything else in the file, and the file is written in one canonical form, so that
@@ -49,7 +49,7 @@ class RecipeText:
 
 @dataclass(frozen=True, slots=True)
 class OutputSettings:
-    """What the recipe says under `output`, as far as it decides bytes. keep, compression: of a stored skill."""
+    """The settings of `output` that decide bytes. keep, compression: of a stored skill."""
 
     dtype: str
     rounding: str = "nearest"
@@ -66,7 +66,7 @@ class OutputSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputFile:
-    """A weight file of an input. stated_sha256: what the Hub said of it; sha256: what it was hashed to, if it was."""
+    """A weight file of an input. stated_sha256: as the Hub states it; sha256: as computed here, if it was hashed."""
 
     name: str
     size: int
@@ -78,7 +78,7 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A model that went in. revision: its commit on the Hub, or None. rename, unwrapped: see `Naming`."""
+    """An input model. revision: its commit on the Hub, or None. rename, unwrapped: see `Naming`."""
 
     name: str
     uri: str
@@ -108,7 +108,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """What was done to one tensor of the output; see `TensorPlan`. statistics: of rounding, where it was measured."""
+    """The action on one tensor of the output; see `TensorPlan`. statistics: of rounding, if measured."""
 
     name: str
     file: str
@@ -140,7 +140,7 @@ class LogFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """What it was made in and under which conditions. recipe_folder: where the recipe lay, seen from the output."""
+    """Software, device and conditions of the run. recipe_folder: the recipe's folder, relative to the output."""
 
     python: str
     platform: str
@@ -156,7 +156,7 @@ class Environment:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What a run that finds the output asks for anew."""
+        """The conditions that a later run compares."""
         row = {"inputs": self.inputs, "stats": self.stats, "allow_nonfinite": self.allow_nonfinite}
         return {**row, "only_on": self.only_on} if self.only_on is not None else row
 
@@ -167,7 +167,7 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class ManifestBody:
-    """All of a manifest that does not depend on where and when the output was made."""
+    """The part of a manifest that does not depend on where and when the output was made."""
 
     tool: Tool
     recipe: RecipeText
@@ -184,7 +184,7 @@ class ManifestBody:
     accepted: tuple[Compared, ...] = field(default=(), kw_only=True)
     """Differences between the models that the recipe accepts."""
     warnings: tuple[str, ...] = field(default=(), kw_only=True)
-    """Of the plan and of the weights."""
+    """Warnings of the plan and of the weights."""
 
     __repr__ = brief
 
@@ -194,7 +194,7 @@ class ManifestBody:
 
     @property
     def size(self) -> int:
-        """Bytes of all files that it names."""
+        """Total bytes of all files in the manifest."""
         return sum(file.size for file in self.files)
 
     @property
@@ -204,11 +204,11 @@ class ManifestBody:
 
     @property
     def inputs_hashed(self) -> bool:
-        """Whether it knows what the weights of any input were."""
+        """Whether any input's weights were hashed."""
         return any(file.sha256 for item in self.inputs for file in item.files)
 
     def as_dict(self) -> dict[str, Any]:
-        """As the JSON has it."""
+        """Return the manifest as JSON data."""
         return {
             "manifest_version": MANIFEST_VERSION,
             "tool": asdict(self.tool),
@@ -251,7 +251,7 @@ def build(
     stats: str,
     input_digests: Mapping[tuple[str, str], str],
 ) -> ManifestBody:
-    """What there is to say of an output before it is sealed; `finished` are the records by shard."""
+    """Return a manifest's body. finished: the records by shard."""
     recipe, shards = plan.recipe, [finished[shard.file] for shard in plan.shards]
     files = [File(done.file, done.size, done.sha256) for done in shards]
     files += [File(file.name, file.size, file.digest[1]) for file in side_files]
@@ -294,7 +294,7 @@ def _tensors(plan: Plan, measured: Mapping[str, TensorStatistics]) -> tuple[Tens
 
 
 def seal(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> Manifest:
-    """The manifest, with what it was made in and the digest of all of it."""
+    """Return the manifest, with its environment and its digest."""
     log = LogFile(RUN_LOG_FILE, hashlib.sha256(run_log).hexdigest())
     made_in = Environment(**environment, run_log=log)
     document = {**body.as_dict(), "environment": made_in.as_dict()}
@@ -303,7 +303,7 @@ def seal(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> 
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest in `folder`. Raises CheckFailed where there is none or a byte of it was changed, ResourceError."""
+    """Read the manifest in `folder`. Raises CheckFailed if there is none or a byte of it was changed, ResourceError."""
     path = folder / MANIFEST_FILE
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -314,21 +314,21 @@ def read(folder: Path) -> Manifest:
             raise unusable(str(path), error) from error
         raise CheckFailed(
             f"{folder} has no readable {MANIFEST_FILE}: {error.strerror}",
-            fix="only outputs of `skillmerge apply` can be verified",
+            fix="name the folder of an output of `skillmerge apply`",
         ) from error
     return parse(content, str(path))
 
 
 def parse(content: bytes, path: str) -> Manifest:
-    """A manifest's content; keys that a later version wrote are left out. Raises CheckFailed where a byte of it was
-    changed."""
+    """Parse a manifest; keys of later versions are left out. Raises CheckFailed if a byte of it
+    was changed."""
     try:
         document: Any = json.loads(content, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckFailed(f"{path}: is not valid JSON: {error}") from error
     version = document.get("manifest_version") if isinstance(document, dict) else None
     if version != MANIFEST_VERSION:
-        raise CheckFailed(f"{path}: manifest version {version!r} is not known to this version of skillmerge")
+        raise CheckFailed(f"{path}: manifest version {version!r} is unknown to this version of skillmerge")
     try:
         pieces = pieces_of(document)
         intact = lines_of(pieces) == content and digest_of({**pieces, "digest": None}) == document["digest"]
@@ -341,7 +341,7 @@ def parse(content: bytes, path: str) -> Manifest:
 
 
 def _agrees(found: Manifest) -> bool:
-    """Whether the statistics are of what the output is."""
+    """Return whether the statistics match the kind of the output."""
     return found.makes_skill == isinstance(found.statistics, SkillStatistics)
 
 

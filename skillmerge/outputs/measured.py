@@ -1,4 +1,4 @@
-"""The warnings that finished weights call for: nothing changed, rounding changed what was asked, updates too large.
+"""Warnings about finished weights: nothing changed, rounding changed lambda, updates are implausibly large.
 
 Read from the statistics of a manifest; nothing is measured here.
 """
@@ -24,7 +24,7 @@ STRICT = "strict"
 
 
 def warnings_of(body: ManifestBody) -> list[Remark]:
-    """Return where the output is not what was asked for; what the recipe accepts is left out."""
+    """Yield a warning for each way in which the output is not as requested, except those the recipe accepts."""
     accepted = {found.name for found in body.accepted}
     statistics = body.statistics
     found = _of_skill(statistics) if isinstance(statistics, SkillStatistics) else _of_model(body, statistics)
@@ -32,7 +32,7 @@ def warnings_of(body: ManifestBody) -> list[Remark]:
 
 
 def settled(body: ManifestBody, accept: Collection[str]) -> ManifestBody:
-    """Return the same with what finished weights warn of and a recipe accepts."""
+    """Return the body with the accepted warnings about the weights recorded."""
     found = [
         Compared(remark.name, "norm ratio", "weights", "warning", {}, accepted=True, message=remark.message)
         for remark in warnings_of(body)
@@ -42,16 +42,16 @@ def settled(body: ManifestBody, accept: Collection[str]) -> ManifestBody:
 
 
 def strict_outcome(body: ManifestBody) -> Outcome:
-    """Return what becomes of the gate that `--strict` makes of the warnings."""
+    """Return the outcome of the gate that `--strict` makes of the warnings."""
     found = warnings_of(body)
     return Outcome(STRICT, "no warnings", float(len(found)), not found, "\n".join(remark.message for remark in found))
 
 
 def _of_skill(statistics: SkillStatistics) -> Iterator[Remark]:
     if not statistics.all.changed:
-        yield warning("this skill is empty: the models that it was extracted from hold the same weights")
+        yield warning("this skill is empty: the two models have the same weights")
     if lost := statistics.all.relative_error:
-        yield warning(f"this skill is rounded: {lost:.2g} of its norm was lost, and merges with it differ by that")
+        yield warning(f"this skill is rounded: {lost:.2g} of its norm was lost, so merges with it differ by that much")
     whole = statistics.all
     kinds = {kind: (group.norm, group.input_rounding) for kind, group in statistics.modules.items()}
     yield from input_warning(whole.input_rounding, whole.input_rounding_added, statistics.input_precisions, kinds)
@@ -62,7 +62,10 @@ def _of_model(body: ManifestBody, statistics: Statistics) -> Iterator[Remark]:
     donor = body.donor
     plain = all(tensor.action == "copy" and tensor.sources[0][0] == donor for tensor in body.tensors)
     if plain or statistics.all.changed == 0:
-        yield warning(f"this merge does nothing: as far as was measured, the output's weights are those of `{donor}`")
+        yield warning(
+            f"the merge changed nothing: measured weights equal those of `{donor}`",
+            "check the coefficients with `skillmerge plan`",
+        )
         return
     yield from _rounding(body)
     ratios = ((it.name, it.shape, it.statistics.norm_ratio) for it in body.tensors if it.statistics is not None)
@@ -70,8 +73,8 @@ def _of_model(body: ManifestBody, statistics: Statistics) -> Iterator[Remark]:
 
 
 def _rounding(body: ManifestBody) -> Iterator[Remark]:
-    """The layer and kind of module whose effective lambda is furthest off; else the kind of module in all layers, whose
-    small tensors may only together be enough to tell."""
+    """Yield a warning about the layer and kind of module whose effective lambda is furthest off; if there is none,
+    about the kind of module in all layers, whose small tensors may only together be significant."""
     rows = rows_of(body.tensors)
     for found, what in ((cells(rows), "cells"), (kinds(rows), "kinds of module")):
         if (far := worst(found)) is None:
@@ -81,7 +84,7 @@ def _rounding(body: ManifestBody) -> Iterator[Remark]:
         yield warning(
             f"{far.label}: effective lambda is {far.group.realised:.2f} of what was requested "
             f"({_dtypes(body, far)} rounding){count}",
-            _cures(body),
+            _fix(body),
         )
         return
 
@@ -91,7 +94,7 @@ def _dtypes(body: ManifestBody, cell: Cell) -> str:
     return " and ".join(sorted(names))
 
 
-def _cures(body: ManifestBody) -> str | None:
-    cures = ["`output.dtype: float32`"] if body.output.dtype != "float32" else []
-    cures += ["`output.rounding: stochastic`"] if body.output.rounding != "stochastic" else []
-    return f"set {' or '.join(cures)}" if cures else None
+def _fix(body: ManifestBody) -> str | None:
+    settings = ["`output.dtype: float32`"] if body.output.dtype != "float32" else []
+    settings += ["`output.rounding: stochastic`"] if body.output.rounding != "stochastic" else []
+    return f"set {' or '.join(settings)}" if settings else None

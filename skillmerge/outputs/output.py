@@ -1,7 +1,7 @@
-"""A finished output: its folder, its manifest, and its run log with what became of its gates.
+"""A finished output: its folder, its manifest, and its run log with the outcomes of its gates.
 
-Opened once for all that is done with it afterwards: verify, sign, attest, push, gate, rebuild. Knows what the
-documents say, not whether the files are as they say (that is `verify`).
+Used by verify, sign, attest, push, gate and rebuild. Knows the documents, not whether the files match them (`verify`
+checks that).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from skillmerge.threads import hash_file
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A finished output. `manifest` was read, and its own digest checked, when it was opened."""
+    """A finished output. Opening it reads `manifest` and checks its digest."""
 
     folder: Path
     manifest: Manifest
@@ -37,12 +37,12 @@ class Output:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Output:
-        """Raises UsageError where there is no folder, CheckFailed where it has no sound manifest."""
+        """Open a finished output. Raises UsageError if there is no folder, CheckFailed if its manifest is not valid."""
         root = check_folder(folder)
         return cls(root, manifest.read(root))
 
     def digests(self) -> dict[str, str]:
-        """The sha256 of every file of it, the manifest included, as the manifest says."""
+        """Return the sha256 of every file, manifest included, as the manifest states it."""
         log = self.manifest.environment.run_log
         files = {file.name: file.sha256 for file in self.manifest.files}
         return {**files, log.name: log.sha256, MANIFEST_FILE: hash_file(self.folder / MANIFEST_FILE)}
@@ -51,19 +51,19 @@ class Output:
         return RunLog.read(self.folder)
 
     def refuse_failed(self) -> None:
-        """Raise CheckFailed where its own gates refused it: it was kept to be looked at."""
+        """Raise CheckFailed if the output failed its gates and was kept for inspection."""
         failed = [outcome.gate for outcome in self.run_log().gates if not outcome.passed]
         if failed:
             raise CheckFailed(
-                f"{self.folder} was refused by its gates: {some(failed)}",
-                fix="apply the recipe again with gates that it passes",
+                f"{self.folder} failed its gates: {some(failed)}",
+                fix="fix the recipe or its gates, and apply it again",
             )
 
     def recipe(self, base: Path | None = None) -> tuple[Recipe, dict[str, str]]:
-        """The recipe that it was made from, with the donor of then, and the commits of its models on the Hub.
+        """Return the output's recipe, with its donor at that time, and the commits of its models on the Hub.
 
-        base: what the recipe's relative paths start from now, in place of the folder that it lay in, seen from the
-        output. Raises RecipeError.
+        base: the folder that the recipe's relative paths now start from [default: the recorded one]. Raises
+        RecipeError.
         """
         document = self.manifest
         commits = {item.name: item.revision for item in document.inputs if item.revision}
@@ -73,12 +73,12 @@ class Output:
         return recipe.as_planned(document.donor, {item.name: item.unwrapped or () for item in document.inputs}), commits
 
 
-MOVED = "name the folder that the recipe's relative paths start from now: `--base-folder FOLDER`"
-"""What to do where an output's models are not found: of the commands that read them again."""
+MOVED = "pass `--base-folder FOLDER`, the folder that the recipe's relative paths now start from"
+"""What to do if an output's models are not found."""
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
-    """Raises UsageError where an output is asked for and there is no folder."""
+    """Raise UsageError if an output is asked for and there is no folder."""
     root = Path(folder)
     if root.is_dir():
         return root
@@ -94,8 +94,8 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one gate. measured: None where there is no number; `detail` says why. where: the part of the model
-    that `measured` is of, if it is of the worst one."""
+    """The outcome of one gate. measured: None if there is no number; `detail` says why. where: the part of the model
+    that `measured` describes, if it is the worst one."""
 
     gate: str
     asked: str
@@ -106,12 +106,12 @@ class Outcome:
 
     @property
     def unmeasured(self) -> bool:
-        """Whether it failed for want of a figure, not for what the figure is."""
+        """Whether it failed because nothing was measured."""
         return not self.passed and self.measured is None and self.gate.split()[0] not in PROOFS
 
     @property
     def shown(self) -> str:
-        """What was measured, or why nothing was."""
+        """The measured value, or why there is none."""
         if self.measured is None:
             return self.detail.splitlines()[0] if self.detail else ("yes" if self.passed else "no")
         return f"{self.measured:.4g}" + (f" at {self.where}" if self.where else "")
@@ -121,7 +121,7 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Outcome:
-        """From a log that anybody may have written: what it leaves out has not passed."""
+        """Read an outcome from an untrusted log: whatever it leaves out has not passed."""
         measured = row.get("measured")
         return cls(
             str(row.get("gate")),
@@ -135,7 +135,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class RunLog:
-    """When an output was made, how long it took, and what became of each gate: what no rebuild gives again."""
+    """When an output was made, how long it took, and the outcomes of its gates: facts that no rebuild reproduces."""
 
     finished: str = ""
     seconds: float = 0.0
@@ -147,7 +147,7 @@ class RunLog:
 
     @classmethod
     def read(cls, folder: Path) -> RunLog:
-        """The log in `folder`; an empty one where none can be read."""
+        """Return the log in `folder`; an empty one where none can be read."""
         try:
             found = json.loads((folder / RUN_LOG_FILE).read_bytes())
             gates = found.get("gates", [])

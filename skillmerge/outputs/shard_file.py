@@ -1,4 +1,4 @@
-"""The file of a shard in the making: buffered or direct I/O, bytes at their final offsets from any thread."""
+"""A shard's file while it is written: buffered or direct I/O, bytes at their final offsets from any thread."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from skillmerge.tensors import PAGE
 from skillmerge.threads import hash_file
 
 TRIAL_BYTES = 32 << 20
-"""How much is written in one mode before the other has its turn."""
+"""Bytes written in one mode before the other is tried."""
 
 
 class WriteMode:
-    """Buffered or direct I/O, whichever this run does faster on this storage.
+    """Buffered or direct I/O, whichever is faster for this run on this storage.
 
-    Direct I/O saves the copy into the page cache and its eviction, but some storage is slower with it. So the
-    first spans are written in turns, and the pace of the whole pipeline decides. No byte depends on it.
+    Direct I/O saves the copy into the page cache and its eviction, but some storage is slower with it. The first
+    spans alternate between the modes, and the throughput of the whole pipeline decides. No byte depends on it.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class WriteMode:
         self._open = True
 
     def note(self, nbytes: int) -> None:
-        """Count what was written; at the end of a turn take the next, after the last the winner."""
+        """Count written bytes. After each turn, switch modes; after the last, choose the faster."""
         if not self._open:
             return
         with self._lock:
@@ -53,7 +53,7 @@ class WriteMode:
                 self._open = False
 
     def refuse_direct(self) -> None:
-        """This storage asks for more than direct I/O gives it: buffered from now on."""
+        """Switch to buffered I/O for good: this storage rejects direct I/O."""
         with self._lock:
             self.direct = self._open = False
 
@@ -73,7 +73,7 @@ class ShardFile:
         except BaseException:
             self.close()
             raise
-        with suppress(AttributeError, OSError):  # not every system and filesystem has direct I/O
+        with suppress(AttributeError, OSError):  # not every system and filesystem supports direct I/O
             self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
 
     def write(self, data: memoryview, offset: int) -> None:
@@ -95,7 +95,7 @@ class ShardFile:
         self._mode.note(len(data))
 
     def _write_direct(self, pages: memoryview, offset: int) -> int:
-        """Write past the page cache. Returns the bytes written; the rest was refused and must be buffered."""
+        """Write around the page cache. Returns the bytes written; the rest was rejected and must be buffered."""
         done = 0
         with disk_errors(self.path):
             while done < len(pages) and done % PAGE == 0:
@@ -122,30 +122,30 @@ class ShardFile:
             self._close()
 
     def close(self) -> None:
-        """Close an unfinished file: whatever became of it, nobody will read it."""
+        """Close an unfinished file, ignoring errors: it will not be read."""
         with suppress(OSError):
             self._close()
 
     def _close(self) -> None:
-        """Raises OSError: quotas and network filesystems may say only here that there was no room."""
+        """Close a file. Raises OSError: quotas and network filesystems may report only here that there was no room."""
         descriptors = [self._direct, self._descriptor]
         self._descriptor = self._direct = -1
-        with ExitStack() as stack:  # all of them, whatever becomes of one
+        with ExitStack() as stack:  # all of them, even if one fails
             for descriptor in descriptors:
                 if descriptor >= 0:
                     stack.callback(os.close, descriptor)
 
 
 def _create(path: Path) -> int:
-    """A descriptor of a new file. Raises OSError, and OutputLocked where there is one of that name.
+    """Return a descriptor of a new file. Raises OSError, and OutputLocked if there is one of that name.
 
-    Where locks lock nothing, another run may be making it: neither may write into the other's.
+    Without working locks another run may be writing it; neither may write into the other's.
     """
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileExistsError as error:
         raise OutputLocked(
-            f"another run is writing {path}", fix="let that run finish, or choose another --output"
+            f"another run is writing {path}", fix="let that run finish, or choose another folder with `--output`"
         ) from error
 
 
@@ -159,9 +159,9 @@ def _allocate(descriptor: int, size: int) -> None:
 
 
 def _pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-    """Write some of it, one byte at least. Raises OSError."""
+    """Write part of `data`, at least one byte. Raises OSError."""
     if not (count := os.pwrite(descriptor, data, offset)):
-        raise OSError(errno.EIO, "nothing of it was taken")
+        raise OSError(errno.EIO, "nothing was written")
     return count
 
 

@@ -2,12 +2,12 @@
 
     out.partial/lock, owner     held while a run works on `out`; see `claim`
     out.partial/journal.jsonl   the plan's digest, then one line per finished shard
-    out.partial/files/          the output in the making
-    out.partial/complete/       the same, finished; then, for an instant, what it replaced
-    out.partial/dropped/        what is being removed
+    out.partial/files/          the output while it is written
+    out.partial/complete/       the finished output; then, for an instant, the one that it replaced
+    out.partial/dropped/        files that are being removed
 
-The output's own name appears, or changes, in one rename, when everything is written, synced and checked. A
-run that dies at any instant leaves a folder from which the same command continues. Knows files and bytes,
+One rename puts the output in place, when everything is written, synced and checked. A run that is killed at any
+instant leaves a folder from which the same command resumes. Knows files and bytes,
 nothing about tensors.
 """
 
@@ -51,18 +51,18 @@ _OURS = (*CLAIM_FILES, "journal.jsonl", "journal.jsonl.new", "files", "complete"
 class Staging:
     """The staging folder of one output, locked for this run until `close` or `put_in_place`.
 
-    Whatever writes raises UsageError and ResourceError, as `disk_errors` says, and OutputLocked where another run has
-    taken the folder over, which can only be where locks lock nothing.
+    Writing raises UsageError and ResourceError, as `disk_errors` says, and OutputLocked if another run has taken over
+    the folder, which is possible only without working locks.
     """
 
     def __init__(self, output: Path, reporter: Reporter | None = None) -> None:
-        """Create and lock it. Raises OutputLocked where another run holds it."""
+        """Create and lock it. Raises OutputLocked if another run holds it."""
         self.output = output
         self.folder = self.folder_of(output)
         self.files = self.folder / "files"
         self.finished: dict[str, ShardRecord] = {}
         self.sealed = False
-        """Whether an earlier run had called `seal`."""
+        """Whether an earlier run called `seal`."""
         self._complete = self.folder / "complete"
         self._journal = Journal(self.folder / "journal.jsonl")
         with disk_errors(self.folder, "choose another folder with `--output`"):
@@ -78,16 +78,16 @@ class Staging:
         return output.with_name(output.name + ".partial")
 
     def _refuse_strangers(self) -> None:
-        """A folder that only happens to have the staging folder's name is not ours to work in."""
+        """Raise UsageError if the folder with the staging folder's name is not one."""
         strangers: list[str] = []
         if self.folder.is_dir():
-            with suppress(FileNotFoundError):  # its run has finished meanwhile
+            with suppress(FileNotFoundError):  # its run has finished in the meantime
                 strangers = [path.name for path in self.folder.iterdir() if path.name not in _OURS]
         if self.folder.is_symlink() or strangers:
             what = f"holds {some(strangers)}" if strangers else "is a link"
             raise UsageError(
-                f"{self.folder} is where the work would be done, but it {what}: it is not skillmerge's",
-                fix="move it away, or choose another --output",
+                f"{self.folder} is needed as the staging folder, but it {what}",
+                fix="move it away, or choose another folder with `--output`",
             )
 
     @property
@@ -99,17 +99,17 @@ class Staging:
         return sum(done.size for done in self.finished.values())
 
     def plan_of_unfinished(self, conditions: dict[str, Any]) -> str | None:
-        """The digest of what an earlier run under these conditions was making, where it has finished a shard."""
+        """Return the plan digest of an unfinished run under these conditions, if it has finished a shard."""
         rows = self._journal.read()
         of = rows[0].plan if rows and isinstance(rows[0], Header) and rows[0].conditions == conditions else None
         return of if any(isinstance(row, ShardRecord) for row in rows) else None
 
     def recover(self, weights_digest: str, conditions: dict[str, Any], replace: bool, plan_digest: str = "") -> bool:
-        """Finish a publication that a dead run of the same plan had begun. True where the output is now its.
+        """Finish a publication that a killed run of the same plan had started. Returns whether the output is now its.
 
-        What stands at the output's place is only replaced with `replace`; else the finished files stay here.
-        Of another plan's publication only that is finished which had already moved the output away. Where it is not
-        known to have passed all that is asked now (`plan_digest`), its finished shards are kept for `begin`.
+        An existing output is only replaced with `replace`; otherwise the finished files stay here. A publication of
+        another plan is finished only if it had already moved the output away. If it is not known to have passed the
+        current checks (`plan_digest`), its finished shards are kept for `begin`.
         """
         rows = self._journal.read()
         previous = self.folder / "previous"
@@ -137,10 +137,10 @@ class Staging:
         return True
 
     def begin(self, weights_digest: str, conditions: dict[str, Any], plan_digest: str = "") -> str | None:
-        """Load the journal of an earlier run of the same plan under the same conditions, or start afresh.
+        """Load the journal of an earlier run of the same plan under the same conditions, or start from scratch.
 
-        An output that was sealed with the same `plan_digest` is complete but for its commit.
-        Returns a remark for the user where something of an earlier run was kept or dropped.
+        An output that was sealed with the same `plan_digest` is complete except for its commit. Returns a note for
+        the user if something of an earlier run was kept or dropped.
         """
         header = Header(weights_digest, conditions)
         self._claim.check()
@@ -157,12 +157,12 @@ class Staging:
                 damaged = len(shards) - len(self.finished)
                 count = f"{len(self.finished)} shard{' is' if len(self.finished) == 1 else 's are'}"
                 remark = f"continuing an interrupted run: {count} finished already"
-                remark += f"; {damaged} were damaged since and are done again" if damaged else ""
+                remark += f"; {damaged} were damaged since and are redone" if damaged else ""
                 self.sealed = Sealed(plan_digest) in rows and not damaged and (self.files / MANIFEST_FILE).is_file()
                 if self.sealed:
                     return remark
             elif rows or self.files.exists():
-                remark = "an unfinished run of another plan was found and dropped"
+                remark = "dropped an unfinished run of another plan"
             self._clear(*(("files", self._journal.path.name) if self.finished else ()))
             self.files.mkdir(exist_ok=True)
             self.drop_strangers(set(self.finished))
@@ -179,21 +179,21 @@ class Staging:
 
     @cached_property
     def _write_mode(self) -> WriteMode:
-        """Made when the first shard is opened: it measures the pace from then on."""
+        """Created when the first shard is opened, because it measures the throughput from then on."""
         return WriteMode()
 
     def open_shard(self, shard: ShardPlan) -> ShardFile:
-        """The shard's file, new, in its full size. Raises UsageError, ResourceError, OutputLocked."""
+        """Return the shard's file, new, in its full size. Raises UsageError, ResourceError, OutputLocked."""
         self._claim.check()
         return ShardFile(self.files / shard.file, shard.size, shard.header, self._write_mode)
 
     def open_stream(self, shard: ShardPlan, start: int) -> StreamFile:
-        """The shard's file, new, to be appended to from byte `start` on. Raises as `open_shard` does."""
+        """Return the shard's file, new, to be appended to from byte `start` on. Raises as `open_shard` does."""
         self._claim.check()
         return StreamFile(self.files / shard.file, start)
 
     def record(self, done: ShardRecord) -> None:
-        """Say in the journal that a shard is finished; it must be durable already."""
+        """Record in the journal that a shard is finished; it must be durable already."""
         self._claim.check()
         self._journal.append(done)
         self.finished[done.file] = done
@@ -210,12 +210,12 @@ class Staging:
                 sync_file(stream.fileno())
 
     def seal(self, proof: str) -> None:
-        """The output is complete, but for shards that were uploaded and removed: nothing of it may change."""
+        """Record that the output is complete, except for shards that were uploaded and removed."""
         self._claim.check()
         self._journal.append(Sealed(proof))
 
     def drop_strangers(self, names: set[str]) -> None:
-        """Remove what does not belong into the output (an unfinished shard, a stray file)."""
+        """Remove files that do not belong to the output (an unfinished shard, a stray file)."""
         self._claim.check()
         with disk_errors(self.files):
             for path in sorted(self.files.rglob("*"), reverse=True):
@@ -226,10 +226,10 @@ class Staging:
                     path.unlink()
 
     def put_in_place(self, replace: bool, plan_digest: str = "") -> None:
-        """Give the finished files the output's name in one step.
+        """Move the finished files to the output's name in one step.
 
-        With `replace` they take the place of what has it; without, only that of nothing or an empty folder:
-        raises UsageError where something has come to stand there.
+        With `replace` they replace an existing output; without, only an empty folder: raises UsageError if something
+        has appeared there.
         """
         digest = digest_or_none(self.files / MANIFEST_FILE)
         self._claim.check()
@@ -241,31 +241,31 @@ class Staging:
                 self.files.rename(self._complete)
                 sync_folder(self.folder)
                 if not self._claim.is_mine():
-                    self._complete.rename(self.files)  # another run's by now
+                    self._complete.rename(self.files)  # now another run's
                     self._claim.check()
                 _put_in_place(self._complete, self.output, replace)
         except UsageError:
-            self._claim.check()  # what another run has moved is missing here
+            self._claim.check()  # another run has moved the files
             raise
         self._clear()
         self.close()
 
     def discard(self) -> None:
-        """Give up what was written: no run of this plan can finish it."""
+        """Discard what was written: no run of this plan can finish it."""
         self.finished.clear()
         self._clear()
 
     def close(self) -> None:
-        """Let go of the lock. What the next run can use is kept; a folder without it is removed."""
-        with suppress(OSError):  # of a folder that another run has taken, and removes right now
+        """Release the lock. Keep what the next run can use; remove a folder without that."""
+        with suppress(OSError):  # the folder is another run's, which may be removing it
             if not is_taken(self.files) and not self._complete.exists():
                 self._clear()
         self._claim.close()
 
     def _clear(self, *kept: str) -> None:
-        """Remove all but `kept` and the lock; the journal last, so that it is there while anything is.
+        """Remove all but `kept` and the lock; the journal last, so that it exists as long as anything else.
 
-        A folder loses its name first: another run never finds half of it. What is another run's by now is left alone.
+        A folder is renamed first, so that another run never finds half of it. What another run owns is left alone.
         """
         dropped = self.folder / "dropped"
         with suppress(OSError, SkillmergeError):
@@ -281,7 +281,7 @@ class Staging:
 
 
 def _put_in_place(finished: Path, output: Path, replace: bool) -> None:
-    """Make `output` what `finished` is. What was replaced is left in `finished`'s folder."""
+    """Move `finished` to `output`. The replaced output is left in `finished`'s folder."""
     if not (replace and output.exists() and exchange(finished, output)):
         if replace and is_taken(output):
             previous = finished.with_name("previous")
@@ -292,7 +292,7 @@ def _put_in_place(finished: Path, output: Path, replace: bool) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step (Linux renameat2, macOS renamex_np). False where that cannot be had."""
+    """Swap two names in one step (Linux renameat2, macOS renamex_np). Returns False if that is unsupported."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         if sys.platform == "darwin":

@@ -1,4 +1,4 @@
-"""What a run does to a disk and its machine, tried in a folder: what works, and what follows from it. For `doctor`."""
+"""Tests of a disk and its machine in a folder, for `doctor`: what works, and what that means for a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FEW_INODES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One thing that was tried. works: None where the system does not say. follows: what that means for a run."""
+    """One test. works: None if the system does not say. follows: what that means for a run."""
 
     what: str
     works: bool | None
@@ -38,14 +38,14 @@ class Trial:
 
 
 def tried(folder: Path) -> list[Trial]:
-    """Try in `folder`, which has to exist, what a run does there. Leaves nothing behind."""
+    """Test in `folder`, which must exist, what a run does there. Leaves nothing behind."""
     found: list[Trial] = []
     try:
         with _scratch(folder) as scratch:
             found.append(Trial("write", True, "outputs can be written here"))
             found += [_try(scratch, *each) for each in _TRIALS]
     except OSError as error:
-        found.append(Trial("write", False, f"outputs have to go elsewhere: {error.strerror}"))
+        found.append(Trial("write", False, f"outputs must go elsewhere: {error.strerror}"))
     return [*found, *_room(folder), _temporary(), _locale()]
 
 
@@ -73,7 +73,7 @@ def _try(folder: Path, what: str, function: Callable[[Path], bool], good: str, b
 
 
 def _locks(folder: Path) -> bool:
-    """Whether a lock that is held keeps another one out."""
+    """Return whether a lock that is held keeps another one out."""
     with ExitStack() as stack:
         first, second = (stack.enter_context(open(folder / "lock", "ab")) for _ in range(2))
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,7 +144,7 @@ def _allocates(folder: Path) -> bool:
 
 
 def _makes_shards(folder: Path) -> bool:
-    """A shard, as a run makes one."""
+    """Write a shard as a run does, and return whether that works."""
     shard = ShardFile(folder / "shard", PAGE, b"head", WriteMode())
     try:
         shard.write(memoryview(bytes(PAGE - 4)), 4)
@@ -155,28 +155,28 @@ def _makes_shards(folder: Path) -> bool:
 
 
 _TRIALS: tuple[tuple[str, Callable[[Path], bool], str, str], ...] = (
-    ("lock", _locks, "two runs on one output: the second exits 6",
-     "two runs on one output: the first exits 6; run one at a time"),
+    ("lock", _locks, "a second run on the same output exits 6",
+     "a second run on the same output stops the first, which exits 6; run one at a time"),
     ("sync files", _syncs_files, "finished shards survive a power failure",
-     "after a power failure, finished shards may have to be made again"),
-    ("sync folders", _syncs_folders, "a finished output keeps its name in a power failure",
-     "after a power failure, run the same command again"),
-    ("rename", _renames, "outputs appear in one step", "outputs have to go elsewhere"),
+     "after a power failure, finished shards may be recomputed"),
+    ("sync folders", _syncs_folders, "a finished output survives a power failure",
+     "after a power failure, rerun the same command"),
+    ("rename", _renames, "outputs appear in one step", "outputs must go elsewhere"),
     ("exchange names", _exchanges, "--overwrite replaces in one step", "--overwrite replaces in two steps"),
-    ("stable inodes", _keeps_inodes, "nothing depends on them", "nothing: files are known by size and time"),
+    ("stable inodes", _keeps_inodes, "not needed", "not needed: files are compared by size and time"),
     ("map files", _maps, "transformers and vLLM can load from here",
      "verify works; for --load, copy the output to another disk"),
-    ("direct I/O", _writes_directly, "shards are written whichever way is faster",
+    ("direct I/O", _writes_directly, "shards are written the faster way",
      "shards are written through the page cache"),
-    ("preallocate", _allocates, "shards have their size from the start", "shards grow as they are written"),
-    ("write a shard", _makes_shards, "outputs can be written here", "outputs have to go elsewhere"),
+    ("preallocate", _allocates, "shards are allocated in full at the start", "shards grow as they are written"),
+    ("write a shard", _makes_shards, "outputs can be written here", "outputs must go elsewhere"),
 )  # fmt: skip
 
 
 def _room(folder: Path) -> Iterator[Trial]:
     free = free_disk(folder)
     if free is None:
-        yield Trial("free space", None, "this disk does not say: a run may find it full")
+        yield Trial("free space", None, "unknown for this disk, which may fill up during a run")
     else:
         yield Trial("free space", free > 0, f"{format_bytes(free)} free")
     with suppress(OSError):

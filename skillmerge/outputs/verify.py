@@ -1,7 +1,7 @@
-"""The checks that `verbs/verify.py` runs: an output's structure, digests and values against its manifest.
+"""The checks of the verb verify: an output's structure, digests and values against its manifest.
 
 `check_structure` is the cheap part, which `apply` runs before publishing; `verify_files` reads every byte once, in
-bounded memory. The safetensors library is the independent reader of what our own byte layer wrote.
+bounded memory. The safetensors library is the independent reader of files that skillmerge's own code wrote.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from skillmerge.threads import hash_file, in_threads
 
 SIGNATURE_FILE = "model.sig"
 BESIDE = frozenset({"README.md", ".gitattributes", SIGNATURE_FILE})
-"""What an output may have though its manifest does not name it: what the Hub adds, and a signature of the rest."""
+"""Files that an output may have without its manifest naming them: those that the Hub adds, and a signature."""
 
 PIECE = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What `verify` found out about a folder that passed: counts, and what else was asked for.
+    """The result of `verify` for an output that passed: counts, and the requested extra checks.
 
-    load: the load's report. parent: which of the models of its expression the given one is, of a skill.
-    signature: its path, how many files it is of, and the signer.
+    load: the report of loading. parent: for a skill, which model of its expression the given one is. signature: its
+    path, how many files it covers, and the signer.
     """
 
     output: Output
@@ -86,7 +86,7 @@ class Verdict:
 def verify_files(
     folder: str | os.PathLike[str], *, allow_nonfinite: bool = False, reporter: Reporter | None = None
 ) -> Verdict:
-    """Check every file of an output. Raises CheckFailed with the first difference, UsageError for no folder."""
+    """Check every file of an output. Raises CheckFailed with the first difference, UsageError if there is no folder."""
     reporter = reporter or default_reporter("verifying")
     with checked(reporter, "manifest"):
         output = Output.open(folder)
@@ -99,7 +99,7 @@ def verify_files(
 
 
 def check_structure(root: Path, proof: Manifest) -> None:
-    """Names and sizes of files, index, headers, tensor set, shapes and dtypes. Raises CheckFailed."""
+    """Check names and sizes of files, index, headers, tensor set, shapes and dtypes. Raises CheckFailed."""
     with _reading(root):
         _check_files(root, proof)
         if proof.makes_skill:
@@ -122,7 +122,7 @@ def _check_skill(root: Path, proof: ManifestBody) -> None:
 
 @contextmanager
 def checked(reporter: Reporter, what: str) -> Iterator[None]:
-    """Tell how a check ended. What a machine or a network fails at is not the check's."""
+    """Report the end of a check, unless the machine or the network failed."""
     try:
         yield
     except (CheckFailed, InputError, StalePlan) as error:
@@ -133,7 +133,7 @@ def checked(reporter: Reporter, what: str) -> Iterator[None]:
 
 @contextmanager
 def _reading(root: Path) -> Iterator[None]:
-    """An output that cannot be read, or not as a checkpoint, has failed the check, unless the machine has."""
+    """Turn errors of reading an output into CheckFailed, unless the machine is at fault."""
     try:
         yield
     except InputError as error:
@@ -157,7 +157,7 @@ def _check_files(root: Path, proof: Manifest) -> None:
     for file in proof.files:
         path = root / file.name
         if path.stat().st_size != file.size:
-            raise CheckFailed(f"{path}: is not {file.size} bytes long, as the manifest says")
+            raise CheckFailed(f"{path}: is not {file.size} bytes long, as the manifest states")
     log = proof.environment.run_log
     if hash_file(root / log.name) != log.sha256:
         raise CheckFailed(f"{root / log.name}: was changed after it was written")
@@ -171,14 +171,14 @@ def _check_tensors(root: Path, checkpoint: Checkpoint, proof: ManifestBody) -> N
     asked = proof.output.dtype
     stated = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype", asked))
     if asked not in ("same", stated):
-        raise CheckFailed(f"{root}: config.json says {stated}, the weights were written as {asked}")
+        raise CheckFailed(f"{root}: config.json says {stated}, but the weights were written as {asked}")
 
 
 def _compare_tensors(root: Path, checkpoint: Checkpoint, proof: ManifestBody) -> None:
     wanted = {tensor.name: tensor for tensor in proof.tensors}
     if checkpoint.tensors.keys() != wanted.keys():
         different = sorted(checkpoint.tensors.keys() ^ wanted.keys())
-        raise CheckFailed(f"{root}: tensors differ from the manifest's: {some(different)}")
+        raise CheckFailed(f"{root}: tensors differ from the manifest: {some(different)}")
     for name, spec in checkpoint.tensors.items():
         _check_tensor(root, spec, wanted[name])
 
@@ -197,23 +197,24 @@ def check_shard(path: Path, specs: tuple[StoredTensor, ...]) -> None:
     try:
         with _opened_by_library(path) as reader:
             if set(reader.keys()) != {spec.name for spec in specs}:
-                raise CheckFailed(f"{path}: the safetensors library sees other tensors in it")
+                raise CheckFailed(f"{path}: the safetensors library reads different tensors")
             for spec in specs:
                 piece = reader.get_slice(spec.name)
                 if tuple(piece.get_shape()) != spec.shape or piece.get_dtype() != spec.dtype:
-                    raise CheckFailed(f"{path}: the safetensors library sees another `{spec.name}`")
+                    raise CheckFailed(f"{path}: the safetensors library reads a different `{spec.name}`")
     except (SafetensorError, OSError, RuntimeError) as error:
         if is_machine(error):
             raise ResourceError(
-                f"{path}: could not be opened here: {error}", fix=f"check it with `skillmerge doctor {path.parent}`"
+                f"{path}: could not be opened on this machine: {error}",
+                fix=f"check it with `skillmerge doctor {path.parent}`",
             ) from error
         raise CheckFailed(f"{path}: the safetensors library refuses it: {error}") from error
 
 
 @contextmanager
 def _opened_by_library(path: Path) -> Iterator[Any]:
-    """A shard as the safetensors library sees it. Where its filesystem maps no files, a stand-in in memory: the header,
-    and as much of nothing behind it. Raises SafetensorError, OSError, RuntimeError."""
+    """Yield a shard as the safetensors library sees it. If its filesystem maps no files, use a copy in memory with the
+    header and zeros after it. Raises SafetensorError, OSError, RuntimeError."""
     from safetensors import SafetensorError, safe_open
 
     with ExitStack() as stack:
@@ -267,7 +268,7 @@ def _digest_and_scan(
 ) -> str:
     """sha256 of a file; `moved` takes the size of each piece that was read.
 
-    Raises CheckFailed where a float tensor among `specs` holds NaN or Inf.
+    Raises CheckFailed if a float tensor among `specs` holds NaN or Inf.
     """
     import torch
 
@@ -304,7 +305,7 @@ def _fill(stream: FileIO, buffer: bytearray) -> int:
 
 
 def is_intact(folder: Path, proof: ManifestBody) -> bool:
-    """Whether every file still has its digest. Raises ResourceError where the machine cannot tell."""
+    """Return whether every file still has its digest. Raises ResourceError if the machine cannot tell."""
     try:
         digests = in_threads(lambda file, stop: hash_file(folder / file.name, stop), proof.files)
         return all(file.sha256 == digest for file, digest in zip(proof.files, digests, strict=True))

@@ -1,1 +1,1 @@
-"""Recipe + headers -> plan: everything that is decided before weights are read. Imports no torch."""
+"""Recipe + headers -> plan: everything that is decided before weights are read. Never imports torch."""

@@ -1,4 +1,4 @@
-"""Where every tensor of every model goes, and what is wrong where one has no place.
+"""The accounting of every tensor of every model, and the problems of tensors without a place.
 
 For each tensor of the donor: which models' tensors the output needs. For each tensor of another model that
 the donor lacks: a problem, unless a rule or the config's ties account for it. Knows names, shapes and dtypes; only
@@ -28,7 +28,7 @@ from skillmerge.tensors import DTYPES, UNIT, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A difference between the models that only a person can settle.
+    """A difference between the models that only the user can settle.
 
     copy, ignore, rename: what would settle it, as lines of the recipe's sections `copy`, `ignore` and `models`. name:
     what `accept` calls it, where that would settle it. help: what to do where no line of the recipe settles it.
@@ -46,13 +46,13 @@ class Problem:
     final: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data, without the keys that say nothing, and `final`, which is for `settlement`."""
+        """Return plain data, without empty keys and `final`, which is for `settlement`."""
         always = ("kind", "message", "tensors", "copy", "ignore")
         return {key: value for key, value in asdict(self).items() if key in always or (value and key != "final")}
 
 
 def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:
-    """What would settle the problems, each once: rules ready to paste into the recipe, and what is to be done
+    """Return what would settle the problems, each once: rules ready to paste into the recipe, and what is to be done
     elsewhere. No rules where the models are not of one kind."""
     problems = list(problems)
     parts = list(dict.fromkeys(problem.help for problem in problems if problem.help))
@@ -69,19 +69,19 @@ def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:
     if recipe.of_command:
         globs = dict.fromkeys(line.removeprefix("  - ") for problem in problems for line in problem.ignore)
         ignore = " ".join(f"--ignore {glob}" for glob in globs)
-        return "\n".join([*parts, *([f"if the skill can do without, pass: {ignore}"] if globs else [])])
+        return "\n".join([*parts, *([f"if the skill does not need them, pass: {ignore}"] if globs else [])])
     for key, present in (("copy", recipe.copy), ("ignore", recipe.ignore)):
         lines = list(dict.fromkeys(line for problem in problems for line in getattr(problem, key)))
         if lines:
             where = f"add to the recipe's `{key}:`" if present else "add to the recipe:"
-            why = "to take the donor's own" if key == "copy" else "if the output can do without"
+            why = "to take the donor's own" if key == "copy" else "if the output does not need them"
             parts.append("\n".join([f"{why}, {where}", *([] if present else [f"{key}:"]), *lines]))
     return "\n".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Where one output tensor comes from. `same`: all sources must hold the same bytes."""
+    """The sources of one output tensor. `same`: all sources must hold the same bytes."""
 
     term: Term
     sources: tuple[Source, ...]
@@ -90,14 +90,15 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Accounts:
-    """What was found. ties: (model, copy, original), copies of tied tensors that the output does without."""
+    """The result of the accounting. ties: (model, copy, original), copies of tied tensors that the output does
+    without."""
 
     tensors: Mapping[str, Account]
-    """Of those output tensors that have one: not of nothing, and not of what has a problem."""
+    """Sources of the output tensors that have any, and no problem."""
     problems: tuple[Problem, ...]
     ties: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
-    """What is worth a word."""
+    """Notes."""
 
 
 def account_tensors(
@@ -133,7 +134,7 @@ def account_tensors(
             else:
                 sources.append(source)
                 if source.tensor != name:
-                    notes.add(f"`{name}` of model `{model}` is its `{source.tensor}`: its config ties the two")
+                    notes.add(f"`{name}` of model `{model}` is its `{source.tensor}`, which its config ties to it")
         if len(sources) == len(models):
             if same:
                 sources.sort(key=lambda source: source.model != donor_name)
@@ -168,12 +169,13 @@ def _unread(checkpoints: Mapping[str, Checkpoint]) -> set[str]:
 
 
 def models_in(recipe: Recipe) -> list[str]:
-    """The models of the formula, in the order of the text."""
+    """Return the models of the formula, in the order of the text."""
     return list(dict.fromkeys(name.name for name in names_in(recipe.expression) if name.is_model))
 
 
 def copy_rules(recipe: Recipe, donor: Checkpoint) -> dict[str, str]:
-    """Tensor -> model, the last rule that matches winning. A rule that matches nothing is a mistake."""
+    """Return the model that each tensor is copied from. The last rule that matches wins; one that matches nothing is a
+    mistake."""
     copied: dict[str, str] = {}
     for index, rule in enumerate(recipe.copy):
         pattern = matcher(rule.tensors)
@@ -209,7 +211,9 @@ def _problem(
         if kind == "shape" and all(module_kind(name) in ("embedding", "head") for name in names):
             message += "\ntheir vocabularies seem to differ"
         elif kind == "shape" and share(names, donor.tensors) >= MUCH:
-            return Problem(kind, message, tuple(names), help=f"is `{model}` the right model? Its sizes are others")
+            return Problem(
+                kind, message, tuple(names), help=f"check that `{model}` is the right model; its sizes differ"
+            )
     globs = _globs(names, donor.tensors)
     if recipe.makes_skill:  # it takes no tensor as it is, but can do without
         return Problem(kind, message, tuple(names), ignore=tuple(f'  - "{glob}"' for glob in globs))
@@ -220,7 +224,7 @@ def _problem(
 def _leftovers(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, in_formula: list[str]
 ) -> tuple[dict[str, list[str]], list[tuple[str, str, str]]]:
-    """Tensors of the formula's models that the donor lacks, but for ignored ones; and copies of tied tensors, as
+    """Return tensors of the formula's models that the donor lacks, but for ignored ones; and copies of tied tensors, as
     (model, copy, original)."""
     donor = checkpoints[donor_name]
     extra = {
@@ -255,8 +259,8 @@ def _apart(
     troubles: Mapping[tuple[str, str], list[tuple[str, str]]],
     extra: Mapping[str, list[str]],
 ) -> dict[str, Problem]:
-    """The models of which so much has no partner that a rule which takes it out would leave little of the skill; and
-    those that hold what is no weight."""
+    """Return the models of which so much has no partner that a rule which takes it out would leave little of the skill;
+    and those that hold what is no weight."""
     found: dict[str, Problem] = {}
     donor = checkpoints[donor_name]
     lacking = {model: [name for name, _ in names] for (kind, model), names in troubles.items() if kind == "missing"}
@@ -280,7 +284,7 @@ def _extra(model: str, names: list[str], checkpoint: Checkpoint, donor_name: str
 
 
 def _tied_to(name: str, checkpoint: Checkpoint, donor: Checkpoint) -> str | None:
-    """The tensor that `name` is a copy of, where both configs say so and the donor has it."""
+    """Return the tensor that `name` is a copy of, where both configs say so and the donor has it."""
     if not ties_embeddings(checkpoint.config) or not ties_embeddings(donor.config):
         return None
     kept = {other: spec for other, spec in checkpoint.tensors.items() if other in donor.tensors}
@@ -288,7 +292,7 @@ def _tied_to(name: str, checkpoint: Checkpoint, donor: Checkpoint) -> str | None
 
 
 def _globs(names: list[str], others: Iterable[str]) -> list[str]:
-    """Globs that match `names` and nothing else of `others`, as few as numbers in names allow."""
+    """Return globs that match `names` and nothing else of `others`, as few as numbers in names allow."""
     wanted = set(names)
     rest = [name for name in others if name not in wanted]
     globs: dict[str, None] = {}
@@ -301,7 +305,7 @@ def _globs(names: list[str], others: Iterable[str]) -> list[str]:
 
 
 def prove_ties(ties: Iterable[tuple[str, str, str]], checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Prove that what is left out as a copy is one. Raises InputError where the bytes differ."""
+    """Prove that what is left out as a copy is one. Raises InputError if the bytes differ."""
     for model, name, source in ties:
         checkpoint = checkpoints[model]
         copy, original = checkpoint.tensors[name], checkpoint.tensors[source]
@@ -312,6 +316,6 @@ def prove_ties(ties: Iterable[tuple[str, str, str]], checkpoints: Mapping[str, C
             ):
                 raise InputError(
                     f"model `{model}`: config.json ties `{name}` to `{source}`, but the two differ, and the donor "
-                    f"has no `{name}` for what it holds",
-                    fix=f'if the output can do without it, add to the recipe:\nignore:\n  - "{name}"',
+                    f"has no `{name}`",
+                    fix=f'if the output does not need it, add to the recipe:\nignore:\n  - "{name}"',
                 )

@@ -1,4 +1,4 @@
-"""How much memory and disk a run takes, and the thread count and tile size that keep it in bounds.
+"""The memory and disk that a run needs, and the thread count and tile size that stay within bounds.
 
 Predictions, from the plan alone. The figures for the runtime itself were measured (`benchmarks/`).
 """
@@ -19,10 +19,10 @@ RUNTIME_BYTES = 300_000_000
 """Resident memory of Python with torch imported, before any work, with room for headers and tables."""
 
 _CUDA_RUNTIME_BYTES = 1_500_000_000
-"""The same with a CUDA context and its libraries: an estimate on the safe side."""
+"""The same with a CUDA context and its libraries; a conservative estimate."""
 
 TILE_BYTES = 2 << 20
-"""Of a tile on the CPU, where memory allows it."""
+"""Bytes of a tile on the CPU, if memory allows."""
 _CUDA_TILE_BYTES = 8 << 20
 _REMOTE_TILE_BYTES = 17 << 20
 """A request over a network costs a round trip: at least 16 MiB are asked for at once."""
@@ -45,7 +45,7 @@ class Budget:
 
 
 def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: bool = False) -> Budget:
-    """Choose threads and tile size within `memory_limit` bytes. Raises ResourceError where nothing fits."""
+    """Choose threads and tile size within `memory_limit` bytes. Raises ResourceError if nothing fits."""
     threads = operator.index(threads) if threads is not None else None  # numpy's numbers overflow
     memory_limit = operator.index(memory_limit) if memory_limit is not None else None
     if plan.makes_skill:
@@ -78,7 +78,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
             wanted -= 1
     if memory_limit is not None and need(wanted, tile) > memory_limit:
         raise ResourceError(
-            f"a memory limit of {format_bytes(memory_limit)} is too small: this merge needs at least "
+            f"memory limit {format_bytes(memory_limit)} is too low: this merge needs "
             f"{format_bytes(need(wanted, tile))}",
             fix="raise `--memory-limit`" + (" or lower `--threads`" if threads and threads > 1 else ""),
         )
@@ -86,7 +86,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
 
 
 def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> Budget:
-    """Of a skill: units have one size, so that only the count of workers is left to choose."""
+    """Choose the number of workers for a skill, whose units have a fixed size."""
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
     # Its inputs; two planes in parts, put together, and waiting to be written; and the masks.
     worker = UNIT * (sum(plan.input_itemsizes) + 10 * itemsize + 2)
@@ -95,7 +95,7 @@ def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> 
     count = threads or max(1, min(_MAX_THREADS, cores(), (limit - fixed) // worker))
     if memory_limit is not None and fixed + count * worker > memory_limit:
         raise ResourceError(
-            f"a memory limit of {format_bytes(memory_limit)} is too small: this skill needs at least "
+            f"memory limit {format_bytes(memory_limit)} is too low: this skill needs "
             f"{format_bytes(fixed + count * worker)}",
             fix="raise `--memory-limit`" + (" or lower `--threads`" if count > 1 else ""),
         )
@@ -103,7 +103,7 @@ def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> 
 
 
 def free_memory() -> int | None:
-    """Bytes of memory that can be had without swapping, or None where the system does not say."""
+    """Return the bytes of memory available without swapping, or None if the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as stream:
             rows = dict(line.split(":") for line in stream)
@@ -113,7 +113,8 @@ def free_memory() -> int | None:
 
 
 def free_disk(path: Path) -> int | None:
-    """Bytes free on the disk that `path`, or its nearest existing parent, is on; None where the disk does not say."""
+    """Return bytes free on the disk that `path`, or its nearest existing parent, is on; None if the disk does not
+    say."""
     path = path.absolute()
     while not os.path.exists(path):
         path = path.parent
@@ -125,7 +126,7 @@ def free_disk(path: Path) -> int | None:
 
 
 def check_disk(path: Path, needed: int, what: str) -> None:
-    """Raise ResourceError where the disk of `path` cannot take `needed` bytes and a little more."""
+    """Raise ResourceError if the disk of `path` cannot take `needed` bytes and a little more."""
     free = free_disk(path)
     if free is not None and free < needed + min(_SPARE_DISK, needed // 20):
         raise ResourceError(

@@ -1,4 +1,4 @@
-"""What differs between two plans, in words."""
+"""The differences between two plans, in words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from skillmerge.naming import layer_label
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two plans, in words; nothing where they are the same."""
+    """Return what changed between two plans, in words; nothing if they are the same."""
     changes = [*_inputs(old, new)]
     if old["recipe_sha256"] != new["recipe_sha256"]:
         changes.append("the recipe's text changed")
@@ -31,7 +31,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     before, after = ({item["name"]: item for item in plan["inputs"]} for plan in (old, new))
-    changes = [f"model {name} is not used any more" for name in before if name not in after]
+    changes = [f"model {name} is no longer used" for name in before if name not in after]
     for name, item in after.items():
         was = before.get(name)
         if was is None:
@@ -41,7 +41,7 @@ def _inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             if was[key] != item[key]:
                 changes.append(f"model {name}: its {what} was {was[key]}, and is {item[key]} now")
         if any(was.get(key) != item.get(key) for key in ("rename", "unwrapped")):
-            changes.append(f"model {name}: its tensors are read under other names now")
+            changes.append(f"model {name}: its tensors are now read under other names")
         files = [{file["name"]: file for file in each["files"]} for each in (was, item)]
         kept = [{file: (row["size"], row["header_sha256"]) for file, row in each.items()} for each in files]
         other = sorted(file for file in {*kept[0], *kept[1]} if kept[0].get(file) != kept[1].get(file))
@@ -50,7 +50,7 @@ def _inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         versions = [plan.get("versions", {}).get(name, {}) for plan in (old, new)]
         again = sorted(file for file in versions[1] if versions[0] and versions[0].get(file) != versions[1][file])
         if again and not other:
-            changes.append(f"model {name}: written again since: {some(again)}")
+            changes.append(f"model {name}: rewritten since: {some(again)}")
     return changes
 
 
@@ -74,7 +74,7 @@ def _tensors(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _coefficients(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """By value before and after, and the layers that have them."""
+    """Yield changed coefficients by value before and after, with their layers."""
     rows = [
         {item["name"]: dict(zip(plan["coefficients"], item["coefficients"], strict=False)) for item in plan["tensors"]}
         for plan in (old, new)

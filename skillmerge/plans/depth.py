@@ -52,17 +52,17 @@ def over_depth(values: Iterable[tuple[str, Sequence[int], float]]) -> Depth:
 
 
 def number(value: float) -> str:
-    """A coefficient for people."""
+    """Return a coefficient for people."""
     return f"{value:.3g}"
 
 
 def _mean(values: list[tuple[float, int]]) -> float:
-    """The mean over a layer's elements, so that a norm counts for as little as it is."""
+    """Return the mean over a layer's elements, so that a norm counts for as little as it is."""
     return sum(value * count for value, count in values) / max(1, sum(count for _, count in values))
 
 
 def picture(means: Mapping[int, float]) -> str:
-    """Numbers over layers, drawn between the smallest (or 0) and the largest (or 0)."""
+    """Return numbers over layers, drawn between the smallest (or 0) and the largest (or 0)."""
     low, high = min(0.0, *means.values()), max(0.0, *means.values())
     drawn = f"{min(means)} {bars(list(means.values()), low, high)} {max(means)}"
     scale = f"{number(min(means.values()))} to {number(max(means.values()))}"
@@ -70,7 +70,7 @@ def picture(means: Mapping[int, float]) -> str:
 
 
 def bars(values: Sequence[float | None], low: float, high: float) -> str:
-    """One mark for each value, between low and high; a dot where there is none.
+    """Return one mark for each value, between low and high; a dot where there is none.
 
     Of more values than there is room for, neighbors share a mark: their mean.
     """

@@ -1,4 +1,4 @@
-"""A head and the embedding that it is tied to: what runtimes make of a file that holds both.
+"""A head that is tied to the embedding: what runtimes do with a file that holds both.
 
 A tied configuration tells most runtimes to leave the stored head alone and use the embedding.
 """
@@ -24,8 +24,8 @@ def driven_apart(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> Iterat
     for head, source in _tied_pairs(donor):
         if head in tensors and source in tensors and tensors[source].coefficients != tensors[head].coefficients:
             yield warning(
-                f"config.json ties `{head}` to `{source}`, but the recipe gives them different coefficients: "
-                "runtimes will not agree which of the two to use",
+                f"config.json ties `{head}` to `{source}`, but the recipe gives them different coefficients, "
+                "so runtimes may use either",
                 "give both the same coefficient: {modules: [embedding, head], value: …}",
                 name="ties",
             )
@@ -69,27 +69,27 @@ def with_heads_read(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Plan:
 
 
 def _apart(donor: str, models: Sequence[str], head: str, source: str) -> Iterator[Compared]:
-    """What follows where these models tie a head that is another matrix than what it is tied to."""
+    """Yield what follows where these models tie a head that is another matrix than what it is tied to."""
     values = dict.fromkeys(models, f"tied, another `{head}`")
     if [*models] == [donor]:
         yield Compared(
             "ties", head, "weights", "warning", values, False,
-            f"config.json of the donor `{donor}` ties `{head}` to `{source}`, but the two differ: "
-            "runtimes will not agree which of them to use",
-            "set `tie_word_embeddings` to false in the donor's config.json, or leave its head out of the file",
+            f"config.json of the donor `{donor}` ties `{head}` to `{source}`, but the two differ, "
+            "so runtimes may use either",
+            "set `tie_word_embeddings` to false in the donor's config.json, or remove its head from the file",
         )  # fmt: skip
     elif models:
         yield Compared(
             "ties", head, "weights", "warning", values, False,
             f"config.json of {' and '.join(f'`{name}`' for name in models)} ties `{head}` to `{source}`, but the two "
-            "differ: the formula reads the stored head, which runtimes may leave alone",
-            "set `tie_word_embeddings` to false there if the stored head is the trained one; else leave it out of the "
-            "file",
+            "differ; the formula reads the stored head, which runtimes may ignore",
+            "set `tie_word_embeddings` to false there if the stored head is the trained one; otherwise remove it from "
+            "the file",
         )  # fmt: skip
 
 
 def _tied_pairs(donor: Checkpoint) -> Iterator[tuple[str, str]]:
-    """The heads that the configuration ties, of those that are stored all the same, and what they are tied to."""
+    """Yield the heads that the configuration ties, of those that are stored all the same, and what they are tied to."""
     for name in donor.tensors if ties_embeddings(donor.config) else ():
         if module_kind(name) == "head":
             others = {other: spec for other, spec in donor.tensors.items() if other != name}

@@ -1,4 +1,4 @@
-"""Where a tensor's elements come from in a model. Knows names and positions, nothing of bytes, files or values."""
+"""The sources of a tensor's elements in a model. Knows names and positions, not bytes, files or values."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Source(NamedTuple):
     tensor: str
 
     def runs(self, first: int, last: int) -> Iterator[Run]:
-        """The runs that elements first..last of the output tensor are made of, in their order."""
+        """Yield the runs that elements first..last of the output tensor are made of, in their order."""
         yield Run(self.model, self.tensor, first, last)
 
 
 def find_source(spec: TensorSpec, model: str, checkpoint: Checkpoint) -> Source | None:
-    """The tensor of `checkpoint` that stands for `spec`: of its name, or the one that its config ties it to."""
+    """Return the tensor of `checkpoint` that stands for `spec`: of its name, or the one that its config ties it to."""
     if spec.name in checkpoint.tensors:
         return Source(model, spec.name)
     tied = tied_source(spec.name, spec.shape, checkpoint.config, checkpoint.tensors)

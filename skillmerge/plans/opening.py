@@ -30,7 +30,7 @@ from skillmerge.recipes.source import RecipeSource
 
 
 def to_bytes(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> bytes:
-    """A lock for the plan's models on the Hub."""
+    """Return a lock for the plan's models on the Hub."""
     models = {}
     for item in plan.inputs:
         checkpoint = checkpoints[item.name]
@@ -51,7 +51,7 @@ def to_bytes(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How models may be reached.
+    """Settings for opening models.
 
     follow_links: links may lead out of a folder. locked: a revision that can change must be in the lock file.
     relock: the lock file is not looked at. download: repositories go through the Hub's cache instead of being
@@ -70,7 +70,7 @@ class Access:
 
 
 def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> dict[str, Checkpoint]:
-    """The models that the recipe uses, open, in its order.
+    """Return the models that the recipe uses, open, in its order.
 
     Raises RecipeError, UsageError, InputError, StalePlan, TemporaryError.
     """
@@ -91,9 +91,9 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
             elif not place.pinned and not access.relock and name not in access.commits:
                 pinned = place.at(checkpoints[name].at.revision or "")
                 if recipe.of_command:
-                    warn(f"`{place}` can change under this name. Pinned, it is `{pinned}`")
+                    warn(f"`{place}` can change; pinned, it is `{pinned}`")
                 else:
-                    warn(f"model `{name}`: {place} can change under this name. Pinned, it reads\n  {name}: {pinned}")
+                    warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
         with _placed(recipe, checkpoints):
             return {name: _under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
     except BaseException:
@@ -110,7 +110,7 @@ def planned(
     *,
     lenient: bool = False,
 ) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
-    """The plan of a recipe and its checkpoints, open while the context lasts. lenient: as of `plan_recipe`."""
+    """Yield the plan of a recipe and its checkpoints, open while the context lasts. lenient: as of `plan_recipe`."""
     parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
     checkpoints = open_models(parsed, access, note)
     try:
@@ -123,7 +123,8 @@ def planned(
 
 
 def _under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkpoint:
-    """The model under the names that it is read by. Raises RecipeError for a rule of `rename` that renames nothing."""
+    """Return the model under the names that it is read by. Raises RecipeError for a rule of `rename` that renames
+    nothing."""
     model = model_of(name)
     rename = recipe.renames.get(model, ())
     found = recipe.unwrapped
@@ -137,7 +138,7 @@ def _under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Check
             f"no tensor of model `{model}` is left that begins with `{old}`: an earlier rule renames them"
             if earlier
             else f"no tensor of model `{model}` begins with `{old}`",
-            "the first rule that matches wins: put it first"
+            "put this rule first; the first rule that matches wins"
             if earlier
             else did_you_mean(old, prefixes)
             or f"its names begin with {some([f'`{prefix}`' for prefix in prefixes], 4)}",
@@ -151,7 +152,7 @@ def close_all(checkpoints: Mapping[str, Checkpoint]) -> None:
 
 
 def _refuse_missing(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -> None:
-    """Raise InputError where a model's folder is not there: at the place in the recipe that a person wrote."""
+    """Raise InputError if a model's folder is not there: at the place in the recipe that a person wrote."""
     for name, place in places.items():
         found = missing(place.path, recipe.models[name]) if isinstance(place, Local) else None
         if found is not None:
@@ -159,7 +160,7 @@ def _refuse_missing(recipe: Recipe, places: Mapping[str, ModelPlace], access: Ac
 
 
 def _of_model(recipe: Recipe, name: str, error: InputError) -> InputError:
-    """An error about a model with the model's name, at its place in the recipe, where a person wrote one."""
+    """Return an error about a model with the model's name, at its place in the recipe, where a person wrote one."""
     if not recipe.document.by_hand:
         return error
     whose = f"model `{name}`"
@@ -193,7 +194,7 @@ def _locked(
     lock_path: Path,
     access: Access,
 ) -> ModelPlace:
-    """The place with the commit of the lock, where there is one."""
+    """Return the place with the commit of the lock, where there is one."""
     if not place.versioned:
         return place
     if name in access.commits:
@@ -204,7 +205,7 @@ def _locked(
             what = f"holds {found.uri}" if found else "does not hold it"
             raise StalePlan(
                 f"{lock_path} is stale: model `{name}` is {recipe.models[name]}, the lock {what}",
-                fix=f"write it again: `skillmerge plan {recipe.document.name} --lock`",
+                fix=f"recreate it: `skillmerge plan {recipe.document.name} --lock`",
             )
         if place.pinned and place.revision != found.commit:
             raise StalePlan(
@@ -213,14 +214,14 @@ def _locked(
         return place.at(found.commit)
     if access.locked and not place.pinned:
         raise UsageError(
-            f"--locked: model `{name}` ({place}) has a revision that can change, and there is no {lock_path}",
-            fix=f"write one: `skillmerge plan {recipe.document.name} --lock`",
+            f"--locked: model `{name}` ({place}) has a revision that can change, but there is no {lock_path}",
+            fix=f"create it: `skillmerge plan {recipe.document.name} --lock`",
         )
     return place
 
 
 def _open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -> dict[str, Checkpoint]:
-    """All at once: most of the time is spent waiting for answers."""
+    """Open all models at once: most of the time is spent waiting for answers."""
     opening: list[Store] = []
     found: dict[str, Checkpoint] = {}
 

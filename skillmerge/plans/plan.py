@@ -25,7 +25,7 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """What happens to one output tensor.
+    """The action on one output tensor.
 
     action: `merge` computes `program`, `cast` converts one model's tensor to another dtype, `copy` takes its
     bytes, `same` takes the donor's bytes after proving that every model holds the same. Of a skill: `cut` keeps
@@ -102,7 +102,7 @@ class Plan:
     input_itemsizes: tuple[int, ...] = ()
     """The widest element, in bytes, that each of a tensor's sources can have."""
     versions: Mapping[str, Mapping[str, list[int | str]]] = field(default_factory=dict, compare=False)
-    """What tells the input files from changed ones on this machine."""
+    """Versions of the input files on this machine, which show changes."""
     digest: str = field(default="", compare=False)
     weights_digest: str = field(default="", compare=False)
     """The digest of what decides the output's bytes: it stays where only words of the recipe change, or its gates."""
@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        """How many bytes the output has; of a skill, how many it would have if nothing in it were zero."""
+        """Size of the output in bytes; for a skill, its size if no element were zero."""
         return sum(shard.size for shard in self.shards) + sum(file.size for file in self.side_files)
 
     def refuse_problems(self) -> None:
@@ -129,11 +129,11 @@ class Plan:
 
     @property
     def strict_error(self) -> type[SkillmergeError]:
-        """What `--strict` makes of the plan's warnings: a fault of the recipe's text where all of them are."""
+        """The error class for warnings under `--strict`: UsageError if all are about the recipe's text."""
         return InputError if any(not warning.of_recipe for warning in self.warnings) else UsageError
 
     def refuse_warnings(self) -> None:
-        """Raise what `--strict` makes of the plan's warnings, with all of them and what is to be done."""
+        """Raise every warning as one error, with its fixes, for `--strict`."""
         if self.warnings:
             text = "\n".join(warning.message for warning in self.warnings)
             advice = dict.fromkeys((*(warning.fix for warning in self.warnings), self.acceptance))
@@ -142,19 +142,19 @@ class Plan:
 
     @property
     def acceptance(self) -> str | None:
-        """What accepts every problem and warning that can be accepted: a line of the recipe, or options."""
+        """Advice that accepts every problem and warning that can be accepted: a line of the recipe, or options."""
         found = (*(it.name for it in self.problems), *(it.name for it in self.warnings))
         names = dict.fromkeys(name for name in found if name is not None)
         final = any(problem.final for problem in self.problems)
         if not names or (final and any(problem.name is None for problem in self.problems)):
-            return None  # accepting it would not settle the rest, for which there are no rules
+            return None  # accepting some would not settle the rest
         if self.recipe.of_command:
-            return f"to accept what was found, once you have looked at it: {' '.join(f'--accept {it}' for it in names)}"
+            return f"after checking, to accept these differences: {' '.join(f'--accept {it}' for it in names)}"
         every = [*sorted(self.recipe.accept), *(name for name in names if name not in self.recipe.accept)]
-        return f"to accept what was found, once you have looked at it, add to the recipe:\naccept: [{', '.join(every)}]"
+        return f"after checking, to accept these differences, add to the recipe:\naccept: [{', '.join(every)}]"
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as plain data: what `--json` prints, and what `-o` writes."""
+        """Return the plan as plain data: what `--json` prints, and what `-o` writes."""
         return {
             **deciding_facts(self),
             "digest": self.digest,
@@ -169,7 +169,7 @@ class Plan:
 
 
 def sealed(plan: Plan) -> Plan:
-    """The plan with its digests."""
+    """Return the plan with its digests."""
     deciding = {key: value for key, value in deciding_facts(plan).items() if key != "recipe_sha256"}
     weights_digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
     digest = hashlib.sha256((weights_digest + plan.recipe.sha256).encode()).hexdigest()
@@ -177,7 +177,7 @@ def sealed(plan: Plan) -> Plan:
 
 
 def deciding_facts(plan: Plan) -> dict[str, Any]:
-    """Everything that the output depends on, but for the weights themselves."""
+    """Return everything that the output depends on, but for the weights themselves."""
     output = plan.recipe.output
     inputs = [
         {

@@ -45,12 +45,12 @@ def plan_recipe(
 ) -> Plan:
     """Plan `recipe` over its opened `checkpoints` (by model name, at least those that it uses).
 
-    lenient: differences between the models are warnings at most, for what was made before they were looked at.
-    compare: whether to look at them at all, which these models may have been through.
+    lenient: report differences between the models as warnings at most, for outputs of versions that did not compare.
+    compare: whether to compare the models; False if that was done.
 
-    Raises RecipeError for rules and expressions that these models give no meaning, InputError for
-    checkpoints that are quantised or contradict themselves. What `copy` or `ignore` could settle is
-    collected in `problems` instead, so that a person sees all of it at once.
+    Raises RecipeError for rules and expressions without meaning for these models, InputError for checkpoints that are
+    quantized or contradict themselves. What `copy` or `ignore` could settle is collected in `problems`, to be
+    reported all at once.
     """
     donor_name = _donor(recipe)
     donor = checkpoints[donor_name]
@@ -95,7 +95,7 @@ def _bind(recipe: Recipe, values: Mapping[str, float]) -> Term | None:
 
 
 def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Term | None:
-    """The expression with one tensor's coefficients. Raises RecipeError where it is not of degree 1, or of
+    """Return the expression with one tensor's coefficients. Raises RecipeError if it is not of degree 1, or of
     degree 0 for a skill, of which None is nothing."""
     term = _bind(recipe, values)
     found = degree(term)
@@ -131,7 +131,7 @@ def _donor(recipe: Recipe) -> str:
 
 
 def _tied_advice(rule: Rule, config: Mapping[str, Any]) -> str | None:
-    """What to write for a rule about a head that is the embedding."""
+    """Return what to write for a rule about a head that is the embedding."""
     about_head = "head" in rule.modules or any("lm_head" in glob for glob in rule.tensors)
     if not about_head or not ties_embeddings(config):
         return None
@@ -139,7 +139,7 @@ def _tied_advice(rule: Rule, config: Mapping[str, Any]) -> str | None:
 
 
 def _coefficients(recipe: Recipe, names: list[str], config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Each tensor's coefficients, in the order of the recipe. Raises RecipeError for rules without meaning."""
+    """Return each tensor's coefficients, in the order of the recipe. Raises RecipeError for rules without meaning."""
     columns = []
     for coefficient, schedule in recipe.coefficients.items():
         try:
@@ -154,7 +154,7 @@ def _coefficients(recipe: Recipe, names: list[str], config: Mapping[str, Any]) -
 def _terms(
     recipe: Recipe, values: Mapping[str, tuple[float, ...]], copied: Mapping[str, str]
 ) -> dict[str, Term | None]:
-    """Each tensor's term: the model that it is copied from, or the expression; None where it is nothing.
+    """Return each tensor's term: the model that it is copied from, or the expression; None if it is nothing.
 
     Tensors with the same coefficients share one.
     """
@@ -179,7 +179,7 @@ def _tensors(
     terms: Mapping[str, Term | None],
     accounts: Mapping[str, Account],
 ) -> dict[str, TensorPlan]:
-    """What happens to each tensor, but for those that have a problem.
+    """Return what happens to each tensor, but for those that have a problem.
 
     wanted: the donor's tensors, in the output's dtypes. values: the coefficients that count.
     """
@@ -220,7 +220,7 @@ def _plan_tensor(
 
 
 def _skill_action(recipe: Recipe, term: Term, dtype: str) -> tuple[str, str]:
-    """Whether a skill keeps its tensor exactly, and the dtype of what it keeps."""
+    """Return whether a skill keeps its tensor exactly, and the dtype of what it keeps."""
     plain = isinstance(term, Sum) and isinstance(term.left, Leaf) and isinstance(term.right, Leaf) and term.minus
     if recipe.output.dtype != "same":
         return "compute", dtype
@@ -238,7 +238,7 @@ def _contradictions(recipe: Recipe, donor: Checkpoint, name: str) -> list[Proble
 def _files(
     recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan], complete: bool, allow_code: bool
 ) -> tuple[tuple[ShardPlan, ...], tuple[SideFile, ...]]:
-    """The output's shards, none where it is not complete, and its side files, of which a skill has none."""
+    """Return the output's shards, none if it is not complete, and its side files, of which a skill has none."""
     if recipe.makes_skill:
         return lay_out_skill(recipe, tensors) if complete else (), ()
     is_cast = any(plan.dtype != donor.tensors[name].dtype for name, plan in tensors.items())
@@ -257,7 +257,7 @@ def _notes(
     tensors: Mapping[str, TensorPlan],
     ties: Iterable[tuple[str, str, str]],
 ) -> Iterator[str]:
-    """What is worth a word. tensors: of a plan without problems."""
+    """Yield notes. tensors: of a plan without problems."""
     yield from _oddities(recipe, checkpoints, donor)
     yield from _unwrapped(checkpoints)
     yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
@@ -270,7 +270,7 @@ def _warnings(
     tensors: Mapping[str, TensorPlan],
     wanted: Mapping[str, TensorSpec],
 ) -> Iterator[Remark]:
-    """What needs attention, of what the recipe does."""
+    """Yield warnings about what the recipe does."""
     yield from _of_recipe(recipe, checkpoints)
     for name in recipe.used_models():
         if doubt := checkpoints[name].at.doubt:
@@ -281,19 +281,19 @@ def _warnings(
 
 
 def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
-    """What is allowed and still hardly meant."""
+    """Yield notes on what is allowed but probably unintended."""
     if donor.naming.rename and not recipe.makes_skill:
         name = next(name for name, checkpoint in checkpoints.items() if checkpoint is donor)
-        yield f"the output has the names that `{name}` is renamed to, and config.json is as it was: do they fit?"
+        yield f"the output has the names that `{name}` is renamed to, but config.json is unchanged: check that they fit"
     if not donor.config and not recipe.makes_skill:
-        yield "the donor has no config.json: no runtime will load the output as it is"
+        yield "the donor has no config.json: no runtime can load the output"
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
             yield f"--set {name}={value:g} replaces the whole `{name}` schedule, including its rules"
 
 
 def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
-    """What is allowed of a recipe that a person wrote, and is hardly meant."""
+    """Yield what is allowed of a recipe that a person wrote, and is hardly meant."""
     if not recipe.document.by_hand:
         return
     yield from remarks(recipe)
@@ -303,7 +303,7 @@ def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterato
         place = str(root.resolve()) if root is not None else checkpoints[name].place
         if place in seen:
             what = f"models `{seen[place]}` and `{name}` are the same: their difference is zero"
-            yield warning(what, "name another folder for one of them", of_recipe=True)
+            yield warning(what, "change the folder of one of them", of_recipe=True)
         seen.setdefault(place, name)
 
 
@@ -320,8 +320,7 @@ def _shares(
 
 
 def _doubts(recipe: Recipe, compared: Comparison, shares: Shares | None, apart: Iterable[Remark]) -> dict[str, Any]:
-    """The plan's warnings, and what the recipe accepts, beside differences between models what its own text calls
-    for; and how much the formula changes."""
+    """Return warnings and accepted differences, of the models and the recipe's text, and the merged share."""
     of_text = (unclear_donor(recipe), shares.doubt(recipe) if shares is not None else None)
     found = [*(doubt for doubt in of_text if doubt is not None), *apart]
     accepted = [
@@ -350,7 +349,7 @@ def _idle(
 
 
 def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
-    """What training libraries have left in the names of tensors, and is left out of them."""
+    """Yield what training libraries have left in the names of tensors, and is left out of them."""
     for name, checkpoint in checkpoints.items():
         if checkpoint.naming.unwrapped and name == model_of(name):
             parts = " and ".join(f"`{part}.` ({WRAPPERS.get(part, part)})" for part in checkpoint.naming.unwrapped)
@@ -358,7 +357,7 @@ def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
 
 
 def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:
-    """The parts of a plan that say what is read."""
+    """Return the parts of a plan that say what is read."""
     read = _bytes_read(tensors, checkpoints)
     return {
         "inputs": tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
@@ -380,7 +379,8 @@ def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Chec
 
 
 def _bytes_read(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], int]:
-    """How many bytes of each model's weight files the output is made of, those of a skill's two planes together."""
+    """Return how many bytes of each model's weight files the output is made of, those of a skill's two planes
+    together."""
     read: dict[tuple[str, str], int] = {}
     for tensor in tensors.values():
         for model, source in tensor.sources:

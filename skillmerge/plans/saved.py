@@ -1,7 +1,7 @@
-"""A plan on disk: what `plan -o` writes, `apply` takes in a recipe's place, and two of which can be compared.
+"""Saved plans: `plan -o` writes them, `apply` accepts them as recipes, and `plan --diff` compares them.
 
-It holds the recipe's text, all that the plan decided, and what tells the input files from changed ones: sizes and
-times on this machine, commits on the Hub, digests of headers everywhere.
+A saved plan holds the recipe's text, all decisions, and what shows whether input files have changed: sizes and times
+on this machine, commits on the Hub, digests of headers everywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from skillmerge.recipes.source import SAVED_PLAN
 
 _KEYS = ("version", "digest", "recipe", "versions", "inputs", "tensors")
 _REMARKS = ("recipe", "problems", "warnings", "notes", "compared", "merged_share")
-"""What is for people. The recipe's text has its digest in the plan."""
+"""Keys for people. The plan has the digest of the recipe's text."""
 _MAX_BYTES = 1 << 30
 
 
@@ -37,9 +37,9 @@ class SavedPlan:
     commits: Mapping[str, str]
 
     def check(self, plan: Plan) -> None:
-        """Raise StalePlan where the same recipe gives another plan now, or an input's files are not those of then.
+        """Raise StalePlan if the same recipe now gives a different plan, or input files have changed.
 
-        All of the plan counts, not its digest alone: what a person has read in it is what is done.
+        The whole plan counts, not only its digest: what was reviewed is what is applied.
         """
         now = json.loads(json.dumps(describe(plan)))
         if all(self.document.get(key) == value for key, value in now.items() if key not in _REMARKS):
@@ -47,17 +47,17 @@ class SavedPlan:
         changes = self.changes(now) or ["it was edited, or this skillmerge plans differently"]
         raise StalePlan(
             f"{self.path} is stale: " + "; ".join(changes[:8]),
-            fix=f"look at it and plan again: skillmerge plan {self.recipe.document.name} -o {self.path}",
+            fix=f"check the changes and plan again: skillmerge plan {self.recipe.document.name} -o {self.path}",
         )
 
     def changes(self, now: Mapping[str, Any]) -> list[str]:
-        """What is different in another plan, in words. Raises UsageError where this one is damaged."""
+        """Return what is different in another plan, in words. Raises UsageError if this one is damaged."""
         with _damage(self.path):
             return differences(self.document, now)
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """The plan as it is saved."""
+    """Return the plan as it is saved."""
     document = plan.recipe.document
     return {
         **Plan.as_dict(plan),  # of whatever kind of plan, no more than its decisions
@@ -67,9 +67,9 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 
 def looks_saved(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as saved plans do. Recipes may be JSON too, and do not."""
+    """Return whether the file is a saved plan, by its first bytes."""
     try:
-        if not Path(path).is_file():  # a pipe would wait for somebody
+        if not Path(path).is_file():  # Opening a FIFO would block.
             return False
         with open(path, "rb") as stream:
             return stream.read(len(SAVED_PLAN)) == SAVED_PLAN.encode()
@@ -79,12 +79,12 @@ def looks_saved(path: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Whatever goes wrong when a document is taken for a plan says that it is none."""
+    """Turn every error of reading a plan into one that says that the file is not a saved plan."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UsageError(
-            f"{path}: is not a saved plan: {error}", fix="write one: skillmerge plan RECIPE -o plan.json"
+            f"{path}: is not a saved plan: {error}", fix="create one: skillmerge plan RECIPE -o plan.json"
         ) from error
 
 
@@ -94,7 +94,7 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
     with _damage(path):
         try:
             if not path.is_file() or path.stat().st_size > _MAX_BYTES:
-                raise ValueError("it is no file of sane size")
+                raise ValueError("it is not a regular file of at most 1 GiB")
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
@@ -102,11 +102,11 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
 
 
 def parse(text: str, path: Path) -> SavedPlan:
-    """The same of a text; `path` is what messages call it."""
+    """Return the same of a text; `path` is what messages call it."""
     with _damage(path):
         document = json.loads(text)
         if document["version"] != PLAN_VERSION:
-            raise UsageError(f"{path}: plan version {document['version']!r} is not known to this version of skillmerge")
+            raise UsageError(f"{path}: plan version {document['version']!r} is unknown to this version of skillmerge")
         missing = [key for key in _KEYS if key not in document]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
@@ -118,5 +118,5 @@ def parse(text: str, path: Path) -> SavedPlan:
         recipe = recipe.as_planned(document.get("donor", ""), unwrapped)
         commits = {item["name"]: item["revision"] for item in document["inputs"] if item["revision"]}
         if not all(isinstance(commit, str) for commit in commits.values()):
-            raise ValueError("a commit in it is no text")
+            raise ValueError("a commit in it is not text")
     return SavedPlan(path, document, recipe, commits)

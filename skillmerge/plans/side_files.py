@@ -1,7 +1,7 @@
 """The files of a model that hold no weights: which are carried from the donor, and the one edit ever made.
 
-Carried byte for byte: config, generation config, tokenizer, templates, processor, licence. Left behind: code,
-pickles, optimiser state, logs, and model cards that describe another model. The only edit is the dtype in
+Carried byte for byte: config, generation config, tokenizer, templates, processor, license. Left behind: code,
+pickles, optimizer state, logs, and model cards that describe another model. The only edit is the dtype in
 `config.json`, where the output's dtype differs from the donor's.
 """
 
@@ -76,7 +76,7 @@ class SideFile:
     """A side file of the output: its name (with `/` where it lies in a subfolder), size and digest.
 
     digest: (`sha256` or `git_sha1`, hex digits); the second is what the Hub knows of small files. content: the
-    bytes, or None where they are still to be fetched from the donor.
+    bytes, or None if they are still to be fetched from the donor.
     """
 
     name: str
@@ -90,7 +90,7 @@ class SideFile:
 
 
 def collect(donor: Checkpoint, dtype: str | None, allow_code: bool) -> tuple[SideFile, ...]:
-    """The side files that the output takes from its donor. `dtype` is the new dtype for `config.json`, or None.
+    """Return the side files that the output takes from its donor. `dtype` is the new dtype for `config.json`, or None.
 
     Raises InputError for a config that runs code on loading (`auto_map`), unless `allow_code`.
     """
@@ -110,13 +110,13 @@ def collect(donor: Checkpoint, dtype: str | None, allow_code: bool) -> tuple[Sid
 
 
 def fetch(donor: Checkpoint, files: Iterable[SideFile], allow_code: bool) -> tuple[SideFile, ...]:
-    """The same files with all of their contents. Raises StalePlan where one is not what was planned with."""
+    """Return the same files with all of their contents. Raises StalePlan if one is not what was planned with."""
     fetched = []
     for file in files:
         if file.content is None:
             content = _checked(donor, file.name, allow_code)
             if len(content) != file.size or file.digest != digest_of(file.digest[0], content):
-                raise StalePlan(f"{donor.store.at.path(file.name)} is not the file that the plan was made with")
+                raise StalePlan(f"{donor.store.at.path(file.name)} has changed since the plan was made")
             file = SideFile.of(file.name, content)
         fetched.append(file)
     return tuple(fetched)
@@ -145,7 +145,7 @@ def index_bytes(specs: dict[str, list[StoredTensor]]) -> bytes:
 
 
 def _carried(names: Iterable[str], allow_code: bool) -> list[str]:
-    """The names of side files among all of a checkpoint's."""
+    """Return the names of side files among all of a checkpoint's."""
     names = list(names)
     carried = (*_CARRIED, "*.py") if allow_code else _CARRIED
     # A folder with weights is a model of its own, not a part of this one.

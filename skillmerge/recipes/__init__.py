@@ -1,1 +1,1 @@
-"""Text -> recipe: YAML, schema, expressions, schedules, gates, and what lint says of them."""
+"""Text -> recipe: YAML, schema, expressions, schedules, gates, lint."""

@@ -69,12 +69,12 @@ Node = Number | Name | Operation
 
 
 def normalise_name(name: str) -> str:
-    """Names that look alike are alike: µ (the micro sign) is μ (the letter)."""
+    """Return the normalized name, so that names that look alike are equal: µ (the micro sign) is μ (the letter)."""
     return unicodedata.normalize("NFKC", name)
 
 
 def parse(text: str, models: list[str], coefficients: list[str]) -> Node:
-    """The tree of `text`. Raises ExpressionError for whatever the grammar or the names do not allow."""
+    """Return the tree of `text`. Raises ExpressionError for whatever the grammar or the names do not allow."""
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"is longer than {MAX_LENGTH} characters", 0)
     if (comma := _DECIMAL_COMMA.search(text)) is not None and not _CALL.search(text):
@@ -230,16 +230,16 @@ def _has_model(node: Node) -> bool:
 
 
 def names_in(node: Node) -> list[Name]:
-    """Every name, in the order of the text."""
+    """Return every name, in the order of the text."""
     if isinstance(node, Operation):
         return names_in(node.left) + names_in(node.right)
     return [node] if isinstance(node, Name) else []
 
 
 def bind(node: Node, values: Mapping[str, float]) -> Term | None:
-    """The tree with the coefficients' values in place; None where everything fell away.
+    """Return the tree with the coefficients' values in place; None if everything fell away.
 
-    Raises ExpressionError where a scalar divides by zero, or a factor is not finite.
+    Raises ExpressionError if a scalar divides by zero, or a factor is not finite.
     """
     if isinstance(node, Name):
         return Leaf(node.name)
@@ -303,12 +303,12 @@ class Addend:
 
 
 def addends(node: Node, skills: Collection[str] = ()) -> Iterator[Addend]:
-    """Every model in the order of the text. Depends on no coefficient's value."""
+    """Yield every model in the order of the text. Depends on no coefficient's value."""
     yield from _addends(node, skills, 1, True, False)
 
 
 def donor_of(node: Node, skills: Collection[str] = ()) -> str | None:
-    """The model that the output is like, by the text alone; None where everything is multiplied by zero.
+    """Return the model that the output is like, by the text alone; None if everything is multiplied by zero.
 
     The first that is added without a coefficient, differences in parentheses and skills left out; else the first that
     is added. One that is only subtracted is taken only where nothing is added, which no model and no skill can be.
@@ -321,8 +321,8 @@ def donor_of(node: Node, skills: Collection[str] = ()) -> str | None:
 
 
 def is_donor_unclear(node: Node, skills: Collection[str] = ()) -> bool:
-    """Whether a sum without parentheses subtracts a model and adds two of them without a coefficient, so that its
-    text alone does not show which of these the others change."""
+    """Return whether a sum without parentheses subtracts a model and adds two of them without a coefficient, so that
+    its text alone does not show which of these the others change."""
     outside = [each for each in addends(node, skills) if not each.inside]
     plain = {each.model for each in outside if each.plain and each.sign > 0}
     return len(plain) > 1 and any(each.sign < 0 for each in outside)
@@ -343,7 +343,8 @@ def _addends(node: Node, skills: Collection[str], sign: int, plain: bool, inside
 
 
 def _sign(scalar: Node) -> int:
-    """Of a number its sign; a coefficient counts as positive, and a sum with one as negative where all of it is."""
+    """Return the sign of a scalar. A coefficient counts as positive; a sum with one is negative only if all of it
+    is."""
     if not names_in(scalar):
         try:
             value = _exact(scalar, {})
@@ -359,7 +360,7 @@ def _sign(scalar: Node) -> int:
 
 
 def _is_difference(node: Node, skills: Collection[str]) -> bool:
-    """Whether the factors add up to 0, whatever the coefficients are: tried with numbers that nobody writes."""
+    """Return whether the factors add up to 0, whatever the coefficients are: tried with numbers that nobody writes."""
     names = dict.fromkeys(name.name for name in names_in(node))
     values = {name: Fraction(10**9 + 7 + 1009 * index) for index, name in enumerate(names)}
     values |= {name.name: Fraction(name.name not in skills) for name in names_in(node) if name.is_model}
@@ -370,7 +371,7 @@ def _is_difference(node: Node, skills: Collection[str]) -> bool:
 
 
 def _exact(node: Node, values: Mapping[str, Fraction]) -> Fraction:
-    """The tree with numbers for all names, in exact arithmetic: 0.1 is a tenth. Raises ZeroDivisionError."""
+    """Return the tree with numbers for all names, in exact arithmetic: 0.1 is a tenth. Raises ZeroDivisionError."""
     if isinstance(node, Number):
         return Fraction(repr(node.value))
     if isinstance(node, Name):

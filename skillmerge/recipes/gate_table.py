@@ -1,4 +1,4 @@
-"""The table `gates:` of a recipe or of a file of its own -> what an output must fulfil.
+"""The table `gates:` of a recipe or a separate file -> the checks that an output must pass.
 
 Text only: `study.gates` measures.
 """
@@ -22,7 +22,7 @@ PROOFS = ("finite", "loads", "finite_logits")
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What one figure of an output may be.
+    """The required range of one figure of an output.
 
     kind: a key of `gates:`. minimum, maximum: both ends included, except that a default `changed` is more than 0.
     modules: kinds of module, each by itself; empty for the whole model. by: `block` where each layer and kind of module
@@ -68,7 +68,7 @@ class Gate:
         return f"{self.kind}{where}{what}: {self.asked}"
 
     def excess(self, measured: float) -> float:
-        """How far outside of what is asked a figure is; less than 0 inside."""
+        """Return how far outside of what is asked a figure is; less than 0 inside."""
         below = self.minimum - measured if self.minimum is not None else -math.inf
         above = measured - self.maximum if self.maximum is not None else -math.inf
         return max(below, above)
@@ -80,14 +80,14 @@ class Gate:
 
 
 def gates_of(table: GatesTable | None, document: Document, folder: FilePath) -> tuple[Gate, ...]:
-    """The gates of a table; none without one. Raises RecipeError for gates that ask for nothing."""
+    """Return the gates of a table; none without one. Raises RecipeError for gates that ask for nothing."""
     if table is None:
         return ()
     return tuple(_gates_of(table, document, folder))
 
 
 def _gates_of(table: GatesTable, document: Document, folder: FilePath) -> Iterable[Gate]:
-    # Whoever has gates at all does not want a merge that did nothing to pass them.
+    # A recipe with gates should not pass if the merge did nothing.
     if table.changed is None:
         yield Gate("changed", folder, is_default=True)
     for kind in (*GATE_FIGURES, "cosine_z"):
@@ -107,7 +107,7 @@ def _gates_of(table: GatesTable, document: Document, folder: FilePath) -> Iterab
             yield Gate(kind, folder, name="" if name == "transformers" else name)
     if (given_text := table.perplexity) is not None:
         if given_text.max is None and given_text.max_ratio is None:
-            _refuse(document, ("perplexity",), "asks for nothing", "give it a max or a max_ratio")
+            _refuse(document, ("perplexity",), "requires nothing", "add `max` or `max_ratio`")
         text = folder / _expanded(document, ("perplexity", "text"), given_text.text)
         model = normalise_name(given_text.of) if given_text.of else None
         for most, is_ratio in ((given_text.max, False), (given_text.max_ratio, True)):
@@ -132,9 +132,9 @@ def _expanded(document: Document, path: tuple[int | str, ...], written: str) -> 
 
 def _check_range(document: Document, path: tuple[int | str, ...], low: float | None, high: float | None) -> None:
     if low is None and high is None:
-        _refuse(document, path, "asks for nothing", "give it a min, a max, or both")
+        _refuse(document, path, "requires nothing", "add `min`, `max`, or both")
     if low is not None and high is not None and low > high:
-        _refuse(document, path, f"can never hold: min {low:g} is more than max {high:g}", None)
+        _refuse(document, path, f"can never pass: min {low:g} is more than max {high:g}", None)
 
 
 def _refuse(document: Document, path: tuple[int | str, ...], message: str, fix: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The verb lint: what can be said of recipes from their text alone, all of it, each with its place.
+"""The verb lint: all mistakes that show in a recipe's text alone, each with its position.
 
 Errors are what `plan` and `apply` would refuse; warnings are what they do, and what is hardly meant. A finding is
 certain: what depends on the models' tensors is left to `plan`. Opens no model; of other files reads the lock alone.
@@ -39,7 +39,7 @@ _LARGE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong. place: None where it is the file as a whole. excerpt: the line with a marker."""
+    """One thing that is wrong. place: None if it is the file as a whole. excerpt: the line with a marker."""
 
     file: str
     rule: LintRule
@@ -49,7 +49,7 @@ class Finding:
     excerpt: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Lines and columns are counted from 1, and the end column is the one after the last."""
+        """Return the finding as plain data. Lines and columns count from 1; the end column is exclusive."""
         where = self.place
         return {
             "file": self.file,
@@ -65,7 +65,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Lint:
-    """What was found in `files`. strict: whether warnings fail too."""
+    """The findings in `files`. strict: whether warnings fail too."""
 
     files: tuple[str, ...]
     findings: tuple[Finding, ...]
@@ -105,7 +105,7 @@ def lint(
     allowed = set(allow)
     warnings = [rule.id for rule in RULES.values() if rule.level != "error"]
     for name in sorted(allowed - set(warnings)):
-        what = "is an error, which nothing allows" if name in RULES else "is no rule of lint"
+        what = "is an error, which cannot be allowed" if name in RULES else "is not a lint rule"
         raise UsageError(f"`{name}` {what}", fix=did_you_mean(name, warnings) or f"rules: {', '.join(warnings)}")
     sources = [recipes] if isinstance(recipes, str | os.PathLike | Mapping) else list(recipes)
     found = [finding for source in sources for finding in _lint(source) if finding.rule.id not in allowed]
@@ -113,7 +113,7 @@ def lint(
 
 
 def remarks(recipe: Recipe) -> list[Remark]:
-    """The warnings that `plan` and `apply` give of a recipe's text, those of lint."""
+    """Return the warnings that `plan` and `apply` give of a recipe's text, those of lint."""
     found = _sorted(finding for check in _MEANING for finding in check(recipe))
     return [warning(f"{_line(it)}{it.message}", it.fix, of_recipe=True) for it in found]
 
@@ -144,7 +144,7 @@ def _of_error(file: str, rule: str, error: RecipeError) -> Finding:
 
 
 def _at(recipe: Recipe, rule: str, path: DataPath, message: str, fix: str | None = None) -> Finding:
-    """A finding about the key at `path`, or about the value where it has no key."""
+    """Return a finding about the key at `path`, or about the value where it has no key."""
     document = recipe.document
     place = document.keys.get(path) or document.place(path)
     error = document.error(message, place, fix)
@@ -152,12 +152,12 @@ def _at(recipe: Recipe, rule: str, path: DataPath, message: str, fix: str | None
 
 
 def _written(recipe: Recipe, section: str, name: str) -> DataPath:
-    """Where the table's entry stands, whose key may be spelt in another form of Unicode."""
+    """Return where the table's entry stands, whose key may be spelled in another form of Unicode."""
     return next((section, key) for key in recipe.document.data[section] if normalise_name(key) == name)
 
 
 def _models(recipe: Recipe) -> Iterator[Finding]:
-    """Places that are none, that are not there, and that can change."""
+    """Yield findings about places that are malformed, missing, or can change."""
     used = recipe.used_models()
     lock, lock_error = _lock(recipe)
     remote = False
@@ -180,13 +180,13 @@ def _models(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _same(recipe: Recipe) -> Iterator[Finding]:
-    """Names for one place."""
+    """Yield findings about models that have the same place."""
     seen: dict[ModelPlace, str] = {}
     for name in recipe.used_models():
         try:
             place = recipe.model_place(name)
         except RecipeError:
-            continue  # which is told of by itself
+            continue  # which has its own finding
         other = seen.setdefault(place, name)
         if other != name and name not in recipe.patches and other not in recipe.patches:
             path = _written(recipe, "models", name)
@@ -194,8 +194,8 @@ def _same(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _missing(recipe: Recipe, name: str, place: Local) -> Iterator[Finding]:
-    """A folder that is not there, where something near it is: alone that may be so on the machine that lints; or what
-    is there and is no folder."""
+    """Yield a folder that is not there, where something near it is: alone that may be so on the machine that lints; or
+    what is there and is not a folder."""
     written = recipe.models[name]
     if os.path.lexists(place.path):
         found = missing(place.path, written)
@@ -216,7 +216,7 @@ def _lock(recipe: Recipe) -> tuple[Mapping[str, lockfile.LockedModel] | None, Sk
 def _revision(
     recipe: Recipe, name: str, place: ModelPlace, path: DataPath, lock: Mapping[str, lockfile.LockedModel] | None
 ) -> Iterator[Finding]:
-    again = f"write it again: `skillmerge plan {recipe.document.name} --lock`"
+    again = f"recreate it: `skillmerge plan {recipe.document.name} --lock`"
     if lock is None:
         if not place.pinned:
             fix = f"pin a commit, or lock it: `skillmerge plan {recipe.document.name} --lock`"
@@ -224,7 +224,7 @@ def _revision(
             yield _at(recipe, "unpinned-revision", path, f"model `{name}` is {what} of {place.name}", fix)
         return
     if not lock:
-        return  # it is damaged, which is told once
+        return  # it is damaged, which is reported once
     found = lock.get(name)
     if found is None or found.uri != recipe.models[name]:
         what = f"holds {found.uri}" if found else "does not hold it"
@@ -254,13 +254,13 @@ def _hidden_rules(recipe: Recipe) -> Iterator[Finding]:
                 if _covers(schedule.rules[later], rule):
                     place = recipe.document.place((*path, "rules", later))
                     where = f" on line {place.line + 1}" if place else ""
-                    message = f"this rule of `{name}` never decides: the one{where} matches all that it does"
+                    message = f"this rule of `{name}` has no effect: the one{where} matches everything that it matches"
                     yield _at(recipe, "hidden-rule", (*path, "rules", index), message, "put general rules first")
                     break
 
 
 def _covers(later: Rule, rule: Rule) -> bool:
-    """Whether `later` certainly selects every tensor that `rule` can select."""
+    """Return whether `later` certainly selects every tensor that `rule` can select."""
     in_layers = bool(rule.layers) or rule.ramp is not None
     if later.layers:
         if not in_layers or not _contains(later.layers, rule.layers or (LayerRange(0, None),)):
@@ -273,7 +273,7 @@ def _covers(later: Rule, rule: Rule) -> bool:
 
 
 def _contains(outer: Sequence[LayerRange], inner: Sequence[LayerRange]) -> bool:
-    """Whether all layers of `inner` are in `outer`."""
+    """Return whether all layers of `inner` are in `outer`."""
     for part in inner:
         at = part.first
         for other in sorted(outer, key=lambda it: it.first):
@@ -287,7 +287,7 @@ def _contains(outer: Sequence[LayerRange], inner: Sequence[LayerRange]) -> bool:
 
 
 def _degrees(recipe: Recipe) -> Iterator[Finding]:
-    """Whether any of the values that the coefficients are given makes the expression one model."""
+    """Yield whether any of the values that the coefficients are given makes the expression one model."""
     values = {name: _values(recipe, name) for name in _used_coefficients(recipe)}
     count = math.prod(len(given) for given in values.values())
     if count > _MANY or any(rule.ramp for name in values for rule in recipe.coefficients[name].rules):
@@ -349,7 +349,7 @@ def _accidental(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _sizes(recipe: Recipe) -> Iterator[Finding]:
-    """A size that is a plain number, and a small one."""
+    """Yield a size that is a plain number, and a small one."""
     written = recipe.document.data.get("output", {}).get("shard_size")
     if str(written).isdecimal() and int(written) < _FEW_BYTES:
         message = f"`shard_size: {written}` is {written} bytes"
@@ -370,7 +370,7 @@ def _most(recipe: Recipe, values: Mapping[str, float]) -> float:
 
 
 def _values(recipe: Recipe, name: str) -> list[tuple[float, DataPath]]:
-    """Each number that a coefficient is given, and where."""
+    """Return each number that a coefficient is given, and where."""
     schedule, path = recipe.coefficients[name], _written(recipe, "coefficients", name)
     table = isinstance(recipe.document.data[path[0]][path[1]], dict)
     found = [(schedule.default, (*path, "default") if table else path)]
@@ -392,5 +392,5 @@ def _not_one(recipe: Recipe, found: float, wanted: int) -> Finding:
 
 
 _MEANING = (_unused, _hidden_rules, _large_factors, _accidental, _sizes)
-"""What is wrong with a recipe's meaning, whatever else is there: warnings of `plan` and `apply` too."""
+"""Checks of a recipe's meaning, which `plan` and `apply` also report as warnings."""
 _CHECKS = (_models, _same, *_MEANING, _donor, _degrees, _output)

@@ -1,4 +1,4 @@
-"""What lint looks for: the table of its rules, each with its level, and why and what to do."""
+"""The table of lint rules: each with its level, reason and fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LintRule:
-    """Something that lint looks for. title: in a few words; help: why, and what to do."""
+    """A rule of lint. title: a few words; help: the reason and the fix."""
 
     id: str
     level: str
@@ -19,7 +19,7 @@ RULES = {
     rule.id: rule
     for rule in (
         LintRule(
-            "invalid-recipe", "error", "This is not a recipe that can be read",
+            "invalid-recipe", "error", "The recipe cannot be read",
             "The file cannot be read, is not YAML, or has something that the format of recipes does not allow. `plan` "
             "and `apply` refuse it. The reference lists every key; `skillmerge schema` prints the format for editors.",
         ),
@@ -29,12 +29,12 @@ RULES = {
             "expression divides by zero. Write `target + lam * (rl - sft)`, or `(a + b) / 2` for an average.",
         ),
         LintRule(
-            "unpinned-revision", "warning", "A model on the Hub can change under this name",
-            "A branch or tag may mean other weights tomorrow. Write the commit (`hf://org/name@<commit>`), or keep a "
+            "unpinned-revision", "warning", "A model on the Hub can change",
+            "A branch or tag may later refer to other weights. Write the commit (`hf://org/name@<commit>`), or keep a "
             "lock beside the recipe: `skillmerge plan RECIPE --lock`.",
         ),
         LintRule(
-            "stale-lock", "warning", "The lock file does not fit the recipe",
+            "stale-lock", "warning", "The lock file does not match the recipe",
             "The lock beside the recipe cannot be read, or names another place or commit than the recipe does, and "
             "`plan` and `apply` refuse that. Write it again: `skillmerge plan RECIPE --lock`.",
         ),

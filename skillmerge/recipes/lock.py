@@ -1,4 +1,4 @@
-"""`recipe.lock` beside a recipe: the commits that its revisions stood for, and the files that were used.
+"""`recipe.lock` beside a recipe: the commits of its revisions, and the files that were used.
 
 Only models on the Hub are locked. A lock speaks of a recipe's model as long as the recipe names it by the same
 URI; it is never changed but by `plan --lock`.
@@ -29,12 +29,12 @@ class LockedModel:
     files: Mapping[str, tuple[int, tuple[str, str]]]
 
     def compare(self, path: Path, name: str, checkpoint: Checkpoint) -> None:
-        """Raise StalePlan where the checkpoint's files are not the locked ones."""
+        """Raise StalePlan if the checkpoint's files are not the locked ones."""
         for file, stated in self.files.items():
             if file not in checkpoint.store.list() or checkpoint.stated(file) not in (None, stated):
                 raise StalePlan(
                     f"{path}: {file} of model `{name}` is not the file that was locked ({checkpoint.place})",
-                    fix="find out why a commit changed; `skillmerge plan --lock` locks what is there now",
+                    fix="check why a commit changed; to lock the current files, run `skillmerge plan --lock`",
                 )
 
 
@@ -43,7 +43,7 @@ def path_of(recipe: Path) -> Path:
 
 
 def read(path: Path) -> dict[str, LockedModel] | None:
-    """The locked models by name, or None where there is no lock. Raises UsageError for one that is damaged."""
+    """Return the locked models by name, or None if there is no lock. Raises UsageError for one that is damaged."""
     try:
         content = path.read_bytes()[: _MAX_BYTES + 1]
     except FileNotFoundError:
@@ -54,13 +54,11 @@ def read(path: Path) -> dict[str, LockedModel] | None:
         document = json.loads(content)
         if document["lock_version"] != LOCK_VERSION:
             raise UsageError(
-                f"{path}: lock version {document['lock_version']!r} is not known to this version of skillmerge"
+                f"{path}: lock version {document['lock_version']!r} is unknown to this version of skillmerge"
             )
         return {name: _parse(entry) for name, entry in document["models"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(
-            f"{path}: is not a lock file", fix="write it again: `skillmerge plan RECIPE --lock`"
-        ) from error
+        raise UsageError(f"{path}: is not a lock file", fix="recreate it: `skillmerge plan RECIPE --lock`") from error
 
 
 def _parse(entry: Any) -> LockedModel:

@@ -41,7 +41,7 @@ def load(source: RecipeSource, overrides: Mapping[str, float] | None = None) -> 
     """Read and check a recipe; `overrides` (from --set) replace coefficients by numbers.
 
     Relative paths in a dict, and in what comes from standard input, start at the working folder.
-    Raises RecipeError for whatever is wrong with the text, UsageError where there is no such recipe.
+    Raises RecipeError for whatever is wrong with the text, UsageError if there is no such recipe.
     """
     text = text_of(source)
     if isinstance(source, Mapping):
@@ -49,13 +49,13 @@ def load(source: RecipeSource, overrides: Mapping[str, float] | None = None) -> 
     path = FilePath(source)
     if text.startswith(SAVED_PLAN):
         raise UsageError(
-            f"{path} is a saved plan, not a recipe", fix="`skillmerge apply` takes it; elsewhere name the recipe"
+            f"{path} is a saved plan, not a recipe", fix="pass it to `skillmerge apply`, or pass the recipe here"
         )
     return parse_recipe(text, str(path), path.parent, overrides or {})
 
 
 def load_gates(path: str | os.PathLike[str]) -> tuple[Gate, ...]:
-    """The gates in a file of their own, or of a recipe. Raises RecipeError, UsageError."""
+    """Return the gates in a file of their own, or of a recipe. Raises RecipeError, UsageError."""
     path = FilePath(path)
     document = yamltext.read(text_of(path), str(path))
     if isinstance(document.data, dict) and "skillmerge" in document.data:
@@ -66,7 +66,7 @@ def load_gates(path: str | os.PathLike[str]) -> tuple[Gate, ...]:
 def parse_recipe(
     text: str, name: str, folder: FilePath, overrides: Mapping[str, float] | None = None, *, by_hand: bool = True
 ) -> Recipe:
-    """The recipe in `text`; `name` is its file in messages, `folder` what relative paths start from.
+    """Return the recipe in `text`; `name` is its file in messages, `folder` what relative paths start from.
 
     by_hand: whether a person wrote the text, so that messages show its lines.
 
@@ -112,7 +112,8 @@ def parse_recipe(
 
 
 def recipe_of(models: Mapping[str, Any], merge: str, output: Mapping[str, Any], name: str, **keys: Any) -> Recipe:
-    """A recipe of a verb that takes its models from the command line; `name` is what it is called in messages."""
+    """Return a recipe of a verb that takes its models from the command line; `name` is what it is called in
+    messages."""
     document = {"skillmerge": 1, "models": dict(models), "merge": merge, "output": dict(output), **keys}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     return parse_recipe(text, name, FilePath.cwd(), by_hand=False)
@@ -130,14 +131,14 @@ def _check_accept(document: Document, names: Sequence[str]) -> None:
 def _gates(
     document: Document, table: RecipeTable, folder: FilePath, models: list[str], unlike: AbstractSet[str]
 ) -> tuple[Gate, ...]:
-    """The recipe's gates. unlike: those of the models that have no folder of their own to load."""
+    """Return the recipe's gates. unlike: those of the models that have no folder of their own to load."""
     given = table.gates
     if given is None and "gates" in table.model_fields_set:
         given = GatesTable()  # every line of it is a comment
     gates = gates_of(given, document, folder)
     place = document.place(("gates",))
     if gates and table.output.kind == "skill":
-        raise document.error("a skill has no `gates`", place, "they are for the models that it is put into")
+        raise document.error("a skill has no `gates`", place, "add them to recipes that use the skill")
     for gate in gates:
         if gate.kind == "perplexity" and gate.model is not None and gate.model not in set(models) - unlike:
             known = [name for name in models if name not in unlike]
@@ -149,7 +150,7 @@ def _gates(
 
 
 def _check_kind(document: Document, table: RecipeTable) -> None:
-    """What only a model can have, and only a skill."""
+    """Check keys that only models or only skills can have."""
     if table.output.kind == "model" and table.output.compression != "none":
         raise document.error(
             "only a skill can be compressed", document.place(("output", "compression")), "models are read as they are"
@@ -172,7 +173,7 @@ def _check_kind(document: Document, table: RecipeTable) -> None:
 
 
 def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list[str]]:
-    """Models, with their places, and coefficients by normalised name; one name means one thing."""
+    """Return models, with their places, and coefficients by normalized name; one name means one thing."""
     models: dict[str, str] = {}
     coefficients: list[str] = []
     sections = {"models": list(table.models), "coefficients": list(table.coefficients)}
@@ -193,14 +194,14 @@ def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list
 
 
 def _model_place(document: Document, path: tuple[str, str], entry: str | ModelTable) -> str:
-    """Where a model is, as it is written."""
+    """Return where a model is, as it is written."""
     if isinstance(entry, str):
         return entry
     given = [value for value in (entry.path, entry.skill, entry.patch) if value is not None]
     place = document.place(path)
     if len(given) != 1:
         what = "more than one" if given else "none"
-        raise document.error(f"`{path[1]}` has {what} of `path`, `skill`, `patch`", place, "give one")
+        raise document.error(f"`{path[1]}` has {what} of `path`, `skill`, `patch`", place, "keep one of them")
     if (entry.patch is None) != (entry.onto is None):
         fix = "write {patch: …, onto: …}, the latter a model of this recipe"
         raise document.error("`patch` and `onto` go together", place, fix)
@@ -208,7 +209,7 @@ def _model_place(document: Document, path: tuple[str, str], entry: str | ModelTa
 
 
 def _tables(table: RecipeTable) -> dict[str, ModelTable]:
-    """The models that are more than a place, by their names as they are written."""
+    """Return the models that are more than a place, by their names as they are written."""
     return {name: entry for name, entry in table.models.items() if isinstance(entry, ModelTable)}
 
 
@@ -240,7 +241,7 @@ def _schedules(document: Document, table: RecipeTable, mistakes: Mistakes) -> di
 
 
 def _numbers(overrides: Mapping[str, float], schedules: Mapping[str, Schedule]) -> dict[str, float]:
-    """The numbers that replace schedules, by normalised name. Raises UsageError for what cannot replace one."""
+    """Return the numbers that replace schedules, by normalized name. Raises UsageError for what cannot replace one."""
     numbers = {}
     for written, value in overrides.items():
         name = normalise_name(written)
@@ -274,7 +275,7 @@ def _rule(document: Document, path: Path, table: RuleTable) -> Rule:
     place = document.place(path)
     if (table.value is None) == (table.ramp is None):
         what = "has both `value` and `ramp`" if table.value is not None else "has neither `value` nor `ramp`"
-        raise document.error(f"this rule {what}", place, "give exactly one of the two")
+        raise document.error(f"this rule {what}", place, "write exactly one of them")
     if table.layers is None and table.tensors is None and table.modules is None:
         raise document.error("this rule selects nothing", place, "add layers, tensors or modules, or use `default`")
     layers: list[LayerRange] = []
@@ -331,7 +332,7 @@ def _push(table: PushTable) -> Push:
 
 
 def _uses(table: RecipeTable) -> Iterator[tuple[Path, str, bool]]:
-    """Where the recipe names a model, and whether it has to be one with all its tensors."""
+    """Yield where the recipe names a model, and whether it has to be one with all its tensors."""
     for index, rule in enumerate(table.copy_):
         yield ("copy", index, "from"), rule.from_, True
     for name, entry in _tables(table).items():
@@ -349,7 +350,7 @@ def _check_models(
     patches: Mapping[str, str],
     mistakes: Mistakes,
 ) -> None:
-    """What is named as a model must be one, and of the kind that is needed there."""
+    """Check that every name of a model is one, of the kind that is needed there."""
     for path, written, whole in _uses(table):
         name, place = normalise_name(written), document.place(path)
         with mistakes:

@@ -35,7 +35,8 @@ class CopyRule:
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """Where on the Hub a model goes. revision: a branch, or None. pull_request: None leaves it to what is there."""
+    """The destination on the Hub. revision: a branch, or None. pull_request: None means if the repository has a
+    model."""
 
     repository: str
     private: bool | None = None
@@ -51,7 +52,7 @@ class Output:
     kind: str
     compression: str
     keep: float | None
-    """Of a skill: the share of each tensor's elements that stays."""
+    """For a skill: the share of each tensor's elements to keep."""
     path: FilePath | None
     like: str | None
     dtype: str
@@ -78,7 +79,7 @@ class Recipe:
     patches: Mapping[str, str]
     """Those of the models that are sparse patches, and the models that they are for."""
     renames: Mapping[str, tuple[tuple[str, str], ...]]
-    """Those of the models that are read under other names: prefixes, and what stands in their place."""
+    """Models that are read under other names: prefixes, and their replacements."""
     coefficients: Mapping[str, Schedule]
     expression: Node
     copy: tuple[CopyRule, ...]
@@ -88,13 +89,13 @@ class Recipe:
     output: Output
     gates: tuple[Gate, ...]
     overrides: Mapping[str, float]
-    """Coefficients that were set from outside, in place of the recipe's."""
+    """Coefficients that override the recipe's."""
     rules_overridden: Mapping[str, int]
-    """How many rules of the recipe each of them stands in for."""
+    """How many rules of the recipe each of them replaces."""
     settled: str | None = None
-    """Of an earlier plan: its donor."""
+    """The donor of an earlier plan."""
     unwrapped: Mapping[str, tuple[str, ...]] | None = None
-    """Of an earlier plan: the wrappers that are left out of each model's names. None: all that are found."""
+    """The wrappers that an earlier plan left out of each model's names. None: all that are found."""
 
     @property
     def sha256(self) -> str:
@@ -102,11 +103,12 @@ class Recipe:
 
     @property
     def of_command(self) -> bool:
-        """Whether it stands for the words of a command, and is in no file."""
+        """Whether a command line defines it, not a file."""
         return self.document.name.startswith("skillmerge ")
 
     def in_words(self, text: str) -> str:
-        """A message for the person who ran a command: the places that were typed, not the names it gave to them."""
+        """Return a message for the person who ran a command: the places that were typed, not the names it gave to
+        them."""
         if not self.of_command:
             return text
         text = text.replace(": the donor's is used", "").replace("name that under `ignore`", "pass `--ignore GLOB`")
@@ -119,45 +121,46 @@ class Recipe:
         return self.output.kind == "skill"
 
     def term(self, values: Mapping[str, float]) -> Term | None:
-        """The expression with these coefficients, stored skills as the differences that they are.
+        """Return the expression with these coefficients, stored skills as the differences that they are.
 
-        None where everything fell away. Raises ExpressionError as `bind` does.
+        None if everything fell away. Raises ExpressionError as `bind` does.
         """
         return expand_skills(bind(self.expression, values), self.skills)
 
     def left_out(self, tensors: Iterable[str]) -> set[str]:
-        """Those of the donor's tensors that a skill does without, as `ignore` says; a model has all of them."""
+        """Return those of the donor's tensors that a skill does without, as `ignore` says; a model has all of them."""
         if not self.makes_skill or not self.ignore:
             return set()
         pattern = matcher(self.ignore)
         return {name for name in tensors if pattern.match(name)}
 
     def used_models(self) -> list[str]:
-        """The models that the output depends on, in the order of the recipe."""
+        """Return the models that the output depends on, in the order of the recipe."""
         used = {name.name for name in names_in(self.expression) if name.is_model}
         used |= {rule.model for rule in self.copy} | ({self.output.like} if self.output.like else set())
         used |= {onto for name, onto in self.patches.items() if name in used}
         return [name for name in self.models if name in used]
 
     def as_planned(self, donor: str, inputs: Mapping[str, Sequence[str]]) -> Recipe:
-        """The recipe with what a plan of it has settled: its donor, and the wrappers left out of its models' names."""
+        """Return the recipe with what a plan of it has settled: its donor, and the wrappers left out of its models'
+        names."""
         names = {model: tuple(wrappers) for model, wrappers in inputs.items()}
         return replace(self, settled=donor if donor in self.models else None, unwrapped=names)
 
     @property
     def donor(self) -> str | None:
-        """The model that the output is like; None where the expression multiplies everything by zero."""
+        """The model that the output is like; None if the expression multiplies everything by zero."""
         return self.output.like or self.settled or donor_of(self.expression, self.skills)
 
     def error(self, path: Path, message: str, fix: str | None = None) -> RecipeError:
-        """An error about the part of the recipe at `path`."""
+        """Return an error about the part of the recipe at `path`."""
         return self.document.error(message, self.document.place(path), fix)
 
     def expression_error(self, error: ExpressionError) -> RecipeError:
         return expression_error(self.document, error)
 
     def model_place(self, name: str) -> ModelPlace:
-        """Where the model `name` lies, on this disk or on the Hub. Raises RecipeError for other places."""
+        """Return where the model `name` lies, on this disk or on the Hub. Raises RecipeError for other places."""
         uri = self.models[name]
         try:
             place = parse_place(uri)
@@ -166,7 +169,8 @@ class Recipe:
         return place or Local(local_path(self.document, ("models", name), self.folder, uri))
 
     def place_path(self, name: str) -> Path:
-        """Where in the document the place of a model is written, whose name may be spelled in another form there."""
+        """Return where in the document the place of a model is written, whose name may be spelled in another form
+        there."""
         written = next((key for key in self.document.data["models"] if normalise_name(key) == name), name)
         entry = self.document.data["models"].get(written)
         keys = [key for key in ("path", "skill", "patch") if isinstance(entry, dict) and entry.get(key) is not None]
@@ -174,20 +178,20 @@ class Recipe:
 
 
 def unused_names(recipe: Recipe) -> list[str]:
-    """Models and coefficients that stand in the recipe and do nothing: not wrong, but worth a word."""
+    """Return models and coefficients that stand in the recipe and do nothing: allowed, but worth a warning."""
     named = {name.name for name in names_in(recipe.expression)} | set(recipe.used_models())
     return [name for name in (*recipe.models, *recipe.coefficients) if name not in named]
 
 
 def unclear_donor(recipe: Recipe) -> Remark | None:
-    """A warning where the text of a merge does not show which of its models is the donor."""
+    """Return a warning where the text of a merge does not show which of its models is the donor."""
     unclear = is_donor_unclear(recipe.expression, recipe.skills)
     donor = donor_of(recipe.expression, recipe.skills)
     if recipe.output.like is not None or recipe.makes_skill:
         return None
     if recipe.donor != donor:  # version 0.1 took another one from some texts
         return warning(
-            f"the donor is `{recipe.donor}`, as this was planned before; of `{recipe.document.data['merge']}` it would "
+            f"the donor is `{recipe.donor}`, as in the earlier plan; for `{recipe.document.data['merge']}` it would "
             f"be `{donor}` now: the output takes its names, dtypes, config and tokenizer from `{recipe.donor}`",
             f"keep it with `output: {{like: {recipe.donor}}}` in the recipe, or plan the recipe again",
             name="donor",

@@ -27,7 +27,7 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LayerRange:
-    """Layers first..last, both included; last is None where the range is open (`4-`)."""
+    """Layers first..last, both included; last is None if the range is open (`4-`)."""
 
     first: int
     last: int | None
@@ -57,7 +57,7 @@ def parse_layers(text: str) -> tuple[LayerRange, ...]:
 
 
 def matcher(globs: Iterable[str]) -> re.Pattern[str]:
-    """One pattern for whole names that any of the globs matches."""
+    """Return one pattern for whole names that any of the globs matches."""
     return re.compile("|".join(translate(glob) for glob in globs))
 
 
@@ -95,7 +95,7 @@ class Schedule:
     rules: tuple[Rule, ...] = ()
 
     def resolve(self, names: list[str]) -> dict[str, float]:
-        """The coefficient of each tensor. Raises ScheduleError for a rule that cannot be meant."""
+        """Return the coefficient of each tensor. Raises ScheduleError for a rule that cannot be meant."""
         values = dict.fromkeys(names, self.default)
         for index, rule in enumerate(self.rules):
             chosen = rule.select(names)
@@ -150,7 +150,7 @@ def _check_layers(index: int, rule: Rule, names: list[str]) -> None:
 
 
 def near_pattern(glob: str, names: Iterable[str]) -> str | None:
-    """A suggestion for a glob that matches none of many names: layer numbers make no difference."""
+    """Return a suggestion for a glob that matches none of many names: layer numbers make no difference."""
     return did_you_mean(glob, list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)))
 
 

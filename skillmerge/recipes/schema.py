@@ -33,7 +33,7 @@ _Whole = TypeVar("_Whole", RecipeTable, GatesFileTable)
 
 
 def read_table(document: Document, table: type[_Whole]) -> _Whole:
-    """The document as tables. Raises RecipeError for the first thing in it that such a file cannot have; the
+    """Return the document as tables. Raises RecipeError for the first thing in it that such a file cannot have; the
     error knows the others."""
     if not isinstance(document.data, dict):
         what = "a recipe" if table is RecipeTable else "a file of gates"
@@ -66,8 +66,8 @@ def schema_text() -> str:
 
 
 def _for_editors(node: Any) -> Any:
-    """The schema in draft 7, with Markdown for editors, and without what they would show or insert to no use: titles
-    made from keys, and defaults that are nothing."""
+    """Return the schema in draft 7, with Markdown for editors, and without what they would show or insert to no use:
+    titles made from keys, and defaults that are nothing."""
     if isinstance(node, list):
         return [_for_editors(item) for item in node]
     if not isinstance(node, dict):
@@ -101,7 +101,8 @@ _EXPECTED = {
 
 
 def _shape_errors(document: Document, error: ValidationError) -> list[RecipeError]:
-    """The mistakes in the order of the text, those of missing keys last, in a recipe's words instead of pydantic's."""
+    """Return the mistakes in the order of the text, those of missing keys last, in a recipe's words instead of
+    pydantic's."""
     details = error.errors(include_url=False)
     unknown = [str(detail["loc"][-1]) for detail in details if detail["type"] == "extra_forbidden"]
     found: list[tuple[tuple[bool, int, int], RecipeError]] = []
@@ -148,7 +149,7 @@ def _shape_message(data: Any, path: Path, detail: Any) -> tuple[str, str | None]
     if kind == "literal_error":
         if path == ("skillmerge",):
             return (
-                f"format version {value!r} is not known to this version of skillmerge",
+                f"format version {value!r} is unknown to this version of skillmerge",
                 "write `skillmerge: 1`",
             )
         expected = detail["ctx"]["expected"].replace("'", "`")
@@ -178,7 +179,7 @@ def _shape_message(data: Any, path: Path, detail: Any) -> tuple[str, str | None]
 
 
 def _number_advice(path: Path, value: Any) -> str | None:
-    """What to write where a number is wanted."""
+    """Return what to write where a number is wanted."""
     name = str(path[-1]) if path else ""
     if isinstance(value, list) and path[:1] == ("coefficients",) and len(path) == 2:
         return list_meant(name, value)

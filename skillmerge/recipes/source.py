@@ -1,4 +1,4 @@
-"""Where the text of a recipe comes from: a file, standard input, or a dict. Knows nothing of what it says."""
+"""The source of a recipe's text: a file, standard input, or a dict. Knows nothing about its content."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from skillmerge.recipes import yamltext
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 SAVED_PLAN = '{\n "ok":'
-"""How a plan that was saved begins, and no recipe."""
+"""How saved plans begin, and no recipe."""
 
 
 RecipeSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 """A recipe's file, `-` for standard input, or what the file would hold as a dict."""
 STANDARD_INPUT = "-"
 _NO_FILE = "recipe"
-"""What a recipe is called that is a dict."""
+"""The name of a recipe that is a dict."""
 
 
 def name_of(source: RecipeSource) -> str:
@@ -32,7 +32,7 @@ def name_of(source: RecipeSource) -> str:
 def text_of(source: RecipeSource) -> str:
     """Return the text of a recipe; of a dict, as YAML.
 
-    Raises UsageError where there is none, RecipeError for what is no text or too large, InputError.
+    Raises UsageError if there is none, RecipeError for text that is invalid or too large, InputError.
     """
     if isinstance(source, Mapping):
         return yamltext.dump(_plain(source, _NO_FILE))
@@ -40,7 +40,7 @@ def text_of(source: RecipeSource) -> str:
 
 
 def standard_input() -> str:
-    """Return all of standard input: a recipe, or a saved plan. Raises UsageError where it is no text."""
+    """Return all of standard input: a recipe, or a saved plan. Raises UsageError if it is not text."""
     try:
         return sys.stdin.read()
     except (OSError, UnicodeDecodeError, AttributeError) as error:
@@ -48,14 +48,14 @@ def standard_input() -> str:
 
 
 def _of_file(path: Path) -> str:
-    """What a person wrote, within bounds."""
+    """Return what a person wrote, within bounds."""
     try:
         if path.is_dir():
             inside = [file.name for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")]
             fix = f"did you mean `{path / inside[0]}`?" if inside else "name a recipe file, such as `recipe.yaml`"
             raise UsageError(f"{path} is a folder, not a recipe", fix=fix)
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is not a file", fix="save the recipe as a file and name that")
+            raise UsageError(f"{path} is not a file", fix="save the recipe as a file and pass that")
         if path.stat().st_size > yamltext.MAX_BYTES:
             raise RecipeError(f"{path}: is larger than {yamltext.MAX_BYTES // 1024} KiB, which no recipe needs")
         return path.read_bytes().decode("utf-8-sig")
@@ -70,7 +70,7 @@ def _of_file(path: Path) -> str:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A value of a dict as YAML holds it. Raises UsageError for what is no table, list, text, number or path."""
+    """Return a value of a dict as YAML holds it. Raises UsageError for what is no table, list, text, number or path."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -79,6 +79,4 @@ def _plain(value: Any, where: str) -> Any:
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise UsageError(
-        f"{where}: {type(value).__name__} is not something a recipe holds", fix="use text, numbers, lists and dicts"
-    )
+    raise UsageError(f"{where}: {type(value).__name__} cannot be in a recipe", fix="use text, numbers, lists and dicts")

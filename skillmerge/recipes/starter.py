@@ -40,7 +40,7 @@ def init(path: str | os.PathLike[str] = "recipe.yaml", source: str | None = None
 
     source: the name of a recipe of the gallery, such as `past-ramp`; by default a commented starter. Beside the recipe
     is the JSON Schema that its first line names, so that editors complete keys; one that is there is kept.
-    Raises UsageError where `path` exists, and for a name that is not in the gallery.
+    Raises UsageError if `path` exists, and for a name that is not in the gallery.
     """
     text = recipe_text(source)
     target = Path(path)

@@ -34,10 +34,10 @@ MAX_BYTES = 256 * 1024
 MAX_NESTING = 20
 MAX_NODES = 20_000
 MAX_DIGITS = 300
-"""Of a whole number: as many as a coefficient can have and still be finite."""
+"""Most digits of a whole number, as many as a finite coefficient can have."""
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
-"""What YAML 1.2 counts as the end of a line; `splitlines` knows more."""
+"""Line ends of YAML 1.2; `splitlines` knows more."""
 
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 """Control characters and halves of characters, which escapes can spell and no path or terminal can take."""
@@ -68,10 +68,10 @@ class Document:
     keys: dict[Path, Place] = field(default_factory=dict)
     values: dict[Path, Place] = field(default_factory=dict)
     by_hand: bool = True
-    """Whether a person wrote the text, so that lines of it mean something to them."""
+    """Whether a person wrote the text, so that messages show its lines."""
 
     def error(self, message: str, place: Place | None, fix: str | None = None) -> RecipeError:
-        """An error that shows the file, the position, the line itself and a marker under it."""
+        """Return an error that shows the file, the position, the line itself and a marker under it."""
         # A name may hold line ends, and what begins a line means something to those who read logs.
         message, fix = (
             _shortened(message).replace("\n", "\\n"),
@@ -84,7 +84,7 @@ class Document:
         return RecipeError(text, fix=fix, what=message, place=place, excerpt=excerpt)
 
     def excerpt(self, place: Place) -> str:
-        """The line of a place, and a marker under it."""
+        """Return the line of a place, and a marker under it."""
         line = self.line(place.line).rstrip()
         cut = max(0, place.column - 60) if len(line) > 160 else 0
         gutter = f"{place.line + 1:>5} | "
@@ -92,17 +92,17 @@ class Document:
         return f"{gutter}{line[cut : cut + 160]}\n{marker}{'^' * max(1, min(place.width, 100))}"
 
     def line(self, number: int) -> str:
-        """A line of the text, counted from 0 as places are; the last one where there is no such line."""
+        """Return a line of the text, counted from 0 as places are; the last one where there is no such line."""
         lines = _LINE_END.split(self.text)
         return lines[min(number, len(lines) - 1)]
 
     def offset(self, place: Place) -> int:
-        """Where in the text a place is, in characters."""
+        """Return where in the text a place is, in characters."""
         ends = [match.end() for match in _LINE_END.finditer(self.text)]
         return ([0, *ends])[place.line] + place.column
 
     def place(self, path: Path) -> Place | None:
-        """Where the value at `path` stands, or the nearest thing around it."""
+        """Return where the value at `path` stands, or the nearest thing around it."""
         while path and path not in self.values:
             path = path[:-1]
         return self.values.get(path)
@@ -167,7 +167,7 @@ def _check_bounds(yaml: YAML, document: Document) -> None:
 
 
 def _problem(event: Event, depth: int, count: int, anchors: set[str]) -> tuple[str | None, str | None]:
-    """What is wrong with an event, and what to do."""
+    """Return what is wrong with an event, and what to do."""
     if depth > MAX_NESTING:
         return f"is nested deeper than {MAX_NESTING} levels", None
     if count > MAX_NODES:
@@ -252,7 +252,7 @@ def _place(node: Node) -> Place:
 
 
 def _shortened(message: str) -> str:
-    """A message that quotes the text, without flooding the terminal."""
+    """Return a message that quotes the text, without flooding the terminal."""
     if len(message) <= _LONGEST_MESSAGE:
         return message
     return f"{message[: _LONGEST_MESSAGE - 100]} … {message[-100:]}"

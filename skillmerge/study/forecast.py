@@ -1,4 +1,4 @@
-"""What rounding will do, before anything is written: `apply`'s own arithmetic on some blocks, for many lambdas.
+"""Forecasts of rounding before anything is written: the arithmetic of `apply` on some blocks, for many lambdas.
 
 For every block that `apply --stats sampled` looks at (or for all), the recipe's own program is run, and the
 difference added with each lambda of a grid in three ways to round; all of it is measured as `apply` measures. So
@@ -46,21 +46,21 @@ MODES = {
 
 
 MOST = 4096
-"""Blocks, more or less, that the curves of a sample are made of: they cost sixty times what a merge does."""
+"""Approximate blocks for the curves of a sample, which cost sixty times what a merge does."""
 
 _SUMS = ("updated", "vanished", "changed", "uu", "du", "total")
 
 
 @dataclass(slots=True)
 class Forecast:
-    """What was measured of a run of elements. blocks: of the recipe as it is; curves: of each mode and lambda."""
+    """Measurements of a run of elements. blocks: of the recipe as written; curves: of each mode and lambda."""
 
     blocks: dict[int, BlockStatistics] = field(default_factory=dict)
     curves: dict[tuple[str, float], list[BlockStatistics]] = field(default_factory=dict)
 
 
 class Forecaster:
-    """Knows what to try: a plan, or none; a difference that is added to `target` (or subtracted), or none.
+    """Forecasts a plan, if there is one, and a difference that is added to `target` (or subtracted), if there is one.
 
     `measure` is for any thread; `add`, tensor by tensor, and `summary` for one.
     """
@@ -89,7 +89,7 @@ class Forecaster:
     def measure(
         self, task: TensorPlan, first: int, inputs: Mapping[str, Tensor], scratch: Scratch, stop: threading.Event
     ) -> Forecast:
-        """Of a tensor's elements from `first` on (a block's first), as each model of `inputs` has them."""
+        """Measure a tensor's elements from `first` (the first of a block), given each model's values in `inputs`."""
         found = Forecast()
         blocks = block_count(math.prod(task.shape))
         planned = self._plan.tensors.get(task.name) if self._plan is not None else None
@@ -117,13 +117,13 @@ class Forecaster:
         return found
 
     def add(self, name: str, found: Sequence[Forecast]) -> None:
-        """What `measure` gave of a tensor, all of it."""
+        """Add all that `measure` returned for a tensor."""
         size = self._sizes[name]
         if any(part.blocks for part in found):
             self._planned[name] = total((block for part in found for block in part.blocks.values()), size)
         for mode, lam in {key: None for part in found for key in part.curves}:
             row = total((block for part in found for block in part.curves.get((mode, lam), ())), size)
-            figures, by = row.as_dict(), row.total / row.elements  # what was sampled stands for all of the tensor
+            figures, by = row.as_dict(), row.total / row.elements  # a sample represents the whole tensor
             for kind in ("all", module_kind(name)):
                 sums = self._curves.setdefault((mode, kind, lam), dict.fromkeys(_SUMS, 0.0))
                 for key in _SUMS:
@@ -132,7 +132,7 @@ class Forecaster:
 
     def summary(self) -> dict[str, Any] | None:
         """`as_planned` (as a manifest's statistics), and `curves`: by mode and module kind, lambda, realised,
-        vanished and changed. None where nothing was to be forecast."""
+        vanished and changed. None if there is nothing to forecast."""
         if self.stats == "off" or (not self._programs and self._plan is None):
             return None
         result: dict[str, Any] = {"mode": self.stats, "grid": list(GRID), "curves": {}, "as_planned": None}
@@ -149,7 +149,7 @@ class Forecaster:
 
 
 def plain(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What `Forecaster.summary` gave, as JSON has it."""
+    """Return the result of `Forecaster.summary` as JSON data."""
     if summary is None:
         return None
     planned = summary["as_planned"]
@@ -164,7 +164,7 @@ def _try(
     place: tuple[str, int],
     scratch: Scratch,
 ) -> BlockStatistics | None:
-    """What `apply` would measure of one block: the same steps in the same order.
+    """Return what `apply` would measure of one block: the same steps in the same order.
 
     how: dtype, rounding and seed of the output; place: tensor and first element.
     """
@@ -189,7 +189,7 @@ def _try(
 
 
 def _point(lam: float, sums: Mapping[str, float] | None) -> dict[str, float | None]:
-    """One lambda; None stands for what is not known."""
+    """Return the figures at one lambda; None if unknown."""
 
     def share(top: str, bottom: str, by: float = 1.0) -> float | None:
         if sums is None or not sums[bottom]:

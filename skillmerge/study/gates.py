@@ -1,7 +1,7 @@
 """The verb gate: measure each gate of an output, and decide whether it passes.
 
 Figures come from the manifest, the cosine from the models that went in; what loads a model or runs a command is a
-process of its own. A gate that cannot be measured has not held.
+process of its own. A gate that cannot be measured has failed.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from skillmerge.study.scoring.scores import NotFinite
 
 _RUNS_A_MODEL = ("loads", "finite_logits", "perplexity")
 _OF_ALL_ELEMENTS = ("changed", "norm_ratio")
-"""Figures that are not of the elements with an update alone, and need no number of them."""
+"""Figures of all elements, which need no minimum of elements with an update."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateReport:
-    """What became of every gate of an output. folder: as it was named."""
+    """The outcomes of an output's gates. folder: as it was named."""
 
     folder: str
     outcomes: tuple[Outcome, ...]
@@ -53,7 +53,7 @@ class GateReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every gate holds."""
+        """Whether every gate passed."""
         return all(outcome.passed for outcome in self.outcomes)
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class GateReport:
 
 
 class GateFailed(CheckFailed):
-    """At least one gate did not hold. plan, body: of the output that was refused, where it was just made."""
+    """At least one gate failed. plan, body: those of the output, if it was just made."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class GateFailed(CheckFailed):
         body: ManifestBody | None = None,
     ) -> None:
         failed = [outcome for outcome in outcomes if not outcome.passed]
-        told = "; ".join(f"{item.gate}: {item.shown} (asked: {item.asked})" for item in failed)
+        told = "; ".join(f"{item.gate}: {item.shown} (required: {item.asked})" for item in failed)
         super().__init__(f"{len(failed)} of {len(outcomes)} gates failed: {told}", fix=fix)
         self.outcomes, self.plan, self.body = tuple(outcomes), plan, body
 
@@ -85,8 +85,7 @@ Opened = Callable[[], AbstractContextManager[tuple[Plan, Mapping[str, Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class GateInput:
-    """What gates look at: a finished folder, and what its manifest says or will say. opened: the models that went in,
-    for as long as the context lasts."""
+    """The input of gates: a finished folder, its manifest's body, and, while in use, its models."""
 
     folder: Path
     body: ManifestBody
@@ -94,27 +93,27 @@ class GateInput:
     access: Access
     warn: Callable[[str], None] = lambda message: None
     text: Path | None = None
-    """What a perplexity is asked of: one load serves all gates that need one."""
+    """The text for a perplexity, so that one load serves all gates."""
     tokens: int = 0
-    """How many to generate, for the runtimes that are compared."""
+    """Tokens to generate, to compare runtimes."""
     reports: dict[Path | None, Mapping[str, Any]] = field(default_factory=dict)
-    """What loading it with transformers gave, by the text that it was given."""
+    """Reports of loading with transformers, by text."""
 
 
 def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> None:
-    """Before any work: raise UsageError for gates that could not be measured afterwards."""
+    """Raise UsageError, before any work, for gates that cannot be measured after it."""
     kinds = {module_kind(name) for name in plan.tensors}
     for gate in gates:
         if absent := [kind for kind in gate.modules if kind not in kinds]:
             raise UsageError(f"the gate `{gate.kind}`: the model has no {' and no '.join(absent)}")
         if gate.kind == "command" and not gate.folder.is_dir():
-            raise UsageError(f"the gate `{gate.name}` runs in {gate.folder}, which is no folder")
+            raise UsageError(f"the gate `{gate.name}` runs in {gate.folder}, which is not a folder")
         if gate.kind == "cosine_z" and gate.model is not None:
             base = _place_of(gate, gate.model, plan)
             if is_path(base) and not Path(base).is_dir():
-                raise UsageError(f"the gate `cosine_z`: its base {base} is no folder")
+                raise UsageError(f"the gate `cosine_z`: its base {base} is not a folder")
         if stats == "off" and gate.kind in GATE_FIGURES:
-            raise UsageError(f"the gate `{gate.kind}` needs statistics", fix="use --stats sampled or full")
+            raise UsageError(f"the gate `{gate.kind}` needs statistics", fix="pass `--stats sampled` or `--stats full`")
         if gate.kind in _RUNS_A_MODEL:
             need([gate.name or "transformers"], f"the gate `{_label(gate)}`")
         if gate.text is not None:
@@ -122,14 +121,14 @@ def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> No
         if no_local and gate.kind not in (*GATE_FIGURES, "cosine_z"):
             raise UsageError(
                 f"the gate `{gate.kind}` needs the model's files, and --no-local keeps none",
-                fix="leave out --no-local, or that gate",
+                fix="leave out `--no-local`, or this gate",
             )
 
 
 def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], None]) -> list[Outcome]:
-    """Measure every gate, whatever became of those before it; `tell` hears of each outcome as it is known.
+    """Measure every gate, even after failures; `tell` gets each outcome as it is known.
 
-    Raises UsageError where a gate does not fit this output, ResourceError where the machine fails, CheckFailed where a
+    Raises UsageError if a gate does not fit this output, ResourceError if the machine fails, CheckFailed if a
     command has changed it.
     """
     outcomes = []
@@ -139,10 +138,10 @@ def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], Non
     for gate in gates:
         try:
             found = list(_measure(gate, given))
-        except (UsageError, ResourceError):  # a fault of the machine says nothing of the model
+        except (UsageError, ResourceError):  # a fault of the machine says nothing about the model
             raise
         except SkillmergeError as error:
-            # What a command complains of may hold anything, and outcomes go into files that are published.
+            # A command's error may contain anything, and outcomes go into published files.
             first, _, rest = error.message.partition("\n")
             found = [Outcome(_label(gate), gate.asked, None, False, first)]
             if rest:
@@ -151,7 +150,9 @@ def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], Non
             tell(outcome)
         outcomes += found
     if any(gate.kind == "command" for gate in gates) and not is_intact(given.folder, given.body):
-        raise CheckFailed("a command among the gates changed the model's files", fix="have it write somewhere else")
+        raise CheckFailed(
+            "a command among the gates changed the model's files", fix="change the command to write elsewhere"
+        )
     return outcomes
 
 
@@ -161,18 +162,18 @@ def _check_text(path: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the gate `perplexity`: {path} cannot be read: {error}") from error
     if empty:
-        raise UsageError(f"the gate `perplexity`: {path} is not a file with text in it")
+        raise UsageError(f"the gate `perplexity`: {path} is not a nonempty text file")
 
 
 def _place_of(gate: Gate, model: str, plan: Plan) -> str:
-    """Where a model is that a gate names: one of the recipe's, or a place."""
+    """Return the place of a model that a gate names: one of the recipe's, or a place."""
     folder = gate.folder
     if normalise_name(model) in plan.recipe.models:
         model, folder = plan.recipe.models[normalise_name(model)], plan.recipe.folder
     try:
         return str(folder / Path(model).expanduser()) if is_path(model) else model
     except RuntimeError as error:
-        raise UsageError(f"the gate `{gate.kind}`: {model}: {error}", fix="write the whole path") from error
+        raise UsageError(f"the gate `{gate.kind}`: {model}: {error}", fix="write the full path") from error
 
 
 def _label(gate: Gate, kind: str = "") -> str:
@@ -202,11 +203,11 @@ def _measure(gate: Gate, given: GateInput) -> Iterator[Outcome]:
 
 
 def _figures(gate: Gate, given: GateInput) -> Iterator[Outcome]:
-    """What `apply` has measured: of the whole model, of kinds of module, or of the worst layer."""
+    """Yield figures that `apply` measured, for the whole model, kinds of module, or the worst layer."""
     body, statistics = given.body, given.body.statistics
     if statistics.mode == "off" or not isinstance(statistics, Statistics):
         raise UsageError(
-            f"the gate `{gate.kind}` needs statistics of a merge, and this output has none",
+            f"the gate `{gate.kind}` needs merge statistics, which this output lacks",
             fix="merge it again: `skillmerge apply RECIPE --stats sampled`",
         )
     if gate.by:
@@ -224,12 +225,12 @@ def _figures(gate: Gate, given: GateInput) -> Iterator[Outcome]:
             measured = _taken(body, kind) if gate.kind == "changed" else 0.0
         why = "no update was measured" if measured is None else ""
         if gate.kind == "changed" and measured == 0 and statistics.mode == "sampled":
-            why = "nothing changed where it was looked at (--stats full looks everywhere)"
+            why = "nothing changed in the sample (use `--stats full`)"
         yield _judged(gate, measured, kind, why)
 
 
 def _by_block(gate: Gate, given: GateInput) -> Iterator[Outcome]:
-    """The figure of the layer and kind of module that is furthest from what is asked; all of them have to hold."""
+    """Yield the figure of the layer and kind of module that is furthest from what is required; all must pass."""
     factors: dict[str, float | None] = {}
     if gate.kind == "realised_lambda":  # lambda itself is in the plan alone
         with given.opened() as (plan, _):
@@ -247,7 +248,7 @@ def _by_block(gate: Gate, given: GateInput) -> Iterator[Outcome]:
 
 
 def _worst(gate: Gate, kind: str, known: Sequence[Cell], whole: Cell) -> Outcome:
-    """The outcome of the block that is furthest outside. What chance excuses in each may be certain of all of them."""
+    """Return the outcome of the worst block. Deviations that are chance in one may be certain in all together."""
     if not known:
         few = f"no layer{f' of kind {kind}' if kind else ''} has {LEAST} elements with an update"
         return _judged(gate, None, kind, few)
@@ -255,7 +256,7 @@ def _worst(gate: Gate, kind: str, known: Sequence[Cell], whole: Cell) -> Outcome
     worst = max(known, key=lambda cell: excess[cell] - _chance(gate, cell))
     failing = sum(excess[cell] > _chance(gate, cell) for cell in known)
     excused = sum(excess[cell] > 0 for cell in known) - failing
-    said = f"{failing} of {len(known)} do not hold" if failing else f"the worst of {len(known)}"
+    said = f"{failing} of {len(known)} fail" if failing else f"the worst of {len(known)}"
     said += f"; {excused} outside within chance" if excused and not failing else ""
     figure = getattr(whole.group, gate.kind)
     if excused and not failing and figure is not None and gate.excess(figure) > _chance(gate, whole):
@@ -265,12 +266,12 @@ def _worst(gate: Gate, kind: str, known: Sequence[Cell], whole: Cell) -> Outcome
 
 
 def _chance(gate: Gate, cell: Cell) -> float:
-    """How far from what is asked chance alone can bring a cell's figure, as the warning of `apply` allows for it."""
+    """Return how far chance alone can move a cell's figure; the warning of `apply` allows the same."""
     return SIGMAS * {"realised": cell.error, "realised_lambda": cell.lambda_error}.get(gate.kind, 0.0)
 
 
 def _taken(body: ManifestBody, kind: str) -> float:
-    """The share of elements that were taken whole from a model other than the donor."""
+    """Return the share of elements that were copied from a model other than the donor."""
     rows = [row for row in body.tensors if not kind or module_kind(row.name) == kind]
     sizes = [math.prod(row.shape) for row in rows]
     whole = sum(sizes)
@@ -279,7 +280,7 @@ def _taken(body: ManifestBody, kind: str) -> float:
 
 
 def _cosine(gate: Gate, given: GateInput) -> Iterator[Outcome]:
-    """Of the update with the target's own, in standard deviations from chance; docs/metrics.md says what it means."""
+    """Measure the update's cosine with the target's own, in standard deviations from chance; see docs/metrics.md."""
     with given.opened() as (plan, checkpoints):
         base = _place_of(gate, gate.model, plan) if gate.model is not None else None
         found = inspect_merge(plan, checkpoints, base, given.access)
@@ -323,14 +324,14 @@ def _perplexity(gate: Gate, given: GateInput) -> Outcome:
     with given.opened() as (plan, checkpoints):
         model = gate.model or plan.donor
         if model not in checkpoints or model in plan.recipe.skills or model in plan.recipe.patches:
-            raise UsageError(f"the gate `perplexity`: `{model}` is not a whole model that this merge reads")
+            raise UsageError(f"the gate `perplexity`: `{model}` is not a whole model of this merge")
         theirs = _perplexity_of(load(_folder_of(plan, model, checkpoints[model]), gate.text))
     asked = replace(gate, model=model)
     return _judged(asked, ours / theirs, detail=f"{ours:.4g}, and {theirs:.4g} of `{model}`")
 
 
 def _folder_of(plan: Plan, model: str, checkpoint: Checkpoint) -> Path:
-    """Where transformers can load a model from; one on the Hub goes into the Hub's cache."""
+    """Return where transformers can load a model from; one on the Hub goes into the Hub's cache."""
     return local_folder(plan.recipe.model_place(model).at(checkpoint.at.revision or ""))
 
 
@@ -348,9 +349,9 @@ def _command(gate: Gate, given: GateInput) -> Outcome:
         return _judged(gate, None, detail=str(error))
     name = gate.score or next(iter(scores))
     if name not in scores:
-        return _judged(gate, None, detail=f"it printed {', '.join(scores)}, and no {name}")
+        return _judged(gate, None, detail=f"it printed {', '.join(scores)}, but not {name}")
     if gate.score is None and len(scores) > 1:
-        return _judged(gate, None, detail=f"it printed {', '.join(scores)}: say `score:` which one")
+        return _judged(gate, None, detail=f"it printed {', '.join(scores)}; name one with `score:`")
     return _judged(gate, scores[name].value)
 
 
@@ -366,7 +367,7 @@ def gate(
 
     Commands are only run from a file that the caller names: a manifest comes with a model, from anywhere.
     base_folder: what the recipe's relative paths start from, where gates read the models that went in and these
-    have moved. Raises UsageError, RecipeError, CheckFailed where it is no sound output; a gate that does not hold
+    have moved. Raises UsageError, RecipeError, CheckFailed if it is no sound output; a gate that does not hold
     is in what is returned, not raised.
     """
     reporter = reporter or default_reporter("measuring")
@@ -378,12 +379,12 @@ def gate(
     if not asked:
         raise UsageError(
             f"{gates or 'the recipe in the manifest'} has no gates",
-            fix="name a file that has: skillmerge gate DIR --gates FILE",
+            fix="pass a file with gates: `skillmerge gate DIR --gates FILE`",
         )
     if gates is None and any(item.kind == "command" for item in asked):
         raise UsageError(
             f"the recipe in the manifest of {root} has gates that run commands, written by its author",
-            fix="read them, and name a file that you trust: skillmerge gate DIR --gates FILE",
+            fix="check them, and pass a file that you trust: `skillmerge gate DIR --gates FILE`",
         )
     access = Access(follow_links, commits=commits, allow_code=True, moved=MOVED)
 

@@ -1,9 +1,9 @@
-"""The verb inspect: what changed between two models, what a merge puts together, what a stored skill holds.
+"""The verb inspect: what changed between two models, in a merge, or in a stored skill.
 
 One streaming pass: every tensor's update is measured by `metrics`, and, where there is a target, a recipe's
 rounding is forecast: for some blocks (those that `apply --stats sampled` looks at, or all) the arithmetic of
 `apply` is done for every lambda of a grid and three ways to round, and measured as `apply` measures. Nothing is
-written. What the figures mean stands in docs/metrics.md.
+written. docs/metrics.md defines the figures.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ _MAX_THREADS = 8
 FIGURES_OF_TWO = (
     "cosine", "cosine_z", "cosine_z_signs", "conflict", "conflict_z", "overlap", "overlap_chance", "updates_ratio",
 )  # fmt: skip
-"""What is shown of two updates."""
+"""Figures of two updates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found. tensors, groups (`all`, modules, layers, cells): label -> figures, see docs/metrics.md.
+    """The result of inspect. tensors, groups (`all`, modules, layers, cells): label -> figures, see docs/metrics.md.
 
     forecast: None, or mode, blocks and curves; see `Forecast`. second: what k is, or None.
     """
@@ -74,21 +74,21 @@ class Inspection:
     modules: Mapping[str, Mapping[str, Any]]
     layers: Mapping[str, Mapping[str, Any]]
     summaries: Mapping[str, Mapping[str, Any]]
-    """Tensors again, the experts of a layer together under `*`."""
+    """The tensors, with the experts of a layer combined under `*`."""
     cells: Mapping[str, Mapping[str, Any]]
     """One layer's tensors of one kind, as `STACK LAYER KIND`."""
     spectra: Mapping[str, Mapping[str, float | None]]
-    """Of matrices, where that was asked for: how the update spreads over directions."""
+    """For matrices, if requested: how the update spreads over directions."""
     forecast: Mapping[str, Any] | None
     plan: Plan | None
     left: Mapping[str, str]
-    """Tensors that are left out -> why."""
+    """Tensors that are left out, and why."""
     updates: Mapping[str, Mapping[str, Any]]
-    """Where the update is made of several: each of them by itself, as `all` and `modules`."""
+    """For an update that is made of several: the figures of each, as `all` and `modules`."""
     pairs: Sequence[Mapping[str, Any]]
-    """Each two of those beside each other: `first` and `second`, and figures as `all` and `modules`."""
+    """Each pair of those: `first`, `second`, and figures as `all` and `modules`."""
     remarks: Sequence[Remark]
-    """Its warnings."""
+    """Warnings about the updates."""
 
     __repr__ = brief
     _repr_html_ = drawn
@@ -134,10 +134,10 @@ def inspect(
 ) -> Inspection:
     """Measure what changed from model `source` to model `other`; or, alone, a recipe's updates, or a stored skill.
 
-    Several stored skills are measured each by itself and each beside every other one, as are those of a recipe.
-    base: the model that a recipe's target was trained from: its knowledge update is taken against that, and else
-    against what the skill was cut from. stats: how much the forecast computes: full, sampled or off. spectral:
-    also how the matrices' updates spread over this many directions (1 to 64), a matrix at a time in memory.
+    Several stored skills, given directly or in a recipe, are measured individually and in pairs. base: the model that
+    a recipe's target was trained from, to compute its own update [default: the model that the skill subtracts]. stats:
+    how much the forecast computes: full, sampled or off. spectral: also measure how the matrices' updates spread over
+    this many directions (1 to 64), one matrix in memory at a time.
     Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError.
     """
     check_words(threads=threads, stats=stats, spectral=spectral, hub=hub)
@@ -146,7 +146,7 @@ def inspect(
     places = [name_of(source), *(os.fspath(place) for place in (other, *more) if place is not None)]
     if _is_recipe(source, alone=len(places) == 1):
         if len(places) > 1:
-            raise UsageError(f"{places[0]} is a recipe, which is inspected alone", fix=f"leave {places[1]} out")
+            raise UsageError(f"{places[0]} is a recipe, which must be the only argument", fix=f"leave {places[1]} out")
         with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
             plan.refuse_problems()
             found = inspect_merge(
@@ -154,9 +154,9 @@ def inspect(
             )
         return _warned(found, reporter)
     if coefficients:
-        raise UsageError("coefficients belong to a recipe", fix="leave --set out, or inspect a recipe")
+        raise UsageError("coefficients apply only to a recipe", fix="leave `--set` out, or inspect a recipe")
     if base is not None:
-        raise UsageError("a base belongs to a recipe's target", fix="leave --base out, or inspect a recipe")
+        raise UsageError("a base applies only to a recipe", fix="leave `--base` out, or inspect a recipe")
     subject = _of_models(places, access, reporter)
     try:
         return _warned(_inspect(subject, stats, spectral, threads, reporter), reporter)
@@ -171,24 +171,24 @@ def _is_recipe(source: RecipeSource, alone: bool) -> bool:
 
 
 def _warned(found: Inspection, reporter: Reporter) -> Inspection:
-    """The same, once its warnings are told."""
+    """Report an inspection's warnings, and return the inspection."""
     for remark in found.remarks:
         reporter.warn(remark.message, remark.fix)
     return found
 
 
 def _of_models(places: Sequence[str], access: Access, reporter: Reporter) -> Subject:
-    """Two models, before and after; or stored skills, one or several."""
+    """Return the subject for two models, before and after, or for one or several stored skills."""
     if len(places) == 1:
         refuse_model(Path(places[0]))
         return subject_of_skills(places, access, reporter)
     skills = [place for place in places if is_skill(place, access)]
     if len(skills) == len(places):
         return subject_of_skills(places, access, reporter)
-    fix = "name two models, before and after; or skills alone"
+    fix = "pass two models, before and after, or only skills"
     if skills:
         model = next(place for place in places if place not in skills)
-        raise UsageError(f"{skills[0]} is a skill, and {model} is none", fix=fix)
+        raise UsageError(f"{skills[0]} is a skill, and {model} is not", fix=fix)
     if len(places) > 2:
         raise UsageError(f"{len(places)} models: {some(list(places))}", fix=fix)
     return subject_of_models(places[0], places[1], access, reporter)
@@ -232,7 +232,7 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
     return Inspection(
         title=subject.title,
         update=(subject.told or told_update(subject.update))
-        + (", where no rule says otherwise" if subject.by_tensor else ""),
+        + (", unless a rule says otherwise" if subject.by_tensor else ""),
         second=f"{subject.target} - {subject.reference}".replace(BASE, "base") if subject.reference else None,
         tensors=describe_all(rows, {name: [name] for name in rows}),
         spectra=spectra,
@@ -253,7 +253,7 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
 def _each(
     subject: Subject, rows: Mapping[str, Row], modules: Mapping[str, list[str]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Where the update is made of several: the figures of each, and of every two of them."""
+    """Return, for an update that is made of several, the figures of each and of every pair."""
     from skillmerge.study.update_metrics import describe_all
 
     def described(found: Mapping[str, tuple[Update, Pair | None]]) -> dict[str, Any]:
@@ -278,7 +278,7 @@ def _of_two(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _remarks(subject: Subject, rows: Mapping[str, Row], tasks: Sequence[TensorPlan]) -> Iterator[Remark]:
-    """Updates that may be rounding, and those that are too large to be updates."""
+    """Yield warnings about updates that may be rounding, and about implausibly large ones."""
     from skillmerge.study.update_metrics import describe_all
 
     accept = subject.plan.recipe.accept if subject.plan is not None else frozenset()
@@ -299,7 +299,7 @@ def _remarks(subject: Subject, rows: Mapping[str, Row], tasks: Sequence[TensorPl
 
 
 def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
-    """What to read for each tensor that all models have, as floats of one shape; and why others are left out."""
+    """Return what to read for each tensor that all models have, as floats of one shape; and why others are left out."""
     first, *others = subject.models
     tasks: list[TensorPlan] = []
     left = equal_tensors(subject.models, subject.checkpoints, _only_copied(subject))
@@ -329,12 +329,14 @@ def _tasks(subject: Subject) -> tuple[list[TensorPlan], dict[str, str]]:
             if find_source(spec, first, subject.checkpoints[first]) is None:
                 left.setdefault(name, f"not in {subject.name_of(first)}")
     if not tasks:
-        raise UsageError(f"{subject.title}: the models share no tensor", fix="are they of one architecture?")
+        raise UsageError(
+            f"{subject.title}: the models share no tensor", fix="check that they have the same architecture"
+        )
     return tasks, left
 
 
 def _only_copied(subject: Subject) -> set[str]:
-    """The tensors that a recipe takes from one model, or from none."""
+    """Return the tensors that a recipe takes from one model, or from none."""
     if subject.plan is None:
         return set()
     computed = {name for name, it in subject.plan.tensors.items() if it.action not in ("copy", "cast", "zero")}
@@ -342,7 +344,7 @@ def _only_copied(subject: Subject) -> set[str]:
 
 
 def _kinds(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by kind of module, and `all`."""
+    """Return names by kind of module, and `all`."""
     kinds: dict[str, list[str]] = {"all": list(names)}
     for name in names:
         kinds.setdefault(module_kind(name), []).append(name)

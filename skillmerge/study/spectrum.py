@@ -1,4 +1,4 @@
-"""Low-rank approximations of matrices: the truncated singular value decomposition, exact or randomised, seeded.
+"""Low-rank approximations of matrices: the truncated singular value decomposition, exact or randomized, seeded.
 
 Halko, Martinsson and Tropp 2011 (arXiv 0909.4061), with power iterations; where the rank asked for is near the
 matrix's own the exact decomposition is cheaper, and is taken.
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 def measure_spectra(
     subject: Subject, tasks: Sequence[TensorPlan], rank: int, reporter: Reporter
 ) -> dict[str, dict[str, float | None]]:
-    """Of every matrix, one at a time: in float32, or float64 where a model has it.
+    """Measure every matrix, one at a time, in float32, or in float64 if a model has it.
 
-    In a thread of our own, to which no context of the caller's reaches (a default device, autocast).
+    Runs in a thread of its own, which the caller's torch settings (default device, autocast) do not reach.
     """
     import torch
 
@@ -66,7 +66,7 @@ def _measure(
             if not all(bool(matrix.isfinite().all()) for matrix in (update, against) if matrix is not None):
                 raise UsageError(
                     f"--spectral: tensor `{task.name}` is too large for {str(wide).removeprefix('torch.')}",
-                    fix="leave --spectral out",
+                    fix="leave `--spectral` out",
                 )
             spectra[task.name] = describe_spectrum(update, against, rank, zlib.crc32(task.name.encode()))
             done += math.prod(task.shape)
@@ -106,7 +106,7 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor,
 
 
 def describe_spectrum(update: Tensor, weights: Tensor | None, rank: int, seed: int) -> dict[str, float | None]:
-    """How an update spreads over directions, and over those of the weights. Keys as in docs/metrics.md.
+    """Return how an update spreads over directions, and over those of the weights. Keys as in docs/metrics.md.
 
     update, weights: [rows, columns] in float32 or float64. rank: how many leading directions are looked at.
     """

@@ -1,4 +1,4 @@
-"""What `inspect` looks at: which models make the update, what it is compared with."""
+"""The subjects of `inspect`: which models make the update, what it is compared with."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from skillmerge.remarks import Remark, warning
 from skillmerge.reporter import Reporter
 
 BASE = "--base"
-"""What the model of that option is called beside the models of a recipe, none of which can have this name."""
+"""The name of the option's model beside those of a recipe, which cannot have this name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is inspected. update: v, as factors of models. pair: (after, before), where v is their difference, or where
-    that is subtracted and v is before - after.
-    against: the model whose weights v is compared with. target, reference: k is their difference.
-    difference: v as a term that is added to `target` (or subtracted), for the forecast."""
+    """The subject of an inspection. update: v, as factors of models. pair: (after, before), where v is their
+    difference, or where that is subtracted and v is before - after. against: the model whose weights v is compared
+    with. target, reference: k is their difference. difference: v as a term that is added to `target` (or subtracted),
+    for the forecast."""
 
     title: str
     checkpoints: Mapping[str, Checkpoint]
@@ -69,15 +69,15 @@ class Subject:
     parts: tuple[Part, ...] = ()
     """The updates that make up v, where there are several: each is seen by itself, and beside each other one."""
     told: str = ""
-    """What v is, for people; by default its factors."""
+    """The update for people [default: its factors]."""
     skills: frozenset[str] = frozenset()
     """Models that are planes of stored skills, whose numbers show nothing of the models before."""
 
     places: Mapping[str, str] = field(default_factory=dict)
-    """Of models that a command named: their places."""
+    """Places of models that a command named."""
 
     def name_of(self, model: str) -> str:
-        """A model as the person called it who named it."""
+        """Return a model as the person called it who named it."""
         return "base" if model == BASE else self.places.get(model) or model_of(model)
 
     def factors(self, tensor: str) -> Mapping[str, float]:
@@ -99,12 +99,13 @@ class Subject:
 def refuse_model(path: Path) -> None:
     if path.is_dir() and not (path / SKILL_FILE).exists():
         raise UsageError(
-            f"{path} is a folder, and not of a skill", fix="name two models, before and after; or a recipe; or skills"
+            f"{path} is a folder, but not a skill", fix="pass two models, before and after, or a recipe, or skills"
         )
 
 
 def is_skill(uri: str, access: Access) -> bool:
-    """Whether a place holds a stored skill. Raises InputError, TemporaryError where a remote one cannot be listed."""
+    """Return whether a place holds a stored skill. Raises InputError, TemporaryError if a remote one cannot be
+    listed."""
     if is_path(uri):
         return (Path(uri) / SKILL_FILE).is_file()
     try:
@@ -115,9 +116,9 @@ def is_skill(uri: str, access: Access) -> bool:
 
 
 def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter) -> Subject:
-    """One stored skill, or several: then each by itself, and all of them together."""
+    """Return the subject for stored skills; several are measured each by itself and all together."""
     if len(set(places)) < len(places):
-        raise UsageError("the same skill is named twice", fix="name each skill once")
+        raise UsageError("the same skill is named twice", fix="pass each skill once")
     names = [f"skill{index}" for index in range(1, len(places) + 1)] if len(places) > 1 else ["skill"]
     checkpoints = open_named(
         {name: {"skill": place} for name, place in zip(names, places, strict=True)}, access, reporter
@@ -133,7 +134,7 @@ def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter)
 
 
 def subject_of_models(before: str, after: str, access: Access, reporter: Reporter) -> Subject:
-    """Two models, and how they do not belong together."""
+    """Return the subject for two models, with how they do not belong together."""
     models = {"before": before, "after": after}
     recipe = recipe_of(models, "after - before", {"kind": "skill"}, "skillmerge inspect")
     checkpoints = open_models(recipe, access, reporter.note)
@@ -160,7 +161,7 @@ def open_named(models: Mapping[str, Any], access: Access, reporter: Reporter) ->
 
 
 def subject_of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subject:
-    """The updates of a merge. A single coefficient before the whole difference is left out, as its norms say
+    """Return the updates of a merge. A single coefficient before the whole difference is left out, as its norms say
     nothing of the skill; any other coefficients are part of what the update is."""
     recipe = plan.recipe
     title = f"{recipe.document.name}: {recipe.document.data['merge']}"
@@ -187,7 +188,7 @@ def subject_of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subj
     if alike:
         update = {model: factor for model, factor in update.items() if factor}
     if not update:
-        what = f"is `{target}` itself" if target else "comes to nothing"
+        what = f"is `{target}` itself" if target else "is always zero"
         raise recipe.error(("merge",), f"the expression {what}: there is no update to inspect")
     pair = _whole_pair(update, _differences(plain, target) or [])
     before = _real(pair, recipe, 1)
@@ -206,9 +207,10 @@ def subject_of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subj
 
 
 def _parts(term: Term | None, target: str | None, recipe: Recipe) -> tuple[Part, ...]:
-    """The differences that a formula adds up, `(a - base)` and `(b - base)`, each without the number in front of it.
+    """Return the differences that a formula adds up, `(a - base)` and `(b - base)`, each without the number in front of
+    it.
 
-    None where it does not add up several.
+    None if it does not add up several.
     """
     written = _differences(term, target)
     roots = _roots(written, recipe)
@@ -236,7 +238,7 @@ class _Difference:
 
     @property
     def update(self) -> dict[str, float]:
-        """The same, the largest factor being 1."""
+        """The factors, scaled so that the largest is 1."""
         most = max(abs(factor) for factor in self.factors.values())
         return {model: factor / most for model, factor in self.factors.items() if factor}
 
@@ -257,21 +259,21 @@ class _Difference:
 
 
 def _whole_pair(update: Mapping[str, float], written: Sequence[_Difference]) -> tuple[str, str] | None:
-    """(after, before) of all of an update. `(a - base) - (c - base)` has none, as neither a nor c was cut from the
-    other."""
+    """(after, before) of all of an update. `(a - base) - (c - base)` has none, as neither a nor c was extracted from
+    the other."""
     if len({tuple(sorted(it.update.items())) for it in written}) == 1:
         return _pair(update, written[0].before(()))
     return _pair(update) if all(it.is_added for it in written) else None
 
 
 def _roots(written: Sequence[_Difference] | None, recipe: Recipe) -> set[str]:
-    """The models that updates are cut from which a formula adds as they are written."""
+    """Return the models that updates are cut from which a formula adds as they are written."""
     added = (it.before(()) for it in written or () if it.is_added)
     return {model for model in added if model is not None and model_of(model) not in recipe.skills}
 
 
 def _differences(term: Term | None, target: str | None) -> list[_Difference] | None:
-    """The differences that are added to the target, or None where something else is left.
+    """Return the differences that are added to the target, or None if something else is left.
 
     A formula without parentheses is read from the left: models belong together until they come to a difference.
     """
@@ -294,8 +296,8 @@ def _differences(term: Term | None, target: str | None) -> list[_Difference] | N
 
 
 def _leaves(term: Term, by: float = 1.0, turned: bool = False) -> Iterator[tuple[str, float, bool]]:
-    """The models of a formula from left to right, each with the number in front of it, and whether the difference that
-    it stands in is turned around."""
+    """Yield the models of a formula from left to right, each with the number in front of it, and whether the difference
+    that it stands in is turned around."""
     if degree(term) == 0:
         turned = by < 0
     if isinstance(term, Leaf):
@@ -318,7 +320,7 @@ def told_update(factors: Mapping[str, float]) -> str:
 
 
 def _split(term: Term | None, plan: Plan) -> tuple[str | None, Term | None, bool]:
-    """The model that an update is added to (None for a skill), the update as a term where it stands as one, and
+    """Return the model that an update is added to (None for a skill), the update as a term where it stands as one, and
     whether it is subtracted."""
     if plan.makes_skill:
         return None, None, False
@@ -329,7 +331,7 @@ def _split(term: Term | None, plan: Plan) -> tuple[str | None, Term | None, bool
 
 
 def _update(term: Term | None, target: str | None) -> dict[str, float]:
-    """What a term adds to `target`, as factors of models."""
+    """Return what a term adds to `target`, as factors of models."""
     factors = weights(term)
     if target is not None:
         factors = {**factors, target: factors.get(target, 0.0) - 1}
@@ -337,7 +339,7 @@ def _update(term: Term | None, target: str | None) -> dict[str, float]:
 
 
 def _is_scaled(recipe: Recipe, target: str | None) -> bool:
-    """Whether coefficients only scale the update as a whole: it keeps its direction whatever they are."""
+    """Return whether coefficients only scale the update as a whole: it keeps its direction whatever they are."""
     plain = _update(recipe.term(dict.fromkeys(recipe.coefficients, 1.0)), target)
     values = {name: 2.0 + 0.37 * index for index, name in enumerate(recipe.coefficients)}
     other = _update(recipe.term(values), target)
@@ -356,7 +358,7 @@ def _pair(update: Mapping[str, float], before: str | None = None) -> tuple[str, 
 
 
 def _real(pair: tuple[str, str] | None, recipe: Recipe, index: int) -> str | None:
-    """A model of the pair, where it is one and not a plane of a skill."""
+    """Return a model of the pair, where it is one and not a plane of a skill."""
     if pair is None or pair[index] not in recipe.models or pair[index] in recipe.skills:
         return None
     return pair[index]

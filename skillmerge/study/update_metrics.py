@@ -1,8 +1,8 @@
-"""What an update looks like, and two of them together: counts and float64 sums of runs of elements.
+"""Measures of an update, and of two updates together: counts and float64 sums of runs of elements.
 
-v = after - before is the update, k a second one, w the weights that v is seen against; n elements. A run gives
+v = after - before is the update, k a second update, w the weights that v is compared with; n elements. A run gives
 an `Update` (and, with k, a `Pair`); they add up over runs, tensors, layers and modules, and `describe` turns
-the sums into figures. What each figure means, and who has used it, stands in docs/metrics.md.
+the sums into figures. docs/metrics.md defines each figure and names its source.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Update:
     """changed: elements whose bits differ (whose v is not 0, where only v is known). above_absolute,
     above_relative: elements with |v| above ABSOLUTE, and above RELATIVE * |w|. ulps: changed elements by how many
     floating-point numbers lie between before and after. squares, weights: lists of sums of v^2 and of w^2.
-    largest: the greatest |v|. rounding, rounding_added, precisions: of whole tensors, see `InputRounding`; empty where
+    largest: the greatest |v|. rounding, rounding_added, precisions: of whole tensors, see `InputRounding`; empty if
     nothing changed. What cannot be known is None."""
 
     elements: int = 0
@@ -46,7 +46,7 @@ class Update:
 
     @property
     def norm_ratio(self) -> float | None:
-        """|v| / |w|; None where w is unknown or 0."""
+        """|v| / |w|; None if w is unknown or 0."""
         weights = math.fsum(self.weights) if self.weights is not None else 0.0
         return math.sqrt(math.fsum(self.squares)) / math.sqrt(weights) if weights else None
 
@@ -97,7 +97,7 @@ def measure_update(update: Tensor, against: Tensor | None, before: Tensor | None
 
 
 def measure_pair(update: Tensor, other: Tensor) -> Pair:
-    """Two updates of the same elements, in float64."""
+    """Measure two updates of the same elements, in float64."""
     product = update * other
     signs = torch.sign(update).to(torch.int8).mul_(torch.sign(other).to(torch.int8))
     return Pair(
@@ -118,14 +118,14 @@ def _ulps(before: Tensor, after: Tensor) -> list[int]:
 
 
 def _ordered(values: Tensor) -> Tensor:
-    """Integers (int64) in the order of the numbers, neighbours one apart, both zeros at 0."""
+    """Integers (int64) in the order of the numbers, neighbors one apart, both zeros at 0."""
     bits = bit_view(values)
     negative = torch.iinfo(bits.dtype).min - bits.to(torch.int64)
     return torch.where(bits < 0, negative, bits.to(torch.int64))
 
 
 def add_up(parts: Iterable[Update | Pair]) -> Any:
-    """The sum of updates, or of pairs; what one of them does not know is not known of the sum."""
+    """Return the sum of updates, or of pairs; what one of them does not know is not known of the sum."""
     parts = list(parts)
     total = type(parts[0])()
     for item in fields(total):
@@ -145,7 +145,8 @@ def add_up(parts: Iterable[Update | Pair]) -> Any:
 
 
 def describe(update: Update, pair: Pair | None, whole: float) -> dict[str, Any]:
-    """The figures of a tensor or a group. whole: the sum of v^2 over the whole model. Keys as in docs/metrics.md."""
+    """Return the figures of a tensor or a group. whole: the sum of v^2 over the whole model. Keys as in
+    docs/metrics.md."""
     count, squares = update.elements, math.fsum(update.squares)
     figures: dict[str, Any] = {
         "elements": count,
@@ -191,7 +192,7 @@ def _share(part: float | None, whole: float) -> float | None:
 
 
 def describe_all(rows: Mapping[str, tuple[Update, Pair | None]], groups: Mapping[str, list[str]]) -> dict[str, Any]:
-    """The figures of every group of tensors; `groups` maps a label to tensor names."""
+    """Return the figures of every group of tensors; `groups` maps a label to tensor names."""
     whole = math.fsum(square for update, _ in rows.values() for square in update.squares)
     figures = {}
     for label, names in groups.items():

@@ -28,7 +28,7 @@ _TILE, _REMOTE_TILE = 1 << 21, 1 << 23
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What one tile gave."""
+    """Measurements of one tile."""
 
     update: Update
     pair: Pair | None
@@ -52,7 +52,7 @@ class Row:
 def measure_updates(
     subject: Subject, tasks: Sequence[TensorPlan], forecaster: Forecaster, threads: int, reporter: Reporter
 ) -> dict[str, Row]:
-    """What each tensor's update looks like; the forecaster learns the rest. Raises InputError, StalePlan."""
+    """Return what each tensor's update looks like; the forecaster learns the rest. Raises InputError, StalePlan."""
     remote = any(checkpoint.at.remote for checkpoint in subject.checkpoints.values())
     tile = _REMOTE_TILE if remote else _TILE
     rows: dict[str, Row] = {}
@@ -79,7 +79,7 @@ def measure_updates(
 
 
 def _row(subject: Subject, name: str, found: Sequence[_Found]) -> Row:
-    """What the tiles of a tensor gave, together."""
+    """Combine the measurements of a tensor's tiles."""
     pairs = [tile.pair for tile in found if tile.pair is not None]
     row = Row(
         add_up(tile.update for tile in found),
@@ -195,8 +195,9 @@ def _nonfinite(task: TensorPlan, pieces: Mapping[str, Tensor], first: int) -> Sk
         if index is not None:
             return UnusableWeights(
                 f"model `{model}` holds {piece[index].item()} in tensor `{task.name}` at element {first + index}",
-                fix="that checkpoint is damaged",
+                fix="the checkpoint is damaged; download or export it again",
             )
     return UnusableWeights(
-        f"the update of tensor `{task.name}` is too large for float64", fix="is that checkpoint damaged?"
+        f"the update of tensor `{task.name}` is too large for float64",
+        fix="check whether the checkpoint is damaged; download or export it again",
     )

@@ -1,1 +1,1 @@
-"""What a person asks for: one module a verb, each a function that the command line and Python share."""
+"""The verbs, one module each: functions that the command line and Python share."""

@@ -71,24 +71,22 @@ def apply(
     expected: Manifest | None = None,
     reporter: Reporter | None = None,
 ) -> Result:
-    """Plan, merge, check, and publish into the output folder; with `push`, on the Hub too.
+    """Merge models, check the result, and write the output folder; with `push`, also publish on the Hub.
 
-    recipe: path of the recipe or of a saved plan, or what a recipe holds, as a dict. output: the folder, in place of
-    `output.path`.
-    coefficients: numbers in place of the recipe's. device: auto, cpu, cuda or cuda:N. memory_limit: bytes.
-    stats: full, sampled or off. full: an output that is there already is read again, every byte. keep_failed: an
-    output that a gate refuses stays in the staging folder. strict: warnings are problems; those of the finished
-    weights are gates. hub: stream or download. push: org/name, in place of
-    `output.push.repo`; private, revision, pull_request and message likewise. no_local: shards are sent as they are
-    finished and removed; only the Hub keeps them. commits: what the revisions of models on the Hub stand for.
-    expected: a manifest that the output has to get, but for its environment.
-    Raises SkillmergeError, whose subclasses say which kind of trouble it was; see `skillmerge.errors`.
+    recipe: path of a recipe or a saved plan, or a recipe as a dict. output: the output folder; replaces `output.path`.
+    coefficients: numbers that replace the recipe's. device: auto, cpu, cuda or cuda:N. memory_limit: bytes.
+    stats: full, sampled or off. full: reread every byte of an existing output before reusing it. keep_failed: keep an
+    output that fails a gate, in the staging folder. strict: treat warnings as problems, and those of the finished
+    weights as a gate. hub: stream or download. push: org/name; replaces `output.push.repo`, as private, revision,
+    pull_request and message replace theirs. no_local: upload shards as they finish and remove them here. commits: the
+    commits to use for revisions on the Hub. expected: a manifest that the output must equal, except its environment.
+    Raises a subclass of SkillmergeError for each kind of failure; see `skillmerge.errors`.
     """
     reporter = reporter or default_reporter()
     reporter.event("started", skillmerge=__version__, recipe=source_name(recipe))
     check_words(device=device, threads=threads, memory_limit=memory_limit, stats=stats, hub=hub)
     if keep_failed and no_local:
-        raise UsageError("with no_local there is nothing to keep of a failed output", fix="leave out one of the two")
+        raise UsageError("`no_local` keeps no files, so `keep_failed` cannot apply", fix="leave one of them out")
     return merge(
         read_source(recipe, coefficients),
         output,
@@ -109,7 +107,7 @@ def merge(
     publish: Publish,
     reporter: Reporter,
 ) -> Result:
-    """`apply`, in the records that its arguments sort into."""
+    """Do the work of `apply`; its arguments are sorted into records."""
     started = time.monotonic()
     with planned_to_apply(source, access, checks, reporter) as (plan, checkpoints):
         prepare(plan.recipe.gates, checks.stats, publish.no_local, plan)
@@ -130,7 +128,7 @@ def merge(
 
 @dataclass(frozen=True, slots=True)
 class _Merge:
-    """One merge: what is planned, where it is written, how it is checked, where it goes."""
+    """One merge: its plan, its staging folder, its checks, its destination."""
 
     job: Job
     staging: Staging
@@ -143,7 +141,7 @@ class _Merge:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What a run must share with an earlier one to continue it."""
+        """The conditions that must be the same to continue an earlier run."""
         job = self.job
         conditions = {"inputs": job.plan.versions, "stats": job.stats, "allow_nonfinite": job.allow_nonfinite}
         if self.push is not None and self.publish.no_local:
@@ -152,11 +150,11 @@ class _Merge:
 
     @property
     def judged(self) -> str:
-        """By what an output is judged before it gets its place: its gates, which the plan has, and `strict`."""
+        """What decides whether an output passes: the plan, which has its gates, and `strict`."""
         return self.job.plan.digest + ("+strict" if self.checks.strict else "")
 
     def find_published(self) -> Result | None:
-        """The output, where it goes to the Hub alone and is there."""
+        """Return the result if the output goes to the Hub alone and is already there."""
         if self.push is None or not self.publish.no_local or self.publish.overwrite:
             return None
         found = self.push.find()
@@ -167,13 +165,13 @@ class _Merge:
         return self._result(found[1], already=True, published=found[0])
 
     def find_finished(self) -> Result | None:
-        """The output, where it is at its place already, as asked for now."""
+        """Return the result if the output exists and is up to date."""
         plan, target = self.job.plan, self.staging.output
         recovered = self.staging.recover(plan.weights_digest, self.conditions, self.publish.overwrite, self.judged)
         if self.publish.no_local:
             return None
         proof = finished_output(target, plan, self.conditions, self.checks.hash_inputs)
-        # Who overwrites may have a reason to, a damaged output for one.
+        # With --overwrite the existing output may be damaged.
         trusted = recovered or not (self.publish.overwrite or self.checks.full)
         if proof is None or not (trusted or is_intact(target, proof)):
             return None
@@ -183,14 +181,14 @@ class _Merge:
         return self._result(proof, already=True, gates=RunLog.read(target).gates)
 
     def make(self, work: Work) -> Result:
-        """Begin the work or continue it, check what comes of it, and give it its place."""
+        """Start or resume the merge, check the result, and move it into place."""
         if not self.publish.no_local:
             refuse_existing(self.staging.output, self.publish.overwrite)
         job, allow_code = self.job, self.access.allow_code
         refuse_other_donor(self.staging, job.plan, job.checkpoints, self.conditions, allow_code)
         runner = runner_for(work, self.reporter)
         side_files = self._begin()
-        if self.staging.sealed:  # complete, but for its commit
+        if self.staging.sealed:  # complete except for its commit
             proof = manifest.read(self.staging.files)
             self._warn(proof, there=True)
         else:
@@ -207,7 +205,7 @@ class _Merge:
         return self._result(proof, device=runner.device, gates=gates)
 
     def published(self, result: Result) -> Result:
-        """The same, once it is on the Hub too."""
+        """Publish on the Hub if requested, and return the final result."""
         if self.push is not None and result.published is None:
             files = self.staging.files if self.publish.no_local else self.staging.output
             commit = self.push.publish(Output(files, result.manifest), verified=not result.already)
@@ -221,19 +219,19 @@ class _Merge:
         return result
 
     def _warn(self, body: ManifestBody, there: bool = False) -> None:
-        """Report what the weights warn of. there: of an output that was made before, which is not judged again."""
+        """Report warnings about the weights. there: of an existing output, whose gates are not run again."""
         for remark in warnings_of(body):
             self.reporter.warn(remark.message, remark.fix)
         outcome = strict_outcome(body)
         if there and self.checks.strict and not outcome.passed:
-            fix = f"{self.staging.output} was made without --strict: look at it, and remove it or leave --strict out"
+            fix = f"{self.staging.output} was made without `--strict`; check it, then remove it or leave `--strict` out"
             raise GateFailed([outcome], fix=fix, plan=self.job.plan, body=body)
 
     def _result(self, proof: Manifest, **what: Any) -> Result:
         return Result(self.staging.output, proof, 0.0, plan=self.job.plan, **what)
 
     def _begin(self) -> list[SideFile]:
-        """Take up what an earlier run has left. Returns the output's side files."""
+        """Pick up what an earlier run left. Returns the output's side files."""
         plan, staging, push = self.job.plan, self.staging, self.push
         if remark := staging.begin(plan.weights_digest, self.conditions, plan.digest):
             self.reporter.note(remark)
@@ -241,7 +239,7 @@ class _Merge:
         if not staging.sealed:
             needed = plan.bytes_written - staging.finished_bytes
             if plan.makes_skill:
-                needed //= 2  # how much of it will be zero is not known yet
+                needed //= 2  # Sparsity is unknown until the skill is encoded.
             check_disk(staging.folder, push.disk_needed(needed) if push else needed, "the output")
             side_files += fetch(self.job.checkpoints[plan.donor], plan.side_files, self.access.allow_code)
             prove_ties(plan.ties, self.job.checkpoints)
@@ -254,7 +252,7 @@ class _Merge:
         missing = [shard for shard in plan.shards if shard.file not in staging.finished]
 
         def record(done: ShardRecord) -> None:
-            if done.file not in staging.finished:  # else an upload may have said more of it since
+            if done.file not in staging.finished:  # else an upload may have recorded more about it
                 staging.record(done)
 
         try:
@@ -277,7 +275,7 @@ class _Merge:
             raise
 
     def _describe(self, side_files: list[SideFile]) -> ManifestBody:
-        """Write the side files. Returns all of the manifest that does not depend on where and when it was made."""
+        """Write the side files. Returns the part of the manifest that does not depend on where and when it was made."""
         plan, checkpoints, staging = self.job.plan, self.job.checkpoints, self.staging
         digests = input_digests(checkpoints) if self.checks.hash_inputs else {}
         with checked(self.reporter, "models unchanged since planning"):
@@ -297,7 +295,7 @@ class _Merge:
         return body
 
     def _judge(self, body: ManifestBody) -> list[Outcome]:
-        """What becomes of the recipe's gates. Raises GateFailed, unless the output is to be kept all the same."""
+        """Run the recipe's gates and return their outcomes. Raises GateFailed, unless a failed output is to be kept."""
 
         def report(outcome: Outcome) -> None:
             self.reporter.event("gate", **outcome.as_dict())
@@ -312,16 +310,16 @@ class _Merge:
             report(outcomes[-1])
         if all(outcome.passed for outcome in outcomes) or self.checks.keep_failed:
             return outcomes
-        fix = "fix what could not be measured; the same command continues from here"
+        fix = "fix what could not be measured, then rerun to continue"
         if not any(outcome.unmeasured for outcome in outcomes):
             staging.discard()
-            fix = "--keep-failed keeps the output where it can be looked at"
+            fix = "pass `--keep-failed` to keep the output for inspection"
         raise GateFailed(outcomes, fix=fix, plan=plan, body=body)
 
     def _prove(self, body: ManifestBody, device: str, outcomes: Sequence[Outcome]) -> Manifest:
-        """Write run log and manifest; nothing else but what it names stays in the output. Returns the manifest.
+        """Write run log and manifest, remove files that the manifest does not name, and return the manifest.
 
-        Raises GateFailed for an output that is kept though a gate refused it.
+        Raises GateFailed for an output that is kept although it failed a gate.
         """
         plan, staging = self.job.plan, self.staging
         finished, seconds = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic() - self.started
@@ -335,7 +333,7 @@ class _Merge:
         staging.write_file(MANIFEST_FILE, proof.to_bytes())
         staging.drop_strangers(proof.file_names)
         if not passed:
-            fix = f"it is kept in {staging.files}; the same command goes on from there"
+            fix = f"the output is kept in {staging.files}; rerun to continue from there"
             raise GateFailed(outcomes, fix=fix, plan=plan, body=body)
         if self.publish.no_local:
             staging.seal(plan.digest)
@@ -343,10 +341,10 @@ class _Merge:
 
 
 def _push_of(plan: Plan, publish: Publish) -> MergePush | None:
-    """The push that the recipe or the caller asks for, checked before any work."""
+    """Return the requested push, if any, checked before any work."""
     if publish.repository is None and plan.recipe.output.push is None:
         if publish.no_local:
-            raise UsageError("without a push there would be no output at all", fix="add --push org/name")
+            raise UsageError("`--no-local` without a push would leave no output", fix="pass `--push org/name`")
         return None
     from skillmerge.outputs.hub.push import MergePush
 

@@ -1,12 +1,11 @@
-"""The verb derive: a recipe whose coefficients follow from the weights alone -> the same recipe with the numbers in it.
+"""The verb derive: compute a recipe's coefficients from the weights, and write the recipe with these numbers.
 
-    match     each layer's and kind's update is as long as the target's own there, times the coefficient that stood
-              there: lam * ||k|| / ||v||
-    project   what the update shares with the target's own is taken out of it: v - (<v, k> / <k, k>) k
+    match     scale each layer's and kind's update to the norm of the target's own update, times the recipe's
+              coefficient: lam * ||k|| / ||v||
+    project   remove what the update shares with the target's own: v - (<v, k> / <k, k>) k
 
-v is the recipe's update and k the target's own, `target - base`. The numbers are measured by `inspect`, once, and
-written down as rules: what is then planned, merged and proved is an ordinary recipe. No evaluation is needed, and
-no benefit over one number is published for this use.
+v is the recipe's update and k the target's own, `target - base`. `inspect` measures the numbers once, and they become
+rules of an ordinary recipe. No evaluation is needed. No benefit over a single number is published for this use.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ _BASE = "base"
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """A recipe that was written. numbers: of each layer and kind. removed: of `project`, the share of the update's
-    energy that is taken out, and what chance would take."""
+    """A recipe that was written. numbers: of each layer and kind. removed, chance: for `project`, the share of the
+    update's energy that is removed, and the share expected by chance."""
 
     output: Path
     choice: str
@@ -76,8 +75,8 @@ def derive(
 ) -> Derived:
     """Write the recipe that `choice` makes of a recipe with one coefficient before its whole update.
 
-    base: what the target was trained from. The output lies beside the recipe, whose relative paths it has.
-    Raises UsageError, and whatever `inspect` raises.
+    base: the model that the target was trained from. output: a file beside the recipe, so that relative paths hold.
+    Raises UsageError, and what `inspect` raises.
     """
     check_words(threads=threads, hub=hub)
     if choice not in CHOICES:
@@ -110,54 +109,59 @@ def derive(
 
 
 def _place_beside(recipe: str, folder: Path, output: str | os.PathLike[str]) -> Path:
-    """Where to write. Raises UsageError where something is there, or where relative paths would mean other places."""
+    """Return the path to write to. Raises UsageError if something is there, or where relative paths would mean other
+    places."""
     target = Path(output)
     if target.exists():
-        raise UsageError(f"{target} exists already", fix="choose another --output, or remove it yourself")
+        raise UsageError(f"{target} already exists", fix="choose another file with `--output`")
     if target.absolute().parent != folder.absolute():
-        raise UsageError(f"{target} is not beside {recipe}", fix="its relative paths would mean other places there")
+        raise UsageError(
+            f"{target} is not beside {recipe}",
+            fix="choose a file beside the recipe: relative paths start at its folder",
+        )
     return target
 
 
 def _refuse_names(recipe: Recipe) -> None:
-    """Raise UsageError where the recipe has a name that the derived one needs."""
+    """Raise UsageError if the recipe has a name that the derived one needs."""
     if _OFF in (*recipe.models, *recipe.coefficients) or _BASE in recipe.models:
-        raise UsageError(f"the recipe has a name that is needed: `{_OFF}` or `{_BASE}`", fix="rename it")
+        raise UsageError(f"the recipe uses a reserved name: `{_OFF}` or `{_BASE}`", fix="rename it")
 
 
 def _only_coefficient(recipe: Recipe) -> tuple[str, str]:
-    """The name of the one coefficient, as it is written and as it is meant.
+    """Return the name of the one coefficient, as it is written and as it is meant.
 
-    Raises UsageError where it is not one plain number before the whole update.
+    Raises UsageError if it is not one plain number before the whole update.
     """
     table = recipe.document.data.get("coefficients") or {}
     if len(table) != 1:
         raise UsageError(
-            f"{recipe.document.name}: has {len(table)} coefficients, and this is for recipes with one",
-            fix="write merge: target + lam * (rl - sft), with lam a number",
+            f"{recipe.document.name}: has {len(table)} coefficients; `derive` needs exactly one",
+            fix="write `merge: target + lam * (rl - sft)`, with a number for `lam`",
         )
     (written,) = table
     if not isinstance(table[written], int | float):
         raise UsageError(
-            f"{recipe.document.name}: `{written}` is a schedule already, and would be replaced", fix="make it a number"
+            f"{recipe.document.name}: `{written}` is already a schedule, which `derive` would replace",
+            fix="make it a number",
         )
     name = normalise_name(written)
     if not _is_plain(recipe, name):
         raise UsageError(
-            f"{recipe.document.name}: `{name}` stands before an update with numbers in it", fix="leave the numbers out"
+            f"{recipe.document.name}: `{name}` multiplies an update that contains numbers", fix="remove the numbers"
         )
     return written, name
 
 
 def _is_plain(recipe: Recipe, name: str) -> bool:
-    """Whether one more of the coefficient adds the update once, as `inspect` measures it: models with factors of 1."""
+    """Return whether the coefficient multiplies the update as `inspect` measures it: models with factors of 1."""
     one, two = (weights(bind(recipe.expression, {name: value})) for value in (1.0, 2.0))
     factors = {model: two.get(model, 0.0) - one.get(model, 0.0) for model in {*one, *two}}
     return all(abs(factor) in (0.0, 1.0) for factor in factors.values())
 
 
 def _numbers(choice: str, found: Inspection) -> dict[str, float]:
-    """Of each layer and kind of module."""
+    """Compute the coefficient of each layer and kind of module."""
     return {
         label: number
         for label, row in found.cells.items()
@@ -166,7 +170,7 @@ def _numbers(choice: str, found: Inspection) -> dict[str, float]:
 
 
 def _number(choice: str, row: Mapping[str, Any]) -> float | None:
-    """Of one layer's modules of one kind."""
+    """Compute the coefficient of one layer's modules of one kind."""
     if not row["norm"] or not row.get("other_norm"):
         return None
     ratio = float(row["other_norm"] / row["norm"])
@@ -174,7 +178,8 @@ def _number(choice: str, row: Mapping[str, Any]) -> float | None:
 
 
 def _schedule(numbers: Mapping[str, float], default: float) -> dict[str, Any]:
-    """Rules for cells `model.layers 3 attention` and `outside blocks norm`; the latter first, as the last rule wins."""
+    """Return rules for cells `model.layers 3 attention` and `outside blocks norm`; the latter first, as the last rule
+    wins."""
     rules: list[dict[str, Any]] = []
     for label, value in sorted(numbers.items(), key=lambda item: not item[0].startswith("outside")):
         place, _, kind = label.rpartition(" ")
@@ -187,7 +192,7 @@ def _schedule(numbers: Mapping[str, float], default: float) -> dict[str, Any]:
 
 
 def _removed(found: Inspection) -> tuple[float | None, float | None]:
-    """The share of the update's energy that projecting takes, cell by cell, and what it would take by chance."""
+    """Return the share of the update's energy that projecting takes, cell by cell, and what it would take by chance."""
     energy = taken = chance = 0.0
     for row in found.cells.values():
         if row["norm"] and row.get("cosine") is not None:
@@ -202,12 +207,13 @@ def _comment(choice: str, recipe: Recipe, base: str, removed: float | None, chan
     if choice == "match":
         return [
             said,
-            "By layer and kind of module: the coefficient times ||k|| / ||v||, k = target - base, v the update.",
-            "The update is then as long as the target's own. No benefit over one number is published for this use.",
+            "By layer and kind of module: coefficient * ||k|| / ||v||, with k = target - base and v the update.",
+            "The update then has the norm of the target's own. No benefit over a single number is published for "
+            "this use.",
         ]
     share = f"{removed:.3%} (by chance {chance:.3%})" if removed is not None else "nothing"
     return [
         said,
-        "By layer and kind of module: v - (<v, k> / <k, k>) k, k = target - base, v the update.",
+        "By layer and kind of module: v - (<v, k> / <k, k>) k, with k = target - base and v the update.",
         f"That removes {share} of the update's energy. No benefit is published for this use.",
     ]

@@ -1,4 +1,4 @@
-"""The verb extract: two checkpoints -> a stored skill; and whether a checkpoint is one that a skill was cut from."""
+"""The verb extract: two checkpoints -> a stored skill; and whether a skill was extracted from a checkpoint."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def extract(
 ) -> Result:
     """Store the difference `rl - sft` of two checkpoints (folders, or `hf://org/name[@revision][/subfolder]`).
 
-    Where `rl` is a folder with a sparse patch, it is the patch of `sft`.
-    dtype: `same` keeps it exactly; bfloat16, float16 or float32 round each element of it once. ignore: globs of
-    tensors that the skill does without. accept: differences between the two that are meant, by name. zstd: compress
-    its files. keep: the share of each tensor's elements, the largest, that stay, multiplied by what restores the
-    tensor's norm. The rest is as of `apply`, whose errors it raises: this is a recipe of three lines.
+    If `rl` is a folder with a sparse patch, it is read as a patch of `sft`.
+    dtype: `same` is exact; bfloat16, float16 or float32 round each element once. ignore: globs of tensors to leave
+    out. accept: names of differences between the two to accept. zstd: compress the files. keep: the share of each
+    tensor's elements to keep, the largest ones, rescaled to the tensor's norm. The other arguments and the errors are
+    those of `apply`.
     """
     if dtype not in ("same", "bfloat16", "float16", "float32"):
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
@@ -76,19 +76,19 @@ def extract(
 
 
 def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bool = False) -> str:
-    """Which of the models of its expression `parent` is (`rl`), by the digests of all of its tensors.
+    """Return which of the models of its expression `parent` is (`rl`), by the digests of all of its tensors.
 
-    Raises CheckFailed where it is none of them, naming the tensor that shows it; UsageError, InputError.
+    Raises CheckFailed if it is none of them, naming the tensor that shows it; UsageError, InputError.
     """
     if not (Path(skill) / SKILL_FILE).is_file():
-        raise UsageError(f"{skill} is not a skill, and `--parent` is for skills", fix="leave `--parent` out")
+        raise UsageError(f"{skill} is not a skill, and `--parent` applies only to skills", fix="leave `--parent` out")
     document = summary(Folder(Path(skill)))
     tensors = {name: row["digests"] for name, row in document["tensors"].items() if row.get("digests")}
     candidates = sorted({model for digests in tensors.values() for model in digests})
     if not candidates:
-        raise UsageError(f"{skill} was made of other skills: their parents are known to them")
+        raise UsageError(f"{skill} was made from other skills, which record their own parents")
     recipe = recipe_of({"parent": os.fspath(parent)}, "parent", {"path": "nowhere"}, "skillmerge verify")
-    if wrappers_of(tensors):  # cut when names were taken as they are stored
+    if wrappers_of(tensors):  # extracted when names were read as stored
         recipe = recipe.as_planned("parent", {})
     checkpoints = open_models(recipe, Access(follow_links=follow_links), lambda message: None)
     checkpoint = checkpoints["parent"]
@@ -108,8 +108,8 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
         close_all(checkpoints)
     if reason or not candidates:
         raise CheckFailed(
-            f"{parent} is not a checkpoint that {skill} was extracted from: {reason}",
-            fix=f"its parents: {', '.join(_parent(item) for item in document['parents'])}",
+            f"{parent} is not a parent of {skill}: {reason}",
+            fix=f"pass one of its parents: {', '.join(_parent(item) for item in document['parents'])}",
         )
     return str(candidates[0])
 

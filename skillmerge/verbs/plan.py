@@ -1,4 +1,4 @@
-"""The verb plan: all that `apply` would do, from the headers alone, and what it would need of this machine."""
+"""The verb plan: everything that `apply` would do, from headers alone, and the memory and disk it needs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from skillmerge.verbs.target import is_done, output_folder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview(Plan):
-    """A plan and what it needs of this machine: threads and memory (`needs`), and the bytes free for its output.
+    """A plan, the threads and memory that it needs (`needs`), and the bytes free for its output.
 
-    disk_free: None where the recipe names no output. changes: since a saved plan, in words; None without one.
+    disk_free: None if the recipe names no output. changes: since a saved plan, in words; None without one.
     """
 
     needs: Budget
@@ -41,22 +41,22 @@ class Preview(Plan):
 
     @property
     def ok(self) -> bool:
-        """Whether `apply` would accept it; with `strict`, whether there are no warnings either."""
+        """Whether `apply` would accept it; with `strict`, also whether there are no warnings."""
         return not self.problems and not (self.strict and self.warnings)
 
     @property
     def done(self) -> bool:
-        """Whether the output is this plan's already. Reads every byte of an output that could be."""
+        """Whether the output is up to date. Reads every byte of an output that could be."""
         return is_done(self)
 
     def as_dict(self) -> dict[str, Any]:
-        """The saved plan, with memory in bytes, threads, free disk in bytes, and changes where they were asked for."""
+        """Return the saved plan, with memory in bytes, threads, free disk in bytes, and changes if requested."""
         changes = {} if self.changes is None else {"changes": list(self.changes)}
         needs = {"memory": self.needs.memory, "threads": self.needs.threads, "disk_free": self.disk_free}
         return {**saved.describe(self), **needs, **changes}
 
     def as_text(self) -> str:
-        """The text of the saved plan, as `save` writes it."""
+        """Return the text of the saved plan, as `save` writes it."""
         return json.dumps({"ok": self.ok, **self.as_dict()}, indent=1) + "\n"
 
 
@@ -75,13 +75,13 @@ def plan(
     diff: str | os.PathLike[str] | None = None,
     reporter: Reporter | None = None,
 ) -> Preview:
-    """Return all that `apply` would do, from headers alone. The plan's `problems` and `warnings` are not raised.
+    """Plan a merge from headers alone. The plan's `problems` and `warnings` are returned, not raised.
 
-    recipe: a file, or what it would hold as a dict. coefficients: numbers in place of the recipe's. strict: warnings
-    make `ok` false too. threads, memory_limit: as `apply` would get them. lock: also write the commits and files of
-    models on the Hub into the lock file beside the recipe. save: write the plan as JSON into this file, which `apply`
-    takes in a recipe's place. diff: a saved plan to compare with.
-    Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError; ResourceError where memory or disk are
+    recipe: a file, or a recipe as a dict. coefficients: numbers that replace the recipe's. strict: warnings also make
+    `ok` false. threads, memory_limit: as for `apply`. lock: also write the commits and files of models on the Hub to
+    the lock file beside the recipe. save: write the plan as JSON to this file, which `apply` accepts as a recipe.
+    diff: a saved plan to compare with.
+    Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError; ResourceError if memory or disk are
     too small for it.
     """
     reporter = reporter or default_reporter()
@@ -113,7 +113,7 @@ def _make(
         try:
             prepare(made.recipe.gates, "sampled", False, made)
         except UsageError as error:
-            reporter.note(f"apply would stop at once: {error.message}")
+            reporter.note(f"apply would fail: {error.message}")
         if access.relock:
             path = lockfile.path_of(Path(made.recipe.document.name))
             with disk_errors(path):
@@ -123,8 +123,8 @@ def _make(
 
 
 def _save(preview: Preview, path: Path) -> None:
-    """Raises UsageError where something else than a saved plan is there."""
+    """Save the plan. Raises UsageError if `path` is anything but a saved plan."""
     if path.exists() and path.stat().st_size and not saved.looks_saved(path):
-        raise UsageError(f"{path} exists already and is not what --save writes", fix="name another --save")
+        raise UsageError(f"{path} already exists and is not a saved plan", fix="choose another file with `--save`")
     with disk_errors(path):
         path.write_text(preview.as_text(), encoding="utf-8")

@@ -1,7 +1,6 @@
-"""The verb rebuild: make an output again from what its manifest says, or prove that it would come out the same.
+"""The verb rebuild: recreate an output from its manifest, or check that it would be identical.
 
-The proof writes nothing: the engine's bytes are compared with the file's where they would have been written. Only a
-stored skill, whose files' sizes are not known before, is made again beside it.
+The check writes nothing: the engine's bytes are compared with the files in place.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from skillmerge.verbs.records import Checks, Publish
 
 @dataclass(frozen=True, slots=True)
 class Rebuilt:
-    """What was made again: how many tensors of how many, and their bytes. output: where, or None for a proof."""
+    """What was recreated: `tensors` of `of` tensors, and their bytes. output: the folder, or None for a check."""
 
     folder: Path
     tensors: int
@@ -66,7 +65,7 @@ class Rebuilt:
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """How to run; nothing in it changes a byte. base: what the recipe's relative paths start from now."""
+    """How to run; nothing in it changes a byte. base: the folder that the recipe's relative paths now start from."""
 
     base: Path | None = None
     work: Work = field(default_factory=Work)
@@ -90,16 +89,16 @@ def rebuild(
     hub: str = "stream",
     reporter: Reporter | None = None,
 ) -> Rebuilt:
-    """Make the output in `folder` again as `output`, or `check` that it would come out the same; one of the two.
+    """Recreate the output in `folder` as `output`, or `check` that it would be identical.
 
-    sample: the share of tensors that `check` computes again, chosen by `seed`. base_folder: what the recipe's relative
-    paths start from, if it was moved. The rest is as of `apply`. Raises CheckFailed for a difference, StalePlan for
-    models that are not those of then, and whatever `apply` raises.
+    sample: the share of tensors that `check` recomputes, chosen by `seed`. base_folder: the folder that the recipe's
+    relative paths start from, if it was moved. The other arguments are those of `apply`. Raises CheckFailed for a
+    difference, StalePlan if models have changed, and what `apply` raises.
     """
     if check == (output is not None):
         raise UsageError(
-            "nothing says what to do",
-            fix="pass `--check` to compare and write nothing, or `--output NEW` to build it again",
+            "neither `check` nor `output` was given",
+            fix="pass `--check` to compare and write nothing, or `--output NEW` to recreate it",
         )
     check_words(sample=sample, seed=seed, device=device, threads=threads, memory_limit=memory_limit, hub=hub)
     base = Path(base_folder) if base_folder is not None else None
@@ -110,27 +109,27 @@ def rebuild(
 
 
 def rebuild_into(folder: str | os.PathLike[str], output: str | os.PathLike[str], how: How | None = None) -> Rebuilt:
-    """Make the output whose manifest is in `folder` again as `output`, and compare the manifests.
+    """Recreate the output whose manifest is in `folder` as `output`, and compare the manifests.
 
-    Raises CheckFailed for a manifest that is not sound or a rebuild that differs, StalePlan where the models that it
-    names are not those of then; and whatever `apply` raises.
+    Raises CheckFailed for an invalid manifest or a rebuild that differs, StalePlan if its models have changed, and what
+    `apply` raises.
     """
     how = how or How()
     root = check_folder(folder)
     if Path(output).resolve() == root.resolve():
-        raise UsageError(f"{root} cannot be built again in its own place", fix="name another --output")
+        raise UsageError(f"{root} cannot be rebuilt in place", fix="choose another folder with `--output`")
     made = Output.open(root)
     proof, environment = made.manifest, made.manifest.environment
     recipe, commits = made.recipe(how.base)
     with _planned_again(made, how):
-        pass  # before hours of work: are these the models?
+        pass  # Check the models before hours of work.
     recipe = replace(recipe, gates=(), output=replace(recipe.output, push=None))
     access = Access(how.follow_links, download=how.hub == "download", commits=commits, allow_code=_runs_code(made))
     hashed = proof.inputs_hashed
     checks = Checks(environment.stats, environment.allow_nonfinite, hashed, full=True, expected=proof)
     with _blamed_on_inputs(proof):
         result = merge(recipe, output, access, how.work, checks, Publish(), how.reporter)
-        comparison.compare(root, proof, result.manifest)  # of an output that was there already
+        comparison.compare(root, proof, result.manifest)  # for an output that already existed
     count = len(proof.tensors)
     return Rebuilt(root, count, count, proof.size, result.output)
 
@@ -138,10 +137,10 @@ def rebuild_into(folder: str | os.PathLike[str], output: str | os.PathLike[str],
 def check_rebuild(
     folder: str | os.PathLike[str], *, sample: float = 1.0, seed: int = 0, how: How | None = None
 ) -> Rebuilt:
-    """Prove that the manifest in `folder`, and the models that it names, give the output's very bytes.
+    """Check that the manifest in `folder` and its models give exactly the output's bytes.
 
-    sample: the share of tensors to compute again, chosen by `seed`; side files are always compared, and with a share
-    of 1 the manifest too. Raises as `rebuild`; CheckFailed names the first difference.
+    sample: the share of tensors to recompute, chosen by `seed`. Side files are always compared, and with a share of 1
+    the manifest too. Raises as `rebuild` does; CheckFailed names the first difference.
     """
     how = how or How()
     made = Output.open(folder)
@@ -149,7 +148,7 @@ def check_rebuild(
     check_structure(root, proof)
     with _planned_again(made, how) as (plan, checkpoints):
         names = [spec.name for shard in plan.shards for spec in shard.specs]
-        # Where the parts of a skill lie follows from all that comes before them.
+        # The offsets of a skill's parts depend on all parts before them.
         count = len(names) if plan.makes_skill else math.ceil(sample * len(names))
         chosen = set(random.Random(seed).sample(sorted(names), count))
         shards = plan.shards if len(chosen) == len(names) else _shards_of(plan, chosen)
@@ -177,7 +176,7 @@ def check_rebuild(
 
 @contextmanager
 def _planned_again(made: Output, how: How) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
-    """The plan that the manifest was made from, over the models as they are now. Raises StalePlan where these or
+    """Yield the plan that the manifest was made from, over the models as they are now. Raises StalePlan if these or
     skillmerge have changed."""
     root, proof = made.folder, made.manifest
     recipe, commits = made.recipe(how.base)
@@ -193,22 +192,22 @@ def _planned_again(made: Output, how: How) -> Iterator[tuple[Plan, Mapping[str, 
             then = {**proof.as_dict(), "recipe_sha256": proof.recipe.sha256, "side_files": _side_files(proof, now)}
             version = proof.tool.version
             changes = changes_module.differences(then, now) or [
-                f"skillmerge {version}, which made it, planned differently"
+                f"skillmerge {version}, which wrote it, planned differently"
             ]
             raise StalePlan(
-                f"{root} cannot be built again from what is there now: {'; '.join(changes[:8])}",
+                f"{root} cannot be rebuilt from the current files: {'; '.join(changes[:8])}",
                 fix=f"if the models have moved, {MOVED}",
             )
         if proof.inputs_hashed:
             now = input_digests(checkpoints)
             recorded = _recorded_digests(proof)
             if other := ["/".join(key) for key, digest in recorded.items() if now[key] != digest]:
-                raise StalePlan(f"{root} cannot be built again: these have other weights now: {some(other)}")
+                raise StalePlan(f"{root} cannot be rebuilt: these files have different weights now: {some(other)}")
         yield plan, checkpoints
 
 
 def _side_files(proof: Manifest, now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The manifest's side files as a plan has them: the plan's own rows where they say the same."""
+    """Return the manifest's side files as a plan has them: the plan's own rows if they agree."""
     shards = {tensor.file for tensor in proof.tensors}
     rows = {row["name"]: row for row in now["side_files"]}
     found = []
@@ -222,7 +221,7 @@ def _side_files(proof: Manifest, now: Mapping[str, Any]) -> list[dict[str, Any]]
 
 @contextmanager
 def _blamed_on_inputs(proof: Manifest) -> Iterator[None]:
-    """What differs may do so because a model has changed, where nobody knows what its weights were."""
+    """Add to a difference that a model's weights may have changed, if they were not hashed."""
     try:
         yield
     except CheckFailed as error:
@@ -233,19 +232,19 @@ def _blamed_on_inputs(proof: Manifest) -> Iterator[None]:
 
 
 def _recorded_digests(proof: Manifest) -> dict[tuple[str, str], str]:
-    """Of the inputs' files, where they were hashed."""
+    """Return the recorded digests of the inputs' files that were hashed."""
     return {(item.name, file.name): file.sha256 for item in proof.inputs for file in item.files if file.sha256}
 
 
 def _runs_code(made: Output) -> bool:
-    """Whether it was made with --allow-code."""
+    """Return whether it was made with --allow-code."""
     names = [file.name for file in made.manifest.files]
     config = made.folder / "config.json"
     return any(name.endswith(".py") for name in names) or (config.is_file() and b'"auto_map"' in config.read_bytes())
 
 
 def _shards_of(plan: Plan, chosen: set[str]) -> tuple[ShardPlan, ...]:
-    """Each chosen tensor as a shard of its own, at its place in its file."""
+    """Return each chosen tensor as a shard of its own, at its place in its file."""
     return tuple(
         ShardPlan(f"{shard.file}: {spec.name}", shard.header, (spec,))
         for shard in plan.shards
@@ -255,7 +254,7 @@ def _shards_of(plan: Plan, chosen: set[str]) -> tuple[ShardPlan, ...]:
 
 
 class _Original:
-    """The finished output, as a destination of the engine: what it is given has to be there already."""
+    """The finished output as a destination of the engine: every byte must equal the existing one."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -268,12 +267,12 @@ class _Original:
         return _ComparedStream(self.root / shard.file, start)
 
     def record(self, done: ShardRecord) -> None:
-        """What was compared needs no journal."""
+        """Record nothing: a comparison needs no journal."""
         self.finished[done.file] = done
 
 
 class _ComparedFile:
-    """A file of the output that takes no bytes but those it has."""
+    """A file of the output that accepts only the bytes it already has."""
 
     def __init__(self, path: Path, shard: ShardPlan) -> None:
         self._path, self._specs = path, shard.specs
@@ -285,7 +284,7 @@ class _ComparedFile:
             raise
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Raise CheckFailed where the file has other bytes at `offset`, and say which element is the first."""
+        """Raise CheckFailed, naming the first element, if the file has different bytes at `offset`."""
         place = 0
         while place < len(data):
             there = os.pread(self._descriptor, len(data) - place, offset + place)
@@ -299,9 +298,9 @@ class _ComparedFile:
     def _difference(self, position: int) -> str:
         spec: StoredTensor | None = next((spec for spec in self._specs if spec.start <= position < spec.end), None)
         if spec is None:
-            return f"{self._path}: byte {position} is not what the manifest gives when it is built again"
+            return f"{self._path}: byte {position} differs when rebuilt from the manifest"
         element = (position - spec.start) // DTYPES[spec.dtype].itemsize
-        return f"{self._path}: tensor `{spec.name}` differs from element {element} on when it is built again"
+        return f"{self._path}: tensor `{spec.name}` differs from element {element} on when rebuilt"
 
     def finish(self) -> None:
         self.close()
@@ -313,7 +312,7 @@ class _ComparedFile:
 
 
 class _ComparedStream:
-    """The same for a file whose size is known only at its end."""
+    """A compared file whose size is known only at its end."""
 
     def __init__(self, path: Path, start: int) -> None:
         self._path, self._position = path, start
@@ -324,19 +323,19 @@ class _ComparedStream:
         self._position += len(data)
 
     def put(self, data: bytes | memoryview, offset: int) -> None:
-        """Raise CheckFailed where the file has other bytes at `offset`."""
+        """Raise CheckFailed if the file has different bytes at `offset`."""
         left = memoryview(data).cast("B")  # views of other formats equal no bytes
         while left:
             there = os.pread(self._stream.fileno(), len(left), offset)
             if not there or there != bytes(left[: len(there)]):
-                raise CheckFailed(f"{self._path} differs when it is built again")
+                raise CheckFailed(f"{self._path} differs when rebuilt")
             left, offset = left[len(there) :], offset + len(there)
 
     def finish(self, stop: threading.Event) -> tuple[int, str]:
         size = os.fstat(self._stream.fileno()).st_size
         self.close()
         if size != self._position:
-            raise CheckFailed(f"{self._path} differs when it is built again")
+            raise CheckFailed(f"{self._path} differs when rebuilt")
         return size, hash_file(self._path, stop)
 
     def close(self) -> None:
@@ -345,4 +344,4 @@ class _ComparedStream:
 
 def _compare_file(path: Path, wanted: bytes) -> None:
     if path.read_bytes() != wanted:
-        raise CheckFailed(f"{path} differs when it is built again")
+        raise CheckFailed(f"{path} differs when rebuilt")

@@ -1,6 +1,6 @@
-"""What a merge is asked for beside its recipe: how it is checked, and how it becomes visible.
+"""How a merge is checked and published, beside its recipe.
 
-How models are reached is `plans.opening.Access`, how it is computed `engine.runner.Work`.
+`plans.opening.Access` says how models are reached, `engine.runner.Work` how the merge is computed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from skillmerge.outputs.manifest import Manifest
 class Checks:
     """How inputs and output are checked.
 
-    stats: how much of the rounding is measured: full, sampled or off. full: an output that is there already is read
-    again, every byte. expected: a manifest that the output has to get, but for its environment. strict: warnings
-    are refused.
+    stats: how much of the rounding is measured: full, sampled or off. full: reread every byte of an existing output.
+    expected: a manifest that the output must equal, except its environment. strict: warnings fail.
     """
 
     stats: str = "sampled"
@@ -30,10 +29,10 @@ class Checks:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """How the output becomes visible: in place of what is there, on the Hub, or there alone.
+    """How the output is published: replacing an existing one, on the Hub too, or on the Hub only.
 
-    repository: org/name, in place of the recipe's `output.push.repo`; private, revision, pull_request and message
-    likewise. no_local: shards are sent as they are finished and removed; only the Hub keeps them.
+    repository: org/name; replaces `output.push.repo`, as private, revision, pull_request and message replace theirs.
+    no_local: upload shards as they finish and remove them here.
     """
 
     overwrite: bool = False

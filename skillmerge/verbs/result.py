@@ -1,4 +1,4 @@
-"""The result of a merge or of a cut skill. Knows nothing of the run."""
+"""The result of a merge or an extracted skill. Knows nothing about the run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished merge: where it is, its manifest, and where it was computed and why there.
+    """A finished merge: its folder, its manifest, the device and why it was chosen.
 
-    `already` where nothing was left to do. published: where on the Hub it is, if it was pushed. gates: what became
-    of each. warnings: what needs attention, of the plan, the weights and the run.
+    already: the output was up to date. published: its place on the Hub, if it was pushed. gates: the outcome of each.
+    warnings: those of the plan, the weights and the run.
     """
 
     output: Path

@@ -1,4 +1,4 @@
-"""What a merge is made from: a recipe or a saved plan, as a plan that can be carried out."""
+"""A recipe or a saved plan -> a plan that can be applied."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def source_name(recipe: RecipeSource | Recipe) -> str:
 
 
 def read_source(recipe: RecipeSource | Recipe, coefficients: Mapping[str, float] | None) -> Recipe | SavedPlan:
-    """The recipe, or the saved plan, at a path or on standard input. Raises UsageError, RecipeError."""
+    """Return the recipe, or the saved plan, at a path or on standard input. Raises UsageError, RecipeError."""
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
@@ -38,7 +38,9 @@ def read_source(recipe: RecipeSource | Recipe, coefficients: Mapping[str, float]
     if piped is None and not savedplan.looks_saved(recipe):
         return load(recipe, coefficients)
     if coefficients:
-        raise UsageError("a saved plan has its coefficients", fix="leave `--set` out, or plan again with it")
+        raise UsageError(
+            "a saved plan already fixes its coefficients", fix="leave `--set` out, or plan again with `--set`"
+        )
     return savedplan.read(recipe) if piped is None else savedplan.parse(piped, Path(STANDARD_INPUT))
 
 
@@ -46,7 +48,7 @@ def read_source(recipe: RecipeSource | Recipe, coefficients: Mapping[str, float]
 def planned_to_apply(
     source: Recipe | SavedPlan, access: Access, checks: Checks, reporter: Reporter
 ) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
-    """A plan that can be carried out, and its open models. Raises StalePlan for a saved plan that has changed."""
+    """Yield a plan that can be applied, and its open models. Raises StalePlan for a saved plan that has changed."""
     saved = source if isinstance(source, SavedPlan) else None
     if saved is not None:
         access = replace(access, commits=saved.commits)

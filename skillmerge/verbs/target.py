@@ -1,4 +1,4 @@
-"""What is at an output's place already: where it may go, whether it is there, what must not be replaced."""
+"""The output's folder: where it may be, whether it is up to date, what must not be replaced."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from skillmerge.recipes.recipe import Recipe
 
 
 def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpoints: Mapping[str, Checkpoint]) -> Path:
-    """Where the output goes. Raises UsageError where that is nowhere, or would replace an input."""
+    """Return the output's folder. Raises UsageError if there is none, or it would replace an input."""
     try:
         path = Path(output).expanduser() if output is not None else recipe.output.path
         str(path).encode()
@@ -49,7 +49,7 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
     here = Path.cwd()
     if path in (here, *here.parents):
         raise UsageError(
-            f"the output {path} would replace the folder you are in", fix="choose another folder for the output"
+            f"the output {path} would replace the current folder", fix="choose another folder for the output"
         )
     for what, place in precious.items():
         for ours in (path, Staging.folder_of(path)) if path.name else (path,):
@@ -62,7 +62,7 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
 
 
 def finished_output(folder: Path, plan: Plan, conditions: Mapping[str, Any], hash_inputs: bool) -> Manifest | None:
-    """The manifest in `folder` where it is this very plan's, made from these very files as asked now, and whole
+    """Return the manifest in `folder` where it is this very plan's, made from these very files as asked now, and whole
     as far as can be seen without reading the weights again (that is what `verify` does)."""
     if not (folder / MANIFEST_FILE).is_file():
         return None
@@ -72,7 +72,7 @@ def finished_output(folder: Path, plan: Plan, conditions: Mapping[str, Any], has
     except CheckFailed:
         return None
     if any(not outcome.passed for outcome in RunLog.read(folder).gates):
-        return None  # it was refused, and somebody has put it here
+        return None  # it failed a gate, and was moved here by hand
     known = proof.environment.conditions
     same = proof.plan_digest == plan.digest and all(known.get(key) == conditions[key] for key in conditions)
     hashed = all(file.sha256 for item in proof.inputs for file in item.files)
@@ -82,9 +82,9 @@ def finished_output(folder: Path, plan: Plan, conditions: Mapping[str, Any], has
 def refuse_other_donor(
     staging: Staging, plan: Plan, checkpoints: Mapping[str, Checkpoint], conditions: dict[str, Any], allow_code: bool
 ) -> None:
-    """Raise UsageError where an earlier run has finished shards of this merge with another donor.
+    """Raise UsageError if an earlier run has finished shards of this merge with another donor.
 
-    Version 0.1 took another donor from some recipes. Nobody has changed such a recipe, so what it made is not dropped.
+    Version 0.1 chose another donor for some recipes. Such a recipe has not changed, so its shards are not dropped.
     """
     unfinished = staging.plan_of_unfinished(conditions)
     if unfinished in (None, plan.weights_digest):
@@ -99,14 +99,14 @@ def refuse_other_donor(
         return
     raise UsageError(
         f"{staging.folder} holds finished shards of this merge with the donor `{donor}`, but the donor is "
-        f"`{plan.donor}` now",
+        f"now `{plan.donor}`",
         fix=f"to finish that merge, add `output: {{like: {donor}}}`; to start over with `{plan.donor}`, "
         "remove the folder",
     )
 
 
 def is_done(plan: Plan, output: str | os.PathLike[str] | None = None, stats: str = "sampled") -> bool:
-    """Whether the output is this plan's already, made from these very files, and every byte of it is as it was."""
+    """Return whether the output is up to date: made by this plan from these files, with every byte unchanged."""
     target = output if output is not None else plan.recipe.output.path
     if target is None:
         return False
@@ -116,7 +116,7 @@ def is_done(plan: Plan, output: str | os.PathLike[str] | None = None, stats: str
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raise UsageError where something is at the output's place that must not be replaced."""
+    """Raise UsageError if the output would replace something that it must not."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} exists and is not a folder", fix="choose another folder with `--output`")
     if target.is_mount():
@@ -126,10 +126,11 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
     names = [path.name for path in target.iterdir()] if target.is_dir() else []
     if names and not overwrite:
         raise UsageError(
-            f"{target} exists already", fix="pass `--overwrite` to replace it, or choose another folder with `--output`"
+            f"output `{target}` already exists",
+            fix="pass `--overwrite` to replace it, or choose another folder with `--output`",
         )
     if names and not any(name == MANIFEST_FILE or name.endswith(".safetensors") for name in names):
         raise UsageError(
-            f"{target} holds no model, and --overwrite replaces only models: it has {some(sorted(names), 4)}",
-            fix="choose another folder with `--output`, or remove that one yourself",
+            f"{target} holds no model, and `--overwrite` replaces only models; it has {some(sorted(names), 4)}",
+            fix="choose another folder with `--output`, or remove this one yourself",
         )

@@ -1,4 +1,4 @@
-"""The verb verify: every byte of a finished output, its signature, whether it loads, and what a skill was cut from."""
+"""The verb verify: an output's bytes, signature and loading, and a skill's parent."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ def verify(
 ) -> Verdict:
     """Check every file of an output against its manifest.
 
-    load: also load it and its tokenizer with transformers, in a separate process; a name or names of runtimes
-    (`transformers`, `vllm`) load it with these, and another one has to generate what transformers does. parent: of a
-    skill, a model that it must have been cut from. signature: True for the output's own `model.sig`, or another file;
-    it must have been made with the key of `public_key`, or with a certificate that leads to `certificate_chain`.
-    Either of these demands a signature too.
-    Raises CheckFailed with the first difference, UsageError where there is no folder or a package is missing,
-    ResourceError where it cannot be loaded and the machine is at fault.
+    load: also load it and its tokenizer with transformers, in a separate process. Names of runtimes (`transformers`,
+    `vllm`) select others, which must generate what transformers does. parent: for a skill, a model that it must have
+    been extracted from. signature: True for the output's own `model.sig`, or another file. It must be made with the
+    key of `public_key`, or with a certificate that leads to `certificate_chain`; either requires a signature.
+    Raises CheckFailed with the first difference, UsageError if there is no folder or a package is missing,
+    ResourceError if it cannot be loaded and the machine is at fault.
     """
     runtimes = asked_runtimes(load)
     if runtimes:

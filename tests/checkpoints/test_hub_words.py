@@ -20,7 +20,7 @@ def test_hub_that_is_away_leads_to_a_cache_that_has_everything(
 
     put_family(hub, tmp_path / "local")
     recipe = hub_recipe(tmp_path / "remote")
-    again = "try again later: the same command continues where it stopped"
+    again = "rerun later; the same command continues where it stopped"
     hub.fail("status", "GET /api/models/acme/target", times=10**6, status=503)
     assert f"help: {again}\n" in run_cli("plan", recipe).stderr
     hub.faults.clear()

@@ -196,7 +196,7 @@ def test_a_patch_that_changes_is_noticed(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "patch")
     rl["small"][0] = 3.0
     write_patch(tmp_path / "patch", sft, rl, torch.int32)
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         skillmerge.apply(recipe, tmp_path / "out")
     again = skillmerge.apply(recipe, tmp_path / "out", overwrite=True)
     assert first.manifest.files != again.manifest.files

@@ -82,7 +82,7 @@ def test_another_rename_is_another_plan(odd: Path, edit: Edit) -> None:
     edit(odd, models=models(rl={"path": "rl", "rename": [*swap, *RENAME]}))
     after = skillmerge.plan(odd, diff=odd.parent / "plan.json")
     assert after.weights_digest != before.weights_digest
-    assert "model rl: its tensors are read under other names now" in (after.changes or ())
+    assert "model rl: its tensors are now read under other names" in (after.changes or ())
     rl, output = (
         read_checkpoint(odd.parent / "rl"),
         read_checkpoint(Path(skillmerge.apply(edit(odd, merge="rl")).output)),
@@ -105,7 +105,7 @@ def test_output_of_a_renamed_donor_has_the_new_names(tmp_path: Path, edit: Edit)
     output = Path(skillmerge.apply(recipe).output)
     assert read_checkpoint(output).keys() == read_checkpoint(tmp_path / "sft").keys()
     assert (output / "config.json").read_bytes() == (tmp_path / "target" / "config.json").read_bytes()
-    note = "the output has the names that `target` is renamed to, and config.json is as it was: do they fit?"
+    note = "the output has the names that `target` is renamed to, but config.json is unchanged: check that they fit"
     assert any(note in each for each in skillmerge.plan(recipe).notes)
 
 
@@ -163,7 +163,7 @@ def test_rename_that_renames_nothing_is_told_with_what_is_near(odd: Path, edit: 
     )
     assert trial((OLD, NEW), ("model.language_model.layers.", "odd.")) == (
         "no tensor of model `rl` is left that begins with `model.language_model.layers.`: an earlier rule renames them",
-        "the first rule that matches wins: put it first",
+        "put this rule first; the first rule that matches wins",
     )
 
 

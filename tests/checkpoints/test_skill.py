@@ -268,7 +268,7 @@ def test_parents_are_known_by_their_digests(family: Path) -> None:
         assert f"is `{parent}` of this skill" in process.stdout
     process = run_cli("verify", "math", "--parent", "target", cwd=folder)
     assert process.returncode == 3
-    assert "target is not a checkpoint that math was extracted from: tensor `" in process.stderr
+    assert "target is not a parent of math: tensor `" in process.stderr
     file = next((folder / "sft").glob("*.safetensors"))
     tensors = load_file(file)
     tensors[next(iter(tensors))].view(torch.int16).flatten()[3] ^= 1

@@ -164,7 +164,7 @@ def test_a_hint_changes_nothing(store: Store) -> None:
 def test_small_files_are_read_whole_up_to_a_limit(store: Store) -> None:
     for name in ("config.json", "empty.txt", "inner/notes.txt"):
         assert store.read_small(name, 8) == FILES[name]
-    with pytest.raises(InputError, match=r"config\.json: is not a file of sane size"):
+    with pytest.raises(InputError, match=r"config\.json: is not a regular file of acceptable size"):
         store.read_small("config.json", 7)
 
 

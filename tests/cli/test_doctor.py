@@ -61,13 +61,13 @@ def test_doctor_tells_versions_machine_and_disk(tmp_path: Path) -> None:
     assert disk["writable"] is True
     assert disk["filesystem"] in Path("/proc/filesystems").read_text()
     assert list(tmp_path.iterdir()) == []
-    assert found["hub"]["answer"] == "not asked: HF_HUB_OFFLINE is set"
+    assert found["hub"]["answer"] == "not checked: HF_HUB_OFFLINE is set"
 
 
 def test_doctor_for_people_has_the_same_facts(tmp_path: Path) -> None:
     process = run_cli("doctor", tmp_path, HF_HUB_OFFLINE="1")
     assert process.returncode == 0
-    assert re.search(r"^ ?lock +yes +two runs on one output: the second exits 6", process.stdout, re.M)
+    assert re.search(r"^ ?lock +yes +a second run on the same output exits 6", process.stdout, re.M)
     assert list(tmp_path.iterdir()) == []
     for line in (r"^versions$", r"^  skillmerge: \d", r"^  total: \d+\.\d GB$", r"^  writable: yes$"):
         assert re.search(line, process.stdout, re.M), line

@@ -63,7 +63,7 @@ def test_events_go_into_a_pipe_that_somebody_reads(family: Path, tmp_path: Path)
     os.mkfifo(pipe)
     process = run_cli("apply", family, "--events", pipe)
     assert process.returncode == 2
-    assert "nobody reads this pipe" in process.stderr
+    assert "no process reads this pipe" in process.stderr
     with open(os.open(pipe, os.O_RDWR)) as stream:  # read and write: it never ends
         names: list[str] = []
 
@@ -88,7 +88,7 @@ def test_events_that_cannot_be_written_do_not_stop_a_run(tmp_path: Path) -> None
         log.record("started", {})
     log.close()
     assert len(told) == 1
-    assert "no more events" in told[0]
+    assert "logging of events stopped" in told[0]
 
 
 def test_messages_are_json_lines_where_programs_read_them(family: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_junit_of_an_apply_without_gates_has_its_own_checks(family: Path, tmp_pa
     assert run_cli("apply", family, "--junit", junit).returncode == 0
     assert cases_of(junit) == dict.fromkeys(own, "")
     assert run_cli("apply", family, "--junit", junit).returncode == 0
-    assert cases_of(junit) == {"output is this plan's already": ""}
+    assert cases_of(junit) == {"output is up to date": ""}
     skill = write_recipe(tmp_path, "rl - sft", coefficients=None, output={"path": "skill", "kind": "skill"})
     assert run_cli("apply", skill, "--junit", junit).returncode == 0
     assert cases_of(junit) == dict.fromkeys(own, "")

@@ -338,7 +338,7 @@ def test_report_replaces_reports_only(family: Path) -> None:
     assert (family.parent / "notes.html").read_text() == "my notes"
     process = run_cli("inspect", family, "--report", family.parent / "nowhere" / "report.html")
     assert process.returncode == 2
-    assert "is no folder" in process.stderr
+    assert "is not a folder" in process.stderr
     assert process.stdout == ""
     assert run_cli("plan", family, "--report", "x" * 300 + ".html").returncode == 2
     for _ in range(2):

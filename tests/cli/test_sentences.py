@@ -64,14 +64,19 @@ def test_place_is_the_shortest_run_of_layers_that_holds_half(
 @pytest.mark.parametrize(
     ("cosine", "deviations", "text"),
     [
-        (0.01, 2.9, "is 0.01: no more than chance gives (2.9 standard deviations)."),
-        (0.2, 40.0, "is 0.2: they pull the same way (40 standard deviations from chance)."),
-        (-0.2, -40.0, "is -0.2: they pull opposite ways (40 standard deviations from chance)."),
+        (0.01, 2.9, "is 0.01: no more than chance gives (sign-flip z 2.9)"),
+        (0.2, 40.0, "is 0.2: they pull the same way (sign-flip z 40)."),
+        (-0.2, -40.0, "is -0.2: they pull opposite ways (sign-flip z -40)."),
         (0.2, None, "is 0.2."),
     ],
 )
 def test_relation_is_judged_against_chance(
     found: Inspection, cosine: float, deviations: float | None, text: str
 ) -> None:
-    total = {**found.total, "cosine": cosine, "cosine_z_signs": deviations}
-    assert sentences(replace(found, total=total))[2].endswith(text)
+    total = {**found.total, "cosine": cosine, "cosine_z_signs": deviations, "updates_ratio": 0.25}
+    modules = {kind: {**row, "cosine": 0.1, "cosine_z_signs": 1.0} for kind, row in found.modules.items()}
+    told = sentences(replace(found, total=total, modules=modules))[2]
+    assert told.endswith(f"{text.rstrip('.')}. It is 0.25 times as long as that update.")
+    modules["norm"] = {**modules["norm"], "cosine": 0.5, "cosine_z_signs": -5.0}
+    exception = "; of norm tensors it is 0.5 (z 5)"
+    assert (exception in sentences(replace(found, total=total, modules=modules))[2]) == ("chance" in text)

@@ -212,13 +212,13 @@ def test_gate_by_block_sees_what_the_mean_hides(ramp: Path, tmp_path: Path) -> N
     assert (outcome.gate, outcome.passed) == ("realised by block", False)
     assert outcome.measured == realised[worst] < 0.7
     assert outcome.as_dict()["where"] == worst
-    assert outcome.detail == f"{worst}; {failing} of {len(realised)} do not hold"
+    assert outcome.detail == f"{worst}; {failing} of {len(realised)} fail"
 
 
 def test_gate_by_block_keeps_the_output_back_and_names_the_worst(tmp_path: Path) -> None:
     gates = {"realised": {"min": 0.9, "max": 1.1, "by": "block", "modules": "mlp"}}
     path = twelve_layers(tmp_path, gates=gates)
-    with pytest.raises(CheckFailed, match=r"realised by block mlp: 0\.\d+ at layer \d+ mlp \(asked: 0\.9 to 1\.1\)"):
+    with pytest.raises(CheckFailed, match=r"realised by block mlp: 0\.\d+ at layer \d+ mlp \(required: 0\.9 to 1\.1\)"):
         skillmerge.apply(path)
     assert not (tmp_path / "merged").exists()
 
@@ -301,10 +301,10 @@ class Held:
         return check(load_gates(self.gates)[-1:], given, lambda outcome: None)[0]
 
     def failing(self, figure: str, least: float, most: float, sums: Sums, factors: Mapping[str, float]) -> int:
-        """How many blocks do not hold."""
+        """How many blocks fail."""
         asked = f"{figure}: {{min: {least:.17g}, max: {most:.17g}, by: block}}"
         failed, _, said = self.by_block(asked, sums, factors).detail.rpartition("; ")[2].partition(" of ")
-        return int(failed) if said.endswith("do not hold") else 0
+        return int(failed) if said.endswith("fail") else 0
 
 
 def opened(factors: Mapping[str, float] | None) -> Any:
@@ -362,7 +362,7 @@ def test_gate_by_block_looks_at_no_block_without_an_update(held: Held, mode: str
     sums = dict(zip(names, (still, exactly(LEAST - 1, 0.5), exactly(LEAST, 0.5), exactly(4000, 0.95)), strict=True))
     gate = "realised: {min: 0.9, max: 1.1, by: block}"
     found = held.by_block(gate, sums, mode=mode)
-    assert (found.passed, found.measured, found.detail) == (False, 0.5, "layer 2 mlp; 1 of 2 do not hold")
+    assert (found.passed, found.measured, found.detail) == (False, 0.5, "layer 2 mlp; 1 of 2 fail")
     found = held.by_block(gate, {name: sums[name] for name in names if name != names[2]}, mode=mode)
     assert (found.passed, found.measured, found.detail) == (True, 0.95, "layer 3 mlp; the worst of 1")
     found = held.by_block(gate, dict.fromkeys(names, still), mode=mode)

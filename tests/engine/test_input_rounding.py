@@ -169,10 +169,10 @@ def test_update_that_is_mostly_rounding_is_told(cast: Path, command: str) -> Non
     process = run_cli(*options[command], "-q", cwd=cast)
     assert process.returncode == 0
     assert process.stderr == (
-        "warning: most of this update may be rounding of its models: 0.83 of its norm is to be expected of bfloat16 "
+        "warning: most of this update may be rounding of its models: 0.83 of its norm is expected from bfloat16 "
         "(0.59 of the added model alone)\n"
-        "help: if the models were cast, export float32 and take the difference of that; values that were trained in "
-        "this precision itself are exact\n"
+        "help: if the models were cast, use their float32 originals; models that were trained in "
+        "this precision are exact\n"
     )
     process = run_cli(*options[command], "--json", cwd=cast)
     assert json.loads(process.stdout)["warnings"] == [process.stderr.splitlines()[0].removeprefix("warning: ")]

@@ -50,7 +50,8 @@ def test_filesystem_without_locks_is_one_warning(tmp_path: Path, monkeypatch: py
     with hold(tmp_path / "s", said) as claim:
         claim.check()
     assert said.warnings == [
-        f"the filesystem of {tmp_path / 's'} has no file locks ({os.strerror(number)}): a second run on it would stop "
+        f"the filesystem of {tmp_path / 's'} has no file locks ({os.strerror(number)}), so a second run on it would "
+        f"stop "
         "this one"
     ]
     assert list(tmp_path.iterdir()) == []
@@ -79,7 +80,7 @@ def test_where_locks_lock_nothing_the_first_notices_and_leaves_all_to_the_second
         first.check()
     assert caught.value.exit_status == 6
     assert caught.value.message == (
-        f"another run has taken {tmp_path / 'out'} over: this one has stopped, and left it alone"
+        f"another run has taken over {tmp_path / 'out'}; this one has stopped and left it alone"
     )
     first.close()
     second.check()
@@ -137,7 +138,7 @@ def test_new_folder_appears_when_it_is_done(tmp_path: Path) -> None:
         with pytest.raises(OutputLocked), new_folder(tmp_path / "out", Reporter()):
             pass
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
-    with pytest.raises(UsageError, match="exists already"), new_folder(tmp_path / "out", Reporter()):
+    with pytest.raises(UsageError, match="already exists"), new_folder(tmp_path / "out", Reporter()):
         pass
 
 
@@ -170,7 +171,7 @@ def fail(claim: Claim, failure: Exception, first: Callable[[], object] = lambda:
         raise failure
 
 
-STOPPED = "another run has taken {} over: this one has stopped, and left it alone"
+STOPPED = "another run has taken over {}; this one has stopped and left it alone"
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["the other works", "the other has finished"])
@@ -186,7 +187,7 @@ def test_whatever_fails_in_a_folder_that_another_run_took_fails_of_that(
     with pytest.raises(OutputLocked) as caught, closing(first):
         fail(first, failure)
     assert caught.value.message == STOPPED.format(tmp_path / "out")
-    assert caught.value.fix == "let that run finish, or choose another --output"
+    assert caught.value.fix == "let that run finish, or choose another folder with `--output`"
     assert caught.value.__context__ is failure
     if not gone:
         second.check()

@@ -38,9 +38,9 @@ def test_disk_error_says_where_and_what_to_do(number: int, kind: type[Skillmerge
 @pytest.mark.parametrize(
     ("number", "message", "fix"),
     [
-        (errno.EDQUOT, "the disk quota is used up: some/file could not be written", "make room"),
+        (errno.EDQUOT, "the disk quota is used up: some/file could not be written", "free disk space"),
         (errno.EFBIG, "some/file could not be written: no file may be that large here", "`output.shard_size`"),
-        (errno.EXDEV, "some/file cannot be written: Invalid cross-device link", "choose another place"),
+        (errno.EXDEV, "some/file cannot be written: Invalid cross-device link", "choose another folder"),
         (errno.ESTALE, "some/file could not be written: Stale file handle", "`skillmerge doctor some`"),
     ],
     ids=["quota", "file size", "lower layer of an overlay", "NFS"],

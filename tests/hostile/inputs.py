@@ -411,7 +411,7 @@ PLACES = cases(2, [
     ("output: its staging folder is somebody's", "merged.partial",
         all_of(made_folder("merged.partial"), file_is("merged.partial/thesis.txt", "x"))),
     ("output: its staging folder is a file", "merged.partial", file_is("merged.partial", "x")),
-    ("output: a folder with something in it", "exists already",
+    ("output: a folder with something in it", "already exists",
         all_of(made_folder("merged"), file_is("merged/thesis.txt", "x"))),
     ("output: a file", "is not a folder", file_is("merged", "x"), {"overwrite": True}),
     ("output: a link", "is not a folder",

@@ -42,7 +42,7 @@ def test_card_names_parents_and_what_was_done(hub: HubServer, licensed: Path, tm
     assert "lam over model.layers: 0 ▁▅█ 2  (0 to 1)" in text
     assert f"[acme/rl](https://huggingface.co/acme/rl) | `{hub.repos['acme/rl'].refs['main']}`" in text
     assert "local: 2 files" in text
-    assert "realised lambda" in text
+    assert "effective λ" in text
     assert '"merge": "target + lam * (rl - sft)"' in text
     assert str(tmp_path) not in text.replace(work.read_text().strip(), "")
 
@@ -54,13 +54,13 @@ A merge of 3 models by `target + lam * (rl - sft)`, computed by skillmerge VERSI
 
 ## Parents
 
-| name | model | commit | licence |
+| name | model | commit | license |
 | --- | --- | --- | --- |
 | `target` (donor) | local: 2 files, 8.0 KB | - | - |
 | `rl` | local: 2 files, 8.0 KB | - | - |
 | `sft` | local: 2 files, 8.0 KB | - | - |
 
-## How they were merged
+## Recipe
 
 ```yaml
 <recipe>
@@ -77,11 +77,11 @@ lam over model.layers: 0 ▁▅█ 2  (0 to 1)
 | model.layers 2 | 1 | 1 | 1 | - | - |
 | outside blocks | - | - | 1 | 1 | 1 |
 
-## What rounding did
+## Effect of rounding
 
 Measured on a sample of blocks.
 
-| module | asked lambda | realised lambda | vanished | changed |
+| module | requested λ | effective λ | lost | changed |
 | --- | --- | --- | --- | --- |
 | attention | 0.769 | 0.761 | 6.6% | 82.8% |
 | mlp | 0.738 | 0.734 | 7.1% | 81.7% |
@@ -100,10 +100,9 @@ model = AutoModelForCausalLM.from_pretrained("acme/merged")
 
 ## Proof
 
-`skillmerge.manifest.json` names every input with its commit and digests, what was done to each tensor,
-and the sha256 of every file. Plan `<digest>`.
-With the recipe above and the commits of the table, `skillmerge apply` gives the same bytes again;
-`skillmerge verify` checks them.
+`skillmerge.manifest.json` names every input with its commit and digests, the action on each tensor, and the
+sha256 of every file. Plan `<digest>`. `skillmerge verify` checks every byte. With the recipe
+and the commits above, `skillmerge apply` reproduces the same bytes.
 """
 
 
@@ -159,11 +158,17 @@ def test_card_by_hand_keeps_its_words(hub: HubServer, finished: Path, tmp_path: 
 
 def test_licence_that_is_not_settled_is_settled_in_the_words_of_the_command(family: Path) -> None:
     assert run_cli("apply", family, "-q").returncode == 0
-    told = "the parents' licences do not settle that of the merge (target: none, rl: none, sft: none)"
+    told = (
+        "the license of the merge is undeclared, and the parents' licenses differ or are missing "
+        "(target: none, rl: none, sft: none)"
+    )
     process = run_cli("push", family.parent / "merged", "acme/merged")
     assert (process.returncode, process.stderr) == (
-        2, f"error: {told}\nhelp: read them, then declare it: `--license apache-2.0`\n"
+        2, f"error: {told}\nhelp: check the parents' licenses, then declare it: `--license apache-2.0`\n"
     )  # fmt: skip
     process = run_cli("apply", family, "-q", "--push", "acme/merged", "--set", "lam=0.5", "--overwrite")
     declare = "declare it in the recipe:\noutput:\n  license: apache-2.0"
-    assert (process.returncode, process.stderr) == (2, f"error: {told}\nhelp: read them, then {declare}\n")
+    assert (process.returncode, process.stderr) == (
+        2,
+        f"error: {told}\nhelp: check the parents' licenses, then {declare}\n",
+    )

@@ -135,7 +135,7 @@ def test_an_output_that_its_gates_refused_is_nobodys_release(tmp_path: Path) -> 
     output.refuse_failed()
     log = RunLog("2026-01-01T00:00:00Z", 1.0, (Outcome("loads", "yes", None, False),))
     (output.folder / manifest.RUN_LOG_FILE).write_bytes(log.to_bytes())
-    with pytest.raises(CheckFailed, match="was refused by its gates: loads"):
+    with pytest.raises(CheckFailed, match="failed its gates: loads"):
         output.refuse_failed()
 
 

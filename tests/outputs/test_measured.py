@@ -192,5 +192,5 @@ def test_manifest_made_before_skills_knew_their_models_is_said_again(tmp_path: P
     whole = replace(new.statistics.all, input_rounding=None, input_rounding_added=None)
     old = replace(new, statistics=replace(new.statistics, all=whole, input_precisions=()))
     compare(tmp_path, old, new)
-    with pytest.raises(CheckFailed, match="`statistics` differs when it is built again"):
+    with pytest.raises(CheckFailed, match="`statistics` differs when rebuilt"):
         compare(tmp_path, new, old)

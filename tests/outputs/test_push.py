@@ -116,7 +116,7 @@ def test_branch_that_moves_is_left_alone(hub: HubServer, finished: Path) -> None
         hub.commit(MERGED, {"notes.txt": b"somebody else's"})
 
     hub.fail("call", r"POST /api/models/acme/merged/commit", action=move)
-    with pytest.raises(StalePlan, match="has moved on"):
+    with pytest.raises(StalePlan, match="has changed since"):
         skillmerge.push(finished, MERGED)
     assert set(hub.tree(MERGED)) == {".gitattributes", "notes.txt"}
 
@@ -275,7 +275,7 @@ def test_commit_that_lands_after_it_was_given_up_is_found(hub: HubServer, finish
 
 def test_output_that_stands_in_the_way_is_told_before_anything_is_made(hub: HubServer, licensed: Path) -> None:
     skillmerge.apply(licensed)
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         skillmerge.apply(licensed, coefficients={"lam": 0.5}, push=MERGED)
     assert MERGED not in hub.repos
 

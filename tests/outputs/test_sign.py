@@ -148,7 +148,7 @@ def test_certificate_holds_here_and_there_offline(certified: Path, keys: Path) -
     verify = ("verify", "certificate", certified, "--signature", certified / "model.sig")
     assert model_signing(*verify, "--certificate_chain", keys / "root.crt").exit_code == 0
     for untrusted in ("twin.crt", "middle.crt"):
-        with pytest.raises(CheckFailed, match="does not hold"):
+        with pytest.raises(CheckFailed, match="signature is invalid"):
             skillmerge.verify_signed(certified, certificate_chain=[keys / untrusted])
         assert model_signing(*verify, "--certificate_chain", keys / untrusted).exit_code == 1
 
@@ -239,7 +239,7 @@ def test_output_that_is_sound_but_not_the_signed_one_is_refused(signed: Path, ke
     forged = skillmerge.apply(recipe, coefficients={"lam": 0.1}).output
     shutil.copy(signed / "model.sig", forged / "model.sig")
     skillmerge.verify(forged)
-    with pytest.raises(CheckFailed, match=r"not of these files: .*model-00001"):
+    with pytest.raises(CheckFailed, match=r"does not match these files: .*model-00001"):
         skillmerge.verify_signed(forged, public_key=keys / "key.pub")
     assert not theirs_accepts(forged, keys / "key.pub")
 
@@ -251,7 +251,7 @@ def test_signature_that_leaves_files_out_is_refused(output: Path, keys: Path) ->
         "--ignore-paths", output / SHARD,
     )  # fmt: skip
     assert theirs_accepts(output, keys / "key.pub")
-    with pytest.raises(CheckFailed, match=f"not of these files: {SHARD}"):
+    with pytest.raises(CheckFailed, match=f"does not match these files: {SHARD}"):
         skillmerge.verify_signed(output, public_key=keys / "key.pub")
 
 
@@ -281,7 +281,7 @@ def test_what_changes_while_it_is_signed_is_not_signed(
         return verdict
 
     monkeypatch.setattr(sign, "verify_files", verified)
-    with pytest.raises(CheckFailed, match=f"not of these files: {SHARD}"):
+    with pytest.raises(CheckFailed, match=f"does not match these files: {SHARD}"):
         skillmerge.sign(output, private_key=keys / "key.pem")
     assert not (output / "model.sig").exists()
 
@@ -384,16 +384,16 @@ def test_certificate_of_another_key_and_no_chain_are_usage_errors(output: Path, 
         skillmerge.sign(
             output, private_key=keys / "other.pem", signing_certificate=keys / "signer.crt", certificate_chain=chain
         )
-    with pytest.raises(UsageError, match="leads from it to a root"):
+    with pytest.raises(UsageError, match="chain to a root"):
         skillmerge.sign(output, private_key=keys / "key.pem", signing_certificate=keys / "signer.crt")
-    with pytest.raises(UsageError, match=r"key\.pub holds no certificate"):
+    with pytest.raises(UsageError, match=r"key\.pub has no certificate"):
         skillmerge.verify_signed(output, certificate_chain=[keys / "key.pub"])
 
 
 def test_whom_to_trust_has_to_be_said(signed: Path, keys: Path) -> None:
-    with pytest.raises(UsageError, match="one key"):
+    with pytest.raises(UsageError, match="exclude each other"):
         skillmerge.verify_signed(signed)
-    with pytest.raises(UsageError, match="one key"):
+    with pytest.raises(UsageError, match="exclude each other"):
         skillmerge.verify_signed(signed, public_key=keys / "key.pub", certificate_chain=[keys / "root.crt"])
 
 
@@ -456,7 +456,7 @@ def test_signature_of_another_output_is_not_pushed(hub: HubServer, signed: Path)
     statement["predicate"]["resources"][0]["digest"] = "00" * 32
     change["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
     (signed / "model.sig").write_text(json.dumps(change))
-    with pytest.raises(CheckFailed, match="not of these files"):
+    with pytest.raises(CheckFailed, match="does not match these files"):
         skillmerge.push(signed, "acme/merged", license="mit")
     assert hub.requests == []
 

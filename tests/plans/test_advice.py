@@ -151,8 +151,8 @@ def experts(packed: bool, prefix: str = "model.", hidden: int = 8, count: int = 
 
 
 ALIKE = (
-    "save both alike: load each in the same version of transformers with `from_pretrained`, write it with "
-    "`save_pretrained`, and name the folders that this writes"
+    "save both with the same version of transformers: load each with `from_pretrained`, write it with "
+    "`save_pretrained`, and name the new folders"
 )
 
 
@@ -166,7 +166,7 @@ def test_experts_that_are_packed_in_only_one_model_are_told(family: Path, prefix
         write_checkpoint(family.parent / model, random_tensors(shapes, seed=seed))
     messages, fix = told(family)
     assert messages == [
-        f"model `{model}` and the donor `target` hold the same experts, packed otherwise: "
+        f"model `{model}` and the donor `target` store the same experts, packed differently: "
         f"`{prefix}layers.0.mlp.experts.0.down_proj.weight` against `model.layers.0.mlp.experts.down_proj`"
         for model in ("rl", "sft")
     ]
@@ -187,7 +187,7 @@ def test_matrices_packed_otherwise_are_told(family: Path) -> None:
     fused(family.parent / "rl")
     (message,), fix = told(family)
     assert message == (
-        "model `rl` and the donor `target` hold the same parameters, packed otherwise: "
+        "model `rl` and the donor `target` store the same parameters, packed differently: "
         "`model.layers.0.mlp.gate_proj.weight` against `model.layers.0.mlp.up_proj.weight`"
     )
     assert fix == ALIKE
@@ -250,7 +250,8 @@ def test_much_that_only_one_model_has_is_described(family: Path) -> None:
         "visual.blocks.0.attn.weight, visual.blocks.1.attn.weight"
     )
     assert fix == (
-        "is it the right model, and complete? If the output can do without what only it has, name that under `ignore`."
+        "check that it is the right model, and complete. If the output does not need those tensors, name them under "
+        "`ignore`."
     )
 
 
@@ -260,7 +261,7 @@ def test_models_of_other_sizes_get_no_rules(family: Path) -> None:
     family.write_text(json.dumps(document | {"models": {**document["models"], "rl": "other"}}))
     messages, fix = told(family)
     assert len(messages) == 1
-    assert fix == "is `rl` the right model? Its sizes are others"
+    assert fix == "check that `rl` is the right model; its sizes differ"
 
 
 def test_problem_that_no_rule_settles_takes_the_others_rules_with_it(family: Path) -> None:

@@ -26,7 +26,7 @@ def test_memory_limit_shrinks_tiles_then_threads(family: Path) -> None:
 
 
 def test_memory_limit_that_nothing_fits_is_refused_before_work(family: Path) -> None:
-    with pytest.raises(ResourceError, match="needs at least"):
+    with pytest.raises(ResourceError, match="this merge needs"):
         skillmerge.apply(family, memory_limit=10_000_000)
     assert sorted(path.name for path in family.parent.iterdir()) == ["recipe.yaml", "rl", "sft", "target"]
 
@@ -87,7 +87,7 @@ def test_memory_that_is_not_to_be_had_is_told(error: Exception) -> None:
     with pytest.raises(ResourceError, match="not enough memory or threads") as caught, memory_errors():
         raise error
     assert caught.value.exit_status == 5
-    assert "same command" in str(caught.value.fix)
+    assert "then rerun" in str(caught.value.fix)
 
 
 def test_other_errors_of_the_runtime_stay_what_they_are() -> None:

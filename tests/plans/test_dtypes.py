@@ -111,7 +111,7 @@ def test_a_quantised_target_takes_no_arithmetic_with_plain_models(tmp_path: Path
     recipe = write_recipe(tmp_path)
     process = run_cli("plan", recipe)
     message = (
-        f"model `target` ({tmp_path / 'target'}) is quantized, and its numbers cannot be added: config.json says it is "
+        f"model `target` ({tmp_path / 'target'}) is quantized, so its numbers cannot be added: config.json says it is "
         "quantized (fp8)"
     )
     assert (process.returncode, process.stderr) == (

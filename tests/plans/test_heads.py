@@ -36,8 +36,8 @@ def test_stored_head_that_is_not_the_embedding_warns_as_the_weights_are_read(tmp
     assert process.returncode == 0
     assert process.stderr == (
         "warning: config.json of the donor `target` ties `lm_head.weight` to `model.embed_tokens.weight`, but the two "
-        "differ: runtimes will not agree which of them to use\n"
-        "help: set `tie_word_embeddings` to false in the donor's config.json, or leave its head out of the file\n"
+        "differ, so runtimes may use either\n"
+        "help: set `tie_word_embeddings` to false in the donor's config.json, or remove its head from the file\n"
     )
     with pytest.raises(InputError, match="under --strict"):
         skillmerge.apply(recipe, tmp_path / "strict", strict=True)

@@ -175,7 +175,7 @@ def test_missing_models_of_a_moved_output_name_the_option_that_finds_them(trees:
         4,
         f"error: {recipe}:3:11: model `target`: folder `../m/target` does not exist\n"
         "    3 |   target: ../m/target\n      |           ^^^^^^^^^^^\n"
-        "help: name the folder that the recipe's relative paths start from now: `--base-folder FOLDER`\n",
+        "help: pass `--base-folder FOLDER`, the folder that the recipe's relative paths now start from\n",
     )
     assert run_cli("rebuild", "out", "--check", "--base-folder", trees / "w", cwd=trees / "a" / "b").returncode == 0
 

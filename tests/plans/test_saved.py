@@ -35,7 +35,7 @@ def test_a_saved_plan_is_applied_as_it_is(family: Path, tmp_path: Path) -> None:
     other = skillmerge.apply(family, tmp_path / "other", coefficients={"lam": 0.3})
     assert weights(first.output) == weights(other.output)
     assert first.manifest.plan_digest == json.loads(plan.read_text())["digest"] == other.manifest.plan_digest
-    with pytest.raises(UsageError, match="has its coefficients"):
+    with pytest.raises(UsageError, match="fixes its coefficients"):
         skillmerge.apply(plan, coefficients={"lam": 1.0})
 
 
@@ -52,7 +52,7 @@ def other_weights(folder: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "written again": (lambda folder: rewrite(folder / "sft"), "model sft: written again"),
+    "written again": (lambda folder: rewrite(folder / "sft"), "model sft: rewritten"),
     "a config": (
         lambda folder: (folder / "target" / "config.json").write_text('{"a": 1}'),
         "other files changed: config.json",
@@ -108,14 +108,14 @@ def test_differences_of_models(family: Path) -> None:
     write_recipe(folder, models={"target": "target", "rl": "rl", "sft": "sft", "more": "sft"})
     write_recipe(folder, "target + lam * (rl - more)", models={"target": "target", "rl": "rl", "more": "sft"})
     found = differences(first, read(saved(family, "b.json")).document)
-    assert "model sft is not used any more" in found
+    assert "model sft is no longer used" in found
     assert any(line.startswith("model more is new: ") for line in found)
     assert any(line.startswith("model rl: other tensors or sizes in ") for line in found)
     assert any(line.startswith("1 tensors are new: new") for line in found)
 
 
 def test_commits_are_those_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A branch that has moved on is read where it was."""
+    """A branch that has changed since is read where it was."""
     with HubServer(tmp_path / "hub") as hub, hub.environment(monkeypatch):
         for seed, name in enumerate(("target", "rl", "sft")):
             folder = write_checkpoint(tmp_path / name, random_tensors(tensor_shapes(), seed=seed))
@@ -140,7 +140,7 @@ def test_detailed_exit_status(family: Path) -> None:
     path.write_bytes(content)
     assert run_cli("plan", family, "--detailed-exitcode").returncode == 10
     assert skillmerge.apply(family).already
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         skillmerge.apply(family, full=True)
     assert not skillmerge.apply(family, full=True, overwrite=True).already
     assert run_cli("plan", family, "--detailed-exitcode").returncode == 0
@@ -156,7 +156,7 @@ def test_result_file_is_what_json_prints(family: Path) -> None:
 @pytest.mark.parametrize("text", ['{"ok": true}', '{\n "ok": true, "version": 99}', '{\n "ok": true', '{\n "ok": []}'])
 def test_what_is_no_plan_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(UsageError, match=r"is not a saved plan|is not known|cannot be read"):
+    with pytest.raises(UsageError, match=r"is not a saved plan|is unknown|cannot be read"):
         read(tmp_path / "plan.json")
     assert run_cli("apply", tmp_path / "plan.json").returncode == 2
 

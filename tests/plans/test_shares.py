@@ -73,8 +73,8 @@ def test_rules_that_take_much_out_are_told_unless_accepted(thousand: Path, edit:
         "changes 89.9% of the output"
     )
     assert lines[at + 1] == (
-        "help: if that is meant, add to the recipe `accept: [merged-share]`; a part that is to stay as it is can have "
-        "a coefficient of 0 instead"
+        "help: if that is intended, add to the recipe `accept: [merged-share]`; a part that is to stay as it is can "
+        "have a coefficient of 0 instead"
     )
     assert run_cli("plan", thousand, "--strict").returncode == 2
     assert "`copy:` takes 10.1%" in run_cli("apply", thousand, "-q").stderr

@@ -67,7 +67,7 @@ def test_mistake_in_a_dict_is_named_without_a_line(here: Path) -> None:
 
 
 def test_value_that_yaml_cannot_hold_is_named_by_its_place(here: Path) -> None:
-    with pytest.raises(UsageError, match=r"recipe\.models\.rl: object is not something a recipe holds"):
+    with pytest.raises(UsageError, match=r"recipe\.models\.rl: object cannot be in a recipe"):
         skillmerge.plan({**RECIPE, "models": {"rl": object()}})
 
 

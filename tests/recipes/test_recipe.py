@@ -235,7 +235,7 @@ def test_mistake_reads_as_it_should(name: str) -> None:
         ("value: 0.8", "modules: mlp", "neither `value` nor `ramp`"),
         ("layers: 0-3, ", "", "selects nothing"),
         ("ramp: [0.5, 1.0]", "ramp: [0.5]", "must be two numbers"),
-        ("skillmerge: 1", "skillmerge: 2", "format version 2 is not known"),
+        ("skillmerge: 1", "skillmerge: 2", "format version 2 is unknown"),
         ("skillmerge: 1", 'skillmerge: "1"', "format version '1'"),
         ("shard_size: 5GB", "shard_size: big", "is not a size"),
         ("shard_size: 5GB", "shard_size: 0GB", "not a positive size"),

@@ -101,7 +101,7 @@ WARNINGS = {
     ),
     (_MERGE, "target + rl - sft"): ("3:16", 3, "coefficient `lam` does nothing", "remove it", "unused-name"),
     (_LAM, "{rules: [{layers: 0, value: 2}, {layers: 0-, value: 1}]}"): (
-        "3:30", 3, "this rule of `lam` never decides: the one on line 3 matches all that it does",
+        "3:30", 3, "this rule of `lam` has no effect: the one on line 3 matches everything that it matches",
         "put general rules first", "hidden-rule",
     ),
 }  # fmt: skip

@@ -113,7 +113,7 @@ def test_another_model_is_not_taken_for_the_same(make: Callable[..., Path], tmp_
     output = make("llama", NOT_TIED, ONE, torch.bfloat16)
     changed = {DOWN: -5 * load_file(output / "model.safetensors")[DOWN]}
     other = copy_with(output, tmp_path / "other", **changed)
-    with pytest.raises(CheckFailed, match="vllm generates something else than transformers: token 1 is"):
+    with pytest.raises(CheckFailed, match="vllm generates different tokens than transformers: token 1 is"):
         check_generation(other, load(output, tokens=TOKENS), "vllm")
 
 
@@ -122,4 +122,4 @@ def test_refusal_is_told_in_the_words_of_vllm(transformers: Any, tmp_path: Path)
     output = skillmerge.apply(write_recipe(tmp_path), device="cpu").output
     process = run_cli("verify", output, "--load", "vllm")
     assert process.returncode == 3
-    assert "vllm refuses it: RuntimeError: Unsupported CPU attention configuration: head_dim=8" in process.stderr
+    assert "vllm cannot load it: RuntimeError: Unsupported CPU attention configuration: head_dim=8" in process.stderr

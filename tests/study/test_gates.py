@@ -240,9 +240,9 @@ def test_gates_of_a_finished_output_are_told_again(trained: Path) -> None:
 
 def test_merge_that_did_nothing_fails_unless_allowed(trained: Path) -> None:
     nothing = {"merge": "target + lam * (rl - rl)"}
-    with pytest.raises(GateFailed, match=r"changed: 0 \(asked: more than 0\)"):
+    with pytest.raises(GateFailed, match=r"changed: 0 \(required: more than 0\)"):
         skillmerge.apply(recipe_with(trained, {}, "nothing", **nothing))
-    with pytest.raises(GateFailed, match=r"changed: 0 \(asked"):
+    with pytest.raises(GateFailed, match=r"changed: 0 \(required"):
         skillmerge.apply(recipe_with(trained, {}, "nothing"), coefficients={"lam": 0.0})
     allowed = recipe_with(trained, {"changed": {"min": 0}}, "nothing", **nothing)
     assert skillmerge.apply(allowed).gates[0].passed
@@ -255,7 +255,7 @@ def test_merge_that_did_nothing_fails_unless_allowed(trained: Path) -> None:
     ("gates", "options", "message"),
     [
         ({}, {"stats": "off"}, "needs statistics"),
-        ({"perplexity": {"text": "absent.txt", "max": 3}}, {}, "absent.txt is not a file"),
+        ({"perplexity": {"text": "absent.txt", "max": 3}}, {}, "absent.txt is not a nonempty text file"),
         ({"loads": True}, {"no_local": True, "push": "acme/model"}, "--no-local keeps none"),
     ],
 )
@@ -271,13 +271,13 @@ def test_gate_that_cannot_be_measured_is_told_before_any_work(
     ("gates", "message"),
     [
         ({"vanishd": {"max": 1}}, "did you mean `vanished`"),
-        ({"vanished": {}}, "asks for nothing"),
+        ({"vanished": {}}, "requires nothing"),
         ({"vanished": {"least": 1}}, "known keys here: min, max"),
-        ({"realised": {"min": 2, "max": 1}}, "can never hold"),
+        ({"realised": {"min": 2, "max": 1}}, "can never pass"),
         ({"vanished": {"max": 1, "modules": "mpl"}}, "did you mean `mlp`"),
-        ({"perplexity": {"text": "text.txt"}}, "asks for nothing"),
+        ({"perplexity": {"text": "text.txt"}}, "requires nothing"),
         ({"perplexity": {"text": "text.txt", "max_ratio": 1, "of": "traget"}}, "not a whole model"),
-        ({"commands": [{"run": "true"}]}, "asks for nothing"),
+        ({"commands": [{"run": "true"}]}, "requires nothing"),
         ({"loads": "yes"}, "must be true or false"),
     ],
 )
@@ -369,7 +369,7 @@ def test_signal_during_a_gate_ends_it_and_loses_nothing(
     ended = process.wait()
     assert time.monotonic() - started < 10
     assert ended.returncode == status
-    assert "run the same command again" in ended.stderr
+    assert "rerun to continue" in ended.stderr
     assert not is_running(int(flag.read_text()))
     last = json.loads(log.read_text().splitlines()[-1])
     assert (last["event"], last["exit_status"]) == ("failed", status)
@@ -386,7 +386,7 @@ def test_refused_output_is_nobodys_release(trained: Path) -> None:
     (trained / "refused.partial" / "files").rename(trained / "refused")
     assert run_cli("plan", recipe, "--detailed-exitcode").returncode == 10
     assert run_cli("apply", recipe).returncode == 2
-    with pytest.raises(CheckFailed, match="refused by its gates: changed"):
+    with pytest.raises(CheckFailed, match="failed its gates: changed"):
         skillmerge.push(trained / "refused", "acme/refused")
 
 
@@ -441,9 +441,9 @@ def test_gates_without_a_line_have_the_default(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("gates", "message"),
     [
-        ({"cosine_z": {"max": 1, "base": "nowhere"}}, "nowhere is no folder"),
+        ({"cosine_z": {"max": 1, "base": "nowhere"}}, "nowhere is not a folder"),
         ({"vanished": {"max": 1, "modules": "router"}}, "the model has no router"),
-        ({"perplexity": {"text": "empty.txt", "max": 3}}, "not a file with text"),
+        ({"perplexity": {"text": "empty.txt", "max": 3}}, "not a nonempty text file"),
     ],
 )
 def test_gate_on_what_is_not_there_is_told_by_plan_and_apply(
@@ -459,5 +459,5 @@ def test_gate_on_what_is_not_there_is_told_by_plan_and_apply(
 
 
 def test_failed_output_cannot_be_kept_where_nothing_is(trained: Path) -> None:
-    with pytest.raises(UsageError, match="nothing to keep"):
+    with pytest.raises(UsageError, match="keeps no files"):
         skillmerge.apply(recipe_with(trained, {}, "never"), keep_failed=True, no_local=True, push="acme/model")

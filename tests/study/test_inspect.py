@@ -267,7 +267,7 @@ def test_coefficients_that_mix_by_layer(family: Path) -> None:
         assert row["norm"] == pytest.approx(float(np.linalg.norm(wanted)), rel=1e-10, abs=1e-12), name
     assert found.forecast is not None
     assert not found.forecast["curves"]
-    assert "where no rule says otherwise" in found.update
+    assert "unless a rule says otherwise" in found.update
 
 
 def test_what_is_left_out_is_named_with_the_reason(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_quantised_weights_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 def test_coefficients_need_a_recipe(family: Path) -> None:
-    with pytest.raises(UsageError, match="coefficients belong to a recipe"):
+    with pytest.raises(UsageError, match="coefficients apply only to a recipe"):
         inspect(str(family.parent / "sft"), str(family.parent / "rl"), coefficients={"lam": 2.0})
 
 
@@ -364,14 +364,14 @@ def test_add_up_forgets_what_one_part_does_not_know() -> None:
 def test_what_cannot_be_inspected_is_told(family: Path, tmp_path: Path) -> None:
     folder = family.parent
     for arguments, error, message in (
-        ((str(folder / "rl"),), UsageError, "is a folder, and not of a skill"),
+        ((str(folder / "rl"),), UsageError, "is a folder, but not a skill"),
         ((str(folder / "rl"), str(folder / "nowhere")), InputError, "nowhere"),
         ((write_recipe(folder, "target"),), UsageError, "no update to inspect"),
         ((str(folder / "no-such-thing"),), InputError, "no-such-thing"),
     ):
         with pytest.raises(error, match=message):
             inspect(*arguments)
-    with pytest.raises(UsageError, match="leave --base out"):
+    with pytest.raises(UsageError, match="leave `--base` out"):
         inspect(str(folder / "sft"), str(folder / "rl"), base=str(folder / "target"))
     tensors = read_checkpoint(folder / "rl")
     tensors["model.norm.weight"][5] = float("nan")
@@ -390,10 +390,10 @@ def test_inspect_command(family: Path) -> None:
     for text in ("Update, after - before", "changed by units in the last place: 1: ", "Effect of rounding"):
         assert text in process.stdout
     process = run_cli("inspect", "recipe.yaml", "--set", "lam=0.4", "--details", cwd=folder)
-    for text in ("Beside the target's own update, target - sft", "a cosine near 0", "as the recipe says (sampled)"):
+    for text in ("Beside the target's own update, target - sft", "a cosine near 0", "in this recipe (sampled)"):
         assert text in process.stdout
     short = run_cli("inspect", "recipe.yaml", "--set", "lam=0.4", cwd=folder).stdout
-    assert "as the recipe says (sampled)" in short
+    assert "in this recipe (sampled)" in short
     assert "Beside the target's own update" not in short
     document = json.loads(run_cli("inspect", "recipe.yaml", "--json", "--stats", "off", cwd=folder).stdout)
     assert document["forecast"] is None

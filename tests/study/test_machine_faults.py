@@ -61,7 +61,7 @@ def test_load_that_the_machine_has_stopped_is_status_5(
     with pytest.raises(ResourceError) as caught:
         loading.load(tmp_path)
     assert said in caught.value.message
-    assert "the model may be sound" in str(caught.value.fix)
+    assert "the model may be valid" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_load_that_crashes_is_still_the_models_fault(
 ) -> None:
     """What stands in its messages before the last words is the model's own."""
     answer(monkeypatch, None, status, stderr)
-    how = "ended without a word" if status > 0 else f"was killed by signal {-status}"
+    how = "ended without a message" if status > 0 else f"was killed by signal {-status}"
     with pytest.raises(CheckFailed) as caught:
         loading.load(tmp_path)
     assert caught.value.message == f"{tmp_path}: transformers could not load it, the loading process {how}\n{stderr}"

@@ -101,7 +101,7 @@ def test_runtime_that_generates_something_else_fails(fake: Callable[[str], None]
     with pytest.raises(CheckFailed) as caught:
         check_generation(tmp_path, REPORT, "vllm")
     assert caught.value.message == (
-        f"{tmp_path}: vllm generates something else than transformers: token 4 is 9, and 3 in transformers; "
+        f"{tmp_path}: vllm generates different tokens than transformers: token 4 is 9, and 3 in transformers; "
         "log probabilities of 3 and 9: -1.0000 and not likely in transformers, not likely and -1.0000 in vllm"
     )
 
@@ -110,7 +110,7 @@ def test_near_tie_is_a_note(fake: Callable[[str], None], tmp_path: Path) -> None
     fake("other 0 1 2 2 9 9 9 9")
     found = check_generation(tmp_path, REPORT, "vllm")
     assert found["notes"] == [
-        "vllm and transformers part where two tokens are as likely as rounding can tell: token 4 is 2, and 3 in "
+        "vllm and transformers differ where two tokens are equally likely within rounding: token 4 is 2, and 3 in "
         "transformers; log probabilities of 3 and 2: -1.0000 and -1.0010 in transformers, -1.0010 and -1.0000 in vllm"
     ]
 
@@ -135,7 +135,7 @@ def test_float32_ties_are_narrow() -> None:
 
 REFUSALS: list[tuple[str, type[Exception], str]] = [
     ("refuses Model architectures ['X'] are not supported", CheckFailed,
-     "vllm refuses it: ValueError: Model architectures ['X'] are not supported"),
+     "vllm cannot load it: ValueError: Model architectures ['X'] are not supported"),
     ("refuses CUDA out of memory. Tried to allocate 2 GiB", ResourceError,
      "this machine could not load it with vllm: ValueError: CUDA out of memory. Tried to allocate 2 GiB"),
     ("refuses No available memory for the cache blocks", ResourceError, "No available memory for the cache blocks"),
@@ -167,7 +167,7 @@ def test_load_that_takes_too_long_is_ended(
         check_generation(tmp_path, REPORT, "vllm")
     assert str(caught.value) == (
         f"{tmp_path}: this machine could not load it with vllm: it took longer than 6 seconds\n"
-        "the model may be sound: run the same command again while less else is running, or on a faster machine"
+        "rerun on an idle or faster machine; the model may be valid"
     )
     assert not flag.exists() or not is_running(int(flag.read_text()))
 
@@ -189,7 +189,7 @@ def test_model_that_writes_no_text_has_nothing_to_compare(tmp_path: Path) -> Non
         ("raise OSError(28, 'No space left on device')", ResourceError, "No space left on device"),
         ("import a_library_that_is_missing", ResourceError, "transformers cannot be imported: No module named 'a_lib"),
         ("import os; os.kill(os.getpid(), 11)", CheckFailed, "transformers could not load it, the loading process"),
-        ("import os; os._exit(1)", CheckFailed, "the loading process ended without a word"),
+        ("import os; os._exit(1)", CheckFailed, "the loading process ended without a message"),
     ],
 )
 def test_fault_of_the_machine_never_blames_the_model(
@@ -270,7 +270,7 @@ def test_verify_and_the_gate_with_a_runtime(
     process = run_cli("verify", output, "--load", "vllm", "--junit", tmp_path / "checks.xml")
     assert process.returncode == 3
     assert (
-        f"{output}: vllm generates something else than transformers: token 1 is 63, and {tokens[0]}" in process.stderr
+        f"{output}: vllm generates different tokens than transformers: token 1 is 63, and {tokens[0]}" in process.stderr
     )
     assert 'name="loads in vllm"' in (tmp_path / "checks.xml").read_text()
     fake(f"alike {' '.join(map(str, tokens))}")
@@ -278,8 +278,8 @@ def test_verify_and_the_gate_with_a_runtime(
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[1:] == [
         "loaded as LlamaForCausalLM: no missing, unexpected or mismatched keys; finite output",
-        "loaded in vLLM 0.0-fake: all of 8 tokens are those of transformers, in bfloat16",
-        "note: no tokenizer files: none was loaded",
+        "loaded in vLLM 0.0-fake: all of 8 tokens match transformers, in bfloat16",
+        "note: no tokenizer files; no tokenizer was loaded",
     ]
     gates = tmp_path / "gates.yaml"
     gates.write_text("gates: {changed: {min: 0}, loads: [transformers, vllm]}\n")
@@ -290,7 +290,7 @@ def test_verify_and_the_gate_with_a_runtime(
     process = run_cli("gate", output, "--gates", gates)
     assert process.returncode == 3
     assert "1 of 3 gates failed: loads vllm: " in process.stderr
-    assert "vllm refuses it: ValueError: not this one" in process.stderr
+    assert "vllm cannot load it: ValueError: not this one" in process.stderr
     fake("dies 9")
     assert run_cli("gate", output, "--gates", gates).returncode == 5
 

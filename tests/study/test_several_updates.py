@@ -225,11 +225,11 @@ def test_skills_on_the_hub_are_told_from_models(skills: Path, hub: HubServer) ->
 def test_what_does_not_go_together_is_told(skills: Path) -> None:
     recipe = write_recipe(skills, "target + m - base", models={k: v for k, v in MODELS.items() if k != "c"})
     for names, message in (
-        (("math", "code-rl"), "math is a skill, and .*code-rl is none"),
-        (("math-rl", "code"), "code is a skill, and .*math-rl is none"),
+        (("math", "code-rl"), "math is a skill, and .*code-rl is not"),
+        (("math-rl", "code"), "code is a skill, and .*math-rl is not"),
         (("math", "math"), "the same skill is named twice"),
         (("base", "math-rl", "code-rl"), "3 models: "),
-        ((recipe.name, "math"), "is a recipe, which is inspected alone"),
+        ((recipe.name, "math"), "is a recipe, which must be the only argument"),
     ):
         with pytest.raises(UsageError, match=message):
             inspect(*(str(skills / name) for name in names))

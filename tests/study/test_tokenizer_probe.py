@@ -205,13 +205,15 @@ def test_ids_that_do_not_come_again_are_wrong(save: Save) -> None:
     config = folder / "config.json"
     config.write_text(json.dumps({"model_type": "mistral"}))  # of a type whose tokenizer is taken as it is stored
     why = probe(folder, None)["why"]
-    assert why.startswith("it writes the ids of 'The capital of France is Paris.' as 'TheĠcapitalĠofĠFranceĠisĠParis.'")
-    assert "which has other ids: " in why
+    assert why.startswith(
+        "it decodes the ids of 'The capital of France is Paris.' to 'TheĠcapitalĠofĠFranceĠisĠParis.'"
+    )
+    assert "which has different ids: " in why
 
 
 def test_chat_template_that_fails_is_wrong(save: Save) -> None:
     report = probe(save(chat_template="{{ nothing.of.it }}"), None)
-    assert report["why"].startswith("its chat template fails on one turn of a user: UndefinedError: ")
+    assert report["why"].startswith("its chat template fails on one user turn: UndefinedError: ")
 
 
 def test_map_of_code_that_is_null_is_told_in_the_words_of_the_library(save: Save) -> None:
@@ -224,10 +226,10 @@ def test_map_of_code_that_is_null_is_told_in_the_words_of_the_library(save: Save
 def test_chat_template_blames_no_machine_in_words_of_its_own(save: Save) -> None:
     report = probe(save(chat_template="{{ messages['out of memory'].x }}"), None)
     assert report["why"] == (
-        "its chat template fails on one turn of a user: UndefinedError: 'list object' has no attribute 'out of memory'"
+        "its chat template fails on one user turn: UndefinedError: 'list object' has no attribute 'out of memory'"
     )
     report = probe(save(chat_template="{{ raise_exception('out of memory') }}"), None)
-    assert report["notes"] == ["its chat template does not take one plain turn of a user: out of memory"]
+    assert report["notes"] == ["its chat template rejects one plain user turn: out of memory"]
     assert "machine" not in report
 
 
@@ -296,19 +298,19 @@ def test_errors_of_a_library_are_told_apart(
 
 def test_no_files_and_code_of_its_own_are_notes(save: Save) -> None:
     folder = save(auto_map={"AutoTokenizer": ["mine.Tokenizer", None]})
-    assert probe(folder, None) == {"notes": ["the tokenizer needs code of its own: it was not loaded"]}
+    assert probe(folder, None) == {"notes": ["the tokenizer needs custom code and was not loaded"]}
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    assert probe(folder, None) == {"notes": ["no tokenizer files: none was loaded"]}
+    assert probe(folder, None) == {"notes": ["no tokenizer files; no tokenizer was loaded"]}
 
 
 @pytest.mark.parametrize(
     ("template", "note"),
     [
-        ("{{ raise_exception('no system') }}", "does not take one plain turn of a user: no system"),
-        ({"tool_use": CHAT}, "does not take one plain turn of a user: This model has multiple chat templates with no"),
-        ("<|user|>", "leaves out what the user says"),
-        ("{{ '' }}", "leaves out what the user says"),
+        ("{{ raise_exception('no system') }}", "rejects one plain user turn: no system"),
+        ({"tool_use": CHAT}, "rejects one plain user turn: This model has multiple chat templates with no"),
+        ("<|user|>", "omits the user's message"),
+        ("{{ '' }}", "omits the user's message"),
     ],
 )
 def test_chat_template_for_other_turns_is_a_note(save: Save, template: Any, note: str) -> None:
@@ -322,7 +324,7 @@ def test_tokens_of_media_that_a_model_does_not_read_are_a_note(save: Save) -> No
     folder = save(byte_level, "mistral", ["<image_soft_token>"])
     rows = probe(folder, None)["tokens"] - 1
     report = probe(folder, model_with(rows))
-    assert report["notes"] == ["<image_soft_token>: ids beyond the embedding's rows, of what this model does not read"]
+    assert report["notes"] == ["<image_soft_token>: ids beyond the embedding's rows, which this model does not use"]
     assert (report.get("why"), report["texts"]) == (None, 6)
     wrong = f"1 of its {rows + 1} tokens have ids beyond the embedding's {rows} rows"
     assert probe(folder, model_with(rows, vision_config={}))["why"] == wrong
@@ -349,7 +351,7 @@ def test_mask_that_a_model_does_not_fill_is_a_note(save: Save) -> None:
     folder = save(byte_level, "mistral", ["<mask>"], mask_token="<mask>")
     rows = probe(folder, None)["tokens"] - 1
     report = probe(folder, model_with(rows))
-    assert report["notes"] == ["<mask>: ids beyond the embedding's rows, of what this model does not read"]
+    assert report["notes"] == ["<mask>: ids beyond the embedding's rows, which this model does not use"]
     assert "why" not in report
     assert "why" in probe(folder, model_with(rows, "input_values"))
 
@@ -359,11 +361,11 @@ def test_tokenizer_that_knows_none_of_the_texts_is_a_note(save: Save) -> None:
     model = {"type": "WordLevel", "vocab": {"<unk>": 0, "MKV": 1}, "unk_token": "<unk>"}
     folder = edit(save(word_piece, "mistral"), model=model)
     assert probe(folder, None)["notes"] == [
-        "no text was written and read again: each has something that the tokenizer does not know"
+        "no text was decoded and encoded: each contains something unknown to the tokenizer"
     ]
     folder = edit(folder, model={"type": "BPE", "vocab": {"~": 0}, "merges": []})  # it leaves out what it does not know
     assert probe(folder, None)["notes"] == [
-        "no text was written and read again: each has something that the tokenizer does not know"
+        "no text was decoded and encoded: each contains something unknown to the tokenizer"
     ]
 
 
@@ -372,9 +374,7 @@ def test_tokenizer_of_words_with_places_is_only_loaded(save: Save) -> None:
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     report = probe(folder, None)
-    assert report["notes"] == [
-        "the tokenizer reads words with their places on a page: no text was written and read again"
-    ]
+    assert report["notes"] == ["the tokenizer reads words with their places on a page: no text was decoded and encoded"]
     assert (report["class"], "why" in report, "texts" in report) == ("LayoutLMv2Tokenizer", False, False)
 
 
@@ -388,7 +388,7 @@ def test_settings_without_a_vocabulary_are_a_note(save: Save) -> None:
 
 def test_tokenizer_without_a_decoder_is_only_loaded(save: Save) -> None:
     report = probe(edit(save(byte_fallback, "mistral"), decoder=None), None)
-    assert report["notes"] == ["the tokenizer has no decoder: what it writes was not read again"]
+    assert report["notes"] == ["the tokenizer has no decoder, so decoded text was not encoded again"]
     assert "texts" not in report
 
 
@@ -415,7 +415,7 @@ def test_special_token_that_is_read_as_letters_is_a_note(
     encode = made.encode
     monkeypatch.setattr(made, "encode", lambda text, **keys: encode(text.replace("<|end|>", "<|en d|>"), **keys))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *rest, **keys: made)
-    assert probe(folder, None)["notes"] == ["special tokens are read as several tokens each: <|end|>"]
+    assert probe(folder, None)["notes"] == ["special tokens are encoded as several tokens each: <|end|>"]
 
 
 # ------------------------------------------------------------------------------------------------- as a person meets it
@@ -433,7 +433,7 @@ def recipe(families: Callable[[str], Path], save: Save, tmp_path: Path) -> Path:
 
 def test_verify_and_the_gate_refuse_tokens_without_rows(recipe: Path) -> None:
     tokens = len(json.loads((recipe.parent / "target" / "tokenizer.json").read_text())["model"]["vocab"])
-    why = f"its tokenizer is not sound: {tokens - 64} of its {tokens} tokens have ids beyond the embedding's 64 rows"
+    why = f"its tokenizer is broken: {tokens - 64} of its {tokens} tokens have ids beyond the embedding's 64 rows"
     output = recipe.parent / "merged"
     assert run_cli("apply", recipe).returncode == 0
     process = run_cli("verify", output, "--load")
@@ -446,7 +446,7 @@ def test_verify_and_the_gate_refuse_tokens_without_rows(recipe: Path) -> None:
         recipe.parent / "gated",
     )
     assert process.returncode == 3
-    assert f"1 of 3 gates failed: loads: gated.partial/files: {why} (asked: yes)" in process.stderr.replace(
+    assert f"1 of 3 gates failed: loads: gated.partial/files: {why} (required: yes)" in process.stderr.replace(
         f"{recipe.parent}/", ""
     )
 
@@ -486,7 +486,7 @@ def test_sound_tokenizer_is_shown(save: Save, families: Callable[[str], Path], t
     assert process.stdout.splitlines()[1:] == [
         "loaded as LlamaForCausalLM: no missing, unexpected or mismatched keys; finite output",
         f"tokenizer TokenizersBackend: {tokens} tokens for {tokens + 7} rows; "
-        "7 texts give the same ids when written and read again",
+        "7 texts decode and encode to the same ids",
     ]
     process = run_cli("verify", tmp_path / "merged", "--load=transformers", "--json")
     assert json.loads(process.stdout)["load"]["tokenizer"] == {
@@ -495,6 +495,6 @@ def test_sound_tokenizer_is_shown(save: Save, families: Callable[[str], Path], t
 
 
 def test_unsound_tokenizer_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckFailed, match="x: its tokenizer is not sound: y"):
+    with pytest.raises(CheckFailed, match="x: its tokenizer is broken: y"):
         check_tokenizer(Path("x"), {"tokenizer": {"notes": [], "why": "y"}})
     assert write_family(tmp_path)

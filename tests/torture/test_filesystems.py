@@ -39,8 +39,8 @@ TRAITS = [
 ]  # fmt: skip
 """As `enum trait` has them, from the lowest bit."""
 
-LOCKS = "has no file locks (No locks available): a second run on it would stop this one"
-SYNC = "cannot sync folders: after a power failure, run the same command again"
+LOCKS = "has no file locks (No locks available), so a second run on it would stop this one"
+SYNC = "cannot sync folders; after a power failure, rerun the same command"
 
 FULL = {
     "quota": "the disk quota is used up: ",
@@ -185,7 +185,7 @@ def test_full_disk_is_told_and_loses_no_finished_output(
         message, _, fix = answer["message"].partition("\n")
         assert message.startswith(FULL[trait]), (limit, answer)
         assert str(folder) in message
-        assert fix == "make room, then run the same command again: it continues where it stopped"
+        assert fix == "free disk space, then run the same command again: it continues where it stopped"
         assert content(output) == wanted["merged"], "what was there is there"
         for form in ({"onto": str(folder / "sft")}, {"lora_rank": 2}):
             answer = machine.run(
@@ -241,8 +241,8 @@ def test_run_that_another_one_overtakes_says_so_whatever_failed(
             answer = first.result()
         assert answer["status"] == 6, answer
         assert answer["message"].split("\n") == [
-            f"another run has taken {output} over: this one has stopped, and left it alone",
-            "let that run finish, or choose another --output",
+            f"another run has taken over {output}; this one has stopped and left it alone",
+            "let that run finish, or choose another folder with `--output`",
         ]
     assert machine.run(folder, [trait], "apply", recipe)["status"] == 0
     assert_finished(output, wanted["merged"])

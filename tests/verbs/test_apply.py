@@ -84,7 +84,7 @@ def test_output_that_appears_during_the_run_is_not_touched(server: MergeServer, 
     with pytest.raises(UsageError):
         skillmerge.apply(small, reporter=Intruder())
     assert set(content(output)) == {"config.json", "model.safetensors"}
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         skillmerge.apply(small)
     assert set(content(output)) == {"config.json", "model.safetensors"}
     done = identities(staging_of(output) / "complete")
@@ -176,7 +176,7 @@ def test_leftovers_of_another_recipe_are_dropped_and_said_so(server: MergeServer
     wanted = reference(server, other)
     done = run_cli("apply", other)
     assert done.returncode == 0
-    assert "another plan was found and dropped" in done.stderr
+    assert "dropped an unfinished run of another plan" in done.stderr
     assert_finished(wide.parent / "merged", wanted)
 
 

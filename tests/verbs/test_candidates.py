@@ -74,8 +74,8 @@ def test_candidate_is_the_recipe_with_other_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lam", "is a schedule"), ("nu", "is no number"), ("lam.rules.0.layers", "is no number"),
-        ("lam.rules.7.value", "is no number"), ("lam.rules.1.ramp", "is no number"),
+        ("lam", "is a schedule"), ("nu", "is not a number"), ("lam.rules.0.layers", "is not a number"),
+        ("lam.rules.7.value", "is not a number"), ("lam.rules.1.ramp", "is not a number"),
     ],
 )  # fmt: skip
 def test_names_of_no_number_are_refused(tmp_path: Path, name: str, message: str) -> None:

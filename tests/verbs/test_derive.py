@@ -76,8 +76,8 @@ def test_projected_updates_share_nothing_with_the_targets_own(related: Path) -> 
     [
         ("target + (rl - sft)", {}, "has 0 coefficients"),
         ("target + a * b * (rl - sft)", {"a": 1.0, "b": 1.0}, "has 2 coefficients"),
-        ("target + lam * (rl - sft)", {"lam": {"default": 1.0}}, "is a schedule already"),
-        ("target + lam * (rl - sft) / 2", {"lam": 1.0}, "with numbers in it"),
+        ("target + lam * (rl - sft)", {"lam": {"default": 1.0}}, "is already a schedule"),
+        ("target + lam * (rl - sft) / 2", {"lam": 1.0}, "that contains numbers"),
         ("(1 - lam) * target + lam * rl / 2 + lam * rl / 2", {"lam": 0.5}, None),
     ],
 )
@@ -98,7 +98,7 @@ def test_places_that_are_taken_or_elsewhere(related: Path) -> None:
     folder = related.parent
     (folder / "taken.yaml").write_text("mine")
     (folder / "sub").mkdir()
-    for name, message in (("taken.yaml", "exists already"), ("sub/x.yaml", "is not beside")):
+    for name, message in (("taken.yaml", "already exists"), ("sub/x.yaml", "is not beside")):
         with pytest.raises(UsageError, match=message):
             derive(related, "match", folder / name, base=str(folder / "base"))
 

@@ -134,7 +134,7 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
         skillmerge.export(skill, tmp_path / "adapter", lora_rank=0)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         skillmerge.export(skill, tmp_path / "taken", lora_rank=2)
     with pytest.raises(UsageError, match="would replace"):
         skillmerge.export(skill, skill, lora_rank=2)
@@ -144,7 +144,7 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no matrix of a linear module"):
         skillmerge.export(other, tmp_path / "adapter", lora_rank=2)
     turned = skill_of(tmp_path / "gpt2", {"transformer.h.0.mlp.c_fc.weight": low_rank(8, 8, 2)}, {"model_type": "gpt2"})
-    with pytest.raises(InputError, match="the other way round"):
+    with pytest.raises(InputError, match="matrices transposed"):
         skillmerge.export(turned, tmp_path / "adapter", lora_rank=2)
     assert not (tmp_path / "adapter").exists()
 
@@ -208,7 +208,7 @@ def test_export_command(tmp_path: Path) -> None:
     process = run_cli("export", "skill", "--lora-rank", "4", "-o", "adapter", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "of the skill's energy" in process.stdout
-    assert "that no adapter holds" in process.stdout
+    assert "of the energy, in" in process.stdout
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "sft"
     assert (config["r"], config["lora_alpha"]) == (4, 4)

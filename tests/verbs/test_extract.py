@@ -236,7 +236,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     applying = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
     assert extracting < 700e6
     assert applying < 500e6
-    with pytest.raises(ResourceError, match="too small"):
+    with pytest.raises(ResourceError, match="too low"):
         skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "m", memory_limit=300_000_000)
 
 
@@ -247,7 +247,7 @@ def test_extract_command(family: Path) -> None:
     folder = family.parent
     process = run_cli("extract", "--from", "rl", "--minus", "sft", "-o", "math", cwd=folder)
     assert process.returncode == 0, process.stderr
-    assert re.search(r"wrote .*math, [\d.]+ of the [\d.]+ KB that it would take whole", process.stdout)
+    assert re.search(r"wrote .*math, [\d.]+ of the [\d.]+ KB that it would take uncompressed", process.stdout)
     process = run_cli("extract", "--from", "rl", "--minus", "rl", "-o", "none", "--json", cwd=folder)
     document = json.loads(process.stdout)
     assert document["statistics"]["all"]["changed"] == 0
@@ -256,7 +256,7 @@ def test_extract_command(family: Path) -> None:
     assert json.loads(process.stdout)["parent"] == "rl"
     for arguments, status, message in (
         (("extract", "--from", "nowhere", "--minus", "sft", "-o", "x"), 4, "nowhere"),
-        (("extract", "--from", "rl", "--minus", "sft", "-o", "math", "--dtype", "bfloat16"), 2, "exists already"),
+        (("extract", "--from", "rl", "--minus", "sft", "-o", "math", "--dtype", "bfloat16"), 2, "already exists"),
         (("extract", "--from", "rl", "-o", "x"), 2, "--minus"),
     ):
         process = run_cli(*arguments, cwd=folder)

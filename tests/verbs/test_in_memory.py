@@ -90,7 +90,7 @@ def test_a_skill_is_held_in_memory_as_well(tmp_path: Path, demo: Path) -> None:
 
 def test_too_little_memory_is_told_before_any_work(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("skillmerge.verbs.sweep.in_memory.free_memory", lambda: 1000)
-    process_free = pytest.raises(skillmerge.SkillmergeError, match="scoring in memory holds")
+    process_free = pytest.raises(skillmerge.SkillmergeError, match="scoring in memory needs")
     with process_free:
         MergedModel(load(demo / "recipe.yaml"), Access(), "cpu", Reporter())
 
@@ -111,7 +111,7 @@ def test_tied_parameters_that_part_are_loaded_anew(tmp_path: Path) -> None:
     recipe = load(write_recipe(tmp_path, coefficients={"lam": rules}))
     listener = Notes()
     model = MergedModel(with_values(recipe, {"lam.rules.0.value": 0.0}), Access(), "cpu", listener)
-    assert any("loaded again" in note for note in listener.notes)
+    assert any("loaded from files" in note for note in listener.notes)
     candidate = with_values(recipe, {"lam.rules.0.value": 0.7})
     model.use(candidate)
     out = skillmerge.apply(candidate, tmp_path / "out").output

@@ -38,18 +38,18 @@ EXTRACTED = {
         "error: 1 problem between the models:\n"
         "rope base: `old` has 10,000, `./rope` 1,000,000: the update was trained for other positions than the output "
         "computes\n"
-        "help: to accept what was found, once you have looked at it: --accept rope\n"
+        "help: after checking, to accept these differences: --accept rope\n"
     ),
     "bias": (
         "error: 1 problem between the models:\n"
         f"`old` lacks 1 tensor that the formula needs: {BIAS}\n"
-        'help: if the skill can do without, pass: --ignore "model.layers.*.self_attn.q_proj.bias"\n'
+        'help: if the skill does not need them, pass: --ignore "model.layers.*.self_attn.q_proj.bias"\n'
     ),
     "wide": (
         "error: 1 problem between the models:\n"
         "1 tensor differs in shape between `./wide` and `old`: `lm_head.weight` [40, 16] against [32, 16]\n"
         "their vocabularies seem to differ\n"
-        'help: if the skill can do without, pass: --ignore "lm_head.weight"\n'
+        'help: if the skill does not need them, pass: --ignore "lm_head.weight"\n'
     ),
     "wrapped": (
         "error: 1 problem between the models:\n"

@@ -113,7 +113,7 @@ def test_another_sweep_is_not_continued(family: Path) -> None:
     folder = family.parent / "s"
     sweep(family, ["lam=0,1"], "echo 1 #", folder)
     for change in ({"score": "echo 2 #"}, {"repeats": 2}, {"seed": 1}):
-        with pytest.raises(UsageError, match="holds another sweep"):
+        with pytest.raises(UsageError, match="holds a different sweep"):
             sweep(family, ["lam=0,1"], **{"score": "echo 1 #", "output": folder, **change})  # type: ignore[arg-type]
     sft = family.parent / "sft"
     for path in sft.glob("model*"):
@@ -124,10 +124,10 @@ def test_another_sweep_is_not_continued(family: Path) -> None:
     assert sweep(family, ["lam=0,1"], "echo 3 #", folder, overwrite=True).best.scores["score"].value == 3
     (family.parent / "mine").mkdir()
     (family.parent / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="is no sweep"):
+    with pytest.raises(UsageError, match="is not a sweep"):
         sweep(family, ["lam=0,1"], "echo 1 #", family.parent / "mine", overwrite=True)
     (family.parent / "t.best.yaml").write_text("mine")
-    with pytest.raises(UsageError, match="is not a sweep's"):
+    with pytest.raises(UsageError, match="was not written by a sweep"):
         sweep(family, ["lam=0,1"], "echo 1 #", family.parent / "t")
 
 
@@ -263,7 +263,7 @@ def test_mistakes_in_a_score_are_told_as_such(demo: Path, tmp_path: Path, monkey
         ("boom", "out of memory"),
         ("leave", "SystemExit"),
         ("nested", "KeyError"),
-        ("names", "different scores"),
+        ("names", "scores of different names"),
     ):
         with pytest.raises(CheckFailed, match=message):
             sweep(demo / "recipe.yaml", ["lam=0,1"], f"faulty:{name}", tmp_path / name)
@@ -297,7 +297,7 @@ def test_an_interrupt_takes_the_command_along(commands: Commands, family: Path) 
     process.send_signal(signal.SIGTERM)
     ended = process.wait()
     assert ended.returncode == 143
-    assert "candidates that were scored are kept" in ended.stderr
+    assert "finished candidates are kept; rerun" in ended.stderr
     wait_for(lambda: not is_running(int(mark.read_text())), seconds=5)
 
 
@@ -307,7 +307,7 @@ def test_damage_inside_a_journal_is_not_passed_over(family: Path) -> None:
     lines = journal.read_text().split("\n")
     for damage in ([lines[0], "{", *lines[2:]], ["[]", *lines[1:]], ['{"a": 1}', "3", ""]):
         journal.write_text("\n".join(damage))
-        with pytest.raises(UsageError, match=r"is damaged, or no sweep's|holds another sweep"):
+        with pytest.raises(UsageError, match=r"is damaged, or not a sweep's|holds a different sweep"):
             sweep(family, ["lam=0:1:0.25"], "echo 1 #", family.parent / "s")
     assert len(sweep(family, ["lam=0"], "echo 1 #", family.parent / "s", overwrite=True).trials) == 1
 
@@ -316,7 +316,7 @@ def test_a_search_with_other_bounds_is_another(family: Path) -> None:
     pytest.importorskip("optuna")
     options: dict[str, Any] = {"search": "random", "trials": 2, "output": family.parent / "s"}
     sweep(family, ["lam=0:2"], "echo 1 #", **options)
-    with pytest.raises(UsageError, match="holds another sweep: axes"):
+    with pytest.raises(UsageError, match="holds a different sweep: axes"):
         sweep(family, ["lam=0:1"], "echo 1 #", **options)
     with pytest.raises(UsageError, match="minimise"):
         sweep(family, ["lam=0:2"], "echo 1 #", minimise=True, **options)
@@ -324,6 +324,6 @@ def test_a_search_with_other_bounds_is_another(family: Path) -> None:
 
 def test_no_place_for_the_best_recipe_is_told_first(family: Path) -> None:
     (family.parent / "s.best.yaml").mkdir()
-    with pytest.raises(UsageError, match="is not a sweep's"):
+    with pytest.raises(UsageError, match="was not written by a sweep"):
         sweep(family, ["lam=0"], "echo 1 #", family.parent / "s")
     assert not (family.parent / "s").exists()

@@ -1,1 +1,1 @@
-"""What weights can be stored as: one module a kind, and the table of them."""
+"""Kinds of stored weights, one module each, and their table."""

@@ -21,7 +21,7 @@ _SHARD_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,243}\.safetensors"
 
 
 def claims(store: Store) -> bool:
-    """Whether there is an index, a file of the usual name, or just one weight file which is not an adapter's."""
+    """Return whether there is an index, a file of the usual name, or just one weight file which is not an adapter's."""
     files = store.list()
     weights = weight_names(files)
     adapter = weights == ["adapter_model.safetensors"] and "adapter_config.json" in files
@@ -39,7 +39,7 @@ def check_weight_names(store: Store) -> None:
 
 
 def missing_shards(files: Collection[str]) -> str | None:
-    """Which parts are missing by the names of the others, such as `shard 2 of 2`; None where none are.
+    """Return which parts are missing by the names of the others, such as `shard 2 of 2`; None if none are.
 
     Names say how many parts there are: `model-00001-of-00002.safetensors`.
     """
@@ -55,7 +55,7 @@ def missing_shards(files: Collection[str]) -> str | None:
 
 
 def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Checkpoint:
-    """Open a model. Raises InputError where it is missing, unsafe or damaged."""
+    """Open a model. Raises InputError if it is missing, unsafe or damaged."""
     files, place = store.list(), store.at.place
     check_weight_names(store)
     weights = weight_names(files)
@@ -72,7 +72,7 @@ def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Checkpoint:
         if SINGLE_FILE in weights and SINGLE_FILE not in index.values():
             raise InputError(
                 f"{place} has both {SINGLE_FILE} and {INDEX_FILE}, which does not name it",
-                fix="it is unclear which of the two is the model: move one away",
+                fix="move one of them away, so that it is clear which is the model",
             )
         shards = sorted(set(index.values()))
     headers = read_headers(store, shards, _header_sizes(shards, index))
@@ -108,7 +108,7 @@ class _Range:
 
 
 class Dense(Checkpoint):
-    """Tensors whose bytes are read straight into the caller's buffers, neighbours in one go."""
+    """Tensors whose bytes are read straight into the caller's buffers, neighbors in one go."""
 
     tensors: Mapping[str, StoredTensor]
 
@@ -136,7 +136,7 @@ class Dense(Checkpoint):
 
 
 def _read_index(store: Store) -> dict[str, str]:
-    """The index's weight map."""
+    """Return the index's weight map."""
     path = store.at.path(INDEX_FILE)
     weight_map = read_json_object(store, INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -153,7 +153,7 @@ def _read_index(store: Store) -> dict[str, str]:
 
 
 def _header_sizes(shards: Sequence[str], index: Mapping[str, str] | None) -> dict[str, int]:
-    """How large headers are likely to be, padding included: an entry has about 100 bytes beside its name."""
+    """Return how large headers are likely to be, padding included: an entry has about 100 bytes beside its name."""
     if index is None:
         return dict.fromkeys(shards, 1 << 17)
     sizes = dict.fromkeys(shards, 4096)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 WORD, NOUN, WRITTEN = "patch", "a sparse patch", "{{patch: {uri}, onto: MODEL}}"
 PATCH_FILE = "delta_metadata.json"
-"""What a patch may have beside its places and values, and no model has."""
+"""A file that only patches have, beside positions and values."""
 
 INDICES, VALUES = ".indices", ".values"
 _FIX = "patches hold places in ascending order, each once, and the new elements of the tensors they are for"
@@ -38,7 +38,7 @@ _FIX = "patches hold places in ascending order, each once, and the new elements 
 
 @dataclass(slots=True)
 class _Change:
-    """What a patch says of one tensor; `starts` says how many places come before each CHUNK elements of it."""
+    """One tensor of a patch; `starts`: how many positions come before each CHUNK elements of it."""
 
     spec: TensorSpec
     indices: StoredTensor
@@ -88,7 +88,7 @@ class Patched(Checkpoint):
         return self._base.cost(tensor)
 
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:
-        """Of the base's file as it would be with the patch in it."""
+        """Return the digest of the base's file with the patch applied."""
         digest = hashlib.sha256(self._base.files[file].described)
         for name in self.files[file].tensors:
             for first in range(0, self.tensors[name].elements, UNIT):
@@ -126,7 +126,7 @@ class Patched(Checkpoint):
         bit_view(out)[places[inside] - first] = bit_view(values)
 
     def _starts(self, change: _Change) -> list[int]:
-        """Where each CHUNK's places start, from a first look at all of them. Raises InputError."""
+        """Return where each CHUNK's places start, from a first look at all of them. Raises InputError."""
         import torch
 
         with change.lock:
@@ -150,7 +150,7 @@ class Patched(Checkpoint):
         return change.starts
 
     def _part(self, spec: StoredTensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Elements of a patch's tensor; places as int64, whatever they are stored in."""
+        """Return elements of a patch's tensor; places as int64, whatever they are stored in."""
         import torch
 
         from skillmerge.bits import torch_dtype
@@ -174,7 +174,7 @@ def claims(store: Store) -> bool:
 def open(uri: str, store: Store, onto: Checkpoint | None) -> Checkpoint:
     """Open the checkpoint that a patch makes of `onto`.
 
-    Raises InputError where it is missing, damaged, or for another model.
+    Raises InputError if it is missing, damaged, or for another model.
     """
     assert onto is not None
     files, place = store.list(), store.at.place

@@ -36,7 +36,7 @@ _MAX_DOCUMENT = 256_000_000
 """Bytes of `skill.json`: 500,000 tensors."""
 
 _MAX_ELEMENTS = 1 << 36
-"""Of one tensor: more than any model has, and few enough to walk through."""
+"""Most units of one tensor: more than any model has, and few enough to iterate over."""
 
 _Parts = Mapping[tuple[str, str], Mapping[int, Mapping[str, StoredTensor]]]
 """Stored parts by tensor and plane, then by unit, then by what they are."""
@@ -47,7 +47,7 @@ def part_name(tensor: str, unit: int, plane: str, part: str) -> str:
 
 
 def tensor_digest(units: Sequence[str]) -> str:
-    """The digest of a tensor: the sha256 of its units' sha256 digests (hex digits, one behind the other)."""
+    """Return the digest of a tensor: the sha256 of its units' sha256 digests (hex digits, concatenated)."""
     return hashlib.sha256("".join(units).encode()).hexdigest()
 
 
@@ -59,7 +59,7 @@ def claims(store: Store) -> bool:
 def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Difference:
     """Open a skill: its planes, `plus` and `minus`, each as a checkpoint.
 
-    Raises InputError where it is missing, damaged, or none.
+    Raises InputError if it is missing, damaged, or none.
     """
     files, place = store.list(), store.at.place
     if SKILL_FILE not in files:
@@ -79,8 +79,8 @@ def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Difference:
 
 @dataclass(frozen=True, slots=True)
 class _Description:
-    """What `skill.json` says. tensors: name, shape, file, and the dtype of each plane; configs: one for each plane;
-    same: see `Checkpoint`."""
+    """The content of `skill.json`. tensors: name, shape, file, and the dtype of each plane; configs: one for each
+    plane; same: see `Checkpoint`."""
 
     digest: bytes
     tensors: list[tuple[str, tuple[int, ...], str, tuple[str, str]]]
@@ -90,7 +90,7 @@ class _Description:
 
 
 def _describe(store: Store) -> _Description:
-    """Raises InputError where it does not describe a skill."""
+    """Read and check `skill.json`. Raises InputError if it does not describe a skill."""
     document = read_json_object(store, SKILL_FILE, _MAX_DOCUMENT)
     path = store.at.path(SKILL_FILE)
     if document.get("skill_version") != SKILL_VERSION:
@@ -116,7 +116,7 @@ def _describe(store: Store) -> _Description:
 def _plane(
     uri: str, store: Store, described: _Description, headers: Mapping[str, Header], parts: _Parts, plane: str
 ) -> SkillPlane:
-    """One plane of the skill. Raises InputError where the parts of a tensor are not those of an encoding."""
+    """Return one plane of the skill. Raises InputError if the parts of a tensor are not those of an encoding."""
     path, number = store.at.path(SKILL_FILE), PLANES.index(plane)
     entries = {}
     inside: dict[str, list[str]] = {file: [] for file in headers}
@@ -138,7 +138,7 @@ def _plane(
 
 
 def _described(name: str, item: Mapping[str, Any]) -> tuple[str, tuple[int, ...], str, tuple[str, str]]:
-    """A tensor of `skill.json`: name, shape, file, and the dtype of each plane."""
+    """Return a tensor of `skill.json`: name, shape, file, and the dtype of each plane."""
     shape, dtypes = item["shape"], (item["dtype"], item["minus_dtype"])
     if not printable(name) or not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 64:
         raise ValueError(name)
@@ -158,7 +158,7 @@ def _described(name: str, item: Mapping[str, Any]) -> tuple[str, tuple[int, ...]
 def _parts_of(
     headers: Mapping[str, Header], tensors: Sequence[str], place: str
 ) -> dict[tuple[str, str], dict[int, dict[str, StoredTensor]]]:
-    """Every part of the files, by tensor and plane, then by unit. Raises InputError for one of no tensor."""
+    """Return every part of the files, by tensor and plane, then by unit. Raises InputError for one of no tensor."""
     known = set(tensors)
     found: dict[tuple[str, str], dict[int, dict[str, StoredTensor]]] = {}
     for spec in (spec for header in headers.values() for spec in header.tensors):
@@ -175,7 +175,7 @@ def _parts_of(
 def _checked_units(
     path: str, spec: TensorSpec, units: Mapping[int, Mapping[str, StoredTensor]]
 ) -> Mapping[int, Mapping[str, StoredTensor]]:
-    """The parts of a tensor's units, whose dtypes and sizes must be those of an encoding. Raises InputError."""
+    """Return the parts of a tensor's units, whose dtypes and sizes must be those of an encoding. Raises InputError."""
     for unit, found in units.items():
         length = min(UNIT, spec.elements - unit * UNIT)
         plain = {"values": spec.dtype, "starts": "I32", "mask": "U8", "gaps": "U8"}
@@ -207,10 +207,10 @@ def _kind(part: TensorSpec, dtype: str) -> bool:
 
 
 def _holds(part: TensorSpec, elements: int) -> bool:
-    """Whether a part is long enough, which of a compressed one is seen when it is read."""
+    """Return whether a part is long enough. A compressed part is checked when it is read."""
     return part.name.endswith(COMPRESSED) or part.elements >= elements
 
 
 def summary(store: Store) -> dict[str, Any]:
-    """What `skill.json` says."""
+    """Return what `skill.json` says."""
     return dict(json.loads(store.read_small(SKILL_FILE, _MAX_DOCUMENT)))

@@ -130,7 +130,7 @@ class SkillPlane(Checkpoint):
         )
 
     def _rows(self, entry: Entry, unit: int) -> list[Tensor]:
-        """The rows of `starts`, checked: what they point at is there."""
+        """Return the rows of `starts`, checked: what they point at is there."""
         key = (entry.spec.name, unit)
         if key not in self._starts:
             import torch
@@ -171,11 +171,11 @@ class SkillPlane(Checkpoint):
         return torch.frombuffer(content, dtype=dtype)
 
     def _length(self, spec: StoredTensor, itemsize: int) -> int:
-        """How many elements a part has."""
+        """Return how many elements a part has."""
         return len(self._inflated(spec)) // itemsize if spec.name.endswith(COMPRESSED) else spec.elements
 
     def _inflated(self, spec: StoredTensor) -> bytearray:
-        """A compressed part as it was. The latest are kept: neighbouring tiles want the same."""
+        """Return a compressed part as it was. The latest are kept: neighboring tiles want the same."""
         with self._lock:
             if spec.name in self._recent:
                 self._recent.move_to_end(spec.name)
@@ -199,12 +199,12 @@ class SkillPlane(Checkpoint):
 
 
 def deflate(content: bytes | memoryview) -> bytes:
-    """One zstd frame. Raises UsageError where zstandard is not installed."""
+    """Return one zstd frame. Raises UsageError if zstandard is not installed."""
     return bytes(load_zstandard().ZstdCompressor(level=_LEVEL).compress(content))
 
 
 def inflate(frame: bytes, limit: int) -> bytes:
-    """What a zstd frame holds. Raises ValueError where it is none, or would be larger than `limit` bytes."""
+    """Return what a zstd frame holds. Raises ValueError if it is none, or would be larger than `limit` bytes."""
     zstandard = load_zstandard()
     try:
         if not 0 <= zstandard.frame_content_size(frame) <= limit:
@@ -215,7 +215,7 @@ def inflate(frame: bytes, limit: int) -> bytes:
 
 
 def check_zstandard() -> None:
-    """Raise UsageError where compressed skills can be neither written nor read."""
+    """Raise UsageError if compressed skills can be neither written nor read."""
     load_zstandard()
 
 

@@ -6,7 +6,7 @@ A run (a part of one tensor) is kept as one of
     dense    every element
     bitmap   `mask`: one bit per element, least significant first; `values`: the elements whose bit is set
     gaps     `gaps`: a byte per step, 0 to 254 for so many zeros and then a value, 255 for 255 zeros and no
-             value, counting anew at every block of BLOCK elements; `values`
+             value, restarting at every block of BLOCK elements; `values`
 
 `starts` says for each block, and for the end, how many values come before it (with gaps, in a second row, how
 many bytes of `gaps`), so that any block can be decoded by itself. Every part is padded with zeros to a multiple
@@ -73,7 +73,7 @@ class Encoder:
         self._length, self._count = self._length + length, self._count + count
 
     def finish(self) -> Encoded:
-        """All that was added. The tensors are new ones."""
+        """Return all that was added. The tensors are new ones."""
         if self._count == 0:
             return Encoded("zero", {})
         size = self._dtype.itemsize
@@ -135,38 +135,38 @@ def decode(encoding: str, parts: dict[str, Tensor], starts: Sequence[Tensor], fi
 
 
 def differing(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors of one dtype do not hold the same bits, as bool."""
+    """Return where two tensors of one dtype do not hold the same bits, as bool."""
     return torch.from_numpy(bit_view(a).numpy() != bit_view(b).numpy())
 
 
 def within(a: Tensor, b: Tensor, units: int) -> Tensor:
-    """Where the bits of two tensors of one dtype, as integers, are at most so many apart, as bool."""
+    """Return where the bits of two tensors of one dtype, as integers, are at most so many apart, as bool."""
     apart = bit_view(a).numpy() - bit_view(b).numpy()  # wraps around, as does the sum
     return torch.from_numpy((apart + apart.dtype.type(units)).view(f"u{apart.itemsize}") <= 2 * units)
 
 
 def bits_in_use(values: Tensor) -> int:
-    """All bits that any of these integers has."""
+    """Return all bits that any of these integers has."""
     return int(np.bitwise_or.reduce(values.numpy())) if values.numel() else 0
 
 
 def places_of(mask: Tensor) -> Tensor:
-    """The indices (int64) at which a bool `mask` is set."""
+    """Return the indices (int64) at which a bool `mask` is set."""
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def pack(mask: Tensor) -> Tensor:
-    """One bit (of uint8) per element of a bool `mask`, least significant first."""
+    """Return one bit (of uint8) per element of a bool `mask`, least significant first."""
     return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
 
 
 def unpack(bits: Tensor) -> Tensor:
-    """The bits as bool, eight for each byte."""
+    """Return the bits as bool, eight for each byte."""
     return torch.from_numpy(np.unpackbits(bits.numpy(), bitorder="little")).view(torch.bool)
 
 
 def _gap_codes(places: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """The bytes of `gaps` for a piece, and how many of them there are up to the end of each block."""
+    """Return the bytes of `gaps` for a piece, and how many of them there are up to the end of each block."""
     if not len(places):
         return torch.empty(0, dtype=torch.uint8), torch.zeros_like(bounds)
     inside = places & (BLOCK - 1)
@@ -181,7 +181,7 @@ def _gap_codes(places: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _places(codes: Tensor, bounds: Tensor, starts: Tensor) -> Tensor:
-    """Where the values of these blocks go, counted from the first block's first element."""
+    """Return where the values of these blocks go, counted from the first block's first element."""
     starts = (starts - starts[0]).to(torch.int64)
     codes = codes[: int(starts[-1])]
     skip = codes == _SKIP

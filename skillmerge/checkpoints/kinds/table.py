@@ -24,7 +24,7 @@ PLAIN: Kind = dense
 def open_as(word: str, uri: str, store: Store, onto: Checkpoint | None = None) -> Checkpoint | Difference:
     """Open what the recipe calls a `model`, `skill` or `patch`, the latter being for the model `onto`.
 
-    Raises InputError where it is missing, unsafe, damaged, or something else.
+    Raises InputError if it is missing, unsafe, damaged, or something else.
     """
     if word != "model":
         return next(kind for kind in MARKED if word == kind.WORD).open(uri, store, onto)
@@ -38,14 +38,14 @@ def open_as(word: str, uri: str, store: Store, onto: Checkpoint | None = None) -
 
 
 def claimant(store: Store, kinds: Sequence[Kind]) -> Kind:
-    """The one kind that claims a store's files. Raises InputError where there is none, or more than one."""
+    """Return the one kind that claims a store's files. Raises InputError if there is none, or more than one."""
     claiming = [kind for kind in kinds if kind.claims(store)]
     if len(claiming) > 1 and claiming[-1] is PLAIN:
         claiming.pop()
     if len(claiming) > 1:
         raise InputError(
             f"{store.at.place} is {' and '.join(kind.NOUN for kind in claiming)} at once",
-            fix="it is unclear which of them is meant: move the files of one away",
+            fix="move the files of one of them away, so that it is clear which is meant",
         )
     if not claiming:
         raise _no_weights(store)
@@ -60,7 +60,7 @@ def open_folder(uri: str, root: Path, *, follow_links: bool = False) -> Checkpoi
 
 
 def _no_weights(store: Store) -> InputError:
-    """Why nothing in a store can be opened."""
+    """Return the error that says why nothing in a store can be opened."""
     dense.check_weight_names(store)
     names, place = store.list(), store.at.place
     weights = dense.weight_names(names)

@@ -1,1 +1,1 @@
-"""Where the bytes of checkpoints are: one module a store, each keeping the promise of `checkpoints.store`."""
+"""Stores, which read the bytes of checkpoints, one module each; `checkpoints.store` defines their interface."""

@@ -21,11 +21,11 @@ from skillmerge.checkpoints.store import Stat, Wait, Where, nothing_to_wait_for
 from skillmerge.errors import InputError, ResourceError, StalePlan, is_machine, unreadable, unusable
 
 _MAX_DEPTH = 2
-"""How many folders deep side files are looked for."""
+"""Depth of folders in which side files are searched."""
 
 
 class FileIdentity(NamedTuple):
-    """What tells an unchanged local file from a changed one without reading it again.
+    """Return the version of a local file, which shows changes without rereading it.
 
     Not its inode: some FUSE filesystems have another number for it at every look.
     """
@@ -60,7 +60,7 @@ class Folder:
             try:
                 identity = self._first_seen[name] = FileIdentity.of(os.stat(self.root / name))
                 found[name] = Stat(identity.size, tuple(identity))
-            except OSError:  # a broken link: whoever reads it is told
+            except OSError:  # a broken link: reading it raises
                 found[name] = Stat(0, ())
         return found
 
@@ -71,7 +71,7 @@ class Folder:
         path = resolve_inside(self.root, file, self._follow_links)
         try:
             if not path.is_file() or path.stat().st_size > limit:
-                raise InputError(f"{self.root / file}: is not a file of sane size")
+                raise InputError(f"{self.root / file}: is not a regular file of acceptable size")
             return path.read_bytes()
         except OSError as error:
             raise unreadable(self.root / file, error) from error
@@ -153,12 +153,12 @@ class Folder:
     def _changed(self, file: str) -> StalePlan:
         return StalePlan(
             f"{self.root / file} changed while it was in use",
-            fix="make sure that nothing writes to the inputs, then run the same command again",
+            fix="stop everything that writes to the inputs, then rerun",
         )
 
 
 def _names(root: Path) -> list[str]:
-    """Every file below a folder, sorted. Raises InputError where it is none."""
+    """Return every file below a folder, sorted. Raises InputError if it is none."""
     try:
         os.listdir(root)
     except OSError as error:
@@ -179,7 +179,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _license(card: Path) -> str | None:
-    """From the first lines of a model card: its metadata."""
+    """Return the license from the metadata of a model card."""
     try:
         if not card.is_file():  # opening a FIFO would block
             return None
@@ -193,7 +193,7 @@ def _license(card: Path) -> str | None:
 
 
 def resolve_inside(root: Path, name: str, follow_links: bool) -> Path:
-    """The path of `name` in `root`, with every link followed. Raises InputError where it leads out.
+    """Return the path of `name` in `root`, with every link followed. Raises InputError if it leads out.
 
     The Hub cache's layout is allowed: `snapshots/<commit>/…` pointing to `blobs/…` of the same repository.
     """
@@ -212,5 +212,5 @@ def resolve_inside(root: Path, name: str, follow_links: bool) -> Path:
             return target
     raise InputError(
         f"{path}: is a link that leaves its folder, to {target}",
-        fix="if you trust it, allow it with --follow-links",
+        fix="if you trust it, pass `--follow-links`",
     )

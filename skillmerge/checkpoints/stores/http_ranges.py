@@ -112,7 +112,7 @@ class Storage:
             self._put_back(place, connection, good=response.isclosed())
 
     def cancel(self) -> None:
-        """Break every connection, and make no more: whoever waits for one gets an error."""
+        """Break every connection, and make no more: waiting reads get an error."""
         with self._lock:
             self._cancelled = True
             for connection in self._open:

@@ -104,7 +104,8 @@ class Repository:
         return bytes(content)
 
     def peek(self, file: str, start: int, count: int) -> bytes:
-        """What the local cache has is read from there, now and later, unless it is to be compared with its digest."""
+        """Read from the local cache what it has, now and later, unless it is to be compared with its
+        digest."""
         size = self._stat(file).size
         if not self._download:
             if file not in self._cached_names and (found := self._from_cache(file)) is not None:
@@ -158,7 +159,7 @@ class Repository:
     # The local cache.
 
     def _from_cache(self, name: str) -> Path | None:
-        """A file of exactly this commit in the Hub's cache, of the right size."""
+        """Return a file of exactly this commit in the Hub's cache, of the right size."""
         found = try_to_load_from_cache(self.location.repository, self._prefix + name, revision=self.at.revision)
         if not isinstance(found, str):
             return None
@@ -174,12 +175,12 @@ class Repository:
         self._cached_names.add(name)
 
     def _into_cache(self, name: str) -> Path:
-        """A file in the Hub's cache, fetched where it is not there."""
+        """Return a file in the Hub's cache, fetched where it is not there."""
         repository, path = self.location.repository, self._prefix + name
         return Path(retried(self.at.place, lambda: hf_hub_download(repository, path, revision=self.at.revision)))
 
     def _downloaded(self, name: str) -> Path:
-        """A weight file in the cache, compared with the digest that the Hub states."""
+        """Return a weight file in the cache, compared with the digest that the Hub states."""
         path = self._into_cache(name)
         kind, stated = self._listed[name].digest or ("", "")
         if kind == "sha256" and hash_file(path) != stated:
@@ -194,8 +195,8 @@ class Repository:
     def _fetch(self, name: str, position: int, buffer: memoryview) -> None:
         """Fill `buffer` from `position` on, going on behind what has arrived where a connection breaks.
 
-        Raises TemporaryError where the network or the server fail for good, StalePlan where the file is
-        another one, InputError where it may not be read.
+        Raises TemporaryError if the network or the server fail for good, StalePlan if the file is
+        another one, InputError if it may not be read.
         """
         done = 0
 
@@ -276,13 +277,13 @@ class Repository:
 
 
 def _is_hub(url: str) -> bool:
-    """Whether a request to `url` may carry the token."""
+    """Return whether a request to `url` may carry the token."""
     hub, asked = urlsplit(constants.ENDPOINT), urlsplit(url)
     return (hub.scheme, hub.netloc) == (asked.scheme, asked.netloc)
 
 
 def open_location(location: Location, *, download: bool = False) -> Store:
-    """The files of a model on the Hub. Offline, those of the local cache.
+    """Return the files of a model on the Hub. Offline, those of the local cache.
 
     Raises InputError, TemporaryError.
     """
@@ -312,9 +313,9 @@ def open_location(location: Location, *, download: bool = False) -> Store:
 
 
 def _snapshot(location: Location) -> tuple[Path, bool]:
-    """The folder of a revision in the Hub's cache, and whether it is surely that one: files that were fetched by their
-    commit leave no note of the branch that they are of. Without a revision, the only snapshot is meant, if the cache
-    has no branch at all. Raises LocalEntryNotFoundError."""
+    """Return the folder of a revision in the Hub's cache, and whether that is certain: files that were fetched by
+    their commit leave no note of the branch that they are of. Without a revision, the only snapshot is meant, if the
+    cache has no branch at all. Raises LocalEntryNotFoundError."""
     try:
         found = snapshot_download(location.repository, revision=location.revision or None, local_files_only=True)
         return Path(found), True
@@ -326,7 +327,7 @@ def _snapshot(location: Location) -> tuple[Path, bool]:
 
 
 def _refs(location: Location) -> list[str]:
-    """The branches and tags that the Hub's cache knows of a repository."""
+    """Return the branches and tags that the Hub's cache knows of a repository."""
     folder = _cache_of(location) / "refs"
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -336,7 +337,7 @@ def _cache_of(location: Location) -> Path:
 
 
 def _cached(location: Location) -> bool:
-    """Whether the Hub's cache has a model, all of its weight files."""
+    """Return whether the Hub's cache has a model, all of its weight files."""
     try:
         folder = _snapshot(location)[0] / location.subfolder
         index = folder / INDEX_FILE
@@ -348,7 +349,7 @@ def _cached(location: Location) -> bool:
 
 
 def download(location: Location) -> Path:
-    """The folder in the Hub's cache with all of a model that a runtime reads, fetched where it is not there."""
+    """Return the folder in the Hub's cache with all of a model that a runtime reads, fetched where it is not there."""
     prefix = f"{location.subfolder}/" if location.subfolder else ""
     wanted = [prefix + pattern for pattern in _OF_A_MODEL]
     snapshot = retried(

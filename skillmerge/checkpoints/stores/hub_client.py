@@ -43,7 +43,7 @@ from huggingface_hub.utils import (
 from skillmerge.errors import InputError, ResourceError, SkillmergeError, TemporaryError
 
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
-"""What every error of the HTTP library derives from, whichever library this huggingface_hub is built on."""
+"""The base class of the HTTP library's errors, whichever library this huggingface_hub uses."""
 
 TRIES = 6
 FIRST_WAIT = 1.0
@@ -98,7 +98,7 @@ def retried(
 
     Only tries without any `progress` count: a link that breaks often still gets there. Once `stop` is set,
     nothing is waited for.
-    Raises InputError for what will not pass, TemporaryError where `tries` (or TRIES) were not enough.
+    Raises InputError for what will not pass, TemporaryError if `tries` (or TRIES) were not enough.
     """
     failed, reached = 0, progress()
     while True:
@@ -116,7 +116,7 @@ def retried(
             wait = max(passing.wait or 0.0, FIRST_WAIT * 2 ** (failed - 1)) * random.uniform(1.0, 1.2)
             if failed >= (tries or TRIES) or wait > 1.2 * LONGEST_WAIT:
                 raise TemporaryError(
-                    f"{what}: {passing.what}", fix="try again later: the same command continues where it stopped"
+                    f"{what}: {passing.what}", fix="rerun later; the same command continues where it stopped"
                 ) from passing
             if (stop or threading.Event()).wait(wait):
                 raise TemporaryError(f"{what}: stopped while it waited for the Hub") from passing
@@ -147,7 +147,7 @@ def _of_the_hub(what: str, error: Exception) -> Exception | None:
                 fix=f"unset HF_HUB_OFFLINE, or fetch it where there is a network: hf download {_repository(what)}",
             )
         case LocalTokenNotFoundError():
-            return InputError(f"{what} needs a token, and none was found", fix=LOG_IN)
+            return InputError(f"{what} needs a token, but there is none", fix=LOG_IN)
         case LocalEntryNotFoundError():
             return Passing("a file could not be fetched")
         case HFValidationError():
@@ -164,7 +164,7 @@ def _of_the_network(what: str, error: Exception) -> Exception | None:
     name = type(error).__name__
     if isinstance(error, HTTPError) and name in ("LocalProtocolError", "UnsupportedProtocol", "InvalidURL"):
         return InputError(
-            f"{what}: the request could not be made ({name})",
+            f"{what}: the request failed ({name})",
             fix="check HF_ENDPOINT, and the token for stray spaces and line ends: hf auth login",
         )
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
@@ -179,27 +179,28 @@ def _of_the_network(what: str, error: Exception) -> Exception | None:
             return InputError(f"{error.filename}: cannot be read: {error.strerror}", fix="check SSL_CERT_FILE")
         return ResourceError(
             f"{what}: the local cache could not be used: {error.strerror or name}",
-            fix="make room, or point HF_HOME at another place",
+            fix="free disk space, or point HF_HOME at another place",
         )
     if isinstance(error, UnicodeError):
-        return InputError(f"{what}: the token is not one: it has characters that none has", fix=LOG_IN)
+        return InputError(f"{what}: the token has invalid characters", fix=LOG_IN)
     if isinstance(error, ValueError):
         # A refusal in the Hub's own words, or an answer that is none (a proxy's page).
         return InputError(f"{what}: {_without_token(str(error)).strip()[:500]}", fix="check HF_ENDPOINT")
     if name in ("InvalidURL", "UnsupportedProtocol"):
-        return InputError(f"{what}: the Hub's address is not one ({constants.ENDPOINT})", fix="check HF_ENDPOINT")
+        return InputError(f"{what}: the Hub's address is invalid ({constants.ENDPOINT})", fix="check HF_ENDPOINT")
     return None
 
 
 def probe(seconds: float = 5.0) -> dict[str, str | bool]:
-    """Whether the Hub answers: one request without a token, for at most so long. Never raises, never shows a token."""
+    """Return whether the Hub answers: one request without a token, for at most so long. Never raises, never shows a
+    token."""
     found: dict[str, str | bool] = {
         "endpoint": _host(constants.ENDPOINT),
         "offline": bool(constants.HF_HUB_OFFLINE),
         "token": _token_state(),
     }
     if constants.HF_HUB_OFFLINE:
-        return {**found, "answer": "not asked: HF_HUB_OFFLINE is set"}
+        return {**found, "answer": "not checked: HF_HUB_OFFLINE is set"}
     answer = [f"none in {seconds:g} s"]
 
     def ask() -> None:
@@ -217,7 +218,7 @@ def probe(seconds: float = 5.0) -> dict[str, str | bool]:
 
 
 def _host(address: str) -> str:
-    """An address without user, password, path and query."""
+    """Return an address without user, password, path and query."""
     try:
         parts = urlsplit(address)
         return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
@@ -262,7 +263,7 @@ def _explained(what: str, error: HfHubHTTPError) -> Exception:
 
 
 def _said(headers: Mapping[str, str], message: str | None = None) -> str:
-    """The first line of what a service says, without what could be a secret."""
+    """Return the first line of what a service says, without what could be a secret."""
     text = (message or headers.get("x-error-message") or "").strip().partition("\n")[0]
     text = re.sub(r"\bhf_\w{6,}|(?i:bearer|basic)\s+\S+", "<token>", _without_token(text))
     return re.sub(r"(://[^\s?]*)\?\S*", r"\1", text)[:_LONGEST_SAYING].rstrip(" .")  # addresses are signed there
@@ -294,13 +295,13 @@ def _meant(what: str, error: HfHubHTTPError) -> Exception:
         return InputError(f"{what}: the Hub refuses the token", fix="log in again: hf auth login")
     if status == 403:
         return InputError(
-            f"{what}: the token may not do this", fix="make a token with more rights at hf.co/settings/tokens"
+            f"{what}: the token may not do this", fix="create a token with more rights at hf.co/settings/tokens"
         )
     return refused(status, error.response.headers if error.response is not None else {}, what)
 
 
 def refused(status: int, headers: Mapping[str, str], what: str) -> Exception:
-    """An answer that is not what was asked for: Passing, or an InputError."""
+    """Return an answer that is not what was asked for: Passing, or an InputError."""
     if status in _PASSING:
         word = "too many requests" if status == 429 else f"the server answers {status}"
         said = _said(headers)
@@ -309,7 +310,7 @@ def refused(status: int, headers: Mapping[str, str], what: str) -> Exception:
 
 
 def _asked_wait(headers: Mapping[str, str]) -> float | None:
-    """Seconds that `Retry-After` (a number or a date) or the rate limit's reset ask to wait."""
+    """Return seconds that `Retry-After` (a number or a date) or the rate limit's reset ask to wait."""
     asked = headers.get("retry-after")
     if asked is not None:
         if asked.strip().isdecimal():

@@ -1,4 +1,4 @@
-"""What is held in memory: files, as a store; and the tensors of a checkpoint, which are then read from there."""
+"""Files in memory, as a store; and checkpoints whose tensors are kept in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Memory:
     def read_small(self, file: str, limit: int) -> bytes:
         content = self._content(file)
         if len(content) > limit:
-            raise InputError(f"{self.at.path(file)}: is not a file of sane size")
+            raise InputError(f"{self.at.path(file)}: is not a regular file of acceptable size")
         return content
 
     def peek(self, file: str, start: int, count: int) -> bytes:

@@ -1,1 +1,1 @@
-"""What the files of tokenizers say: which id is which token, and how text becomes tokens."""
+"""Tokenizer files: which id is which token, and how text becomes tokens."""

@@ -18,5 +18,6 @@ _PLACEHOLDER = re.compile(
 
 
 def is_placeholder(token: str) -> bool:
-    """Whether a token is kept free: `<|reserved_special_token_3|>`, `<unused7>`, `<extra_id_0>`, `[unused1]`, …"""
+    """Return whether a token is kept free: `<|reserved_special_token_3|>`, `<unused7>`, `<extra_id_0>`, `[unused1]`,
+    …"""
     return len(token) <= _LONGEST and _PLACEHOLDER.fullmatch(token) is not None

@@ -13,7 +13,7 @@ MAX_BYTES = 64 << 20
 """Vocabularies of 260,000 tokens take 35 MB."""
 
 MOST_FETCHED = 5
-"""How many files of a remote model are fetched for the comparison."""
+"""Most files of a remote model that are fetched for the comparison."""
 
 T = TypeVar("T")
 
@@ -28,9 +28,9 @@ class SmallFiles:
         """Files that are pointers to what was never fetched."""
 
     def read(self, store: Store, file: str, parse: Callable[[bytes], T]) -> T | None:
-        """What `parse` makes of a file; None where it is not there, or as many were fetched as may be.
+        """Return what `parse` makes of a file; None if it is not there, or as many were fetched as may be.
 
-        Raises InputError where it is too large, a pointer, or `parse` raises ValueError; StalePlan, TemporaryError.
+        Raises InputError if it is too large, a pointer, or `parse` raises ValueError; StalePlan, TemporaryError.
         """
         stat, path = store.list().get(file), store.at.path(file)
         if stat is None:

@@ -1,4 +1,4 @@
-"""How a tokenizer cuts text, in one form: what libraries save in several ways is the same here.
+"""How a tokenizer splits text, in one normal form for what libraries save in several ways.
 
 Knows the parts of the `tokenizers` library's JSON (normalizer, pre-tokenizer, merges, scores) and their defaults;
 fields that change offsets alone are left out.
@@ -30,7 +30,8 @@ _SPACE_RUNS = (
 
 
 def tokenization(document: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """The parts of a `tokenizer.json` that decide how text is cut -> their steps, merges or scores, a text each."""
+    """Return the parts of a `tokenizer.json` that decide how text is cut -> their steps, merges or scores, a text
+    each."""
     normalizer = _steps(document.get("normalizer"), "normalizers")
     pre_tokenizer = _steps(document.get("pre_tokenizer"), "pretokenizers")
     # Libraries mark spaces in one place or the other: "a b" becomes "▁a▁b" either way.
@@ -68,7 +69,7 @@ def in_order(merges: Iterable[str]) -> tuple[str, ...]:
 
 
 def described(part: str, said: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """A part in which models differ, for people, by model: its kinds of steps, or else the first difference."""
+    """Return a part in which models differ, for people, by model: its kinds of steps, or else the first difference."""
     longest = max(map(len, said.values()))
     place = next((at for at in range(longest) if len({texts[at : at + 1] for texts in said.values()}) > 1), longest)
     if part in ("merges", "scores"):
@@ -109,7 +110,7 @@ def _score(piece: Any) -> str:
 
 
 def _steps(part: Any, key: str) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as a flat list of its steps, each with its defaults."""
+    """Return a normalizer or pre-tokenizer as a flat list of its steps, each with its defaults."""
     if part is None:
         return []
     if not isinstance(part, dict):

@@ -51,11 +51,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """What the files of a model say of its tokens.
+    """The tokenizer that a model's files describe.
 
-    file: the vocabulary's, or "" where there is none. tokens: id -> text, empty where that is not known.
+    file: the vocabulary's, or "" if there is none. tokens: id -> text, empty if that is not known.
     tokenization: how text is cut, as far as it is known (`tokenization.tokenization`).
-    stop: the ids that end an answer, and stop_file, which says so; empty where nothing does. templates: name -> chat
+    stop: the ids that end an answer, and stop_file, which says so; empty if nothing does. templates: name -> chat
     template, the usual one as `default`, and template_file. pad, bos: ids. unread: why files could not be read.
     broken: those of `unread` that are no JSON files of their kind, which no runtime can read either. pointers: those of
     `unread` where a pointer is in the file's place, and what to do.
@@ -76,14 +76,14 @@ class Tokenizer:
 
 
 def vocabulary_file(names: Iterable[str]) -> str:
-    """The file, among a model's, that says which text each id is, or ""."""
+    """Return the file, among a model's, that says which text each id is, or ""."""
     found = [file for pattern, _ in VOCABULARIES for file in names if "/" not in file and fnmatchcase(file, pattern)]
     return found[0] if found else ""
 
 
 def read_tokenizer(checkpoint: Checkpoint, files: SmallFiles, *, tokens: bool = True) -> Tokenizer:
-    """The tokenizer of a model. files: shared by all models that are compared, the donor's read first. tokens: whether
-    the vocabulary is wanted.
+    """Return the tokenizer of a model. files: shared by all models that are compared, the donor's read first. tokens:
+    whether the vocabulary is wanted.
 
     Raises StalePlan, TemporaryError. What cannot be read as what it is, is named in `unread`.
     """
@@ -133,7 +133,7 @@ class _Reading:
             return None
 
     def _added(self, file: str, tokens: Mapping[int, str], config: Mapping[str, Any]) -> Mapping[int, str]:
-        """The tokens and those that other files add. The same object where they add nothing."""
+        """Return the tokens and those that other files add. The same object where they add nothing."""
         try:
             added = added_tokens(config.get("added_tokens_decoder"))
         except ValueError as error:
@@ -157,7 +157,7 @@ class _Reading:
         return "chat_template.json", _named(document.get("chat_template"))
 
     def _special(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Where `eos_token` and its like are named."""
+        """Return where `eos_token` and its like are named."""
         if config.get("eos_token") is not None:
             return config
         return {**(self._read("special_tokens_map.json", json_table) or {}), **config}
@@ -186,7 +186,7 @@ def _jinja(content: bytes) -> str:
 
 
 def _named(template: Any) -> dict[str, str]:
-    """A template, or a list of named ones, by name and without white space at their ends."""
+    """Return a template, or a list of named ones, by name and without white space at their ends."""
     if isinstance(template, str):
         return {"default": template.rstrip()}
     return {

@@ -28,7 +28,7 @@ class Vocabulary:
 
 
 def json_table(content: bytes) -> dict[str, Any]:
-    """A JSON object, read strictly."""
+    """Return a JSON object, read strictly."""
     refuse_bulk(content, MAX_BYTES)
     document = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
     if not isinstance(document, dict):
@@ -37,7 +37,7 @@ def json_table(content: bytes) -> dict[str, Any]:
 
 
 def tokenizer_json(content: bytes) -> Vocabulary:
-    """The format of the `tokenizers` library."""
+    """Read the format of the `tokenizers` library."""
     document = json_table(content)
     model, added = document.get("model"), document.get("added_tokens") or []
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -66,13 +66,13 @@ def vocab_json(content: bytes) -> Vocabulary:
 
 
 def vocab_txt(content: bytes) -> Vocabulary:
-    """A token a line, whichever system's line ends."""
+    """Read one token a line, with the line ends of any system."""
     text = content.decode("utf-8").replace("\r\n", "\n")
     return Vocabulary(dict(enumerate(text.removesuffix("\n").split("\n"))))
 
 
 def merges_txt(content: bytes) -> tuple[str, ...]:
-    """A merge a line."""
+    """Read one merge a line."""
     lines = content.decode("utf-8").splitlines()
     return in_order(line for line in lines if line.strip() and not line.startswith("#version"))
 
@@ -117,7 +117,7 @@ def tekken(content: bytes) -> Vocabulary:
 
 
 def sentencepiece(content: bytes) -> Vocabulary:
-    """A `ModelProto` of sentencepiece: its first field, repeated, is a piece, whose first field is its text."""
+    """Read a `ModelProto` of sentencepiece: its first field, repeated, is a piece, whose first field is its text."""
     tokens: dict[int, str] = {}
     for number, piece in _fields(content):
         if number == 1:
@@ -140,13 +140,13 @@ def added_tokens(decoder: Any) -> dict[int, str]:
 
 
 def content_of(token: Any) -> str | None:
-    """A special token, which is a text or a table with its `content`; None where it is neither."""
+    """Return a special token, which is a text or a table with its `content`; None if it is neither."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """The fields of a protobuf message that hold bytes: (number, bytes)."""
+    """Yield the fields of a protobuf message that hold bytes: (number, bytes)."""
     position, end = 0, len(message)
     while position < end:
         tag, position = _varint(message, position)
@@ -181,7 +181,7 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
 
 
 def _visible() -> dict[int, str]:
-    """The characters that byte-level tokenizers write bytes as (GPT-2's table)."""
+    """Return the characters that byte-level tokenizers write bytes as (GPT-2's table)."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {byte: chr(byte) for byte in shown} | {byte: chr(256 + number) for number, byte in enumerate(hidden)}

@@ -1,6 +1,6 @@
-"""What the figures of inspect mean (name, formula, meaning, who has used them), and what the actions of a plan do.
+"""The figures of inspect (name, formula, meaning, source), and what the actions of a plan do.
 
-v is the update, k the second one, w the weights that v is seen against, n the number of elements.
+v is the update, k the second update, w the weights that v is compared with, n the number of elements.
 """
 
 from __future__ import annotations
@@ -32,49 +32,49 @@ FIGURES = {
     "changed": Figure(
         "changed",
         "|{i : bits differ}| / n",
-        "Elements whose stored bits differ. Depends on the dtype: bfloat16 hides what is smaller than half a unit in "
-        "the last place, so that a low share can be an effect of learning rate and precision.",
+        "Share of elements whose stored bits differ. Depends on the dtype: bfloat16 hides changes smaller than half a "
+        "unit in the last place, so a low share can come from learning rate and precision.",
         "share",
         _PRINCIPALS,
     ),
     "above_absolute": Figure(
         "above 1e-5",
         "|{i : |v_i| > 1e-5}| / n",
-        "Elements that moved by more than 1e-5, whatever their own size.",
+        "Share of elements that moved by more than 1e-5, regardless of their own size.",
         "share",
         _SUBNETWORKS,
     ),
     "above_relative": Figure(
         "above 1e-3 of w",
         "|{i : |v_i| > 1e-3 |w_i|}| / n",
-        "Elements that moved by more than a thousandth of themselves, which is less than half a unit of bfloat16.",
+        "Share of elements that moved by more than a thousandth of themselves, less than half a unit of bfloat16.",
         "share",
         _PRINCIPALS,
     ),
     "norm": Figure("norm", "||v||", "Euclidean norm of the update."),
-    "largest": Figure("largest", "max |v_i|", "The greatest change of one element."),
-    "norm_ratio": Figure("relative norm", "||v|| / ||w||", "How large the update is beside the weights."),
+    "largest": Figure("largest", "max |v_i|", "The largest change of one element."),
+    "norm_ratio": Figure("relative norm", "||v|| / ||w||", "Size of the update relative to the weights."),
     "energy": Figure("energy", "||v||^2 / ||v of the whole model||^2", "This part's share of the update.", "share"),
     "input_rounding": Figure(
         "input rounding",
         "sqrt(sum (ulp(r)^2 + ulp(s)^2) / 12) / ||v||",
-        "What a cast of both models is expected to have put into v = r - s, as a share of its norm, in tensors with "
-        "an update. From about 0.7 on it is as large as what is left of the update. It does not apply to models that "
-        "were trained in the precision of their numbers: these are no casts.",
+        "Expected rounding error in v = r - s if both models were cast, as a share of its norm, in tensors with an "
+        "update. From about 0.7 it is as large as the rest of the update. Does not apply to models that were trained "
+        "in the precision of their numbers: those are not casts.",
         "number",
         _CASTS,
     ),
     "input_rounding_added": Figure(
         "of r alone",
         "sqrt(sum ulp(r)^2 / 12) / ||v||",
-        "The same where only r was cast, as where RL began from s as it is stored.",
+        "The same if only r was cast, for example if RL started from s as stored.",
     ),
     "other_norm": Figure("second norm", "||k||", "Euclidean norm of the second update, the target's own."),
-    "updates_ratio": Figure("norm ratio", "||v|| / ||k||", "How large the update is beside the second one."),
+    "updates_ratio": Figure("norm ratio", "||v|| / ||k||", "Size of the update relative to the second one."),
     "cosine": Figure(
         "cosine",
         "<v, k> / (||v|| ||k||)",
-        "Near 0 for any two unrelated vectors of this many dimensions: alone it is weak evidence. Updates that are "
+        "Near 0 for any two unrelated vectors of this many dimensions, so weak evidence alone. Updates that are "
         "nearly orthogonal can still disturb each other's function (arXiv 2305.12827).",
         "signed",
         _PAST,
@@ -82,22 +82,22 @@ FIGURES = {
     "cosine_z": Figure(
         "cosine z",
         "cosine * sqrt(n)",
-        "Standard deviations from chance, whose cosine is 0 give or take 1/sqrt(n) for dense independent updates. "
-        "It overstates where few elements carry most of the norms (sparse updates; norms beside matrices). Where both "
-        "updates are taken against the same SFT model, its own part is in both and pulls z up.",
+        "Standard deviations from chance: dense independent updates have a cosine of 0, give or take 1/sqrt(n). "
+        "Overstates if few elements carry most of the norms (sparse updates; norms beside matrices). If both updates "
+        "subtract the same SFT model, its own part is in both and raises z.",
         "signed",
     ),
     "cosine_z_signs": Figure(
         "sign-flip z",
         "<v, k> / sqrt(sum v_i^2 k_i^2)",
-        "The same against updates of these very sizes and random signs, which does not overstate: where the two z "
-        "differ, believe this one.",
+        "The same against updates of exactly these sizes with random signs, which does not overstate. If the two z "
+        "differ, trust this one.",
         "signed",
     ),
     "conflict": Figure(
         "sign conflict",
         "|{i : v_i k_i < 0}| / |{i : v_i k_i != 0}|",
-        "Of the elements that both move, those moved to opposite sides; 50% by chance.",
+        "Share of the elements that both updates move in opposite directions; 50% by chance.",
         "share",
         _TIES,
     ),
@@ -107,12 +107,12 @@ FIGURES = {
     "overlap": Figure(
         "overlap",
         "|{i : v_i k_i != 0}| / |{i : v_i != 0}|",
-        "Of the elements that the update moves, those that the second one moves too.",
+        "Share of the update's elements that the second update also moves.",
         "share",
         _SUBNETWORKS,
     ),
     "overlap_chance": Figure(
-        "chance overlap", "|{i : k_i != 0}| / n", "What the overlap would be of unrelated places.", "share"
+        "chance overlap", "|{i : k_i != 0}| / n", "Overlap expected if the positions were unrelated.", "share"
     ),
 }
 
@@ -120,63 +120,65 @@ SPECTRAL = {
     "stable_rank": Figure(
         "stable rank",
         "||v||_F^2 / s_1^2",
-        "Of a matrix: how many directions share its energy, s_1 its largest singular value.",
+        "How many directions share a matrix's energy; s_1 is its largest singular value.",
     ),
     "effective_rank": Figure(
         "effective rank",
         "exp(-sum p_i ln p_i), p_i = s_i^2 / sum s^2",
-        "The same from the entropy of the leading singular values (up to the rank asked for).",
+        "The same, from the entropy of the leading singular values (up to the requested rank).",
         source="Roy and Vetterli 2007",
     ),
     "leading_energy": Figure(
         "leading energy",
         "sum s_i^2 / ||v||_F^2",
-        "What the leading directions hold: an adapter of that rank would.",
+        "Energy in the leading directions, and so in an adapter of that rank.",
         "share",
     ),
     "principal_left": Figure(
         "in principal rows",
         "||U_k^T v||_F^2 / ||v||_F^2",
-        "Energy in the leading k left singular directions of the weights. RL updates have been seen to keep off them.",
+        "Energy in the leading k left singular directions of the weights. RL updates have been observed to avoid them.",
         "share",
         _PRINCIPALS,
     ),
-    "principal_left_chance": Figure("chance, rows", "k / rows", "What a random update has there.", "share"),
+    "principal_left_chance": Figure("chance, rows", "k / rows", "Energy that a random update has there.", "share"),
     "principal_right": Figure(
         "in principal columns",
         "||v V_k||_F^2 / ||v||_F^2",
-        "The same of right singular directions.",
+        "The same for right singular directions.",
         "share",
         _PRINCIPALS,
     ),
-    "principal_right_chance": Figure("chance, columns", "k / columns", "What a random update has there.", "share"),
+    "principal_right_chance": Figure(
+        "chance, columns", "k / columns", "Energy that a random update has there.", "share"
+    ),
     "subspace_overlap": Figure(
         "subspace overlap",
         "mean of cos^2 of the principal angles between U_k of v and U_k of w",
-        "1 where the update's leading directions are the weights' own; k / rows by chance.",
+        "1 if the update's leading directions are those of the weights; k / rows by chance.",
         "share",
         _PRINCIPALS,
     ),
-    "least_angle": Figure("least angle", "arccos of the largest cosine, in degrees", "0 where a direction is shared."),
+    "least_angle": Figure("least angle", "arccos of the largest cosine, in degrees", "0 if a direction is shared."),
 }
 
 FORECAST = {
     "realised": Figure(
         "effective λ",
         "lambda <y - t, u> / <u, u>, u = lambda v",
-        "The lambda that the output really has, after rounding: t the target, y the output.",
+        "Lambda left after rounding; t is the target, y the output.",
     ),
     "vanished": Figure(
         "lost",
         "|{i : u_i != 0, y_i = t_i}| / |{i : u_i != 0}|",
-        "Of the update's elements, those that rounding lost.",
+        "Share of the update's nonzero elements that left the weight unchanged.",
         "share",
     ),
 }
 
 
 def show(value: float | None, unit: str) -> str:
-    """A figure for people; what is not known is a dash."""
+    """Return a figure for people; a dash if unknown."""
     if value is None:
         return "–"
     if unit == "share":
@@ -195,4 +197,4 @@ ACTIONS = {
     "compute": "computed, rounded once",
     "zero": "nothing",
 }
-"""What a plan does with a tensor, in words."""
+"""Actions of a plan, in words."""

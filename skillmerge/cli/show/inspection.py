@@ -26,7 +26,7 @@ _ONE_UPDATE = ("elements", "changed", "above_absolute", "above_relative", "norm"
 _ROUNDING = ("input_rounding", "input_rounding_added")
 _BRIEF = ("elements", "changed", "norm", "norm_ratio", "energy")
 _LEAST = ("tensors", "elements", "matrices", "above 1e-5")
-"""What a narrow terminal does without first."""
+"""Columns that a narrow terminal drops first."""
 _EACH = ("changed", "norm", "norm_ratio", *_ROUNDING)
 _PAIR = ("cosine", "cosine_z_signs", "conflict", "overlap", "overlap_chance", "updates_ratio")
 _CHANCE = """\
@@ -35,7 +35,7 @@ opposite signs in 50% of the elements, so a cosine near 0 alone shows little."""
 
 
 def show_inspection(found: Inspection, out: Console, details: bool = False) -> None:
-    """What changed, in sentences and by module, and what rounding takes of it. details: every figure there is."""
+    """Show what changed, in sentences and by module, and the effect of rounding. details: every figure."""
     out.print(Text(found.title, style="bold"), soft_wrap=True)
     for sentence in sentences(found):
         out.print(Text(sentence))
@@ -55,22 +55,22 @@ def show_inspection(found: Inspection, out: Console, details: bool = False) -> N
 
 
 def _show_details(found: Inspection, rows: Mapping[str, Mapping[str, Any]], out: Console) -> None:
-    """How the models were rounded, how far elements moved, the second update, and maps over depth."""
+    """Show how the models were rounded, how far elements moved, the second update, and maps over depth."""
     if not found.updates and found.total.get("input_rounding") is not None:
         precisions = " and ".join(found.total["input_precisions"])
         out.print(_figures(f"Rounding of the inputs ({precisions})", rows, _ROUNDING))
     if ulps := listings.ulps(found.total["ulps"]):
         shares = ", ".join(f"{row.label('-')}: {row.share:.1%}" for row in ulps if row.count)
-        out.print(Text(f"changed by units in the last place: {shares}"))
+        out.print(Text(f"\nchanged by units in the last place: {shares}\n"))
     if found.second is not None:
         out.print(_figures(f"Beside the target's own update, {found.second}", rows, FIGURES_OF_TWO))
-        out.print(Text(_CHANCE))
+        out.print(Text(f"\n{_CHANCE}"))
     for key in ("changed", "norm_ratio", "cosine_z"):
-        _show_map(found, key, FIGURES[key].label, out)
+        _show_map(found, key, out)
 
 
 def _show_each(found: Inspection, out: Console) -> None:
-    """Each of several updates, and every two of them; of a single pair its modules too."""
+    """Show each of several updates and every pair; for a single pair, its modules too."""
     each = {label: row["all"] for label, row in found.updates.items()}
     out.print(_figures("Each update", each, _EACH, first="update"))
     for pair in found.pairs if len(found.pairs) == 1 else ():
@@ -83,7 +83,7 @@ def _show_each(found: Inspection, out: Console) -> None:
 
 
 def _spectra_table(spectra: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """Medians over the matrices of a kind."""
+    """Return medians over the matrices of each kind."""
     kinds: dict[str, list[Mapping[str, float | None]]] = {}
     for name, row in spectra.items():
         kinds.setdefault(module_kind(name), []).append(row)
@@ -113,7 +113,7 @@ def _show_forecast(forecast: Mapping[str, Any], out: Console, details: bool) -> 
             table.add_row(number(lam), *cells)
         out.print(table)
     if forecast["as_planned"] is not None and forecast["as_planned"].all.changed is not None:
-        out.print(statistics_table(forecast["as_planned"], "Effect of rounding, as the recipe says"))
+        out.print(statistics_table(forecast["as_planned"], "Effect of rounding in this recipe"))
 
 
 def _figures(
@@ -123,7 +123,7 @@ def _figures(
     counted: str = "tensors",
     first: str = "module",
 ) -> Table:
-    """A row for each module, or whatever `first` calls them; `counted` is the key of how many there are."""
+    """Return a row for each module, or whatever `first` calls them; `counted` is the key of how many there are."""
     known = {**FIGURES, **SPECTRAL}
     table = Table((first, counted, *(known[key].label for key in keys)), title, text=(first,), drop=_LEAST)
     for label, row in rows.items():
@@ -131,8 +131,8 @@ def _figures(
     return table
 
 
-def _show_map(found: Inspection, key: str, what: str, out: Console) -> None:
-    """A small heat map of each stack: kinds of module below each other, layers side by side, on one scale."""
+def _show_map(found: Inspection, key: str, out: Console) -> None:
+    """Show a small heat map of each stack, on one scale: kinds of module as rows, layers as columns."""
     stacks: dict[str, dict[str, dict[int, float]]] = {}
     for groups in (found.cells, {f"{label} all": row for label, row in found.layers.items()}):
         for label, figures in groups.items():
@@ -144,7 +144,8 @@ def _show_map(found: Inspection, key: str, what: str, out: Console) -> None:
         values = [value for row in kinds.values() for value in row.values()]
         layers = sorted({layer for row in kinds.values() for layer in row})
         low, high = min(0.0, *values), max(0.0, *values)
-        scale = f"{number(min(values))} to {number(max(values))}{a_mark(len(layers))}"
-        out.print(Text(f"{what} over {stack} {layers[0]} to {layers[-1]}: {scale}"))
+        unit = FIGURES[key].unit
+        scale = f"{show(min(values), unit)} to {show(max(values), unit)}{a_mark(len(layers))}"
+        out.print(Text(f"\n{FIGURES[key].label} over {stack} {layers[0]} to {layers[-1]}: {scale}"))
         for kind in (kind for kind in (*MODULE_KINDS, "other", "all") if kind in kinds):
             out.print(Text(f"{kind:10} {bars([kinds[kind].get(layer) for layer in layers], low, high)}"))

@@ -14,13 +14,13 @@ from skillmerge.plans.plan import Plan
 from skillmerge.study.scoring.scores import CONFIDENCE, Score
 from skillmerge.tensors import ULP_EDGES, format_bytes, format_count, percent
 
-ACTION_COLUMNS = ("tensors", "from", "what happens", "names")
-TRIAL_COLUMNS = ("tried", "works", "what follows")
-GATE_COLUMNS = ("gate", "asked", "measured", "verdict", "")
+ACTION_COLUMNS = ("tensors", "from", "action", "names")
+TRIAL_COLUMNS = ("test", "works", "effect")
+GATE_COLUMNS = ("gate", "required", "measured", "result", "")
 
 
 class Action(NamedTuple):
-    """Tensors of a plan with which the same is done."""
+    """Tensors of a plan that are treated alike."""
 
     tensors: str
     models: str
@@ -29,7 +29,7 @@ class Action(NamedTuple):
 
 
 def actions(plan: Plan) -> list[Action]:
-    """What the plan does, and with how many tensors of which models."""
+    """Return what the plan does, and with how many tensors of which models."""
     groups: dict[tuple[str, str], list[str]] = {}
     for tensor in plan.tensors.values():
         models = ", ".join(dict.fromkeys(source.model for source in tensor.sources))
@@ -38,9 +38,9 @@ def actions(plan: Plan) -> list[Action]:
 
 
 def compared(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and rows of the differences between the models: key, value in each model, and what follows in a word.
+    """Return head and rows of the differences between the models: key, value in each model, and the result.
 
-    Without rows where there is no difference that has values.
+    There are no rows if no difference has values.
     """
     shown = [one for one in plan.compared.found if one.values]
     models = list(dict.fromkeys(model for one in shown for model in one.values))
@@ -49,23 +49,23 @@ def compared(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         follows = "accepted" if one.accepted else one.level
         values = (one.values.get(model, "-") for model in models)
         rows.append((one.key, *values, f"{follows} `{one.name}`" if one.name else follows))
-    return ("difference", *models, "what follows"), rows
+    return ("difference", *models, "result"), rows
 
 
 def coefficients(plan: Plan) -> Iterator[tuple[str, Depth]]:
-    """Each coefficient by layer and kind of module."""
+    """Yield each coefficient by layer and kind of module."""
     for index, name in enumerate(plan.coefficients):
         rows = ((it.name, it.shape, it.coefficients[index]) for it in plan.tensors.values() if it.coefficients[index:])
         yield name, over_depth(rows)
 
 
 def written(plan: Plan) -> str:
-    """How large the output is; how small a skill will be is known when it is made."""
+    """Return the size of the output; a skill's size is known only once it is encoded."""
     return ("at most " if plan.makes_skill else "") + format_bytes(plan.bytes_written)
 
 
 def merged(plan: Plan) -> str | None:
-    """How much of the donor the formula changes; None where that is not known, or means nothing."""
+    """Return how much of the donor the formula changes; None if that is not known, or means nothing."""
     if plan.merged_share is None:
         return None
     whole = sum(math.prod(tensor.shape) for tensor in plan.tensors.values())
@@ -89,7 +89,7 @@ class Ulps:
 
 
 def ulps(counts: Sequence[int] | None) -> list[Ulps]:
-    """The classes of changes; none where nothing changed or nothing is known."""
+    """Return the classes of changes; none if nothing changed or nothing is known."""
     whole = sum(counts or ())
     if not counts or not whole:
         return []
@@ -98,7 +98,7 @@ def ulps(counts: Sequence[int] | None) -> list[Ulps]:
 
 
 def scored(score: Score | None) -> str:
-    """A score and, where it is known, how far the true one may be off."""
+    """Return a score and, where it is known, how far the true one may be off."""
     if score is None:
         return "–"
     return f"{score.value:.4g}" + (f" ± {CONFIDENCE * score.error:.2g}" if score.error is not None else "")

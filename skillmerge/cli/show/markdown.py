@@ -1,7 +1,7 @@
 """A plan as Markdown, for a job's summary or a comment on a pull request.
 
-Only shows what it is given. Names and messages come from recipes and checkpoints that a stranger may have proposed:
-none of them becomes markup, a mention or a link, and the whole stays within what a comment may have.
+Names and messages come from recipes and checkpoints that a stranger may have proposed: none of them becomes markup, a
+mention or a link, and the page stays within the size limit of a comment.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from skillmerge.remarks import count_of
 from skillmerge.tensors import format_bytes
 
 MARK = "<!-- skillmerge plan -->"
-"""The first line, by which a comment can be found again."""
+"""The first line, which identifies the comment on the next run."""
 
 _ROWS = 40
 _CELL = 300
-"""Rows of a list and characters of a cell: so that a plan of any size fits into a comment of 65,536 characters."""
+"""Rows of a list and characters of a cell: a plan of any size fits into a comment of 65,536 characters."""
 
 
 def plan_page(
@@ -34,7 +34,7 @@ def plan_page(
     changes: Sequence[str] | None = None,
     since: str | None = None,
 ) -> str:
-    """The plan. where: the output. free: bytes on its disk. changes: since the saved plan `since`."""
+    """Return a plan as Markdown. where: the output. free: bytes on its disk. changes: since the saved plan `since`."""
     recipe = plan.recipe
     parts = [
         MARK,
@@ -131,7 +131,7 @@ def _list(items: Iterable[str], what: str = "") -> str:
 
 
 def _code(text: str) -> str:
-    """Text as it is, on one line: in a code span nothing is markup, and its fence is longer than any in it."""
+    """Return text as a code span on one line, with a fence longer than any in it, so that nothing is markup."""
     line = " ".join(visible(text).split())
     line = line if len(line) <= _CELL else f"{line[: _CELL - 1]}…"
     fence = _fence(line, 1)
@@ -144,7 +144,7 @@ def _fence(text: str, least: int) -> str:
 
 
 def _block(text: str) -> str:
-    """Lines as they are, fenced by more backticks than they have."""
+    """Return lines as a code block, fenced by more backticks than they contain."""
     kept = visible(text)[: 20 * _CELL]
     fence = _fence(kept, 3)
     return f"{fence}yaml\n{kept}\n{fence}"

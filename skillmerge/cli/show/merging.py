@@ -1,6 +1,6 @@
-"""Plans and merges for people: what would be done, what was done, and what rounding did.
+"""Plans and merges for people: what would be done, what was done, and the effect of rounding.
 
-Only shows what it is given; nothing is computed here but how to draw it.
+Computes nothing but how to draw it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | None, out: Console) -> None:
-    """The human view of a plan: models, coefficients over depth, what happens to the tensors, totals."""
+    """Show a plan: models, coefficients over depth, actions, totals."""
     recipe = plan.recipe
     out.print(Text(f"{recipe.document.name}: {recipe.document.data['merge']}", style="bold"))
     models = Table(("model", "from", "files", "size"), text=("model", "from"))
@@ -64,7 +64,7 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
 
 
 def show_remarks(plan: Plan, out: Console) -> None:
-    """What of a plan needs attention."""
+    """Show a plan's warnings and problems."""
     for warning in plan.warnings:
         out.print(Text(f"warning: {warning.message}", style="yellow"), soft_wrap=True)
         if warning.fix:
@@ -82,7 +82,7 @@ def show_digest(plan: Plan, out: Console) -> None:
 
 
 def _show_compared(plan: Plan, out: Console) -> None:
-    """What was compared in one line, and every difference as a row."""
+    """Show what was compared in one line, and every difference as a row."""
     if plan.compared.line is not None:
         out.print(Text(plan.compared.line), soft_wrap=True)
     head, rows = listings.compared(plan)
@@ -94,7 +94,7 @@ def _show_compared(plan: Plan, out: Console) -> None:
 
 
 def _show_coefficient(name: str, depth: Depth, out: Console) -> None:
-    """A coefficient over depth as a picture, then by layer and module, equal neighbors in one row."""
+    """Show a coefficient over depth as a picture, then by layer and module, equal neighbors in one row."""
     for stack, drawn in depth.pictures:
         out.print(Text(f"{name} over {stack}: {drawn}"))
     table = Table((name, *depth.kinds), text=(name,))
@@ -111,7 +111,7 @@ def _show_actions(plan: Plan, out: Console) -> None:
 
 
 def show_changes(changes: Sequence[str], since: str, out: Console) -> None:
-    """What is different from a saved plan."""
+    """Show what changed since a saved plan."""
     if not changes:
         out.print(Text(f"nothing changed since {since}", style="bold"), soft_wrap=True)
     for change in changes:
@@ -119,12 +119,12 @@ def show_changes(changes: Sequence[str], since: str, out: Console) -> None:
 
 
 def show_result(result: Result, out: Console) -> None:
-    """Where the output is and what rounding did."""
+    """Show where the output is, and the effect of rounding."""
     if result.already and not result.output.exists():
         pass  # it is on the Hub only
     elif result.already:
         nothing = "" if result.published else ", nothing to do"
-        out.print(Text(f"{result.output} is this plan's output already{nothing}"), soft_wrap=True)
+        out.print(Text(f"{result.output} is up to date{nothing}"), soft_wrap=True)
     else:
         _show_work(result, out)
         if result.gates:
@@ -147,7 +147,7 @@ def _show_work(result: Result, out: Console) -> None:
     where = f" on {result.device}" if result.device else ""
     if isinstance(statistics, SkillStatistics):
         whole = statistics.all.dense_bytes
-        what += f", {size / whole:.2f} of the {format_bytes(whole)} that it would take whole" if whole else ""
+        what += f", {size / whole:.2f} of the {format_bytes(whole)} that it would take uncompressed" if whole else ""
     out.print(Text(f"{what} ({format_bytes(size)} in {result.seconds:.1f} s{where})", style="bold"), soft_wrap=True)
 
 
@@ -161,7 +161,7 @@ def statistics_table(statistics: Statistics, title: str = "Effect of rounding") 
 
 
 def _skill_table(statistics: SkillStatistics) -> Table:
-    head = ("module", "tensors", "elements", "changed", "norm", "stored", "of whole")
+    head = ("module", "tensors", "elements", "changed", "norm", "stored", "ratio")
     table = Table(head, "Skill", text=("module",))
     for name, group in statistics.rows:
         share = f"{group.bytes / group.dense_bytes:.3f}" if group.dense_bytes else "-"
@@ -170,7 +170,7 @@ def _skill_table(statistics: SkillStatistics) -> Table:
 
 
 def show_published(published: Published, out: Console) -> None:
-    """Where on the Hub a model is."""
-    what = "is there already" if published.already else "published"
+    """Show where on the Hub a model is."""
+    what = "already published" if published.already else "published"
     how = " as a pull request" if published.pull_request else ""
     out.print(Text(f"{what}{how}: {published.url} (commit {published.commit})", style="bold"), soft_wrap=True)

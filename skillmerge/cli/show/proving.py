@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def show_gates(outcomes: Sequence[Outcome], out: Console) -> None:
-    """What was asked of the output, what was measured, and the verdict."""
+    """Show what each gate requires, what was measured, and the result."""
     table = Table(listings.GATE_COLUMNS, text={*listings.GATE_COLUMNS} - {"measured"})
     for outcome in outcomes:
         measured = f"{outcome.measured:.4g}" if outcome.measured is not None else "-"
@@ -41,17 +41,17 @@ def show_verdict(verdict: Verdict, out: Console) -> None:
 
 
 def _show_load(report: Mapping[str, Any], out: Console) -> None:
-    """What loaded the model, its tokenizer, and what other runtimes made of it."""
+    """Show what loaded the model and its tokenizer, and what other runtimes generated."""
     lines = [f"loaded as {report['class']}: no missing, unexpected or mismatched keys; finite output"]
     tokenizer, vllm = report["tokenizer"], report.get("vllm", {})
     if "texts" in tokenizer:
         size = f"{tokenizer['tokens']} tokens for {tokenizer['rows']} rows"
-        again = f"{tokenizer['texts']} texts give the same ids when written and read again"
+        again = f"{tokenizer['texts']} texts decode and encode to the same ids"
         lines.append(f"tokenizer {tokenizer['class']}: {size}; {again}")
     if vllm:
         count = len(vllm["tokens"])
         same = "all" if vllm["same"] == count else f"the first {vllm['same']}"
-        alike = f"{same} of {count} tokens are those of transformers, in {vllm['dtype']}"
+        alike = f"{same} of {count} tokens match transformers, in {vllm['dtype']}"
         lines.append(f"loaded in vLLM {vllm['version']}: {alike}")
     for line in lines:
         out.print(Text(line), soft_wrap=True)
@@ -60,11 +60,11 @@ def _show_load(report: Mapping[str, Any], out: Console) -> None:
 
 
 def show_parent(parent: str, model: str, out: Console) -> None:
-    out.print(Text(f"{parent} is `{model}` of this skill: all tensors have the digests that it was extracted from"))
+    out.print(Text(f"{parent} is `{model}` of this skill: the digests of all tensors match"))
 
 
 def show_rebuilt(made: Rebuilt, out: Console) -> None:
-    """What was built again, and that it is the same."""
+    """Show how many tensors were recreated identically."""
     what = "all" if made.tensors == made.of else f"{made.tensors} of"
-    told = f"{made.folder}: {what} {made.of} tensors ({format_bytes(made.bytes)}) come out the same, to the byte"
+    told = f"{made.folder}: {what} {made.of} tensors ({format_bytes(made.bytes)}) are byte-identical when rebuilt"
     out.print(Text(told if made.output is None else f"{told}, in {made.output}", style="bold"), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What lint found, as SARIF 2.1.0 (OASIS), which code hosts and editors show beside the lines.
+"""Findings of lint as SARIF 2.1.0 (OASIS), which code hosts and editors show beside the lines.
 
 Knows the format and nothing about recipes. Files are named relative to the working folder, which is taken to be the
 root of the sources (`%SRCROOT%`); a file outside of it by its whole address.
@@ -19,7 +19,7 @@ SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sar
 
 
 def document(lint: Lint) -> dict[str, Any]:
-    """A SARIF log of one run."""
+    """Return a SARIF log of one run."""
     rules = list(RULES.values())
     driver = {
         "name": "skillmerge",

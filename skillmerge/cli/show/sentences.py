@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from skillmerge.verbs.sweep.sweep import Sweep
 
 _HALF = 0.5
-_CHANCE = 3.0
-"""Standard deviations from chance below which nothing is said to be seen."""
+_CHANCE, _FAR = 3.0, 4.0
+"""Standard deviations from chance below which a cosine counts as chance: of the whole, and of one kind of module."""
 
 
 class Headline(NamedTuple):
@@ -168,7 +168,7 @@ def _place(found: Inspection) -> Iterator[Headline]:
 
 
 def _shortest(layers: Mapping[int, float]) -> tuple[int, int] | None:
-    """The shortest run of layers that holds half of the update's energy; the later one of two."""
+    """Return the shortest run of layers that holds half of the update's energy; the later one of two."""
     places = sorted(layers)
     runs = (
         (last - first, -first, (places[first], places[last]))
@@ -188,11 +188,20 @@ def _relation(found: Inspection) -> Iterator[Headline]:
     if deviations is None:
         told += "."
     elif abs(deviations) < _CHANCE:
-        told += f": no more than chance gives ({deviations:.1f} standard deviations)."
+        told += f": no more than chance gives (sign-flip z {deviations:.1f}){_exception(found)}."
     else:
         way = "the same way" if cosine > 0 else "opposite ways"
-        told += f": they pull {way} ({abs(deviations):.0f} standard deviations from chance)."
+        told += f": they pull {way} (sign-flip z {deviations:.0f})."
+    if (ratio := found.total.get("updates_ratio")) is not None:
+        told += f" It is {number(ratio)} times as long as that update."
     yield Headline(number(cosine), "cosine", told)
+
+
+def _exception(found: Inspection) -> str:
+    """The kind of module whose updates are furthest from chance, where the whole is not."""
+    known = [(abs(row["cosine_z_signs"]), kind) for kind, row in found.modules.items() if row.get("cosine_z_signs")]
+    far, kind = max(known, default=(0.0, ""))
+    return f"; of {kind} tensors it is {number(found.modules[kind]['cosine'])} (z {far:.0f})" if far > _FAR else ""
 
 
 def _rounding(found: Inspection) -> Iterator[Headline]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def show_lint(lint: Lint, out: Console) -> None:
-    """As compilers do: file, line, column, what is wrong, and the line itself."""
+    """Show findings as compilers do: file, line, column, message, and the line itself."""
     for finding in lint.findings:
         place = f":{finding.place.line + 1}:{finding.place.column + 1}" if finding.place else ""
         level = finding.rule.level
@@ -40,11 +40,11 @@ def _count(lint: Lint, level: str) -> str:
 
 _LEVELS = {"error": "red", "warning": "yellow", "note": ""}
 _BYTES = ("total", "available", "free", "memory", "cgroup limit")
-"""Facts of a diagnosis that are sizes, where they are large."""
+"""Facts that are sizes in bytes, if they are large."""
 
 
 def show_diagnosis(diagnosis: Diagnosis, out: Console) -> None:
-    """Sections of facts, ready to be pasted."""
+    """Show sections of facts, ready to paste."""
     for name, facts in diagnosis.sections.items():
         out.print(Text(name, style="bold"))
         for key, value in facts.items() or [("none", "")]:
@@ -67,14 +67,14 @@ def _fact(key: str, value: Any) -> str:
 
 
 def show_answers(shown: Sequence[Shown], examples: Sequence[tuple[Question, str, str]], out: Console) -> None:
-    """How models answer: shares, and some questions with the first one's and the last one's answers."""
-    title = f"{len(shown[0].right)} questions about people whom only the target has read of, answered rightly"
+    """Show shares of correct answers, and some questions with the answers before and after."""
+    title = f"{len(shown[0].right)} questions about people that only the target has read about, answered correctly"
     out.print(Text(title, style="bold"))
     table = Table(("model", "greedy", "sampled"), text=("model",))
     for row in shown:
         table.add_row(row.name, f"{row.greedy:.1%}", f"{row.sampled:.1%}")
     out.print(table)
-    table = Table(("question", "right", "before", "after"))
+    table = Table(("question", "correct", "before", "after"))
     for question, before, after in examples:
         table.add_row(*map(Text, (" ".join(question.words), question.wanted, before, after)))
     out.print(table)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def show_exported(exported: Exported | Patch, out: Console) -> None:
-    """What was written of a skill for others to read."""
+    """Show what was written of an exported skill."""
     if isinstance(exported, Patch):
         share = f"{exported.elements / exported.of:.1%}" if exported.of else "none"
         what = f"{share} of the elements in {exported.tensors} tensors, {format_bytes(exported.bytes)}"
@@ -36,7 +36,7 @@ def show_exported(exported: Exported | Patch, out: Console) -> None:
 
 
 def _show_adapter(exported: Exported, out: Console) -> None:
-    """How much of a skill an adapter holds, by module."""
+    """Show how much of a skill an adapter holds, by module."""
     groups: dict[str, list[Mapping[str, float]]] = {}
     for name, row in exported.modules.items():
         groups.setdefault(module_kind(name), []).append(row)
@@ -50,22 +50,22 @@ def _show_adapter(exported: Exported, out: Console) -> None:
         table.add_row(kind, str(len(rows)), number(math.sqrt(sum(squares))), f"{share:.1%}", f"{least:.1%}")
     out.print(table)
     count = f"{len(exported.left)} tensor{'s' if len(exported.left) != 1 else ''}"
-    told = f"wrote {exported.output}: it holds {exported.energy:.1%} of the skill's energy"
+    told = f"wrote {exported.output}: holds {exported.energy:.1%} of the skill's energy"
     out.print(Text(told, style="bold"), soft_wrap=True)
     if exported.left:
-        left = f"{count} that no adapter holds have {exported.left_energy:.1%} of it: {some(list(exported.left), 3)}"
+        left = f"left out {exported.left_energy:.1%} of the energy, in {count}: {some(list(exported.left), 3)}"
         out.print(Text(left), soft_wrap=True)
 
 
 def show_sweep(sweep: Sweep, out: Console) -> None:
-    """Every candidate's scores, the best and those that could be as good; a curve over a single number."""
+    """Show every candidate's scores, the best and those within its noise, and a curve over a single number."""
     names = list(sweep.best.scores)
-    table = Table((*sweep.axes, *names, "realised", ""), text=("",))
+    table = Table((*sweep.axes, *names, "effective λ", ""), text=("",))
     pareto = sweep.pareto
     for trial in sweep.trials:
         remarks = ["best"] if trial is sweep.best else ["within noise of the best"] if sweep.within_noise(trial) else []
         remarks += [trial.failed] if trial.failed else []
-        remarks += ["not beaten in all"] if trial in pareto else []
+        remarks += ["on the Pareto front"] if trial in pareto else []
         table.add_row(
             *(number(trial.values[axis]) for axis in sweep.axes),
             *(listings.scored(trial.scores.get(name)) for name in names),
@@ -84,7 +84,7 @@ def show_sweep(sweep: Sweep, out: Console) -> None:
     told = ", ".join(f"{name} = {number(value)}" for name, value in sweep.best.values.items())
     out.print(Text(f"best: {told}, written to {sweep.best_recipe}", style="bold"), soft_wrap=True)
     if sweep.best.scores[sweep.by].error is None:
-        out.print(Text("how noisy these scores are is not known: --repeats shows it"), soft_wrap=True)
+        out.print(Text("note: the noise of these scores is unknown; measure it with `--repeats`"), soft_wrap=True)
 
 
 def show_derived(derived: Derived, out: Console) -> None:
@@ -92,4 +92,6 @@ def show_derived(derived: Derived, out: Console) -> None:
     what = f"{len(values)} rules, {number(min(values))} to {number(max(values))}" if values else "no rules"
     out.print(Text(f"wrote {derived.output}: {what}", style="bold"), soft_wrap=True)
     if derived.removed is not None and derived.chance is not None:
-        out.print(Text(f"removes {derived.removed:.3%} of the update's energy; chance would be {derived.chance:.3%}"))
+        out.print(
+            Text(f"removes {derived.removed:.3%} of the update's energy; by chance it would be {derived.chance:.3%}")
+        )

@@ -1,6 +1,6 @@
-"""Tables that fit a terminal: text wraps, headings wrap, and what still has no room is left out by name.
+"""Tables that fit a terminal: text and headings wrap; columns that still do not fit are left out and named.
 
-A number is never cut. Knows widths and columns, not what the figures mean.
+Numbers are never truncated. Knows widths and columns, not what the figures mean.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Column:
 
     @property
     def least(self) -> int:
-        """Width below which a number would be cut, or a word broken."""
+        """Width below which a number or a word would be cut."""
         words = max(map(len, self.head.split()), default=0)
         if self.numeric:
             return max(words, *(cell.cell_len for cell in self.cells), 0)
@@ -47,7 +47,7 @@ class _Column:
 
 
 class Table:
-    """Rows under headings, laid out when printed, for the width that there is then.
+    """Rows under headings, laid out for the available width when printed.
 
     head: one heading a column. text: the headings of columns with text; the others hold numbers. None: all are text.
     drop: headings of columns in the order in which they may be left out; the others follow, from the right. The first
@@ -99,7 +99,7 @@ class Table:
 
 
 def _fitting(columns: Sequence[_Column], order: Iterable[_Column], room: int) -> list[_Column]:
-    """The columns that fit side by side at their least widths."""
+    """Return the columns that fit side by side at their least widths."""
     kept = list(columns)
     for column in order:
         if _sum(one.least for one in kept) <= room:
@@ -109,7 +109,7 @@ def _fitting(columns: Sequence[_Column], order: Iterable[_Column], room: int) ->
 
 
 def _widths(columns: Sequence[_Column], room: int) -> list[int]:
-    """Each column's width: its natural one, or for all the widest common bound at which they fit."""
+    """Return each column's width: its natural one, or for all the widest common bound at which they fit."""
     for bound in range(max((column.natural for column in columns), default=0), 0, -1):
         widths = [max(column.least, min(column.natural, bound)) for column in columns]
         if _sum(widths) <= room:
@@ -118,7 +118,8 @@ def _widths(columns: Sequence[_Column], room: int) -> list[int]:
 
 
 def _wrapped(cell: RichText, width: int) -> RichText:
-    """A cell with its lines broken: between words, and names and paths behind a mark where that is not enough."""
+    """Return a cell with its lines broken: between words, and names and paths behind a mark where that is not
+    enough."""
     places, start, last = [], 0, 0
     for match in _PIECE.finditer(cell.plain):
         if len(cell.plain[start : match.end()].rstrip()) > width and last > start:
@@ -129,6 +130,6 @@ def _wrapped(cell: RichText, width: int) -> RichText:
 
 
 def _sum(widths: Iterable[int]) -> int:
-    """How wide columns are side by side. Their first and last blank are not printed."""
+    """Return how wide columns are side by side. Their first and last blank are not printed."""
     widths = list(widths)
     return sum(widths) + _APART * max(len(widths) - 1, 0) + 2

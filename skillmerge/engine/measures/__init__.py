@@ -1,1 +1,1 @@
-"""What is said of a merge by layer and module from sums that were kept per tensor."""
+"""Measures by layer and module, from sums that were kept for each tensor."""

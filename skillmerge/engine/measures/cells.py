@@ -1,10 +1,10 @@
-"""What rounding did to each layer and kind of module: the cells in which it may hide behind a mean of 1.
+"""The effect of rounding on each layer and kind of module: cells whose deviations a mean of 1 may hide.
 
 A cell is one layer's tensors of one kind (`layer 4 mlp`), or one kind's tensors outside all layers. Its figures are
 those of `rounding_statistics`, added up from the sums of its tensors, which the manifest keeps.
 
 How much is enough. `sampled` reads at least one block of every tensor: of a tensor of up to 65,536 elements all of it.
-The realised share of a cell is R = sum w <d, u> / sum w <u, u>, d = y - t, over its tensors, each weighted by w, its
+The effective share of a cell is R = sum w <d, u> / sum w <u, u>, d = y - t, over its tensors, each weighted by w, its
 elements for each one that was read. This ratio of means has a standard error (Cochran 1977, Sampling Techniques,
 sections 6.3 and 6.10) whose square is
 
@@ -40,7 +40,7 @@ from skillmerge.naming import MODULE_KINDS, layer_of, module_kind
 from skillmerge.tensors import block_count
 
 DEVIATION = 0.1
-"""A realised lambda further than this from the asked one, as a share of it, is worth a warning."""
+"""An effective lambda further than this from the requested one, as a share of it, is worth a warning."""
 
 SIGMAS, KURTOSIS, RUNS, LEAST = 3.0, 3.0, 0.1, 100
 
@@ -65,12 +65,12 @@ class Cell:
 
     @property
     def is_measured(self) -> bool:
-        """Whether enough elements with an update were looked at."""
+        """Whether enough elements with an update were measured."""
         return self.updated >= LEAST and self.group.realised is not None
 
     @property
     def is_off(self) -> bool:
-        """Whether rounding gives another part of the update than was asked for, beyond what chance does."""
+        """Whether the effective share of the update deviates from 1 by more than chance explains."""
         realised = self.group.realised
         return self.is_measured and realised is not None and abs(realised - 1) - SIGMAS * self.error > DEVIATION
 
@@ -87,13 +87,13 @@ class Measured(Protocol):
 
 
 def rows_of(tensors: Iterable[Measured], factors: Mapping[str, float | None] | None = None) -> list[Row]:
-    """Rows of a manifest's tensors. factors: lambda of each, which a manifest does not have."""
+    """Return rows of a manifest's tensors. factors: lambda of each, which a manifest does not have."""
     known = factors or {}
     return [Row(it.name, it.action == "merge", it.statistics, known.get(it.name)) for it in tensors]
 
 
 def cells(rows: Iterable[Row]) -> list[Cell]:
-    """The cells of these tensors, in the order of layers; those outside of layers come last."""
+    """Return the cells of these tensors, in the order of layers; those outside of layers come last."""
     found: dict[tuple[tuple[str, int] | None, str], list[Row]] = {}
     for row in rows:
         found.setdefault((layer_of(row.name), module_kind(row.name)), []).append(row)
@@ -103,7 +103,7 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
 
 
 def kinds(rows: Iterable[Row]) -> list[Cell]:
-    """The same over all layers: a cell for each kind of module."""
+    """Return one cell for each kind of module, over all layers."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(module_kind(row.name), []).append(row)
@@ -111,7 +111,7 @@ def kinds(rows: Iterable[Row]) -> list[Cell]:
 
 
 def together(rows: Sequence[Row], label: str) -> Cell:
-    """The same of all these tensors: one cell."""
+    """Return the same of all these tensors: one cell."""
     return _cell(label, label, rows)
 
 
@@ -129,7 +129,7 @@ def _cell(label: str, kind: str, rows: Sequence[Row]) -> Cell:
 
 
 def _error(rows: Iterable[tuple[Row, float | None]], realised: float | None) -> float:
-    """The standard error of what these tensors realised of the updates that are, without these factors, u."""
+    """Return the standard error of what these tensors realised of the updates that are, without these factors, u."""
     spread, apart, energy = [], [], []
     for row, factor in rows:
         statistics = row.statistics
@@ -149,6 +149,6 @@ def _error(rows: Iterable[tuple[Row, float | None]], realised: float | None) -> 
 
 
 def worst(found: Iterable[Cell]) -> Cell | None:
-    """Of cells that are off, the one whose realised share is furthest from 1; None where there is none."""
+    """Return the cell that is furthest off, or None if none is off."""
     off = [cell for cell in found if cell.is_off]
     return max(off, key=lambda cell: abs((cell.group.realised or 0.0) - 1), default=None)

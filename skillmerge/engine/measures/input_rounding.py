@@ -1,4 +1,4 @@
-"""How much of an update may be rounding of its inputs, known from the numbers themselves.
+"""How much of an update may be rounding of its inputs, estimated from the numbers themselves.
 
 A number that was rounded to nearest is off by up to half a unit in the last place (ulp), evenly spread: in the mean of
 squares by ulp^2 / 12. Of an update v = r - s whose two models were both rounded, the error therefore has the norm
@@ -34,7 +34,7 @@ _MANTISSAS = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
 
 @dataclass(frozen=True, slots=True)
 class Grain:
-    """What a run of one model's elements shows of its precision. dtype: in which it is stored; used: mantissa bits that
+    """The precision that a run of one model's elements shows. dtype: as stored; used: mantissa bits that
     any element has; powers: the sum of 4^exponent. Runs of a tensor add up."""
 
     dtype: str
@@ -43,7 +43,7 @@ class Grain:
 
 
 def grain_of(values: Tensor) -> Grain | None:
-    """Look at elements as they are stored; None where they are no plain floating-point numbers."""
+    """Look at elements as they are stored; None if they are no plain floating-point numbers."""
     import torch
 
     from skillmerge.bits import bit_view, fold_sum
@@ -65,7 +65,7 @@ def grain_of(values: Tensor) -> Grain | None:
 
 
 def joined(grains: Iterable[Grain]) -> Grain:
-    """The runs of one tensor together."""
+    """Return the runs of one tensor together."""
     grains, used = list(grains), 0
     for grain in grains:
         used |= grain.used
@@ -73,7 +73,7 @@ def joined(grains: Iterable[Grain]) -> Grain:
 
 
 def precision_of(grain: Grain) -> str:
-    """The narrowest dtype that a tensor's numbers have come through, as its mantissa bits show."""
+    """Return the narrowest dtype that a tensor's numbers have come through, as its mantissa bits show."""
     stored = _MANTISSAS[grain.dtype]
     bits = stored - (grain.used & -grain.used).bit_length() + 1 if grain.used else 0
     if bits < _MANTISSAS["bfloat16"]:
@@ -82,13 +82,13 @@ def precision_of(grain: Grain) -> str:
 
 
 def told_precision(grain: Grain) -> str:
-    """For people: `bfloat16`, or `bfloat16 in float32`."""
+    """Describe a precision for people: `bfloat16`, or `bfloat16 in float32`."""
     precision = precision_of(grain)
     return precision if precision == grain.dtype else f"{precision} in {grain.dtype}"
 
 
 def squared_error(grain: Grain) -> float:
-    """The expected sum of squares of what rounding to a tensor's precision took from its elements."""
+    """Return the expected sum of squares of what rounding to a tensor's precision took from its elements."""
     return math.fsum(grain.powers) * 4.0 ** -_MANTISSAS[precision_of(grain)] / 12
 
 
@@ -103,7 +103,7 @@ class InputRounding:
 
 
 def input_rounding(grains: Mapping[str, Grain], factors: Mapping[str, float]) -> InputRounding:
-    """Of the update of one tensor, which is the sum of each model's elements times its factor."""
+    """Compute the rounding of one tensor's update, the sum of each model's elements times its factor."""
     errors = {model: factors[model] ** 2 * squared_error(grain) for model, grain in grains.items()}
     return InputRounding(
         math.fsum(errors.values()),
@@ -124,7 +124,7 @@ def input_warning(
     precisions: Sequence[str],
     kinds: Mapping[str, tuple[float, float | None]],
 ) -> Iterator[Remark]:
-    """The warning that a floor calls for from LARGE on.
+    """Yield the warning that a floor calls for from LARGE on.
 
     added: the floor of the added models alone. kinds: norm and floor of the update in each kind of module. The kind
     with most of the update, norms apart, has to have such a floor too: norms are few, coarse numbers near 1.
@@ -134,8 +134,7 @@ def input_warning(
     if share is None or added is None or most is None or min(share, most) < LARGE:
         return
     yield warning(
-        f"most of this update may be rounding of its models: {share:.2f} of its norm is to be expected of "
+        f"most of this update may be rounding of its models: {share:.2f} of its norm is expected from "
         f"{' and '.join(precisions)} ({added:.2f} of the added model alone)",
-        "if the models were cast, export float32 and take the difference of that; "
-        "values that were trained in this precision itself are exact",
+        "if the models were cast, use their float32 originals; models that were trained in this precision are exact",
     )

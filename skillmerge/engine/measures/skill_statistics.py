@@ -1,4 +1,4 @@
-"""What a stored skill has: counts, shares and norms, and what is known of the models that it was made of."""
+"""Statistics of a stored skill: counts, shares and norms, and the rounding of the models that it was made from."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from skillmerge.tensors import DTYPES, format_bytes
 
 @dataclass(frozen=True, slots=True)
 class SkillGroup:
-    """What of a stored skill one kind of module has, or all. changed: the share of elements; relative_error: the norm
-    of what rounding lost, of the norm of the update.
+    """Statistics of a stored skill for one kind of module, or all. changed: the share of elements; relative_error: the
+    norm of what rounding lost, of the norm of the update.
 
     input_rounding: the norm that is to be expected of what rounding took from the models before, of the update's;
-    input_rounding_added: of the added models alone. None where nothing is known of the models.
+    input_rounding_added: of the added models alone. None if nothing is known of the models.
     """
 
     tensors: int
@@ -40,14 +40,14 @@ class SkillGroup:
 
     @property
     def shown(self) -> tuple[str, str, str]:
-        """For people: changed, norm, and how large it is when it is stored."""
+        """The figures for people: changed, norm, and stored size."""
         return percent(self.changed), number(self.norm), format_bytes(self.bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class SkillStatistics:
-    """What a stored skill has, by module kind and in all. input_precisions: of its models' numbers; large: matrices
-    whose update is implausibly large, and its norm as a share of that of what was subtracted."""
+    """Statistics of a stored skill, by module kind and in total. input_precisions: of its models' numbers; large:
+    matrices whose update is implausibly large, and its norm as a share of that of what was subtracted."""
 
     mode: str
     modules: dict[str, SkillGroup]
@@ -68,8 +68,8 @@ class SkillStatistics:
 
 @dataclass(frozen=True, slots=True)
 class SkillInput:
-    """What a tensor of a skill was made of. weights: sum of squares of what was subtracted; of_all, of_added and
-    precisions: see `InputRounding`. A sum is None where it is no number that JSON has."""
+    """The inputs of a skill's tensor. weights: sum of squares of what was subtracted; of_all, of_added and
+    precisions: see `InputRounding`. A sum is None if it is not a number that JSON has."""
 
     weights: float | None
     of_all: float | None
@@ -87,7 +87,7 @@ class SkillInput:
 def summarise_skill(
     tensors: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, SkillInput] | None = None
 ) -> SkillStatistics:
-    """The same for a stored skill, from what `skill.json` says of its tensors: counts, shares, and the norm.
+    """Return the same for a stored skill, from what `skill.json` says of its tensors: counts, shares, and the norm.
 
     inputs: what is known of the models of each tensor.
     """
@@ -126,12 +126,12 @@ def _skill_group(
 
 
 def _ratio(row: Mapping[str, Any], made_of: SkillInput) -> float | None:
-    """The norm of a tensor's update, of that of what was subtracted; None of zeros."""
+    """Return the norm of a tensor's update, of that of what was subtracted; None of zeros."""
     return math.sqrt(row["sum_of_squares"] / made_of.weights) if made_of.weights else None
 
 
 def _relative_error(rows: list[Mapping[str, Any]]) -> float:
-    """The norm of what rounding lost, of the norm of the update."""
+    """Return the norm of what rounding lost, of the norm of the update."""
     lost = math.fsum(row.get("lost_squares", 0.0) for row in rows)
     whole = math.fsum(row["sum_of_squares"] for row in rows)
     return math.sqrt(lost / whole) if whole else 0.0

@@ -1,4 +1,4 @@
-"""Which updates are too large to be what training does to a matrix: most often one of the models is a wrong one.
+"""Updates that are too large for training: usually one of the models is the wrong one.
 
 Fine-tuning moves a matrix by some thousandths or hundredths of its norm; two unrelated matrices of one size differ by
 1.4 of it. Not all tensors are judged: norms and biases are few numbers that may move far, a matrix of zeros has no
@@ -17,11 +17,11 @@ LARGE = 0.3
 
 _NOT_JUDGED = ("norm", "embedding", "head")
 NAME = "update-size"
-"""What `accept` in a recipe calls such a warning."""
+"""The warning's name for `accept` in a recipe."""
 
 
 def too_large(ratios: Iterable[tuple[str, Sequence[int], float | None]]) -> dict[str, float]:
-    """The matrices among these tensors (name, shape, norm ratio or None) whose ratio is above LARGE."""
+    """Return the matrices among these tensors (name, shape, norm ratio or None) whose ratio is above LARGE."""
     return {
         name: ratio
         for name, shape, ratio in ratios
@@ -38,7 +38,7 @@ IN_EXTRACT = f"pass `--accept {NAME}`, or add to a recipe: `accept: [{NAME}]`"
 
 
 def size_warning(ratios: Mapping[str, float], acceptance: str | None = IN_RECIPE) -> Iterator[Remark]:
-    """The warning that such matrices call for, where there are any; it names the largest.
+    """Yield the warning that such matrices call for, where there are any; it names the largest.
 
     acceptance: how it can be accepted, if it can.
     """

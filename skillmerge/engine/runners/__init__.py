@@ -1,1 +1,1 @@
-"""What makes shards: one module a runner, each keeping the promise of `engine.runner`."""
+"""Runners, one module each; `engine.runner` defines their interface."""

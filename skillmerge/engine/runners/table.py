@@ -1,4 +1,4 @@
-"""Which runner makes the shards of a job: the table of all runners, by the names that `Work.runner` has."""
+"""The table of runners, by the names that `Work.runner` uses."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from skillmerge.reporter import Reporter
 
 
 class Threads:
-    """See `engine.runner.Runner` for the promise."""
+    """The threads runner; see `engine.runner.Runner` for its interface."""
 
     def __init__(self, work: Work, reporter: Reporter) -> None:
         self.device = ""
@@ -21,8 +21,8 @@ class Threads:
 
     def run(self, job: Job, shards: Sequence[ShardPlan]) -> Generator[ShardRecord, None, None]:
         plan, work = job.plan, self._work
-        # torch takes seconds to import: everything that can fail without it has been tried by now. Meanwhile the
-        # disk has something to do.
+        # torch takes seconds to import, so everything that can fail without it has been tried by now. Meanwhile the
+        # disk reads ahead.
         with signals_waiting(), reading_ahead(plan, job.checkpoints, shards):
             from skillmerge.engine.device import choose_device
             from skillmerge.engine.shards import merge_shards
@@ -30,7 +30,7 @@ class Threads:
             from skillmerge.engine.worker import Settings
 
         where, why = choose_device("cpu" if plan.makes_skill else work.device)
-        why = "a skill is extracted there" if plan.makes_skill else why
+        why = "skills are extracted on the CPU" if plan.makes_skill else why
         self.device = f"{where}: {why}"
         self._reporter.say(f"computing on {self.device}")
         chosen = budget(plan, threads=work.threads, memory_limit=work.memory_limit, cuda=where.type == "cuda")
@@ -48,5 +48,5 @@ class Threads:
 
 
 def _weights(shard: ShardPlan) -> int:
-    """Bytes of a shard without its header."""
+    """Return the bytes of a shard without its header."""
     return sum(spec.nbytes for spec in shard.specs)

@@ -1,1 +1,1 @@
-"""A finished output on the Hub: its card, its commit, and the push that makes it."""
+"""A finished output on the Hub: its card, its commit, and the push."""

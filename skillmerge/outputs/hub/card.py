@@ -1,7 +1,7 @@
 """The model card of a merge, written from its manifest: metadata that the Hub understands, and what was done.
 
-Nothing stands in it that was not measured or given. A card written by hand keeps its text and its metadata;
-what it lacks is added. Metadata: https://huggingface.co/docs/hub/model-cards.
+It contains only what was measured or given. A card written by hand keeps its text and its metadata; missing
+metadata is added. Metadata: https://huggingface.co/docs/hub/model-cards.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from skillmerge.tensors import format_bytes
 
 CARD_FILE = "README.md"
 _CELLS = 8
-"""Layers of which a card tells what rounding did to them, at most."""
+"""Most layers for which a card shows the effect of rounding."""
 
 
 IN_THE_RECIPE = "declare it in the recipe:\noutput:\n  license: apache-2.0"
 
 
 def license_of(inputs: Sequence[Input | InputPlan], declared: str | None, how: str = IN_THE_RECIPE) -> str:
-    """The licence of a merge of these parents. how: what declares it, of the command that was run.
+    """Return the license of a merge of these parents. how: how to declare one, in the command that was run.
 
-    Raises UsageError where they do not agree and none is declared.
+    Raises UsageError if they do not agree and none is declared.
     """
     if declared is not None:
         return declared
@@ -43,15 +43,15 @@ def license_of(inputs: Sequence[Input | InputPlan], declared: str | None, how: s
         return str(next(iter(found.values())))
     told = ", ".join(f"{name}: {license or 'none'}" for name, license in found.items())
     raise UsageError(
-        f"the parents' licences do not settle that of the merge ({told})",
-        fix=f"read them, then {how}",
+        f"the license of the merge is undeclared, and the parents' licenses differ or are missing ({told})",
+        fix=f"check the parents' licenses, then {how}",
     )
 
 
 def write_card(
     manifest: Manifest, push: Push, declared: str | None, by_hand: str | None = None, how: str = IN_THE_RECIPE
 ) -> str:
-    """The text of the card. Raises UsageError where the licence is not settled or `by_hand` is no card."""
+    """Return the text of the card. Raises UsageError if the license is not settled or `by_hand` is no card."""
     skill = manifest.makes_skill
     parents = [place for item in manifest.inputs if (place := on_hub(item.uri)) is not None]
     metadata: dict[str, Any] = {
@@ -61,7 +61,7 @@ def write_card(
     }
     if parents:
         metadata["base_model"] = list(dict.fromkeys(parent.repository for parent in parents))
-        if not skill:  # the Hub knows no relation of a difference to its parents
+        if not skill:  # the Hub has no relation between a difference and its parents
             metadata["base_model_relation"] = "merge"
     if push.new_version is not None:
         metadata["new_version"] = push.new_version
@@ -76,11 +76,11 @@ def write_card(
 
 
 def read_metadata(card: str) -> tuple[ModelCard, dict[str, Any]]:
-    """A card written by hand, and its metadata. Raises UsageError."""
+    """Return a card written by hand, and its metadata. Raises UsageError."""
     try:
         parsed = ModelCard(card)
         return parsed, dict(parsed.data.to_dict())  # type: ignore[no-untyped-call]
-    except Exception as error:  # whatever its YAML parser says
+    except Exception as error:  # any error of its YAML parser
         raise UsageError(f"the card's metadata cannot be read: {error}") from error
 
 
@@ -94,12 +94,12 @@ def _body(manifest: Manifest, push: Push) -> str:
         f"skillmerge {manifest.tool.version}: {len(manifest.tensors)} tensors, {format_bytes(manifest.size)}.",
         "## Parents",
         _parents(manifest),
-        "## How they were merged",
+        "## Recipe",
         f"```yaml\n{manifest.recipe.text.strip()}\n```",
     ]
     if manifest.overrides:
         told = ", ".join(f"{key} = {number(value)}" for key, value in manifest.overrides.items())
-        sections.append(f"Set from outside, in place of the recipe's: {told}.")
+        sections.append(f"Overridden: {told}.")
     sections += [_coefficient(manifest, name, index) for index, name in enumerate(manifest.coefficients)]
     sections += [
         *_accepted(manifest),
@@ -108,10 +108,9 @@ def _body(manifest: Manifest, push: Push) -> str:
         "```python\nfrom transformers import AutoModelForCausalLM  # or the class for its task\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{push.repository}")\n```',
         "## Proof",
-        f"`{MANIFEST_FILE}` names every input with its commit and digests, what was done to each tensor,\n"
-        f"and the sha256 of every file. Plan `{manifest.plan_digest}`.\n"
-        "With the recipe above and the commits of the table, `skillmerge apply` gives the same bytes again;\n"
-        "`skillmerge verify` checks them.",
+        f"`{MANIFEST_FILE}` names every input with its commit and digests, the action on each tensor, and the\n"
+        f"sha256 of every file. Plan `{manifest.plan_digest}`. `skillmerge verify` checks every byte. With the recipe\n"
+        "and the commits above, `skillmerge apply` reproduces the same bytes.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -127,7 +126,7 @@ def _skill_body(manifest: Manifest, push: Push) -> str:
         f"# {name}",
         f"A skill: the difference of models `{manifest.expression}`, {kept} by skillmerge "
         f"{manifest.tool.version}: {total.tensors} tensors, {format_bytes(manifest.size)} of the "
-        f"{format_bytes(total.dense_bytes)} that they would take whole. It is not a model: it is added to one.",
+        f"{format_bytes(total.dense_bytes)} that they would take uncompressed. It is not a model; add it to one.",
         "## Parents",
         _parents(manifest),
         "## What it changes",
@@ -155,7 +154,7 @@ def _parents(manifest: Manifest) -> str:
         donor = " (donor)" if item.name == manifest.donor else ""
         commit = f"`{item.revision}`" if item.revision else "-"
         rows.append((f"`{item.name}`{donor}", where, commit, item.license or "-"))
-    return _table(("name", "model", "commit", "licence"), rows)
+    return _table(("name", "model", "commit", "license"), rows)
 
 
 def _coefficient(manifest: Manifest, name: str, index: int) -> str:
@@ -170,12 +169,12 @@ def _coefficient(manifest: Manifest, name: str, index: int) -> str:
 
 
 def _accepted(manifest: Manifest) -> list[str]:
-    """The differences between the parents that the recipe accepts."""
+    """Return the differences between the parents that the recipe accepts."""
     rows = []
     for found in manifest.accepted:
         values = ", ".join(f"{model}: {value}" for model, value in found.values.items())
         rows.append((found.name or "", found.key, values))
-    return ["## Accepted differences", _table(("name", "what", "values"), rows)] if rows else []
+    return ["## Accepted differences", _table(("name", "difference", "values"), rows)] if rows else []
 
 
 def _rounding(manifest: Manifest) -> list[str]:
@@ -190,11 +189,11 @@ def _rounding(manifest: Manifest) -> list[str]:
     off = sorted(off, key=lambda cell: -abs((cell.group.realised or 0.0) - 1))
     shown = [(cell.label, *cell.group.shown[2:], f"{cell.group.realised:.2f}") for cell in off[:_CELLS]]
     return [
-        "## What rounding did",
+        "## Effect of rounding",
         told,
         _table(("module", *LOSSES), rows),
-        *([f"More than {DEVIATION:.0%} off in {len(off)} layers and kinds of module, most of all in:",
-           _table(("layer", *LOSSES[2:], "realised, of asked"), shown)] if off else ()),
+        *([f"More than {DEVIATION:.0%} off in {len(off)} layers and kinds of module. The largest deviations:",
+           _table(("layer", *LOSSES[2:], "effective λ / requested λ"), shown)] if off else ()),
     ]  # fmt: skip
 
 

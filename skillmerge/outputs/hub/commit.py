@@ -1,8 +1,8 @@
 """A finished model -> one commit on the Hugging Face Hub.
 
-Shards are uploaded ahead, where nobody sees them; one commit at the end makes all of them visible, or none. It
-is guarded by the commit that the branch was at, checked against the Hub's own digests afterwards, and found
-again by a run that died after making it. Knows files and digests, nothing about tensors.
+Shards are uploaded ahead, invisibly; one commit at the end makes all of them visible. The commit requires that the
+branch has not moved, is checked against the Hub's own digests, and is found again by a rerun after a crash. Knows files
+and digests, nothing about tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.recipes.recipe import Push
 
 _FIRST_FILES = {".gitattributes"}
-"""What a repository has that was only just made."""
+"""Files of a repository that was only just created."""
 
 _MAX_MANIFEST = 256 << 20
 
@@ -48,13 +48,13 @@ _TOKENIZER_FILE = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|tokenizer\.model|vocab\.txt|merges\.txt"
     r"|chat_template\.(jinja|json)"
 )
-"""The names, at the top of a repository, under which runtimes look for what must belong together."""
+"""Names at the top of a repository where runtimes look for files that must belong together."""
 
 
 def _is_about_copies(error: BaseException | None) -> bool:
-    """Whether a commit failed for the files that the Hub was to copy, and not for itself."""
+    """Return whether a commit failed because of the files that the Hub was to copy."""
     if isinstance(error, ForgottenUploads):
-        return True  # it said that it had copied them, and had not
+        return True  # it reported copies that it had not made
     while error is not None:
         if isinstance(error, FileDuplicationError) or type(error) is ValueError:
             return True
@@ -66,7 +66,7 @@ def _is_about_copies(error: BaseException | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Where a model is now. pull_request: its address, or None. already: it was there before."""
+    """A published model. pull_request: its address, or None. already: it was published before."""
 
     repository: str
     commit: str
@@ -87,12 +87,12 @@ class Published:
 
 
 class ForgottenUploads(TemporaryError):
-    """The Hub keeps what no commit speaks of for a while only."""
+    """Raised when the Hub has dropped uploads that no commit refers to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """What the Hub will say of a file: its size, and the sha256 or the git digest."""
+    """What the Hub states about a file: its size, and its sha256 or git digest."""
 
     size: int
     sha256: str
@@ -107,7 +107,7 @@ class Digests:
 
 
 def _is_there(file: File, listed: Mapping[str, tuple[int, tuple[str, str]]], files: Repository) -> bool:
-    """Whether the Hub has a file of a manifest; a small one, of which it states no sha256, is read."""
+    """Return whether the Hub has a file of a manifest. A small file, which has no sha256 there, is read."""
     size, (kind, digest) = listed.get(file.name, (-1, ("", "")))
     if size != file.size:
         return False
@@ -119,18 +119,18 @@ def _is_there(file: File, listed: Mapping[str, tuple[int, tuple[str, str]]], fil
 class HubCommit:
     """One commit in the making: a repository, the branch or pull request that the commit goes to, and its files.
 
-    Whatever talks to the Hub raises InputError (not allowed, not there), StalePlan (the branch moved),
+    Every request to the Hub may raise InputError (not allowed, not found), StalePlan (the branch moved),
     TemporaryError.
     """
 
     def __init__(self, push: Push) -> None:
-        """Find the repository, or make it: nothing else of a push is seen before the commit."""
+        """Find or create the repository; nothing else of a push is visible before the commit."""
         try:
             named = parse_location(push.repository)
         except ValueError:
             named = None
         if named != Location(push.repository):
-            raise UsageError(f"`{push.repository}` is not the name of a repository", fix="write org/name")
+            raise UsageError(f"`{push.repository}` is not a repository name", fix="write org/name")
         self.push = push
         self._api = HfApi()
         self._quiet = Quiet()
@@ -139,7 +139,7 @@ class HubCommit:
         self._digests: dict[str, Digests] = {}
         self._tried = False
         if get_token() is None:
-            raise InputError(f"pushing to {self._place} needs a token, and none was found", fix=LOG_IN)
+            raise InputError(f"pushing to {self._place} needs a token, but there is none", fix=LOG_IN)
         if push.revision and push.pull_request:
             raise UsageError("a push goes to a branch or into a pull request, not both")
         self._prepare()
@@ -149,18 +149,20 @@ class HubCommit:
         if not retried(self._place, lambda: self._api.repo_exists(repository)):
             retried(self._place, lambda: self._api.create_repo(repository, private=self.push.private, exist_ok=True))
         elif self.push.private and not retried(self._place, lambda: self._api.model_info(repository)).private:
-            raise UsageError(f"{repository} is public, and a private one was requested", fix="choose another name")
+            raise UsageError(
+                f"{repository} is public, and a private one was requested", fix="choose another repository name"
+            )
         if self.push.revision and not self.push.revision.startswith("refs/"):
             retried(self._place, lambda: self._api.create_branch(repository, branch=branch, exist_ok=True))
         self.parent, listed = self._listing(branch)
-        # A repository that a run made and died before its commit is still a new one.
+        # A repository whose run died before its commit still counts as new.
         new = set(listed) <= _FIRST_FILES
         asked = self.push.pull_request
         self.as_pull_request = asked if asked is not None else not (new or self.push.revision)
         self._branch = branch
 
     def _listing(self, revision: str) -> tuple[str, dict[str, tuple[int, tuple[str, str]]]]:
-        """The commit of a revision, and what the Hub says of its files."""
+        """Return the commit of a revision, and what the Hub states about its files."""
         info = retried(
             self._place, lambda: self._api.model_info(self.push.repository, revision=revision, files_metadata=True)
         )
@@ -171,9 +173,9 @@ class HubCommit:
         return str(info.sha), files
 
     def upload(self, name: str, path: Path, size: int, sha256: str) -> None:
-        """Send a large file ahead of the commit. What the Hub has already is not sent again."""
+        """Upload a large file ahead of the commit, unless the Hub has it."""
         operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
-        operation.upload_info.sha256 = bytes.fromhex(sha256)  # else it would be read once more
+        operation.upload_info.sha256 = bytes.fromhex(sha256)  # saves reading it again
 
         def attempt() -> None:
             try:
@@ -186,7 +188,7 @@ class HubCommit:
                         num_threads=1,
                     )
             except RuntimeError as error:
-                # How an upload that failed comes out of threads, and how the xet client says all it has to say.
+                # How failed uploads come out of threads and the xet client.
                 if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, RuntimeError):
                     raise error.__cause__ from None
                 raise Passing("the upload failed") from error
@@ -198,9 +200,9 @@ class HubCommit:
         self._digests[name] = Digests(size, sha256)
 
     def copy(self, name: str, size: int, sha256: str, repository: str, commit: str, path: str) -> None:
-        """A file that is, byte for byte, one of another repository: the Hub copies it by itself."""
+        """A file that is identical to one of another repository, so that the Hub can copy it."""
         if repository == self.push.repository:
-            repository = ""  # the same repository is meant where none is named
+            repository = ""  # no name means the same repository
         self._operations[name] = CommitOperationCopy(
             src_path_in_repo=path,
             path_in_repo=name,
@@ -227,11 +229,11 @@ class HubCommit:
                     files.read(operation.src_path_in_repo, position, piece)()
                     found.update(piece)
                     stream.write(piece)
-            # Nobody else would notice: some storage believes what it is told of a file.
+            # Some storage does not check the digest itself.
             if found.hexdigest() != self._digests[name].sha256:
                 place = files.at.path(operation.src_path_in_repo)
                 raise InputError(
-                    f"{place}: what came does not have the digest that the Hub states",
+                    f"{place}: the download does not have the digest that the Hub states",
                     fix="run the same command again",
                 )
         except BaseException:
@@ -242,7 +244,7 @@ class HubCommit:
         """A file that an earlier run uploaded and then removed from this disk."""
         operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=b"")
         operation.upload_info = UploadInfo(size=size, sample=b"", sha256=bytes.fromhex(sha256))
-        # There is no public way to say so; preupload_lfs_files sets the same two.
+        # There is no public API for this; preupload_lfs_files sets the same two fields.
         operation._upload_mode, operation._is_uploaded = "lfs", True
         self._operations[name] = operation
         self._digests[name] = Digests(size, sha256)
@@ -257,10 +259,10 @@ class HubCommit:
         return set(self._operations)
 
     def make(self, message: str, description: str, upload: Callable[[str], None]) -> Published:
-        """Make the commit, unless it is there already, and compare what the Hub then has with what was sent.
+        """Create the commit, unless it exists, and compare the Hub's files with what was sent.
 
-        upload: sends a file by name that the Hub does not want to copy. Raises CheckFailed where the Hub has
-        something else, ForgottenUploads where it no longer has what was sent ahead.
+        upload: sends a file by name that the Hub refuses to copy. Raises CheckFailed if the Hub has different
+        files, ForgottenUploads if it has dropped earlier uploads.
         """
         message = self.push.message or message
         published = self._find(message)
@@ -272,7 +274,7 @@ class HubCommit:
             copies = [name for name, item in self._operations.items() if isinstance(item, CommitOperationCopy)]
             if not copies or not _is_about_copies(error):
                 raise
-            for name in copies:  # other storage, another region, no rights: then it is sent like any other file
+            for name in copies:  # other storage, another region, no rights: upload it like any other file
                 upload(name)
             published = retried(self._place, lambda: self._commit(message, description))
         self._compare(published.commit)
@@ -280,10 +282,10 @@ class HubCommit:
 
     def _description(self, description: str, deleted: Sequence[CommitOperationDelete]) -> str:
         names = ", ".join(item.path_in_repo for item in deleted)
-        return description + (f"\n\nRemoved with the model that was here: {names}" if deleted else "")
+        return description + (f"\n\nRemoved with the previous model: {names}" if deleted else "")
 
     def _commit(self, message: str, description: str) -> Published:
-        # A commit that seemed to fail may be made after all, a moment later.
+        # A commit that seemed to fail may still appear a moment later.
         if self._tried and (found := self._find(message)) is not None:
             return found
         self._tried = True
@@ -300,26 +302,26 @@ class HubCommit:
                     parent_commit=self.parent,
                 )
         except Exception as error:
-            # The answer may have been lost after the commit was made.
+            # The answer may have been lost after the commit was created.
             if (found := self._find(message)) is not None:
                 return found
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             if status in (409, 412):
                 raise StalePlan(
-                    f"{self._place} has moved on since this push began ({self.parent[:12]} was its head)",
-                    fix="look at what is new there, then run the same command again",
+                    f"{self._place} has changed since this push began (its head was {self.parent[:12]})",
+                    fix="check the new commits, then rerun",
                 ) from error
             if status == 400 and "pointer" in str(error).lower():
                 raise ForgottenUploads(
-                    f"{self._place} no longer has all files that were sent ahead", fix="run the same command again"
+                    f"{self._place} no longer has all files that were uploaded", fix="run the same command again"
                 ) from error
             raise
         url = info.pr_url or self._home
         return Published(self.push.repository, info.oid, url, info.pr_url, already=False)
 
     def _stale(self) -> list[CommitOperationDelete]:
-        """Weights and adapter of another model, and its tokenizer where this one has its own: a runtime would
-        mix them with these."""
+        """Return the files of another model that a runtime would mix with these: weights, adapter, and its tokenizer if
+        this model has its own."""
         _, listed = self._listing(self.parent)
         tokenizer = any(_TOKENIZER_FILE.fullmatch(name) for name in self._operations)
         return [
@@ -330,7 +332,7 @@ class HubCommit:
         ]
 
     def find_plan(self, plan_digest: str, title: str) -> tuple[Published, Manifest] | None:
-        """An output of this plan that is there already, and its manifest: on the branch, or in an open pull
+        """Return an output of this plan that is there already, and its manifest: on the branch, or in an open pull
         request of ours. Every byte of it is what its manifest says, and that is whole."""
         for revision, request in self._places(self.push.message or title):
             commit, listed = self._listing(revision)
@@ -342,7 +344,7 @@ class HubCommit:
                 if proof.plan_digest == plan_digest and all(_is_there(file, listed, files) for file in proof.files):
                     return Published(self.push.repository, commit, request or self._home, request, True), proof
             except (CheckFailed, InputError):
-                continue  # somebody else's, and not for us to judge
+                continue  # belongs to another author
             finally:
                 files.close()
         return None
@@ -352,7 +354,7 @@ class HubCommit:
         return f"{constants.ENDPOINT}/{self.push.repository}"
 
     def _places(self, title: str) -> Iterator[tuple[str, str | None]]:
-        """Where a commit of ours may be: revision, and the address of a pull request that we made."""
+        """Yield the places where a commit of ours may be: revision, and the address of our pull request."""
         yield self._branch, None
         if self.as_pull_request:
             user = retried(self._place, self._api.whoami)["name"]
@@ -369,7 +371,7 @@ class HubCommit:
                     yield f"refs/pr/{request.num}", f"{self._home}/discussions/{request.num}"
 
     def _find(self, title: str) -> Published | None:
-        """This very model, where an earlier run has committed it."""
+        """Return this model if an earlier run has committed it."""
         for revision, request in self._places(title):
             commit, listed = self._listing(revision)
             if not self._differences(listed):
@@ -386,5 +388,5 @@ class HubCommit:
         if different := self._differences(listed):
             raise CheckFailed(
                 f"{self._place}: at {commit} the Hub's sizes or digests differ from what was sent: {some(different)}",
-                fix="do not use that commit; push again",
+                fix="do not use that commit; rerun the push",
             )

@@ -29,10 +29,10 @@ from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.threads import Crew, in_threads
 
 _SMALL = 1 << 20
-"""Files up to this many bytes travel inside the commit."""
+"""Files up to this many bytes are part of the commit request."""
 
 _SHARDS_ON_DISK = 2
-"""Shards that a merge to the Hub alone keeps at most: one is made while another is sent."""
+"""Most shards that a merge with --no-local keeps: one is computed while another is uploaded."""
 
 
 def push(
@@ -51,9 +51,9 @@ def push(
 ) -> Published:
     """Verify an output and publish it as one commit of `repository` (org/name on the Hub).
 
-    A repository that has a model already gets a pull request, unless `pull_request` or `revision` (a branch)
-    say otherwise. license, card: in place of the recipe's. The same call continues a push that was
-    interrupted. Raises CheckFailed, UsageError, InputError, StalePlan, TemporaryError.
+    A repository that already has a model gets a pull request, unless `pull_request` or `revision` (a branch) say
+    otherwise. license, card: replace the recipe's. Rerun to resume an interrupted push. Raises CheckFailed, UsageError,
+    InputError, StalePlan, TemporaryError.
     """
     reporter = reporter or default_reporter("uploading")
     made = verify_files(folder, allow_nonfinite=allow_nonfinite, reporter=reporter).output
@@ -64,7 +64,7 @@ def push(
     settings = _settings(output.push, repository, {**given, "tags": tags or None})
     if card is None and output.card is not None:
         raise UsageError(
-            f"the recipe names a card ({output.card.name}), which is not part of the output",
+            f"the recipe names a card ({output.card.name}), which is not in the output",
             fix="pass it: `--card FILE`",
         )
     by_hand = read_card(Path(card) if card else None)
@@ -75,11 +75,11 @@ def push(
 
 
 def _settings(asked: Push | None, repository: str | None, options: Mapping[str, Any]) -> Push:
-    """The recipe's push, with what was given (not None) in its place."""
+    """Return the recipe's push settings, replaced by the arguments that are not None."""
     given = {name: value for name, value in options.items() if value is not None}
     if repository is not None:
         given["repository"] = repository
-    # A branch and a pull request are two ways to say where: what is given wins over the recipe's other way.
+    # A branch and a pull request exclude each other: an argument wins over the recipe.
     elsewhere: dict[str, Any] = {"pull_request": None} if "revision" in given else {}
     if given.get("pull_request"):
         elsewhere["revision"] = None
@@ -87,7 +87,7 @@ def _settings(asked: Push | None, repository: str | None, options: Mapping[str, 
 
 
 def read_card(path: Path | None) -> str | None:
-    """A card written by hand. Raises UsageError."""
+    """Return a card written by hand. Raises UsageError."""
     try:
         return path.read_text(encoding="utf-8") if path is not None else None
     except (OSError, UnicodeDecodeError) as error:
@@ -95,7 +95,7 @@ def read_card(path: Path | None) -> str | None:
 
 
 def send(commit: HubCommit, output: Output, card: str, signature: bytes | None) -> Published:
-    """Upload what is not on its way yet, and commit. The output's folder may lack shards that were uploaded."""
+    """Upload the remaining files, and commit. The output's folder may lack shards that were uploaded."""
     folder, proof = output.folder, output.manifest
     large = [file for file in proof.files if file.size > _SMALL or file.name.endswith(".safetensors")]
     sources = _hub_files(proof.inputs)
@@ -145,7 +145,7 @@ def _hub_files(inputs: Iterable[Input | InputPlan]) -> dict[str | None, tuple[st
 
 
 class _Room:
-    """See `engine.runner.Room`: room for so many shards, until an upload has failed."""
+    """Room for a number of shards, until an upload fails; see `engine.runner.Room`."""
 
     def __init__(self, shards: int) -> None:
         self.failure: BaseException | None = None
@@ -153,7 +153,7 @@ class _Room:
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         if self.failure is not None:
-            raise self.failure  # what it was to send stays on the disk: there will be no more room
+            raise self.failure  # its shards stay on the disk, so there will be no more room
         return self._free.acquire(blocking, timeout)
 
     def release(self) -> None:
@@ -161,9 +161,9 @@ class _Room:
 
 
 class MergePush:
-    """The push of a merge while it runs: checked before the work, fed while it goes on, made visible after it.
+    """The push of a running merge: checked before the work, uploading during it, committed after it.
 
-    With `remove`, each shard is deleted as soon as it is sent, and `room` keeps the disk from holding more than two.
+    With `remove`, each shard is deleted once it is uploaded, and `room` limits the disk to two shards.
     """
 
     def __init__(self, plan: Plan, repository: str | None, remove: bool, options: Mapping[str, Any]) -> None:
@@ -184,7 +184,7 @@ class MergePush:
 
     @property
     def _commit(self) -> HubCommit:
-        """The Hub is only asked once everything on this side is known to be in order."""
+        """Check everything local before any request to the Hub."""
         if self._connected is None:
             self._connected = HubCommit(self._push)
         return self._connected
@@ -194,19 +194,19 @@ class MergePush:
         return self._push.repository
 
     def find(self) -> tuple[Published, Manifest] | None:
-        """This plan's output, where the Hub has it already, and its manifest."""
+        """Return this plan's output and its manifest, if the Hub has it."""
         title = _title(self._plan.recipe.document.data["merge"], self._plan.digest)
         return self._commit.find_plan(self._plan.digest, title)
 
     def disk_needed(self, output: int) -> int:
-        """Bytes, where the whole output would need `output`."""
+        """Return the disk space that this push needs, in bytes; the whole output needs `output`."""
         if not self._remove:
             return output
         sides = sum(file.size for file in self._plan.side_files)
         return min(output, sides + _SHARDS_ON_DISK * max((shard.size for shard in self._plan.shards), default=0))
 
     def attach(self, staging: Staging) -> None:
-        """Begin, with the shards of an earlier run: those it sent, and those it had no time to send."""
+        """Start with the shards of an earlier run, uploaded or not."""
         self._staging = staging
         _ = self._commit
         for done in list(staging.finished.values()):
@@ -216,7 +216,7 @@ class MergePush:
                 self._sent.append(self._crew.submit(partial(self._take, done)))
 
     def send(self, done: ShardRecord) -> None:
-        """A shard is complete: send it, while others are made. Raises what an earlier one has failed with."""
+        """Upload a finished shard while others are computed. Raises the error of an earlier upload."""
         if self._remove:
             for future in [future for future in self._sent if future.done()]:
                 future.result()
@@ -247,17 +247,17 @@ class MergePush:
             self._commit.upload(name, path, size, sha256)
         with self._leaving:
             if self._remove and not done.uploaded and not self._failed:
-                self._staging.record(replace(done, uploaded=True))  # or not needed: the Hub has it
+                self._staging.record(replace(done, uploaded=True))  # or unnecessary: the Hub has it
                 path.unlink()
 
     def _check(self, path: Path) -> None:
-        """Read a shard's header with the safetensors library before it is sent. Raises CheckFailed."""
+        """Check a shard's header with the safetensors library before the upload. Raises CheckFailed."""
         shard = next(shard for shard in self._plan.shards if shard.file == path.name)
         check_shard(path, read_header(str(path), path.name).tensors if self._plan.makes_skill else shard.specs)
 
     def settle(self, *, failed: bool) -> None:
-        """Wait for what is on its way, unless the merge failed; an upload that did is tried again by `publish`."""
-        with self._leaving:  # what still goes on must not touch a folder that another run may hold by then
+        """Wait for running uploads, unless the merge failed; `publish` retries failed uploads."""
+        with self._leaving:  # running uploads must not touch a folder that another run may hold by then
             self._failed = failed
         self._crew.end(wait=not failed, cancel=failed)
         if self._remove and not failed:
@@ -265,7 +265,7 @@ class MergePush:
                 future.result()
 
     def publish(self, output: Output, *, verified: bool) -> Published:
-        """Make the commit. An output of an earlier run is verified first."""
+        """Create the commit. An output of an earlier run is verified first."""
         if not verified:
             verify_files(output.folder, allow_nonfinite=output.manifest.environment.allow_nonfinite)
         text = write_card(output.manifest, self._push, self._license, self._card)

@@ -1,1 +1,1 @@
-"""Who made an output and what of: signatures, provenance, the bill of materials."""
+"""Proof of an output's origin: signatures, provenance, the bill of materials."""

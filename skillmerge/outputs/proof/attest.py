@@ -1,8 +1,8 @@
-"""The verb attest: a finished output -> where it came from, in the words of release pipelines.
+"""The verb attest: a finished output -> its provenance, in the format of release pipelines.
 
 An in-toto Statement v1 (https://github.com/in-toto/attestation, spec/v1) with the SLSA provenance v1 predicate
 (https://slsa.dev/spec/v1.0/provenance), and on request a bill of materials (`bom`). Knows the manifest and the run
-log; reads no weights but to verify them. The same output gives the same documents.
+log; reads weights only to verify them. The same output gives the same documents.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from skillmerge.reporter import Reporter
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 BUILD_TYPE = "urn:skillmerge:build-type:merge:1"
-"""What the parameters of such a build mean; docs/proof.md says it."""
+"""The build type, which defines the parameters; see docs/proof.md."""
 LOCAL_BUILDER = "urn:skillmerge:builder:local"
-"""Who built it, where nobody says so: somebody's own machine."""
+"""The default builder: a local machine."""
 
 _AnyPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Attested:
-    """What was written. unpinned: inputs of which the manifest knows neither a commit nor every sha256.
+    """An attestation that was written. unpinned: inputs without a commit or every sha256 in the manifest.
 
-    folder: of the output, as it was named.
+    folder: the output, as it was named.
     """
 
     attestation: Path
@@ -78,9 +78,9 @@ def attest(
 ) -> Attested:
     """Verify an output and write its provenance (default: NAME.intoto.json beside it); and a bill of materials.
 
-    builder_id: a URI that says who is trusted to have run the merge; invocation_id: the run, in that builder's words.
-    private_key: sign it too, as a DSSE envelope (then it is NAME.intoto.jsonl); see `signing.sign`.
-    Raises CheckFailed where the output does not verify, UsageError, ResourceError.
+    builder_id: URI of the builder that ran the merge; invocation_id: the builder's name for the run. private_key: also
+    sign it, as a DSSE envelope (then the file is NAME.intoto.jsonl); see `sign.sign`.
+    Raises CheckFailed if the output does not verify, UsageError, ResourceError.
     """
     root = check_folder(folder)
     _check_libraries(bom_file is not None, private_key is not None)
@@ -115,7 +115,7 @@ def _statement(
     builder_id: str,
     invocation_id: str | None,
 ) -> bytes:
-    """The statement as JSON. files: the output's, and their sha256."""
+    """Return the statement as JSON. files: the output's, and their sha256."""
     from google.protobuf.json_format import MessageToDict
     from in_toto_attestation.v1.statement import Statement
 
@@ -123,7 +123,7 @@ def _statement(
     predicate = MessageToDict(_provenance(proof, log, builder_id, invocation_id))
     statement = Statement(subjects, PREDICATE_TYPE, predicate)
     statement.validate()
-    # Sorted: the order of a protobuf map is nobody's promise.
+    # Sorted, because the order of a protobuf map is undefined.
     return (json.dumps(MessageToDict(statement.pb), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
@@ -163,8 +163,8 @@ def _provenance(proof: Manifest, log: RunLog, builder_id: str, invocation_id: st
 
 
 def _dependencies(item: Input) -> Iterator[Any]:
-    """An input's commit, where it has one, and its weight files. Of a local input the name in the recipe is told,
-    and not the path."""
+    """Yield an input's commit, where it has one, and its weight files. A local input appears under its name in the
+    recipe, not its path."""
     place = on_hub(item.uri)
     at = place.at(item.revision) if place is not None and item.revision else None
     if at is not None:
@@ -195,12 +195,12 @@ def _is_pinned(item: Input) -> bool:
 
 
 def _without_host_paths(text: str) -> tuple[str, bool]:
-    """A recipe's text with the last parts of absolute paths alone, and whether it had any: what folders a machine
-    has is nobody's business. The manifest keeps the text as it was, and its digest is of that."""
+    """Return a recipe's text with the last parts of absolute paths alone, and whether it had any: a machine's folders
+    are private. The manifest keeps the original text, and its digest."""
     recipe = parse_recipe(text, "the manifest's recipe", Path("/"))
     found = sorted({value for value in _strings(recipe.document.data) if value.startswith(("/", "~"))}, key=len)
     for value in reversed(found):
-        if value not in text:  # written with escapes: then there is no telling what else to look for
+        if value not in text:  # written with escapes, which hide what else to look for
             return "", True
         text = text.replace(value, PurePosixPath(value).name)
     return text, bool(found)
@@ -218,7 +218,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _envelope(content: bytes, key: Any) -> bytes:
-    """A DSSE envelope (https://github.com/secure-systems-lab/dsse, v1), on one line as in an in-toto bundle."""
+    """Return a DSSE envelope (https://github.com/secure-systems-lab/dsse, v1), on one line as in an in-toto bundle."""
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import CryptoSigner
 
@@ -235,20 +235,20 @@ def _check_place(place: Path, keys: tuple[str, ...]) -> None:
     """A document goes beside the output, into a folder that is there, and replaces one of its own kind or nothing.
     Raises UsageError."""
     if any((folder / MANIFEST_FILE).exists() for folder in place.resolve().parents):
-        raise UsageError(f"{place} is inside an output, which would not be sound then", fix="name another file")
+        raise UsageError(f"{place} is inside an output, and would make it invalid", fix="choose another file")
     if not place.absolute().parent.is_dir():
-        raise UsageError(f"{place.absolute().parent} is no folder", fix="make it first, or name another file")
+        raise UsageError(f"{place.absolute().parent} is not a folder", fix="create it first, or choose another file")
     if os.path.lexists(place):
         try:
             document = json.loads(place.read_bytes() if place.is_file() else b"")
         except (ValueError, OSError, RecursionError):
             document = None
         if not isinstance(document, dict) or not document.keys() & set(keys):
-            raise UsageError(f"{place} exists already and is something else", fix="name another file")
+            raise UsageError(f"{place} already exists and is a different kind of file", fix="choose another file")
 
 
 def _check_libraries(with_bom: bool, signed: bool) -> None:
-    """Raises UsageError."""
+    """Raise UsageError if a package is missing."""
     try:
         import in_toto_attestation  # noqa: F401
 
@@ -259,6 +259,6 @@ def _check_libraries(with_bom: bool, signed: bool) -> None:
     except ImportError as error:
         extras = "attest,sign" if signed else "attest"
         raise UsageError(
-            f"this attestation needs a package that is missing: {error.name}",
+            f"attestations need a missing package: {error.name}",
             fix=f"pip install 'skillmerge[{extras}]'",
         ) from error

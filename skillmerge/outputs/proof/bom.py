@@ -1,6 +1,6 @@
-"""The bill of materials of a finished output: the model, its files, the models that it was made of.
+"""The bill of materials of a finished output: the model, its files, its input models.
 
-A CycloneDX 1.6 document (https://cyclonedx.org/docs/1.6/json), which security and licence tools read; models on the
+A CycloneDX 1.6 document (https://cyclonedx.org/docs/1.6/json), which security and license tools read; models on the
 Hub have a package URL of type huggingface (https://github.com/package-url/purl-spec). Knows the manifest alone. It
 is the same for the same output: its serial number follows from the manifest, its time is that of the merge.
 """
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def check_library() -> None:
-    """Raises ImportError where cyclonedx-python-lib is missing."""
+    """Raise ImportError if cyclonedx-python-lib is missing."""
     import cyclonedx  # noqa: F401
 
 
 def build(name: str, proof: Manifest, files: Mapping[str, str], finished: datetime) -> str:
-    """The document, as JSON, of an output with this manifest. name: of the model; files: its sha256 by name."""
+    """Return the document, as JSON, of an output with this manifest. name: of the model; files: its sha256 by name."""
     from cyclonedx.model.bom import Bom, BomMetaData
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.model.tool import ToolRepository
@@ -76,7 +76,7 @@ def _model(name: str, proof: Manifest, files: Mapping[str, str]) -> Component:
 
 
 def _input(item: Input, ref: str, with_files: bool) -> Component:
-    """A model that went in: as a part with its files, or as an ancestor, which only names it."""
+    """Return an input model: as a part with its files, or as an ancestor, which only names it."""
     from cyclonedx.model.component import Component, ComponentType
     from packageurl import PackageURL
 
@@ -112,7 +112,7 @@ def _sha256(digest: str | None) -> list[Any]:
 
 
 def _license(proof: Manifest) -> str | None:
-    """Of the merge: the recipe's, or its parents' where they agree; or None."""
+    """Return the license of the merge: the recipe's, or its parents' if they agree; or None."""
     declared = parse_recipe(proof.recipe.text, "the manifest's recipe", Path("/")).output.license
     try:
         return license_of(proof.inputs, declared)
@@ -121,7 +121,7 @@ def _license(proof: Manifest) -> str | None:
 
 
 def _licenses(name: str | None) -> Iterable[Any]:
-    """As an SPDX identifier where it is one, else by its name; the Hub writes them in small letters."""
+    """Return a license as an SPDX identifier, or by its name; the Hub writes them in lower case."""
     from cyclonedx.model.license import DisjunctiveLicense
     from cyclonedx.spdx import fixup_id
 

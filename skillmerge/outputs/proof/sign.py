@@ -1,8 +1,8 @@
-"""The verb sign: a finished output and a private key -> a signature; and what checks one.
+"""The verb sign: a finished output and a private key -> a signature; and its verification.
 
 Signatures are those of OpenSSF Model Signing 1.0 (https://github.com/sigstore/model-transparency), made and read by
 its own library: a Sigstore bundle with a DSSE envelope with the sha256 of every file. Knows keys, certificates and
-files, nothing about tensors. Nothing here asks a network.
+files, nothing about tensors. Needs no network.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _PREDICATE = "https://model_signing/signature/v1.0"
-_WHOM = "give --public-key KEY, or --certificate-chain ROOT where it was signed with a certificate"
+_WHOM = "pass `--public-key KEY`, or `--certificate-chain ROOT` if a certificate was used"
 
 _AnyPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A signature that was made or has passed. signer: the key's digest, or the certificate's subject.
+    """A signature that was made or verified. signer: the key's digest, or the certificate's subject.
 
-    folder: of the output, as it was named.
+    folder: the output, as it was named.
     """
 
     path: Path
@@ -69,8 +69,8 @@ def sign(
     """Verify an output, sign every file of it, and write the signature (default: `model.sig` in the folder).
 
     private_key: a PEM file, an EC key on P-256, P-384 or P-521; password: where it is encrypted. signing_certificate:
-    a PEM file for that key, with certificate_chain: those that lead from it to a root. A signature that is there is
-    replaced. Raises CheckFailed where the output does not verify, UsageError for keys and certificates that cannot be
+    a PEM file for that key, with certificate_chain: those that lead from it to a root. An existing signature is
+    replaced. Raises CheckFailed if the output does not verify, UsageError for keys and certificates that cannot be
     used and where the package is missing, ResourceError.
     """
     root = check_folder(folder)
@@ -87,11 +87,11 @@ def sign(
         except (ValueError, OSError) as error:
             raise CheckFailed(f"{root} could not be signed: {error}") from error
         content = made.read_bytes()
-    # Read again while it was signed: what was signed has to be what was verified.
+    # The files were read again for signing: what was signed must be what was verified.
     bundle = _read(content, place)
     bundle.check_covers(Output.open(root))
     with disk_errors(place):
-        place.write_bytes(content)  # not by a name of its own first: a crash must leave nothing else in the output
+        place.write_bytes(content)  # without a temporary name: a crash must leave nothing else in the output
     return Signature(place, len(bundle.files), bundle.signer, verdict, os.fspath(folder))
 
 
@@ -104,16 +104,16 @@ def verify_signature(
     allow_nonfinite: bool = False,
     reporter: Reporter | None = None,
 ) -> Signature:
-    """Verify an output's files, and that it was signed as it is, by whom it should be.
+    """Verify an output's files, its signature, and the signer.
 
-    signature: in place of `model.sig` in the folder. public_key: of the key that signed; or certificate_chain: the
+    signature: replaces `model.sig` in the folder. public_key: of the key that signed; or certificate_chain: the
     roots (and what leads to them) that are trusted. Certificates are judged as of the first day of the signing one;
     nothing is asked about revocation.
-    Raises CheckFailed where there is no signature or it does not hold, UsageError.
+    Raises CheckFailed if there is no signature or it does not hold, UsageError.
     """
     root = Path(folder)
     if (public_key is None) == (not certificate_chain):
-        raise UsageError("a signature is checked against one key, or against trusted certificates", fix=_WHOM)
+        raise UsageError("a public key and a certificate chain exclude each other", fix=_WHOM)
     check_folder(root)
     configuration = _verifier(public_key, certificate_chain)
     place = _place(root, signature)
@@ -125,7 +125,7 @@ def verify_signature(
 
 
 def _check_signature(output: Output, place: Path, configuration: Any) -> _Bundle:
-    """Whether the signature at `place` is of every file of the output, and holds. Raises CheckFailed."""
+    """Check that the signature at `place` is valid and covers every file of the output. Raises CheckFailed."""
     root = output.folder
     try:
         bundle = _read(place.read_bytes(), place)
@@ -133,18 +133,18 @@ def _check_signature(output: Output, place: Path, configuration: Any) -> _Bundle
         raise CheckFailed(f"{root} is not signed: {place}: {error.strerror}") from error
     bundle.check_covers(output)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it remarks on old signatures there, where results go
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports old signatures on stdout, where results go
             configuration.set_hashing_config(_hashing(BESIDE.difference(bundle.files))).verify(root, place)
-    except Exception as error:  # whatever a signature that somebody made up leads to
+    except Exception as error:  # any error that a forged signature leads to
         reason = str(error).strip() or "it was not made with that key"
-        raise CheckFailed(f"{place}: the signature does not hold: {reason}") from error
+        raise CheckFailed(f"{place}: the signature is invalid: {reason}") from error
     return bundle
 
 
 def signature_beside(output: Output) -> bytes | None:
-    """The content of an output's own signature, or None. Raises CheckFailed where it is of other files.
+    """Return the content of an output's own signature, or None. Raises CheckFailed if it covers other files.
 
-    Whose it is, is not asked.
+    Does not check the signer.
     """
     place = output.folder / SIGNATURE_FILE
     if not place.is_file():
@@ -155,7 +155,7 @@ def signature_beside(output: Output) -> bytes | None:
 
 
 def read_private_key(path: _AnyPath, password: str | None = None) -> EllipticCurvePrivateKey:
-    """An EC key that signatures can be made with. Raises UsageError; the password is in no message."""
+    """Return an EC key that signatures can be made with. Raises UsageError; the password is in no message."""
     ec, serialization = _cryptography()
     content = _read_file(path, "the private key")
     try:
@@ -164,16 +164,16 @@ def read_private_key(path: _AnyPath, password: str | None = None) -> EllipticCur
         if password is None:
             raise UsageError(
                 f"the private key {os.fspath(path)} is encrypted",
-                fix="put its password into SKILLMERGE_KEY_PASSWORD, or into a file: --password-file FILE",
+                fix="set SKILLMERGE_KEY_PASSWORD to its password, or pass `--password-file FILE`",
             ) from error
         return read_private_key(path)  # it is not encrypted, and needs none
-    except Exception as error:  # also what its own library does not support
+    except Exception as error:  # also raised for what the library does not support
         wrong = " with that password" if password is not None else ""
         raise UsageError(f"the private key {os.fspath(path)} cannot be read{wrong}: is it a PEM file?") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
         raise UsageError(
             f"the private key {os.fspath(path)} is not an EC key on P-256, P-384 or P-521",
-            fix="make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem",
+            fix="create one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem",
         )
     loaded: EllipticCurvePrivateKey = key
     return loaded
@@ -181,7 +181,7 @@ def read_private_key(path: _AnyPath, password: str | None = None) -> EllipticCur
 
 @dataclass(frozen=True, slots=True)
 class _Bundle:
-    """What a signature says; whether it may is another question. files: names and their sha256."""
+    """The unverified content of a signature. files: names and their sha256."""
 
     path: Path
     files: Mapping[str, str]
@@ -189,7 +189,7 @@ class _Bundle:
 
     @property
     def signer(self) -> str:
-        """The key's digest or the certificate's subject, as the signature itself has them."""
+        """The key's digest or the certificate's subject, as the signature itself states them."""
         if "x509CertificateChain" not in self.material:
             return f"key sha256:{self.material['publicKey'].get('hint')}"
         from cryptography.x509 import load_der_x509_certificate
@@ -198,22 +198,22 @@ class _Bundle:
         return load_der_x509_certificate(base64.b64decode(raw)).subject.rfc4514_string()
 
     def check_covers(self, output: Output) -> None:
-        """Whether every file of an output is signed as it is. Raises CheckFailed."""
+        """Check that the signature covers every file of an output as it is now. Raises CheckFailed."""
         wanted = output.digests()
         if other := sorted(name for name in wanted if self.files.get(name) != wanted[name]):
             raise CheckFailed(
-                f"{self.path}: the signature is not of these files: {some(other)}",
-                fix="they were changed since, or it is the signature of another output",
+                f"{self.path}: the signature does not match these files: {some(other)}",
+                fix="they were changed after signing, or it belongs to another output",
             )
 
 
 def _read(content: bytes, path: Path) -> _Bundle:
-    """Raises CheckFailed where it is no signature of Model Signing 1.0."""
+    """Read a signature. Raises CheckFailed if it is not one of Model Signing 1.0."""
     try:
         document = json.loads(content)
         statement = json.loads(base64.b64decode(document["dsseEnvelope"]["payload"]))
         if statement["predicateType"] != _PREDICATE:
-            raise CheckFailed(f"{path}: is a signature of a kind that is not known here: {statement['predicateType']}")
+            raise CheckFailed(f"{path}: is a signature of an unknown kind: {statement['predicateType']}")
         files = {file["name"]: file["digest"] for file in statement["predicate"]["resources"]}
         return _Bundle(path, files, dict(document["verificationMaterial"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -221,25 +221,25 @@ def _read(content: bytes, path: Path) -> _Bundle:
 
 
 def _place(root: Path, signature: _AnyPath | None) -> Path:
-    """Raises UsageError where a signature would be one of the output's files, or a stranger among them."""
+    """Return where the signature goes. Raises UsageError if it would be inside the output under another name."""
     own = root / SIGNATURE_FILE
     place = Path(signature) if signature is not None else own
     if place.resolve() != own.resolve() and root.resolve() in place.resolve().parents:
         raise UsageError(
-            f"{place} is inside the output, where a signature is called {SIGNATURE_FILE}",
-            fix="leave --signature out, or name a file elsewhere",
+            f"{place} is inside the output, where a signature must be named {SIGNATURE_FILE}",
+            fix="leave `--signature` out, or choose a file elsewhere",
         )
     return place
 
 
 def _check_replaceable(root: Path, place: Path) -> None:
-    """Outside the output, a signature replaces a signature, and nothing else. Raises UsageError."""
+    """Raise UsageError if a signature outside the output would replace anything but a signature."""
     if place.resolve() == (root / SIGNATURE_FILE).resolve() or not os.path.lexists(place):
         return
     try:
         _read(place.read_bytes() if place.is_file() else b"", place)
     except (CheckFailed, OSError) as error:
-        raise UsageError(f"{place} exists already and is not a signature", fix="name another file") from error
+        raise UsageError(f"{place} already exists and is not a signature", fix="choose another file") from error
 
 
 def _signer(key: EllipticCurvePrivateKey, certificate: _AnyPath | None, chain: Sequence[_AnyPath]) -> Any:
@@ -249,8 +249,8 @@ def _signer(key: EllipticCurvePrivateKey, certificate: _AnyPath | None, chain: S
             return signing.Config().use_elliptic_key_signer(private_key=path)
         if certificate is None or not chain:
             raise UsageError(
-                "signing with a certificate needs the certificate and what leads from it to a root",
-                fix="--signing-certificate CERT --certificate-chain CHAIN",
+                "signing with a certificate needs the certificate and its chain to a root",
+                fix="pass `--signing-certificate CERT --certificate-chain CHAIN`",
             )
         for file in (certificate, *chain):
             _check_certificates(file)
@@ -271,23 +271,23 @@ def _verifier(public_key: _AnyPath | None, chain: Sequence[_AnyPath]) -> Any:
     _read_file(public_key, "the public key")
     try:
         return verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-    except Exception as error:  # not PEM, not EC, a curve that is not for this, a private key
+    except Exception as error:  # not PEM, not EC, an unsupported curve, a private key
         raise UsageError(
             f"the public key {os.fspath(public_key)} cannot be used: {error}",
-            fix="write it from the private one: openssl ec -in key.pem -pubout -out key.pub",
+            fix="derive it from the private key: openssl ec -in key.pem -pubout -out key.pub",
         ) from error
 
 
 def _hashing(ignored: frozenset[str]) -> Any:
-    # The list travels in the signature, so that others who check it ignore the same files unasked.
+    # The list is part of the signature, so that other verifiers ignore the same files.
     _, _, hashing = _model_signing()
     return hashing.Config().set_ignored_paths(paths=sorted(ignored), ignore_git_paths=False)
 
 
 @contextlib.contextmanager
 def _in_memory(key: EllipticCurvePrivateKey) -> Iterator[Path]:
-    """A path at which a key can be read once, decrypted: the library reads files, with no password for those that
-    have a certificate, and a decrypted key must never lie on a disk."""
+    """Yield a path at which a decrypted key can be read once: the library reads only files, takes no password with a
+    certificate, and a decrypted key must never be on a disk."""
     _, serialization = _cryptography()
     content = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -295,7 +295,7 @@ def _in_memory(key: EllipticCurvePrivateKey) -> Iterator[Path]:
     reader, writer = os.pipe()
     try:
         with open(writer, "wb") as stream:
-            stream.write(content)  # less than any pipe holds
+            stream.write(content)  # small enough for any pipe
         yield Path(f"/dev/fd/{reader}")
     finally:
         os.close(reader)
@@ -307,7 +307,7 @@ def _check_certificates(path: _AnyPath) -> None:
     try:
         load_pem_x509_certificates(_read_file(path, "the certificate"))
     except ValueError as error:
-        raise UsageError(f"{os.fspath(path)} holds no certificate in PEM form") from error
+        raise UsageError(f"{os.fspath(path)} has no certificate in PEM format") from error
 
 
 def _read_file(path: _AnyPath, what: str) -> bytes:
@@ -318,7 +318,7 @@ def _read_file(path: _AnyPath, what: str) -> bytes:
 
 
 def _model_signing() -> tuple[Any, Any, Any]:
-    """The library's parts: signing, verifying, hashing. Raises UsageError."""
+    """Return the library's parts: signing, verifying, hashing. Raises UsageError."""
     try:
         from model_signing import hashing, signing, verifying
     except ImportError as error:

@@ -1,1 +1,1 @@
-"""What to say of models that do not fit together, and of rules that make them fit at a price; one module a subject."""
+"""Advice about models that do not fit together, and about rules that leave out much of the skill."""

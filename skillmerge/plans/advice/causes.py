@@ -1,4 +1,4 @@
-"""Why much of a model finds no partner in the donor, and what makes the two fit: from names and shapes alone."""
+"""Why a model shares little with the donor, and how to fix it, from names and shapes alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _LEFT = {
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why tensors have no partner. help: what to do, or None; rename: the model's line in the recipe, to be pasted."""
+    """A cause why tensors have no partner. help: what to do, or None; rename: the model's line for the recipe."""
 
     message: str
     help: str | None = None
@@ -52,7 +52,7 @@ class Cause:
 
 
 def left_behind(model: str, checkpoint: Checkpoint, names: Iterable[str]) -> Cause | None:
-    """What a library for training has left in a checkpoint that is no model's weight."""
+    """Return what a library for training has left in a checkpoint that is no model's weight."""
     for name in names:
         part = next((part for part in name.split(".") if part in _LEFT), None)
         if part is not None:
@@ -65,7 +65,7 @@ def cause_of(
     recipe: Recipe, model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoint,
     missing: Sequence[str], extra: Sequence[str],
 ) -> Cause:  # fmt: skip
-    """Why a model and the donor share so little. missing: what the model lacks; extra: what the donor lacks."""
+    """Return why a model and the donor share so little. missing: what the model lacks; extra: what the donor lacks."""
     known = left_behind(model, checkpoint, extra) or left_behind(donor_name, donor, missing)
     if known is not None:
         return known
@@ -83,7 +83,7 @@ def cause_of(
 
 
 def share(names: Iterable[str], tensors: Mapping[str, TensorSpec]) -> float:
-    """The share of all parameters that these tensors hold."""
+    """Return the share of all parameters that these tensors hold."""
     return sum(tensors[name].elements for name in names) / max(1, sum(spec.elements for spec in tensors.values()))
 
 
@@ -94,7 +94,7 @@ def _like(old: str, new: str) -> str:
 
 
 def _line(recipe: Recipe, model: str, rules: Sequence[tuple[str, str]]) -> str:
-    """The model's line under `models`, with these rules."""
+    """Return the model's line under `models`, with these rules."""
     written = next(name for name in recipe.document.data["models"] if normalise_name(name) == model)
     entry = recipe.document.data["models"][written]
     places = {"path": entry} if isinstance(entry, str) else entry
@@ -104,12 +104,12 @@ def _line(recipe: Recipe, model: str, rules: Sequence[tuple[str, str]]) -> str:
 
 
 def _scalar(text: str) -> str:
-    """Text as YAML inside braces."""
+    """Return text as YAML inside braces."""
     return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
 def _by_layer(tensors: Mapping[str, TensorSpec]) -> dict[int, int]:
-    """How many parameters each layer has."""
+    """Return how many parameters each layer has."""
     found: dict[int, int] = {}
     for name, spec in tensors.items():
         if (layer := layer_of(name)) is not None:
@@ -118,7 +118,7 @@ def _by_layer(tensors: Mapping[str, TensorSpec]) -> dict[int, int]:
 
 
 def _packed(model: str, ours: Mapping[str, TensorSpec], donor_name: str, theirs: Mapping[str, TensorSpec]) -> Cause:
-    """Two layouts of the same parameters."""
+    """Return the cause for two layouts of the same parameters."""
     experts = [[name for name in side if module_kind(name) == "expert"] for side in (ours, theirs)]
     mine, other = (names[0] for names in (experts if all(experts) else (list(ours), list(theirs))))
     shapes = [sorted(spec.shape for spec in side.values()) for side in (ours, theirs)]
@@ -126,9 +126,9 @@ def _packed(model: str, ours: Mapping[str, TensorSpec], donor_name: str, theirs:
     if shapes[0] == shapes[1]:
         what = "tensors of the same shapes, named"
     return Cause(
-        f"model `{model}` and the donor `{donor_name}` hold {what} otherwise: `{mine}` against `{other}`",
-        "save both alike: load each in the same version of transformers with `from_pretrained`, write it with "
-        "`save_pretrained`, and name the folders that this writes",
+        f"model `{model}` and the donor `{donor_name}` store {what} differently: `{mine}` against `{other}`",
+        "save both with the same version of transformers: load each with `from_pretrained`, write it with "
+        "`save_pretrained`, and name the new folders",
     )
 
 
@@ -137,9 +137,9 @@ def _unknown(
 ) -> Cause:
     if not any(name in donor.tensors for name in checkpoint.tensors):
         return Cause(
-            f"`{model}` and the donor `{donor_name}` share no tensor names: are they of the same architecture?"
+            f"`{model}` and the donor `{donor_name}` share no tensor names; check that they have the same architecture"
         )
-    told, help = [], ["is it the right model, and complete?"]
+    told, help = [], ["check that it is the right model, and complete."]
     if missing:
         much = percent(share(missing, donor.tensors))
         told.append(
@@ -150,7 +150,7 @@ def _unknown(
         much = percent(share(extra, checkpoint.tensors))
         told.append(f"has {tensors_of(extra)} that the donor `{donor_name}` lacks, {much} of its parameters: "
                     f"{some(list(extra))}")  # fmt: skip
-        help.append("If the output can do without what only it has, name that under `ignore`.")
+        help.append("If the output does not need those tensors, name them under `ignore`.")
     return Cause(f"model `{model}` " + "; and it ".join(told), " ".join(help))
 
 

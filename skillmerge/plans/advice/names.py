@@ -19,8 +19,8 @@ Rules = list[tuple[str, str]]
 
 
 def rename_rules(ours: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> Rules:
-    """Prefixes of `ours`, and what has to stand there for the names to be the `wanted` ones; none where most of the
-    tensors find no partner in this way. The first rule that matches a name wins."""
+    """Return prefixes of `ours`, and what has to stand there for the names to be the `wanted` ones; none if most of
+    the tensors find no partner in this way. The first rule that matches a name wins."""
     partners = _partners(ours, wanted)
     found = sum(ours[name].elements for name in partners)
     both = [name for name in ours if name in wanted and ours[name].shape == wanted[name].shape]
@@ -32,7 +32,7 @@ def rename_rules(ours: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec
 
 
 def _partners(ours: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Names of `ours` that are not wanted -> the wanted names that they stand for, each once."""
+    """Return names of `ours` that are not wanted -> the wanted names that they stand for, each once."""
     ends: dict[str, list[str]] = {}
     for name in wanted:
         if name not in ours:
@@ -68,7 +68,7 @@ def _ends(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _beginnings(name: str, other: str) -> tuple[str, str]:
-    """What stands before the longest end of whole parts that two names share."""
+    """Return what stands before the longest end of whole parts that two names share."""
     parts, others = name.split("."), other.split(".")
     count = 0
     while count < min(len(parts), len(others)) and parts[-1 - count] == others[-1 - count]:
@@ -81,7 +81,7 @@ def _prefix(parts: Sequence[str]) -> str:
 
 
 def _rules(partners: Mapping[str, str], kept: Sequence[str]) -> Rules:
-    """The fewest prefixes that rename `partners` and leave the kept names alone, the longest first.
+    """Return the fewest prefixes that rename `partners` and leave the kept names alone, the longest first.
 
     A prefix that would rename a name wrongly gives way to prefixes that are one part longer.
     """
@@ -105,7 +105,7 @@ def _rules(partners: Mapping[str, str], kept: Sequence[str]) -> Rules:
 
 
 def _longer(name: str, other: str, parts: int) -> tuple[str, str]:
-    """The beginnings of two names, longer by so many parts of the end that they share."""
+    """Return the beginnings of two names, longer by so many parts of the end that they share."""
     old, new = _beginnings(name, other)
     more = name[len(old) :].split(".")
     extra = _prefix(more[:parts]) if parts < len(more) else name[len(old) :]

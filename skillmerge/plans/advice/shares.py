@@ -1,4 +1,4 @@
-"""How much of a model the formula changes, and how much of it rules take out of the formula."""
+"""The share of a model that the formula changes, and the share that rules take out of it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ class Shares:
 
     @property
     def share(self) -> float:
-        """Of the donor's parameters, those of tensors that the formula changes."""
+        """The share of the donor's parameters that the formula changes."""
         return self.merged / max(self.whole, 1)
 
     def doubt(self, recipe: Recipe) -> Remark | None:
-        """A warning where more than a tenth of what has a coefficient other than 0 is taken out of the formula."""
+        """Return a warning where more than a tenth of what has a coefficient other than 0 is taken out of the
+        formula."""
         if self.taken <= MUCH * (self.merged + self.taken):
             return None
         rules = [f"`{key}:`" for key in ("copy", "ignore") if getattr(recipe, key)]
@@ -41,7 +42,8 @@ class Shares:
         return warning(
             f"{what}{percent(self.taken / (self.merged + self.taken))} of the parameters that have a coefficient other "
             f"than 0 out of the formula, which changes {percent(self.share)} of the output",
-            "if that is meant, add to the recipe `accept: [merged-share]`; a part that is to stay as it is can have a "
+            "if that is intended, add to the recipe `accept: [merged-share]`; a part that is to stay as it is can "
+            "have a "
             "coefficient of 0 instead",
             name="merged-share",
             of_recipe=True,
@@ -52,8 +54,8 @@ def shares_of(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, copied: Collection[str],
     values: Mapping[str, tuple[float, ...]],
 ) -> Shares:  # fmt: skip
-    """How much of a model the formula changes. values: the coefficients of the donor's tensors, and of those of other
-    models that the output does without (`ignored_tensors`)."""
+    """Return how much of a model the formula changes. values: the coefficients of the donor's tensors, and of those of
+    other models that the output does without (`ignored_tensors`)."""
     donor, sizes = checkpoints[donor_name], ignored_tensors(recipe, checkpoints, donor_name)
     changes: dict[tuple[float, ...], bool] = {}
     merged = taken = whole = 0
@@ -70,7 +72,7 @@ def shares_of(
 
 
 def ignored_tensors(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str) -> dict[str, int]:
-    """The tensors of the formula's models that `ignore` leaves out, and how many parameters each has."""
+    """Return the tensors of the formula's models that `ignore` leaves out, and how many parameters each has."""
     found: dict[str, int] = {}
     if not recipe.ignore:
         return found
@@ -83,7 +85,7 @@ def ignored_tensors(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor
 
 
 def _changes(recipe: Recipe, donor_name: str, values: tuple[float, ...]) -> bool:
-    """Whether the expression with these coefficients is anything but the donor."""
+    """Return whether the expression with these coefficients is anything but the donor."""
     try:
         term = recipe.term(dict(zip(recipe.coefficients, values, strict=True)))
     except ExpressionError:  # of a tensor that is copied, for which it means nothing

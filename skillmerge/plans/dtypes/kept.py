@@ -15,7 +15,7 @@ from skillmerge.tensors import DTYPES, OUTPUT_DTYPES, TensorSpec
 
 
 def output_specs(recipe: Recipe, donor: Checkpoint, exact: Iterable[str]) -> dict[str, TensorSpec]:
-    """The donor's tensors, in the output's dtypes. exact: those that keep theirs.
+    """Return the donor's tensors, in the output's dtypes. exact: those that keep theirs.
 
     Raises RecipeError for a rule of `keep_dtype` that matches nothing.
     """
@@ -36,7 +36,7 @@ def output_specs(recipe: Recipe, donor: Checkpoint, exact: Iterable[str]) -> dic
 
 
 def levelled(recipe: Recipe, donor: Checkpoint, wanted: Mapping[str, TensorSpec]) -> list[Remark]:
-    """A warning where `output.dtype` rounds tensors that the donor keeps wider than most of its weights."""
+    """Return a warning where `output.dtype` rounds tensors that the donor keeps wider than most of its weights."""
     sizes: dict[str, int] = {}
     for spec in donor.tensors.values():
         if DTYPES[spec.dtype].is_float:

@@ -1,4 +1,4 @@
-"""Quantized tensors mean nothing without their scales: they are copied, or taken where all models hold the same.
+"""Quantized tensors, which mean nothing without their scales: they are copied, or equal in all models.
 
 Knows names, dtypes and configs; `refuse_unequal` looks at a few bytes, and `equal_tensors` at all of them.
 """
@@ -26,7 +26,7 @@ _LOOKED_BYTES = 4096
 
 
 def marks_of(checkpoints: Mapping[str, Checkpoint]) -> Marks:
-    """The quantized tensors of each model. A stored skill has none, whatever the configs of its models say."""
+    """Return the quantized tensors of each model. A stored skill has none, whatever the configs of its models say."""
     return {
         name: quantised(checkpoint.config, checkpoint.tensors) if checkpoint.same is None else {}
         for name, checkpoint in checkpoints.items()
@@ -36,9 +36,9 @@ def marks_of(checkpoints: Mapping[str, Checkpoint]) -> Marks:
 def exact_tensors(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, terms: Mapping[str, Term | None]
 ) -> set[str]:
-    """The tensors that no arithmetic is meant for: quantized ones, scales included, of any model.
+    """Return the tensors that no arithmetic is meant for: quantized ones, scales included, of any model.
 
-    Raises InputError where the formula would compute with one. Where all of its models hold the tensor alike, in dtype
+    Raises InputError if the formula would compute with one. Where all of its models hold the tensor alike, in dtype
     and shape, it may still be the same in all of them.
     """
     marks = marks_of(checkpoints)
@@ -66,8 +66,8 @@ Actions = Mapping[str, tuple[str, Sequence[Source]]]
 
 
 def same_tensors(tensors: Actions, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-    """The quantized tensors that a skill does without: its models hold the same ones, or its formula multiplies them
-    by 0."""
+    """Return the quantized tensors that a skill does without: its models hold the same ones, or its formula multiplies
+    them by 0."""
     marks = marks_of(checkpoints)
     kept = {name for checkpoint in checkpoints.values() for name in checkpoint.same or ()}
     marked = {
@@ -80,7 +80,7 @@ def same_tensors(tensors: Actions, checkpoints: Mapping[str, Checkpoint]) -> lis
 
 
 def refuse_unequal(recipe: Recipe, tensors: Actions, checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Raise InputError where the first bytes of quantized tensors, which have to be the same everywhere, differ.
+    """Raise InputError if the first bytes of quantized tensors, which have to be the same everywhere, differ.
 
     Only folders are looked into; all bytes are compared when they are read.
     """
@@ -104,8 +104,8 @@ def refuse_unequal(recipe: Recipe, tensors: Actions, checkpoints: Mapping[str, C
 def equal_tensors(
     models: Sequence[str], checkpoints: Mapping[str, Checkpoint], copied: Collection[str] = ()
 ) -> dict[str, str]:
-    """The quantized tensors of any of these models, and why there is no update of them: they are only copied, or all
-    models hold the same bytes. Raises InputError where the bytes differ."""
+    """Return the quantized tensors of any of these models, and why there is no update of them: they are only copied, or
+    all models hold the same bytes. Raises InputError if the bytes differ."""
     marks = marks_of({model: checkpoints[model] for model in models})
     found: dict[str, str] = {}
     for name in dict.fromkeys(name for marked in marks.values() for name in marked):
@@ -132,7 +132,7 @@ def equal_tensors(
 def _differing(
     sources: Sequence[Source], checkpoints: Mapping[str, Checkpoint], most: int | None = None
 ) -> Source | None:
-    """The first source that does not hold the bytes of the very first, of whose elements `most` are compared."""
+    """Return the first source that does not hold the bytes of the very first, of whose elements `most` are compared."""
     first, *others = sources
     elements = checkpoints[first.model].tensors[first.tensor].elements
     for at in range(0, min(elements, most or elements), UNIT):
@@ -162,18 +162,19 @@ def _way_out(recipe: Recipe) -> str:
 
 def _refusal(name: str, checkpoint: Checkpoint, why: str, fix: str) -> InputError:
     return InputError(
-        f"model `{name}` ({checkpoint.place}) is quantized, and its numbers cannot be added: {why}",
+        f"model `{name}` ({checkpoint.place}) is quantized, so its numbers cannot be added: {why}",
         fix=f"use the checkpoint it was quantized from (bfloat16, float16 or float32), or {fix}",
     )
 
 
 def _whole_bytes(spec: TensorSpec) -> bool:
-    """Whether an element has a whole number of bytes, so that it can be copied by itself."""
+    """Return whether an element has a whole number of bytes, so that it can be copied by itself."""
     return DTYPES[spec.dtype].bits % 8 == 0
 
 
 def _alike(spec: TensorSpec, checkpoints: Mapping[str, Checkpoint], term: Term) -> bool:
-    """Whether all models of a term hold a tensor in the same dtype and shape, but for skills that do without it."""
+    """Return whether all models of a term hold a tensor in the same dtype and shape, but for skills that do without
+    it."""
     models = [model for model in models_of(term) if spec.name not in (checkpoints[model].same or ())]
     sources = [(model, find_source(spec, model, checkpoints[model])) for model in models]
     found = [checkpoints[model].tensors[source.tensor] for model, source in sources if source is not None]

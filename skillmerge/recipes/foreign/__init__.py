@@ -1,1 +1,1 @@
-"""What people bring from other tools: spellings, and recipes and configurations of theirs."""
+"""Input from other tools: spellings, recipes and configurations."""

@@ -1,4 +1,4 @@
-"""What a document is that is no recipe: mergekit's configurations, and files of other tools, by their keys.
+"""Documents that are not recipes: mergekit's configurations, and files of other tools, recognized by their keys.
 
 One table of data, and the recipe that says the same where there is one. Knows parsed documents only.
 """

@@ -25,7 +25,7 @@ _KNOWN = {
 }
 _DTYPES = ("bfloat16", "float16", "float32")
 _WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n", "nan", "inf"}
-"""What some version of YAML reads as something else than a text."""
+"""Words that some version of YAML does not read as text."""
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*|(?:hf://)?[A-Za-z0-9_./][A-Za-z0-9_.-]*/[A-Za-z0-9_./@-]*")
 
@@ -35,12 +35,12 @@ class NoCounterpart(Exception):
 
 
 def is_mergekit(data: Any) -> bool:
-    """Whether a document is a configuration of mergekit."""
+    """Return whether a document is a configuration of mergekit."""
     return isinstance(data, dict) and ("merge_method" in data or "slices" in data or _listed(data.get("models")))
 
 
 def equivalent(data: Mapping[str, Any]) -> str:
-    """The recipe that says what a configuration says. Raises NoCounterpart."""
+    """Return the recipe that says what a configuration says. Raises NoCounterpart."""
     method = data.get("merge_method")
     if unknown := sorted({*data} - _KNOWN, key=str):
         raise NoCounterpart(f"`{unknown[0]}` has no counterpart in a recipe")
@@ -138,7 +138,7 @@ def _finite(number: float) -> float:
 
 
 def _place(written: Any) -> str:
-    """A model of mergekit, which is a repository or a folder, as a place of ours."""
+    """Return a model of mergekit, which is a repository or a folder, as a place of ours."""
     text = written.get("model") if isinstance(written, dict) else written
     if not isinstance(text, str):
         raise NoCounterpart(f"the model `{text}`, which is not a text, has no counterpart")
@@ -150,7 +150,7 @@ def _place(written: Any) -> str:
 
 
 def _names(places: Sequence[str]) -> dict[str, str]:
-    """A name for each place, from its last part; one alone needs no number."""
+    """Return a name for each place, from its last part; one alone needs no number."""
     names: dict[str, str] = {}
     for place in dict.fromkeys(places):
         last = place.split("@")[0].rstrip("/").rsplit("/", 1)[-1]
@@ -163,7 +163,7 @@ def _names(places: Sequence[str]) -> dict[str, str]:
 
 
 def _quoted(place: str) -> str:
-    """A place as YAML has to say it, so that it is read as it is."""
+    """Return a place as YAML has to say it, so that it is read as it is."""
     if _PLAIN.fullmatch(place) and place.lower() not in _WORDS:
         return place
     text = json.dumps(place, ensure_ascii=False)

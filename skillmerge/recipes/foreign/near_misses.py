@@ -1,4 +1,4 @@
-"""What people write in a recipe that is nearly its grammar, and the lines that they meant.
+"""Common mistakes in recipes, and the lines that were probably meant.
 
 Knows the text's data and the names of keys; never reads a model.
 """
@@ -110,7 +110,7 @@ def list_meant(name: str, values: Sequence[Any]) -> str:
 
 
 def _schedule(name: str, table: Mapping[str, Any]) -> str | None:
-    """The schedule that was meant by a table with keys of rules, or of its own."""
+    """Return the schedule that was meant by a table with keys of rules, or of its own."""
     given = {key: value for key, value in table.items() if key not in ("default", "rules")}
     rules = [*table["rules"]] if isinstance(table.get("rules"), list) else []
     ends = next((pair for pair in _ENDS if set(given) == {*pair}), None)
@@ -145,7 +145,7 @@ def _model(name: str, table: Mapping[str, Any], key: str) -> str | None:
 
 
 def _top(data: Mapping[str, Any], key: str) -> str | None:
-    """What was meant by a key of the whole recipe."""
+    """Return what was meant by a key of the whole recipe."""
     value = data[key]
     for section, keys in (("output", _UNDER_OUTPUT), ("gates", _UNDER_GATES)):
         there = data.get(section, {})

@@ -1,4 +1,4 @@
-"""What people write in a recipe that means something elsewhere, and what it is here: numbers, words, signs, methods.
+"""Words of other tools, and their spelling here: numbers, words, signs, methods.
 
 Tables of data. Knows text only.
 """
@@ -107,7 +107,7 @@ def key_meant(key: str, known: Sequence[str]) -> str | None:
 
 
 def number_meant(text: str) -> str | None:
-    """Return what to write for text that means a number, such as 50%, 0,5 or 1/2; None where it means none."""
+    """Return what to write for text that means a number, such as 50%, 0,5 or 1/2; None if it means none."""
     plain = text.strip().replace("−", "-").replace("–", "-").replace("_", "")
     if match := re.fullmatch(r"([-+]?[\d.,]+) ?%", plain):
         plain, percent = match[1], True

@@ -1,1 +1,1 @@
-"""A finished model in the runtimes that people serve it with, each in a process of its own."""
+"""Loading a finished model in runtimes, each in a separate process."""

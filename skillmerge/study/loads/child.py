@@ -1,7 +1,7 @@
-"""The processes that load a model: one of its own for each, so that a broken model or library takes nobody along.
+"""A separate process for each load of a model, so that a broken model or library cannot crash skillmerge.
 
-Both ends are here: `run` starts a probe in a process of its own, `answer` is what runs there. A probe is a function
-`main(**keys)` of a module of this folder that returns plain data. Knows nothing of what probes look at.
+Both ends are here: `run` starts a probe in a new process, `answer` runs there. A probe is a function
+`main(**keys)` of a module of this folder that returns plain data. Knows nothing about what probes do.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from skillmerge.errors import CheckFailed, ResourceError, is_machine
 TIMEOUT = 3600.0
 """Seconds."""
 
-# Not `-m`: that would import modules from the folder that somebody happens to stand in.
+# Not `-m`, which would import modules from the current folder.
 _PROGRAM = (
     "import sys; sys.path[:] = [path for path in sys.path if path]; from skillmerge.study.loads.child import answer; "
     "answer()"
 )
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 _SHOWN = 5
-_LACKING = "the model may be sound: free memory or disk, or install what is missing; then run the same command again"
-_SLOW = "the model may be sound: run the same command again while less else is running, or on a faster machine"
+_LACKING = "free memory or disk, or install what is missing, then rerun; the model may be valid"
+_SLOW = "rerun on an idle or faster machine; the model may be valid"
 
 _MACHINE = re.compile(
     r"MemoryError|bad_alloc|memory allocation (of \d+ bytes )?failed|out of memory"
@@ -43,11 +43,11 @@ _MACHINE = re.compile(
     r"|no CUDA (GPUs are available|-capable device)|CUDA driver version is insufficient|Failed to infer device type",
     re.IGNORECASE,
 )
-"""What Python, torch, CUDA and vLLM say where the machine is at fault, not the model."""
+"""Messages of Python, torch, CUDA and vLLM about faults of the machine, not the model."""
 _LAST_WORDS = re.compile(
     r"^(?:\w+(?:\.\w+)*(?:Error|Exception)\b|  what\(\): |Fatal Python error: |memory allocation of ).*", re.MULTILINE
 )
-"""How Python, C++ and Rust begin the line that says why they end."""
+"""How Python, C++ and Rust begin the line that says why they exit."""
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGTRAP}
 """What a library does to itself, and a broken model can be why. Other signals are the kernel's for memory, a
 scheduler's, a disk's, or a processor's that lacks an instruction.
@@ -57,7 +57,7 @@ scheduler's, a disk's, or a processor's that lacks an instruction.
 def run(probe: str, name: str, what: Path, environment: Mapping[str, str], **keys: Any) -> dict[str, Any]:
     """Run a probe offline on the model `what`, in a process that ends with this call, and return its answer.
 
-    name: of the runtime, in messages. Raises CheckFailed where there is no answer and the model may be why,
+    name: of the runtime, in messages. Raises CheckFailed if there is no answer and the model may be why,
     ResourceError where the machine is, or is as likely: a load that takes too long.
     """
     try:
@@ -73,7 +73,7 @@ def run(probe: str, name: str, what: Path, environment: Mapping[str, str], **key
         found = json.loads(lines[-1])
     except (ValueError, IndexError):
         detail = "\n".join(complained.splitlines()[-_SHOWN:])
-        how = f"was killed by signal {-status}" if status < 0 else "ended without a word"
+        how = f"was killed by signal {-status}" if status < 0 else "ended without a message"
         said = _last_words(complained)
         if (status < 0 and -status not in _CRASHES) or is_machine(said) or _MACHINE.search(said):
             raise _fault(what, name, f"the loading process {how}", detail) from None
@@ -84,26 +84,26 @@ def run(probe: str, name: str, what: Path, environment: Mapping[str, str], **key
 
 
 def told(error: BaseException) -> dict[str, Any]:
-    """An error of a library as an answer: `machine` where the machine is at fault, else `why`."""
+    """Return an error of a library as an answer: `machine` if the machine is at fault, else `why`."""
     words = f"{type(error).__name__}: {error}"
     of_machine = isinstance(error, ImportError) or is_machine(error) or _MACHINE.search(words)
     return {"ok": False, "machine" if of_machine else "why": words}
 
 
 def answer() -> None:
-    """The process of a probe: its arguments are the probe's name and its keys as JSON, its answer is one line."""
+    """Run a probe in this process: the arguments are its name and its keys as JSON, the answer is one line."""
     line = os.fdopen(os.dup(1), "w")  # what libraries print goes to stderr
     os.dup2(2, 1)
     try:
         probe = import_module(f"skillmerge.study.loads.{sys.argv[1]}")
         found = probe.main(**json.loads(sys.argv[2]))
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         found = told(error)
     print(json.dumps(found), file=line, flush=True)
 
 
 def _last_words(complained: str) -> str:
-    """The line in which a process says why it ends: what stands before it may be the model's own text."""
+    """Return the line in which a process says why it ends: earlier lines may be the model's own text."""
     lines = _LAST_WORDS.findall(complained) or complained.splitlines()
     return str(lines[-1]) if lines else ""
 
@@ -126,7 +126,7 @@ def _start(
 def _finish(process: subprocess.Popen[bytes]) -> int:
     try:
         return process.wait(TIMEOUT)
-    finally:  # whatever it has started goes with it
+    finally:  # with all processes that it has started
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,4 +1,4 @@
-"""Two runtimes that continue one prompt: where they part, and whether rounding explains it.
+"""Two runtimes that continue one prompt: where they differ, and whether rounding explains it.
 
 Arithmetic on what they report; runs nothing.
 """
@@ -9,23 +9,23 @@ from collections.abc import Mapping
 from typing import Any
 
 TOKENS = 8
-"""How many are generated."""
+"""Tokens to generate."""
 LIKELY = 20
-"""How many of the likeliest tokens are told of each step."""
+"""Most likely tokens to report for each step."""
 
 _PRECISION = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
 """The distance of 1 to the next number."""
 _UNITS = 4
-"""How many of these, at the size of the largest logit, two runtimes may differ by; about 2 were seen."""
+"""How many of these, at the size of the largest logit, two runtimes may differ by; about 2 were observed."""
 
 
 def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Hold what a runtime generated against what transformers generated, `ours`.
+    """Compare what a runtime generated with what transformers generated, `ours`.
 
     Both have `tokens`, and `steps` with the log probabilities of the `likely` tokens; ours also the `dtype`, and of
     each step the `largest` of the logits. Returns `same`, how many tokens agree before the first that does not;
     `furthest`, the largest difference of a log probability up to there; and, where they part, `difference`: both
-    tokens, their log probabilities in both runtimes (None where a token is not likely), the `noise` that rounding may
+    tokens, their log probabilities in both runtimes (None if a token is not likely), the `noise` that rounding may
     add to the difference of two logits, and whether it is a `tie`: the two are no further apart in either runtime.
     """
     pairs = list(zip(ours["tokens"], theirs["tokens"], strict=True))
@@ -43,7 +43,7 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
 
 
 def first_difference(report: Mapping[str, Any], name: str) -> str:
-    """Where two runtimes part, in words. name: of the other one."""
+    """Describe where two runtimes differ. name: of the other one."""
     found = report["difference"]
     (ours, theirs), chances = found["tokens"], found["logprobs"]
     sides = [

@@ -39,9 +39,9 @@ class _Warnings(logging.Handler):
 
 
 def main(folder: str, text: str | None = None, tokens: int = 0) -> dict[str, Any]:
-    """The report of one load. Whatever goes wrong with the model is in the report, never raised.
+    """Load a model and return a report. Faults of the model are in the report, never raised.
 
-    text: a file, whose perplexity is wanted. tokens: how many to generate.
+    text: a file to measure the perplexity of. tokens: how many to generate.
     """
     try:
         import transformers
@@ -73,7 +73,7 @@ def main(folder: str, text: str | None = None, tokens: int = 0) -> dict[str, Any
 
 
 def _load(transformers: Any, folder: str) -> tuple[Any, dict[str, Any]]:
-    """The model, None where there is no class for it, and what is to be said of its keys."""
+    """Return the model, or None if there is no class for it, and the report on its keys."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     names = getattr(config, "architectures", None) or ["AutoModel"]
     kind = getattr(transformers, names[0], None)
@@ -87,13 +87,13 @@ def _load(transformers: Any, folder: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _run(model: Any, folder: Path, text: str | None, tokens: int) -> dict[str, Any]:
-    """What the model computes: of made-up inputs, of a text, and as its own continuation of a prompt."""
+    """Run the model on made-up inputs, on a text, and to continue a prompt."""
     try:
         values = _first_output(model)
     except Exception as error:
         failed = told(error)
         if "why" in failed:
-            failed["why"] = f"its weights load, but it does not run on made-up inputs: {failed['why']}"
+            failed["why"] = f"its weights load, but it fails on made-up inputs: {failed['why']}"
         return failed
     finite = bool(values.isfinite().all())
     why = "" if finite else "its outputs are not finite on a short input"
@@ -110,13 +110,13 @@ def _run(model: Any, folder: Path, text: str | None, tokens: int) -> dict[str, A
 
 
 def _writes_text(model: Any) -> bool:
-    """Whether it continues tokens by tokens."""
+    """Return whether the model generates tokens from tokens."""
     encodes = getattr(model.config, "is_encoder_decoder", False)
     return bool(model.can_generate() and not encodes and model.main_input_name == "input_ids")
 
 
 def _prompt(model: Any, folder: Path) -> list[int]:
-    """Ids of a short text, or any that the model has."""
+    """Return ids of a short text, or any that the model has."""
     from transformers import AutoTokenizer
 
     rows = model.get_input_embeddings().num_embeddings
@@ -129,7 +129,7 @@ def _prompt(model: Any, folder: Path) -> list[int]:
 
 
 def _generated(model: Any, prompt: list[int], tokens: int) -> dict[str, Any]:
-    """The greedy continuation of a prompt, with what `generation` compares.
+    """Return the greedy continuation of a prompt, with what `generation` compares.
 
     Every step reads all that comes before it: no cache, and none of the model's own settings for generation.
     """
@@ -148,7 +148,7 @@ def _generated(model: Any, prompt: list[int], tokens: int) -> dict[str, Any]:
 
 
 def _described(key: Any) -> str:
-    """A key, with both shapes where transformers gives them."""
+    """Return a key, with both shapes where transformers gives them."""
     if not isinstance(key, tuple):
         return str(key)
     name, found, wanted = key
@@ -156,7 +156,7 @@ def _described(key: Any) -> str:
 
 
 def _first_output(model: Any) -> Any:
-    """The first floating tensor of one forward pass on fixed inputs."""
+    """Return the first floating tensor of one forward pass on fixed inputs."""
     import torch
 
     with torch.inference_mode():
@@ -168,7 +168,7 @@ def _first_output(model: Any) -> Any:
 
 
 def _inputs(model: Any) -> dict[str, Any]:
-    """The smallest inputs of the kind that the model names as its main one."""
+    """Return the smallest inputs of the kind that the model names as its main one."""
     import torch
 
     config, name, tokens = model.config, model.main_input_name, torch.tensor(_TOKENS)

@@ -1,4 +1,4 @@
-"""Whether a finished model loads in the runtimes that are asked for, and what they make of it."""
+"""Whether a finished model loads in the requested runtimes, and what they generate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KEY_SETS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 def asked_runtimes(asked: bool | str | Sequence[str]) -> tuple[str, ...]:
-    """The runtimes of `load=` in the order of the table. True is transformers. Raises UsageError for others."""
+    """Return the runtimes of `load=` in the order of the table. True is transformers. Raises UsageError for others."""
     names = ["transformers"] * asked if isinstance(asked, bool) else [asked] if isinstance(asked, str) else list(asked)
     for name in names:
         if name not in RUNTIMES:
@@ -29,7 +29,7 @@ def asked_runtimes(asked: bool | str | Sequence[str]) -> tuple[str, ...]:
 
 
 def need(runtimes: Sequence[str], what: str = "this") -> None:
-    """Raise UsageError for a runtime that is not installed; transformers is what the others are held against."""
+    """Raise UsageError for a runtime that is not installed; the others are compared with transformers."""
     for name in dict.fromkeys(["transformers", *runtimes]):
         if find_spec(name) is None:
             raise UsageError(f"{what} needs {name}", fix=RUNTIMES[name])
@@ -39,8 +39,8 @@ def check_load(root: Path, runtimes: Sequence[str] = ("transformers",)) -> dict[
     """Load the model and its tokenizer with transformers, offline, in a process of its own; then with the other
     runtimes, each of which has to generate what transformers does.
 
-    Returns what `load_probe` reports, with a key for each other runtime. Raises CheckFailed where the model is at
-    fault, ResourceError where the machine or its installation is, UsageError where a runtime is not installed.
+    Returns what `load_probe` reports, with a key for each other runtime. Raises CheckFailed if the model is at
+    fault, ResourceError if the machine or its installation is, UsageError if a runtime is not installed.
     """
     need(runtimes)
     others = [name for name in runtimes if name != "transformers"]
@@ -56,9 +56,9 @@ def check_load(root: Path, runtimes: Sequence[str] = ("transformers",)) -> dict[
 
 
 def load(root: Path, text: Path | None = None, tokens: int = 0) -> dict[str, Any]:
-    """What `load_probe` reports of a model: of the perplexity that `text` has, of `tokens` that it generates.
+    """Return what `load_probe` reports of a model: of the perplexity that `text` has, of `tokens` that it generates.
 
-    Raises CheckFailed where it cannot report at all, ResourceError where the machine is at fault, UsageError where
+    Raises CheckFailed if it cannot report at all, ResourceError if the machine is at fault, UsageError if
     transformers is not installed.
     """
     file = os.path.abspath(text) if text else None
@@ -70,12 +70,12 @@ def load(root: Path, text: Path | None = None, tokens: int = 0) -> dict[str, Any
 
 
 def loads_whole(report: Mapping[str, Any]) -> bool:
-    """Whether there is a class for it, and every tensor has found its place."""
+    """Return whether there is a class for the model and every tensor was loaded."""
     return "class" in report and not any(report.get(key) for key in _KEY_SETS)
 
 
 def check_tokenizer(root: Path, report: Mapping[str, Any]) -> None:
-    """Raises CheckFailed for a tokenizer that is wrong, ResourceError for one that needs a library."""
+    """Raise CheckFailed for a tokenizer that is wrong, ResourceError for one that needs a library."""
     found = report["tokenizer"]
     if "lacks" in found:
         raise ResourceError(
@@ -85,32 +85,34 @@ def check_tokenizer(root: Path, report: Mapping[str, Any]) -> None:
     if "machine" in found:
         raise ResourceError(f"{root}: this machine could not load its tokenizer: {found['machine']}")
     if "why" in found:
-        raise CheckFailed(f"{root}: its tokenizer is not sound: {found['why']}")
+        raise CheckFailed(f"{root}: its tokenizer is broken: {found['why']}")
 
 
 def check_generation(root: Path, report: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What another runtime makes of a model, beside what transformers `generated`.
+    """Return what another runtime makes of a model, beside what transformers `generated`.
 
-    Raises CheckFailed where it refuses the model or generates something else, UsageError for a model that generates
+    Raises CheckFailed if it refuses the model or generates something else, UsageError for a model that generates
     no text.
     """
     ours = report.get("generated")
     if ours is None:
         raise UsageError(
             f"{root}: {report['class']} generates no text from text, so {name} has nothing to compare",
-            fix="check it with transformers alone",
+            fix="verify it with transformers alone",
         )
     theirs = run(
         "vllm_probe", name, root, vllm_probe.ENVIRONMENT, folder=os.path.abspath(root), prompt=ours["prompt"],
         dtype=ours["dtype"], tokens=TOKENS, likely=LIKELY, has_tokenizer="tokens" in report["tokenizer"],
     )  # fmt: skip
     if not theirs["ok"]:
-        raise CheckFailed(f"{root}: {name} refuses it: {theirs['why']}")
+        raise CheckFailed(f"{root}: {name} cannot load it: {theirs['why']}")
     found = {"version": theirs["version"], "dtype": ours["dtype"], "prompt": ours["prompt"], "tokens": theirs["tokens"]}
     found |= compare(ours, theirs)
     if "difference" in found:
         where = first_difference(found, name)
         if not found["difference"]["tie"]:
-            raise CheckFailed(f"{root}: {name} generates something else than transformers: {where}")
-        found["notes"] = [f"{name} and transformers part where two tokens are as likely as rounding can tell: {where}"]
+            raise CheckFailed(f"{root}: {name} generates different tokens than transformers: {where}")
+        found["notes"] = [
+            f"{name} and transformers differ where two tokens are equally likely within rounding: {where}"
+        ]
     return found

@@ -1,7 +1,7 @@
-"""Load the tokenizer of a model folder and hold it against itself and against the model's embedding.
+"""Load the tokenizer of a model folder and check it against itself and the model's embedding.
 
-Part of the process of `load_probe`. Runs no code of the folder. Knows no kind of tokenizer: what it reads and
-writes has to survive being read again, whatever it is made of.
+Part of the process of `load_probe`. Runs no code of the folder. Knows no kind of tokenizer: decoded text must encode
+to the same ids.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LIBRARIES = {
     "sentencepiece": "sentencepiece", "tiktoken": "tiktoken", "protobuf": "google", "blobfile": "blobfile",
     "jinja": "jinja2", "mistral-common": "mistral_common", "sacremoses": "sacremoses", "fugashi": "fugashi",
 }  # fmt: skip
-"""What tokenizers of transformers may need beside it: in its messages, and the module."""
+"""Libraries that tokenizers of transformers may need: the name in messages, and the module."""
 _SHOWN = 8
 _MEDIA = re.compile(r"<\|?/?(?:image|video|audio|vision|img|speech)(?:[^\W\d]|[ -])*\|?>", re.IGNORECASE)
 """Tokens that stand for a medium as a whole. Those with numbers are codes of it, which a model reads and writes."""
@@ -44,7 +44,7 @@ class _BrokenTemplate(Exception):
 
 
 def probe(folder: Path, model: Any | None, warnings: Sequence[str] = ()) -> dict[str, Any]:
-    """What is to be said of a folder's tokenizer. Nothing that is wrong with it is raised.
+    """Return a report on a folder's tokenizer. Its faults are in the report, never raised.
 
     model: what was loaded of the folder, for its rows. warnings: where the caller collects what transformers warns
     of: where a library is missing it tries another, and may complain of that one. The report has `class`, `tokens` and
@@ -52,13 +52,13 @@ def probe(folder: Path, model: Any | None, warnings: Sequence[str] = ()) -> dict
     that wants it), `machine` (what this machine lacks) or none of them; and `notes`.
     """
     if not any(path for pattern in _FILES for path in folder.glob(pattern)):
-        return {"notes": ["no tokenizer files: none was loaded"]}
+        return {"notes": ["no tokenizer files; no tokenizer was loaded"]}
     report: dict[str, Any] = {"notes": []}
     try:
         settings = _settings(folder)
         code = settings.get("auto_map")
         if isinstance(code, list) or (isinstance(code, dict) and code.get("AutoTokenizer")):
-            return {"notes": ["the tokenizer needs code of its own: it was not loaded"]}
+            return {"notes": ["the tokenizer needs custom code and was not loaded"]}
         if (name := settings.get("tokenizer_class")) and not _is_class(name):
             return {**report, "why": f"tokenizer_config.json names `{name}`, a class that transformers lacks"}
         report |= _checked(folder, model, report["notes"])
@@ -82,7 +82,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _is_class(name: str) -> bool:
-    """Whether transformers has a tokenizer of this name: it takes others for one of the general kind."""
+    """Return whether transformers has a tokenizer of this name: it takes others for one of the general kind."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name as find
 
     names = (name, name.removesuffix("Fast"), f"{name}Fast")
@@ -90,13 +90,13 @@ def _is_class(name: str) -> bool:
 
 
 def _is_lack(error: BaseException) -> bool:
-    """Whether a library is missing: some say so by an ImportError, some in words."""
+    """Return whether a library is missing: some say so by an ImportError, some in words."""
     cause = error.__cause__ or error.__context__
     return isinstance(error, ImportError) or _names_absent(str(error)) or (cause is not None and _is_lack(cause))
 
 
 def _names_absent(text: str) -> bool:
-    """Whether a message names a library that is not installed."""
+    """Return whether a message names a library that is not installed."""
     return any(name in text.lower() and find_spec(module) is None for name, module in _LIBRARIES.items())
 
 
@@ -110,7 +110,7 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
     beyond = {token: number for token, number in vocabulary if rows is not None and number >= rows}
     few = len(beyond) <= _FEW and [*beyond.values()] == [rows + place for place in range(len(beyond))]
     if beyond and few and all(_is_unread(token, tokenizer, model) for token in beyond):
-        notes.append(f"{some([*beyond])}: ids beyond the embedding's rows, of what this model does not read")
+        notes.append(f"{some([*beyond])}: ids beyond the embedding's rows, which this model does not use")
     elif beyond:
         what = f"{len(beyond)} of its {len(vocabulary)} tokens have ids beyond the embedding's {rows} rows"
         return {**report, "why": what}
@@ -118,7 +118,7 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
         notes.append("its files hold no vocabulary: the tokenizer knows nothing but its special tokens")
         return report
     if hasattr(tokenizer, "cls_token_box"):  # those of the LayoutLM family
-        notes.append("the tokenizer reads words with their places on a page: no text was written and read again")
+        notes.append("the tokenizer reads words with their places on a page: no text was decoded and encoded")
         return report
     if not _reads_as_filed(folder, tokenizer):
         notes.append(
@@ -128,14 +128,14 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
     if model is not None and model.main_input_name != "input_ids":
         return report  # it writes and does not read: what it writes of sounds may not be read again
     if not _writes(tokenizer):
-        notes.append("the tokenizer has no decoder: what it writes was not read again")
+        notes.append("the tokenizer has no decoder, so decoded text was not encoded again")
         return report
     return {**report, **_read_again(tokenizer, notes)}
 
 
 def _is_unread(token: str, tokenizer: Any, model: Any) -> bool:
-    """Whether a model has no use for a token: text models of Gemma 3 keep those of the family's media, and BART's that
-    summarize the one of its masks.
+    """Return whether a model has no use for a token: text models of Gemma 3 keep those of the family's media, and
+    BART's that summarize the one of its masks.
     """
     if token == getattr(tokenizer, "mask_token", None):
         return bool(model.can_generate())
@@ -145,7 +145,7 @@ def _is_unread(token: str, tokenizer: Any, model: Any) -> bool:
 
 
 def _added(tokenizer: Any) -> dict[str, int]:
-    """The tokens that were added to the vocabulary; not every kind of tokenizer tells."""
+    """Return the tokens that were added to the vocabulary; not every kind of tokenizer tells."""
     return dict(getattr(tokenizer, "get_added_vocab", dict)())
 
 
@@ -160,7 +160,8 @@ def _rows(model: Any | None) -> int | None:
 
 
 def _reads_as_filed(folder: Path, tokenizer: Any) -> bool:
-    """Whether the class that transformers chose, by the model's type, reads plain text as tokenizer.json does."""
+    """Return whether the class that transformers chose, by the model's type, reads plain text as tokenizer.json
+    does."""
     from tokenizers import Tokenizer
 
     if not (folder / "tokenizer.json").exists():
@@ -172,16 +173,17 @@ def _reads_as_filed(folder: Path, tokenizer: Any) -> bool:
 
 
 def _split_tokens(tokenizer: Any) -> list[str]:
-    """A note on special tokens that are read as several: some tokenizers mean to, but no chat will end with them."""
+    """Return a note on special tokens that are read as several: some tokenizers mean to, but no chat will end with
+    them."""
     split = [
         token for token in tokenizer.all_special_tokens
         if _ids(tokenizer, token) != [tokenizer.convert_tokens_to_ids(token)]
     ]  # fmt: skip
-    return [f"special tokens are read as several tokens each: {some(split)}"] if split else []
+    return [f"special tokens are encoded as several tokens each: {some(split)}"] if split else []
 
 
 def _writes(tokenizer: Any) -> bool:
-    """Whether it was made to write text: without a decoder the tokens are put side by side, with spaces."""
+    """Return whether it was made to write text: without a decoder the tokens are put side by side, with spaces."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend is None or backend.decoder is not None
 
@@ -200,28 +202,31 @@ def _read_again(tokenizer: Any, notes: list[str]) -> dict[str, Any]:
         written = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         again = _ids(tokenizer, written)
         if again != ids and not _is_spaced(tokenizer, text, written, ids, again):
-            return {"why": f"it writes the ids of {text!r} as {written!r}, which has other ids: {_apart(ids, again)}"}
+            return {
+                "why": f"it decodes the ids of {text!r} to {written!r}, which has different ids: {_apart(ids, again)}"
+            }
         read.add(text)
     if read.isdisjoint(TEXTS):
-        notes.append("no text was written and read again: each has something that the tokenizer does not know")
+        notes.append("no text was decoded and encoded: each contains something unknown to the tokenizer")
     return {"texts": len(read)}
 
 
 def _is_spaced(tokenizer: Any, text: str, written: str, ids: list[int], again: list[int]) -> bool:
-    """Whether special tokens only got spaces around them when they were written, as those of Llama 2 do."""
+    """Return whether special tokens only got spaces around them when they were written, as those of Llama 2 do."""
     special = {*tokenizer.all_special_ids, *_added(tokenizer).values()}
     before, after = ([token for token in row if token in special] for row in (ids, again))
     return bool(before) and before == after and "".join(text.split()) == "".join(written.split())
 
 
 def _apart(ids: list[int], again: list[int]) -> str:
-    """The first ids where two lists differ."""
+    """Return the first ids where two lists differ."""
     start = next((i for i, pair in enumerate(zip(ids, again, strict=False)) if pair[0] != pair[1]), len(again))
     return f"{ids[start : start + _SHOWN]} and {again[start : start + _SHOWN]}"
 
 
 def _chat(tokenizer: Any, notes: list[str]) -> list[str]:
-    """One turn of a user as the chat template renders it, if it takes one. Raises _BrokenTemplate where it fails."""
+    """Return one turn of a user as the chat template renders it, if it takes one. Raises _BrokenTemplate where it
+    fails."""
     if not tokenizer.chat_template:
         return []
     rendered, failures, refused = [], [], ""
@@ -238,8 +243,8 @@ def _chat(tokenizer: Any, notes: list[str]) -> list[str]:
             # What a template itself refuses, or templates by name without a default, are made for other turns.
             named = isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template
             if type(error).__name__ == "TemplateError" or named:
-                refused = f"its chat template does not take one plain turn of a user: {error}"
+                refused = f"its chat template rejects one plain user turn: {error}"
     if rendered or refused:
-        notes.append(refused or "its chat template leaves out what the user says")
+        notes.append(refused or "its chat template omits the user's message")
         return rendered[:1]
-    raise _BrokenTemplate(f"its chat template fails on one turn of a user: {failures[0]}")
+    raise _BrokenTemplate(f"its chat template fails on one user turn: {failures[0]}")

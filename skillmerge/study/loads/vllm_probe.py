@@ -18,7 +18,7 @@ ENVIRONMENT = {
 
 
 def main(folder: str, prompt: list[int], dtype: str, tokens: int, likely: int, has_tokenizer: bool) -> dict[str, Any]:
-    """The report of one load: `tokens` and `steps`, as `load_probe` has them, or what is wrong.
+    """Return the report of one load: `tokens` and `steps`, as `load_probe` has them, or what is wrong.
 
     prompt: ids. likely: how many of the likeliest tokens are told of each step.
     """

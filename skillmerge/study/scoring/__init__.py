@@ -1,1 +1,1 @@
-"""How well a model does: scores with their uncertainty, and what measures them."""
+"""Scores of models with their uncertainty, and what measures them."""

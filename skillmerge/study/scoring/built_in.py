@@ -31,7 +31,7 @@ def text_of(path: str) -> str:
 
 
 def rows_of(path: str) -> list[dict[str, Any]]:
-    """The questions of a JSONL file, checked."""
+    """Return the questions of a JSONL file, checked."""
     rows = []
     for number, line in enumerate(text_of(path).split("\n"), start=1):
         if not line.strip():
@@ -48,14 +48,14 @@ def rows_of(path: str) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, re.error) as error:
             raise UsageError(
                 f"--score: {path}:{number}: is not a question: {error}",
-                fix='a line is {"question": "…", "answer": "…"}; "pattern" may hold a regular expression',
+                fix='write lines such as {"question": "…", "answer": "…"}; "pattern" may hold a regular expression',
             ) from error
         rows.append(row)
     return rows
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """A folder's tokenizer as tokenizer.json says (AutoTokenizer rebuilds some from the name of the model's type
+    """Return a folder's tokenizer as tokenizer.json says (AutoTokenizer rebuilds some from the name of the model's type
     alone), or None."""
     import transformers
 
@@ -72,7 +72,9 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> dict[str, Score]:
     import torch
 
     if tokenizer is None:
-        raise UsageError("perplexity: the model's folder has no tokenizer", fix="put its files beside the weights")
+        raise UsageError(
+            "perplexity: the model's folder has no tokenizer", fix="add the tokenizer's files beside the weights"
+        )
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
     window = min(_WINDOW, int(getattr(model.config, "max_position_embeddings", None) or _WINDOW))
     if len(tokens) < 2:
@@ -93,7 +95,7 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> dict[str, Score]:
 
 
 def answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
-    """The share of questions whose greedy answer is one of those wanted, but for case and spaces.
+    """Return the share of questions with a correct greedy answer, ignoring case and spaces.
 
     The answer ends at the first line's end; `pattern`, where a question has one, picks its first group.
     """
@@ -109,7 +111,7 @@ def answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> di
 
 
 def generate(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int = _NEW_TOKENS) -> list[str]:
-    """Greedy continuations of prompts, whatever the model's own settings for sampling are.
+    """Return greedy continuations of prompts, whatever the model's own settings for sampling are.
 
     Prompts of one length go together, so that none is padded and each has the room that it has alone. Raises
     UsageError for a prompt that leaves none.
@@ -118,14 +120,14 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int
     from transformers import GenerationConfig
 
     if tokenizer is None:
-        raise UsageError("qa: the model's folder has no tokenizer", fix="put the tokenizer's files beside its weights")
+        raise UsageError("qa: the model's folder has no tokenizer", fix="add the tokenizer's files beside the weights")
     tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
     by_length: dict[int, list[int]] = {}
     for index, row in enumerate(tokens):
         if not 0 < len(row) < context:
             raise UsageError(
-                f"qa: question {index + 1} has {len(row)} tokens, and the model reads {context} with its answer",
+                f"qa: question {index + 1} has {len(row)} tokens, but the model reads {context}, answer included",
                 fix="shorten it or leave it out",
             )
         by_length.setdefault(len(row), []).append(index)
@@ -135,7 +137,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int
     own = model.generation_config
     try:
         for length, indices in by_length.items():
-            # What is left open here would be taken from the model's own.
+            # Anything left unset would come from the model's own settings.
             model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
                 max_new_tokens=min(new_tokens, context - length), do_sample=False, eos_token_id=end,
                 pad_token_id=_pad(end),
@@ -153,7 +155,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int
 
 
 def _pad(end: Any) -> int:
-    """What stands behind an answer that is done: the token that ended it, or any."""
+    """Return the padding behind a finished answer: the token that ended it, or any."""
     return int(end[0]) if isinstance(end, list) else int(end or 0)
 
 

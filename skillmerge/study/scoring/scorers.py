@@ -1,8 +1,8 @@
-"""How well a merged model does: a command that prints numbers, a Python function, or one of the built-in measures.
+"""What scores a merged model: a command that prints numbers, a Python function, or a built-in measure.
 
     'python eval.py {}'       the folder stands for {} (or behind the command); it prints a number, or one JSON object
     module:function           function(model) or function(model, tokenizer) -> a number, or names -> numbers
-    perplexity:FILE.txt       of a text (less is better)
+    perplexity:FILE.txt       of a text (lower is better)
     qa:FILE.jsonl             closed book: {"question": …, "answer": …} in each line, exact match, greedy decoding
     lm-eval:TASKS             lm-evaluation-harness, which has to be installed
 
@@ -35,7 +35,7 @@ from skillmerge.study.scoring.scores import NotFinite, Scores, as_scores
 
 _SHOWN = 2000
 _PRINTED = 1 << 20
-"""Bytes of a command's output that are looked at: its last."""
+"""Bytes at the end of a command's output that are read."""
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -51,7 +51,7 @@ class Scorer:
     digest: str = ""
 
     def score(self, model: Any, tokenizer: Any, seed: int) -> Scores:
-        """Score a model in memory. What it prints goes to stderr. Raises CheckFailed where it fails, NotFinite."""
+        """Score a model in memory. What it prints goes to stderr. Raises CheckFailed if it fails, NotFinite."""
         assert self.function is not None
         try:
             with contextlib.redirect_stdout(sys.stderr):
@@ -67,7 +67,7 @@ class Scorer:
 
 
 def find_scorer(text: str) -> Scorer:
-    """What `--score` means. Raises UsageError for files and functions that are not there."""
+    """Return what `--score` means. Raises UsageError for files and functions that are not there."""
     kind, colon, rest = text.partition(":")
     if colon and kind == "perplexity":
         content = text_of(rest)
@@ -95,7 +95,7 @@ def find_scorer(text: str) -> Scorer:
         return _function_of(text)
     if not text.strip():
         raise UsageError(
-            "--score is empty", fix="give a command, module:function, qa:FILE.jsonl or perplexity:FILE.txt"
+            "--score is empty", fix="pass a command, module:function, qa:FILE.jsonl or perplexity:FILE.txt"
         )
     return Scorer(text, command=text)
 
@@ -109,13 +109,13 @@ def run_command(
 ) -> Scores:
     """Run the scoring command on a model's folder. timeout: seconds. where: the folder that it runs in.
 
-    Raises CheckFailed where it fails, prints no number, or takes longer.
+    Raises CheckFailed if it fails, prints no number, or takes longer.
     """
     assert scorer.command is not None
     quoted = shlex.quote(str(folder))
     command = scorer.command.replace("{}", quoted) if "{}" in scorer.command else f"{scorer.command} {quoted}"
     environment = {**os.environ, "SKILLMERGE_SEED": str(seed)}
-    # Into files: a pipe would be waited for as long as anything that the command has left behind holds it.
+    # Into files: a pipe would block as long as any process that the command left behind holds it.
     with scratch_file() as out, scratch_file() as err:
         status = _run(command, out, err, environment, timeout, where)
         printed, complained = _end_of(out), _end_of(err)
@@ -146,7 +146,7 @@ def _run(
     timeout: float | None,
     where: Path | None,
 ) -> int:
-    """The exit status of a shell's command. Raises CheckFailed where it takes too long."""
+    """Return the exit status of a shell's command. Raises CheckFailed if it takes too long."""
     process = subprocess.Popen(
         command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
         start_new_session=True, cwd=where,
@@ -154,15 +154,15 @@ def _run(
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
-        raise CheckFailed(f"the command was not done after {timeout:g} seconds: {command}") from None
-    finally:  # whatever it has started goes with it: it might still write into the model
+        raise CheckFailed(f"the command took longer than {timeout:g} seconds: {command}") from None
+    finally:  # with all processes that it has started, which might still write to the model
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def _end_of(stream: IO[bytes]) -> str:
-    """The last of what was printed."""
+    """Return the last of what was printed."""
     stream.seek(max(0, stream.seek(0, os.SEEK_END) - _PRINTED))
     return stream.read().decode(errors="replace")
 

@@ -15,12 +15,12 @@ CONFIDENCE = 1.959964
 
 
 class NotFinite(ValueError):
-    """A score that is no number: what a merge that has broken gets."""
+    """A score that is not a number, which a broken merge gets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A number, and its standard error where that is known. Raises NotFinite for what is no number."""
+    """A number, and its standard error where that is known. Raises NotFinite for what is not a number."""
 
     value: float
     error: float | None = None
@@ -31,7 +31,7 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 %, as far as errors are normal."""
+        """The 95 % interval, if errors are normal."""
         if self.error is None:
             return None
         return self.value - CONFIDENCE * self.error, self.value + CONFIDENCE * self.error
@@ -41,7 +41,7 @@ Scores = Mapping[str, Score]
 
 
 def as_scores(found: Any) -> dict[str, Score]:
-    """A number, items (of which the mean counts), or a table of them. Raises TypeError, ValueError, KeyError."""
+    """Return a number, items (of which the mean counts), or a table of them. Raises TypeError, ValueError, KeyError."""
     if isinstance(found, Mapping) and set(found) != {"value", "error"}:
         names = [str(name) for name in found]
         if not names or any(not name or len(name) > 100 or not name.isprintable() for name in names):
@@ -63,7 +63,7 @@ def _as_score(value: Any) -> Score:
 
 
 def of_items(values: Sequence[float]) -> Score:
-    """The mean of independent items, and its standard error.
+    """Return the mean of independent items, and its standard error.
 
     Of items that are right or wrong the error is Agresti and Coull's (1998), which does not vanish where all agree.
     """

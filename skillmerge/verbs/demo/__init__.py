@@ -1,1 +1,1 @@
-"""The verb demo and its models: a small family that was really trained, and a forward pass for it."""
+"""The verb demo and its models: a small trained family, and a forward pass for it."""

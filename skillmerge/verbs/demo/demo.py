@@ -1,7 +1,7 @@
-"""The verb demo: four small models that were really trained, the recipe of Parametric Skill Transfer, a control.
+"""The verb demo: four small trained models, the recipe of Parametric Skill Transfer, a control.
 
-base; the source's SFT and RL, which knows how to answer questions about people it has read of; the target's SFT,
-which has read of other people and does not. `experiments/past_miniature` made them.
+The models are base; the source's SFT and RL, which answers questions about people it has read about; and the target's
+SFT, which has read about other people and cannot answer. `experiments/past_miniature` trained them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ RECIPE = """\
 # Parametric Skill Transfer: put what RL taught the source into the target.
 skillmerge: 1
 models:
-  target: ./target-sft      # has read about the people we ask about; answers badly
-  rl: ./source-rl           # has learnt to answer, about other people
-  sft: ./source-sft         # the same before it learnt that
+  target: ./target-sft      # has read about the people in the questions; answers badly
+  rl: ./source-rl           # has learned to answer, about other people
+  sft: ./source-sft         # the same model before it learned that
 coefficients:
   lam: 1.0
 merge: target + lam * (rl - sft)
@@ -42,15 +42,16 @@ output:
 """
 
 SENTENCE = (
-    "A made-up world and models of 78,000 parameters: the skill elicits a habit that the base model already has and "
-    "seldom shows."
+    "The world is made up, and the models have 78,000 parameters. The skill elicits a habit that the base model "
+    "already "
+    "has and seldom shows."
 )
 _SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """How one model does: shares of questions answered rightly, and the greedy answers."""
+    """One model's results: shares of questions answered correctly, and the greedy answers."""
 
     name: str
     greedy: float
@@ -64,9 +65,9 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What the demo did: its recipe, the merge, and how three models answer.
+    """The demo's recipe, merge, and the answers of three models.
 
-    answers: of the target before, of the control, and of the merged model.
+    answers: of the target before, the control, and the merged model.
     """
 
     recipe: Path
@@ -91,14 +92,14 @@ def demo(
     reporter: Reporter | None = None,
     finished: Callable[[Path | Result | Verdict], None] = lambda part: None,
 ) -> Demo:
-    """Put four small trained models into a new folder, transfer a skill between them, and let them answer questions.
+    """Write four small trained models to a new folder, transfer a skill between them, and let them answer questions.
 
-    finished: called with each part as soon as it is there: the recipe's path, the merge, the verdict.
-    Raises UsageError where the folder has something in it already.
+    finished: called with each part as soon as it is ready: the recipe's path, the merge, the verdict.
+    Raises UsageError if the folder is not empty.
     """
     root = Path(folder)
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise UsageError(f"{folder} exists already", fix="name another folder: skillmerge demo my-demo")
+        raise UsageError(f"{folder} already exists", fix="name another folder: skillmerge demo my-demo")
     with disk_errors(root):
         recipe, control = write_family(root)
     finished(recipe)
@@ -131,7 +132,7 @@ def write_family(folder: Path) -> tuple[Path, Path]:
 
 
 def _write_shuffled(folder: Path) -> None:
-    """The source's SFT model plus the skill with its elements in any order: what has the skill's sizes, and no more."""
+    """Write a control: the source's SFT model plus the skill with shuffled elements, which has the same sizes only."""
     import torch
 
     from skillmerge.bits import memory_of
@@ -146,14 +147,14 @@ def _write_shuffled(folder: Path) -> None:
             sft, rl = (read_values(model, spec.name) for model in models)
             update = (rl.float() - sft.float())[torch.randperm(spec.elements, generator=generator)]
             stream.seek(spec.start)
-            moved = (sft.float() + update).to(sft.dtype)  # has to outlive the view of its memory
+            moved = (sft.float() + update).to(sft.dtype)  # must outlive the view of its memory
             stream.write(memory_of(moved))
     for model in models:
         model.close()
 
 
 def run(name: str, folder: Path) -> Shown:
-    """Ask a model all the questions about the target's people, once for sure and four times by chance."""
+    """Ask a model all questions about the target's people, once greedily and four times by sampling."""
     import torch
 
     from skillmerge.verbs.demo.miniature import Miniature, questions
@@ -161,7 +162,7 @@ def run(name: str, folder: Path) -> Shown:
     asked = questions()
     model = Miniature(folder)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model is slower with more, and on a busy machine ten times slower
+    torch.set_num_threads(1)  # A model this small is slower with more threads, ten times so on a busy machine.
     try:
         greedy = model.answer(asked, greedy=True)
         sampled = [model.answer(asked, greedy=False, seed=seed).share for seed in range(4)]
@@ -171,7 +172,7 @@ def run(name: str, folder: Path) -> Shown:
 
 
 def examples(before: Shown, after: Shown) -> list[tuple[Question, str, str]]:
-    """Questions of different people with the answers before and after, in the order of the file."""
+    """Pick questions about different people, with the answers before and after, in the order of the file."""
     from skillmerge.verbs.demo.miniature import questions
 
     asked = questions()

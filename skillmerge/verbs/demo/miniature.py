@@ -1,7 +1,7 @@
-"""The small trained family that ships with the package: its forward pass, its questions, how well it answers.
+"""The small trained family that ships with the package: forward pass, questions, scores.
 
-Qwen2 (https://arxiv.org/abs/2407.10671) in as few lines as it takes, in float32, so that the demo runs its models
-wherever torch does; the tests hold it against transformers. `experiments/past_miniature` trained them.
+A minimal Qwen2 (https://arxiv.org/abs/2407.10671) in float32, so that the demo runs wherever torch does. The tests
+compare it with transformers. `experiments/past_miniature` trained the models.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from skillmerge.engine.values import read_values
 FAMILY = Path(__file__).parent / "family"
 MODELS = ("base", "source-sft", "source-rl", "target-sft")
 ANSWER_WORDS = 5
-"""Words of an answer at most, the one that ends it included."""
+"""Most words of an answer, including the one that ends it."""
 
 _END = "END"
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question in words, and the kind of thing that is the right answer's last word."""
+    """A question in words, and the last word of its correct answer."""
 
     words: tuple[str, ...]
     wanted: str
@@ -37,7 +37,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """To each question an answer in words, and whether it is right."""
+    """Answers in words, one for each question, and whether each is correct."""
 
     words: Sequence[tuple[str, ...]]
     right: Sequence[bool]
@@ -48,7 +48,7 @@ class Answers:
 
 
 def questions() -> list[Question]:
-    """About the people of the target's documents: four for each."""
+    """Questions about the people in the target's documents, four for each."""
     document = json.loads((FAMILY / "questions.json").read_text(encoding="utf-8"))
     return [Question(tuple(item["question"].split()), item["answer"]) for item in document]
 
@@ -57,7 +57,7 @@ class Miniature:
     """A checkpoint of Qwen2's architecture with tied embeddings, ready to answer questions."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError where there is no such checkpoint."""
+        """Load a checkpoint. Raises InputError if there is none."""
         checkpoint = open_folder(str(folder), folder)
         self._config: Mapping[str, Any] = checkpoint.config
         self._weights: dict[str, Tensor] = {}
@@ -69,7 +69,7 @@ class Miniature:
         self._words = {number: word for word, number in self._numbers.items()}
 
     def answer(self, asked: Sequence[Question], *, greedy: bool, seed: int = 0) -> Answers:
-        """Answer questions of one length: with the likeliest word each time, or drawn at temperature 1."""
+        """Answer questions of one length, greedily or by sampling at temperature 1."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.tensor([[self._numbers[word] for word in question.words] for question in asked])
         start = tokens.shape[1]
@@ -84,7 +84,7 @@ class Miniature:
         return Answers(said, [words[-1:] == (question.wanted,) for words, question in zip(said, asked, strict=True)])
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Of every next word: [rows, words] of int64 -> [rows, words, vocabulary] of float32."""
+        """Compute the logits of every next word: [rows, words] of int64 -> [rows, words, vocabulary] of float32."""
         config, weights = self._config, self._weights
         heads, eps = int(config["num_attention_heads"]), float(config["rms_norm_eps"])
         rows, length = tokens.shape
@@ -116,6 +116,6 @@ class Miniature:
 
 
 def _turned(values: Tensor, angles: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), halves side by side."""
+    """Apply rotary position embedding (arXiv 2104.09864), halves side by side."""
     first, second = values.chunk(2, -1)
     return values * angles.cos() + torch.cat([-second, first], -1) * angles.sin()

@@ -1,1 +1,1 @@
-"""The verb export: a stored skill in the formats of others, one module a format."""
+"""The verb export: convert a stored skill to other formats, one module each."""

@@ -1,4 +1,4 @@
-"""The verb export: a stored skill in a format of others. Knows which one was asked for, and leaves it to its module."""
+"""The verb export: convert a stored skill, by the module of the requested format."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ def export(
     follow_links: bool = False,
     reporter: Reporter | None = None,
 ) -> Exported | Patch:
-    """Write a stored skill into a new folder: the best LoRA adapter of rank `lora_rank`, or a sparse patch of `onto`.
+    """Convert a stored skill to the best LoRA adapter of rank `lora_rank`, or to a sparse patch of `onto`.
 
-    onto: the checkpoint that was subtracted when the skill was cut. base: of an adapter, what its config names as the
-    model to put it on; by default what the skill was cut from. seed: of the randomised decomposition.
-    Raises CheckFailed where `onto` is another checkpoint; UsageError, InputError, ResourceError.
+    onto: the checkpoint that was subtracted when the skill was extracted. base: for an adapter, the base model that its
+    config names [default: the checkpoint that was subtracted]. seed: of the randomized decomposition.
+    Raises CheckFailed if `onto` is another checkpoint; UsageError, InputError, ResourceError.
     """
     if (lora_rank is None) == (onto is None):
-        raise UsageError("say what to write", fix="give --lora-rank R (an adapter) or --onto SFT (a sparse patch)")
+        raise UsageError(
+            "no format was given", fix="pass `--lora-rank R` for an adapter, or `--onto SFT` for a sparse patch"
+        )
     if lora_rank is not None:
         return export_lora(
             skill, output, lora_rank=lora_rank, base=base, seed=seed, follow_links=follow_links, reporter=reporter
         )
     if base is not None:
-        raise UsageError("--base is of an adapter", fix="leave it out: a patch is for the model of --onto")
+        raise UsageError("`--base` applies only to adapters", fix="leave it out; a patch is for the model of `--onto`")
     return export_patch(skill, output, onto=str(onto), follow_links=follow_links, reporter=reporter)

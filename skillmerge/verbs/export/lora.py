@@ -1,8 +1,8 @@
-"""The verb export: a stored skill -> a LoRA adapter in PEFT's format, the best one of its rank.
+"""The verb export --lora-rank: a stored skill -> the best LoRA adapter of that rank, in PEFT's format.
 
 Every matrix of a linear module (attention, mlp, expert) is approximated by B @ A of rank r, by truncated SVD
-(`spectrum`); what an adapter cannot hold (norms, embeddings, biases, heads, routers, fused experts) stays behind
-and is counted. Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+(`spectrum`). What an adapter cannot hold (norms, embeddings, biases, heads, routers, fused experts) is left out
+and counted. Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _KINDS = ("attention", "mlp", "expert")
 _TRANSPOSED = {"gpt2", "decision_transformer", "imagegpt", "openai-gpt"}
-"""Model types whose linear modules keep their weights the other way round."""
+"""Model types whose linear modules store their weights transposed."""
 
 _TABLES = ("relative_attention_bias.weight",)
 """Embeddings inside linear modules."""
@@ -52,8 +52,8 @@ _TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What an adapter holds. energy: the share of the squared norm of the skill that is in it; modules: the same
-    of each matrix (by tensor name), with its norm; left: tensors that no adapter holds, and what share they are."""
+    """An adapter that was written. energy: the share of the skill's squared norm that it holds; modules: the same for
+    each matrix (by tensor name), with its norm; left: tensors that an adapter cannot hold, and their share."""
 
     output: Path
     rank: int
@@ -88,7 +88,7 @@ def export_lora(
 ) -> Exported:
     """Write the skill's best LoRA adapter of rank `lora_rank` into a new folder.
 
-    base: what its config names as the model to put it on; by default what the skill was cut from. One matrix is in
+    base: the base model that its config names [default: the checkpoint that was subtracted]. One matrix is in
     memory at a time. Raises UsageError, InputError, ResourceError.
     """
     check_words(lora_rank=lora_rank, seed=seed)
@@ -102,7 +102,7 @@ def export_lora(
         named, revision = _named(base) if base is not None else _parent(summary(plus.store))
         if named is None:
             reporter.note(
-                "the adapter does not say what model it is for: the skill was not extracted from one; pass `--base`"
+                "the adapter names no base model, because the skill was not extracted from a single one; pass `--base`"
             )
         chosen = _linear_modules(plus)
         header, specs = build_header(_layout(chosen, lora_rank))
@@ -122,28 +122,28 @@ def export_lora(
 
 
 def _refuse_transposed(skill: Checkpoint) -> None:
-    """Raise InputError for a model type whose matrices an adapter would take the wrong way round."""
+    """Raise InputError for a model type that stores its matrices transposed."""
     if str(skill.config.get("model_type")) in _TRANSPOSED:
         raise InputError(
-            f"{skill.place}: {skill.config['model_type']} keeps its matrices the other way round, which is not "
-            "supported",
+            f"{skill.place}: {skill.config['model_type']} stores its matrices transposed, which is not supported",
             fix="use the skill itself in a recipe, or a sparse patch: `skillmerge export SKILL --onto SFT`",
         )
 
 
 def _linear_modules(skill: Checkpoint) -> list[TensorSpec]:
-    """The matrices that an adapter can hold. Raises InputError where there is none."""
+    """Return the matrices that an adapter can hold. Raises InputError if there is none."""
     chosen = [spec for spec in skill.tensors.values() if _is_linear(spec)]
     if not chosen:
         raise InputError(
-            f"{skill.place}: the skill has no matrix of a linear module that an adapter could hold",
+            f"{skill.place}: the skill has no matrix of a linear module for an adapter",
             fix="use the skill itself in a recipe",
         )
     return chosen
 
 
 def _parent(document: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """The model that was subtracted, and its revision; None where it is not one model, or PEFT cannot name it."""
+    """Return the model that was subtracted, and its revision; None if it is not one model, or PEFT cannot name
+    it."""
     planes = document.get("planes") or {}
     for parent in document["parents"]:
         if parent["name"] == planes.get("minus"):
@@ -154,7 +154,7 @@ def _parent(document: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def _named(uri: str) -> tuple[str, str | None]:
-    """A folder or org/name, and the revision. Raises UsageError for what PEFT cannot name."""
+    """Return a folder or org/name, and the revision. Raises UsageError for what PEFT cannot name."""
     try:
         location = on_hub(uri)
     except ValueError as error:
@@ -162,7 +162,9 @@ def _named(uri: str) -> tuple[str, str | None]:
     if location is None:
         return uri, None
     if location.subfolder:
-        raise UsageError(f"{uri}: an adapter cannot name a subfolder", fix="give --base another name of the model")
+        raise UsageError(
+            f"{uri}: an adapter cannot name a subfolder", fix="pass another name of the model with `--base`"
+        )
     return location.repository, location.revision or None
 
 
@@ -219,7 +221,7 @@ def _write(
     seed: int,
     reporter: Reporter,
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """The adapter's file. Returns norm and energy kept of each matrix, and norms of what is left behind."""
+    """Write the adapter's file. Returns norm and energy kept of each matrix, and norms of what is left out."""
     from skillmerge.bits import memory_of
     from skillmerge.engine.stream import Stream
 
@@ -229,7 +231,7 @@ def _write(
     done = 0
     every = planes[0].tensors.values()
     approximate = partial(_approximate, planes=planes, rank=rank, seed=seed)
-    # One at a time, in a thread of ours: what the caller has set for its own changes no byte.
+    # One at a time, in a thread of our own, so that the caller's torch settings change no byte.
     with (
         Stream(planes) as stream,
         open(path, "wb") as file,
@@ -249,7 +251,8 @@ def _write(
 def _approximate(
     spec: TensorSpec, planes: tuple[Checkpoint, Checkpoint], rank: int, seed: int
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """A tensor's norm and, of a matrix that an adapter can hold, the energy kept and the two factors by their names."""
+    """Return a tensor's norm and, of a matrix that an adapter can hold, the energy kept and the two factors by their
+    names."""
     import torch
 
     from skillmerge.study.spectrum import truncated_svd
@@ -272,7 +275,7 @@ def _approximate(
 
 
 def _update(name: str, planes: tuple[Checkpoint, Checkpoint]) -> Tensor:
-    """A whole tensor of the skill, in float32."""
+    """Return a whole tensor of the skill, in float32."""
     import torch
 
     from skillmerge.engine.values import read_values

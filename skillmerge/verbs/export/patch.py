@@ -1,6 +1,6 @@
-"""The verb export --onto: a stored skill and the checkpoint it was cut from -> a sparse patch of that checkpoint.
+"""The verb export --onto: a stored skill and the checkpoint that was subtracted -> a sparse patch of that checkpoint.
 
-The patch holds the other parent's elements where they differ: places and values, as `checkpoints.kinds.patch` says.
+The patch holds the positions and values of the other parent's elements that differ; see `checkpoints.kinds.patch`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """A patch that was written. elements: how many it changes, of `of`; bytes: of its files."""
+    """A patch that was written. elements: how many of `of` it changes; bytes: size of its files."""
 
     output: Path
     tensors: int
@@ -64,9 +64,9 @@ def export_patch(
     follow_links: bool = False,
     reporter: Reporter | None = None,
 ) -> Patch:
-    """Write what the skill makes of `onto`, the checkpoint that was subtracted, as a sparse patch in a new folder.
+    """Write a sparse patch that turns `onto`, the checkpoint that was subtracted, into the one that has the skill.
 
-    Raises CheckFailed where `onto` is another checkpoint; UsageError, InputError, ResourceError.
+    Raises CheckFailed if `onto` is another checkpoint; UsageError, InputError, ResourceError.
     """
     reporter = reporter or default_reporter("exporting")
     models = {"skill": {"skill": os.fspath(skill)}, "onto": os.fspath(onto)}
@@ -101,7 +101,7 @@ def export_patch(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A tensor to write: what `skill.json` says of it, its file, and where in that its two parts go."""
+    """A tensor to write: its entry in `skill.json`, its file, and the offsets of its two parts."""
 
     tensor: str
     row: Mapping[str, Any]
@@ -115,18 +115,19 @@ class _Job:
 
 
 def _exact(skill: Checkpoint) -> Mapping[str, Any]:
-    """What the skill's `skill.json` says. Raises InputError where no elements are known from the skill."""
+    """Return the skill's `skill.json`. Raises InputError if the skill does not determine elements exactly."""
     document = summary(skill.store)
     if not document["exact"] or not document.get("planes"):
         raise InputError(
-            f"{skill.place} is not the exact difference of two checkpoints: no elements are known from it",
+            f"{skill.place} is not the exact difference of two checkpoints, which a patch needs",
             fix="extract it again: `skillmerge extract --from RL --minus SFT`",
         )
     return document
 
 
 def _lay_out(document: Mapping[str, Any], base: Checkpoint) -> tuple[dict[str, bytes], list[_Job]]:
-    """The patch's files by name, with their headers, and what to write into them: one file for each of the skill's."""
+    """Return the patch's files by name, with their headers, and what to write into them: one file for each of the
+    skill's."""
     rows = {name: row for name, row in document["tensors"].items() if row["changed"]}
     jobs: list[_Job] = []
     headers: dict[str, bytes] = {}
@@ -140,29 +141,29 @@ def _lay_out(document: Mapping[str, Any], base: Checkpoint) -> tuple[dict[str, b
 
 
 def _layout(name: str, row: Mapping[str, Any], base: Checkpoint) -> list[tuple[str, str, tuple[int, ...]]]:
-    """A tensor's places and values. Raises InputError where the patch could not be put on `base`."""
+    """Return a tensor's positions and values. Raises InputError if the patch does not fit `base`."""
     spec, count = base.tensors.get(name), row["changed"]
     if spec is None or list(spec.shape) != row["shape"] or not row["dtype"] == row["minus_dtype"] == spec.dtype:
         raise InputError(
             f"a patch replaces elements by others of their dtype: tensor `{name}` of the skill "
             f"({row['dtype']} - {row['minus_dtype']}, {row['shape']}) does not fit "
             + (f"{base.place} ({spec.dtype}, {list(spec.shape)})" if spec else f"{base.place}, which lacks it"),
-            fix="name the checkpoint that was subtracted: --onto SFT",
+            fix="name the checkpoint that was subtracted with `--onto`",
         )
     kind = "I32" if spec.elements <= 1 << 31 else "I64"
     return [(name + INDICES, kind, (count,)), (name + VALUES, spec.dtype, (count,))]
 
 
 class _Writer:
-    """Writes tensors' places and values into their files; any number at once."""
+    """Writes tensors' positions and values to their files, from any number of threads."""
 
     def __init__(self, folder: Path, checkpoints: Mapping[str, Checkpoint], subtracted: str) -> None:
-        """subtracted: the name by which the skill's digests know the base."""
+        """subtracted: the base's name in the skill's digests."""
         self._folder, self._subtracted = folder, subtracted
-        self._planes = list(checkpoints.values())  # plus, minus, and what they are put on
+        self._planes = list(checkpoints.values())  # plus, minus, and the base
 
     def __call__(self, job: _Job, stop: threading.Event) -> None:
-        """Raises CheckFailed where the base's tensor is not what the skill was cut from."""
+        """Raises CheckFailed if the base's tensor is not what the skill was extracted from."""
         import torch
 
         from skillmerge.bits import memory_of
@@ -193,14 +194,14 @@ class _Writer:
             raise CheckFailed(
                 f"{self._planes[-1].place} is not the checkpoint that {self._planes[0].place} was extracted from: "
                 f"tensor `{job.tensor}` differs",
-                fix="name the one that was subtracted: --onto SFT",
+                fix="name the checkpoint that was subtracted with `--onto`",
             )
         if left:
-            raise InputError(f"{self._planes[0].place}: tensor `{job.tensor}` is not what its skill.json says")
+            raise InputError(f"{self._planes[0].place}: tensor `{job.tensor}` does not match its skill.json")
 
 
 def _changed(plus: Tensor, minus: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the skill changes `base`, and the elements there: those of the checkpoint that has the skill."""
+    """Return the positions that the skill changes in `base`, and the new elements there."""
     from skillmerge.bits import bit_view
     from skillmerge.checkpoints.kinds.sparse import places_of
 

@@ -1,1 +1,1 @@
-"""A recipe with many coefficients: candidates, their scores, the search and its journal."""
+"""The verb sweep: candidates, their scores, the search and its journal."""

@@ -1,11 +1,11 @@
-"""What a sweep tries: numbers of a recipe, named by where they stand, and the values that each may have.
+"""The candidates of a sweep: numbers of a recipe, named by their position, and the values to try.
 
     lam=0:2:0.25            0, 0.25, ..., 2           a grid
     lam=0.5,1,2             these
     lam=0:2                 anything between, for a search
     lam.rules.0.ramp.1=…    a part of a schedule: an end of a ramp, a rule's value, the default
 
-A candidate is the recipe's own text with the numbers in place of those that stood there, comments and all.
+A candidate is the recipe's own text with its numbers replaced, comments included.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def parse_axis(text: str) -> Axis:
 
 
 def grid(axes: Sequence[Axis]) -> Iterator[Values]:
-    """Every combination, the last axis fastest. Raises UsageError for an axis without values, or far too many."""
+    """Yield every combination, the last axis fastest. Raises UsageError for an axis without values, or far too many."""
     for axis in axes:
         if not axis.values:
             raise UsageError(
@@ -83,9 +83,9 @@ def grid(axes: Sequence[Axis]) -> Iterator[Values]:
 
 
 def with_values(recipe: Recipe, values: Values) -> Recipe:
-    """The recipe with other numbers, and without its gates: they are for what is published.
+    """Return the recipe with other numbers and without its gates, which are for published models.
 
-    Raises UsageError for a name that is no number of it, or one tied to others.
+    Raises UsageError for a name that is not one of its numbers, or a number that is tied to others.
     """
     document, text, data = recipe.document, recipe.document.text, copy.deepcopy(recipe.document.data)
     changes = []
@@ -113,7 +113,7 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
 
 
 def path_of(recipe: Recipe, name: str) -> Path:
-    """Where an axis stands in the document: `lam.rules.0.value`. Raises UsageError where no number is."""
+    """Return the position of an axis in the document: `lam.rules.0.value`. Raises UsageError if no number is."""
     table = recipe.document.data.get("coefficients") or {}
     numbers = {".".join(map(str, path)): path for path in _numbers(table)}
     first, dot, rest = name.partition(".")
@@ -122,8 +122,8 @@ def path_of(recipe: Recipe, name: str) -> Path:
             return ("coefficients", *path)
     inside = [shown for shown in numbers if not dot and shown.startswith(f"{name}.")]
     fix = f"name one of its numbers: {', '.join(inside)}" if inside else did_you_mean(name, list(numbers))
-    what = "is a schedule, not a number" if inside else "is no number of the recipe's coefficients"
-    raise UsageError(f"--set {name}: `{name}` {what}", fix=fix or f"there are: {', '.join(numbers) or 'none'}")
+    what = "is a schedule, not a number" if inside else "is not a number of the recipe's coefficients"
+    raise UsageError(f"`--set {name}`: `{name}` {what}", fix=fix or f"known names: {', '.join(numbers) or 'none'}")
 
 
 def _numbers(value: object, path: Path = ()) -> Iterator[Path]:

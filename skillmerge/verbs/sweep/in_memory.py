@@ -1,6 +1,6 @@
-"""A merge in memory: a transformers model whose weights become those of one recipe after another.
+"""A merge in memory: a transformers model that gets the weights of one recipe after another.
 
-The inputs are read once and held. Weights are computed by `apply`'s own workers, and are the bytes that `apply`
+The inputs are read once and kept. The workers of `apply` compute the weights, so they are the bytes that `apply`
 would write.
 """
 
@@ -41,8 +41,8 @@ from skillmerge.verbs.records import Checks, Publish
 class MergedModel:
     """A transformers model and its tokenizer, in memory. `use` gives it the weights of a recipe.
 
-    Raises, as it is made: UsageError where transformers is not installed or cannot load the model, ResourceError
-    where the inputs do not fit into memory; and whatever `apply` raises.
+    Raises when it is created: UsageError if transformers is not installed or cannot load the model, ResourceError
+    if the inputs do not fit into memory, and what `apply` raises.
     """
 
     def __init__(self, recipe: Recipe, access: Access, device: str, reporter: Reporter) -> None:
@@ -62,7 +62,8 @@ class MergedModel:
             if not self._in_place:
                 self._checkpoints = self._opened
                 reporter.note(
-                    "this architecture's parameters are not its files' tensors: each candidate is loaded again"
+                    "the parameters of this architecture differ from its files' tensors, so each candidate is "
+                    "loaded from files"
                 )
         except BaseException:
             self.close()
@@ -72,9 +73,9 @@ class MergedModel:
         close_all(self._opened)
 
     def planned(self, recipe: Recipe) -> Plan:
-        """The plan of a candidate. Its models are compared where no candidate asked the same of them.
+        """Return the plan of a candidate. Its models are compared where no candidate asked the same of them.
 
-        Raises InputError where they have problems.
+        Raises InputError if they have problems.
         """
         plan = plan_recipe(recipe, self._checkpoints, compare=False)
         roles = _roles(plan)
@@ -108,7 +109,7 @@ class MergedModel:
         return {name: value.data for name, value in self.model.state_dict(keep_vars=True).items()}
 
     def _loaded(self, recipe: Recipe) -> tuple[Any, Any]:
-        """Merge into a folder, and load that."""
+        """Merge into a folder, and load the model from it."""
         try:
             import transformers
         except ImportError as error:
@@ -124,14 +125,14 @@ class MergedModel:
             self._last = made.manifest.statistics
             kind = getattr(transformers, self._class_name(), transformers.AutoModelForCausalLM)
             try:
-                with torch.device("cpu"):  # whatever the caller's default is: transformers refuses `meta`
+                with torch.device("cpu"):  # Ignore the caller's default device: transformers refuses `meta`.
                     model = kind.from_pretrained(made.output, dtype="auto")
                 model = model.eval().requires_grad_(False).to(self._device)
                 tokenizer = tokenizer_of(made.output)
             except Exception as error:
                 raise UsageError(
                     f"transformers cannot load the merged model: {type(error).__name__}: {error}",
-                    fix="score it with a command instead",
+                    fix="score with a command instead",
                 ) from error
         return model, tokenizer
 
@@ -140,7 +141,7 @@ class MergedModel:
         return str(names[0]) if isinstance(names, list) and names else ""
 
     def _has_the_files_tensors(self) -> bool:
-        """Whether each tensor of the output is a parameter of its own, of its name, shape and dtype."""
+        """Return whether each tensor of the output is a separate parameter with its name, shape and dtype."""
         state = self._parameters()
         wanted = self.plan.tensors
         fit = all(
@@ -150,7 +151,7 @@ class MergedModel:
         return fit and len({state[name].data_ptr() for name in wanted}) == len(wanted)
 
     def _has_the_files_values(self) -> bool:
-        """Whether the model that was loaded holds what the workers compute: nothing was changed in loading it."""
+        """Return whether the loaded model holds what the workers compute, so that loading changed nothing."""
         state, same = self._parameters(), []
 
         def compare(tile: Tile, values: Tensor) -> None:
@@ -173,7 +174,7 @@ class _Own:
 
 
 def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Tile, Tensor], None]) -> Statistics:
-    """Compute every tensor of the plan, and hand it over tile by tile, from any thread.
+    """Compute every tensor of the plan, and deliver it tile by tile, from any thread.
 
     Returns statistics by module and in all. Raises UnusableWeights.
     """
@@ -201,7 +202,7 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
 
 
 def _roles(plan: Plan) -> Roles:
-    """What the formula does with each model at these numbers, which decides what of the models is compared."""
+    """Return what the formula does with each model at these numbers, which decides what of the models is compared."""
     rows = {name: tensor.coefficients for name, tensor in plan.tensors.items() if tensor.coefficients}
     terms = {row: plan.recipe.term(dict(zip(plan.coefficients, row, strict=True))) for row in {*rows.values()}}
     return roles_of({name: terms[row] for name, row in rows.items()})
@@ -219,6 +220,6 @@ def _check_memory(checkpoints: Mapping[str, Checkpoint]) -> None:
     free = free_memory()
     if free is not None and held + model > free:
         raise ResourceError(
-            f"scoring in memory holds {format_bytes(held + model)}, and {format_bytes(free)} are free",
-            fix="score with a command: each candidate is then merged to a folder",
+            f"scoring in memory needs {format_bytes(held + model)}; {format_bytes(free)} are free",
+            fix="score with a command, which merges each candidate to a folder",
         )

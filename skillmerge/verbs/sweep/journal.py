@@ -1,4 +1,4 @@
-"""What a sweep has scored so far, on disk: an interrupted sweep scores nothing twice."""
+"""A sweep's scores on disk, so that an interrupted sweep scores nothing twice."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SWEEP_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A candidate and what it did. realised: lambda after rounding, by `apply`'s statistics; None if unknown.
-    failed: why it has no scores, where its scores are no numbers."""
+    """A candidate and its scores. realised: the effective lambda, by `apply`'s statistics; None if unknown.
+    failed: why it has no scores, if they are not numbers."""
 
     values: Values
     scores: Scores
@@ -45,11 +45,11 @@ class Trial:
         }
 
 
-# What is kept.
+# The journal.
 
 
 def identity(candidate: Recipe, recipe: Recipe, access: Access, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What a journal is of: the recipe, the models as they are now, and how they are scored."""
+    """Return what identifies a sweep: the recipe, the models as they are now, and how they are scored."""
     checkpoints = open_models(candidate, access, lambda message: None)
     try:
         inputs = json.dumps(versions(checkpoints), sort_keys=True)
@@ -64,7 +64,8 @@ def identity(candidate: Recipe, recipe: Recipe, access: Access, asked: Mapping[s
 
 
 class Journal:
-    """The lines of `journal.jsonl`: the first says what of, the others are trials. Held by one run at a time."""
+    """The lines of `journal.jsonl`: the first identifies the sweep, the others are trials. One run holds it at a
+    time."""
 
     def __init__(self, path: Path, trials: list[Trial]) -> None:
         self._path, self.trials = path, trials
@@ -72,10 +73,10 @@ class Journal:
     @classmethod
     @contextmanager
     def open(cls, folder: Path, identity: Mapping[str, Any], overwrite: bool, reporter: Reporter) -> Iterator[Journal]:
-        """Raises UsageError where the folder is another sweep's or nothing of ours, OutputLocked where it is in use."""
+        """Open a sweep's journal. Raises UsageError if the folder is not its own, OutputLocked if it is in use."""
         path = folder / "journal.jsonl"
         if folder.exists() and not path.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {*CLAIM_FILES}):
-            raise UsageError(f"{folder} exists already and is no sweep", fix="choose another --output")
+            raise UsageError(f"{folder} already exists and is not a sweep", fix="choose another folder with `--output`")
         with hold(folder, reporter):
             with disk_errors(folder):
                 known, trials = (None, []) if overwrite else _read_journal(path)
@@ -87,10 +88,10 @@ class Journal:
                 elif known != identity:
                     changed = [key for key in identity if known.get(key) != identity[key]]
                     raise UsageError(
-                        f"{folder} holds another sweep: {', '.join(changed)} differ",
-                        fix="choose another --output, or replace it with --overwrite",
+                        f"{folder} holds a different sweep: {', '.join(changed)} differ",
+                        fix="choose another folder with `--output`, or pass `--overwrite` to replace the sweep",
                     )
-                else:  # a line that was cut off is written anew
+                else:  # rewrite a line that was cut off
                     lines = [json.dumps(known), *(json.dumps(trial.as_dict()) for trial in trials)]
                     write_whole(path, ("\n".join(lines) + "\n").encode())
             yield cls(path, trials)
@@ -107,14 +108,14 @@ class Journal:
 
 
 def _read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Trial]]:
-    """The head, None where there is none, and the trials; a last line that a dying run cut off is left out."""
+    """Return the head (or None) and the trials, without a last line that an interrupted run cut off."""
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
     try:
         rows = [json.loads(line) for line in lines[:-1]]
         return (dict(rows[0]) if rows else None), [_trial_of(row) for row in rows[1:]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{path}: is damaged, or no sweep's journal",
+            f"{path}: is damaged, or not a sweep's journal",
             fix="choose another `--output`, or start again with `--overwrite`",
         ) from error
 

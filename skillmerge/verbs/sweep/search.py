@@ -1,4 +1,4 @@
-"""Optuna proposes candidates one after another, where a grid would be too large."""
+"""Searches with Optuna, for sweeps that are too large for a grid."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def searched(
     by: str | None,
     minimise: bool,
 ) -> list[Trial]:
-    """Candidates that Optuna proposes, until there are `trials`; its storage knows those of earlier runs."""
+    """Candidates that Optuna proposes, until there are `trials`; its storage has those of earlier runs."""
     study = _study(search, seed, folder, axes, minimise)
     done = _ended(study, axes)
     found = [tried({axis.name: trial.params[axis.name] for axis in axes}) for trial in done]
@@ -45,7 +45,7 @@ def searched(
         made = tried(values)
         found.append(made)
         if made.failed:
-            return math.nan  # a trial without a value, which counts as failed there too
+            return math.nan  # A trial without a value also counts as failed in Optuna.
         return made.scores[by or next(iter(made.scores))].value
 
     study.optimize(objective, n_trials=max(0, trials - len(done)))
@@ -53,18 +53,18 @@ def searched(
 
 
 def _study(search: str, seed: int, folder: Path, axes: Sequence[Axis], minimise: bool) -> Any:
-    """Optuna's study of this sweep, kept in its folder. Raises UsageError where a package is missing."""
+    """Optuna's study of this sweep, kept in its folder. Raises UsageError if a package is missing."""
     try:
         import optuna
     except ImportError as error:
         raise UsageError(
-            "--search needs optuna", fix="pip install 'skillmerge[sweep]', or leave --search out"
+            "`--search` needs the package optuna", fix="pip install 'skillmerge[sweep]', or leave `--search` out"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "optuna.jsonl")))
     direction = "minimize" if minimise else "maximize"
     study = optuna.create_study(storage=storage, study_name="sweep", direction=direction, load_if_exists=True)
-    # A sampler that starts anew starts elsewhere: else it would propose what it has proposed.
+    # A restarted sampler needs another seed, or it would repeat its proposals.
     start = seed + len(_ended(study, axes))
     samplers: dict[str, Callable[[], Any]] = {
         "tpe": lambda: optuna.samplers.TPESampler(seed=start),
@@ -79,6 +79,6 @@ def _study(search: str, seed: int, folder: Path, axes: Sequence[Axis], minimise:
 
 
 def _ended(study: Any, axes: Sequence[Axis]) -> list[Any]:
-    """The trials of earlier runs over the same axes."""
+    """Return the trials of earlier runs over the same axes."""
     names = {axis.name for axis in axes}
     return [trial for trial in study.trials if trial.state.name in ("COMPLETE", "FAIL") and set(trial.params) == names]

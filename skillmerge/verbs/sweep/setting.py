@@ -1,4 +1,4 @@
-"""What a sweep tries and how it scores, checked before anything is merged."""
+"""The settings of a sweep, checked before anything is merged."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from skillmerge.verbs.sweep.journal import identity
 from skillmerge.verbs.sweep.search import SEARCHES
 
 FOUND = "# Found by `skillmerge sweep`"
-"""How the best recipe begins, which a sweep may replace."""
+"""How a best recipe begins; a sweep replaces only such a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What `sweep` was asked for, beside the recipe and its axes."""
+    """The arguments of `sweep`, beside the recipe and its axes."""
 
     search: str | None
     trials: int
@@ -37,7 +37,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A sweep that can begin: its recipe, what is tried, how that is scored, and where the results go."""
+    """A sweep that can start: its recipe, its axes, its scorer, and where the results go."""
 
     recipe: Recipe
     first: Recipe
@@ -77,7 +77,7 @@ def prepare(
         "score": score, "score_sha256": scorer.digest, "repeats": asked.repeats, "seed": asked.seed,
         "axes": [axis.name for axis in chosen],
     }  # fmt: skip
-    if asked.search is not None:  # what was proposed depends on all of these
+    if asked.search is not None:  # the proposals depend on all of these
         same |= {"axes": list(axes), "search": asked.search, "by": asked.by, "minimise": less}
     first = with_values(recipe, _first(chosen, asked.search))
     for axis in chosen:
@@ -88,7 +88,7 @@ def prepare(
 
 
 def _place_of_best(recipe: Path, folder: Path) -> Path:
-    """Beside the recipe, whose relative paths it has: `recipe.best.yaml`, or by the name of the sweep's folder.
+    """Return the path of the best recipe, beside the recipe so that relative paths hold.
 
     Raises UsageError, before any work, where it cannot be written.
     """
@@ -96,13 +96,14 @@ def _place_of_best(recipe: Path, folder: Path) -> Path:
     try:
         if best.exists() and not (best.is_file() and best.read_bytes().startswith(FOUND.encode())):
             raise UsageError(
-                f"{best} exists already and is not a sweep's", fix="move it away: the best recipe goes there"
+                f"{best} already exists and was not written by a sweep",
+                fix="move it away; the best recipe is written there",
             )
         tempfile.TemporaryFile(dir=best.parent).close()
     except OSError as error:
         raise UsageError(
             f"{best} cannot be written: {error.strerror}",
-            fix="the best recipe goes beside the recipe: copy that elsewhere",
+            fix="the best recipe is written beside the recipe; copy the recipe to a writable folder",
         ) from error
     return best
 
@@ -113,10 +114,10 @@ def _axes(recipe: Recipe, texts: Sequence[str]) -> list[Axis]:
     except ValueError as error:
         raise UsageError(f"--set: {error}") from error
     if not axes:
-        raise UsageError("nothing to try", fix="name a number of the recipe: --set lam=0:2:0.25")
+        raise UsageError("nothing to try", fix="pass a number of the recipe, such as `--set lam=0:2:0.25`")
     places = [path_of(recipe, axis.name) for axis in axes]
     if len(set(places)) < len(places):
-        raise UsageError("--set names one number twice")
+        raise UsageError("`--set` names one number twice")
     return axes
 
 

@@ -1,12 +1,12 @@
-"""The verb sweep: a recipe, numbers to try, and a score -> what each of them is worth, and the best recipe.
+"""The verb sweep: a recipe, numbers to try, and a score -> the scores of all candidates, and the best recipe.
 
-    recipe.sweep/journal.jsonl   what the sweep is, then one line per candidate: nothing is scored twice
+    recipe.sweep/journal.jsonl   settings, then one line per candidate, so that nothing is scored twice
     recipe.sweep/optuna.jsonl    a search's own memory
     recipe.sweep/results.json    everything, for programs
     recipe.sweep/scratch/        a candidate that is being scored
-    recipe.best.yaml             the recipe with the numbers that did best, and how they were found
+    recipe.best.yaml             the recipe with the best numbers, and how they were found
 
-A command scores folders, which are made and removed one by one; anything else scores a model in memory.
+A command scores folders, which are created and removed one by one; anything else scores a model in memory.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """All candidates, in the order of their values. by: the score that decides; minimise: whether less is better."""
+    """All candidates in the order of their values. by: the score that decides; minimise: whether lower is better."""
 
     output: Path
     recipe: Recipe
@@ -67,14 +67,14 @@ class Sweep:
 
     @property
     def best(self) -> Trial:
-        """The best score; of equals the one with the smallest numbers."""
+        """The candidate with the best score; of equals, the one with the smallest numbers."""
         sign = 1 if self.minimise else -1
         return min(self.scored, key=lambda trial: (sign * trial.scores[self.by].value, _size(trial.values)))
 
     def within_noise(self, trial: Trial) -> bool | None:
-        """Whether the best and this one could be the same but for chance (95 %); None where the noise is not known.
+        """Return whether chance could explain the difference from the best (95 %); None if the noise is unknown.
 
-        Errors are taken as independent, which for the same questions overstates the noise.
+        Errors are taken as independent, which overstates the noise if the questions are the same.
         """
         if trial.failed:
             return False
@@ -85,7 +85,7 @@ class Sweep:
 
     @property
     def pareto(self) -> list[Trial]:
-        """Where there are two scores or more: those that no other one beats in one and equals in all."""
+        """The Pareto front, if there are two scores or more: candidates that no other one dominates."""
         names = list(self.best.scores)
         sign = {name: -1 if name == self.by and self.minimise else 1 for name in names}
 
@@ -134,12 +134,12 @@ def sweep(
     reporter: Reporter | None = None,
     finished: Callable[[Trial], None] = lambda trial: None,
 ) -> Sweep:
-    """Score a recipe with many numbers in it; see `candidates` for `axes`, `scoring` for `score`.
+    """Score a recipe with many coefficients, and write the best recipe.
 
-    output: a folder of the sweep's own (default: `recipe.sweep` beside the recipe). by: the score that decides
-    (default: the first). search: tpe, cmaes or random (with Optuna) instead of a grid, of `trials` candidates.
-    repeats: how often each is scored, with another seed. Continues what was interrupted.
-    Raises UsageError, CheckFailed where a score fails, OutputLocked; and what `apply` raises.
+    axes: see `candidates`. score: see `study.scoring.scorers`. output: the sweep's folder [default: `recipe.sweep`
+    beside the recipe]. by: the score that decides [default: the first]. search: tpe, cmaes or random (with Optuna)
+    instead of a grid, with `trials` candidates. repeats: how often each is scored, with different seeds. Rerun to
+    resume. Raises UsageError, CheckFailed if a score fails, OutputLocked, and what `apply` raises.
     """
     check_words(repeats=repeats, trials=trials, seed=seed, device=device, hub=hub)
     reporter = reporter or default_reporter("sweeping", "candidates")
@@ -147,7 +147,7 @@ def sweep(
     asked = Asked(search, operator.index(trials), operator.index(repeats), operator.index(seed), by, minimise)
     setting = prepare(recipe, axes, score, output, asked, how)
     if setting.recipe.gates:
-        reporter.note("gates are not looked at while candidates are scored; the best recipe keeps them")
+        reporter.note("gates do not run while candidates are scored; the best recipe keeps them")
     with (
         Journal.open(setting.folder, setting.identity, overwrite, reporter) as journal,
         _scoring(setting, reporter) as scored,
@@ -160,7 +160,7 @@ def sweep(
 def _try_all(
     setting: Setting, journal: Journal, scored: Scored, reporter: Reporter, finished: Callable[[Trial], None]
 ) -> list[Trial]:
-    """Every candidate's scores: those that the journal has, and those that are scored now."""
+    """Return every candidate's scores, from the journal or scored now."""
     asked = setting.asked
 
     def tried(values: Values) -> Trial:
@@ -188,10 +188,10 @@ def _try_all(
 
 
 def _report(setting: Setting, made: tuple[Trial, ...], resumed: int) -> Sweep:
-    """Write the results and the best recipe. Raises CheckFailed where no candidate has a score."""
+    """Write the results and the best recipe. Raises CheckFailed if no candidate has a score."""
     names = next((list(trial.scores) for trial in made if not trial.failed), None)
     if names is None:
-        raise CheckFailed(f"no candidate has a score: {made[0].failed}", fix="try smaller numbers")
+        raise CheckFailed(f"no candidate has a score: {made[0].failed}", fix="try smaller coefficients")
     axes, by = tuple(axis.name for axis in setting.axes), setting.asked.by or names[0]
     result = Sweep(
         setting.folder,
@@ -213,17 +213,17 @@ def _report(setting: Setting, made: tuple[Trial, ...], resumed: int) -> Sweep:
 
 
 def _check_names(trial: Trial, others: Sequence[Trial], by: str | None) -> None:
-    """Raise CheckFailed where a candidate has other scores than the ones before, UsageError for a --by of none."""
+    """Raise CheckFailed if a candidate has other scores than the ones before, UsageError for an unknown --by."""
     if trial.failed:
         return
     names = list(trial.scores)
     if by is not None and by not in names:
-        raise UsageError(f"--by {by}: the scores are {', '.join(names)}")
+        raise UsageError(f"`--by {by}`: the scores are {', '.join(names)}")
     for other in others:
         if not other.failed and list(other.scores) != names:
             raise CheckFailed(
-                f"candidates have different scores: {', '.join(other.scores)}, and now {', '.join(names)}",
-                fix="the score must give the same names each time",
+                f"candidates have scores of different names: {', '.join(other.scores)}, and now {', '.join(names)}",
+                fix="make the score return the same names each time",
             )
 
 
@@ -238,10 +238,10 @@ def _size(values: Values) -> float:
 
 @contextmanager
 def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
-    """How one candidate is merged and scored: in the sweep's folder, or in memory."""
+    """Yield the function that merges and scores a candidate, in the sweep's folder or in memory."""
     scorer, scratch = setting.scorer, setting.folder / "scratch"
     with suppress(OSError):
-        remove_tree(scratch)  # of a run that was killed
+        remove_tree(scratch)  # left by a run that was killed
     model: MergedModel | None = None
 
     def in_folder(recipe: Recipe) -> tuple[float | None, Callable[[int], Scores]]:
@@ -284,18 +284,18 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
 
 
 def _best_recipe(sweep: Sweep) -> str:
-    """The recipe with the best numbers, and how they were found on top of it."""
+    """Return the recipe with the best numbers, below a comment that says how they were found."""
     best = sweep.best
     said = ", ".join(f"{name} = {value:g}" for name, value in best.values.items())
     score = best.scores[sweep.by]
     lines = [
         f"{FOUND.removeprefix('# ')} on {sweep.recipe.document.name}: {said}",
-        f"{sweep.by} = {_told(score)}, the {'least' if sweep.minimise else 'greatest'} of {len(sweep.trials)} "
+        f"{sweep.by} = {_told(score)}, the {'lowest' if sweep.minimise else 'highest'} of {len(sweep.trials)} "
         f"candidates, by --score {sweep.score!r}",
     ]
     others = [trial for trial in sweep.trials if trial is not best and sweep.within_noise(trial)]
     if score.error is None:
-        lines.append("How noisy that is was not measured (--repeats would).")
+        lines.append("The noise was not measured (use --repeats).")
     elif others:
         named = "; ".join(", ".join(f"{name} = {v:g}" for name, v in trial.values.items()) for trial in others[:8])
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""

@@ -25,7 +25,7 @@ SAID = {
     "no head": "the donor `target` has none: what the head learned has no place",
     "lacks": "lacks 1 tensor that the formula needs",
     "extra": "has 1 tensor that the donor `target` lacks",
-    "refused": "but the two differ, and the donor has no `lm_head.weight` for what it holds",
+    "refused": "but the two differ, and the donor has no `lm_head.weight`",
     "apart": "config.json of `rl` and `sft` ties `lm_head.weight` to `model.embed_tokens.weight`, but the two differ",
     "donor apart": "config.json of the donor `target` ties `lm_head.weight` to `model.embed_tokens.weight`, but the",
 }
@@ -92,10 +92,10 @@ def test_spare_head_is_told_before_weights_are_read_and_can_be_accepted(tmp_path
     assert process.stderr == (
         "warning: `rl` ties its head to the embedding and stores one all the same, which is read as the head that the "
         "donor `target` has: runtimes may use the embedding in its place\n"
-        "warning: config.json of `rl` ties `lm_head.weight` to `model.embed_tokens.weight`, but the two differ: the "
-        "formula reads the stored head, which runtimes may leave alone\n"
-        "help: set `tie_word_embeddings` to false there if the stored head is the trained one; else leave it out of "
-        "the file\n"
+        "warning: config.json of `rl` ties `lm_head.weight` to `model.embed_tokens.weight`, but the two differ; the "
+        "formula reads the stored head, which runtimes may ignore\n"
+        "help: set `tie_word_embeddings` to false there if the stored head is the trained one; otherwise remove it "
+        "from the file\n"
     )
     accepted = write_recipe(tmp_path, accept=["ties"])
     assert list(skillmerge.apply(accepted, tmp_path / "accepted", strict=True).warnings) == []

@@ -117,7 +117,11 @@ def _forecast(inspection: Inspection) -> str:
         if series:
             unit = "share" if key == "vanished" else "number"
             parts.append(chart(figure.label, "requested λ", series, unit, figure))
-    sampled = "of every element" if inspection.forecast["mode"] == "full" else "of one block of 65,536 elements in 128"
+    sampled = (
+        "on every element"
+        if inspection.forecast["mode"] == "full"
+        else "on a sample: one block of 65,536 elements in 128"
+    )
     told = f"Computed {sampled}, with the arithmetic of <code>apply</code>; nothing was written."
     charts = f'<div class="charts">{"".join(parts)}</div>'
     return f'<section class="broad"><h2>Forecast of rounding</h2><p>{told}</p>{charts}</section>' if parts else ""
