@@ -73,8 +73,9 @@ def compare_models(
     roles = roles_of(terms, copied)
     dtype = None if recipe.makes_skill else recipe.output.dtype
     # Of two architectures nearly everything differs; who accepts that wants to know what else does.
-    found = compare_config(checkpoints, donor, roles, dtype, foreign="architecture" in recipe.accept)
-    foreign = "architecture" not in recipe.accept and any(it.name == "architecture" for it in found)
+    settled = "architecture" in recipe.accept
+    found = compare_config(checkpoints, donor, roles, dtype, foreign=settled, written=recipe.model_lines())
+    foreign = not settled and any(it.name == "architecture" for it in found)
     files = SmallFiles()
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
     if not foreign:

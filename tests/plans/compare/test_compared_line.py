@@ -46,12 +46,12 @@ CASES: dict[str, tuple[Mapping[str, Any], str, list[str]]] = {
         {"configs": "rl sft"},
         "compared target, rl, sft: configuration (not compared: no config.json in `target`), tokenizer" + REST
         + "no differences",
-        ["the donor has no config.json: no runtime will load the output as it is"],
+        ["the donor has no config.json: no runtime can load the output"],
     ),
     "no configs": (
         {"configs": ""},
         "compared target, rl, sft: configuration (not compared: no config.json), tokenizer" + REST + "no differences",
-        ["the donor has no config.json: no runtime will load the output as it is"],
+        ["the donor has no config.json: no runtime can load the output"],
     ),
     "ids swapped below a coefficient of 0": (
         {"words": SWAPPED, "lam": STAYS},
