@@ -38,7 +38,7 @@ def read_table(document: Document, table: type[_Whole]) -> _Whole:
     if not isinstance(document.data, dict):
         what = "a recipe" if table is RecipeTable else "a file of gates"
         raise document.error(f"is not {what}: it must be a table of keys", document.place(()))
-    if table is RecipeTable and (foreign := recognised(document.data)) is not None:
+    if table is RecipeTable and (foreign := recognised(document.data, document.name)) is not None:
         raise document.error(f"is {foreign[0]}", document.keys.get((foreign[1],)), foreign[2])
     try:
         return table.model_validate(document.data)
