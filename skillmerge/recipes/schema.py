@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from skillmerge.errors import RecipeError, did_you_mean
 from skillmerge.recipes.foreign.documents import recognised
-from skillmerge.recipes.foreign.near_misses import list_meant, shape_meant, unknown_meant
+from skillmerge.recipes.foreign.near_misses import list_meant, ramp_meant, shape_meant, unknown_meant
 from skillmerge.recipes.foreign.spellings import key_meant, number_meant, word_meant
 from skillmerge.recipes.tables.gates import CommandTable, CosineTable, FigureTable, GatesTable, PerplexityTable
 from skillmerge.recipes.tables.recipe import (
@@ -183,6 +183,8 @@ def _number_advice(path: Path, value: Any) -> str | None:
     name = str(path[-1]) if path else ""
     if isinstance(value, list) and path[:1] == ("coefficients",) and len(path) == 2:
         return list_meant(name, value)
+    if isinstance(value, list) and name == "value":
+        return ramp_meant(value)
     if isinstance(value, str):
         if _is_number(value) and "_" not in value:
             return f"remove the quotes: {value}"
