@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path as FilePath
 from typing import Any
 
-from skillmerge.errors import Mistakes, UsageError, did_you_mean, some
+from skillmerge.errors import NEAR, Mistakes, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.expression import ExpressionError, Node, normalise_name, parse
 from skillmerge.recipes.gate_table import Gate, gates_of
@@ -144,7 +144,7 @@ def _gates(
             known = [name for name in models if name not in unlike]
             place = document.place(("gates", "perplexity", "of"))
             raise document.error(
-                f"`{gate.model}` is not a whole model of this recipe", place, f"there are: {some(known)}"
+                f"`{gate.model}` is not a whole model of this recipe", place, f"there are: {some(known, NEAR)}"
             )
     return gates
 

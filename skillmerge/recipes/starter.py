@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from skillmerge.durable import disk_errors
-from skillmerge.errors import UsageError, did_you_mean
+from skillmerge.errors import NEAR, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.foreign import mergekit
 from skillmerge.recipes.schema import read_table, schema_text
@@ -38,7 +38,10 @@ def recipe_text(source: str | None = None) -> str:
     names = list(gallery())
     if source not in names:
         near = did_you_mean(source, names)
-        raise UsageError(f"no recipe is called `{source}`", fix=near or f"choose one of: {', '.join(names)}")
+        raise UsageError(
+            f"no recipe is called `{source}`",
+            fix=near or f"choose one of: {some(names, NEAR)}; `skillmerge init --list` shows all",
+        )
     return (home / "gallery" / f"{source}.yaml").read_text(encoding="utf-8")
 
 
