@@ -109,6 +109,11 @@ def list_meant(name: str, values: Sequence[Any]) -> str:
     return meant or numbers_meant(name, values)
 
 
+def ramp_meant(values: Sequence[Any]) -> str | None:
+    """Return what to write where a rule's `value` is a list, or None."""
+    return f"for a ramp, write `ramp: {_flow(values)}`" if len(values) == 2 and all(map(_is_number, values)) else None
+
+
 def _schedule(name: str, table: Mapping[str, Any]) -> str | None:
     """Return the schedule that was meant by a table with keys of rules, or of its own."""
     given = {key: value for key, value in table.items() if key not in ("default", "rules")}
