@@ -278,6 +278,20 @@ def test_old_and_new_spellings_of_metaspace_are_alike(tmp_path: Path) -> None:
     assert said(compared(tmp_path, **files)) == []
 
 
+@pytest.mark.parametrize("by", ["rl", "target"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"type": "BertNormalizer", "lowercase": True, "strip_accents": None},
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "b", "another": None},
+    ],
+)
+def test_an_option_that_is_null_is_one_that_is_absent(tmp_path: Path, step: dict[str, Any], by: str) -> None:
+    without = {key: value for key, value in step.items() if value is not None}
+    files = {name: {"tokenizer.json": tokenizer(normalizer=step if name == by else without)} for name in MODELS}
+    assert said(compared(tmp_path, **files)) == []
+
+
 # Where answers stop.
 
 
