@@ -12,7 +12,7 @@ from skillmerge.plans.accounting import Problem
 from skillmerge.plans.compare.complete import check_complete
 from skillmerge.plans.compare.config import compare_config
 from skillmerge.plans.compare.found import Compared
-from skillmerge.plans.compare.roles import roles_of
+from skillmerge.plans.compare.roles import roles_of, token_matrices
 from skillmerge.plans.compare.tokens import compare_tokens
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
@@ -67,7 +67,8 @@ def compare_models(
     comparisons. Reads small files only; raises InputError for one of the donor's that is a pointer, unless lenient;
     StalePlan, TemporaryError.
     """
-    roles = roles_of(terms, copied)
+    own = checkpoints[donor]
+    roles = roles_of(terms, copied, token_matrices(own.tensors.values(), own.config))
     dtype = None if recipe.makes_skill else recipe.output.dtype
     # Of two architectures nearly everything differs; who accepts that wants to know what else does.
     found = compare_config(checkpoints, donor, roles, dtype, foreign="architecture" in recipe.accept)
