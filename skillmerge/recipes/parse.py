@@ -57,7 +57,7 @@ def load(source: RecipeSource, overrides: Mapping[str, float] | None = None) -> 
 def load_gates(path: str | os.PathLike[str]) -> tuple[Gate, ...]:
     """Return the gates in a file of their own, or of a recipe. Raises RecipeError, UsageError."""
     path = FilePath(path)
-    document = yamltext.read(text_of(path), str(path))
+    document = yamltext.read(text_of(os.fspath(path)), str(path))
     if isinstance(document.data, dict) and "skillmerge" in document.data:
         return parse_recipe(document.text, str(path), path.parent).gates
     return gates_of(read_table(document, GatesFileTable).gates, document, path.parent)

@@ -103,6 +103,12 @@ def test_recipe_and_saved_plan_come_from_standard_input(here: Path, monkeypatch:
         assert run_cli(command, "-").returncode == 0
 
 
+def test_gates_come_from_standard_input(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skillmerge.apply("recipe.yaml", "merged")
+    monkeypatch.setattr("sys.stdin", io.StringIO("gates: {norm_ratio: {max: 0}}"))
+    assert run_cli("gate", "merged", "--gates", "-", "-q").returncode == 3
+
+
 def test_two_files_on_standard_output_are_refused(here: Path) -> None:
     process = run_cli("plan", "recipe.yaml", "--save", "-", "--markdown", "-")
     assert process.stderr == (

@@ -162,7 +162,7 @@ def statistics_table(statistics: Statistics, title: str = "Effect of rounding") 
 
 def _skill_table(statistics: SkillStatistics) -> Table:
     head = ("module", "tensors", "elements", "changed", "norm", "stored", "ratio")
-    table = Table(head, "Skill", text=("module",))
+    table = Table(head, "Skill", text=("module",), drop=("elements", "tensors", "norm"))
     for name, group in statistics.rows:
         share = f"{group.bytes / group.dense_bytes:.3f}" if group.dense_bytes else "-"
         table.add_row(name, str(group.tensors), f"{group.elements:,}", *group.shown, share)
