@@ -52,6 +52,7 @@ NEAR = {
     (END, "output: {path: out, seed: random}"): "seed: 0",
     (MODELS, "rl: {path: hf://a/b, revision: v1}"): "path: hf://a/b@v1",
     (MODELS, "rl: {path: ./rl, rename: {model.x: model.y}}"): "rename: [{from: model.x, to: model.y}]",
+    (MODELS, "rl: {path: ./rl, rename: {a: 2}}"): 'rename: [{from: "model.language_model.", to: "model."}]',
     (MODELS, "rl: "): "rl: ./rl",
     (MODELS, "rl: {path: ./rl, weight: 0.5}"): "merge",
     (MODELS, "rl: {path: ./rl, adapter: ./a}"): "merge_and_unload",

@@ -86,7 +86,7 @@ def shape_meant(path: Sequence[int | str], value: Any) -> str | None:
         return _written("write", "merge: " + " + ".join(f"{_flow(it)} * {name}" for name, it in value.items()))
     if key in ("rules", "copy") and isinstance(value, dict):
         return _written("write a list:", f"{key}: {_flow([value])}")
-    if key == "rename" and isinstance(value, dict):
+    if key == "rename" and isinstance(value, dict) and all(isinstance(new, str) for new in value.values()):
         return _written("write a list:", f"rename: {_flow([{'from': old, 'to': new} for old, new in value.items()])}")
     if key == "keep" and _is_number(value) and 1 < value <= 100:
         return f"write a share: `keep: {value / 100:.12g}` for {_flow(value)}%"
