@@ -47,7 +47,8 @@ class Claim:
         cannot sync folders.
         """
         self.folder, self._target = folder, target
-        self._token = secrets.token_hex(16).encode()
+        self.token = secrets.token_hex(16)
+        self._token = self.token.encode()
         with disk_errors(folder, "choose another folder with `--output`"):
             self._descriptor, why, synced = self._acquire()
         if why:
@@ -67,11 +68,13 @@ class Claim:
         Raises OutputLocked, OSError.
         """
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 # For writing: NFSv4 locks nothing else.
                 descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):
+                if os.path.lexists(self.folder) and not self.folder.is_dir():
+                    raise
                 continue  # another run has just finished and removed the folder
             try:
                 why = _lock(descriptor)
@@ -125,14 +128,28 @@ class Claim:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Turn any error in a folder that another run has taken over into OutputLocked."""
+        """Turn any error in a folder that another run has taken over into OutputLocked, and any because of something
+        of this run's that is gone: without locks, a run that was late to notice this one may have removed it."""
         try:
             yield
         except (SkillmergeError, OSError) as error:
             if self._descriptor >= 0 and not isinstance(error, OutputLocked):
                 with suppress(UsageError, ResourceError):  # who owns it cannot be seen: the first error says more
                     self.check()
+                if gone := self._gone(error):
+                    raise OutputLocked(
+                        f"another run or program has removed {gone}; this run has stopped",
+                        fix="let that run finish, then run the same command again",
+                    ) from error
             raise
+
+    def _gone(self, error: Exception) -> Path | None:
+        """Return what an error says is missing from this run's folder."""
+        cause = error.__cause__ if isinstance(error, UsageError) else error
+        if not isinstance(cause, FileNotFoundError) or not isinstance(cause.filename, str | bytes | os.PathLike):
+            return None
+        path = Path(os.fsdecode(cause.filename))
+        return path if self.folder in path.parents and not os.path.lexists(path) else None
 
     def check(self) -> None:
         """Raise OutputLocked if another run has taken the folder meanwhile."""

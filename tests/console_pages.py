@@ -17,6 +17,7 @@ from pathlib import Path
 from command_server import Commands
 from hub_server import HubServer
 
+from skillmerge.verbs.demo.demo import score_files
 from skillmerge.verbs.demo.miniature import FAMILY
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -28,6 +29,7 @@ import shutil, sys
 shutil.copytree("source-{kind}", sys.argv[sys.argv.index("--out") + 1])
 """
 STAND_INS = {
+    "choosing-lambda.md": score_files(),
     "refinement.md": {
         "train_sft.py": TRAINING.format(kind="sft"),
         "train_rl.py": TRAINING.format(kind="rl"),

@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from skillmerge.errors import UsageError
+
 MESSAGES = "Messages"
 _OTHER = "Options"
 _COLUMN = 24
@@ -21,11 +23,11 @@ _KEPT = "\N{NO-BREAK SPACE}"
 
 
 class Option(click.Option):
-    """An option that belongs to a group of the help screen."""
+    """An option that belongs to a group of the help screen. once: what to do where it is given twice."""
 
-    def __init__(self, *args: Any, group: str = _OTHER, **attributes: Any) -> None:
+    def __init__(self, *args: Any, group: str = _OTHER, once: str = "", **attributes: Any) -> None:
         super().__init__(*args, **attributes)
-        self.group = group
+        self.group, self.once = group, once
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Return what click adds in brackets, without the ranges: errors name those."""
@@ -38,6 +40,15 @@ class Command(click.Command):
     def __init__(self, *args: Any, examples: Sequence[str] = (), **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         self.examples = tuple(examples)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words of a command line. Raises UsageError for a second value of an option that takes one, which
+        click would drop."""
+        if not ctx.resilient_parsing:
+            _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            for parameter in dict.fromkeys(order):
+                _refuse_second(parameter, order.count(parameter))
+        return super().parse_args(ctx, args)
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         self.format_usage(ctx, formatter)
@@ -129,6 +140,12 @@ def _write_examples(formatter: click.HelpFormatter, examples: Sequence[str]) -> 
         with formatter.section("Examples"):
             for example in examples:
                 formatter.write(f"{'':{formatter.current_indent}}$ skillmerge {example}\n")
+
+
+def _refuse_second(parameter: click.Parameter, count: int) -> None:
+    if isinstance(parameter, Option) and not (parameter.multiple or parameter.is_flag) and count > 1:
+        name = next(name for name in parameter.opts if name.startswith("--"))
+        raise UsageError(f"`{name}` is given {count} times", fix=parameter.once or f"give `{name}` once")
 
 
 def _plain_help(found: click.Option | None) -> click.Option | None:

@@ -65,6 +65,12 @@ FOREIGN_OPTIONS = (
         commands="plan",
     ),
     Foreign(
+        "--out-dir --out_dir --outdir --output-dir --output_dir --output-path --output_path --out --output -o -O "
+        "--dest --destination --dir --folder -d",
+        "name the folder without an option: `skillmerge demo FOLDER`",
+        commands="demo",
+    ),
+    Foreign(
         "--out --output --output-file --out-file -O",
         "to write the plan into a file, pass `--save`",
         own="--save",

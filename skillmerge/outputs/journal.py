@@ -79,8 +79,10 @@ _KINDS: dict[str, type[Header] | type[ShardRecord] | type[Sealed] | type[Placing
 class Journal:
     """A journal's file, which need not exist. Writing raises UsageError and ResourceError."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, token: str) -> None:
+        """token: this run's own, for the name of what is not the journal yet."""
         self.path = path
+        self._new = path.with_name(f"{path.name}.{token}.new")
         self._lock = threading.Lock()
 
     def read(self) -> list[Row]:
@@ -105,7 +107,7 @@ class Journal:
     def start(self, rows: Sequence[Row]) -> None:
         """Replace the journal by these rows."""
         lines = "".join(json.dumps(row.to_json()) + "\n" for row in rows)
-        write_whole(self.path, lines.encode(), self.path.with_name(self.path.name + ".new"))
+        write_whole(self.path, lines.encode(), self._new)
 
     def append(self, row: Row) -> None:
         """Add a row and make it durable; the files that it names must be durable already."""

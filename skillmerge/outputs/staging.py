@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import threading
 from contextlib import AbstractContextManager, suppress
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 
 MANIFEST_FILE = "skillmerge.manifest.json"
 
-_OURS = (*CLAIM_FILES, "journal.jsonl", "journal.jsonl.new", "files", "complete", "previous", "dropped")
+_OURS = (*CLAIM_FILES, "journal.jsonl", "files", "complete", "previous", "dropped")
+_NEW_JOURNAL = re.compile(r"journal\.jsonl(\.[0-9a-f]+)?\.new")
 
 
 class Staging:
@@ -64,10 +66,10 @@ class Staging:
         self.sealed = False
         """Whether an earlier run called `seal`."""
         self._complete = self.folder / "complete"
-        self._journal = Journal(self.folder / "journal.jsonl")
         with disk_errors(self.folder, "choose another folder with `--output`"):
             self._refuse_strangers()
         self._claim = Claim(self.folder, output, reporter or Reporter())
+        self._journal = Journal(self.folder / "journal.jsonl", self._claim.token)
 
     def working(self) -> AbstractContextManager[None]:
         """See `Claim.working`."""
@@ -82,7 +84,8 @@ class Staging:
         strangers: list[str] = []
         if self.folder.is_dir():
             with suppress(FileNotFoundError):  # its run has finished in the meantime
-                strangers = [path.name for path in self.folder.iterdir() if path.name not in _OURS]
+                names = [path.name for path in self.folder.iterdir()]
+                strangers = [name for name in names if name not in _OURS and not _NEW_JOURNAL.fullmatch(name)]
         if self.folder.is_symlink() or strangers:
             what = f"holds {some(strangers)}" if strangers else "is a link"
             raise UsageError(
@@ -162,7 +165,9 @@ class Staging:
                 if self.sealed:
                     return remark
             elif rows or self.files.exists():
-                remark = "dropped an unfinished run of another plan"
+                same = any(isinstance(row, Header) and row.plan == weights_digest for row in rows[:1])
+                remark = "dropped an unfinished run "
+                remark += "of this plan with other options or inputs" if same else "of another plan"
             self._clear(*(("files", self._journal.path.name) if self.finished else ()))
             self.files.mkdir(exist_ok=True)
             self.drop_strangers(set(self.finished))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.model_config import tied_source, ties_embeddings
 from skillmerge.naming import module_kind
+from skillmerge.plans.compare.config import spare_heads
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.remarks import Remark, warning
@@ -50,19 +51,23 @@ def with_heads_read(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     """Return the plan with a warning where a tied head is not its embedding, which only the weights show.
 
     Where the donor's is not, its family has two matrices, and no other model is looked at. Reads a few samples of
-    both. Raises what reading raises.
+    both. What the configurations alone have led to is replaced, or dropped where head and embedding are equal. Raises
+    what reading raises.
     """
     if plan.makes_skill or not (heads := stored_heads(plan.donor, plan.tensors, checkpoints)):
         return plan
     accepted = "ties" in plan.recipe.accept
-    compared, warnings = [*plan.compared.found], [*plan.warnings]
+    read = {model for models in heads.values() for model in models}
+    settled = [it for it in plan.compared.found if (spare := spare_heads(it)) and read.issuperset(spare)]
+    compared = [it for it in plan.compared.found if it not in settled]
+    warnings = [it for it in plan.warnings if it.message not in {it.message for it in settled}]
     for (head, source), models in heads.items():
         differing = [plan.donor] if plan.donor in models and _differ(checkpoints[plan.donor], head, source) else []
         differing = differing or [it for it in models if it != plan.donor and _differ(checkpoints[it], head, source)]
         for found in _apart(plan.donor, differing, head, source):
             compared.append(replace(found, accepted=accepted))
             warnings += [] if accepted else [warning(found.message, found.help, name="ties")]
-    idle = accepted and not any(it.name == "ties" and it.accepted for it in compared)
+    idle = accepted and not any(it.name == "ties" and it.accepted for it in (*compared, *settled))
     notes = [*plan.notes, *(["`accept: [ties]` settles nothing here"] if idle else [])]
     comparison = replace(plan.compared, found=tuple(compared))
     return replace(plan, warnings=tuple(warnings), notes=tuple(notes), compared=comparison)

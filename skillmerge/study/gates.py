@@ -17,8 +17,8 @@ from typing import Any
 from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.schemes import is_path, local_folder
-from skillmerge.engine.measures.cells import LEAST, SIGMAS, Cell, cells, rows_of, together
-from skillmerge.engine.rounding_statistics import Statistics, factor
+from skillmerge.engine.measures.cells import LEAST, SIGMAS, Cell, cells, pools, rows_of
+from skillmerge.engine.rounding_statistics import Row, Statistics, factor
 from skillmerge.errors import CheckFailed, ResourceError, SkillmergeError, UsageError, some
 from skillmerge.naming import module_kind
 from skillmerge.outputs.manifest import ManifestBody
@@ -91,7 +91,7 @@ class GateInput:
     body: ManifestBody
     opened: Opened
     access: Access
-    warn: Callable[[str], None] = lambda message: None
+    reporter: Reporter = field(default_factory=Reporter)
     text: Path | None = None
     """The text for a perplexity, so that one load serves all gates."""
     tokens: int = 0
@@ -145,7 +145,7 @@ def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], Non
             first, _, rest = error.message.partition("\n")
             found = [Outcome(_label(gate), gate.asked, None, False, first)]
             if rest:
-                given.warn(f"{_label(gate)}: {rest}")
+                given.reporter.note(f"{_label(gate)}: {rest}")
         for outcome in found:
             tell(outcome)
         outcomes += found
@@ -243,31 +243,31 @@ def _by_block(gate: Gate, given: GateInput) -> Iterator[Outcome]:
             yield replace(_judged(gate, None, kind, f"{some(lost)}: the update is not finite"), where=lost[0])
             continue
         known = [cell for cell in of_kind if cell.is_measured or gate.kind in _OF_ALL_ELEMENTS]
-        whole = together([rows[name] for cell in known for name in cell.names], "all layers together")
-        yield _worst(gate, kind, [cell for cell in known if getattr(cell.group, gate.kind) is not None], whole)
+        yield _worst(gate, kind, [cell for cell in known if getattr(cell.group, gate.kind) is not None], rows)
 
 
-def _worst(gate: Gate, kind: str, known: Sequence[Cell], whole: Cell) -> Outcome:
-    """Return the outcome of the worst block. Deviations that are chance in one may be certain in all together."""
+def _worst(gate: Gate, kind: str, known: Sequence[Cell], rows: Mapping[str, Row]) -> Outcome:
+    """Return the outcome of the worst block. Deviations that are chance in one may be certain in many together."""
     if not known:
         few = f"no layer{f' of kind {kind}' if kind else ''} has {LEAST} elements with an update"
         return _judged(gate, None, kind, few)
-    excess = {cell: gate.excess(getattr(cell.group, gate.kind)) for cell in known}
-    worst = max(known, key=lambda cell: excess[cell] - _chance(gate, cell))
-    failing = sum(excess[cell] > _chance(gate, cell) for cell in known)
-    excused = sum(excess[cell] > 0 for cell in known) - failing
+    beyond = {cell: gate.excess(getattr(cell.group, gate.kind)) - _chance(gate, cell) for cell in known}
+    worst = max(known, key=lambda cell: beyond[cell])
+    failing = sum(beyond[cell] > 0 for cell in known)
+    outside = [cell for cell in known if not gate.holds(getattr(cell.group, gate.kind))]
     said = f"{failing} of {len(known)} fail" if failing else f"the worst of {len(known)}"
-    said += f"; {excused} outside within chance" if excused and not failing else ""
-    figure = getattr(whole.group, gate.kind)
-    if excused and not failing and figure is not None and gate.excess(figure) > _chance(gate, whole):
-        worst, failing = whole, 1
+    said += f"; {len(outside)} outside within chance" if outside and not failing else ""
+    low = [it for it in outside if gate.minimum is not None and getattr(it.group, gate.kind) < gate.minimum]
+    for pool, sigmas in pools(known, low, [it for it in outside if it not in low], rows) if not failing else ():
+        if gate.excess(getattr(pool.group, gate.kind)) > _chance(gate, pool, sigmas):
+            worst, failing = pool, 1
     found = _judged(gate, getattr(worst.group, gate.kind), kind, f"{worst.label}; {said}")
     return replace(found, where=worst.label, passed=not failing)
 
 
-def _chance(gate: Gate, cell: Cell) -> float:
-    """Return how far chance alone can move a cell's figure; the warning of `apply` allows the same."""
-    return SIGMAS * {"realised": cell.error, "realised_lambda": cell.lambda_error}.get(gate.kind, 0.0)
+def _chance(gate: Gate, cell: Cell, sigmas: float = SIGMAS) -> float:
+    """Return how far a figure can be off by chance, as far as the elements themselves show it."""
+    return sigmas * {"realised": cell.error, "realised_lambda": cell.lambda_error}.get(gate.kind, 0.0)
 
 
 def _taken(body: ManifestBody, kind: str) -> float:
@@ -305,9 +305,9 @@ def _loads(gate: Gate, given: GateInput) -> Outcome:
     if passed and gate.name:
         notes = check_generation(given.folder, report, gate.name).get("notes", [])
     elif passed and gate.kind == "loads":
-        check_tokenizer(given.folder, report)
+        check_tokenizer(given.folder, report, given.reporter, f"{_label(gate)}: ")
         for note in report["tokenizer"]["notes"]:
-            given.warn(f"{_label(gate)}: {note}")
+            given.reporter.note(f"{_label(gate)}: {note}")
     return Outcome(_label(gate), gate.asked, None, passed, "; ".join(notes) if passed else report["why"])
 
 
@@ -396,5 +396,5 @@ def gate(
     def tell(outcome: Outcome) -> None:
         reporter.event("gate", **outcome.as_dict())
 
-    outcomes = check(asked, GateInput(root, output.manifest, opened, access, reporter.note), tell)
+    outcomes = check(asked, GateInput(root, output.manifest, opened, access, reporter), tell)
     return GateReport(os.fspath(folder), tuple(outcomes))

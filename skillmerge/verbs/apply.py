@@ -176,7 +176,7 @@ class _Merge:
         if proof is None or not (trusted or is_intact(target, proof)):
             return None
         if self.staging.unfinished:
-            self.reporter.note(f"{self.staging.folder} holds an unfinished run of another plan")
+            self.reporter.note(f"{self.staging.folder} holds an unfinished run, which this output does not need")
         self._warn(proof, there=True)
         return self._result(proof, already=True, gates=RunLog.read(target).gates)
 
@@ -302,7 +302,7 @@ class _Merge:
 
         plan, staging = self.job.plan, self.staging
         opened = (plan, self.job.checkpoints)
-        given = GateInput(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter.note)
+        given = GateInput(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter)
         self._warn(body)
         outcomes = check(plan.recipe.gates, given, report)
         if self.checks.strict:

@@ -84,10 +84,11 @@ def refuse_other_donor(
 ) -> None:
     """Raise UsageError if an earlier run has finished shards of this merge with another donor.
 
-    Version 0.1 chose another donor for some recipes. Such a recipe has not changed, so its shards are not dropped.
+    Version 0.1 chose another donor for some recipes. Such a recipe has not changed, so its shards are not dropped. One
+    that names its donor has a change that was meant, or the same donor as then.
     """
     unfinished = staging.plan_of_unfinished(conditions)
-    if unfinished in (None, plan.weights_digest):
+    if plan.recipe.output.like is not None or unfinished in (None, plan.weights_digest):
         return
     for donor in checkpoints.keys() - {plan.donor}:
         recipe = replace(plan.recipe, output=replace(plan.recipe.output, like=donor))

@@ -83,5 +83,6 @@ def verify_signed(
 def _loaded(verdict: Verdict, runtimes: Sequence[str], reporter: Reporter | None) -> Verdict:
     if not runtimes:
         return verdict
-    with checked(reporter or default_reporter("verifying"), f"loads in {' and '.join(runtimes)}"):
-        return replace(verdict, load=check_load(verdict.folder, runtimes))
+    reporter = reporter or default_reporter("verifying")
+    with checked(reporter, f"loads in {' and '.join(runtimes)}"):
+        return replace(verdict, load=check_load(verdict.folder, runtimes, reporter))

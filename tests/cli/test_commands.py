@@ -14,6 +14,7 @@ import pytest
 from conftest import random_tensors, run_cli, run_process, tensor_shapes, write_checkpoint
 
 import skillmerge
+from skillmerge.cli.commands import starting
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.study.loads.loading import check_load
 
@@ -141,7 +142,18 @@ def test_demo_does_the_whole_job(tmp_path: Path) -> None:
     )
     assert after > max(before, control) + 20
     assert skillmerge.verify(tmp_path / "skillmerge-demo" / "merged").files == 7
+    assert {"questions.jsonl", "eval.py"} <= {path.name for path in (tmp_path / "skillmerge-demo").iterdir()}
     assert run_cli("demo", cwd=tmp_path).returncode == 2
+
+
+def test_demo_replaces_the_status_of_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("skillmerge.cli.messages._shown", True)
+    monkeypatch.setattr("sys.stdout", sys.stderr)
+    (tmp_path / "recipe.yaml").write_text("skillmerge: 1")
+    starting._show_family("demo", tmp_path / "recipe.yaml")
+    assert capsys.readouterr().err.startswith("\r\x1b[KFour small trained models are in demo:")
 
 
 def test_misspelt_command_and_option_are_usage_errors(family: Path) -> None:

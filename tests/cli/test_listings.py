@@ -27,6 +27,9 @@ def test_score_shows_its_error_where_that_is_known() -> None:
     assert scored(None) == "–"
     assert scored(Score(0.51234)) == "0.5123"
     assert scored(Score(0.5, 0.01)) == "0.5 ± 0.02"
+    assert scored(Score(1534.2, 133)) == "1534 ± 260"
+    assert scored(Score(12345.6, 51)) == "12350 ± 100"
+    assert scored(Score(3.2e9, 1e-6)) == "3.2e+09 ± 2e-06"
 
 
 def test_group_without_one_lambda_shows_the_share_of_one() -> None:

@@ -68,6 +68,13 @@ TYPED = {
     "apply r.yaml --set lam": (
         "`--set`: `lam` is not NAME=NUMBER, such as lam=0.7", "run `skillmerge apply --help`"
     ),
+    "demo -o x": ("no such option `-o`", "name the folder without an option: `skillmerge demo FOLDER`"),
+    "sweep r.yaml --set lam=0,1 --score a --score b": (
+        "`--score` is given 2 times",
+        "give one `--score`; several numbers come from a command that prints a JSON object",
+    ),
+    "apply r.yaml -o a --output=b -q -q": ("`--output` is given 2 times", "give `--output` once"),
+    "apply r.yaml --device cpu --device cpu": ("`--device` is given 2 times", "give `--device` once"),
     "apply r.yaml --output": ("option `--output` requires an argument", "run `skillmerge apply --help`"),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ import pytest
 
 from skillmerge import claim as claims
 from skillmerge.claim import Claim, hold, new_folder
+from skillmerge.durable import disk_errors
 from skillmerge.errors import CheckFailed, OutputLocked, ResourceError, SkillmergeError, UsageError
 from skillmerge.reporter import Reporter
 
@@ -86,6 +87,34 @@ def test_where_locks_lock_nothing_the_first_notices_and_leaves_all_to_the_second
     second.check()
     second.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_file_that_another_run_removed_is_no_fault_of_the_place(tmp_path: Path) -> None:
+    """A run that was late to notice this one, where locks lock nothing."""
+    gone = tmp_path / "a" / "new"
+    with pytest.raises(OutputLocked) as caught, hold(gone.parent, Reporter()), disk_errors(gone.parent):
+        gone.replace(gone.with_name("journal"))
+    assert caught.value.message == f"another run or program has removed {gone}; this run has stopped"
+    assert caught.value.fix == "let that run finish, then run the same command again"
+    with pytest.raises(UsageError, match="No such file"), hold(gone.parent, Reporter()), disk_errors(tmp_path):
+        (tmp_path / "nowhere" / "file").touch()
+    with pytest.raises(UsageError, match="No such file"), hold(gone.parent, Reporter()), disk_errors(tmp_path):
+        (gone.parent / "owner").rename(tmp_path / "nowhere" / "owner")
+
+
+def test_folder_that_vanishes_while_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, folder = os.mkdir, tmp_path / "a"
+
+    def mkdir(path: Path, mode: int = 0o777) -> None:
+        monkeypatch.setattr(os, "mkdir", real)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with hold(folder, Reporter()):
+        assert folder.is_dir()
+    folder.write_text("a file")
+    with pytest.raises(UsageError, match="cannot be written: File exists"):
+        Claim(folder, folder, Reporter())
 
 
 def test_lock_is_a_file_opened_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

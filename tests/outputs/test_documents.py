@@ -72,10 +72,10 @@ def test_journals_of_version_0_1_0_are_read_to_the_byte(tmp_path: Path) -> None:
     assert found
     for name, content in found:
         (tmp_path / "journal.jsonl").write_bytes(content)
-        rows = Journal(tmp_path / "journal.jsonl").read()
+        rows = Journal(tmp_path / "journal.jsonl", "0").read()
         assert isinstance(rows[0], Header)
         assert any(isinstance(row, ShardRecord) for row in rows), name
-        Journal(tmp_path / "again.jsonl").start(rows)
+        Journal(tmp_path / "again.jsonl", "0").start(rows)
         assert (tmp_path / "again.jsonl").read_bytes() == content, name
 
 
@@ -96,7 +96,7 @@ def test_every_row_of_a_journal_is_read_as_it_was_written(tmp_path: Path) -> Non
         Placing("digest"),
         Placing(None),
     ]
-    journal = Journal(tmp_path / "journal.jsonl")
+    journal = Journal(tmp_path / "journal.jsonl", "0")
     assert journal.read() == []
     journal.start(rows[:2])
     for row in rows[2:]:
@@ -108,7 +108,7 @@ def test_every_row_of_a_journal_is_read_as_it_was_written(tmp_path: Path) -> Non
     "tail", [b'{"shard": "b"', b'{"shard": "b"}\n', b"[]\n\xff\n", b"7\n", b'"plan"\n', b"nothing\n"]
 )
 def test_a_journal_is_read_as_far_as_it_is_whole(tmp_path: Path, tail: bytes) -> None:
-    journal = Journal(tmp_path / "journal.jsonl")
+    journal = Journal(tmp_path / "journal.jsonl", "0")
     journal.start([Header("plan", {})])
     with open(journal.path, "ab") as stream:
         stream.write(tail)

@@ -354,7 +354,7 @@ def test_recover_leaves_another_plans_publication_alone(place: Path) -> None:
     with closing(Staging(place)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        Journal(staging.folder / "journal.jsonl").append(Placing(hashlib.sha256(b"{}").hexdigest()))
+        Journal(staging.folder / "journal.jsonl", "0").append(Placing(hashlib.sha256(b"{}").hexdigest()))
         staging.files.rename(staging.folder / "complete")
     before = files(place)
     with closing(Staging(place)) as staging:
@@ -366,7 +366,7 @@ def test_recover_gives_back_an_output_that_another_plan_had_moved_away(place: Pa
     with closing(Staging(place)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        Journal(staging.folder / "journal.jsonl").append(Placing(hashlib.sha256(b"{}").hexdigest()))
+        Journal(staging.folder / "journal.jsonl", "0").append(Placing(hashlib.sha256(b"{}").hexdigest()))
         staging.files.rename(staging.folder / "complete")
         put_previous(staging.folder / "previous")
     with closing(Staging(place)) as staging:
@@ -385,3 +385,30 @@ def test_journal_is_not_believed_where_a_shard_was_damaged(place: Path) -> None:
         assert "1 were damaged" in remark
         assert list(staging.finished) == ["b.safetensors"]
         assert not (staging.files / "a.safetensors").exists()
+
+
+def test_two_runs_never_write_the_journal_under_one_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by a review: where locks lock nothing, one run renamed what the other had just written."""
+    written, real = set(), Path.replace
+
+    def watched(path: Path, to: Path) -> Path:
+        written.add(path.name)
+        return real(path, to)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    left = Staging.folder_of(place) / "journal.jsonl.0a1b.new"
+    for _ in range(2):
+        with closing(Staging(place)) as staging:
+            left.write_text("half of a journal, of a run that was killed")
+        with closing(Staging(place)) as staging:
+            staging.begin(PLAN, CONDITIONS)
+            assert not left.exists()
+    assert len(written) == 2
+
+
+def test_run_of_this_plan_with_other_options_is_not_called_another_plan(place: Path) -> None:
+    for conditions in (CONDITIONS, {**CONDITIONS, "stats": "full"}):
+        with closing(Staging(place)) as staging:
+            remark = staging.begin(PLAN, conditions)
+            finish_shards(staging, "a.safetensors")
+    assert remark == "dropped an unfinished run of this plan with other options or inputs"

@@ -29,7 +29,7 @@ def die_before_the_rename(place: Path, plan_digest: str) -> None:
     with closing(Staging(place)) as staging:
         staging.begin(PLAN, CONDITIONS)
         finish(staging)
-        Journal(staging.folder / "journal.jsonl").append(Placing(hashlib.sha256(b"{}").hexdigest(), plan_digest))
+        Journal(staging.folder / "journal.jsonl", "0").append(Placing(hashlib.sha256(b"{}").hexdigest(), plan_digest))
         staging.files.rename(staging.folder / "complete")
 
 

@@ -23,6 +23,7 @@ import skillmerge
 from skillmerge.errors import CheckFailed, RecipeError, ResourceError, UsageError
 from skillmerge.recipes.parse import load_gates
 from skillmerge.recipes.tables.gates import Runtime
+from skillmerge.reporter import Reporter
 from skillmerge.study.loads import child
 from skillmerge.study.loads.generation import TOKENS, compare, first_difference
 from skillmerge.study.loads.loading import RUNTIMES, asked_runtimes, check_generation, check_load, load
@@ -312,7 +313,7 @@ def test_load_may_stand_without_a_value(
 ) -> None:
     asked: list[tuple[str, ...]] = []
 
-    def check(root: Path, runtimes: tuple[str, ...]) -> dict[str, Any]:
+    def check(root: Path, runtimes: tuple[str, ...], reporter: Reporter) -> dict[str, Any]:
         asked.append(runtimes)
         return {"class": "X", "tokenizer": {"notes": []}}
 
@@ -320,6 +321,14 @@ def test_load_may_stand_without_a_value(
     process = run_cli("verify", *(str(merged) if word == "DIR" else word for word in words))
     assert process.returncode == 0, process.stderr
     assert asked == [("transformers",)] * loads
+
+
+def test_warning_of_a_load_is_printed_with_its_fix(monkeypatch: pytest.MonkeyPatch, merged: Path) -> None:
+    warnings = [{"message": "other ids", "fix": "load it otherwise"}]
+    report = {"ok": True, "class": "X", "tokenizer": {"notes": [], "warnings": warnings}}
+    monkeypatch.setattr("skillmerge.study.loads.loading.load", lambda root, tokens: report)
+    process = run_cli("verify", merged, "--load", "-q")
+    assert (process.returncode, process.stderr) == (0, "warning: other ids\nhelp: load it otherwise\n")
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,26 @@ def test_questions_without_sense_are_refused(tmp_path: Path, content: str, messa
         find_scorer(f"qa:{tmp_path / 'qa.jsonl'}")
 
 
+def test_files_of_scores_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes("Grüße".encode("latin-1"))
+    (tmp_path / "empty").write_text("")
+    told = {
+        "qa:nothere.jsonl": (
+            "`--score`: file `nothere.jsonl` does not exist",
+            "check the path; paths start at the folder where you run the command",
+        ),
+        f"perplexity:{tmp_path}/latin": (f"`--score`: `{tmp_path}/latin` is not text in UTF-8", "save it as UTF-8"),
+        f"perplexity:{tmp_path}/empty": (f"`--score`: `{tmp_path}/empty` is empty", "pass a file with text"),
+        f"qa:{tmp_path}": (
+            f"`--score`: `{tmp_path}` cannot be read: Is a directory", "pass a text file that you may read"
+        ),
+    }  # fmt: skip
+    for text, (message, fix) in told.items():
+        with pytest.raises(UsageError) as caught:
+            find_scorer(text)
+        assert (caught.value.message, caught.value.fix) == (message, fix)
+
+
 def test_scores_that_are_not_there_are_refused(tmp_path: Path) -> None:
     for text in ("qa:no/such/file", "perplexity:no/such/file", "no_such_module:function", "json:no_such_function", " "):
         with pytest.raises(UsageError, match="--score"):

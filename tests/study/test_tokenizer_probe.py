@@ -399,11 +399,11 @@ def test_tokenizer_that_writes_what_was_heard_is_only_loaded(save: Save) -> None
     assert "texts" not in report
 
 
-def test_tokenizer_that_transformers_rebuilds_otherwise_is_a_note() -> None:
+def test_tokenizer_that_transformers_rebuilds_otherwise_is_a_warning() -> None:
     report = probe(FAMILY / "target-sft", model_with(84))
-    assert report["notes"] == [
-        "transformers reads tokenizer.json as Qwen2Tokenizer, with other ids than the file gives"
-    ]
+    message = "AutoTokenizer gives other ids than tokenizer.json: it chooses Qwen2Tokenizer by the model's type"
+    fix = "load it with `PreTrainedTokenizerFast.from_pretrained`"
+    assert (report["warnings"], report["notes"]) == ([{"message": message, "fix": fix}], [])
     assert "why" not in report
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_cli
+from conftest import run_cli, write_family, write_recipe
 from observing import (
     MergeServer,
     assert_finished,
@@ -24,7 +24,7 @@ from observing import (
 )
 
 import skillmerge
-from skillmerge.errors import UsageError
+from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.reporter import Reporter
 
 # ----------------------------------------------------------------------------------- what stands at the output
@@ -184,3 +184,16 @@ def test_torch_is_left_with_the_threads_it_had(small: Path) -> None:
     before = torch.get_num_threads()
     skillmerge.apply(small)
     assert torch.get_num_threads() == before
+
+
+def test_donor_that_the_recipe_changes_drops_what_was_unfinished(tmp_path: Path) -> None:
+    """Found by a review: it was refused as if an earlier version had chosen the donor."""
+    write_family(tmp_path)
+    recipe = write_recipe(tmp_path, gates={"norm_ratio": {"max": 0}})
+    with pytest.raises(CheckFailed):
+        skillmerge.apply(recipe, keep_failed=True)
+    assert any((staging_of(tmp_path / "merged") / "files").iterdir())
+    changed = write_recipe(tmp_path, output={"path": "merged", "like": "sft"})
+    applied = run_cli("apply", changed)
+    assert applied.returncode == 0
+    assert "note: dropped an unfinished run of another plan\n" in applied.stderr

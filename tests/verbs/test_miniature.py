@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from skillmerge.verbs.demo.demo import examples, run, write_family
+from skillmerge.study.scoring.scorers import find_scorer, run_command
+from skillmerge.verbs.demo.demo import examples, run, score_files, write_family
 from skillmerge.verbs.demo.miniature import FAMILY, MODELS, Miniature, questions
 
 pytestmark = pytest.mark.xdist_group("transformers")
@@ -64,6 +67,23 @@ def test_control_has_the_sizes_of_the_skill_in_other_places(tmp_path: Path) -> N
         update, shuffled = rl[name] - sft[name], control[name] - sft[name]
         assert not torch.equal(update, shuffled)
         assert math.isclose(float(update.norm()), float(shuffled.norm()), rel_tol=0.25)
+
+
+def test_demo_writes_a_score_command_that_agrees_with_the_built_in_score(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    for name, text in score_files().items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    command = find_scorer(f"{shlex.quote(sys.executable)} -W ignore eval.py {{}}")
+    asked = find_scorer("qa:questions.jsonl")
+    assert asked.function is not None
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo / "source-rl", dtype="auto").eval()
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(demo / "source-rl")
+    scores = run_command(command, demo / "source-rl", 0)
+    assert scores == asked.function(model, tokenizer, 0)
+    assert 0 < scores["accuracy"].value < 1
 
 
 def test_examples_are_of_different_people(tmp_path: Path) -> None:

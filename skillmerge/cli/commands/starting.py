@@ -13,7 +13,15 @@ import click
 from skillmerge.cli import flags
 from skillmerge.cli.help import command, option
 from skillmerge.cli.messages import TerminalReporter
-from skillmerge.cli.results import STANDARD_OUTPUT, check_places, print_result, show_merge, suggest, write_text
+from skillmerge.cli.results import (
+    STANDARD_OUTPUT,
+    check_places,
+    print_line,
+    print_result,
+    show_merge,
+    suggest,
+    write_text,
+)
 from skillmerge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -127,7 +135,8 @@ def doctor(path: str | None, as_json: bool, quiet: bool) -> None:
 def demo(folder: str, quiet: bool) -> None:
     """Transfer a skill between four small models.
 
-    Writes the models, their recipe and the merged model into FOLDER, and lets them answer questions.
+    Writes the models, their recipe, the merged model, and questions for a sweep into FOLDER, and lets the models
+    answer questions.
     """
     from skillmerge.cli.console import console
     from skillmerge.cli.show.proving import show_verdict
@@ -143,16 +152,18 @@ def demo(folder: str, quiet: bool) -> None:
             show_verdict(part, console())
         else:
             show_merge(part, as_json=False, quiet=False)
-            click.echo(f"\n$ skillmerge verify {os.path.relpath(part.output)}")
+            print_line(f"\n$ skillmerge verify {os.path.relpath(part.output)}")
 
     done = run(folder, reporter=TerminalReporter(quiet=False, verbose=False), finished=show)
-    click.echo("")
+    print_line("")
     show_answers(done.answers, examples(done.answers[0], done.answers[-1]), console())
-    click.echo(f"{SENTENCE}\n")
-    click.echo(f"Now change lam in {done.recipe} and run: skillmerge apply {done.recipe} --overwrite")
+    print_line(f"{SENTENCE}\n")
+    print_line(f"Now change lam in {done.recipe} and run: skillmerge apply {done.recipe} --overwrite")
+    questions = done.recipe.with_name("questions.jsonl")
+    print_line(f"Or try several: skillmerge sweep {done.recipe} --set lam=0:2:0.5 --score qa:{questions}")
 
 
 def _show_family(folder: str, recipe: Path) -> None:
-    click.echo(f"Four small trained models are in {folder}: base, source-sft, source-rl, target-sft.\n")
-    click.echo(f"$ cat {recipe}\n{recipe.read_text(encoding='utf-8')}")
-    click.echo(f"$ skillmerge apply {recipe}")
+    print_line(f"Four small trained models are in {folder}: base, source-sft, source-rl, target-sft.\n")
+    print_line(f"$ cat {recipe}\n{recipe.read_text(encoding='utf-8')}")
+    print_line(f"$ skillmerge apply {recipe}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 import click
@@ -189,6 +188,7 @@ def derive(recipe: str, choice: str, as_json: bool, quiet: bool, **options: Any)
 @option(
     "--score", group="Search", required=True, metavar="SCORE",
     help="COMMAND with {}, MODULE:FUNCTION, qa:FILE, perplexity:FILE or lm-eval:TASKS",
+    once="give one `--score`; several numbers come from a command that prints a JSON object",
 )  # fmt: skip
 @option("--by", group="Search", metavar="NAME", help="Score that decides  [default: the first]")
 @option(
@@ -229,7 +229,7 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
     Writes a recipe with the best ones. Rerun to resume; no candidate is scored twice.
     """
     from skillmerge.cli.console import console
-    from skillmerge.cli.show.studying import show_sweep
+    from skillmerge.cli.show.studying import apply_best, show_sweep
     from skillmerge.verbs.sweep.sweep import sweep as run
 
     printed = check_places(json=as_json, report=report_file)
@@ -239,5 +239,5 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
         print_result(found)
     elif not printed:
         show_sweep(found, console())
-        suggest(f"skillmerge apply {shlex.quote(str(found.best_recipe))}")
+        suggest(apply_best(found))
     write_report(report_file, sweep=found)

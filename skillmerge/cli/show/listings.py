@@ -19,6 +19,10 @@ TRIAL_COLUMNS = ("test", "works", "effect")
 GATE_COLUMNS = ("gate", "required", "measured", "result", "")
 
 
+_PLAIN = 1e6
+"""Numbers from here on have an exponent."""
+
+
 class Action(NamedTuple):
     """Tensors of a plan that are treated alike."""
 
@@ -101,4 +105,10 @@ def scored(score: Score | None) -> str:
     """Return a score and, where it is known, how far the true one may be off."""
     if score is None:
         return "–"
-    return f"{score.value:.4g}" + (f" ± {CONFIDENCE * score.error:.2g}" if score.error is not None else "")
+    return _plain(score.value, 4) + (f" ± {_plain(CONFIDENCE * score.error, 2)}" if score.error is not None else "")
+
+
+def _plain(value: float, digits: int) -> str:
+    """Return a number with so many significant digits, without an exponent below a million."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:.0f}" if 10**digits <= abs(rounded) < _PLAIN else f"{value:.{digits}g}"

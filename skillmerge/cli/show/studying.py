@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -83,8 +85,21 @@ def show_sweep(sweep: Sweep, out: Console) -> None:
         )
     told = ", ".join(f"{name} = {number(value)}" for name, value in sweep.best.values.items())
     out.print(Text(f"best: {told}, written to {sweep.best_recipe}", style="bold"), soft_wrap=True)
+    if (smallest := sweep.smallest) is not None and smallest is not sweep.best:
+        named = ", ".join(f"{name} = {number(value)}" for name, value in smallest.values.items())
+        out.print(Text(f"smallest within noise of the best: {named}"), soft_wrap=True)
     if sweep.best.scores[sweep.by].error is None:
         out.print(Text("note: the noise of these scores is unknown; measure it with `--repeats`"), soft_wrap=True)
+
+
+def apply_best(sweep: Sweep) -> str:
+    """Return the command that merges with the best numbers, into a folder that does not exist yet."""
+    command, output = f"skillmerge apply {shlex.quote(str(sweep.best_recipe))}", sweep.recipe.output.path
+    if output is None or not os.path.lexists(output):
+        return command
+    names = (output.with_name(f"{output.name}-{end}") for end in ("best", *range(2, 100)))
+    fresh = next((name for name in names if not os.path.lexists(name)), output)
+    return f"{command} -o {shlex.quote(os.path.relpath(fresh))}"
 
 
 def show_derived(derived: Derived, out: Console) -> None:

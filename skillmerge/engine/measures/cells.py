@@ -18,9 +18,12 @@ nothing to do with each other; where e grows with u, the sum is up to KURTOSIS t
 That takes elements for independent, and what was sampled is blocks of neighbors: a few rows, whose weights may be of
 another size than those of other rows, so that rounding does something else to them. Blocks are the units then (Cochran,
 section 9.2), but of most tensors only one or two are read, which do not show how far blocks differ. It is taken to be
-by RUNS, as a standard deviation. Rows whose weights and whose updates both have sizes of exp(N(0, 0.5^2)), with 6 to 64
-rows in a block, make it 0.1 at most; with rows alike it is nearly 0. Where one block was read, a cell is off below a
-share of 0.6, with 3 of them below 0.73; in a tensor that was read whole there is nothing to guess.
+by RUNS, as a standard deviation. Rows whose weights and whose updates both have sizes of exp(N(0, 0.2^2)), with 6 to 64
+rows in a block, make it 0.06 at most; with rows alike it is nearly 0. Sizes of exp(N(0, 0.5^2)) make it up to 0.1, but
+rows of real models are taken to differ less. Where one block was read, a cell is off below a share of 0.75, with 3 of
+them below 0.81; in a tensor that was read whole there is nothing to guess.
+
+The second part is for warnings alone. A gate excuses only what the elements themselves show, the first part.
 
 A cell is off where R is further than DEVIATION from 1 even after SIGMAS standard errors, which happens by chance in
 fewer than one cell of 700, and only where at least LEAST elements with an update were read: of fewer, a mean and its
@@ -31,7 +34,7 @@ update, not how the last bits of 64 elements happened to fall.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,7 +45,7 @@ from skillmerge.tensors import block_count
 DEVIATION = 0.1
 """An effective lambda further than this from the requested one, as a share of it, is worth a warning."""
 
-SIGMAS, KURTOSIS, RUNS, LEAST = 3.0, 3.0, 0.1, 100
+SIGMAS, KURTOSIS, RUNS, LEAST = 3.0, 3.0, 0.05, 100
 
 _ORDER = {kind: index for index, kind in enumerate((*MODULE_KINDS, "other"))}
 
@@ -51,8 +54,9 @@ _ORDER = {kind: index for index, kind in enumerate((*MODULE_KINDS, "other"))}
 class Cell:
     """Tensors of one layer and kind, or of one kind in all layers. label: `layer 4 mlp`; `visual.blocks 4 mlp` where
     there are several stacks; `head outside layers`; `mlp`. updated: elements with an update that were looked at; error,
-    lambda_error: the standard errors of `group.realised` and `group.realised_lambda`. finite: whether each tensor's
-    sums are numbers; of others `group` has nothing."""
+    lambda_error: the standard errors of `group.realised` and `group.realised_lambda` that these elements show; unread:
+    what blocks that were not read may add to `error`. finite: whether each tensor's sums are numbers; of others `group`
+    has nothing."""
 
     label: str
     kind: str
@@ -61,6 +65,7 @@ class Cell:
     updated: int
     error: float
     lambda_error: float
+    unread: float = 0.0
     finite: bool = True
 
     @property
@@ -72,7 +77,8 @@ class Cell:
     def is_off(self) -> bool:
         """Whether the effective share of the update deviates from 1 by more than chance explains."""
         realised = self.group.realised
-        return self.is_measured and realised is not None and abs(realised - 1) - SIGMAS * self.error > DEVIATION
+        chance = SIGMAS * math.hypot(self.error, self.unread)
+        return self.is_measured and realised is not None and abs(realised - 1) - chance > DEVIATION
 
 
 class Measured(Protocol):
@@ -110,9 +116,21 @@ def kinds(rows: Iterable[Row]) -> list[Cell]:
     return [_cell(kind, kind, found[kind]) for kind in sorted(found, key=lambda kind: _ORDER[kind])]
 
 
-def together(rows: Sequence[Row], label: str) -> Cell:
-    """Return the same of all these tensors: one cell."""
-    return _cell(label, label, rows)
+def pools(
+    known: Sequence[Cell], low: Sequence[Cell], high: Sequence[Cell], rows: Mapping[str, Row]
+) -> Iterator[tuple[Cell, float]]:
+    """Yield all of the cells together where some are too low or too high by no more than chance, and standard errors
+    that are chance in all of them.
+
+    Those too low and those too high would cancel: each are looked at without the others. To leave out what is high
+    lowers the mean of n cells alike by up to the mean of half a normal distribution, sqrt(2 n / pi) errors of the mean.
+    """
+    for judged, others, what in ((low, high, "high"), (high, low, "low")):
+        if judged:
+            left = [cell for cell in known if cell not in others]
+            label = f"all layers not too {what}, together" if others else "all layers together"
+            sigmas = SIGMAS + (math.sqrt(2 / math.pi * len(left)) if others else 0.0)
+            yield _cell(label, label, [rows[name] for cell in left for name in cell.names]), sigmas
 
 
 def _label(layer: tuple[str, int] | None, kind: str, several: bool) -> str:
@@ -123,13 +141,14 @@ def _cell(label: str, kind: str, rows: Sequence[Row]) -> Cell:
     whole = group(rows)
     known = [row.statistics for row in rows if row.statistics is not None]
     updated, finite = sum(it.updated for it in known), all(it.whole is not None for it in known)
-    error = _error([(row, 1.0) for row in rows], whole.realised)
-    lambda_error = _error([(row, row.factor) for row in rows], whole.realised_lambda)
-    return Cell(label, kind, tuple(row.name for row in rows), whole, updated, error, lambda_error, finite)
+    error, unread = _errors([(row, 1.0) for row in rows], whole.realised)
+    lambda_error, _ = _errors([(row, row.factor) for row in rows], whole.realised_lambda)
+    return Cell(label, kind, tuple(row.name for row in rows), whole, updated, error, lambda_error, unread, finite)
 
 
-def _error(rows: Iterable[tuple[Row, float | None]], realised: float | None) -> float:
-    """Return the standard error of what these tensors realised of the updates that are, without these factors, u."""
+def _errors(rows: Iterable[tuple[Row, float | None]], realised: float | None) -> tuple[float, float]:
+    """Return both parts of the standard error of what these tensors realised of the updates that are, without these
+    factors, u."""
     spread, apart, energy = [], [], []
     for row, factor in rows:
         statistics = row.statistics
@@ -141,11 +160,11 @@ def _error(rows: Iterable[tuple[Row, float | None]], realised: float | None) -> 
         weight, uu, du = statistics.total / statistics.elements, uu / factor / factor, du / factor
         rest = max(0.0, dd - 2 * realised * du + realised * realised * uu)
         spread.append(weight * weight * uu * rest / statistics.updated)
-        apart.append((weight * uu * factor) ** 2 * (1 - 1 / weight) / block_count(statistics.elements))
+        apart.append((weight * uu) ** 2 * (1 - 1 / weight) / block_count(statistics.elements))
         energy.append(weight * uu)
-    whole = math.fsum(energy)
-    variance = KURTOSIS * math.fsum(spread) + RUNS * RUNS * math.fsum(apart)
-    return math.sqrt(variance) / whole if whole else 0.0
+    if not (whole := math.fsum(energy)):
+        return 0.0, 0.0
+    return math.sqrt(KURTOSIS * math.fsum(spread)) / whole, RUNS * math.sqrt(math.fsum(apart)) / whole
 
 
 def worst(found: Iterable[Cell]) -> Cell | None:

@@ -203,6 +203,13 @@ def _meaning(donor_tied: bool | None, donor_head: bool, tied: bool | None, head:
     return _READ if donor_head and tied and not donor_tied else None
 
 
+def spare_heads(found: Compared) -> list[str]:
+    """Return the models that a finding says to tie and store a head, which is read as the donor's; [] of others."""
+    names, ties, rest = found.message.partition(" tie")
+    is_spare = found.key == "tie_word_embeddings" and ties and "all the same, which is read" in rest
+    return [name for name in found.values if f"`{name}`" in names] if is_spare else []
+
+
 def _is_tied(config: Mapping[str, Any]) -> bool | None:
     return next(
         (part["tie_word_embeddings"] for part in (text_part(config), config) if "tie_word_embeddings" in part), None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.errors import CheckFailed, ResourceError, UsageError, did_you_mean
+from skillmerge.reporter import Reporter
 from skillmerge.study.loads import vllm_probe
 from skillmerge.study.loads.child import run
 from skillmerge.study.loads.generation import LIKELY, TOKENS, compare, first_difference
@@ -35,7 +36,9 @@ def need(runtimes: Sequence[str], what: str = "this") -> None:
             raise UsageError(f"{what} needs {name}", fix=RUNTIMES[name])
 
 
-def check_load(root: Path, runtimes: Sequence[str] = ("transformers",)) -> dict[str, Any]:
+def check_load(
+    root: Path, runtimes: Sequence[str] = ("transformers",), reporter: Reporter | None = None
+) -> dict[str, Any]:
     """Load the model and its tokenizer with transformers, offline, in a process of its own; then with the other
     runtimes, each of which has to generate what transformers does.
 
@@ -48,7 +51,7 @@ def check_load(root: Path, runtimes: Sequence[str] = ("transformers",)) -> dict[
     if not report["ok"]:
         raise CheckFailed(f"{root}: transformers could not load it cleanly: {report['why']}")
     if "transformers" in runtimes:
-        check_tokenizer(root, report)
+        check_tokenizer(root, report, reporter)
     for name in others:
         report[name] = check_generation(root, report, name)
     report.pop("generated", None)
@@ -74,8 +77,11 @@ def loads_whole(report: Mapping[str, Any]) -> bool:
     return "class" in report and not any(report.get(key) for key in _KEY_SETS)
 
 
-def check_tokenizer(root: Path, report: Mapping[str, Any]) -> None:
-    """Raise CheckFailed for a tokenizer that is wrong, ResourceError for one that needs a library."""
+def check_tokenizer(root: Path, report: Mapping[str, Any], reporter: Reporter | None = None, label: str = "") -> None:
+    """Report the warnings on a tokenizer, each after the label.
+
+    Raises CheckFailed for a tokenizer that is wrong, ResourceError for one that needs a library.
+    """
     found = report["tokenizer"]
     if "lacks" in found:
         raise ResourceError(
@@ -86,6 +92,9 @@ def check_tokenizer(root: Path, report: Mapping[str, Any]) -> None:
         raise ResourceError(f"{root}: this machine could not load its tokenizer: {found['machine']}")
     if "why" in found:
         raise CheckFailed(f"{root}: its tokenizer is broken: {found['why']}")
+    if reporter is not None:
+        for warning in found.get("warnings", ()):
+            reporter.warn(f"{label}{warning['message']}", warning["fix"])
 
 
 def check_generation(root: Path, report: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -39,6 +39,10 @@ _FEW = 4
 """A family has no more tokens for media than these."""
 
 
+_OTHER_IDS = "AutoTokenizer gives other ids than tokenizer.json: it chooses {} by the model's type"
+_LOAD_AS_FILED = "load it with `PreTrainedTokenizerFast.from_pretrained`"
+
+
 class _BrokenTemplate(Exception):
     """A chat template that fails on the simplest turn."""
 
@@ -49,7 +53,8 @@ def probe(folder: Path, model: Any | None, warnings: Sequence[str] = ()) -> dict
     model: what was loaded of the folder, for its rows. warnings: where the caller collects what transformers warns
     of: where a library is missing it tries another, and may complain of that one. The report has `class`, `tokens` and
     `rows` where they are known; then `why` (what is wrong), `lacks` (which library is missing, in the words of the one
-    that wants it), `machine` (what this machine lacks) or none of them; and `notes`.
+    that wants it), `machine` (what this machine lacks) or none of them; `notes`; and `warnings`, messages with a `fix`,
+    if there are any.
     """
     if not any(path for pattern in _FILES for path in folder.glob(pattern)):
         return {"notes": ["no tokenizer files; no tokenizer was loaded"]}
@@ -121,9 +126,7 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
         notes.append("the tokenizer reads words with their places on a page: no text was decoded and encoded")
         return report
     if not _reads_as_filed(folder, tokenizer):
-        notes.append(
-            f"transformers reads tokenizer.json as {type(tokenizer).__name__}, with other ids than the file gives"
-        )
+        report["warnings"] = [{"message": _OTHER_IDS.format(type(tokenizer).__name__), "fix": _LOAD_AS_FILED}]
     notes += _split_tokens(tokenizer)
     if model is not None and model.main_input_name != "input_ids":
         return report  # it writes and does not read: what it writes of sounds may not be read again

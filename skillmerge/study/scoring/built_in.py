@@ -21,12 +21,19 @@ _NEW_TOKENS = 32
 
 
 def text_of(path: str) -> str:
+    """Return the text of a file that a score reads. Raises UsageError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--score: {path} cannot be read: {error}") from error
+    except FileNotFoundError as error:
+        where = "paths start at the folder where you run the command"
+        raise UsageError(f"`--score`: file `{path}` does not exist", fix=f"check the path; {where}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"`--score`: `{path}` is not text in UTF-8", fix="save it as UTF-8") from error
+    except OSError as error:
+        fix = "pass a text file that you may read"
+        raise UsageError(f"`--score`: `{path}` cannot be read: {error.strerror}", fix=fix) from error
     if not text.strip():
-        raise UsageError(f"--score: {path} is empty")
+        raise UsageError(f"`--score`: `{path}` is empty", fix="pass a file with text")
     return text
 
 
@@ -165,12 +172,10 @@ def _plain(text: str) -> str:
 
 def harness(model: Any, tokenizer: Any, tasks: str, seed: int) -> dict[str, Score]:
     """lm-evaluation-harness: names of tasks, or files of tasks (*.yaml), with commas between."""
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UsageError("lm-eval: needs lm-evaluation-harness", fix="pip install 'skillmerge[lm-eval]'") from error
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     names = [name for name in tasks.split(",") if name]
     folders = sorted({str(Path(name).parent) for name in names if name.endswith(".yaml")})
     wanted = [Path(name).stem if name.endswith(".yaml") else name for name in names]

@@ -25,6 +25,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,6 +86,8 @@ def find_scorer(text: str) -> Scorer:
             digest=_digest(text_of(rest)),
         )
     if colon and kind == "lm-eval":
+        if find_spec("lm_eval") is None:
+            raise UsageError("`--score lm-eval` needs lm-evaluation-harness", fix="pip install 'skillmerge[lm-eval]'")
         files = "".join(text_of(name) for name in rest.split(",") if name.endswith(".yaml"))
         return Scorer(
             text,

@@ -6,6 +6,7 @@ SFT, which has read about other people and cannot answer. `experiments/past_mini
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -40,6 +41,27 @@ merge: target + lam * (rl - sft)
 output:
   path: ./{output}
 """
+
+SCORE = """\
+# Print which questions a model answers correctly: python eval.py FOLDER
+import json
+import sys
+
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+with open("questions.jsonl") as lines:
+    rows = [json.loads(line) for line in lines]
+tokens = tokenizer([row["question"] for row in rows], return_tensors="pt")  # all have the same length
+made = model.generate(**tokens, max_new_tokens=5, do_sample=False)[:, tokens["input_ids"].shape[1] :]
+answers = tokenizer.batch_decode(made, skip_special_tokens=True)
+print(json.dumps({"accuracy": [int(text.split()[-1:] == [row["answer"]]) for text, row in zip(answers, rows)]}))
+"""
+
+_EVERY = 8
+"""A sweep asks one of this many questions."""
 
 SENTENCE = (
     "The world is made up, and the models have 78,000 parameters. The skill elicits a habit that the base model "
@@ -102,6 +124,8 @@ def demo(
         raise UsageError(f"{folder} already exists", fix="name another folder: skillmerge demo my-demo")
     with disk_errors(root):
         recipe, control = write_family(root)
+        for name, text in score_files().items():
+            (root / name).write_text(text, encoding="utf-8")
     finished(recipe)
     result = apply(recipe, reporter=reporter, stats="full")
     finished(result)
@@ -129,6 +153,14 @@ def write_family(folder: Path) -> tuple[Path, Path]:
     text = RECIPE.format(output="shuffled").replace("./source-rl  ", "./source-shuffled")
     control.write_text(text, encoding="utf-8")
     return recipe, control
+
+
+def score_files() -> dict[str, str]:
+    """Return what a sweep can score the models with, by file name: some questions, and a command that asks them."""
+    from skillmerge.verbs.demo.miniature import questions
+
+    rows = [{"question": " ".join(it.words), "answer": it.wanted, "pattern": r"(\S+)$"} for it in questions()[::_EVERY]]
+    return {"questions.jsonl": "".join(json.dumps(row) + "\n" for row in rows), "eval.py": SCORE}
 
 
 def _write_shuffled(folder: Path) -> None:

@@ -38,6 +38,11 @@ class Axis:
     high: float
     step: float | None
 
+    def has_at_its_edge(self, value: float) -> bool:
+        """Return whether a value is the first or last of three or more; 0 leaves the update out and is no edge."""
+        ends = {min(self.values), max(self.values)} if self.values else {self.low, self.high}
+        return value in ends and value != 0 and len(self.values) not in (1, 2)
+
 
 def parse_axis(text: str) -> Axis:
     """`lam=0:2:0.25`, `lam=0.5,1`, `lam=0:2`. Raises ValueError."""

@@ -41,7 +41,7 @@ from skillmerge.verbs.records import Checks, Publish
 class MergedModel:
     """A transformers model and its tokenizer, in memory. `use` gives it the weights of a recipe.
 
-    Raises when it is created: UsageError if transformers is not installed or cannot load the model, ResourceError
+    Raises when it is created: UsageError if transformers cannot load the model, ResourceError
     if the inputs do not fit into memory, and what `apply` raises.
     """
 
@@ -110,12 +110,8 @@ class MergedModel:
 
     def _loaded(self, recipe: Recipe) -> tuple[Any, Any]:
         """Merge into a folder, and load the model from it."""
-        try:
-            import transformers
-        except ImportError as error:
-            raise UsageError(
-                "this score needs transformers", fix="pip install 'skillmerge[transformers]', or score with a command"
-            ) from error
+        import transformers
+
         log: Any = transformers.utils.logging
         log.disable_progress_bar()
         with scratch_folder() as scratch:

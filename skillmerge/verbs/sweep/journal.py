@@ -68,7 +68,7 @@ class Journal:
     time."""
 
     def __init__(self, path: Path, trials: list[Trial]) -> None:
-        self._path, self.trials = path, trials
+        self.path, self.trials = path, trials
 
     @classmethod
     @contextmanager
@@ -100,7 +100,7 @@ class Journal:
         return next((trial for trial in self.trials if dict(trial.values) == dict(values)), None)
 
     def add(self, trial: Trial) -> None:
-        with disk_errors(self._path), open(self._path, "ab") as stream:
+        with disk_errors(self.path), open(self.path, "ab") as stream:
             stream.write((json.dumps(trial.as_dict()) + "\n").encode())
             stream.flush()
             sync_file(stream.fileno())

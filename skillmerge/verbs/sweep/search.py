@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from skillmerge.errors import UsageError
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.verbs.sweep.candidates import Axis, Values
 from skillmerge.verbs.sweep.journal import Trial
 
-SEARCHES = ("tpe", "cmaes", "random")
+SEARCHES: Mapping[str, tuple[str, ...]] = {"tpe": ("optuna",), "cmaes": ("optuna", "cmaes"), "random": ("optuna",)}
+"""Searches, and the packages that each needs."""
 
-
-# Scoring.
 
 Scored = Callable[[Values, Recipe], Trial]
 
@@ -53,13 +51,9 @@ def searched(
 
 
 def _study(search: str, seed: int, folder: Path, axes: Sequence[Axis], minimise: bool) -> Any:
-    """Optuna's study of this sweep, kept in its folder. Raises UsageError if a package is missing."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise UsageError(
-            "`--search` needs the package optuna", fix="pip install 'skillmerge[sweep]', or leave `--search` out"
-        ) from error
+    """Return Optuna's study of this sweep, kept in its folder."""
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "optuna.jsonl")))
     direction = "minimize" if minimise else "maximize"
@@ -71,10 +65,7 @@ def _study(search: str, seed: int, folder: Path, axes: Sequence[Axis], minimise:
         "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=start),
         "random": lambda: optuna.samplers.RandomSampler(seed=start),
     }
-    try:
-        study.sampler = samplers[search]()
-    except ImportError as error:
-        raise UsageError(f"--search {search}: {error}", fix="pip install 'skillmerge[sweep]'") from error
+    study.sampler = samplers[search]()
     return study
 
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def prepare(
     chosen, scorer = _axes(recipe, axes), find_scorer(score)
     if asked.search is not None and asked.search not in SEARCHES:
         raise UsageError(f"search {asked.search!r}: {', '.join(SEARCHES)}")
+    _check_packages(scorer, asked.search)
     if recipe.makes_skill:
         raise UsageError("a skill cannot be scored", fix="sweep a recipe that makes a model")
     folder = Path(output) if output is not None else path.with_suffix(".sweep")
@@ -85,6 +87,20 @@ def prepare(
     access, device = how
     known = identity(first, recipe, access, same)
     return Setting(recipe, first, tuple(chosen), score, scorer, less, asked, access, device, folder, best, known)
+
+
+def _check_packages(scorer: Scorer, search: str | None) -> None:
+    """Raise UsageError for a package that is not installed, before the sweep's folder is made."""
+    for name in SEARCHES[search] if search is not None else ():
+        if find_spec(name) is None:
+            raise UsageError(
+                f"`--search {search}` needs the package {name}",
+                fix="pip install 'skillmerge[sweep]', or leave `--search` out",
+            )
+    if scorer.function is not None and find_spec("transformers") is None:
+        raise UsageError(
+            "this score needs transformers", fix="pip install 'skillmerge[transformers]', or score with a command"
+        )
 
 
 def _place_of_best(recipe: Path, folder: Path) -> Path:

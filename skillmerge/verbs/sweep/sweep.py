@@ -84,6 +84,12 @@ class Sweep:
         return abs(one.value - other.value) <= CONFIDENCE * math.hypot(one.error, other.error)
 
     @property
+    def smallest(self) -> Trial | None:
+        """The candidate with the smallest numbers within noise of the best; None where the noise is not known."""
+        near = [trial for trial in self.scored if self.within_noise(trial)]
+        return min(near, key=lambda trial: _size(trial.values), default=None)
+
+    @property
     def pareto(self) -> list[Trial]:
         """The Pareto front, if there are two scores or more: candidates that no other one dominates."""
         names = list(self.best.scores)
@@ -153,8 +159,10 @@ def sweep(
         _scoring(setting, reporter) as scored,
     ):
         resumed = len(journal.trials)
+        if resumed:
+            reporter.note(_kept(setting, journal))
         made = _ordered(_try_all(setting, journal, scored, reporter, finished))
-        return _report(setting, made, resumed)
+        return _report(setting, made, resumed, reporter)
 
 
 def _try_all(
@@ -187,8 +195,22 @@ def _try_all(
     return found
 
 
-def _report(setting: Setting, made: tuple[Trial, ...], resumed: int) -> Sweep:
-    """Write the results and the best recipe. Raises CheckFailed if no candidate has a score."""
+def _kept(setting: Setting, journal: Journal) -> str:
+    """Return a note on the scores that are not measured again: the journal cannot know what a command reads."""
+    if setting.asked.search is None:
+        known = [journal.find(values) is not None for values in grid(setting.axes)]
+        found, count = sum(known), len(known)
+    else:
+        found, count = min(len(journal.trials), setting.asked.trials), setting.asked.trials
+    changed = "if the command changed, " if setting.scorer.command is not None else ""
+    return f"{found} of {count} candidates read from {journal.path}; {changed}pass `--overwrite` to score them again"
+
+
+def _report(setting: Setting, made: tuple[Trial, ...], resumed: int, reporter: Reporter) -> Sweep:
+    """Write the results and the best recipe, and warn of a range that is too narrow.
+
+    Raises CheckFailed if no candidate has a score.
+    """
     names = next((list(trial.scores) for trial in made if not trial.failed), None)
     if names is None:
         raise CheckFailed(f"no candidate has a score: {made[0].failed}", fix="try smaller coefficients")
@@ -208,7 +230,14 @@ def _report(setting: Setting, made: tuple[Trial, ...], resumed: int) -> Sweep:
         content = (json.dumps(result.as_dict(), indent=1) + "\n").encode()
         write_whole(setting.folder / "results.json", content)
     with disk_errors(setting.best):
-        write_whole(setting.best, _best_recipe(result).encode())
+        recipe = with_values(result.recipe, result.best.values).document.text.encode()
+        if setting.best.exists() and not setting.best.read_bytes().endswith(recipe):
+            reporter.note(f"replaced {setting.best}, which an earlier sweep wrote")
+        write_whole(setting.best, _found(result).encode() + recipe)
+    for axis in setting.axes:
+        if axis.has_at_its_edge(value := result.best.values[axis.name]):
+            fix = f"try a wider range with `--set {axis.name}=START:STOP:STEP`"
+            reporter.warn(f"the best `{axis.name}`, {value:g}, is at the edge of what was tried", fix)
     return result
 
 
@@ -283,8 +312,8 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
             remove_tree(scratch)
 
 
-def _best_recipe(sweep: Sweep) -> str:
-    """Return the recipe with the best numbers, below a comment that says how they were found."""
+def _found(sweep: Sweep) -> str:
+    """Return a comment that says how the best numbers were found."""
     best = sweep.best
     said = ", ".join(f"{name} = {value:g}" for name, value in best.values.items())
     score = best.scores[sweep.by]
@@ -300,8 +329,7 @@ def _best_recipe(sweep: Sweep) -> str:
         named = "; ".join(", ".join(f"{name} = {v:g}" for name, v in trial.values.items()) for trial in others[:8])
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         lines.append(f"Within noise of: {named}{more}")
-    text = with_values(sweep.recipe, best.values).document.text
-    return "".join(f"# {line}\n" for line in lines) + text
+    return "".join(f"# {line}\n" for line in lines)
 
 
 def _told(score: Score) -> str:
