@@ -22,7 +22,7 @@ from skillmerge.plans.compare.config_values import (
     text_part,
 )
 from skillmerge.plans.compare.found import Compared, Level
-from skillmerge.plans.compare.roles import Roles, is_head
+from skillmerge.plans.compare.roles import Roles, heads
 from skillmerge.plans.compare.table import IGNORED, ROWS, Row
 from skillmerge.tensors import DTYPES
 
@@ -43,6 +43,8 @@ _ONE = {"has": "has", "its": "its", "ties": "ties", "stores": "stores"}
 _MANY = {"has": "have", "its": "their", "ties": "tie", "stores": "store"}
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+_EXTRA = {"mllama": 8, "moshi": 1}
+"""Rows behind the vocabulary that architectures have for tokens of images and for the start."""
 
 
 def compare_config(
@@ -208,17 +210,18 @@ def _text(value: Any) -> str:
 def _ties(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> Iterator[Compared]:
     """Heads that are tied to the embedding in only some models: a finding for each thing that this means."""
     tied = {name: _is_tied(model.config) for name, model in models.items()}
-    heads = {name: any(map(is_head, model.tensors)) for name, model in models.items()}
+    scores = heads(models[donor].tensors.values(), models[donor].config)
+    headed = {name: bool(heads(model.tensors.values(), model.config)) for name, model in models.items()}
     found: dict[_Meaning, list[str]] = {}
     for name in models:
         if name == donor:
             continue
         # Where the donor stores a head, what the formula does not use of another model's is no loss.
-        if any(is_head(token) or not heads[donor] for token in roles[name].tokens):
-            meaning = _meaning(tied[donor], heads[donor], tied[name], heads[name])
+        if any(token in scores or not headed[donor] for token in roles[name].tokens):
+            meaning = _meaning(tied[donor], headed[donor], tied[name], headed[name])
             if meaning is not None:
                 found.setdefault(meaning, []).append(name)
-    values = {name: _tie(tied[name], heads[name]) for name in models}
+    values = {name: _tie(tied[name], headed[name]) for name in models}
     for (level, text), others in found.items():
         names = " and ".join(f"`{name}`" for name in others)
         message = text.format(names=names, donor=f"`{donor}`", **(_ONE if len(others) == 1 else _MANY))
@@ -269,7 +272,7 @@ def _donor(donor: Checkpoint, name: str, dtype: str) -> Iterator[Compared]:
         )  # fmt: skip
     rows = [spec.shape[0] for each, spec in donor.tensors.items() if each.endswith("embed_tokens.weight")]
     size = text.get("vocab_size")
-    extra = 8 if str(text.get("model_type")).startswith("mllama") else 0  # its tokens of images have rows of their own
+    extra = next((rows for kind, rows in _EXTRA.items() if str(text.get("model_type")).startswith(kind)), 0)
     if type(size) is int and len(rows) == 1 and rows[0] > size + extra:
         yield Compared(
             "dtype-config", "vocab_size", FILE, "warning", {name: f"{size:,}, rows {rows[0]:,}"}, False,
@@ -281,7 +284,8 @@ def _donor(donor: Checkpoint, name: str, dtype: str) -> Iterator[Compared]:
     if (
         causal
         and _is_tied(donor.config) is False
-        and not any(module_kind(each) == "head" or is_head(each) for each in donor.tensors)
+        and not any(module_kind(each) == "head" for each in donor.tensors)
+        and not heads(donor.tensors.values(), donor.config)
     ):
         yield Compared(
             "ties", "tie_word_embeddings", FILE, "warning", {name: "not tied, no head"}, False,

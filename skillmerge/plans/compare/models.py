@@ -13,7 +13,7 @@ from skillmerge.plans.accounting import Problem
 from skillmerge.plans.compare.complete import check_complete
 from skillmerge.plans.compare.config import compare_config
 from skillmerge.plans.compare.found import Compared
-from skillmerge.plans.compare.roles import Roles, roles_of
+from skillmerge.plans.compare.roles import Roles, roles_of, token_matrices
 from skillmerge.plans.compare.tokens import compare_tokens
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
@@ -70,7 +70,8 @@ def compare_models(
     comparisons. Reads small files only; raises InputError for one of the donor's that is a pointer, unless lenient;
     StalePlan, TemporaryError.
     """
-    roles = roles_of(terms, copied)
+    own = checkpoints[donor]
+    roles = roles_of(terms, copied, token_matrices(own.tensors.values(), own.config))
     dtype = None if recipe.makes_skill else recipe.output.dtype
     # Of two architectures nearly everything differs; who accepts that wants to know what else does.
     settled = "architecture" in recipe.accept
