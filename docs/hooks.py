@@ -1,6 +1,7 @@
 """What the site takes from elsewhere when mkdocs builds it: commands, recipes, the API, and files of the repository.
 
-Pages hold a comment such as `<!-- commands -->` where generated text goes. A page in INCLUDED is the file itself.
+Pages hold a comment such as `<!-- commands -->` where generated text goes. What they hold of it as text is written
+again by `python docs/hooks.py`. A page in INCLUDED is the file itself.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from textwrap import fill
 from typing import Any
 
 import click
@@ -56,6 +58,7 @@ def recipes() -> str:
         while body and body[0].startswith("#"):
             comment.append(body.pop(0).removeprefix("#").strip())
         text, code = re.sub(r"^(When|Not when):", r"**\1:**", "\n".join(comment), flags=re.M), "\n".join(body)
+        text = "\n\n".join(fill(part, 118, break_on_hyphens=False) for part in text.split("\n\n"))
         parts.append(f"## {path.stem}\n\n{text}\n\n```yaml\n# {path.name}\n{code}\n```\n")
     return "\n".join(parts)
 
@@ -108,7 +111,8 @@ def figures(table: Mapping[str, Figure]) -> str:
     rows = [["figure", "key in JSON", "formula", "meaning"], ["---"] * 4]
     for key, figure in table.items():
         source = f" Source: {figure.source}." if figure.source else ""
-        rows.append([figure.label, f"`{key}`", f"`{figure.formula}`", figure.meaning + source])
+        formula = figure.formula.replace("|", "\\|")  # GitHub needs that in a table; with_bars takes it away
+        rows.append([figure.label, f"`{key}`", f"`{formula}`", figure.meaning + source])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -125,11 +129,25 @@ GENERATED = {
 }
 
 
+COMMITTED = ("commands", "recipes", "raised", "speed", "updates", "directions", "forecast")
+"""What pages hold as text, so that they make sense without the site: from the comment to `<!-- end of … -->`."""
+
+
 def with_generated(markdown: str) -> str:
     for name, make in GENERATED.items():
         mark = f"<!-- {name} -->"
-        if mark in markdown:
+        if mark in markdown and name not in COMMITTED:
             markdown = markdown.replace(mark, make())
+    return markdown
+
+
+def written_again(markdown: str) -> str:
+    """A page with its committed parts made again."""
+    for name in COMMITTED:
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        if begin in markdown:
+            head, rest = markdown.split(begin)
+            markdown = f"{head}{begin}\n{GENERATED[name]().strip()}\n\n{end}{rest.partition(end)[2]}"
     return markdown
 
 
@@ -184,3 +202,8 @@ def with_bars(markdown: str) -> str:
 
 def _without_backslashes(code: re.Match[str]) -> str:
     return code[0].replace("\\|", "|")
+
+
+if __name__ == "__main__":
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        page.write_text(written_again(page.read_text()))

@@ -262,6 +262,10 @@ def did_you_mean(word: str, candidates: list[str]) -> str | None:
     return f"did you mean `{near[0]}`?" if near else None
 
 
+NEAR = 5
+"""How many names a suggestion lists."""
+
+
 def some(names: list[str], limit: int = 8) -> str:
     """Return the first names of a long list, and how many are left out."""
     shown = ", ".join(names[:limit])

@@ -101,7 +101,14 @@ def played(page: Path, where: Path, server: Commands, left_out: Callable[[str], 
         for model in ("target-sft", "source-rl", "source-sft"):
             hub.create_from(f"acme/{model}", FAMILY / model)
         path = f"{server.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        fixed = {"PATH": path, "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "HOME": str(where), "CUDA_VISIBLE_DEVICES": ""}
+        fixed = {
+            "PATH": path,
+            "NO_COLOR": "1",
+            "LC_ALL": "C.UTF-8",
+            "COLUMNS": "120",
+            "HOME": str(where),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         printed = run_all(run, folder, {**os.environ, **hub.variables(), **fixed})
         printed = [output.replace(hub.endpoint, "https://huggingface.co") for output in printed]
     printed = [output.replace(str(folder), "/home/ci") for output in printed]

@@ -104,3 +104,12 @@ def test_methods_of_mergekit_without_a_counterpart_have_none() -> None:
     for method in methods:
         with pytest.raises(NoCounterpart, match=method):
             equivalent({"merge_method": method, "base_model": "./a", "models": [{"model": "./a"}, {"model": "./b"}]})
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.stem)
+def test_page_holds_its_generated_text(page: Path) -> None:
+    """Found by a newcomer: read in the repository, pages were empty. `python docs/hooks.py` writes them again."""
+    text = page.read_text()
+    assert HOOKS["written_again"](text) == text
+    ends = set(re.findall(r"^<!-- end of (\w+) -->$", text, re.MULTILINE))
+    assert {name for name in HOOKS["COMMITTED"] if f"\n<!-- {name} -->\n" in text} <= ends

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from skillmerge.checkpoints.place import instead_on_hub, looks_like_repository
-from skillmerge.errors import some
+from skillmerge.errors import NEAR, some
 
 _MOST = 10_000
 """Names of a folder that are looked at."""
@@ -58,7 +58,7 @@ def _there(path: Path, written: str) -> str | None:
         names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir() and entry.name[0] != ".")
     except OSError:
         return None
-    return f"`{os.path.dirname(written) or '.'}` holds {some([f'`{name}`' for name in names], 6)}" if names else None
+    return f"`{os.path.dirname(written) or '.'}` holds {some([f'`{name}`' for name in names], NEAR)}" if names else None
 
 
 def near_path(path: Path, written: str, wanted: Callable[[Path], bool] = Path.exists) -> str | None:

@@ -4,6 +4,7 @@ plan that is made over them."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -175,14 +176,15 @@ def _placed(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[N
     try:
         yield
     except InputError as error:
-        meant = {
+        named = [name for name in checkpoints if error.message.startswith(f"model `{model_of(name)}`")]
+        placed = {
             name: len(checkpoint.place)
             for name, checkpoint in checkpoints.items()
-            if error.message.startswith((f"model `{model_of(name)}`", checkpoint.place))
+            if re.match(rf"{re.escape(checkpoint.place)}([/: ]|$)", error.message)
         }
-        if not meant:
+        if not named and not placed:
             raise
-        name = max(meant, key=meant.__getitem__)  # `m2` begins with `m`
+        name = named[0] if named else max(placed, key=placed.__getitem__)  # a place may be inside another
         raise _of_model(recipe, model_of(name), error) from error
 
 

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from skillmerge.errors import did_you_mean
+from skillmerge.errors import NEAR, did_you_mean, some
 from skillmerge.methods.terms import Leaf, Scaled, Sum, Term, weights
 from skillmerge.recipes.foreign.spellings import call_meant, sign_meant
 
@@ -207,7 +207,7 @@ class _Parser:
             )
         if name not in self.models and name not in self.coefficients:
             near = did_you_mean(name, self.models + self.coefficients)
-            known = f"add `coefficients: {{{text}: 1}}`, or use: {', '.join(self.models + self.coefficients)}"
+            known = f"add `coefficients: {{{text}: 1}}`, or use: {some(self.models + self.coefficients, NEAR)}"
             raise ExpressionError(
                 f"names `{text}`, which is neither a model nor a coefficient",
                 position,

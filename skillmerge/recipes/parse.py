@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path as FilePath
 from typing import Any
 
-from skillmerge.errors import Mistakes, UsageError, did_you_mean, some
+from skillmerge.errors import NEAR, Mistakes, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.expression import ExpressionError, Node, normalise_name, parse
 from skillmerge.recipes.gate_table import Gate, gates_of
@@ -144,7 +144,7 @@ def _gates(
             known = [name for name in models if name not in unlike]
             place = document.place(("gates", "perplexity", "of"))
             raise document.error(
-                f"`{gate.model}` is not a whole model of this recipe", place, f"there are: {some(known)}"
+                f"`{gate.model}` is not a whole model of this recipe", place, f"there are: {some(known, NEAR)}"
             )
     return gates
 
@@ -271,19 +271,25 @@ def _schedule(document: Document, path: Path, entry: float | ScheduleTable, mist
     return Schedule(float(entry.default), tuple(rules))
 
 
+_ALL_LAYERS = "for all layers, write `layers: 0-`"
+_EVERYTHING = ("all", "every", "any", "*")
+
+
 def _rule(document: Document, path: Path, table: RuleTable) -> Rule:
     place = document.place(path)
     if (table.value is None) == (table.ramp is None):
         what = "has both `value` and `ramp`" if table.value is not None else "has neither `value` nor `ramp`"
         raise document.error(f"this rule {what}", place, "write exactly one of them")
     if table.layers is None and table.tensors is None and table.modules is None:
-        raise document.error("this rule selects nothing", place, "add layers, tensors or modules, or use `default`")
+        fix = _ALL_LAYERS if table.ramp is not None else "add layers, tensors or modules, or use `default`"
+        raise document.error("this rule selects nothing", place, fix)
     layers: list[LayerRange] = []
     for part in table.layers if isinstance(table.layers, list) else [table.layers]:
         try:
             layers += parse_layers(str(part)) if part is not None else ()
         except ValueError as error:
-            raise document.error(str(error), document.place((*path, "layers"))) from error
+            meant = _ALL_LAYERS if str(part).strip().lower() in _EVERYTHING else None
+            raise document.error(str(error), document.place((*path, "layers")), meant) from error
     return Rule(
         layers=tuple(layers),
         tensors=_as_tuple(table.tensors),

@@ -174,6 +174,15 @@ class Recipe:
             raise self.error(self.place_path(name), str(error), error.fix) from error
         return place or Local(local_path(self.document, ("models", name), self.folder, uri))
 
+    def model_lines(self) -> dict[str, str]:
+        """Return where the recipe says each model's place, and that line; nothing of what has no lines of its own."""
+        places = {name: self.document.place(self.place_path(name)) for name in self.models}
+        return {
+            name: f"{self.document.name}:{place.line + 1}: `{name}: {self.models[name]}`"
+            for name, place in places.items()
+            if place is not None and not self.of_command
+        }
+
     def place_path(self, name: str) -> Path:
         """Return where in the document the place of a model is written, whose name may be spelled in another form
         there."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from skillmerge.errors import RecipeError, did_you_mean
 from skillmerge.recipes.foreign.documents import recognised
-from skillmerge.recipes.foreign.near_misses import list_meant, shape_meant, unknown_meant
+from skillmerge.recipes.foreign.near_misses import list_meant, ramp_meant, shape_meant, unknown_meant
 from skillmerge.recipes.foreign.spellings import key_meant, number_meant, word_meant
 from skillmerge.recipes.tables.gates import CommandTable, CosineTable, FigureTable, GatesTable, PerplexityTable
 from skillmerge.recipes.tables.recipe import (
@@ -38,7 +38,7 @@ def read_table(document: Document, table: type[_Whole]) -> _Whole:
     if not isinstance(document.data, dict):
         what = "a recipe" if table is RecipeTable else "a file of gates"
         raise document.error(f"is not {what}: it must be a table of keys", document.place(()))
-    if table is RecipeTable and (foreign := recognised(document.data)) is not None:
+    if table is RecipeTable and (foreign := recognised(document.data, document.name)) is not None:
         raise document.error(f"is {foreign[0]}", document.keys.get((foreign[1],)), foreign[2])
     try:
         return table.model_validate(document.data)
@@ -183,6 +183,8 @@ def _number_advice(path: Path, value: Any) -> str | None:
     name = str(path[-1]) if path else ""
     if isinstance(value, list) and path[:1] == ("coefficients",) and len(path) == 2:
         return list_meant(name, value)
+    if isinstance(value, list) and name == "value":
+        return ramp_meant(value)
     if isinstance(value, str):
         if _is_number(value) and "_" not in value:
             return f"remove the quotes: {value}"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
 from skillmerge.durable import disk_errors
-from skillmerge.errors import UsageError, did_you_mean
-from skillmerge.recipes.schema import schema_text
+from skillmerge.errors import NEAR, UsageError, did_you_mean, some
+from skillmerge.recipes import yamltext
+from skillmerge.recipes.foreign import mergekit
+from skillmerge.recipes.schema import read_table, schema_text
+from skillmerge.recipes.source import RECIPE_SUFFIXES, text_of
+from skillmerge.recipes.tables.recipe import RecipeTable
 
 SCHEMA_FILE = "skillmerge.schema.json"
 _EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
@@ -23,24 +28,46 @@ def gallery() -> dict[str, str]:
 
 
 def recipe_text(source: str | None = None) -> str:
-    """Return the text of a recipe of the gallery; without `source`, of the starter. Raises UsageError for a name that
-    is not in the gallery."""
+    """Return the text of a recipe of the gallery, or of one that says the same as a mergekit file; without `source`, of
+    the starter. Raises UsageError for a name that is not in the gallery, RecipeError for a file without translation."""
     home = files("skillmerge.recipes")
+    if source is not None and is_file_name(source):
+        return _translated(source)
     if source is None:
         return (home / "starter.yaml").read_text(encoding="utf-8")
     names = list(gallery())
     if source not in names:
         near = did_you_mean(source, names)
-        raise UsageError(f"no recipe is called `{source}`", fix=near or f"choose one of: {', '.join(names)}")
+        raise UsageError(
+            f"no recipe is called `{source}`",
+            fix=near or f"choose one of: {some(names, NEAR)}; `skillmerge init --list` shows all",
+        )
     return (home / "gallery" / f"{source}.yaml").read_text(encoding="utf-8")
+
+
+def is_file_name(source: str) -> bool:
+    """Return whether a source of `init` is a file to translate, not a name of the gallery."""
+    return source.endswith(RECIPE_SUFFIXES)
+
+
+def _translated(source: str) -> str:
+    """The recipe that says what a mergekit file says. Raises UsageError for what is a recipe already, RecipeError."""
+    document = yamltext.read(text_of(source), source)
+    if mergekit.is_mergekit(document.data) and "skillmerge" not in document.data:
+        with suppress(mergekit.NoCounterpart):
+            return mergekit.equivalent(document.data) + "\n"
+    read_table(document, RecipeTable)  # says what is no recipe, and why it has no translation
+    raise UsageError(f"`{source}` is a recipe already", fix="copy it, or name a mergekit file")
 
 
 def init(path: str | os.PathLike[str] = "recipe.yaml", source: str | None = None) -> Path:
     """Write a recipe to start from, and return its path.
 
-    source: the name of a recipe of the gallery, such as `past-ramp`; by default a commented starter. Beside the recipe
-    is the JSON Schema that its first line names, so that editors complete keys; one that is there is kept.
-    Raises UsageError if `path` exists, and for a name that is not in the gallery.
+    source: the name of a recipe of the gallery, such as `past-ramp`, or a mergekit file to translate; by default a
+    commented starter. Beside the recipe is the JSON Schema that its first line names, so that editors complete keys;
+    one that is there is kept.
+    Raises UsageError where `path` exists, and for a name that is not in the gallery; RecipeError for a file that has no
+    translation.
     """
     text = recipe_text(source)
     target = Path(path)

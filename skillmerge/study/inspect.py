@@ -194,6 +194,15 @@ def _of_models(places: Sequence[str], access: Access, reporter: Reporter) -> Sub
     return subject_of_models(places[0], places[1], access, reporter)
 
 
+def _beside(folder: Path, base: str, access: Access) -> Access:
+    """Access that names the base beside the recipe, where it was written as the recipe would."""
+    near = folder / base
+    if not is_path(base) or Path(base).is_dir() or not near.is_dir():
+        return access
+    where = "`--base` starts at the working folder, paths in a recipe start at the recipe's"
+    return replace(access, moved=f"did you mean `{os.path.relpath(near)}`? {where}")
+
+
 def inspect_merge(
     plan: Plan,
     checkpoints: Mapping[str, Checkpoint],
@@ -207,7 +216,8 @@ def inspect_merge(
 ) -> Inspection:
     """Measure the updates of a merge whose models are open. base: where what its target was trained from is."""
     reporter = reporter or default_reporter("inspecting")
-    extra = open_named({"base": base}, access, reporter) if base is not None else {}
+    beside = access if base is None else _beside(plan.recipe.folder, base, access)
+    extra = open_named({"base": base}, beside, reporter) if base is not None else {}
     try:
         subject = subject_of_recipe(plan, {**checkpoints, **({BASE: extra["base"]} if extra else {})})
         subject = replace(subject, doubts=plan.warnings)

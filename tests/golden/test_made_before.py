@@ -84,7 +84,7 @@ def test_unfinished_run_with_the_donor_of_then_is_dropped_by_nobody(tmp_path: Pa
         assert refused.returncode == 2
         assert refused.stderr.endswith(
             f"error: {staging} holds finished shards of this merge with the donor `sft`, but the donor is "
-            "`target` now\n"
+            "now `target`\n"
             "help: to finish that merge, add `output: {like: sft}`; to start over with `target`, remove the folder\n"
         )
         assert {path: path.read_bytes() for path in before} == before
@@ -103,7 +103,7 @@ def test_saved_plan_goes_on_with_the_donor_of_then_and_says_so(tmp_path: Path) -
     applied = run_cli("apply", "plan.json", "-o", "merged", "--device", "cpu", cwd=tmp_path)
     assert (applied.returncode, applied.stderr) == (
         0,
-        "warning: the donor is `sft`, as this was planned before; of `target + rl - sft` it would be `target` now: the "
+        "warning: the donor is `sft`, as in the earlier plan; for `target + rl - sft` it would be `target` now: the "
         "output takes its names, dtypes, config and tokenizer from `sft`\n"
         "help: keep it with `output: {like: sft}` in the recipe, or plan the recipe again\n"
         "note: continuing an interrupted run: 1 shard is finished already\n",

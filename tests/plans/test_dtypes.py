@@ -104,6 +104,29 @@ def test_fp8_tensors_that_differ_are_refused_by_name(tmp_path: Path, changed: st
         assert UP.format(0) in process.stderr
 
 
+@pytest.mark.parametrize("target", ["model", "r", "mod"])
+def test_quantised_model_is_named_where_another_folder_begins_like_it(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages begin with `model` too, and with the place of `rl`."""
+    for seed, (folder, config) in enumerate([(target, {}), ("rl", FP8), ("sft", {})]):
+        write_checkpoint(tmp_path / folder, random_tensors(tensor_shapes(), seed=seed), config=config)
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(Path(), models={"target": target, "rl": "rl", "sft": "sft"})
+    message = (
+        "model `rl` (rl) is quantized, so its numbers cannot be added: config.json says it is quantized (fp8), and "
+        "`lm_head.weight` is not that of `target`"
+    )
+    process = run_cli("plan", recipe)
+    assert (process.returncode, process.stderr.splitlines()[0]) == (4, f"error: recipe.yaml:5:9: {message}")
+    (tmp_path / "rl" / "model.safetensors").write_bytes(b"no weights")
+    process = run_cli("plan", recipe)
+    assert (process.returncode, process.stderr.splitlines()[0].split(": ")[:3]) == (
+        4,
+        ["error", "recipe.yaml:5:9", "model `rl`"],
+    )
+
+
 def test_a_quantised_target_takes_no_arithmetic_with_plain_models(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "target", fp8(0), config=FP8)
     for seed, name in enumerate(("rl", "sft"), 1):

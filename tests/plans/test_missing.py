@@ -197,3 +197,22 @@ def test_a_home_folder_is_told_as_it_was_read(tmp_path: Path, monkeypatch: pytes
     found = missing(Path("~/rl").expanduser(), "~/rl")
     assert found is not None
     assert found[0] == f"folder `~/rl` (`{tmp_path}/rl`) does not exist"
+
+
+def test_base_beside_the_recipe_is_suggested(tmp_path: Path) -> None:
+    """Found by a newcomer: `--base` starts at the working folder, which holds something else."""
+    write_family(tmp_path / "demo")
+    for index in range(30):
+        (tmp_path / f"other{index:02}").mkdir()
+    shutil.copytree(tmp_path / "demo" / "sft", tmp_path / "demo" / "ancestor")
+    done = run_cli("inspect", "demo/recipe.yaml", "--base", "ancestor", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        4,
+        "error: folder `ancestor` does not exist\nhelp: did you mean `demo/ancestor`? `--base` starts at the working "
+        "folder, paths in a recipe start at the recipe's\n",
+    )
+    assert run_cli("inspect", "demo/recipe.yaml", "--base", "demo/ancestor", cwd=tmp_path).returncode == 0
+    done = run_cli("inspect", "demo/recipe.yaml", "--base", "nothing", cwd=tmp_path)
+    assert done.stderr.splitlines()[1] == (
+        "help: `.` holds `demo`, `other00`, `other01`, `other02`, `other03` … and 26 more"
+    )

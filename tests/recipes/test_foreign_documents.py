@@ -15,36 +15,43 @@ from skillmerge.recipes import expression, yamltext
 from skillmerge.recipes.foreign import mergekit
 
 START = "start one: `skillmerge init recipe.yaml`"
-NO = "recipes add and scale whole models: " + START
+NO = "docs/mergekit.md lists what has a counterpart"
+SAME = "the recipe that says the same, which `skillmerge init recipe.yaml --from merge.yml` writes:\n"
+ANOTHER = "merge with mergekit, as the plain sum of the models or updates is another merge"
 MERGEKIT = {
     "base_model: ./base\nmodels:\n  - model: ./rl\n    parameters: {weight: 0.7}\n  - model: ./sft\n"
     "    parameters: {weight: -0.7}\nmerge_method: task_arithmetic\ndtype: bfloat16\n": (
         7, "merge_method",
-        "the recipe that says the same:\nskillmerge: 1\nmodels:\n  base: ./base\n  rl: ./rl\n  sft: ./sft\n"
+        SAME + "skillmerge: 1\nmodels:\n  base: ./base\n  rl: ./rl\n  sft: ./sft\n"
         "merge: base + 0.7 * (rl - base) + -0.7 * (sft - base)\noutput: {path: ./merged, dtype: bfloat16}",
     ),
     "merge_method: linear\nmodels:\n  - model: Qwen/Qwen2.5-7B\n    parameters: {weight: 1}\n"
     "  - model: org/other@v1\n    parameters: {weight: 3}\n": (
         1, "merge_method",
-        "the recipe that says the same:\nskillmerge: 1\nmodels:\n  Qwen2_5_7B: hf://Qwen/Qwen2.5-7B\n"
+        SAME + "skillmerge: 1\nmodels:\n  Qwen2_5_7B: hf://Qwen/Qwen2.5-7B\n"
         "  other: hf://org/other@v1\nmerge: (Qwen2_5_7B + 3 * other) / 4\noutput: {path: ./merged}",
     ),
     "merge_method: passthrough\nmodels: [{model: ./rl}]\n": (
         1, "merge_method",
-        "the recipe that says the same:\nskillmerge: 1\nmodels:\n  rl: ./rl\nmerge: rl\noutput: {path: ./merged}",
+        SAME + "skillmerge: 1\nmodels:\n  rl: ./rl\nmerge: rl\noutput: {path: ./merged}",
     ),
     "merge_method: linear\nparameters: {normalize: false}\nmodels:\n  - model: ./a\n    parameters: {weight: .8}\n"
     "  - model: ./b\n    parameters: {weight: .5}\n": (
         1, "merge_method", f"the weights add up to 1.3, and the model would be scaled by that; {NO}"
     ),
     "merge_method: ties\nbase_model: ./base\nmodels: [{model: ./a, parameters: {weight: 1}}]\n": (
-        1, "merge_method", f"`merge_method: ties` has no counterpart in this version; {NO}"
+        1, "merge_method", f"`merge_method: ties` has no counterpart in this version: {ANOTHER}; {NO}"
+    ),
+    "slices:\n  - sources: [{model: ./a, layer_range: [0, 4]}, {model: ./b, layer_range: [0, 4]}]\n"
+    "merge_method: slerp\nbase_model: ./a\n": (
+        3, "merge_method", f"`merge_method: slerp` has no counterpart in this version: {ANOTHER}; {NO}"
     ),
     "slices:\n  - sources: [{model: ./a, layer_range: [0, 4]}]\nmerge_method: passthrough\n": (
         3, "merge_method", f"`slices` has no counterpart in a recipe; {NO}"
     ),
     "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: [0, 1]}}]\n": (
-        1, "merge_method", f"a `weight` that is a list or a filter is written as a coefficient with `rules`; {NO}"
+        1, "merge_method", "a `weight` that is a list or a filter is written as a coefficient with `rules`, such as "
+        f"`coefficients: {{lam: {{default: 0.5, rules: [{{modules: mlp, value: 0.3}}]}}}}`; {NO}"
     ),
     "merge_method: linear\nmodels: [{model: ./a+./lora, parameters: {weight: 1}}]\n": (
         1, "merge_method",
@@ -52,11 +59,11 @@ MERGEKIT = {
     ),
     "merge_method: linear\nbase_model: ./b\nmodels: [{model: ./a}, {model: ./b}]\nparameters: {weight: 0.5}\n": (
         1, "merge_method",
-        "the recipe that says the same:\nskillmerge: 1\nmodels:\n  a: ./a\n  b: ./b\nmerge: 0.5 * a + 0.5 * b\n"
+        SAME + "skillmerge: 1\nmodels:\n  a: ./a\n  b: ./b\nmerge: 0.5 * a + 0.5 * b\n"
         "output: {path: ./merged, like: b}",
     ),
     "models:\n  - model: ./a\n  - model: ./b\n": (
-        1, "models", f"`merge_method: None` has no counterpart in this version; {NO}"
+        1, "models", f"`merge_method` is missing; {NO}"
     ),
 }  # fmt: skip
 OTHERS = {
@@ -93,6 +100,41 @@ def test_foreign_mergekit_is_answered_with_the_recipe_that_says_the_same(tmp_pat
     process = run_cli("lint", "merge.yml", cwd=tmp_path)
     marked = told.replace(": is a", ": error: is a", 1).replace("not a recipe", "not a recipe [invalid-recipe]", 1)
     assert process.stdout == f"merge.yml:{marked}1 recipe: 1 error, no warnings\n"
+
+
+def test_init_writes_the_recipe_that_says_the_same_as_a_file(tmp_path: Path) -> None:
+    """Found by a newcomer: the recipe was in an error's help alone."""
+    text = next(text for text in MERGEKIT if "task_arithmetic" in text)
+    (tmp_path / "merge.yml").write_text(text)
+    process = run_cli("init", "recipe.yaml", "--from", "merge.yml", cwd=tmp_path)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout == "wrote recipe.yaml, and skillmerge.schema.json beside it for editors\n"
+    written = MERGEKIT[text][2].removeprefix(SAME) + "\n"
+    assert (tmp_path / "recipe.yaml").read_text().split("\n", 1)[1] == written
+    assert run_cli("init", "-", "--from", "merge.yml", cwd=tmp_path).stdout == written
+
+
+@pytest.mark.parametrize("text", [text for text in MERGEKIT if not MERGEKIT[text][2].startswith(SAME)])
+def test_init_refuses_a_file_that_has_no_translation_as_plan_does(text: str, tmp_path: Path) -> None:
+    (tmp_path / "merge.yml").write_text(text)
+    process = run_cli("init", "recipe.yaml", "--from", "merge.yml", cwd=tmp_path)
+    assert (process.returncode, process.stderr) == (2, run_cli("plan", "merge.yml", cwd=tmp_path).stderr)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("mine.yaml", "skillmerge: 1\nmodels: {a: ./a}\nmerge: a\noutput: {path: out}\n",
+         "error: `mine.yaml` is a recipe already\nhelp: copy it, or name a mergekit file\n"),
+        ("none.yaml", None, "error: none.yaml does not exist\nhelp: `skillmerge init` writes a recipe to start from\n"),
+    ],
+)  # fmt: skip
+def test_init_from_a_file_that_is_none_of_mergekit(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    process = run_cli("init", "recipe2.yaml", "--from", name, cwd=tmp_path)
+    assert (process.returncode, process.stderr) == (2, message)
 
 
 LINEAR: dict[str, Any] = {"merge_method": "linear", "models": [{"model": "./a"}]}
@@ -163,8 +205,7 @@ def test_foreign_mergekit_in_our_words_computes_what_it_says(tmp_path: Path) -> 
     for seed, name in enumerate(("base", "rl", "sft")):
         write_checkpoint(tmp_path / name, random_tensors(tensor_shapes(), torch.float32, seed))
     (tmp_path / "merge.yml").write_text(next(iter(MERGEKIT)).replace("bfloat16", "float32"))
-    fix = run_cli("plan", "merge.yml", cwd=tmp_path).stderr.partition("the same:\n")[2]
-    (tmp_path / "recipe.yaml").write_text(fix)
+    skillmerge.init(tmp_path / "recipe.yaml", str(tmp_path / "merge.yml"))
     skillmerge.apply(tmp_path / "recipe.yaml")
     made, base, rl, sft = (read_checkpoint(tmp_path / name) for name in ("merged", "base", "rl", "sft"))
     for name, tensor in made.items():

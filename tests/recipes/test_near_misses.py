@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import run_cli
 
 from skillmerge.recipes.lint import lint
 
@@ -29,6 +30,9 @@ NEAR = {
         'lam: {default: 1, rules: [{tensors: "*norm*", value: 0}, {tensors: "*mlp*", value: 0.5}]}',
     (LAM, "lam: {rules: {layers: 0-3, value: 0.5}}"): "rules: [{layers: 0-3, value: 0.5}]",
     (LAM, "lam: {rules: [{layers: 0-3, ramp: 0-1}]}"): "ramp: [0.5, 1]",
+    (LAM, "lam: {rules: [{layers: 0-3, value: [0.3, 1.0]}]}"): "ramp: [0.3, 1]",
+    (LAM, "lam: {rules: [{ramp: [0, 1]}]}"): "layers: 0-",
+    (LAM, "lam: {rules: [{layers: all, value: 0.5}]}"): "layers: 0-",
     (LAM.replace("coefficients: {@}", "@"), "lam: 0.5"): "coefficients: {lam: 0.5}",
     (LAM.replace("coefficients: {@}", "@"), "coefficients: 0.5"): "coefficients: {lam: 0.7}",
     (REST, "dtype: bfloat16"): "output: {path: out, dtype: bfloat16}",
@@ -51,11 +55,21 @@ NEAR = {
     (END, "output: {path: out, seed: random}"): "seed: 0",
     (MODELS, "rl: {path: hf://a/b, revision: v1}"): "path: hf://a/b@v1",
     (MODELS, "rl: {path: ./rl, rename: {model.x: model.y}}"): "rename: [{from: model.x, to: model.y}]",
+    (MODELS, "rl: {path: ./rl, rename: {a: 2}}"): 'rename: [{from: "model.language_model.", to: "model."}]',
     (MODELS, "rl: "): "rl: ./rl",
     (MODELS, "rl: {path: ./rl, weight: 0.5}"): "merge",
     (MODELS, "rl: {path: ./rl, adapter: ./a}"): "merge_and_unload",
     (MERGE, "merge: [target, rl]"): "merge: target + lam * (rl - sft)",
     (MERGE, "merge: {target: 0.5, rl: 0.5}"): "merge: 0.5 * target + 0.5 * rl",
+    (MERGE, "merge: {target: 0.123456789, rl: 1}"): "merge: 0.123456789 * target + 1 * rl",
+    (MERGE, "merge: {}"): "merge: target + lam * (rl - sft)",
+    (LAM, "lam: {start: 12345678, end: 0.123456789}"): "lam: {rules: [{layers: 0-, ramp: [12345678, 0.123456789]}]}",
+    (REST, "seed: 12345678"): "output: {path: out, seed: 12345678}",
+    (REST, "gates: {changed: 0.123456789}"): "changed: {min: 0.123456789}",
+    (REST, 'gates: {changed: "> .5.5"}'): "changed: {min: 0.3}",
+    (REST, 'gates: {changed: "> .5"}'): "changed: {min: .5}",
+    (REST, "gates: {changed: .inf}"): "changed: {min: 0.3}",
+    (REST, "copy: {}"): 'copy: [{tensors: "*.norm.*", from: target}]',
 }  # fmt: skip
 
 
@@ -74,6 +88,36 @@ def test_lines_that_are_advised_are_a_recipe(tmp_path: Path, mistake: tuple[str,
     path = tmp_path / "recipe.yaml"
     path.write_text(mistake[0].replace("@", NEAR[mistake]))
     assert lint(path).ok
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "lam: {start: 0, end: .inf}",
+        "lam: {attention: .nan}",
+        "lam: [{filter: [mlp], value: 0.5}]",
+        "lam: [{filter: mlp, value: [0, 1]}, {value: 0.3}]",
+        "lam: [{filter: mlp, value: .inf}]",
+        "lam: [0, .inf]",
+    ],
+)
+def test_nothing_is_advised_that_is_no_recipe(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(LAM.replace("@", written))
+    (found, *_) = (it for it in lint(path).findings if it.rule.level == "error")
+    assert "`lam:" not in str(found.fix)
+
+
+@pytest.mark.parametrize("models", ["", "5", "false", "[target]"])
+@pytest.mark.parametrize("key", ["tokenizer", "base"])
+def test_unknown_key_beside_models_that_are_no_table_is_a_mistake(tmp_path: Path, key: str, models: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"skillmerge: 1\nmodels: {models}\n{key}: target\nmerge: target\noutput: {{path: out}}\n")
+    process = run_cli("lint", path)
+    assert (process.returncode, "Traceback" in process.stderr) == (2, False)
+    plan = run_cli("plan", path)
+    assert plan.returncode == 2
+    assert ": `models` must be a table, not " in plan.stderr.splitlines()[0]
 
 
 def test_sections_of_a_recipe_have_examples(tmp_path: Path) -> None:

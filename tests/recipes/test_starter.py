@@ -70,7 +70,11 @@ def test_every_recipe_says_when_to_use_it_and_when_not() -> None:
 
 @pytest.mark.parametrize(
     ("name", "help"),
-    [("past_ramp", "did you mean `past-ramp`?"), ("zzz", f"choose one of: {', '.join(NAMES)}"), ("../past", None)],
+    [
+        ("past_ramp", "did you mean `past-ramp`?"),
+        ("zzz", f"choose one of: {', '.join(NAMES[:5])} … and 8 more; `skillmerge init --list` shows all"),
+        ("../past", None),
+    ],
 )
 def test_init_from_an_unknown_name_says_which_there_are(name: str, help: str | None, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:

@@ -62,6 +62,8 @@ EXTRACTED = {
         "`old` is llama with 3 layers, `./deep` llama with 5 layers: is it the right model?\n"
         "config.json and weights of `./deep` contradict each other: config.json says num_hidden_layers = 5, but the "
         "weights hold 3 layers (`model.layers.0` to `model.layers.2`)\n"
+        "help: the weights of `./deep` have 3 layers: its config.json is of another model\n"
+        "check the path of `./deep`\n"
     ),
 }
 

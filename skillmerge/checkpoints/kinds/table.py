@@ -13,7 +13,7 @@ from skillmerge.checkpoints.foreign import PICKLES, SAVE, recognised
 from skillmerge.checkpoints.kinds import dense, patch, skill
 from skillmerge.checkpoints.store import Store
 from skillmerge.checkpoints.stores.folder import Folder
-from skillmerge.errors import InputError, some
+from skillmerge.errors import NEAR, InputError, some
 
 MARKED: tuple[Kind, ...] = (skill, patch)
 """Kinds that a file of their own marks. A mark goes before plain weights: parts of a skill are weight files too."""
@@ -87,5 +87,5 @@ def _no_weights(store: Store) -> InputError:
     inner = sorted({name.split("/")[0] for name in names if name.endswith(".safetensors")})
     return InputError(
         f"{place} has no *.safetensors",
-        fix=f"did you mean one of its folders: {some(inner)}?" if inner else "name a folder that holds a model",
+        fix=f"did you mean one of its folders: {some(inner, NEAR)}?" if inner else "name a folder that holds a model",
     )

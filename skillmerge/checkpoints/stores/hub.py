@@ -25,7 +25,7 @@ from skillmerge.checkpoints.store import Stat, Store, Wait, Where, digest_of, no
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.checkpoints.stores.http_ranges import Answer, Storage, from_hub
 from skillmerge.checkpoints.stores.hub_client import Passing, refused, retried
-from skillmerge.errors import InputError, StalePlan, TemporaryError, some
+from skillmerge.errors import NEAR, InputError, StalePlan, TemporaryError, some
 from skillmerge.threads import hash_file
 
 _CONNECTIONS = 16
@@ -299,7 +299,7 @@ def open_location(location: Location, *, download: bool = False) -> Store:
         snapshot, is_sure = _snapshot(location)
     except (LocalEntryNotFoundError, HFValidationError) as error:
         others = [] if location.revision else [ref for ref in _refs(location) if ref != "main"]
-        named = some([f"`{ref}`" for ref in others])
+        named = some([f"`{ref}`" for ref in others], NEAR)
         which = f", which has its revision{'s' if len(others) > 1 else ''} {named}" if others else ""
         written = [ref if ref.startswith("refs/pr/") else ref.replace("/", "%2F") for ref in others]
         raise InputError(

@@ -14,7 +14,7 @@ from typing import Any
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "ByteLevel": {"add_prefix_space": True, "use_regex": True},
     "Metaspace": {"replacement": "▁", "prepend_scheme": "always", "split": True},
-    "BertNormalizer": {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True},
+    "BertNormalizer": {"clean_text": True, "handle_chinese_chars": True, "lowercase": True},
     "Split": {"behavior": "isolated", "invert": False},
     "Punctuation": {"behavior": "isolated"},
     "Digits": {"individual_digits": False},
@@ -86,7 +86,7 @@ def described(part: str, said: Mapping[str, Sequence[str]]) -> dict[str, str]:
     values = {
         key: {name: json.dumps(step.get(key), ensure_ascii=False) for name, step in differing.items()} for key in keys
     }
-    key = next(key for key in keys if len(set(values[key].values())) > 1)
+    key = next((key for key in keys if len(set(values[key].values())) > 1), "type")
     return {name: f"{differing[name]['type']}, {key}: {value}" for name, value in values[key].items()}
 
 
@@ -122,7 +122,8 @@ def _steps(part: Any, key: str) -> list[dict[str, Any]]:
         step["prepend_scheme"] = "always" if part["add_prefix_space"] else "never"
     metaspace = part.get("type") == "Metaspace"
     for name, value in part.items():
-        if name not in _IDLE and not (metaspace and name == "add_prefix_space"):
+        # Libraries write an option that is not set as null, or leave it out.
+        if value is not None and name not in _IDLE and not (metaspace and name == "add_prefix_space"):
             step[name] = value.lower() if name in _WORDS and isinstance(value, str) else value
     return [step]
 

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import sections
-from skillmerge.checkpoints.tokenizers.small_files import MAX_BYTES, SmallFiles
+from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.vocabulary import (
+    NoTable,
     Vocabulary,
     added_tokens,
     content_of,
@@ -57,7 +58,7 @@ class Tokenizer:
     tokenization: how text is cut, as far as it is known (`tokenization.tokenization`).
     stop: the ids that end an answer, and stop_file, which says so; empty if nothing does. templates: name -> chat
     template, the usual one as `default`, and template_file. pad, bos: ids. unread: why files could not be read.
-    broken: those of `unread` that are no JSON files of their kind, which no runtime can read either. pointers: those of
+    broken: those of `unread` that are no JSON objects, which no runtime can read either. pointers: those of
     `unread` where a pointer is in the file's place, and what to do.
     """
 
@@ -128,7 +129,7 @@ class _Reading:
             self._unread.append(error.message)
             if self._store.at.path(file) in self._files.pointers:
                 self._pointers[error.message] = error.fix
-            elif file.endswith(".json") and self._listed[file].size <= MAX_BYTES:
+            elif isinstance(error.__cause__, NoTable | RecursionError):
                 self._broken.add(error.message)
             return None
 
@@ -138,7 +139,6 @@ class _Reading:
             added = added_tokens(config.get("added_tokens_decoder"))
         except ValueError as error:
             self._unread.append(f"{self._store.at.path('tokenizer_config.json')}: cannot be read: {error}")
-            self._broken.add(self._unread[-1])
             added = {}
         if not added and file != "tokenizer.json":
             found = self._read("added_tokens.json", vocab_json)

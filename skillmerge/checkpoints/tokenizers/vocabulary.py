@@ -27,12 +27,19 @@ class Vocabulary:
     tokenization: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+class NoTable(ValueError):
+    """Raised for content that no library reads as a JSON object."""
+
+
 def json_table(content: bytes) -> dict[str, Any]:
-    """Return a JSON object, read strictly."""
+    """Return a JSON object, read strictly. Raises NoTable, and ValueError for what other libraries may read."""
     refuse_bulk(content, MAX_BYTES)
-    document = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
+    try:
+        document = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise NoTable(str(error)) from error
     if not isinstance(document, dict):
-        raise ValueError("it is not a JSON object")
+        raise NoTable("it is not a JSON object")
     return document
 
 

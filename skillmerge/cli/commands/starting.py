@@ -28,9 +28,15 @@ if TYPE_CHECKING:
     from skillmerge.verbs.result import Result
 
 
-@command("init recipe.yaml", "init past-ramp.yaml --from past-ramp", "init - > recipe.yaml")
+@command("init recipe.yaml", "init past-ramp.yaml --from past-ramp", "init recipe.yaml --from mergekit.yml")
 @click.argument("path", type=click.Path(), default="recipe.yaml")
-@option("--from", "source", group="Recipe", metavar="NAME", help="Write this recipe instead of the starter")
+@option(
+    "--from",
+    "source",
+    group="Recipe",
+    metavar="NAME|FILE",
+    help="Write this recipe, or the translation of a mergekit FILE",
+)
 @option("--list", "names", group="Recipe", is_flag=True, help="List the recipes for --from, and write nothing")
 @flags.quiet
 def init(path: str, source: str | None, names: bool, quiet: bool) -> None:
@@ -42,7 +48,7 @@ def init(path: str, source: str | None, names: bool, quiet: bool) -> None:
     Recipes for --from: attention-only, average, blend-skills, chat-vector, frozen-embeddings-and-norms, hub-to-hub,
     mlp-only, past, past-ramp, refine, skill-removal, stored-skill, two-skills.
     """
-    from skillmerge.recipes.starter import SCHEMA_FILE, gallery, recipe_text
+    from skillmerge.recipes.starter import SCHEMA_FILE, gallery, is_file_name, recipe_text
     from skillmerge.recipes.starter import init as run
 
     if names:
@@ -55,7 +61,8 @@ def init(path: str, source: str | None, names: bool, quiet: bool) -> None:
         return
     run(path, source)
     if not quiet:
-        click.echo(f"wrote {path}, and {SCHEMA_FILE} beside it for editors: fill in the models")
+        to_do = "" if source is not None and is_file_name(source) else ": fill in the models"
+        click.echo(f"wrote {path}, and {SCHEMA_FILE} beside it for editors{to_do}")
         suggest(f"skillmerge plan {shlex.quote(path)}")
 
 

@@ -70,7 +70,7 @@ FIGURES = {
         "The same if only r was cast, for example if RL started from s as stored.",
     ),
     "other_norm": Figure("second norm", "||k||", "Euclidean norm of the second update, the target's own."),
-    "updates_ratio": Figure("norm ratio", "||v|| / ||k||", "Size of the update relative to the second one."),
+    "updates_ratio": Figure("update ratio", "||v|| / ||k||", "Size of the update relative to the second one."),
     "cosine": Figure(
         "cosine",
         "<v, k> / (||v|| ||k||)",

@@ -278,11 +278,11 @@ def _traits(config: Mapping[str, Any], indices: Sequence[int]) -> list[tuple[Any
             listed = _LISTS.search(key) is not None
             if _OF_TOKENS.search(key) or (not listed and (isinstance(value, list) or IGNORED.search(key))):
                 continue  # is not about blocks
-            columns += _columns(key, value, indices, min(total, count))
+            columns += _columns(key, value, indices, min(total, count), section.get(key.replace("period", "offset")))
     return list(zip(*columns, strict=True))
 
 
-def _columns(key: str, value: Any, indices: Sequence[int], count: int) -> Iterator[list[Any]]:
+def _columns(key: str, value: Any, indices: Sequence[int], count: int, offset: Any) -> Iterator[list[Any]]:
     counts = (count, max(indices) + 1)
     if (isinstance(value, list) or (isinstance(value, str) and _LETTERS.search(key))) and len(value) in counts:
         yield [repr(value[index]) if index < len(value) else "" for index in indices]
@@ -293,6 +293,8 @@ def _columns(key: str, value: Any, indices: Sequence[int], count: int) -> Iterat
         yield [index % len(value) for index in indices]  # a pattern that is repeated
     elif type(value) is int and 1 < value <= count and _PERIODS.search(key):
         yield [index % value for index in indices]
+    elif type(value) is int and value > count and _PERIODS.search(key):
+        yield [index == offset for index in indices]  # the only one of a period that is cut short
     elif type(value) is int and 0 < value <= count and _EDGES.search(key):
         yield [(index < value, index <= value, index >= count - value) for index in indices]
 

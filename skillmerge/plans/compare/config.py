@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.methods.terms import model_of
-from skillmerge.naming import module_kind
+from skillmerge.methods.terms import minus_of, model_of
+from skillmerge.naming import layer_of, module_kind
 from skillmerge.plans.compare.config_values import (
     PARTS,
     architecture,
@@ -22,7 +22,7 @@ from skillmerge.plans.compare.config_values import (
     text_part,
 )
 from skillmerge.plans.compare.found import Compared, Level
-from skillmerge.plans.compare.roles import Roles, is_head
+from skillmerge.plans.compare.roles import Roles, heads
 from skillmerge.plans.compare.table import IGNORED, ROWS, Row
 from skillmerge.tensors import DTYPES
 
@@ -43,20 +43,30 @@ _ONE = {"has": "has", "its": "its", "ties": "ties", "stores": "stores"}
 _MANY = {"has": "have", "its": "their", "ties": "tie", "stores": "store"}
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+_EXTRA = {"mllama": 8, "moshi": 1}
+"""Rows behind the vocabulary that architectures have for tokens of images and for the start."""
 
 
 def compare_config(
-    models: Mapping[str, Checkpoint], donor: str, roles: Roles, dtype: str | None, *, foreign: bool = False
+    models: Mapping[str, Checkpoint],
+    donor: str,
+    roles: Roles,
+    dtype: str | None,
+    *,
+    foreign: bool = False,
+    written: Mapping[str, str] | None = None,
 ) -> list[Compared]:
     """Return how the configurations of the models that a formula uses differ from the donor's, which is first.
 
     A model without a configuration, as a stored skill is, is not compared. dtype: of the output, or None for a skill,
     which gets no configuration. foreign: two architectures, of which nearly everything differs, are compared too.
+    written: where a recipe says the models' places.
     """
     configs = {name: models[name].config for name in _compared(models, donor, roles)}
     found = [] if dtype is None else [*_donor(models[donor], donor, dtype)]
     if configs.get(donor):
-        found += _architectures(configs, donor)
+        found += _without(models, donor, roles)
+        found += _architectures(models, configs, donor, written or {})
         if foreign or not any(one.name == "architecture" for one in found):
             found += _parts(configs, donor, roles)
         found += _ties({name: models[name] for name in configs}, donor, roles)
@@ -68,7 +78,20 @@ def _compared(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> lis
     return [donor, *(name for name in used if models[name].config)]
 
 
-def _architectures(configs: Mapping[str, Mapping[str, Any]], donor: str) -> Iterator[Compared]:
+def _without(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> Iterator[Compared]:
+    for name, role in roles.items():
+        skill = model_of(name) != name or minus_of(name) in models
+        if role.used and name != donor and not skill and not models[name].config:
+            said = f"model `{name}` has no config.json: its configuration is not compared"
+            yield Compared(None, FILE, FILE, "note", {name: "none"}, False, said)
+
+
+def _architectures(
+    models: Mapping[str, Checkpoint],
+    configs: Mapping[str, Mapping[str, Any]],
+    donor: str,
+    written: Mapping[str, str],
+) -> Iterator[Compared]:
     kinds = {name: architecture(config) for name, config in configs.items()}
     depths = {name: layers(text_part(config)) for name, config in configs.items()}
     values = {name: _kind(kinds[name], depths[name]) for name in configs}
@@ -82,13 +105,28 @@ def _architectures(configs: Mapping[str, Mapping[str, Any]], donor: str) -> Iter
         which = "is it the right model" if len(others) == 1 else "are they the right models"
         message = f"{told}, the donor `{donor}` {values[donor]}: {which}?"
         key = "model_type" if other_kind else "num_hidden_layers"
-        yield Compared("architecture", key, FILE, "problem", values, False, message)
+        wrong = dict(_others_config(models, depths))
+        advice = "\n".join([*wrong.values(), *(_path(name, written) for name in wrong or others)])
+        yield Compared("architecture", key, FILE, "problem", values, False, message, advice)
     types = {name: str(config.get("model_type")) for name, config in configs.items()}
     wrapped = [name for name in configs if name not in others and types[name] != types[donor]]
     if wrapped:
         told = " and ".join(f"`{name}` ({types[name]})" for name in wrapped)
         message = f"{told} and the donor `{donor}` ({types[donor]}) hold the same language model"
         yield Compared(None, "model_type", FILE, "note", types, False, message)
+
+
+def _path(name: str, written: Mapping[str, str]) -> str:
+    return f"check the path of `{name}`" + (f": {written[name]}" if name in written else "")
+
+
+def _others_config(models: Mapping[str, Checkpoint], depths: Mapping[str, int | None]) -> Iterator[tuple[str, str]]:
+    """Models whose weights are as deep as another model, and less deep than their own configuration says."""
+    for name, depth in depths.items():
+        stacks = {layer for layer in map(layer_of, models[name].tensors) if layer is not None}
+        held = max((index for _, index in stacks), default=-1) + 1
+        if depth is not None and held < depth and held in depths.values() and len({stack for stack, _ in stacks}) == 1:
+            yield name, f"the weights of `{name}` have {held} layers: its config.json is of another model"
 
 
 def _kind(kind: str | None, depth: int | None) -> str:
@@ -172,17 +210,18 @@ def _text(value: Any) -> str:
 def _ties(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> Iterator[Compared]:
     """Heads that are tied to the embedding in only some models: a finding for each thing that this means."""
     tied = {name: _is_tied(model.config) for name, model in models.items()}
-    heads = {name: any(map(is_head, model.tensors)) for name, model in models.items()}
+    scores = heads(models[donor].tensors.values(), models[donor].config)
+    headed = {name: bool(heads(model.tensors.values(), model.config)) for name, model in models.items()}
     found: dict[_Meaning, list[str]] = {}
     for name in models:
         if name == donor:
             continue
         # Where the donor stores a head, what the formula does not use of another model's is no loss.
-        if any(is_head(token) or not heads[donor] for token in roles[name].tokens):
-            meaning = _meaning(tied[donor], heads[donor], tied[name], heads[name])
+        if any(token in scores or not headed[donor] for token in roles[name].tokens):
+            meaning = _meaning(tied[donor], headed[donor], tied[name], headed[name])
             if meaning is not None:
                 found.setdefault(meaning, []).append(name)
-    values = {name: _tie(tied[name], heads[name]) for name in models}
+    values = {name: _tie(tied[name], headed[name]) for name in models}
     for (level, text), others in found.items():
         names = " and ".join(f"`{name}`" for name in others)
         message = text.format(names=names, donor=f"`{donor}`", **(_ONE if len(others) == 1 else _MANY))
@@ -233,7 +272,7 @@ def _donor(donor: Checkpoint, name: str, dtype: str) -> Iterator[Compared]:
         )  # fmt: skip
     rows = [spec.shape[0] for each, spec in donor.tensors.items() if each.endswith("embed_tokens.weight")]
     size = text.get("vocab_size")
-    extra = 8 if str(text.get("model_type")).startswith("mllama") else 0  # its tokens of images have rows of their own
+    extra = next((rows for kind, rows in _EXTRA.items() if str(text.get("model_type")).startswith(kind)), 0)
     if type(size) is int and len(rows) == 1 and rows[0] > size + extra:
         yield Compared(
             "dtype-config", "vocab_size", FILE, "warning", {name: f"{size:,}, rows {rows[0]:,}"}, False,
@@ -245,7 +284,8 @@ def _donor(donor: Checkpoint, name: str, dtype: str) -> Iterator[Compared]:
     if (
         causal
         and _is_tied(donor.config) is False
-        and not any(module_kind(each) == "head" or is_head(each) for each in donor.tensors)
+        and not any(module_kind(each) == "head" for each in donor.tensors)
+        and not heads(donor.tensors.values(), donor.config)
     ):
         yield Compared(
             "ties", "tie_word_embeddings", FILE, "warning", {name: "not tied, no head"}, False,

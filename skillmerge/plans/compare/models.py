@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
+from skillmerge.checkpoints.tokenizers.tokenizer import vocabulary_file
 from skillmerge.methods.terms import Term, model_of
 from skillmerge.plans.accounting import Problem
 from skillmerge.plans.compare.complete import check_complete
 from skillmerge.plans.compare.config import compare_config
 from skillmerge.plans.compare.found import Compared
-from skillmerge.plans.compare.roles import roles_of
+from skillmerge.plans.compare.roles import Roles, roles_of, token_matrices
 from skillmerge.plans.compare.tokens import compare_tokens
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
@@ -20,15 +21,17 @@ from skillmerge.remarks import Remark
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What came of it. found: every difference; names: the models that were compared."""
+    """What came of it. found: every difference; names: the models that were compared; subjects: what of them, each with
+    what was left out of it."""
 
     found: tuple[Compared, ...]
     names: tuple[str, ...]
+    subjects: tuple[str, ...] = ()
 
     @property
     def line(self) -> str | None:
         """What was compared, for people; None where there is one model."""
-        return _line(self.names, self.found) if len(self.names) > 1 else None
+        return _line(self) if len(self.names) > 1 else None
 
     @property
     def problems(self) -> list[Problem]:
@@ -67,11 +70,13 @@ def compare_models(
     comparisons. Reads small files only; raises InputError for one of the donor's that is a pointer, unless lenient;
     StalePlan, TemporaryError.
     """
-    roles = roles_of(terms, copied)
+    own = checkpoints[donor]
+    roles = roles_of(terms, copied, token_matrices(own.tensors.values(), own.config))
     dtype = None if recipe.makes_skill else recipe.output.dtype
     # Of two architectures nearly everything differs; who accepts that wants to know what else does.
-    found = compare_config(checkpoints, donor, roles, dtype, foreign="architecture" in recipe.accept)
-    foreign = "architecture" not in recipe.accept and any(it.name == "architecture" for it in found)
+    settled = "architecture" in recipe.accept
+    found = compare_config(checkpoints, donor, roles, dtype, foreign=settled, written=recipe.model_lines())
+    foreign = not settled and any(it.name == "architecture" for it in found)
     files = SmallFiles()
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
     if not foreign:
@@ -86,7 +91,8 @@ def compare_models(
         )
         for it in found
     ]  # fmt: skip
-    return Comparison(tuple(found), tuple(names))
+    subjects = (_configuration(checkpoints, names), *(() if foreign else _tokens(checkpoints, names, roles)))
+    return Comparison(tuple(found), tuple(names), subjects)
 
 
 def unsettled(
@@ -104,12 +110,39 @@ def unsettled(
     return [f"`accept: [{name}]` settles nothing here" for name in sorted({*recipe.accept} - settled - unknown)]
 
 
-def _line(names: Sequence[str], found: Sequence[Compared]) -> str:
+def _line(compared: Comparison) -> str:
     counts = []
     for level in ("problem", "warning", "note"):
-        count = sum(it.level == level and not it.accepted for it in found)
+        count = sum(it.level == level and not it.accepted for it in compared.found)
         counts += [f"{count} {level}{'s' if count > 1 else ''}"] if count else []
-    accepted = sum(it.accepted for it in found)
+    accepted = sum(it.accepted for it in compared.found)
     counts += [f"{accepted} accepted"] if accepted else []
-    what = "configuration, tokenizer, chat template, stop tokens"
-    return f"compared {', '.join(names)}: {what}: {', '.join(counts) or 'no differences'}"
+    what = ", ".join(compared.subjects)
+    return f"compared {', '.join(compared.names)}: {what}: {', '.join(counts) or 'no differences'}"
+
+
+def _configuration(checkpoints: Mapping[str, Checkpoint], names: Sequence[str]) -> str:
+    without = [name for name in names if not checkpoints[name].config]
+    # The others are compared with the donor's, which is first.
+    gap = _gap(names, names if names[0] in without else without, without, "no config.json")
+    return f"configuration ({gap})" if gap else "configuration"
+
+
+def _tokens(checkpoints: Mapping[str, Checkpoint], names: Sequence[str], roles: Roles) -> tuple[str, ...]:
+    without = [name for name in names if not vocabulary_file(checkpoints[name].store.list())]
+    left = [name for name in names if name not in without]
+    gaps = [_gap(names, without if len(left) > 1 else names, without, "no tokenizer files")] if without else []
+    if len(left) > 1:
+        others = [name for name in left if name != names[0]]
+        unmerged = [name for name in others if not roles[name].tokens]
+        gap = _gap(others, unmerged, unmerged, "embedding and head stay")
+        gaps += [f"ids {gap}"] if gap else []
+    return (f"tokenizer ({'; '.join(gaps)})" if gaps else "tokenizer", "chat template", "stop tokens")
+
+
+def _gap(names: Sequence[str], left_out: Sequence[str], having: Sequence[str], why: str) -> str:
+    """What is left out of a comparison of `names`, and why; having: the models of which that is true."""
+    listed = " and ".join(f"`{name}`" for name in having)
+    if len(left_out) < len(names):
+        return f"not of {listed}: {why}" if left_out else ""
+    return f"not compared: {why}" + (f" in {listed}" if len(having) < len(names) else "")

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from skillmerge.checkpoints.model_config import sections
 from skillmerge.methods.terms import Term, weights
+from skillmerge.naming import layer_of, module_kind
+from skillmerge.tensors import TensorSpec
 
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in)\.weight$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$|^((language_)?model\.|transformer\.)*output(_layer)?\.weight$")
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in)\.weight$|^transformer\.w\.weight$"
+)
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|unembed|pred_layer\.proj)\.weight$"
+    r"|^((language_)?model\.|transformer\.)*output(_layer)?\.weight$"
+)
+_NO_TOKENS = re.compile(r"pos|wpe|type|segment|patch|visual|vision|image|audio", re.IGNORECASE)
+"""Embeddings of something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +46,13 @@ Roles = Mapping[str, Role]
 """By the names that plans call models by, `minus_of` a stored skill included."""
 
 
-def roles_of(terms: Mapping[str, Term | None], copied: Collection[str] = ()) -> dict[str, Role]:
+def roles_of(
+    terms: Mapping[str, Term | None], copied: Collection[str] = (), matrices: Collection[str] = ()
+) -> dict[str, Role]:
     """The roles of the models that are named in `terms`, by the donor's tensors' names; see `terms.weights`.
 
-    copied: the tensors that `copy` takes as they are. They bring no skill, whatever model they are from.
+    copied: the tensors that `copy` takes as they are. They bring no skill, whatever model they are from. matrices:
+    those with a row for each token, as of `token_matrices`.
     """
     signs: dict[str, set[bool | None]] = {}
     tokens: dict[str, set[str]] = {}
@@ -49,7 +63,7 @@ def roles_of(terms: Mapping[str, Term | None], copied: Collection[str] = ()) -> 
             known[key] = weights(term)
             for model, factor in known[key].items():
                 signs.setdefault(model, set()).update([None if tensor in copied else factor > 0] if factor else [])
-        if is_token_matrix(tensor):
+        if tensor in matrices:
             for model, factor in known[key].items():
                 tokens.setdefault(model, set()).update([tensor] if factor else [])
     return {
@@ -58,11 +72,36 @@ def roles_of(terms: Mapping[str, Term | None], copied: Collection[str] = ()) -> 
     }
 
 
-def is_token_matrix(tensor: str) -> bool:
-    """Whether a tensor has, by its name, a row for each token."""
-    return _EMBEDDING.search(tensor) is not None or is_head(tensor)
+def token_matrices(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the matrices with a row for each token, by their names or by their rows.
+
+    By rows: outside all layers, an embedding, a head, or a module of its own, with as many rows as the largest
+    vocabulary of `config` or more.
+    """
+    return frozenset(_heads_and_embeddings(tensors, config))
 
 
-def is_head(tensor: str) -> bool:
-    """Whether a tensor is, by its name, the matrix that gives each token its score."""
-    return _HEAD.search(tensor) is not None
+def heads(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the matrices that give each token its score."""
+    return frozenset(name for name, head in _heads_and_embeddings(tensors, config).items() if head)
+
+
+def _heads_and_embeddings(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> dict[str, bool]:
+    """Return the token matrices -> whether each is a head."""
+    sizes = [size for _, section in sections(config) if type(size := section.get("vocab_size")) is int and size > 0]
+    found = {}
+    for spec in tensors:
+        kind = module_kind(spec.name)
+        alone = kind == "other" and spec.name.count(".") == 1  # `head.weight`, `lm_loss.weight`
+        if _HEAD.search(spec.name) or _EMBEDDING.search(spec.name):
+            found[spec.name] = _HEAD.search(spec.name) is not None
+        elif (
+            len(spec.shape) == 2
+            and (kind in ("embedding", "head") or alone)
+            and sizes
+            and spec.shape[0] >= max(sizes)
+            and layer_of(spec.name) is None
+            and not _NO_TOKENS.search(spec.name)
+        ):
+            found[spec.name] = kind != "embedding"
+    return found

@@ -133,8 +133,8 @@ def _unread(known: _Models, carried: bool) -> Iterator[Compared]:
         for message in it.unread:
             if carried and name == known.donor and message in it.broken:
                 said = f"the donor `{name}`: {message}; the output carries the file as it is"
-                help = "fetch or save that file again, and plan again"
-                yield Compared(None, "tokenizer", it.file, "warning", {name: message}, False, said, help)
+                help = "fetch or save that file again; to carry it as it is, write `accept: [tokenizer]`"
+                yield Compared("tokenizer", "files", it.file, "warning", {name: message}, False, said, help)
                 continue
             if message in it.pointers and known.role(name).tokens:
                 place = known.checkpoints[name].at.path("x")[:-1]

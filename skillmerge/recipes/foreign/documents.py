@@ -5,6 +5,7 @@ One table of data, and the recipe that says the same where there is one. Knows p
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,21 +33,25 @@ _DOCUMENTS = (
 """Keys that a document has, all of them; what it is; what to do."""
 
 
-def recognised(data: Any) -> tuple[str, str, str] | None:
-    """Return what a document is that is no recipe, the key that shows it, and what to do; None if unknown."""
+def recognised(data: Any, name: str) -> tuple[str, str, str] | None:
+    """Return what the document of that name is that is no recipe, the key that shows it, and what to do; None if
+    unknown."""
     if not isinstance(data, dict) or "skillmerge" in data:
         return None
     if mergekit.is_mergekit(data):
         key = next(key for key in ("merge_method", "slices", "models") if key in data)
-        return "a configuration of mergekit, not a recipe", key, _translated(data)
+        return "a configuration of mergekit, not a recipe", key, _translated(data, name)
     for keys, what, fix in _DOCUMENTS:
         if all(key in data for key in keys):
             return f"{what}, not a recipe", keys[0], fix
     return None
 
 
-def _translated(data: Mapping[str, Any]) -> str:
+def _translated(data: Mapping[str, Any], name: str) -> str:
     try:
-        return "the recipe that says the same:\n" + mergekit.equivalent(data)
+        same = mergekit.equivalent(data)
     except mergekit.NoCounterpart as error:
-        return f"{error}; recipes add and scale whole models: {_STARTS}"
+        return f"{error}; docs/mergekit.md lists what has a counterpart"
+    command = f"skillmerge init recipe.yaml --from {shlex.quote(name)}"
+    writes = f", which `{command}` writes" if name.endswith((".yaml", ".yml")) else ""
+    return f"the recipe that says the same{writes}:\n{same}"

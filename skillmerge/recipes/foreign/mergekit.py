@@ -42,10 +42,15 @@ def is_mergekit(data: Any) -> bool:
 def equivalent(data: Mapping[str, Any]) -> str:
     """Return the recipe that says what a configuration says. Raises NoCounterpart."""
     method = data.get("merge_method")
+    if method is not None and method not in ("linear", "task_arithmetic", "passthrough"):
+        raise NoCounterpart(
+            f"`merge_method: {method}` has no counterpart in this version: merge with mergekit, as the plain sum of "
+            "the models or updates is another merge"
+        )
     if unknown := sorted({*data} - _KNOWN, key=str):
         raise NoCounterpart(f"`{unknown[0]}` has no counterpart in a recipe")
-    if method not in ("linear", "task_arithmetic", "passthrough"):
-        raise NoCounterpart(f"`merge_method: {method}` has no counterpart in this version")
+    if method is None:
+        raise NoCounterpart("`merge_method` is missing")
     if data.get("tokenizer_source") not in (None, "base"):
         raise NoCounterpart(f"`tokenizer_source: {data['tokenizer_source']}` has no counterpart in a recipe")
     base = _place(data["base_model"]) if data.get("base_model") is not None else None
@@ -121,7 +126,10 @@ def _weight(shared: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
 
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise NoCounterpart(f"a `{what}` that is a list or a filter is written as a coefficient with `rules`")
+        raise NoCounterpart(
+            f"a `{what}` that is a list or a filter is written as a coefficient with `rules`, such as "
+            "`coefficients: {lam: {default: 0.5, rules: [{modules: mlp, value: 0.3}]}}`"
+        )
     try:
         number = float(value)
     except OverflowError:

@@ -6,6 +6,7 @@ Knows the text's data and the names of keys; never reads a model.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ _SELECTORS = ("layers", "tensors", "modules")
 _RULE = (*_SELECTORS, "value", "ramp")
 _ENDS = (("start", "end"), ("min", "max"), ("from", "to"), ("first", "last"), ("begin", "end"))
 _LAYERS = re.compile(r"\d+(-\d*)?")
-_BOUND = re.compile(r"([<>])=? ?([-+.\deE]+)")
+_BOUND = re.compile(r"([<>])=? ?([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,2})?)")
 _LONGEST = 300
 _TEXT_LISTS = ("ignore", "accept", "keep_dtype", "tags", "loads")
 _UNDER_OUTPUT = (
@@ -55,6 +56,8 @@ _EXAMPLES = {
 
 def unknown_meant(data: Any, path: Sequence[int | str]) -> str | None:
     """Return what to write for the key at `path`, which its table does not have, or None."""
+    if not _is_plain(data):
+        return None
     table = data
     for part in path[:-1]:
         table = table[part]
@@ -71,42 +74,51 @@ def shape_meant(path: Sequence[int | str], value: Any) -> str | None:
     key = str(next((part for part in reversed(path) if isinstance(part, str)), ""))
     if path[:1] == ("models",) and len(path) == 2:
         return f"write where it is: `{key}: ./{key}`, or `{key}: hf://org/name`"
-    if isinstance(value, str) and key in _TEXT_LISTS and path[-1] == key:
-        return _written("write a list:", f"{key}: {_flow([value])}")
     if path[:1] == ("gates",) and len(path) == 2 and key not in _EXAMPLES:
         return _written("write", _gate(key, value))
+    if value in (None, "", [], {}) or not _is_plain(value):
+        return _EXAMPLES.get(key)
+    if isinstance(value, str) and key in _TEXT_LISTS and path[-1] == key:
+        return _written("write a list:", f"{key}: {_flow([value])}")
     if tuple(path) in (("output",), ("output", "push")) and isinstance(value, str):
         return _written("write", f"{key}: {_flow({'path' if key == 'output' else 'repo': value})}")
     if tuple(path) == ("merge",) and isinstance(value, dict) and all(_is_number(it) for it in value.values()):
-        return _written("write", "merge: " + " + ".join(f"{it:g} * {name}" for name, it in value.items()))
+        return _written("write", "merge: " + " + ".join(f"{_flow(it)} * {name}" for name, it in value.items()))
     if key in ("rules", "copy") and isinstance(value, dict):
         return _written("write a list:", f"{key}: {_flow([value])}")
-    if key == "rename" and isinstance(value, dict):
+    if key == "rename" and isinstance(value, dict) and all(isinstance(new, str) for new in value.values()):
         return _written("write a list:", f"rename: {_flow([{'from': old, 'to': new} for old, new in value.items()])}")
     if key == "keep" and _is_number(value) and 1 < value <= 100:
-        return f"write a share: `keep: {value / 100:g}` for {value:g}%"
+        return f"write a share: `keep: {value / 100:.12g}` for {_flow(value)}%"
     return _EXAMPLES.get(key)
 
 
 def list_meant(name: str, values: Sequence[Any]) -> str:
     """Return what to write where a list stands in the place of a coefficient."""
+    if not _is_plain(values):
+        return numbers_meant(name, ())
     if not values or not all(isinstance(item, dict) for item in values):
         return numbers_meant(name, values)
     rules: list[dict[str, Any]] = []
     default = {}
     for item in values:
         rule = {**item}
-        if "filter" in rule:  # another tool's, where the first that matches wins
+        if isinstance(rule.get("filter"), str):  # another tool's, where the first that matches wins
             rule = {"tensors": f"*{rule.pop('filter')}*", **rule}
-        if set(rule) == {"value"}:
+        if set(rule) == {"value"} and _is_number(rule["value"]):
             default = {"default": rule["value"]}
-        elif set(rule) <= {*_RULE}:
+        elif _is_rule(rule):
             rules.append(rule)
         else:
             return numbers_meant(name, values)
     ordered = rules[::-1] if any("filter" in item for item in values) else rules
     meant = _written("write", f"{name}: {_flow({**default, 'rules': ordered})}")
     return meant or numbers_meant(name, values)
+
+
+def ramp_meant(values: Sequence[Any]) -> str | None:
+    """Return what to write where a rule's `value` is a list, or None."""
+    return f"for a ramp, write `ramp: {_flow(values)}`" if len(values) == 2 and all(map(_is_number, values)) else None
 
 
 def _schedule(name: str, table: Mapping[str, Any]) -> str | None:
@@ -152,7 +164,8 @@ def _top(data: Mapping[str, Any], key: str) -> str | None:
         if key in keys and isinstance(there, dict):
             return _written(f"it is a key of `{section}`: write", f"{section}: {_flow({**there, key: value})}")
     if key in ("tokenizer_source", "tokenizer", "base_model", "base") and isinstance(data.get("output", {}), dict):
-        like = value if isinstance(value, str) and value in data.get("models", {}) else "MODEL"
+        models = data.get("models")
+        like = value if isinstance(value, str) and isinstance(models, dict) and value in models else "MODEL"
         said = "the output takes tokenizer and config from its donor: write"
         return _written(said, f"output: {_flow({**data.get('output', {}), 'like': like})}")
     if key in ("merge_method", "method"):
@@ -185,8 +198,25 @@ def _flow(value: Any) -> str:
         return f"[{', '.join(map(_flow, value))}]"
     if isinstance(value, str):
         return value if re.fullmatch(r"[\w./-]*[A-Za-z/-][\w./-]*", value) else json.dumps(value, ensure_ascii=False)
-    return f"{value:g}" if _is_number(value) else json.dumps(value)
+    return repr(value) if _is_number(value) else json.dumps(value)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether data can be written again: texts, truth values, finite numbers, lists and tables of them."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | bool) or _is_number(value)
+
+
+def _is_rule(rule: Mapping[str, Any]) -> bool:
+    """Return whether a table is a rule: what it selects, and a number or the two of a ramp."""
+    ramp = rule.get("ramp")
+    ends = isinstance(ramp, list) and len(ramp) == 2 and all(map(_is_number, ramp))
+    return set(rule) <= {*_RULE} and not {*_SELECTORS}.isdisjoint(rule) and (_is_number(rule.get("value")) or ends)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Return whether data is a number that can be written again."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

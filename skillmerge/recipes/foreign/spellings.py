@@ -125,7 +125,7 @@ def number_meant(text: str) -> str | None:
 
 def numbers_meant(name: str, values: Sequence[object]) -> str:
     """Return what to write where several numbers stand in the place of one coefficient."""
-    listed = [f"{value:g}" for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    listed = [repr(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(listed) < 2 or len(listed) != len(values):
         return "a coefficient is one number, or a table with `rules`"
     ramp = f"`{name}: {{rules: [{{layers: 0-, ramp: [{listed[0]}, {listed[-1]}]}}]}}`"

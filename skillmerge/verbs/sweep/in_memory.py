@@ -24,7 +24,7 @@ from skillmerge.engine.tiles import Buffer, Span, Tile, spans
 from skillmerge.engine.worker import Settings, Worker
 from skillmerge.errors import ResourceError, UsageError
 from skillmerge.plans.budget import budget, free_memory
-from skillmerge.plans.compare.roles import Roles, roles_of
+from skillmerge.plans.compare.roles import Roles, roles_of, token_matrices
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
@@ -78,7 +78,7 @@ class MergedModel:
         Raises InputError if they have problems.
         """
         plan = plan_recipe(recipe, self._checkpoints, compare=False)
-        roles = _roles(plan)
+        roles = _roles(plan, self._opened[plan.donor])
         if roles not in self._compared:
             compared = plan_recipe(recipe, self._opened)
             compared.refuse_problems()
@@ -197,11 +197,12 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
     return summarise(plan, rows, "sampled")
 
 
-def _roles(plan: Plan) -> Roles:
+def _roles(plan: Plan, donor: Checkpoint) -> Roles:
     """Return what the formula does with each model at these numbers, which decides what of the models is compared."""
     rows = {name: tensor.coefficients for name, tensor in plan.tensors.items() if tensor.coefficients}
     terms = {row: plan.recipe.term(dict(zip(plan.coefficients, row, strict=True))) for row in {*rows.values()}}
-    return roles_of({name: terms[row] for name, row in rows.items()})
+    matrices = token_matrices(donor.tensors.values(), donor.config)
+    return roles_of({name: terms[row] for name, row in rows.items()}, matrices=matrices)
 
 
 def _device(asked: str) -> torch.device:

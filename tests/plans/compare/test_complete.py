@@ -307,6 +307,7 @@ def mixed(special: Callable[[int], bool], count: int = 12) -> Tensors:
         (lambda index: index in (4, 8), {"linear_attn_config": {"full_attn_layers": [5, 9]}}),
         (lambda index: index % 3 == 1, {"block_types": ["recurrent", "attention", "recurrent"]}),
         (lambda index: index % 6 == 4, {"num_hidden_layers": 24, "attn_layer_period": 6, "attn_layer_offset": 4}),
+        (lambda index: index == 4, {"attn_layer_period": 16, "attn_layer_offset": 4}),
         (lambda index: index >= 9, {"text_config": {"num_hidden_layers": 12, "num_kv_shared_layers": 3}}),
         (lambda index: index >= 11, {"num_hidden_layers": 11, "num_nextn_predict_layers": 1}),
     ],

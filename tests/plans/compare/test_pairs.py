@@ -160,7 +160,8 @@ def compared(folder: Path, donor: dict[str, Any], other: dict[str, Any]) -> list
         tensors = {EMBEDDING: torch.zeros(2, 2, dtype=getattr(torch, stated))}
         tensors |= {} if config.get("tie_word_embeddings", True) else {HEAD: tensors[EMBEDDING].clone()}
         models[name] = open_folder(name, write_checkpoint(folder / name, tensors, config=config))
-    return compare_config(models, "target", roles_of(dict.fromkeys(models["target"].tensors, PAST)), "same")
+    roles = roles_of(dict.fromkeys(models["target"].tensors, PAST), matrices=(EMBEDDING, HEAD))
+    return compare_config(models, "target", roles, "same")
 
 
 def test_layers_without_positions_are_compared(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from skillmerge.plans.compare.tokens import compare_tokens
 
 EMBEDDING = "model.embed_tokens.weight"
 PAST = Sum(Leaf("target"), Scaled(Sum(Leaf("rl"), Leaf("sft"), minus=True), 0.7, divide=False), minus=False)
-ROLES = roles_of({EMBEDDING: PAST})
+ROLES = roles_of({EMBEDDING: PAST}, matrices=[EMBEDDING])
 
 
 def compared(folder: Path, donor: dict[str, Any], rl: dict[str, Any], **options: Any) -> list[Compared]:

@@ -253,10 +253,28 @@ def test_broken_file_of_the_donor_is_a_warning_since_the_output_carries_it(file:
     path = tmp_path / "target" / file
     assert told.message.startswith(f"the donor `target`: {path}: cannot be read: ")
     assert told.message.endswith("; the output carries the file as it is")
-    assert told.fix == "fetch or save that file again, and plan again"
+    assert told.fix == "fetch or save that file again; to carry it as it is, write `accept: [tokenizer]`"
+    assert skillmerge.plan(changed(recipe, accept=["tokenizer"])).warnings == ()
     of_another = skillmerge.plan(models(tmp_path / "rl", rl={file: BROKEN[file]}))
     assert (of_another.problems, of_another.warnings) == ((), ())
     assert any(f"{file}: cannot be read: " in note for note in of_another.notes)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "why"),
+    [
+        ("tokenizer_config.json", '{"backend": "a", "backend": "b"}', "the key 'backend' is defined twice"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": []}', "added_tokens"),
+        ("added_tokens.json", '{"a": 0.5}', "an id is not a whole number"),
+    ],
+)
+def test_file_of_the_donor_that_runtimes_read_is_a_note(file: str, content: str, why: str, tmp_path: Path) -> None:
+    recipe = models(tmp_path, target={file: content})
+    if file == "added_tokens.json":  # is read where tokenizer.json does not hold these tokens
+        (tmp_path / "target" / "tokenizer.json").rename(tmp_path / "target" / "tokenizer.unused")
+    plan = skillmerge.plan(recipe)
+    assert (plan.problems, plan.warnings) == ((), ())
+    assert any(f"{file}: cannot be read: " in note and why in note for note in plan.notes)
 
 
 def test_broken_tokenizer_is_no_warning_where_no_output_carries_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, w
 
 import skillmerge
 from skillmerge.errors import InputError
-from skillmerge.plans.compare.roles import is_head, is_token_matrix
+from skillmerge.plans.compare.roles import heads, token_matrices
+from skillmerge.tensors import TensorSpec
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WAYS = ["tied, absent", "tied, equal", "tied, other", "own, absent", "own, equal", "own, other"]
@@ -162,8 +164,38 @@ def test_wrappers_of_one_language_model_are_one_row(tmp_path: Path) -> None:
     ],
 )
 def test_heads_are_known_by_their_names(name: str, head: bool) -> None:
-    assert is_head(name) is head
-    assert is_token_matrix(name) is (head or name == EMBEDDING)
+    tensors = [TensorSpec(name, "BF16", (32, 8), "model.safetensors")]
+    assert heads(tensors, {}) == ({name} if head else set())
+    assert token_matrices(tensors, {}) == ({name} if head or name == EMBEDDING else set())
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "found"),
+    [
+        ("head.weight", 32, "head"),
+        ("lm_loss.weight", 32, "head"),
+        ("lm_head.decoder.weight", 40, "head"),
+        ("proj_out.weight", 32, "head"),
+        ("backbone.embeddings.weight", 32, "embedding"),
+        ("transformer.tokens_embed.weight", 33, "embedding"),
+        ("backbone.embeddings.weight", 31, "nothing"),
+        ("score.weight", 2, "nothing"),
+        ("lm_head.dense.weight", 8, "nothing"),
+        ("transformer.wpe.weight", 64, "nothing"),
+        ("decoder.embed_positions.weight", 64, "nothing"),
+        ("bert.embeddings.token_type_embeddings.weight", 64, "nothing"),
+        ("vision_tower.embeddings.weight", 64, "nothing"),
+        ("projector.linear.weight", 64, "nothing"),
+        ("model.layers.0.embeddings.weight", 32, "nothing"),
+    ],
+)
+def test_matrices_of_tokens_are_known_by_their_rows(name: str, rows: int, found: str) -> None:
+    """Of several vocabularies the largest is that of the text."""
+    tensors = [TensorSpec(name, "BF16", (rows, 8), "model.safetensors")]
+    config = {"audio_config": {"vocab_size": 16}, "text_config": {"vocab_size": 32}}
+    assert heads(tensors, config) == ({name} if found == "head" else set())
+    assert token_matrices(tensors, config) == (set() if found == "nothing" else {name})
+    assert token_matrices([replace(tensors[0], shape=(rows, 8, 1))], config) == set()
 
 
 @pytest.mark.parametrize("name", ["output.weight", "transformer.output_layer.weight"])
@@ -199,5 +231,6 @@ def test_line_of_the_comparison_counts_what_only_the_weights_show(tmp_path: Path
     assert plan is not None
     assert [(it.name, it.level) for it in plan.compared.found] == [("ties", "warning")]
     assert plan.compared.line == (
-        "compared target, rl, sft: configuration, tokenizer, chat template, stop tokens: 1 warning"
+        "compared target, rl, sft: configuration, tokenizer (not compared: no tokenizer files), chat template, "
+        "stop tokens: 1 warning"
     )

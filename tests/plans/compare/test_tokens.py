@@ -20,6 +20,7 @@ from skillmerge.plans.compare.roles import Role, roles_of
 from skillmerge.plans.compare.tokens import compare_tokens
 
 EMBEDDING, HEAD, Q = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
+MATRICES = (EMBEDDING, HEAD)
 WORDS = [*"abcdefgh", "ab", "cd", "abcd"]
 MERGES = [["a", "b"], ["c", "d"], ["ab", "cd"]]
 ROWS = 16
@@ -62,7 +63,7 @@ def compared(
         config = given.pop("config", {})
         model(folder / name, {"tokenizer.json": tokenizer(), **given}, config)
     models = {name: open_folder(name, folder / name) for name in MODELS}
-    roles = roles_of({EMBEDDING: rows or term, HEAD: rows or term, Q: term})
+    roles = roles_of({EMBEDDING: rows or term, HEAD: rows or term, Q: term}, matrices=MATRICES)
     return compare_tokens(models, donor, roles)
 
 
@@ -278,6 +279,20 @@ def test_old_and_new_spellings_of_metaspace_are_alike(tmp_path: Path) -> None:
     assert said(compared(tmp_path, **files)) == []
 
 
+@pytest.mark.parametrize("by", ["rl", "target"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"type": "BertNormalizer", "lowercase": True, "strip_accents": None},
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "b", "another": None},
+    ],
+)
+def test_an_option_that_is_null_is_one_that_is_absent(tmp_path: Path, step: dict[str, Any], by: str) -> None:
+    without = {key: value for key, value in step.items() if value is not None}
+    files = {name: {"tokenizer.json": tokenizer(normalizer=step if name == by else without)} for name in MODELS}
+    assert said(compared(tmp_path, **files)) == []
+
+
 # Where answers stop.
 
 
@@ -435,7 +450,7 @@ def test_a_model_without_tokenizer_files_is_a_note(tmp_path: Path) -> None:
     for name in MODELS:
         model(tmp_path / name, {} if name == "rl" else {"tokenizer.json": tokenizer()})
     models = {name: open_folder(name, tmp_path / name) for name in MODELS}
-    roles = roles_of({EMBEDDING: PAST, Q: PAST})
+    roles = roles_of({EMBEDDING: PAST, Q: PAST}, matrices=MATRICES)
     assert said(compare_tokens(models, "target", roles))[0] == (
         "note",
         None,
@@ -449,11 +464,11 @@ def test_a_skill_has_no_tokenizer_and_needs_none(tmp_path: Path) -> None:
     stored = Sum(Leaf("target"), Sum(Leaf("math"), Leaf("math:minus"), minus=True), minus=False)
     models = {"target": open_folder("target", model(tmp_path / "target", {"tokenizer.json": tokenizer()}))}
     models |= {name: open_folder(name, model(tmp_path / name, {})) for name in ("math", "math:minus")}
-    assert compare_tokens(models, "target", roles_of({EMBEDDING: stored, Q: stored})) == []
+    assert compare_tokens(models, "target", roles_of({EMBEDDING: stored, Q: stored}, matrices=MATRICES)) == []
 
 
 def test_roles_are_what_the_terms_of_all_tensors_say() -> None:
-    assert roles_of({EMBEDDING: Leaf("target"), Q: PAST, HEAD: None}) == {
+    assert roles_of({EMBEDDING: Leaf("target"), Q: PAST, HEAD: None}, matrices=MATRICES) == {
         "target": Role(True, False, frozenset([EMBEDDING])),
         "rl": Role(True, False, frozenset()),
         "sft": Role(False, True, frozenset()),
