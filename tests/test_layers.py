@@ -34,6 +34,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "study": (
         "gates",
+        "gate_obstacles",
         "inspect loads.load_probe loads.loading scoring.scorers",
         "loads.tokenizer_probe loads.vllm_probe scoring.built_in spectrum update_pass",
         "forecast loads.child loads.generation scoring.scores subjects update_metrics",
@@ -45,7 +46,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "comparison hub.card hub.commit output trials",
         "manifest",
         "staging",
-        "canonical journal shard_file",
+        "canonical hub.published journal shard_file",
     ),
     "engine": (
         "runners.table",
@@ -64,7 +65,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "plan",
         "compare.models",
         "accounting dtypes.kept dtypes.quantised",
-        "advice.causes advice.shares compare.complete compare.config compare.tokens",
+        "advice.causes advice.oddities advice.shares compare.complete compare.config compare.tokens",
         "advice.names compare.config_values",
         "compare.table",
         "changes depth mapping side_files compare.architectures compare.found compare.roles",

@@ -17,7 +17,7 @@ from sample_pages import deep, experts, family, made_sweep
 
 import skillmerge
 from skillmerge.cli.messages import NotebookReporter
-from skillmerge.outputs.hub.commit import Published
+from skillmerge.outputs.hub.published import Published
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.gates import GateReport
 

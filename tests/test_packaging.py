@@ -196,3 +196,11 @@ def test_version_and_date_are_the_same_everywhere() -> None:
     assert f"such as `{skillmerge.__version__}`" in (ROOT / "action.yml").read_text()
     dates = [heading.split(" - ")[1] for heading in released]
     assert dates == sorted(dates, reverse=True)
+
+
+def test_versions_in_the_docs_are_this_one() -> None:
+    ours = re.compile(r"skillmerge(?:, version |@v|==|:)(\d+\.\d+\.\d+)|^ *rev: v(\d+\.\d+\.\d+)", re.M)
+    texts = [(path, path.read_text()) for path in (ROOT / "docs").glob("*.md") if path.name != "changelog.md"]
+    found = {(path.name, a or b) for path, text in texts for a, b in ours.findall(text)}
+    assert {name for name, _ in found} == {"install.md", "pipelines.md"}
+    assert {version for _, version in found} == {skillmerge.__version__}

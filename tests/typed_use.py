@@ -10,7 +10,7 @@ import skillmerge
 from skillmerge.cli.doctor import Diagnosis
 from skillmerge.engine.measures.skill_statistics import SkillStatistics
 from skillmerge.engine.rounding_statistics import Statistics
-from skillmerge.outputs.hub.commit import Published
+from skillmerge.outputs.hub.published import Published
 from skillmerge.outputs.manifest import Manifest
 from skillmerge.outputs.proof.attest import Attested
 from skillmerge.outputs.proof.sign import Signature

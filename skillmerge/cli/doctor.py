@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from skillmerge.brief import brief, drawn
+from skillmerge.cli.messages import FORMAT
 from skillmerge.outputs.trials import Trial, tried
 from skillmerge.plans.budget import free_disk, free_memory
 from skillmerge.threads import cores
@@ -262,6 +263,8 @@ def _hub() -> dict[str, Any]:
 
 def _environment() -> dict[str, Any]:
     names = sorted(name for name in os.environ if name.startswith(_PREFIXES))
+    if os.environ.get(FORMAT) == "text":  # the option's default, for processes that this one starts
+        names.remove(FORMAT)
     plain = {name for name in names if _PLAIN.fullmatch(os.environ[name]) and not _SECRET_NAME.search(name)}
     return {name: os.environ[name] if name in plain else "set" for name in names}
 

@@ -157,7 +157,10 @@ new_output = option(
     "--output", "-o", group=OUTPUT, type=click.Path(), required=True, metavar="DIR", help="Output folder"
 )
 overwrite = option("--overwrite", group=OUTPUT, is_flag=True, help="Replace an existing output")
-private = option("--private/--public", group=PUBLISH, default=None, help="Visibility of a new repository")
+private = option(
+    "--private/--public", group=PUBLISH, default=None,
+    help="Visibility of a new repository  [default: your account's, usually public]",
+)  # fmt: skip
 revision = option("--revision", group=PUBLISH, metavar="BRANCH", help="Branch to commit to  [default: main]")
 pull_request = option(
     "--pull-request/--no-pull-request", group=PUBLISH, default=None,

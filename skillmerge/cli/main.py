@@ -19,8 +19,8 @@ from skillmerge.cli import flags, usage
 from skillmerge.cli.commands import merging, proving, starting, studying
 from skillmerge.cli.help import Commands
 from skillmerge.cli.messages import as_json, clear_status, log
-from skillmerge.cli.results import print_json
-from skillmerge.errors import Interrupted, ResourceError, SkillmergeError, Terminated, UsageError, machine_errors
+from skillmerge.cli.results import interrupted, print_json
+from skillmerge.errors import ResourceError, SkillmergeError, Terminated, UsageError, machine_errors
 from skillmerge.version import __version__
 
 _EXIT_STATUSES = """\b
@@ -128,8 +128,7 @@ def run() -> int:
         status = cli.main(prog_name="skillmerge", standalone_mode=False)
         sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        terminated = isinstance(error.__cause__ or error, Terminated)
-        return _failed(_interrupted(signal.SIGTERM if terminated else signal.SIGINT))
+        return _failed(interrupted(error.__cause__ or error))
     except SkillmergeError as error:
         return _failed(error)
     except click.ClickException as error:
@@ -175,16 +174,6 @@ def _leave(status: int) -> NoReturn:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(status)
-
-
-def _interrupted(number: int) -> Interrupted:
-    kept = "finished candidates" if sys.argv[1:2] == ["sweep"] else "finished shards"
-    continues = f"{kept} are kept; rerun to continue"
-    return Interrupted(
-        number,
-        f"interrupted by {signal.Signals(number).name}",
-        fix=continues if sys.argv[1:2] in (["apply"], ["extract"], ["sweep"]) else None,
-    )
 
 
 def _failed(error: SkillmergeError) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -90,6 +91,20 @@ class Recorder(Protocol):
         """Finish the file. Raises OSError."""
 
 
+class _Forward(logging.Handler):
+    """Shows what is logged where no reporter is near: waits as a status, and from `warning` on notes."""
+
+    def __init__(self, reporter: TerminalReporter) -> None:
+        super().__init__()
+        self._reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self._reporter.note(record.getMessage())
+        elif not self._reporter.quiet:
+            show_status(record.getMessage())
+
+
 class TerminalReporter(Reporter):
     """Messages and progress on stderr: a bar on a terminal, else a line every 30 seconds. Events go to `recorders`."""
 
@@ -97,6 +112,9 @@ class TerminalReporter(Reporter):
         super().__init__()
         self.quiet, self.verbose, self.doing, self.unit = quiet, verbose, doing, unit
         self.recorders: list[Recorder] = []
+        logger = logging.getLogger("skillmerge")
+        logger.handlers = [_Forward(self)]
+        logger.setLevel(logging.INFO)
         if not quiet:
             show_status("reading")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
 from skillmerge.cli.messages import clear_status, log
-from skillmerge.errors import UsageError, visible
+from skillmerge.errors import Interrupted, SkillmergeError, Terminated, UsageError, visible
 
 if TYPE_CHECKING:
     from skillmerge.verbs.result import Result
@@ -20,7 +23,7 @@ STANDARD_OUTPUT = "-"
 
 OURS = {
     "--report": ("<!doctype html>",),
-    "--result-file": ('{\n "ok": true,\n "output"',),
+    "--result-file": ('{\n "ok": true,\n "output"', '{\n "ok": false,\n "error"'),
     "--junit": ("<?xml version='1.0' encoding='utf-8'?>\n<testsuites",),
     "--events": ('{"version": 1, "time"',),
     "--save": ('{\n "ok": true,\n "version"', '{\n "ok": false,\n "version"'),
@@ -142,6 +145,54 @@ def print_line(text: str) -> None:
     """Print a result that is text, on standard output."""
     clear_status()
     click.echo(visible(text))
+
+
+@contextmanager
+def result_file(path: str | None) -> Iterator[Callable[[Documented], None]]:
+    """Yield what writes a result into the file. An older file is removed first, and a failure is written instead.
+
+    Raises UsageError before that if the file cannot be this option's.
+    """
+    check_places(result_file=path)
+    if path is not None and path != STANDARD_OUTPUT:
+        Path(path).unlink(missing_ok=True)
+    try:
+        yield lambda result: _write_result(path, document_of(result))
+    except BrokenPipeError:  # whoever read stdout has seen enough: no failure of the run
+        raise
+    except BaseException as raised:
+        error = interrupted(raised) if isinstance(raised, KeyboardInterrupt) else raised
+        if not isinstance(error, SkillmergeError):
+            error = SkillmergeError(f"{type(error).__name__}: {error}")
+        with suppress(SkillmergeError):  # the first error counts
+            _write_result(path, {"ok": False, **error.as_dict()})
+        if path == STANDARD_OUTPUT:
+            error.__dict__.pop("outcomes", None)  # they are printed already
+        raise
+
+
+def _write_result(path: str | None, document: Any) -> None:
+    """Write the file in one step: a pipeline may be waiting for it."""
+    from skillmerge.durable import disk_errors, write_whole
+
+    text = json.dumps(document, indent=1) + "\n"
+    if path == STANDARD_OUTPUT:
+        write_text(path, text)
+    elif path is not None:
+        with disk_errors(Path(path)):
+            write_whole(Path(path).absolute(), text.encode())
+
+
+def interrupted(error: BaseException) -> Interrupted:
+    """Return the error of a run that a signal ended. The arguments of `error` say what is kept."""
+    number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+    kept = "finished candidates" if sys.argv[1:2] == ["sweep"] else next(iter(error.args), None)
+    continues = (f"{kept} are kept; " if kept else "") + "rerun to continue"
+    return Interrupted(
+        number,
+        f"interrupted by {number.name}",
+        fix=continues if sys.argv[1:2] in (["apply"], ["extract"], ["sweep"]) else None,
+    )
 
 
 def suggest(command: str) -> None:

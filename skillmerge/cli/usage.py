@@ -186,6 +186,11 @@ FOREIGN_OPTIONS = (
         own="--pull-request",
     ),
     Foreign(
+        "--license --licence",
+        "write it in the recipe: `output: {{license: mit}}`",
+        commands="apply plan",
+    ),
+    Foreign(
         "--licence",
         "pass `--license`",
         own="--license",

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from skillmerge.engine.measures import update_size
 from skillmerge.engine.measures.cells import DEVIATION, Cell, cells, kinds, rows_of, worst
 from skillmerge.engine.measures.input_rounding import input_warning
 from skillmerge.engine.measures.skill_statistics import SkillStatistics
 from skillmerge.engine.rounding_statistics import Statistics
+from skillmerge.errors import UsageError
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.outputs.output import Outcome
 from skillmerge.plans.compare.found import Compared
+from skillmerge.recipes.parse import parse_recipe
 from skillmerge.remarks import Remark, warning
 from skillmerge.tensors import DTYPES
 
@@ -61,6 +64,8 @@ def _of_skill(statistics: SkillStatistics) -> Iterator[Remark]:
 def _of_model(body: ManifestBody, statistics: Statistics) -> Iterator[Remark]:
     donor = body.donor
     plain = all(tensor.action == "copy" and tensor.sources[0][0] == donor for tensor in body.tensors)
+    if plain and donor in _patches(body):
+        return
     if plain or statistics.all.changed == 0:
         yield warning(
             f"the merge changed nothing: measured weights equal those of `{donor}`",
@@ -70,6 +75,14 @@ def _of_model(body: ManifestBody, statistics: Statistics) -> Iterator[Remark]:
     yield from _rounding(body)
     ratios = ((it.name, it.shape, it.statistics.norm_ratio) for it in body.tensors if it.statistics is not None)
     yield from update_size.size_warning(update_size.too_large(ratios))
+
+
+def _patches(body: ManifestBody) -> Collection[str]:
+    """Return the models that are patches of others: to write one out is no merge."""
+    try:
+        return parse_recipe(body.recipe.text, "recipe.yaml", Path()).patches
+    except UsageError:  # of a format that this version does not read
+        return ()
 
 
 def _rounding(body: ManifestBody) -> Iterator[Remark]:

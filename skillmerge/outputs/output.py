@@ -19,7 +19,7 @@ from skillmerge.checkpoints.schemes import is_path
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs import manifest
 from skillmerge.outputs.manifest import RUN_LOG_FILE, Manifest
-from skillmerge.outputs.staging import MANIFEST_FILE
+from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 from skillmerge.recipes.gate_table import PROOFS
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.recipes.recipe import Recipe
@@ -39,6 +39,8 @@ class Output:
     def open(cls, folder: str | os.PathLike[str]) -> Output:
         """Open a finished output. Raises UsageError if there is no folder, CheckFailed if its manifest is not valid."""
         root = check_folder(folder)
+        if root.suffix == Staging.folder_of(Path("x")).suffix and not (root / MANIFEST_FILE).exists():
+            raise CheckFailed(f"{root} is an unfinished run, not an output", fix=FINISH)
         return cls(root, manifest.read(root))
 
     def digests(self) -> dict[str, str]:
@@ -69,9 +71,13 @@ class Output:
         commits = {item.name: item.revision for item in document.inputs if item.revision}
         start = base if base is not None else self.folder.resolve() / document.environment.recipe_folder
         start = Path(os.path.abspath(start))
-        recipe = parse_recipe(document.recipe.text, str(start / "recipe.yaml"), start, document.overrides)
+        recipe = parse_recipe(document.recipe.text, RECIPE_IN_MANIFEST, start, document.overrides)
         return recipe.as_planned(document.donor, {item.name: item.unwrapped or () for item in document.inputs}), commits
 
+
+FINISH = "run `skillmerge apply` again to finish it"
+RECIPE_IN_MANIFEST = "the recipe in the manifest"
+"""What messages call an output's recipe, which may have come from a file of any name."""
 
 MOVED = "pass `--base-folder FOLDER`, the folder that the recipe's relative paths now start from"
 """What to do if an output's models are not found."""
@@ -88,6 +94,8 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
         raise UsageError(f"{os.fspath(folder)} is on the Hub, not a folder", fix=fix)
     if root.exists():
         raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
+    if (unfinished := Staging.folder_of(root)).is_dir():
+        raise UsageError(f"folder {root} does not exist, but {unfinished} is an unfinished run", fix=FINISH)
     near = near_path(root, os.fspath(folder), Path.is_dir)
     raise UsageError(f"folder {root} does not exist", fix=near or "name an output of `skillmerge apply`")
 

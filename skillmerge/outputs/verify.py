@@ -36,6 +36,9 @@ SIGNATURE_FILE = "model.sig"
 BESIDE = frozenset({"README.md", ".gitattributes", SIGNATURE_FILE})
 """Files that an output may have without its manifest naming them: those that the Hub adds, and a signature."""
 
+DOWNLOADS = ".cache/huggingface"
+"""A folder in which the Hub's client keeps notes about files that it fetched with `--local-dir`. Nothing loads it."""
+
 PIECE = 8 << 20
 
 
@@ -147,6 +150,7 @@ def _reading(root: Path) -> Iterator[None]:
 def _check_files(root: Path, proof: Manifest) -> None:
     wanted = proof.file_names
     found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
+    found = {name for name in found if not name.startswith(f"{DOWNLOADS}/")}
     if missing := sorted(wanted - found):
         raise CheckFailed(f"{root}: files are missing: {some(missing)}")
     if extra := sorted(found - wanted - BESIDE):

@@ -207,7 +207,7 @@ def _locked(
             what = f"holds {found.uri}" if found else "does not hold it"
             raise StalePlan(
                 f"{lock_path} is stale: model `{name}` is {recipe.models[name]}, the lock {what}",
-                fix=f"recreate it: `skillmerge plan {recipe.document.name} --lock`",
+                fix=f"recreate it: `{recipe.command('plan')} --lock`",
             )
         if place.pinned and place.revision != found.commit:
             raise StalePlan(
@@ -217,7 +217,7 @@ def _locked(
     if access.locked and not place.pinned:
         raise UsageError(
             f"--locked: model `{name}` ({place}) has a revision that can change, but there is no {lock_path}",
-            fix=f"create it: `skillmerge plan {recipe.document.name} --lock`",
+            fix=f"create it: `{recipe.command('plan')} --lock`",
         )
     return place
 

@@ -18,6 +18,7 @@ from skillmerge.checkpoints.renamed import WRAPPERS
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, is_zero, model_of, sole_model
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
+from skillmerge.plans.advice.oddities import oddities
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models, unsettled
@@ -258,7 +259,7 @@ def _notes(
     ties: Iterable[tuple[str, str, str]],
 ) -> Iterator[str]:
     """Yield notes. tensors: of a plan without problems."""
-    yield from _oddities(recipe, checkpoints, donor)
+    yield from oddities(recipe, checkpoints, donor)
     yield from _unwrapped(checkpoints)
     yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
 
@@ -278,18 +279,6 @@ def _warnings(
     yield from levelled(recipe, donor, wanted)
     if not recipe.makes_skill:
         yield from driven_apart(donor, tensors)
-
-
-def _oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
-    """Yield notes on what is allowed but probably unintended."""
-    if donor.naming.rename and not recipe.makes_skill:
-        name = next(name for name, checkpoint in checkpoints.items() if checkpoint is donor)
-        yield f"the output has the names that `{name}` is renamed to, but config.json is unchanged: check that they fit"
-    if not donor.config and not recipe.makes_skill:
-        yield "the donor has no config.json: no runtime can load the output"
-    for name, value in recipe.overrides.items():
-        if recipe.rules_overridden.get(name):
-            yield f"--set {name}={value:g} replaces the whole `{name}` schedule, including its rules"
 
 
 def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:

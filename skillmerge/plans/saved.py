@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class SavedPlan:
         changes = self.changes(now) or ["it was edited, or this skillmerge plans differently"]
         raise StalePlan(
             f"{self.path} is stale: " + "; ".join(changes[:8]),
-            fix=f"check the changes and plan again: skillmerge plan {self.recipe.document.name} -o {self.path}",
+            fix=f"check the changes and plan again: {self.recipe.command('plan')} -o {shlex.quote(str(self.path))}",
         )
 
     def changes(self, now: Mapping[str, Any]) -> list[str]:

@@ -40,7 +40,7 @@ RULES = {
         ),
         LintRule(
             "unused-name", "warning", "A model or coefficient does nothing",
-            "It is defined, and neither the expression nor `copy`, `like` or a patch uses it. Remove it, or use it.",
+            "It is defined, and no expression, `copy`, `like`, patch or gate uses it. Remove it, or use it.",
         ),
         LintRule(
             "same-model", "warning", "Two names mean the same model",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
@@ -106,6 +107,11 @@ class Recipe:
         """Whether a command line defines it, not a file."""
         return self.document.name.startswith("skillmerge ")
 
+    def command(self, verb: str) -> str:
+        """Return the command that does `verb` with this recipe and the same coefficients."""
+        numbers = [f"--set {name}={value!r}" for name, value in self.overrides.items()]
+        return " ".join(["skillmerge", verb, shlex.quote(self.document.name), *numbers])
+
     def in_words(self, text: str) -> str:
         """Return a message for the person who ran a command: the places that were typed, not the names it gave to
         them."""
@@ -189,6 +195,7 @@ class Recipe:
 def unused_names(recipe: Recipe) -> list[str]:
     """Return models and coefficients that stand in the recipe and do nothing: allowed, but worth a warning."""
     named = {name.name for name in names_in(recipe.expression)} | set(recipe.used_models())
+    named |= {normalise_name(gate.model) for gate in recipe.gates if gate.model}
     return [name for name in (*recipe.models, *recipe.coefficients) if name not in named]
 
 

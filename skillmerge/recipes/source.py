@@ -42,9 +42,12 @@ def text_of(source: RecipeSource) -> str:
 def standard_input() -> str:
     """Return all of standard input: a recipe, or a saved plan. Raises UsageError if it is not text."""
     try:
-        return sys.stdin.read()
+        text = sys.stdin.read()
     except (OSError, UnicodeDecodeError, AttributeError) as error:
         raise UsageError(f"standard input cannot be read: {error}", fix="name a recipe file") from error
+    if not text.strip():
+        raise UsageError("standard input is empty", fix="check whether the command before the pipe failed")
+    return text
 
 
 def _of_file(path: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.schemes import is_path, local_folder
+from skillmerge.checkpoints.schemes import local_folder
 from skillmerge.engine.measures.cells import LEAST, SIGMAS, Cell, cells, pools, rows_of
 from skillmerge.engine.rounding_statistics import Row, Statistics, factor
 from skillmerge.errors import CheckFailed, ResourceError, SkillmergeError, UsageError, some
@@ -26,17 +26,16 @@ from skillmerge.outputs.output import MOVED, Outcome, Output
 from skillmerge.outputs.verify import check_structure, check_values, is_intact
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
-from skillmerge.recipes.expression import normalise_name
 from skillmerge.recipes.gate_table import GATE_FIGURES, Gate
 from skillmerge.recipes.parse import load_gates
 from skillmerge.reporter import Reporter, default_reporter
+from skillmerge.study.gate_obstacles import label, place_of
 from skillmerge.study.inspect import inspect_merge
 from skillmerge.study.loads.generation import TOKENS
-from skillmerge.study.loads.loading import check_generation, check_tokenizer, load, loads_whole, need
+from skillmerge.study.loads.loading import check_generation, check_tokenizer, load, loads_whole
 from skillmerge.study.scoring.scorers import Scorer, run_command
 from skillmerge.study.scoring.scores import NotFinite
 
-_RUNS_A_MODEL = ("loads", "finite_logits", "perplexity")
 _OF_ALL_ELEMENTS = ("changed", "norm_ratio")
 """Figures of all elements, which need no minimum of elements with an update."""
 
@@ -100,31 +99,6 @@ class GateInput:
     """Reports of loading with transformers, by text."""
 
 
-def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> None:
-    """Raise UsageError, before any work, for gates that cannot be measured after it."""
-    kinds = {module_kind(name) for name in plan.tensors}
-    for gate in gates:
-        if absent := [kind for kind in gate.modules if kind not in kinds]:
-            raise UsageError(f"the gate `{gate.kind}`: the model has no {' and no '.join(absent)}")
-        if gate.kind == "command" and not gate.folder.is_dir():
-            raise UsageError(f"the gate `{gate.name}` runs in {gate.folder}, which is not a folder")
-        if gate.kind == "cosine_z" and gate.model is not None:
-            base = _place_of(gate, gate.model, plan)
-            if is_path(base) and not Path(base).is_dir():
-                raise UsageError(f"the gate `cosine_z`: its base {base} is not a folder")
-        if stats == "off" and gate.kind in GATE_FIGURES:
-            raise UsageError(f"the gate `{gate.kind}` needs statistics", fix="pass `--stats sampled` or `--stats full`")
-        if gate.kind in _RUNS_A_MODEL:
-            need([gate.name or "transformers"], f"the gate `{_label(gate)}`")
-        if gate.text is not None:
-            _check_text(gate.text)
-        if no_local and gate.kind not in (*GATE_FIGURES, "cosine_z"):
-            raise UsageError(
-                f"the gate `{gate.kind}` needs the model's files, and --no-local keeps none",
-                fix="leave out `--no-local`, or this gate",
-            )
-
-
 def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], None]) -> list[Outcome]:
     """Measure every gate, even after failures; `tell` gets each outcome as it is known.
 
@@ -143,9 +117,9 @@ def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], Non
         except SkillmergeError as error:
             # A command's error may contain anything, and outcomes go into published files.
             first, _, rest = error.message.partition("\n")
-            found = [Outcome(_label(gate), gate.asked, None, False, first)]
+            found = [Outcome(label(gate), gate.asked, None, False, first)]
             if rest:
-                given.reporter.note(f"{_label(gate)}: {rest}")
+                given.reporter.note(f"{label(gate)}: {rest}")
         for outcome in found:
             tell(outcome)
         outcomes += found
@@ -156,35 +130,10 @@ def check(gates: Sequence[Gate], given: GateInput, tell: Callable[[Outcome], Non
     return outcomes
 
 
-def _check_text(path: Path) -> None:
-    try:
-        empty = not path.is_file() or not path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the gate `perplexity`: {path} cannot be read: {error}") from error
-    if empty:
-        raise UsageError(f"the gate `perplexity`: {path} is not a nonempty text file")
-
-
-def _place_of(gate: Gate, model: str, plan: Plan) -> str:
-    """Return the place of a model that a gate names: one of the recipe's, or a place."""
-    folder = gate.folder
-    if normalise_name(model) in plan.recipe.models:
-        model, folder = plan.recipe.models[normalise_name(model)], plan.recipe.folder
-    try:
-        return str(folder / Path(model).expanduser()) if is_path(model) else model
-    except RuntimeError as error:
-        raise UsageError(f"the gate `{gate.kind}`: {model}: {error}", fix="write the full path") from error
-
-
-def _label(gate: Gate, kind: str = "") -> str:
-    by = f"by {gate.by}" if gate.by else ""
-    return " ".join(filter(None, (gate.kind, by, gate.name or kind, "ratio" if gate.is_ratio else "")))
-
-
 def _judged(gate: Gate, measured: float | None, kind: str = "", detail: str = "") -> Outcome:
     if measured is not None and not math.isfinite(measured):
         measured, detail = None, f"{measured}"
-    return Outcome(_label(gate, kind), gate.asked, measured, measured is not None and gate.holds(measured), detail)
+    return Outcome(label(gate, kind), gate.asked, measured, measured is not None and gate.holds(measured), detail)
 
 
 def _measure(gate: Gate, given: GateInput) -> Iterator[Outcome]:
@@ -282,7 +231,7 @@ def _taken(body: ManifestBody, kind: str) -> float:
 def _cosine(gate: Gate, given: GateInput) -> Iterator[Outcome]:
     """Measure the update's cosine with the target's own, in standard deviations from chance; see docs/metrics.md."""
     with given.opened() as (plan, checkpoints):
-        base = _place_of(gate, gate.model, plan) if gate.model is not None else None
+        base = place_of(gate, gate.model, plan) if gate.model is not None else None
         found = inspect_merge(plan, checkpoints, base, given.access)
     for kind in gate.modules or ("",):
         group = found.modules.get(kind) if kind else found.total
@@ -293,7 +242,7 @@ def _cosine(gate: Gate, given: GateInput) -> Iterator[Outcome]:
 
 def _finite(gate: Gate, given: GateInput) -> Outcome:
     check_values(given.folder, given.body)
-    return Outcome(_label(gate), gate.asked, None, True)
+    return Outcome(label(gate), gate.asked, None, True)
 
 
 def _loads(gate: Gate, given: GateInput) -> Outcome:
@@ -305,10 +254,10 @@ def _loads(gate: Gate, given: GateInput) -> Outcome:
     if passed and gate.name:
         notes = check_generation(given.folder, report, gate.name).get("notes", [])
     elif passed and gate.kind == "loads":
-        check_tokenizer(given.folder, report, given.reporter, f"{_label(gate)}: ")
+        check_tokenizer(given.folder, report, given.reporter, f"{label(gate)}: ")
         for note in report["tokenizer"]["notes"]:
-            given.reporter.note(f"{_label(gate)}: {note}")
-    return Outcome(_label(gate), gate.asked, None, passed, "; ".join(notes) if passed else report["why"])
+            given.reporter.note(f"{label(gate)}: {note}")
+    return Outcome(label(gate), gate.asked, None, passed, "; ".join(notes) if passed else report["why"])
 
 
 def _report(given: GateInput, text: Path | None) -> Mapping[str, Any]:

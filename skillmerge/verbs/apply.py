@@ -30,7 +30,8 @@ from skillmerge.plans.side_files import SideFile, fetch
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import RecipeSource
 from skillmerge.reporter import Reporter, default_reporter
-from skillmerge.study.gates import GateFailed, GateInput, check, prepare
+from skillmerge.study.gate_obstacles import prepare
+from skillmerge.study.gates import GateFailed, GateInput, check
 from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.source import planned_to_apply, read_source, source_name
@@ -122,8 +123,12 @@ def merge(
             room = push.room if push is not None else None
             job = Job(plan, checkpoints, staging, checks.stats, checks.allow_nonfinite, room)
             run = _Merge(job, staging, access, checks, publish, push, reporter, started)
-            result = run.find_published() or run.find_finished() or run.make(work)
-            return run.published(result)
+            try:
+                result = run.find_published() or run.find_finished() or run.make(work)
+                return run.published(result)
+            except KeyboardInterrupt as error:
+                error.args = ("finished shards",) * bool(staging.finished)
+                raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,16 @@ from typing import Any
 from skillmerge.brief import brief, drawn
 from skillmerge.durable import disk_errors, write_whole
 from skillmerge.engine.runner import check_words
-from skillmerge.errors import UsageError
+from skillmerge.errors import RecipeError, UsageError
 from skillmerge.plans import opening, saved
 from skillmerge.plans.budget import Budget, budget, check_disk, free_disk
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.recipes import lock as lockfile
-from skillmerge.recipes.source import RecipeSource
+from skillmerge.recipes.source import STANDARD_INPUT, RecipeSource
+from skillmerge.remarks import warning
 from skillmerge.reporter import Reporter, default_reporter
-from skillmerge.study.gates import prepare
+from skillmerge.study.gate_obstacles import obstacles
 from skillmerge.verbs.target import is_done, output_folder
 
 
@@ -86,6 +87,8 @@ def plan(
     """
     reporter = reporter or default_reporter()
     check_words(threads=threads, memory_limit=memory_limit)
+    if diff == STANDARD_INPUT:
+        raise UsageError("`--diff` takes a file, not standard input", fix="write the saved plan into a file first")
     before = saved.read(diff) if diff is not None else None
     made = _make(recipe, coefficients, Access(follow_links, locked, relock=lock, allow_code=allow_code), reporter)
     needs = budget(made, threads=threads, memory_limit=memory_limit)
@@ -110,16 +113,26 @@ def _make(
     with planned(recipe, coefficients, access, reporter.note) as (made, checkpoints):
         if made.recipe.output.path is not None:
             output_folder(made.recipe, None, checkpoints)
-        try:
-            prepare(made.recipe.gates, "sampled", False, made)
-        except UsageError as error:
-            reporter.note(f"apply would fail: {error.message}")
+        made = _with_obstacles(made, reporter)
         if access.relock:
             path = lockfile.path_of(Path(made.recipe.document.name))
             with disk_errors(path):
                 write_whole(path, opening.to_bytes(made, checkpoints))
             reporter.say(f"wrote {path}")
         return made
+
+
+def _with_obstacles(made: Plan, reporter: Reporter) -> Plan:
+    """Return the plan with warnings about gates that `apply` would refuse. Another machine may have what this lacks."""
+    found = list(obstacles(made.recipe.gates, "sampled", False, made))
+    for error in found:
+        if not isinstance(error, RecipeError):
+            reporter.note(f"apply would fail here: {error.message}")
+    mistakes = {
+        error.message: error for error in found if isinstance(error, RecipeError)
+    }  # one text may have two gates
+    warnings = (warning(f"apply would fail: {it}", error.fix, of_recipe=True) for it, error in mistakes.items())
+    return replace(made, warnings=(*made.warnings, *warnings))
 
 
 def _save(preview: Preview, path: Path) -> None:

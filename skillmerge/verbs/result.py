@@ -13,7 +13,7 @@ from skillmerge.outputs.output import Outcome
 from skillmerge.plans.plan import Plan
 
 if TYPE_CHECKING:
-    from skillmerge.outputs.hub.commit import Published
+    from skillmerge.outputs.hub.published import Published
 
 
 @dataclass(frozen=True, slots=True)

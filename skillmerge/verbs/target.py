@@ -28,6 +28,9 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
         str(path).encode()
     except (RuntimeError, UnicodeEncodeError) as error:
         raise UsageError(f"the output {os.fspath(output or '')!r} cannot be used: {error}") from error
+    if output == "-":
+        fix = "name a folder; `./-` is one of this name"
+        raise UsageError("the output is a folder, which cannot go to standard output", fix=fix)
     if path is None:
         raise UsageError("the recipe names no output", fix="add `output: {path: ./merged}`, or pass `--output DIR`")
     path = Path(os.path.abspath(path))

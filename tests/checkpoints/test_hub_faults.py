@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import time
@@ -15,6 +16,7 @@ from conftest import (
     hub_recipe,
     put_family,
     random_tensors,
+    run_cli,
     weights,
     write_checkpoint,
     write_recipe,
@@ -177,8 +179,12 @@ def test_no_network_at_all(hub: HubServer, tmp_path: Path, monkeypatch: pytest.M
         port = server.getsockname()[1]
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", f"http://127.0.0.1:{port}")
-    with pytest.raises(TemporaryError, match="the network failed"):
-        skillmerge.plan(hub_recipe(tmp_path / "remote"))
+    shown: list[str] = []
+    monkeypatch.setattr("skillmerge.cli.messages.show_status", shown.append)
+    process = run_cli("plan", hub_recipe(tmp_path / "remote"))
+    assert process.returncode == 75
+    assert re.search(rf"the network failed \(\w+\) between here and http://127.0.0.1:{port}\n", process.stderr)
+    assert any(re.search(r": trying again \(2 of \d\), waiting \d+ s$", text) for text in shown)
 
 
 def test_page_of_a_proxy_is_no_answer(hub: HubServer, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,48 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         skillmerge.export_patch(skill, tmp_path / "patch", onto=str(tmp_path / "rl"))
     assert not (tmp_path / "patch").exists()
     assert not list(tmp_path.glob(".patch*"))
+
+
+def exported(folder: Path) -> None:
+    """`patch`, which makes `rl` of `sft`, and says so; and `target`, of the same shapes."""
+    shapes = tensor_shapes()
+    sft, target = random_tensors(shapes, seed=1), random_tensors(shapes, seed=2)
+    rl = {name: torch.where(torch.rand(t.shape) < 0.2, t * 1.01, t) for name, t in sft.items()}
+    for name, tensors in {"sft": sft, "rl": rl, "target": target}.items():
+        write_checkpoint(folder / name, tensors)
+    skill = skillmerge.extract(str(folder / "rl"), str(folder / "sft"), folder / "skill").output
+    skillmerge.export_patch(skill, folder / "patch", onto=str(folder / "sft"))
+
+
+def test_a_patch_is_for_the_model_that_it_was_made_for(tmp_path: Path) -> None:
+    exported(tmp_path)
+    models = {"target": "target", "new": {"patch": "patch", "onto": "target"}}
+    process = run_cli("plan", write_recipe(tmp_path, "new", models=models, coefficients={}))
+    assert process.returncode == 4
+    assert "patch: the patch is for another model than " in process.stderr
+    assert "help: name the model that the patch was made for" in process.stderr
+
+
+def test_a_patch_that_does_not_say_what_it_is_for_is_noted(tmp_path: Path) -> None:
+    exported(tmp_path)
+    metadata = json.loads((tmp_path / "patch" / "delta_metadata.json").read_text())
+    recipe = write_recipe(tmp_path, "rl", models=PATCHED, coefficients={})
+    without = skillmerge.plan(recipe).notes
+    del metadata["base"]
+    (tmp_path / "patch" / "delta_metadata.json").write_text(json.dumps(metadata))
+    note = "patch `rl` does not say which model it is for: check that it is for `sft`"
+    assert skillmerge.plan(recipe).notes == (without[0], note)
+
+
+def test_applying_a_patch_is_not_called_a_merge_of_nothing(tmp_path: Path) -> None:
+    exported(tmp_path)
+    recipe = write_recipe(tmp_path, "rl", models=PATCHED, coefficients={})
+    planned, applied = run_cli("plan", recipe), run_cli("apply", recipe)
+    assert "\nwrites `sft` with the patch applied\n" in planned.stdout
+    assert "wrote `sft` with the patch applied\n" in applied.stdout
+    for text in (planned.stdout, planned.stderr, applied.stdout, applied.stderr):
+        assert not re.search("warning|nothing|0%", text), text
+    assert same(read_checkpoint(tmp_path / "merged"), read_checkpoint(tmp_path / "rl"))
 
 
 def test_a_rounded_skill_has_no_patch(tmp_path: Path) -> None:

@@ -144,6 +144,10 @@ def test_variables_are_shown_only_where_their_values_are_plain(monkeypatch: pyte
     assert found["SKILLMERGE_KEY_PASSWORD"] == "set"
 
 
+def test_the_default_of_an_option_is_no_variable_of_the_user() -> None:
+    assert "SKILLMERGE_LOG_FORMAT" not in run_cli("doctor").stdout
+
+
 def test_redact_takes_out_secrets_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/alice")
     value = {"a": ["https://bob:pw@host/x", "hunter22 and ghp_abcdefghij1234", 7, None, True], "b": "/home/alice/x"}

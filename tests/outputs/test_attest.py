@@ -165,6 +165,9 @@ def test_signed_attestation_is_a_dsse_envelope_that_openssl_verifies(hashed: Pat
     key, public = tmp_path / "key.pem", tmp_path / "key.pub"
     subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True)
     subprocess.run(["openssl", "ec", "-in", key, "-pubout", "-out", public], check=True, capture_output=True)
+    unsigned = skillmerge.attest(hashed).attestation
+    process = run_cli("attest", hashed, "--private-key", key)
+    assert f"note: {unsigned} is an older attestation, and is not signed: remove it\n" in process.stderr
     made = skillmerge.attest(hashed, private_key=key)
     assert made.attestation.name == "merged.intoto.jsonl"
     (line,) = made.attestation.read_text().splitlines()

@@ -86,7 +86,7 @@ def test_output_that_was_to_the_hub_and_back_verifies(hub: HubServer, finished: 
 
     skillmerge.push(finished, MERGED)
     back = Path(snapshot_download(MERGED, local_dir=tmp_path / "back", cache_dir=tmp_path / "cache"))
-    shutil.rmtree(back / ".cache")
+    assert (back / ".cache" / "huggingface").is_dir()
     assert skillmerge.verify(back).tensors == len(tensor_shapes())
 
 
@@ -305,3 +305,22 @@ def test_token_is_never_seen(hub: HubServer, licensed: Path, run: Any) -> None:
     seen += [path.read_bytes().decode("latin-1") for path in licensed.parent.rglob("*") if path.is_file()]
     seen += [hub.content(MERGED, name).decode("latin-1") for name in hub.tree(MERGED)]
     assert not [text for text in seen if TOKEN in text]
+
+
+def test_name_of_a_repository_is_checked_before_anything_else(hub: HubServer, finished: Path) -> None:
+    shutil.rmtree(finished)
+    with pytest.raises(UsageError, match="`a/b/c` is not a repository name"):
+        skillmerge.push(finished, "a/b/c")
+
+
+def test_push_says_what_becomes_of_a_branch_and_of_visibility(hub: HubServer, finished: Path) -> None:
+    first = run_cli("push", finished, MERGED, "--private", "--revision", "next")
+    assert "published on branch `next`: " in first.stdout
+    second = run_cli("push", finished, MERGED, "--public", "--revision", "next")
+    assert f"note: {MERGED} is private and stays so: `--public` is for new repositories\n" in second.stderr
+
+
+def test_push_without_a_network_says_so(hub: HubServer, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="needs a network, but HF_HUB_OFFLINE is set"):
+        skillmerge.push(finished, MERGED)

@@ -177,6 +177,16 @@ def test_what_the_hub_adds_does_not_break_it(signed: Path, keys: Path) -> None:
     assert theirs_accepts(signed, keys / "key.pub"), "without a flag: the signature says what it leaves out"
 
 
+def test_notes_of_the_hubs_client_do_not_break_it(signed: Path, output: Path, keys: Path) -> None:
+    notes = signed / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    (notes / "config.json.metadata").write_text("1")
+    assert ours_accepts(signed, keys / "key.pub")
+    assert theirs_accepts(signed, keys / "key.pub")
+    (signed / ".cache" / "other").write_text("1")
+    assert not ours_accepts(signed, keys / "key.pub")
+
+
 def test_card_that_was_signed_is_signed(output: Path, keys: Path) -> None:
     (output / "README.md").write_text("# A card")
     model_signing("sign", "key", output, "--signature", output / "model.sig", "--private_key", keys / "key.pem")

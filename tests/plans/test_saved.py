@@ -222,3 +222,18 @@ def test_plan_with_what_no_plan_has_is_none(family: Path, spoil: Callable[[dict[
     process = run_cli("apply", plan)
     assert process.returncode == 2, process.stderr
     assert "is not a saved plan" in process.stderr
+
+
+def test_commands_to_run_next_keep_the_coefficients_that_were_set(
+    family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("skillmerge.cli.commands.merging.suggest", shown.append)
+    plan = family.parent / "plan.json"
+    run_cli("plan", family, "--set", "lam=0.5")
+    run_cli("plan", family, "--set", "lam=0.5", "-o", plan)
+    assert shown == [f"skillmerge apply {family} --set lam=0.5", f"skillmerge apply {plan}"]
+    rewrite(family.parent / "sft")
+    with pytest.raises(StalePlan) as caught:
+        skillmerge.apply(plan)
+    assert caught.value.fix == (f"check the changes and plan again: skillmerge plan {family} --set lam=0.5 -o {plan}")

@@ -131,6 +131,13 @@ def test_names_that_do_nothing_are_told_with_their_keys(tmp_path: Path) -> None:
     assert found(write(tmp_path, text)) == [("unused-name", 6, 3), ("unused-name", 8, 3)]
 
 
+@pytest.mark.parametrize("gate", ["cosine_z: {max: 5, base: old}", "perplexity: {text: t, max_ratio: 2, of: old}"])
+def test_a_model_of_a_gate_is_used(tmp_path: Path, gate: str) -> None:
+    text = CLEAN.replace("coeff", "  old: ./old\ncoeff")
+    assert found(write(tmp_path, text)) == [("unused-name", 6, 3)]
+    assert found(write(tmp_path, f"{text}gates:\n  {gate}\n")) == []
+
+
 def test_two_names_of_one_model_are_told(tmp_path: Path) -> None:
     assert found(write(tmp_path, CLEAN.replace("./sft", "./target"))) == [("same-model", 5, 3)]
 

@@ -430,6 +430,19 @@ def test_file_for_programs_takes_no_others_place(trained: Path, judged: Path, op
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
 
+def test_result_file_says_that_a_run_failed(trained: Path, tmp_path: Path) -> None:
+    """It would otherwise still say that an earlier run was fine."""
+    written = tmp_path / "result.json"
+    good, failing = {"changed": {"min": 0.001}}, {"changed": {"max": 0.001}}
+    for gates, size, ok in ((good, "9GB", True), (failing, "9GB", False), (good, "9GB", True), (good, "1MB", False)):
+        recipe = recipe_with(trained, gates, "resulting")
+        run = run_cli("apply", recipe, "--result-file", written, "--json", "--overwrite", "--memory-limit", size)
+        assert json.loads(written.read_text()) == json.loads(run.stdout)
+        assert json.loads(run.stdout)["ok"] is ok
+    printed = run_cli("apply", recipe_with(trained, failing, "resulting"), "--result-file", "-", "--overwrite")
+    assert json.loads(printed.stdout)["gates"][0]["passed"] is False
+
+
 def test_gates_without_a_line_have_the_default(trained: Path) -> None:
     """Every line of the table is a comment, say."""
     recipe = recipe_with(trained, {}, "null", merge="target + lam * (rl - rl)")
@@ -453,9 +466,11 @@ def test_gate_on_what_is_not_there_is_told_by_plan_and_apply(
     recipe = recipe_with(trained, gates, "never")
     process = run_cli("plan", recipe)
     assert process.returncode == 0
-    assert message in process.stderr
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(RecipeError, match=message) as caught:
         skillmerge.apply(recipe)
+    assert f"warning: apply would fail: {caught.value.message}\nhelp: {caught.value.fix}\n" in process.stdout
+    assert re.search(r"recipe\.yaml:\d+:\d+: ", caught.value.message)
+    assert run_cli("plan", recipe, "--strict").returncode == 2
 
 
 def test_failed_output_cannot_be_kept_where_nothing_is(trained: Path) -> None:

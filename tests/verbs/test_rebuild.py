@@ -16,7 +16,7 @@ from conftest import flip, run_cli, write_family, write_recipe
 import skillmerge
 from skillmerge.engine.runner import Work
 from skillmerge.engine.runners import threads as runner
-from skillmerge.errors import CheckFailed, StalePlan, UsageError
+from skillmerge.errors import CheckFailed, InputError, StalePlan, UsageError
 from skillmerge.plans.budget import Budget
 from skillmerge.tensors import BLOCK
 from skillmerge.verbs import rebuild as rebuilding
@@ -232,3 +232,11 @@ def test_side_file_that_changed_is_named(finished: Path) -> None:
     config.write_text(config.read_text() + "\n")
     with pytest.raises(StalePlan, match=r"other files changed: config\.json"):
         check_rebuild(finished)
+
+
+def test_messages_name_the_recipe_in_the_manifest(finished: Path) -> None:
+    """It may have come from a file of any name, or from none."""
+    (finished.parent / "rl").rename(finished.parent / "moved")
+    with pytest.raises(InputError, match=r"^the recipe in the manifest:\d+:\d+: model `rl`") as caught:
+        check_rebuild(finished)
+    assert "recipe.yaml" not in caught.value.message

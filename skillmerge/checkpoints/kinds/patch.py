@@ -2,7 +2,8 @@
 
     *.safetensors          for each tensor that changed: NAME.indices, the places in the flattened tensor, ascending
                            (int32 or int64), and NAME.values, the new elements there, in the tensor's own dtype
-    delta_metadata.json    `shapes`: the whole tensors' shapes; may be missing
+    delta_metadata.json    `shapes`: the whole tensors' shapes; `base`: samples of the model that it is for; both may be
+                           missing
 
 That is how trainers ship weights to inference servers between the steps of RL: where places and new values
 lie side by side nothing is computed, so nothing is rounded
@@ -15,7 +16,7 @@ import hashlib
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, Piece, read_bytes
 from skillmerge.checkpoints.safetensors import Header
@@ -33,6 +34,9 @@ PATCH_FILE = "delta_metadata.json"
 """A file that only patches have, beside positions and values."""
 
 INDICES, VALUES = ".indices", ".values"
+_SAMPLES, _SAMPLED = 8, 4096
+"""Tensors and elements of each that show whether a model is the one that a patch is for."""
+_OTHER_MODEL = "name the model that the patch was made for"
 _FIX = "patches hold places in ascending order, each once, and the new elements of the tensors they are for"
 
 
@@ -51,8 +55,16 @@ class Patched(Checkpoint):
     """The base's tensors, with other elements where the patch has them."""
 
     def __init__(
-        self, uri: str, patch: Store, base: Checkpoint, headers: Mapping[str, Header], changes: Sequence[_Change]
+        self,
+        uri: str,
+        patch: Store,
+        base: Checkpoint,
+        headers: Mapping[str, Header],
+        changes: Sequence[_Change],
+        is_checked: bool,
     ) -> None:
+        """is_checked: whether the patch says which model it is for, and `base` is that one."""
+        self.is_checked = is_checked
         at = replace(patch.at, remote=base.at.remote or patch.at.remote, license=base.at.license)
         listed = patch.list()
         version = tuple(part for file in sorted(headers) for part in listed[file].version)
@@ -192,9 +204,39 @@ def open(uri: str, store: Store, onto: Checkpoint | None) -> Checkpoint:
         what = f"it has tensors that are no places or values: {some(odd)}" if odd else "it holds nothing"
         raise InputError(f"{place} is not a sparse patch: {what}", fix=f"it must have NAME{INDICES}, NAME{VALUES}")
     changes = [_change(place, specs, name, onto) for name in sorted({name.rpartition(".")[0] for name in specs})]
-    if PATCH_FILE in files:
-        _check_shapes(store, onto)
-    return Patched(uri, store, onto, headers, changes)
+    metadata = read_json_object(store, PATCH_FILE) if PATCH_FILE in files else {}
+    _check_shapes(store, metadata, onto)
+    return Patched(uri, store, onto, headers, changes, is_checked=_check_samples(store, metadata, onto))
+
+
+def samples(base: Checkpoint, changed: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what `delta_metadata.json` says of the model that a patch is for: digests of a few thousand elements in
+    the middle of some tensors among `changed`, which planning can read too."""
+    names = sorted(changed)
+    return [_sample(base, name) for name in names[:: max(1, -(-len(names) // _SAMPLES))]]
+
+
+def _sample(base: Checkpoint, name: str) -> dict[str, Any]:
+    elements = base.tensors[name].elements
+    count = min(elements, _SAMPLED)
+    content = read_bytes(base, name, (elements - count) // 2, count)
+    return {"tensor": name, "elements": count, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _check_samples(store: Store, metadata: Mapping[str, Any], base: Checkpoint) -> bool:
+    """Return whether the patch says what it is for. Raises InputError if that is not `base`."""
+    rows = metadata.get("base")
+    if not isinstance(rows, list) or not rows or len(rows) > _SAMPLES:
+        return False
+    for row in rows:
+        name = row.get("tensor") if isinstance(row, dict) else None
+        if not isinstance(name, str) or name not in base.tensors or _sample(base, name) != row:
+            raise InputError(
+                f"{store.at.place}: the patch is for another model than {base.place}: "
+                f"the weights of tensor `{name}` differ",
+                fix=_OTHER_MODEL,
+            )
+    return True
 
 
 def _change(place: str, specs: Mapping[str, StoredTensor], name: str, base: Checkpoint) -> _Change:
@@ -202,9 +244,7 @@ def _change(place: str, specs: Mapping[str, StoredTensor], name: str, base: Chec
     if indices is None or values is None:
         raise InputError(f"{place}: tensor `{name}` has places but no values, or values but no places", fix=_FIX)
     if spec is None:
-        raise InputError(
-            f"{place}: tensor `{name}` is not in {base.place}", fix="name the model that the patch was made for"
-        )
+        raise InputError(f"{place}: tensor `{name}` is not in {base.place}", fix=_OTHER_MODEL)
     if (
         indices.dtype not in _WIDTHS
         or len(indices.shape) != 1
@@ -221,13 +261,13 @@ def _change(place: str, specs: Mapping[str, StoredTensor], name: str, base: Chec
     return _Change(spec, indices, values)
 
 
-def _check_shapes(store: Store, base: Checkpoint) -> None:
-    shapes = read_json_object(store, PATCH_FILE).get("shapes")
+def _check_shapes(store: Store, metadata: Mapping[str, Any], base: Checkpoint) -> None:
+    shapes = metadata.get("shapes")
     for name, shape in shapes.items() if isinstance(shapes, dict) else ():
         spec = base.tensors.get(name)
         if spec is None or list(spec.shape) != shape:
             found = f"has shape {list(spec.shape)} there" if spec else "is not there"
             raise InputError(
                 f"{store.at.path(PATCH_FILE)}: the patch is not for {base.place}: tensor `{name}` {found}",
-                fix="name the model that the patch was made for",
+                fix=_OTHER_MODEL,
             )

@@ -9,6 +9,7 @@ signatures; no other text that comes from a request ever is: a token could be in
 from __future__ import annotations
 
 import email.utils
+import logging
 import os
 import random
 import re
@@ -44,6 +45,9 @@ from skillmerge.errors import InputError, ResourceError, SkillmergeError, Tempor
 
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 """The base class of the HTTP library's errors, whichever library this huggingface_hub uses."""
+
+LOG = logging.getLogger("skillmerge.hub")
+"""What to show of waiting for the Hub: on any thread, far from the reporter of the run."""
 
 TRIES = 6
 FIRST_WAIT = 1.0
@@ -118,6 +122,7 @@ def retried(
                 raise TemporaryError(
                     f"{what}: {passing.what}", fix="rerun later; the same command continues where it stopped"
                 ) from passing
+            LOG.info("%s: trying again (%d of %d), waiting %.0f s", passing.what, failed + 1, tries or TRIES, wait)
             if (stop or threading.Event()).wait(wait):
                 raise TemporaryError(f"{what}: stopped while it waited for the Hub") from passing
 
@@ -168,7 +173,7 @@ def _of_the_network(what: str, error: Exception) -> Exception | None:
             fix="check HF_ENDPOINT, and the token for stray spaces and line ends: hf auth login",
         )
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
-        return Passing(f"the network failed ({name})")
+        return Passing(f"the network failed ({name}) between here and {_host(constants.ENDPOINT)}")
     if isinstance(error, ImportError):
         return InputError(
             f"{what}: the network's client lacks a package ({error})",

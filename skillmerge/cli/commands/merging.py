@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from skillmerge.cli import flags
+from skillmerge.cli import flags, results
 from skillmerge.cli.help import command, option
 from skillmerge.cli.messages import TerminalReporter, log
 from skillmerge.cli.results import (
     STANDARD_OUTPUT,
     check_places,
-    document_of,
     print_result,
     show_merge,
     suggest,
@@ -80,33 +77,22 @@ def apply(
     from skillmerge.study.gates import GateFailed
     from skillmerge.verbs.apply import apply as run
 
-    printed = check_places(
-        json=as_json, report=report_file, result_file=result_file, junit=junit_file, events=events_file
-    )
-    reporter = TerminalReporter(quiet, verbose)
-    with recorded(reporter, events_file, junit_file, f"skillmerge apply {recipe}"):
-        try:
-            result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
-        except GateFailed as error:
-            write_report(report_file, plan=error.plan, manifest=error.body, gates=error.outcomes)
-            raise
-    show_merge(result, as_json, quiet or printed)
-    write_report(report_file, plan=result.plan, manifest=result.manifest, gates=result.gates)
-    if result_file is not None:
-        _write_result(result_file, json.dumps(document_of(result), indent=1) + "\n")
+    with results.result_file(result_file) as write_result:
+        printed = check_places(
+            json=as_json, report=report_file, result_file=result_file, junit=junit_file, events=events_file
+        )
+        reporter = TerminalReporter(quiet, verbose)
+        with recorded(reporter, events_file, junit_file, f"skillmerge apply {recipe}"):
+            try:
+                result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
+            except GateFailed as error:
+                write_report(report_file, plan=error.plan, manifest=error.body, gates=error.outcomes)
+                raise
+        show_merge(result, as_json, quiet or printed)
+        write_report(report_file, plan=result.plan, manifest=result.manifest, gates=result.gates)
+        write_result(result)
     if result.output.exists() and not quiet and not printed:
         suggest(f"skillmerge verify {shlex.quote(str(result.output))} --load")
-
-
-def _write_result(path: str, text: str) -> None:
-    """Write the file in one step: a pipeline may be waiting for it."""
-    from skillmerge.durable import disk_errors, write_whole
-
-    if path == STANDARD_OUTPUT:
-        write_text(path, text)
-        return
-    with disk_errors(Path(path)):
-        write_whole(Path(path).absolute(), text.encode())
 
 
 @command("plan recipe.yaml", "plan recipe.yaml -o plan.json", "plan recipe.yaml --diff plan.json")
@@ -119,7 +105,12 @@ def _write_result(path: str, text: str) -> None:
 @flags.links
 @flags.code
 @option(
-    "--save", "-o", group=flags.OUTPUT, type=click.Path(dir_okay=False), metavar="FILE", help="Save the plan as JSON"
+    "--save",
+    "-o",
+    group=flags.OUTPUT,
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Save the plan as JSON; - for standard output",
 )
 @option("--lock", group=flags.OUTPUT, is_flag=True, help="Write Hub commits and files into a lock file")
 @option("--diff", group=flags.REPORTS, type=click.Path(), metavar="PLAN", help="Show what changed since a saved plan")
@@ -173,8 +164,8 @@ def plan(
         return made.strict_error.exit_status
     if not made.ok:
         return InputError.exit_status
-    if diff is None and not printed and not quiet:
-        suggest(f"skillmerge apply {shlex.quote(save or recipe)}")
+    if diff is None and not printed and not quiet and (save or recipe != STANDARD_OUTPUT):
+        suggest(f"skillmerge apply {shlex.quote(save)}" if save else made.recipe.command("apply"))
     return 10 if detailed and not made.done else 0
 
 

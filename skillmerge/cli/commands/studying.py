@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from typing import Any
 
 import click
@@ -51,7 +53,8 @@ def extract(rl: str, sft: str, as_json: bool, quiet: bool, verbose: bool, **opti
     made = run(rl, sft, reporter=TerminalReporter(quiet, verbose), **options)
     show_merge(made, as_json, quiet)
     if not quiet and not as_json:
-        suggest(f"in a recipe, models: {{skill: {{skill: {made.output}}}}}")
+        place = min(str(made.output), f"./{os.path.relpath(made.output)}", key=len)
+        suggest(f"in a recipe, under `models`: skill: {{skill: {json.dumps(place)}}}")
 
 
 @command("export math-skill --lora-rank 64 -o adapter", "export math-skill --onto source-sft -o patch")

@@ -70,10 +70,16 @@ def written(plan: Plan) -> str:
 
 def merged(plan: Plan) -> str | None:
     """Return how much of the donor the formula changes; None if that is not known, or means nothing."""
-    if plan.merged_share is None:
+    if plan.merged_share is None or patched(plan) is not None:
         return None
     whole = sum(math.prod(tensor.shape) for tensor in plan.tensors.values())
     return f"{percent(plan.merged_share)} of {format_count(whole)} parameters"
+
+
+def patched(plan: Plan) -> str | None:
+    """Return what happens where the output is a model with a patch applied and nothing else."""
+    onto = plan.recipe.patches.get(plan.donor)
+    return f"writes `{onto}` with the patch applied" if onto is not None and plan.merged_share == 0 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,8 @@ def _totals(plan: Plan, needs: Budget | None, where: str | None, free: int | Non
     rows = [("reads", format_bytes(plan.bytes_read)), ("writes", listings.written(plan))]
     if (merged := listings.merged(plan)) is not None:
         rows.insert(0, ("merges", merged))
+    if (told := listings.patched(plan)) is not None:
+        rows.insert(0, ("output", told))
     if needs is not None:
         rows.append(("peak memory", f"about {format_bytes(needs.memory)} with {needs.threads} threads"))
     if free is not None:

@@ -25,7 +25,7 @@ from skillmerge.tensors import format_bytes
 from skillmerge.verbs.result import Result
 
 if TYPE_CHECKING:
-    from skillmerge.outputs.hub.commit import Published
+    from skillmerge.outputs.hub.published import Published
 
 
 def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | None, out: Console) -> None:
@@ -51,6 +51,8 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {listings.written(plan)}"]
     if (merged := listings.merged(plan)) is not None:
         totals.insert(0, f"merges {merged}")
+    if (told := listings.patched(plan)) is not None:
+        out.print(Text(told))
     if needs is not None:
         totals.append(f"peak memory about {format_bytes(needs.memory)} with {needs.threads} threads")
     if free is not None and plan.makes_skill:
@@ -143,6 +145,8 @@ def _show_work(result: Result, out: Console) -> None:
         out.print(statistics_table(statistics))
     if result.plan is not None and (merged := listings.merged(result.plan)) is not None:
         out.print(Text(f"merged {merged}"))
+    if result.plan is not None and (told := listings.patched(result.plan)) is not None:
+        out.print(Text(told.replace("writes", "wrote")))
     what = f"wrote {result.output}" if result.output.exists() else "merged"
     where = f" on {result.device}" if result.device else ""
     if isinstance(statistics, SkillStatistics):
@@ -172,5 +176,6 @@ def _skill_table(statistics: SkillStatistics) -> Table:
 def show_published(published: Published, out: Console) -> None:
     """Show where on the Hub a model is."""
     what = "already published" if published.already else "published"
-    how = " as a pull request" if published.pull_request else ""
+    branch = f" on branch `{published.branch}`" if published.branch else ""
+    how = " as a pull request" if published.pull_request else branch
     out.print(Text(f"{what}{how}: {published.url} (commit {published.commit})", style="bold"), soft_wrap=True)

@@ -50,6 +50,8 @@ def _merged(plan: Plan) -> Headline:
     if plan.merged_share is None:
         count = len(plan.tensors)
         return Headline(f"{count:,}", "tensors", f"Stores the difference of {_counted(count, 'tensor')}.")
+    if (told := listings.patched(plan)) is not None:
+        return Headline("patch", "applied", told.capitalize() + ".")
     whole = format_count(sum(math.prod(tensor.shape) for tensor in plan.tensors.values()))
     share = percent(plan.merged_share)
     rest = "" if plan.merged_share == 1 else " The rest is copied."

@@ -13,20 +13,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
 from huggingface_hub.lfs import UploadInfo
 
-from skillmerge.brief import drawn
-from skillmerge.checkpoints.place import Location, parse_location
+from skillmerge.checkpoints.place import Location
 from skillmerge.checkpoints.store import digest_of
 from skillmerge.checkpoints.stores.hub import Repository
-from skillmerge.checkpoints.stores.hub_client import LOG_IN, Passing, Quiet, retried
+from skillmerge.checkpoints.stores.hub_client import LOG, LOG_IN, Passing, Quiet, retried
 from skillmerge.durable import disk_errors
 from skillmerge.errors import CheckFailed, InputError, SkillmergeError, StalePlan, TemporaryError, UsageError, some
 from skillmerge.outputs import manifest
+from skillmerge.outputs.hub.published import Published, check_repository
 from skillmerge.outputs.manifest import File, Manifest
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.recipes.recipe import Push
@@ -62,28 +61,6 @@ def _is_about_copies(error: BaseException | None) -> bool:
             return "duplicate" in str(error.response.url)
         error = error.__cause__
     return False
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A published model. pull_request: its address, or None. already: it was published before."""
-
-    repository: str
-    commit: str
-    url: str
-    pull_request: str | None
-    already: bool
-
-    _repr_html_ = drawn
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "repository": self.repository,
-            "commit": self.commit,
-            "url": self.url,
-            "pull_request": self.pull_request,
-            "already": self.already,
-        }
 
 
 class ForgottenUploads(TemporaryError):
@@ -125,12 +102,7 @@ class HubCommit:
 
     def __init__(self, push: Push) -> None:
         """Find or create the repository; nothing else of a push is visible before the commit."""
-        try:
-            named = parse_location(push.repository)
-        except ValueError:
-            named = None
-        if named != Location(push.repository):
-            raise UsageError(f"`{push.repository}` is not a repository name", fix="write org/name")
+        check_repository(push.repository)
         self.push = push
         self._api = HfApi()
         self._quiet = Quiet()
@@ -145,13 +117,15 @@ class HubCommit:
         self._prepare()
 
     def _prepare(self) -> None:
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(
+                f"pushing to {self._place} needs a network, but HF_HUB_OFFLINE is set", fix="unset HF_HUB_OFFLINE"
+            )
         repository, branch = self.push.repository, self.push.revision or constants.DEFAULT_REVISION
         if not retried(self._place, lambda: self._api.repo_exists(repository)):
             retried(self._place, lambda: self._api.create_repo(repository, private=self.push.private, exist_ok=True))
-        elif self.push.private and not retried(self._place, lambda: self._api.model_info(repository)).private:
-            raise UsageError(
-                f"{repository} is public, and a private one was requested", fix="choose another repository name"
-            )
+        elif self.push.private is not None:
+            self._compare_visibility(self.push.private)
         if self.push.revision and not self.push.revision.startswith("refs/"):
             retried(self._place, lambda: self._api.create_branch(repository, branch=branch, exist_ok=True))
         self.parent, listed = self._listing(branch)
@@ -160,6 +134,17 @@ class HubCommit:
         asked = self.push.pull_request
         self.as_pull_request = asked if asked is not None else not (new or self.push.revision)
         self._branch = branch
+
+    def _compare_visibility(self, private: bool) -> None:
+        """Compare what was requested with a repository that exists. Raises UsageError if that is public."""
+        repository = self.push.repository
+        is_private = retried(self._place, lambda: self._api.model_info(repository)).private
+        if private and not is_private:
+            raise UsageError(
+                f"{repository} is public, and a private one was requested", fix="choose another repository name"
+            )
+        if is_private and not private:
+            LOG.warning("%s is private and stays so: `--public` is for new repositories", repository)
 
     def _listing(self, revision: str) -> tuple[str, dict[str, tuple[int, tuple[str, str]]]]:
         """Return the commit of a revision, and what the Hub states about its files."""
@@ -317,7 +302,7 @@ class HubCommit:
                 ) from error
             raise
         url = info.pr_url or self._home
-        return Published(self.push.repository, info.oid, url, info.pr_url, already=False)
+        return Published(self.push.repository, info.oid, url, info.pr_url, already=False, branch=self.push.revision)
 
     def _stale(self) -> list[CommitOperationDelete]:
         """Return the files of another model that a runtime would mix with these: weights, adapter, and its tokenizer if
@@ -342,7 +327,7 @@ class HubCommit:
             try:
                 proof = manifest.parse(files.read_small(MANIFEST_FILE, _MAX_MANIFEST), files.at.path(MANIFEST_FILE))
                 if proof.plan_digest == plan_digest and all(_is_there(file, listed, files) for file in proof.files):
-                    return Published(self.push.repository, commit, request or self._home, request, True), proof
+                    return self._there(commit, request), proof
             except (CheckFailed, InputError):
                 continue  # belongs to another author
             finally:
@@ -370,12 +355,16 @@ class HubCommit:
                 if (request.author, request.title) == (user, title):
                     yield f"refs/pr/{request.num}", f"{self._home}/discussions/{request.num}"
 
+    def _there(self, commit: str, request: str | None) -> Published:
+        branch = None if request else self.push.revision
+        return Published(self.push.repository, commit, request or self._home, request, already=True, branch=branch)
+
     def _find(self, title: str) -> Published | None:
         """Return this model if an earlier run has committed it."""
         for revision, request in self._places(title):
             commit, listed = self._listing(revision)
             if not self._differences(listed):
-                return Published(self.push.repository, commit, request or self._home, request, already=True)
+                return self._there(commit, request)
         return None
 
     def _differences(self, listed: Mapping[str, tuple[int, tuple[str, str]]]) -> list[str]:

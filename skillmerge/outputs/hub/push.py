@@ -16,7 +16,8 @@ from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import UsageError
 from skillmerge.outputs.hub.card import CARD_FILE, license_of, read_metadata, write_card
-from skillmerge.outputs.hub.commit import ForgottenUploads, HubCommit, Published
+from skillmerge.outputs.hub.commit import ForgottenUploads, HubCommit
+from skillmerge.outputs.hub.published import Published, check_repository
 from skillmerge.outputs.manifest import File, Input, Manifest
 from skillmerge.outputs.output import Output
 from skillmerge.outputs.proof.sign import signature_beside
@@ -56,6 +57,7 @@ def push(
     InputError, StalePlan, TemporaryError.
     """
     reporter = reporter or default_reporter("uploading")
+    check_repository(repository)
     made = verify_files(folder, allow_nonfinite=allow_nonfinite, reporter=reporter).output
     made.refuse_failed()
     signature = signature_beside(made)
@@ -169,6 +171,7 @@ class MergePush:
     def __init__(self, plan: Plan, repository: str | None, remove: bool, options: Mapping[str, Any]) -> None:
         output = plan.recipe.output
         self._push = _settings(output.push, repository, options)
+        check_repository(self._push.repository)
         self._plan, self._remove, self._license = plan, remove, output.license
         self._card = read_card(output.card)
         if self._card is None or not read_metadata(self._card)[1].get("license"):

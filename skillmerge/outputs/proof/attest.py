@@ -26,7 +26,7 @@ from skillmerge.outputs.proof.sign import read_private_key
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.outputs.verify import verify_files
 from skillmerge.recipes.parse import parse_recipe
-from skillmerge.reporter import Reporter
+from skillmerge.reporter import Reporter, default_reporter
 
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -103,6 +103,9 @@ def attest(
         materials = bom.build(named.name, proof, files, _time(log.finished))
         with disk_errors(Path(bom_file)):
             write_whole(Path(bom_file).absolute(), materials.encode())
+    unsigned = named.with_name(f"{named.name}.intoto.json")
+    if key is not None and output is None and unsigned.exists():
+        (reporter or default_reporter()).note(f"{unsigned} is an older attestation, and is not signed: remove it")
     unpinned = tuple(item.name for item in proof.inputs if not _is_pinned(item))
     written = Path(bom_file) if bom_file is not None else None
     return Attested(place, written, len(files), unpinned, os.fspath(folder))

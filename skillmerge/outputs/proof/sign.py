@@ -12,7 +12,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from skillmerge.brief import brief, drawn
 from skillmerge.durable import disk_errors, scratch_folder
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs.output import Output, check_folder
-from skillmerge.outputs.verify import BESIDE, SIGNATURE_FILE, Verdict, checked, verify_files
+from skillmerge.outputs.verify import BESIDE, DOWNLOADS, SIGNATURE_FILE, Verdict, checked, verify_files
 from skillmerge.reporter import Reporter, default_reporter
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _PREDICATE = "https://model_signing/signature/v1.0"
 _WHOM = "pass `--public-key KEY`, or `--certificate-chain ROOT` if a certificate was used"
+
+_UNSIGNED = BESIDE | {DOWNLOADS}
+"""What a signature leaves out."""
 
 _AnyPath = str | os.PathLike[str]
 
@@ -83,7 +86,7 @@ def sign(
     with scratch_folder() as scratch:
         made = scratch / SIGNATURE_FILE
         try:
-            configuration.set_hashing_config(_hashing(BESIDE)).sign(root, made)
+            configuration.set_hashing_config(_hashing(_UNSIGNED)).sign(root, made)
         except (ValueError, OSError) as error:
             raise CheckFailed(f"{root} could not be signed: {error}") from error
         content = made.read_bytes()
@@ -134,7 +137,7 @@ def _check_signature(output: Output, place: Path, configuration: Any) -> _Bundle
     bundle.check_covers(output)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it reports old signatures on stdout, where results go
-            configuration.set_hashing_config(_hashing(BESIDE.difference(bundle.files))).verify(root, place)
+            configuration.set_hashing_config(_hashing(_unsigned(bundle.files))).verify(root, place)
     except Exception as error:  # any error that a forged signature leads to
         reason = str(error).strip() or "it was not made with that key"
         raise CheckFailed(f"{place}: the signature is invalid: {reason}") from error
@@ -276,6 +279,11 @@ def _verifier(public_key: _AnyPath | None, chain: Sequence[_AnyPath]) -> Any:
             f"the public key {os.fspath(public_key)} cannot be used: {error}",
             fix="derive it from the private key: openssl ec -in key.pem -pubout -out key.pub",
         ) from error
+
+
+def _unsigned(signed: Iterable[str]) -> frozenset[str]:
+    """Return what a signature of these files leaves out."""
+    return frozenset(path for path in _UNSIGNED if not any(f"{name}/".startswith(f"{path}/") for name in signed))
 
 
 def _hashing(ignored: frozenset[str]) -> Any:

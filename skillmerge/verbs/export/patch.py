@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillmerge.brief import drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.kinds.patch import INDICES, PATCH_FILE, VALUES
+from skillmerge.checkpoints.kinds.patch import INDICES, PATCH_FILE, VALUES, samples
 from skillmerge.checkpoints.kinds.skill import summary, tensor_digest
 from skillmerge.checkpoints.safetensors import build_header
 from skillmerge.claim import new_folder
@@ -85,7 +85,8 @@ def export_patch(
             for name, header in headers.items():
                 (folder / name).write_bytes(header)
             shapes = {name: list(spec.shape) for name, spec in base.tensors.items()}
-            metadata = {"format": "indices and values", "shapes": shapes}
+            base_samples = samples(base, [job.tensor for job in jobs])
+            metadata = {"format": "indices and values", "shapes": shapes, "base": base_samples}
             (folder / PATCH_FILE).write_text(json.dumps(metadata) + "\n", encoding="utf-8")
             done = 0
             with reporter.bar(sum(base.tensors[job.tensor].nbytes for job in jobs)) as progress:
