@@ -94,7 +94,7 @@ def test_another_rename_is_another_plan(odd: Path, edit: Edit) -> None:
         item.pop("rename", None)
     saved.write_text(json.dumps(document, indent=1))
     odd.write_text(text)
-    with pytest.raises(StalePlan, match="read under other names now"):
+    with pytest.raises(StalePlan, match="now read under other names"):
         skillmerge.apply(saved, odd.parent / "other")
 
 

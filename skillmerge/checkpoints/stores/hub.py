@@ -87,7 +87,7 @@ class Repository:
     def read_small(self, file: str, limit: int) -> bytes:
         size, digest = self._stat(file).size, self._stat(file).digest
         if size > limit:
-            raise InputError(f"{self.at.path(file)}: is not a file of sane size")
+            raise InputError(f"{self.at.path(file)}: is not a regular file of acceptable size")
         cached = self._from_cache(file)
         if cached is None and self._download:
             cached = self._into_cache(file)
