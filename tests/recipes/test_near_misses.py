@@ -30,7 +30,7 @@ NEAR = {
         'lam: {default: 1, rules: [{tensors: "*norm*", value: 0}, {tensors: "*mlp*", value: 0.5}]}',
     (LAM, "lam: {rules: {layers: 0-3, value: 0.5}}"): "rules: [{layers: 0-3, value: 0.5}]",
     (LAM, "lam: {rules: [{layers: 0-3, ramp: 0-1}]}"): "ramp: [0.5, 1]",
-    (LAM, "lam: {rules: [{layers: 0-3, value: [0.3, 1.0]}]}"): "ramp: [0.3, 1]",
+    (LAM, "lam: {rules: [{layers: 0-3, value: [0.3, 1.0]}]}"): "ramp: [0.3, 1.0]",
     (LAM, "lam: {rules: [{ramp: [0, 1]}]}"): "layers: 0-",
     (LAM, "lam: {rules: [{layers: all, value: 0.5}]}"): "layers: 0-",
     (LAM.replace("coefficients: {@}", "@"), "lam: 0.5"): "coefficients: {lam: 0.5}",
