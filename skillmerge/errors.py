@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _NO_MEMORY = re.compile(
-    r"can(no|')t allocate memory|can't start new thread|out of memory|failed to map segment", re.IGNORECASE
+    r"can(no|')t allocate memory|can't start new thread|out of memory|bad_alloc|failed to map segment", re.IGNORECASE
 )
 
 

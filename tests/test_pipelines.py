@@ -37,7 +37,7 @@ def commands() -> list[list[str]]:
     """Every call of skillmerge in the page, as words."""
     joined = re.sub(r"\\\n\s*", " ", TEXT)
     found = []
-    for line in re.findall(r"(?:^|[\s`(])(skillmerge (?:lint|plan|apply|verify) [^`\n&]*)", joined):
+    for line in re.findall(r"(?:^|[\s`(])(skillmerge (?:lint|plan|apply|verify) [^`\n&|]*)", joined):
         found.append(shlex.split(line.replace('"$RECIPE"', "RECIPE").split(" #")[0].rstrip("\"'), ")))
     return found
 
@@ -106,7 +106,7 @@ def test_every_command_of_the_page_is_one() -> None:
     for words in found:
         command = cli.commands[words[1]]
         known = {name for parameter in command.params if isinstance(parameter, click.Option) for name in parameter.opts}
-        used = {word.split("=")[0] for word in words[2:] if word.startswith("-")}
+        used = {word.split("=")[0] for word in words[2:] if word.startswith("-") and word != "-"}
         assert used <= known, words
 
 

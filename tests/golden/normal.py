@@ -14,6 +14,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"\bin \d+\.\d s\b", "in <seconds> s"),
     (r'"seconds": [0-9.e+-]+', '"seconds": "<seconds>"'),
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", "<time>"),
+    (r"(<dt>date<dd>)[^<]*", r"\1<time>"),
     # Host: free disk space, in JSON and in the plan's text.
     (r'"disk_free": \d+', '"disk_free": "<bytes>"'),
     (r"[0-9.]+ [kMGT]?B free", "<free>"),
@@ -24,6 +25,8 @@ RULES: tuple[tuple[str, str], ...] = (
     (r'"torch": "[^"]*"', '"torch": "<version>"'),
     (r'"safetensors": "[^"]*"', '"safetensors": "<version>"'),
     (r'("skillmerge|"semanticVersion)(": )"\d+\.\d+\.\d+[^"]*"', r'\1\2"<version>"'),
+    (r"(<dt>skillmerge<dd>)[^<]*", r"\1<version>"),
+    (r"(<dt>manifest sha256<dd><code>)[0-9a-f]{64}", r"\1<digest of the manifest>"),
     (r">skillmerge \d+\.\d+\.\d+[^<]*<", ">skillmerge <version><"),
     (r'("name": "skillmerge", "version": )"[^"]*"', r'\1"<version>"'),
     (r'("name": "skillmerge.run.json", "sha256": )"[0-9a-f]{64}"', r'\1"<digest of the run log>"'),

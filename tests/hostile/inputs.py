@@ -89,9 +89,9 @@ INDEXES = cases(4, [
     ("index: duplicate key", "is defined twice",
         index_is(f'{{"weight_map": {{"{EMBEDDING}": "{FIRST}", "{EMBEDDING}": "{SECOND}"}}}}')),
     ("index: deep nesting", "nested too deeply", index_is('{"weight_map": ' + "[" * 100_000)),
-    ("index: a folder", "is not a file", made_folder(f"target/{INDEX}")),
-    ("index: a pipe", "is not a file", made_fifo(f"target/{INDEX}")),
-    ("index: larger than any index", "of sane size", lambda f: os.truncate(f / "target" / INDEX, 1 << 40)),
+    ("index: a folder", "is not a regular file", made_folder(f"target/{INDEX}")),
+    ("index: a pipe", "is not a regular file", made_fifo(f"target/{INDEX}")),
+    ("index: larger than any index", "of acceptable size", lambda f: os.truncate(f / "target" / INDEX, 1 << 40)),
 ])  # fmt: skip
 
 HEADERS = cases(4, [
@@ -248,8 +248,8 @@ CONFIGS = cases(4, [
     ("config: not UTF-8", "config.json: is not valid JSON", config_is(b'{"a": "\xff"}')),
     ("config: UTF-16", "config.json: is not valid JSON", config_is("{}".encode("utf-16"))),
     ("config: duplicate key", "'vocab_size' is defined twice", config_is('{"vocab_size": 32, "vocab_size": 33}')),
-    ("config: a folder", "config.json: is not a file", made_folder("target/config.json")),
-    ("config: a pipe", "config.json: is not a file", made_fifo("target/config.json")),
+    ("config: a folder", "config.json: is not a regular file", made_folder("target/config.json")),
+    ("config: a pipe", "config.json: is not a regular file", made_fifo("target/config.json")),
     ("config: auto_map", "--allow-code", config_has(auto_map={"AutoModel": "evil.Model"})),
     ("config: auto_map inside", "--allow-code", config_has(text_config={"auto_map": {"AutoModel": "evil.Model"}})),
     ("config: auto_map spelt with an escape", "--allow-code",
@@ -293,7 +293,7 @@ MISFITS = cases(4, [
         all_of(with_tensor("ids", torch.zeros(3, dtype=I64)), with_tensor("ids", torch.zeros(3, dtype=I32), "sft"))),
     ("misfit: tensor missing", "lacks 1 tensor", without_tensor(HEAD, "rl")),
     ("misfit: tensor too many", "has 1 tensor", with_tensor("extra.weight", torch.zeros(3), "sft")),
-    ("misfit: another architecture", "of the same architecture",
+    ("misfit: another architecture", "have the same architecture",
         all_of(removed("rl"), lambda f: write_checkpoint(f / "rl", {"other.weight": torch.zeros(3)}))),
 ])  # fmt: skip
 
@@ -427,7 +427,7 @@ PLACES = cases(2, [
     ("place: a device", "is a file, not a folder", models(target="/dev/null")),
 ]) + cases(5, [
     ("resources: more than the disk", "free", terabytes),
-    ("resources: a memory limit of 1 MB", "too small", lambda f: None, {"memory_limit": 10**6}),
+    ("resources: a memory limit of 1 MB", "too low", lambda f: None, {"memory_limit": 10**6}),
 ])  # fmt: skip
 
 BEFORE_WEIGHTS = [

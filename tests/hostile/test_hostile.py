@@ -331,7 +331,7 @@ def test_hub_cache_links_into_another_repository_are_refused(folder: Path) -> No
     as_hub_cache("target", "other")(folder)
     before = listing(folder)
     error = refused(folder)
-    assert (error.exit_status, error.fix) == (4, "if you trust it, allow it with --follow-links")
+    assert (error.exit_status, error.fix) == (4, "if you trust it, pass `--follow-links`")
     assert listing(folder) == before
     merged_after_all(folder, follow_links=True)
 

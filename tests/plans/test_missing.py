@@ -170,10 +170,9 @@ def test_missing_models_of_a_moved_output_name_the_option_that_finds_them(trees:
     (trees / "a" / "b").mkdir(parents=True)
     shutil.copytree(trees / "w" / "out", trees / "a" / "b" / "out")
     process = run_cli("rebuild", "out", "--check", cwd=trees / "a" / "b")
-    recipe = trees / "a" / "b" / "recipe.yaml"
     assert (process.returncode, process.stderr) == (
         4,
-        f"error: {recipe}:3:11: model `target`: folder `../m/target` does not exist\n"
+        "error: the recipe in the manifest:3:11: model `target`: folder `../m/target` does not exist\n"
         "    3 |   target: ../m/target\n      |           ^^^^^^^^^^^\n"
         "help: pass `--base-folder FOLDER`, the folder that the recipe's relative paths now start from\n",
     )

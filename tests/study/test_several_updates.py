@@ -237,7 +237,7 @@ def test_what_does_not_go_together_is_told(skills: Path) -> None:
 
 def test_terminal_json_and_report_show_every_update_and_pair(skills: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
-    process = run_cli("inspect", "math", "code", "--report", report, cwd=skills, COLUMNS="80")
+    process = run_cli("inspect", "math", "code", "--report", report, cwd=skills, COLUMNS="120")
     assert process.returncode == 0, process.stderr
     for text in ("Update, math + code", "Each update", "math beside code", "sign conflict"):
         assert text in process.stdout
