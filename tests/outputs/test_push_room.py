@@ -190,6 +190,7 @@ def test_script_ends_after_an_interrupt_while_uploads_go_on() -> None:
     script = """
 import os, signal, threading, time
 from skillmerge.threads import Crew, in_threads
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with it ignored
 begun = threading.Event()
 def hang(*given):
     begun.set()
