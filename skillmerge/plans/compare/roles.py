@@ -19,6 +19,11 @@ _HEAD = re.compile(
     r"(^|\.)(lm_head|embed_out|unembed|pred_layer\.proj)\.weight$"
     r"|^((language_)?model\.|transformer\.)*output(_layer)?\.weight$"
 )
+_NAMED = {
+    "embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in", "w", "lm_head", "embed_out",
+    "unembed", "proj", "output", "output_layer",
+}  # fmt: skip
+"""The modules that these patterns name: looking one up costs less than two searches."""
 _NO_TOKENS = re.compile(r"pos|wpe|type|segment|patch|visual|vision|image|audio", re.IGNORECASE)
 """Embeddings of something else."""
 
@@ -89,19 +94,19 @@ def heads(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> frozenset
 def _heads_and_embeddings(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> dict[str, bool]:
     """Return the token matrices -> whether each is a head."""
     sizes = [size for _, section in sections(config) if type(size := section.get("vocab_size")) is int and size > 0]
-    found = {}
+    rows, found = max(sizes, default=None), {}
     for spec in tensors:
-        kind = module_kind(spec.name)
-        alone = kind == "other" and spec.name.count(".") == 1  # `head.weight`, `lm_loss.weight`
-        if _HEAD.search(spec.name) or _EMBEDDING.search(spec.name):
-            found[spec.name] = _HEAD.search(spec.name) is not None
-        elif (
-            len(spec.shape) == 2
-            and (kind in ("embedding", "head") or alone)
-            and sizes
-            and spec.shape[0] >= max(sizes)
-            and layer_of(spec.name) is None
-            and not _NO_TOKENS.search(spec.name)
-        ):
-            found[spec.name] = kind != "embedding"
+        name = spec.name
+        if _own_module(name) in _NAMED and (_HEAD.search(name) or _EMBEDDING.search(name)):
+            found[name] = _HEAD.search(name) is not None
+        elif rows is not None and len(spec.shape) == 2 and spec.shape[0] >= rows:  # few are as large
+            kind = module_kind(name)
+            alone = kind == "other" and name.count(".") == 1  # `head.weight`, `lm_loss.weight`
+            if (kind in ("embedding", "head") or alone) and layer_of(name) is None and not _NO_TOKENS.search(name):
+                found[name] = kind != "embedding"
     return found
+
+
+def _own_module(name: str) -> str:
+    """Return the module that a weight is of: `lm_head` of `model.lm_head.weight`."""
+    return name.removesuffix(".weight").rpartition(".")[2]
