@@ -210,8 +210,8 @@ def _text(value: Any) -> str:
 def _ties(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> Iterator[Compared]:
     """Heads that are tied to the embedding in only some models: a finding for each thing that this means."""
     tied = {name: _is_tied(model.config) for name, model in models.items()}
-    scores = heads(models[donor].tensors.values(), models[donor].config)
-    headed = {name: bool(heads(model.tensors.values(), model.config)) for name, model in models.items()}
+    stored = {name: heads(model.tensors.values(), model.config) for name, model in models.items()}
+    scores, headed = stored[donor], {name: bool(found) for name, found in stored.items()}
     found: dict[_Meaning, list[str]] = {}
     for name in models:
         if name == donor:
