@@ -3,12 +3,16 @@
 `Commands` starts it. Its `folder` goes onto the path of scripts: the `skillmerge` in it hands its arguments,
 environment, folder and streams over, waits, and ends as the command did. `start` does the same for a test that kills
 or interrupts. Such a command is real in all but the start of an interpreter, which takes ten times as long.
+
+The `python` in the folder does this for scripts and `-c`, with a second process that has imported transformers too.
+Its scripts are offline. Commands of the folder start probes of loads with it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -16,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +29,8 @@ PROGRAM = """\
 #!{python} -ISE
 import json, os, signal, socket, sys
 
+if {name!r} == "python" and sys.argv[1] != "-c" and not sys.argv[1].endswith(".py"):
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
@@ -38,6 +45,10 @@ if status < 0:
     os.kill(os.getpid(), -status)
 sys.exit(status)
 """
+
+
+Run = Callable[[list[str]], NoReturn]
+"""Becomes a program with these arguments."""
 
 
 class Command:
@@ -85,9 +96,11 @@ class Commands:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._address = str(folder / "socket")
-        program = folder / "skillmerge"
-        program.write_text(PROGRAM.format(python=sys.executable, address=self._address))
-        program.chmod(0o755)
+        for name, address in (("skillmerge", self._address), ("python", f"{self._address}.python")):
+            program = folder / name
+            program.write_text(PROGRAM.format(python=sys.executable, address=address, name=name))
+            program.chmod(0o755)
+        self.python = str(program)
         command = [sys.executable, __file__, self._address]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
@@ -119,10 +132,8 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def become(arguments: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> NoReturn:
-    """Be the command, with these streams as stdin, stdout and stderr."""
-    from skillmerge.cli.main import main
-
+def take_over(folder: str, environment: dict[str, str], streams: list[int]) -> None:
+    """Be in this folder and environment, with these streams as stdin, stdout and stderr."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -135,20 +146,40 @@ def become(arguments: list[str], folder: str, environment: dict[str, str], strea
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = ["skillmerge", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run_command(arguments: list[str]) -> NoReturn:
+    from skillmerge.cli.main import main
+
+    sys.argv = ["skillmerge", *arguments]
     main()
 
 
-def attend(connection: socket.socket) -> None:
+def run_script(arguments: list[str]) -> NoReturn:
+    """Be the interpreter with these arguments: `-c`, or a script, and what follows."""
+    script, *others = arguments
+    sys.path[0] = "" if script == "-c" else str(Path(script).absolute().parent)
+    if script == "-c":
+        sys.argv = ["-c", *others[1:]]
+        exec(compile(others[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = arguments
+        runpy.run_path(script, run_name="__main__")
+    sys.exit()
+
+
+def attend(connection: socket.socket, run: Run) -> None:
     """Start one command and say how it ended."""
     length, streams, _, _ = socket.recv_fds(connection, 8, 3)
-    request: list[Any] = json.loads(connection.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL))
+    size = int.from_bytes(length, "big")
+    arguments, folder, environment = json.loads(connection.recv(size, socket.MSG_WAITALL))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid == 0:
         connection.close()
-        become(*request, streams)
+        take_over(folder, environment, streams)
+        run(arguments)
     for stream in streams:
         os.close(stream)
     connection.sendall(pid.to_bytes(8, "big"))
@@ -156,28 +187,55 @@ def attend(connection: socket.socket) -> None:
     connection.sendall(status.to_bytes(8, "big", signed=True))
 
 
-def serve(address: str) -> NoReturn:
-    """Fork an attendant for each command, until stdin is closed."""
+def listen(address: str) -> socket.socket:
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(address)
+    server.listen(64)
+    return server
+
+
+def serve(server: socket.socket, run: Run, scripts: socket.socket | None = None) -> NoReturn:
+    """Fork an attendant for each command, until stdin is closed, and one server for `scripts` when first asked for."""
+    while True:
+        ready, _, _ = select.select([sys.stdin, server, *([scripts] if scripts else [])], [], [])
+        if sys.stdin in ready:
+            os._exit(0)
+        if server in ready:
+            connection, _ = server.accept()
+            with connection:
+                if os.fork() == 0:
+                    server.close()
+                    attend(connection, run)
+                    os._exit(0)
+        elif scripts:
+            if os.fork() == 0:
+                server.close()
+                import_transformers()
+                serve(scripts, run_script)
+            scripts.close()
+            scripts = None
+
+
+def import_transformers() -> None:
+    """What loads of models would import one by one."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    with suppress(ImportError):
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM  # noqa: F401
+
+        import skillmerge.study.loads.load_probe  # noqa: F401
+
+
+def main(address: str) -> NoReturn:
     import skillmerge.cli.main
     import skillmerge.engine.shards
     import skillmerge.verbs.apply  # noqa: F401  (what commands would import one by one)
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for attendants
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(address)
-        server.listen(64)
-        print("ready", flush=True)
-        while True:
-            ready, _, _ = select.select([server, sys.stdin], [], [])
-            if sys.stdin in ready:
-                os._exit(0)
-            connection, _ = server.accept()
-            with connection:
-                if os.fork() == 0:
-                    server.close()
-                    attend(connection)
-                    os._exit(0)
+    sys.executable = str(Path(address).with_name("python"))
+    scripts, commands = listen(f"{address}.python"), listen(address)
+    print("ready", flush=True)
+    serve(commands, run_command, scripts)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    main(sys.argv[1])
