@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 import skillmerge
 from skillmerge.checkpoints.stores import hub_client
+from skillmerge.study.loads import child
 
 PEAK_MEMORY = "1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 """An expression for a process's own peak in bytes; ru_maxrss would begin with its parent's."""
@@ -279,6 +280,12 @@ def commands() -> Iterator[Commands]:
         server = Commands(Path(name))
         yield server
         server.close()
+
+
+@pytest.fixture
+def quick_loads(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads of models run in forks of a process that has imported transformers."""
+    monkeypatch.setattr(child, "sys", SimpleNamespace(executable=commands.python))
 
 
 @pytest.fixture(scope="session")

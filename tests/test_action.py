@@ -9,12 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 from action_runner import Run, load_yaml, read_outputs, run_action
-from check_jsonschema.builtin_schemas import get_builtin_schema
 from command_server import Commands
-from pydantic_sarif.model import StaticAnalysisResultsFormatSarifVersion210JsonSchema as SarifModel
+from schemas import fits, fits_sarif
 
 import skillmerge
 
@@ -41,8 +39,7 @@ def act(tmp_path: Path, commands: Commands) -> Callable[..., Run]:
 
 
 def test_action_fits_the_published_schema() -> None:
-    schema = get_builtin_schema("vendor.github-actions")
-    jsonschema.validators.validator_for(schema)(schema).validate(load_yaml(ACTION.read_text()))
+    fits(load_yaml(ACTION.read_text()), "vendor.github-actions")
 
 
 def test_no_expression_stands_in_a_script() -> None:
@@ -67,7 +64,7 @@ def test_plan_writes_plan_summary_comment_and_findings(family: Path, act: Callab
     assert json.loads((family.parent / run.outputs["plan"]).read_text())["digest"] == run.outputs["digest"]
     assert "**Can be applied**: 12 tensors" in run.summary
     assert Path(run.outputs["comment"]).read_text() == run.summary
-    SarifModel.model_validate(json.loads(Path(run.outputs["sarif"]).read_text()))
+    fits_sarif(json.loads(Path(run.outputs["sarif"]).read_text()))
     assert (family.parent / "report.html").read_text().startswith("<!doctype html>")
     assert run.outcome("Apply") == "skipped"
     assert not (family.parent / "merged").exists()

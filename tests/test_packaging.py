@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
-import jsonschema
 import pytest
 from action_runner import load_yaml
-from check_jsonschema.builtin_schemas import get_builtin_schema
+from schemas import fits
 
 import skillmerge
 
@@ -183,7 +182,7 @@ def test_lint_hook_pins_what_constraints_pin() -> None:
 )
 def test_file_follows_the_published_schema(path: str, kind: str) -> None:
     document = json.loads(json.dumps(load_yaml((ROOT / path).read_text()), default=str))
-    jsonschema.validate(document, get_builtin_schema(kind))
+    fits(document, kind)
 
 
 def test_version_and_date_are_the_same_everywhere() -> None:

@@ -59,6 +59,7 @@ def reason(page: Path, block: str) -> str | None:
     return NOT_RUN.get((page.name, commands(block)[0]))
 
 
+@pytest.mark.usefixtures("quick_loads")
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     prepare(tmp_path / "work", "README.md", "")

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import jsonschema
 import pytest
 from action_runner import load_yaml
-from check_jsonschema.builtin_schemas import get_builtin_schema
 from command_server import Commands
+from schemas import fits
 
 from skillmerge import errors
 from skillmerge.cli.main import cli
@@ -45,8 +44,7 @@ def commands() -> list[list[str]]:
 @pytest.mark.parametrize("name", [".github/workflows/merge-plan.yml", ".github/workflows/merge-apply.yml"])
 def test_github_workflow_fits_the_published_schema_and_the_action(name: str) -> None:
     workflow = load_yaml(example(name))
-    schema = get_builtin_schema("vendor.github-workflows")
-    jsonschema.validators.validator_for(schema)(schema).validate(workflow)
+    fits(workflow, "vendor.github-workflows")
     action = load_yaml((ROOT / "action.yml").read_text())
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     own = [step for step in steps if "skillmerge@" in step.get("uses", "")]
@@ -69,8 +67,7 @@ def test_every_input_and_output_of_the_action_is_documented() -> None:
 
 def test_gitlab_pipeline_fits_the_published_schema() -> None:
     pipeline = load_yaml(example(".gitlab-ci.yml"))
-    schema = get_builtin_schema("vendor.gitlab-ci")
-    jsonschema.validators.validator_for(schema)(schema).validate(pipeline)
+    fits(pipeline, "vendor.gitlab-ci")
     assert pipeline["apply"]["needs"] == ["plan"]
     assert 75 in pipeline["apply"]["retry"]["exit_codes"]
 

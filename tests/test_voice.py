@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ OTHER_WORDS = {"recipes/foreign/spellings.py", "cli/usage.py"}
 """What other tools and people write."""
 
 
+@cache
 def texts(path: Path) -> list[tuple[int, str]]:
     """String literals of a module with the numbers of their lines; parts of f-strings apart, keys left out."""
     nodes = ast.walk(ast.parse(path.read_text()))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import run_cli, write_recipe
-from pydantic_sarif.model import StaticAnalysisResultsFormatSarifVersion210JsonSchema as SarifModel
+from schemas import fits_sarif
 
 from skillmerge.cli.show.sarif import document
 from skillmerge.errors import UsageError
@@ -255,7 +255,7 @@ def test_sarif_names_places_relative_to_the_sources_and_fits_the_published_schem
     bad = write(tmp_path / "a b", CLEAN.replace("path:", "paht:").replace("lam: 0.7", "lam: 70"), "ü.yaml")
     warned = write(tmp_path, CLEAN.replace(f"@{COMMIT}", ""))
     log = sarif(bad, warned, tmp_path / "none.yaml")
-    SarifModel.model_validate(log)
+    fits_sarif(log)
     (run,) = log["runs"]
     results = run["results"]
     assert [result["ruleId"] for result in results] == ["invalid-recipe", "unpinned-revision", "invalid-recipe"]
@@ -282,7 +282,7 @@ def test_sarif_is_written_also_where_nothing_is_wrong(tmp_path: Path) -> None:
     assert run_cli("lint", path, "--sarif", target).returncode == 0
     log = json.loads(target.read_text())
     assert log["runs"][0]["results"] == []
-    SarifModel.model_validate(log)
+    fits_sarif(log)
 
 
 def test_hook_manifest_is_what_pre_commit_reads_and_selects_recipes() -> None:

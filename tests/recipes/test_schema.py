@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
+from schemas import validator
 
 import skillmerge
 from skillmerge.recipes.tables.recipe import OutputTable
@@ -42,7 +42,7 @@ def test_every_key_has_a_description_and_examples_that_it_takes() -> None:
         assert node.get("markdownDescription", text) == text, name
         assert ("markdownDescription" in node) == ("`" in text), name
         assert node["examples"], name
-        own = jsonschema.Draft7Validator({**node, "definitions": schema["definitions"]})
+        own = validator({**node, "definitions": schema["definitions"]})
         for example in node["examples"]:
             own.validate(example)
     assert not [node for node in found.values() if {"$ref", "title", "discriminator"} & set(node)]

@@ -106,6 +106,7 @@ def test_cosine_is_that_of_inspect(trained: Path, judged: Path) -> None:
     assert not found["cosine_z expert"].passed
 
 
+@pytest.mark.usefixtures("quick_loads")
 def test_perplexity_is_that_of_the_model_and_its_parent(trained: Path, judged: Path) -> None:
     transformers = pytest.importorskip("transformers")
 

@@ -431,6 +431,7 @@ def recipe(families: Callable[[str], Path], save: Save, tmp_path: Path) -> Path:
     return write_recipe(tmp_path)
 
 
+@pytest.mark.usefixtures("quick_loads")
 def test_verify_and_the_gate_refuse_tokens_without_rows(recipe: Path) -> None:
     tokens = len(json.loads((recipe.parent / "target" / "tokenizer.json").read_text())["model"]["vocab"])
     why = f"its tokenizer is broken: {tokens - 64} of its {tokens} tokens have ids beyond the embedding's 64 rows"
@@ -451,6 +452,7 @@ def test_verify_and_the_gate_refuse_tokens_without_rows(recipe: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("quick_loads")
 def test_missing_library_is_status_5_and_costs_no_output(recipe: Path) -> None:
     if find_spec("sentencepiece") or find_spec("tiktoken"):
         pytest.skip("sentencepiece or tiktoken is installed here")
@@ -468,6 +470,7 @@ def test_missing_library_is_status_5_and_costs_no_output(recipe: Path) -> None:
     assert run_cli("verify", "--load", recipe.parent / "merged").returncode == 5
 
 
+@pytest.mark.usefixtures("quick_loads")
 def test_sound_tokenizer_is_shown(save: Save, families: Callable[[str], Path], tmp_path: Path) -> None:
     import transformers
 

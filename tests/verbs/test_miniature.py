@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_server import Commands
 
 from skillmerge.study.scoring.scorers import find_scorer, run_command
 from skillmerge.verbs.demo.demo import examples, run, score_files, write_family
@@ -70,13 +69,13 @@ def test_control_has_the_sizes_of_the_skill_in_other_places(tmp_path: Path) -> N
 
 
 def test_demo_writes_a_score_command_that_agrees_with_the_built_in_score(
-    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformers = pytest.importorskip("transformers")
     for name, text in score_files().items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    command = find_scorer(f"{shlex.quote(sys.executable)} -W ignore eval.py {{}}")
+    command = find_scorer(f"{commands.python} eval.py {{}}")
     asked = find_scorer("qa:questions.jsonl")
     assert asked.function is not None
     model = transformers.AutoModelForCausalLM.from_pretrained(demo / "source-rl", dtype="auto").eval()

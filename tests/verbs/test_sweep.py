@@ -44,7 +44,7 @@ def test_sweep_finds_a_lambda_that_holds(demo: Path) -> None:
     assert "candidates" in text
 
 
-def test_command_gives_the_same_scores_as_memory(demo: Path, tmp_path: Path) -> None:
+def test_command_gives_the_same_scores_as_memory(demo: Path, tmp_path: Path, commands: Commands) -> None:
     script = tmp_path / "score.py"
     script.write_text(
         "import sys, transformers\n"
@@ -53,7 +53,7 @@ def test_command_gives_the_same_scores_as_memory(demo: Path, tmp_path: Path) -> 
         "tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(sys.argv[1])\n"
         f"print(find_scorer('qa:{demo / 'choose.jsonl'}').function(model, tokenizer, 0)['accuracy'].value)\n"
     )
-    command = f"{shlex.quote(sys.executable)} -W ignore {script} {{}}"
+    command = f"{commands.python} {script} {{}}"
     one = sweep(demo / "recipe.yaml", ["lam=1.75"], command, tmp_path / "command")
     two = sweep(demo / "recipe.yaml", ["lam=1.75"], f"qa:{demo / 'choose.jsonl'}", tmp_path / "memory")
     assert [t.scores["score"].value for t in one.trials] == [t.scores["accuracy"].value for t in two.trials]
