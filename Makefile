@@ -12,6 +12,9 @@ AXE = axe-core@4.14.1
 YAML_SERVER = yaml-language-server@1.25.0
 JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 
+# Tests start some two hundred interpreters: each would compile the package again where nothing may be kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test docs lint types check check-oldest editors torture torture-tests torture-fuzz runtimes look bench evidence clean
 
 demo: $(VENV)/installed

@@ -35,12 +35,19 @@ NEEDS: dict[str, list[str]] = {
 }
 """Libraries without which a page is skipped."""
 
+TOGETHER = pytest.mark.xdist_group("pages")
+"""One server imports transformers for their scripts."""
+
 INCLUDED = [DOCS.parent / name for name in runpy.run_path(str(DOCS / "hooks.py"))["INCLUDED"].values()]
 README = DOCS.parent / "README.md"
 PAGES = [path for path in [README, *sorted(DOCS.glob("*.md")), *INCLUDED] if CONSOLE.search(path.read_text())]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[TOGETHER] if "transformers" in NEEDS.get(page.name, []) else []) for page in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_page_prints_what_it_says(page: Path, tmp_path: Path, commands: Commands) -> None:
     for needed in NEEDS.get(page.name, []):
         pytest.importorskip(needed)
@@ -59,6 +66,7 @@ def reason(page: Path, block: str) -> str | None:
     return NOT_RUN.get((page.name, commands(block)[0]))
 
 
+@TOGETHER
 @pytest.mark.usefixtures("quick_loads")
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
