@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,6 +48,17 @@ sys.exit(status)
 """
 
 
+PRELOADED = (
+    "safetensors",
+    "skillmerge.cli.main",
+    "skillmerge.cli.show.merging",
+    "skillmerge.cli.show.proving",
+    "skillmerge.engine.shards",
+    "skillmerge.engine.skill_shards",
+    "skillmerge.verbs.apply",
+    "skillmerge.verbs.extract",
+)
+"""What commands would import one by one. Not the Hub's client, which is made of the command's environment."""
 Run = Callable[[list[str]], NoReturn]
 """Becomes a program with these arguments."""
 
@@ -226,10 +238,8 @@ def import_transformers() -> None:
 
 
 def main(address: str) -> NoReturn:
-    import skillmerge.cli.main
-    import skillmerge.engine.shards
-    import skillmerge.verbs.apply  # noqa: F401  (what commands would import one by one)
-
+    for module in PRELOADED:
+        import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for attendants
     sys.executable = str(Path(address).with_name("python"))
     scripts, commands = listen(f"{address}.python"), listen(address)

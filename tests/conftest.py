@@ -21,6 +21,9 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
+# Before torch: its idle threads would spin, and take the cores from the other workers' tests and from what tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import huggingface_hub.constants  # noqa: F401 - made of the environment: before any test changes it
 import ml_dtypes
 import pytest

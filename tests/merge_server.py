@@ -34,6 +34,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import safetensors  # noqa: F401 - the first header would import it
+
 import skillmerge
 import skillmerge.engine.device
 import skillmerge.engine.shards
