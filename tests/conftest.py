@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
-# Before torch: its idle threads would spin, and take the cores from the other workers' tests and from what tests start.
+# Before torch: its idle threads would spin, and take the cores from what runs beside them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import huggingface_hub.constants  # noqa: F401 - made of the environment: before any test changes it
@@ -36,7 +36,6 @@ from safetensors.torch import load_file, save_file
 
 import skillmerge
 from skillmerge.checkpoints.stores import hub_client
-from skillmerge.study.loads import child
 
 PEAK_MEMORY = "1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 """An expression for a process's own peak in bytes; ru_maxrss would begin with its parent's."""
@@ -288,7 +287,7 @@ def commands() -> Iterator[Commands]:
 @pytest.fixture
 def quick_loads(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads of models run in forks of a process that has imported transformers."""
-    monkeypatch.setattr(child, "sys", SimpleNamespace(executable=commands.python))
+    monkeypatch.setattr("skillmerge.study.loads.child.sys", SimpleNamespace(executable=commands.python))
 
 
 @pytest.fixture(scope="session")

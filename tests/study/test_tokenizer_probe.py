@@ -20,7 +20,7 @@ from skillmerge.study.loads.loading import check_tokenizer
 from skillmerge.study.loads.tokenizer_probe import TEXTS, probe
 from skillmerge.verbs.demo.miniature import FAMILY
 
-pytestmark = [pytest.mark.xdist_group("transformers"), pytest.mark.usefixtures("transformers")]
+pytestmark = [pytest.mark.xdist_group("transformers"), pytest.mark.usefixtures("transformers", "quick_loads")]
 
 CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
 PARTS = "{% for m in messages %}<|user|>{% for part in m.content %}{{ part.text + '' }}{% endfor %}<|end|>{% endfor %}"
@@ -431,7 +431,6 @@ def recipe(families: Callable[[str], Path], save: Save, tmp_path: Path) -> Path:
     return write_recipe(tmp_path)
 
 
-@pytest.mark.usefixtures("quick_loads")
 def test_verify_and_the_gate_refuse_tokens_without_rows(recipe: Path) -> None:
     tokens = len(json.loads((recipe.parent / "target" / "tokenizer.json").read_text())["model"]["vocab"])
     why = f"its tokenizer is broken: {tokens - 64} of its {tokens} tokens have ids beyond the embedding's 64 rows"
@@ -452,7 +451,6 @@ def test_verify_and_the_gate_refuse_tokens_without_rows(recipe: Path) -> None:
     )
 
 
-@pytest.mark.usefixtures("quick_loads")
 def test_missing_library_is_status_5_and_costs_no_output(recipe: Path) -> None:
     if find_spec("sentencepiece") or find_spec("tiktoken"):
         pytest.skip("sentencepiece or tiktoken is installed here")
@@ -470,7 +468,6 @@ def test_missing_library_is_status_5_and_costs_no_output(recipe: Path) -> None:
     assert run_cli("verify", "--load", recipe.parent / "merged").returncode == 5
 
 
-@pytest.mark.usefixtures("quick_loads")
 def test_sound_tokenizer_is_shown(save: Save, families: Callable[[str], Path], tmp_path: Path) -> None:
     import transformers
 
