@@ -285,8 +285,7 @@ def commands() -> Iterator[Commands]:
 
 
 @pytest.fixture
-def quick_loads(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loads of models run in forks of a process that has imported transformers."""
+def quick_loads(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:  # forks have imported transformers
     monkeypatch.setattr("skillmerge.study.loads.child.sys", SimpleNamespace(executable=commands.python))
 
 
