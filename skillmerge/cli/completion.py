@@ -1,6 +1,6 @@
-"""Shell completion: click's own script, put where bash, zsh or fish read it.
+"""Shell completion: click's own script, installed where bash, zsh or fish read it.
 
-Knows where each shell looks; what is completed click finds out from the commands.
+Knows where each shell looks; click knows the commands.
 """
 
 from __future__ import annotations

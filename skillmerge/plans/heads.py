@@ -35,7 +35,7 @@ def driven_apart(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> Iterat
 def stored_heads(
     donor: str, tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]
 ) -> dict[tuple[str, str], list[str]]:
-    """Heads that configurations tie and files hold all the same, and what they are tied to -> the models.
+    """Return heads that are stored although the configuration ties them, with what they are tied to -> the models.
 
     The donor's are in the output; of other models those count that the formula reads.
     """
@@ -74,7 +74,7 @@ def with_heads_read(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Plan:
 
 
 def _apart(donor: str, models: Sequence[str], head: str, source: str) -> Iterator[Compared]:
-    """Yield what follows where these models tie a head that is another matrix than what it is tied to."""
+    """Yield the warnings for a head that these models tie, but that differs from the matrix it is tied to."""
     values = dict.fromkeys(models, f"tied, another `{head}`")
     if [*models] == [donor]:
         yield Compared(
@@ -94,7 +94,7 @@ def _apart(donor: str, models: Sequence[str], head: str, source: str) -> Iterato
 
 
 def _tied_pairs(donor: Checkpoint) -> Iterator[tuple[str, str]]:
-    """Yield the heads that the configuration ties, of those that are stored all the same, and what they are tied to."""
+    """Yield the heads that are stored although the configuration ties them, and what they are tied to."""
     for name in donor.tensors if ties_embeddings(donor.config) else ():
         if module_kind(name) == "head":
             others = {other: spec for other, spec in donor.tensors.items() if other != name}

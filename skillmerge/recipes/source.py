@@ -51,7 +51,7 @@ def standard_input() -> str:
 
 
 def _of_file(path: Path) -> str:
-    """Return what a person wrote, within bounds."""
+    """Return the text of a file that is not too large."""
     try:
         if path.is_dir():
             inside = [file.name for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")]
@@ -73,7 +73,7 @@ def _of_file(path: Path) -> str:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Return a value of a dict as YAML holds it. Raises UsageError for what is no table, list, text, number or path."""
+    """Return a value as plain YAML data. Raises UsageError for anything but dicts, lists, text, numbers and paths."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):

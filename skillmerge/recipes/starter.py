@@ -28,8 +28,9 @@ def gallery() -> dict[str, str]:
 
 
 def recipe_text(source: str | None = None) -> str:
-    """Return the text of a recipe of the gallery, or of one that says the same as a mergekit file; without `source`, of
-    the starter. Raises UsageError for a name that is not in the gallery, RecipeError for a file without translation."""
+    """Return the text of a gallery recipe or of the translation of a mergekit file; without `source`, the starter.
+
+    Raises UsageError for a name that is not in the gallery, RecipeError for a file that cannot be translated."""
     home = files("skillmerge.recipes")
     if source is not None and is_file_name(source):
         return _translated(source)
@@ -51,12 +52,12 @@ def is_file_name(source: str) -> bool:
 
 
 def _translated(source: str) -> str:
-    """The recipe that says what a mergekit file says. Raises UsageError for what is a recipe already, RecipeError."""
+    """Return the translation of a mergekit file. Raises UsageError if the file is a recipe already, RecipeError."""
     document = yamltext.read(text_of(source), source)
     if mergekit.is_mergekit(document.data) and "skillmerge" not in document.data:
         with suppress(mergekit.NoCounterpart):
             return mergekit.equivalent(document.data) + "\n"
-    read_table(document, RecipeTable)  # says what is no recipe, and why it has no translation
+    read_table(document, RecipeTable)  # reports what is wrong, or why it cannot be translated
     raise UsageError(f"`{source}` is a recipe already", fix="copy it, or name a mergekit file")
 
 

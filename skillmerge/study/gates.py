@@ -246,8 +246,8 @@ def _finite(gate: Gate, given: GateInput) -> Outcome:
 
 
 def _loads(gate: Gate, given: GateInput) -> Outcome:
-    """`loads` where every tensor has found its place and the tokenizer is sound, and in another runtime, where it
-    generates what transformers does; `finite_logits` where what it computes is finite."""
+    """Measure `loads` (every tensor is loaded, the tokenizer is sound, another runtime generates what transformers
+    generates) or `finite_logits` (the computed logits are finite)."""
     report = _report(given, given.text)
     passed = bool(report.get("finite")) if gate.kind == "finite_logits" or gate.name else loads_whole(report)
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""What a formula does with each of its models: the facts that decide which differences between them matter."""
+"""What a formula does with each of its models, which decides which differences between them matter."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _NAMED = {
     "embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in", "w", "lm_head", "embed_out",
     "unembed", "proj", "output", "output_layer",
 }  # fmt: skip
-"""The modules that these patterns name: looking one up costs less than two searches."""
+"""The modules in these patterns. A lookup is faster than two searches."""
 _NO_TOKENS = re.compile(r"pos|wpe|type|segment|patch|visual|vision|image|audio", re.IGNORECASE)
-"""Embeddings of something else."""
+"""Embeddings of something other than tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
     """What a formula does with one model.
 
-    added, subtracted: whether its factor in the formula is above and below 0 in some tensor. copied: whether `copy`
-    takes tensors from it. A model that is none of these is not compared. tokens: the matrices with a row for each token
-    (embedding, head), by the donor's names, in which its factor is not 0.
+    added, subtracted: whether its factor is positive or negative in some tensor. copied: whether `copy` takes tensors
+    from it. A model that is none of these is not compared. tokens: donor's names of the token matrices (embedding,
+    head) in which its factor is not 0.
     """
 
     added: bool = False
@@ -48,16 +48,16 @@ class Role:
 
 
 Roles = Mapping[str, Role]
-"""By the names that plans call models by, `minus_of` a stored skill included."""
+"""By the names of models in plans, including `minus_of` a stored skill."""
 
 
 def roles_of(
     terms: Mapping[str, Term | None], copied: Collection[str] = (), matrices: Collection[str] = ()
 ) -> dict[str, Role]:
-    """The roles of the models that are named in `terms`, by the donor's tensors' names; see `terms.weights`.
+    """Return the role of each model in `terms` (by the donor's tensor names); see `terms.weights`.
 
-    copied: the tensors that `copy` takes as they are. They bring no skill, whatever model they are from. matrices:
-    those with a row for each token, as of `token_matrices`.
+    copied: tensors that `copy` takes unchanged. They add no update, whichever model they come from. matrices: those
+    with a row for each token, from `token_matrices`.
     """
     signs: dict[str, set[bool | None]] = {}
     tokens: dict[str, set[str]] = {}
@@ -80,8 +80,8 @@ def roles_of(
 def token_matrices(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the matrices with a row for each token, by their names or by their rows.
 
-    By rows: outside all layers, an embedding, a head, or a module of its own, with as many rows as the largest
-    vocabulary of `config` or more.
+    By rows: an embedding, a head or a single module outside all layers, with at least as many rows as the largest
+    vocabulary in `config`.
     """
     return frozenset(_heads_and_embeddings(tensors, config))
 

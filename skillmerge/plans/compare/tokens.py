@@ -1,5 +1,5 @@
-"""The tokenizers of a formula's models, compared: whether the rows that are added up are rows of the same tokens, and
-what else differs between what the models read and where they stop."""
+"""Compares the tokenizers of a formula's models: whether added rows belong to the same tokens, and whether the models
+split text, stop and format conversations alike."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ NAMED = 8
 _REST = "its tokenizer is compared as far as other files say it"
 _LONGEST = 40
 _SPELLINGS = {"<0x09>": "\t"}
-"""One token that Gemma's two tokenizers spell in two ways."""
+"""A token that Gemma's two tokenizers spell differently."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Models:
-    """The models that are compared, the donor first; rows: how many rows the merged matrices have, 0 without any."""
+    """The compared models, donor first. rows: number of rows of the merged token matrices; 0 if none are merged."""
 
     donor: str
     checkpoints: Mapping[str, Checkpoint]
@@ -48,12 +48,12 @@ class _Models:
 
     @property
     def added(self) -> list[str]:
-        """The models besides the donor whose skill the output is to have."""
+        """The models besides the donor that the formula adds."""
         return [name for name in self.tokenizers if name != self.donor and self.role(name).added]
 
     @property
     def merged(self) -> dict[str, Mapping[int, str]]:
-        """The tokens of the models whose embedding or head is merged, as far as they are known."""
+        """The known tokens of each model whose embedding or head is merged."""
         return {
             name: it.tokens
             for name, it in self.tokenizers.items()
@@ -70,11 +70,11 @@ def compare_tokens(
     carried: bool = True,
     lenient: bool = False,
 ) -> list[Compared]:
-    """What differs between the tokenizers of the models that count, `accepted` left to the caller.
+    """Return the differences between the tokenizers of the models that the formula uses. The caller sets `accepted`.
 
-    models: by the names that `roles` has. files: where other comparisons read small files too, the same. carried:
-    whether the output takes the donor's files. Raises InputError for a pointer in the place of one that it takes,
-    unless lenient; StalePlan, TemporaryError.
+    models: by the names in `roles`. files: shared with the other comparisons, so that each file is read once. carried:
+    whether the output gets the donor's files. Raises InputError if one of these is a pointer file, unless lenient;
+    StalePlan, TemporaryError.
     """
     files = files or SmallFiles()
     names = [donor, *(name for name in models if name != donor and roles.get(name, Role()).used)]
@@ -95,19 +95,19 @@ def compare_tokens(
 
 
 def _vocabularies_differ(checkpoints: Sequence[Checkpoint], files: SmallFiles) -> bool:
-    """Whether these may hold several vocabularies: what their stores state to be one file need not be fetched."""
+    """Return whether the vocabularies may differ. Files with the same digest need not be fetched."""
     digests = set()
     for checkpoint in checkpoints:
         listed = checkpoint.store.list()
         file = vocabulary_file(listed)
         stat = listed.get(file)
-        # Other files leave the added tokens to further ones.
+        # With any other file, the added tokens are in a file of their own.
         digests.add(stat.digest if stat is not None and file == "tokenizer.json" else None)
     return len(digests) > 1 or None in digests or len({_added(checkpoint, files) for checkpoint in checkpoints}) > 1
 
 
 def _added(checkpoint: Checkpoint, files: SmallFiles) -> str:
-    """The tokens that tokenizer_config.json adds to the vocabulary, to be compared."""
+    """Return the tokens that tokenizer_config.json adds to the vocabulary, as text to compare."""
     try:
         config = files.read(checkpoint.store, "tokenizer_config.json", json_table) or {}
         return repr(sorted(added_tokens(config.get("added_tokens_decoder")).items()))
@@ -116,7 +116,7 @@ def _added(checkpoint: Checkpoint, files: SmallFiles) -> str:
 
 
 def _rows(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> int:
-    """The smallest row count of the matrices of tokens that another model than the donor has a part in."""
+    """Return the smallest number of rows of the token matrices that a model besides the donor contributes to."""
     counts = [
         models[model].tensors[tensor].shape[0]
         for name, role in roles.items()
@@ -152,7 +152,7 @@ def _unread(known: _Models, carried: bool) -> Iterator[Compared]:
                 yield Compared(None, "tokenizer", "tokenizer.json", "note", {name: "none"}, False, said)
 
 
-# Which token an id is.
+# Ids and their tokens.
 
 
 def _ids(known: _Models) -> Iterator[Compared]:
@@ -199,8 +199,8 @@ def _clash(known: _Models, ids: Sequence[int]) -> Compared:
 
 
 def _with_ids(merged: Mapping[str, Mapping[int, str]], ids: Sequence[int]) -> str:
-    """The first tokens at these ids, each with its id in every model."""
-    texts: dict[str, None] = {}  # in order, once each
+    """Describe the first tokens at these ids, each with its id in every model."""
+    texts: dict[str, None] = {}  # an ordered set
     for number in ids:
         texts |= dict.fromkeys(tokens[number] for tokens in merged.values() if number in tokens)
         if len(texts) >= NAMED:
@@ -223,7 +223,7 @@ def _with_ids(merged: Mapping[str, Mapping[int, str]], ids: Sequence[int]) -> st
 
 
 def _placeholders(known: _Models, ids: Sequence[int]) -> Compared:
-    """Ids that some models keep free and others use."""
+    """Return the finding about ids that are unused in some models and used in others."""
     merged = known.merged
     plus = [tokens for name, tokens in merged.items() if name in known.added]
     minus = [tokens for name, tokens in merged.items() if known.role(name).subtracted]
@@ -248,7 +248,7 @@ def _placeholders(known: _Models, ids: Sequence[int]) -> Compared:
 
 
 def _unnamed(known: _Models, told: set[int]) -> Iterator[Compared]:
-    """Rows of tokens that not every model has, but for those that were told of. Rows of none are mostly padding."""
+    """Yield a note on tokens that some models lack, except reported ones. Rows without a token are mostly padding."""
     merged = known.merged
     first = next(iter(merged.values()))
     everywhere, anywhere = set(first), set(first)
@@ -266,7 +266,7 @@ def _unnamed(known: _Models, told: set[int]) -> Iterator[Compared]:
         )  # fmt: skip
 
 
-# How text is cut, where answers stop, how a conversation is written.
+# How text is split, where answers stop, how conversations are formatted.
 
 
 def _tokenization(known: _Models) -> Iterator[Compared]:
@@ -340,7 +340,7 @@ def _templates(known: _Models) -> Iterator[Compared]:
 
 
 def _numbers(known: _Models) -> Iterator[Compared]:
-    """What is only worth knowing: ids of padding and beginning, and the vocabulary's size."""
+    """Yield notes: padding and beginning ids, and the vocabulary's size."""
     tables: list[tuple[str, str, dict[str, int | None]]] = [
         ("pad_token_id", "padding", {name: it.pad for name, it in known.tokenizers.items()}),
         ("bos_token_id", "the beginning of a text", {name: it.bos for name, it in known.tokenizers.items()}),
@@ -387,7 +387,7 @@ def _models(names: Sequence[str]) -> str:
 
 
 def _shown(token: str) -> str:
-    """A token on a line of a terminal."""
+    """Return a token as text that fits on one line of a terminal."""
     return _cut_off(visible(json.dumps(token, ensure_ascii=False)[1:-1]), _LONGEST)
 
 

@@ -141,7 +141,7 @@ def demo(
 
 
 def write_family(folder: Path) -> tuple[Path, Path]:
-    """Write base, source-sft, source-rl and target-sft into `folder`, and `source-shuffled`, a control; the recipes
+    """Write base, source-sft, source-rl, target-sft and a control, `source-shuffled`, into `folder`. Return the recipes
     of the merge and of the control."""
     from skillmerge.verbs.demo.miniature import FAMILY, MODELS
 
