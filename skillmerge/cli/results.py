@@ -158,7 +158,7 @@ def result_file(path: str | None) -> Iterator[Callable[[Documented], None]]:
         Path(path).unlink(missing_ok=True)
     try:
         yield lambda result: _write_result(path, document_of(result))
-    except BrokenPipeError:  # whoever read stdout has seen enough: no failure of the run
+    except BrokenPipeError:  # the reader closed stdout, which is no failure of the run
         raise
     except BaseException as raised:
         error = interrupted(raised) if isinstance(raised, KeyboardInterrupt) else raised

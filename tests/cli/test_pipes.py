@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,40 @@ def test_extract_suggests_a_line_to_paste(family: Path, monkeypatch: pytest.Monk
     run_cli("extract", "--from", "rl", "--minus", "sft", "-o", "math", cwd=family.parent)
     assert shown == ['in a recipe, under `models`: skill: {skill: "./math"}']
     assert not os.path.isabs(shown[0].split('"')[1])
+
+
+def test_sweep_of_standard_input_writes_files_with_plain_names(
+    family: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    piped(monkeypatch, family.read_text())
+    score = f"{shlex.quote(sys.executable)} -c 'print(1)' {{}}"
+    process = run_cli("sweep", "-", "--set", "lam=0.5,1", "--score", score, "-q", cwd=family.parent)
+    assert process.returncode == 0, process.stderr
+    assert (family.parent / "recipe.best.yaml").is_file()
+    assert (family.parent / "recipe.sweep" / "results.json").is_file()
+    assert not list(family.parent.glob("-*"))
+
+
+def test_quiet_sweep_suggests_nothing(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("skillmerge.cli.commands.studying.suggest", shown.append)
+    command = ("sweep", family, "--set", "lam=0.5,1", "--score", f"{shlex.quote(sys.executable)} -c 'print(1)' {{}}")
+    assert run_cli(*command, "-q").returncode == 0
+    assert not shown
+    assert run_cli(*command).returncode == 0
+    assert shown
+
+
+def test_derive_reads_standard_input_once(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped(monkeypatch, family.read_text())
+    command = ("derive", "-", "--choice", "match", "--base", "sft", "-o", "matched.yaml")
+    process = run_cli(*command, cwd=family.parent)
+    assert process.returncode == 0, process.stderr
+    assert (family.parent / "matched.yaml").is_file()
+
+
+def test_mergekit_file_can_come_through_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    piped(monkeypatch, "merge_method: passthrough\nmodels: [{model: org/a}]\n")
+    process = run_cli("init", "-", "--from", "-")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("skillmerge: 1\nmodels:\n  a: hf://org/a\nmerge: a\n")

@@ -242,5 +242,6 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
         print_result(found)
     elif not printed:
         show_sweep(found, console())
-        suggest(apply_best(found))
+        if not quiet:
+            suggest(apply_best(found))
     write_report(report_file, sweep=found)

@@ -51,7 +51,7 @@ class Table:
 
     head: one heading a column. text: the headings of columns with text; the others hold numbers. None: all are text.
     drop: headings of columns in the order in which they may be left out; the others follow, from the right. The first
-    column always stays. What was left out is named below the table.
+    column and those without a heading always stay. What was left out is named below the table.
     """
 
     def __init__(
@@ -78,9 +78,8 @@ class Table:
         ]
         kept = _fitting(columns, self._leaving_order(columns), options.max_width)
         widths = _widths(kept, options.max_width)
-        table = RichTable(
-            box=box.SIMPLE_HEAD, pad_edge=False, title=self.title, title_justify="left", title_style="bold"
-        )
+        title = Text(self.title, style="bold") if self.title is not None else None
+        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="")
         for column, width in zip(kept, widths, strict=True):
             table.add_column(
                 Text(column.head), justify="right" if column.numeric else "left", width=width, overflow="fold"
@@ -88,13 +87,13 @@ class Table:
         for row in zip(*(column.cells for column in kept), strict=True):
             table.add_row(*(_wrapped(cell, width) for cell, width in zip(row, widths, strict=True)))
         yield table
-        left_out = [column.head for column in columns if column not in kept and column.head]
+        left_out = [column.head for column in columns if column not in kept]
         if left_out:
             yield Text(f"no room for: {', '.join(left_out)} (widen the terminal, or use --json)", style="dim")
 
     def _leaving_order(self, columns: Sequence[_Column]) -> list[_Column]:
         named = [column for head in self.drop for column in columns if column.head == head]
-        others = [column for column in reversed(columns[1:]) if column not in named]
+        others = [column for column in reversed(columns[1:]) if column.head and column not in named]
         return [*named, *others]
 
 

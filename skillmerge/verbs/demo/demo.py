@@ -121,7 +121,7 @@ def demo(
     """
     root = Path(folder)
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise UsageError(f"{folder} already exists", fix="name another folder: skillmerge demo my-demo")
+        raise UsageError(f"{folder} already exists", fix="choose another folder: `skillmerge demo my-demo`")
     with disk_errors(root):
         recipe, control = write_family(root)
         for name, text in score_files().items():
