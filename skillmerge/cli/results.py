@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from skillmerge.cli.messages import clear_status, log
+from skillmerge.cli.messages import as_text, clear_status, log
 from skillmerge.errors import Interrupted, SkillmergeError, Terminated, UsageError, visible
 
 if TYPE_CHECKING:
@@ -203,4 +203,4 @@ def suggest(command: str) -> None:
 
 def print_json(document: Any, indent: int | None = None) -> None:
     clear_status()
-    click.echo(json.dumps(document, indent=indent, ensure_ascii=False))
+    click.echo(as_text(document, sys.stdout, indent))

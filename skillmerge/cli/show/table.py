@@ -76,8 +76,9 @@ class Table:
             _Column(head, head not in self._text, [row[index] for row in self._rows])
             for index, head in enumerate(self.head)
         ]
-        kept = _fitting(columns, self._leaving_order(columns), options.max_width)
-        widths = _widths(kept, options.max_width)
+        room = options.max_width - 2 * options.ascii_only  # rich's table in ASCII has edges
+        kept = _fitting(columns, self._leaving_order(columns), room)
+        widths = _widths(kept, room)
         title = Text(self.title, style="bold") if self.title is not None else None
         table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="")
         for column, width in zip(kept, widths, strict=True):
