@@ -42,7 +42,8 @@ def install(command: click.Command, shell: str | None = None, home: Path | None 
         if startup is not None and _add_line(startup, path):
             done.append(f"added a line to {startup}")
     except OSError as error:
-        raise UsageError(f"{error.filename or path}: {error.strerror}", fix="make it writable, then rerun") from error
+        where = error.filename or path
+        raise UsageError(f"{where} cannot be written: {error.strerror}", fix="make it writable, then rerun") from error
     return [*done, "start a new shell to use it"]
 
 

@@ -134,7 +134,9 @@ def gate(
 @flags.base_folder
 @flags.hub
 @flags.links
-@flags.output
+@option(
+    "--output", "-o", group=flags.OUTPUT, type=click.Path(), metavar="DIR", help="New folder for the rebuilt output"
+)
 @flags.as_json
 @flags.quiet
 def rebuild(folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
