@@ -99,3 +99,12 @@ def test_column_without_heading_stays() -> None:
     lines = printed(table, 34)
     assert any("no room for: effective λ (" in line for line in lines), lines
     assert any(line.endswith("best") for line in lines), lines
+
+
+def test_numbers_in_text_are_not_broken() -> None:
+    table = Table(("gate", "required", "names"))
+    table.add_row("norm_ratio attention", "at most 0.03", "model.layers.0.input_layernorm.weight")
+    for width in range(40, 60):
+        text = "\n".join(printed(table, width))
+        assert "0.03" in text, text
+    assert "input_layernorm." in text

@@ -6,7 +6,7 @@ Numbers are never truncated. Knows widths and columns, not what the figures mean
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -18,7 +18,8 @@ from skillmerge.cli.console import Text
 
 _APART = 3
 """Blanks that rich puts around a column: one before it, two after it."""
-_PIECE = re.compile(r"[^\s./_-]*(?:[./_-]+|\s+|$)")
+_WORDS = re.compile(r"\S*\s*")
+_PIECE = re.compile(r"[^\s./_-]*[./_-]+")
 _WORD = 16
 """A column of text is never narrower than its longest word, or than this many characters."""
 
@@ -118,15 +119,22 @@ def _widths(columns: Sequence[_Column], room: int) -> list[int]:
 
 
 def _wrapped(cell: RichText, width: int) -> RichText:
-    """Return a cell with its lines broken: between words, and names and paths behind a mark where that is not
-    enough."""
+    """Return a cell with its lines broken between words; within a word after a mark, if the word alone is too long."""
     places, start, last = [], 0, 0
-    for match in _PIECE.finditer(cell.plain):
-        if len(cell.plain[start : match.end()].rstrip()) > width and last > start:
+    for end in _ends(cell.plain, width):
+        if len(cell.plain[start:end].rstrip()) > width and last > start:
             places.append(last)
             start = last
-        last = match.end()
+        last = end
     return RichText("\n").join(cell.divide(places)) if places else cell
+
+
+def _ends(text: str, width: int) -> Iterator[int]:
+    """Yield where a line may end: after each word, and after the parts of a word that is wider than a line."""
+    for word in _WORDS.finditer(text):
+        if len(word[0].rstrip()) > width:
+            yield from (part.end() for part in _PIECE.finditer(text, word.start(), word.end()))
+        yield word.end()
 
 
 def _sum(widths: Iterable[int]) -> int:
