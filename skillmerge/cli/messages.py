@@ -31,6 +31,11 @@ def as_json() -> bool:
     return os.environ.get(FORMAT) == "json"
 
 
+def is_dumb() -> bool:
+    """Return whether the terminal shows escape sequences as text."""
+    return os.environ.get("TERM") == "dumb"
+
+
 def as_text(document: Any, stream: TextIO, indent: int | None = None) -> str:
     """Return JSON for a stream, in ASCII unless its encoding has every character."""
     return json.dumps(document, indent=indent, ensure_ascii=not (stream.encoding or "").lower().startswith("utf"))
@@ -72,7 +77,7 @@ def show_status(text: str) -> None:
     """Show the current step on a terminal, on a line that the next message replaces."""
     global _shown
     with suppress(OSError, ValueError):
-        if sys.stderr.isatty() and not as_json():
+        if sys.stderr.isatty() and not is_dumb() and not as_json():
             width = os.get_terminal_size(sys.stderr.fileno()).columns
             print(f"{_ERASE}{visible(text)[: width - 2]}…", end="", file=sys.stderr, flush=True)
             _shown = True

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from skillmerge.cli.messages import as_text, clear_status, log
+from skillmerge.cli.messages import as_text, clear_status, is_dumb, log
 from skillmerge.errors import Interrupted, SkillmergeError, Terminated, UsageError, visible
 
 if TYPE_CHECKING:
@@ -198,7 +198,8 @@ def interrupted(error: BaseException) -> Interrupted:
 def suggest(command: str) -> None:
     """Print the command that comes next, for a person at a terminal."""
     if sys.stdout.isatty():
-        click.secho(f"next: {command}", dim=True)
+        line = f"next: {command}"
+        click.echo(line if is_dumb() else click.style(line, dim=True))
 
 
 def print_json(document: Any, indent: int | None = None) -> None:
