@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,7 +36,10 @@ def text_of(source: RecipeSource) -> str:
     Raises UsageError if there is none, RecipeError for text that is invalid or too large, InputError.
     """
     if isinstance(source, Mapping):
-        return yamltext.dump(_plain(source, _NO_FILE))
+        try:
+            return yamltext.dump(_plain(source, _NO_FILE))
+        except RecursionError as error:
+            raise UsageError("the recipe is nested too deeply", fix="check whether a dict contains itself") from error
     return standard_input() if source == STANDARD_INPUT else _of_file(Path(source))
 
 
@@ -78,8 +82,14 @@ def _plain(value: Any, where: str) -> Any:
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if value is None or isinstance(value, str | bool | int | float):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):  # of an enumeration too, whose own text is its name
+        return str.__str__(value)
+    if isinstance(value, Integral):  # of numpy too
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise UsageError(f"{where}: {type(value).__name__} cannot be in a recipe", fix="use text, numbers, lists and dicts")
