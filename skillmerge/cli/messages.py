@@ -123,7 +123,7 @@ class TerminalReporter(Reporter):
         self.quiet, self.verbose, self.doing, self.unit = quiet, verbose, doing, unit
         self.recorders: list[Recorder] = []
         logger = logging.getLogger("skillmerge")
-        logger.handlers = [_Forward(self)]
+        logger.handlers = [it for it in logger.handlers if not isinstance(it, _Forward)] + [_Forward(self)]
         logger.setLevel(logging.INFO)
         if not quiet:
             show_status("reading")
