@@ -131,14 +131,15 @@ def show_merge(result: Result, as_json: bool, quiet: bool) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Write a file, or standard output. Raises ResourceError, UsageError."""
-    if path == STANDARD_OUTPUT:
+    data = text.encode("utf-8", errors="backslashreplace")
+    if path == STANDARD_OUTPUT:  # as a file, whatever the terminal's encoding is
         clear_status()
-        click.echo(text, nl=False)
+        click.echo(data, nl=False)
         return
     from skillmerge.durable import disk_errors
 
     with disk_errors(Path(path)):
-        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+        Path(path).write_bytes(data)
 
 
 def print_line(text: str) -> None:

@@ -45,9 +45,12 @@ def text_of(source: RecipeSource) -> str:
 
 def standard_input() -> str:
     """Return all of standard input: a recipe, or a saved plan. Raises UsageError if it is not text."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed", fix="name a recipe file")
     try:
-        text = sys.stdin.read()
-    except (OSError, UnicodeDecodeError, AttributeError) as error:
+        data = getattr(sys.stdin, "buffer", sys.stdin).read()
+        text: str = data if isinstance(data, str) else data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"standard input cannot be read: {error}", fix="name a recipe file") from error
     if not text.strip():
         raise UsageError("standard input is empty", fix="check whether the command before the pipe failed")

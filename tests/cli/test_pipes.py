@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_cli, weights
+from conftest import run_cli, run_process, weights
 
 import skillmerge
 
@@ -83,6 +83,28 @@ def test_derive_reads_standard_input_once(family: Path, monkeypatch: pytest.Monk
     process = run_cli(*command, cwd=family.parent)
     assert process.returncode == 0, process.stderr
     assert (family.parent / "matched.yaml").is_file()
+
+
+def test_pipes_are_utf_8_whatever_the_terminal_is(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.rename(family.parent / "rl", family.parent / "λ")
+    text = family.read_text().replace('"rl": "rl"', '"rl": "λ"').encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), encoding="latin-1"))
+    assert run_cli("plan", "-", "--markdown", "-", cwd=family.parent).returncode == 0
+    family.write_bytes(text)
+    piped = [
+        run_process("plan", family, "--markdown", "-", PYTHONIOENCODING=encoding).stdout
+        for encoding in ("utf-8", "latin-1")
+    ]
+    assert "`λ`" in piped[0].replace(str(family.parent) + "/", "")
+    assert piped[0].partition("disk free")[0] == piped[1].partition("disk free")[0]
+
+
+def test_closed_standard_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    process = run_cli("plan", "-")
+    assert (process.returncode, process.stderr) == (
+        2, "error: standard input is closed\nhelp: name a recipe file\n"
+    )  # fmt: skip
 
 
 def test_mergekit_file_can_come_through_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:

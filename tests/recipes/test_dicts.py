@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import skillmerge
@@ -84,6 +84,7 @@ _VALUES = st.one_of(
 _TABLES = st.dictionaries(st.sampled_from(["a", "no", "1", "*"]), _VALUES, max_size=3)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is slow
 @given(st.fixed_dictionaries({"plain": _VALUES, "list": st.lists(_VALUES | _TABLES, max_size=4), "table": _TABLES}))
 def test_dumped_dict_reads_as_it_was(data: dict[str, Any]) -> None:
     assert yamltext.read(yamltext.dump(data), "recipe").data == data

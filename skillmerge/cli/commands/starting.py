@@ -57,7 +57,7 @@ def init(path: str, source: str | None, names: bool, quiet: bool) -> None:
         click.echo("\n".join(f"{name:{width}}  {summary}" for name, summary in recipes.items()))
         return
     if path == STANDARD_OUTPUT:
-        click.echo(recipe_text(source), nl=False)
+        write_text(path, recipe_text(source))
         return
     run(path, source)
     if not quiet:
@@ -113,7 +113,7 @@ def schema(quiet: bool) -> None:
     """
     from skillmerge.recipes.schema import schema_text
 
-    click.echo(schema_text(), nl=False)
+    write_text(STANDARD_OUTPUT, schema_text())
 
 
 @command("doctor", "doctor /data/models")
