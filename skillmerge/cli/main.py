@@ -20,7 +20,7 @@ from skillmerge.cli import flags, usage
 from skillmerge.cli.commands import merging, proving, starting, studying
 from skillmerge.cli.help import Commands
 from skillmerge.cli.messages import as_json, clear_status, log
-from skillmerge.cli.results import interrupted, print_json
+from skillmerge.cli.results import NO_TABLE, interrupted, print_json
 from skillmerge.errors import ResourceError, SkillmergeError, Terminated, UsageError, machine_errors
 from skillmerge.version import __version__
 
@@ -203,7 +203,7 @@ def _failed(error: SkillmergeError) -> int:
     with suppress(OSError):
         if _wants_json():
             print_json({"ok": False, **error.as_dict()})
-        elif outcomes := getattr(error, "outcomes", ()):  # of gates
+        elif (outcomes := getattr(error, "outcomes", ())) and not getattr(error, NO_TABLE, False):  # of gates
             from skillmerge.cli.console import console
             from skillmerge.cli.show.proving import show_gates
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 STANDARD_OUTPUT = "-"
+NO_TABLE = "no_table"
+"""What marks an error whose gates are not to be shown as a table."""
 
 OURS = {
     "--report": ("<!doctype html>",),
@@ -167,9 +169,25 @@ def result_file(path: str | None) -> Iterator[Callable[[Documented], None]]:
             error = SkillmergeError(f"{type(error).__name__}: {error}")
         with suppress(SkillmergeError):  # the first error counts
             _write_result(path, {"ok": False, **error.as_dict()})
-        if path == STANDARD_OUTPUT:
-            error.__dict__.pop("outcomes", None)  # they are printed already
         raise
+
+
+@contextmanager
+def reserved(printed: bool) -> Iterator[None]:
+    """Keep the table of failed gates off standard output if a document is printed there."""
+    try:
+        yield
+    except SkillmergeError as error:
+        error.__dict__[NO_TABLE] = printed
+        raise
+
+
+def refuse_standard_output(**files: str | None) -> None:
+    """Raise UsageError for an option (with `_` for `-`) that can only write a file."""
+    for name, path in files.items():
+        if path == STANDARD_OUTPUT:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} cannot write to standard output", fix=f"name a file with `{option}`")
 
 
 def _write_result(path: str | None, document: Any) -> None:

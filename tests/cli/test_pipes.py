@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shlex
 import sys
+import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,30 @@ def test_mergekit_file_can_come_through_a_pipe(monkeypatch: pytest.MonkeyPatch) 
     process = run_cli("init", "-", "--from", "-")
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("skillmerge: 1\nmodels:\n  a: hf://org/a\nmerge: a\n")
+
+
+def test_documents_for_programs_go_to_standard_output_alone(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(family.parent)
+    document = json.loads(family.read_text()) | {"gates": {"changed": {"max": 0.0}}}
+    family.write_text(json.dumps(document))
+    for option in ("--junit", "--events", "--report", "--result-file"):
+        process = run_cli("apply", family, option, "-")
+        assert process.returncode == 3
+        if option == "--events":
+            assert [json.loads(line)["event"] for line in process.stdout.splitlines()][-1] == "failed"
+        elif option == "--junit":
+            assert xml.fromstring(process.stdout).get("failures") == "1"
+        elif option == "--report":
+            assert process.stdout.rstrip().endswith("</html>")
+        else:
+            assert json.loads(process.stdout)["gates"][0]["passed"] is False
+    assert not Path("-").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["attest merged -o -", "attest merged --bom -", "sign merged --private-key key.pem --signature -"]
+)
+def test_what_cannot_be_printed_is_refused(command: str, tmp_path: Path) -> None:
+    process = run_cli(*command.split(), cwd=tmp_path)
+    assert process.returncode == 2
+    assert " cannot write to standard output\nhelp: name a file with `--" in process.stderr
