@@ -135,7 +135,14 @@ def test_documents_for_programs_go_to_standard_output_alone(family: Path, monkey
 
 
 @pytest.mark.parametrize(
-    "command", ["attest merged -o -", "attest merged --bom -", "sign merged --private-key key.pem --signature -"]
+    "command",
+    [
+        "attest merged -o -",
+        "attest merged --bom -",
+        "sign merged --private-key key.pem --signature -",
+        "sweep recipe.yaml --set lam=0,1 --score true -o -",
+        "derive recipe.yaml --choice match --base base -o -",
+    ],
 )
 def test_what_cannot_be_printed_is_refused(command: str, tmp_path: Path) -> None:
     process = run_cli(*command.split(), cwd=tmp_path)
