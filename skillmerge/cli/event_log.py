@@ -18,8 +18,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import click
-
 from skillmerge.cli.messages import TerminalReporter
 from skillmerge.errors import Interrupted, SkillmergeError, Terminated, UsageError
 
@@ -53,7 +51,7 @@ def recorded(
             try:
                 recorder.close()
             except OSError as error:
-                reporter.note(f"{error.filename}: cannot be written: {error.strerror}")
+                reporter.note(f"{error.filename or 'standard output'}: cannot be written: {error.strerror}")
 
 
 class EventLog:
@@ -138,7 +136,8 @@ class JUnit:
         xml.indent(suites)
         content = xml.tostring(suites, encoding="utf-8", xml_declaration=True) + b"\n"
         if self._path == _STANDARD_OUTPUT:
-            click.echo(content, nl=False)
+            with os.fdopen(os.dup(1), "wb") as stream:
+                stream.write(content)
         else:
             write_whole(self._path.absolute(), content)
 
