@@ -128,7 +128,7 @@ def _axes(recipe: Recipe, texts: Sequence[str]) -> list[Axis]:
     try:
         axes = [parse_axis(text) for text in texts]
     except ValueError as error:
-        raise UsageError(f"--set: {error}") from error
+        raise UsageError(f"`--set`: {error}", fix="write it like `--set lam=0:2:0.25` or `--set lam=0.5,1`") from error
     if not axes:
         raise UsageError("nothing to try", fix="pass a number of the recipe, such as `--set lam=0:2:0.25`")
     places = [path_of(recipe, axis.name) for axis in axes]
