@@ -111,7 +111,7 @@ def planned(
     *,
     lenient: bool = False,
 ) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
-    """Yield the plan of a recipe and its checkpoints, open while the context lasts. lenient: as of `plan_recipe`."""
+    """Yield the plan of a recipe and its checkpoints, open while the context lasts. lenient: see `plan_recipe`."""
     parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
     checkpoints = open_models(parsed, access, note)
     try:

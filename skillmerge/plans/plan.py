@@ -177,7 +177,7 @@ def sealed(plan: Plan) -> Plan:
 
 
 def deciding_facts(plan: Plan) -> dict[str, Any]:
-    """Return everything that the output depends on, but for the weights themselves."""
+    """Return everything that the output depends on, except the weights themselves."""
     output = plan.recipe.output
     inputs = [
         {

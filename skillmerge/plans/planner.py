@@ -181,7 +181,7 @@ def _tensors(
     terms: Mapping[str, Term | None],
     accounts: Mapping[str, Account],
 ) -> dict[str, TensorPlan]:
-    """Return what happens to each tensor, but for those that have a problem.
+    """Return what happens to each tensor, except those that have a problem.
 
     wanted: the donor's tensors, in the output's dtypes. values: the coefficients that count.
     """

@@ -175,7 +175,7 @@ class Recipe:
         return place or Local(local_path(self.document, ("models", name), self.folder, uri))
 
     def model_lines(self) -> dict[str, str]:
-        """Return where the recipe says each model's place, and that line; nothing of what has no lines of its own."""
+        """Return the recipe's line for each model, with its number; nothing for the words of a command."""
         places = {name: self.document.place(self.place_path(name)) for name in self.models}
         return {
             name: f"{self.document.name}:{place.line + 1}: `{name}: {self.models[name]}`"

@@ -37,7 +37,7 @@ BASE = "--base"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of several updates. update: v, as factors of models; pair, against: as of a `Subject`."""
+    """One of several updates. update: v, as factors of models; pair, against: see `Subject`."""
 
     label: str
     update: Mapping[str, float]
