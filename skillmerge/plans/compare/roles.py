@@ -16,14 +16,16 @@ _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in)\.weight$|^transformer\.w\.weight$"
 )
 _HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|unembed|pred_layer\.proj)\.weight$"
+    r"(^|\.)(lm_head|embed_out|unembed|pred_layer\.proj|shared_head\.head)\.weight$"
     r"|^((language_)?model\.|transformer\.)*output(_layer)?\.weight$"
 )
 _NAMED = {
     "embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in", "w", "lm_head", "embed_out",
-    "unembed", "proj", "output", "output_layer",
+    "unembed", "proj", "head", "output", "output_layer",
 }  # fmt: skip
 """The modules that these patterns name: looking one up costs less than two searches."""
+_ADDED = ("additional_embedding.weight", "additional_fc.weight")
+"""What Idefics keeps beside an embedding and a head, in their modules: the rows of the tokens that it adds."""
 _NO_TOKENS = re.compile(r"pos|wpe|type|segment|patch|visual|vision|image|audio", re.IGNORECASE)
 """Embeddings of something else."""
 
@@ -86,6 +88,14 @@ def token_matrices(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> 
     return frozenset(_heads_and_embeddings(tensors, config))
 
 
+def row_count(name: str, tensors: Mapping[str, TensorSpec]) -> int:
+    """Return for how many tokens a matrix has rows, together with what is stored beside it for added tokens."""
+    for added in _ADDED:
+        name = name.removesuffix(added) + "weight" if name.endswith(f".{added}") else name
+    beside = (tensors.get(name.removesuffix("weight") + added) for added in _ADDED)
+    return sum(spec.shape[0] for spec in (tensors.get(name), *beside) if spec is not None and spec.shape)
+
+
 def heads(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the matrices that give each token its score."""
     return frozenset(name for name, head in _heads_and_embeddings(tensors, config).items() if head)
@@ -99,6 +109,8 @@ def _heads_and_embeddings(tensors: Iterable[TensorSpec], config: Mapping[str, An
         name = spec.name
         if _own_module(name) in _NAMED and (_HEAD.search(name) or _EMBEDDING.search(name)):
             found[name] = _HEAD.search(name) is not None
+        elif name.endswith(_ADDED):
+            found[name] = name.endswith(_ADDED[1])
         elif rows is not None and len(spec.shape) == 2 and spec.shape[0] >= rows:  # few are as large
             kind = module_kind(name)
             alone = kind == "other" and name.count(".") == 1  # `head.weight`, `lm_loss.weight`

@@ -13,11 +13,11 @@ from skillmerge.checkpoints.tokenizers.placeholders import is_placeholder
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.tokenization import described
 from skillmerge.checkpoints.tokenizers.tokenizer import Tokenizer, read_tokenizer, vocabulary_file
-from skillmerge.checkpoints.tokenizers.vocabulary import added_tokens, json_table
+from skillmerge.checkpoints.tokenizers.vocabulary import added_tokens, content_of, json_table
 from skillmerge.errors import InputError, visible
 from skillmerge.methods.terms import minus_of, model_of
 from skillmerge.plans.compare.found import Compared, Level
-from skillmerge.plans.compare.roles import Role, Roles
+from skillmerge.plans.compare.roles import Role, Roles, row_count
 
 NAMED = 8
 """How many tokens a message names."""
@@ -30,13 +30,15 @@ _SPELLINGS = {"<0x09>": "\t"}
 
 @dataclass(frozen=True, slots=True)
 class _Models:
-    """The models that are compared, the donor first; rows: how many rows the merged matrices have, 0 without any."""
+    """The models that are compared, the donor first. rows: how many rows the merged matrices have, 0 without any.
+    without: what takes these out of the formula, for people, or None."""
 
     donor: str
     checkpoints: Mapping[str, Checkpoint]
     roles: Roles
     tokenizers: Mapping[str, Tokenizer]
     rows: int
+    without: str | None
 
     def role(self, name: str) -> Role:
         return self.roles.get(name, Role())
@@ -69,12 +71,14 @@ def compare_tokens(
     *,
     carried: bool = True,
     lenient: bool = False,
+    without: str | None = None,
 ) -> list[Compared]:
     """What differs between the tokenizers of the models that count, `accepted` left to the caller.
 
     models: by the names that `roles` has. files: where other comparisons read small files too, the same. carried:
-    whether the output takes the donor's files. Raises InputError for a pointer in the place of one that it takes,
-    unless lenient; StalePlan, TemporaryError.
+    whether the output takes the donor's files. without: what takes the matrices of tokens out of the formula, for
+    people. Raises InputError for a pointer in the place of a file that the output takes, unless lenient; StalePlan,
+    TemporaryError.
     """
     files = files or SmallFiles()
     names = [donor, *(name for name in models if name != donor and roles.get(name, Role()).used)]
@@ -85,6 +89,7 @@ def compare_tokens(
         roles,
         {name: read_tokenizer(models[name], files, tokens=differ) for name in names},
         _rows(models, donor, roles),
+        without,
     )
     for message, fix in known.output.pointers.items() if carried and not lenient else ():
         raise InputError(message, fix=fix)
@@ -103,14 +108,15 @@ def _vocabularies_differ(checkpoints: Sequence[Checkpoint], files: SmallFiles) -
         stat = listed.get(file)
         # Other files leave the added tokens to further ones.
         digests.add(stat.digest if stat is not None and file == "tokenizer.json" else None)
-    return len(digests) > 1 or None in digests or len({_added(checkpoint, files) for checkpoint in checkpoints}) > 1
+    return len(digests) > 1 or None in digests or len({_named(checkpoint, files) for checkpoint in checkpoints}) > 1
 
 
-def _added(checkpoint: Checkpoint, files: SmallFiles) -> str:
-    """The tokens that tokenizer_config.json adds to the vocabulary, to be compared."""
+def _named(checkpoint: Checkpoint, files: SmallFiles) -> str:
+    """The tokens that tokenizer_config.json adds to the vocabulary, and those with a meaning, to be compared."""
     try:
         config = files.read(checkpoint.store, "tokenizer_config.json", json_table) or {}
-        return repr(sorted(added_tokens(config.get("added_tokens_decoder")).items()))
+        special = [content_of(config.get(f"{which}_token")) for which in ("eos", "pad", "bos")]
+        return repr((sorted(added_tokens(config.get("added_tokens_decoder")).items()), special))
     except (InputError, ValueError):
         return ""  # read_tokenizer says what is wrong with it
 
@@ -118,14 +124,14 @@ def _added(checkpoint: Checkpoint, files: SmallFiles) -> str:
 def _rows(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> int:
     """The smallest row count of the matrices of tokens that another model than the donor has a part in."""
     counts = [
-        models[model].tensors[tensor].shape[0]
+        row_count(tensor, models[model].tensors)
         for name, role in roles.items()
         if name != donor
         for tensor in role.tokens
         for model in (donor, name)
-        if model in models and tensor in models[model].tensors and models[model].tensors[tensor].shape
+        if model in models and tensor in models[model].tensors
     ]
-    return min(counts, default=0)
+    return min((count for count in counts if count), default=0)
 
 
 def _unread(known: _Models, carried: bool) -> Iterator[Compared]:
@@ -193,8 +199,7 @@ def _clash(known: _Models, ids: Sequence[int]) -> Compared:
         {name: _listed(tokens, ids) for name, tokens in merged.items()},
         False,
         f"{count} different tokens in models whose embedding or head is merged: {named}",
-        "to leave those rows as they are in the donor, add the rule `{modules: [embedding, head], value: 0}` to the "
-        "coefficient",
+        known.without,
     )
 
 
@@ -239,10 +244,7 @@ def _placeholders(known: _Models, ids: Sequence[int]) -> Compared:
     if disagreeing:
         message += "; the difference has rows of trained tokens minus rows of unused ones"
     values = {name: _listed(tokens, shown) for name, tokens in merged.items()}
-    advice = (
-        "if that is not meant, leave the rows as they are: `{modules: [embedding, head], value: 0}`; if it is, write "
-        "`accept: [tokenizer]`"
-    )
+    advice = "; ".join([*filter(None, [known.without]), "if the difference is meant, write `accept: [tokenizer]`"])
     name, help = ("tokenizer", advice) if disagreeing else (None, None)
     return Compared(name, "placeholders", known.output.file, level, values, False, message, help)
 
