@@ -92,7 +92,7 @@ def compare_models(
     found = [
         replace(
             it, accepted=it.name in recipe.accept and it.level != "note", message=recipe.in_words(it.message),
-            help=it.help and recipe.in_words(it.help),
+            help=recipe.in_words(it.help or "") or None,
         )
         for it in found
     ]  # fmt: skip

@@ -31,7 +31,7 @@ _SPELLINGS = {"<0x09>": "\t"}
 @dataclass(frozen=True, slots=True)
 class _Models:
     """The models that are compared, the donor first. rows: how many rows the merged matrices have, 0 without any.
-    without: what takes these out of the formula, for people, or None."""
+    without: what takes these out of the formula, for people, or None. carried: whether the output has a tokenizer."""
 
     donor: str
     checkpoints: Mapping[str, Checkpoint]
@@ -39,6 +39,7 @@ class _Models:
     tokenizers: Mapping[str, Tokenizer]
     rows: int
     without: str | None
+    carried: bool
 
     def role(self, name: str) -> Role:
         return self.roles.get(name, Role())
@@ -90,13 +91,15 @@ def compare_tokens(
         {name: read_tokenizer(models[name], files, tokens=differ) for name in names},
         _rows(models, donor, roles),
         without,
+        carried,
     )
     for message, fix in known.output.pointers.items() if carried and not lenient else ():
         raise InputError(message, fix=fix)
-    found = [*_unread(known, carried), *_ids(known)]
+    found = [*_unread(known), *_ids(known)]
     if not any(it.name == "tokenizer" and it.level == "problem" for it in found):
         found += _tokenization(known)
-    return [*found, *_stops(known), *_templates(known), *_numbers(known)]
+    told = [*_stops(known), *_templates(known)] if carried else []
+    return [*found, *told, *_numbers(known)]
 
 
 def _vocabularies_differ(checkpoints: Sequence[Checkpoint], files: SmallFiles) -> bool:
@@ -134,10 +137,10 @@ def _rows(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> int:
     return min((count for count in counts if count), default=0)
 
 
-def _unread(known: _Models, carried: bool) -> Iterator[Compared]:
+def _unread(known: _Models) -> Iterator[Compared]:
     for name, it in known.tokenizers.items():
         for message in it.unread:
-            if carried and name == known.donor and message in it.broken:
+            if known.carried and name == known.donor and message in it.broken:
                 said = f"the donor `{name}`: {message}; the output carries the file as it is"
                 help = "fetch or save that file again; to carry it as it is, write `accept: [tokenizer]`"
                 yield Compared("tokenizer", "files", it.file, "warning", {name: message}, False, said, help)
@@ -287,8 +290,9 @@ def _tokenization(known: _Models) -> Iterator[Compared]:
             "warning" if merged else "note",
             {name: _cut_off(" ".join(visible(text).split())) for name, text in described(part, said).items()},
             False,
-            f"{_models(others)} cut{'s' if len(others) == 1 else ''} text in another way than `{known.donor}`, whose "
-            f"tokenizer the output has: another {part}",
+            f"{_models(others)} cut{'s' if len(others) == 1 else ''} text in another way than `{known.donor}`"
+            + (", whose tokenizer the output has" if known.carried else "")
+            + f": another {part}",
             "if that is meant, write `accept: [tokenization]`" if merged else None,
         )
 
@@ -356,17 +360,16 @@ def _numbers(known: _Models) -> Iterator[Compared]:
         said = {name: value for name, value in values.items() if value is not None}
         if len(set(said.values())) > 1:
             listed = ", ".join(f"{value} in `{name}`" for name, value in said.items())
+            listed += f"; the output has that of `{known.donor}`" if known.carried else ""
             yield Compared(
                 None, key, "config.json", "note", {name: str(value) for name, value in said.items()}, False,
-                f"{what} differs: {listed}; the output has that of `{known.donor}`",
+                f"{what} differs: {listed}",
             )  # fmt: skip
 
 
 def _size(checkpoint: Checkpoint) -> int | None:
-    sizes = [
-        section["vocab_size"] for _, section in sections(checkpoint.config) if type(section.get("vocab_size")) is int
-    ]
-    return sizes[0] if sizes else None
+    sizes = (section.get("vocab_size") for _, section in sections(checkpoint.config))
+    return next((size for size in sizes if type(size) is int), None)
 
 
 def _stop_ids(it: Tokenizer) -> str:

@@ -100,3 +100,30 @@ def test_tokens_in_rows_that_are_stored_apart_are_compared(tmp_path: Path) -> No
     rest = [*USUAL, "lm_head.additional_fc.weight"]
     assert advice(tmp_path, copy=[{"tensors": rest, "from": "target"}]) is not None
     assert advice(tmp_path, copy=[{"tensors": [*rest, *added], "from": "target"}]) is None
+
+
+def test_what_is_accepted_is_said_in_the_words_of_the_command(tmp_path: Path) -> None:
+    """Found by a review: `extract` spoke of a recipe and of its output, `inspect` of something to accept."""
+    write_models(tmp_path, USUAL)
+    for name, normalizer in (("sft", None), ("rl", {"type": "NFKC"})):
+        document = tokenizer(WORDS, {}, normalizer=normalizer)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(document))
+    warning = f"warning: `{tmp_path / 'sft'}` cuts text in another way than `{tmp_path / 'rl'}`: another normalizer\n"
+    models = ("--from", tmp_path / "rl", "--minus", tmp_path / "sft", "--output", tmp_path / "skill")
+    advice = "help: if that is meant, pass `--accept tokenization`\n"
+    assert run_cli("extract", *models, "-q").stderr == warning + advice
+    assert run_cli("inspect", tmp_path / "sft", tmp_path / "rl", "-q").stderr == warning
+
+
+def test_models_of_a_skill_may_stop_and_talk_as_they_like(tmp_path: Path) -> None:
+    write_models(tmp_path, USUAL)
+    for name in MODELS:
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer(WORDS, {})))
+        (tmp_path / name / "tokenizer_config.json").write_text(
+            json.dumps({"chat_template": name, "eos_token": "abc"[MODELS.index(name)]})
+        )
+    keys: dict[str, Any] = {"merge": "rl + target - 2 * sft", "accept": ["donor"]}
+    skill = skillmerge.plan(write_recipe(tmp_path, **(SKILL | keys)))
+    assert skill.warnings == ()
+    model = skillmerge.plan(write_recipe(tmp_path, **(PLAIN | keys | {"merge": "rl + target - sft"})))
+    assert [it.name for it in model.warnings] == ["stop-tokens", "chat-template"]
