@@ -20,6 +20,8 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "Digits": {"individual_digits": False},
     "Strip": {"strip_left": True, "strip_right": True},
 }
+_LOOKUP = ("ignore_merges", "byte_fallback")
+"""Options of a vocabulary: words that are tokens are not cut, and unknown characters are bytes."""
 _IDLE = {"trim_offsets", "str_rep"}
 _WORDS = {"behavior", "prepend_scheme"}
 _SPACE = {"String": " "}
@@ -48,6 +50,8 @@ def tokenization(document: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         del pre_tokenizer[0]
     parts = {"normalizer": _texts(normalizer), "pre-tokenizer": _texts(pre_tokenizer)}
     model = document.get("model")
+    if isinstance(model, dict):
+        parts["vocabulary lookup"] = _texts([{"type": "lookup", **{key: True for key in _LOOKUP if model.get(key)}}])
     if isinstance(model, dict) and isinstance(model.get("merges"), list):
         parts["merges"] = in_order(_joined(model["merges"]))
     if isinstance(model, dict) and isinstance(model.get("vocab"), list):

@@ -292,7 +292,7 @@ def _tokenization(known: _Models) -> Iterator[Compared]:
             False,
             f"{_models(others)} cut{'s' if len(others) == 1 else ''} text in another way than `{known.donor}`"
             + (", whose tokenizer the output has" if known.carried else "")
-            + f": another {part}",
+            + f": {'other' if part.endswith('s') else 'another'} {part}",
             "if that is meant, write `accept: [tokenization]`" if merged else None,
         )
 

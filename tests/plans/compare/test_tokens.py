@@ -228,7 +228,7 @@ def test_merges_in_another_order_are_a_warning(tmp_path: Path) -> None:
         (
             "warning",
             "tokenization",
-            "`rl` cuts text in another way than `target`, whose tokenizer the output has: another merges",
+            "`rl` cuts text in another way than `target`, whose tokenizer the output has: other merges",
         )
     ]
 
@@ -250,6 +250,17 @@ def test_another_normalizer_or_pre_tokenizer_is_a_warning(tmp_path: Path, parts:
     assert warning.message == (
         f"`rl` and `sft` cut text in another way than `target`, whose tokenizer the output has: another {key}"
     )
+
+
+@pytest.mark.parametrize("option", ["ignore_merges", "byte_fallback"])
+def test_another_use_of_the_vocabulary_is_a_warning(tmp_path: Path, option: str) -> None:
+    """An older library leaves the option out where it saves a tokenizer again."""
+    told, off = tokenizer(), tokenizer()
+    told["model"][option], off["model"][option] = True, False
+    [warning] = compared(tmp_path, rl={"tokenizer.json": told})
+    assert (warning.level, warning.name) == ("warning", "tokenization")
+    assert warning.values["rl"] == f"lookup, {option}: true"
+    assert compared(tmp_path, rl={"tokenizer.json": off}) == []
 
 
 @pytest.mark.parametrize(
