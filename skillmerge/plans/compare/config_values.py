@@ -6,6 +6,7 @@ configuration; `config` compares several.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,8 +24,7 @@ from skillmerge.plans.compare.architectures import (
 from skillmerge.plans.compare.table import ROWS, UNKNOWN
 
 _TEXT = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config")
-PARTS = ("decoder", "encoder")
-"""Keys of parts of a model, besides those that end in `_config`."""
+_PART = re.compile(r"(^|_)(config|encoder|decoder)$")
 _NO_PARTS = ("quantization_config", "compression_config", "generation_config")
 _NEAR = ("sliding_attention", "chunked_attention")
 ACTIVATION_KEYS = (
@@ -45,11 +45,15 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+def is_part(key: str, value: Any) -> bool:
+    """Return whether an entry of a configuration is the configuration of a part."""
+    return isinstance(value, Mapping) and _PART.search(key) is not None and key not in _NO_PARTS
+
+
 def other_parts(text: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the parts beside the language model and in it, each by its keys. text: as of `text_part`."""
     for key, part in text.items():
-        is_part = (key.endswith("_config") and key not in _NO_PARTS) or key in PARTS
-        if is_part and isinstance(part, Mapping) and part:
+        if is_part(key, part) and part:
             yield inside + key, part
             yield from other_parts(part, f"{inside}{key}.")
 

@@ -80,6 +80,8 @@ KEYS: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
      ODD | {"attn_config": {"kv_n_heads": 8, "clip_qkv": 4.0}}, "scales", "attn_config: clip_qkv"),
     ("a part of any name", ODD | {"qformer_config": {"num_attention_heads": 12}},
      ODD | {"qformer_config": {"num_attention_heads": 6}}, "heads", "qformer_config: attention heads"),
+    ("an encoder", ODD | {"audio_encoder": {"num_attention_heads": 12}},
+     ODD | {"audio_encoder": {"num_attention_heads": 6}}, "heads", "audio_encoder: attention heads"),
     ("a part of a part", ODD | {"talker_config": {"text_config": {"hidden_act": "silu"}}},
      ODD | {"talker_config": {"text_config": {"hidden_act": "gelu"}}}, "activation",
      "talker_config.text_config: activation"),
