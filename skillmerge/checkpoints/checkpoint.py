@@ -43,7 +43,7 @@ class WeightFile:
     version of it. digest: as the store states it, or None. tensors: their names, in the order of their bytes.
     """
 
-    size: int
+    header: Header
     described: bytes
     version: tuple[int | str, ...]
     digest: tuple[str, str] | None
@@ -51,7 +51,11 @@ class WeightFile:
 
     @classmethod
     def of(cls, header: Header, stat: Stat) -> WeightFile:
-        return cls(header.size, header.raw, stat.version, stat.digest, tuple(spec.name for spec in header.tensors))
+        return cls(header, header.raw, stat.version, stat.digest, tuple(spec.name for spec in header.tensors))
+
+    @property
+    def size(self) -> int:
+        return self.header.size
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ _QUANTISED_NAMES = re.compile(
     r"(_scale_inv|\.weight_scale(_2)?|\.input_scale|\.weight_global_scale|\.weight_zero_point|\.qweight|\.qzeros|\.weight_packed|\.absmax|\.quant_map|\.SCB"
     r"|\.quant_state\.\w+|_blocks|_scales)$"
 )
+_PLAIN = (".weight", ".bias")
+"""How nearly all names end, which spares them the search: no quantized layout has such a name."""
 _MODULE = re.compile(r"\.(weight|qweight|qzeros|SCB|absmax|weight_\w+)(\.[^.]+)*$")
 """Suffixes of a module's name in the names of its quantized tensors."""
 
@@ -70,7 +72,7 @@ def quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> d
     marked: dict[str, str] = {}
     modules: dict[str, str] = {}
     for name, spec in tensors.items():
-        packed = _QUANTISED_NAMES.search(name)
+        packed = None if name.endswith(_PLAIN) else _QUANTISED_NAMES.search(name)
         if DTYPES[spec.dtype].kind == "quantised":
             marked[name] = f"tensor `{name}` holds {spec.dtype}, which means nothing without its scales"
         elif packed is not None and packed[0] in ("_blocks", "_scales"):

@@ -15,7 +15,9 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 from skillmerge.checkpoints.foreign import disguised
 from skillmerge.errors import InputError, unreadable
@@ -34,7 +36,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-
 _INFO_KEYS = {"dtype", "shape", "data_offsets"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)  # without slots, so that weak references to it can be held
 class Header:
     """The tensors of one file in the order of their bytes, the header's bytes (size field included), and the
     file's size."""
@@ -42,6 +44,11 @@ class Header:
     raw: bytes
     tensors: tuple[StoredTensor, ...]
     size: int
+
+
+_IN_USE: WeakValueDictionary[tuple[bytes, int, str], Header] = WeakValueDictionary()
+_PARSING = Lock()
+"""One at a time, which takes no longer: parsing leaves no room for another thread."""
 
 
 def read_header(path: str, file: str) -> Header:
@@ -52,7 +59,18 @@ def read_header(path: str, file: str) -> Header:
     with opened(path) as (descriptor, status):
         size = status.st_size
         raw = fetch_header(lambda start, count: read_range(descriptor, start, count), size, path)
-    return Header(raw, parse_header(raw[8:], size, path, file), size)
+    return header_of(raw, size, path, file)
+
+
+def header_of(raw: bytes, size: int, path: str, file: str) -> Header:
+    """Return the header whose bytes are `raw`, of a file of `size` bytes. The models of a family mostly have the same
+    headers: one that is in use is not parsed again. Raises InputError."""
+    key = raw, size, file
+    with _PARSING:
+        header = _IN_USE.get(key)
+        if header is None:
+            header = _IN_USE[key] = Header(raw, parse_header(raw[8:], size, path, file), size)
+    return header
 
 
 @contextmanager
@@ -125,7 +143,9 @@ def parse_header(text: bytes, file_size: int, path: str, file: str) -> tuple[Sto
     return tuple(specs)
 
 
-def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, tuple[StoredTensor, ...]]:
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], file: str = ""
+) -> tuple[bytes, tuple[StoredTensor, ...]]:
     """Header bytes (size field included) for (name, dtype, shape) triples, and their specs in file order.
 
     The order, the JSON and the padding are those of the reference writer, with {"format": "pt"} as metadata.
@@ -143,7 +163,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[b
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
     specs = tuple(
-        StoredTensor(name, dtype, shape, "", base + start, base + end)
+        StoredTensor(name, dtype, shape, file, base + start, base + end)
         for (name, dtype, shape), (start, end) in zip(ordered, ends, strict=True)
     )
     return len(text).to_bytes(8, "little") + text, specs

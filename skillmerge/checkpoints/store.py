@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from skillmerge.checkpoints.foreign import disguised
-from skillmerge.checkpoints.safetensors import Header, fetch_header, parse_header, refuse_bulk, unique_keys
+from skillmerge.checkpoints.safetensors import Header, fetch_header, header_of, refuse_bulk, unique_keys
 from skillmerge.errors import InputError
 
 MAX_JSON_BYTES = 32_000_000
@@ -137,8 +137,7 @@ def read_headers(store: Store, files: Sequence[str], sizes: Mapping[str, int]) -
                 head += store.peek(file, len(head), start + count - len(head))
             return head[start : start + count]
 
-        raw = fetch_header(read, size, path)
-        return Header(raw, parse_header(raw[8:], size, path, file), size)
+        return header_of(fetch_header(read, size, path), size, path, file)
 
     with ThreadPoolExecutor(max(1, min(_HEADERS_AT_ONCE, len(files)))) as pool:
         return dict(zip(files, pool.map(one, files), strict=True))

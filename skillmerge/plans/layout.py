@@ -54,9 +54,9 @@ def lay_out(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan]
     limit = recipe.output.shard_size
     shards = []
     for file, names in _as_donor(donor) if limit is None else _by_size(tensors, limit):
-        header, specs = build_header((name, tensors[name].dtype, tensors[name].shape) for name in names)
-        placed = tuple(StoredTensor(s.name, s.dtype, s.shape, file, s.start, s.end) for s in specs)
-        shards.append(ShardPlan(file, header, placed))
+        shards.append(
+            ShardPlan(file, *build_header(((it, tensors[it].dtype, tensors[it].shape) for it in names), file))
+        )
     return tuple(shards)
 
 

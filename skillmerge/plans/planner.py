@@ -8,6 +8,7 @@ it. No weights are touched and torch is not imported.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -370,11 +371,12 @@ def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Chec
 def _bytes_read(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], int]:
     """Return how many bytes of each model's weight files the output is made of, those of a skill's two planes
     together."""
-    read: dict[tuple[str, str], int] = {}
+    read: Counter[tuple[str, str]] = Counter()
+    places = {name: (model_of(name), checkpoint) for name, checkpoint in checkpoints.items()}
     for tensor in tensors.values():
-        for model, source in tensor.sources:
-            place = model_of(model), checkpoints[model].tensors[source].file
-            read[place] = read.get(place, 0) + checkpoints[model].cost(source)
+        for name, source in tensor.sources:
+            model, checkpoint = places[name]
+            read[model, checkpoint.tensors[source].file] += checkpoint.cost(source)
     return read
 
 

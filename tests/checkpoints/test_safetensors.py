@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from skillmerge.checkpoints.safetensors import (
     MAX_HEADER_BYTES,
     MAX_NAME,
     build_header,
+    header_of,
     parse_header,
     read_header,
 )
@@ -59,6 +61,18 @@ def parse(document: Any, data: int) -> tuple[StoredTensor, ...]:
     """The specs of a header (a document, or text as it is) before `data` bytes."""
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
     return parse_header(text, 8 + len(text) + data, "path", "file")
+
+
+def test_header_in_use_is_parsed_once_and_then_forgotten() -> None:
+    raw, specs = build_header([("a", "BF16", (2, 3))], "file")
+    first = header_of(raw, specs[-1].end, "rl/file", "file")
+    assert header_of(bytes(bytearray(raw)), specs[-1].end, "sft/file", "file") is first
+    assert header_of(raw, specs[-1].end, "sft/other", "other").tensors[0].file == "other"
+    with pytest.raises(InputError, match="sft/file: is cut short"):
+        header_of(raw, specs[-1].end - 1, "sft/file", "file")
+    forgotten = weakref.ref(first)
+    del first
+    assert forgotten() is None
 
 
 # Writing.

@@ -80,7 +80,7 @@ def test_next_command_writes_where_nothing_is(family: Path, monkeypatch: pytest.
 
 
 def test_sweep_that_cannot_start_makes_no_folder(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (family.parent / "own_score.py").write_text("def score(model):\n    return 1.0\n")
+    (family.parent / "free_score.py").write_text("def score(model):\n    return 1.0\n")
     monkeypatch.chdir(family.parent)
     absent = {"optuna", "transformers", "lm_eval"}
     for module in ("verbs.sweep.setting", "study.scoring.scorers"):
@@ -90,7 +90,7 @@ def test_sweep_that_cannot_start_makes_no_folder(family: Path, monkeypatch: pyte
         ("echo 1 #", "tpe"): (
             "`--search tpe` needs the package optuna", f"{extra.format('sweep')}, or leave `--search` out"
         ),
-        ("own_score:score", None): (
+        ("free_score:score", None): (
             "this score needs transformers", f"{extra.format('transformers')}, or score with a command"
         ),
         ("lm-eval:arc", None): ("`--score lm-eval` needs lm-evaluation-harness", extra.format("lm-eval")),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, pairwise
+from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -99,8 +100,9 @@ def _joined(merges: Sequence[Any]) -> Sequence[str]:
     kinds = set(map(type, merges))
     if kinds <= {str}:
         return merges
-    if kinds == {list} and set(map(len, merges)) == {2} and set(map(type, chain.from_iterable(merges))) == {str}:
-        return [f"{left} {right}" for left, right in merges]
+    if kinds == {list} and set(map(len, merges)) == {2}:
+        with suppress(TypeError):
+            return list(map(" ".join, merges))
     raise ValueError("a merge is neither two tokens nor a text of both")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,13 +203,13 @@ def _written(token: bytes) -> str:
 
 def _by_id(vocabulary: Mapping[str, Any]) -> dict[int, str]:
     _check(vocabulary.values())
-    return {number: token for token, number in vocabulary.items()}
+    return dict(zip(vocabulary.values(), vocabulary, strict=True))
 
 
-def _check(numbers: Iterable[Any]) -> None:
+def _check(numbers: Collection[Any]) -> None:
     if set(map(type, numbers)) - {int}:
         raise ValueError("an id is not a whole number")
-    if any(not 0 <= number < _MOST_IDS for number in numbers):
+    if numbers and not 0 <= min(numbers) <= max(numbers) < _MOST_IDS:
         raise ValueError("an id is out of range")
 
 

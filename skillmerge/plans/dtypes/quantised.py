@@ -84,11 +84,12 @@ def refuse_unequal(recipe: Recipe, tensors: Actions, checkpoints: Mapping[str, C
 
     Only folders are looked into; all bytes are compared when they are read.
     """
-    if not any((marks := marks_of(checkpoints)).values()):
+    same = {name: sources for name, (action, sources) in tensors.items() if action == "same"}
+    if not same or not any((marks := marks_of(checkpoints)).values()):
         return
     looked: dict[str, int] = {}
-    for name, (action, sources) in tensors.items():
-        if action != "same" or not any(source in marks[model] for model, source in sources):
+    for name, sources in same.items():
+        if not any(source in marks[model] for model, source in sources):
             continue
         first = sources[0]
         dtype = checkpoints[first.model].tensors[first.tensor].dtype
