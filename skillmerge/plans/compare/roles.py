@@ -85,7 +85,7 @@ def token_matrices(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> 
     By rows: outside all layers, an embedding, a head, or a module of its own, with as many rows as the largest
     vocabulary of `config` or more.
     """
-    return frozenset(_heads_and_embeddings(tensors, config))
+    return frozenset(heads_and_embeddings(tensors, config))
 
 
 def row_count(name: str, tensors: Mapping[str, TensorSpec]) -> int:
@@ -98,11 +98,11 @@ def row_count(name: str, tensors: Mapping[str, TensorSpec]) -> int:
 
 def heads(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the matrices that give each token its score."""
-    return frozenset(name for name, head in _heads_and_embeddings(tensors, config).items() if head)
+    return frozenset(name for name, head in heads_and_embeddings(tensors, config).items() if head)
 
 
-def _heads_and_embeddings(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> dict[str, bool]:
-    """Return the token matrices -> whether each is a head."""
+def heads_and_embeddings(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> dict[str, bool]:
+    """Return the matrices with a row for each token -> whether each is a head."""
     sizes = [size for _, section in sections(config) if type(size := section.get("vocab_size")) is int and size > 0]
     rows, found = max(sizes, default=None), {}
     for spec in tensors:
