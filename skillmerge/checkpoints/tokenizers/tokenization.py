@@ -21,8 +21,6 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "Digits": {"individual_digits": False},
     "Strip": {"strip_left": True, "strip_right": True},
 }
-_LOOKUP = ("ignore_merges", "byte_fallback")
-"""Options of a vocabulary: words that are tokens are not cut, and unknown characters are bytes."""
 _IDLE = {"trim_offsets", "str_rep"}
 _WORDS = {"behavior", "prepend_scheme"}
 _SPACE = {"String": " "}
@@ -52,12 +50,21 @@ def tokenization(document: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     parts = {"normalizer": _texts(normalizer), "pre-tokenizer": _texts(pre_tokenizer)}
     model = document.get("model")
     if isinstance(model, dict):
-        parts["vocabulary lookup"] = _texts([{"type": "lookup", **{key: True for key in _LOOKUP if model.get(key)}}])
+        parts["vocabulary lookup"] = _texts([_lookup(model)])
     if isinstance(model, dict) and isinstance(model.get("merges"), list):
         parts["merges"] = in_order(_joined(model["merges"]))
     if isinstance(model, dict) and isinstance(model.get("vocab"), list):
         parts["scores"] = tuple(_score(piece) for piece in model["vocab"])
     return parts
+
+
+def _lookup(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a vocabulary that do something: words that are tokens are not cut, and unknown characters
+    are bytes, where there are tokens for these."""
+    vocabulary = model.get("vocab")
+    has_bytes = "<0x00>" in vocabulary if isinstance(vocabulary, dict) else True
+    options = {"ignore_merges": model.get("ignore_merges"), "byte_fallback": has_bytes and model.get("byte_fallback")}
+    return {"type": "lookup", **{key: True for key, value in options.items() if value}}
 
 
 def in_order(merges: Iterable[str]) -> tuple[str, ...]:

@@ -255,12 +255,14 @@ def test_another_normalizer_or_pre_tokenizer_is_a_warning(tmp_path: Path, parts:
 @pytest.mark.parametrize("option", ["ignore_merges", "byte_fallback"])
 def test_another_use_of_the_vocabulary_is_a_warning(tmp_path: Path, option: str) -> None:
     """An older library leaves the option out where it saves a tokenizer again."""
-    told, off = tokenizer(), tokenizer()
-    told["model"][option], off["model"][option] = True, False
-    [warning] = compared(tmp_path, rl={"tokenizer.json": told})
+    words = [*WORDS, "<0x00>"]
+    told, off, idle = tokenizer(words), tokenizer(words), tokenizer()
+    told["model"][option], off["model"][option], idle["model"]["byte_fallback"] = True, False, True
+    [warning] = compared(tmp_path, **{name: {"tokenizer.json": told if name == "rl" else off} for name in MODELS})
     assert (warning.level, warning.name) == ("warning", "tokenization")
     assert warning.values["rl"] == f"lookup, {option}: true"
-    assert compared(tmp_path, rl={"tokenizer.json": off}) == []
+    assert compared(tmp_path, **{name: {"tokenizer.json": off} for name in MODELS}) == []
+    assert compared(tmp_path, rl={"tokenizer.json": idle}) == [], "there are no tokens for bytes"
 
 
 @pytest.mark.parametrize(
