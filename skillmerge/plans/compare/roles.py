@@ -13,15 +13,16 @@ from skillmerge.naming import layer_of, module_kind
 from skillmerge.tensors import TensorSpec
 
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in)\.weight$|^transformer\.w\.weight$"
+    r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in|additional_embedding)\.weight$"
+    r"|^transformer\.w\.weight$"
 )
 _HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|unembed|pred_layer\.proj|shared_head\.head)\.weight$"
+    r"(^|\.)(lm_head|embed_out|unembed|pred_layer\.proj|shared_head\.head|additional_fc)\.weight$"
     r"|^((language_)?model\.|transformer\.)*output(_layer)?\.weight$"
 )
 _NAMED = {
     "embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in", "w", "lm_head", "embed_out",
-    "unembed", "proj", "head", "output", "output_layer",
+    "unembed", "proj", "head", "output", "output_layer", "additional_embedding", "additional_fc",
 }  # fmt: skip
 """The modules that these patterns name: looking one up costs less than two searches."""
 _ADDED = ("additional_embedding.weight", "additional_fc.weight")
@@ -109,8 +110,6 @@ def heads_and_embeddings(tensors: Iterable[TensorSpec], config: Mapping[str, Any
         name = spec.name
         if _own_module(name) in _NAMED and (_HEAD.search(name) or _EMBEDDING.search(name)):
             found[name] = _HEAD.search(name) is not None
-        elif name.endswith(_ADDED):
-            found[name] = name.endswith(_ADDED[1])
         elif rows is not None and len(spec.shape) == 2 and spec.shape[0] >= rows:  # few are as large
             kind = module_kind(name)
             alone = kind == "other" and name.count(".") == 1  # `head.weight`, `lm_loss.weight`
