@@ -13,9 +13,9 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.methods.terms import minus_of, model_of
 from skillmerge.naming import layer_of, module_kind
 from skillmerge.plans.compare.config_values import (
-    PARTS,
     architecture,
     effective,
+    is_part,
     layers,
     other_parts,
     text_kind,
@@ -159,7 +159,7 @@ def _rows(
     known = {key for row in ROWS for key in row.keys}
     for key in sorted(set.intersection(*(set(part) for part in parts.values()))):
         found = {name: part[key] for name, part in parts.items()}
-        looked_at = key in known or key in PARTS or IGNORED.search(key) is not None
+        looked_at = key in known or is_part(key, found[donor]) or IGNORED.search(key) is not None
         if not looked_at and None not in found.values() and any(it != found[donor] for it in found.values()):
             message = f"`{key}` differs, which skillmerge does not know the meaning of: the donor's is used"
             shown = {name: _json(it) if isinstance(it, list | dict) else _text(it) for name, it in found.items()}

@@ -6,6 +6,7 @@ configuration; `config` compares several.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,11 +24,12 @@ from skillmerge.plans.compare.architectures import (
 from skillmerge.plans.compare.table import ROWS, UNKNOWN
 
 _TEXT = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config")
-PARTS = ("vision_config", "audio_config", "decoder", "encoder", "attn_config", "ffn_config")
+_PART = re.compile(r"(^|_)(config|encoder|decoder)$")
+_NO_PARTS = ("quantization_config", "compression_config", "generation_config")
 _NEAR = ("sliding_attention", "chunked_attention")
 ACTIVATION_KEYS = (
     "hidden_act", "activation_function", "activation", "activation_type", "ff_activation", "ffn_act_fn",
-    "mlp_hidden_act", "feed_forward_proj", "dense_act_fn",
+    "feed_forward_proj", "dense_act_fn",
 )  # fmt: skip
 _NO_FACTOR = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -43,12 +45,17 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def other_parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the parts beside the language model, by their key."""
-    for key in PARTS:
-        part = config.get(key)
-        if isinstance(part, Mapping) and part:
-            yield key, part
+def is_part(key: str, value: Any) -> bool:
+    """Return whether an entry of a configuration is the configuration of a part."""
+    return isinstance(value, Mapping) and _PART.search(key) is not None and key not in _NO_PARTS
+
+
+def other_parts(text: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the parts beside the language model and in it, each by its keys. text: as of `text_part`."""
+    for key, part in text.items():
+        if is_part(key, part) and part:
+            yield inside + key, part
+            yield from other_parts(part, f"{inside}{key}.")
 
 
 def text_kind(config: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ from skillmerge.plans.compare.complete import check_complete
 from skillmerge.plans.compare.config import compare_config
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.roles import Roles, roles_of, token_matrices
+from skillmerge.plans.compare.rows import without_rows
 from skillmerge.plans.compare.tokens import compare_tokens
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
@@ -80,14 +81,18 @@ def compare_models(
     files = SmallFiles()
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
     if not foreign:
-        found += compare_tokens(checkpoints, donor, roles, files, carried=dtype is not None, lenient=lenient)
+        merged = {tensor for role in roles.values() for tensor in role.tokens}
+        without = None if lenient else without_rows(recipe, donor, merged)
+        found += compare_tokens(
+            checkpoints, donor, roles, files, carried=dtype is not None, lenient=lenient, without=without
+        )
     found += check_complete({name: checkpoints[name] for name in names}, donor, files)
     if lenient:
         found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
     found = [
         replace(
             it, accepted=it.name in recipe.accept and it.level != "note", message=recipe.in_words(it.message),
-            help=it.help and recipe.in_words(it.help),
+            help=recipe.in_words(it.help or "") or None,
         )
         for it in found
     ]  # fmt: skip

@@ -13,17 +13,20 @@ from skillmerge.naming import layer_of, module_kind
 from skillmerge.tensors import TensorSpec
 
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in)\.weight$|^transformer\.w\.weight$"
+    r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in|additional_embedding)\.weight$"
+    r"|^transformer\.w\.weight$"
 )
 _HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|unembed|pred_layer\.proj)\.weight$"
+    r"(^|\.)(lm_head|embed_out|unembed|pred_layer\.proj|shared_head\.head|additional_fc)\.weight$"
     r"|^((language_)?model\.|transformer\.)*output(_layer)?\.weight$"
 )
 _NAMED = {
     "embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in", "w", "lm_head", "embed_out",
-    "unembed", "proj", "output", "output_layer",
+    "unembed", "proj", "head", "output", "output_layer", "additional_embedding", "additional_fc",
 }  # fmt: skip
 """The modules in these patterns. A lookup is faster than two searches."""
+_ADDED = ("additional_embedding.weight", "additional_fc.weight")
+"""Rows of added tokens, which Idefics stores in the modules of embedding and head."""
 _NO_TOKENS = re.compile(r"pos|wpe|type|segment|patch|visual|vision|image|audio", re.IGNORECASE)
 """Embeddings of something other than tokens."""
 
@@ -83,16 +86,24 @@ def token_matrices(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> 
     By rows: an embedding, a head or a single module outside all layers, with at least as many rows as the largest
     vocabulary in `config`.
     """
-    return frozenset(_heads_and_embeddings(tensors, config))
+    return frozenset(heads_and_embeddings(tensors, config))
+
+
+def row_count(name: str, tensors: Mapping[str, TensorSpec]) -> int:
+    """Return for how many tokens a matrix has rows, together with what is stored beside it for added tokens."""
+    for added in _ADDED:
+        name = name.removesuffix(added) + "weight" if name.endswith(f".{added}") else name
+    beside = (tensors.get(name.removesuffix("weight") + added) for added in _ADDED)
+    return sum(spec.shape[0] for spec in (tensors.get(name), *beside) if spec is not None and spec.shape)
 
 
 def heads(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the matrices that give each token its score."""
-    return frozenset(name for name, head in _heads_and_embeddings(tensors, config).items() if head)
+    return frozenset(name for name, head in heads_and_embeddings(tensors, config).items() if head)
 
 
-def _heads_and_embeddings(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> dict[str, bool]:
-    """Return the token matrices -> whether each is a head."""
+def heads_and_embeddings(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> dict[str, bool]:
+    """Return the matrices with a row for each token -> whether each is a head."""
     sizes = [size for _, section in sections(config) if type(size := section.get("vocab_size")) is int and size > 0]
     rows, found = max(sizes, default=None), {}
     for spec in tensors:

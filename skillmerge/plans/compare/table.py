@@ -60,7 +60,11 @@ ROWS = (
     Row("activation", "problem", "activation", "the weights were trained for another function"),
     *(
         Row(key, "problem", "activation", "the weights were trained for another function", (key,), UNKNOWN)
-        for key in ("encoder_activation_function", "decoder_activation_function")
+        for key in (
+            "encoder_activation_function", "decoder_activation_function", "mlp_activation_function", "mlp_hidden_act",
+            "mamba_hidden_act", "hidden_mamba_act", "projector_hidden_act", "projection_hidden_act",
+            "encoder_hidden_act", "decoder_hidden_act", "speech_encoder_hidden_act", "pooler_hidden_act", "pooler_act",
+        )
     ),
     *(
         Row(key, "problem", "scales", _SCALES, (key,))

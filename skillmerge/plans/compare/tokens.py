@@ -13,11 +13,11 @@ from skillmerge.checkpoints.tokenizers.placeholders import is_placeholder
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.tokenization import described
 from skillmerge.checkpoints.tokenizers.tokenizer import Tokenizer, read_tokenizer, vocabulary_file
-from skillmerge.checkpoints.tokenizers.vocabulary import added_tokens, json_table
+from skillmerge.checkpoints.tokenizers.vocabulary import added_tokens, content_of, json_table
 from skillmerge.errors import InputError, visible
 from skillmerge.methods.terms import minus_of, model_of
 from skillmerge.plans.compare.found import Compared, Level
-from skillmerge.plans.compare.roles import Role, Roles
+from skillmerge.plans.compare.roles import Role, Roles, row_count
 
 NAMED = 8
 """How many tokens a message names."""
@@ -30,13 +30,16 @@ _SPELLINGS = {"<0x09>": "\t"}
 
 @dataclass(frozen=True, slots=True)
 class _Models:
-    """The compared models, donor first. rows: number of rows of the merged token matrices; 0 if none are merged."""
+    """The compared models, donor first. rows: number of rows of the merged token matrices; 0 if none are merged.
+    without: how to take these out of the formula, for people, or None. carried: whether the output has a tokenizer."""
 
     donor: str
     checkpoints: Mapping[str, Checkpoint]
     roles: Roles
     tokenizers: Mapping[str, Tokenizer]
     rows: int
+    without: str | None
+    carried: bool
 
     def role(self, name: str) -> Role:
         return self.roles.get(name, Role())
@@ -69,12 +72,14 @@ def compare_tokens(
     *,
     carried: bool = True,
     lenient: bool = False,
+    without: str | None = None,
 ) -> list[Compared]:
     """Return the differences between the tokenizers of the models that the formula uses. The caller sets `accepted`.
 
-    models: by the names in `roles`. files: shared with the other comparisons, so that each file is read once. carried:
-    whether the output gets the donor's files. Raises InputError if one of these is a pointer file, unless lenient;
-    StalePlan, TemporaryError.
+    models: by the names that `roles` has. files: where other comparisons read small files too, the same. carried:
+    whether the output takes the donor's files. without: what takes the matrices of tokens out of the formula, for
+    people. Raises InputError for a pointer in the place of a file that the output takes, unless lenient; StalePlan,
+    TemporaryError.
     """
     files = files or SmallFiles()
     names = [donor, *(name for name in models if name != donor and roles.get(name, Role()).used)]
@@ -85,13 +90,16 @@ def compare_tokens(
         roles,
         {name: read_tokenizer(models[name], files, tokens=differ) for name in names},
         _rows(models, donor, roles),
+        without,
+        carried,
     )
     for message, fix in known.output.pointers.items() if carried and not lenient else ():
         raise InputError(message, fix=fix)
-    found = [*_unread(known, carried), *_ids(known)]
+    found = [*_unread(known), *_ids(known)]
     if not any(it.name == "tokenizer" and it.level == "problem" for it in found):
         found += _tokenization(known)
-    return [*found, *_stops(known), *_templates(known), *_numbers(known)]
+    told = [*_stops(known), *_templates(known)] if carried else []
+    return [*found, *told, *_numbers(known)]
 
 
 def _vocabularies_differ(checkpoints: Sequence[Checkpoint], files: SmallFiles) -> bool:
@@ -103,14 +111,15 @@ def _vocabularies_differ(checkpoints: Sequence[Checkpoint], files: SmallFiles) -
         stat = listed.get(file)
         # With any other file, the added tokens are in a file of their own.
         digests.add(stat.digest if stat is not None and file == "tokenizer.json" else None)
-    return len(digests) > 1 or None in digests or len({_added(checkpoint, files) for checkpoint in checkpoints}) > 1
+    return len(digests) > 1 or None in digests or len({_named(checkpoint, files) for checkpoint in checkpoints}) > 1
 
 
-def _added(checkpoint: Checkpoint, files: SmallFiles) -> str:
-    """Return the tokens that tokenizer_config.json adds to the vocabulary, as text to compare."""
+def _named(checkpoint: Checkpoint, files: SmallFiles) -> str:
+    """Return the added and special tokens of tokenizer_config.json, as text to compare."""
     try:
         config = files.read(checkpoint.store, "tokenizer_config.json", json_table) or {}
-        return repr(sorted(added_tokens(config.get("added_tokens_decoder")).items()))
+        special = [content_of(config.get(f"{which}_token")) for which in ("eos", "pad", "bos")]
+        return repr((sorted(added_tokens(config.get("added_tokens_decoder")).items()), special))
     except (InputError, ValueError):
         return ""  # read_tokenizer says what is wrong with it
 
@@ -118,20 +127,20 @@ def _added(checkpoint: Checkpoint, files: SmallFiles) -> str:
 def _rows(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> int:
     """Return the smallest number of rows of the token matrices that a model besides the donor contributes to."""
     counts = [
-        models[model].tensors[tensor].shape[0]
+        row_count(tensor, models[model].tensors)
         for name, role in roles.items()
         if name != donor
         for tensor in role.tokens
         for model in (donor, name)
-        if model in models and tensor in models[model].tensors and models[model].tensors[tensor].shape
+        if model in models and tensor in models[model].tensors
     ]
-    return min(counts, default=0)
+    return min((count for count in counts if count), default=0)
 
 
-def _unread(known: _Models, carried: bool) -> Iterator[Compared]:
+def _unread(known: _Models) -> Iterator[Compared]:
     for name, it in known.tokenizers.items():
         for message in it.unread:
-            if carried and name == known.donor and message in it.broken:
+            if known.carried and name == known.donor and message in it.broken:
                 said = f"the donor `{name}`: {message}; the output carries the file as it is"
                 help = "fetch or save that file again; to carry it as it is, write `accept: [tokenizer]`"
                 yield Compared("tokenizer", "files", it.file, "warning", {name: message}, False, said, help)
@@ -193,8 +202,7 @@ def _clash(known: _Models, ids: Sequence[int]) -> Compared:
         {name: _listed(tokens, ids) for name, tokens in merged.items()},
         False,
         f"{count} different tokens in models whose embedding or head is merged: {named}",
-        "to leave those rows as they are in the donor, add the rule `{modules: [embedding, head], value: 0}` to the "
-        "coefficient",
+        known.without,
     )
 
 
@@ -239,10 +247,7 @@ def _placeholders(known: _Models, ids: Sequence[int]) -> Compared:
     if disagreeing:
         message += "; the difference has rows of trained tokens minus rows of unused ones"
     values = {name: _listed(tokens, shown) for name, tokens in merged.items()}
-    advice = (
-        "if that is not meant, leave the rows as they are: `{modules: [embedding, head], value: 0}`; if it is, write "
-        "`accept: [tokenizer]`"
-    )
+    advice = "; ".join([*filter(None, [known.without]), "if the difference is meant, write `accept: [tokenizer]`"])
     name, help = ("tokenizer", advice) if disagreeing else (None, None)
     return Compared(name, "placeholders", known.output.file, level, values, False, message, help)
 
@@ -285,8 +290,9 @@ def _tokenization(known: _Models) -> Iterator[Compared]:
             "warning" if merged else "note",
             {name: _cut_off(" ".join(visible(text).split())) for name, text in described(part, said).items()},
             False,
-            f"{_models(others)} cut{'s' if len(others) == 1 else ''} text in another way than `{known.donor}`, whose "
-            f"tokenizer the output has: another {part}",
+            f"{_models(others)} cut{'s' if len(others) == 1 else ''} text in another way than `{known.donor}`"
+            + (", whose tokenizer the output has" if known.carried else "")
+            + f": {'other' if part.endswith('s') else 'another'} {part}",
             "if that is meant, write `accept: [tokenization]`" if merged else None,
         )
 
@@ -354,17 +360,16 @@ def _numbers(known: _Models) -> Iterator[Compared]:
         said = {name: value for name, value in values.items() if value is not None}
         if len(set(said.values())) > 1:
             listed = ", ".join(f"{value} in `{name}`" for name, value in said.items())
+            listed += f"; the output has that of `{known.donor}`" if known.carried else ""
             yield Compared(
                 None, key, "config.json", "note", {name: str(value) for name, value in said.items()}, False,
-                f"{what} differs: {listed}; the output has that of `{known.donor}`",
+                f"{what} differs: {listed}",
             )  # fmt: skip
 
 
 def _size(checkpoint: Checkpoint) -> int | None:
-    sizes = [
-        section["vocab_size"] for _, section in sections(checkpoint.config) if type(section.get("vocab_size")) is int
-    ]
-    return sizes[0] if sizes else None
+    sizes = (section.get("vocab_size") for _, section in sections(checkpoint.config))
+    return next((size for size in sizes if type(size) is int), None)
 
 
 def _stop_ids(it: Tokenizer) -> str:
