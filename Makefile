@@ -1,4 +1,4 @@
-# `make demo` shows the tool at work, `make test` proves it. Both make what they need.
+# `make demo` runs the demo, `make test` all tests. Both install what they need.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -54,7 +54,7 @@ editors: $(VENV)/installed-dev
 	$(BIN)/pytest tests/recipes/test_schema.py
 
 # The long form of tests/torture; `make test` has the quick one. Each part can be run by itself, in any order:
-# its figures are told at its end, and RESULTS.md beside the tests has those of the last time.
+# it prints its figures at the end, and RESULTS.md beside the tests has those of the last run.
 torture: torture-tests torture-fuzz
 
 torture-tests: $(VENV)/installed-dev
@@ -64,11 +64,11 @@ torture-fuzz: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torture]'
 	$(BIN)/python tests/torture/fuzz.py
 
-# Does vLLM load what was written? About half an hour and 4 GB of disk; docs/runtimes.md has the figures of the last time.
+# Does vLLM load what was written? About half an hour and 4 GB of disk; docs/runtimes.md has the figures of the last run.
 runtimes: $(RUNTIMES)/installed
 	$(RUNTIMES)/bin/python -m pytest -W ignore --runtimes tests/runtimes
 
-# An environment of its own, for vLLM pins what it needs. What it needs for sound and pictures is left out.
+# vLLM pins its dependencies, so it has its own environment, without those for audio and images.
 $(RUNTIMES)/installed: tests/runtimes/requirements.py pyproject.toml
 	$(RUNTIMES_PYTHON) -m venv $(RUNTIMES)
 	$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check packaging torch==2.13.0

@@ -32,6 +32,8 @@ from skillmerge.reporter import Reporter
 LOCK_FILE, OWNER_FILE = "lock", "owner"
 CLAIM_FILES = (LOCK_FILE, OWNER_FILE)
 
+_TRIES = 100
+"""How often the folder may vanish while it is taken. Where it never comes to be, its path is wrong."""
 _NO_LOCKS = (*UNSUPPORTED, errno.ENOLCK)
 _TAKEN = (errno.EAGAIN, errno.EACCES)
 """Error numbers of `flock` if another run has the lock; CIFS uses EACCES."""
@@ -67,13 +69,13 @@ class Claim:
 
         Raises OutputLocked, OSError.
         """
-        while True:
+        for left in reversed(range(_TRIES)):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # For writing: NFSv4 locks nothing else.
                 descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except (FileNotFoundError, FileExistsError):
-                if os.path.lexists(self.folder) and not self.folder.is_dir():
+                if not left or (os.path.lexists(self.folder) and not self.folder.is_dir()):
                     raise
                 continue  # another run has just finished and removed the folder
             try:
@@ -84,14 +86,17 @@ class Claim:
                 pass  # as above, where nothing is locked
             except BlockingIOError as error:
                 os.close(descriptor)
-                raise OutputLocked(
-                    f"another run is writing {self._target}",
-                    fix="wait for it, or choose another folder with `--output`",
-                ) from error
+                raise self._locked() from error
             except BaseException:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
+        raise self._locked()
+
+    def _locked(self) -> OutputLocked:
+        return OutputLocked(
+            f"another run is writing {self._target}", fix="wait for it, or choose another folder with `--output`"
+        )
 
     def _sign(self, remove: bool) -> bool:
         """Write the owner's file. Returns whether the folder's names are durable. Raises OSError."""

@@ -232,7 +232,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return text that a model's files say, to be put into a message: it can begin no line of its own."""
+    """Return text from a model's files for a message. It cannot begin a new line."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 

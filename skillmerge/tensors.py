@@ -118,10 +118,6 @@ class StoredTensor(TensorSpec):
     start: int
     end: int
 
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
-
 
 def block_count(elements: int) -> int:
     return -(-elements // BLOCK)

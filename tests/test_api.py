@@ -276,7 +276,7 @@ def test_export_says_which_of_two_forms(tmp_path: Path) -> None:
 
 def test_rebuild_says_which_of_two_works(tmp_path: Path) -> None:
     for given in ({}, {"check": True, "output": tmp_path / "out"}):
-        with pytest.raises(UsageError, match="neither `check` nor `output`"):
+        with pytest.raises(UsageError, match="either `check` or `output`"):
             skillmerge.rebuild(tmp_path, **given)  # type: ignore[arg-type]
 
 

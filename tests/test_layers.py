@@ -65,7 +65,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "plan",
         "compare.models",
         "accounting dtypes.kept dtypes.quantised",
-        "advice.causes advice.oddities advice.shares compare.complete compare.config compare.tokens",
+        "advice.causes advice.oddities advice.shares compare.complete compare.config compare.rows compare.tokens",
         "advice.names compare.config_values",
         "compare.table",
         "changes depth mapping side_files compare.architectures compare.found compare.roles",

@@ -26,7 +26,7 @@ WRAPPERS = {
     "_forward_module": "Lightning Fabric",
     "module": "DistributedDataParallel or DeepSpeed",
 }
-"""A part of a name -> what leaves it there. No architecture calls its own modules so, but for the last, which counts
+"""A part of a name -> what adds it. No architecture uses these names for its modules, except the last, which counts
 only where all names begin with it."""
 
 _OUTERMOST = "module"

@@ -63,7 +63,7 @@ def read_header(path: str, file: str) -> Header:
 
 
 def header_of(raw: bytes, size: int, path: str, file: str) -> Header:
-    """Return the header whose bytes are `raw`, of a file of `size` bytes. The models of a family mostly have the same
+    """Return the header whose bytes are `raw`, of a file of `size` bytes. The models of a family usually have the same
     headers: one that is in use is not parsed again. Raises InputError."""
     key = raw, size, file
     with _PARSING:

@@ -1,12 +1,13 @@
-"""Shell completion: click's own script, put where bash, zsh or fish read it.
+"""Shell completion: click's own script, installed where bash, zsh or fish read it.
 
-Knows where each shell looks; what is completed click finds out from the commands.
+Knows where each shell looks; click knows the commands.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -15,59 +16,52 @@ from click.shell_completion import get_completion_class
 from skillmerge.errors import UsageError
 
 _VARIABLE = "_SKILLMERGE_COMPLETE"
-
-
-@dataclass(frozen=True, slots=True)
-class _Shell:
-    """script: where the script goes, below the home folder. startup: the file that must source it, where one must.
-
-    before: what the script needs before it.
-    """
-
-    script: str
-    startup: str | None = None
-    before: str = ""
-
-
-_SHELLS = {
-    "bash": _Shell(".local/share/skillmerge/completion.bash", ".bashrc"),
-    "zsh": _Shell(".local/share/skillmerge/completion.zsh", ".zshrc", "autoload -Uz compinit && compinit\n"),
-    "fish": _Shell(".config/fish/completions/skillmerge.fish"),
-}
+_BEFORE = {"bash": "", "zsh": "autoload -Uz compinit && compinit\n", "fish": ""}
+"""What each shell's script needs before it."""
 
 
 def install(command: click.Command, shell: str | None = None, home: Path | None = None) -> list[str]:
     """Install shell completion for a command, and return what was done, one sentence each.
 
-    shell: bash, zsh or fish; by default that of $SHELL. Installing again changes nothing.
+    shell: bash, zsh or fish [default: that of $SHELL]. home: replaces the home folder and the variables that move a
+    shell's files. Installing again changes nothing.
     Raises UsageError for other shells, and for files that cannot be written.
     """
     name = shell or Path(os.environ.get("SHELL", "")).name
-    if name not in _SHELLS:
+    if name not in _BEFORE:
         known = "completion works in bash, zsh and fish"
         raise UsageError(f"the shell `{name or 'unknown'}` is not supported", fix=f"{known}: set SHELL to one of them")
-    home, place = home or Path.home(), _SHELLS[name]
+    path, startup = _places(name, home or Path.home(), os.environ if home is None else {})
     source = get_completion_class(name)
     assert source is not None, "click has all three"
     script = source(command, {}, "skillmerge", _VARIABLE).source()
-    path = home / place.script
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(place.before + script, encoding="utf-8")
+        path.write_text(_BEFORE[name] + script, encoding="utf-8")
         done = [f"wrote {path}"]
-        if place.startup is not None:
-            done += _sourced(home / place.startup, path)
+        if startup is not None and _add_line(startup, path):
+            done.append(f"added a line to {startup}")
     except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}", fix="make it writable, then rerun") from error
+        where = error.filename or path
+        raise UsageError(f"{where} cannot be written: {error.strerror}", fix="make it writable, then rerun") from error
     return [*done, "start a new shell to use it"]
 
 
-def _sourced(startup: Path, script: Path) -> list[str]:
-    """Make a shell's startup file read the script, unless it does already."""
-    line = f'[ -f "{script}" ] && . "{script}"'
-    text = startup.read_text(encoding="utf-8") if startup.exists() else ""
-    if line in text:
-        return []
-    with open(startup, "a", encoding="utf-8") as stream:
-        stream.write(f"{'' if text.endswith(chr(10)) or not text else chr(10)}{line}  # skillmerge completion\n")
-    return [f"added a line to {startup}"]
+def _places(shell: str, home: Path, variables: Mapping[str, str]) -> tuple[Path, Path | None]:
+    """Return where the script goes, and the startup file that has to read it."""
+    if shell == "fish":
+        return Path(variables.get("XDG_CONFIG_HOME") or home / ".config") / "fish/completions/skillmerge.fish", None
+    folder = Path(variables.get("ZDOTDIR") or home) if shell == "zsh" else home
+    return home / f".local/share/skillmerge/completion.{shell}", folder / f".{shell}rc"
+
+
+def _add_line(startup: Path, script: Path) -> bool:
+    """Make a shell's startup file read the script. Returns whether that needed a new line."""
+    path = shlex.quote(str(script))
+    line = os.fsencode(f"[ -f {path} ] && . {path}")
+    held = startup.read_bytes() if startup.exists() else b""  # in whatever encoding
+    if line in held:
+        return False
+    with open(startup, "ab") as stream:
+        stream.write((b"" if held.endswith(b"\n") or not held else b"\n") + line + b"  # skillmerge completion\n")
+    return True

@@ -22,6 +22,7 @@ from skillmerge.cli.messages import TerminalReporter
 from skillmerge.errors import Interrupted, SkillmergeError, Terminated, UsageError
 
 VERSION = 1
+_STANDARD_OUTPUT = Path("-")
 
 
 @contextmanager
@@ -50,11 +51,12 @@ def recorded(
             try:
                 recorder.close()
             except OSError as error:
-                reporter.note(f"{error.filename}: cannot be written: {error.strerror}")
+                reporter.note(f"{error.filename or 'standard output'}: cannot be written: {error.strerror}")
 
 
 class EventLog:
-    """A file, a device or a pipe with a reader, to which events are appended. Safe to call from any thread."""
+    """A file, a device, a pipe with a reader, or standard output, to which events are appended. Safe to call from any
+    thread."""
 
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
         """Open the file. Raises UsageError if it cannot be written."""
@@ -63,7 +65,7 @@ class EventLog:
         try:
             # Opening a pipe that nobody reads would block; with O_NONBLOCK it fails instead.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-            self._descriptor = os.open(path, flags, 0o666)
+            self._descriptor = os.dup(1) if path == _STANDARD_OUTPUT else os.open(path, flags, 0o666)
             if stat.S_ISFIFO(os.fstat(self._descriptor).st_mode):
                 os.set_blocking(self._descriptor, True)
         except OSError as error:
@@ -133,7 +135,11 @@ class JUnit:
             xml.SubElement(suite, "system-out").text = _text("\n".join(self._warnings))
         xml.indent(suites)
         content = xml.tostring(suites, encoding="utf-8", xml_declaration=True) + b"\n"
-        write_whole(self._path.absolute(), content)
+        if self._path == _STANDARD_OUTPUT:
+            with os.fdopen(os.dup(1), "wb") as stream:
+                stream.write(content)
+        else:
+            write_whole(self._path.absolute(), content)
 
 
 def _text(text: str) -> str:

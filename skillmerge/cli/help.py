@@ -65,7 +65,7 @@ class Command(click.Command):
 
 
 class Commands(click.Group):
-    """A group of commands whose help shows them by subject. groups: heading -> names. examples: as of a command."""
+    """A group of commands whose help shows them by subject. groups: heading -> names. examples: see `Command`."""
 
     def __init__(
         self,

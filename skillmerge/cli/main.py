@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import gc
 import os
@@ -19,7 +20,7 @@ from skillmerge.cli import flags, usage
 from skillmerge.cli.commands import merging, proving, starting, studying
 from skillmerge.cli.help import Commands
 from skillmerge.cli.messages import as_json, clear_status, log
-from skillmerge.cli.results import interrupted, print_json
+from skillmerge.cli.results import NO_TABLE, interrupted, print_json
 from skillmerge.errors import ResourceError, SkillmergeError, Terminated, UsageError, machine_errors
 from skillmerge.version import __version__
 
@@ -40,6 +41,19 @@ _GROUPS = {
     "Inspect and reuse": ("inspect", "extract", "export", "derive"),
     "Verify and publish": ("verify", "gate", "rebuild", "sign", "attest", "push"),
 }
+
+
+_SPELLED = "skillmerge.spelled"
+_SIGNS = {
+    "λ": "lambda",
+    "…": "...",
+    "–": "-",
+    "·": ".",
+    "×": "x",
+    "±": "+-",
+    **dict(zip("▁▂▃▄▅▆▇█", "12345678", strict=True)),
+}
+"""Signs in our texts that a terminal without Unicode lacks."""
 
 
 class _OutputClosed(Exception):
@@ -152,14 +166,22 @@ def _command_run() -> click.Command:
     return next((cli.commands[word] for word in sys.argv[1:] if word in cli.commands), cli)
 
 
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    """Spell what a stream's encoding lacks: our own signs in ASCII, everything else as escapes."""
+    assert isinstance(error, UnicodeEncodeError), "only for writing"
+    lacking = error.object[error.start : error.end]
+    return "".join(_SIGNS.get(it) or it.encode("ascii", "backslashreplace").decode() for it in lacking), error.end
+
+
 def _prepare_streams() -> None:
     """Make both streams writable for any text: closed streams, ASCII terminals, names that are not text."""
+    codecs.register_error(_SPELLED, _spelled)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - to the end
         elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=_SPELLED)
 
 
 def _wants_json() -> bool:
@@ -181,7 +203,7 @@ def _failed(error: SkillmergeError) -> int:
     with suppress(OSError):
         if _wants_json():
             print_json({"ok": False, **error.as_dict()})
-        elif outcomes := getattr(error, "outcomes", ()):  # of gates
+        elif (outcomes := getattr(error, "outcomes", ())) and not getattr(error, NO_TABLE, False):  # of gates
             from skillmerge.cli.console import console
             from skillmerge.cli.show.proving import show_gates
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from skillmerge.errors import lines_of, visible
 from skillmerge.reporter import Reporter
@@ -31,6 +31,16 @@ def as_json() -> bool:
     return os.environ.get(FORMAT) == "json"
 
 
+def is_dumb() -> bool:
+    """Return whether the terminal shows escape sequences as text."""
+    return os.environ.get("TERM") == "dumb"
+
+
+def as_text(document: Any, stream: TextIO, indent: int | None = None) -> str:
+    """Return JSON for a stream, in ASCII unless its encoding has every character."""
+    return json.dumps(document, indent=indent, ensure_ascii=not (stream.encoding or "").lower().startswith("utf"))
+
+
 def log(level: str, message: str, **fields: Any) -> None:
     """Write one message. level: info, help, note, warning or error. fields: more facts, for programs.
 
@@ -40,8 +50,8 @@ def log(level: str, message: str, **fields: Any) -> None:
         clear_status()
         if as_json():
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-            line = json.dumps({"time": now, "level": level, "message": message, **fields}, ensure_ascii=False)
-            print(line, file=sys.stderr, flush=True)
+            line = {"time": now, "level": level, "message": message, **fields}
+            print(as_text(line, sys.stderr), file=sys.stderr, flush=True)
         else:
             print(_fitting(visible(_PREFIXES[level] + message)), file=sys.stderr)
 
@@ -67,7 +77,7 @@ def show_status(text: str) -> None:
     """Show the current step on a terminal, on a line that the next message replaces."""
     global _shown
     with suppress(OSError, ValueError):
-        if sys.stderr.isatty() and not as_json():
+        if sys.stderr.isatty() and not is_dumb() and not as_json():
             width = os.get_terminal_size(sys.stderr.fileno()).columns
             print(f"{_ERASE}{visible(text)[: width - 2]}…", end="", file=sys.stderr, flush=True)
             _shown = True
@@ -113,7 +123,7 @@ class TerminalReporter(Reporter):
         self.quiet, self.verbose, self.doing, self.unit = quiet, verbose, doing, unit
         self.recorders: list[Recorder] = []
         logger = logging.getLogger("skillmerge")
-        logger.handlers = [_Forward(self)]
+        logger.handlers = [it for it in logger.handlers if not isinstance(it, _Forward)] + [_Forward(self)]
         logger.setLevel(logging.INFO)
         if not quiet:
             show_status("reading")

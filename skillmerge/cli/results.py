@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from skillmerge.cli.messages import clear_status, log
+from skillmerge.cli.messages import as_text, clear_status, is_dumb, log
 from skillmerge.errors import Interrupted, SkillmergeError, Terminated, UsageError, visible
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 STANDARD_OUTPUT = "-"
+NO_TABLE = "no_table"
+"""What marks an error whose gates are not to be shown as a table."""
 
 OURS = {
     "--report": ("<!doctype html>",),
@@ -131,14 +133,15 @@ def show_merge(result: Result, as_json: bool, quiet: bool) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Write a file, or standard output. Raises ResourceError, UsageError."""
-    if path == STANDARD_OUTPUT:
+    data = text.encode("utf-8", errors="backslashreplace")
+    if path == STANDARD_OUTPUT:  # as a file, whatever the terminal's encoding is
         clear_status()
-        click.echo(text, nl=False)
+        click.echo(data, nl=False)
         return
     from skillmerge.durable import disk_errors
 
     with disk_errors(Path(path)):
-        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+        Path(path).write_bytes(data)
 
 
 def print_line(text: str) -> None:
@@ -158,7 +161,7 @@ def result_file(path: str | None) -> Iterator[Callable[[Documented], None]]:
         Path(path).unlink(missing_ok=True)
     try:
         yield lambda result: _write_result(path, document_of(result))
-    except BrokenPipeError:  # whoever read stdout has seen enough: no failure of the run
+    except BrokenPipeError:  # the reader closed stdout, which is no failure of the run
         raise
     except BaseException as raised:
         error = interrupted(raised) if isinstance(raised, KeyboardInterrupt) else raised
@@ -166,9 +169,25 @@ def result_file(path: str | None) -> Iterator[Callable[[Documented], None]]:
             error = SkillmergeError(f"{type(error).__name__}: {error}")
         with suppress(SkillmergeError):  # the first error counts
             _write_result(path, {"ok": False, **error.as_dict()})
-        if path == STANDARD_OUTPUT:
-            error.__dict__.pop("outcomes", None)  # they are printed already
         raise
+
+
+@contextmanager
+def reserved(printed: bool) -> Iterator[None]:
+    """Keep the table of failed gates off standard output if a document is printed there."""
+    try:
+        yield
+    except SkillmergeError as error:
+        error.__dict__[NO_TABLE] = printed
+        raise
+
+
+def refuse_standard_output(**files: str | None) -> None:
+    """Raise UsageError for an option (with `_` for `-`) that can only write a file."""
+    for name, path in files.items():
+        if path == STANDARD_OUTPUT:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} cannot write to standard output", fix=f"name a file with `{option}`")
 
 
 def _write_result(path: str | None, document: Any) -> None:
@@ -198,9 +217,10 @@ def interrupted(error: BaseException) -> Interrupted:
 def suggest(command: str) -> None:
     """Print the command that comes next, for a person at a terminal."""
     if sys.stdout.isatty():
-        click.secho(f"next: {command}", dim=True)
+        line = f"next: {command}"
+        click.echo(line if is_dumb() else click.style(line, dim=True))
 
 
 def print_json(document: Any, indent: int | None = None) -> None:
     clear_status()
-    click.echo(json.dumps(document, indent=indent, ensure_ascii=False))
+    click.echo(as_text(document, sys.stdout, indent))

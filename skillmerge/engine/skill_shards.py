@@ -120,7 +120,7 @@ def _units(plan: Plan, shard: ShardPlan) -> Iterator[Unit]:
 
 
 _BINS = 1 << 16
-"""Sizes are told apart by the upper 16 bits of a float32 without its sign: to one part in 256."""
+"""Sizes are compared by the upper 16 bits of a float32 without its sign, which is one part in 256."""
 
 
 class _Cutter:

@@ -152,7 +152,7 @@ def _need(term: Term) -> int:
 
 
 def _cancelling(total: Mapping[str, float], free_pairs: set[frozenset[str]]) -> list[tuple[str, str, str]]:
-    """Return pairs of models whose equal bits cancel and leave one model with factor 1, but for those that the
+    """Return pairs of models whose equal bits cancel and leave one model with factor 1, except those that the
     arithmetic itself already gets right."""
     names = list(total)
     rules = []

@@ -143,7 +143,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class RunLog:
-    """When an output was made, how long it took, and the outcomes of its gates: facts that no rebuild reproduces."""
+    """When an output was made, how long it took, and the outcomes of its gates. A rebuild does not reproduce them."""
 
     finished: str = ""
     seconds: float = 0.0

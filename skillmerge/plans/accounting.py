@@ -52,8 +52,8 @@ class Problem:
 
 
 def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:
-    """Return what would settle the problems, each once: rules ready to paste into the recipe, and what is to be done
-    elsewhere. No rules where the models are not of one kind."""
+    """Return what would settle the problems, each once: rules to paste into the recipe, and what to do elsewhere.
+    There are no rules if the models are of different architectures."""
     problems = list(problems)
     parts = list(dict.fromkeys(problem.help for problem in problems if problem.help))
     if any(problem.final for problem in problems):
@@ -90,8 +90,8 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Accounts:
-    """The result of the accounting. ties: (model, copy, original), copies of tied tensors that the output does
-    without."""
+    """The result of the accounting. ties: (model, copy, original) of tied tensors whose copies are left out of the
+    output."""
 
     tensors: Mapping[str, Account]
     """Sources of the output tensors that have any, and no problem."""
@@ -224,7 +224,7 @@ def _problem(
 def _leftovers(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, in_formula: list[str]
 ) -> tuple[dict[str, list[str]], list[tuple[str, str, str]]]:
-    """Return tensors of the formula's models that the donor lacks, but for ignored ones; and copies of tied tensors, as
+    """Return tensors of the formula's models that the donor lacks, except ignored ones; and copies of tied tensors as
     (model, copy, original)."""
     donor = checkpoints[donor_name]
     extra = {
@@ -259,8 +259,8 @@ def _apart(
     troubles: Mapping[tuple[str, str], list[tuple[str, str]]],
     extra: Mapping[str, list[str]],
 ) -> dict[str, Problem]:
-    """Return the models of which so much has no partner that a rule which takes it out would leave little of the skill;
-    and those that hold what is no weight."""
+    """Return the models with so many unmatched tensors that ignoring them would leave little of the skill; and the
+    models that hold tensors that are not weights."""
     found: dict[str, Problem] = {}
     donor = checkpoints[donor_name]
     lacking = {model: [name for name, _ in names] for (kind, model), names in troubles.items() if kind == "missing"}
@@ -292,7 +292,7 @@ def _tied_to(name: str, checkpoint: Checkpoint, donor: Checkpoint) -> str | None
 
 
 def _globs(names: list[str], others: Iterable[str]) -> list[str]:
-    """Return globs that match `names` and nothing else of `others`, as few as numbers in names allow."""
+    """Return globs that match `names` and none of `others`; numbers in names become `*` where that is possible."""
     wanted = set(names)
     rest = [name for name in others if name not in wanted]
     globs: dict[str, None] = {}
@@ -305,7 +305,7 @@ def _globs(names: list[str], others: Iterable[str]) -> list[str]:
 
 
 def prove_ties(ties: Iterable[tuple[str, str, str]], checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Prove that what is left out as a copy is one. Raises InputError if the bytes differ."""
+    """Prove that each tensor that is left out as a copy is one. Raises InputError if the bytes differ."""
     for model, name, source in ties:
         checkpoint = checkpoints[model]
         copy, original = checkpoint.tensors[name], checkpoint.tensors[source]

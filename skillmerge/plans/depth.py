@@ -14,7 +14,7 @@ from skillmerge.naming import MODULE_KINDS, layer_of, module_kind
 
 _BARS = "▁▂▃▄▅▆▇█"
 _MARKS = 48
-"""Marks of a picture, at most: so that it has room in a terminal of 60 columns, beside the name of what it shows."""
+"""Most marks of a picture, so that it fits beside its name in a terminal of 60 columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def number(value: float) -> str:
 
 
 def _mean(values: list[tuple[float, int]]) -> float:
-    """Return the mean over a layer's elements, so that a norm counts for as little as it is."""
+    """Return the mean over a layer's elements, in which a small norm counts little."""
     return sum(value * count for value, count in values) / max(1, sum(count for _, count in values))
 
 

@@ -13,6 +13,7 @@ from skillmerge.checkpoints.model_config import tied_source, ties_embeddings
 from skillmerge.naming import module_kind
 from skillmerge.plans.compare.config import spare_heads
 from skillmerge.plans.compare.found import Compared
+from skillmerge.plans.compare.roles import heads_and_embeddings
 from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.remarks import Remark, warning
 
@@ -24,10 +25,12 @@ def driven_apart(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> Iterat
     """Yield a warning where the recipe treats a tied head and its embedding differently."""
     for head, source in _tied_pairs(donor):
         if head in tensors and source in tensors and tensors[source].coefficients != tensors[head].coefficients:
+            usual = (module_kind(source), module_kind(head)) == ("embedding", "head")
+            both = "modules: [embedding, head]" if usual else f'tensors: ["{source}", "{head}"]'
             yield warning(
                 f"config.json ties `{head}` to `{source}`, but the recipe gives them different coefficients, "
                 "so runtimes may use either",
-                "give both the same coefficient: {modules: [embedding, head], value: …}",
+                f"give both the same coefficient: {{{both}, value: …}}",
                 name="ties",
             )
 
@@ -35,7 +38,7 @@ def driven_apart(donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> Iterat
 def stored_heads(
     donor: str, tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]
 ) -> dict[tuple[str, str], list[str]]:
-    """Heads that configurations tie and files hold all the same, and what they are tied to -> the models.
+    """Return heads that are stored although the configuration ties them, with what they are tied to -> the models.
 
     The donor's are in the output; of other models those count that the formula reads.
     """
@@ -74,7 +77,7 @@ def with_heads_read(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Plan:
 
 
 def _apart(donor: str, models: Sequence[str], head: str, source: str) -> Iterator[Compared]:
-    """Yield what follows where these models tie a head that is another matrix than what it is tied to."""
+    """Yield the warnings for a head that these models tie, but that differs from the matrix it is tied to."""
     values = dict.fromkeys(models, f"tied, another `{head}`")
     if [*models] == [donor]:
         yield Compared(
@@ -94,13 +97,17 @@ def _apart(donor: str, models: Sequence[str], head: str, source: str) -> Iterato
 
 
 def _tied_pairs(donor: Checkpoint) -> Iterator[tuple[str, str]]:
-    """Yield the heads that the configuration ties, of those that are stored all the same, and what they are tied to."""
-    for name in donor.tensors if ties_embeddings(donor.config) else ():
-        if module_kind(name) == "head":
-            others = {other: spec for other, spec in donor.tensors.items() if other != name}
-            source = tied_source(name, donor.tensors[name].shape, donor.config, others)
-            if source is not None:
-                yield name, source
+    """Yield the heads that are stored although the configuration ties them, and what they are tied to."""
+    if not ties_embeddings(donor.config):
+        return
+    known = heads_and_embeddings(donor.tensors.values(), donor.config)
+    for name in (name for name in donor.tensors if known.get(name) or module_kind(name) == "head"):
+        shape = donor.tensors[name].shape
+        others = {other: spec for other, spec in donor.tensors.items() if other != name}
+        alike = [other for other, is_head in known.items() if not is_head and donor.tensors[other].shape == shape]
+        source = tied_source(name, shape, donor.config, others) or (alike[0] if len(alike) == 1 else None)
+        if source is not None:
+            yield name, source
 
 
 def _differ(donor: Checkpoint, head: str, source: str) -> bool:

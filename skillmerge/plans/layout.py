@@ -20,7 +20,7 @@ SKILL_SHARD = 4_000_000_000
 
 
 def lay_out_skill(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> tuple[ShardPlan, ...]:
-    """Return a skill's files: tensors in the donor's order, as many as would be a shard's worth if nothing were zero.
+    """Return a skill's files: tensors in the donor's order, each file at most a shard in size if no element were zero.
 
     Their specs say where they would be then; where their parts are is known when they are made.
     """
@@ -50,7 +50,7 @@ def lay_out_skill(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> tuple[Sh
 
 
 def lay_out(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> tuple[ShardPlan, ...]:
-    """Return the output's files: the donor's own layout, or shards of at most the size that was asked for."""
+    """Return the output's files: the donor's own layout, or shards of at most the requested size."""
     limit = recipe.output.shard_size
     shards = []
     for file, names in _as_donor(donor) if limit is None else _by_size(tensors, limit):

@@ -11,7 +11,7 @@ from skillmerge.tensors import TensorSpec
 
 
 class Run(NamedTuple):
-    """Elements first..last of one tensor of a model, without the last."""
+    """Elements first..last of one tensor of a model, `last` excluded."""
 
     model: str
     tensor: str
@@ -31,7 +31,7 @@ class Source(NamedTuple):
 
 
 def find_source(spec: TensorSpec, model: str, checkpoint: Checkpoint) -> Source | None:
-    """Return the tensor of `checkpoint` that stands for `spec`: of its name, or the one that its config ties it to."""
+    """Return the tensor of `checkpoint` for `spec`: the one with its name, or the one that its config ties it to."""
     if spec.name in checkpoint.tensors:
         return Source(model, spec.name)
     tied = tied_source(spec.name, spec.shape, checkpoint.config, checkpoint.tensors)

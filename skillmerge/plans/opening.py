@@ -111,7 +111,7 @@ def planned(
     *,
     lenient: bool = False,
 ) -> Iterator[tuple[Plan, dict[str, Checkpoint]]]:
-    """Yield the plan of a recipe and its checkpoints, open while the context lasts. lenient: as of `plan_recipe`."""
+    """Yield the plan of a recipe and its checkpoints, open while the context lasts. lenient: see `plan_recipe`."""
     parsed = recipe if isinstance(recipe, Recipe) else load(recipe, coefficients)
     checkpoints = open_models(parsed, access, note)
     try:
@@ -233,7 +233,7 @@ def _open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) 
         try:
             if onto is not None and onto not in found:
                 return {}  # its model says what is wrong
-            # Of what is small and read in small pieces a network's ranges would be the most of it.
+            # For a small model in small pieces, most of the time would go into requests.
             download = access.download or word != "model"
             store = open_store(places[name], follow_links=access.follow_links, download=download)
             opening.append(store)
@@ -255,7 +255,7 @@ def _open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) 
             opened |= zip(names, pool.map(one, names), strict=True)
             for item in opened.values():
                 found |= item if isinstance(item, dict) else {}
-    except BaseException as error:  # an interrupt, or a thread that cannot be had
+    except BaseException as error:  # an interrupt, or no thread is available
         for store in opening:
             store.cancel()
         pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)

@@ -105,7 +105,7 @@ class Plan:
     """Versions of the input files on this machine, which show changes."""
     digest: str = field(default="", compare=False)
     weights_digest: str = field(default="", compare=False)
-    """The digest of what decides the output's bytes: it stays where only words of the recipe change, or its gates."""
+    """The digest of what decides the output's bytes. Comments and gates of the recipe do not change it."""
 
     __repr__ = brief
     _repr_html_ = drawn
@@ -177,7 +177,7 @@ def sealed(plan: Plan) -> Plan:
 
 
 def deciding_facts(plan: Plan) -> dict[str, Any]:
-    """Return everything that the output depends on, but for the weights themselves."""
+    """Return everything that the output depends on, except the weights themselves."""
     output = plan.recipe.output
     inputs = [
         {

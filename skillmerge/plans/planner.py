@@ -181,7 +181,7 @@ def _tensors(
     terms: Mapping[str, Term | None],
     accounts: Mapping[str, Account],
 ) -> dict[str, TensorPlan]:
-    """Return what happens to each tensor, but for those that have a problem.
+    """Return what happens to each tensor, except those that have a problem.
 
     wanted: the donor's tensors, in the output's dtypes. values: the coefficients that count.
     """
@@ -283,7 +283,7 @@ def _warnings(
 
 
 def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
-    """Yield what is allowed of a recipe that a person wrote, and is hardly meant."""
+    """Yield warnings about a handwritten recipe that is valid but probably not meant."""
     if not recipe.document.by_hand:
         return
     yield from remarks(recipe)
@@ -339,7 +339,7 @@ def _idle(
 
 
 def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
-    """Yield what training libraries have left in the names of tensors, and is left out of them."""
+    """Yield notes on what training libraries added to tensor names, which is removed."""
     for name, checkpoint in checkpoints.items():
         if checkpoint.naming.unwrapped and name == model_of(name):
             parts = " and ".join(f"`{part}.` ({WRAPPERS.get(part, part)})" for part in checkpoint.naming.unwrapped)

@@ -103,7 +103,7 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
 
 
 def parse(text: str, path: Path) -> SavedPlan:
-    """Return the same of a text; `path` is what messages call it."""
+    """Return the saved plan in a text. path: its name in messages."""
     with _damage(path):
         document = json.loads(text)
         if document["version"] != PLAN_VERSION:

@@ -60,7 +60,7 @@ _FOLDERS_LEFT = (
     ".*",
 )
 _CONFIGS = "config.json"
-"""Files whose names end so are read when the plan is made: they are where `auto_map` stands."""
+"""How the names of files end that are read for the plan, because they may hold `auto_map`."""
 
 _MAX_BYTES = 128 << 20
 _MAX_DEPTH = 2
@@ -73,7 +73,7 @@ _DTYPE_KEY = re.compile(rb'("(?:torch_)?dtype"\s*:\s*")(bfloat16|float16|float32
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A side file of the output: its name (with `/` where it lies in a subfolder), size and digest.
+    """A side file of the output: its name (with `/` if it is in a subfolder), size and digest.
 
     digest: (`sha256` or `git_sha1`, hex digits); the second is what the Hub knows of small files. content: the
     bytes, or None if they are still to be fetched from the donor.

@@ -68,6 +68,10 @@ class Output:
     push: Push | None
 
 
+_ACCEPT = re.compile(r"write `accept: \[([\w-]+)\]`")
+_ADVICE_TO_ACCEPT = re.compile(r"(?:^|; |, or )(?:if [^;]*, )?" + _ACCEPT.pattern)
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """A recipe whose text makes sense by itself. `models` maps names to URIs as they are written."""
@@ -118,6 +122,9 @@ class Recipe:
         if not self.of_command:
             return text
         text = text.replace(": the donor's is used", "").replace("name that under `ignore`", "pass `--ignore GLOB`")
+        # `inspect` only warns, and has nothing to accept.
+        accept = _ADVICE_TO_ACCEPT if self.document.name == "skillmerge inspect" else _ACCEPT
+        text = accept.sub("" if accept is _ADVICE_TO_ACCEPT else r"pass `--accept \1`", text)
         names = "|".join(map(re.escape, self.models))
         return re.sub(rf"(?:the donor |model )?`({names})`", lambda name: f"`{self.models[name[1]]}`", text)
 
@@ -175,7 +182,7 @@ class Recipe:
         return place or Local(local_path(self.document, ("models", name), self.folder, uri))
 
     def model_lines(self) -> dict[str, str]:
-        """Return where the recipe says each model's place, and that line; nothing of what has no lines of its own."""
+        """Return the recipe's line for each model, with its number; nothing for the words of a command."""
         places = {name: self.document.place(self.place_path(name)) for name in self.models}
         return {
             name: f"{self.document.name}:{place.line + 1}: `{name}: {self.models[name]}`"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,15 +36,21 @@ def text_of(source: RecipeSource) -> str:
     Raises UsageError if there is none, RecipeError for text that is invalid or too large, InputError.
     """
     if isinstance(source, Mapping):
-        return yamltext.dump(_plain(source, _NO_FILE))
+        try:
+            return yamltext.dump(_plain(source, _NO_FILE))
+        except RecursionError as error:
+            raise UsageError("the recipe is nested too deeply", fix="check whether a dict contains itself") from error
     return standard_input() if source == STANDARD_INPUT else _of_file(Path(source))
 
 
 def standard_input() -> str:
     """Return all of standard input: a recipe, or a saved plan. Raises UsageError if it is not text."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed", fix="name a recipe file")
     try:
-        text = sys.stdin.read()
-    except (OSError, UnicodeDecodeError, AttributeError) as error:
+        data = getattr(sys.stdin, "buffer", sys.stdin).read()
+        text: str = data if isinstance(data, str) else data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"standard input cannot be read: {error}", fix="name a recipe file") from error
     if not text.strip():
         raise UsageError("standard input is empty", fix="check whether the command before the pipe failed")
@@ -51,7 +58,7 @@ def standard_input() -> str:
 
 
 def _of_file(path: Path) -> str:
-    """Return what a person wrote, within bounds."""
+    """Return the text of a file that is not too large."""
     try:
         if path.is_dir():
             inside = [file.name for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")]
@@ -73,13 +80,19 @@ def _of_file(path: Path) -> str:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Return a value of a dict as YAML holds it. Raises UsageError for what is no table, list, text, number or path."""
+    """Return a value as plain YAML data. Raises UsageError for anything but dicts, lists, text, numbers and paths."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if value is None or isinstance(value, str | bool | int | float):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):  # of an enumeration too, whose own text is its name
+        return str.__str__(value)
+    if isinstance(value, Integral):  # of numpy too
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise UsageError(f"{where}: {type(value).__name__} cannot be in a recipe", fix="use text, numbers, lists and dicts")

@@ -12,7 +12,7 @@ from skillmerge.errors import NEAR, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.foreign import mergekit
 from skillmerge.recipes.schema import read_table, schema_text
-from skillmerge.recipes.source import RECIPE_SUFFIXES, text_of
+from skillmerge.recipes.source import RECIPE_SUFFIXES, STANDARD_INPUT, text_of
 from skillmerge.recipes.tables.recipe import RecipeTable
 
 SCHEMA_FILE = "skillmerge.schema.json"
@@ -28,8 +28,9 @@ def gallery() -> dict[str, str]:
 
 
 def recipe_text(source: str | None = None) -> str:
-    """Return the text of a recipe of the gallery, or of one that says the same as a mergekit file; without `source`, of
-    the starter. Raises UsageError for a name that is not in the gallery, RecipeError for a file without translation."""
+    """Return the text of a gallery recipe or of the translation of a mergekit file; without `source`, the starter.
+
+    Raises UsageError for a name that is not in the gallery, RecipeError for a file that cannot be translated."""
     home = files("skillmerge.recipes")
     if source is not None and is_file_name(source):
         return _translated(source)
@@ -47,25 +48,25 @@ def recipe_text(source: str | None = None) -> str:
 
 def is_file_name(source: str) -> bool:
     """Return whether a source of `init` is a file to translate, not a name of the gallery."""
-    return source.endswith(RECIPE_SUFFIXES)
+    return source == STANDARD_INPUT or source.endswith(RECIPE_SUFFIXES)
 
 
 def _translated(source: str) -> str:
-    """The recipe that says what a mergekit file says. Raises UsageError for what is a recipe already, RecipeError."""
+    """Return the translation of a mergekit file. Raises UsageError if the file is a recipe already, RecipeError."""
     document = yamltext.read(text_of(source), source)
     if mergekit.is_mergekit(document.data) and "skillmerge" not in document.data:
         with suppress(mergekit.NoCounterpart):
             return mergekit.equivalent(document.data) + "\n"
-    read_table(document, RecipeTable)  # says what is no recipe, and why it has no translation
+    read_table(document, RecipeTable)  # reports what is wrong, or why it cannot be translated
     raise UsageError(f"`{source}` is a recipe already", fix="copy it, or name a mergekit file")
 
 
 def init(path: str | os.PathLike[str] = "recipe.yaml", source: str | None = None) -> Path:
     """Write a recipe to start from, and return its path.
 
-    source: the name of a recipe of the gallery, such as `past-ramp`, or a mergekit file to translate; by default a
-    commented starter. Beside the recipe is the JSON Schema that its first line names, so that editors complete keys;
-    one that is there is kept.
+    source: the name of a recipe of the gallery, such as `past-ramp`, or a mergekit file to translate (`-` for standard
+    input); by default a commented starter. The JSON Schema that the recipe's first line names is written beside it, so
+    that editors complete keys; an existing one is kept.
     Raises UsageError where `path` exists, and for a name that is not in the gallery; RecipeError for a file that has no
     translation.
     """

@@ -1,4 +1,4 @@
-"""Forecasts of rounding before anything is written: the arithmetic of `apply` on some blocks, for many lambdas.
+"""Forecasts rounding before anything is written: the arithmetic of `apply` on some blocks, for many lambdas.
 
 For every block that `apply --stats sampled` looks at (or for all), the recipe's own program is run, and the
 difference added with each lambda of a grid in three ways to round; all of it is measured as `apply` measures. So

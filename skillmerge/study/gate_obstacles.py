@@ -1,4 +1,4 @@
-"""What keeps gates from being measured, known before any work: what they name, need and exclude."""
+"""Reasons, known before any work, why gates cannot be measured: what they name, need and exclude."""
 
 from __future__ import annotations
 

@@ -95,6 +95,8 @@ class GateInput:
     """The text for a perplexity, so that one load serves all gates."""
     tokens: int = 0
     """Tokens to generate, to compare runtimes."""
+    patched: bool = False
+    """Whether the donor is a model with a patch applied."""
     reports: dict[Path | None, Mapping[str, Any]] = field(default_factory=dict)
     """Reports of loading with transformers, by text."""
 
@@ -159,6 +161,9 @@ def _figures(gate: Gate, given: GateInput) -> Iterator[Outcome]:
             f"the gate `{gate.kind}` needs merge statistics, which this output lacks",
             fix="merge it again: `skillmerge apply RECIPE --stats sampled`",
         )
+    if gate.is_default and given.patched and not statistics.all.merged:
+        yield Outcome(label(gate), gate.asked, None, True, "a patch is applied")
+        return
     if gate.by:
         yield from _by_block(gate, given)
         return
@@ -246,8 +251,8 @@ def _finite(gate: Gate, given: GateInput) -> Outcome:
 
 
 def _loads(gate: Gate, given: GateInput) -> Outcome:
-    """`loads` where every tensor has found its place and the tokenizer is sound, and in another runtime, where it
-    generates what transformers does; `finite_logits` where what it computes is finite."""
+    """Measure `loads` (every tensor is loaded, the tokenizer is sound, another runtime generates what transformers
+    generates) or `finite_logits` (the computed logits are finite)."""
     report = _report(given, given.text)
     passed = bool(report.get("finite")) if gate.kind == "finite_logits" or gate.name else loads_whole(report)
     notes: list[str] = []
@@ -345,5 +350,6 @@ def gate(
     def tell(outcome: Outcome) -> None:
         reporter.event("gate", **outcome.as_dict())
 
-    outcomes = check(asked, GateInput(root, output.manifest, opened, access, reporter), tell)
+    patched = output.manifest.donor in recipe.patches
+    outcomes = check(asked, GateInput(root, output.manifest, opened, access, reporter, patched=patched), tell)
     return GateReport(os.fspath(folder), tuple(outcomes))

@@ -84,7 +84,7 @@ class Inspection:
     left: Mapping[str, str]
     """Tensors that are left out, and why."""
     updates: Mapping[str, Mapping[str, Any]]
-    """For an update that is made of several: the figures of each, as `all` and `modules`."""
+    """For an update made of several: the figures of each, as `all` and `modules`."""
     pairs: Sequence[Mapping[str, Any]]
     """Each pair of those: `first`, `second`, and figures as `all` and `modules`."""
     remarks: Sequence[Remark]
@@ -195,7 +195,7 @@ def _of_models(places: Sequence[str], access: Access, reporter: Reporter) -> Sub
 
 
 def _beside(folder: Path, base: str, access: Access) -> Access:
-    """Access that names the base beside the recipe, where it was written as the recipe would."""
+    """Return access settings with advice for a base that exists beside the recipe only."""
     near = folder / base
     if not is_path(base) or Path(base).is_dir() or not near.is_dir():
         return access
@@ -214,7 +214,7 @@ def inspect_merge(
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> Inspection:
-    """Measure the updates of a merge whose models are open. base: where what its target was trained from is."""
+    """Measure the updates of a merge whose models are open. base: the place of the model that its target comes from."""
     reporter = reporter or default_reporter("inspecting")
     beside = access if base is None else _beside(plan.recipe.folder, base, access)
     extra = open_named({"base": base}, beside, reporter) if base is not None else {}

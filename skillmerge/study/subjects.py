@@ -1,4 +1,4 @@
-"""The subjects of `inspect`: which models make the update, what it is compared with."""
+"""The subjects of `inspect`: which models make up the update, and what it is compared with."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BASE = "--base"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of several updates. update: v, as factors of models; pair, against: as of a `Subject`."""
+    """One of several updates. update: v, as factors of models; pair, against: see `Subject`."""
 
     label: str
     update: Mapping[str, float]
@@ -63,21 +63,21 @@ class Subject:
     minus: bool = False
     plan: Plan | None = None
     doubts: tuple[Remark, ...] = ()
-    """How the models do not belong together."""
+    """Reasons why the models may not belong together."""
     by_tensor: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """The update's factors of tensors, where coefficients make them differ."""
+    """The update's factors for each tensor, if coefficients make them differ."""
     parts: tuple[Part, ...] = ()
-    """The updates that make up v, where there are several: each is seen by itself, and beside each other one."""
+    """The updates that make up v, if there are several: each is measured alone and beside every other."""
     told: str = ""
     """The update for people [default: its factors]."""
     skills: frozenset[str] = frozenset()
-    """Models that are planes of stored skills, whose numbers show nothing of the models before."""
+    """Models that are planes of stored skills; their numbers say nothing about the original models."""
 
     places: Mapping[str, str] = field(default_factory=dict)
     """Places of models that a command named."""
 
     def name_of(self, model: str) -> str:
-        """Return a model as the person called it who named it."""
+        """Return a model's name as the user wrote it."""
         return "base" if model == BASE else self.places.get(model) or model_of(model)
 
     def factors(self, tensor: str) -> Mapping[str, float]:
@@ -91,7 +91,7 @@ class Subject:
 
     @property
     def numbers_of(self) -> list[str]:
-        """Models of whose numbers the precision is looked at."""
+        """Models whose numbers are checked for their precision."""
         inside = [*self.update, *(model for part in self.parts for model in part.update)]
         return [model for model in dict.fromkeys(inside) if model_of(model) not in self.skills]
 
@@ -116,7 +116,7 @@ def is_skill(uri: str, access: Access) -> bool:
 
 
 def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter) -> Subject:
-    """Return the subject for stored skills; several are measured each by itself and all together."""
+    """Return the subject for stored skills. Several are measured one by one and together."""
     if len(set(places)) < len(places):
         raise UsageError("the same skill is named twice", fix="pass each skill once")
     names = [f"skill{index}" for index in range(1, len(places) + 1)] if len(places) > 1 else ["skill"]
@@ -134,7 +134,7 @@ def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter)
 
 
 def subject_of_models(before: str, after: str, access: Access, reporter: Reporter) -> Subject:
-    """Return the subject for two models, with how they do not belong together."""
+    """Return the subject for two models, with reasons why they may not belong together."""
     models = {"before": before, "after": after}
     recipe = recipe_of(models, "after - before", {"kind": "skill"}, "skillmerge inspect")
     checkpoints = open_models(recipe, access, reporter.note)
@@ -267,7 +267,7 @@ def _whole_pair(update: Mapping[str, float], written: Sequence[_Difference]) -> 
 
 
 def _roots(written: Sequence[_Difference] | None, recipe: Recipe) -> set[str]:
-    """Return the models that updates are cut from which a formula adds as they are written."""
+    """Return the models of the updates that a formula adds exactly as written."""
     added = (it.before(()) for it in written or () if it.is_added)
     return {model for model in added if model is not None and model_of(model) not in recipe.skills}
 

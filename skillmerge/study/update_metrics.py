@@ -125,7 +125,7 @@ def _ordered(values: Tensor) -> Tensor:
 
 
 def add_up(parts: Iterable[Update | Pair]) -> Any:
-    """Return the sum of updates, or of pairs; what one of them does not know is not known of the sum."""
+    """Return the sum of updates, or of pairs. A figure that one of them lacks is missing in the sum."""
     parts = list(parts)
     total = type(parts[0])()
     for item in fields(total):

@@ -52,7 +52,7 @@ class Row:
 def measure_updates(
     subject: Subject, tasks: Sequence[TensorPlan], forecaster: Forecaster, threads: int, reporter: Reporter
 ) -> dict[str, Row]:
-    """Return what each tensor's update looks like; the forecaster learns the rest. Raises InputError, StalePlan."""
+    """Return the measurements of each tensor's update, and feed the forecaster. Raises InputError, StalePlan."""
     remote = any(checkpoint.at.remote for checkpoint in subject.checkpoints.values())
     tile = _REMOTE_TILE if remote else _TILE
     rows: dict[str, Row] = {}

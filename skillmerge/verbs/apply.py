@@ -307,7 +307,8 @@ class _Merge:
 
         plan, staging = self.job.plan, self.staging
         opened = (plan, self.job.checkpoints)
-        given = GateInput(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter)
+        patched = plan.donor in plan.recipe.patches
+        given = GateInput(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter, patched=patched)
         self._warn(body)
         outcomes = check(plan.recipe.gates, given, report)
         if self.checks.strict:

@@ -27,7 +27,7 @@ from skillmerge.naming import MODULE_KINDS
 from skillmerge.recipes.expression import bind, normalise_name
 from skillmerge.recipes.parse import load, parse_recipe
 from skillmerge.recipes.recipe import Recipe
-from skillmerge.recipes.source import RecipeSource
+from skillmerge.recipes.source import STANDARD_INPUT, RecipeSource
 from skillmerge.recipes.yamltext import dump
 from skillmerge.reporter import Reporter
 from skillmerge.study.inspect import Inspection, inspect
@@ -84,8 +84,9 @@ def derive(
     parsed = load(recipe)
     written, name = _only_coefficient(parsed)
     target = _place_beside(parsed.document.name, parsed.folder, output)
+    same = parsed.document.data if recipe == STANDARD_INPUT else recipe  # a pipe can be read once
     found = inspect(
-        recipe, base=base, stats="off", threads=threads, follow_links=follow_links, locked=locked, hub=hub,
+        same, base=base, stats="off", threads=threads, follow_links=follow_links, locked=locked, hub=hub,
         reporter=reporter,
     )  # fmt: skip
     numbers = _numbers(choice, found)

@@ -97,7 +97,7 @@ def rebuild(
     """
     if check == (output is not None):
         raise UsageError(
-            "neither `check` nor `output` was given",
+            "a rebuild takes either `check` or `output`",
             fix="pass `--check` to compare and write nothing, or `--output NEW` to recreate it",
         )
     check_words(sample=sample, seed=seed, device=device, threads=threads, memory_limit=memory_limit, hub=hub)

@@ -1,4 +1,4 @@
-"""How a merge is checked and published, beside its recipe.
+"""How a merge is checked and published, apart from its recipe.
 
 `plans.opening.Access` says how models are reached, `engine.runner.Work` how the merge is computed.
 """

@@ -65,8 +65,8 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
 
 
 def finished_output(folder: Path, plan: Plan, conditions: Mapping[str, Any], hash_inputs: bool) -> Manifest | None:
-    """Return the manifest in `folder` where it is this very plan's, made from these very files as asked now, and whole
-    as far as can be seen without reading the weights again (that is what `verify` does)."""
+    """Return the manifest in `folder` if it belongs to this plan, these files and these options, and the output looks
+    complete without rereading the weights (`verify` does that)."""
     if not (folder / MANIFEST_FILE).is_file():
         return None
     try:

@@ -164,6 +164,18 @@ def test_applying_a_patch_is_not_called_a_merge_of_nothing(tmp_path: Path) -> No
     assert same(read_checkpoint(tmp_path / "merged"), read_checkpoint(tmp_path / "rl"))
 
 
+def test_applied_patch_passes_the_default_gate(tmp_path: Path) -> None:
+    """The donor is the patched model, and nothing differs from it; but the patch is no merge that did nothing."""
+    exported(tmp_path)
+    recipe = write_recipe(tmp_path, "rl", models=PATCHED, coefficients={}, gates={"finite": True})
+    done = skillmerge.apply(recipe, tmp_path / "out")
+    assert [(it.gate, it.passed) for it in done.gates] == [("changed", True), ("finite", True)]
+    assert skillmerge.gate(done.output).ok
+    recipe = write_recipe(tmp_path, "rl", models={"rl": "rl"}, coefficients={}, gates={"finite": True})
+    with pytest.raises(CheckFailed, match=r"changed: 0 "):
+        skillmerge.apply(recipe, tmp_path / "copy")
+
+
 def test_a_rounded_skill_has_no_patch(tmp_path: Path) -> None:
     write_pair(tmp_path)
     rounded = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "r", dtype="float32").output

@@ -313,6 +313,12 @@ def test_terminal_that_knows_only_ascii_gets_ascii(family: Path) -> None:
     assert "reads " in process.stdout
 
 
+def test_signs_that_a_terminal_lacks_are_spelled_and_json_stays_json(tmp_path: Path) -> None:
+    process = run_process("plan", "λ…▁模😀.yaml", "--json", PYTHONIOENCODING="ascii", cwd=tmp_path)
+    assert process.stderr.startswith("error: lambda...1\\u6a21\\U0001f600.yaml does not exist\n")
+    assert json.loads(process.stdout)["message"] == "λ…▁模😀.yaml does not exist"
+
+
 def test_control_characters_in_names_do_not_reach_the_terminal(family: Path) -> None:
     output = family.parent / "out\x1b[31m"
     assert "\x1b" not in run_cli("apply", family, "-o", output).stdout

@@ -112,6 +112,17 @@ def test_completion_keeps_what_a_startup_file_holds(tmp_path: Path) -> None:
     assert install(cli, "fish", tmp_path)[0] == f"wrote {tmp_path / '.config/fish/completions/skillmerge.fish'}"
 
 
+def test_completion_goes_where_variables_send_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The startup file there may be in any encoding."""
+    for variable, folder in (("HOME", "home"), ("ZDOTDIR", "zsh"), ("XDG_CONFIG_HOME", "config")):
+        (tmp_path / folder).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / folder))
+    (tmp_path / "zsh/.zshrc").write_bytes(b"# caf\xe9\n")
+    assert install(cli, "zsh")[1] == f"added a line to {tmp_path / 'zsh/.zshrc'}"
+    assert (tmp_path / "zsh/.zshrc").read_bytes().startswith(b"# caf\xe9\n[ -f ")
+    assert install(cli, "fish")[0] == f"wrote {tmp_path / 'config/fish/completions/skillmerge.fish'}"
+
+
 @pytest.mark.parametrize(
     ("words", "found"), [("ap", "apply"), ("apply --over", "--overwrite"), ("apply --device cu", "cuda")]
 )

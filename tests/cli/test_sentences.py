@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_pages import made_sweep
 
-from skillmerge.cli.show.sentences import sentences
+import skillmerge
+from skillmerge.cli.show.sentences import of_sweep, sentences
 from skillmerge.study.inspect import Inspection, inspect
 
 
@@ -80,3 +82,10 @@ def test_relation_is_judged_against_chance(
     modules["norm"] = {**modules["norm"], "cosine": 0.5, "cosine_z_signs": -5.0}
     exception = "; of norm tensors it is 0.5 (z 5)"
     assert (exception in sentences(replace(found, total=total, modules=modules))[2]) == ("chance" in text)
+
+
+def test_sweep_names_the_smallest_candidate_within_noise(family: Path) -> None:
+    found = made_sweep(skillmerge.plan(family))
+    assert found.smallest is not None
+    assert found.smallest is not found.best
+    assert of_sweep(found)[-1].sentence.endswith(f" The smallest is lam = {found.smallest.values['lam']:g}.")

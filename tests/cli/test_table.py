@@ -82,3 +82,29 @@ def test_control_characters_of_a_name_are_written_out() -> None:
     table = Table(("name",))
     table.add_row("a\x1b]0;b")
     assert any("a\\x1b]0;b" in line for line in printed(table, 60))
+
+
+def test_title_is_text_not_markup() -> None:
+    table = Table(("module with a long heading",), "Update, a[/b] + c[red]:fire:")
+    table.add_row("model.layers.0.mlp[bold]")
+    text = " ".join(printed(table, 60))
+    assert "Update, a[/b] + c[red]:fire:" in text
+    assert "model.layers.0.mlp[bold]" in text
+
+
+def test_column_without_heading_stays() -> None:
+    """Its absence could not be named."""
+    table = Table(("lam", "accuracy", "effective λ", ""), text=("",))
+    table.add_row("0.5", "0.9844 ± 0.049", "0.498", "best")
+    lines = printed(table, 34)
+    assert any("no room for: effective λ (" in line for line in lines), lines
+    assert any(line.endswith("best") for line in lines), lines
+
+
+def test_numbers_in_text_are_not_broken() -> None:
+    table = Table(("gate", "required", "names"))
+    table.add_row("norm_ratio attention", "at most 0.03", "model.layers.0.input_layernorm.weight")
+    for width in range(40, 60):
+        text = "\n".join(printed(table, width))
+        assert "0.03" in text, text
+    assert "input_layernorm." in text

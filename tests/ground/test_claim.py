@@ -117,6 +117,21 @@ def test_folder_that_vanishes_while_it_is_made_is_made_again(tmp_path: Path, mon
         Claim(folder, folder, Reporter())
 
 
+@pytest.mark.parametrize(
+    "place", ["behind a link to nowhere", "in a folder of the system", "a lock that is such a link"]
+)
+def test_folder_that_never_comes_to_be_is_an_error(place: str, tmp_path: Path) -> None:
+    """Found by a review: it was made again for ever."""
+    (tmp_path / "link").symlink_to("/nowhere/at/all")
+    folder = Path("/proc/nothing/a") if place == "in a folder of the system" else tmp_path / "link" / "a"
+    if place == "a lock that is such a link":
+        folder = tmp_path / "a"
+        folder.mkdir()
+        (folder / "lock").symlink_to("/nowhere/at/all")
+    with pytest.raises(UsageError, match=r"cannot be written: (File exists|No such file)"):
+        Claim(folder, tmp_path / "out", Reporter())
+
+
 def test_lock_is_a_file_opened_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFSv4 refuses to lock anything else exclusively."""
     real = fcntl.flock

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import random_tensors, run_cli, tensor_shapes, write_checkpoint, write_recipe
+from conftest import MODELS, random_tensors, read_checkpoint, run_cli, tensor_shapes, write_checkpoint, write_recipe
 
 import skillmerge
 from skillmerge.errors import InputError
@@ -42,6 +42,42 @@ def test_stored_head_that_is_not_the_embedding_warns_as_the_weights_are_read(tmp
     with pytest.raises(InputError, match="under --strict"):
         skillmerge.apply(recipe, tmp_path / "strict", strict=True)
     assert not (tmp_path / "strict").exists()
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head"),
+    [
+        ("model.tok_embeddings.weight", "output.weight"),
+        ("gpt_neox.embed_in.weight", "embed_out.weight"),
+        ("backbone.embeddings.weight", "lm_head.weight"),
+        ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    ],
+)
+def test_stored_heads_of_other_names_are_read_as_well(embedding: str, head: str, tmp_path: Path) -> None:
+    """Found by a review: of these nothing was said, whatever their heads were."""
+    for same in (True, False):
+        recipe = family(tmp_path, same=same)
+        for name in MODELS:
+            tensors = read_checkpoint(tmp_path / name)
+            tensors[embedding], tensors[head] = tensors.pop("model.embed_tokens.weight"), tensors.pop("lm_head.weight")
+            write_checkpoint(tmp_path / name, tensors, config=TIED | {"vocab_size": 32})
+        told = list(skillmerge.apply(recipe, overwrite=True).warnings)
+        assert told == [] if same else [it.partition(" ties ")[2] for it in told] == [
+            f"`{head}` to `{embedding}`, but the two differ, so runtimes may use either"
+        ]  # fmt: skip
+
+
+def test_advice_for_a_tied_head_that_no_rule_selects_by_kind_names_it(tmp_path: Path) -> None:
+    rules = {"lam": {"default": 0.7, "rules": [{"modules": "embedding", "value": 0}]}}
+    recipe = family(tmp_path, same=True, coefficients=rules)
+    for name in MODELS:
+        tensors = read_checkpoint(tmp_path / name)
+        tensors["output.weight"] = tensors.pop("lm_head.weight")
+        write_checkpoint(tmp_path / name, tensors, config=TIED)
+    [told] = skillmerge.plan(recipe).warnings
+    assert told.fix == (
+        'give both the same coefficient: {tensors: ["model.embed_tokens.weight", "output.weight"], value: …}'
+    )
 
 
 def test_accepted_ties_warn_of_nothing(tmp_path: Path) -> None:

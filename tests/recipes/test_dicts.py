@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import skillmerge
@@ -82,6 +84,7 @@ _VALUES = st.one_of(
 _TABLES = st.dictionaries(st.sampled_from(["a", "no", "1", "*"]), _VALUES, max_size=3)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is slow
 @given(st.fixed_dictionaries({"plain": _VALUES, "list": st.lists(_VALUES | _TABLES, max_size=4), "table": _TABLES}))
 def test_dumped_dict_reads_as_it_was(data: dict[str, Any]) -> None:
     assert yamltext.read(yamltext.dump(data), "recipe").data == data
@@ -118,3 +121,27 @@ def test_two_files_on_standard_output_are_refused(here: Path) -> None:
     assert json.loads(process.stdout)["version"] == "2.1.0"
     assert run_cli("plan", "recipe.yaml", "--report", "-").stdout.startswith("<!doctype html>")
     assert run_cli("plan", "recipe.yaml", "--markdown", "-").stdout.startswith("<!-- skillmerge plan -->")
+
+
+class Level(IntEnum):
+    ONE = 1
+
+
+class Place(str, Enum):
+    HERE = "./target"
+
+
+@pytest.mark.parametrize("lam", [np.float64(1), np.float32(1), np.int64(1), Level.ONE])
+def test_numbers_and_texts_of_other_types_are_those_of_python(here: Path, lam: Any) -> None:
+    """YAML has no word for them."""
+    plain = skillmerge.plan({**RECIPE, "coefficients": {"lam": 1}})
+    models = {**RECIPE["models"], "target": Place.HERE}
+    other = skillmerge.plan({**RECIPE, "models": models, "coefficients": {"lam": lam}})
+    assert other.weights_digest == plain.weights_digest
+
+
+def test_dict_that_contains_itself_is_refused(here: Path) -> None:
+    endless: dict[str, Any] = {**RECIPE}
+    endless["coefficients"] = endless
+    with pytest.raises(UsageError, match="nested too deeply"):
+        skillmerge.plan(endless)

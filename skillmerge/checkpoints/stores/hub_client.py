@@ -244,7 +244,7 @@ def _without_token(text: str) -> str:
 
 
 def _bound_waiting() -> None:
-    """The client waits without end for an answer unless it is told otherwise."""
+    """Without a limit, the client waits forever for an answer."""
     session = get_session()
     if session.timeout.read is None:
         session.timeout = LONGEST_WAIT

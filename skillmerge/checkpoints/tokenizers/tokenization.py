@@ -49,11 +49,22 @@ def tokenization(document: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         del pre_tokenizer[0]
     parts = {"normalizer": _texts(normalizer), "pre-tokenizer": _texts(pre_tokenizer)}
     model = document.get("model")
+    if isinstance(model, dict):
+        parts["vocabulary lookup"] = _texts([_lookup(model)])
     if isinstance(model, dict) and isinstance(model.get("merges"), list):
         parts["merges"] = in_order(_joined(model["merges"]))
     if isinstance(model, dict) and isinstance(model.get("vocab"), list):
         parts["scores"] = tuple(_score(piece) for piece in model["vocab"])
     return parts
+
+
+def _lookup(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a vocabulary that do something: words that are tokens are not cut, and unknown characters
+    are bytes, where there are tokens for these."""
+    vocabulary = model.get("vocab")
+    has_bytes = "<0x00>" in vocabulary if isinstance(vocabulary, dict) else True
+    options = {"ignore_merges": model.get("ignore_merges"), "byte_fallback": has_bytes and model.get("byte_fallback")}
+    return {"type": "lookup", **{key: True for key, value in options.items() if value}}
 
 
 def in_order(merges: Iterable[str]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ _MOST_IDS = 1 << 31
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """tokens: id -> text. tokenization: as of `tokenization`, as far as the file says it."""
+    """tokens: id -> text. tokenization: see `tokenization`; only what the file says."""
 
     tokens: Mapping[int, str]
     tokenization: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -82,7 +82,10 @@ def apply(
             json=as_json, report=report_file, result_file=result_file, junit=junit_file, events=events_file
         )
         reporter = TerminalReporter(quiet, verbose)
-        with recorded(reporter, events_file, junit_file, f"skillmerge apply {recipe}"):
+        with (
+            results.reserved(printed),
+            recorded(reporter, events_file, junit_file, f"skillmerge apply {recipe}"),
+        ):
             try:
                 result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
             except GateFailed as error:

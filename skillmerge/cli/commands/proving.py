@@ -9,7 +9,7 @@ import click
 from skillmerge.cli import flags
 from skillmerge.cli.help import command, option
 from skillmerge.cli.messages import TerminalReporter, log
-from skillmerge.cli.results import check_places, print_line, print_result
+from skillmerge.cli.results import check_places, print_line, print_result, refuse_standard_output, reserved
 from skillmerge.errors import UsageError
 
 
@@ -104,7 +104,7 @@ def gate(
 
     printed = check_places(json=as_json, junit=junit_file, events=events_file)
     reporter = TerminalReporter(quiet, verbose=False)
-    with recorded(reporter, events_file, junit_file, f"skillmerge gate {folder}"):
+    with reserved(printed), recorded(reporter, events_file, junit_file, f"skillmerge gate {folder}"):
         report = run(folder, gates_file, reporter=reporter, **options)
         if not report.ok:
             raise GateFailed(report.outcomes)
@@ -134,7 +134,9 @@ def gate(
 @flags.base_folder
 @flags.hub
 @flags.links
-@flags.output
+@option(
+    "--output", "-o", group=flags.OUTPUT, type=click.Path(), metavar="DIR", help="New folder for the rebuilt output"
+)
 @flags.as_json
 @flags.quiet
 def rebuild(folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -180,6 +182,7 @@ def sign(
     """
     from skillmerge.outputs.proof.sign import sign as run
 
+    refuse_standard_output(signature=options["signature"])
     if private_key is None:
         raise UsageError("a signature is made with a key", fix="give --private-key KEY")
     reporter = TerminalReporter(quiet, verbose=False)
@@ -223,6 +226,7 @@ def attest(folder: str, password_file: str | None, as_json: bool, quiet: bool, *
     """
     from skillmerge.outputs.proof.attest import attest as run
 
+    refuse_standard_output(output=options["output"], bom=options["bom_file"])
     given = {name: value for name, value in options.items() if value is not None}
     reporter = TerminalReporter(quiet, verbose=False)
     attested = run(folder, password=flags.password(password_file), reporter=reporter, **given)

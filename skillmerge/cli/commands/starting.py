@@ -57,12 +57,12 @@ def init(path: str, source: str | None, names: bool, quiet: bool) -> None:
         click.echo("\n".join(f"{name:{width}}  {summary}" for name, summary in recipes.items()))
         return
     if path == STANDARD_OUTPUT:
-        click.echo(recipe_text(source), nl=False)
+        write_text(path, recipe_text(source))
         return
     run(path, source)
     if not quiet:
         to_do = "" if source is not None and is_file_name(source) else ": fill in the models"
-        click.echo(f"wrote {path}, and {SCHEMA_FILE} beside it for editors{to_do}")
+        print_line(f"wrote {path}, and {SCHEMA_FILE} beside it for editors{to_do}")
         suggest(f"skillmerge plan {shlex.quote(path)}")
 
 
@@ -113,7 +113,7 @@ def schema(quiet: bool) -> None:
     """
     from skillmerge.recipes.schema import schema_text
 
-    click.echo(schema_text(), nl=False)
+    write_text(STANDARD_OUTPUT, schema_text())
 
 
 @command("doctor", "doctor /data/models")
@@ -161,7 +161,7 @@ def demo(folder: str, quiet: bool) -> None:
             show_merge(part, as_json=False, quiet=False)
             print_line(f"\n$ skillmerge verify {os.path.relpath(part.output)}")
 
-    done = run(folder, reporter=TerminalReporter(quiet=False, verbose=False), finished=show)
+    done = run(folder, reporter=TerminalReporter(quiet, verbose=False), finished=show)
     print_line("")
     show_answers(done.answers, examples(done.answers[0], done.answers[-1]), console())
     print_line(f"{SENTENCE}\n")

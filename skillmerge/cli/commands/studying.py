@@ -11,7 +11,14 @@ import click
 from skillmerge.cli import flags
 from skillmerge.cli.help import command, option
 from skillmerge.cli.messages import TerminalReporter
-from skillmerge.cli.results import check_places, print_result, show_merge, suggest, write_report
+from skillmerge.cli.results import (
+    check_places,
+    print_result,
+    refuse_standard_output,
+    show_merge,
+    suggest,
+    write_report,
+)
 from skillmerge.remarks import ACCEPTABLE
 
 
@@ -172,6 +179,7 @@ def derive(recipe: str, choice: str, as_json: bool, quiet: bool, **options: Any)
     from skillmerge.cli.show.studying import show_derived
     from skillmerge.verbs.derive import derive as run
 
+    refuse_standard_output(output=options["output"])
     derived = run(recipe, choice, reporter=TerminalReporter(quiet, False, doing="measuring"), **options)
     if as_json:
         print_result(derived)
@@ -235,6 +243,7 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
     from skillmerge.cli.show.studying import apply_best, show_sweep
     from skillmerge.verbs.sweep.sweep import sweep as run
 
+    refuse_standard_output(output=options["output"])
     printed = check_places(json=as_json, report=report_file)
     reporter = TerminalReporter(quiet, verbose=False, doing="sweeping", unit="candidates")
     found = run(recipe, options.pop("axes"), score, reporter=reporter, **options)
@@ -242,5 +251,6 @@ def sweep(recipe: str, score: str, report_file: str | None, as_json: bool, quiet
         print_result(found)
     elif not printed:
         show_sweep(found, console())
-        suggest(apply_best(found))
+        if not quiet:
+            suggest(apply_best(found))
     write_report(report_file, sweep=found)

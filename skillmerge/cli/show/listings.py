@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from skillmerge.cli.show.figures import ACTIONS
 from skillmerge.errors import some
-from skillmerge.plans.depth import Depth, over_depth
+from skillmerge.plans.depth import Depth, number, over_depth
 from skillmerge.plans.plan import Plan
 from skillmerge.study.scoring.scores import CONFIDENCE, Score
 from skillmerge.tensors import ULP_EDGES, format_bytes, format_count, percent
@@ -112,6 +112,11 @@ def scored(score: Score | None) -> str:
     if score is None:
         return "–"
     return _plain(score.value, 4) + (f" ± {_plain(CONFIDENCE * score.error, 2)}" if score.error is not None else "")
+
+
+def values_of(numbers: Mapping[str, float]) -> str:
+    """Return the numbers of a candidate: `lam = 0.7, mu = 1`."""
+    return ", ".join(f"{name} = {number(value)}" for name, value in numbers.items())
 
 
 def _plain(value: float, digits: int) -> str:

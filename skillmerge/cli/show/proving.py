@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def show_gates(outcomes: Sequence[Outcome], out: Console) -> None:
     """Show what each gate requires, what was measured, and the result."""
-    table = Table(listings.GATE_COLUMNS, text={*listings.GATE_COLUMNS} - {"measured"})
+    table = Table(listings.GATE_COLUMNS, text={*listings.GATE_COLUMNS} - {"measured"}, drop=("required", "measured"))
     for outcome in outcomes:
         measured = f"{outcome.measured:.4g}" if outcome.measured is not None else "-"
         verdict = Text("passed", "green") if outcome.passed else Text("FAILED", "bold red")

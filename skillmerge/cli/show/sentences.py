@@ -104,7 +104,7 @@ def _of_skill(whole: SkillGroup) -> Iterator[Headline]:
 
 def of_sweep(sweep: Sweep) -> list[Headline]:
     """Return the best candidate, its score, and how many others could be as good."""
-    best = ", ".join(f"{name} = {number(value)}" for name, value in sweep.best.values.items())
+    best = listings.values_of(sweep.best.values)
     score = listings.scored(sweep.best.scores[sweep.by])
     way = "lowest" if sweep.minimise else "highest"
     near = [sweep.within_noise(trial) for trial in sweep.scored if trial is not sweep.best]
@@ -118,6 +118,8 @@ def of_sweep(sweep: Sweep) -> list[Headline]:
         return [*found, Headline("–", "within noise", told)]
     count = sum(map(bool, near))
     told = f"{_counted(count, 'other candidate')} could be as good: the difference is within the noise (95%)."
+    if (smallest := sweep.smallest) is not None and smallest is not sweep.best:
+        told += f" The smallest is {listings.values_of(smallest.values)}."
     return [*found, Headline(str(count), "within noise", told)]
 
 

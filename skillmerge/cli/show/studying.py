@@ -83,11 +83,10 @@ def show_sweep(sweep: Sweep, out: Console) -> None:
         out.print(
             Text(f"{sweep.by} over {axis}: {ends[0]} {curve} {ends[1]}  ({min(values):.4g} to {max(values):.4g})")
         )
-    told = ", ".join(f"{name} = {number(value)}" for name, value in sweep.best.values.items())
-    out.print(Text(f"best: {told}, written to {sweep.best_recipe}", style="bold"), soft_wrap=True)
+    best = listings.values_of(sweep.best.values)
+    out.print(Text(f"best: {best}, written to {sweep.best_recipe}", style="bold"), soft_wrap=True)
     if (smallest := sweep.smallest) is not None and smallest is not sweep.best:
-        named = ", ".join(f"{name} = {number(value)}" for name, value in smallest.values.items())
-        out.print(Text(f"smallest within noise of the best: {named}"), soft_wrap=True)
+        out.print(Text(f"smallest within noise of the best: {listings.values_of(smallest.values)}"), soft_wrap=True)
     if sweep.best.scores[sweep.by].error is None:
         out.print(Text("note: the noise of these scores is unknown; measure it with `--repeats`"), soft_wrap=True)
 

@@ -6,7 +6,7 @@ Numbers are never truncated. Knows widths and columns, not what the figures mean
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -18,7 +18,8 @@ from skillmerge.cli.console import Text
 
 _APART = 3
 """Blanks that rich puts around a column: one before it, two after it."""
-_PIECE = re.compile(r"[^\s./_-]*(?:[./_-]+|\s+|$)")
+_WORDS = re.compile(r"\S*\s*")
+_PIECE = re.compile(r"[^\s./_-]*[./_-]+")
 _WORD = 16
 """A column of text is never narrower than its longest word, or than this many characters."""
 
@@ -51,7 +52,7 @@ class Table:
 
     head: one heading a column. text: the headings of columns with text; the others hold numbers. None: all are text.
     drop: headings of columns in the order in which they may be left out; the others follow, from the right. The first
-    column always stays. What was left out is named below the table.
+    column and those without a heading always stay. What was left out is named below the table.
     """
 
     def __init__(
@@ -76,11 +77,11 @@ class Table:
             _Column(head, head not in self._text, [row[index] for row in self._rows])
             for index, head in enumerate(self.head)
         ]
-        kept = _fitting(columns, self._leaving_order(columns), options.max_width)
-        widths = _widths(kept, options.max_width)
-        table = RichTable(
-            box=box.SIMPLE_HEAD, pad_edge=False, title=self.title, title_justify="left", title_style="bold"
-        )
+        room = options.max_width - 2 * options.ascii_only  # rich's table in ASCII has edges
+        kept = _fitting(columns, self._leaving_order(columns), room)
+        widths = _widths(kept, room)
+        title = Text(self.title, style="bold") if self.title is not None else None
+        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="")
         for column, width in zip(kept, widths, strict=True):
             table.add_column(
                 Text(column.head), justify="right" if column.numeric else "left", width=width, overflow="fold"
@@ -88,13 +89,13 @@ class Table:
         for row in zip(*(column.cells for column in kept), strict=True):
             table.add_row(*(_wrapped(cell, width) for cell, width in zip(row, widths, strict=True)))
         yield table
-        left_out = [column.head for column in columns if column not in kept and column.head]
+        left_out = [column.head for column in columns if column not in kept]
         if left_out:
             yield Text(f"no room for: {', '.join(left_out)} (widen the terminal, or use --json)", style="dim")
 
     def _leaving_order(self, columns: Sequence[_Column]) -> list[_Column]:
         named = [column for head in self.drop for column in columns if column.head == head]
-        others = [column for column in reversed(columns[1:]) if column not in named]
+        others = [column for column in reversed(columns[1:]) if column.head and column not in named]
         return [*named, *others]
 
 
@@ -118,15 +119,22 @@ def _widths(columns: Sequence[_Column], room: int) -> list[int]:
 
 
 def _wrapped(cell: RichText, width: int) -> RichText:
-    """Return a cell with its lines broken: between words, and names and paths behind a mark where that is not
-    enough."""
+    """Return a cell with its lines broken between words; within a word after a mark, if the word alone is too long."""
     places, start, last = [], 0, 0
-    for match in _PIECE.finditer(cell.plain):
-        if len(cell.plain[start : match.end()].rstrip()) > width and last > start:
+    for end in _ends(cell.plain, width):
+        if len(cell.plain[start:end].rstrip()) > width and last > start:
             places.append(last)
             start = last
-        last = match.end()
+        last = end
     return RichText("\n").join(cell.divide(places)) if places else cell
+
+
+def _ends(text: str, width: int) -> Iterator[int]:
+    """Yield where a line may end: after each word, and after the parts of a word that is wider than a line."""
+    for word in _WORDS.finditer(text):
+        if len(word[0].rstrip()) > width:
+            yield from (part.end() for part in _PIECE.finditer(text, word.start(), word.end()))
+        yield word.end()
 
 
 def _sum(widths: Iterable[int]) -> int:

@@ -119,10 +119,10 @@ def kinds(rows: Iterable[Row]) -> list[Cell]:
 def pools(
     known: Sequence[Cell], low: Sequence[Cell], high: Sequence[Cell], rows: Mapping[str, Row]
 ) -> Iterator[tuple[Cell, float]]:
-    """Yield all of the cells together where some are too low or too high by no more than chance, and standard errors
-    that are chance in all of them.
+    """Yield the cells combined if some are too low or too high within chance, and how many standard errors are chance
+    for all of them.
 
-    Those too low and those too high would cancel: each are looked at without the others. To leave out what is high
+    Those too low and those too high would cancel, so each group is judged without the other. To leave out what is high
     lowers the mean of n cells alike by up to the mean of half a normal distribution, sqrt(2 n / pi) errors of the mean.
     """
     for judged, others, what in ((low, high, "high"), (high, low, "low")):

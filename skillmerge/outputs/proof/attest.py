@@ -235,7 +235,7 @@ def _time(text: str) -> datetime:
 
 
 def _check_place(place: Path, keys: tuple[str, ...]) -> None:
-    """A document goes beside the output, into a folder that is there, and replaces one of its own kind or nothing.
+    """Check that a document is outside the output, in an existing folder, and replaces only one of its own kind.
     Raises UsageError."""
     if any((folder / MANIFEST_FILE).exists() for folder in place.resolve().parents):
         raise UsageError(f"{place} is inside an output, and would make it invalid", fix="choose another file")

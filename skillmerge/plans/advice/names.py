@@ -1,7 +1,7 @@
-"""Two sets of tensors' names that are the same but for how they begin: the prefixes that make one of them the other.
+"""Two sets of tensor names that differ only in their prefixes, and the prefixes that turn one into the other.
 
-Looks at names and shapes alone. Of each name it takes the longest end that a name of the other set has too; the
-beginnings before these ends vote for what stands for what.
+Looks only at names and shapes. Each name is matched by the longest ending that a name of the other set shares; the
+prefixes before these endings vote on which one replaces which.
 """
 
 from __future__ import annotations

@@ -19,9 +19,8 @@ MUCH = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Parameters by what becomes of them. merged: of tensors that the formula changes. taken: of those that it would
-    change, had `copy` and `ignore` not taken them out, those of other models that are ignored included. whole: the
-    donor's."""
+    """Numbers of parameters. merged: in tensors that the formula changes. taken: in those that it would change without
+    `copy` and `ignore`, including ignored ones of other models. whole: the donor's."""
 
     merged: int
     taken: int

@@ -1,1 +1,1 @@
-"""What the models of a formula say of themselves, compared before any weight is read; one module a subject."""
+"""Compares what a formula's models say about themselves, before any weight is read; one module for each subject."""

@@ -1,4 +1,4 @@
-"""What configurations leave out: how architectures call the same thing, and what they assume where a key is absent.
+"""What configurations leave out: the names that architectures use, and the defaults of missing keys.
 
 Data alone. Defaults are those of the configuration classes of transformers; `tests/plans/compare` holds them against
 the installed version.
@@ -16,8 +16,7 @@ TEXT_OF = {
     "qwen3_vl_moe": "qwen3_moe",
     "qwen3_omni_moe": "qwen3_moe",
 }
-"""Multimodal architectures whose language model is a text architecture of another name. Others name it in their
-`text_config`."""
+"""Multimodal architectures and the text architecture of their language model. Others name it in `text_config`."""
 
 ACTIVATIONS = {
     "swish": "silu",
@@ -28,26 +27,26 @@ ACTIVATIONS = {
     "geglu": "gelu",
     "swiglu": "silu",
 }
-"""Two spellings of one function. All of the tanh approximations of GELU compute the same formula."""
+"""Spellings of the same function. All tanh approximations of GELU compute the same formula."""
 
 ROPE_TYPES = {"su": "longrope", "mrope": "default", "axial": "default", None: "default"}
-"""Older names, and kinds that scale nothing: `mrope` only says that there are sections, which are compared by
-themselves, `axial` that images have two axes."""
+"""Older names, and kinds that scale nothing: `mrope` only announces sections, which are compared separately, and
+`axial` that images have two axes."""
 
 SCALING_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
-"""Factors of yarn that mean the same when they are left out."""
+"""Yarn factors with the values that apply if they are missing."""
 
 TRAINED_SCALINGS = ("llama3", "longrope")
-"""Scalings of rotary positions that a model is trained with; the others are put on afterwards, for long inputs."""
+"""Rotary scalings that a model is trained with. The others are added after training, for long inputs."""
 
 WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "gpt_oss": 2, "olmo3": 4, "exaone4": 4}
-"""One layer in so many attends to everything, where the configuration does not list its layers."""
+"""One in this many layers has full attention, unless the configuration lists its layers."""
 
 WINDOW_OFF = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen3", "qwen3_moe", "smollm3")
 """Architectures whose window is off unless `use_sliding_window` is true."""
 
 WITHOUT_ROPE_EVERY = {"smollm3": 4, "llama4": 4}
-"""One layer in so many has no rotary positions, where the configuration does not list its layers."""
+"""One in this many layers has no rotary positions, unless the configuration lists its layers."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rope base": 1e4, "activation": "silu"},
@@ -87,4 +86,4 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "glm4": {"kv_heads": 2, "head_dim": 128, "rope base": 1e4, "rope partial": 0.5, "activation": "silu"},
     "smollm3": {"kv_heads": 4, "rope base": 2e6, "activation": "silu"},
 }  # fmt: skip
-"""What is meant where a key is absent."""
+"""Values of missing keys."""

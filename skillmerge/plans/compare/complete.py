@@ -1,5 +1,5 @@
-"""Whether checkpoints hold all that they say they hold: by the names of their files, by their config, by other lists
-of their weights, and by blocks that lack what the blocks beside them have."""
+"""Checks that checkpoints are complete: by the names of their files, their config, other lists of their weights, and
+layers that lack tensors of their neighbors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from skillmerge.plans.compare.found import Compared, Level
 from skillmerge.plans.compare.table import IGNORED
 
 NAME = "architecture"
-"""What `accept` calls a checkpoint that lacks blocks."""
+"""The name of an incomplete checkpoint in `accept`."""
 
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 
@@ -41,35 +41,35 @@ _STATED = (
     ("attention_bias", "self_attn.q_proj.weight", "self_attn.q_proj.bias"),
     ("mlp_bias", "mlp.up_proj.weight", "mlp.up_proj.bias"),
 )
-"""(key of a config, a tensor of a block, the tensor that it has beside it where the key is true)."""
+"""(config key, a tensor of a layer, the tensor that comes with it if the key is true)."""
 
 _OF_TEXT = ("", "text_config", "thinker_config.text_config", "llm_config", "language_config")
 
 _BUFFER = re.compile(r"(inv_freq|masked_bias|attn\.bias|position_ids|num_batches_tracked|rotary_emb\..*)$")
 
-# Keys of configs that say why blocks are not all alike, besides lists and texts with an entry for each block.
+# Config keys that explain why layers differ, besides lists and strings with an entry for each layer.
 _PERIODS = re.compile(r"step|period|interval|freq|every|factor|stride|pattern|_per_")
 _LETTERS = re.compile(r"layer|block|pattern")
-"""Keys whose texts may have a letter for each block: `hybrid_override_pattern`, `layers_block_type`, `layer_types`."""
+"""Keys of strings with a letter for each layer: `hybrid_override_pattern`, `layers_block_type`, `layer_types`."""
 _EDGES = re.compile(r"first_|dense_layers|start|end_index|hash_layers|kv_shared|last_|nextn|mtp")
 
 _LISTS = re.compile(r"layer|block|attn|moe|mlp|ffn|expert|mamba|idx|ind[ei]|pattern|type")
-"""Keys whose lists may be about blocks."""
+"""Keys of lists that may be about layers."""
 _OF_TOKENS = re.compile(r"_per_tok|token_id")
 
 _FEW_TENSORS = 4
-"""What mostly has fewer tensors is no block of a transformer: layers of a projector may be numbered 0 and 2."""
+"""Fewest tensors of a transformer layer. Projectors have smaller ones, which may be numbered 0 and 2."""
 
 _NAMED = 9
 
 Stack = dict[int, set[str]]
-"""The blocks of a stack: index -> the rest of its tensors' names."""
+"""The layers of a stack: index -> the rest of each tensor's name."""
 
 
 def check_complete(models: Mapping[str, Checkpoint], donor: str, files: SmallFiles | None = None) -> list[Compared]:
-    """What these models (by name) say they hold and do not. donor: its name, or "" where there is none.
+    """Return what these models (by name) should hold and do not. donor: its name, or "" if there is none.
 
-    A model that has the donor's tensors lacks what the donor lacks, and is not told of again.
+    A model with the same tensor names as the donor lacks the same ones, which are reported once.
     """
     files = files or SmallFiles()
     found: list[Compared] = []
@@ -95,11 +95,11 @@ def _shards(name: str, checkpoint: Checkpoint) -> Iterator[Compared]:
 
 
 def _pickled(name: str, checkpoint: Checkpoint, files: SmallFiles) -> Iterator[Compared]:
-    """What an index of the same model in another format names."""
+    """Yield a warning for tensors that only the index of the pickled format names."""
     try:
         document = files.read(checkpoint.store, PICKLED_INDEX, json_table) or {}
     except InputError:
-        return  # it is no file that anything here reads
+        return  # nothing here needs that file
     named = document.get("weight_map")
     if not isinstance(named, dict) or 2 * len(named.keys() & checkpoint.tensors.keys()) < len(named):
         return
@@ -116,7 +116,7 @@ def _tied(tensor: str, checkpoint: Checkpoint) -> bool:
     return module_kind(tensor) in ("head", "embedding") and ties_embeddings(checkpoint.config)
 
 
-# Blocks and experts, as many as the config says.
+# Numbers of layers and experts.
 
 
 def _stacks(checkpoint: Checkpoint) -> dict[str, Stack]:
@@ -134,14 +134,14 @@ def _part(name: str) -> str:
 
 
 def _counts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack], donor: bool) -> Iterator[Compared]:
-    """Stacks with fewer blocks than the config says, and numbers that are left out."""
+    """Yield stacks with fewer layers than the config says, and gaps in their numbers."""
     if donor and any(" layers (" in text for text in contradictions(checkpoint.config, _shapes(checkpoint))):
-        return  # is a problem of the donor already
+        return  # already reported as a problem of the donor
     for part in ("text", *_PARTS):
         inside = [section for where, section in sections(checkpoint.config) if _part(where) == part]
         of_part = {stack: blocks for stack, blocks in stacks.items() if _part(stack) == part}
         if any("num_hidden_groups" in section for section in inside):
-            continue  # blocks are shared
+            continue  # layers share weights
         for which, expected in _expected(inside, of_part):
             matching = {stack: blocks for stack, blocks in of_part.items() if which in stack}
             held = max((_last(blocks) + 1 for blocks in matching.values()), default=0)
@@ -154,7 +154,7 @@ def _counts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack], dono
                 )  # fmt: skip
         least = min((count for _, count in _expected(inside, of_part)), default=0)
         for stack, blocks in of_part.items():
-            # A number may be as large as a name can hold: of each gap the first few are named.
+            # Layer numbers can be huge, so only the first few of each gap are named.
             places = pairwise([-1, *(index for index in sorted(blocks) if index <= _last(blocks))])
             gaps = [index for before, after in places for index in range(before + 1, min(after, before + 1 + _NAMED))]
             if gaps:
@@ -168,13 +168,13 @@ def _counts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack], dono
 
 
 def _last(blocks: Stack) -> int:
-    """The last block that is one; heads and leftovers may have larger numbers."""
+    """Return the number of the last real layer; heads and leftovers may have larger ones."""
     usual = median(map(len, blocks.values()))
     return max(index for index, block in blocks.items() if 2 * len(block) >= usual)
 
 
 def _expected(inside: Sequence[Mapping[str, Any]], stacks: Mapping[str, Stack]) -> list[tuple[str, int]]:
-    """(`encoder`, `decoder` or "" for all stacks, how many blocks): the least that the sections of a part say."""
+    """Return (`encoder`, `decoder` or "" for all stacks, number of layers): the smallest that the sections say."""
     if any(key in section for section in inside for key in _SIDES["decoder"]):
         sides = {side: _least(inside, keys) for side, keys in _SIDES.items() if any(side in it for it in stacks)}
         return [(side, count) for side, count in sides.items() if count]
@@ -217,7 +217,7 @@ def _stated(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack]) -> I
                 )  # fmt: skip
 
 
-# Blocks that lack what the others have.
+# Layers that lack tensors of the others.
 
 
 def _blocks(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack]) -> Iterator[Compared]:
@@ -246,7 +246,7 @@ def _blocks(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack]) -> I
 
 
 def _lacking(blocks: Stack, alike: Sequence[int]) -> dict[int, list[str]]:
-    """Blocks among those of one kind that lack what most have, and their neighbors too: index -> names."""
+    """Return layers of one kind without tensors that most of them and both neighbors have: index -> names."""
     if len(alike) < 3:
         return {}
     counts = Counter(inner for index in alike for inner in blocks[index])
@@ -261,23 +261,23 @@ def _lacking(blocks: Stack, alike: Sequence[int]) -> dict[int, list[str]]:
 
 
 def _lacking_of_two(blocks: Stack, alike: Sequence[int]) -> dict[int, list[str]]:
-    """The same of a kind of two blocks, for what the other one has and every block of other kinds."""
+    """Return the same for a kind of two layers: what the other one and every layer of other kinds have."""
     others = [block for index, block in blocks.items() if index not in alike]
     shared = set.union(*(blocks[index] for index in alike)).intersection(*others) if others else set()
     return {index: sorted(shared - blocks[index]) for index in alike if shared - blocks[index]}
 
 
 def _traits(config: Mapping[str, Any], indices: Sequence[int]) -> list[tuple[Any, ...]]:
-    """What the config says of each block, whatever it means: blocks with equal traits should be alike."""
+    """Return what the config says about each layer, whatever it means. Layers with equal traits should be alike."""
     count = max(indices) + 1
     columns: list[list[Any]] = []
     for _, section in sections(config):
         total = next((section[key] for key in _COUNTS if type(section.get(key)) is int), count)
-        columns.append([index < total for index in indices])  # behind them are heads for speculative decoding
+        columns.append([index < total for index in indices])  # later ones are heads for speculative decoding
         for key, value in section.items():
             listed = _LISTS.search(key) is not None
             if _OF_TOKENS.search(key) or (not listed and (isinstance(value, list) or IGNORED.search(key))):
-                continue  # is not about blocks
+                continue  # not about layers
             columns += _columns(key, value, indices, min(total, count), section.get(key.replace("period", "offset")))
     return list(zip(*columns, strict=True))
 
@@ -287,14 +287,14 @@ def _columns(key: str, value: Any, indices: Sequence[int], count: int, offset: A
     if (isinstance(value, list) or (isinstance(value, str) and _LETTERS.search(key))) and len(value) in counts:
         yield [repr(value[index]) if index < len(value) else "" for index in indices]
     elif isinstance(value, list) and value and all(type(item) is int for item in value):
-        for shift in (0, 1) if 0 not in value else (0,):  # some configs count blocks from 1
+        for shift in (0, 1) if 0 not in value else (0,):  # some configs count layers from 1
             yield [index + shift in value for index in indices]
     elif isinstance(value, list) and 0 < 2 * len(value) <= count and all(isinstance(item, str) for item in value):
-        yield [index % len(value) for index in indices]  # a pattern that is repeated
+        yield [index % len(value) for index in indices]  # a repeated pattern
     elif type(value) is int and 1 < value <= count and _PERIODS.search(key):
         yield [index % value for index in indices]
     elif type(value) is int and value > count and _PERIODS.search(key):
-        yield [index == offset for index in indices]  # the only one of a period that is cut short
+        yield [index == offset for index in indices]  # the period is longer than the model
     elif type(value) is int and 0 < value <= count and _EDGES.search(key):
         yield [(index < value, index <= value, index >= count - value) for index in indices]
 

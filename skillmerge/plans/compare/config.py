@@ -13,9 +13,9 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.methods.terms import minus_of, model_of
 from skillmerge.naming import layer_of, module_kind
 from skillmerge.plans.compare.config_values import (
-    PARTS,
     architecture,
     effective,
+    is_part,
     layers,
     other_parts,
     text_kind,
@@ -44,7 +44,7 @@ _MANY = {"has": "have", "its": "their", "ties": "tie", "stores": "store"}
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 _EXTRA = {"mllama": 8, "moshi": 1}
-"""Rows behind the vocabulary that architectures have for tokens of images and for the start."""
+"""Extra rows after the vocabulary, for image tokens and the start token, by architecture."""
 
 
 def compare_config(
@@ -56,11 +56,11 @@ def compare_config(
     foreign: bool = False,
     written: Mapping[str, str] | None = None,
 ) -> list[Compared]:
-    """Return how the configurations of the models that a formula uses differ from the donor's, which is first.
+    """Return how the configurations of the formula's models differ from the donor's.
 
-    A model without a configuration, as a stored skill is, is not compared. dtype: of the output, or None for a skill,
-    which gets no configuration. foreign: two architectures, of which nearly everything differs, are compared too.
-    written: where a recipe says the models' places.
+    A model without a configuration, such as a stored skill, is not compared. dtype: of the output, or None for a skill,
+    which gets no configuration. foreign: also compare different architectures, in which nearly everything differs.
+    written: the recipe's line for each model.
     """
     configs = {name: models[name].config for name in _compared(models, donor, roles)}
     found = [] if dtype is None else [*_donor(models[donor], donor, dtype)]
@@ -121,7 +121,7 @@ def _path(name: str, written: Mapping[str, str]) -> str:
 
 
 def _others_config(models: Mapping[str, Checkpoint], depths: Mapping[str, int | None]) -> Iterator[tuple[str, str]]:
-    """Models whose weights are as deep as another model, and less deep than their own configuration says."""
+    """Yield models that have fewer layers than their own config says, and as many as another model."""
     for name, depth in depths.items():
         stacks = {layer for layer in map(layer_of, models[name].tensors) if layer is not None}
         held = max((index for _, index in stacks), default=-1) + 1
@@ -134,7 +134,7 @@ def _kind(kind: str | None, depth: int | None) -> str:
 
 
 def _parts(configs: Mapping[str, Mapping[str, Any]], donor: str, roles: Roles) -> Iterator[Compared]:
-    """The differences of the language models, then of what the models hold beside them."""
+    """Yield the differences of the language models, then those of the other parts."""
     texts = {name: text_part(config) for name, config in configs.items()}
     yield from _rows(texts, donor, roles, "", {name: text_kind(config) for name, config in configs.items()})
     others = {name: dict(other_parts(text)) for name, text in texts.items()}
@@ -159,7 +159,7 @@ def _rows(
     known = {key for row in ROWS for key in row.keys}
     for key in sorted(set.intersection(*(set(part) for part in parts.values()))):
         found = {name: part[key] for name, part in parts.items()}
-        looked_at = key in known or key in PARTS or IGNORED.search(key) is not None
+        looked_at = key in known or is_part(key, found[donor]) or IGNORED.search(key) is not None
         if not looked_at and None not in found.values() and any(it != found[donor] for it in found.values()):
             message = f"`{key}` differs, which skillmerge does not know the meaning of: the donor's is used"
             shown = {name: _json(it) if isinstance(it, list | dict) else _text(it) for name, it in found.items()}
@@ -167,7 +167,7 @@ def _rows(
 
 
 def _says(value: Any, row: Row) -> bool:
-    """Whether a value is another than what the lack of a key mostly means."""
+    """Return whether a value differs from what a missing key usually means."""
     return value != row.default and value not in (None, False, ())
 
 
@@ -208,7 +208,7 @@ def _text(value: Any) -> str:
 
 
 def _ties(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> Iterator[Compared]:
-    """Heads that are tied to the embedding in only some models: a finding for each thing that this means."""
+    """Yield a finding for each consequence of heads that only some models tie to the embedding."""
     tied = {name: _is_tied(model.config) for name, model in models.items()}
     stored = {name: heads(model.tensors.values(), model.config) for name, model in models.items()}
     scores, headed = stored[donor], {name: bool(found) for name, found in stored.items()}
@@ -216,7 +216,7 @@ def _ties(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> Iterato
     for name in models:
         if name == donor:
             continue
-        # Where the donor stores a head, what the formula does not use of another model's is no loss.
+        # If the donor stores a head, heads that the formula does not use are no loss.
         if any(token in scores or not headed[donor] for token in roles[name].tokens):
             meaning = _meaning(tied[donor], headed[donor], tied[name], headed[name])
             if meaning is not None:
@@ -230,7 +230,7 @@ def _ties(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> Iterato
 
 
 def _meaning(donor_tied: bool | None, donor_head: bool, tied: bool | None, head: bool) -> _Meaning | None:
-    """What it means that a model and the donor tie their heads, or store them, in these ways."""
+    """Return the consequence of how a model and the donor tie and store their heads; None if there is none."""
     if head and donor_head:
         return _LOST if donor_tied and tied is False else _STORED if tied and donor_tied is False else None
     if head and not tied:
@@ -240,7 +240,7 @@ def _meaning(donor_tied: bool | None, donor_head: bool, tied: bool | None, head:
 
 
 def spare_heads(found: Compared) -> list[str]:
-    """Return the models that a finding says to tie and store a head, which is read as the donor's; [] of others."""
+    """Return the models that tie and store a head that is read as the donor's; [] for any other finding."""
     names, ties, rest = found.message.partition(" tie")
     is_spare = found.key == "tie_word_embeddings" and ties and "all the same, which is read" in rest
     return [name for name in found.values if f"`{name}`" in names] if is_spare else []
@@ -257,7 +257,7 @@ def _tie(tied: bool | None, head: bool) -> str:
 
 
 def _donor(donor: Checkpoint, name: str, dtype: str) -> Iterator[Compared]:
-    """What a runtime will make of weights that do not agree with their own configuration."""
+    """Yield warnings about how runtimes treat weights that disagree with their own configuration."""
     text = text_part(donor.config)
     stated = next(
         (part[key] for part in (donor.config, text) for key in ("dtype", "torch_dtype") if part.get(key)), None

@@ -1,4 +1,4 @@
-"""What a model's configuration really says: effective values, whichever keys and defaults they are written with.
+"""The effective values of a model's configuration, whatever keys and defaults it uses.
 
 `rope_theta` and `rope_scaling` are `rope_parameters`, `type` is `rope_type`, a window that is off is none. Knows one
 configuration; `config` compares several.
@@ -6,6 +6,7 @@ configuration; `config` compares several.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,11 +24,12 @@ from skillmerge.plans.compare.architectures import (
 from skillmerge.plans.compare.table import ROWS, UNKNOWN
 
 _TEXT = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config")
-PARTS = ("vision_config", "audio_config", "decoder", "encoder", "attn_config", "ffn_config")
+_PART = re.compile(r"(^|_)(config|encoder|decoder)$")
+_NO_PARTS = ("quantization_config", "compression_config", "generation_config")
 _NEAR = ("sliding_attention", "chunked_attention")
 ACTIVATION_KEYS = (
     "hidden_act", "activation_function", "activation", "activation_type", "ff_activation", "ffn_act_fn",
-    "mlp_hidden_act", "feed_forward_proj", "dense_act_fn",
+    "feed_forward_proj", "dense_act_fn",
 )  # fmt: skip
 _NO_FACTOR = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -35,7 +37,7 @@ _MOST_LAYERS = 100_000
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part that describes the language model, with what the whole says for all of its parts."""
+    """Return the part that describes the language model, with the keys that the whole sets for all parts."""
     for key in _TEXT:
         inner = config.get(key)
         if isinstance(inner, Mapping) and inner:
@@ -43,37 +45,42 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def other_parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the parts beside the language model, by their key."""
-    for key in PARTS:
-        part = config.get(key)
-        if isinstance(part, Mapping) and part:
-            yield key, part
+def is_part(key: str, value: Any) -> bool:
+    """Return whether an entry of a configuration is the configuration of a part."""
+    return isinstance(value, Mapping) and _PART.search(key) is not None and key not in _NO_PARTS
+
+
+def other_parts(text: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the parts beside the language model and in it, each by its keys. text: as of `text_part`."""
+    for key, part in text.items():
+        if is_part(key, part) and part:
+            yield inside + key, part
+            yield from other_parts(part, f"{inside}{key}.")
 
 
 def text_kind(config: Mapping[str, Any]) -> str | None:
-    """Return what the language model's architecture is called, whose defaults hold for this configuration."""
+    """Return the name of the language model's architecture, whose defaults apply to this configuration."""
     kind = text_part(config).get("model_type")
     return kind.removesuffix("_text") if isinstance(kind, str) else None
 
 
 def architecture(config: Mapping[str, Any]) -> str | None:
-    """Return the architecture of the language model, the same for a text model and a multimodal one that holds it."""
+    """Return the language model's architecture: the same in a text model and in a multimodal model that contains it."""
     kind = text_kind(config)
     return TEXT_OF.get(kind, kind) if kind is not None else None
 
 
 def layers(part: Mapping[str, Any]) -> int | None:
-    """Return how many layers a part says that it has, where that is a number that some model may have."""
+    """Return the number of layers that a part states, if it is plausible."""
     found = _first(part, _LAYERS)
     return found if type(found) is int and 0 <= found <= _MOST_LAYERS else None
 
 
 def effective(part: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
-    """Return the effective value of each row of the table that this part of a configuration says something about.
+    """Return the effective value of each table row that this part of a configuration sets.
 
-    kind: the architecture, whose defaults hold. What is absent is left out where the architecture is not known, or
-    neither it nor the row has a default.
+    kind: the architecture, whose defaults apply to missing keys. Rows without a value and without a default, and
+    missing keys of an unknown architecture, are left out.
     """
     kind = kind if isinstance(kind, str) else None  # files may say anything
     defaults = DEFAULTS.get(kind or "", {})
@@ -82,12 +89,12 @@ def effective(part: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
         if row.keys:
             value = _first(part, row.keys)
             if value is None and any(key in part for key in row.keys):
-                value = row.default  # null is said, and is not what the architecture assumes of itself
+                value = row.default  # null is explicit, so the architecture's default does not apply
             elif value is None:
                 absent = row.default if kind in DEFAULTS else UNKNOWN
                 value = next((defaults[key] for key in (row.what, *row.keys) if key in defaults), absent)
             if row.default is False and isinstance(value, int | None):
-                value = bool(value)  # 4 says that it is on, as true does
+                value = bool(value)  # 4 means on, like true
             if value is not UNKNOWN:
                 found[row.what] = _activation(value) if row.name == "activation" else _plain(value)
     return found
@@ -108,7 +115,7 @@ def _worked_out(part: Mapping[str, Any], kind: str | None, defaults: Mapping[str
     equal = kind in DEFAULTS or "head_dim" in part
     if size is None and equal and type(heads) is int and type(hidden) is int and heads > 0:
         size = hidden // heads
-    if size is not None and not part.get("qk_rope_head_dim"):  # latent attention has sizes of its own
+    if size is not None and not part.get("qk_rope_head_dim"):  # latent attention has other sizes
         yield "head size", size
     activation = _first(part, ("hidden_activation",)) or _first(part, ACTIVATION_KEYS)
     if kind == "gemma" and _first(part, ("hidden_activation",)) is None:
@@ -126,7 +133,7 @@ def _worked_out(part: Mapping[str, Any], kind: str | None, defaults: Mapping[str
 
 
 def _activation(value: Any) -> Any:
-    """One name for each function. T5 says whether it is gated, too, as the shapes do: `gated-gelu`."""
+    """Return one name for each function. T5 also says whether it is gated, which the shapes show: `gated-gelu`."""
     if not isinstance(value, str):
         return _plain(value)
     function = "gelu_new" if value == "gated-gelu" else value.removeprefix("gated-")
@@ -150,11 +157,11 @@ def _rope(part: Mapping[str, Any], defaults: Mapping[str, Any], known: bool) -> 
     if turned is not None:
         yield "rope partial", turned
     sections = _first(main, ("mrope_section",)) or _first(old, ("mrope_section",))
-    if isinstance(sections, list):  # a text model has none, and means the same by it
+    if isinstance(sections, list):  # a text model has none, which means the same
         yield "rope sections", tuple(sections)
     if not known and not part.keys() & {"rope_scaling", "rope_parameters"}:
         return
-    scaling = old or main  # transformers takes the older key where a person has added it
+    scaling = old or main  # transformers prefers the older key if it was added by hand
     kind = _first(scaling, ("rope_type", "type"))
     kind = ROPE_TYPES.get(kind, kind) if isinstance(kind, str | None) else str(kind)
     factors = {
@@ -175,7 +182,7 @@ def _rope(part: Mapping[str, Any], defaults: Mapping[str, Any], known: bool) -> 
 def _window(
     part: Mapping[str, Any], kind: str | None, defaults: Mapping[str, Any]
 ) -> tuple[int, tuple[int, ...]] | None:
-    """Return the window and the layers that have it, or None where none is in force."""
+    """Return the window and the layers that have it, or None if none applies."""
     size = part.get("sliding_window", defaults.get("sliding_window"))
     on = part.get("use_sliding_window")
     longest = _first(part, ("max_position_embeddings", "n_positions"))
@@ -204,7 +211,7 @@ def _table(value: Any) -> Mapping[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that equals another where both mean the same: lists as tuples, nothing as nothing."""
+    """Return a value that can be compared and hashed: lists and tables become tuples."""
     if isinstance(value, list):
         return tuple(_plain(item) for item in value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""One finding of the comparison of models, as plain data: what plans, manifests and `--json` hold of it."""
+"""A finding of the model comparison, as plans, manifests and `--json` record it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Level = Literal["problem", "warning", "note"]
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A difference between models, or between a model and what it says of itself.
+    """A difference between models, or between a model and its own description.
 
-    name: what `accept` calls it, or None where it cannot be accepted. key: what differs, in the words of the file
-    that says it. values: of each model that was looked at, for people. accepted: whether the recipe settles it.
-    message: what it is. help: what to do about it, or None.
+    name: its name in `accept`, or None if it cannot be accepted. key: what differs, as the file calls it. values: the
+    value in each model, for people. accepted: whether the recipe accepts it. message: what is wrong. help: what to do
+    about it, or None.
     """
 
     name: str | None
@@ -30,11 +30,11 @@ class Compared:
     help: str | None = None
 
     def __post_init__(self) -> None:
-        """Make visible what models' files say: a JSON text can be a line's end, or half of a surrogate pair."""
+        """Escape text from models' files: JSON strings can hold line breaks and lone surrogates."""
         shown = {one_line(model): one_line(value) for model, value in self.values.items()}
         for field, text in (("key", one_line(self.key)), ("values", shown), ("message", one_line(self.message))):
             object.__setattr__(self, field, text)
 
     def as_dict(self) -> dict[str, Any]:
-        """The finding as plain data, without `help`, which is about the command that was run."""
+        """Return plain data without `help`, which depends on the command."""
         return {key: value for key, value in asdict(self).items() if key != "help"}

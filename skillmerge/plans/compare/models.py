@@ -1,4 +1,4 @@
-"""The comparison of a formula's models: all that their files say of them, and what comes of the differences."""
+"""Compares a formula's models by all of their small files, and decides what their differences mean."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from skillmerge.plans.compare.complete import check_complete
 from skillmerge.plans.compare.config import compare_config
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.roles import Roles, roles_of, token_matrices
+from skillmerge.plans.compare.rows import without_rows
 from skillmerge.plans.compare.tokens import compare_tokens
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
@@ -21,8 +22,8 @@ from skillmerge.remarks import Remark
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What came of it. found: every difference; names: the models that were compared; subjects: what of them, each with
-    what was left out of it."""
+    """The result. found: every difference. names: the compared models. subjects: what was compared, each with what was
+    left out."""
 
     found: tuple[Compared, ...]
     names: tuple[str, ...]
@@ -30,7 +31,7 @@ class Comparison:
 
     @property
     def line(self) -> str | None:
-        """What was compared, for people; None where there is one model."""
+        """What was compared, for people; None if there is only one model."""
         return _line(self) if len(self.names) > 1 else None
 
     @property
@@ -64,30 +65,34 @@ def compare_models(
     *,
     lenient: bool = False,
 ) -> Comparison:
-    """Compare the models of `terms` (by the donor's tensors' names) with the donor and with what they say they hold.
+    """Compare the models in `terms` with the donor, and each with its own description.
 
-    copied: the tensors that `copy` takes as they are. lenient: problems are warnings, for what was made before these
-    comparisons. Reads small files only; raises InputError for one of the donor's that is a pointer, unless lenient;
-    StalePlan, TemporaryError.
+    terms: by the donor's tensor names. copied: tensors that `copy` takes unchanged. lenient: turn problems into
+    warnings, for plans and outputs older than these comparisons. Reads only small files. Raises InputError for a
+    pointer file of the donor, unless lenient; StalePlan, TemporaryError.
     """
     own = checkpoints[donor]
     roles = roles_of(terms, copied, token_matrices(own.tensors.values(), own.config))
     dtype = None if recipe.makes_skill else recipe.output.dtype
-    # Of two architectures nearly everything differs; who accepts that wants to know what else does.
+    # Different architectures differ in nearly everything, so the rest is shown only after `accept`.
     settled = "architecture" in recipe.accept
     found = compare_config(checkpoints, donor, roles, dtype, foreign=settled, written=recipe.model_lines())
     foreign = not settled and any(it.name == "architecture" for it in found)
     files = SmallFiles()
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
     if not foreign:
-        found += compare_tokens(checkpoints, donor, roles, files, carried=dtype is not None, lenient=lenient)
+        merged = {tensor for role in roles.values() for tensor in role.tokens}
+        without = None if lenient else without_rows(recipe, donor, merged)
+        found += compare_tokens(
+            checkpoints, donor, roles, files, carried=dtype is not None, lenient=lenient, without=without
+        )
     found += check_complete({name: checkpoints[name] for name in names}, donor, files)
     if lenient:
         found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
     found = [
         replace(
             it, accepted=it.name in recipe.accept and it.level != "note", message=recipe.in_words(it.message),
-            help=it.help and recipe.in_words(it.help),
+            help=recipe.in_words(it.help or "") or None,
         )
         for it in found
     ]  # fmt: skip
@@ -98,10 +103,10 @@ def compare_models(
 def unsettled(
     recipe: Recipe, found: Iterable[Compared], problems: Sequence[Problem], *, heads_unread: bool
 ) -> list[str]:
-    """A note for each name in `accept` that settles nothing. heads_unread: whether `apply` will look at tied heads.
+    """Return a note for each name in `accept` without effect. heads_unread: whether `apply` still checks tied heads.
 
-    Nothing is said of what is not looked at before the problems are settled, nor of `update-size`: whether it settles
-    something depends on what `apply` measures, so that the note would come and go with `--stats`.
+    Leaves out names that are checked only after the problems are settled, and `update-size`: its effect depends on
+    what `apply` measures, so the note would come and go with `--stats`.
     """
     if any(problem.final for problem in problems):
         return []
@@ -123,7 +128,7 @@ def _line(compared: Comparison) -> str:
 
 def _configuration(checkpoints: Mapping[str, Checkpoint], names: Sequence[str]) -> str:
     without = [name for name in names if not checkpoints[name].config]
-    # The others are compared with the donor's, which is first.
+    # The others are compared with the donor, which comes first.
     gap = _gap(names, names if names[0] in without else without, without, "no config.json")
     return f"configuration ({gap})" if gap else "configuration"
 
@@ -141,7 +146,7 @@ def _tokens(checkpoints: Mapping[str, Checkpoint], names: Sequence[str], roles: 
 
 
 def _gap(names: Sequence[str], left_out: Sequence[str], having: Sequence[str], why: str) -> str:
-    """What is left out of a comparison of `names`, and why; having: the models of which that is true."""
+    """Return what is left out of a comparison of `names`, and why. having: the models that are the reason."""
     listed = " and ".join(f"`{name}`" for name in having)
     if len(left_out) < len(names):
         return f"not of {listed}: {why}" if left_out else ""

@@ -1,4 +1,4 @@
-"""What a formula does with each of its models: the facts that decide which differences between them matter."""
+"""What a formula does with each of its models, which decides which differences between them matter."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ from skillmerge.naming import layer_of, module_kind
 from skillmerge.tensors import TensorSpec
 
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in)\.weight$|^transformer\.w\.weight$"
+    r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in|additional_embedding)\.weight$"
+    r"|^transformer\.w\.weight$"
 )
 _HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|unembed|pred_layer\.proj)\.weight$"
+    r"(^|\.)(lm_head|embed_out|unembed|pred_layer\.proj|shared_head\.head|additional_fc)\.weight$"
     r"|^((language_)?model\.|transformer\.)*output(_layer)?\.weight$"
 )
 _NAMED = {
     "embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in", "w", "lm_head", "embed_out",
-    "unembed", "proj", "output", "output_layer",
+    "unembed", "proj", "head", "output", "output_layer", "additional_embedding", "additional_fc",
 }  # fmt: skip
-"""The modules that these patterns name: looking one up costs less than two searches."""
+"""The modules in these patterns. A lookup is faster than two searches."""
+_ADDED = ("additional_embedding.weight", "additional_fc.weight")
+"""Rows of added tokens, which Idefics stores in the modules of embedding and head."""
 _NO_TOKENS = re.compile(r"pos|wpe|type|segment|patch|visual|vision|image|audio", re.IGNORECASE)
-"""Embeddings of something else."""
+"""Embeddings of something other than tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
     """What a formula does with one model.
 
-    added, subtracted: whether its factor in the formula is above and below 0 in some tensor. copied: whether `copy`
-    takes tensors from it. A model that is none of these is not compared. tokens: the matrices with a row for each token
-    (embedding, head), by the donor's names, in which its factor is not 0.
+    added, subtracted: whether its factor is positive or negative in some tensor. copied: whether `copy` takes tensors
+    from it. A model that is none of these is not compared. tokens: donor's names of the token matrices (embedding,
+    head) in which its factor is not 0.
     """
 
     added: bool = False
@@ -48,16 +51,16 @@ class Role:
 
 
 Roles = Mapping[str, Role]
-"""By the names that plans call models by, `minus_of` a stored skill included."""
+"""By the names of models in plans, including `minus_of` a stored skill."""
 
 
 def roles_of(
     terms: Mapping[str, Term | None], copied: Collection[str] = (), matrices: Collection[str] = ()
 ) -> dict[str, Role]:
-    """The roles of the models that are named in `terms`, by the donor's tensors' names; see `terms.weights`.
+    """Return the role of each model in `terms` (by the donor's tensor names); see `terms.weights`.
 
-    copied: the tensors that `copy` takes as they are. They bring no skill, whatever model they are from. matrices:
-    those with a row for each token, as of `token_matrices`.
+    copied: tensors that `copy` takes unchanged. They add no update, whichever model they come from. matrices: those
+    with a row for each token, from `token_matrices`.
     """
     signs: dict[str, set[bool | None]] = {}
     tokens: dict[str, set[str]] = {}
@@ -80,19 +83,27 @@ def roles_of(
 def token_matrices(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the matrices with a row for each token, by their names or by their rows.
 
-    By rows: outside all layers, an embedding, a head, or a module of its own, with as many rows as the largest
-    vocabulary of `config` or more.
+    By rows: an embedding, a head or a single module outside all layers, with at least as many rows as the largest
+    vocabulary in `config`.
     """
-    return frozenset(_heads_and_embeddings(tensors, config))
+    return frozenset(heads_and_embeddings(tensors, config))
+
+
+def row_count(name: str, tensors: Mapping[str, TensorSpec]) -> int:
+    """Return for how many tokens a matrix has rows, together with what is stored beside it for added tokens."""
+    for added in _ADDED:
+        name = name.removesuffix(added) + "weight" if name.endswith(f".{added}") else name
+    beside = (tensors.get(name.removesuffix("weight") + added) for added in _ADDED)
+    return sum(spec.shape[0] for spec in (tensors.get(name), *beside) if spec is not None and spec.shape)
 
 
 def heads(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the matrices that give each token its score."""
-    return frozenset(name for name, head in _heads_and_embeddings(tensors, config).items() if head)
+    return frozenset(name for name, head in heads_and_embeddings(tensors, config).items() if head)
 
 
-def _heads_and_embeddings(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> dict[str, bool]:
-    """Return the token matrices -> whether each is a head."""
+def heads_and_embeddings(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> dict[str, bool]:
+    """Return the matrices with a row for each token -> whether each is a head."""
     sizes = [size for _, section in sections(config) if type(size := section.get("vocab_size")) is int and size > 0]
     rows, found = max(sizes, default=None), {}
     for spec in tensors:

@@ -1,4 +1,4 @@
-"""The table of what is compared in the models' files: what it is, what follows where it differs, and how grave it is.
+"""The table of compared settings: what each is, what follows if it differs, and how serious that is.
 
 Data alone; the documentation's page is made from it. Values are effective ones, as `config_values` reads them.
 """
@@ -14,7 +14,7 @@ from skillmerge.plans.compare.found import Level
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing that configurations say. level, name: of the finding where models differ in it.
+    """One setting of a configuration. level, name: those of the finding if models differ in it.
 
     keys: how configurations call it; none where `config_values` works it out. default: what absence means, unless the
     architecture has its own; UNKNOWN where that is not known, False where all that counts is whether it is on.
@@ -60,7 +60,11 @@ ROWS = (
     Row("activation", "problem", "activation", "the weights were trained for another function"),
     *(
         Row(key, "problem", "activation", "the weights were trained for another function", (key,), UNKNOWN)
-        for key in ("encoder_activation_function", "decoder_activation_function")
+        for key in (
+            "encoder_activation_function", "decoder_activation_function", "mlp_activation_function", "mlp_hidden_act",
+            "mamba_hidden_act", "hidden_mamba_act", "projector_hidden_act", "projection_hidden_act",
+            "encoder_hidden_act", "decoder_hidden_act", "speech_encoder_hidden_act", "pooler_hidden_act", "pooler_act",
+        )
     ),
     *(
         Row(key, "problem", "scales", _SCALES, (key,))
@@ -127,5 +131,5 @@ IGNORED = re.compile(
     r"|num_local_experts|n_routed_experts|license|language|trained|train_|optim|batch|seed|version|summary_",
     re.IGNORECASE,
 )
-"""Keys that are not compared: they change nothing that is computed, or the shapes of the weights say the same, or
-another row has them."""
+"""Keys that are not compared: they do not change what is computed, or the shapes of the weights or another row show
+the same."""

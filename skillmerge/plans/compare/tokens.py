@@ -1,5 +1,5 @@
-"""The tokenizers of a formula's models, compared: whether the rows that are added up are rows of the same tokens, and
-what else differs between what the models read and where they stop."""
+"""Compares the tokenizers of a formula's models: whether added rows belong to the same tokens, and whether the models
+split text, stop and format conversations alike."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from skillmerge.checkpoints.tokenizers.placeholders import is_placeholder
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.tokenization import described
 from skillmerge.checkpoints.tokenizers.tokenizer import Tokenizer, read_tokenizer, vocabulary_file
-from skillmerge.checkpoints.tokenizers.vocabulary import added_tokens, json_table
+from skillmerge.checkpoints.tokenizers.vocabulary import added_tokens, content_of, json_table
 from skillmerge.errors import InputError, visible
 from skillmerge.methods.terms import minus_of, model_of
 from skillmerge.plans.compare.found import Compared, Level
-from skillmerge.plans.compare.roles import Role, Roles
+from skillmerge.plans.compare.roles import Role, Roles, row_count
 
 NAMED = 8
 """How many tokens a message names."""
@@ -25,18 +25,21 @@ NAMED = 8
 _REST = "its tokenizer is compared as far as other files say it"
 _LONGEST = 40
 _SPELLINGS = {"<0x09>": "\t"}
-"""One token that Gemma's two tokenizers spell in two ways."""
+"""A token that Gemma's two tokenizers spell differently."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Models:
-    """The models that are compared, the donor first; rows: how many rows the merged matrices have, 0 without any."""
+    """The compared models, donor first. rows: number of rows of the merged token matrices; 0 if none are merged.
+    without: how to take these out of the formula, for people, or None. carried: whether the output has a tokenizer."""
 
     donor: str
     checkpoints: Mapping[str, Checkpoint]
     roles: Roles
     tokenizers: Mapping[str, Tokenizer]
     rows: int
+    without: str | None
+    carried: bool
 
     def role(self, name: str) -> Role:
         return self.roles.get(name, Role())
@@ -48,12 +51,12 @@ class _Models:
 
     @property
     def added(self) -> list[str]:
-        """The models besides the donor whose skill the output is to have."""
+        """The models besides the donor that the formula adds."""
         return [name for name in self.tokenizers if name != self.donor and self.role(name).added]
 
     @property
     def merged(self) -> dict[str, Mapping[int, str]]:
-        """The tokens of the models whose embedding or head is merged, as far as they are known."""
+        """The known tokens of each model whose embedding or head is merged."""
         return {
             name: it.tokens
             for name, it in self.tokenizers.items()
@@ -69,12 +72,14 @@ def compare_tokens(
     *,
     carried: bool = True,
     lenient: bool = False,
+    without: str | None = None,
 ) -> list[Compared]:
-    """What differs between the tokenizers of the models that count, `accepted` left to the caller.
+    """Return the differences between the tokenizers of the models that the formula uses. The caller sets `accepted`.
 
     models: by the names that `roles` has. files: where other comparisons read small files too, the same. carried:
-    whether the output takes the donor's files. Raises InputError for a pointer in the place of one that it takes,
-    unless lenient; StalePlan, TemporaryError.
+    whether the output takes the donor's files. without: what takes the matrices of tokens out of the formula, for
+    people. Raises InputError for a pointer in the place of a file that the output takes, unless lenient; StalePlan,
+    TemporaryError.
     """
     files = files or SmallFiles()
     names = [donor, *(name for name in models if name != donor and roles.get(name, Role()).used)]
@@ -85,53 +90,57 @@ def compare_tokens(
         roles,
         {name: read_tokenizer(models[name], files, tokens=differ) for name in names},
         _rows(models, donor, roles),
+        without,
+        carried,
     )
     for message, fix in known.output.pointers.items() if carried and not lenient else ():
         raise InputError(message, fix=fix)
-    found = [*_unread(known, carried), *_ids(known)]
+    found = [*_unread(known), *_ids(known)]
     if not any(it.name == "tokenizer" and it.level == "problem" for it in found):
         found += _tokenization(known)
-    return [*found, *_stops(known), *_templates(known), *_numbers(known)]
+    told = [*_stops(known), *_templates(known)] if carried else []
+    return [*found, *told, *_numbers(known)]
 
 
 def _vocabularies_differ(checkpoints: Sequence[Checkpoint], files: SmallFiles) -> bool:
-    """Whether these may hold several vocabularies: what their stores state to be one file need not be fetched."""
+    """Return whether the vocabularies may differ. Files with the same digest need not be fetched."""
     digests = set()
     for checkpoint in checkpoints:
         listed = checkpoint.store.list()
         file = vocabulary_file(listed)
         stat = listed.get(file)
-        # Other files leave the added tokens to further ones.
+        # With any other file, the added tokens are in a file of their own.
         digests.add(stat.digest if stat is not None and file == "tokenizer.json" else None)
-    return len(digests) > 1 or None in digests or len({_added(checkpoint, files) for checkpoint in checkpoints}) > 1
+    return len(digests) > 1 or None in digests or len({_named(checkpoint, files) for checkpoint in checkpoints}) > 1
 
 
-def _added(checkpoint: Checkpoint, files: SmallFiles) -> str:
-    """The tokens that tokenizer_config.json adds to the vocabulary, to be compared."""
+def _named(checkpoint: Checkpoint, files: SmallFiles) -> str:
+    """Return the added and special tokens of tokenizer_config.json, as text to compare."""
     try:
         config = files.read(checkpoint.store, "tokenizer_config.json", json_table) or {}
-        return repr(sorted(added_tokens(config.get("added_tokens_decoder")).items()))
+        special = [content_of(config.get(f"{which}_token")) for which in ("eos", "pad", "bos")]
+        return repr((sorted(added_tokens(config.get("added_tokens_decoder")).items()), special))
     except (InputError, ValueError):
         return ""  # read_tokenizer says what is wrong with it
 
 
 def _rows(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> int:
-    """The smallest row count of the matrices of tokens that another model than the donor has a part in."""
+    """Return the smallest number of rows of the token matrices that a model besides the donor contributes to."""
     counts = [
-        models[model].tensors[tensor].shape[0]
+        row_count(tensor, models[model].tensors)
         for name, role in roles.items()
         if name != donor
         for tensor in role.tokens
         for model in (donor, name)
-        if model in models and tensor in models[model].tensors and models[model].tensors[tensor].shape
+        if model in models and tensor in models[model].tensors
     ]
-    return min(counts, default=0)
+    return min((count for count in counts if count), default=0)
 
 
-def _unread(known: _Models, carried: bool) -> Iterator[Compared]:
+def _unread(known: _Models) -> Iterator[Compared]:
     for name, it in known.tokenizers.items():
         for message in it.unread:
-            if carried and name == known.donor and message in it.broken:
+            if known.carried and name == known.donor and message in it.broken:
                 said = f"the donor `{name}`: {message}; the output carries the file as it is"
                 help = "fetch or save that file again; to carry it as it is, write `accept: [tokenizer]`"
                 yield Compared("tokenizer", "files", it.file, "warning", {name: message}, False, said, help)
@@ -152,7 +161,7 @@ def _unread(known: _Models, carried: bool) -> Iterator[Compared]:
                 yield Compared(None, "tokenizer", "tokenizer.json", "note", {name: "none"}, False, said)
 
 
-# Which token an id is.
+# Ids and their tokens.
 
 
 def _ids(known: _Models) -> Iterator[Compared]:
@@ -193,14 +202,13 @@ def _clash(known: _Models, ids: Sequence[int]) -> Compared:
         {name: _listed(tokens, ids) for name, tokens in merged.items()},
         False,
         f"{count} different tokens in models whose embedding or head is merged: {named}",
-        "to leave those rows as they are in the donor, add the rule `{modules: [embedding, head], value: 0}` to the "
-        "coefficient",
+        known.without,
     )
 
 
 def _with_ids(merged: Mapping[str, Mapping[int, str]], ids: Sequence[int]) -> str:
-    """The first tokens at these ids, each with its id in every model."""
-    texts: dict[str, None] = {}  # in order, once each
+    """Describe the first tokens at these ids, each with its id in every model."""
+    texts: dict[str, None] = {}  # an ordered set
     for number in ids:
         texts |= dict.fromkeys(tokens[number] for tokens in merged.values() if number in tokens)
         if len(texts) >= NAMED:
@@ -223,7 +231,7 @@ def _with_ids(merged: Mapping[str, Mapping[int, str]], ids: Sequence[int]) -> st
 
 
 def _placeholders(known: _Models, ids: Sequence[int]) -> Compared:
-    """Ids that some models keep free and others use."""
+    """Return the finding about ids that are unused in some models and used in others."""
     merged = known.merged
     plus = [tokens for name, tokens in merged.items() if name in known.added]
     minus = [tokens for name, tokens in merged.items() if known.role(name).subtracted]
@@ -239,16 +247,13 @@ def _placeholders(known: _Models, ids: Sequence[int]) -> Compared:
     if disagreeing:
         message += "; the difference has rows of trained tokens minus rows of unused ones"
     values = {name: _listed(tokens, shown) for name, tokens in merged.items()}
-    advice = (
-        "if that is not meant, leave the rows as they are: `{modules: [embedding, head], value: 0}`; if it is, write "
-        "`accept: [tokenizer]`"
-    )
+    advice = "; ".join([*filter(None, [known.without]), "if the difference is meant, write `accept: [tokenizer]`"])
     name, help = ("tokenizer", advice) if disagreeing else (None, None)
     return Compared(name, "placeholders", known.output.file, level, values, False, message, help)
 
 
 def _unnamed(known: _Models, told: set[int]) -> Iterator[Compared]:
-    """Rows of tokens that not every model has, but for those that were told of. Rows of none are mostly padding."""
+    """Yield a note on tokens that some models lack, except reported ones. Rows without a token are mostly padding."""
     merged = known.merged
     first = next(iter(merged.values()))
     everywhere, anywhere = set(first), set(first)
@@ -266,7 +271,7 @@ def _unnamed(known: _Models, told: set[int]) -> Iterator[Compared]:
         )  # fmt: skip
 
 
-# How text is cut, where answers stop, how a conversation is written.
+# How text is split, where answers stop, how conversations are formatted.
 
 
 def _tokenization(known: _Models) -> Iterator[Compared]:
@@ -285,8 +290,9 @@ def _tokenization(known: _Models) -> Iterator[Compared]:
             "warning" if merged else "note",
             {name: _cut_off(" ".join(visible(text).split())) for name, text in described(part, said).items()},
             False,
-            f"{_models(others)} cut{'s' if len(others) == 1 else ''} text in another way than `{known.donor}`, whose "
-            f"tokenizer the output has: another {part}",
+            f"{_models(others)} cut{'s' if len(others) == 1 else ''} text in another way than `{known.donor}`"
+            + (", whose tokenizer the output has" if known.carried else "")
+            + f": {'other' if part.endswith('s') else 'another'} {part}",
             "if that is meant, write `accept: [tokenization]`" if merged else None,
         )
 
@@ -340,7 +346,7 @@ def _templates(known: _Models) -> Iterator[Compared]:
 
 
 def _numbers(known: _Models) -> Iterator[Compared]:
-    """What is only worth knowing: ids of padding and beginning, and the vocabulary's size."""
+    """Yield notes: padding and beginning ids, and the vocabulary's size."""
     tables: list[tuple[str, str, dict[str, int | None]]] = [
         ("pad_token_id", "padding", {name: it.pad for name, it in known.tokenizers.items()}),
         ("bos_token_id", "the beginning of a text", {name: it.bos for name, it in known.tokenizers.items()}),
@@ -354,17 +360,16 @@ def _numbers(known: _Models) -> Iterator[Compared]:
         said = {name: value for name, value in values.items() if value is not None}
         if len(set(said.values())) > 1:
             listed = ", ".join(f"{value} in `{name}`" for name, value in said.items())
+            listed += f"; the output has that of `{known.donor}`" if known.carried else ""
             yield Compared(
                 None, key, "config.json", "note", {name: str(value) for name, value in said.items()}, False,
-                f"{what} differs: {listed}; the output has that of `{known.donor}`",
+                f"{what} differs: {listed}",
             )  # fmt: skip
 
 
 def _size(checkpoint: Checkpoint) -> int | None:
-    sizes = [
-        section["vocab_size"] for _, section in sections(checkpoint.config) if type(section.get("vocab_size")) is int
-    ]
-    return sizes[0] if sizes else None
+    sizes = (section.get("vocab_size") for _, section in sections(checkpoint.config))
+    return next((size for size in sizes if type(size) is int), None)
 
 
 def _stop_ids(it: Tokenizer) -> str:
@@ -387,7 +392,7 @@ def _models(names: Sequence[str]) -> str:
 
 
 def _shown(token: str) -> str:
-    """A token on a line of a terminal."""
+    """Return a token as text that fits on one line of a terminal."""
     return _cut_off(visible(json.dumps(token, ensure_ascii=False)[1:-1]), _LONGEST)
 
 

@@ -1,4 +1,4 @@
-"""The dtype of every output tensor: `output.dtype`, but for the tensors that keep theirs, and what that levels."""
+"""The dtype of every output tensor: `output.dtype` or its own, and warnings about precision that this loses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mergekit's YAML -> the recipe that says the same, where one does; else what has no counterpart.
+"""mergekit's YAML -> the equivalent recipe, or what in it has no counterpart.
 
 Written from its published configuration format (https://github.com/arcee-ai/mergekit#merge-configuration), of which
 what adds and scales whole models can be said: linear, task_arithmetic, and passthrough of one model.
@@ -40,7 +40,7 @@ def is_mergekit(data: Any) -> bool:
 
 
 def equivalent(data: Mapping[str, Any]) -> str:
-    """Return the recipe that says what a configuration says. Raises NoCounterpart."""
+    """Return the recipe that is equivalent to a configuration. Raises NoCounterpart."""
     method = data.get("merge_method")
     if method is not None and method not in ("linear", "task_arithmetic", "passthrough"):
         raise NoCounterpart(
@@ -89,7 +89,7 @@ def _linear(
 def _task_arithmetic(
     base: str, rows: Sequence[tuple[str, float]], shared: Mapping[str, Any], data: Mapping[str, Any]
 ) -> str:
-    """base + sum of weight * (model - base), scaled by `lambda`; the base's own entry counts nothing."""
+    """base + sum of weight * (model - base), scaled by `lambda`; an entry for the base itself has no effect."""
     rows = [(place, factor) for place, factor in rows if place != base]
     names = _names([base, *(place for place, _ in rows)])
     by = _number(shared.get("lambda", 1), "lambda")
@@ -171,7 +171,7 @@ def _names(places: Sequence[str]) -> dict[str, str]:
 
 
 def _quoted(place: str) -> str:
-    """Return a place as YAML has to say it, so that it is read as it is."""
+    """Return a place as YAML text that reads back unchanged."""
     if _PLAIN.fullmatch(place) and place.lower() not in _WORDS:
         return place
     text = json.dumps(place, ensure_ascii=False)

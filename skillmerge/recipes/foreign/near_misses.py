@@ -122,7 +122,7 @@ def ramp_meant(values: Sequence[Any]) -> str | None:
 
 
 def _schedule(name: str, table: Mapping[str, Any]) -> str | None:
-    """Return the schedule that was meant by a table with keys of rules, or of its own."""
+    """Return the schedule that a table with rule keys or unknown keys was probably meant to be."""
     given = {key: value for key, value in table.items() if key not in ("default", "rules")}
     rules = [*table["rules"]] if isinstance(table.get("rules"), list) else []
     ends = next((pair for pair in _ENDS if set(given) == {*pair}), None)

@@ -49,7 +49,7 @@ _LAST_WORDS = re.compile(
 )
 """How Python, C++ and Rust begin the line that says why they exit."""
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGTRAP}
-"""What a library does to itself, and a broken model can be why. Other signals are the kernel's for memory, a
+"""Signals of a crash inside a library, which a broken model can cause. Other signals are the kernel's for memory, a
 scheduler's, a disk's, or a processor's that lacks an instruction.
 """
 

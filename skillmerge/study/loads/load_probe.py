@@ -24,7 +24,7 @@ _SHOWN = 5
 
 
 class _Warnings(logging.Handler):
-    """What transformers warns of while it loads: for some troubles, its exception only points to that."""
+    """Collects the warnings of transformers while it loads: some of its exceptions only refer to them."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -123,7 +123,7 @@ def _prompt(model: Any, folder: Path) -> list[int]:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = list(tokenizer.encode(TEXTS[0]))
-    except Exception:  # `probe` has told why
+    except Exception:  # `probe` has reported why
         ids = []
     return ids if len(ids) > 1 and max(ids) < rows else [token % rows for token in _TOKENS[0]]
 

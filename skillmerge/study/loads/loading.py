@@ -59,7 +59,7 @@ def check_load(
 
 
 def load(root: Path, text: Path | None = None, tokens: int = 0) -> dict[str, Any]:
-    """Return what `load_probe` reports of a model: of the perplexity that `text` has, of `tokens` that it generates.
+    """Return the report of `load_probe` on a model, with the perplexity of `text` and `tokens` generated tokens.
 
     Raises CheckFailed if it cannot report at all, ResourceError if the machine is at fault, UsageError if
     transformers is not installed.

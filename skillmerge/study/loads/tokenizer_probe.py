@@ -67,7 +67,7 @@ def probe(folder: Path, model: Any | None, warnings: Sequence[str] = ()) -> dict
         if (name := settings.get("tokenizer_class")) and not _is_class(name):
             return {**report, "why": f"tokenizer_config.json names `{name}`, a class that transformers lacks"}
         report |= _checked(folder, model, report["notes"])
-    except _BrokenTemplate as error:  # in the words of the model, which say nothing of the machine
+    except _BrokenTemplate as error:  # the text is the model's, so it says nothing about the machine
         return {**report, "why": str(error)}
     except Exception as error:
         failed = f"{type(error).__name__}: {error}"
@@ -129,7 +129,7 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
         report["warnings"] = [{"message": _OTHER_IDS.format(type(tokenizer).__name__), "fix": _LOAD_AS_FILED}]
     notes += _split_tokens(tokenizer)
     if model is not None and model.main_input_name != "input_ids":
-        return report  # it writes and does not read: what it writes of sounds may not be read again
+        return report  # an audio tokenizer only decodes, so a round trip proves nothing
     if not _writes(tokenizer):
         notes.append("the tokenizer has no decoder, so decoded text was not encoded again")
         return report
@@ -137,7 +137,7 @@ def _checked(folder: Path, model: Any | None, notes: list[str]) -> dict[str, Any
 
 
 def _is_unread(token: str, tokenizer: Any, model: Any) -> bool:
-    """Return whether a model has no use for a token: text models of Gemma 3 keep those of the family's media, and
+    """Return whether a model does not use a token: text models of Gemma 3 keep the family's media tokens, and
     BART's that summarize the one of its masks.
     """
     if token == getattr(tokenizer, "mask_token", None):
@@ -148,7 +148,7 @@ def _is_unread(token: str, tokenizer: Any, model: Any) -> bool:
 
 
 def _added(tokenizer: Any) -> dict[str, int]:
-    """Return the tokens that were added to the vocabulary; not every kind of tokenizer tells."""
+    """Return the tokens that were added to the vocabulary, if the tokenizer knows them."""
     return dict(getattr(tokenizer, "get_added_vocab", dict)())
 
 
@@ -186,7 +186,7 @@ def _split_tokens(tokenizer: Any) -> list[str]:
 
 
 def _writes(tokenizer: Any) -> bool:
-    """Return whether it was made to write text: without a decoder the tokens are put side by side, with spaces."""
+    """Return whether the tokenizer can write text: without a decoder it joins tokens with spaces."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend is None or backend.decoder is not None
 
@@ -201,7 +201,7 @@ def _read_again(tokenizer: Any, notes: list[str]) -> dict[str, Any]:
     for text in (*TEXTS, *_chat(tokenizer, notes), *tokenizer.all_special_tokens):
         ids = _ids(tokenizer, text)
         if not ids or (tokenizer.unk_token_id in ids and text != tokenizer.unk_token):
-            continue  # what it does not know is lost
+            continue  # unknown characters are lost
         written = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         again = _ids(tokenizer, written)
         if again != ids and not _is_spaced(tokenizer, text, written, ids, again):

@@ -36,7 +36,7 @@ from skillmerge.study.scoring.scores import NotFinite, Scores, as_scores
 
 _SHOWN = 2000
 _PRINTED = 1 << 20
-"""Bytes at the end of a command's output that are read."""
+"""Number of bytes that are read from the end of a command's output."""
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 

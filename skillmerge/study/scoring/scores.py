@@ -1,4 +1,4 @@
-"""A score with its uncertainty, and how the scores of items and repeats are put together."""
+"""A score with its uncertainty, and how scores of items and repeats are combined."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def demo(
     """
     root = Path(folder)
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise UsageError(f"{folder} already exists", fix="name another folder: skillmerge demo my-demo")
+        raise UsageError(f"{folder} already exists", fix="choose another folder: `skillmerge demo my-demo`")
     with disk_errors(root):
         recipe, control = write_family(root)
         for name, text in score_files().items():
@@ -141,7 +141,7 @@ def demo(
 
 
 def write_family(folder: Path) -> tuple[Path, Path]:
-    """Write base, source-sft, source-rl and target-sft into `folder`, and `source-shuffled`, a control; the recipes
+    """Write base, source-sft, source-rl, target-sft and a control, `source-shuffled`, into `folder`. Return the recipes
     of the merge and of the control."""
     from skillmerge.verbs.demo.miniature import FAMILY, MODELS
 

@@ -73,7 +73,7 @@ class MergedModel:
         close_all(self._opened)
 
     def planned(self, recipe: Recipe) -> Plan:
-        """Return the plan of a candidate. Its models are compared where no candidate asked the same of them.
+        """Return a candidate's plan. Its models are compared unless an earlier candidate used them in the same way.
 
         Raises InputError if they have problems.
         """
@@ -198,7 +198,7 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
 
 
 def _roles(plan: Plan, donor: Checkpoint) -> Roles:
-    """Return what the formula does with each model at these numbers, which decides what of the models is compared."""
+    """Return what the formula does with each model at these numbers, which decides what is compared."""
     rows = {name: tensor.coefficients for name, tensor in plan.tensors.items() if tensor.coefficients}
     terms = {row: plan.recipe.term(dict(zip(plan.coefficients, row, strict=True))) for row in {*rows.values()}}
     matrices = token_matrices(donor.tensors.values(), donor.config)

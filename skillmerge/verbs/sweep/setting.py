@@ -14,7 +14,7 @@ from skillmerge.errors import UsageError
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe
-from skillmerge.recipes.source import RecipeSource
+from skillmerge.recipes.source import STANDARD_INPUT, RecipeSource
 from skillmerge.study.scoring.scorers import Scorer, find_scorer
 from skillmerge.verbs.sweep.candidates import Axis, Values, grid, parse_axis, path_of, with_values
 from skillmerge.verbs.sweep.journal import identity
@@ -65,7 +65,7 @@ def prepare(
 ) -> Setting:
     """Check all that can be checked before anything is scored. Raises UsageError, RecipeError."""
     recipe = load(source)
-    path = Path(recipe.document.name)
+    path = Path("recipe" if source == STANDARD_INPUT else recipe.document.name)
     chosen, scorer = _axes(recipe, axes), find_scorer(score)
     if asked.search is not None and asked.search not in SEARCHES:
         raise UsageError(f"search {asked.search!r}: {', '.join(SEARCHES)}")
@@ -128,7 +128,7 @@ def _axes(recipe: Recipe, texts: Sequence[str]) -> list[Axis]:
     try:
         axes = [parse_axis(text) for text in texts]
     except ValueError as error:
-        raise UsageError(f"--set: {error}") from error
+        raise UsageError(f"`--set`: {error}", fix="write it like `--set lam=0:2:0.25` or `--set lam=0.5,1`") from error
     if not axes:
         raise UsageError("nothing to try", fix="pass a number of the recipe, such as `--set lam=0:2:0.25`")
     places = [path_of(recipe, axis.name) for axis in axes]

@@ -61,12 +61,15 @@ KEYS: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     *(
         (key, ODD | {key: "silu"}, ODD | {key: "gelu"}, "activation", "activation")
         for key in ("hidden_act", "hidden_activation", "activation_function", "activation", "activation_type",
-                    "ff_activation", "ffn_act_fn", "mlp_hidden_act", "dense_act_fn", "feed_forward_proj")
+                    "ff_activation", "ffn_act_fn", "dense_act_fn", "feed_forward_proj")
     ),
     *(
         (key, ODD | {key: "silu"}, ODD | {key: "gelu"}, "activation", key)
-        for key in ("encoder_activation_function", "decoder_activation_function")
+        for key in ("encoder_activation_function", "decoder_activation_function", "mlp_hidden_act", "mamba_hidden_act",
+                    "projector_hidden_act")
     ),
+    ("a second activation", ODD | {"hidden_act": "silu", "mlp_hidden_act": "relu2"},
+     ODD | {"hidden_act": "silu", "mlp_hidden_act": "gelu"}, "activation", "mlp_hidden_act"),
     ("a flag", ODD | {"attn_temperature_tuning": False}, ODD | {"attn_temperature_tuning": 4}, "scales",
      "attn_temperature_tuning"),
     ("a table of an activation", ODD | {"ffn_act_fn": {"name": "silu"}}, ODD | {"ffn_act_fn": {"name": "gelu"}},
@@ -75,6 +78,13 @@ KEYS: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
      ODD | {"ffn_config": {"ffn_act_fn": "gelu"}}, "activation", "ffn_config: activation"),
     ("the heads of a nested part", ODD | {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0}},
      ODD | {"attn_config": {"kv_n_heads": 8, "clip_qkv": 4.0}}, "scales", "attn_config: clip_qkv"),
+    ("a part of any name", ODD | {"qformer_config": {"num_attention_heads": 12}},
+     ODD | {"qformer_config": {"num_attention_heads": 6}}, "heads", "qformer_config: attention heads"),
+    ("an encoder", ODD | {"audio_encoder": {"num_attention_heads": 12}},
+     ODD | {"audio_encoder": {"num_attention_heads": 6}}, "heads", "audio_encoder: attention heads"),
+    ("a part of a part", ODD | {"talker_config": {"text_config": {"hidden_act": "silu"}}},
+     ODD | {"talker_config": {"text_config": {"hidden_act": "gelu"}}}, "activation",
+     "talker_config.text_config: activation"),
 ]  # fmt: skip
 
 

@@ -38,9 +38,22 @@ def test_a_pointer_of_a_model_without_a_part_in_embedding_and_head_is_a_note(tmp
     assert (found.level, found.name) == ("note", None)
 
 
-def test_added_tokens_are_compared_where_the_vocabulary_is_stated_to_be_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let folders state digests, as the Hub does."""
+    listed = Folder.list
+
+    def with_digests(store: Folder) -> dict[str, Stat]:
+        return {
+            name: replace(stat, digest=digest_of("sha256", (store.root / name).read_bytes()))
+            for name, stat in listed(store).items()
+        }
+
+    monkeypatch.setattr(Folder, "list", with_digests)
+
+
+@pytest.mark.usefixtures("stated")
+def test_added_tokens_are_compared_where_the_vocabulary_is_stated_to_be_one(tmp_path: Path) -> None:
     """Found by a review: on the Hub the vocabulary was not read where its digest is that of the donor's."""
     added = {"rl": ["</think>", "<think>"], "sft": ["<think>", "</think>"], "target": ["<tool>"]}
     configs = {
@@ -48,15 +61,15 @@ def test_added_tokens_are_compared_where_the_vocabulary_is_stated_to_be_one(
             str(14 + place): {"content": token} for place, token in enumerate(tokens)
         }}} for name, tokens in added.items()
     }  # fmt: skip
-    listed = Folder.list
-
-    def stated(store: Folder) -> dict[str, Stat]:
-        return {
-            name: replace(stat, digest=digest_of("sha256", (store.root / name).read_bytes()))
-            for name, stat in listed(store).items()
-        }
-
-    monkeypatch.setattr(Folder, "list", stated)
     found = compared(tmp_path, **configs)
     assert [(it.level, it.name) for it in found if it.name] == [("problem", "tokenizer")]
     assert "`<think>` is 15 in `rl`, 14 in `sft`" in found[0].message
+
+
+@pytest.mark.usefixtures("stated")
+def test_stop_token_of_a_vocabulary_that_is_stated_to_be_one_is_known(tmp_path: Path) -> None:
+    """Found by a review: without its vocabulary, a tokenizer's own stop token was no id, and nothing was compared."""
+    ends = {"target": "a", "sft": "a", "rl": {"content": "b"}}
+    (found,) = compared(tmp_path, **{name: {"tokenizer_config.json": {"eos_token": end}} for name, end in ends.items()})
+    assert (found.level, found.name) == ("warning", "stop-tokens")
+    assert found.message.startswith("`rl` stops at 1 (`b`), and the output")

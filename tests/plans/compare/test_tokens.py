@@ -91,8 +91,6 @@ def test_added_tokens_in_another_order_are_a_problem_that_names_both_ids(tmp_pat
         False,
         "2 ids mean different tokens in models whose embedding or head is merged: `<tool>` is 11 in `target` only; "
         "`</think>` is 11 in `rl`, 12 in `sft`; `<think>` is 12 in `rl`, 11 in `sft`",
-        "to leave those rows as they are in the donor, add the rule `{modules: [embedding, head], value: 0}` to the "
-        "coefficient",
     )
 
 
@@ -230,7 +228,7 @@ def test_merges_in_another_order_are_a_warning(tmp_path: Path) -> None:
         (
             "warning",
             "tokenization",
-            "`rl` cuts text in another way than `target`, whose tokenizer the output has: another merges",
+            "`rl` cuts text in another way than `target`, whose tokenizer the output has: other merges",
         )
     ]
 
@@ -252,6 +250,19 @@ def test_another_normalizer_or_pre_tokenizer_is_a_warning(tmp_path: Path, parts:
     assert warning.message == (
         f"`rl` and `sft` cut text in another way than `target`, whose tokenizer the output has: another {key}"
     )
+
+
+@pytest.mark.parametrize("option", ["ignore_merges", "byte_fallback"])
+def test_another_use_of_the_vocabulary_is_a_warning(tmp_path: Path, option: str) -> None:
+    """An older library leaves the option out where it saves a tokenizer again."""
+    words = [*WORDS, "<0x00>"]
+    told, off, idle = tokenizer(words), tokenizer(words), tokenizer()
+    told["model"][option], off["model"][option], idle["model"]["byte_fallback"] = True, False, True
+    [warning] = compared(tmp_path, **{name: {"tokenizer.json": told if name == "rl" else off} for name in MODELS})
+    assert (warning.level, warning.name) == ("warning", "tokenization")
+    assert warning.values["rl"] == f"lookup, {option}: true"
+    assert compared(tmp_path, **{name: {"tokenizer.json": off} for name in MODELS}) == []
+    assert compared(tmp_path, rl={"tokenizer.json": idle}) == [], "there are no tokens for bytes"
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def chart(
     figure: Figure | None = None,
     above: tuple[str, Mapping[float, float]] = ("", {}),
 ) -> str:
-    """Lines that are told apart by their dashes too, with a legend in words. above: a second axis' numbers."""
+    """Return lines that differ in their dashes too, with a legend in words. above: numbers of a second axis."""
     xs, ys = ([point[axis] for line in series.values() for point in line] for axis in (0, 1))
     ticks = _ticks(min(0.0, *ys), max(0.0, *ys))
     scale = _Scale(min(xs), max(xs), ticks[0], ticks[-1])

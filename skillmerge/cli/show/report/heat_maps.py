@@ -151,7 +151,7 @@ def _tint(drawn: HeatMap, value: float) -> str:
 
 
 def _split(layer: str) -> tuple[str, str]:
-    """`model.layers 7` -> its stack and its number; what is outside of layers is a stack of its own."""
+    """Return the stack and the number of `model.layers 7`. What is outside of layers counts as a stack."""
     if layer == _OUTSIDE:
         return _OUTSIDE, "outside"
     stack, _, index = layer.rpartition(" ")

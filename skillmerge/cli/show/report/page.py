@@ -1,7 +1,7 @@
-"""The report as one HTML file that asks nothing of a network: headlines, maps, curves, tables, the recipe.
+"""The report as one HTML file that needs no network: headlines, maps, curves, tables, the recipe.
 
-Made from a plan, a manifest, an inspection, or several of them; computes nothing but how to show it. Every
-value stands as a number beside its color. The figures' meanings come from `figures`.
+Made from a plan, a manifest, an inspection, or several of them; it computes no figures of its own. Every
+value is shown as a number beside its color. The figures' meanings come from `figures`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def build(
     gates: Sequence[Outcome] = (),
     when: datetime | None = None,
 ) -> str:
-    """Return the page. plan: what would be done; manifest: what was done; inspection: what the updates look like;
-    sweep: what candidates are worth; gates: what became of each; when: the date on it (default: now)."""
+    """Return the page. plan: the planned merge; manifest: the finished one; inspection: measured updates; sweep: scored
+    candidates; gates: their outcomes; when: the date to show [default: now]."""
     title = headlines.title(plan, manifest, inspection, sweep, not all(gate.passed for gate in gates))
     when = when or datetime.now(timezone.utc)
     sections = [
@@ -128,7 +128,7 @@ def _forecast(inspection: Inspection) -> str:
 
 
 def _recipe(recipe: Recipe, tensors: Iterable[str]) -> str:
-    """The text, and behind each line of a rule how many of the tensors it selects."""
+    """Return the recipe's text, and after each rule's line how many tensors it selects."""
     document, names = recipe.document, list(tensors)
     touched: dict[int, str] = {}
     for name, schedule in recipe.coefficients.items() if names else ():

@@ -77,7 +77,7 @@ def inspection_section(inspection: Inspection) -> str:
 
 
 def updates_sections(inspection: Inspection) -> str:
-    """Return each of several updates by itself, and every two of them."""
+    """Return the figures of each update, and of every pair."""
     if not inspection.updates:
         return ""
     keys = ("changed", "norm", "norm_ratio", "input_rounding", "input_rounding_added")
@@ -107,7 +107,7 @@ def ulps_section(inspection: Inspection) -> str:
 
 
 def gates_table(gates: Sequence[Outcome]) -> str:
-    """Return what became of each gate, failed ones first."""
+    """Return the outcome of each gate, failed ones first."""
     rows = []
     for row in sorted(gates, key=lambda row: row.passed):
         measured = f"{row.measured:.4g}" if row.measured is not None else "–"

@@ -45,7 +45,7 @@ def tensor_table(plan: Plan | None, manifest: ManifestBody | None, inspection: I
         f'<th scope=col{" class=text" if column.text else ""}><button type="button">{column.head}</button></th>'
         for column in (_Column("tensor", lambda name: (name, None), text=True), *columns)
     )
-    # Every byte counts here, of hundred thousand cells: what HTML lets be left out is left out.
+    # There can be a hundred thousand cells, so optional HTML is left out.
     body = []
     for name in groups:
         cells = [f"<th scope=row>{escaped(name)}"]

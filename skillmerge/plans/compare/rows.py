@@ -1,0 +1,43 @@
+"""What to write so that an output has the donor's rows of tokens, where other models have other tokens."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Collection
+
+from skillmerge.methods.terms import sole_model
+from skillmerge.naming import module_kind
+from skillmerge.recipes.expression import ExpressionError
+from skillmerge.recipes.recipe import Recipe
+
+_KINDS = ("embedding", "head")
+
+
+def without_rows(recipe: Recipe, donor: str, matrices: Collection[str]) -> str:
+    """Return what takes these matrices of tokens out of the formula.
+
+    Modules that a rule cannot select by kind (`output.weight`, `head.weight`) are named, as all are where the formula
+    has no coefficient that leaves the donor alone.
+    """
+    names = sorted(matrices)
+    listed = ", ".join(json.dumps(name, ensure_ascii=False) for name in names)
+    if recipe.of_command:
+        return "to leave those rows out, pass: " + " ".join(f"--ignore {shlex.quote(name)}" for name in names)
+    if recipe.makes_skill:
+        return f"to leave those rows out of the skill, add to the recipe `ignore: [{listed}]`"
+    if not _is_donor_at_zero(recipe, donor):
+        return f"to take those rows from the donor, add to the recipe `copy: [{{tensors: [{listed}], from: {donor}}}]`"
+    which = (
+        "modules: [embedding, head]" if all(module_kind(name) in _KINDS for name in names) else f"tensors: [{listed}]"
+    )
+    return f"to leave those rows as they are in the donor, add the rule `{{{which}, value: 0}}` to the coefficient"
+
+
+def _is_donor_at_zero(recipe: Recipe, donor: str) -> bool:
+    """Return whether the formula is the donor where its coefficients are 0."""
+    try:
+        term = recipe.term(dict.fromkeys(recipe.coefficients, 0.0))
+    except ExpressionError:
+        return False
+    return term is not None and sole_model(term) == donor
