@@ -61,7 +61,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "plans": (
         "opening",
         "planner",
-        "budget heads layout saved",
+        "budget compare.skill_tokens heads layout saved",
         "plan",
         "compare.models",
         "accounting dtypes.kept dtypes.quantised",
