@@ -169,6 +169,10 @@ def test_signed_attestation_is_a_dsse_envelope_that_openssl_verifies(hashed: Pat
     assert f"note: {unsigned} is an older attestation, and is not signed: remove it\n" in process.stderr
     made = skillmerge.attest(hashed, private_key=key)
     assert made.attestation.name == "merged.intoto.jsonl"
+    assert (
+        f"note: {made.attestation} is an older attestation, and is signed: to replace it, pass `--private-key KEY`\n"
+        in run_cli("attest", hashed).stderr
+    )
     (line,) = made.attestation.read_text().splitlines()
     envelope = json.loads(line)
     payload = base64.b64decode(envelope["payload"])
