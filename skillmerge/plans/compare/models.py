@@ -177,7 +177,7 @@ def _tokens(checkpoints: Mapping[str, Checkpoint], names: Sequence[str], roles: 
 def _skills(
     checkpoints: Mapping[str, Checkpoint], donor: Sequence[str], skills: Sequence[str], roles: Roles
 ) -> _Subjects:
-    """Return the subjects of stored skills. donor: the model that they are compared with, if it is no skill."""
+    """Return the subjects of stored skills. donor: the model that they are compared with, unless that is a skill."""
     moving = [name for name in skills if roles[name].tokens]
     holders = {*donor, *moving} if moving else set()
     unknown = [name for name in (*donor, *skills) if name in holders and not _says_tokens(checkpoints[name])]
