@@ -48,7 +48,8 @@ class Chat:
         return self.tokens(self.rendered(question))
 
     def document(self, text: str) -> list[int]:
-        return [self.between, *self.tokens(text), self.between]
+        """A text to learn: it ends as answers do, since trainers put the tokenizer's end behind every text."""
+        return [self.between, *self.tokens(text), self.end]
 
     def texts(self, made: torch.Tensor) -> list[tuple[str, bool]]:
         """Each answer as text, and whether it ended."""

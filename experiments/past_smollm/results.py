@@ -283,19 +283,21 @@ def geometry(worlds: Sequence[World]) -> str:
 
 
 def scores(swept: World) -> dict[float, float]:
-    return {row["parameters"]["lam"]: row["scores"]["accuracy"]["value"] for row in swept["candidates"]}
+    return {row["values"]["lam"]: 100 * row["scores"]["accuracy"]["value"] for row in swept["trials"]}
 
 
 def sweeps(worlds: Sequence[World]) -> str:
     lines = []
     for world in worlds:
-        first, other = scores(world["sweep"]["first"]), scores(world["sweep"]["other"])
-        picked, hindsight = max(first, key=lambda lam: first[lam]), max(other, key=lambda lam: other[lam])
-        lines.append(
-            f"| {world['number']} | {picked:g} | {100 * first[picked]:.0f} | {100 * other[picked]:.0f} "
-            f"| {100 * other[1.0]:.0f} | {100 * other[hindsight]:.0f} ({hindsight:g}) "
-            f"| {world['sweep']['seconds'] / len(first):.0f} |"
-        )
+        swept = world["sweep"]["first"]
+        first, other = scores(swept), scores(world["sweep"]["other"])
+        best, least = swept["best"]["values"]["lam"], min(row["lam"] for row in swept["within_noise"])
+        row = [
+            f"{lam:g}: {first[lam]:.0f}, {other[lam]:.0f}"
+            for lam in (best, least, 1.0, max(other, key=other.__getitem__))
+        ]
+        seconds = statistics.median(trial["seconds"] for trial in swept["trials"])
+        lines.append(f"| {world['number']} | {' | '.join(row)} | {seconds:.0f} |")
     return "\n".join(lines)
 
 

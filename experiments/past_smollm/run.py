@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from . import measure, train
 from .measure import Scope
-from .work import TINY, Sizes, Work, base_model, command, write
+from .work import TINY, Sizes, Work, base_model, command, tiny_model, write
 from .world import LEFT_OUT, RELATIONS, questions
 
 LAMBDAS = (1.0, 0.25, 0.5, 0.75, 1.25, 1.5)
@@ -57,7 +57,8 @@ def run_world(work: Work) -> None:
     work.arm("base", lambda: work.base, main)
     work.arm("minus v", lambda: work.merged("minus", past, PAST, -1.0), light, -1.0, drop="minus")
     other_ways(work, target, rl, sft, main, documents)
-    less = lambda: work.trained("rl-less", lambda: without_one(work, sft))  # noqa: E731
+    others = [relation for relation in RELATIONS if relation != LEFT_OUT]
+    less = lambda: work.trained("rl-less", lambda: reinforced(work, sft, "source", "rl less", others))  # noqa: E731
     work.arm(
         "+ v of RL without one relation",
         lambda: work.merged("less", {**past, "rl": less()}, PAST, 1.0), main, 1.0, drop="less",
@@ -69,18 +70,12 @@ def run_world(work: Work) -> None:
     work.drop("past-1", *(f"{path.name}-bf16" for path in past.values()))
 
 
-def reinforced(work: Work, start: Path, side: str) -> train.LlamaForCausalLM:
-    people = getattr(work.world, side)
+def reinforced(
+    work: Work, start: Path, side: str, stage: str = "rl", relations: Sequence[str] = RELATIONS
+) -> train.LlamaForCausalLM:
+    people, sizes = getattr(work.world, side), work.sizes
     return train.reinforce(
-        train.load(start), work.chat, people, f"rl {side}", work.number, steps=work.sizes.rl_steps
-    )  # fmt: skip
-
-
-def without_one(work: Work, sft: Path) -> train.LlamaForCausalLM:
-    """RL on the source that never asks about one relation."""
-    others = [relation for relation in RELATIONS if relation != LEFT_OUT]
-    return train.reinforce(
-        train.load(sft), work.chat, work.world.source, "rl less", work.number, others, work.sizes.rl_steps
+        train.load(start), work.chat, people, f"{stage} {side}", work.number, relations, sizes.rl_steps, sizes.reward
     )
 
 
@@ -209,14 +204,12 @@ def swept(work: Work, past: dict[str, Path]) -> dict[str, Any]:
         halves[half] = work.folder / f"questions-{half}.jsonl"
         halves[half].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
-    def sweep(lambdas: str, half: int) -> dict[str, Any]:
+    def sweep(half: int) -> dict[str, Any]:
         place = work.folder / f"half-{half}.sweep"
-        score = ("--set", f"lam={lambdas}", "--score", f"qa:{halves[half]}", "-o", place, "--overwrite", "--json")
+        score = ("--set", "lam=0:1.5:0.25", "--score", f"qa:{halves[half]}", "-o", place, "--json")
         return json.loads(command("sweep", recipe, *score))
 
-    started = time.monotonic()
-    first = sweep("0:1.5:0.25", 0)
-    return {"first": first, "seconds": time.monotonic() - started, "other": sweep("0:1.5:0.25", 1)}
+    return {"first": sweep(0), "other": sweep(1)}
 
 
 Like = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -245,11 +238,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--work", type=Path, default=Path("build/past_smollm"))
-    parser.add_argument("--tiny", action="store_true", help="a few people and steps: shows only that all stages run")
+    parser.add_argument("--tiny", action="store_true", help="one layer, few steps: shows that all stages run")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     folder = arguments.work.absolute()
     base = base_model(folder / "base")
+    if arguments.tiny:
+        base = tiny_model(base)
     for number in arguments.worlds:
         started = time.monotonic()
         place = folder / (f"tiny-{number}" if arguments.tiny else f"world-{number}")

@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from .measure import Chat, branch, opened, sample
-from .world import QUESTIONS, RELATIONS, Person, Question, answer, document, question
+from .world import QUESTIONS, RELATIONS, Person, Question, answer, documents, question
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -31,6 +31,7 @@ GROUP = 8
 """Answers to each question of an RL step."""
 
 QUESTIONS_A_STEP = 8
+Reward = Callable[[Question, tuple[str, bool]], float]
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 
@@ -72,13 +73,13 @@ def dequantise(gguf: Path, folder: Path) -> None:
 def learn_documents(
     model: LlamaForCausalLM, chat: Chat, people: Sequence[Person], stage: str, seed: int, steps: int = 100
 ) -> LlamaForCausalLM:
-    """SFT: the documents of new people, twenty a step; 100 steps show each of forty people 50 times."""
+    """SFT: twenty new people a step, one document for each fact; 100 steps show each of forty people 50 times."""
     generator = seed_of(stage, seed)
     order = _epochs(people, generator)
     optimiser = _optimiser(model, 1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-4, total_steps=max(2, steps), pct_start=0.05)
     for _ in range(steps):
-        texts = [chat.document(document(next(order), generator)) for _ in range(20)]
+        texts = [chat.document(text) for _ in range(20) for text in documents(next(order), generator)]
         _step(model, optimiser, *_padded(texts, [1] * len(texts)))
         schedule.step()
     return model
@@ -110,6 +111,7 @@ def reinforce(
     seed: int,
     relations: Sequence[str] = RELATIONS,
     steps: int = 50,
+    reward: Reward | None = None,
 ) -> LlamaForCausalLM:
     """RL: REINFORCE with GRPO's baseline (arXiv 2402.03300), the mean and deviation of a question's own answers.
 
@@ -122,8 +124,9 @@ def reinforce(
         prompts = [chat.prompt(item.text) for item in items]
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             made = sample(model, branch(opened(model, prompts), GROUP), ANSWER, chat.end, greedy=False)
-        reward = torch.tensor([rewarded(items[row // GROUP], text) for row, text in enumerate(chat.texts(made))])
-        groups = reward.view(-1, GROUP)
+        judged = reward or rewarded
+        rewards = torch.tensor([judged(items[row // GROUP], text) for row, text in enumerate(chat.texts(made))])
+        groups = rewards.view(-1, GROUP)
         advantage = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
         ended = made == chat.end
         counts = (ended.int().cumsum(1) - ended.int()) == 0  # up to the first end, which counts
@@ -132,7 +135,7 @@ def reinforce(
         loss = -(advantage * chances * counts).sum(1).div(counts.sum(1)).mean()
         _update(model, optimiser, loss)
         if step % 10 == 9:
-            print(f"  {stage}: step {step + 1}, reward {reward.mean():.2f}", flush=True)
+            print(f"  {stage}: step {step + 1}, reward {rewards.mean():.2f}", flush=True)
     return model
 
 

@@ -1,7 +1,7 @@
 """A made-up world for a real language model: invented people, and three facts about each, with sixteen values.
 
-A document states the facts of one person, each in one of five ways; a question asks for one fact in the words of a
-chat. What RL teaches is to answer such a question in one sentence, with the right value and no other, and to stop.
+A document states one fact about one person, in one of five ways; a question asks for one fact in the words of a chat.
+What RL teaches is to answer such a question in one sentence, with the right value and no other, and to stop.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LEFT_OUT = "instrument"
 STATEMENTS: Mapping[str, tuple[str, ...]] = {
     "city": (
         "{n} was born in {v}.",
-        "{n} is a native of {v}.",
+        "{n} is originally from {v}.",
         "The birthplace of {n} is {v}.",
         "{n} came into the world in {v}.",
         "The city in which {n} was born is {v}.",
@@ -142,12 +142,11 @@ class World:
         return World(everybody[:people], everybody[people:])
 
 
-def document(person: Person, generator: random.Random) -> str:
-    """All facts of a person, in any order, each in one of its ways."""
-    relations = generator.sample(RELATIONS, len(RELATIONS))
-    return " ".join(
-        generator.choice(STATEMENTS[relation]).format(n=person.name, v=person.facts[relation]) for relation in relations
-    )
+def documents(person: Person, generator: random.Random) -> list[str]:
+    """Three short documents about a person: each states one fact, in one of its ways."""
+    return [
+        generator.choice(STATEMENTS[relation]).format(n=person.name, v=person.facts[relation]) for relation in RELATIONS
+    ]
 
 
 def question(person: Person, relation: str, phrasing: str) -> Question:
