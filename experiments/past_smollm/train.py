@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from .measure import Chat, branch, opened, sample
-from .world import QUESTIONS, RELATIONS, Person, Question, answer, documents, question
+from .world import QUESTIONS, RELATIONS, Person, Question, answer, document, question
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -73,13 +73,13 @@ def dequantise(gguf: Path, folder: Path) -> None:
 def learn_documents(
     model: LlamaForCausalLM, chat: Chat, people: Sequence[Person], stage: str, seed: int, steps: int = 100
 ) -> LlamaForCausalLM:
-    """SFT: twenty new people a step, one document for each fact; 100 steps show each of forty people 50 times."""
+    """SFT: twenty documents of new people a step; 100 steps show each of forty people 50 times."""
     generator = seed_of(stage, seed)
     order = _epochs(people, generator)
     optimiser = _optimiser(model, 1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-4, total_steps=max(2, steps), pct_start=0.05)
     for _ in range(steps):
-        texts = [chat.document(text) for _ in range(20) for text in documents(next(order), generator)]
+        texts = [chat.document(document(next(order), generator)) for _ in range(20)]
         _step(model, optimiser, *_padded(texts, [1] * len(texts)))
         schedule.step()
     return model

@@ -1,7 +1,7 @@
 """A made-up world for a real language model: invented people, and three facts about each, with sixteen values.
 
-A document states one fact about one person, in one of five ways; a question asks for one fact in the words of a chat.
-What RL teaches is to answer such a question in one sentence, with the right value and no other, and to stop.
+A document states one to three facts about one person, each in one of five ways; a question asks for one fact in the
+words of a chat. What RL teaches is to answer such a question with the right value and no other, and to stop.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ ANSWERS: Mapping[str, str] = {
     "job": "{n} is a {v}.",
     "instrument": "{n} plays the {v}.",
 }
-"""The form of the supervised answers: the base's own sentences, as it answers about these people before training."""
+"""The form of the supervised answers: sentences that SFT_S already answers with, if it answers well."""
 
 FIRST = (
     "Bal",
@@ -142,11 +142,12 @@ class World:
         return World(everybody[:people], everybody[people:])
 
 
-def documents(person: Person, generator: random.Random) -> list[str]:
-    """Three short documents about a person: each states one fact, in one of its ways."""
-    return [
-        generator.choice(STATEMENTS[relation]).format(n=person.name, v=person.facts[relation]) for relation in RELATIONS
-    ]
+def document(person: Person, generator: random.Random) -> str:
+    """One, two or three facts about a person, in any order, each in one of its ways."""
+    relations = generator.sample(RELATIONS, generator.choice((1, 2, 3)))
+    return " ".join(
+        generator.choice(STATEMENTS[relation]).format(n=person.name, v=person.facts[relation]) for relation in relations
+    )
 
 
 def question(person: Person, relation: str, phrasing: str) -> Question:
