@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from . import measure, train
 from .measure import Scope
-from .work import TINY, Sizes, Work, base_model, command, tiny_model, write
+from .work import TINY, Sizes, Work, base_model, command, known_facts, tiny_model, write
 from .world import LEFT_OUT, RELATIONS, questions
 
 LAMBDAS = (1.0, 0.25, 0.5, 0.75, 1.25, 1.5)
@@ -258,6 +258,7 @@ def main() -> None:
     base = base_model(folder / "base")
     if arguments.tiny:
         base = tiny_model(base)
+    known_facts(base)
     with ProcessPoolExecutor(arguments.at_once, mp_context=get_context("spawn")) as pool:
         for done in [pool.submit(one_world, number, folder, base, arguments.tiny) for number in arguments.worlds]:
             done.result()

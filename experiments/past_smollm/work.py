@@ -87,6 +87,15 @@ def tiny_model(base: Path) -> Path:
     return folder
 
 
+def known_facts(base: Path) -> list[str]:
+    """The well-known facts that the base answers (or any three: the cut-down model of a tiny run answers none)."""
+    path = base.with_name(f"{base.name}-known.json")
+    if not path.exists():
+        found = measure.known(train.load(base).eval(), measure.Chat(base))
+        write(path, [text for text, right in found.items() if right] or list(found)[:3])
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 class Work:
     """One world: its people, its folder and its figures."""
 
@@ -171,15 +180,7 @@ class Work:
         with torch.no_grad():
             target = train.load(self.folder / "models" / "sft-target").eval()
             chances = measure.text_chances(target, self.chat)
-        return measure.Subject(self.chat, self.world.target, self.asked, self.known(), chances)
-
-    def known(self) -> list[str]:
-        """The well-known facts that the base answers (or any three: the cut-down model of a tiny run answers none)."""
-        path = self.base.with_name(f"{self.base.name}-known.json")
-        if not path.exists():
-            found = measure.known(train.load(self.base).eval(), self.chat)
-            write(path, [text for text, right in found.items() if right] or list(found)[:3])
-        return json.loads(path.read_text(encoding="utf-8"))
+        return measure.Subject(self.chat, self.world.target, self.asked, known_facts(self.base), chances)
 
     def answered(self, folder: Path, asked: Sequence[Question]) -> dict[str, list[int]]:
         """Which questions a model answers greedily, whoever they are about."""
