@@ -50,6 +50,11 @@ FOREIGN_OPTIONS = (
         own="--check",
     ),
     Foreign(
+        "--dryrun --dry_run -n --simulate --no-act --what-if",
+        "pass `--dry-run`",
+        own="--dry-run",
+    ),
+    Foreign(
         "-V --version -version",
         "run `skillmerge --version`",
     ),
