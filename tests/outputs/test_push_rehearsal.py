@@ -75,7 +75,7 @@ def test_repository_in_another_form_is_explained(verb: object, finished: Path) -
         verb(MERGED, str(finished))
 
 
-def test_flag_and_its_opposite_exclude_each_other(finished: Path) -> None:
+def test_flag_and_its_opposite_exclude_each_other(hub: HubServer, finished: Path) -> None:
     process = run_cli("push", str(finished), MERGED, "--private", "--public")
     assert process.returncode == 2
     assert "`--private` and `--public` exclude each other" in process.stderr
