@@ -41,7 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "outputs": (
         "hub.push proof.attest",
-        "proof.sign",
+        "hub.rehearsal proof.sign",
         "measured proof.bom verify",
         "comparison hub.card hub.commit output trials",
         "manifest",
