@@ -427,17 +427,6 @@ def test_whom_to_trust_has_to_be_said(signed: Path, keys: Path) -> None:
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def test_verify_says_that_a_signature_was_not_checked(signed: Path, output: Path, keys: Path) -> None:
-    told = (
-        f"note: {signed} has a signature, which was not checked: to check it, pass `--public-key KEY`, or "
-        "`--certificate-chain ROOT` if a certificate was used\n"
-    )
-    assert run_cli("verify", signed).stderr.endswith(told)
-    assert "signature" not in run_cli("verify", signed, "--public-key", keys / "key.pub").stderr
-    (signed / "model.sig").unlink()
-    assert "signature" not in run_cli("verify", signed).stderr
-
-
 def test_verify_demands_a_signature_where_it_is_told_to(output: Path, keys: Path, tmp_path: Path) -> None:
     demanded = ("--signature", "--public-key", keys / "key.pub")
     unsigned = run_cli("verify", output, *demanded)
