@@ -182,6 +182,11 @@ class _Merge:
         trusted = recovered or not (self.publish.overwrite or self.checks.full)
         if proof is None or not (trusted or is_intact(target, proof)):
             return None
+        if not recovered and self._keeps_other_tokens(proof):
+            if self.publish.overwrite:
+                return None
+            told = f"the tokens that {target} keeps are not those that its models' tokenizer files name now"
+            self.reporter.note(f"{told}; to make it again, pass `--overwrite`")
         if self.staging.unfinished:
             self.reporter.note(f"{self.staging.folder} holds an unfinished run, which this output does not need")
         self._warn(proof, there=True)
@@ -249,12 +254,23 @@ class _Merge:
                 needed //= 2  # Sparsity is unknown until the skill is encoded.
             check_disk(staging.folder, push.disk_needed(needed) if push else needed, "the output")
             side_files += fetch(self.job.checkpoints[plan.donor], plan.side_files, self.access.allow_code)
-            if plan.makes_skill and (self.checks.expected is None or SKILL_TOKENS in self.checks.expected.file_names):
-                side_files += token_files(plan, self.job.checkpoints)
+            side_files += self._tokens()
             prove_ties(plan.ties, self.job.checkpoints)
         if push is not None:
             push.attach(staging)
         return side_files
+
+    def _tokens(self) -> tuple[SideFile, ...]:
+        """Return the file with a skill's tokens; none if the manifest that the output must equal has none."""
+        plan, expected = self.job.plan, self.checks.expected
+        if not plan.makes_skill or (expected is not None and SKILL_TOKENS not in expected.file_names):
+            return ()
+        return token_files(plan, self.job.checkpoints)
+
+    def _keeps_other_tokens(self, proof: Manifest) -> bool:
+        """Return whether a skill's tokens, which are not part of its plan, would be others now."""
+        kept = [("sha256", file.sha256) for file in proof.files if file.name == SKILL_TOKENS]
+        return kept != [file.digest for file in self._tokens()]
 
     def _make_shards(self, runner: Runner) -> None:
         plan, staging, push = self.job.plan, self.staging, self.push

@@ -206,7 +206,18 @@ def _planned_again(made: Output, how: How) -> Iterator[tuple[Plan, Mapping[str, 
             recorded = _recorded_digests(proof)
             if other := ["/".join(key) for key, digest in recorded.items() if now[key] != digest]:
                 raise StalePlan(f"{root} cannot be rebuilt: these files have different weights now: {some(other)}")
+        _refuse_other_tokens(made, plan, checkpoints)
         yield plan, checkpoints
+
+
+def _refuse_other_tokens(made: Output, plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raise StalePlan if a skill's rows belong to other tokens now: the plan, which is older, does not have these."""
+    recorded = [("sha256", file.sha256) for file in made.manifest.files if file.name == SKILL_TOKENS]
+    if recorded and plan.makes_skill and recorded != [file.digest for file in token_files(plan, checkpoints)]:
+        raise StalePlan(
+            f"{made.folder} cannot be rebuilt: the tokenizer files of its models name other tokens than {SKILL_TOKENS}",
+            fix="restore the models' tokenizer files, or extract the skill again with `--overwrite`",
+        )
 
 
 def _side_files(proof: Manifest, now: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,9 @@ from pair_cases import WORDS, tokenizer
 
 import skillmerge
 from skillmerge.checkpoints.tokenizers.vocabulary import SKILL_TOKENS, skill_tokens, skill_tokens_text
+from skillmerge.errors import StalePlan
 from skillmerge.plans.plan import Plan
+from skillmerge.reporter import Reporter
 
 EMBEDDING, UP = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
 SWAPPED = ["b", "a", *WORDS[2:]]
@@ -142,6 +144,42 @@ def test_two_skills_of_other_tokens_are_compared_with_each_other(tmp_path: Path)
 def test_rows_past_those_of_the_matrices_are_not_kept(tmp_path: Path) -> None:
     kept = skill(tmp_path, [*WORDS, *(f"w{number}" for number in range(9))]) / SKILL_TOKENS
     assert len(skill_tokens(kept.read_bytes()).tokens) == 16
+
+
+@pytest.mark.parametrize("words", [SWAPPED, None], ids=["changed", "removed"])
+def test_rebuild_names_tokenizer_files_that_changed(words: Sequence[str] | None, tmp_path: Path) -> None:
+    """The weights, which are the same, were named as the cause."""
+    stored = skill(tmp_path)
+    skillmerge.rebuild(stored, check=True)
+    for name in ("rl", "sft"):
+        (tmp_path / name / "tokenizer.json").unlink()
+        if words is not None:
+            (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer(list(words), {})))
+    for how in ({"check": True}, {"output": tmp_path / "again"}):
+        with pytest.raises(StalePlan, match="the tokenizer files of its models name other tokens than "):
+            skillmerge.rebuild(stored, **how)
+    assert not (tmp_path / "again").exists()
+
+
+def test_skill_is_extracted_again_for_its_tokens(tmp_path: Path) -> None:
+    """It was called up to date, with `overwrite` too: the plan, of the weights, is the same."""
+    stored = skill(tmp_path, None)
+    heard: list[str] = []
+    reporter = Reporter()
+    reporter.note = heard.append  # type: ignore[method-assign]
+    for name in ("rl", "sft"):
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer(list(WORDS), {})))
+    again = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), stored, reporter=reporter)
+    assert again.already
+    assert heard == [
+        f"the tokens that {stored} keeps are not those that its models' tokenizer files name now; to make it again, "
+        "pass `--overwrite`"
+    ]
+    assert not skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), stored, overwrite=True).already
+    assert list(skill_tokens((stored / SKILL_TOKENS).read_bytes()).tokens.values()) == WORDS
+    heard.clear()
+    assert skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), stored, reporter=reporter).already
+    assert heard == []
 
 
 def test_damaged_tokens_are_a_note(tmp_path: Path) -> None:
