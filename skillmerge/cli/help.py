@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,7 @@ _COLUMN = 24
 """Width of the first column; a longer option has a line of its own."""
 _KEPT = "\N{NO-BREAK SPACE}"
 """A space at which no line is broken: `[default: 16]` stays together."""
+_BRACKETS = re.compile(r"\[[^]]*\]")
 
 
 class Option(click.Option):
@@ -127,13 +129,15 @@ def _write_groups(formatter: click.HelpFormatter, groups: Mapping[str, Sequence[
     column = min(max(map(len, names)), _COLUMN)
     for group, records in groups.items():
         with formatter.section(group):
-            rows = [(name.ljust(column), re.sub(r"\[[^]]*\]", _joined, text)) for name, text in records]
+            room = formatter.width - formatter.current_indent - column - 2
+            rows = [(name.ljust(column), _BRACKETS.sub(partial(_joined, room), text)) for name, text in records]
             formatter.write_dl(rows, col_max=_COLUMN)
     formatter.buffer = [text.replace(_KEPT, " ") for text in formatter.buffer]
 
 
-def _joined(found: re.Match[str]) -> str:
-    return found[0].replace(" ", _KEPT)
+def _joined(room: int, found: re.Match[str]) -> str:
+    """Keep brackets on one line, if they fit on one: click would break a word otherwise."""
+    return found[0].replace(" ", _KEPT) if len(found[0]) <= room else found[0]
 
 
 def _write_examples(formatter: click.HelpFormatter, examples: Sequence[str]) -> None:

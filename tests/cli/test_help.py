@@ -60,6 +60,15 @@ def test_help_fits_80_columns_and_gives_every_option_a_group_and_a_phrase(name: 
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_help_breaks_no_word_at_60_columns(name: str) -> None:
+    """`[default: your account's, usua` / `lly public]`."""
+    narrow, wide = (
+        click.Context(cli.commands[name], ROOT, name, terminal_width=width).get_help() for width in (58, 200)
+    )
+    assert not {*re.sub(r"(?<=\w)-\n +", "-", narrow).split()} - {*wide.split()}  # after a hyphen it may
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_examples_are_taken_by_the_parser(name: str) -> None:
     command = cli.commands[name]
     assert isinstance(command, Command)
