@@ -5,7 +5,6 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
-import codecs
 import errno
 import gc
 import os
@@ -19,7 +18,7 @@ import click
 from skillmerge.cli import flags, usage
 from skillmerge.cli.commands import merging, proving, starting, studying
 from skillmerge.cli.help import Commands
-from skillmerge.cli.messages import clear_status, log, log_error
+from skillmerge.cli.messages import SPELLED, clear_status, log, log_error
 from skillmerge.cli.results import NO_TABLE, interrupted, print_json
 from skillmerge.errors import ResourceError, SkillmergeError, Terminated, UsageError, machine_errors
 from skillmerge.version import __version__
@@ -41,19 +40,6 @@ _GROUPS = {
     "Inspect and reuse": ("inspect", "extract", "export", "derive"),
     "Verify and publish": ("verify", "gate", "rebuild", "sign", "attest", "push"),
 }
-
-
-_SPELLED = "skillmerge.spelled"
-_SIGNS = {
-    "λ": "lambda",
-    "…": "...",
-    "–": "-",
-    "·": ".",
-    "×": "x",
-    "±": "+-",
-    **dict(zip("▁▂▃▄▅▆▇█", "12345678", strict=True)),
-}
-"""Signs in our texts that a terminal without Unicode lacks."""
 
 
 class _OutputClosed(Exception):
@@ -166,22 +152,14 @@ def _command_run() -> click.Command:
     return next((cli.commands[word] for word in sys.argv[1:] if word in cli.commands), cli)
 
 
-def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """Spell what a stream's encoding lacks: our own signs in ASCII, everything else as escapes."""
-    assert isinstance(error, UnicodeEncodeError), "only for writing"
-    lacking = error.object[error.start : error.end]
-    return "".join(_SIGNS.get(it) or it.encode("ascii", "backslashreplace").decode() for it in lacking), error.end
-
-
 def _prepare_streams() -> None:
     """Make both streams writable for any text: closed streams, ASCII terminals, names that are not text."""
-    codecs.register_error(_SPELLED, _spelled)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - to the end
         elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=_SPELLED)
+            stream.reconfigure(errors=SPELLED)
 
 
 def _wants_json() -> bool:

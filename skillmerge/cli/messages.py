@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import os
@@ -29,6 +30,30 @@ _PREFIXES = {"info": "", "note": "note: ", "warning": "warning: ", "error": "err
 
 def as_json() -> bool:
     return os.environ.get(FORMAT) == "json"
+
+
+SPELLED = "skillmerge.spelled"
+"""How streams treat errors of encoding; see `_spelled`."""
+_SIGNS = {
+    "λ": "lambda",
+    "…": "...",
+    "–": "-",
+    "·": ".",
+    "×": "x",
+    "±": "+-",
+    **dict(zip("▁▂▃▄▅▆▇█", "12345678", strict=True)),
+}
+"""Signs in our texts that a terminal without Unicode lacks."""
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    """Spell what a stream's encoding lacks: our own signs in ASCII, everything else as escapes."""
+    assert isinstance(error, UnicodeEncodeError), "only for writing"
+    lacking = error.object[error.start : error.end]
+    return "".join(_SIGNS.get(it) or it.encode("ascii", "backslashreplace").decode() for it in lacking), error.end
+
+
+codecs.register_error(SPELLED, _spelled)
 
 
 def is_dumb() -> bool:

@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from skillmerge.cli.messages import SPELLED
 from skillmerge.cli.show.table import Table
 
 HEAD = ("module", "tensors", "elements", "changed", "norm", "relative norm", "remark")
@@ -108,3 +109,17 @@ def test_numbers_in_text_are_not_broken() -> None:
         text = "\n".join(printed(table, width))
         assert "0.03" in text, text
     assert "input_layernorm." in text
+
+
+@pytest.mark.parametrize("width", range(30, 70))
+def test_signs_that_the_terminal_spells_out_keep_the_columns(width: int) -> None:
+    """`…` was written as `...` after the columns had been measured."""
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors=SPELLED)
+    table = Table(("requested λ", "names", "accuracy"), text=("names",))
+    table.add_row("0.5", "model.embed_tokens.weight … and 24 more", "0.98 ± 0.049")
+    table.add_row("1", "all", "1")
+    Console(file=stream, width=width, highlight=False).print(table)
+    stream.flush()
+    lines = stream.buffer.getvalue().decode().splitlines()  # type: ignore[attr-defined]
+    assert len({len(line) for line in lines if line[:1] in "|+"}) == 1, lines
+    assert max(map(len, lines)) <= width

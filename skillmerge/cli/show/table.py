@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
 from skillmerge.cli.console import Text
+from skillmerge.cli.messages import SPELLED
 
 _APART = 3
 """Blanks that rich puts around a column: one before it, two after it."""
@@ -74,7 +75,11 @@ class Table:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns = [
-            _Column(head, head not in self._text, [row[index] for row in self._rows])
+            _Column(
+                _spelled(Text(head), options).plain,
+                head not in self._text,
+                [_spelled(row[index], options) for row in self._rows],
+            )
             for index, head in enumerate(self.head)
         ]
         room = options.max_width - 2 * options.ascii_only  # rich's table in ASCII has edges
@@ -94,9 +99,15 @@ class Table:
             yield Text(f"no room for: {', '.join(left_out)} (widen the terminal, or use --json)", style="dim")
 
     def _leaving_order(self, columns: Sequence[_Column]) -> list[_Column]:
-        named = [column for head in self.drop for column in columns if column.head == head]
+        named = [column for drop in self.drop for head, column in zip(self.head, columns, strict=True) if head == drop]
         others = [column for column in reversed(columns[1:]) if column.head and column not in named]
         return [*named, *others]
+
+
+def _spelled(text: RichText, options: ConsoleOptions) -> RichText:
+    """Return text as the stream writes it, if that has another width: `λ` is `lambda` where only ASCII can be shown."""
+    written = text.plain.encode(options.encoding, SPELLED).decode(options.encoding)
+    return text if len(written) == len(text.plain) else RichText(written, style=text.style)
 
 
 def _fitting(columns: Sequence[_Column], order: Iterable[_Column], room: int) -> list[_Column]:
