@@ -66,6 +66,15 @@ def test_rehearsal_verifies_the_output(finished: Path) -> None:
         skillmerge.rehearse_push(finished, MERGED)
 
 
+def test_card_that_cannot_be_read_says_why(finished: Path, tmp_path: Path) -> None:
+    card = tmp_path / "card.md"
+    missing = skillmerge.rehearse_push(finished, MERGED, card=card).refused[0]
+    assert missing.message == f"the card {card} cannot be read: No such file or directory"
+    assert missing.fix == "check the path and the file"
+    card.write_bytes(b"caf\xe9")
+    assert skillmerge.rehearse_push(finished, MERGED, card=card).refused[0].message.endswith("it is not UTF-8 text")
+
+
 @pytest.mark.parametrize("verb", [skillmerge.push, skillmerge.rehearse_push])
 def test_repository_in_another_form_is_explained(verb: object, finished: Path) -> None:
     assert callable(verb)

@@ -153,7 +153,8 @@ def read_card(path: Path | None) -> str | None:
     try:
         return path.read_text(encoding="utf-8") if path is not None else None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the card {path} cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"the card {path} cannot be read: {why}", fix="check the path and the file") from error
 
 
 def send(commit: HubCommit, output: Output, card: str, signature: bytes | None) -> Published:

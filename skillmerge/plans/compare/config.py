@@ -153,8 +153,9 @@ def _rows(
         if donor in having and any(value != having[donor] for value in having.values()):
             yield _difference(row, prefix, having, donor, roles)
         elif len(having) < len(parts) and row.level != "note" and any(_says(value, row) for value in having.values()):
-            silent = ", ".join(f"`{name}`" for name in parts if name not in having)
-            message = f"{row.what}: {silent} does not say it, and what that means is not known"
+            silent = [f"`{name}`" for name in parts if name not in having]
+            told = f"{' and '.join(silent)} {'does' if len(silent) == 1 else 'do'} not say it"
+            message = f"{row.what}: {told}, and what that means is not known"
             yield Compared(None, prefix + row.what, FILE, "note", _shown(having), False, message)
     known = {key for row in ROWS for key in row.keys}
     for key in sorted(set.intersection(*(set(part) for part in parts.values()))):

@@ -159,6 +159,14 @@ def test_unknown_key_that_says_the_same_or_nothing_is_no_note(ours: Any, theirs:
     assert compared(tmp_path, ODD | {"mystery": ours}, ODD | {"mystery": theirs}) == []
 
 
+def test_models_that_leave_a_key_out_are_named_in_a_sentence(tmp_path: Path) -> None:
+    said = ODD | {"mlp_hidden_act": "relu"}
+    [several], [one] = compared(tmp_path / "several", ODD, said), compared(tmp_path / "one", said, ODD)
+    rest = "not say it, and what that means is not known"
+    assert several.message == f"mlp_hidden_act: `target` and `sft` do {rest}"
+    assert one.message == f"mlp_hidden_act: `rl` does {rest}"
+
+
 def test_nested_parts_are_no_unknown_keys(tmp_path: Path) -> None:
     """They are compared by their own keys, each once."""
     donor, rl = ({**ODD, "encoder": {"model_type": "odd", "mystery": number}} for number in (1, 2))
