@@ -40,12 +40,20 @@ def recipe_text(source: str | None = None, folder: str | os.PathLike[str] | None
         return (home / "starter.yaml").read_text(encoding="utf-8")
     names = list(gallery())
     if source not in names:
-        near = did_you_mean(source, names)
+        near = _mergekit_file(Path(source)) or did_you_mean(source, names)
         raise UsageError(
             f"no recipe is called `{source}`",
             fix=near or f"choose one of: {some(names, NEAR)}; `skillmerge init --list` shows all",
         )
     return (home / "gallery" / f"{source}.yaml").read_text(encoding="utf-8")
+
+
+def _mergekit_file(path: Path) -> str | None:
+    """Return what to name in place of a path that is no file to translate."""
+    beside = path / "mergekit_config.yml"  # mergekit writes it into every output
+    if beside.is_file():
+        return f"did you mean `{beside}`?"
+    return f"to translate a file, its name must end in {some(RECIPE_SUFFIXES)}" if path.is_file() else None
 
 
 def is_file_name(source: str) -> bool:

@@ -84,6 +84,18 @@ def test_init_from_an_unknown_name_says_which_there_are(name: str, help: str | N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_init_from_a_path_that_is_no_file_to_translate_says_which_is(tmp_path: Path) -> None:
+    (tmp_path / "mergekit_config.yml").write_text("")
+    (tmp_path / "config.txt").write_text("")
+    for name, fix in (
+        (tmp_path, f"did you mean `{tmp_path / 'mergekit_config.yml'}`?"),
+        (tmp_path / "config.txt", "to translate a file, its name must end in .yaml, .yml, .json"),
+    ):
+        with pytest.raises(UsageError) as error:
+            skillmerge.init(tmp_path / "r.yaml", str(name))
+        assert (error.value.message, error.value.fix) == (f"no recipe is called `{name}`", fix)
+
+
 def test_schema_beside_the_recipe_is_what_schema_prints_and_is_kept(tmp_path: Path) -> None:
     skillmerge.init(tmp_path / "one.yaml")
     beside = tmp_path / "skillmerge.schema.json"
