@@ -7,8 +7,8 @@
     out.partial/done/<shard>.json           its record, written whole and put here by rename
 
 Two tasks that make the same shard make the same bytes, so whichever renames last does no harm: nothing depends on
-knowing whether another task is alive. Whoever takes the folder over removes `attempts` first, so that what a task of
-another plan still makes has no way into `files`. Knows files and records, nothing about tensors.
+knowing whether another task is alive. A run that takes the folder over removes `attempts` first, so that what a task
+of another plan still makes has no way into `files`. Knows files and records, nothing about tensors.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def conditions_of(folder: Path) -> Header | None:
 
 
 def owner_of(folder: Path) -> Header | None:
-    """Return the plan and conditions of whoever works in a staging folder, tasks or a run that was interrupted."""
+    """Return the plan and conditions of those who work in a staging folder: tasks, or an interrupted run."""
     found = conditions_of(folder)
     rows = Journal(folder / "journal.jsonl", "").read() if found is None else []
     return found or next((row for row in rows if isinstance(row, Header)), None)
@@ -283,7 +283,7 @@ class Attempt:
             raise
 
     def close(self) -> None:
-        """Remove what was not finished. What a killed task leaves is removed by whoever publishes."""
+        """Remove what was not finished. What a killed task leaves is removed when the output is published."""
         with suppress(OSError):
             remove_tree(self._own)
 

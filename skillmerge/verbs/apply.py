@@ -232,8 +232,7 @@ class _Merge:
         """Report warnings about the weights. there: of an existing output, whose gates are not run again."""
         for remark in warnings_of(body):
             self.reporter.warn(remark.message, remark.fix)
-        outcome = strict_outcome(body)
-        if there and self.checks.strict and not outcome.passed:
+        if there and self.checks.strict and not (outcome := strict_outcome(body)).passed:
             fix = f"{self.staging.output} was made without `--strict`; check it, then remove it or leave `--strict` out"
             raise GateFailed([outcome], fix=fix, plan=self.job.plan, body=body)
 

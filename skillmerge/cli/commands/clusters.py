@@ -56,10 +56,11 @@ def shard(
         if as_json:
             print_result(done)
         elif not quiet and not printed:
-            there = f", {len(done.shards) - len(done.made)} were there" if len(done.made) < len(done.shards) else ""
+            count, made = len(done.shards), len(done.made)
+            there = f", {count - made} there already" if made < count else ""
             print_line(
-                f"task {done.index} of {done.of}: {len(done.shards)} shards, {format_bytes(done.size)}: "
-                f"{len(done.made)} made in {done.seconds:.1f} s{there}"
+                f"task {done.index} of {done.of}: {count} shard{'' if count == 1 else 's'}, "
+                f"{format_bytes(done.size)}: {made} made in {done.seconds:.1f} s{there}"
             )
         write_result(done)
 

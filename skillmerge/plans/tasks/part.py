@@ -27,13 +27,14 @@ _FORMULA = ("merge", "cut", "compute")
 
 
 @contextmanager
-def part_of(saved: SavedPlan, shards: Sequence[str], access: Access) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
+def part_of(
+    saved: SavedPlan, digests: tuple[str, str], shards: Sequence[str], access: Access
+) -> Iterator[tuple[Plan, Mapping[str, Checkpoint]]]:
     """Yield the plan of some shards, and its models as far as it reads them, open while the context lasts.
 
-    Raises StalePlan where the plan does not hold any more, UsageError where it is damaged; RecipeError, InputError,
-    TemporaryError.
+    digests: those of `SavedPlan.digests`. Raises StalePlan where the plan does not hold any more, UsageError where it
+    is damaged; RecipeError, InputError, TemporaryError.
     """
-    weights_digest, digest = saved.digests()
     with damage(saved.path):
         by_shard = _tensors(saved, shards)
         planned = tuple(_shard(saved, file, tensors) for file, tensors in by_shard.items())
@@ -58,8 +59,8 @@ def part_of(saved: SavedPlan, shards: Sequence[str], access: Access) -> Iterator
                 notes=(),
                 input_itemsizes=itemsizes(tensors, checkpoints),
                 versions=saved.document["versions"],
-                digest=digest,
-                weights_digest=weights_digest,
+                weights_digest=digests[0],
+                digest=digests[1],
             ),
             checkpoints,
         )

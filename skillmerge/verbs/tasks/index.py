@@ -16,8 +16,9 @@ _BY_HAND = "pass `--index I --of N`; the index counts from 0"
 def place_among(index: int | None, of: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
     """Return this task's index, counted from 0, and how many tasks there are.
 
-    Without an index its scheduler is asked: Slurm, AWS Batch, an Indexed Job of Kubernetes, torchrun. `SKILLMERGE_OF`
-    is how many, where neither `of` nor the scheduler says. Raises UsageError where that is unknown or contradictory.
+    Without an index the scheduler's variables say it: those of Slurm, AWS Batch, an Indexed Job of Kubernetes, and
+    torchrun. `SKILLMERGE_OF` is how many, where neither `of` nor the scheduler says. Raises UsageError where that is
+    unknown or contradictory.
     """
     if of is None and environment.get(OF):
         of = _number(environment, OF)

@@ -125,13 +125,13 @@ class _Task:
     def run(self, target: Path, index: int, of: int) -> Shards:
         sizes = self.saved.sizes
         mine = divide(sizes, of)[index]
-        weights_digest, digest = self.saved.digests()
-        header = Header(weights_digest, conditions(self.saved.document["versions"], *self.measured))
-        missing = self._missing(target, header, digest, mine)
-        device = self._make(target, header, missing) if missing else ""
+        digests = self.saved.digests()
+        header = Header(digests[0], conditions(self.saved.document["versions"], *self.measured))
+        missing = self._missing(target, header, digests[1], mine)
+        device = self._make(target, header, digests, missing) if missing else ""
         size = sum(sizes[file] for file in mine)
         seconds = time.monotonic() - self.started
-        return Shards(target, index, of, tuple(mine), tuple(missing), size, seconds, device, digest)
+        return Shards(target, index, of, tuple(mine), tuple(missing), size, seconds, device, digests[1])
 
     def _missing(self, target: Path, header: Header, digest: str, mine: Sequence[str]) -> list[str]:
         """Return the shards that nobody has recorded."""
@@ -148,9 +148,9 @@ class _Task:
 
         return [file for file in mine if not is_there(file)]
 
-    def _make(self, target: Path, header: Header, missing: Sequence[str]) -> str:
-        """Make shards. Returns the device."""
-        with part_of(self.saved, missing, self.access) as (part, checkpoints):
+    def _make(self, target: Path, header: Header, digests: tuple[str, str], missing: Sequence[str]) -> str:
+        """Make shards, unless others have published the output meanwhile. Returns the device."""
+        with part_of(self.saved, digests, missing, self.access) as (part, checkpoints):
             output_folder(self.saved.recipe, target, checkpoints)  # which may be none of its models
             self.reporter.event(
                 "planned", plan=part.digest, output=str(target), tensors=len(part.tensors), shards=len(part.shards),
