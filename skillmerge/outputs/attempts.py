@@ -19,7 +19,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,10 +36,10 @@ from skillmerge.outputs.shard_file import ShardFile, StreamFile, WriteMode
 if TYPE_CHECKING:
     from skillmerge.plans.plan import ShardPlan
 
-TASKS_FILE, ATTEMPTS, DONE, FILES = "skillmerge.tasks.json", "attempts", "done", "files"
+TASKS_FILE, ATTEMPTS, DONE, FILES, COMPLETE = "skillmerge.tasks.json", "attempts", "done", "files", "complete"
 _TASK_FILE = "task.json"
 _OURS = (
-    *CLAIM_FILES, "journal.jsonl", FILES, "complete", "previous", "dropped", TASKS_FILE, ATTEMPTS, DONE
+    *CLAIM_FILES, "journal.jsonl", FILES, COMPLETE, "previous", "dropped", TASKS_FILE, ATTEMPTS, DONE
 )  # fmt: skip
 _TRIES = 100
 """How often the folder may vanish while a task joins: another run may be removing its own."""
@@ -109,10 +109,17 @@ class Records:
 
     def __init__(self, folder: Path, header: Header) -> None:
         self.folder = folder
-        self._of = hashlib.sha256(json.dumps(header.to_json(), sort_keys=True).encode()).hexdigest()
+        self._of = hashlib.sha256(json.dumps(header.to_json(), sort_keys=True).encode())
 
     def text(self, done: Recorded) -> bytes:
-        return (json.dumps({"of": self._of, **done.to_json()}) + "\n").encode()
+        row = done.to_json()
+        return (json.dumps({"digest": self._digest(row), **row}) + "\n").encode()
+
+    def _digest(self, row: Mapping[str, Any]) -> str:
+        """Return the digest of a record, with the plan and conditions that it is of: its file is not read again."""
+        digest = self._of.copy()
+        digest.update(json.dumps(row, sort_keys=True).encode())
+        return digest.hexdigest()
 
     def path(self, shard: str) -> Path:
         return self.folder / DONE / f"{shard}.json"
@@ -127,14 +134,14 @@ class Records:
         """Return a shard's record: by its name, because listings of a network filesystem may be old."""
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             row = json.loads(self.path(shard).read_bytes())
-            found = Recorded.from_json(row) if row["of"] == self._of else None
-            return found if found is not None and found.record.file == shard else None
+            if row.pop("digest") == self._digest(row) and row["shard"] == shard:
+                return Recorded.from_json(row)
         return None
 
-    def holds(self, done: Recorded) -> bool:
+    def holds(self, done: Recorded, place: str = FILES) -> bool:
         """Return whether the file of a record is the one that was recorded, by its size and time."""
         try:
-            status = (self.folder / FILES / done.record.file).stat()
+            status = (self.folder / place / done.record.file).stat()
         except OSError:
             return False
         return (status.st_size, status.st_mtime_ns) == (done.record.size, done.mtime_ns)

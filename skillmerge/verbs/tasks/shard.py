@@ -15,7 +15,7 @@ from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import OutputLocked, UsageError, machine_errors
-from skillmerge.outputs.attempts import Attempt, Recorded, Records, staging_folder
+from skillmerge.outputs.attempts import COMPLETE, FILES, Attempt, Recorded, Records, staging_folder
 from skillmerge.outputs.journal import Header, Journal
 from skillmerge.plans.budget import budget, check_disk
 from skillmerge.plans.opening import Access
@@ -144,7 +144,9 @@ class _Task:
 
         def is_there(file: str) -> bool:
             found: Recorded | None = records.read(file)
-            return records.holds(found) if found is not None else file in journal and records.fits(journal[file])
+            if found is None:
+                return file in journal and records.fits(journal[file])
+            return any(records.holds(found, place) for place in (FILES, COMPLETE))  # or about to be published
 
         return [file for file in mine if not is_there(file)]
 
