@@ -52,7 +52,7 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
     """Nothing is lost by asking too early, however often."""
     plan, output = save_family(tmp_path), tmp_path / "merged"
     wanted = alone(plan)
-    with pytest.raises(TemporaryError, match="4 of 4 shards are missing: model-00001-of-00004.safetensors, model-"):
+    with pytest.raises(TemporaryError, match=r"4 of 4 shards are missing: model-00001-of-00004\.safetensors, model-"):
         skillmerge.finish(plan)
     assert not staging_of(output).exists()
     skillmerge.shard(plan, index=0, of=SHARDS)
