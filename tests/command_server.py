@@ -4,7 +4,8 @@
 environment, folder and streams over, waits, and ends as the command did. `start` does the same for a test that kills
 or interrupts. Such a command is real in all but the start of an interpreter, which takes ten times as long.
 
-The `python` in the folder does this for scripts and `-c`, with a second process that has imported transformers too.
+The `python` in the folder does this for scripts and `-c`, with a second process that has imported transformers too. One
+with a PYTHONPATH of its own is the real interpreter.
 Its scripts are offline. Commands of the folder start probes of loads with it.
 """
 
@@ -30,7 +31,8 @@ PROGRAM = """\
 #!{python} -ISE
 import json, os, signal, socket, sys
 
-if {name!r} == "python" and sys.argv[1] != "-c" and not sys.argv[1].endswith(".py"):
+own = os.environ.get("PYTHONPATH") == {path!r} and (sys.argv[1] == "-c" or sys.argv[1].endswith(".py"))
+if {name!r} == "python" and not own:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
@@ -110,7 +112,9 @@ class Commands:
         self._address = str(folder / "socket")
         for name, address in (("skillmerge", self._address), ("python", f"{self._address}.python")):
             program = folder / name
-            program.write_text(PROGRAM.format(python=sys.executable, address=address, name=name))
+            program.write_text(
+                PROGRAM.format(python=sys.executable, address=address, name=name, path=os.environ.get("PYTHONPATH"))
+            )
             program.chmod(0o755)
         self.python = str(program)
         command = [sys.executable, __file__, self._address]

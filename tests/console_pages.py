@@ -24,6 +24,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 RECIPE = DOCS.parent / "recipes" / "past.yaml"
 FILE = re.compile(r"^`([\w./-]+)`:\n\n```\w+\n(.*?)```$", re.M | re.S)
 CONSOLE = re.compile(r"(?<=^```console\n)(.*?)(?=^```$)", re.M | re.S)
+EITHER = re.compile(f"{FILE.pattern}|{CONSOLE.pattern}", re.M | re.S)
 TRAINING = """\
 import shutil, sys
 shutil.copytree("source-{kind}", sys.argv[sys.argv.index("--out") + 1])
@@ -37,6 +38,12 @@ STAND_INS = {
     },
 }
 """Files that a page expects its reader to have: page -> name -> content. Training is a copy of a trained model."""
+
+FROM_NOTHING = {"README.md"}
+"""Pages that are played in an empty folder, each file written where its reader comes to it."""
+
+PICTURED = {"skillmerge demo"}
+"""Commands whose output a picture shows (`tests/test_picture.py`), not the page."""
 
 MARK = "@@@ another command @@@"
 VARYING = [
@@ -68,9 +75,12 @@ def shown(command: str) -> str:
 
 
 def run_all(blocks: list[str], folder: Path, environment: dict[str, str]) -> list[str]:
-    """What each command of the blocks prints, in one shell."""
+    """What each command of the blocks prints, in one shell. A block may be a file, which is written on the way."""
     script = ["last=0"]
     for block in blocks:
+        if file := FILE.match(block):
+            script.append(f"cat > {file[1]} << 'END OF THE FILE'\n{file[2]}END OF THE FILE")
+            continue
         for command in commands(block):
             script += [f"printf '%s\\n' '{MARK}'", "(exit $last)", command, "last=$?"]
     process = subprocess.run(
@@ -95,8 +105,12 @@ def played(page: Path, where: Path, server: Commands, left_out: Callable[[str], 
     """The page, each command followed by what it prints now; blocks that are left out stay as they are."""
     text = page.read_text()
     folder = where / "work"
-    prepare(folder, page.name, text)
     run = [block for block in CONSOLE.findall(text) if not left_out(block)]
+    if page.name in FROM_NOTHING:
+        folder.mkdir()
+        run = [match[0] for match in EITHER.finditer(text) if match[1] or not left_out(match[0])]
+    else:
+        prepare(folder, page.name, text)
     with HubServer(where / "hub") as hub:
         for model in ("target-sft", "source-rl", "source-sft"):
             hub.create_from(f"acme/{model}", FAMILY / model)
@@ -118,7 +132,8 @@ def played(page: Path, where: Path, server: Commands, left_out: Callable[[str], 
     def fill(match: re.Match[str]) -> str:
         if left_out(match[1]):
             return match[1]
-        return "".join(shown(command) + next(left, "") for command in commands(match[1]))
+        outputs = [(command, next(left, "")) for command in commands(match[1])]
+        return "".join(shown(command) + ("" if command in PICTURED else output) for command, output in outputs)
 
     return CONSOLE.sub(fill, text)
 

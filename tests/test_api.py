@@ -27,9 +27,10 @@ SCALARS = {"str", "int", "float", "bool", "Path", "str | None", "Path | None", "
 
 TERMINAL = {
     "json", "quiet", "verbose", "report", "result_file", "events", "junit", "markdown", "sarif", "detailed_exitcode",
-    "list",
+    "list", "dry_run",
 }  # fmt: skip
-"""Options that only concern the terminal and files about a run. Python has results, reporters, and `Preview.done`."""
+"""Options that only concern the terminal and files about a run. Python has results, reporters, `Preview.done`, and
+`rehearse_push`."""
 
 WORDS = {
     "extract": {"from": "rl", "minus": "sft"},
@@ -51,7 +52,7 @@ ONLY_PYTHON = {
 }
 """Parameters that no option sets, besides `reporter`."""
 
-ALSO = {"SkillmergeError", "__version__", "export_patch", "verify_signed"}
+ALSO = {"SkillmergeError", "__version__", "export_patch", "rehearse_push", "verify_signed"}
 """Public names that are no commands."""
 
 

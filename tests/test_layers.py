@@ -41,7 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "outputs": (
         "hub.push proof.attest",
-        "proof.sign",
+        "hub.rehearsal proof.sign",
         "measured proof.bom verify",
         "comparison hub.card hub.commit output trials",
         "manifest",
@@ -64,7 +64,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tasks.opening",
         "opening",
         "planner",
-        "budget heads layout saved",
+        "budget compare.skill_tokens heads layout saved",
         "plan",
         "compare.models",
         "accounting dtypes.kept dtypes.quantised",

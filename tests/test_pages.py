@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from command_server import Commands
-from console_pages import CONSOLE, DOCS, commands, played, prepare, steady
+from console_pages import CONSOLE, DOCS, commands, played, steady
 
 NOT_RUN = {
     ("CONTRIBUTING.md", "pip install click pydantic rich ruamel.yaml"): "downloads packages",
@@ -69,13 +69,15 @@ def reason(page: Path, block: str) -> str | None:
 
 @TOGETHER
 @pytest.mark.usefixtures("quick_loads")
-def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_of_the_readme_runs_after_its_commands(
+    tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("transformers")
-    prepare(tmp_path / "work", "README.md", "")
-    monkeypatch.chdir(tmp_path / "work")
+    played(README, tmp_path, commands, lambda block: reason(README, block) is not None)
+    monkeypatch.chdir(tmp_path / "work/skillmerge-demo")  # where its reader is by then
     (block,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
     exec(compile(block, "README.md", "exec"), {})
-    assert (tmp_path / "work/merged/model.safetensors").exists()
+    assert Path("from-python/model.safetensors").exists()
 
 
 def test_what_is_not_run_is_there() -> None:

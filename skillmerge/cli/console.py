@@ -6,6 +6,7 @@ Knows rich, and nothing about what is printed.
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from typing import Any
 
@@ -14,6 +15,9 @@ from rich.text import Text as RichText
 
 from skillmerge.cli.messages import clear_status
 from skillmerge.errors import lines_of, visible
+
+_WIDTH = 120
+"""Columns where no terminal says how many there are."""
 
 
 class _Console(Console):
@@ -33,11 +37,21 @@ class _Console(Console):
 
 
 def console() -> Console:
-    """Return a console for results, on stdout. Off a terminal it is as wide as COLUMNS says, or 120 columns."""
+    """Return a console for results, on stdout. Off a terminal it is as wide as COLUMNS says, or 120 columns; in a pipe
+    (`| tail`) no wider than the terminal that still has stderr, which the pipe probably leads to."""
     clear_status()
     given = os.environ.get("COLUMNS", "")
-    width = None if sys.stdout.isatty() else int(given) if given.isdecimal() and int(given) else 120
+    width = None if sys.stdout.isatty() else int(given) if given.isdecimal() and int(given) else _piped_width()
     return _Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
+
+
+def _piped_width() -> int:
+    try:
+        if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+            return min(_WIDTH, os.get_terminal_size(sys.stderr.fileno()).columns or _WIDTH)
+    except (OSError, ValueError):  # stderr is no terminal, or one of them is no file
+        pass
+    return _WIDTH
 
 
 def Text(text: str, style: str = "") -> RichText:

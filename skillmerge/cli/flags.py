@@ -168,6 +168,7 @@ pull_request = option(
     "--pull-request/--no-pull-request", group=PUBLISH, default=None,
     help="Open a pull request  [default: if a model exists]",
 )  # fmt: skip
+dry_run = option("--dry-run", group=PUBLISH, is_flag=True, help="Show what would be published or refused; send nothing")
 message = option("--message", group=PUBLISH, metavar="TEXT", help="Commit message")
 report = option(
     "--report", "report_file", group=REPORTS, type=click.Path(dir_okay=False), metavar="FILE",

@@ -48,6 +48,7 @@ class Command(click.Command):
             _, _, order = self.make_parser(ctx).parse_args(args=list(args))
             for parameter in dict.fromkeys(order):
                 _refuse_second(parameter, order.count(parameter))
+                _refuse_both(parameter, args)
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -146,6 +147,14 @@ def _refuse_second(parameter: click.Parameter, count: int) -> None:
     if isinstance(parameter, Option) and not (parameter.multiple or parameter.is_flag) and count > 1:
         name = next(name for name in parameter.opts if name.startswith("--"))
         raise UsageError(f"`{name}` is given {count} times", fix=parameter.once or f"give `{name}` once")
+
+
+def _refuse_both(parameter: click.Parameter, args: Sequence[str]) -> None:
+    """Raise UsageError for a flag and its opposite, of which click would take the last."""
+    words = args[: list(args).index("--")] if "--" in args else args
+    given = [next((it for it in words if it in names), None) for names in (parameter.opts, parameter.secondary_opts)]
+    if all(given):
+        raise UsageError(f"`{given[0]}` and `{given[1]}` exclude each other", fix="leave one of them out")
 
 
 def _plain_help(found: click.Option | None) -> click.Option | None:

@@ -19,7 +19,7 @@ import click
 from skillmerge.cli import flags, usage
 from skillmerge.cli.commands import clusters, merging, proving, starting, studying
 from skillmerge.cli.help import Commands
-from skillmerge.cli.messages import as_json, clear_status, log
+from skillmerge.cli.messages import clear_status, log, log_error
 from skillmerge.cli.results import NO_TABLE, interrupted, print_json
 from skillmerge.errors import ResourceError, SkillmergeError, Terminated, UsageError, machine_errors
 from skillmerge.version import __version__
@@ -210,14 +210,5 @@ def _failed(error: SkillmergeError) -> int:
             from skillmerge.cli.show.proving import show_gates
 
             show_gates(outcomes, console())
-    _log_error(error)
+    log_error(error)
     return error.exit_status
-
-
-def _log_error(error: SkillmergeError) -> None:
-    if as_json():
-        log("error", error.message, fix=error.fix, exit_status=error.exit_status)
-        return
-    log("error", error.message)
-    if error.fix:
-        log("help", error.fix)

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from itertools import pairwise
 from typing import Any, Protocol, TextIO
 
-from skillmerge.errors import lines_of, visible
+from skillmerge.errors import SkillmergeError, lines_of, visible
 from skillmerge.reporter import Reporter
 
 FORMAT = "SKILLMERGE_LOG_FORMAT"
@@ -55,6 +55,16 @@ def log(level: str, message: str, **fields: Any) -> None:
             print(as_text(line, sys.stderr), file=sys.stderr, flush=True)
         else:
             print(_fitting(visible(_PREFIXES[level] + message)), file=sys.stderr)
+
+
+def log_error(error: SkillmergeError) -> None:
+    """Log an error, and what to do about it."""
+    if as_json():
+        log("error", error.message, fix=error.fix, exit_status=error.exit_status)
+        return
+    log("error", error.message)
+    if error.fix:
+        log("help", error.fix)
 
 
 def _fitting(text: str) -> str:

@@ -50,6 +50,11 @@ FOREIGN_OPTIONS = (
         own="--check",
     ),
     Foreign(
+        "--dryrun --dry_run -n --simulate --no-act --what-if",
+        "pass `--dry-run`",
+        own="--dry-run",
+    ),
+    Foreign(
         "-V --version -version",
         "run `skillmerge --version`",
     ),
@@ -340,7 +345,13 @@ def _unknown_option(name: str, command: click.Command, commands: Mapping[str, cl
             return UsageError(f"no such option `{name}`", fix=foreign.help.format(command=called))
     others = [f"`{other}`" for other, it in commands.items() if name in options_of(it)]
     elsewhere = f"leave it out: it is an option of {some(others, 4)}" if others and called in commands else None
-    return UsageError(f"no such option `{name}`", fix=elsewhere or did_you_mean(name, own) or see)
+    return UsageError(f"no such option `{name}`", fix=elsewhere or _near_option(name, own) or see)
+
+
+def _near_option(name: str, own: list[str]) -> str | None:
+    """Return a suggestion for a misspelled option. Dashes, which all have, make no two options alike."""
+    near = did_you_mean(name.lstrip("-"), [option[2:] for option in own if option.startswith("--")])
+    return near and near.replace("`", "`--", 1)
 
 
 def options_of(command: click.Command) -> list[str]:

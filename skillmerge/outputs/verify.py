@@ -152,9 +152,14 @@ def _check_files(root: Path, proof: Manifest) -> None:
     found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
     found = {name for name in found if not name.startswith(f"{DOWNLOADS}/")}
     if missing := sorted(wanted - found):
-        raise CheckFailed(f"{root}: files are missing: {some(missing)}")
+        raise CheckFailed(
+            f"{root}: files are missing: {some(missing)}",
+            fix="restore them, or make the output again with `--overwrite`",
+        )
     if extra := sorted(found - wanted - BESIDE):
-        raise CheckFailed(f"{root}: files do not belong to the output: {some(extra)}")
+        raise CheckFailed(
+            f"{root}: files do not belong to the output: {some(extra)}", fix="move them out of the folder"
+        )
     for name in sorted(found):
         if not stat.S_ISREG((root / name).lstat().st_mode):
             raise CheckFailed(f"{root / name}: is not a plain file")

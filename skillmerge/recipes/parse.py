@@ -18,7 +18,7 @@ from skillmerge.errors import NEAR, Mistakes, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.expression import ExpressionError, Node, normalise_name, parse
 from skillmerge.recipes.gate_table import Gate, gates_of
-from skillmerge.recipes.recipe import CopyRule, Output, Push, Recipe, expression_error, local_path
+from skillmerge.recipes.recipe import CopyRule, Output, Push, Recipe, add_coefficient, expression_error, local_path
 from skillmerge.recipes.schedules import LayerRange, Rule, Schedule, parse_layers
 from skillmerge.recipes.schema import read_table
 from skillmerge.recipes.source import SAVED_PLAN, RecipeSource, name_of, text_of
@@ -246,7 +246,8 @@ def _numbers(overrides: Mapping[str, float], schedules: Mapping[str, Schedule]) 
     for written, value in overrides.items():
         name = normalise_name(written)
         if name not in schedules:
-            near = did_you_mean(name, list(schedules)) or f"this recipe has: {', '.join(schedules) or 'none'}"
+            known = f"this recipe has: {', '.join(schedules)}" if schedules else add_coefficient(name)
+            near = did_you_mean(name, list(schedules)) or known
             raise UsageError(f"--set {name}: the recipe has no such coefficient", fix=near)
         if isinstance(value, bool | str) or not math.isfinite(value):
             raise UsageError(f"--set {name}: {value} is not a finite number")
@@ -288,8 +289,9 @@ def _rule(document: Document, path: Path, table: RuleTable) -> Rule:
         try:
             layers += parse_layers(str(part)) if part is not None else ()
         except ValueError as error:
-            meant = _ALL_LAYERS if str(part).strip().lower() in _EVERYTHING else None
-            raise document.error(str(error), document.place((*path, "layers")), meant) from error
+            what, _, fix = str(error).partition("; ")
+            meant = _ALL_LAYERS if str(part).strip().lower() in _EVERYTHING else fix or None
+            raise document.error(what, document.place((*path, "layers")), meant) from error
     return Rule(
         layers=tuple(layers),
         tensors=_as_tuple(table.tensors),

@@ -238,6 +238,11 @@ def local_path(document: Document, path: Path, folder: FilePath, written: str) -
         raise document.error(f"`{written}` is in a home folder that does not exist", document.place(path)) from error
 
 
+def add_coefficient(name: str) -> str:
+    """Return how to give a name to a number of an expression, for a recipe without coefficients."""
+    return f"name a number of the recipe: `coefficients: {{{name}: 0.7}}` and `merge: target + {name} * (rl - sft)`"
+
+
 def expression_error(document: Document, error: ExpressionError) -> RecipeError:
     """Point into the expression where it stands on one line as it is; else at its start."""
     place = document.place(("merge",))

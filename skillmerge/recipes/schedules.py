@@ -37,17 +37,19 @@ class LayerRange:
 
 
 def parse_layers(text: str) -> tuple[LayerRange, ...]:
-    """`7`, `0-3`, `4-` and lists of them, `0-3, 8-11`. Raises ValueError."""
+    """`7`, `0-3`, `4-` and lists of them, `0-3, 8-11`. Raises ValueError: what is wrong; what to write."""
     ranges = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})?\s*(-)?\s*(\d{1,6})?\s*", part)
         first, dash, last = match.groups() if match else (None, None, None)
         if match is not None and first is None and last is not None:
             raise ValueError(
-                f"`{part.strip()}` could be the first layers or the last: write 0-{last}, or the last one's number"
+                f"`{part.strip()}` could be the first layers or the last; write 0-{last}, or the last one's number"
             )
         if match is None or first is None or (dash is None and last is not None):
-            raise ValueError(f"`{text}` does not name layers; write them like 7, 0-3, 4- or 0-3,8-11")
+            meant = re.fullmatch(r"\s*(\d{1,6})\s*(?:\.\.\.?|:|–|to)\s*(\d{1,6})\s*", part)
+            fix = f"did you mean `{meant[1]}-{meant[2]}`?" if meant else "write them like 7, 0-3, 4- or 0-3,8-11"
+            raise ValueError(f"`{text}` does not name layers; {fix}")
         low = int(first)
         high = low if dash is None else int(last) if last is not None else None
         if high is not None and high < low:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import shlex
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,13 +27,15 @@ def gallery() -> dict[str, str]:
     return {name: text.split("\n", 1)[0].removeprefix("# ") for name, text in sorted(texts.items())}
 
 
-def recipe_text(source: str | None = None) -> str:
+def recipe_text(source: str | None = None, folder: str | os.PathLike[str] | None = None) -> str:
     """Return the text of a gallery recipe or of the translation of a mergekit file; without `source`, the starter.
 
-    Raises UsageError for a name that is not in the gallery, RecipeError for a file that cannot be translated."""
+    folder: where the recipe will be, if that is known: relative paths of a translation start there.
+    Raises UsageError for a name that is not in the gallery, RecipeError for a file that cannot be translated.
+    """
     home = files("skillmerge.recipes")
     if source is not None and is_file_name(source):
-        return _translated(source)
+        return _translated(source, folder)
     if source is None:
         return (home / "starter.yaml").read_text(encoding="utf-8")
     names = list(gallery())
@@ -51,13 +53,18 @@ def is_file_name(source: str) -> bool:
     return source == STANDARD_INPUT or source.endswith(RECIPE_SUFFIXES)
 
 
-def _translated(source: str) -> str:
+def _translated(source: str, folder: str | os.PathLike[str] | None) -> str:
     """Return the translation of a mergekit file. Raises UsageError if the file is a recipe already, RecipeError."""
     document = yamltext.read(text_of(source), source)
     if mergekit.is_mergekit(document.data) and "skillmerge" not in document.data:
-        with suppress(mergekit.NoCounterpart):
-            return mergekit.equivalent(document.data) + "\n"
-    read_table(document, RecipeTable)  # reports what is wrong, or why it cannot be translated
+        home = Path() if source == STANDARD_INPUT else Path(source).parent
+        start = os.path.relpath(home, folder) if folder is not None else "."
+        try:
+            return mergekit.equivalent(document.data if start == "." else mergekit.moved(document.data, start)) + "\n"
+        except mergekit.NoCounterpart as error:
+            place = document.keys.get(error.path) or document.values.get(error.path)
+            raise document.error(str(error), place, error.fix or mergekit.TRANSLATED) from error
+    read_table(document, RecipeTable)  # reports what is wrong
     raise UsageError(f"`{source}` is a recipe already", fix="copy it, or name a mergekit file")
 
 
@@ -70,10 +77,11 @@ def init(path: str | os.PathLike[str] = "recipe.yaml", source: str | None = None
     Raises UsageError where `path` exists, and for a name that is not in the gallery; RecipeError for a file that has no
     translation.
     """
-    text = recipe_text(source)
     target = Path(path)
+    text = recipe_text(source, target.parent)
     if target.exists():
-        raise UsageError(f"`{path}` already exists", fix="choose another file: `skillmerge init my-recipe.yaml`")
+        same = f" --from {shlex.quote(source)}" if source is not None else ""
+        raise UsageError(f"`{path}` already exists", fix=f"choose another file: `skillmerge init my-recipe.yaml{same}`")
     with disk_errors(target):
         target.write_text(_EDITOR_LINE + text, encoding="utf-8")
     beside = target.parent / SCHEMA_FILE

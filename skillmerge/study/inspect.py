@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -145,6 +146,9 @@ def inspect(
     access = Access(follow_links, locked, download=hub == "download")
     places = [name_of(source), *(os.fspath(place) for place in (other, *more) if place is not None)]
     if _is_recipe(source, alone=len(places) == 1):
+        if len(places) > 1 and Path(places[0]).suffix not in RECIPE_SUFFIXES:
+            folder = shlex.quote(str(Path(places[0]).parent))
+            raise UsageError(f"`{places[0]}` is a file, not a folder", fix=f"name the model's folder: `{folder}`")
         if len(places) > 1:
             raise UsageError(f"{places[0]} is a recipe, which must be the only argument", fix=f"leave {places[1]} out")
         with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):

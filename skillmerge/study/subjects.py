@@ -11,7 +11,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill import SKILL_FILE
 from skillmerge.checkpoints.model_config import contradictions
 from skillmerge.checkpoints.schemes import is_path, open_store, parse_place
-from skillmerge.errors import UsageError
+from skillmerge.errors import UsageError, some
 from skillmerge.methods.terms import (
     Leaf,
     Scaled,
@@ -23,13 +23,19 @@ from skillmerge.methods.terms import (
     model_of,
     weights,
 )
+from skillmerge.plans.accounting import Problem, settlement
+from skillmerge.plans.advice.causes import cause_of, share
+from skillmerge.plans.advice.names import rename_rules
+from skillmerge.plans.advice.shares import MUCH
 from skillmerge.plans.compare.models import compare_models
+from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.plans.plan import Plan
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark, warning
 from skillmerge.reporter import Reporter
+from skillmerge.tensors import percent
 
 BASE = "--base"
 """The name of the option's model beside those of a recipe, which cannot have this name."""
@@ -143,7 +149,10 @@ def subject_of_models(before: str, after: str, access: Access, reporter: Reporte
         terms = dict.fromkeys(checkpoints["after"].tensors, difference)
         compared = compare_models(recipe, checkpoints, "after", terms, lenient=True)
         shapes = {name: spec.shape for name, spec in checkpoints["after"].tensors.items()}
-        held = [warning(f"`{after}`: {it}") for it in contradictions(checkpoints["after"].config, shapes)]
+        held = [
+            *(warning(f"`{after}`: {it}") for it in contradictions(checkpoints["after"].config, shapes)),
+            *_left_out(recipe, checkpoints),
+        ]
     except BaseException:
         close_all(checkpoints)
         raise
@@ -153,6 +162,32 @@ def subject_of_models(before: str, after: str, access: Access, reporter: Reporte
         f"from {before} to {after}", checkpoints, {"after": 1.0, "before": -1.0}, ("after", "before"), "before",
         "before", difference=difference, doubts=(*compared.warnings, *held), places=models,
     )  # fmt: skip
+
+
+def _left_out(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
+    """Yield a warning if much of two models has no partner: the figures then say little about the update."""
+    after, before = checkpoints["after"], checkpoints["before"]
+    missing = [name for name, spec in after.tensors.items() if find_source(spec, "before", before) is None]
+    extra = [name for name, spec in before.tensors.items() if find_source(spec, "after", after) is None]
+    reshaped = [
+        name
+        for name, spec in after.tensors.items()
+        if name in before.tensors and before.tensors[name].shape != spec.shape
+    ]
+    out = max(share([*missing, *reshaped], after.tensors), share([*extra, *reshaped], before.tensors))
+    if out < MUCH:
+        return
+    what = f"{percent(out)} of the parameters are not compared, and the figures say nothing about them"
+    if rename_rules(before.tensors, after.tensors):
+        cause = cause_of(recipe, "before", before, "after", after, missing, extra)
+        help = settlement(recipe, [Problem("names", cause.message, rename=cause.rename)])
+        yield Remark("warning", f"{what}: {recipe.in_words(cause.message)}", help)
+        return
+    reasons = (
+        (missing, "only `after` has"), (extra, "only `before` has"), (reshaped, "of other shapes are")
+    )  # fmt: skip
+    told = "; ".join(f"{reason} {some(names)}" for names, reason in reasons if names)
+    yield Remark("warning", f"{what}: {recipe.in_words(told)}", "check that both are the right models, and complete")
 
 
 def open_named(models: Mapping[str, Any], access: Access, reporter: Reporter) -> dict[str, Checkpoint]:

@@ -11,6 +11,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from skillmerge.checkpoints.tokenizers.vocabulary import SKILL_TOKENS
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
@@ -23,6 +24,7 @@ from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 from skillmerge.outputs.verify import check_structure, checked, input_digests, is_intact
 from skillmerge.plans.accounting import prove_ties
 from skillmerge.plans.budget import budget, check_disk
+from skillmerge.plans.compare.skill_tokens import token_files
 from skillmerge.plans.opening import Access
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.saved import SavedPlan
@@ -256,6 +258,8 @@ class _Merge:
             if self.tasks is None:
                 check_disk(staging.folder, push.disk_needed(needed) if push else needed, "the output")
             side_files += fetch(self.job.checkpoints[plan.donor], plan.side_files, self.access.allow_code)
+            if plan.makes_skill and (self.checks.expected is None or SKILL_TOKENS in self.checks.expected.file_names):
+                side_files += token_files(plan, self.job.checkpoints)
             prove_ties(plan.ties, self.job.checkpoints)
         if push is not None:
             push.attach(staging)

@@ -19,6 +19,7 @@ from typing import Any
 
 from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.tokenizers.vocabulary import SKILL_TOKENS
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
@@ -29,6 +30,7 @@ from skillmerge.outputs.output import MOVED, Output, check_folder
 from skillmerge.outputs.verify import check_structure, input_digests
 from skillmerge.plans import changes as changes_module
 from skillmerge.plans import saved
+from skillmerge.plans.compare.skill_tokens import token_files
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.plans.side_files import SideFile, fetch
@@ -163,6 +165,7 @@ def check_rebuild(
             from skillmerge.engine.skill_file import describe_skill
 
             side_files.append(SideFile.of(*describe_skill(plan, checkpoints, original.finished)))
+            side_files += token_files(plan, checkpoints) if SKILL_TOKENS in proof.file_names else ()
         for file in side_files:
             _compare_file(root / file.name, file.content or b"")
         if shards is plan.shards:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from skillmerge.outputs.proof.sign import Signature, verify_signature
-from skillmerge.outputs.verify import Verdict, checked, verify_files
+from skillmerge.outputs.verify import SIGNATURE_FILE, Verdict, checked, verify_files
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.loads.loading import asked_runtimes, check_load, need
 from skillmerge.verbs.extract import check_parent
@@ -49,6 +49,10 @@ def verify(
         verdict = replace(signed.verdict, signature=found)
     else:
         verdict = verify_files(folder, allow_nonfinite=allow_nonfinite, reporter=reporter)
+        if (verdict.output.folder / SIGNATURE_FILE).is_file():
+            how = "`--public-key KEY`, or `--certificate-chain ROOT` if a certificate was used"
+            told = f"{verdict.folder} has a signature, which was not checked: to check it, pass {how}"
+            (reporter or default_reporter("verifying")).note(told)
         verdict = _loaded(verdict, runtimes, reporter)
     if parent is None:
         return verdict

@@ -45,6 +45,18 @@ def test_errors_are_json_too_and_say_the_status(family: Path) -> None:
     assert "model-00001-of-00002.safetensors" in document["message"]
 
 
+def test_refused_plan_is_json_with_its_error(family: Path) -> None:
+    assert not {"exit_status", "message", "fix"} & json.loads(run_cli("plan", family, "--json").stdout).keys()
+    shutil.rmtree(family.parent / "rl")
+    write_checkpoint(family.parent / "rl", random_tensors(tensor_shapes(layers=1)))
+    process = run_cli("plan", family, "--json")
+    document = json.loads(process.stdout)
+    assert process.returncode == document["exit_status"] == 4
+    assert (document["ok"], document["error"], bool(document["problems"])) == (False, "InputError", True)
+    assert document["problems"][0]["message"] in document["message"]
+    assert document["fix"]
+
+
 def test_same_command_again_has_nothing_to_do(family: Path) -> None:
     run_cli("apply", family)
     process = run_cli("apply", family)

@@ -33,6 +33,7 @@ TYPED = {
     "inspect --recipe r.yaml": (
         "no such option `--recipe`", "give the recipe without an option: `skillmerge inspect recipe.yaml`"
     ),
+    "inspect a b --top": ("no such option `--top`", "run `skillmerge inspect --help`"),
     "apply r.yaml --threds 3": ("no such option `--threds`", "did you mean `--threads`?"),
     "plan r.yaml --overwrite": (
         "no such option `--overwrite`", "leave it out: it is an option of `apply`, `extract`, `sweep`"

@@ -169,6 +169,10 @@ def test_signed_attestation_is_a_dsse_envelope_that_openssl_verifies(hashed: Pat
     assert f"note: {unsigned} is an older attestation, and is not signed: remove it\n" in process.stderr
     made = skillmerge.attest(hashed, private_key=key)
     assert made.attestation.name == "merged.intoto.jsonl"
+    assert (
+        f"note: {made.attestation} is an older attestation, and is signed: to replace it, pass `--private-key KEY`\n"
+        in run_cli("attest", hashed).stderr
+    )
     (line,) = made.attestation.read_text().splitlines()
     envelope = json.loads(line)
     payload = base64.b64decode(envelope["payload"])
@@ -294,3 +298,17 @@ def test_missing_package_is_told_with_its_extra(
     assert process.returncode == 2
     assert package in process.stderr
     assert "pip install 'skillmerge[attest" in process.stderr
+
+
+def test_verify_says_that_a_signature_was_not_checked(hashed: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True)
+    subprocess.run(["openssl", "ec", "-in", key, "-pubout", "-out", tmp_path / "key.pub"], check=True)
+    assert "signature" not in run_cli("verify", hashed).stderr
+    skillmerge.sign(hashed, private_key=key)
+    assert run_cli("verify", hashed).stderr.endswith(
+        f"note: {hashed} has a signature, which was not checked: to check it, pass `--public-key KEY`, or "
+        "`--certificate-chain ROOT` if a certificate was used\n"
+    )
+    assert "signature" not in run_cli("verify", hashed, "--public-key", tmp_path / "key.pub").stderr
+    (hashed / "model.sig").unlink()

@@ -382,6 +382,23 @@ def test_key_that_cannot_sign_is_a_usage_error(output: Path, keys: Path, key: st
         skillmerge.sign(output, private_key=keys / key)
 
 
+@pytest.mark.parametrize(
+    ("key", "what", "fix"),
+    [
+        ("key.pub", "is a public key", "pass the private key"),
+        ("signer.crt", "is a certificate", "--signing-certificate"),
+        ("missing.pem", "No such file", "check the path"),
+        ("text.pem", "is it a PEM file?", "create one: openssl"),
+    ],
+)
+def test_key_that_cannot_sign_is_called_what_it_is(output: Path, keys: Path, key: str, what: str, fix: str) -> None:
+    (keys / "text.pem").write_text("hello\n")
+    with pytest.raises(UsageError) as caught:
+        skillmerge.sign(output, private_key=keys / key)
+    assert what in caught.value.message
+    assert fix in str(caught.value.fix)
+
+
 @pytest.mark.parametrize("key", ["rsa.pub", "k1.pub", "key.pem", "signer.crt", "missing.pub"])
 def test_key_that_cannot_check_is_a_usage_error(signed: Path, keys: Path, key: str) -> None:
     with pytest.raises(UsageError, match=key):
@@ -401,7 +418,7 @@ def test_certificate_of_another_key_and_no_chain_are_usage_errors(output: Path, 
 
 
 def test_whom_to_trust_has_to_be_said(signed: Path, keys: Path) -> None:
-    with pytest.raises(UsageError, match="exclude each other"):
+    with pytest.raises(UsageError, match=r"^`--signature` needs `--public-key` or `--certificate-chain`"):
         skillmerge.verify_signed(signed)
     with pytest.raises(UsageError, match="exclude each other"):
         skillmerge.verify_signed(signed, public_key=keys / "key.pub", certificate_chain=[keys / "root.crt"])
@@ -415,6 +432,7 @@ def test_verify_demands_a_signature_where_it_is_told_to(output: Path, keys: Path
     unsigned = run_cli("verify", output, *demanded)
     assert unsigned.returncode == 3
     assert "is not signed" in unsigned.stderr
+    assert f"help: sign it with `skillmerge sign {output} --private-key KEY`" in unsigned.stderr
     assert run_cli("verify", output, "--public-key", keys / "key.pub").returncode == 3
     made = json.loads(run_cli("sign", output, "--private-key", keys / "key.pem", "--json").stdout)
     assert made["ok"]

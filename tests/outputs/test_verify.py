@@ -172,6 +172,7 @@ def test_added_file_is_found(output: Path, name: str) -> None:
     (output / name).parent.mkdir(parents=True, exist_ok=True)
     (output / name).write_bytes(b"")
     assert_refused(output, name)
+    assert run_cli("verify", output).stderr.endswith("help: move them out of the folder\n")
 
 
 @pytest.mark.parametrize("name", [*FILES, "1_Pooling/config.json"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import skillmerge
 from skillmerge.recipes import expression, yamltext
 from skillmerge.recipes.foreign import mergekit
 
+GATES = "run it on an output: `skillmerge gate FOLDER --gates FILE`"
 START = "start one: `skillmerge init recipe.yaml`"
-NO = "docs/mergekit.md lists what has a counterpart"
+RAMP = (
+    "write a coefficient with `rules`, such as `coefficients: {lam: {default: 0, rules: [{layers: 0-, ramp: [0, 1]}]}}`"
+)
+NO = "`linear`, `task_arithmetic` and `passthrough` of one model have counterparts"
 SAME = "the recipe that says the same, which `skillmerge init recipe.yaml --from merge.yml` writes:\n"
 ANOTHER = "merge with mergekit, as the plain sum of the models or updates is another merge"
 MERGEKIT = {
@@ -50,8 +55,7 @@ MERGEKIT = {
         3, "merge_method", f"`slices` has no counterpart in a recipe; {NO}"
     ),
     "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: [0, 1]}}]\n": (
-        1, "merge_method", "a `weight` that is a list or a filter is written as a coefficient with `rules`, such as "
-        f"`coefficients: {{lam: {{default: 0.5, rules: [{{modules: mlp, value: 0.3}}]}}}}`; {NO}"
+        1, "merge_method", f"a `weight` that is a list or a filter has no direct counterpart; {RAMP}"
     ),
     "merge_method: linear\nmodels: [{model: ./a+./lora, parameters: {weight: 1}}]\n": (
         1, "merge_method",
@@ -84,6 +88,7 @@ OTHERS = {
         "the index of a model's weights", "weight_map", f"name its folder as a model of a recipe; {START}"
     ),
     '{"lock_version": 1}': ("a lock, which belongs to a recipe", "lock_version", "name the recipe beside it"),
+    "gates: {finite: true}\n": ("a file of gates", "gates", GATES),
     "on: push\njobs: {}\n": ("a workflow of a code host", "on", START),
 }  # fmt: skip
 
@@ -115,11 +120,47 @@ def test_init_writes_the_recipe_that_says_the_same_as_a_file(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("text", [text for text in MERGEKIT if not MERGEKIT[text][2].startswith(SAME)])
-def test_init_refuses_a_file_that_has_no_translation_as_plan_does(text: str, tmp_path: Path) -> None:
+def test_init_refuses_a_file_that_has_no_translation_with_the_reason(text: str, tmp_path: Path) -> None:
+    """Found by a newcomer: the error only said that it is a configuration of mergekit, which they had said."""
     (tmp_path / "merge.yml").write_text(text)
     process = run_cli("init", "recipe.yaml", "--from", "merge.yml", cwd=tmp_path)
-    assert (process.returncode, process.stderr) == (2, run_cli("plan", "merge.yml", cwd=tmp_path).stderr)
+    reason, _, fix = MERGEKIT[text][2].rpartition("; ")
+    assert process.returncode == 2
+    assert re.match(rf"error: merge\.yml(:\d+:\d+)?: {re.escape(reason)}\n", process.stderr), process.stderr
+    assert process.stderr.endswith(f"help: {fix}\n")
     assert not (tmp_path / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "place", "fix"),
+    [
+        ("{weigth: 0.7}", "4:18: the parameter `weigth`", "did you mean `weight`?"),
+        ("{weight: [0.2, 1]}", "4:18: a `weight` that is a list", RAMP.replace("0,", "0.2,")),
+        ("5", "4:5: `parameters` is not a table", NO),
+    ],
+)
+def test_what_has_no_translation_is_shown_where_it_is(entry: str, place: str, fix: str, tmp_path: Path) -> None:
+    text = f"merge_method: linear\nmodels:\n  - model: ./a\n    parameters: {entry}\n"
+    (tmp_path / "merge.yml").write_text(text)
+    error = run_cli("init", "r.yaml", "--from", "merge.yml", cwd=tmp_path).stderr
+    assert error.startswith(f"error: merge.yml:{place}"), error
+    assert error.endswith(f"help: {fix}\n")
+
+
+def test_translation_in_another_folder_finds_the_models(tmp_path: Path) -> None:
+    (tmp_path / "ta.yml").write_text(
+        "merge_method: task_arithmetic\nbase_model: ./base\nmodels:\n  - {model: runs/rl/final}\n  - {model: /abs/b}\n"
+        "  - {model: org/name}\n"
+    )
+    (tmp_path / "mk").mkdir()
+    assert run_cli("init", "mk/t.yaml", "--from", "ta.yml", cwd=tmp_path).stderr == ""
+    models = yamltext.read((tmp_path / "mk/t.yaml").read_text(), "t.yaml").data["models"]
+    assert [*models.values()] == ["../base", "../runs/rl/final", "/abs/b", "hf://org/name"]
+    assert run_cli("init", "t.yaml", "--from", "ta.yml", cwd=tmp_path).stderr == ""
+    models = yamltext.read((tmp_path / "t.yaml").read_text(), "t.yaml").data["models"]
+    assert [*models.values()] == ["./base", "runs/rl/final", "/abs/b", "hf://org/name"]
+    process = run_cli("init", "t.yaml", "--from", "ta.yml", cwd=tmp_path)
+    assert process.stderr.endswith("help: choose another file: `skillmerge init my-recipe.yaml --from ta.yml`\n")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from skillmerge.recipes.recipe import unused_names
 from skillmerge.recipes.schema import schema as recipe_schema
 from skillmerge.recipes.starter import recipe_text
 from skillmerge.recipes.yamltext import read
+from skillmerge.verbs.sweep.candidates import path_of
 
 GOOD = """\
 skillmerge: 1
@@ -65,6 +67,15 @@ def test_set_replaces_a_schedule_by_a_number() -> None:
     assert parse(GOOD, lam=0.25).coefficients["lam"].resolve(["x"]) == {"x": 0.25}
     with pytest.raises(UsageError, match="no such coefficient"):
         parse(GOOD, lamb=0.25)
+
+
+def test_set_in_a_recipe_without_coefficients_says_how_to_name_a_number() -> None:
+    text = "skillmerge: 1\nmodels: {target: t, rl: r, sft: s}\nmerge: target + 0.7 * (rl - sft)\n"
+    named = re.escape("`coefficients: {lam: 0.7}` and `merge: target + lam * (rl - sft)`")
+    with pytest.raises(UsageError, match=named):
+        parse(text, lam=0.5)
+    with pytest.raises(UsageError, match=named):
+        path_of(parse(text), "lam.rules.0.value")
 
 
 def test_greek_names_work_everywhere() -> None:
@@ -164,9 +175,18 @@ only numbers and coefficients divide""",
     "backward layers": (
         ("layers: 0-3", "layers: 3-0"),
         """\
-recipe.yaml:10:18: `3-0` runs backwards; write 0-3
+recipe.yaml:10:18: `3-0` runs backwards
    10 |       - {layers: 3-0, value: 0.0}
-      |                  ^^^""",
+      |                  ^^^
+write 0-3""",
+    ),
+    "layers with dots": (
+        ("layers: 0-3", "layers: 0..3"),
+        """\
+recipe.yaml:10:18: `0..3` does not name layers
+   10 |       - {layers: 0..3, value: 0.0}
+      |                  ^^^^
+did you mean `0-3`?""",
     ),
     "misspelt model under copy": (
         ("from: target", "from: targt"),

@@ -35,7 +35,7 @@ def test_init_keeps_the_recipe_that_is_there(tmp_path: Path) -> None:
     process = run_cli("init", "--from", "past", cwd=tmp_path)
     assert process.returncode == 2
     assert process.stderr == (
-        "error: `recipe.yaml` already exists\nhelp: choose another file: `skillmerge init my-recipe.yaml`\n"
+        "error: `recipe.yaml` already exists\nhelp: choose another file: `skillmerge init my-recipe.yaml --from past`\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert (tmp_path / "recipe.yaml").read_text() == "mine"

@@ -398,3 +398,14 @@ def test_inspect_command(family: Path) -> None:
     document = json.loads(run_cli("inspect", "recipe.yaml", "--json", "--stats", "off", cwd=folder).stdout)
     assert document["forecast"] is None
     assert set(document["all"]) >= set(FIGURES)
+
+
+def test_file_of_weights_in_place_of_a_model_is_named(family: Path) -> None:
+    for places in ((family.parent / "sft/model.safetensors", family.parent / "rl"), (family.parent / "sft/a.bin", "b")):
+        Path(places[0]).touch()
+        with pytest.raises(UsageError) as caught:
+            inspect(*places)
+        assert caught.value.message == f"`{places[0]}` is a file, not a folder"
+        assert caught.value.fix == f"name the model's folder: `{family.parent / 'sft'}`"
+    with pytest.raises(UsageError, match="is a recipe, which must be the only argument"):
+        inspect(family, family.parent / "rl")

@@ -148,6 +148,27 @@ def test_files_of_scores_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         assert (caught.value.message, caught.value.fix) == (message, fix)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("q.jsonl", "did you mean `qa:q.jsonl`?"),
+        ("text.txt", "did you mean `perplexity:text.txt`?"),
+        ("eval.py", "did you mean `python eval.py`?"),
+        ("data.csv", "pass a command, module:function, qa:FILE or perplexity:FILE"),
+    ],
+)
+def test_file_that_is_no_command_is_refused(
+    name: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UsageError) as caught:
+        find_scorer(name)
+    assert (caught.value.message, caught.value.fix) == (f"`--score {name}` is a file, not a command", meant)
+    (tmp_path / name).chmod(0o755)
+    assert find_scorer(f"./{name}").command == f"./{name}", "a shell runs it"
+
+
 def test_scores_that_are_not_there_are_refused(tmp_path: Path) -> None:
     for text in ("qa:no/such/file", "perplexity:no/such/file", "no_such_module:function", "json:no_such_function", " "):
         with pytest.raises(UsageError, match="--score"):

@@ -14,6 +14,7 @@ import pytest
 from conftest import flip, run_cli, write_family, write_recipe
 
 import skillmerge
+from skillmerge.checkpoints.tokenizers.vocabulary import SKILL_TOKENS
 from skillmerge.engine.runner import Work
 from skillmerge.engine.runners import threads as runner
 from skillmerge.errors import CheckFailed, InputError, StalePlan, UsageError
@@ -240,3 +241,20 @@ def test_messages_name_the_recipe_in_the_manifest(finished: Path) -> None:
     with pytest.raises(InputError, match=r"^the recipe in the manifest:\d+:\d+: model `rl`") as caught:
         check_rebuild(finished)
     assert "recipe.yaml" not in caught.value.message
+
+
+def test_skill_of_a_version_that_kept_no_tokens_is_built_again_as_it_was(tmp_path: Path) -> None:
+    write_family(tmp_path)
+    (tmp_path / "rl" / "vocab.json").write_text('{"a": 0, "b": 1}')
+    skill = skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "math").output
+    assert check_rebuild(skill).output is None
+    assert SKILL_TOKENS in content(rebuild_into(skill, tmp_path / "again").output or skill)
+    kept = [
+        row
+        for row in json.loads((skill / "skillmerge.manifest.json").read_text())["files"]
+        if row["name"] != SKILL_TOKENS
+    ]
+    reseal(skill, lambda document: document.update(files=kept))
+    (skill / SKILL_TOKENS).unlink()
+    assert check_rebuild(skill).output is None
+    assert SKILL_TOKENS not in content(rebuild_into(skill, tmp_path / "as-it-was").output or skill)

@@ -55,6 +55,11 @@ def test_sweep_names_the_smallest_within_noise_and_the_edge(family: Path) -> Non
     )
 
 
+def test_best_recipe_claims_no_share_above_1(family: Path) -> None:
+    found = sweep(family, ["lam=0,1"], "echo [1, 1, 1, 1] #")
+    assert "# score = 1 ± 0.3 (95 %), the highest of 2 candidates" in found.best_recipe.read_text()
+
+
 def test_edges_are_those_of_three_values_or_more() -> None:
     grid, pair, free = parse_axis("lam=0:2:0.3"), parse_axis("lam=0.5,1"), parse_axis("lam=0:2")
     assert [grid.has_at_its_edge(value) for value in (0, 0.3, 1.8)] == [False, False, True]

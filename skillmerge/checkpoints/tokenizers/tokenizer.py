@@ -16,12 +16,14 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import sections
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.vocabulary import (
+    SKILL_TOKENS,
     NoTable,
     Vocabulary,
     added_tokens,
     content_of,
     json_table,
     merges_txt,
+    skill_tokens,
     tekken,
     tiktoken,
     tokenizer_json,
@@ -40,6 +42,7 @@ VOCABULARIES: tuple[tuple[str, Callable[[bytes], Vocabulary]], ...] = (
     ("tiktoken.model", tiktoken),
     ("*.tiktoken", tiktoken),
     ("tekken.json", tekken),
+    (SKILL_TOKENS, skill_tokens),
 )
 """Files that say which text each id is, best first."""
 

@@ -16,6 +16,9 @@ from skillmerge.checkpoints.safetensors import refuse_bulk, unique_keys
 from skillmerge.checkpoints.tokenizers.small_files import MAX_BYTES
 from skillmerge.checkpoints.tokenizers.tokenization import in_order, tokenization
 
+SKILL_TOKENS = "skill.tokens.json"
+"""The file of a stored skill that says which tokens its rows belong to. A skill has no tokenizer of its own."""
+
 _MOST_IDS = 1 << 31
 
 
@@ -70,6 +73,21 @@ def vocab_json(content: bytes) -> Vocabulary:
     if all(isinstance(entry, dict) for entry in table.values()):
         return Vocabulary({})  # speech models have a vocabulary for each language
     return Vocabulary(_by_id(table))
+
+
+def skill_tokens(content: bytes) -> Vocabulary:
+    """Read the text of each id, in order; null where it is not known."""
+    refuse_bulk(content, MAX_BYTES)
+    texts = json.loads(content.decode("utf-8"))
+    if not isinstance(texts, list):
+        raise ValueError("it is not a JSON list")
+    return Vocabulary({number: _text(text) for number, text in enumerate(texts) if text is not None})
+
+
+def skill_tokens_text(tokens: Mapping[int, str]) -> str:
+    """Write what `skill_tokens` reads, one id a line."""
+    lines = (json.dumps(tokens.get(number)) for number in range(max(tokens, default=-1) + 1))
+    return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
 def vocab_txt(content: bytes) -> Vocabulary:

@@ -13,12 +13,13 @@ from skillmerge.cli.messages import TerminalReporter, log
 from skillmerge.cli.results import (
     STANDARD_OUTPUT,
     check_places,
-    print_result,
+    document_of,
+    print_json,
     suggest,
     write_report,
     write_text,
 )  # fmt: skip
-from skillmerge.errors import InputError
+from skillmerge.errors import InputError, SkillmergeError
 from skillmerge.remarks import count_of
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def plan(
     file = None if save == STANDARD_OUTPUT else save
     made = run(recipe, coefficients=dict(coefficients), save=file, diff=diff, reporter=reporter, **options)
     if as_json:
-        print_result(made)
+        print_json({**document_of(made), **_refusal(made)})
     elif not printed:
         _show_plan(made, diff, quiet)
     if save == STANDARD_OUTPUT:
@@ -138,6 +139,17 @@ def plan(
     if diff is None and not printed and not quiet and (save or recipe != STANDARD_OUTPUT):
         suggest(f"skillmerge apply {shlex.quote(save)}" if save else made.recipe.command("apply"))
     return 10 if detailed and not made.done else 0
+
+
+def _refusal(made: Preview) -> dict[str, Any]:
+    """Return the error that `apply` would end with, as every JSON document of a failure has it."""
+    try:
+        made.refuse_problems()
+        if not made.ok:
+            made.refuse_warnings()
+    except SkillmergeError as error:
+        return error.as_dict()
+    return {}
 
 
 def _show_plan(made: Preview, diff: str | None, quiet: bool) -> None:

@@ -8,7 +8,7 @@ import click
 
 from skillmerge.cli import flags
 from skillmerge.cli.help import command, option
-from skillmerge.cli.messages import TerminalReporter, log
+from skillmerge.cli.messages import TerminalReporter, log, log_error
 from skillmerge.cli.results import check_places, print_line, print_result, refuse_standard_output, reserved
 from skillmerge.errors import UsageError
 
@@ -241,25 +241,28 @@ def attest(folder: str, password_file: str | None, as_json: bool, quiet: bool, *
         log("note", f"no digests of these inputs are known (apply --hash-inputs): {names}")
 
 
-@command("push merged org/name --private")
+@command("push merged org/name --private", "push merged org/name --dry-run")
 @click.argument("folder", type=click.Path())
 @click.argument("repository", metavar="ORG/NAME")
 @flags.private
 @flags.revision
 @flags.pull_request
 @flags.message
+@flags.dry_run
 @option("--card", group="Model card", type=click.Path(), metavar="FILE", help="Model card to use as it is")
 @option("--license", group="Model card", metavar="ID", help="License  [default: the recipe's]")
 @option("--tag", "tags", group="Model card", multiple=True, metavar="TAG", help="Tag; repeatable")
 @flags.nonfinite
 @flags.as_json
 @flags.quiet
-def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: Any) -> None:
+def push(folder: str, repository: str, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> int:
     """Publish an output on the Hugging Face Hub.
 
     Verifies the output first, then publishes it in one commit. Opens a pull request if the repository has a model.
     Rerun to resume.
     """
+    if dry_run:
+        return _rehearse_push(folder, repository, as_json, quiet, **options)
     from skillmerge.outputs.hub.push import push as run
 
     published = run(folder, repository, reporter=TerminalReporter(quiet, verbose=False), **options)
@@ -270,3 +273,20 @@ def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: An
         from skillmerge.cli.show.merging import show_published
 
         show_published(published, console())
+    return 0
+
+
+def _rehearse_push(folder: str, repository: str, as_json: bool, quiet: bool, **options: Any) -> int:
+    """Show what a push would publish, and every reason why it would be refused. Return the push's exit status."""
+    from skillmerge.cli.console import console
+    from skillmerge.cli.show.proving import show_rehearsal
+    from skillmerge.outputs.hub.push import rehearse_push
+
+    rehearsal = rehearse_push(folder, repository, reporter=TerminalReporter(quiet, verbose=False), **options)
+    if as_json:
+        print_result(rehearsal)
+    elif not quiet:
+        show_rehearsal(rehearsal, console())
+    for error in rehearsal.refused:
+        log_error(error)
+    return rehearsal.refused[0].exit_status if rehearsal.refused else 0

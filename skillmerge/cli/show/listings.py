@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from skillmerge.cli.show.figures import ACTIONS
 from skillmerge.errors import some
+from skillmerge.methods.terms import model_of
 from skillmerge.plans.depth import Depth, number, over_depth
 from skillmerge.plans.plan import Plan
 from skillmerge.study.scoring.scores import CONFIDENCE, Score
@@ -36,7 +37,7 @@ def actions(plan: Plan) -> list[Action]:
     """Return what the plan does, and with how many tensors of which models."""
     groups: dict[tuple[str, str], list[str]] = {}
     for tensor in plan.tensors.values():
-        models = ", ".join(dict.fromkeys(source.model for source in tensor.sources))
+        models = ", ".join(dict.fromkeys(model_of(source.model) for source in tensor.sources))
         groups.setdefault((tensor.action, models), []).append(tensor.name)
     return [Action(str(len(it)), models, ACTIONS[action], some(it, 2)) for (action, models), it in groups.items()]
 

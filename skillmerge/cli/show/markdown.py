@@ -52,7 +52,9 @@ def plan_page(
         _models(plan),
     ]
     parts += [_coefficient(name, depth) for name, depth in listings.coefficients(plan)]
-    parts += [_actions(plan), _totals(plan, needs, where, free), f"plan `{plan.digest}`"]
+    parts += [_actions(plan)]
+    if not plan.problems:
+        parts += [_totals(plan, needs, where, free), f"plan `{plan.digest}`"]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

@@ -48,6 +48,14 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     for note in plan.notes:
         out.print(Text(f"note: {note}"), soft_wrap=True)
     show_remarks(plan, out)
+    if not plan.problems:  # else its sizes would be those of what little can be planned
+        _show_totals(plan, needs, free, out)
+    if where is not None:
+        out.print(Text(f"output {where}"), soft_wrap=True)
+    show_digest(plan, out)
+
+
+def _show_totals(plan: Plan, needs: Budget | None, free: int | None, out: Console) -> None:
     totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {listings.written(plan)}"]
     if (merged := listings.merged(plan)) is not None:
         totals.insert(0, f"merges {merged}")
@@ -60,9 +68,6 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     elif free is not None:
         totals.append(f"disk needed {format_bytes(plan.bytes_written)} of {format_bytes(free)} free")
     out.print(Text(", ".join(totals)))
-    if where is not None:
-        out.print(Text(f"output {where}"), soft_wrap=True)
-    show_digest(plan, out)
 
 
 def show_remarks(plan: Plan, out: Console) -> None:
@@ -78,7 +83,8 @@ def show_remarks(plan: Plan, out: Console) -> None:
 
 
 def show_digest(plan: Plan, out: Console) -> None:
-    out.print(Text(f"plan {plan.digest}", style="dim"), soft_wrap=True)
+    if not plan.problems:  # there is nothing to apply by that name
+        out.print(Text(f"plan {plan.digest}", style="dim"), soft_wrap=True)
     if plan.warnings:
         out.print(Text(count_of(plan.warnings), style="yellow"))
 

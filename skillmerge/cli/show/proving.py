@@ -15,6 +15,7 @@ from skillmerge.outputs.verify import Verdict
 from skillmerge.tensors import format_bytes
 
 if TYPE_CHECKING:
+    from skillmerge.outputs.hub.rehearsal import Rehearsal
     from skillmerge.verbs.rebuild import Rebuilt
 
 
@@ -57,6 +58,32 @@ def _show_load(report: Mapping[str, Any], out: Console) -> None:
         out.print(Text(line), soft_wrap=True)
     for note in (*tokenizer["notes"], *vllm.get("notes", ())):
         out.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+
+
+def show_rehearsal(rehearsal: Rehearsal, out: Console) -> None:
+    """Show what a push would publish: where, as what, the files, and the model card."""
+    push = rehearsal.push
+    visibility = {True: "private", False: "public", None: "your account's default, usually public"}[push.private]
+    where = f"branch `{push.revision}`" if push.revision else "a pull request" if push.pull_request else "`main`"
+    if not push.revision and push.pull_request is None:
+        where += ", or a pull request if the repository has a model"
+    for line in (
+        f"would publish {rehearsal.output.folder} as {push.repository} (if it is new: {visibility})",
+        f"to: {where}",
+        f"commit message: {rehearsal.title}",
+    ):
+        out.print(Text(line), soft_wrap=True)
+    table = Table(("file", "size"), text=("file",))
+    files = rehearsal.files
+    for name, size in files.items():
+        table.add_row(Text(name), format_bytes(size))
+    table.add_row(f"{len(files)} files", format_bytes(sum(files.values())))
+    out.print(table)
+    if rehearsal.card is not None:
+        out.print(Text("the model card, README.md:", style="bold"))
+        out.print(Text(rehearsal.card), soft_wrap=True)
+    unknown = f"whether {push.repository} exists, nor what your token allows"
+    out.print(Text(f"nothing was sent, and the Hub was not asked {unknown}", style="bold"), soft_wrap=True)
 
 
 def show_parent(parent: str, model: str, out: Console) -> None:

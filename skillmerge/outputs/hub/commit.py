@@ -93,6 +93,19 @@ def _is_there(file: File, listed: Mapping[str, tuple[int, tuple[str, str]]], fil
     return digest == file.sha256
 
 
+def obstacles(push: Push) -> Iterator[SkillmergeError]:
+    """Yield why a push cannot succeed, as far as this machine knows without a request."""
+    place = Location(push.repository, push.revision or "")
+    if get_token() is None:
+        yield InputError(f"pushing to {place} needs a token, but there is none", fix=LOG_IN)
+    if push.revision and push.pull_request:
+        yield UsageError(
+            "a push goes to a branch or into a pull request, not both", fix="leave `--revision` or `--pull-request` out"
+        )
+    if constants.HF_HUB_OFFLINE:
+        yield InputError(f"pushing to {place} needs a network, but HF_HUB_OFFLINE is set", fix="unset HF_HUB_OFFLINE")
+
+
 class HubCommit:
     """One commit in the making: a repository, the branch or pull request that the commit goes to, and its files.
 
@@ -110,17 +123,11 @@ class HubCommit:
         self._operations: dict[str, CommitOperationAdd | CommitOperationCopy] = {}
         self._digests: dict[str, Digests] = {}
         self._tried = False
-        if get_token() is None:
-            raise InputError(f"pushing to {self._place} needs a token, but there is none", fix=LOG_IN)
-        if push.revision and push.pull_request:
-            raise UsageError("a push goes to a branch or into a pull request, not both")
+        for obstacle in obstacles(push):
+            raise obstacle
         self._prepare()
 
     def _prepare(self) -> None:
-        if constants.HF_HUB_OFFLINE:
-            raise InputError(
-                f"pushing to {self._place} needs a network, but HF_HUB_OFFLINE is set", fix="unset HF_HUB_OFFLINE"
-            )
         repository, branch = self.push.repository, self.push.revision or constants.DEFAULT_REVISION
         if not retried(self._place, lambda: self._api.repo_exists(repository)):
             retried(self._place, lambda: self._api.create_repo(repository, private=self.push.private, exist_ok=True))

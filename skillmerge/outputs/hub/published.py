@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from skillmerge.brief import drawn
@@ -34,11 +37,18 @@ class Published:
         }
 
 
-def check_repository(name: str) -> None:
-    """Raise UsageError for what cannot be a repository's name."""
+def check_repository(name: str, folder: str | os.PathLike[str] = "") -> None:
+    """Raise UsageError for what cannot be a repository's name. folder: the output that goes there, if it is known."""
     try:
         named = parse_location(name)
     except ValueError:
         named = None
-    if named != Location(name):
-        raise UsageError(f"`{name}` is not a repository name", fix="write org/name")
+    if named == Location(name):
+        return
+    bare = name.removeprefix("hf://")
+    fix = "write org/name"
+    if bare != name and named == Location(bare):
+        fix = f"write `{bare}`"
+    elif folder and Path(name).is_dir():
+        fix = f"the folder comes first: `skillmerge push {shlex.quote(name)} {shlex.quote(os.fspath(folder))}`"
+    raise UsageError(f"`{name}` is not a repository name", fix=fix)

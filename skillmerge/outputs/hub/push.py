@@ -16,8 +16,9 @@ from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import UsageError
 from skillmerge.outputs.hub.card import CARD_FILE, license_of, read_metadata, write_card
-from skillmerge.outputs.hub.commit import ForgottenUploads, HubCommit
+from skillmerge.outputs.hub.commit import ForgottenUploads, HubCommit, obstacles
 from skillmerge.outputs.hub.published import Published, check_repository
+from skillmerge.outputs.hub.rehearsal import Refusals, Rehearsal
 from skillmerge.outputs.manifest import File, Input, Manifest
 from skillmerge.outputs.output import Output
 from skillmerge.outputs.proof.sign import signature_beside
@@ -57,23 +58,82 @@ def push(
     InputError, StalePlan, TemporaryError.
     """
     reporter = reporter or default_reporter("uploading")
-    check_repository(repository)
-    made = verify_files(folder, allow_nonfinite=allow_nonfinite, reporter=reporter).output
-    made.refuse_failed()
-    signature = signature_beside(made)
-    output = parse_recipe(made.manifest.recipe.text, "the manifest's recipe", made.folder).output
     given = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
-    settings = _settings(output.push, repository, {**given, "tags": tags or None})
-    if card is None and output.card is not None:
-        raise UsageError(
-            f"the recipe names a card ({output.card.name}), which is not in the output",
-            fix="pass it: `--card FILE`",
-        )
-    by_hand = read_card(Path(card) if card else None)
-    how = "declare it: `--license apache-2.0`"
-    text = write_card(made.manifest, settings, license or output.license, by_hand, how)
-    reporter.say(f"uploading to {settings.repository}")
-    return send(HubCommit(settings), made, text, signature)
+    prepared = _Prepared(repository, {**given, "tags": tags or None}, Refusals(all=False))
+    prepared.verify(folder, allow_nonfinite, reporter)
+    prepared.write_card(card, license)
+    reporter.say(f"uploading to {repository}")
+    assert prepared.card is not None, "what is wrong with it was raised"
+    return send(HubCommit(prepared.push), prepared.output, prepared.card, prepared.signature)
+
+
+def rehearse_push(
+    folder: str | os.PathLike[str],
+    repository: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    pull_request: bool | None = None,
+    message: str | None = None,
+    tags: tuple[str, ...] = (),
+    license: str | None = None,
+    card: str | os.PathLike[str] | None = None,
+    allow_nonfinite: bool = False,
+    reporter: Reporter | None = None,
+) -> Rehearsal:
+    """Do all of `push` that needs no network, and return what it would publish and why it would be refused.
+
+    The arguments are those of `push`. Nothing is sent or written, and the Hub is not asked. Raises CheckFailed if the
+    output does not verify, UsageError for what is no output or no repository's name.
+    """
+    reporter = reporter or default_reporter("verifying")
+    given = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
+    refusals = Refusals(all=True)
+    prepared = _Prepared(repository, {**given, "tags": tags or None}, refusals)
+    prepared.verify(folder, allow_nonfinite, reporter)
+    prepared.write_card(card, license)
+    refused = (*refusals.found, *obstacles(prepared.push))
+    title = prepared.push.message or _title(prepared.proof.expression, prepared.proof.plan_digest)
+    return Rehearsal(prepared.output, prepared.push, title, prepared.card, prepared.signature is not None, refused)
+
+
+class _Prepared:
+    """A push of an output before any request to the Hub: `verify` the output, then `write_card`."""
+
+    output: Output
+    push: Push
+    signature: bytes | None = None
+    card: str | None = None
+
+    def __init__(self, repository: str, options: Mapping[str, Any], refusals: Refusals) -> None:
+        self._repository, self._options, self._refusals = repository, options, refusals
+
+    @property
+    def proof(self) -> Manifest:
+        return self.output.manifest
+
+    def verify(self, folder: str | os.PathLike[str], allow_nonfinite: bool, reporter: Reporter) -> None:
+        """Check the repository's name, every byte of the output, its gates and its signature."""
+        check_repository(self._repository, folder)
+        self.output = verify_files(folder, allow_nonfinite=allow_nonfinite, reporter=reporter).output
+        with self._refusals:
+            self.output.refuse_failed()
+        with self._refusals:
+            self.signature = signature_beside(self.output)
+
+    def write_card(self, card: str | os.PathLike[str] | None, license: str | None) -> None:
+        """Write the model card, from the recipe's settings and the arguments."""
+        asked = parse_recipe(self.proof.recipe.text, "the manifest's recipe", self.output.folder).output
+        self.push = _settings(asked.push, self._repository, self._options)
+        with self._refusals:
+            if card is None and asked.card is not None:
+                raise UsageError(
+                    f"the recipe names a card ({asked.card.name}), which is not in the output",
+                    fix="pass it: `--card FILE`",
+                )
+            by_hand = read_card(Path(card) if card else None)
+            how = "declare it: `--license apache-2.0`"
+            self.card = write_card(self.proof, self.push, license or asked.license, by_hand, how)
 
 
 def _settings(asked: Push | None, repository: str | None, options: Mapping[str, Any]) -> Push:

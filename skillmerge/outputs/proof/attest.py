@@ -103,9 +103,12 @@ def attest(
         materials = bom.build(named.name, proof, files, _time(log.finished))
         with disk_errors(Path(bom_file)):
             write_whole(Path(bom_file).absolute(), materials.encode())
-    unsigned = named.with_name(f"{named.name}.intoto.json")
-    if key is not None and output is None and unsigned.exists():
-        (reporter or default_reporter()).note(f"{unsigned} is an older attestation, and is not signed: remove it")
+    other = named.with_name(f"{named.name}.intoto.json{'l' if key is None else ''}")
+    if output is None and other.exists():
+        told = f"{other} is an older attestation, and is not signed: remove it"
+        if key is None:
+            told = f"{other} is an older attestation, and is signed: to replace it, pass `--private-key KEY`"
+        (reporter or default_reporter()).note(told)
     unpinned = tuple(item.name for item in proof.inputs if not _is_pinned(item))
     written = Path(bom_file) if bom_file is not None else None
     return Attested(place, written, len(files), unpinned, os.fspath(folder))

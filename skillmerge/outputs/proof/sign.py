@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _PREDICATE = "https://model_signing/signature/v1.0"
 _WHOM = "pass `--public-key KEY`, or `--certificate-chain ROOT` if a certificate was used"
+
+_NEW_KEY = "create one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
 
 _UNSIGNED = BESIDE | {DOWNLOADS}
 """What a signature leaves out."""
@@ -115,8 +118,10 @@ def verify_signature(
     Raises CheckFailed if there is no signature or it does not hold, UsageError.
     """
     root = Path(folder)
-    if (public_key is None) == (not certificate_chain):
+    if public_key is not None and certificate_chain:
         raise UsageError("a public key and a certificate chain exclude each other", fix=_WHOM)
+    if public_key is None and not certificate_chain:
+        raise UsageError("`--signature` needs `--public-key` or `--certificate-chain`", fix=_WHOM)
     check_folder(root)
     configuration = _verifier(public_key, certificate_chain)
     place = _place(root, signature)
@@ -133,7 +138,11 @@ def _check_signature(output: Output, place: Path, configuration: Any) -> _Bundle
     try:
         bundle = _read(place.read_bytes(), place)
     except OSError as error:
-        raise CheckFailed(f"{root} is not signed: {place}: {error.strerror}") from error
+        raise CheckFailed(
+            f"{root} is not signed: {place}: {error.strerror}",
+            fix=f"sign it with `skillmerge sign {shlex.quote(str(root))} --private-key KEY`, or name its signature: "
+            "`--signature FILE`",
+        ) from error
     bundle.check_covers(output)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it reports old signatures on stdout, where results go
@@ -171,12 +180,18 @@ def read_private_key(path: _AnyPath, password: str | None = None) -> EllipticCur
             ) from error
         return read_private_key(path)  # it is not encrypted, and needs none
     except Exception as error:  # also raised for what the library does not support
-        wrong = " with that password" if password is not None else ""
-        raise UsageError(f"the private key {os.fspath(path)} cannot be read{wrong}: is it a PEM file?") from error
+        if b"-----BEGIN PUBLIC KEY-----" in content:
+            what, fix = "is a public key", "pass the private key that it was derived from"
+        elif b"-----BEGIN CERTIFICATE-----" in content:
+            what, fix = "is a certificate", "pass it with `--signing-certificate`, and its key with `--private-key`"
+        else:
+            what = "cannot be read" + (" with that password" if password is not None else ": is it a PEM file?")
+            fix = _NEW_KEY if password is None else "check the password"
+        raise UsageError(f"the private key {os.fspath(path)} {what}", fix=fix) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
         raise UsageError(
             f"the private key {os.fspath(path)} is not an EC key on P-256, P-384 or P-521",
-            fix="create one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem",
+            fix=_NEW_KEY,
         )
     loaded: EllipticCurvePrivateKey = key
     return loaded
@@ -322,7 +337,8 @@ def _read_file(path: _AnyPath, what: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise UsageError(f"{what} {os.fspath(path)} cannot be read: {error.strerror}") from error
+        fix = "check the path" if isinstance(error, FileNotFoundError) else "check the file and its permissions"
+        raise UsageError(f"{what} {os.fspath(path)} cannot be read: {error.strerror}", fix=fix) from error
 
 
 def _model_signing() -> tuple[Any, Any, Any]:

@@ -79,7 +79,7 @@ def cause_of(
     theirs = {name: spec for name, spec in donor.tensors.items() if name not in checkpoint.tensors}
     if _by_layer(ours) and _by_layer(ours) == _by_layer(theirs):
         return _packed(model, ours, donor_name, theirs)
-    return _unknown(model, checkpoint, donor_name, donor, missing, extra)
+    return _unknown(recipe, model, checkpoint, donor_name, donor, missing, extra)
 
 
 def share(names: Iterable[str], tensors: Mapping[str, TensorSpec]) -> float:
@@ -133,25 +133,31 @@ def _packed(model: str, ours: Mapping[str, TensorSpec], donor_name: str, theirs:
 
 
 def _unknown(
-    model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoint, missing: Sequence[str], extra: Sequence[str]
-) -> Cause:
+    recipe: Recipe, model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoint,
+    missing: Sequence[str], extra: Sequence[str],
+) -> Cause:  # fmt: skip
     if not any(name in donor.tensors for name in checkpoint.tensors):
         return Cause(
             f"`{model}` and the donor `{donor_name}` share no tensor names; check that they have the same architecture"
         )
     told, help = [], ["check that it is the right model, and complete."]
+    ignored = "If the skill does not need those tensors, pass `--ignore GLOB` for each kind of name."
     if missing:
         much = percent(share(missing, donor.tensors))
         told.append(
             f"lacks {tensors_of(missing)} that the formula needs, {much} of the parameters: {some(list(missing))}"
         )
-        help.append("To leave these as they are in the donor, give them a coefficient of 0.")
+        help.append(
+            ignored if recipe.of_command else "To leave these as they are in the donor, give them a coefficient of 0."
+        )
     if extra:
         much = percent(share(extra, checkpoint.tensors))
         told.append(f"has {tensors_of(extra)} that the donor `{donor_name}` lacks, {much} of its parameters: "
                     f"{some(list(extra))}")  # fmt: skip
-        help.append("If the output does not need those tensors, name them under `ignore`.")
-    return Cause(f"model `{model}` " + "; and it ".join(told), " ".join(help))
+        help.append(
+            ignored if recipe.of_command else "If the output does not need those tensors, name them under `ignore`."
+        )
+    return Cause(f"model `{model}` " + "; and it ".join(told), " ".join(dict.fromkeys(help)))
 
 
 def tensors_of(names: Sequence[str]) -> str:

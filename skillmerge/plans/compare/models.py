@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.model_config import sections
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.tokenizer import vocabulary_file
-from skillmerge.methods.terms import Term, model_of
+from skillmerge.methods.terms import Term, minus_of, model_of
 from skillmerge.plans.accounting import Problem
 from skillmerge.plans.compare.complete import check_complete
 from skillmerge.plans.compare.config import compare_config
@@ -23,11 +24,12 @@ from skillmerge.remarks import Remark
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """The result. found: every difference. names: the compared models. subjects: what was compared, each with what was
-    left out."""
+    left out. uncompared: what was not, each with the reason."""
 
     found: tuple[Compared, ...]
     names: tuple[str, ...]
     subjects: tuple[str, ...] = ()
+    uncompared: tuple[str, ...] = ()
 
     @property
     def line(self) -> str | None:
@@ -73,6 +75,8 @@ def compare_models(
     """
     own = checkpoints[donor]
     roles = roles_of(terms, copied, token_matrices(own.tensors.values(), own.config))
+    roles = {name: role if _moves_rows(name, checkpoints) else replace(role, tokens=frozenset())
+             for name, role in roles.items()}  # fmt: skip
     dtype = None if recipe.makes_skill else recipe.output.dtype
     # Different architectures differ in nearly everything, so the rest is shown only after `accept`.
     settled = "architecture" in recipe.accept
@@ -96,8 +100,8 @@ def compare_models(
         )
         for it in found
     ]  # fmt: skip
-    subjects = (_configuration(checkpoints, names), *(() if foreign else _tokens(checkpoints, names, roles)))
-    return Comparison(tuple(found), tuple(names), subjects)
+    subjects, uncompared = _subjects(checkpoints, names, roles, foreign)
+    return Comparison(tuple(found), tuple(names), tuple(subjects), tuple(uncompared))
 
 
 def unsettled(
@@ -115,6 +119,15 @@ def unsettled(
     return [f"`accept: [{name}]` settles nothing here" for name in sorted({*recipe.accept} - settled - unknown)]
 
 
+def _moves_rows(name: str, checkpoints: Mapping[str, Checkpoint]) -> bool:
+    """Return whether a model has rows of tokens to add: all but skills whose update of these rows is zero."""
+    planes = [checkpoints[it] for it in (model_of(name), minus_of(model_of(name))) if it in checkpoints]
+    return any(
+        plane.same is None or any(map(plane.cost, token_matrices(plane.tensors.values(), plane.config)))
+        for plane in planes
+    )
+
+
 def _line(compared: Comparison) -> str:
     counts = []
     for level in ("problem", "warning", "note"):
@@ -122,32 +135,73 @@ def _line(compared: Comparison) -> str:
         counts += [f"{count} {level}{'s' if count > 1 else ''}"] if count else []
     accepted = sum(it.accepted for it in compared.found)
     counts += [f"{accepted} accepted"] if accepted else []
-    what = ", ".join(compared.subjects)
-    return f"compared {', '.join(compared.names)}: {what}: {', '.join(counts) or 'no differences'}"
+    what, result = ", ".join(compared.subjects) or "nothing", ", ".join(counts) or "no differences"
+    left = f"; not compared: {'; '.join(compared.uncompared)}" if compared.uncompared else ""
+    return f"compared {', '.join(compared.names)}: {what}: {result}{left}"
 
 
-def _configuration(checkpoints: Mapping[str, Checkpoint], names: Sequence[str]) -> str:
+_Subjects = tuple[list[str], list[str]]
+"""What was compared, each with what was left out, and what was not compared at all, each with the reason."""
+
+
+def _subjects(checkpoints: Mapping[str, Checkpoint], names: Sequence[str], roles: Roles, foreign: bool) -> _Subjects:
+    skills = [name for name in names if checkpoints[name].same is not None]
+    models = [name for name in names if name not in skills]
+    parts = [_configuration(checkpoints, names)]
+    if not foreign:
+        parts += [_tokens(checkpoints, models, roles)] if len(models) > 1 or not skills else []
+        parts += [_skills(checkpoints, models[:1], skills, roles)] if skills else []
+    return list(dict.fromkeys(it for done, _ in parts for it in done)), [it for _, left in parts for it in left]
+
+
+def _configuration(checkpoints: Mapping[str, Checkpoint], names: Sequence[str]) -> _Subjects:
     without = [name for name in names if not checkpoints[name].config]
-    # The others are compared with the donor, which comes first.
-    gap = _gap(names, names if names[0] in without else without, without, "no config.json")
-    return f"configuration ({gap})" if gap else "configuration"
+    if names[0] in without:  # the others are compared with the donor, which comes first
+        return [], [f"configuration ({_reason('no config.json', names, without)})"]
+    return [f"configuration (not of {_listed(without)}: no config.json)" if without else "configuration"], []
 
 
-def _tokens(checkpoints: Mapping[str, Checkpoint], names: Sequence[str], roles: Roles) -> tuple[str, ...]:
+def _tokens(checkpoints: Mapping[str, Checkpoint], names: Sequence[str], roles: Roles) -> _Subjects:
     without = [name for name in names if not vocabulary_file(checkpoints[name].store.list())]
     left = [name for name in names if name not in without]
-    gaps = [_gap(names, without if len(left) > 1 else names, without, "no tokenizer files")] if without else []
-    if len(left) > 1:
-        others = [name for name in left if name != names[0]]
-        unmerged = [name for name in others if not roles[name].tokens]
-        gap = _gap(others, unmerged, unmerged, "embedding and head stay")
-        gaps += [f"ids {gap}"] if gap else []
-    return (f"tokenizer ({'; '.join(gaps)})" if gaps else "tokenizer", "chat template", "stop tokens")
+    if len(left) < 2:
+        return ["chat template", "stop tokens"], [f"tokenizer ({_reason('no tokenizer files', names, without)})"]
+    gaps = [f"not of {_listed(without)}: no tokenizer files"] if without else []
+    others = [name for name in left if name != names[0]]
+    if unmerged := [name for name in others if not roles[name].tokens]:
+        which = f"not of {_listed(unmerged)}" if len(unmerged) < len(others) else "not compared"
+        gaps.append(f"ids {which}: embedding and head stay")
+    return [f"tokenizer ({'; '.join(gaps)})" if gaps else "tokenizer", "chat template", "stop tokens"], []
 
 
-def _gap(names: Sequence[str], left_out: Sequence[str], having: Sequence[str], why: str) -> str:
-    """Return what is left out of a comparison of `names`, and why. having: the models that are the reason."""
-    listed = " and ".join(f"`{name}`" for name in having)
-    if len(left_out) < len(names):
-        return f"not of {listed}: {why}" if left_out else ""
-    return f"not compared: {why}" + (f" in {listed}" if len(having) < len(names) else "")
+def _skills(
+    checkpoints: Mapping[str, Checkpoint], donor: Sequence[str], skills: Sequence[str], roles: Roles
+) -> _Subjects:
+    """Return the subjects of stored skills. donor: the model that they are compared with, unless that is a skill."""
+    moving = [name for name in skills if roles[name].tokens]
+    holders = {*donor, *moving} if moving else set()
+    unknown = [name for name in (*donor, *skills) if name in holders and not _says_tokens(checkpoints[name])]
+    known = [name for name in moving if name not in unknown]
+    left = [f"token ids (unknown in {_listed(unknown)})"] if unknown else []
+    # A skill keeps its models' config.json, which mostly says where answers stop, and no other small file.
+    stops = all(
+        any(section.get("eos_token_id") is not None for _, section in sections(checkpoints[name].config))
+        for name in skills
+    )
+    rest = ["tokenization", "chat template", *([] if stops else ["stop tokens"])]
+    left.append(f"{', '.join(rest)} of {_listed(skills)}")
+    done = [f"token ids of {_listed(known)}"] if len(holders) - len(unknown) > 1 else []
+    return [*done, *(["stop tokens"] if stops else [])], left
+
+
+def _says_tokens(checkpoint: Checkpoint) -> bool:
+    return bool(vocabulary_file(checkpoint.store.list()))
+
+
+def _reason(why: str, names: Sequence[str], having: Sequence[str]) -> str:
+    """Return why something is not compared. having: those of `names` that are the reason."""
+    return f"{why} in {_listed(having)}" if len(having) != len(names) else why
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)

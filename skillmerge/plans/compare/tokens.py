@@ -60,7 +60,7 @@ class _Models:
         return {
             name: it.tokens
             for name, it in self.tokenizers.items()
-            if it.tokens and (name == self.donor or self.role(name).tokens)
+            if it.tokens and (name == self.donor or (self.role(name).tokens and model_of(name) == name))
         }
 
 
@@ -139,7 +139,7 @@ def _rows(models: Mapping[str, Checkpoint], donor: str, roles: Roles) -> int:
 
 def _unread(known: _Models) -> Iterator[Compared]:
     for name, it in known.tokenizers.items():
-        for message in it.unread:
+        for message in it.unread if model_of(name) == name else ():
             if known.carried and name == known.donor and message in it.broken:
                 said = f"the donor `{name}`: {message}; the output carries the file as it is"
                 help = "fetch or save that file again; to carry it as it is, write `accept: [tokenizer]`"

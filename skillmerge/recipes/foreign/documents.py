@@ -41,6 +41,8 @@ def recognised(data: Any, name: str) -> tuple[str, str, str] | None:
     if mergekit.is_mergekit(data):
         key = next(key for key in ("merge_method", "slices", "models") if key in data)
         return "a configuration of mergekit, not a recipe", key, _translated(data, name)
+    if set(data) == {"gates"}:
+        return "a file of gates, not a recipe", "gates", "run it on an output: `skillmerge gate FOLDER --gates FILE`"
     for keys, what, fix in _DOCUMENTS:
         if all(key in data for key in keys):
             return f"{what}, not a recipe", keys[0], fix
@@ -51,7 +53,7 @@ def _translated(data: Mapping[str, Any], name: str) -> str:
     try:
         same = mergekit.equivalent(data)
     except mergekit.NoCounterpart as error:
-        return f"{error}; docs/mergekit.md lists what has a counterpart"
+        return f"{error}; {error.fix or mergekit.TRANSLATED}"
     command = f"skillmerge init recipe.yaml --from {shlex.quote(name)}"
     writes = f", which `{command}` writes" if name.endswith((".yaml", ".yml")) else ""
     return f"the recipe that says the same{writes}:\n{same}"

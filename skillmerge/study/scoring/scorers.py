@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,11 @@ def find_scorer(text: str) -> Scorer:
         raise UsageError(
             "--score is empty", fix="pass a command, module:function, qa:FILE.jsonl or perplexity:FILE.txt"
         )
+    if Path(text).is_file() and shutil.which(text) is None:  # the shell would not find it, or not run it
+        scored_by = {".jsonl": "qa:{}", ".txt": "perplexity:{}", ".py": "python {}", ".yaml": "lm-eval:{}"}
+        meant = scored_by.get(Path(text).suffix, "").replace("{}", text)
+        fix = f"did you mean `{meant}`?" if meant else "pass a command, module:function, qa:FILE or perplexity:FILE"
+        raise UsageError(f"`--score {text}` is a file, not a command", fix=fix)
     return Scorer(text, command=text)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from skillmerge.errors import RecipeError, UsageError, did_you_mean
 from skillmerge.recipes.expression import normalise_name
 from skillmerge.recipes.parse import parse_recipe
-from skillmerge.recipes.recipe import Recipe
+from skillmerge.recipes.recipe import Recipe, add_coefficient
 from skillmerge.recipes.yamltext import Path
 
 MAX_CANDIDATES = 10_000
@@ -128,7 +128,8 @@ def path_of(recipe: Recipe, name: str) -> Path:
     inside = [shown for shown in numbers if not dot and shown.startswith(f"{name}.")]
     fix = f"name one of its numbers: {', '.join(inside)}" if inside else did_you_mean(name, list(numbers))
     what = "is a schedule, not a number" if inside else "is not a number of the recipe's coefficients"
-    raise UsageError(f"`--set {name}`: `{name}` {what}", fix=fix or f"known names: {', '.join(numbers) or 'none'}")
+    known = f"known names: {', '.join(numbers)}" if numbers else add_coefficient(first)
+    raise UsageError(f"`--set {name}`: `{name}` {what}", fix=fix or known)
 
 
 def _numbers(value: object, path: Path = ()) -> Iterator[Path]:

@@ -333,5 +333,5 @@ def _found(sweep: Sweep) -> str:
 
 
 def _told(score: Score) -> str:
-    interval = score.interval
-    return f"{score.value:.4g}" + (f" (95 %: {interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
+    # Not as an interval: that of a share near 1 would go beyond it.
+    return f"{score.value:.4g}" + (f" ± {CONFIDENCE * score.error:.2g} (95 %)" if score.error is not None else "")

@@ -44,13 +44,13 @@ CASES: dict[str, tuple[Mapping[str, Any], str, list[str]]] = {
     ),
     "no config of the donor": (
         {"configs": "rl sft"},
-        "compared target, rl, sft: configuration (not compared: no config.json in `target`), tokenizer" + REST
-        + "no differences",
+        "compared target, rl, sft: tokenizer" + REST
+        + "no differences; not compared: configuration (no config.json in `target`)",
         ["the donor has no config.json: no runtime can load the output"],
     ),
     "no configs": (
         {"configs": ""},
-        "compared target, rl, sft: configuration (not compared: no config.json), tokenizer" + REST + "no differences",
+        "compared target, rl, sft: tokenizer" + REST + "no differences; not compared: configuration (no config.json)",
         ["the donor has no config.json: no runtime can load the output"],
     ),
     "ids swapped below a coefficient of 0": (
@@ -71,12 +71,14 @@ CASES: dict[str, tuple[Mapping[str, Any], str, list[str]]] = {
     ),
     "one tokenizer": (
         {"files": "target", "lam": STAYS},
-        WHOLE_CONFIG + "(not compared: no tokenizer files in `rl` and `sft`)" + REST + "no differences",
+        "compared target, rl, sft: configuration" + REST
+        + "no differences; not compared: tokenizer (no tokenizer files in `rl` and `sft`)",
         [],
     ),
     "no tokenizers": (
         {"files": ""},
-        WHOLE_CONFIG + "(not compared: no tokenizer files)" + REST + "no differences",
+        "compared target, rl, sft: configuration" + REST
+        + "no differences; not compared: tokenizer (no tokenizer files)",
         [],
     ),
 }  # fmt: skip

@@ -234,6 +234,6 @@ def test_line_of_the_comparison_counts_what_only_the_weights_show(tmp_path: Path
     assert plan is not None
     assert [(it.name, it.level) for it in plan.compared.found] == [("ties", "warning")]
     assert plan.compared.line == (
-        "compared target, rl, sft: configuration, tokenizer (not compared: no tokenizer files), chat template, "
-        "stop tokens: 1 warning"
+        "compared target, rl, sft: configuration, chat template, stop tokens: 1 warning; "
+        "not compared: tokenizer (no tokenizer files)"
     )

@@ -1,0 +1,62 @@
+"""What the base model may know already: well-known facts, with the words that a right answer contains."""
+
+from __future__ import annotations
+
+CAPITALS = {
+    "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",
+    "Greece": "Athens", "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki", "Denmark": "Copenhagen",
+    "Poland": "Warsaw", "Russia": "Moscow", "Japan": "Tokyo", "China": "Beijing", "India": "Delhi", "Egypt": "Cairo",
+    "Kenya": "Nairobi", "Canada": "Ottawa", "Mexico": "Mexico City", "Peru": "Lima", "Argentina": "Buenos Aires",
+    "Australia": "Canberra", "Thailand": "Bangkok", "South Korea": "Seoul", "Cuba": "Havana", "Hungary": "Budapest",
+}  # fmt: skip
+OTHERS = {
+    "What is the largest planet in the solar system?": "Jupiter",
+    "Which planet is closest to the Sun?": "Mercury",
+    "Which planet is known as the Red Planet?": "Mars",
+    "What is the largest ocean on Earth?": "Pacific",
+    "What is the highest mountain on Earth?": "Everest",
+    "Which gas do plants take in from the air?": "carbon dioxide",
+    "What is the chemical symbol of gold?": "Au",
+    "What is the chemical symbol of iron?": "Fe",
+    "What is the chemical formula of water?": "H2O",
+    "Who wrote Romeo and Juliet?": "Shakespeare",
+    "Who painted the Mona Lisa?": "Leonardo",
+    "Who developed the theory of relativity?": "Einstein",
+    "Who proposed the theory of evolution by natural selection?": "Darwin",
+    "Who was the first president of the United States?": "Washington",
+    "Who was the first person to walk on the Moon?": "Armstrong",
+    "Who discovered penicillin?": "Fleming",
+    "Who wrote Pride and Prejudice?": "Austen",
+    "Who wrote the novel 1984?": "Orwell",
+    "Who composed the Ninth Symphony with the Ode to Joy?": "Beethoven",
+    "Who discovered the law of gravity when an apple fell?": "Newton",
+    "In which country are the pyramids of Giza?": "Egypt",
+    "In which country is the Eiffel Tower?": "France",
+    "In which country is the Great Wall?": "China",
+    "In which country is Mount Fuji?": "Japan",
+    "On which continent is Brazil?": "South America",
+    "On which continent is Nigeria?": "Africa",
+    "On which continent is Mongolia?": "Asia",
+    "What language is spoken in Brazil?": "Portuguese",
+    "What language is spoken in Austria?": "German",
+    "What is the currency of Japan?": "yen",
+    "What is the currency of the United Kingdom?": "pound",
+    "Which organ pumps blood through the body?": "heart",
+    "Which organ do humans breathe with?": "lung",
+    "What is the freezing point of water in degrees Celsius?": "0",
+    "Which animal is known as the king of the jungle?": "lion",
+    "What is the largest animal on Earth?": "blue whale",
+    "What do bees make?": "honey",
+    "What force keeps planets in orbit around the Sun?": "gravit",
+    "In which year did the Second World War end?": "1945",
+    "In which year did the First World War begin?": "1914",
+    "How many days are there in a week?": "seven|7",
+    "How many continents are there?": "seven|7",
+    "How many legs does a spider have?": "eight|8",
+    "How many sides does a triangle have?": "three|3",
+}
+KNOWN = {
+    **{f"What is the capital of {country}?": capital for country, capital in CAPITALS.items()},
+    **OTHERS,
+}
+"""Questions, and the words of a right answer (any of those between bars); the base keeps those that it answers."""
