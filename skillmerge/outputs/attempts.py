@@ -254,10 +254,14 @@ class Attempt:
         return StreamFile(self._begin(shard.file), start)
 
     def record(self, done: ShardRecord) -> None:
-        """Put a shard, which must be durable already, among the finished ones, and then its record."""
+        """Put a shard, which must be durable already, among the finished ones, and then its record. Where another task
+        was faster, its shard stays: it may be in use already."""
         self.check()
         own, target = self._own / done.file, self.folder / FILES / done.file
         with disk_errors(target):
+            if (other := self.records.read(done.file)) is not None and self.records.holds(other):
+                own.unlink()
+                return
             status = own.stat()
             _rename(own, target)
             sync_folder(target.parent)

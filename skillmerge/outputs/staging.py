@@ -188,6 +188,22 @@ class Staging:
             self._journal.start([header, *self.finished.values()])
         return f"{some(damaged)} {'is' if len(damaged) == 1 else 'are'} damaged, and made again" if damaged else None
 
+    def leave_tasks_out(self) -> None:
+        """Remove what tasks still make, so that no file changes any more."""
+        self._claim.check()
+        with disk_errors(self.folder):
+            self._remove(self.folder / ATTEMPTS)
+
+    def _remove(self, path: Path) -> None:
+        """Remove a file or a folder: that is renamed first, so that another run never finds half of it."""
+        dropped = self.folder / "dropped"
+        if path.is_dir() and not path.is_symlink():
+            remove_tree(dropped)
+            path.rename(dropped)
+            remove_tree(dropped)
+        else:
+            path.unlink(missing_ok=True)
+
     def _recorded_by_tasks(self, header: Header) -> dict[str, Recorded]:
         """Return the tasks' records of this plan, by shard."""
         if conditions_of(self.folder) != header:
@@ -318,21 +334,14 @@ class Staging:
 
     def _clear(self, *kept: str) -> None:
         """Remove all but `kept` and the lock; the journal last, so that it exists as long as anything else, and first
-        what tasks still make, so that it has no way into `files`.
-
-        A folder is renamed first, so that another run never finds half of it. What another run owns is left alone.
+        what tasks still make, so that it has no way into `files`. What another run owns is left alone.
         """
-        dropped = self.folder / "dropped"
         with suppress(OSError, SkillmergeError):
             self._claim.check()
-            remove_tree(dropped)
+            remove_tree(self.folder / "dropped")
             paths = [path for path in self.folder.iterdir() if path.name not in (*CLAIM_FILES, *kept)]
             for path in sorted(paths, key=lambda path: (path == self._journal.path, path.name != ATTEMPTS)):
-                if path.is_dir() and not path.is_symlink():
-                    path.rename(dropped)
-                    remove_tree(dropped)
-                else:
-                    path.unlink()
+                self._remove(path)
 
 
 def _put_in_place(finished: Path, output: Path, replace: bool) -> None:

@@ -68,6 +68,7 @@ class Collector:
             if self._wait:
                 self._reporter.waiting(progress.text(staging, missing))
             time.sleep(_LOOK)
+        staging.leave_tasks_out()
         self.device = _devices(staging, plan)
         if plan.makes_skill and any(tensor.action == "same" for tensor in plan.tensors.values()):
             _prove_same(job, self._reporter)

@@ -128,15 +128,13 @@ class _Task:
         digests = self.saved.digests()
         header = Header(digests[0], conditions(self.saved.document["versions"], *self.measured))
         missing = self._missing(target, header, digests[1], mine)
-        device = self._make(target, header, digests, missing) if missing else ""
+        device, made = self._make(target, header, digests, missing) if missing else ("", ())
         size = sum(sizes[file] for file in mine)
         seconds = time.monotonic() - self.started
-        return Shards(target, index, of, tuple(mine), tuple(missing), size, seconds, device, digests[1])
+        return Shards(target, index, of, tuple(mine), made, size, seconds, device, digests[1])
 
     def _missing(self, target: Path, header: Header, digest: str, mine: Sequence[str]) -> list[str]:
         """Return the shards that nobody has recorded."""
-        if finished_output(target, digest, header.conditions, hash_inputs=False) is not None:
-            return []
         folder = staging_folder(target)
         records = Records(folder, header)
         rows = Journal(folder / "journal.jsonl", "").read()
@@ -148,10 +146,15 @@ class _Task:
                 return file in journal and records.fits(journal[file])
             return any(records.holds(found, place) for place in (FILES, COMPLETE))  # or about to be published
 
-        return [file for file in mine if not is_there(file)]
+        missing = [file for file in mine if not is_there(file)]
+        # Records go when the output is there, not before.
+        done = missing and finished_output(target, digest, header.conditions, hash_inputs=False) is not None
+        return [] if done else missing
 
-    def _make(self, target: Path, header: Header, digests: tuple[str, str], missing: Sequence[str]) -> str:
-        """Make shards, unless others have published the output meanwhile. Returns the device."""
+    def _make(
+        self, target: Path, header: Header, digests: tuple[str, str], missing: Sequence[str]
+    ) -> tuple[str, tuple[str, ...]]:
+        """Make shards, unless others do meanwhile. Returns the device, and those that were made."""
         with part_of(self.saved, digests, missing, self.access) as (part, checkpoints):
             output_folder(self.saved.recipe, target, checkpoints)  # which may be none of its models
             self.reporter.event(
@@ -164,12 +167,13 @@ class _Task:
                 with closing(Attempt(target, header)) as attempt, attempt.working():
                     needed = part.bytes_written // 2 if part.makes_skill else part.bytes_written
                     check_disk(attempt.folder, needed, "this task's share of the output")
-                    return self._compute(Job(part, checkpoints, attempt, stats, allow_nonfinite), attempt)
+                    device = self._compute(Job(part, checkpoints, attempt, stats, allow_nonfinite), attempt)
+                    return device, tuple(shard for shard in missing if shard in attempt.finished)
             except OutputLocked:
-                # Whoever finished the output did not wait for this run of the task.
-                if finished_output(target, part.digest, header.conditions, hash_inputs=False) is None:
+                # The run that finishes the output waits for no task whose shards others have made.
+                if self._missing(target, header, part.digest, missing):
                     raise
-                return ""
+                return "", ()
 
     def _compute(self, job: Job, attempt: Attempt) -> str:
         runner = runner_for(self.work, self.reporter)
