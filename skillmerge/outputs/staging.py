@@ -36,7 +36,7 @@ from skillmerge.durable import (
     sync_folder,
 )
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.errors import SkillmergeError, UsageError, some
+from skillmerge.errors import SkillmergeError, UsageError
 from skillmerge.outputs.attempts import (
     ATTEMPTS,
     TASKS_FILE,
@@ -170,8 +170,7 @@ class Staging:
     def begin_beside_tasks(self, weights_digest: str, conditions: dict[str, Any], reread: bool) -> str | None:
         """Take what tasks of the plan have made so far, and leave them at their work.
 
-        reread: believe no record without reading its file. Returns a note for the user, if shards are damaged. Where
-        no tasks of the plan are at work this is `begin`.
+        reread: believe no record without reading its file. Where no tasks of the plan are at work this is `begin`.
         """
         header = Header(weights_digest, conditions)
         self.tasks = Records(self.folder, header)
@@ -180,13 +179,10 @@ class Staging:
         self._claim.check()
         with disk_errors(self.folder):
             recorded = self._recorded_by_tasks(header)
-            believed = {} if reread else recorded
-            damaged = self._load(header, self._journal.read(), recorded, believed)
-            for shard in damaged:
-                self.tasks.drop(shard)
+            self._load(header, self._journal.read(), recorded, {} if reread else recorded)
             self.files.mkdir(exist_ok=True)
             self._journal.start([header, *self.finished.values()])
-        return f"{some(damaged)} {'is' if len(damaged) == 1 else 'are'} damaged, and made again" if damaged else None
+        return None
 
     def leave_tasks_out(self) -> None:
         """Remove what tasks still make, so that no file changes any more."""
@@ -218,7 +214,7 @@ class Staging:
         recorded: Mapping[str, Recorded],
         believed: Mapping[str, Recorded] | None = None,
     ) -> list[str]:
-        """Take the finished shards of a journal and of tasks, and return those that are damaged.
+        """Take the finished shards of a journal and of tasks. Returns those that are damaged.
 
         believed: those that need not be read again where size and time of the file are those of the record.
         """

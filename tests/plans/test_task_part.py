@@ -21,10 +21,10 @@ from hub_server import HubServer
 
 import skillmerge
 from skillmerge.checkpoints import safetensors
-from skillmerge.errors import InputError, SkillmergeError, StalePlan
+from skillmerge.errors import InputError, SkillmergeError, StalePlan, UsageError
 from skillmerge.plans import saved
 from skillmerge.plans.opening import Access
-from skillmerge.plans.plan import DECIDING, deciding_facts
+from skillmerge.plans.plan import DECIDING, deciding_facts, digests
 from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.tasks.part import part_of
 
@@ -114,6 +114,20 @@ def edited(folder: Path) -> None:
     document = json.loads(path.read_text())
     document["tensors"][0]["coefficients"] = [0.9]
     path.write_text(json.dumps(document))
+
+
+def test_a_plan_whose_sources_are_not_the_formulas_is_damaged(tmp_path: Path) -> None:
+    """As one of a version that orders them in another way could be."""
+    plan = save(write_family(tmp_path))
+    document = json.loads(plan.path.read_text())
+    document["tensors"][0]["sources"].reverse()
+    document["digest"] = digests(document, plan.recipe.sha256)[1]
+    plan.path.write_text(json.dumps(document))
+    with (
+        pytest.raises(UsageError, match="has other sources than its formula"),
+        part(saved.read(plan.path), list(plan.sizes)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

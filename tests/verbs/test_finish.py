@@ -16,11 +16,25 @@ from hub_server import HubServer
 from observing import content, identities, staging_of
 
 import skillmerge
-from skillmerge.errors import CheckFailed, ResourceError, StalePlan, TemporaryError, UnusableWeights, UsageError
+from skillmerge.engine.destination import ShardRecord
+from skillmerge.errors import (
+    CheckFailed,
+    OutputLocked,
+    ResourceError,
+    StalePlan,
+    TemporaryError,
+    UnusableWeights,
+    UsageError,
+)
+from skillmerge.outputs.attempts import Attempt
+from skillmerge.outputs.journal import Header
 from skillmerge.outputs.staging import Staging
+from skillmerge.plans import saved
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed
+from skillmerge.verbs import apply
 from skillmerge.verbs.tasks import collect
+from skillmerge.verbs.tasks.shard import conditions
 
 FIRST, LAST = "model-00001-of-00004.safetensors", "model-00004-of-00004.safetensors"
 
@@ -120,6 +134,46 @@ def test_torn_records_are_missing(tmp_path: Path, shard: str) -> None:
             skillmerge.finish(plan)
     assert run_tasks(plan, output) == [shard]
     skillmerge.finish(plan)
+    skillmerge.verify(output)
+
+
+def test_asking_too_early_stops_no_task(tmp_path: Path) -> None:
+    """Also one that has recorded nothing yet."""
+    plan, output = save_family(tmp_path), tmp_path / "merged"
+    document = json.loads(plan.read_text())
+    made = Header(saved.read(plan).digests()[0], conditions(document["versions"], "sampled", False))
+    shard = skillmerge.plan(tmp_path / "recipe.yaml").shards[0]
+    with closing(Attempt(output, made)) as attempt:
+        file = attempt.open_shard(shard)
+        with pytest.raises(TemporaryError, match="4 of 4 shards are missing"):
+            skillmerge.finish(plan)
+        file.finish()
+        attempt.record(ShardRecord(shard.file, shard.size, "", {}))
+    assert record_of(output, FIRST).exists()
+
+
+def test_a_slower_task_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shard is recorded already: the file stays. And it cannot come in while the output is checked."""
+    plan, output = save_family(tmp_path), tmp_path / "merged"
+    preview = skillmerge.plan(tmp_path / "recipe.yaml")
+    made = Header(saved.read(plan).digests()[0], conditions(preview.versions, "sampled", False))
+    with closing(Attempt(output, made)) as slow:
+        for shard in preview.shards[:2]:
+            slow.open_shard(shard).finish()
+        run_tasks(plan, output)
+        before = identities(staging_of(output) / "files")
+        slow.record(ShardRecord(preview.shards[0].file, preview.shards[0].size, "", {}))
+        assert identities(staging_of(output) / "files") == before
+        check = apply.check_structure
+
+        def late(*given: Any) -> None:
+            record_of(output, preview.shards[1].file).unlink()
+            with pytest.raises(OutputLocked, match="has taken over"):
+                slow.record(ShardRecord(preview.shards[1].file, preview.shards[1].size, "", {}))
+            check(*given)
+
+        monkeypatch.setattr(apply, "check_structure", late)
+        skillmerge.finish(plan)
     skillmerge.verify(output)
 
 
