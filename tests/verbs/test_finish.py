@@ -177,6 +177,35 @@ def test_a_slower_task_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     skillmerge.verify(output)
 
 
+def test_only_finish_takes_the_lock(tmp_path: Path) -> None:
+    """Tasks work beside a command that holds the folder; a second one that would clear it does not."""
+    plan, output = save_family(tmp_path), tmp_path / "merged"
+    skillmerge.shard(plan, index=0, of=2)
+    with closing(Staging(output)):
+        for verb in (skillmerge.finish, skillmerge.apply):
+            with pytest.raises(OutputLocked, match="another run is writing"):
+                verb(plan)
+        assert len(skillmerge.shard(plan, index=1, of=2).made) == 2
+    skillmerge.finish(plan)
+    skillmerge.verify(output)
+
+
+@pytest.mark.parametrize("torn", ["", '{"version": 2, "plan": "', "[]", "gone"])
+def test_a_torn_file_of_the_tasks_is_written_again(tmp_path: Path, torn: str) -> None:
+    """Records say themselves what they are of."""
+    plan, output = save_family(tmp_path), tmp_path / "merged"
+    wanted = alone(plan)
+    skillmerge.shard(plan, index=0, of=2)
+    path = staging_of(output) / "skillmerge.tasks.json"
+    whole = path.read_bytes()
+    path.unlink() if torn == "gone" else path.write_text(torn)
+    assert skillmerge.shard(plan, index=0, of=2).made == ()
+    assert len(skillmerge.shard(plan, index=1, of=2).made) == 2
+    assert path.read_bytes() == whole
+    skillmerge.finish(plan)
+    assert content(output) == wanted
+
+
 def test_it_waits_for_the_last_shard(tmp_path: Path) -> None:
     """And begins to wait before the first task has."""
     plan, output = save_family(tmp_path), tmp_path / "merged"

@@ -29,7 +29,9 @@ def place_among(index: int | None, of: int | None, environment: Mapping[str, str
         what = "it is not known which task this is: neither `--index` nor a scheduler says so"
         raise UsageError(what, fix=_BY_HAND)
     if of is not None and count is not None and of != count:
-        raise UsageError(f"`--of` is {of}, but {source} has {count} tasks", fix=f"leave `--of` out, or {_BY_HAND}")
+        raise UsageError(
+            f"`--of` (or {OF}) is {of}, but {source} has {count} tasks", fix=f"leave `--of` out, or {_BY_HAND}"
+        )
     of = of if of is not None else count
     if of is None:
         raise UsageError(
