@@ -29,6 +29,7 @@ _HOMES = {
     "export": "verbs.export.export",
     "export_patch": "verbs.export.patch",
     "extract": "verbs.extract",
+    "finish": "verbs.tasks.finish",
     "gate": "study.gates",
     "init": "recipes.starter",
     "inspect": "study.inspect",
@@ -38,6 +39,7 @@ _HOMES = {
     "rebuild": "verbs.rebuild",
     "rehearse_push": "outputs.hub.push",
     "schema": "recipes.schema",
+    "shard": "verbs.tasks.shard",
     "sign": "outputs.proof.sign",
     "sweep": "verbs.sweep.sweep",
     "verify": "verbs.verify",
@@ -68,6 +70,8 @@ if TYPE_CHECKING:
     from skillmerge.verbs.plan import plan as plan
     from skillmerge.verbs.rebuild import rebuild as rebuild
     from skillmerge.verbs.sweep.sweep import sweep as sweep
+    from skillmerge.verbs.tasks.finish import finish as finish
+    from skillmerge.verbs.tasks.shard import shard as shard
     from skillmerge.verbs.verify import verify as verify
     from skillmerge.verbs.verify import verify_signed as verify_signed
 

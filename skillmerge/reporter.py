@@ -22,6 +22,9 @@ class Reporter:
     def say(self, message: str) -> None:
         """Report a step of the work."""
 
+    def waiting(self, message: str) -> None:
+        """Report how far others are, a few times a second."""
+
     def note(self, message: str) -> None:
         """Report information."""
 

@@ -18,10 +18,45 @@ Found = TypeVar("Found")
 
 
 def cores() -> int:
-    """Return the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the cores that this process may use: those it is bound to, at most as many as Slurm gave its task, and as
+    the time that its control groups grant amounts to."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    limits = [int(given)] if given.isascii() and given.isdecimal() else []
+    return max(1, min([bound, *limits, *quotas()]))
+
+
+def quotas(system: Path = Path("/")) -> list[int]:
+    """Return the limits on processor time of this process's control groups, in cores, rounded up: a container's limit
+    binds no core, so that all of the machine's are seen. system: the root of the file system."""
+    groups = system / "sys/fs/cgroup"
+    try:
+        rows = [row.split(":", 2) for row in (system / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, controllers, name in (row for row in rows if len(row) == 3):
+        mounted = groups if not controllers else groups / controllers
+        own = mounted / name.lstrip("/")
+        # In a container the name may be one that only the host's tree has: its own group is at the root.
+        above = [folder for folder in own.parents if folder.is_relative_to(mounted)]
+        shares = (_share(folder, controllers) for folder in (own, *above))
+        found += [share for share in shares if share is not None]
+    return found
+
+
+def _share(folder: Path, controllers: str) -> int | None:
+    """Return the limit of one control group, of version 2 or 1."""
+    try:
+        if not controllers:
+            quota, period = (folder / "cpu.max").read_text().split()
+        elif "cpu" in controllers.split(","):
+            quota, period = ((folder / f"cpu.cfs_{key}_us").read_text() for key in ("quota", "period"))
+        else:
+            return None
+        return max(1, -(-int(quota) // int(period))) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # no limit is `max`, or -1
+        return None
 
 
 class Crew:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "skillmerge"
 ROOMS: dict[str, tuple[str, ...]] = {
     "cli": (
         "main",
-        "commands.merging commands.proving commands.starting commands.studying",
+        "commands.clusters commands.merging commands.proving commands.starting commands.studying",
         "results",
         "show.inspection show.report.notebook show.report.page",
         "show.merging show.report.headlines show.report.sweeps",
@@ -26,11 +26,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "verbs": (
         "demo.demo",
-        "sweep.sweep verify",
+        "sweep.sweep tasks.finish verify",
         "export.export extract rebuild sweep.in_memory sweep.setting",
-        "apply export.lora export.patch plan sweep.search",
-        "demo.miniature derive result source sweep.journal target",
-        "records sweep.candidates",
+        "apply export.lora export.patch plan sweep.search tasks.shard",
+        "demo.miniature derive result source sweep.journal target tasks.collect",
+        "records sweep.candidates tasks.index",
     ),
     "study": (
         "gates",
@@ -46,6 +46,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "comparison hub.card hub.commit output trials",
         "manifest",
         "staging",
+        "attempts",
         "canonical hub.published journal shard_file",
     ),
     "engine": (
@@ -59,6 +60,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "measures.input_rounding measures.update_size",
     ),
     "plans": (
+        "tasks.part",
+        "tasks.opening",
         "opening",
         "planner",
         "budget compare.skill_tokens heads layout saved",
@@ -68,7 +71,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "advice.causes advice.oddities advice.shares compare.complete compare.config compare.rows compare.tokens",
         "advice.names compare.config_values",
         "compare.table",
-        "changes depth mapping side_files compare.architectures compare.found compare.roles",
+        "changes depth mapping side_files tasks.division compare.architectures compare.found compare.roles",
     ),
     "recipes": (
         "lint starter",
@@ -116,7 +119,7 @@ HOMES = {
     "numpy": {"checkpoints.kinds.sparse"},
     "click": {
         "cli.main", "cli.completion", "cli.flags", "cli.help", "cli.results", "cli.usage", "cli.commands.merging",
-        "cli.commands.studying", "cli.commands.proving", "cli.commands.starting",
+        "cli.commands.studying", "cli.commands.proving", "cli.commands.starting", "cli.commands.clusters",
     },
     "rich": {
         "cli.console", "cli.show.inspection", "cli.show.merging", "cli.show.proving", "cli.show.starting",

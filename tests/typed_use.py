@@ -27,6 +27,7 @@ from skillmerge.verbs.plan import Preview
 from skillmerge.verbs.rebuild import Rebuilt
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.sweep.sweep import Sweep
+from skillmerge.verbs.tasks.shard import Shards
 
 
 def script(recipe: dict[str, Any]) -> None:
@@ -38,6 +39,8 @@ def script(recipe: dict[str, Any]) -> None:
     result = assert_type(skillmerge.apply(recipe, "merged", device="cpu"), Result)
     assert_type(result.manifest, Manifest)
     assert_type(result.manifest.statistics, SkillStatistics | Statistics)
+    assert_type(skillmerge.shard("plan.json", "merged", index=0, of=4), Shards)
+    assert_type(skillmerge.finish("plan.json", "merged", wait=True), Result)
     assert_type(skillmerge.inspect("before", "after"), Inspection)
     found = assert_type(skillmerge.sweep(recipe, ["lam=0:1:0.5"], "qa:questions.jsonl"), Sweep)
     assert_type(found.best.scores["accuracy"], Score)

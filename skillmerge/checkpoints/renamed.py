@@ -67,9 +67,7 @@ def read_as(
 
     Raises InputError if two tensors would get the same name, or one a name that no file can hold.
     """
-    bare = {stored: _without(stored, unwrapped) for stored in checkpoint.tensors}
-    rules = [(_without(old, unwrapped), _without(new, unwrapped)) for old, new in rename]
-    names = {stored: replaced(each, rules) for stored, each in bare.items()}
+    names = names_as(checkpoint.tensors, rename, unwrapped)
     if all(stored == new for stored, new in names.items()):
         return checkpoint
     taken: dict[str, str] = {}
@@ -83,6 +81,12 @@ def read_as(
                 else "it holds the same weights twice: save it again from the model inside its wrappers",
             )  # fmt: skip
     return Renamed(checkpoint, names, Naming(tuple(rename), tuple(unwrapped)))
+
+
+def names_as(stored: Iterable[str], rename: Sequence[tuple[str, str]], unwrapped: Sequence[str]) -> dict[str, str]:
+    """Return the names that stored ones are read under."""
+    rules = [(_without(old, unwrapped), _without(new, unwrapped)) for old, new in rename]
+    return {name: replaced(_without(name, unwrapped), rules) for name in stored}
 
 
 def wrappers_of(names: Iterable[str]) -> tuple[str, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from skillmerge.checkpoints.place import Local, Location, ModelPlace, PlaceError, instead_on_hub, parse_location
-from skillmerge.checkpoints.store import Store
+from skillmerge.checkpoints.store import Stat, Store
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.errors import did_you_mean
 
@@ -19,12 +19,14 @@ class Scheme:
     """A scheme of URIs.
 
     parse: its place, without a request; raises PlaceError. open: the store there, given the place and whether what is
-    read goes through a local cache. fetch: the folder with all that a runtime loads of it.
+    read goes through a local cache. fetch: the folder with all that a runtime loads of it. reopen: as `open`, given
+    also the files that are known to be there, which need not be asked for again; None where that saves nothing.
     """
 
     parse: Callable[[str], ModelPlace]
     open: Callable[[Any, bool], Store]
     fetch: Callable[[Any], Path]
+    reopen: Callable[[Any, bool, Mapping[str, Stat]], Store] | None = None
 
 
 def parse_place(uri: str) -> ModelPlace | None:
@@ -50,14 +52,24 @@ def is_path(uri: str) -> bool:
     return not any(uri.startswith(f"{scheme}://") for scheme in SCHEMES)
 
 
-def open_store(place: ModelPlace, *, follow_links: bool = False, download: bool = False) -> Store:
+def open_store(
+    place: ModelPlace,
+    *,
+    follow_links: bool = False,
+    download: bool = False,
+    known: Mapping[str, Stat] | None = None,
+) -> Store:
     """Return the files of a place. follow_links: of a folder, links may lead out. download: through the local cache.
+    known: files of a commit, with the digests that the store stated: only these are looked for, without a request.
 
     Raises InputError, TemporaryError.
     """
     if isinstance(place, Local):
         return Folder(place.path, follow_links=follow_links)
-    return SCHEMES[place.scheme].open(place, download)
+    scheme = SCHEMES[place.scheme]
+    if known is not None and scheme.reopen is not None:
+        return scheme.reopen(place, download, known)
+    return scheme.open(place, download)
 
 
 def local_folder(place: ModelPlace) -> Path:
@@ -65,10 +77,10 @@ def local_folder(place: ModelPlace) -> Path:
     return place.path if isinstance(place, Local) else SCHEMES[place.scheme].fetch(place)
 
 
-def _open_location(location: Location, download: bool) -> Store:
+def _open_location(location: Location, download: bool, known: Mapping[str, Stat] | None = None) -> Store:
     from skillmerge.checkpoints.stores.hub import open_location
 
-    return open_location(location, download=download)
+    return open_location(location, download=download, known=known)
 
 
 def _download(location: Location) -> Path:
@@ -77,4 +89,4 @@ def _download(location: Location) -> Path:
     return download(location)
 
 
-SCHEMES = {Location.scheme: Scheme(parse_location, _open_location, _download)}
+SCHEMES = {Location.scheme: Scheme(parse_location, _open_location, _download, _open_location)}

@@ -157,6 +157,8 @@ new_output = option(
     "--output", "-o", group=OUTPUT, type=click.Path(), required=True, metavar="DIR", help="Output folder"
 )
 overwrite = option("--overwrite", group=OUTPUT, is_flag=True, help="Replace an existing output")
+keep_failed = option("--keep-failed", group=OUTPUT, is_flag=True, help="Keep an output that fails a gate")
+push = option("--push", group=PUBLISH, metavar="ORG/NAME", help="Publish on the Hub  [default: the recipe's]")
 private = option(
     "--private/--public", group=PUBLISH, default=None,
     help="Visibility of a new repository  [default: your account's, usually public]",

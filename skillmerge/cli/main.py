@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from skillmerge.cli import flags, usage
-from skillmerge.cli.commands import merging, proving, starting, studying
+from skillmerge.cli.commands import clusters, merging, proving, starting, studying
 from skillmerge.cli.help import Commands
 from skillmerge.cli.messages import SPELLED, clear_status, log, log_error
 from skillmerge.cli.results import NO_TABLE, interrupted, print_json
@@ -37,6 +37,7 @@ Exit statuses:
 _GROUPS = {
     "Start": ("demo", "init", "schema", "doctor"),
     "Merge": ("lint", "plan", "apply", "sweep"),
+    "On a cluster": ("shard", "finish"),
     "Inspect and reuse": ("inspect", "extract", "export", "derive"),
     "Verify and publish": ("verify", "gate", "rebuild", "sign", "attest", "push"),
 }
@@ -99,7 +100,8 @@ def cli() -> None:
 
 
 for _command in (
-    merging.apply, merging.plan, studying.extract, studying.export, studying.inspect, studying.derive, studying.sweep,
+    merging.apply, merging.plan, clusters.shard, clusters.finish,
+    studying.extract, studying.export, studying.inspect, studying.derive, studying.sweep,
     proving.verify, proving.gate, proving.rebuild, proving.sign, proving.attest, proving.push,
     starting.init, starting.lint, starting.schema, starting.doctor, starting.demo,
 ):  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -157,6 +158,7 @@ class TerminalReporter(Reporter):
         super().__init__()
         self.quiet, self.verbose, self.doing, self.unit = quiet, verbose, doing, unit
         self.recorders: list[Recorder] = []
+        self._waited = -math.inf
         logger = logging.getLogger("skillmerge")
         logger.handlers = [it for it in logger.handlers if not isinstance(it, _Forward)] + [_Forward(self)]
         logger.setLevel(logging.INFO)
@@ -168,6 +170,15 @@ class TerminalReporter(Reporter):
             log("info", message)
         elif not self.quiet:
             show_status(message)
+
+    def waiting(self, message: str) -> None:
+        if self.quiet:
+            return
+        if sys.stderr.isatty() and not as_json():
+            show_status(message)
+        elif time.monotonic() - self._waited >= _QUIET_SECONDS:
+            self._waited = time.monotonic()
+            log("info", message)
 
     def note(self, message: str) -> None:
         if not self.quiet:

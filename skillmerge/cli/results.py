@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from skillmerge.cli.messages import as_text, clear_status, is_dumb, log
+from skillmerge.cli.messages import TerminalReporter, as_text, clear_status, is_dumb, log
 from skillmerge.errors import Interrupted, SkillmergeError, Terminated, UsageError, visible
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def check_places(**files: str | bool | None) -> bool:
 def _check_place(name: str, option: str) -> None:
     import tempfile
 
+    from skillmerge.outputs.attempts import TASKS_FILE
     from skillmerge.outputs.staging import MANIFEST_FILE
 
     path = Path(name).absolute()
@@ -75,7 +77,9 @@ def _check_place(name: str, option: str) -> None:
         raise UsageError(
             f"{path.parent} is not a folder", fix=f"create it first, or choose another file with `{option}`"
         )
-    if any((folder / file).exists() for folder in path.parents for file in (MANIFEST_FILE, "journal.jsonl")):
+    if any(
+        (folder / file).exists() for folder in path.parents for file in (MANIFEST_FILE, "journal.jsonl", TASKS_FILE)
+    ):
         raise UsageError(
             f"{name} is inside an output, and would make it invalid", fix=f"choose another file with `{option}`"
         )
@@ -118,6 +122,32 @@ def document_of(result: Documented) -> dict[str, Any]:
 
 def print_result(result: Documented) -> None:
     print_json(document_of(result))
+
+
+def merge(run: Callable[..., Result], recipe: str, command: str, options: dict[str, Any]) -> None:
+    """Run a command that makes an output. options: as click gives them; those about files and messages are taken out,
+    the others are the verb's."""
+    from skillmerge.cli.event_log import recorded
+    from skillmerge.study.gates import GateFailed
+
+    report, result_path, events, junit = (
+        options.pop(f"{name}_file") for name in ("report", "result", "events", "junit")
+    )
+    as_json, quiet, verbose = (options.pop(name) for name in ("as_json", "quiet", "verbose"))
+    with result_file(result_path) as write_result:
+        printed = check_places(json=as_json, report=report, result_file=result_path, junit=junit, events=events)
+        reporter = TerminalReporter(quiet, verbose)
+        with reserved(printed), recorded(reporter, events, junit, f"skillmerge {command} {recipe}"):
+            try:
+                result = run(recipe, reporter=reporter, **options)
+            except GateFailed as error:
+                write_report(report, plan=error.plan, manifest=error.body, gates=error.outcomes)
+                raise
+        show_merge(result, as_json, quiet or printed)
+        write_report(report, plan=result.plan, manifest=result.manifest, gates=result.gates)
+        write_result(result)
+    if result.output.exists() and not quiet and not printed:
+        suggest(f"skillmerge verify {shlex.quote(str(result.output))} --load")
 
 
 def show_merge(result: Result, as_json: bool, quiet: bool) -> None:
@@ -210,7 +240,7 @@ def interrupted(error: BaseException) -> Interrupted:
     return Interrupted(
         number,
         f"interrupted by {number.name}",
-        fix=continues if sys.argv[1:2] in (["apply"], ["extract"], ["sweep"]) else None,
+        fix=continues if sys.argv[1:2] in (["apply"], ["extract"], ["sweep"], ["shard"], ["finish"]) else None,
     )
 
 

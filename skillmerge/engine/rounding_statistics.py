@@ -65,7 +65,11 @@ class TensorStatistics:
         return {key: value if key == "total" else value * by for key, value in figures.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in self.__slots__}
+        # Spelled out, because large models have tens of thousands of tensors.
+        return {
+            "total": self.total, "elements": self.elements, "updated": self.updated, "vanished": self.vanished,
+            "changed": self.changed, "uu": self.uu, "du": self.du, "dd": self.dd, "tt": self.tt,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

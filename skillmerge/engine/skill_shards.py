@@ -65,6 +65,13 @@ def cut_shards(
         yield from stream.take(maker.done, len(shards), lambda: progress(maker.moved))
 
 
+def prove_same(plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings) -> None:
+    """Prove that tensors which have no difference are the same everywhere, as `cut_shards` does first. Raises
+    UnusableWeights."""
+    with Stream(checkpoints.values()) as stream:
+        _Cutter(plan, checkpoints, settings, stream).compare_all()
+
+
 class _Maker:
     """Files in the making: one thread puts cuts together, another makes files durable and digests them meanwhile."""
 

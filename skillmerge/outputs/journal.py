@@ -6,6 +6,7 @@ One JSON line a row, each durable before the next step. Knows its own file and r
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from skillmerge.durable import disk_errors, sync_file, write_whole
 from skillmerge.engine.destination import ShardRecord
 
 JOURNAL_VERSION = 2
+NEW_JOURNAL = re.compile(r"journal\.jsonl(\.[0-9a-f]+)?\.new")
+"""What a journal is called until it is whole."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ def settled(body: ManifestBody, accept: Collection[str]) -> ManifestBody:
     """Return the body with the accepted warnings about the weights recorded."""
     found = [
         Compared(remark.name, "norm ratio", "weights", "warning", {}, accepted=True, message=remark.message)
-        for remark in warnings_of(body)
+        for remark in (warnings_of(body) if accept else ())
         if remark.name is not None and remark.name in accept
     ]
     return replace(body, accepted=(*body.accepted, *found)) if found else body

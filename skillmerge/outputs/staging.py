@@ -6,6 +6,8 @@
     out.partial/complete/       the finished output; then, for an instant, the one that it replaced
     out.partial/dropped/        files that are being removed
 
+Tasks of a cluster leave shards and records there too; see `attempts`.
+
 One rename puts the output in place, when everything is written, synced and checked. A run that is killed at any
 instant leaves a folder from which the same command resumes. Knows files and bytes,
 nothing about tensors.
@@ -15,9 +17,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +36,17 @@ from skillmerge.durable import (
     sync_folder,
 )
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.errors import SkillmergeError, UsageError, some
-from skillmerge.outputs.journal import Header, Journal, Placing, Sealed
+from skillmerge.errors import SkillmergeError, UsageError
+from skillmerge.outputs.attempts import (
+    ATTEMPTS,
+    TASKS_FILE,
+    Recorded,
+    Records,
+    conditions_of,
+    refuse_strangers,
+    staging_folder,
+)
+from skillmerge.outputs.journal import Header, Journal, Placing, Row, Sealed
 from skillmerge.outputs.shard_file import ShardFile, StreamFile, WriteMode
 from skillmerge.reporter import Reporter
 from skillmerge.threads import hash_file, in_threads
@@ -45,9 +56,6 @@ if TYPE_CHECKING:
 
 
 MANIFEST_FILE = "skillmerge.manifest.json"
-
-_OURS = (*CLAIM_FILES, "journal.jsonl", "files", "complete", "previous", "dropped")
-_NEW_JOURNAL = re.compile(r"journal\.jsonl(\.[0-9a-f]+)?\.new")
 
 
 class Staging:
@@ -65,9 +73,11 @@ class Staging:
         self.finished: dict[str, ShardRecord] = {}
         self.sealed = False
         """Whether an earlier run called `seal`."""
+        self.tasks: Records | None = None
+        """The records of the plan's tasks, if this run goes on beside them."""
         self._complete = self.folder / "complete"
         with disk_errors(self.folder, "choose another folder with `--output`"):
-            self._refuse_strangers()
+            refuse_strangers(self.folder)
         self._claim = Claim(self.folder, output, reporter or Reporter())
         self._journal = Journal(self.folder / "journal.jsonl", self._claim.token)
 
@@ -77,21 +87,7 @@ class Staging:
 
     @staticmethod
     def folder_of(output: Path) -> Path:
-        return output.with_name(output.name + ".partial")
-
-    def _refuse_strangers(self) -> None:
-        """Raise UsageError if the folder with the staging folder's name is not one."""
-        strangers: list[str] = []
-        if self.folder.is_dir():
-            with suppress(FileNotFoundError):  # its run has finished in the meantime
-                names = [path.name for path in self.folder.iterdir()]
-                strangers = [name for name in names if name not in _OURS and not _NEW_JOURNAL.fullmatch(name)]
-        if self.folder.is_symlink() or strangers:
-            what = f"holds {some(strangers)}" if strangers else "is a link"
-            raise UsageError(
-                f"{self.folder} is needed as the staging folder, but it {what}",
-                fix="move it away, or choose another folder with `--output`",
-            )
+        return staging_folder(output)
 
     @property
     def unfinished(self) -> bool:
@@ -150,20 +146,17 @@ class Staging:
         rows = self._journal.read()
         remark = None
         with disk_errors(self.folder):
-            if rows[:1] == [header]:
-                shards = {row.file: row for row in rows if isinstance(row, ShardRecord)}  # the last row of each counts
-                for done in shards.values():
-                    if done.uploaded:
-                        (self.files / done.file).unlink(missing_ok=True)
-                intact = in_threads(self._is_intact, shards.values())
-                self.finished = {done.file: done for done, good in zip(shards.values(), intact, strict=True) if good}
-                damaged = len(shards) - len(self.finished)
+            recorded = self._recorded_by_tasks(header)
+            if rows[:1] == [header] or recorded:
+                damaged = len(self._load(header, rows, recorded))
                 count = f"{len(self.finished)} shard{' is' if len(self.finished) == 1 else 's are'}"
                 remark = f"continuing an interrupted run: {count} finished already"
                 remark += f"; {damaged} were damaged since and are redone" if damaged else ""
                 self.sealed = Sealed(plan_digest) in rows and not damaged and (self.files / MANIFEST_FILE).is_file()
                 if self.sealed:
                     return remark
+                if recorded:  # before the tasks' records go
+                    self._journal.start([header, *self.finished.values()])
             elif rows or self.files.exists():
                 same = any(isinstance(row, Header) and row.plan == weights_digest for row in rows[:1])
                 remark = "dropped an unfinished run "
@@ -174,7 +167,74 @@ class Staging:
             self._journal.start([header, *self.finished.values()])
         return remark
 
-    def _is_intact(self, done: ShardRecord, stop: threading.Event) -> bool:
+    def begin_beside_tasks(self, weights_digest: str, conditions: dict[str, Any], reread: bool) -> str | None:
+        """Take what tasks of the plan have made so far, and leave them at their work.
+
+        reread: believe no record without reading its file. Where no tasks of the plan are at work this is `begin`.
+        """
+        header = Header(weights_digest, conditions)
+        self.tasks = Records(self.folder, header)
+        if conditions_of(self.folder) != header:
+            return self.begin(weights_digest, conditions)
+        self._claim.check()
+        with disk_errors(self.folder):
+            recorded = self._recorded_by_tasks(header)
+            self._load(header, self._journal.read(), recorded, {} if reread else recorded)
+            self.files.mkdir(exist_ok=True)
+            self._journal.start([header, *self.finished.values()])
+        return None
+
+    def leave_tasks_out(self) -> None:
+        """Remove what tasks still make, so that no file changes any more."""
+        self._claim.check()
+        with disk_errors(self.folder):
+            self._remove(self.folder / ATTEMPTS)
+
+    def _remove(self, path: Path) -> None:
+        """Remove a file or a folder: that is renamed first, so that another run never finds half of it."""
+        dropped = self.folder / "dropped"
+        if path.is_dir() and not path.is_symlink():
+            remove_tree(dropped)
+            path.rename(dropped)
+            remove_tree(dropped)
+        else:
+            path.unlink(missing_ok=True)
+
+    def _recorded_by_tasks(self, header: Header) -> dict[str, Recorded]:
+        """Return the tasks' records of this plan, by shard."""
+        if conditions_of(self.folder) != header:
+            return {}
+        records = Records(self.folder, header)
+        return {found.record.file: found for shard in records.listed() if (found := records.read(shard)) is not None}
+
+    def _load(
+        self,
+        header: Header,
+        rows: Sequence[Row],
+        recorded: Mapping[str, Recorded],
+        believed: Mapping[str, Recorded] | None = None,
+    ) -> list[str]:
+        """Take the finished shards of a journal and of tasks. Returns those that are damaged.
+
+        believed: those that need not be read again where size and time of the file are those of the record.
+        """
+        known = [row for row in rows if isinstance(row, ShardRecord)] if rows[:1] == [header] else []
+        shards = {row.file: row for row in known}  # the last row of each counts
+        shards |= {file: found.record for file, found in recorded.items()}
+        for done in shards.values():
+            if done.uploaded:
+                (self.files / done.file).unlink(missing_ok=True)
+        trusted = {file for file, found in (believed or {}).items() if Records(self.folder, header).holds(found)}
+
+        def is_intact(done: ShardRecord, stop: threading.Event) -> bool:
+            return done.file in trusted or self.is_intact(done, stop)
+
+        intact = in_threads(is_intact, shards.values())
+        self.finished = {done.file: done for done, good in zip(shards.values(), intact, strict=True) if good}
+        return [file for file in shards if file not in self.finished]
+
+    def is_intact(self, done: ShardRecord, stop: threading.Event | None = None) -> bool:
+        """Return whether a shard's file is the one that was recorded. Reads it."""
         path = self.files / done.file
         if done.uploaded:
             return True
@@ -263,26 +323,21 @@ class Staging:
     def close(self) -> None:
         """Release the lock. Keep what the next run can use; remove a folder without that."""
         with suppress(OSError):  # the folder is another run's, which may be removing it
-            if not is_taken(self.files) and not self._complete.exists():
+            in_use = is_taken(self.files) or self._complete.exists() or (self.folder / TASKS_FILE).exists()
+            if not in_use:
                 self._clear()
         self._claim.close()
 
     def _clear(self, *kept: str) -> None:
-        """Remove all but `kept` and the lock; the journal last, so that it exists as long as anything else.
-
-        A folder is renamed first, so that another run never finds half of it. What another run owns is left alone.
+        """Remove all but `kept` and the lock; the journal last, so that it exists as long as anything else, and first
+        what tasks still make, so that it has no way into `files`. What another run owns is left alone.
         """
-        dropped = self.folder / "dropped"
         with suppress(OSError, SkillmergeError):
             self._claim.check()
-            remove_tree(dropped)
+            remove_tree(self.folder / "dropped")
             paths = [path for path in self.folder.iterdir() if path.name not in (*CLAIM_FILES, *kept)]
-            for path in sorted(paths, key=lambda path: path == self._journal.path):
-                if path.is_dir() and not path.is_symlink():
-                    path.rename(dropped)
-                    remove_tree(dropped)
-                else:
-                    path.unlink()
+            for path in sorted(paths, key=lambda path: (path == self._journal.path, path.name != ATTEMPTS)):
+                self._remove(path)
 
 
 def _put_in_place(finished: Path, output: Path, replace: bool) -> None:

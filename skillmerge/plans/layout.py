@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from skillmerge.checkpoints.checkpoint import SINGLE_FILE, Checkpoint
 from skillmerge.checkpoints.safetensors import MAX_HEADER_BYTES, MAX_NAME, build_header
@@ -41,12 +41,18 @@ def lay_out_skill(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> tuple[Sh
         header += entries
     shards = []
     for number, group in enumerate(groups, 1):
-        file, specs, end = f"skill-{number:05d}-of-{len(groups):05d}.safetensors", [], 0
-        for plan in group:
-            specs.append(StoredTensor(plan.name, plan.dtype, plan.shape, file, end, end + _nbytes(plan)))
-            end = specs[-1].end
-        shards.append(ShardPlan(file, b"", tuple(specs)))
+        shards.append(skill_shard(f"skill-{number:05d}-of-{len(groups):05d}.safetensors", group))
     return tuple(shards)
+
+
+def skill_shard(file: str, tensors: Iterable[TensorPlan]) -> ShardPlan:
+    """Return one file of a skill."""
+    specs: list[StoredTensor] = []
+    end = 0
+    for plan in tensors:
+        specs.append(StoredTensor(plan.name, plan.dtype, plan.shape, file, end, end + _nbytes(plan)))
+        end = specs[-1].end
+    return ShardPlan(file, b"", tuple(specs))
 
 
 def lay_out(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan]) -> tuple[ShardPlan, ...]:
@@ -54,10 +60,13 @@ def lay_out(recipe: Recipe, donor: Checkpoint, tensors: Mapping[str, TensorPlan]
     limit = recipe.output.shard_size
     shards = []
     for file, names in _as_donor(donor) if limit is None else _by_size(tensors, limit):
-        shards.append(
-            ShardPlan(file, *build_header(((it, tensors[it].dtype, tensors[it].shape) for it in names), file))
-        )
+        shards.append(model_shard(file, (tensors[name] for name in names)))
     return tuple(shards)
+
+
+def model_shard(file: str, tensors: Iterable[TensorPlan]) -> ShardPlan:
+    """Return one file of a model."""
+    return ShardPlan(file, *build_header(((it.name, it.dtype, it.shape) for it in tensors), file))
 
 
 def _as_donor(donor: Checkpoint) -> list[tuple[str, list[str]]]:

@@ -76,13 +76,13 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
     Raises RecipeError, UsageError, InputError, StalePlan, TemporaryError.
     """
     places = {name: recipe.model_place(name) for name in recipe.used_models()}
-    _refuse_missing(recipe, places, access)
+    refuse_missing(recipe, places, access)
     lock_path = lockfile.path_of(Path(recipe.document.name))
     lock = None
     if not access.relock and not access.commits and any(place.versioned for place in places.values()):
         lock = lockfile.read(lock_path)
     wanted = {name: _locked(recipe, name, place, lock, lock_path, access) for name, place in places.items()}
-    checkpoints = _open_all(recipe, wanted, access)
+    checkpoints = open_all(recipe, wanted, access)
     try:
         for name, place in places.items():
             if not place.versioned:
@@ -96,7 +96,7 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
                 else:
                     warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
         with _placed(recipe, checkpoints):
-            return {name: _under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
+            return {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
     except BaseException:
         close_all(checkpoints)
         raise
@@ -123,7 +123,7 @@ def planned(
         close_all(checkpoints)
 
 
-def _under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkpoint:
+def under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkpoint:
     """Return the model under the names that it is read by. Raises RecipeError for a rule of `rename` that renames
     nothing."""
     model = model_of(name)
@@ -152,7 +152,7 @@ def close_all(checkpoints: Mapping[str, Checkpoint]) -> None:
         checkpoint.close()
 
 
-def _refuse_missing(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -> None:
+def refuse_missing(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -> None:
     """Raise InputError if a model's folder is not there: at the place in the recipe that a person wrote."""
     for name, place in places.items():
         found = missing(place.path, recipe.models[name]) if isinstance(place, Local) else None
@@ -222,7 +222,7 @@ def _locked(
     return place
 
 
-def _open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -> dict[str, Checkpoint]:
+def open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -> dict[str, Checkpoint]:
     """Open all models at once: most of the time is spent waiting for answers."""
     opening: list[Store] = []
     found: dict[str, Checkpoint] = {}

@@ -21,6 +21,10 @@ from skillmerge.remarks import Remark, count_of
 from skillmerge.tensors import StoredTensor
 
 PLAN_VERSION = 1
+DECIDING = (
+    "version", "donor", "output", "coefficients", "overrides", "inputs", "shards", "tensors", "side_files"
+)  # fmt: skip
+"""Keys of a plan that decide the output's bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +174,15 @@ class Plan:
 
 def sealed(plan: Plan) -> Plan:
     """Return the plan with its digests."""
-    deciding = {key: value for key, value in deciding_facts(plan).items() if key != "recipe_sha256"}
-    weights_digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
-    digest = hashlib.sha256((weights_digest + plan.recipe.sha256).encode()).hexdigest()
+    weights_digest, digest = digests(deciding_facts(plan), plan.recipe.sha256)
     return replace(plan, weights_digest=weights_digest, digest=digest)
+
+
+def digests(facts: Mapping[str, Any], recipe_sha256: str) -> tuple[str, str]:
+    """Return the digests of the weights and of the whole plan. facts: at least those that decide, as JSON has them."""
+    deciding = {key: facts[key] for key in DECIDING}
+    weights_digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    return weights_digest, hashlib.sha256((weights_digest + recipe_sha256).encode()).hexdigest()
 
 
 def deciding_facts(plan: Plan) -> dict[str, Any]:

@@ -352,12 +352,13 @@ def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapp
     return {
         "inputs": tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
         "bytes_read": sum(read.values()),
-        "input_itemsizes": _itemsizes(tensors, checkpoints),
+        "input_itemsizes": itemsizes(tensors, checkpoints),
         "versions": versions(checkpoints),
     }
 
 
-def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
+def itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
+    """Return the widest element, in bytes, that each of a tensor's sources can have."""
     specs = {name: checkpoint.tensors for name, checkpoint in checkpoints.items()}
     found = {
         (index, specs[model][source].dtype)

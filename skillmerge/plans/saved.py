@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from skillmerge.errors import StalePlan, UsageError
 from skillmerge.plans.changes import differences
-from skillmerge.plans.plan import PLAN_VERSION, Plan
+from skillmerge.plans.plan import PLAN_VERSION, Plan, digests
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import SAVED_PLAN
@@ -25,6 +25,7 @@ from skillmerge.recipes.source import SAVED_PLAN
 _KEYS = ("version", "digest", "recipe", "versions", "inputs", "tensors")
 _REMARKS = ("recipe", "problems", "warnings", "notes", "compared", "merged_share")
 """Keys for people. The plan has the digest of the recipe's text."""
+_EDITED = "it was edited, or this skillmerge plans differently"
 _MAX_BYTES = 1 << 30
 
 
@@ -45,15 +46,32 @@ class SavedPlan:
         now = json.loads(json.dumps(describe(plan)))
         if all(self.document.get(key) == value for key, value in now.items() if key not in _REMARKS):
             return
-        changes = self.changes(now) or ["it was edited, or this skillmerge plans differently"]
-        raise StalePlan(
+        raise self.stale(self.changes(now) or [_EDITED])
+
+    def stale(self, changes: Sequence[str]) -> StalePlan:
+        """Return the error for a plan that no longer holds. changes: in words."""
+        return StalePlan(
             f"{self.path} is stale: " + "; ".join(changes[:8]),
             fix=f"check the changes and plan again: {self.recipe.command('plan')} -o {shlex.quote(str(self.path))}",
         )
 
+    def digests(self) -> tuple[str, str]:
+        """Return the digests of the weights and of the whole plan. Raises StalePlan if it was edited."""
+        with damage(self.path):
+            found = digests(self.document, self.recipe.sha256)
+            if found[1] != self.document["digest"]:
+                raise self.stale([_EDITED])
+        return found
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The output's shards and their sizes, in the plan's order."""
+        with damage(self.path):
+            return {shard["file"]: int(shard["size"]) for shard in self.document["shards"]}
+
     def changes(self, now: Mapping[str, Any]) -> list[str]:
         """Return what is different in another plan, in words. Raises UsageError if this one is damaged."""
-        with _damage(self.path):
+        with damage(self.path):
             return differences(self.document, now)
 
 
@@ -79,7 +97,7 @@ def looks_saved(path: str | os.PathLike[str]) -> bool:
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def damage(path: Path) -> Iterator[None]:
     """Turn every error of reading a plan into one that says that the file is not a saved plan."""
     try:
         yield
@@ -92,7 +110,7 @@ def _damage(path: Path) -> Iterator[None]:
 def read(path: str | os.PathLike[str]) -> SavedPlan:
     """Read a saved plan. Raises UsageError for what is none, RecipeError for a recipe in it that is damaged."""
     path = Path(path)
-    with _damage(path):
+    with damage(path):
         try:
             if not path.is_file() or path.stat().st_size > _MAX_BYTES:
                 raise ValueError("it is not a regular file of at most 1 GiB")
@@ -104,7 +122,7 @@ def read(path: str | os.PathLike[str]) -> SavedPlan:
 
 def parse(text: str, path: Path) -> SavedPlan:
     """Return the saved plan in a text. path: its name in messages."""
-    with _damage(path):
+    with damage(path):
         document = json.loads(text)
         if document["version"] != PLAN_VERSION:
             raise UsageError(f"{path}: plan version {document['version']!r} is unknown to this version of skillmerge")

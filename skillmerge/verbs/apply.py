@@ -38,6 +38,7 @@ from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.source import planned_to_apply, read_source, source_name
 from skillmerge.verbs.target import finished_output, output_folder, refuse_existing, refuse_other_donor
+from skillmerge.verbs.tasks.collect import Collector
 from skillmerge.version import __version__
 
 if TYPE_CHECKING:
@@ -109,10 +110,13 @@ def merge(
     checks: Checks,
     publish: Publish,
     reporter: Reporter,
+    tasks: Collector | None = None,
 ) -> Result:
-    """Do the work of `apply`; its arguments are sorted into records."""
+    """Do the work of `apply`; its arguments are sorted into records. tasks: who makes the shards, if not this run."""
     started = time.monotonic()
     with planned_to_apply(source, access, checks, reporter) as (plan, checkpoints):
+        if tasks is not None:
+            checks = tasks.settle(output_folder(plan.recipe, output, checkpoints), checks)
         prepare(plan.recipe.gates, checks.stats, publish.no_local, plan)
         target = output_folder(plan.recipe, output, checkpoints)
         reporter.event(
@@ -124,7 +128,7 @@ def merge(
         with closing(Staging(target, reporter)) as staging, staging.working():
             room = push.room if push is not None else None
             job = Job(plan, checkpoints, staging, checks.stats, checks.allow_nonfinite, room)
-            run = _Merge(job, staging, access, checks, publish, push, reporter, started)
+            run = _Merge(job, staging, access, checks, publish, push, reporter, started, tasks)
             try:
                 result = run.find_published() or run.find_finished() or run.make(work)
                 return run.published(result)
@@ -145,6 +149,7 @@ class _Merge:
     push: MergePush | None
     reporter: Reporter
     started: float
+    tasks: Collector | None = None
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -177,7 +182,7 @@ class _Merge:
         recovered = self.staging.recover(plan.weights_digest, self.conditions, self.publish.overwrite, self.judged)
         if self.publish.no_local:
             return None
-        proof = finished_output(target, plan, self.conditions, self.checks.hash_inputs)
+        proof = finished_output(target, plan.digest, self.conditions, self.checks.hash_inputs)
         # With --overwrite the existing output may be damaged.
         trusted = recovered or not (self.publish.overwrite or self.checks.full)
         if proof is None or not (trusted or is_intact(target, proof)):
@@ -198,7 +203,7 @@ class _Merge:
             refuse_existing(self.staging.output, self.publish.overwrite)
         job, allow_code = self.job, self.access.allow_code
         refuse_other_donor(self.staging, job.plan, job.checkpoints, self.conditions, allow_code)
-        runner = runner_for(work, self.reporter)
+        runner = self.tasks or runner_for(work, self.reporter)
         side_files = self._begin()
         if self.staging.sealed:  # complete except for its commit
             proof = manifest.read(self.staging.files)
@@ -234,8 +239,7 @@ class _Merge:
         """Report warnings about the weights. there: of an existing output, whose gates are not run again."""
         for remark in warnings_of(body):
             self.reporter.warn(remark.message, remark.fix)
-        outcome = strict_outcome(body)
-        if there and self.checks.strict and not outcome.passed:
+        if there and self.checks.strict and not (outcome := strict_outcome(body)).passed:
             fix = f"{self.staging.output} was made without `--strict`; check it, then remove it or leave `--strict` out"
             raise GateFailed([outcome], fix=fix, plan=self.job.plan, body=body)
 
@@ -245,14 +249,19 @@ class _Merge:
     def _begin(self) -> list[SideFile]:
         """Pick up what an earlier run left. Returns the output's side files."""
         plan, staging, push = self.job.plan, self.staging, self.push
-        if remark := staging.begin(plan.weights_digest, self.conditions, plan.digest):
+        if self.tasks is not None:
+            remark = self.tasks.begin(self.job, staging, self.conditions)
+        else:
+            remark = staging.begin(plan.weights_digest, self.conditions, plan.digest)
+        if remark:
             self.reporter.note(remark)
         side_files: list[SideFile] = []
         if not staging.sealed:
             needed = plan.bytes_written - staging.finished_bytes
             if plan.makes_skill:
                 needed //= 2  # Sparsity is unknown until the skill is encoded.
-            check_disk(staging.folder, push.disk_needed(needed) if push else needed, "the output")
+            if self.tasks is None:
+                check_disk(staging.folder, push.disk_needed(needed) if push else needed, "the output")
             side_files += fetch(self.job.checkpoints[plan.donor], plan.side_files, self.access.allow_code)
             side_files += self._tokens()
             prove_ties(plan.ties, self.job.checkpoints)

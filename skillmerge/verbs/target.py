@@ -64,7 +64,9 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
     return path
 
 
-def finished_output(folder: Path, plan: Plan, conditions: Mapping[str, Any], hash_inputs: bool) -> Manifest | None:
+def finished_output(
+    folder: Path, plan_digest: str, conditions: Mapping[str, Any], hash_inputs: bool
+) -> Manifest | None:
     """Return the manifest in `folder` if it belongs to this plan, these files and these options, and the output looks
     complete without rereading the weights (`verify` does that)."""
     if not (folder / MANIFEST_FILE).is_file():
@@ -77,7 +79,7 @@ def finished_output(folder: Path, plan: Plan, conditions: Mapping[str, Any], has
     if any(not outcome.passed for outcome in RunLog.read(folder).gates):
         return None  # it failed a gate, and was moved here by hand
     known = proof.environment.conditions
-    same = proof.plan_digest == plan.digest and all(known.get(key) == conditions[key] for key in conditions)
+    same = proof.plan_digest == plan_digest and all(known.get(key) == conditions[key] for key in conditions)
     hashed = all(file.sha256 for item in proof.inputs for file in item.files)
     return proof if same and (hashed or not hash_inputs) else None
 
@@ -115,7 +117,7 @@ def is_done(plan: Plan, output: str | os.PathLike[str] | None = None, stats: str
     if target is None:
         return False
     conditions = {"inputs": plan.versions, "stats": stats, "allow_nonfinite": False}
-    proof = finished_output(Path(target), plan, conditions, hash_inputs=False)
+    proof = finished_output(Path(target), plan.digest, conditions, hash_inputs=False)
     return proof is not None and is_intact(Path(target), proof)
 
 

@@ -59,7 +59,7 @@ def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Checkpoint:
     files, place = store.list(), store.at.place
     check_weight_names(store)
     weights = weight_names(files)
-    index = _read_index(store) if INDEX_FILE in files else None
+    index = read_index(store) if INDEX_FILE in files else None
     if index is None:
         shards = [SINGLE_FILE if SINGLE_FILE in weights else weights[0]]
         if (missing := missing_shards(shards)) is not None:
@@ -135,7 +135,7 @@ class Dense(Checkpoint):
         self.store.hint(spec.file, spec.start + first * itemsize, count * itemsize)
 
 
-def _read_index(store: Store) -> dict[str, str]:
+def read_index(store: Store) -> dict[str, str]:
     """Return the index's weight map."""
     path = store.at.path(INDEX_FILE)
     weight_map = read_json_object(store, INDEX_FILE).get("weight_map")

@@ -40,25 +40,20 @@ _OF_A_MODEL = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 class Repository:
     """A repository at one commit. See `Store` for what its methods promise."""
 
-    def __init__(self, location: Location, *, download: bool = False) -> None:
-        """Find the commit and its files: one request. `download` puts weight files into the Hub's cache."""
-        info = retried(
-            str(location),
-            lambda: HfApi().model_info(
-                location.repository,
-                revision=location.revision or None,
-                files_metadata=True,
-                timeout=constants.HF_HUB_ETAG_TIMEOUT,
-            ),
-        )
-        if not info.sha:
-            raise InputError(f"{location}: the Hub names no commit for it")
-        self.location = location.at(info.sha)
-        license = info.card_data.license if info.card_data is not None else None
-        license = license if isinstance(license, str) else None
-        self.at = Where(str(self.location), None, info.sha, license, remote=True)
+    def __init__(self, location: Location, *, download: bool = False, known: Mapping[str, Stat] | None = None) -> None:
+        """Find the commit and its files: one request, or none where the files of a commit are `known`. `download` puts
+        weight files into the Hub's cache."""
         self._prefix = f"{location.subfolder}/" if location.subfolder else ""
-        self._listed = self._listing(info.siblings or [])
+        if known is not None:
+            self.location, license = location, None
+            self._listed = dict(known)
+        else:
+            info = _info(location)
+            self.location = location.at(info.sha)
+            license = info.card_data.license if info.card_data is not None else None
+            license = license if isinstance(license, str) else None
+            self._listed = self._listing(info.siblings or [])
+        self.at = Where(str(self.location), None, self.location.revision, license, remote=True)
         self._download = download
         self._signed: dict[str, str] = {}
         self._cached: Folder | None = None
@@ -74,11 +69,11 @@ class Repository:
             if not sibling.rfilename.startswith(self._prefix):
                 continue
             if sibling.size is None or not (sibling.lfs or sibling.blob_id):
-                raise InputError(f"{self.at.place}: the Hub says nothing of the size of {sibling.rfilename}")
+                raise InputError(f"{self.location}: the Hub says nothing of the size of {sibling.rfilename}")
             digest = ("sha256", sibling.lfs.sha256) if sibling.lfs else ("git_sha1", sibling.blob_id)
             files[sibling.rfilename.removeprefix(self._prefix)] = Stat(sibling.size, (sibling.size, *digest), digest)
         if not files and self._prefix:
-            raise InputError(f"{self.at.place}: the repository has no such folder")
+            raise InputError(f"{self.location}: the repository has no such folder")
         return dict(sorted(files.items()))
 
     def list(self) -> Mapping[str, Stat]:
@@ -276,20 +271,36 @@ class Repository:
             )
 
 
+def _info(location: Location) -> Any:
+    """Return what the Hub says of a revision: its commit, and every file with size and digest."""
+    info = retried(
+        str(location),
+        lambda: HfApi().model_info(
+            location.repository,
+            revision=location.revision or None,
+            files_metadata=True,
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        ),
+    )
+    if not info.sha:
+        raise InputError(f"{location}: the Hub names no commit for it")
+    return info
+
+
 def _is_hub(url: str) -> bool:
     """Return whether a request to `url` may carry the token."""
     hub, asked = urlsplit(constants.ENDPOINT), urlsplit(url)
     return (hub.scheme, hub.netloc) == (asked.scheme, asked.netloc)
 
 
-def open_location(location: Location, *, download: bool = False) -> Store:
-    """Return the files of a model on the Hub. Offline, those of the local cache.
+def open_location(location: Location, *, download: bool = False, known: Mapping[str, Stat] | None = None) -> Store:
+    """Return the files of a model on the Hub. Offline, those of the local cache. known: the files of this commit.
 
     Raises InputError, TemporaryError.
     """
     if not constants.HF_HUB_OFFLINE:
         try:
-            return Repository(location, download=download)
+            return Repository(location, download=download, known=known)
         except TemporaryError as error:
             if not _cached(location):
                 raise

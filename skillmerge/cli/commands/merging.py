@@ -15,7 +15,6 @@ from skillmerge.cli.results import (
     check_places,
     document_of,
     print_json,
-    show_merge,
     suggest,
     write_report,
     write_text,
@@ -44,8 +43,8 @@ if TYPE_CHECKING:
 @flags.output
 @flags.overwrite
 @option("--full", group=flags.OUTPUT, is_flag=True, help="Reread an existing output before reusing it")
-@option("--keep-failed", group=flags.OUTPUT, is_flag=True, help="Keep an output that fails a gate")
-@option("--push", group=flags.PUBLISH, metavar="ORG/NAME", help="Publish on the Hub  [default: the recipe's]")
+@flags.keep_failed
+@flags.push
 @option("--no-local", group=flags.PUBLISH, is_flag=True, help="Upload shards as they finish; keep no copy")
 @flags.private
 @flags.revision
@@ -58,45 +57,14 @@ if TYPE_CHECKING:
 @flags.as_json
 @flags.quiet
 @flags.verbose
-def apply(
-    recipe: str,
-    report_file: str | None,
-    result_file: str | None,
-    events_file: str | None,
-    junit_file: str | None,
-    coefficients: tuple[tuple[str, float], ...],
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    **options: Any,
-) -> None:
+def apply(recipe: str, coefficients: tuple[tuple[str, float], ...], **options: Any) -> None:
     """Merge models and write the output.
 
     RECIPE may be a saved plan, or - for standard input. Rerun to resume an interrupted merge.
     """
-    from skillmerge.cli.event_log import recorded
-    from skillmerge.study.gates import GateFailed
     from skillmerge.verbs.apply import apply as run
 
-    with results.result_file(result_file) as write_result:
-        printed = check_places(
-            json=as_json, report=report_file, result_file=result_file, junit=junit_file, events=events_file
-        )
-        reporter = TerminalReporter(quiet, verbose)
-        with (
-            results.reserved(printed),
-            recorded(reporter, events_file, junit_file, f"skillmerge apply {recipe}"),
-        ):
-            try:
-                result = run(recipe, coefficients=dict(coefficients), reporter=reporter, **options)
-            except GateFailed as error:
-                write_report(report_file, plan=error.plan, manifest=error.body, gates=error.outcomes)
-                raise
-        show_merge(result, as_json, quiet or printed)
-        write_report(report_file, plan=result.plan, manifest=result.manifest, gates=result.gates)
-        write_result(result)
-    if result.output.exists() and not quiet and not printed:
-        suggest(f"skillmerge verify {shlex.quote(str(result.output))} --load")
+    results.merge(run, recipe, "apply", {"coefficients": dict(coefficients), **options})
 
 
 @command("plan recipe.yaml", "plan recipe.yaml -o plan.json", "plan recipe.yaml --diff plan.json")

@@ -1,0 +1,313 @@
+"""The work of tasks on one output, beside each other and without a lock.
+
+    out.partial/skillmerge.tasks.json       the plan and conditions of the tasks, in the journal's words
+    out.partial/attempts/<uuid>/<shard>     a shard in the making, private to one run of a task
+    out.partial/attempts/<uuid>/task.json   where that task runs, and since when it makes which shard
+    out.partial/files/<shard>               a finished shard, put here by rename
+    out.partial/done/<shard>.json           its record, written whole and put here by rename
+
+Two tasks that make the same shard make the same bytes, so whichever renames last does no harm: nothing depends on
+knowing whether another task is alive. A run that takes the folder over removes `attempts` first, so that what a task
+of another plan still makes has no way into `files`. Knows files and records, nothing about tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skillmerge.claim import CLAIM_FILES
+from skillmerge.durable import disk_errors, remove_tree, sync_folder, write_whole
+from skillmerge.engine.destination import ShardRecord
+from skillmerge.errors import OutputLocked, SkillmergeError, UsageError, some
+from skillmerge.outputs.journal import NEW_JOURNAL, Header, Journal
+from skillmerge.outputs.shard_file import ShardFile, StreamFile, WriteMode
+
+if TYPE_CHECKING:
+    from skillmerge.plans.plan import ShardPlan
+
+TASKS_FILE, ATTEMPTS, DONE, FILES, COMPLETE = "skillmerge.tasks.json", "attempts", "done", "files", "complete"
+_TASK_FILE = "task.json"
+_OURS = (
+    *CLAIM_FILES, "journal.jsonl", FILES, COMPLETE, "previous", "dropped", TASKS_FILE, ATTEMPTS, DONE
+)  # fmt: skip
+_TRIES = 100
+"""How often the folder may vanish while a task joins: another run may be removing its own."""
+
+
+def staging_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def refuse_strangers(folder: Path) -> None:
+    """Raise UsageError if the folder with the staging folder's name is not one."""
+    strangers: list[str] = []
+    if folder.is_dir():
+        with suppress(FileNotFoundError):  # its run has finished in the meantime
+            names = [path.name for path in folder.iterdir()]
+            strangers = [name for name in names if name not in _OURS and not NEW_JOURNAL.fullmatch(name)]
+            strangers = [name for name in strangers if not name.startswith(f"{TASKS_FILE}.")]
+    if folder.is_symlink() or strangers:
+        what = f"holds {some(strangers)}" if strangers else "is a link"
+        raise UsageError(
+            f"{folder} is needed as the staging folder, but it {what}",
+            fix="move it away, or choose another folder with `--output`",
+        )
+
+
+def conditions_of(folder: Path) -> Header | None:
+    """Return the plan and conditions of the tasks that work in a staging folder; None if there are none."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        return Header.from_json(json.loads((folder / TASKS_FILE).read_bytes()))
+    return None
+
+
+def owner_of(folder: Path) -> Header | None:
+    """Return the plan and conditions of those who work in a staging folder: tasks, or an interrupted run."""
+    found = conditions_of(folder)
+    rows = Journal(folder / "journal.jsonl", "").read() if found is None else []
+    return found or next((row for row in rows if isinstance(row, Header)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A shard's record, the time of its file, and by what, where and how long it was made."""
+
+    record: ShardRecord
+    mtime_ns: int
+    device: str = ""
+    host: str = ""
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        made = {"mtime_ns": self.mtime_ns, "device": self.device, "host": self.host, "seconds": self.seconds}
+        return {**made, **self.record.to_json()}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Recorded:
+        return cls(
+            ShardRecord.from_json(row),
+            int(row["mtime_ns"]),
+            str(row["device"]),
+            str(row["host"]),
+            float(row["seconds"]),
+        )
+
+
+class Records:
+    """The records of a plan's tasks in a staging folder. Those of other plans and conditions do not count."""
+
+    def __init__(self, folder: Path, header: Header) -> None:
+        self.folder = folder
+        self._of = hashlib.sha256(json.dumps(header.to_json(), sort_keys=True).encode())
+
+    def text(self, done: Recorded) -> bytes:
+        row = done.to_json()
+        return (json.dumps({"digest": self._digest(row), **row}) + "\n").encode()
+
+    def _digest(self, row: Mapping[str, Any]) -> str:
+        """Return the digest of a record, with the plan and conditions that it is of: its file is not read again."""
+        digest = self._of.copy()
+        digest.update(json.dumps(row, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def path(self, shard: str) -> Path:
+        return self.folder / DONE / f"{shard}.json"
+
+    def listed(self) -> list[str]:
+        """Return the shards that have a record, as far as the filesystem knows."""
+        with suppress(OSError):
+            return sorted(path.name.removesuffix(".json") for path in (self.folder / DONE).iterdir())
+        return []
+
+    def read(self, shard: str) -> Recorded | None:
+        """Return a shard's record: by its name, because listings of a network filesystem may be old."""
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            row = json.loads(self.path(shard).read_bytes())
+            if row.pop("digest") == self._digest(row) and row["shard"] == shard:
+                return Recorded.from_json(row)
+        return None
+
+    def holds(self, done: Recorded, place: str = FILES) -> bool:
+        """Return whether the file of a record is the one that was recorded, by its size and time."""
+        try:
+            status = (self.folder / place / done.record.file).stat()
+        except OSError:
+            return False
+        return (status.st_size, status.st_mtime_ns) == (done.record.size, done.mtime_ns)
+
+    def fits(self, done: ShardRecord) -> bool:
+        """Return whether there is a file of the size that a run's journal has."""
+        try:
+            return (self.folder / FILES / done.file).stat().st_size == done.size
+        except OSError:
+            return False
+
+    def drop(self, shard: str) -> None:
+        """Forget a shard whose file is damaged, so that a task makes it again. Only who finishes may do so."""
+        for path in (self.path(shard), self.folder / FILES / shard):
+            path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """A shard that a task is making: on which host, and since when."""
+
+    shard: str
+    host: str
+    since: float
+
+
+def being_made(folder: Path) -> dict[str, Making]:
+    """Return the shards that tasks are making or were making when they died, each by the latest task."""
+    found: dict[str, Making] = {}
+    with suppress(OSError):
+        for path in (folder / ATTEMPTS).iterdir():
+            with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+                row = json.loads((path / _TASK_FILE).read_bytes())
+                for shard, since in row["shards"].items():
+                    if shard not in found or found[shard].since < since:
+                        found[shard] = Making(shard, str(row["host"]), float(since))
+    return found
+
+
+class Attempt:
+    """One run of a task: the destination of the shards that it makes.
+
+    Writing raises UsageError and ResourceError, as `disk_errors` says, and OutputLocked if another run has taken over
+    the folder.
+    """
+
+    def __init__(self, output: Path, header: Header) -> None:
+        """Join the tasks of a plan on an output. Raises UsageError where the folder belongs to another plan."""
+        self.output = output
+        self.folder = staging_folder(output)
+        self.finished: dict[str, ShardRecord] = {}
+        self.device = ""
+        self._header = header
+        self._own = self.folder / ATTEMPTS / uuid.uuid4().hex
+        self._since: dict[str, float] = {}
+        self._host = socket.gethostname().partition(".")[0]
+        self.records = Records(self.folder, header)
+        with disk_errors(self.folder, "choose another folder with `--output`"):
+            refuse_strangers(self.folder)
+            self._join()
+
+    def _join(self) -> None:
+        text = (json.dumps(self._header.to_json()) + "\n").encode()
+        for left in reversed(range(_TRIES)):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._refuse_others()
+                if conditions_of(self.folder) is None:
+                    write_whole(self.folder / TASKS_FILE, text, self.folder / f"{TASKS_FILE}.{self._own.name}.new")
+                for folder in (self.folder / FILES, self.folder / DONE, self._own):
+                    folder.mkdir(parents=folder == self._own, exist_ok=True)
+                return self._note()
+            except FileNotFoundError:
+                if not left:
+                    raise
+
+    def _refuse_others(self) -> None:
+        """Raise UsageError if the folder belongs to another plan."""
+        owner = owner_of(self.folder)
+        if owner is not None and owner != self._header:
+            same = owner.plan == self._header.plan
+            what = "of this plan with other options or inputs" if same else "of another plan"
+            raise UsageError(
+                f"{self.folder} holds an unfinished run {what}",
+                fix="finish that run, or remove the folder; or choose another folder with `--output`",
+            )
+
+    def _note(self) -> None:
+        """Write down where this task runs and what it makes, for those who wait. Nothing depends on it."""
+        row = {"host": self._host, "pid": os.getpid(), "shards": self._since}
+        (self._own / _TASK_FILE).write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+    @cached_property
+    def _write_mode(self) -> WriteMode:
+        return WriteMode()
+
+    def _begin(self, shard: str) -> Path:
+        self.check()
+        self._since[shard] = time.time()
+        with disk_errors(self._own):
+            self._note()
+        return self._own / shard
+
+    def open_shard(self, shard: ShardPlan) -> ShardFile:
+        """Return the shard's file, new, in its full size. Raises UsageError, ResourceError, OutputLocked."""
+        return ShardFile(self._begin(shard.file), shard.size, shard.header, self._write_mode)
+
+    def open_stream(self, shard: ShardPlan, start: int) -> StreamFile:
+        """Return the shard's file, new, to be appended to from byte `start` on. Raises as `open_shard` does."""
+        return StreamFile(self._begin(shard.file), start)
+
+    def record(self, done: ShardRecord) -> None:
+        """Put a shard, which must be durable already, among the finished ones, and then its record. Where another task
+        was faster, its shard stays: it may be in use already."""
+        self.check()
+        own, target = self._own / done.file, self.folder / FILES / done.file
+        with disk_errors(target):
+            if (other := self.records.read(done.file)) is not None and self.records.holds(other):
+                own.unlink()
+                return
+            status = own.stat()
+            _rename(own, target)
+            sync_folder(target.parent)
+            seconds = round(time.time() - self._since.pop(done.file, time.time()), 3)
+            recorded = Recorded(done, status.st_mtime_ns, self.device.split(": ")[0], self._host, seconds)
+            record = self.records.path(done.file)
+            write_whole(record, self.records.text(recorded), self._own / record.name)
+            self._note()
+        self.finished[done.file] = done
+
+    def check(self) -> None:
+        """Raise OutputLocked if another run has taken the folder meanwhile."""
+        if conditions_of(self.folder) != self._header or not self._own.is_dir():
+            raise OutputLocked(
+                f"another run has taken over {self.output}; this one has stopped and left it alone",
+                fix="let that run finish, or choose another folder with `--output`",
+            )
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Turn any error in a folder that another run has taken over or published into OutputLocked."""
+        try:
+            yield
+        except (SkillmergeError, OSError) as error:
+            if not isinstance(error, OutputLocked):
+                try:
+                    self.check()
+                except OutputLocked as taken:
+                    raise taken from error
+            raise
+
+    def close(self) -> None:
+        """Remove what was not finished. What a killed task leaves is removed when the output is published."""
+        with suppress(OSError):
+            remove_tree(self._own)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Rename a file. On NFS the call may be sent twice: the second finds no source, and the target done."""
+    before = source.stat()
+    try:
+        source.replace(target)
+    except FileNotFoundError:
+        try:
+            after = target.stat()
+        except OSError:
+            after = None
+        if after is None or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise

@@ -1,0 +1,144 @@
+"""The shards that tasks make, as those of a runner that computes nothing: it waits for their records, or names those
+that are missing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from skillmerge.engine.destination import ShardRecord
+from skillmerge.engine.runner import Job
+from skillmerge.errors import TemporaryError, some
+from skillmerge.outputs.attempts import being_made, conditions_of, owner_of, staging_folder
+from skillmerge.outputs.staging import MANIFEST_FILE, Staging
+from skillmerge.plans.budget import budget
+from skillmerge.plans.plan import Plan, ShardPlan
+from skillmerge.reporter import Reporter
+from skillmerge.tensors import format_bytes
+from skillmerge.verbs.records import Checks
+
+PATIENCE = 3.0
+"""Seconds until a record that is not seen is said to be missing: a network filesystem may show it late."""
+_LOOK = 0.5
+"""Seconds between two looks at the records."""
+
+
+class Collector:
+    """The runner of `finish`; see `engine.runner.Runner` for its interface.
+
+    wait: until every shard is recorded. reread: believe no record without reading its file.
+    """
+
+    def __init__(self, reporter: Reporter, *, wait: bool, reread: bool) -> None:
+        self.device = ""
+        self._reporter, self._wait, self._reread = reporter, wait, reread
+
+    def settle(self, target: Path, checks: Checks) -> Checks:
+        """Return the checks with what the tasks measure and allow, which is theirs to say. Wait for the first."""
+        owner = owner_of(staging_folder(target))
+        while owner is None and self._wait and not (target / MANIFEST_FILE).exists():
+            self._reporter.waiting(f"no task has begun on {target} yet")
+            time.sleep(_LOOK)
+            owner = owner_of(staging_folder(target))
+        if owner is None:
+            return checks
+        stats, nonfinite = owner.conditions.get("stats"), owner.conditions.get("allow_nonfinite")
+        return replace(checks, stats=str(stats or checks.stats), allow_nonfinite=bool(nonfinite))
+
+    def begin(self, job: Job, staging: Staging, conditions: dict[str, object]) -> str | None:
+        """Take what the tasks have made. Returns a note for the user, if there is one."""
+        return staging.begin_beside_tasks(job.plan.weights_digest, conditions, self._reread)
+
+    def run(self, job: Job, shards: Sequence[ShardPlan]) -> Generator[ShardRecord, None, None]:
+        staging, plan = job.destination, job.plan
+        assert isinstance(staging, Staging)
+        missing, started = {shard.file: shard.size for shard in shards}, time.monotonic()
+        progress = _Progress(plan, missing)
+        while True:
+            for file in list(missing):
+                if (found := self._find(staging, file)) is not None:
+                    del missing[file]
+                    yield found
+            if not missing:
+                break
+            if not self._wait and (time.monotonic() - started > PATIENCE or conditions_of(staging.folder) is None):
+                raise _missing(plan, missing)
+            if self._wait:
+                self._reporter.waiting(progress.text(staging, missing))
+            time.sleep(_LOOK)
+        staging.leave_tasks_out()
+        self.device = _devices(staging, plan)
+        if plan.makes_skill and any(tensor.action == "same" for tensor in plan.tensors.values()):
+            _prove_same(job, self._reporter)
+
+    def _find(self, staging: Staging, shard: str) -> ShardRecord | None:
+        """Return a shard's record if its file is what it says. Another file is dropped, to be made again."""
+        assert staging.tasks is not None
+        found = staging.tasks.read(shard)
+        if found is None:
+            return None
+        believed = not self._reread and staging.tasks.holds(found)
+        if believed or staging.is_intact(found.record):
+            return found.record
+        self._reporter.note(f"{shard} is damaged, and has to be made again")
+        staging.tasks.drop(shard)
+        return None
+
+
+def _missing(plan: Plan, missing: Collection[str]) -> TemporaryError:
+    count = len(missing)
+    return TemporaryError(
+        f"{count} of {len(plan.shards)} shards {'is' if count == 1 else 'are'} missing: {some(list(missing))}",
+        fix="run their tasks again, then the same command; or pass `--wait`",
+    )
+
+
+def _devices(staging: Staging, plan: Plan) -> str:
+    """Return where the shards were computed, as far as that was recorded."""
+    assert staging.tasks is not None
+    found = (staging.tasks.read(shard.file) for shard in plan.shards)
+    return ", ".join(sorted({it.device for it in found if it is not None and it.device}))
+
+
+def _prove_same(job: Job, reporter: Reporter) -> None:
+    """Prove what belongs to no shard of a skill, and so to no task: tensors that must be the same in all models."""
+    from skillmerge.engine.device import choose_device
+    from skillmerge.engine.skill_shards import prove_same
+    from skillmerge.engine.worker import Settings
+
+    chosen = budget(job.plan, threads=None, memory_limit=None)
+    settings = Settings(choose_device("cpu")[0], chosen, job.stats, job.allow_nonfinite, reporter.warn)
+    prove_same(job.plan, job.checkpoints, settings)
+
+
+class _Progress:
+    """How far tasks are, in a line."""
+
+    def __init__(self, plan: Plan, missing: Mapping[str, int]) -> None:
+        self._sizes = {shard.file: shard.size for shard in plan.shards}
+        self._before, self._since = sum(missing.values()), time.monotonic()
+
+    def text(self, staging: Staging, missing: Mapping[str, int]) -> str:
+        total, left = sum(self._sizes.values()), sum(missing.values())
+        parts = [f"{len(self._sizes) - len(missing)}/{len(self._sizes)} shards", _of(total - left, total)]
+        if speed := int((self._before - left) / max(1e-3, time.monotonic() - self._since)):
+            parts.append(f"{format_bytes(speed)}/s")
+        making = [it for shard, it in being_made(staging.folder).items() if shard in missing]
+        if making:
+            slowest = min(making, key=lambda it: it.since)
+            shard = slowest.shard.removesuffix(".safetensors")
+            parts.append(f"slowest {shard} ({slowest.host}, {_minutes(time.time() - slowest.since)})")
+        return ", ".join(parts)
+
+
+def _of(part: int, total: int) -> str:
+    """Return `1.2 of 2.0 TB`; with both units where they differ."""
+    first, last = format_bytes(part), format_bytes(total)
+    unit = last.rpartition(" ")[2]
+    return f"{first.removesuffix(f' {unit}')} of {last}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{max(0, seconds):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
