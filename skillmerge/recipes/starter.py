@@ -49,11 +49,11 @@ def recipe_text(source: str | None = None, folder: str | os.PathLike[str] | None
 
 
 def _mergekit_file(path: Path) -> str | None:
-    """Return what to name in place of a path that is no file to translate."""
+    """Return what to name in place of a path that cannot be translated."""
     beside = path / "mergekit_config.yml"  # mergekit writes it into every output
     if beside.is_file():
         return f"did you mean `{beside}`?"
-    return f"to translate a file, its name must end in {some(RECIPE_SUFFIXES)}" if path.is_file() else None
+    return f"to translate a file, its name must end in {some(list(RECIPE_SUFFIXES))}" if path.is_file() else None
 
 
 def is_file_name(source: str) -> bool:
