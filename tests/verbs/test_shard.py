@@ -46,7 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def test_tasks_make_what_apply_makes(tmp_path: Path, name: str) -> None:
     plan = save_family(tmp_path, **RECIPES[name])
     wanted, output = alone(plan, stats="full"), tmp_path / "merged"
-    made = run_tasks(plan, output, tasks=3, stats="full")
+    made = run_tasks(plan, output, tasks=3, stats="full", device="cpu")
     assert sorted(made) == sorted(json.loads(plan.read_text())["shards"][at]["file"] for at in range(len(made)))
     result = skillmerge.finish(plan)
     assert (result.output, result.device) == (output, "cpu")
