@@ -15,7 +15,7 @@ from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import OutputLocked, UsageError, machine_errors
-from skillmerge.outputs.attempts import COMPLETE, FILES, Attempt, Recorded, Records, staging_folder
+from skillmerge.outputs.attempts import COMPLETE, FILES, Attempt, Records, staging_folder
 from skillmerge.outputs.journal import Header, Journal
 from skillmerge.plans.budget import budget, check_disk
 from skillmerge.plans.opening import Access
@@ -142,10 +142,10 @@ class Task:
         journal = {row.file: row for row in rows if isinstance(row, ShardRecord)} if rows[:1] == [header] else {}
 
         def is_there(file: str) -> bool:
-            found: Recorded | None = records.read(file)
+            found, places = records.read(file), (FILES, COMPLETE)  # or about to be published
             if found is None:
-                return file in journal and records.fits(journal[file])
-            return any(records.holds(found, place) for place in (FILES, COMPLETE))  # or about to be published
+                return file in journal and any(records.fits(journal[file], place) for place in places)
+            return any(records.holds(found, place) for place in places)
 
         missing = [file for file in shards if not is_there(file)]
         # Records go when the output is there, not before.
