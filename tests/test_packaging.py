@@ -201,5 +201,5 @@ def test_versions_in_the_docs_are_this_one() -> None:
     ours = re.compile(r"skillmerge(?:, version |@v|==|:)(\d+\.\d+\.\d+)|^ *rev: v(\d+\.\d+\.\d+)", re.M)
     texts = [(path, path.read_text()) for path in (ROOT / "docs").glob("*.md") if path.name != "changelog.md"]
     found = {(path.name, a or b) for path, text in texts for a, b in ours.findall(text)}
-    assert {name for name, _ in found} == {"install.md", "pipelines.md"}
+    assert {name for name, _ in found} == {"clusters.md", "install.md", "pipelines.md"}
     assert {version for _, version in found} == {skillmerge.__version__}

@@ -146,10 +146,10 @@ class Records:
             return False
         return (status.st_size, status.st_mtime_ns) == (done.record.size, done.mtime_ns)
 
-    def fits(self, done: ShardRecord) -> bool:
+    def fits(self, done: ShardRecord, place: str = FILES) -> bool:
         """Return whether there is a file of the size that a run's journal has."""
         try:
-            return (self.folder / FILES / done.file).stat().st_size == done.size
+            return (self.folder / place / done.file).stat().st_size == done.size
         except OSError:
             return False
 

@@ -56,11 +56,13 @@ def test_kill_at_every_step_loses_nothing(server: MergeServer, small: Path) -> N
     assert step > 20, "the steps of a task were not seen"
 
 
-def test_kill_of_finish_at_every_step_loses_nothing(server: MergeServer, small: Path) -> None:
+@pytest.mark.parametrize("verb", ["finish", "apply"])
+def test_kill_of_the_end_at_every_step_loses_nothing(server: MergeServer, small: Path, verb: str) -> None:
+    """`apply` takes over what tasks have recorded, before their records go."""
     output, wanted, plan = small.parent / "merged", reference(server, small), save(small)
     for step in range(1, 1000):
         skillmerge.shard(plan, index=0, of=1)
-        ended = server.run_all({"verb": "finish", "given": [str(plan)], "kill_at": step})[0]
+        ended = server.run_all({"verb": verb, "given": [str(plan)], "kill_at": step})[0]
         if ended["status"] != 0:
             assert ended["status"] == -signal.SIGKILL, ended
             assert skillmerge.shard(plan, index=0, of=1).made == () or not staging_of(output).exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,13 @@ from observing import content, identities, staging_of
 
 import skillmerge
 from skillmerge.engine.destination import ShardRecord
+from skillmerge.engine.runner import Work
 from skillmerge.errors import InputError, OutputLocked, StalePlan, UnusableWeights, UsageError
 from skillmerge.outputs.attempts import Attempt, conditions_of
+from skillmerge.plans import saved
+from skillmerge.plans.opening import Access
+from skillmerge.reporter import Reporter
+from skillmerge.verbs.tasks.shard import Task
 
 FIRST = "model-00001-of-00004.safetensors"
 RECIPES: dict[str, dict[str, Any]] = {
@@ -40,7 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def test_tasks_make_what_apply_makes(tmp_path: Path, name: str) -> None:
     plan = save_family(tmp_path, **RECIPES[name])
     wanted, output = alone(plan, stats="full"), tmp_path / "merged"
-    made = run_tasks(plan, output, tasks=3, stats="full")
+    made = run_tasks(plan, output, tasks=3, stats="full", device="cpu")
     assert sorted(made) == sorted(json.loads(plan.read_text())["shards"][at]["file"] for at in range(len(made)))
     result = skillmerge.finish(plan)
     assert (result.output, result.device) == (output, "cpu")
@@ -68,6 +74,17 @@ def test_tasks_read_skills_and_patches(tmp_path: Path) -> None:
     run_tasks(plan, tmp_path / "merged")
     skillmerge.finish(plan)
     assert content(tmp_path / "merged") == wanted
+
+
+def test_a_task_is_plain_data(tmp_path: Path) -> None:
+    """Another process can do it, given what was pickled."""
+    plan, output = save_family(tmp_path), tmp_path / "merged"
+    opened = saved.read(plan)
+    task = Task(opened, tuple(opened.sizes)[1:3], Access(commits=opened.commits), Work("cpu"), "sampled", False)
+    device, made = pickle.loads(pickle.dumps(task)).run(output, Reporter())
+    assert (device.split(":")[0], made) == ("cpu", task.shards)
+    assert task.run(output, Reporter()) == ("", ())
+    assert sorted(run_tasks(plan, output)) == sorted({*opened.sizes} - {*task.shards})
 
 
 def test_what_is_recorded_is_left_alone(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 from skillmerge.brief import brief
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.engine.runner import Job, Work, check_words, handed
+from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import OutputLocked, UsageError, machine_errors
-from skillmerge.outputs.attempts import COMPLETE, FILES, Attempt, Recorded, Records, staging_folder
+from skillmerge.outputs.attempts import COMPLETE, FILES, Attempt, Records, staging_folder
 from skillmerge.outputs.journal import Header, Journal
 from skillmerge.plans.budget import budget, check_disk
 from skillmerge.plans.opening import Access
@@ -90,14 +90,17 @@ def shard(
     reporter = reporter or default_reporter()
     reporter.event("started", skillmerge=__version__, recipe=source_name(plan))
     check_words(device=device, threads=threads, memory_limit=memory_limit, stats=stats, hub=hub)
-    place = place_among(index, of, os.environ)
+    started = time.monotonic()
+    index, of = place_among(index, of, os.environ)
     saved = read_saved(plan)
     refuse_problems(saved)
     access = Access(follow_links, download=hub == "download", commits=saved.commits)
-    task = _Task(
-        saved, access, Work(device, threads, memory_limit), (stats, allow_nonfinite), reporter, time.monotonic()
-    )
-    return task.run(output_folder(saved.recipe, output, {}), *place)
+    target, sizes = output_folder(saved.recipe, output, {}), saved.sizes
+    mine = tuple(divide(sizes, of)[index])
+    task = Task(saved, mine, access, Work(device, threads, memory_limit), stats, allow_nonfinite)
+    device, made = task.run(target, reporter)
+    size, seconds = sum(sizes[file] for file in mine), time.monotonic() - started
+    return Shards(target, index, of, mine, made, size, seconds, device, saved.document["digest"])
 
 
 def read_saved(plan: RecipeSource) -> SavedPlan:
@@ -112,28 +115,26 @@ def read_saved(plan: RecipeSource) -> SavedPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
-    """One task: its plan, how models are reached, how it computes, and what is measured and allowed."""
+class Task:
+    """The unit of work, as plain data: some shards of a saved plan, how models are reached, how to compute, and what is
+    measured and allowed, which is the same for all tasks of an output."""
 
     saved: SavedPlan
+    shards: tuple[str, ...]
     access: Access
     work: Work
-    measured: tuple[str, bool]
-    reporter: Reporter
-    started: float
+    stats: str
+    allow_nonfinite: bool
 
-    def run(self, target: Path, index: int, of: int) -> Shards:
-        sizes = self.saved.sizes
-        mine = divide(sizes, of)[index]
+    def run(self, target: Path, reporter: Reporter) -> tuple[str, tuple[str, ...]]:
+        """Make what is not recorded yet of the shards. Returns the device, and the shards that were made here."""
         digests = self.saved.digests()
-        header = Header(digests[0], conditions(self.saved.document["versions"], *self.measured))
-        missing = self._missing(target, header, digests[1], mine)
-        device, made = self._make(target, header, digests, missing) if missing else ("", ())
-        size = sum(sizes[file] for file in mine)
-        seconds = time.monotonic() - self.started
-        return Shards(target, index, of, tuple(mine), made, size, seconds, device, digests[1])
+        given = conditions(self.saved.document["versions"], self.stats, self.allow_nonfinite)
+        header = Header(digests[0], given)
+        missing = self._missing(target, header, self.shards)
+        return self._make(target, header, missing, reporter) if missing else ("", ())
 
-    def _missing(self, target: Path, header: Header, digest: str, mine: Sequence[str]) -> list[str]:
+    def _missing(self, target: Path, header: Header, shards: Sequence[str]) -> list[str]:
         """Return the shards that nobody has recorded."""
         folder = staging_folder(target)
         records = Records(folder, header)
@@ -141,60 +142,65 @@ class _Task:
         journal = {row.file: row for row in rows if isinstance(row, ShardRecord)} if rows[:1] == [header] else {}
 
         def is_there(file: str) -> bool:
-            found: Recorded | None = records.read(file)
+            found, places = records.read(file), (FILES, COMPLETE)  # or about to be published
             if found is None:
-                return file in journal and records.fits(journal[file])
-            return any(records.holds(found, place) for place in (FILES, COMPLETE))  # or about to be published
+                return file in journal and any(records.fits(journal[file], place) for place in places)
+            return any(records.holds(found, place) for place in places)
 
-        missing = [file for file in mine if not is_there(file)]
+        missing = [file for file in shards if not is_there(file)]
         # Records go when the output is there, not before.
-        done = missing and finished_output(target, digest, header.conditions, hash_inputs=False) is not None
+        done = (
+            missing
+            and finished_output(target, self.saved.document["digest"], header.conditions, hash_inputs=False) is not None
+        )
         return [] if done else missing
 
     def _make(
-        self, target: Path, header: Header, digests: tuple[str, str], missing: Sequence[str]
+        self, target: Path, header: Header, missing: Sequence[str], reporter: Reporter
     ) -> tuple[str, tuple[str, ...]]:
         """Make shards, unless others do meanwhile. Returns the device, and those that were made."""
+        digests = (header.plan, self.saved.document["digest"])
         with part_of(self.saved, digests, missing, self.access) as (part, checkpoints):
             output_folder(self.saved.recipe, target, checkpoints)  # which may be none of its models
-            self.reporter.event(
+            reporter.event(
                 "planned", plan=part.digest, output=str(target), tensors=len(part.tensors), shards=len(part.shards),
                 bytes_read=part.bytes_read, bytes_written=part.bytes_written,
             )  # fmt: skip
             budget(part, threads=self.work.threads, memory_limit=self.work.memory_limit)
-            stats, allow_nonfinite = self.measured
             try:
                 with closing(Attempt(target, header)) as attempt, attempt.working():
                     needed = part.bytes_written // 2 if part.makes_skill else part.bytes_written
                     check_disk(attempt.folder, needed, "this task's share of the output")
-                    device = self._compute(Job(part, checkpoints, attempt, stats, allow_nonfinite), attempt)
+                    job = Job(part, checkpoints, attempt, self.stats, self.allow_nonfinite)
+                    device = _compute(job, attempt, runner_for(self.work, reporter), reporter)
                     return device, tuple(shard for shard in missing if shard in attempt.finished)
             except OutputLocked:
                 # The run that finishes the output waits for no task whose shards others have made.
-                if self._missing(target, header, part.digest, missing):
+                if self._missing(target, header, missing):
                     raise
                 return "", ()
 
-    def _compute(self, job: Job, attempt: Attempt) -> str:
-        runner = runner_for(self.work, self.reporter)
 
-        def record(done: ShardRecord) -> None:
-            if done.file not in attempt.finished:
-                attempt.device = runner.device
-                attempt.record(done)
+def _compute(job: Job, attempt: Attempt, runner: Runner, reporter: Reporter) -> str:
+    """Make the shards of a job, each recorded when it is durable. Returns the device."""
 
-        try:
-            with handed(runner.run(job, job.plan.shards), record) as records:
-                for done in records:
-                    record(done)
-                    self.reporter.event(
-                        "shard_finished", file=done.file, size=done.size, sha256=done.sha256,
-                        finished=len(attempt.finished), shards=len(job.plan.shards),
-                    )  # fmt: skip
-        except KeyboardInterrupt as error:
-            error.args = ("finished shards",) * bool(attempt.finished)
-            raise
-        return runner.device
+    def record(done: ShardRecord) -> None:
+        if done.file not in attempt.finished:
+            attempt.device = runner.device
+            attempt.record(done)
+
+    try:
+        with handed(runner.run(job, job.plan.shards), record) as records:
+            for done in records:
+                record(done)
+                reporter.event(
+                    "shard_finished", file=done.file, size=done.size, sha256=done.sha256,
+                    finished=len(attempt.finished), shards=len(job.plan.shards),
+                )  # fmt: skip
+    except KeyboardInterrupt as error:
+        error.args = ("finished shards",) * bool(attempt.finished)
+        raise
+    return runner.device
 
 
 def conditions(versions: Any, stats: str, allow_nonfinite: bool) -> dict[str, Any]:
