@@ -86,14 +86,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "checkpoints": (
         "kinds.table",
         "kinds.skill schemes",
-        "kinds.dense kinds.patch kinds.skill_planes renamed stores.hub stores.memory",
+        "kinds.dense kinds.patch kinds.skill_planes renamed stores.hub stores.memory stores.objects",
         "tokenizers.tokenizer",
         "tokenizers.vocabulary",
         "tokenizers.small_files",
         "checkpoint stores.folder",
         "store tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
-        "kinds.sparse missing model_config safetensors stores.hub_client",
-        "foreign place",
+        "kinds.sparse missing model_config safetensors stores.hub_client stores.object_client",
+        "foreign place stores.retries",
     ),
     "methods": (
         "rounding",
@@ -145,6 +145,8 @@ HOMES = {
     "google": {"outputs.proof.attest"},
     "cyclonedx": {"outputs.proof.bom"},
     "packageurl": {"outputs.proof.bom"},
+    "obstore": {"checkpoints.stores.objects", "checkpoints.stores.object_client"},
+    "boto3": {"checkpoints.stores.object_client"},
     "huggingface_hub": {
         "checkpoints.stores.hub", "checkpoints.stores.hub_client", "checkpoints.stores.http_ranges",
         "outputs.hub.commit", "outputs.hub.card", "cli.doctor",

@@ -279,13 +279,15 @@ def _perplexity(gate: Gate, given: GateInput) -> Outcome:
         model = gate.model or plan.donor
         if model not in checkpoints or model in plan.recipe.skills or model in plan.recipe.patches:
             raise UsageError(f"the gate `perplexity`: `{model}` is not a whole model of this merge")
-        theirs = _perplexity_of(load(_folder_of(plan, model, checkpoints[model]), gate.text))
+        with _folder_of(plan, model, checkpoints[model]) as folder:
+            theirs = _perplexity_of(load(folder, gate.text))
     asked = replace(gate, model=model)
     return _judged(asked, ours / theirs, detail=f"{ours:.4g}, and {theirs:.4g} of `{model}`")
 
 
-def _folder_of(plan: Plan, model: str, checkpoint: Checkpoint) -> Path:
-    """Return where transformers can load a model from; one on the Hub goes into the Hub's cache."""
+def _folder_of(plan: Plan, model: str, checkpoint: Checkpoint) -> AbstractContextManager[Path]:
+    """Return where transformers can load a model from; one on the Hub goes into the Hub's cache, one in a bucket into
+    a temporary folder."""
     return local_folder(plan.recipe.model_place(model).at(checkpoint.at.revision or ""))
 
 
