@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "sweep.sweep tasks.finish verify",
         "export.export extract rebuild sweep.in_memory sweep.setting",
         "apply export.lora export.patch plan sweep.search tasks.shard",
-        "demo.miniature derive result source sweep.journal target tasks.collect",
+        "demo.miniature derive elsewhere result source sweep.journal target tasks.collect",
         "records sweep.candidates tasks.index",
     ),
     "study": (
@@ -41,11 +41,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "outputs": (
         "hub.push proof.attest",
-        "hub.rehearsal proof.sign",
+        "buckets.sending hub.rehearsal proof.sign",
+        "sending",
         "measured proof.bom verify",
         "comparison hub.card hub.commit output trials",
-        "manifest",
-        "staging",
+        "buckets.at_hand manifest",
+        "buckets.prefix staging",
         "attempts",
         "canonical hub.published journal shard_file",
     ),
@@ -145,7 +146,7 @@ HOMES = {
     "google": {"outputs.proof.attest"},
     "cyclonedx": {"outputs.proof.bom"},
     "packageurl": {"outputs.proof.bom"},
-    "obstore": {"checkpoints.stores.objects", "checkpoints.stores.object_client"},
+    "obstore": {"checkpoints.stores.objects", "checkpoints.stores.object_client", "outputs.buckets.prefix"},
     "boto3": {"checkpoints.stores.object_client"},
     "huggingface_hub": {
         "checkpoints.stores.hub", "checkpoints.stores.hub_client", "checkpoints.stores.http_ranges",

@@ -21,7 +21,7 @@ from skillmerge.checkpoints.place import (
 )
 from skillmerge.checkpoints.store import Stat, Store
 from skillmerge.checkpoints.stores.folder import Folder
-from skillmerge.errors import did_you_mean
+from skillmerge.errors import UsageError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,17 @@ def _instead(uri: str, scheme: str, rest: str) -> str:
 def is_path(uri: str) -> bool:
     """Return whether a URI is a path and not a place of one of the schemes."""
     return not any(uri.startswith(f"{scheme}://") for scheme in SCHEMES)
+
+
+def bucket_of(uri: object) -> Bucket | None:
+    """Return the place in an object store that a URI names, or None if it names no such place. Raises UsageError."""
+    text = str(uri)
+    if text.partition("://")[0] not in BUCKETS or "://" not in text:
+        return None
+    try:
+        return parse_bucket(text)
+    except PlaceError as error:
+        raise UsageError(str(error), fix=error.fix) from error
 
 
 def open_store(
