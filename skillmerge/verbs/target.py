@@ -22,12 +22,7 @@ from skillmerge.recipes.recipe import Recipe
 
 def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpoints: Mapping[str, Checkpoint]) -> Path:
     """Return the output's folder. Raises UsageError if there is none, or it would replace an input."""
-    bucket = output_bucket(recipe, output)
-    if bucket is not None:
-        raise UsageError(
-            f"the output {bucket} is in a bucket, which this command does not write to",
-            fix="choose a folder with `--output`; `skillmerge apply` writes to buckets",
-        )
+    refuse_bucket(output_bucket(recipe, output))
     try:
         path = Path(output).expanduser() if output is not None else recipe.output.path
         str(path).encode()
@@ -72,6 +67,15 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
 def output_bucket(recipe: Recipe, output: str | os.PathLike[str] | None) -> Bucket | None:
     """Return the output's place in a bucket, or None if it is a folder. Raises UsageError."""
     return bucket_of(output) if output is not None else recipe.output.bucket
+
+
+def refuse_bucket(place: Bucket | None) -> None:
+    """Raise UsageError for an output in a bucket."""
+    if place is not None:
+        raise UsageError(
+            f"the output {place} is in a bucket, which this command does not write to",
+            fix="choose a folder with `--output`; `skillmerge apply` and `skillmerge extract` write to buckets",
+        )
 
 
 def finished_output(

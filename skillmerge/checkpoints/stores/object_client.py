@@ -44,7 +44,10 @@ _REFUSED = {
     "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthenticationFailed", "AuthorizationFailure",
     "InvalidAuthenticationInfo", "AuthFailure",
 }  # fmt: skip
-_ANOTHER = {"SlowDown", "RequestTimeout", "ServerBusy", "OperationTimedOut", "InternalError", "ThrottlingException"}
+_AGAIN = {
+    "SlowDown", "RequestTimeout", "ServerBusy", "OperationTimedOut", "InternalError", "ThrottlingException",
+    "InvalidPart", "InvalidPartOrder", "NoSuchUpload",
+}  # fmt: skip
 """Codes of services for what may pass, whatever the status that they come with."""
 
 _CLOUDS = {"s3": "S3", "gs": "Google Cloud Storage", "az": "Azure"}
@@ -198,7 +201,7 @@ def _meant(what: str, error: Exception) -> Exception:
         )
     if code in _EXPIRED:
         return InputError(f"{what}: the credentials have expired{said}", fix=f"renew them: {_LOG_IN[scheme]}")
-    if code in _ANOTHER or status in _PASSING:
+    if code in _AGAIN or status in _PASSING:
         return Passing(f"{_CLOUDS[scheme]} answers {code or status}")
     if _OF_CREDENTIALS.search(text.partition("Debug source")[0]):
         return InputError(f"{what}: no usable credentials or settings were found{said}", fix=_LOG_IN[scheme])

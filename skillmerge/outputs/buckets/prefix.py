@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from skillmerge.checkpoints.stores.retries import Passing, stopped
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs.journal import Header
+from skillmerge.threads import in_threads
 
 CLAIM = f"{RECORDS}plan.json"
 DONE = f"{RECORDS}done/"
@@ -30,7 +32,7 @@ DONE = f"{RECORDS}done/"
 _PART = 16 << 20
 """Bytes of one part of an upload at least; there are 10,000 at most."""
 _PARTS_AT_ONCE = 4
-_WHOLE = 4 * _PART
+_WHOLE = 2 * _PART
 """Files up to this many bytes are sent in one request, which can be told to create and never to replace."""
 _PIECE = 1 << 20
 
@@ -98,16 +100,18 @@ class Prefix:
                 fix="finish that run, or remove what is there; or choose another prefix with `--output`",
             )
 
-    def records(self, header: Header) -> Iterator[ShardRecord]:
-        """Yield the records of shards that are there in the size that was recorded."""
-        names = self.listed()
-        for name in names:
-            if name.startswith(DONE):
-                with suppress(ValueError, TypeError, KeyError, AttributeError):
-                    row = json.loads(self.read(name) or b"")
-                    done = ShardRecord.from_json(row) if row.pop("of") == header.plan else None
-                    if done is not None and names.get(done.file) == done.size:
-                        yield done
+    def records(self, header: Header) -> dict[str, ShardRecord]:
+        """Return the records of shards that are there in the size that was recorded."""
+        sizes = self.listed()
+
+        def read(name: str, stop: threading.Event) -> ShardRecord | None:
+            with suppress(ValueError, TypeError, KeyError, AttributeError):
+                row = json.loads(self.read(name) or b"")
+                return ShardRecord.from_json(row) if row.pop("of") == header.plan else None
+            return None
+
+        found = in_threads(read, [name for name in sizes if name.startswith(DONE)])
+        return {done.file: done for done in found if done is not None and sizes.get(done.file) == done.size}
 
     def record(self, header: Header, done: ShardRecord) -> None:
         """Record a shard that is there."""

@@ -6,6 +6,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import wait
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from skillmerge.plans.plan import Plan
 
 _LAST = ("config.json", INDEX_FILE)
 """What makes runtimes take a place for a model."""
+
+
+_PATIENCE = 5.0
+"""Seconds that a run which fails gives its uploads to drop what they have sent."""
 
 
 class BucketOutput(Sender):
@@ -53,6 +58,7 @@ class BucketOutput(Sender):
                 f"{self.place} holds a finished output of another plan, or of other inputs or options",
                 fix="choose another prefix with `--output`; an output in a bucket is not replaced",
             )
+        self._prefix.drop_records()  # of a run that was killed before it did
         return None, proof
 
     def _begin(self, staging: Staging) -> None:
@@ -60,7 +66,7 @@ class BucketOutput(Sender):
         plan = self._plan
         files = {shard.file for shard in plan.shards} | {file.name for file in plan.side_files}
         self._prefix.claim(staging.header, {*files, *_LAST, SKILL_FILE, SKILL_TOKENS, RUN_LOG_FILE, MANIFEST_FILE})
-        there = {done.file: done for done in self._prefix.records(staging.header)}
+        there = self._prefix.records(staging.header)
         lost = [file for file, done in staging.finished.items() if done.uploaded and file not in there]
         if lost and staging.sealed:
             raise self._forgotten(lost)
@@ -79,6 +85,11 @@ class BucketOutput(Sender):
         self._check(path)
         self._prefix.send(path, done, lambda: not self._failed)
         self._prefix.record(self._staging.header, done)
+
+    def settle(self, *, failed: bool) -> None:
+        super().settle(failed=failed)
+        if failed:  # parts of an upload that stays unfinished cost money until somebody finds them
+            wait(self._sent, timeout=_PATIENCE)
 
     def publish(self, output: Output, *, verified: bool) -> None:
         """Send what is left, and the manifest last: that is the commit. It may have become another one, `proof`."""
