@@ -29,6 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "sweep.sweep tasks.finish verify",
         "export.export extract rebuild sweep.in_memory sweep.setting",
         "apply export.lora export.patch plan sweep.search tasks.shard",
+        "tasks.buckets",
         "demo.miniature derive elsewhere result source sweep.journal target tasks.collect",
         "records sweep.candidates tasks.index",
     ),

@@ -40,7 +40,7 @@ from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.source import planned_to_apply, read_source, source_name
 from skillmerge.verbs.target import finished_output, output_bucket, output_folder, refuse_existing
-from skillmerge.verbs.tasks.collect import Collector
+from skillmerge.verbs.tasks.collect import Tasks
 from skillmerge.version import __version__
 
 if TYPE_CHECKING:
@@ -112,16 +112,16 @@ def merge(
     checks: Checks,
     publish: Publish,
     reporter: Reporter,
-    tasks: Collector | None = None,
+    tasks: Tasks | None = None,
 ) -> Result:
     """Do the work of `apply`; its arguments are sorted into records. tasks: who makes the shards, if not this run."""
     started = time.monotonic()
-    bucket = output_bucket(source if isinstance(source, Recipe) else source.recipe, output) if tasks is None else None
+    bucket = output_bucket(source if isinstance(source, Recipe) else source.recipe, output)
     if bucket is not None:
         publish = into_a_bucket(source, publish, checks)
     with planned_to_apply(source, access, checks, reporter) as (plan, checkpoints):
         if tasks is not None:
-            checks = tasks.settle(output_folder(plan.recipe, output, checkpoints), checks)
+            checks = tasks.settle(bucket or output_folder(plan.recipe, output, checkpoints), checks)
         left = IN_A_BUCKET if bucket is not None else NO_LOCAL if publish.no_local else None
         prepare(plan.recipe.gates, checks.stats, left, plan)
         target = work_folder(bucket) if bucket is not None else output_folder(plan.recipe, output, checkpoints)
@@ -155,7 +155,7 @@ class _Merge:
     push: Sender | None
     reporter: Reporter
     started: float
-    tasks: Collector | None = None
+    tasks: Tasks | None = None
 
     @property
     def conditions(self) -> dict[str, Any]:

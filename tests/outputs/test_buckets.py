@@ -25,6 +25,7 @@ from skillmerge.outputs.buckets import prefix
 from skillmerge.outputs.buckets.sending import work_folder
 from skillmerge.outputs.manifest import Manifest, parse
 from skillmerge.study.gates import GateFailed
+from skillmerge.verbs.tasks import buckets
 
 OUT = "s3://bucket/out/merged"
 FIRST, SECOND = (f"out/merged/model-0000{number}-of-00002.safetensors" for number in (1, 2))
@@ -427,6 +428,68 @@ def test_an_output_that_fails_its_gates_gets_no_manifest(s3: S3Server, recipe: P
     s3.requests.clear()
     skillmerge.apply(recipe)
     assert s3.count("PUT /bucket/out/merged/model-") == 0, "its weights are the same"
+
+
+# Tasks.
+
+
+@pytest.fixture
+def saved(recipe: Path, tmp_path: Path) -> Path:
+    skillmerge.plan(recipe, save=tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+def test_tasks_share_an_output_in_a_bucket(s3: S3Server, saved: Path, tmp_path: Path, scratch: Path) -> None:
+    with pytest.raises(TemporaryError, match="2 of 2 shards are missing"):
+        skillmerge.finish(saved)
+    first = skillmerge.shard(saved, index=0, of=2, threads=1)
+    assert (first.as_dict()["output"], len(first.made)) == (OUT, 1)
+    assert skillmerge.shard(saved, index=0, of=2).made == (), "its shard is recorded"
+    with pytest.raises(TemporaryError, match="1 of 2 shards is missing"):
+        skillmerge.finish(saved)
+    assert s3.count("PUT /bucket/out/merged/model-") == 1, "finish makes none"
+    skillmerge.shard(saved, index=1, of=2)
+    made = skillmerge.finish(saved, verify=True)
+    assert made.place == OUT
+    assert sent(s3) == weights(tmp_path / "direct")
+    skillmerge.verify(OUT)
+    assert skillmerge.finish(saved).already
+    assert skillmerge.shard(saved, index=1, of=2).made == (), "the output is finished"
+    assert [path for path in scratch.rglob("*") if path.is_file()] == []
+
+
+def test_finish_takes_what_apply_began_and_apply_what_tasks_began(s3: S3Server, saved: Path, tmp_path: Path) -> None:
+    skillmerge.shard(saved, index=0, of=2)
+    s3.requests.clear()
+    skillmerge.apply(saved)
+    assert s3.count("PUT /bucket/out/merged/model-") == 1
+    assert sent(s3) == weights(tmp_path / "direct")
+
+
+def test_finish_waits_for_tasks(s3: S3Server, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "_LOOK", 0.05)
+    process = threading.Thread(target=lambda: [skillmerge.shard(saved, index=index, of=2) for index in range(2)])
+    process.start()
+    made = skillmerge.finish(saved, wait=True)
+    process.join()
+    assert made.place == OUT
+    skillmerge.verify(OUT)
+
+
+def test_a_damaged_shard_is_found_by_finish(s3: S3Server, saved: Path) -> None:
+    for index in range(2):
+        skillmerge.shard(saved, index=index, of=2)
+    flip(s3, FIRST)
+    with pytest.raises(CheckFailed, match="is there with other content than this run made"):
+        skillmerge.finish(saved, verify=True)
+
+
+def test_tasks_of_another_plan_are_refused(s3: S3Server, saved: Path) -> None:
+    skillmerge.shard(saved, index=0, of=2)
+    for run in (skillmerge.shard, skillmerge.apply):
+        options = {"index": 1, "of": 2} if run is skillmerge.shard else {}
+        with pytest.raises(UsageError, match="another plan, or with other options"):
+            run(saved, stats="full", **options)  # type: ignore[operator]
 
 
 # What is refused by name, and the work folder.

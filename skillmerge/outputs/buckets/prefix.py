@@ -24,6 +24,7 @@ from skillmerge.checkpoints.stores.retries import Passing, stopped
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs.journal import Header
+from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.threads import in_threads
 
 CLAIM = f"{RECORDS}plan.json"
@@ -81,20 +82,29 @@ class Prefix:
         if not self.create(name, content) and self.read(name) != content:
             raise self._another(name)
 
+    def owner(self) -> Header | None:
+        """Return the plan and conditions of those who work under the prefix, or None if nobody does."""
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            return Header.from_json(json.loads(self.read(CLAIM) or b""))
+        return None
+
+    def is_output(self) -> bool:
+        return self._size(MANIFEST_FILE) is not None
+
     def claim(self, header: Header, files: set[str]) -> None:
         """Make the prefix this plan's own. files: that it may hold. Raises UsageError if it is another's."""
         text = (json.dumps(header.to_json()) + "\n").encode()
         names = self.listed().keys()
-        found = self.read(CLAIM) if CLAIM in names else None
-        strangers = [name for name in names if not name.startswith(RECORDS) and (name not in files or found is None)]
+        claimed, owner = CLAIM in names, self.owner() if CLAIM in names else None
+        strangers = [name for name in names if not name.startswith(RECORDS) and (name not in files or not claimed)]
         if strangers:
             raise UsageError(
                 f"{self.place} is not empty: it holds {some(sorted(strangers), 4)}",
                 fix="choose another prefix with `--output`; an output in a bucket replaces nothing",
             )
-        if found is None and not self.create(CLAIM, text):
-            found = self.read(CLAIM)
-        if found is not None and not _is_of(found, header):
+        if not claimed and not self.create(CLAIM, text):
+            claimed, owner = True, self.owner()
+        if claimed and owner != header:
             raise UsageError(
                 f"{self.place} holds an unfinished run of another plan, or with other options or inputs",
                 fix="finish that run, or remove what is there; or choose another prefix with `--output`",
@@ -129,7 +139,7 @@ class Prefix:
         import obstore
 
         if self._size(done.file) is not None:
-            return self._compare(done)
+            return self.compare(done)
 
         def pieces() -> Iterator[bytes]:
             with open(path, "rb") as stream:
@@ -153,7 +163,7 @@ class Prefix:
         try:
             tried(self.place, attempt)
         except FileExistsError:
-            self._compare(done)
+            self.compare(done)
 
     def _size(self, name: str) -> int | None:
         import obstore
@@ -162,7 +172,7 @@ class Prefix:
             return tried(self.place, lambda: int(obstore.head(self._client, name)["size"]))
         return None
 
-    def _compare(self, done: ShardRecord) -> None:
+    def compare(self, done: ShardRecord) -> None:
         """Raise CheckFailed if an object is not the shard: another run may have sent it and not recorded it."""
         import obstore
 
@@ -194,10 +204,3 @@ class Prefix:
             # The claim goes last: until then the rest is known to be this output's.
             for name in sorted(names, key=lambda name: name == CLAIM):
                 obstore.delete(self._client, name)
-
-
-def _is_of(claim: bytes, header: Header) -> bool:
-    try:
-        return Header.from_json(json.loads(claim)) == header
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return False

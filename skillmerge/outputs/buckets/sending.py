@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import wait
 from hashlib import sha256
 from pathlib import Path
@@ -37,10 +37,18 @@ _PATIENCE = 5.0
 class BucketOutput(Sender):
     """The output of a running merge under a prefix of a bucket; see `Prefix` for what is there when."""
 
-    def __init__(self, plan: Plan, place: Bucket) -> None:
+    def __init__(self, plan: Plan, place: Bucket, files: Collection[str] | None = None) -> None:
+        """files: shards and side files of the whole output, if the plan is a part of its."""
         super().__init__(plan, remove=True)
         self.place = place
+        of_plan = [*(shard.file for shard in plan.shards), *(file.name for file in plan.side_files)]
+        self._names = self.names(of_plan if files is None else files)
         self._prefix = Prefix(place)
+
+    @staticmethod
+    def names(files: Collection[str]) -> set[str]:
+        """Return the names that an output of these shards and side files may have."""
+        return {*files, *_LAST, SKILL_FILE, SKILL_TOKENS, RUN_LOG_FILE, MANIFEST_FILE}
 
     @property
     def destination(self) -> str:
@@ -48,24 +56,13 @@ class BucketOutput(Sender):
 
     def find(self, conditions: Mapping[str, Any]) -> tuple[None, Manifest] | None:
         """Return this plan's output, if it is finished. Raises UsageError for another one."""
-        content = self._prefix.read(MANIFEST_FILE)
-        if content is None:
-            return None
-        proof = manifest.parse(content, f"{self.place}/{MANIFEST_FILE}")
-        known = proof.environment.conditions
-        if proof.plan_digest != self._plan.digest or any(known.get(key) != conditions[key] for key in conditions):
-            raise UsageError(
-                f"{self.place} holds a finished output of another plan, or of other inputs or options",
-                fix="choose another prefix with `--output`; an output in a bucket is not replaced",
-            )
-        self._prefix.drop_records()  # of a run that was killed before it did
-        return None, proof
+        found = find_output(self._prefix, self._plan.digest, conditions)
+        return (None, found) if found is not None else None
 
     def _begin(self, staging: Staging) -> None:
         assert staging.header is not None, "it has begun"
         plan = self._plan
-        files = {shard.file for shard in plan.shards} | {file.name for file in plan.side_files}
-        self._prefix.claim(staging.header, {*files, *_LAST, SKILL_FILE, SKILL_TOKENS, RUN_LOG_FILE, MANIFEST_FILE})
+        self._prefix.claim(staging.header, self._names)
         there = self._prefix.records(staging.header)
         lost = [file for file, done in staging.finished.items() if done.uploaded and file not in there]
         if lost and staging.sealed:
@@ -118,6 +115,22 @@ class BucketOutput(Sender):
             f"{self.place}: shards that were sent are not there any more: {some(sorted(lost))}",
             fix="run the same command again, which makes them again",
         )
+
+
+def find_output(prefix: Prefix, plan_digest: str, conditions: Mapping[str, Any]) -> Manifest | None:
+    """Return the manifest of the finished output under a prefix, or None. Raises UsageError for one of another plan."""
+    content = prefix.read(MANIFEST_FILE)
+    if content is None:
+        return None
+    proof = manifest.parse(content, f"{prefix.place}/{MANIFEST_FILE}")
+    known = proof.environment.conditions
+    if proof.plan_digest != plan_digest or any(known.get(key) != conditions[key] for key in conditions):
+        raise UsageError(
+            f"{prefix.place} holds a finished output of another plan, or of other inputs or options",
+            fix="choose another prefix with `--output`; an output in a bucket is not replaced",
+        )
+    prefix.drop_records()  # of a run that was killed before it did
+    return proof
 
 
 def work_folder(place: Bucket) -> Path:

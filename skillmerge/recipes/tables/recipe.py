@@ -169,7 +169,8 @@ class OutputTable(Table):
         str | None,
         Field(
             min_length=1,
-            description="Folder to write, relative to the recipe's own, or `s3://bucket/prefix`. `--output` replaces it.",
+            description="Folder to write, relative to the recipe's own, or `s3://bucket/prefix`; "
+            "`--output` replaces it.",
             examples=["./merged"],
         ),
     ] = None
