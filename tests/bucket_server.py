@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from skillmerge.checkpoints.stores import retries
 
 BUCKET = "bucket"
 CANARIES = {
@@ -161,6 +163,15 @@ class S3Server:
         # A connection that is given up must not end in moto, which would go on with half a body.
         environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
         return self._app(environ, start)
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3Server]:
+    """An object store that this process uses, with waits between tries that no test has time for taken out."""
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # which has no profiles
+    with S3Server() as server, server.environment(monkeypatch):
+        yield server
 
 
 class Azurite:

@@ -28,7 +28,7 @@ import huggingface_hub.constants  # noqa: F401 - made of the environment: before
 import ml_dtypes
 import pytest
 import torch
-from bucket_server import S3Server
+from bucket_server import s3  # noqa: F401 - a fixture
 from command_server import Commands
 from hub_server import HubServer
 from model_families import FAMILIES, LAM, save_models
@@ -36,7 +36,6 @@ from observing import SHARDS, MergeServer, wide_shapes
 from safetensors.torch import load_file, save_file
 
 import skillmerge
-from skillmerge.checkpoints.stores import retries
 
 PEAK_MEMORY = "1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 """An expression for a process's own peak in bytes; ru_maxrss would begin with its parent's."""
@@ -393,18 +392,9 @@ def mount_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub that this process uses, with waits between tries that no test has time for taken out."""
     sleepless = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr("skillmerge.checkpoints.stores.retries.FIRST_WAIT", 0.001)
     monkeypatch.setattr("huggingface_hub.utils._http.time", sleepless)
     with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
-        yield server
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3Server]:
-    """An object store that this process uses, with waits between tries that no test has time for taken out."""
-    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # which has no profiles
-    with S3Server() as server, server.environment(monkeypatch):
         yield server
 
 

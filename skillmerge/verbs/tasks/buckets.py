@@ -4,38 +4,44 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from skillmerge.checkpoints.place import Bucket
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.engine.runner import Job, handed
+from skillmerge.engine.runner import Job, Work, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.outputs.buckets.prefix import Prefix
 from skillmerge.outputs.buckets.sending import BucketOutput, find_output, work_folder
 from skillmerge.outputs.journal import Header
 from skillmerge.outputs.staging import Staging
 from skillmerge.plans.budget import budget, check_disk
+from skillmerge.plans.opening import Access
 from skillmerge.plans.plan import Plan, ShardPlan
+from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.tasks.part import part_of
 from skillmerge.reporter import Reporter
 from skillmerge.verbs.records import Checks
 from skillmerge.verbs.tasks.collect import missing_shards, prove_same
 
-if TYPE_CHECKING:
-    from skillmerge.verbs.tasks.shard import Task
-
 _LOOK = 5.0
 """Seconds between two listings of the records."""
 
 
-def make_in_bucket(task: Task, place: Bucket, given: dict[str, Any], reporter: Reporter) -> tuple[str, tuple[str, ...]]:
-    """Make what is not recorded yet of a task's shards. given: the conditions of the task. Returns the device, and the
+def make_in_bucket(
+    saved: SavedPlan,
+    shards: Sequence[str],
+    access: Access,
+    work: Work,
+    given: Mapping[str, Any],
+    place: Bucket,
+    reporter: Reporter,
+) -> tuple[str, tuple[str, ...]]:
+    """Make what is not recorded yet of some shards. given: the conditions of the task. Returns the device, and the
     shards that were made here."""
-    saved = task.saved
     digests = saved.digests()
     header = Header(digests[0], {**given, "only_on": str(place)})
     files = {*saved.sizes, *(row["name"] for row in saved.document["side_files"])}
@@ -44,15 +50,15 @@ def make_in_bucket(task: Task, place: Bucket, given: dict[str, Any], reporter: R
         return "", ()
     prefix.claim(header, BucketOutput.names(files))
     there = prefix.records(header)
-    missing = [file for file in task.shards if file not in there]
+    missing = [file for file in shards if file not in there]
     if not missing:
         return "", ()
-    with part_of(saved, digests, missing, task.access) as (part, checkpoints):
+    with part_of(saved, digests, missing, access) as (part, checkpoints):
         reporter.event(
             "planned", plan=part.digest, output=str(place), tensors=len(part.tensors), shards=len(part.shards),
             bytes_read=part.bytes_read, bytes_written=part.bytes_written,
         )  # fmt: skip
-        budget(part, threads=task.work.threads, memory_limit=task.work.memory_limit)
+        budget(part, threads=work.threads, memory_limit=work.memory_limit)
         # Its own, because tasks may run beside each other.
         with tempfile.TemporaryDirectory(dir=work_folder(place).parent) as folder:
             sender = BucketOutput(part, place, files)
@@ -60,14 +66,14 @@ def make_in_bucket(task: Task, place: Bucket, given: dict[str, Any], reporter: R
                 staging.begin(header.plan, dict(header.conditions), part.digest)
                 check_disk(staging.folder, sender.disk_needed(part.bytes_written), "this task's share of the output")
                 sender.attach(staging)
-                job = Job(part, checkpoints, staging, task.stats, task.allow_nonfinite, sender.room)
-                device = _send_all(job, sender, task, reporter)
+                job = Job(part, checkpoints, staging, given["stats"], given["allow_nonfinite"], sender.room)
+                device = _send_all(job, sender, work, reporter)
                 staging.discard()
     return device, tuple(missing)
 
 
-def _send_all(job: Job, sender: BucketOutput, task: Task, reporter: Reporter) -> str:
-    runner, staging = runner_for(task.work, reporter), job.destination
+def _send_all(job: Job, sender: BucketOutput, work: Work, reporter: Reporter) -> str:
+    runner, staging = runner_for(work, reporter), job.destination
     missing = [shard for shard in job.plan.shards if shard.file not in staging.finished]
     try:
         with handed(runner.run(job, missing), staging.record) as records:

@@ -103,7 +103,7 @@ def shard(
     task = Task(saved, mine, access, Work(device, threads, memory_limit), stats, allow_nonfinite)
     if bucket is not None:
         target = work_folder(bucket)
-        device, made = make_in_bucket(task, bucket, task.conditions, reporter)
+        device, made = make_in_bucket(saved, mine, access, task.work, task.conditions, bucket, reporter)
     else:
         target = output_folder(saved.recipe, output, {})
         device, made = task.run(target, reporter)
