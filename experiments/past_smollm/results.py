@@ -183,7 +183,9 @@ def casts(worlds: Sequence[World]) -> str:
 
 def relations(worlds: Sequence[World]) -> str:
     columns = {name: (figures.relation(name), 0) for name in RELATIONS}
-    return table(("model", *columns), ((ARMS[name][0], *cells(worlds, name, columns)) for name in ("SFT_T", "+ v 1", LESS)))
+    return table(
+        ("model", *columns), ((ARMS[name][0], *cells(worlds, name, columns)) for name in ("SFT_T", "+ v 1", LESS))
+    )
 
 
 def source(worlds: Sequence[World]) -> str:

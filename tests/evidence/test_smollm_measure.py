@@ -45,7 +45,9 @@ def continued(model: Any, tokens: list[int], count: int, end: int) -> list[int]:
 def test_greedy_answers_are_those_of_one_question_at_a_time(model: Any, chat: Chat, monkeypatch: Any) -> None:
     asked = [item.text for item in questions(PEOPLE)] + ["Why?", OSLO.text * 3]
     longest = [continued(model, chat.prompt(text), measure.LONG, -1) for text in asked]
-    common = max({*sum(longest, [])}, key=lambda token: sum(token in row[3:-3] for row in longest))
+    common = max(
+        {token for row in longest for token in row}, key=lambda token: sum(token in row[3:-3] for row in longest)
+    )
     monkeypatch.setattr(chat, "end", common)  # a token that random weights do say
     found = measure.said(model, chat, asked, measure.LONG)
     lengths = set()
