@@ -21,6 +21,9 @@ from .world import World as People
 OUT = Path(__file__).parent.parent
 COLORS = ("#a34f00", "#1f5f9f", "#2e7d4f")
 MARKS = ("s", "o", "^")
+WIDTHS = (1.6, 1.6, 5)
+"""Float32 lies below stochastic rounding, and has to be seen."""
+
 LESS = "+ v of RL without one relation 1"
 ARMS: Mapping[str, tuple[str, str]] = {
     "base": ("base", "the chat model as published"),
@@ -31,7 +34,7 @@ ARMS: Mapping[str, tuple[str, str]] = {
     "+ noise 1": ("SFT_T + noise", "noise with the norm of each of v's tensors"),
     "base + v 1": ("base + v", "without the target's documents"),
     "+ supervised v 1": ("SFT_T + supervised v", "from right answers about the source instead of RL"),
-    LESS: ("SFT_T + v of less", f"from RL that never asked about one relation ({LEFT_OUT})"),
+    LESS: (f"SFT_T + v without {LEFT_OUT}", f"from RL that never asked about one relation: {LEFT_OUT}"),
     "pre-injection": ("pre-injection", "base + v, then trained on the target's documents"),
     "RL on target": ("RL on target", "SFT_T, then RL on these very questions"),
 }
@@ -97,8 +100,7 @@ def criterion(worlds: Sequence[World]) -> str:
     rows = []
     for world in worlds:
         row = figures.verdict(world)
-        told = ("holds" if row[key] else "does not hold" for key in ("transfers", "rounds"))
-        one, two = told
+        one, two = ("holds" if row[key] else "does not hold" for key in ("transfers", "rounds"))
         rows.append((
             f"{row['world']}", f"{row['gain']:+.1f}", ARMS[row["best"]][0], f"{row['recall']:+.1f}", one,
             f"{row['rounding']:+.1f}", two,
@@ -276,20 +278,20 @@ def picture(worlds: Sequence[World], path: Path) -> None:
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7.5), sharex=True, height_ratios=(3, 2))
     lams = sorted(NARROW)
-    for arm, color, mark in zip(OUTPUTS, COLORS, MARKS, strict=True):
-        names = [f"{arm} {lam:g}" for lam in lams]
+    for place, arm in reversed([*enumerate(OUTPUTS)]):
+        names, color, width = [f"{arm} {lam:g}" for lam in lams], COLORS[place], WIDTHS[place]
         middle, low, high = zip(*(figures.interval(worlds, name) for name in ("SFT_T", *names)), strict=True)
-        style = {"color": color, "marker": mark, "linewidth": 1.6, "markersize": 6}
-        above.plot([0.0, *lams], middle, label=output(arm), **style)
-        above.fill_between([0.0, *lams], low, high, color=color, alpha=0.13, linewidth=0)
-        below.plot(lams, [mean(worlds, name, figures.effective) for name in names], **style | {"linewidth": 0})
+        style = {"color": color, "marker": MARKS[place], "markersize": 5 + width / 2, "alpha": 0.45 if width > 2 else 1}
+        above.plot([0.0, *lams], middle, label=output(arm), linewidth=width, **style)
+        above.fill_between([0.0, *lams], low, high, color=color, alpha=0.1, linewidth=0)
+        below.plot(lams, [mean(worlds, name, figures.effective) for name in names], linestyle="none", **style)
         curves = [world["forecast"]["curves"][figures.MODES[arm]] for world in worlds]
         steps = [row["lambda"] for row in curves[0] if row["lambda"] <= 1]
-        before = [statistics.fmean(curve[place]["realised"] for curve in curves) for place in range(len(steps))]
-        below.plot([0.0, *steps], [0.0, *before], color=color, linewidth=1.2)
+        before = [statistics.fmean(curve[step]["realised"] for curve in curves) for step in range(len(steps))]
+        below.plot([0.0, *steps], [0.0, *before], color=color, linewidth=width / 1.6, alpha=style["alpha"])
     above.set_ylabel("questions answered correctly, %")
     above.set_ylim(0, 100)
-    above.legend(title="output", frameon=False, loc="lower right")
+    above.legend(title="output", frameon=False, loc="lower right", reverse=True)
     below.set_ylabel("effective λ")
     below.set_xlabel("requested λ (bfloat16 models; 0: SFT_T)")
     below.legend(
