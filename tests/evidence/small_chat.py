@@ -1,4 +1,4 @@
-"""A chat model of two layers with random weights, and a tokenizer of its own: as SmolLM2's folder, in miniature."""
+"""A chat model of one layer with random weights, and a tokenizer of its own: as SmolLM2's folder, in miniature."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write(folder: Path) -> None:
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=tokens.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        vocab_size=tokens.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
