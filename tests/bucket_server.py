@@ -67,7 +67,7 @@ class S3Server:
     def __init__(self, bucket: str = BUCKET) -> None:
         self.bucket = bucket
         pytest.importorskip("obstore", reason="object stores need obstore")
-        pytest.importorskip("moto.server", reason="tests of object stores need moto[s3,server]")
+        pytest.importorskip("moto.server", reason="tests of object stores need moto[s3] and flask")
         from moto.backends import get_backend
         from moto.server import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import make_server

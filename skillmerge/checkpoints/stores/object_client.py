@@ -115,8 +115,8 @@ def _is_address(value: str) -> bool:
 
 def _profile() -> Any:
     """Return boto3's credentials where a profile has them: obstore reads none of AWS's files. Else None."""
-    if os.environ.get("AWS_ACCESS_KEY_ID"):
-        return None  # which goes before a profile with the clouds' own tools too
+    if os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_SKIP_SIGNATURE"):
+        return None  # which go before a profile with the clouds' own tools too
     folder = Path(os.path.expanduser("~/.aws"))
     files = [
         Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or folder / "credentials"),
