@@ -19,6 +19,7 @@ from queue import Empty, SimpleQueue
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.engine.destination import Destination, ShardRecord, SpanFile
+from skillmerge.engine.measures.preparing import Preparations
 from skillmerge.engine.rounding_statistics import total
 from skillmerge.engine.runner import Room
 from skillmerge.engine.stream import Stream
@@ -104,6 +105,7 @@ class _Run:
     ) -> None:
         self.plan, self.checkpoints, self.destination, self.settings = plan, checkpoints, destination, settings
         self.stream, self.room, self.granted = stream, room, 0
+        self.preparations = Preparations(plan, settings.budget.tile)
         self.unstarted = deque(shards)
         self.open: list[_ShardFile] = []
         self.lock = threading.Lock()
@@ -120,13 +122,16 @@ class _Run:
         self.stream.start(self.settings.budget.threads, self._work)
         self.stream.start(WRITERS, self._write, self._end)
 
+    def _worker(self) -> Worker:
+        return Worker(self.plan, self.checkpoints, self.settings, self.stream.stop, self.preparations)
+
     def _end(self) -> None:
         for _ in range(WRITERS):
             self.full.put(None)
 
     def _work(self) -> None:
         """A worker's life: a free buffer, a span, its bytes, and on to the writers."""
-        worker = self.stream.own(lambda: Worker(self.plan, self.checkpoints, self.settings, self.stream.stop))
+        worker = self.stream.own(self._worker)
         file: _ShardFile | None = None
         while (buffer := self._free_buffer()) is not None and (taken := self._take(file)) is not None:
             file, span = taken

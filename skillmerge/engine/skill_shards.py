@@ -27,7 +27,6 @@ from skillmerge.engine.skill_file import Cut, Kept, SkillFile, Unit, compressed
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Tile
 from skillmerge.engine.worker import Settings, Worker
-from skillmerge.methods.evaluate import evaluate
 from skillmerge.methods.rounding import round_nearest
 from skillmerge.methods.terms import model_of, weights
 from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
@@ -164,12 +163,15 @@ class _Cutter:
         """Return which elements of a tensor are its largest, so great a share of them or a little less: a pass of its
         own."""
         worker, elements = self._worker, math.prod(tensor.shape)
+        worker.prepare(tensor)
+        if self.stream.stop.is_set():
+            return Kept()
         counts, energies = torch.zeros(_BINS, dtype=torch.int64), torch.zeros(_BINS, dtype=torch.float64)
         assert tensor.program is not None
         for first in range(0, elements, UNIT):
             tile = Tile(tensor, first, min(first + UNIT, elements), 0)
-            for _, pieces in self._chunks(worker, tile, worker.reader.read_tile(tile), {}):
-                value, _ = evaluate(tensor.program, pieces, worker.scratch)
+            for start, pieces in self._chunks(worker, tile, worker.reader.read_tile(tile), {}):
+                value, _ = worker.evaluate(tensor, first + start, pieces)
                 bins = _bins_of(value)
                 counts += torch.bincount(bins, minlength=_BINS)
                 squares = value.to(torch.float64)
@@ -190,6 +192,9 @@ class _Cutter:
         """Read a unit of every model and encode the difference. Raises UnusableWeights."""
         worker = self._worker
         if unit.tensor.action == "zero" or self.stream.stop.is_set():
+            return Cut({})
+        worker.prepare(unit.tensor)
+        if self.stream.stop.is_set():
             return Cut({})
         first = unit.number * UNIT
         tile = Tile(unit.tensor, first, first + unit.length, 0)
@@ -267,12 +272,11 @@ class _Cutter:
 
     def _compute(self, worker: Worker, tile: Tile, chunks: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Cut:
         """Return the value of the formula, rounded once."""
-        assert tile.tensor.program is not None
         dtype, kept = torch_dtype(tile.tensor.dtype), self.kept.get(tile.tensor.name)
         plus = Encoder(dtype)
         cut = Cut({})
         for start, pieces in chunks:
-            value, _ = evaluate(tile.tensor.program, pieces, worker.scratch)
+            value, _ = worker.evaluate(tile.tensor, tile.first + start, pieces)
             stays = value
             if kept is not None:
                 stays = torch.where(value.abs().to(torch.float32) >= kept.least, value * kept.factor, 0.0)

@@ -29,7 +29,8 @@ from skillmerge.plans.heads import driven_apart, stored_heads
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
-from skillmerge.recipes.expression import ExpressionError, grouped
+from skillmerge.recipes.formula.parser import grouped
+from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.lint import remarks
 from skillmerge.recipes.recipe import Recipe, unclear_donor
 from skillmerge.recipes.schedules import Rule, ScheduleError

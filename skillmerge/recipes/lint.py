@@ -20,7 +20,8 @@ from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.errors import Place, RecipeError, SkillmergeError, UsageError, did_you_mean
 from skillmerge.methods.terms import degree, weights
 from skillmerge.recipes import lock as lockfile
-from skillmerge.recipes.expression import ExpressionError, grouped, names_in, normalise_name
+from skillmerge.recipes.formula.parser import grouped
+from skillmerge.recipes.formula.tree import ExpressionError, names_in, normalise_name
 from skillmerge.recipes.lint_rules import RULES, LintRule
 from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names

@@ -16,7 +16,8 @@ from typing import Any
 
 from skillmerge.errors import NEAR, Mistakes, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
-from skillmerge.recipes.expression import ExpressionError, Node, normalise_name, parse
+from skillmerge.recipes.formula.parser import parse
+from skillmerge.recipes.formula.tree import ExpressionError, Node, normalise_name
 from skillmerge.recipes.gate_table import Gate, gates_of
 from skillmerge.recipes.recipe import CopyRule, Output, Push, Recipe, add_coefficient, expression_error, local_path
 from skillmerge.recipes.schedules import LayerRange, Rule, Schedule, parse_layers

@@ -13,15 +13,9 @@ from skillmerge.checkpoints.place import Local, ModelPlace, PlaceError
 from skillmerge.checkpoints.schemes import parse_place
 from skillmerge.errors import Place, RecipeError
 from skillmerge.methods.terms import Term, expand_skills
-from skillmerge.recipes.expression import (
-    ExpressionError,
-    Node,
-    bind,
-    donor_of,
-    is_donor_unclear,
-    names_in,
-    normalise_name,
-)
+from skillmerge.recipes.formula.bind import bind, check_degrees
+from skillmerge.recipes.formula.donor import donor_of, is_donor_unclear
+from skillmerge.recipes.formula.tree import ExpressionError, Node, names_in, normalise_name
 from skillmerge.recipes.gate_table import Gate
 from skillmerge.recipes.schedules import Schedule, matcher
 from skillmerge.recipes.yamltext import Document, Path
@@ -138,7 +132,9 @@ class Recipe:
 
         None if everything fell away. Raises ExpressionError as `bind` does.
         """
-        return expand_skills(bind(self.expression, values), self.skills)
+        term = expand_skills(bind(self.expression, values), self.skills)
+        check_degrees(term)
+        return term
 
     def left_out(self, tensors: Iterable[str]) -> set[str]:
         """Return those of the donor's tensors that a skill does without, as `ignore` says; a model has all of them."""

@@ -24,7 +24,8 @@ from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError
 from skillmerge.methods.terms import weights
 from skillmerge.naming import MODULE_KINDS
-from skillmerge.recipes.expression import bind, normalise_name
+from skillmerge.recipes.formula.bind import bind
+from skillmerge.recipes.formula.tree import normalise_name
 from skillmerge.recipes.parse import load, parse_recipe
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import STANDARD_INPUT, RecipeSource

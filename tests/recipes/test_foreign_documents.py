@@ -12,8 +12,9 @@ import torch
 from conftest import random_tensors, read_checkpoint, run_cli, tensor_shapes, write_checkpoint, write_family
 
 import skillmerge
-from skillmerge.recipes import expression, yamltext
+from skillmerge.recipes import yamltext
 from skillmerge.recipes.foreign import mergekit
+from skillmerge.recipes.formula.parser import parse
 
 GATES = "run it on an output: `skillmerge gate FOLDER --gates FILE`"
 START = "start one: `skillmerge init recipe.yaml`"
@@ -234,7 +235,7 @@ def test_foreign_place_is_read_as_it_was(place: str) -> None:
         assert all(isinstance(name, str) for name in data["models"])
         assert {path.removeprefix("hf://") for path in data["models"].values()} >= {place, "./other"}
         assert data["output"].get("like", "base") in data["models"]
-        expression.parse(data["merge"], [*data["models"]], [])
+        parse(data["merge"], [*data["models"]], [])
 
 
 def test_foreign_weights_keep_their_digits() -> None:

@@ -35,7 +35,10 @@ from skillmerge.outputs import manifest
 from skillmerge.outputs.verify import check_structure
 from skillmerge.plans import saved as savedplan
 from skillmerge.plans.planner import plan_recipe
-from skillmerge.recipes.expression import ExpressionError, bind, donor_of, parse
+from skillmerge.recipes.formula.bind import bind
+from skillmerge.recipes.formula.donor import donor_of
+from skillmerge.recipes.formula.parser import parse
+from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.verbs.apply import apply
 from skillmerge.verbs.plan import plan as make_plan

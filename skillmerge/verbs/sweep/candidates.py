@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from skillmerge.errors import RecipeError, UsageError, did_you_mean
-from skillmerge.recipes.expression import normalise_name
+from skillmerge.recipes.formula.tree import normalise_name
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.recipes.recipe import Recipe, add_coefficient
 from skillmerge.recipes.yamltext import Path

@@ -1,0 +1,74 @@
+"""What methods have to know of a whole tensor before its arithmetic, read by all workers that come to it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from skillmerge.errors import UnusableWeights
+from skillmerge.methods.preparation import Partials, Preparation, Stretch
+from skillmerge.plans.plan import Plan, TensorPlan
+
+_WAIT = 0.2
+"""Seconds between two looks at whether the run is over, of a thread that waits for another one's stretch."""
+
+Read = Callable[[Preparation, Stretch], Partials]
+
+
+class _Shared:
+    """A preparation, and what of its reading is left."""
+
+    def __init__(self, preparation: Preparation, tile: int) -> None:
+        self.preparation = preparation
+        self.tile = tile
+        self.left = deque(preparation.stretches(tile))
+        self.being_read = 0
+        self.changed = threading.Condition()
+
+
+class Preparations:
+    """The preparations of a run's tensors: the first worker that comes to a tensor begins, others that come help."""
+
+    def __init__(self, plan: Plan, tile: int) -> None:
+        self._plan, self._tile = plan, tile
+        self._known: dict[str, _Shared] = {}
+        self._lock = threading.Lock()
+
+    def of(self, tensor: TensorPlan, read: Read, stop: threading.Event) -> Preparation:
+        """Return a tensor's preparation, finished; or not, if `stop` was set meanwhile. read: reads a stretch."""
+        shared = self._shared(tensor)
+        while not stop.is_set():
+            with shared.changed:
+                if not shared.left and shared.being_read:
+                    shared.changed.wait(_WAIT)
+                    continue
+                if not shared.left:
+                    break
+                stretch = shared.left.popleft()
+                shared.being_read += 1
+            partials = read(shared.preparation, stretch)
+            with shared.changed:
+                for fold, partial in partials:
+                    fold.add(partial)
+                shared.being_read -= 1
+                if not shared.left and not shared.being_read:
+                    self._advance(tensor, shared)
+                    shared.changed.notify_all()
+        return shared.preparation
+
+    def _shared(self, tensor: TensorPlan) -> _Shared:
+        assert tensor.program is not None
+        with self._lock:
+            if tensor.name not in self._known:
+                seed = self._plan.recipe.output.seed
+                preparation = Preparation(tensor.program, tensor.shape, tensor.name, seed)
+                self._known[tensor.name] = _Shared(preparation, self._tile)
+            return self._known[tensor.name]
+
+    def _advance(self, tensor: TensorPlan, shared: _Shared) -> None:
+        try:
+            shared.preparation.advance()
+        except UnusableWeights as error:
+            raise UnusableWeights(f"tensor `{tensor.name}`: {error}", fix=error.fix) from error
+        shared.left.extend(shared.preparation.stretches(self._tile))

@@ -1,0 +1,214 @@
+"""Methods that combine differences element by element: by sign, by size, by who changed it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from skillmerge.methods.method import (
+    RESCALE,
+    SHARE,
+    WEIGHTS,
+    Number,
+    Ranks,
+    Ready,
+    Steps,
+    Sums,
+    Unit,
+    differences,
+    method,
+    words,
+)
+from skillmerge.methods.sparsify import largest as largest_sizes
+from skillmerge.methods.sparsify import norm_ratio, scaled, size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+YES_NO = words("yes", "no")
+PICK = words("mean", "max")
+ZERO = words("plus", "majority")
+
+
+def weighted(v: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    return [x if weight == 1 else x * weight for x, weight in zip(v, weights, strict=True)]
+
+
+def total(v: Sequence[Tensor]) -> Tensor:
+    """The sum in the order of the operands."""
+    first, *others = v
+    result = first.clone()
+    for x in others:
+        result += x
+    return result
+
+
+def agreeing(
+    v: Sequence[Tensor], by: Sequence[float], plus: Callable[[Sequence[Tensor]], Tensor], normalize: bool
+) -> Tensor:
+    """The sum of what has the elected sign, over the sum of its weights `by`; 0 is of no sign. v: weighted already."""
+    chosen = plus(v)
+    result = total([x.clamp(min=0) for x in v]).where(chosen, total([x.clamp(max=0) for x in v]))
+    if normalize:
+        ups = total([(x > 0).to(x.dtype) * weight for x, weight in zip(v, by, strict=True)])
+        downs = total([(x < 0).to(x.dtype) * weight for x, weight in zip(v, by, strict=True)])
+        divisor = ups.where(chosen, downs)
+        result /= divisor.masked_fill(divisor == 0, 1.0)
+    return result
+
+
+def largest(v: Sequence[Tensor], plus: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+    """Of what has the elected sign, the largest."""
+    up, down = v[0].clamp(min=0), v[0].clamp(max=0)
+    for x in v[1:]:
+        up, down = up.maximum(x), down.minimum(x)
+    return up.where(plus(v), down)
+
+
+def _election(
+    weights: Sequence[float], normalize: str, pick: str, zero: str, trimmed: Callable[..., list[Tensor]]
+) -> Steps:
+    """Elect signs of weighted operands, and combine what agrees."""
+    sign = 1.0
+
+    def operands(*v: Tensor) -> list[Tensor]:
+        return weighted(trimmed(*v), weights)
+
+    if zero == "majority":
+        (balance,) = yield Sums(lambda *v: [total(operands(*v)).sign().double()])
+        sign = 1.0 if balance >= 0 else -1.0
+
+    def plus(v: Sequence[Tensor]) -> Tensor:
+        return total(v) >= 0 if sign > 0 else total(v) > 0
+
+    if pick == "max":
+        return Ready(lambda *v: largest(operands(*v), plus))
+    return Ready(lambda *v: agreeing(operands(*v), weights, plus, normalize == "yes"))
+
+
+def _sole(
+    count: int, *, weights: Sequence[float], normalize: str = "yes", pick: str = "mean", **_: object
+) -> int | None:
+    """One operand is elected as it is."""
+    return 0 if count == 1 and ((normalize == "yes" and pick == "mean" and weights[0] > 0) or weights[0] == 1) else None
+
+
+@method(
+    differences(1, None, absent=True), alone=_sole, weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO
+)  # fmt: skip
+def elect(
+    unit: Unit,
+    *,
+    weights: Sequence[float] = (1.0,),
+    normalize: str = "yes",
+    pick: str = "mean",
+    zero: str = "plus",
+) -> Steps:
+    """Elect a sign for each element, and take the mean of the updates that have it.
+
+    With x = weight * v of each update, the sign is that of the sum of all x (plus if it is 0, or with zero=majority the
+    sign that the matrix elected most). The result is the sum of the x of that sign over the sum of their weights;
+    with normalize=no the sum itself; with pick=max the largest of them. A zero has no sign.
+
+    Paper: TIES, arXiv 2306.01708, steps 2 and 3; pick=max is the unified vector of EMR-Merging, arXiv 2405.17461.
+    Differs: as in mergekit, weights sway the election, and the mean is weighted; the paper has no weights.
+    Use: for updates that pull elements in different directions; with density 1 it is TIES without trimming.
+    """
+    ready = yield from _election(weights, normalize, pick, zero, lambda *v: list(v))
+    return ready
+
+
+@method(
+    differences(1, None, absent=True), density=SHARE, rescale=RESCALE, weights=WEIGHTS, normalize=YES_NO, pick=PICK,
+    zero=ZERO,
+)  # fmt: skip
+def ties(
+    unit: Unit,
+    *,
+    density: float,
+    rescale: str = "none",
+    weights: Sequence[float] = (1.0,),
+    normalize: str = "yes",
+    pick: str = "mean",
+    zero: str = "plus",
+) -> Steps:
+    """Trim each update, elect signs, and take the mean of what agrees: `elect` of `trim`.
+
+    Paper: TIES, arXiv 2306.01708.
+    Differs: see `trim` and `elect`.
+    Use: `base + lam * ties(a - base, b - base, density=0.3)` for several experts of one base.
+    """
+    ranks = yield [Ranks(_size_of(index), (unit.count(density),)) for index in range(unit.operands)]
+    leasts = [found[0] for found in ranks]
+    factors = []
+    for index, least in enumerate(leasts):
+        factors.append((yield from norm_ratio(partial(largest_sizes, least=least), rescale, index)))
+
+    def trimmed(*v: Tensor) -> list[Tensor]:
+        return [scaled(largest_sizes(x, least), by) for x, least, by in zip(v, leasts, factors, strict=True)]
+
+    ready = yield from _election(weights, normalize, pick, zero, trimmed)
+    return Ready(ready.function, {f"threshold {index + 1}": least.size for index, least in enumerate(leasts)})
+
+
+def _size_of(index: int) -> Callable[..., Tensor]:
+    return lambda *v: size(v[index])
+
+
+@method(differences(1, None, absent=True))
+def pick(unit: Unit) -> Ready:
+    """Take each element from the update in which it is largest by size; the first of those that tie.
+
+    Paper: MagMax, arXiv 2407.06322.
+    Differs: the authors' code takes the last of those that tie.
+    Use: for updates that change different elements.
+    """
+
+    def function(*v: Tensor) -> Tensor:
+        result = v[0]
+        for x in v[1:]:
+            result = x.where(x.abs() > result.abs(), result)
+        return result
+
+    return Ready(function)
+
+
+@method(differences(1, None, absent=True), threshold=Number(0), boost=Number(0), cap=Number(0))
+def ram(unit: Unit, *, threshold: float = 0.0, boost: float = 0.0, cap: float = 1.0) -> Steps:
+    """Average what several updates changed, and keep what one alone changed whole.
+
+    An element is changed by an update if |v| > threshold. Changed by several: their mean. By one alone: its v, times
+    1 + boost * min(shared/alone, cap), where shared and alone count the elements of its matrix that this update changed
+    with others and alone (cap if it changed none alone).
+
+    Paper: RAM and RAM+, arXiv 2601.13572.
+    Differs: the authors count over the whole model, with boost 0.2; the default here is no boost.
+    Use: for RL experts, whose sparse updates touch different elements: an average would dilute them.
+    """
+    factors = [1.0] * unit.operands
+    if boost:
+        sums = yield Sums(lambda *v: _counts(v, threshold))
+        pairs = zip(sums[0::2], sums[1::2], strict=True)
+        factors = [1 + boost * (min(shared / alone, cap) if alone else cap) for shared, alone in pairs]
+
+    def function(*v: Tensor) -> Tensor:
+        changed = [x.abs() > threshold for x in v]
+        times = total([mask.to(v[0].dtype) for mask in changed])
+        kept = [x.masked_fill(~mask, 0.0) for x, mask in zip(v, changed, strict=True)]
+        alone = times == 1
+        mean = total(kept) / times.masked_fill(times == 0, 1.0)
+        return total(weighted(kept, factors)).where(alone, mean) if boost else mean
+
+    return Ready(function, {f"factor {index + 1}": factor for index, factor in enumerate(factors)} if boost else {})
+
+
+def _counts(v: Sequence[Tensor], threshold: float) -> list[Tensor]:
+    """For each update, what it changed with others and what it changed alone."""
+    changed = [(x.abs() > threshold).double() for x in v]
+    times = total(changed)
+    result = []
+    for mask in changed:
+        alone = mask * (times == 1)
+        result += [mask - alone, alone]
+    return result

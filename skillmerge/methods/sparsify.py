@@ -1,0 +1,165 @@
+"""Methods that make a difference sparser, smaller, or free of another one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+from skillmerge.methods.method import (
+    RESCALE,
+    SHARE,
+    Number,
+    Operand,
+    Rank,
+    Ranks,
+    Ready,
+    Steps,
+    Sums,
+    Unit,
+    Wish,
+    differences,
+    method,
+    words,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _share(count: int, *, density: float, **_: Any) -> int | None:
+    """With density 1 the result is the operand, with density 0 nothing."""
+    return 0 if density == 1 else -1 if density == 0 else None
+
+
+def size(v: Tensor) -> Tensor:
+    """The sizes that ranks compare: |v|, rounded to float32."""
+    return v.abs().float()
+
+
+def norm_ratio(kept: Callable[..., Tensor], rescale: str, index: int = 0) -> Generator[Wish, Any, float]:
+    """Ask for ||v||/||kept|| of an operand, in the 1- or 2-norm; 1 where either is 0, and for `none`."""
+    if rescale == "none":
+        return 1.0
+    power = 1 if rescale == "l1" else 2
+    whole, left = yield Sums(lambda *v, **where: [_power(v[index], power), _power(kept(v[index], **where), power)])
+    ratio = whole / left if whole and left else 1.0
+    return float(ratio) if power == 1 else math.sqrt(ratio)
+
+
+def scaled(v: Tensor, factor: float) -> Tensor:
+    return v if factor == 1 else v * factor
+
+
+def largest(v: Tensor, least: Rank) -> Tensor:
+    """What is at least as large as that rank; the rest is 0."""
+    return v.masked_fill(size(v) < least.size, 0.0)
+
+
+def _power(v: Tensor, power: int) -> Tensor:
+    wide = v.double()
+    return wide.abs() if power == 1 else wide * wide
+
+
+@method(differences(1), alone=_share, density=SHARE, rescale=RESCALE)
+def trim(unit: Unit, *, density: float, rescale: str = "none") -> Steps:
+    """Keep the largest elements, by size.
+
+    k = max(1, floor(density * n)) of a matrix's n elements are kept, and whatever ties with the k-th. `rescale`
+    multiplies them by ||v||/||kept|| (l1 or l2).
+
+    Paper: TIES, arXiv 2306.01708, step 1; DoTS, arXiv 2605.00610, with rescale=l2.
+    Differs: the authors rank over the whole model and keep one element more. mergekit keeps exactly k, an arbitrary
+    choice among ties, of which bf16 updates are full.
+    Use: against interference when several updates are added. Updates of RL are sparse already: sweep the density.
+    """
+    (least,) = yield Ranks(size, (unit.count(density),))
+    factor = yield from norm_ratio(lambda v: largest(v, least), rescale)
+    found = {"threshold": least.size, "kept": least.count / unit.elements, "factor": factor}
+    return Ready(lambda v: scaled(largest(v, least), factor), found)
+
+
+@method(
+    differences(1), alone=_share, indexed=True,
+    density=SHARE, rescale=words("probability", "none", "l1", "l2"), seed=Number(0, 2**63, whole=True),
+)  # fmt: skip
+def drop(unit: Unit, *, density: float, rescale: str = "probability", seed: int | None = None) -> Steps:
+    """Keep each element with probability `density`, by lot, and divide it by that.
+
+    The lot of an element depends on the seed (`output.seed` if none is given), on the tensor's name, on which `drop` of
+    the expression it is and on the element's index, and on nothing else. `rescale` none, l1 or l2 as for `trim`.
+
+    Paper: DARE, arXiv 2311.03099.
+    Differs: mergekit multiplies by the ratio of 1-norms (rescale=l1 here), and draws lots of torch.
+    Use: for many small fine-tuning updates; what survives is larger by 1/density, so keep density above 0.1.
+    """
+    lots = unit.lots(seed)
+
+    def kept(v: Tensor, first: int) -> Tensor:
+        return v.masked_fill(lots(first, v) >= density, 0.0)
+
+    if rescale == "probability":
+        return Ready(lambda v, first: divided(kept(v, first), density))
+    factor = yield from norm_ratio(kept, rescale)
+    return Ready(lambda v, first: scaled(kept(v, first), factor), {"factor": factor})
+
+
+def divided(v: Tensor, by: float) -> Tensor:
+    """v / by. A tensor, not a number: CUDA would multiply by the reciprocal of a number."""
+    return v / v.new_full((1,), by)
+
+
+@method(differences(1), alone=_share, density=SHARE, gamma=SHARE, rescale=RESCALE)
+def band(unit: Unit, *, density: float, gamma: float = 0.01, rescale: str = "none") -> Steps:
+    """Keep elements of middle size: without the largest, and without the smallest.
+
+    Of a matrix's n elements, stay = max(1, floor(density * n)) are kept, below = max(0, n - stay - floor(gamma * n))
+    are smaller: sizes from the (below + 1)-th smallest to the (below + stay)-th, and whatever ties with these.
+    `rescale` as for `trim`.
+
+    Paper: Model Breadcrumbs, arXiv 2312.06795.
+    Differs: ties stay.
+    Use: when a few outliers of an update do damage.
+    """
+    n, stay = unit.elements, unit.count(density)
+    below = max(0, n - stay - math.floor(gamma * n))
+    least, most = yield Ranks(size, (n - below, n - below - stay + 1))
+
+    def kept(v: Tensor) -> Tensor:
+        sizes = size(v)
+        return v.masked_fill((sizes < least.size) | (sizes > most.size), 0.0)
+
+    factor = yield from norm_ratio(kept, rescale)
+    found = {"smallest": least.size, "largest": most.size, "factor": factor}
+    return Ready(lambda v: scaled(kept(v), factor), found)
+
+
+@method(differences(1), at=Number(0))
+def clip(unit: Unit, *, at: float) -> Ready:
+    """Limit every element to the size `at`: sign(v) * min(|v|, at).
+
+    Use: `a + clip(b - a, at=t)` is mergekit's nearswap, which moves only what is near; also against outliers.
+    """
+    return Ready(lambda v: v.clamp(-at, at))
+
+
+@method(differences(1), to=Operand())
+def match(unit: Unit) -> Steps:
+    """Give a difference the 2-norm of another: v * ||u||/||v||, matrix by matrix; 0 stays 0.
+
+    Use: `match(v, to=u)` when two updates have the right directions and unequal sizes.
+    """
+    own, other = yield Sums(lambda v, u: [_power(v, 2), _power(u, 2)])
+    factor = math.sqrt(other / own) if own else 1.0
+    return Ready(lambda v, u: v * factor, {"factor": factor})
+
+
+@method(differences(1), off=Operand())
+def project(unit: Unit) -> Steps:
+    """Take the part along another difference away: v - (<v, u>/<u, u>) u, matrix by matrix; v where u is 0.
+
+    Use: `project(v, off=u)` for a skill without what it shares with another update.
+    """
+    along, other = yield Sums(lambda v, u: [v.double() * u.double(), _power(u, 2)])
+    part = along / other if other else 0.0
+    return Ready(lambda v, u: v - u * part, {"part": part})

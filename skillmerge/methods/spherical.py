@@ -1,0 +1,179 @@
+"""Methods that combine whole matrices by the angles between them. All are sums of the operands, with factors that come
+from their dot products alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from skillmerge.errors import UnusableWeights
+from skillmerge.methods.method import ANY, SHARE, WEIGHTS, Number, Ready, Steps, Sums, Unit, alike, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Gram = list[list[float]]
+"""The dot products of all pairs of operands."""
+
+
+def dot_products(*v: Tensor) -> list[Tensor]:
+    """Of each operand with itself and those behind it, element by element."""
+    wide = [x.double() for x in v]
+    return [wide[i] * wide[j] for i in range(len(wide)) for j in range(i, len(wide))]
+
+
+def gram_of(sums: Sequence[float], count: int) -> Gram:
+    products = iter(sums)
+    gram = [[0.0] * count for _ in range(count)]
+    for i in range(count):
+        for j in range(i, count):
+            gram[i][j] = gram[j][i] = next(products)
+    return gram
+
+
+def combined(factors: Sequence[float]) -> Ready:
+    """The sum of factor * operand, in their order."""
+
+    def function(*v: Tensor) -> Tensor:
+        first, *others = zip(v, factors, strict=True)
+        result = first[0] * first[1]
+        for x, factor in others:
+            result += x * factor
+        return result
+
+    return Ready(function, {f"factor {index + 1}": factor for index, factor in enumerate(factors)})
+
+
+def cosine(dot: float, one: float, other: float) -> float:
+    """From a dot product and two squared norms; 0 where one of these is 0."""
+    return max(-1.0, min(1.0, dot / math.sqrt(one) / math.sqrt(other))) if one and other else 0.0
+
+
+def _end(count: int, *, t: float, **_: Any) -> int | None:
+    return 0 if t == 0 else 1 if t == 1 else None
+
+
+@method(alike(2), alone=_end, t=ANY, linear_above=SHARE)
+def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995) -> Steps:
+    """Go from one model to another on the sphere: t = 0 is the first, t = 1 the second.
+
+    With c the cosine of two matrices and theta its angle: sin((1 - t) theta)/sin(theta) a + sin(t theta)/sin(theta) b.
+    Where |c| is above `linear_above`, or a matrix is 0, the straight line a - t (a - b).
+
+    Source: Shoemake, "Animating rotation with quaternion curves", 1985.
+    Differs: mergekit takes two zero vectors as orthogonal.
+    Use: two models of one base that differ much; of close ones it is the straight line.
+    """
+    one, dot, other = yield Sums(dot_products)
+    c = cosine(dot, one, other)
+    if not one or not other or abs(c) > linear_above:
+        return Ready(lambda a, b: a - (a - b) * t, {"cosine": c})
+    theta = math.acos(c)
+    ready = combined([math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)])
+    return Ready(ready.function, {"cosine": c, **ready.found})
+
+
+@method(alike(2, None), weights=WEIGHTS)
+def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
+    """Take a weighted mean of directions on the sphere, times the weighted mean of norms.
+
+    m is the direction of the mean of the unit vectors u, and t = sum of w (u - <u, m> m) the mean seen from there:
+    (m cos|t| + t sin|t|/|t|) times the sum of w ||x||, with weights that add up to 1.
+
+    Source: mergekit's multislerp.
+    Use: several models of one base; with two of them prefer `slerp`.
+    """
+    count = unit.operands
+    gram = gram_of((yield Sums(dot_products)), count)
+    total = sum(weights)
+    if total == 0:
+        raise UnusableWeights("the weights of `multislerp` add up to 0", fix="give weights with another sum")
+    w = [weight / total for weight in weights]
+    norms = [math.sqrt(gram[i][i]) for i in range(count)]
+    units = [_unit(count, i, norms[i]) for i in range(count)]
+    mean = _sum(count, zip(w, units, strict=True))
+    length = _norm(gram, mean)
+    size = sum(weight * norm for weight, norm in zip(w, norms, strict=True))
+    if length == 0:
+        if count == 2:
+            return combined(w)
+        raise UnusableWeights(
+            "`multislerp` has no direction for matrices that cancel", fix="use `karcher`, or leave one of them out"
+        )
+    m = [x / length for x in mean]
+    tangent = _sum(count, zip(w, (_off(gram, u, m) for u in units), strict=True))
+    return combined([size * x for x in _step(gram, m, tangent)])
+
+
+@method(alike(1, None), alone=lambda count, **_: 0 if count == 1 else None, steps=Number(1, 1000, whole=True),
+        tolerance=Number(0))  # fmt: skip
+def karcher(unit: Unit, *, steps: float = 10, tolerance: float = 1e-5) -> Steps:
+    """Take the mean direction on the sphere, times the mean norm: the point with the least squared distances.
+
+    Found by at most `steps` steps, until one is shorter than `tolerance`. A zero matrix counts for the norm alone.
+
+    Source: Karcher, "Riemannian center of mass and mollifier smoothing", 1977.
+    Differs: mergekit takes its `base_model` as one more point.
+    Use: several models of one base, without weights.
+    """
+    count = unit.operands
+    gram = gram_of((yield Sums(dot_products)), count)
+    norms = [math.sqrt(gram[i][i]) for i in range(count)]
+    units = [_unit(count, i, norms[i]) for i in range(count) if norms[i]]
+    if not units:
+        return combined([0.0] * count)
+    mean = _sum(count, [(1 / len(units), u) for u in units])
+    length = _norm(gram, mean)
+    m = [x / length for x in mean] if length else units[0]
+    for _ in range(int(steps)):
+        tangent = _sum(count, [(1 / len(units), _towards(gram, u, m)) for u in units])
+        if _norm(gram, tangent) < tolerance:
+            break
+        m = _step(gram, m, tangent)
+    size = math.fsum(norms) / count
+    return combined([size * x for x in m])
+
+
+# Vectors are written as factors of the operands; the Gram matrix has all that is asked about them.
+
+
+def _unit(count: int, index: int, norm: float) -> list[float]:
+    return [1 / norm if i == index and norm else 0.0 for i in range(count)]
+
+
+def _sum(count: int, parts: Any) -> list[float]:
+    total = [0.0] * count
+    for weight, vector in parts:
+        total = [x + weight * y for x, y in zip(total, vector, strict=True)]
+    return total
+
+
+def _dot(gram: Gram, a: Sequence[float], b: Sequence[float]) -> float:
+    return math.fsum(x * row[j] * y for x, row in zip(a, gram, strict=True) for j, y in enumerate(b))
+
+
+def _norm(gram: Gram, vector: Sequence[float]) -> float:
+    return math.sqrt(max(0.0, _dot(gram, vector, vector)))
+
+
+def _off(gram: Gram, u: Sequence[float], m: Sequence[float]) -> list[float]:
+    """What of u is not along the unit vector m."""
+    along = _dot(gram, u, m)
+    return [x - along * y for x, y in zip(u, m, strict=True)]
+
+
+def _towards(gram: Gram, u: Sequence[float], m: Sequence[float]) -> list[float]:
+    """The tangent at m that leads to u, as long as the angle between them."""
+    angle = math.acos(max(-1.0, min(1.0, _dot(gram, u, m))))
+    across = _off(gram, u, m)
+    length = _norm(gram, across)
+    return [x * angle / length for x in across] if length else [0.0] * len(across)
+
+
+def _step(gram: Gram, m: Sequence[float], tangent: Sequence[float]) -> list[float]:
+    """Where a walk from m along a tangent ends, after its length."""
+    length = _norm(gram, tangent)
+    if length == 0:
+        return list(m)
+    return [x * math.cos(length) + y * math.sin(length) / length for x, y in zip(m, tangent, strict=True)]
