@@ -18,6 +18,7 @@ from skillmerge.methods.method import (
     Unit,
     alike,
     differences,
+    keep,
     method,
     words,
 )
@@ -62,14 +63,14 @@ def sce(unit: Unit, *, select: float = 1.0, floor: float = 0.0) -> Steps:
     """
     count, least = unit.operands, Rank(0.0, unit.elements)
     if select < 1:
-        (varied,) = yield Sums(lambda *v: [(variance(v) > 0).double()])
+        (varied,) = yield Sums(lambda *v: [variance(v).gt_(0).double()])
         (least,) = yield Ranks(lambda *v: variance(v), (math.floor(select * varied),))
 
     def kept(*v: Tensor) -> list[Tensor]:
         if select == 1:
             return list(v)
-        small = variance(v).float() < least.size
-        return [x.masked_fill(small, 0.0) for x in v]
+        mask = variance(v).float().ge_(least.size)
+        return [keep(x, mask) for x in v]
 
     energies = yield Sums(lambda *v: [x.double() * x.double() for x in kept(*v)])
     whole = math.fsum(energies)
@@ -78,7 +79,7 @@ def sce(unit: Unit, *, select: float = 1.0, floor: float = 0.0) -> Steps:
 
     def function(*v: Tensor) -> Tensor:
         selected = kept(*v)
-        plus = total(selected) >= 0
+        plus = total(selected).ge_(0)
         return agreeing(weighted(selected, weights), weights, lambda _: plus, normalize=True)
 
     return Ready(function, {f"weight {index + 1}": weight for index, weight in enumerate(weights)})

