@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,12 +11,15 @@ from skillmerge.engine.measures.skill_statistics import SkillInput
 from skillmerge.engine.rounding_statistics import TensorStatistics
 from skillmerge.plans.plan import ShardPlan
 
+Scalars = Mapping[str, Sequence[float]]
+"""What the calls of one tensor's formula found of it, by name, for each of its matrices."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
     """The record of a finished shard. statistics: of rounding, by tensor; tensors: of a skill's file, the
     rows of `skill.json`; inputs: what is known of the models of a skill's tensors. uploaded: the Hub has it, and
-    this disk no longer does."""
+    this disk no longer does. scalars: what methods found of tensors, unit by unit; see `Preparation.found`."""
 
     file: str
     size: int
@@ -25,13 +28,15 @@ class ShardRecord:
     tensors: Mapping[str, Any] | None = None
     uploaded: bool = False
     inputs: Mapping[str, SkillInput] = field(default_factory=dict)
+    scalars: Mapping[str, Scalars] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         statistics = {name: row.as_dict() for name, row in self.statistics.items()}
         row = {"shard": self.file, "size": self.size, "sha256": self.sha256, "statistics": statistics}
         tensors = {"tensors": self.tensors} if self.tensors is not None else {}
         inputs = {"inputs": {name: found.as_dict() for name, found in self.inputs.items()}} if self.inputs else {}
-        return {**row, **tensors, **inputs, **({"uploaded": True} if self.uploaded else {})}
+        scalars = {"scalars": {name: dict(found) for name, found in self.scalars.items()}} if self.scalars else {}
+        return {**row, **tensors, **inputs, **scalars, **({"uploaded": True} if self.uploaded else {})}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> ShardRecord:
@@ -43,6 +48,7 @@ class ShardRecord:
             row.get("tensors"),
             bool(row.get("uploaded")),
             {name: SkillInput.from_dict(found) for name, found in row.get("inputs", {}).items()},
+            row.get("scalars", {}),
         )
 
 

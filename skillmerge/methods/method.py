@@ -89,6 +89,7 @@ SHARE = Number(0, 1)
 ANY = Number()
 WEIGHTS = Numbers()
 RESCALE = Word(("none", "l1", "l2"))
+SCOPE = Word(("matrix", "row"))
 
 
 def words(*allowed: str) -> Word:
@@ -166,6 +167,7 @@ class Method:
     differences, and so is the result; otherwise all are models or all are differences, and so is the result.
     keywords: their kinds. defaults: of those that may be left out. absent: an operand that is zero is left out;
     otherwise it is an error. indexed: the elementwise function takes the index of its first element too, as `first`.
+    rows: whether the elementwise function, and what is asked for, need whole rows, for some arguments.
     alone: which operand the result is for some arguments, if it is one; None otherwise.
     """
 
@@ -176,9 +178,10 @@ class Method:
     differences: bool
     keywords: Mapping[str, Kind]
     defaults: Mapping[str, Any]
-    absent: bool = False
-    indexed: bool = False
-    alone: Callable[..., int | None] = lambda count, **arguments: None
+    absent: bool
+    indexed: bool
+    rows: Callable[..., bool]
+    alone: Callable[..., int | None]
 
     @property
     def summary(self) -> str:
@@ -242,7 +245,12 @@ def alike(least: int, most: int | None = -1) -> Takes:
 
 
 def method(
-    takes: Takes, *, alone: Callable[..., int | None] | None = None, indexed: bool = False, **keywords: Kind
+    takes: Takes,
+    *,
+    alone: Callable[..., int | None] = lambda count, **arguments: None,
+    rows: Callable[..., bool] = lambda **arguments: False,
+    indexed: bool = False,
+    **keywords: Kind,
 ) -> Callable[[Callable[..., Steps | Ready]], Method]:
     """Make a method of a function; its name and the defaults of its keywords are those of the function."""
 
@@ -253,10 +261,19 @@ def method(
         assert names == given, f"{function.__name__}: keywords {names} are declared as {given}"
         defaults = {name: parameters[name].default for name in names}
         known = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
-        chosen = {"alone": alone} if alone is not None else {}
         name = function.__name__.rstrip("_")
         return Method(
-            name, function, takes.least, takes.most, takes.differences, keywords, known, takes.absent, indexed, **chosen
+            name,
+            function,
+            takes.least,
+            takes.most,
+            takes.differences,
+            keywords,
+            known,
+            takes.absent,
+            indexed,
+            rows,
+            alone,
         )
 
     return make

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
+from skillmerge.errors import UnusableWeights
 from skillmerge.methods.method import (
     RESCALE,
     SHARE,
@@ -81,28 +82,68 @@ def trim(unit: Unit, *, density: float, rescale: str = "none") -> Steps:
 
 
 @method(
-    differences(1), alone=_share, indexed=True,
-    density=SHARE, rescale=words("probability", "none", "l1", "l2"), seed=Number(0, 2**63, whole=True),
+    differences(1), alone=_share, indexed=True, rows=lambda spread, **_: spread is not None,
+    density=SHARE, rescale=words("probability", "none", "l1", "l2"), spread=Number(0, 1, below=True),
+    seed=Number(0, 2**63, whole=True),
 )  # fmt: skip
-def drop(unit: Unit, *, density: float, rescale: str = "probability", seed: int | None = None) -> Steps:
+def drop(
+    unit: Unit,
+    *,
+    density: float,
+    rescale: str = "probability",
+    spread: float | None = None,
+    seed: int | None = None,
+) -> Steps:
     """Keep each element with probability `density`, by lot, and divide it by that.
 
     The lot of an element depends on the seed (`output.seed` if none is given), on the tensor's name, on which `drop` of
     the expression it is and on the element's index, and on nothing else. `rescale` none, l1 or l2 as for `trim`.
 
-    Paper: DARE, arXiv 2311.03099.
-    Differs: mergekit multiplies by the ratio of 1-norms (rescale=l1 here), and draws lots of torch.
+    With `spread` e the probability rises with the size in the row: density - e for the smallest of a row to density + e
+    for the largest, linearly by rank; sizes that tie share the mean of their ranks. density - e has to be above 0 and
+    density + e below 1.
+
+    Paper: DARE, arXiv 2311.03099; with spread, DELLA, arXiv 2406.11617.
+    Differs: mergekit multiplies by the ratio of 1-norms (rescale=l1 here), draws lots of torch, and ranks ties at will.
     Use: for many small fine-tuning updates; what survives is larger by 1/density, so keep density above 0.1.
     """
     lots = unit.lots(seed)
+    if spread is not None and not (density - spread > 0 and density + spread < 1):
+        raise UnusableWeights(
+            f"`drop` with density {density:g} and spread {spread:g} keeps with probabilities outside 0 to 1",
+            fix="use a smaller spread",
+        )
 
     def kept(v: Tensor, first: int) -> Tensor:
-        return keep(v, lots(first, v).lt_(density).to(v.dtype))
+        return keep(v, lots(first, v).lt_(density if spread is None else chances(v)).to(v.dtype))
+
+    def chances(v: Tensor) -> Tensor:
+        if unit.columns == 1 or spread is None:
+            return v.double().fill_(density)
+        ranks = ranks_by_row(v.view(-1, unit.columns)).flatten()
+        return ranks.mul_(2 * spread / (unit.columns - 1)).add_(density - spread)
 
     if rescale == "probability":
-        return Ready(lambda v, first: divided(kept(v, first), density))
+        if spread is None:
+            return Ready(lambda v, first: divided(kept(v, first), density))
+        return Ready(lambda v, first: kept(v, first) / chances(v).to(v.dtype))
     factor = yield from norm_ratio(kept, rescale)
     return Ready(lambda v, first: scaled(kept(v, first), factor), {"factor": factor})
+
+
+def ranks_by_row(v: Tensor) -> Tensor:
+    """The rank of each size in its row, 0 the smallest, as float64; sizes that tie share the mean of their ranks."""
+    sizes, places = v.abs().sort(dim=1, stable=True)
+    last = sizes.shape[1] - 1
+    counted = sizes.new_ones(sizes.shape).double().cumsum(1).sub_(1)
+    # The first and the last place of each run of equal sizes.
+    begins = sizes.ne(sizes.roll(1, 1))
+    begins[:, 0] = True
+    ends = begins.roll(-1, 1)
+    lows = counted.mul(begins).cummax(1).values
+    highs = counted.sub(last).mul(ends).flip(1).cummin(1).values.flip(1).add_(last)
+    shared = lows.add_(highs).div_(2)
+    return shared.new_empty(shared.shape).scatter_(1, places, shared)
 
 
 def divided(v: Tensor, by: float) -> Tensor:

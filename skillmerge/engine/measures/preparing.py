@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from skillmerge.engine.destination import Scalars
 from skillmerge.errors import UnusableWeights
 from skillmerge.methods.preparation import Partials, Preparation, Stretch
 from skillmerge.plans.plan import Plan, TensorPlan
@@ -56,6 +57,13 @@ class Preparations:
                     self._advance(tensor, shared)
                     shared.changed.notify_all()
         return shared.preparation
+
+    def done(self, names: Iterable[str]) -> dict[str, Scalars]:
+        """Forget tensors that are merged, and return what their calls found."""
+        with self._lock:
+            finished = {name: self._known.pop(name) for name in names if name in self._known}
+        found = {name: shared.preparation.found() for name, shared in finished.items()}
+        return {name: scalars for name, scalars in found.items() if scalars}
 
     def _shared(self, tensor: TensorPlan) -> _Shared:
         assert tensor.program is not None
