@@ -31,6 +31,7 @@ from skillmerge.methods.spherical import (
     for_rows,
     gram_of,
     grams_of_rows,
+    of_matrices,
     of_rows,
 )
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(differences(2, None), rows=of_rows, negative=words("zero", "keep"), scope=SCOPE)
+@method(differences(2, None), rows=of_rows, readings=of_matrices, negative=words("zero", "keep"), scope=SCOPE)
 def model_stock(unit: Unit, *, negative: str = "zero", scope: str = "matrix") -> Steps:
     """Average updates, shortened by how much they disagree.
 
@@ -71,7 +72,9 @@ def model_stock(unit: Unit, *, negative: str = "zero", scope: str = "matrix") ->
     return Ready(combined([t / count] * count).function, {"cosine": c, "t": t})
 
 
-@method(differences(2, None), select=SHARE, floor=Number(0))
+@method(
+    differences(2, None), readings=lambda select, **_: 1 if select == 1 else 4, select=SHARE, floor=Number(0)
+)  # fmt: skip
 def sce(unit: Unit, *, select: float = 1.0, floor: float = 0.0) -> Steps:
     """Select where updates vary most, weigh them by their energy, and erase what has the minority's sign.
 

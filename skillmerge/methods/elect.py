@@ -23,7 +23,7 @@ from skillmerge.methods.method import (
     words,
 )
 from skillmerge.methods.sparsify import largest as largest_sizes
-from skillmerge.methods.sparsify import norm_ratio, scaled, size
+from skillmerge.methods.sparsify import norms, ratio, scaled, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +97,8 @@ def _sole(
 
 
 @method(
-    differences(1, None, absent=True), alone=_sole, weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO
+    differences(1, None, absent=True), alone=_sole, readings=lambda zero, **_: int(zero == "majority"),
+    weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO,
 )  # fmt: skip
 def elect(
     unit: Unit,
@@ -122,8 +123,9 @@ def elect(
 
 
 @method(
-    differences(1, None, absent=True), density=SHARE, rescale=RESCALE, weights=WEIGHTS, normalize=YES_NO, pick=PICK,
-    zero=ZERO,
+    differences(1, None, absent=True),
+    readings=lambda rescale, zero, **_: 2 + (rescale != "none") + (zero == "majority"),
+    density=SHARE, rescale=RESCALE, weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO,
 )  # fmt: skip
 def ties(
     unit: Unit,
@@ -143,9 +145,11 @@ def ties(
     """
     ranks = yield [Ranks(_size_of(index), (unit.count(density),)) for index in range(unit.operands)]
     leasts = [found[0] for found in ranks]
-    factors = []
-    for index, least in enumerate(leasts):
-        factors.append((yield from norm_ratio(partial(largest_sizes, least=least), rescale, index)))
+    factors = [1.0] * unit.operands
+    if rescale != "none":
+        kept = [partial(largest_sizes, least=least) for least in leasts]
+        sums = yield [norms(function, rescale, index) for index, function in enumerate(kept)]
+        factors = [ratio(found, rescale) for found in sums]
 
     def trimmed(*v: Tensor) -> list[Tensor]:
         return [scaled(largest_sizes(x, least), by) for x, least, by in zip(v, leasts, factors, strict=True)]
@@ -176,7 +180,10 @@ def pick(unit: Unit) -> Ready:
     return Ready(function)
 
 
-@method(differences(1, None, absent=True), threshold=Number(0), boost=Number(0), cap=Number(0))
+@method(
+    differences(1, None, absent=True), readings=lambda boost, **_: int(boost > 0),
+    threshold=Number(0), boost=Number(0), cap=Number(0),
+)  # fmt: skip
 def ram(unit: Unit, *, threshold: float = 0.0, boost: float = 0.0, cap: float = 1.0) -> Steps:
     """Average what several updates changed, and keep what one alone changed whole.
 

@@ -4,7 +4,7 @@ A method is a function with the decorator `method`. It gets the `Unit` that it w
 keywords, and returns the elementwise function of its operands. What it has to know of the whole unit before, it asks
 for by `yield`: sums over all elements, or sizes of a given rank.
 
-    @method(differences(1), density=SHARE)
+    @method(differences(1), readings=lambda **_: 2, density=SHARE)
     def trim(unit: Unit, *, density: float) -> Steps:
         '''Keep the largest elements. ...'''
         (least,) = yield Ranks(abs, (unit.count(density),))
@@ -168,6 +168,7 @@ class Method:
     keywords: their kinds. defaults: of those that may be left out. absent: an operand that is zero is left out;
     otherwise it is an error. indexed: the elementwise function takes the index of its first element too, as `first`.
     rows: whether the elementwise function, and what is asked for, need whole rows, for some arguments.
+    readings: how often the operands are read before the arithmetic, for some arguments.
     alone: which operand the result is for some arguments, if it is one; None otherwise.
     """
 
@@ -181,6 +182,7 @@ class Method:
     absent: bool
     indexed: bool
     rows: Callable[..., bool]
+    readings: Callable[..., int]
     alone: Callable[..., int | None]
 
     @property
@@ -249,6 +251,7 @@ def method(
     *,
     alone: Callable[..., int | None] = lambda count, **arguments: None,
     rows: Callable[..., bool] = lambda **arguments: False,
+    readings: Callable[..., int] = lambda **arguments: 0,
     indexed: bool = False,
     **keywords: Kind,
 ) -> Callable[[Callable[..., Steps | Ready]], Method]:
@@ -263,17 +266,8 @@ def method(
         known = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
         name = function.__name__.rstrip("_")
         return Method(
-            name,
-            function,
-            takes.least,
-            takes.most,
-            takes.differences,
-            keywords,
-            known,
-            takes.absent,
-            indexed,
-            rows,
-            alone,
-        )
+            name, function, takes.least, takes.most, takes.differences, keywords, known, takes.absent, indexed, rows,
+            readings, alone,
+        )  # fmt: skip
 
     return make

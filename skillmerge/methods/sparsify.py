@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.errors import UnusableWeights
@@ -18,7 +18,6 @@ from skillmerge.methods.method import (
     Steps,
     Sums,
     Unit,
-    Wish,
     differences,
     keep,
     method,
@@ -39,14 +38,21 @@ def size(v: Tensor) -> Tensor:
     return v.abs().float()
 
 
-def norm_ratio(kept: Callable[..., Tensor], rescale: str, index: int = 0) -> Generator[Wish, Any, float]:
-    """Ask for ||v||/||kept|| of an operand, in the 1- or 2-norm; 1 where either is 0, and for `none`."""
-    if rescale == "none":
+def norms(kept: Callable[..., Tensor], rescale: str, index: int = 0) -> Sums:
+    """Ask for the norms of an operand and of what is kept of it, as `rescale` has them: l1, or l2 squared."""
+    return Sums(lambda *v, **where: [_power(v[index], rescale), _power(kept(v[index], **where), rescale)])
+
+
+def ratio(sums: Sequence[float], rescale: str) -> float:
+    """Return ||v||/||kept|| of `norms`; 1 where either is 0."""
+    whole, left = sums
+    if not whole or not left:
         return 1.0
-    power = 1 if rescale == "l1" else 2
-    whole, left = yield Sums(lambda *v, **where: [_power(v[index], power), _power(kept(v[index], **where), power)])
-    ratio = whole / left if whole and left else 1.0
-    return float(ratio) if power == 1 else math.sqrt(ratio)
+    return whole / left if rescale == "l1" else math.sqrt(whole / left)
+
+
+def _ranked(rescale: str, **_: Any) -> int:
+    return 2 + (rescale != "none")
 
 
 def scaled(v: Tensor, factor: float) -> Tensor:
@@ -58,12 +64,12 @@ def largest(v: Tensor, least: Rank) -> Tensor:
     return keep(v, size(v).ge_(least.size))
 
 
-def _power(v: Tensor, power: int) -> Tensor:
+def _power(v: Tensor, rescale: str = "l2") -> Tensor:
     wide = v.double()
-    return wide.abs() if power == 1 else wide * wide
+    return wide.abs() if rescale == "l1" else wide * wide
 
 
-@method(differences(1), alone=_share, density=SHARE, rescale=RESCALE)
+@method(differences(1), alone=_share, readings=_ranked, density=SHARE, rescale=RESCALE)
 def trim(unit: Unit, *, density: float, rescale: str = "none") -> Steps:
     """Keep the largest elements, by size.
 
@@ -76,7 +82,9 @@ def trim(unit: Unit, *, density: float, rescale: str = "none") -> Steps:
     Use: against interference when several updates are added. Updates of RL are sparse already: sweep the density.
     """
     (least,) = yield Ranks(size, (unit.count(density),))
-    factor = yield from norm_ratio(lambda v: largest(v, least), rescale)
+    factor = 1.0
+    if rescale != "none":
+        factor = ratio((yield norms(lambda v: largest(v, least), rescale)), rescale)
     found = {"threshold": least.size, "kept": least.count / unit.elements, "factor": factor}
     return Ready(lambda v: scaled(largest(v, least), factor), found)
 
@@ -127,7 +135,9 @@ def drop(
         if spread is None:
             return Ready(lambda v, first: divided(kept(v, first), density))
         return Ready(lambda v, first: kept(v, first) / chances(v).to(v.dtype))
-    factor = yield from norm_ratio(kept, rescale)
+    if rescale == "none":
+        return Ready(kept)
+    factor = ratio((yield norms(kept, rescale)), rescale)
     return Ready(lambda v, first: scaled(kept(v, first), factor), {"factor": factor})
 
 
@@ -151,7 +161,7 @@ def divided(v: Tensor, by: float) -> Tensor:
     return v / v.new_full((1,), by)
 
 
-@method(differences(1), alone=_share, density=SHARE, gamma=SHARE, rescale=RESCALE)
+@method(differences(1), alone=_share, readings=_ranked, density=SHARE, gamma=SHARE, rescale=RESCALE)
 def band(unit: Unit, *, density: float, gamma: float = 0.01, rescale: str = "none") -> Steps:
     """Keep elements of middle size: without the largest, and without the smallest.
 
@@ -171,7 +181,7 @@ def band(unit: Unit, *, density: float, gamma: float = 0.01, rescale: str = "non
         sizes = size(v)
         return keep(v, sizes.le(most.size).to(sizes.dtype).mul_(sizes.ge_(least.size)))
 
-    factor = yield from norm_ratio(kept, rescale)
+    factor = ratio((yield norms(kept, rescale)), rescale) if rescale != "none" else 1.0
     found = {"smallest": least.size, "largest": most.size, "factor": factor}
     return Ready(lambda v: scaled(kept(v), factor), found)
 
@@ -185,23 +195,23 @@ def clip(unit: Unit, *, at: float) -> Ready:
     return Ready(lambda v: v.clamp(-at, at))
 
 
-@method(differences(1), to=Operand())
+@method(differences(1), readings=lambda: 1, to=Operand())
 def match(unit: Unit) -> Steps:
     """Give a difference the 2-norm of another: v * ||u||/||v||, matrix by matrix; 0 stays 0.
 
     Use: `match(v, to=u)` when two updates have the right directions and unequal sizes.
     """
-    own, other = yield Sums(lambda v, u: [_power(v, 2), _power(u, 2)])
+    own, other = yield Sums(lambda v, u: [_power(v), _power(u)])
     factor = math.sqrt(other / own) if own else 1.0
     return Ready(lambda v, u: v * factor, {"factor": factor})
 
 
-@method(differences(1), off=Operand())
+@method(differences(1), readings=lambda: 1, off=Operand())
 def project(unit: Unit) -> Steps:
     """Take the part along another difference away: v - (<v, u>/<u, u>) u, matrix by matrix; v where u is 0.
 
     Use: `project(v, off=u)` for a skill without what it shares with another update.
     """
-    along, other = yield Sums(lambda v, u: [v.double() * u.double(), _power(u, 2)])
+    along, other = yield Sums(lambda v, u: [v.double() * u.double(), _power(u)])
     part = along / other if other else 0.0
     return Ready(lambda v, u: v - u * part, {"part": part})

@@ -71,6 +71,11 @@ def of_rows(scope: str, **_: Any) -> bool:
     return scope == "row"
 
 
+def of_matrices(scope: str = "matrix", **_: Any) -> int:
+    """One reading for the dot products of whole matrices."""
+    return int(scope == "matrix")
+
+
 def grams_of_rows(unit: Unit, v: Sequence[Tensor]) -> list[Gram]:
     """The Gram matrix of each row of a run of whole rows."""
     from skillmerge.bits import fold_rows  # which loads torch
@@ -84,7 +89,7 @@ def for_rows(unit: Unit, like: Tensor, numbers: Sequence[float]) -> Tensor:
     return like.new_tensor(numbers).repeat_interleave(unit.columns)
 
 
-@method(alike(2), alone=_end, rows=of_rows, t=ANY, linear_above=SHARE, scope=SCOPE)
+@method(alike(2), alone=_end, rows=of_rows, readings=of_matrices, t=ANY, linear_above=SHARE, scope=SCOPE)
 def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995, scope: str = "matrix") -> Steps:
     """Go from one model to another on the sphere: t = 0 is the first, t = 1 the second.
 
@@ -122,7 +127,7 @@ def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995, scope: str = "m
     return Ready(ready.function, {"cosine": c, **ready.found})
 
 
-@method(alike(2, None), weights=WEIGHTS)
+@method(alike(2, None), readings=of_matrices, weights=WEIGHTS)
 def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
     """Take a weighted mean of directions on the sphere, times the weighted mean of norms.
 
@@ -154,8 +159,10 @@ def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
     return combined([size * x for x in _step(gram, m, tangent)])
 
 
-@method(alike(1, None), alone=lambda count, **_: 0 if count == 1 else None, steps=Number(1, 1000, whole=True),
-        tolerance=Number(0))  # fmt: skip
+@method(
+    alike(1, None), alone=lambda count, **_: 0 if count == 1 else None, readings=of_matrices,
+    steps=Number(1, 1000, whole=True), tolerance=Number(0),
+)  # fmt: skip
 def karcher(unit: Unit, *, steps: float = 10, tolerance: float = 1e-5) -> Steps:
     """Take the mean direction on the sphere, times the mean norm: the point with the least squared distances.
 

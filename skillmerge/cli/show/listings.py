@@ -69,6 +69,12 @@ def written(plan: Plan) -> str:
     return ("at most " if plan.makes_skill else "") + format_bytes(plan.bytes_written)
 
 
+def read(plan: Plan) -> str:
+    """Return how much is read, and how much of it once more for methods that have to know whole tensors."""
+    again = f" ({format_bytes(plan.bytes_again)} more for methods)" if plan.bytes_again else ""
+    return format_bytes(plan.bytes_read) + again
+
+
 def merged(plan: Plan) -> str | None:
     """Return how much of the donor the formula changes; None if that is not known, or means nothing."""
     if plan.merged_share is None or patched(plan) is not None:
