@@ -107,7 +107,7 @@ class _Run:
     ) -> None:
         self.plan, self.checkpoints, self.destination, self.settings = plan, checkpoints, destination, settings
         self.stream, self.room, self.granted = stream, room, 0
-        self.preparations = Preparations(plan, settings.budget.tile)
+        self.preparations = Preparations(plan, checkpoints, settings.budget.tile)
         self.unstarted = deque(shards)
         self.open: list[_ShardFile] = []
         self.lock = threading.Lock()

@@ -135,7 +135,7 @@ class _Cutter:
 
     def __init__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stream: Stream) -> None:
         self.plan, self.checkpoints, self._settings, self.stream = plan, checkpoints, settings, stream
-        self._preparations = Preparations(plan, settings.budget.tile)
+        self._preparations = Preparations(plan, checkpoints, settings.budget.tile)
         # A skill that is read says of what it was made itself.
         self.kept: dict[str, Kept] = {}
         self._digested = {name for name in checkpoints if model_of(name) not in plan.recipe.skills}

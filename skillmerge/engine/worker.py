@@ -60,7 +60,7 @@ class Worker:
         """preparations: those of all workers of a run."""
         self.plan, self.checkpoints, self.settings, self.stop = plan, checkpoints, settings, stop
         tile = self.settings.budget.tile
-        self.preparations = preparations or Preparations(plan, tile)
+        self.preparations = preparations or Preparations(plan, checkpoints, tile)
         self.reader = Reader(checkpoints, plan.input_itemsizes, tile, settings.device)
         self.stream: torch.cuda.Stream | None = None
         self._use(self.settings.device, tile)

@@ -71,8 +71,10 @@ def written(plan: Plan) -> str:
 
 def read(plan: Plan) -> str:
     """Return how much is read, and how much of it once more for methods that have to know whole tensors."""
-    again = f" ({format_bytes(plan.bytes_again)} more for methods)" if plan.bytes_again else ""
-    return format_bytes(plan.bytes_read) + again
+    if not plan.bytes_again:
+        return format_bytes(plan.bytes_read)
+    kept = ", of what it keeps on this disk" if any(item.remote for item in plan.inputs) else ""
+    return f"{format_bytes(plan.bytes_read)} ({format_bytes(plan.bytes_again)} more for methods{kept})"
 
 
 def merged(plan: Plan) -> str | None:

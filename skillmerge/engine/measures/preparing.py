@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.spooled import Spooled
 from skillmerge.engine.destination import Scalars
 from skillmerge.errors import UnusableWeights
 from skillmerge.methods.preparation import Partials, Preparation, Stretch
@@ -31,8 +33,8 @@ class _Shared:
 class Preparations:
     """The preparations of a run's tensors: the first worker that comes to a tensor begins, others that come help."""
 
-    def __init__(self, plan: Plan, tile: int) -> None:
-        self._plan, self._tile = plan, tile
+    def __init__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], tile: int) -> None:
+        self._plan, self._checkpoints, self._tile = plan, checkpoints, tile
         self._known: dict[str, _Shared] = {}
         self._lock = threading.Lock()
 
@@ -62,6 +64,9 @@ class Preparations:
         """Forget tensors that are merged, and return what their calls found."""
         with self._lock:
             finished = {name: self._known.pop(name) for name in names if name in self._known}
+        for model, source in (source for name in finished for source in self._plan.tensors[name].sources):
+            if isinstance(checkpoint := self._checkpoints[model], Spooled):
+                checkpoint.forget(source)
         found = {name: shared.preparation.found() for name, shared in finished.items()}
         return {name: scalars for name, scalars in found.items() if scalars}
 

@@ -182,7 +182,7 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
         name: {} for name, tensor in plan.tensors.items() if tensor.action == "merge"
     }
     size = chosen.tile * widest + PAGE
-    shared = Preparations(plan, chosen.tile)
+    shared = Preparations(plan, checkpoints, chosen.tile)
     with Stream(checkpoints.values()) as stream:
 
         def fill(span: Span) -> None:
