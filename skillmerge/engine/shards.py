@@ -18,7 +18,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.engine.destination import Destination, ShardRecord, SpanFile
+from skillmerge.engine.destination import Destination, Scalars, ShardRecord, SpanFile
 from skillmerge.engine.measures.preparing import Preparations
 from skillmerge.engine.rounding_statistics import total
 from skillmerge.engine.runner import Room
@@ -79,7 +79,8 @@ class _ShardFile:
             free(waiting[1])
             self._turn += 1
 
-    def finish(self) -> ShardRecord:
+    def finish(self, scalars: Mapping[str, Scalars]) -> ShardRecord:
+        """Make the file durable. scalars: what methods found of its tensors."""
         self.file.finish()
         elements = {spec.name: spec.elements for spec in self.shard.specs}
         return ShardRecord(
@@ -87,6 +88,7 @@ class _ShardFile:
             self.shard.size,
             self._digest.hexdigest(),
             {name: total(blocks.values(), elements[name]) for name, blocks in self.statistics.items() if blocks},
+            scalars=scalars,
         )
 
 
@@ -105,7 +107,7 @@ class _Run:
     ) -> None:
         self.plan, self.checkpoints, self.destination, self.settings = plan, checkpoints, destination, settings
         self.stream, self.room, self.granted = stream, room, 0
-        self.preparations = Preparations(plan, settings.budget.tile)
+        self.preparations = Preparations(plan, checkpoints, settings.budget.tile)
         self.unstarted = deque(shards)
         self.open: list[_ShardFile] = []
         self.lock = threading.Lock()
@@ -195,7 +197,7 @@ class _Run:
 
     def _complete(self, file: _ShardFile) -> None:
         """Make a shard durable, then hand it over."""
-        record = file.finish()
+        record = file.finish(self.preparations.done([spec.name for spec in file.shard.specs]))
         for model, files in self._files_read(file.shard).items():
             self.checkpoints[model].check_unchanged(files)
         with self.lock:

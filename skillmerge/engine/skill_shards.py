@@ -22,6 +22,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.sparse import Encoder, differing, places_of, within
 from skillmerge.engine.destination import Destination, ShardRecord
 from skillmerge.engine.measures.input_rounding import Grain, grain_of, joined
+from skillmerge.engine.measures.preparing import Preparations
 from skillmerge.engine.runner import Room
 from skillmerge.engine.skill_file import Cut, Kept, SkillFile, Unit, compressed
 from skillmerge.engine.stream import Stream
@@ -134,6 +135,7 @@ class _Cutter:
 
     def __init__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stream: Stream) -> None:
         self.plan, self.checkpoints, self._settings, self.stream = plan, checkpoints, settings, stream
+        self._preparations = Preparations(plan, checkpoints, settings.budget.tile)
         # A skill that is read says of what it was made itself.
         self.kept: dict[str, Kept] = {}
         self._digested = {name for name in checkpoints if model_of(name) not in plan.recipe.skills}
@@ -141,7 +143,8 @@ class _Cutter:
 
     @property
     def _worker(self) -> Worker:
-        return self.stream.own(lambda: Worker(self.plan, self.checkpoints, self._settings, self.stream.stop))
+        given = (self.plan, self.checkpoints, self._settings, self.stream.stop, self._preparations)
+        return self.stream.own(lambda: Worker(*given))
 
     def announced(self, units: Sequence[Unit]) -> Iterator[Unit]:
         """Yield the units in their order; what the next one reads is read ahead."""

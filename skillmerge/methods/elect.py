@@ -17,11 +17,13 @@ from skillmerge.methods.method import (
     Sums,
     Unit,
     differences,
+    either,
+    keep,
     method,
     words,
 )
 from skillmerge.methods.sparsify import largest as largest_sizes
-from skillmerge.methods.sparsify import norm_ratio, scaled, size
+from skillmerge.methods.sparsify import norms, ratio, scaled, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,12 +51,12 @@ def agreeing(
 ) -> Tensor:
     """The sum of what has the elected sign, over the sum of its weights `by`; 0 is of no sign. v: weighted already."""
     chosen = plus(v)
-    result = total([x.clamp(min=0) for x in v]).where(chosen, total([x.clamp(max=0) for x in v]))
+    result = either(chosen, total([x.clamp(min=0) for x in v]), total([x.clamp(max=0) for x in v]))
     if normalize:
-        ups = total([(x > 0).to(x.dtype) * weight for x, weight in zip(v, by, strict=True)])
-        downs = total([(x < 0).to(x.dtype) * weight for x, weight in zip(v, by, strict=True)])
-        divisor = ups.where(chosen, downs)
-        result /= divisor.masked_fill(divisor == 0, 1.0)
+        ups = total(weighted([x.clone().gt_(0) for x in v], by))
+        downs = total(weighted([x.clone().lt_(0) for x in v], by))
+        divisor = either(chosen, ups, downs)
+        result /= divisor.add_(divisor.clone().eq_(0))
     return result
 
 
@@ -63,7 +65,7 @@ def largest(v: Sequence[Tensor], plus: Callable[[Sequence[Tensor]], Tensor]) -> 
     up, down = v[0].clamp(min=0), v[0].clamp(max=0)
     for x in v[1:]:
         up, down = up.maximum(x), down.minimum(x)
-    return up.where(plus(v), down)
+    return either(plus(v), up, down)
 
 
 def _election(
@@ -80,7 +82,7 @@ def _election(
         sign = 1.0 if balance >= 0 else -1.0
 
     def plus(v: Sequence[Tensor]) -> Tensor:
-        return total(v) >= 0 if sign > 0 else total(v) > 0
+        return total(v).ge_(0) if sign > 0 else total(v).gt_(0)
 
     if pick == "max":
         return Ready(lambda *v: largest(operands(*v), plus))
@@ -95,7 +97,8 @@ def _sole(
 
 
 @method(
-    differences(1, None, absent=True), alone=_sole, weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO
+    differences(1, None, absent=True), alone=_sole, readings=lambda zero, **_: int(zero == "majority"),
+    weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO,
 )  # fmt: skip
 def elect(
     unit: Unit,
@@ -120,8 +123,9 @@ def elect(
 
 
 @method(
-    differences(1, None, absent=True), density=SHARE, rescale=RESCALE, weights=WEIGHTS, normalize=YES_NO, pick=PICK,
-    zero=ZERO,
+    differences(1, None, absent=True),
+    readings=lambda rescale, zero, **_: 2 + (rescale != "none") + (zero == "majority"),
+    density=SHARE, rescale=RESCALE, weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO,
 )  # fmt: skip
 def ties(
     unit: Unit,
@@ -141,9 +145,11 @@ def ties(
     """
     ranks = yield [Ranks(_size_of(index), (unit.count(density),)) for index in range(unit.operands)]
     leasts = [found[0] for found in ranks]
-    factors = []
-    for index, least in enumerate(leasts):
-        factors.append((yield from norm_ratio(partial(largest_sizes, least=least), rescale, index)))
+    factors = [1.0] * unit.operands
+    if rescale != "none":
+        kept = [partial(largest_sizes, least=least) for least in leasts]
+        sums = yield [norms(function, rescale, index) for index, function in enumerate(kept)]
+        factors = [ratio(found, rescale) for found in sums]
 
     def trimmed(*v: Tensor) -> list[Tensor]:
         return [scaled(largest_sizes(x, least), by) for x, least, by in zip(v, leasts, factors, strict=True)]
@@ -168,13 +174,16 @@ def pick(unit: Unit) -> Ready:
     def function(*v: Tensor) -> Tensor:
         result = v[0]
         for x in v[1:]:
-            result = x.where(x.abs() > result.abs(), result)
+            result = either(x.abs().gt_(result.abs()), x, result)
         return result
 
     return Ready(function)
 
 
-@method(differences(1, None, absent=True), threshold=Number(0), boost=Number(0), cap=Number(0))
+@method(
+    differences(1, None, absent=True), readings=lambda boost, **_: int(boost > 0),
+    threshold=Number(0), boost=Number(0), cap=Number(0),
+)  # fmt: skip
 def ram(unit: Unit, *, threshold: float = 0.0, boost: float = 0.0, cap: float = 1.0) -> Steps:
     """Average what several updates changed, and keep what one alone changed whole.
 
@@ -193,22 +202,21 @@ def ram(unit: Unit, *, threshold: float = 0.0, boost: float = 0.0, cap: float = 
         factors = [1 + boost * (min(shared / alone, cap) if alone else cap) for shared, alone in pairs]
 
     def function(*v: Tensor) -> Tensor:
-        changed = [x.abs() > threshold for x in v]
-        times = total([mask.to(v[0].dtype) for mask in changed])
-        kept = [x.masked_fill(~mask, 0.0) for x, mask in zip(v, changed, strict=True)]
-        alone = times == 1
-        mean = total(kept) / times.masked_fill(times == 0, 1.0)
-        return total(weighted(kept, factors)).where(alone, mean) if boost else mean
+        changed = [x.abs().gt_(threshold) for x in v]
+        times = total(changed)
+        kept = [keep(x, mask) for x, mask in zip(v, changed, strict=True)]
+        mean = total(kept) / times.clamp(min=1)
+        return either(times.eq_(1), total(weighted(kept, factors)), mean) if boost else mean
 
     return Ready(function, {f"factor {index + 1}": factor for index, factor in enumerate(factors)} if boost else {})
 
 
 def _counts(v: Sequence[Tensor], threshold: float) -> list[Tensor]:
     """For each update, what it changed with others and what it changed alone."""
-    changed = [(x.abs() > threshold).double() for x in v]
+    changed = [x.abs().gt_(threshold).double() for x in v]
     times = total(changed)
     result = []
     for mask in changed:
-        alone = mask * (times == 1)
+        alone = mask * times.clone().eq_(1)
         result += [mask - alone, alone]
     return result

@@ -4,15 +4,16 @@ A method is a function with the decorator `method`. It gets the `Unit` that it w
 keywords, and returns the elementwise function of its operands. What it has to know of the whole unit before, it asks
 for by `yield`: sums over all elements, or sizes of a given rank.
 
-    @method(differences(1), density=SHARE)
+    @method(differences(1), readings=lambda **_: 2, density=SHARE)
     def trim(unit: Unit, *, density: float) -> Steps:
         '''Keep the largest elements. ...'''
         (least,) = yield Ranks(abs, (unit.count(density),))
-        return lambda v: v.masked_fill(v.abs() < least.size, 0)
+        return Ready(lambda v: keep(v, v.abs().ge_(least.size)))
 
 Operands are flat runs of a unit's elements in the dtype of accumulation, float32 or float64. The function that is
 returned computes each element from the operands' elements at its place, by separate IEEE 754 operations, so that every
-cutting into runs and every device gives the same bits.
+cutting into runs and every device gives the same bits. Masks are numbers, 1 and 0: `x.gt(0)` would be a tensor of
+another type, and a select of it slow, so write `x.clone().gt_(0)`.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ SHARE = Number(0, 1)
 ANY = Number()
 WEIGHTS = Numbers()
 RESCALE = Word(("none", "l1", "l2"))
+SCOPE = Word(("matrix", "row"))
 
 
 def words(*allowed: str) -> Word:
@@ -165,6 +167,8 @@ class Method:
     differences, and so is the result; otherwise all are models or all are differences, and so is the result.
     keywords: their kinds. defaults: of those that may be left out. absent: an operand that is zero is left out;
     otherwise it is an error. indexed: the elementwise function takes the index of its first element too, as `first`.
+    rows: whether the elementwise function, and what is asked for, need whole rows, for some arguments.
+    readings: how often the operands are read before the arithmetic, for some arguments.
     alone: which operand the result is for some arguments, if it is one; None otherwise.
     """
 
@@ -175,9 +179,11 @@ class Method:
     differences: bool
     keywords: Mapping[str, Kind]
     defaults: Mapping[str, Any]
-    absent: bool = False
-    indexed: bool = False
-    alone: Callable[..., int | None] = lambda count, **arguments: None
+    absent: bool
+    indexed: bool
+    rows: Callable[..., bool]
+    readings: Callable[..., int]
+    alone: Callable[..., int | None]
 
     @property
     def summary(self) -> str:
@@ -199,6 +205,16 @@ class Method:
 
     def __repr__(self) -> str:
         return self.name
+
+
+def keep(v: Tensor, mask: Tensor) -> Tensor:
+    """Return v where the mask is 1, and +0 where it is 0. Forty times faster than a select on the CPU."""
+    return v.mul(mask).add_(0.0)
+
+
+def either(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return `one` where the mask is 1, and `other` where it is 0; a zero may change its sign."""
+    return one.mul(mask).add_(other.mul(mask.neg().add_(1.0)))
 
 
 def shown(value: Any) -> str:
@@ -231,7 +247,13 @@ def alike(least: int, most: int | None = -1) -> Takes:
 
 
 def method(
-    takes: Takes, *, alone: Callable[..., int | None] | None = None, indexed: bool = False, **keywords: Kind
+    takes: Takes,
+    *,
+    alone: Callable[..., int | None] = lambda count, **arguments: None,
+    rows: Callable[..., bool] = lambda **arguments: False,
+    readings: Callable[..., int] = lambda **arguments: 0,
+    indexed: bool = False,
+    **keywords: Kind,
 ) -> Callable[[Callable[..., Steps | Ready]], Method]:
     """Make a method of a function; its name and the defaults of its keywords are those of the function."""
 
@@ -242,10 +264,10 @@ def method(
         assert names == given, f"{function.__name__}: keywords {names} are declared as {given}"
         defaults = {name: parameters[name].default for name in names}
         known = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
-        chosen = {"alone": alone} if alone is not None else {}
         name = function.__name__.rstrip("_")
         return Method(
-            name, function, takes.least, takes.most, takes.differences, keywords, known, takes.absent, indexed, **chosen
-        )
+            name, function, takes.least, takes.most, takes.differences, keywords, known, takes.absent, indexed, rows,
+            readings, alone,
+        )  # fmt: skip
 
     return make

@@ -79,7 +79,8 @@ class Preparation:
         self.program = program
         matrix = tuple(shape)[-2:]
         self.unit_size, self.units = math.prod(matrix), math.prod(tuple(shape)[:-2])
-        self._columns = matrix[-1] if matrix else 1
+        self._columns = max(1, matrix[-1]) if matrix else 1
+        self._by_rows = any(call.method.rows(**dict(call.arguments)) for call in program.calls)
         self._name, self._seed = name, seed
         self._states: list[list[_State | None]] = [[None] * len(program.calls) for _ in range(self.units)]
         self._inner = [_inner_calls(program.calls, index) for index in range(len(program.calls))]
@@ -95,22 +96,29 @@ class Preparation:
             for first in range(0, self.unit_size, tile)
         ]
 
-    def collector(self, stretch: Stretch, first: int, partials: Partials) -> CallRunner:
-        """Return what to run the program with on elements from `first` on: it appends to `partials`, for `add`."""
+    def collector(self, stretch: Stretch, first: int, run: slice, partials: Partials) -> CallRunner:
+        """Return what to run the program with on elements from `first` on, to append to `partials` what those of them
+        that `run` selects add."""
         states = self._states[stretch.unit]
         wanted = [index for index, state in enumerate(states) if state is not None and state.folds]
 
-        def run(index: int, operands: list[Tensor]) -> Tensor | None:
+        def call(index: int, operands: list[Tensor]) -> Tensor | None:
             state = states[index]
             if state is None:
                 return operands[0]  # nothing that is asked for depends on it
             where = self._where(index, first)
             if state.ready is not None:
                 return state.ready.function(*operands, **where)
-            partials.extend((fold, fold.partial(operands, where)) for fold in state.folds)
+            partials.extend((fold, fold.partial(operands, where, run)) for fold in state.folds)
             return None if index == wanted[-1] else operands[0]
 
-        return run
+        return call
+
+    def needed(self, first: int, last: int) -> tuple[int, int]:
+        """Return the elements that are needed to compute others: themselves, or all of their rows."""
+        if not self._by_rows:
+            return first, last
+        return first // self._columns * self._columns, -(-last // self._columns) * self._columns
 
     def advance(self) -> None:
         """Use what was read of all stretches."""
@@ -142,6 +150,8 @@ class Preparation:
             for index, state in enumerate(states):
                 values: Mapping[str, float] = state.ready.found if state is not None and state.ready is not None else {}
                 for name, value in values.items():
+                    if not math.isfinite(value):
+                        continue  # JSON has no such number
                     result.setdefault(f"{self.program.calls[index].method} {index + 1} {name}", []).append(value)
         return result
 

@@ -105,11 +105,11 @@ def _key(*parts: str | int) -> int:
 def uniform(key: int, first: int, count: int, device: torch.device) -> Tensor:
     """SplitMix64 (Steele, Lea and Flood 2014) as a counter-based generator: float64 in [0, 1)."""
     z = torch.arange(first + 1, first + 1 + count, dtype=torch.int64, device=device)
-    z = z * _signed(0x9E3779B97F4A7C15) + _signed(key)
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
-    z = z ^ _shift(z, 31)
-    return _shift(z, 11).to(torch.float64) * 2.0**-53
+    z.mul_(_signed(0x9E3779B97F4A7C15)).add_(_signed(key))
+    z.bitwise_xor_(_shift(z, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    z.bitwise_xor_(_shift(z, 27)).mul_(_signed(0x94D049BB133111EB))
+    z.bitwise_xor_(_shift(z, 31))
+    return _shift(z, 11).to(torch.float64).mul_(2.0**-53)
 
 
 def _signed(value: int) -> int:
@@ -118,4 +118,4 @@ def _signed(value: int) -> int:
 
 def _shift(z: Tensor, by: int) -> Tensor:
     """Logical shift right of int64."""
-    return (z >> by) & ((1 << (64 - by)) - 1)
+    return (z >> by).bitwise_and_((1 << (64 - by)) - 1)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.spooled import Spooled
+from skillmerge.engine.destination import Scalars
 from skillmerge.errors import UnusableWeights
 from skillmerge.methods.preparation import Partials, Preparation, Stretch
 from skillmerge.plans.plan import Plan, TensorPlan
@@ -30,8 +33,8 @@ class _Shared:
 class Preparations:
     """The preparations of a run's tensors: the first worker that comes to a tensor begins, others that come help."""
 
-    def __init__(self, plan: Plan, tile: int) -> None:
-        self._plan, self._tile = plan, tile
+    def __init__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], tile: int) -> None:
+        self._plan, self._checkpoints, self._tile = plan, checkpoints, tile
         self._known: dict[str, _Shared] = {}
         self._lock = threading.Lock()
 
@@ -56,6 +59,16 @@ class Preparations:
                     self._advance(tensor, shared)
                     shared.changed.notify_all()
         return shared.preparation
+
+    def done(self, names: Iterable[str]) -> dict[str, Scalars]:
+        """Forget tensors that are merged, and return what their calls found."""
+        with self._lock:
+            finished = {name: self._known.pop(name) for name in names if name in self._known}
+        for model, source in (source for name in finished for source in self._plan.tensors[name].sources):
+            if isinstance(checkpoint := self._checkpoints[model], Spooled):
+                checkpoint.forget(source)
+        found = {name: shared.preparation.found() for name, shared in finished.items()}
+        return {name: scalars for name, scalars in found.items() if scalars}
 
     def _shared(self, tensor: TensorPlan) -> _Shared:
         assert tensor.program is not None

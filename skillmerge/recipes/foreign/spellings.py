@@ -92,7 +92,7 @@ def sign_meant(sign: str) -> str | None:
     return _SIGNS.get(sign)
 
 
-def call_meant(name: str, methods: Sequence[str]) -> str:
+def call_meant(name: str, methods: list[str]) -> str:
     """Return what to write for a method of other tools, or for a misspelled one of ours."""
     return _row(_CALLS, name) or did_you_mean(name, methods) or "use + - * / with models and coefficients"
 

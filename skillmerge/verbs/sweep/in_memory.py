@@ -17,6 +17,7 @@ from skillmerge.bits import torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.stores.memory import Held
 from skillmerge.durable import scratch_folder
+from skillmerge.engine.measures.preparing import Preparations
 from skillmerge.engine.rounding_statistics import BlockStatistics, Statistics, summarise, total
 from skillmerge.engine.runner import Work
 from skillmerge.engine.stream import Stream
@@ -181,10 +182,11 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
         name: {} for name, tensor in plan.tensors.items() if tensor.action == "merge"
     }
     size = chosen.tile * widest + PAGE
+    shared = Preparations(plan, checkpoints, chosen.tile)
     with Stream(checkpoints.values()) as stream:
 
         def fill(span: Span) -> None:
-            own = stream.own(lambda: _Own(Worker(plan, checkpoints, settings, stream.stop), size))
+            own = stream.own(lambda: _Own(Worker(plan, checkpoints, settings, stream.stop, shared), size))
             own.worker.fill(span, own.buffer, measured)
             for tile in span.tiles:
                 put(tile, own.buffer.typed(torch_dtype(tile.tensor.dtype), span.place(tile), tile.last - tile.first))
