@@ -37,17 +37,29 @@ def prepared(
     program = compile_term(term)
     preparation = Preparation(program, next(iter(tensors.values())).shape, name, seed)
     flat = {model: tensors[model].contiguous().view(-1) for model in program.models}
-    scratch, readings = Scratch(torch.device("cpu"), tile), 0
+    readings = 0
     while stretches := preparation.stretches(tile):
         readings += 1
         for stretch in reversed(stretches):  # in an order that no worker would choose
             partials: Partials = []
-            here = {model: values[stretch.first : stretch.last] for model, values in flat.items()}
-            evaluate(program, here, scratch, preparation.collector(stretch, stretch.first, partials))
+            first, here, inside = _needed(preparation, flat, stretch.first, stretch.last)
+            evaluate(program, here, _scratch(here), preparation.collector(stretch, first, inside, partials))
             for fold, partial in partials:
                 fold.add(partial)
         preparation.advance()
     return preparation, readings
+
+
+def _needed(
+    preparation: Preparation, flat: Mapping[str, Tensor], first: int, last: int
+) -> tuple[int, dict[str, Tensor], slice]:
+    """What has to be read for some elements: from where on, the inputs, and which of these they are."""
+    start, stop = preparation.needed(first, last)
+    return start, {model: values[start:stop] for model, values in flat.items()}, slice(first - start, last - start)
+
+
+def _scratch(inputs: Mapping[str, Tensor]) -> Scratch:
+    return Scratch(torch.device("cpu"), max(values.numel() for values in inputs.values()))
 
 
 def compute(
@@ -65,10 +77,10 @@ def compute(
     program = preparation.program
     first = tensors[program.models[0]]
     flat = {model: tensors[model].contiguous().view(-1) for model in program.models}
-    scratch, found = Scratch(torch.device("cpu"), tile), []
+    found = []
     for start in range(0, first.numel(), tile):
-        here = {model: values[start : start + tile] for model, values in flat.items()}
-        value, _ = evaluate(program, here, scratch, preparation.runner(start))
+        begin, here, inside = _needed(preparation, flat, start, min(start + tile, first.numel()))
+        value = evaluate(program, here, _scratch(here), preparation.runner(begin))[0][inside]
         found.append(value.clone() if dtype is None else round_nearest(value, torch.empty_like(value, dtype=dtype)))
     return torch.cat(found).view(first.shape) if found else torch.empty(first.shape, dtype=dtype)
 

@@ -72,6 +72,17 @@ def drop(v: Array, *, density: float, draw: Array, rescale: str = "probability")
     return kept / density if rescale == "probability" else rescaled(v, kept, rescale)
 
 
+def drop_spread(v: Array, *, density: float, spread: float, draw: Array, rescale: str = "probability") -> Array:
+    """DELLA: the probability rises with the rank in the row."""
+    rows = np.abs(v).reshape(-1, v.shape[-1] if v.ndim else 1)
+    places = [[np.searchsorted(np.sort(row), row, side) for side in ("left", "right")] for row in rows]
+    ranks = np.array([(first + last - 1) / 2 for first, last in places])  # from 0; sizes that tie share the mean
+    p = density - spread + 2 * spread * ranks / max(1, rows.shape[1] - 1)
+    p = (p if rows.shape[1] > 1 else np.full(rows.shape, density)).reshape(v.shape)
+    kept = np.where(draw.reshape(v.shape) < p, v, 0)
+    return kept / p if rescale == "probability" else rescaled(v, kept, rescale)
+
+
 def band(v: Array, *, density: float, gamma: float = 0.01, rescale: str = "none") -> Array:
     stay = max(1, math.floor(density * v.size))
     below = max(0, v.size - stay - math.floor(gamma * v.size))
@@ -114,6 +125,8 @@ def elect(
     if normalize == "no":
         return summed
     share = (agree * w.reshape(-1, *[1] * total.ndim)).sum(0)
+    if any(weight * 8 % 1 for weight in w):  # x is rounded, so that its sum may have either sign
+        summed = np.where(np.abs(total) <= 2.0**-20 * np.abs(x).sum(0), np.nan, summed)
     return summed / np.where(share == 0, 1, share)
 
 
@@ -145,11 +158,20 @@ def cosine(a: Array, b: Array) -> float:
     return float(np.vdot(a / one, b / other)) if one and other else 0.0
 
 
-def model_stock(*v: Array, negative: str = "zero") -> Array:
+def by_row(function: Callable[..., Array], *operands: Array, **keywords: object) -> Array:
+    """Each row of a matrix by itself."""
+    rows = [operand.reshape(-1, operand.shape[-1] if operand.ndim else 1) for operand in operands]
+    return np.stack([function(*parts, **keywords) for parts in zip(*rows, strict=True)]).reshape(operands[0].shape)
+
+
+def model_stock(*v: Array, negative: str = "zero", scope: str = "matrix") -> Array:
+    if scope == "row":
+        return by_row(model_stock, *v, negative=negative)
     count = len(v)
     c = np.mean([cosine(v[i], v[j]) for i in range(count) for j in range(i)])
     c = min(c, 1.0) if negative == "keep" else min(max(c, 0.0), 1.0)
-    return count * c / (1 + (count - 1) * c) * np.mean(v, axis=0)
+    below = 1 + (count - 1) * c
+    return (count * c / below if below > 1e-9 else 0.0) * np.mean(v, axis=0)
 
 
 def sce(*v: Array, select: float = 1.0, floor: float = 0.0) -> Array:
@@ -172,9 +194,11 @@ def sce(*v: Array, select: float = 1.0, floor: float = 0.0) -> Array:
 # -------------------------------------------------------------------------------------------------------- spherical
 
 
-def slerp(a: Array, b: Array, *, t: float, linear_above: float = 0.9995) -> Array:
+def slerp(a: Array, b: Array, *, t: float, linear_above: float = 0.9995, scope: str = "matrix") -> Array:
+    if scope == "row":
+        return by_row(slerp, a, b, t=t, linear_above=linear_above)
     c = cosine(a, b)
-    if not a.any() or not b.any() or abs(c) > linear_above:
+    if not a.any() or not b.any() or abs(c) > min(linear_above, 1 - 1e-12):
         return a - t * (a - b)
     angle = math.acos(c)
     return (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
@@ -213,7 +237,7 @@ def karcher(*x: Array, steps: int = 10, tolerance: float = 1e-5) -> Array:
             logs.append(across * (math.atan2(length, np.vdot(u, m)) / length) if length > 1e-7 else across * 0)
         tangent = np.mean(logs, axis=0)
         length = np.linalg.norm(tangent.ravel())
-        if length < tolerance:
+        if length < tolerance or length == 0:
             break
         m = m * math.cos(length) + tangent * (math.sin(length) / length)
     return m * np.mean(norms)
