@@ -21,6 +21,7 @@ from skillmerge.methods.method import (
     differences,
     keep,
     method,
+    times,
     words,
 )
 from skillmerge.methods.spherical import (
@@ -64,12 +65,12 @@ def model_stock(unit: Unit, *, negative: str = "zero", scope: str = "matrix") ->
     def rows(*v: Tensor) -> Tensor:
         factors = [shortened(gram)[1] / count for gram in grams_of_rows(unit, v)]
         by = for_rows(unit, v[0], factors)
-        return total(v) * by
+        return total(v).mul_(by).add_(0.0)
 
     if scope == "row":
         return Ready(rows)
     c, t = shortened(gram_of((yield Sums(dot_products)), count))
-    return Ready(lambda *v: total(v) * (t / count), {"cosine": c, "t": t})
+    return Ready(lambda *v: times(total(v), t / count), {"cosine": c, "t": t})
 
 
 @method(

@@ -19,8 +19,8 @@ from skillmerge.methods.method import (
     Sums,
     Unit,
     alike,
-    either,
     method,
+    times,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def combined(factors: Sequence[float]) -> Ready:
 
     def function(*v: Tensor) -> Tensor:
         first, *others = zip(v, factors, strict=True)
-        result = first[0] * first[1]
+        result = times(*first)
         for x, factor in others:
             result += x * factor
         return result
@@ -114,13 +114,15 @@ def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995, scope: str = "m
         return [math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)]
 
     def line(a: Tensor, b: Tensor) -> Tensor:
-        return a - (a - b) * t
+        return a - (a - b) * t if t > 0 else a - (b - a) * -t  # where a is b, a zero keeps its sign
 
     def rows(a: Tensor, b: Tensor) -> Tensor:
         arcs = [arc(gram) for gram in grams_of_rows(unit, (a, b))]
+        if not any(arcs):
+            return line(a, b)
         straight = for_rows(unit, a, [float(found is None) for found in arcs])
         one, other = (for_rows(unit, a, [found[index] if found else 0.0 for found in arcs]) for index in (0, 1))
-        return either(straight, line(a, b), a * one + b * other)
+        return line(a, b).where(straight > 0, (a * one).add_(b * other).add_(0.0))
 
     if scope == "row":
         return Ready(rows)
