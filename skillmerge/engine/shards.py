@@ -124,7 +124,7 @@ class _Run:
         self.stream.start(self.settings.budget.threads, self._work)
         self.stream.start(WRITERS, self._write, self._end)
 
-    def _worker(self) -> Worker:
+    def worker(self) -> Worker:
         return Worker(self.plan, self.checkpoints, self.settings, self.stream.stop, self.preparations)
 
     def _end(self) -> None:
@@ -133,7 +133,7 @@ class _Run:
 
     def _work(self) -> None:
         """A worker's life: a free buffer, a span, its bytes, and on to the writers."""
-        worker = self.stream.own(self._worker)
+        worker = self.stream.own(self.worker)
         file: _ShardFile | None = None
         while (buffer := self._free_buffer()) is not None and (taken := self._take(file)) is not None:
             file, span = taken
@@ -228,5 +228,6 @@ def merge_shards(
     """
     with Stream(checkpoints.values()) as stream:
         run = _Run(plan, checkpoints, destination, settings, shards, room, stream)
+        run.preparations.read_model(stream, run.worker, settings.budget.threads)
         run.start()
         yield from stream.take(run.done, len(shards), lambda: progress(run.moved))

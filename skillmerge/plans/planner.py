@@ -61,6 +61,7 @@ def plan_recipe(
     values = _coefficients(recipe, [name for name in donor.tensors if name not in left_out], donor.config)
     copied = copy_rules(recipe, donor)
     terms = _terms(recipe, values, copied)
+    recipe.refuse_unequal_calls({id(term): term for term in terms.values()}.values())
     exact = exact_tensors(recipe, checkpoints, donor_name, terms)
     wanted = output_specs(recipe, donor, exact)
     accounts = account_tensors(recipe, checkpoints, donor_name, terms, exact)
