@@ -157,6 +157,8 @@ class Ready:
     found: Mapping[str, float] = field(default_factory=dict)
 
 
+Scalars = Mapping[str, Sequence[float]]
+"""What the calls of one tensor's formula found of it, by name, for each of its matrices."""
 Steps = Generator[Wish, Any, Ready]
 
 
