@@ -215,6 +215,11 @@ def keep(v: Tensor, mask: Tensor) -> Tensor:
     return v.mul(mask).add_(0.0)
 
 
+def times(v: Tensor, factor: float) -> Tensor:
+    """Return v * factor, of +0 always +0."""
+    return v * factor if factor >= 0 else v.mul(factor).add_(0.0)
+
+
 def either(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """Return `one` where the mask is 1, and `other` where it is 0; a zero may change its sign."""
     return one.mul(mask).add_(other.mul(mask.neg().add_(1.0)))
