@@ -87,14 +87,14 @@ class Worker:
     def prepare(self, tensor: TensorPlan) -> None:
         """Find out what the calls of a tensor's program have to know of all of it, unless `stop` is set meanwhile."""
         if tensor.program is not None and tensor.program.calls:
-            self.preparations.of(tensor, partial(self._read_stretch, tensor), self.stop)
+            self.preparations.of(tensor, partial(self.read_stretch, tensor), self.stop)
 
     def evaluate(self, tensor: TensorPlan, first: int, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Run the program of a tensor that is prepared on elements from `first` on; see `methods.evaluate`."""
         assert tensor.program is not None
         if not tensor.program.calls:
             return evaluate(tensor.program, inputs, self.scratch)
-        preparation = self.preparations.of(tensor, partial(self._read_stretch, tensor), self.stop)
+        preparation = self.preparations.of(tensor, partial(self.read_stretch, tensor), self.stop)
         start, inputs, scratch, inside = self._needed(tensor, preparation, first, inputs)
         value, subtracted = evaluate(tensor.program, inputs, scratch, preparation.runner(start))
         return value[inside], subtracted[inside] if subtracted is not None else None
@@ -114,7 +114,8 @@ class Worker:
         scratch = Scratch(self.device, stop - start)
         return start, {model: values.to(self.device) for model, values in rows.items()}, scratch, inside
 
-    def _read_stretch(self, tensor: TensorPlan, preparation: Preparation, stretch: Stretch) -> Partials:
+    def read_stretch(self, tensor: TensorPlan, preparation: Preparation, stretch: Stretch) -> Partials:
+        """Read a stretch of a tensor, and return what it adds to what methods asked for."""
         tile = Tile(tensor, stretch.first, stretch.last, 0)
         values = self.reader.read_tile(tile)
         partials: Partials = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from skillmerge.methods.elect import agreeing, total, weighted
 from skillmerge.methods.method import (
-    SCOPE,
+    OF_ROWS,
     SHARE,
     Number,
     Rank,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(differences(2, None), rows=of_rows, readings=of_matrices, negative=words("zero", "keep"), scope=SCOPE)
+@method(differences(2, None), rows=of_rows, readings=of_matrices, negative=words("zero", "keep"), scope=OF_ROWS)
 def model_stock(unit: Unit, *, negative: str = "zero", scope: str = "matrix") -> Steps:
     """Average updates, shortened by how much they disagree.
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from skillmerge.methods.method import (
+    OF_MODEL,
     RESCALE,
     SHARE,
     WEIGHTS,
@@ -183,17 +184,17 @@ def pick(unit: Unit) -> Ready:
 
 @method(
     differences(1, None, absent=True), readings=lambda boost, **_: int(boost > 0),
-    threshold=Number(0), boost=Number(0), cap=Number(0),
+    threshold=Number(0), boost=Number(0), cap=Number(0), scope=OF_MODEL,
 )  # fmt: skip
-def ram(unit: Unit, *, threshold: float = 0.0, boost: float = 0.0, cap: float = 1.0) -> Steps:
+def ram(unit: Unit, *, threshold: float = 0.0, boost: float = 0.0, cap: float = 1.0, scope: str = "model") -> Steps:
     """Average what several updates changed, and keep what one alone changed whole.
 
     An element is changed by an update if |v| > threshold. Changed by several: their mean. By one alone: its v, times
-    1 + boost * min(shared/alone, cap), where shared and alone count the elements of its matrix that this update changed
-    with others and alone (cap if it changed none alone).
+    1 + boost * min(shared/alone, cap), where shared and alone count the elements of the model (scope=matrix: of each
+    matrix) that this update changed with others and alone; cap if it changed none alone.
 
     Paper: RAM and RAM+, arXiv 2601.13572.
-    Differs: the authors count over the whole model, with boost 0.2; the default here is no boost.
+    Differs: the authors boost by 0.2; the default here is no boost. mergekit counts matrix by matrix.
     Use: for RL experts, whose sparse updates touch different elements: an average would dilute them.
     """
     factors = [1.0] * unit.operands

@@ -181,7 +181,7 @@ def _readings(term: Term) -> int:
         return _readings(term.inner)
     if isinstance(term, Sum):
         return max(_readings(term.left), _readings(term.right))
-    return max(map(_readings, term.operands)) + term.method.readings(**dict(term.arguments))
+    return max(map(_readings, term.operands)) + term.readings
 
 
 def _cancelling(total: Mapping[str, float], free_pairs: set[frozenset[str]]) -> list[tuple[str, str, str]]:

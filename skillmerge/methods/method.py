@@ -89,7 +89,8 @@ SHARE = Number(0, 1)
 ANY = Number()
 WEIGHTS = Numbers()
 RESCALE = Word(("none", "l1", "l2"))
-SCOPE = Word(("matrix", "row"))
+OF_ROWS = Word(("matrix", "row"))
+OF_MODEL = Word(("matrix", "model"))
 
 
 def words(*allowed: str) -> Word:
@@ -98,8 +99,8 @@ def words(*allowed: str) -> Word:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What a method takes as one: a matrix of a tensor. Axes before the last two are separate; a tensor of fewer axes
-    is one row.
+    """What a method takes as one: a matrix of a tensor, or with scope=model all tensors together. Axes before the last
+    two are separate; a tensor of fewer axes is one row.
 
     elements: how many. columns: of its rows. operands: how many the call has. lots: a number in [0, 1) for each element
     of a run, from the run's first index in the tensor and one of its tensors; see `rounding.uniform`.
@@ -156,6 +157,8 @@ class Ready:
     found: Mapping[str, float] = field(default_factory=dict)
 
 
+Scalars = Mapping[str, Sequence[float]]
+"""What the calls of one tensor's formula found of it, by name, for each of its matrices."""
 Steps = Generator[Wish, Any, Ready]
 
 

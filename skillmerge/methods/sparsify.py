@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillmerge.errors import UnusableWeights
 from skillmerge.methods.method import (
+    OF_MODEL,
     RESCALE,
     SHARE,
     Number,
@@ -69,16 +70,16 @@ def _power(v: Tensor, rescale: str = "l2") -> Tensor:
     return wide.abs() if rescale == "l1" else wide * wide
 
 
-@method(differences(1), alone=_share, readings=_ranked, density=SHARE, rescale=RESCALE)
-def trim(unit: Unit, *, density: float, rescale: str = "none") -> Steps:
+@method(differences(1), alone=_share, readings=_ranked, density=SHARE, rescale=RESCALE, scope=OF_MODEL)
+def trim(unit: Unit, *, density: float, rescale: str = "none", scope: str = "matrix") -> Steps:
     """Keep the largest elements, by size.
 
     k = max(1, floor(density * n)) of a matrix's n elements are kept, and whatever ties with the k-th. `rescale`
-    multiplies them by ||v||/||kept|| (l1 or l2).
+    multiplies them by ||v||/||kept|| (l1 or l2). With scope=model the elements of all tensors are ranked together.
 
     Paper: TIES, arXiv 2306.01708, step 1; DoTS, arXiv 2605.00610, with rescale=l2.
-    Differs: the authors rank over the whole model and keep one element more. mergekit keeps exactly k, an arbitrary
-    choice among ties, of which bf16 updates are full.
+    Differs: the authors rank over the whole model (scope=model) and keep one element more. mergekit keeps exactly k, an
+    arbitrary choice among ties, of which bf16 updates are full.
     Use: against interference when several updates are added. Updates of RL are sparse already: sweep the density.
     """
     (least,) = yield Ranks(size, (unit.count(density),))
@@ -195,9 +196,9 @@ def clip(unit: Unit, *, at: float) -> Ready:
     return Ready(lambda v: v.clamp(-at, at))
 
 
-@method(differences(1), readings=lambda: 1, to=Operand())
-def match(unit: Unit) -> Steps:
-    """Give a difference the 2-norm of another: v * ||u||/||v||, matrix by matrix; 0 stays 0.
+@method(differences(1), readings=lambda **_: 1, to=Operand(), scope=OF_MODEL)
+def match(unit: Unit, *, scope: str = "matrix") -> Steps:
+    """Give a difference the 2-norm of another: v * ||u||/||v||, matrix by matrix or for the model; 0 stays 0.
 
     Use: `match(v, to=u)` when two updates have the right directions and unequal sizes.
     """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from skillmerge.errors import UnusableWeights
 from skillmerge.methods.method import (
     ANY,
-    SCOPE,
+    OF_ROWS,
     SHARE,
     WEIGHTS,
     Number,
@@ -92,7 +92,7 @@ def for_rows(unit: Unit, like: Tensor, numbers: Sequence[float]) -> Tensor:
     return like.new_tensor(numbers).repeat_interleave(unit.columns)
 
 
-@method(alike(2), alone=_end, rows=of_rows, readings=of_matrices, t=ANY, linear_above=SHARE, scope=SCOPE)
+@method(alike(2), alone=_end, rows=of_rows, readings=of_matrices, t=ANY, linear_above=SHARE, scope=OF_ROWS)
 def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995, scope: str = "matrix") -> Steps:
     """Go from one model to another on the sphere: t = 0 is the first, t = 1 the second.
 

@@ -171,6 +171,7 @@ def _terms(
         if row not in by_values:
             by_values[row] = _degree_term(recipe, dict(zip(recipe.coefficients, row, strict=True)), name)
         terms[name] = by_values[row]
+    recipe.refuse_unequal_calls(by_values.values())
     return terms
 
 
