@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,7 @@ class Sums:
     Sums are of blocks in a fixed order, and of blocks exactly: the same bits in any cutting.
     """
 
-    terms: Callable[..., Sequence[Tensor]]
+    terms: Callable[..., Iterable[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from their dot products alone."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.errors import UnusableWeights
@@ -33,10 +33,12 @@ Gram = list[list[float]]
 """The dot products of all pairs of operands."""
 
 
-def dot_products(*v: Tensor) -> list[Tensor]:
-    """Of each operand with itself and those behind it, element by element."""
+def dot_products(*v: Tensor) -> Iterator[Tensor]:
+    """Of each operand with itself and those behind it, element by element; one at a time, as they are many."""
     wide = [x.double() for x in v]
-    return [wide[i] * wide[j] for i in range(len(wide)) for j in range(i, len(wide))]
+    for i in range(len(wide)):
+        for j in range(i, len(wide)):
+            yield wide[i] * wide[j]
 
 
 def gram_of(sums: Sequence[float], count: int) -> Gram:
