@@ -10,7 +10,6 @@ from skillmerge.methods.terms import Call, Leaf, Scaled, Sum, Term, calls, degre
 from skillmerge.recipes.formula.arguments import arguments_of, nth
 from skillmerge.recipes.formula.tree import CallNode, ExpressionError, Name, Node, Number, Operation, has_model
 
-
 _LEAVE_OUT = "leave it out, or use another coefficient than 0"
 
 

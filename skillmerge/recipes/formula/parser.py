@@ -206,6 +206,8 @@ class _Parser:
                 fix = f"write operands first: `{method.usage}`"
                 raise ExpressionError(f"has an operand of `{name}` behind its keywords", at, max(1, len(text)), fix)
             else:
+                if operands:
+                    self._count(at)
                 operands.append(self.sum())
                 if not has_model(operands[-1]):
                     raise ExpressionError(
