@@ -31,7 +31,7 @@ from skillmerge.checkpoints.stores.memory import Memory
 from skillmerge.errors import InputError, SkillmergeError
 from skillmerge.methods.linear import compile_term
 from skillmerge.methods.table import METHODS
-from skillmerge.methods.terms import degree, has_calls, spread, weights
+from skillmerge.methods.terms import calls, degree, spread, weights
 from skillmerge.outputs import manifest
 from skillmerge.outputs.verify import check_structure
 from skillmerge.plans import saved as savedplan
@@ -39,7 +39,7 @@ from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes.formula.bind import bind, check_calls
 from skillmerge.recipes.formula.donor import donor_of
 from skillmerge.recipes.formula.parser import MAX_OPERATIONS, parse
-from skillmerge.recipes.formula.tree import ExpressionError
+from skillmerge.recipes.formula.tree import ExpressionError, calls_in
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.verbs.apply import apply
 from skillmerge.verbs.plan import plan as make_plan
@@ -275,9 +275,9 @@ def expression(content: bytes) -> bool:
     program = compile_term(term)
     assert set(program.models) <= set(_MODELS)
     assert program.registers <= MAX_OPERATIONS
-    if has_calls(term):
+    if any(calls_in(node)):  # even where they fall away
         spread(term)
-        assert [call.method.name for call in program.calls]
+        assert len(program.calls) == len(list(calls(term)))
         return True
     numbers = [abs(float(number)) for number in re.findall(r"[\d.]+(?:[eE][+-]?\d+)?", text)]
     if len(numbers) <= 8 and all(number == 0 or 1e-6 < number < 1e6 for number in numbers):
