@@ -97,8 +97,9 @@ def _chances(*, density: float, spread: float | None, **_: Any) -> tuple[str, st
 
 @method(
     differences(1), alone=_share, indexed=True, rows=lambda spread, **_: spread is not None, check=_chances,
+    readings=lambda rescale, **_: int(rescale in ("l1", "l2")),
     density=SHARE, rescale=words("probability", "none", "l1", "l2"), spread=Number(0, 1, below=True),
-    seed=Number(0, 2**63, whole=True),
+    seed=Number(0, 2**53, whole=True),
 )  # fmt: skip
 def drop(
     unit: Unit,

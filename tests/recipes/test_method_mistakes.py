@@ -132,13 +132,13 @@ MISTAKES = {
     "target + trim(rl - sft, density=.3, rescale=1)": ("4:53", "has `1` for `rescale`", "did you mean `l1`?"),
     "target + trim(rl - sft, density=.3, scope=tensor)": ("4:51", "has `tensor` for `scope`", "write matrix or model"),
     "target + drop(rl - sft, density=.5, seed=1.5)": (
-        "4:45", "has `seed=1.5` in `drop`", "`seed` is a whole number from 0 to 9.22337e+18",
+        "4:45", "has `seed=1.5` in `drop`", "`seed` is a whole number from 0 to 9.0072e+15",
     ),
     "target + drop(rl - sft, density=.5, seed=-1)": (
-        "4:45", "has `seed=-1` in `drop`", "`seed` is a whole number from 0 to 9.22337e+18",
+        "4:45", "has `seed=-1` in `drop`", "`seed` is a whole number from 0 to 9.0072e+15",
     ),
     "target + drop(rl - sft, density=.5, seed=1e30)": (
-        "4:45", "has `seed=1e+30` in `drop`", "`seed` is a whole number from 0 to 9.22337e+18",
+        "4:45", "has `seed=1e+30` in `drop`", "`seed` is a whole number from 0 to 9.0072e+15",
     ),
     "target + drop(rl - sft, density=.5, epsilon=.1)": (
         "4:45", "gives `drop` a keyword it does not have, `epsilon`", "did you mean `spread=`?",
