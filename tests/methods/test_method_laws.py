@@ -25,7 +25,7 @@ DIFFERENCES = [
     f"elect({A}, {B}, weights=[1, -2], normalize=no, zero=majority)", f"elect({A}, {B}, weights=-1, pick=max)",
     f"elect({A}, weights=-1, normalize=no)",
     f"ties({A}, {B}, density=.4, rescale=l1)", f"ties({A}, {B}, density=0)", f"pick({A}, {B}, {C})",
-    f"ram({A}, {B}, {C}, boost=.2)", f"ram({A}, threshold=.1)", f"model_stock({A}, {B})",
+    f"ram({A}, {B}, {C}, boost=.2, scope=matrix)", f"ram({A}, threshold=.1)", f"model_stock({A}, {B})",
     f"model_stock({A}, {B}, negative=keep)", f"model_stock({A}, z - a, {C}, negative=keep)",
     f"slerp({A}, {B}, t=-2, linear_above=1, scope=row)", f"model_stock({A}, {B}, scope=row)", f"sce({A}, {B})",
     f"sce({A}, {B}, {C}, select=.4)", f"slerp({A}, {B}, t=.3)", f"slerp({A}, {B}, t=-2, linear_above=1)",
@@ -172,7 +172,7 @@ def test_zero_operand_is_a_mistake_elsewhere(text: str, place: int, message: str
 _OPERATIONS = [
     "trim({0}, density=.6)", "trim({0}, density=.3, rescale=l2)", "band({0}, density=.5, gamma=.1)", "clip({0}, at=.5)",
     "match({0}, to={1})", "project({0}, off={1})", "elect({0}, {1})", "elect({0}, {1}, {2}, weights=[1, .3, .7])",
-    "ties({0}, {1}, density=.5)", "pick({0}, {1})", "ram({0}, {1}, boost=.3)", "model_stock({0}, {1})",
+    "ties({0}, {1}, density=.5)", "pick({0}, {1})", "ram({0}, {1}, boost=.3, scope=matrix)", "model_stock({0}, {1})",
     "sce({0}, {1}, select=.6)", "slerp({0}, {1}, t=.3)", "multislerp({0}, {1}, {2})", "karcher({0}, {1})",
     "median({0}, {1}, {2})", "{0} + {1}", "({0} - ({1}))", "-.5 * ({0})", "({0}) / 3",
     "slerp({0}, {1}, t=.3, scope=row)",
