@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 import pytest
+from skillmerge.recipes.foreign.mergekit import NoCounterpart, equivalent
 
 from skillmerge import errors
 from skillmerge.cli.main import cli
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL
-from skillmerge.recipes.foreign.mergekit import NoCounterpart, equivalent
 from skillmerge.recipes.schema import schema as recipe_schema
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from skillmerge.errors import did_you_mean
 from skillmerge.recipes.mergekit.notes import Refused
-from skillmerge.recipes.mergekit.settings import Varying, is_close, value_in, varying
+from skillmerge.recipes.mergekit.settings import is_close
 from skillmerge.recipes.mergekit.translation import Translation, times, total, written
 
 _TIES = "elements that tie at the threshold all stay; mergekit keeps some of them"
@@ -146,7 +146,7 @@ def _check_spread(given: Translation, model: str) -> None:
             for other in spread:
                 low, high = min(one.points), max(one.points)
                 wide = max(map(abs, other.points))
-                if not (0 < low - wide and (high + wide < 1 or high == 1)):
+                if not (low - wide > 0 and (high + wide < 1 or high == 1)):
                     what = f"density {high:g} with epsilon {wide:g} leaves the range from 0 to 1"
                     raise Refused(what + ", which mergekit refuses too", *one.path, fix="lower `epsilon`")
 
@@ -256,10 +256,11 @@ def _multislerp(given: Translation) -> str:
     others, based = given.config.others, given.config.base is not None
     weights = [given.number("weight", model) for model in others]
     given.setting("eps", default=0)
-    if not given.flag("normalize_weights", True) and not all(is_close(found, 1) for _, found in given.sums("weight")):
-        raise Refused("`normalize_weights: false` with weights that do not add up to 1 has no counterpart",
-                      "parameters", "normalize_weights", fix="remove it, or write weights that add up to 1")  # fmt: skip
-    if any(abs(found) < 1e-9 for _, found in given.sums("weight")):
+    sums = [found for _, found in given.sums("weight")]
+    if not given.flag("normalize_weights", True) and not all(is_close(found, 1) for found in sums):
+        what = "`normalize_weights: false` with weights that do not add up to 1 has no counterpart"
+        raise Refused(what, "parameters", "normalize_weights", fix="remove it, or write weights that add up to 1")
+    if any(abs(found) < 1e-9 for found in sums):
         raise Refused("the weights add up to 0")
     if len(others) == 1:
         return given.name(others[0])

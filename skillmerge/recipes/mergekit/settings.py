@@ -150,9 +150,7 @@ def varying(regions: Sequence[Region], setting: Sequence[tuple[Choice, ...]]) ->
         rules = [
             rule for region, part in zip(regions, setting, strict=True) for rule in _of_module(region.module, part)
         ]
-    elif len(regions) == 1 and regions[0].layers is None:
-        rules = list(_everywhere(setting[0]))
-    elif all(part == told[0] for part in told) and not graded:
+    elif (len(regions) == 1 and regions[0].layers is None) or (all(part == told[0] for part in told) and not graded):
         rules = list(_everywhere(setting[0]))
     else:
         rules = list(_of_slices(regions, setting))
