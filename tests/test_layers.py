@@ -93,7 +93,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tokenizers.tokenizer",
         "tokenizers.vocabulary",
         "tokenizers.small_files",
-        "checkpoint stores.folder",
+        "checkpoint spooled stores.folder",
         "store tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
         "kinds.sparse missing model_config safetensors stores.hub_client",
         "foreign place",

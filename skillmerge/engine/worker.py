@@ -60,7 +60,7 @@ class Worker:
         """preparations: those of all workers of a run."""
         self.plan, self.checkpoints, self.settings, self.stop = plan, checkpoints, settings, stop
         tile = self.settings.budget.tile
-        self.preparations = preparations or Preparations(plan, tile)
+        self.preparations = preparations or Preparations(plan, checkpoints, tile)
         self.reader = Reader(checkpoints, plan.input_itemsizes, tile, settings.device)
         self.stream: torch.cuda.Stream | None = None
         self._use(self.settings.device, tile)
@@ -87,23 +87,42 @@ class Worker:
     def prepare(self, tensor: TensorPlan) -> None:
         """Find out what the calls of a tensor's program have to know of all of it, unless `stop` is set meanwhile."""
         if tensor.program is not None and tensor.program.calls:
-            self.preparations.of(tensor, partial(self._read_stretch, tensor), self.stop)
+            self.preparations.of(tensor, partial(self.read_stretch, tensor), self.stop)
 
     def evaluate(self, tensor: TensorPlan, first: int, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Run the program of a tensor that is prepared on elements from `first` on; see `methods.evaluate`."""
         assert tensor.program is not None
-        call = None
-        if tensor.program.calls:
-            call = self.preparations.of(tensor, partial(self._read_stretch, tensor), self.stop).runner(first)
-        return evaluate(tensor.program, inputs, self.scratch, call)
+        if not tensor.program.calls:
+            return evaluate(tensor.program, inputs, self.scratch)
+        preparation = self.preparations.of(tensor, partial(self.read_stretch, tensor), self.stop)
+        start, inputs, scratch, inside = self._needed(tensor, preparation, first, inputs)
+        value, subtracted = evaluate(tensor.program, inputs, scratch, preparation.runner(start))
+        return value[inside], subtracted[inside] if subtracted is not None else None
 
-    def _read_stretch(self, tensor: TensorPlan, preparation: Preparation, stretch: Stretch) -> Partials:
+    def _needed(
+        self, tensor: TensorPlan, preparation: Preparation, first: int, inputs: Mapping[str, Tensor]
+    ) -> tuple[int, Mapping[str, Tensor], Scratch, slice]:
+        """Return what is needed to compute elements from `first` on, which may be their whole rows: its first element,
+        its inputs, room for it, and where the elements are in it."""
+        last = first + next(iter(inputs.values())).numel()
+        start, stop = preparation.needed(first, last)
+        inside = slice(first - start, last - start)
+        if (start, stop) == (first, last):
+            return start, inputs, self.scratch, inside
+        reader = Reader(self.checkpoints, self.plan.input_itemsizes, stop - start, torch.device("cpu"))
+        rows = reader.read_tile(Tile(tensor, start, stop, 0))
+        scratch = Scratch(self.device, stop - start)
+        return start, {model: values.to(self.device) for model, values in rows.items()}, scratch, inside
+
+    def read_stretch(self, tensor: TensorPlan, preparation: Preparation, stretch: Stretch) -> Partials:
+        """Read a stretch of a tensor, and return what it adds to what methods asked for."""
         tile = Tile(tensor, stretch.first, stretch.last, 0)
         values = self.reader.read_tile(tile)
         partials: Partials = []
 
         def collect(first: int, inputs: Mapping[str, Tensor]) -> None:
-            evaluate(preparation.program, inputs, self.scratch, preparation.collector(stretch, first, partials))
+            start, inputs, scratch, run = self._needed(tensor, preparation, first, inputs)
+            evaluate(preparation.program, inputs, scratch, preparation.collector(stretch, start, run, partials))
 
         def read() -> None:
             partials.clear()

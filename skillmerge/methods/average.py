@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from skillmerge.methods.elect import agreeing, total, weighted
 from skillmerge.methods.method import (
+    OF_ROWS,
     SHARE,
     Number,
     Rank,
@@ -22,18 +23,28 @@ from skillmerge.methods.method import (
     method,
     words,
 )
-from skillmerge.methods.spherical import combined, cosine, dot_products, gram_of
+from skillmerge.methods.spherical import (
+    Gram,
+    combined,
+    cosine,
+    dot_products,
+    for_rows,
+    gram_of,
+    grams_of_rows,
+    of_matrices,
+    of_rows,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(differences(2, None), negative=words("zero", "keep"))
-def model_stock(unit: Unit, *, negative: str = "zero") -> Steps:
+@method(differences(2, None), rows=of_rows, readings=of_matrices, negative=words("zero", "keep"), scope=OF_ROWS)
+def model_stock(unit: Unit, *, negative: str = "zero", scope: str = "matrix") -> Steps:
     """Average updates, shortened by how much they disagree.
 
     c is the mean cosine of all pairs of N updates, at least 0 (negative=keep: as it is), and at most 1. The result is
-    t times their mean, with t = N c/(1 + (N - 1) c).
+    t times their mean, with t = N c/(1 + (N - 1) c). With scope=row each row has its own t.
 
     Paper: Model Stock, arXiv 2403.19522.
     Differs: mergekit extrapolates where the cosine is negative, and floors the product of norms at 1e-6, which is wrong
@@ -41,15 +52,29 @@ def model_stock(unit: Unit, *, negative: str = "zero") -> Steps:
     Use: fine-tunings of one base on the same task with other seeds or data.
     """
     count = unit.operands
-    gram = gram_of((yield Sums(dot_products)), count)
-    pairs = [cosine(gram[i][j], gram[i][i], gram[j][j]) for i in range(count) for j in range(i)]
-    c = min(1.0, math.fsum(pairs) / len(pairs))
-    c = max(0.0, c) if negative == "zero" else c
-    t = count * c / (1 + (count - 1) * c)
+
+    def shortened(gram: Gram) -> tuple[float, float]:
+        """c and t."""
+        pairs = [cosine(gram[i][j], gram[i][i], gram[j][j]) for i in range(count) for j in range(i)]
+        c = min(1.0, math.fsum(pairs) / len(pairs))
+        c = max(0.0, c) if negative == "zero" else c
+        below = 1 + (count - 1) * c
+        return c, count * c / below if below else 0.0
+
+    def rows(*v: Tensor) -> Tensor:
+        factors = [shortened(gram)[1] / count for gram in grams_of_rows(unit, v)]
+        by = for_rows(unit, v[0], factors)
+        return total([x * by for x in v])
+
+    if scope == "row":
+        return Ready(rows)
+    c, t = shortened(gram_of((yield Sums(dot_products)), count))
     return Ready(combined([t / count] * count).function, {"cosine": c, "t": t})
 
 
-@method(differences(2, None), select=SHARE, floor=Number(0))
+@method(
+    differences(2, None), readings=lambda select, **_: 1 if select == 1 else 4, select=SHARE, floor=Number(0)
+)  # fmt: skip
 def sce(unit: Unit, *, select: float = 1.0, floor: float = 0.0) -> Steps:
     """Select where updates vary most, weigh them by their energy, and erase what has the minority's sign.
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from skillmerge.methods.method import (
+    OF_MODEL,
     RESCALE,
     SHARE,
     WEIGHTS,
@@ -23,7 +24,7 @@ from skillmerge.methods.method import (
     words,
 )
 from skillmerge.methods.sparsify import largest as largest_sizes
-from skillmerge.methods.sparsify import norm_ratio, scaled, size
+from skillmerge.methods.sparsify import norms, ratio, scaled, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +98,8 @@ def _sole(
 
 
 @method(
-    differences(1, None, absent=True), alone=_sole, weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO
+    differences(1, None, absent=True), alone=_sole, readings=lambda zero, **_: int(zero == "majority"),
+    weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO,
 )  # fmt: skip
 def elect(
     unit: Unit,
@@ -122,8 +124,9 @@ def elect(
 
 
 @method(
-    differences(1, None, absent=True), density=SHARE, rescale=RESCALE, weights=WEIGHTS, normalize=YES_NO, pick=PICK,
-    zero=ZERO,
+    differences(1, None, absent=True),
+    readings=lambda rescale, zero, **_: 2 + (rescale != "none") + (zero == "majority"),
+    density=SHARE, rescale=RESCALE, weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO,
 )  # fmt: skip
 def ties(
     unit: Unit,
@@ -143,9 +146,11 @@ def ties(
     """
     ranks = yield [Ranks(_size_of(index), (unit.count(density),)) for index in range(unit.operands)]
     leasts = [found[0] for found in ranks]
-    factors = []
-    for index, least in enumerate(leasts):
-        factors.append((yield from norm_ratio(partial(largest_sizes, least=least), rescale, index)))
+    factors = [1.0] * unit.operands
+    if rescale != "none":
+        kept = [partial(largest_sizes, least=least) for least in leasts]
+        sums = yield [norms(function, rescale, index) for index, function in enumerate(kept)]
+        factors = [ratio(found, rescale) for found in sums]
 
     def trimmed(*v: Tensor) -> list[Tensor]:
         return [scaled(largest_sizes(x, least), by) for x, least, by in zip(v, leasts, factors, strict=True)]
@@ -176,16 +181,19 @@ def pick(unit: Unit) -> Ready:
     return Ready(function)
 
 
-@method(differences(1, None, absent=True), threshold=Number(0), boost=Number(0), cap=Number(0))
-def ram(unit: Unit, *, threshold: float = 0.0, boost: float = 0.0, cap: float = 1.0) -> Steps:
+@method(
+    differences(1, None, absent=True), readings=lambda boost, **_: int(boost > 0),
+    threshold=Number(0), boost=Number(0), cap=Number(0), scope=OF_MODEL,
+)  # fmt: skip
+def ram(unit: Unit, *, threshold: float = 0.0, boost: float = 0.0, cap: float = 1.0, scope: str = "model") -> Steps:
     """Average what several updates changed, and keep what one alone changed whole.
 
     An element is changed by an update if |v| > threshold. Changed by several: their mean. By one alone: its v, times
-    1 + boost * min(shared/alone, cap), where shared and alone count the elements of its matrix that this update changed
-    with others and alone (cap if it changed none alone).
+    1 + boost * min(shared/alone, cap), where shared and alone count the elements of the model (scope=matrix: of each
+    matrix) that this update changed with others and alone; cap if it changed none alone.
 
     Paper: RAM and RAM+, arXiv 2601.13572.
-    Differs: the authors count over the whole model, with boost 0.2; the default here is no boost.
+    Differs: the authors boost by 0.2; the default here is no boost. mergekit counts matrix by matrix.
     Use: for RL experts, whose sparse updates touch different elements: an average would dilute them.
     """
     factors = [1.0] * unit.operands

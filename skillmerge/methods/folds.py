@@ -26,8 +26,8 @@ _HIGH_BINS, _LOW_BINS = 1 << 16, 1 << _LOW
 class Fold(Protocol):
     """An answer in the making. `partial` may run in several threads at once, everything else in one."""
 
-    def partial(self, operands: Sequence[Tensor], where: dict[str, int]) -> Any:
-        """Return what a run of the unit adds."""
+    def partial(self, operands: Sequence[Tensor], where: dict[str, int], run: slice) -> Any:
+        """Return what a run of the unit adds, that part of the operands, which may have more for whole rows."""
 
     def add(self, partial: Any) -> None: ...
 
@@ -48,8 +48,8 @@ class SumFold:
         self._terms = wish.terms
         self._blocks: list[list[float]] = []
 
-    def partial(self, operands: Sequence[Tensor], where: dict[str, int]) -> list[list[float]]:
-        return [_sums_of_blocks(term) for term in self._terms(*operands, **where)]
+    def partial(self, operands: Sequence[Tensor], where: dict[str, int], run: slice) -> list[list[float]]:
+        return [_sums_of_blocks(term[run]) for term in self._terms(*operands, **where)]
 
     def add(self, partial: list[list[float]]) -> None:
         self._blocks = self._blocks or [[] for _ in partial]
@@ -83,8 +83,8 @@ class RankFold:
         self._found: list[tuple[int, int, int]] = []
         """Of each rank: its upper bits, how many sizes have larger ones, and its rank among those that share them."""
 
-    def partial(self, operands: Sequence[Tensor], where: dict[str, int]) -> Tensor | dict[int, Tensor]:
-        bits = self._size(*operands, **where).float().view(torch.int32)
+    def partial(self, operands: Sequence[Tensor], where: dict[str, int], run: slice) -> Tensor | dict[int, Tensor]:
+        bits = self._size(*operands, **where)[run].float().view(torch.int32)
         high = bits >> _LOW
         if not self._found:
             return torch.bincount(high, minlength=_HIGH_BINS).cpu()

@@ -4,7 +4,7 @@ A method is a function with the decorator `method`. It gets the `Unit` that it w
 keywords, and returns the elementwise function of its operands. What it has to know of the whole unit before, it asks
 for by `yield`: sums over all elements, or sizes of a given rank.
 
-    @method(differences(1), density=SHARE)
+    @method(differences(1), readings=lambda **_: 2, density=SHARE)
     def trim(unit: Unit, *, density: float) -> Steps:
         '''Keep the largest elements. ...'''
         (least,) = yield Ranks(abs, (unit.count(density),))
@@ -89,6 +89,8 @@ SHARE = Number(0, 1)
 ANY = Number()
 WEIGHTS = Numbers()
 RESCALE = Word(("none", "l1", "l2"))
+OF_ROWS = Word(("matrix", "row"))
+OF_MODEL = Word(("matrix", "model"))
 
 
 def words(*allowed: str) -> Word:
@@ -97,8 +99,8 @@ def words(*allowed: str) -> Word:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What a method takes as one: a matrix of a tensor. Axes before the last two are separate; a tensor of fewer axes
-    is one row.
+    """What a method takes as one: a matrix of a tensor, or with scope=model all tensors together. Axes before the last
+    two are separate; a tensor of fewer axes is one row.
 
     elements: how many. columns: of its rows. operands: how many the call has. lots: a number in [0, 1) for each element
     of a run, from the run's first index in the tensor and one of its tensors; see `rounding.uniform`.
@@ -166,6 +168,8 @@ class Method:
     differences, and so is the result; otherwise all are models or all are differences, and so is the result.
     keywords: their kinds. defaults: of those that may be left out. absent: an operand that is zero is left out;
     otherwise it is an error. indexed: the elementwise function takes the index of its first element too, as `first`.
+    rows: whether the elementwise function, and what is asked for, need whole rows, for some arguments.
+    readings: how often the operands are read before the arithmetic, for some arguments.
     alone: which operand the result is for some arguments, if it is one; None otherwise.
     """
 
@@ -176,9 +180,11 @@ class Method:
     differences: bool
     keywords: Mapping[str, Kind]
     defaults: Mapping[str, Any]
-    absent: bool = False
-    indexed: bool = False
-    alone: Callable[..., int | None] = lambda count, **arguments: None
+    absent: bool
+    indexed: bool
+    rows: Callable[..., bool]
+    readings: Callable[..., int]
+    alone: Callable[..., int | None]
 
     @property
     def summary(self) -> str:
@@ -242,7 +248,13 @@ def alike(least: int, most: int | None = -1) -> Takes:
 
 
 def method(
-    takes: Takes, *, alone: Callable[..., int | None] | None = None, indexed: bool = False, **keywords: Kind
+    takes: Takes,
+    *,
+    alone: Callable[..., int | None] = lambda count, **arguments: None,
+    rows: Callable[..., bool] = lambda **arguments: False,
+    readings: Callable[..., int] = lambda **arguments: 0,
+    indexed: bool = False,
+    **keywords: Kind,
 ) -> Callable[[Callable[..., Steps | Ready]], Method]:
     """Make a method of a function; its name and the defaults of its keywords are those of the function."""
 
@@ -253,10 +265,10 @@ def method(
         assert names == given, f"{function.__name__}: keywords {names} are declared as {given}"
         defaults = {name: parameters[name].default for name in names}
         known = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
-        chosen = {"alone": alone} if alone is not None else {}
         name = function.__name__.rstrip("_")
         return Method(
-            name, function, takes.least, takes.most, takes.differences, keywords, known, takes.absent, indexed, **chosen
-        )
+            name, function, takes.least, takes.most, takes.differences, keywords, known, takes.absent, indexed, rows,
+            readings, alone,
+        )  # fmt: skip
 
     return make

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from skillmerge.errors import UnusableWeights
 from skillmerge.methods.method import (
+    OF_MODEL,
     RESCALE,
     SHARE,
     Number,
@@ -17,7 +19,6 @@ from skillmerge.methods.method import (
     Steps,
     Sums,
     Unit,
-    Wish,
     differences,
     keep,
     method,
@@ -38,14 +39,21 @@ def size(v: Tensor) -> Tensor:
     return v.abs().float()
 
 
-def norm_ratio(kept: Callable[..., Tensor], rescale: str, index: int = 0) -> Generator[Wish, Any, float]:
-    """Ask for ||v||/||kept|| of an operand, in the 1- or 2-norm; 1 where either is 0, and for `none`."""
-    if rescale == "none":
+def norms(kept: Callable[..., Tensor], rescale: str, index: int = 0) -> Sums:
+    """Ask for the norms of an operand and of what is kept of it, as `rescale` has them: l1, or l2 squared."""
+    return Sums(lambda *v, **where: [_power(v[index], rescale), _power(kept(v[index], **where), rescale)])
+
+
+def ratio(sums: Sequence[float], rescale: str) -> float:
+    """Return ||v||/||kept|| of `norms`; 1 where either is 0."""
+    whole, left = sums
+    if not whole or not left:
         return 1.0
-    power = 1 if rescale == "l1" else 2
-    whole, left = yield Sums(lambda *v, **where: [_power(v[index], power), _power(kept(v[index], **where), power)])
-    ratio = whole / left if whole and left else 1.0
-    return float(ratio) if power == 1 else math.sqrt(ratio)
+    return whole / left if rescale == "l1" else math.sqrt(whole / left)
+
+
+def _ranked(rescale: str, **_: Any) -> int:
+    return 2 + (rescale != "none")
 
 
 def scaled(v: Tensor, factor: float) -> Tensor:
@@ -57,52 +65,96 @@ def largest(v: Tensor, least: Rank) -> Tensor:
     return keep(v, size(v).ge_(least.size))
 
 
-def _power(v: Tensor, power: int) -> Tensor:
+def _power(v: Tensor, rescale: str = "l2") -> Tensor:
     wide = v.double()
-    return wide.abs() if power == 1 else wide * wide
+    return wide.abs() if rescale == "l1" else wide * wide
 
 
-@method(differences(1), alone=_share, density=SHARE, rescale=RESCALE)
-def trim(unit: Unit, *, density: float, rescale: str = "none") -> Steps:
+@method(differences(1), alone=_share, readings=_ranked, density=SHARE, rescale=RESCALE, scope=OF_MODEL)
+def trim(unit: Unit, *, density: float, rescale: str = "none", scope: str = "matrix") -> Steps:
     """Keep the largest elements, by size.
 
     k = max(1, floor(density * n)) of a matrix's n elements are kept, and whatever ties with the k-th. `rescale`
-    multiplies them by ||v||/||kept|| (l1 or l2).
+    multiplies them by ||v||/||kept|| (l1 or l2). With scope=model the elements of all tensors are ranked together.
 
     Paper: TIES, arXiv 2306.01708, step 1; DoTS, arXiv 2605.00610, with rescale=l2.
-    Differs: the authors rank over the whole model and keep one element more. mergekit keeps exactly k, an arbitrary
-    choice among ties, of which bf16 updates are full.
+    Differs: the authors rank over the whole model (scope=model) and keep one element more. mergekit keeps exactly k, an
+    arbitrary choice among ties, of which bf16 updates are full.
     Use: against interference when several updates are added. Updates of RL are sparse already: sweep the density.
     """
     (least,) = yield Ranks(size, (unit.count(density),))
-    factor = yield from norm_ratio(lambda v: largest(v, least), rescale)
+    factor = 1.0
+    if rescale != "none":
+        factor = ratio((yield norms(lambda v: largest(v, least), rescale)), rescale)
     found = {"threshold": least.size, "kept": least.count / unit.elements, "factor": factor}
     return Ready(lambda v: scaled(largest(v, least), factor), found)
 
 
 @method(
-    differences(1), alone=_share, indexed=True,
-    density=SHARE, rescale=words("probability", "none", "l1", "l2"), seed=Number(0, 2**63, whole=True),
+    differences(1), alone=_share, indexed=True, rows=lambda spread, **_: spread is not None,
+    density=SHARE, rescale=words("probability", "none", "l1", "l2"), spread=Number(0, 1, below=True),
+    seed=Number(0, 2**63, whole=True),
 )  # fmt: skip
-def drop(unit: Unit, *, density: float, rescale: str = "probability", seed: int | None = None) -> Steps:
+def drop(
+    unit: Unit,
+    *,
+    density: float,
+    rescale: str = "probability",
+    spread: float | None = None,
+    seed: int | None = None,
+) -> Steps:
     """Keep each element with probability `density`, by lot, and divide it by that.
 
     The lot of an element depends on the seed (`output.seed` if none is given), on the tensor's name, on which `drop` of
     the expression it is and on the element's index, and on nothing else. `rescale` none, l1 or l2 as for `trim`.
 
-    Paper: DARE, arXiv 2311.03099.
-    Differs: mergekit multiplies by the ratio of 1-norms (rescale=l1 here), and draws lots of torch.
+    With `spread` e the probability rises with the size in the row: density - e for the smallest of a row to density + e
+    for the largest, linearly by rank; sizes that tie share the mean of their ranks. density - e has to be above 0 and
+    density + e below 1.
+
+    Paper: DARE, arXiv 2311.03099; with spread, DELLA, arXiv 2406.11617.
+    Differs: mergekit multiplies by the ratio of 1-norms (rescale=l1 here), draws lots of torch, and ranks ties at will.
     Use: for many small fine-tuning updates; what survives is larger by 1/density, so keep density above 0.1.
     """
     lots = unit.lots(seed)
+    if spread is not None and not (density - spread > 0 and density + spread < 1):
+        raise UnusableWeights(
+            f"`drop` with density {density:g} and spread {spread:g} keeps with probabilities outside 0 to 1",
+            fix="use a smaller spread",
+        )
 
     def kept(v: Tensor, first: int) -> Tensor:
-        return keep(v, lots(first, v).lt_(density).to(v.dtype))
+        return keep(v, lots(first, v).lt_(density if spread is None else chances(v)).to(v.dtype))
+
+    def chances(v: Tensor) -> Tensor:
+        if unit.columns == 1 or spread is None:
+            return v.double().fill_(density)
+        ranks = ranks_by_row(v.view(-1, unit.columns)).flatten()
+        return ranks.mul_(2 * spread / (unit.columns - 1)).add_(density - spread)
 
     if rescale == "probability":
-        return Ready(lambda v, first: divided(kept(v, first), density))
-    factor = yield from norm_ratio(kept, rescale)
+        if spread is None:
+            return Ready(lambda v, first: divided(kept(v, first), density))
+        return Ready(lambda v, first: kept(v, first) / chances(v).to(v.dtype))
+    if rescale == "none":
+        return Ready(kept)
+    factor = ratio((yield norms(kept, rescale)), rescale)
     return Ready(lambda v, first: scaled(kept(v, first), factor), {"factor": factor})
+
+
+def ranks_by_row(v: Tensor) -> Tensor:
+    """The rank of each size in its row, 0 the smallest, as float64; sizes that tie share the mean of their ranks."""
+    sizes, places = v.abs().sort(dim=1, stable=True)
+    last = sizes.shape[1] - 1
+    counted = sizes.new_ones(sizes.shape).double().cumsum(1).sub_(1)
+    # The first and the last place of each run of equal sizes.
+    begins = sizes.ne(sizes.roll(1, 1))
+    begins[:, 0] = True
+    ends = begins.roll(-1, 1)
+    lows = counted.mul(begins).cummax(1).values
+    highs = counted.sub(last).mul(ends).flip(1).cummin(1).values.flip(1).add_(last)
+    shared = lows.add_(highs).div_(2)
+    return shared.new_empty(shared.shape).scatter_(1, places, shared)
 
 
 def divided(v: Tensor, by: float) -> Tensor:
@@ -110,7 +162,7 @@ def divided(v: Tensor, by: float) -> Tensor:
     return v / v.new_full((1,), by)
 
 
-@method(differences(1), alone=_share, density=SHARE, gamma=SHARE, rescale=RESCALE)
+@method(differences(1), alone=_share, readings=_ranked, density=SHARE, gamma=SHARE, rescale=RESCALE)
 def band(unit: Unit, *, density: float, gamma: float = 0.01, rescale: str = "none") -> Steps:
     """Keep elements of middle size: without the largest, and without the smallest.
 
@@ -130,7 +182,7 @@ def band(unit: Unit, *, density: float, gamma: float = 0.01, rescale: str = "non
         sizes = size(v)
         return keep(v, sizes.le(most.size).to(sizes.dtype).mul_(sizes.ge_(least.size)))
 
-    factor = yield from norm_ratio(kept, rescale)
+    factor = ratio((yield norms(kept, rescale)), rescale) if rescale != "none" else 1.0
     found = {"smallest": least.size, "largest": most.size, "factor": factor}
     return Ready(lambda v: scaled(kept(v), factor), found)
 
@@ -144,23 +196,23 @@ def clip(unit: Unit, *, at: float) -> Ready:
     return Ready(lambda v: v.clamp(-at, at))
 
 
-@method(differences(1), to=Operand())
-def match(unit: Unit) -> Steps:
-    """Give a difference the 2-norm of another: v * ||u||/||v||, matrix by matrix; 0 stays 0.
+@method(differences(1), readings=lambda **_: 1, to=Operand(), scope=OF_MODEL)
+def match(unit: Unit, *, scope: str = "matrix") -> Steps:
+    """Give a difference the 2-norm of another: v * ||u||/||v||, matrix by matrix or for the model; 0 stays 0.
 
     Use: `match(v, to=u)` when two updates have the right directions and unequal sizes.
     """
-    own, other = yield Sums(lambda v, u: [_power(v, 2), _power(u, 2)])
+    own, other = yield Sums(lambda v, u: [_power(v), _power(u)])
     factor = math.sqrt(other / own) if own else 1.0
     return Ready(lambda v, u: v * factor, {"factor": factor})
 
 
-@method(differences(1), off=Operand())
+@method(differences(1), readings=lambda: 1, off=Operand())
 def project(unit: Unit) -> Steps:
     """Take the part along another difference away: v - (<v, u>/<u, u>) u, matrix by matrix; v where u is 0.
 
     Use: `project(v, off=u)` for a skill without what it shares with another update.
     """
-    along, other = yield Sums(lambda v, u: [v.double() * u.double(), _power(u, 2)])
+    along, other = yield Sums(lambda v, u: [v.double() * u.double(), _power(u)])
     part = along / other if other else 0.0
     return Ready(lambda v, u: v - u * part, {"part": part})

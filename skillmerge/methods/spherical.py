@@ -8,7 +8,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.errors import UnusableWeights
-from skillmerge.methods.method import ANY, SHARE, WEIGHTS, Number, Ready, Steps, Sums, Unit, alike, method
+from skillmerge.methods.method import (
+    ANY,
+    OF_ROWS,
+    SHARE,
+    WEIGHTS,
+    Number,
+    Ready,
+    Steps,
+    Sums,
+    Unit,
+    alike,
+    either,
+    method,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,27 +67,67 @@ def _end(count: int, *, t: float, **_: Any) -> int | None:
     return 0 if t == 0 else 1 if t == 1 else None
 
 
-@method(alike(2), alone=_end, t=ANY, linear_above=SHARE)
-def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995) -> Steps:
+def of_rows(scope: str, **_: Any) -> bool:
+    return scope == "row"
+
+
+def of_matrices(scope: str = "matrix", **_: Any) -> int:
+    """One reading for the dot products of whole matrices."""
+    return int(scope == "matrix")
+
+
+def grams_of_rows(unit: Unit, v: Sequence[Tensor]) -> list[Gram]:
+    """The Gram matrix of each row of a run of whole rows."""
+    from skillmerge.bits import fold_rows  # which loads torch
+
+    sums = [fold_rows(product.view(-1, unit.columns)).tolist() for product in dot_products(*v)]
+    return [gram_of(row, len(v)) for row in zip(*sums, strict=True)]
+
+
+def for_rows(unit: Unit, like: Tensor, numbers: Sequence[float]) -> Tensor:
+    """One number for each row, at each of its elements."""
+    return like.new_tensor(numbers).repeat_interleave(unit.columns)
+
+
+@method(alike(2), alone=_end, rows=of_rows, readings=of_matrices, t=ANY, linear_above=SHARE, scope=OF_ROWS)
+def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995, scope: str = "matrix") -> Steps:
     """Go from one model to another on the sphere: t = 0 is the first, t = 1 the second.
 
     With c the cosine of two matrices and theta its angle: sin((1 - t) theta)/sin(theta) a + sin(t theta)/sin(theta) b.
-    Where |c| is above `linear_above`, or a matrix is 0, the straight line a - t (a - b).
+    Where |c| is above `linear_above`, or a matrix is 0, the straight line a - t (a - b). With scope=row each row has an
+    angle of its own.
 
     Source: Shoemake, "Animating rotation with quaternion curves", 1985.
     Differs: mergekit takes two zero vectors as orthogonal.
     Use: two models of one base that differ much; of close ones it is the straight line.
     """
-    one, dot, other = yield Sums(dot_products)
-    c = cosine(dot, one, other)
-    if not one or not other or abs(c) > linear_above:
-        return Ready(lambda a, b: a - (a - b) * t, {"cosine": c})
-    theta = math.acos(c)
-    ready = combined([math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)])
+
+    def arc(gram: Gram) -> list[float] | None:
+        """The factors of both, or None for the straight line."""
+        c = cosine(gram[0][1], gram[0][0], gram[1][1])
+        if not gram[0][0] or not gram[1][1] or abs(c) > linear_above:
+            return None
+        theta = math.acos(c)
+        return [math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)]
+
+    def line(a: Tensor, b: Tensor) -> Tensor:
+        return a - (a - b) * t
+
+    def rows(a: Tensor, b: Tensor) -> Tensor:
+        arcs = [arc(gram) for gram in grams_of_rows(unit, (a, b))]
+        straight = for_rows(unit, a, [float(found is None) for found in arcs])
+        one, other = (for_rows(unit, a, [found[index] if found else 0.0 for found in arcs]) for index in (0, 1))
+        return either(straight, line(a, b), a * one + b * other)
+
+    if scope == "row":
+        return Ready(rows)
+    gram = gram_of((yield Sums(dot_products)), 2)
+    c, factors = cosine(gram[0][1], gram[0][0], gram[1][1]), arc(gram)
+    ready = combined(factors) if factors else Ready(line)
     return Ready(ready.function, {"cosine": c, **ready.found})
 
 
-@method(alike(2, None), weights=WEIGHTS)
+@method(alike(2, None), readings=of_matrices, weights=WEIGHTS)
 def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
     """Take a weighted mean of directions on the sphere, times the weighted mean of norms.
 
@@ -106,8 +159,10 @@ def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
     return combined([size * x for x in _step(gram, m, tangent)])
 
 
-@method(alike(1, None), alone=lambda count, **_: 0 if count == 1 else None, steps=Number(1, 1000, whole=True),
-        tolerance=Number(0))  # fmt: skip
+@method(
+    alike(1, None), alone=lambda count, **_: 0 if count == 1 else None, readings=of_matrices,
+    steps=Number(1, 1000, whole=True), tolerance=Number(0),
+)  # fmt: skip
 def karcher(unit: Unit, *, steps: float = 10, tolerance: float = 1e-5) -> Steps:
     """Take the mean direction on the sphere, times the mean norm: the point with the least squared distances.
 

@@ -61,6 +61,7 @@ def plan_recipe(
     values = _coefficients(recipe, [name for name in donor.tensors if name not in left_out], donor.config)
     copied = copy_rules(recipe, donor)
     terms = _terms(recipe, values, copied)
+    recipe.refuse_unequal_calls({id(term): term for term in terms.values()}.values())
     exact = exact_tensors(recipe, checkpoints, donor_name, terms)
     wanted = output_specs(recipe, donor, exact)
     accounts = account_tensors(recipe, checkpoints, donor_name, terms, exact)
@@ -350,9 +351,11 @@ def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
 def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:
     """Return the parts of a plan that say what is read."""
     read = _bytes_read(tensors, checkpoints)
+    again = ((it.readings, source) for it in tensors.values() if it.readings for source in it.sources)
     return {
         "inputs": tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
         "bytes_read": sum(read.values()),
+        "bytes_again": sum(readings * checkpoints[name].cost(source) for readings, (name, source) in again),
         "input_itemsizes": itemsizes(tensors, checkpoints),
         "versions": versions(checkpoints),
     }
