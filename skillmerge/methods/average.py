@@ -59,7 +59,7 @@ def model_stock(unit: Unit, *, negative: str = "zero", scope: str = "matrix") ->
         c = min(1.0, math.fsum(pairs) / len(pairs))
         c = max(0.0, c) if negative == "zero" else c
         below = 1 + (count - 1) * c
-        return c, count * c / below if below else 0.0
+        return c, count * c / below if abs(below) > 1e-6 else 0.0  # where updates cancel, nothing is left
 
     def rows(*v: Tensor) -> Tensor:
         factors = [shortened(gram)[1] / count for gram in grams_of_rows(unit, v)]

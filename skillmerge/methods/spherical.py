@@ -105,8 +105,8 @@ def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995, scope: str = "m
     def arc(gram: Gram) -> list[float] | None:
         """The factors of both, or None for the straight line."""
         c = cosine(gram[0][1], gram[0][0], gram[1][1])
-        if not gram[0][0] or not gram[1][1] or abs(c) > linear_above:
-            return None
+        if not gram[0][0] or not gram[1][1] or abs(c) > linear_above or 1 - c * c < 1e-12:
+            return None  # with an angle of 0 or 180 degrees there is no arc, or no one arc
         theta = math.acos(c)
         return [math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)]
 
