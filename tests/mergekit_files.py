@@ -66,7 +66,7 @@ dtype: float16
         layers=40,
         warnings=(DTYPE,),
         notes=(TIE,),
-        merge="Llama_2 + elect( trim(orca_mini - Llama_2, density=density_orca_mini), "
+        merge="Llama_2 + elect(trim(orca_mini - Llama_2, density=density_orca_mini), "
         "trim(Platypus2 - Llama_2, density=0.5), trim(WizardMath - Llama_2, density=0.33), "
         "weights=[1, weight_Platypus2, weight_WizardMath])",
     ),
@@ -84,7 +84,8 @@ dtype: float16
 """,
         warnings=(DTYPE,),
         notes=(TIE,),
-        merge="Mistral + ties(Mistral_Instruct - Mistral, BioMistral - Mistral, density=0.5, weights=0.5, normalize=no)",
+        merge="Mistral + ties(Mistral_Instruct - Mistral, BioMistral - Mistral, density=0.5, "
+        "weights=0.5, normalize=no)",
     ),
     "gradient-slerp": File(
         """\
@@ -239,7 +240,7 @@ dtype: bfloat16
 """,
         layers=42,
         warnings=(DTYPE, LOTS),
-        merge="gemma_2 + elect( drop(gemma_2_it - gemma_2, density=0.53, rescale=l1), "
+        merge="gemma_2 + elect(drop(gemma_2_it - gemma_2, density=0.53, rescale=l1), "
         "drop(Gemma_2_It_SPPO_Iter3 - gemma_2, density=0.53, rescale=l1), "
         "drop(gemma_2_it_SimPO - gemma_2, density=0.53, rescale=l1), weights=[0.4, 0.3, 0.3], normalize=no)",
     ),
