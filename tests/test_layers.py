@@ -89,11 +89,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "checkpoints": (
         "kinds.table",
         "kinds.skill schemes",
-        "kinds.dense kinds.patch kinds.skill_planes renamed stores.hub stores.memory",
+        "kinds.dense kinds.patch kinds.skill_planes renamed spooled stores.hub stores.memory",
         "tokenizers.tokenizer",
         "tokenizers.vocabulary",
         "tokenizers.small_files",
-        "checkpoint spooled stores.folder",
+        "checkpoint stores.folder",
         "store tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
         "kinds.sparse missing model_config safetensors stores.hub_client",
         "foreign place",

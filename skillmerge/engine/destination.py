@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from skillmerge.engine.measures.skill_statistics import SkillInput
 from skillmerge.engine.rounding_statistics import TensorStatistics
+from skillmerge.methods.method import Scalars
 from skillmerge.plans.plan import ShardPlan
-
-Scalars = Mapping[str, Sequence[float]]
-"""What the calls of one tensor's formula found of it, by name, for each of its matrices."""
 
 
 @dataclass(frozen=True, slots=True)

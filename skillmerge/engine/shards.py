@@ -18,13 +18,14 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.engine.destination import Destination, Scalars, ShardRecord, SpanFile
+from skillmerge.engine.destination import Destination, ShardRecord, SpanFile
 from skillmerge.engine.measures.preparing import Preparations
 from skillmerge.engine.rounding_statistics import total
 from skillmerge.engine.runner import Room
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Buffer, Span, spans
 from skillmerge.engine.worker import Settings, Statistics, Worker
+from skillmerge.methods.method import Scalars
 from skillmerge.plans.budget import OUTPUT_BUFFERS, WRITERS
 from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.tensors import DTYPES, PAGE

@@ -21,6 +21,7 @@ from skillmerge.methods.method import (
     either,
     keep,
     method,
+    times,
     words,
 )
 from skillmerge.methods.sparsify import largest as largest_sizes
@@ -35,7 +36,7 @@ ZERO = words("plus", "majority")
 
 
 def weighted(v: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
-    return [x if weight == 1 else x * weight for x, weight in zip(v, weights, strict=True)]
+    return [x if weight == 1 else times(x, weight) for x, weight in zip(v, weights, strict=True)]
 
 
 def total(v: Sequence[Tensor]) -> Tensor:

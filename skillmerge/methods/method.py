@@ -157,6 +157,8 @@ class Ready:
     found: Mapping[str, float] = field(default_factory=dict)
 
 
+Scalars = Mapping[str, Sequence[float]]
+"""What the calls of one tensor's formula found of it, by name, for each of its matrices."""
 Steps = Generator[Wish, Any, Ready]
 
 
@@ -211,6 +213,11 @@ class Method:
 def keep(v: Tensor, mask: Tensor) -> Tensor:
     """Return v where the mask is 1, and +0 where it is 0. Forty times faster than a select on the CPU."""
     return v.mul(mask).add_(0.0)
+
+
+def times(v: Tensor, factor: float) -> Tensor:
+    """Return v * factor, of +0 always +0."""
+    return v * factor if factor >= 0 else v.mul(factor).add_(0.0)
 
 
 def either(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from skillmerge.methods.evaluate import CallRunner
 from skillmerge.methods.folds import Fold, fold_of
 from skillmerge.methods.linear import Program
-from skillmerge.methods.method import Ranks, Ready, Sums, Unit
+from skillmerge.methods.method import Ranks, Ready, Scalars, Sums, Unit
 from skillmerge.methods.rounding import lots_key, uniform
 from skillmerge.methods.terms import Call, calls
 
@@ -147,7 +147,7 @@ class Preparation:
 
         return run
 
-    def found(self) -> dict[str, list[float]]:
+    def found(self) -> Scalars:
         """Return the numbers that the calls found, of each unit: `trim 1 threshold`."""
         result: dict[str, list[float]] = {}
         for unit, states in enumerate(self._states):

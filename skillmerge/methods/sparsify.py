@@ -128,7 +128,7 @@ def drop(
 
     def chances(v: Tensor) -> Tensor:
         if unit.columns == 1 or spread is None:
-            return v.double().fill_(density)
+            return v.double().clone().fill_(density)
         ranks = ranks_by_row(v.view(-1, unit.columns)).flatten()
         return ranks.mul_(2 * spread / (unit.columns - 1)).add_(density - spread)
 

@@ -61,7 +61,6 @@ def plan_recipe(
     values = _coefficients(recipe, [name for name in donor.tensors if name not in left_out], donor.config)
     copied = copy_rules(recipe, donor)
     terms = _terms(recipe, values, copied)
-    recipe.refuse_unequal_calls({id(term): term for term in terms.values()}.values())
     exact = exact_tensors(recipe, checkpoints, donor_name, terms)
     wanted = output_specs(recipe, donor, exact)
     accounts = account_tensors(recipe, checkpoints, donor_name, terms, exact)
@@ -172,6 +171,7 @@ def _terms(
         if row not in by_values:
             by_values[row] = _degree_term(recipe, dict(zip(recipe.coefficients, row, strict=True)), name)
         terms[name] = by_values[row]
+    recipe.refuse_unequal_calls(by_values.values())
     return terms
 
 

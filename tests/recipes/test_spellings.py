@@ -52,7 +52,7 @@ MISTAKES = {
     ),
     (_MERGE, "slerp(target, rl, 0.5)"): (
         "4:26", "the expression gives a number to `slerp` as an operand",
-        "name it: `slerp(a, b, t=, linear_above=0.9995)`",
+        "name it: `slerp(a, b, t=, linear_above=0.9995, scope=matrix)`",
     ),
     (_MERGE, "mean(target, rl)"): ("4:8", f"the expression calls `mean`, {_NONE}", "for an average write (a + b) / 2"),
     (_MERGE, "frob(target, rl)"): (

@@ -6,24 +6,28 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.spooled import Spooled
-from skillmerge.engine.destination import Scalars
 from skillmerge.engine.stream import Stream
 from skillmerge.errors import UnusableWeights
+from skillmerge.methods.method import Scalars
 from skillmerge.methods.preparation import Partials, Preparation, State, Stretch, state_of_model
 from skillmerge.methods.terms import Call
 from skillmerge.plans.plan import Plan, TensorPlan
-
-if TYPE_CHECKING:
-    from skillmerge.engine.worker import Worker
 
 _WAIT = 0.2
 """Seconds between two looks at whether the run is over, of a thread that waits for another one's stretch."""
 
 Read = Callable[[Preparation, Stretch], Partials]
+
+
+class StretchReader(Protocol):
+    """What a thread reads stretches with."""
+
+    def read_stretch(self, tensor: TensorPlan, preparation: Preparation, stretch: Stretch) -> Partials: ...
+    def close(self) -> None: ...
 
 
 class _Shared:
@@ -46,7 +50,7 @@ class Preparations:
         self._lock = threading.Lock()
         self._of_model = _states_of_model(plan)
 
-    def read_model(self, stream: Stream, worker: Callable[[], Worker], threads: int) -> None:
+    def read_model(self, stream: Stream, worker: Callable[[], StretchReader], threads: int) -> None:
         """Find out what methods have to know of the whole model, if they do: before anything is merged."""
         tensors = [it for it in self._plan.tensors.values() if it.program and any(c.by_model for c in it.program.calls)]
 
