@@ -115,7 +115,7 @@ class Found:
         if self.wrong:
             return ", ".join(self.wrong)
         if self.steps:
-            return f"equal but for one step of bfloat16 in {self.steps} elements"
+            return f"equal but for one bfloat16 step in {self.steps} element{'s' * (self.steps > 1)}"
         return "equal" if not self.excused else f"equal but for {self.excused} elements where updates cancel"
 
 
