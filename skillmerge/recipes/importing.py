@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.model_config import layers_in
+from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.durable import disk_errors
-from skillmerge.errors import UsageError, did_you_mean, some
+from skillmerge.errors import InputError, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.foreign.documents import is_mergekit
 from skillmerge.recipes.formula.donor import donor_of
 from skillmerge.recipes.formula.parser import parse
-from skillmerge.recipes.formula.tree import ExpressionError
+from skillmerge.recipes.formula.tree import ExpressionError, names_in
 from skillmerge.recipes.mergekit.config import Config, Surroundings, place_of, read
 from skillmerge.recipes.mergekit.methods import expression
 from skillmerge.recipes.mergekit.notes import Notes, Refused
 from skillmerge.recipes.mergekit.output import dtype_of, tokenizer_of
+from skillmerge.recipes.mergekit.settings import Varying
 from skillmerge.recipes.mergekit.translation import Translation
 from skillmerge.recipes.mergekit.writing import Draft, moved, names_of, text_of
+from skillmerge.recipes.schedules import matcher
 from skillmerge.recipes.schema import read_table
 from skillmerge.recipes.source import STANDARD_INPUT
 from skillmerge.recipes.source import text_of as source_text
@@ -133,18 +136,52 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
     place = place_of(document.data, around, notes)
     like = tokenizer_of(config, notes, place) or config.base or config.models[0]
     try:
-        donor = donor_of(parse(merge, [*names.values()], [*given.coefficients]))
+        node = parse(merge, [*names.values()], [*given.coefficients])
     except ExpressionError as error:
         raise Refused(f"the translation {error}: {merge}"[:400], fix="write it by hand, in fewer terms") from error
-    if names[like] != donor:
+    if names[like] != donor_of(node):
         output["like"] = names[like]
     if (dtype := dtype_of(config, notes)) is not None:
         output["dtype"] = dtype
     given.note_unused()
-    used = {name: moved(place, start) for place, name in names.items()}
+    used = {name.name for name in names_in(node)} | {names[like]}
+    tensors = _tensors(places, around.home)
+    models = {name: moved(place, start) for place, name in names.items() if name in used}
+    coefficients = {
+        name: _without_idle(found, tensors, notes) for name, found in given.coefficients.items() if name in used
+    }
     remarks = sorted(notes.found, key=lambda remark: remark.level != "warning")
     title = f"{config.method}, from {Path(document.name).name if document.name != STANDARD_INPUT else 'mergekit'}"
-    return Draft(title, used, given.coefficients, merge, output, remarks), config
+    return Draft(title, models, coefficients, merge, output, remarks), config
+
+
+def _without_idle(found: Varying, names: frozenset[str] | None, notes: Notes) -> Varying:
+    """Return a coefficient without rules that match none of the tensors: mergekit passes over such filters."""
+    if names is None:
+        return found
+    kept = []
+    for rule in found.rules:
+        if not rule.tensors or any(map(matcher([rule.tensors]).match, names)):
+            kept.append(rule)
+        else:
+            notes.note(f"a filter matches no tensor, and is left out: `{rule.tensors.strip('*')}`", *found.path)
+    return replace(found, rules=tuple(kept))
+
+
+def _tensors(places: Iterable[str], home: Path) -> frozenset[str] | None:
+    """Return the names of a local model's tensors, or None if there is none."""
+    for place in places:
+        folder = home / place
+        try:
+            index = folder / "model.safetensors.index.json"
+            if index.is_file():
+                return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            file = folder / "model.safetensors"
+            if file.is_file():
+                return frozenset(tensor.name for tensor in read_header(str(file), file.name).tensors)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, InputError):
+            continue
+    return None
 
 
 def _chosen(documents: Sequence[Document], name: str, chosen: str | None) -> Document:

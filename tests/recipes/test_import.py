@@ -189,6 +189,44 @@ def test_several_modules_are_the_tensors_that_are_called_so(tmp_path: Path) -> N
     assert "each module is taken to be the tensors whose names contain its name" in made.warnings[0].message
 
 
+def test_filters_that_match_no_tensor_are_left_out_where_the_tensors_are_known(tmp_path: Path) -> None:
+    filters = [{"filter": "lm_head", "value": 1}, {"filter": "rotary", "value": 2}, {"filter": "mlp", "value": 3}]
+    document: dict[str, Any] = {"merge_method": "task_arithmetic", **BASE, "models": PLAIN[:1]}
+    document["parameters"] = {"weight": [*filters, *filters[:1], {"value": 0}]}
+    rules = data_of(imported(tmp_path, document))["coefficients"]["weight"]["rules"]
+    assert [rule["tensors"] for rule in rules] == ["*mlp*", "*rotary*", "*lm_head*"]
+    family(tmp_path, base=0, a=1e-3)
+    made = imported(tmp_path, document, output=tmp_path / "recipe.yaml")
+    assert [rule["tensors"] for rule in data_of(made)["coefficients"]["weight"]["rules"]] == ["*mlp*", "*lm_head*"]
+    assert made.remarks[0].message.startswith("a filter matches no tensor, and is left out: `rotary` (line ")
+    assert skillmerge.plan(tmp_path / "recipe.yaml").ok
+    document["parameters"] = {"weight": [filters[1], {"value": 0.5}]}
+    assert data_of(imported(tmp_path, document))["coefficients"] == {"weight": 0.5}
+
+
+def test_coefficients_that_the_expression_does_not_have_are_left_out(tmp_path: Path) -> None:
+    document = {"merge_method": "linear", "models": PLAIN[:1], "parameters": {"weight": [1, 2]}}
+    assert "coefficients" not in data_of(imported(tmp_path, document))
+
+
+def test_long_expressions_have_an_addend_or_an_operand_on_each_line(tmp_path: Path) -> None:
+    models = [{"model": f"./model-of-a-long-name-{number}"} for number in "abcd"]
+    document = {"merge_method": "ties", **BASE, "models": models, "parameters": {"weight": 1, "density": 0.5}}
+    operands = "".join(f"    model_of_a_long_name_{number} - base,\n" for number in "abcd")
+    text = imported(tmp_path, document).text
+    assert f"merge: >-\n  base + ties(\n{operands}    density=0.5)\noutput:" in text
+    document |= {"merge_method": "dare_linear"}
+    drop = "+ drop(model_of_a_long_name_{} - base, density=0.5, rescale=l1)"
+    addends = "".join(f"  {drop.format(number)}\n" for number in "abcd")
+    assert f"merge: >-\n  base\n{addends}output:" in imported(tmp_path, document).text
+
+
+def test_comments_cannot_be_ended_by_what_they_quote(tmp_path: Path) -> None:
+    made = imported(tmp_path, {"merge_method": "passthrough", "models": PLAIN[:1], "a\nmerge: b\u2028c": 1})
+    assert data_of(made)["merge"] == "a"
+    assert "merge: b c` means nothing to mergekit" in made.text
+
+
 # ------------------------------------------------------------------------------------------------ slices
 
 
@@ -218,6 +256,21 @@ def test_layers_of_several_models_in_their_places_are_passed_through(tmp_path: P
     for name, tensor in merged.items():
         from_a = name.startswith(("model.layers.0.", "model.embed"))
         assert torch.equal(tensor, (a if from_a else b)[name]), name
+
+
+def test_slices_may_name_the_base_if_all_name_the_same(tmp_path: Path) -> None:
+    def slices(*bases: str | None) -> dict[str, Any]:
+        found = []
+        for index, base in enumerate(bases):
+            sources = [{"model": name, "layer_range": [index, index + 1]} for name in ("./a", "./b")]
+            found.append({"sources": sources, **({"base_model": base} if base else {})})
+        return {"merge_method": "slerp", "slices": found, "parameters": {"t": 0.5}}
+
+    assert merge_of(tmp_path, slices("./b", "./b"), layers=2) == "slerp(b, a, t=0.5)"
+    with pytest.raises(RecipeError, match=r"this slice has the base `\./a`, and others have `\./b`"):
+        imported(tmp_path, slices("./b", "./a"), layers=2)
+    with pytest.raises(RecipeError, match="some slices have a `base_model`, and others have none"):
+        imported(tmp_path, slices("./b", None), layers=2)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def place_of(data: Mapping[str, Any], around: Surroundings, notes: Notes) -> Cal
 class _Reader:
     def __init__(self, data: Mapping[str, Any], around: Surroundings, notes: Notes) -> None:
         self.data, self.around, self.notes = data, around, notes
-        self.bases: dict[str, Keys] = {}
+        self.bases: list[tuple[str, Keys]] = []
         self.above = self.level(data)
 
     def level(self, data: Mapping[str, Any], *path: str | int) -> Level:
@@ -153,7 +153,7 @@ class _Reader:
         """Return the base of the whole model; those of slices have to be the same."""
         found = self.data.get("base_model")
         base = self.place(found, "base_model") if found is not None else None
-        for other, path in self.bases.items():
+        for other, path in self.bases:
             if base is not None and other != base:
                 raise Refused(f"this slice has the base `{other}`, and others have `{base}`", *path, fix=_BASES)
             base = other
@@ -231,7 +231,8 @@ class _Reader:
             if len(set(ends)) > 1:
                 raise Refused("the sources of this slice have different numbers of layers", *here)
             if data.get("base_model") is not None:
-                self.bases[self.place(data["base_model"], *here, "base_model")] = (*here, "base_model")
+                at = (*here, "base_model")
+                self.bases.append((self.place(data["base_model"], *at), at))
             found.append(Region(sources, (self.level(data, *here), *levels), (first, ends[0] - 1)))
             first = ends[0]
         layers = self.around.layers

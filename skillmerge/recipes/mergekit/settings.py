@@ -79,7 +79,8 @@ def choices(levels: Sequence[Level], key: str, default: Any, number: Callable[..
             continue
         path = (*level.path, key)
         for choice in _of_setting(level.table[key], path, number):
-            found.append(choice)
+            if choice.text is None or all(choice.text != nearer.text for nearer in found):
+                found.append(choice)
             if choice.text is None:
                 return tuple(found)
     if default is None:

@@ -69,10 +69,13 @@ class Translation:
         called = {"lambda": "lam"}.get(key, key)
         if model is not None and not self._alike(key, default, how):
             called = f"{called}_{self.names[model]}"
-        while called in self.names.values():
-            called += "_"
-        self.coefficients[called] = found
-        return called
+        return self._named(called, found)
+
+    def _named(self, name: str, found: Varying) -> str:
+        while name in self.names.values():
+            name += "_"
+        self.coefficients[name] = found
+        return name
 
     def flag(self, key: str, default: bool) -> bool:
         """Return a parameter that is yes or no, everywhere the same. Raises Refused."""
@@ -86,9 +89,7 @@ class Translation:
         parts = [(Choice(None, (float(model in region.sources),)),) for region in self.config.regions]
         found = varying(self.config.regions, parts)
         assert isinstance(found, Varying), "every model is in some slices and not in others"
-        called = f"layers_of_{self.names[model]}"
-        self.coefficients[called] = found
-        return called
+        return self._named(f"layers_of_{self.names[model]}", found)
 
     def sums(self, key: str) -> list[tuple[Cell, float]]:
         """Return what a parameter of all models but the base, or of all that have it, adds up to everywhere."""

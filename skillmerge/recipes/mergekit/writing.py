@@ -71,10 +71,10 @@ def moved(place: str, start: str) -> str:
 
 def text_of(draft: Draft) -> str:
     """Return the recipe."""
-    lines = [f"# {draft.title}"]
+    lines = [f"# {_plain(draft.title)}"]
     for remark in draft.remarks:
         lines += textwrap.wrap(
-            f"{remark.level}: {remark.message}", _WIDTH, initial_indent="# ", subsequent_indent="#   ",
+            _plain(f"{remark.level}: {remark.message}"), _WIDTH, initial_indent="# ", subsequent_indent="#   ",
             break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
     lines += ["skillmerge: 1", "models:"]
@@ -99,6 +99,8 @@ def quoted(place: str) -> str:
 
 def _coefficient(name: str, coefficient: Varying) -> list[str]:
     source = f"  # {_key(coefficient.path)}" if coefficient.path else ""
+    if not coefficient.rules:
+        return [f"  {name}: {written(coefficient.default)}{source}"]
     lines = [f"  {name}:{source}", f"    default: {written(coefficient.default)}", "    rules:"]
     return lines + [f"      - {{{_rule(rule)}}}" for rule in coefficient.rules]
 
@@ -117,23 +119,36 @@ def _points(points: Points) -> str:
 def _key(path: Path) -> str:
     """Return a path as people write it: models[1].parameters.weight."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-    return " ".join(text.split())
+    return _plain(text)
+
+
+def _plain(text: str) -> str:
+    """Return text for a comment, which it cannot end."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
 def _merge(text: str) -> list[str]:
-    """Return the expression on one line, or the arguments of its calls on one line each."""
+    """Return the expression on one line; a longer one with each addend, or what is in its parentheses, on its own."""
     if len(text) + len("merge: ") <= _WIDTH:
         return [f"merge: {text}"]
-    lines, depth, line, nested = [], 0, "  ", 0
+    addends = _split(text, " + ", " - ")
+    if len(addends) > 2 or "(" not in text:
+        return ["merge: >-", *(f"  {addend}" for addend in addends)]
+    first = text.index("(") + 1
+    inner = _split(text[first:], ")")[0]
+    parts = _split(inner, ", ")
+    parts = parts if len(parts) > 1 else _split(inner, " + ", " - ")
+    *lines, last = (f"    {part}" for part in parts)
+    return ["merge: >-", f"  {text[:first]}", *lines, last + text[first + len(inner) :]]
+
+
+def _split(text: str, *at: str) -> list[str]:
+    """Cut a text outside of parentheses: behind a comma, before other signs."""
+    parts, start, depth = [], 0, 0
     for index, sign in enumerate(text):
-        line += sign
-        opens = sign == "(" and depth == 0
-        nested += sign == "["
-        nested -= sign == "]"
-        depth += (sign == "(") - (sign == ")")
-        adds = depth == 1 and sign == " " and text[index - 1] in "+" and not nested
-        if opens or adds or (depth == 1 and sign == "," and not nested):
-            lines.append(line.rstrip())
-            line = "    "
-        line = line if line.strip() else line[:4]
-    return ["merge: >-", *lines, line]
+        if depth == 0 and (found := next((each for each in at if text.startswith(each, index)), None)):
+            end = index + (found == ", ")
+            parts.append(text[start:end])
+            start = end + (found != ")")
+        depth += (sign in "([") - (sign in ")]")
+    return [*parts, text[start:]]
