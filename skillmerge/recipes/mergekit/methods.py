@@ -274,7 +274,10 @@ def _karcher(given: Translation) -> str:
     points = config.models if config.base is None or config.listed else (*config.models, config.base)
     if config.base is not None:
         given.notes.note("mergekit takes the base as one more point, and so does this recipe")
-    steps, tolerance = given.number("max_iter", default=10), given.number("tol", default=1e-5)
+    steps, tolerance = (
+        given.number("max_iter", default=10, check=_steps),
+        given.number("tol", default=1e-5, check=_size),
+    )
     names = [given.name(model) for model in points]
     return _call("karcher", names, _unless("10", "steps", steps), _unless("1e-05", "tolerance", tolerance))
 
@@ -297,6 +300,12 @@ def _share(value: float) -> float:
     if value < 0:
         raise ValueError("a share from 0 to 1")
     return min(value, 1.0)
+
+
+def _steps(value: float) -> float:
+    if value != int(value) or not 1 <= value <= 1000:
+        raise ValueError("a whole number from 1 to 1000")
+    return value
 
 
 def _size(value: float) -> float:

@@ -14,6 +14,8 @@ from skillmerge.recipes.mergekit.settings import Cell, Choice, Varying, cells, c
 
 _SILENT = {"int8_mask"}
 _WORDS = {"yes": True, "on": True, "true": True, "1": True, "no": False, "off": False, "false": False, "0": False}
+_LARGEST = 1e30
+"""Above it, products and sums of parameters are not finite numbers everywhere."""
 Check = Callable[[float], float]
 
 
@@ -157,6 +159,8 @@ def _number(value: Any, key: str, *path: str | int) -> float:
         found = math.nan
     if not math.isfinite(found):
         raise Refused(f"`{key}` is not a number: {value!r}"[:80], *path, fix="write a number, such as 0.5")
+    if abs(found) > _LARGEST:
+        raise Refused(f"`{key}` is too large: {found:g}", *path, fix="write a number, such as 0.5")
     return found
 
 
