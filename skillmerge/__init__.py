@@ -31,6 +31,7 @@ _HOMES = {
     "extract": "verbs.extract",
     "finish": "verbs.tasks.finish",
     "gate": "study.gates",
+    "import_recipe": "recipes.importing",
     "init": "recipes.starter",
     "inspect": "study.inspect",
     "lint": "recipes.lint",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from skillmerge.outputs.hub.push import rehearse_push as rehearse_push
     from skillmerge.outputs.proof.attest import attest as attest
     from skillmerge.outputs.proof.sign import sign as sign
+    from skillmerge.recipes.importing import import_recipe as import_recipe
     from skillmerge.recipes.lint import lint as lint
     from skillmerge.recipes.schema import schema as schema
     from skillmerge.recipes.starter import init as init

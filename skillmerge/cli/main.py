@@ -35,7 +35,7 @@ Exit statuses:
 
 
 _GROUPS = {
-    "Start": ("demo", "init", "schema", "doctor"),
+    "Start": ("demo", "init", "import", "schema", "doctor"),
     "Merge": ("lint", "plan", "apply", "sweep"),
     "On a cluster": ("shard", "finish"),
     "Inspect and reuse": ("inspect", "extract", "export", "derive"),
@@ -103,7 +103,7 @@ for _command in (
     merging.apply, merging.plan, clusters.shard, clusters.finish,
     studying.extract, studying.export, studying.inspect, studying.derive, studying.sweep,
     proving.verify, proving.gate, proving.rebuild, proving.sign, proving.attest, proving.push,
-    starting.init, starting.lint, starting.schema, starting.doctor, starting.demo,
+    starting.init, starting.import_, starting.lint, starting.schema, starting.doctor, starting.demo,
 ):  # fmt: skip
     cli.add_command(flags.log_format(_command))
 

@@ -140,10 +140,9 @@ def numbers_meant(name: str, values: Sequence[object]) -> str:
     listed = [repr(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(listed) < 2 or len(listed) != len(values):
         return "a coefficient is one number, or a table with `rules`"
-    ramp = f"`{name}: {{rules: [{{layers: 0-, ramp: [{listed[0]}, {listed[-1]}]}}]}}`"
+    ramp = f"`{name}: {{rules: [{{layers: 0-, ramp: [{', '.join(listed)}]}}]}}`"
     tried = f"`skillmerge sweep RECIPE --set {name}={','.join(listed)}`"
-    ends = " (a ramp takes two ends, nothing between)" if len(listed) > 2 else ""
-    return f"to change it over the layers, write {ramp}{ends}; to try each: {tried}"
+    return f"to change it over the layers, write {ramp}; to try each: {tried}"
 
 
 def _row(table: dict[str, str], word: str) -> str | None:
