@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skillmerge.methods.evaluate import Scratch, evaluate
 from skillmerge.methods.linear import compile_term
-from skillmerge.methods.preparation import Partials, Preparation
+from skillmerge.methods.preparation import Partials, Preparation, state_of_model
 from skillmerge.methods.rounding import round_nearest
 from skillmerge.methods.terms import Term
 from skillmerge.recipes.formula.bind import bind, check_calls
@@ -35,7 +35,10 @@ def prepared(
     term = bound(text, list(tensors), **coefficients)
     assert term is not None
     program = compile_term(term)
-    preparation = Preparation(program, next(iter(tensors.values())).shape, name, seed)
+    shape = next(iter(tensors.values())).shape
+    # The tensor is all of the model.
+    of_model = {call.position: state_of_model(call, shape.numel()) for call in program.calls if call.by_model}
+    preparation = Preparation(program, shape, name, seed, of_model)
     flat = {model: tensors[model].contiguous().view(-1) for model in program.models}
     readings = 0
     while stretches := preparation.stretches(tile):
@@ -46,6 +49,8 @@ def prepared(
             evaluate(program, here, _scratch(here), preparation.collector(stretch, first, inside, partials))
             for fold, partial in partials:
                 fold.add(partial)
+        for state in of_model.values():
+            state.advance()
         preparation.advance()
     return preparation, readings
 
