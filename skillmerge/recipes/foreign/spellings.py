@@ -66,6 +66,7 @@ _CALLS = {
     "breadcrumbs": "write base + lam * (band(a - base, density=0.9) + band(b - base, density=0.9))",
     "breadcrumbs_ties": "write base + elect(band(a - base, density=0.9), band(b - base, density=0.9))",
     "ties_merging merge_ties": "write base + ties(a - base, b - base, density=0.3)",
+    "derive": "write match(v, to=u) for the size of another update, project(v, off=u) to take its direction away",
     "stock": "write base + model_stock(a - base, b - base)",
     "magmax emr": "write base + pick(a - base, b - base), or elect with pick=max",
     "nearswap": "write a + clip(b - a, at=0.001)",
