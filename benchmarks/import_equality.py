@@ -168,6 +168,8 @@ def either_answer(work: Path, config: dict[str, Any], name: str) -> torch.Tensor
             cosine = (one * other).sum() / one.norm() / other.norm()
             if config["merge_method"] in ("slerp", "nuslerp", "multislerp", "model_stock") and 1 - cosine.abs() < 1e-6:
                 return torch.ones_like(base, dtype=torch.bool)
+    if config["merge_method"] not in ("ties", "breadcrumbs_ties", "dare_ties", "della", "sce") or not updates:
+        return torch.zeros_like(base, dtype=torch.bool)
     elected = torch.zeros_like(base), torch.zeros_like(base)
     for entry, update in zip(models, updates, strict=True):
         settings = {**config.get("parameters", {}), **entry.get("parameters", {})}
