@@ -45,6 +45,9 @@ WORDS = {
 }
 """Options whose parameters have another name, as `from` and `set` must, and several values are named in the plural."""
 
+CALLED = {"methods": "list_methods"}
+"""Commands whose function has another name: `skillmerge.methods` is the package of the methods."""
+
 ONLY_PYTHON = {
     "apply": {"commits", "expected"},
     "sweep": {"finished"},
@@ -54,6 +57,12 @@ ONLY_PYTHON = {
 
 ALSO = {"SkillmergeError", "__version__", "export_patch", "rehearse_push", "verify_signed"}
 """Public names that are no commands."""
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    """The function of a command."""
+    found: Callable[..., Any] = getattr(skillmerge, CALLED.get(name, name))
+    return found
 
 
 def words(command: click.Command) -> set[str]:
@@ -69,17 +78,17 @@ def words(command: click.Command) -> set[str]:
 
 
 def test_every_command_is_a_function_and_nothing_else_is_public() -> None:
-    assert set(skillmerge.__all__) == set(cli.commands) | ALSO
+    assert set(skillmerge.__all__) == {CALLED.get(name, name) for name in cli.commands} | ALSO
     assert set(skillmerge.__all__) <= set(dir(skillmerge))
     assert len(skillmerge.__all__) == len(set(skillmerge.__all__))
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_function_is_called_what_the_package_calls_it(name: str) -> None:
-    function = getattr(skillmerge, name)
+    function, called = function_of(name), CALLED.get(name, name)
     assert inspect.isfunction(function)
-    assert function.__name__ == function.__qualname__ == name
-    assert function.__module__ == f"skillmerge.{skillmerge._HOMES[name]}"
+    assert function.__name__ == function.__qualname__ == called
+    assert function.__module__ == f"skillmerge.{skillmerge._HOMES[called]}"
     summary = (inspect.getdoc(function) or "").splitlines()[0]
     assert summary.endswith((".", ":", ";", "or")) or len(summary) > 60, summary
     assert inspect.signature(function).return_annotation is not inspect.Signature.empty
@@ -139,7 +148,7 @@ def test_the_package_runs_as_a_module() -> None:
 def test_function_has_the_words_of_its_command(name: str) -> None:
     other = WORDS.get(name, {})
     said = {other.get(word, word) for word in words(cli.commands[name]) - TERMINAL}
-    parameters = set(inspect.signature(getattr(skillmerge, name)).parameters)
+    parameters = set(inspect.signature(function_of(name)).parameters)
     assert said - parameters == set()
     assert parameters - said == ({"reporter"} & parameters) | ONLY_PYTHON.get(name, set())
 
@@ -153,7 +162,7 @@ def test_no_pair_of_words_is_left_over() -> None:
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_defaults_are_those_of_the_command(name: str) -> None:
-    parameters = inspect.signature(getattr(skillmerge, name)).parameters
+    parameters = inspect.signature(function_of(name)).parameters
     for option in cli.commands[name].params:
         parameter = parameters.get(str(option.name))
         default = option.to_info_dict()["default"]
@@ -167,7 +176,7 @@ def test_defaults_are_those_of_the_command(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(cli.commands) - {"init", "schema"}))
 def test_result_is_frozen_short_and_plain(name: str) -> None:
-    function = getattr(skillmerge, name)
+    function = function_of(name)
     for word in inspect.signature(function).return_annotation.split(" | "):
         kind = getattr(sys.modules[function.__module__], word)
         assert is_dataclass(kind)
@@ -199,6 +208,7 @@ def test_results_are_what_json_prints(family: Path) -> None:
         (lambda: skillmerge.verify(skill, parent=rl), ["verify", skill, "--parent", rl]),
         (lambda: skillmerge.inspect(skill), ["inspect", skill]),
         (lambda: skillmerge.lint(family), ["lint", family]),
+        (lambda: skillmerge.list_methods("ties"), ["methods", "ties"]),
     ]
     for function, arguments in cases:
         result = function()

@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "sweep.sweep tasks.finish verify",
         "export.export extract rebuild sweep.in_memory sweep.setting",
         "apply export.lora export.patch plan sweep.search tasks.shard",
-        "demo.miniature derive result source sweep.journal target tasks.collect",
+        "demo.miniature result source sweep.journal target tasks.collect",
         "records sweep.candidates tasks.index",
     ),
     "study": (
@@ -80,7 +80,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "gate_table",
         "schema",
         "formula.bind formula.donor formula.parser lint_rules lock schedules source",
-        "foreign.documents foreign.near_misses tables.recipe",
+        "catalog foreign.documents foreign.near_misses tables.recipe",
         "formula.arguments yamltext foreign.mergekit foreign.spellings tables.gates",
         "formula.tree tables.values",
     ),

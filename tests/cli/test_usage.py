@@ -48,6 +48,11 @@ TYPED = {
         "no such command `validate`",
         "of a recipe: `skillmerge lint RECIPE`; of an output: `skillmerge verify FOLDER`",
     ),
+    "derive r.yaml --choice match": (
+        "no such command `derive`",
+        "call `match` or `project` in the recipe: `merge: target + lam * match(rl - sft, to=target - base)`; "
+        "`skillmerge methods` explains both",
+    ),
     "aply r.yaml": ("no such command `aply`", "did you mean `apply`?"),
     "frobnicate": ("no such command `frobnicate`", "run `skillmerge --help`"),
     "apply": ("missing argument `RECIPE`", "write `skillmerge apply RECIPE`"),

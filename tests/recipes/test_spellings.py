@@ -53,11 +53,11 @@ MISTAKES = {
     ),
     (_MERGE, "slerp(target, rl, 0.5)"): (
         "4:26", "the expression gives a number to `slerp` as an operand",
-        "name it: `slerp(a, b, t=, linear_above=0.9995)`",
+        "name it: `slerp(a, b, t=, linear_above=0.9995, scope=matrix)`",
     ),
     (_MERGE, "mean(target, rl)"): ("4:8", f"the expression calls `mean`, {_NONE}", "for an average write (a + b) / 2"),
     (_MERGE, "frob(target, rl)"): (
-        "4:8", f"the expression calls `frob`, {_NONE}", "use + - * / with models and coefficients"
+        "4:8", f"the expression calls `frob`, {_NONE}", "`skillmerge methods` lists those that there are"
     ),
     (_MERGE, "target + lambda * (rl - sft)"): (
         "4:17", "the expression names `lambda`, which is neither a model nor a coefficient", "did you mean `lam`?"

@@ -1,4 +1,4 @@
-"""Commands that need no output: init, lint, schema, doctor, demo."""
+"""Commands that need no output: init, methods, lint, schema, doctor, demo."""
 
 from __future__ import annotations
 
@@ -64,6 +64,30 @@ def init(path: str, source: str | None, names: bool, quiet: bool) -> None:
         to_do = "" if source is not None and is_file_name(source) else ": fill in the models"
         print_line(f"wrote {path}, and {SCHEMA_FILE} beside it for editors{to_do}")
         suggest(f"skillmerge plan {shlex.quote(path)}")
+
+
+@command("methods", "methods ties")
+@click.argument("name", required=False)
+@flags.as_json
+@flags.quiet
+def methods(name: str | None, as_json: bool, quiet: bool) -> None:
+    """List the merge methods, or explain one.
+
+    Methods are called in a recipe: `merge: base + lam * ties(a - base, b - base, density=0.3)`.
+    """
+    from skillmerge.cli.console import console
+    from skillmerge.cli.show.starting import show_method, show_methods
+    from skillmerge.recipes.catalog import list_methods
+
+    found = list_methods(name)
+    if as_json:
+        print_result(found)
+    elif name is not None:
+        show_method(found.methods[name], console())
+    else:
+        show_methods(found, console())
+        if not quiet:
+            suggest("skillmerge methods ties")
 
 
 @command("lint recipes/*.yaml", "lint recipe.yaml --strict --sarif lint.sarif")
