@@ -82,7 +82,8 @@ def check_degrees(term: Term | None) -> None:
             found = degree(operand)
             if found == wanted and found in (0, 1):
                 continue
-            which = f"its {nth(index + 1)} operand"
+            given = index - (len(call.operands) - len(call.method.operand_keywords))
+            which = f"`{call.method.operand_keywords[given]}`" if given >= 0 else f"its {nth(index + 1)} operand"
             is_model = "is a model" if found == 1 else f"has {found:g} models' worth of weights"
             if call.method.differences:
                 what = f"`{call.method}` combines differences, and {which} {is_model}"
