@@ -87,7 +87,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "checkpoints": (
         "kinds.table",
         "kinds.skill schemes",
-        "kinds.dense kinds.patch kinds.skill_planes renamed stores.hub stores.memory",
+        "kinds.dense kinds.patch kinds.skill_planes renamed spooled stores.hub stores.memory",
         "tokenizers.tokenizer",
         "tokenizers.vocabulary",
         "tokenizers.small_files",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from skillmerge.engine.measures.skill_statistics import SkillInput
 from skillmerge.engine.rounding_statistics import TensorStatistics
+from skillmerge.methods.method import Scalars
 from skillmerge.plans.plan import ShardPlan
-
-Scalars = Mapping[str, Sequence[float]]
-"""What the calls of one tensor's formula found of it, by name, for each of its matrices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ class StreamFile(Protocol):
 
 
 class Destination(Protocol):
-    """A destination of shards. finished: those that are done, by file.
+    """A destination of shards. finished: those that are done, by file. folder: on the disk that has room for them.
 
     A shard's file is opened once a run, by its size (`open_shard`) or, where that is known only at its end, as a
     stream (`open_stream`). The caller of a runner records what is durable.
@@ -78,6 +77,8 @@ class Destination(Protocol):
 
     finished: dict[str, ShardRecord]
 
+    @property
+    def folder(self) -> Path: ...
     def open_shard(self, shard: ShardPlan) -> SpanFile: ...
     def open_stream(self, shard: ShardPlan, start: int) -> StreamFile: ...
     def record(self, done: ShardRecord) -> None:

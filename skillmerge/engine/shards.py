@@ -18,13 +18,14 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.engine.destination import Destination, Scalars, ShardRecord, SpanFile
+from skillmerge.engine.destination import Destination, ShardRecord, SpanFile
 from skillmerge.engine.measures.preparing import Preparations
 from skillmerge.engine.rounding_statistics import total
 from skillmerge.engine.runner import Room
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Buffer, Span, spans
 from skillmerge.engine.worker import Settings, Statistics, Worker
+from skillmerge.methods.method import Scalars
 from skillmerge.plans.budget import OUTPUT_BUFFERS, WRITERS
 from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.tensors import DTYPES, PAGE
@@ -107,7 +108,7 @@ class _Run:
     ) -> None:
         self.plan, self.checkpoints, self.destination, self.settings = plan, checkpoints, destination, settings
         self.stream, self.room, self.granted = stream, room, 0
-        self.preparations = Preparations(plan, settings.budget.tile)
+        self.preparations = Preparations(plan, checkpoints, settings.budget.tile)
         self.unstarted = deque(shards)
         self.open: list[_ShardFile] = []
         self.lock = threading.Lock()
@@ -124,7 +125,7 @@ class _Run:
         self.stream.start(self.settings.budget.threads, self._work)
         self.stream.start(WRITERS, self._write, self._end)
 
-    def _worker(self) -> Worker:
+    def worker(self) -> Worker:
         return Worker(self.plan, self.checkpoints, self.settings, self.stream.stop, self.preparations)
 
     def _end(self) -> None:
@@ -133,7 +134,7 @@ class _Run:
 
     def _work(self) -> None:
         """A worker's life: a free buffer, a span, its bytes, and on to the writers."""
-        worker = self.stream.own(self._worker)
+        worker = self.stream.own(self.worker)
         file: _ShardFile | None = None
         while (buffer := self._free_buffer()) is not None and (taken := self._take(file)) is not None:
             file, span = taken
@@ -228,5 +229,6 @@ def merge_shards(
     """
     with Stream(checkpoints.values()) as stream:
         run = _Run(plan, checkpoints, destination, settings, shards, room, stream)
+        run.preparations.read_model(stream, run.worker, settings.budget.threads)
         run.start()
         yield from stream.take(run.done, len(shards), lambda: progress(run.moved))

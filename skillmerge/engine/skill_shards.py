@@ -51,6 +51,7 @@ def cut_shards(
     with Stream(checkpoints.values()) as stream:
         cutter = _Cutter(plan, checkpoints, settings, stream)
         cutter.compare_all()
+        cutter.preparations.read_model(stream, cutter.new_worker, threads)
         if plan.recipe.output.keep is not None:
             chosen = [tensor for tensor in plan.tensors.values() if tensor.action == "compute"]
             select = partial(cutter.select, share=plan.recipe.output.keep)
@@ -135,7 +136,7 @@ class _Cutter:
 
     def __init__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stream: Stream) -> None:
         self.plan, self.checkpoints, self._settings, self.stream = plan, checkpoints, settings, stream
-        self._preparations = Preparations(plan, settings.budget.tile)
+        self.preparations = Preparations(plan, checkpoints, settings.budget.tile)
         # A skill that is read says of what it was made itself.
         self.kept: dict[str, Kept] = {}
         self._digested = {name for name in checkpoints if model_of(name) not in plan.recipe.skills}
@@ -143,8 +144,10 @@ class _Cutter:
 
     @property
     def _worker(self) -> Worker:
-        given = (self.plan, self.checkpoints, self._settings, self.stream.stop, self._preparations)
-        return self.stream.own(lambda: Worker(*given))
+        return self.stream.own(self.new_worker)
+
+    def new_worker(self) -> Worker:
+        return Worker(self.plan, self.checkpoints, self._settings, self.stream.stop, self.preparations)
 
     def announced(self, units: Sequence[Unit]) -> Iterator[Unit]:
         """Yield the units in their order; what the next one reads is read ahead."""

@@ -60,7 +60,7 @@ class Worker:
         """preparations: those of all workers of a run."""
         self.plan, self.checkpoints, self.settings, self.stop = plan, checkpoints, settings, stop
         tile = self.settings.budget.tile
-        self.preparations = preparations or Preparations(plan, tile)
+        self.preparations = preparations or Preparations(plan, checkpoints, tile)
         self.reader = Reader(checkpoints, plan.input_itemsizes, tile, settings.device)
         self.stream: torch.cuda.Stream | None = None
         self._use(self.settings.device, tile)
@@ -87,14 +87,14 @@ class Worker:
     def prepare(self, tensor: TensorPlan) -> None:
         """Find out what the calls of a tensor's program have to know of all of it, unless `stop` is set meanwhile."""
         if tensor.program is not None and tensor.program.calls:
-            self.preparations.of(tensor, partial(self._read_stretch, tensor), self.stop)
+            self.preparations.of(tensor, partial(self.read_stretch, tensor), self.stop)
 
     def evaluate(self, tensor: TensorPlan, first: int, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Run the program of a tensor that is prepared on elements from `first` on; see `methods.evaluate`."""
         assert tensor.program is not None
         if not tensor.program.calls:
             return evaluate(tensor.program, inputs, self.scratch)
-        preparation = self.preparations.of(tensor, partial(self._read_stretch, tensor), self.stop)
+        preparation = self.preparations.of(tensor, partial(self.read_stretch, tensor), self.stop)
         start, inputs, scratch, inside = self._needed(tensor, preparation, first, inputs)
         value, subtracted = evaluate(tensor.program, inputs, scratch, preparation.runner(start))
         return value[inside], subtracted[inside] if subtracted is not None else None
@@ -114,7 +114,8 @@ class Worker:
         scratch = Scratch(self.device, stop - start)
         return start, {model: values.to(self.device) for model, values in rows.items()}, scratch, inside
 
-    def _read_stretch(self, tensor: TensorPlan, preparation: Preparation, stretch: Stretch) -> Partials:
+    def read_stretch(self, tensor: TensorPlan, preparation: Preparation, stretch: Stretch) -> Partials:
+        """Read a stretch of a tensor, and return what it adds to what methods asked for."""
         tile = Tile(tensor, stretch.first, stretch.last, 0)
         values = self.reader.read_tile(tile)
         partials: Partials = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from skillmerge.methods.elect import agreeing, total, weighted
 from skillmerge.methods.method import (
-    SCOPE,
+    OF_ROWS,
     SHARE,
     Number,
     Rank,
@@ -21,16 +21,18 @@ from skillmerge.methods.method import (
     differences,
     keep,
     method,
+    times,
     words,
 )
 from skillmerge.methods.spherical import (
+    NOTHING,
     Gram,
-    combined,
     cosine,
     dot_products,
     for_rows,
     gram_of,
     grams_of_rows,
+    of_matrices,
     of_rows,
 )
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(differences(2, None), rows=of_rows, negative=words("zero", "keep"), scope=SCOPE)
+@method(differences(2, None), rows=of_rows, readings=of_matrices, negative=words("zero", "keep"), scope=OF_ROWS)
 def model_stock(unit: Unit, *, negative: str = "zero", scope: str = "matrix") -> Steps:
     """Average differences, and shorten the result the more they disagree.
 
@@ -61,20 +63,22 @@ def model_stock(unit: Unit, *, negative: str = "zero", scope: str = "matrix") ->
         c = min(1.0, math.fsum(pairs) / len(pairs))
         c = max(0.0, c) if negative == "zero" else c
         below = 1 + (count - 1) * c
-        return c, count * c / below if below else 0.0
+        return c, count * c / below if below > NOTHING else 0.0
 
     def rows(*v: Tensor) -> Tensor:
         factors = [shortened(gram)[1] / count for gram in grams_of_rows(unit, v)]
         by = for_rows(unit, v[0], factors)
-        return total([x * by for x in v])
+        return total(v).mul_(by).add_(0.0)
 
     if scope == "row":
         return Ready(rows)
     c, t = shortened(gram_of((yield Sums(dot_products)), count))
-    return Ready(combined([t / count] * count).function, {"cosine": c, "t": t})
+    return Ready(lambda *v: times(total(v), t / count), {"cosine": c, "t": t})
 
 
-@method(differences(2, None), select=SHARE, floor=Number(0))
+@method(
+    differences(2, None), readings=lambda select, **_: 1 if select == 1 else 4, select=SHARE, floor=Number(0)
+)  # fmt: skip
 def sce(unit: Unit, *, select: float = 1.0, floor: float = 0.0) -> Steps:
     """Average differences by their energy, where they vary most and agree in sign.
 
@@ -98,7 +102,7 @@ def sce(unit: Unit, *, select: float = 1.0, floor: float = 0.0) -> Steps:
     def kept(*v: Tensor) -> list[Tensor]:
         if select == 1:
             return list(v)
-        mask = variance(v).float().ge_(least.size)
+        mask = variance(v).float().ge_(least.size).to(v[0].dtype)
         return [keep(x, mask) for x in v]
 
     energies = yield Sums(lambda *v: [x.double() * x.double() for x in kept(*v)])
@@ -115,9 +119,12 @@ def sce(unit: Unit, *, select: float = 1.0, floor: float = 0.0) -> Steps:
 
 
 def variance(v: Sequence[Tensor]) -> Tensor:
-    """The mean square of the distances to the mean, element by element."""
-    mean = total(v) / len(v)
-    return total([(x - mean) * (x - mean) for x in v]) / len(v)
+    """The mean square of the distances to the mean, element by element, in float64: what ties should tie in any order.
+    Exactly 0 where all are equal."""
+    first = v[0].double()
+    apart = [x.double() - first for x in v]
+    mean = total(apart) / len(v)
+    return total([(x - mean) * (x - mean) for x in apart]) / len(v)
 
 
 @method(alike(1, None), alone=lambda count, **_: 0 if count == 1 else None)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from skillmerge.methods.method import (
+    OF_MODEL,
     RESCALE,
     SHARE,
     WEIGHTS,
@@ -20,10 +21,11 @@ from skillmerge.methods.method import (
     either,
     keep,
     method,
+    times,
     words,
 )
 from skillmerge.methods.sparsify import largest as largest_sizes
-from skillmerge.methods.sparsify import norm_ratio, scaled, size
+from skillmerge.methods.sparsify import norms, ratio, scaled, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +36,7 @@ ZERO = words("plus", "majority")
 
 
 def weighted(v: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
-    return [x if weight == 1 else x * weight for x, weight in zip(v, weights, strict=True)]
+    return [x if weight == 1 else times(x, weight) for x, weight in zip(v, weights, strict=True)]
 
 
 def total(v: Sequence[Tensor]) -> Tensor:
@@ -97,7 +99,8 @@ def _sole(
 
 
 @method(
-    differences(1, None, absent=True), alone=_sole, weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO
+    differences(1, None, absent=True), alone=_sole, readings=lambda zero, **_: int(zero == "majority"),
+    weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO,
 )  # fmt: skip
 def elect(
     unit: Unit,
@@ -125,8 +128,9 @@ def elect(
 
 
 @method(
-    differences(1, None, absent=True), density=SHARE, rescale=RESCALE, weights=WEIGHTS, normalize=YES_NO, pick=PICK,
-    zero=ZERO,
+    differences(1, None, absent=True),
+    readings=lambda rescale, zero, **_: 2 + (rescale != "none") + (zero == "majority"),
+    density=SHARE, rescale=RESCALE, weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO,
 )  # fmt: skip
 def ties(
     unit: Unit,
@@ -150,9 +154,11 @@ def ties(
     """
     ranks = yield [Ranks(_size_of(index), (unit.count(density),)) for index in range(unit.operands)]
     leasts = [found[0] for found in ranks]
-    factors = []
-    for index, least in enumerate(leasts):
-        factors.append((yield from norm_ratio(partial(largest_sizes, least=least), rescale, index)))
+    factors = [1.0] * unit.operands
+    if rescale != "none":
+        kept = [partial(largest_sizes, least=least) for least in leasts]
+        sums = yield [norms(function, rescale, index) for index, function in enumerate(kept)]
+        factors = [ratio(found, rescale) for found in sums]
 
     def trimmed(*v: Tensor) -> list[Tensor]:
         return [scaled(largest_sizes(x, least), by) for x, least, by in zip(v, leasts, factors, strict=True)]
@@ -187,16 +193,20 @@ def pick(unit: Unit) -> Ready:
     return Ready(function)
 
 
-@method(differences(1, None, absent=True), threshold=Number(0), boost=Number(0), cap=Number(0))
-def ram(unit: Unit, *, threshold: float = 0.0, boost: float = 0.0, cap: float = 1.0) -> Steps:
+@method(
+    differences(1, None, absent=True), readings=lambda boost, **_: int(boost > 0),
+    threshold=Number(0), boost=Number(0), cap=Number(0), scope=OF_MODEL,
+)  # fmt: skip
+def ram(unit: Unit, *, threshold: float = 0.0, boost: float = 0.0, cap: float = 1.0, scope: str = "model") -> Steps:
     """Average what several differences changed, and keep what one changed alone.
 
     A difference changed an element if `|v| > threshold`. If several did, the result is their mean. If one did, it is
-    `v * (1 + boost * min(shared/alone, cap))`. Here shared and alone count the elements of the matrix that this
-    difference changed with others and alone. If it changed none alone, the ratio is `cap`.
+    `v * (1 + boost * min(shared/alone, cap))`. Here shared and alone count the elements of the model that this
+    difference changed with others and alone, or with `scope=matrix` those of the matrix. If it changed none alone, the
+    ratio is `cap`.
 
     Paper: RAM and RAM+, arXiv 2601.13572.
-    Differs: the authors count over the whole model, with a boost of 0.2. Here the default is no boost.
+    Differs: the authors boost by 0.2. Here the default is no boost. mergekit counts matrix by matrix.
     When: RL experts, whose sparse updates change different elements. An average would dilute these.
     Not when: the updates are dense, as those of SFT are: nearly every element is shared, and the result is the mean.
     Example: base + lam * ram(a - base, b - base, c - base)

@@ -34,7 +34,7 @@ class Program:
     holds what was subtracted from it (`-lambda * v`), and lambda; else "", -1 and 1.
     same_bits: triples (a, b, keep): where models a and b hold the same bits, the element is that of model
     keep. Together with the turning of signs they make the laws hold bit for bit, signs of zeros included.
-    calls: the methods that it calls, inner ones first.
+    calls: the methods that it calls, inner ones first. readings: how often a tensor is read for these before.
     """
 
     models: tuple[str, ...]
@@ -46,6 +46,7 @@ class Program:
     asked: float
     same_bits: tuple[tuple[str, str, str], ...]
     calls: tuple[Call, ...] = ()
+    readings: int = 0
 
 
 def compile_term(term: Term) -> Program:
@@ -68,6 +69,7 @@ def compile_term(term: Term) -> Program:
         asked=compiler.asked,
         same_bits=() if has_calls(term) else tuple(_cancelling(total, compiler.free_pairs)),
         calls=tuple(compiler.calls),
+        readings=_readings(term),
     )
 
 
@@ -169,6 +171,17 @@ def _need(term: Term) -> int:
         return max(index + _need(operand) for index, operand in enumerate(term.operands))
     left, right = _need(term.left), _need(term.right)
     return max(left, right) if left != right else left + 1
+
+
+def _readings(term: Term) -> int:
+    """Calls side by side are answered in one reading; one that is inside another has to be ready before."""
+    if isinstance(term, Leaf):
+        return 0
+    if isinstance(term, Scaled):
+        return _readings(term.inner)
+    if isinstance(term, Sum):
+        return max(_readings(term.left), _readings(term.right))
+    return max(map(_readings, term.operands)) + term.readings
 
 
 def _cancelling(total: Mapping[str, float], free_pairs: set[frozenset[str]]) -> list[tuple[str, str, str]]:

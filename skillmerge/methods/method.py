@@ -4,7 +4,7 @@ A method is a function with the decorator `method`. It gets the `Unit` that it w
 keywords, and returns the elementwise function of its operands. What it has to know of the whole unit before, it asks
 for by `yield`: sums over all elements, or sizes of a given rank.
 
-    @method(differences(1), density=SHARE)
+    @method(differences(1), readings=lambda **_: 2, density=SHARE)
     def trim(unit: Unit, *, density: float) -> Steps:
         '''Keep the largest elements of a difference. ...'''
         (least,) = yield Ranks(abs, (unit.count(density),))
@@ -93,7 +93,8 @@ SHARE = Number(0, 1)
 ANY = Number()
 WEIGHTS = Numbers()
 RESCALE = Word(("none", "l1", "l2"))
-SCOPE = Word(("matrix", "row"))
+OF_ROWS = Word(("matrix", "row"))
+OF_MODEL = Word(("matrix", "model"))
 
 
 def words(*allowed: str) -> Word:
@@ -102,8 +103,8 @@ def words(*allowed: str) -> Word:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What a method takes as one: a matrix of a tensor. Axes before the last two are separate; a tensor of fewer axes
-    is one row.
+    """What a method takes as one: a matrix of a tensor, or with scope=model all tensors together. Axes before the last
+    two are separate; a tensor of fewer axes is one row.
 
     elements: how many. columns: of its rows. operands: how many the call has. lots: a number in [0, 1) for each element
     of a run, from the run's first index in the tensor and one of its tensors; see `rounding.uniform`.
@@ -160,6 +161,8 @@ class Ready:
     found: Mapping[str, float] = field(default_factory=dict)
 
 
+Scalars = Mapping[str, Sequence[float]]
+"""What the calls of one tensor's formula found of it, by name, for each of its matrices."""
 Steps = Generator[Wish, Any, Ready]
 
 
@@ -172,6 +175,7 @@ class Method:
     keywords: their kinds. defaults: of those that may be left out. absent: an operand that is zero is left out;
     otherwise it is an error. indexed: the elementwise function takes the index of its first element too, as `first`.
     rows: whether the elementwise function, and what is asked for, need whole rows, for some arguments.
+    readings: how often the operands are read before the arithmetic, for some arguments.
     alone: which operand the result is for some arguments, if it is one; None otherwise.
     """
 
@@ -185,6 +189,7 @@ class Method:
     absent: bool
     indexed: bool
     rows: Callable[..., bool]
+    readings: Callable[..., int]
     alone: Callable[..., int | None]
 
     @property
@@ -218,6 +223,11 @@ class Method:
 def keep(v: Tensor, mask: Tensor) -> Tensor:
     """Return v where the mask is 1, and +0 where it is 0. Forty times faster than a select on the CPU."""
     return v.mul(mask).add_(0.0)
+
+
+def times(v: Tensor, factor: float) -> Tensor:
+    """Return v * factor, of +0 always +0."""
+    return v * factor if factor >= 0 else v.mul(factor).add_(0.0)
 
 
 def either(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
@@ -259,6 +269,7 @@ def method(
     *,
     alone: Callable[..., int | None] = lambda count, **arguments: None,
     rows: Callable[..., bool] = lambda **arguments: False,
+    readings: Callable[..., int] = lambda **arguments: 0,
     indexed: bool = False,
     **keywords: Kind,
 ) -> Callable[[Callable[..., Steps | Ready]], Method]:
@@ -273,17 +284,8 @@ def method(
         known = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
         name = function.__name__.rstrip("_")
         return Method(
-            name,
-            function,
-            takes.least,
-            takes.most,
-            takes.differences,
-            keywords,
-            known,
-            takes.absent,
-            indexed,
-            rows,
-            alone,
-        )
+            name, function, takes.least, takes.most, takes.differences, keywords, known, takes.absent, indexed, rows,
+            readings, alone,
+        )  # fmt: skip
 
     return make

@@ -17,7 +17,7 @@ from torch import Tensor
 from skillmerge.methods.evaluate import CallRunner
 from skillmerge.methods.folds import Fold, fold_of
 from skillmerge.methods.linear import Program
-from skillmerge.methods.method import Ranks, Ready, Sums, Unit
+from skillmerge.methods.method import Ranks, Ready, Scalars, Sums, Unit
 from skillmerge.methods.rounding import lots_key, uniform
 from skillmerge.methods.terms import Call, calls
 
@@ -34,8 +34,9 @@ class Stretch:
 Partials = list[tuple[Fold, Any]]
 
 
-class _State:
-    """One call on one unit: its method's steps, what they ask for, and in the end its function."""
+class State:
+    """One call on one unit, a matrix or the whole model: its method's steps, what they ask for, and in the end its
+    function."""
 
     def __init__(self, call: Call, unit: Unit) -> None:
         self.ready: Ready | None = None
@@ -75,14 +76,17 @@ class Preparation:
     """The calls of one tensor. `stretches` is what has to be read next; when all of it was read and added, `advance`;
     until there is nothing left to read. Then `run` computes."""
 
-    def __init__(self, program: Program, shape: Sequence[int], name: str, seed: int) -> None:
+    def __init__(
+        self, program: Program, shape: Sequence[int], name: str, seed: int, of_model: Mapping[int, State] | None = None
+    ) -> None:
+        """of_model: the states of calls that take the whole model, by their positions. They are not advanced here."""
         self.program = program
         matrix = tuple(shape)[-2:]
         self.unit_size, self.units = math.prod(matrix), math.prod(tuple(shape)[:-2])
         self._columns = max(1, matrix[-1]) if matrix else 1
         self._by_rows = any(call.method.rows(**dict(call.arguments)) for call in program.calls)
-        self._name, self._seed = name, seed
-        self._states: list[list[_State | None]] = [[None] * len(program.calls) for _ in range(self.units)]
+        self._name, self._seed, self._of_model = name, seed, of_model or {}
+        self._states: list[list[State | None]] = [[None] * len(program.calls) for _ in range(self.units)]
         self._inner = [_inner_calls(program.calls, index) for index in range(len(program.calls))]
         for unit in range(self.units if self.unit_size else 0):
             self._begin(unit)
@@ -124,7 +128,7 @@ class Preparation:
         """Use what was read of all stretches."""
         for unit, states in enumerate(self._states):
             for state in states:
-                if state is not None:
+                if state is not None and state not in self._of_model.values():
                     state.advance()
             self._begin(unit)
 
@@ -143,11 +147,13 @@ class Preparation:
 
         return run
 
-    def found(self) -> dict[str, list[float]]:
+    def found(self) -> Scalars:
         """Return the numbers that the calls found, of each unit: `trim 1 threshold`."""
         result: dict[str, list[float]] = {}
-        for states in self._states:
+        for unit, states in enumerate(self._states):
             for index, state in enumerate(states):
+                if unit and self.program.calls[index].by_model:
+                    continue
                 values: Mapping[str, float] = state.ready.found if state is not None and state.ready is not None else {}
                 for name, value in values.items():
                     if not math.isfinite(value):
@@ -161,7 +167,8 @@ class Preparation:
         for index, call in enumerate(self.program.calls):
             if states[index] is None and all(_is_ready(states[inner]) for inner in self._inner[index]):
                 lots = partial(self._lots, call)
-                states[index] = _State(call, Unit(self.unit_size, self._columns, len(call.operands), lots))
+                own = Unit(self.unit_size, self._columns, len(call.operands), lots)
+                states[index] = self._of_model[call.position] if call.by_model else State(call, own)
 
     def _lots(self, call: Call, seed: int | None) -> Callable[[int, Tensor], Tensor]:
         key = lots_key(self._seed if seed is None else int(seed), self._name, call.ordinal)
@@ -192,5 +199,15 @@ def _inner_calls(program_calls: Sequence[Call], index: int) -> list[int]:
     return [other for other in range(index) if any(program_calls[other] is inner for inner in inside)]
 
 
-def _is_ready(state: _State | None) -> bool:
+def _is_ready(state: State | None) -> bool:
     return state is not None and state.ready is not None
+
+
+def state_of_model(call: Call, elements: int) -> State:
+    """Return the state of a call that takes the whole model. elements: of all tensors that it works on."""
+    lots = partial(_no_lots, str(call.method))
+    return State(call, Unit(elements, 1, len(call.operands), lots))
+
+
+def _no_lots(method: str, seed: int | None) -> Callable[[int, Tensor], Tensor]:
+    raise AssertionError(f"{method}: lots are drawn tensor by tensor")

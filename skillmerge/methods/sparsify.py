@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.errors import UnusableWeights
 from skillmerge.methods.method import (
+    OF_MODEL,
     RESCALE,
     SHARE,
     Number,
@@ -18,7 +19,6 @@ from skillmerge.methods.method import (
     Steps,
     Sums,
     Unit,
-    Wish,
     differences,
     keep,
     method,
@@ -39,14 +39,21 @@ def size(v: Tensor) -> Tensor:
     return v.abs().float()
 
 
-def norm_ratio(kept: Callable[..., Tensor], rescale: str, index: int = 0) -> Generator[Wish, Any, float]:
-    """Ask for ||v||/||kept|| of an operand, in the 1- or 2-norm; 1 where either is 0, and for `none`."""
-    if rescale == "none":
+def norms(kept: Callable[..., Tensor], rescale: str, index: int = 0) -> Sums:
+    """Ask for the norms of an operand and of what is kept of it, as `rescale` has them: l1, or l2 squared."""
+    return Sums(lambda *v, **where: [_power(v[index], rescale), _power(kept(v[index], **where), rescale)])
+
+
+def ratio(sums: Sequence[float], rescale: str) -> float:
+    """Return ||v||/||kept|| of `norms`; 1 where either is 0."""
+    whole, left = sums
+    if not whole or not left:
         return 1.0
-    power = 1 if rescale == "l1" else 2
-    whole, left = yield Sums(lambda *v, **where: [_power(v[index], power), _power(kept(v[index], **where), power)])
-    ratio = whole / left if whole and left else 1.0
-    return float(ratio) if power == 1 else math.sqrt(ratio)
+    return whole / left if rescale == "l1" else math.sqrt(whole / left)
+
+
+def _ranked(rescale: str, **_: Any) -> int:
+    return 2 + (rescale != "none")
 
 
 def scaled(v: Tensor, factor: float) -> Tensor:
@@ -58,28 +65,30 @@ def largest(v: Tensor, least: Rank) -> Tensor:
     return keep(v, size(v).ge_(least.size))
 
 
-def _power(v: Tensor, power: int) -> Tensor:
+def _power(v: Tensor, rescale: str = "l2") -> Tensor:
     wide = v.double()
-    return wide.abs() if power == 1 else wide * wide
+    return wide.abs() if rescale == "l1" else wide * wide
 
 
-@method(differences(1), alone=_share, density=SHARE, rescale=RESCALE)
-def trim(unit: Unit, *, density: float, rescale: str = "none") -> Steps:
+@method(differences(1), alone=_share, readings=_ranked, density=SHARE, rescale=RESCALE, scope=OF_MODEL)
+def trim(unit: Unit, *, density: float, rescale: str = "none", scope: str = "matrix") -> Steps:
     """Keep the largest elements of a difference.
 
     Of the n elements of a matrix, the `k = max(1, floor(density * n))` largest by size are kept, and so is every
     element as large as the k-th. `rescale` multiplies them by `||v||/||kept||`, in the 1-norm (`l1`) or the 2-norm
-    (`l2`).
+    (`l2`). With `scope=model` the elements of all tensors are ranked together.
 
     Paper: TIES, arXiv 2306.01708, step 1. With `rescale=l2` DoTS, arXiv 2605.00610.
-    Differs: the authors rank over the whole model, and keep one element more. mergekit keeps exactly k, an arbitrary
-    choice among elements of one size, of which bfloat16 updates are full.
+    Differs: the authors rank over the whole model (`scope=model`), and keep one element more. mergekit keeps exactly k,
+    an arbitrary choice among elements of one size, of which bfloat16 updates are full.
     When: several updates are added and disturb one another, or you want to know how few elements hold a skill.
     Not when: you have not measured the whole update yet. Updates of RL are sparse already, so sweep the density.
     Example: target + lam * trim(rl - sft, density=0.3)
     """
     (least,) = yield Ranks(size, (unit.count(density),))
-    factor = yield from norm_ratio(lambda v: largest(v, least), rescale)
+    factor = 1.0
+    if rescale != "none":
+        factor = ratio((yield norms(lambda v: largest(v, least), rescale)), rescale)
     found = {"threshold": least.size, "kept": least.count / unit.elements, "factor": factor}
     return Ready(lambda v: scaled(largest(v, least), factor), found)
 
@@ -127,7 +136,7 @@ def drop(
 
     def chances(v: Tensor) -> Tensor:
         if unit.columns == 1 or spread is None:
-            return v.double().fill_(density)
+            return v.double().clone().fill_(density)
         ranks = ranks_by_row(v.view(-1, unit.columns)).flatten()
         return ranks.mul_(2 * spread / (unit.columns - 1)).add_(density - spread)
 
@@ -135,7 +144,9 @@ def drop(
         if spread is None:
             return Ready(lambda v, first: divided(kept(v, first), density))
         return Ready(lambda v, first: kept(v, first) / chances(v).to(v.dtype))
-    factor = yield from norm_ratio(kept, rescale)
+    if rescale == "none":
+        return Ready(kept)
+    factor = ratio((yield norms(kept, rescale)), rescale)
     return Ready(lambda v, first: scaled(kept(v, first), factor), {"factor": factor})
 
 
@@ -159,7 +170,7 @@ def divided(v: Tensor, by: float) -> Tensor:
     return v / v.new_full((1,), by)
 
 
-@method(differences(1), alone=_share, density=SHARE, gamma=SHARE, rescale=RESCALE)
+@method(differences(1), alone=_share, readings=_ranked, density=SHARE, gamma=SHARE, rescale=RESCALE)
 def band(unit: Unit, *, density: float, gamma: float = 0.01, rescale: str = "none") -> Steps:
     """Keep the elements of middle size of a difference.
 
@@ -182,7 +193,7 @@ def band(unit: Unit, *, density: float, gamma: float = 0.01, rescale: str = "non
         sizes = size(v)
         return keep(v, sizes.le(most.size).to(sizes.dtype).mul_(sizes.ge_(least.size)))
 
-    factor = yield from norm_ratio(kept, rescale)
+    factor = ratio((yield norms(kept, rescale)), rescale) if rescale != "none" else 1.0
     found = {"smallest": least.size, "largest": most.size, "factor": factor}
     return Ready(lambda v: scaled(kept(v), factor), found)
 
@@ -201,23 +212,24 @@ def clip(unit: Unit, *, at: float) -> Ready:
     return Ready(lambda v: v.clamp(-at, at))
 
 
-@method(differences(1), to=Operand())
-def match(unit: Unit) -> Steps:
+@method(differences(1), readings=lambda **_: 1, to=Operand(), scope=OF_MODEL)
+def match(unit: Unit, *, scope: str = "matrix") -> Steps:
     """Give a difference the norm of another one.
 
-    `v * ||u||/||v||`, in the 2-norm of each matrix. A matrix that is 0 stays 0.
+    `v * ||u||/||v||`, in the 2-norm of each matrix, or with `scope=model` in that of all tensors together. What is 0
+    stays 0.
 
     When: two updates have good directions and unequal sizes.
     Not when: an update of RL would be matched to one of SFT, unless its factor is below 1. RL updates are much shorter,
     so that it grows many times over.
     Example: target + lam * match(rl - sft, to=target - base)
     """
-    own, other = yield Sums(lambda v, u: [_power(v, 2), _power(u, 2)])
+    own, other = yield Sums(lambda v, u: [_power(v), _power(u)])
     factor = math.sqrt(other / own) if own else 1.0
     return Ready(lambda v, u: v * factor, {"factor": factor})
 
 
-@method(differences(1), off=Operand())
+@method(differences(1), readings=lambda: 1, off=Operand())
 def project(unit: Unit) -> Steps:
     """Remove from a difference what it shares with another one.
 
@@ -228,6 +240,6 @@ def project(unit: Unit) -> Steps:
     `skillmerge inspect` shows their cosine.
     Example: target + lam * project(rl - sft, off=target - base)
     """
-    along, other = yield Sums(lambda v, u: [v.double() * u.double(), _power(u, 2)])
+    along, other = yield Sums(lambda v, u: [v.double() * u.double(), _power(u)])
     part = along / other if other else 0.0
     return Ready(lambda v, u: v - u * part, {"part": part})

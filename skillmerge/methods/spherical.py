@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from skillmerge.errors import UnusableWeights
 from skillmerge.methods.method import (
     ANY,
-    SCOPE,
+    OF_ROWS,
     SHARE,
     WEIGHTS,
     Number,
@@ -19,12 +19,15 @@ from skillmerge.methods.method import (
     Sums,
     Unit,
     alike,
-    either,
     method,
+    times,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+NOTHING = 1e-7
+"""What rounding may leave of the length of a vector that is 0, where others are of length 1."""
 
 Gram = list[list[float]]
 """The dot products of all pairs of operands."""
@@ -50,7 +53,7 @@ def combined(factors: Sequence[float]) -> Ready:
 
     def function(*v: Tensor) -> Tensor:
         first, *others = zip(v, factors, strict=True)
-        result = first[0] * first[1]
+        result = times(*first)
         for x, factor in others:
             result += x * factor
         return result
@@ -71,6 +74,11 @@ def of_rows(scope: str, **_: Any) -> bool:
     return scope == "row"
 
 
+def of_matrices(scope: str = "matrix", **_: Any) -> int:
+    """One reading for the dot products of whole matrices."""
+    return int(scope == "matrix")
+
+
 def grams_of_rows(unit: Unit, v: Sequence[Tensor]) -> list[Gram]:
     """The Gram matrix of each row of a run of whole rows."""
     from skillmerge.bits import fold_rows  # which loads torch
@@ -84,7 +92,7 @@ def for_rows(unit: Unit, like: Tensor, numbers: Sequence[float]) -> Tensor:
     return like.new_tensor(numbers).repeat_interleave(unit.columns)
 
 
-@method(alike(2), alone=_end, rows=of_rows, t=ANY, linear_above=SHARE, scope=SCOPE)
+@method(alike(2), alone=_end, rows=of_rows, readings=of_matrices, t=ANY, linear_above=SHARE, scope=OF_ROWS)
 def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995, scope: str = "matrix") -> Steps:
     """Go from one model to another along the arc between them.
 
@@ -104,19 +112,21 @@ def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995, scope: str = "m
     def arc(gram: Gram) -> list[float] | None:
         """The factors of both, or None for the straight line."""
         c = cosine(gram[0][1], gram[0][0], gram[1][1])
-        if not gram[0][0] or not gram[1][1] or abs(c) > linear_above:
+        if not gram[0][0] or not gram[1][1] or abs(c) > min(linear_above, 1 - 1e-12):  # opposite: no arc is shortest
             return None
         theta = math.acos(c)
         return [math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)]
 
     def line(a: Tensor, b: Tensor) -> Tensor:
-        return a - (a - b) * t
+        return a - (a - b) * t if t > 0 else a - (b - a) * -t  # where a is b, a zero keeps its sign
 
     def rows(a: Tensor, b: Tensor) -> Tensor:
         arcs = [arc(gram) for gram in grams_of_rows(unit, (a, b))]
+        if not any(arcs):
+            return line(a, b)
         straight = for_rows(unit, a, [float(found is None) for found in arcs])
         one, other = (for_rows(unit, a, [found[index] if found else 0.0 for found in arcs]) for index in (0, 1))
-        return either(straight, line(a, b), a * one + b * other)
+        return line(a, b).where(straight > 0, (a * one).add_(b * other).add_(0.0))
 
     if scope == "row":
         return Ready(rows)
@@ -126,7 +136,7 @@ def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995, scope: str = "m
     return Ready(ready.function, {"cosine": c, **ready.found})
 
 
-@method(alike(2, None), weights=WEIGHTS)
+@method(alike(2, None), readings=of_matrices, weights=WEIGHTS)
 def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
     """Average directions on the sphere with weights, and average the norms.
 
@@ -150,7 +160,9 @@ def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
     mean = _sum(count, zip(w, units, strict=True))
     length = _norm(gram, mean)
     size = sum(weight * norm for weight, norm in zip(w, norms, strict=True))
-    if length == 0:
+    if not any(norms):
+        return combined([0.0] * count)
+    if length < NOTHING:
         if count == 2:
             return combined(w)
         raise UnusableWeights(
@@ -161,8 +173,10 @@ def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
     return combined([size * x for x in _step(gram, m, tangent)])
 
 
-@method(alike(1, None), alone=lambda count, **_: 0 if count == 1 else None, steps=Number(1, 1000, whole=True),
-        tolerance=Number(0))  # fmt: skip
+@method(
+    alike(1, None), alone=lambda count, **_: 0 if count == 1 else None, readings=of_matrices,
+    steps=Number(1, 1000, whole=True), tolerance=Number(0),
+)  # fmt: skip
 def karcher(unit: Unit, *, steps: float = 10, tolerance: float = 1e-5) -> Steps:
     """Average directions on the sphere, and average the norms.
 
@@ -183,7 +197,7 @@ def karcher(unit: Unit, *, steps: float = 10, tolerance: float = 1e-5) -> Steps:
         return combined([0.0] * count)
     mean = _sum(count, [(1 / len(units), u) for u in units])
     length = _norm(gram, mean)
-    m = [x / length for x in mean] if length else units[0]
+    m = [x / length for x in mean] if length > NOTHING else units[0]
     for _ in range(int(steps)):
         tangent = _sum(count, [(1 / len(units), _towards(gram, u, m)) for u in units])
         if _norm(gram, tangent) < tolerance:
@@ -226,7 +240,7 @@ def _towards(gram: Gram, u: Sequence[float], m: Sequence[float]) -> list[float]:
     angle = math.acos(max(-1.0, min(1.0, _dot(gram, u, m))))
     across = _off(gram, u, m)
     length = _norm(gram, across)
-    return [x * angle / length for x in across] if length else [0.0] * len(across)
+    return [x * angle / length for x in across] if length > NOTHING else [0.0] * len(across)
 
 
 def _step(gram: Gram, m: Sequence[float], tangent: Sequence[float]) -> list[float]:

@@ -50,6 +50,16 @@ class Call:
     ordinal: int = 0
     position: int = field(default=0, compare=False)
 
+    @property
+    def readings(self) -> int:
+        """How often its operands are read before its arithmetic."""
+        return self.method.readings(**dict(self.arguments))
+
+    @property
+    def by_model(self) -> bool:
+        """Whether it takes the whole model as one, and not each matrix by itself."""
+        return self.readings > 0 and dict(self.arguments).get("scope") == "model"
+
 
 Term = Leaf | Scaled | Sum | Call
 

@@ -20,10 +20,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from skillmerge.brief import brief
 from skillmerge.checkpoints.safetensors import unique_keys
-from skillmerge.engine.destination import Scalars, ShardRecord
+from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.measures.skill_statistics import SkillStatistics, summarise_skill
 from skillmerge.engine.rounding_statistics import Statistics, TensorStatistics, summarise
 from skillmerge.errors import CheckFailed, is_machine, unusable
+from skillmerge.methods.method import Scalars
 from skillmerge.outputs.canonical import digest_of, lines_of, pieces_of, to_bytes
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.compare.found import Compared

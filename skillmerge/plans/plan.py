@@ -24,7 +24,7 @@ PLAN_VERSION = 1
 DECIDING = (
     "version", "donor", "output", "coefficients", "overrides", "inputs", "shards", "tensors", "side_files"
 )  # fmt: skip
-"""Keys of a plan that decide the output's bytes."""
+"""Keys of a plan that decide the output's bytes, with the formula."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,11 @@ class TensorPlan:
     sources: tuple[Source, ...]
     coefficients: tuple[float, ...] = ()
     program: Program | None = None
+
+    @property
+    def readings(self) -> int:
+        """How often its sources are read before the arithmetic, for its methods."""
+        return self.program.readings if self.program is not None else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +108,16 @@ class Plan:
     merged_share: float | None = None
     """The parameters of the tensors that the formula changes, of the donor's; of a skill None."""
     bytes_read: int = 0
+    bytes_again: int = 0
+    """What is read besides, to find out what methods have to know of whole tensors."""
     input_itemsizes: tuple[int, ...] = ()
     """The widest element, in bytes, that each of a tensor's sources can have."""
     versions: Mapping[str, Mapping[str, list[int | str]]] = field(default_factory=dict, compare=False)
     """Versions of the input files on this machine, which show changes."""
     digest: str = field(default="", compare=False)
     weights_digest: str = field(default="", compare=False)
-    """The digest of what decides the output's bytes. Comments and gates of the recipe do not change it."""
+    """The digest of what decides the bytes of the weights, by which an interrupted run knows its own shards. Comments
+    and gates of the recipe do not change it."""
 
     __repr__ = brief
     _repr_html_ = drawn
@@ -168,21 +176,24 @@ class Plan:
             "compared": [found.as_dict() for found in self.compared.found],
             **({"merged_share": self.merged_share} if self.merged_share is not None else {}),
             "bytes_read": self.bytes_read,
+            **({"bytes_read_again": self.bytes_again} if self.bytes_again else {}),
             "bytes_written": self.bytes_written,
         }
 
 
 def sealed(plan: Plan) -> Plan:
     """Return the plan with its digests."""
-    weights_digest, digest = digests(deciding_facts(plan), plan.recipe.sha256)
+    weights_digest, digest = digests(deciding_facts(plan), plan.recipe)
     return replace(plan, weights_digest=weights_digest, digest=digest)
 
 
-def digests(facts: Mapping[str, Any], recipe_sha256: str) -> tuple[str, str]:
+def digests(facts: Mapping[str, Any], recipe: Recipe) -> tuple[str, str]:
     """Return the digests of the weights and of the whole plan. facts: at least those that decide, as JSON has them."""
-    deciding = {key: facts[key] for key in DECIDING}
-    weights_digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
-    return weights_digest, hashlib.sha256((weights_digest + recipe_sha256).encode()).hexdigest()
+    deciding = json.dumps({key: facts[key] for key in DECIDING}, sort_keys=True)
+    of_facts = hashlib.sha256(deciding.encode()).hexdigest()
+    # The facts have the values of coefficients, but neither the formula nor the numbers that are written in it.
+    of_weights = hashlib.sha256(f"{of_facts}{recipe.formula}".encode()).hexdigest()
+    return of_weights, hashlib.sha256((of_facts + recipe.sha256).encode()).hexdigest()
 
 
 def deciding_facts(plan: Plan) -> dict[str, Any]:

@@ -71,12 +71,17 @@ def _call(node: CallNode, values: Mapping[str, float]) -> Term | None:
     return Call(method, tuple(chosen), tuple(arguments.items()), node.ordinal, node.position)
 
 
-def check_degrees(term: Term | None) -> None:
+def check_calls(term: Term | None) -> None:
     """Raise ExpressionError for an operand that its method cannot take: a model for a difference, or neither.
 
     Stored skills have to be differences in `term` already.
     """
     for call in calls(term):
+        if call.by_model and any(inner.readings for operand in call.operands for inner in calls(operand)):
+            raise ExpressionError(
+                f"takes the whole model in `{call.method}`, of what has to be read by itself before",
+                call.position, len(call.method.name), "write scope=matrix",
+            )  # fmt: skip
         wanted = 0 if call.method.differences else degree(call.operands[0])
         for index, operand in enumerate(call.operands):
             found = degree(operand)
