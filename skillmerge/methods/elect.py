@@ -144,7 +144,7 @@ def ties(
 ) -> Steps:
     """Trim each difference, elect signs, and average what agrees.
 
-    `elect(trim(v), trim(w), ...)` with the keywords of both.
+    `elect(trim(v), trim(w), ...)` with the keywords of both, but `scope`. Where that matters, write it so.
 
     Paper: TIES, arXiv 2306.01708.
     Differs: as `trim` and `elect` do.
