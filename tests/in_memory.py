@@ -16,7 +16,7 @@ from skillmerge.methods.linear import compile_term
 from skillmerge.methods.preparation import Partials, Preparation
 from skillmerge.methods.rounding import round_nearest
 from skillmerge.methods.terms import Term
-from skillmerge.recipes.formula.bind import bind, check_degrees
+from skillmerge.recipes.formula.bind import bind, check_calls
 from skillmerge.recipes.formula.parser import parse
 from skillmerge.tensors import BLOCK
 
@@ -24,7 +24,7 @@ from skillmerge.tensors import BLOCK
 def bound(text: str, models: list[str], **coefficients: float) -> Term | None:
     """The term of an expression that makes sense."""
     term = bind(parse(text, models, list(coefficients)), coefficients)
-    check_degrees(term)
+    check_calls(term)
     return term
 
 

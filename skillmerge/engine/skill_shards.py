@@ -287,7 +287,8 @@ class _Cutter:
             if kept is not None:
                 stays = torch.where(value.abs().to(torch.float32) >= kept.least, value * kept.factor, 0.0)
             rounded = round_nearest(stays, torch.empty(value.numel(), dtype=dtype))
-            if any_nonfinite(rounded):
+            shows = [rounded, *pieces.values()] if tile.tensor.program and tile.tensor.program.calls else [rounded]
+            if any(map(any_nonfinite, shows)):
                 raise worker.nonfinite(tile, pieces, rounded, tile.first + start)
             mask = rounded != 0
             places = places_of(mask)

@@ -214,8 +214,10 @@ class Worker:
         value, subtracted = self.evaluate(tensor, first, inputs)
         how = (output.rounding, rounding_key(output.seed, tensor.name), first)
         round_value(value, out, *how)
-        # Before equal bits are put back: whatever is not finite in an input shows in the result until then.
-        if not self.settings.allow_nonfinite and any_nonfinite(out):
+        # Before equal bits are put back: whatever is not finite in an input shows in the result until then, unless a
+        # method left it out.
+        shows = [out, *inputs.values()] if tensor.program.calls else [out]
+        if not self.settings.allow_nonfinite and any(map(any_nonfinite, shows)):
             raise self.nonfinite(tile, inputs, out, first)
         if tensor.program.same_bits:
             keep_same_bits(tensor.program, inputs, out, self.scratch, *how)

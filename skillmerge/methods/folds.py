@@ -61,7 +61,14 @@ class SumFold:
 
     @property
     def answer(self) -> list[float]:
-        return [math.fsum(blocks) for blocks in self._blocks]
+        return [_exact_sum(blocks) for blocks in self._blocks]
+
+
+def _exact_sum(values: list[float]) -> float:
+    try:
+        return math.fsum(values)
+    except (ValueError, OverflowError):  # infinities of two signs
+        return math.nan
 
 
 def _sums_of_blocks(term: Tensor) -> list[float]:
@@ -84,7 +91,7 @@ class RankFold:
         """Of each rank: its upper bits, how many sizes have larger ones, and its rank among those that share them."""
 
     def partial(self, operands: Sequence[Tensor], where: dict[str, int], run: slice) -> Tensor | dict[int, Tensor]:
-        bits = self._size(*operands, **where)[run].float().view(torch.int32)
+        bits = self._size(*operands, **where)[run].float().view(torch.int32) & 0x7FFFFFFF  # a NaN may have a sign
         high = bits >> _LOW
         if not self._found:
             return torch.bincount(high, minlength=_HIGH_BINS).cpu()

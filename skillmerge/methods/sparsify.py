@@ -95,6 +95,7 @@ def trim(unit: Unit, *, density: float, rescale: str = "none", scope: str = "mat
 
 @method(
     differences(1), alone=_share, indexed=True, rows=lambda spread, **_: spread is not None,
+    readings=lambda rescale, **_: int(rescale in ("l1", "l2")),
     density=SHARE, rescale=words("probability", "none", "l1", "l2"), spread=Number(0, 1, below=True),
     seed=Number(0, 2**63, whole=True),
 )  # fmt: skip
