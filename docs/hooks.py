@@ -20,7 +20,7 @@ import click
 from skillmerge import _HOMES, errors
 from skillmerge.cli.main import cli
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL, Figure
-from skillmerge.recipes.catalog import Keyword, list_methods
+from skillmerge.recipes.formula.catalog import Keyword, list_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 INCLUDED = {

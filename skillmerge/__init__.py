@@ -1,6 +1,6 @@
 """skillmerge: merge model checkpoints, and extract skills of one model family to use in another.
 
-Every command is a function here, with the same arguments (`skillmerge methods` is `list_methods`):
+Every command is a function here, with the same arguments (`import` is `import_recipe`, `methods` is `list_methods`):
 
     skillmerge.plan("recipe.yaml")                       -> Preview
     skillmerge.apply("recipe.yaml", "out", device="cpu") -> Result
@@ -30,10 +30,11 @@ _HOMES = {
     "extract": "verbs.extract",
     "finish": "verbs.tasks.finish",
     "gate": "study.gates",
+    "import_recipe": "recipes.importing",
     "init": "recipes.starter",
     "inspect": "study.inspect",
     "lint": "recipes.lint",
-    "list_methods": "recipes.catalog",
+    "list_methods": "recipes.formula.catalog",
     "plan": "verbs.plan",
     "push": "outputs.hub.push",
     "rebuild": "verbs.rebuild",
@@ -56,7 +57,8 @@ if TYPE_CHECKING:
     from skillmerge.outputs.hub.push import rehearse_push as rehearse_push
     from skillmerge.outputs.proof.attest import attest as attest
     from skillmerge.outputs.proof.sign import sign as sign
-    from skillmerge.recipes.catalog import list_methods as list_methods
+    from skillmerge.recipes.formula.catalog import list_methods as list_methods
+    from skillmerge.recipes.importing import import_recipe as import_recipe
     from skillmerge.recipes.lint import lint as lint
     from skillmerge.recipes.schema import schema as schema
     from skillmerge.recipes.starter import init as init

@@ -45,9 +45,6 @@ WORDS = {
 }
 """Options whose parameters have another name, as `from` and `set` must, and several values are named in the plural."""
 
-CALLED = {"methods": "list_methods"}
-"""Commands whose function has another name: `skillmerge.methods` is the package of the methods."""
-
 ONLY_PYTHON = {
     "apply": {"commits", "expected"},
     "sweep": {"finished"},
@@ -55,14 +52,11 @@ ONLY_PYTHON = {
 }
 """Parameters that no option sets, besides `reporter`."""
 
+FUNCTIONS = {"import": "import_recipe", "methods": "list_methods"}
+"""Commands whose function has another name: `import` is a word of Python, `skillmerge.methods` a package."""
+
 ALSO = {"SkillmergeError", "__version__", "export_patch", "rehearse_push", "verify_signed"}
 """Public names that are no commands."""
-
-
-def function_of(name: str) -> Callable[..., Any]:
-    """The function of a command."""
-    found: Callable[..., Any] = getattr(skillmerge, CALLED.get(name, name))
-    return found
 
 
 def words(command: click.Command) -> set[str]:
@@ -74,21 +68,27 @@ def words(command: click.Command) -> set[str]:
     return found - {"help", "log_format", "details"}
 
 
+def function_of(command: str) -> Callable[..., Any]:
+    """The function that does what a command does."""
+    return getattr(skillmerge, FUNCTIONS.get(command, command))  # type: ignore[no-any-return]
+
+
 # ------------------------------------------------------------------------------------------------ names
 
 
 def test_every_command_is_a_function_and_nothing_else_is_public() -> None:
-    assert set(skillmerge.__all__) == {CALLED.get(name, name) for name in cli.commands} | ALSO
+    assert set(skillmerge.__all__) == {FUNCTIONS.get(name, name) for name in cli.commands} | ALSO
     assert set(skillmerge.__all__) <= set(dir(skillmerge))
     assert len(skillmerge.__all__) == len(set(skillmerge.__all__))
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_function_is_called_what_the_package_calls_it(name: str) -> None:
-    function, called = function_of(name), CALLED.get(name, name)
+    name = FUNCTIONS.get(name, name)
+    function = getattr(skillmerge, name)
     assert inspect.isfunction(function)
-    assert function.__name__ == function.__qualname__ == called
-    assert function.__module__ == f"skillmerge.{skillmerge._HOMES[called]}"
+    assert function.__name__ == function.__qualname__ == name
+    assert function.__module__ == f"skillmerge.{skillmerge._HOMES[name]}"
     summary = (inspect.getdoc(function) or "").splitlines()[0]
     assert summary.endswith((".", ":", ";", "or")) or len(summary) > 60, summary
     assert inspect.signature(function).return_annotation is not inspect.Signature.empty

@@ -15,7 +15,7 @@ from skillmerge.outputs.manifest import Manifest
 from skillmerge.outputs.proof.attest import Attested
 from skillmerge.outputs.proof.sign import Signature
 from skillmerge.outputs.verify import Verdict
-from skillmerge.recipes.catalog import Catalog
+from skillmerge.recipes.formula.catalog import Catalog
 from skillmerge.recipes.lint import Lint
 from skillmerge.study.gates import GateReport
 from skillmerge.study.inspect import Inspection

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,7 @@ class Sums:
     Sums are of blocks in a fixed order, and of blocks exactly: the same bits in any cutting.
     """
 
-    terms: Callable[..., Sequence[Tensor]]
+    terms: Callable[..., Iterable[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +177,7 @@ class Method:
     rows: whether the elementwise function, and what is asked for, need whole rows, for some arguments.
     readings: how often the operands are read before the arithmetic, for some arguments.
     alone: which operand the result is for some arguments, if it is one; None otherwise.
+    check: what is wrong with some arguments that are within their ranges, and what to do; None if nothing is.
     """
 
     name: str
@@ -191,10 +192,11 @@ class Method:
     rows: Callable[..., bool]
     readings: Callable[..., int]
     alone: Callable[..., int | None]
+    check: Callable[..., tuple[str, str] | None]
 
     @property
     def text(self) -> str:
-        """Its docstring: a line that says what it does, its rule, and the paragraphs that `recipes.catalog` names."""
+        """Its docstring, whose parts `recipes.formula.catalog` reads."""
         return inspect.getdoc(self.prepare) or ""
 
     @property
@@ -270,6 +272,7 @@ def method(
     alone: Callable[..., int | None] = lambda count, **arguments: None,
     rows: Callable[..., bool] = lambda **arguments: False,
     readings: Callable[..., int] = lambda **arguments: 0,
+    check: Callable[..., tuple[str, str] | None] = lambda **arguments: None,
     indexed: bool = False,
     **keywords: Kind,
 ) -> Callable[[Callable[..., Steps | Ready]], Method]:
@@ -285,7 +288,7 @@ def method(
         name = function.__name__.rstrip("_")
         return Method(
             name, function, takes.least, takes.most, takes.differences, keywords, known, takes.absent, indexed, rows,
-            readings, alone,
+            readings, alone, check,
         )  # fmt: skip
 
     return make

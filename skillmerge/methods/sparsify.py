@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.errors import UnusableWeights
 from skillmerge.methods.method import (
     OF_MODEL,
     RESCALE,
@@ -93,11 +92,17 @@ def trim(unit: Unit, *, density: float, rescale: str = "none", scope: str = "mat
     return Ready(lambda v: scaled(largest(v, least), factor), found)
 
 
+def _chances(*, density: float, spread: float | None, **_: Any) -> tuple[str, str] | None:
+    if spread is None or density in (0, 1) or (density - spread > 0 and density + spread < 1):
+        return None
+    return f"with density {density:g} and spread {spread:g} `drop` keeps by chances outside 0 to 1", "lower `spread`"
+
+
 @method(
-    differences(1), alone=_share, indexed=True, rows=lambda spread, **_: spread is not None,
+    differences(1), alone=_share, indexed=True, rows=lambda spread, **_: spread is not None, check=_chances,
     readings=lambda rescale, **_: int(rescale in ("l1", "l2")),
     density=SHARE, rescale=words("probability", "none", "l1", "l2"), spread=Number(0, 1, below=True),
-    seed=Number(0, 2**63, whole=True),
+    seed=Number(0, 2**53, whole=True),
 )  # fmt: skip
 def drop(
     unit: Unit,
@@ -126,11 +131,6 @@ def drop(
     Example: base + drop(a - base, density=0.5) + drop(b - base, density=0.5)
     """
     lots = unit.lots(seed)
-    if spread is not None and not (density - spread > 0 and density + spread < 1):
-        raise UnusableWeights(
-            f"`drop` with density {density:g} and spread {spread:g} keeps with probabilities outside 0 to 1",
-            fix="use a smaller spread",
-        )
 
     def kept(v: Tensor, first: int) -> Tensor:
         return keep(v, lots(first, v).lt_(density if spread is None else chances(v)).to(v.dtype))

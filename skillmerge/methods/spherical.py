@@ -4,12 +4,11 @@ from their dot products alone."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.errors import UnusableWeights
 from skillmerge.methods.method import (
-    ANY,
     OF_ROWS,
     SHARE,
     WEIGHTS,
@@ -33,10 +32,12 @@ Gram = list[list[float]]
 """The dot products of all pairs of operands."""
 
 
-def dot_products(*v: Tensor) -> list[Tensor]:
-    """Of each operand with itself and those behind it, element by element."""
+def dot_products(*v: Tensor) -> Iterator[Tensor]:
+    """Of each operand with itself and those behind it, element by element; one at a time, as they are many."""
     wide = [x.double() for x in v]
-    return [wide[i] * wide[j] for i in range(len(wide)) for j in range(i, len(wide))]
+    for i in range(len(wide)):
+        for j in range(i, len(wide)):
+            yield wide[i] * wide[j]
 
 
 def gram_of(sums: Sequence[float], count: int) -> Gram:
@@ -92,7 +93,9 @@ def for_rows(unit: Unit, like: Tensor, numbers: Sequence[float]) -> Tensor:
     return like.new_tensor(numbers).repeat_interleave(unit.columns)
 
 
-@method(alike(2), alone=_end, rows=of_rows, readings=of_matrices, t=ANY, linear_above=SHARE, scope=OF_ROWS)
+@method(
+    alike(2), alone=_end, rows=of_rows, readings=of_matrices, t=Number(-1000, 1000), linear_above=SHARE, scope=OF_ROWS
+)
 def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995, scope: str = "matrix") -> Steps:
     """Go from one model to another along the arc between them.
 
@@ -136,7 +139,14 @@ def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995, scope: str = "m
     return Ready(ready.function, {"cosine": c, **ready.found})
 
 
-@method(alike(2, None), readings=of_matrices, weights=WEIGHTS)
+def _sum_of_weights(*, weights: Sequence[float]) -> tuple[str, str] | None:
+    total = sum(weights)
+    if 1e-9 < abs(total) < math.inf:
+        return None
+    return f"the weights of `multislerp` add up to {total:g}", "give weights with another sum"
+
+
+@method(alike(2, None), readings=of_matrices, check=_sum_of_weights, weights=WEIGHTS)
 def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
     """Average directions on the sphere with weights, and average the norms.
 
@@ -152,8 +162,6 @@ def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
     count = unit.operands
     gram = gram_of((yield Sums(dot_products)), count)
     total = sum(weights)
-    if total == 0:
-        raise UnusableWeights("the weights of `multislerp` add up to 0", fix="give weights with another sum")
     w = [weight / total for weight in weights]
     norms = [math.sqrt(gram[i][i]) for i in range(count)]
     units = [_unit(count, i, norms[i]) for i in range(count)]

@@ -299,7 +299,7 @@ def _rule(document: Document, path: Path, table: RuleTable) -> Rule:
         tensors=_as_tuple(table.tensors),
         modules=_as_tuple(table.modules),
         value=float(table.value or 0.0),
-        ramp=(float(table.ramp[0]), float(table.ramp[1])) if table.ramp else None,
+        ramp=tuple(map(float, table.ramp)) if table.ramp else None,
     )
 
 

@@ -9,6 +9,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import method_oracles as oracles
+import numpy as np
+import oracle
 import pytest
 import torch
 from clusters import alone, run_tasks, save
@@ -276,3 +279,49 @@ def test_infinities_that_are_allowed_spoil_their_matrix_at_most(tmp_path: Path, 
     outputs = [skillmerge.apply(recipe, tmp_path / f"{n}", threads=n, allow_nonfinite=True).output for n in (1, 8)]
     assert weights(outputs[0]) == weights(outputs[1])
     assert_bits(read_checkpoint(outputs[0])["w"][0], wanted[0], "the other matrix")
+
+
+# ------------------------------------------------------------------------------------------------------ whole models
+
+
+def of_model(merge: str, models: dict[str, dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+    """What a sparsifier of the whole model leaves of rl - sft, tensor by tensor."""
+    v, u = ({name: models[model][name].double().numpy() - models["sft"][name].double().numpy() for name in SHAPES}
+            for model in ("rl", "target"))  # fmt: skip
+    flat = [np.concatenate([part.ravel() for part in parts.values()]) for parts in (v, u)]
+    if merge.startswith("match"):
+        result = oracles.match(*flat)
+    else:
+        rescale = "l2" if "l2" in merge else "none"
+        result = oracles.trim(flat[0], density=0.3, rescale=rescale)
+    ends = np.cumsum([part.size for part in v.values()])[:-1]
+    return {name: part.reshape(v[name].shape) for name, part in zip(v, np.split(result, ends), strict=True)}
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        "trim(rl - sft, density=.3, scope=model)",
+        "trim(rl - sft, density=.3, scope=model, rescale=l2)",
+        "match(rl - sft, to=target - sft, scope=model)",
+    ],
+)
+def test_whole_model_is_ranked_and_measured_together(
+    family: Path, tmp_path: Path, merge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, outputs = recipe_of(family, f"target + {merge}"), []
+    for threads, tile in ((1, 1), (8, 3), (2, 64)):
+        chosen = Budget(threads, tile * BLOCK, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "budget", lambda plan, chosen=chosen, **limits: chosen)
+            outputs.append(skillmerge.apply(recipe, tmp_path / f"{threads}", device="cpu").output)
+    assert content(outputs[1]) == content(outputs[0]) == content(outputs[2])
+    models = {model: read_checkpoint(family / model) for model in MODELS}
+    wanted = of_model(merge, models)
+    for name, found in read_checkpoint(outputs[0]).items():
+        exact = models["target"][name].double().numpy() + wanted[name]
+        rounded = oracle.rounded(exact, torch.bfloat16)
+        error = np.abs(found.double().numpy() - rounded)
+        inexact = oracle.unit(rounded, torch.bfloat16) + 2.0**-21 * np.abs(exact - wanted[name])
+        assert np.all(error <= (inexact if "l2" in merge or "match" in merge else 0)), name
+    skillmerge.rebuild(outputs[0], check=True, sample=0.4, seed=1, base_folder=family)

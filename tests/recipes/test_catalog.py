@@ -14,8 +14,8 @@ import skillmerge
 from skillmerge.errors import UsageError
 from skillmerge.methods.table import METHODS
 from skillmerge.methods.terms import calls
-from skillmerge.recipes.catalog import NAMES, PARTS
 from skillmerge.recipes.formula.bind import bind, check_calls
+from skillmerge.recipes.formula.catalog import NAMES, PARTS
 from skillmerge.recipes.formula.parser import parse
 
 EXPLAINED = skillmerge.list_methods().methods

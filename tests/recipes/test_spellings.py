@@ -17,8 +17,7 @@ _ALONE = "write the arithmetic alone, such as target + lam * (rl - sft)"
 MISTAKES = {
     (_LAM, "[0, .3, 1]"): (
         "3:21", "`lam` must be a number, not a list",
-        "to change it over the layers, write `lam: {rules: [{layers: 0-, ramp: [0, 1]}]}` (a ramp takes two ends, "
-        "nothing between); to try each: "
+        "to change it over the layers, write `lam: {rules: [{layers: 0-, ramp: [0, 0.3, 1]}]}`; to try each: "
         "`skillmerge sweep RECIPE --set lam=0,0.3,1`",
     ),
     (_LAM, "50%"): ("3:21", "`lam` must be a number, not the text '50%'", "write 0.5"),

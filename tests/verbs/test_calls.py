@@ -122,7 +122,7 @@ def test_number_without_a_name_is_answered_with_where_to_write_one(
     ("merge", "message"),
     [
         ("target + lam * ties(rl, sft - target, density=keep)", "`ties` combines differences, and its 1st operand is"),
-        ("target + lam * keep * match(rl - sft, to=target)", "`match` combines differences, and `to` is a model"),
+        ("target + lam * keep * match(rl - sft, to=target)", "`match` combines differences, and its `to` is a model"),
     ],
 )
 def test_lint_finds_a_call_that_does_not_fit_under_a_ramp(

@@ -16,7 +16,7 @@ from skillmerge.tensors import format_bytes
 
 if TYPE_CHECKING:
     from skillmerge.cli.doctor import Diagnosis
-    from skillmerge.recipes.catalog import Catalog, Explained
+    from skillmerge.recipes.formula.catalog import Catalog, Explained
     from skillmerge.recipes.lint import Lint
     from skillmerge.verbs.demo.demo import Shown
     from skillmerge.verbs.demo.miniature import Question

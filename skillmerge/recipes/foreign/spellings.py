@@ -69,6 +69,7 @@ _CALLS = {
     "breadcrumbs": "write base + lam * (band(a - base, density=0.9) + band(b - base, density=0.9))",
     "breadcrumbs_ties": "write base + elect(band(a - base, density=0.9), band(b - base, density=0.9))",
     "ties_merging merge_ties": "write base + ties(a - base, b - base, density=0.3)",
+    "derive": "write match(v, to=u) for the size of another update, project(v, off=u) to take its direction away",
     "stock": "write base + model_stock(a - base, b - base)",
     "magmax emr": "write base + pick(a - base, b - base), or elect with pick=max",
     "nearswap": "write a + clip(b - a, at=0.001)",
@@ -144,10 +145,9 @@ def numbers_meant(name: str, values: Sequence[object]) -> str:
     listed = [repr(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(listed) < 2 or len(listed) != len(values):
         return "a coefficient is one number, or a table with `rules`"
-    ramp = f"`{name}: {{rules: [{{layers: 0-, ramp: [{listed[0]}, {listed[-1]}]}}]}}`"
+    ramp = f"`{name}: {{rules: [{{layers: 0-, ramp: [{', '.join(listed)}]}}]}}`"
     tried = f"`skillmerge sweep RECIPE --set {name}={','.join(listed)}`"
-    ends = " (a ramp takes two ends, nothing between)" if len(listed) > 2 else ""
-    return f"to change it over the layers, write {ramp}{ends}; to try each: {tried}"
+    return f"to change it over the layers, write {ramp}; to try each: {tried}"
 
 
 def _row(table: dict[str, str], word: str) -> str | None:

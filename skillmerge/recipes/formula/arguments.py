@@ -97,6 +97,9 @@ def arguments_of(node: CallNode, numbers: Mapping[str, Sequence[float]]) -> dict
         if isinstance(kind, Numbers) and name not in listed:
             one = found[name]
             found[name] = (one[0] if isinstance(one, tuple) else one,) * len(node.operands)
+    if (wrong := node.method.check(**found)) is not None:
+        what, fix = wrong
+        raise ExpressionError(f"has a call that does not fit: {what}", node.position, len(node.method.name), fix)
     return found
 
 

@@ -10,6 +10,8 @@ from skillmerge.methods.terms import Call, Leaf, Scaled, Sum, Term, calls, degre
 from skillmerge.recipes.formula.arguments import arguments_of, nth
 from skillmerge.recipes.formula.tree import CallNode, ExpressionError, Name, Node, Number, Operation, has_model
 
+_LEAVE_OUT = "leave it out, or use another coefficient than 0"
+
 
 def bind(node: Node, values: Mapping[str, float]) -> Term | None:
     """Return the tree with the coefficients' values in place; None if everything fell away.
@@ -51,7 +53,8 @@ def _call(node: CallNode, values: Mapping[str, float]) -> Term | None:
     if len(left) < len(operands) and not method.absent and len(operands) > 1:
         index = next(index for index, operand in enumerate(operands) if operand is None)
         at = node.operands[index]
-        raise ExpressionError(f"gives `{method}` a {nth(index + 1)} operand that is zero", at.position)
+        what = f"gives `{method}` a {nth(index + 1)} operand that is zero"
+        raise ExpressionError(what, at.position, fix=_LEAVE_OUT)
     if not left:
         return None
     if len(left) < len(operands):
@@ -63,7 +66,8 @@ def _call(node: CallNode, values: Mapping[str, float]) -> Term | None:
     for keyword in node.keywords:
         if isinstance(method.keywords[keyword.name], Operand):
             if (other := bind(keyword.values[0], values)) is None:
-                raise ExpressionError(f"gives `{method}` a `{keyword.name}` that is zero", keyword.position)
+                what = f"gives `{method}` a `{keyword.name}` that is zero"
+                raise ExpressionError(what, keyword.position, len(keyword.name), _LEAVE_OUT)
             chosen.append(other)
     alone = method.alone(len(chosen), **arguments)
     if alone is not None:
@@ -87,8 +91,8 @@ def check_calls(term: Term | None) -> None:
             found = degree(operand)
             if found == wanted and found in (0, 1):
                 continue
-            given = index - (len(call.operands) - len(call.method.operand_keywords))
-            which = f"`{call.method.operand_keywords[given]}`" if given >= 0 else f"its {nth(index + 1)} operand"
+            named = call.method.operand_keywords[index - len(call.operands) :] if index else ()
+            which = f"its `{named[0]}`" if named else f"its {nth(index + 1)} operand"
             is_model = "is a model" if found == 1 else f"has {found:g} models' worth of weights"
             if call.method.differences:
                 what = f"`{call.method}` combines differences, and {which} {is_model}"

@@ -178,7 +178,8 @@ class _Parser:
             fix = call_meant(text, list(METHODS))
             raise ExpressionError(f"calls `{text}`, which is no method of this version", position, len(text), fix)
         if name not in self.models and name not in self.coefficients:
-            near = did_you_mean(name, self.models + self.coefficients)
+            call = f"`{METHODS[name].usage}` is a method: call it" if name in METHODS else None
+            near = call or did_you_mean(name, self.models + self.coefficients)
             known = f"add `coefficients: {{{text}: 1}}`, or use: {some(self.models + self.coefficients, NEAR)}"
             raise ExpressionError(
                 f"names `{text}`, which is neither a model nor a coefficient",
@@ -205,6 +206,8 @@ class _Parser:
                 fix = f"write operands first: `{method.usage}`"
                 raise ExpressionError(f"has an operand of `{name}` behind its keywords", at, max(1, len(text)), fix)
             else:
+                if operands:
+                    self._count(at)
                 operands.append(self.sum())
                 if not has_model(operands[-1]):
                     raise ExpressionError(
@@ -233,10 +236,11 @@ class _Parser:
             value = self.sum()
             if has_model(value) != isinstance(kind, Operand):
                 what = f"`{name}` is {kind}, and this is {'made of models' if has_model(value) else 'a number'}"
-                raise ExpressionError(f"has a value that does not fit: {what}", at, max(1, len(text)))
+                fix = "write a difference, such as `b - base`" if isinstance(kind, Operand) else "write a number"
+                raise ExpressionError(f"has a value that does not fit: {what}", at, max(1, len(text)), fix)
             return Keyword(name, (value,), position)
         if not isinstance(kind, Numbers):
-            raise ExpressionError(f"has a list for `{name}`, which is {kind}", at)
+            raise ExpressionError(f"has a list for `{name}`, which is {kind}", at, fix="leave the `[` and `]` out")
         self.take()
         values = []
         while self.tokens[self.index][1] not in ("]", ""):

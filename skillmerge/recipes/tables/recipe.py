@@ -98,9 +98,9 @@ class RuleTable(Table):
         list[FiniteFloat] | None,
         Field(
             min_length=2,
-            max_length=2,
-            description="Coefficients of the first and the last selected layer, linear in between.",
-            examples=[[0.5, 1.0]],
+            description="Coefficients of the first and the last selected layer, linear in between. Points between the "
+            "ends are evenly spaced.",
+            examples=[[0.5, 1.0], [0.2, 1.0, 0.2]],
         ),
     ] = None
 
