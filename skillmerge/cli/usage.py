@@ -304,7 +304,7 @@ FOREIGN_COMMANDS = {
     "method list-methods list_methods merge-methods algorithms": "run `skillmerge methods`",
     "reproduce replay redo": "run `skillmerge rebuild FOLDER --check`",
     "lock freeze pin": "run `skillmerge plan RECIPE --lock`",
-    "convert import mergekit-import": "run `skillmerge lint MERGEKIT.yml`, which prints the recipe that says the same",
+    "convert translate mergekit-import": "run `skillmerge import MERGEKIT.yml`, which prints the recipe",
     "download fetch pull": "models on the Hub are streamed; to keep one: `hf download ORG/NAME`",
     "help": "run `skillmerge --help`, or `skillmerge COMMAND --help`",
 }

@@ -54,7 +54,7 @@ class Number:
             return what
         if self.most == math.inf:
             return f"{what} {'above' if self.above else 'of at least'} {self.least:g}"
-        most = "2^63" if self.most == 2**63 else f"{self.most:g}"
+        most = "2^53" if self.most == 2**53 else f"{self.most:g}"
         if self.above or self.below:
             low = f"above {self.least:g}" if self.above else f"from {self.least:g}"
             return f"{what} {low} {('and' if self.above else 'to') + ' below' if self.below else 'to'} {most}"

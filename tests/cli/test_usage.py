@@ -36,7 +36,8 @@ TYPED = {
     "inspect a b --top": ("no such option `--top`", "run `skillmerge inspect --help`"),
     "apply r.yaml --threds 3": ("no such option `--threds`", "did you mean `--threads`?"),
     "plan r.yaml --overwrite": (
-        "no such option `--overwrite`", "leave it out: it is an option of `apply`, `finish`, `extract`, `sweep`"
+        "no such option `--overwrite`",
+        "leave it out: it is an option of `apply`, `finish`, `extract`, `sweep` … and 1 more"
     ),
     "diff a b": (
         "no such command `diff`",

@@ -68,7 +68,7 @@ def test_keywords_have_kinds_and_defaults_as_recipes_write_them() -> None:
     drop = {keyword.name: keyword.as_dict() for keyword in EXPLAINED["drop"].keywords}
     assert drop["density"] == {"name": "density", "kind": "a number from 0 to 1", "required": True, "default": None}
     assert (drop["spread"]["required"], drop["spread"]["default"]) == (False, None)
-    assert drop["seed"]["kind"] == "a whole number from 0 to 2^63"
+    assert drop["seed"]["kind"] == "a whole number from 0 to 2^53"
     weights = next(it for it in EXPLAINED["elect"].keywords if it.name == "weights")
     assert (weights.kind, weights.default) == ("a number, or a list with one for each operand", "1")
     assert EXPLAINED["drop"].usage == "drop(v, density=, rescale=probability, [spread=], [seed=])"
