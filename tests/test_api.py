@@ -52,8 +52,8 @@ ONLY_PYTHON = {
 }
 """Parameters that no option sets, besides `reporter`."""
 
-FUNCTIONS = {"import": "import_recipe"}
-"""Commands whose function has another name: `import` is a word of Python."""
+FUNCTIONS = {"import": "import_recipe", "methods": "list_methods"}
+"""Commands whose function has another name: `import` is a word of Python, `skillmerge.methods` a package."""
 
 ALSO = {"SkillmergeError", "__version__", "export_patch", "rehearse_push", "verify_signed"}
 """Public names that are no commands."""
@@ -208,6 +208,7 @@ def test_results_are_what_json_prints(family: Path) -> None:
         (lambda: skillmerge.verify(skill, parent=rl), ["verify", skill, "--parent", rl]),
         (lambda: skillmerge.inspect(skill), ["inspect", skill]),
         (lambda: skillmerge.lint(family), ["lint", family]),
+        (lambda: skillmerge.list_methods("ties"), ["methods", "ties"]),
     ]
     for function, arguments in cases:
         result = function()

@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "sweep.sweep tasks.finish verify",
         "export.export extract rebuild sweep.in_memory sweep.setting",
         "apply export.lora export.patch plan sweep.search tasks.shard",
-        "demo.miniature derive result source sweep.journal target tasks.collect",
+        "demo.miniature result source sweep.journal target tasks.collect",
         "records sweep.candidates tasks.index",
     ),
     "study": (
@@ -82,7 +82,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "mergekit.translation schema",
         "mergekit.output mergekit.settings",
         "formula.bind formula.donor formula.parser lint_rules lock mergekit.config schedules source",
-        "foreign.documents foreign.near_misses mergekit.notes tables.recipe",
+        "foreign.documents foreign.near_misses formula.catalog mergekit.notes tables.recipe",
         "formula.arguments yamltext foreign.spellings tables.gates",
         "formula.tree tables.values",
     ),

@@ -42,15 +42,18 @@ if TYPE_CHECKING:
 
 @method(differences(2, None), rows=of_rows, readings=of_matrices, negative=words("zero", "keep"), scope=OF_ROWS)
 def model_stock(unit: Unit, *, negative: str = "zero", scope: str = "matrix") -> Steps:
-    """Average updates, shortened by how much they disagree.
+    """Average differences, and shorten the result the more they disagree.
 
-    c is the mean cosine of all pairs of N updates, at least 0 (negative=keep: as it is), and at most 1. The result is
-    t times their mean, with t = N c/(1 + (N - 1) c). With scope=row each row has its own t.
+    c is the mean cosine of all pairs of the N differences, at least 0 and at most 1. With `negative=keep` it may be
+    below 0. The result is t times their mean, with `t = N * c/(1 + (N - 1) * c)`. With `scope=row` each row has its
+    own t.
 
     Paper: Model Stock, arXiv 2403.19522.
-    Differs: mergekit extrapolates where the cosine is negative, and floors the product of norms at 1e-6, which is wrong
-    for small updates.
-    Use: fine-tunings of one base on the same task with other seeds or data.
+    Differs: mergekit extrapolates where the cosine is negative. It also takes a product of norms below 1e-6 as 1e-6,
+    which is wrong for small updates.
+    When: one base was tuned several times on the same task, with other seeds or data.
+    Not when: the tasks differ. Nearly orthogonal updates give a t near 0, and the result is nearly the base.
+    Example: base + model_stock(a - base, b - base, c - base)
     """
     count = unit.operands
 
@@ -77,15 +80,19 @@ def model_stock(unit: Unit, *, negative: str = "zero", scope: str = "matrix") ->
     differences(2, None), readings=lambda select, **_: 1 if select == 1 else 4, select=SHARE, floor=Number(0)
 )  # fmt: skip
 def sce(unit: Unit, *, select: float = 1.0, floor: float = 0.0) -> Steps:
-    """Select where updates vary most, weigh them by their energy, and erase what has the minority's sign.
+    """Average differences by their energy, where they vary most and agree in sign.
 
-    Of the positions whose variance over the updates is not 0, the share `select` of largest variance is kept, and
-    whatever ties. Each update weighs as much as its mean square of what is kept (all alike if these add up to 0, or to
-    less than `floor`). Signs are elected by the plain sum; the weighted mean of what agrees is the result.
+    Of the positions where the variance over the differences is not 0, the share `select` with the largest variance is
+    kept, and so is every position of the same variance as the last. Each difference weighs as much as the mean square
+    of what is kept of it. All weigh alike if these add up to 0, or to less than `floor`. The plain sum elects the
+    signs, and the result is the weighted mean of what agrees.
 
-    Paper: SCE, arXiv 2408.07990 (FuseChat 3).
-    Differs: mergekit weighs all alike below a sum of 1e-6 (floor=1e-6), which most RL updates are below.
-    Use: experts of different skills, in place of weights by hand.
+    Paper: SCE, arXiv 2408.07990 (FuseChat-3.0).
+    Differs: mergekit weighs all alike where the mean squares add up to less than 1e-6 (`floor=1e-6` here). Most updates
+    of RL are below that.
+    When: experts of different skills have updates of similar size, and you do not want to choose weights by hand.
+    Not when: the sizes differ much. Weights go with the square, so an update 30 times larger weighs 900 times more.
+    Example: base + sce(a - base, b - base, select=0.5)
     """
     count, least = unit.operands, Rank(0.0, unit.elements)
     if select < 1:
@@ -122,9 +129,13 @@ def variance(v: Sequence[Tensor]) -> Tensor:
 
 @method(alike(1, None), alone=lambda count, **_: 0 if count == 1 else None)
 def median(unit: Unit) -> Ready:
-    """Take the middle value of each element; of an even number of models the mean of the middle two.
+    """Take the middle value of each element.
 
-    Use: several models of one base, one of which may be far off.
+    For an even number of operands it is the mean of the middle two.
+
+    When: there are three or more models of one base, one of which may be far off.
+    Not when: there are two: it is their average.
+    Example: median(a, b, c)
     """
     count = unit.operands
 

@@ -110,15 +110,18 @@ def elect(
     pick: str = "mean",
     zero: str = "plus",
 ) -> Steps:
-    """Elect a sign for each element, and take the mean of the updates that have it.
+    """Elect a sign for each element, and average the differences that have it.
 
-    With x = weight * v of each update, the sign is that of the sum of all x (plus if it is 0, or with zero=majority the
-    sign that the matrix elected most). The result is the sum of the x of that sign over the sum of their weights;
-    with normalize=no the sum itself; with pick=max the largest of them. A zero has no sign.
+    With `x = weight * v` of each difference, the elected sign is that of the sum of all x. A sum of 0 counts as plus,
+    or with `zero=majority` as the sign that the matrix elected most. The result is the sum of the x that have this
+    sign, over the sum of their weights. It is the sum alone with `normalize=no`, and the largest of them with
+    `pick=max`. A zero has no sign.
 
-    Paper: TIES, arXiv 2306.01708, steps 2 and 3; pick=max is the unified vector of EMR-Merging, arXiv 2405.17461.
-    Differs: as in mergekit, weights sway the election, and the mean is weighted; the paper has no weights.
-    Use: for updates that pull elements in different directions; with density 1 it is TIES without trimming.
+    Paper: TIES, arXiv 2306.01708, steps 2 and 3. With `pick=max` the unified vector of EMR-Merging, arXiv 2405.17461.
+    Differs: as in mergekit, weights sway the election and the mean. The paper has no weights.
+    When: updates of similar size pull elements in different directions. With all elements it is TIES without `trim`.
+    Not when: the sizes differ much, as those of RL and SFT do: the larger update elects nearly every sign.
+    Example: base + lam * elect(a - base, b - base, weights=[1, 0.5])
     """
     ready = yield from _election(weights, normalize, pick, zero, lambda *v: list(v))
     return ready
@@ -139,11 +142,15 @@ def ties(
     pick: str = "mean",
     zero: str = "plus",
 ) -> Steps:
-    """Trim each update, elect signs, and take the mean of what agrees: `elect` of `trim`.
+    """Trim each difference, elect signs, and average what agrees.
+
+    `elect(trim(v), trim(w), ...)` with the keywords of both, but `scope`. Where that matters, write it so.
 
     Paper: TIES, arXiv 2306.01708.
-    Differs: see `trim` and `elect`.
-    Use: `base + lam * ties(a - base, b - base, density=0.3)` for several experts of one base.
+    Differs: as `trim` and `elect` do.
+    When: several experts of one base were tuned alike, and their plain sum is worse than each of them.
+    Not when: the updates differ much in size, as those of RL and SFT do. For one update alone use `trim`.
+    Example: base + lam * ties(a - base, b - base, c - base, density=0.3)
     """
     ranks = yield [Ranks(_size_of(index), (unit.count(density),)) for index in range(unit.operands)]
     leasts = [found[0] for found in ranks]
@@ -166,11 +173,15 @@ def _size_of(index: int) -> Callable[..., Tensor]:
 
 @method(differences(1, None, absent=True))
 def pick(unit: Unit) -> Ready:
-    """Take each element from the update in which it is largest by size; the first of those that tie.
+    """Take each element from the difference in which it is largest.
+
+    Largest by size. Of elements of one size, that of the first difference.
 
     Paper: MagMax, arXiv 2407.06322.
-    Differs: the authors' code takes the last of those that tie.
-    Use: for updates that change different elements.
+    Differs: the authors' code takes the last of elements of one size.
+    When: updates of similar size change different elements.
+    Not when: one update is much larger than the others: it is picked nearly everywhere.
+    Example: base + lam * pick(a - base, b - base)
     """
 
     def function(*v: Tensor) -> Tensor:
@@ -187,15 +198,18 @@ def pick(unit: Unit) -> Ready:
     threshold=Number(0), boost=Number(0), cap=Number(0), scope=OF_MODEL,
 )  # fmt: skip
 def ram(unit: Unit, *, threshold: float = 0.0, boost: float = 0.0, cap: float = 1.0, scope: str = "model") -> Steps:
-    """Average what several updates changed, and keep what one alone changed whole.
+    """Average what several differences changed, and keep what one changed alone.
 
-    An element is changed by an update if |v| > threshold. Changed by several: their mean. By one alone: its v, times
-    1 + boost * min(shared/alone, cap), where shared and alone count the elements of the model (scope=matrix: of each
-    matrix) that this update changed with others and alone; cap if it changed none alone.
+    A difference changed an element if `|v| > threshold`. If several did, the result is their mean. If one did, it is
+    `v * (1 + boost * min(shared/alone, cap))`. Here shared and alone count the elements of the model that this
+    difference changed with others and alone, or with `scope=matrix` those of the matrix. If it changed none alone, the
+    ratio is `cap`.
 
     Paper: RAM and RAM+, arXiv 2601.13572.
-    Differs: the authors boost by 0.2; the default here is no boost. mergekit counts matrix by matrix.
-    Use: for RL experts, whose sparse updates touch different elements: an average would dilute them.
+    Differs: the authors boost by 0.2. Here the default is no boost. mergekit counts matrix by matrix.
+    When: RL experts, whose sparse updates change different elements. An average would dilute these.
+    Not when: the updates are dense, as those of SFT are: nearly every element is shared, and the result is the mean.
+    Example: base + lam * ram(a - base, b - base, c - base)
     """
     factors = [1.0] * unit.operands
     if boost:

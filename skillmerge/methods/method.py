@@ -6,7 +6,7 @@ for by `yield`: sums over all elements, or sizes of a given rank.
 
     @method(differences(1), readings=lambda **_: 2, density=SHARE)
     def trim(unit: Unit, *, density: float) -> Steps:
-        '''Keep the largest elements. ...'''
+        '''Keep the largest elements of a difference. ...'''
         (least,) = yield Ranks(abs, (unit.count(density),))
         return Ready(lambda v: keep(v, v.abs().ge_(least.size)))
 
@@ -54,15 +54,19 @@ class Number:
             return what
         if self.most == math.inf:
             return f"{what} {'above' if self.above else 'of at least'} {self.least:g}"
+        most = "2^53" if self.most == 2**53 else f"{self.most:g}"
         if self.above or self.below:
             low = f"above {self.least:g}" if self.above else f"from {self.least:g}"
-            return f"{what} {low} {'and below' if self.below else 'to'} {self.most:g}"
-        return f"{what} from {self.least:g} to {self.most:g}"
+            return f"{what} {low} {('and' if self.above else 'to') + ' below' if self.below else 'to'} {most}"
+        return f"{what} from {self.least:g} to {most}"
 
 
 @dataclass(frozen=True, slots=True)
 class Numbers(Number):
     """A keyword with one number for each operand; one number alone is that of all of them."""
+
+    def __str__(self) -> str:
+        return "a number, or a list with one for each operand"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +195,14 @@ class Method:
     check: Callable[..., tuple[str, str] | None]
 
     @property
+    def text(self) -> str:
+        """Its docstring, whose parts `recipes.formula.catalog` reads."""
+        return inspect.getdoc(self.prepare) or ""
+
+    @property
     def summary(self) -> str:
         """The first line of its docstring."""
-        return (inspect.getdoc(self.prepare) or "").partition("\n")[0]
+        return self.text.partition("\n")[0]
 
     @property
     def operand_keywords(self) -> tuple[str, ...]:
@@ -201,11 +210,12 @@ class Method:
 
     @property
     def usage(self) -> str:
-        """The form of a call: `trim(v, density=, rescale=none)`."""
+        """The form of a call: `drop(v, density=, [spread=])`, with brackets around what has no default."""
         names = ["v"] if self.differences else ["a", "b"][: self.most or 1]
         if self.most is None:
             names = ["v…" if self.differences else "x…"]
-        given = (f"{name}={shown(self.defaults[name]) if name in self.defaults else ''}" for name in self.keywords)
+        values = {name: shown(self.defaults[name]) if name in self.defaults else "" for name in self.keywords}
+        given = (f"[{name}=]" if name in self.defaults and not it else f"{name}={it}" for name, it in values.items())
         return f"{self.name}({', '.join((*names, *given))})"
 
     def __repr__(self) -> str:

@@ -71,15 +71,18 @@ def _power(v: Tensor, rescale: str = "l2") -> Tensor:
 
 @method(differences(1), alone=_share, readings=_ranked, density=SHARE, rescale=RESCALE, scope=OF_MODEL)
 def trim(unit: Unit, *, density: float, rescale: str = "none", scope: str = "matrix") -> Steps:
-    """Keep the largest elements, by size.
+    """Keep the largest elements of a difference.
 
-    k = max(1, floor(density * n)) of a matrix's n elements are kept, and whatever ties with the k-th. `rescale`
-    multiplies them by ||v||/||kept|| (l1 or l2). With scope=model the elements of all tensors are ranked together.
+    Of the n elements of a matrix, the `k = max(1, floor(density * n))` largest by size are kept, and so is every
+    element as large as the k-th. `rescale` multiplies them by `||v||/||kept||`, in the 1-norm (`l1`) or the 2-norm
+    (`l2`). With `scope=model` the elements of all tensors are ranked together.
 
-    Paper: TIES, arXiv 2306.01708, step 1; DoTS, arXiv 2605.00610, with rescale=l2.
-    Differs: the authors rank over the whole model (scope=model) and keep one element more. mergekit keeps exactly k, an
-    arbitrary choice among ties, of which bf16 updates are full.
-    Use: against interference when several updates are added. Updates of RL are sparse already: sweep the density.
+    Paper: TIES, arXiv 2306.01708, step 1. With `rescale=l2` DoTS, arXiv 2605.00610.
+    Differs: the authors rank over the whole model (`scope=model`), and keep one element more. mergekit keeps exactly k,
+    an arbitrary choice among elements of one size, of which bfloat16 updates are full.
+    When: several updates are added and disturb one another, or you want to know how few elements hold a skill.
+    Not when: you have not measured the whole update yet. Updates of RL are sparse already, so sweep the density.
+    Example: target + lam * trim(rl - sft, density=0.3)
     """
     (least,) = yield Ranks(size, (unit.count(density),))
     factor = 1.0
@@ -109,18 +112,23 @@ def drop(
     spread: float | None = None,
     seed: int | None = None,
 ) -> Steps:
-    """Keep each element with probability `density`, by lot, and divide it by that.
+    """Keep elements of a difference by lot.
 
-    The lot of an element depends on the seed (`output.seed` if none is given), on the tensor's name, on which `drop` of
-    the expression it is and on the element's index, and on nothing else. `rescale` none, l1 or l2 as for `trim`.
+    Each element is kept with probability `density`, and divided by it. The lot of an element depends on four things
+    alone: the seed (`output.seed` if `seed` is not given), the tensor's name, the element's index, and which `drop` of
+    the expression it is. `rescale` none, l1 or l2 is that of `trim`, in place of the division.
 
-    With `spread` e the probability rises with the size in the row: density - e for the smallest of a row to density + e
-    for the largest, linearly by rank; sizes that tie share the mean of their ranks. density - e has to be above 0 and
-    density + e below 1.
+    With `spread` the probability rises with the size of the element in its row. It is `density - spread` for the
+    smallest and `density + spread` for the largest, linear in the rank between them. Elements of one size share the
+    mean of their ranks. Both ends must be between 0 and 1.
 
-    Paper: DARE, arXiv 2311.03099; with spread, DELLA, arXiv 2406.11617.
-    Differs: mergekit multiplies by the ratio of 1-norms (rescale=l1 here), draws lots of torch, and ranks ties at will.
-    Use: for many small fine-tuning updates; what survives is larger by 1/density, so keep density above 0.1.
+    Paper: DARE, arXiv 2311.03099. With `spread` DELLA, arXiv 2406.11617.
+    Differs: mergekit multiplies by the ratio of 1-norms (`rescale=l1` here), takes other lots, and ranks elements of
+    one size arbitrarily.
+    When: many updates of fine-tuning are added, whose elements are small and redundant.
+    Not when: the updates are large, as after further pretraining: the authors report that it fails there. With a
+    density below 0.1, what is kept grows more than tenfold.
+    Example: base + drop(a - base, density=0.5) + drop(b - base, density=0.5)
     """
     lots = unit.lots(seed)
 
@@ -165,15 +173,18 @@ def divided(v: Tensor, by: float) -> Tensor:
 
 @method(differences(1), alone=_share, readings=_ranked, density=SHARE, gamma=SHARE, rescale=RESCALE)
 def band(unit: Unit, *, density: float, gamma: float = 0.01, rescale: str = "none") -> Steps:
-    """Keep elements of middle size: without the largest, and without the smallest.
+    """Keep the elements of middle size of a difference.
 
-    Of a matrix's n elements, stay = max(1, floor(density * n)) are kept, below = max(0, n - stay - floor(gamma * n))
-    are smaller: sizes from the (below + 1)-th smallest to the (below + stay)-th, and whatever ties with these.
-    `rescale` as for `trim`.
+    Of the n elements of a matrix, `stay = max(1, floor(density * n))` are kept. Above them, `floor(gamma * n)` are
+    dropped, and below them the rest, `below = max(0, n - stay - floor(gamma * n))`. So sizes stay from the
+    (below + 1)-th smallest to the (below + stay)-th, and every element of one of these two sizes. `rescale` is that of
+    `trim`.
 
     Paper: Model Breadcrumbs, arXiv 2312.06795.
-    Differs: ties stay.
-    Use: when a few outliers of an update do damage.
+    Differs: elements of one size stay together.
+    When: a few outliers of an update do damage.
+    Not when: you have not compared it with `trim`, which keeps the outliers.
+    Example: target + lam * band(rl - sft, density=0.9, gamma=0.01)
     """
     n, stay = unit.elements, unit.count(density)
     below = max(0, n - stay - math.floor(gamma * n))
@@ -190,18 +201,29 @@ def band(unit: Unit, *, density: float, gamma: float = 0.01, rescale: str = "non
 
 @method(differences(1), at=Number(0))
 def clip(unit: Unit, *, at: float) -> Ready:
-    """Limit every element to the size `at`: sign(v) * min(|v|, at).
+    """Limit the size of every element of a difference.
 
-    Use: `a + clip(b - a, at=t)` is mergekit's nearswap, which moves only what is near; also against outliers.
+    `sign(v) * min(|v|, at)`, with `at` in units of weights.
+
+    When: a few outliers of an update do damage, or one model shall move towards another by a small step at most. The
+    example is mergekit's nearswap.
+    Not when: the size of weights varies much between layers, unless `at` has a schedule.
+    Example: a + clip(b - a, at=0.001)
     """
     return Ready(lambda v: v.clamp(-at, at))
 
 
 @method(differences(1), readings=lambda **_: 1, to=Operand(), scope=OF_MODEL)
 def match(unit: Unit, *, scope: str = "matrix") -> Steps:
-    """Give a difference the 2-norm of another: v * ||u||/||v||, matrix by matrix or for the model; 0 stays 0.
+    """Give a difference the norm of another one.
 
-    Use: `match(v, to=u)` when two updates have the right directions and unequal sizes.
+    `v * ||u||/||v||`, in the 2-norm of each matrix, or with `scope=model` in that of all tensors together. What is 0
+    stays 0.
+
+    When: two updates have good directions and unequal sizes.
+    Not when: an update of RL would be matched to one of SFT, unless its factor is below 1. RL updates are much shorter,
+    so that it grows many times over.
+    Example: target + lam * match(rl - sft, to=target - base)
     """
     own, other = yield Sums(lambda v, u: [_power(v), _power(u)])
     factor = math.sqrt(other / own) if own else 1.0
@@ -210,9 +232,14 @@ def match(unit: Unit, *, scope: str = "matrix") -> Steps:
 
 @method(differences(1), readings=lambda: 1, off=Operand())
 def project(unit: Unit) -> Steps:
-    """Take the part along another difference away: v - (<v, u>/<u, u>) u, matrix by matrix; v where u is 0.
+    """Remove from a difference what it shares with another one.
 
-    Use: `project(v, off=u)` for a skill without what it shares with another update.
+    `v - (<v, u>/<u, u>) * u`, matrix by matrix. Where u is 0 it is v.
+
+    When: you want a skill without the part along another update.
+    Not when: the updates are nearly orthogonal, as those of RL and SFT often are: next to nothing changes.
+    `skillmerge inspect` shows their cosine.
+    Example: target + lam * project(rl - sft, off=target - base)
     """
     along, other = yield Sums(lambda v, u: [v.double() * u.double(), _power(u)])
     part = along / other if other else 0.0

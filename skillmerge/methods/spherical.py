@@ -97,15 +97,19 @@ def for_rows(unit: Unit, like: Tensor, numbers: Sequence[float]) -> Tensor:
     alike(2), alone=_end, rows=of_rows, readings=of_matrices, t=Number(-1000, 1000), linear_above=SHARE, scope=OF_ROWS
 )
 def slerp(unit: Unit, *, t: float, linear_above: float = 0.9995, scope: str = "matrix") -> Steps:
-    """Go from one model to another on the sphere: t = 0 is the first, t = 1 the second.
+    """Go from one model to another along the arc between them.
 
-    With c the cosine of two matrices and theta its angle: sin((1 - t) theta)/sin(theta) a + sin(t theta)/sin(theta) b.
-    Where |c| is above `linear_above`, or a matrix is 0, the straight line a - t (a - b). With scope=row each row has an
-    angle of its own.
+    t = 0 is the first, t = 1 the second. With theta the angle between two matrices:
+    `sin((1 - t) * theta)/sin(theta) * a + sin(t * theta)/sin(theta) * b`. Where the size of the cosine is above
+    `linear_above`, or a matrix is 0, it is the straight line `a - t * (a - b)`. With `scope=row` each row has its own
+    angle.
 
-    Source: Shoemake, "Animating rotation with quaternion curves", 1985.
+    Paper: Shoemake, "Animating rotation with quaternion curves", 1985.
     Differs: mergekit takes two zero vectors as orthogonal.
-    Use: two models of one base that differ much; of close ones it is the straight line.
+    When: two models of one base differ so much that their average loses length.
+    Not when: the models are close, as those of one base often are: it is the straight line. Their differences have
+    larger angles: `base + slerp(a - base, b - base, t=0.5)`.
+    Example: slerp(a, b, t=0.5)
     """
 
     def arc(gram: Gram) -> list[float] | None:
@@ -144,13 +148,16 @@ def _sum_of_weights(*, weights: Sequence[float]) -> tuple[str, str] | None:
 
 @method(alike(2, None), readings=of_matrices, check=_sum_of_weights, weights=WEIGHTS)
 def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
-    """Take a weighted mean of directions on the sphere, times the weighted mean of norms.
+    """Average directions on the sphere with weights, and average the norms.
 
-    m is the direction of the mean of the unit vectors u, and t = sum of w (u - <u, m> m) the mean seen from there:
-    (m cos|t| + t sin|t|/|t|) times the sum of w ||x||, with weights that add up to 1.
+    The weights w are scaled to add up to 1. m is the direction of the weighted sum of the unit vectors u. From there,
+    `tau = sum(w * (u - <u, m> * m))` leads to the result:
+    `(m * cos|tau| + tau * sin|tau|/|tau|) * sum(w * ||x||)`.
 
-    Source: mergekit's multislerp.
-    Use: several models of one base; with two of them prefer `slerp`.
+    Paper: none. It is mergekit's multislerp, one step towards the mean that `karcher` finds.
+    When: three or more models of one base, with weights.
+    Not when: there are two. Use `slerp`.
+    Example: multislerp(a, b, c, weights=[2, 1, 1])
     """
     count = unit.operands
     gram = gram_of((yield Sums(dot_products)), count)
@@ -179,13 +186,16 @@ def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
     steps=Number(1, 1000, whole=True), tolerance=Number(0),
 )  # fmt: skip
 def karcher(unit: Unit, *, steps: float = 10, tolerance: float = 1e-5) -> Steps:
-    """Take the mean direction on the sphere, times the mean norm: the point with the least squared distances.
+    """Average directions on the sphere, and average the norms.
 
-    Found by at most `steps` steps, until one is shorter than `tolerance`. A zero matrix counts for the norm alone.
+    The result has the direction with the least sum of squared angles to all operands. It takes at most `steps` steps,
+    and stops after one shorter than `tolerance`. A matrix that is 0 counts for the norm alone.
 
-    Source: Karcher, "Riemannian center of mass and mollifier smoothing", 1977.
-    Differs: mergekit takes its `base_model` as one more point.
-    Use: several models of one base, without weights.
+    Paper: Karcher, "Riemannian center of mass and mollifier smoothing", 1977.
+    Differs: mergekit counts its `base_model` as one more operand.
+    When: three or more models of one base, without weights.
+    Not when: the models are close: it is nearly their plain average.
+    Example: karcher(a, b, c)
     """
     count = unit.operands
     gram = gram_of((yield Sums(dot_products)), count)

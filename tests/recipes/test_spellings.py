@@ -56,7 +56,7 @@ MISTAKES = {
     ),
     (_MERGE, "mean(target, rl)"): ("4:8", f"the expression calls `mean`, {_NONE}", "for an average write (a + b) / 2"),
     (_MERGE, "frob(target, rl)"): (
-        "4:8", f"the expression calls `frob`, {_NONE}", "use + - * / with models and coefficients"
+        "4:8", f"the expression calls `frob`, {_NONE}", "`skillmerge methods` lists those that there are"
     ),
     (_MERGE, "target + lambda * (rl - sft)"): (
         "4:17", "the expression names `lambda`, which is neither a model nor a coefficient", "did you mean `lam`?"

@@ -1,4 +1,4 @@
-"""Commands that need no output: init, import, lint, schema, doctor, demo."""
+"""Commands that need no output: init, import, methods, lint, schema, doctor, demo."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def init(path: str, source: str | None, names: bool, quiet: bool) -> None:
     PATH is recipe.yaml by default; - writes to standard output. The schema that is written beside a recipe lets
     editors complete and explain its keys.
 
-    Recipes for --from: attention-only, average, blend-skills, chat-vector, frozen-embeddings-and-norms, hub-to-hub,
-    mlp-only, past, past-ramp, refine, skill-removal, stored-skill, two-skills.
+    Recipes for --from: attention-only, average, blend-skills, chat-vector, dare, della, dots, five-experts,
+    frozen-embeddings-and-norms, hub-to-hub, lines, mlp-only, model-stock, past, past-ramp, ram, refine, sce,
+    skill-removal, slerp, stored-skill, ties, two-skills.
     """
     from skillmerge.recipes.starter import SCHEMA_FILE, gallery, is_file_name, recipe_text
     from skillmerge.recipes.starter import init as run
@@ -105,6 +106,30 @@ def import_(file: str, as_json: bool, quiet: bool, **options: Any) -> int:
         print_line(f"wrote {made.output}")
         suggest(f"skillmerge plan {shlex.quote(str(made.output))}")
     return 0
+
+
+@command("methods", "methods ties")
+@click.argument("name", required=False)
+@flags.as_json
+@flags.quiet
+def methods(name: str | None, as_json: bool, quiet: bool) -> None:
+    """List the merge methods, or explain one.
+
+    Methods are called in a recipe: `merge: base + lam * ties(a - base, b - base, density=0.3)`.
+    """
+    from skillmerge.cli.console import console
+    from skillmerge.cli.show.starting import show_method, show_methods
+    from skillmerge.recipes.formula.catalog import list_methods
+
+    found = list_methods(name)
+    if as_json:
+        print_result(found)
+    elif name is not None:
+        show_method(found.methods[name], console())
+    else:
+        show_methods(found, console())
+        if not quiet:
+            suggest("skillmerge methods ties")
 
 
 @command("lint recipes/*.yaml", "lint recipe.yaml --strict --sarif lint.sarif")

@@ -63,6 +63,9 @@ _CALLS = {
     "nuslerp": "write base + slerp(a - base, b - base, t=0.5)",
     "dare dare_linear": "write base + lam * (drop(a - base, density=0.5) + drop(b - base, density=0.5))",
     "dare_ties": "write base + elect(drop(a - base, density=0.5), drop(b - base, density=0.5))",
+    "della della_linear": "write base + lam * (drop(a - base, density=0.5, spread=0.15) + "
+    "drop(b - base, density=0.5, spread=0.15))",
+    "ramplus_tl ramplus ram_plus": "write base + ram(a - base, b - base, boost=0.1, cap=0.2)",
     "breadcrumbs": "write base + lam * (band(a - base, density=0.9) + band(b - base, density=0.9))",
     "breadcrumbs_ties": "write base + elect(band(a - base, density=0.9), band(b - base, density=0.9))",
     "ties_merging merge_ties": "write base + ties(a - base, b - base, density=0.3)",
@@ -95,7 +98,9 @@ def sign_meant(sign: str) -> str | None:
 
 def call_meant(name: str, methods: list[str]) -> str:
     """Return what to write for a method of other tools, or for a misspelled one of ours."""
-    return _row(_CALLS, name) or did_you_mean(name, methods) or "use + - * / with models and coefficients"
+    return (
+        _row(_CALLS, name) or did_you_mean(name.lower(), methods) or "`skillmerge methods` lists those that there are"
+    )
 
 
 def word_meant(key: str, word: str, known: Sequence[str]) -> str | None:

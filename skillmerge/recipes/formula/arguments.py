@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from skillmerge.errors import did_you_mean, some
 from skillmerge.methods.method import Method, Number, Numbers, Operand, Word, shown
-from skillmerge.recipes.formula.tree import CallNode, ExpressionError, Keyword
+from skillmerge.recipes.formula.tree import CallNode, ExpressionError, Keyword, Node, calls_in, names_in
+from skillmerge.recipes.formula.tree import Number as NumberNode
 
 _OTHERS = {
     "density": "k p top_k topk keep ratio fraction sparsity drop_rate select_topk",
@@ -100,3 +101,21 @@ def arguments_of(node: CallNode, numbers: Mapping[str, Sequence[float]]) -> dict
         what, fix = wrong
         raise ExpressionError(f"has a call that does not fit: {what}", node.position, len(node.method.name), fix)
     return found
+
+
+def name_number(keyword: str, expression: Node) -> str | None:
+    """Return how to give a name to what is written as a number for this keyword of a call; None if no call has it."""
+    for node in calls_in(expression):
+        if not isinstance(node.method.keywords.get(keyword), Number):
+            continue
+        given = next((it for it in node.keywords if it.name == keyword), None)
+        if given is not None and given.listed:
+            return f"give a number a name: `coefficients: {{w: 1}}`, and write `w` in the list of `{keyword}`"
+        if given is None or not names_in(given.values[0]):
+            number = given.values[0] if given is not None else None
+            value = (
+                f"{number.value:g}" if isinstance(number, NumberNode) else shown(node.method.defaults.get(keyword, 1))
+            )
+            call = f"`{keyword}={keyword}` in `{node.method}`"
+            return f"give the number a name: `coefficients: {{{keyword}: {value}}}`, and write {call}"
+    return None

@@ -289,9 +289,14 @@ class RecipeTable(Table):
         str,
         Field(
             min_length=1,
-            description="The arithmetic: models, coefficients and numbers with `+ - * /` and parentheses. "
-            "The factors of whole models must add up to 1.",
-            examples=["target + lam * (rl - sft)", "(a + b) / 2"],
+            description="The arithmetic: models, coefficients and numbers with `+ - * /`, parentheses, and calls of "
+            "methods, which `skillmerge methods` lists. The factors of whole models must add up to 1.",
+            examples=[
+                "target + lam * (rl - sft)",
+                "(a + b) / 2",
+                "base + lam * ties(a - base, b - base, density=0.3)",
+                "slerp(a, b, t=0.5)",
+            ],
         ),
     ]
     copy_: Annotated[
