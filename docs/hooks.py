@@ -1,4 +1,5 @@
-"""What the site takes from elsewhere when mkdocs builds it: commands, recipes, the API, and files of the repository.
+"""What the site takes from elsewhere when mkdocs builds it: commands, recipes, methods, the API, files of the
+repository.
 
 Pages hold a comment such as `<!-- commands -->` where generated text goes. What they hold of it as text is written
 again by `python docs/hooks.py`. A page in INCLUDED is the file itself.
@@ -19,6 +20,7 @@ import click
 from skillmerge import _HOMES, errors
 from skillmerge.cli.main import cli
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL, Figure
+from skillmerge.recipes.formula.catalog import Keyword, list_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 INCLUDED = {
@@ -61,6 +63,34 @@ def recipes() -> str:
         text = "\n\n".join(fill(part, 118, break_on_hyphens=False) for part in text.split("\n\n"))
         parts.append(f"## {path.stem}\n\n{text}\n\n```yaml\n# {path.name}\n{code}\n```\n")
     return "\n".join(parts)
+
+
+def methods() -> str:
+    """Each merge method, from its docstring."""
+    parts = []
+    for name, method in list_methods().methods.items():
+        said = {f"**{part}:**": text for part, text in method.parts.items() if part != "Example"}
+        code = f"merge: {method.parts['Example']}"
+        text = [f"## {name}", method.summary, f"```yaml\n{code}\n```", f"`{method.usage}` takes {method.operands}."]
+        text += [_linked(paragraph) for paragraph in method.rule]
+        if method.keywords:
+            rows = [(f"`{it.name}`", it.kind, _default(it)) for it in method.keywords]
+            head = [("keyword", "value", "default"), ("---",) * 3]
+            text.append("\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows]))
+        text += [_linked(f"{part} {words}") for part, words in said.items()]
+        parts.append("\n\n".join(text))
+    return "\n\n".join(parts)
+
+
+def _default(keyword: Keyword) -> str:
+    return "required" if keyword.required else f"`{keyword.default}`" if keyword.default else "none"
+
+
+def _linked(text: str) -> str:
+    """A paragraph with links to papers, in lines of at most 118 characters."""
+    linked = re.sub(r"arXiv (\d{4}\.\d{5})", "[arXiv\N{NO-BREAK SPACE}\\1](https://arxiv.org/abs/\\1)", text)
+    lines = fill(linked, 118, break_on_hyphens=False, break_long_words=False)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def speed() -> str:
@@ -119,6 +149,7 @@ def figures(table: Mapping[str, Figure]) -> str:
 GENERATED = {
     "commands": commands,
     "recipes": recipes,
+    "methods": methods,
     "api": api,
     "results": results,
     "raised": raised,
@@ -129,7 +160,7 @@ GENERATED = {
 }
 
 
-COMMITTED = ("commands", "recipes", "raised", "speed", "updates", "directions", "forecast")
+COMMITTED = ("commands", "recipes", "methods", "raised", "speed", "updates", "directions", "forecast")
 """What pages hold as text, so that they make sense without the site: from the comment to `<!-- end of … -->`."""
 
 

@@ -1,6 +1,6 @@
 """skillmerge: merge model checkpoints, and extract skills of one model family to use in another.
 
-Every command is a function here, with the same arguments:
+Every command is a function here, with the same arguments (`import` is `import_recipe`, `methods` is `list_methods`):
 
     skillmerge.plan("recipe.yaml")                       -> Preview
     skillmerge.apply("recipe.yaml", "out", device="cpu") -> Result
@@ -24,16 +24,17 @@ _HOMES = {
     "apply": "verbs.apply",
     "attest": "outputs.proof.attest",
     "demo": "verbs.demo.demo",
-    "derive": "verbs.derive",
     "doctor": "cli.doctor",
     "export": "verbs.export.export",
     "export_patch": "verbs.export.patch",
     "extract": "verbs.extract",
     "finish": "verbs.tasks.finish",
     "gate": "study.gates",
+    "import_recipe": "recipes.importing",
     "init": "recipes.starter",
     "inspect": "study.inspect",
     "lint": "recipes.lint",
+    "list_methods": "recipes.formula.catalog",
     "plan": "verbs.plan",
     "push": "outputs.hub.push",
     "rebuild": "verbs.rebuild",
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from skillmerge.outputs.hub.push import rehearse_push as rehearse_push
     from skillmerge.outputs.proof.attest import attest as attest
     from skillmerge.outputs.proof.sign import sign as sign
+    from skillmerge.recipes.formula.catalog import list_methods as list_methods
+    from skillmerge.recipes.importing import import_recipe as import_recipe
     from skillmerge.recipes.lint import lint as lint
     from skillmerge.recipes.schema import schema as schema
     from skillmerge.recipes.starter import init as init
@@ -63,7 +66,6 @@ if TYPE_CHECKING:
     from skillmerge.study.inspect import inspect as inspect
     from skillmerge.verbs.apply import apply as apply
     from skillmerge.verbs.demo.demo import demo as demo
-    from skillmerge.verbs.derive import derive as derive
     from skillmerge.verbs.export.export import export as export
     from skillmerge.verbs.export.patch import export_patch as export_patch
     from skillmerge.verbs.extract import extract as extract

@@ -52,6 +52,9 @@ ONLY_PYTHON = {
 }
 """Parameters that no option sets, besides `reporter`."""
 
+FUNCTIONS = {"import": "import_recipe", "methods": "list_methods"}
+"""Commands whose function has another name: `import` is a word of Python, `skillmerge.methods` a package."""
+
 ALSO = {"SkillmergeError", "__version__", "export_patch", "rehearse_push", "verify_signed"}
 """Public names that are no commands."""
 
@@ -65,17 +68,23 @@ def words(command: click.Command) -> set[str]:
     return found - {"help", "log_format", "details"}
 
 
+def function_of(command: str) -> Callable[..., Any]:
+    """The function that does what a command does."""
+    return getattr(skillmerge, FUNCTIONS.get(command, command))  # type: ignore[no-any-return]
+
+
 # ------------------------------------------------------------------------------------------------ names
 
 
 def test_every_command_is_a_function_and_nothing_else_is_public() -> None:
-    assert set(skillmerge.__all__) == set(cli.commands) | ALSO
+    assert set(skillmerge.__all__) == {FUNCTIONS.get(name, name) for name in cli.commands} | ALSO
     assert set(skillmerge.__all__) <= set(dir(skillmerge))
     assert len(skillmerge.__all__) == len(set(skillmerge.__all__))
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_function_is_called_what_the_package_calls_it(name: str) -> None:
+    name = FUNCTIONS.get(name, name)
     function = getattr(skillmerge, name)
     assert inspect.isfunction(function)
     assert function.__name__ == function.__qualname__ == name
@@ -139,7 +148,7 @@ def test_the_package_runs_as_a_module() -> None:
 def test_function_has_the_words_of_its_command(name: str) -> None:
     other = WORDS.get(name, {})
     said = {other.get(word, word) for word in words(cli.commands[name]) - TERMINAL}
-    parameters = set(inspect.signature(getattr(skillmerge, name)).parameters)
+    parameters = set(inspect.signature(function_of(name)).parameters)
     assert said - parameters == set()
     assert parameters - said == ({"reporter"} & parameters) | ONLY_PYTHON.get(name, set())
 
@@ -153,7 +162,7 @@ def test_no_pair_of_words_is_left_over() -> None:
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_defaults_are_those_of_the_command(name: str) -> None:
-    parameters = inspect.signature(getattr(skillmerge, name)).parameters
+    parameters = inspect.signature(function_of(name)).parameters
     for option in cli.commands[name].params:
         parameter = parameters.get(str(option.name))
         default = option.to_info_dict()["default"]
@@ -167,7 +176,7 @@ def test_defaults_are_those_of_the_command(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(cli.commands) - {"init", "schema"}))
 def test_result_is_frozen_short_and_plain(name: str) -> None:
-    function = getattr(skillmerge, name)
+    function = function_of(name)
     for word in inspect.signature(function).return_annotation.split(" | "):
         kind = getattr(sys.modules[function.__module__], word)
         assert is_dataclass(kind)
@@ -199,6 +208,7 @@ def test_results_are_what_json_prints(family: Path) -> None:
         (lambda: skillmerge.verify(skill, parent=rl), ["verify", skill, "--parent", rl]),
         (lambda: skillmerge.inspect(skill), ["inspect", skill]),
         (lambda: skillmerge.lint(family), ["lint", family]),
+        (lambda: skillmerge.list_methods("ties"), ["methods", "ties"]),
     ]
     for function, arguments in cases:
         result = function()

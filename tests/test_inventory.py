@@ -12,7 +12,7 @@ import pytest
 from skillmerge import errors
 from skillmerge.cli.main import cli
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL
-from skillmerge.recipes.foreign.mergekit import NoCounterpart, equivalent
+from skillmerge.recipes.mergekit.methods import METHODS
 from skillmerge.recipes.schema import schema as recipe_schema
 
 ROOT = Path(__file__).parent.parent
@@ -94,16 +94,16 @@ def test_tests_of_the_threat_model_exist() -> None:
     assert [name for name in named if not any(str(path).endswith(name) for path in tests)] == []
 
 
-def test_methods_of_mergekit_without_a_counterpart_have_none() -> None:
+def test_methods_of_mergekit_are_on_its_page() -> None:
     page = (ROOT / "docs" / "mergekit.md").read_text()
-    rows = page.split("## What has no counterpart")[1].split("| Gradients")[0]
-    methods = re.findall(
-        r"`([a-z_]+)`", "".join(line.split("|")[1] for line in rows.splitlines() if line.startswith("| `"))
-    )
-    assert len(methods) > 12
-    for method in methods:
-        with pytest.raises(NoCounterpart, match=method):
-            equivalent({"merge_method": method, "base_model": "./a", "models": [{"model": "./a"}, {"model": "./b"}]})
+    rows = page.split("## Method by method")[1].split("\n## ")[0]
+    named = {
+        name
+        for line in rows.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`([a-z_]+)`", line.split("|")[1])
+    }
+    assert named == {*METHODS, "arcee_fusion"}
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.stem)

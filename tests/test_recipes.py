@@ -17,7 +17,7 @@ FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 
 def test_there_are_recipes() -> None:
-    assert len(FILES) >= 13
+    assert len(FILES) >= 23
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

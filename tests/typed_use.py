@@ -15,12 +15,12 @@ from skillmerge.outputs.manifest import Manifest
 from skillmerge.outputs.proof.attest import Attested
 from skillmerge.outputs.proof.sign import Signature
 from skillmerge.outputs.verify import Verdict
+from skillmerge.recipes.formula.catalog import Catalog
 from skillmerge.recipes.lint import Lint
 from skillmerge.study.gates import GateReport
 from skillmerge.study.inspect import Inspection
 from skillmerge.study.scoring.scores import Score
 from skillmerge.verbs.demo.demo import Demo
-from skillmerge.verbs.derive import Derived
 from skillmerge.verbs.export.lora import Exported
 from skillmerge.verbs.export.patch import Patch
 from skillmerge.verbs.plan import Preview
@@ -45,7 +45,6 @@ def script(recipe: dict[str, Any]) -> None:
     found = assert_type(skillmerge.sweep(recipe, ["lam=0:1:0.5"], "qa:questions.jsonl"), Sweep)
     assert_type(found.best.scores["accuracy"], Score)
     assert_type(skillmerge.extract("rl", "sft", "skill"), Result)
-    assert_type(skillmerge.derive("recipe.yaml", "match", "derived.yaml", base="base"), Derived)
     assert_type(skillmerge.export("skill", "adapter"), Exported | Patch)
     assert_type(skillmerge.verify("merged"), Verdict)
     assert_type(skillmerge.gate("merged", "gates.yaml"), GateReport)
@@ -54,6 +53,7 @@ def script(recipe: dict[str, Any]) -> None:
     assert_type(skillmerge.attest("merged", "attestation.json", private_key="key.pem"), Attested)
     assert_type(skillmerge.push("merged", "acme/model"), Published)
     assert_type(skillmerge.lint(["recipe.yaml"]), Lint)
+    assert_type(skillmerge.list_methods("ties"), Catalog)
     assert_type(skillmerge.doctor(), Diagnosis)
     assert_type(skillmerge.demo("demo"), Demo)
     assert_type(skillmerge.schema(), dict[str, Any])

@@ -44,6 +44,15 @@ def sections(config: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]
                 yield f"{key}.{name}".rstrip("."), section
 
 
+def layers_in(config: Mapping[str, Any]) -> int | None:
+    """Return how many layers a config says that the model has, the language model if it has several parts."""
+    for _, section in sorted(sections(config), key=lambda named: (named[0] != "", "text" not in named[0])):
+        count = next((section[key] for key in _BLOCK_KEYS if type(section.get(key)) is int), None)
+        if count is not None:
+            return int(count)
+    return None
+
+
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
     """Return whether the config says that the output head is the input embedding."""
     return any(section.get("tie_word_embeddings") is True for _, section in sections(config))

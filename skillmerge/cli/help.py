@@ -101,9 +101,11 @@ def summary(command: click.Command) -> str:
     return (command.help or "").partition("\n")[0].removesuffix(".")
 
 
-def command(*examples: str, cls: type[Command] = Command) -> Callable[[Callable[..., Any]], click.Command]:
+def command(
+    *examples: str, cls: type[Command] = Command, name: str | None = None
+) -> Callable[[Callable[..., Any]], click.Command]:
     """Return a decorator that makes a command with these examples of a function."""
-    return click.command(cls=cls, examples=examples)
+    return click.command(name, cls=cls, examples=examples)
 
 
 def option(*names: str, group: str, **attributes: Any) -> Callable[[Any], Any]:

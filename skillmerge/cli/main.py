@@ -35,10 +35,10 @@ Exit statuses:
 
 
 _GROUPS = {
-    "Start": ("demo", "init", "schema", "doctor"),
+    "Start": ("demo", "init", "import", "methods", "schema", "doctor"),
     "Merge": ("lint", "plan", "apply", "sweep"),
     "On a cluster": ("shard", "finish"),
-    "Inspect and reuse": ("inspect", "extract", "export", "derive"),
+    "Inspect and reuse": ("inspect", "extract", "export"),
     "Verify and publish": ("verify", "gate", "rebuild", "sign", "attest", "push"),
 }
 
@@ -101,9 +101,10 @@ def cli() -> None:
 
 for _command in (
     merging.apply, merging.plan, clusters.shard, clusters.finish,
-    studying.extract, studying.export, studying.inspect, studying.derive, studying.sweep,
+    studying.extract, studying.export, studying.inspect, studying.sweep,
     proving.verify, proving.gate, proving.rebuild, proving.sign, proving.attest, proving.push,
-    starting.init, starting.lint, starting.schema, starting.doctor, starting.demo,
+    starting.init, starting.import_, starting.methods, starting.lint, starting.schema, starting.doctor,
+    starting.demo,
 ):  # fmt: skip
     cli.add_command(flags.log_format(_command))
 

@@ -231,7 +231,7 @@ FOREIGN_OPTIONS = (
     Foreign(
         "--config --config-file --recipe --yaml -c --file -i --input",
         "give the recipe without an option: `skillmerge {command} recipe.yaml`",
-        commands="apply plan sweep derive inspect lint",
+        commands="apply plan sweep inspect lint",
     ),
     Foreign(
         "--model --models --model-path --model_path --base-model --base_model --merge-method --method --adapter --lora",
@@ -299,9 +299,12 @@ FOREIGN_COMMANDS = {
     "new create-recipe template starter example": "run `skillmerge init recipe.yaml`",
     "info version about env": "run `skillmerge doctor`, or `skillmerge --version`",
     "stats analyze analyse analysis report": "run `skillmerge inspect RECIPE`",
+    "derive": "call `match` or `project` in the recipe: `merge: target + lam * match(rl - sft, to=target - base)`; "
+    "`skillmerge methods` explains both",
+    "method list-methods list_methods merge-methods algorithms": "run `skillmerge methods`",
     "reproduce replay redo": "run `skillmerge rebuild FOLDER --check`",
     "lock freeze pin": "run `skillmerge plan RECIPE --lock`",
-    "convert import mergekit-import": "run `skillmerge lint MERGEKIT.yml`, which prints the recipe that says the same",
+    "convert translate mergekit-import": "run `skillmerge import MERGEKIT.yml`, which prints the recipe",
     "download fetch pull": "models on the Hub are streamed; to keep one: `hf download ORG/NAME`",
     "help": "run `skillmerge --help`, or `skillmerge COMMAND --help`",
 }

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from skillmerge.engine.measures.skill_statistics import SkillInput
 from skillmerge.engine.rounding_statistics import TensorStatistics
+from skillmerge.methods.method import Scalars
 from skillmerge.plans.plan import ShardPlan
 
 
@@ -16,7 +18,7 @@ from skillmerge.plans.plan import ShardPlan
 class ShardRecord:
     """The record of a finished shard. statistics: of rounding, by tensor; tensors: of a skill's file, the
     rows of `skill.json`; inputs: what is known of the models of a skill's tensors. uploaded: the Hub has it, and
-    this disk no longer does."""
+    this disk no longer does. scalars: what methods found of tensors, unit by unit; see `Preparation.found`."""
 
     file: str
     size: int
@@ -25,13 +27,15 @@ class ShardRecord:
     tensors: Mapping[str, Any] | None = None
     uploaded: bool = False
     inputs: Mapping[str, SkillInput] = field(default_factory=dict)
+    scalars: Mapping[str, Scalars] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         statistics = {name: row.as_dict() for name, row in self.statistics.items()}
         row = {"shard": self.file, "size": self.size, "sha256": self.sha256, "statistics": statistics}
         tensors = {"tensors": self.tensors} if self.tensors is not None else {}
         inputs = {"inputs": {name: found.as_dict() for name, found in self.inputs.items()}} if self.inputs else {}
-        return {**row, **tensors, **inputs, **({"uploaded": True} if self.uploaded else {})}
+        scalars = {"scalars": {name: dict(found) for name, found in self.scalars.items()}} if self.scalars else {}
+        return {**row, **tensors, **inputs, **scalars, **({"uploaded": True} if self.uploaded else {})}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> ShardRecord:
@@ -43,6 +47,7 @@ class ShardRecord:
             row.get("tensors"),
             bool(row.get("uploaded")),
             {name: SkillInput.from_dict(found) for name, found in row.get("inputs", {}).items()},
+            row.get("scalars", {}),
         )
 
 
@@ -64,7 +69,7 @@ class StreamFile(Protocol):
 
 
 class Destination(Protocol):
-    """A destination of shards. finished: those that are done, by file.
+    """A destination of shards. finished: those that are done, by file. folder: on the disk that has room for them.
 
     A shard's file is opened once a run, by its size (`open_shard`) or, where that is known only at its end, as a
     stream (`open_stream`). The caller of a runner records what is durable.
@@ -72,6 +77,8 @@ class Destination(Protocol):
 
     finished: dict[str, ShardRecord]
 
+    @property
+    def folder(self) -> Path: ...
     def open_shard(self, shard: ShardPlan) -> SpanFile: ...
     def open_stream(self, shard: ShardPlan, start: int) -> StreamFile: ...
     def record(self, done: ShardRecord) -> None:

@@ -19,11 +19,13 @@ from queue import Empty, SimpleQueue
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.engine.destination import Destination, ShardRecord, SpanFile
+from skillmerge.engine.measures.preparing import Preparations
 from skillmerge.engine.rounding_statistics import total
 from skillmerge.engine.runner import Room
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Buffer, Span, spans
 from skillmerge.engine.worker import Settings, Statistics, Worker
+from skillmerge.methods.method import Scalars
 from skillmerge.plans.budget import OUTPUT_BUFFERS, WRITERS
 from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.tensors import DTYPES, PAGE
@@ -78,7 +80,8 @@ class _ShardFile:
             free(waiting[1])
             self._turn += 1
 
-    def finish(self) -> ShardRecord:
+    def finish(self, scalars: Mapping[str, Scalars]) -> ShardRecord:
+        """Make the file durable. scalars: what methods found of its tensors."""
         self.file.finish()
         elements = {spec.name: spec.elements for spec in self.shard.specs}
         return ShardRecord(
@@ -86,6 +89,7 @@ class _ShardFile:
             self.shard.size,
             self._digest.hexdigest(),
             {name: total(blocks.values(), elements[name]) for name, blocks in self.statistics.items() if blocks},
+            scalars=scalars,
         )
 
 
@@ -104,6 +108,7 @@ class _Run:
     ) -> None:
         self.plan, self.checkpoints, self.destination, self.settings = plan, checkpoints, destination, settings
         self.stream, self.room, self.granted = stream, room, 0
+        self.preparations = Preparations(plan, checkpoints, settings.budget.tile)
         self.unstarted = deque(shards)
         self.open: list[_ShardFile] = []
         self.lock = threading.Lock()
@@ -120,13 +125,16 @@ class _Run:
         self.stream.start(self.settings.budget.threads, self._work)
         self.stream.start(WRITERS, self._write, self._end)
 
+    def worker(self) -> Worker:
+        return Worker(self.plan, self.checkpoints, self.settings, self.stream.stop, self.preparations)
+
     def _end(self) -> None:
         for _ in range(WRITERS):
             self.full.put(None)
 
     def _work(self) -> None:
         """A worker's life: a free buffer, a span, its bytes, and on to the writers."""
-        worker = self.stream.own(lambda: Worker(self.plan, self.checkpoints, self.settings, self.stream.stop))
+        worker = self.stream.own(self.worker)
         file: _ShardFile | None = None
         while (buffer := self._free_buffer()) is not None and (taken := self._take(file)) is not None:
             file, span = taken
@@ -190,7 +198,7 @@ class _Run:
 
     def _complete(self, file: _ShardFile) -> None:
         """Make a shard durable, then hand it over."""
-        record = file.finish()
+        record = file.finish(self.preparations.done([spec.name for spec in file.shard.specs]))
         for model, files in self._files_read(file.shard).items():
             self.checkpoints[model].check_unchanged(files)
         with self.lock:
@@ -221,5 +229,6 @@ def merge_shards(
     """
     with Stream(checkpoints.values()) as stream:
         run = _Run(plan, checkpoints, destination, settings, shards, room, stream)
+        run.preparations.read_model(stream, run.worker, settings.budget.threads)
         run.start()
         yield from stream.take(run.done, len(shards), lambda: progress(run.moved))

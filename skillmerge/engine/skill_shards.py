@@ -22,12 +22,12 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.sparse import Encoder, differing, places_of, within
 from skillmerge.engine.destination import Destination, ShardRecord
 from skillmerge.engine.measures.input_rounding import Grain, grain_of, joined
+from skillmerge.engine.measures.preparing import Preparations
 from skillmerge.engine.runner import Room
 from skillmerge.engine.skill_file import Cut, Kept, SkillFile, Unit, compressed
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Tile
 from skillmerge.engine.worker import Settings, Worker
-from skillmerge.methods.evaluate import evaluate
 from skillmerge.methods.rounding import round_nearest
 from skillmerge.methods.terms import model_of, weights
 from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
@@ -51,6 +51,7 @@ def cut_shards(
     with Stream(checkpoints.values()) as stream:
         cutter = _Cutter(plan, checkpoints, settings, stream)
         cutter.compare_all()
+        cutter.preparations.read_model(stream, cutter.new_worker, threads)
         if plan.recipe.output.keep is not None:
             chosen = [tensor for tensor in plan.tensors.values() if tensor.action == "compute"]
             select = partial(cutter.select, share=plan.recipe.output.keep)
@@ -135,6 +136,7 @@ class _Cutter:
 
     def __init__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stream: Stream) -> None:
         self.plan, self.checkpoints, self._settings, self.stream = plan, checkpoints, settings, stream
+        self.preparations = Preparations(plan, checkpoints, settings.budget.tile)
         # A skill that is read says of what it was made itself.
         self.kept: dict[str, Kept] = {}
         self._digested = {name for name in checkpoints if model_of(name) not in plan.recipe.skills}
@@ -142,7 +144,10 @@ class _Cutter:
 
     @property
     def _worker(self) -> Worker:
-        return self.stream.own(lambda: Worker(self.plan, self.checkpoints, self._settings, self.stream.stop))
+        return self.stream.own(self.new_worker)
+
+    def new_worker(self) -> Worker:
+        return Worker(self.plan, self.checkpoints, self._settings, self.stream.stop, self.preparations)
 
     def announced(self, units: Sequence[Unit]) -> Iterator[Unit]:
         """Yield the units in their order; what the next one reads is read ahead."""
@@ -164,12 +169,15 @@ class _Cutter:
         """Return which elements of a tensor are its largest, so great a share of them or a little less: a pass of its
         own."""
         worker, elements = self._worker, math.prod(tensor.shape)
+        worker.prepare(tensor)
+        if self.stream.stop.is_set():
+            return Kept()
         counts, energies = torch.zeros(_BINS, dtype=torch.int64), torch.zeros(_BINS, dtype=torch.float64)
         assert tensor.program is not None
         for first in range(0, elements, UNIT):
             tile = Tile(tensor, first, min(first + UNIT, elements), 0)
-            for _, pieces in self._chunks(worker, tile, worker.reader.read_tile(tile), {}):
-                value, _ = evaluate(tensor.program, pieces, worker.scratch)
+            for start, pieces in self._chunks(worker, tile, worker.reader.read_tile(tile), {}):
+                value, _ = worker.evaluate(tensor, first + start, pieces)
                 bins = _bins_of(value)
                 counts += torch.bincount(bins, minlength=_BINS)
                 squares = value.to(torch.float64)
@@ -190,6 +198,9 @@ class _Cutter:
         """Read a unit of every model and encode the difference. Raises UnusableWeights."""
         worker = self._worker
         if unit.tensor.action == "zero" or self.stream.stop.is_set():
+            return Cut({})
+        worker.prepare(unit.tensor)
+        if self.stream.stop.is_set():
             return Cut({})
         first = unit.number * UNIT
         tile = Tile(unit.tensor, first, first + unit.length, 0)
@@ -267,17 +278,17 @@ class _Cutter:
 
     def _compute(self, worker: Worker, tile: Tile, chunks: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Cut:
         """Return the value of the formula, rounded once."""
-        assert tile.tensor.program is not None
         dtype, kept = torch_dtype(tile.tensor.dtype), self.kept.get(tile.tensor.name)
         plus = Encoder(dtype)
         cut = Cut({})
         for start, pieces in chunks:
-            value, _ = evaluate(tile.tensor.program, pieces, worker.scratch)
+            value, _ = worker.evaluate(tile.tensor, tile.first + start, pieces)
             stays = value
             if kept is not None:
                 stays = torch.where(value.abs().to(torch.float32) >= kept.least, value * kept.factor, 0.0)
             rounded = round_nearest(stays, torch.empty(value.numel(), dtype=dtype))
-            if any_nonfinite(rounded):
+            shows = [rounded, *pieces.values()] if tile.tensor.program and tile.tensor.program.calls else [rounded]
+            if any(map(any_nonfinite, shows)):
                 raise worker.nonfinite(tile, pieces, rounded, tile.first + start)
             mask = rounded != 0
             places = places_of(mask)

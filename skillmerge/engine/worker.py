@@ -10,16 +10,19 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from skillmerge.bits import any_nonfinite, canonical_nan, first_nonfinite, torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.engine.measures.preparing import Preparations
 from skillmerge.engine.rounding_statistics import BlockStatistics, is_sampled, measure
 from skillmerge.engine.tiles import Buffer, Reader, Span, Tile
 from skillmerge.errors import UnusableWeights
 from skillmerge.methods.evaluate import Scratch, evaluate
+from skillmerge.methods.preparation import Partials, Preparation, Stretch
 from skillmerge.methods.rounding import keep_same_bits, round_value, rounding_key
 from skillmerge.plans.budget import Budget
 from skillmerge.plans.plan import Plan, TensorPlan
@@ -47,10 +50,17 @@ class Worker:
     """
 
     def __init__(
-        self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stop: threading.Event
+        self,
+        plan: Plan,
+        checkpoints: Mapping[str, Checkpoint],
+        settings: Settings,
+        stop: threading.Event,
+        preparations: Preparations | None = None,
     ) -> None:
+        """preparations: those of all workers of a run."""
         self.plan, self.checkpoints, self.settings, self.stop = plan, checkpoints, settings, stop
         tile = self.settings.budget.tile
+        self.preparations = preparations or Preparations(plan, checkpoints, tile)
         self.reader = Reader(checkpoints, plan.input_itemsizes, tile, settings.device)
         self.stream: torch.cuda.Stream | None = None
         self._use(self.settings.device, tile)
@@ -65,12 +75,61 @@ class Worker:
 
     def fill(self, span: Span, output: Buffer, statistics: Statistics) -> None:
         """Put a span's bytes into `output`, aligned in memory as they are in the file (direct I/O asks for it)."""
+        for tile in span.tiles:
+            self.prepare(tile.tensor)  # before the values are read, into the same buffers
         inputs = self.reader.read(span, output)
         for tile, values in zip(span.tiles, inputs, strict=True):
             if self.stop.is_set():
                 return
             out = output.typed(torch_dtype(tile.tensor.dtype), span.place(tile), tile.last - tile.first)
             self._fill(statistics, tile, values, out)
+
+    def prepare(self, tensor: TensorPlan) -> None:
+        """Find out what the calls of a tensor's program have to know of all of it, unless `stop` is set meanwhile."""
+        if tensor.program is not None and tensor.program.calls:
+            self.preparations.of(tensor, partial(self.read_stretch, tensor), self.stop)
+
+    def evaluate(self, tensor: TensorPlan, first: int, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Run the program of a tensor that is prepared on elements from `first` on; see `methods.evaluate`."""
+        assert tensor.program is not None
+        if not tensor.program.calls:
+            return evaluate(tensor.program, inputs, self.scratch)
+        preparation = self.preparations.of(tensor, partial(self.read_stretch, tensor), self.stop)
+        start, inputs, scratch, inside = self._needed(tensor, preparation, first, inputs)
+        value, subtracted = evaluate(tensor.program, inputs, scratch, preparation.runner(start))
+        return value[inside], subtracted[inside] if subtracted is not None else None
+
+    def _needed(
+        self, tensor: TensorPlan, preparation: Preparation, first: int, inputs: Mapping[str, Tensor]
+    ) -> tuple[int, Mapping[str, Tensor], Scratch, slice]:
+        """Return what is needed to compute elements from `first` on, which may be their whole rows: its first element,
+        its inputs, room for it, and where the elements are in it."""
+        last = first + next(iter(inputs.values())).numel()
+        start, stop = preparation.needed(first, last)
+        inside = slice(first - start, last - start)
+        if (start, stop) == (first, last):
+            return start, inputs, self.scratch, inside
+        reader = Reader(self.checkpoints, self.plan.input_itemsizes, stop - start, torch.device("cpu"))
+        rows = reader.read_tile(Tile(tensor, start, stop, 0))
+        scratch = Scratch(self.device, stop - start)
+        return start, {model: values.to(self.device) for model, values in rows.items()}, scratch, inside
+
+    def read_stretch(self, tensor: TensorPlan, preparation: Preparation, stretch: Stretch) -> Partials:
+        """Read a stretch of a tensor, and return what it adds to what methods asked for."""
+        tile = Tile(tensor, stretch.first, stretch.last, 0)
+        values = self.reader.read_tile(tile)
+        partials: Partials = []
+
+        def collect(first: int, inputs: Mapping[str, Tensor]) -> None:
+            start, inputs, scratch, run = self._needed(tensor, preparation, first, inputs)
+            evaluate(preparation.program, inputs, scratch, preparation.collector(stretch, start, run, partials))
+
+        def read() -> None:
+            partials.clear()
+            self._in_chunks(tile, values, collect)
+
+        self._sized_to_fit(read)
+        return partials
 
     def close(self) -> None:
         if self.stream is not None:
@@ -88,13 +147,17 @@ class Worker:
                         raise self.nonfinite(tile, {tensor.sources[0][0]: out}, out)
         else:
             inputs = {model: piece for (model, _), piece in zip(tensor.sources, values, strict=True)}
-            while True:
-                try:
-                    return self._compute(statistics, tile, inputs, out)
-                except RuntimeError as error:
-                    if self.stream is None or "out of memory" not in str(error).lower():
-                        raise
-                self._shrink()  # out here: the error's frames held the tensors of the failed attempt
+            self._sized_to_fit(lambda: self._compute(statistics, tile, inputs, out))
+
+    def _sized_to_fit(self, work: Callable[[], None]) -> None:
+        """Do work on the device, in smaller pieces where it is out of memory, and in the end on the CPU."""
+        while True:
+            try:
+                return self._on_stream(work)
+            except RuntimeError as error:
+                if self.stream is None or "out of memory" not in str(error).lower():
+                    raise
+            self._shrink()  # out here: the error's frames held the tensors of the failed attempt
 
     def compare(self, tile: Tile, values: list[Tensor]) -> None:
         """Check that a tensor without arithmetic is the same in every model."""
@@ -111,24 +174,31 @@ class Worker:
                 )
 
     def _compute(self, statistics: Statistics, tile: Tile, values: Mapping[str, Tensor], out: Tensor) -> None:
-        if self.stream is None:
-            return self._compute_chunks(statistics, tile, values, out)
-        with torch.cuda.stream(self.stream):
-            self._compute_chunks(statistics, tile, values, out)
-            self.stream.synchronize()
-
-    def _compute_chunks(self, statistics: Statistics, tile: Tile, values: Mapping[str, Tensor], out: Tensor) -> None:
-        for start in range(0, out.numel(), self.chunk):
-            stop = min(start + self.chunk, out.numel())
-            pieces = {
-                model: self._on_device(index, tensor[start:stop])
-                for index, (model, tensor) in enumerate(values.items())
-            }
-            here = out[start:stop]
-            result = here if self.stream is None else self.scratch.get("out", 0, out.dtype, stop - start)
-            self._compute_piece(statistics, tile, tile.first + start, pieces, result)
+        def piece(first: int, inputs: Mapping[str, Tensor]) -> None:
+            start = first - tile.first
+            here = out[start : start + next(iter(inputs.values())).numel()]
+            result = here if self.stream is None else self.scratch.get("out", 0, out.dtype, here.numel())
+            self._compute_piece(statistics, tile, first, inputs, result)
             if self.stream is not None:
                 here.copy_(result, non_blocking=True)
+
+        self._in_chunks(tile, values, piece)
+
+    def _in_chunks(
+        self, tile: Tile, values: Mapping[str, Tensor], work: Callable[[int, Mapping[str, Tensor]], None]
+    ) -> None:
+        """Call `work` for each chunk of a tile, with the index of its first element and its inputs on the device."""
+        for start in range(0, tile.last - tile.first, self.chunk):
+            stop = min(start + self.chunk, tile.last - tile.first)
+            pieces = enumerate(values.items())
+            work(tile.first + start, {model: self._on_device(i, tensor[start:stop]) for i, (model, tensor) in pieces})
+
+    def _on_stream(self, work: Callable[[], None]) -> None:
+        if self.stream is None:
+            return work()
+        with torch.cuda.stream(self.stream):
+            work()
+            self.stream.synchronize()
 
     def _on_device(self, index: int, piece: Tensor) -> Tensor:
         if self.stream is None:
@@ -141,11 +211,13 @@ class Worker:
         """The arithmetic of one run of elements, `first` being its index in the tensor."""
         tensor, output = tile.tensor, self.plan.recipe.output
         assert tensor.program is not None
-        value, subtracted = evaluate(tensor.program, inputs, self.scratch)
+        value, subtracted = self.evaluate(tensor, first, inputs)
         how = (output.rounding, rounding_key(output.seed, tensor.name), first)
         round_value(value, out, *how)
-        # Before equal bits are put back: whatever is not finite in an input shows in the result until then.
-        if not self.settings.allow_nonfinite and any_nonfinite(out):
+        # Before equal bits are put back: whatever is not finite in an input shows in the result until then, unless a
+        # method left it out.
+        shows = [out, *inputs.values()] if tensor.program.calls else [out]
+        if not self.settings.allow_nonfinite and any(map(any_nonfinite, shows)):
             raise self.nonfinite(tile, inputs, out, first)
         if tensor.program.same_bits:
             keep_same_bits(tensor.program, inputs, out, self.scratch, *how)

@@ -7,7 +7,7 @@ same bytes. Knows nothing about files, models or threads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -40,8 +40,14 @@ class Scratch:
         self._made.clear()
 
 
-def evaluate(program: Program, inputs: Mapping[str, Tensor], scratch: Scratch) -> tuple[Tensor, Tensor | None]:
-    """Run the program's steps on tiles of equal length.
+CallRunner = Callable[[int, list[Tensor]], Tensor | None]
+"""Number of a call in its program, its operands -> its result; None where nothing more is wanted."""
+
+
+def evaluate(
+    program: Program, inputs: Mapping[str, Tensor], scratch: Scratch, call: CallRunner | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Run the program's steps on tiles of equal length. call: runs the calls of methods, if there are any.
 
     Returns the unrounded value and, where the program has one, what was subtracted from its base; both live
     in `scratch` until the next call. A program that only loads gives the input itself.
@@ -61,6 +67,14 @@ def evaluate(program: Program, inputs: Mapping[str, Tensor], scratch: Scratch) -
             register.sub_(registers[step.other])
         elif step.op == "multiply":
             register.mul_(step.factor)
+        elif step.op == "reverse":
+            register.neg_().add_(0.0)  # of zero it is +0
+        elif step.op == "call":
+            assert call is not None, "a program with calls needs who runs them"
+            result = call(step.other, [registers[index] for index in step.operands])
+            if result is None:
+                break
+            register.copy_(result)
         else:
             # A tensor, not a number: CUDA would multiply by the reciprocal of a number.
             register.div_(torch.full((1,), step.factor, dtype=dtype, device=register.device))

@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from skillmerge.methods.terms import Leaf, Scaled, Sum, Term, degree, weights
+from skillmerge.methods.terms import Call, Leaf, Scaled, Sum, Term, degree, has_calls, weights
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation on registers: load (register <- model), add, subtract, multiply, divide (in place)."""
+    """One operation on registers: load (register <- model), add, subtract, multiply, divide, reverse (0 - register),
+    in place; and call (register <- method number `other` of its `operands`)."""
 
     op: str
     register: int
     other: int = -1
     model: str = ""
     factor: float = 1.0
+    operands: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Program:
     holds what was subtracted from it (`-lambda * v`), and lambda; else "", -1 and 1.
     same_bits: triples (a, b, keep): where models a and b hold the same bits, the element is that of model
     keep. Together with the turning of signs they make the laws hold bit for bit, signs of zeros included.
+    calls: the methods that it calls, inner ones first. readings: how often a tensor is read for these before.
     """
 
     models: tuple[str, ...]
@@ -42,6 +45,8 @@ class Program:
     update: int
     asked: float
     same_bits: tuple[tuple[str, str, str], ...]
+    calls: tuple[Call, ...] = ()
+    readings: int = 0
 
 
 def compile_term(term: Term) -> Program:
@@ -62,13 +67,16 @@ def compile_term(term: Term) -> Program:
         base=compiler.base,
         update=compiler.update,
         asked=compiler.asked,
-        same_bits=tuple(_cancelling(total, compiler.free_pairs)),
+        same_bits=() if has_calls(term) else tuple(_cancelling(total, compiler.free_pairs)),
+        calls=tuple(compiler.calls),
+        readings=_readings(term),
     )
 
 
 class _Compiler:
     def __init__(self) -> None:
         self.steps: list[Step] = []
+        self.calls: list[Call] = []
         self.free: list[int] = []
         self.most = 0
         self.base, self.update, self.asked = "", -1, 1.0
@@ -92,7 +100,19 @@ class _Compiler:
                 op = "divide" if term.divide else "multiply"
                 self.steps.append(Step(op, register, factor=factor))
             return register
+        if isinstance(term, Call):
+            return self._call(term, negate)
         return self._sum(term, negate, inside)
+
+    def _call(self, call: Call, negate: bool) -> int:
+        operands = tuple(self.run(operand, negate=False, inside=True) for operand in call.operands)
+        result = operands[0]
+        self.steps.append(Step("call", result, other=len(self.calls), operands=operands))
+        self.calls.append(call)
+        self.free += operands[1:]
+        if negate:
+            self.steps.append(Step("reverse", result))
+        return result
 
     def _sum(self, term: Sum, negate: bool, inside: bool) -> int:
         left, right, minus = term.left, term.right, term.minus
@@ -147,8 +167,21 @@ def _need(term: Term) -> int:
         return 1
     if isinstance(term, Scaled):
         return _need(term.inner)
+    if isinstance(term, Call):
+        return max(index + _need(operand) for index, operand in enumerate(term.operands))
     left, right = _need(term.left), _need(term.right)
     return max(left, right) if left != right else left + 1
+
+
+def _readings(term: Term) -> int:
+    """Calls side by side are answered in one reading; one that is inside another has to be ready before."""
+    if isinstance(term, Leaf):
+        return 0
+    if isinstance(term, Scaled):
+        return _readings(term.inner)
+    if isinstance(term, Sum):
+        return max(_readings(term.left), _readings(term.right))
+    return max(map(_readings, term.operands)) + term.readings
 
 
 def _cancelling(total: Mapping[str, float], free_pairs: set[frozenset[str]]) -> list[tuple[str, str, str]]:

@@ -74,7 +74,7 @@ def round_stochastic(value: Tensor, out: Tensor, key: int, first: int) -> Tensor
     low_bits = bits - (nearest.to(torch.float64).abs() > exact).to(bits.dtype)
     low = low_bits.view(out.dtype).to(torch.float64).abs()
     high = (low_bits + 1).view(out.dtype).to(torch.float64).abs()
-    up = _uniform(key, first, value.numel(), value.device) < (exact - low) / (high - low)
+    up = uniform(key, first, value.numel(), value.device) < (exact - low) / (high - low)
     chosen = (low_bits + up.to(bits.dtype)).view(out.dtype)
     # What overflows to nearest is left to be noticed, and a NaN stays what it is.
     return out.copy_(torch.where(nearest.isfinite(), chosen, nearest))
@@ -89,18 +89,27 @@ def round_value(value: Tensor, out: Tensor, rounding: str, key: int, first: int)
 
 def rounding_key(seed: int, name: str) -> int:
     """64 bits for one tensor: the head of sha256("skillmerge rounding", seed, name)."""
-    digest = hashlib.sha256(f"skillmerge rounding\0{seed}\0{name}".encode()).digest()
+    return _key("rounding", seed, name)
+
+
+def lots_key(seed: int, name: str, ordinal: int) -> int:
+    """64 bits for one random call and one tensor: the head of sha256("skillmerge drop", seed, name, ordinal)."""
+    return _key("drop", seed, name, ordinal)
+
+
+def _key(*parts: str | int) -> int:
+    digest = hashlib.sha256(("skillmerge " + "\0".join(map(str, parts))).encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
 
-def _uniform(key: int, first: int, count: int, device: torch.device) -> Tensor:
+def uniform(key: int, first: int, count: int, device: torch.device) -> Tensor:
     """SplitMix64 (Steele, Lea and Flood 2014) as a counter-based generator: float64 in [0, 1)."""
     z = torch.arange(first + 1, first + 1 + count, dtype=torch.int64, device=device)
-    z = z * _signed(0x9E3779B97F4A7C15) + _signed(key)
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
-    z = z ^ _shift(z, 31)
-    return _shift(z, 11).to(torch.float64) * 2.0**-53
+    z.mul_(_signed(0x9E3779B97F4A7C15)).add_(_signed(key))
+    z.bitwise_xor_(_shift(z, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    z.bitwise_xor_(_shift(z, 27)).mul_(_signed(0x94D049BB133111EB))
+    z.bitwise_xor_(_shift(z, 31))
+    return _shift(z, 11).to(torch.float64).mul_(2.0**-53)
 
 
 def _signed(value: int) -> int:
@@ -109,4 +118,4 @@ def _signed(value: int) -> int:
 
 def _shift(z: Tensor, by: int) -> Tensor:
     """Logical shift right of int64."""
-    return (z >> by) & ((1 << (64 - by)) - 1)
+    return (z >> by).bitwise_and_((1 << (64 - by)) - 1)

@@ -1,10 +1,13 @@
-"""The meaning of an expression for one tensor: leaves, scaled terms and sums, their weights and degree."""
+"""The meaning of an expression for one tensor: leaves, scaled terms, sums and calls, their weights and degree."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from skillmerge.methods.method import Method
 
 _DEGREE_TOLERANCE = 1e-9
 _MINUS = ":minus"
@@ -36,7 +39,29 @@ class Sum:
     minus: bool
 
 
-Term = Leaf | Scaled | Sum
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A method on operands, those of keywords last. arguments: its other keywords. ordinal: which of the calls with
+    random numbers it is, from 0. position: in the text."""
+
+    method: Method
+    operands: tuple[Term, ...]
+    arguments: tuple[tuple[str, Any], ...]
+    ordinal: int = 0
+    position: int = field(default=0, compare=False)
+
+    @property
+    def readings(self) -> int:
+        """How often its operands are read before its arithmetic."""
+        return self.method.readings(**dict(self.arguments))
+
+    @property
+    def by_model(self) -> bool:
+        """Whether it takes the whole model as one, and not each matrix by itself."""
+        return self.readings > 0 and dict(self.arguments).get("scope") == "model"
+
+
+Term = Leaf | Scaled | Sum | Call
 
 
 def minus_of(skill: str) -> str:
@@ -59,12 +84,49 @@ def expand_skills(term: Term | None, skills: Collection[str]) -> Term | None:
     if isinstance(term, Sum):
         left, right = expand_skills(term.left, skills), expand_skills(term.right, skills)
         return Sum(left, right, term.minus) if left is not None and right is not None else None
+    if isinstance(term, Call):
+        operands = (expand_skills(operand, skills) for operand in term.operands)
+        return replace(term, operands=tuple(operand for operand in operands if operand is not None))
     return None
 
 
+def calls(term: Term | None) -> Iterator[Call]:
+    """Yield every call, inner ones first."""
+    if isinstance(term, Scaled):
+        yield from calls(term.inner)
+    elif isinstance(term, Sum):
+        yield from calls(term.left)
+        yield from calls(term.right)
+    elif isinstance(term, Call):
+        for operand in term.operands:
+            yield from calls(operand)
+        yield term
+
+
+def has_calls(term: Term | None) -> bool:
+    return any(True for _ in calls(term))
+
+
+def leaves(term: Term | None) -> Iterator[str]:
+    """Yield the model of every leaf, in the order of the text."""
+    if isinstance(term, Leaf):
+        yield term.model
+    elif isinstance(term, Scaled):
+        yield from leaves(term.inner)
+    elif isinstance(term, Sum):
+        yield from leaves(term.left)
+        yield from leaves(term.right)
+    elif isinstance(term, Call):
+        for operand in term.operands:
+            yield from leaves(operand)
+
+
 def weights(term: Term | None, by: float = 1.0) -> dict[str, float]:
-    """Return the factor that each model ends up with: lam * (rl - sft) + t -> {rl: lam, sft: -lam, t: 1}."""
-    if term is None:
+    """Return the factor that each model ends up with: lam * (rl - sft) + t -> {rl: lam, sft: -lam, t: 1}.
+
+    What calls are made of has no factor, and is left out.
+    """
+    if term is None or isinstance(term, Call):
         return {}
     if isinstance(term, Leaf):
         return {term.model: by}
@@ -76,8 +138,28 @@ def weights(term: Term | None, by: float = 1.0) -> dict[str, float]:
     return total
 
 
+def spread(term: Term | None, by: float = 1.0) -> dict[str, float]:
+    """Return the factor of each model as `weights` does, with every call as the mean of its operands: signs are
+    right, sizes are not."""
+    if isinstance(term, Scaled):
+        return spread(term.inner, by / term.factor if term.divide else by * term.factor)
+    if isinstance(term, Sum):
+        parts = [spread(term.left, by), spread(term.right, -by if term.minus else by)]
+    elif isinstance(term, Call):
+        parts = [spread(operand, by / len(term.operands)) for operand in term.operands]
+    else:
+        return weights(term, by)
+    total: dict[str, float] = {}
+    for part in parts:
+        for model, factor in part.items():
+            total[model] = total.get(model, 0.0) + factor
+    return total
+
+
 def sole_model(term: Term) -> str | None:
     """Return the model that is all of the term, with factor 1, once what cancels is gone."""
+    if has_calls(term):
+        return None
     left = {model: factor for model, factor in weights(term).items() if factor != 0}
     return next(iter(left)) if list(left.values()) == [1.0] else None
 
@@ -85,12 +167,12 @@ def sole_model(term: Term) -> str | None:
 def models_of(term: Term) -> list[str]:
     """Return the models that the term needs: one where all else cancels, otherwise all that it names."""
     sole = sole_model(term)
-    return [sole] if sole else list(weights(term))
+    return [sole] if sole else list(dict.fromkeys(leaves(term)))
 
 
 def is_zero(term: Term | None) -> bool:
     """Return whether all of the term cancels."""
-    return not any(weights(term).values())
+    return not has_calls(term) and not any(weights(term).values())
 
 
 def degree(term: Term | None) -> float:
@@ -99,10 +181,29 @@ def degree(term: Term | None) -> float:
     Infinite where the factors are too large to be added up.
     """
     try:
-        exact = math.fsum(weights(term).values())
+        exact = math.fsum(_degrees(term, 1.0))
         return round(exact) if abs(exact - round(exact)) <= _DEGREE_TOLERANCE else exact
     except (OverflowError, ValueError):
         return math.inf
+
+
+def _degrees(term: Term | None, by: float) -> Iterator[float]:
+    """Yield what adds up to the degree: the factors of models, and of calls whose results are models."""
+    yield from weights(term, by).values()
+    for call, factor in _outer_calls(term, by):
+        if not call.method.differences:
+            yield factor * degree(call.operands[0])
+
+
+def _outer_calls(term: Term | None, by: float) -> Iterator[tuple[Call, float]]:
+    """Yield the calls that are in no other call, with their factors."""
+    if isinstance(term, Call):
+        yield term, by
+    elif isinstance(term, Scaled):
+        yield from _outer_calls(term.inner, by / term.factor if term.divide else by * term.factor)
+    elif isinstance(term, Sum):
+        yield from _outer_calls(term.left, by)
+        yield from _outer_calls(term.right, -by if term.minus else by)
 
 
 def base_and_difference(term: Term) -> tuple[str, Term, bool] | None:

@@ -24,6 +24,7 @@ from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.measures.skill_statistics import SkillStatistics, summarise_skill
 from skillmerge.engine.rounding_statistics import Statistics, TensorStatistics, summarise
 from skillmerge.errors import CheckFailed, is_machine, unusable
+from skillmerge.methods.method import Scalars
 from skillmerge.outputs.canonical import digest_of, lines_of, pieces_of, to_bytes
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.compare.found import Compared
@@ -108,7 +109,8 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """The action on one tensor of the output; see `TensorPlan`. statistics: of rounding, if measured."""
+    """The action on one tensor of the output; see `TensorPlan`. statistics: of rounding, if measured. scalars: what
+    methods found of it, for each of its matrices: thresholds, cosines, factors."""
 
     name: str
     file: str
@@ -118,9 +120,10 @@ class Tensor:
     sources: tuple[tuple[str, str], ...]
     coefficients: tuple[int | float, ...] = ()
     statistics: TensorStatistics | None = None
+    scalars: dict[str, list[float]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        row = {
+        row: dict[str, Any] = {
             "name": self.name,
             "file": self.file,
             "action": self.action,
@@ -129,7 +132,9 @@ class Tensor:
             "sources": [list(source) for source in self.sources],
             "coefficients": list(self.coefficients),
         }
-        return {**row, "statistics": self.statistics.as_dict()} if self.statistics is not None else row
+        if self.statistics is not None:
+            row["statistics"] = self.statistics.as_dict()
+        return {**row, "scalars": self.scalars} if self.scalars else row
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +274,7 @@ def build(
         output=OutputSettings(**{name: getattr(recipe.output, name) for name in OutputSettings.__slots__}),
         inputs=tuple(_input(item, input_digests) for item in plan.inputs),
         files=tuple(sorted(files, key=lambda file: file.name)),
-        tensors=_tensors(plan, measured),
+        tensors=_tensors(plan, measured, {name: row for done in shards for name, row in done.scalars.items()}),
         accepted=tuple(replace(found, help=None) for found in plan.compared.found if found.accepted),
         statistics=summarise_skill(cut, inputs) if plan.makes_skill else summarise(plan, measured, stats),
     )
@@ -280,14 +285,17 @@ def _input(item: InputPlan, digests: Mapping[tuple[str, str], str]) -> Input:
     return Input(item.name, item.uri, item.revision, files, item.license, **item.naming.as_dict())
 
 
-def _tensors(plan: Plan, measured: Mapping[str, TensorStatistics]) -> tuple[Tensor, ...]:
+def _tensors(
+    plan: Plan, measured: Mapping[str, TensorStatistics], scalars: Mapping[str, Scalars]
+) -> tuple[Tensor, ...]:
     found = []
     for spec in (spec for shard in plan.shards for spec in shard.specs):
         tensor, row = plan.tensors[spec.name], measured.get(spec.name)
+        numbers = {name: list(values) for name, values in scalars.get(spec.name, {}).items()}
         found.append(
             Tensor(
                 tensor.name, spec.file, tensor.action, tensor.dtype, tensor.shape, tensor.sources,
-                tensor.coefficients, row,
+                tensor.coefficients, row, numbers or None,
             )
         )  # fmt: skip
     return tuple(found)

@@ -20,7 +20,7 @@ from skillmerge.naming import module_kind
 from skillmerge.plans.advice.causes import cause_of, left_behind, share, tensors_of
 from skillmerge.plans.advice.shares import MUCH
 from skillmerge.plans.mapping import Source, find_source
-from skillmerge.recipes.expression import names_in
+from skillmerge.recipes.formula.tree import names_in
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.schedules import matcher, near_pattern
 from skillmerge.tensors import DTYPES, UNIT, TensorSpec

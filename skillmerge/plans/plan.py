@@ -46,6 +46,11 @@ class TensorPlan:
     coefficients: tuple[float, ...] = ()
     program: Program | None = None
 
+    @property
+    def readings(self) -> int:
+        """How often its sources are read before the arithmetic, for its methods."""
+        return self.program.readings if self.program is not None else 0
+
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
@@ -103,6 +108,8 @@ class Plan:
     merged_share: float | None = None
     """The parameters of the tensors that the formula changes, of the donor's; of a skill None."""
     bytes_read: int = 0
+    bytes_again: int = 0
+    """What is read besides, to find out what methods have to know of whole tensors."""
     input_itemsizes: tuple[int, ...] = ()
     """The widest element, in bytes, that each of a tensor's sources can have."""
     versions: Mapping[str, Mapping[str, list[int | str]]] = field(default_factory=dict, compare=False)
@@ -169,6 +176,7 @@ class Plan:
             "compared": [found.as_dict() for found in self.compared.found],
             **({"merged_share": self.merged_share} if self.merged_share is not None else {}),
             "bytes_read": self.bytes_read,
+            **({"bytes_read_again": self.bytes_again} if self.bytes_again else {}),
             "bytes_written": self.bytes_written,
         }
 

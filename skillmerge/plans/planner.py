@@ -29,7 +29,8 @@ from skillmerge.plans.heads import driven_apart, stored_heads
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
-from skillmerge.recipes.expression import ExpressionError, grouped
+from skillmerge.recipes.formula.parser import grouped
+from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.lint import remarks
 from skillmerge.recipes.recipe import Recipe, unclear_donor
 from skillmerge.recipes.schedules import Rule, ScheduleError
@@ -170,6 +171,7 @@ def _terms(
         if row not in by_values:
             by_values[row] = _degree_term(recipe, dict(zip(recipe.coefficients, row, strict=True)), name)
         terms[name] = by_values[row]
+    recipe.refuse_unequal_calls(by_values.values())
     return terms
 
 
@@ -349,9 +351,11 @@ def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
 def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:
     """Return the parts of a plan that say what is read."""
     read = _bytes_read(tensors, checkpoints)
+    again = ((it.readings, source) for it in tensors.values() if it.readings for source in it.sources)
     return {
         "inputs": tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
         "bytes_read": sum(read.values()),
+        "bytes_again": sum(readings * checkpoints[name].cost(source) for readings, (name, source) in again),
         "input_itemsizes": itemsizes(tensors, checkpoints),
         "versions": versions(checkpoints),
     }

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
-from skillmerge.recipes.expression import normalise_name
+from skillmerge.recipes.formula.tree import normalise_name
 from skillmerge.recipes.tables.gates import CosineTable, FigureTable, GatesTable, RangeTable
 from skillmerge.recipes.yamltext import Document
 

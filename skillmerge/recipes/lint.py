@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.errors import Place, RecipeError, SkillmergeError, UsageError, did_you_mean
 from skillmerge.methods.terms import degree, weights
 from skillmerge.recipes import lock as lockfile
-from skillmerge.recipes.expression import ExpressionError, grouped, names_in, normalise_name
+from skillmerge.recipes.formula.parser import grouped
+from skillmerge.recipes.formula.tree import ExpressionError, names_in, normalise_name
 from skillmerge.recipes.lint_rules import RULES, LintRule
 from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
@@ -290,17 +291,16 @@ def _degrees(recipe: Recipe) -> Iterator[Finding]:
     """Yield whether any of the values that the coefficients are given makes the expression one model."""
     values = {name: _values(recipe, name) for name in _used_coefficients(recipe)}
     count = math.prod(len(given) for given in values.values())
-    if count > _MANY or any(rule.ramp for name in values for rule in recipe.coefficients[name].rules):
-        return
+    ramps = any(rule.ramp for name in values for rule in recipe.coefficients[name].rules)
     wanted = 0 if recipe.makes_skill else 1
     wrong = []
-    for row in product(*values.values()):
+    for row in islice(product(*values.values()), _MANY):
         try:
             found = degree(recipe.term({name: value for name, (value, _) in zip(values, row, strict=True)}))
         except ExpressionError as error:
             wrong.append(_of_error(recipe.document.name, "not-one-model", recipe.expression_error(error)))
             continue
-        if found == wanted:
+        if found == wanted or count > _MANY or ramps:  # between the ends of a ramp it may be one
             return
         wrong.append(_not_one(recipe, found, wanted))
     yield wrong[0]

@@ -17,7 +17,9 @@ from typing import Any
 from skillmerge.checkpoints.schemes import bucket_of
 from skillmerge.errors import NEAR, Mistakes, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
-from skillmerge.recipes.expression import ExpressionError, Node, normalise_name, parse
+from skillmerge.recipes.formula.arguments import name_number
+from skillmerge.recipes.formula.parser import parse
+from skillmerge.recipes.formula.tree import ExpressionError, Node, normalise_name
 from skillmerge.recipes.gate_table import Gate, gates_of
 from skillmerge.recipes.recipe import CopyRule, Output, Push, Recipe, add_coefficient, expression_error, local_path
 from skillmerge.recipes.schedules import LayerRange, Rule, Schedule, parse_layers
@@ -79,7 +81,6 @@ def parse_recipe(
     models, coefficients = _names(document, table)
     mistakes = Mistakes()
     schedules = _schedules(document, table, mistakes)
-    numbers = _numbers(overrides or {}, schedules)
     with mistakes:
         expression = _expression(document, table.merge, list(models), coefficients)
     skills, patches = _skills(table), _patches(table)
@@ -93,6 +94,7 @@ def parse_recipe(
     with mistakes:
         gates = _gates(document, table, folder, list(models), skills | set(patches))
     mistakes.refuse()
+    numbers = _numbers(overrides or {}, schedules, expression)
     return Recipe(
         document=document,
         folder=folder,
@@ -241,14 +243,14 @@ def _schedules(document: Document, table: RecipeTable, mistakes: Mistakes) -> di
     }
 
 
-def _numbers(overrides: Mapping[str, float], schedules: Mapping[str, Schedule]) -> dict[str, float]:
+def _numbers(overrides: Mapping[str, float], schedules: Mapping[str, Schedule], expression: Node) -> dict[str, float]:
     """Return the numbers that replace schedules, by normalized name. Raises UsageError for what cannot replace one."""
     numbers = {}
     for written, value in overrides.items():
         name = normalise_name(written)
         if name not in schedules:
             known = f"this recipe has: {', '.join(schedules)}" if schedules else add_coefficient(name)
-            near = did_you_mean(name, list(schedules)) or known
+            near = did_you_mean(name, list(schedules)) or name_number(name, expression) or known
             raise UsageError(f"--set {name}: the recipe has no such coefficient", fix=near)
         if isinstance(value, bool | str) or not math.isfinite(value):
             raise UsageError(f"--set {name}: {value} is not a finite number")
@@ -298,7 +300,7 @@ def _rule(document: Document, path: Path, table: RuleTable) -> Rule:
         tensors=_as_tuple(table.tensors),
         modules=_as_tuple(table.modules),
         value=float(table.value or 0.0),
-        ramp=(float(table.ramp[0]), float(table.ramp[1])) if table.ramp else None,
+        ramp=tuple(map(float, table.ramp)) if table.ramp else None,
     )
 
 

@@ -12,16 +12,10 @@ from pathlib import Path as FilePath
 from skillmerge.checkpoints.place import Bucket, Local, ModelPlace, PlaceError
 from skillmerge.checkpoints.schemes import parse_place
 from skillmerge.errors import Place, RecipeError
-from skillmerge.methods.terms import Term, expand_skills
-from skillmerge.recipes.expression import (
-    ExpressionError,
-    Node,
-    bind,
-    donor_of,
-    is_donor_unclear,
-    names_in,
-    normalise_name,
-)
+from skillmerge.methods.terms import Call, Term, calls, expand_skills
+from skillmerge.recipes.formula.bind import bind, check_calls
+from skillmerge.recipes.formula.donor import donor_of, is_donor_unclear
+from skillmerge.recipes.formula.tree import ExpressionError, Node, names_in, normalise_name
 from skillmerge.recipes.gate_table import Gate
 from skillmerge.recipes.schedules import Schedule, matcher
 from skillmerge.recipes.yamltext import Document, Path
@@ -145,7 +139,18 @@ class Recipe:
 
         None if everything fell away. Raises ExpressionError as `bind` does.
         """
-        return expand_skills(bind(self.expression, values), self.skills)
+        term = expand_skills(bind(self.expression, values), self.skills)
+        check_calls(term)
+        return term
+
+    def refuse_unequal_calls(self, terms: Iterable[Term | None]) -> None:
+        """Raise RecipeError for a call that takes the whole model as one, with other arguments for some tensors."""
+        known: dict[int, Call] = {}
+        for call in (call for term in terms for call in calls(term) if call.by_model):
+            if known.setdefault(call.position, call).arguments != call.arguments:
+                what = f"gives `{call.method}` other numbers for some tensors, and with scope=model it takes all as one"
+                fix = "use coefficients without rules there, or scope=matrix"
+                raise self.expression_error(ExpressionError(what, call.position, len(call.method.name), fix))
 
     def left_out(self, tensors: Iterable[str]) -> set[str]:
         """Return those of the donor's tensors that a skill does without, as `ignore` says; a model has all of them."""

@@ -65,14 +65,15 @@ def matcher(globs: Iterable[str]) -> re.Pattern[str]:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule: empty selectors match everything, all that are given must match. A ramp is linear over the
-    layers selected, by their order, both ends included, in each stack by itself."""
+    """One rule: empty selectors match everything, all that are given must match. A ramp goes over the
+    layers selected, by their order, in each stack by itself: its points are evenly spaced from the first layer to the
+    last, both included, and it is linear between them."""
 
     layers: tuple[LayerRange, ...] = ()
     tensors: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     value: float = 0.0
-    ramp: tuple[float, float] | None = None
+    ramp: tuple[float, ...] | None = None
 
     def select(self, names: Iterable[str]) -> list[str]:
         pattern = matcher(self.tensors) if self.tensors else None
@@ -106,12 +107,12 @@ class Schedule:
                 raise ScheduleError(index, "this rule matches no tensor", _why_nothing(rule, names))
             found = _ramp(rule.ramp, chosen) if rule.ramp else dict.fromkeys(chosen, rule.value)
             if not all(map(math.isfinite, found.values())):
-                raise ScheduleError(index, "this ramp's values are not finite: its ends are too far apart")
+                raise ScheduleError(index, "this ramp's values are not finite: its points are too far apart")
             values.update(found)
         return values
 
 
-def _ramp(ends: tuple[float, float], names: list[str]) -> dict[str, float]:
+def _ramp(points: tuple[float, ...], names: list[str]) -> dict[str, float]:
     stacks: dict[str, set[int]] = {}
     layers_of = {name: layer_of(name) for name in names}
     for layer in layers_of.values():
@@ -122,13 +123,15 @@ def _ramp(ends: tuple[float, float], names: list[str]) -> dict[str, float]:
         for stack, indices in stacks.items()
         for rank, index in enumerate(sorted(indices))
     }
-    first, last = ends
     values = {}
     for name, layer in layers_of.items():
         assert layer is not None
         rank, count = ranks[layer]
-        # Written so that both ends come out exactly.
-        values[name] = last if count > 1 and rank == count - 1 else first + (last - first) * rank / max(count - 1, 1)
+        # Written so that a layer at a point has exactly its value.
+        steps = max(count - 1, 1)
+        before, between = divmod(rank * (len(points) - 1), steps)
+        low = points[before]
+        values[name] = low + (points[before + 1] - low) * between / steps if between else low
     return values
 
 

@@ -159,9 +159,9 @@ def _shape_message(data: Any, path: Path, detail: Any) -> tuple[str, str | None]
         return f"{where} must be {expected}, not {value!r}", fix
     if kind == "finite_number":
         return f"{where} must be a finite number, not {value}", "write a number, such as 1"
-    if kind in ("too_short", "too_long") and last == "ramp":
+    if kind == "too_short" and last == "ramp":
         return (
-            "`ramp` must be two numbers, at the first and the last layer selected",
+            "`ramp` must be two numbers or more, from the first to the last layer selected",
             "write ramp: [0.5, 1.0]",
         )
     if kind in _EXPECTED:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 from skillmerge.durable import disk_errors
 from skillmerge.errors import NEAR, UsageError, did_you_mean, some
-from skillmerge.recipes import yamltext
-from skillmerge.recipes.foreign import mergekit
-from skillmerge.recipes.schema import read_table, schema_text
-from skillmerge.recipes.source import RECIPE_SUFFIXES, STANDARD_INPUT, text_of
-from skillmerge.recipes.tables.recipe import RecipeTable
+from skillmerge.recipes.importing import translated
+from skillmerge.recipes.schema import schema_text
+from skillmerge.recipes.source import RECIPE_SUFFIXES, STANDARD_INPUT
 
 SCHEMA_FILE = "skillmerge.schema.json"
 _EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
@@ -35,7 +33,7 @@ def recipe_text(source: str | None = None, folder: str | os.PathLike[str] | None
     """
     home = files("skillmerge.recipes")
     if source is not None and is_file_name(source):
-        return _translated(source, folder)
+        return translated(source, None if folder is None else Path(folder) / "recipe.yaml").text
     if source is None:
         return (home / "starter.yaml").read_text(encoding="utf-8")
     names = list(gallery())
@@ -59,21 +57,6 @@ def _mergekit_file(path: Path) -> str | None:
 def is_file_name(source: str) -> bool:
     """Return whether a source of `init` is a file to translate, not a name of the gallery."""
     return source == STANDARD_INPUT or source.endswith(RECIPE_SUFFIXES)
-
-
-def _translated(source: str, folder: str | os.PathLike[str] | None) -> str:
-    """Return the translation of a mergekit file. Raises UsageError if the file is a recipe already, RecipeError."""
-    document = yamltext.read(text_of(source), source)
-    if mergekit.is_mergekit(document.data) and "skillmerge" not in document.data:
-        home = Path() if source == STANDARD_INPUT else Path(source).parent
-        start = os.path.relpath(home, folder) if folder is not None else "."
-        try:
-            return mergekit.equivalent(document.data if start == "." else mergekit.moved(document.data, start)) + "\n"
-        except mergekit.NoCounterpart as error:
-            place = document.keys.get(error.path) or document.values.get(error.path)
-            raise document.error(str(error), place, error.fix or mergekit.TRANSLATED) from error
-    read_table(document, RecipeTable)  # reports what is wrong
-    raise UsageError(f"`{source}` is a recipe already", fix="copy it, or name a mergekit file")
 
 
 def init(path: str | os.PathLike[str] = "recipe.yaml", source: str | None = None) -> Path:

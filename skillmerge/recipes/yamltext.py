@@ -1,7 +1,8 @@
 """YAML text -> plain data, and where in the text each part of it is.
 
 YAML 1.2 core rules (`1e-3` is a number, `no` a string), without tags or merge keys, and with bounds on size,
-nesting and aliases, so that no document can hurt. Knows nothing about recipes.
+nesting and aliases, so that no document can hurt. Files of other tools are read by YAML 1.1, as PyYAML reads them.
+Knows nothing about recipes.
 
 ruamel finds the structure; what a plain word means is decided here, so that no directive changes it.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +54,11 @@ _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITY = re.compile(r"[-+]?\.(inf|Inf|INF)")
 _NAN = re.compile(r"\.(nan|NaN|NAN)")
+_OLD_BOOL = re.compile(r"true|True|TRUE|yes|Yes|YES|on|On|ON|false|False|FALSE|no|No|NO|off|Off|OFF")
+_OLD_INTEGER = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)")
+_OLD_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?")
+"""Plain words of YAML 1.1. `1e-5` is text in it: a float has a point, and its exponent a sign."""
+
 _LONGEST_MESSAGE = 600
 _MOST_ADVICE = 50
 """Lines of advice: room for a recipe."""
@@ -69,6 +77,8 @@ class Document:
     values: dict[Path, Place] = field(default_factory=dict)
     by_hand: bool = True
     """Whether a person wrote the text, so that messages show its lines."""
+    repeated: list[tuple[Path, Place]] = field(default_factory=list)
+    """Keys that were written again with the same value, in YAML 1.1."""
 
     def error(self, message: str, place: Place | None, fix: str | None = None) -> RecipeError:
         """Return an error that shows the file, the position, the line itself and a marker under it."""
@@ -132,9 +142,40 @@ def read(text: str, name: str) -> Document:
     document = Document(name, text)
     if len(text.encode(errors="replace")) > MAX_BYTES:
         raise document.error(f"is larger than {MAX_BYTES // 1024} KiB, which no recipe needs", None)
-    try:
+    with _as_recipe_errors(document):
         _check_bounds(YAML(typ="safe", pure=True), document)
         node = YAML(typ="safe", pure=True).compose(text)
+    if node is None:
+        raise document.error("is empty", None, "`skillmerge init` writes a recipe to start from")
+    document.data = _Builder(document).build(node, ())
+    return document
+
+
+def read_old(text: str, name: str) -> list[Document]:
+    """Parse the documents of a YAML 1.1 file, as PyYAML reads them. Raises RecipeError.
+
+    A key that is written twice is an error where the values differ: PyYAML silently takes the last.
+    """
+    whole = Document(name, text)
+    if len(text.encode(errors="replace")) > MAX_BYTES:
+        raise whole.error(f"is larger than {MAX_BYTES // 1024} KiB, which no recipe needs", None)
+    with _as_recipe_errors(whole):
+        _check_bounds(YAML(typ="safe", pure=True), whole, versions=(None, (1, 1), (1, 2)))
+        nodes = [node for node in YAML(typ="safe", pure=True).compose_all(text) if node is not None]
+    documents = []
+    for node in nodes:
+        document = Document(name, text)
+        document.data = _OldBuilder(document).build(node, ())
+        if document.data is not None:
+            documents.append(document)
+    return documents
+
+
+@contextmanager
+def _as_recipe_errors(document: Document) -> Iterator[None]:
+    """Turn errors of the YAML library into errors with their place."""
+    try:
+        yield
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(mark.line, mark.column) if mark else None
@@ -143,13 +184,9 @@ def read(text: str, name: str) -> Document:
     except (YAMLError, RecursionError, ValueError, OverflowError, AssertionError) as error:
         # The last is what ruamel says of a version of YAML that it does not know.
         raise document.error(f"is not valid YAML: {' '.join(str(error).split())}", None) from error
-    if node is None:
-        raise document.error("is empty", None, "`skillmerge init` writes a recipe to start from")
-    document.data = _Builder(document).build(node, ())
-    return document
 
 
-def _check_bounds(yaml: YAML, document: Document) -> None:
+def _check_bounds(yaml: YAML, document: Document, versions: tuple[object, ...] = (None, (1, 2))) -> None:
     """Walk the events, which cost little, before anything is built from them."""
     depth = 0
     anchors: set[str] = set()
@@ -159,6 +196,10 @@ def _check_bounds(yaml: YAML, document: Document) -> None:
         elif isinstance(event, CollectionEndEvent):
             depth -= 1
         problem, fix = _problem(event, depth, count, anchors)
+        if isinstance(event, DocumentStartEvent):
+            anchors.clear()
+            if event.version not in versions:
+                problem, fix = _other_version(event)
         if problem is not None:
             mark = event.start_mark
             raise document.error(problem, Place(mark.line, mark.column), fix)
@@ -174,15 +215,17 @@ def _problem(event: Event, depth: int, count: int, anchors: set[str]) -> tuple[s
         return "has too many parts", None
     if isinstance(event, AliasEvent):
         return ("nests aliases" if depth > MAX_NESTING // 2 else None), None
-    if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
-        version = ".".join(map(str, event.version))
-        return f"says that it is YAML {version}; recipes are YAML 1.2", "remove the `%YAML` line"
     if isinstance(event, ScalarEvent | CollectionStartEvent):
         if event.ctag is not None:
             return f"tag {event.ctag} is not allowed", "remove the tag"
         if event.anchor in anchors:
             return f"anchor `{event.anchor}` is defined twice", "give each its own name"
     return None, None
+
+
+def _other_version(event: DocumentStartEvent) -> tuple[str, str]:
+    version = ".".join(map(str, event.version))
+    return f"says that it is YAML {version}; recipes are YAML 1.2", "remove the `%YAML` line"
 
 
 class _Builder:
@@ -222,8 +265,10 @@ class _Builder:
 
     def _scalar(self, node: ScalarNode, place: Place) -> Any:
         text = self._text(node, place)
-        if node.style is not None:
-            return text
+        return text if node.style is not None else self._plain(text, place)
+
+    def _plain(self, text: str, place: Place) -> Any:
+        """Return what a word without quotes means."""
         if _NULL.fullmatch(text):
             return None
         if _BOOL.fullmatch(text):
@@ -243,6 +288,62 @@ class _Builder:
         if (found := _UNSEEN.search(text)) is not None:
             raise self.document.error(f"holds the control character {found.group()!r}", place)
         return text
+
+
+class _OldBuilder(_Builder):
+    """YAML 1.1: other plain words, merge keys, and keys that are written twice."""
+
+    def _mapping(self, node: MappingNode, path: Path) -> dict[str, Any]:
+        table: dict[str, Any] = {}
+        merged: list[Node] = []
+        for key_node, value_node in node.value:
+            place = _place(key_node)
+            if not isinstance(key_node, ScalarNode):
+                raise self.document.error("keys must be plain words", place)
+            key = self._text(key_node, place)
+            if key == "<<" and key_node.style is None:
+                merged += value_node.value if isinstance(value_node, SequenceNode) else [value_node]
+                continue
+            here: Path = (*path, key)
+            value = self.build(value_node, here)
+            if key in table:
+                if repr(table[key]) != repr(value):
+                    first = self.document.keys[here].line + 1
+                    fix = f"remove one of the two; the first is on line {first}"
+                    raise self.document.error(f"duplicate key `{key}` with another value", place, fix)
+                self.document.repeated.append((here, place))
+            self.document.keys[here] = place
+            table[key] = value
+        for other in merged:
+            if not isinstance(other, MappingNode):
+                raise self.document.error("`<<` merges a table, and this is none", _place(other))
+            for key, value in self._others(other, path, table):
+                table.setdefault(key, value)
+        return table
+
+    def _others(self, node: MappingNode, path: Path, table: dict[str, Any]) -> list[tuple[str, Any]]:
+        """Return what a merged table adds to what is written already, whose places stay."""
+        keys, values = dict(self.document.keys), dict(self.document.values)
+        found = self._mapping(node, path)
+        own = {(*path, key) for key in table}
+        for places, before in ((self.document.keys, keys), (self.document.values, values)):
+            places.update({at: place for at, place in before.items() if at[: len(path) + 1] in own})
+        return [*found.items()]
+
+    def _plain(self, text: str, place: Place) -> Any:
+        if _NULL.fullmatch(text):
+            return None
+        if _OLD_BOOL.fullmatch(text):
+            return text.lower() in ("true", "yes", "on")
+        digits = text.replace("_", "")
+        if _OLD_INTEGER.fullmatch(text) and len(text) <= MAX_DIGITS:
+            octal = re.fullmatch(r"[-+]?0[0-7]+", digits)
+            return int(digits, 8) if octal else int(digits, 0)
+        if _OLD_FLOAT.fullmatch(text):
+            return float(digits)
+        if _INFINITY.fullmatch(text):
+            return -math.inf if text.startswith("-") else math.inf
+        return math.nan if _NAN.fullmatch(text) else text
 
 
 def _place(node: Node) -> Place:

@@ -9,7 +9,7 @@ from skillmerge.checkpoints.schemes import is_path
 from skillmerge.errors import UsageError
 from skillmerge.naming import module_kind
 from skillmerge.plans.plan import Plan
-from skillmerge.recipes.expression import normalise_name
+from skillmerge.recipes.formula.tree import normalise_name
 from skillmerge.recipes.gate_table import GATE_FIGURES, Gate
 from skillmerge.study.loads.loading import need
 

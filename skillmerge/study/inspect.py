@@ -29,6 +29,8 @@ from skillmerge.plans.dtypes.quantised import equal_tensors
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
+from skillmerge.recipes.formula.tree import calls_in
+from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import RECIPE_SUFFIXES, STANDARD_INPUT, RecipeSource, name_of
 from skillmerge.remarks import Remark
 from skillmerge.reporter import Reporter, default_reporter
@@ -223,6 +225,7 @@ def inspect_merge(
     beside = access if base is None else _beside(plan.recipe.folder, base, access)
     extra = open_named({"base": base}, beside, reporter) if base is not None else {}
     try:
+        _refuse_calls(plan.recipe)
         subject = subject_of_recipe(plan, {**checkpoints, **({BASE: extra["base"]} if extra else {})})
         subject = replace(subject, doubts=plan.warnings)
         return _inspect(subject, stats, spectral, threads, reporter)
@@ -377,3 +380,13 @@ def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
         cells.setdefault(f"{label} {module_kind(name)}", []).append(name)
         summaries.setdefault(summarised(name), []).append(name)
     return {"modules": modules, "layers": layers, "cells": cells, "summaries": summaries}
+
+
+def _refuse_calls(recipe: Recipe) -> None:
+    """Raise RecipeError if the updates of a recipe are no differences of models, which is all that is read here."""
+    if called := next(calls_in(recipe.expression), None):
+        raise recipe.error(
+            ("merge",),
+            f"`inspect` reads differences of models, and this recipe changes them with `{called.method}`",
+            "inspect the difference itself: `skillmerge inspect SFT RL`",
+        )

@@ -339,7 +339,7 @@ def _leaves(term: Term, by: float = 1.0, turned: bool = False) -> Iterator[tuple
         yield term.model, by, turned
     elif isinstance(term, Scaled):
         yield from _leaves(term.inner, by / term.factor if term.divide else by * term.factor, turned)
-    else:
+    elif isinstance(term, Sum):
         yield from _leaves(term.left, by, turned)
         yield from _leaves(term.right, -by if term.minus else by, turned)
 

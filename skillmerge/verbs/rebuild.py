@@ -10,6 +10,7 @@ import math
 import operator
 import os
 import random
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -282,6 +283,8 @@ class _Original:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.folder = Path(tempfile.gettempdir())
+        """The output's own may be read-only."""
         self.finished: dict[str, ShardRecord] = {}
 
     def open_shard(self, shard: ShardPlan) -> _ComparedFile:

@@ -79,14 +79,6 @@ def test_quiet_sweep_suggests_nothing(family: Path, monkeypatch: pytest.MonkeyPa
     assert shown
 
 
-def test_derive_reads_standard_input_once(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    piped(monkeypatch, family.read_text())
-    command = ("derive", "-", "--choice", "match", "--base", "sft", "-o", "matched.yaml")
-    process = run_cli(*command, cwd=family.parent)
-    assert process.returncode == 0, process.stderr
-    assert (family.parent / "matched.yaml").is_file()
-
-
 def test_pipes_are_utf_8_whatever_the_terminal_is(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.rename(family.parent / "rl", family.parent / "λ")
     text = family.read_text().replace('"rl": "rl"', '"rl": "λ"').encode()
@@ -141,7 +133,6 @@ def test_documents_for_programs_go_to_standard_output_alone(family: Path, monkey
         "attest merged --bom -",
         "sign merged --private-key key.pem --signature -",
         "sweep recipe.yaml --set lam=0,1 --score true -o -",
-        "derive recipe.yaml --choice match --base base -o -",
     ],
 )
 def test_what_cannot_be_printed_is_refused(command: str, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ TYPED = {
     "inspect a b --top": ("no such option `--top`", "run `skillmerge inspect --help`"),
     "apply r.yaml --threds 3": ("no such option `--threds`", "did you mean `--threads`?"),
     "plan r.yaml --overwrite": (
-        "no such option `--overwrite`", "leave it out: it is an option of `apply`, `finish`, `extract`, `sweep`"
+        "no such option `--overwrite`",
+        "leave it out: it is an option of `apply`, `finish`, `extract`, `sweep` … and 1 more"
     ),
     "diff a b": (
         "no such command `diff`",
@@ -47,6 +48,11 @@ TYPED = {
     "validate r.yaml": (
         "no such command `validate`",
         "of a recipe: `skillmerge lint RECIPE`; of an output: `skillmerge verify FOLDER`",
+    ),
+    "derive r.yaml --choice match": (
+        "no such command `derive`",
+        "call `match` or `project` in the recipe: `merge: target + lam * match(rl - sft, to=target - base)`; "
+        "`skillmerge methods` explains both",
     ),
     "aply r.yaml": ("no such command `aply`", "did you mean `apply`?"),
     "frobnicate": ("no such command `frobnicate`", "run `skillmerge --help`"),

@@ -197,8 +197,7 @@ def test_full_gpu_is_tried_again_when_the_failed_attempt_is_gone(monkeypatch: py
             held.append(weakref.ref(temporary))
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    worker: Any = SimpleNamespace(stream=object(), _compute=compute)
+    worker: Any = SimpleNamespace(stream=object(), _on_stream=compute)
     worker._shrink = lambda: alive.append(held[0]() is not None)
-    tile: Any = SimpleNamespace(tensor=SimpleNamespace(action="merge", program=object(), sources=[]))
-    Worker._fill(worker, {}, tile, [], torch.zeros(1))
+    Worker._sized_to_fit(worker, lambda: None)
     assert alive == [False]

@@ -34,7 +34,6 @@ VERBS: dict[str, tuple[tuple[Any, ...], dict[str, Any], tuple[str, ...]]] = {
     "plan": (("recipe.yaml",), {}, ("threads", "memory_limit")),
     "extract": (("rl", "sft", "skill"), {}, ("keep", "threads", "memory_limit", "hub")),
     "inspect": (("sft", "rl"), {}, ("threads", "stats", "spectral", "hub")),
-    "derive": (("recipe.yaml", "match", "new.yaml"), {"base": "sft"}, ("threads", "hub")),
     "rebuild": (("merged",), {"check": True}, ("sample", "seed", "device", "threads", "memory_limit", "hub")),
     "export": (("skill", "lora"), {"lora_rank": 2}, ("lora_rank", "seed")),
     "sweep": (

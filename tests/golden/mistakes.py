@@ -133,8 +133,6 @@ _LINES = (
     "inspect target",
     "inspect target nowhere",
     "inspect target other",
-    "derive good.yaml --choice best --base base -o new.yaml",
-    "derive good.yaml --choice match --base nowhere -o new.yaml",
     "sweep good.yaml --set lam=0:1 --score true",
     "sweep good.yaml --set lam=0:1:0.5 --score nothing:here",
     "sweep good.yaml --set lam=1:0:0.5 --score true",

@@ -27,9 +27,7 @@ from texts import (
     ZSTD,
 )
 
-COMMANDS = (
-    "apply plan verify gate rebuild sign attest extract export inspect derive sweep push lint doctor init schema demo"
-)
+COMMANDS = "apply plan verify gate rebuild sign attest extract export inspect sweep push lint doctor init schema demo"
 
 SMALL_SHARDS = PAST.replace("path: ./merged", "path: ./merged\n  shard_size: 4KB")
 QUARTET = ("base", "target", "rl", "sft")
@@ -104,9 +102,6 @@ _studies = Scenario(
         command("inspect recipe.yaml --base base --threads 2 --json --report inspect.html", digits=9),
         command("inspect sft rl --threads 2 --spectral 4 --json --report spectra.html", digits=5),
         command("inspect recipe.yaml --threads 2 --set lam=2 --stats off -q"),
-        *both("derive recipe.yaml --choice match --base base -o WIDTH.yaml --threads 2"),
-        command("derive recipe.yaml --choice project --base base -o projected.yaml --threads 2 --json", digits=9),
-        command("plan projected.yaml --threads 2"),
     ),
     family("llama"),
     {"recipe.yaml": PAST},

@@ -6,7 +6,8 @@ import pytest
 
 from skillmerge.methods.linear import compile_term
 from skillmerge.methods.terms import Leaf, Sum
-from skillmerge.recipes.expression import bind, parse
+from skillmerge.recipes.formula.bind import bind
+from skillmerge.recipes.formula.parser import parse
 
 MODELS = ["a", "b", "c"]
 

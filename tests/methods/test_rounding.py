@@ -83,7 +83,7 @@ def test_stochastic_rounding_depends_on_the_element_not_on_the_cut() -> None:
 
 def test_random_numbers_are_splitmix64() -> None:
     """Against the published algorithm on Python's integers."""
-    from skillmerge.methods.rounding import _uniform
+    from skillmerge.methods.rounding import uniform
 
     def reference(key: int, index: int) -> float:
         mask = (1 << 64) - 1
@@ -94,7 +94,7 @@ def test_random_numbers_are_splitmix64() -> None:
 
     key = rounding_key(3, "model.norm.weight")
     assert 0 <= key < 1 << 64
-    assert _uniform(key, 1 << 40, 50, CPU).tolist() == [reference(key, (1 << 40) + i) for i in range(50)]
+    assert uniform(key, 1 << 40, 50, CPU).tolist() == [reference(key, (1 << 40) + i) for i in range(50)]
 
 
 def test_rounding_key_depends_on_seed_and_name() -> None:

@@ -108,7 +108,6 @@ def test_missing_model_is_told_at_its_place_in_every_command(trees: Path, place:
     (work / "recipe.yaml").write_text(RECIPE.format(rl=place))
     commands = (
         "plan recipe.yaml", "apply recipe.yaml -q", "inspect recipe.yaml",
-        "derive recipe.yaml --choice match --base ../m/sft -o other.yaml",
         "sweep recipe.yaml --set lam=0:1:1 --score true",
     )  # fmt: skip
     for command in commands:

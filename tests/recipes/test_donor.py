@@ -11,7 +11,8 @@ import pytest
 from conftest import run_cli, write_family, write_recipe
 
 import skillmerge
-from skillmerge.recipes.expression import donor_of, is_donor_unclear, parse
+from skillmerge.recipes.formula.donor import donor_of, is_donor_unclear
+from skillmerge.recipes.formula.parser import parse
 
 MODELS, SKILLS, COEFFICIENTS = ["target", "rl", "sft"], ["skill"], ["lam", "mu"]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from skillmerge.methods.terms import Leaf, Scaled, degree, sole_model, weights
-from skillmerge.recipes.expression import ExpressionError, bind, parse
+from skillmerge.recipes.formula.bind import bind
+from skillmerge.recipes.formula.parser import parse
+from skillmerge.recipes.formula.tree import ExpressionError
 
 MODELS = ["a", "b", "c"]
 
@@ -77,7 +79,7 @@ def test_greek_names_are_names_and_the_micro_sign_is_mu() -> None:
         ("2 a", 2, "lacks an operator"),
         ("a ** 2", 2, "has `\\*\\*`"),
         ("a; b", 1, "unexpected character"),
-        ("ties(a, b)", 0, "no method of this version"),
+        ("dare_ties(a, b)", 0, "no method of this version"),
         ("a.b", 1, "unexpected character"),
         ("1e999 * a", 0, "not finite"),
         ("lam", 0, "no model in it"),

@@ -65,6 +65,15 @@ def test_ramp_over_one_block_is_its_first_end() -> None:
     assert resolve(Rule(layers=(LayerRange(3, 3),), ramp=(0.5, 1.0)))["model.layers.3.mlp.up_proj.weight"] == 0.5
 
 
+def test_ramp_of_several_points_has_their_values_at_their_layers() -> None:
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(9)]
+    values = Schedule(0.0, (Rule(ramp=(0.1, 0.7, 0.3, 0.9, 0.2)),)).resolve(names)
+    assert [values[name] for name in names[::2]] == [0.1, 0.7, 0.3, 0.9, 0.2]
+    assert [values[name] for name in names[1::2]] == pytest.approx([0.4, 0.5, 0.6, 0.55])
+    between = Schedule(0.0, (Rule(ramp=(0.0, 1.0, 0.0)),)).resolve(names[:4])
+    assert [between[name] for name in names[:4]] == pytest.approx([0, 2 / 3, 2 / 3, 0])
+
+
 def test_ramp_runs_over_each_stack_by_itself() -> None:
     names = [f"encoder.layers.{i}.w" for i in range(3)] + [f"decoder.layers.{i}.w" for i in range(5)]
     values = Schedule(0.0, (Rule(ramp=(0.0, 1.0)),)).resolve(names)

@@ -17,8 +17,7 @@ _ALONE = "write the arithmetic alone, such as target + lam * (rl - sft)"
 MISTAKES = {
     (_LAM, "[0, .3, 1]"): (
         "3:21", "`lam` must be a number, not a list",
-        "to change it over the layers, write `lam: {rules: [{layers: 0-, ramp: [0, 1]}]}` (a ramp takes two ends, "
-        "nothing between); to try each: "
+        "to change it over the layers, write `lam: {rules: [{layers: 0-, ramp: [0, 0.3, 1]}]}`; to try each: "
         "`skillmerge sweep RECIPE --set lam=0,0.3,1`",
     ),
     (_LAM, "50%"): ("3:21", "`lam` must be a number, not the text '50%'", "write 0.5"),
@@ -47,17 +46,17 @@ MISTAKES = {
     ),
     (_OUT, "keep: 3"): ("4:27", "`keep` must be less than or equal to 1, not 3", "write a share: `keep: 0.03` for 3%"),
     (_OUT, "push: {repo: x}"): ("4:34", "`repo` must be org/name, not 'x'", "write `repo: org/name`"),
-    (_MERGE, "ties(target, rl, sft)"): (
-        "4:8", f"the expression calls `ties`, {_NONE}",
-        "this version adds and scales: base + lam * (a - base) + lam * (b - base) is the plain sum of updates",
+    (_MERGE, "dare_ties(target, rl, sft)"): (
+        "4:8", f"the expression calls `dare_ties`, {_NONE}",
+        "write base + elect(drop(a - base, density=0.5), drop(b - base, density=0.5))",
     ),
     (_MERGE, "slerp(target, rl, 0.5)"): (
-        "4:8", f"the expression calls `slerp`, {_NONE}",
-        "for the straight line between two models write (1 - t) * a + t * b",
+        "4:26", "the expression gives a number to `slerp` as an operand",
+        "name it: `slerp(a, b, t=, linear_above=0.9995, scope=matrix)`",
     ),
     (_MERGE, "mean(target, rl)"): ("4:8", f"the expression calls `mean`, {_NONE}", "for an average write (a + b) / 2"),
     (_MERGE, "frob(target, rl)"): (
-        "4:8", f"the expression calls `frob`, {_NONE}", "use + - * / with models and coefficients"
+        "4:8", f"the expression calls `frob`, {_NONE}", "`skillmerge methods` lists those that there are"
     ),
     (_MERGE, "target + lambda * (rl - sft)"): (
         "4:17", "the expression names `lambda`, which is neither a model nor a coefficient", "did you mean `lam`?"

@@ -72,7 +72,10 @@ def test_every_recipe_says_when_to_use_it_and_when_not() -> None:
     ("name", "help"),
     [
         ("past_ramp", "did you mean `past-ramp`?"),
-        ("zzz", f"choose one of: {', '.join(NAMES[:5])} … and 8 more; `skillmerge init --list` shows all"),
+        (
+            "zzz",
+            f"choose one of: {', '.join(NAMES[:5])} … and {len(NAMES) - 5} more; `skillmerge init --list` shows all",
+        ),
         ("../past", None),
     ],
 )

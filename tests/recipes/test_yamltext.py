@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from skillmerge.errors import Place, RecipeError
-from skillmerge.recipes.yamltext import MAX_BYTES, MAX_DIGITS, MAX_NESTING, MAX_NODES, Document, read
+from skillmerge.recipes.yamltext import MAX_BYTES, MAX_DIGITS, MAX_NESTING, MAX_NODES, Document, read, read_old
 
 
 def value(scalar: str) -> Any:
@@ -262,3 +262,43 @@ PIECES = [
 def test_any_text_is_a_document_or_refused(text: str) -> None:
     with suppress(RecipeError):
         read(text, "r.yaml")
+
+
+# ------------------------------------------------------------------------------------------------ YAML 1.1
+
+
+@pytest.mark.parametrize(
+    ("text", "data"),
+    [
+        ("yes", True), ("On", True), ("TRUE", True), ("no", False), ("off", False), ("False", False), ("y", "y"),
+        ("1e-5", "1e-5"), ("1.0e-5", 1e-5), ("1.5e5", "1.5e5"), (".5", 0.5), ("1.", 1.0), ("-0.5", -0.5),
+        ("1_000", 1000), ("010", 8), ("0x1F", 31), ("0b11", 3), ("12", 12), ("~", None),
+        ("1_0.5", 10.5), ("09", "09"), (".inf", float("inf")), ("'yes'", "yes"),
+    ],
+)  # fmt: skip
+def test_old_plain_words_mean_what_pyyaml_reads(text: str, data: object) -> None:
+    (document,) = read_old(f"key: {text}\n", "f.yml")
+    assert document.data == {"key": data}
+    assert type(document.data["key"]) is type(data)
+
+
+def test_old_documents_are_read_one_by_one() -> None:
+    documents = read_old("%YAML 1.1\n---\na: &x 1\n---\nb: &x 2\n---\n", "f.yml")
+    assert [document.data for document in documents] == [{"a": 1}, {"b": 2}]
+    assert documents[1].keys[("b",)].line == 4
+
+
+def test_old_merge_keys_fill_in_what_is_not_written() -> None:
+    (document,) = read_old("x: &x {p: 1, q: 2}\ny: &y {p: 3, r: 4}\nz:\n  <<: [*x, *y]\n  q: 5\n", "f.yml")
+    assert document.data["z"] == {"q": 5, "p": 1, "r": 4}
+    assert document.keys[("z", "q")].line == 4
+    with pytest.raises(RecipeError, match="`<<` merges a table, and this is none"):
+        read_old("a: {<<: 5}\n", "f.yml")
+
+
+def test_old_key_written_twice_has_to_have_the_same_value() -> None:
+    (document,) = read_old("a: {b: 1, b: 1}\n", "f.yml")
+    assert (document.data, [path for path, _ in document.repeated]) == ({"a": {"b": 1}}, [("a", "b")])
+    for other in ("2", "true", "1.0"):
+        with pytest.raises(RecipeError, match="1:11: duplicate key `b` with another value"):
+            read_old(f"a: {{b: 1, b: {other}}}\n", "f.yml")

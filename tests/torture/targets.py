@@ -30,12 +30,16 @@ from skillmerge.checkpoints.safetensors import build_header, fetch_header, parse
 from skillmerge.checkpoints.stores.memory import Memory
 from skillmerge.errors import InputError, SkillmergeError
 from skillmerge.methods.linear import compile_term
-from skillmerge.methods.terms import degree, weights
+from skillmerge.methods.table import METHODS
+from skillmerge.methods.terms import calls, degree, spread, weights
 from skillmerge.outputs import manifest
 from skillmerge.outputs.verify import check_structure
 from skillmerge.plans import saved as savedplan
 from skillmerge.plans.planner import plan_recipe
-from skillmerge.recipes.expression import ExpressionError, bind, donor_of, parse
+from skillmerge.recipes.formula.bind import bind, check_calls
+from skillmerge.recipes.formula.donor import donor_of
+from skillmerge.recipes.formula.parser import MAX_OPERATIONS, parse
+from skillmerge.recipes.formula.tree import ExpressionError, calls_in
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.verbs.apply import apply
 from skillmerge.verbs.plan import plan as make_plan
@@ -187,7 +191,10 @@ _SKILL_RECIPE = "{skillmerge: 1, models: {t: ./t, s: {skill: ./s}, p: {patch: p,
 _OUTPUT_RECIPE = (
     "skillmerge: 1\nmodels: &m\n  a: a\n  b: b\nmerge: 'a/2 + b*.5'\noutput: {push: {repo: a/b}, seed: 0x1F}"
 )
-_RECIPES = [text.encode() for text in (_RECIPE, _SKILL_RECIPE, _OUTPUT_RECIPE)]
+_CALL_RECIPE = (
+    "skillmerge: 1\nmodels: {t: t, a: a}\ncoefficients: {d: 0.5}\nmerge: t + trim(a - t, density=d)\noutput: {path: o}"
+)
+_RECIPES = [text.encode() for text in (_RECIPE, _SKILL_RECIPE, _OUTPUT_RECIPE, _CALL_RECIPE)]
 _RECIPE_WORDS = [
     *(
         "!!python/object",
@@ -258,13 +265,20 @@ def expression(content: bytes) -> bool:
         node = parse(text, _MODELS, list(_VALUES))
         donor_of(node)
         term = bind(node, _VALUES)
+        check_calls(term)
     except ExpressionError:
         return False
     if term is None:
         return True
     factors = weights(term)
     degree(term)
-    assert set(compile_term(term).models) <= set(_MODELS)
+    program = compile_term(term)
+    assert set(program.models) <= set(_MODELS)
+    assert program.registers <= MAX_OPERATIONS
+    if any(calls_in(node)):  # even where they fall away
+        spread(term)
+        assert len(program.calls) == len(list(calls(term)))
+        return True
     numbers = [abs(float(number)) for number in re.findall(r"[\d.]+(?:[eE][+-]?\d+)?", text)]
     if len(numbers) <= 8 and all(number == 0 or 1e-6 < number < 1e6 for number in numbers):
         _compare(text, factors)
@@ -282,7 +296,18 @@ def _compare(text: str, factors: Mapping[str, float]) -> None:
         assert error <= wanted.size * Fraction(1, 10**9), (text, factors)
 
 
-_EXPRESSIONS = [b"t + lam * (rl - sft)", b"-(t/2 - -rl*.5e1)*2 + 0*sft", "t + λ*(rl-sft)/(1-0.75)".encode(), b"t"]
+_CALLS = [
+    b"t + lam * ties(rl - sft, t - sft, density=lam, weights=[1, .5], normalize=no)",
+    b"slerp(t, median(rl, sft), t=lam / 2) + zero * drop(rl - sft, density=.5, spread=.2, seed=7)",
+    b"t + match(trim(rl - sft, density=.3, rescale=l2), to=elect(rl - sft, t - sft, pick=max))",
+]
+_EXPRESSIONS = [
+    b"t + lam * (rl - sft)",
+    b"-(t/2 - -rl*.5e1)*2 + 0*sft",
+    "t + λ*(rl-sft)/(1-0.75)".encode(),
+    b"t",
+    *_CALLS,
+]
 _EXPRESSION_WORDS = [
     "lam",
     "zero",
@@ -300,6 +325,9 @@ _EXPRESSION_WORDS = [
     "//",
     "−",
     "\u2028",
+    *(f"{name}(" for name in METHODS),
+    *sorted({f"{keyword}=" for method in METHODS.values() for keyword in method.keywords}),
+    *("(rl - sft)", "(t - sft),", "[1, 2]", "[", "]", ",", "=", "yes", "l2", "row", "model", "1e300", "keep"),
 ]
 
 

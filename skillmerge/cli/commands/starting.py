@@ -1,4 +1,4 @@
-"""Commands that need no output: init, lint, schema, doctor, demo."""
+"""Commands that need no output: init, import, methods, lint, schema, doctor, demo."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from skillmerge.cli import flags
 from skillmerge.cli.help import command, option
-from skillmerge.cli.messages import TerminalReporter
+from skillmerge.cli.messages import TerminalReporter, log
 from skillmerge.cli.results import (
     STANDARD_OUTPUT,
     check_places,
@@ -23,6 +23,7 @@ from skillmerge.cli.results import (
     write_text,
 )
 from skillmerge.errors import UsageError
+from skillmerge.remarks import count_of
 
 if TYPE_CHECKING:
     from skillmerge.verbs.result import Result
@@ -45,8 +46,9 @@ def init(path: str, source: str | None, names: bool, quiet: bool) -> None:
     PATH is recipe.yaml by default; - writes to standard output. The schema that is written beside a recipe lets
     editors complete and explain its keys.
 
-    Recipes for --from: attention-only, average, blend-skills, chat-vector, frozen-embeddings-and-norms, hub-to-hub,
-    mlp-only, past, past-ramp, refine, skill-removal, stored-skill, two-skills.
+    Recipes for --from: attention-only, average, blend-skills, chat-vector, dare, della, dots, five-experts,
+    frozen-embeddings-and-norms, hub-to-hub, lines, mlp-only, model-stock, past, past-ramp, ram, refine, sce,
+    skill-removal, slerp, stored-skill, ties, two-skills.
     """
     from skillmerge.recipes.starter import SCHEMA_FILE, gallery, is_file_name, recipe_text
     from skillmerge.recipes.starter import init as run
@@ -64,6 +66,70 @@ def init(path: str, source: str | None, names: bool, quiet: bool) -> None:
         to_do = "" if source is not None and is_file_name(source) else ": fill in the models"
         print_line(f"wrote {path}, and {SCHEMA_FILE} beside it for editors{to_do}")
         suggest(f"skillmerge plan {shlex.quote(path)}")
+
+
+@command("import mergekit.yml -o recipe.yaml", "import mergekit.yml --document stage1", name="import")
+@click.argument("file", type=click.Path())
+@option(
+    "--output", "-o", group=flags.OUTPUT, type=click.Path(dir_okay=False), metavar="FILE",
+    help="Write the recipe to FILE; - for standard output  [default: -]",
+)  # fmt: skip
+@option("--overwrite", group=flags.OUTPUT, is_flag=True, help="Replace an existing file")
+@option("--document", group="Input", metavar="NAME", help="Which of several merges in the file")
+@option(
+    "--layers", group="Input", type=click.IntRange(1), metavar="N",
+    help="How many layers the models have  [default: read from a local model]",
+)  # fmt: skip
+@option("--strict", group="Checks", is_flag=True, help="Write nothing if the output can differ from mergekit's")
+@flags.as_json
+@flags.quiet
+def import_(file: str, as_json: bool, quiet: bool, **options: Any) -> int:
+    """Translate a mergekit configuration into a recipe.
+
+    Reads no weights and no network. Warnings say what can differ from mergekit's output, and are comments in the
+    recipe too. What no recipe says is refused.
+    """
+    from skillmerge.recipes.importing import import_recipe as run
+
+    made = run(file, **options)
+    for remark in made.remarks:
+        if remark.level == "warning" or not quiet:
+            log(remark.level, remark.message)
+    if as_json:
+        print_result(made)
+    if not made.ok:
+        log("error", f"{count_of(made.warnings)} under --strict", exit_status=UsageError.exit_status)
+        return UsageError.exit_status
+    if made.output is None and not as_json:
+        write_text(STANDARD_OUTPUT, made.text)
+    elif made.output is not None and not as_json and not quiet:
+        print_line(f"wrote {made.output}")
+        suggest(f"skillmerge plan {shlex.quote(str(made.output))}")
+    return 0
+
+
+@command("methods", "methods ties")
+@click.argument("name", required=False)
+@flags.as_json
+@flags.quiet
+def methods(name: str | None, as_json: bool, quiet: bool) -> None:
+    """List the merge methods, or explain one.
+
+    Methods are called in a recipe: `merge: base + lam * ties(a - base, b - base, density=0.3)`.
+    """
+    from skillmerge.cli.console import console
+    from skillmerge.cli.show.starting import show_method, show_methods
+    from skillmerge.recipes.formula.catalog import list_methods
+
+    found = list_methods(name)
+    if as_json:
+        print_result(found)
+    elif name is not None:
+        show_method(found.methods[name], console())
+    else:
+        show_methods(found, console())
+        if not quiet:
+            suggest("skillmerge methods ties")
 
 
 @command("lint recipes/*.yaml", "lint recipe.yaml --strict --sarif lint.sarif")

@@ -1,4 +1,4 @@
-"""Commands about updates: extract, export, inspect, derive, sweep."""
+"""Commands about updates: extract, export, inspect, sweep."""
 
 from __future__ import annotations
 
@@ -151,40 +151,6 @@ def inspect(
     elif not printed:
         show_inspection(found, console(), details)
     write_report(report_file, plan=found.plan, inspection=found)
-
-
-@command("derive recipe.yaml --choice match --base base -o matched.yaml")
-@click.argument("recipe", type=click.Path())
-@option(
-    "--choice", group=flags.MERGE, type=click.Choice(["match", "project"]), required=True, metavar="CHOICE",
-    help="match the target's own update in size, or project it out",
-)  # fmt: skip
-@option("--base", group=flags.MERGE, metavar="MODEL", required=True, help="Model that the target was trained from")
-@flags.threads
-@flags.hub
-@flags.locked
-@flags.links
-@option(
-    "--output", "-o", group=flags.OUTPUT, type=click.Path(dir_okay=False), required=True, metavar="FILE",
-    help="Recipe to write, beside RECIPE",
-)  # fmt: skip
-@flags.as_json
-@flags.quiet
-def derive(recipe: str, choice: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Compute coefficients from the weights.
-
-    Writes a recipe with one coefficient for each layer and kind of module.
-    """
-    from skillmerge.cli.console import console
-    from skillmerge.cli.show.studying import show_derived
-    from skillmerge.verbs.derive import derive as run
-
-    refuse_standard_output(output=options["output"])
-    derived = run(recipe, choice, reporter=TerminalReporter(quiet, False, doing="measuring"), **options)
-    if as_json:
-        print_result(derived)
-    elif not quiet:
-        show_derived(derived, console())
 
 
 @command(

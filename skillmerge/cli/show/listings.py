@@ -69,6 +69,14 @@ def written(plan: Plan) -> str:
     return ("at most " if plan.makes_skill else "") + format_bytes(plan.bytes_written)
 
 
+def read(plan: Plan) -> str:
+    """Return how much is read, and how much of it once more for methods that have to know whole tensors."""
+    if not plan.bytes_again:
+        return format_bytes(plan.bytes_read)
+    kept = ", of what it keeps on this disk" if any(item.remote for item in plan.inputs) else ""
+    return f"{format_bytes(plan.bytes_read)} ({format_bytes(plan.bytes_again)} more for methods{kept})"
+
+
 def merged(plan: Plan) -> str | None:
     """Return how much of the donor the formula changes; None if that is not known, or means nothing."""
     if plan.merged_share is None or patched(plan) is not None:

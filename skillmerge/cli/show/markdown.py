@@ -107,7 +107,7 @@ def _actions(plan: Plan) -> str:
 
 
 def _totals(plan: Plan, needs: Budget | None, where: str | None, free: int | None) -> str:
-    rows = [("reads", format_bytes(plan.bytes_read)), ("writes", listings.written(plan))]
+    rows = [("reads", listings.read(plan)), ("writes", listings.written(plan))]
     if (merged := listings.merged(plan)) is not None:
         rows.insert(0, ("merges", merged))
     if (told := listings.patched(plan)) is not None:

@@ -56,7 +56,7 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
 
 
 def _show_totals(plan: Plan, needs: Budget | None, free: int | None, out: Console) -> None:
-    totals = [f"reads {format_bytes(plan.bytes_read)}", f"writes {listings.written(plan)}"]
+    totals = [f"reads {listings.read(plan)}", f"writes {listings.written(plan)}"]
     if (merged := listings.merged(plan)) is not None:
         totals.insert(0, f"merges {merged}")
     if (told := listings.patched(plan)) is not None:

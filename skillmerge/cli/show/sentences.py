@@ -42,7 +42,8 @@ def of_plan(plan: Plan) -> list[Headline]:
     """Return how much is merged, what is read and written, and what needs attention."""
     read, written = format_bytes(plan.bytes_read), listings.written(plan)
     models, shards = _counted(len(plan.inputs), "model"), _counted(len(plan.shards), "shard")
-    size = Headline(read, "read", f"Reads {read} from {models} and writes {written} in {shards}.")
+    again = f" Its methods read {format_bytes(plan.bytes_again)} before." if plan.bytes_again else ""
+    size = Headline(read, "read", f"Reads {read} from {models} and writes {written} in {shards}.{again}")
     return [_merged(plan), size, _attention(plan)]
 
 

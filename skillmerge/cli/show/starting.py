@@ -1,11 +1,13 @@
-"""Lint findings, system details and the demo for people."""
+"""Methods, lint findings, system details and the demo for people."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text as RichText
 
 from skillmerge.cli.console import Text
 from skillmerge.cli.show import listings
@@ -14,9 +16,36 @@ from skillmerge.tensors import format_bytes
 
 if TYPE_CHECKING:
     from skillmerge.cli.doctor import Diagnosis
+    from skillmerge.recipes.formula.catalog import Catalog, Explained
     from skillmerge.recipes.lint import Lint
     from skillmerge.verbs.demo.demo import Shown
     from skillmerge.verbs.demo.miniature import Question
+
+
+def show_methods(catalog: Catalog, out: Console) -> None:
+    """Show what each method does, in one line."""
+    width = max(map(len, catalog.methods))
+    for name, method in catalog.methods.items():
+        out.print(Text(f"{name:{width}}", style="bold") + Text(f"  {method.summary}"), soft_wrap=True)
+
+
+def show_method(method: Explained, out: Console) -> None:
+    """Show all that is known of a method."""
+    out.print(_wrapped(method.usage, out), style="bold")
+    for paragraph in (method.summary, *method.rule, f"Takes {method.operands}."):
+        out.print(Text("\n") + _wrapped(paragraph, out))
+    if method.keywords:
+        table = Table(("keyword", "value", "default"))
+        for keyword in method.keywords:
+            table.add_row(keyword.name, keyword.kind, "required" if keyword.required else keyword.default or "none")
+        out.print(table)
+    for part, text in method.parts.items():
+        out.print(_wrapped(f"{part}: {text}", out))
+
+
+def _wrapped(text: str, out: Console) -> RichText:
+    """Break text between words, and leave no blanks at the ends of lines, as rich does off a terminal."""
+    return Text(fill(text, out.width, break_long_words=False, break_on_hyphens=False))
 
 
 def show_lint(lint: Lint, out: Console) -> None:

@@ -1,4 +1,4 @@
-"""Exported skills, sweeps and derived recipes for people."""
+"""Exported skills and sweeps for people."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from skillmerge.tensors import format_bytes
 from skillmerge.verbs.export.patch import Patch
 
 if TYPE_CHECKING:
-    from skillmerge.verbs.derive import Derived
     from skillmerge.verbs.export.lora import Exported
     from skillmerge.verbs.sweep.sweep import Sweep
 
@@ -99,13 +98,3 @@ def apply_best(sweep: Sweep) -> str:
     names = (output.with_name(f"{output.name}-{end}") for end in ("best", *range(2, 100)))
     fresh = next((name for name in names if not os.path.lexists(name)), output)
     return f"{command} -o {shlex.quote(os.path.relpath(fresh))}"
-
-
-def show_derived(derived: Derived, out: Console) -> None:
-    values = list(derived.numbers.values())
-    what = f"{len(values)} rules, {number(min(values))} to {number(max(values))}" if values else "no rules"
-    out.print(Text(f"wrote {derived.output}: {what}", style="bold"), soft_wrap=True)
-    if derived.removed is not None and derived.chance is not None:
-        out.print(
-            Text(f"removes {derived.removed:.3%} of the update's energy; by chance it would be {derived.chance:.3%}")
-        )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import closing, nullcontext
 
+from skillmerge.checkpoints.spooled import spooled
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Work
 from skillmerge.engine.warm_up import reading_ahead, signals_waiting
 from skillmerge.plans.budget import budget
-from skillmerge.plans.plan import ShardPlan
+from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.reporter import Reporter
 
 
@@ -36,15 +38,29 @@ class Threads:
         chosen = budget(plan, threads=work.threads, memory_limit=work.memory_limit, cuda=where.type == "cuda")
         settings = Settings(where, chosen, job.stats, job.allow_nonfinite, self._reporter.warn)
         before = sum(_weights(shard) for shard in plan.shards if shard.file in job.destination.finished)
-        with self._reporter.bar(before + sum(map(_weights, shards))) as progress:
+        checkpoints, spool = spooled(job.checkpoints, _read_again(shards, plan), job.destination.folder)
+        with (
+            closing(spool) if spool else nullcontext(),
+            self._reporter.bar(before + sum(map(_weights, shards))) as progress,
+        ):
 
             def moved(count: int) -> None:
                 progress(before + count)
 
             if plan.makes_skill:
-                yield from cut_shards(plan, job.checkpoints, job.destination, settings, shards, moved, job.room)
+                yield from cut_shards(plan, checkpoints, job.destination, settings, shards, moved, job.room)
             else:
-                yield from merge_shards(plan, job.checkpoints, job.destination, settings, shards, moved, job.room)
+                yield from merge_shards(plan, checkpoints, job.destination, settings, shards, moved, job.room)
+
+
+def _read_again(shards: Sequence[ShardPlan], plan: Plan) -> dict[str, set[str]]:
+    """Return the tensors of each model that are read more than once."""
+    found: dict[str, set[str]] = {}
+    for tensor in (plan.tensors[spec.name] for shard in shards for spec in shard.specs):
+        if tensor.readings:
+            for model, source in tensor.sources:
+                found.setdefault(model, set()).add(source)
+    return found
 
 
 def _weights(shard: ShardPlan) -> int:

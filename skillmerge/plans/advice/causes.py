@@ -12,7 +12,7 @@ from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
 from skillmerge.naming import layer_of, module_kind
 from skillmerge.plans.advice.names import rename_rules
-from skillmerge.recipes.expression import normalise_name
+from skillmerge.recipes.formula.tree import normalise_name
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.tensors import TensorSpec, percent
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.methods.terms import sole_model
-from skillmerge.recipes.expression import ExpressionError, names_in
+from skillmerge.recipes.formula.tree import ExpressionError, names_in
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.schedules import matcher
 from skillmerge.remarks import Remark, warning

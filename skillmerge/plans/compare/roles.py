@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skillmerge.checkpoints.model_config import sections
-from skillmerge.methods.terms import Term, weights
+from skillmerge.methods.terms import Term, spread
 from skillmerge.naming import layer_of, module_kind
 from skillmerge.tensors import TensorSpec
 
@@ -57,7 +57,7 @@ Roles = Mapping[str, Role]
 def roles_of(
     terms: Mapping[str, Term | None], copied: Collection[str] = (), matrices: Collection[str] = ()
 ) -> dict[str, Role]:
-    """Return the role of each model in `terms` (by the donor's tensor names); see `terms.weights`.
+    """Return the role of each model in `terms` (by the donor's tensor names); see `terms.spread`.
 
     copied: tensors that `copy` takes unchanged. They add no update, whichever model they come from. matrices: those
     with a row for each token, from `token_matrices`.
@@ -68,7 +68,7 @@ def roles_of(
     for tensor, term in terms.items():
         key = id(term), tensor in copied
         if key not in known:
-            known[key] = weights(term)
+            known[key] = spread(term)
             for model, factor in known[key].items():
                 signs.setdefault(model, set()).update([None if tensor in copied else factor > 0] if factor else [])
         if tensor in matrices:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from skillmerge.methods.terms import sole_model
 from skillmerge.naming import module_kind
-from skillmerge.recipes.expression import ExpressionError
+from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.recipe import Recipe
 
 _KINDS = ("embedding", "head")

@@ -12,7 +12,7 @@ from skillmerge.checkpoints.model_config import quantised
 from skillmerge.errors import InputError
 from skillmerge.methods.terms import Leaf, Term, model_of, models_of
 from skillmerge.plans.mapping import Source, find_source
-from skillmerge.recipes.expression import names_in
+from skillmerge.recipes.formula.tree import names_in
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.schedules import matcher
 from skillmerge.tensors import DTYPES, UNIT, TensorSpec

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.errors import InputError
+from skillmerge.errors import InputError, UsageError
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, model_of
 from skillmerge.plans.layout import model_shard, skill_shard
@@ -100,6 +100,11 @@ def _tensor(saved: SavedPlan, row: Mapping[str, Any], programs: dict[Any, Progra
         program = programs[key]
         if program is None or program.models != tuple(source.model for source in sources):
             raise ValueError(f"tensor `{row['name']}` has other sources than its formula")
+    if program is not None and (whole := next((call for call in program.calls if call.by_model), None)):
+        raise UsageError(
+            f"`{whole.method}` with scope=model has to read the whole model, and a task reads its share only",
+            fix="write scope=matrix in the recipe, or merge on one machine: `skillmerge apply`",
+        )
     return TensorPlan(row["name"], row["dtype"], tuple(row["shape"]), row["action"], sources, values, program)
 
 

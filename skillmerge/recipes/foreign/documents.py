@@ -6,10 +6,7 @@ One table of data, and the recipe that says the same where there is one. Knows p
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from typing import Any
-
-from skillmerge.recipes.foreign import mergekit
 
 _STARTS = "start one: `skillmerge init recipe.yaml`"
 _DOCUMENTS = (
@@ -38,9 +35,10 @@ def recognised(data: Any, name: str) -> tuple[str, str, str] | None:
     unknown."""
     if not isinstance(data, dict) or "skillmerge" in data:
         return None
-    if mergekit.is_mergekit(data):
+    if is_mergekit(data):
         key = next(key for key in ("merge_method", "slices", "models") if key in data)
-        return "a configuration of mergekit, not a recipe", key, _translated(data, name)
+        fix = f"translate it: `skillmerge import {shlex.quote(name)} -o recipe.yaml`"
+        return "a configuration of mergekit, not a recipe", key, fix
     if set(data) == {"gates"}:
         return "a file of gates, not a recipe", "gates", "run it on an output: `skillmerge gate FOLDER --gates FILE`"
     for keys, what, fix in _DOCUMENTS:
@@ -49,11 +47,11 @@ def recognised(data: Any, name: str) -> tuple[str, str, str] | None:
     return None
 
 
-def _translated(data: Mapping[str, Any], name: str) -> str:
-    try:
-        same = mergekit.equivalent(data)
-    except mergekit.NoCounterpart as error:
-        return f"{error}; {error.fix or mergekit.TRANSLATED}"
-    command = f"skillmerge init recipe.yaml --from {shlex.quote(name)}"
-    writes = f", which `{command}` writes" if name.endswith((".yaml", ".yml")) else ""
-    return f"the recipe that says the same{writes}:\n{same}"
+def is_mergekit(data: Any) -> bool:
+    """Return whether a document is a configuration of mergekit."""
+    listed = isinstance(data, dict) and isinstance(data.get("models"), list)
+    return isinstance(data, dict) and (
+        "merge_method" in data
+        or "slices" in data
+        or (listed and any(isinstance(item, dict) and "model" in item for item in data["models"]))
+    )

@@ -118,7 +118,7 @@ def list_meant(name: str, values: Sequence[Any]) -> str:
 
 def ramp_meant(values: Sequence[Any]) -> str | None:
     """Return what to write where a rule's `value` is a list, or None."""
-    return f"for a ramp, write `ramp: {_flow(values)}`" if len(values) == 2 and all(map(_is_number, values)) else None
+    return f"for a ramp, write `ramp: {_flow(values)}`" if len(values) > 1 and all(map(_is_number, values)) else None
 
 
 def _schedule(name: str, table: Mapping[str, Any]) -> str | None:
@@ -211,9 +211,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_rule(rule: Mapping[str, Any]) -> bool:
-    """Return whether a table is a rule: what it selects, and a number or the two of a ramp."""
+    """Return whether a table is a rule: what it selects, and a number or the points of a ramp."""
     ramp = rule.get("ramp")
-    ends = isinstance(ramp, list) and len(ramp) == 2 and all(map(_is_number, ramp))
+    ends = isinstance(ramp, list) and len(ramp) > 1 and all(map(_is_number, ramp))
     return set(rule) <= {*_RULE} and not {*_SELECTORS}.isdisjoint(rule) and (_is_number(rule.get("value")) or ends)
 
 

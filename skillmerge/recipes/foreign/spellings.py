@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from skillmerge.errors import did_you_mean
+
 _LATER = "write weights of 16 or 32 bits, and quantize the output afterwards"
 _WORDS = {
     "dtype": {
@@ -52,16 +54,29 @@ _KEYS = {
 
 _MEAN = "for an average write (a + b) / 2"
 _LINE = "for the straight line between two models write (1 - t) * a + t * b"
-_SUM = "this version adds and scales: base + lam * (a - base) + lam * (b - base) is the plain sum of updates"
+_SUM = "for the plain sum of updates write base + lam * (a - base) + lam * (b - base)"
 _CALLS = {
     "mean average avg soup model_soup uniform": _MEAN,
     "linear weighted weighted_average": "for a weighted average write (2 * a + b) / 3",
-    "lerp mix interpolate blend slerp nuslerp": _LINE,
-    "task_arithmetic sum add ties dare dare_ties dare_linear della della_linear breadcrumbs breadcrumbs_ties sce "
-    "model_stock stock karcher multislerp arcee_fusion nearswap": _SUM,
+    "lerp mix interpolate blend": _LINE,
+    "task_arithmetic sum add": _SUM,
+    "nuslerp": "write base + slerp(a - base, b - base, t=0.5)",
+    "dare dare_linear": "write base + lam * (drop(a - base, density=0.5) + drop(b - base, density=0.5))",
+    "dare_ties": "write base + elect(drop(a - base, density=0.5), drop(b - base, density=0.5))",
+    "della della_linear": "write base + lam * (drop(a - base, density=0.5, spread=0.15) + "
+    "drop(b - base, density=0.5, spread=0.15))",
+    "ramplus_tl ramplus ram_plus": "write base + ram(a - base, b - base, boost=0.1, cap=0.2)",
+    "breadcrumbs": "write base + lam * (band(a - base, density=0.9) + band(b - base, density=0.9))",
+    "breadcrumbs_ties": "write base + elect(band(a - base, density=0.9), band(b - base, density=0.9))",
+    "ties_merging merge_ties": "write base + ties(a - base, b - base, density=0.3)",
+    "derive": "write match(v, to=u) for the size of another update, project(v, off=u) to take its direction away",
+    "stock": "write base + model_stock(a - base, b - base)",
+    "magmax emr": "write base + pick(a - base, b - base), or elect with pick=max",
+    "nearswap": "write a + clip(b - a, at=0.001)",
+    "arcee_fusion": "it is not offered: on updates of RL's size its scores are noise",
     "diff difference delta task_vector sub subtract": "for a difference write a - b",
     "scale mul multiply": "write a factor and `*`: 0.5 * (a - b)",
-    "max min abs clip clamp sqrt norm exp log round": "the expression computes no functions of weights: + - * / alone",
+    "max min abs clamp sqrt norm exp log round": "the expression computes no functions of weights: + - * / alone",
 }
 _SIGNS = {
     "−": "write -", "–": "write -", "—": "write -", "×": "write *", "·": "write *", "∗": "write *", "÷": "write /",
@@ -81,9 +96,11 @@ def sign_meant(sign: str) -> str | None:
     return _SIGNS.get(sign)
 
 
-def call_meant(name: str) -> str:
-    """Return what to write for a method of other tools."""
-    return _row(_CALLS, name) or "use + - * / with models and coefficients"
+def call_meant(name: str, methods: list[str]) -> str:
+    """Return what to write for a method of other tools, or for a misspelled one of ours."""
+    return (
+        _row(_CALLS, name) or did_you_mean(name.lower(), methods) or "`skillmerge methods` lists those that there are"
+    )
 
 
 def word_meant(key: str, word: str, known: Sequence[str]) -> str | None:
@@ -128,10 +145,9 @@ def numbers_meant(name: str, values: Sequence[object]) -> str:
     listed = [repr(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(listed) < 2 or len(listed) != len(values):
         return "a coefficient is one number, or a table with `rules`"
-    ramp = f"`{name}: {{rules: [{{layers: 0-, ramp: [{listed[0]}, {listed[-1]}]}}]}}`"
+    ramp = f"`{name}: {{rules: [{{layers: 0-, ramp: [{', '.join(listed)}]}}]}}`"
     tried = f"`skillmerge sweep RECIPE --set {name}={','.join(listed)}`"
-    ends = " (a ramp takes two ends, nothing between)" if len(listed) > 2 else ""
-    return f"to change it over the layers, write {ramp}{ends}; to try each: {tried}"
+    return f"to change it over the layers, write {ramp}; to try each: {tried}"
 
 
 def _row(table: dict[str, str], word: str) -> str | None:

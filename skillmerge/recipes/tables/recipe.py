@@ -99,9 +99,9 @@ class RuleTable(Table):
         list[FiniteFloat] | None,
         Field(
             min_length=2,
-            max_length=2,
-            description="Coefficients of the first and the last selected layer, linear in between.",
-            examples=[[0.5, 1.0]],
+            description="Coefficients of the first and the last selected layer, linear in between. Points between the "
+            "ends are evenly spaced.",
+            examples=[[0.5, 1.0], [0.2, 1.0, 0.2]],
         ),
     ] = None
 
@@ -291,9 +291,14 @@ class RecipeTable(Table):
         str,
         Field(
             min_length=1,
-            description="The arithmetic: models, coefficients and numbers with `+ - * /` and parentheses. "
-            "The factors of whole models must add up to 1.",
-            examples=["target + lam * (rl - sft)", "(a + b) / 2"],
+            description="The arithmetic: models, coefficients and numbers with `+ - * /`, parentheses, and calls of "
+            "methods, which `skillmerge methods` lists. The factors of whole models must add up to 1.",
+            examples=[
+                "target + lam * (rl - sft)",
+                "(a + b) / 2",
+                "base + lam * ties(a - base, b - base, density=0.3)",
+                "slerp(a, b, t=0.5)",
+            ],
         ),
     ]
     copy_: Annotated[

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from skillmerge.errors import RecipeError, UsageError, did_you_mean
-from skillmerge.recipes.expression import normalise_name
+from skillmerge.recipes.formula.arguments import name_number
+from skillmerge.recipes.formula.tree import normalise_name
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.recipes.recipe import Recipe, add_coefficient
 from skillmerge.recipes.yamltext import Path
@@ -129,7 +130,8 @@ def path_of(recipe: Recipe, name: str) -> Path:
     fix = f"name one of its numbers: {', '.join(inside)}" if inside else did_you_mean(name, list(numbers))
     what = "is a schedule, not a number" if inside else "is not a number of the recipe's coefficients"
     known = f"known names: {', '.join(numbers)}" if numbers else add_coefficient(first)
-    raise UsageError(f"`--set {name}`: `{name}` {what}", fix=fix or known)
+    fix = fix or name_number(first, recipe.expression) or known
+    raise UsageError(f"`--set {name}`: `{name}` {what}", fix=fix)
 
 
 def _numbers(value: object, path: Path = ()) -> Iterator[Path]:

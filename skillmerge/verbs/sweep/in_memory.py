@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from skillmerge.bits import torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.stores.memory import Held
 from skillmerge.durable import scratch_folder
+from skillmerge.engine.measures.preparing import Preparations
 from skillmerge.engine.rounding_statistics import BlockStatistics, Statistics, summarise, total
 from skillmerge.engine.runner import Work
 from skillmerge.engine.stream import Stream
@@ -181,10 +183,13 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
         name: {} for name, tensor in plan.tensors.items() if tensor.action == "merge"
     }
     size = chosen.tile * widest + PAGE
+    shared = Preparations(plan, checkpoints, chosen.tile)
     with Stream(checkpoints.values()) as stream:
+        worker = partial(Worker, plan, checkpoints, settings, stream.stop, shared)
+        shared.read_model(stream, worker, chosen.threads)
 
         def fill(span: Span) -> None:
-            own = stream.own(lambda: _Own(Worker(plan, checkpoints, settings, stream.stop), size))
+            own = stream.own(lambda: _Own(worker(), size))
             own.worker.fill(span, own.buffer, measured)
             for tile in span.tiles:
                 put(tile, own.buffer.typed(torch_dtype(tile.tensor.dtype), span.place(tile), tile.last - tile.first))

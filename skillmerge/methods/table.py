@@ -1,0 +1,19 @@
+"""The table of methods, by the names that expressions call them by. A new one is a function in a file and a line
+here."""
+
+from __future__ import annotations
+
+from skillmerge.methods.average import median, model_stock, sce
+from skillmerge.methods.elect import elect, pick, ram, ties
+from skillmerge.methods.method import Method
+from skillmerge.methods.sparsify import band, clip, drop, match, project, trim
+from skillmerge.methods.spherical import karcher, multislerp, slerp
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        trim, drop, band, clip, match, project,
+        elect, ties, pick, ram, model_stock, sce,
+        slerp, multislerp, karcher, median,
+    )
+}  # fmt: skip

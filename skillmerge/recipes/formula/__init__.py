@@ -1,0 +1,1 @@
+"""The expression of a recipe: its text, its tree, its terms."""

@@ -1,0 +1,235 @@
+"""The verb import: a configuration of mergekit, written as a recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from skillmerge.brief import brief, drawn
+from skillmerge.checkpoints.model_config import layers_in
+from skillmerge.checkpoints.safetensors import read_header
+from skillmerge.durable import disk_errors
+from skillmerge.errors import InputError, UsageError, did_you_mean, some
+from skillmerge.recipes import yamltext
+from skillmerge.recipes.foreign.documents import is_mergekit
+from skillmerge.recipes.formula.donor import donor_of
+from skillmerge.recipes.formula.parser import parse
+from skillmerge.recipes.formula.tree import ExpressionError, names_in
+from skillmerge.recipes.mergekit.config import Config, Surroundings, place_of, read
+from skillmerge.recipes.mergekit.methods import expression
+from skillmerge.recipes.mergekit.notes import Notes, Refused
+from skillmerge.recipes.mergekit.output import dtype_of, tokenizer_of
+from skillmerge.recipes.mergekit.settings import Varying
+from skillmerge.recipes.mergekit.translation import Translation
+from skillmerge.recipes.mergekit.writing import Draft, moved, names_of, text_of
+from skillmerge.recipes.schedules import matcher
+from skillmerge.recipes.schema import read_table
+from skillmerge.recipes.source import STANDARD_INPUT
+from skillmerge.recipes.source import text_of as source_text
+from skillmerge.recipes.tables.recipe import RecipeTable
+from skillmerge.recipes.yamltext import Document
+from skillmerge.remarks import Remark
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A recipe that was written from a mergekit file. output: where it was written, or None. text: the recipe.
+
+    ok: False if warnings were to fail; nothing is written then.
+    """
+
+    file: str
+    method: str
+    output: Path | None
+    text: str
+    remarks: tuple[Remark, ...]
+    ok: bool = True
+
+    __repr__ = brief
+    _repr_html_ = drawn
+
+    @property
+    def warnings(self) -> list[Remark]:
+        """What can make the output differ from mergekit's."""
+        return [remark for remark in self.remarks if remark.level == "warning"]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "file": self.file,
+            "method": self.method,
+            "output": str(self.output) if self.output is not None else None,
+            "warnings": [remark.message for remark in self.warnings],
+            "notes": [remark.message for remark in self.remarks if remark.level == "note"],
+            "recipe": self.text,
+        }
+
+
+def import_recipe(
+    file: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    document: str | None = None,
+    layers: int | None = None,
+    strict: bool = False,
+    overwrite: bool = False,
+) -> Imported:
+    """Translate a mergekit configuration into a recipe, and write it to `output` if that is given.
+
+    document: which of several documents in the file, by its `name` or its number from 1. layers: how many the models
+    have; by default their config.json says it, if they are folders. strict: write nothing if there are warnings.
+    overwrite: replace a file that is there.
+    Raises RecipeError for what no recipe says, with its place and what to do; UsageError if `output` exists.
+    """
+    target = None if output is None or os.fspath(output) == STANDARD_INPUT else Path(output)
+    if target is not None and target.exists() and not overwrite:
+        raise UsageError(
+            f"`{output}` already exists", fix="pass `--overwrite` to replace it, or choose another file with `--output`"
+        )
+    if target is not None and not target.absolute().parent.is_dir():
+        raise UsageError(f"`{target.parent}` is not a folder", fix="create it first")
+    made = translated(file, target, document, layers)
+    if strict and made.warnings:
+        return Imported(made.file, made.method, None, made.text, made.remarks, ok=False)
+    if target is not None:
+        with disk_errors(target):
+            target.write_text(made.text, encoding="utf-8")
+    return made
+
+
+def translated(
+    file: str | os.PathLike[str], target: Path | None = None, chosen: str | None = None, layers: int | None = None
+) -> Imported:
+    """Return the recipe for a mergekit file; relative paths in it start from the folder of `target`.
+
+    Raises RecipeError, UsageError for a file that is a recipe already.
+    """
+    name = os.fspath(file)
+    documents = yamltext.read_old(source_text(name), name)
+    document = _chosen(documents, name, chosen)
+    if not is_mergekit(document.data) or "skillmerge" in document.data:
+        read_table(yamltext.read(document.text, name), RecipeTable)  # reports what is wrong
+        raise UsageError(f"`{name}` is a recipe already", fix="copy it, or name a mergekit file")
+    home = Path() if name == STANDARD_INPUT else Path(name).parent
+    start = os.path.relpath(home, target.absolute().parent) if target is not None else "."
+    stages = [stage for each in documents if (stage := _name_of(each)) and each is not document]
+    notes = Notes(document)
+    try:
+        around = Surroundings(home, stages, layers or _layers(document.data, home))
+        draft, config = _draft(document, around, notes, start)
+    except Refused as error:
+        raise notes.error(error) from error
+    return Imported(name, config.method, target, text_of(draft), tuple(draft.remarks))
+
+
+def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -> tuple[Draft, Config]:
+    config = read(document, around, notes)
+    places = config.models if config.base is None else (config.base, *config.models)
+    names = names_of(places)
+    given = Translation(config, names, notes)
+    merge = expression(given)
+    output = {"path": f"./{_name_of(document) or 'merged'}"}
+    place = place_of(document.data, around, notes)
+    like = tokenizer_of(config, notes, place) or config.base or config.models[0]
+    try:
+        node = parse(merge, [*names.values()], [*given.coefficients])
+    except ExpressionError as error:
+        raise Refused(f"the translation {error}: {merge}"[:400], fix="write it by hand, in fewer terms") from error
+    if names[like] != donor_of(node):
+        output["like"] = names[like]
+    if (dtype := dtype_of(config, notes)) is not None:
+        output["dtype"] = dtype
+    given.note_unused()
+    used = {name.name for name in names_in(node)} | {names[like]}
+    tensors = _tensors(places, around.home)
+    models = {name: moved(place, start) for place, name in names.items() if name in used}
+    coefficients = {
+        name: _without_idle(found, tensors, notes) for name, found in given.coefficients.items() if name in used
+    }
+    remarks = sorted(notes.found, key=lambda remark: remark.level != "warning")
+    title = f"{config.method}, from {Path(document.name).name if document.name != STANDARD_INPUT else 'mergekit'}"
+    return Draft(title, models, coefficients, merge, output, remarks), config
+
+
+def _without_idle(found: Varying, names: frozenset[str] | None, notes: Notes) -> Varying:
+    """Return a coefficient without rules that match none of the tensors: mergekit passes over such filters."""
+    if names is None:
+        return found
+    kept = []
+    for rule in found.rules:
+        if not rule.tensors or any(map(matcher([rule.tensors]).match, names)):
+            kept.append(rule)
+        else:
+            notes.note(f"a filter matches no tensor, and is left out: `{rule.tensors.strip('*')}`", *found.path)
+    return replace(found, rules=tuple(kept))
+
+
+def _tensors(places: Iterable[str], home: Path) -> frozenset[str] | None:
+    """Return the names of a local model's tensors, or None if there is none."""
+    for place in places:
+        folder = home / place
+        try:
+            index = folder / "model.safetensors.index.json"
+            if index.is_file():
+                return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            file = folder / "model.safetensors"
+            if file.is_file():
+                return frozenset(tensor.name for tensor in read_header(str(file), file.name).tensors)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, InputError):
+            continue
+    return None
+
+
+def _chosen(documents: Sequence[Document], name: str, chosen: str | None) -> Document:
+    """Return the document of a file that was asked for. Raises RecipeError, UsageError."""
+    if not documents:
+        raise Document(name, "").error("is empty", None, "name a mergekit file")
+    names = [_name_of(document) or str(number) for number, document in enumerate(documents, 1)]
+    if chosen is None and len(documents) > 1:
+        example = f"`skillmerge import {shlex.quote(name)} --document {shlex.quote(names[0])}`"
+        fix = f"take one at a time: {example}; its output is then a model of the next"
+        what = f"there are {len(documents)} merges in this file: {some(names)}"
+        raise documents[1].error(what, documents[1].place(()), fix)
+    if chosen is None or (len(documents) == 1 and chosen == "1"):
+        return documents[0]
+    numbers = [str(number) for number in range(1, len(documents) + 1)]
+    for known in (names, numbers):
+        if chosen in known:
+            return documents[known.index(chosen)]
+    fix = did_you_mean(chosen, names) or f"documents: {some(names)}"
+    raise UsageError(f"`{name}` has no document `{chosen}`", fix=fix)
+
+
+def _name_of(document: Document) -> str | None:
+    name = document.data.get("name") if isinstance(document.data, dict) else None
+    return name if isinstance(name, str) and name.strip() else None
+
+
+def _layers(data: Any, home: Path) -> int | None:
+    """Return how many layers the models have, if one of them is a folder with a config."""
+    for place in _written(data):
+        try:
+            config = json.loads((home / place / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(config, dict) and (count := layers_in(config)) is not None:
+            return count
+    return None
+
+
+def _written(data: Any) -> list[str]:
+    """Return the models that a document names, as they are written."""
+    if isinstance(data, list):
+        return [place for item in data for place in _written(item)]
+    if not isinstance(data, dict):
+        return []
+    own = [data[key] for key in ("base_model", "model") if isinstance(data.get(key), str)]
+    return (
+        own
+        + [place for key in ("models", "slices", "sources", "modules") for place in _written(data.get(key))]
+        + [place for value in data.values() if isinstance(value, dict) for place in _written(value)]
+    )

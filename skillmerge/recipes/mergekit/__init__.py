@@ -1,0 +1,1 @@
+"""Configurations of mergekit, translated into recipes."""

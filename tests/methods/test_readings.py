@@ -1,0 +1,68 @@
+"""What `plan` says that a method reads before its arithmetic is what it reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from in_memory import prepared
+
+from skillmerge.methods.linear import compile_term
+from skillmerge.methods.table import METHODS
+from skillmerge.recipes.formula.bind import bind
+from skillmerge.recipes.formula.parser import parse
+
+A, B = "(a - base)", "(b - base)"
+CALLS = {
+    f"trim({A}, density=.5)": 2,
+    f"trim({A}, density=.5, rescale=l1)": 3,
+    f"trim({A}, density=.5, scope=model, rescale=l2)": 3,
+    f"drop({A}, density=.5)": 0,
+    f"drop({A}, density=.5, spread=.1)": 0,
+    f"drop({A}, density=.5, rescale=l1)": 1,
+    f"drop({A}, density=.5, spread=.1, rescale=l2)": 1,
+    f"band({A}, density=.5)": 2,
+    f"band({A}, density=.5, rescale=l2)": 3,
+    f"clip({A}, at=1)": 0,
+    f"match({A}, to={B})": 1,
+    f"match({A}, to={B}, scope=model)": 1,
+    f"project({A}, off={B})": 1,
+    f"elect({A}, {B})": 0,
+    f"elect({A}, {B}, zero=majority)": 1,
+    f"ties({A}, {B}, density=.5)": 2,
+    f"ties({A}, {B}, density=.5, rescale=l1, zero=majority)": 4,
+    f"pick({A}, {B})": 0,
+    f"ram({A}, {B})": 0,
+    f"ram({A}, {B}, boost=.1)": 1,
+    f"ram({A}, {B}, boost=.1, scope=matrix)": 1,
+    f"model_stock({A}, {B})": 1,
+    f"model_stock({A}, {B}, scope=row)": 0,
+    f"sce({A}, {B})": 1,
+    f"sce({A}, {B}, select=.5)": 4,
+    "slerp(a, b, t=.5)": 1,
+    "slerp(a, b, t=.5, scope=row)": 0,
+    "multislerp(a, b)": 1,
+    "karcher(a, b)": 1,
+    "median(a, b)": 0,
+    f"trim(elect({A}, {B}), density=.5)": 2,
+    f"trim({A}, density=.5) + trim({B}, density=.5)": 2,
+    f"trim(trim({A}, density=.5), density=.5)": 4,
+    f"match(trim({A}, density=.5), to={B})": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.randn(5, 7, generator=generator) for name in ("base", "a", "b")}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_readings_are_those_of_the_plan(call: str, models: dict[str, torch.Tensor]) -> None:
+    term = bind(parse(call, list(models), []), {})
+    assert term is not None
+    assert compile_term(term).readings == CALLS[call]
+    assert prepared(call, models)[1] == CALLS[call]
+
+
+def test_no_method_is_left_out() -> None:
+    assert all(any(call.startswith(f"{name}(") for call in CALLS) for name in METHODS)
