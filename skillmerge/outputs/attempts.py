@@ -2,7 +2,7 @@
 
     out.partial/skillmerge.tasks.json       the plan and conditions of the tasks, in the journal's words
     out.partial/attempts/<uuid>/<shard>     a shard in the making, private to one run of a task
-    out.partial/attempts/<uuid>/task.json   where that task runs, and since when it makes which shard
+    out.partial/attempts/<uuid>/task.json   where that task runs, since when it makes which shard, and how far it is
     out.partial/files/<shard>               a finished shard, put here by rename
     out.partial/done/<shard>.json           its record, written whole and put here by rename
 
@@ -17,16 +17,17 @@ import hashlib
 import json
 import os
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.claim import CLAIM_FILES
+from skillmerge.claim import CLAIM_FILES, LOCK_FILE, is_held
 from skillmerge.durable import disk_errors, remove_tree, sync_folder, write_whole
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import OutputLocked, SkillmergeError, UsageError, some
@@ -43,6 +44,12 @@ _OURS = (
 )  # fmt: skip
 _TRIES = 100
 """How often the folder may vanish while a task joins: another run may be removing its own."""
+_PATIENCE = 3.0
+"""Seconds that a task waits for a run that holds the folder alone: who only asks what is missing is soon gone."""
+_NEWS = 5.0
+"""Seconds between two notes of how far a task is."""
+_TORN = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What reading a damaged JSON file raises."""
 
 
 def staging_folder(output: Path) -> Path:
@@ -67,7 +74,7 @@ def refuse_strangers(folder: Path) -> None:
 
 def conditions_of(folder: Path) -> Header | None:
     """Return the plan and conditions of the tasks that work in a staging folder; None if there are none."""
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+    with suppress(*_TORN):
         return Header.from_json(json.loads((folder / TASKS_FILE).read_bytes()))
     return None
 
@@ -77,6 +84,19 @@ def owner_of(folder: Path) -> Header | None:
     found = conditions_of(folder)
     rows = Journal(folder / "journal.jsonl", "").read() if found is None else []
     return found or next((row for row in rows if isinstance(row, Header)), None)
+
+
+def refuse_others(folder: Path, header: Header) -> None:
+    """Raise UsageError if a staging folder belongs to another plan, or to the same with other options."""
+    owner = owner_of(folder)
+    if owner is None or owner == header:
+        return
+    same = owner.plan == header.plan
+    what = "of this plan with other options or inputs" if same else "of another plan"
+    raise UsageError(
+        f"{folder} holds an unfinished run {what}",
+        fix="finish that run, or remove the folder; or choose another folder with `--output`",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +152,15 @@ class Records:
 
     def read(self, shard: str) -> Recorded | None:
         """Return a shard's record: by its name, because listings of a network filesystem may be old."""
-        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        with suppress(*_TORN):
             row = json.loads(self.path(shard).read_bytes())
             if row.pop("digest") == self._digest(row) and row["shard"] == shard:
                 return Recorded.from_json(row)
         return None
+
+    def has(self, shard: str) -> bool:
+        """Return whether a shard is recorded, and its file is there."""
+        return (found := self.read(shard)) is not None and self.holds(found)
 
     def holds(self, done: Recorded, place: str = FILES) -> bool:
         """Return whether the file of a record is the one that was recorded, by its size and time."""
@@ -161,11 +185,13 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class Making:
-    """A shard that a task is making: on which host, and since when."""
+    """A shard that a task is making: in which attempt, on which host, since when, and how many bytes so far."""
 
     shard: str
+    attempt: str
     host: str
     since: float
+    written: int
 
 
 def being_made(folder: Path) -> dict[str, Making]:
@@ -173,12 +199,33 @@ def being_made(folder: Path) -> dict[str, Making]:
     found: dict[str, Making] = {}
     with suppress(OSError):
         for path in (folder / ATTEMPTS).iterdir():
-            with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            with suppress(*_TORN):
                 row = json.loads((path / _TASK_FILE).read_bytes())
                 for shard, since in row["shards"].items():
                     if shard not in found or found[shard].since < since:
-                        found[shard] = Making(shard, str(row["host"]), float(since))
+                        written = int(row.get("written", {}).get(shard, 0))
+                        found[shard] = Making(shard, path.name, str(row["host"]), float(since), written)
     return found
+
+
+class _CountedShard(ShardFile):
+    """A shard's file that says how much is written to it."""
+
+    moved: Callable[[int], None]
+
+    def write(self, data: memoryview, offset: int) -> None:
+        super().write(data, offset)
+        self.moved(len(data))
+
+
+class _CountedStream(StreamFile):
+    """A shard's stream that says how much is written to it."""
+
+    moved: Callable[[int], None]
+
+    def append(self, data: memoryview) -> None:
+        super().append(data)
+        self.moved(len(data))
 
 
 class Attempt:
@@ -197,6 +244,8 @@ class Attempt:
         self._header = header
         self._own = self.folder / ATTEMPTS / uuid.uuid4().hex
         self._since: dict[str, float] = {}
+        self._written: dict[str, int] = {}
+        self._noted, self._lock = time.monotonic(), threading.Lock()
         self._host = socket.gethostname().partition(".")[0]
         self.records = Records(self.folder, header)
         with disk_errors(self.folder, "choose another folder with `--output`"):
@@ -208,8 +257,9 @@ class Attempt:
         for left in reversed(range(_TRIES)):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._refuse_others()
+                refuse_others(self.folder, self._header)
                 if conditions_of(self.folder) is None:
+                    self._wait_for_its_owner()
                     write_whole(self.folder / TASKS_FILE, text, self.folder / f"{TASKS_FILE}.{self._own.name}.new")
                 for folder in (self.folder / FILES, self.folder / DONE, self._own):
                     folder.mkdir(parents=folder == self._own, exist_ok=True)
@@ -218,21 +268,33 @@ class Attempt:
                 if not left:
                     raise
 
-    def _refuse_others(self) -> None:
-        """Raise UsageError if the folder belongs to another plan."""
-        owner = owner_of(self.folder)
-        if owner is not None and owner != self._header:
-            same = owner.plan == self._header.plan
-            what = "of this plan with other options or inputs" if same else "of another plan"
-            raise UsageError(
-                f"{self.folder} holds an unfinished run {what}",
-                fix="finish that run, or remove the folder; or choose another folder with `--output`",
-            )
+    def _wait_for_its_owner(self) -> None:
+        """Raise OutputLocked if a run without tasks, which writes into `files` itself, keeps holding the folder."""
+        end = time.monotonic() + _PATIENCE
+        while owner_of(self.folder) is not None and is_held(self.folder):
+            if time.monotonic() > end:
+                raise OutputLocked(
+                    f"another run is writing {self.output} by itself",
+                    fix="wait for it, or choose another folder with `--output`",
+                )
+            time.sleep(_PATIENCE / 30)
 
     def _note(self) -> None:
-        """Write down where this task runs and what it makes, for those who wait. Nothing depends on it."""
-        row = {"host": self._host, "pid": os.getpid(), "shards": self._since}
-        (self._own / _TASK_FILE).write_text(json.dumps(row) + "\n", encoding="utf-8")
+        """Write down where this task runs, what it makes and how far it is, for those who wait. Nothing depends on
+        it."""
+        self._noted = time.monotonic()
+        row = {"host": self._host, "pid": os.getpid(), "shards": self._since, "written": self._written}
+        new = self._own / f"{_TASK_FILE}.new"
+        new.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        new.replace(self._own / _TASK_FILE)
+
+    def _moved(self, shard: str, count: int) -> None:
+        with self._lock:
+            if shard in self._written:
+                self._written[shard] += count
+            if time.monotonic() - self._noted >= _NEWS:
+                with suppress(OSError):
+                    self._note()
 
     @cached_property
     def _write_mode(self) -> WriteMode:
@@ -240,18 +302,22 @@ class Attempt:
 
     def _begin(self, shard: str) -> Path:
         self.check()
-        self._since[shard] = time.time()
-        with disk_errors(self._own):
+        with self._lock, disk_errors(self._own):
+            self._since[shard], self._written[shard] = time.time(), 0
             self._note()
         return self._own / shard
 
     def open_shard(self, shard: ShardPlan) -> ShardFile:
         """Return the shard's file, new, in its full size. Raises UsageError, ResourceError, OutputLocked."""
-        return ShardFile(self._begin(shard.file), shard.size, shard.header, self._write_mode)
+        file = _CountedShard(self._begin(shard.file), shard.size, shard.header, self._write_mode)
+        file.moved = partial(self._moved, shard.file)
+        return file
 
     def open_stream(self, shard: ShardPlan, start: int) -> StreamFile:
         """Return the shard's file, new, to be appended to from byte `start` on. Raises as `open_shard` does."""
-        return StreamFile(self._begin(shard.file), start)
+        stream = _CountedStream(self._begin(shard.file), start)
+        stream.moved = partial(self._moved, shard.file)
+        return stream
 
     def record(self, done: ShardRecord) -> None:
         """Put a shard, which must be durable already, among the finished ones, and then its record. Where another task
@@ -259,18 +325,34 @@ class Attempt:
         self.check()
         own, target = self._own / done.file, self.folder / FILES / done.file
         with disk_errors(target):
-            if (other := self.records.read(done.file)) is not None and self.records.holds(other):
-                own.unlink()
-                return
-            status = own.stat()
-            _rename(own, target)
+            if self.records.has(done.file):
+                return own.unlink(missing_ok=True)
+            try:
+                status = own.stat()
+                _rename(own, target)
+            except FileNotFoundError:
+                if self.records.read(done.file) is None:
+                    raise
+                return  # others were faster just now, and have removed this one: see `_remove_others`
             sync_folder(target.parent)
-            seconds = round(time.time() - self._since.pop(done.file, time.time()), 3)
+            with self._lock:
+                self._written.pop(done.file, None)
+                seconds = round(time.time() - self._since.pop(done.file, time.time()), 3)
             recorded = Recorded(done, status.st_mtime_ns, self.device.split(": ")[0], self._host, seconds)
             record = self.records.path(done.file)
             write_whole(record, self.records.text(recorded), self._own / record.name)
-            self._note()
+            with self._lock:
+                self._note()
+            if done.tensors is None:  # a stream is read again by its name
+                self._remove_others(done.file)
         self.finished[done.file] = done
+
+    def _remove_others(self, shard: str) -> None:
+        """Remove what other attempts have of a recorded shard: of killed tasks, whose files would fill the disk, and of
+        slower ones, which write on into a file without a name, and find the record."""
+        with suppress(OSError):
+            for attempt in self._own.parent.iterdir():
+                (attempt / shard).unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raise OutputLocked if another run has taken the folder meanwhile."""
@@ -293,8 +375,21 @@ class Attempt:
                     raise taken from error
             raise
 
+    def withdraw(self) -> None:
+        """Remove the folder, if this task has made it again: to be called only where the output is published."""
+        self.close()
+        if not (self.folder / LOCK_FILE).exists():
+            for folder in (FILES, DONE):
+                with suppress(OSError):
+                    (self.folder / folder).rmdir()
+            with suppress(OSError):  # another late task is there, and does the same
+                (self.folder / ATTEMPTS).rmdir()
+                (self.folder / TASKS_FILE).unlink()
+                self.folder.rmdir()
+
     def close(self) -> None:
-        """Remove what was not finished. What a killed task leaves is removed when the output is published."""
+        """Remove what was not finished. What a killed task leaves is removed when the shard is recorded, or the output
+        is published."""
         with suppress(OSError):
             remove_tree(self._own)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.brief import brief
+from skillmerge.durable import is_taken
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
@@ -20,12 +21,12 @@ from skillmerge.outputs.journal import Header, Journal
 from skillmerge.plans.budget import budget, check_disk
 from skillmerge.plans.opening import Access
 from skillmerge.plans.saved import SavedPlan
-from skillmerge.plans.tasks.division import divide
+from skillmerge.plans.tasks.division import share_of
 from skillmerge.plans.tasks.part import part_of, refuse_problems
 from skillmerge.recipes.source import RecipeSource
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.verbs.source import read_source, source_name
-from skillmerge.verbs.target import finished_output, output_folder
+from skillmerge.verbs.target import finished_output, output_folder, refuse_existing
 from skillmerge.verbs.tasks.index import place_among
 from skillmerge.version import __version__
 
@@ -89,14 +90,14 @@ def shard(
     """
     reporter = reporter or default_reporter()
     reporter.event("started", skillmerge=__version__, recipe=source_name(plan))
-    check_words(device=device, threads=threads, memory_limit=memory_limit, stats=stats, hub=hub)
+    check_words(index=index, of=of, device=device, threads=threads, memory_limit=memory_limit, stats=stats, hub=hub)
     started = time.monotonic()
     index, of = place_among(index, of, os.environ)
     saved = read_saved(plan)
     refuse_problems(saved)
     access = Access(follow_links, download=hub == "download", commits=saved.commits)
     target, sizes = output_folder(saved.recipe, output, {}), saved.sizes
-    mine = tuple(divide(sizes, of)[index])
+    mine = share_of(sizes, index, of)
     task = Task(saved, mine, access, Work(device, threads, memory_limit), stats, allow_nonfinite)
     device, made = task.run(target, reporter)
     size, seconds = sum(sizes[file] for file in mine), time.monotonic() - started
@@ -149,11 +150,11 @@ class Task:
 
         missing = [file for file in shards if not is_there(file)]
         # Records go when the output is there, not before.
-        done = (
-            missing
-            and finished_output(target, self.saved.document["digest"], header.conditions, hash_inputs=False) is not None
-        )
-        return [] if done else missing
+        return missing if missing and not self._is_published(target, header) else []
+
+    def _is_published(self, target: Path, header: Header) -> bool:
+        digest = self.saved.document["digest"]
+        return finished_output(target, digest, header.conditions, hash_inputs=False) is not None
 
     def _make(
         self, target: Path, header: Header, missing: Sequence[str], reporter: Reporter
@@ -162,6 +163,7 @@ class Task:
         digests = (header.plan, self.saved.document["digest"])
         with part_of(self.saved, digests, missing, self.access) as (part, checkpoints):
             output_folder(self.saved.recipe, target, checkpoints)  # which may be none of its models
+            _look_at_existing(target, reporter)
             reporter.event(
                 "planned", plan=part.digest, output=str(target), tensors=len(part.tensors), shards=len(part.shards),
                 bytes_read=part.bytes_read, bytes_written=part.bytes_written,
@@ -169,6 +171,9 @@ class Task:
             budget(part, threads=self.work.threads, memory_limit=self.work.memory_limit)
             try:
                 with closing(Attempt(target, header)) as attempt, attempt.working():
+                    if self._is_published(target, header):
+                        attempt.withdraw()
+                        return "", ()
                     needed = part.bytes_written // 2 if part.makes_skill else part.bytes_written
                     check_disk(attempt.folder, needed, "this task's share of the output")
                     job = Job(part, checkpoints, attempt, self.stats, self.allow_nonfinite)
@@ -179,6 +184,15 @@ class Task:
                 if self._missing(target, header, missing):
                     raise
                 return "", ()
+
+
+def _look_at_existing(target: Path, reporter: Reporter) -> None:
+    """Warn of an output that `finish` would have to replace. Raises UsageError for what it never replaces."""
+    refuse_existing(target, overwrite=True)
+    if is_taken(target):
+        reporter.warn(
+            f"output `{target}` already exists", "pass `--overwrite` to `skillmerge finish`, which will replace it"
+        )
 
 
 def _compute(job: Job, attempt: Attempt, runner: Runner, reporter: Reporter) -> str:
