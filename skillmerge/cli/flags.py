@@ -70,6 +70,19 @@ class Share(click.ParamType):  # type: ignore[type-arg]
         return share
 
 
+class Part(click.ParamType):  # type: ignore[type-arg]
+    """One of several parts, counted from 0: 0/64, as two numbers."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        first, _, last = str(value).partition("/")
+        numbers = [int(text) for text in (first, last) if text.isascii() and text.isdecimal() and len(text) <= 18]
+        if len(numbers) != 2 or not numbers[0] < numbers[1]:
+            self.fail(f"`{value}` is not a part; write it like 0/64, where parts count from 0 to 63", param, ctx)
+        return numbers[0], numbers[1]
+
+
 class Runtime(click.ParamType):  # type: ignore[type-arg]
     """A runtime that loads models; `yes` means transformers, `no` means none."""
 

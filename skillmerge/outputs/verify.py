@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -28,6 +28,7 @@ from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.errors import CheckFailed, InputError, ResourceError, StalePlan, is_machine, some, unusable
 from skillmerge.outputs.manifest import File, Manifest, ManifestBody, Tensor
 from skillmerge.outputs.output import Output
+from skillmerge.plans.tasks.division import share_of
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.tensors import BLOCK, DTYPES, StoredTensor, TensorSpec
 from skillmerge.threads import hash_file, in_threads
@@ -43,17 +44,31 @@ PIECE = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """One of `of` parts of an output's files, by bytes as equal as files are; index counts from 0."""
+
+    index: int
+    of: int
+    files: int
+    bytes: int
+
+    def as_dict(self) -> dict[str, int]:
+        return {"index": self.index, "of": self.of, "files": self.files, "bytes": self.bytes}
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """The result of `verify` for an output that passed: counts, and the requested extra checks.
 
     load: the report of loading. parent: for a skill, which model of its expression the given one is. signature: its
-    path, how many files it covers, and the signer.
+    path, how many files it covers, and the signer. share: the part whose bytes were read, if not all.
     """
 
     output: Output
     load: Mapping[str, Any] | None = None
     parent: str | None = None
     signature: Mapping[str, Any] | None = None
+    share: Share | None = None
 
     __repr__ = brief
     _repr_html_ = drawn
@@ -67,6 +82,7 @@ class Verdict:
             "load": self.load,
             "parent": self.parent,
             "signature": self.signature,
+            **({"share": self.share.as_dict()} if self.share is not None else {}),
         }
 
     @property
@@ -87,18 +103,32 @@ class Verdict:
 
 
 def verify_files(
-    folder: str | os.PathLike[str], *, allow_nonfinite: bool = False, reporter: Reporter | None = None
+    folder: str | os.PathLike[str],
+    *,
+    allow_nonfinite: bool = False,
+    shard: tuple[int, int] | None = None,
+    reporter: Reporter | None = None,
 ) -> Verdict:
-    """Check every file of an output. Raises CheckFailed with the first difference, UsageError if there is no folder."""
+    """Check every file of an output. Raises CheckFailed with the first difference, UsageError if there is no folder.
+
+    shard: (I, N) to read only part I of N of the files, counted from 0; all of them must be there.
+    """
     reporter = reporter or default_reporter("verifying")
     with checked(reporter, "manifest"):
         output = Output.open(folder)
     root, proof = output.folder, output.manifest
     with checked(reporter, "files, index and headers"):
         check_structure(root, proof)
-    with checked(reporter, "digests and values"), _reading(root), reporter.bar(proof.size, "verifying") as progress:
-        _check_contents(root, proof, allow_nonfinite, progress)
-    return Verdict(output)
+    files, share = proof.files, None
+    if shard is not None:
+        sizes = {file.name: file.size for file in proof.files}
+        mine = share_of(sizes, *shard)
+        files = tuple(file for file in proof.files if file.name in mine)
+        share = Share(*shard, len(files), sum(file.size for file in files))
+    size = share.bytes if share is not None else proof.size
+    with checked(reporter, "digests and values"), _reading(root), reporter.bar(size, "verifying") as progress:
+        _check_contents(root, files, allow_nonfinite, progress)
+    return Verdict(output, share=share)
 
 
 def check_structure(root: Path, proof: Manifest) -> None:
@@ -245,13 +275,13 @@ def _opened_by_library(path: Path) -> Iterator[Any]:
 def check_values(root: Path, proof: ManifestBody) -> None:
     """Digest every file and look for NaN and Inf on the way. Raises CheckFailed."""
     with _reading(root):
-        _check_contents(root, proof, False)
+        _check_contents(root, proof.files, False)
 
 
 def _check_contents(
-    root: Path, proof: ManifestBody, allow_nonfinite: bool, progress: Callable[[int], None] = lambda done: None
+    root: Path, files: Sequence[File], allow_nonfinite: bool, progress: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Digest every file and look for NaN and Inf on the way. progress: takes how many bytes are finished."""
+    """Digest files and look for NaN and Inf on the way. progress: takes how many bytes are finished."""
     done, lock = 0, threading.Lock()
 
     def moved(count: int) -> None:
@@ -268,7 +298,7 @@ def _check_contents(
         if _digest_and_scan(path, specs, stop, moved) != file.sha256:
             raise CheckFailed(f"{path}: its bytes are not those that were written (sha256 differs)")
 
-    for _ in in_threads(check, proof.files):
+    for _ in in_threads(check, files):
         pass
 
 

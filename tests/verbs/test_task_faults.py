@@ -138,7 +138,7 @@ def test_tasks_do_not_come_between_a_run_alone_and_its_files(tmp_path: Path, mon
         with pytest.raises(KeyboardInterrupt):
             skillmerge.apply(plan)
     (staging_of(output) / "files" / FIRST).unlink()
-    with locked(staging_of(output)), pytest.raises(OutputLocked, match="another run is writing .* by itself"):
+    with locked(staging_of(output)), pytest.raises(OutputLocked, match=r"another run is writing .* by itself"):
         skillmerge.shard(plan, index=0, of=1)
     assert skillmerge.shard(plan, index=0, of=1).made == (FIRST,)
 
@@ -200,7 +200,7 @@ def test_a_disk_that_takes_no_more_leaves_what_is_finished(
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     plan = save_family(tmp_path)
     (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(UsageError, match="closed/merged.partial cannot be written: Permission denied"):
+    with pytest.raises(UsageError, match=r"closed/merged\.partial cannot be written: Permission denied"):
         skillmerge.shard(plan, tmp_path / "closed/merged", index=0, of=1)
 
 
@@ -209,7 +209,7 @@ def test_a_file_where_a_folder_must_be_is_named(tmp_path: Path, where: str) -> N
     plan = save_family(tmp_path)
     (tmp_path / where).parent.mkdir(exist_ok=True)
     (tmp_path / where).write_text("")
-    with pytest.raises(UsageError, match="cannot be written: (File exists|Not a directory)"):
+    with pytest.raises(UsageError, match=r"cannot be written: (File exists|Not a directory)"):
         skillmerge.shard(plan, index=0, of=1)
 
 
@@ -217,7 +217,7 @@ def test_a_file_where_a_folder_must_be_is_named(tmp_path: Path, where: str) -> N
                                    {"index": 0, "of": 0}, {"index": -1, "of": 2}, {"index": 2, "of": 2}])  # fmt: skip
 def test_an_index_that_is_none_is_refused(tmp_path: Path, given: dict[str, Any]) -> None:
     plan = save_family(tmp_path)
-    with pytest.raises(UsageError, match="number from|no task 2 of 2"):
+    with pytest.raises(UsageError, match=r"number from|no task 2 of 2"):
         skillmerge.shard(plan, **given)
 
 
