@@ -129,6 +129,8 @@ class Records:
 
     def __init__(self, folder: Path, header: Header) -> None:
         self.folder = folder
+        self.devices: dict[str, str] = {}
+        """Where the shards that were read were computed."""
         self._of = hashlib.sha256(json.dumps(header.to_json(), sort_keys=True).encode())
 
     def text(self, done: Recorded) -> bytes:
@@ -155,7 +157,9 @@ class Records:
         with suppress(*_TORN):
             row = json.loads(self.path(shard).read_bytes())
             if row.pop("digest") == self._digest(row) and row["shard"] == shard:
-                return Recorded.from_json(row)
+                found = Recorded.from_json(row)
+                self.devices[shard] = found.device
+                return found
         return None
 
     def has(self, shard: str) -> bool:

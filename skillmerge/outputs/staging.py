@@ -185,7 +185,8 @@ class Staging:
                 return self.begin(weights_digest, conditions)
             self._load(header, self._journal.read(), recorded, {} if reread else recorded)
             self.files.mkdir(exist_ok=True)
-            self._journal.start([header, *self.finished.values()])
+            # The records are there as long as the journal: no need to write down what they say.
+            self._journal.start([header, *(done for file, done in self.finished.items() if file not in recorded)])
         return None
 
     def _refuse_unknown(self, recorded: Mapping[str, Recorded]) -> None:
@@ -215,7 +216,7 @@ class Staging:
 
     def _recorded_by_tasks(self, header: Header) -> dict[str, Recorded]:
         """Return the tasks' records of this plan, by shard."""
-        records = Records(self.folder, header)
+        records = self.tasks or Records(self.folder, header)
         return {found.record.file: found for shard in records.listed() if (found := records.read(shard)) is not None}
 
     def _load(

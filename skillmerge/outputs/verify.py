@@ -10,10 +10,12 @@ import errno
 import hashlib
 import os
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -256,9 +258,11 @@ def _opened_by_library(path: Path) -> Iterator[Any]:
     header and zeros after it. Raises SafetensorError, OSError, RuntimeError."""
     from safetensors import SafetensorError, safe_open
 
+    # Only names, shapes and dtypes are asked for, which needs no torch: to import it takes a second.
+    framework = "pt" if "torch" in sys.modules or find_spec("numpy") is None else "np"
     with ExitStack() as stack:
         try:
-            reader = stack.enter_context(safe_open(path, framework="pt"))
+            reader = stack.enter_context(safe_open(path, framework=framework))
         except (SafetensorError, OSError, RuntimeError) as error:  # the last is torch's
             if os.strerror(errno.ENODEV) not in str(error) or not hasattr(os, "memfd_create"):
                 raise
@@ -268,7 +272,7 @@ def _opened_by_library(path: Path) -> Iterator[Any]:
             stand_in = stack.enter_context(open(os.memfd_create(path.name), "wb"))
             stand_in.write(head)
             stand_in.truncate(path.stat().st_size)
-            reader = stack.enter_context(safe_open(f"/proc/self/fd/{stand_in.fileno()}", framework="pt"))
+            reader = stack.enter_context(safe_open(f"/proc/self/fd/{stand_in.fileno()}", framework=framework))
         yield reader
 
 

@@ -71,7 +71,7 @@ def test_what_is_no_part_is_refused(merged: Path, text: str) -> None:
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), ("0", 2)])
 def test_numbers_that_are_no_part_are_refused(merged: Path, shard: Any) -> None:
-    with pytest.raises(UsageError, match="no part 2 of 2|a number from"):
+    with pytest.raises(UsageError, match=r"no part 2 of 2|a number from"):
         skillmerge.verify(merged, shard=shard)
 
 

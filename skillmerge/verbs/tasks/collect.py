@@ -71,7 +71,8 @@ class Collector:
                 self._reporter.waiting(progress.text(staging, missing))
             time.sleep(_LOOK)
         staging.leave_tasks_out()
-        self.device = _devices(staging, plan)
+        assert staging.tasks is not None
+        self.device = ", ".join(sorted({device for device in staging.tasks.devices.values() if device}))
         if plan.makes_skill and any(tensor.action == "same" for tensor in plan.tensors.values()):
             _prove_same(job, self._reporter)
 
@@ -95,13 +96,6 @@ def _missing(plan: Plan, missing: Collection[str]) -> TemporaryError:
         f"{count} of {len(plan.shards)} shards {'is' if count == 1 else 'are'} missing: {some(list(missing))}",
         fix="run their tasks again, then the same command; or pass `--wait`",
     )
-
-
-def _devices(staging: Staging, plan: Plan) -> str:
-    """Return where the shards were computed, as far as that was recorded."""
-    assert staging.tasks is not None
-    found = (staging.tasks.read(shard.file) for shard in plan.shards)
-    return ", ".join(sorted({it.device for it in found if it is not None and it.device}))
 
 
 def _prove_same(job: Job, reporter: Reporter) -> None:
@@ -141,7 +135,6 @@ class _Progress:
             shard = slowest.shard.removesuffix(".safetensors")
             parts.append(f"slowest {shard} ({slowest.host}, {_minutes(time.time() - slowest.since)})")
         return ", ".join(parts)
-
 
     def _lives(self, it: Making) -> bool:
         """Return whether a task has given news lately, by the clock of this machine."""
