@@ -47,6 +47,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "manifest",
         "staging",
         "attempts",
+        "tasks.news",
         "canonical hub.published journal shard_file",
     ),
     "engine": (

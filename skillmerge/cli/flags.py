@@ -172,6 +172,7 @@ new_output = option(
 overwrite = option("--overwrite", group=OUTPUT, is_flag=True, help="Replace an existing output")
 keep_failed = option("--keep-failed", group=OUTPUT, is_flag=True, help="Keep an output that fails a gate")
 push = option("--push", group=PUBLISH, metavar="ORG/NAME", help="Publish on the Hub  [default: the recipe's]")
+no_local = option("--no-local", group=PUBLISH, is_flag=True, help="Upload shards as they finish; keep no copy")
 private = option(
     "--private/--public", group=PUBLISH, default=None,
     help="Visibility of a new repository  [default: your account's, usually public]",

@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -30,15 +30,16 @@ from typing import TYPE_CHECKING, Any
 from skillmerge.claim import CLAIM_FILES, LOCK_FILE, is_held
 from skillmerge.durable import disk_errors, remove_tree, sync_folder, write_whole
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.errors import OutputLocked, SkillmergeError, UsageError, some
+from skillmerge.errors import OutputLocked, SkillmergeError, TemporaryError, UsageError, some
 from skillmerge.outputs.journal import NEW_JOURNAL, Header, Journal
 from skillmerge.outputs.shard_file import ShardFile, StreamFile, WriteMode
+from skillmerge.outputs.tasks import news
+from skillmerge.outputs.tasks.news import TASK_FILE, TORN, CountedShard, CountedStream
 
 if TYPE_CHECKING:
     from skillmerge.plans.plan import ShardPlan
 
 TASKS_FILE, ATTEMPTS, DONE, FILES, COMPLETE = "skillmerge.tasks.json", "attempts", "done", "files", "complete"
-_TASK_FILE = "task.json"
 _OURS = (
     *CLAIM_FILES, "journal.jsonl", FILES, COMPLETE, "previous", "dropped", TASKS_FILE, ATTEMPTS, DONE
 )  # fmt: skip
@@ -46,10 +47,6 @@ _TRIES = 100
 """How often the folder may vanish while a task joins: another run may be removing its own."""
 _PATIENCE = 3.0
 """Seconds that a task waits for a run that holds the folder alone: who only asks what is missing is soon gone."""
-_NEWS = 5.0
-"""Seconds between two notes of how far a task is."""
-_TORN = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""What reading a damaged JSON file raises."""
 
 
 def staging_folder(output: Path) -> Path:
@@ -74,7 +71,7 @@ def refuse_strangers(folder: Path) -> None:
 
 def conditions_of(folder: Path) -> Header | None:
     """Return the plan and conditions of the tasks that work in a staging folder; None if there are none."""
-    with suppress(*_TORN):
+    with suppress(*TORN):
         return Header.from_json(json.loads((folder / TASKS_FILE).read_bytes()))
     return None
 
@@ -93,6 +90,9 @@ def refuse_others(folder: Path, header: Header) -> None:
         return
     same = owner.plan == header.plan
     what = "of this plan with other options or inputs" if same else "of another plan"
+    theirs, ours = (it.conditions.get("only_on") for it in (owner, header))
+    if same and theirs != ours:
+        what += f", which sends shards to {theirs} alone" if theirs else ", which keeps its shards here"
     raise UsageError(
         f"{folder} holds an unfinished run {what}",
         fix="finish that run, or remove the folder; or choose another folder with `--output`",
@@ -122,6 +122,10 @@ class Recorded:
             str(row["host"]),
             float(row["seconds"]),
         )
+
+
+class Overtaken(TemporaryError):
+    """Raised where another task has recorded a shard that this one was making: what is left can be begun again."""
 
 
 class Records:
@@ -154,7 +158,7 @@ class Records:
 
     def read(self, shard: str) -> Recorded | None:
         """Return a shard's record: by its name, because listings of a network filesystem may be old."""
-        with suppress(*_TORN):
+        with suppress(*TORN):
             row = json.loads(self.path(shard).read_bytes())
             if row.pop("digest") == self._digest(row) and row["shard"] == shard:
                 found = Recorded.from_json(row)
@@ -167,7 +171,9 @@ class Records:
         return (found := self.read(shard)) is not None and self.holds(found)
 
     def holds(self, done: Recorded, place: str = FILES) -> bool:
-        """Return whether the file of a record is the one that was recorded, by its size and time."""
+        """Return whether the file of a record is the one that was recorded, by its size and time, or on the Hub."""
+        if done.record.uploaded:
+            return True
         try:
             status = (self.folder / place / done.record.file).stat()
         except OSError:
@@ -175,7 +181,9 @@ class Records:
         return (status.st_size, status.st_mtime_ns) == (done.record.size, done.mtime_ns)
 
     def fits(self, done: ShardRecord, place: str = FILES) -> bool:
-        """Return whether there is a file of the size that a run's journal has."""
+        """Return whether there is a file of the size that a run's journal has, or it is on the Hub."""
+        if done.uploaded:
+            return True
         try:
             return (self.folder / place / done.file).stat().st_size == done.size
         except OSError:
@@ -185,51 +193,6 @@ class Records:
         """Forget a shard whose file is damaged, so that a task makes it again. Only who finishes may do so."""
         for path in (self.path(shard), self.folder / FILES / shard):
             path.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Making:
-    """A shard that a task is making: in which attempt, on which host, since when, and how many bytes so far."""
-
-    shard: str
-    attempt: str
-    host: str
-    since: float
-    written: int
-
-
-def being_made(folder: Path) -> dict[str, Making]:
-    """Return the shards that tasks are making or were making when they died, each by the latest task."""
-    found: dict[str, Making] = {}
-    with suppress(OSError):
-        for path in (folder / ATTEMPTS).iterdir():
-            with suppress(*_TORN):
-                row = json.loads((path / _TASK_FILE).read_bytes())
-                for shard, since in row["shards"].items():
-                    if shard not in found or found[shard].since < since:
-                        written = int(row.get("written", {}).get(shard, 0))
-                        found[shard] = Making(shard, path.name, str(row["host"]), float(since), written)
-    return found
-
-
-class _CountedShard(ShardFile):
-    """A shard's file that says how much is written to it."""
-
-    moved: Callable[[int], None]
-
-    def write(self, data: memoryview, offset: int) -> None:
-        super().write(data, offset)
-        self.moved(len(data))
-
-
-class _CountedStream(StreamFile):
-    """A shard's stream that says how much is written to it."""
-
-    moved: Callable[[int], None]
-
-    def append(self, data: memoryview) -> None:
-        super().append(data)
-        self.moved(len(data))
 
 
 class Attempt:
@@ -288,21 +251,26 @@ class Attempt:
         it."""
         self._noted = time.monotonic()
         row = {"host": self._host, "pid": os.getpid(), "shards": self._since, "written": self._written}
-        new = self._own / f"{_TASK_FILE}.new"
+        new = self._own / f"{TASK_FILE}.new"
         new.write_text(json.dumps(row) + "\n", encoding="utf-8")
-        new.replace(self._own / _TASK_FILE)
+        new.replace(self._own / TASK_FILE)
 
     def _moved(self, shard: str, count: int) -> None:
         with self._lock:
             if shard in self._written:
                 self._written[shard] += count
-            if time.monotonic() - self._noted >= _NEWS:
+            if time.monotonic() - self._noted >= news.EVERY:
                 with suppress(OSError):
                     self._note()
 
     @cached_property
     def _write_mode(self) -> WriteMode:
         return WriteMode()
+
+    @property
+    def files(self) -> Path:
+        """Where this task's shards are until they are recorded."""
+        return self._own
 
     def _begin(self, shard: str) -> Path:
         self.check()
@@ -313,50 +281,51 @@ class Attempt:
 
     def open_shard(self, shard: ShardPlan) -> ShardFile:
         """Return the shard's file, new, in its full size. Raises UsageError, ResourceError, OutputLocked."""
-        file = _CountedShard(self._begin(shard.file), shard.size, shard.header, self._write_mode)
+        file = CountedShard(self._begin(shard.file), shard.size, shard.header, self._write_mode)
         file.moved = partial(self._moved, shard.file)
         return file
 
     def open_stream(self, shard: ShardPlan, start: int) -> StreamFile:
         """Return the shard's file, new, to be appended to from byte `start` on. Raises as `open_shard` does."""
-        stream = _CountedStream(self._begin(shard.file), start)
+        stream = CountedStream(self._begin(shard.file), start)
         stream.moved = partial(self._moved, shard.file)
         return stream
 
     def record(self, done: ShardRecord) -> None:
         """Put a shard, which must be durable already, among the finished ones, and then its record. Where another task
-        was faster, its shard stays: it may be in use already."""
+        was faster, its shard stays: it may be in use already. One that was uploaded has only a record."""
         self.check()
         own, target = self._own / done.file, self.folder / FILES / done.file
         with disk_errors(target):
             if self.records.has(done.file):
                 return own.unlink(missing_ok=True)
             try:
-                status = own.stat()
-                _rename(own, target)
+                changed = 0 if done.uploaded else own.stat().st_mtime_ns
+                if not done.uploaded:
+                    _rename(own, target)
+                    sync_folder(target.parent)
             except FileNotFoundError:
                 if self.records.read(done.file) is None:
                     raise
                 return  # others were faster just now, and have removed this one: see `_remove_others`
-            sync_folder(target.parent)
             with self._lock:
                 self._written.pop(done.file, None)
                 seconds = round(time.time() - self._since.pop(done.file, time.time()), 3)
-            recorded = Recorded(done, status.st_mtime_ns, self.device.split(": ")[0], self._host, seconds)
+            recorded = Recorded(done, changed, self.device.split(": ")[0], self._host, seconds)
             record = self.records.path(done.file)
             write_whole(record, self.records.text(recorded), self._own / record.name)
             with self._lock:
                 self._note()
-            if done.tensors is None:  # a stream is read again by its name
-                self._remove_others(done.file)
+            self._remove_others(done.file)
         self.finished[done.file] = done
 
     def _remove_others(self, shard: str) -> None:
         """Remove what other attempts have of a recorded shard: of killed tasks, whose files would fill the disk, and of
-        slower ones, which write on into a file without a name, and find the record."""
+        slower ones, which write on into a file without a name, and find the record or are `Overtaken`."""
         with suppress(OSError):
             for attempt in self._own.parent.iterdir():
-                (attempt / shard).unlink(missing_ok=True)
+                if attempt != self._own:
+                    (attempt / shard).unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raise OutputLocked if another run has taken the folder meanwhile."""
@@ -368,7 +337,8 @@ class Attempt:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Turn any error in a folder that another run has taken over or published into OutputLocked."""
+        """Turn any error in a folder that another run has taken over or published into OutputLocked, and any because
+        other tasks were faster into Overtaken."""
         try:
             yield
         except (SkillmergeError, OSError) as error:
@@ -377,6 +347,9 @@ class Attempt:
                     self.check()
                 except OutputLocked as taken:
                     raise taken from error
+                gone = [shard for shard in list(self._since) if not (self._own / shard).exists()]
+                if lost := [shard for shard in gone if self.records.has(shard)]:
+                    raise Overtaken(f"other tasks have made {some(lost)}", fix="run this task again") from error
             raise
 
     def withdraw(self) -> None:

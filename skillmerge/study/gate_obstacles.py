@@ -22,22 +22,34 @@ def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> No
         raise error
 
 
+def refuse_options(gates: Sequence[Gate], stats: str, no_local: bool) -> None:
+    """Raise UsageError for gates that these options exclude: as tasks do, which run none and see a part of the plan."""
+    for gate in gates:
+        for error in _excluded(gate, stats, no_local):
+            raise error
+
+
 def obstacles(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> Iterator[UsageError]:
     """Yield why gates could not be measured: RecipeError for what the recipe names, else for this machine or run."""
     for gate in gates:
         yield from _mistakes(gate, plan)
-        if stats == "off" and gate.kind in GATE_FIGURES:
-            yield UsageError(f"the gate `{gate.kind}` needs statistics", fix="pass `--stats sampled` or `--stats full`")
         if gate.kind in _RUNS_A_MODEL:
             try:
                 need([gate.name or "transformers"], f"the gate `{label(gate)}`")
             except UsageError as error:
                 yield error
-        if no_local and gate.kind not in (*GATE_FIGURES, "cosine_z"):
-            yield UsageError(
-                f"the gate `{gate.kind}` needs the model's files, and --no-local keeps none",
-                fix="leave out `--no-local`, or this gate",
-            )
+        yield from _excluded(gate, stats, no_local)
+
+
+def _excluded(gate: Gate, stats: str, no_local: bool) -> Iterator[UsageError]:
+    """Yield why a gate cannot be measured with these options."""
+    if stats == "off" and gate.kind in GATE_FIGURES:
+        yield UsageError(f"the gate `{gate.kind}` needs statistics", fix="pass `--stats sampled` or `--stats full`")
+    if no_local and gate.kind not in (*GATE_FIGURES, "cosine_z"):
+        yield UsageError(
+            f"the gate `{gate.kind}` needs the model's files, and --no-local keeps none",
+            fix="leave out `--no-local`, or this gate",
+        )
 
 
 def _mistakes(gate: Gate, plan: Plan) -> Iterator[UsageError]:

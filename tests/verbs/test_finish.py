@@ -26,10 +26,10 @@ from skillmerge.errors import (
     UnusableWeights,
     UsageError,
 )
-from skillmerge.outputs import attempts
 from skillmerge.outputs.attempts import Attempt
 from skillmerge.outputs.journal import Header
 from skillmerge.outputs.staging import Staging
+from skillmerge.outputs.tasks import news
 from skillmerge.plans import saved
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed
@@ -250,7 +250,7 @@ def test_it_says_what_is_slowest(tmp_path: Path) -> None:
 
 def test_bytes_of_shards_in_the_making_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task notes every few seconds how far it is; one that has fallen silent counts no more."""
-    monkeypatch.setattr(attempts, "_NEWS", 0.0)
+    monkeypatch.setattr(news, "EVERY", 0.0)
     plan, output = save_family(tmp_path), tmp_path / "merged"
     document, preview = json.loads(plan.read_text()), skillmerge.plan(tmp_path / "recipe.yaml")
     made = Header(saved.read(plan).digests()[0], conditions(document["versions"], "sampled", False))

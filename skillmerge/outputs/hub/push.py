@@ -15,6 +15,7 @@ from skillmerge.checkpoints.place import on_hub
 from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import UsageError
+from skillmerge.outputs.attempts import Attempt
 from skillmerge.outputs.hub.card import CARD_FILE, license_of, read_metadata, write_card
 from skillmerge.outputs.hub.commit import ForgottenUploads, HubCommit, obstacles
 from skillmerge.outputs.hub.published import Published, check_repository
@@ -229,13 +230,16 @@ class MergePush:
     With `remove`, each shard is deleted once it is uploaded, and `room` limits the disk to two shards.
     """
 
-    def __init__(self, plan: Plan, repository: str | None, remove: bool, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, plan: Plan, repository: str | None, remove: bool, options: Mapping[str, Any], *, commits: bool = True
+    ) -> None:
+        """commits: whether this run makes the commit too; a task only sends its shards ahead."""
         output = plan.recipe.output
         self._push = _settings(output.push, repository, options)
         check_repository(self._push.repository)
         self._plan, self._remove, self._license = plan, remove, output.license
         self._card = read_card(output.card)
-        if self._card is None or not read_metadata(self._card)[1].get("license"):
+        if commits and (self._card is None or not read_metadata(self._card)[1].get("license")):
             license_of(plan.inputs, output.license)
         self._connected: HubCommit | None = None
         self._crew = Crew(_SHARDS_ON_DISK)
@@ -243,7 +247,7 @@ class MergePush:
         self._leaving = threading.Lock()
         self._failed = False
         self.room = _Room(_SHARDS_ON_DISK) if remove else None
-        self._staging: Staging | None = None
+        self._staging: Staging | Attempt | None = None
         self._on_the_hub = _hub_files(plan.inputs)
 
     @property
@@ -269,7 +273,7 @@ class MergePush:
         sides = sum(file.size for file in self._plan.side_files)
         return min(output, sides + _SHARDS_ON_DISK * max((shard.size for shard in self._plan.shards), default=0))
 
-    def attach(self, staging: Staging) -> None:
+    def attach(self, staging: Staging | Attempt) -> None:
         """Start with the shards of an earlier run, uploaded or not."""
         self._staging = staging
         _ = self._commit
@@ -312,7 +316,7 @@ class MergePush:
         with self._leaving:
             if self._remove and not done.uploaded and not self._failed:
                 self._staging.record(replace(done, uploaded=True))  # or unnecessary: the Hub has it
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def _check(self, path: Path) -> None:
         """Check a shard's header with the safetensors library before the upload. Raises CheckFailed."""
@@ -336,6 +340,6 @@ class MergePush:
         try:
             return send(self._commit, output, text, signature_beside(output))
         except ForgottenUploads:
-            if self._remove and self._staging is not None:
+            if self._remove and isinstance(self._staging, Staging):
                 self._staging.discard()
             raise

@@ -11,8 +11,9 @@ from pathlib import Path
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job
 from skillmerge.errors import TemporaryError, some
-from skillmerge.outputs.attempts import Making, being_made, conditions_of, owner_of, staging_folder
+from skillmerge.outputs.attempts import ATTEMPTS, conditions_of, owner_of, staging_folder
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
+from skillmerge.outputs.tasks.news import Making, being_made
 from skillmerge.plans.budget import budget
 from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.reporter import Reporter
@@ -119,7 +120,7 @@ class _Progress:
         self._news: dict[str, tuple[object, float]] = {}
 
     def text(self, staging: Staging, missing: Mapping[str, int]) -> str:
-        making = [it for shard, it in being_made(staging.folder).items() if shard in missing]
+        making = [it for shard, it in being_made(staging.folder / ATTEMPTS).items() if shard in missing]
         living = [it for it in making if self._lives(it)]
         total, now = sum(self._sizes.values()), time.monotonic()
         left = sum(missing.values()) - sum(min(it.written, missing[it.shard]) for it in living)
