@@ -32,9 +32,9 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def plan(hub: HubServer, tmp_path: Path) -> Path:
-    """Of a family on the Hub."""
+    """Of a family on the Hub. Its license is that of the models' cards, which no task reads."""
     local = write_family(tmp_path / "family", shards=SHARDS, config={"model_type": "odd"})
-    return save(write_recipe(tmp_path, models=put_on_the_hub(hub, local), output={"path": "merged", "license": "mit"}))
+    return save(write_recipe(tmp_path, models=put_on_the_hub(hub, local)))
 
 
 def send(plan: Path, tasks: int = 2, **options: Any) -> list[str]:
@@ -202,7 +202,7 @@ def test_gates_that_no_finish_could_measure_are_refused_by_tasks(tmp_path: Path)
     plan = save(write_recipe(tmp_path, gates=gates))
     with pytest.raises(UsageError, match="the gate `loads` needs the model's files"):
         skillmerge.shard(plan, index=0, of=2, **AHEAD)
-    with pytest.raises(UsageError, match="the gate `norm_ratio` needs statistics"):
+    with pytest.raises(UsageError, match="needs statistics"):
         skillmerge.shard(plan, index=0, of=2, stats="off")
     assert not staging_of(tmp_path / "merged").exists()
 
@@ -218,7 +218,7 @@ def test_without_a_right_to_write_nothing_is_computed(
 def test_the_whole_job_asks_the_hub_for_little(hub: HubServer, tmp_path: Path) -> None:
     """Beyond the weights two requests for each shard of each model: a header for the plan and one for `finish`, and to
     announce an upload. A task asks once where a file is stored, to read its weights. The rest does not grow."""
-    local = put_family(hub, tmp_path / "local", shards=8)
+    local = put_family(hub, tmp_path / "local", shards=6)
     files = sorted(path.name for path in (local.parent / "rl").glob("model-*"))
     models = {model: f"hf://acme/{model}" for model in MODELS}
     recipe = write_recipe(tmp_path, models=models, output={"path": "merged", "license": "mit"})

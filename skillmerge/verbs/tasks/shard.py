@@ -223,8 +223,8 @@ class Task:
                     finally:
                         made.update(attempt.finished)
             except OutputLocked:
-                # The run that finishes the output waits for no task whose shards others have made. By then a file may be
-                # another task's than its record says: their bytes are the same.
+                # The run that finishes the output waits for no task whose shards others have made. By then a file may
+                # be another task's than its record says: their bytes are the same.
                 records = Records(staging_folder(target), header)
                 unknown = any(records.read(file) is None for file in missing)
                 if unknown and self._missing(target, header, missing):
