@@ -45,11 +45,7 @@ def verify(
     if shard is not None:
         if runtimes or signature or public_key is not None or certificate_chain or parent is not None:
             raise UsageError("`shard` reads a part of the bytes, and checks nothing else", fix="check the rest without")
-        index, of = shard
-        check_words(index=index, of=of)
-        if index >= of:
-            fix = f"use 0/{of} to {of - 1}/{of}"
-            raise UsageError(f"there is no part {index} of {of}: parts count from 0", fix=fix)
+        _check_part(*shard)
         return verify_files(folder, allow_nonfinite=allow_nonfinite, shard=shard, reporter=reporter)
     if runtimes:
         need(runtimes)
@@ -71,6 +67,14 @@ def verify(
     if parent is None:
         return verdict
     return replace(verdict, parent=check_parent(folder, parent, follow_links=follow_links))
+
+
+def _check_part(index: int, of: int) -> None:
+    """Raise UsageError for numbers that are no part."""
+    check_words(index=index, of=of)
+    if index >= of:
+        fix = f"use 0/{of} to {of - 1}/{of}"
+        raise UsageError(f"there is no part {index} of {of}: parts count from 0", fix=fix)
 
 
 def verify_signed(
