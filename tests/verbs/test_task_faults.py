@@ -89,6 +89,28 @@ def test_a_task_that_begins_after_the_end_leaves_nothing(tmp_path: Path, monkeyp
     skillmerge.verify(output)
 
 
+def test_a_task_that_finish_leaves_out_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shard has a record. That a third task has put the same bytes there once more, and was left out before it
+    could record that, is no reason to make it again."""
+    plan, output = save_family(tmp_path), tmp_path / "merged"
+    record, once = Attempt.record, []
+
+    def overtaken(self: Attempt, done: Any) -> None:
+        if not once:
+            once.append(True)
+            run_tasks(plan, output)
+            for path in (staging_of(output) / "files").iterdir():
+                os.utime(path, ns=(1, 1))
+            with closing(Staging(output)) as staging:
+                staging.leave_tasks_out()
+        record(self, done)
+
+    monkeypatch.setattr(Attempt, "record", overtaken)
+    assert skillmerge.shard(plan, index=0, of=1).made == ()
+    skillmerge.finish(plan)
+    skillmerge.verify(output)
+
+
 def test_two_late_tasks_leave_nothing(tmp_path: Path) -> None:
     plan, output = save_family(tmp_path), tmp_path / "merged"
     run_tasks(plan, output)
