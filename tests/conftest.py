@@ -477,8 +477,8 @@ def edit() -> Callable[..., Path]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--runtimes", action="store_true", help="load outputs in the other runtimes (`make runtimes`)")
-    parser.addoption("--long", action="store_true", help="the torture room in its long form")
+    for name, what in (("runtimes", "load outputs there"), ("slurm", "run a real one"), ("long", "torture at length")):
+        parser.addoption(f"--{name}", action="store_true", help=what)
 
 
 @pytest.fixture

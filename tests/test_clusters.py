@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,16 @@ import pytest
 from action_runner import load_yaml
 from command_server import Commands
 from conftest import write_family
-from test_pipelines import _program
+from hub_server import HubServer
+from test_pipelines import _plain, _program
 
 import skillmerge
 from skillmerge import errors
 from skillmerge.cli.main import cli
 
-TEXT = (Path(__file__).parent.parent / "docs" / "clusters.md").read_text()
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "docs" / "clusters.md").read_text()
+RESULTS = (ROOT / "benchmarks" / "RESULTS.md").read_text()
 EXAMPLES = re.findall(r"^```(?:yaml|python|bash)\n(.*?)^```$", TEXT, re.M | re.S)
 NEVER = [1, 2, 3, 4, 7]
 """Exit statuses of what would fail again."""
@@ -127,6 +134,124 @@ def test_slurm_scripts_make_an_output(commands: Commands, tmp_path: Path) -> Non
     assert ended.returncode == 0
     assert (tmp_path / "merged.result.json").exists()
     skillmerge.verify(tmp_path / "merged")
+
+
+def test_argo_workflow_has_only_fields_that_argo_knows() -> None:
+    models = pytest.importorskip("hera.workflows.models")
+    workflow = load_yaml(example("merge-argo.yaml"))
+    read = models.Workflow.model_validate(workflow)
+    assert _plain(json.loads(read.model_dump_json(by_alias=True, exclude_unset=True))) == _plain(workflow)
+    main, skillmerge_ = workflow["spec"]["templates"]
+    assert {step["template"] for group in main["steps"] for step in group} == {skillmerge_["name"]}
+    retried = set(map(int, re.findall(r"\d+", skillmerge_["retryStrategy"]["expression"])))
+    assert 75 in retried
+    assert not retried & set(NEVER)
+
+
+def test_argo_workflow_makes_an_output(commands: Commands, tmp_path: Path) -> None:
+    """Its steps in their order, each with what Argo would put into its command."""
+    main = load_yaml(example("merge-argo.yaml"))["spec"]["templates"][0]
+    write_family(tmp_path, shards=2)
+    for group in main["steps"]:
+        (step,) = group
+        command = step["arguments"]["parameters"][0]["value"].replace("/models", str(tmp_path))
+        count = int(step.get("withSequence", {}).get("count", 1))
+        assert (f"--of {count}" in command) == ("{{item}}" in command) == (count > 1)
+        for item in {0, 1, count - 1} if count > 1 else {0}:
+            environment = {**os.environ, "PATH": f"{commands.folder}:{os.environ['PATH']}"}
+            subprocess.run(["sh", "-c", command.replace("{{item}}", str(item))], env=environment, check=True)
+    skillmerge.verify(tmp_path / "merged")
+
+
+def test_submitit_makes_an_output(tmp_path: Path) -> None:
+    """As processes of this machine, with its own executor. A script, because its function is pickled."""
+    pytest.importorskip("submitit")
+    write_family(tmp_path, shards=2)
+    text = example("merge_submitit.py").replace("/shared", str(tmp_path)).replace(", 64", ", 2")
+    (tmp_path / "merge_submitit.py").write_text(text)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "merge_submitit.py"], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "2 shards made\n"
+    skillmerge.verify(tmp_path / "merged")
+
+
+def test_submitit_script_is_a_module_with_names_that_exist() -> None:
+    tree = ast.parse(example("merge_submitit.py"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    for call in calls:
+        assert isinstance(call.func, ast.Attribute)
+        if isinstance(call.func.value, ast.Name) and call.func.value.id == "skillmerge":
+            known = inspect.signature(getattr(skillmerge, call.func.attr)).parameters
+            assert {str(word.arg) for word in call.keywords} <= set(known)
+
+
+def test_verification_in_tasks_reads_everything_once(commands: Commands, tmp_path: Path) -> None:
+    output = skillmerge.apply(write_family(tmp_path, shards=3)).output
+    script, read = example("merge-verify.sbatch").replace("/shared", str(tmp_path)), 0
+    for task in range(2):
+        array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
+        environment = {**os.environ, **array, "PATH": f"{commands.folder}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"part {task} of 2" in done.stdout
+        read += int(re.search(r"part \d of 2, (\d+) of", done.stdout)[1])  # type: ignore[index]
+    assert read == len(skillmerge.verify(output).output.manifest.files)
+    minimum = min(line.partition("=")[2] for line in script.splitlines() if "--array" in line)
+    assert minimum.startswith("0-"), "parts count from 0"
+
+
+def test_script_to_the_hub_leaves_nothing_here(commands: Commands, hub: HubServer, licensed: Path) -> None:
+    folder = licensed.parent
+    document = json.loads(licensed.read_text())
+    (folder / "recipe.yaml").write_text(json.dumps(document))
+    script = example("merge-to-hub.sh").replace("/shared", str(folder)).replace("your-org", "acme")
+    environment = {**os.environ, **hub.variables(), "PATH": f"{commands.folder}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert any(name.endswith(".safetensors") for name in hub.tree("acme/merged"))
+    assert not list(folder.glob("merged*"))
+
+
+def test_time_and_cost_are_what_the_arithmetic_says() -> None:
+    """Each row of the table, by the page's own program with the row's numbers."""
+    program = example("cost.py")
+    table = TEXT.partition("## Time and cost")[2].partition("| --- |")[2].partition("\n\n")[0].splitlines()[1:]
+    assert len(table) == 6
+    for line in table:
+        parameters, tasks, link, storage, *wanted = [cell.strip() for cell in line.strip("|").split("|")]
+        number, word = parameters.split()
+        given = {
+            "parameters": float(number) * {"billion": 1e9, "trillion": 1e12}[word],
+            "tasks, cores": (int(tasks), 8),
+            "link": float(link.split()[0]) / 8,
+            "storage": float(storage.split()[0]),
+        }
+        text = program
+        for name, value in given.items():
+            text = re.sub(rf"^{name} = [^#\n]*", f"{name} = {value}  ", text, flags=re.M)
+        said: list[str] = []
+        exec(compile(text, "cost.py", "exec"), {"print": said.append})
+        moved, seconds, price = re.fullmatch(r"([\d.]+ TB), (\d+) s, ([\d.]+)", said[0]).groups()  # type: ignore[union-attr]
+        assert wanted == [moved, _duration(int(seconds)), price], (line, said)
+
+
+def _duration(seconds: int) -> str:
+    if seconds < 100:
+        return f"{seconds} s"
+    minutes = seconds / 60
+    return f"{minutes:.2g} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
+
+
+def test_measured_figures_of_the_page_are_those_of_the_benchmark() -> None:
+    row = re.search(r"^\| skillmerge \| [\d.]+ [^|]*\| ([\d.]+) [^|]*\| (\d+)", RESULTS, re.M)
+    assert row is not None
+    assert f"{float(row[1]):.1f} seconds without 1.1" in TEXT
+    assert abs((float(row[1]) - 1.1) / 3.1 - 1.6) < 0.05
+    assert abs(int(row[2]) - 290) < 10
 
 
 def test_the_order_of_sources_is_that_of_the_page() -> None:

@@ -12,7 +12,7 @@ from conftest import run_process
 
 HERE = Path(__file__).parent
 LINES, INTERPRETERS = 500, 45
-OTHERS = {"evidence", "golden", "hostile", "runtimes", "torture"}
+OTHERS = {"evidence", "golden", "hostile", "runtimes", "slurm", "torture"}
 """Folders of tests that go through all rooms, and of those of the experiments."""
 
 

@@ -49,6 +49,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "buckets.at_hand buckets.prefix manifest",
         "staging",
         "attempts",
+        "tasks.news",
         "canonical hub.published journal shard_file",
     ),
     "engine": (

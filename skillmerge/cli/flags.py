@@ -70,6 +70,19 @@ class Share(click.ParamType):  # type: ignore[type-arg]
         return share
 
 
+class Part(click.ParamType):  # type: ignore[type-arg]
+    """One of several parts, counted from 0: 0/64, as two numbers."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        first, _, last = str(value).partition("/")
+        numbers = [int(text) for text in (first, last) if text.isascii() and text.isdecimal() and len(text) <= 18]
+        if len(numbers) != 2 or not numbers[0] < numbers[1]:
+            self.fail(f"`{value}` is not a part; write it like 0/64, where parts count from 0 to 63", param, ctx)
+        return numbers[0], numbers[1]
+
+
 class Runtime(click.ParamType):  # type: ignore[type-arg]
     """A runtime that loads models; `yes` means transformers, `no` means none."""
 
@@ -159,6 +172,7 @@ new_output = option(
 overwrite = option("--overwrite", group=OUTPUT, is_flag=True, help="Replace an existing output")
 keep_failed = option("--keep-failed", group=OUTPUT, is_flag=True, help="Keep an output that fails a gate")
 push = option("--push", group=PUBLISH, metavar="ORG/NAME", help="Publish on the Hub  [default: the recipe's]")
+no_local = option("--no-local", group=PUBLISH, is_flag=True, help="Upload shards as they finish; keep no copy")
 private = option(
     "--private/--public", group=PUBLISH, default=None,
     help="Visibility of a new repository  [default: your account's, usually public]",

@@ -59,10 +59,14 @@ class TensorStatistics:
     @property
     def whole(self) -> dict[str, float] | None:
         """Its figures for all of the tensor, which a sample stands for; None if a sum is not a number."""
-        by, figures = self.total / self.elements, self.as_dict()
-        if None in figures.values():
+        by, uu, du, dd, tt = self.total / self.elements, self.uu, self.du, self.dd, self.tt
+        if uu is None or du is None or dd is None or tt is None:
             return None
-        return {key: value if key == "total" else value * by for key, value in figures.items()}
+        return {
+            "total": self.total, "elements": self.elements * by, "updated": self.updated * by,
+            "vanished": self.vanished * by, "changed": self.changed * by,
+            "uu": uu * by, "du": du * by, "dd": dd * by, "tt": tt * by,
+        }  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         # Spelled out, because large models have tens of thousands of tensors.

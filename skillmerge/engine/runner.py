@@ -56,6 +56,8 @@ _WORDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "stats": (_choice("full|sampled|off"), "full, sampled or off"),
     "hub": (_choice("stream|download"), "stream or download"),
     "threads": (_whole(1, 256), "a number from 1 to 256"),
+    "index": (_whole(0), "a number from 0"),
+    "of": (_whole(1), "a number from 1"),
     "memory_limit": (_whole(1), "bytes, more than 0"),
     "seed": (_whole(0), "a number from 0"),
     "spectral": (_whole(1, 64), "a number from 1 to 64"),
@@ -67,7 +69,7 @@ _WORDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Allowed values of arguments that several functions share, or that the command line also checks."""
 
-_OPTIONAL = ("threads", "memory_limit", "spectral", "keep")
+_OPTIONAL = ("threads", "memory_limit", "spectral", "keep", "index", "of")
 """May be None."""
 
 

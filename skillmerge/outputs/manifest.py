@@ -303,11 +303,21 @@ def _tensors(
 
 def seal(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> Manifest:
     """Return the manifest, with its environment and its digest."""
+    return sealed(body, environment, run_log)[0]
+
+
+def sealed(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> tuple[Manifest, bytes]:
+    """Return the manifest, with its environment and its digest, and the bytes of its file: those of `to_bytes`, but of
+    large models that takes as long as the digest, which needs the same pieces."""
     log = LogFile(RUN_LOG_FILE, hashlib.sha256(run_log).hexdigest())
     made_in = Environment(**environment, run_log=log)
     document = {**body.as_dict(), "environment": made_in.as_dict()}
     content = {part.name: getattr(body, part.name) for part in fields(ManifestBody)}
-    return Manifest(**content, environment=made_in, digest=digest_of(pieces_of(document)))
+    pieces = pieces_of(document)
+    digest = digest_of(pieces)
+    return Manifest(**content, environment=made_in, digest=digest), lines_of(
+        {**pieces, **pieces_of({"digest": digest})}
+    )
 
 
 def resealed(proof: Manifest, run_log: bytes) -> Manifest:

@@ -89,7 +89,8 @@ def _rounding(body: ManifestBody) -> Iterator[Remark]:
     """Yield a warning about the layer and kind of module whose effective lambda is furthest off; if there is none,
     about the kind of module in all layers, whose small tensors may only together be significant."""
     rows = rows_of(body.tensors)
-    for found, what in ((cells(rows), "cells"), (kinds(rows), "kinds of module")):
+    for cells_of, what in ((cells, "cells"), (kinds, "kinds of module")):
+        found = cells_of(rows)
         if (far := worst(found)) is None:
             continue
         off, measured = sum(cell.is_off for cell in found), sum(cell.is_measured for cell in found)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from skillmerge.checkpoints.place import Bucket
 from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.engine.destination import ShardRecord
+from skillmerge.outputs.attempts import Attempt
 from skillmerge.outputs.manifest import Manifest
 from skillmerge.outputs.output import Output
 from skillmerge.outputs.staging import Staging
@@ -65,7 +66,7 @@ class Sender(ABC):
         self._leaving = threading.Lock()
         self._failed = False
         self.room = _Room(_SHARDS_ON_DISK) if remove else None
-        self._staging: Staging | None = None
+        self._staging: Staging | Attempt | None = None
 
     @property
     @abstractmethod
@@ -77,7 +78,7 @@ class Sender(ABC):
         """Return this plan's output and its manifest, if the destination has it. conditions: those of the run."""
 
     @abstractmethod
-    def _begin(self, staging: Staging) -> None:
+    def _begin(self, staging: Staging | Attempt) -> None:
         """Prepare for sending; may add what an earlier run has sent to the finished shards."""
 
     @abstractmethod
@@ -95,7 +96,7 @@ class Sender(ABC):
         sides = sum(file.size for file in self._plan.side_files)
         return min(output, sides + _SHARDS_ON_DISK * max((shard.size for shard in self._plan.shards), default=0))
 
-    def attach(self, staging: Staging) -> None:
+    def attach(self, staging: Staging | Attempt) -> None:
         """Start with the shards of an earlier run, sent or not."""
         self._staging = staging
         self._begin(staging)
@@ -130,7 +131,7 @@ class Sender(ABC):
         with self._leaving:
             if self._remove and not done.uploaded and not self._failed:
                 self._staging.record(replace(done, uploaded=True))  # or unnecessary: it is there
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def _check(self, path: Path) -> None:
         """Check a shard's header with the safetensors library before it is sent. Raises CheckFailed."""

@@ -43,6 +43,7 @@ from skillmerge.outputs.attempts import (
     Recorded,
     Records,
     conditions_of,
+    refuse_others,
     refuse_strangers,
     staging_folder,
 )
@@ -166,19 +167,32 @@ class Staging:
     def begin_beside_tasks(self, weights_digest: str, conditions: dict[str, Any], reread: bool) -> str | None:
         """Take what tasks of the plan have made so far, and leave them at their work.
 
-        reread: believe no record without reading its file. Where no tasks of the plan are at work this is `begin`.
+        reread: believe no record without reading its file. Where there are no tasks this is `begin`. Raises UsageError
+        if the folder belongs to another plan: who makes no shards drops none.
         """
         header = Header(weights_digest, conditions)
         self.tasks = Records(self.folder, header)
-        if conditions_of(self.folder) != header:
-            return self.begin(weights_digest, conditions)
         self._claim.check()
+        refuse_others(self.folder, header)
         with disk_errors(self.folder):
             recorded = self._recorded_by_tasks(header)
+            if conditions_of(self.folder) is None:
+                self._refuse_unknown(recorded)
+                return self.begin(weights_digest, conditions)
             self._load(header, self._journal.read(), recorded, {} if reread else recorded)
             self.files.mkdir(exist_ok=True)
-            self._journal.start([header, *self.finished.values()])
+            # The records are there as long as the journal: no need to write down what they say.
+            self._journal.start([header, *(done for file, done in self.finished.items() if file not in recorded)])
         return None
+
+    def _refuse_unknown(self, recorded: Mapping[str, Recorded]) -> None:
+        """Raise UsageError for records of tasks, none of which is known to be of this plan."""
+        assert self.tasks is not None
+        if not recorded and self.tasks.listed():
+            raise UsageError(
+                f"{self.folder} holds shards of tasks, and it cannot be seen of which plan and options",
+                fix="run one of their tasks again, then the same command; or remove the folder",
+            )
 
     def leave_tasks_out(self) -> None:
         """Remove what tasks still make, so that no file changes any more."""
@@ -198,7 +212,7 @@ class Staging:
 
     def _recorded_by_tasks(self, header: Header) -> dict[str, Recorded]:
         """Return the tasks' records of this plan, by shard."""
-        records = Records(self.folder, header)
+        records = self.tasks or Records(self.folder, header)
         return {found.record.file: found for shard in records.listed() if (found := records.read(shard)) is not None}
 
     def _load(

@@ -10,10 +10,12 @@ import errno
 import hashlib
 import os
 import stat
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from skillmerge.errors import CheckFailed, InputError, ResourceError, StalePlan,
 from skillmerge.outputs.buckets.at_hand import PIECE, Content, plainly
 from skillmerge.outputs.manifest import File, Manifest, ManifestBody, Tensor
 from skillmerge.outputs.output import Output
+from skillmerge.plans.tasks.division import share_of
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.tensors import BLOCK, DTYPES, StoredTensor, TensorSpec
 from skillmerge.threads import hash_file, in_threads
@@ -43,17 +46,31 @@ Contents = Callable[[Path], Content]
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """One of `of` parts of an output's files, by bytes as equal as files are; index counts from 0."""
+
+    index: int
+    of: int
+    files: int
+    bytes: int
+
+    def as_dict(self) -> dict[str, int]:
+        return {"index": self.index, "of": self.of, "files": self.files, "bytes": self.bytes}
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """The result of `verify` for an output that passed: counts, and the requested extra checks.
 
     load: the report of loading. parent: for a skill, which model of its expression the given one is. signature: its
-    path, how many files it covers, and the signer.
+    path, how many files it covers, and the signer. share: the part whose bytes were read, if not all.
     """
 
     output: Output
     load: Mapping[str, Any] | None = None
     parent: str | None = None
     signature: Mapping[str, Any] | None = None
+    share: Share | None = None
 
     __repr__ = brief
     _repr_html_ = drawn
@@ -67,6 +84,7 @@ class Verdict:
             "load": self.load,
             "parent": self.parent,
             "signature": self.signature,
+            **({"share": self.share.as_dict()} if self.share is not None else {}),
         }
 
     @property
@@ -90,12 +108,14 @@ def verify_files(
     folder: str | os.PathLike[str],
     *,
     allow_nonfinite: bool = False,
+    shard: tuple[int, int] | None = None,
     reporter: Reporter | None = None,
     contents: Contents = plainly,
 ) -> Verdict:
-    """Check every file of an output. contents: how to open a file that is read whole.
+    """Check every file of an output. Raises CheckFailed with the first difference, UsageError if there is no folder.
 
-    Raises CheckFailed with the first difference, UsageError if there is no folder.
+    shard: (I, N) to read only part I of N of the files, counted from 0; all of them must be there. contents: how to
+    open a file that is read whole.
     """
     reporter = reporter or default_reporter("verifying")
     with checked(reporter, "manifest"):
@@ -103,9 +123,16 @@ def verify_files(
     root, proof = output.folder, output.manifest
     with checked(reporter, "files, index and headers"):
         check_structure(root, proof)
-    with checked(reporter, "digests and values"), _reading(root), reporter.bar(proof.size, "verifying") as progress:
-        _check_contents(root, proof, allow_nonfinite, progress, contents)
-    return Verdict(output)
+    files, share = proof.files, None
+    if shard is not None:
+        sizes = {file.name: file.size for file in proof.files}
+        mine = share_of(sizes, *shard)
+        files = tuple(file for file in proof.files if file.name in mine)
+        share = Share(*shard, len(files), sum(file.size for file in files))
+    size = share.bytes if share is not None else proof.size
+    with checked(reporter, "digests and values"), _reading(root), reporter.bar(size, "verifying") as progress:
+        _check_contents(root, files, allow_nonfinite, progress, contents)
+    return Verdict(output, share=share)
 
 
 def check_structure(root: Path, proof: Manifest) -> None:
@@ -233,9 +260,11 @@ def _opened_by_library(path: Path) -> Iterator[Any]:
     header and zeros after it. Raises SafetensorError, OSError, RuntimeError."""
     from safetensors import SafetensorError, safe_open
 
+    # Only names, shapes and dtypes are asked for, which needs no torch: to import it takes a second.
+    framework = "pt" if "torch" in sys.modules or find_spec("numpy") is None else "np"
     with ExitStack() as stack:
         try:
-            reader = stack.enter_context(safe_open(path, framework="pt"))
+            reader = stack.enter_context(safe_open(path, framework=framework))
         except (SafetensorError, OSError, RuntimeError) as error:  # the last is torch's
             if os.strerror(errno.ENODEV) not in str(error) or not hasattr(os, "memfd_create"):
                 raise
@@ -245,24 +274,24 @@ def _opened_by_library(path: Path) -> Iterator[Any]:
             stand_in = stack.enter_context(open(os.memfd_create(path.name), "wb"))
             stand_in.write(head)
             stand_in.truncate(path.stat().st_size)
-            reader = stack.enter_context(safe_open(f"/proc/self/fd/{stand_in.fileno()}", framework="pt"))
+            reader = stack.enter_context(safe_open(f"/proc/self/fd/{stand_in.fileno()}", framework=framework))
         yield reader
 
 
 def check_values(root: Path, proof: ManifestBody) -> None:
     """Digest every file and look for NaN and Inf on the way. Raises CheckFailed."""
     with _reading(root):
-        _check_contents(root, proof, False)
+        _check_contents(root, proof.files, False)
 
 
 def _check_contents(
     root: Path,
-    proof: ManifestBody,
+    files: Sequence[File],
     allow_nonfinite: bool,
     progress: Callable[[int], None] = lambda done: None,
     contents: Contents = plainly,
 ) -> None:
-    """Digest every file and look for NaN and Inf on the way. progress: takes how many bytes are finished."""
+    """Digest files and look for NaN and Inf on the way. progress: takes how many bytes are finished."""
     done, lock = 0, threading.Lock()
 
     def moved(count: int) -> None:
@@ -281,7 +310,7 @@ def _check_contents(
         if digest != file.sha256:
             raise CheckFailed(f"{path}: its bytes are not those that were written (sha256 differs)")
 
-    for _ in in_threads(check, proof.files):
+    for _ in in_threads(check, files):
         pass
 
 

@@ -43,7 +43,9 @@ class SavedPlan:
 
         The whole plan counts, not only its digest: what was reviewed is what is applied.
         """
-        now = json.loads(json.dumps(describe(plan)))
+        now = describe(plan)
+        tensors = now.pop("tensors")  # plain data already, and of a large model nearly all of it
+        now = {**json.loads(json.dumps(now)), "tensors": tensors}
         if all(self.document.get(key) == value for key, value in now.items() if key not in _REMARKS):
             return
         raise self.stale(self.changes(now) or [_EDITED])

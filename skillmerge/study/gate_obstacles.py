@@ -30,20 +30,32 @@ def prepare(gates: Sequence[Gate], stats: str, left: tuple[str, str] | None, pla
         raise error
 
 
+def refuse_options(gates: Sequence[Gate], stats: str, no_local: bool) -> None:
+    """Raise UsageError for gates that these options exclude: as tasks do, which run none and see a part of the plan."""
+    for gate in gates:
+        for error in _excluded(gate, stats, NO_LOCAL if no_local else None):
+            raise error
+
+
 def obstacles(gates: Sequence[Gate], stats: str, left: tuple[str, str] | None, plan: Plan) -> Iterator[UsageError]:
     """Yield why gates could not be measured: RecipeError for what the recipe names, else for this machine or run.
     left: NO_LOCAL or IN_A_BUCKET, for a merge whose files leave this machine."""
     for gate in gates:
         yield from _mistakes(gate, plan)
-        if stats == "off" and gate.kind in GATE_FIGURES:
-            yield UsageError(f"the gate `{gate.kind}` needs statistics", fix="pass `--stats sampled` or `--stats full`")
         if gate.kind in _RUNS_A_MODEL:
             try:
                 need([gate.name or "transformers"], f"the gate `{label(gate)}`")
             except UsageError as error:
                 yield error
-        if left is not None and gate.kind not in (*GATE_FIGURES, "cosine_z"):
-            yield UsageError(f"the gate `{gate.kind}` needs the model's files, and {left[0]}", fix=left[1])
+        yield from _excluded(gate, stats, left)
+
+
+def _excluded(gate: Gate, stats: str, left: tuple[str, str] | None) -> Iterator[UsageError]:
+    """Yield why a gate cannot be measured with these options."""
+    if stats == "off" and gate.kind in GATE_FIGURES:
+        yield UsageError(f"the gate `{gate.kind}` needs statistics", fix="pass `--stats sampled` or `--stats full`")
+    if left is not None and gate.kind not in (*GATE_FIGURES, "cosine_z"):
+        yield UsageError(f"the gate `{gate.kind}` needs the model's files, and {left[0]}", fix=left[1])
 
 
 def _mistakes(gate: Gate, plan: Plan) -> Iterator[UsageError]:

@@ -32,6 +32,7 @@ from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.side_files import SideFile, fetch
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import RecipeSource
+from skillmerge.remarks import Remark
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.gate_obstacles import IN_A_BUCKET, NO_LOCAL, prepare
 from skillmerge.study.gates import GateFailed, GateInput, check
@@ -218,8 +219,8 @@ class _Merge:
         else:
             with nullcontext() if self.checks.allow_nonfinite else checked(self.reporter, "finite values"):
                 self._make_shards(runner)
-            body = self._describe(side_files)
-            outcomes = self._judge(body)
+            body, remarks = self._describe(side_files)
+            outcomes = self._judge(body, remarks)
             proof = self._prove(body, runner.device, outcomes)
         gates = RunLog.read(self.staging.files).gates
         if not self.publish.no_local:
@@ -242,9 +243,10 @@ class _Merge:
         self.reporter.event("published", **where, seconds=round(result.seconds, 3))
         return result
 
-    def _warn(self, body: ManifestBody, there: bool = False) -> None:
-        """Report warnings about the weights. there: of an existing output, whose gates are not run again."""
-        for remark in warnings_of(body):
+    def _warn(self, body: ManifestBody, there: bool = False, remarks: Sequence[Remark] | None = None) -> None:
+        """Report warnings about the weights. there: of an existing output, whose gates are not run again. remarks: the
+        warnings, where they are known."""
+        for remark in warnings_of(body) if remarks is None else remarks:
             self.reporter.warn(remark.message, remark.fix)
         if there and self.checks.strict and not (outcome := strict_outcome(body)).passed:
             fix = f"{self.staging.output} was made without `--strict`; check it, then remove it or leave `--strict` out"
@@ -316,8 +318,9 @@ class _Merge:
                 staging.discard()
             raise
 
-    def _describe(self, side_files: list[SideFile]) -> ManifestBody:
-        """Write the side files. Returns the part of the manifest that does not depend on where and when it was made."""
+    def _describe(self, side_files: list[SideFile]) -> tuple[ManifestBody, list[Remark]]:
+        """Write the side files. Returns the part of the manifest that does not depend on where and when it was made,
+        and the warnings about its weights."""
         plan, checkpoints, staging = self.job.plan, self.job.checkpoints, self.staging
         digests = input_digests(checkpoints) if self.checks.hash_inputs else {}
         with checked(self.reporter, "models unchanged since planning"):
@@ -331,12 +334,13 @@ class _Merge:
             staging.write_file(file.name, file.content or b"")
         body = manifest.build(plan, staging.finished, side_files, self.checks.stats, digests)
         body = settled(body, plan.recipe.accept)
-        body = replace(body, warnings=tuple(it.message for it in (*plan.warnings, *warnings_of(body))))
+        remarks = warnings_of(body)
+        body = replace(body, warnings=tuple(it.message for it in (*plan.warnings, *remarks)))
         if self.checks.expected is not None:
             comparison.compare(staging.output, self.checks.expected, body)
-        return body
+        return body, remarks
 
-    def _judge(self, body: ManifestBody) -> list[Outcome]:
+    def _judge(self, body: ManifestBody, remarks: Sequence[Remark]) -> list[Outcome]:
         """Run the recipe's gates and return their outcomes. Raises GateFailed, unless a failed output is to be kept."""
 
         def report(outcome: Outcome) -> None:
@@ -346,7 +350,7 @@ class _Merge:
         opened = (plan, self.job.checkpoints)
         patched = plan.donor in plan.recipe.patches
         given = GateInput(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter, patched=patched)
-        self._warn(body)
+        self._warn(body, remarks=remarks)
         outcomes = check(plan.recipe.gates, given, report)
         if self.checks.strict:
             outcomes.append(strict_outcome(body))
@@ -375,9 +379,9 @@ class _Merge:
         if self.push is not None and self.push.place is not None:
             folder = "."  # nothing leads from a bucket to a folder
         environment = {**_versions(), "device": device.split(": ")[0], "recipe_folder": folder, **self.conditions}
-        proof = manifest.seal(body, environment, run_log)
+        proof, content = manifest.sealed(body, environment, run_log)
         staging.write_file(manifest.RUN_LOG_FILE, run_log)
-        staging.write_file(MANIFEST_FILE, proof.to_bytes())
+        staging.write_file(MANIFEST_FILE, content)
         staging.drop_strangers(proof.file_names)
         if not passed:
             fix = f"the output is kept in {staging.files}; rerun to continue from there"

@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+from skillmerge.engine.runner import check_words
+from skillmerge.errors import UsageError
 from skillmerge.outputs.buckets.at_hand import at_hand
 from skillmerge.outputs.proof.sign import Signature, verify_signature
 from skillmerge.outputs.verify import SIGNATURE_FILE, Verdict, checked, verify_files
@@ -24,6 +26,7 @@ def verify(
     signature: _AnyPath | bool | None = None,
     public_key: _AnyPath | None = None,
     certificate_chain: Sequence[_AnyPath] = (),
+    shard: tuple[int, int] | None = None,
     allow_nonfinite: bool = False,
     follow_links: bool = False,
     reporter: Reporter | None = None,
@@ -34,10 +37,16 @@ def verify(
     `vllm`) select others, which must generate what transformers does. parent: for a skill, a model that it must have
     been extracted from. signature: True for the output's own `model.sig`, or another file. It must be made with the
     key of `public_key`, or with a certificate that leads to `certificate_chain`; either requires a signature.
+    shard: (I, N) to read only part I of N of the files, counted from 0, as one of N tasks; nothing else is checked
+    then than names, sizes and headers of all files, and the bytes of these.
     Raises CheckFailed with the first difference, UsageError if there is no folder or a package is missing,
     ResourceError if it cannot be loaded and the machine is at fault.
     """
     runtimes = asked_runtimes(load)
+    if shard is not None:
+        if runtimes or signature or public_key is not None or certificate_chain or parent is not None:
+            raise UsageError("`shard` reads a part of the bytes, and checks nothing else", fix="check the rest without")
+        _check_part(*shard)
     if runtimes:
         need(runtimes)
     reporter = reporter or default_reporter("verifying")
@@ -53,8 +62,10 @@ def verify(
             of = {"path": str(signed.path), "files": signed.files, "signer": signed.signer}
             verdict = replace(signed.verdict, signature=of)
         else:
-            verdict = verify_files(root, allow_nonfinite=allow_nonfinite, reporter=reporter, contents=found.open)
-            if (verdict.folder / SIGNATURE_FILE).is_file():
+            verdict = verify_files(
+                root, allow_nonfinite=allow_nonfinite, shard=shard, reporter=reporter, contents=found.open
+            )
+            if shard is None and (verdict.folder / SIGNATURE_FILE).is_file():
                 how = "`--public-key KEY`, or `--certificate-chain ROOT` if a certificate was used"
                 whose = found.place or verdict.folder
                 reporter.note(f"{whose} has a signature, which was not checked: to check it, pass {how}")
@@ -62,6 +73,14 @@ def verify(
         if parent is not None:
             verdict = replace(verdict, parent=check_parent(root, parent, follow_links=follow_links))
         return replace(verdict, output=replace(verdict.output, place=found.place))
+
+
+def _check_part(index: int, of: int) -> None:
+    """Raise UsageError for numbers that are no part."""
+    check_words(index=index, of=of)
+    if index >= of:
+        fix = f"use 0/{of} to {of - 1}/{of}"
+        raise UsageError(f"there is no part {index} of {of}: parts count from 0", fix=fix)
 
 
 def verify_signed(

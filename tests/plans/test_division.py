@@ -6,15 +6,23 @@ import random
 
 import pytest
 
-from skillmerge.plans.tasks.division import divide
+from skillmerge.plans.tasks.division import divide, share_of
 
 
 def test_largest_first_onto_the_least_loaded() -> None:
     sizes = {"a": 1, "b": 9, "c": 5, "d": 4, "e": 5}
     assert divide(sizes, 2) == [["b", "d"], ["c", "e", "a"]]
     assert divide(sizes, 1) == [["b", "c", "e", "d", "a"]]
-    assert divide(sizes, 7) == [["b"], ["c"], ["e"], ["d"], ["a"], [], []]
-    assert divide({}, 2) == [[], []]
+    assert divide(sizes, 7) == [["b"], ["c"], ["e"], ["d"], ["a"]]
+    assert divide({}, 2) == []
+
+
+def test_tasks_beyond_the_shards_have_nothing_and_cost_nothing() -> None:
+    sizes = {"a": 1, "b": 9}
+    many = 10**12
+    assert share_of(sizes, 0, many) == ("b",)
+    assert share_of(sizes, 1, many) == ("a",)
+    assert share_of(sizes, many - 1, many) == share_of({}, 0, 1) == ()
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 7, 64])

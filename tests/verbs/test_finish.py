@@ -29,6 +29,7 @@ from skillmerge.errors import (
 from skillmerge.outputs.attempts import Attempt
 from skillmerge.outputs.journal import Header
 from skillmerge.outputs.staging import Staging
+from skillmerge.outputs.tasks import news
 from skillmerge.plans import saved
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed
@@ -243,8 +244,35 @@ def test_it_says_what_is_slowest(tmp_path: Path) -> None:
         (folder / "task.json").write_text(json.dumps({"host": host, "shards": {shard: time.time() - since}}))
     preview = skillmerge.plan(tmp_path / "recipe.yaml")
     with closing(Staging(output)) as staging:
-        text = collect._Progress(preview, {LAST: 1}).text(staging, {LAST: 1})
-    assert text.endswith("slowest model-00004-of-00004 (n8, 20 s)"), text
+        text = collect._Progress(preview).text(staging, {LAST: 1})
+    assert text.endswith(", 1 task, slowest model-00004-of-00004 (n8, 20 s)"), text
+
+
+def test_bytes_of_shards_in_the_making_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task notes every few seconds how far it is; one that has fallen silent counts no more."""
+    monkeypatch.setattr(news, "EVERY", 0.0)
+    plan, output = save_family(tmp_path), tmp_path / "merged"
+    document, preview = json.loads(plan.read_text()), skillmerge.plan(tmp_path / "recipe.yaml")
+    made = Header(saved.read(plan).digests()[0], conditions(document["versions"], "sampled", False))
+    first, second = preview.shards[:2]
+    sizes = {shard.file: shard.size for shard in preview.shards}
+    with closing(Attempt(output, made)) as one, closing(Attempt(output, made)) as two:
+        file, other = one.open_shard(first), two.open_shard(second)
+        file.write(memoryview(bytes(1000)), 80)
+        progress = collect._Progress(preview)
+        with closing(Staging(output)) as staging:
+            text = progress.text(staging, sizes)
+            assert text.startswith("0/4 shards, 1.0 of 8."), text
+            assert "KB, 2 tasks, slowest model-00001" in text
+            other.write(memoryview(bytes(500)), 80)
+            text = progress.text(staging, sizes)
+            assert text.startswith("0/4 shards, 1.5 of 8."), text
+            assert "B/s, 2 tasks" in text
+            monkeypatch.setattr(collect, "_SILENCE", 0.0)
+            assert progress.text(staging, sizes).startswith("0/4 shards, 0 B of 8.")
+        file.finish()
+        one.record(ShardRecord(first.file, first.size, "", {}))
+        assert "written" not in json.loads(record_of(output, first.file).read_text())
 
 
 def test_a_failed_gate_exits_3_and_drops_the_shards(tmp_path: Path) -> None:

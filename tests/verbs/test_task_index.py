@@ -57,6 +57,9 @@ def test_the_place_is_found(
         (None, 64, slurm(3, 0, 3, 4), "4 tasks"),
         (None, None, {**slurm(3, 0, 3, 4), "SLURM_ARRAY_TASK_COUNT": "four"}, "not a number"),
         (None, None, {"JOB_COMPLETION_INDEX": "1", "SKILLMERGE_OF": "-2"}, "not a number"),
+        (None, None, {"JOB_COMPLETION_INDEX": "1", "SKILLMERGE_OF": "0"}, "the number of tasks is 0"),
+        (None, None, {**AWS, "AWS_BATCH_JOB_ARRAY_SIZE": "9" * 5000}, "not a number"),
+        (None, None, {"JOB_COMPLETION_INDEX": "", "SKILLMERGE_OF": "2"}, "JOB_COMPLETION_INDEX is ''"),
     ],
 )
 def test_a_place_that_is_not_clear_is_refused(

@@ -31,6 +31,10 @@ TASK = "Task"
 @flags.links
 @flags.nonfinite
 @flags.output
+@flags.push
+@flags.no_local
+@flags.private
+@flags.revision
 @flags.result_file
 @flags.events
 @flags.as_json
@@ -78,6 +82,7 @@ def shard(
 @flags.overwrite
 @flags.keep_failed
 @flags.push
+@flags.no_local
 @flags.private
 @flags.revision
 @flags.pull_request

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @option("--full", group=flags.OUTPUT, is_flag=True, help="Reread an existing output before reusing it")
 @flags.keep_failed
 @flags.push
-@option("--no-local", group=flags.PUBLISH, is_flag=True, help="Upload shards as they finish; keep no copy")
+@flags.no_local
 @flags.private
 @flags.revision
 @flags.pull_request

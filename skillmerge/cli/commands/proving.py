@@ -20,6 +20,10 @@ from skillmerge.errors import UsageError
     help="Also load and run it in transformers or vllm; repeatable",
 )  # fmt: skip
 @option("--parent", group="Checks", metavar="MODEL", help="Prove that a skill was extracted from this model")
+@option(
+    "--shard", group="Checks", type=flags.Part(), metavar="I/N",
+    help="Read only part I of N, counted from 0, as one of N tasks",
+)  # fmt: skip
 @flags.nonfinite
 @flags.links
 @option(

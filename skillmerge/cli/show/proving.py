@@ -30,13 +30,14 @@ def show_gates(outcomes: Sequence[Outcome], out: Console) -> None:
 
 
 def show_verdict(verdict: Verdict, out: Console) -> None:
-    out.print(
-        Text(
-            f"{verdict.output.shown}: verified: {verdict.files} files, {verdict.tensors} tensors, "
-            f"{format_bytes(verdict.bytes)}: digests, index, headers, shapes, dtypes, finite values"
-        ),
-        soft_wrap=True,
-    )
+    count, size, read = f"{verdict.files} files", format_bytes(verdict.bytes), "digests, "
+    if (share := verdict.share) is not None:
+        count = f"part {share.index} of {share.of}, {share.files} of {count}"
+        size, read = f"{format_bytes(share.bytes)} of {size}", "their digests and values; of all files "
+    what = f"{read}index, headers, shapes, dtypes"
+    what += "" if share is not None else ", finite values"
+    text = f"{verdict.output.shown}: verified: {count}, {verdict.tensors} tensors, {size}: {what}"
+    out.print(Text(text), soft_wrap=True)
     if verdict.load is not None:
         _show_load(verdict.load, out)
 

@@ -19,6 +19,7 @@ from skillmerge.durable import disk_errors
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import TemporaryError, UsageError, some
 from skillmerge.outputs import manifest
+from skillmerge.outputs.attempts import Attempt
 from skillmerge.outputs.buckets.prefix import Prefix
 from skillmerge.outputs.manifest import RUN_LOG_FILE, Manifest
 from skillmerge.outputs.output import Output
@@ -59,7 +60,8 @@ class BucketOutput(Sender):
         found = find_output(self._prefix, self._plan.digest, conditions)
         return (None, found) if found is not None else None
 
-    def _begin(self, staging: Staging) -> None:
+    def _begin(self, staging: Staging | Attempt) -> None:
+        assert isinstance(staging, Staging), "tasks of a bucket have staging folders of their own"
         assert staging.header is not None, "it has begun"
         plan = self._plan
         self._prefix.claim(staging.header, self._names)
@@ -77,7 +79,7 @@ class BucketOutput(Sender):
     def _deliver(self, path: Path, done: ShardRecord) -> None:
         if done.uploaded:
             return
-        assert self._staging is not None
+        assert isinstance(self._staging, Staging)
         assert self._staging.header is not None
         self._check(path)
         self._prefix.send(path, done, lambda: not self._failed)
@@ -109,7 +111,7 @@ class BucketOutput(Sender):
         self._prefix.drop_records()
 
     def _forgotten(self, lost: list[str]) -> TemporaryError:
-        if self._staging is not None:
+        if isinstance(self._staging, Staging):
             self._staging.discard()
         return TemporaryError(
             f"{self.place}: shards that were sent are not there any more: {some(sorted(lost))}",

@@ -11,6 +11,7 @@ from typing import Any
 from skillmerge.checkpoints.place import on_hub
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import UsageError
+from skillmerge.outputs.attempts import Attempt
 from skillmerge.outputs.buckets.at_hand import AtHand, at_hand
 from skillmerge.outputs.hub.card import CARD_FILE, license_of, read_metadata, write_card
 from skillmerge.outputs.hub.commit import ForgottenUploads, HubCommit, obstacles
@@ -211,14 +212,17 @@ def _hub_files(inputs: Iterable[Input | InputPlan]) -> dict[str | None, tuple[st
 class MergePush(Sender):
     """The push of a running merge: checked before the work, uploading during it, committed after it."""
 
-    def __init__(self, plan: Plan, repository: str | None, remove: bool, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, plan: Plan, repository: str | None, remove: bool, options: Mapping[str, Any], *, commits: bool = True
+    ) -> None:
+        """commits: whether this run makes the commit too; a task only sends its shards ahead."""
         super().__init__(plan, remove)
         output = plan.recipe.output
         self._push = _settings(output.push, repository, options)
         check_repository(self._push.repository)
         self._license = output.license
         self._card = read_card(output.card)
-        if self._card is None or not read_metadata(self._card)[1].get("license"):
+        if commits and (self._card is None or not read_metadata(self._card)[1].get("license")):
             license_of(plan.inputs, output.license)
         self._connected: HubCommit | None = None
         self._on_the_hub = _hub_files(plan.inputs)
@@ -239,7 +243,7 @@ class MergePush(Sender):
         title = _title(self._plan.recipe.document.data["merge"], self._plan.digest)
         return self._commit.find_plan(self._plan.digest, title)
 
-    def _begin(self, staging: Staging) -> None:
+    def _begin(self, staging: Staging | Attempt) -> None:
         _ = self._commit
 
     def _deliver(self, path: Path, done: ShardRecord) -> None:
@@ -261,6 +265,6 @@ class MergePush(Sender):
         try:
             return send(self._commit, output, text, signature_beside(output))
         except ForgottenUploads:
-            if self._remove and self._staging is not None:
+            if self._remove and isinstance(self._staging, Staging):
                 self._staging.discard()
             raise

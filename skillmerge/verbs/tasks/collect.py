@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Runner
 from skillmerge.errors import TemporaryError, some
-from skillmerge.outputs.attempts import being_made, conditions_of, owner_of, staging_folder
+from skillmerge.outputs.attempts import ATTEMPTS, conditions_of, owner_of, staging_folder
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
+from skillmerge.outputs.tasks.news import Making, being_made
 from skillmerge.plans.budget import budget
 from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.reporter import Reporter
@@ -24,6 +25,8 @@ PATIENCE = 3.0
 """Seconds until a record that is not seen is said to be missing: a network filesystem may show it late."""
 _LOOK = 0.5
 """Seconds between two looks at the records."""
+_SILENCE = 60.0
+"""Seconds without news of a shard until its task counts as gone, in what is shown."""
 
 
 class Tasks(Runner, Protocol):
@@ -66,7 +69,7 @@ class Collector:
         staging, plan = job.destination, job.plan
         assert isinstance(staging, Staging)
         missing, started = {shard.file: shard.size for shard in shards}, time.monotonic()
-        progress = _Progress(plan, missing)
+        progress = _Progress(plan)
         while True:
             for file in list(missing):
                 if (found := self._find(staging, file)) is not None:
@@ -80,7 +83,8 @@ class Collector:
                 self._reporter.waiting(progress.text(staging, missing))
             time.sleep(_LOOK)
         staging.leave_tasks_out()
-        self.device = _devices(staging, plan)
+        assert staging.tasks is not None
+        self.device = ", ".join(sorted({device for device in staging.tasks.devices.values() if device}))
         if plan.makes_skill and any(tensor.action == "same" for tensor in plan.tensors.values()):
             prove_same(job, self._reporter)
 
@@ -106,13 +110,6 @@ def missing_shards(plan: Plan, missing: Collection[str]) -> TemporaryError:
     )
 
 
-def _devices(staging: Staging, plan: Plan) -> str:
-    """Return where the shards were computed, as far as that was recorded."""
-    assert staging.tasks is not None
-    found = (staging.tasks.read(shard.file) for shard in plan.shards)
-    return ", ".join(sorted({it.device for it in found if it is not None and it.device}))
-
-
 def prove_same(job: Job, reporter: Reporter) -> None:
     """Prove what belongs to no shard of a skill, and so to no task: tensors that must be the same in all models."""
     from skillmerge.engine.device import choose_device
@@ -127,21 +124,36 @@ def prove_same(job: Job, reporter: Reporter) -> None:
 class _Progress:
     """How far tasks are, in a line."""
 
-    def __init__(self, plan: Plan, missing: Mapping[str, int]) -> None:
+    def __init__(self, plan: Plan) -> None:
         self._sizes = {shard.file: shard.size for shard in plan.shards}
-        self._before, self._since = sum(missing.values()), time.monotonic()
+        self._before: int | None = None
+        self._since = time.monotonic()
+        self._news: dict[str, tuple[object, float]] = {}
 
     def text(self, staging: Staging, missing: Mapping[str, int]) -> str:
-        total, left = sum(self._sizes.values()), sum(missing.values())
+        making = [it for shard, it in being_made(staging.folder / ATTEMPTS).items() if shard in missing]
+        living = [it for it in making if self._lives(it)]
+        total, now = sum(self._sizes.values()), time.monotonic()
+        left = sum(missing.values()) - sum(min(it.written, missing[it.shard]) for it in living)
+        if self._before is None:
+            self._before = left
         parts = [f"{len(self._sizes) - len(missing)}/{len(self._sizes)} shards", _of(total - left, total)]
-        if speed := int((self._before - left) / max(1e-3, time.monotonic() - self._since)):
+        if (speed := int((self._before - left) / max(1e-3, now - self._since))) > 0:
             parts.append(f"{format_bytes(speed)}/s")
-        making = [it for shard, it in being_made(staging.folder).items() if shard in missing]
+        if tasks := len({it.attempt for it in living}):
+            parts.append(f"{tasks} task{'' if tasks == 1 else 's'}")
         if making:
             slowest = min(making, key=lambda it: it.since)
             shard = slowest.shard.removesuffix(".safetensors")
             parts.append(f"slowest {shard} ({slowest.host}, {_minutes(time.time() - slowest.since)})")
         return ", ".join(parts)
+
+    def _lives(self, it: Making) -> bool:
+        """Return whether a task has given news lately, by the clock of this machine."""
+        news, now = (it.since, it.written), time.monotonic()
+        if self._news.get(it.shard, (None,))[0] != news:
+            self._news[it.shard] = (news, now)
+        return now - self._news[it.shard][1] < _SILENCE
 
 
 def _of(part: int, total: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from skillmerge.engine.runner import Work, check_words
-from skillmerge.errors import machine_errors
+from skillmerge.errors import UsageError, machine_errors
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.source import RecipeSource
 from skillmerge.reporter import Reporter, default_reporter
@@ -35,6 +35,7 @@ def finish(
     follow_links: bool = False,
     hub: str = "stream",
     push: str | None = None,
+    no_local: bool = False,
     private: bool | None = None,
     revision: str | None = None,
     pull_request: bool | None = None,
@@ -45,13 +46,15 @@ def finish(
 
     plan: path of the saved plan. output: the output folder; replaces `output.path`. wait: until all shards are there;
     otherwise TemporaryError names those that are missing. verify: reread every shard; otherwise a record is believed if
-    size and time of its file are those that it has. The other arguments are those of `apply`; how rounding was measured
-    and whether NaN was allowed is what the tasks were given. Raises a subclass of SkillmergeError; see
-    `skillmerge.errors`.
+    size and time of its file are those that it has. no_local: the tasks have uploaded their shards. The other arguments
+    are those of `apply`; how rounding was measured and whether NaN was allowed is what the tasks were given. Raises a
+    subclass of SkillmergeError; see `skillmerge.errors`.
     """
     reporter = reporter or default_reporter()
     reporter.event("started", skillmerge=__version__, recipe=source_name(plan))
     check_words(hub=hub)
+    if keep_failed and no_local:
+        raise UsageError("`no_local` keeps no files, so `keep_failed` cannot apply", fix="leave one of them out")
     saved = read_saved(plan)
     bucket = output_bucket(saved.recipe, output)
     tasks: Tasks = Collector(reporter, wait=wait, reread=verify)
@@ -63,7 +66,7 @@ def finish(
         Access(follow_links, download=hub == "download", allow_code=allow_code),
         Work(),
         Checks(hash_inputs=hash_inputs, full=verify, keep_failed=keep_failed, strict=strict),
-        Publish(overwrite, push, False, private, revision, pull_request, message),
+        Publish(overwrite, push, no_local, private, revision, pull_request, message),
         reporter,
         tasks,
     )

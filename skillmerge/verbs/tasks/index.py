@@ -11,6 +11,8 @@ from skillmerge.errors import UsageError
 
 OF = "SKILLMERGE_OF"
 _BY_HAND = "pass `--index I --of N`; the index counts from 0"
+_DIGITS = 18
+"""Most digits of a number that is meant: no scheduler counts further."""
 
 
 def place_among(index: int | None, of: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
@@ -38,6 +40,8 @@ def place_among(index: int | None, of: int | None, environment: Mapping[str, str
             f"{source} says which task this is, but not of how many",
             fix=f"pass `--of N`, or set {OF}=N, with the number of tasks",
         )
+    if of < 1:
+        raise UsageError(f"the number of tasks is {of}: there is at least one", fix=_BY_HAND)
     if not 0 <= index < of:
         raise UsageError(f"there is no task {index} of {of}: the index counts from 0", fix=f"use 0 to {of - 1}")
     return index, of
@@ -77,6 +81,6 @@ def _of_slurm(environment: Mapping[str, str]) -> tuple[int, int | None]:
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
-    if not (text.isascii() and text.isdecimal()):
-        raise UsageError(f"{name} is {text!r}, not a number from 0", fix=_BY_HAND)
+    if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS):
+        raise UsageError(f"{name} is {text[:40]!r}, not a number from 0", fix=_BY_HAND)
     return int(text)

@@ -1,0 +1,1 @@
+"""What tasks of a cluster leave beside the shards that they make."""
