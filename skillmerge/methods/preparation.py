@@ -1,7 +1,7 @@
 """The calls of one tensor's program: what they have to know first, and then their arithmetic.
 
 Every call has a state for each unit (matrix) of the tensor. A *reading* passes over the operands of all units that
-still ask for something, and answers all that can be asked by then. Knows no files: the one that reads hands the values in.
+still ask for something, and answers all that can be asked by then. Knows no files: its caller hands the values in.
 """
 
 from __future__ import annotations
