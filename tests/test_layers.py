@@ -27,7 +27,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "verbs": (
         "demo.demo",
         "sweep.sweep tasks.finish verify",
-        "export.export extract rebuild sweep.in_memory sweep.setting",
+        "export.export extract rebuild sweep.in_folder sweep.in_memory sweep.setting",
         "apply export.lora export.patch plan sweep.search",
         "tasks.on_ray",
         "tasks.shard",

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from clusters import save
-from conftest import MODELS, put_family, run_cli, tensor_shapes, write_family, write_recipe
+from conftest import MODELS, put_family, run_cli, run_process, tensor_shapes, write_family, write_recipe
 from hub_server import HubServer
 from observing import assert_finished, content, discard, staging_of, wait_until, wide_shapes
 from ray_tasks import CruelTask, happened, order
@@ -29,6 +31,8 @@ from skillmerge.reporter import Reporter
 from skillmerge.verbs.tasks import on_ray
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("ray")]
+SILENT = "RAY_DEDUP_LOGS_SKIP_REGEX"
+os.environ.setdefault(SILENT, "^")  # as the command line does, before Ray is imported
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 
 SMALL = {"object_store_memory": 80 << 20, "include_dashboard": False}
@@ -44,7 +48,11 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self.hub = hub
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **SMALL})
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            self.port = found.getsockname()[1]
+        head = {"num_cpus": 0, "ray_client_server_port": self.port, **SMALL}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address = self._cluster.address
         self._nodes = [self._cluster.add_node(num_cpus=1, **SMALL) for _ in range(2)]
 
@@ -119,6 +127,21 @@ class Listener(Reporter):
 
     def note(self, message: str) -> None:
         self.notes.append(message)
+
+
+def test_without_a_cluster(family: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Before the others, which start one: Ray finds what runs on the machine."""
+    for on, wanted in (
+        ("ray", "no Ray cluster runs here"),
+        ("ray://127.0.0.1:9", "the cluster ray://127.0.0.1:9 cannot"),
+    ):
+        if on != "ray":
+            long_only(request)  # the client tries for a minute
+        process = run_process("apply", family, "--on", on, "-q", RAY_ADDRESS="", RAY_TMPDIR=str(tmp_path))
+        assert process.returncode == 2
+        assert process.stderr.startswith(f"error: {wanted}"), process.stderr
+        assert "help: run it inside `ray job submit`, start a cluster with `ray start --head`, or" in process.stderr
+        assert not list(tmp_path.glob("merged*"))
 
 
 @pytest.mark.parametrize("kind", ["40 shards", "saved plan", "skill"])
@@ -231,6 +254,24 @@ DRIVER = (
 )
 
 
+def start_driver(family: Path, *options: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != SILENT}
+    command = [sys.executable, "-c", DRIVER, "apply", str(family), "--on", "ray", *options]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environment, "NO_COLOR": "1"}
+    )
+
+
+def test_results_alone_are_on_stdout(nodes: Nodes, family: Path, request: pytest.FixtureRequest) -> None:
+    """Ray would print there that a task has failed and is tried again."""
+    long_only(request)
+    order(family.parent, raises="TemporaryError", times=3)
+    stdout, stderr = start_driver(family, "--json", "-q").communicate(timeout=120)
+    assert json.loads(stdout)["ok"]
+    assert stderr == ""
+    assert len(happened(family.parent)) == 3
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_driver_is_started_again(nodes: Nodes, family: Path, request: pytest.FixtureRequest, number: int) -> None:
     """It goes on from the records; one that was interrupted leaves no task at work."""
@@ -238,10 +279,7 @@ def test_a_driver_is_started_again(nodes: Nodes, family: Path, request: pytest.F
         long_only(request)
     wanted, output = alone(family), family.parent / "merged"
     order(family.parent, pace=600)  # one node works, the other stands
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, "apply", family, "--on", "ray"], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "NO_COLOR": "1"},
-    )  # fmt: skip
+    driver = start_driver(family)
     done = staging_of(output) / "done"
     wait_until(lambda: done.exists() and len(list(done.iterdir())) >= 2)
     driver.send_signal(number)
@@ -286,6 +324,36 @@ def test_options_reach_the_tasks(nodes: Nodes, family: Path) -> None:
 def interrupt_when(condition: Callable[[], object]) -> None:
     wait_until(condition)
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_from_outside_of_the_cluster(nodes: Nodes, family: Path) -> None:
+    """As a client, in a process of its own; and where nothing listens."""
+    wanted = alone(family)
+    process = run_process("apply", family, "--on", f"ray://127.0.0.1:{nodes.port}", "--json")
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["ok"]
+    assert_finished(family.parent / "merged", wanted)
+
+
+def test_candidates_are_scored_side_by_side(nodes: Nodes, family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time, which the command waits for; in the folder of the driver, with the scores of one machine."""
+    folder = family.parent
+    monkeypatch.chdir(folder)
+    (folder / "score.sh").write_text(
+        "touch at-work.$$; while [ $(ls at-work.* | wc -l) -lt 2 ]; do sleep 0.1; done\n"
+        'cat "$1"/model-*.safetensors | cksum | cut -d" " -f1\n'
+    )
+    axes, score = ["lam=0:1:0.25"], "sh score.sh"
+    found = skillmerge.sweep(family, axes, score, "on", on="ray")
+    assert len(found.trials) == 5
+    alike = skillmerge.sweep(family, axes, score, "alone")
+    assert [trial.scores for trial in found.trials] == [trial.scores for trial in alike.trials]
+    assert [trial.realised for trial in found.trials] == [trial.realised for trial in alike.trials]
+    assert skillmerge.sweep(family, axes, score, "on", on="ray").resumed == 5
+    assert not (folder / "on" / "scratch").exists()
+    failing = run_cli("sweep", family, "--set", "lam=0,1", "--score", "false", "-o", "failing", "--on", "ray", "-q")
+    assert failing.returncode == 3
+    assert "the command failed with exit status 1" in failing.stderr
 
 
 def test_models_are_not_touched(nodes: Nodes, family: Path) -> None:

@@ -224,6 +224,7 @@ def derive(recipe: str, choice: str, as_json: bool, quiet: bool, **options: Any)
     help="Seed of the search and of the scores  [default: 0]",
 )  # fmt: skip
 @flags.device
+@flags.on
 @flags.hub
 @flags.locked
 @flags.links

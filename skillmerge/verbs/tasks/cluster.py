@@ -30,7 +30,7 @@ def check_cluster(on: str | None, no_local: bool = False) -> None:
     host, _, port = on.removeprefix("ray://").rpartition(":")
     if on != "ray" and not (on.startswith("ray://") and host and port.isascii() and port.isdecimal()):
         raise UsageError(f"`{on}` is not a cluster", fix="choose ray, or ray://HOST:PORT")
-    if find_spec("ray") is None:
+    if find_spec("ray") is None or (on != "ray" and find_spec("grpc") is None):
         raise UsageError("`--on` needs Ray", fix="pip install 'skillmerge[ray]'")
     if no_local:
         raise UsageError(
