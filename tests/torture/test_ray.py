@@ -129,19 +129,20 @@ class Listener(Reporter):
         self.notes.append(message)
 
 
-def test_without_a_cluster(family: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("on", "wanted"),
+    [("ray", "no Ray cluster runs here"), ("ray://127.0.0.1:9", "the cluster ray://127.0.0.1:9 cannot")],
+)
+def test_without_a_cluster(tmp_path: Path, request: pytest.FixtureRequest, on: str, wanted: str) -> None:
     """Before the others, which start one: Ray finds what runs on the machine."""
-    for on, wanted in (
-        ("ray", "no Ray cluster runs here"),
-        ("ray://127.0.0.1:9", "the cluster ray://127.0.0.1:9 cannot"),
-    ):
-        if on != "ray":
-            long_only(request)  # the client tries for a minute
-        process = run_process("apply", family, "--on", on, "-q", RAY_ADDRESS="", RAY_TMPDIR=str(tmp_path))
-        assert process.returncode == 2
-        assert process.stderr.startswith(f"error: {wanted}"), process.stderr
-        assert "help: run it inside `ray job submit`, start a cluster with `ray start --head`, or" in process.stderr
-        assert not list(tmp_path.glob("merged*"))
+    if on != "ray":
+        long_only(request)  # the client tries for a minute
+    family = write_family(tmp_path)
+    process = run_process("apply", family, "--on", on, "-q", RAY_ADDRESS="", RAY_TMPDIR=str(tmp_path))
+    assert process.returncode == 2
+    assert process.stderr.startswith(f"error: {wanted}"), process.stderr
+    assert "help: run it inside `ray job submit`, start a cluster with `ray start --head`, or" in process.stderr
+    assert not list(tmp_path.glob("merged*"))
 
 
 @pytest.mark.parametrize("kind", ["40 shards", "saved plan", "skill"])
