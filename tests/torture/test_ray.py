@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from clusters import save
@@ -52,9 +53,9 @@ class Nodes:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
         head = {"num_cpus": 0, "ray_client_server_port": self.port, **SMALL}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.address = self._cluster.address
-        self._nodes = [self._cluster.add_node(num_cpus=1, **SMALL) for _ in range(2)]
+        self._cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+        self.address, self._nodes = self._cluster.address, []
+        self.fill_up()
 
     def lose(self, node: str) -> None:
         (lost,) = [it for it in self._nodes if it.node_id == node]
@@ -63,11 +64,22 @@ class Nodes:
 
     def fill_up(self) -> None:
         while len(self._nodes) < 2:
-            self._nodes.append(self._cluster.add_node(num_cpus=1, **SMALL))
+            self._nodes.append(patiently(lambda: self._cluster.add_node(num_cpus=1, **SMALL)))
 
     def close(self) -> None:
         ray.shutdown()
         self._cluster.shutdown()
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """Start something again if it takes too long, as it may on a busy machine."""
+    for left in (2, 1, 0):
+        try:
+            return start()
+        except Exception:
+            if not left:
+                raise
+    return None
 
 
 @pytest.fixture(scope="module")

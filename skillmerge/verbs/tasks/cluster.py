@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import signal
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -61,7 +62,9 @@ class Cluster:
         # Ray would take SIGTERM over, and print what tasks print.
         kept = signal.getsignal(signal.SIGTERM)
         try:
-            self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the error says the same
+                self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError, OSError, self._ray.exceptions.RayError) as error:
             what = "no Ray cluster runs here" if address == "auto" else f"the cluster {address} cannot be used"
             raise UsageError(
