@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,20 +34,22 @@ def order(folder: Path, **orders: Any) -> None:
 
 def happened(folder: Path) -> list[tuple[str, int]]:
     """Node and process of what has happened, in this order."""
-    found = [json.loads(path.read_text() or "[null, 0]") for path in sorted(folder.glob("happened-*"))]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("happened-*"))]
     return [(node, pid) for node, pid in found]
 
 
 def note(folder: Path, times: int) -> bool:
-    """Whether this is one of the first so many times; it is written down then."""
-    for number in range(times):
-        try:
-            with open(folder / f"happened-{number}", "x") as stream:
-                stream.write(json.dumps([this_node(), os.getpid()]))
-            return True
-        except FileExistsError:
-            continue
-    return False
+    """Whether this is one of the first so many times; it is written down then, in one step."""
+    own = folder / f"note-{uuid.uuid4().hex}"
+    own.write_text(json.dumps([this_node(), os.getpid()]))
+    try:
+        for number in range(times):
+            with suppress(FileExistsError):
+                os.link(own, folder / f"happened-{number}")
+                return True
+        return False
+    finally:
+        own.unlink()
 
 
 class CruelTask(Task):

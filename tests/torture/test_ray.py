@@ -339,8 +339,9 @@ def interrupt_when(condition: Callable[[], object]) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_from_outside_of_the_cluster(nodes: Nodes, family: Path) -> None:
-    """As a client, in a process of its own; and where nothing listens."""
+def test_from_outside_of_the_cluster(nodes: Nodes, family: Path, request: pytest.FixtureRequest) -> None:
+    """As a client, in a process of its own."""
+    long_only(request)
     wanted = alone(family)
     process = run_process("apply", family, "--on", f"ray://127.0.0.1:{nodes.port}", "--json")
     assert process.returncode == 0, process.stderr

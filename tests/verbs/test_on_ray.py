@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import run_tasks, save
 from conftest import run_cli, write_family
 from observing import assert_finished, content, staging_of, wait_until
 
@@ -139,6 +140,15 @@ def test_full_node_is_avoided_once(tasks: type[Threads], four: Path, monkeypatch
     monkeypatch.setattr(on_ray.Making, "_find_folder", full)
     assert_finished(skillmerge.apply(four, on="ray").output, wanted)
     assert [avoid for _, avoid in tasks.submitted] == [set(), set(), set(), set(), {"full"}]
+
+
+def test_shards_that_are_all_recorded_need_no_cluster(
+    tasks: type[Threads], four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, plan = alone(four), save(four)
+    run_tasks(plan, four.parent / "merged", tasks=2)
+    monkeypatch.setattr(on_ray, "Cluster", None)
+    assert_finished(skillmerge.apply(four, on="ray").output, wanted)
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -68,7 +68,7 @@ class Cluster:
         except (ConnectionError, RuntimeError, ValueError, OSError, self._ray.exceptions.RayError) as error:
             what = "no Ray cluster runs here" if address == "auto" else f"the cluster {address} cannot be used"
             raise UsageError(
-                f"{what}: {str(error).strip().partition(chr(10))[0]}",
+                f"{what}: {_said(error)}",
                 fix="run it inside `ray job submit`, start a cluster with `ray start --head`, or name one: "
                 "`--on ray://HOST:10001`",
             ) from error
@@ -152,11 +152,9 @@ class Cluster:
                 "a node of the cluster has too little memory for a task", fix="pass a lower `--threads`"
             ) from error
         except (errors.RuntimeEnvSetupError, errors.TaskUnschedulableError) as error:
-            raise UsageError(f"Ray cannot run a task: {error}", fix="correct the cluster or its job") from error
+            raise UsageError(f"Ray cannot run a task: {_said(error)}", fix="correct the cluster or its job") from error
         except (errors.RayError, ConnectionError) as error:
-            raise TemporaryError(
-                f"the cluster has lost a task: {str(error).strip().partition(chr(10))[0]}", fix="rerun to continue"
-            ) from error
+            raise TemporaryError(f"the cluster has lost a task: {_said(error)}", fix="rerun to continue") from error
 
     def cancel(self, tasks: Collection[Any]) -> None:
         """Stop tasks, without waiting for their end."""
@@ -167,6 +165,12 @@ class Cluster:
     def close(self) -> None:
         if self._owned:
             self._ray.shutdown()
+
+
+def _said(error: Exception) -> str:
+    """Return the first and the last line of an error of Ray, between which it may have the text of a traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(dict.fromkeys([lines[0].strip(), lines[-1].strip()]))
 
 
 def this_node() -> str:

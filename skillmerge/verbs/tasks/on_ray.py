@@ -65,6 +65,9 @@ class OnRay(Collector):
     def run(self, job: Job, shards: Sequence[ShardPlan]) -> Generator[ShardRecord, None, None]:
         staging = job.destination
         assert isinstance(staging, Staging)
+        if not shards:  # earlier tasks have made them all
+            yield from super().run(job, shards)
+            return
         with closing(Cluster(self._on, self._work.threads, self._work.device)) as self._cluster:
             staging.admit_tasks(self._header)
             try:
