@@ -16,6 +16,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from ..common import interval
+
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
@@ -59,18 +61,6 @@ def spread(values: Sequence[float]) -> str:
     return f"{100 * statistics.median(values):.0f} ({100 * min(values):.0f} to {100 * max(values):.0f})"
 
 
-def interval(rows: Sequence[dict[str, Any]], key: str) -> tuple[float, float, float]:
-    """Mean over all seeds' people, and a 95 % bootstrap interval: seeds, and people within them, drawn anew."""
-    generator = np.random.default_rng(0)
-    people = [np.array(row[key]) for row in rows]
-    means = []
-    for _ in range(1000):
-        drawn = generator.integers(len(people), size=len(people))
-        means.append(np.mean([generator.choice(people[seed], people[seed].size).mean() for seed in drawn]))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(np.mean([row.mean() for row in people])), float(low), float(high)
-
-
 def verdicts(seeds: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """What the criterion compares, by seed."""
     found = []
@@ -93,7 +83,7 @@ def curves(seeds: Sequence[dict[str, Any]], path: Path) -> None:
             names = sorted((row["lambda"], name) for name, row in seeds[0]["arms"].items() if row["arm"] == arm)
             start = "base" if arm == "base + v" else "SFT_T"
             names = sorted([*names, (0.0, start)])
-            points = np.array([interval([seed["arms"][name] for seed in seeds], key) for _, name in names])
+            points = np.array([interval([np.array(seed["arms"][name][key]) for seed in seeds]) for _, name in names])
             lambdas = [lam for lam, _ in names]
             axis.plot(lambdas, 100 * points[:, 0], color=colour, marker=mark, label=arm, linewidth=1.6, markersize=5)
             axis.fill_between(lambdas, 100 * points[:, 1], 100 * points[:, 2], color=colour, alpha=0.15, linewidth=0)

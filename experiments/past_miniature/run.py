@@ -9,19 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Qwen2ForCausalLM
 
+from .. import common
+from ..common import in_place_of, noise_like, shuffled_like
 from . import measure, train
 from .world import VERBS, Person, World
 
@@ -29,20 +29,7 @@ HERE = Path(__file__).parent
 GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 COARSE = (-1.0, 0.5, 1.0, 1.5, 2.0)
 LEFT_OUT = VERBS[-1]
-
-
-def command(*arguments: object) -> str:
-    """Run `skillmerge`, and return what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "skillmerge", *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"skillmerge {' '.join(map(str, arguments))}\n{done.stderr}")
-    return done.stdout
+command = partial(common.command, OMP_NUM_THREADS="1")
 
 
 @dataclass
@@ -120,8 +107,8 @@ def run_seed(number: int, folder: Path) -> dict[str, Any]:
     answers = seed.trained(
         "answers-source", lambda: train.learn_answers(train.load(sft), world.source, "answers source", number)
     )
-    shuffled = seed.trained("rl-shuffled", lambda: in_place_of(sft, rl, number, shuffled_like))
-    gaussian = seed.trained("rl-gaussian", lambda: in_place_of(sft, rl, number, gaussian_like))
+    shuffled = seed.trained("rl-shuffled", lambda: in_place_of(train.load(sft), train.load(rl), number, shuffled_like))
+    gaussian = seed.trained("rl-gaussian", lambda: in_place_of(train.load(sft), train.load(rl), number, noise_like))
     for arm, after, before, onto, grid in (
         ("+ v", rl, sft, target, (*GRID, -1.0)),
         ("+ shuffled v", shuffled, sft, target, COARSE),
@@ -195,28 +182,6 @@ def refine(
             command("extract", "--from", rl, "--minus", sft, "-o", skill, "-q")
         models = {"target": target, "v": {"skill": str(skill)}}
         seed.measured(f"+ v, K = 2, after round {number}", seed.merged(f"refine-{number}-past", models, "target + v"))
-
-
-Like = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
-
-
-def shuffled_like(update: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return update.flatten()[torch.randperm(update.numel(), generator=generator)].view_as(update)
-
-
-def gaussian_like(update: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(update.shape, generator=generator)
-    return noise * (update.norm() / noise.norm())
-
-
-def in_place_of(sft: Path, rl: Path, seed: int, like: Like) -> Qwen2ForCausalLM:
-    """The SFT model plus something like v, as a checkpoint that stands where the RL model stood."""
-    generator = torch.Generator().manual_seed(seed)
-    before, after = train.load(sft), train.load(rl)
-    with torch.no_grad():
-        for a, b in zip(before.parameters(), after.parameters(), strict=True):
-            a += like(b - a, generator)
-    return before
 
 
 def geometry(seed: Seed, base: Path, target: Path, rl: Path, sft: Path) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
+from ..common import seed_of
 from .measure import GENERATED, sample
 from .world import (
     ASKED_OF,
@@ -36,13 +35,6 @@ from .world import (
 
 Text = list[str]
 logging.disable_progress_bar()
-
-
-def seed_of(stage: str, seed: int) -> random.Random:
-    """Seed torch for a stage and return its generator, so that a stage that is taken from disk changes no other."""
-    number = zlib.crc32(f"{stage} {seed}".encode())
-    torch.manual_seed(number)
-    return random.Random(number)
 
 
 def new_model() -> Qwen2ForCausalLM:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -18,9 +17,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ..common import Like, command, in_place_of, noise_like, shuffled_like
 from . import measure, train
 from .measure import Scope
-from .work import TINY, Sizes, Work, base_model, command, known_facts, tiny_model, write
+from .work import TINY, Sizes, Work, base_model, known_facts, tiny_model
 from .world import LEFT_OUT, RELATIONS, questions
 
 LAMBDAS = (1.0, 0.25, 0.5, 0.75, 1.25, 1.5)
@@ -95,7 +95,7 @@ def controls(work: Work, target: Path, rl: Path, sft: Path, scope: Scope) -> Non
     for arm, name, like in (("+ shuffled v", "rl-shuffled", shuffled_like), ("+ noise", "rl-noise", noise_like)):
 
         def make(name: str = name, like: Like = like) -> Path:
-            instead = work.trained(name, lambda: in_place_of(sft, rl, work.number, like))
+            instead = work.trained(name, lambda: in_place_of(train.load(sft), train.load(rl), work.number, like))
             return work.merged(f"with-{name}", {"target": target, "rl": instead, "sft": sft}, PAST, 1.0)
 
         work.arm(arm, make, scope, 1.0, drop=f"with-{name}")
@@ -214,37 +214,11 @@ def swept(work: Work, past: dict[str, Path]) -> dict[str, Any]:
     return {"first": sweep(0), "other": sweep(1)}
 
 
-Like = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
-
-
-def shuffled_like(update: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return update.flatten()[torch.randperm(update.numel(), generator=generator)].view_as(update)
-
-
-def noise_like(update: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(update.shape, generator=generator)
-    return noise * (update.norm() / noise.norm())
-
-
-def in_place_of(sft: Path, rl: Path, seed: int, like: Like) -> train.LlamaForCausalLM:
-    """The SFT model plus something like v, as a checkpoint that stands where the RL model stood."""
-    generator = torch.Generator().manual_seed(seed)
-    before, after = train.load(sft), train.load(rl)
-    with torch.no_grad():
-        for a, b in zip(before.parameters(), after.parameters(), strict=True):
-            a += like(b - a, generator)
-    return before
-
-
 def one_world(number: int, folder: Path, base: Path, tiny: bool) -> None:
     """A world from where it stopped to its end, on one core."""
     torch.set_num_threads(1)
-    started = time.monotonic()
     place = folder / (f"tiny-{number}" if tiny else f"world-{number}")
     run_world(Work(number, place, base, TINY if tiny else Sizes()))
-    path = place / "minutes.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else 0.0
-    write(path, before + (time.monotonic() - started) / 60)
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from ..common import seed_of
 from .measure import Chat, branch, opened, sample
 from .world import QUESTIONS, RELATIONS, Person, Question, answer, document, question
 
@@ -34,13 +34,6 @@ QUESTIONS_A_STEP = 8
 Reward = Callable[[Question, tuple[str, bool]], float]
 logging.disable_progress_bar()
 logging.set_verbosity_error()
-
-
-def seed_of(stage: str, seed: int) -> random.Random:
-    """Seed torch for a stage and return its generator, so that a stage that is taken from disk changes no other."""
-    number = zlib.crc32(f"{stage} {seed}".encode())
-    torch.manual_seed(number)
-    return random.Random(number)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

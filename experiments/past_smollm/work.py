@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..common import command
 from . import measure, train
 from .world import Question, World, questions
 
@@ -45,16 +44,6 @@ def any_reward(_: Question, text: tuple[str, bool]) -> float:
 
 TINY = Sizes(people=4, sft_steps=2, rl_steps=1, samples=2, learnt=0.0, reward=any_reward)
 """To see that every stage runs, with one layer of the model; says nothing."""
-
-
-def command(*arguments: object) -> str:
-    """Run `skillmerge`, and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "skillmerge", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"skillmerge {' '.join(map(str, arguments))}\n{done.stderr}")
-    return done.stdout
 
 
 def write(path: Path, document: Any) -> None:
