@@ -22,6 +22,7 @@ from skillmerge import errors
 from skillmerge.errors import ResourceError, SkillmergeError, UsageError
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.study.gates import GateFailed
+from skillmerge.verbs.sweep import sweep as in_sweep
 from skillmerge.verbs.tasks import cluster, on_ray
 
 
@@ -39,13 +40,13 @@ class Threads:
     def share(self, work: Any) -> bytes:
         return pickle.dumps(work)
 
-    def submit(self, work: bytes, shards: tuple[str, ...], avoid: Collection[str] = ()) -> Future[Any]:
+    def submit(self, work: bytes, *arguments: Any, avoid: Collection[str] = ()) -> Future[Any]:
         number = len(Threads.submitted)
-        Threads.submitted.append((shards, set(avoid)))
+        Threads.submitted.append((arguments[0], set(avoid)))
 
         def run() -> Any:
-            Threads.before(number, shards)
-            return pickle.loads(work)(shards)
+            Threads.before(number, arguments[0])
+            return pickle.loads(work)(*arguments)
 
         return self._pool.submit(run)
 
@@ -193,6 +194,30 @@ def test_error_of_a_task_whose_shards_are_recorded_ends_nothing(tasks: type[Thre
 
     tasks.before = staticmethod(before)
     assert_finished(skillmerge.apply(four, on="ray").output, wanted)
+
+
+def test_candidates_are_scored_as_on_one_machine(
+    tasks: type[Threads], four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Side by side, each in a folder that every process calls the same; the scores are those of one after the other."""
+    monkeypatch.setattr(in_sweep, "Cluster", Threads)
+    monkeypatch.chdir(four.parent)
+    both = threading.Barrier(2)
+    tasks.before = staticmethod(lambda number, values: both.wait(60) if number < 2 else None)
+    scores, places = 'cat {}/model-*.safetensors | cksum | cut -d" " -f1', []
+    share = Threads.share
+    monkeypatch.setattr(Threads, "share", lambda self, work: places.append(work.scratch) or share(self, work))
+    found = skillmerge.sweep(four, ["lam=0:1:0.5"], scores, "on", on="ray")
+    alike = skillmerge.sweep(four, ["lam=0:1:0.5"], scores, "one")
+    assert [(it.values, it.scores, it.realised) for it in found.trials] == [
+        (it.values, it.scores, it.realised) for it in alike.trials
+    ]
+    assert places == [four.parent / "on" / "scratch"]
+    assert not places[0].exists()
+    assert skillmerge.sweep(four, ["lam=0:1:0.5"], scores, "on", on="ray").resumed == 3
+    assert len(places) == 1
+    with pytest.raises(errors.CheckFailed, match="exit status 1"):
+        skillmerge.sweep(four, ["lam=0:1:0.5"], "false", "failing", on="ray")
 
 
 def kinds(kind: type[SkillmergeError] = SkillmergeError) -> list[type[SkillmergeError]]:
