@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,8 +53,7 @@ class Nodes:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
         head = {"num_cpus": 0, "ray_client_server_port": self.port, **SMALL}
-        with patience():
-            self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address, self._nodes = self._cluster.address, []
         self.fill_up()
 
@@ -65,35 +64,11 @@ class Nodes:
 
     def fill_up(self) -> None:
         while len(self._nodes) < 2:
-            with patience():
-                self._nodes.append(self._cluster.add_node(wait=False, num_cpus=1, **SMALL))
+            self._nodes.append(self._cluster.add_node(num_cpus=1, **SMALL))
 
     def close(self) -> None:
         ray.shutdown()
         self._cluster.shutdown()
-
-
-@contextmanager
-def patience() -> Iterator[None]:
-    """Let Ray wait for a node as long as a busy machine takes to start it: it would give up after 30 seconds."""
-    from ray._private import services
-
-    get_node = services.get_node
-
-    def patient(*given: Any) -> Any:
-        found: list[Any] = []
-
-        def is_there() -> bool:
-            with suppress(RuntimeError):
-                found.append(get_node(*given))
-            return bool(found)
-
-        wait_until(is_there, 240)
-        return found[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(services, "get_node", patient)
-        yield
 
 
 @pytest.fixture(scope="module")
