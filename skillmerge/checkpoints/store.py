@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -167,6 +168,13 @@ def digest_of(kind: str, content: bytes | bytearray) -> tuple[str, str]:
     if kind == "git_sha1":
         return kind, hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     return kind, hashlib.sha256(content).hexdigest()
+
+
+def license_in(card: str) -> str | None:
+    """Return the license from the metadata of a model card, or of its beginning."""
+    metadata = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    found = re.search(r"^license: *['\"]?([\w.-]+)", metadata[1], re.MULTILINE) if metadata else None
+    return found[1] if found else None
 
 
 def _nests_deeper(document: Any, limit: int) -> bool:

@@ -146,8 +146,8 @@ def merge(run: Callable[..., Result], recipe: str, command: str, options: dict[s
         show_merge(result, as_json, quiet or printed)
         write_report(report, plan=result.plan, manifest=result.manifest, gates=result.gates)
         write_result(result)
-    if result.output.exists() and not quiet and not printed:
-        suggest(f"skillmerge verify {shlex.quote(str(result.output))} --load")
+    if result.is_kept and not quiet and not printed:
+        suggest(f"skillmerge verify {shlex.quote(result.shown)} --load")
 
 
 def show_merge(result: Result, as_json: bool, quiet: bool) -> None:

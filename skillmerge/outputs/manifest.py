@@ -304,6 +304,13 @@ def seal(body: ManifestBody, environment: Mapping[str, Any], run_log: bytes) -> 
     return Manifest(**content, environment=made_in, digest=digest_of(pieces_of(document)))
 
 
+def resealed(proof: Manifest, run_log: bytes) -> Manifest:
+    """Return the same manifest over another run log."""
+    body = ManifestBody(**{part.name: getattr(proof, part.name) for part in fields(ManifestBody)})
+    made_in = {part.name: getattr(proof.environment, part.name) for part in fields(Environment)}
+    return seal(body, {key: value for key, value in made_in.items() if key != "run_log"}, run_log)
+
+
 def read(folder: Path) -> Manifest:
     """Read the manifest in `folder`. Raises CheckFailed if there is none or a byte of it was changed, ResourceError."""
     path = folder / MANIFEST_FILE

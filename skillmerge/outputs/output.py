@@ -15,7 +15,7 @@ from typing import Any
 
 from skillmerge.brief import brief
 from skillmerge.checkpoints.missing import near_path
-from skillmerge.checkpoints.schemes import is_path
+from skillmerge.checkpoints.schemes import bucket_of, is_path
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs import manifest
 from skillmerge.outputs.manifest import RUN_LOG_FILE, Manifest
@@ -28,10 +28,12 @@ from skillmerge.threads import hash_file
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A finished output. Opening it reads `manifest` and checks its digest."""
+    """A finished output. Opening it reads `manifest` and checks its digest. place: the bucket that it is in, if the
+    folder is a copy."""
 
     folder: Path
     manifest: Manifest
+    place: str = ""
 
     __repr__ = brief
 
@@ -42,6 +44,11 @@ class Output:
         if root.suffix == Staging.folder_of(Path("x")).suffix and not (root / MANIFEST_FILE).exists():
             raise CheckFailed(f"{root} is an unfinished run, not an output", fix=FINISH)
         return cls(root, manifest.read(root))
+
+    @property
+    def shown(self) -> str:
+        """What to call it."""
+        return self.place or str(self.folder)
 
     def digests(self) -> dict[str, str]:
         """Return the sha256 of every file, manifest included, as the manifest states it."""
@@ -88,6 +95,10 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
     root = Path(folder)
     if root.is_dir():
         return root
+    if bucket_of(folder) is not None:
+        raise UsageError(
+            f"{os.fspath(folder)} is in a bucket, and this command needs a folder", fix="copy it into a folder first"
+        )
     if not is_path(os.fspath(folder)):
         repository = os.fspath(folder).partition("://")[2].split("@")[0]
         fix = f"fetch it first: `hf download {repository} --local-dir FOLDER`"

@@ -73,6 +73,8 @@ class Staging:
         self.folder = self.folder_of(output)
         self.files = self.folder / "files"
         self.finished: dict[str, ShardRecord] = {}
+        self.header: Header | None = None
+        """The plan and conditions of this run, once it has begun."""
         self.sealed = False
         """Whether an earlier run called `seal`."""
         self.tasks: Records | None = None
@@ -137,7 +139,7 @@ class Staging:
         An output that was sealed with the same `plan_digest` is complete except for its commit. Returns a note for
         the user if something of an earlier run was kept or dropped.
         """
-        header = Header(weights_digest, conditions)
+        header = self.header = Header(weights_digest, conditions)
         self._claim.check()
         rows = self._journal.read()
         remark = None

@@ -12,9 +12,8 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from skillmerge.checkpoints.model_config import contradictions
 from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.errors import CheckFailed, InputError, ResourceError, StalePlan, is_machine, some, unusable
+from skillmerge.outputs.buckets.at_hand import PIECE, Content, plainly
 from skillmerge.outputs.manifest import File, Manifest, ManifestBody, Tensor
 from skillmerge.outputs.output import Output
 from skillmerge.reporter import Reporter, default_reporter
@@ -39,7 +39,7 @@ BESIDE = frozenset({"README.md", ".gitattributes", SIGNATURE_FILE})
 DOWNLOADS = ".cache/huggingface"
 """A folder in which the Hub's client keeps notes about files that it fetched with `--local-dir`. Nothing loads it."""
 
-PIECE = 8 << 20
+Contents = Callable[[Path], Content]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "folder": str(self.folder),
+            "folder": self.output.shown,
             "files": self.files,
             "tensors": self.tensors,
             "bytes": self.bytes,
@@ -87,9 +87,16 @@ class Verdict:
 
 
 def verify_files(
-    folder: str | os.PathLike[str], *, allow_nonfinite: bool = False, reporter: Reporter | None = None
+    folder: str | os.PathLike[str],
+    *,
+    allow_nonfinite: bool = False,
+    reporter: Reporter | None = None,
+    contents: Contents = plainly,
 ) -> Verdict:
-    """Check every file of an output. Raises CheckFailed with the first difference, UsageError if there is no folder."""
+    """Check every file of an output. contents: how to open a file that is read whole.
+
+    Raises CheckFailed with the first difference, UsageError if there is no folder.
+    """
     reporter = reporter or default_reporter("verifying")
     with checked(reporter, "manifest"):
         output = Output.open(folder)
@@ -97,7 +104,7 @@ def verify_files(
     with checked(reporter, "files, index and headers"):
         check_structure(root, proof)
     with checked(reporter, "digests and values"), _reading(root), reporter.bar(proof.size, "verifying") as progress:
-        _check_contents(root, proof, allow_nonfinite, progress)
+        _check_contents(root, proof, allow_nonfinite, progress, contents)
     return Verdict(output)
 
 
@@ -249,7 +256,11 @@ def check_values(root: Path, proof: ManifestBody) -> None:
 
 
 def _check_contents(
-    root: Path, proof: ManifestBody, allow_nonfinite: bool, progress: Callable[[int], None] = lambda done: None
+    root: Path,
+    proof: ManifestBody,
+    allow_nonfinite: bool,
+    progress: Callable[[int], None] = lambda done: None,
+    contents: Contents = plainly,
 ) -> None:
     """Digest every file and look for NaN and Inf on the way. progress: takes how many bytes are finished."""
     done, lock = 0, threading.Lock()
@@ -265,7 +276,9 @@ def _check_contents(
         specs: tuple[StoredTensor, ...] = ()
         if path.suffix == ".safetensors" and not allow_nonfinite:
             specs = read_header(str(path), path.name).tensors
-        if _digest_and_scan(path, specs, stop, moved) != file.sha256:
+        with closing(contents(path)) as stream:
+            digest = _digest_and_scan(stream, path, specs, stop, moved)
+        if digest != file.sha256:
             raise CheckFailed(f"{path}: its bytes are not those that were written (sha256 differs)")
 
     for _ in in_threads(check, proof.files):
@@ -273,9 +286,9 @@ def _check_contents(
 
 
 def _digest_and_scan(
-    path: Path, specs: tuple[StoredTensor, ...], stop: threading.Event, moved: Callable[[int], None]
+    stream: Content, path: Path, specs: tuple[StoredTensor, ...], stop: threading.Event, moved: Callable[[int], None]
 ) -> str:
-    """sha256 of a file; `moved` takes the size of each piece that was read.
+    """sha256 of an open file; `moved` takes the size of each piece that was read.
 
     Raises CheckFailed if a float tensor among `specs` holds NaN or Inf.
     """
@@ -285,26 +298,25 @@ def _digest_and_scan(
 
     digest = hashlib.sha256()
     pending = [spec for spec in specs if DTYPES[spec.dtype].is_float and spec.nbytes]
-    with open(path, "rb", buffering=0) as stream:
-        position = 0
-        buffer = bytearray(PIECE)
-        while not stop.is_set() and (count := _fill(stream, buffer)):
-            digest.update(memoryview(buffer)[:count])
-            # Tensors are aligned to their items (the header is padded), and so is every piece but the last.
-            for spec in [spec for spec in pending if spec.start < position + count and spec.end > position]:
-                first, last = max(spec.start, position) - position, min(spec.end, position + count) - position
-                dtype = torch_dtype(spec.dtype)
-                values = torch.frombuffer(buffer, dtype=dtype, offset=first, count=(last - first) // dtype.itemsize)
-                for start in range(0, values.numel(), BLOCK):
-                    if any_nonfinite(values[start : start + BLOCK]):
-                        raise CheckFailed(f"{path}: tensor `{spec.name}` holds NaN or Inf")
-            position += count
-            moved(count)
-            pending = [spec for spec in pending if spec.end > position]
+    position = 0
+    buffer = bytearray(PIECE)
+    while not stop.is_set() and (count := _fill(stream, buffer)):
+        digest.update(memoryview(buffer)[:count])
+        # Tensors are aligned to their items (the header is padded), and so is every piece but the last.
+        for spec in [spec for spec in pending if spec.start < position + count and spec.end > position]:
+            first, last = max(spec.start, position) - position, min(spec.end, position + count) - position
+            dtype = torch_dtype(spec.dtype)
+            values = torch.frombuffer(buffer, dtype=dtype, offset=first, count=(last - first) // dtype.itemsize)
+            for start in range(0, values.numel(), BLOCK):
+                if any_nonfinite(values[start : start + BLOCK]):
+                    raise CheckFailed(f"{path}: tensor `{spec.name}` holds NaN or Inf")
+        position += count
+        moved(count)
+        pending = [spec for spec in pending if spec.end > position]
     return digest.hexdigest()
 
 
-def _fill(stream: FileIO, buffer: bytearray) -> int:
+def _fill(stream: Content, buffer: bytearray) -> int:
     """Read as much as the buffer takes: one call of the system may give less."""
     view = memoryview(buffer)
     count = 0

@@ -241,7 +241,7 @@ def _unused(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _output(recipe: Recipe) -> Iterator[Finding]:
-    if recipe.output.path is None and recipe.output.push is None:
+    if recipe.output.path is None and recipe.output.bucket is None and recipe.output.push is None:
         fix = f"add `output: {{path: ./merged}}`, or run `skillmerge apply {recipe.document.name} --output DIR`"
         yield _at(recipe, "no-output", ("output",), "there is no `output.path`", fix)
 

@@ -14,6 +14,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path as FilePath
 from typing import Any
 
+from skillmerge.checkpoints.schemes import bucket_of
 from skillmerge.errors import NEAR, Mistakes, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.expression import ExpressionError, Node, normalise_name, parse
@@ -315,11 +316,16 @@ def _shard_size(document: Document, value: str | int) -> int | None:
 
 
 def _output(document: Document, table: OutputTable, folder: FilePath, shard_size: int | None) -> Output:
+    try:
+        bucket = bucket_of(table.path or "")
+    except UsageError as error:
+        raise document.error(error.message, document.place(("output", "path")), error.fix) from error
     return Output(
         kind=table.kind,
         compression=table.compression,
         keep=table.keep,
-        path=local_path(document, ("output", "path"), folder, table.path) if table.path else None,
+        path=local_path(document, ("output", "path"), folder, table.path) if table.path and bucket is None else None,
+        bucket=bucket,
         like=normalise_name(table.like) if table.like else None,
         dtype=table.dtype,
         keep_dtype=tuple(table.keep_dtype),

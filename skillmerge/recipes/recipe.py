@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
-from skillmerge.checkpoints.place import Local, ModelPlace, PlaceError
+from skillmerge.checkpoints.place import Bucket, Local, ModelPlace, PlaceError
 from skillmerge.checkpoints.schemes import parse_place
 from skillmerge.errors import Place, RecipeError
 from skillmerge.methods.terms import Term, expand_skills
@@ -55,6 +55,8 @@ class Output:
     keep: float | None
     """For a skill: the share of each tensor's elements to keep."""
     path: FilePath | None
+    bucket: Bucket | None
+    """The place in a bucket, where the output has no path."""
     like: str | None
     dtype: str
     keep_dtype: tuple[str, ...]

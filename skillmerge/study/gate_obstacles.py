@@ -16,14 +16,23 @@ from skillmerge.study.loads.loading import need
 _RUNS_A_MODEL = ("loads", "finite_logits", "perplexity")
 
 
-def prepare(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> None:
+NO_LOCAL = ("--no-local keeps none", "leave out `--no-local`, or this gate")
+IN_A_BUCKET = (
+    "an output in a bucket keeps none here",
+    "leave out this gate, and run `skillmerge gate` on the finished output; or write into a folder",
+)
+"""Why a merge keeps no files, and what to do."""
+
+
+def prepare(gates: Sequence[Gate], stats: str, left: tuple[str, str] | None, plan: Plan) -> None:
     """Raise UsageError, before any work, for gates that cannot be measured after it."""
-    for error in obstacles(gates, stats, no_local, plan):
+    for error in obstacles(gates, stats, left, plan):
         raise error
 
 
-def obstacles(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> Iterator[UsageError]:
-    """Yield why gates could not be measured: RecipeError for what the recipe names, else for this machine or run."""
+def obstacles(gates: Sequence[Gate], stats: str, left: tuple[str, str] | None, plan: Plan) -> Iterator[UsageError]:
+    """Yield why gates could not be measured: RecipeError for what the recipe names, else for this machine or run.
+    left: NO_LOCAL or IN_A_BUCKET, for a merge whose files leave this machine."""
     for gate in gates:
         yield from _mistakes(gate, plan)
         if stats == "off" and gate.kind in GATE_FIGURES:
@@ -33,11 +42,8 @@ def obstacles(gates: Sequence[Gate], stats: str, no_local: bool, plan: Plan) -> 
                 need([gate.name or "transformers"], f"the gate `{label(gate)}`")
             except UsageError as error:
                 yield error
-        if no_local and gate.kind not in (*GATE_FIGURES, "cosine_z"):
-            yield UsageError(
-                f"the gate `{gate.kind}` needs the model's files, and --no-local keeps none",
-                fix="leave out `--no-local`, or this gate",
-            )
+        if left is not None and gate.kind not in (*GATE_FIGURES, "cosine_z"):
+            yield UsageError(f"the gate `{gate.kind}` needs the model's files, and {left[0]}", fix=left[1])
 
 
 def _mistakes(gate: Gate, plan: Plan) -> Iterator[UsageError]:

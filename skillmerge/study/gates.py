@@ -21,6 +21,7 @@ from skillmerge.engine.measures.cells import LEAST, SIGMAS, Cell, cells, pools, 
 from skillmerge.engine.rounding_statistics import Row, Statistics, factor
 from skillmerge.errors import CheckFailed, ResourceError, SkillmergeError, UsageError, some
 from skillmerge.naming import module_kind
+from skillmerge.outputs.buckets.at_hand import at_hand
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.outputs.output import MOVED, Outcome, Output
 from skillmerge.outputs.verify import check_structure, check_values, is_intact
@@ -279,13 +280,15 @@ def _perplexity(gate: Gate, given: GateInput) -> Outcome:
         model = gate.model or plan.donor
         if model not in checkpoints or model in plan.recipe.skills or model in plan.recipe.patches:
             raise UsageError(f"the gate `perplexity`: `{model}` is not a whole model of this merge")
-        theirs = _perplexity_of(load(_folder_of(plan, model, checkpoints[model]), gate.text))
+        with _folder_of(plan, model, checkpoints[model]) as folder:
+            theirs = _perplexity_of(load(folder, gate.text))
     asked = replace(gate, model=model)
     return _judged(asked, ours / theirs, detail=f"{ours:.4g}, and {theirs:.4g} of `{model}`")
 
 
-def _folder_of(plan: Plan, model: str, checkpoint: Checkpoint) -> Path:
-    """Return where transformers can load a model from; one on the Hub goes into the Hub's cache."""
+def _folder_of(plan: Plan, model: str, checkpoint: Checkpoint) -> AbstractContextManager[Path]:
+    """Return where transformers can load a model from; one on the Hub goes into the Hub's cache, one in a bucket into
+    a temporary folder."""
     return local_folder(plan.recipe.model_place(model).at(checkpoint.at.revision or ""))
 
 
@@ -325,10 +328,22 @@ def gate(
     is in what is returned, not raised.
     """
     reporter = reporter or default_reporter("measuring")
+    base = Path(base_folder) if base_folder is not None else None
+    with at_hand(folder, whole=True, reporter=reporter) as found:
+        return _gate(found.folder if found.place else folder, gates, base, follow_links, reporter)
+
+
+def _gate(
+    folder: str | os.PathLike[str],
+    gates: str | os.PathLike[str] | None,
+    base: Path | None,
+    follow_links: bool,
+    reporter: Reporter,
+) -> GateReport:
     output = Output.open(folder)
     root = output.folder
     check_structure(root, output.manifest)
-    recipe, commits = output.recipe(Path(base_folder) if base_folder is not None else None)
+    recipe, commits = output.recipe(base)
     asked = load_gates(gates) if gates is not None else recipe.gates
     if not asked:
         raise UsageError(

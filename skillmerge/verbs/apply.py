@@ -15,34 +15,36 @@ from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import UnusableWeights, UsageError, machine_errors
 from skillmerge.outputs import comparison, manifest
+from skillmerge.outputs.buckets.at_hand import at_hand
+from skillmerge.outputs.buckets.sending import work_folder
 from skillmerge.outputs.manifest import Manifest, ManifestBody
 from skillmerge.outputs.measured import settled, strict_outcome, warnings_of
 from skillmerge.outputs.output import Outcome, Output, RunLog
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
-from skillmerge.outputs.verify import check_structure, checked, input_digests, is_intact
+from skillmerge.outputs.verify import check_structure, checked, input_digests, is_intact, verify_files
 from skillmerge.plans.accounting import prove_ties
 from skillmerge.plans.budget import budget, check_disk
 from skillmerge.plans.compare.skill_tokens import token_files
 from skillmerge.plans.opening import Access
-from skillmerge.plans.plan import Plan
 from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.side_files import SideFile, fetch
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import RecipeSource
 from skillmerge.reporter import Reporter, default_reporter
-from skillmerge.study.gate_obstacles import prepare
+from skillmerge.study.gate_obstacles import IN_A_BUCKET, NO_LOCAL, prepare
 from skillmerge.study.gates import GateFailed, GateInput, check
+from skillmerge.verbs.elsewhere import into_a_bucket, sender
 from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.source import planned_to_apply, read_source, source_name
-from skillmerge.verbs.target import finished_output, output_folder, refuse_existing
+from skillmerge.verbs.target import finished_output, output_bucket, output_folder, refuse_existing
 from skillmerge.verbs.tasks.cluster import check_cluster
-from skillmerge.verbs.tasks.collect import Collector
+from skillmerge.verbs.tasks.collect import Tasks
 from skillmerge.verbs.tasks.on_ray import OnRay
 from skillmerge.version import __version__
 
 if TYPE_CHECKING:
-    from skillmerge.outputs.hub.push import MergePush
+    from skillmerge.outputs.sending import Sender
 
 
 @machine_errors()
@@ -116,21 +118,25 @@ def merge(
     checks: Checks,
     publish: Publish,
     reporter: Reporter,
-    tasks: Collector | None = None,
+    tasks: Tasks | None = None,
 ) -> Result:
     """Do the work of `apply`; its arguments are sorted into records. tasks: who makes the shards, if not this run."""
     started = time.monotonic()
+    bucket = output_bucket(source if isinstance(source, Recipe) else source.recipe, output)
+    if bucket is not None:
+        publish = into_a_bucket(source, publish, checks)
     with planned_to_apply(source, access, checks, reporter) as (plan, checkpoints):
         if tasks is not None:
-            checks = tasks.settle(output_folder(plan.recipe, output, checkpoints), checks)
-        prepare(plan.recipe.gates, checks.stats, publish.no_local, plan)
-        target = output_folder(plan.recipe, output, checkpoints)
+            checks = tasks.settle(bucket or output_folder(plan.recipe, output, checkpoints), checks)
+        left = IN_A_BUCKET if bucket is not None else NO_LOCAL if publish.no_local else None
+        prepare(plan.recipe.gates, checks.stats, left, plan)
+        target = work_folder(bucket) if bucket is not None else output_folder(plan.recipe, output, checkpoints)
         reporter.event(
-            "planned", plan=plan.digest, output=str(target), tensors=len(plan.tensors), shards=len(plan.shards),
-            bytes_read=plan.bytes_read, bytes_written=plan.bytes_written,
+            "planned", plan=plan.digest, output=str(bucket or target), tensors=len(plan.tensors),
+            shards=len(plan.shards), bytes_read=plan.bytes_read, bytes_written=plan.bytes_written,
         )  # fmt: skip
         budget(plan, threads=work.threads, memory_limit=work.memory_limit)  # what cannot fit is refused here
-        push = _push_of(plan, publish)
+        push = sender(plan, publish, bucket)
         with closing(Staging(target, reporter)) as staging, staging.working():
             room = push.room if push is not None else None
             job = Job(plan, checkpoints, staging, checks.stats, checks.allow_nonfinite, room)
@@ -152,10 +158,10 @@ class _Merge:
     access: Access
     checks: Checks
     publish: Publish
-    push: MergePush | None
+    push: Sender | None
     reporter: Reporter
     started: float
-    tasks: Collector | None = None
+    tasks: Tasks | None = None
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -163,7 +169,7 @@ class _Merge:
         job = self.job
         conditions = {"inputs": job.plan.versions, "stats": job.stats, "allow_nonfinite": job.allow_nonfinite}
         if self.push is not None and self.publish.no_local:
-            conditions["only_on"] = self.push.repository
+            conditions["only_on"] = self.push.destination
         return conditions
 
     @property
@@ -175,9 +181,12 @@ class _Merge:
         """Return the result if the output goes to the Hub alone and is already there."""
         if self.push is None or not self.publish.no_local or self.publish.overwrite:
             return None
-        found = self.push.find()
+        found = self.push.find(self.conditions)
         if found is None:
             return None
+        if self.push.place is not None and self.checks.full:
+            with at_hand(str(self.push.place), whole=False, reporter=self.reporter) as made:
+                verify_files(made.folder, allow_nonfinite=True, reporter=self.reporter, contents=made.open)
         self._warn(found[1], there=True)
         self.staging.discard()
         return self._result(found[1], already=True, published=found[0])
@@ -227,15 +236,15 @@ class _Merge:
 
     def published(self, result: Result) -> Result:
         """Publish on the Hub if requested, and return the final result."""
-        if self.push is not None and result.published is None:
+        if self.push is not None and result.published is None and not (result.already and result.place):
             files = self.staging.files if self.publish.no_local else self.staging.output
             commit = self.push.publish(Output(files, result.manifest), verified=not result.already)
-            result = replace(result, published=commit)
+            result = replace(result, published=commit, manifest=self.push.proof or result.manifest)
             if self.publish.no_local:
                 self.staging.discard()
         result = replace(result, seconds=time.monotonic() - self.started, warnings=tuple(self.reporter.warnings))
         on_hub = result.published.as_dict() if result.published is not None else None
-        where = {"output": str(result.output), "hub": on_hub, "already": result.already}
+        where = {"output": result.shown, "hub": on_hub, "already": result.already}
         self.reporter.event("published", **where, seconds=round(result.seconds, 3))
         return result
 
@@ -248,7 +257,8 @@ class _Merge:
             raise GateFailed([outcome], fix=fix, plan=self.job.plan, body=body)
 
     def _result(self, proof: Manifest, **what: Any) -> Result:
-        return Result(self.staging.output, proof, 0.0, plan=self.job.plan, **what)
+        place = str(self.push.place) if self.push is not None and self.push.place is not None else ""
+        return Result(self.staging.output, proof, 0.0, plan=self.job.plan, place=place, **what)
 
     def _begin(self) -> list[SideFile]:
         """Pick up what an earlier run left. Returns the output's side files."""
@@ -353,6 +363,8 @@ class _Merge:
         if not any(outcome.unmeasured for outcome in outcomes):
             staging.discard()
             fix = "pass `--keep-failed` to keep the output for inspection"
+            if self.push is not None and self.push.place is not None:
+                fix = "fix the recipe or its gates, and choose another prefix, or remove the shards that were sent"
         raise GateFailed(outcomes, fix=fix, plan=plan, body=body)
 
     def _prove(self, body: ManifestBody, device: str, outcomes: Sequence[Outcome]) -> Manifest:
@@ -366,6 +378,8 @@ class _Merge:
         passed = all(outcome.passed for outcome in outcomes)
         output = staging.output if passed else staging.files
         folder = os.path.relpath(plan.recipe.folder.resolve(), output.parent.resolve() / output.name)
+        if self.push is not None and self.push.place is not None:
+            folder = "."  # nothing leads from a bucket to a folder
         environment = {
             **manifest.versions(),
             "device": device.split(": ")[0],
@@ -382,15 +396,3 @@ class _Merge:
         if self.publish.no_local:
             staging.seal(plan.digest)
         return proof
-
-
-def _push_of(plan: Plan, publish: Publish) -> MergePush | None:
-    """Return the requested push, if any, checked before any work."""
-    if publish.repository is None and plan.recipe.output.push is None:
-        if publish.no_local:
-            raise UsageError("`--no-local` without a push would leave no output", fix="pass `--push org/name`")
-        return None
-    from skillmerge.outputs.hub.push import MergePush
-
-    options = {name: getattr(publish, name) for name in ("private", "revision", "pull_request", "message")}
-    return MergePush(plan, publish.repository, publish.no_local, options)

@@ -21,7 +21,7 @@ from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.source import STANDARD_INPUT, RecipeSource
 from skillmerge.remarks import warning
 from skillmerge.reporter import Reporter, default_reporter
-from skillmerge.study.gate_obstacles import obstacles
+from skillmerge.study.gate_obstacles import IN_A_BUCKET, obstacles
 from skillmerge.verbs.target import is_done, output_folder
 
 
@@ -124,7 +124,9 @@ def _make(
 
 def _with_obstacles(made: Plan, reporter: Reporter) -> Plan:
     """Return the plan with warnings about gates that `apply` would refuse. Another machine may have what this lacks."""
-    found = list(obstacles(made.recipe.gates, "sampled", False, made))
+    found = list(
+        obstacles(made.recipe.gates, "sampled", None if made.recipe.output.bucket is None else IN_A_BUCKET, made)
+    )
     for error in found:
         if not isinstance(error, RecipeError):
             reporter.note(f"apply would fail here: {error.message}")

@@ -19,12 +19,14 @@ from typing import Any
 
 from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.place import Bucket
 from skillmerge.checkpoints.tokenizers.vocabulary import SKILL_TOKENS
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import CheckFailed, StalePlan, UsageError, some
 from skillmerge.outputs import comparison, manifest
+from skillmerge.outputs.buckets.at_hand import at_hand
 from skillmerge.outputs.manifest import Manifest
 from skillmerge.outputs.output import MOVED, Output, check_folder
 from skillmerge.outputs.verify import check_structure, input_digests
@@ -43,13 +45,17 @@ from skillmerge.verbs.records import Checks, Publish
 
 @dataclass(frozen=True, slots=True)
 class Rebuilt:
-    """What was recreated: `tensors` of `of` tensors, and their bytes. output: the folder, or None for a check."""
+    """What was recreated: `tensors` of `of` tensors, and their bytes. output: the folder, or None for a check.
+
+    place: the bucket that the original is in, if the folder is a copy.
+    """
 
     folder: Path
     tensors: int
     of: int
     bytes: int
-    output: Path | None = None
+    output: Path | Bucket | None = None
+    place: str = ""
 
     __repr__ = brief
     _repr_html_ = drawn
@@ -57,7 +63,7 @@ class Rebuilt:
     def as_dict(self) -> dict[str, Any]:
         output = str(self.output) if self.output is not None else None
         return {
-            "folder": str(self.folder),
+            "folder": self.place or str(self.folder),
             "tensors": self.tensors,
             "of": self.of,
             "bytes": self.bytes,
@@ -105,9 +111,13 @@ def rebuild(
     check_words(sample=sample, seed=seed, device=device, threads=threads, memory_limit=memory_limit, hub=hub)
     base = Path(base_folder) if base_folder is not None else None
     how = How(base, Work(device, threads, memory_limit), follow_links, hub, reporter or default_reporter("rebuilding"))
-    if output is not None:
-        return rebuild_into(folder, output, how)
-    return check_rebuild(folder, sample=sample, seed=operator.index(seed), how=how)
+    with at_hand(folder, whole=output is None, reporter=how.reporter) as found:
+        root = found.folder if found.place else folder
+        if output is not None:
+            made = rebuild_into(root, output, how)
+        else:
+            made = check_rebuild(root, sample=sample, seed=operator.index(seed), how=how)
+        return replace(made, place=found.place)
 
 
 def rebuild_into(folder: str | os.PathLike[str], output: str | os.PathLike[str], how: How | None = None) -> Rebuilt:

@@ -21,7 +21,7 @@ class Result:
     """A finished merge: its folder, its manifest, the device and why it was chosen.
 
     already: the output was up to date. published: its place on the Hub, if it was pushed. gates: the outcome of each.
-    warnings: those of the plan, the weights and the run.
+    warnings: those of the plan, the weights and the run. place: the bucket that has the output; the folder does not.
     """
 
     output: Path
@@ -33,16 +33,27 @@ class Result:
     plan: Plan | None = None
     gates: Sequence[Outcome] = ()
     warnings: Sequence[str] = ()
+    place: str = ""
 
     __repr__ = brief
     _repr_html_ = drawn
+
+    @property
+    def shown(self) -> str:
+        """What to call the output."""
+        return self.place or str(self.output)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the output is where `shown` says, and not on the Hub alone."""
+        return bool(self.place) or self.output.exists()
 
     def as_dict(self) -> dict[str, Any]:
         plan = self.plan
         share = plan.merged_share if plan is not None else None
         found = [each.as_dict() for each in plan.compared.found] if plan is not None else []
         return {
-            "output": str(self.output),
+            "output": self.shown,
             "already": self.already,
             "seconds": round(self.seconds, 3),
             "plan_digest": self.manifest.plan_digest,

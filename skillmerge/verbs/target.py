@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.place import Bucket
+from skillmerge.checkpoints.schemes import bucket_of
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs import manifest
 from skillmerge.outputs.manifest import Manifest
@@ -20,6 +22,7 @@ from skillmerge.recipes.recipe import Recipe
 
 def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpoints: Mapping[str, Checkpoint]) -> Path:
     """Return the output's folder. Raises UsageError if there is none, or it would replace an input."""
+    refuse_bucket(output_bucket(recipe, output))
     try:
         path = Path(output).expanduser() if output is not None else recipe.output.path
         str(path).encode()
@@ -61,6 +64,20 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
     return path
 
 
+def output_bucket(recipe: Recipe, output: str | os.PathLike[str] | None) -> Bucket | None:
+    """Return the output's place in a bucket, or None if it is a folder. Raises UsageError."""
+    return bucket_of(output) if output is not None else recipe.output.bucket
+
+
+def refuse_bucket(place: Bucket | None) -> None:
+    """Raise UsageError for an output in a bucket."""
+    if place is not None:
+        raise UsageError(
+            f"the output {place} is in a bucket, which this command does not write to",
+            fix="choose a folder with `--output`; `skillmerge apply` and `skillmerge extract` write to buckets",
+        )
+
+
 def finished_output(
     folder: Path, plan_digest: str, conditions: Mapping[str, Any], hash_inputs: bool
 ) -> Manifest | None:
@@ -84,7 +101,7 @@ def finished_output(
 def is_done(plan: Plan, output: str | os.PathLike[str] | None = None, stats: str = "sampled") -> bool:
     """Return whether the output is up to date: made by this plan from these files, with every byte unchanged."""
     target = output if output is not None else plan.recipe.output.path
-    if target is None:
+    if target is None or output_bucket(plan.recipe, output) is not None:
         return False
     conditions = {"inputs": plan.versions, "stats": stats, "allow_nonfinite": False}
     proof = finished_output(Path(target), plan.digest, conditions, hash_inputs=False)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+from skillmerge.outputs.buckets.at_hand import at_hand
 from skillmerge.outputs.proof.sign import Signature, verify_signature
 from skillmerge.outputs.verify import SIGNATURE_FILE, Verdict, checked, verify_files
 from skillmerge.reporter import Reporter, default_reporter
@@ -39,24 +40,28 @@ def verify(
     runtimes = asked_runtimes(load)
     if runtimes:
         need(runtimes)
-    if signature or public_key is not None or certificate_chain:
-        file = None if isinstance(signature, bool) else signature
-        signed = verify_signed(
-            folder, file, public_key=public_key, certificate_chain=certificate_chain, load=runtimes,
-            allow_nonfinite=allow_nonfinite, reporter=reporter,
-        )  # fmt: skip
-        found = {"path": str(signed.path), "files": signed.files, "signer": signed.signer}
-        verdict = replace(signed.verdict, signature=found)
-    else:
-        verdict = verify_files(folder, allow_nonfinite=allow_nonfinite, reporter=reporter)
-        if (verdict.output.folder / SIGNATURE_FILE).is_file():
-            how = "`--public-key KEY`, or `--certificate-chain ROOT` if a certificate was used"
-            told = f"{verdict.folder} has a signature, which was not checked: to check it, pass {how}"
-            (reporter or default_reporter("verifying")).note(told)
-        verdict = _loaded(verdict, runtimes, reporter)
-    if parent is None:
-        return verdict
-    return replace(verdict, parent=check_parent(folder, parent, follow_links=follow_links))
+    reporter = reporter or default_reporter("verifying")
+    is_signed = bool(signature or public_key is not None or certificate_chain)
+    with at_hand(folder, whole=bool(runtimes or is_signed or parent), reporter=reporter) as found:
+        root = found.folder if found.place else folder
+        if is_signed:
+            file = None if isinstance(signature, bool) else signature
+            signed = verify_signed(
+                root, file, public_key=public_key, certificate_chain=certificate_chain, load=runtimes,
+                allow_nonfinite=allow_nonfinite, reporter=reporter,
+            )  # fmt: skip
+            of = {"path": str(signed.path), "files": signed.files, "signer": signed.signer}
+            verdict = replace(signed.verdict, signature=of)
+        else:
+            verdict = verify_files(root, allow_nonfinite=allow_nonfinite, reporter=reporter, contents=found.open)
+            if (verdict.folder / SIGNATURE_FILE).is_file():
+                how = "`--public-key KEY`, or `--certificate-chain ROOT` if a certificate was used"
+                whose = found.place or verdict.folder
+                reporter.note(f"{whose} has a signature, which was not checked: to check it, pass {how}")
+            verdict = _loaded(verdict, runtimes, reporter)
+        if parent is not None:
+            verdict = replace(verdict, parent=check_parent(root, parent, follow_links=follow_links))
+        return replace(verdict, output=replace(verdict.output, place=found.place))
 
 
 def verify_signed(

@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("huggingface_hub")
 
 from skillmerge.checkpoints.stores.http_ranges import Storage
-from skillmerge.checkpoints.stores.hub_client import HTTPError, Passing
+from skillmerge.checkpoints.stores.hub_client import HTTPError
+from skillmerge.checkpoints.stores.retries import Passing
 
 CONTENT = bytes(range(256)) * 12_000
 

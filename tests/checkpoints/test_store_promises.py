@@ -1,4 +1,5 @@
-"""What every store promises, whoever it is: a folder, a repository (streamed, or through the local cache), memory."""
+"""What every store promises, whoever it is: a folder, a repository (streamed, or through the local cache), a bucket,
+memory."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from bucket_server import S3Server
 from conftest import read_checkpoint, write_family, write_recipe
 from hub_server import HubServer
 
@@ -24,7 +26,7 @@ from skillmerge.checkpoints import schemes
 from skillmerge.checkpoints.place import Local, parse_location
 from skillmerge.checkpoints.schemes import Scheme, open_store, parse_place
 from skillmerge.checkpoints.store import Store, digest_of
-from skillmerge.checkpoints.stores import hub_client
+from skillmerge.checkpoints.stores import retries
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.checkpoints.stores.memory import Memory
 from skillmerge.errors import InputError, StalePlan, TemporaryError
@@ -47,10 +49,11 @@ class Case:
     store: Store
     change: Callable[[str, bytes], object]
     hub: HubServer | None = None
-    streamed: bool = False
+    stall: Callable[[Callable[[], None]], None] | None = None
+    """Calls a function where bytes are asked for over a network."""
 
 
-@pytest.fixture(params=["folder", "hub", "hub cache", "memory"])
+@pytest.fixture(params=["folder", "hub", "hub cache", "bucket", "memory"])
 def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
     if request.param == "memory":
         contents = dict(FILES)
@@ -66,12 +69,26 @@ def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         store = open_store(Local(folder))
         yield Case(store, change)
         store.close()
+    elif request.param == "bucket":
+        s3: S3Server = request.getfixturevalue("s3")
+        store = open_store(parse_place(s3.put_folder("some/model", write(tmp_path / "model"))) or Local(tmp_path))
+        s3.put("some/model-2/other.safetensors", b"a neighbor")
+
+        def stall_s3(action: Callable[[], None]) -> None:
+            s3.fail("GET /bucket/some/model/model.safetensors", lambda environ, start: action(), times=99)
+
+        yield Case(store, lambda name, content: s3.put(f"some/model/{name}", content), stall=stall_s3)
+        store.close()
     else:
-        monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.001)
+        monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
         with HubServer(tmp_path / "hub") as hub, hub.environment(monkeypatch):
             hub.create_from("acme/model", write(tmp_path / "model"))
             store = open_store(parse_location("hf://acme/model"), download=request.param == "hub cache")
-            streamed = request.param == "hub"
+
+            def stall(action: Callable[[], None]) -> None:
+                hub.fail("call", "GET /storage", times=99, action=action)
+
+            streamed = stall if request.param == "hub" else None
             yield Case(store, lambda name, content: hub.commit("acme/model", {name: content}), hub, streamed)
             store.close()
 
@@ -106,7 +123,8 @@ def test_every_file_is_listed_by_name(store: Store) -> None:
 def test_stated_digests_are_those_of_the_content(case: Case) -> None:
     stated = {name: stat.digest for name, stat in case.store.list().items() if stat.digest is not None}
     assert stated == {name: digest_of(digest[0], FILES[name]) for name, digest in stated.items()}
-    assert bool(stated) == case.store.at.remote == (case.hub is not None)
+    assert bool(stated) == (case.hub is not None)
+    assert case.store.at.remote == str(case.store.at.place).startswith(("hf://", "s3://"))
 
 
 def test_versions_tell_files_apart(store: Store) -> None:
@@ -234,14 +252,14 @@ def test_cancelling_ends_the_reads_that_wait(case: Case) -> None:
         reached.set()
         go_on.wait(20)
 
-    if case.hub is not None:
-        case.hub.fail("call", "GET /storage", times=99, action=stall)
+    if case.stall is not None:
+        case.stall(stall)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read, case.store, WEIGHTS, 0, 5000)
-        if case.streamed:
+        if case.stall is not None:
             assert reached.wait(20)
         case.store.cancel()
-        if not case.streamed:
+        if case.stall is None:
             go_on.set()
             assert reading.result(20) == FILES[WEIGHTS][:5000]
             return
@@ -278,7 +296,7 @@ def test_another_store_is_one_line_in_the_table(tmp_path: Path, monkeypatch: pyt
     scheme = Scheme(
         lambda uri: Shelf(uri.removeprefix("shelf://")),
         lambda place, download: Memory(shelves[place.name], f"shelf://{place.name}"),
-        lambda place: Path(),
+        lambda place: nullcontext(Path()),
     )
     monkeypatch.setitem(schemes.SCHEMES, "shelf", scheme)
     for model in shelves:

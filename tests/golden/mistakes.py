@@ -66,7 +66,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "bad-size": ("./merged}", "./merged, shard_size: many}"),
     "bad-like": ("./merged}", "./merged, like: nobody}"),
     "bad-gate": ("output:", "gates: {changd: {min: 0.1}}\noutput:"),
-    "bad-uri": ("./rl,", "s3://bucket/rl,"),
+    "bad-uri": ("./rl,", "ftp://bucket/rl,"),
     "skill-degree": ("./merged}", "./merged, kind: skill}"),
     "not-a-skill": ("rl: ./rl", "rl: {skill: ./rl}"),
     "zstd-model": ("./merged}", "./merged, compression: zstd}"),

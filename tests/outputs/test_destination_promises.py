@@ -1,4 +1,5 @@
-"""What every destination promises: a staging folder, a comparison with what is there, a Hub that alone keeps it."""
+"""What every destination promises: a staging folder, a comparison with what is there, a Hub or a bucket that alone keep
+it."""
 
 from __future__ import annotations
 
@@ -12,14 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from bucket_server import S3Server
 from conftest import write_family, write_recipe
 from hub_server import HubServer
 
 import skillmerge
+from skillmerge.checkpoints.place import Bucket
 from skillmerge.engine.destination import Destination, ShardRecord, SpanFile, StreamFile
 from skillmerge.engine.rounding_statistics import TensorStatistics
 from skillmerge.errors import CheckFailed
+from skillmerge.outputs.buckets.sending import BucketOutput
 from skillmerge.outputs.hub.push import MergePush
+from skillmerge.outputs.sending import Sender
 from skillmerge.outputs.staging import Staging
 from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.verbs.rebuild import _Original
@@ -37,10 +42,10 @@ class Case:
     keeps: bool = True
 
 
-class HubOnly:
+class Sent:
     """A staging folder whose shards are sent and removed as they are recorded, as `apply --no-local` has it."""
 
-    def __init__(self, staging: Staging, push: MergePush) -> None:
+    def __init__(self, staging: Staging, push: Sender) -> None:
         self._staging, self._push = staging, push
         push.attach(staging)
 
@@ -69,7 +74,7 @@ def plan(tmp_path: Path) -> Plan:
     return skillmerge.plan(recipe)
 
 
-@pytest.fixture(params=["staging", "comparison", "hub"])
+@pytest.fixture(params=["staging", "comparison", "hub", "bucket"])
 def case(request: pytest.FixtureRequest, tmp_path: Path, plan: Plan) -> Iterator[Case]:
     opened: list[Staging] = []
 
@@ -85,11 +90,18 @@ def case(request: pytest.FixtureRequest, tmp_path: Path, plan: Plan) -> Iterator
         yield Case(_Original(root), lambda name: (root / name).read_bytes(), lambda: _Original(root), keeps=False)
     elif request.param == "staging":
         yield Case(staging(), lambda name: (opened[-1].files / name).read_bytes(), staging)
+    elif request.param == "bucket":
+        s3: S3Server = request.getfixturevalue("s3")
+
+        def in_bucket() -> Sent:
+            return Sent(staging(), BucketOutput(plan, Bucket("s3", "bucket", "out")))
+
+        yield Case(in_bucket(), lambda name: s3.get(f"out/{name}"), in_bucket)
     else:
         hub: HubServer = request.getfixturevalue("hub")
 
-        def hub_only() -> HubOnly:
-            return HubOnly(staging(), MergePush(plan, "acme/merged", True, {}))
+        def hub_only() -> Sent:
+            return Sent(staging(), MergePush(plan, "acme/merged", True, {}))
 
         def content(name: str) -> bytes:
             assert not (opened[-1].files / name).exists(), "what the Hub has is not kept on the disk"

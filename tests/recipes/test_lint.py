@@ -103,7 +103,7 @@ def test_what_cannot_be_read_is_a_finding_and_does_not_stop_the_others(tmp_path:
 
 
 def test_a_place_that_nothing_reads_is_an_error_even_where_it_is_not_used(tmp_path: Path) -> None:
-    assert ("invalid-recipe", 3, 11) in found(write(tmp_path, CLEAN.replace("./target", "s3://bucket/it")))
+    assert ("invalid-recipe", 3, 11) in found(write(tmp_path, CLEAN.replace("./target", "ftp://bucket/it")))
     assert ("invalid-recipe", 6, 8) in found(write(tmp_path, CLEAN.replace("coeff", "  old: hf://x\ncoeff")))
 
 
@@ -226,15 +226,15 @@ def test_only_warnings_can_be_allowed(rule: str) -> None:
 
 
 def test_lint_prints_one_json_object(tmp_path: Path) -> None:
-    path = write(tmp_path, CLEAN.replace("./target", "s3://it"))
+    path = write(tmp_path, CLEAN.replace("./target", "ftp://it"))
     process = run_cli("lint", path, "--json")
     result = json.loads(process.stdout)
     assert process.returncode == 2
     assert (result["ok"], result["files"], result["errors"], result["warnings"]) == (False, 1, 1, 0)
     assert result["findings"][0] == {
-        "file": str(path), "line": 3, "column": 11, "end_column": 18, "level": "error", "rule": "invalid-recipe",
-        "message": "`s3://` is not a place that skillmerge reads",
-        "fix": "a model is a folder, or `hf://org/name` on the Hub: fetch it into a folder first",
+        "file": str(path), "line": 3, "column": 11, "end_column": 19, "level": "error", "rule": "invalid-recipe",
+        "message": "`ftp://` is not a place that skillmerge reads",
+        "fix": "a model is a folder, `hf://org/name` on the Hub, or `s3://`, `gs://` or `az://` and a bucket's name",
     }  # fmt: skip
 
 

@@ -119,8 +119,8 @@ def test_places_that_the_hub_cannot_have_are_refused(uri: str) -> None:
 
 
 def test_places_of_other_kinds_are_refused() -> None:
-    with pytest.raises(RecipeError, match="s3://"):
-        parse(GOOD.replace("/models/rl", "s3://bucket/rl")).model_place("rl")
+    with pytest.raises(RecipeError, match="ftp://"):
+        parse(GOOD.replace("/models/rl", "ftp://bucket/rl")).model_place("rl")
 
 
 SNAPSHOTS = {

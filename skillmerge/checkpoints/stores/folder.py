@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import threading
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from skillmerge.checkpoints.safetensors import opened, read_range
-from skillmerge.checkpoints.store import Stat, Wait, Where, nothing_to_wait_for
+from skillmerge.checkpoints.store import Stat, Wait, Where, license_in, nothing_to_wait_for
 from skillmerge.errors import InputError, ResourceError, StalePlan, is_machine, unreadable, unusable
 
 _MAX_DEPTH = 2
@@ -187,9 +186,7 @@ def _license(card: Path) -> str | None:
             head = stream.read(1 << 16)
     except (OSError, UnicodeDecodeError):
         return None
-    metadata = re.match(r"---\n(.*?)\n---", head, re.DOTALL)
-    found = re.search(r"^license: *['\"]?([\w.-]+)", metadata[1], re.MULTILINE) if metadata else None
-    return found[1] if found else None
+    return license_in(head)
 
 
 def resolve_inside(root: Path, name: str, follow_links: bool) -> Path:

@@ -24,7 +24,7 @@ from urllib.request import getproxies, proxy_bypass
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-from skillmerge.checkpoints.stores.hub_client import Passing
+from skillmerge.checkpoints.stores.retries import Passing
 
 _PIECE, _SMALL_PIECE = 1 << 20, 1 << 12
 """Bytes asked of a connection at once; they are lost if it breaks, and it is read in small ones from then on."""

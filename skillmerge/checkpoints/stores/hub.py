@@ -24,7 +24,8 @@ from skillmerge.checkpoints.place import Location
 from skillmerge.checkpoints.store import Stat, Store, Wait, Where, digest_of, nothing_to_wait_for
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.checkpoints.stores.http_ranges import Answer, Storage, from_hub
-from skillmerge.checkpoints.stores.hub_client import Passing, refused, retried
+from skillmerge.checkpoints.stores.hub_client import refused, retried
+from skillmerge.checkpoints.stores.retries import Passing
 from skillmerge.errors import NEAR, InputError, StalePlan, TemporaryError, some
 from skillmerge.threads import hash_file
 

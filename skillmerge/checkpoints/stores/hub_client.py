@@ -9,9 +9,7 @@ signatures; no other text that comes from a request ever is: a token could be in
 from __future__ import annotations
 
 import email.utils
-import logging
 import os
-import random
 import re
 import threading
 import time
@@ -41,31 +39,16 @@ from huggingface_hub.utils import (
     parse_ratelimit_headers,
 )
 
-from skillmerge.errors import InputError, ResourceError, SkillmergeError, TemporaryError
+from skillmerge.checkpoints.stores.retries import LONGEST_WAIT, Passing, retry
+from skillmerge.errors import InputError, ResourceError, SkillmergeError
 
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 """The base class of the HTTP library's errors, whichever library this huggingface_hub uses."""
 
-LOG = logging.getLogger("skillmerge.hub")
-"""What to show of waiting for the Hub: on any thread, far from the reporter of the run."""
-
-TRIES = 6
-FIRST_WAIT = 1.0
-LONGEST_WAIT = 300.0
 _LONGEST_SAYING = 300
-"""Seconds. A server that asks for a longer wait than this gets it next time: exit status 75."""
-
 _PASSING = {408, 425, 429, 500, 502, 503, 504, 520, 522, 524}
 
 T = TypeVar("T")
-
-
-class Passing(Exception):
-    """Something that may pass: `wait` is how long the server asked to wait, in seconds."""
-
-    def __init__(self, what: str, wait: float | None = None) -> None:
-        super().__init__(what)
-        self.what, self.wait = what, wait
 
 
 class Quiet:
@@ -98,33 +81,13 @@ def retried(
     tries: int | None = None,
     stop: threading.Event | None = None,
 ) -> T:
-    """Run `attempt`, again where it fails with what may pass. `what` is the repository, for messages.
+    """Run `attempt`, which asks the Hub, as `retry` does. `what` is the repository, for messages."""
 
-    Only tries without any `progress` count: a link that breaks often still gets there. Once `stop` is set,
-    nothing is waited for.
-    Raises InputError for what will not pass, TemporaryError if `tries` (or TRIES) were not enough.
-    """
-    failed, reached = 0, progress()
-    while True:
-        if stop is not None and stop.is_set():
-            raise TemporaryError(f"{what}: stopped while it waited for the Hub")
-        try:
-            with hub_errors(what):
-                _bound_waiting()
-                return attempt()
-        except Passing as passing:
-            if progress() > reached:
-                failed, reached = 0, progress()
-            failed += 1
-            # A little more than asked, and not the same for all: else everybody is back at the same instant.
-            wait = max(passing.wait or 0.0, FIRST_WAIT * 2 ** (failed - 1)) * random.uniform(1.0, 1.2)
-            if failed >= (tries or TRIES) or wait > 1.2 * LONGEST_WAIT:
-                raise TemporaryError(
-                    f"{what}: {passing.what}", fix="rerun later; the same command continues where it stopped"
-                ) from passing
-            LOG.info("%s: trying again (%d of %d), waiting %.0f s", passing.what, failed + 1, tries or TRIES, wait)
-            if (stop or threading.Event()).wait(wait):
-                raise TemporaryError(f"{what}: stopped while it waited for the Hub") from passing
+    def bounded() -> T:
+        _bound_waiting()
+        return attempt()
+
+    return retry(what, "the Hub", bounded, hub_errors, progress=progress, tries=tries, stop=stop)
 
 
 @contextmanager

@@ -168,5 +168,5 @@ def _show_plan(made: Preview, diff: str | None, quiet: bool) -> None:
 
 
 def _output_of(made: Preview) -> str | None:
-    where = made.recipe.output.path
+    where = made.recipe.output.path or made.recipe.output.bucket
     return str(where) if where else None

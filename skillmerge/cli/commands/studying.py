@@ -60,7 +60,7 @@ def extract(rl: str, sft: str, as_json: bool, quiet: bool, verbose: bool, **opti
     made = run(rl, sft, reporter=TerminalReporter(quiet, verbose), **options)
     show_merge(made, as_json, quiet)
     if not quiet and not as_json:
-        place = min(str(made.output), f"./{os.path.relpath(made.output)}", key=len)
+        place = made.place or min(str(made.output), f"./{os.path.relpath(made.output)}", key=len)
         suggest(f"in a recipe, under `models`: skill: {{skill: {json.dumps(place)}}}")
 
 

@@ -128,11 +128,11 @@ def show_changes(changes: Sequence[str], since: str, out: Console) -> None:
 
 def show_result(result: Result, out: Console) -> None:
     """Show where the output is, and the effect of rounding."""
-    if result.already and not result.output.exists():
+    if result.already and not result.is_kept:
         pass  # it is on the Hub only
     elif result.already:
         nothing = "" if result.published else ", nothing to do"
-        out.print(Text(f"{result.output} is up to date{nothing}"), soft_wrap=True)
+        out.print(Text(f"{result.shown} is up to date{nothing}"), soft_wrap=True)
     else:
         _show_work(result, out)
         if result.gates:
@@ -153,7 +153,7 @@ def _show_work(result: Result, out: Console) -> None:
         out.print(Text(f"merged {merged}"))
     if result.plan is not None and (told := listings.patched(result.plan)) is not None:
         out.print(Text(told.replace("writes", "wrote")))
-    what = f"wrote {result.output}" if result.output.exists() else "merged"
+    what = f"wrote {result.shown}" if result.is_kept else "merged"
     where = f" on {result.device}" if result.device else ""
     if isinstance(statistics, SkillStatistics):
         whole = statistics.all.dense_bytes

@@ -32,7 +32,7 @@ def show_gates(outcomes: Sequence[Outcome], out: Console) -> None:
 def show_verdict(verdict: Verdict, out: Console) -> None:
     out.print(
         Text(
-            f"{verdict.folder}: verified: {verdict.files} files, {verdict.tensors} tensors, "
+            f"{verdict.output.shown}: verified: {verdict.files} files, {verdict.tensors} tensors, "
             f"{format_bytes(verdict.bytes)}: digests, index, headers, shapes, dtypes, finite values"
         ),
         soft_wrap=True,
@@ -68,7 +68,7 @@ def show_rehearsal(rehearsal: Rehearsal, out: Console) -> None:
     if not push.revision and push.pull_request is None:
         where += ", or a pull request if the repository has a model"
     for line in (
-        f"would publish {rehearsal.output.folder} as {push.repository} (if it is new: {visibility})",
+        f"would publish {rehearsal.output.shown} as {push.repository} (if it is new: {visibility})",
         f"to: {where}",
         f"commit message: {rehearsal.title}",
     ):
@@ -93,5 +93,6 @@ def show_parent(parent: str, model: str, out: Console) -> None:
 def show_rebuilt(made: Rebuilt, out: Console) -> None:
     """Show how many tensors were recreated identically."""
     what = "all" if made.tensors == made.of else f"{made.tensors} of"
-    told = f"{made.folder}: {what} {made.of} tensors ({format_bytes(made.bytes)}) are byte-identical when rebuilt"
+    told = f"{made.place or made.folder}: {what} {made.of} tensors ({format_bytes(made.bytes)})"
+    told += " are byte-identical when rebuilt"
     out.print(Text(told if made.output is None else f"{told}, in {made.output}", style="bold"), soft_wrap=True)

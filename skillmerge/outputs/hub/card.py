@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from skillmerge.checkpoints.place import Location, on_hub
+from skillmerge.checkpoints.schemes import is_path
 from skillmerge.engine.measures.cells import DEVIATION, cells, rows_of
 from skillmerge.engine.measures.skill_statistics import SkillStatistics
 from skillmerge.engine.rounding_statistics import LOSSES, Statistics
@@ -150,7 +151,8 @@ def _parents(manifest: Manifest) -> str:
             where = f"[{place.repository}](https://huggingface.co/{place.repository})"
         else:
             sizes = [file.size for file in item.files]
-            where = f"local: {len(sizes)} file{'s' if len(sizes) > 1 else ''}, {format_bytes(sum(sizes))}"
+            kind = "local" if is_path(item.uri) else "in a bucket"
+            where = f"{kind}: {len(sizes)} file{'s' if len(sizes) > 1 else ''}, {format_bytes(sum(sizes))}"
         donor = " (donor)" if item.name == manifest.donor else ""
         commit = f"`{item.revision}`" if item.revision else "-"
         rows.append((f"`{item.name}`{donor}", where, commit, item.license or "-"))

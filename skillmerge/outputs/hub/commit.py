@@ -21,7 +21,8 @@ from huggingface_hub.lfs import UploadInfo
 from skillmerge.checkpoints.place import Location
 from skillmerge.checkpoints.store import digest_of
 from skillmerge.checkpoints.stores.hub import Repository
-from skillmerge.checkpoints.stores.hub_client import LOG, LOG_IN, Passing, Quiet, retried
+from skillmerge.checkpoints.stores.hub_client import LOG_IN, Quiet, retried
+from skillmerge.checkpoints.stores.retries import LOG, Passing
 from skillmerge.durable import disk_errors
 from skillmerge.errors import CheckFailed, InputError, SkillmergeError, StalePlan, TemporaryError, UsageError, some
 from skillmerge.outputs import manifest

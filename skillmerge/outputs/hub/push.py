@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from skillmerge.checkpoints.place import on_hub
-from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import UsageError
+from skillmerge.outputs.buckets.at_hand import AtHand, at_hand
 from skillmerge.outputs.hub.card import CARD_FILE, license_of, read_metadata, write_card
 from skillmerge.outputs.hub.commit import ForgottenUploads, HubCommit, obstacles
 from skillmerge.outputs.hub.published import Published, check_repository
@@ -22,19 +19,17 @@ from skillmerge.outputs.hub.rehearsal import Refusals, Rehearsal
 from skillmerge.outputs.manifest import File, Input, Manifest
 from skillmerge.outputs.output import Output
 from skillmerge.outputs.proof.sign import signature_beside
+from skillmerge.outputs.sending import Sender
 from skillmerge.outputs.staging import Staging
-from skillmerge.outputs.verify import SIGNATURE_FILE, check_shard, verify_files
+from skillmerge.outputs.verify import SIGNATURE_FILE, verify_files
 from skillmerge.plans.plan import InputPlan, Plan
 from skillmerge.recipes.parse import parse_recipe
 from skillmerge.recipes.recipe import Push
 from skillmerge.reporter import Reporter, default_reporter
-from skillmerge.threads import Crew, in_threads
+from skillmerge.threads import in_threads
 
 _SMALL = 1 << 20
 """Files up to this many bytes are part of the commit request."""
-
-_SHARDS_ON_DISK = 2
-"""Most shards that a merge with --no-local keeps: one is computed while another is uploaded."""
 
 
 def push(
@@ -60,11 +55,12 @@ def push(
     reporter = reporter or default_reporter("uploading")
     given = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
     prepared = _Prepared(repository, {**given, "tags": tags or None}, Refusals(all=False))
-    prepared.verify(folder, allow_nonfinite, reporter)
-    prepared.write_card(card, license)
-    reporter.say(f"uploading to {repository}")
-    assert prepared.card is not None, "what is wrong with it was raised"
-    return send(HubCommit(prepared.push), prepared.output, prepared.card, prepared.signature)
+    with at_hand(folder, whole=True, reporter=reporter) as found:
+        prepared.verify(found, allow_nonfinite, reporter)
+        prepared.write_card(card, license)
+        reporter.say(f"uploading to {repository}")
+        assert prepared.card is not None, "what is wrong with it was raised"
+        return send(HubCommit(prepared.push), prepared.output, prepared.card, prepared.signature)
 
 
 def rehearse_push(
@@ -90,11 +86,15 @@ def rehearse_push(
     given = {"private": private, "revision": revision, "pull_request": pull_request, "message": message}
     refusals = Refusals(all=True)
     prepared = _Prepared(repository, {**given, "tags": tags or None}, refusals)
-    prepared.verify(folder, allow_nonfinite, reporter)
-    prepared.write_card(card, license)
+    with at_hand(folder, whole=False, reporter=reporter) as found:
+        prepared.verify(found, allow_nonfinite, reporter)
+        prepared.write_card(card, license)
+        names = [path for path in found.folder.rglob("*") if path.is_file()]
+        sizes = {path.relative_to(found.folder).as_posix(): path.stat().st_size for path in names}
     refused = (*refusals.found, *obstacles(prepared.push))
     title = prepared.push.message or _title(prepared.proof.expression, prepared.proof.plan_digest)
-    return Rehearsal(prepared.output, prepared.push, title, prepared.card, prepared.signature is not None, refused)
+    signed = prepared.signature is not None
+    return Rehearsal(prepared.output, prepared.push, title, prepared.card, signed, refused, sizes)
 
 
 class _Prepared:
@@ -112,10 +112,11 @@ class _Prepared:
     def proof(self) -> Manifest:
         return self.output.manifest
 
-    def verify(self, folder: str | os.PathLike[str], allow_nonfinite: bool, reporter: Reporter) -> None:
+    def verify(self, found: AtHand, allow_nonfinite: bool, reporter: Reporter) -> None:
         """Check the repository's name, every byte of the output, its gates and its signature."""
-        check_repository(self._repository, folder)
-        self.output = verify_files(folder, allow_nonfinite=allow_nonfinite, reporter=reporter).output
+        check_repository(self._repository, found.folder)
+        verdict = verify_files(found.folder, allow_nonfinite=allow_nonfinite, reporter=reporter, contents=found.open)
+        self.output = replace(verdict.output, place=found.place)
         with self._refusals:
             self.output.refuse_failed()
         with self._refusals:
@@ -207,43 +208,19 @@ def _hub_files(inputs: Iterable[Input | InputPlan]) -> dict[str | None, tuple[st
     return found
 
 
-class _Room:
-    """Room for a number of shards, until an upload fails; see `engine.runner.Room`."""
-
-    def __init__(self, shards: int) -> None:
-        self.failure: BaseException | None = None
-        self._free = threading.Semaphore(shards)
-
-    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        if self.failure is not None:
-            raise self.failure  # its shards stay on the disk, so there will be no more room
-        return self._free.acquire(blocking, timeout)
-
-    def release(self) -> None:
-        self._free.release()
-
-
-class MergePush:
-    """The push of a running merge: checked before the work, uploading during it, committed after it.
-
-    With `remove`, each shard is deleted once it is uploaded, and `room` limits the disk to two shards.
-    """
+class MergePush(Sender):
+    """The push of a running merge: checked before the work, uploading during it, committed after it."""
 
     def __init__(self, plan: Plan, repository: str | None, remove: bool, options: Mapping[str, Any]) -> None:
+        super().__init__(plan, remove)
         output = plan.recipe.output
         self._push = _settings(output.push, repository, options)
         check_repository(self._push.repository)
-        self._plan, self._remove, self._license = plan, remove, output.license
+        self._license = output.license
         self._card = read_card(output.card)
         if self._card is None or not read_metadata(self._card)[1].get("license"):
             license_of(plan.inputs, output.license)
         self._connected: HubCommit | None = None
-        self._crew = Crew(_SHARDS_ON_DISK)
-        self._sent: list[Future[None]] = []
-        self._leaving = threading.Lock()
-        self._failed = False
-        self.room = _Room(_SHARDS_ON_DISK) if remove else None
-        self._staging: Staging | None = None
         self._on_the_hub = _hub_files(plan.inputs)
 
     @property
@@ -254,53 +231,19 @@ class MergePush:
         return self._connected
 
     @property
-    def repository(self) -> str:
+    def destination(self) -> str:
         return self._push.repository
 
-    def find(self) -> tuple[Published, Manifest] | None:
+    def find(self, conditions: Mapping[str, Any]) -> tuple[Published, Manifest] | None:
         """Return this plan's output and its manifest, if the Hub has it."""
         title = _title(self._plan.recipe.document.data["merge"], self._plan.digest)
         return self._commit.find_plan(self._plan.digest, title)
 
-    def disk_needed(self, output: int) -> int:
-        """Return the disk space that this push needs, in bytes; the whole output needs `output`."""
-        if not self._remove:
-            return output
-        sides = sum(file.size for file in self._plan.side_files)
-        return min(output, sides + _SHARDS_ON_DISK * max((shard.size for shard in self._plan.shards), default=0))
-
-    def attach(self, staging: Staging) -> None:
-        """Start with the shards of an earlier run, uploaded or not."""
-        self._staging = staging
+    def _begin(self, staging: Staging) -> None:
         _ = self._commit
-        for done in list(staging.finished.values()):
-            if self._remove:
-                self._take(done)
-            else:
-                self._sent.append(self._crew.submit(partial(self._take, done)))
 
-    def send(self, done: ShardRecord) -> None:
-        """Upload a finished shard while others are computed. Raises the error of an earlier upload."""
-        if self._remove:
-            for future in [future for future in self._sent if future.done()]:
-                future.result()
-                self._sent.remove(future)
-        self._sent.append(self._crew.submit(partial(self._send, done)))
-
-    def _send(self, done: ShardRecord) -> None:
-        try:
-            self._take(done)
-        except BaseException as error:
-            if self.room is not None:
-                self.room.failure = error
-            raise
-        if self.room is not None:
-            self.room.release()
-
-    def _take(self, done: ShardRecord) -> None:
-        assert self._staging is not None
+    def _deliver(self, path: Path, done: ShardRecord) -> None:
         name, size, sha256 = done.file, done.size, done.sha256
-        path = self._staging.files / name
         if sha256 in self._on_the_hub:
             self._commit.copy(name, size, sha256, *self._on_the_hub[sha256])
         elif done.uploaded:
@@ -309,24 +252,6 @@ class MergePush:
             if self._remove:
                 self._check(path)
             self._commit.upload(name, path, size, sha256)
-        with self._leaving:
-            if self._remove and not done.uploaded and not self._failed:
-                self._staging.record(replace(done, uploaded=True))  # or unnecessary: the Hub has it
-                path.unlink()
-
-    def _check(self, path: Path) -> None:
-        """Check a shard's header with the safetensors library before the upload. Raises CheckFailed."""
-        shard = next(shard for shard in self._plan.shards if shard.file == path.name)
-        check_shard(path, read_header(str(path), path.name).tensors if self._plan.makes_skill else shard.specs)
-
-    def settle(self, *, failed: bool) -> None:
-        """Wait for running uploads, unless the merge failed; `publish` retries failed uploads."""
-        with self._leaving:  # running uploads must not touch a folder that another run may hold by then
-            self._failed = failed
-        self._crew.end(wait=not failed, cancel=failed)
-        if self._remove and not failed:
-            for future in self._sent:
-                future.result()
 
     def publish(self, output: Output, *, verified: bool) -> Published:
         """Create the commit. An output of an earlier run is verified first."""

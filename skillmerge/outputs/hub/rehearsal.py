@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class Rehearsal:
     """What a push would publish, and as what. Nothing was sent, and the Hub was not asked.
 
     title: the commit's. card: the text of the model card, or None if it would be refused. signed: whether a signature
-    is sent along. refused: why the push would fail, as far as this machine knows.
+    is sent along. refused: why the push would fail, as far as this machine knows. sizes: of files, in bytes.
     """
 
     output: Output
@@ -45,6 +46,7 @@ class Rehearsal:
     card: str | None
     signed: bool
     refused: tuple[SkillmergeError, ...]
+    sizes: Mapping[str, int]
 
     __repr__ = brief
 
@@ -56,14 +58,14 @@ class Rehearsal:
     def files(self) -> dict[str, int]:
         """Every file that the commit would have, and its size in bytes."""
         names = self.output.manifest.file_names | ({SIGNATURE_FILE} if self.signed else set())
-        sizes = {name: (self.output.folder / name).stat().st_size for name in sorted(names)}
-        return sizes | ({CARD_FILE: len(self.card.encode())} if self.card is not None else {})
+        card = {CARD_FILE: len(self.card.encode())} if self.card is not None else {}
+        return {name: self.sizes[name] for name in sorted(names)} | card
 
     def as_dict(self) -> dict[str, Any]:
         files = self.files
         return {
             "dry_run": True,
-            "folder": str(self.output.folder),
+            "folder": self.output.shown,
             "repository": self.push.repository,
             "private": self.push.private,
             "revision": self.push.revision,

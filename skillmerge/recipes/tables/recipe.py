@@ -40,7 +40,8 @@ class ModelTable(Table):
         str | None,
         Field(
             min_length=1,
-            description="Checkpoint: a folder relative to the recipe's own, or `hf://org/name[@revision][/subfolder]`.",
+            description="Checkpoint: a folder relative to the recipe's own, `hf://org/name[@revision][/subfolder]`, or "
+            "`s3://bucket/prefix` (also `gs://`, `az://`).",
             examples=["./target-sft", "hf://acme/target-sft@v1"],
         ),
     ] = None
@@ -168,7 +169,8 @@ class OutputTable(Table):
         str | None,
         Field(
             min_length=1,
-            description="Folder to write, relative to the recipe's own. `--output` replaces it.",
+            description="Folder to write, relative to the recipe's own, or `s3://bucket/prefix`; "
+            "`--output` replaces it.",
             examples=["./merged"],
         ),
     ] = None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 
+from skillmerge.checkpoints.schemes import bucket_of
 from skillmerge.errors import UsageError
 from skillmerge.reporter import Reporter
 from skillmerge.verbs.export.lora import Exported, export_lora
 from skillmerge.verbs.export.patch import Patch, export_patch
+from skillmerge.verbs.target import refuse_bucket
 
 
 def export(
@@ -31,6 +33,7 @@ def export(
         raise UsageError(
             "no format was given", fix="pass `--lora-rank R` for an adapter, or `--onto SFT` for a sparse patch"
         )
+    refuse_bucket(bucket_of(output))
     if lora_rank is not None:
         return export_lora(
             skill, output, lora_rank=lora_rank, base=base, seed=seed, follow_links=follow_links, reporter=reporter

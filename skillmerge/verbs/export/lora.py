@@ -23,6 +23,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill import summary
 from skillmerge.checkpoints.place import on_hub
 from skillmerge.checkpoints.safetensors import build_header
+from skillmerge.checkpoints.schemes import is_path
 from skillmerge.claim import new_folder
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import InputError, UsageError
@@ -159,6 +160,8 @@ def _named(uri: str) -> tuple[str, str | None]:
         location = on_hub(uri)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if location is None and not is_path(uri):
+        raise UsageError(f"{uri}: an adapter cannot name a bucket", fix="pass another name of the model with `--base`")
     if location is None:
         return uri, None
     if location.subfolder:

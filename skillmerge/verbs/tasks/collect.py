@@ -7,9 +7,10 @@ import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.engine.runner import Job
+from skillmerge.engine.runner import Job, Runner
 from skillmerge.errors import TemporaryError, some
 from skillmerge.outputs.attempts import being_made, conditions_of, owner_of, staging_folder
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
@@ -23,6 +24,16 @@ PATIENCE = 3.0
 """Seconds until a record that is not seen is said to be missing: a network filesystem may show it late."""
 LOOK = 0.5
 """Seconds between two looks at the records."""
+
+
+class Tasks(Runner, Protocol):
+    """What makes shards elsewhere: the runner of `finish`, whether the output is a folder or in a bucket."""
+
+    def settle(self, target: Any, checks: Checks) -> Checks:
+        """Return the checks with what the tasks measure and allow, which is theirs to say. Wait for the first."""
+
+    def begin(self, job: Job, staging: Staging, conditions: dict[str, object]) -> str | None:
+        """Take what the tasks have made. Returns a note for the user, if there is one."""
 
 
 class Collector:
@@ -66,14 +77,14 @@ class Collector:
             if not missing:
                 break
             if not self._wait and (time.monotonic() - started > PATIENCE or conditions_of(staging.folder) is None):
-                raise _missing(plan, missing)
+                raise missing_shards(plan, missing)
             if self._wait:
                 self._reporter.waiting(progress.text(staging, missing))
             self.pause(staging, missing)
         staging.leave_tasks_out()
         self.device = _devices(staging, plan)
         if plan.makes_skill and any(tensor.action == "same" for tensor in plan.tensors.values()):
-            _prove_same(job, self._reporter)
+            prove_same(job, self._reporter)
 
     def pause(self, staging: Staging, missing: Collection[str]) -> None:
         """Let some time pass before the records are looked at again."""
@@ -94,7 +105,7 @@ class Collector:
         return None
 
 
-def _missing(plan: Plan, missing: Collection[str]) -> TemporaryError:
+def missing_shards(plan: Plan, missing: Collection[str]) -> TemporaryError:
     count = len(missing)
     return TemporaryError(
         f"{count} of {len(plan.shards)} shards {'is' if count == 1 else 'are'} missing: {some(list(missing))}",
@@ -109,7 +120,7 @@ def _devices(staging: Staging, plan: Plan) -> str:
     return ", ".join(sorted({it.device for it in found if it is not None and it.device}))
 
 
-def _prove_same(job: Job, reporter: Reporter) -> None:
+def prove_same(job: Job, reporter: Reporter) -> None:
     """Prove what belongs to no shard of a skill, and so to no task: tensors that must be the same in all models."""
     from skillmerge.engine.device import choose_device
     from skillmerge.engine.skill_shards import prove_same

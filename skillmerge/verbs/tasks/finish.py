@@ -13,7 +13,9 @@ from skillmerge.verbs.apply import merge
 from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.source import source_name
-from skillmerge.verbs.tasks.collect import Collector
+from skillmerge.verbs.target import output_bucket
+from skillmerge.verbs.tasks.buckets import BucketCollector
+from skillmerge.verbs.tasks.collect import Collector, Tasks
 from skillmerge.verbs.tasks.shard import read_saved
 from skillmerge.version import __version__
 
@@ -51,6 +53,10 @@ def finish(
     reporter.event("started", skillmerge=__version__, recipe=source_name(plan))
     check_words(hub=hub)
     saved = read_saved(plan)
+    bucket = output_bucket(saved.recipe, output)
+    tasks: Tasks = Collector(reporter, wait=wait, reread=verify)
+    if bucket is not None:
+        tasks = BucketCollector(bucket, reporter, wait=wait, reread=verify)
     return merge(
         saved,
         output,
@@ -59,5 +65,5 @@ def finish(
         Checks(hash_inputs=hash_inputs, full=verify, keep_failed=keep_failed, strict=strict),
         Publish(overwrite, push, False, private, revision, pull_request, message),
         reporter,
-        Collector(reporter, wait=wait, reread=verify),
+        tasks,
     )

@@ -53,7 +53,9 @@ class OnRay(Collector):
         self._changed = time.time()
         """When a task began or ended last."""
 
-    def settle(self, target: Path, checks: Checks) -> Checks:
+    def settle(self, target: Any, checks: Checks) -> Checks:
+        if not isinstance(target, Path):
+            raise UsageError(f"the output {target} is in a bucket, and tasks of `--on` share a folder", fix=_SHARED)
         return checks
 
     def begin(self, job: Job, staging: Staging, conditions: dict[str, object]) -> str | None:

@@ -16,6 +16,7 @@ from skillmerge.engine.runner import Job, Runner, Work, check_words, handed
 from skillmerge.engine.runners.table import runner_for
 from skillmerge.errors import OutputLocked, UsageError, machine_errors
 from skillmerge.outputs.attempts import COMPLETE, FILES, Attempt, Records, staging_folder
+from skillmerge.outputs.buckets.sending import work_folder
 from skillmerge.outputs.journal import Header, Journal
 from skillmerge.plans.budget import budget, check_disk
 from skillmerge.plans.opening import Access
@@ -25,7 +26,8 @@ from skillmerge.plans.tasks.part import part_of, refuse_problems
 from skillmerge.recipes.source import RecipeSource
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.verbs.source import read_source, source_name
-from skillmerge.verbs.target import finished_output, output_folder
+from skillmerge.verbs.target import finished_output, output_bucket, output_folder
+from skillmerge.verbs.tasks.buckets import make_in_bucket
 from skillmerge.verbs.tasks.index import place_among
 from skillmerge.version import __version__
 
@@ -47,12 +49,13 @@ class Shards:
     seconds: float
     device: str = ""
     plan_digest: str = ""
+    place: str = ""
 
     __repr__ = brief
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "output": str(self.output),
+            "output": self.place or str(self.output),
             "index": self.index,
             "of": self.of,
             "shards": list(self.shards),
@@ -95,12 +98,18 @@ def shard(
     saved = read_saved(plan)
     refuse_problems(saved)
     access = Access(follow_links, download=hub == "download", commits=saved.commits)
-    target, sizes = output_folder(saved.recipe, output, {}), saved.sizes
+    bucket, sizes = output_bucket(saved.recipe, output), saved.sizes
     mine = tuple(divide(sizes, of)[index])
     task = Task(saved, mine, access, Work(device, threads, memory_limit), stats, allow_nonfinite)
-    device, made = task.run(target, reporter)
+    if bucket is not None:
+        target = work_folder(bucket)
+        device, made = make_in_bucket(saved, mine, access, task.work, task.conditions, bucket, reporter)
+    else:
+        target = output_folder(saved.recipe, output, {})
+        device, made = task.run(target, reporter)
     size, seconds = sum(sizes[file] for file in mine), time.monotonic() - started
-    return Shards(target, index, of, mine, made, size, seconds, device, saved.document["digest"])
+    place = str(bucket or "")
+    return Shards(target, index, of, mine, made, size, seconds, device, saved.document["digest"], place)
 
 
 def read_saved(plan: RecipeSource) -> SavedPlan:
@@ -126,11 +135,14 @@ class Task:
     stats: str
     allow_nonfinite: bool
 
+    @property
+    def conditions(self) -> dict[str, Any]:
+        return conditions(self.saved.document["versions"], self.stats, self.allow_nonfinite)
+
     def run(self, target: Path, reporter: Reporter) -> tuple[str, tuple[str, ...]]:
         """Make what is not recorded yet of the shards. Returns the device, and the shards that were made here."""
         digests = self.saved.digests()
-        given = conditions(self.saved.document["versions"], self.stats, self.allow_nonfinite)
-        header = Header(digests[0], given)
+        header = Header(digests[0], self.conditions)
         missing = self._missing(target, header, self.shards)
         return self._make(target, header, missing, reporter) if missing else ("", ())
 

@@ -48,7 +48,7 @@ def _result(result: Result) -> Iterator[str]:
     yield remarks_list(warned=result.warnings)
     done = "already up to date" if result.already else f"{result.seconds:.1f} s"
     where = f" on {escaped(result.device)}" if result.device else ""
-    yield f"<p>{escaped(result.output)}: {format_bytes(manifest.size)}, {done}{where}</p>"
+    yield f"<p>{escaped(result.shown)}: {format_bytes(manifest.size)}, {done}{where}</p>"
     yield tables.gates_table(result.gates)
     yield collapsed("Effect of rounding, by module", tables.rounding_table(manifest.statistics))
     yield _maps(maps_of(manifest=manifest))

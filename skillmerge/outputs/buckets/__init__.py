@@ -1,0 +1,1 @@
+"""Outputs in buckets: written there shard by shard, and read from there."""
