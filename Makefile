@@ -17,7 +17,7 @@ JUNIT_SCHEMA = behave-1.3.3/etc/junit.xml/junit-4.xsd
 # Tests start some two hundred interpreters: each would compile the package again where nothing may be kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test docs lint types check check-oldest editors stores torture torture-tests torture-fuzz runtimes slurm look bench import-equality evidence evidence-smollm clean
+.PHONY: demo test test-ray docs lint types check check-oldest editors stores torture torture-tests torture-fuzz runtimes slurm look bench import-equality evidence evidence-smollm clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -44,6 +44,12 @@ check-oldest: $(VENV)/oldest-hub
 	PYTHONPATH=$(abspath $(VENV)/oldest-hub) $(BIN)/pytest tests/checkpoints/test_hub.py \
 		tests/checkpoints/test_hub_faults.py tests/outputs/test_push.py tests/outputs/test_push_apply.py \
 		-k "not transformers and not killed and not pieces" \
+		-W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
+
+# Merges on a real cluster of two nodes. Ray is installed beside the environment, so that `make test` does without it.
+# LONG=--long loses a node at every step, and ends the driver in every way.
+test-ray: $(VENV)/ray/installed
+	PYTHONPATH=$(abspath $(VENV)/ray) $(BIN)/pytest $(LONG) tests/torture/test_ray.py \
 		-W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
 
 # The documentation as a site in build/site. Reading it needs no network: python -m http.server -d build/site
@@ -148,6 +154,10 @@ $(VENV)/schemas/junit-4.xsd: $(VENV)/installed
 
 $(VENV)/oldest-hub: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ huggingface_hub==$(OLDEST_HUB)
+	touch $@
+
+$(VENV)/ray/installed: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --target $(@D) 'ray[client]'
 	touch $@
 
 clean:

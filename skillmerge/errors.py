@@ -58,6 +58,10 @@ class SkillmergeError(Exception):
         self.message = message
         self.fix = fix
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what another process makes the same error of: no `__init__`, whose arguments differ, is called."""
+        return _same_error, (type(self), self.args, self.__dict__)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the error as plain data, for programs."""
         return {
@@ -69,6 +73,12 @@ class SkillmergeError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.fix is None else f"{self.message}\n{self.fix}"
+
+
+def _same_error(kind: type[SkillmergeError], arguments: tuple[Any, ...], fields: dict[str, Any]) -> SkillmergeError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(fields)
+    return error
 
 
 class UsageError(SkillmergeError):

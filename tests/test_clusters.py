@@ -45,7 +45,7 @@ def assert_is_a_command(words: list[str]) -> None:
 
 
 def test_every_command_of_the_page_is_one() -> None:
-    found = re.findall(r"skillmerge ((?:plan|shard|finish|apply|verify) [^`\n&|]*)", TEXT)
+    found = re.findall(r"skillmerge ((?:plan|shard|finish|apply|sweep|verify) [^`\n&|]*)", TEXT)
     assert len(found) > 10
     for line in found:
         assert_is_a_command(shlex.split(line))
@@ -77,6 +77,34 @@ def test_kubernetes_jobs_repeat_what_may_pass(name: str, action: str) -> None:
     models = pytest.importorskip("hera.workflows.models")
     models.Container.model_validate(container)
     for volume in pod["volumes"]:
+        models.Volume.model_validate(volume)
+
+
+def test_ray_job_merges_on_its_cluster() -> None:
+    """The fields of ray.io/v1 that it has, one image with the version of Ray that is tested, and the same volumes."""
+    job: dict[str, Any] = load_yaml(example("merge-rayjob.yaml"))
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
+    assert spec.keys() == {"entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "rayClusterSpec"}
+    program, *words = shlex.split(spec["entrypoint"])
+    assert (program, words[0], words[-2:]) == ("skillmerge", "apply", ["--on", "ray"])
+    assert_is_a_command(words)
+    cluster = spec["rayClusterSpec"]
+    assert cluster.keys() == {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
+    assert f"ray=={cluster['rayVersion']}\n" in (Path(__file__).parent.parent / "constraints.txt").read_text()
+    assert f"rayproject/ray:{cluster['rayVersion']}-" in TEXT
+    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    assert head.keys() == {"rayStartParams", "template"}
+    assert workers.keys() - head.keys() == {"groupName", "replicas", "minReplicas", "maxReplicas"}
+    pods = [group["template"]["spec"] for group in (head, workers)]
+    assert pods[0]["volumes"] == pods[1]["volumes"]
+    containers = [container for pod in pods for container in pod["containers"]]
+    assert len({container["image"] for container in containers}) == 1
+    assert all(container["volumeMounts"][0]["mountPath"] == "/models" for container in containers)
+    models = pytest.importorskip("hera.workflows.models")
+    for container in containers:
+        models.Container.model_validate(container)
+    for volume in pods[0]["volumes"]:
         models.Volume.model_validate(volume)
 
 

@@ -145,6 +145,7 @@ threads = option(
     help="Worker threads  [default: one per core, max 16]",
 )  # fmt: skip
 memory = option("--memory-limit", group=MERGE, type=Size(), metavar="SIZE", help="Memory limit, such as 2GB")
+on = option("--on", group=MERGE, metavar="CLUSTER", help="Compute on a Ray cluster: ray, or ray://HOST:PORT")
 stats = option(
     "--stats", group=MERGE, type=click.Choice(["full", "sampled", "off"]), default="sampled", metavar="MODE",
     help="Rounding statistics: full, sampled or off  [default: sampled]",

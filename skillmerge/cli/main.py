@@ -122,6 +122,8 @@ def main() -> NoReturn:
     # The Hub's client has progress bars and a log of its own, which shows addresses. Our errors say what matters.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
+    # Ray prints what happens to nodes and tasks on stdout, where results go.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^")
     _leave(run())
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import stat
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -374,3 +376,15 @@ def _agrees(found: Manifest) -> bool:
 def _reader() -> TypeAdapter[Manifest]:
     """Made when the first manifest is read: a run that makes one may need none."""
     return TypeAdapter(Manifest)
+
+
+def versions() -> dict[str, str]:
+    """Return what an output is made with, for its manifest."""
+    from importlib.metadata import version
+
+    return {
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "torch": version("torch"),
+        "safetensors": version("safetensors"),
+    }

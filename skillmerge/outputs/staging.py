@@ -16,6 +16,7 @@ nothing about tensors.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import sys
 import threading
@@ -34,6 +35,7 @@ from skillmerge.durable import (
     rename_folder,
     sync_file,
     sync_folder,
+    write_whole,
 )
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import SkillmergeError, UsageError
@@ -193,6 +195,18 @@ class Staging:
                 f"{self.folder} holds shards of tasks, and it cannot be seen of which plan and options",
                 fix="run one of their tasks again, then the same command; or remove the folder",
             )
+
+    def admit_tasks(self, header: Header) -> None:
+        """Let tasks of a plan work here, beside this run."""
+        self._claim.check()
+        with disk_errors(self.folder):
+            write_whole(self.folder / TASKS_FILE, (json.dumps(header.to_json()) + "\n").encode())
+
+    def dismiss_tasks(self) -> None:
+        """Let no task finish a shard any more: each stops where it would. What is recorded stays."""
+        with suppress(OSError, SkillmergeError):
+            self._claim.check()
+            (self.folder / TASKS_FILE).unlink(missing_ok=True)
 
     def leave_tasks_out(self) -> None:
         """Remove what tasks still make, so that no file changes any more."""

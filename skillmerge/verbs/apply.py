@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -41,7 +39,9 @@ from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.source import planned_to_apply, read_source, source_name
 from skillmerge.verbs.target import finished_output, output_bucket, output_folder, refuse_existing
+from skillmerge.verbs.tasks.cluster import check_cluster
 from skillmerge.verbs.tasks.collect import Tasks
+from skillmerge.verbs.tasks.on_ray import OnRay
 from skillmerge.version import __version__
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def apply(
     device: str = "auto",
     threads: int | None = None,
     memory_limit: int | None = None,
+    on: str | None = None,
     stats: str = "sampled",
     overwrite: bool = False,
     full: bool = False,
@@ -82,6 +83,7 @@ def apply(
 
     recipe: path of a recipe or a saved plan, or a recipe as a dict. output: the output folder; replaces `output.path`.
     coefficients: numbers that replace the recipe's. device: auto, cpu, cuda or cuda:N. memory_limit: bytes.
+    on: ray or ray://HOST:PORT, whose tasks make the shards; threads are the CPUs of each, and a CUDA device is a GPU.
     stats: full, sampled or off. full: reread every byte of an existing output before reusing it. keep_failed: keep an
     output that fails a gate, in the staging folder. strict: treat warnings as problems, and those of the finished
     weights as a gate. hub: stream or download. push: org/name; replaces `output.push.repo`, as private, revision,
@@ -92,16 +94,20 @@ def apply(
     reporter = reporter or default_reporter()
     reporter.event("started", skillmerge=__version__, recipe=source_name(recipe))
     check_words(device=device, threads=threads, memory_limit=memory_limit, stats=stats, hub=hub)
+    check_cluster(on, no_local)
     if keep_failed and no_local:
         raise UsageError("`no_local` keeps no files, so `keep_failed` cannot apply", fix="leave one of them out")
+    source, work = read_source(recipe, coefficients), Work(device, threads, memory_limit)
+    access = Access(follow_links, locked, download=hub == "download", commits=commits or {}, allow_code=allow_code)
     return merge(
-        read_source(recipe, coefficients),
+        source,
         output,
-        Access(follow_links, locked, download=hub == "download", commits=commits or {}, allow_code=allow_code),
-        Work(device, threads, memory_limit),
+        access,
+        work,
         Checks(stats, allow_nonfinite, hash_inputs, full, keep_failed, expected, strict),
         Publish(overwrite, push, no_local, private, revision, pull_request, message),
         reporter,
+        OnRay(on, source, access, work, reporter) if on is not None else None,
     )
 
 
@@ -378,8 +384,8 @@ class _Merge:
         folder = os.path.relpath(plan.recipe.folder.resolve(), output.parent.resolve() / output.name)
         if self.push is not None and self.push.place is not None:
             folder = "."  # nothing leads from a bucket to a folder
-        environment = {**_versions(), "device": device.split(": ")[0], "recipe_folder": folder, **self.conditions}
-        proof, content = manifest.sealed(body, environment, run_log)
+        where = {"device": device.split(": ")[0], "recipe_folder": folder, **self.conditions}
+        proof, content = manifest.sealed(body, {**manifest.versions(), **where}, run_log)
         staging.write_file(manifest.RUN_LOG_FILE, run_log)
         staging.write_file(MANIFEST_FILE, content)
         staging.drop_strangers(proof.file_names)
@@ -389,14 +395,3 @@ class _Merge:
         if self.publish.no_local:
             staging.seal(plan.digest)
         return proof
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {
-        "python": platform.python_version(),
-        "platform": f"{sys.platform} {platform.machine()}",
-        "torch": version("torch"),
-        "safetensors": version("safetensors"),
-    }

@@ -18,6 +18,9 @@ from skillmerge.verbs.extract import check_parent
 _AnyPath = str | os.PathLike[str]
 
 
+_TO_CHECK = "to check it, pass `--public-key KEY`, or `--certificate-chain ROOT` if a certificate was used"
+
+
 def verify(
     folder: _AnyPath,
     *,
@@ -43,14 +46,12 @@ def verify(
     ResourceError if it cannot be loaded and the machine is at fault.
     """
     runtimes = asked_runtimes(load)
-    if shard is not None:
-        if runtimes or signature or public_key is not None or certificate_chain or parent is not None:
-            raise UsageError("`shard` reads a part of the bytes, and checks nothing else", fix="check the rest without")
-        _check_part(*shard)
     if runtimes:
         need(runtimes)
     reporter = reporter or default_reporter("verifying")
     is_signed = bool(signature or public_key is not None or certificate_chain)
+    if shard is not None:
+        _check_part(*shard, alone=not (runtimes or is_signed or parent))
     with at_hand(folder, whole=bool(runtimes or is_signed or parent), reporter=reporter) as found:
         root = found.folder if found.place else folder
         if is_signed:
@@ -66,17 +67,17 @@ def verify(
                 root, allow_nonfinite=allow_nonfinite, shard=shard, reporter=reporter, contents=found.open
             )
             if shard is None and (verdict.folder / SIGNATURE_FILE).is_file():
-                how = "`--public-key KEY`, or `--certificate-chain ROOT` if a certificate was used"
-                whose = found.place or verdict.folder
-                reporter.note(f"{whose} has a signature, which was not checked: to check it, pass {how}")
+                reporter.note(f"{found.place or verdict.folder} has a signature, which was not checked: {_TO_CHECK}")
             verdict = _loaded(verdict, runtimes, reporter)
         if parent is not None:
             verdict = replace(verdict, parent=check_parent(root, parent, follow_links=follow_links))
         return replace(verdict, output=replace(verdict.output, place=found.place))
 
 
-def _check_part(index: int, of: int) -> None:
-    """Raise UsageError for numbers that are no part."""
+def _check_part(index: int, of: int, *, alone: bool) -> None:
+    """Raise UsageError for numbers that are no part, or if more is to be checked than a part."""
+    if not alone:
+        raise UsageError("`shard` reads a part of the bytes, and checks nothing else", fix="check the rest without")
     check_words(index=index, of=of)
     if index >= of:
         fix = f"use 0/{of} to {of - 1}/{of}"

@@ -43,7 +43,7 @@ FIRST, LAST = "model-00001-of-00004.safetensors", "model-00004-of-00004.safetens
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collect, "PATIENCE", 0.0)
-    monkeypatch.setattr(collect, "_LOOK", 0.02)
+    monkeypatch.setattr(collect, "LOOK", 0.02)
 
 
 class Listener(Reporter):

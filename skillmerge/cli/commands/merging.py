@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @flags.device
 @flags.threads
 @flags.memory
+@flags.on
 @flags.stats
 @flags.strict
 @flags.hub

@@ -190,6 +190,7 @@ def inspect(
     help="Seed of the search and of the scores  [default: 0]",
 )  # fmt: skip
 @flags.device
+@flags.on
 @flags.hub
 @flags.locked
 @flags.links

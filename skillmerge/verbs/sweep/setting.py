@@ -52,9 +52,16 @@ class Setting:
     asked: Asked
     access: Access
     device: str
+    on: str | None
+    """The cluster that candidates are scored on."""
     folder: Path
     best: Path
     identity: Mapping[str, Any]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds with which each candidate is scored."""
+        return tuple(self.asked.seed + number for number in range(self.asked.repeats))
 
 
 def prepare(
@@ -63,7 +70,7 @@ def prepare(
     score: str,
     output: str | os.PathLike[str] | None,
     asked: Asked,
-    how: tuple[Access, str],
+    how: tuple[Access, str, str | None],
 ) -> Setting:
     """Check all that can be checked before anything is scored. Raises UsageError, RecipeError."""
     recipe = load(source)
@@ -72,6 +79,8 @@ def prepare(
     if asked.search is not None and asked.search not in SEARCHES:
         raise UsageError(f"search {asked.search!r}: {', '.join(SEARCHES)}")
     _check_packages(scorer, asked.search)
+    if how[2] is not None and (scorer.command is None or asked.search is not None):
+        raise UsageError("`--on` needs a score by a command, and a grid", fix="leave `--on` out")
     if recipe.makes_skill:
         raise UsageError("a skill cannot be scored", fix="sweep a recipe that makes a model")
     refuse_bucket(bucket_of(output or ""))
@@ -87,9 +96,9 @@ def prepare(
     first = with_values(recipe, _first(chosen, asked.search))
     for axis in chosen:
         with_values(recipe, {axis.name: axis.low})
-    access, device = how
+    access, device, on = how
     known = identity(first, recipe, access, same)
-    return Setting(recipe, first, tuple(chosen), score, scorer, less, asked, access, device, folder, best, known)
+    return Setting(recipe, first, tuple(chosen), score, scorer, less, asked, access, device, on, folder, best, known)
 
 
 def _check_packages(scorer: Scorer, search: str | None) -> None:

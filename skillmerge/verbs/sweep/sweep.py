@@ -17,28 +17,26 @@ import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.brief import brief, drawn
 from skillmerge.durable import disk_errors, remove_tree, write_whole
-from skillmerge.engine.rounding_statistics import Statistics
 from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import RecipeSource
 from skillmerge.reporter import Reporter, default_reporter
-from skillmerge.study.scoring.scorers import run_command
-from skillmerge.study.scoring.scores import CONFIDENCE, NotFinite, Score, Scores, together
-from skillmerge.verbs.apply import merge
-from skillmerge.verbs.records import Checks, Publish
+from skillmerge.study.scoring.scores import CONFIDENCE, NotFinite, Score, together
 from skillmerge.verbs.sweep.candidates import Values, grid, with_values
+from skillmerge.verbs.sweep.in_folder import InFolder
 from skillmerge.verbs.sweep.journal import Journal, Trial
 from skillmerge.verbs.sweep.search import Scored, searched
 from skillmerge.verbs.sweep.setting import FOUND, Asked, Setting, prepare
+from skillmerge.verbs.tasks.cluster import Cluster, check_cluster
 
 if TYPE_CHECKING:
     from skillmerge.verbs.sweep.in_memory import MergedModel
@@ -133,6 +131,7 @@ def sweep(
     trials: int = 30,
     seed: int = 0,
     device: str = "auto",
+    on: str | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
     locked: bool = False,
@@ -144,12 +143,14 @@ def sweep(
 
     axes: see `candidates`. score: see `study.scoring.scorers`. output: the sweep's folder [default: `recipe.sweep`
     beside the recipe]. by: the score that decides [default: the first]. search: tpe, cmaes or random (with Optuna)
-    instead of a grid, with `trials` candidates. repeats: how often each is scored, with different seeds. Rerun to
-    resume. Raises UsageError, CheckFailed if a score fails, OutputLocked, and what `apply` raises.
+    instead of a grid, with `trials` candidates. repeats: how often each is scored, with different seeds. on: ray or
+    ray://HOST:PORT, where candidates are merged and scored by a command, side by side. Rerun to resume. Raises
+    UsageError, CheckFailed if a score fails, OutputLocked, and what `apply` raises.
     """
     check_words(repeats=repeats, trials=trials, seed=seed, device=device, hub=hub)
     reporter = reporter or default_reporter("sweeping", "candidates")
-    how = Access(follow_links, locked, download=hub == "download"), device
+    check_cluster(on)
+    how = Access(follow_links, locked, download=hub == "download"), device, on
     asked = Asked(search, operator.index(trials), operator.index(repeats), operator.index(seed), by, minimise)
     setting = prepare(recipe, axes, score, output, asked, how)
     if setting.recipe.gates:
@@ -171,16 +172,18 @@ def _try_all(
     """Return every candidate's scores, from the journal or scored now."""
     asked = setting.asked
 
+    def keep(trial: Trial) -> Trial:
+        _check_names(trial, journal.trials, asked.by)
+        journal.add(trial)
+        finished(trial)
+        return trial
+
     def tried(values: Values) -> Trial:
         trial = journal.find(values)
         if trial is not None:
             _check_names(trial, (), asked.by)
             return trial
-        trial = scored(values, with_values(setting.recipe, values))
-        _check_names(trial, journal.trials, asked.by)
-        journal.add(trial)
-        finished(trial)
-        return trial
+        return keep(scored(values, with_values(setting.recipe, values)))
 
     if asked.search is not None:
         return searched(
@@ -189,6 +192,12 @@ def _try_all(
     candidates = list(grid(setting.axes))
     found = []
     with reporter.bar(len(candidates)) as progress:
+        if setting.on is not None:
+            left = [values for values in candidates if journal.find(values) is None]
+            for number, trial in enumerate(_scored_on(setting.on, setting, left, reporter) if left else (), 1):
+                keep(trial)
+                progress(len(candidates) - len(left) + number)
+            return [tried(values) for values in candidates]
         for number, values in enumerate(candidates, start=1):
             found.append(tried(values))
             progress(number)
@@ -268,48 +277,64 @@ def _size(values: Values) -> float:
 @contextmanager
 def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
     """Yield the function that merges and scores a candidate, in the sweep's folder or in memory."""
-    scorer, scratch = setting.scorer, setting.folder / "scratch"
+    scratch = setting.folder / "scratch"
     with suppress(OSError):
         remove_tree(scratch)  # left by a run that was killed
     model: MergedModel | None = None
 
-    def in_folder(recipe: Recipe) -> tuple[float | None, Callable[[int], Scores]]:
-        out = scratch / "model"
-        publish = Publish(overwrite=out.exists())
-        made = merge(recipe, out, setting.access, Work(setting.device), Checks(), publish, Reporter())
-        for remark in made.plan.warnings if made.plan is not None else ():
-            reporter.warn(remark.message, remark.fix)
-        assert isinstance(made.manifest.statistics, Statistics)  # a sweep makes models only
-        return made.manifest.statistics.all.realised_lambda, lambda number: run_command(scorer, out, number)
+    def in_folder(values: Values, recipe: Recipe) -> Trial:
+        scoring = InFolder(setting.scorer, setting.access, Work(setting.device), setting.seeds, scratch, Path.cwd())
+        trial, warnings = scoring(values, recipe)
+        for message, fix in warnings:
+            reporter.warn(message, fix)
+        return trial
 
-    def in_memory(recipe: Recipe) -> tuple[float | None, Callable[[int], Scores]]:
+    def in_memory(values: Values, recipe: Recipe) -> Trial:
         nonlocal model
         from skillmerge.verbs.sweep.in_memory import MergedModel
 
+        started = time.monotonic()
         if model is None:  # only where something is left to score
             model = MergedModel(setting.first, setting.access, setting.device, reporter)
             for each in grid(setting.axes) if setting.asked.search is None else ():
                 model.planned(with_values(setting.recipe, each))  # a problem of the last one is known before all scores
-        held = model
-        return held.use(recipe).all.realised_lambda, lambda number: held.scored(scorer, number)
-
-    def scored(values: Values, recipe: Recipe) -> Trial:
-        started = time.monotonic()
-        realised, once = (in_folder if scorer.command is not None else in_memory)(recipe)
+        held, failed = model, ""
+        realised = held.use(recipe).all.realised_lambda
         try:
-            scores = together([once(setting.asked.seed + number) for number in range(setting.asked.repeats)])
-            failed = ""
+            scores = together([held.scored(setting.scorer, seed) for seed in setting.seeds])
         except NotFinite as error:
             scores, failed = {}, str(error)
         return Trial(values, scores, realised, time.monotonic() - started, failed)
 
     try:
-        yield scored
+        yield in_folder if setting.scorer.command is not None else in_memory
     finally:
         if model is not None:
             model.close()
         with suppress(OSError):
             remove_tree(scratch)
+
+
+def _scored_on(on: str, setting: Setting, candidates: Sequence[Values], reporter: Reporter) -> Iterator[Trial]:
+    """Score candidates on a cluster, side by side, and yield each when it is done. Raises the first one's error."""
+    with closing(Cluster(on, None, setting.device)) as cluster:
+        here, work = Path.cwd(), Work(cluster.device, cluster.threads)
+        scratch = here / setting.folder / "scratch"
+        scoring = cluster.share(InFolder(setting.scorer, setting.access, work, setting.seeds, scratch, here))
+        running = {
+            cluster.submit(scoring, values, with_values(setting.recipe, values), f"model-{number}")
+            for number, values in enumerate(candidates)
+        }
+        try:
+            while running:
+                for task in cluster.ended(running, 0.5):
+                    running.remove(task)
+                    trial, warnings = cluster.result(task)
+                    for message, fix in warnings:
+                        reporter.warn(message, fix)
+                    yield trial
+        finally:
+            cluster.cancel(running)
 
 
 def _found(sweep: Sweep) -> str:

@@ -23,7 +23,7 @@ from skillmerge.verbs.records import Checks
 
 PATIENCE = 3.0
 """Seconds until a record that is not seen is said to be missing: a network filesystem may show it late."""
-_LOOK = 0.5
+LOOK = 0.5
 """Seconds between two looks at the records."""
 _SILENCE = 60.0
 """Seconds without news of a shard until its task counts as gone, in what is shown."""
@@ -47,6 +47,8 @@ class Collector:
 
     def __init__(self, reporter: Reporter, *, wait: bool, reread: bool) -> None:
         self.device = ""
+        self.seconds: list[float] = []
+        """How long each of the shards took that were found."""
         self._reporter, self._wait, self._reread = reporter, wait, reread
 
     def settle(self, target: Path, checks: Checks) -> Checks:
@@ -54,7 +56,7 @@ class Collector:
         owner = owner_of(staging_folder(target))
         while owner is None and self._wait and not (target / MANIFEST_FILE).exists():
             self._reporter.waiting(f"no task has begun on {target} yet")
-            time.sleep(_LOOK)
+            time.sleep(LOOK)
             owner = owner_of(staging_folder(target))
         if owner is None:
             return checks
@@ -81,12 +83,16 @@ class Collector:
                 raise missing_shards(plan, missing)
             if self._wait:
                 self._reporter.waiting(progress.text(staging, missing))
-            time.sleep(_LOOK)
+            self.pause(staging, missing)
         staging.leave_tasks_out()
         assert staging.tasks is not None
         self.device = ", ".join(sorted({device for device in staging.tasks.devices.values() if device}))
         if plan.makes_skill and any(tensor.action == "same" for tensor in plan.tensors.values()):
             prove_same(job, self._reporter)
+
+    def pause(self, staging: Staging, missing: Collection[str]) -> None:
+        """Let some time pass before the records are looked at again."""
+        time.sleep(LOOK)
 
     def _find(self, staging: Staging, shard: str) -> ShardRecord | None:
         """Return a shard's record if its file is what it says. Another file is dropped, to be made again."""
@@ -96,6 +102,7 @@ class Collector:
             return None
         believed = not self._reread and staging.tasks.holds(found)
         if believed or staging.is_intact(found.record):
+            self.seconds.append(found.seconds)
             return found.record
         self._reporter.note(f"{shard} is damaged, and has to be made again")
         staging.tasks.drop(shard)

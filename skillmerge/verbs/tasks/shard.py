@@ -115,17 +115,15 @@ def shard(
     bucket, sizes = output_bucket(saved.recipe, output), saved.sizes
     mine = share_of(sizes, index, of)
     task = Task(saved, mine, access, Work(device, threads, memory_limit), stats, allow_nonfinite, publish)
-    if bucket is not None:
-        if publish.no_local:
-            raise UsageError(f"`--no-local` and {bucket} are two places for one output", fix="leave one of them out")
-        target = work_folder(bucket)
-        device, made = make_in_bucket(saved, mine, access, task.work, task.conditions, bucket, reporter)
-    else:
-        target = output_folder(saved.recipe, output, {})
+    target = output_folder(saved.recipe, output, {}) if bucket is None else work_folder(bucket)
+    if bucket is None:
         device, made = task.run(target, reporter)
+    elif publish.no_local:
+        raise UsageError(f"`--no-local` and {bucket} are two places for one output", fix="leave one of them out")
+    else:
+        device, made = make_in_bucket(saved, mine, access, task.work, task.conditions, bucket, reporter)
     size, seconds = sum(sizes[file] for file in mine), time.monotonic() - started
-    place = str(bucket or "")
-    return Shards(target, index, of, mine, made, size, seconds, device, saved.document["digest"], place)
+    return Shards(target, index, of, mine, made, size, seconds, device, saved.document["digest"], str(bucket or ""))
 
 
 def read_saved(plan: RecipeSource) -> SavedPlan:

@@ -1,0 +1,237 @@
+"""`--on`: what is refused before any work, and the run's part of the work, with a cluster of threads in place of Ray.
+
+tests/torture/test_ray.py has a real one.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clusters import run_tasks, save
+from conftest import run_cli, write_family
+from observing import assert_finished, content, staging_of, wait_until
+
+import skillmerge
+from skillmerge import errors
+from skillmerge.errors import ResourceError, SkillmergeError, UsageError
+from skillmerge.recipes.parse import parse_recipe
+from skillmerge.study.gates import GateFailed
+from skillmerge.verbs.sweep import sweep as in_sweep
+from skillmerge.verbs.tasks import cluster, on_ray
+
+
+class Threads:
+    """Takes the place of `Cluster`. before: runs in each task, given how many came before it and its shards."""
+
+    before: Callable[[int, tuple[str, ...]], None] = staticmethod(lambda number, shards: None)
+    submitted: list[tuple[tuple[str, ...], set[str]]]
+
+    def __init__(self, on: str, threads: int | None, device: str) -> None:
+        self.threads, self.device, self.places, self.needs = threads or 1, "cpu", 2, "1 CPU"
+        Threads.submitted = []
+        self._pool = ThreadPoolExecutor(8)
+
+    def share(self, work: Any) -> bytes:
+        return pickle.dumps(work)
+
+    def submit(self, work: bytes, *arguments: Any, avoid: Collection[str] = ()) -> Future[Any]:
+        number = len(Threads.submitted)
+        Threads.submitted.append((arguments[0], set(avoid)))
+
+        def run() -> Any:
+            Threads.before(number, arguments[0])
+            return pickle.loads(work)(*arguments)
+
+        return self._pool.submit(run)
+
+    def ended(self, tasks: Collection[Future[Any]], seconds: float) -> list[Future[Any]]:
+        return list(wait(tasks, seconds, FIRST_COMPLETED)[0])[:1]
+
+    def result(self, task: Future[Any]) -> Any:
+        try:
+            return task.result()
+        except SkillmergeError as error:
+            raise pickle.loads(pickle.dumps(error)) from None
+
+    def nodes_of(self, host: str) -> set[str]:
+        return {"slow"}
+
+    def cancel(self, tasks: Collection[Future[Any]]) -> None:
+        for task in tasks:
+            task.cancel()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False)
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> type[Threads]:
+    monkeypatch.setattr(cluster, "find_spec", lambda name: name)
+    monkeypatch.setattr(on_ray, "Cluster", Threads)
+    monkeypatch.setattr(on_ray, "this_node", lambda: "full")
+    for name, value in {"PATIENCE": 0.2, "LOOK": 0.02, "SHORT": 0.3}.items():
+        monkeypatch.setattr(on_ray, name, value)
+    monkeypatch.setattr(Threads, "before", staticmethod(lambda number, shards: None))
+    return Threads
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> Path:
+    return write_family(tmp_path, shards=4)
+
+
+def alone(recipe: Path) -> dict[str, str]:
+    return content(skillmerge.apply(recipe, recipe.parent / "alone").output)
+
+
+@pytest.mark.parametrize("on", ["slurm", "Ray", "", "ray:", "ray://", "ray://host", "ray://host:port", "ray://:10001"])
+def test_unknown_clusters_are_refused(family: Path, on: str) -> None:
+    for command in (["apply", family], ["sweep", family, "--set", "lam=0,1", "--score", "true"]):
+        process = run_cli(*command, "--on", on)
+        assert process.returncode == 2
+        assert process.stderr == f"error: `{on}` is not a cluster\nhelp: choose ray, or ray://HOST:PORT\n"
+
+
+def test_what_it_cannot_do_is_said_before_any_work(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    process = run_cli("apply", family, "--on", "ray")
+    assert (process.returncode, process.stderr) == (
+        2, "error: `--on` needs Ray\nhelp: pip install 'skillmerge[ray]'\n"
+    )  # fmt: skip
+    monkeypatch.setattr(cluster, "find_spec", lambda name: name if name == "ray" else None)
+    assert run_cli("apply", family, "--on", "ray://host:10001").returncode == 2
+    monkeypatch.setattr(cluster, "find_spec", lambda name: name)
+    process = run_cli("apply", family, "--on", "ray", "--push", "a/b", "--no-local")
+    assert (process.returncode, process.stderr.partition(",")[0]) == (2, "error: `--no-local` keeps no files")
+    for options in (["--score", "perplexity:words.txt"], ["--score", "true", "--search", "random"]):
+        (family.parent / "words.txt").write_text("words")
+        process = run_cli("sweep", family, "--set", "lam=0:1", *options, "--on", "ray", cwd=family.parent)
+        assert (process.returncode, process.stderr.partition("\n")[0]) == (
+            2, "error: `--on` needs a score by a command, and a grid"
+        )  # fmt: skip
+    assert {path.name for path in family.parent.iterdir()} == {"target", "rl", "sft", "recipe.yaml", "words.txt"}
+
+
+def test_tasks_make_the_output(tasks: type[Threads], four: Path) -> None:
+    wanted = alone(four)
+    result = skillmerge.apply(four, on="ray")
+    assert_finished(result.output, wanted)
+    assert sorted(shards for shards, _ in tasks.submitted) == [(name,) for name in sorted(wanted) if "-of-" in name]
+    skillmerge.plan(four, save=four.parent / "plan.json")
+    assert skillmerge.apply(four.parent / "plan.json", on="ray").already
+
+
+def test_full_node_is_avoided_once(tasks: type[Threads], four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = alone(four)
+    making = on_ray.Making._find_folder
+    failed: list[int] = []
+
+    def full(self: on_ray.Making) -> None:
+        if len(failed) < 1:
+            failed.append(1)
+            raise ResourceError("the disk is full", fix="free disk space")
+        making(self)
+
+    monkeypatch.setattr(on_ray.Making, "_find_folder", full)
+    assert_finished(skillmerge.apply(four, on="ray").output, wanted)
+    assert [avoid for _, avoid in tasks.submitted] == [set(), set(), set(), set(), {"full"}]
+
+
+def test_shards_that_are_all_recorded_need_no_cluster(
+    tasks: type[Threads], four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, plan = alone(four), save(four)
+    run_tasks(plan, four.parent / "merged", tasks=2)
+    monkeypatch.setattr(on_ray, "Cluster", None)
+    assert_finished(skillmerge.apply(four, on="ray").output, wanted)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_tasks_without_records_are_made_up_for_once(
+    tasks: type[Threads], four: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """They end as if all were well, and work in another folder of the same name."""
+    wanted, making, lost = alone(four), on_ray.Making.__call__, "model-00002-of-00004.safetensors"
+    left = iter(range(times))
+
+    def elsewhere(self: on_ray.Making, shards: tuple[str, ...]) -> Any:
+        return [] if shards == (lost,) and next(left, None) is not None else making(self, shards)
+
+    monkeypatch.setattr(on_ray.Making, "__call__", elsewhere)
+    if times == 1:
+        assert_finished(skillmerge.apply(four, on="ray").output, wanted)
+        assert [shards for shards, _ in tasks.submitted].count((lost,)) == 2
+    else:
+        with pytest.raises(UsageError, match=f"tasks have ended, but {lost} cannot be seen in .*merged.partial"):
+            skillmerge.apply(four, on="ray")
+        assert not (staging_of(four.parent / "merged") / "skillmerge.tasks.json").exists()
+        assert_finished(skillmerge.apply(four, on="ray").output, wanted)
+
+
+def test_slow_tasks_have_a_second_copy(tasks: type[Threads], four: Path) -> None:
+    wanted, go_on = alone(four), threading.Event()
+    tasks.before = staticmethod(lambda number, shards: go_on.wait(60) if number == 3 else None)
+    assert_finished(skillmerge.apply(four, on="ray").output, wanted)
+    assert len(tasks.submitted) == 5
+    assert tasks.submitted[4][0] == tasks.submitted[3][0]
+    go_on.set()
+
+
+def test_error_of_a_task_whose_shards_are_recorded_ends_nothing(tasks: type[Threads], four: Path) -> None:
+    """Whether its end is seen before the record or after it."""
+    wanted = alone(four)
+
+    def before(number: int, shards: tuple[str, ...]) -> None:
+        if number == 3:
+            wait_until((staging_of(four.parent / "merged") / "done" / f"{shards[0]}.json").exists)
+            raise errors.StalePlan("too late", fix="")
+
+    tasks.before = staticmethod(before)
+    assert_finished(skillmerge.apply(four, on="ray").output, wanted)
+
+
+def test_candidates_are_scored_as_on_one_machine(
+    tasks: type[Threads], four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Side by side, each in a folder that every process calls the same; the scores are those of one after the other."""
+    monkeypatch.setattr(in_sweep, "Cluster", Threads)
+    monkeypatch.chdir(four.parent)
+    both = threading.Barrier(2)
+    tasks.before = staticmethod(lambda number, values: both.wait(60) if number < 2 else None)
+    scores, places = 'cat {}/model-*.safetensors | cksum | cut -d" " -f1', []
+    share = Threads.share
+    monkeypatch.setattr(Threads, "share", lambda self, work: places.append(work.scratch) or share(self, work))
+    found = skillmerge.sweep(four, ["lam=0:1:0.5"], scores, "on", on="ray")
+    alike = skillmerge.sweep(four, ["lam=0:1:0.5"], scores, "one")
+    assert [(it.values, it.scores, it.realised) for it in found.trials] == [
+        (it.values, it.scores, it.realised) for it in alike.trials
+    ]
+    assert places == [four.parent / "on" / "scratch"]
+    assert not places[0].exists()
+    assert skillmerge.sweep(four, ["lam=0:1:0.5"], scores, "on", on="ray").resumed == 3
+    assert len(places) == 1
+    with pytest.raises(errors.CheckFailed, match="exit status 1"):
+        skillmerge.sweep(four, ["lam=0:1:0.5"], "false", "failing", on="ray")
+
+
+def kinds(kind: type[SkillmergeError] = SkillmergeError) -> list[type[SkillmergeError]]:
+    return [kind, *(inner for each in kind.__subclasses__() for inner in kinds(each))]
+
+
+def test_errors_cross_the_border_between_processes() -> None:
+    """Every kind, with its message, advice, status and whatever else it has."""
+    with pytest.raises(errors.RecipeError) as raised:
+        parse_recipe("skillmerge: 2\nmodels: 3\n", "recipe.yaml", Path())
+    made = [raised.value, GateFailed([], fix="look"), errors.Interrupted(15, fix="rerun")]
+    made += [kind("what\nand where", fix="do this") for kind in kinds() if kind not in map(type, made)]
+    for error in made:
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error)
+        assert (str(again), again.as_dict()) == (str(error), error.as_dict())
+        assert again.args == error.args
