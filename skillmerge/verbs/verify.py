@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError
@@ -40,8 +41,8 @@ def verify(
     `vllm`) select others, which must generate what transformers does. parent: for a skill, a model that it must have
     been extracted from. signature: True for the output's own `model.sig`, or another file. It must be made with the
     key of `public_key`, or with a certificate that leads to `certificate_chain`; either requires a signature.
-    shard: (I, N) to read only part I of N of the files, counted from 0, as one of N tasks; nothing else is checked
-    then than names, sizes and headers of all files, and the bytes of these.
+    shard: (I, N) to read only part I of N of the files, counted from 0, and to check no more of the others than names,
+    sizes and headers.
     Raises CheckFailed with the first difference, UsageError if there is no folder or a package is missing,
     ResourceError if it cannot be loaded and the machine is at fault.
     """
@@ -50,9 +51,10 @@ def verify(
         need(runtimes)
     reporter = reporter or default_reporter("verifying")
     is_signed = bool(signature or public_key is not None or certificate_chain)
+    whole = bool(runtimes or is_signed or parent)
     if shard is not None:
-        _check_part(*shard, alone=not (runtimes or is_signed or parent))
-    with at_hand(folder, whole=bool(runtimes or is_signed or parent), reporter=reporter) as found:
+        _check_part(*shard, alone=not whole)
+    with at_hand(folder, whole=whole, reporter=reporter) as found:
         root = found.folder if found.place else folder
         if is_signed:
             file = None if isinstance(signature, bool) else signature
@@ -60,8 +62,7 @@ def verify(
                 root, file, public_key=public_key, certificate_chain=certificate_chain, load=runtimes,
                 allow_nonfinite=allow_nonfinite, reporter=reporter,
             )  # fmt: skip
-            of = {"path": str(signed.path), "files": signed.files, "signer": signed.signer}
-            verdict = replace(signed.verdict, signature=of)
+            verdict = replace(signed.verdict, signature=_of(signed))
         else:
             verdict = verify_files(
                 root, allow_nonfinite=allow_nonfinite, shard=shard, reporter=reporter, contents=found.open
@@ -72,6 +73,10 @@ def verify(
         if parent is not None:
             verdict = replace(verdict, parent=check_parent(root, parent, follow_links=follow_links))
         return replace(verdict, output=replace(verdict.output, place=found.place))
+
+
+def _of(signed: Signature) -> dict[str, Any]:
+    return {"path": str(signed.path), "files": signed.files, "signer": signed.signer}
 
 
 def _check_part(index: int, of: int, *, alone: bool) -> None:
