@@ -58,10 +58,8 @@ def verify(
         root = found.folder if found.place else folder
         if is_signed:
             file = None if isinstance(signature, bool) else signature
-            signed = verify_signed(
-                root, file, public_key=public_key, certificate_chain=certificate_chain, load=runtimes,
-                allow_nonfinite=allow_nonfinite, reporter=reporter,
-            )  # fmt: skip
+            how: dict[str, Any] = {"load": runtimes, "allow_nonfinite": allow_nonfinite, "reporter": reporter}
+            signed = verify_signed(root, file, public_key=public_key, certificate_chain=certificate_chain, **how)
             verdict = replace(signed.verdict, signature=_of(signed))
         else:
             verdict = verify_files(
