@@ -36,7 +36,7 @@ types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 check: $(VENV)/installed-dev
-	$(BIN)/pytest -n 3 --dist loadgroup
+	$(BIN)/pytest -n 4 --dist loadgroup
 
 # The Hub's client is the one library whose inside changes from release to release: what calls it runs with the oldest
 # one too. (transformers wants a newer one; kills and sizes of pieces do not depend on it.)
