@@ -168,9 +168,6 @@ def write_family(
     return write_recipe(folder)
 
 
-# ------------------------------------------------------------------------------------- what a hostile trial has found
-
-
 def put_family(hub: HubServer, folder: Path, *, shards: int = 2, **shapes: int) -> Path:
     """The same family as folders below `folder` and as repositories acme/...; the recipe of the folders."""
     for seed, model in enumerate(MODELS):
@@ -501,5 +498,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what waits most, so that what computes fills the gaps and nothing is left alone at the end."""
+    """Begin with what waits most, so that what computes fills the gaps."""
     items.sort(key=lambda item: "torture" not in item.nodeid and "test_crash" not in item.nodeid)
