@@ -40,8 +40,7 @@ import skillmerge
 PEAK_MEMORY = "1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 """An expression for a process's own peak in bytes; ru_maxrss would begin with its parent's."""
 
-LOADER = """
-import json, sys
+LOADER = """import json, sys
 from skillmerge.study.loads.load_probe import main
 for line in sys.stdin:
     print(json.dumps(main(line.strip())), flush=True)
@@ -498,5 +497,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what waits most, so that what computes fills the gaps."""
-    items.sort(key=lambda item: "torture" not in item.nodeid and "test_crash" not in item.nodeid)
+    items.sort(key=lambda item: "torture" not in item.nodeid and "test_crash" not in item.nodeid)  # they wait most
