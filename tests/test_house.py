@@ -12,8 +12,8 @@ from conftest import run_process
 
 HERE = Path(__file__).parent
 LINES, INTERPRETERS = 500, 45
-OTHERS = {"golden", "hostile", "runtimes", "torture"}
-"""Folders of tests that go through all rooms."""
+OTHERS = {"evidence", "golden", "hostile", "runtimes", "torture"}
+"""Folders of tests that go through all rooms, and of those of the experiments."""
 
 
 def test_files_are_short() -> None:

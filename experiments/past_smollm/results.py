@@ -49,6 +49,7 @@ MAIN: Mapping[str, tuple[Figure, int]] = {
 }
 MORE: Mapping[str, tuple[Figure, int]] = {
     "in bfloat16": (lambda arm: share(arm["greedy_bf16"]["right"]), 0),
+    "recall in bfloat16": (lambda arm: share(arm["recall_bf16"]), 0),
     "held-out phrasing": (lambda arm: share(arm["held_out"]["right"]), 0),
     "in 32 tokens": (lambda arm: share(arm["greedy"]["named"]), 0),
     "two hops": (lambda arm: share(arm["two_hops"]["named"]), 0),
@@ -208,7 +209,7 @@ def geometry(worlds: Sequence[World]) -> str:
             f"{world['number']}", f"{row['cosine']:.4f}", f"{row['cosine_z_signs']:.1f}", f"{row['changed']:.1%}",
             f"{row['norm_ratio']:.2%}", f"{row['updates_ratio']:.2f}",
         ))  # fmt: skip
-    head = ("world", "cosine", "z, random signs", "elements changed", "norm, of the weights'", "norm, of the update's")
+    head = ("world", "cosine", "z, random signs", "elements changed", "norm / weights'", "norm / target's update")
     return table(head, rows)
 
 

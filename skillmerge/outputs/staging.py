@@ -97,12 +97,6 @@ class Staging:
     def finished_bytes(self) -> int:
         return sum(done.size for done in self.finished.values())
 
-    def plan_of_unfinished(self, conditions: dict[str, Any]) -> str | None:
-        """Return the plan digest of an unfinished run under these conditions, if it has finished a shard."""
-        rows = self._journal.read()
-        of = rows[0].plan if rows and isinstance(rows[0], Header) and rows[0].conditions == conditions else None
-        return of if any(isinstance(row, ShardRecord) for row in rows) else None
-
     def recover(self, weights_digest: str, conditions: dict[str, Any], replace: bool, plan_digest: str = "") -> bool:
         """Finish a publication that a killed run of the same plan had started. Returns whether the output is now its.
 

@@ -24,7 +24,7 @@ PLAN_VERSION = 1
 DECIDING = (
     "version", "donor", "output", "coefficients", "overrides", "inputs", "shards", "tensors", "side_files"
 )  # fmt: skip
-"""Keys of a plan that decide the output's bytes."""
+"""Keys of a plan that decide the output's bytes, with the formula."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,8 @@ class Plan:
     """Versions of the input files on this machine, which show changes."""
     digest: str = field(default="", compare=False)
     weights_digest: str = field(default="", compare=False)
-    """The digest of what decides the output's bytes. Comments and gates of the recipe do not change it."""
+    """The digest of what decides the bytes of the weights, by which an interrupted run knows its own shards. Comments
+    and gates of the recipe do not change it."""
 
     __repr__ = brief
     _repr_html_ = drawn
@@ -174,15 +175,17 @@ class Plan:
 
 def sealed(plan: Plan) -> Plan:
     """Return the plan with its digests."""
-    weights_digest, digest = digests(deciding_facts(plan), plan.recipe.sha256)
+    weights_digest, digest = digests(deciding_facts(plan), plan.recipe)
     return replace(plan, weights_digest=weights_digest, digest=digest)
 
 
-def digests(facts: Mapping[str, Any], recipe_sha256: str) -> tuple[str, str]:
+def digests(facts: Mapping[str, Any], recipe: Recipe) -> tuple[str, str]:
     """Return the digests of the weights and of the whole plan. facts: at least those that decide, as JSON has them."""
-    deciding = {key: facts[key] for key in DECIDING}
-    weights_digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
-    return weights_digest, hashlib.sha256((weights_digest + recipe_sha256).encode()).hexdigest()
+    deciding = json.dumps({key: facts[key] for key in DECIDING}, sort_keys=True)
+    of_facts = hashlib.sha256(deciding.encode()).hexdigest()
+    # The facts have the values of coefficients, but neither the formula nor the numbers that are written in it.
+    of_weights = hashlib.sha256(f"{of_facts}{recipe.formula}".encode()).hexdigest()
+    return of_weights, hashlib.sha256((of_facts + recipe.sha256).encode()).hexdigest()
 
 
 def deciding_facts(plan: Plan) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class SavedPlan:
     def digests(self) -> tuple[str, str]:
         """Return the digests of the weights and of the whole plan. Raises StalePlan if it was edited."""
         with damage(self.path):
-            found = digests(self.document, self.recipe.sha256)
+            found = digests(self.document, self.recipe)
             if found[1] != self.document["digest"]:
                 raise self.stale([_EDITED])
         return found

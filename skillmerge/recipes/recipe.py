@@ -107,6 +107,11 @@ class Recipe:
         return hashlib.sha256(self.document.text.encode()).hexdigest()
 
     @property
+    def formula(self) -> str:
+        """The text of the expression without spaces, which mean nothing in it."""
+        return "".join(str(self.document.data["merge"]).split())
+
+    @property
     def of_command(self) -> bool:
         """Whether a command line defines it, not a file."""
         return self.document.name.startswith("skillmerge ")

@@ -37,7 +37,7 @@ from skillmerge.study.gates import GateFailed, GateInput, check
 from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.source import planned_to_apply, read_source, source_name
-from skillmerge.verbs.target import finished_output, output_folder, refuse_existing, refuse_other_donor
+from skillmerge.verbs.target import finished_output, output_folder, refuse_existing
 from skillmerge.verbs.tasks.collect import Collector
 from skillmerge.version import __version__
 
@@ -201,8 +201,6 @@ class _Merge:
         """Start or resume the merge, check the result, and move it into place."""
         if not self.publish.no_local:
             refuse_existing(self.staging.output, self.publish.overwrite)
-        job, allow_code = self.job, self.access.allow_code
-        refuse_other_donor(self.staging, job.plan, job.checkpoints, self.conditions, allow_code)
         runner = self.tasks or runner_for(work, self.reporter)
         side_files = self._begin()
         if self.staging.sealed:  # complete except for its commit

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.errors import CheckFailed, SkillmergeError, UsageError, some
+from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs import manifest
 from skillmerge.outputs.manifest import Manifest
 from skillmerge.outputs.output import RunLog
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 from skillmerge.outputs.verify import check_structure, is_intact
 from skillmerge.plans.plan import Plan
-from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes.recipe import Recipe
 
 
@@ -82,33 +79,6 @@ def finished_output(
     same = proof.plan_digest == plan_digest and all(known.get(key) == conditions[key] for key in conditions)
     hashed = all(file.sha256 for item in proof.inputs for file in item.files)
     return proof if same and (hashed or not hash_inputs) else None
-
-
-def refuse_other_donor(
-    staging: Staging, plan: Plan, checkpoints: Mapping[str, Checkpoint], conditions: dict[str, Any], allow_code: bool
-) -> None:
-    """Raise UsageError if an earlier run has finished shards of this merge with another donor.
-
-    Version 0.1 chose another donor for some recipes. Such a recipe has not changed, so its shards are not dropped. One
-    that names its donor has a change that was meant, or the same donor as then.
-    """
-    unfinished = staging.plan_of_unfinished(conditions)
-    if plan.recipe.output.like is not None or unfinished in (None, plan.weights_digest):
-        return
-    for donor in checkpoints.keys() - {plan.donor}:
-        recipe = replace(plan.recipe, output=replace(plan.recipe.output, like=donor))
-        with suppress(SkillmergeError):
-            other = plan_recipe(recipe, checkpoints, allow_code=allow_code, compare=False)
-            if other.weights_digest == unfinished:
-                break
-    else:
-        return
-    raise UsageError(
-        f"{staging.folder} holds finished shards of this merge with the donor `{donor}`, but the donor is "
-        f"now `{plan.donor}`",
-        fix=f"to finish that merge, add `output: {{like: {donor}}}`; to start over with `{plan.donor}`, "
-        "remove the folder",
-    )
 
 
 def is_done(plan: Plan, output: str | os.PathLike[str] | None = None, stats: str = "sampled") -> bool:

@@ -36,15 +36,14 @@ def made_up(
             "greedy": {"right": ones(count), "named": ones(min(120, count + 6))}, "recall": ones(kept),
             "perplexity": 10.0, "kl": 0.5,
         }  # fmt: skip
+        main = name in results.ARMS and name != "minus v -1"
         if name.startswith("bf16"):
-            lam = float(name.split()[-1])
-            arm["merge"] = {"realised_lambda": lam / 2, "vanished": 0.25, "changed": 0.5}
+            arm["merge"] = {"realised_lambda": float(name.split()[-1]) / 2, "vanished": 0.25, "changed": 0.5}
         else:
-            times = 8 if name in results.ARMS and name != "minus v -1" else 4
+            times = 8 if main else 4
             arm |= {"known": ones(3, 4), "sampled": [ones(1, times)] * 60 + [ones(0, times)] * 60}
-        if times_main := name in results.ARMS and name != "minus v -1":
-            assert times_main
-            arm |= {"greedy_bf16": {"right": ones(60)}, "held_out": {"right": ones(24)}}
+        if main:
+            arm |= {"greedy_bf16": {"right": ones(60)}, "recall_bf16": ones(108), "held_out": {"right": ones(24)}}
             arm["two_hops"] = {"right": ones(0, 40), "named": ones(4, 40)}
         write(place / "arms" / f"{name}.json", arm)
     write(place / "learnt.json", {"source": 1.0, "target": 0.975})
@@ -146,8 +145,8 @@ def test_tables_have_the_mean_of_the_worlds_and_each(tmp_path: Path) -> None:
     main, rest = (row(page, "**SFT_T + v**", head) for head in ("model | what it is", "model | in bfloat16"))
     assert main[1] == "75 (83, 67)"
     assert main[3:] == ["6 (6, 6)", "50 (50, 50)", "100 (100, 100)", "75 (75, 75)"]  # sampled, pass@8, recall, known
-    assert rest[:4] == ["50 (50, 50)", "20 (20, 20)", "80 (88, 72)", "10 (10, 10)"]
-    assert rest[4:] == ["10.0 (10.0, 10.0)", "0.500 (0.500, 0.500)"]
+    assert rest[:5] == ["50 (50, 50)", "90 (90, 90)", "20 (20, 20)", "80 (88, 72)", "10 (10, 10)"]
+    assert rest[5:] == ["10.0 (10.0, 10.0)", "0.500 (0.500, 0.500)"]
     assert row(page, "SFT_T - v", "model | what it is")[4] == "–"  # four samples are not eight
     assert row(page, "bfloat16, nearest | 0.4", "output")[:4] == ["0.200", "0.200", "25.0", "42 (42, 42)"]
     assert row(page, "1 | best", "world | choice") == ["0.5", "80", "60"]

@@ -121,7 +121,7 @@ def test_a_plan_whose_sources_are_not_the_formulas_is_damaged(tmp_path: Path) ->
     plan = save(write_family(tmp_path))
     document = json.loads(plan.path.read_text())
     document["tensors"][0]["sources"].reverse()
-    document["digest"] = digests(document, plan.recipe.sha256)[1]
+    document["digest"] = digests(document, plan.recipe)[1]
     plan.path.write_text(json.dumps(document))
     with (
         pytest.raises(UsageError, match="has other sources than its formula"),

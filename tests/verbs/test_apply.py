@@ -166,13 +166,21 @@ def test_input_changed_between_two_attempts_is_noticed(server: MergeServer, wide
     assert_finished(wide.parent / "merged", wanted)
 
 
-def test_leftovers_of_another_recipe_are_dropped_and_said_so(server: MergeServer, wide: Path) -> None:
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [("0.7", "0.25"), ("+ lam * (rl", "- lam * (rl"), ("lam * (rl - sft)", "0.7 * lam * (rl - sft)")],
+    ids=["coefficient", "sign", "literal"],
+)
+def test_leftovers_of_another_recipe_are_dropped_and_said_so(
+    server: MergeServer, wide: Path, was: str, now: str
+) -> None:
     steps = server.run(wide)["steps"]
     discard(wide.parent / "merged")
     assert server.run(wide, kill_at=steps // 2)["status"] == -signal.SIGKILL
     assert finished_shards(wide.parent / "merged")
     other = wide.with_name("other.yaml")
-    other.write_text(wide.read_text().replace("0.7", "0.25"))
+    assert was in wide.read_text()
+    other.write_text(wide.read_text().replace(was, now))
     wanted = reference(server, other)
     done = run_cli("apply", other)
     assert done.returncode == 0
