@@ -77,8 +77,9 @@ def cells(worlds: Sequence[World], name: str, columns: Mapping[str, tuple[Figure
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
-    """The mean of the worlds, and each."""
-    return f"{statistics.fmean(values):.{digits}f} ({', '.join(f'{value:.{digits}f}' for value in values)})"
+    """The mean of the worlds, and of a percentage each."""
+    middle = f"{statistics.fmean(values):.{digits}f}"
+    return middle if digits else f"{middle} ({', '.join(f'{value:.0f}' for value in values)})"
 
 
 def yes(holds: bool) -> str:
@@ -117,15 +118,18 @@ def held(worlds: Sequence[World], key: str, total: int) -> str:
     return f"does not hold in every world: it holds in {count} of {total}"
 
 
+def models() -> str:
+    return table(("model", "what it is"), ARMS.values())
+
+
 def arms(worlds: Sequence[World]) -> str:
-    def row(name: str, label: str, meaning: str) -> Sequence[str]:
+    def row(name: str, label: str) -> Sequence[str]:
         _, low, high = figures.interval(worlds, name)
         first, *others = cells(worlds, name, MAIN)
-        return label, meaning, first, f"{low:.0f} to {high:.0f}", *others
+        return label, first, f"{low:.0f} to {high:.0f}", *others
 
     first, *others = MAIN
-    head = ("model", "what it is", first, "95% interval", *others)
-    return table(head, (row(name, *words) for name, words in ARMS.items()))
+    return table(("model", first, "95% interval", *others), (row(name, label) for name, (label, _) in ARMS.items()))
 
 
 def more(worlds: Sequence[World]) -> str:
@@ -314,7 +318,7 @@ def page(everything: Sequence[World]) -> str:
         numbers(worlds), **example(everything[0]["number"]),
         worlds=", ".join(f"{world['number']}" for world in everything), count=len(worlds),
         held=held(worlds, "transfers", len(everything)), rounds=held(worlds, "rounds", len(everything)),
-        learned=learned(everything), criterion=criterion(worlds), arms=arms(worlds), more=more(worlds),
+        learned=learned(everything), criterion=criterion(worlds), models=models(), arms=arms(worlds), more=more(worlds),
         lambdas=lambdas(worlds), rounding=rounding(worlds), forecasts=forecasts(worlds), casts=casts(worlds),
         relations=relations(worlds), source=source(worlds), geometry=geometry(worlds), sweeps=sweeps(worlds),
     )  # fmt: skip
