@@ -26,10 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 INCLUDED = {
     "benchmarks.md": "benchmarks/RESULTS.md",
     "evidence.md": "experiments/RESULTS.md",
+    "evidence-smollm.md": "experiments/SMOLLM.md",
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
 }
-IMAGES = ["experiments/accuracy.png", "experiments/orthogonality.png", "experiments/recall.png"]
+IMAGES = [f"experiments/{name}.png" for name in ("accuracy", "orthogonality", "recall", "rounding")]
 CODE = r"(?P<code>^```.*?^```$|`[^`\n]+`)"
 LINK = re.compile(CODE + r"|(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)", re.M | re.S)
 WIDTH = 80
