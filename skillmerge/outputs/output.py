@@ -15,9 +15,10 @@ from typing import Any
 
 from skillmerge.brief import brief
 from skillmerge.checkpoints.missing import near_path
-from skillmerge.checkpoints.schemes import bucket_of, is_path
+from skillmerge.checkpoints.schemes import bucket_of
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs import manifest
+from skillmerge.outputs.buckets.at_hand import refuse_hub
 from skillmerge.outputs.manifest import RUN_LOG_FILE, Manifest
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 from skillmerge.recipes.gate_table import PROOFS
@@ -99,10 +100,7 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
         raise UsageError(
             f"{os.fspath(folder)} is in a bucket, and this command needs a folder", fix="copy it into a folder first"
         )
-    if not is_path(os.fspath(folder)):
-        repository = os.fspath(folder).partition("://")[2].split("@")[0]
-        fix = f"fetch it first: `hf download {repository} --local-dir FOLDER`"
-        raise UsageError(f"{os.fspath(folder)} is on the Hub, not a folder", fix=fix)
+    refuse_hub(folder)
     if root.exists():
         raise UsageError(f"{root} is not a folder", fix="name an output of `skillmerge apply`")
     if (unfinished := Staging.folder_of(root)).is_dir():

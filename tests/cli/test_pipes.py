@@ -105,7 +105,7 @@ def test_mergekit_file_can_come_through_a_pipe(monkeypatch: pytest.MonkeyPatch) 
     piped(monkeypatch, "merge_method: passthrough\nmodels: [{model: org/a}]\n")
     process = run_cli("init", "-", "--from", "-")
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("skillmerge: 1\nmodels:\n  a: hf://org/a\nmerge: a\n")
+    assert "skillmerge: 1\nmodels:\n  a: hf://org/a\nmerge: a\n" in process.stdout
 
 
 def test_documents_for_programs_go_to_standard_output_alone(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ PLACES = {
     "HF://a/b": ("`HF://` is not a place that skillmerge reads", "did you mean `hf://a/b`?", 2),
     "ftp://host/rl": (
         "`ftp://` is not a place that skillmerge reads",
-        "a model is a folder, or `hf://org/name` on the Hub: fetch it into a folder first", 2,
+        "a model is a folder, `hf://org/name` on the Hub, or `s3://`, `gs://` or `az://` and a bucket's name", 2,
     ),
 }  # fmt: skip
 ADDRESSES = {

@@ -132,19 +132,19 @@ MISTAKES = {
     "target + trim(rl - sft, density=.3, rescale=1)": ("4:53", "has `1` for `rescale`", "did you mean `l1`?"),
     "target + trim(rl - sft, density=.3, scope=tensor)": ("4:51", "has `tensor` for `scope`", "write matrix or model"),
     "target + drop(rl - sft, density=.5, seed=1.5)": (
-        "4:45", "has `seed=1.5` in `drop`", "`seed` is a whole number from 0 to 9.0072e+15",
+        "4:45", "has `seed=1.5` in `drop`", "`seed` is a whole number from 0 to 2^53",
     ),
     "target + drop(rl - sft, density=.5, seed=-1)": (
-        "4:45", "has `seed=-1` in `drop`", "`seed` is a whole number from 0 to 9.0072e+15",
+        "4:45", "has `seed=-1` in `drop`", "`seed` is a whole number from 0 to 2^53",
     ),
     "target + drop(rl - sft, density=.5, seed=1e30)": (
-        "4:45", "has `seed=1e+30` in `drop`", "`seed` is a whole number from 0 to 9.0072e+15",
+        "4:45", "has `seed=1e+30` in `drop`", "`seed` is a whole number from 0 to 2^53",
     ),
     "target + drop(rl - sft, density=.5, epsilon=.1)": (
         "4:45", "gives `drop` a keyword it does not have, `epsilon`", "did you mean `spread=`?",
     ),
     "target + drop(rl - sft, density=.5, spread=1)": (
-        "4:45", "has `spread=1` in `drop`", "`spread` is a number from 0 and below 1",
+        "4:45", "has `spread=1` in `drop`", "`spread` is a number from 0 to below 1",
     ),
     "target + drop(rl - sft, density=.5, spread=.6)": (
         "4:18", _UNFIT + "with density 0.5 and spread 0.6 `drop` keeps by chances outside 0 to 1",
@@ -271,7 +271,7 @@ MISTAKES = {
         "add it to a model: target + lam * (rl - sft); or store it with `output: {kind: skill}`",
     ),
     "target + lam * frob(trim(rl - sft, density=.5))": (
-        "4:24", "calls `frob`, which is no method of this version", "use + - * / with models and coefficients",
+        "4:24", "calls `frob`, which is no method of this version", "`skillmerge methods` lists those that there are",
     ),
     "target + match(rl - sft, to=0 * (target - sft))": (
         "4:34", "gives `match` a `to` that is zero", "leave it out, or use another coefficient than 0",

@@ -18,11 +18,11 @@ from typing import Protocol
 
 from skillmerge.checkpoints.place import Bucket
 from skillmerge.checkpoints.safetensors import MAX_HEADER_BYTES
-from skillmerge.checkpoints.schemes import bucket_of
+from skillmerge.checkpoints.schemes import bucket_of, is_path
 from skillmerge.checkpoints.store import Wait
 from skillmerge.checkpoints.stores.objects import Objects, save
 from skillmerge.durable import disk_errors
-from skillmerge.errors import SkillmergeError
+from skillmerge.errors import SkillmergeError, UsageError
 from skillmerge.plans.budget import check_disk
 from skillmerge.reporter import Reporter
 from skillmerge.tensors import format_bytes
@@ -62,6 +62,7 @@ def at_hand(folder: str | os.PathLike[str], *, whole: bool, reporter: Reporter) 
     """
     bucket = bucket_of(folder)
     if bucket is None:
+        refuse_hub(folder)
         yield AtHand(Path(folder), plainly)
         return
     with closing(Objects(bucket)) as store, tempfile.TemporaryDirectory(prefix="skillmerge-") as temporary:
@@ -69,6 +70,14 @@ def at_hand(folder: str | os.PathLike[str], *, whole: bool, reporter: Reporter) 
         root.mkdir()
         with _named(root, bucket):
             yield AtHand(root, _fetch(store, root, reporter) if whole else _stand_in(store, root), str(bucket))
+
+
+def refuse_hub(folder: str | os.PathLike[str]) -> None:
+    """Raise UsageError for a place on the Hub, where an output is wanted on this disk."""
+    if not is_path(os.fspath(folder)):
+        repository = os.fspath(folder).partition("://")[2].split("@")[0]
+        fix = f"fetch it first: `hf download {repository} --local-dir FOLDER`"
+        raise UsageError(f"{os.fspath(folder)} is on the Hub, not a folder", fix=fix)
 
 
 def _fetch(store: Objects, root: Path, reporter: Reporter) -> Callable[[Path], Content]:
