@@ -66,6 +66,7 @@ class State:
             wish = self._steps.send(answer)
         except StopIteration as done:
             self.ready = done.value
+            self._asked, self.folds, self._steps = [], [], None  # counts of a tensor are large
             return
         self._single = isinstance(wish, Sums | Ranks)
         self._asked = [fold_of(each) for each in ([wish] if self._single else wish)]
