@@ -134,7 +134,7 @@ class Sums:
 class Ranks:
     """A wish for sizes by rank. size: operands -> sizes, at least 0. ranks: 1 is the largest, 0 larger than all.
 
-    A `Rank` for each is sent back. Sizes are compared in float32, into which they are rounded (see `sizes_of`).
+    A `Rank` for each is sent back. Sizes are compared in float32, into which they are rounded.
     """
 
     size: Callable[..., Tensor]

@@ -90,16 +90,20 @@ def expand_skills(term: Term | None, skills: Collection[str]) -> Term | None:
     return None
 
 
+def _parts(term: Term | None) -> tuple[Term, ...]:
+    """Return what a term is made of, in the order of the text."""
+    if isinstance(term, Scaled):
+        return (term.inner,)
+    if isinstance(term, Sum):
+        return term.left, term.right
+    return term.operands if isinstance(term, Call) else ()
+
+
 def calls(term: Term | None) -> Iterator[Call]:
     """Yield every call, inner ones first."""
-    if isinstance(term, Scaled):
-        yield from calls(term.inner)
-    elif isinstance(term, Sum):
-        yield from calls(term.left)
-        yield from calls(term.right)
-    elif isinstance(term, Call):
-        for operand in term.operands:
-            yield from calls(operand)
+    for part in _parts(term):
+        yield from calls(part)
+    if isinstance(term, Call):
         yield term
 
 
@@ -111,14 +115,8 @@ def leaves(term: Term | None) -> Iterator[str]:
     """Yield the model of every leaf, in the order of the text."""
     if isinstance(term, Leaf):
         yield term.model
-    elif isinstance(term, Scaled):
-        yield from leaves(term.inner)
-    elif isinstance(term, Sum):
-        yield from leaves(term.left)
-        yield from leaves(term.right)
-    elif isinstance(term, Call):
-        for operand in term.operands:
-            yield from leaves(operand)
+    for part in _parts(term):
+        yield from leaves(part)
 
 
 def weights(term: Term | None, by: float = 1.0) -> dict[str, float]:

@@ -60,7 +60,7 @@ def verify(
             file = None if isinstance(signature, bool) else signature
             how: dict[str, Any] = {"load": runtimes, "allow_nonfinite": allow_nonfinite, "reporter": reporter}
             signed = verify_signed(root, file, public_key=public_key, certificate_chain=certificate_chain, **how)
-            verdict = replace(signed.verdict, signature=_of(signed))
+            verdict = replace(signed.verdict, signature=_signature(signed))
         else:
             verdict = verify_files(
                 root, allow_nonfinite=allow_nonfinite, shard=shard, reporter=reporter, contents=found.open
@@ -73,7 +73,7 @@ def verify(
         return replace(verdict, output=replace(verdict.output, place=found.place))
 
 
-def _of(signed: Signature) -> dict[str, Any]:
+def _signature(signed: Signature) -> dict[str, Any]:
     return {"path": str(signed.path), "files": signed.files, "signer": signed.signer}
 
 
