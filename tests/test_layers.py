@@ -94,8 +94,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "checkpoints": (
         "kinds.table",
         "kinds.skill schemes",
-        "kinds.dense kinds.patch kinds.skill_planes renamed spooled stores.hub stores.memory stores.objects",
-        "tokenizers.tokenizer",
+        "kinds.dense kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",
+        "tokenizers.tokenizer views.renamed views.spooled",
         "tokenizers.vocabulary",
         "tokenizers.small_files",
         "checkpoint stores.folder",

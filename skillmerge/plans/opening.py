@@ -15,9 +15,9 @@ from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, named
 from skillmerge.checkpoints.kinds.table import open_as
 from skillmerge.checkpoints.missing import missing
 from skillmerge.checkpoints.place import Local, ModelPlace
-from skillmerge.checkpoints.renamed import idle_rule, prefixes_of, read_as, wrappers_of
 from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Store
+from skillmerge.checkpoints.views.renamed import idle_rule, prefixes_of, read_as, wrappers_of
 from skillmerge.errors import InputError, StalePlan, UsageError, did_you_mean, some
 from skillmerge.methods.terms import model_of
 from skillmerge.plans.dtypes.quantised import refuse_unequal

@@ -15,7 +15,7 @@ from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
 from skillmerge.checkpoints.model_config import contradictions, ties_embeddings
-from skillmerge.checkpoints.renamed import WRAPPERS
+from skillmerge.checkpoints.views.renamed import WRAPPERS
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, is_zero, model_of, sole_model
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules

@@ -11,8 +11,8 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.kinds.patch import PATCH_FILE
 from skillmerge.checkpoints.kinds.skill import SKILL_FILE, summary, tensor_digest
-from skillmerge.checkpoints.renamed import wrappers_of
 from skillmerge.checkpoints.stores.folder import Folder
+from skillmerge.checkpoints.views.renamed import wrappers_of
 from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError, machine_errors
 from skillmerge.plans.opening import Access, close_all, open_models

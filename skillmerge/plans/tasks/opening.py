@@ -15,10 +15,10 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, WeightFile
 from skillmerge.checkpoints.kinds.dense import Dense, read_index
 from skillmerge.checkpoints.place import Local, ModelPlace
-from skillmerge.checkpoints.renamed import names_as, read_as
 from skillmerge.checkpoints.safetensors import Header
 from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Stat, Store, read_headers
+from skillmerge.checkpoints.views.renamed import names_as, read_as
 from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
 from skillmerge.plans.opening import Access, close_all, open_all, refuse_missing, under_its_names
