@@ -20,6 +20,7 @@ from skillmerge.checkpoints.store import Store
 from skillmerge.checkpoints.views.renamed import idle_rule, prefixes_of, read_as, wrappers_of
 from skillmerge.errors import InputError, StalePlan, UsageError, did_you_mean, some
 from skillmerge.methods.terms import model_of
+from skillmerge.plans.aligned import aligned
 from skillmerge.plans.dtypes.quantised import refuse_unequal
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
@@ -96,7 +97,8 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
                 else:
                     warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
         with _placed(recipe, checkpoints):
-            return {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
+            found = {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
+            return aligned(recipe, found)
     except BaseException:
         close_all(checkpoints)
         raise

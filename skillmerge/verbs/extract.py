@@ -12,13 +12,14 @@ from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.kinds.patch import PATCH_FILE
 from skillmerge.checkpoints.kinds.skill import SKILL_FILE, summary, tensor_digest
 from skillmerge.checkpoints.stores.folder import Folder
+from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.renamed import wrappers_of
 from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError, machine_errors
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter, default_reporter
-from skillmerge.tensors import UNIT
+from skillmerge.tensors import UNIT, TensorSpec
 from skillmerge.threads import in_threads
 from skillmerge.verbs.apply import merge
 from skillmerge.verbs.records import Checks, Publish
@@ -91,7 +92,11 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     if wrappers_of(tensors):  # extracted when names were read as stored
         recipe = recipe.as_planned("parent", {})
     checkpoints = open_models(recipe, Access(follow_links=follow_links), lambda message: None)
-    checkpoint = checkpoints["parent"]
+    # A parent may store the skill's tensors in another layout.
+    shapes = {
+        name: TensorSpec(name, row["dtype"], tuple(row["shape"]), "") for name, row in document["tensors"].items()
+    }
+    checkpoint = in_layout_of(checkpoints["parent"], shapes, whole=False)
     names = [name for name in tensors if name in checkpoint.tensors]
     missing = [name for name in tensors if name not in checkpoint.tensors]
     reason = f"it has no tensor `{missing[0]}`" if missing else ""
