@@ -87,7 +87,7 @@ def test_adapter_on_its_model_is_near_pefts_in_float32(name: str, tmp_path: Path
         bound = (rank + 2) * 2**-24 * added[tensor]
         if "dora" in name and value.dim() == 2:
             bound = 1e-7 * np.sqrt((whole**2).sum(axis=int(name == "dora"), keepdims=True))
-            if name == "dora_embedding":  # whose B begins with numbers near 1, so that sums cancel
+            if name != "dora":  # rows of few elements, and a B that begins with numbers near 1, so that sums cancel
                 bound = bound + 2 * (rank + 2) * 2**-24 * added[tensor]
         assert (np.abs(values.reshape(whole.shape) - whole) <= bound).all(), tensor
 
