@@ -48,7 +48,9 @@ VARIANTS = {
         "rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 3, "layers.1.self_attn.q_proj": 6, "down_proj": 2},
         "alpha_pattern": {"down_proj": 32, r"layers\.\d+\.mlp\.(up|down)_proj": 5},
     }),
-    "rslora": Variant({"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "rank_pattern": {"down_proj": 7}}),
+    "rslora": Variant(
+        {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "rank_pattern": {"down_proj": 7}}
+    ),
     "fan_in_fan_out": Variant({"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, "gpt2"),
     "embedding": Variant({"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding_tied": Variant({"target_modules": ["embed_tokens"]}, config={"tie_word_embeddings": True}),

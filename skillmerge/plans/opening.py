@@ -22,6 +22,7 @@ from skillmerge.checkpoints.views.fitting import Model
 from skillmerge.checkpoints.views.renamed import idle_rule, prefixes_of, read_as, wrappers_of
 from skillmerge.errors import InputError, StalePlan, UsageError, did_you_mean, some
 from skillmerge.methods.terms import model_of
+from skillmerge.plans.aligned import aligned
 from skillmerge.plans.dtypes.quantised import refuse_unequal
 from skillmerge.plans.models.adapting import as_differences, put_onto
 from skillmerge.plans.plan import Plan
@@ -102,7 +103,7 @@ def open_models(
                 else:
                     warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
         with _placed(recipe, checkpoints):
-            return as_read(recipe, checkpoints, shape)
+            return as_differences(recipe, aligned(recipe, as_read(recipe, checkpoints)), shape)
     except BaseException:
         close_all(checkpoints)
         raise
@@ -129,11 +130,10 @@ def planned(
         close_all(checkpoints)
 
 
-def as_read(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], shape: Model | None = None) -> dict[str, Checkpoint]:
-    """Return the models as the formula reads them: under their names, and with adapters where they belong. shape: see
-    `open_models`."""
+def as_read(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """Return the models under the names that they are read by, with adapters on those that they are put onto."""
     found = {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
-    return as_differences(recipe, put_onto(recipe, found), shape)
+    return put_onto(recipe, found)
 
 
 def under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkpoint:
