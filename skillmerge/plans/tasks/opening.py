@@ -46,6 +46,8 @@ def open_parts(
     whole |= {onto for patch, onto in recipe.patches.items()}
     if recipe.donor is not None and any(recipe.entries[name].kind == "adapter" for name in names):
         whole.add(recipe.donor)  # whose tensors the differences of adapters have
+    if recipe.makes_adapter:
+        names = [*(whole := set(recipe.used_models()))]  # what one has in the output depends on all of them
     arranged = {name for name in names if input_of(saved, name).get("layout")}
     whole |= arranged
     places = {name: _at_commit(saved, name) for name in recipe.used_models() if name in {*names, *whole}}

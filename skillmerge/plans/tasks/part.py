@@ -13,7 +13,8 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import InputError, UsageError
 from skillmerge.methods.linear import Program, compile_term
-from skillmerge.methods.terms import Leaf, model_of
+from skillmerge.methods.terms import model_of
+from skillmerge.plans.adapters.planning import sum_of
 from skillmerge.plans.layout import model_shard, skill_shard
 from skillmerge.plans.mapping import Source
 from skillmerge.plans.opening import Access, close_all
@@ -24,6 +25,9 @@ from skillmerge.plans.tasks.opening import input_of, open_parts
 
 _FORMULA = ("merge", "cut", "compute")
 """Actions that compute the recipe's expression."""
+
+_SUMS = ("cast", "join")
+"""Actions that add up their sources, of which there may be one."""
 
 
 @contextmanager
@@ -93,8 +97,8 @@ def _tensor(saved: SavedPlan, row: Mapping[str, Any], programs: dict[Any, Progra
     sources = tuple(Source(model, tensor) for model, tensor in row["sources"])
     values = tuple(row["coefficients"])
     program = None
-    if row["action"] in _FORMULA or row["action"] == "cast":
-        key = values if row["action"] in _FORMULA else sources[0].model
+    if row["action"] in _FORMULA or row["action"] in _SUMS:
+        key: Any = ("formula", *values) if row["action"] in _FORMULA else ("sum", *(source.model for source in sources))
         if key not in programs:
             programs[key] = _program(saved, key)
         program = programs[key]
@@ -108,11 +112,12 @@ def _tensor(saved: SavedPlan, row: Mapping[str, Any], programs: dict[Any, Progra
     return TensorPlan(row["name"], row["dtype"], tuple(row["shape"]), row["action"], sources, values, program)
 
 
-def _program(saved: SavedPlan, key: tuple[float, ...] | str) -> Program | None:
-    """Return the steps for these coefficients, or for a model alone."""
-    if isinstance(key, str):
-        return compile_term(Leaf(key))
-    term = saved.recipe.term(dict(zip(saved.recipe.coefficients, key, strict=True)))
+def _program(saved: SavedPlan, key: tuple[Any, ...]) -> Program | None:
+    """Return the steps of the formula with these coefficients, or those that add up models."""
+    what, *values = key
+    if what == "sum":
+        return sum_of(tuple(values))
+    term = saved.recipe.term(dict(zip(saved.recipe.coefficients, values, strict=True)))
     return compile_term(term) if term is not None else None
 
 
