@@ -72,9 +72,11 @@ VARIANTS = {
         packed=True,
     ),
     "experts_transposed": Variant({"target_modules": Q, "target_parameters": EXPERTS}, "gpt_oss"),
+    "experts_on_split": Variant({"target_modules": Q, "target_parameters": EXPERTS}, "qwen3_moe"),
+    "mixtral_on_split": Variant({"target_modules": Q, "target_parameters": EXPERTS[:1]}, "mixtral"),
 }  # fmt: skip
 DIFFERENCES = ("linear", "patterns", "rslora", "fan_in_fan_out", "lora_bias", "experts", "experts_patterns",
-               "experts_transposed", "embedding")  # fmt: skip
+               "experts_transposed", "experts_on_split", "mixtral_on_split", "embedding")  # fmt: skip
 """Those that add the same to every model."""
 
 
@@ -89,6 +91,8 @@ def model_of(variant: Variant, dtype: torch.dtype) -> Any:
     elif variant.model == "qwen3_moe":
         config = t.Qwen3MoeConfig(**MOE, intermediate_size=64, moe_intermediate_size=20, num_experts=4)
         made = t.Qwen3MoeForCausalLM(config)
+    elif variant.model == "mixtral":
+        made = t.MixtralForCausalLM(t.MixtralConfig(**MOE, intermediate_size=20, num_local_experts=4))
     elif variant.model == "gpt_oss":
         made = t.GptOssForCausalLM(t.GptOssConfig(**MOE, intermediate_size=24, num_local_experts=4))
     else:
@@ -211,6 +215,10 @@ def _products(
         return {weight: whole.T if embedding or config["fan_in_fan_out"] else whole}
     for name in config["target_parameters"]:
         target = f"{module}.{name.rpartition('.')[2]}"
+        if target not in base:
+            if found := _split(base, module, target, a, b, config):
+                return found
+            continue
         experts, *sides = base[target].shape
         rank = _rank(config, target)
         stack = a.reshape(experts, -1, a.shape[1])
@@ -220,6 +228,23 @@ def _products(
         each = [product(stack[e], columns[:, :, e], _scale(config, target)) for e in range(experts)]
         return {target: np.stack([it if it.shape == tuple(sides) else it.T for it in each])}
     raise AssertionError(module)
+
+
+def _split(
+    base: Mapping[str, torch.Tensor], module: str, target: str, a: np.ndarray, b: np.ndarray, config: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The same for each expert of a model that has them one by one; nothing if the shapes are not those."""
+    inside, names = module, ("gate_proj", "up_proj", "down_proj")
+    if f"{module}.0.down_proj.weight" not in base:
+        inside, names = module.replace(".mlp.", ".block_sparse_moe."), ("w1", "w3", "w2")
+    parts = names[:2] if target.endswith("gate_up_proj") else names[2:]
+    found = {}
+    for expert in range(4):
+        whole = product(a.reshape(4, -1, a.shape[1])[expert], b.reshape(len(b), -1, 4)[:, :, expert],
+                        _scale(config, target))  # fmt: skip
+        for part, value in zip(parts, np.split(whole, len(parts)), strict=True):
+            found[f"{inside}.{expert}.{part}.weight"] = value
+    return found if all(base[name].shape == value.shape for name, value in found.items()) else {}
 
 
 def _pattern(table: Mapping[str, Any], name: str, otherwise: Any) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from adapter_models import DIFFERENCES, VARIANTS, adapter, expected, expected_difference, merged, sizes, wide
-from conftest import read_checkpoint
+from adapter_models import DIFFERENCES, VARIANTS, adapter, expected, expected_difference, merged, product, sizes, wide
+from conftest import read_checkpoint, write_checkpoint
+from safetensors.torch import save_file
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, read_bytes
 from skillmerge.checkpoints.kinds.lora import adapter as lora
@@ -93,7 +95,8 @@ def test_adapter_on_its_model_is_near_pefts_in_float32(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("area", [7, 48, 1000])
-@pytest.mark.parametrize("name", ["linear", "fan_in_fan_out", "embedding", "tokens", "experts", "dora", "dora_fan"])
+@pytest.mark.parametrize("name", ["linear", "fan_in_fan_out", "embedding", "tokens", "experts", "dora", "dora_fan",
+                                  "experts_on_split"])  # fmt: skip
 def test_any_part_is_that_part_of_the_whole(name: str, area: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the tiles, and however many elements are computed at once."""
     folder = adapter(name, torch.bfloat16)
@@ -143,3 +146,51 @@ def test_named_adapter_is_the_one_in_its_subfolder(tmp_path: Path) -> None:
         checkpoint = onto(lora.open("uri", store, name=name), base)
         for tensor, value in expected(adapter(made)).items():
             assert bytes(read_bytes(checkpoint, tensor)) == value.tobytes()
+
+
+def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["x"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(document))
+    save_file({f"base_model.model.{name}": value for name, value in tensors.items()}, folder / lora.WEIGHTS)
+    return folder
+
+
+def random_pair(module: str, outputs: int, inputs: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {f"{module}.lora_A.weight": torch.randn(4, inputs, generator=draw),
+            f"{module}.lora_B.weight": torch.randn(outputs, 4, generator=draw)}  # fmt: skip
+
+
+def test_adapter_of_single_experts_changes_packed_ones(tmp_path: Path) -> None:
+    """Two experts of four, and only one projection of one of them: the rest stays."""
+    at = "model.layers.0.mlp.experts"
+    pairs = {
+        (1, "gate_proj"): random_pair(f"{at}.1.gate_proj", 20, 32, 1),
+        (1, "down_proj"): random_pair(f"{at}.1.down_proj", 32, 20, 2),
+        (3, "up_proj"): random_pair(f"{at}.3.up_proj", 20, 32, 3),
+    }
+    write_adapter(tmp_path, {name: it for pair in pairs.values() for name, it in pair.items()})
+    base = read_checkpoint(adapter("experts") / "base")
+    wanted = {name: wide(base[name]) for name in (f"{at}.gate_up_proj", f"{at}.down_proj")}
+    for (expert, what), pair in pairs.items():
+        added = product(*(wide(it) for it in pair.values()), 1.5)
+        rows = {"gate_proj": slice(0, 20), "up_proj": slice(20, 40), "down_proj": slice(0, 32)}[what]
+        wanted[f"{at}.{'down_proj' if what == 'down_proj' else 'gate_up_proj'}"][expert, rows] += added
+    found = onto(lora.open("uri", Folder(tmp_path)), open_folder("uri", adapter("experts") / "base"))
+    assert changed(found) == base.keys()
+    for name, value in base.items():
+        expect = wanted.get(name, wide(value)).astype(np.float32)
+        assert bytes(read_bytes(found, name)) == expect.tobytes()
+
+
+def test_adapter_of_one_projection_changes_its_rows_of_a_fused_one(tmp_path: Path) -> None:
+    at = "model.layers.0.mlp"
+    pair = random_pair(f"{at}.up_proj", 20, 32)
+    write_adapter(tmp_path / "adapter", pair)
+    fused = torch.randn(40, 32)
+    write_checkpoint(tmp_path / "base", {f"{at}.gate_up_proj.weight": fused, f"{at}.down_proj.weight": fused[:, :20]})
+    wanted = wide(fused)
+    wanted[20:] += product(*(wide(it) for it in pair.values()), 1.5)
+    found = put_onto(tmp_path)
+    assert bytes(read_bytes(found, f"{at}.gate_up_proj.weight")) == wanted.astype(np.float32).tobytes()

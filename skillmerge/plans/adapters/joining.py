@@ -11,15 +11,20 @@ is 0 is left out of that module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.kinds.lora.parts import PREFIX
+from skillmerge.checkpoints.views.adapted import check_fit
 from skillmerge.checkpoints.views.fitting import Change, Model, Product, changes_of, own_tensors
 from skillmerge.checkpoints.views.joined import Block, Joined
 from skillmerge.checkpoints.views.renamed import replaced
+from skillmerge.checkpoints.views.unpacking import products_of
+from skillmerge.errors import some
+from skillmerge.naming import layer_of, module_kind
 from skillmerge.plans.adapters.formula import base_of, check_bases, factors_of, refused
 from skillmerge.plans.models.coefficients import coefficients_of
 from skillmerge.recipes.formula.tree import ExpressionError
@@ -92,7 +97,7 @@ def output_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Output:
     output = Output(base_of(recipe), adapters)
     check_bases(recipe, adapters)
     model = _model(recipe, adapters, checkpoints[output.base] if output.base is not None else None)
-    changes = {name: changes_of(it, model, recipe.entries[name].renames) for name, it in adapters.items()}
+    changes = {name: _changes(it, model, recipe.entries[name].renames) for name, it in adapters.items()}
     shares = _shares(recipe, model, changes, output)
     for tensor, share in shares.items():
         _check_parts(recipe, tensor, share)
@@ -116,12 +121,46 @@ def _model(recipe: Recipe, adapters: Mapping[str, Adapter], base: Checkpoint | N
     return Model("another adapter", tensors, {})
 
 
+def _changes(adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]]) -> dict[str, Change]:
+    """Return what an adapter changes: by the model's names, or by its own where the model stores experts or projections
+    in another layout."""
+    found, left = changes_of(adapter, model, rename)
+    if left:
+        check_fit(adapter, model, rename)
+        own = products_of(adapter, left, model, rename)
+        found |= {name: Change(product) for name, (_, product) in own.items() if product is not None}
+    return found
+
+
+def _values(recipe: Recipe, model: Model, changes: Mapping[str, Mapping[str, Change]]) -> dict[str, tuple[float, ...]]:
+    """Return the coefficients of the model's tensors, and of those that adapters have in another layout: what the
+    model's have there. Raises RecipeError where these differ."""
+    out = recipe.left_out(model.tensors)
+    values = coefficients_of(recipe, [name for name in model.tensors if name not in out], model.config)
+    own = {name for each in changes.values() for name in each if name not in model.tensors}
+    if own:
+        near: dict[Any, dict[tuple[float, ...], str]] = {}
+        for name, row in values.items():
+            near.setdefault((layer_of(name), module_kind(name)), {}).setdefault(row, name)
+        for name in own:
+            rows = near.get((layer_of(name), module_kind(name)), {})
+            if len(rows) > 1:
+                raise recipe.error(
+                    ("coefficients",),
+                    f"the adapters have `{name}` as one, and the coefficients of its parts differ: "
+                    + some([f"`{it}`" for it in rows.values()], 2),
+                    "give all of them the same coefficients, or leave `output.kind` out, which makes a model",
+                )
+            if rows:
+                values[name] = next(iter(rows))
+    return values
+
+
 def _shares(
     recipe: Recipe, model: Model, changes: Mapping[str, Mapping[str, Change]], output: Output
 ) -> dict[str, dict[str, tuple[Change, float]]]:
     """Return which adapters change each of the model's tensors in the output, and how."""
-    out = recipe.left_out(model.tensors)
-    output.values = coefficients_of(recipe, [name for name in model.tensors if name not in out], model.config)
+    output.values = _values(recipe, model, changes)
     known: dict[tuple[float, ...], dict[str, float]] = {}
     shares: dict[str, dict[str, tuple[Change, float]]] = {}
     tied = {name: _tied(each) for name, each in changes.items()}
@@ -152,7 +191,7 @@ def _check_parts(recipe: Recipe, tensor: str, share: Shares) -> None:
     for name, (change, _) in share.items():
         if change.product is not None and change.product.pair.magnitude is not None:
             raise refused(recipe, name, [tensor], "scales the base's rows (DoRA), which cannot be put side by side")
-        if not change.is_difference:
+        if change.whole is not None or change.rows is not None:
             raise refused(recipe, name, [tensor], "replaces tensors, which cannot be put side by side")
     forms = {(product.experts, product.pair.embedding, product.transposed) for product in _products(share).values()}
     if len(forms) > 1:
