@@ -339,13 +339,7 @@ def _accidental(recipe: Recipe) -> Iterator[Finding]:
             ones = {value for value, _ in _values(recipe, name)} == {1.0}
             if ones and degree(recipe.term({**defaults, name: 0.75})) not in recipe.degrees:
                 fix = grouped(str(recipe.document.data["merge"]), recipe.models) or "put the difference in parentheses"
-                what = (
-                    "a difference"
-                    if recipe.makes_skill
-                    else "one model or a difference"
-                    if recipe.makes_adapter
-                    else "one model"
-                )
+                what = " or ".join({0: "a difference", 1: "one model"}[it] for it in recipe.degrees)
                 message = f"the expression is {what} only where `{name}` is 1"
                 yield _at(recipe, "accidental-model", ("merge",), message, fix)
     except ExpressionError:

@@ -195,7 +195,7 @@ ACTIONS = {
     "same": "not numbers to add: must be equal in all models",
     "cut": "the difference, kept exactly",
     "compute": "computed, rounded once",
-    "join": "matrices of adapters, side by side",
+    "join": "side by side",
     "zero": "nothing",
 }
 """Actions of a plan, in words."""
