@@ -177,8 +177,8 @@ TORCH_ROOMS = {"methods", "engine", "study", "verbs"}
 """Rooms whose modules may import torch; below are the others that do."""
 TORCH_MODULES = {
     "bits", "checkpoints.kinds.sparse", "checkpoints.kinds.patch", "checkpoints.kinds.skill_planes",
-    "checkpoints.views.adapted", "checkpoints.views.arranged", "checkpoints.views.bands", "checkpoints.views.low_rank",
-    "outputs.verify",
+    "checkpoints.views.adapted", "checkpoints.views.arranged", "checkpoints.views.bands", "checkpoints.views.joined",
+    "checkpoints.views.low_rank", "outputs.verify",
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models,
 from skillmerge.plans.dtypes.kept import levelled, output_specs
 from skillmerge.plans.dtypes.quantised import exact_tensors
 from skillmerge.plans.layout import lay_out, lay_out_skill
-from skillmerge.plans.models.coefficients import coefficients_of
+from skillmerge.plans.models.coefficients import coefficients_of, kept_coefficients
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.recipes.formula.parser import grouped
@@ -57,10 +57,8 @@ def plan_recipe(
     """
     if recipe.makes_adapter:
         return _adapter_plan(recipe, checkpoints)
-    donor_name = _donor(recipe)
-    donor = checkpoints[donor_name]
-    left_out = recipe.left_out(donor.tensors)
-    values = coefficients_of(recipe, [name for name in donor.tensors if name not in left_out], donor.config)
+    donor = checkpoints[donor_name := _donor(recipe)]
+    values = kept_coefficients(recipe, donor.tensors, donor.config)
     copied = copy_rules(recipe, donor)
     terms = _terms(recipe, values, copied)
     exact = exact_tensors(recipe, checkpoints, donor_name, terms)

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.kinds.lora.parts import PREFIX
 from skillmerge.checkpoints.views.adapted import check_fit
+from skillmerge.checkpoints.views.arranged import apart
 from skillmerge.checkpoints.views.fitting import Change, Model, Product, changes_of, own_tensors
 from skillmerge.checkpoints.views.joined import Block, Joined
+from skillmerge.checkpoints.views.relations import layouts
 from skillmerge.checkpoints.views.renamed import replaced
 from skillmerge.checkpoints.views.unpacking import products_of
 from skillmerge.errors import some
-from skillmerge.naming import layer_of, module_kind
 from skillmerge.plans.adapters.formula import base_of, check_bases, factors_of, refused
-from skillmerge.plans.models.coefficients import coefficients_of
+from skillmerge.plans.models.coefficients import kept_coefficients
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.tensors import TensorSpec
@@ -97,8 +97,10 @@ def output_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Output:
     output = Output(base_of(recipe), adapters)
     check_bases(recipe, adapters)
     model = _model(recipe, adapters, checkpoints[output.base] if output.base is not None else None)
-    changes = {name: _changes(it, model, recipe.entries[name].renames) for name, it in adapters.items()}
-    shares = _shares(recipe, model, changes, output)
+    own: dict[str, TensorSpec] = {}
+    changes = {name: _changes(it, model, recipe.entries[name].renames, own) for name, it in adapters.items()}
+    output.values = _values(recipe, model, own)
+    shares = _shares(recipe, changes, output.values)
     for tensor, share in shares.items():
         _check_parts(recipe, tensor, share)
     names = _Names(recipe, changes, shares)
@@ -121,50 +123,52 @@ def _model(recipe: Recipe, adapters: Mapping[str, Adapter], base: Checkpoint | N
     return Model("another adapter", tensors, {})
 
 
-def _changes(adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]]) -> dict[str, Change]:
+def _changes(
+    adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]], own: dict[str, TensorSpec]
+) -> dict[str, Change]:
     """Return what an adapter changes: by the model's names, or by its own where the model stores experts or projections
-    in another layout."""
+    in another layout. own: gets the latter's tensors."""
     found, left = changes_of(adapter, model, rename)
     if left:
         check_fit(adapter, model, rename)
-        own = products_of(adapter, left, model, rename)
-        found |= {name: Change(product) for name, (_, product) in own.items() if product is not None}
+        for name, (spec, product) in products_of(adapter, left, model, rename).items():
+            if product is not None:
+                found[name], own[name] = Change(product), spec
     return found
 
 
-def _values(recipe: Recipe, model: Model, changes: Mapping[str, Mapping[str, Change]]) -> dict[str, tuple[float, ...]]:
+def _values(recipe: Recipe, model: Model, own: Mapping[str, TensorSpec]) -> dict[str, tuple[float, ...]]:
     """Return the coefficients of the model's tensors, and of those that adapters have in another layout: what the
     model's have there. Raises RecipeError where these differ."""
-    out = recipe.left_out(model.tensors)
-    values = coefficients_of(recipe, [name for name in model.tensors if name not in out], model.config)
-    own = {name for each in changes.values() for name in each if name not in model.tensors}
-    if own:
-        near: dict[Any, dict[tuple[float, ...], str]] = {}
-        for name, row in values.items():
-            near.setdefault((layer_of(name), module_kind(name)), {}).setdefault(row, name)
-        for name in own:
-            rows = near.get((layer_of(name), module_kind(name)), {})
-            if len(rows) > 1:
-                raise recipe.error(
-                    ("coefficients",),
-                    f"the adapters have `{name}` as one, and the coefficients of its parts differ: "
-                    + some([f"`{it}`" for it in rows.values()], 2),
-                    "give all of them the same coefficients, or leave `output.kind` out, which makes a model",
-                )
-            if rows:
-                values[name] = next(iter(rows))
+    values = kept_coefficients(recipe, model.tensors, model.config)
+    stored, asked = layouts(*apart(own, model.tensors))
+    holders = {part: tensor for tensor, parts in asked.holds.items() for part in parts}
+    for name in own:
+        rows: dict[tuple[float, ...] | None, str] = {}
+        for part in stored.holds.get(name, ()):
+            if part in holders:
+                rows.setdefault(values.get(holders[part]), holders[part])
+        if len(rows) > 1:
+            shown = some([f"`{it}`" for it in rows.values()], 2)
+            raise recipe.error(
+                ("merge",),
+                f"the adapters have `{name}` as one, and coefficients differ between its parts: {shown}",
+                "give all of them the same, or leave `output.kind` out, which makes a model",
+            )
+        row = next(iter(rows), None)
+        if row is not None:
+            values[name] = row
     return values
 
 
 def _shares(
-    recipe: Recipe, model: Model, changes: Mapping[str, Mapping[str, Change]], output: Output
+    recipe: Recipe, changes: Mapping[str, Mapping[str, Change]], rows: Mapping[str, tuple[float, ...]]
 ) -> dict[str, dict[str, tuple[Change, float]]]:
     """Return which adapters change each of the model's tensors in the output, and how."""
-    output.values = _values(recipe, model, changes)
     known: dict[tuple[float, ...], dict[str, float]] = {}
     shares: dict[str, dict[str, tuple[Change, float]]] = {}
     tied = {name: _tied(each) for name, each in changes.items()}
-    for tensor, row in output.values.items():
+    for tensor, row in rows.items():
         here = [name for name in changes if tensor in changes[name] and tensor not in tied[name]]
         if not here:
             continue
@@ -260,7 +264,7 @@ def _add_product(recipe: Recipe, names: _Names, output: Output, tensor: str, sha
     named = names.of_tensors(tensor, first, product)
     if named is None:
         what = (
-            "changes other parameters of the same module than the others do, and how peft would call both is not known"
+            "changes other parameters of the same module than the others do, and how PEFT would call both is not known"
         )
         raise refused(recipe, first, [tensor], what)
     experts, rank = product.experts, sum(it.rank for it in products.values())

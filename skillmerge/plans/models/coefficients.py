@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from skillmerge.checkpoints.model_config import ties_embeddings
@@ -21,6 +21,13 @@ def coefficients_of(recipe: Recipe, names: list[str], config: Mapping[str, Any])
             fix = _tied_advice(schedule.rules[error.rule], config) or error.fix
             raise recipe.error(path, str(error), fix) from error
     return {name: tuple(column[name] for column in columns) for name in names}
+
+
+def kept_coefficients(recipe: Recipe, names: Iterable[str], config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Return the coefficients of those tensors of a model that the output does not do without."""
+    names = list(names)
+    left_out = recipe.left_out(names)
+    return coefficients_of(recipe, [name for name in names if name not in left_out], config)
 
 
 def _tied_advice(rule: Rule, config: Mapping[str, Any]) -> str | None:
