@@ -183,7 +183,7 @@ def _parts(
             added[target] = value
             whole = wide(base[target]) + value
             if (magnitude := tensors.get(f"{module}.lora_magnitude_vector")) is not None:
-                along = 0 if embedding or config["fan_in_fan_out"] else 1
+                along = 0 if embedding or config.get("fan_in_fan_out") else 1
                 norms = np.sqrt((whole * whole).sum(axis=along, keepdims=True))
                 whole = whole * (magnitude.reshape(-1, 1) if along else magnitude.reshape(1, -1)) / norms
             found[target] = whole.astype(np.float32)
@@ -212,7 +212,7 @@ def _products(
     if weight in base:
         assert len(a) == _rank(config, module)
         whole = product(a, b, _scale(config, module))
-        return {weight: whole.T if embedding or config["fan_in_fan_out"] else whole}
+        return {weight: whole.T if embedding or config.get("fan_in_fan_out") else whole}
     for name in config["target_parameters"]:
         target = f"{module}.{name.rpartition('.')[2]}"
         if target not in base:
@@ -252,9 +252,9 @@ def _pattern(table: Mapping[str, Any], name: str, otherwise: Any) -> Any:
 
 
 def _rank(config: Mapping[str, Any], name: str) -> int:
-    return int(_pattern(config["rank_pattern"], name, config["r"]))
+    return int(_pattern(config.get("rank_pattern", {}), name, config["r"]))
 
 
 def _scale(config: Mapping[str, Any], name: str) -> float:
-    alpha, rank = _pattern(config["alpha_pattern"], name, config["lora_alpha"]), _rank(config, name)
-    return float(alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank)
+    alpha, rank = _pattern(config.get("alpha_pattern", {}), name, config["lora_alpha"]), _rank(config, name)
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
