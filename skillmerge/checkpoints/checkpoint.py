@@ -84,8 +84,8 @@ class Checkpoint(ABC):
     `config.json`, empty if there is none. tensors: by name, file by file in the order of their bytes. files: the
     weight files, by name. indexed: whether an index names them. unread: weight files that the index leaves out.
     naming: how its names differ from the stored ones. is_checked: False of a patch that does not say which model it is
-    for. same: of a plane of a skill, the quantized tensors that it has no update of; None of anything else.
-    trained_on: of an adapter, the model that it says it was trained on.
+    for. same: of a plane of a skill, the quantized tensors that it has no update of; None of anything else. trained_on:
+    of an adapter, the model that it says it was trained on.
 
     A kind says how tensors are read; what it does not say here is true of one whose weight files are its store's.
     """
