@@ -11,6 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from skillmerge.checkpoints.safetensors import Header
@@ -82,13 +83,18 @@ class Checkpoint(ABC):
     `config.json`, empty if there is none. tensors: by name, file by file in the order of their bytes. files: the
     weight files, by name. indexed: whether an index names them. unread: weight files that the index leaves out.
     naming: how its names differ from the stored ones. same: of a plane of a skill, the quantized tensors that it has
-    no update of; None of anything else.
+    no update of; None of anything else. rearranged: tensors whose elements are not, one by one, those of the stored
+    ones. fixed: runs of elements (first, last) that an output takes as they are, whatever its formula: they are the
+    same in all of its models. is_checked: of a patch, whether it says which model it is for.
 
     A kind says how tensors are read; what it does not say here is true of one whose weight files are its store's.
     """
 
     naming = Naming()
     same: frozenset[str] | None = None
+    is_checked = True
+    rearranged: frozenset[str] = frozenset()
+    fixed: Mapping[str, Sequence[tuple[int, int]]] = MappingProxyType({})
 
     def __init__(
         self,
@@ -176,6 +182,8 @@ class View(Checkpoint):
         super().__init__(checkpoint.uri, checkpoint.at, checkpoint.store, checkpoint.config, tensors, files,
                          indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
         self.naming, self.same = checkpoint.naming, checkpoint.same
+        self.rearranged, self.fixed = checkpoint.rearranged, checkpoint.fixed
+        self.is_checked = checkpoint.is_checked
         self._checkpoint = checkpoint
 
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:

@@ -23,6 +23,7 @@ from skillmerge.methods.terms import model_of
 from skillmerge.plans.dtypes.quantised import refuse_unequal
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
+from skillmerge.plans.vocabulary.by_token import by_token
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.lock import LOCK_VERSION, LockedModel
 from skillmerge.recipes.parse import load
@@ -96,7 +97,8 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
                 else:
                     warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
         with _placed(recipe, checkpoints):
-            return {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
+            named = {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
+            return by_token(recipe, named)
     except BaseException:
         close_all(checkpoints)
         raise

@@ -29,6 +29,7 @@ from skillmerge.plans.heads import driven_apart, stored_heads
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
+from skillmerge.plans.vocabulary.by_token import vocabulary_of
 from skillmerge.recipes.formula.parser import grouped
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.lint import remarks
@@ -84,6 +85,7 @@ def plan_recipe(
             ties=accounts.ties,
             problems=problems,
             notes=(*notes, *accounts.notes, *compared.notes, *idle),
+            vocabulary=vocabulary_of(donor),
             **doubts,
             **_inputs(recipe, checkpoints, tensors),
         )

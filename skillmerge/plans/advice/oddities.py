@@ -16,7 +16,7 @@ def oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Check
     if not donor.config and not recipe.makes_skill:
         yield "the donor has no config.json: no runtime can load the output"
     for name, onto in recipe.patches.items():
-        if not getattr(checkpoints.get(name), "is_checked", True):
+        if name in checkpoints and not checkpoints[name].is_checked:
             yield f"patch `{name}` does not say which model it is for: check that it is for `{onto}`"
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):

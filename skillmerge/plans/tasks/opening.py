@@ -23,6 +23,7 @@ from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
 from skillmerge.plans.opening import Access, close_all, open_all, refuse_missing, under_its_names
 from skillmerge.plans.saved import SavedPlan
+from skillmerge.plans.vocabulary.by_token import by_token
 
 _HEADER_BYTES = 1 << 17
 """How much of a file is asked for in one request, in which its header usually is."""
@@ -40,6 +41,7 @@ def open_parts(
     names = [name for name in recipe.used_models() if any(model_of(each) == name for each in needed)]
     whole = {name for name in names if name in recipe.skills or name in recipe.patches}
     whole |= {onto for patch, onto in recipe.patches.items()}
+    whole |= {*recipe.used_models()} if recipe.by_token else set()  # rows of one model depend on the others' tokens
     places = {name: _at_commit(saved, name) for name in recipe.used_models() if name in {*names, *whole}}
     refuse_missing(recipe, places, access)
     opened: dict[str, Checkpoint] = {}
@@ -51,6 +53,7 @@ def open_parts(
         for name in names:
             if name not in whole:
                 opened[name] = _Part(saved, name, places[name], access).open(needed[name], shards)
+        opened = by_token(recipe, opened)
         _compare(saved, opened)
         return opened
     except BaseException:
