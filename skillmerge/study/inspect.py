@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 
 _MAX_THREADS = 8
+_OF_TWO = "`vocabulary` applies to two models, before and after"
 
 FIGURES_OF_TWO = (
     "cosine", "cosine_z", "cosine_z_signs", "conflict", "conflict_z", "overlap", "overlap_chance", "updates_ratio",
@@ -129,6 +130,7 @@ def inspect(
     coefficients: Mapping[str, float] | None = None,
     stats: str = "sampled",
     spectral: int | None = None,
+    vocabulary: str = "by-id",
     threads: int | None = None,
     follow_links: bool = False,
     locked: bool = False,
@@ -140,10 +142,11 @@ def inspect(
     Several stored skills, given directly or in a recipe, are measured individually and in pairs. base: the model that
     a recipe's target was trained from, to compute its own update [default: the model that the skill subtracts]. stats:
     how much the forecast computes: full, sampled or off. spectral: also measure how the matrices' updates spread over
-    this many directions (1 to 64), one matrix in memory at a time.
+    this many directions (1 to 64), one matrix in memory at a time. vocabulary: of two models, `by-token` takes rows of
+    tokens from each other, not rows of ids.
     Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError.
     """
-    check_words(threads=threads, stats=stats, spectral=spectral, hub=hub)
+    check_words(threads=threads, stats=stats, spectral=spectral, hub=hub, vocabulary=vocabulary)
     reporter = reporter or default_reporter("inspecting")
     access = Access(follow_links, locked, download=hub == "download")
     places = [name_of(source), *(os.fspath(place) for place in (other, *more) if place is not None)]
@@ -153,6 +156,8 @@ def inspect(
             raise UsageError(f"`{places[0]}` is a file, not a folder", fix=f"name the model's folder: `{folder}`")
         if len(places) > 1:
             raise UsageError(f"{places[0]} is a recipe, which must be the only argument", fix=f"leave {places[1]} out")
+        if vocabulary != "by-id":
+            raise UsageError(_OF_TWO, fix="write it into the recipe: `vocabulary: by-token`")
         with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
             plan.refuse_problems()
             found = inspect_merge(
@@ -163,7 +168,7 @@ def inspect(
         raise UsageError("coefficients apply only to a recipe", fix="leave `--set` out, or inspect a recipe")
     if base is not None:
         raise UsageError("a base applies only to a recipe", fix="leave `--base` out, or inspect a recipe")
-    subject = _of_models(places, access, reporter)
+    subject = _of_models(places, access, reporter, vocabulary)
     try:
         return _warned(_inspect(subject, stats, spectral, threads, reporter), reporter)
     finally:
@@ -183,8 +188,10 @@ def _warned(found: Inspection, reporter: Reporter) -> Inspection:
     return found
 
 
-def _of_models(places: Sequence[str], access: Access, reporter: Reporter) -> Subject:
+def _of_models(places: Sequence[str], access: Access, reporter: Reporter, vocabulary: str) -> Subject:
     """Return the subject for two models, before and after, or for one or several stored skills."""
+    if vocabulary != "by-id" and len(places) != 2:
+        raise UsageError(_OF_TWO, fix="leave `--vocabulary` out")
     if len(places) == 1:
         refuse_model(Path(places[0]))
         return subject_of_skills(places, access, reporter)
@@ -197,7 +204,7 @@ def _of_models(places: Sequence[str], access: Access, reporter: Reporter) -> Sub
         raise UsageError(f"{skills[0]} is a skill, and {model} is not", fix=fix)
     if len(places) > 2:
         raise UsageError(f"{len(places)} models: {some(list(places))}", fix=fix)
-    return subject_of_models(places[0], places[1], access, reporter)
+    return subject_of_models(places[0], places[1], access, reporter, vocabulary)
 
 
 def _beside(folder: Path, base: str, access: Access) -> Access:

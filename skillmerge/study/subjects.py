@@ -139,10 +139,13 @@ def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter)
     )  # fmt: skip
 
 
-def subject_of_models(before: str, after: str, access: Access, reporter: Reporter) -> Subject:
+def subject_of_models(
+    before: str, after: str, access: Access, reporter: Reporter, vocabulary: str = "by-id"
+) -> Subject:
     """Return the subject for two models, with reasons why they may not belong together."""
     models = {"before": before, "after": after}
-    recipe = recipe_of(models, "after - before", {"kind": "skill"}, "skillmerge inspect")
+    kind = {"kind": "skill"}
+    recipe = recipe_of(models, "after - before", kind, "skillmerge inspect", vocabulary=vocabulary)
     checkpoints = open_models(recipe, access, reporter.note)
     try:
         difference = Sum(Leaf("after"), Leaf("before"), minus=True)

@@ -35,6 +35,7 @@ def extract(
     dtype: str = "same",
     ignore: Sequence[str] = (),
     accept: Sequence[str] = (),
+    vocabulary: str = "by-id",
     zstd: bool = False,
     keep: float | None = None,
     threads: int | None = None,
@@ -49,19 +50,22 @@ def extract(
 
     If `rl` is a folder with a sparse patch, it is read as a patch of `sft`.
     dtype: `same` is exact; bfloat16, float16 or float32 round each element once. ignore: globs of tensors to leave
-    out. accept: names of differences between the two to accept. zstd: compress the files. keep: the share of each
-    tensor's elements to keep, the largest ones, rescaled to the tensor's norm. The other arguments and the errors are
-    those of `apply`.
+    out. accept: names of differences between the two to accept. vocabulary: `by-token` takes rows of tokens from each
+    other, not rows of ids. zstd: compress the files. keep: the share of each tensor's elements to keep, the largest
+    ones, rescaled to the tensor's norm. The other arguments and the errors are those of `apply`.
     """
     if dtype not in ("same", "bfloat16", "float16", "float32"):
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
-    check_words(keep=keep, threads=threads, memory_limit=memory_limit, hub=hub)
+    check_words(vocabulary=vocabulary, keep=keep, threads=threads, memory_limit=memory_limit, hub=hub)
     models: dict[str, Any] = {"rl": os.fspath(rl), "sft": os.fspath(sft)}
     if (Path(rl) / PATCH_FILE).is_file():
         models["rl"] = {"patch": models["rl"], "onto": "sft"}
     made = {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none", "keep": keep}
-    accepting = {"accept": list(accept)} if accept else {}  # left out, the text is that of earlier versions
-    recipe = recipe_of(models, "rl - sft", made, "skillmerge extract", ignore=list(ignore), **accepting)
+    keys: dict[str, Any] = {"accept": list(accept)} if accept else {}
+    keys |= (
+        {"vocabulary": vocabulary} if vocabulary != "by-id" else {}
+    )  # left out, the text is that of earlier versions
+    recipe = recipe_of(models, "rl - sft", made, "skillmerge extract", ignore=list(ignore), **keys)
     reporter = reporter or default_reporter("extracting")
     reporter.event("started", skillmerge=__version__, recipe=recipe.document.name)
     return merge(

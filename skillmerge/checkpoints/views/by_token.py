@@ -31,12 +31,12 @@ OWN, ZERO = 0, -1
 
 
 class Part(NamedTuple):
-    """Elements of a matrix that follow each other in one source: `count` from `first` on there, at `place` here."""
+    """Elements of a matrix that follow each other in one source: `many` from `first` on there, at `place` here."""
 
     source: int
     first: int
     place: int
-    count: int
+    many: int
 
 
 class RowMap:
@@ -109,7 +109,7 @@ class Matrix:
         """Yield what elements from `first` on are made of, in their order."""
         width, last = self.width, first + count
         for run in self.rows.runs(first // width, -(-last // width)) if count else ():
-            low, high = max(first, run.place * width), min(last, (run.place + run.count) * width)
+            low, high = max(first, run.place * width), min(last, (run.place + run.many) * width)
             yield Part(run.source, run.first * width + low - run.place * width, low, high - low)
 
     @property
@@ -157,16 +157,16 @@ class ByToken(View):
             for part in matrix.parts(piece.first, piece.count):
                 start = piece.start + (part.place - piece.first) * itemsize
                 if part.source == ZERO:
-                    piece.buffer[start : start + part.count * itemsize] = bytes(part.count * itemsize)
+                    piece.buffer[start : start + part.many * itemsize] = bytes(part.many * itemsize)
                     continue
                 checkpoint, tensor = matrix.sources[part.source]
                 stored = matrix.dtype(part.source)
                 if stored == matrix.spec.dtype:
-                    ask(checkpoint, Piece(tensor, part.first, part.count, piece.buffer, start))
+                    ask(checkpoint, Piece(tensor, part.first, part.many, piece.buffer, start))
                     continue
-                narrow = memoryview(bytearray(part.count * DTYPES[stored].itemsize))
-                ask(checkpoint, Piece(tensor, part.first, part.count, narrow))
-                wide = piece.buffer[start : start + part.count * itemsize]
+                narrow = memoryview(bytearray(part.many * DTYPES[stored].itemsize))
+                ask(checkpoint, Piece(tensor, part.first, part.many, narrow))
+                wide = piece.buffer[start : start + part.many * itemsize]
                 later.append(partial(_widen, narrow, stored, wide, matrix.spec.dtype))
         wait = all_of([checkpoint.read(asked) for checkpoint, asked in wanted.values()])
         if not later:
@@ -186,7 +186,7 @@ class ByToken(View):
         for part in matrix.parts(first, count):
             if part.source != ZERO:
                 checkpoint, stored = matrix.sources[part.source]
-                checkpoint.hint(stored, part.first, part.count)
+                checkpoint.hint(stored, part.first, part.many)
 
     def cost(self, tensor: str) -> int:
         """Of its own rows: those of others are in their files."""

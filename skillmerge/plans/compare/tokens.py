@@ -78,8 +78,8 @@ def compare_tokens(
 
     models: by the names that `roles` has. files: where other comparisons read small files too, the same. carried:
     whether the output takes the donor's files. without: what takes the matrices of tokens out of the formula, for
-    people. by_token: whether rows are matched by token, so that ids mean nothing. Raises InputError for a pointer in the place of a file that the output takes, unless lenient; StalePlan,
-    TemporaryError.
+    people. by_token: whether rows are matched by token, and ids mean nothing. Raises InputError for a pointer in the
+    place of a file that the output takes, unless lenient; StalePlan, TemporaryError.
     """
     files = files or SmallFiles()
     names = [donor, *(name for name in models if name != donor and roles.get(name, Role()).used)]

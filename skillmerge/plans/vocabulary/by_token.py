@@ -123,14 +123,16 @@ class _Rows:
         """Raises RecipeError if a model of `tokens` has no such row."""
         self.family, self.name = family, name
         self.spec = family.checkpoints[family.donor].tensors[name]
-        self.models = [it for it in dict.fromkeys([family.donor, *family.used[name]])]
+        self.models = list(dict.fromkeys([family.donor, *family.used[name]]))
         self.sources = {it: matrix_in(family.checkpoints[it], name, self.spec.shape[1:]) for it in self.models}
         self.givers = list(dict.fromkeys(family.recipe.tokens.values()))
         self.given = {it: self._given(it) for it in self.givers}
         self.taken = {row: it for row, it in family.taken.items() if row < self.count}
         for row, (model, there) in self.taken.items():
             if there >= family.rows(model, self.given[model]):
-                raise family._without(family.tokens[family.donor].texts[row], model, f"`{name}` of model `{model}`", None)
+                raise family._without(
+                    family.tokens[family.donor].texts[row], model, f"`{name}` of model `{model}`", None
+                )
         self.merged = self._merged()
 
     @property
@@ -191,8 +193,8 @@ class _Rows:
         ours, theirs = family.tokens[family.donor].texts, family.tokens[model_of(model)]
         for row in range(self.count):
             if row in self.taken and not family.is_skill(model):
-                giver, there = self.taken[row]
-                yield _DONOR + 1 + self.givers.index(giver), there
+                giver, given = self.taken[row]
+                yield _DONOR + 1 + self.givers.index(giver), given
             elif family.is_donor(model):
                 yield OWN, row
             elif self.merged[row] and (there := theirs.row(ours[row], stored)) is not None:
@@ -264,5 +266,3 @@ def _widest(dtypes: set[str]) -> str:
     if len(dtypes) == 1:
         return next(iter(dtypes))
     return "F64" if "F64" in dtypes else "F32"
-
-

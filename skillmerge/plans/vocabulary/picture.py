@@ -12,6 +12,8 @@ from skillmerge.checkpoints.tokenizers.matching import SHOWN, Matching, shown
 from skillmerge.plans.compare.found import Compared
 
 T = TypeVar("T")
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """One matrix of the output. merged: how many of its rows follow the formula; the others are the donor's, but for
@@ -47,42 +49,6 @@ class Vocabulary:
             "matrices": {name: it.as_dict() for name, it in self.matrices.items()},
         }
 
-    @property
-    def head(self) -> tuple[str, ...]:
-        return ("tokens", "same", "moved", "only here", "only there", "padding")
-
-    @property
-    def table(self) -> list[tuple[str, ...]]:
-        """A row for each model: how many of its tokens have the donor's id, another one, and so on."""
-        rows = []
-        for name, it in self.models.items():
-            if name == self.donor:
-                rows.append((f"{name} (donor)", f"{it.same:,}", "-", "-", "-", f"{it.padding:,}"))
-            else:
-                counts = (it.same, it.moved_count, it.here_count, it.there_count, it.padding)
-                rows.append((name, *(f"{count:,}" for count in counts)))
-        return rows
-
-    def lines(self) -> Iterator[str]:
-        """Yield what each matrix takes from where, equal ones together, and a few tokens of each kind."""
-        groups: dict[str, list[str]] = {}
-        for name, it in self.matrices.items():
-            groups.setdefault(self._said(it), []).append(name)
-        for said, names in groups.items():
-            yield f"{' and '.join(names[:2])}{' …' if len(names) > 2 else ''}: {said}"
-        for name, it in self.models.items():
-            moved = [f"{text} ({there}, here {here})" for text, here, there in it.moved]
-            yield from _listed(f"moved in {name}", moved, it.moved_count)
-            yield from _listed(f"not in {name}", it.here, it.here_count)
-            yield from _listed(f"only in {name}", it.there, it.there_count)
-
-    def _said(self, it: Rows) -> str:
-        parts = [f"{it.merged:,} of {it.rows:,} rows merged", f"{it.of_donor:,} as in {self.donor}"]
-        for model, tokens in it.taken.items():
-            named = ", ".join(tokens[:SHOWN]) + (", …" if len(tokens) > SHOWN else "")
-            parts.append(f"{len(tokens):,} from {model} ({named})")
-        return ", ".join(parts)
-
     def problems(self, file: str) -> Iterator[Compared]:
         """Yield the tokens for which a model has more than one row, or none. file: the donor's vocabulary."""
         for name, it in self.models.items():
@@ -113,8 +79,3 @@ def _count(found: Mapping[str, Any]) -> str:
 
 def _have(found: Mapping[str, Any]) -> str:
     return "have" if len(found) > 1 else "has"
-
-
-def _listed(what: str, named: Sequence[str], count: int) -> Iterator[str]:
-    if count:
-        yield f"{what}: {', '.join(named)}{', …' if count > len(named) else ''}"

@@ -9,18 +9,15 @@ from skillmerge.checkpoints.model_config import ties_embeddings
 from skillmerge.checkpoints.tokenizers.matching import Tokens
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.tokenizer import read_tokenizer, vocabulary_file
-from skillmerge.checkpoints.tokenizers.vocabulary import SKILL_TOKENS
 from skillmerge.errors import InputError
 from skillmerge.methods.terms import Leaf, minus_of, model_of, models_of
 from skillmerge.plans.accounting import copy_rules, models_in
 from skillmerge.plans.compare.roles import ADDED, heads_and_embeddings
+from skillmerge.plans.compare.rows import BY_TOKEN_FILES
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.schedules import ScheduleError
 from skillmerge.tensors import DTYPES
-
-READABLE = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", SKILL_TOKENS)
-"""Files that name the rows of all tokens. Others leave those of added tokens, or a shift of all, to code."""
 
 _LEAVE_OUT = "leave `vocabulary` out of the recipe"
 
@@ -64,8 +61,8 @@ def used_in(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: str) -
     try:
         columns = {name: schedule.resolve(names) for name, schedule in recipe.coefficients.items()}
         for name in wanted:
-            term = Leaf(copied[name]) if name in copied else None
-            term = term or recipe.term({coefficient: column[name] for coefficient, column in columns.items()})
+            values = {coefficient: column[name] for coefficient, column in columns.items()}
+            term = Leaf(copied[name]) if name in copied else recipe.term(values)
             found[name] = models_of(term) if term is not None else []
     except (ScheduleError, ExpressionError):  # planning says what is wrong
         every = [name for name in checkpoints if model_of(name) in models_in(recipe)]
@@ -74,7 +71,8 @@ def used_in(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: str) -
     found = {name: models for name, models in found.items() if models and (recipe.tokens or {*models} != own)}
     if any(name not in checkpoints[it].tensors for name, models in found.items() for it in models):
         # One matrix is two there, and can be read in one order of rows only.
-        found = dict.fromkeys(found, list(dict.fromkeys(it for models in found.values() for it in models)))
+        every = list(dict.fromkeys(it for models in found.values() for it in models))
+        found = dict.fromkeys(found, every)
     return found
 
 
@@ -103,7 +101,7 @@ def tokens_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], name: str, 
     if not file:
         fix = f"copy the tokenizer that it was trained with into its folder, or {_LEAVE_OUT}"
         raise InputError(f"{what} has no tokenizer files, so its rows cannot be matched by token", fix=fix)
-    if file not in READABLE:
+    if file not in BY_TOKEN_FILES:
         fix = "write its tokenizer.json with transformers: `AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`"
         raise InputError(f"{what} has only {file}, which does not name the rows of all tokens",
                          fix=f"{fix}; or {_LEAVE_OUT}")  # fmt: skip
