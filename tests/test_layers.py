@@ -172,6 +172,7 @@ TORCH_ROOMS = {"methods", "engine", "study", "verbs"}
 """Rooms whose modules may import torch; below are the others that do."""
 TORCH_MODULES = {
     "bits", "checkpoints.kinds.sparse", "checkpoints.kinds.patch", "checkpoints.kinds.skill_planes", "outputs.verify",
+    "checkpoints.views.by_token",
 }  # fmt: skip
 
 

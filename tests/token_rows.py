@@ -70,7 +70,9 @@ def by_hand(
             theirs, matrix = models[taken[word]]
             rows.append(matrix[list(theirs).index(word)])
         elif word is not None and all(word in theirs for theirs, _ in models.values()):
-            rows.append(formula(**{name: matrix[list(theirs).index(word)] for name, (theirs, matrix) in models.items()}))
+            rows.append(
+                formula(**{name: matrix[list(theirs).index(word)] for name, (theirs, matrix) in models.items()})
+            )
         else:
             rows.append(values[row])
     return np.stack(rows)

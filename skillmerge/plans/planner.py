@@ -85,7 +85,6 @@ def plan_recipe(
             ties=accounts.ties,
             problems=problems,
             notes=(*notes, *accounts.notes, *compared.notes, *idle),
-            vocabulary=vocabulary_of(donor),
             **doubts,
             **_inputs(recipe, checkpoints, tensors),
         )
@@ -360,6 +359,7 @@ def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapp
         "bytes_again": sum(readings * checkpoints[name].cost(source) for readings, (name, source) in again),
         "input_itemsizes": itemsizes(tensors, checkpoints),
         "versions": versions(checkpoints),
+        "vocabulary": vocabulary_of(checkpoints[_donor(recipe)]),
     }
 
 

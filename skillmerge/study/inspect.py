@@ -151,13 +151,7 @@ def inspect(
     access = Access(follow_links, locked, download=hub == "download")
     places = [name_of(source), *(os.fspath(place) for place in (other, *more) if place is not None)]
     if _is_recipe(source, alone=len(places) == 1):
-        if len(places) > 1 and Path(places[0]).suffix not in RECIPE_SUFFIXES:
-            folder = shlex.quote(str(Path(places[0]).parent))
-            raise UsageError(f"`{places[0]}` is a file, not a folder", fix=f"name the model's folder: `{folder}`")
-        if len(places) > 1:
-            raise UsageError(f"{places[0]} is a recipe, which must be the only argument", fix=f"leave {places[1]} out")
-        if vocabulary != "by-id":
-            raise UsageError(_OF_TWO, fix="write it into the recipe: `vocabulary: by-token`")
+        _check_alone(places, vocabulary)
         with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
             plan.refuse_problems()
             found = inspect_merge(
@@ -173,6 +167,17 @@ def inspect(
         return _warned(_inspect(subject, stats, spectral, threads, reporter), reporter)
     finally:
         close_all(subject.checkpoints)
+
+
+def _check_alone(places: Sequence[str], vocabulary: str) -> None:
+    """Raise UsageError for what does not go with a recipe."""
+    if len(places) > 1 and Path(places[0]).suffix not in RECIPE_SUFFIXES:
+        folder = shlex.quote(str(Path(places[0]).parent))
+        raise UsageError(f"`{places[0]}` is a file, not a folder", fix=f"name the model's folder: `{folder}`")
+    if len(places) > 1:
+        raise UsageError(f"{places[0]} is a recipe, which must be the only argument", fix=f"leave {places[1]} out")
+    if vocabulary != "by-id":
+        raise UsageError(_OF_TWO, fix="write it into the recipe: `vocabulary: by-token`")
 
 
 def _is_recipe(source: RecipeSource, alone: bool) -> bool:

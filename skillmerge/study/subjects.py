@@ -37,6 +37,7 @@ from skillmerge.remarks import Remark, warning
 from skillmerge.reporter import Reporter
 from skillmerge.tensors import percent
 
+_SKILL = {"kind": "skill"}
 BASE = "--base"
 """The name of the option's model beside those of a recipe, which cannot have this name."""
 
@@ -139,13 +140,10 @@ def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter)
     )  # fmt: skip
 
 
-def subject_of_models(
-    before: str, after: str, access: Access, reporter: Reporter, vocabulary: str = "by-id"
-) -> Subject:
+def subject_of_models(before: str, after: str, access: Access, reporter: Reporter, vocabulary: str) -> Subject:
     """Return the subject for two models, with reasons why they may not belong together."""
     models = {"before": before, "after": after}
-    kind = {"kind": "skill"}
-    recipe = recipe_of(models, "after - before", kind, "skillmerge inspect", vocabulary=vocabulary)
+    recipe = recipe_of(models, "after - before", _SKILL, "skillmerge inspect", vocabulary=vocabulary)
     checkpoints = open_models(recipe, access, reporter.note)
     try:
         difference = Sum(Leaf("after"), Leaf("before"), minus=True)

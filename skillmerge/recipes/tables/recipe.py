@@ -271,6 +271,9 @@ CoefficientEntry = Annotated[
 ]
 
 
+TokenEntry = Annotated[TokenTable, Field(description="Where the row of this token is from.", examples=[{"from": "rl"}])]
+
+
 class RecipeTable(Table):
     """A skillmerge recipe, format version 1."""
 
@@ -335,7 +338,7 @@ class RecipeTable(Table):
         ),
     ] = "by-id"
     tokens: Annotated[
-        dict[str, TokenTable],
+        dict[str, TokenEntry],
         Field(
             description="Tokens of the donor whose rows are another model's, unchanged. Needs `vocabulary: by-token`.",
             examples=[{"<think>": {"from": "rl"}}],
