@@ -41,6 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "inspect loads.load_probe loads.loading scoring.scorers",
         "loads.tokenizer_probe loads.vllm_probe scoring.built_in spectrum update_pass",
         "forecast loads.child loads.generation scoring.scores subjects update_metrics",
+        "adapters places",
     ),
     "outputs": (
         "hub.push proof.attest",
@@ -68,7 +69,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tasks.part",
         "tasks.opening",
         "opening",
-        "planner",
+        "models.adapting planner",
         "budget compare.skill_tokens heads layout saved",
         "plan",
         "compare.models",
@@ -94,14 +95,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "formula.tree tables.values",
     ),
     "checkpoints": (
-        "kinds.table",
-        "kinds.skill schemes",
-        "kinds.dense kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",
+        "views.adapted",
+        "kinds.table views.low_rank",
+        "views.fitting",
+        "kinds.lora.adapter kinds.skill schemes",
+        "kinds.dense kinds.lora.parts kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",
         "tokenizers.tokenizer views.by_token views.renamed views.spooled",
-        "tokenizers.vocabulary",
+        "kinds.lora.config tokenizers.vocabulary",
         "tokenizers.small_files",
         "checkpoint stores.folder",
-        "store tokenizers.matching tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
+        "kinds.lora.patterns store tokenizers.matching tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
         "kinds.sparse missing model_config safetensors stores.hub_client stores.object_client",
         "foreign place stores.retries",
     ),
@@ -171,8 +174,8 @@ HOMES = {
 TORCH_ROOMS = {"methods", "engine", "study", "verbs"}
 """Rooms whose modules may import torch; below are the others that do."""
 TORCH_MODULES = {
-    "bits", "checkpoints.kinds.sparse", "checkpoints.kinds.patch", "checkpoints.kinds.skill_planes", "outputs.verify",
-    "checkpoints.views.by_token",
+    "bits", "checkpoints.kinds.sparse", "checkpoints.kinds.patch", "checkpoints.kinds.skill_planes",
+    "checkpoints.views.adapted", "checkpoints.views.by_token", "checkpoints.views.low_rank", "outputs.verify",
 }  # fmt: skip
 
 

@@ -83,9 +83,10 @@ class Checkpoint(ABC):
     `config.json`, empty if there is none. tensors: by name, file by file in the order of their bytes. files: the
     weight files, by name. indexed: whether an index names them. unread: weight files that the index leaves out.
     naming: how its names differ from the stored ones. same: of a plane of a skill, the quantized tensors that it has
-    no update of; None of anything else. rearranged: tensors whose elements are not, one by one, those of the stored
-    ones. fixed: runs of elements (first, last) that an output takes as they are, whatever its formula: they are the
-    same in all of its models. is_checked: of a patch, whether it says which model it is for.
+    no update of; None of anything else. trained_on: of an adapter, the model that it says it was trained on.
+    rearranged: tensors whose elements are not, one by one, those of the stored ones. fixed: runs of elements (first,
+    last) that an output takes as they are, whatever its formula: they are the same in all of its models. is_checked:
+    of a patch, whether it says which model it is for.
 
     A kind says how tensors are read; what it does not say here is true of one whose weight files are its store's.
     """
@@ -95,6 +96,7 @@ class Checkpoint(ABC):
     is_checked = True
     rearranged: frozenset[str] = frozenset()
     fixed: Mapping[str, Sequence[tuple[int, int]]] = MappingProxyType({})
+    trained_on: str | None = None
 
     def __init__(
         self,
@@ -131,6 +133,11 @@ class Checkpoint(ABC):
     def cost(self, tensor: str) -> int:
         """Return how many bytes of its files a tensor takes."""
         return self.tensors[tensor].nbytes
+
+    def written_dtype(self, tensor: str) -> str:
+        """Return the dtype that an output like this one has for a tensor. It differs from the tensor's own where that
+        is computed from what is stored in another one."""
+        return self.tensors[tensor].dtype
 
     def stated(self, file: str) -> tuple[int, tuple[str, str]] | None:
         """Size and digest of one of its files, weights or not, as its store states them; None if it does not."""
@@ -181,10 +188,19 @@ class View(Checkpoint):
     ) -> None:
         super().__init__(checkpoint.uri, checkpoint.at, checkpoint.store, checkpoint.config, tensors, files,
                          indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
-        self.naming, self.same = checkpoint.naming, checkpoint.same
+        self.naming, self.same, self.trained_on = checkpoint.naming, checkpoint.same, checkpoint.trained_on
         self.rearranged, self.fixed = checkpoint.rearranged, checkpoint.fixed
         self.is_checked = checkpoint.is_checked
         self._checkpoint = checkpoint
+
+    @property
+    def beneath(self) -> Checkpoint:
+        """The checkpoint that is seen."""
+        return self._checkpoint
+
+    def written_dtype(self, tensor: str) -> str:
+        known = tensor in self._checkpoint.tensors
+        return self._checkpoint.written_dtype(tensor) if known else super().written_dtype(tensor)
 
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:
         return self._checkpoint.sha256(file, stop)
@@ -217,8 +233,8 @@ def named(name: str, opened: Checkpoint | Difference) -> dict[str, Checkpoint]:
 class Kind(Protocol):
     """A way to store weights: a module in `kinds/`, and a line in its table.
 
-    WORD: what a recipe calls the place: `model`, `skill` or `patch`. NOUN: what messages call it. WRITTEN: how to
-    write it in a recipe, with `{uri}`.
+    WORD: what a recipe calls the place: `model`, `skill`, `patch` or `adapter`. NOUN: what messages call it. WRITTEN:
+    how to write it in a recipe, with `{uri}`.
     """
 
     @property

@@ -104,13 +104,19 @@ class Recipe:
 
     @property
     def skills(self) -> frozenset[str]:
-        """Those of the models that are stored skills."""
-        return frozenset(name for name, entry in self.entries.items() if entry.kind == "skill")
+        """Those of the models that are differences in themselves: stored skills, and adapters that are put onto
+        nothing."""
+        return frozenset(name for name, entry in self.entries.items() if entry.is_difference)
 
     @property
     def patches(self) -> dict[str, str]:
-        """Those of the models that are sparse patches, and the models that they are for."""
-        return {name: entry.onto for name, entry in self.entries.items() if entry.kind == "patch" and entry.onto}
+        """Those of the models that are sparse patches or adapters, and the models that they are put onto."""
+        return {name: entry.onto for name, entry in self.entries.items() if entry.onto}
+
+    @property
+    def adapters(self) -> list[str]:
+        """Those of the models that are adapters."""
+        return [name for name, entry in self.entries.items() if entry.kind == "adapter"]
 
     @property
     def sha256(self) -> str:
@@ -178,7 +184,10 @@ class Recipe:
         used = {name.name for name in names_in(self.expression) if name.is_model}
         used |= {rule.model for rule in self.copy} | ({self.output.like} if self.output.like else set())
         used |= {*self.tokens.values()}
-        used |= {onto for name, onto in self.patches.items() if name in used}
+        patches = self.patches
+        for name in list(used):
+            while (name := patches.get(name, "")) and name not in used:
+                used.add(name)
         return [name for name in self.models if name in used]
 
     def as_planned(self, donor: str, inputs: Mapping[str, Sequence[str]]) -> Recipe:

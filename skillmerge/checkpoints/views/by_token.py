@@ -138,7 +138,7 @@ class ByToken(View):
             files[file] = replace(files[file], described=described)
         super().__init__(checkpoint, tensors, files)
         self.fixed, self.rearranged = fixed, checkpoint.rearranged | matrices.keys()
-        self.beneath, self.small_files = checkpoint, read
+        self.small_files = read
         self._matrices = matrices
 
     def read(self, pieces: Sequence[Piece]) -> Wait:

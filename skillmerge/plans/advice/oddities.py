@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.views.by_token import ByToken
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.remarks import Remark, warning
 
 
 def oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
@@ -24,3 +25,21 @@ def oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Check
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
             yield f"--set {name}={value:g} replaces the whole `{name}` schedule, including its rules"
+
+
+def unlike_bases(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
+    """Yield a warning where adapters of one formula say that they were trained on different models: then they do not
+    start from the same weights, and their difference may be no skill."""
+    groups: dict[str | None, dict[str, str]] = {}
+    for name in recipe.adapters:
+        base = checkpoints[name].trained_on if name in checkpoints else None
+        if base is not None:
+            groups.setdefault(recipe.entries[name].onto, {}).setdefault(base.rstrip("/"), name)
+    for bases in groups.values():
+        if len(bases) > 1:
+            (first, one), (second, other), *_ = bases.items()
+            yield warning(
+                f"adapter `{one}` says that it was trained on `{first}`, and `{other}` on `{second}`",
+                "if RL continued the SFT adapter, its skill is the difference of the two; if it started from the "
+                "merged SFT model, its skill is its adapter alone",
+            )

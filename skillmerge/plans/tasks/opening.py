@@ -21,7 +21,7 @@ from skillmerge.checkpoints.store import Stat, Store, read_headers
 from skillmerge.checkpoints.views.renamed import names_as, read_as
 from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
-from skillmerge.plans.opening import Access, close_all, open_all, refuse_missing, under_its_names
+from skillmerge.plans.opening import Access, as_read, close_all, open_all, refuse_missing
 from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.vocabulary.by_token import by_token
 
@@ -42,14 +42,14 @@ def open_parts(
     whole = {name for name in names if name in recipe.skills or name in recipe.patches}
     whole |= {onto for patch, onto in recipe.patches.items()}
     whole |= {*recipe.used_models()} if recipe.by_token else set()  # rows of one model depend on the others' tokens
+    if recipe.donor is not None and any(recipe.entries[name].kind == "adapter" for name in names):
+        whole.add(recipe.donor)  # whose tensors the differences of adapters have
     places = {name: _at_commit(saved, name) for name in recipe.used_models() if name in {*names, *whole}}
     refuse_missing(recipe, places, access)
     opened: dict[str, Checkpoint] = {}
     try:
-        opened |= {
-            name: under_its_names(recipe, name, checkpoint)
-            for name, checkpoint in open_all(recipe, {it: places[it] for it in places if it in whole}, access).items()
-        }
+        opened |= open_all(recipe, {it: places[it] for it in places if it in whole}, access)
+        opened |= as_read(recipe, opened)
         for name in names:
             if name not in whole:
                 opened[name] = _Part(saved, name, places[name], access).open(needed[name], shards)
