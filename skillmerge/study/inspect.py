@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -31,12 +30,12 @@ from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.recipes.formula.tree import calls_in
 from skillmerge.recipes.recipe import Recipe
-from skillmerge.recipes.source import RECIPE_SUFFIXES, STANDARD_INPUT, RecipeSource, name_of
+from skillmerge.recipes.source import RecipeSource, name_of
 from skillmerge.remarks import Remark
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.adapters import AdapterRow, adapters_of
 from skillmerge.study.forecast import Forecaster, plain
-from skillmerge.study.places import is_adapter, is_skill, refuse_model
+from skillmerge.study.places import OF_TWO, check_alone, is_adapter, is_recipe, is_skill, refuse_model
 from skillmerge.study.subjects import (
     BASE,
     Subject,
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
 
 
 _MAX_THREADS = 8
-_OF_TWO = "`vocabulary` applies to two models, before and after"
 
 FIGURES_OF_TWO = (
     "cosine", "cosine_z", "cosine_z_signs", "conflict", "conflict_z", "overlap", "overlap_chance", "updates_ratio",
@@ -154,8 +152,8 @@ def inspect(
     reporter = reporter or default_reporter("inspecting")
     access = Access(follow_links, locked, download=hub == "download")
     places = [name_of(source), *(os.fspath(place) for place in (other, *more) if place is not None)]
-    if _is_recipe(source, alone=len(places) == 1):
-        _check_alone(places, vocabulary)
+    if is_recipe(source, alone=len(places) == 1):
+        check_alone(places, vocabulary)
         with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
             plan.refuse_problems()
             found = inspect_merge(
@@ -173,23 +171,6 @@ def inspect(
         close_all(subject.checkpoints)
 
 
-def _check_alone(places: Sequence[str], vocabulary: str) -> None:
-    """Raise UsageError for what does not go with a recipe."""
-    if len(places) > 1 and Path(places[0]).suffix not in RECIPE_SUFFIXES:
-        folder = shlex.quote(str(Path(places[0]).parent))
-        raise UsageError(f"`{places[0]}` is a file, not a folder", fix=f"name the model's folder: `{folder}`")
-    if len(places) > 1:
-        raise UsageError(f"{places[0]} is a recipe, which must be the only argument", fix=f"leave {places[1]} out")
-    if vocabulary != "by-id":
-        raise UsageError(_OF_TWO, fix="write it into the recipe: `vocabulary: by-token`")
-
-
-def _is_recipe(source: RecipeSource, alone: bool) -> bool:
-    if isinstance(source, Mapping) or source == STANDARD_INPUT or Path(source).is_file():
-        return True
-    return alone and is_path(os.fspath(source)) and not Path(source).is_dir() and Path(source).suffix in RECIPE_SUFFIXES
-
-
 def _warned(found: Inspection, reporter: Reporter) -> Inspection:
     """Report an inspection's warnings, and return the inspection."""
     for remark in found.remarks:
@@ -200,7 +181,7 @@ def _warned(found: Inspection, reporter: Reporter) -> Inspection:
 def _of_models(places: Sequence[str], access: Access, reporter: Reporter, vocabulary: str) -> Subject:
     """Return the subject for two models, before and after, or for one or several stored skills and adapters."""
     if vocabulary != "by-id" and len(places) != 2:
-        raise UsageError(_OF_TWO, fix="leave `--vocabulary` out")
+        raise UsageError(OF_TWO, fix="leave `--vocabulary` out")
     if len(places) == 1:
         refuse_model(Path(places[0]))
         return subject_of_skills(places, access, reporter)

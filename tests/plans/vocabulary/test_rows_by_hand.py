@@ -90,7 +90,8 @@ def test_only_models_that_a_matrix_reads_have_to_know_a_token(tmp_path: Path) ->
         "target + 0.7 * (rl - sft)", "(target + rl + sft) / 3", "0.3 * target + 0.6 * rl + 0.1 * sft",
         "2 * target - sft", "rl - sft + target", "target + ties(rl - sft, sft - rl, density=0.5)",
         "slerp(target, rl, t=0.3)", "multislerp(target, rl, sft)", "karcher(target, rl, sft)",
-        "median(target, rl, sft)", "target + drop(rl - sft, density=0.5)", "target + model_stock(rl - target, sft - target)",
+        "median(target, rl, sft)", "target + drop(rl - sft, density=0.5)",
+        "target + model_stock(rl - target, sft - target)",
         "target + clip(rl - sft, at=0.1)",
     ],
 )  # fmt: skip
