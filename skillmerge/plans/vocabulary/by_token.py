@@ -34,19 +34,25 @@ class Donor(ByToken):
     vocabulary: Vocabulary
 
 
-def by_token(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+def by_token(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], files: SmallFiles | None = None
+) -> dict[str, Checkpoint]:
     """Return the models with their token matrices in the donor's rows, where the recipe says `vocabulary: by-token`.
 
-    Views that it has made before are replaced. Raises RecipeError for a token of `tokens` that the donor or its model
-    does not have just once, InputError for a model whose files do not say which token a row belongs to; StalePlan,
-    TemporaryError.
+    files: what is known of their tokenizers from an earlier call. Views of that are replaced. Raises RecipeError for a
+    token of `tokens` that the donor or its model does not have just once, InputError for a model whose files do not say
+    which token a row belongs to; StalePlan, TemporaryError.
     """
-    found = {name: it.beneath if isinstance(it, ByToken) else it for name, it in checkpoints.items()}
-    donor = recipe.donor
+    found, donor = without_rows(checkpoints), recipe.donor
     if not recipe.by_token or donor is None:  # planning says what is wrong with it
         return found
     used = used_in(recipe, found, donor)
-    return {**found, **_views(_Family(recipe, found, donor, used))} if used else found
+    return {**found, **_views(_Family(recipe, found, donor, used, files or SmallFiles()))} if used else found
+
+
+def without_rows(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """Return models with their own rows again."""
+    return {name: it.beneath if isinstance(it, ByToken) else it for name, it in checkpoints.items()}
 
 
 def vocabulary_of(donor: Checkpoint) -> Vocabulary | None:
@@ -56,16 +62,13 @@ def vocabulary_of(donor: Checkpoint) -> Vocabulary | None:
 
 @dataclass(frozen=True)
 class _Family:
-    """The models of one recipe. used: see `used_in`."""
+    """The models of one recipe. used: see `used_in`. files: of all of them, the donor's read first."""
 
     recipe: Recipe
     checkpoints: Mapping[str, Checkpoint]
     donor: str
     used: Mapping[str, Sequence[str]]
-
-    @cached_property
-    def files(self) -> SmallFiles:
-        return SmallFiles()
+    files: SmallFiles
 
     @cached_property
     def tokens(self) -> dict[str, Tokens]:
