@@ -64,16 +64,18 @@ class Naming:
     """How the names of a checkpoint's tensors differ from the stored ones.
 
     rename: prefixes and their replacements; the first match wins. unwrapped: parts that a training
-    library left in them.
+    library left in them. layout: how the weights are arranged in other tensors than they are stored in, in words.
     """
 
     rename: tuple[tuple[str, str], ...] = ()
     unwrapped: tuple[str, ...] = ()
+    layout: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return what plans and manifests hold of it: nothing, where names are as they are stored."""
         rename = {"rename": [{"from": old, "to": new} for old, new in self.rename]} if self.rename else {}
-        return {**rename, **({"unwrapped": list(self.unwrapped)} if self.unwrapped else {})}
+        unwrapped = {"unwrapped": list(self.unwrapped)} if self.unwrapped else {}
+        return {**rename, **unwrapped, **({"layout": list(self.layout)} if self.layout else {})}
 
 
 class Checkpoint(ABC):
@@ -82,18 +84,18 @@ class Checkpoint(ABC):
     uri: what the recipe calls its place. at: that place. store: where its side files are. config: the parsed
     `config.json`, empty if there is none. tensors: by name, file by file in the order of their bytes. files: the
     weight files, by name. indexed: whether an index names them. unread: weight files that the index leaves out.
-    naming: how its names differ from the stored ones. same: of a plane of a skill, the quantized tensors that it has
-    no update of; None of anything else. trained_on: of an adapter, the model that it says it was trained on.
-    rearranged: tensors whose elements are not, one by one, those of the stored ones. fixed: runs of elements (first,
-    last) that an output takes as they are, whatever its formula: they are the same in all of its models. is_checked:
-    of a patch, whether it says which model it is for.
+    naming: how its names differ from the stored ones. is_checked: False of a patch that does not say which model it is
+    for. same: of a plane of a skill, the quantized tensors that it has no update of; None of anything else.
+    trained_on: of an adapter, the model that it says it was trained on. rearranged: tensors with other elements than
+    are stored, in the order of another model's rows. fixed: runs of elements (first, last) that an output takes as they
+    are, whatever its formula: they are the same in all of its models.
 
     A kind says how tensors are read; what it does not say here is true of one whose weight files are its store's.
     """
 
     naming = Naming()
-    same: frozenset[str] | None = None
     is_checked = True
+    same: frozenset[str] | None = None
     rearranged: frozenset[str] = frozenset()
     fixed: Mapping[str, Sequence[tuple[int, int]]] = MappingProxyType({})
     trained_on: str | None = None
@@ -138,6 +140,10 @@ class Checkpoint(ABC):
         """Return the dtype that an output like this one has for a tensor. It differs from the tensor's own where that
         is computed from what is stored in another one."""
         return self.tensors[tensor].dtype
+
+    def costs(self, tensor: str) -> Mapping[str, int]:
+        """Return the same by file: those that a tensor comes from."""
+        return {self.tensors[tensor].file: self.cost(tensor)}
 
     def stated(self, file: str) -> tuple[int, tuple[str, str]] | None:
         """Size and digest of one of its files, weights or not, as its store states them; None if it does not."""
@@ -188,9 +194,9 @@ class View(Checkpoint):
     ) -> None:
         super().__init__(checkpoint.uri, checkpoint.at, checkpoint.store, checkpoint.config, tensors, files,
                          indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
-        self.naming, self.same, self.trained_on = checkpoint.naming, checkpoint.same, checkpoint.trained_on
+        self.naming, self.same, self.is_checked = checkpoint.naming, checkpoint.same, checkpoint.is_checked
+        self.trained_on = checkpoint.trained_on
         self.rearranged, self.fixed = checkpoint.rearranged, checkpoint.fixed
-        self.is_checked = checkpoint.is_checked
         self._checkpoint = checkpoint
 
     @property
@@ -201,6 +207,9 @@ class View(Checkpoint):
     def written_dtype(self, tensor: str) -> str:
         known = tensor in self._checkpoint.tensors
         return self._checkpoint.written_dtype(tensor) if known else super().written_dtype(tensor)
+
+    def costs(self, tensor: str) -> Mapping[str, int]:
+        return self._checkpoint.costs(tensor)
 
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:
         return self._checkpoint.sha256(file, stop)

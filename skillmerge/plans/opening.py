@@ -22,11 +22,11 @@ from skillmerge.checkpoints.views.fitting import Model
 from skillmerge.checkpoints.views.renamed import idle_rule, prefixes_of, read_as, wrappers_of
 from skillmerge.errors import InputError, StalePlan, UsageError, did_you_mean, some
 from skillmerge.methods.terms import model_of
+from skillmerge.plans.aligned import aligned
 from skillmerge.plans.dtypes.quantised import refuse_unequal
 from skillmerge.plans.models.adapting import as_differences, put_onto
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
-from skillmerge.plans.vocabulary.by_token import by_token
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.lock import LOCK_VERSION, LockedModel
 from skillmerge.recipes.parse import load
@@ -103,7 +103,7 @@ def open_models(
                 else:
                     warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
         with _placed(recipe, checkpoints):
-            return by_token(recipe, as_read(recipe, checkpoints, shape))
+            return aligned(recipe, as_read(recipe, checkpoints, shape))
     except BaseException:
         close_all(checkpoints)
         raise

@@ -12,6 +12,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.kinds.patch import PATCH_FILE
 from skillmerge.checkpoints.kinds.skill import SKILL_FILE, summary, tensor_digest
 from skillmerge.checkpoints.stores.folder import Folder
+from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.fitting import Model
 from skillmerge.checkpoints.views.renamed import wrappers_of
 from skillmerge.engine.runner import Work, check_words
@@ -117,9 +118,12 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     recipe = recipe_of({"parent": entry}, "parent", made, "skillmerge verify")
     if wrappers_of(tensors):  # extracted when names were read as stored
         recipe = recipe.as_planned("parent", {})
-    shapes = {name: TensorSpec(name, "F32", tuple(row["shape"]), "") for name, row in document["tensors"].items()}
+    shapes = {
+        name: TensorSpec(name, row["dtype"], tuple(row["shape"]), "") for name, row in document["tensors"].items()
+    }
     checkpoints = open_models(recipe, access, lambda message: None, Model(os.fspath(skill), shapes, {}))
-    checkpoint = checkpoints["parent"]
+    # A parent may store the skill's tensors in another layout.
+    checkpoint = in_layout_of(checkpoints["parent"], shapes, whole=False)
     names = [name for name in tensors if name in checkpoint.tensors]
     missing = [name for name in tensors if name not in checkpoint.tensors]
     reason = f"it has no tensor `{missing[0]}`" if missing else ""

@@ -189,11 +189,15 @@ class ByToken(View):
                 checkpoint.hint(stored, part.first, part.many)
 
     def cost(self, tensor: str) -> int:
+        return sum(self.costs(tensor).values())
+
+    def costs(self, tensor: str) -> Mapping[str, int]:
         """Of its own rows: those of others are in their files."""
-        whole, matrix = self._checkpoint.cost(tensor), self._matrices.get(tensor)
+        whole, matrix = self._checkpoint.costs(tensor), self._matrices.get(tensor)
         if matrix is None:
             return whole
-        return whole * matrix.rows.count_of(OWN) // max(1, self._checkpoint.tensors[tensor].shape[0])
+        own, stored = matrix.rows.count_of(OWN), max(1, self._checkpoint.tensors[tensor].shape[0])
+        return {file: nbytes * own // stored for file, nbytes in whole.items()}
 
 
 def _widen(narrow: memoryview, stored: str, wide: memoryview, dtype: str) -> None:

@@ -1,7 +1,8 @@
 """A saved plan's models, opened as far as some tensors of them need it: a few headers, compared with the plan's.
 
 A shard of the output usually has its tensors in files of its own name, so their headers are read first. Only where
-they do not hold them all, an index is read. Other kinds than plain weights are small, and opened whole.
+they do not hold them all, an index is read. Other kinds than plain weights are small, and opened whole, as are models
+that are read in another layout than they are stored in.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.checkpoints.safetensors import Header
 from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Stat, Store, read_headers
+from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.renamed import names_as, read_as
 from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
 from skillmerge.plans.opening import Access, as_read, close_all, open_all, refuse_missing
 from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.vocabulary.by_token import by_token
+from skillmerge.tensors import TensorSpec
 
 _HEADER_BYTES = 1 << 17
 """How much of a file is asked for in one request, in which its header usually is."""
@@ -44,6 +47,8 @@ def open_parts(
     whole |= {*recipe.used_models()} if recipe.by_token else set()  # rows of one model depend on the others' tokens
     if recipe.donor is not None and any(recipe.entries[name].kind == "adapter" for name in names):
         whole.add(recipe.donor)  # whose tensors the differences of adapters have
+    arranged = {name for name in names if input_of(saved, name).get("layout")}
+    whole |= arranged
     places = {name: _at_commit(saved, name) for name in recipe.used_models() if name in {*names, *whole}}
     refuse_missing(recipe, places, access)
     opened: dict[str, Checkpoint] = {}
@@ -53,12 +58,23 @@ def open_parts(
         for name in names:
             if name not in whole:
                 opened[name] = _Part(saved, name, places[name], access).open(needed[name], shards)
+        wanted = _tensors(saved) if arranged else {}
+        opened = {
+            name: in_layout_of(it, wanted, whole=False) if model_of(name) in arranged else it
+            for name, it in opened.items()
+        }
         opened = by_token(recipe, opened)
         _compare(saved, opened)
         return opened
     except BaseException:
         close_all(opened)
         raise
+
+
+def _tensors(saved: SavedPlan) -> dict[str, TensorSpec]:
+    """Return the planned tensors, whose layout is the donor's."""
+    rows = saved.document["tensors"]
+    return {row["name"]: TensorSpec(row["name"], row["dtype"], tuple(row["shape"]), row["file"]) for row in rows}
 
 
 def _at_commit(saved: SavedPlan, name: str) -> ModelPlace:
