@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapter_models import adapter, expected, expected_difference, wide
+from adapter_models import TARGETS, adapter, expected, expected_difference, wide
+from adapter_models import write_adapter as write_any
 from bucket_server import S3Server
 from clusters import alone, run_tasks, save
 from conftest import (
@@ -25,7 +25,6 @@ from conftest import (
 )
 from hub_server import HubServer
 from observing import MergeServer, assert_finished, content, reference
-from safetensors.torch import save_file
 from skill_reader import read_skill
 
 import skillmerge
@@ -34,23 +33,9 @@ from skillmerge.verbs.demo.miniature import FAMILY, questions
 
 pytestmark = [pytest.mark.xdist_group("transformers"), pytest.mark.filterwarnings("ignore")]
 
-TARGETS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj", "lm_head")
-
 
 def write_adapter(folder: Path, seed: int = 0, rank: int = 4, **config: Any) -> Path:
-    """An adapter for some modules of the models of `write_family`."""
-    draw, shapes = torch.Generator().manual_seed(seed), tensor_shapes()
-    tensors = {}
-    for module in TARGETS:
-        rows, columns = shapes[f"{module}.weight"]
-        for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-            value = torch.randn(shape, generator=draw) * 0.02
-            tensors[f"base_model.model.{module}.lora_{part}.weight"] = value
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    document = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(document))
-    return folder
+    return write_any(folder, tensor_shapes(), seed, rank, **config)
 
 
 def added(folder: Path) -> dict[str, np.ndarray]:
