@@ -96,7 +96,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "checkpoints": (
         "views.adapted",
-        "kinds.table views.low_rank",
+        "kinds.table views.low_rank views.unpacking",
         "views.fitting",
         "kinds.lora.adapter kinds.skill schemes",
         "kinds.dense kinds.lora.parts kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",

@@ -118,11 +118,11 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     recipe = recipe_of({"parent": entry}, "parent", made, "skillmerge verify")
     if wrappers_of(tensors):  # extracted when names were read as stored
         recipe = recipe.as_planned("parent", {})
+    # A parent may store the skill's tensors in another layout.
     shapes = {
         name: TensorSpec(name, row["dtype"], tuple(row["shape"]), "") for name, row in document["tensors"].items()
     }
     checkpoints = open_models(recipe, access, lambda message: None, Model(os.fspath(skill), shapes, {}))
-    # A parent may store the skill's tensors in another layout.
     checkpoint = in_layout_of(checkpoints["parent"], shapes, whole=False)
     names = [name for name in tensors if name in checkpoint.tensors]
     missing = [name for name in tensors if name not in checkpoint.tensors]

@@ -30,6 +30,17 @@ def oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Check
     yield from _read_otherwise(recipe.donor, checkpoints)
 
 
+def _read_otherwise(donor: str | None, checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """Yield notes on what training libraries added to tensor names, which is removed, and on models that store the
+    donor's tensors in another layout."""
+    for name, naming in ((name, it.naming) for name, it in checkpoints.items() if name == model_of(name)):
+        if naming.unwrapped:
+            parts = " and ".join(f"`{part}.` ({WRAPPERS.get(part, part)})" for part in naming.unwrapped)
+            yield f"model `{name}` is read without {parts} in the names of its tensors"
+        if naming.layout:
+            yield f"model `{name}` is read in the layout of `{donor}`: {', '.join(naming.layout)}"
+
+
 def unlike_bases(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
     """Yield a warning where adapters of one formula say that they were trained on different models: then they do not
     start from the same weights, and their difference may be no skill."""
@@ -46,14 +57,3 @@ def unlike_bases(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Itera
                 "if RL continued the SFT adapter, its skill is the difference of the two; if it started from the "
                 "merged SFT model, its skill is its adapter alone",
             )
-
-
-def _read_otherwise(donor: str | None, checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
-    """Yield notes on what training libraries added to tensor names, which is removed, and on models that store the
-    donor's tensors in another layout."""
-    for name, naming in ((name, it.naming) for name, it in checkpoints.items() if name == model_of(name)):
-        if naming.unwrapped:
-            parts = " and ".join(f"`{part}.` ({WRAPPERS.get(part, part)})" for part in naming.unwrapped)
-            yield f"model `{name}` is read without {parts} in the names of its tensors"
-        if naming.layout:
-            yield f"model `{name}` is read in the layout of `{donor}`: {', '.join(naming.layout)}"

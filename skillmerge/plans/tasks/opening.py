@@ -23,6 +23,7 @@ from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.renamed import names_as, read_as
 from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
+from skillmerge.plans.models.adapting import as_differences
 from skillmerge.plans.opening import Access, as_read, close_all, open_all, refuse_missing
 from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.vocabulary.by_token import by_token
@@ -54,7 +55,7 @@ def open_parts(
     opened: dict[str, Checkpoint] = {}
     try:
         opened |= open_all(recipe, {it: places[it] for it in places if it in whole}, access)
-        opened |= as_read(recipe, opened)
+        opened |= as_differences(recipe, as_read(recipe, opened))
         for name in names:
             if name not in whole:
                 opened[name] = _Part(saved, name, places[name], access).open(needed[name], shards)
