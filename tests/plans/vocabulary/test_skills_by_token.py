@@ -11,7 +11,19 @@ import torch
 from conftest import read_checkpoint, run_cli, write_checkpoint, write_recipe
 from safetensors.torch import save_file
 from test_rows_by_hand import rows_of, write_models
-from token_rows import BASE, BLOCK, EMBEDDING, HEAD, Words, by_hand, by_token, past, same_bits, tokenizer_json, write_model
+from token_rows import (
+    BASE,
+    BLOCK,
+    EMBEDDING,
+    HEAD,
+    Words,
+    by_hand,
+    by_token,
+    past,
+    same_bits,
+    tokenizer_json,
+    write_model,
+)
 
 import skillmerge
 from skillmerge.checkpoints.kinds.table import open_as
