@@ -38,7 +38,7 @@ def to_bytes(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> bytes:
     """Return a lock for the plan's models on the Hub."""
     models = {}
     for item in plan.inputs:
-        checkpoint = checkpoints[item.name].own
+        checkpoint = checkpoints[item.name]
         if not checkpoint.at.remote or item.revision is None:
             continue
         names = checkpoint.store.list().keys()
