@@ -76,10 +76,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "adapters.formula advice.heads budget compare.skill_tokens layout saved",
         "plan",
         "compare.models",
+        "vocabulary.by_token",
+        "vocabulary.readers",
         "accounting dtypes.kept dtypes.quantised",
         "advice.causes advice.oddities advice.shares compare.complete compare.config compare.rows compare.tokens",
         "advice.arrangement advice.names compare.config_values",
-        "compare.table",
+        "compare.table vocabulary.picture",
         "changes depth mapping models.coefficients side_files tasks.division",
         "compare.architectures compare.found compare.roles",
     ),
@@ -102,11 +104,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "views.fitting",
         "kinds.lora.adapter kinds.skill schemes",
         "kinds.dense kinds.lora.parts kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",
-        "tokenizers.tokenizer views.arranged views.renamed views.spooled",
+        "tokenizers.tokenizer views.arranged views.by_token views.renamed views.spooled",
         "kinds.lora.config tokenizers.vocabulary views.bands",
         "tokenizers.small_files",
         "checkpoint stores.folder",
-        "kinds.lora.patterns store tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
+        "kinds.lora.patterns store stores.http_ranges tokenizers.matching tokenizers.placeholders",
+        "tokenizers.tokenization",
         "kinds.sparse missing model_config safetensors stores.hub_client stores.object_client views.relations",
         "foreign place stores.retries",
     ),
@@ -177,7 +180,8 @@ TORCH_ROOMS = {"methods", "engine", "study", "verbs"}
 """Rooms whose modules may import torch; below are the others that do."""
 TORCH_MODULES = {
     "bits", "checkpoints.kinds.sparse", "checkpoints.kinds.patch", "checkpoints.kinds.skill_planes",
-    "checkpoints.views.adapted", "checkpoints.views.arranged", "checkpoints.views.bands", "checkpoints.views.joined",
+    "checkpoints.views.adapted", "checkpoints.views.arranged", "checkpoints.views.bands", "checkpoints.views.by_token",
+    "checkpoints.views.joined",
     "checkpoints.views.low_rank", "outputs.verify",
 }  # fmt: skip
 

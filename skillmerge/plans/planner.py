@@ -30,6 +30,7 @@ from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.models.coefficients import coefficients_of, kept_coefficients
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
+from skillmerge.plans.vocabulary.by_token import vocabulary_of
 from skillmerge.recipes.formula.parser import grouped
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.lint import remarks
@@ -217,6 +218,8 @@ def _plan_tensor(
     by_model = {source.model: source for source in sources}
     ordered = tuple(by_model[model] for model in program.models)
     action, dtype = _skill_action(recipe, term, dtype) if recipe.makes_skill else ("merge", dtype)
+    if action == "cut":  # what is kept exactly is as wide as the model that is added
+        dtype = checkpoints[ordered[0].model].tensors[ordered[0].tensor].dtype
     return TensorPlan(spec.name, dtype, spec.shape, action, ordered, values, program)
 
 
@@ -353,6 +356,7 @@ def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapp
         "bytes_again": sum(readings * checkpoints[name].cost(source) for readings, (name, source) in again),
         "input_itemsizes": itemsizes(tensors, checkpoints),
         "versions": versions(checkpoints),
+        "vocabulary": vocabulary_of(checkpoints[_donor(recipe)]),
     }
 
 

@@ -118,6 +118,8 @@ def _uses(table: RecipeTable) -> Iterator[tuple[Path, str, bool]]:
     """Yield where the recipe names a model, and whether it has to be one with all its tensors."""
     for index, rule in enumerate(table.copy_):
         yield ("copy", index, "from"), rule.from_, True
+    for token, row in table.tokens.items():
+        yield ("tokens", token, "from"), row.from_, True
     for name, entry in table.models.items():
         if isinstance(entry, ModelTable) and entry.onto:
             yield ("models", name, "onto"), entry.onto, True

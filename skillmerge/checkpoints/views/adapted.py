@@ -74,6 +74,10 @@ class Adapted(_Adapting):
         )
         self.naming, self.trained_on = base.naming, adapter.lora.base
 
+    @property
+    def own(self) -> Checkpoint:
+        return self.adapter
+
     def written_dtype(self, tensor: str) -> str:
         return self._base.written_dtype(tensor)
 

@@ -26,6 +26,7 @@ from skillmerge.methods.terms import model_of
 from skillmerge.plans.models.adapting import as_differences
 from skillmerge.plans.opening import Access, as_read, close_all, open_all, refuse_missing
 from skillmerge.plans.saved import SavedPlan
+from skillmerge.plans.vocabulary.by_token import by_token
 from skillmerge.tensors import TensorSpec
 
 _HEADER_BYTES = 1 << 17
@@ -44,6 +45,7 @@ def open_parts(
     names = [name for name in recipe.used_models() if any(model_of(each) == name for each in needed)]
     whole = {name for name in names if name in recipe.skills or name in recipe.patches}
     whole |= {onto for patch, onto in recipe.patches.items()}
+    whole |= {*recipe.used_models()} if recipe.by_token else set()  # rows of one model depend on the others' tokens
     if recipe.donor is not None and any(recipe.entries[name].kind == "adapter" for name in names):
         whole.add(recipe.donor)  # whose tensors the differences of adapters have
     if recipe.makes_adapter:
@@ -59,12 +61,14 @@ def open_parts(
         for name in names:
             if name not in whole:
                 opened[name] = _Part(saved, name, places[name], access).open(needed[name], shards)
-        _compare(saved, opened)
         wanted = _tensors(saved) if arranged else {}
-        return {
+        opened = {
             name: in_layout_of(it, wanted, whole=False) if model_of(name) in arranged else it
             for name, it in opened.items()
         }
+        opened = by_token(recipe, opened)
+        _compare(saved, opened)
+        return opened
     except BaseException:
         close_all(opened)
         raise
