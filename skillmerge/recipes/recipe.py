@@ -156,7 +156,7 @@ class Recipe:
 
     @property
     def makes_adapter(self) -> bool:
-        """Whether the output is a LoRA adapter. If it is no skill either, it is a model."""
+        """Whether the output is a LoRA adapter. If it is not a skill either, it is a model."""
         return self.output.kind == "adapter"
 
     @property

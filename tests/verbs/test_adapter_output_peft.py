@@ -19,7 +19,7 @@ from skillmerge.errors import RecipeError
 pytestmark = [pytest.mark.xdist_group("transformers"), pytest.mark.filterwarnings("ignore")]
 
 JOINED = ("linear", "patterns", "rslora", "fan_in_fan_out", "embedding", "embedding_tied", "lora_bias", "experts",
-          "experts_patterns", "experts_transposed")  # fmt: skip
+          "experts_patterns", "experts_transposed", "experts_on_split", "mixtral_on_split")  # fmt: skip
 
 
 def both_ways(folder: Path, packed: bool, **keys: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -152,6 +152,13 @@ def test_keys_of_other_kinds(tmp_path: Path, name: str) -> None:
     refused(tmp_path, recipe, message, None)
 
 
+def test_ranks_beyond_what_can_be_read_again(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", modules(1, (Q,)), r=40_000)
+    write_adapter(tmp_path / "b", modules(1, (Q,)), r=30_000)
+    recipe = write_out(tmp_path, "a + b", {"a": A, "b": B})
+    refused(tmp_path, recipe, "add up to 70,000; the most is 65,536", RANK)
+
+
 def test_other_commands_say_what_to_do(tmp_path: Path) -> None:
     write_all(tmp_path)
     recipe = write_recipe(tmp_path, "lam * a + b", models={"a": A, "b": B}, output={"kind": "adapter", "path": "out"})

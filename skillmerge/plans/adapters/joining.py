@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
+from skillmerge.checkpoints.kinds.lora.config import MOST_RANK
 from skillmerge.checkpoints.kinds.lora.parts import PREFIX
 from skillmerge.checkpoints.views.adapted import check_fit
 from skillmerge.checkpoints.views.arranged import apart
@@ -25,7 +26,7 @@ from skillmerge.checkpoints.views.relations import layouts
 from skillmerge.checkpoints.views.renamed import replaced
 from skillmerge.checkpoints.views.unpacking import products_of
 from skillmerge.errors import some
-from skillmerge.plans.adapters.formula import base_of, check_bases, factors_of, refused
+from skillmerge.plans.adapters.formula import ANY_RANK, base_of, check_bases, factors_of, refused
 from skillmerge.plans.models.coefficients import kept_coefficients
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.recipe import Recipe
@@ -268,6 +269,10 @@ def _add_product(recipe: Recipe, names: _Names, output: Output, tensor: str, sha
         )
         raise refused(recipe, first, [tensor], what)
     experts, rank = product.experts, sum(it.rank for it in products.values())
+    if rank > MOST_RANK:
+        raise recipe.error(
+            ("merge",), f"the ranks of `{tensor}` add up to {rank:,}; the most is {MOST_RANK:,}", ANY_RANK
+        )
     outputs, inputs = product.pair.b.shape[0], product.pair.a.shape[1]
     above: dict[str, Block] = {}
     beside: dict[str, Block] = {}
@@ -277,6 +282,8 @@ def _add_product(recipe: Recipe, names: _Names, output: Output, tensor: str, sha
         beside[name] = Block(it.pair.b, outputs, at * experts, share[name][1] * it.scale)
         at += it.rank
     a, b = ("embedding_A", "embedding_B") if product.pair.embedding else ("A.weight", "B.weight")
+    if f"{PREFIX}{named}.lora_{a}" in output.tensors:
+        raise refused(recipe, first, [tensor], "changes a module both as a matrix and by a parameter of it")
     output.add(f"{named}.lora_{a}", tensor, (experts * rank, inputs), above)
     output.add(f"{named}.lora_{b}", tensor, (outputs, rank * experts), beside)
     parameter = names.parameter(tensor, first, product)
