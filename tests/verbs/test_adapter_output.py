@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from adapter_files import DOWN, PREFIX, Q, modules, side_by_side, write_adapter, write_base
-from conftest import flip, read_checkpoint, run_cli, write_recipe
+from conftest import flip, read_checkpoint, run_cli, write_checkpoint, write_recipe
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
@@ -120,6 +120,24 @@ def test_read_again_it_makes_the_same_model(tmp_path: Path, start: str) -> None:
         skillmerge.apply(recipe_of(tmp_path, merge, models, output={"path": name}))
     one, two = (read_checkpoint(tmp_path / name) for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_tied_head_follows_the_embedding(tmp_path: Path) -> None:
+    """A model that stores both: PEFT has the pair once, and ties them again when it loads."""
+    rows = torch.randn(32, 8)
+    tensors = {"model.embed_tokens.weight": rows, "lm_head.weight": rows.clone()}
+    write_checkpoint(tmp_path / "base", tensors, config={"tie_word_embeddings": True})
+    for name in "ab":
+        write_adapter(tmp_path / name, [])
+        pair = {f"{PREFIX}model.embed_tokens.lora_embedding_{part}": torch.randn(size) for part, size in
+                (("A", (2, 32)), ("B", (8, 2)))}  # fmt: skip
+        save_file(pair, tmp_path / name / "adapter_model.safetensors")
+    skillmerge.apply(recipe_of(tmp_path, "base + a + b", {"base": "base", **BOTH}))
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.removeprefix(PREFIX): tuple(it.shape) for name, it in found.items()} == {
+        "model.embed_tokens.lora_embedding_A": (4, 32), "model.embed_tokens.lora_embedding_B": (8, 4)
+    }  # fmt: skip
+    assert config_of(tmp_path / "out")["target_modules"] == ["model.embed_tokens"]
 
 
 def test_any_tiles_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

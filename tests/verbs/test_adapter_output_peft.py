@@ -49,7 +49,12 @@ def test_peft_merges_what_the_formula_merges(name: str, tmp_path: Path) -> None:
         (tmp_path / link).symlink_to(adapter(name, seed=seed) / "adapter")
     (tmp_path / "base").symlink_to(adapter(name) / "base")
     theirs, ours = both_ways(tmp_path, VARIANTS[name].packed)
-    assert near(theirs, ours, read_checkpoint(tmp_path / "base"))
+    base = read_checkpoint(tmp_path / "base")
+    assert near(theirs, ours, base)
+    again = {"base": "base", "v": {"adapter": "adapter"}}
+    output = {"path": "again", "dtype": "float32"}
+    skillmerge.apply(write_recipe(tmp_path, "base + v", models=again, coefficients=None, output=output))
+    assert near(read_checkpoint(tmp_path / "again"), ours, base)
 
 
 def made_by_peft(folder: Path, words: dict[str, Any], variant: Variant, seed: int) -> None:
@@ -88,6 +93,17 @@ def test_adapters_of_other_modules_and_ranks(name: str, tmp_path: Path) -> None:
         assert near(theirs, ours, read_checkpoint(tmp_path / "base"))
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert not any("base_layer" in it for it in names)
+
+
+def test_one_of_two_parameters_is_named_as_if_it_were_alone(tmp_path: Path) -> None:
+    variant = Variant({}, "qwen3_moe")
+    model_of(variant, torch.float32).save_pretrained(tmp_path / "base")
+    for seed, folder in enumerate("ab"):
+        made_by_peft(tmp_path / folder, {"r": 2, "target_modules": Q, "target_parameters": EXPERTS}, variant, seed)
+    lam = {"default": 0.5, "rules": [{"tensors": "*down_proj*", "value": 0.0}]}
+    merge = "base + lam * (a - base + b - base)"
+    theirs, ours = both_ways(tmp_path, False, coefficients={"lam": lam}, merge=merge)
+    assert near(theirs, ours, read_checkpoint(tmp_path / "base"))
 
 
 def _remove(folder: Path) -> None:

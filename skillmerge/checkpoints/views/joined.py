@@ -9,7 +9,6 @@ the only rounding is that of the output.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -48,9 +47,7 @@ class Joined(View):
     def __init__(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], blocks: Mapping[str, Block]) -> None:
         """shapes, blocks: of the tensors that it has a share in."""
         tensors = {name: TensorSpec(name, "F64", shapes[name], adapter.file) for name in blocks}
-        said = hashlib.sha256(repr(sorted((name, it.at, it.factor) for name, it in blocks.items())).encode()).digest()
-        own = adapter.files[adapter.file]
-        file = replace(own, tensors=tuple(tensors), described=own.described + said)
+        file = replace(adapter.files[adapter.file], tensors=tuple(tensors))
         super().__init__(adapter, tensors, {adapter.file: file})
         self.adapter, self._blocks, self.trained_on = adapter, blocks, adapter.lora.base
 
