@@ -171,8 +171,10 @@ def test_pipeline_treats_it_as_any_output(tmp_path: Path) -> None:
     skillmerge.rebuild(tmp_path / "out", tmp_path / "again")
     assert made(tmp_path / "again") == made(tmp_path / "out")
     assert skillmerge.apply(recipe).already
-    skillmerge.plan(recipe_of(tmp_path, "lam * a + b", coefficients={"lam": 0.5}, output={**OUT, "path": "tasks"}),
-                    save=tmp_path / "plan.json")  # fmt: skip
+    models = {"base": "base", **BOTH}  # of which no tensor is read, but the plan has it
+    keys: dict[str, Any] = {"coefficients": {"lam": 0.5}, "output": {**OUT, "path": "tasks"}}
+    recipe = recipe_of(tmp_path, "lam * a + b + (base - base)", models, **keys)
+    skillmerge.plan(recipe, save=tmp_path / "plan.json")
     skillmerge.shard(tmp_path / "plan.json", index=0, of=1)
     skillmerge.finish(tmp_path / "plan.json")
     assert made(tmp_path / "tasks") == made(tmp_path / "out")
