@@ -17,6 +17,7 @@ from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.roles import Roles, roles_of, token_matrices
 from skillmerge.plans.compare.rows import without_rows
 from skillmerge.plans.compare.tokens import compare_tokens
+from skillmerge.plans.stacks.compare import compare_parts
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
 
@@ -91,6 +92,7 @@ def compare_models(
             checkpoints, donor, roles, files, carried=dtype is not None, lenient=lenient, without=without
         )
     found += check_complete({name: checkpoints[name] for name in names}, donor, files)
+    found += compare_parts(recipe, checkpoints, names)
     if lenient:
         found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
     found = [
