@@ -127,7 +127,7 @@ def under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkp
     """Return the model under the names that it is read by. Raises RecipeError for a rule of `rename` that renames
     nothing."""
     model = model_of(name)
-    rename = recipe.renames.get(model, ())
+    rename = recipe.entries[model].renames
     found = recipe.unwrapped
     wrappers = wrappers_of(checkpoint.tensors) if found is None else found.get(model, ())
     idle = idle_rule(checkpoint.tensors, rename, wrappers)

@@ -13,6 +13,7 @@ from skillmerge.checkpoints.place import Bucket, Local, ModelPlace, PlaceError
 from skillmerge.checkpoints.schemes import parse_place
 from skillmerge.errors import Place, RecipeError
 from skillmerge.methods.terms import Call, Term, calls, expand_skills
+from skillmerge.recipes.entries import KINDS, Entry
 from skillmerge.recipes.formula.bind import bind, check_calls
 from skillmerge.recipes.formula.donor import donor_of, is_donor_unclear
 from skillmerge.recipes.formula.tree import ExpressionError, Node, names_in, normalise_name
@@ -70,17 +71,11 @@ _ADVICE_TO_ACCEPT = re.compile(r"(?:^|; |, or )(?:if [^;]*, )?" + _ACCEPT.patter
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe whose text makes sense by itself. `models` maps names to URIs as they are written."""
+    """A recipe whose text makes sense by itself. `entries` says what each name of a model stands for."""
 
     document: Document
     folder: FilePath
-    models: Mapping[str, str]
-    skills: frozenset[str]
-    """Those of the models that are stored skills."""
-    patches: Mapping[str, str]
-    """Those of the models that are sparse patches, and the models that they are for."""
-    renames: Mapping[str, tuple[tuple[str, str], ...]]
-    """Models that are read under other names: prefixes, and their replacements."""
+    entries: Mapping[str, Entry]
     coefficients: Mapping[str, Schedule]
     expression: Node
     copy: tuple[CopyRule, ...]
@@ -97,6 +92,21 @@ class Recipe:
     """The donor of an earlier plan."""
     unwrapped: Mapping[str, tuple[str, ...]] | None = None
     """The wrappers that an earlier plan left out of each model's names. None: all that are found."""
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The models, and where each is, as it is written."""
+        return {name: entry.place for name, entry in self.entries.items()}
+
+    @property
+    def skills(self) -> frozenset[str]:
+        """Those of the models that are stored skills."""
+        return frozenset(name for name, entry in self.entries.items() if entry.kind == "skill")
+
+    @property
+    def patches(self) -> dict[str, str]:
+        """Those of the models that are sparse patches, and the models that they are for."""
+        return {name: entry.onto for name, entry in self.entries.items() if entry.kind == "patch" and entry.onto}
 
     @property
     def sha256(self) -> str:
@@ -207,7 +217,7 @@ class Recipe:
         there."""
         written = next((key for key in self.document.data["models"] if normalise_name(key) == name), name)
         entry = self.document.data["models"].get(written)
-        keys = [key for key in ("path", "skill", "patch") if isinstance(entry, dict) and entry.get(key) is not None]
+        keys = [key for key in KINDS if isinstance(entry, dict) and entry.get(key) is not None]
         return ("models", written, *keys[:1])
 
 

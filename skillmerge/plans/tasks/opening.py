@@ -129,7 +129,7 @@ class _Part:
 
     def _read_as(self, stored: Iterable[str]) -> dict[str, str]:
         recipe = self.saved.recipe
-        return names_as(stored, recipe.renames.get(self.name, ()), (recipe.unwrapped or {}).get(self.name, ()))
+        return names_as(stored, recipe.entries[self.name].renames, (recipe.unwrapped or {}).get(self.name, ()))
 
     def _names(self, headers: Mapping[str, Header]) -> set[str]:
         return set(self._read_as(spec.name for header in headers.values() for spec in header.tensors).values())
@@ -139,7 +139,7 @@ class _Part:
         tensors = {spec.name: spec for header in headers.values() for spec in header.tensors}
         files = {file: WeightFile.of(header, store.list()[file]) for file, header in headers.items()}
         found = Dense(recipe.models[self.name], store.at, store, {}, tensors, files)
-        return read_as(self.name, found, recipe.renames.get(self.name, ()), (recipe.unwrapped or {}).get(self.name, ()))
+        return read_as(self.name, found, recipe.entries[self.name].renames, (recipe.unwrapped or {}).get(self.name, ()))
 
 
 def input_of(saved: SavedPlan, name: str) -> Mapping[str, Any]:
