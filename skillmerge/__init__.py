@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from skillmerge.outputs.proof.attest import attest as attest
     from skillmerge.outputs.proof.sign import sign as sign
     from skillmerge.recipes.formula.catalog import list_methods as list_methods
-    from skillmerge.recipes.mergekit.importing import import_recipe as import_recipe
     from skillmerge.recipes.lint import lint as lint
+    from skillmerge.recipes.mergekit.importing import import_recipe as import_recipe
     from skillmerge.recipes.schema import schema as schema
     from skillmerge.recipes.starter import init as init
     from skillmerge.study.gates import gate as gate

@@ -79,9 +79,12 @@ class InputFile:
     sha256: str | None
 
 
+_NAMING = ("rename", "unwrapped", "stack", "config_edits")
+
+
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An input model. revision: its commit on the Hub, or None. rename, unwrapped: see `Naming`."""
+    """An input model. revision: its commit on the Hub, or None. The last four: see `Naming`."""
 
     name: str
     uri: str
@@ -90,10 +93,12 @@ class Input:
     license: str | None
     rename: list[dict[str, str]] | None = None
     unwrapped: list[str] | None = None
+    stack: list[dict[str, str]] | None = None
+    config_edits: list[dict[str, Any]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         row = {"name": self.name, "uri": self.uri, "revision": self.revision}
-        names = {key: value for key in ("rename", "unwrapped") if (value := getattr(self, key))}
+        names = {key: value for key in _NAMING if (value := getattr(self, key))}
         return {**row, "files": [asdict(file) for file in self.files], "license": self.license, **names}
 
 

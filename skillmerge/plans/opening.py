@@ -23,6 +23,7 @@ from skillmerge.methods.terms import model_of
 from skillmerge.plans.dtypes.quantised import refuse_unequal
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
+from skillmerge.plans.stacks.build import with_stacks
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.lock import LOCK_VERSION, LockedModel
 from skillmerge.recipes.parse import load
@@ -75,7 +76,7 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
 
     Raises RecipeError, UsageError, InputError, StalePlan, TemporaryError.
     """
-    places = {name: recipe.model_place(name) for name in recipe.used_models()}
+    places = {name: recipe.model_place(name) for name in recipe.stored_models()}
     refuse_missing(recipe, places, access)
     lock_path = lockfile.path_of(Path(recipe.document.name))
     lock = None
@@ -96,7 +97,8 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
                 else:
                     warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
         with _placed(recipe, checkpoints):
-            return {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
+            found = {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
+            return with_stacks(recipe, found)
     except BaseException:
         close_all(checkpoints)
         raise

@@ -125,9 +125,7 @@ def _check_accept(document: Document, names: Sequence[str]) -> None:
             )
 
 
-def _gates(
-    document: Document, table: RecipeTable, folder: FilePath, models: Mapping[str, Entry]
-) -> tuple[Gate, ...]:
+def _gates(document: Document, table: RecipeTable, folder: FilePath, models: Mapping[str, Entry]) -> tuple[Gate, ...]:
     """Return the recipe's gates."""
     given = table.gates
     if given is None and "gates" in table.model_fields_set:

@@ -22,8 +22,7 @@ class Edited:
     def list(self) -> Mapping[str, Stat]:
         found = {name: stat for name, stat in self._store.list().items() if not self._hidden(name)}
         written = {
-            name: Stat(len(content), (hashlib.sha256(content).hexdigest(),))
-            for name, content in self._contents.items()
+            name: Stat(len(content), (hashlib.sha256(content).hexdigest(),)) for name, content in self._contents.items()
         }
         return dict(sorted({**found, **written}.items()))
 

@@ -26,10 +26,12 @@ Source = tuple[Checkpoint, str]
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """The layers of a language model. stack: how their names begin; count: how many the model has; tensors: number ->
-    the rest of a name -> the name. Numbers from `count` on are of other heads, such as those for speculative decoding.
+    """The layers of a checkpoint's language model. stack: how their names begin; count: how many the model has;
+    tensors: number -> the rest of a name -> the name. Numbers from `count` on are of other heads, such as those for
+    speculative decoding.
     """
 
+    checkpoint: Checkpoint
     stack: str
     count: int
     tensors: Mapping[int, Mapping[str, str]]
@@ -51,11 +53,11 @@ def layers_of(model: str, checkpoint: Checkpoint) -> Layers:
         found = f"has layers in {' and in '.join(f'`{stack}`' for stack in stacks)}" if stacks else "has no layers"
         raise InputError(f"model `{model}` {found}: only a model with one row of layers can be part of a stack")
     (stack, layers), *_ = stacks.items()
-    count = min(said or 1 << 30, max(layers) + 1)
+    count = min(said if said is not None and said > 0 else 1 << 30, max(layers) + 1)
     missing = next((number for number in range(min(count, len(layers) + 1)) if number not in layers), None)
     if missing is not None:
         raise InputError(f"model `{model}`: layer {missing} of `{stack}` is missing", fix="fetch it again")
-    return Layers(stack, count, layers)
+    return Layers(checkpoint, stack, count, layers)
 
 
 class Stacked(Checkpoint):

@@ -86,9 +86,11 @@ def merged(plan: Plan) -> str | None:
 
 
 def patched(plan: Plan) -> str | None:
-    """Return what happens where the output is a model with a patch applied and nothing else."""
-    onto = plan.recipe.patches.get(plan.donor)
-    return f"writes `{onto}` with the patch applied" if onto is not None and plan.merged_share == 0 else None
+    """Return what happens where the output is a model with a patch applied, or a stack, and nothing else."""
+    entry = plan.recipe.entries.get(plan.donor)
+    if entry is None or not entry.is_made or plan.merged_share != 0:
+        return None
+    return f"writes the {entry.place}" if entry.stack else f"writes `{entry.onto}` with the patch applied"
 
 
 @dataclass(frozen=True, slots=True)

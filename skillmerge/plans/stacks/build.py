@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
-from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, Naming
+from skillmerge.checkpoints.checkpoint import Checkpoint, Naming
 from skillmerge.checkpoints.stores.edited import Edited
 from skillmerge.checkpoints.views.stacked import Layers, Source, Stacked, layers_of
-from skillmerge.errors import InputError, RecipeError, some
+from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
 from skillmerge.plans.stacks.config import Layer, Order, Unsayable, stacked_config
-from skillmerge.recipes.recipe import Recipe, StackEntry
+from skillmerge.recipes.entries import Part
+from skillmerge.recipes.recipe import Recipe
 
 CONFIG = "config.json"
 MOST_LAYERS = 4096
@@ -27,80 +29,84 @@ def with_stacks(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[s
 
     Raises RecipeError for layers that there are not, that do not fit each other, or that no config.json can describe.
     """
-    found, left = dict(checkpoints), MOST_LAYERS
-    used = set(recipe.used_models())
+    found = dict(checkpoints)
+    known: dict[str, Layers] = {}
+    used, left = set(recipe.used_models()), MOST_LAYERS
     for name, entries in recipe.stacks.items():  # each behind those that it is made of
         if name in used and all(entry.model in found for entry in entries):
-            found[name], count = _stack(recipe, name, entries, found, left)
-            left -= count
+            parts = dict.fromkeys(entry.model for entry in entries)
+            known |= {part: layers_of(part, found[part]) for part in parts if part not in known}
+            chosen = _chosen(recipe, name, {part: known[part] for part in parts}, left)
+            found[name] = _stack(recipe, name, {part: known[part] for part in parts}, chosen)
+            left -= len(chosen)
     place = {name: number for number, name in enumerate(recipe.models)}
     return dict(sorted(found.items(), key=lambda item: place[model_of(item[0])]))
 
 
-def _stack(
-    recipe: Recipe, name: str, entries: Sequence[StackEntry], models: Mapping[str, Checkpoint], left: int
-) -> tuple[Stacked, int]:
-    layers = {entry.model: layers_of(entry.model, models[entry.model]) for entry in entries}
+def _chosen(recipe: Recipe, name: str, parts: Mapping[str, Layers], left: int) -> list[Layer]:
+    """Return the layers of a stack. Raises RecipeError for more than are `left` to all stacks."""
     chosen: list[Layer] = []
-    for number, entry in enumerate(entries):
-        for each in _numbers(recipe, name, number, entry, layers[entry.model].count):
+    for number, entry in enumerate(recipe.entries[name].stack):
+        for each in _numbers(recipe, name, number, entry, parts[entry.model].count):
             chosen.append(Layer(number, entry.model, each))
             if len(chosen) > left:
-                fix = "leave layers out"
-                raise recipe.error(_path(name, number), f"the stacks have more than {MOST_LAYERS} layers together", fix)
-    first = entries[0].model
-    _check_forms(recipe, name, chosen, layers, models)
-    config, edits = models[first].config, ()
+                message = f"the stacks have more than {MOST_LAYERS} layers together"
+                raise recipe.error((*recipe.place_path(name), number), message, "leave layers out")
+    return chosen
+
+
+def _stack(recipe: Recipe, name: str, parts: Mapping[str, Layers], chosen: Sequence[Layer]) -> Stacked:
+    """Return the stack `name`. parts: its models, the first one first."""
+    first, *_ = parts
+    base = parts[first].checkpoint
+    _check_forms(recipe, name, parts, chosen)
+    config: Mapping[str, Any] = base.config
+    edits: tuple[tuple[str, Any, Any], ...] = ()
     if config:
-        order = Order(
-            chosen, {model: models[model].config for model in layers}, {each: it.count for each, it in layers.items()}, first
-        )
+        configs = {part: layers.checkpoint.config for part, layers in parts.items()}
         try:
-            config, edits = stacked_config(order)
+            config, edits = stacked_config(
+                Order(chosen, configs, {part: it.count for part, it in parts.items()}, first)
+            )
         except Unsayable as error:
-            raise recipe.error(_path(name, error.entry), str(error), error.fix) from error
+            raise recipe.error((*recipe.place_path(name), error.entry), str(error), error.fix) from error
     store = Edited(
-        models[first].store,
+        base.store,
         {CONFIG: (json.dumps(config, indent=2) + "\n").encode()} if edits else {},
         lambda file: file.endswith(".index.json"),  # which speak of files that the stack does not have
     )
     naming = Naming(stack=tuple(_told(chosen)), edits=edits)
-    sources = _sources(chosen, layers, models)
-    return Stacked(name, recipe.models[name], models[first], sources, store, config, naming), len(chosen)
+    return Stacked(name, recipe.models[name], base, _sources(parts, chosen), store, config, naming)
 
 
-def _path(name: str, entry: int, *keys: str) -> tuple[str | int, ...]:
-    return ("models", name, "stack", entry, *keys)
-
-
-def _numbers(recipe: Recipe, name: str, number: int, entry: StackEntry, count: int) -> Iterator[int]:
+def _numbers(recipe: Recipe, name: str, number: int, entry: Part, count: int) -> Iterator[int]:
     """Yield the layers that an entry asks for. Raises RecipeError for one that its model does not have."""
     for part in entry.layers:
         last = count - 1 if part.last is None else part.last
         if max(part.first, last) >= count:
             raise recipe.error(
-                _path(name, number, "layers"),
+                (*recipe.place_path(name), number, "layers"),
                 f"layer {max(part.first, last)} is past the last layer of `{entry.model}`, which is {count - 1}",
                 f"layers are counted from 0: `{entry.model}` has 0-{count - 1}",
             )
         yield from range(part.first, last + 1)
 
 
-def _sources(
-    chosen: Sequence[Layer], layers: Mapping[str, Layers], models: Mapping[str, Checkpoint]
-) -> dict[str, Source]:
+def _sources(parts: Mapping[str, Layers], chosen: Sequence[Layer]) -> dict[str, Source]:
     """Return the tensors of a stack: those outside the layers and behind them from the first model."""
-    first = chosen[0].model
-    whole, base = layers[first], models[first]
-    inside = {name for number, layer in whole.tensors.items() for name in layer.values()}
-    found = {name: (base, name) for name in base.tensors if name not in inside}
+    first, *_ = parts.values()
+    inside = {name for layer in first.tensors.values() for name in layer.values()}
+    found = {name: (first.checkpoint, name) for name in first.checkpoint.tensors if name not in inside}
     for place, layer in enumerate(chosen):
-        for rest, name in layers[layer.model].tensors[layer.number].items():
-            found[f"{whole.stack}.{place}.{rest}"] = (models[layer.model], name)
-    for number, layer in whole.tensors.items():  # heads for speculative decoding are numbered behind the layers
-        if number >= whole.count:
-            for rest, name in layer.items():
-                found[f"{whole.stack}.{number - whole.count + len(chosen)}.{rest}"] = (base, name)
+        part = parts[layer.model]
+        found |= {
+            f"{first.stack}.{place}.{rest}": (part.checkpoint, name)
+            for rest, name in part.tensors[layer.number].items()
+        }
+    for number, tensors in first.tensors.items():  # heads for speculative decoding are numbered behind the layers
+        if number >= first.count:
+            place = number - first.count + len(chosen)
+            found |= {f"{first.stack}.{place}.{rest}": (first.checkpoint, name) for rest, name in tensors.items()}
     return {name: _origin(*source) for name, source in found.items()}
 
 
@@ -109,33 +115,25 @@ def _origin(checkpoint: Checkpoint, name: str) -> Source:
     return checkpoint.sources[name] if isinstance(checkpoint, Stacked) else (checkpoint, name)
 
 
-def _check_forms(
-    recipe: Recipe,
-    name: str,
-    chosen: Sequence[Layer],
-    layers: Mapping[str, Layers],
-    models: Mapping[str, Checkpoint],
-) -> None:
+def _check_forms(recipe: Recipe, name: str, parts: Mapping[str, Layers], chosen: Sequence[Layer]) -> None:
     """Raise RecipeError where a layer has other tensors than every layer of the first model, or other shapes."""
-    first = chosen[0].model
-    forms = {_form(layers[first], number, models[first]) for number in layers[first].tensors}
-    checked: set[tuple[str, int]] = set()
-    for layer in chosen:
-        if layer.model == first or (layer.model, layer.number) in checked:
-            continue
-        checked.add((layer.model, layer.number))
-        form = _form(layers[layer.model], layer.number, models[layer.model])
+    first, *others = parts
+    forms = {_form(parts[first], number) for number in parts[first].tensors} if others else set()
+    entries = {(layer.model, layer.number): layer.entry for layer in reversed(chosen) if layer.model != first}
+    for (model, number), entry in entries.items():
+        form = _form(parts[model], number)
         if form not in forms:
             near = max(forms, key=lambda other: len(other & form))
             raise recipe.error(
-                _path(name, layer.entry),
-                f"layer {layer.number} of `{layer.model}` does not fit those of `{first}`: {_misfit(form, near)}",
+                (*recipe.place_path(name), entry),
+                f"layer {number} of `{model}` does not fit those of `{first}`: {_misfit(form, near)}",
                 "stack models of one architecture and width",
             )
 
 
-def _form(layers: Layers, number: int, checkpoint: Checkpoint) -> _FORM:
-    return frozenset((rest, checkpoint.tensors[name].shape) for rest, name in layers.tensors[number].items())
+def _form(layers: Layers, number: int) -> _FORM:
+    tensors = layers.checkpoint.tensors
+    return frozenset((rest, tensors[name].shape) for rest, name in layers.tensors[number].items())
 
 
 def _misfit(form: _FORM, near: _FORM) -> str:

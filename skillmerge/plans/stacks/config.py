@@ -26,6 +26,9 @@ _LISTS = re.compile(
 """Keys of lists, and of text with a letter for each layer, that may be about layers."""
 _NO_LISTS = re.compile(r"token|section|architectures|_ids$")
 
+_ALWAYS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Keys of lists that are useless with another length."""
+
 _NUMBERS = {
     "mlp_only_layers": 0, "moe_layers": 0, "cross_attention_layers": 0, "attn_layer_indices": 0, "full_attn_idxs": 0,
     "hybrid_layer_ids": 0, "kda_layers": 1, "full_attn_layers": 1,
@@ -78,22 +81,38 @@ class Unsayable(Exception):
         self.entry, self.fix = entry, fix
 
 
-@dataclass(frozen=True, slots=True)
 class Order:
     """The layers of a stack. configs, counts: of each of its models; first: that whose configuration it is."""
 
-    layers: Sequence[Layer]
-    configs: Mapping[str, Mapping[str, Any]]
-    counts: Mapping[str, int]
-    first: str
+    def __init__(
+        self, layers: Sequence[Layer], configs: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int], first: str
+    ) -> None:
+        self.layers, self.configs, self.counts, self.first = layers, configs, counts, first
+        self._said = {model: said_of(config) for model, config in configs.items()}
+        self._numbers: dict[tuple[str, str], set[int]] = {}
 
     def said(self, model: str, key: str) -> Any:
         """Return what a model's configuration says of its language model, or None."""
-        return next((section[key] for _, section in text_sections(self.configs[model]) if key in section), None)
+        return self._said[model].get(key)
+
+    def numbers(self, model: str, key: str) -> set[int]:
+        """Return a list of a model's layers."""
+        if (model, key) not in self._numbers:
+            said = self.said(model, key)
+            self._numbers[model, key] = {it for it in said if type(it) is int} if isinstance(said, list) else set()
+        return self._numbers[model, key]
 
     def listed(self, key: str) -> bool:
         """Return whether a list replaces a rule, in all models."""
         return key in _LISTED and all(isinstance(self.said(model, _LISTED[key]), list) for model in self.counts)
+
+    def entry(self, model: str) -> int:
+        """Return the first entry of the recipe that asks for layers of a model."""
+        return next(layer.entry for layer in self.layers if layer.model == model)
+
+    def moved(self) -> Layer | None:
+        """Return the first layer that gets another number."""
+        return next((layer for place, layer in enumerate(self.layers) if layer.number != place), None)
 
 
 def stacked_config(order: Order) -> tuple[dict[str, Any], tuple[tuple[str, Any, Any], ...]]:
@@ -116,19 +135,21 @@ def stacked_config(order: Order) -> tuple[dict[str, Any], tuple[tuple[str, Any, 
 
 def leveled(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's configuration with what another one says of layers: what still differs is not their places."""
-    level = copy.deepcopy(dict(config))
-    said = {key: value for _, section in text_sections(like) for key, value in section.items()}
+    level, said = copy.deepcopy(dict(config)), said_of(like)
+    depth, other = layers_in(config) or 0, layers_in(like) or 0
     for _, section in text_sections(level):
-        for key in list(section):
-            if key in BLOCK_KEYS or _is_about_layers(key, section[key], layers_in(config) or 0):
-                if key in said:
-                    section[key] = said[key]  # type: ignore[index]
-                else:
-                    del section[key]  # type: ignore[attr-defined]
-    for key, value in said.items():
-        if _is_about_layers(key, value, layers_in(like) or 0):
-            level.setdefault(key, value)
-    return level
+        assert isinstance(section, dict)
+        for key in [key for key in section if key in BLOCK_KEYS or _is_about_layers(key, section[key], depth)]:
+            section[key] = said.get(key)
+    return {**{key: value for key, value in said.items() if _is_about_layers(key, value, other)}, **level}
+
+
+def said_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says of its language model; of several values the outermost."""
+    found: dict[str, Any] = {}
+    for _, section in text_sections(config):
+        found = {**section, **found}
+    return found
 
 
 def text_sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -166,8 +187,10 @@ def _edited(key: str, value: Any, order: Order) -> Any:
         return [
             place + shift
             for place, layer in enumerate(layers)
-            if layer.number + shift in (order.said(layer.model, key) or ())
+            if layer.number + shift in order.numbers(layer.model, key)
         ]
+    if key in _ALWAYS and isinstance(value, list) and len(value) not in (0, count):
+        raise Unsayable(f"config.json of `{order.first}` has {len(value)} `{key}` for {count} layers", 0)
     if _by_layer(key, value, count):
         found = [_entry(key, layer, order) for layer in layers]
         return "".join(found) if isinstance(value, str) else found
@@ -200,12 +223,13 @@ def _attention_types(value: Any, order: Order) -> Any:
     kinds = {}
     for model, count in order.counts.items():
         try:
-            kinds[model] = [kind for part, often in order.said(model, "attention_types") for kind in part * often]
+            kinds[model] = [
+                kind for part, often in order.said(model, "attention_types") for kind in part * min(often, count + 1)
+            ]
         except (TypeError, ValueError):
             kinds[model] = []
         if len(kinds[model]) != count:
-            entry = next(layer.entry for layer in order.layers if layer.model == model)
-            raise Unsayable(f"config.json of `{model}` has other `attention_types` than layers", entry)
+            raise Unsayable(f"config.json of `{model}` has other `attention_types` than layers", order.entry(model))
     found = [kinds[layer.model][layer.number] for layer in order.layers]
     return value if found == kinds[order.first] else [[found, 1]]
 
@@ -226,8 +250,8 @@ def _first_of(key: str, value: int, order: Order) -> int:
         place = flags.index(True, count)
         layer = order.layers[place]
         raise Unsayable(
-            f"layer {place} of the stack, which is layer {layer.number} of `{layer.model}`, is of a kind that config.json "
-            f"can give to the first layers only (`{key}`)",
+            f"layer {place} of the stack, layer {layer.number} of `{layer.model}`, is of a kind that config.json can "
+            f"give to the first layers only (`{key}`)",
             layer.entry,
             "leave that layer out, or begin with it",
         )
@@ -253,7 +277,9 @@ def _last_of(key: str, value: int, order: Order) -> int:
 def _number_said(key: str, layer: Layer, order: Order) -> int:
     found = order.said(layer.model, key)
     if type(found) is not int:
-        raise Unsayable(f"config.json of `{layer.model}` does not say `{key}`, and that of `{order.first}` does", layer.entry)
+        raise Unsayable(
+            f"config.json of `{layer.model}` does not say `{key}`, and that of `{order.first}` does", layer.entry
+        )
     return found
 
 
@@ -284,8 +310,8 @@ def _kind(key: str, value: Any, number: int, model: str, order: Order) -> Any:
 def _moved(rule: str, key: str, place: int, layer: Layer) -> Unsayable:
     listed = f", or list `{_LISTED[key]}` in its config.json" if key in _LISTED else ""
     return Unsayable(
-        f"config.json of `{layer.model}` says by a layer's number what it is ({rule}), and its layer {layer.number} would "
-        f"be layer {place}, of another kind",
+        f"config.json of `{layer.model}` says by a layer's number what it is ({rule}), and its layer {layer.number} "
+        f"would be layer {place}, of another kind",
         layer.entry,
         f"move layers to places of the same kind{listed}",
     )
@@ -293,26 +319,26 @@ def _moved(rule: str, key: str, place: int, layer: Layer) -> Unsayable:
 
 def _check_in_place(key: str, value: Any, order: Order) -> None:
     """Refuse a list of layers that nobody here knows, unless each layer keeps its number."""
-    for place, layer in enumerate(order.layers):
-        if layer.number != place or order.said(layer.model, key) != value or len(order.layers) < order.counts[order.first]:
-            raise Unsayable(
-                f"config.json of `{order.first}` has `{key}`, which may be a list of layers that skillmerge does not know",
-                layer.entry,
-                "remove it there if it means nothing",
-            )
+    other = next((model for model in order.counts if order.said(model, key) != value), None)
+    moved = order.moved()
+    if moved is not None or other is not None or len(order.layers) < order.counts[order.first]:
+        raise Unsayable(
+            f"config.json of `{order.first}` has `{key}`, which may be a list of layers that skillmerge does not know",
+            moved.entry if moved is not None else order.entry(other or order.first),
+            "remove it there if it is none",
+        )
 
 
 def _check_others(order: Order) -> None:
     """Refuse what another model's configuration says of its layers and the first one's does not."""
-    known = {key for _, section in text_sections(order.configs[order.first]) for key in section}
+    known = said_of(order.configs[order.first])
     for model, count in order.counts.items():
-        for key, value in (item for _, section in text_sections(order.configs[model]) for item in section.items()):
+        for key, value in said_of(order.configs[model]).items():
             idle = not value or (key == "max_window_layers" and not order.said(model, "use_sliding_window"))
             if key not in known and not idle and not order.listed(key) and _is_about_layers(key, value, count):
-                entry = next((layer.entry for layer in order.layers if layer.model == model), 0)
                 raise Unsayable(
-                    f"config.json of `{model}` says by `{key}` what its layers are, and that of `{order.first}` has no such key",
-                    entry,
+                    f"config.json of `{model}` says by `{key}` what its layers are, that of `{order.first}` does not",
+                    order.entry(model),
                     "save both models with the same version of transformers",
                 )
 
@@ -322,7 +348,11 @@ def _check_unsaid(order: Order) -> None:
     config = order.configs[order.first]
     kind = text_kind(config) or ""
     for key, table, lists in (
-        ("sliding_window_pattern", WINDOW_PATTERNS, ("sliding_window_pattern", "_sliding_window_pattern", "layer_types")),
+        (
+            "sliding_window_pattern",
+            WINDOW_PATTERNS,
+            ("sliding_window_pattern", "_sliding_window_pattern", "layer_types"),
+        ),
         ("no_rope_layer_interval", WITHOUT_ROPE_EVERY, ("no_rope_layer_interval", "no_rope_layers")),
     ):
         if kind not in table or any(order.said(order.first, each) for each in lists):
@@ -334,7 +364,7 @@ def _check_unsaid(order: Order) -> None:
     named = re.search(r"layers?\.\d|blocks?\.\d|\bh\.\d", str(quantised)) if quantised else None
     if any(order.configs[model].get("quantization_config") != quantised for model in order.counts):
         raise Unsayable("the models of this stack are not quantized alike (`quantization_config`)", 0)
-    moved = next((layer for place, layer in enumerate(order.layers) if layer.number != place), None)
+    moved = order.moved()
     if named is not None and moved is not None:
         raise Unsayable(
             f"`quantization_config` of `{order.first}` names layers by their numbers, and layer {moved.number} moves",

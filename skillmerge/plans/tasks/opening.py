@@ -23,6 +23,8 @@ from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
 from skillmerge.plans.opening import Access, close_all, open_all, refuse_missing, under_its_names
 from skillmerge.plans.saved import SavedPlan
+from skillmerge.plans.stacks.build import with_stacks
+from skillmerge.recipes.recipe import Recipe
 
 _HEADER_BYTES = 1 << 17
 """How much of a file is asked for in one request, in which its header usually is."""
@@ -37,10 +39,12 @@ def open_parts(
     planned one; RecipeError, InputError, TemporaryError.
     """
     recipe = saved.recipe
-    names = [name for name in recipe.used_models() if any(model_of(each) == name for each in needed)]
-    whole = {name for name in names if name in recipe.skills or name in recipe.patches}
+    asked = {model_of(name) for name in needed}
+    stacked = _beneath(recipe, asked)
+    names = [name for name in recipe.stored_models() if name in asked]
+    whole = {name for name in names if name in recipe.skills or name in recipe.patches} | stacked
     whole |= {onto for patch, onto in recipe.patches.items()}
-    places = {name: _at_commit(saved, name) for name in recipe.used_models() if name in {*names, *whole}}
+    places = {name: _at_commit(saved, name) for name in recipe.stored_models() if name in {*names, *whole}}
     refuse_missing(recipe, places, access)
     opened: dict[str, Checkpoint] = {}
     try:
@@ -51,11 +55,22 @@ def open_parts(
         for name in names:
             if name not in whole:
                 opened[name] = _Part(saved, name, places[name], access).open(needed[name], shards)
+        if stacked:
+            opened = with_stacks(recipe, opened)
         _compare(saved, opened)
         return opened
     except BaseException:
         close_all(opened)
         raise
+
+
+def _beneath(recipe: Recipe, names: Collection[str]) -> set[str]:
+    """Return the models that stacks among these are made of, whose layers can be in any of their files."""
+    found: set[str] = set()
+    for name, parts in reversed(recipe.stacks.items()):
+        if name in names or name in found:
+            found |= {part.model for part in parts}
+    return found
 
 
 def _at_commit(saved: SavedPlan, name: str) -> ModelPlace:
