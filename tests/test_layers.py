@@ -41,6 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "inspect loads.load_probe loads.loading scoring.scorers",
         "loads.tokenizer_probe loads.vllm_probe scoring.built_in spectrum update_pass",
         "forecast loads.child loads.generation scoring.scores subjects update_metrics",
+        "adapters places",
     ),
     "outputs": (
         "hub.push proof.attest",
@@ -68,14 +69,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tasks.part",
         "tasks.opening",
         "opening",
-        "planner",
-        "budget compare.skill_tokens heads layout saved",
+        "aligned models.adapting planner",
+        "advice.heads budget compare.skill_tokens layout saved",
         "plan",
         "compare.models",
         "accounting dtypes.kept dtypes.quantised stacks.build stacks.compare",
         "advice.causes advice.oddities advice.shares compare.complete compare.config compare.rows compare.tokens "
         "stacks.config",
-        "advice.names compare.config_values",
+        "advice.arrangement advice.names compare.config_values",
         "compare.table",
         "changes depth mapping side_files tasks.division compare.architectures compare.found compare.roles",
     ),
@@ -93,15 +94,17 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "formula.tree tables.values",
     ),
     "checkpoints": (
-        "kinds.table",
-        "kinds.skill schemes",
-        "kinds.dense kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",
-        "tokenizers.tokenizer views.renamed views.spooled views.stacked",
-        "tokenizers.vocabulary",
+        "views.adapted",
+        "kinds.table views.low_rank",
+        "views.fitting",
+        "kinds.lora.adapter kinds.skill schemes",
+        "kinds.dense kinds.lora.parts kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",
+        "tokenizers.tokenizer views.arranged views.renamed views.spooled views.stacked",
+        "kinds.lora.config tokenizers.vocabulary views.bands",
         "tokenizers.small_files",
         "checkpoint stores.edited stores.folder",
-        "store tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
-        "kinds.sparse missing model_config safetensors stores.hub_client stores.object_client",
+        "kinds.lora.patterns store tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
+        "kinds.sparse missing model_config safetensors stores.hub_client stores.object_client views.relations",
         "foreign place stores.retries",
     ),
     "methods": (
@@ -170,7 +173,9 @@ HOMES = {
 TORCH_ROOMS = {"methods", "engine", "study", "verbs"}
 """Rooms whose modules may import torch; below are the others that do."""
 TORCH_MODULES = {
-    "bits", "checkpoints.kinds.sparse", "checkpoints.kinds.patch", "checkpoints.kinds.skill_planes", "outputs.verify",
+    "bits", "checkpoints.kinds.sparse", "checkpoints.kinds.patch", "checkpoints.kinds.skill_planes",
+    "checkpoints.views.adapted", "checkpoints.views.arranged", "checkpoints.views.bands", "checkpoints.views.low_rank",
+    "outputs.verify",
 }  # fmt: skip
 
 

@@ -79,12 +79,12 @@ class InputFile:
     sha256: str | None
 
 
-_NAMING = ("rename", "unwrapped", "stack", "config_edits")
+_NAMING = ("rename", "unwrapped", "stack", "config_edits", "layout")
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An input model. revision: its commit on the Hub, or None. The last four: see `Naming`."""
+    """An input model. revision: its commit on the Hub, or None. From `rename` on: see `Naming`."""
 
     name: str
     uri: str
@@ -95,6 +95,7 @@ class Input:
     unwrapped: list[str] | None = None
     stack: list[dict[str, str]] | None = None
     config_edits: list[dict[str, Any]] | None = None
+    layout: list[str] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         row = {"name": self.name, "uri": self.uri, "revision": self.revision}

@@ -44,6 +44,8 @@ def _inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             changes.append(f"model {name}: its tensors are now read under other names")
         if was.get("stack") != item.get("stack"):
             changes.append(f"model {name}: it is now made of other layers")
+        if was.get("layout") != item.get("layout"):
+            changes.append(f"model {name}: its tensors are now read in another layout")
         files = [{file["name"]: file for file in each["files"]} for each in (was, item)]
         kept = [{file: (row["size"], row["header_sha256"]) for file, row in each.items()} for each in files]
         other = sorted(file for file in {*kept[0], *kept[1]} if kept[0].get(file) != kept[1].get(file))

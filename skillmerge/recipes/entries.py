@@ -1,5 +1,5 @@
-"""The entries of `models:`: what each names (a checkpoint, a stored skill, a sparse patch, a stack of layers), and how
-it is read."""
+"""The entries of `models:`: what each names (a checkpoint, a stored skill, a patch, an adapter, a stack of layers), and
+how it is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skillmerge.recipes.schedules import LayerRange, parse_layers
 from skillmerge.recipes.tables.recipe import ModelTable, RecipeTable
 from skillmerge.recipes.yamltext import Document, Path
 
-KINDS = ("path", "skill", "patch", "stack")
+KINDS = ("path", "skill", "patch", "adapter", "stack")
 """The keys of an entry that say what is there. Every entry has one of them."""
 
 _SHOWN = 5
@@ -43,11 +43,18 @@ class Entry:
     kind: str = "path"
     """One of KINDS."""
     onto: str | None = None
-    """For a patch: the model of the recipe that it is for."""
+    """For a patch, and an adapter that is read as a model: the model of the recipe that it is put onto."""
     renames: tuple[tuple[str, str], ...] = ()
     """Prefixes of the names of its tensors, and their replacements."""
+    adapter: str | None = None
+    """For an adapter: its name, where it is not the one at the top."""
     stack: tuple[Part, ...] = ()
     """For a stack: its layers, from the first."""
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether it is no model: a stored skill, or an adapter alone."""
+        return self.kind == "skill" or (self.kind == "adapter" and self.onto is None)
 
     @property
     def is_made(self) -> bool:
@@ -85,16 +92,19 @@ def _entry(document: Document, path: tuple[str, str], written: str | ModelTable)
         what = "more than one" if given else "none"
         kinds = ", ".join(f"`{kind}`" for kind in KINDS)
         raise document.error(f"`{path[1]}` has {what} of {kinds}", place, "keep one of them")
-    if (written.patch is None) != (written.onto is None):
+    [(kind, where)] = given
+    if (kind == "patch") != (written.onto is not None) and kind != "adapter":
         fix = "write {patch: …, onto: …}, the latter a model of this recipe"
         raise document.error("`patch` and `onto` go together", place, fix)
-    [(kind, where)] = given
+    if written.name is not None and kind != "adapter":
+        raise document.error("only an adapter has a `name`", document.place((*path, "name")), "leave it out")
     stack = _stack(document, path, written)
     return Entry(
         place=f"stack of {some([str(part) for part in stack], 6)}" if stack else where,
         kind=kind,
         onto=normalise_name(written.onto) if written.onto else None,
         renames=tuple((rule.from_, rule.to) for rule in written.rename or ()),
+        adapter=written.name,
         stack=stack,
     )
 
@@ -126,12 +136,29 @@ def check_models(document: Document, table: RecipeTable, models: Mapping[str, En
             if entry is None:
                 fix = did_you_mean(written, list(models)) or f"models of this recipe: {', '.join(models)}"
                 raise document.error(f"`{written}` is not a model of this recipe", place, fix)
-            if whole and entry.kind == "skill":
-                raise document.error(f"`{written}` is a skill, which has no tensors to take", place)
+            if whole and entry.is_difference:
+                kind = "an adapter" if entry.kind == "adapter" else "a skill"
+                advice = "give it `onto:`, a model" if entry.kind == "adapter" else None
+                raise document.error(f"`{written}` is {kind}, which has no tensors to take", place, advice)
             if path[-1] == "onto" and entry.kind in ("patch", "stack"):
                 raise document.error(f"`{written}` is a {entry.kind} itself", place, "name a whole model")
     with mistakes:
-        _refuse_cycles(document, table, models)
+        _refuse_circles(document, table, models)
+    with mistakes:
+        _refuse_circular_stacks(document, table, models)
+
+
+def _refuse_circles(document: Document, table: RecipeTable, models: Mapping[str, Entry]) -> None:
+    """Raise RecipeError for an adapter that is put onto itself, by way of others or not."""
+    for written in table.models:
+        seen: list[str] = []
+        name: str | None = normalise_name(written)
+        while name is not None and name in models and name not in seen:
+            seen.append(name)
+            name = models[name].onto
+        if name == normalise_name(written):
+            way = " onto ".join(f"`{it}`" for it in (*seen, name))
+            raise document.error(f"{way}: a circle", document.place(("models", written, "onto")), "name a whole model")
 
 
 def stacks_in_order(models: Mapping[str, Entry]) -> dict[str, tuple[Part, ...]]:
@@ -150,7 +177,7 @@ def stacks_in_order(models: Mapping[str, Entry]) -> dict[str, tuple[Part, ...]]:
     return {name: models[name].stack for name in ready}
 
 
-def _refuse_cycles(document: Document, table: RecipeTable, models: Mapping[str, Entry]) -> None:
+def _refuse_circular_stacks(document: Document, table: RecipeTable, models: Mapping[str, Entry]) -> None:
     """Refuse a stack that is made of itself, whatever is between."""
     ordered = stacks_in_order(models)
     left = {name: entry.stack for name, entry in models.items() if entry.stack and name not in ordered}

@@ -100,13 +100,19 @@ class Recipe:
 
     @property
     def skills(self) -> frozenset[str]:
-        """Those of the models that are stored skills."""
-        return frozenset(name for name, entry in self.entries.items() if entry.kind == "skill")
+        """Those of the models that are differences in themselves: stored skills, and adapters that are put onto
+        nothing."""
+        return frozenset(name for name, entry in self.entries.items() if entry.is_difference)
 
     @property
     def patches(self) -> dict[str, str]:
-        """Those of the models that are sparse patches, and the models that they are for."""
-        return {name: entry.onto for name, entry in self.entries.items() if entry.kind == "patch" and entry.onto}
+        """Those of the models that are sparse patches or adapters, and the models that they are put onto."""
+        return {name: entry.onto for name, entry in self.entries.items() if entry.onto}
+
+    @property
+    def adapters(self) -> list[str]:
+        """Those of the models that are adapters."""
+        return [name for name, entry in self.entries.items() if entry.kind == "adapter"]
 
     @property
     def stacks(self) -> dict[str, tuple[Part, ...]]:

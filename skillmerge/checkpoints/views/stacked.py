@@ -113,6 +113,10 @@ class Stacked(Checkpoint):
         part, source = self.sources[tensor]
         return part.cost(source)
 
+    def written_dtype(self, tensor: str) -> str:
+        part, source = self.sources[tensor]
+        return part.written_dtype(source)
+
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:
         """Return the digest of a file's tensors."""
         digest = hashlib.sha256(self.files[file].described)
