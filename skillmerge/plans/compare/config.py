@@ -55,14 +55,15 @@ def compare_config(
     *,
     foreign: bool = False,
     written: Mapping[str, str] | None = None,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Compared]:
     """Return how the configurations of the formula's models differ from the donor's.
 
     A model without a configuration, such as a stored skill, is not compared. dtype: of the output, or None for a skill,
     which gets no configuration. foreign: also compare different architectures, in which nearly everything differs.
-    written: the recipe's line for each model.
+    written: the recipe's line for each model. others: configurations to compare in place of models' own.
     """
-    configs = {name: models[name].config for name in _compared(models, donor, roles)}
+    configs = {name: (others or {}).get(name, models[name].config) for name in _compared(models, donor, roles)}
     found = [] if dtype is None else [*_donor(models[donor], donor, dtype)]
     if configs.get(donor):
         found += _without(models, donor, roles)

@@ -17,7 +17,7 @@ from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.roles import Roles, roles_of, token_matrices
 from skillmerge.plans.compare.rows import without_rows
 from skillmerge.plans.compare.tokens import compare_tokens
-from skillmerge.plans.stacks.compare import compare_parts
+from skillmerge.plans.stacks.compare import compare_parts, leveled_parts
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
 
@@ -81,7 +81,10 @@ def compare_models(
     dtype = None if recipe.makes_skill else recipe.output.dtype
     # Different architectures differ in nearly everything, so the rest is shown only after `accept`.
     settled = "architecture" in recipe.accept
-    found = compare_config(checkpoints, donor, roles, dtype, foreign=settled, written=recipe.model_lines())
+    found = compare_config(
+        checkpoints, donor, roles, dtype, foreign=settled, written=recipe.model_lines(),
+        others=leveled_parts(recipe, checkpoints, donor),
+    )  # fmt: skip
     foreign = not settled and any(it.name == "architecture" for it in found)
     files = SmallFiles()
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]

@@ -25,6 +25,12 @@ def compare_parts(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], names: 
     return found
 
 
+def leveled_parts(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: str) -> dict[str, Mapping[str, object]]:
+    """Return the configurations of the donor's own models, if it is a stack, without what sets them apart by depth."""
+    parts = dict.fromkeys(entry.model for entry in recipe.entries[donor].stack)
+    return {part: leveled(checkpoints[part].config, checkpoints[donor].config) for part in parts}
+
+
 def _differences(configs: Mapping[str, Mapping[str, object]], first: str) -> list[Compared]:
     kinds = {part: architecture(config) or "unnamed" for part, config in configs.items()}
     other = [part for part, kind in kinds.items() if kind != kinds[first]]

@@ -25,6 +25,7 @@ from skillmerge.recipes.mergekit.methods import expression
 from skillmerge.recipes.mergekit.notes import Notes, Refused
 from skillmerge.recipes.mergekit.output import dtype_of, tokenizer_of
 from skillmerge.recipes.mergekit.settings import Varying
+from skillmerge.recipes.mergekit.stacks import behind_layers, stacks_of
 from skillmerge.recipes.mergekit.translation import Translation
 from skillmerge.recipes.mergekit.writing import Draft, moved, names_of, text_of
 from skillmerge.recipes.schedules import matcher
@@ -129,7 +130,9 @@ def translated(
 def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -> tuple[Draft, Config]:
     config = read(document, around, notes)
     places = config.models if config.base is None else (config.base, *config.models)
-    names = names_of(places)
+    plain = names_of(places)
+    stacks = stacks_of(config, plain)
+    names = dict(stacks.names) if stacks is not None else plain
     given = Translation(config, names, notes)
     merge = expression(given)
     output = {"path": f"./{_name_of(document) or 'merged'}"}
@@ -139,6 +142,8 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
         node = parse(merge, [*names.values()], [*given.coefficients])
     except ExpressionError as error:
         raise Refused(f"the translation {error}: {merge}"[:400], fix="write it by hand, in fewer terms") from error
+    if stacks is not None and config.method == "passthrough" and like != config.models[0]:
+        raise Refused("the tokenizer is not that of the first slice, whose embedding the output has", fix=_OTHER_TOKENS)
     if names[like] != donor_of(node):
         output["like"] = names[like]
     if (dtype := dtype_of(config, notes)) is not None:
@@ -146,13 +151,23 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
     given.note_unused()
     used = {name.name for name in names_in(node)} | {names[like]}
     tensors = _tensors(places, around.home)
-    models = {name: moved(place, start) for place, name in names.items() if name in used}
+    parts = {name: it for name, it in stacks.parts.items() if name in used} if stacks is not None else {}
+    needed = used | {model for part in parts.values() for model, _, _ in part}
+    models = {name: moved(place, start) for place, name in plain.items() if name in needed}
     coefficients = {
         name: _without_idle(found, tensors, notes) for name, found in given.coefficients.items() if name in used
     }
+    behind = stacks.behind if stacks is not None else None
+    if behind is not None and tensors is None:
+        what = f"final norm and head are those of `{behind}`, and their names are guessed"
+        notes.warn(f"{what}; check with `skillmerge plan`", "slices")
     remarks = sorted(notes.found, key=lambda remark: remark.level != "warning")
     title = f"{config.method}, from {Path(document.name).name if document.name != STANDARD_INPUT else 'mergekit'}"
-    return Draft(title, models, coefficients, merge, output, remarks), config
+    copied = (behind_layers(tensors), behind) if behind is not None else None
+    return Draft(title, models, coefficients, merge, output, remarks, parts, copied), config
+
+
+_OTHER_TOKENS = "name the model of the first slice, or no tokenizer"
 
 
 def _without_idle(found: Varying, names: frozenset[str] | None, notes: Notes) -> Varying:

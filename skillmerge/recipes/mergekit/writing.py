@@ -7,7 +7,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from skillmerge.methods.table import METHODS
 from skillmerge.recipes.mergekit.settings import Points, Rule, Varying
@@ -26,7 +26,8 @@ _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*|(?:hf://)?[A-Za-z0-9_./][A-Za-z0-
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a recipe is written from. models: name -> place. output: its keys."""
+    """What a recipe is written from. models: name -> place. output: its keys. stacks: name -> models, with the first
+    and the last of its layers. copied: tensors, and the model that they are of."""
 
     title: str
     models: Mapping[str, str]
@@ -34,6 +35,8 @@ class Draft:
     merge: str
     output: Mapping[str, str]
     remarks: Sequence[Remark]
+    stacks: Mapping[str, Sequence[tuple[str, int, int]]] = field(default_factory=dict)
+    copied: tuple[Sequence[str], str] | None = None
 
 
 def names_of(places: Iterable[str]) -> dict[str, str]:
@@ -79,14 +82,24 @@ def text_of(draft: Draft) -> str:
         )  # fmt: skip
     lines += ["skillmerge: 1", "models:"]
     lines += [f"  {name}: {quoted(place)}" for name, place in draft.models.items()]
+    for name, parts in draft.stacks.items():
+        lines += [f"  {name}:", "    stack:"]
+        lines += [f"      - {{from: {model}, layers: {_layers(first, last)}}}" for model, first, last in parts]
     if draft.coefficients:
         lines.append("coefficients:")
         for name, coefficient in draft.coefficients.items():
             lines += _coefficient(name, coefficient)
     lines += _merge(draft.merge)
+    if draft.copied is not None:
+        tensors, model = draft.copied
+        lines += ["copy:", f"  - {{tensors: [{', '.join(map(quoted, tensors))}], from: {model}}}"]
     output = ", ".join(f"{key}: {quoted(value)}" for key, value in draft.output.items())
     lines.append(f"output: {{{output}}}")
     return "\n".join(lines) + "\n"
+
+
+def _layers(first: int, last: int) -> str:
+    return f"{first}-{last}" if last > first else f"{first}"
 
 
 def quoted(place: str) -> str:
