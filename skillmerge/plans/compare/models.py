@@ -83,7 +83,7 @@ def compare_models(
     settled = "architecture" in recipe.accept
     found = compare_config(
         checkpoints, donor, roles, dtype, foreign=settled, written=recipe.model_lines(),
-        others=leveled_parts(recipe, checkpoints, donor),
+        others=leveled_parts(recipe, checkpoints, donor, roles),
     )  # fmt: skip
     foreign = not settled and any(it.name == "architecture" for it in found)
     files = SmallFiles()

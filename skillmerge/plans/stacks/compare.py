@@ -9,6 +9,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.plans.compare.config import FILE, compare_texts
 from skillmerge.plans.compare.config_values import architecture
 from skillmerge.plans.compare.found import Compared
+from skillmerge.plans.compare.roles import Roles
 from skillmerge.plans.stacks.config import leveled
 from skillmerge.recipes.recipe import Recipe
 
@@ -25,10 +26,15 @@ def compare_parts(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], names: 
     return found
 
 
-def leveled_parts(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: str) -> dict[str, Mapping[str, object]]:
-    """Return the configurations of the donor's own models, if it is a stack, without what sets them apart by depth."""
+def leveled_parts(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: str, roles: Roles
+) -> dict[str, Mapping[str, object]]:
+    """Return the configurations of the donor's own models, if it is a stack, without what sets them apart by depth.
+    Of those that the formula itself names, depth matters."""
     parts = dict.fromkeys(entry.model for entry in recipe.entries[donor].stack)
-    return {part: leveled(checkpoints[part].config, checkpoints[donor].config) for part in parts}
+    named = {part for part in parts if (role := roles.get(part)) is not None and (role.added or role.subtracted)}
+    like = checkpoints[donor].config
+    return {part: leveled(checkpoints[part].config, like) for part in parts if part not in named}
 
 
 def _differences(configs: Mapping[str, Mapping[str, object]], first: str) -> list[Compared]:
