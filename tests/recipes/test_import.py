@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_tensors, read_checkpoint, tensor_shapes, write_checkpoint
+from safetensors.torch import save_file
 
 import skillmerge
 from skillmerge.errors import RecipeError, UsageError
@@ -324,6 +325,59 @@ def test_other_methods_merge_a_stack_of_each_model(tmp_path: Path) -> None:
     alone = [{"sources": [{"model": "./a", "layer_range": [1, 3]}]}]
     with pytest.raises(RecipeError, match="which of the base they are merged with is not said"):
         imported(tmp_path, {**document, "slices": alone})
+
+
+def adapter(folder: Path, layers: int = 3) -> dict[str, torch.Tensor]:
+    """An adapter of rank 2 and scale 3 in `folder`, and what it adds to each matrix."""
+    folder.mkdir()
+    tensors, added = {}, {}
+    for layer in range(layers):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        a, b = (torch.randn(shape, generator=torch.Generator().manual_seed(layer)) for shape in ((2, 16), (16, 2)))
+        tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+        added[f"{name}.weight"] = 3 * b.double() @ a.double()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return added
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["./a+./lora", {"model": "./a", "lora": "./lora"}, {"model": {"path": "./a"}, "lora": {"path": "./lora"}}],
+)
+def test_a_model_with_an_adapter_becomes_an_adapter_onto_it(written: Any, tmp_path: Path) -> None:
+    family(tmp_path, base=0, a=1e-2)
+    added = adapter(tmp_path / "lora")
+    document = {
+        "merge_method": "task_arithmetic",
+        **BASE,
+        "models": [{"model": written}],
+        "parameters": {"weight": 0.5},
+    }
+    made = imported(tmp_path, document, output=tmp_path / "recipe.yaml")
+    assert data_of(made)["models"] == {"base": "./base", "a": "./a", "lora": {"adapter": "./lora", "onto": "a"}}
+    assert data_of(made)["merge"] == "base + 0.5 * (lora - base)"
+    assert [remark.message.partition(",")[0] for remark in made.warnings] == ["mergekit merges an adapter first"]
+    assert skillmerge.lint(tmp_path / "recipe.yaml").findings == ()
+    merged = read_checkpoint(skillmerge.apply(tmp_path / "recipe.yaml").output)
+    base, a = (read_checkpoint(tmp_path / name) for name in ("base", "a"))
+    for name, tensor in merged.items():
+        wanted = base[name].double() + 0.5 * (a[name].double() + added.get(name, 0) - base[name].double())
+        assert torch.allclose(tensor.double(), wanted, rtol=0, atol=1e-6), name
+
+
+def test_slices_may_have_adapters(tmp_path: Path) -> None:
+    family(tmp_path, a=1e-2)
+    added = adapter(tmp_path / "lora")
+    slices = sliced(("a+./lora", 0, 2), ("a", 0, 2))
+    made = imported(tmp_path, {"merge_method": "passthrough", "slices": slices}, output=tmp_path / "recipe.yaml")
+    assert data_of(made)["models"]["stacked"] == {"stack": [part("lora", "0-1"), part("a", "0-1")]}
+    merged = read_checkpoint(skillmerge.apply(tmp_path / "recipe.yaml").output)
+    a, name = read_checkpoint(tmp_path / "a"), "model.layers.{}.self_attn.q_proj.weight"
+    for place, (number, with_adapter) in enumerate([(0, 1), (1, 1), (0, 0), (1, 0)]):
+        wanted = a[name.format(number)].double() + with_adapter * added[name.format(number)]
+        assert torch.equal(merged[name.format(place)], wanted.float())
 
 
 def test_a_stack_has_the_tokenizer_of_its_first_slice(tmp_path: Path) -> None:

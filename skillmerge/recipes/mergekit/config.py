@@ -25,7 +25,6 @@ _KNOWN = (
 _HOW = {"models": {"model", "parameters"}, "sources": {"model", "parameters", "layer_range"},
         "slices": {"sources", "parameters", "base_model"}, "modules": {"models", "slices", "parameters"}}  # fmt: skip
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]")
-ADAPTER = "merge it in first (peft: `merge_and_unload`), and name that folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class Region:
 @dataclass(frozen=True, slots=True)
 class Config:
     """models: all in their order, the base too if it is listed. base: None if there is none. moves: whether layers
-    move, repeat, or are left out."""
+    move, repeat, or are left out. adapters: place of a model with an adapter on it -> places of both."""
 
     document: Document
     method: str
@@ -66,6 +65,7 @@ class Config:
     models: tuple[str, ...]
     regions: tuple[Region, ...]
     moves: bool = False
+    adapters: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def listed(self) -> bool:
@@ -112,7 +112,7 @@ def read(document: Document, around: Surroundings, notes: Notes) -> Config:
     regions = tuple(reader.regions(given[0]))
     base = reader.base(regions)
     models = dict.fromkeys(model for region in regions for model in region.sources)
-    return Config(document, method, base, tuple(models), regions, reader.moves)
+    return Config(document, method, base, tuple(models), regions, reader.moves, reader.adapters)
 
 
 def place_of(data: Mapping[str, Any], around: Surroundings, notes: Notes) -> Callable[..., str]:
@@ -125,6 +125,7 @@ class _Reader:
         self.data, self.around, self.notes = data, around, notes
         self.bases: list[tuple[str, Keys]] = []
         self.moves = False
+        self.adapters: dict[str, tuple[str, str]] = {}
         self.above = self.level(data)
 
     def level(self, data: Mapping[str, Any], *path: str | int) -> Level:
@@ -132,18 +133,32 @@ class _Reader:
         return Level(table(data.get("parameters"), "parameters", *here), here)
 
     def place(self, written: Any, *path: str | int) -> str:
-        """Return a model, which is a repository or a folder, as a place of ours."""
+        """Return a model, which is a repository or a folder, as a place of ours; of one with an adapter on it both
+        places, with a plus between them."""
+        adapter: Any = None
         revision = ""
         while isinstance(written, dict):
-            if written.get("lora"):
-                raise Refused(f"`{written['lora']}` is an adapter", *path, fix=ADAPTER)
+            adapter = written.get("lora") or adapter
             revision = str(written.get("revision") or revision)
             written = written.get("model", written.get("path"))
         if not isinstance(written, str) or not written.strip():
             raise Refused(f"the model `{written}` is not a text", *path, fix="write a folder or `org/name`")
-        name, plus, adapter = written.partition("+")
-        if plus:
-            raise Refused(f"`{written}` puts the adapter `{adapter}` on `{name}`", *path, fix=ADAPTER)
+        name, plus, added = written.partition("+")
+        if not plus and not adapter:
+            return self._at(written, revision, *path)
+        if "+" in added or (plus and adapter):
+            raise Refused(f"`{written}` has more than one adapter", *path, fix="name one, as in `model+adapter`")
+        found = self._at(name, revision, *path), self.place(added or adapter, *path)
+        if found[1] in self.adapters:
+            raise Refused("this adapter has an adapter itself", *path, fix="name one, as in `model+adapter`")
+        self.notes.warn(
+            "mergekit merges an adapter first, in the dtype that it is told to; skillmerge adds it in float32", *path
+        )
+        self.adapters["+".join(found)] = found
+        return "+".join(found)
+
+    def _at(self, written: str, revision: str, *path: str | int) -> str:
+        """Return a repository or a folder as a place of ours."""
         if written in self.around.stages:
             self.notes.note(f"`{written}` is the output of another document: import and apply that one first", *path)
             return f"./{written}"
