@@ -13,11 +13,12 @@ from skillmerge.engine.runner import Work
 from skillmerge.recipes.parse import load
 from skillmerge.verbs.rebuild import How, check_rebuild
 
+LAYERS = {"upscaled": {"target": 48, "rl": 32, "sft": 32}}
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 
 def test_there_are_recipes() -> None:
-    assert len(FILES) >= 23
+    assert len(FILES) >= 24
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -29,7 +30,10 @@ def test_recipe_applies_as_it_is(path: Path, tmp_path: Path, monkeypatch: pytest
     with HubServer(tmp_path / "hub") as hub, hub.environment(monkeypatch):
         parsed = load(recipe)
         for seed, (name, uri) in enumerate(parsed.models.items()):
-            tensors = random_tensors(tensor_shapes(layers=8), seed=seed)
+            if parsed.entries[name].stack:
+                continue
+            layers = LAYERS.get(path.stem, {}).get(name, 8)
+            tensors = random_tensors(tensor_shapes(layers=layers), seed=seed)
             if name in parsed.skills:
                 write_checkpoint(tmp_path / "before", random_tensors(tensor_shapes(layers=8), seed=99))
                 write_checkpoint(tmp_path / f"after-{name}", tensors)

@@ -79,9 +79,12 @@ class InputFile:
     sha256: str | None
 
 
+_NAMING = ("rename", "unwrapped", "stack", "config_edits", "layout")
+
+
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An input model. revision: its commit on the Hub, or None. rename, unwrapped, layout: see `Naming`."""
+    """An input model. revision: its commit on the Hub, or None. From `rename` on: see `Naming`."""
 
     name: str
     uri: str
@@ -90,11 +93,13 @@ class Input:
     license: str | None
     rename: list[dict[str, str]] | None = None
     unwrapped: list[str] | None = None
+    stack: list[dict[str, str]] | None = None
+    config_edits: list[dict[str, Any]] | None = None
     layout: list[str] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         row = {"name": self.name, "uri": self.uri, "revision": self.revision}
-        names = {key: value for key in ("rename", "unwrapped", "layout") if (value := getattr(self, key))}
+        names = {key: value for key in _NAMING if (value := getattr(self, key))}
         return {**row, "files": [asdict(file) for file in self.files], "license": self.license, **names}
 
 

@@ -27,6 +27,7 @@ from skillmerge.plans.dtypes.quantised import refuse_unequal
 from skillmerge.plans.models.adapting import as_differences, put_onto
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
+from skillmerge.plans.stacks.build import with_stacks
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.lock import LOCK_VERSION, LockedModel
 from skillmerge.recipes.parse import load
@@ -82,7 +83,7 @@ def open_models(
 
     Raises RecipeError, UsageError, InputError, StalePlan, TemporaryError.
     """
-    places = {name: recipe.model_place(name) for name in recipe.used_models()}
+    places = {name: recipe.model_place(name) for name in recipe.stored_models()}
     refuse_missing(recipe, places, access)
     lock_path = lockfile.path_of(Path(recipe.document.name))
     lock = None
@@ -131,9 +132,10 @@ def planned(
 
 
 def as_read(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
-    """Return the models under the names that they are read by, with adapters on those that they are put onto."""
+    """Return the models under the names that they are read by, with adapters on those that they are put onto, and
+    stacks."""
     found = {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
-    return put_onto(recipe, found)
+    return with_stacks(recipe, put_onto(recipe, found))
 
 
 def under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkpoint:

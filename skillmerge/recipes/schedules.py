@@ -32,6 +32,10 @@ class LayerRange:
     first: int
     last: int | None
 
+    def __str__(self) -> str:
+        last = "" if self.last is None else self.last
+        return f"{self.first}" if self.last == self.first else f"{self.first}-{last}"
+
     def __contains__(self, layer: object) -> bool:
         return isinstance(layer, int) and self.first <= layer and (self.last is None or layer <= self.last)
 

@@ -33,8 +33,20 @@ class RenameTable(Table):
     to: Annotated[str, Field(max_length=1000, description="Prefix that replaces it.", examples=["model."])]
 
 
+class StackTable(Table):
+    """Layers of one model, which come next in a stack."""
+
+    from_: Annotated[
+        str, Field(alias="from", description="Model of this recipe whose layers come next.", examples=["base"])
+    ]
+    layers: Annotated[
+        Layers | None,
+        Field(description="Its layers, counted from 0, in this order. By default: all.", examples=["0-23", 7]),
+    ] = None
+
+
 class ModelTable(Table):
-    """A checkpoint, a stored skill, a sparse patch or a LoRA adapter, and how to read it."""
+    """A checkpoint, a stored skill, a sparse patch, a LoRA adapter or a stack of layers, and how to read it."""
 
     path: Annotated[
         str | None,
@@ -85,6 +97,16 @@ class ModelTable(Table):
             min_length=1,
             description="Model of this recipe that the patch or the adapter is put onto.",
             examples=["sft"],
+        ),
+    ] = None
+    stack: Annotated[
+        list[StackTable] | None,
+        Field(
+            min_length=1,
+            max_length=1000,
+            description="Layers of other models of this recipe on top of each other. What is outside the layers is the "
+            "first one's.",
+            examples=[[{"from": "base", "layers": "0-23"}, {"from": "base", "layers": "8-31"}]],
         ),
     ] = None
     rename: Annotated[
