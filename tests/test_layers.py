@@ -41,6 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "inspect loads.load_probe loads.loading scoring.scorers",
         "loads.tokenizer_probe loads.vllm_probe scoring.built_in spectrum update_pass",
         "forecast loads.child loads.generation scoring.scores subjects update_metrics",
+        "adapters places",
     ),
     "outputs": (
         "hub.push proof.attest",
@@ -68,7 +69,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tasks.part",
         "tasks.opening",
         "opening",
-        "aligned planner",
+        "aligned models.adapting planner",
         "advice.heads budget compare.skill_tokens layout saved",
         "plan",
         "compare.models",
@@ -80,26 +81,28 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "recipes": (
         "starter",
-        "importing lint",
+        "lint mergekit.importing",
         "parse",
         "recipe",
         "gate_table mergekit.methods mergekit.writing",
         "mergekit.translation schema",
         "mergekit.output mergekit.settings",
-        "formula.bind formula.donor formula.parser lint_rules lock mergekit.config schedules source",
+        "entries formula.bind formula.donor formula.parser lint_rules lock mergekit.config schedules source",
         "foreign.documents foreign.near_misses formula.catalog mergekit.notes tables.recipe",
         "formula.arguments yamltext foreign.spellings tables.gates",
         "formula.tree tables.values",
     ),
     "checkpoints": (
-        "kinds.table",
-        "kinds.skill schemes",
-        "kinds.dense kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",
+        "views.adapted",
+        "kinds.table views.low_rank",
+        "views.fitting",
+        "kinds.lora.adapter kinds.skill schemes",
+        "kinds.dense kinds.lora.parts kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",
         "tokenizers.tokenizer views.arranged views.renamed views.spooled",
-        "tokenizers.vocabulary views.bands",
+        "kinds.lora.config tokenizers.vocabulary views.bands",
         "tokenizers.small_files",
         "checkpoint stores.folder",
-        "store tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
+        "kinds.lora.patterns store tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
         "kinds.sparse missing model_config safetensors stores.hub_client stores.object_client views.relations",
         "foreign place stores.retries",
     ),
@@ -170,7 +173,8 @@ TORCH_ROOMS = {"methods", "engine", "study", "verbs"}
 """Rooms whose modules may import torch; below are the others that do."""
 TORCH_MODULES = {
     "bits", "checkpoints.kinds.sparse", "checkpoints.kinds.patch", "checkpoints.kinds.skill_planes",
-    "checkpoints.views.arranged", "checkpoints.views.bands", "outputs.verify",
+    "checkpoints.views.adapted", "checkpoints.views.arranged", "checkpoints.views.bands", "checkpoints.views.low_rank",
+    "outputs.verify",
 }  # fmt: skip
 
 

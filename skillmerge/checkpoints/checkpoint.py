@@ -84,8 +84,8 @@ class Checkpoint(ABC):
     `config.json`, empty if there is none. tensors: by name, file by file in the order of their bytes. files: the
     weight files, by name. indexed: whether an index names them. unread: weight files that the index leaves out.
     naming: how its names differ from the stored ones. is_checked: False of a patch that does not say which model it is
-    for. same: of a plane of a skill, the quantized tensors that it has
-    no update of; None of anything else.
+    for. same: of a plane of a skill, the quantized tensors that it has no update of; None of anything else. trained_on:
+    of an adapter, the model that it says it was trained on.
 
     A kind says how tensors are read; what it does not say here is true of one whose weight files are its store's.
     """
@@ -93,6 +93,7 @@ class Checkpoint(ABC):
     naming = Naming()
     is_checked = True
     same: frozenset[str] | None = None
+    trained_on: str | None = None
 
     def __init__(
         self,
@@ -133,6 +134,11 @@ class Checkpoint(ABC):
     def costs(self, tensor: str) -> Mapping[str, int]:
         """Return the same by file: those that a tensor comes from."""
         return {self.tensors[tensor].file: self.cost(tensor)}
+
+    def written_dtype(self, tensor: str) -> str:
+        """Return the dtype that an output like this one has for a tensor. It differs from the tensor's own where that
+        is computed from what is stored in another one."""
+        return self.tensors[tensor].dtype
 
     def stated(self, file: str) -> tuple[int, tuple[str, str]] | None:
         """Size and digest of one of its files, weights or not, as its store states them; None if it does not."""
@@ -184,7 +190,17 @@ class View(Checkpoint):
         super().__init__(checkpoint.uri, checkpoint.at, checkpoint.store, checkpoint.config, tensors, files,
                          indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
         self.naming, self.same, self.is_checked = checkpoint.naming, checkpoint.same, checkpoint.is_checked
+        self.trained_on = checkpoint.trained_on
         self._checkpoint = checkpoint
+
+    @property
+    def beneath(self) -> Checkpoint:
+        """The checkpoint that is seen."""
+        return self._checkpoint
+
+    def written_dtype(self, tensor: str) -> str:
+        known = tensor in self._checkpoint.tensors
+        return self._checkpoint.written_dtype(tensor) if known else super().written_dtype(tensor)
 
     def costs(self, tensor: str) -> Mapping[str, int]:
         return self._checkpoint.costs(tensor)
@@ -220,8 +236,8 @@ def named(name: str, opened: Checkpoint | Difference) -> dict[str, Checkpoint]:
 class Kind(Protocol):
     """A way to store weights: a module in `kinds/`, and a line in its table.
 
-    WORD: what a recipe calls the place: `model`, `skill` or `patch`. NOUN: what messages call it. WRITTEN: how to
-    write it in a recipe, with `{uri}`.
+    WORD: what a recipe calls the place: `model`, `skill`, `patch` or `adapter`. NOUN: what messages call it. WRITTEN:
+    how to write it in a recipe, with `{uri}`.
     """
 
     @property

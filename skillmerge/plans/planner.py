@@ -19,7 +19,7 @@ from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, is_zero, model_of, sole_model
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
 from skillmerge.plans.advice.heads import driven_apart, stored_heads
-from skillmerge.plans.advice.oddities import oddities
+from skillmerge.plans.advice.oddities import oddities, unlike_bases
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models, unsettled
@@ -244,7 +244,7 @@ def _files(
     """Return the output's shards, none if it is not complete, and its side files, of which a skill has none."""
     if recipe.makes_skill:
         return lay_out_skill(recipe, tensors) if complete else (), ()
-    is_cast = any(plan.dtype != donor.tensors[name].dtype for name, plan in tensors.items())
+    is_cast = any(plan.dtype != donor.written_dtype(name) for name, plan in tensors.items())
     side_files = collect(donor, recipe.output.dtype if is_cast else None, allow_code)
     shards = lay_out(recipe, donor, tensors) if complete else ()
     if [shard.file for shard in shards] not in ([], [SINGLE_FILE]):
@@ -277,6 +277,7 @@ def _warnings(
     for name in recipe.used_models():
         if doubt := checkpoints[name].at.doubt:
             yield warning(f"model `{name}`: {doubt}", "name the commit or the branch that you mean")
+    yield from unlike_bases(recipe, checkpoints)
     yield from levelled(recipe, donor, wanted)
     if not recipe.makes_skill:
         yield from driven_apart(donor, tensors)
@@ -289,8 +290,9 @@ def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterato
     yield from remarks(recipe)
     seen: dict[str, str] = {}
     for name in recipe.used_models():
-        root = checkpoints[name].at.root
+        root, entry = checkpoints[name].at.root, recipe.entries[name]
         place = str(root.resolve()) if root is not None else checkpoints[name].place
+        place += f" {entry.adapter} {entry.onto}" if entry.kind == "adapter" else ""
         if place in seen:
             what = f"models `{seen[place]}` and `{name}` are the same: their difference is zero"
             yield warning(what, "change the folder of one of them", of_recipe=True)

@@ -25,7 +25,7 @@ from skillmerge.recipes.formula.tree import ExpressionError, names_in, normalise
 from skillmerge.recipes.lint_rules import RULES, LintRule
 from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
-from skillmerge.recipes.schedules import LayerRange, Rule
+from skillmerge.recipes.schedules import Numbers, Rule
 from skillmerge.recipes.source import RecipeSource, name_of
 from skillmerge.recipes.yamltext import Path as DataPath
 from skillmerge.remarks import Remark, warning
@@ -182,13 +182,13 @@ def _models(recipe: Recipe) -> Iterator[Finding]:
 
 def _same(recipe: Recipe) -> Iterator[Finding]:
     """Yield findings about models that have the same place."""
-    seen: dict[ModelPlace, str] = {}
+    seen: dict[tuple[ModelPlace, str | None], str] = {}
     for name in recipe.used_models():
         try:
             place = recipe.model_place(name)
         except RecipeError:
             continue  # which has its own finding
-        other = seen.setdefault(place, name)
+        other = seen.setdefault((place, recipe.entries[name].adapter), name)
         if other != name and name not in recipe.patches and other not in recipe.patches:
             path = _written(recipe, "models", name)
             yield _at(recipe, "same-model", path, f"`{other}` and `{name}` are the same model")
@@ -264,17 +264,19 @@ def _covers(later: Rule, rule: Rule) -> bool:
     """Return whether `later` certainly selects every tensor that `rule` can select."""
     in_layers = bool(rule.layers) or rule.ramp is not None
     if later.layers:
-        if not in_layers or not _contains(later.layers, rule.layers or (LayerRange(0, None),)):
+        if not in_layers or not _contains(later.layers, rule.layers or (Numbers(0, None),)):
             return False
     elif later.ramp is not None and not in_layers:
         return False
     if later.tensors and "*" not in later.tensors and not (rule.tensors and {*rule.tensors} <= {*later.tensors}):
         return False
+    if later.experts and not (rule.experts and _contains(later.experts, rule.experts)):
+        return False
     return not later.modules or (bool(rule.modules) and {*rule.modules} <= {*later.modules})
 
 
-def _contains(outer: Sequence[LayerRange], inner: Sequence[LayerRange]) -> bool:
-    """Return whether all layers of `inner` are in `outer`."""
+def _contains(outer: Sequence[Numbers], inner: Sequence[Numbers]) -> bool:
+    """Return whether all numbers of `inner` are in `outer`."""
     for part in inner:
         at = part.first
         for other in sorted(outer, key=lambda it: it.first):

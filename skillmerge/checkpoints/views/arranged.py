@@ -154,6 +154,10 @@ class Arranged(View):
                 found[file] = found.get(file, 0) + cost * pair.stored.elements // max(whole, 1)
         return found
 
+    def written_dtype(self, tensor: str) -> str:
+        plan = self._plans.get(tensor)
+        return self._checkpoint.written_dtype(tensor if plan is None else plan.pairs[0].stored.tensor)
+
     def close(self) -> None:
         self._bands.close()
         super().close()

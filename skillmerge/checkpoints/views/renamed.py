@@ -61,6 +61,9 @@ class Renamed(View):
     def costs(self, tensor: str) -> Mapping[str, int]:
         return self._checkpoint.costs(self._stored[tensor])
 
+    def written_dtype(self, tensor: str) -> str:
+        return self._checkpoint.written_dtype(self._stored[tensor])
+
 
 def read_as(
     name: str, checkpoint: Checkpoint, rename: Sequence[tuple[str, str]], unwrapped: Sequence[str]

@@ -63,7 +63,7 @@ def cause_of(
     rules = rename_rules(checkpoint.tensors, donor.tensors) or rename_rules(*parts_of(checkpoint, donor))
     if rules:
         message = f"model `{model}` has the tensors of the donor `{donor_name}` under other names: {_like(*rules[0])}"
-        if model_of(model) in recipe.renames:
+        if recipe.entries[model_of(model)].renames:
             return Cause(message, f"change the `rename` of model `{model}`")
         return Cause(message, None, (_line(recipe, model_of(model), rules),))
     ours = {name: spec for name, spec in checkpoint.tensors.items() if name not in donor.tensors}

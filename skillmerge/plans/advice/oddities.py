@@ -8,6 +8,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.views.renamed import WRAPPERS
 from skillmerge.methods.terms import model_of
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.remarks import Remark, warning
 
 
 def oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
@@ -35,3 +36,21 @@ def _read_otherwise(donor: str | None, checkpoints: Mapping[str, Checkpoint]) ->
             yield f"model `{name}` is read without {parts} in the names of its tensors"
         if naming.layout:
             yield f"model `{name}` is read in the layout of `{donor}`: {', '.join(naming.layout)}"
+
+
+def unlike_bases(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
+    """Yield a warning where adapters of one formula say that they were trained on different models: then they do not
+    start from the same weights, and their difference may be no skill."""
+    groups: dict[str | None, dict[str, str]] = {}
+    for name in recipe.adapters:
+        base = checkpoints[name].trained_on if name in checkpoints else None
+        if base is not None:
+            groups.setdefault(recipe.entries[name].onto, {}).setdefault(base.rstrip("/"), name)
+    for bases in groups.values():
+        if len(bases) > 1:
+            (first, one), (second, other), *_ = bases.items()
+            yield warning(
+                f"adapter `{one}` says that it was trained on `{first}`, and `{other}` on `{second}`",
+                "if RL continued the SFT adapter, its skill is the difference of the two; if it started from the "
+                "merged SFT model, its skill is its adapter alone",
+            )

@@ -23,7 +23,7 @@ from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.renamed import names_as, read_as
 from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
-from skillmerge.plans.opening import Access, close_all, open_all, refuse_missing, under_its_names
+from skillmerge.plans.opening import Access, as_read, close_all, open_all, refuse_missing
 from skillmerge.plans.saved import SavedPlan
 from skillmerge.tensors import TensorSpec
 
@@ -43,16 +43,16 @@ def open_parts(
     names = [name for name in recipe.used_models() if any(model_of(each) == name for each in needed)]
     whole = {name for name in names if name in recipe.skills or name in recipe.patches}
     whole |= {onto for patch, onto in recipe.patches.items()}
+    if recipe.donor is not None and any(recipe.entries[name].kind == "adapter" for name in names):
+        whole.add(recipe.donor)  # whose tensors the differences of adapters have
     arranged = {name for name in names if input_of(saved, name).get("layout")}
     whole |= arranged
     places = {name: _at_commit(saved, name) for name in recipe.used_models() if name in {*names, *whole}}
     refuse_missing(recipe, places, access)
     opened: dict[str, Checkpoint] = {}
     try:
-        opened |= {
-            name: under_its_names(recipe, name, checkpoint)
-            for name, checkpoint in open_all(recipe, {it: places[it] for it in places if it in whole}, access).items()
-        }
+        opened |= open_all(recipe, {it: places[it] for it in places if it in whole}, access)
+        opened |= as_read(recipe, opened)
         for name in names:
             if name not in whole:
                 opened[name] = _Part(saved, name, places[name], access).open(needed[name], shards)
@@ -144,7 +144,7 @@ class _Part:
 
     def _read_as(self, stored: Iterable[str]) -> dict[str, str]:
         recipe = self.saved.recipe
-        return names_as(stored, recipe.renames.get(self.name, ()), (recipe.unwrapped or {}).get(self.name, ()))
+        return names_as(stored, recipe.entries[self.name].renames, (recipe.unwrapped or {}).get(self.name, ()))
 
     def _names(self, headers: Mapping[str, Header]) -> set[str]:
         return set(self._read_as(spec.name for header in headers.values() for spec in header.tensors).values())
@@ -154,7 +154,7 @@ class _Part:
         tensors = {spec.name: spec for header in headers.values() for spec in header.tensors}
         files = {file: WeightFile.of(header, store.list()[file]) for file, header in headers.items()}
         found = Dense(recipe.models[self.name], store.at, store, {}, tensors, files)
-        return read_as(self.name, found, recipe.renames.get(self.name, ()), (recipe.unwrapped or {}).get(self.name, ()))
+        return read_as(self.name, found, recipe.entries[self.name].renames, (recipe.unwrapped or {}).get(self.name, ()))
 
 
 def input_of(saved: SavedPlan, name: str) -> Mapping[str, Any]:

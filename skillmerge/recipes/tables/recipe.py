@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, FiniteFloat, JsonValue, Tag
 
 from skillmerge.recipes.tables.gates import GatesTable
-from skillmerge.recipes.tables.values import PLAIN_OR_TABLE, Glob, Globs, Kinds, Layers, Table
+from skillmerge.recipes.tables.values import PLAIN_OR_TABLE, Glob, Globs, Kinds, Numbers, Table
 from skillmerge.remarks import ACCEPTABLE
 
 _MEANINGS: list[JsonValue] = [f"{meaning[0].upper()}{meaning[1:]}." for meaning in ACCEPTABLE.values()]
@@ -34,7 +34,7 @@ class RenameTable(Table):
 
 
 class ModelTable(Table):
-    """A checkpoint, a stored skill or a sparse patch, and how to read it."""
+    """A checkpoint, a stored skill, a sparse patch or a LoRA adapter, and how to read it."""
 
     path: Annotated[
         str | None,
@@ -61,9 +61,31 @@ class ModelTable(Table):
             examples=["./math-patch"],
         ),
     ] = None
+    adapter: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="LoRA adapter that PEFT saved: a folder or an `hf://` place. Alone it is a difference; with "
+            "`onto` it is that model with the adapter on it.",
+            examples=["./rl-adapter", "hf://acme/rl-adapter"],
+        ),
+    ] = None
+    name: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Adapter to take from a folder with several: the subfolder that it is in. By default: the one "
+            "at the top.",
+            examples=["rl"],
+        ),
+    ] = None
     onto: Annotated[
         str | None,
-        Field(min_length=1, description="Model of this recipe that the patch applies to.", examples=["sft"]),
+        Field(
+            min_length=1,
+            description="Model of this recipe that the patch or the adapter is put onto.",
+            examples=["sft"],
+        ),
     ] = None
     rename: Annotated[
         list[RenameTable] | None,
@@ -82,8 +104,15 @@ class RuleTable(Table):
     """The coefficient of some tensors. Selectors of one rule must all match."""
 
     layers: Annotated[
-        Layers | None,
+        Numbers | None,
         Field(description="Select layers, counted from 0.", examples=[7, "0-3", "4-", ["0-3", "8-11"]]),
+    ] = None
+    experts: Annotated[
+        Numbers | None,
+        Field(
+            description="Select experts of a mixture of experts, counted from 0, whether they are packed or one by one.",
+            examples=[7, "0-3", "4-", ["0-3", "8-11"]],
+        ),
     ] = None
     tensors: Annotated[
         Globs | None,
