@@ -70,6 +70,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tasks.opening",
         "opening",
         "aligned models.adapting planner",
+        "models.actions",
         "advice.heads budget compare.skill_tokens layout saved",
         "plan",
         "compare.models",
@@ -77,7 +78,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "advice.causes advice.oddities advice.shares compare.complete compare.config compare.rows compare.tokens",
         "advice.arrangement advice.names compare.config_values",
         "compare.table",
-        "changes depth mapping side_files tasks.division compare.architectures compare.found compare.roles",
+        "changes depth mapping models.experts side_files tasks.division compare.architectures compare.found "
+        "compare.roles",
     ),
     "recipes": (
         "starter",

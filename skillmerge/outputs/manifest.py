@@ -30,7 +30,7 @@ from skillmerge.methods.method import Scalars
 from skillmerge.outputs.canonical import digest_of, lines_of, pieces_of, to_bytes
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.compare.found import Compared
-from skillmerge.plans.plan import InputPlan, Plan
+from skillmerge.plans.plan import InputPlan, Plan, slices_of
 from skillmerge.plans.side_files import SideFile
 from skillmerge.version import __version__
 
@@ -111,9 +111,22 @@ class File:
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """Some experts of a packed tensor: the first and the last, what happens to them, and their coefficients."""
+
+    experts: tuple[int, int]
+    action: str
+    coefficients: tuple[int | float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"experts": list(self.experts), "action": self.action, "coefficients": list(self.coefficients)}
+
+
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """The action on one tensor of the output; see `TensorPlan`. statistics: of rounding, if measured. scalars: what
-    methods found of it, for each of its matrices: thresholds, cosines, factors."""
+    methods found of it, for each of its matrices: thresholds, cosines, factors. slices: of packed experts with
+    coefficients of their own, see `plan.slices_of`."""
 
     name: str
     file: str
@@ -124,6 +137,7 @@ class Tensor:
     coefficients: tuple[int | float, ...] = ()
     statistics: TensorStatistics | None = None
     scalars: dict[str, list[float]] | None = None
+    slices: list[Slice] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -135,6 +149,8 @@ class Tensor:
             "sources": [list(source) for source in self.sources],
             "coefficients": list(self.coefficients),
         }
+        if self.slices:
+            row["slices"] = [it.as_dict() for it in self.slices]
         if self.statistics is not None:
             row["statistics"] = self.statistics.as_dict()
         return {**row, "scalars": self.scalars} if self.scalars else row
@@ -298,7 +314,7 @@ def _tensors(
         found.append(
             Tensor(
                 tensor.name, spec.file, tensor.action, tensor.dtype, tensor.shape, tensor.sources,
-                tensor.coefficients, row, numbers or None,
+                tensor.coefficients, row, numbers or None, [Slice(**it) for it in slices_of(tensor)] or None,
             )
         )  # fmt: skip
     return tuple(found)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +37,9 @@ class TensorPlan:
     the difference of two models exactly, `compute` rounds `program`, `zero` is nothing.
     sources: where its elements come from, in the order of the program's models.
     coefficients: their values for this tensor, in the order of `Plan.coefficients`.
+    slices: of a packed tensor whose experts have coefficients of their own, what happens to each run of experts that
+    share them; it has neither coefficients nor a program itself. experts: of such a slice, the first expert and the
+    one behind the last.
     """
 
     name: str
@@ -45,11 +49,41 @@ class TensorPlan:
     sources: tuple[Source, ...]
     coefficients: tuple[float, ...] = ()
     program: Program | None = None
+    slices: tuple[TensorPlan, ...] = ()
+    experts: tuple[int, int] | None = None
 
     @property
     def readings(self) -> int:
         """How often its sources are read before the arithmetic, for its methods."""
         return self.program.readings if self.program is not None else 0
+
+    @property
+    def pieces(self) -> tuple[TensorPlan, ...]:
+        """Its slices, or itself."""
+        return self.slices or (self,)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Its elements, counted from the whole tensor's first."""
+        elements = math.prod(self.shape)
+        if self.experts is None:
+            return 0, elements
+        each = elements // self.shape[0]
+        return self.experts[0] * each, self.experts[1] * each
+
+    def part_of(self, amount: int) -> int:
+        """Return what it takes of an amount that the whole tensor takes."""
+        if self.experts is None:
+            return amount
+        first, last = (amount * expert // self.shape[0] for expert in self.experts)
+        return last - first
+
+    def within(self, first: int, last: int) -> Iterator[tuple[TensorPlan, int, int]]:
+        """Yield the pieces that elements first..last belong to, and which of them."""
+        for piece in self.pieces:
+            start, stop = piece.span
+            if max(first, start) < min(last, stop):
+                yield piece, max(first, start), min(last, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,4 +277,14 @@ def _describe(tensor: TensorPlan, file: str) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "sources": [list(source) for source in tensor.sources],
         "coefficients": list(tensor.coefficients),
+        **({"slices": slices_of(tensor)} if tensor.slices else {}),
     }
+
+
+def slices_of(tensor: TensorPlan) -> list[dict[str, Any]]:
+    """Return the slices of a packed tensor as plain data; `experts` are the first and the last."""
+    return [
+        {"experts": [it.experts[0], it.experts[1] - 1], "action": it.action, "coefficients": list(it.coefficients)}
+        for it in tensor.slices
+        if it.experts is not None
+    ]

@@ -110,7 +110,7 @@ class RuleTable(Table):
     experts: Annotated[
         Numbers | None,
         Field(
-            description="Select experts of a mixture of experts, counted from 0, whether they are packed or one by one.",
+            description="Select experts of a mixture of experts, counted from 0, packed or one by one.",
             examples=[7, "0-3", "4-", ["0-3", "8-11"]],
         ),
     ] = None
