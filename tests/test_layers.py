@@ -40,7 +40,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "gate_obstacles",
         "inspect loads.load_probe loads.loading scoring.scorers",
         "loads.tokenizer_probe loads.vllm_probe scoring.built_in spectrum update_pass",
-        "forecast loads.child loads.generation scoring.scores subjects update_metrics",
+        "forecast groups loads.child loads.generation scoring.scores subjects update_metrics",
         "adapters places",
     ),
     "outputs": (

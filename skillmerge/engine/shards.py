@@ -27,7 +27,7 @@ from skillmerge.engine.tiles import Buffer, Span, spans
 from skillmerge.engine.worker import Settings, Statistics, Worker
 from skillmerge.methods.method import Scalars
 from skillmerge.plans.budget import OUTPUT_BUFFERS, WRITERS
-from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
+from skillmerge.plans.plan import Plan, ShardPlan
 from skillmerge.tensors import DTYPES, PAGE
 
 READ_AHEAD = 6
@@ -83,7 +83,7 @@ class _ShardFile:
     def finish(self, scalars: Mapping[str, Scalars]) -> ShardRecord:
         """Make the file durable. scalars: what methods found of its tensors."""
         self.file.finish()
-        elements = {spec.name: _merged(self._plan.tensors[spec.name]) for spec in self.shard.specs}
+        elements = {spec.name: self._plan.tensors[spec.name].merged for spec in self.shard.specs}
         return ShardRecord(
             self.shard.file,
             self.shard.size,
@@ -91,11 +91,6 @@ class _ShardFile:
             {name: total(blocks.values(), elements[name]) for name, blocks in self.statistics.items() if blocks},
             scalars=scalars,
         )
-
-
-def _merged(tensor: TensorPlan) -> int:
-    """Return how many elements of a tensor are computed, of which statistics are kept."""
-    return sum(last - first for first, last in (it.span for it in tensor.pieces if it.action == "merge"))
 
 
 class _Run:

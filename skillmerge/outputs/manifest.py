@@ -12,7 +12,7 @@ import json
 import platform
 import stat
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from skillmerge.engine.measures.skill_statistics import SkillStatistics, summari
 from skillmerge.engine.rounding_statistics import Statistics, TensorStatistics, summarise
 from skillmerge.errors import CheckFailed, is_machine, unusable
 from skillmerge.methods.method import Scalars
+from skillmerge.naming import sliced
 from skillmerge.outputs.canonical import digest_of, lines_of, pieces_of, to_bytes
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.compare.found import Compared
@@ -138,6 +139,15 @@ class Tensor:
     statistics: TensorStatistics | None = None
     scalars: dict[str, list[float]] | None = None
     slices: list[Slice] | None = None
+
+    @property
+    def rows(self) -> Iterator[tuple[str, tuple[int, ...], tuple[int | float, ...]]]:
+        """Name, shape and coefficients: its own, or those of each expert."""
+        for piece in self.slices or ():
+            for expert in range(piece.experts[0], piece.experts[1] + 1):
+                yield sliced(self.name, expert), self.shape[1:], piece.coefficients
+        if not self.slices:
+            yield self.name, self.shape, self.coefficients
 
     def as_dict(self) -> dict[str, Any]:
         row: dict[str, Any] = {

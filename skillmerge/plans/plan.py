@@ -13,6 +13,7 @@ from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Naming
 from skillmerge.errors import InputError, SkillmergeError, UsageError
 from skillmerge.methods.linear import Program
+from skillmerge.naming import sliced
 from skillmerge.plans.accounting import Problem, settlement
 from skillmerge.plans.compare.models import NOTHING, Comparison
 from skillmerge.plans.mapping import Source
@@ -70,6 +71,20 @@ class TensorPlan:
             return 0, elements
         each = elements // self.shape[0]
         return self.experts[0] * each, self.experts[1] * each
+
+    @property
+    def merged(self) -> int:
+        """How many of its elements are computed, of which statistics are kept."""
+        return sum(last - first for first, last in (it.span for it in self.pieces if it.action == "merge"))
+
+    @property
+    def rows(self) -> Iterator[tuple[str, tuple[int, ...], tuple[float, ...]]]:
+        """Name, shape and coefficients: its own, or those of each expert."""
+        for piece in self.slices:
+            for expert in range(*(piece.experts or ())):
+                yield sliced(self.name, expert), self.shape[1:], piece.coefficients
+        if not self.slices:
+            yield self.name, self.shape, self.coefficients
 
     def part_of(self, amount: int) -> int:
         """Return what it takes of an amount that the whole tensor takes."""

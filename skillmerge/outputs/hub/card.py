@@ -160,11 +160,8 @@ def _parents(manifest: Manifest) -> str:
 
 
 def _coefficient(manifest: Manifest, name: str, index: int) -> str:
-    depth = over_depth(
-        (tensor.name, tensor.shape, tensor.coefficients[index])
-        for tensor in manifest.tensors
-        if index < len(tensor.coefficients)
-    )
+    found = (row for tensor in manifest.tensors for row in tensor.rows)
+    depth = over_depth((tensor, shape, values[index]) for tensor, shape, values in found if index < len(values))
     pictures = "\n".join(f"{name} over {stack}: {picture}" for stack, picture in depth.pictures)
     rows = [(label, *(cells[kind] for kind in depth.kinds)) for label, cells in depth.rows]
     return (f"```\n{pictures}\n```\n\n" if pictures else "") + _table((name, *depth.kinds), rows)
