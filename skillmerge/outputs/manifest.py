@@ -12,7 +12,7 @@ import json
 import platform
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -27,11 +27,10 @@ from skillmerge.engine.measures.skill_statistics import SkillStatistics, summari
 from skillmerge.engine.rounding_statistics import Statistics, TensorStatistics, summarise
 from skillmerge.errors import CheckFailed, is_machine, unusable
 from skillmerge.methods.method import Scalars
-from skillmerge.naming import sliced
 from skillmerge.outputs.canonical import digest_of, lines_of, pieces_of, to_bytes
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.compare.found import Compared
-from skillmerge.plans.plan import InputPlan, Plan, slices_of
+from skillmerge.plans.plan import InputPlan, Plan, Slice, slices_of
 from skillmerge.plans.side_files import SideFile
 from skillmerge.version import __version__
 
@@ -112,22 +111,9 @@ class File:
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
-    """Some experts of a packed tensor: the first and the last, what happens to them, and their coefficients."""
-
-    experts: tuple[int, int]
-    action: str
-    coefficients: tuple[int | float, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"experts": list(self.experts), "action": self.action, "coefficients": list(self.coefficients)}
-
-
-@dataclass(frozen=True, slots=True)
 class Tensor:
     """The action on one tensor of the output; see `TensorPlan`. statistics: of rounding, if measured. scalars: what
-    methods found of it, for each of its matrices: thresholds, cosines, factors. slices: of packed experts with
-    coefficients of their own, see `plan.slices_of`."""
+    methods found of it, for each of its matrices: thresholds, cosines, factors. slices: see `TensorPlan`."""
 
     name: str
     file: str
@@ -139,15 +125,6 @@ class Tensor:
     statistics: TensorStatistics | None = None
     scalars: dict[str, list[float]] | None = None
     slices: list[Slice] | None = None
-
-    @property
-    def rows(self) -> Iterator[tuple[str, tuple[int, ...], tuple[int | float, ...]]]:
-        """Name, shape and coefficients: its own, or those of each expert."""
-        for piece in self.slices or ():
-            for expert in range(piece.experts[0], piece.experts[1] + 1):
-                yield sliced(self.name, expert), self.shape[1:], piece.coefficients
-        if not self.slices:
-            yield self.name, self.shape, self.coefficients
 
     def as_dict(self) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -324,7 +301,7 @@ def _tensors(
         found.append(
             Tensor(
                 tensor.name, spec.file, tensor.action, tensor.dtype, tensor.shape, tensor.sources,
-                tensor.coefficients, row, numbers or None, [Slice(**it) for it in slices_of(tensor)] or None,
+                tensor.coefficients, row, numbers or None, slices_of(tensor) or None,
             )
         )  # fmt: skip
     return tuple(found)

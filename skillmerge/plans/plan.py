@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,13 +78,9 @@ class TensorPlan:
         return sum(last - first for first, last in (it.span for it in self.pieces if it.action == "merge"))
 
     @property
-    def rows(self) -> Iterator[tuple[str, tuple[int, ...], tuple[float, ...]]]:
+    def rows(self) -> Iterator[tuple[str, tuple[int, ...], tuple[int | float, ...]]]:
         """Name, shape and coefficients: its own, or those of each expert."""
-        for piece in self.slices:
-            for expert in range(*(piece.experts or ())):
-                yield sliced(self.name, expert), self.shape[1:], piece.coefficients
-        if not self.slices:
-            yield self.name, self.shape, self.coefficients
+        return coefficients_of(self.name, self.shape, self.coefficients, slices_of(self))
 
     def part_of(self, amount: int) -> int:
         """Return what it takes of an amount that the whole tensor takes."""
@@ -99,6 +95,36 @@ class TensorPlan:
             start, stop = piece.span
             if max(first, start) < min(last, stop):
                 yield piece, max(first, start), min(last, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Some experts of a packed tensor, as data: the first and the last, what happens to them, and their
+    coefficients."""
+
+    experts: tuple[int, int]
+    action: str
+    coefficients: tuple[int | float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"experts": list(self.experts), "action": self.action, "coefficients": list(self.coefficients)}
+
+
+def slices_of(tensor: TensorPlan) -> list[Slice]:
+    """Return the slices of a packed tensor as data."""
+    found = ((it, it.experts) for it in tensor.slices)
+    return [Slice((at[0], at[1] - 1), it.action, it.coefficients) for it, at in found if at is not None]
+
+
+def coefficients_of(
+    name: str, shape: tuple[int, ...], coefficients: tuple[int | float, ...], slices: Sequence[Slice]
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int | float, ...]]]:
+    """Yield name, shape and coefficients of a tensor, or of each expert in it."""
+    for piece in slices:
+        for expert in range(piece.experts[0], piece.experts[1] + 1):
+            yield sliced(name, expert), shape[1:], piece.coefficients
+    if not slices:
+        yield name, shape, coefficients
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,14 +318,5 @@ def _describe(tensor: TensorPlan, file: str) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "sources": [list(source) for source in tensor.sources],
         "coefficients": list(tensor.coefficients),
-        **({"slices": slices_of(tensor)} if tensor.slices else {}),
+        **({"slices": [it.as_dict() for it in slices_of(tensor)]} if tensor.slices else {}),
     }
-
-
-def slices_of(tensor: TensorPlan) -> list[dict[str, Any]]:
-    """Return the slices of a packed tensor as plain data; `experts` are the first and the last."""
-    return [
-        {"experts": [it.experts[0], it.experts[1] - 1], "action": it.action, "coefficients": list(it.coefficients)}
-        for it in tensor.slices
-        if it.experts is not None
-    ]

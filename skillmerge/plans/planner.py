@@ -25,8 +25,8 @@ from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models,
 from skillmerge.plans.dtypes.kept import levelled, output_specs
 from skillmerge.plans.dtypes.quantised import exact_tensors
 from skillmerge.plans.layout import lay_out, lay_out_skill
-from skillmerge.plans.models.actions import actions, by_expert
-from skillmerge.plans.models.experts import Row, all_of_them, by_tensor, named_by_expert
+from skillmerge.plans.models.actions import actions
+from skillmerge.plans.models.experts import Row, Run, all_of_them, by_tensor, named_by_expert, runs
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.recipes.formula.parser import grouped
@@ -59,16 +59,13 @@ def plan_recipe(
     donor = checkpoints[donor_name]
     left_out = recipe.left_out(donor.tensors)
     names = {name: None for name in donor.tensors if name not in left_out}
-    copied = copy_rules(recipe, donor)
     given = _coefficients(recipe, named_by_expert(recipe, donor.tensors, names), donor.config)
-    values, experts = by_tensor(given, names, copied)
-    terms, by_values = _terms(recipe, values, experts, copied)
+    copied = copy_rules(recipe, donor)
+    terms, values, experts = _terms(recipe, *by_tensor(given, names, copied), copied)
     exact = exact_tensors(recipe, checkpoints, donor_name, terms)
     wanted = output_specs(recipe, donor, exact)
     accounts = account_tensors(recipe, checkpoints, donor_name, terms, exact)
-    used = {name: () if name in copied else row for name, row in values.items()}
-    tensors = actions(recipe, checkpoints, wanted, used, terms, accounts.tensors)
-    tensors |= by_expert(recipe, checkpoints, tensors, experts, by_values)
+    tensors = actions(recipe, checkpoints, wanted, values, accounts.tensors, terms, experts)
     compared = compare_models(recipe, checkpoints, donor_name, terms, copied, lenient=lenient) if compare else NOTHING
     problems = (*compared.problems, *accounts.problems, *_contradictions(recipe, donor, donor_name))
     notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
@@ -159,11 +156,11 @@ def _coefficients(recipe: Recipe, names: list[str], config: Mapping[str, Any]) -
 
 def _terms(
     recipe: Recipe, values: Mapping[str, Row], experts: Mapping[str, Sequence[Row]], copied: Mapping[str, str]
-) -> tuple[dict[str, Term | None], dict[Row, Term | None]]:
-    """Return each tensor's term: the model that it is copied from, or the expression; None if it is nothing. And the
-    expression by the values of its coefficients: tensors with the same ones share one.
+) -> tuple[dict[str, Term | None], dict[str, Row], dict[str, list[Run]]]:
+    """Return each tensor's term: the model that it is copied from, or the expression; None if it is nothing. Also the
+    values that count, and the runs of experts of packed tensors with values of their own.
 
-    experts: packed tensors with values for each expert, whose term has the models of all of them.
+    Tensors with the same coefficients share a term; that of experts has the models of all of them.
     """
     leaves = {model: Leaf(model) for model in recipe.models}
     by_values: dict[Row, Term | None] = {}
@@ -177,7 +174,8 @@ def _terms(
                 by_values[each] = _degree_term(recipe, dict(zip(recipe.coefficients, each, strict=True)), name)
         terms[name] = all_of_them(map(by_values.get, experts[name])) if name in experts else by_values[row]
     recipe.refuse_unequal_calls(by_values.values())
-    return terms, by_values
+    used = {name: () if name in copied else row for name, row in values.items()}
+    return terms, used, {name: list(runs(rows, by_values)) for name, rows in experts.items()}
 
 
 def _contradictions(recipe: Recipe, donor: Checkpoint, name: str) -> list[Problem]:

@@ -10,7 +10,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, models_of, sole_model
 from skillmerge.plans.accounting import Account
-from skillmerge.plans.models.experts import Row, runs
+from skillmerge.plans.models.experts import Row, Run
 from skillmerge.plans.plan import TensorPlan
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.tensors import DTYPES, TensorSpec
@@ -20,13 +20,15 @@ def actions(
     recipe: Recipe,
     checkpoints: Mapping[str, Checkpoint],
     wanted: Mapping[str, TensorSpec],
-    values: Mapping[str, tuple[float, ...]],
-    terms: Mapping[str, Term | None],
+    values: Mapping[str, Row],
     accounts: Mapping[str, Account],
+    terms: Mapping[str, Term | None],
+    experts: Mapping[str, Sequence[Run]],
 ) -> dict[str, TensorPlan]:
     """Return what happens to each tensor, except those that have a problem.
 
-    wanted: the donor's tensors, in the output's dtypes. values: the coefficients that count.
+    wanted: the donor's tensors, in the output's dtypes. values: the coefficients that count. experts: of packed tensors
+    whose experts have coefficients of their own.
     """
     programs: dict[int, Program] = {}  # by the term's identity: thousands of tensors share a few terms
     tensors = {}
@@ -36,6 +38,8 @@ def actions(
             tensors[name] = TensorPlan(name, spec.dtype, spec.shape, "zero", (), values[name])
         elif name in accounts:
             tensors[name] = _plan_tensor(recipe, spec, accounts[name], checkpoints, values[name], programs)
+            if name in experts:
+                tensors[name] = _sliced(recipe, checkpoints, tensors[name], experts[name], programs)
     return tensors
 
 
@@ -44,7 +48,7 @@ def _plan_tensor(
     spec: TensorSpec,
     account: Account,
     checkpoints: Mapping[str, Checkpoint],
-    values: tuple[float, ...],
+    values: Row,
     programs: dict[int, Program],
 ) -> TensorPlan:
     term, sources = account.term, account.sources
@@ -74,30 +78,11 @@ def _skill_action(recipe: Recipe, term: Term, dtype: str) -> tuple[str, str]:
     return "compute", _wide(dtype)
 
 
-def by_expert(
-    recipe: Recipe,
-    checkpoints: Mapping[str, Checkpoint],
-    tensors: Mapping[str, TensorPlan],
-    experts: Mapping[str, Sequence[Row]],
-    by_values: Mapping[Row, Term | None],
-) -> dict[str, TensorPlan]:
-    """Return the plans of packed tensors whose experts have coefficients of their own, with their slices.
-
-    tensors: plans with the sources of all of them. experts: each expert's coefficients. by_values: the terms.
-    """
-    programs: dict[int, Program] = {}
-    return {
-        name: _sliced(recipe, checkpoints, tensors[name], [(*run, by_values[run[2]]) for run in runs(rows)], programs)
-        for name, rows in experts.items()
-        if name in tensors
-    }
-
-
 def _sliced(
     recipe: Recipe,
     checkpoints: Mapping[str, Checkpoint],
     tensor: TensorPlan,
-    experts: Sequence[tuple[int, int, Row, Term | None]],
+    experts: Sequence[Run],
     programs: dict[int, Program],
 ) -> TensorPlan:
     """Return the plan of a packed tensor with slices. tensor: its plan with the sources of all of them."""

@@ -18,6 +18,9 @@ from skillmerge.tensors import DTYPES, TensorSpec
 
 Row = tuple[float, ...]
 
+Run = tuple[int, int, Row, Term | None]
+"""Experts with the same coefficients: the first, the one behind the last, these, and the term."""
+
 _APART = 0.6180339887498949
 """Factors of terms that are added up only to know their models: nothing cancels."""
 
@@ -57,12 +60,12 @@ def by_tensor(
     return rows, apart
 
 
-def runs(rows: Sequence[Row]) -> Iterator[tuple[int, int, Row]]:
-    """Yield the runs of experts that share coefficients: the first, the one behind the last, and these."""
+def runs(rows: Sequence[Row], terms: Mapping[Row, Term | None]) -> Iterator[Run]:
+    """Yield the runs of experts that share coefficients. rows: of each expert."""
     first = 0
     for row, group in groupby(rows):
         last = first + len(list(group))
-        yield first, last, row
+        yield first, last, row, terms[row]
         first = last
 
 
