@@ -29,6 +29,7 @@ from skillmerge.plans.models.actions import actions
 from skillmerge.plans.models.experts import Row, Run, all_of_them, by_tensor, named_by_expert, runs
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
+from skillmerge.plans.vocabulary.by_token import vocabulary_of
 from skillmerge.recipes.formula.parser import grouped
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.lint import remarks
@@ -299,6 +300,7 @@ def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapp
         ),
         "input_itemsizes": itemsizes(tensors, checkpoints),
         "versions": versions(checkpoints),
+        "vocabulary": vocabulary_of(checkpoints[_donor(recipe)]),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.views.by_token import ByToken
 from skillmerge.checkpoints.views.renamed import WRAPPERS
 from skillmerge.methods.terms import model_of
 from skillmerge.recipes.recipe import Recipe
@@ -19,8 +20,10 @@ def oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Check
     if not donor.config and not recipe.makes_skill:
         yield "the donor has no config.json: no runtime can load the output"
     for name, onto in recipe.patches.items():
-        if not getattr(checkpoints.get(name), "is_checked", True):
+        if name in checkpoints and not checkpoints[name].is_checked:
             yield f"patch `{name}` does not say which model it is for: check that it is for `{onto}`"
+    if recipe.by_token and not isinstance(donor, ByToken):
+        yield "`vocabulary: by-token` changes nothing: the formula reads no other model's embedding or head"
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
             yield f"--set {name}={value:g} replaces the whole `{name}` schedule, including its rules"
