@@ -103,7 +103,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "kinds.lora.adapter kinds.skill schemes",
         "kinds.dense kinds.lora.parts kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",
         "tokenizers.tokenizer views.arranged views.by_token views.renamed views.spooled",
-        "kinds.lora.config tokenizers.vocabulary views.bands",
+        "kinds.lora.config tokenizers.vocabulary views.bands views.widened",
         "tokenizers.small_files",
         "checkpoint stores.folder",
         "kinds.lora.patterns store stores.http_ranges tokenizers.matching tokenizers.placeholders",
@@ -179,7 +179,7 @@ TORCH_ROOMS = {"methods", "engine", "study", "verbs"}
 TORCH_MODULES = {
     "bits", "checkpoints.kinds.sparse", "checkpoints.kinds.patch", "checkpoints.kinds.skill_planes",
     "checkpoints.views.adapted", "checkpoints.views.arranged", "checkpoints.views.bands", "checkpoints.views.by_token",
-    "checkpoints.views.low_rank", "outputs.verify",
+    "checkpoints.views.low_rank", "checkpoints.views.widened", "outputs.verify",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skillmerge.bits import first_nonfinite
-from skillmerge.checkpoints.views.relations import is_packed
+from skillmerge.checkpoints.views.relations import experts_in
 from skillmerge.engine.measures.input_rounding import Grain, grain_of, input_rounding, joined
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Reader, Tile
@@ -116,7 +116,7 @@ def _tiles(tasks: Iterable[TensorPlan], tile: int) -> Iterator[Tile]:
 def _stretches(tile: Tile) -> Iterator[tuple[int, int, int | None]]:
     """Yield runs of a tile's elements that are measured together, and the expert of each, if the tensor packs some."""
     tensor, first = tile.tensor, tile.first
-    each = math.prod(tensor.shape[1:]) if is_packed(tensor.name) else 0
+    each = math.prod(tensor.shape[1:]) if experts_in(tensor.name, tensor.shape) else 0
     while first < tile.last:
         expert = first // each if each else None
         last = min(first + CHUNK, tile.last, (expert + 1) * each if expert is not None else tile.last)

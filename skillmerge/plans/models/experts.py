@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import groupby
 
-from skillmerge.checkpoints.views.relations import is_packed
+from skillmerge.checkpoints.views.relations import experts_in
 from skillmerge.methods.terms import Scaled, Sum, Term
 from skillmerge.naming import sliced, unsliced
 from skillmerge.recipes.recipe import Recipe
@@ -34,8 +34,9 @@ def named_by_expert(recipe: Recipe, tensors: Mapping[str, TensorSpec], names: It
 def _named(tensors: Mapping[str, TensorSpec], names: Iterable[str]) -> Iterator[str]:
     for name in names:
         spec = tensors.get(name)
-        if spec is not None and spec.shape and spec.elements and DTYPES[spec.dtype].is_float and is_packed(name):
-            yield from (sliced(name, expert) for expert in range(spec.shape[0]))
+        count = experts_in(name, spec.shape) if spec is not None and DTYPES[spec.dtype].is_float else 0
+        if count:
+            yield from (sliced(name, expert) for expert in range(count))
         else:
             yield name
 
