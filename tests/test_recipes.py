@@ -25,6 +25,10 @@ def test_there_are_recipes() -> None:
 def test_recipe_applies_as_it_is(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = path.read_text()
     assert "# When: " in text
+    experts: dict[str, tuple[int, ...]] = {}
+    if "modules: router" in text or "experts:" in text:
+        at = "model.layers.0.mlp"
+        experts = {f"{at}.gate.weight": (4, 16), f"{at}.experts.down_proj": (4, 16, 8)}
     recipe = tmp_path / path.name
     recipe.write_text(text)
     with HubServer(tmp_path / "hub") as hub, hub.environment(monkeypatch):
@@ -33,7 +37,7 @@ def test_recipe_applies_as_it_is(path: Path, tmp_path: Path, monkeypatch: pytest
             if parsed.entries[name].stack:
                 continue
             layers = LAYERS.get(path.stem, {}).get(name, 8)
-            tensors = random_tensors(tensor_shapes(layers=layers), seed=seed)
+            tensors = random_tensors(tensor_shapes(layers=layers) | experts, seed=seed)
             if name in parsed.skills:
                 write_checkpoint(tmp_path / "before", random_tensors(tensor_shapes(layers=8), seed=99))
                 write_checkpoint(tmp_path / f"after-{name}", tensors)

@@ -24,10 +24,9 @@ from skillmerge.recipes.tables.recipe import (
     PushTable,
     RecipeTable,
     RenameTable,
-    RuleTable,
-    ScheduleTable,
     StackTable,
 )
+from skillmerge.recipes.tables.schedules import RuleTable, ScheduleTable
 from skillmerge.recipes.yamltext import Document, Path
 
 _Whole = TypeVar("_Whole", RecipeTable, GatesFileTable)

@@ -101,17 +101,16 @@ def compare_models(
         found += vocabulary.problems(vocabulary_file(own.store.list())) if vocabulary is not None else ()
     found += check_complete({name: checkpoints[name] for name in names}, donor, files)
     found += compare_parts(recipe, checkpoints, names)
-    if lenient:
-        found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
-    found = [
-        replace(
-            it, accepted=it.name in recipe.accept and it.level != "note", message=recipe.in_words(it.message),
-            help=recipe.in_words(it.help or "") or None,
-        )
-        for it in found
-    ]  # fmt: skip
+    found = [_told(recipe, it, lenient) for it in found]
     subjects, uncompared = _subjects(checkpoints, names, roles, foreign)
     return Comparison(tuple(found), tuple(names), tuple(subjects), tuple(uncompared))
+
+
+def _told(recipe: Recipe, it: Compared, lenient: bool) -> Compared:
+    """Return a difference in the words of the recipe's author, and whether they have accepted it."""
+    level = "warning" if lenient and it.level == "problem" else it.level
+    message, help = recipe.in_words(it.message), recipe.in_words(it.help or "") or None
+    return replace(it, level=level, accepted=it.name in recipe.accept and level != "note", message=message, help=help)
 
 
 def _advice(
