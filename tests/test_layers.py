@@ -150,7 +150,8 @@ HOMES = {
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},
     "pydantic": {
-        "recipes.schema", "recipes.tables.gates", "recipes.tables.recipe", "recipes.tables.values", "outputs.manifest",
+        "recipes.schema", "recipes.tables.gates", "recipes.tables.recipe", "recipes.tables.schedules", "recipes.tables.values",
+        "outputs.manifest",
     },
     "safetensors": {"outputs.verify"},
     "transformers": {

@@ -79,9 +79,6 @@ class InputFile:
     sha256: str | None
 
 
-_NAMING = ("rename", "unwrapped", "stack", "config_edits", "layout")
-
-
 @dataclass(frozen=True, slots=True)
 class Input:
     """An input model. revision: its commit on the Hub, or None. From `rename` on: see `Naming`."""
@@ -99,7 +96,8 @@ class Input:
 
     def as_dict(self) -> dict[str, Any]:
         row = {"name": self.name, "uri": self.uri, "revision": self.revision}
-        names = {key: value for key in _NAMING if (value := getattr(self, key))}
+        naming = [it.name for it in fields(self) if it.default is None]
+        names = {key: value for key in naming if (value := getattr(self, key))}
         return {**row, "files": [asdict(file) for file in self.files], "license": self.license, **names}
 
 
