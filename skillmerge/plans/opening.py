@@ -28,6 +28,7 @@ from skillmerge.plans.models.adapting import as_differences, put_onto
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
 from skillmerge.plans.stacks.build import with_stacks
+from skillmerge.plans.vocabulary.by_token import by_token
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.lock import LOCK_VERSION, LockedModel
 from skillmerge.recipes.parse import load
@@ -104,7 +105,8 @@ def open_models(
                 else:
                     warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
         with _placed(recipe, checkpoints):
-            return as_differences(recipe, aligned(recipe, as_read(recipe, checkpoints)), shape)
+            found = as_differences(recipe, aligned(recipe, as_read(recipe, checkpoints)), shape)
+            return by_token(recipe, found)
     except BaseException:
         close_all(checkpoints)
         raise
