@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import random_tensors, tensor_shapes, write_checkpoint
 from hub_server import HubServer
+from token_rows import tokenizer_json
 
 import skillmerge
 from skillmerge.engine.runner import Work
@@ -40,6 +41,9 @@ def test_recipe_applies_as_it_is(path: Path, tmp_path: Path, monkeypatch: pytest
                 skillmerge.extract(str(tmp_path / f"after-{name}"), str(tmp_path / "before"), tmp_path / uri)
                 continue
             folder = write_checkpoint(tmp_path / uri.removeprefix("hf://"), tensors, config={"model_type": "odd"})
+            if parsed.by_token:
+                words = [*parsed.tokens, *(f"w{number}" for number in range(20))]
+                (folder / "tokenizer.json").write_text(tokenizer_json(words if name == "rl" else words[::-1]))
             if uri.startswith("hf://"):
                 hub.create_from(uri.removeprefix("hf://"), folder)
         check(recipe)
