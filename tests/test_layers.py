@@ -92,7 +92,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "mergekit.output mergekit.settings mergekit.stacks",
         "entries formula.bind formula.donor formula.parser lint_rules lock mergekit.config source",
         "foreign.documents foreign.near_misses formula.catalog mergekit.notes schedules tables.recipe",
-        "formula.arguments yamltext foreign.spellings tables.gates",
+        "formula.arguments yamltext foreign.spellings tables.gates tables.models",
         "formula.tree tables.values",
     ),
     "checkpoints": (
@@ -148,7 +148,8 @@ HOMES = {
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},
     "pydantic": {
-        "recipes.schema", "recipes.tables.gates", "recipes.tables.recipe", "recipes.tables.values", "outputs.manifest",
+        "recipes.schema", "recipes.tables.gates", "recipes.tables.models", "recipes.tables.recipe",
+        "recipes.tables.values", "outputs.manifest",
     },
     "safetensors": {"outputs.verify"},
     "transformers": {

@@ -103,15 +103,17 @@ def compare_models(
     found += compare_parts(recipe, checkpoints, names)
     if lenient:
         found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
-    found = [
-        replace(
-            it, accepted=it.name in recipe.accept and it.level != "note", message=recipe.in_words(it.message),
-            help=recipe.in_words(it.help or "") or None,
-        )
-        for it in found
-    ]  # fmt: skip
+    found = [_in_words(recipe, it) for it in found]
     subjects, uncompared = _subjects(checkpoints, names, roles, foreign)
     return Comparison(tuple(found), tuple(names), tuple(subjects), tuple(uncompared))
+
+
+def _in_words(recipe: Recipe, found: Compared) -> Compared:
+    """Return a finding in the recipe's words, and whether the recipe accepts it."""
+    return replace(
+        found, accepted=found.name in recipe.accept and found.level != "note", message=recipe.in_words(found.message),
+        help=recipe.in_words(found.help or "") or None,
+    )  # fmt: skip
 
 
 def _advice(
