@@ -89,7 +89,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "recipe",
         "gate_table mergekit.methods mergekit.writing",
         "mergekit.translation schema",
-        "mergekit.output mergekit.settings mergekit.stacks",
+        "mergekit.output mergekit.settings mergekit.stacks mergekit.vocabulary",
         "entries formula.bind formula.donor formula.parser lint_rules lock mergekit.config source",
         "foreign.documents foreign.near_misses formula.catalog mergekit.notes schedules tables.recipe",
         "formula.arguments yamltext foreign.spellings tables.gates tables.models",
