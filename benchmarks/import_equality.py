@@ -97,6 +97,30 @@ def make(work: Path) -> None:
         save_file(tensors, work / name / "model.safetensors", metadata={"format": "pt"})
         (work / name / "config.json").write_text(json.dumps(CONFIG, indent=1))
     make_adapter(work / "lora", normal)
+    words = [f"w{number}" for number in range(96)]
+    turned = [*range(48, 96), *range(48)]
+    for name, tensors, rows in (
+        ("base", base, [*range(96)]),
+        ("turned", models["a"], turned),
+        ("short", base, [*range(88)]),
+    ):
+        make_with_tokens(work / name, tensors, [words[row] for row in rows], rows)
+
+
+def make_with_tokens(folder: Path, tensors: Tensors, words: list[str], rows: list[int]) -> None:
+    """Write a model with some of the rows of embedding and head, in another order, and its tokenizer."""
+    folder.mkdir(exist_ok=True)
+    matrices = {name: tensors[name][rows] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_file({**tensors, **matrices}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": len(rows)}, indent=1))
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 def make_adapter(folder: Path, normal: Callable[[tuple[int, ...], float], torch.Tensor]) -> None:

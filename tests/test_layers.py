@@ -74,9 +74,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "advice.heads budget compare.skill_tokens layout saved",
         "plan",
         "compare.models",
-        "vocabulary.by_token",
+        "stacks.compare vocabulary.by_token",
         "vocabulary.readers",
-        "accounting dtypes.kept dtypes.quantised stacks.build stacks.compare",
+        "accounting dtypes.kept dtypes.quantised stacks.build",
         "advice.causes advice.oddities advice.shares compare.complete compare.config compare.rows compare.tokens "
         "stacks.config",
         "advice.arrangement advice.names compare.config_values",
@@ -91,10 +91,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "recipe",
         "gate_table mergekit.methods mergekit.writing",
         "mergekit.translation schema",
-        "mergekit.output mergekit.settings mergekit.stacks",
+        "mergekit.output mergekit.settings mergekit.stacks mergekit.vocabulary",
         "entries formula.bind formula.donor formula.parser lint_rules lock mergekit.config source",
         "foreign.documents foreign.near_misses formula.catalog mergekit.notes schedules tables.recipe",
-        "formula.arguments yamltext foreign.spellings tables.gates tables.schedules",
+        "formula.arguments yamltext foreign.spellings tables.gates tables.models tables.schedules",
         "formula.tree tables.values",
     ),
     "checkpoints": (
@@ -150,8 +150,8 @@ HOMES = {
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},
     "pydantic": {
-        "recipes.schema", "recipes.tables.gates", "recipes.tables.recipe", "recipes.tables.schedules", "recipes.tables.values",
-        "outputs.manifest",
+        "recipes.schema", "recipes.tables.gates", "recipes.tables.models", "recipes.tables.recipe",
+        "recipes.tables.schedules", "recipes.tables.values", "outputs.manifest",
     },
     "safetensors": {"outputs.verify"},
     "transformers": {

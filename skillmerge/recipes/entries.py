@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from skillmerge.errors import Mistakes, did_you_mean, some
 from skillmerge.recipes.formula.tree import normalise_name
 from skillmerge.recipes.schedules import Numbers, parse_numbers
-from skillmerge.recipes.tables.recipe import ModelTable, RecipeTable
+from skillmerge.recipes.tables.models import ModelTable
+from skillmerge.recipes.tables.recipe import RecipeTable
 from skillmerge.recipes.yamltext import Document, Path
 
 KINDS = ("path", "skill", "patch", "adapter", "stack")

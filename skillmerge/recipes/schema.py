@@ -16,15 +16,13 @@ from skillmerge.recipes.foreign.documents import recognised
 from skillmerge.recipes.foreign.near_misses import list_meant, ramp_meant, shape_meant, unknown_meant
 from skillmerge.recipes.foreign.spellings import key_meant, number_meant, word_meant
 from skillmerge.recipes.tables.gates import CommandTable, CosineTable, FigureTable, GatesTable, PerplexityTable
+from skillmerge.recipes.tables.models import ModelTable, RenameTable, StackTable
 from skillmerge.recipes.tables.recipe import (
     CopyTable,
     GatesFileTable,
-    ModelTable,
     OutputTable,
     PushTable,
     RecipeTable,
-    RenameTable,
-    StackTable,
 )
 from skillmerge.recipes.tables.schedules import RuleTable, ScheduleTable
 from skillmerge.recipes.yamltext import Document, Path

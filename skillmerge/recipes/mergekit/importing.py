@@ -24,10 +24,11 @@ from skillmerge.recipes.formula.tree import ExpressionError, names_in
 from skillmerge.recipes.mergekit.config import Config, Surroundings, place_of, read
 from skillmerge.recipes.mergekit.methods import expression
 from skillmerge.recipes.mergekit.notes import Notes, Refused
-from skillmerge.recipes.mergekit.output import dtype_of, tokenizer_of
+from skillmerge.recipes.mergekit.output import dtype_of
 from skillmerge.recipes.mergekit.settings import Varying
 from skillmerge.recipes.mergekit.stacks import Stacks, behind_layers, stacks_of
 from skillmerge.recipes.mergekit.translation import Translation
+from skillmerge.recipes.mergekit.vocabulary import tokens_of
 from skillmerge.recipes.mergekit.writing import Draft, moved, names_of, text_of
 from skillmerge.recipes.schedules import matcher
 from skillmerge.recipes.schema import read_table
@@ -138,7 +139,8 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
     merge = expression(given)
     output = {"path": f"./{_name_of(document) or 'merged'}"}
     place = place_of(document.data, around, notes)
-    like = tokenizer_of(config, notes, place) or config.base or config.models[0]
+    tokens = tokens_of(config, notes, place, around.home)
+    like = tokens.like or config.base or config.models[0]
     try:
         node = parse(merge, [*names.values()], [*given.coefficients])
     except ExpressionError as error:
@@ -150,7 +152,7 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
     if (dtype := dtype_of(config, notes)) is not None:
         output["dtype"] = dtype
     given.note_unused()
-    used = {name.name for name in names_in(node)} | {names[like]}
+    used = {name.name for name in names_in(node)} | {names[like]} | {names[it] for it in tokens.taken.values()}
     tensors = _tensors((place.partition("+")[0] for place in places), around.home)
     coefficients = {
         name: _without_idle(found, tensors, notes) for name, found in given.coefficients.items() if name in used
@@ -167,6 +169,7 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
         merge=merge,
         output=output,
         remarks=remarks,
+        tokens={token: names[it] for token, it in tokens.taken.items()} if tokens.by_token else None,
         copied=(behind_layers(tensors), behind) if behind is not None else None,
         **_models(config, plain, stacks, used, start),
     )

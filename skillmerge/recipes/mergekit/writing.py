@@ -28,7 +28,7 @@ _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*|(?:hf://)?[A-Za-z0-9_./][A-Za-z0-
 class Draft:
     """What a recipe is written from. models: name -> place. output: its keys. adapters: name -> place, and the model
     that it is put onto. stacks: name -> models, with the first and the last of their layers. copied: tensors, and the
-    model that they are of."""
+    model that they are of. tokens: those whose rows are a model's, where rows are matched by token."""
 
     title: str
     models: Mapping[str, str]
@@ -39,6 +39,7 @@ class Draft:
     adapters: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     stacks: Mapping[str, Sequence[tuple[str, int, int]]] = field(default_factory=dict)
     copied: tuple[Sequence[str], str] | None = None
+    tokens: Mapping[str, str] | None = None
 
 
 def names_of(places: Iterable[str]) -> dict[str, str]:
@@ -98,6 +99,10 @@ def text_of(draft: Draft) -> str:
     if draft.copied is not None:
         tensors, model = draft.copied
         lines += ["copy:", f"  - {{tensors: [{', '.join(map(quoted, tensors))}], from: {model}}}"]
+    if draft.tokens is not None:
+        lines.append("vocabulary: by-token")
+        rows = [f"  {quoted(token)}: {{from: {name}}}" for token, name in draft.tokens.items()]
+        lines += ["tokens:", *rows] if rows else []
     output = ", ".join(f"{key}: {quoted(value)}" for key, value in draft.output.items())
     lines.append(f"output: {{{output}}}")
     return "\n".join(lines) + "\n"
