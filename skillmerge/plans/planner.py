@@ -342,20 +342,26 @@ def _idle(
 
 
 def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:
-    """Return the parts of a plan that say what is read."""
+    found = inputs_of(recipe.used_models(), checkpoints, tensors)
+    return {**found, "vocabulary": vocabulary_of(checkpoints[_donor(recipe)])}
+
+
+def inputs_of(
+    names: Iterable[str], checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]
+) -> dict[str, Any]:
+    """Return the parts of a plan that say what is read. names: of its models."""
     read = _bytes_read(tensors, checkpoints)
     again = ((it.readings, source) for it in tensors.values() if it.readings for source in it.sources)
     return {
-        "inputs": tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
+        "inputs": tuple(_input(name, checkpoints[name], read) for name in names),
         "bytes_read": sum(read.values()),
         "bytes_again": sum(readings * checkpoints[name].cost(source) for readings, (name, source) in again),
-        "input_itemsizes": itemsizes(tensors, checkpoints),
+        "input_itemsizes": _itemsizes(tensors, checkpoints),
         "versions": versions(checkpoints),
-        "vocabulary": vocabulary_of(checkpoints[_donor(recipe)]),
     }
 
 
-def itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
+def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
     """Return the widest element, in bytes, that each of a tensor's sources can have."""
     specs = {name: checkpoint.tensors for name, checkpoint in checkpoints.items()}
     found = {
