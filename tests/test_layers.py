@@ -52,7 +52,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "buckets.at_hand buckets.prefix manifest",
         "staging",
         "attempts",
-        "tasks.news",
+        "tasks.headers tasks.news",
         "canonical hub.published journal shard_file",
     ),
     "engine": (
@@ -102,7 +102,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "kinds.table views.low_rank views.unpacking",
         "views.fitting",
         "kinds.lora.adapter kinds.skill schemes",
-        "kinds.dense kinds.lora.parts kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",
+        "kinds.dense kinds.lora.parts kinds.patch kinds.skill_planes",
+        "stores.headed stores.hub stores.memory stores.objects",
         "tokenizers.tokenizer views.arranged views.by_token views.renamed views.spooled views.stacked",
         "kinds.lora.config tokenizers.vocabulary views.bands views.widened",
         "tokenizers.small_files",

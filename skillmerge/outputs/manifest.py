@@ -96,8 +96,7 @@ class Input:
 
     def as_dict(self) -> dict[str, Any]:
         row = {"name": self.name, "uri": self.uri, "revision": self.revision}
-        naming = [it.name for it in fields(self) if it.default is None]
-        names = {key: value for key in naming if (value := getattr(self, key))}
+        names = {it.name: value for it in fields(self)[5:] if (value := getattr(self, it.name))}
         return {**row, "files": [asdict(file) for file in self.files], "license": self.license, **names}
 
 

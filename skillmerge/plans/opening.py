@@ -18,6 +18,7 @@ from skillmerge.checkpoints.missing import missing
 from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Store
+from skillmerge.checkpoints.stores.headed import Headed
 from skillmerge.checkpoints.views.fitting import Model
 from skillmerge.checkpoints.views.renamed import idle_rule, prefixes_of, read_as, wrappers_of
 from skillmerge.errors import InputError, StalePlan, UsageError, did_you_mean, some
@@ -62,9 +63,9 @@ class Access:
 
     follow_links: links may lead out of a folder. locked: a revision that can change must be in the lock file.
     relock: the lock file is not looked at. download: repositories go through the Hub's cache instead of being
-    streamed. commits: what revisions of models stand for, whatever the lock says (of a saved plan). allow_code: a
-    model may name code of its own, which is carried. moved: what to do where a folder is not there, in place of a
-    guess.
+    streamed. commits: what revisions of models stand for, whatever the lock says (of a saved plan). headers: of files
+    at these commits, by model and file, as far as they are known. allow_code: a model may name code of its own,
+    which is carried. moved: what to do where a folder is not there, in place of a guess.
     """
 
     follow_links: bool = False
@@ -72,6 +73,7 @@ class Access:
     relock: bool = False
     download: bool = False
     commits: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
     allow_code: bool = False
     moved: str | None = None
 
@@ -256,6 +258,8 @@ def open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -
             # For a small model in small pieces, most of the time would go into requests.
             download = access.download or word != "model"
             store = open_store(places[name], follow_links=access.follow_links, download=download)
+            if name in access.headers and store.at.remote:
+                store = Headed(store, access.headers[name])
             opening.append(store)
             try:
                 base = found[onto] if onto is not None else None
