@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
-from skillmerge.checkpoints.place import Local, ModelPlace
+from skillmerge.checkpoints.place import Local
 from skillmerge.errors import RecipeError, some
 from skillmerge.methods.terms import Term, calls, degree, model_of, weights
 from skillmerge.recipes.formula.tree import names_in
@@ -29,14 +29,14 @@ def base_of(recipe: Recipe) -> str | None:
             raise _not_one(recipe, f"`{name}` is a {kind}, whose difference may be of any rank")
     if not any(recipe.entries[name].kind == "adapter" for name in named):
         raise _not_one(recipe, "the formula names no adapter")
-    roots = {name: root for name in named if recipe.entries[root := _root(recipe, name)].kind == "path"}
+    roots = {name: root for name in named if recipe.entries[root := _root(recipe, name)].kind in ("path", "stack")}
     beneath = {name: root for name, root in roots.items() if root != name}
-    bases = {_place(recipe.model_place(root)): root for root in (beneath or roots).values()}
+    bases = {_place(recipe, root): root for root in (beneath or roots).values()}
     if len(bases) > 1 and beneath:
         (one, first), (other, second) = list({root: name for name, root in beneath.items()}.items())[:2]
         what = f"`{first}` is put onto `{one}`, and `{second}` onto `{other}`: an adapter has one base"
         raise _not_one(recipe, what)
-    whole = [name for name, root in roots.items() if root == name and _place(recipe.model_place(root)) not in bases]
+    whole = [name for name, root in roots.items() if root == name and _place(recipe, root) not in bases]
     if whole or len(bases) > 1:
         name = (whole or list(roots))[-1]
         base = f"`{next(iter(bases.values()))}`, which the adapters are on," if beneath else "any other"
@@ -102,5 +102,9 @@ def _root(recipe: Recipe, name: str) -> str:
     return name
 
 
-def _place(place: ModelPlace) -> str:
+def _place(recipe: Recipe, name: str) -> str:
+    """Return where a model is; of a stack its name, as it is nowhere."""
+    if recipe.entries[name].stack:
+        return name
+    place = recipe.model_place(name)
     return str(place.path.resolve()) if isinstance(place, Local) else f"{place}@{place.revision}"

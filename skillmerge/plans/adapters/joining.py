@@ -11,23 +11,24 @@ is 0 is left out of that module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.kinds.lora.config import MOST_RANK
+from skillmerge.checkpoints.kinds.lora.joined import Block, Joined
 from skillmerge.checkpoints.kinds.lora.parts import PREFIX
 from skillmerge.checkpoints.views.adapted import check_fit
 from skillmerge.checkpoints.views.arranged import apart
 from skillmerge.checkpoints.views.fitting import Change, Model, Product, changes_of, own_tensors
-from skillmerge.checkpoints.views.joined import Block, Joined
 from skillmerge.checkpoints.views.relations import layouts
 from skillmerge.checkpoints.views.renamed import replaced
 from skillmerge.checkpoints.views.unpacking import products_of
-from skillmerge.errors import some
+from skillmerge.errors import RecipeError, some
 from skillmerge.plans.adapters.formula import ANY_RANK, base_of, check_bases, factors_of, refused
 from skillmerge.plans.models.coefficients import kept_coefficients
+from skillmerge.plans.models.experts import by_tensor
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.tensors import TensorSpec
@@ -100,7 +101,7 @@ def output_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Output:
     model = _model(recipe, adapters, checkpoints[output.base] if output.base is not None else None)
     own: dict[str, TensorSpec] = {}
     changes = {name: _changes(it, model, recipe.entries[name].renames, own) for name, it in adapters.items()}
-    output.values = _values(recipe, model, own)
+    output.values = _values(recipe, model, own, {name for each in changes.values() for name in each})
     shares = _shares(recipe, changes, output.values)
     for tensor, share in shares.items():
         _check_parts(recipe, tensor, share)
@@ -138,10 +139,15 @@ def _changes(
     return found
 
 
-def _values(recipe: Recipe, model: Model, own: Mapping[str, TensorSpec]) -> dict[str, tuple[float, ...]]:
+def _values(
+    recipe: Recipe, model: Model, own: Mapping[str, TensorSpec], changed: Set[str]
+) -> dict[str, tuple[float, ...]]:
     """Return the coefficients of the model's tensors, and of those that adapters have in another layout: what the
-    model's have there. Raises RecipeError where these differ."""
-    values = kept_coefficients(recipe, model.tensors, model.config)
+    model's have there. Raises RecipeError where these differ, or those of the experts in a tensor that is changed."""
+    given, kept = kept_coefficients(recipe, model.tensors, model.config)
+    values, experts = by_tensor(given, kept, ())
+    for name in changed & experts.keys():
+        raise _unequal(recipe, name, "its experts")
     stored, asked = layouts(*apart(own, model.tensors))
     holders = {part: tensor for tensor, parts in asked.holds.items() for part in parts}
     for name in own:
@@ -150,16 +156,19 @@ def _values(recipe: Recipe, model: Model, own: Mapping[str, TensorSpec]) -> dict
             if part in holders:
                 rows.setdefault(values.get(holders[part]), holders[part])
         if len(rows) > 1:
-            shown = some([f"`{it}`" for it in rows.values()], 2)
-            raise recipe.error(
-                ("merge",),
-                f"the adapters have `{name}` as one, and coefficients differ between its parts: {shown}",
-                "give all of them the same, or leave `output.kind` out, which makes a model",
-            )
+            raise _unequal(recipe, name, "its parts: " + some([f"`{it}`" for it in rows.values()], 2))
         row = next(iter(rows), None)
         if row is not None:
             values[name] = row
     return values
+
+
+def _unequal(recipe: Recipe, name: str, parts: str) -> RecipeError:
+    return recipe.error(
+        ("merge",),
+        f"the adapters have `{name}` as one, and coefficients differ between {parts}",
+        "give all of them the same, or leave `output.kind` out, which makes a model",
+    )
 
 
 def _shares(

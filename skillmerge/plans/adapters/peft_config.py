@@ -25,7 +25,7 @@ def config_file(recipe: Recipe, output: Output, base: Checkpoint | None) -> Side
     Raises RecipeError for adapters of which some store matrices transposed, and some do not.
     """
     said = [_said(adapter) for adapter in output.adapters.values()]
-    named, revision = _base(output, said, base)
+    named, revision = _base(recipe, output, said, base)
     counts = Counter(module.rank for module in output.modules)
     rank = max(counts, key=lambda it: (counts[it], it))
     ranks = _patterns(output.modules, rank)
@@ -61,13 +61,15 @@ def _common(said: list[dict[str, Any]], key: str) -> str | None:
     return next(iter(values)) if len(values) == 1 else None
 
 
-def _base(output: Output, said: list[dict[str, Any]], base: Checkpoint | None) -> tuple[str | None, str | None]:
+def _base(
+    recipe: Recipe, output: Output, said: list[dict[str, Any]], base: Checkpoint | None
+) -> tuple[str | None, str | None]:
     """Return the model that the adapter names as its base, and its revision: the one that the adapters name; else the
     recipe's, as far as PEFT can name it."""
     names = {adapter.lora.base.rstrip("/") for adapter in output.adapters.values() if adapter.lora.base}
     if len(names) == 1:
         return next(iter(names)), _common(said, "revision")
-    if base is None:
+    if base is None or output.base is None or recipe.entries[output.base].stack:
         return None, None
     try:
         location = on_hub(base.uri)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from skillmerge.checkpoints.model_config import ties_embeddings
+from skillmerge.plans.models.experts import Row, named_by_expert
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.schedules import Rule, ScheduleError
+from skillmerge.tensors import TensorSpec
 
 
-def coefficients_of(recipe: Recipe, names: list[str], config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+def coefficients_of(recipe: Recipe, names: list[str], config: Mapping[str, Any]) -> dict[str, Row]:
     """Return each tensor's coefficients, in the order of the recipe. Raises RecipeError for rules without meaning."""
     columns = []
     for coefficient, schedule in recipe.coefficients.items():
@@ -23,11 +25,14 @@ def coefficients_of(recipe: Recipe, names: list[str], config: Mapping[str, Any])
     return {name: tuple(column[name] for column in columns) for name in names}
 
 
-def kept_coefficients(recipe: Recipe, names: Iterable[str], config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Return the coefficients of those tensors of a model that the output does not do without."""
-    names = list(names)
-    left_out = recipe.left_out(names)
-    return coefficients_of(recipe, [name for name in names if name not in left_out], config)
+def kept_coefficients(
+    recipe: Recipe, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]
+) -> tuple[dict[str, Row], dict[str, None]]:
+    """Return the coefficients of those tensors of a model that the output does not do without, by `named_by_expert`;
+    and the names of these tensors."""
+    left_out = recipe.left_out(tensors)
+    names = {name: None for name in tensors if name not in left_out}
+    return coefficients_of(recipe, named_by_expert(recipe, tensors, names), config), names
 
 
 def _tied_advice(rule: Rule, config: Mapping[str, Any]) -> str | None:
