@@ -142,11 +142,21 @@ def test_parameters_whose_nesting_no_adapter_shows(tmp_path: Path) -> None:
         both_ways(tmp_path, False)
 
 
-def test_parts_of_what_an_adapter_has_as_one_need_one_coefficient(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rule", "packed"),
+    [
+        ({"tensors": "*experts.2.up_proj*"}, False),
+        ({"experts": "0-1", "tensors": "*up_proj*"}, False),
+        ({"experts": "0-1", "tensors": "*gate_up_proj*"}, True),
+    ],
+)
+def test_parts_of_what_an_adapter_has_as_one_need_one_coefficient(
+    tmp_path: Path, rule: dict[str, Any], packed: bool
+) -> None:
     variant = Variant({}, "qwen3_moe")
-    model_of(variant, torch.float32).save_pretrained(tmp_path / "base")
+    model_of(variant, torch.float32).save_pretrained(tmp_path / "base", save_original_format=not packed)
     for folder in "ab":
         made_by_peft(tmp_path / folder, {"r": 2, "target_modules": Q, "target_parameters": EXPERTS}, variant, 1)
-    lam = {"default": 0.5, "rules": [{"tensors": "*experts.2.up_proj*", "value": 0.0}]}
+    lam = {"default": 0.5, "rules": [{**rule, "value": 0.0}]}
     with pytest.raises(RecipeError, match=r"have `model\.layers\.0\.mlp\.experts\.gate_up_proj` as one"):
         both_ways(tmp_path, False, coefficients={"lam": lam})

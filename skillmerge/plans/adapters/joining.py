@@ -11,7 +11,7 @@ is 0 is left out of that module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
@@ -140,14 +140,14 @@ def _changes(
 
 
 def _values(
-    recipe: Recipe, model: Model, own: Mapping[str, TensorSpec], changed: Set[str]
+    recipe: Recipe, model: Model, own: Mapping[str, TensorSpec], changed: Collection[str]
 ) -> dict[str, tuple[float, ...]]:
     """Return the coefficients of the model's tensors, and of those that adapters have in another layout: what the
     model's have there. Raises RecipeError where these differ, or those of the experts in a tensor that is changed."""
     given, kept = kept_coefficients(recipe, model.tensors, model.config)
     values, experts = by_tensor(given, kept, ())
-    for name in changed & experts.keys():
-        raise _unequal(recipe, name, "its experts")
+    if unlike := [name for name in experts if name in changed]:
+        raise _unequal(recipe, unlike[0], "its experts")
     stored, asked = layouts(*apart(own, model.tensors))
     holders = {part: tensor for tensor, parts in asked.holds.items() for part in parts}
     for name in own:
