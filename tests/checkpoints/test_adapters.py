@@ -13,7 +13,7 @@ from adapter_models import DIFFERENCES, VARIANTS, adapter, expected, expected_di
 from conftest import read_checkpoint, write_checkpoint
 from safetensors.torch import save_file
 
-from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, read_bytes
+from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, read_bytes
 from skillmerge.checkpoints.kinds.lora import adapter as lora
 from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.checkpoints.stores.folder import Folder
@@ -110,6 +110,27 @@ def test_any_part_is_that_part_of_the_whole(name: str, area: int, monkeypatch: p
             first = draw.randrange(elements)
             count = draw.randint(0, elements - first)
             assert read_bytes(again, tensor, first, count) == content[4 * first : 4 * (first + count)]
+
+
+@pytest.mark.parametrize("name", ["linear", "tokens", "modules_to_save", "bias", "experts_on_split"])
+def test_what_is_read_together_goes_where_it_belongs(name: str) -> None:
+    """Elements are widened in place: neighbors, and what lies between the pieces, stay as they are."""
+    checkpoint, draw = put_onto(adapter(name, torch.bfloat16)), random.Random(5)
+    whole = {tensor: bytes(read_bytes(checkpoint, tensor)) for tensor in checkpoint.tensors}
+    buffer, wanted, pieces, end = bytearray(b"\xaa" * 3_000_000), {}, [], 8
+    memory = memoryview(buffer)
+    for tensor, spec in list(checkpoint.tensors.items()) * 2:
+        first = draw.randrange(spec.elements)
+        count, size = draw.randint(0, spec.elements - first), spec.nbytes // spec.elements
+        pieces.append(Piece(tensor, first, count, memory, end))
+        wanted[end] = whole[tensor][first * size : (first + count) * size]
+        end += count * size + (8 if draw.random() < 0.5 else 0)
+        end += -end % 4
+    checkpoint.read(pieces)()
+    expect = bytearray(b"\xaa" * len(buffer))
+    for start, content in wanted.items():
+        expect[start : start + len(content)] = content
+    assert buffer == expect
 
 
 def test_adapter_reads_several_at_once_and_from_threads() -> None:
