@@ -215,3 +215,24 @@ def test_adapter_of_one_projection_changes_its_rows_of_a_fused_one(tmp_path: Pat
     wanted[20:] += product(*(wide(it) for it in pair.values()), 1.5)
     found = put_onto(tmp_path)
     assert bytes(read_bytes(found, f"{at}.gate_up_proj.weight")) == wanted.astype(np.float32).tobytes()
+
+
+def test_terms_are_added_in_their_order(tmp_path: Path) -> None:
+    """2^60 - 2^60 + 1 is 1 in this order, and 0 in others."""
+    at = "model.layers.0.mlp.up_proj"
+    pair = {f"{at}.lora_A.weight": torch.tensor([[2.0**30], [2.0**30], [1.0], [0.0]]).repeat(1, 3),
+            f"{at}.lora_B.weight": torch.tensor([[2.0**30, -(2.0**30), 1.0, 0.0]]).repeat(5, 1)}  # fmt: skip
+    write_adapter(tmp_path / "adapter", pair, lora_alpha=4)
+    write_checkpoint(tmp_path / "base", {f"{at}.weight": torch.zeros(5, 3)})
+    assert read_values(put_onto(tmp_path), f"{at}.weight").tolist() == [1.0] * 15
+
+
+def test_square_embedding_is_transposed(tmp_path: Path) -> None:
+    """As many tokens as dimensions: its shape does not show it."""
+    draw = torch.Generator().manual_seed(4)
+    a, b = torch.randn(4, 8, generator=draw), torch.randn(8, 4, generator=draw)
+    pair = {"model.embed_tokens.lora_embedding_A": a, "model.embed_tokens.lora_embedding_B": b}
+    write_adapter(tmp_path / "adapter", pair)
+    write_checkpoint(tmp_path / "base", {"model.embed_tokens.weight": torch.zeros(8, 8)})
+    wanted = product(wide(a), wide(b), 1.5).T.astype(np.float32)
+    assert bytes(read_bytes(put_onto(tmp_path), "model.embed_tokens.weight")) == wanted.tobytes()
