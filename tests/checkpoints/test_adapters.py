@@ -236,3 +236,18 @@ def test_square_embedding_is_transposed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "base", {"model.embed_tokens.weight": torch.zeros(8, 8)})
     wanted = product(wide(a), wide(b), 1.5).T.astype(np.float32)
     assert bytes(read_bytes(put_onto(tmp_path), "model.embed_tokens.weight")) == wanted.tobytes()
+
+
+def test_what_plans_keep_of_an_adapter_covers_all_that_decides_its_values(tmp_path: Path) -> None:
+    """Not its weights, whose versions tell them apart, but shapes, scale and names."""
+    pair = random_pair("model.layers.0.mlp.up_proj", 5, 3)
+    found = [
+        lora.open("uri", Folder(write_adapter(tmp_path / str(number), tensors, lora_alpha=alpha)))
+        for number, (tensors, alpha) in enumerate(((pair, 6), (pair, 7), (random_pair("model.layers.1.x", 5, 3), 6)))
+    ]
+    assert len({it.files[it.file].described for it in found}) == 3
+    write_checkpoint(tmp_path / "base", {"model.layers.0.mlp.up_proj.weight": torch.zeros(5, 3)})
+    base = open_folder("uri", tmp_path / "base")
+    on = [onto(it, base) for it in found[:2]]
+    assert len({it.files["model.safetensors"].described for it in (base, *on)}) == 3
+    assert len({it.sha256("model.safetensors") for it in (base, *on)}) == 3
