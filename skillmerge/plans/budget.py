@@ -54,7 +54,8 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
         return _skill_budget(plan, threads, memory_limit)
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
     element = sum(plan.input_itemsizes) + OUTPUT_BUFFERS * itemsize
-    registers = max((tensor.program.registers for tensor in plan.tensors.values() if tensor.program), default=1)
+    programs = (piece.program for tensor in plan.tensors.values() for piece in tensor.pieces)
+    registers = max((program.registers for program in programs if program is not None), default=1)
     remote = any(item.remote for item in plan.inputs)
     # Over a network workers wait more than they compute, and their buffers are large.
     wanted = threads or (min(_REMOTE_THREADS, max(2, cores())) if remote else min(_MAX_THREADS, cores()))

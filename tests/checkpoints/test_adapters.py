@@ -251,3 +251,25 @@ def test_what_plans_keep_of_an_adapter_covers_all_that_decides_its_values(tmp_pa
     on = [onto(it, base) for it in found[:2]]
     assert len({it.files["model.safetensors"].described for it in (base, *on)}) == 3
     assert len({it.sha256("model.safetensors") for it in (base, *on)}) == 3
+
+
+def test_head_that_is_stored_beside_a_tied_embedding_follows(tmp_path: Path) -> None:
+    """Runtimes take the embedding for it, and others the file."""
+    embedding = torch.randn(6, 4)
+    pair = {"model.embed_tokens.lora_embedding_A": torch.randn(4, 6),
+            "model.embed_tokens.lora_embedding_B": torch.randn(4, 4)}  # fmt: skip
+    write_adapter(tmp_path / "adapter", pair)
+    tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}
+    write_checkpoint(tmp_path / "base", tensors, config={"tie_word_embeddings": True})
+    tied = put_onto(tmp_path)
+    assert read_bytes(tied, "lm_head.weight") == read_bytes(tied, "model.embed_tokens.weight")
+    assert bytes(read_bytes(tied, "lm_head.weight")) != embedding.numpy().tobytes()
+    write_checkpoint(tmp_path / "base", tensors)
+    assert bytes(read_bytes(put_onto(tmp_path), "lm_head.weight")) == embedding.numpy().tobytes()
+
+
+def test_model_with_an_adapter_beside_it_is_a_model(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {"w": torch.zeros(5, 3)})
+    write_adapter(tmp_path, random_pair("w", 5, 3))
+    assert not lora.claims(Folder(tmp_path))
+    assert open_folder("uri", tmp_path).tensors.keys() == {"w"}
