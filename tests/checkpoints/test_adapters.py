@@ -273,3 +273,23 @@ def test_model_with_an_adapter_beside_it_is_a_model(tmp_path: Path) -> None:
     write_adapter(tmp_path, random_pair("w", 5, 3))
     assert not lora.claims(Folder(tmp_path))
     assert open_folder("uri", tmp_path).tensors.keys() == {"w"}
+
+
+@pytest.mark.parametrize("name", ["linear", "modules_to_save", "experts_on_split"])
+def test_adapter_keeps_what_every_kind_promises(name: str) -> None:
+    """As `test_kind_promises` says: files hold the tensors, hints change nothing, and closing twice is no harm."""
+    kinds = [put_onto(adapter(name, torch.bfloat16))]
+    kinds += [alone(adapter(name)).plus, alone(adapter(name)).minus] if name in DIFFERENCES else []
+    for checkpoint in kinds:
+        assert [it for file in checkpoint.files.values() for it in file.tensors] == list(checkpoint.tensors)
+        for file, known in checkpoint.files.items():
+            assert all(checkpoint.tensors[tensor].file == file for tensor in known.tensors)
+        before = {tensor: bytes(read_bytes(checkpoint, tensor)) for tensor in checkpoint.tensors}
+        for tensor, spec in checkpoint.tensors.items():
+            checkpoint.hint(tensor, 0, spec.elements)
+            assert read_bytes(checkpoint, tensor, spec.elements, 0) == b""
+        assert before == {tensor: bytes(read_bytes(checkpoint, tensor)) for tensor in checkpoint.tensors}
+        checkpoint.check_unchanged()
+        checkpoint.cancel()
+        checkpoint.close()
+        checkpoint.close()
