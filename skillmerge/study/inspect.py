@@ -35,7 +35,7 @@ from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.adapters import AdapterRow, adapters_of
 from skillmerge.study.forecast import Forecaster, plain
 from skillmerge.study.groups import by_expert, expert_groups, groups_of, kinds_of
-from skillmerge.study.places import OF_TWO, check_alone, is_adapter, is_recipe, is_skill, refuse_model
+from skillmerge.study.places import OF_TWO, check_alone, is_adapter, is_recipe, is_skill, refuse_alone
 from skillmerge.study.subjects import (
     BASE,
     Subject,
@@ -187,7 +187,7 @@ def _of_models(places: Sequence[str], access: Access, reporter: Reporter, vocabu
     if vocabulary != "by-id" and len(places) != 2:
         raise UsageError(OF_TWO, fix="leave `--vocabulary` out")
     if len(places) == 1:
-        refuse_model(Path(places[0]))
+        refuse_alone(places[0], access)
         return subject_of_skills(places, access, reporter)
     skills = [place for place in places if is_skill(place, access)]
     adapters = [place for place in places if is_adapter(place, access)]
