@@ -5,12 +5,15 @@ Predictions, from the plan alone. The figures for the runtime itself were measur
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from skillmerge.checkpoints.views.bands import BAND
 from skillmerge.errors import ResourceError
+from skillmerge.naming import module_kind
 from skillmerge.plans.plan import Plan
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT, format_bytes
 from skillmerge.threads import cores
@@ -58,6 +61,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
     # Over a network workers wait more than they compute, and their buffers are large.
     wanted = threads or (min(_REMOTE_THREADS, max(2, cores())) if remote else min(_MAX_THREADS, cores()))
     inflated = 64 << 20 if plan.recipe.skills else 0  # what is kept of a compressed skill
+    crossed = _crossed(plan)
     tables = 1200 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
 
     def need(count: int, tile: int) -> int:
@@ -65,6 +69,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
             (_CUDA_RUNTIME_BYTES if cuda else RUNTIME_BYTES)
             + tables
             + inflated
+            + count * crossed
             + count * (element * tile + (registers + 6) * CHUNK * 8)
         )
 
@@ -86,11 +91,23 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
     return Budget(wanted, tile, need(wanted, tile))
 
 
+def _crossed(plan: Plan) -> int:
+    """Return the bytes that a thread keeps of matrices which models store transposed: two of each model."""
+    turned = sum(any("transposed" in word for word in item.naming.layout) for item in plan.inputs)
+    sizes = (
+        math.prod(tensor.shape[-2:]) * DTYPES[tensor.dtype].itemsize
+        for tensor in plan.tensors.values()
+        if module_kind(tensor.name) == "expert"
+    )
+    return turned * 2 * min(BAND, 2 * max(sizes, default=0))
+
+
 def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> Budget:
     """Choose the number of workers for a skill, whose units have a fixed size."""
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
     # Its inputs; two planes in parts, put together, and waiting to be written; and the masks.
     worker = UNIT * (sum(plan.input_itemsizes) + 10 * itemsize + 2)
+    worker += _crossed(plan)
     fixed = RUNTIME_BYTES + 2000 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
     limit = memory_limit or _SKILL_MEMORY
     count = threads or max(1, min(_MAX_THREADS, cores(), (limit - fixed) // worker))

@@ -146,3 +146,12 @@ def test_a_killed_merge_is_resumed(mixed: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             skillmerge.apply(mixed, threads=1)
     assert weights(skillmerge.apply(mixed).output) == weights(folder / "once")
+
+
+def test_the_memory_for_transposed_matrices_is_counted(mixed: Path) -> None:
+    """`rl` is packed as it is, and `sft` transposed: two matrices of 2I x H for each thread."""
+    alike = skillmerge.plan(mixed.parent / "alike" / "recipe.yaml").needs
+    crossed = skillmerge.plan(mixed).needs
+    assert alike is not None
+    assert crossed is not None
+    assert crossed.memory - alike.memory == crossed.threads * 2 * (2 * 2 * INNER * HIDDEN * 2)
