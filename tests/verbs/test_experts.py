@@ -187,3 +187,74 @@ def test_mistakes_are_told(tmp_path: Path, edit: Callable[..., Path], what: str,
     with pytest.raises(RecipeError) as raised:
         skillmerge.plan(edit(recipe, coefficients={"lam": {"rules": [rule]}}))
     assert message in str(raised.value)
+
+
+def shares_by_numpy(folder: Path, expert: int) -> tuple[float, float]:
+    """Changed share and relative norm of rl - sft of one expert."""
+    rl, sft = (numpy_of(folder / model) for model in ("rl", "sft"))
+    names = [name for name in rl if f".experts.{expert}." in name]
+    update = [rl[name].astype(np.float64) - sft[name].astype(np.float64) for name in names]
+    changed = sum(int((it != 0).sum()) for it in update) / sum(it.size for it in update)
+    norm = sum(float((it**2).sum()) for it in update) ** 0.5
+    return changed, norm / sum(float((sft[name].astype(np.float64) ** 2).sum()) for name in names) ** 0.5
+
+
+def test_inspect_measures_each_expert_in_both_layouts(tmp_path: Path) -> None:
+    found = {}
+    for layout in ("split", "packed"):
+        family(tmp_path / layout, getattr(layouts, layout), SIZES[1])
+        found[layout] = skillmerge.inspect(str(tmp_path / layout / "sft"), str(tmp_path / layout / "rl"))
+    assert list(found["packed"].experts) == list(found["split"].experts)
+    for expert in range(COUNT):
+        changed, norm_ratio = shares_by_numpy(tmp_path / "split", expert)
+        for place in ("model.layers 0", "layers"):
+            for each in found.values():
+                row = each.experts[f"{place} {expert}"]
+                assert row["changed"] == pytest.approx(changed, rel=1e-12)
+                assert row["norm_ratio"] == pytest.approx(norm_ratio, rel=1e-12)
+    assert found["packed"].as_dict()["experts"] == found["packed"].experts
+
+
+def test_dense_models_have_no_experts(tmp_path: Path) -> None:
+    for seed, model in enumerate(MODELS):
+        write_checkpoint(tmp_path / model, layouts.dense(layouts.experts(3, 5, 8, seed), True))
+    found = skillmerge.inspect(str(tmp_path / "sft"), str(tmp_path / "rl"))
+    assert found.experts == {}
+    assert "experts" not in found.as_dict()
+
+
+def test_inspect_draws_figures_over_experts(tmp_path: Path) -> None:
+    family(tmp_path, layouts.packed)
+    page = tmp_path / "page.html"
+    shown = run_cli("inspect", tmp_path / "sft", tmp_path / "rl", "--details", "--report", page)
+    assert shown.returncode == 0, shown.stderr
+    assert "relative norm over experts 0 to 4, all layers:" in shown.stdout
+    assert "in expert" in shown.stdout
+    text = page.read_text()
+    assert "relative norm by expert" in text
+    assert "<th scope=col>4" in text
+
+
+def test_the_report_of_a_plan_has_a_map_over_experts(tmp_path: Path, edit: Callable[..., Path]) -> None:
+    recipe, page = family(tmp_path, layouts.packed), tmp_path / "page.html"
+    assert run_cli("plan", recipe, "--report", page).returncode == 0
+    assert "lam by expert, as requested" in page.read_text()
+    assert run_cli("plan", edit(recipe, coefficients={"lam": 0.7}), "--report", page).returncode == 0
+    assert "by expert" not in page.read_text()
+
+
+def test_an_update_of_several_models_is_weighed_by_expert(tmp_path: Path, edit: Callable[..., Path]) -> None:
+    """Coefficients inside of the update count, each expert's its own: here sft - target, with rl - sft or without."""
+    rules = {"w": {"default": 1.0, "rules": [{"experts": "0", "value": 0.0}]}}
+    found = []
+    for layout in ("split", "packed"):
+        recipe = family(tmp_path / layout, getattr(layouts, layout))
+        merge = "target + w * (rl - sft) + (sft - target)"
+        found.append(skillmerge.inspect(edit(recipe, merge=merge, coefficients=rules)))
+    target, rl, sft = (numpy_of(tmp_path / "split" / model) for model in MODELS)
+    for expert in range(COUNT):
+        names = [name for name in target if f".experts.{expert}." in name]
+        after = rl if expert else sft
+        squares = [float(((after[it].astype(np.float64) - target[it].astype(np.float64)) ** 2).sum()) for it in names]
+        for each in found:
+            assert each.experts[f"layers {expert}"]["norm"] == pytest.approx(sum(squares) ** 0.5, rel=1e-12)
