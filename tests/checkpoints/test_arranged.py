@@ -107,11 +107,13 @@ def test_parts_of_two_dtypes_are_read_in_the_wider_one(tmp_path: Path) -> None:
     check(view, wanted)
 
 
-def test_what_has_two_meanings_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_what_has_two_meanings_is_left_alone(tmp_path: Path, first: bool) -> None:
     """A donor that packs an expert and has it by itself too: it is not clear which is meant."""
     made = layouts.experts(3, 5, 7)
-    both = {**layouts.packed(made), f"{layouts.AT}.experts.1.gate_proj.weight": made["gate"][1]}
-    view = in_layout_of(opened(tmp_path, layouts.split(made)), specs(both))
+    one, packed = {f"{layouts.AT}.experts.1.gate_proj.weight": made["gate"][1]}, layouts.packed(made)
+    both = {**one, **packed} if first else {**packed, **one}
+    view = in_layout_of(opened(tmp_path, layouts.mixtral(made)), specs(both))
     assert f"{layouts.AT}.experts.gate_up_proj" not in view.tensors
 
 
@@ -121,3 +123,13 @@ def test_a_million_experts_are_none(tmp_path: Path) -> None:
     huge = {name: TensorSpec(name, "BF16", (10**9, 1, 1), "any")}
     stored = opened(tmp_path, layouts.split(layouts.experts(2, 1, 1)))
     assert in_layout_of(stored, huge) is stored
+
+
+def test_a_tensor_of_which_something_would_be_left_over_is_not_taken_apart(tmp_path: Path) -> None:
+    """The donor has the gate, and nothing of the other half of the fused tensor."""
+    made = layouts.experts(3, 5, 8, dtype=torch.float32)
+    stored = opened(tmp_path, layouts.dense(made, True))
+    wanted = specs(layouts.dense(made, False))
+    del wanted["model.layers.0.mlp.up_proj.weight"]
+    assert "model.layers.0.mlp.gate_up_proj.weight" in in_layout_of(stored, wanted).tensors
+    assert "model.layers.0.mlp.gate_proj.weight" in in_layout_of(stored, wanted, whole=False).tensors

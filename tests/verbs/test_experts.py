@@ -16,6 +16,7 @@ from torch import Tensor
 
 import skillmerge
 from skillmerge.errors import RecipeError
+from skillmerge.tensors import BLOCK, CHUNK
 
 COUNT = 5
 SIZES = [(COUNT, 12, 8), (COUNT, 190, 130)]
@@ -24,10 +25,15 @@ RULES = {"lam": {"default": 0.7, "rules": [{"experts": "0-1", "value": 0.0}, {"e
 LAMBDAS = (0.0, 0.0, 0.7, 0.3, 0.7)
 
 
-def family(folder: Path, make: Callable[..., dict[str, Tensor]], size: tuple[int, int, int] = SIZES[0]) -> Path:
+def family(
+    folder: Path,
+    make: Callable[..., dict[str, Tensor]],
+    size: tuple[int, int, int] = SIZES[0],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
     for seed, model in enumerate(MODELS):
-        base, moved = layouts.experts(*size), layouts.experts(*size, 50 + seed)
-        made = {name: (it.float() + 0.05 * moved[name].float()).bfloat16() for name, it in base.items()}
+        base, moved = layouts.experts(*size), layouts.experts(*size, 50 + seed, torch.float32)
+        made = {name: (it.float() + 0.05 * moved[name]).to(dtype) for name, it in base.items()}
         write_checkpoint(folder / model, make(made), shards=2, config={"model_type": "odd"})
     return write_recipe(folder, coefficients=RULES)
 
@@ -96,6 +102,7 @@ def test_the_plan_and_the_manifest_have_the_slices(tmp_path: Path) -> None:
     for name in ("gate_up_proj", "down_proj"):
         row = rows[f"{layouts.AT}.experts.{name}"]
         assert (row["action"], row["coefficients"]) == ("merge", [])
+        assert row["statistics"]["total"] * COUNT == 3 * np.prod(row["shape"])  # of the experts that are computed
         assert row["slices"] == [
             {"experts": [0, 1], "action": "copy", "coefficients": [0.0]},
             {"experts": [2, 2], "action": "merge", "coefficients": [0.7]},
@@ -135,12 +142,16 @@ def test_same_bytes_for_threads_tasks_and_a_resumed_run(
 def test_methods_see_each_expert_by_itself(tmp_path: Path) -> None:
     """What a method finds of an expert of a packed tensor is what it finds of that expert's own tensor."""
     merge = "target + trim(rl - sft, density=lam)"
-    rules = {"lam": {"default": 0.5, "rules": [{"experts": "0-1", "value": 0.25}, {"experts": "3", "value": 1.0}]}}
-    outputs = []
+    rules = {"lam": {"default": 0.5, "rules": [{"experts": "0-1", "value": 0.25}, {"experts": "3", "value": 0.75}]}}
+    outputs, scalars = [], []
     for layout in ("split", "packed"):
         family(tmp_path / layout, getattr(layouts, layout))
         made = skillmerge.apply(write_recipe(tmp_path / layout, merge, coefficients=rules))
         outputs.append(read_checkpoint(made.output))
+        document = json.loads((made.output / "skillmerge.manifest.json").read_text())
+        rows = {row["name"]: row.get("scalars", {}) for row in document["tensors"] if "down_proj" in row["name"]}
+        scalars.append([value for _, row in sorted(rows.items()) for value in row["trim 1 threshold"]])
+    assert scalars[0] == scalars[1]
     for expert in range(COUNT):
         one = outputs[0][f"{layouts.AT}.experts.{expert}.down_proj.weight"]
         assert torch.equal(one, outputs[1][f"{layouts.AT}.experts.down_proj"][expert]), expert
@@ -258,3 +269,18 @@ def test_an_update_of_several_models_is_weighed_by_expert(tmp_path: Path, edit: 
         squares = [float(((after[it].astype(np.float64) - target[it].astype(np.float64)) ** 2).sum()) for it in names]
         for each in found:
             assert each.experts[f"layers {expert}"]["norm"] == pytest.approx(sum(squares) ** 0.5, rel=1e-12)
+
+
+def test_statistics_do_not_depend_on_chunks_and_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of some experts may begin inside a block, and a chunk of it too."""
+    recipe = family(tmp_path, layouts.packed, (COUNT, 300, 200), torch.float32)
+    found = []
+    for chunk, tile in ((CHUNK, 1 << 21), (BLOCK, 1 << 21), (2 * BLOCK, BLOCK), (3 * BLOCK, 3 * BLOCK)):
+        monkeypatch.setattr("skillmerge.engine.worker.CHUNK", chunk)
+        monkeypatch.setattr("skillmerge.plans.budget.TILE_BYTES", 2 * tile)
+        made = skillmerge.apply(recipe, overwrite=True, stats="full", threads=2)
+        document = json.loads((made.output / "skillmerge.manifest.json").read_text())
+        found.append(
+            (document["statistics"], [row.get("statistics") for row in document["tensors"]], weights(made.output))
+        )
+    assert all(each == found[0] for each in found)
