@@ -98,6 +98,32 @@ def test_fused_projections_are_read_apart_and_the_other_way_round(tmp_path: Path
     assert view.naming.layout == (f"projections {'fused' if fused else 'split'}",)
 
 
+def reads_of(view: Checkpoint, monkeypatch: pytest.MonkeyPatch, names: list[str]) -> int:
+    """How many reads of files it takes to read tensors into one buffer, behind each other."""
+    store, count = view.store, []
+    read = store.read
+    monkeypatch.setattr(store, "read", lambda *arguments: count.append(arguments) or read(*arguments))
+    content, pieces, start = memoryview(bytearray(sum(view.tensors[name].nbytes for name in names))), [], 0
+    for name in names:
+        pieces.append(Piece(name, 0, view.tensors[name].elements, content, start))
+        start += view.tensors[name].nbytes
+    view.read(pieces)()
+    return len(count)
+
+
+def test_runs_are_read_in_few_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split from packed takes one read for neighbors; packed from split one or two for each expert."""
+    made = layouts.experts(4, 5, 8)
+    packed, split = layouts.packed(made), layouts.split(made)
+    names = [f"{layouts.AT}.experts.{it}.{part}_proj.weight" for it in range(4) for part in ("gate", "up")]
+    view = in_layout_of(opened(tmp_path / "packed", packed), specs(split))
+    assert reads_of(view, monkeypatch, names) == 1
+    view = in_layout_of(opened(tmp_path / "split", split), specs(packed))
+    assert reads_of(view, monkeypatch, [f"{layouts.AT}.experts.gate_up_proj"]) == 4
+    view = in_layout_of(opened(tmp_path / "split", split), specs(layouts.transposed(made)))
+    assert reads_of(view, monkeypatch, [f"{layouts.AT}.experts.gate_up_proj"]) == 8
+
+
 def test_parts_of_two_dtypes_are_read_in_the_wider_one(tmp_path: Path) -> None:
     """As where an adapter changes some of them, which have more digits then."""
     made = layouts.experts(3, 5, 7)
