@@ -208,8 +208,8 @@ def test_experts_whose_shapes_fit_two_layouts_are_told(family: Path) -> None:
     with_experts(family, without_gate)
     assert told(family) == (
         [
-            f"model `rl`: `{at}.down_proj` [4, 8, 8] may hold its experts' matrices as they are or transposed: its shape "
-            "fits both"
+            f"model `rl`: `{at}.down_proj` [4, 8, 8] may hold its experts' matrices as they are or transposed: its "
+            "shape fits both"
         ],
         "save both models with the same version of transformers",
     )
