@@ -80,7 +80,7 @@ _WIDE = {"gate_up": 2, "gate": 1, "up": 1}
 MOST_EXPERTS = 1 << 14
 """Most experts of a packed tensor: more than any model has, and few enough to look at each."""
 
-EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\..*")
+EXPERT = re.compile(r"(.*\bexperts)\.(\d{1,9})\..*")
 
 
 @dataclass(frozen=True, slots=True)
