@@ -162,6 +162,10 @@ def test_a_skill_can_be_of_some_experts(tmp_path: Path, edit: Callable[..., Path
     rules = {"lam": {"default": 0.0, "rules": [{"experts": "1-2", "value": 1.0}]}}
     edit(whole, merge="lam * (rl - sft)", coefficients=rules, output={"kind": "skill", "path": "skill"})
     skillmerge.apply(whole)
+    skillmerge.plan(whole, save=tmp_path / "plan.json")
+    skillmerge.shard(tmp_path / "plan.json", tmp_path / "tasks", index=0, of=1)
+    assert weights(skillmerge.finish(tmp_path / "plan.json", tmp_path / "tasks").output) == weights(tmp_path / "skill")
+    assert skillmerge.rebuild(tmp_path / "skill", check=True)
     models = {"target": "target", "v": {"skill": "skill"}}
     skillmerge.apply(write_recipe(tmp_path, "target + v", models=models, coefficients=None))
     merged, target, rl, sft = (read_checkpoint(tmp_path / it) for it in ("merged", *MODELS))
