@@ -18,6 +18,12 @@ _EXPERT = re.compile(r"(experts?)\.\d+\.")
 _NUMBER = re.compile(r"(?:^|\.)experts?\.(\d{1,9})\.|\[(\d{1,9})\]$")
 _SLICE = re.compile(r"\[\d+\]$")
 
+PARTS = {
+    "vision": re.compile(r"vision|visual|image|(^|[._])vit([._]|$)|siglip|clip"),
+    "audio": re.compile(r"audio|speech|whisper"),
+}
+"""Parts of a model beside its language model, by the names of their tensors or their configuration."""
+
 # The first pattern that matches decides: a norm inside an attention module is a norm.
 _KIND_PATTERNS = tuple(
     (kind, re.compile(pattern, re.IGNORECASE))
@@ -47,6 +53,11 @@ def layer_label(name: str) -> str:
     """Return the layer for people: `model.layers 7`, or `outside blocks`."""
     layer = layer_of(name)
     return f"{layer[0]} {layer[1]}" if layer is not None else "outside blocks"
+
+
+def part_of(name: str) -> str:
+    """Return `vision` or `audio`, or `text` for the language model."""
+    return next((part for part, pattern in PARTS.items() if pattern.search(name)), "text")
 
 
 @lru_cache(maxsize=1 << 17)

@@ -288,23 +288,29 @@ def _idle(
 
 
 def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:
-    """Return the parts of a plan that say what is read."""
+    found = inputs_of(recipe.used_models(), checkpoints, tensors)
+    return {**found, "vocabulary": vocabulary_of(checkpoints[_donor(recipe)])}
+
+
+def inputs_of(
+    names: Iterable[str], checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]
+) -> dict[str, Any]:
+    """Return the parts of a plan that say what is read. names: of its models."""
     read = _bytes_read(tensors, checkpoints)
     pieces = [piece for tensor in tensors.values() for piece in tensor.pieces]
     again = ((it.readings, it, source) for it in pieces if it.readings for source in it.sources)
     return {
-        "inputs": tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
+        "inputs": tuple(_input(name, checkpoints[name], read) for name in names),
         "bytes_read": sum(read.values()),
         "bytes_again": sum(
             readings * it.part_of(checkpoints[name].cost(source)) for readings, it, (name, source) in again
         ),
-        "input_itemsizes": itemsizes(tensors, checkpoints),
+        "input_itemsizes": _itemsizes(tensors, checkpoints),
         "versions": versions(checkpoints),
-        "vocabulary": vocabulary_of(checkpoints[_donor(recipe)]),
     }
 
 
-def itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
+def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
     """Return the widest element, in bytes, that each of a tensor's sources can have."""
     specs = {name: checkpoint.tensors for name, checkpoint in checkpoints.items()}
     found = {

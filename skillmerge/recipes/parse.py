@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from skillmerge.checkpoints.schemes import bucket_of
+from skillmerge.checkpoints.schemes import output_place
 from skillmerge.errors import NEAR, Mistakes, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.entries import Entry, check_models, names_of
@@ -30,9 +30,8 @@ from skillmerge.recipes.tables.recipe import (
     OutputTable,
     PushTable,
     RecipeTable,
-    RuleTable,
-    ScheduleTable,
 )
+from skillmerge.recipes.tables.schedules import RuleTable, ScheduleTable
 from skillmerge.recipes.yamltext import Document, Path
 from skillmerge.remarks import ACCEPTABLE
 from skillmerge.tensors import parse_size
@@ -266,7 +265,7 @@ def _shard_size(document: Document, value: str | int) -> int | None:
 
 def _output(document: Document, table: OutputTable, folder: FilePath, shard_size: int | None) -> Output:
     try:
-        bucket = bucket_of(table.path or "")
+        bucket = output_place(table.path or "")
     except UsageError as error:
         raise document.error(error.message, document.place(("output", "path")), error.fix) from error
     return Output(

@@ -33,6 +33,10 @@ class Numbers:
     first: int
     last: int | None
 
+    def __str__(self) -> str:
+        last = "" if self.last is None else self.last
+        return f"{self.first}" if self.last == self.first else f"{self.first}-{last}"
+
     def __contains__(self, number: object) -> bool:
         return isinstance(number, int) and self.first <= number and (self.last is None or number <= self.last)
 

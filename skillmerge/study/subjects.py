@@ -117,6 +117,7 @@ def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter)
     return Subject(
         title, checkpoints, together, None, None, parts=parts if len(parts) > 1 else (),
         told=" + ".join(places) if len(parts) > 1 else "", skills=frozenset(names),
+        places={name: place for name, kind, place in zip(names, kinds, places, strict=True) if kind == "adapter"},
     )  # fmt: skip
 
 

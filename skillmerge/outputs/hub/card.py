@@ -91,7 +91,7 @@ def _body(manifest: Manifest, push: Push) -> str:
     name = push.repository.split("/")[-1]
     sections = [
         f"# {name}",
-        f"A merge of {len(manifest.inputs)} models by `{manifest.expression}`, computed by "
+        f"A merge of {sum(not item.stack for item in manifest.inputs)} models by `{manifest.expression}`, computed by "
         f"skillmerge {manifest.tool.version}: {len(manifest.tensors)} tensors, {format_bytes(manifest.size)}.",
         "## Parents",
         _parents(manifest),
@@ -148,7 +148,9 @@ def _parents(manifest: Manifest) -> str:
     rows = []
     for item in manifest.inputs:
         place = on_hub(item.uri)
-        if place is not None:
+        if item.stack:
+            where = item.uri
+        elif place is not None:
             where = f"[{place.repository}](https://huggingface.co/{place.repository})"
         else:
             sizes = [file.size for file in item.files]

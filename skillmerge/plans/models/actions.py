@@ -65,6 +65,8 @@ def _plan_tensor(
     by_model = {source.model: source for source in sources}
     ordered = tuple(by_model[model] for model in program.models)
     action, dtype = _skill_action(recipe, term, dtype) if recipe.makes_skill else ("merge", dtype)
+    if action == "cut":  # what is kept exactly is as wide as the model that is added
+        dtype = checkpoints[ordered[0].model].tensors[ordered[0].tensor].dtype
     return TensorPlan(spec.name, dtype, spec.shape, action, ordered, values, program)
 
 

@@ -18,10 +18,10 @@ from skillmerge.methods.terms import Leaf, model_of
 from skillmerge.plans.layout import model_shard, skill_shard
 from skillmerge.plans.mapping import Source
 from skillmerge.plans.opening import Access, close_all
-from skillmerge.plans.plan import InputPlan, Plan, ShardPlan, TensorPlan
-from skillmerge.plans.planner import itemsizes
+from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
+from skillmerge.plans.planner import inputs_of
 from skillmerge.plans.saved import SavedPlan, damage
-from skillmerge.plans.tasks.opening import input_of, open_parts
+from skillmerge.plans.tasks.opening import open_parts
 
 _FORMULA = ("merge", "cut", "compute")
 """Actions that compute the recipe's expression."""
@@ -45,11 +45,11 @@ def part_of(
             for model, source in tensor.sources:
                 needed.setdefault(model, set()).add(source)
     checkpoints = open_parts(saved, needed, shards, access)
+    models = [name for name in checkpoints if name == model_of(name)]
     try:
         yield (
             Plan(
                 recipe=saved.recipe,
-                inputs=tuple(_input(saved, name, it) for name, it in checkpoints.items() if name == model_of(name)),
                 donor=saved.document["donor"],
                 coefficients=tuple(saved.recipe.coefficients),
                 tensors=tensors,
@@ -58,10 +58,9 @@ def part_of(
                 ties=(),
                 problems=(),
                 notes=(),
-                input_itemsizes=itemsizes(tensors, checkpoints),
-                versions=saved.document["versions"],
                 weights_digest=digests[0],
                 digest=digests[1],
+                **{**inputs_of(models, checkpoints, tensors), "versions": saved.document["versions"]},
             ),
             checkpoints,
         )
@@ -146,8 +145,3 @@ def _shard(saved: SavedPlan, file: str, tensors: Sequence[TensorPlan]) -> ShardP
     if shard.size != saved.sizes[file]:
         raise ValueError(f"shard {file} has another size than its tensors")
     return shard
-
-
-def _input(saved: SavedPlan, name: str, checkpoint: Checkpoint) -> InputPlan:
-    planned = input_of(saved, name)
-    return InputPlan(name, planned["uri"], planned["revision"], None, checkpoint.at.remote, (), checkpoint.naming)
