@@ -14,7 +14,7 @@ from functools import cached_property
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import ties_embeddings
-from skillmerge.checkpoints.tokenizers.matching import Matching, Tokens, matched, shown
+from skillmerge.checkpoints.tokenizers.matching import Matching, Tokens, matched, placed, shown
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.views.by_token import OWN, ZERO, ByToken, Matrix, RowMap
 from skillmerge.errors import InputError, RecipeError, did_you_mean
@@ -79,6 +79,11 @@ class _Family:
             refuse_added(name, self.checkpoints[name])
             found[name] = tokens_of(self.recipe, self.checkpoints, name, self.files)
         return found
+
+    @cached_property
+    def places(self) -> dict[str, dict[int, int]]:
+        """The donor's ids -> each model's, for tokens that both have."""
+        return {name: placed(self.tokens[self.donor], theirs) for name, theirs in self.tokens.items()}
 
     @cached_property
     def taken(self) -> dict[int, tuple[str, int]]:
@@ -153,15 +158,14 @@ class _Rows:
     def _merged(self) -> bytearray:
         """Return for each row whether it follows the formula: every whole model has its token, once."""
         family, merged = self.family, bytearray(self.count)
-        ours = family.tokens[family.donor]
         others = [
-            (family.tokens[it], family.rows(it, source))
+            (family.places[it], family.rows(it, source))
             for it, source in self.sources.items()
             if not family.is_skill(it) and it != family.donor and source is not None
         ]
-        for row, text in ours.texts.items():
-            if row < self.count and row not in self.taken and text not in ours.twice:
-                merged[row] = all(theirs.row(text, rows) is not None for theirs, rows in others)
+        for row in family.tokens[family.donor].ids.values():
+            if row < self.count and row not in self.taken:
+                merged[row] = all(places.get(row, rows) < rows for places, rows in others)
         return merged
 
     @cached_property
@@ -192,15 +196,14 @@ class _Rows:
 
     def _rows_of(self, model: str, stored: int) -> Iterator[tuple[int, int]]:
         """Yield where each row of the donor is read for a model: a source of its matrix, and the row there."""
-        family = self.family
-        ours, theirs = family.tokens[family.donor].texts, family.tokens[model_of(model)]
+        family, places = self.family, self.family.places[model_of(model)]
         for row in range(self.count):
             if row in self.taken and not family.is_skill(model):
                 giver, given = self.taken[row]
                 yield _DONOR + 1 + self.givers.index(giver), given
             elif family.is_donor(model):
                 yield OWN, row
-            elif self.merged[row] and (there := theirs.row(ours[row], stored)) is not None:
+            elif self.merged[row] and (there := places.get(row, stored)) < stored:
                 yield OWN, there
             else:
                 yield (ZERO, 0) if family.is_skill(model) else (_DONOR, row)

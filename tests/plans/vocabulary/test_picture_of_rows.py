@@ -49,6 +49,7 @@ def test_plan_shows_what_is_the_same_what_moved_and_what_is_on_one_side(recipe: 
     text = "\n".join(line.rstrip() for line in shown.stdout.splitlines()) + "\n"
     assert TABLE in text
     assert LINES in text
+    assert "compared target, rl, sft: configuration, tokenizer (rows by token), chat template" in text
 
 
 def test_markdown_shows_the_same(recipe: Path, tmp_path: Path) -> None:
