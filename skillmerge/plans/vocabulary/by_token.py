@@ -8,9 +8,10 @@ gives zeros too, but the rest of the formula stands. Rows in `tokens` are those 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import ties_embeddings
@@ -26,6 +27,12 @@ from skillmerge.tensors import TensorSpec
 
 _DONOR = OWN + 1
 """The donor's matrix among a matrix's sources. The models of `tokens` come after it."""
+
+_OFF = 3
+"""Characters by which a token may be longer or shorter than the one that was meant."""
+
+_MOST_ROWS = 1 << 20
+"""The largest vocabularies have 900,000 tokens."""
 
 
 class Donor(ByToken):
@@ -93,14 +100,14 @@ class _Family:
             ours, theirs = (self.tokens[it].row(token, 1 << 62) for it in (self.donor, model))
             if ours is None:
                 fix = f"to have it, take the tokenizer of `{model}`: `output: {{like: {model}}}`"
-                raise self._without(token, self.donor, f"the donor `{self.donor}`", fix)
+                raise self.without(token, self.donor, f"the donor `{self.donor}`", fix)
             if theirs is None:
-                near = did_you_mean(token, list(self.tokens[model].ids))
-                raise self._without(token, model, f"model `{model}`", near)
+                raise self.without(token, model, f"model `{model}`", _near(token, self.tokens[model].ids))
             found[ours] = model, theirs
         return found
 
-    def _without(self, token: str, model: str, who: str, fix: str | None) -> RecipeError:
+    def without(self, token: str, model: str, who: str, fix: str | None = None) -> RecipeError:
+        """Return the error for a token of `tokens` that is not in a model, or not once."""
         twice = token in self.tokens[model].twice
         what = "more than one id for the token" if twice else "no token"
         fix = f"save the tokenizer of `{model}` again" if twice else fix
@@ -128,9 +135,12 @@ class _Rows:
     """One token matrix of the donor, and where each model has its rows."""
 
     def __init__(self, family: _Family, name: str) -> None:
-        """Raises RecipeError if a model of `tokens` has no such row."""
+        """Raises RecipeError if a model of `tokens` has no such row, InputError for a matrix that is none of tokens."""
         self.family, self.name = family, name
         self.spec = family.checkpoints[family.donor].tensors[name]
+        if self.count > _MOST_ROWS:
+            what = f"model `{family.donor}`: `{name}` has {self.count:,} rows, more than any vocabulary"
+            raise InputError(what, fix="leave `vocabulary` out of the recipe")
         self.models = list(dict.fromkeys([family.donor, *family.used[name]]))
         self.sources = {it: matrix_in(family.checkpoints[it], name, self.spec.shape[1:]) for it in self.models}
         self.givers = list(dict.fromkeys(family.recipe.tokens.values()))
@@ -138,9 +148,8 @@ class _Rows:
         self.taken = {row: it for row, it in family.taken.items() if row < self.count}
         for row, (model, there) in self.taken.items():
             if there >= family.rows(model, self.given[model]):
-                raise family._without(
-                    family.tokens[family.donor].texts[row], model, f"`{name}` of model `{model}`", None
-                )
+                token = family.tokens[family.donor].texts[row]
+                raise family.without(token, model, f"`{name}` of model `{model}`")
         self.merged = self._merged()
 
     @property
@@ -236,6 +245,7 @@ def _views(family: _Family) -> dict[str, Checkpoint]:
             for tensor in (source, *_copies(family, model, source)):
                 if (matrix := rows.matrix(model, tensor)) is not None:
                     matrices[model][tensor] = matrix
+    _refuse_lost(family, told)
     views: dict[str, Checkpoint] = {
         model: ByToken(family.checkpoints[model], found, fixed.get(model, {}), family.files)
         for model, found in matrices.items()
@@ -255,6 +265,21 @@ def _copies(family: _Family, model: str, source: str) -> list[str]:
     shape = checkpoint.tensors[source].shape
     found = [name for name in matrices_of(checkpoint) if name not in donor.tensors and name != source]
     return [name for name in found if checkpoint.tensors[name].shape == shape]
+
+
+def _refuse_lost(family: _Family, told: Mapping[str, Rows]) -> None:
+    """Raise RecipeError for a token of `tokens` whose id is beyond the rows of all matrices."""
+    rows = max((it.rows for it in told.values()), default=0)
+    for row in family.taken:
+        if row >= rows:
+            token = family.tokens[family.donor].texts[row]
+            raise family.without(token, family.donor, f"the embedding of the donor `{family.donor}`")
+
+
+def _near(token: str, known: Iterable[str]) -> str | None:
+    """Return a token that was probably meant: of a whole vocabulary, only those that begin and are as long alike."""
+    alike = (it for it in known if it[:1] == token[:1] and abs(len(it) - len(token)) <= _OFF)
+    return did_you_mean(token, list(islice(alike, 1000)))
 
 
 def _refuse_skill_as_donor(family: _Family) -> None:
