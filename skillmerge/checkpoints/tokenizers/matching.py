@@ -44,20 +44,9 @@ class Tokens:
         twice = {text: tuple(sorted(numbers)) for text, numbers in every.items() if len(numbers) > 1}
         return cls(texts, {text: number for text, number in ids.items() if text not in twice}, twice)
 
-    def row(self, text: str, rows: int) -> int | None:
-        """Return the row of a token in a matrix with so many; None if it has none, or more than one."""
-        number = self.ids.get(text)
-        if number is None and text not in self.twice:
-            number = next((self.ids[it] for it in _spellings(text) if it in self.ids), None)
-        return number if number is not None and number < rows else None
-
     def beyond(self, rows: int) -> list[int]:
         """Return the ids for which a matrix with so many rows has none."""
         return sorted(number for number in self.texts if number >= rows)
-
-
-def _spellings(text: str) -> list[str]:
-    return [other for pair in SPELLINGS.items() if text in pair for other in pair if other != text]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +87,11 @@ def placed(donor: Tokens, model: Tokens) -> dict[int, int]:
     if model.texts is donor.texts:
         return {number: number for number in donor.ids.values()}
     found = {number: model.ids[text] for text, number in donor.ids.items() if text in model.ids}
-    for text in (it for pair in SPELLINGS.items() for it in pair if it in donor.ids):
-        if (row := model.row(text, 1 << 62)) is not None:
-            found[donor.ids[text]] = row
+    for pair in SPELLINGS.items():
+        here = [donor.ids[text] for text in pair if text in donor.ids]
+        there = [model.ids[text] for text in pair if text in model.ids]
+        if len(here) == len(there) == 1:
+            found[here[0]] = there[0]
     return found
 
 

@@ -97,7 +97,7 @@ class _Family:
         """The rows of `tokens`, by the donor's ids: the model, and the row there. Raises RecipeError."""
         found = {}
         for token, model in self.recipe.tokens.items():
-            ours, theirs = (self.tokens[it].row(token, 1 << 62) for it in (self.donor, model))
+            ours, theirs = (self.tokens[it].ids.get(token) for it in (self.donor, model))
             if ours is None:
                 fix = f"to have it, take the tokenizer of `{model}`: `output: {{like: {model}}}`"
                 raise self.without(token, self.donor, f"the donor `{self.donor}`", fix)
