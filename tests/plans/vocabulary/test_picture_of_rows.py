@@ -97,6 +97,12 @@ def test_tokens_of_a_stranger_are_text_and_nothing_else(tmp_path: Path) -> None:
     assert skillmerge.verify(output).tensors == 3
 
 
+def test_donors_rows_are_named_where_there_are_any(tmp_path: Path) -> None:
+    write_models(tmp_path, (BASE, [*BASE, "<x>"], BASE))
+    shown = run_cli("plan", write_recipe(tmp_path, **by_token())).stdout
+    assert "lm_head.weight, model.embed_tokens.weight: 8 of 8 rows merged by token\n" in shown
+
+
 def test_nothing_is_shown_by_id(tmp_path: Path) -> None:
     write_models(tmp_path, (BASE, BASE, BASE))
     recipe = write_recipe(tmp_path)
