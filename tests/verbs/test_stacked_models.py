@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import copy_with, read_checkpoint, run_cli, tensor_shapes, weights, write_family, write_recipe
+from conftest import (
+    copy_with,
+    read_checkpoint,
+    run_cli,
+    tensor_shapes,
+    weights,
+    write_checkpoint,
+    write_family,
+    write_recipe,
+)
 
 import skillmerge
 from skillmerge.checkpoints.views import stacked
@@ -98,8 +107,9 @@ def test_files_of_a_stack_are_others_when_anything_of_it_is(deep: Path, edit: Ed
     edit(deep, models={"rl": "rl", "sft": "sft", "deep": {"stack": [*parts, *parts[:1]][1:]}})
     [turned] = opened(given).files.values()
     assert turned.described != first.described
-    copy_with(deep.parent / "sft", deep.parent / "sft", **{"model.norm.bias": torch.zeros(16)})
     edit(deep, models={"rl": "rl", "sft": "sft", "deep": {"stack": parts}})
+    tensors = {**read_checkpoint(deep.parent / "sft"), "model.norm.bias": torch.zeros(16)}
+    write_checkpoint(deep.parent / "sft", tensors, shards=2, config=CONFIG)
     [other] = opened(given).files.values()
     assert other.described != first.described
     assert other.version != first.version
