@@ -108,7 +108,7 @@ def test_files_of_a_stack_are_others_when_anything_of_it_is(deep: Path, edit: Ed
     [turned] = opened(given).files.values()
     assert turned.described != first.described
     edit(deep, models={"rl": "rl", "sft": "sft", "deep": {"stack": parts}})
-    tensors = {**read_checkpoint(deep.parent / "sft"), "model.norm.bias": torch.zeros(16)}
+    tensors = {"model.norm.bias": torch.zeros(16), **read_checkpoint(deep.parent / "sft")}
     write_checkpoint(deep.parent / "sft", tensors, shards=2, config=CONFIG)
     [other] = opened(given).files.values()
     assert other.described != first.described
