@@ -15,6 +15,8 @@ MODULE_KINDS = ("attention", "mlp", "norm", "embedding", "head", "router", "expe
 _LAYER = re.compile(r"(?:^|.*?\.)(?:(?:\w*_)?(?:layers?|h)|\w*blocks?)\.(?=\d+\.)")
 
 _EXPERT = re.compile(r"(experts?)\.\d+\.")
+_NUMBER = re.compile(r"(?:^|\.)experts?\.(\d+)\.|\[(\d+)\]$")
+_SLICE = re.compile(r"\[\d+\]$")
 
 PARTS = {
     "vision": re.compile(r"vision|visual|image|(^|[._])vit([._]|$)|siglip|clip"),
@@ -62,6 +64,22 @@ def part_of(name: str) -> str:
 def module_kind(name: str) -> str:
     """Return one of MODULE_KINDS, or `other`."""
     return next((kind for kind, pattern in _KIND_PATTERNS if pattern.search(name)), "other")
+
+
+def expert_of(name: str) -> int | None:
+    """Return the number of the expert that a tensor belongs to, or a slice of one; None of any other."""
+    match = _NUMBER.search(name)
+    return int(match[1] or match[2]) if match is not None else None
+
+
+def sliced(name: str, expert: int) -> str:
+    """Return what one expert's slice of a packed tensor is called: `mlp.experts.down_proj[7]`."""
+    return f"{name}[{expert}]"
+
+
+def unsliced(name: str) -> str:
+    """Return the tensor that a slice is of; of a tensor itself."""
+    return _SLICE.sub("", name)
 
 
 def summarised(name: str) -> str:

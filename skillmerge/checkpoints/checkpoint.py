@@ -127,6 +127,11 @@ class Checkpoint(ABC):
         """Its name in messages."""
         return self.at.place
 
+    @property
+    def own(self) -> Checkpoint:
+        """The checkpoint of the files that lie at its place: another one for what is put onto a model."""
+        return self
+
     @abstractmethod
     def read(self, pieces: Sequence[Piece]) -> Wait:
         """Begin to put elements where they belong, in native byte order; what is wanted together is asked together.
@@ -210,6 +215,10 @@ class View(Checkpoint):
     def beneath(self) -> Checkpoint:
         """The checkpoint that is seen."""
         return self._checkpoint
+
+    @property
+    def own(self) -> Checkpoint:
+        return self._checkpoint.own
 
     def written_dtype(self, tensor: str) -> str:
         known = tensor in self._checkpoint.tensors

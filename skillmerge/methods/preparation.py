@@ -78,9 +78,11 @@ class Preparation:
     until there is nothing left to read. Then `run` computes."""
 
     def __init__(
-        self, program: Program, shape: Sequence[int], name: str, seed: int, of_model: Mapping[int, State] | None = None
-    ) -> None:
-        """of_model: the states of calls that take the whole model, by their positions. They are not advanced here."""
+        self, program: Program, shape: Sequence[int], name: str, seed: int, of_model: Mapping[int, State] | None = None,
+        span: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        """of_model: the states of calls that take the whole model, by their positions. They are not advanced here.
+        span: the elements that the program is for, if not all."""
         self.program = program
         matrix = tuple(shape)[-2:]
         self.unit_size, self.units = math.prod(matrix), math.prod(tuple(shape)[:-2])
@@ -89,7 +91,9 @@ class Preparation:
         self._name, self._seed, self._of_model = name, seed, of_model or {}
         self._states: list[list[State | None]] = [[None] * len(program.calls) for _ in range(self.units)]
         self._inner = [_inner_calls(program.calls, index) for index in range(len(program.calls))]
-        for unit in range(self.units if self.unit_size else 0):
+        first, last = span or (0, self.units * self.unit_size)
+        self._used = range(first // self.unit_size, -(-last // self.unit_size)) if self.unit_size else range(0)
+        for unit in self._used:
             self._begin(unit)
 
     def stretches(self, tile: int) -> list[Stretch]:
@@ -127,8 +131,8 @@ class Preparation:
 
     def advance(self) -> None:
         """Use what was read of all stretches."""
-        for unit, states in enumerate(self._states):
-            for state in states:
+        for unit in self._used:
+            for state in self._states[unit]:
                 if state is not None and state not in self._of_model.values():
                     state.advance()
             self._begin(unit)

@@ -30,7 +30,7 @@ from skillmerge.methods.method import Scalars
 from skillmerge.outputs.canonical import digest_of, lines_of, pieces_of, to_bytes
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.compare.found import Compared
-from skillmerge.plans.plan import InputPlan, Plan
+from skillmerge.plans.plan import InputPlan, Plan, Slice, slices_of
 from skillmerge.plans.side_files import SideFile
 from skillmerge.version import __version__
 
@@ -79,9 +79,6 @@ class InputFile:
     sha256: str | None
 
 
-_NAMING = ("rename", "unwrapped", "stack", "config_edits", "layout")
-
-
 @dataclass(frozen=True, slots=True)
 class Input:
     """An input model. revision: its commit on the Hub, or None. From `rename` on: see `Naming`."""
@@ -99,7 +96,7 @@ class Input:
 
     def as_dict(self) -> dict[str, Any]:
         row = {"name": self.name, "uri": self.uri, "revision": self.revision}
-        names = {key: value for key in _NAMING if (value := getattr(self, key))}
+        names = {it.name: value for it in fields(self)[5:] if (value := getattr(self, it.name))}
         return {**row, "files": [asdict(file) for file in self.files], "license": self.license, **names}
 
 
@@ -118,7 +115,7 @@ class File:
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """The action on one tensor of the output; see `TensorPlan`. statistics: of rounding, if measured. scalars: what
-    methods found of it, for each of its matrices: thresholds, cosines, factors."""
+    methods found of it, for each of its matrices: thresholds, cosines, factors. slices: see `TensorPlan`."""
 
     name: str
     file: str
@@ -129,6 +126,7 @@ class Tensor:
     coefficients: tuple[int | float, ...] = ()
     statistics: TensorStatistics | None = None
     scalars: dict[str, list[float]] | None = None
+    slices: list[Slice] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -140,6 +138,8 @@ class Tensor:
             "sources": [list(source) for source in self.sources],
             "coefficients": list(self.coefficients),
         }
+        if self.slices:
+            row["slices"] = [it.as_dict() for it in self.slices]
         if self.statistics is not None:
             row["statistics"] = self.statistics.as_dict()
         return {**row, "scalars": self.scalars} if self.scalars else row
@@ -307,7 +307,7 @@ def _tensors(
         found.append(
             Tensor(
                 tensor.name, spec.file, tensor.action, tensor.dtype, tensor.shape, tensor.sources,
-                tensor.coefficients, row, numbers or None,
+                tensor.coefficients, row, numbers or None, slices_of(tensor) or None,
             )
         )  # fmt: skip
     return tuple(found)

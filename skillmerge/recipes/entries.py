@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from skillmerge.errors import Mistakes, did_you_mean, some
 from skillmerge.recipes.formula.tree import normalise_name
-from skillmerge.recipes.schedules import LayerRange, parse_layers
+from skillmerge.recipes.schedules import Numbers, parse_numbers
 from skillmerge.recipes.tables.models import ModelTable
 from skillmerge.recipes.tables.recipe import RecipeTable
 from skillmerge.recipes.yamltext import Document, Path
@@ -26,13 +26,13 @@ class Part:
     """Layers of one model of the recipe, which come next in a stack."""
 
     model: str
-    layers: tuple[LayerRange, ...]
+    layers: tuple[Numbers, ...]
 
     def __str__(self) -> str:
         return " ".join([self.model, *([",".join(map(str, self.layers))] if self.layers != _ALL else ())])
 
 
-_ALL = (LayerRange(0, None),)
+_ALL = (Numbers(0, None),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +119,10 @@ def _stack(document: Document, path: tuple[str, str], written: ModelTable) -> tu
         raise document.error("a stack has no `rename`", document.place((*path, "rename")), fix)
     found = []
     for index, part in enumerate(written.stack or ()):
-        ranges: list[LayerRange] = []
+        ranges: list[Numbers] = []
         for text in part.layers if isinstance(part.layers, list) else [part.layers]:
             try:
-                ranges += parse_layers(str(text)) if text is not None else _ALL
+                ranges += parse_numbers(str(text)) if text is not None else _ALL
             except ValueError as error:
                 what, _, fix = str(error).partition("; ")
                 place = document.place((*path, "stack", index, "layers"))

@@ -25,7 +25,7 @@ from skillmerge.recipes.formula.tree import ExpressionError, names_in, normalise
 from skillmerge.recipes.lint_rules import RULES, LintRule
 from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
-from skillmerge.recipes.schedules import LayerRange, Rule
+from skillmerge.recipes.schedules import Numbers, Rule
 from skillmerge.recipes.source import RecipeSource, name_of
 from skillmerge.recipes.yamltext import Path as DataPath
 from skillmerge.remarks import Remark, warning
@@ -266,17 +266,19 @@ def _covers(later: Rule, rule: Rule) -> bool:
     """Return whether `later` certainly selects every tensor that `rule` can select."""
     in_layers = bool(rule.layers) or rule.ramp is not None
     if later.layers:
-        if not in_layers or not _contains(later.layers, rule.layers or (LayerRange(0, None),)):
+        if not in_layers or not _contains(later.layers, rule.layers or (Numbers(0, None),)):
             return False
     elif later.ramp is not None and not in_layers:
         return False
     if later.tensors and "*" not in later.tensors and not (rule.tensors and {*rule.tensors} <= {*later.tensors}):
         return False
+    if later.experts and not (rule.experts and _contains(later.experts, rule.experts)):
+        return False
     return not later.modules or (bool(rule.modules) and {*rule.modules} <= {*later.modules})
 
 
-def _contains(outer: Sequence[LayerRange], inner: Sequence[LayerRange]) -> bool:
-    """Return whether all layers of `inner` are in `outer`."""
+def _contains(outer: Sequence[Numbers], inner: Sequence[Numbers]) -> bool:
+    """Return whether all numbers of `inner` are in `outer`."""
     for part in inner:
         at = part.first
         for other in sorted(outer, key=lambda it: it.first):

@@ -23,9 +23,8 @@ from skillmerge.recipes.tables.recipe import (
     OutputTable,
     PushTable,
     RecipeTable,
-    RuleTable,
-    ScheduleTable,
 )
+from skillmerge.recipes.tables.schedules import RuleTable, ScheduleTable
 from skillmerge.recipes.yamltext import Document, Path
 
 _Whole = TypeVar("_Whole", RecipeTable, GatesFileTable)

@@ -107,7 +107,7 @@ def apply(
         Checks(stats, allow_nonfinite, hash_inputs, full, keep_failed, expected, strict),
         Publish(overwrite, push, no_local, private, revision, pull_request, message),
         reporter,
-        OnRay(on, source, access, work, reporter) if on is not None else None,
+        OnRay(on, source, output, access, work, reporter) if on is not None else None,
     )
 
 

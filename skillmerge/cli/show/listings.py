@@ -101,7 +101,8 @@ def _examples(found: Vocabulary) -> Iterator[str]:
 def coefficients(plan: Plan) -> Iterator[tuple[str, Depth]]:
     """Yield each coefficient by layer and kind of module."""
     for index, name in enumerate(plan.coefficients):
-        rows = ((it.name, it.shape, it.coefficients[index]) for it in plan.tensors.values() if it.coefficients[index:])
+        found = (row for tensor in plan.tensors.values() for row in tensor.rows)
+        rows = ((tensor, shape, values[index]) for tensor, shape, values in found if values[index:])
         yield name, over_depth(rows)
 
 

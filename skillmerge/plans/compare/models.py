@@ -101,19 +101,16 @@ def compare_models(
         found += vocabulary.problems(vocabulary_file(own.store.list())) if vocabulary is not None else ()
     found += check_complete({name: checkpoints[name] for name in names}, donor, files)
     found += compare_parts(recipe, checkpoints, names)
-    if lenient:
-        found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
-    found = [_in_words(recipe, it) for it in found]
+    found = [_told(recipe, it, lenient) for it in found]
     subjects, uncompared = _subjects(checkpoints, names, roles, foreign)
     return Comparison(tuple(found), tuple(names), tuple(subjects), tuple(uncompared))
 
 
-def _in_words(recipe: Recipe, found: Compared) -> Compared:
-    """Return a finding in the recipe's words, and whether the recipe accepts it."""
-    return replace(
-        found, accepted=found.name in recipe.accept and found.level != "note", message=recipe.in_words(found.message),
-        help=recipe.in_words(found.help or "") or None,
-    )  # fmt: skip
+def _told(recipe: Recipe, it: Compared, lenient: bool) -> Compared:
+    """Return a difference in the words of the recipe's author, and whether they have accepted it."""
+    level = "warning" if lenient and it.level == "problem" else it.level
+    message, help = recipe.in_words(it.message), recipe.in_words(it.help or "") or None
+    return replace(it, level=level, accepted=it.name in recipe.accept and level != "note", message=message, help=help)
 
 
 def _advice(

@@ -93,7 +93,7 @@ def tokens_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], name: str, 
     file = vocabulary_file(checkpoint.store.list())
     what = f"model `{name}` ({checkpoint.place})"
     if not file and skill:
-        planes = [checkpoints[it] for it in (name, minus_of(name))]
+        planes = [checkpoints[it] for it in (name, minus_of(name)) if it in checkpoints]
         if not any(plane.cost(it) for plane in planes for it in matrices_of(plane)):
             return Tokens({}, {})  # its rows are all zero
         done = "extract it again from models with tokenizers"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, Tag
 
-from skillmerge.recipes.tables.values import PLAIN_OR_TABLE, Layers, Table
+from skillmerge.recipes.tables.values import PLAIN_OR_TABLE, Numbers, Table
 
 
 class RenameTable(Table):
@@ -31,7 +31,7 @@ class StackTable(Table):
         str, Field(alias="from", description="Model of this recipe whose layers come next.", examples=["base"])
     ]
     layers: Annotated[
-        Layers | None,
+        Numbers | None,
         Field(description="Its layers, counted from 0, in this order. By default: all.", examples=["0-23", 7]),
     ] = None
 

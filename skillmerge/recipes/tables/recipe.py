@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, FiniteFloat, JsonValue, Tag
+from pydantic import BeforeValidator, Field, FiniteFloat, JsonValue
 
 from skillmerge.recipes.tables.gates import GatesTable
 from skillmerge.recipes.tables.models import ModelEntry
-from skillmerge.recipes.tables.values import PLAIN_OR_TABLE, Glob, Globs, Kinds, Layers, Table
+from skillmerge.recipes.tables.schedules import CoefficientEntry
+from skillmerge.recipes.tables.values import Glob, Globs, Table
 from skillmerge.remarks import ACCEPTABLE
 
 _MEANINGS: list[JsonValue] = [f"{meaning[0].upper()}{meaning[1:]}." for meaning in ACCEPTABLE.values()]
@@ -17,47 +18,6 @@ _MEANINGS: list[JsonValue] = [f"{meaning[0].upper()}{meaning[1:]}." for meaning 
 def _plain_version(value: object) -> object:
     """`true` and `1.0` equal 1 in Python, and are not it."""
     return value if type(value) in (int, str) else repr(value)
-
-
-class RuleTable(Table):
-    """The coefficient of some tensors. Selectors of one rule must all match."""
-
-    layers: Annotated[
-        Layers | None,
-        Field(description="Select layers, counted from 0.", examples=[7, "0-3", "4-", ["0-3", "8-11"]]),
-    ] = None
-    tensors: Annotated[
-        Globs | None,
-        Field(description="Select tensors by globs over whole names.", examples=["*embed_tokens*", ["*.bias"]]),
-    ] = None
-    modules: Annotated[
-        Kinds | None, Field(description="Select kinds of module.", examples=["mlp", ["embedding", "head"]])
-    ] = None
-    value: Annotated[
-        FiniteFloat | None, Field(description="Coefficient of the selected tensors.", examples=[0.0, 0.5])
-    ] = None
-    ramp: Annotated[
-        list[FiniteFloat] | None,
-        Field(
-            min_length=2,
-            description="Coefficients of the first and the last selected layer, linear in between. Points between the "
-            "ends are evenly spaced.",
-            examples=[[0.5, 1.0], [0.2, 1.0, 0.2]],
-        ),
-    ] = None
-
-
-class ScheduleTable(Table):
-    """A coefficient that varies by layer or module."""
-
-    default: Annotated[FiniteFloat, Field(description="Coefficient where no rule matches.", examples=[0.0, 1.0])] = 1.0
-    rules: Annotated[
-        list[RuleTable],
-        Field(
-            description="Coefficients of some tensors. The last rule that matches a tensor wins.",
-            examples=[[{"layers": "0-3", "value": 0.0}, {"modules": "mlp", "value": 0.8}]],
-        ),
-    ] = []
 
 
 class CopyTable(Table):
@@ -192,16 +152,6 @@ class OutputTable(Table):
             examples=[{"repo": "acme/merged", "private": True}],
         ),
     ] = None
-
-
-CoefficientEntry = Annotated[
-    Annotated[FiniteFloat, Tag("plain")] | Annotated[ScheduleTable, Tag("table")],
-    PLAIN_OR_TABLE,
-    Field(
-        description="A number, or a schedule that varies by layer or module.",
-        examples=[0.7, {"default": 1.0, "rules": [{"layers": "0-3", "value": 0.0}]}],
-    ),
-]
 
 
 TokenEntry = Annotated[TokenTable, Field(description="Where the row of this token is from.", examples=[{"from": "rl"}])]
