@@ -310,7 +310,7 @@ RECIPES = {
     "onto nothing": ({"models": {"a": {"adapter": "x", "onto": "b"}}, "merge": "a"},
         "`b` is not a model of this recipe"),
     "both": ({"models": {"a": {"adapter": "x", "patch": "b", "onto": "c"}}, "merge": "a"},
-        "`a` has more than one of `path`, `skill`, `patch`, `adapter`"),
+        "`a` has more than one of `path`, `skill`, `patch`, `adapter`, `stack`"),
     "a patch alone": ({"models": {"a": {"patch": "b"}}, "merge": "a"}, "`patch` and `onto` go together"),
     "onto alone": ({"models": {"a": {"path": "b", "onto": "a"}}, "merge": "a"}, "`patch` and `onto` go together"),
 }  # fmt: skip
