@@ -36,7 +36,8 @@ class TensorPlan:
 
     action: `merge` computes `program`, `cast` converts one model's tensor to another dtype, `copy` takes its
     bytes, `same` takes the donor's bytes after proving that every model holds the same. Of a skill: `cut` keeps
-    the difference of two models exactly, `compute` rounds `program`, `zero` is nothing.
+    the difference of two models exactly, `compute` rounds `program`, `zero` is nothing. Of an adapter: `join` puts the
+    parts of adapters beside each other.
     sources: where its elements come from, in the order of the program's models.
     coefficients: their values for this tensor, in the order of `Plan.coefficients`.
     slices: of a packed tensor whose experts have coefficients of their own, what happens to each run of experts that

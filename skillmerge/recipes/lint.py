@@ -296,7 +296,6 @@ def _degrees(recipe: Recipe) -> Iterator[Finding]:
     values = {name: _values(recipe, name) for name in _used_coefficients(recipe)}
     count = math.prod(len(given) for given in values.values())
     ramps = any(rule.ramp for name in values for rule in recipe.coefficients[name].rules)
-    wanted = 0 if recipe.makes_skill else 1
     wrong = []
     for row in islice(product(*values.values()), _MANY):
         try:
@@ -304,9 +303,9 @@ def _degrees(recipe: Recipe) -> Iterator[Finding]:
         except ExpressionError as error:
             wrong.append(_of_error(recipe.document.name, "not-one-model", recipe.expression_error(error)))
             continue
-        if found == wanted or count > _MANY or ramps:  # between the ends of a ramp it may be one
+        if found in recipe.degrees or count > _MANY or ramps:  # between the ends of a ramp it may be one
             return
-        wrong.append(_not_one(recipe, found, wanted))
+        wrong.append(_not_one(recipe, found))
     yield wrong[0]
 
 
@@ -336,16 +335,15 @@ def _accidental(recipe: Recipe) -> Iterator[Finding]:
     """Coefficients that are 1 everywhere, and that have to be for the expression to be one model."""
     names = _used_coefficients(recipe)
     defaults = {name: recipe.coefficients[name].default for name in names}
-    wanted = 0 if recipe.makes_skill else 1
     try:
         term = recipe.term(defaults)
-        if degree(term) != wanted or min(weights(term).values(), default=0.0) >= 0:
+        if degree(term) not in recipe.degrees or min(weights(term).values(), default=0.0) >= 0:
             return
         for name in names:
             ones = {value for value, _ in _values(recipe, name)} == {1.0}
-            if ones and degree(recipe.term({**defaults, name: 0.75})) != wanted:
+            if ones and degree(recipe.term({**defaults, name: 0.75})) not in recipe.degrees:
                 fix = grouped(str(recipe.document.data["merge"]), recipe.models) or "put the difference in parentheses"
-                what = "a difference" if recipe.makes_skill else "one model"
+                what = " or ".join({0: "a difference", 1: "one model"}[it] for it in recipe.degrees)
                 message = f"the expression is {what} only where `{name}` is 1"
                 yield _at(recipe, "accidental-model", ("merge",), message, fix)
     except ExpressionError:
@@ -384,10 +382,12 @@ def _values(recipe: Recipe, name: str) -> list[tuple[float, DataPath]]:
     return found
 
 
-def _not_one(recipe: Recipe, found: float, wanted: int) -> Finding:
+def _not_one(recipe: Recipe, found: float) -> Finding:
     message, fix = f"the expression gives {found:g} models' worth of weights", "the factors must add up to 1"
-    if wanted == 0:
+    if recipe.makes_skill:
         message, fix = f"{message}, and a skill is a difference", "write rl - sft"
+    elif recipe.makes_adapter:
+        fix = "an adapter is a difference, or one model with adapters on it: base + lam * v"
     elif (meant_so := grouped(str(recipe.document.data["merge"]), recipe.models)) is not None:
         fix = meant_so
     elif found == 0:

@@ -156,8 +156,18 @@ class Recipe:
 
     @property
     def makes_skill(self) -> bool:
-        """Whether the output is a difference to store; otherwise it is a model."""
+        """Whether the output is a difference to store."""
         return self.output.kind == "skill"
+
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether the output is a LoRA adapter. If it is not a skill either, it is a model."""
+        return self.output.kind == "adapter"
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """How many models' worth of weights the formula may give: none of a difference, one of a model."""
+        return {"model": (1,), "skill": (0,), "adapter": (0, 1)}[self.output.kind]
 
     def term(self, values: Mapping[str, float]) -> Term | None:
         """Return the expression with these coefficients, stored skills as the differences that they are.
@@ -178,8 +188,9 @@ class Recipe:
                 raise self.expression_error(ExpressionError(what, call.position, len(call.method.name), fix))
 
     def left_out(self, tensors: Iterable[str]) -> set[str]:
-        """Return those of the donor's tensors that a skill does without, as `ignore` says; a model has all of them."""
-        if not self.makes_skill or not self.ignore:
+        """Return those of the donor's tensors that a skill or an adapter does without, as `ignore` says; a model has
+        all of them."""
+        if not (self.makes_skill or self.makes_adapter) or not self.ignore:
             return set()
         pattern = matcher(self.ignore)
         return {name for name in tensors if pattern.match(name)}
@@ -257,7 +268,7 @@ def unclear_donor(recipe: Recipe) -> Remark | None:
     """Return a warning where the text of a merge does not show which of its models is the donor."""
     unclear = is_donor_unclear(recipe.expression, recipe.skills)
     donor = donor_of(recipe.expression, recipe.skills)
-    if recipe.output.like is not None or recipe.makes_skill:
+    if recipe.output.like is not None or recipe.output.kind != "model":
         return None
     if recipe.donor != donor:  # version 0.1 took another one from some texts
         return warning(

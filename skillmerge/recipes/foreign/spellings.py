@@ -22,7 +22,7 @@ _WORDS = {
     },
     "kind": {
         "task_vector task-vector taskvector delta difference diff update vector": "skill",
-        "lora adapter peft": "write `kind: skill`, then run `skillmerge export SKILL --lora-rank R`",
+        "lora peft": "adapter",
         "merge full checkpoint": "model",
     },
     "compression": {"zst zstandard": "zstd", "gzip gz lz4 xz bz2 true": "zstd", "false no off": "none"},
