@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +21,14 @@ from skillmerge.recipes.foreign.documents import is_mergekit
 from skillmerge.recipes.formula.donor import donor_of
 from skillmerge.recipes.formula.parser import parse
 from skillmerge.recipes.formula.tree import ExpressionError, names_in
-from skillmerge.recipes.mergekit.config import Config, Surroundings, place_of, read
+from skillmerge.recipes.mergekit.config import Config, Surroundings, place_of, read, stage_place
 from skillmerge.recipes.mergekit.methods import expression
 from skillmerge.recipes.mergekit.notes import Notes, Refused
 from skillmerge.recipes.mergekit.output import dtype_of, tokenizer_of
 from skillmerge.recipes.mergekit.settings import Varying
 from skillmerge.recipes.mergekit.translation import Translation
 from skillmerge.recipes.mergekit.writing import Draft, moved, names_of, text_of
-from skillmerge.recipes.schedules import matcher
+from skillmerge.recipes.schedules import Rule, matcher, parse_layers
 from skillmerge.recipes.schema import read_table
 from skillmerge.recipes.source import STANDARD_INPUT
 from skillmerge.recipes.source import text_of as source_text
@@ -132,7 +133,7 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
     names = names_of(places)
     given = Translation(config, names, notes)
     merge = expression(given)
-    output = {"path": f"./{_name_of(document) or 'merged'}"}
+    output = {"path": stage_place(_name_of(document) or "merged")}
     place = place_of(document.data, around, notes)
     like = tokenizer_of(config, notes, place) or config.base or config.models[0]
     try:
@@ -146,7 +147,8 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
     given.note_unused()
     used = {name.name for name in names_in(node)} | {names[like]}
     tensors = _tensors(places, around.home)
-    models = {name: moved(place, start) for place, name in names.items() if name in used}
+    stages = {stage_place(stage) for stage in around.stages}
+    models = {name: place if place in stages else moved(place, start) for place, name in names.items() if name in used}
     coefficients = {
         name: _without_idle(found, tensors, notes) for name, found in given.coefficients.items() if name in used
     }
@@ -161,9 +163,12 @@ def _without_idle(found: Varying, names: frozenset[str] | None, notes: Notes) ->
         return found
     kept = []
     for rule in found.rules:
-        if not rule.tensors or any(map(matcher([rule.tensors]).match, names)):
+        layers = parse_layers(rule.layers) if rule.layers else ()
+        modules = tuple(re.findall(r"\w+", rule.modules))
+        ramp = rule.points if len(rule.points) > 1 else None
+        if not rule.tensors or Rule(layers, (rule.tensors,), modules, ramp=ramp).select(names):
             kept.append(rule)
-        else:
+        elif not any(map(matcher([rule.tensors]).match, names)):
             notes.note(f"a filter matches no tensor, and is left out: `{rule.tensors.strip('*')}`", *found.path)
     return replace(found, rules=tuple(kept))
 
@@ -228,8 +233,5 @@ def _written(data: Any) -> list[str]:
     if not isinstance(data, dict):
         return []
     own = [data[key] for key in ("base_model", "model") if isinstance(data.get(key), str)]
-    return (
-        own
-        + [place for key in ("models", "slices", "sources", "modules") for place in _written(data.get(key))]
-        + [place for value in data.values() if isinstance(value, dict) for place in _written(value)]
-    )
+    inner = [value for key, value in data.items() if isinstance(value, dict) or key in ("models", "slices", "sources")]
+    return own + [place for value in inner for place in _written(value)]
