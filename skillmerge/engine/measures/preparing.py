@@ -94,7 +94,8 @@ class Preparations:
         """Forget tensors that are merged, and return what their calls found."""
         with self._lock:
             finished = {name: self._known.pop(name) for name in names if name in self._known}
-        for model, source in (source for name in finished for source in self._plan.tensors[name].sources):
+        again = (it for it in map(self._plan.tensors.__getitem__, finished) if it.readings)
+        for model, source in (source for tensor in again for source in tensor.sources):
             if isinstance(checkpoint := self._checkpoints[model], Spooled):
                 checkpoint.forget(source)
         found = {name: shared.preparation.found() for name, shared in finished.items()}
