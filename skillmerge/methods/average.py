@@ -82,10 +82,10 @@ def model_stock(unit: Unit, *, negative: str = "zero", scope: str = "matrix") ->
 def sce(unit: Unit, *, select: float = 1.0, floor: float = 0.0) -> Steps:
     """Average differences by their energy, where they vary most and agree in sign.
 
-    Of the positions where the variance over the differences is not 0, the share `select` with the largest variance is
-    kept, and so is every position of the same variance as the last. Each difference weighs as much as the mean square
-    of what is kept of it. All weigh alike if these add up to 0, or to less than `floor`. The plain sum elects the
-    signs, and the result is the weighted mean of what agrees.
+    With `select=1` every position is kept. Otherwise, of those where the variance over the differences is not 0, the
+    share `select` with the largest variance is kept, and so is every position of the same variance as the last. Each
+    difference weighs as much as the mean square of what is kept of it. All weigh alike if these add up to 0, or to less
+    than `floor`. The plain sum elects the signs, and the result is the weighted mean of what agrees.
 
     Paper: SCE, arXiv 2408.07990 (FuseChat-3.0).
     Differs: mergekit weighs all alike where the mean squares add up to less than 1e-6 (`floor=1e-6` here). Most updates
@@ -102,13 +102,16 @@ def sce(unit: Unit, *, select: float = 1.0, floor: float = 0.0) -> Steps:
     def kept(*v: Tensor) -> list[Tensor]:
         if select == 1:
             return list(v)
-        mask = variance(v).float().ge_(least.size).to(v[0].dtype)
+        spread = variance(v)
+        # A variance that is 0 in float32 alone is still one: what does not vary must not tie with it.
+        mask = spread.float().ge_(least.size) if least.size else spread.gt_(0)
+        mask = mask.to(v[0].dtype)
         return [keep(x, mask) for x in v]
 
     energies = yield Sums(lambda *v: [x.double() * x.double() for x in kept(*v)])
     whole = math.fsum(energies)
-    alike = whole == 0 or whole / unit.elements < floor
-    weights = [1 / count if alike else energy / whole for energy in energies]
+    equal = whole == 0 or whole / unit.elements < floor
+    weights = [1 / count if equal else energy / whole for energy in energies]
 
     def function(*v: Tensor) -> Tensor:
         selected = kept(*v)
