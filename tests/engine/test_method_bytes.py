@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -325,3 +326,45 @@ def test_whole_model_is_ranked_and_measured_together(
         inexact = oracle.unit(rounded, torch.bfloat16) + 2.0**-21 * np.abs(exact - wanted[name])
         assert np.all(error <= (inexact if "l2" in merge or "match" in merge else 0)), name
     skillmerge.rebuild(outputs[0], check=True, sample=0.4, seed=1, base_folder=family)
+
+
+# ----------------------------------------------------------------------------------------------- what calls have found
+
+
+def test_manifest_has_what_calls_found_of_each_matrix(family: Path, tmp_path: Path) -> None:
+    """Thresholds, and the shares that they keep, which are larger than what was asked for where sizes tie."""
+    models = {model: read_checkpoint(family / model) for model in MODELS}
+    merge = "target + trim(rl - sft, density=.3, rescale=l2) + band(target - sft, density=.4, gamma=.1)"
+    made = skillmerge.apply(recipe_of(family, merge), tmp_path / "out", device="cpu")
+    more_than_asked = 0
+    for row in made.manifest.tensors:
+        v, w = (sizes_by_matrix(models[model][row.name], models["sft"][row.name]) for model in ("rl", "target"))
+        count = max(1, math.floor(0.3 * v.shape[1]))
+        least = np.sort(v, axis=1)[:, -count]
+        kept = v >= least[:, None]
+        assert row.scalars is not None
+        assert row.scalars["trim 1 threshold"] == least.tolist()
+        assert row.scalars["trim 1 kept"] == (kept.sum(1) / v.shape[1]).tolist()
+        factors = np.sqrt((v.astype(float) ** 2).sum(1) / (np.where(kept, v, 0).astype(float) ** 2).sum(1))
+        np.testing.assert_allclose(row.scalars["trim 1 factor"], factors, rtol=1e-12)
+        stay, above = max(1, math.floor(0.4 * w.shape[1])), math.floor(0.1 * w.shape[1])
+        below = max(0, w.shape[1] - stay - above)
+        assert row.scalars["band 2 smallest"] == np.sort(w, axis=1)[:, below].tolist()
+        assert row.scalars["band 2 largest"] == np.sort(w, axis=1)[:, below + stay - 1].tolist()
+        more_than_asked += int((kept.sum(1) > count).sum())
+    assert more_than_asked, "some sizes tie at the threshold"
+
+
+def test_share_that_is_kept_of_the_whole_model_is_that_of_all_tensors(family: Path, tmp_path: Path) -> None:
+    models = {model: read_checkpoint(family / model) for model in MODELS}
+    merge = "target + trim(rl - sft, density=.2, scope=model)"
+    made = skillmerge.apply(recipe_of(family, merge), tmp_path / "out", device="cpu")
+    v = np.concatenate([sizes_by_matrix(models["rl"][name], models["sft"][name]).ravel() for name in SHAPES])
+    least = np.sort(v)[-math.floor(0.2 * v.size)]
+    wanted = {"trim 1 threshold": [least], "trim 1 kept": [(v >= least).mean()], "trim 1 factor": [1.0]}
+    assert all(row.scalars == wanted for row in made.manifest.tensors)
+
+
+def sizes_by_matrix(one: torch.Tensor, other: torch.Tensor) -> np.ndarray:
+    matrix = math.prod(one.shape[-2:])
+    return np.abs((one.float() - other.float()).numpy()).reshape(-1, matrix)
