@@ -16,16 +16,14 @@ from skillmerge.methods.linear import compile_term
 from skillmerge.methods.preparation import Partials, Preparation, state_of_model
 from skillmerge.methods.rounding import round_nearest
 from skillmerge.methods.terms import Term
-from skillmerge.recipes.formula.bind import bind, check_calls
+from skillmerge.recipes.formula.bind import bind
 from skillmerge.recipes.formula.parser import parse
 from skillmerge.tensors import BLOCK
 
 
 def bound(text: str, models: list[str], **coefficients: float) -> Term | None:
     """The term of an expression that makes sense."""
-    term = bind(parse(text, models, list(coefficients)), coefficients)
-    check_calls(term)
-    return term
+    return bind(parse(text, models, list(coefficients)), coefficients)
 
 
 def prepared(

@@ -10,7 +10,7 @@ from skillmerge.methods.method import (
     OF_MODEL,
     RESCALE,
     SHARE,
-    WEIGHTS,
+    VOTES,
     Number,
     Ranks,
     Ready,
@@ -100,7 +100,7 @@ def _sole(
 
 @method(
     differences(1, None, absent=True), alone=_sole, readings=lambda zero, **_: int(zero == "majority"),
-    weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO,
+    weights=VOTES, normalize=YES_NO, pick=PICK, zero=ZERO,
 )  # fmt: skip
 def elect(
     unit: Unit,
@@ -130,7 +130,7 @@ def elect(
 @method(
     differences(1, None, absent=True),
     readings=lambda rescale, zero, **_: 2 + (rescale != "none") + (zero == "majority"),
-    density=SHARE, rescale=RESCALE, weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO,
+    density=SHARE, rescale=RESCALE, weights=VOTES, normalize=YES_NO, pick=PICK, zero=ZERO,
 )  # fmt: skip
 def ties(
     unit: Unit,

@@ -85,11 +85,37 @@ class Rule:
             and self._in_layers(name)
         ]
 
+    def covers(self, rule: Rule) -> bool:
+        """Return whether it certainly selects every tensor that another rule can select."""
+        in_layers = bool(rule.layers) or rule.ramp is not None
+        if self.layers:
+            if not in_layers or not _contains(self.layers, rule.layers or (LayerRange(0, None),)):
+                return False
+        elif self.ramp is not None and not in_layers:
+            return False
+        if self.tensors and "*" not in self.tensors and not (rule.tensors and {*rule.tensors} <= {*self.tensors}):
+            return False
+        return not self.modules or (bool(rule.modules) and {*rule.modules} <= {*self.modules})
+
     def _in_layers(self, name: str) -> bool:
         if not self.layers and self.ramp is None:
             return True
         layer = layer_of(name)
         return layer is not None and (not self.layers or any(layer[1] in part for part in self.layers))
+
+
+def _contains(outer: Iterable[LayerRange], inner: Iterable[LayerRange]) -> bool:
+    """Return whether all layers of `inner` are in `outer`."""
+    for part in inner:
+        at = part.first
+        for other in sorted(outer, key=lambda it: it.first):
+            if other.first <= at and (other.last is None or other.last >= at):
+                if other.last is None or (part.last is not None and other.last >= part.last):
+                    break
+                at = other.last + 1
+        else:
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
