@@ -64,8 +64,7 @@ parameters: {normalize: true, int8_mask: true}
 dtype: float16
 """,
         layers=40,
-        warnings=(DTYPE,),
-        notes=(TIE,),
+        warnings=(DTYPE, TIE),
         merge="Llama_2 + elect(trim(orca_mini - Llama_2, density=density_orca_mini), "
         "trim(Platypus2 - Llama_2, density=0.5), trim(WizardMath - Llama_2, density=0.33), "
         "weights=[1, weight_Platypus2, weight_WizardMath])",
@@ -82,8 +81,7 @@ base_model: mistralai/Mistral-7B-v0.1
 parameters: {normalize: false, int8_mask: true}
 dtype: float16
 """,
-        warnings=(DTYPE,),
-        notes=(TIE,),
+        warnings=(DTYPE, TIE),
         merge="Mistral + ties(Mistral_Instruct - Mistral, BioMistral - Mistral, density=0.5, "
         "weights=0.5, normalize=no)",
     ),
@@ -343,8 +341,7 @@ base_model: mistralai/Mistral-7B-v0.1
 parameters: {normalize: true}
 dtype: float16
 """,
-        warnings=(DTYPE,),
-        notes=(TIE,),
+        warnings=(DTYPE, TIE),
     ),
     "spacematt/Gemma-Moon-2-9B-it": File(
         """\

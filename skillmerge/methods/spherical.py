@@ -154,7 +154,7 @@ def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
     `m * sum(w * ||x||)`.
 
     Paper: none. It is mergekit's multislerp.
-    Differs: mergekit goes on from m by `tau = sum(w * (u - <u, m> * m))`. That is 0 but for rounding, as m has the
+    Differs: mergekit then moves m by `tau = sum(w * (u - <u, m> * m))`. That is 0 but for rounding, as m has the
     direction of `sum(w * u)`.
     When: three or more models of one base, with weights.
     Not when: there are two. Use `slerp`.

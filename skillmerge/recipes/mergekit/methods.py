@@ -134,7 +134,7 @@ def _sparse(given: Translation, model: str, sparse: str, how: str) -> str:
     if drops:
         given.notes.warn("`drop` draws other lots than mergekit, by the same law")
     elif sparse:
-        given.notes.note(_TIES)
+        given.notes.warn(_TIES)
     keywords += [f"rescale={how}"] if drops or how != "none" else []
     name = {"della": "drop", "ties": "trim"}.get(sparse, sparse)
     return f"{name}({', '.join([update, *keywords])})"
@@ -202,13 +202,13 @@ def _sce(given: Translation) -> str:
     select = given.number("select_topk", default=1, check=_share)
     given.notes.note("`floor=1e-6` is mergekit's: updates whose mean squares add up to less weigh all alike there")
     if select != "1":
-        given.notes.note(_TIES)
+        given.notes.warn(_TIES)
     return f"{given.base} + " + _call("sce", _updates(given, 2), _unless("1", "select", select), "floor=1e-6")
 
 
 def _model_stock(given: Translation) -> str:
     scope = "scope=row" if given.flag("filter_wise", False) else ""
-    given.notes.note("mergekit also shortens updates whose norms multiply to less than 1e-6")
+    given.notes.warn("mergekit also shortens updates whose norms multiply to less than 1e-6")
     return f"{given.base} + " + _call("model_stock", _updates(given, 2), scope, "negative=keep")
 
 
