@@ -110,7 +110,7 @@ def translated(
     Raises RecipeError, UsageError for a file that is a recipe already.
     """
     name = os.fspath(file)
-    documents = yamltext.read_old(source_text(name), name)
+    documents = yamltext.read_old(source_text(name, "name a mergekit file"), name)
     document = _chosen(documents, name, chosen)
     if not is_mergekit(document.data) or "skillmerge" in document.data:
         read_table(yamltext.read(document.text, name), RecipeTable)  # reports what is wrong
