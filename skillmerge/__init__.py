@@ -30,7 +30,7 @@ _HOMES = {
     "extract": "verbs.extract",
     "finish": "verbs.tasks.finish",
     "gate": "study.gates",
-    "import_recipe": "recipes.importing",
+    "import_recipe": "recipes.mergekit.importing",
     "init": "recipes.starter",
     "inspect": "study.inspect",
     "lint": "recipes.lint",
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from skillmerge.outputs.proof.attest import attest as attest
     from skillmerge.outputs.proof.sign import sign as sign
     from skillmerge.recipes.formula.catalog import list_methods as list_methods
-    from skillmerge.recipes.importing import import_recipe as import_recipe
     from skillmerge.recipes.lint import lint as lint
+    from skillmerge.recipes.mergekit.importing import import_recipe as import_recipe
     from skillmerge.recipes.schema import schema as schema
     from skillmerge.recipes.starter import init as init
     from skillmerge.study.gates import gate as gate

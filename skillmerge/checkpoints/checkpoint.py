@@ -63,16 +63,18 @@ class Naming:
     """How the names of a checkpoint's tensors differ from the stored ones.
 
     rename: prefixes and their replacements; the first match wins. unwrapped: parts that a training
-    library left in them.
+    library left in them. layout: how the weights are arranged in other tensors than they are stored in, in words.
     """
 
     rename: tuple[tuple[str, str], ...] = ()
     unwrapped: tuple[str, ...] = ()
+    layout: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return what plans and manifests hold of it: nothing, where names are as they are stored."""
         rename = {"rename": [{"from": old, "to": new} for old, new in self.rename]} if self.rename else {}
-        return {**rename, **({"unwrapped": list(self.unwrapped)} if self.unwrapped else {})}
+        unwrapped = {"unwrapped": list(self.unwrapped)} if self.unwrapped else {}
+        return {**rename, **unwrapped, **({"layout": list(self.layout)} if self.layout else {})}
 
 
 class Checkpoint(ABC):
@@ -81,14 +83,17 @@ class Checkpoint(ABC):
     uri: what the recipe calls its place. at: that place. store: where its side files are. config: the parsed
     `config.json`, empty if there is none. tensors: by name, file by file in the order of their bytes. files: the
     weight files, by name. indexed: whether an index names them. unread: weight files that the index leaves out.
-    naming: how its names differ from the stored ones. same: of a plane of a skill, the quantized tensors that it has
-    no update of; None of anything else.
+    naming: how its names differ from the stored ones. is_checked: False of a patch that does not say which model it is
+    for. same: of a plane of a skill, the quantized tensors that it has no update of; None of anything else.
+    trained_on: of an adapter, the model that it says it was trained on.
 
     A kind says how tensors are read; what it does not say here is true of one whose weight files are its store's.
     """
 
     naming = Naming()
+    is_checked = True
     same: frozenset[str] | None = None
+    trained_on: str | None = None
 
     def __init__(
         self,
@@ -125,6 +130,15 @@ class Checkpoint(ABC):
     def cost(self, tensor: str) -> int:
         """Return how many bytes of its files a tensor takes."""
         return self.tensors[tensor].nbytes
+
+    def written_dtype(self, tensor: str) -> str:
+        """Return the dtype that an output like this one has for a tensor. It differs from the tensor's own where that
+        is computed from what is stored in another one."""
+        return self.tensors[tensor].dtype
+
+    def costs(self, tensor: str) -> Mapping[str, int]:
+        """Return the same by file: those that a tensor comes from."""
+        return {self.tensors[tensor].file: self.cost(tensor)}
 
     def stated(self, file: str) -> tuple[int, tuple[str, str]] | None:
         """Size and digest of one of its files, weights or not, as its store states them; None if it does not."""
@@ -175,8 +189,21 @@ class View(Checkpoint):
     ) -> None:
         super().__init__(checkpoint.uri, checkpoint.at, checkpoint.store, checkpoint.config, tensors, files,
                          indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
-        self.naming, self.same = checkpoint.naming, checkpoint.same
+        self.naming, self.same, self.is_checked = checkpoint.naming, checkpoint.same, checkpoint.is_checked
+        self.trained_on = checkpoint.trained_on
         self._checkpoint = checkpoint
+
+    @property
+    def beneath(self) -> Checkpoint:
+        """The checkpoint that is seen."""
+        return self._checkpoint
+
+    def written_dtype(self, tensor: str) -> str:
+        known = tensor in self._checkpoint.tensors
+        return self._checkpoint.written_dtype(tensor) if known else super().written_dtype(tensor)
+
+    def costs(self, tensor: str) -> Mapping[str, int]:
+        return self._checkpoint.costs(tensor)
 
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:
         return self._checkpoint.sha256(file, stop)
@@ -209,8 +236,8 @@ def named(name: str, opened: Checkpoint | Difference) -> dict[str, Checkpoint]:
 class Kind(Protocol):
     """A way to store weights: a module in `kinds/`, and a line in its table.
 
-    WORD: what a recipe calls the place: `model`, `skill` or `patch`. NOUN: what messages call it. WRITTEN: how to
-    write it in a recipe, with `{uri}`.
+    WORD: what a recipe calls the place: `model`, `skill`, `patch` or `adapter`. NOUN: what messages call it. WRITTEN:
+    how to write it in a recipe, with `{uri}`.
     """
 
     @property

@@ -209,7 +209,7 @@ class _Run:
         files: dict[str, set[str]] = {}
         for spec in shard.specs:
             for model, source in self.plan.tensors[spec.name].sources:
-                files.setdefault(model, set()).add(self.checkpoints[model].tensors[source].file)
+                files.setdefault(model, set()).update(self.checkpoints[model].costs(source))
         return files
 
 

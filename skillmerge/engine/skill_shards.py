@@ -138,10 +138,11 @@ class _Cutter:
     def __init__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], settings: Settings, stream: Stream) -> None:
         self.plan, self.checkpoints, self._settings, self.stream = plan, checkpoints, settings, stream
         self.preparations = Preparations(plan, checkpoints, settings.budget.tile)
-        # A skill that is read says of what it was made itself.
         self.kept: dict[str, Kept] = {}
-        self._digested = {name for name in checkpoints if model_of(name) not in plan.recipe.skills}
-        self._pair = _pair_of(plan) if len(self._digested) == len(checkpoints) else ()
+        # A skill that is read says of what it was made itself, and of an adapter the other plane is nothing.
+        entries = {name: plan.recipe.entries[model_of(name)] for name in checkpoints}
+        self._digested = {name for name, it in entries.items() if it.kind != "skill" and name == model_of(name)}
+        self._pair = () if any(entry.is_difference for entry in entries.values()) else _pair_of(plan)
 
     @property
     def _worker(self) -> Worker:

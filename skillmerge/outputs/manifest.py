@@ -81,7 +81,7 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An input model. revision: its commit on the Hub, or None. rename, unwrapped: see `Naming`."""
+    """An input model. revision: its commit on the Hub, or None. rename, unwrapped, layout: see `Naming`."""
 
     name: str
     uri: str
@@ -90,10 +90,11 @@ class Input:
     license: str | None
     rename: list[dict[str, str]] | None = None
     unwrapped: list[str] | None = None
+    layout: list[str] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         row = {"name": self.name, "uri": self.uri, "revision": self.revision}
-        names = {key: value for key in ("rename", "unwrapped") if (value := getattr(self, key))}
+        names = {key: value for key in ("rename", "unwrapped", "layout") if (value := getattr(self, key))}
         return {**row, "files": [asdict(file) for file in self.files], "license": self.license, **names}
 
 

@@ -17,6 +17,7 @@ from skillmerge.checkpoints.model_config import tied_source, ties_embeddings
 from skillmerge.errors import InputError, some
 from skillmerge.methods.terms import Leaf, Term, model_of, models_of
 from skillmerge.naming import module_kind
+from skillmerge.plans.advice.arrangement import unlike
 from skillmerge.plans.advice.causes import cause_of, left_behind, share, tensors_of
 from skillmerge.plans.advice.shares import MUCH
 from skillmerge.plans.mapping import Source, find_source
@@ -270,6 +271,8 @@ def _apart(
         checkpoint = checkpoints[model]
         cause = left_behind(model, checkpoint, more)
         much = share(more, checkpoint.tensors) >= MUCH or (without >= MUCH and missing)
+        if cause is None and missing:
+            cause = unlike(model, checkpoint, donor_name, donor)
         if cause is None and much:
             cause = cause_of(recipe, model, checkpoint, donor_name, donor, missing, more)
         if cause is not None:

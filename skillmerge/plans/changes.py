@@ -42,6 +42,8 @@ def _inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
                 changes.append(f"model {name}: its {what} was {was[key]}, and is {item[key]} now")
         if any(was.get(key) != item.get(key) for key in ("rename", "unwrapped")):
             changes.append(f"model {name}: its tensors are now read under other names")
+        if was.get("layout") != item.get("layout"):
+            changes.append(f"model {name}: its tensors are now read in another layout")
         files = [{file["name"]: file for file in each["files"]} for each in (was, item)]
         kept = [{file: (row["size"], row["header_sha256"]) for file, row in each.items()} for each in files]
         other = sorted(file for file in {*kept[0], *kept[1]} if kept[0].get(file) != kept[1].get(file))

@@ -12,15 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, named
+from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.kinds.table import open_as
 from skillmerge.checkpoints.missing import missing
 from skillmerge.checkpoints.place import Local, ModelPlace
-from skillmerge.checkpoints.renamed import idle_rule, prefixes_of, read_as, wrappers_of
 from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Store
+from skillmerge.checkpoints.views.fitting import Model
+from skillmerge.checkpoints.views.renamed import idle_rule, prefixes_of, read_as, wrappers_of
 from skillmerge.errors import InputError, StalePlan, UsageError, did_you_mean, some
 from skillmerge.methods.terms import model_of
+from skillmerge.plans.aligned import aligned
 from skillmerge.plans.dtypes.quantised import refuse_unequal
+from skillmerge.plans.models.adapting import as_differences, put_onto
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
 from skillmerge.recipes import lock as lockfile
@@ -70,8 +74,11 @@ class Access:
     moved: str | None = None
 
 
-def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> dict[str, Checkpoint]:
-    """Return the models that the recipe uses, open, in its order.
+def open_models(
+    recipe: Recipe, access: Access, warn: Callable[[str], None], shape: Model | None = None
+) -> dict[str, Checkpoint]:
+    """Return the models that the recipe uses, open, in its order. shape: what the differences of adapters look like, if
+    not the donor.
 
     Raises RecipeError, UsageError, InputError, StalePlan, TemporaryError.
     """
@@ -96,7 +103,7 @@ def open_models(recipe: Recipe, access: Access, warn: Callable[[str], None]) -> 
                 else:
                     warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
         with _placed(recipe, checkpoints):
-            return {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
+            return aligned(recipe, as_read(recipe, checkpoints, shape))
     except BaseException:
         close_all(checkpoints)
         raise
@@ -123,11 +130,20 @@ def planned(
         close_all(checkpoints)
 
 
+def as_read(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], shape: Model | None = None) -> dict[str, Checkpoint]:
+    """Return the models as the formula reads them: under their names, and with adapters where they belong. shape: see
+    `open_models`."""
+    found = {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
+    return as_differences(recipe, put_onto(recipe, found), shape)
+
+
 def under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkpoint:
     """Return the model under the names that it is read by. Raises RecipeError for a rule of `rename` that renames
     nothing."""
     model = model_of(name)
-    rename = recipe.renames.get(model, ())
+    rename = recipe.entries[model].renames
+    if isinstance(checkpoint, Adapter):
+        return checkpoint  # whose names are those of its own tensors; `rename` is about what they change
     found = recipe.unwrapped
     wrappers = wrappers_of(checkpoint.tensors) if found is None else found.get(model, ())
     idle = idle_rule(checkpoint.tensors, rename, wrappers)
@@ -228,8 +244,9 @@ def open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -
     found: dict[str, Checkpoint] = {}
 
     def one(name: str) -> dict[str, Checkpoint] | Exception:
-        onto = recipe.patches.get(name)
-        word = "patch" if onto is not None else "skill" if name in recipe.skills else "model"
+        entry = recipe.entries[name]
+        word = "model" if entry.kind == "path" else entry.kind
+        onto = entry.onto if word == "patch" else None
         try:
             if onto is not None and onto not in found:
                 return {}  # its model says what is wrong
@@ -238,7 +255,8 @@ def open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -
             store = open_store(places[name], follow_links=access.follow_links, download=download)
             opening.append(store)
             try:
-                return named(name, open_as(word, recipe.models[name], store, found[onto] if onto is not None else None))
+                base = found[onto] if onto is not None else None
+                return named(name, open_as(word, entry.place, store, base, name=entry.adapter))
             except BaseException:
                 store.close()
                 raise
@@ -251,7 +269,7 @@ def open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -
     opened: dict[str, dict[str, Checkpoint] | Exception] = {}
     try:
         for patches in (False, True):
-            names = [name for name in places if (name in recipe.patches) == patches]
+            names = [name for name in places if (recipe.entries[name].kind == "patch") == patches]
             opened |= zip(names, pool.map(one, names), strict=True)
             for item in opened.values():
                 found |= item if isinstance(item, dict) else {}

@@ -15,17 +15,16 @@ from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
 from skillmerge.checkpoints.model_config import contradictions, ties_embeddings
-from skillmerge.checkpoints.renamed import WRAPPERS
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Sum, Term, degree, is_zero, model_of, sole_model
 from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
-from skillmerge.plans.advice.oddities import oddities
+from skillmerge.plans.advice.heads import driven_apart, stored_heads
+from skillmerge.plans.advice.oddities import oddities, unlike_bases
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models, unsettled
 from skillmerge.plans.dtypes.kept import levelled, output_specs
 from skillmerge.plans.dtypes.quantised import exact_tensors
-from skillmerge.plans.heads import driven_apart, stored_heads
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
@@ -245,7 +244,7 @@ def _files(
     """Return the output's shards, none if it is not complete, and its side files, of which a skill has none."""
     if recipe.makes_skill:
         return lay_out_skill(recipe, tensors) if complete else (), ()
-    is_cast = any(plan.dtype != donor.tensors[name].dtype for name, plan in tensors.items())
+    is_cast = any(plan.dtype != donor.written_dtype(name) for name, plan in tensors.items())
     side_files = collect(donor, recipe.output.dtype if is_cast else None, allow_code)
     shards = lay_out(recipe, donor, tensors) if complete else ()
     if [shard.file for shard in shards] not in ([], [SINGLE_FILE]):
@@ -263,7 +262,6 @@ def _notes(
 ) -> Iterator[str]:
     """Yield notes. tensors: of a plan without problems."""
     yield from oddities(recipe, checkpoints, donor)
-    yield from _unwrapped(checkpoints)
     yield from (f"`{copy}` of model `{model}` is left out: both configs tie it to `{it}`" for model, copy, it in ties)
 
 
@@ -279,6 +277,7 @@ def _warnings(
     for name in recipe.used_models():
         if doubt := checkpoints[name].at.doubt:
             yield warning(f"model `{name}`: {doubt}", "name the commit or the branch that you mean")
+    yield from unlike_bases(recipe, checkpoints)
     yield from levelled(recipe, donor, wanted)
     if not recipe.makes_skill:
         yield from driven_apart(donor, tensors)
@@ -291,8 +290,9 @@ def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterato
     yield from remarks(recipe)
     seen: dict[str, str] = {}
     for name in recipe.used_models():
-        root = checkpoints[name].at.root
+        root, entry = checkpoints[name].at.root, recipe.entries[name]
         place = str(root.resolve()) if root is not None else checkpoints[name].place
+        place += f" {entry.adapter} {entry.onto}" if entry.kind == "adapter" else ""
         if place in seen:
             what = f"models `{seen[place]}` and `{name}` are the same: their difference is zero"
             yield warning(what, "change the folder of one of them", of_recipe=True)
@@ -340,14 +340,6 @@ def _idle(
     return unsettled(recipe, found, problems, heads_unread=bool(heads))
 
 
-def _unwrapped(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
-    """Yield notes on what training libraries added to tensor names, which is removed."""
-    for name, checkpoint in checkpoints.items():
-        if checkpoint.naming.unwrapped and name == model_of(name):
-            parts = " and ".join(f"`{part}.` ({WRAPPERS.get(part, part)})" for part in checkpoint.naming.unwrapped)
-            yield f"model `{name}` is read without {parts} in the names of its tensors"
-
-
 def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:
     """Return the parts of a plan that say what is read."""
     read = _bytes_read(tensors, checkpoints)
@@ -381,7 +373,8 @@ def _bytes_read(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Che
     for tensor in tensors.values():
         for name, source in tensor.sources:
             model, checkpoint = places[name]
-            read[model, checkpoint.tensors[source].file] += checkpoint.cost(source)
+            for file, cost in checkpoint.costs(source).items():
+                read[model, file] += cost
     return read
 
 

@@ -182,13 +182,13 @@ def _models(recipe: Recipe) -> Iterator[Finding]:
 
 def _same(recipe: Recipe) -> Iterator[Finding]:
     """Yield findings about models that have the same place."""
-    seen: dict[ModelPlace, str] = {}
+    seen: dict[tuple[ModelPlace, str | None], str] = {}
     for name in recipe.used_models():
         try:
             place = recipe.model_place(name)
         except RecipeError:
             continue  # which has its own finding
-        other = seen.setdefault(place, name)
+        other = seen.setdefault((place, recipe.entries[name].adapter), name)
         if other != name and name not in recipe.patches and other not in recipe.patches:
             path = _written(recipe, "models", name)
             yield _at(recipe, "same-model", path, f"`{other}` and `{name}` are the same model")

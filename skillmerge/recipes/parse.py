@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path as FilePath
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 from skillmerge.checkpoints.schemes import bucket_of
 from skillmerge.errors import NEAR, Mistakes, RecipeError, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
+from skillmerge.recipes.entries import Entry, check_models, names_of
 from skillmerge.recipes.formula.arguments import name_number
 from skillmerge.recipes.formula.parser import parse
 from skillmerge.recipes.formula.tree import ExpressionError, Node, normalise_name
@@ -29,7 +28,6 @@ from skillmerge.recipes.source import SAVED_PLAN, RecipeSource, name_of, text_of
 from skillmerge.recipes.tables.gates import GatesTable
 from skillmerge.recipes.tables.recipe import (
     GatesFileTable,
-    ModelTable,
     OutputTable,
     PushTable,
     RecipeTable,
@@ -92,13 +90,12 @@ def parse_recipe(
     document = _read(text, name)
     document.by_hand = by_hand
     table = read_table(document, RecipeTable)
-    models, coefficients = _names(document, table)
+    models, coefficients = names_of(document, table)
     mistakes = Mistakes()
     schedules = _schedules(document, table, mistakes)
     with mistakes:
         expression = _expression(document, table.merge, list(models), coefficients)
-    skills, patches = _skills(table), _patches(table)
-    _check_models(document, table, list(models), skills, patches, mistakes)
+    check_models(document, table, models, mistakes)
     with mistakes:
         _check_kind(document, table)
     with mistakes:
@@ -106,16 +103,13 @@ def parse_recipe(
     with mistakes:
         _check_accept(document, table.accept)
     with mistakes:
-        gates = _gates(document, table, folder, list(models), skills | set(patches))
+        gates = _gates(document, table, folder, models)
     mistakes.refuse()
     numbers = _numbers(overrides or {}, schedules, expression)
     return Recipe(
         document=document,
         folder=folder,
-        models=models,
-        skills=skills,
-        patches=patches,
-        renames=_renames(table),
+        entries=models,
         coefficients={**schedules, **{key: Schedule(value) for key, value in numbers.items()}},
         expression=expression,
         copy=tuple(CopyRule(_as_tuple(rule.tensors), normalise_name(rule.from_)) for rule in table.copy_),
@@ -145,23 +139,21 @@ def _check_accept(document: Document, names: Sequence[str]) -> None:
             )
 
 
-def _gates(
-    document: Document, table: RecipeTable, folder: FilePath, models: list[str], unlike: AbstractSet[str]
-) -> tuple[Gate, ...]:
-    """Return the recipe's gates. unlike: those of the models that have no folder of their own to load."""
+def _gates(document: Document, table: RecipeTable, folder: FilePath, models: Mapping[str, Entry]) -> tuple[Gate, ...]:
+    """Return the recipe's gates."""
     given = table.gates
     if given is None and "gates" in table.model_fields_set:
         given = GatesTable()  # every line of it is a comment
     gates = gates_of(given, document, folder)
     place = document.place(("gates",))
+    loadable = [name for name, entry in models.items() if entry.kind == "path"]  # the others have no folder to load
     if gates and table.output.kind == "skill":
         raise document.error("a skill has no `gates`", place, "add them to recipes that use the skill")
     for gate in gates:
-        if gate.kind == "perplexity" and gate.model is not None and gate.model not in set(models) - unlike:
-            known = [name for name in models if name not in unlike]
+        if gate.kind == "perplexity" and gate.model is not None and gate.model not in loadable:
             place = document.place(("gates", "perplexity", "of"))
             raise document.error(
-                f"`{gate.model}` is not a whole model of this recipe", place, f"there are: {some(known, NEAR)}"
+                f"`{gate.model}` is not a whole model of this recipe", place, f"there are: {some(loadable, NEAR)}"
             )
     return gates
 
@@ -187,67 +179,6 @@ def _check_kind(document: Document, table: RecipeTable) -> None:
         for path, given in of_models.items():
             if given:
                 raise document.error(f"a skill has no `{path[-1]}`", document.place(path), "leave it out")
-
-
-def _names(document: Document, table: RecipeTable) -> tuple[dict[str, str], list[str]]:
-    """Return models, with their places, and coefficients by normalized name; one name means one thing."""
-    models: dict[str, str] = {}
-    coefficients: list[str] = []
-    sections = {"models": list(table.models), "coefficients": list(table.coefficients)}
-    for section, written in ((section, name) for section, names in sections.items() for name in names):
-        path, name = (section, written), normalise_name(written)
-        if not name.isidentifier():
-            message = f"`{written}` cannot be used as a name"
-            fitting = re.sub(r"\W", "_", name)
-            fix = f"write `{fitting}`" if fitting.isidentifier() else "use letters, digits, _, and begin with a letter"
-            raise document.error(message, document.keys[path], fix)
-        if name in models or name in coefficients:
-            raise document.error(f"`{written}` already names something else", document.keys[path])
-        if section == "models":
-            models[name] = _model_place(document, path, table.models[written])
-        else:
-            coefficients.append(name)
-    return models, coefficients
-
-
-def _model_place(document: Document, path: tuple[str, str], entry: str | ModelTable) -> str:
-    """Return where a model is, as it is written."""
-    if isinstance(entry, str):
-        return entry
-    given = [value for value in (entry.path, entry.skill, entry.patch) if value is not None]
-    place = document.place(path)
-    if len(given) != 1:
-        what = "more than one" if given else "none"
-        raise document.error(f"`{path[1]}` has {what} of `path`, `skill`, `patch`", place, "keep one of them")
-    if (entry.patch is None) != (entry.onto is None):
-        fix = "write {patch: …, onto: …}, the latter a model of this recipe"
-        raise document.error("`patch` and `onto` go together", place, fix)
-    return given[0]
-
-
-def _tables(table: RecipeTable) -> dict[str, ModelTable]:
-    """Return the models that are more than a place, by their names as they are written."""
-    return {name: entry for name, entry in table.models.items() if isinstance(entry, ModelTable)}
-
-
-def _skills(table: RecipeTable) -> frozenset[str]:
-    return frozenset(normalise_name(name) for name, entry in _tables(table).items() if entry.skill)
-
-
-def _patches(table: RecipeTable) -> dict[str, str]:
-    return {
-        normalise_name(name): normalise_name(entry.onto)
-        for name, entry in _tables(table).items()
-        if entry.patch and entry.onto
-    }
-
-
-def _renames(table: RecipeTable) -> dict[str, tuple[tuple[str, str], ...]]:
-    return {
-        normalise_name(name): tuple((rule.from_, rule.to) for rule in entry.rename)
-        for name, entry in _tables(table).items()
-        if entry.rename
-    }
 
 
 def _schedules(document: Document, table: RecipeTable, mistakes: Mistakes) -> dict[str, Schedule]:
@@ -359,35 +290,3 @@ def _push(table: PushTable) -> Push:
         table.repo, table.private, table.revision, table.pull_request, table.message, tuple(table.tags),
         table.new_version,
     )  # fmt: skip
-
-
-def _uses(table: RecipeTable) -> Iterator[tuple[Path, str, bool]]:
-    """Yield where the recipe names a model, and whether it has to be one with all its tensors."""
-    for index, rule in enumerate(table.copy_):
-        yield ("copy", index, "from"), rule.from_, True
-    for name, entry in _tables(table).items():
-        if entry.onto:
-            yield ("models", name, "onto"), entry.onto, True
-    if table.output.like is not None:
-        yield ("output", "like"), table.output.like, table.output.kind == "model"
-
-
-def _check_models(
-    document: Document,
-    table: RecipeTable,
-    models: list[str],
-    skills: AbstractSet[str],
-    patches: Mapping[str, str],
-    mistakes: Mistakes,
-) -> None:
-    """Check that every name of a model is one, of the kind that is needed there."""
-    for path, written, whole in _uses(table):
-        name, place = normalise_name(written), document.place(path)
-        with mistakes:
-            if name not in models:
-                fix = did_you_mean(written, models) or f"models of this recipe: {', '.join(models)}"
-                raise document.error(f"`{written}` is not a model of this recipe", place, fix)
-            if whole and name in skills:
-                raise document.error(f"`{written}` is a skill, which has no tensors to take", place)
-            if path[0] == "models" and name in patches:
-                raise document.error(f"`{written}` is a patch itself", place, "name a whole model")

@@ -13,6 +13,7 @@ from skillmerge.checkpoints.place import Bucket, Local, ModelPlace, PlaceError
 from skillmerge.checkpoints.schemes import parse_place
 from skillmerge.errors import Place, RecipeError
 from skillmerge.methods.terms import Call, Term, calls, expand_skills
+from skillmerge.recipes.entries import KINDS, Entry
 from skillmerge.recipes.formula.bind import bind
 from skillmerge.recipes.formula.donor import donor_of, is_donor_unclear
 from skillmerge.recipes.formula.tree import ExpressionError, Node, names_in, normalise_name
@@ -70,17 +71,11 @@ _ADVICE_TO_ACCEPT = re.compile(r"(?:^|; |, or )(?:if [^;]*, )?" + _ACCEPT.patter
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe whose text makes sense by itself. `models` maps names to URIs as they are written."""
+    """A recipe whose text makes sense by itself. `entries` says what each name of a model stands for."""
 
     document: Document
     folder: FilePath
-    models: Mapping[str, str]
-    skills: frozenset[str]
-    """Those of the models that are stored skills."""
-    patches: Mapping[str, str]
-    """Those of the models that are sparse patches, and the models that they are for."""
-    renames: Mapping[str, tuple[tuple[str, str], ...]]
-    """Models that are read under other names: prefixes, and their replacements."""
+    entries: Mapping[str, Entry]
     coefficients: Mapping[str, Schedule]
     expression: Node
     copy: tuple[CopyRule, ...]
@@ -97,6 +92,27 @@ class Recipe:
     """The donor of an earlier plan."""
     unwrapped: Mapping[str, tuple[str, ...]] | None = None
     """The wrappers that an earlier plan left out of each model's names. None: all that are found."""
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The models, and where each is, as it is written."""
+        return {name: entry.place for name, entry in self.entries.items()}
+
+    @property
+    def skills(self) -> frozenset[str]:
+        """Those of the models that are differences in themselves: stored skills, and adapters that are put onto
+        nothing."""
+        return frozenset(name for name, entry in self.entries.items() if entry.is_difference)
+
+    @property
+    def patches(self) -> dict[str, str]:
+        """Those of the models that are sparse patches or adapters, and the models that they are put onto."""
+        return {name: entry.onto for name, entry in self.entries.items() if entry.onto}
+
+    @property
+    def adapters(self) -> list[str]:
+        """Those of the models that are adapters."""
+        return [name for name, entry in self.entries.items() if entry.kind == "adapter"]
 
     @property
     def sha256(self) -> str:
@@ -164,7 +180,10 @@ class Recipe:
         """Return the models that the output depends on, in the order of the recipe."""
         used = {name.name for name in names_in(self.expression) if name.is_model}
         used |= {rule.model for rule in self.copy} | ({self.output.like} if self.output.like else set())
-        used |= {onto for name, onto in self.patches.items() if name in used}
+        patches = self.patches
+        for name in list(used):
+            while (name := patches.get(name, "")) and name not in used:
+                used.add(name)
         return [name for name in self.models if name in used]
 
     def as_planned(self, donor: str, inputs: Mapping[str, Sequence[str]]) -> Recipe:
@@ -208,7 +227,7 @@ class Recipe:
         there."""
         written = next((key for key in self.document.data["models"] if normalise_name(key) == name), name)
         entry = self.document.data["models"].get(written)
-        keys = [key for key in ("path", "skill", "patch") if isinstance(entry, dict) and entry.get(key) is not None]
+        keys = [key for key in KINDS if isinstance(entry, dict) and entry.get(key) is not None]
         return ("models", written, *keys[:1])
 
 

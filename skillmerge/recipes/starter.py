@@ -9,7 +9,7 @@ from pathlib import Path
 
 from skillmerge.durable import disk_errors
 from skillmerge.errors import NEAR, UsageError, did_you_mean, some
-from skillmerge.recipes.importing import translated
+from skillmerge.recipes.mergekit.importing import translated
 from skillmerge.recipes.schema import schema_text
 from skillmerge.recipes.source import RECIPE_SUFFIXES, STANDARD_INPUT
 

@@ -12,7 +12,7 @@ import math
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,13 +34,13 @@ from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import RECIPE_SUFFIXES, STANDARD_INPUT, RecipeSource, name_of
 from skillmerge.remarks import Remark
 from skillmerge.reporter import Reporter, default_reporter
+from skillmerge.study.adapters import AdapterRow, adapters_of
 from skillmerge.study.forecast import Forecaster, plain
+from skillmerge.study.places import is_adapter, is_skill, refuse_model
 from skillmerge.study.subjects import (
     BASE,
     Subject,
-    is_skill,
     open_named,
-    refuse_model,
     subject_of_models,
     subject_of_recipe,
     subject_of_skills,
@@ -92,6 +92,8 @@ class Inspection:
     """Each pair of those: `first`, `second`, and figures as `all` and `modules`."""
     remarks: Sequence[Remark]
     """Warnings about the updates."""
+    adapters: Mapping[str, Sequence[AdapterRow]] = field(default_factory=dict)
+    """The adapters that the updates are made of: ranks and scales by kind of module."""
 
     __repr__ = brief
     _repr_html_ = drawn
@@ -103,6 +105,8 @@ class Inspection:
 
     def as_dict(self) -> dict[str, Any]:
         several = {"updates": self.updates, "pairs": list(self.pairs)} if self.updates else {}
+        if self.adapters:
+            several["adapters"] = {name: [asdict(row) for row in rows] for name, rows in self.adapters.items()}
         return {
             "title": self.title,
             "update": self.update,
@@ -184,12 +188,13 @@ def _warned(found: Inspection, reporter: Reporter) -> Inspection:
 
 
 def _of_models(places: Sequence[str], access: Access, reporter: Reporter) -> Subject:
-    """Return the subject for two models, before and after, or for one or several stored skills."""
+    """Return the subject for two models, before and after, or for one or several stored skills and adapters."""
     if len(places) == 1:
         refuse_model(Path(places[0]))
         return subject_of_skills(places, access, reporter)
     skills = [place for place in places if is_skill(place, access)]
-    if len(skills) == len(places):
+    adapters = [place for place in places if is_adapter(place, access)]
+    if len(skills) + len(adapters) == len(places):
         return subject_of_skills(places, access, reporter)
     fix = "pass two models, before and after, or only skills"
     if skills:
@@ -264,6 +269,7 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
         updates=updates,
         pairs=pairs,
         remarks=(*subject.doubts, *_remarks(subject, measured, tasks)),
+        adapters={subject.name_of(name): found for name, found in adapters_of(subject.checkpoints).items()},
     )
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.kinds.skill import SKILL_FILE
 from skillmerge.checkpoints.model_config import contradictions
-from skillmerge.checkpoints.schemes import is_path, open_store, parse_place
 from skillmerge.errors import UsageError, some
 from skillmerge.methods.terms import (
     Leaf,
@@ -35,6 +32,7 @@ from skillmerge.recipes.parse import recipe_of
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark, warning
 from skillmerge.reporter import Reporter
+from skillmerge.study.places import is_adapter
 from skillmerge.tensors import percent
 
 BASE = "--base"
@@ -102,37 +100,19 @@ class Subject:
         return [model for model in dict.fromkeys(inside) if model_of(model) not in self.skills]
 
 
-def refuse_model(path: Path) -> None:
-    if path.is_dir() and not (path / SKILL_FILE).exists():
-        raise UsageError(
-            f"{path} is a folder, but not a skill", fix="pass two models, before and after, or a recipe, or skills"
-        )
-
-
-def is_skill(uri: str, access: Access) -> bool:
-    """Return whether a place holds a stored skill. Raises InputError, TemporaryError if a remote one cannot be
-    listed."""
-    if is_path(uri):
-        return (Path(uri) / SKILL_FILE).is_file()
-    try:
-        place = parse_place(uri)
-    except ValueError:
-        return False  # opening it says what is wrong with it
-    return place is not None and SKILL_FILE in open_store(place, download=access.download).list()
-
-
 def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter) -> Subject:
     """Return the subject for stored skills. Several are measured one by one and together."""
     if len(set(places)) < len(places):
         raise UsageError("the same skill is named twice", fix="pass each skill once")
     names = [f"skill{index}" for index in range(1, len(places) + 1)] if len(places) > 1 else ["skill"]
-    checkpoints = open_named(
-        {name: {"skill": place} for name, place in zip(names, places, strict=True)}, access, reporter
-    )
+    kinds = ["adapter" if is_adapter(place, access) else "skill" for place in places]
+    written = {name: {kind: place} for name, kind, place in zip(names, kinds, places, strict=True)}
+    checkpoints = open_named(written, access, reporter)
     updates = [weights(expand_skills(Leaf(name), {name})) for name in names]
     parts = tuple(Part(place, update, None, None) for place, update in zip(places, updates, strict=True))
     together = {model: factor for update in updates for model, factor in update.items()}
-    title = f"skill{'s' if len(places) > 1 else ''} {' and '.join(places)}"
+    noun = "adapter" if {*kinds} == {"adapter"} else "skill"
+    title = f"{noun}{'s' if len(places) > 1 else ''} {' and '.join(places)}"
     return Subject(
         title, checkpoints, together, None, None, parts=parts if len(parts) > 1 else (),
         told=" + ".join(places) if len(parts) > 1 else "", skills=frozenset(names),
@@ -142,7 +122,8 @@ def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter)
 def subject_of_models(before: str, after: str, access: Access, reporter: Reporter) -> Subject:
     """Return the subject for two models, with reasons why they may not belong together."""
     models = {"before": before, "after": after}
-    recipe = recipe_of(models, "after - before", {"kind": "skill"}, "skillmerge inspect")
+    onto = {"after": {"adapter": after, "onto": "before"}} if is_adapter(after, access) else {}
+    recipe = recipe_of({**models, **onto}, "after - before", {"kind": "skill"}, "skillmerge inspect")
     checkpoints = open_models(recipe, access, reporter.note)
     try:
         difference = Sum(Leaf("after"), Leaf("before"), minus=True)

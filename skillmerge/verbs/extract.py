@@ -11,19 +11,42 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.kinds.patch import PATCH_FILE
 from skillmerge.checkpoints.kinds.skill import SKILL_FILE, summary, tensor_digest
-from skillmerge.checkpoints.renamed import wrappers_of
 from skillmerge.checkpoints.stores.folder import Folder
+from skillmerge.checkpoints.views.arranged import in_layout_of
+from skillmerge.checkpoints.views.fitting import Model
+from skillmerge.checkpoints.views.renamed import wrappers_of
 from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError, machine_errors
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.reporter import Reporter, default_reporter
-from skillmerge.tensors import UNIT
+from skillmerge.study.places import is_adapter, is_difference
+from skillmerge.tensors import UNIT, TensorSpec
 from skillmerge.threads import in_threads
 from skillmerge.verbs.apply import merge
 from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.result import Result
 from skillmerge.version import __version__
+
+
+def _models(rl: str, sft: str, access: Access) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """Return the models of an extraction, its formula, and the donor if that is not read off the formula.
+
+    An adapter is a difference in itself, which needs no weights of the model. Where it replaces something it is put
+    onto that.
+    """
+    models: dict[str, Any] = {"rl": rl, "sft": sft}
+    if (Path(rl) / PATCH_FILE).is_file():
+        models["rl"] = {"patch": rl, "onto": "sft"}
+    elif is_adapter(rl, access):
+        models["rl"] = {"adapter": rl}
+        if is_adapter(sft, access):
+            models["sft"] = {"adapter": sft}
+        elif is_difference(rl, access):
+            return models, "rl", {"like": "sft"}
+        else:
+            models["rl"]["onto"] = "sft"
+    return models, "rl - sft", {}
 
 
 @machine_errors()
@@ -47,7 +70,8 @@ def extract(
 ) -> Result:
     """Store the difference `rl - sft` of two checkpoints (folders, or `hf://org/name[@revision][/subfolder]`).
 
-    If `rl` is a folder with a sparse patch, it is read as a patch of `sft`.
+    If `rl` is a folder with a sparse patch, it is read as a patch of `sft`; if it holds a LoRA adapter, as one that was
+    trained on `sft`.
     dtype: `same` is exact; bfloat16, float16 or float32 round each element once. ignore: globs of tensors to leave
     out. accept: names of differences between the two to accept. zstd: compress the files. keep: the share of each
     tensor's elements to keep, the largest ones, rescaled to the tensor's norm. The other arguments and the errors are
@@ -56,18 +80,17 @@ def extract(
     if dtype not in ("same", "bfloat16", "float16", "float32"):
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
     check_words(keep=keep, threads=threads, memory_limit=memory_limit, hub=hub)
-    models: dict[str, Any] = {"rl": os.fspath(rl), "sft": os.fspath(sft)}
-    if (Path(rl) / PATCH_FILE).is_file():
-        models["rl"] = {"patch": models["rl"], "onto": "sft"}
-    made = {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none", "keep": keep}
+    access = Access(follow_links, download=hub == "download")
+    models, formula, like = _models(os.fspath(rl), os.fspath(sft), access)
+    made = {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none", "keep": keep, **like}
     accepting = {"accept": list(accept)} if accept else {}  # left out, the text is that of earlier versions
-    recipe = recipe_of(models, "rl - sft", made, "skillmerge extract", ignore=list(ignore), **accepting)
+    recipe = recipe_of(models, formula, made, "skillmerge extract", ignore=list(ignore), **accepting)
     reporter = reporter or default_reporter("extracting")
     reporter.event("started", skillmerge=__version__, recipe=recipe.document.name)
     return merge(
         recipe,
         output,
-        Access(follow_links, download=hub == "download"),
+        access,
         Work("auto", threads, memory_limit),
         Checks(hash_inputs=hash_inputs),
         Publish(overwrite),
@@ -87,11 +110,18 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     candidates = sorted({model for digests in tensors.values() for model in digests})
     if not candidates:
         raise UsageError(f"{skill} was made from other skills, which record their own parents")
-    recipe = recipe_of({"parent": os.fspath(parent)}, "parent", {"path": "nowhere"}, "skillmerge verify")
+    access = Access(follow_links=follow_links)
+    entry = {"adapter": os.fspath(parent)} if is_adapter(os.fspath(parent), access) else os.fspath(parent)
+    made = {"kind": "skill"} if isinstance(entry, dict) else {"path": "nowhere"}
+    recipe = recipe_of({"parent": entry}, "parent", made, "skillmerge verify")
     if wrappers_of(tensors):  # extracted when names were read as stored
         recipe = recipe.as_planned("parent", {})
-    checkpoints = open_models(recipe, Access(follow_links=follow_links), lambda message: None)
-    checkpoint = checkpoints["parent"]
+    shapes = {
+        name: TensorSpec(name, row["dtype"], tuple(row["shape"]), "") for name, row in document["tensors"].items()
+    }
+    checkpoints = open_models(recipe, access, lambda message: None, Model(os.fspath(skill), shapes, {}))
+    # A parent may store the skill's tensors in another layout.
+    checkpoint = in_layout_of(checkpoints["parent"], shapes, whole=False)
     names = [name for name in tensors if name in checkpoint.tensors]
     missing = [name for name in tensors if name not in checkpoint.tensors]
     reason = f"it has no tensor `{missing[0]}`" if missing else ""

@@ -11,7 +11,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.skill_planes import check_zstandard
 from skillmerge.errors import UsageError
 from skillmerge.plans import saved as savedplan
-from skillmerge.plans.heads import with_heads_read
+from skillmerge.plans.advice.heads import with_heads_read
 from skillmerge.plans.opening import Access, planned
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.saved import SavedPlan

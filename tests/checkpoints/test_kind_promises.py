@@ -21,10 +21,10 @@ import skillmerge
 from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, named, read_bytes, versions
 from skillmerge.checkpoints.kinds import dense, patch, skill, table
 from skillmerge.checkpoints.kinds.table import open_as, open_folder
-from skillmerge.checkpoints.renamed import read_as
 from skillmerge.checkpoints.store import Store
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.checkpoints.stores.memory import Held, Memory
+from skillmerge.checkpoints.views.renamed import read_as
 from skillmerge.engine.values import read_values
 from skillmerge.errors import InputError, StalePlan
 from skillmerge.tensors import BLOCK, UNIT

@@ -14,7 +14,7 @@ from conftest import put_family, read_checkpoint, run_cli, weights, write_checkp
 from hub_server import HubServer
 
 import skillmerge
-from skillmerge.checkpoints.renamed import WRAPPERS, replaced, wrappers_of
+from skillmerge.checkpoints.views.renamed import WRAPPERS, replaced, wrappers_of
 from skillmerge.errors import InputError, RecipeError, StalePlan
 
 Edit = Callable[..., Path]

@@ -11,8 +11,8 @@ from hub_server import HubServer
 import skillmerge
 from skillmerge.checkpoints.checkpoint import Checkpoint, Piece
 from skillmerge.checkpoints.kinds.table import open_folder
-from skillmerge.checkpoints.spooled import Spool, Spooled
 from skillmerge.checkpoints.store import Wait
+from skillmerge.checkpoints.views.spooled import Spool, Spooled
 
 TIES = "target + ties(rl - sft, target - sft, density=0.3, rescale=l1)"
 

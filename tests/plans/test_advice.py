@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,21 +157,77 @@ ALIKE = (
 )
 
 
-@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
-def test_experts_that_are_packed_in_only_one_model_are_told(family: Path, prefix: str) -> None:
-    """The rules once offered left every expert as the target's (vllm#36997, mergekit#692)."""
+def with_experts(
+    family: Path, change: Callable[[str, dict[str, Any]], object] = lambda model, shapes: None, prefix: str = "model."
+) -> None:
+    """The family with experts that only target packs."""
     for seed, model in enumerate(("target", "rl", "sft")):
         shapes = experts(model == "target", "model." if model == "target" else prefix)
+        change(model, shapes)
         for file in (family.parent / model).iterdir():
             file.unlink()
         write_checkpoint(family.parent / model, random_tensors(shapes, seed=seed))
+
+
+def test_experts_that_are_packed_in_only_one_model_are_read_as_the_donor_has_them(family: Path) -> None:
+    """Every expert was left as the target's by other tools (vllm#36997, mergekit#692)."""
+    with_experts(family)
+    plan = skillmerge.plan(family)
+    assert plan.problems == ()
+    assert [note for note in plan.notes if "layout" in note] == [
+        f"model `{model}` is read in the layout of `target`: experts packed" for model in ("rl", "sft")
+    ]
+
+
+def test_packed_experts_under_other_prefixes_are_renamed_first(family: Path, edit: Callable[..., Path]) -> None:
+    with_experts(family, prefix="model.language_model.")
     messages, fix = told(family)
     assert messages == [
-        f"model `{model}` and the donor `target` store the same experts, packed differently: "
-        f"`{prefix}layers.0.mlp.experts.0.down_proj.weight` against `model.layers.0.mlp.experts.down_proj`"
+        f"model `{model}` has the tensors of the donor `target` under other names: `model.language_model.…` for "
+        "`model.…`"
         for model in ("rl", "sft")
     ]
-    assert fix == ALIKE
+    assert '{path: rl, rename: [{from: "model.language_model.", to: "model."}]}' in fix
+    rename = [{"from": "model.language_model.", "to": "model."}]
+    models = {name: {"path": name, "rename": rename} for name in ("rl", "sft")}
+    assert skillmerge.plan(edit(family, models={"target": "target", **models})).problems == ()
+
+
+PARTLY = {
+    "an expert missing": (
+        lambda shapes: [shapes.pop(name) for name in list(shapes) if ".1.mlp.experts.2." in name],
+        "model `rl` has 3 experts in `model.layers.1.mlp.experts`, and the donor `target` has 4: it is without 2, "
+        "counted from 0",
+        "check that `rl` is the right model, and complete",
+    ),
+    "an expert more": (
+        lambda shapes: shapes.update(
+            {name.replace(".3.", ".4."): it for name, it in shapes.items() if ".experts.3." in name}
+        ),
+        "model `rl` has 5 experts in `model.layers.0.mlp.experts`, and the donor `target` has 4: it is with 4, "
+        "counted from 0",
+        "check that `rl` is the right model, and complete",
+    ),
+    "a matrix missing": (
+        lambda shapes: shapes.pop("model.layers.1.mlp.experts.2.up_proj.weight"),
+        "model `rl` stores `model.layers.1.mlp.experts.gate_up_proj` of the donor `target` in other tensors, and "
+        "`model.layers.1.mlp.experts.2.up_proj.weight` is missing",
+        "the checkpoint is incomplete: fetch or save it again",
+    ),
+    "another size": (
+        lambda shapes: shapes.update({"model.layers.1.mlp.experts.2.up_proj.weight": (8, 9)}),
+        "model `rl` stores `model.layers.1.mlp.experts.gate_up_proj` of the donor `target` in other tensors, in which "
+        "`model.layers.1.mlp.experts.2.up_proj.weight` has shape [8, 9]; the donor's has [8, 8]",
+        "check that `rl` is the right model; its sizes differ",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PARTLY)
+def test_experts_that_are_not_those_of_the_donor_are_told(family: Path, what: str) -> None:
+    change, message, fix = PARTLY[what]
+    with_experts(family, lambda model, shapes: change(shapes) if model == "rl" else None)
+    assert told(family) == ([message], fix)
 
 
 def test_matrices_packed_otherwise_are_told(family: Path) -> None:

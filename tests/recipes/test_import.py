@@ -13,7 +13,7 @@ from conftest import random_tensors, read_checkpoint, tensor_shapes, write_check
 import skillmerge
 from skillmerge.errors import RecipeError, UsageError
 from skillmerge.recipes import yamltext
-from skillmerge.recipes.importing import Imported
+from skillmerge.recipes.mergekit.importing import Imported
 
 TWO = [{"model": "./a", "parameters": {"weight": 0.5}}, {"model": "./b", "parameters": {"weight": 0.25}}]
 PLAIN = [{"model": "./a"}, {"model": "./b"}]

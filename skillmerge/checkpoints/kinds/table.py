@@ -1,6 +1,6 @@
 """Which kind of weights a place holds: the table of all kinds, and the one that claims a place's files.
 
-A recipe says whether a place is a model, a skill or a patch; which kind of model it is, its files say.
+A recipe says whether a place is a model, a skill, a patch or an adapter; which kind of model it is, its files say.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ from pathlib import Path
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, Difference, Kind
 from skillmerge.checkpoints.foreign import PICKLES, SAVE, recognised
 from skillmerge.checkpoints.kinds import dense, patch, skill
+from skillmerge.checkpoints.kinds.lora import adapter
+from skillmerge.checkpoints.kinds.lora.config import CONFIG_FILE
 from skillmerge.checkpoints.store import Store
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.errors import NEAR, InputError, some
 
-MARKED: tuple[Kind, ...] = (skill, patch)
+MARKED: tuple[Kind, ...] = (skill, patch, adapter)
 """Kinds that a file of their own marks. A mark goes before plain weights: parts of a skill are weight files too."""
 
 PLAIN: Kind = dense
 
 
-def open_as(word: str, uri: str, store: Store, onto: Checkpoint | None = None) -> Checkpoint | Difference:
-    """Open what the recipe calls a `model`, `skill` or `patch`, the latter being for the model `onto`.
+def open_as(
+    word: str, uri: str, store: Store, onto: Checkpoint | None = None, *, name: str | None = None
+) -> Checkpoint | Difference:
+    """Open what the recipe calls a `model`, `skill`, `patch` (for the model `onto`) or `adapter` (the one with this
+    `name`, if it has one). Of an adapter these are its files; `views.adapted` makes weights of them.
 
     Raises InputError if it is missing, unsafe, damaged, or something else.
     """
+    if word == adapter.WORD:
+        return adapter.open(uri, store, name=name or "")
     if word != "model":
         return next(kind for kind in MARKED if word == kind.WORD).open(uri, store, onto)
     kind = claimant(store, (*MARKED, PLAIN))
@@ -64,11 +71,8 @@ def _no_weights(store: Store) -> InputError:
     dense.check_weight_names(store)
     names, place = store.list(), store.at.place
     weights = dense.weight_names(names)
-    if weights in ([], ["adapter_model.safetensors"]) and "adapter_config.json" in names:
-        return InputError(
-            f"{place} is a PEFT adapter, not a whole model",
-            fix="merge the adapter into its base first (peft: merge_and_unload), then name that folder",
-        )
+    if not weights and CONFIG_FILE in names:
+        return InputError(f"{place} is a PEFT adapter without {adapter.WEIGHTS}", fix="fetch it again")
     # Beside shards without an index only another index tells what they are.
     telling = [name for name in names if name.endswith(".index.json")] if weights else names
     if (known := recognised(telling, place, store.at.root is not None)) is not None:

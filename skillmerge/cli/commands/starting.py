@@ -89,7 +89,7 @@ def import_(file: str, as_json: bool, quiet: bool, **options: Any) -> int:
     Reads no weights and no network. Warnings say what can differ from mergekit's output, and are comments in the
     recipe too. What no recipe says is refused.
     """
-    from skillmerge.recipes.importing import import_recipe as run
+    from skillmerge.recipes.mergekit.importing import import_recipe as run
 
     made = run(file, **options)
     for remark in made.remarks:

@@ -17,8 +17,10 @@ from skillmerge.cli.show.table import Table
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.plans.depth import a_mark, bars, number
 from skillmerge.study.inspect import FIGURES_OF_TWO
+from skillmerge.tensors import percent
 
 if TYPE_CHECKING:
+    from skillmerge.study.adapters import AdapterRow
     from skillmerge.study.inspect import Inspection
 
 
@@ -42,6 +44,8 @@ def show_inspection(found: Inspection, out: Console, details: bool = False) -> N
     out.print()
     rows = {**found.modules, "all": found.total}
     out.print(_figures(f"Update, {found.update}", rows, _ONE_UPDATE if details else _BRIEF))
+    for name, adapter in found.adapters.items():
+        out.print(_adapter_table(name, adapter))
     if found.updates:
         _show_each(found, out)
     if details:
@@ -52,6 +56,16 @@ def show_inspection(found: Inspection, out: Console, details: bool = False) -> N
         _show_forecast(found.forecast, out, details)
     for note in found.notes:
         out.print(Text(f"note: {note}"), soft_wrap=True)
+
+
+def _adapter_table(name: str, rows: Sequence[AdapterRow]) -> Table:
+    """Return the ranks and scales of an adapter by kind of module."""
+    table = Table(("module", "matrices", "rank", "scale", "share changed"), f"Adapter {name}", text=("module",))
+    for row in rows:
+        ends = (dict.fromkeys(f"{value:g}" for value in pair) for pair in (row.ranks, row.scales))
+        ranks, scales = map(" to ".join, ends)
+        table.add_row(row.module, str(row.matrices), ranks, scales, percent(row.share))
+    return table
 
 
 def _show_details(found: Inspection, rows: Mapping[str, Mapping[str, Any]], out: Console) -> None:

@@ -86,9 +86,11 @@ def merged(plan: Plan) -> str | None:
 
 
 def patched(plan: Plan) -> str | None:
-    """Return what happens where the output is a model with a patch applied and nothing else."""
+    """Return what happens where the output is a model with a patch or an adapter applied and nothing else."""
     onto = plan.recipe.patches.get(plan.donor)
-    return f"writes `{onto}` with the patch applied" if onto is not None and plan.merged_share == 0 else None
+    if onto is None or plan.merged_share != 0:
+        return None
+    return f"writes `{onto}` with the {plan.recipe.entries[plan.donor].kind} applied"
 
 
 @dataclass(frozen=True, slots=True)

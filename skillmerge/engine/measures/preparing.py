@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.spooled import Spooled
+from skillmerge.checkpoints.views.spooled import Spooled
 from skillmerge.engine.stream import Stream
 from skillmerge.errors import UnusableWeights
 from skillmerge.methods.method import Scalars

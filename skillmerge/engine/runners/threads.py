@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
 
-from skillmerge.checkpoints.spooled import spooled
+from skillmerge.checkpoints.views.spooled import spooled
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Work
 from skillmerge.engine.warm_up import reading_ahead, signals_waiting

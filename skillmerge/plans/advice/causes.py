@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
 from skillmerge.naming import layer_of, module_kind
+from skillmerge.plans.advice.arrangement import Cause, parts_of
 from skillmerge.plans.advice.names import rename_rules
 from skillmerge.recipes.formula.tree import normalise_name
 from skillmerge.recipes.recipe import Recipe
@@ -42,15 +42,6 @@ _LEFT = {
 """A part of a name -> what left it there, and what to do. The tensor is not the weight that its name stands for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cause:
-    """A cause why tensors have no partner. help: what to do, or None; rename: the model's line for the recipe."""
-
-    message: str
-    help: str | None = None
-    rename: tuple[str, ...] = ()
-
-
 def left_behind(model: str, checkpoint: Checkpoint, names: Iterable[str]) -> Cause | None:
     """Return what a library for training has left in a checkpoint that is no model's weight."""
     for name in names:
@@ -69,10 +60,10 @@ def cause_of(
     known = left_behind(model, checkpoint, extra) or left_behind(donor_name, donor, missing)
     if known is not None:
         return known
-    rules = rename_rules(checkpoint.tensors, donor.tensors)
+    rules = rename_rules(checkpoint.tensors, donor.tensors) or rename_rules(*parts_of(checkpoint, donor))
     if rules:
         message = f"model `{model}` has the tensors of the donor `{donor_name}` under other names: {_like(*rules[0])}"
-        if model_of(model) in recipe.renames:
+        if recipe.entries[model_of(model)].renames:
             return Cause(message, f"change the `rename` of model `{model}`")
         return Cause(message, None, (_line(recipe, model_of(model), rules),))
     ours = {name: spec for name, spec in checkpoint.tensors.items() if name not in donor.tensors}

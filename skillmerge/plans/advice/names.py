@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from skillmerge.checkpoints.renamed import replaced
+from skillmerge.checkpoints.views.renamed import replaced
 from skillmerge.tensors import TensorSpec
 
 _RULES = 8

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.views.renamed import WRAPPERS
+from skillmerge.methods.terms import model_of
 from skillmerge.recipes.recipe import Recipe
+from skillmerge.remarks import Remark, warning
 
 
 def oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Checkpoint) -> Iterable[str]:
@@ -21,3 +24,33 @@ def oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Check
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
             yield f"--set {name}={value:g} replaces the whole `{name}` schedule, including its rules"
+    yield from _read_otherwise(recipe.donor, checkpoints)
+
+
+def unlike_bases(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
+    """Yield a warning where adapters of one formula say that they were trained on different models: then they do not
+    start from the same weights, and their difference may be no skill."""
+    groups: dict[str | None, dict[str, str]] = {}
+    for name in recipe.adapters:
+        base = checkpoints[name].trained_on if name in checkpoints else None
+        if base is not None:
+            groups.setdefault(recipe.entries[name].onto, {}).setdefault(base.rstrip("/"), name)
+    for bases in groups.values():
+        if len(bases) > 1:
+            (first, one), (second, other), *_ = bases.items()
+            yield warning(
+                f"adapter `{one}` says that it was trained on `{first}`, and `{other}` on `{second}`",
+                "if RL continued the SFT adapter, its skill is the difference of the two; if it started from the "
+                "merged SFT model, its skill is its adapter alone",
+            )
+
+
+def _read_otherwise(donor: str | None, checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """Yield notes on what training libraries added to tensor names, which is removed, and on models that store the
+    donor's tensors in another layout."""
+    for name, naming in ((name, it.naming) for name, it in checkpoints.items() if name == model_of(name)):
+        if naming.unwrapped:
+            parts = " and ".join(f"`{part}.` ({WRAPPERS.get(part, part)})" for part in naming.unwrapped)
+            yield f"model `{name}` is read without {parts} in the names of its tensors"
+        if naming.layout:
+            yield f"model `{name}` is read in the layout of `{donor}`: {', '.join(naming.layout)}"

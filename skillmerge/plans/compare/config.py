@@ -263,7 +263,8 @@ def _donor(donor: Checkpoint, name: str, dtype: str) -> Iterator[Compared]:
     stated = next(
         (part[key] for part in (donor.config, text) for key in ("dtype", "torch_dtype") if part.get(key)), None
     )
-    matrices = {spec.dtype for spec in donor.tensors.values() if len(spec.shape) > 1 and DTYPES[spec.dtype].is_float}
+    large = (spec for spec in donor.tensors.values() if len(spec.shape) > 1 and DTYPES[spec.dtype].is_float)
+    matrices = {donor.written_dtype(spec.name) for spec in large}
     if dtype == "same" and matrices and _DTYPES.get(str(stated), "") not in {"", *matrices}:
         held = ", ".join(sorted(matrices))
         yield Compared(

@@ -29,8 +29,17 @@ def output_specs(recipe: Recipe, donor: Checkpoint, exact: Iterable[str]) -> dic
             fix = fix or f"globs match whole names, such as {next(iter(donor.tensors), 'a.weight')}; use * for any part"
             raise recipe.error(("output", "keep_dtype", index), f"`{glob}` matches no tensor of the donor", fix)
         kept.update(found)
+    stored = stored_specs(donor)
     return {
         name: replace(spec, dtype=wanted) if wanted and DTYPES[spec.dtype].is_float and name not in kept else spec
+        for name, spec in stored.items()
+    }
+
+
+def stored_specs(donor: Checkpoint) -> dict[str, TensorSpec]:
+    """Return a model's tensors in the dtypes that it stores them in, which those that are computed do not have."""
+    return {
+        name: spec if (dtype := donor.written_dtype(name)) == spec.dtype else replace(spec, dtype=dtype)
         for name, spec in donor.tensors.items()
     }
 
@@ -38,20 +47,21 @@ def output_specs(recipe: Recipe, donor: Checkpoint, exact: Iterable[str]) -> dic
 def levelled(recipe: Recipe, donor: Checkpoint, wanted: Mapping[str, TensorSpec]) -> list[Remark]:
     """Return a warning where `output.dtype` rounds tensors that the donor keeps wider than most of its weights."""
     sizes: dict[str, int] = {}
-    for spec in donor.tensors.values():
+    stored = stored_specs(donor)
+    for spec in stored.values():
         if DTYPES[spec.dtype].is_float:
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.elements
     most = max(sizes, key=lambda dtype: sizes[dtype], default="")
     names = [
         name
-        for name, spec in donor.tensors.items()
+        for name, spec in stored.items()
         if spec.dtype != most and DTYPES[wanted[name].dtype].itemsize < DTYPES[spec.dtype].itemsize
     ]
     if not names or recipe.makes_skill:
         return []
     globs = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
     kept = ", ".join(f'"{glob}"' for glob in (*recipe.output.keep_dtype, *globs))
-    wide = sorted({donor.tensors[name].dtype for name in names})
+    wide = sorted({stored[name].dtype for name in names})
     return [
         warning(
             f"`output.dtype: {recipe.output.dtype}` rounds {len(names)} tensor{'s' if len(names) > 1 else ''} that the "

@@ -1,7 +1,8 @@
 """A saved plan's models, opened as far as some tensors of them need it: a few headers, compared with the plan's.
 
 A shard of the output usually has its tensors in files of its own name, so their headers are read first. Only where
-they do not hold them all, an index is read. Other kinds than plain weights are small, and opened whole.
+they do not hold them all, an index is read. Other kinds than plain weights are small, and opened whole, as are models
+that are read in another layout than they are stored in.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, WeightFile
 from skillmerge.checkpoints.kinds.dense import Dense, read_index
 from skillmerge.checkpoints.place import Local, ModelPlace
-from skillmerge.checkpoints.renamed import names_as, read_as
 from skillmerge.checkpoints.safetensors import Header
 from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Stat, Store, read_headers
+from skillmerge.checkpoints.views.arranged import in_layout_of
+from skillmerge.checkpoints.views.renamed import names_as, read_as
 from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
-from skillmerge.plans.opening import Access, close_all, open_all, refuse_missing, under_its_names
+from skillmerge.plans.opening import Access, as_read, close_all, open_all, refuse_missing
 from skillmerge.plans.saved import SavedPlan
+from skillmerge.tensors import TensorSpec
 
 _HEADER_BYTES = 1 << 17
 """How much of a file is asked for in one request, in which its header usually is."""
@@ -40,22 +43,34 @@ def open_parts(
     names = [name for name in recipe.used_models() if any(model_of(each) == name for each in needed)]
     whole = {name for name in names if name in recipe.skills or name in recipe.patches}
     whole |= {onto for patch, onto in recipe.patches.items()}
+    if recipe.donor is not None and any(recipe.entries[name].kind == "adapter" for name in names):
+        whole.add(recipe.donor)  # whose tensors the differences of adapters have
+    arranged = {name for name in names if input_of(saved, name).get("layout")}
+    whole |= arranged
     places = {name: _at_commit(saved, name) for name in recipe.used_models() if name in {*names, *whole}}
     refuse_missing(recipe, places, access)
     opened: dict[str, Checkpoint] = {}
     try:
-        opened |= {
-            name: under_its_names(recipe, name, checkpoint)
-            for name, checkpoint in open_all(recipe, {it: places[it] for it in places if it in whole}, access).items()
-        }
+        opened |= open_all(recipe, {it: places[it] for it in places if it in whole}, access)
+        opened |= as_read(recipe, opened)
         for name in names:
             if name not in whole:
                 opened[name] = _Part(saved, name, places[name], access).open(needed[name], shards)
         _compare(saved, opened)
-        return opened
+        wanted = _tensors(saved) if arranged else {}
+        return {
+            name: in_layout_of(it, wanted, whole=False) if model_of(name) in arranged else it
+            for name, it in opened.items()
+        }
     except BaseException:
         close_all(opened)
         raise
+
+
+def _tensors(saved: SavedPlan) -> dict[str, TensorSpec]:
+    """Return the planned tensors, whose layout is the donor's."""
+    rows = saved.document["tensors"]
+    return {row["name"]: TensorSpec(row["name"], row["dtype"], tuple(row["shape"]), row["file"]) for row in rows}
 
 
 def _at_commit(saved: SavedPlan, name: str) -> ModelPlace:
@@ -129,7 +144,7 @@ class _Part:
 
     def _read_as(self, stored: Iterable[str]) -> dict[str, str]:
         recipe = self.saved.recipe
-        return names_as(stored, recipe.renames.get(self.name, ()), (recipe.unwrapped or {}).get(self.name, ()))
+        return names_as(stored, recipe.entries[self.name].renames, (recipe.unwrapped or {}).get(self.name, ()))
 
     def _names(self, headers: Mapping[str, Header]) -> set[str]:
         return set(self._read_as(spec.name for header in headers.values() for spec in header.tensors).values())
@@ -139,7 +154,7 @@ class _Part:
         tensors = {spec.name: spec for header in headers.values() for spec in header.tensors}
         files = {file: WeightFile.of(header, store.list()[file]) for file, header in headers.items()}
         found = Dense(recipe.models[self.name], store.at, store, {}, tensors, files)
-        return read_as(self.name, found, recipe.renames.get(self.name, ()), (recipe.unwrapped or {}).get(self.name, ()))
+        return read_as(self.name, found, recipe.entries[self.name].renames, (recipe.unwrapped or {}).get(self.name, ()))
 
 
 def input_of(saved: SavedPlan, name: str) -> Mapping[str, Any]:

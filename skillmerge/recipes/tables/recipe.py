@@ -34,7 +34,7 @@ class RenameTable(Table):
 
 
 class ModelTable(Table):
-    """A checkpoint, a stored skill or a sparse patch, and how to read it."""
+    """A checkpoint, a stored skill, a sparse patch or a LoRA adapter, and how to read it."""
 
     path: Annotated[
         str | None,
@@ -61,9 +61,31 @@ class ModelTable(Table):
             examples=["./math-patch"],
         ),
     ] = None
+    adapter: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="LoRA adapter that PEFT saved: a folder or an `hf://` place. Alone it is a difference; with "
+            "`onto` it is that model with the adapter on it.",
+            examples=["./rl-adapter", "hf://acme/rl-adapter"],
+        ),
+    ] = None
+    name: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Adapter to take from a folder with several: the subfolder that it is in. By default: the one "
+            "at the top.",
+            examples=["rl"],
+        ),
+    ] = None
     onto: Annotated[
         str | None,
-        Field(min_length=1, description="Model of this recipe that the patch applies to.", examples=["sft"]),
+        Field(
+            min_length=1,
+            description="Model of this recipe that the patch or the adapter is put onto.",
+            examples=["sft"],
+        ),
     ] = None
     rename: Annotated[
         list[RenameTable] | None,

@@ -58,6 +58,12 @@ class Renamed(View):
     def cost(self, tensor: str) -> int:
         return self._checkpoint.cost(self._stored[tensor])
 
+    def written_dtype(self, tensor: str) -> str:
+        return self._checkpoint.written_dtype(self._stored[tensor])
+
+    def costs(self, tensor: str) -> Mapping[str, int]:
+        return self._checkpoint.costs(self._stored[tensor])
+
 
 def read_as(
     name: str, checkpoint: Checkpoint, rename: Sequence[tuple[str, str]], unwrapped: Sequence[str]

@@ -1,0 +1,305 @@
+"""Adapters as checkpoints: a model with an adapter put onto it, and an adapter's difference in a model's shape.
+
+    onto a model   W + s B A, computed in float64 and rounded once to float32 (float64, where the model or what replaces
+                   a tensor has it); DoRA: m (W + s B A) / norm. What the adapter leaves alone is the model's own
+    a difference   s B A, rounded once to float32; zero where the adapter has nothing
+
+A changed tensor is float32 here whatever the model stores; `written_dtype` is the model's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, read_bytes
+from skillmerge.checkpoints.kinds.lora.adapter import Adapter
+from skillmerge.checkpoints.store import Wait, nothing_to_wait_for
+from skillmerge.checkpoints.views.fitting import Change, Model, changes_of
+from skillmerge.errors import InputError, some
+from skillmerge.tensors import DTYPES, UNIT, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from skillmerge.checkpoints.views.low_rank import Area, Matrices
+
+Renames = Sequence[tuple[str, str]]
+
+
+class _Adapting(Checkpoint):
+    """What both views share: the adapter, its changes, and its matrices, of which torch is needed only to read."""
+
+    adapter: Adapter
+    changes: Mapping[str, Change]
+
+    @cached_property
+    def _matrices(self) -> Matrices:
+        from skillmerge.checkpoints.views.low_rank import Matrices
+
+        return Matrices(self.adapter)
+
+    def _of_change(self, name: str) -> int:
+        """Return the bytes of the adapter that a tensor takes."""
+        change = self.changes.get(name)
+        return sum(spec.nbytes for spec in change.stored) if change is not None else 0
+
+
+class Adapted(_Adapting):
+    """A model with an adapter on it."""
+
+    def __init__(self, adapter: Adapter, base: Checkpoint, rename: Renames) -> None:
+        """Raises InputError if the adapter is not for this model."""
+        self.adapter, self._base = adapter, base
+        self.changes = changes_of(adapter, Model(base.place, base.tensors, base.config), rename)
+        at = replace(adapter.at, remote=base.at.remote or adapter.at.remote, license=base.at.license)
+        own = adapter.files[adapter.file]
+        said = hashlib.sha256(own.described + repr(list(rename)).encode()).digest()
+        tensors = {name: self._spec(spec) for name, spec in base.tensors.items()}
+        files = {
+            # What the plan keeps of a header stands for all that says what the tensors are.
+            name: replace(file, described=file.described + said, version=file.version + own.version, digest=None)
+            for name, file in base.files.items()
+        }
+        super().__init__(
+            adapter.uri, at, base.store, base.config, tensors, files, indexed=base.indexed, unread=base.unread
+        )
+        self.naming, self.trained_on = base.naming, adapter.lora.base
+
+    def written_dtype(self, tensor: str) -> str:
+        return self._base.written_dtype(tensor)
+
+    def read(self, pieces: Sequence[Piece]) -> Wait:
+        """The model's elements are read to the ends of their pieces' places, and widened there from the first one
+        on."""
+        changed = [piece for piece in pieces if piece.tensor in self.changes and piece.count]
+        wait = self._base.read([self._beneath(it) for it in pieces if not self._is_replaced(it.tensor)])
+        if not changed:
+            return wait
+
+        def finish() -> None:
+            wait()
+            for piece in changed:
+                self._change(piece)
+
+        return finish
+
+    def hint(self, tensor: str, first: int, count: int) -> None:
+        self._base.hint(tensor, first, count)
+
+    def cost(self, tensor: str) -> int:
+        return self._of_change(tensor) + (0 if self._is_replaced(tensor) else self._base.cost(tensor))
+
+    def sha256(self, file: str, stop: threading.Event | None = None) -> str:
+        """Return the digest of the model's file with the adapter on it."""
+        digest = hashlib.sha256(self._base.files[file].described)
+        for name in self.files[file].tensors:
+            for first in range(0, self.tensors[name].elements, UNIT):
+                if stop is not None and stop.is_set():
+                    return ""
+                digest.update(read_bytes(self, name, first, min(UNIT, self.tensors[name].elements - first)))
+        return digest.hexdigest()
+
+    def check_unchanged(self, files: Collection[str] | None = None) -> None:
+        self._base.check_unchanged(files)
+        self.adapter.check_unchanged()
+
+    def cancel(self) -> None:
+        self.adapter.cancel()
+        self._base.cancel()
+
+    def close(self) -> None:
+        """The model is somebody else's to close."""
+        self.adapter.close()
+
+    def _is_replaced(self, tensor: str) -> bool:
+        return tensor in self.changes and self.changes[tensor].whole is not None
+
+    def _spec(self, spec: TensorSpec) -> TensorSpec:
+        change = self.changes.get(spec.name)
+        if change is None:
+            return spec
+        kept = [it.dtype for it in change.stored if change.product is None and change.bias is None]
+        return replace(spec, dtype="F64" if "F64" in (spec.dtype, *kept) else "F32")
+
+    def _beneath(self, piece: Piece) -> Piece:
+        """Return the piece of the model, at the end of the place for the wider elements."""
+        wide, narrow = self.tensors[piece.tensor].dtype, self._base.tensors[piece.tensor].dtype
+        room = DTYPES[wide].itemsize - DTYPES[narrow].itemsize
+        return replace(piece, start=piece.start + piece.count * room)
+
+    def _change(self, piece: Piece) -> None:
+        """Widen the elements of a piece and change them, in areas from the first one on."""
+        import torch
+
+        from skillmerge.bits import torch_dtype
+        from skillmerge.checkpoints.views.low_rank import areas
+
+        change, spec = self.changes[piece.tensor], self.tensors[piece.tensor]
+        out = torch.frombuffer(self.view(piece), dtype=torch_dtype(spec.dtype))
+        if change.whole is not None:
+            out.copy_(self._matrices.stored(change.whole, piece.first, piece.count))
+            return
+        beneath, narrow = self._beneath(piece), self._base.tensors[piece.tensor].dtype
+        place = piece.buffer[beneath.start : beneath.start + piece.count * DTYPES[narrow].itemsize]
+        own = torch.frombuffer(place, dtype=torch_dtype(narrow))
+        rows, columns = spec.shape[-2:] if len(spec.shape) > 1 else (1, spec.elements)
+        for area in areas(piece.first, piece.count, rows, columns):
+            inside = slice(area.start, area.start + area.count)
+            values = own[inside].to(torch.float64, copy=True).view(area.shape)
+            out[inside] = self._changed(piece.tensor, change, area, values).view(-1)
+        if change.rows is not None:
+            self._put_rows(piece, change, out)
+
+    def _changed(self, name: str, change: Change, area: Area, values: Tensor) -> Tensor:
+        """Return an area of the model's elements as the adapter leaves them, in float64."""
+        if change.bias is not None:
+            return values.add_(self._matrices.vector(change.bias)[area.columns] * change.scale)
+        if change.product is None:
+            return values
+        product = change.product
+        if product.pair.copy is not None:
+            self._compare(name, product.pair.copy, area, values, product.columns)
+        values.add_(self._matrices.product(product, area))
+        if product.pair.magnitude is not None:
+            norms = self._matrices.norms(product, name, lambda it: self._own(name, it, product.columns))
+            outputs = area.columns if product.transposed else area.rows
+            factors, lengths = self._matrices.vector(product.pair.magnitude)[outputs], norms[outputs]
+            if not product.transposed:
+                factors, lengths = factors[:, None], lengths[:, None]
+            values.mul_(factors).div_(lengths)
+        return values
+
+    def _own(self, name: str, area: Area, columns: int) -> Tensor:
+        """Return the model's own elements in an area, as float64."""
+        import torch
+
+        from skillmerge.bits import torch_dtype
+
+        first = area.rows.start * columns + area.columns.start
+        content = read_bytes(self._base, name, first, area.count)
+        own = torch.frombuffer(content, dtype=torch_dtype(self._base.tensors[name].dtype))
+        return own.to(torch.float64).view(area.shape)
+
+    def _compare(self, name: str, copy: TensorSpec, area: Area, values: Tensor, columns: int) -> None:
+        """Raise InputError unless the adapter's copy of the model's elements is one."""
+        import torch
+
+        first = area.rows.start * columns + area.columns.start
+        kept = self._matrices.stored(self.adapter.tensors[copy.name], first, area.count)
+        if not torch.equal(kept.to(torch.float64).view(area.shape), values):
+            raise InputError(
+                f"{self.adapter.place}: `{copy.name}` is a copy of the base's `{name}`, and not that of "
+                f"{self._base.place}",
+                fix="name the model that the adapter was trained on",
+            )
+
+    def _put_rows(self, piece: Piece, change: Change, out: Tensor) -> None:
+        """Put the rows that are replaced into a piece."""
+        assert change.rows is not None
+        columns = self.tensors[piece.tensor].shape[1]
+        for index, row in enumerate(change.rows.rows):
+            begin, end = max(piece.first, row * columns), min(piece.first + piece.count, (row + 1) * columns)
+            if begin < end:
+                first = index * columns + begin - row * columns
+                found = self._matrices.stored(change.rows.values, first, end - begin)
+                out[begin - piece.first : end - piece.first] = found.to(out.dtype)
+
+
+class AdapterPlane(_Adapting):
+    """An adapter's difference with the tensors of another checkpoint, or, `minus`, the zeros that are taken from
+    it."""
+
+    def __init__(
+        self, adapter: Adapter, model: Model, tensors: Mapping[str, TensorSpec], changes: Mapping[str, Change]
+    ) -> None:
+        """model: whose configuration the adapter has, as it has no other."""
+        file = replace(adapter.files[adapter.file], tensors=tuple(tensors))
+        super().__init__(adapter.uri, adapter.at, adapter.store, model.config, tensors, {adapter.file: file})
+        self.adapter, self.changes, self.trained_on = adapter, changes, adapter.lora.base
+
+    def read(self, pieces: Sequence[Piece]) -> Wait:
+        """Computes at once: there is nothing to wait for."""
+        for piece in pieces:
+            if piece.tensor in self.changes and piece.count:
+                self._fill(piece)
+            else:
+                view = self.view(piece)
+                view[:] = bytes(len(view))
+        return nothing_to_wait_for
+
+    def hint(self, tensor: str, first: int, count: int) -> None:
+        """Matrices are small, and read as wholes."""
+
+    def cost(self, tensor: str) -> int:
+        return self._of_change(tensor)
+
+    def sha256(self, file: str, stop: threading.Event | None = None) -> str:
+        return self.adapter.sha256(file, stop)
+
+    def check_unchanged(self, files: Collection[str] | None = None) -> None:
+        self.adapter.check_unchanged(files)
+
+    def _fill(self, piece: Piece) -> None:
+        import torch
+
+        from skillmerge.bits import torch_dtype
+        from skillmerge.checkpoints.views.low_rank import areas
+
+        change, spec = self.changes[piece.tensor], self.tensors[piece.tensor]
+        out = torch.frombuffer(self.view(piece), dtype=torch_dtype(spec.dtype))
+        rows, columns = spec.shape[-2:] if len(spec.shape) > 1 else (1, spec.elements)
+        for area in areas(piece.first, piece.count, rows, columns):
+            if change.product is not None:
+                values = self._matrices.product(change.product, area).view(-1)
+            else:
+                assert change.bias is not None
+                values = self._matrices.vector(change.bias)[area.columns] * change.scale
+            out[area.start : area.start + area.count] = values
+
+
+def onto(adapter: Adapter, base: Checkpoint, rename: Renames = ()) -> Adapted:
+    """Return a model with an adapter on it. Raises InputError if the adapter is not for this model."""
+    return Adapted(adapter, base, rename)
+
+
+def difference(adapter: Adapter, model: Model, rename: Renames = ()) -> Difference:
+    """Return what an adapter adds to any model, with the names and shapes of `model`.
+
+    Raises InputError if it does not fit, or holds what is no difference.
+    """
+    changes = changes_of(adapter, model, rename)
+    _refuse_replacements(adapter, changes)
+    tensors = {
+        name: TensorSpec(name, "F32", spec.shape, adapter.file)
+        for name, spec in model.tensors.items()
+        if DTYPES[spec.dtype].is_float
+    }
+    planes = AdapterPlane(adapter, model, tensors, changes), AdapterPlane(adapter, model, tensors, {})
+    for plane in planes:
+        # There is no update of what is no plain number.
+        plane.same = frozenset(model.tensors.keys() - tensors.keys())
+    return Difference(*planes)
+
+
+def _refuse_replacements(adapter: Adapter, changes: Mapping[str, Change]) -> None:
+    """Raise InputError where an adapter replaces what a difference cannot know."""
+    scaled = [name for name, change in changes.items() if change.product and change.product.pair.magnitude]
+    if scaled:
+        raise InputError(
+            f"{adapter.place}: DoRA scales the base's rows ({some([f'`{name}`' for name in scaled], 2)}), so that its "
+            "difference depends on the base",
+            fix="give `onto:` the model that the adapter was trained on",
+        )
+    parts = [f"some rows of `{name}`" for name, change in changes.items() if change.rows]
+    whole = [f"`{name}`" for name, change in changes.items() if change.whole]
+    if parts or whole:
+        what = f"replaces {some(parts, 2)}" if parts else f"{some(whole, 2)} replaces a whole tensor"
+        raise InputError(
+            f"{adapter.place}: {what}, which is no difference",
+            fix="give `onto:` the model that the adapter was trained on, and subtract that model",
+        )

@@ -1,0 +1,155 @@
+"""The arithmetic of adapters: s B A element by element, in float64 and in a fixed order; norms of rows for DoRA.
+
+    acc = 0; for k = 0 .. r-1: acc += B[:, k] * A[k]        separate multiplication and addition, in float64
+    s * acc                                                 in float64
+
+Whoever adds it to a weight W computes W + s * acc in float64 and rounds once, to float32. An element depends on nothing
+but its row of B and its column of A, so that its bytes are the same however a matrix is cut into pieces.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skillmerge.bits import fold_rows, torch_dtype
+from skillmerge.checkpoints.checkpoint import read_bytes
+from skillmerge.checkpoints.kinds.lora.adapter import Adapter
+from skillmerge.checkpoints.views.fitting import Product
+from skillmerge.tensors import StoredTensor
+
+AREA = 1 << 16
+"""Elements that are computed at once: they and the products that are added to them stay in the cache."""
+
+KEPT_BYTES = 64 << 20
+"""Of an adapter's matrices that are kept in memory; the last one is, whatever its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """A rectangle of consecutive elements of a stack of matrices: whole rows, or a part of one. start: its first
+    element, counted from the beginning of what was asked for."""
+
+    expert: int
+    rows: slice
+    columns: slice
+    start: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    @property
+    def count(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def areas(first: int, count: int, rows: int, columns: int) -> Iterator[Area]:
+    """Yield the rectangles that make up elements of a stack of matrices, in their order."""
+    at, last = first, first + count
+    while at < last:
+        row, column = divmod(at, columns)
+        expert, row = divmod(row, rows)
+        if column or last - at < columns or columns > AREA:
+            width = min(columns - column, last - at, AREA)
+            found = Area(expert, slice(row, row + 1), slice(column, column + width), at - first)
+        else:
+            height = min((last - at) // columns, rows - row, max(1, AREA // columns))
+            found = Area(expert, slice(row, row + height), slice(0, columns), at - first)
+        yield found
+        at += found.count
+
+
+class Matrices:
+    """An adapter's matrices, read once and kept while they are in use; their products. For any number of threads."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._kept: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+        self._norms: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+        self._measuring = threading.Lock()
+
+    def stored(self, spec: StoredTensor, first: int = 0, count: int | None = None) -> Tensor:
+        """Return elements of a stored tensor, flat, in its own dtype."""
+        return torch.frombuffer(read_bytes(self._adapter, spec.name, first, count), dtype=torch_dtype(spec.dtype))
+
+    def vector(self, spec: StoredTensor) -> Tensor:
+        """Return a small tensor in float64."""
+        return self._keep((spec.name, -1), lambda: self.stored(spec).to(torch.float64))
+
+    def product(self, product: Product, area: Area) -> Tensor:
+        """Return s B A in an area, as float64."""
+        left = self._left(product, area)
+        right = self._right(product, area.expert)[:, area.columns]
+        total = torch.zeros(area.shape, dtype=torch.float64)
+        term = torch.empty_like(total)
+        for k in range(product.rank):
+            torch.mul(left[:, k : k + 1], right[k], out=term)
+            total.add_(term)
+        return total.mul_(product.scale)
+
+    def norms(self, product: Product, name: str, read: Callable[[Area], Tensor]) -> Tensor:
+        """Return the norms of W + s B A over the inputs of each output, as float64: a pass over all of W, done once.
+
+        name: the tensor. read: gives W in an area, as float64. Areas are cut in one way only, and added up in their
+        order.
+        """
+        with self._measuring:
+            if name not in self._norms:
+                size = product.columns if product.transposed else product.rows
+                squares = torch.zeros(size, dtype=torch.float64)
+                for area in areas(0, product.rows * product.columns, product.rows, product.columns):
+                    values = read(area).add_(self.product(product, area))
+                    values.mul_(values)
+                    if product.transposed:
+                        squares[area.columns] += fold_rows(values.T.contiguous())
+                    else:
+                        squares[area.rows] += fold_rows(values)
+                self._norms[name] = squares.sqrt_()
+            return self._norms[name]
+
+    def _left(self, product: Product, area: Area) -> Tensor:
+        """Return the factors of an area's rows, [rows, r] in float64."""
+        a, b = self._matrix(product.pair.a), self._matrix(product.pair.b)
+        if product.transposed:
+            part = a.view(product.experts, product.rank, -1)[area.expert, :, area.rows].T
+        else:
+            part = b.view(b.shape[0], product.rank, product.experts)[area.rows, :, area.expert]
+        return part.to(torch.float64)
+
+    def _right(self, product: Product, expert: int) -> Tensor:
+        """Return the factors of all columns, [r, columns] in float64."""
+
+        def made() -> Tensor:
+            if product.transposed:
+                b = self._matrix(product.pair.b)
+                return b.view(b.shape[0], product.rank, product.experts)[:, :, expert].T.to(torch.float64).contiguous()
+            a = self._matrix(product.pair.a)
+            return a.view(product.experts, product.rank, -1)[expert].to(torch.float64)
+
+        which = product.pair.b if product.transposed else product.pair.a
+        return self._keep((f"{which.name}:{product.transposed}", expert), made)
+
+    def _matrix(self, spec: StoredTensor) -> Tensor:
+        return self._keep((spec.name, -2), lambda: self.stored(spec).view(spec.shape))
+
+    def _keep(self, key: tuple[str, int], make: Callable[[], Tensor]) -> Tensor:
+        """Return what `make` gives, from before if it is kept."""
+        with self._lock:
+            if (found := self._kept.get(key)) is not None:
+                self._kept.move_to_end(key)
+                return found
+        made = make()
+        with self._lock:
+            self._kept[key] = made
+            size = sum(it.numel() * it.element_size() for it in self._kept.values())
+            while size > KEPT_BYTES and len(self._kept) > 1:
+                _, old = self._kept.popitem(last=False)
+                size -= old.numel() * old.element_size()
+        return made

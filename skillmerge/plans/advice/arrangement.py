@@ -1,0 +1,85 @@
+"""Why experts and projections that two models store in other tensors cannot be read as the donor has them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.views.arranged import apart
+from skillmerge.checkpoints.views.relations import Layout, layouts
+from skillmerge.errors import some
+from skillmerge.tensors import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """A cause why tensors have no partner. help: what to do, or None; rename: the model's line for the recipe."""
+
+    message: str
+    help: str | None = None
+    rename: tuple[str, ...] = ()
+
+
+def unlike(model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoint) -> Cause | None:
+    """Return why a model that holds parts of the donor's tensors does not hold them all, or not as they should be."""
+    ours, theirs = apart(checkpoint.tensors, donor.tensors)
+    if not ours or not theirs:
+        return None
+    stored, asked = layouts(ours, theirs)
+    if (
+        at := next((at for at, all_ in asked.experts.items() if stored.experts.get(at, all_) != all_), None)
+    ) is not None:
+        return _other_experts(model, at, stored.experts[at], donor_name, asked.experts[at])
+    for name, parts in asked.holds.items():
+        held = [part for part in parts if part in stored.parts]
+        if not held:
+            continue
+        what = f"model `{model}` stores `{name}` of the donor `{donor_name}` in other tensors"
+        if missing := [f"`{part}`" for part in parts if part not in stored.parts]:
+            verb = "are" if len(missing) > 1 else "is"
+            return Cause(
+                f"{what}, and {some(missing)} {verb} missing",
+                "the checkpoint is incomplete: fetch or save it again",
+            )
+        for part in held:
+            sizes = [list(side.parts[part].shape) for side in (stored, asked)]
+            if sizes[0] != sizes[1]:
+                return Cause(
+                    f"{what}, in which `{part}` has shape {sizes[0]}; the donor's has {sizes[1]}",
+                    f"check that `{model}` is the right model; its sizes differ",
+                )
+        if len(dtypes := sorted({ours[stored.parts[part].tensor].dtype for part in held})) > 1:
+            return Cause(f"{what} of different dtypes: {some(dtypes)}", "save it again in one dtype")
+    return _unclear(model, stored, ours) or _unclear(donor_name, asked, theirs)
+
+
+def parts_of(checkpoint: Checkpoint, donor: Checkpoint) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """Return the parts of two models as tensors, by names that do not depend on how they are packed."""
+    found = []
+    for layout in layouts(checkpoint.tensors, donor.tensors):
+        found.append({name: TensorSpec(name, "F32", window.shape, "") for name, window in layout.parts.items()})
+    return found[0], found[1]
+
+
+def _other_experts(model: str, at: str, ours: Collection[int], donor_name: str, theirs: Collection[int]) -> Cause:
+    missing, more = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
+    counts = f"{len(ours)} experts in `{at}`, and the donor `{donor_name}` has {len(theirs)}"
+    which = [
+        f"{verb} {some([str(it) for it in found])}" for verb, found in (("without", missing), ("with", more)) if found
+    ]
+    return Cause(
+        f"model `{model}` has {counts}: it is {' and '.join(which)}, counted from 0",
+        f"check that `{model}` is the right model, and complete",
+    )
+
+
+def _unclear(model: str, layout: Layout, tensors: dict[str, TensorSpec]) -> Cause | None:
+    if not layout.unclear:
+        return None
+    name = layout.unclear[0]
+    return Cause(
+        f"model `{model}`: `{name}` {list(tensors[name].shape)} may hold its experts' matrices as they are or "
+        "transposed: its shape fits both",
+        "save both models with the same version of transformers",
+    )

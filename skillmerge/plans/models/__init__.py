@@ -1,0 +1,1 @@
+"""A recipe's models as its formula needs them, made of the checkpoints that were opened."""

@@ -1,0 +1,58 @@
+"""A recipe's adapters: put onto their models, or as differences with the tensors of the donor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from skillmerge.checkpoints.checkpoint import Checkpoint, named
+from skillmerge.checkpoints.kinds.lora.adapter import Adapter
+from skillmerge.checkpoints.views.adapted import difference, onto
+from skillmerge.checkpoints.views.fitting import Model, own_tensors
+from skillmerge.recipes.recipe import Recipe
+from skillmerge.tensors import TensorSpec
+
+
+def put_onto(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """Return the checkpoints with each adapter that is put onto a model as that model. Those that are differences stay
+    as they are. Raises InputError for an adapter of another model."""
+    found = dict(checkpoints)
+
+    def put(name: str) -> Checkpoint:
+        checkpoint, entry = found[name], recipe.entries.get(name)
+        if isinstance(checkpoint, Adapter) and entry is not None and entry.onto is not None:
+            found[name] = onto(checkpoint, put(entry.onto), entry.renames)
+        return found[name]
+
+    for name in checkpoints:
+        put(name)
+    return found
+
+
+def as_differences(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], shape: Model | None = None
+) -> dict[str, Checkpoint]:
+    """Return the checkpoints with the remaining adapters as the differences that they are.
+
+    They have the tensors of `shape`, by default those of the donor; where that is an adapter too, those that the
+    adapters themselves describe. Raises InputError for an adapter that does not fit, or is no difference.
+    """
+    left = {name: it for name, it in checkpoints.items() if isinstance(it, Adapter)}
+    if not left:
+        return dict(checkpoints)
+    donor = checkpoints.get(recipe.donor or "")
+    if shape is not None:
+        model = shape
+    elif donor is None or isinstance(donor, Adapter):
+        tensors: dict[str, TensorSpec] = {}
+        for name, adapter in left.items():
+            tensors |= own_tensors(adapter, recipe.entries[name].renames)
+        model = Model("another adapter", tensors, {})
+    else:
+        model = Model(donor.place, donor.tensors, donor.config)
+    found: dict[str, Checkpoint] = {}
+    for name, checkpoint in checkpoints.items():
+        if isinstance(checkpoint, Adapter):
+            found |= named(name, difference(checkpoint, model, recipe.entries[name].renames))
+        else:
+            found[name] = checkpoint
+    return found

@@ -1,0 +1,123 @@
+"""The entries of `models:`: what each names (a checkpoint, a stored skill, a patch, an adapter), and how it is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from skillmerge.errors import Mistakes, did_you_mean
+from skillmerge.recipes.formula.tree import normalise_name
+from skillmerge.recipes.tables.recipe import ModelTable, RecipeTable
+from skillmerge.recipes.yamltext import Document, Path
+
+KINDS = ("path", "skill", "patch", "adapter")
+"""The keys of an entry that say what is there. Every entry has one of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one name of `models:` stands for."""
+
+    place: str
+    """Where it is, as it is written."""
+    kind: str = "path"
+    """One of KINDS."""
+    onto: str | None = None
+    """For a patch, and an adapter that is read as a model: the model of the recipe that it is put onto."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Prefixes of the names of its tensors, and their replacements."""
+    adapter: str | None = None
+    """For an adapter: its name, where it is not the one at the top."""
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether it is no model: a stored skill, or an adapter alone."""
+        return self.kind == "skill" or (self.kind == "adapter" and self.onto is None)
+
+
+def names_of(document: Document, table: RecipeTable) -> tuple[dict[str, Entry], list[str]]:
+    """Return models and coefficients by normalized name; one name means one thing."""
+    models: dict[str, Entry] = {}
+    coefficients: list[str] = []
+    sections = {"models": list(table.models), "coefficients": list(table.coefficients)}
+    for section, written in ((section, name) for section, names in sections.items() for name in names):
+        path, name = (section, written), normalise_name(written)
+        if not name.isidentifier():
+            message = f"`{written}` cannot be used as a name"
+            fitting = re.sub(r"\W", "_", name)
+            fix = f"write `{fitting}`" if fitting.isidentifier() else "use letters, digits, _, and begin with a letter"
+            raise document.error(message, document.keys[path], fix)
+        if name in models or name in coefficients:
+            raise document.error(f"`{written}` already names something else", document.keys[path])
+        if section == "models":
+            models[name] = _entry(document, path, table.models[written])
+        else:
+            coefficients.append(name)
+    return models, coefficients
+
+
+def _entry(document: Document, path: tuple[str, str], written: str | ModelTable) -> Entry:
+    if isinstance(written, str):
+        return Entry(written)
+    given = [(kind, value) for kind in KINDS if (value := getattr(written, kind)) is not None]
+    place = document.place(path)
+    if len(given) != 1:
+        what = "more than one" if given else "none"
+        kinds = ", ".join(f"`{kind}`" for kind in KINDS)
+        raise document.error(f"`{path[1]}` has {what} of {kinds}", place, "keep one of them")
+    [(kind, where)] = given
+    if (kind == "patch") != (written.onto is not None) and kind != "adapter":
+        fix = "write {patch: …, onto: …}, the latter a model of this recipe"
+        raise document.error("`patch` and `onto` go together", place, fix)
+    if written.name is not None and kind != "adapter":
+        raise document.error("only an adapter has a `name`", document.place((*path, "name")), "leave it out")
+    return Entry(
+        place=where,
+        kind=kind,
+        onto=normalise_name(written.onto) if written.onto else None,
+        renames=tuple((rule.from_, rule.to) for rule in written.rename or ()),
+        adapter=written.name,
+    )
+
+
+def check_models(document: Document, table: RecipeTable, models: Mapping[str, Entry], mistakes: Mistakes) -> None:
+    """Check that every name of a model is one, of the kind that is needed there."""
+    for path, written, whole in _uses(table):
+        entry, place = models.get(normalise_name(written)), document.place(path)
+        with mistakes:
+            if entry is None:
+                fix = did_you_mean(written, list(models)) or f"models of this recipe: {', '.join(models)}"
+                raise document.error(f"`{written}` is not a model of this recipe", place, fix)
+            if whole and entry.is_difference:
+                kind = "an adapter" if entry.kind == "adapter" else "a skill"
+                advice = "give it `onto:`, a model" if entry.kind == "adapter" else None
+                raise document.error(f"`{written}` is {kind}, which has no tensors to take", place, advice)
+            if path[0] == "models" and entry.kind == "patch":
+                raise document.error(f"`{written}` is a patch itself", place, "name a whole model")
+    with mistakes:
+        _refuse_circles(document, table, models)
+
+
+def _refuse_circles(document: Document, table: RecipeTable, models: Mapping[str, Entry]) -> None:
+    """Raise RecipeError for an adapter that is put onto itself, by way of others or not."""
+    for written in table.models:
+        seen: list[str] = []
+        name: str | None = normalise_name(written)
+        while name is not None and name in models and name not in seen:
+            seen.append(name)
+            name = models[name].onto
+        if name == normalise_name(written):
+            way = " onto ".join(f"`{it}`" for it in (*seen, name))
+            raise document.error(f"{way}: a circle", document.place(("models", written, "onto")), "name a whole model")
+
+
+def _uses(table: RecipeTable) -> Iterator[tuple[Path, str, bool]]:
+    """Yield where the recipe names a model, and whether it has to be one with all its tensors."""
+    for index, rule in enumerate(table.copy_):
+        yield ("copy", index, "from"), rule.from_, True
+    for name, entry in table.models.items():
+        if isinstance(entry, ModelTable) and entry.onto:
+            yield ("models", name, "onto"), entry.onto, True
+    if table.output.like is not None:
+        yield ("output", "like"), table.output.like, table.output.kind == "model"

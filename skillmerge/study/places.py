@@ -1,0 +1,56 @@
+"""What the places that a command names hold: a stored skill, an adapter, or a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from skillmerge.checkpoints.kinds.lora import adapter
+from skillmerge.checkpoints.kinds.lora.config import CONFIG_FILE
+from skillmerge.checkpoints.kinds.skill import SKILL_FILE
+from skillmerge.checkpoints.schemes import is_path, open_store, parse_place
+from skillmerge.checkpoints.store import Store
+from skillmerge.checkpoints.stores.folder import Folder
+from skillmerge.errors import UsageError
+from skillmerge.plans.opening import Access
+
+
+def refuse_model(path: Path) -> None:
+    if path.is_dir() and not (path / SKILL_FILE).exists() and not adapter.claims(Folder(path)):
+        raise UsageError(
+            f"{path} is a folder, but not a skill", fix="pass two models, before and after, or a recipe, or skills"
+        )
+
+
+def is_skill(uri: str, access: Access) -> bool:
+    """Return whether a place holds a stored skill. Raises InputError, TemporaryError if a remote one cannot be
+    listed."""
+    if is_path(uri):
+        return (Path(uri) / SKILL_FILE).is_file()
+    store = _remote(uri, access)
+    return store is not None and SKILL_FILE in store.list()
+
+
+def is_adapter(uri: str, access: Access) -> bool:
+    """Return whether a place holds an adapter, and no whole model. Raises as `is_skill` does."""
+    if is_path(uri):
+        return (Path(uri) / CONFIG_FILE).is_file() and adapter.claims(Folder(Path(uri)))
+    store = _remote(uri, access)
+    return store is not None and adapter.claims(store)
+
+
+def is_difference(uri: str, access: Access) -> bool:
+    """Return whether an adapter adds the same to every model: it replaces nothing, and is no DoRA. Raises as opening it
+    does."""
+    store = Folder(Path(uri)) if is_path(uri) else _remote(uri, access)
+    assert store is not None
+    parts = adapter.open(uri, store).parts
+    return not (parts.rows or parts.replaced or any(pair.magnitude for pair in parts.pairs))
+
+
+def _remote(uri: str, access: Access) -> Store | None:
+    """Return the store of a place, or None if opening it says what is wrong with it."""
+    try:
+        place = parse_place(uri)
+    except ValueError:
+        return None
+    return open_store(place, download=access.download) if place is not None else None

@@ -1,0 +1,98 @@
+"""Checkpoints read in the layout of others, against whole tensors that are put together without skillmerge."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from itertools import permutations
+from pathlib import Path
+
+import layouts
+import pytest
+import torch
+from conftest import write_checkpoint
+from torch import Tensor
+
+from skillmerge.checkpoints.checkpoint import Checkpoint, Piece, read_bytes
+from skillmerge.checkpoints.kinds.table import open_folder
+from skillmerge.checkpoints.views import bands
+from skillmerge.checkpoints.views.arranged import Arranged, in_layout_of
+from skillmerge.tensors import DTYPES, TensorSpec
+
+DTYPE = {torch.bfloat16: "BF16", torch.float32: "F32"}
+SIZES = [(3, 5, 7), (4, 4, 8), (3, 6, 6), (4, 8, 4), (1, 3, 5)]
+"""Numbers of experts, inner sizes, hidden sizes: also those where a packed matrix, or one of its parts, is square."""
+
+
+def specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(name, DTYPE[it.dtype], tuple(it.shape), "any") for name, it in tensors.items()}
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def opened(folder: Path, tensors: Mapping[str, Tensor], shards: int = 1) -> Checkpoint:
+    return open_folder(
+        "it", write_checkpoint(folder, {key: it.contiguous() for key, it in tensors.items()}, shards=shards)
+    )
+
+
+def read_in_pieces(checkpoint: Checkpoint, seed: int = 0) -> dict[str, bytes]:
+    """Every tensor, cut anywhere; what belongs to neighbors is asked for together."""
+    lots = random.Random(seed)
+    found = {}
+    for name, spec in checkpoint.tensors.items():
+        size = DTYPES[spec.dtype].itemsize
+        content, pieces, first = bytearray(spec.nbytes), [], 0
+        while first < spec.elements:
+            count = min(lots.choice((1, 2, 3, 7, 16, 40)), spec.elements - first)
+            pieces.append(Piece(name, first, count, memoryview(content), first * size))
+            first += count
+        for start in range(0, len(pieces), 3):
+            checkpoint.read(pieces[start : start + 3])()
+        found[name] = bytes(content)
+    return found
+
+
+def check(view: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
+    expected = {name: bytes_of(tensor) for name, tensor in wanted.items()}
+    assert {name: (it.shape, it.dtype) for name, it in view.tensors.items()} == {
+        name: (it.shape, it.dtype) for name, it in specs(wanted).items()
+    }
+    assert {name: bytes(read_bytes(view, name)) for name in view.tensors} == expected
+    assert read_in_pieces(view) == expected
+    assert sorted(name for file in view.files.values() for name in file.tensors) == sorted(wanted)
+
+
+@pytest.mark.parametrize("band", [bands.BAND, 40], ids=["whole", "bands"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("table", "stored", "wanted"),
+    [
+        (table, *pair)
+        for table in ("LAYOUTS", "WITH_BIAS")
+        for pair in permutations(getattr(layouts, table), 2)
+    ],
+)  # fmt: skip
+def test_every_layout_is_read_in_every_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str, stored: str, wanted: str,
+    size: tuple[int, int, int], band: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(bands, "BAND", band)
+    monkeypatch.setattr(bands, "_STRETCH", 4 * band)
+    makers: Mapping[str, Callable[..., dict[str, Tensor]]] = getattr(layouts, table)
+    made = layouts.experts(*size)
+    target = makers[wanted](made)
+    view = in_layout_of(opened(tmp_path, makers[stored](made), shards=2), specs(target))
+    assert isinstance(view, Arranged)
+    check(view, target)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_fused_projections_are_read_apart_and_the_other_way_round(tmp_path: Path, fused: bool) -> None:
+    made = layouts.experts(3, 5, 8, dtype=torch.float32)
+    target = layouts.dense(made, fused)
+    view = in_layout_of(opened(tmp_path, layouts.dense(made, not fused)), specs(target))
+    check(view, target)
+    assert view.naming.layout == (f"projections {'fused' if fused else 'split'}",)
