@@ -6,7 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from skillmerge.methods.elect import agreeing, total, weighted
+from skillmerge.methods.families.elect import agreeing, total, weighted
+from skillmerge.methods.families.spherical import (
+    NOTHING,
+    Gram,
+    cosine,
+    dot_products,
+    for_rows,
+    gram_of,
+    grams_of_rows,
+    of_matrices,
+    of_rows,
+)
 from skillmerge.methods.method import (
     OF_ROWS,
     SHARE,
@@ -23,17 +34,6 @@ from skillmerge.methods.method import (
     method,
     times,
     words,
-)
-from skillmerge.methods.spherical import (
-    NOTHING,
-    Gram,
-    cosine,
-    dot_products,
-    for_rows,
-    gram_of,
-    grams_of_rows,
-    of_matrices,
-    of_rows,
 )
 
 if TYPE_CHECKING:

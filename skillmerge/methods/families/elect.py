@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from skillmerge.methods.families.sparsify import largest as largest_sizes
+from skillmerge.methods.families.sparsify import norms, ratio, scaled, size
 from skillmerge.methods.method import (
     OF_MODEL,
     RESCALE,
@@ -24,8 +26,6 @@ from skillmerge.methods.method import (
     times,
     words,
 )
-from skillmerge.methods.sparsify import largest as largest_sizes
-from skillmerge.methods.sparsify import norms, ratio, scaled, size
 
 if TYPE_CHECKING:
     from torch import Tensor
