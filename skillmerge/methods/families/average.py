@@ -140,15 +140,17 @@ def median(unit: Unit) -> Ready:
     Not when: there are two: it is their average.
     Example: median(a, b, c)
     """
+    from skillmerge.bits import from_ordered_bits, ordered_bits  # which loads torch
+
     count = unit.operands
 
     def function(*v: Tensor) -> Tensor:
-        sizes = list(v)
+        order = [ordered_bits(x) for x in v]
         for end in range(count - 1, 0, -1):  # a network of exchanges: elementwise, and so the same everywhere
             for index in range(end):
-                low, high = sizes[index].minimum(sizes[index + 1]), sizes[index].maximum(sizes[index + 1])
-                sizes[index], sizes[index + 1] = low, high
-        middle = sizes[count // 2]
-        return middle if count % 2 else (sizes[count // 2 - 1] + middle) / 2
+                low, high = order[index].minimum(order[index + 1]), order[index].maximum(order[index + 1])
+                order[index], order[index + 1] = low, high
+        middle = from_ordered_bits(order[count // 2], v[0].dtype)
+        return middle if count % 2 else (from_ordered_bits(order[count // 2 - 1], v[0].dtype) + middle) / 2
 
     return Ready(function)
