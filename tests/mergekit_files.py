@@ -23,7 +23,7 @@ class File:
 
 
 DTYPE, LOTS, TIE, TOKENIZER, FLOOR = "rounds once", "other lots", "tie at the threshold", "tokenizer's files", "floor"
-ROUNDED = "compute this method in float32"
+ROUNDED, FILTERED = "compute this method in float32", "a gradient with a filter goes over the layers"
 FILES = {
     "linear": File(
         """\
@@ -105,7 +105,7 @@ parameters:
 dtype: float16
 """,
         layers=40,
-        notes=(ROUNDED,),
+        notes=(ROUNDED, FILTERED),
         merge="slerp(orca_mini, Platypus2, t=t)",
     ),
     "arcee_fusion": File(
@@ -218,7 +218,7 @@ parameters:
     - value: 0.5
 dtype: bfloat16
 """,
-        notes=(ROUNDED,),
+        notes=(ROUNDED, FILTERED),
         merge="slerp(OpenHermes_2_5_Mistral, NeuralHermes_2_5_Mistral, t=t)",
     ),
     "testmoto/gemma-2-llm2024-01": File(

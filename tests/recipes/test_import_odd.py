@@ -31,7 +31,8 @@ def test_scale_that_is_1_at_the_first_layer_only_is_refused(scale: list[Any], tm
 
 def test_negative_weight_of_some_layers_is_warned_of(tmp_path: Path) -> None:
     document = {"merge_method": "ties", **BASE, "models": PLAIN, "parameters": {"weight": [1, -1], "density": 0.5}}
-    assert "a negative weight turns the signs" in imported(tmp_path, document).warnings[0].message
+    warnings = [remark.message for remark in imported(tmp_path, document).warnings]
+    assert any("a negative weight turns the signs" in message for message in warnings)
 
 
 def test_density_and_epsilon_are_compared_where_they_meet(tmp_path: Path) -> None:
@@ -69,6 +70,40 @@ def test_rule_of_a_slice_that_matches_nothing_in_it_is_left_out(tmp_path: Path) 
     made = imported(tmp_path, {"merge_method": "slerp", **BASE, "slices": slices}, output=tmp_path / "recipe.yaml")
     assert made.remarks == ()
     assert skillmerge.plan(tmp_path / "recipe.yaml").problems == ()
+
+
+def test_gradient_of_a_filter_goes_over_all_layers_though_few_have_such_tensors(tmp_path: Path) -> None:
+    family(tmp_path, layers=5, base=0, a=1e-3)
+    given: dict[str, Any] = {"merge_method": "task_arithmetic", **BASE, "models": PLAIN[:1]}
+    document = {
+        **given,
+        "parameters": {"weight": filters(("layers.1.mlp", [1, 0]), ("layers.3", [0, 1, 3]), default=0.5)},
+    }
+    made = imported(tmp_path, document, output=tmp_path / "recipe.yaml")
+    assert made.remarks == ()
+    plan = skillmerge.plan(tmp_path / "recipe.yaml")
+    found = {name: tensor.coefficients[0] for name, tensor in plan.tensors.items()}
+    for name, value in found.items():
+        wanted = 0.75 if "layers.1.mlp" in name else 2 if "layers.3" in name else 0.5
+        assert value == wanted, name
+    (tmp_path / "elsewhere").mkdir()
+    (note,) = imported(tmp_path / "elsewhere", document).remarks
+    assert note.message.startswith("a gradient with a filter goes over the layers that have such tensors")
+
+
+def test_filter_of_the_last_slice_counts_behind_the_layers(tmp_path: Path) -> None:
+    family(tmp_path, base=0, a=1e-3)
+    slices = [
+        {
+            "sources": [{"model": name, "layer_range": ends} for name in ("./base", "./a")],
+            "parameters": {"weight": weight},
+        }
+        for ends, weight in (([0, 1], 0.25), ([1, 3], filters(("a", [2, 1]), default=0.5)))
+    ]
+    imported(tmp_path, {"merge_method": "task_arithmetic", **BASE, "slices": slices}, output=tmp_path / "recipe.yaml")
+    tensors = skillmerge.plan(tmp_path / "recipe.yaml").tensors
+    assert [tensors[f"{name}.weight"].coefficients for name in ("lm_head", "model.norm")] == [(2.0,), (0.5,)]
+    assert tensors["model.embed_tokens.weight"].coefficients == (0.25,)
 
 
 @pytest.mark.parametrize("text", ["a\u2028b", "\ufeffmlp", "\x85", "\U000e0001", "a\\b\"c'", "{}", ": #", "*", "é"])

@@ -16,6 +16,7 @@ from skillmerge.checkpoints.model_config import layers_in
 from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.durable import disk_errors
 from skillmerge.errors import InputError, UsageError, did_you_mean, some
+from skillmerge.naming import layer_of
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.foreign.documents import is_mergekit
 from skillmerge.recipes.formula.donor import donor_of
@@ -25,7 +26,8 @@ from skillmerge.recipes.mergekit.config import Config, Surroundings, place_of, r
 from skillmerge.recipes.mergekit.methods import expression
 from skillmerge.recipes.mergekit.notes import Notes, Refused
 from skillmerge.recipes.mergekit.output import dtype_of, tokenizer_of
-from skillmerge.recipes.mergekit.settings import Varying
+from skillmerge.recipes.mergekit.settings import Choice, Varying
+from skillmerge.recipes.mergekit.settings import Rule as Written
 from skillmerge.recipes.mergekit.translation import Translation
 from skillmerge.recipes.mergekit.writing import Draft, moved, names_of, text_of
 from skillmerge.recipes.schedules import Rule, matcher, parse_layers
@@ -149,28 +151,48 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
     tensors = _tensors(places, around.home)
     stages = {stage_place(stage) for stage in around.stages}
     models = {name: place if place in stages else moved(place, start) for place, name in names.items() if name in used}
-    coefficients = {
-        name: _without_idle(found, tensors, notes) for name, found in given.coefficients.items() if name in used
-    }
+    coefficients = {name: _fitted(found, tensors, notes) for name, found in given.coefficients.items() if name in used}
     remarks = sorted(notes.found, key=lambda remark: remark.level != "warning")
     title = f"{config.method}, from {Path(document.name).name if document.name != STANDARD_INPUT else 'mergekit'}"
     return Draft(title, models, coefficients, merge, output, remarks), config
 
 
-def _without_idle(found: Varying, names: frozenset[str] | None, notes: Notes) -> Varying:
-    """Return a coefficient without rules that match none of the tensors: mergekit passes over such filters."""
+def _fitted(found: Varying, names: frozenset[str] | None, notes: Notes) -> Varying:
+    """Return a coefficient whose rules fit the tensors, if these are known.
+
+    Rules that match none are left out: mergekit passes over such filters. Its gradients go over all layers, a ramp over
+    those that it selects: where these are fewer, each layer gets a rule.
+    """
     if names is None:
+        if any(rule.tensors and len(rule.points) > 1 for rule in found.rules):
+            what = (
+                "a gradient with a filter goes over the layers that have such tensors; mergekit's goes over all layers"
+            )
+            notes.note(what, *found.path)
         return found
-    kept = []
+    rules: list[Written] = []
     for rule in found.rules:
-        layers = parse_layers(rule.layers) if rule.layers else ()
-        modules = tuple(re.findall(r"\w+", rule.modules))
-        ramp = rule.points if len(rule.points) > 1 else None
-        if not rule.tensors or Rule(layers, (rule.tensors,), modules, ramp=ramp).select(names):
-            kept.append(rule)
+        chosen, whole = _layers_of(rule, names, (rule.tensors,)), _layers_of(rule, names, ()) or []
+        if not rule.tensors or (chosen is not None and chosen == whole):
+            rules.append(rule)
+        elif chosen is not None and (len(rule.points) > 1 or (rule.layers and chosen[-1:] != whole[-1:])):
+            place = {layer: index / max(len(whole) - 1, 1) for index, layer in enumerate(whole)}
+            values = [(layer, Choice(None, rule.points).at(place[layer])) for layer in chosen]
+            rules += [replace(rule, points=(value,), layers=f"{layer}") for layer, value in values]
+        elif chosen is not None:
+            rules.append(rule)
         elif not any(map(matcher([rule.tensors]).match, names)):
             notes.note(f"a filter matches no tensor, and is left out: `{rule.tensors.strip('*')}`", *found.path)
-    return replace(found, rules=tuple(kept))
+    return replace(found, rules=tuple(rules))
+
+
+def _layers_of(rule: Written, names: Iterable[str], tensors: tuple[str, ...]) -> list[int] | None:
+    """Return the layers in which a rule selects tensors, with these globs; None if it selects nothing at all."""
+    layers = parse_layers(rule.layers) if rule.layers else ()
+    modules = tuple(re.findall(r"\w+", rule.modules))
+    ramp = rule.points if len(rule.points) > 1 else None
+    chosen = Rule(layers, tuple(filter(None, tensors)), modules, ramp=ramp).select(names)
+    return sorted({layer[1] for name in chosen if (layer := layer_of(name)) is not None}) if chosen else None
 
 
 def _tensors(places: Iterable[str], home: Path) -> frozenset[str] | None:

@@ -22,6 +22,8 @@ _OUTSIDE = re.compile(r"embed_tokens|lm_head|wte|wpe|embed_out")
 """What names of tensors in layers do not have."""
 _AT_END = re.compile(r"norm|head|weight|bias")
 """What names of tensors behind the layers can have."""
+_ENDS = ("model.norm.weight", "lm_head.weight")
+"""Names that most models have behind the layers."""
 _MOST_WORK = 10_000_000
 """Comparisons of names and filters, so that no file takes more than some seconds."""
 Points = tuple[float, ...]
@@ -206,7 +208,9 @@ def _of_slices(regions: Sequence[Region], setting: Sequence[Sequence[Choice]]) -
     if _first_points(before) != _first_points(behind):
         yield Rule(behind[-1].points[:1], modules="[norm, head]")
         for choice in reversed(behind[:-1]):
-            if _AT_END.search(str(choice.text)) and not _IN_LAYERS.search(str(choice.text)):
+            text = str(choice.text)
+            at_end = _AT_END.search(text) or any(text in name for name in _ENDS)
+            if at_end and not _IN_LAYERS.search(text):
                 yield Rule(choice.points[:1], tensors=glob(str(choice.text)), modules="[norm, head]")
     for region, part in zip(regions, setting, strict=True):
         assert region.layers is not None
