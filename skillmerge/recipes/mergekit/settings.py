@@ -18,7 +18,7 @@ from skillmerge.recipes.yamltext import Path
 
 _IN_LAYERS = re.compile(r"attn|attention|mlp|layernorm|_proj|expert|gate|layers\.|block")
 """What names of tensors in layers have, and no others."""
-_OUTSIDE = re.compile(r"embed_tokens|lm_head|wte|wpe|embed_out")
+_OUTSIDE = re.compile(r"embed_tokens|lm_head|wte|wpe|embed_out|model\.norm|ln_f")
 """What names of tensors in layers do not have."""
 _AT_END = re.compile(r"norm|head|weight|bias")
 """What names of tensors behind the layers can have."""
