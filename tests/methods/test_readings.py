@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from in_memory import bound, prepared
+from in_memory import bound, compute, prepared
 
 from skillmerge.methods.linear import compile_term
+from skillmerge.methods.preparation import Preparation
 from skillmerge.methods.table import METHODS
 from skillmerge.recipes.formula.bind import bind
 from skillmerge.recipes.formula.catalog import NAMES, explained
 from skillmerge.recipes.formula.parser import parse
+from skillmerge.tensors import BLOCK
 
 A, B = "(a - base)", "(b - base)"
 CALLS = {
@@ -73,3 +75,16 @@ def test_readings_of_every_example_are_those_of_the_plan(name: str) -> None:
     term = bound(example, list(tensors), lam=0.5)
     assert term is not None
     assert compile_term(term).readings == prepared(example, tensors, lam=0.5)[1]
+
+
+def test_stacked_experts_ask_a_few_at_a_time() -> None:
+    """What is counted for ranks takes half a megabyte for each matrix."""
+    generator = torch.Generator().manual_seed(3)
+    experts = {model: torch.randn(70, 3, 5, generator=generator) for model in ("base", "a", "b")}
+    text = f"base + ties({A}, {B}, density=.5)"
+    program = compile_term(bound(text, list(experts)))
+    preparation = Preparation(program, experts["a"].shape, "w", 0)
+    assert {stretch.unit for stretch in preparation.stretches(BLOCK)} == set(range(16))
+    whole = compute(text, experts)
+    for index in range(70):
+        assert torch.equal(whole[index], compute(text, {model: it[index] for model, it in experts.items()}))
