@@ -32,7 +32,7 @@ from observing import MergeServer, content, finished_shards, identities
 
 import skillmerge
 from skillmerge.engine.runners import threads as runner
-from skillmerge.errors import UnusableWeights
+from skillmerge.errors import UnusableWeights, UsageError
 from skillmerge.plans.budget import Budget
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.parse import load
@@ -49,6 +49,7 @@ FORMS = {
     "chain": "target + trim(sce(rl - sft, trim(target - sft, density=.8), select=.7), density=lam, rescale=l1)",
     "models": "median(target, slerp(rl, sft, t=.4, scope=row), target + clip(rl - sft, at=.01))",
 }
+WHOLE = "target + trim(rl - sft, density=.3, scope=model, rescale=l1)"
 SHAPES = {
     "model.embed_tokens.weight": (700, 100),
     "model.layers.0.input_layernorm.weight": (7,),
@@ -144,10 +145,11 @@ def test_hub_gives_the_bytes_of_folders(tmp_path: Path, hub: HubServer, form: st
 # -------------------------------------------------------------------------------------------------------- accidents
 
 
-@pytest.mark.parametrize("form", ["rank", "elementwise"])
+@pytest.mark.parametrize("form", ["rank", "elementwise", "whole model"])
 def test_killed_merge_goes_on_to_the_same_bytes(server: MergeServer, tmp_path: Path, form: str) -> None:
     write_models(tmp_path, shards=3, donor=7)
-    recipe, output, dice = recipe_of(tmp_path, FORMS[form]), tmp_path / "merged", random.Random(2)
+    merge = FORMS.get(form, WHOLE)
+    recipe, output, dice = recipe_of(tmp_path, merge), tmp_path / "merged", random.Random(2)
     undisturbed = server.run(recipe)
     wanted, kept = content(output), 0
     for part in range(1, 5):
@@ -160,6 +162,14 @@ def test_killed_merge_goes_on_to_the_same_bytes(server: MergeServer, tmp_path: P
         assert content(output) == wanted
         assert {name: identities(output)[name] for name in before} == before
     assert kept > 0
+
+
+def test_tasks_refuse_what_has_to_read_the_whole_model(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    plan = save(recipe_of(tmp_path, WHOLE))
+    with pytest.raises(UsageError, match="`trim` with scope=model has to read the whole model") as refused:
+        run_tasks(plan, tmp_path / "merged", tasks=2, device="cpu")
+    assert refused.value.fix == "write scope=matrix in the recipe, or merge on one machine: `skillmerge apply`"
 
 
 @pytest.mark.parametrize("form", ["rank", "rows", "elementwise"])
