@@ -292,6 +292,14 @@ def test_infinities_that_are_allowed_spoil_their_matrix_at_most(tmp_path: Path, 
     assert_bits(read_checkpoint(outputs[0])["w"][0], wanted[0], "the other matrix")
 
 
+def test_matrices_that_cancel_are_named_with_the_way_out(family: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(family, "target + multislerp(rl - sft, sft - rl, target - sft, weights=[1, 1, 0])")
+    with pytest.raises(UnusableWeights) as refused:
+        skillmerge.apply(recipe, tmp_path / "out")
+    assert refused.value.message.endswith("`: `multislerp` has no direction for matrices that cancel")
+    assert refused.value.fix == "use `karcher`, or leave one of them out"
+
+
 # ------------------------------------------------------------------------------------------------------ whole models
 
 

@@ -114,7 +114,7 @@ class Preparations:
         try:
             shared.preparation.advance()
         except UnusableWeights as error:
-            raise UnusableWeights(f"tensor `{tensor.name}`: {error}", fix=error.fix) from error
+            raise UnusableWeights(f"tensor `{tensor.name}`: {error.message}", fix=error.fix) from error
         shared.left.extend(shared.preparation.stretches(self._tile))
 
 
