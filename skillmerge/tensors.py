@@ -22,6 +22,8 @@ A layer of the model, which its tensors' names call a block now and then, is a l
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 BLOCK = 1 << 16
@@ -121,6 +123,16 @@ class StoredTensor(TensorSpec):
 
 def block_count(elements: int) -> int:
     return -(-elements // BLOCK)
+
+
+def overlaps(runs: Sequence[tuple[int, int]], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Yield what of ascending runs is in first..last, which excludes `last`, as each run its own."""
+    for index in range(max(0, bisect_right(runs, (first, first)) - 1), len(runs)):
+        start, stop = max(first, runs[index][0]), min(last, runs[index][1])
+        if start < stop:
+            yield start, stop
+        elif runs[index][0] >= last:
+            return
 
 
 def format_bytes(count: float) -> str:

@@ -73,10 +73,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "advice.heads budget compare.skill_tokens layout saved",
         "plan",
         "compare.models",
+        "vocabulary.by_token",
+        "vocabulary.readers",
         "accounting dtypes.kept dtypes.quantised",
         "advice.causes advice.oddities advice.shares compare.complete compare.config compare.rows compare.tokens",
         "advice.arrangement advice.names compare.config_values",
-        "compare.table",
+        "compare.table vocabulary.picture",
         "changes depth mapping side_files tasks.division compare.architectures compare.found compare.roles",
     ),
     "recipes": (
@@ -94,15 +96,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "checkpoints": (
         "views.adapted",
-        "kinds.table views.low_rank",
+        "kinds.table views.low_rank views.unpacking",
         "views.fitting",
         "kinds.lora.adapter kinds.skill schemes",
         "kinds.dense kinds.lora.parts kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",
-        "tokenizers.tokenizer views.arranged views.renamed views.spooled",
+        "tokenizers.tokenizer views.arranged views.by_token views.renamed views.spooled",
         "kinds.lora.config tokenizers.vocabulary views.bands",
         "tokenizers.small_files",
         "checkpoint stores.folder",
-        "kinds.lora.patterns store tokenizers.placeholders tokenizers.tokenization stores.http_ranges",
+        "kinds.lora.patterns store stores.http_ranges tokenizers.matching tokenizers.placeholders",
+        "tokenizers.tokenization",
         "kinds.sparse missing model_config safetensors stores.hub_client stores.object_client views.relations",
         "foreign place stores.retries",
     ),
@@ -173,8 +176,8 @@ TORCH_ROOMS = {"methods", "engine", "study", "verbs"}
 """Rooms whose modules may import torch; below are the others that do."""
 TORCH_MODULES = {
     "bits", "checkpoints.kinds.sparse", "checkpoints.kinds.patch", "checkpoints.kinds.skill_planes",
-    "checkpoints.views.adapted", "checkpoints.views.arranged", "checkpoints.views.bands", "checkpoints.views.low_rank",
-    "outputs.verify",
+    "checkpoints.views.adapted", "checkpoints.views.arranged", "checkpoints.views.bands", "checkpoints.views.by_token",
+    "checkpoints.views.low_rank", "outputs.verify",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from skillmerge.checkpoints.safetensors import Header
@@ -85,7 +86,9 @@ class Checkpoint(ABC):
     weight files, by name. indexed: whether an index names them. unread: weight files that the index leaves out.
     naming: how its names differ from the stored ones. is_checked: False of a patch that does not say which model it is
     for. same: of a plane of a skill, the quantized tensors that it has no update of; None of anything else.
-    trained_on: of an adapter, the model that it says it was trained on.
+    trained_on: of an adapter, the model that it says it was trained on. rearranged: tensors with other elements than
+    are stored, in the order of another model's rows. fixed: runs of elements (first, last) that an output takes as they
+    are, whatever its formula: they are the same in all of its models.
 
     A kind says how tensors are read; what it does not say here is true of one whose weight files are its store's.
     """
@@ -93,6 +96,8 @@ class Checkpoint(ABC):
     naming = Naming()
     is_checked = True
     same: frozenset[str] | None = None
+    rearranged: frozenset[str] = frozenset()
+    fixed: Mapping[str, Sequence[tuple[int, int]]] = MappingProxyType({})
     trained_on: str | None = None
 
     def __init__(
@@ -191,6 +196,7 @@ class View(Checkpoint):
                          indexed=checkpoint.indexed, unread=checkpoint.unread)  # fmt: skip
         self.naming, self.same, self.is_checked = checkpoint.naming, checkpoint.same, checkpoint.is_checked
         self.trained_on = checkpoint.trained_on
+        self.rearranged, self.fixed = checkpoint.rearranged, checkpoint.fixed
         self._checkpoint = checkpoint
 
     @property

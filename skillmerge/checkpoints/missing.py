@@ -43,7 +43,7 @@ def meant(path: Path, written: str) -> str | None:
     """Return what was probably meant by the path of a folder that does not exist; None if nothing is near."""
     model, plus, adapter = written.partition("+")
     if plus and (os.path.isdir(path.parent) or "/" in adapter):
-        return f"to put an adapter on `{model}`, merge it in first (peft: `merge_and_unload`), and name that folder"
+        return f"to put an adapter on `{model}`, name both: `{{adapter: {adapter}, onto: NAME}}`, NAME being that model"
     near = instead_on_hub(written) or near_path(path, written, Path.is_dir)
     if near is not None:
         return near

@@ -150,6 +150,10 @@ stats = option(
     "--stats", group=MERGE, type=click.Choice(["full", "sampled", "off"]), default="sampled", metavar="MODE",
     help="Rounding statistics: full, sampled or off  [default: sampled]",
 )  # fmt: skip
+vocabulary = option(
+    "--vocabulary", group=INPUTS, type=click.Choice(["by-id", "by-token"]), default="by-id", metavar="MODE",
+    help="Match rows of embedding and head by-id or by-token  [default: by-id]",
+)  # fmt: skip
 strict = option("--strict", group=MERGE, is_flag=True, help="Treat warnings as problems")
 hub = option(
     "--hub", group=INPUTS, type=click.Choice(["stream", "download"]), default="stream", metavar="MODE",

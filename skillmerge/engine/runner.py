@@ -54,6 +54,7 @@ def _is_share(value: Any) -> bool:
 _WORDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "device": (_choice(r"auto|cpu|cuda(:\d+)?"), "auto, cpu, cuda or cuda:N"),
     "stats": (_choice("full|sampled|off"), "full, sampled or off"),
+    "vocabulary": (_choice("by-id|by-token"), "by-id or by-token"),
     "hub": (_choice("stream|download"), "stream or download"),
     "threads": (_whole(1, 256), "a number from 1 to 256"),
     "index": (_whole(0), "a number from 0"),

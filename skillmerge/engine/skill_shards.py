@@ -144,6 +144,10 @@ class _Cutter:
         self._digested = {name for name, it in entries.items() if it.kind != "skill" and name == model_of(name)}
         self._pair = () if any(entry.is_difference for entry in entries.values()) else _pair_of(plan)
 
+    def _is_stored(self, model: str, tensor: str) -> bool:
+        """Return whether a tensor is read as it is stored, so that its digest tells a parent."""
+        return tensor not in self.checkpoints[model].rearranged
+
     @property
     def _worker(self) -> Worker:
         return self.stream.own(self.new_worker)
@@ -207,7 +211,8 @@ class _Cutter:
         first = unit.number * UNIT
         tile = Tile(unit.tensor, first, first + unit.length, 0)
         inputs = worker.reader.read_tile(tile)
-        digests = {model: hashlib.sha256() for model in inputs if model in self._digested}
+        sources = dict(unit.tensor.sources)
+        digests = {it: hashlib.sha256() for it in inputs if it in self._digested and self._is_stored(it, sources[it])}
         grains: dict[str, list[Grain]] = {model: [] for model in self._pair if model in inputs}
         weights: list[float] = []
         chunks = self._seen(self._chunks(worker, tile, inputs, digests), grains, weights)

@@ -26,7 +26,7 @@ from skillmerge.methods.preparation import Partials, Preparation, Stretch
 from skillmerge.methods.rounding import keep_same_bits, round_value, rounding_key
 from skillmerge.plans.budget import Budget
 from skillmerge.plans.plan import Plan, TensorPlan
-from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count
+from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count, overlaps
 
 Statistics = dict[str, dict[int, BlockStatistics]]
 """Statistics of each merged tensor, by block."""
@@ -93,11 +93,27 @@ class Worker:
         """Run the program of a tensor that is prepared on elements from `first` on; see `methods.evaluate`."""
         assert tensor.program is not None
         if not tensor.program.calls:
-            return evaluate(tensor.program, inputs, self.scratch)
+            return self._fixed(tensor, first, inputs, *evaluate(tensor.program, inputs, self.scratch))
         preparation = self.preparations.of(tensor, partial(self.read_stretch, tensor), self.stop)
-        start, inputs, scratch, inside = self._needed(tensor, preparation, first, inputs)
-        value, subtracted = evaluate(tensor.program, inputs, scratch, preparation.runner(start))
-        return value[inside], subtracted[inside] if subtracted is not None else None
+        start, needed, scratch, inside = self._needed(tensor, preparation, first, inputs)
+        value, subtracted = evaluate(tensor.program, needed, scratch, preparation.runner(start))
+        subtracted = subtracted[inside] if subtracted is not None else None
+        return self._fixed(tensor, first, inputs, value[inside], subtracted)
+
+    def _fixed(
+        self, tensor: TensorPlan, first: int, inputs: Mapping[str, Tensor], value: Tensor, subtracted: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Put elements that do not follow the formula as they are: of a difference, nothing."""
+        for model, source in tensor.sources:
+            if (runs := self.checkpoints[model].fixed.get(source)) is None:
+                continue
+            for start, stop in overlaps(runs, first, first + value.numel()):
+                part = slice(start - first, stop - first)
+                value[part] = 0 if self.plan.makes_skill else inputs[model][part]
+                if subtracted is not None:
+                    subtracted[part] = 0
+            break
+        return value, subtracted
 
     def _needed(
         self, tensor: TensorPlan, preparation: Preparation, first: int, inputs: Mapping[str, Tensor]

@@ -193,6 +193,8 @@ class ManifestBody:
     """Differences between the models that the recipe accepts."""
     warnings: tuple[str, ...] = field(default=(), kw_only=True)
     """Warnings of the plan and of the weights."""
+    vocabulary: dict[str, Any] | None = field(default=None, kw_only=True)
+    """How rows were matched by token, if they were; see `Vocabulary.as_dict`."""
 
     __repr__ = brief
 
@@ -233,6 +235,7 @@ class ManifestBody:
             "statistics": self.statistics.as_dict(),
             **({"accepted": [found.as_dict() for found in self.accepted]} if self.accepted else {}),
             **({"warnings": list(self.warnings)} if self.warnings else {}),
+            **({"vocabulary": self.vocabulary} if self.vocabulary is not None else {}),
         }
 
 
@@ -278,6 +281,7 @@ def build(
         inputs=tuple(_input(item, input_digests) for item in plan.inputs),
         files=tuple(sorted(files, key=lambda file: file.name)),
         tensors=_tensors(plan, measured, {name: row for done in shards for name, row in done.scalars.items()}),
+        vocabulary=plan.vocabulary.as_dict() if plan.vocabulary is not None else None,
         accepted=tuple(replace(found, help=None) for found in plan.compared.found if found.accepted),
         statistics=summarise_skill(cut, inputs) if plan.makes_skill else summarise(plan, measured, stats),
     )

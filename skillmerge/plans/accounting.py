@@ -20,6 +20,7 @@ from skillmerge.naming import module_kind
 from skillmerge.plans.advice.arrangement import unlike
 from skillmerge.plans.advice.causes import cause_of, left_behind, share, tensors_of
 from skillmerge.plans.advice.shares import MUCH
+from skillmerge.plans.compare.rows import by_token_advice
 from skillmerge.plans.mapping import Source, find_source
 from skillmerge.recipes.formula.tree import names_in
 from skillmerge.recipes.recipe import Recipe
@@ -145,7 +146,7 @@ def account_tensors(
     left = {key: found for key, found in troubles.items() if key[0] != "missing" or model_of(key[1]) not in apart}
     problems = [
         *apart.values(),
-        *(_problem(recipe, kind, model, found, donor_name, donor) for (kind, model), found in left.items()),
+        *(_problem(recipe, kind, model, found, donor_name, checkpoints) for (kind, model), found in left.items()),
         *(_extra(model, names, checkpoints[model], donor_name) for model, names in extra.items() if model not in apart),
     ]
     notes |= _unread(checkpoints)
@@ -198,8 +199,14 @@ def _difference(wanted: TensorSpec, found: TensorSpec) -> tuple[str, str] | None
 
 
 def _problem(
-    recipe: Recipe, kind: str, model: str, found: list[tuple[str, str]], donor_name: str, donor: Checkpoint
+    recipe: Recipe,
+    kind: str,
+    model: str,
+    found: list[tuple[str, str]],
+    donor_name: str,
+    checkpoints: Mapping[str, Checkpoint],
 ) -> Problem:
+    donor, help = checkpoints[donor_name], None
     names = [name for name, _ in found]
     if kind == "missing":
         message = f"model `{model}` lacks {tensors_of(names)} that the formula needs: {some(names)}"
@@ -211,15 +218,16 @@ def _problem(
         )
         if kind == "shape" and all(module_kind(name) in ("embedding", "head") for name in names):
             message += "\ntheir vocabularies seem to differ"
+            help = by_token_advice(recipe, [donor, checkpoints[model]])
         elif kind == "shape" and share(names, donor.tensors) >= MUCH:
             return Problem(
                 kind, message, tuple(names), help=f"check that `{model}` is the right model; its sizes differ"
             )
     globs = _globs(names, donor.tensors)
     if recipe.makes_skill:  # it takes no tensor as it is, but can do without
-        return Problem(kind, message, tuple(names), ignore=tuple(f'  - "{glob}"' for glob in globs))
+        return Problem(kind, message, tuple(names), ignore=tuple(f'  - "{glob}"' for glob in globs), help=help)
     rules = tuple(f'  - {{tensors: "{glob}", from: {donor_name}}}' for glob in globs)
-    return Problem(kind, message, tuple(names), copy=rules)
+    return Problem(kind, message, tuple(names), copy=rules, help=help)
 
 
 def _leftovers(

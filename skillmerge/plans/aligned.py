@@ -1,20 +1,25 @@
-"""Models as the donor has them: in its layout of experts and projections. Each step is a view, one after the other."""
+"""Models as the donor has them: in its layout of experts and projections, and with its rows of tokens. Each step is a
+view, one after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.views.arranged import in_layout_of
+from skillmerge.plans.vocabulary.by_token import by_token
 from skillmerge.recipes.recipe import Recipe
 
 
 def aligned(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
     """Return the models of a recipe, open under the names that they are read by, as the donor has its weights."""
-    if recipe.donor is None:
+    donor = checkpoints.get(recipe.donor or "")
+    if donor is None or isinstance(donor, Adapter):
         return dict(checkpoints)
-    wanted = checkpoints[recipe.donor].tensors
-    return {
-        name: checkpoint if name == recipe.donor else in_layout_of(checkpoint, wanted)
-        for name, checkpoint in checkpoints.items()
+    found = {
+        # The difference of an adapter is made in the donor's layout later.
+        name: it if it is donor or isinstance(it, Adapter) else in_layout_of(it, donor.tensors)
+        for name, it in checkpoints.items()
     }
+    return by_token(recipe, found)

@@ -47,7 +47,10 @@ def _inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         files = [{file["name"]: file for file in each["files"]} for each in (was, item)]
         kept = [{file: (row["size"], row["header_sha256"]) for file, row in each.items()} for each in files]
         other = sorted(file for file in {*kept[0], *kept[1]} if kept[0].get(file) != kept[1].get(file))
-        if other:
+        rows = [plan.get("vocabulary", {}).get("models", {}).get(name) for plan in (old, new)]
+        if rows[0] != rows[1] and None not in rows:
+            changes.append(f"model {name}: other tokens, or tokens with other ids")
+        elif other:
             changes.append(f"model {name}: other tensors or sizes in {some(other)}")
         versions = [plan.get("versions", {}).get(name, {}) for plan in (old, new)]
         again = sorted(file for file in versions[1] if versions[0] and versions[0].get(file) != versions[1][file])

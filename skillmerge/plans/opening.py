@@ -103,7 +103,7 @@ def open_models(
                 else:
                     warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
         with _placed(recipe, checkpoints):
-            return aligned(recipe, as_read(recipe, checkpoints, shape))
+            return as_differences(recipe, aligned(recipe, as_read(recipe, checkpoints)), shape)
     except BaseException:
         close_all(checkpoints)
         raise
@@ -130,11 +130,10 @@ def planned(
         close_all(checkpoints)
 
 
-def as_read(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], shape: Model | None = None) -> dict[str, Checkpoint]:
-    """Return the models as the formula reads them: under their names, and with adapters where they belong. shape: see
-    `open_models`."""
+def as_read(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """Return the models under the names that they are read by, with adapters on those that they are put onto."""
     found = {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
-    return as_differences(recipe, put_onto(recipe, found), shape)
+    return put_onto(recipe, found)
 
 
 def under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkpoint:

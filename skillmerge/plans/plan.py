@@ -16,6 +16,7 @@ from skillmerge.plans.accounting import Problem, settlement
 from skillmerge.plans.compare.models import NOTHING, Comparison
 from skillmerge.plans.mapping import Source
 from skillmerge.plans.side_files import SideFile
+from skillmerge.plans.vocabulary.picture import Vocabulary
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark, count_of
 from skillmerge.tensors import StoredTensor
@@ -107,6 +108,8 @@ class Plan:
     compared: Comparison = NOTHING
     merged_share: float | None = None
     """The parameters of the tensors that the formula changes, of the donor's; of a skill None."""
+    vocabulary: Vocabulary | None = None
+    """How rows are matched by token, if they are."""
     bytes_read: int = 0
     bytes_again: int = 0
     """What is read besides, to find out what methods have to know of whole tensors."""
@@ -175,6 +178,7 @@ class Plan:
             "notes": list(self.notes),
             "compared": [found.as_dict() for found in self.compared.found],
             **({"merged_share": self.merged_share} if self.merged_share is not None else {}),
+            **({"vocabulary": self.vocabulary.as_dict()} if self.vocabulary is not None else {}),
             "bytes_read": self.bytes_read,
             **({"bytes_read_again": self.bytes_again} if self.bytes_again else {}),
             "bytes_written": self.bytes_written,

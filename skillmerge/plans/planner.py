@@ -28,6 +28,7 @@ from skillmerge.plans.dtypes.quantised import exact_tensors
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
+from skillmerge.plans.vocabulary.by_token import vocabulary_of
 from skillmerge.recipes.formula.parser import grouped
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.lint import remarks
@@ -350,6 +351,7 @@ def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapp
         "bytes_again": sum(readings * checkpoints[name].cost(source) for readings, (name, source) in again),
         "input_itemsizes": itemsizes(tensors, checkpoints),
         "versions": versions(checkpoints),
+        "vocabulary": vocabulary_of(checkpoints[_donor(recipe)]),
     }
 
 

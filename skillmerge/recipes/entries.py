@@ -65,7 +65,9 @@ def _entry(document: Document, path: tuple[str, str], written: str | ModelTable)
     if len(given) != 1:
         what = "more than one" if given else "none"
         kinds = ", ".join(f"`{kind}`" for kind in KINDS)
-        raise document.error(f"`{path[1]}` has {what} of {kinds}", place, "keep one of them")
+        both = {kind for kind, _ in given} == {"path", "adapter"}
+        fix = "name the model in `onto`: `{adapter: …, onto: NAME}`" if both else "keep one of them"
+        raise document.error(f"`{path[1]}` has {what} of {kinds}", place, fix)
     [(kind, where)] = given
     if (kind == "patch") != (written.onto is not None) and kind != "adapter":
         fix = "write {patch: …, onto: …}, the latter a model of this recipe"
@@ -116,6 +118,8 @@ def _uses(table: RecipeTable) -> Iterator[tuple[Path, str, bool]]:
     """Yield where the recipe names a model, and whether it has to be one with all its tensors."""
     for index, rule in enumerate(table.copy_):
         yield ("copy", index, "from"), rule.from_, True
+    for token, row in table.tokens.items():
+        yield ("tokens", token, "from"), row.from_, True
     for name, entry in table.models.items():
         if isinstance(entry, ModelTable) and entry.onto:
             yield ("models", name, "onto"), entry.onto, True

@@ -115,6 +115,8 @@ def parse_recipe(
         copy=tuple(CopyRule(_as_tuple(rule.tensors), normalise_name(rule.from_)) for rule in table.copy_),
         ignore=tuple(table.ignore),
         accept=frozenset(table.accept),
+        by_token=table.vocabulary == "by-token",
+        tokens={token: normalise_name(it.from_) for token, it in table.tokens.items()},
         output=_output(document, table.output, folder, shard_size),
         gates=gates,
         overrides=numbers,
@@ -170,9 +172,14 @@ def _check_kind(document: Document, table: RecipeTable) -> None:
             document.place(("output", "keep")),
             "`skillmerge extract … --keep SHARE` prunes one",
         )
+    if table.tokens and table.vocabulary != "by-token":
+        raise document.error(
+            "`tokens` takes rows by token", document.place(("tokens",)), "add to the recipe: vocabulary: by-token"
+        )
     if table.output.kind == "skill":
         of_models = {
             ("copy",): bool(table.copy_),
+            ("tokens",): bool(table.tokens),
             ("output", "rounding"): table.output.rounding != "nearest",
             ("output", "keep_dtype"): bool(table.output.keep_dtype),
         }

@@ -6,7 +6,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 
 from skillmerge.checkpoints.place import Bucket, Local, ModelPlace, PlaceError
@@ -92,6 +92,10 @@ class Recipe:
     """The donor of an earlier plan."""
     unwrapped: Mapping[str, tuple[str, ...]] | None = None
     """The wrappers that an earlier plan left out of each model's names. None: all that are found."""
+    by_token: bool = False
+    """Whether rows of embedding and head are matched by token, and not by id."""
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """Tokens whose rows are taken from one model, and that model."""
 
     @property
     def models(self) -> dict[str, str]:
@@ -180,6 +184,7 @@ class Recipe:
         """Return the models that the output depends on, in the order of the recipe."""
         used = {name.name for name in names_in(self.expression) if name.is_model}
         used |= {rule.model for rule in self.copy} | ({self.output.like} if self.output.like else set())
+        used |= {*self.tokens.values()}
         patches = self.patches
         for name in list(used):
             while (name := patches.get(name, "")) and name not in used:

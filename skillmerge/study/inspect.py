@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -31,12 +30,12 @@ from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.recipes.formula.tree import calls_in
 from skillmerge.recipes.recipe import Recipe
-from skillmerge.recipes.source import RECIPE_SUFFIXES, STANDARD_INPUT, RecipeSource, name_of
+from skillmerge.recipes.source import RecipeSource, name_of
 from skillmerge.remarks import Remark
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.adapters import AdapterRow, adapters_of
 from skillmerge.study.forecast import Forecaster, plain
-from skillmerge.study.places import is_adapter, is_skill, refuse_model
+from skillmerge.study.places import OF_TWO, check_alone, is_adapter, is_recipe, is_skill, refuse_model
 from skillmerge.study.subjects import (
     BASE,
     Subject,
@@ -133,6 +132,7 @@ def inspect(
     coefficients: Mapping[str, float] | None = None,
     stats: str = "sampled",
     spectral: int | None = None,
+    vocabulary: str = "by-id",
     threads: int | None = None,
     follow_links: bool = False,
     locked: bool = False,
@@ -144,19 +144,16 @@ def inspect(
     Several stored skills, given directly or in a recipe, are measured individually and in pairs. base: the model that
     a recipe's target was trained from, to compute its own update [default: the model that the skill subtracts]. stats:
     how much the forecast computes: full, sampled or off. spectral: also measure how the matrices' updates spread over
-    this many directions (1 to 64), one matrix in memory at a time.
+    this many directions (1 to 64), one matrix in memory at a time. vocabulary: of two models, `by-token` takes rows of
+    tokens from each other, not rows of ids.
     Raises UsageError, RecipeError, InputError, StalePlan, TemporaryError.
     """
-    check_words(threads=threads, stats=stats, spectral=spectral, hub=hub)
+    check_words(threads=threads, stats=stats, spectral=spectral, hub=hub, vocabulary=vocabulary)
     reporter = reporter or default_reporter("inspecting")
     access = Access(follow_links, locked, download=hub == "download")
     places = [name_of(source), *(os.fspath(place) for place in (other, *more) if place is not None)]
-    if _is_recipe(source, alone=len(places) == 1):
-        if len(places) > 1 and Path(places[0]).suffix not in RECIPE_SUFFIXES:
-            folder = shlex.quote(str(Path(places[0]).parent))
-            raise UsageError(f"`{places[0]}` is a file, not a folder", fix=f"name the model's folder: `{folder}`")
-        if len(places) > 1:
-            raise UsageError(f"{places[0]} is a recipe, which must be the only argument", fix=f"leave {places[1]} out")
+    if is_recipe(source, alone=len(places) == 1):
+        check_alone(places, vocabulary)
         with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
             plan.refuse_problems()
             found = inspect_merge(
@@ -167,17 +164,11 @@ def inspect(
         raise UsageError("coefficients apply only to a recipe", fix="leave `--set` out, or inspect a recipe")
     if base is not None:
         raise UsageError("a base applies only to a recipe", fix="leave `--base` out, or inspect a recipe")
-    subject = _of_models(places, access, reporter)
+    subject = _of_models(places, access, reporter, vocabulary)
     try:
         return _warned(_inspect(subject, stats, spectral, threads, reporter), reporter)
     finally:
         close_all(subject.checkpoints)
-
-
-def _is_recipe(source: RecipeSource, alone: bool) -> bool:
-    if isinstance(source, Mapping) or source == STANDARD_INPUT or Path(source).is_file():
-        return True
-    return alone and is_path(os.fspath(source)) and not Path(source).is_dir() and Path(source).suffix in RECIPE_SUFFIXES
 
 
 def _warned(found: Inspection, reporter: Reporter) -> Inspection:
@@ -187,8 +178,10 @@ def _warned(found: Inspection, reporter: Reporter) -> Inspection:
     return found
 
 
-def _of_models(places: Sequence[str], access: Access, reporter: Reporter) -> Subject:
+def _of_models(places: Sequence[str], access: Access, reporter: Reporter, vocabulary: str) -> Subject:
     """Return the subject for two models, before and after, or for one or several stored skills and adapters."""
+    if vocabulary != "by-id" and len(places) != 2:
+        raise UsageError(OF_TWO, fix="leave `--vocabulary` out")
     if len(places) == 1:
         refuse_model(Path(places[0]))
         return subject_of_skills(places, access, reporter)
@@ -202,7 +195,7 @@ def _of_models(places: Sequence[str], access: Access, reporter: Reporter) -> Sub
         raise UsageError(f"{skills[0]} is a skill, and {model} is not", fix=fix)
     if len(places) > 2:
         raise UsageError(f"{len(places)} models: {some(list(places))}", fix=fix)
-    return subject_of_models(places[0], places[1], access, reporter)
+    return subject_of_models(places[0], places[1], access, reporter, vocabulary)
 
 
 def _beside(folder: Path, base: str, access: Access) -> Access:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from skillmerge.checkpoints.kinds.lora import adapter
@@ -12,6 +15,27 @@ from skillmerge.checkpoints.store import Store
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.errors import UsageError
 from skillmerge.plans.opening import Access
+from skillmerge.recipes.source import RECIPE_SUFFIXES, STANDARD_INPUT, RecipeSource
+
+OF_TWO = "`vocabulary` applies to two models, before and after"
+
+
+def check_alone(places: Sequence[str], vocabulary: str) -> None:
+    """Raise UsageError for what does not go with a recipe."""
+    if len(places) > 1 and Path(places[0]).suffix not in RECIPE_SUFFIXES:
+        folder = shlex.quote(str(Path(places[0]).parent))
+        raise UsageError(f"`{places[0]}` is a file, not a folder", fix=f"name the model's folder: `{folder}`")
+    if len(places) > 1:
+        raise UsageError(f"{places[0]} is a recipe, which must be the only argument", fix=f"leave {places[1]} out")
+    if vocabulary != "by-id":
+        raise UsageError(OF_TWO, fix="write it into the recipe: `vocabulary: by-token`")
+
+
+def is_recipe(source: RecipeSource, alone: bool) -> bool:
+    """Return whether a recipe is meant. alone: whether nothing else is named."""
+    if isinstance(source, Mapping) or source == STANDARD_INPUT or Path(source).is_file():
+        return True
+    return alone and is_path(os.fspath(source)) and not Path(source).is_dir() and Path(source).suffix in RECIPE_SUFFIXES
 
 
 def refuse_model(path: Path) -> None:

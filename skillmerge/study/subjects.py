@@ -35,6 +35,7 @@ from skillmerge.reporter import Reporter
 from skillmerge.study.places import is_adapter
 from skillmerge.tensors import percent
 
+_SKILL = {"kind": "skill"}
 BASE = "--base"
 """The name of the option's model beside those of a recipe, which cannot have this name."""
 
@@ -119,11 +120,12 @@ def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter)
     )  # fmt: skip
 
 
-def subject_of_models(before: str, after: str, access: Access, reporter: Reporter) -> Subject:
+def subject_of_models(before: str, after: str, access: Access, reporter: Reporter, vocabulary: str) -> Subject:
     """Return the subject for two models, with reasons why they may not belong together."""
     models = {"before": before, "after": after}
     onto = {"after": {"adapter": after, "onto": "before"}} if is_adapter(after, access) else {}
-    recipe = recipe_of({**models, **onto}, "after - before", {"kind": "skill"}, "skillmerge inspect")
+    words = {**models, **onto}
+    recipe = recipe_of(words, "after - before", _SKILL, "skillmerge inspect", vocabulary=vocabulary)
     checkpoints = open_models(recipe, access, reporter.note)
     try:
         difference = Sum(Leaf("after"), Leaf("before"), minus=True)

@@ -58,6 +58,7 @@ def extract(
     dtype: str = "same",
     ignore: Sequence[str] = (),
     accept: Sequence[str] = (),
+    vocabulary: str = "by-id",
     zstd: bool = False,
     keep: float | None = None,
     threads: int | None = None,
@@ -73,18 +74,19 @@ def extract(
     If `rl` is a folder with a sparse patch, it is read as a patch of `sft`; if it holds a LoRA adapter, as one that was
     trained on `sft`.
     dtype: `same` is exact; bfloat16, float16 or float32 round each element once. ignore: globs of tensors to leave
-    out. accept: names of differences between the two to accept. zstd: compress the files. keep: the share of each
-    tensor's elements to keep, the largest ones, rescaled to the tensor's norm. The other arguments and the errors are
-    those of `apply`.
+    out. accept: names of differences between the two to accept. vocabulary: `by-token` takes rows of tokens from each
+    other, not rows of ids. zstd: compress the files. keep: the share of each tensor's elements to keep, the largest
+    ones, rescaled to the tensor's norm. The other arguments and the errors are those of `apply`.
     """
     if dtype not in ("same", "bfloat16", "float16", "float32"):
         raise UsageError(f"dtype {dtype!r}: same, bfloat16, float16 or float32")
-    check_words(keep=keep, threads=threads, memory_limit=memory_limit, hub=hub)
+    check_words(vocabulary=vocabulary, keep=keep, threads=threads, memory_limit=memory_limit, hub=hub)
     access = Access(follow_links, download=hub == "download")
     models, formula, like = _models(os.fspath(rl), os.fspath(sft), access)
     made = {"kind": "skill", "dtype": dtype, "compression": "zstd" if zstd else "none", "keep": keep, **like}
-    accepting = {"accept": list(accept)} if accept else {}  # left out, the text is that of earlier versions
-    recipe = recipe_of(models, formula, made, "skillmerge extract", ignore=list(ignore), **accepting)
+    keys: dict[str, Any] = {"accept": list(accept)} if accept else {}  # left out, the text is that of earlier versions
+    keys |= {"vocabulary": vocabulary} if vocabulary != "by-id" else {}
+    recipe = recipe_of(models, formula, made, "skillmerge extract", ignore=list(ignore), **keys)
     reporter = reporter or default_reporter("extracting")
     reporter.event("started", skillmerge=__version__, recipe=recipe.document.name)
     return merge(
@@ -116,11 +118,11 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     recipe = recipe_of({"parent": entry}, "parent", made, "skillmerge verify")
     if wrappers_of(tensors):  # extracted when names were read as stored
         recipe = recipe.as_planned("parent", {})
+    # A parent may store the skill's tensors in another layout.
     shapes = {
         name: TensorSpec(name, row["dtype"], tuple(row["shape"]), "") for name, row in document["tensors"].items()
     }
     checkpoints = open_models(recipe, access, lambda message: None, Model(os.fspath(skill), shapes, {}))
-    # A parent may store the skill's tensors in another layout.
     checkpoint = in_layout_of(checkpoints["parent"], shapes, whole=False)
     names = [name for name in tensors if name in checkpoint.tensors]
     missing = [name for name in tensors if name not in checkpoint.tensors]

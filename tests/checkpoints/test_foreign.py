@@ -115,10 +115,6 @@ FOLDERS = {
         "has no *.safetensors, only pytorch_model-00001-of-00002.bin, pytorch_model-00002-of-00002.bin",
         f"pickles can run code and are never loaded; {_SAVE}",
     ),
-    "adapter_config.json adapter_model.bin": (
-        "is a PEFT adapter, not a whole model",
-        "merge the adapter into its base first (peft: merge_and_unload), then name that folder",
-    ),
 }  # fmt: skip
 _LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22ead\nsize 12345\n"
 FETCH = "fetch the files: `git lfs pull`, or `hf download ORG/NAME`"

@@ -269,7 +269,7 @@ def test_what_two_kinds_claim_is_neither() -> None:
         ([], "has no *.safetensors"),
         (["inner/model.safetensors"], "has no *.safetensors"),
         (["pytorch_model.bin"], "has no *.safetensors, only pytorch_model.bin"),
-        (["adapter_config.json"], "is a PEFT adapter"),
+        (["adapter_config.json"], "is a PEFT adapter without adapter_model.safetensors"),
         (["adapter_config.json", "adapter_model.safetensors"], "is a PEFT adapter"),
         (["a.safetensors", "b.safetensors"], "has 2 *.safetensors files but no"),
         (["skill.json", "model.safetensors"], "is a skill, not a model"),

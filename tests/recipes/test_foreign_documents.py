@@ -24,7 +24,7 @@ MERGEKIT = {
 OTHERS = {
     '{"peft_type": "LORA", "r": 8}': (
         "the configuration of a PEFT adapter", "peft_type",
-        "merge the adapter into its base (peft: `merge_and_unload`), and name that folder as a model of a recipe",
+        "in a recipe's `models:` write `{adapter: FOLDER}`, or `{adapter: FOLDER, onto: MODEL}`",
     ),
     '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}': (
         "a model's config.json", "model_type", f"name its folder as a model of a recipe; {START}"
@@ -76,5 +76,5 @@ def test_foreign_place_with_an_adapter_is_told(tmp_path: Path) -> None:
     told = run_cli("plan", recipe).stderr
     assert "model `rl`: folder `./sft+./adapter` does not exist" in told
     assert told.endswith(
-        "help: to put an adapter on `./sft`, merge it in first (peft: `merge_and_unload`), and name that folder\n"
+        "help: to put an adapter on `./sft`, name both: `{adapter: ./adapter, onto: NAME}`, NAME being that model\n"
     )

@@ -24,6 +24,7 @@ class SmallFiles:
     def __init__(self) -> None:
         self._parsed: dict[tuple[Callable[[bytes], Any], tuple[str, str]], Any] = {}
         self._fetched: dict[str, int] = {}
+        self._by_path: dict[tuple[Callable[[bytes], Any], str, tuple[int | str, ...]], tuple[str, str]] = {}
         self.pointers: set[str] = set()
         """Files that are pointers to what was never fetched."""
 
@@ -35,8 +36,9 @@ class SmallFiles:
         stat, path = store.list().get(file), store.at.path(file)
         if stat is None:
             return None
-        if stat.digest is not None and (parse, stat.digest) in self._parsed:
-            return self._known(parse, stat.digest)
+        digest = stat.digest or self._by_path.get((parse, path, stat.version))
+        if digest is not None and (parse, digest) in self._parsed:
+            return self._known(parse, digest)
         if stat.size > MAX_BYTES:
             raise InputError(f"{path}: is larger than {MAX_BYTES >> 20} MB")
         if store.at.remote and self._fetched.get(store.at.place, 0) >= MOST_FETCHED:
@@ -53,6 +55,7 @@ class SmallFiles:
             except (ValueError, RecursionError) as error:
                 reason = "nested too deeply" if isinstance(error, RecursionError) else error
                 raise InputError(f"{path}: cannot be read: {reason}") from error
+        self._by_path[parse, path, stat.version] = digests[0]
         return self._known(parse, digests[0])
 
     def _known(self, parse: Callable[[bytes], T], digest: tuple[str, str]) -> T:

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, read_bytes
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.store import Wait, nothing_to_wait_for
-from skillmerge.checkpoints.views.fitting import Change, Model, changes_of
+from skillmerge.checkpoints.views.arranged import in_layout_of
+from skillmerge.checkpoints.views.fitting import Change, Model, changes_of, no_module
+from skillmerge.checkpoints.views.unpacking import products_of
 from skillmerge.errors import InputError, some
-from skillmerge.tensors import DTYPES, UNIT, TensorSpec
+from skillmerge.tensors import DTYPES, UNIT, StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +48,9 @@ class _Adapting(Checkpoint):
     def _of_change(self, name: str) -> int:
         """Return the bytes of the adapter that a tensor takes."""
         change = self.changes.get(name)
-        return sum(spec.nbytes for spec in change.stored) if change is not None else 0
+        if change is None or change.arranged is not None:
+            return change.arranged.cost(name) if change is not None and change.arranged is not None else 0
+        return sum(spec.nbytes for spec in change.stored)
 
 
 class Adapted(_Adapting):
@@ -55,7 +59,7 @@ class Adapted(_Adapting):
     def __init__(self, adapter: Adapter, base: Checkpoint, rename: Renames) -> None:
         """Raises InputError if the adapter is not for this model."""
         self.adapter, self._base = adapter, base
-        self.changes = changes_of(adapter, Model(base.place, base.tensors, base.config), rename)
+        self.changes = _changes(adapter, Model(base.place, base.tensors, base.config), rename)
         at = replace(adapter.at, remote=base.at.remote or adapter.at.remote, license=base.at.license)
         own = adapter.files[adapter.file]
         said = hashlib.sha256(own.described + repr(list(rename)).encode()).digest()
@@ -159,14 +163,16 @@ class Adapted(_Adapting):
         """Return an area of the model's elements as the adapter leaves them, in float64."""
         if change.bias is not None:
             return values.add_(self._matrices.vector(change.bias)[area.columns] * change.scale)
+        if change.arranged is not None:
+            return values.view(-1).add_(_wide(change.arranged, name, area.first, area.count))
         if change.product is None:
             return values
         product = change.product
         if product.pair.copy is not None:
-            self._compare(name, product.pair.copy, area, values, product.columns)
+            self._compare(name, product.pair.copy, area, values)
         values.add_(self._matrices.product(product, area))
         if product.pair.magnitude is not None:
-            norms = self._matrices.norms(product, name, lambda it: self._own(name, it, product.columns))
+            norms = self._matrices.norms(product, name, lambda it: self._own(name, it))
             outputs = area.columns if product.transposed else area.rows
             factors, lengths = self._matrices.vector(product.pair.magnitude)[outputs], norms[outputs]
             if not product.transposed:
@@ -174,23 +180,15 @@ class Adapted(_Adapting):
             values.mul_(factors).div_(lengths)
         return values
 
-    def _own(self, name: str, area: Area, columns: int) -> Tensor:
+    def _own(self, name: str, area: Area) -> Tensor:
         """Return the model's own elements in an area, as float64."""
-        import torch
+        return _wide(self._base, name, area.first, area.count).view(area.shape)
 
-        from skillmerge.bits import torch_dtype
-
-        first = area.rows.start * columns + area.columns.start
-        content = read_bytes(self._base, name, first, area.count)
-        own = torch.frombuffer(content, dtype=torch_dtype(self._base.tensors[name].dtype))
-        return own.to(torch.float64).view(area.shape)
-
-    def _compare(self, name: str, copy: TensorSpec, area: Area, values: Tensor, columns: int) -> None:
+    def _compare(self, name: str, copy: StoredTensor, area: Area, values: Tensor) -> None:
         """Raise InputError unless the adapter's copy of the model's elements is one."""
         import torch
 
-        first = area.rows.start * columns + area.columns.start
-        kept = self._matrices.stored(self.adapter.tensors[copy.name], first, area.count)
+        kept = self._matrices.stored(copy, area.first, area.count)
         if not torch.equal(kept.to(torch.float64).view(area.shape), values):
             raise InputError(
                 f"{self.adapter.place}: `{copy.name}` is a copy of the base's `{name}`, and not that of "
@@ -256,10 +254,22 @@ class AdapterPlane(_Adapting):
         for area in areas(piece.first, piece.count, rows, columns):
             if change.product is not None:
                 values = self._matrices.product(change.product, area).view(-1)
+            elif change.arranged is not None:
+                values = _wide(change.arranged, piece.tensor, area.first, area.count)
             else:
                 assert change.bias is not None
                 values = self._matrices.vector(change.bias)[area.columns] * change.scale
             out[area.start : area.start + area.count] = values
+
+
+def _wide(checkpoint: Checkpoint, name: str, first: int, count: int) -> Tensor:
+    """Return elements of a checkpoint in float64."""
+    import torch
+
+    from skillmerge.bits import torch_dtype
+
+    content = read_bytes(checkpoint, name, first, count)
+    return torch.frombuffer(content, dtype=torch_dtype(checkpoint.tensors[name].dtype)).to(torch.float64)
 
 
 def onto(adapter: Adapter, base: Checkpoint, rename: Renames = ()) -> Adapted:
@@ -272,7 +282,7 @@ def difference(adapter: Adapter, model: Model, rename: Renames = ()) -> Differen
 
     Raises InputError if it does not fit, or holds what is no difference.
     """
-    changes = changes_of(adapter, model, rename)
+    changes = _changes(adapter, model, rename)
     _refuse_replacements(adapter, changes)
     tensors = {
         name: TensorSpec(name, "F32", spec.shape, adapter.file)
@@ -284,6 +294,24 @@ def difference(adapter: Adapter, model: Model, rename: Renames = ()) -> Differen
         # There is no update of what is no plain number.
         plane.same = frozenset(model.tensors.keys() - tensors.keys())
     return Difference(*planes)
+
+
+def _changes(adapter: Adapter, model: Model, rename: Renames) -> dict[str, Change]:
+    """Return all that an adapter changes, by the model's names. Raises InputError if it is not for this model."""
+    changes, left = changes_of(adapter, model, rename)
+    if not left:
+        return changes
+    added = products_of(adapter, left, model, rename)
+    products = {name: Change(product) for name, (_, product) in added.items() if product is not None}
+    plane = AdapterPlane(adapter, model, {name: spec for name, (spec, _) in added.items()}, products)
+    arranged = in_layout_of(plane, model.tensors, whole=False)
+    for pair in left:
+        if any(name in arranged.tensors for name, (_, it) in added.items() if it is not None and it.pair is pair):
+            raise no_module(adapter, pair, model, rename)
+    targets = arranged.tensors.keys() - added.keys()
+    for name in targets & changes.keys():
+        raise InputError(f"{adapter.place}: two pairs of A and B change `{name}`")
+    return changes | {name: Change(arranged=arranged) for name in targets}
 
 
 def _refuse_replacements(adapter: Adapter, changes: Mapping[str, Change]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.kinds.lora.parts import Pair, Rows
 from skillmerge.checkpoints.model_config import ties_embeddings
@@ -47,21 +48,17 @@ class Product:
 class Change:
     """What an adapter does to one tensor. Exactly one of its parts is not None.
 
-    product: is added; with a magnitude, rows are scaled after that. bias: is added, times `scale`. whole: replaces
-    the tensor. rows: replace some of its rows.
+    product: is added; with a magnitude, rows are scaled after that. arranged: what is added, in float64 and under the
+    tensor's name, where the adapter has it in another layout. bias: is added, times `scale`. whole: replaces the
+    tensor. rows: replace some of its rows.
     """
 
     product: Product | None = None
+    arranged: Checkpoint | None = None
     bias: StoredTensor | None = None
     scale: float = 1.0
     whole: StoredTensor | None = None
     rows: Rows | None = None
-
-    @property
-    def is_difference(self) -> bool:
-        """Whether it is the same whatever the model's own tensor holds."""
-        added = self.product is not None and self.product.pair.magnitude is None
-        return added or self.bias is not None
 
     @property
     def stored(self) -> list[StoredTensor]:
@@ -102,15 +99,18 @@ def own_tensors(adapter: Adapter, rename: Sequence[tuple[str, str]]) -> dict[str
     return found
 
 
-def changes_of(adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]]) -> dict[str, Change]:
-    """Return what an adapter changes, by the model's names. rename: prefixes of the adapter's names.
+def changes_of(
+    adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]]
+) -> tuple[dict[str, Change], list[Pair]]:
+    """Return what an adapter changes, by the model's names; and the pairs for which the model has no tensor, which it
+    may store in another layout. rename: prefixes of the adapter's names.
 
-    Raises InputError where a part has no tensor of the model, or another shape.
+    Raises InputError where any other part has no tensor of the model, or another shape.
     """
     found: dict[str, Change] = {}
     taken: dict[str, str] = {}
-    for module, change in _parts(adapter, model, rename):
-        name, written = module
+    left: list[Pair] = []
+    for (name, written), change in _parts(adapter, model, rename, left):
         if name in taken:
             raise InputError(f"{_at(adapter)}: `{taken[name]}` and `{written}` both change `{name}`")
         taken[name] = written
@@ -118,19 +118,22 @@ def changes_of(adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]]
     for name, change in list(found.items()):
         if (head := _tied_head(name, model)) is not None and head not in found:
             found[head] = change
-    return found
+    return found, left
 
 
 def _parts(
-    adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]]
+    adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]], left: list[Pair]
 ) -> Iterator[tuple[tuple[str, str], Change]]:
-    """Yield the tensor of each part, the adapter's tensor that shows it, and the change."""
+    """Yield the tensor of each part, the adapter's tensor that shows it, and the change. left: gets the pairs without a
+    tensor."""
     for pair in adapter.parts.pairs:
         module = replaced(f"{pair.module}.weight", rename)
         if module in model.tensors:
             yield (module, pair.a.name), Change(_product(adapter, pair, model, model.tensors[module]))
+        elif (found := _parameter(adapter, pair, model, rename)) is not None:
+            yield found
         else:
-            yield _parameter(adapter, pair, model, rename)
+            left.append(pair)
         if pair.bias is not None:
             bias = _tensor(adapter, model, replaced(f"{pair.module}.bias", rename), pair.bias)
             _fit(adapter, model, bias, pair.bias)
@@ -171,14 +174,14 @@ def _product(adapter: Adapter, pair: Pair, model: Model, spec: TensorSpec) -> Pr
 
 def _parameter(
     adapter: Adapter, pair: Pair, model: Model, rename: Sequence[tuple[str, str]]
-) -> tuple[tuple[str, str], Change]:
-    """Return B A on a parameter that is no module's weight: the one of `target_parameters` that it fits, in one way.
+) -> tuple[tuple[str, str], Change] | None:
+    """Return B A on a parameter that is no module's weight: the one of `target_parameters` that it fits, in one way;
+    None if it fits none.
 
     The names do not say which parameter is meant, nor does the order of nesting.
     """
     fitting: dict[tuple[str, bool], Product] = {}
-    for last in dict.fromkeys(name.rpartition(".")[2] for name in adapter.lora.parameters):
-        named = f"{pair.module}.{last}"
+    for named in parameters_of(adapter, pair):
         spec = model.tensors.get(replaced(named, rename))
         if spec is None or not 2 <= len(spec.shape) <= 3:
             continue
@@ -191,16 +194,22 @@ def _parameter(
                 _check_float(adapter, spec, model)
                 scale = adapter.lora.scale(named)
                 fitting[spec.name, transposed] = Product(pair, scale, experts, rows, columns, transposed)
-    if not fitting:
-        raise _no_module(adapter, pair, model, rename)
     if len(fitting) > 1:
-        raise InputError(
-            f"{_at(adapter)}: `{pair.a.name}` {list(pair.a.shape)} and `{pair.b.name}` {list(pair.b.shape)} fit more "
-            f"than one parameter, or one in two ways: {some([f'`{name}`' for name, _ in fitting])}",
-            fix="merge the adapter with peft (`merge_and_unload`), and name that folder as a model",
-        )
-    [((name, _), product)] = fitting.items()
-    return (name, pair.a.name), Change(product)
+        raise ambiguous(adapter, pair, [name for name, _ in fitting])
+    return next((((name, pair.a.name), Change(product)) for (name, _), product in fitting.items()), None)
+
+
+def parameters_of(adapter: Adapter, pair: Pair) -> list[str]:
+    """Return the parameters that a pair may be for, by the configuration."""
+    return list(dict.fromkeys(f"{pair.module}.{name.rpartition('.')[2]}" for name in adapter.lora.parameters))
+
+
+def ambiguous(adapter: Adapter, pair: Pair, names: Sequence[str]) -> InputError:
+    return InputError(
+        f"{_at(adapter)}: `{pair.a.name}` {list(pair.a.shape)} and `{pair.b.name}` {list(pair.b.shape)} fit more than "
+        f"one parameter, or one in two ways: {some([f'`{name}`' for name in dict.fromkeys(names)])}",
+        fix="merge the adapter with peft (`merge_and_unload`), and name that folder as a model",
+    )
 
 
 def _tensor(adapter: Adapter, model: Model, name: str, stored: StoredTensor) -> TensorSpec:
@@ -256,7 +265,7 @@ def _rank_error(adapter: Adapter, pair: Pair, what: str = "") -> InputError:
     )  # fmt: skip
 
 
-def _no_module(adapter: Adapter, pair: Pair, model: Model, rename: Sequence[tuple[str, str]]) -> InputError:
+def no_module(adapter: Adapter, pair: Pair, model: Model, rename: Sequence[tuple[str, str]]) -> InputError:
     """Return the error for a module that the model does not have."""
     name = replaced(f"{pair.module}.weight", rename)
     module = name.removesuffix(".weight")

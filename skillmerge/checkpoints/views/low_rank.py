@@ -32,12 +32,13 @@ KEPT_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """A rectangle of consecutive elements of a stack of matrices: whole rows, or a part of one. start: its first
-    element, counted from the beginning of what was asked for."""
+    """A rectangle of consecutive elements of a stack of matrices: whole rows, or a part of one. first: its first
+    element in the tensor; start: the same, counted from the beginning of what was asked for."""
 
     expert: int
     rows: slice
     columns: slice
+    first: int
     start: int
 
     @property
@@ -57,10 +58,10 @@ def areas(first: int, count: int, rows: int, columns: int) -> Iterator[Area]:
         expert, row = divmod(row, rows)
         if column or last - at < columns or columns > AREA:
             width = min(columns - column, last - at, AREA)
-            found = Area(expert, slice(row, row + 1), slice(column, column + width), at - first)
+            found = Area(expert, slice(row, row + 1), slice(column, column + width), at, at - first)
         else:
             height = min((last - at) // columns, rows - row, max(1, AREA // columns))
-            found = Area(expert, slice(row, row + height), slice(0, columns), at - first)
+            found = Area(expert, slice(row, row + height), slice(0, columns), at, at - first)
         yield found
         at += found.count
 

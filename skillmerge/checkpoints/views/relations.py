@@ -60,6 +60,10 @@ SYNONYMS = tuple(
         (r"\.block_sparse_moe\.output_linear\.weight$", ".mlp.experts.down_proj"),
         (r"\.block_sparse_moe\.router\.layer\.", ".mlp.gate."),
         (r"\.block_sparse_moe\.", ".mlp."),  # Mixtral, MiniMax
+        (r"\.moe\.((?:gate|up|down)_proj)\.weight$", r".mlp.experts.\1"),  # Step 3
+        (r"\.moe\.gate\.", ".mlp.gate."),
+        (r"\.moe\.router_bias$", ".mlp.gate.e_score_correction_bias"),
+        (r"\.share_expert\.", ".mlp.shared_experts."),
         (r"\.mlp\.router\.", ".mlp.gate."),  # PhiMoE
         (r"(\.experts\.\d+)\.(?:w1|fc1)\.", r"\1.gate_proj."),
         (r"(\.experts\.\d+)\.(?:w3|fc3)\.", r"\1.up_proj."),

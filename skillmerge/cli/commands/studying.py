@@ -38,6 +38,7 @@ from skillmerge.remarks import ACCEPTABLE
     "--accept", group=flags.MERGE, multiple=True, metavar="NAME", type=click.Choice(list(ACCEPTABLE)),
     help="Accept a difference between the models; repeatable",
 )  # fmt: skip
+@flags.vocabulary
 @flags.threads
 @flags.memory
 @flags.hub
@@ -115,6 +116,7 @@ def export(skill: str, output: str, as_json: bool, quiet: bool, **options: Any) 
     "--spectral", group=flags.MERGE, type=click.IntRange(1, 64), metavar="RANK",
     help="Also measure this many singular directions",
 )  # fmt: skip
+@flags.vocabulary
 @flags.threads
 @flags.hub
 @flags.locked

@@ -12,6 +12,7 @@ from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
 from skillmerge.plans.depth import Depth, number, over_depth
 from skillmerge.plans.plan import Plan
+from skillmerge.plans.vocabulary.picture import Vocabulary
 from skillmerge.study.scoring.scores import CONFIDENCE, Score
 from skillmerge.tensors import ULP_EDGES, format_bytes, format_count, percent
 
@@ -22,6 +23,9 @@ GATE_COLUMNS = ("gate", "required", "measured", "result", "")
 
 _PLAIN = 1e6
 """Numbers from here on have an exponent."""
+
+
+VOCABULARY_COLUMNS = ("tokens", "same", "moved", "only here", "only there", "padding")
 
 
 class Action(NamedTuple):
@@ -55,6 +59,43 @@ def compared(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         values = (one.values.get(model, "-") for model in models)
         rows.append((one.key, *values, f"{follows} `{one.name}`" if one.name else follows))
     return ("difference", *models, "result"), rows
+
+
+def vocabulary(plan: Plan) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Return how the models' tokens lie beside the donor's, a row each; and what the matrices take from where, with a
+    few tokens of each kind, as lines. Nothing if rows are not matched by token."""
+    found = plan.vocabulary
+    if found is None:
+        return [], []
+    rows = [
+        (f"{name} (donor)", f"{it.same:,}", "-", "-", "-", f"{it.padding:,}")
+        if name == found.donor
+        else (name, *map("{:,}".format, (it.same, it.moved_count, it.here_count, it.there_count, it.padding)))
+        for name, it in found.models.items()
+    ]
+    return rows, [*_rows_taken(found), *_examples(found)]
+
+
+def _rows_taken(found: Vocabulary) -> Iterator[str]:
+    groups: dict[str, list[str]] = {}
+    for name, it in found.matrices.items():
+        parts = [f"{it.merged:,} of {it.rows:,} rows merged by token", f"{it.of_donor:,} as in `{found.donor}`"]
+        parts += [f"{len(tokens):,} from `{model}`: {some(list(tokens), 4)}" for model, tokens in it.taken.items()]
+        groups.setdefault(", ".join(parts), []).append(name)
+    yield from (f"{some(names, 2)}: {said}" for said, names in groups.items())
+
+
+def _examples(found: Vocabulary) -> Iterator[str]:
+    for name, it in found.models.items():
+        moved = [f"{text} ({there}, here {here})" for text, here, there in it.moved]
+        kinds = (
+            (f"moved in `{name}`", moved, it.moved_count),
+            (f"not in `{name}`", it.here, it.here_count),
+            (f"only in `{name}`", it.there, it.there_count),
+        )
+        for what, tokens, count in kinds:
+            if count:
+                yield f"{what}: {', '.join(tokens)}{', …' if count > len(tokens) else ''}"
 
 
 def coefficients(plan: Plan) -> Iterator[tuple[str, Depth]]:

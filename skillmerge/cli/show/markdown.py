@@ -52,7 +52,7 @@ def plan_page(
         _models(plan),
     ]
     parts += [_coefficient(name, depth) for name, depth in listings.coefficients(plan)]
-    parts += [_actions(plan)]
+    parts += [_actions(plan), _vocabulary(plan)]
     if not plan.problems:
         parts += [_totals(plan, needs, where, free), f"plan `{plan.digest}`"]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -104,6 +104,12 @@ def _coefficient(name: str, depth: Depth) -> str:
 def _actions(plan: Plan) -> str:
     rows = [(row.tensors, _code(row.models), row.what, _code(row.names)) for row in listings.actions(plan)]
     return _table(listings.ACTION_COLUMNS, rows)
+
+
+def _vocabulary(plan: Plan) -> str:
+    rows, lines = listings.vocabulary(plan)
+    table = _table(listings.VOCABULARY_COLUMNS, [(_code(row[0]), *row[1:]) for row in rows]) if rows else ""
+    return "\n\n".join(filter(None, (table, _list(lines))))
 
 
 def _totals(plan: Plan, needs: Budget | None, where: str | None, free: int | None) -> str:

@@ -42,6 +42,7 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     for name, depth in listings.coefficients(plan):
         _show_coefficient(name, depth, out)
     _show_actions(plan, out)
+    _show_vocabulary(plan, out)
     for gate in plan.recipe.gates:
         out.print(Text(f"gate: {gate.told}"), soft_wrap=True)
     _show_compared(plan, out)
@@ -116,6 +117,18 @@ def _show_actions(plan: Plan, out: Console) -> None:
     for row in listings.actions(plan):
         table.add_row(*map(Text, row))
     out.print(table)
+
+
+def _show_vocabulary(plan: Plan, out: Console) -> None:
+    """Show which rows are matched by token."""
+    rows, lines = listings.vocabulary(plan)
+    if rows:
+        table = Table(listings.VOCABULARY_COLUMNS, text=("tokens",))
+        for row in rows:
+            table.add_row(*map(Text, row))
+        out.print(table)
+    for line in lines:
+        out.print(Text(line), soft_wrap=True)
 
 
 def show_changes(changes: Sequence[str], since: str, out: Console) -> None:

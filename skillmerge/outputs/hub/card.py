@@ -103,6 +103,7 @@ def _body(manifest: Manifest, push: Push) -> str:
         sections.append(f"Overridden: {told}.")
     sections += [_coefficient(manifest, name, index) for index, name in enumerate(manifest.coefficients)]
     sections += [
+        *_rows_by_token(manifest),
         *_accepted(manifest),
         *_rounding(manifest),
         "## Use",
@@ -168,6 +169,19 @@ def _coefficient(manifest: Manifest, name: str, index: int) -> str:
     pictures = "\n".join(f"{name} over {stack}: {picture}" for stack, picture in depth.pictures)
     rows = [(label, *(cells[kind] for kind in depth.kinds)) for label, cells in depth.rows]
     return (f"```\n{pictures}\n```\n\n" if pictures else "") + _table((name, *depth.kinds), rows)
+
+
+def _rows_by_token(manifest: Manifest) -> list[str]:
+    """Return which rows of embedding and head follow the formula, where they are matched by token."""
+    if manifest.vocabulary is None:
+        return []
+    rows = []
+    for name, it in manifest.vocabulary["matrices"].items():
+        taken = "; ".join(f"{model}: {len(tokens)}" for model, tokens in it.get("taken", {}).items())
+        rows.append((name, *(f"{it[key]:,}" for key in ("rows", "merged", "donor")), taken or "-"))
+    told = f"Tokens that a parent lacks, and padding, have the rows of `{manifest.donor}`."
+    head = ("matrix", "rows", "merged", f"as in {manifest.donor}", "from other models")
+    return ["## Rows by token", told, _table(head, rows)]
 
 
 def _accepted(manifest: Manifest) -> list[str]:

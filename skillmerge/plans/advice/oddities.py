@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.views.by_token import ByToken
 from skillmerge.checkpoints.views.renamed import WRAPPERS
 from skillmerge.methods.terms import model_of
 from skillmerge.recipes.recipe import Recipe
@@ -19,12 +20,25 @@ def oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Check
     if not donor.config and not recipe.makes_skill:
         yield "the donor has no config.json: no runtime can load the output"
     for name, onto in recipe.patches.items():
-        if not getattr(checkpoints.get(name), "is_checked", True):
+        if name in checkpoints and not checkpoints[name].is_checked:
             yield f"patch `{name}` does not say which model it is for: check that it is for `{onto}`"
+    if recipe.by_token and not isinstance(donor, ByToken):
+        yield "`vocabulary: by-token` changes nothing: the formula reads no other model's embedding or head"
     for name, value in recipe.overrides.items():
         if recipe.rules_overridden.get(name):
             yield f"--set {name}={value:g} replaces the whole `{name}` schedule, including its rules"
     yield from _read_otherwise(recipe.donor, checkpoints)
+
+
+def _read_otherwise(donor: str | None, checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """Yield notes on what training libraries added to tensor names, which is removed, and on models that store the
+    donor's tensors in another layout."""
+    for name, naming in ((name, it.naming) for name, it in checkpoints.items() if name == model_of(name)):
+        if naming.unwrapped:
+            parts = " and ".join(f"`{part}.` ({WRAPPERS.get(part, part)})" for part in naming.unwrapped)
+            yield f"model `{name}` is read without {parts} in the names of its tensors"
+        if naming.layout:
+            yield f"model `{name}` is read in the layout of `{donor}`: {', '.join(naming.layout)}"
 
 
 def unlike_bases(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
@@ -43,14 +57,3 @@ def unlike_bases(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Itera
                 "if RL continued the SFT adapter, its skill is the difference of the two; if it started from the "
                 "merged SFT model, its skill is its adapter alone",
             )
-
-
-def _read_otherwise(donor: str | None, checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
-    """Yield notes on what training libraries added to tensor names, which is removed, and on models that store the
-    donor's tensors in another layout."""
-    for name, naming in ((name, it.naming) for name, it in checkpoints.items() if name == model_of(name)):
-        if naming.unwrapped:
-            parts = " and ".join(f"`{part}.` ({WRAPPERS.get(part, part)})" for part in naming.unwrapped)
-            yield f"model `{name}` is read without {parts} in the names of its tensors"
-        if naming.layout:
-            yield f"model `{name}` is read in the layout of `{donor}`: {', '.join(naming.layout)}"

@@ -9,14 +9,16 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import sections
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.tokenizer import vocabulary_file
+from skillmerge.checkpoints.views.by_token import ByToken
 from skillmerge.methods.terms import Term, minus_of, model_of
 from skillmerge.plans.accounting import Problem
 from skillmerge.plans.compare.complete import check_complete
 from skillmerge.plans.compare.config import compare_config
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.roles import Roles, roles_of, token_matrices
-from skillmerge.plans.compare.rows import without_rows
+from skillmerge.plans.compare.rows import by_token_advice, without_rows
 from skillmerge.plans.compare.tokens import compare_tokens
+from skillmerge.plans.vocabulary.by_token import vocabulary_of
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
 
@@ -82,14 +84,17 @@ def compare_models(
     settled = "architecture" in recipe.accept
     found = compare_config(checkpoints, donor, roles, dtype, foreign=settled, written=recipe.model_lines())
     foreign = not settled and any(it.name == "architecture" for it in found)
-    files = SmallFiles()
+    vocabulary = vocabulary_of(own)
+    files = own.small_files if isinstance(own, ByToken) else SmallFiles()
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
     if not foreign:
         merged = {tensor for role in roles.values() for tensor in role.tokens}
-        without = None if lenient else without_rows(recipe, donor, merged)
+        without = None if lenient else _advice(recipe, checkpoints, donor, merged, roles)
         found += compare_tokens(
-            checkpoints, donor, roles, files, carried=dtype is not None, lenient=lenient, without=without
-        )
+            checkpoints, donor, roles, files, carried=dtype is not None, lenient=lenient, without=without,
+            by_token=vocabulary is not None,
+        )  # fmt: skip
+        found += vocabulary.problems(vocabulary_file(own.store.list())) if vocabulary is not None else ()
     found += check_complete({name: checkpoints[name] for name in names}, donor, files)
     if lenient:
         found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
@@ -102,6 +107,15 @@ def compare_models(
     ]  # fmt: skip
     subjects, uncompared = _subjects(checkpoints, names, roles, foreign)
     return Comparison(tuple(found), tuple(names), tuple(subjects), tuple(uncompared))
+
+
+def _advice(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: str, matrices: Collection[str], roles: Roles
+) -> str:
+    """Return what to do about rows of other tokens."""
+    readers = {donor, *(name for name, role in roles.items() if role.tokens and name in checkpoints)}
+    advice = (without_rows(recipe, donor, matrices), by_token_advice(recipe, map(checkpoints.__getitem__, readers)))
+    return "\n".join(filter(None, advice))
 
 
 def unsettled(

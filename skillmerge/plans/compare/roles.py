@@ -25,7 +25,7 @@ _NAMED = {
     "unembed", "proj", "head", "output", "output_layer", "additional_embedding", "additional_fc",
 }  # fmt: skip
 """The modules in these patterns. A lookup is faster than two searches."""
-_ADDED = ("additional_embedding.weight", "additional_fc.weight")
+ADDED = ("additional_embedding.weight", "additional_fc.weight")
 """Rows of added tokens, which Idefics stores in the modules of embedding and head."""
 _NO_TOKENS = re.compile(r"pos|wpe|type|segment|patch|visual|vision|image|audio", re.IGNORECASE)
 """Embeddings of something other than tokens."""
@@ -91,9 +91,9 @@ def token_matrices(tensors: Iterable[TensorSpec], config: Mapping[str, Any]) -> 
 
 def row_count(name: str, tensors: Mapping[str, TensorSpec]) -> int:
     """Return for how many tokens a matrix has rows, together with what is stored beside it for added tokens."""
-    for added in _ADDED:
+    for added in ADDED:
         name = name.removesuffix(added) + "weight" if name.endswith(f".{added}") else name
-    beside = (tensors.get(name.removesuffix("weight") + added) for added in _ADDED)
+    beside = (tensors.get(name.removesuffix("weight") + added) for added in ADDED)
     return sum(spec.shape[0] for spec in (tensors.get(name), *beside) if spec is not None and spec.shape)
 
 

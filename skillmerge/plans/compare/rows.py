@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.tokenizers.tokenizer import vocabulary_file
+from skillmerge.checkpoints.tokenizers.vocabulary import SKILL_TOKENS
 from skillmerge.methods.terms import sole_model
 from skillmerge.naming import module_kind
 from skillmerge.recipes.formula.tree import ExpressionError
@@ -32,6 +35,20 @@ def without_rows(recipe: Recipe, donor: str, matrices: Collection[str]) -> str:
         "modules: [embedding, head]" if all(module_kind(name) in _KINDS for name in names) else f"tensors: [{listed}]"
     )
     return f"to leave those rows as they are in the donor, add the rule `{{{which}, value: 0}}` to the coefficient"
+
+
+BY_TOKEN_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", SKILL_TOKENS)
+"""Files that name the rows of all tokens. Others leave those of added tokens, or a shift of all, to code."""
+
+
+def by_token_advice(recipe: Recipe, checkpoints: Iterable[Checkpoint]) -> str | None:
+    """Return what gives each token its own row, if the files of these models say which that is."""
+    files = [vocabulary_file(it.store.list()) for it in checkpoints]
+    if recipe.by_token or not all(file in BY_TOKEN_FILES for file in files):
+        return None
+    if recipe.of_command:
+        return "to give each token its own row, pass: --vocabulary by-token"
+    return "to give each token its own row, add to the recipe `vocabulary: by-token`"
 
 
 def _is_donor_at_zero(recipe: Recipe, donor: str) -> bool:

@@ -23,6 +23,8 @@ def token_files(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> tuple[Side
     matrices = token_matrices(donor.tensors.values(), donor.config)
     moved = [it for name in sorted(matrices & plan.tensors.keys()) if (it := plan.tensors[name]).action != "zero"]
     models = dict.fromkeys(source.model for tensor in moved for source in tensor.sources)
+    if plan.vocabulary is not None:
+        models = dict.fromkeys([plan.donor])  # all rows are in its order
     rows = max((row_count(tensor.name, donor.tensors) for tensor in moved), default=0)
     files, tokens = SmallFiles(), dict[int, str]()
     # The donor's name counts where names differ: the comparison has found the models to agree, or was told to accept.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import sections
+from skillmerge.checkpoints.tokenizers.matching import SPELLINGS
 from skillmerge.checkpoints.tokenizers.placeholders import is_placeholder
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.tokenization import described
@@ -24,8 +25,6 @@ NAMED = 8
 
 _REST = "its tokenizer is compared as far as other files say it"
 _LONGEST = 40
-_SPELLINGS = {"<0x09>": "\t"}
-"""A token that Gemma's two tokenizers spell differently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +72,14 @@ def compare_tokens(
     carried: bool = True,
     lenient: bool = False,
     without: str | None = None,
+    by_token: bool = False,
 ) -> list[Compared]:
     """Return the differences between the tokenizers of the models that the formula uses. The caller sets `accepted`.
 
     models: by the names that `roles` has. files: where other comparisons read small files too, the same. carried:
     whether the output takes the donor's files. without: what takes the matrices of tokens out of the formula, for
-    people. Raises InputError for a pointer in the place of a file that the output takes, unless lenient; StalePlan,
-    TemporaryError.
+    people. by_token: whether rows are matched by token, and ids mean nothing. Raises InputError for a pointer in the
+    place of a file that the output takes, unless lenient; StalePlan, TemporaryError.
     """
     files = files or SmallFiles()
     names = [donor, *(name for name in models if name != donor and roles.get(name, Role()).used)]
@@ -89,7 +89,7 @@ def compare_tokens(
         models,
         roles,
         {name: read_tokenizer(models[name], files, tokens=differ) for name in names},
-        _rows(models, donor, roles),
+        0 if by_token else _rows(models, donor, roles),
         without,
         carried,
     )
@@ -177,7 +177,7 @@ def _ids(known: _Models) -> Iterator[Compared]:
     clashing, free = [], []
     for number in sorted(differing):
         texts = {tokens[number] for tokens in merged.values() if number in tokens}
-        texts = {_SPELLINGS.get(text, text) for text in texts}
+        texts = {SPELLINGS.get(text, text) for text in texts}
         if len({text for text in texts if not is_placeholder(text)}) > 1:
             clashing.append(number)
         elif len(texts) > 1:

@@ -23,8 +23,10 @@ from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.renamed import names_as, read_as
 from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
+from skillmerge.plans.models.adapting import as_differences
 from skillmerge.plans.opening import Access, as_read, close_all, open_all, refuse_missing
 from skillmerge.plans.saved import SavedPlan
+from skillmerge.plans.vocabulary.by_token import by_token
 from skillmerge.tensors import TensorSpec
 
 _HEADER_BYTES = 1 << 17
@@ -43,6 +45,7 @@ def open_parts(
     names = [name for name in recipe.used_models() if any(model_of(each) == name for each in needed)]
     whole = {name for name in names if name in recipe.skills or name in recipe.patches}
     whole |= {onto for patch, onto in recipe.patches.items()}
+    whole |= {*recipe.used_models()} if recipe.by_token else set()  # rows of one model depend on the others' tokens
     if recipe.donor is not None and any(recipe.entries[name].kind == "adapter" for name in names):
         whole.add(recipe.donor)  # whose tensors the differences of adapters have
     arranged = {name for name in names if input_of(saved, name).get("layout")}
@@ -52,16 +55,18 @@ def open_parts(
     opened: dict[str, Checkpoint] = {}
     try:
         opened |= open_all(recipe, {it: places[it] for it in places if it in whole}, access)
-        opened |= as_read(recipe, opened)
+        opened |= as_differences(recipe, as_read(recipe, opened))
         for name in names:
             if name not in whole:
                 opened[name] = _Part(saved, name, places[name], access).open(needed[name], shards)
-        _compare(saved, opened)
         wanted = _tensors(saved) if arranged else {}
-        return {
+        opened = {
             name: in_layout_of(it, wanted, whole=False) if model_of(name) in arranged else it
             for name, it in opened.items()
         }
+        opened = by_token(recipe, opened)
+        _compare(saved, opened)
+        return opened
     except BaseException:
         close_all(opened)
         raise

@@ -11,7 +11,7 @@ from typing import Any
 _STARTS = "start one: `skillmerge init recipe.yaml`"
 _DOCUMENTS = (
     (("peft_type",), "the configuration of a PEFT adapter",
-     "merge the adapter into its base (peft: `merge_and_unload`), and name that folder as a model of a recipe"),
+     "in a recipe's `models:` write `{adapter: FOLDER}`, or `{adapter: FOLDER, onto: MODEL}`"),
     (("model_type", "architectures"), "a model's config.json", f"name its folder as a model of a recipe; {_STARTS}"),
     (("weight_map",), "the index of a model's weights", f"name its folder as a model of a recipe; {_STARTS}"),
     (("base_model", "datasets"), "a configuration of Axolotl", f"recipes name finished models; {_STARTS}"),

@@ -26,7 +26,7 @@ _UNDER_OUTPUT = (
 )  # fmt: skip
 _UNDER_GATES = ("finite", "loads", "finite_logits", "changed", "vanished", "realised", "norm_ratio", "perplexity")
 _ATLEAST = ("changed", "realised", "realised_lambda")
-_ADAPTER = "merge the adapter into its base first (peft: `merge_and_unload`), then name that folder"
+_ADAPTER = "for an adapter on a model of this recipe, write `{adapter: FOLDER, onto: MODEL}`"
 _EXAMPLES = {
     "models": "write `models: {target: ./target, rl: ./rl, sft: hf://org/name}`",
     "merge": "write the arithmetic as text: `merge: target + lam * (rl - sft)`",
@@ -145,7 +145,7 @@ def _schedule(name: str, table: Mapping[str, Any]) -> str | None:
 
 def _model(name: str, table: Mapping[str, Any], key: str) -> str | None:
     place = table.get("path")
-    if key in ("adapter", "lora", "peft", "base", "base_model"):
+    if key in ("lora", "peft", "base", "base_model"):
         return _ADAPTER
     if key in ("weight", "scale", "density"):
         return f"write its factor into `merge`: {_flow(table[key])} * {name}"

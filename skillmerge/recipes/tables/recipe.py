@@ -152,6 +152,12 @@ class CopyTable(Table):
     ]
 
 
+class TokenTable(Table):
+    """Where the row of a token is from."""
+
+    from_: Annotated[str, Field(alias="from", description="Model of this recipe to take it from.", examples=["rl"])]
+
+
 class PushTable(Table):
     """Where to publish the output on the Hugging Face Hub."""
 
@@ -287,6 +293,9 @@ CoefficientEntry = Annotated[
 ]
 
 
+TokenEntry = Annotated[TokenTable, Field(description="Where the row of this token is from.", examples=[{"from": "rl"}])]
+
+
 class RecipeTable(Table):
     """A skillmerge recipe, format version 1."""
 
@@ -342,6 +351,21 @@ class RecipeTable(Table):
             examples=[["tokenizer", "chat-template"]],
         ),
     ] = []
+    vocabulary: Annotated[
+        Literal["by-id", "by-token"],
+        Field(
+            description="Rows of embedding and head. `by-id`: as they are numbered. `by-token`: each of the donor's "
+            "tokens with its own row of every model, and the donor's row where a model lacks the token.",
+            examples=["by-token"],
+        ),
+    ] = "by-id"
+    tokens: Annotated[
+        dict[str, TokenEntry],
+        Field(
+            description="Tokens of the donor whose rows are another model's, unchanged. Needs `vocabulary: by-token`.",
+            examples=[{"<think>": {"from": "rl"}}],
+        ),
+    ] = {}
     output: Annotated[
         OutputTable,
         Field(description="What to write, and where.", examples=[{"path": "./merged"}]),

@@ -17,6 +17,7 @@ from torch import Tensor
 from skillmerge.bits import torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.stores.memory import Held
+from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.durable import scratch_folder
 from skillmerge.engine.measures.preparing import Preparations
 from skillmerge.engine.rounding_statistics import BlockStatistics, Statistics, summarise, total
@@ -30,6 +31,7 @@ from skillmerge.plans.compare.roles import Roles, roles_of, token_matrices
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
+from skillmerge.plans.vocabulary.by_token import by_token, without_rows
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
 from skillmerge.study.scoring.built_in import tokenizer_of
@@ -50,8 +52,9 @@ class MergedModel:
     def __init__(self, recipe: Recipe, access: Access, device: str, reporter: Reporter) -> None:
         self._access, self._reporter = access, reporter
         self._compared: list[Roles] = []
+        self._files = SmallFiles()
         self._device = _device(device)
-        self._opened = open_models(recipe, access, reporter.note)
+        self._opened = without_rows(open_models(recipe, access, reporter.note))
         self._checkpoints: Mapping[str, Checkpoint] = self._opened
         try:
             self.plan = self.planned(recipe)
@@ -79,10 +82,10 @@ class MergedModel:
 
         Raises InputError if they have problems.
         """
-        plan = plan_recipe(recipe, self._checkpoints, compare=False)
+        plan = plan_recipe(recipe, self._read_by(recipe), compare=False)
         roles = _roles(plan, self._opened[plan.donor])
         if roles not in self._compared:
-            compared = plan_recipe(recipe, self._opened)
+            compared = plan_recipe(recipe, by_token(recipe, self._opened, self._files))
             compared.refuse_problems()
             for remark in compared.warnings:
                 self._reporter.warn(remark.message, remark.fix)
@@ -101,7 +104,11 @@ class MergedModel:
         def put(tile: Tile, values: Tensor) -> None:
             into[tile.tensor.name].view(-1)[tile.first : tile.last].copy_(values)
 
-        return compute(plan, self._checkpoints, put)
+        return compute(plan, self._read_by(recipe), put)
+
+    def _read_by(self, recipe: Recipe) -> Mapping[str, Checkpoint]:
+        """Return the models as a candidate reads them: which rows it merges depends on the models that have a part."""
+        return by_token(recipe, self._checkpoints, self._files)
 
     def scored(self, scorer: Scorer, seed: int) -> Scores:
         torch.manual_seed(seed)
@@ -156,7 +163,7 @@ class MergedModel:
             held = state[tile.tensor.name].view(-1)[tile.first : tile.last].cpu()
             same.append(torch.equal(held.view(torch.uint8), values.view(torch.uint8)))
 
-        compute(self.plan, self._checkpoints, compare)
+        compute(self.plan, self._read_by(self.plan.recipe), compare)
         return all(same)
 
 

@@ -59,7 +59,7 @@ def test_skill_on_other_tokens_is_the_problem_that_its_models_would_be(tmp_path:
             "2 ids mean different tokens in models whose embedding or head is merged: `b` is 0 in `target`, 1 in "
             "`math`; `a` is 1 in `target`, 0 in `math`",
             "to leave those rows as they are in the donor, add the rule `{modules: [embedding, head], value: 0}` to "
-            "the coefficient",
+            "the coefficient\nto give each token its own row, add to the recipe `vocabulary: by-token`",
         )
     ]
     accepted = planned(tmp_path, SWAPPED, accept=["tokenizer"])

@@ -14,7 +14,7 @@ from skillmerge.study.inspect import Inspection
 def remarks_section(plan: Plan | None, manifest: ManifestBody | None, inspection: Inspection | None = None) -> str:
     """Return what needs attention and how the models differ, as HTML; nothing where there is nothing to say."""
     listed = remarks_list(plan, manifest, inspection)
-    compared = _compared(plan) if plan is not None else ""
+    compared = _compared(plan) + _vocabulary(plan) if plan is not None else ""
     if not listed and not compared:
         return ""
     return f'<section class="wide"><h2>Problems, warnings and notes</h2>{listed}{compared}</section>'
@@ -50,3 +50,12 @@ def _compared(plan: Plan) -> str:
     return said + table(
         [escaped(name) for name in head], ([prose(cell) for cell in row] for row in found), range(len(head))
     )
+
+
+def _vocabulary(plan: Plan) -> str:
+    """Return which rows are matched by token."""
+    rows, lines = listings.vocabulary(plan)
+    if not rows:
+        return ""
+    shown = table([escaped(name) for name in listings.VOCABULARY_COLUMNS], ([prose(it) for it in row] for row in rows))
+    return "<h3>Rows by token</h3>" + shown + "".join(f"<p>{prose(line)}</p>" for line in lines)

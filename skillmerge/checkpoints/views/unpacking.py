@@ -1,0 +1,99 @@
+"""Pairs of an adapter for which a model has no tensor of their own: packed experts where it has them one by one, and
+the other way round; projections that it has fused.
+
+Their products are named and shaped here as the adapter has them. `arranged` then reads them in the model's layout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from skillmerge.checkpoints.kinds.lora.adapter import Adapter
+from skillmerge.checkpoints.kinds.lora.parts import Pair
+from skillmerge.checkpoints.views.arranged import apart
+from skillmerge.checkpoints.views.fitting import Model, Product, ambiguous, no_module, parameters_of
+from skillmerge.checkpoints.views.relations import layouts
+from skillmerge.checkpoints.views.renamed import replaced
+from skillmerge.tensors import TensorSpec
+
+Products = dict[str, tuple[TensorSpec, Product | None]]
+"""By name: float64 tensors, and what they are; None for zeros."""
+
+_TO_LAYER = re.compile(r".*?\.\d+\.")
+
+
+def products_of(adapter: Adapter, pairs: Sequence[Pair], model: Model, rename: Sequence[tuple[str, str]]) -> Products:
+    """Return the products of pairs as tensors in the adapter's layout, with zeros for parts of the model's tensors that
+    no pair is for. Raises InputError for a pair that fits nothing, or more than one tensor."""
+    found: Products = {}
+    for pair in pairs:
+        name, product = _parameter(adapter, pair, model, rename) or _matrix(adapter, pair, rename)
+        shape = (product.rows, product.columns)
+        spec = TensorSpec(name, "F64", shape if product.experts == 1 else (product.experts, *shape), adapter.file)
+        found[name] = spec, product
+    return found | _zeros(found, model, adapter.file)
+
+
+def _matrix(adapter: Adapter, pair: Pair, rename: Sequence[tuple[str, str]]) -> tuple[str, Product]:
+    rows, columns = pair.b.shape[0], pair.a.shape[1]
+    return replaced(f"{pair.module}.weight", rename), Product(
+        pair, adapter.lora.scale(pair.module), 1, rows, columns, False
+    )
+
+
+def _parameter(
+    adapter: Adapter, pair: Pair, model: Model, rename: Sequence[tuple[str, str]]
+) -> tuple[str, Product] | None:
+    """Return the one parameter of `target_parameters`, packed as transformers has it in memory, whose parts the model
+    has in the same shapes; None if the pair is for a matrix."""
+    found: list[tuple[str, Product]] = []
+    for named in parameters_of(adapter, pair):
+        name, rank = replaced(named, rename), adapter.lora.rank(named)
+        layer = _TO_LAYER.match(name)
+        near = {it: spec for it, spec in model.tensors.items() if layer is None or it.startswith(layer[0])}
+        experts, left = divmod(pair.a.shape[0], rank)
+        inputs, outputs = pair.a.shape[1], pair.b.shape[0]
+        # Before PEFT 0.19 a parameter of [experts, outputs, inputs] was taken for one of [experts, inputs, outputs].
+        for transposed, sides in ((False, (outputs, inputs)), (True, (inputs, outputs))):
+            spec = TensorSpec(name, "F64", (experts, *sides), adapter.file)
+            fits = not left and _is_upright(spec, near)
+            if fits is None:
+                raise ambiguous(adapter, pair, [name])
+            if fits:
+                found.append((name, Product(pair, adapter.lora.scale(named), experts, *sides, transposed)))
+    if len(found) > 1:
+        raise ambiguous(adapter, pair, [name for name, _ in found])
+    if not found and pair.a.shape[0] != adapter.lora.rank(pair.module):
+        raise no_module(adapter, pair, model, rename)
+    return found[0] if found else None
+
+
+def _is_upright(spec: TensorSpec, near: dict[str, TensorSpec]) -> bool | None:
+    """Return whether the model has the parts of a packed parameter, with the rows that they have there; None where a
+    square one could be either."""
+    ours, theirs = apart({spec.name: spec}, near)
+    if not ours or not theirs:
+        return False
+    stored, asked = layouts(ours, theirs)
+    if stored.unclear and spec.shape[1] == spec.shape[2]:
+        return None
+    parts = stored.holds.get(spec.name, [])
+    windows = [(stored.parts[part], asked.parts.get(part)) for part in parts]
+    return bool(parts) and all(it is not None and it.shape == own.shape and own.is_run for own, it in windows)
+
+
+def _zeros(found: Products, model: Model, file: str) -> Products:
+    """Return zeros for the parts of tensors that are changed only in part."""
+    ours, theirs = apart({name: spec for name, (spec, _) in found.items()}, model.tensors)
+    if not ours or not theirs:
+        return {}
+    stored, asked = layouts(ours, theirs)
+    missing = [
+        part
+        for parts in asked.holds.values()
+        if any(part in stored.parts for part in parts)
+        for part in parts
+        if part not in stored.parts
+    ]
+    return {part: (TensorSpec(part, "F64", asked.parts[part].shape, file), None) for part in missing}

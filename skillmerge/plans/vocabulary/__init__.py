@@ -1,0 +1,1 @@
+"""Rows of tokens, matched by what the tokens are and not by their ids."""

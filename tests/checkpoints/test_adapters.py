@@ -1,0 +1,196 @@
+"""LoRA adapters of every variant, as real PEFT makes them: put onto their models, and as differences."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from adapter_models import DIFFERENCES, VARIANTS, adapter, expected, expected_difference, merged, product, sizes, wide
+from conftest import read_checkpoint, write_checkpoint
+from safetensors.torch import save_file
+
+from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, read_bytes
+from skillmerge.checkpoints.kinds.lora import adapter as lora
+from skillmerge.checkpoints.kinds.table import open_folder
+from skillmerge.checkpoints.stores.folder import Folder
+from skillmerge.checkpoints.views import low_rank
+from skillmerge.checkpoints.views.adapted import difference, onto
+from skillmerge.checkpoints.views.fitting import Model
+from skillmerge.engine.values import read_values
+
+pytestmark = [pytest.mark.xdist_group("transformers"), pytest.mark.filterwarnings("ignore")]
+
+BOTH = [torch.float32, torch.bfloat16]
+
+
+def put_onto(folder: Path) -> Checkpoint:
+    opened = lora.open("uri", Folder(folder / "adapter"))
+    return onto(opened, open_folder("uri", folder / "base"))
+
+
+def alone(folder: Path) -> Difference:
+    base = open_folder("uri", folder / "base")
+    return difference(lora.open("uri", Folder(folder / "adapter")), Model("base", base.tensors, base.config))
+
+
+def changed(checkpoint: Checkpoint) -> set[str]:
+    return {name for name in checkpoint.tensors if checkpoint.tensors[name].dtype == "F32"}
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_adapter_on_its_model_is_the_sum_rounded_once(name: str, dtype: torch.dtype) -> None:
+    folder = adapter(name, dtype)
+    found, wanted = put_onto(folder), expected(folder)
+    assert found.tensors.keys() == wanted.keys()
+    different = 0
+    for tensor, value in wanted.items():
+        values = read_values(found, tensor).to(torch.float32).numpy().reshape(value.shape)
+        assert values.tobytes() == value.tobytes(), tensor
+        different += not np.array_equal(value, wide(read_checkpoint(folder / "base")[tensor]))
+    assert different >= 1
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_adapter_alone_is_what_it_adds_rounded_once(name: str) -> None:
+    folder = adapter(name)
+    found = alone(folder)
+    for tensor, value in expected_difference(folder).items():
+        assert read_values(found.plus, tensor).numpy().tobytes() == value.tobytes(), tensor
+        assert not read_values(found.minus, tensor).any()
+        assert (found.plus.cost(tensor) > 0) == bool(value.any())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_adapter_on_its_model_is_pefts_in_float64(name: str, tmp_path: Path) -> None:
+    """To one unit in the last place of float32."""
+    folder = adapter(name)
+    theirs = merged(folder, tmp_path, torch.float64, VARIANTS[name].packed)
+    ours = put_onto(folder)
+    assert theirs.keys() == ours.tensors.keys()
+    for tensor, value in theirs.items():
+        values, whole = read_values(ours, tensor).double().numpy(), wide(value).reshape(-1)
+        units = np.spacing(np.abs(whole).astype(np.float32)).astype(np.float64)
+        assert (np.abs(values - whole) <= units).all(), tensor
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_adapter_on_its_model_is_near_pefts_in_float32(name: str, tmp_path: Path) -> None:
+    """Within what float32 sums can lose: (r + 2) 2^-24 of |W| + the sum of |s b a|; with DoRA, 1e-7 of a row's norm."""
+    folder = adapter(name)
+    theirs = merged(folder, tmp_path, torch.float32, VARIANTS[name].packed)
+    ours, added, rank = put_onto(folder), sizes(folder), 7 if name == "rslora" else 6
+    for tensor, value in theirs.items():
+        values, whole = read_values(ours, tensor).double().numpy(), wide(value)
+        bound = (rank + 2) * 2**-24 * added[tensor]
+        if "dora" in name and value.dim() == 2:
+            bound = 1e-7 * np.sqrt((whole**2).sum(axis=int(name == "dora"), keepdims=True))
+            if name != "dora":  # rows of few elements, and a B that begins with numbers near 1, so that sums cancel
+                bound = bound + 2 * (rank + 2) * 2**-24 * added[tensor]
+        assert (np.abs(values.reshape(whole.shape) - whole) <= bound).all(), tensor
+
+
+@pytest.mark.parametrize("area", [7, 48, 1000])
+@pytest.mark.parametrize("name", ["linear", "fan_in_fan_out", "embedding", "tokens", "experts", "dora", "dora_fan",
+                                  "experts_on_split"])  # fmt: skip
+def test_any_part_is_that_part_of_the_whole(name: str, area: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tiles, and however many elements are computed at once."""
+    folder = adapter(name, torch.bfloat16)
+    whole = {tensor: bytes(read_bytes(put_onto(folder), tensor)) for tensor in changed(put_onto(folder))}
+    monkeypatch.setattr(low_rank, "AREA", area)
+    monkeypatch.setattr(low_rank, "KEPT_BYTES", 1)
+    again, draw = put_onto(folder), random.Random(area)
+    for tensor, content in whole.items():
+        elements = again.tensors[tensor].elements
+        for _ in range(12):
+            first = draw.randrange(elements)
+            count = draw.randint(0, elements - first)
+            assert read_bytes(again, tensor, first, count) == content[4 * first : 4 * (first + count)]
+
+
+def test_adapter_reads_several_at_once_and_from_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    folder = adapter("dora")
+    checkpoint, wanted = put_onto(folder), expected(folder)
+    work = [name for name in wanted for _ in range(5)]
+    with ThreadPoolExecutor(8) as pool:
+        for name, content in zip(work, pool.map(lambda it: read_bytes(checkpoint, it), work), strict=True):
+            assert bytes(content) == wanted[name].tobytes()
+
+
+def test_what_an_adapter_leaves_alone_is_as_the_model_stores_it() -> None:
+    folder = adapter("linear", torch.bfloat16)
+    checkpoint, base = put_onto(folder), open_folder("uri", folder / "base")
+    for name, spec in base.tensors.items():
+        assert checkpoint.written_dtype(name) == "BF16"
+        if name not in changed(checkpoint):
+            assert read_bytes(checkpoint, name) == read_bytes(base, name)
+            assert checkpoint.cost(name) == spec.nbytes
+    assert len(changed(checkpoint)) == 5
+
+
+def test_named_adapter_is_the_one_in_its_subfolder(tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(adapter("linear") / "adapter", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(adapter("patterns") / "adapter", tmp_path / "rl")
+    store = Folder(tmp_path)
+    assert lora.names_in(store) == ["", "rl"]
+    for name, made in {"": "linear", "rl": "patterns"}.items():
+        base = open_folder("uri", adapter(made) / "base")
+        checkpoint = onto(lora.open("uri", store, name=name), base)
+        for tensor, value in expected(adapter(made)).items():
+            assert bytes(read_bytes(checkpoint, tensor)) == value.tobytes()
+
+
+def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["x"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(document))
+    save_file({f"base_model.model.{name}": value for name, value in tensors.items()}, folder / lora.WEIGHTS)
+    return folder
+
+
+def random_pair(module: str, outputs: int, inputs: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {f"{module}.lora_A.weight": torch.randn(4, inputs, generator=draw),
+            f"{module}.lora_B.weight": torch.randn(outputs, 4, generator=draw)}  # fmt: skip
+
+
+def test_adapter_of_single_experts_changes_packed_ones(tmp_path: Path) -> None:
+    """Two experts of four, and only one projection of one of them: the rest stays."""
+    at = "model.layers.0.mlp.experts"
+    pairs = {
+        (1, "gate_proj"): random_pair(f"{at}.1.gate_proj", 20, 32, 1),
+        (1, "down_proj"): random_pair(f"{at}.1.down_proj", 32, 20, 2),
+        (3, "up_proj"): random_pair(f"{at}.3.up_proj", 20, 32, 3),
+    }
+    write_adapter(tmp_path, {name: it for pair in pairs.values() for name, it in pair.items()})
+    base = read_checkpoint(adapter("experts") / "base")
+    wanted = {name: wide(base[name]) for name in (f"{at}.gate_up_proj", f"{at}.down_proj")}
+    for (expert, what), pair in pairs.items():
+        added = product(*(wide(it) for it in pair.values()), 1.5)
+        rows = {"gate_proj": slice(0, 20), "up_proj": slice(20, 40), "down_proj": slice(0, 32)}[what]
+        wanted[f"{at}.{'down_proj' if what == 'down_proj' else 'gate_up_proj'}"][expert, rows] += added
+    found = onto(lora.open("uri", Folder(tmp_path)), open_folder("uri", adapter("experts") / "base"))
+    assert changed(found) == base.keys()
+    for name, value in base.items():
+        expect = wanted.get(name, wide(value)).astype(np.float32)
+        assert bytes(read_bytes(found, name)) == expect.tobytes()
+
+
+def test_adapter_of_one_projection_changes_its_rows_of_a_fused_one(tmp_path: Path) -> None:
+    at = "model.layers.0.mlp"
+    pair = random_pair(f"{at}.up_proj", 20, 32)
+    write_adapter(tmp_path / "adapter", pair)
+    fused = torch.randn(40, 32)
+    write_checkpoint(tmp_path / "base", {f"{at}.gate_up_proj.weight": fused, f"{at}.down_proj.weight": fused[:, :20]})
+    wanted = wide(fused)
+    wanted[20:] += product(*(wide(it) for it in pair.values()), 1.5)
+    found = put_onto(tmp_path)
+    assert bytes(read_bytes(found, f"{at}.gate_up_proj.weight")) == wanted.astype(np.float32).tobytes()
