@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -28,7 +29,7 @@ from skillmerge.plans.dtypes.quantised import equal_tensors
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
-from skillmerge.recipes.formula.tree import calls_in
+from skillmerge.recipes.formula.tree import calls_in, differences_in
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import RecipeSource, name_of
 from skillmerge.remarks import Remark
@@ -384,8 +385,10 @@ def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
 def _refuse_calls(recipe: Recipe) -> None:
     """Raise RecipeError if the updates of a recipe are no differences of models, which is all that is read here."""
     if called := next(calls_in(recipe.expression), None):
+        pair = next(differences_in(recipe.expression), None)
+        places = [str(recipe.model_place(name)) for name in reversed(pair)] if pair else ["SFT", "RL"]
         raise recipe.error(
             ("merge",),
             f"`inspect` reads differences of models, and this recipe changes them with `{called.method}`",
-            "inspect the difference itself: `skillmerge inspect SFT RL`",
+            f"inspect the difference itself: `skillmerge inspect {shlex.join(places)}`",
         )

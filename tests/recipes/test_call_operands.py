@@ -64,3 +64,18 @@ def test_call_of_the_whole_model_has_the_same_operands_in_all_tensors(folder: Pa
     for fine in ("ram(lam * (rl - sft), target - sft, boost=.1, scope=matrix)", "ram(rl - sft, target - sft) * lam"):
         (folder / "r.yaml").write_text(recipe(f"target + {fine}", lam))
         assert run_cli("plan", "r.yaml", cwd=folder).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("merge", "places"),
+    [
+        ("target + elect(trim(rl - sft, density=.5), target - sft)", "sft rl"),
+        ("slerp(target, rl, t=.5)", "SFT RL"),
+        ("2 * target - slerp(target, rl, t=.5) + trim(lam * (target - sft), density=.5)", "sft target"),
+    ],
+)
+def test_inspect_names_the_difference_that_a_call_changes(folder: Path, merge: str, places: str) -> None:
+    (folder / "r.yaml").write_text(recipe(merge))
+    process = run_cli("inspect", "r.yaml", cwd=folder)
+    assert process.returncode == 2
+    assert process.stderr.endswith(f"help: inspect the difference itself: `skillmerge inspect {places}`\n")
