@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,12 @@ LIMIT, LAYERS, HIDDEN = 5e-7, 4, 64
 CASES = Path(__file__).with_name("import_cases.yaml")
 PEER = """
 import json, sys, traceback
+OPTIONS = "--no-copy-tokenizer --no-write-model-card --quiet --lora-merge-cache adapted".split()
 from mergekit.scripts.run_yaml import main
 for line in sys.stdin:
     config, folder = json.loads(line)
     try:
-        main([config, folder, "--no-copy-tokenizer", "--no-write-model-card", "--quiet"], standalone_mode=False)
+        main([config, folder, *OPTIONS], standalone_mode=False)
         print("made", flush=True)
     except Exception as error:
         print("failed:", *str(error).split(), flush=True)
@@ -94,6 +96,48 @@ def make(work: Path) -> None:
         (work / name).mkdir(parents=True, exist_ok=True)
         save_file(tensors, work / name / "model.safetensors", metadata={"format": "pt"})
         (work / name / "config.json").write_text(json.dumps(CONFIG, indent=1))
+    make_adapter(work / "lora", normal)
+    words = [f"w{number}" for number in range(96)]
+    turned = [*range(48, 96), *range(48)]
+    for name, tensors, rows in (
+        ("base", base, [*range(96)]),
+        ("turned", models["a"], turned),
+        ("short", base, [*range(88)]),
+    ):
+        make_with_tokens(work / name, tensors, [words[row] for row in rows], rows)
+
+
+def make_with_tokens(folder: Path, tensors: Tensors, words: list[str], rows: list[int]) -> None:
+    """Write a model with some of the rows of embedding and head, in another order, and its tokenizer."""
+    folder.mkdir(exist_ok=True)
+    matrices = {name: tensors[name][rows] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_file({**tensors, **matrices}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": len(rows)}, indent=1))
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+def make_adapter(folder: Path, normal: Callable[[tuple[int, ...], float], torch.Tensor]) -> None:
+    """Write an adapter of two kinds of modules, as PEFT saves it."""
+    tensors: Tensors = {}
+    for layer in range(LAYERS):
+        for module in ("self_attn.q_proj", "mlp.down_proj"):
+            begin = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{begin}.lora_A.weight"] = normal((8, HIDDEN * (1 + ("down" in module))), 0.1)
+            tensors[f"{begin}.lora_B.weight"] = normal((HIDDEN, 8), 0.1)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "r": 8, "lora_alpha": 16,
+        "target_modules": ["q_proj", "down_proj"], "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False,
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
 
 def load(folder: Path) -> Tensors:

@@ -15,6 +15,14 @@ MODULE_KINDS = ("attention", "mlp", "norm", "embedding", "head", "router", "expe
 _LAYER = re.compile(r"(?:^|.*?\.)(?:(?:\w*_)?(?:layers?|h)|\w*blocks?)\.(?=\d+\.)")
 
 _EXPERT = re.compile(r"(experts?)\.\d+\.")
+_NUMBER = re.compile(r"(?:^|\.)experts?\.(\d+)\.|\[(\d+)\]$")
+_SLICE = re.compile(r"\[\d+\]$")
+
+PARTS = {
+    "vision": re.compile(r"vision|visual|image|(^|[._])vit([._]|$)|siglip|clip"),
+    "audio": re.compile(r"audio|speech|whisper"),
+}
+"""Parts of a model beside its language model, by the names of their tensors or their configuration."""
 
 # The first pattern that matches decides: a norm inside an attention module is a norm.
 _KIND_PATTERNS = tuple(
@@ -47,10 +55,31 @@ def layer_label(name: str) -> str:
     return f"{layer[0]} {layer[1]}" if layer is not None else "outside blocks"
 
 
+def part_of(name: str) -> str:
+    """Return `vision` or `audio`, or `text` for the language model."""
+    return next((part for part, pattern in PARTS.items() if pattern.search(name)), "text")
+
+
 @lru_cache(maxsize=1 << 17)
 def module_kind(name: str) -> str:
     """Return one of MODULE_KINDS, or `other`."""
     return next((kind for kind, pattern in _KIND_PATTERNS if pattern.search(name)), "other")
+
+
+def expert_of(name: str) -> int | None:
+    """Return the number of the expert that a tensor belongs to, or a slice of one; None of any other."""
+    match = _NUMBER.search(name)
+    return int(match[1] or match[2]) if match is not None else None
+
+
+def sliced(name: str, expert: int) -> str:
+    """Return what one expert's slice of a packed tensor is called: `mlp.experts.down_proj[7]`."""
+    return f"{name}[{expert}]"
+
+
+def unsliced(name: str) -> str:
+    """Return the tensor that a slice is of; of a tensor itself."""
+    return _SLICE.sub("", name)
 
 
 def summarised(name: str) -> str:

@@ -19,13 +19,33 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import read_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 SMALL = {"hidden_size": 48, "intermediate_size": 81, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 97}  # fmt: skip
 MOE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64,
        "head_dim": 16, "num_experts_per_tok": 2}  # fmt: skip
 PREFIX = "base_model.model."
+
+
+TARGETS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj", "lm_head")
+
+
+def write_adapter(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], seed: int = 0, rank: int = 4, **config: Any
+) -> Path:
+    """A random adapter for some modules of the models of `conftest.write_family`, without PEFT."""
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module in TARGETS:
+        rows, columns = shapes[f"{module}.weight"]
+        for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            tensors[f"{PREFIX}{module}.lora_{part}.weight"] = torch.randn(shape, generator=draw) * 0.02
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    document = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(document))
+    return folder
 
 
 @dataclass(frozen=True)
@@ -183,7 +203,7 @@ def _parts(
             added[target] = value
             whole = wide(base[target]) + value
             if (magnitude := tensors.get(f"{module}.lora_magnitude_vector")) is not None:
-                along = 0 if embedding or config["fan_in_fan_out"] else 1
+                along = 0 if embedding or config.get("fan_in_fan_out") else 1
                 norms = np.sqrt((whole * whole).sum(axis=along, keepdims=True))
                 whole = whole * (magnitude.reshape(-1, 1) if along else magnitude.reshape(1, -1)) / norms
             found[target] = whole.astype(np.float32)
@@ -212,7 +232,7 @@ def _products(
     if weight in base:
         assert len(a) == _rank(config, module)
         whole = product(a, b, _scale(config, module))
-        return {weight: whole.T if embedding or config["fan_in_fan_out"] else whole}
+        return {weight: whole.T if embedding or config.get("fan_in_fan_out") else whole}
     for name in config["target_parameters"]:
         target = f"{module}.{name.rpartition('.')[2]}"
         if target not in base:
@@ -252,9 +272,9 @@ def _pattern(table: Mapping[str, Any], name: str, otherwise: Any) -> Any:
 
 
 def _rank(config: Mapping[str, Any], name: str) -> int:
-    return int(_pattern(config["rank_pattern"], name, config["r"]))
+    return int(_pattern(config.get("rank_pattern", {}), name, config["r"]))
 
 
 def _scale(config: Mapping[str, Any], name: str) -> float:
-    alpha, rank = _pattern(config["alpha_pattern"], name, config["lora_alpha"]), _rank(config, name)
-    return float(alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank)
+    alpha, rank = _pattern(config.get("alpha_pattern", {}), name, config["lora_alpha"]), _rank(config, name)
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)

@@ -5,13 +5,13 @@ What each becomes: the warnings and notes that are expected, by words of each, o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class File:
     """layers: of its models. warnings, notes: words of each that has to be there, and no others. refused: words, and
-    the line. merge: the expression, if it is written out. document: which of several."""
+    the line. merge: the expression, if it is written out. stacks: their layers. document: which of several."""
 
     text: str
     layers: int = 32
@@ -19,11 +19,13 @@ class File:
     notes: tuple[str, ...] = ()
     refused: tuple[str, int] | None = None
     merge: str = ""
+    stacks: dict[str, str] = field(default_factory=dict)
     document: str | None = None
 
 
 DTYPE, LOTS, TIE, TOKENIZER, FLOOR = "rounds once", "other lots", "tie at the threshold", "tokenizer's files", "floor"
 ROUNDED, FILTERED = "compute this method in float32", "a gradient with a filter goes over the layers"
+SIX = ["0-7", "4-11", "8-15", "12-19", "16-23", "20-31"]
 FILES = {
     "linear": File(
         """\
@@ -126,7 +128,9 @@ merge_method: passthrough
 dtype: float16
 """,
         layers=40,
-        refused=("layer 24 of the output is layer 20 of `Platypus2-13B`: skillmerge keeps every layer in its place", 7),
+        warnings=("final norm and head are those of `Platypus2`",),
+        merge="stacked",
+        stacks={"stacked": "orca_mini 0-23, Platypus2 20-39"},
     ),
     "FuseAI/FuseO1-DeepSeekR1-QwQ-SkyT1-32B-Preview": File(
         """\
@@ -386,6 +390,7 @@ slices:
 merge_method: passthrough
 dtype: bfloat16
 """,
-        refused=("layer 8 of the output is layer 4 of `Meta-Llama-3-8B-Instruct`", 3),
+        merge="stacked",
+        stacks={"stacked": ", ".join(f"Meta_Llama_3_Instruct {layers}" for layers in SIX)},
     ),
 }

@@ -25,6 +25,13 @@ def validator(schema: dict[str, Any]) -> Any:
     return jsonschema.Draft7Validator(schema)
 
 
+def fits_kubernetes(document: dict[str, Any], version: str = "1.33") -> None:
+    """Hold a document to what a version of Kubernetes knows, and refuse what it does not."""
+    import kubernetes_validate
+
+    kubernetes_validate.validate(document, version, strict=True)
+
+
 def fits_sarif(log: Any) -> None:
     from pydantic_sarif.model import StaticAnalysisResultsFormatSarifVersion210JsonSchema as SarifModel
 

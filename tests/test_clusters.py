@@ -19,6 +19,7 @@ from action_runner import load_yaml
 from command_server import Commands
 from conftest import write_family
 from hub_server import HubServer
+from schemas import fits_kubernetes
 from test_pipelines import _plain, _program
 
 import skillmerge
@@ -53,8 +54,8 @@ def test_every_command_of_the_page_is_one() -> None:
 
 @pytest.mark.parametrize(("name", "action"), [("merge-shards.yaml", "FailIndex"), ("merge-finish.yaml", "FailJob")])
 def test_kubernetes_jobs_repeat_what_may_pass(name: str, action: str) -> None:
-    """The rules of batch/v1: a policy needs pods that are never restarted, and its container; FailIndex a limit by
-    index, and sorted codes without 0."""
+    """Rules of batch/v1 that its schema does not say: a policy needs pods that are never restarted, and its container;
+    FailIndex a limit by index, and sorted codes without 0."""
     job: dict[str, Any] = load_yaml(example(name))
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
     spec = job["spec"]
@@ -62,7 +63,7 @@ def test_kubernetes_jobs_repeat_what_may_pass(name: str, action: str) -> None:
     (container,) = pod["containers"]
     assert pod["restartPolicy"] == "Never"
     disruption, failed = spec["podFailurePolicy"]["rules"]
-    assert disruption == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    assert disruption == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     assert failed == {
         "action": action,
         "onExitCodes": {"containerName": container["name"], "operator": "In", "values": NEVER},
@@ -74,10 +75,34 @@ def test_kubernetes_jobs_repeat_what_may_pass(name: str, action: str) -> None:
         assert spec["completionMode"] == "Indexed"
         assert spec["backoffLimitPerIndex"] > 0
         assert container["env"] == [{"name": "SKILLMERGE_OF", "value": str(spec["completions"])}]
-    models = pytest.importorskip("hera.workflows.models")
-    models.Container.model_validate(container)
-    for volume in pod["volumes"]:
-        models.Volume.model_validate(volume)
+
+
+def without(document: dict[str, Any], *path: str | int) -> dict[str, Any]:
+    """A copy of a document that lacks something."""
+    copy = json.loads(json.dumps(document))
+    inner = copy
+    for key in path[:-1]:
+        inner = inner[key]
+    del inner[path[-1]]
+    return dict(copy)
+
+
+@pytest.mark.parametrize("name", ["merge-shards.yaml", "merge-finish.yaml"])
+def test_kubernetes_knows_every_field_of_its_jobs(name: str) -> None:
+    """By the schema of the version that the page asks for, and by a newer one."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    job = load_yaml(example(name))
+    assert "since Kubernetes 1.33" in TEXT
+    for version in ("1.33", "1.37"):
+        fits_kubernetes(job, version)
+    for wrong in (
+        {**job, "spec": {**job["spec"], "backOffLimit": 5}},
+        {**job, "spec": {**job["spec"], "completions": "64"}},
+        without(job, "spec", "template", "spec", "containers", 0, "name"),
+        without(job, "spec", "podFailurePolicy", "rules", 1, "onExitCodes", "operator"),
+    ):
+        with pytest.raises(kubernetes_validate.ValidationError):
+            fits_kubernetes(wrong)
 
 
 def test_ray_job_merges_on_its_cluster() -> None:
@@ -101,11 +126,9 @@ def test_ray_job_merges_on_its_cluster() -> None:
     containers = [container for pod in pods for container in pod["containers"]]
     assert len({container["image"] for container in containers}) == 1
     assert all(container["volumeMounts"][0]["mountPath"] == "/models" for container in containers)
-    models = pytest.importorskip("hera.workflows.models")
-    for container in containers:
-        models.Container.model_validate(container)
-    for volume in pods[0]["volumes"]:
-        models.Volume.model_validate(volume)
+    pytest.importorskip("kubernetes_validate")
+    for group in (head, workers):
+        fits_kubernetes({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, **group["template"]})
 
 
 def test_statuses_that_are_never_repeated_are_those_of_errors_that_stay() -> None:

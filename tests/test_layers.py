@@ -40,7 +40,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "gate_obstacles",
         "inspect loads.load_probe loads.loading scoring.scorers",
         "loads.tokenizer_probe loads.vllm_probe scoring.built_in spectrum update_pass",
-        "forecast loads.child loads.generation scoring.scores subjects update_metrics",
+        "forecast groups loads.child loads.generation scoring.scores subjects update_metrics",
         "adapters places",
     ),
     "outputs": (
@@ -52,7 +52,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "buckets.at_hand buckets.prefix manifest",
         "staging",
         "attempts",
-        "tasks.news",
+        "tasks.headers tasks.news",
         "canonical hub.published journal shard_file",
     ),
     "engine": (
@@ -70,16 +70,19 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tasks.opening",
         "opening",
         "aligned models.adapting planner",
+        "models.actions",
         "advice.heads budget compare.skill_tokens layout saved",
         "plan",
         "compare.models",
-        "vocabulary.by_token",
+        "stacks.compare vocabulary.by_token",
         "vocabulary.readers",
-        "accounting dtypes.kept dtypes.quantised",
-        "advice.causes advice.oddities advice.shares compare.complete compare.config compare.rows compare.tokens",
+        "accounting dtypes.kept dtypes.quantised stacks.build",
+        "advice.causes advice.oddities advice.shares compare.complete compare.config compare.rows compare.tokens "
+        "stacks.config",
         "advice.arrangement advice.names compare.config_values",
         "compare.table vocabulary.picture",
-        "changes depth mapping side_files tasks.division compare.architectures compare.found compare.roles",
+        "changes depth mapping models.experts side_files tasks.division compare.architectures compare.found "
+        "compare.roles",
     ),
     "recipes": (
         "starter",
@@ -88,10 +91,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "recipe",
         "gate_table mergekit.methods mergekit.writing",
         "mergekit.translation schema",
-        "mergekit.output mergekit.settings",
-        "entries formula.bind formula.donor formula.parser lint_rules lock mergekit.config schedules source",
-        "foreign.documents foreign.near_misses formula.catalog mergekit.notes tables.recipe",
-        "formula.arguments yamltext foreign.spellings tables.gates",
+        "mergekit.output mergekit.settings mergekit.stacks mergekit.vocabulary",
+        "entries formula.bind formula.donor formula.parser lint_rules lock mergekit.config source",
+        "foreign.documents foreign.near_misses formula.catalog mergekit.notes schedules tables.recipe",
+        "formula.arguments yamltext foreign.spellings tables.gates tables.models tables.schedules",
         "formula.tree tables.values",
     ),
     "checkpoints": (
@@ -99,11 +102,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "kinds.table views.low_rank views.unpacking",
         "views.fitting",
         "kinds.lora.adapter kinds.skill schemes",
-        "kinds.dense kinds.lora.parts kinds.patch kinds.skill_planes stores.hub stores.memory stores.objects",
-        "tokenizers.tokenizer views.arranged views.by_token views.renamed views.spooled",
-        "kinds.lora.config tokenizers.vocabulary views.bands",
+        "kinds.dense kinds.lora.parts kinds.patch kinds.skill_planes",
+        "stores.headed stores.hub stores.memory stores.objects",
+        "tokenizers.tokenizer views.arranged views.by_token views.renamed views.spooled views.stacked",
+        "kinds.lora.config tokenizers.vocabulary views.bands views.widened",
         "tokenizers.small_files",
-        "checkpoint stores.folder",
+        "checkpoint stores.edited stores.folder",
         "kinds.lora.patterns store stores.http_ranges tokenizers.matching tokenizers.placeholders",
         "tokenizers.tokenization",
         "kinds.sparse missing model_config safetensors stores.hub_client stores.object_client views.relations",
@@ -147,7 +151,8 @@ HOMES = {
     "tqdm": {"cli.messages"},
     "ruamel": {"recipes.yamltext"},
     "pydantic": {
-        "recipes.schema", "recipes.tables.gates", "recipes.tables.recipe", "recipes.tables.values", "outputs.manifest",
+        "recipes.schema", "recipes.tables.gates", "recipes.tables.models", "recipes.tables.recipe",
+        "recipes.tables.schedules", "recipes.tables.values", "outputs.manifest",
     },
     "safetensors": {"outputs.verify"},
     "transformers": {
@@ -177,7 +182,7 @@ TORCH_ROOMS = {"methods", "engine", "study", "verbs"}
 TORCH_MODULES = {
     "bits", "checkpoints.kinds.sparse", "checkpoints.kinds.patch", "checkpoints.kinds.skill_planes",
     "checkpoints.views.adapted", "checkpoints.views.arranged", "checkpoints.views.bands", "checkpoints.views.by_token",
-    "checkpoints.views.low_rank", "outputs.verify",
+    "checkpoints.views.low_rank", "checkpoints.views.widened", "outputs.verify",
 }  # fmt: skip
 
 

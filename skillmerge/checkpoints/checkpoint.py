@@ -64,18 +64,25 @@ class Naming:
     """How the names of a checkpoint's tensors differ from the stored ones.
 
     rename: prefixes and their replacements; the first match wins. unwrapped: parts that a training
-    library left in them. layout: how the weights are arranged in other tensors than they are stored in, in words.
+    library left in them. stack: the models whose layers it is made of, and their layers. edits: what its `config.json`
+    says otherwise for that: key, old value, new value. layout: how the weights are arranged in other tensors than they
+    are stored in, in words.
     """
 
     rename: tuple[tuple[str, str], ...] = ()
     unwrapped: tuple[str, ...] = ()
+    stack: tuple[tuple[str, str], ...] = ()
+    edits: tuple[tuple[str, Any, Any], ...] = ()
     layout: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return what plans and manifests hold of it: nothing, where names are as they are stored."""
         rename = {"rename": [{"from": old, "to": new} for old, new in self.rename]} if self.rename else {}
         unwrapped = {"unwrapped": list(self.unwrapped)} if self.unwrapped else {}
-        return {**rename, **unwrapped, **({"layout": list(self.layout)} if self.layout else {})}
+        stack = {"stack": [{"from": model, "layers": layers} for model, layers in self.stack]} if self.stack else {}
+        edits = [{"key": key, "old": old, "new": new} for key, old, new in self.edits]
+        layout = {"layout": list(self.layout)} if self.layout else {}
+        return {**rename, **unwrapped, **stack, **({"config_edits": edits} if edits else {}), **layout}
 
 
 class Checkpoint(ABC):
@@ -119,6 +126,11 @@ class Checkpoint(ABC):
     def place(self) -> str:
         """Its name in messages."""
         return self.at.place
+
+    @property
+    def own(self) -> Checkpoint:
+        """The checkpoint of the files that lie at its place: another one for what is put onto a model."""
+        return self
 
     @abstractmethod
     def read(self, pieces: Sequence[Piece]) -> Wait:
@@ -203,6 +215,10 @@ class View(Checkpoint):
     def beneath(self) -> Checkpoint:
         """The checkpoint that is seen."""
         return self._checkpoint
+
+    @property
+    def own(self) -> Checkpoint:
+        return self._checkpoint.own
 
     def written_dtype(self, tensor: str) -> str:
         known = tensor in self._checkpoint.tensors

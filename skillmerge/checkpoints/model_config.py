@@ -14,7 +14,7 @@ from skillmerge.errors import one_line
 from skillmerge.naming import layer_of, module_kind
 from skillmerge.tensors import DTYPES, TensorSpec
 
-_BLOCK_KEYS = (
+BLOCK_KEYS = (
     "num_hidden_layers",
     "n_layer",
     "n_layers",
@@ -47,7 +47,7 @@ def sections(config: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]
 def layers_in(config: Mapping[str, Any]) -> int | None:
     """Return how many layers a config says that the model has, the language model if it has several parts."""
     for _, section in sorted(sections(config), key=lambda named: (named[0] != "", "text" not in named[0])):
-        count = next((section[key] for key in _BLOCK_KEYS if type(section.get(key)) is int), None)
+        count = next((section[key] for key in BLOCK_KEYS if type(section.get(key)) is int), None)
         if count is not None:
             return int(count)
     return None
@@ -144,7 +144,7 @@ def _blocks(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -
     counts = {
         section[key]: f"{where + '.' if where else ''}{key}"
         for where, section in sections(config)
-        for key in _BLOCK_KEYS
+        for key in BLOCK_KEYS
         if type(section.get(key)) is int
     }
     # With several stacks it is unclear which count is whose; extra blocks can be heads for speculative decoding.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from skillmerge.checkpoints.place import (
 from skillmerge.checkpoints.store import Stat, Store
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.errors import UsageError, did_you_mean
+
+_HUB = f"{Location.scheme}://"
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +69,33 @@ def is_path(uri: str) -> bool:
 
 
 def bucket_of(uri: object) -> Bucket | None:
-    """Return the place in an object store that a URI names, or None if it names no such place. Raises UsageError."""
+    """Return the place in an object store that a URI names, or None if it is a path or on the Hub. Raises UsageError,
+    also for other addresses and for `s3:/bucket`, which nobody means as the name of a folder."""
     text = str(uri)
-    if text.partition("://")[0] not in BUCKETS or "://" not in text:
+    address = _ADDRESS.match(text)
+    if address is None or address[0] == _HUB:
         return None
+    scheme, slashes = address.groups()
+    if slashes == "/":
+        if scheme.lower() not in SCHEMES:
+            return None
+        fix = f"did you mean `{scheme.lower()}://{text[address.end() :]}`?"
+        raise UsageError(f"`{text}` is neither a path nor the address of a place", fix=fix)
     try:
-        return parse_bucket(text)
+        place = parse_place(text)
     except PlaceError as error:
         raise UsageError(str(error), fix=error.fix) from error
+    return place if isinstance(place, Bucket) else None
+
+
+def output_place(uri: object) -> Bucket | None:
+    """Return the place in an object store that an output is to have, or None if it is a folder. Raises UsageError."""
+    if str(uri).startswith(_HUB):
+        raise UsageError(
+            f"the output `{uri}` is on the Hub, where a merge is published by a push",
+            fix="name a folder, and pass `--push org/name`; with `--no-local` too, no copy stays in it",
+        )
+    return bucket_of(uri)
 
 
 def open_store(

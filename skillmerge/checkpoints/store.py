@@ -81,8 +81,8 @@ class Store(Protocol):
         `limit`."""
 
     def peek(self, file: str, start: int, count: int) -> bytes:
-        """Return a few bytes of a weight file, fewer only at its end: nothing is kept open or fetched for more of
-        them."""
+        """Return a few bytes of a weight file, fewer only at its end or that of its header: nothing is kept open or
+        fetched for more of them."""
 
     def read(self, file: str, start: int, into: memoryview) -> Wait:
         """Begin to fill `into` with a weight file's bytes from `start` on. May raise what the Wait may."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ class Part(click.ParamType):  # type: ignore[type-arg]
         if len(numbers) != 2 or not numbers[0] < numbers[1]:
             self.fail(f"`{value}` is not a part; write it like 0/64, where parts count from 0 to 63", param, ctx)
         return numbers[0], numbers[1]
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """A time such as 90s, 30m, 6h or 2d, as seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", str(value).strip())
+        seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]] if found else 0.0
+        if not seconds:
+            self.fail(f"`{value}` is not a time; write it like 90s, 30m, 6h or 2d", param, ctx)
+        return seconds
 
 
 class Runtime(click.ParamType):  # type: ignore[type-arg]

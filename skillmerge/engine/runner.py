@@ -47,6 +47,10 @@ def _choice(pattern: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII) is not None
 
 
+def _is_time(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+
+
 def _is_share(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
 
@@ -59,6 +63,7 @@ _WORDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "threads": (_whole(1, 256), "a number from 1 to 256"),
     "index": (_whole(0), "a number from 0"),
     "of": (_whole(1), "a number from 1"),
+    "wait_limit": (_is_time, "seconds, more than 0"),
     "memory_limit": (_whole(1), "bytes, more than 0"),
     "seed": (_whole(0), "a number from 0"),
     "spectral": (_whole(1, 64), "a number from 1 to 64"),
@@ -70,7 +75,7 @@ _WORDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Allowed values of arguments that several functions share, or that the command line also checks."""
 
-_OPTIONAL = ("threads", "memory_limit", "spectral", "keep", "index", "of")
+_OPTIONAL = ("threads", "memory_limit", "spectral", "keep", "index", "of", "wait_limit")
 """May be None."""
 
 

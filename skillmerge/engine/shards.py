@@ -41,7 +41,7 @@ class _ShardFile:
     """One shard in flight: hands out its spans, keeps its digest in order, finishes its file."""
 
     def __init__(self, plan: Plan, shard: ShardPlan, tile: int, file: SpanFile) -> None:
-        self.shard = shard
+        self._plan, self.shard = plan, shard
         self.spans = spans(plan, shard, tile)
         self.taken = 0
         self.file = file
@@ -83,7 +83,7 @@ class _ShardFile:
     def finish(self, scalars: Mapping[str, Scalars]) -> ShardRecord:
         """Make the file durable. scalars: what methods found of its tensors."""
         self.file.finish()
-        elements = {spec.name: spec.elements for spec in self.shard.specs}
+        elements = {spec.name: self._plan.tensors[spec.name].merged for spec in self.shard.specs}
         return ShardRecord(
             self.shard.file,
             self.shard.size,

@@ -179,7 +179,6 @@ class _Cutter:
         if self.stream.stop.is_set():
             return Kept()
         counts, energies = torch.zeros(_BINS, dtype=torch.int64), torch.zeros(_BINS, dtype=torch.float64)
-        assert tensor.program is not None
         for first in range(0, elements, UNIT):
             tile = Tile(tensor, first, min(first + UNIT, elements), 0)
             for start, pieces in self._chunks(worker, tile, worker.reader.read_tile(tile), {}):
@@ -294,7 +293,8 @@ class _Cutter:
             if kept is not None:
                 stays = torch.where(value.abs().to(torch.float32) >= kept.least, value * kept.factor, 0.0)
             rounded = round_nearest(stays, torch.empty(value.numel(), dtype=dtype))
-            shows = [rounded, *pieces.values()] if tile.tensor.program and tile.tensor.program.calls else [rounded]
+            calls = any(piece.program is not None and piece.program.calls for piece in tile.tensor.pieces)
+            shows = [rounded, *pieces.values()] if calls else [rounded]
             if any(map(any_nonfinite, shows)):
                 raise worker.nonfinite(tile, pieces, rounded, tile.first + start)
             mask = rounded != 0

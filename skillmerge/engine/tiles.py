@@ -57,23 +57,26 @@ class Span:
 def spans(plan: Plan, shard: ShardPlan, tile: int) -> list[Span]:
     """Cut a shard into spans of at most `tile` elements, and of little less: only the last one is short.
 
-    Tensors are cut at block boundaries. `tile` is a multiple of 8 and at least a block.
+    Tensors are cut at block boundaries, and where experts with other coefficients begin. `tile` is a multiple of 8 and
+    at least a block.
     """
     result: list[Span] = []
     tiles: list[Tile] = []
     room = tile
     for spec in shard.specs:
-        itemsize, first = DTYPES[spec.dtype].itemsize, 0
-        while first < spec.elements:
-            left = spec.elements - first
-            count = left if left <= room else room // BLOCK * BLOCK
-            if count == 0:
-                result.append(Span(len(result), tuple(tiles)))
-                tiles, room = [], tile
-                continue
-            tiles.append(Tile(plan.tensors[spec.name], first, first + count, spec.start + first * itemsize))
-            first += count
-            room -= count + -count % 8  # with room to align what is read
+        itemsize = DTYPES[spec.dtype].itemsize
+        for piece in plan.tensors[spec.name].pieces:
+            first, last = piece.span
+            while first < last:
+                left = last - first
+                count = left if left <= room else (first + room) // BLOCK * BLOCK - first
+                if count <= 0:
+                    result.append(Span(len(result), tuple(tiles)))
+                    tiles, room = [], tile
+                    continue
+                tiles.append(Tile(piece, first, first + count, spec.start + first * itemsize))
+                first += count
+                room -= count + -count % 8  # with room to align what is read
     if tiles:
         result.append(Span(len(result), tuple(tiles)))
     return result

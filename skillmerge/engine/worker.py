@@ -21,7 +21,7 @@ from skillmerge.engine.measures.preparing import Preparations
 from skillmerge.engine.rounding_statistics import BlockStatistics, is_sampled, measure
 from skillmerge.engine.tiles import Buffer, Reader, Span, Tile
 from skillmerge.errors import UnusableWeights
-from skillmerge.methods.evaluate import Scratch, evaluate
+from skillmerge.methods.evaluate import Scratch, accumulation_dtype, evaluate
 from skillmerge.methods.preparation import Partials, Preparation, Stretch
 from skillmerge.methods.rounding import keep_same_bits, round_value, rounding_key
 from skillmerge.plans.budget import Budget
@@ -29,7 +29,7 @@ from skillmerge.plans.plan import Plan, TensorPlan
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, block_count, overlaps
 
 Statistics = dict[str, dict[int, BlockStatistics]]
-"""Statistics of each merged tensor, by block."""
+"""Statistics of each merged tensor, by the first element of each block, or of a part of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +85,15 @@ class Worker:
             self._fill(statistics, tile, values, out)
 
     def prepare(self, tensor: TensorPlan) -> None:
-        """Find out what the calls of a tensor's program have to know of all of it, unless `stop` is set meanwhile."""
-        if tensor.program is not None and tensor.program.calls:
-            self.preparations.of(tensor, partial(self.read_stretch, tensor), self.stop)
+        """Find out what the calls of a tensor's programs have to know of all of it, unless `stop` is set meanwhile."""
+        for piece in tensor.pieces:
+            if piece.program is not None and piece.program.calls:
+                self.preparations.of(piece, partial(self.read_stretch, piece), self.stop)
 
     def evaluate(self, tensor: TensorPlan, first: int, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Run the program of a tensor that is prepared on elements from `first` on; see `methods.evaluate`."""
+        if tensor.slices:
+            return self._evaluate_slices(tensor, first, inputs), None
         assert tensor.program is not None
         if not tensor.program.calls:
             return self._fixed(tensor, first, inputs, *evaluate(tensor.program, inputs, self.scratch))
@@ -114,6 +117,17 @@ class Worker:
                     subtracted[part] = 0
             break
         return value, subtracted
+
+    def _evaluate_slices(self, tensor: TensorPlan, first: int, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the values of elements from `first` on, of experts with coefficients of their own."""
+        count = next(iter(inputs.values())).numel()
+        values = torch.zeros(count, dtype=accumulation_dtype([it.dtype for it in inputs.values()]), device=self.device)
+        for piece, start, last in tensor.within(first, first + count):
+            if piece.program is not None:
+                here = slice(start - first, last - first)
+                value, _ = self.evaluate(piece, start, {model: it[here] for model, it in inputs.items()})
+                values[here] = value
+        return values
 
     def _needed(
         self, tensor: TensorPlan, preparation: Preparation, first: int, inputs: Mapping[str, Tensor]
@@ -204,10 +218,14 @@ class Worker:
         self, tile: Tile, values: Mapping[str, Tensor], work: Callable[[int, Mapping[str, Tensor]], None]
     ) -> None:
         """Call `work` for each chunk of a tile, with the index of its first element and its inputs on the device."""
-        for start in range(0, tile.last - tile.first, self.chunk):
-            stop = min(start + self.chunk, tile.last - tile.first)
+        start, count = 0, tile.last - tile.first
+        while start < count:
+            # Of experts with coefficients of their own a tile may begin inside a block.
+            inside = (tile.first + start) % BLOCK if tile.tensor.experts is not None else 0
+            stop = min(start + self.chunk - inside, count)
             pieces = enumerate(values.items())
             work(tile.first + start, {model: self._on_device(i, tensor[start:stop]) for i, (model, tensor) in pieces})
+            start = stop
 
     def _on_stream(self, work: Callable[[], None]) -> None:
         if self.stream is None:
@@ -257,17 +275,17 @@ class Worker:
         if base is None or self.settings.stats == "off":
             return
         blocks = block_count(math.prod(tensor.shape))
-        for start in range(0, out.numel(), BLOCK):
-            block = (first + start) // BLOCK
-            if not is_sampled(tensor.name, block, blocks, self.settings.stats):
+        for begin in range(first // BLOCK * BLOCK, first + out.numel(), BLOCK):
+            start = max(begin - first, 0)
+            if not is_sampled(tensor.name, begin // BLOCK, blocks, self.settings.stats):
                 continue
-            piece = slice(start, min(start + BLOCK, out.numel()))
+            piece = slice(start, min(begin + BLOCK - first, out.numel()))
             update = (
                 subtracted[piece]
                 if subtracted is not None
                 else base[piece].to(torch.float64) - value[piece].to(torch.float64)
             )
-            statistics[tensor.name][block] = measure(base[piece], out[piece], update, self.scratch)
+            statistics[tensor.name][first + start] = measure(base[piece], out[piece], update, self.scratch)
 
     def nonfinite(
         self, tile: Tile, inputs: Mapping[str, Tensor], out: Tensor, first: int | None = None

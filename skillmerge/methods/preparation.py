@@ -81,9 +81,11 @@ class Preparation:
     until there is nothing left to read. Then `run` computes."""
 
     def __init__(
-        self, program: Program, shape: Sequence[int], name: str, seed: int, of_model: Mapping[int, State] | None = None
-    ) -> None:
-        """of_model: the states of calls that take the whole model, by their positions. They are not advanced here."""
+        self, program: Program, shape: Sequence[int], name: str, seed: int, of_model: Mapping[int, State] | None = None,
+        span: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        """of_model: the states of calls that take the whole model, by their positions. They are not advanced here.
+        span: the elements that the program is for, if not all."""
         self.program = program
         matrix = tuple(shape)[-2:]
         self.unit_size, self.units = math.prod(matrix), math.prod(tuple(shape)[:-2])
@@ -92,9 +94,11 @@ class Preparation:
         self._name, self._seed, self._of_model = name, seed, of_model or {}
         self._states: list[list[State | None]] = [[None] * len(program.calls) for _ in range(self.units)]
         self._inner = [_inner_calls(program.calls, index) for index in range(len(program.calls))]
+        first, last = span or (0, self.units * self.unit_size)
+        self._left = range(first // self.unit_size, -(-last // self.unit_size)) if self.unit_size else range(0)
+        """Units that have not begun."""
         self._open: list[int] = []
         """Units that have begun and still ask."""
-        self._begun = 0
         self._begin_some()
 
     def stretches(self, tile: int) -> list[Stretch]:
@@ -172,10 +176,9 @@ class Preparation:
     def _begin_some(self) -> None:
         """Begin as many units as may ask at the same time; all of them, if together they are asked for the model."""
         together = any(state.ready is None for state in self._of_model.values())
-        units = self.units if self.unit_size else 0
-        while self._begun < units and (together or len(self._open) < _AT_ONCE):
-            self._begin(self._begun)
-            self._begun += 1
+        while self._left and (together or len(self._open) < _AT_ONCE):
+            self._begin(self._left[0])
+            self._left = self._left[1:]
 
     def _begin(self, unit: int) -> None:
         """Begin the calls whose operands can be computed."""

@@ -5,6 +5,7 @@
     out.partial/attempts/<uuid>/task.json   where that task runs, since when it makes which shard, and how far it is
     out.partial/files/<shard>               a finished shard, put here by rename
     out.partial/done/<shard>.json           its record, written whole and put here by rename
+    out.partial/headers/                    see `tasks.headers`
 
 Two tasks that make the same shard make the same bytes, so whichever renames last does no harm: nothing depends on
 knowing whether another task is alive. A run that takes the folder over removes `attempts` first, so that what a task
@@ -34,6 +35,7 @@ from skillmerge.errors import OutputLocked, SkillmergeError, TemporaryError, Usa
 from skillmerge.outputs.journal import NEW_JOURNAL, Header, Journal
 from skillmerge.outputs.shard_file import ShardFile, StreamFile, WriteMode
 from skillmerge.outputs.tasks import news
+from skillmerge.outputs.tasks.headers import HEADERS
 from skillmerge.outputs.tasks.news import TASK_FILE, TORN, CountedShard, CountedStream
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 TASKS_FILE, ATTEMPTS, DONE, FILES, COMPLETE = "skillmerge.tasks.json", "attempts", "done", "files", "complete"
 _OURS = (
-    *CLAIM_FILES, "journal.jsonl", FILES, COMPLETE, "previous", "dropped", TASKS_FILE, ATTEMPTS, DONE
+    *CLAIM_FILES, "journal.jsonl", FILES, COMPLETE, "previous", "dropped", TASKS_FILE, ATTEMPTS, DONE, HEADERS
 )  # fmt: skip
 _TRIES = 100
 """How often the folder may vanish while a task joins: another run may be removing its own."""

@@ -30,7 +30,7 @@ from skillmerge.methods.method import Scalars
 from skillmerge.outputs.canonical import digest_of, lines_of, pieces_of, to_bytes
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.compare.found import Compared
-from skillmerge.plans.plan import InputPlan, Plan
+from skillmerge.plans.plan import InputPlan, Plan, Slice, slices_of
 from skillmerge.plans.side_files import SideFile
 from skillmerge.version import __version__
 
@@ -81,7 +81,7 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An input model. revision: its commit on the Hub, or None. rename, unwrapped, layout: see `Naming`."""
+    """An input model. revision: its commit on the Hub, or None. From `rename` on: see `Naming`."""
 
     name: str
     uri: str
@@ -90,11 +90,13 @@ class Input:
     license: str | None
     rename: list[dict[str, str]] | None = None
     unwrapped: list[str] | None = None
+    stack: list[dict[str, str]] | None = None
+    config_edits: list[dict[str, Any]] | None = None
     layout: list[str] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         row = {"name": self.name, "uri": self.uri, "revision": self.revision}
-        names = {key: value for key in ("rename", "unwrapped", "layout") if (value := getattr(self, key))}
+        names = {it.name: value for it in fields(self)[5:] if (value := getattr(self, it.name))}
         return {**row, "files": [asdict(file) for file in self.files], "license": self.license, **names}
 
 
@@ -113,7 +115,7 @@ class File:
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """The action on one tensor of the output; see `TensorPlan`. statistics: of rounding, if measured. scalars: what
-    methods found of it, for each of its matrices: thresholds, cosines, factors."""
+    methods found of it, for each of its matrices: thresholds, cosines, factors. slices: see `TensorPlan`."""
 
     name: str
     file: str
@@ -124,6 +126,7 @@ class Tensor:
     coefficients: tuple[int | float, ...] = ()
     statistics: TensorStatistics | None = None
     scalars: dict[str, list[float]] | None = None
+    slices: list[Slice] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -135,6 +138,8 @@ class Tensor:
             "sources": [list(source) for source in self.sources],
             "coefficients": list(self.coefficients),
         }
+        if self.slices:
+            row["slices"] = [it.as_dict() for it in self.slices]
         if self.statistics is not None:
             row["statistics"] = self.statistics.as_dict()
         return {**row, "scalars": self.scalars} if self.scalars else row
@@ -302,7 +307,7 @@ def _tensors(
         found.append(
             Tensor(
                 tensor.name, spec.file, tensor.action, tensor.dtype, tensor.shape, tensor.sources,
-                tensor.coefficients, row, numbers or None,
+                tensor.coefficients, row, numbers or None, slices_of(tensor) or None,
             )
         )  # fmt: skip
     return tuple(found)

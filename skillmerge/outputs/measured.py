@@ -64,7 +64,7 @@ def _of_skill(statistics: SkillStatistics) -> Iterator[Remark]:
 def _of_model(body: ManifestBody, statistics: Statistics) -> Iterator[Remark]:
     donor = body.donor
     plain = all(tensor.action == "copy" and tensor.sources[0][0] == donor for tensor in body.tensors)
-    if plain and donor in _patches(body):
+    if plain and donor in _made(body):
         return
     if plain or statistics.all.changed == 0:
         yield warning(
@@ -77,10 +77,11 @@ def _of_model(body: ManifestBody, statistics: Statistics) -> Iterator[Remark]:
     yield from update_size.size_warning(update_size.too_large(ratios))
 
 
-def _patches(body: ManifestBody) -> Collection[str]:
-    """Return the models that are patches of others: to write one out is no merge."""
+def _made(body: ManifestBody) -> Collection[str]:
+    """Return the models that are made of others: to write one out is no merge."""
     try:
-        return parse_recipe(body.recipe.text, "recipe.yaml", Path()).patches
+        entries = parse_recipe(body.recipe.text, "recipe.yaml", Path()).entries
+        return [name for name, entry in entries.items() if entry.is_made]
     except UsageError:  # of a format that this version does not read
         return ()
 

@@ -1,5 +1,4 @@
-"""Models as the donor has them: in its layout of experts and projections, and with its rows of tokens. Each step is a
-view, one after the other."""
+"""Models as the donor has them: in its layout of experts and projections. Each step is a view, one after the other."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ from collections.abc import Mapping
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.views.arranged import in_layout_of
-from skillmerge.plans.vocabulary.by_token import by_token
 from skillmerge.recipes.recipe import Recipe
 
 
@@ -17,9 +15,8 @@ def aligned(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, 
     donor = checkpoints.get(recipe.donor or "")
     if donor is None or isinstance(donor, Adapter):
         return dict(checkpoints)
-    found = {
+    return {
         # The difference of an adapter is made in the donor's layout later.
         name: it if it is donor or isinstance(it, Adapter) else in_layout_of(it, donor.tensors)
         for name, it in checkpoints.items()
     }
-    return by_token(recipe, found)

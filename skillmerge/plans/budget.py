@@ -33,6 +33,8 @@ OUTPUT_BUFFERS = 3
 """Per worker: one to fill while another is written and a third waits for its turn in the digest."""
 _SPARE_DISK = 64 << 20
 _SKILL_MEMORY = 700_000_000
+_KEPT = 64 << 20
+"""What a compressed skill, and an adapter, keep in memory (`views.low_rank.KEPT_BYTES`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +54,21 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
         return _skill_budget(plan, threads, memory_limit)
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
     element = sum(plan.input_itemsizes) + OUTPUT_BUFFERS * itemsize
-    registers = max((tensor.program.registers for tensor in plan.tensors.values() if tensor.program), default=1)
+    programs = (piece.program for tensor in plan.tensors.values() for piece in tensor.pieces)
+    registers = max((program.registers for program in programs if program is not None), default=1)
     remote = any(item.remote for item in plan.inputs)
     # Over a network workers wait more than they compute, and their buffers are large.
     wanted = threads or (min(_REMOTE_THREADS, max(2, cores())) if remote else min(_MAX_THREADS, cores()))
-    inflated = 64 << 20 if plan.recipe.skills else 0  # what is kept of a compressed skill
+    entries = [plan.recipe.entries[name] for name in plan.recipe.used_models()]
+    # What is kept of a compressed skill, and of each adapter's matrices.
+    kept = _KEPT * (any(it.kind == "skill" for it in entries) + sum(it.kind == "adapter" for it in entries))
     tables = 1200 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
 
     def need(count: int, tile: int) -> int:
         return (
             (_CUDA_RUNTIME_BYTES if cuda else RUNTIME_BYTES)
             + tables
-            + inflated
+            + kept
             + count * (element * tile + (registers + 6) * CHUNK * 8)
         )
 
@@ -90,7 +95,8 @@ def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> 
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
     # Its inputs; two planes in parts, put together, and waiting to be written; and the masks.
     worker = UNIT * (sum(plan.input_itemsizes) + 10 * itemsize + 2)
-    fixed = RUNTIME_BYTES + 2000 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
+    adapters = sum(plan.recipe.entries[name].kind == "adapter" for name in plan.recipe.used_models())
+    fixed = RUNTIME_BYTES + _KEPT * adapters + 2000 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
     limit = memory_limit or _SKILL_MEMORY
     count = threads or max(1, min(_MAX_THREADS, cores(), (limit - fixed) // worker))
     if memory_limit is not None and fixed + count * worker > memory_limit:

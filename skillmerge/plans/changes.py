@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from skillmerge.errors import some
-from skillmerge.naming import layer_label
+from skillmerge.naming import layer_label, sliced
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -42,6 +42,8 @@ def _inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
                 changes.append(f"model {name}: its {what} was {was[key]}, and is {item[key]} now")
         if any(was.get(key) != item.get(key) for key in ("rename", "unwrapped")):
             changes.append(f"model {name}: its tensors are now read under other names")
+        if was.get("stack") != item.get("stack"):
+            changes.append(f"model {name}: it is now made of other layers")
         if was.get("layout") != item.get("layout"):
             changes.append(f"model {name}: its tensors are now read in another layout")
         files = [{file["name"]: file for file in each["files"]} for each in (was, item)]
@@ -81,7 +83,11 @@ def _tensors(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _coefficients(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Yield changed coefficients by value before and after, with their layers."""
     rows = [
-        {item["name"]: dict(zip(plan["coefficients"], item["coefficients"], strict=False)) for item in plan["tensors"]}
+        {
+            name: dict(zip(plan["coefficients"], values, strict=False))
+            for item in plan["tensors"]
+            for name, values in _rows(item)
+        }
         for plan in (old, new)
     ]
     groups: dict[tuple[str, Any, Any], dict[str, None]] = {}
@@ -94,6 +100,15 @@ def _coefficients(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
                     groups.setdefault((coefficient, was, now), {})[place] = None
     return [f"{name}: {_shown(was)} before, {_shown(now)} now, in {some(list(places), 6)}"
             for (name, was, now), places in groups.items()]  # fmt: skip
+
+
+def _rows(item: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the coefficients of a tensor, or those of each expert in it."""
+    for piece in item.get("slices", ()):
+        for expert in range(piece["experts"][0], piece["experts"][1] + 1):
+            yield sliced(item["name"], expert), piece["coefficients"]
+    if not item.get("slices"):
+        yield item["name"], item["coefficients"]
 
 
 def _shown(value: float | None) -> str:

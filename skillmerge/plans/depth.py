@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from skillmerge.naming import MODULE_KINDS, layer_of, module_kind
+from skillmerge.naming import MODULE_KINDS, expert_of, layer_of, module_kind
 
 _BARS = "▁▂▃▄▅▆▇█"
 _MARKS = 48
@@ -19,7 +19,8 @@ _MARKS = 48
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """One coefficient. kinds: the columns; rows: (label, cells by kind); pictures: (stack, picture)."""
+    """One coefficient. kinds: the columns; rows: (label, cells by kind); pictures: (stack, picture), the last one over
+    the experts of a layer, where they differ."""
 
     kinds: tuple[str, ...]
     rows: tuple[tuple[str, Mapping[str, str]], ...]
@@ -27,11 +28,15 @@ class Depth:
 
 
 def over_depth(values: Iterable[tuple[str, Sequence[int], float]]) -> Depth:
-    """`values`: name, shape and coefficient of every tensor that has one. Equal neighboring layers share a row."""
+    """`values`: name, shape and coefficient of every tensor that has one, or of every expert in it. Equal neighboring
+    layers share a row."""
     cells: dict[tuple[str, int], dict[str, set[float]]] = {}
     means: dict[str, dict[int, list[tuple[float, int]]]] = {}
     outside: dict[str, set[float]] = {}
+    experts: dict[int, list[tuple[float, int]]] = {}
     for name, shape, value in values:
+        if (expert := expert_of(name)) is not None:
+            experts.setdefault(expert, []).append((value, math.prod(shape)))
         layer, kind = layer_of(name), module_kind(name)
         row = cells.setdefault(layer, {}) if layer else outside
         row.setdefault(kind, set()).add(value)
@@ -48,6 +53,9 @@ def over_depth(values: Iterable[tuple[str, Sequence[int], float]]) -> Depth:
             rows.append((label, {kind: _range(row.get(kind)) for kind in kinds}))
     if outside:
         rows.append(("outside blocks", {kind: _range(outside.get(kind)) for kind in kinds}))
+    over_experts = {expert: _mean(experts[expert]) for expert in sorted(experts)}
+    if len({*over_experts.values()}) > 1:
+        pictures.append(("experts", picture(over_experts, "experts")))
     return Depth(kinds, tuple(rows), tuple(pictures))
 
 
@@ -61,12 +69,12 @@ def _mean(values: list[tuple[float, int]]) -> float:
     return sum(value * count for value, count in values) / max(1, sum(count for _, count in values))
 
 
-def picture(means: Mapping[int, float]) -> str:
-    """Return numbers over layers, drawn between the smallest (or 0) and the largest (or 0)."""
+def picture(means: Mapping[int, float], what: str = "layers") -> str:
+    """Return numbers over layers, or `what` else, drawn between the smallest (or 0) and the largest (or 0)."""
     low, high = min(0.0, *means.values()), max(0.0, *means.values())
     drawn = f"{min(means)} {bars(list(means.values()), low, high)} {max(means)}"
     scale = f"{number(min(means.values()))} to {number(max(means.values()))}"
-    return f"{drawn}  ({scale}{a_mark(len(means))})"
+    return f"{drawn}  ({scale}{a_mark(len(means), what)})"
 
 
 def bars(values: Sequence[float | None], low: float, high: float) -> str:
@@ -82,9 +90,9 @@ def bars(values: Sequence[float | None], low: float, high: float) -> str:
     return "".join("·" if mean is None else _BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
 
 
-def a_mark(layers: int) -> str:
+def a_mark(count: int, what: str = "layers") -> str:
     """Return `, 3 layers a mark` where layers share marks, otherwise nothing."""
-    return f", {_each(layers)} layers a mark" if layers > _MARKS else ""
+    return f", {_each(count)} {what} a mark" if count > _MARKS else ""
 
 
 def _each(values: int) -> int:

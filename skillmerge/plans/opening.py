@@ -18,6 +18,7 @@ from skillmerge.checkpoints.missing import missing
 from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Store
+from skillmerge.checkpoints.stores.headed import Headed
 from skillmerge.checkpoints.views.fitting import Model
 from skillmerge.checkpoints.views.renamed import idle_rule, prefixes_of, read_as, wrappers_of
 from skillmerge.errors import InputError, StalePlan, UsageError, did_you_mean, some
@@ -27,6 +28,8 @@ from skillmerge.plans.dtypes.quantised import refuse_unequal
 from skillmerge.plans.models.adapting import as_differences, put_onto
 from skillmerge.plans.plan import Plan
 from skillmerge.plans.planner import plan_recipe
+from skillmerge.plans.stacks.build import with_stacks
+from skillmerge.plans.vocabulary.by_token import by_token
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.lock import LOCK_VERSION, LockedModel
 from skillmerge.recipes.parse import load
@@ -60,9 +63,9 @@ class Access:
 
     follow_links: links may lead out of a folder. locked: a revision that can change must be in the lock file.
     relock: the lock file is not looked at. download: repositories go through the Hub's cache instead of being
-    streamed. commits: what revisions of models stand for, whatever the lock says (of a saved plan). allow_code: a
-    model may name code of its own, which is carried. moved: what to do where a folder is not there, in place of a
-    guess.
+    streamed. commits: what revisions of models stand for, whatever the lock says (of a saved plan). headers: of files
+    at these commits, by model and file, as far as they are known. allow_code: a model may name code of its own,
+    which is carried. moved: what to do where a folder is not there, in place of a guess.
     """
 
     follow_links: bool = False
@@ -70,6 +73,7 @@ class Access:
     relock: bool = False
     download: bool = False
     commits: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
     allow_code: bool = False
     moved: str | None = None
 
@@ -82,7 +86,7 @@ def open_models(
 
     Raises RecipeError, UsageError, InputError, StalePlan, TemporaryError.
     """
-    places = {name: recipe.model_place(name) for name in recipe.used_models()}
+    places = {name: recipe.model_place(name) for name in recipe.stored_models()}
     refuse_missing(recipe, places, access)
     lock_path = lockfile.path_of(Path(recipe.document.name))
     lock = None
@@ -103,7 +107,8 @@ def open_models(
                 else:
                     warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
         with _placed(recipe, checkpoints):
-            return as_differences(recipe, aligned(recipe, as_read(recipe, checkpoints)), shape)
+            found = as_differences(recipe, aligned(recipe, as_read(recipe, checkpoints)), shape)
+            return by_token(recipe, found)
     except BaseException:
         close_all(checkpoints)
         raise
@@ -131,9 +136,10 @@ def planned(
 
 
 def as_read(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
-    """Return the models under the names that they are read by, with adapters on those that they are put onto."""
+    """Return the models under the names that they are read by, with adapters on those that they are put onto, and
+    stacks."""
     found = {name: under_its_names(recipe, name, checkpoint) for name, checkpoint in checkpoints.items()}
-    return put_onto(recipe, found)
+    return with_stacks(recipe, put_onto(recipe, found))
 
 
 def under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkpoint:
@@ -252,6 +258,8 @@ def open_all(recipe: Recipe, places: Mapping[str, ModelPlace], access: Access) -
             # For a small model in small pieces, most of the time would go into requests.
             download = access.download or word != "model"
             store = open_store(places[name], follow_links=access.follow_links, download=download)
+            if name in access.headers and store.at.remote:
+                store = Headed(store, access.headers[name])
             opening.append(store)
             try:
                 base = found[onto] if onto is not None else None

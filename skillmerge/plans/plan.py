@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Naming
 from skillmerge.errors import InputError, SkillmergeError, UsageError
 from skillmerge.methods.linear import Program
+from skillmerge.naming import sliced
 from skillmerge.plans.accounting import Problem, settlement
 from skillmerge.plans.compare.models import NOTHING, Comparison
 from skillmerge.plans.mapping import Source
@@ -37,6 +39,9 @@ class TensorPlan:
     the difference of two models exactly, `compute` rounds `program`, `zero` is nothing.
     sources: where its elements come from, in the order of the program's models.
     coefficients: their values for this tensor, in the order of `Plan.coefficients`.
+    slices: of a packed tensor whose experts have coefficients of their own, what happens to each run of experts that
+    share them; it has neither coefficients nor a program itself. experts: of such a slice, the first expert and the
+    one behind the last.
     """
 
     name: str
@@ -46,11 +51,86 @@ class TensorPlan:
     sources: tuple[Source, ...]
     coefficients: tuple[float, ...] = ()
     program: Program | None = None
+    slices: tuple[TensorPlan, ...] = ()
+    experts: tuple[int, int] | None = None
 
     @property
     def readings(self) -> int:
         """How often its sources are read before the arithmetic, for its methods."""
         return self.program.readings if self.program is not None else 0
+
+    @property
+    def read_again(self) -> Iterable[Source]:
+        """The sources that are read before the arithmetic too, each once."""
+        return dict.fromkeys(source for piece in self.pieces if piece.readings for source in piece.sources)
+
+    @property
+    def pieces(self) -> tuple[TensorPlan, ...]:
+        """Its slices, or itself."""
+        return self.slices or (self,)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Its elements, counted from the whole tensor's first."""
+        elements = math.prod(self.shape)
+        if self.experts is None:
+            return 0, elements
+        each = elements // self.shape[0]
+        return self.experts[0] * each, self.experts[1] * each
+
+    @property
+    def merged(self) -> int:
+        """How many of its elements are computed, of which statistics are kept."""
+        return sum(last - first for first, last in (it.span for it in self.pieces if it.action == "merge"))
+
+    @property
+    def rows(self) -> Iterator[tuple[str, tuple[int, ...], tuple[int | float, ...]]]:
+        """Name, shape and coefficients: its own, or those of each expert."""
+        return coefficients_of(self.name, self.shape, self.coefficients, slices_of(self))
+
+    def part_of(self, amount: int) -> int:
+        """Return what it takes of an amount that the whole tensor takes."""
+        if self.experts is None:
+            return amount
+        first, last = (amount * expert // self.shape[0] for expert in self.experts)
+        return last - first
+
+    def within(self, first: int, last: int) -> Iterator[tuple[TensorPlan, int, int]]:
+        """Yield the pieces that elements first..last belong to, and which of them."""
+        for piece in self.pieces:
+            start, stop = piece.span
+            if max(first, start) < min(last, stop):
+                yield piece, max(first, start), min(last, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Some experts of a packed tensor, as data: the first and the last, what happens to them, and their
+    coefficients."""
+
+    experts: tuple[int, int]
+    action: str
+    coefficients: tuple[int | float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"experts": list(self.experts), "action": self.action, "coefficients": list(self.coefficients)}
+
+
+def slices_of(tensor: TensorPlan) -> list[Slice]:
+    """Return the slices of a packed tensor as data."""
+    found = ((it, it.experts) for it in tensor.slices)
+    return [Slice((at[0], at[1] - 1), it.action, it.coefficients) for it, at in found if at is not None]
+
+
+def coefficients_of(
+    name: str, shape: tuple[int, ...], coefficients: tuple[int | float, ...], slices: Sequence[Slice]
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int | float, ...]]]:
+    """Yield name, shape and coefficients of a tensor, or of each expert in it."""
+    for piece in slices:
+        for expert in range(piece.experts[0], piece.experts[1] + 1):
+            yield sliced(name, expert), shape[1:], piece.coefficients
+    if not slices:
+        yield name, shape, coefficients
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,4 +327,5 @@ def _describe(tensor: TensorPlan, file: str) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "sources": [list(source) for source in tensor.sources],
         "coefficients": list(tensor.coefficients),
+        **({"slices": [it.as_dict() for it in slices_of(tensor)]} if tensor.slices else {}),
     }

@@ -15,9 +15,8 @@ from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
 from skillmerge.checkpoints.model_config import contradictions, ties_embeddings
-from skillmerge.methods.linear import Program, compile_term
-from skillmerge.methods.terms import Leaf, Sum, Term, degree, is_zero, model_of, sole_model
-from skillmerge.plans.accounting import Account, Problem, account_tensors, copy_rules
+from skillmerge.methods.terms import Leaf, Term, degree, is_zero, model_of
+from skillmerge.plans.accounting import Problem, account_tensors, copy_rules
 from skillmerge.plans.advice.heads import driven_apart, stored_heads
 from skillmerge.plans.advice.oddities import oddities, unlike_bases
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
@@ -26,6 +25,8 @@ from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models,
 from skillmerge.plans.dtypes.kept import levelled, output_specs
 from skillmerge.plans.dtypes.quantised import exact_tensors
 from skillmerge.plans.layout import lay_out, lay_out_skill
+from skillmerge.plans.models.actions import actions
+from skillmerge.plans.models.experts import Row, Run, all_of_them, by_tensor, named_by_expert, runs
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.plans.vocabulary.by_token import vocabulary_of
@@ -58,19 +59,19 @@ def plan_recipe(
     donor_name = _donor(recipe)
     donor = checkpoints[donor_name]
     left_out = recipe.left_out(donor.tensors)
-    values = _coefficients(recipe, [name for name in donor.tensors if name not in left_out], donor.config)
+    names = {name: None for name in donor.tensors if name not in left_out}
+    given = _coefficients(recipe, named_by_expert(recipe, donor.tensors, names), donor.config)
     copied = copy_rules(recipe, donor)
-    terms = _terms(recipe, values, copied)
+    terms, values, experts = _terms(recipe, *by_tensor(given, names, copied), copied)
     exact = exact_tensors(recipe, checkpoints, donor_name, terms)
     wanted = output_specs(recipe, donor, exact)
     accounts = account_tensors(recipe, checkpoints, donor_name, terms, exact)
-    used = {name: () if name in copied else row for name, row in values.items()}
-    tensors = _tensors(recipe, checkpoints, wanted, used, terms, accounts.tensors)
+    tensors = actions(recipe, checkpoints, wanted, values, accounts.tensors, terms, experts)
     compared = compare_models(recipe, checkpoints, donor_name, terms, copied, lenient=lenient) if compare else NOTHING
     problems = (*compared.problems, *accounts.problems, *_contradictions(recipe, donor, donor_name))
     notes = _notes(recipe, checkpoints, donor, {} if problems else tensors, accounts.ties)
     shards, side_files = _files(recipe, donor, tensors, len(tensors) == len(terms), allow_code)
-    shares = None if problems or recipe.makes_skill else _shares(recipe, checkpoints, donor_name, copied, values)
+    shares = None if problems or recipe.makes_skill else _shares(recipe, checkpoints, donor_name, copied, given)
     doubts = _doubts(recipe, compared, shares, _warnings(recipe, checkpoints, donor, tensors, wanted))
     idle = _idle(recipe, doubts["compared"].found, problems, tensors, checkpoints) if compare else []
     return sealed(
@@ -155,82 +156,27 @@ def _coefficients(recipe: Recipe, names: list[str], config: Mapping[str, Any]) -
 
 
 def _terms(
-    recipe: Recipe, values: Mapping[str, tuple[float, ...]], copied: Mapping[str, str]
-) -> dict[str, Term | None]:
-    """Return each tensor's term: the model that it is copied from, or the expression; None if it is nothing.
+    recipe: Recipe, values: Mapping[str, Row], experts: Mapping[str, Sequence[Row]], copied: Mapping[str, str]
+) -> tuple[dict[str, Term | None], dict[str, Row], dict[str, list[Run]]]:
+    """Return each tensor's term: the model that it is copied from, or the expression; None if it is nothing. Also the
+    values that count, and the runs of experts of packed tensors with values of their own.
 
-    Tensors with the same coefficients share one.
+    Tensors with the same coefficients share a term; that of experts has the models of all of them.
     """
     leaves = {model: Leaf(model) for model in recipe.models}
-    by_values: dict[tuple[float, ...], Term | None] = {}
+    by_values: dict[Row, Term | None] = {}
     terms: dict[str, Term | None] = {}
     for name, row in values.items():
         if name in copied:
             terms[name] = leaves[copied[name]]
             continue
-        if row not in by_values:
-            by_values[row] = _degree_term(recipe, dict(zip(recipe.coefficients, row, strict=True)), name)
-        terms[name] = by_values[row]
+        for each in experts.get(name, (row,)):
+            if each not in by_values:
+                by_values[each] = _degree_term(recipe, dict(zip(recipe.coefficients, each, strict=True)), name)
+        terms[name] = all_of_them(map(by_values.get, experts[name])) if name in experts else by_values[row]
     recipe.refuse_unequal_calls(by_values.values())
-    return terms
-
-
-def _tensors(
-    recipe: Recipe,
-    checkpoints: Mapping[str, Checkpoint],
-    wanted: Mapping[str, TensorSpec],
-    values: Mapping[str, tuple[float, ...]],
-    terms: Mapping[str, Term | None],
-    accounts: Mapping[str, Account],
-) -> dict[str, TensorPlan]:
-    """Return what happens to each tensor, except those that have a problem.
-
-    wanted: the donor's tensors, in the output's dtypes. values: the coefficients that count.
-    """
-    programs: dict[int, Program] = {}  # by the term's identity: thousands of tensors share a few terms
-    tensors = {}
-    for name, term in terms.items():
-        spec = wanted[name]
-        if term is None:
-            tensors[name] = TensorPlan(name, spec.dtype, spec.shape, "zero", (), values[name])
-        elif name in accounts:
-            tensors[name] = _plan_tensor(recipe, spec, accounts[name], checkpoints, values[name], programs)
-    return tensors
-
-
-def _plan_tensor(
-    recipe: Recipe,
-    spec: TensorSpec,
-    account: Account,
-    checkpoints: Mapping[str, Checkpoint],
-    values: tuple[float, ...],
-    programs: dict[int, Program],
-) -> TensorPlan:
-    term, sources = account.term, account.sources
-    dtype = spec.dtype
-    if account.same:
-        return TensorPlan(spec.name, dtype, spec.shape, "same", sources)
-    if len(sources) == 1 and (model := sole_model(term)) is not None:
-        copied = checkpoints[model].tensors[sources[0].tensor].dtype == dtype
-        program = None if copied else compile_term(Leaf(model))
-        return TensorPlan(spec.name, dtype, spec.shape, "copy" if copied else "cast", sources, values, program)
-    if id(term) not in programs:
-        programs[id(term)] = compile_term(term)
-    program = programs[id(term)]
-    by_model = {source.model: source for source in sources}
-    ordered = tuple(by_model[model] for model in program.models)
-    action, dtype = _skill_action(recipe, term, dtype) if recipe.makes_skill else ("merge", dtype)
-    return TensorPlan(spec.name, dtype, spec.shape, action, ordered, values, program)
-
-
-def _skill_action(recipe: Recipe, term: Term, dtype: str) -> tuple[str, str]:
-    """Return whether a skill keeps its tensor exactly, and the dtype of what it keeps."""
-    plain = isinstance(term, Sum) and isinstance(term.left, Leaf) and isinstance(term.right, Leaf) and term.minus
-    if recipe.output.dtype != "same":
-        return "compute", dtype
-    if plain and recipe.output.keep is None:
-        return "cut", dtype
-    return "compute", "F32" if DTYPES[dtype].itemsize < 4 else dtype  # what was scaled or summed rarely fits 16 bits
+    used = {name: () if name in copied else row for name, row in values.items()}
+    return terms, used, {name: list(runs(rows, by_values)) for name, rows in experts.items()}
 
 
 def _contradictions(recipe: Recipe, donor: Checkpoint, name: str) -> list[Problem]:
@@ -305,7 +251,7 @@ def _shares(
     checkpoints: Mapping[str, Checkpoint],
     donor_name: str,
     copied: Mapping[str, str],
-    values: Mapping[str, tuple[float, ...]],
+    values: Mapping[str, Row],
 ) -> Shares:
     if ignored := ignored_tensors(recipe, checkpoints, donor_name):
         values = _coefficients(recipe, [*values, *ignored], checkpoints[donor_name].config)
@@ -342,26 +288,36 @@ def _idle(
 
 
 def _inputs(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]) -> dict[str, Any]:
-    """Return the parts of a plan that say what is read."""
+    found = inputs_of(recipe.used_models(), checkpoints, tensors)
+    return {**found, "vocabulary": vocabulary_of(checkpoints[_donor(recipe)])}
+
+
+def inputs_of(
+    names: Iterable[str], checkpoints: Mapping[str, Checkpoint], tensors: Mapping[str, TensorPlan]
+) -> dict[str, Any]:
+    """Return the parts of a plan that say what is read. names: of its models."""
     read = _bytes_read(tensors, checkpoints)
-    again = ((it.readings, source) for it in tensors.values() if it.readings for source in it.sources)
+    pieces = [piece for tensor in tensors.values() for piece in tensor.pieces]
+    again = ((it.readings, it, source) for it in pieces if it.readings for source in it.sources)
     return {
-        "inputs": tuple(_input(name, checkpoints[name], read) for name in recipe.used_models()),
+        "inputs": tuple(_input(name, checkpoints[name], read) for name in names),
         "bytes_read": sum(read.values()),
-        "bytes_again": sum(readings * checkpoints[name].cost(source) for readings, (name, source) in again),
-        "input_itemsizes": itemsizes(tensors, checkpoints),
+        "bytes_again": sum(
+            readings * it.part_of(checkpoints[name].cost(source)) for readings, it, (name, source) in again
+        ),
+        "input_itemsizes": _itemsizes(tensors, checkpoints),
         "versions": versions(checkpoints),
-        "vocabulary": vocabulary_of(checkpoints[_donor(recipe)]),
     }
 
 
-def itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
+def _itemsizes(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
     """Return the widest element, in bytes, that each of a tensor's sources can have."""
     specs = {name: checkpoint.tensors for name, checkpoint in checkpoints.items()}
     found = {
         (index, specs[model][source].dtype)
         for plan in tensors.values()
-        for index, (model, source) in enumerate(plan.sources)
+        for piece in (plan, *plan.slices)
+        for index, (model, source) in enumerate(piece.sources)
     }
     count = 1 + max((index for index, _ in found), default=-1)
     return tuple(max(DTYPES[dtype].itemsize for index, dtype in found if index == slot) for slot in range(count))
@@ -372,11 +328,11 @@ def _bytes_read(tensors: Mapping[str, TensorPlan], checkpoints: Mapping[str, Che
     together."""
     read: Counter[tuple[str, str]] = Counter()
     places = {name: (model_of(name), checkpoint) for name, checkpoint in checkpoints.items()}
-    for tensor in tensors.values():
-        for name, source in tensor.sources:
+    for piece in (piece for tensor in tensors.values() for piece in tensor.pieces):
+        for name, source in piece.sources:
             model, checkpoint = places[name]
             for file, cost in checkpoint.costs(source).items():
-                read[model, file] += cost
+                read[model, file] += piece.part_of(cost)
     return read
 
 

@@ -164,6 +164,8 @@ def _models(recipe: Recipe) -> Iterator[Finding]:
     remote = False
     for name in recipe.models:
         path = _written(recipe, "models", name)
+        if recipe.entries[name].stack:
+            continue
         try:
             place = recipe.model_place(name)
         except RecipeError as error:
@@ -183,7 +185,7 @@ def _models(recipe: Recipe) -> Iterator[Finding]:
 def _same(recipe: Recipe) -> Iterator[Finding]:
     """Yield findings about models that have the same place."""
     seen: dict[tuple[ModelPlace, str | None], str] = {}
-    for name in recipe.used_models():
+    for name in recipe.stored_models():
         try:
             place = recipe.model_place(name)
         except RecipeError:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path as FilePath
 from typing import Any
 
-from skillmerge.checkpoints.schemes import bucket_of
+from skillmerge.checkpoints.schemes import output_place
 from skillmerge.errors import NEAR, Mistakes, RecipeError, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.entries import Entry, check_models, names_of
@@ -22,7 +22,7 @@ from skillmerge.recipes.formula.parser import parse
 from skillmerge.recipes.formula.tree import ExpressionError, Node, normalise_name
 from skillmerge.recipes.gate_table import Gate, gates_of
 from skillmerge.recipes.recipe import CopyRule, Output, Push, Recipe, add_coefficient, expression_error, local_path
-from skillmerge.recipes.schedules import LayerRange, Rule, Schedule, parse_layers
+from skillmerge.recipes.schedules import Numbers, Rule, Schedule, parse_numbers
 from skillmerge.recipes.schema import read_table, refuse_foreign
 from skillmerge.recipes.source import SAVED_PLAN, RecipeSource, name_of, text_of
 from skillmerge.recipes.tables.gates import GatesTable
@@ -31,9 +31,8 @@ from skillmerge.recipes.tables.recipe import (
     OutputTable,
     PushTable,
     RecipeTable,
-    RuleTable,
-    ScheduleTable,
 )
+from skillmerge.recipes.tables.schedules import RuleTable, ScheduleTable
 from skillmerge.recipes.yamltext import Document, Path
 from skillmerge.remarks import ACCEPTABLE
 from skillmerge.tensors import parse_size
@@ -236,24 +235,33 @@ def _rule(document: Document, path: Path, table: RuleTable) -> Rule:
     if (table.value is None) == (table.ramp is None):
         what = "has both `value` and `ramp`" if table.value is not None else "has neither `value` nor `ramp`"
         raise document.error(f"this rule {what}", place, "write exactly one of them")
-    if table.layers is None and table.tensors is None and table.modules is None:
-        fix = _ALL_LAYERS if table.ramp is not None else "add layers, tensors or modules, or use `default`"
+    if all(it is None for it in (table.layers, table.experts, table.tensors, table.modules)):
+        fix = _ALL_LAYERS if table.ramp is not None else "add layers, experts, tensors or modules, or use `default`"
         raise document.error("this rule selects nothing", place, fix)
-    layers: list[LayerRange] = []
-    for part in table.layers if isinstance(table.layers, list) else [table.layers]:
-        try:
-            layers += parse_layers(str(part)) if part is not None else ()
-        except ValueError as error:
-            what, _, fix = str(error).partition("; ")
-            meant = _ALL_LAYERS if str(part).strip().lower() in _EVERYTHING else fix or None
-            raise document.error(what, document.place((*path, "layers")), meant) from error
     return Rule(
-        layers=tuple(layers),
+        layers=_numbers_in(document, path, "layers", table.layers),
+        experts=_numbers_in(document, path, "experts", table.experts),
         tensors=_as_tuple(table.tensors),
         modules=_as_tuple(table.modules),
         value=float(table.value or 0.0),
         ramp=tuple(map(float, table.ramp)) if table.ramp else None,
     )
+
+
+def _numbers_in(
+    document: Document, path: Path, key: str, given: str | int | list[str | int] | None
+) -> tuple[Numbers, ...]:
+    """Return what `layers` or `experts` of a rule name."""
+    found: list[Numbers] = []
+    for part in given if isinstance(given, list) else [given]:
+        try:
+            found += parse_numbers(str(part), key) if part is not None else ()
+        except ValueError as error:
+            what, _, fix = str(error).partition("; ")
+            everything = _ALL_LAYERS.replace("layers", key)
+            meant = everything if str(part).strip().lower() in _EVERYTHING else fix or None
+            raise document.error(what, document.place((*path, key)), meant) from error
+    return tuple(found)
 
 
 def _as_tuple(value: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -271,7 +279,7 @@ def _shard_size(document: Document, value: str | int) -> int | None:
 
 def _output(document: Document, table: OutputTable, folder: FilePath, shard_size: int | None) -> Output:
     try:
-        bucket = bucket_of(table.path or "")
+        bucket = output_place(table.path or "")
     except UsageError as error:
         raise document.error(error.message, document.place(("output", "path")), error.fix) from error
     return Output(

@@ -13,7 +13,7 @@ from skillmerge.checkpoints.place import Bucket, Local, ModelPlace, PlaceError
 from skillmerge.checkpoints.schemes import parse_place
 from skillmerge.errors import Place, RecipeError
 from skillmerge.methods.terms import Call, Term, calls, expand_skills
-from skillmerge.recipes.entries import KINDS, Entry
+from skillmerge.recipes.entries import KINDS, Entry, Part, stacks_in_order
 from skillmerge.recipes.formula.bind import bind
 from skillmerge.recipes.formula.donor import donor_of, is_donor_unclear
 from skillmerge.recipes.formula.tree import ExpressionError, Node, names_in, normalise_name
@@ -119,6 +119,11 @@ class Recipe:
         return [name for name, entry in self.entries.items() if entry.kind == "adapter"]
 
     @property
+    def stacks(self) -> dict[str, tuple[Part, ...]]:
+        """Those of the models that are stacks of others' layers, each behind those that it is made of."""
+        return stacks_in_order(self.entries)
+
+    @property
     def sha256(self) -> str:
         return hashlib.sha256(self.document.text.encode()).hexdigest()
 
@@ -185,11 +190,17 @@ class Recipe:
         used = {name.name for name in names_in(self.expression) if name.is_model}
         used |= {rule.model for rule in self.copy} | ({self.output.like} if self.output.like else set())
         used |= {*self.tokens.values()}
-        patches = self.patches
-        for name in list(used):
-            while (name := patches.get(name, "")) and name not in used:
-                used.add(name)
+        beneath = list(used)
+        for name in beneath:  # which grows
+            entry = self.entries[name]
+            found = {*(part.model for part in entry.stack), *([entry.onto] if entry.onto else ())} - used
+            used |= found
+            beneath += found
         return [name for name in self.models if name in used]
+
+    def stored_models(self) -> list[str]:
+        """Return those of the used models that are somewhere, which stacks are not."""
+        return [name for name in self.used_models() if not self.entries[name].stack]
 
     def as_planned(self, donor: str, inputs: Mapping[str, Sequence[str]]) -> Recipe:
         """Return the recipe with what a plan of it has settled: its donor, and the wrappers left out of its models'

@@ -16,17 +16,15 @@ from skillmerge.recipes.foreign.documents import recognised
 from skillmerge.recipes.foreign.near_misses import list_meant, ramp_meant, shape_meant, unknown_meant
 from skillmerge.recipes.foreign.spellings import key_meant, number_meant, word_meant
 from skillmerge.recipes.tables.gates import CommandTable, CosineTable, FigureTable, GatesTable, PerplexityTable
+from skillmerge.recipes.tables.models import ModelTable, RenameTable, StackTable
 from skillmerge.recipes.tables.recipe import (
     CopyTable,
     GatesFileTable,
-    ModelTable,
     OutputTable,
     PushTable,
     RecipeTable,
-    RenameTable,
-    RuleTable,
-    ScheduleTable,
 )
+from skillmerge.recipes.tables.schedules import RuleTable, ScheduleTable
 from skillmerge.recipes.yamltext import Document, Path
 
 _Whole = TypeVar("_Whole", RecipeTable, GatesFileTable)
@@ -170,6 +168,8 @@ def _shape_message(data: Any, path: Path, detail: Any) -> tuple[str, str | None]
             "`ramp` must be two numbers or more, from the first to the last layer selected",
             "write ramp: [0.5, 1.0]",
         )
+    if kind == "too_long":
+        return f"{where} has {detail['ctx']['actual_length']} entries, and may have {detail['ctx']['max_length']}", None
     if kind in _EXPECTED:
         fix = _number_advice(path, value) if kind == "float_type" else shape_meant(path, value)
         return f"{where} must be {_EXPECTED[kind]}, not {_describe(value)}", fix
@@ -210,7 +210,8 @@ _GATES: dict[int | str, type[BaseModel]] = {
 def _known_keys(path: Path) -> list[str]:
     table: type[BaseModel] = RecipeTable
     if path[:1] == ("models",):
-        table = RenameTable if "rename" in path[2:] else ModelTable
+        inner: dict[int | str, type[BaseModel]] = {"rename": RenameTable, "stack": StackTable}
+        table = next((inner[part] for part in path[2:] if part in inner), ModelTable)
     elif path[:1] == ("coefficients",):
         table = RuleTable if "rules" in path[2:] else ScheduleTable
     elif path[:1] == ("copy",):

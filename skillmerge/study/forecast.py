@@ -99,12 +99,8 @@ class Forecaster:
                 continue
             pieces = {model: piece[start : start + BLOCK] for model, piece in inputs.items()}
             place = (task.name, first + start)
-            if self._plan is not None and planned is not None and planned.action == "merge" and planned.program:
-                output = self._plan.recipe.output
-                how = (planned.dtype, output.rounding, output.seed)
-                measured = _try(planned.program, pieces, self._plan.donor, how, place, scratch)
-                if measured is not None:
-                    found.blocks[block] = measured
+            if self._plan is not None and planned is not None:
+                found.blocks |= _as_planned(self._plan, planned, pieces, first + start, scratch)
             if zlib.crc32(f"{task.name} {block}".encode()) % self._every:
                 continue
             for lam, program in self._programs.items():
@@ -120,7 +116,9 @@ class Forecaster:
         """Add all that `measure` returned for a tensor."""
         size = self._sizes[name]
         if any(part.blocks for part in found):
-            self._planned[name] = total((block for part in found for block in part.blocks.values()), size)
+            planned = self._plan.tensors.get(name) if self._plan is not None else None
+            whole = planned.merged if planned is not None else size
+            self._planned[name] = total((block for part in found for block in part.blocks.values()), whole)
         for mode, lam in {key: None for part in found for key in part.curves}:
             row = total((block for part in found for block in part.curves.get((mode, lam), ())), size)
             figures, by = row.as_dict(), row.total / row.elements  # a sample represents the whole tensor
@@ -154,6 +152,22 @@ def plain(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     planned = summary["as_planned"]
     return {**summary, "as_planned": planned.as_dict() if planned is not None else None}
+
+
+def _as_planned(
+    plan: Plan, planned: TensorPlan, pieces: Mapping[str, Tensor], first: int, scratch: Scratch
+) -> dict[int, BlockStatistics]:
+    """Return the effect of rounding on elements from `first` on, of a block; of each expert's where these have
+    coefficients of their own."""
+    output, found = plan.recipe.output, {}
+    how = (planned.dtype, output.rounding, output.seed)
+    for piece, start, last in planned.within(first, first + next(iter(pieces.values())).numel()):
+        if piece.action == "merge" and piece.program:
+            inside = {model: values[start - first : last - first] for model, values in pieces.items()}
+            measured = _try(piece.program, inside, plan.donor, how, (planned.name, start), scratch)
+            if measured is not None:
+                found[start] = measured
+    return found
 
 
 def _try(

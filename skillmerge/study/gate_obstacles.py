@@ -30,10 +30,10 @@ def prepare(gates: Sequence[Gate], stats: str, left: tuple[str, str] | None, pla
         raise error
 
 
-def refuse_options(gates: Sequence[Gate], stats: str, no_local: bool) -> None:
+def refuse_options(gates: Sequence[Gate], stats: str, left: tuple[str, str] | None) -> None:
     """Raise UsageError for gates that these options exclude: as tasks do, which run none and see a part of the plan."""
     for gate in gates:
-        for error in _excluded(gate, stats, NO_LOCAL if no_local else None):
+        for error in _excluded(gate, stats, left):
             raise error
 
 

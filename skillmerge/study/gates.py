@@ -278,7 +278,7 @@ def _perplexity(gate: Gate, given: GateInput) -> Outcome:
         return _judged(gate, ours)
     with given.opened() as (plan, checkpoints):
         model = gate.model or plan.donor
-        if model not in checkpoints or model in plan.recipe.skills or model in plan.recipe.patches:
+        if model not in checkpoints or plan.recipe.entries[model].kind != "path":
             raise UsageError(f"the gate `perplexity`: `{model}` is not a whole model of this merge")
         with _folder_of(plan, model, checkpoints[model]) as folder:
             theirs = _perplexity_of(load(folder, gate.text))
@@ -365,6 +365,6 @@ def _gate(
     def tell(outcome: Outcome) -> None:
         reporter.event("gate", **outcome.as_dict())
 
-    patched = output.manifest.donor in recipe.patches
+    patched = recipe.entries[output.manifest.donor].is_made
     outcomes = check(asked, GateInput(root, output.manifest, opened, access, reporter, patched=patched), tell)
     return GateReport(os.fspath(folder), tuple(outcomes))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -24,7 +24,6 @@ from skillmerge.engine.measures.input_rounding import input_warning
 from skillmerge.engine.measures.update_size import IN_RECIPE, size_warning, too_large
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError, some
-from skillmerge.naming import MODULE_KINDS, layer_label, layer_of, module_kind, summarised
 from skillmerge.plans.dtypes.quantised import equal_tensors
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
@@ -36,6 +35,7 @@ from skillmerge.remarks import Remark
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.adapters import AdapterRow, adapters_of
 from skillmerge.study.forecast import Forecaster, plain
+from skillmerge.study.groups import by_expert, expert_groups, groups_of, kinds_of
 from skillmerge.study.places import OF_TWO, check_alone, is_adapter, is_recipe, is_skill, refuse_model
 from skillmerge.study.subjects import (
     BASE,
@@ -92,6 +92,8 @@ class Inspection:
     """Each pair of those: `first`, `second`, and figures as `all` and `modules`."""
     remarks: Sequence[Remark]
     """Warnings about the updates."""
+    experts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """One layer's tensors of one expert, as `STACK LAYER EXPERT`, and of all layers, as `layers EXPERT`."""
     adapters: Mapping[str, Sequence[AdapterRow]] = field(default_factory=dict)
     """The adapters that the updates are made of: ranks and scales by kind of module."""
 
@@ -105,6 +107,8 @@ class Inspection:
 
     def as_dict(self) -> dict[str, Any]:
         several = {"updates": self.updates, "pairs": list(self.pairs)} if self.updates else {}
+        if self.experts:
+            several["experts"] = self.experts
         if self.adapters:
             several["adapters"] = {name: [asdict(row) for row in rows] for name, rows in self.adapters.items()}
         return {
@@ -242,7 +246,8 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
     forecaster = Forecaster(subject.plan, subject.target, subject.difference, subject.minus, stats, sizes)
     measured = measure_updates(subject, tasks, forecaster, threads or min(_MAX_THREADS, cores()), reporter)
     rows = {name: (row.update, row.pair) for name, row in measured.items()}
-    groups = _groups(rows)
+    experts = by_expert({name: row.experts for name, row in measured.items()}, rows)
+    groups = groups_of(rows)
     updates, pairs = _each(subject, measured, groups["modules"])
     spectra = measure_spectra(subject, tasks, spectral, reporter) if spectral is not None else {}
     return Inspection(
@@ -257,6 +262,7 @@ def _inspect(subject: Subject, stats: str, spectral: int | None, threads: int | 
         layers=describe_all(rows, groups["layers"]),
         cells=describe_all(rows, groups["cells"]),
         summaries=describe_all(rows, groups["summaries"]),
+        experts=describe_all(experts, expert_groups(experts)),
         forecast=forecaster.summary(),
         plan=subject.plan,
         left=left,
@@ -302,7 +308,7 @@ def _remarks(subject: Subject, rows: Mapping[str, Row], tasks: Sequence[TensorPl
     labels = [f"{part.label}: " for part in subject.parts] or [""]
     for index, label in enumerate(labels):
         found = {name: row.parts[index] if row.parts else row.update for name, row in rows.items()}
-        groups = describe_all({name: (update, None) for name, update in found.items()}, _kinds(found))
+        groups = describe_all({name: (update, None) for name, update in found.items()}, kinds_of(found))
         whole = groups.pop("all")
         kinds = {kind: (row["norm"], row["input_rounding"]) for kind, row in groups.items()}
         ratios = ((task.name, task.shape, found[task.name].norm_ratio) for task in tasks)
@@ -360,33 +366,12 @@ def _only_copied(subject: Subject) -> set[str]:
     return {name for model in subject.models for name in subject.checkpoints[model].tensors} - computed
 
 
-def _kinds(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return names by kind of module, and `all`."""
-    kinds: dict[str, list[str]] = {"all": list(names)}
-    for name in names:
-        kinds.setdefault(module_kind(name), []).append(name)
-    return kinds
-
-
-def _groups(rows: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
-    modules: dict[str, list[str]] = {kind: [] for kind in (*MODULE_KINDS, "other")}
-    layers: dict[str, list[str]] = {}
-    cells: dict[str, list[str]] = {}
-    summaries: dict[str, list[str]] = {}
-    for name in sorted(rows, key=lambda name: layer_of(name) or ("~", 0)):
-        label = layer_label(name)
-        modules[module_kind(name)].append(name)
-        layers.setdefault(label, []).append(name)
-        cells.setdefault(f"{label} {module_kind(name)}", []).append(name)
-        summaries.setdefault(summarised(name), []).append(name)
-    return {"modules": modules, "layers": layers, "cells": cells, "summaries": summaries}
-
-
 def _refuse_calls(recipe: Recipe) -> None:
     """Raise RecipeError if the updates of a recipe are no differences of models, which is all that is read here."""
     if called := next(calls_in(recipe.expression), None):
         pair = next(differences_in(recipe.expression), None)
-        places = [str(recipe.model_place(name)) for name in reversed(pair)] if pair else ["SFT", "RL"]
+        stored = pair is not None and {*pair} <= {*recipe.stored_models()}
+        places = [str(recipe.model_place(name)) for name in reversed(pair)] if pair and stored else ["SFT", "RL"]
         raise recipe.error(
             ("merge",),
             f"`inspect` reads differences of models, and this recipe changes them with `{called.method}`",

@@ -117,6 +117,7 @@ def subject_of_skills(places: Sequence[str], access: Access, reporter: Reporter)
     return Subject(
         title, checkpoints, together, None, None, parts=parts if len(parts) > 1 else (),
         told=" + ".join(places) if len(parts) > 1 else "", skills=frozenset(names),
+        places={name: place for name, kind, place in zip(names, kinds, places, strict=True) if kind == "adapter"},
     )  # fmt: skip
 
 
@@ -192,10 +193,9 @@ def subject_of_recipe(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Subj
     else:
         term = recipe.term({name: schedule.default for name, schedule in recipe.coefficients.items()})
         target, difference, minus = _split(term, plan)
-        for name, row in plan.tensors.items():
-            if row.coefficients:
-                values = dict(zip(plan.coefficients, row.coefficients, strict=True))
-                by_tensor[name] = _update(recipe.term(values), target)
+        for name, _, row in (row for tensor in plan.tensors.values() for row in tensor.rows):
+            if row:
+                by_tensor[name] = _update(recipe.term(dict(zip(plan.coefficients, row, strict=True))), target)
         alike = len({tuple(factors.items()) for factors in by_tensor.values()}) <= 1
         update = dict(next(iter(by_tensor.values()), {})) if alike else _update(term, target)
         if not alike:  # every model that any tensor needs is read

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from skillmerge.bits import first_nonfinite
+from skillmerge.checkpoints.views.relations import experts_in
 from skillmerge.engine.measures.input_rounding import Grain, grain_of, input_rounding, joined
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Reader, Tile
 from skillmerge.errors import SkillmergeError, UnusableWeights
 from skillmerge.methods.evaluate import Scratch
+from skillmerge.naming import sliced
 from skillmerge.plans.plan import TensorPlan
 from skillmerge.reporter import Reporter
 from skillmerge.study.forecast import Forecast, Forecaster
@@ -36,17 +38,19 @@ class _Found:
     beside: list[Pair]
     grains: dict[str, Grain]
     forecast: Forecast
+    experts: dict[int, Update] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One tensor. update, pair: of the whole update; parts: each of several updates; beside: each pair of those, in the
-    order of `itertools.combinations`."""
+    order of `itertools.combinations`. experts: of a packed tensor, the whole update of each expert."""
 
     update: Update
     pair: Pair | None
     parts: tuple[Update, ...]
     beside: tuple[Pair, ...]
+    experts: Mapping[int, Update] = field(default_factory=dict)
 
 
 def measure_updates(
@@ -81,11 +85,15 @@ def measure_updates(
 def _row(subject: Subject, name: str, found: Sequence[_Found]) -> Row:
     """Combine the measurements of a tensor's tiles."""
     pairs = [tile.pair for tile in found if tile.pair is not None]
+    experts: dict[int, list[Update]] = {}
+    for expert, update in (item for tile in found for item in tile.experts.items()):
+        experts.setdefault(expert, []).append(update)
     row = Row(
         add_up(tile.update for tile in found),
         add_up(pairs) if pairs else None,
         tuple(add_up(tiles) for tiles in zip(*(tile.parts for tile in found), strict=True)),
         tuple(add_up(tiles) for tiles in zip(*(tile.beside for tile in found), strict=True)),
+        {expert: add_up(parts) for expert, parts in experts.items()},
     )
     grains = {model: joined(tile.grains[model] for tile in found) for model in found[0].grains}
     updates = [(row.update, subject.factors(name), subject.pair)]
@@ -103,6 +111,17 @@ def _tiles(tasks: Iterable[TensorPlan], tile: int) -> Iterator[Tile]:
         elements = math.prod(task.shape)
         for first in range(0, elements, tile):
             yield Tile(task, first, min(first + tile, elements), 0)
+
+
+def _stretches(tile: Tile) -> Iterator[tuple[int, int, int | None]]:
+    """Yield runs of a tile's elements that are measured together, and the expert of each, if the tensor packs some."""
+    tensor, first = tile.tensor, tile.first
+    each = math.prod(tensor.shape[1:]) if experts_in(tensor.name, tensor.shape) else 0
+    while first < tile.last:
+        expert = first // each if each else None
+        last = min(first + CHUNK, tile.last, (expert + 1) * each if expert is not None else tile.last)
+        yield first, last, expert
+        first = last
 
 
 class _Own:
@@ -130,11 +149,15 @@ class _Measure:
         own = self.stream.own(self._make)
         inputs = own.reader.read_tile(tile)
         chunks: list[_Found] = []
-        for start in range(0, tile.last - tile.first, CHUNK):
+        experts: dict[int, list[Update]] = {}
+        for first, last, expert in _stretches(tile):
             if self.stream.stop.is_set():
                 return _Found(Update(), None, [], [], {}, Forecast())
-            pieces = {model: piece[start : start + CHUNK] for model, piece in inputs.items()}
-            chunks.append(self._measure_chunk(tile, tile.first + start, pieces))
+            pieces = {model: piece[first - tile.first : last - tile.first] for model, piece in inputs.items()}
+            name = tile.tensor.name if expert is None else sliced(tile.tensor.name, expert)
+            chunks.append(self._measure_chunk(tile, first, pieces, self.subject.factors(name)))
+            if expert is not None:
+                experts.setdefault(expert, []).append(chunks[-1].update)
         forecast = self.forecaster.measure(tile.tensor, tile.first, inputs, own.scratch, self.stream.stop)
         pairs = [chunk.pair for chunk in chunks if chunk.pair is not None]
         return _Found(
@@ -144,11 +167,14 @@ class _Measure:
             [add_up(found) for found in zip(*(chunk.beside for chunk in chunks), strict=True)],
             {model: joined(chunk.grains[model] for chunk in chunks) for model in chunks[0].grains},
             forecast,
+            {expert: add_up(parts) for expert, parts in experts.items()},
         )
 
-    def _measure_chunk(self, tile: Tile, first: int, pieces: Mapping[str, Tensor]) -> _Found:
+    def _measure_chunk(
+        self, tile: Tile, first: int, pieces: Mapping[str, Tensor], factors: Mapping[str, float]
+    ) -> _Found:
         subject = self.subject
-        update = _combined(subject.factors(tile.tensor.name), pieces)
+        update = _combined(factors, pieces)
         measured = _measured(update, pieces, subject.against, subject.pair)
         if not math.isfinite(measured.squares[0] + sum(measured.weights or [])):
             raise _nonfinite(tile.tensor, pieces, first)

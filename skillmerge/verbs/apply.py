@@ -107,7 +107,7 @@ def apply(
         Checks(stats, allow_nonfinite, hash_inputs, full, keep_failed, expected, strict),
         Publish(overwrite, push, no_local, private, revision, pull_request, message),
         reporter,
-        OnRay(on, source, access, work, reporter) if on is not None else None,
+        OnRay(on, source, output, access, work, reporter) if on is not None else None,
     )
 
 
@@ -354,7 +354,7 @@ class _Merge:
 
         plan, staging = self.job.plan, self.staging
         opened = (plan, self.job.checkpoints)
-        patched = plan.donor in plan.recipe.patches
+        patched = plan.recipe.entries[plan.donor].is_made
         given = GateInput(staging.files, body, lambda: nullcontext(opened), self.access, self.reporter, patched=patched)
         self._warn(body, remarks=remarks)
         outcomes = check(plan.recipe.gates, given, report)

@@ -9,7 +9,7 @@ from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.place import Bucket
-from skillmerge.checkpoints.schemes import bucket_of
+from skillmerge.checkpoints.schemes import output_place
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs import manifest
 from skillmerge.outputs.manifest import Manifest
@@ -66,7 +66,7 @@ def output_folder(recipe: Recipe, output: str | os.PathLike[str] | None, checkpo
 
 def output_bucket(recipe: Recipe, output: str | os.PathLike[str] | None) -> Bucket | None:
     """Return the output's place in a bucket, or None if it is a folder. Raises UsageError."""
-    return bucket_of(output) if output is not None else recipe.output.bucket
+    return output_place(output) if output is not None else recipe.output.bucket
 
 
 def refuse_bucket(place: Bucket | None) -> None:

@@ -96,3 +96,28 @@ def test_fused_projections_are_read_apart_and_the_other_way_round(tmp_path: Path
     view = in_layout_of(opened(tmp_path, layouts.dense(made, not fused)), specs(target))
     check(view, target)
     assert view.naming.layout == (f"projections {'fused' if fused else 'split'}",)
+
+
+def test_parts_of_two_dtypes_are_read_in_the_wider_one(tmp_path: Path) -> None:
+    """As where an adapter changes some of them, which have more digits then."""
+    made = layouts.experts(3, 5, 7)
+    stored = {name: it.float() / 3 if "up_proj" in name else it for name, it in layouts.split(made).items()}
+    wanted = layouts.packed({**made, "up": made["up"].float() / 3})
+    view = in_layout_of(opened(tmp_path, stored), specs(layouts.packed(made)))
+    check(view, wanted)
+
+
+def test_what_has_two_meanings_is_left_alone(tmp_path: Path) -> None:
+    """A donor that packs an expert and has it by itself too: it is not clear which is meant."""
+    made = layouts.experts(3, 5, 7)
+    both = {**layouts.packed(made), f"{layouts.AT}.experts.1.gate_proj.weight": made["gate"][1]}
+    view = in_layout_of(opened(tmp_path, layouts.split(made)), specs(both))
+    assert f"{layouts.AT}.experts.gate_up_proj" not in view.tensors
+
+
+def test_a_million_experts_are_none(tmp_path: Path) -> None:
+    """A header can say so in a few bytes."""
+    name = f"{layouts.AT}.experts.down_proj"
+    huge = {name: TensorSpec(name, "BF16", (10**9, 1, 1), "any")}
+    stored = opened(tmp_path, layouts.split(layouts.experts(2, 1, 1)))
+    assert in_layout_of(stored, huge) is stored

@@ -79,6 +79,33 @@ def test_what_is_no_place_in_a_bucket_is_refused(uri: str, words: str) -> None:
     assert words in f"{raised.value}\n{raised.value.fix}"
 
 
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("gcs://bucket/m", "did you mean `gs://bucket/m`?"),
+        ("S3://bucket/m", "did you mean `s3://bucket/m`?"),
+        ("s3:/bucket/m", "did you mean `s3://bucket/m`?"),
+        (Path("s3://bucket/m"), "did you mean `s3://bucket/m`?"),
+        ("hf://acme/merged", "pass `--push org/name`"),
+        ("https://bucket.s3.amazonaws.com/m", "`https://` is not a place"),
+        ("file:///tmp/m", "write the path alone: `/tmp/m`"),
+    ],
+)
+def test_an_output_with_another_address_becomes_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str | Path, words: str
+) -> None:
+    """It would be on this disk, in a folder `gcs:`, and nobody would look for it there."""
+    monkeypatch.chdir(tmp_path)
+    recipe = write_family(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for given in ((recipe, output), (write_recipe(tmp_path, output={"path": str(output)}),)):
+        with pytest.raises(UsageError) as raised:
+            skillmerge.apply(*given)
+        assert words in str(raised.value)
+    assert sorted(tmp_path.iterdir()) == before
+    assert skillmerge.apply(write_recipe(tmp_path), "C:/merged").output == tmp_path / "C:" / "merged", "which is a path"
+
+
 @pytest.mark.parametrize("uri", ["s3://AKIACANARY:CANARY@bucket/m", "az://bucket/m?sv=1&sig=CANARY"])
 def test_credentials_in_an_address_are_refused_and_not_repeated(uri: str) -> None:
     with pytest.raises(PlaceError) as raised:

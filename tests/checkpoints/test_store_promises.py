@@ -28,6 +28,7 @@ from skillmerge.checkpoints.schemes import Scheme, open_store, parse_place
 from skillmerge.checkpoints.store import Store, digest_of
 from skillmerge.checkpoints.stores import retries
 from skillmerge.checkpoints.stores.folder import Folder
+from skillmerge.checkpoints.stores.headed import Headed
 from skillmerge.checkpoints.stores.memory import Memory
 from skillmerge.errors import InputError, StalePlan, TemporaryError
 
@@ -53,11 +54,14 @@ class Case:
     """Calls a function where bytes are asked for over a network."""
 
 
-@pytest.fixture(params=["folder", "hub", "hub cache", "bucket", "memory"])
+@pytest.fixture(params=["folder", "hub", "hub cache", "bucket", "memory", "headed"])
 def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
     if request.param == "memory":
         contents = dict(FILES)
         yield Case(Memory(contents), contents.__setitem__)
+    elif request.param == "headed":  # a file whose header is known, and the others
+        contents = dict(FILES)
+        yield Case(Headed(Memory(contents), {"other.safetensors": b"head"}), contents.__setitem__)
     elif request.param == "folder":
         folder = write(tmp_path / "model")
 
@@ -109,6 +113,14 @@ def read(store: Store, name: str, start: int, count: int) -> bytes:
     buffer = bytearray(count)
     store.read(name, start, memoryview(buffer))()
     return bytes(buffer)
+
+
+def test_a_known_header_is_given_and_the_rest_is_read() -> None:
+    store = Headed(Memory(dict(FILES)), {WEIGHTS: b"head"})
+    assert (store.peek(WEIGHTS, 0, 9), store.peek(WEIGHTS, 0, 2)) == (b"head", b"he")
+    assert store.peek(WEIGHTS, 4, 9) == FILES[WEIGHTS][4:13]
+    assert read(store, WEIGHTS, 0, 9) == FILES[WEIGHTS][:9]
+    assert store.peek("other.safetensors", 0, 9) == FILES["other.safetensors"][:9]
 
 
 # What there is.

@@ -26,7 +26,8 @@ from skillmerge.outputs.manifest import MANIFEST_FILE
 from skillmerge.plans.depth import number
 from skillmerge.remarks import Remark
 from skillmerge.study import spectrum
-from skillmerge.study.inspect import _groups, inspect
+from skillmerge.study.groups import groups_of
+from skillmerge.study.inspect import inspect
 from skillmerge.study.update_metrics import Pair, Update, describe_all
 
 LISTEN = "<script>window.problems = []; addEventListener('error', (event) => problems.push(event.message));</script>"
@@ -271,7 +272,7 @@ def test_report_of_many_experts_is_small_and_sums_them_up(family: Path) -> None:
         names += [f"{block}.self_attn.{part}.weight" for part in ("q_a", "q_b", "kv_a", "kv_b", "o")]
         for name in names:
             rows[name] = (Update(100, 10, 9, 8, [10] + [0] * 7, [1.0], [4.0], 0.5), Pair([1.0], [0.1], [0.2], 20, 5, 2))
-    groups = _groups(rows)
+    groups = groups_of(rows)
     found = dataclasses.replace(
         inspect(family), plan=None, forecast=None, tensors={key: {} for key in rows}, spectra={},
         **{key: describe_all(rows, groups[key]) for key in ("modules", "layers", "cells", "summaries")},

@@ -280,6 +280,28 @@ def test_a_lost_part_is_sent_again(s3: S3Server, in_parts: Path, tmp_path: Path)
     skillmerge.verify(OUT)
 
 
+def test_a_large_shard_without_a_record_is_compared_over_a_link_that_breaks(
+    s3: S3Server, in_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has arrived counts: a shard may take longer than a request may."""
+    monkeypatch.setattr(object_client, "QUICK_TRIES", 0)
+    stop_at(s3, f"PUT /bucket/{RECORDS}done/")
+    with pytest.raises(InputError, match="access is denied"):
+        skillmerge.apply(in_parts)
+    s3.faults.clear()
+    whole = s3._app
+
+    def cut(environ: dict[str, Any], start: Any) -> Iterable[bytes]:
+        yield b"".join(whole(environ, start))[:1_500_000]
+
+    s3.fail("GET /bucket/out/merged/model.safetensors", cut, times=999)
+    s3.requests.clear()
+    skillmerge.apply(in_parts)
+    assert s3.count("partNumber=") == 0
+    s3.faults.clear()
+    assert sent(s3) == weights(tmp_path / "direct")
+
+
 def test_an_upload_that_fails_leaves_no_parts(s3: S3Server, in_parts: Path) -> None:
     stop_at(s3, "partNumber=2")
     with pytest.raises(InputError, match="access is denied"):

@@ -215,9 +215,41 @@ def test_without_a_right_to_write_nothing_is_computed(
         skillmerge.shard(plan, index=0, of=2, push="forbidden/merged", no_local=True)
 
 
+def test_shards_that_the_hub_has_are_copied_there(hub: HubServer, plan: Path) -> None:
+    """What the expression leaves alone is the donor's file: no task uploads it only for `finish` to copy it."""
+    recipe = plan.with_name("recipe.yaml")
+    rules = [{"layers": "0-", "value": 0.0}, {"tensors": ["*embed*", "model.norm*", "lm_head*"], "value": 0.0}]
+    document = {**json.loads(recipe.read_text()), "coefficients": {"lam": {"default": 1.0, "rules": rules}}}
+    recipe.write_text(json.dumps(document))
+    save(recipe)
+    assert len(send(plan)) == SHARDS
+    assert hub.uploads == []
+    skillmerge.finish(plan, **AHEAD)
+    assert hub.tree(MERGED)[FIRST].sha256 == hub.tree("acme/target")[FIRST].sha256
+    assert_merged(hub, plan)
+
+
+@pytest.mark.parametrize("way", ["other", "torn", "gone"])
+def test_headers_that_are_not_those_of_the_plan_are_asked_for(hub: HubServer, plan: Path, way: str) -> None:
+    """What others have put there is read as if it came from an enemy."""
+    send(plan)
+    kept = sorted((staging_of(plan.parent / "merged") / "headers").iterdir())
+    whole = [path.read_bytes() for path in kept]
+    assert len(whole) == len({*whole}) == SHARDS, "the models of a family have the same"
+    for path, content in zip(kept, [*whole[1:], whole[0]], strict=True):
+        path.unlink() if way == "gone" else path.write_bytes(content if way == "other" else content[:-1])
+    before = len(hub.requests)
+    skillmerge.finish(plan, **AHEAD)
+    asked = [
+        request.path for request in hub.requests[before:] if "-of-" in request.path and "/resolve/" in request.path
+    ]
+    assert len(asked) == SHARDS * len(MODELS)
+    assert_merged(hub, plan)
+
+
 def test_the_whole_job_asks_the_hub_for_little(hub: HubServer, tmp_path: Path) -> None:
-    """Beyond the weights two requests for each shard of each model: a header for the plan and one for `finish`, and to
-    announce an upload. A task asks once where a file is stored, to read its weights. The rest does not grow."""
+    """Beyond the bytes of the weights two requests for each shard of each model: for the plan, and by the task that
+    reads it; `finish` has the headers that tasks have kept. And two to announce each upload. The rest does not grow."""
     local = put_family(hub, tmp_path / "local", shards=6)
     files = sorted(path.name for path in (local.parent / "rl").glob("model-*"))
     models = {model: f"hf://acme/{model}" for model in MODELS}
@@ -235,7 +267,7 @@ def test_the_whole_job_asks_the_hub_for_little(hub: HubServer, tmp_path: Path) -
         if re.match(r"GET /storage/|PUT /upload/|POST /api/verify/", path):
             continue  # the bytes
         if "-of-" in path:
-            of_files[re.sub(r"/resolve/[0-9a-f]+", "", path)] += not planned <= number < sent
+            of_files[re.sub(r"/resolve/[0-9a-f]+", "", path)] += 1
         elif re.search("preupload|/lfs/", path):
             other["announced"] += 1
         else:

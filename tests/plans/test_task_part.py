@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,23 @@ def test_a_part_is_what_the_plan_says(tmp_path: Path, name: str) -> None:
             assert (found.donor, found.weights_digest, found.digest) == (whole.donor, *plan.digests())
             for tensor in found.tensors.values():
                 assert all(source in checkpoints[model].tensors for model, source in tensor.sources)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_parts_read_what_the_plan_reads(tmp_path: Path, name: str) -> None:
+    write_family(tmp_path, shards=3)
+    recipe, read = write_recipe(tmp_path, **RECIPES[name]), 0
+    whole, plan = skillmerge.plan(recipe), save(recipe)
+    for shard in whole.shards:
+        with part(plan, [shard.file]) as (found, _):
+            read += found.bytes_read
+            rows = {item.name: item for item in whole.inputs}
+            for item in found.inputs:
+                names = {file.name for file in item.files}
+                files = [replace(file, bytes_read=0) for file in rows[item.name].files if file.name in names]
+                assert [replace(file, bytes_read=0) for file in item.files] == files
+                assert replace(item, files=()) == replace(rows[item.name], files=(), license=item.license)
+    assert read == whole.bytes_read
 
 
 def test_deciding_facts_have_a_name_each(family: Path) -> None:

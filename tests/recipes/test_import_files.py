@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from skillmerge.errors import RecipeError
 from skillmerge.recipes import yamltext
 
 
-def models_of(text: str) -> Mapping[str, str]:
+def models_of(text: str) -> Mapping[str, Any]:
     return yamltext.read(text, "recipe.yaml").data["models"]  # type: ignore[no-any-return]
 
 
@@ -26,6 +27,8 @@ def with_tiny_models(text: str, folder: Path, layers: int) -> Path:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers}
     base = random_tensors(tensor_shapes(layers=layers, hidden=4, vocabulary=8), torch.float32)
     for seed, (name, place) in enumerate(models_of(text).items()):
+        if not isinstance(place, str):
+            continue  # a stack
         update = random_tensors(tensor_shapes(layers=layers, hidden=4, vocabulary=8), torch.float32, seed + 1, 1e-3)
         tensors = {key: tensor + update[key] for key, tensor in base.items()}
         write_checkpoint(folder / name, tensors, config={**config, "vocab_size": 8, "tie_word_embeddings": False})
@@ -34,6 +37,10 @@ def with_tiny_models(text: str, folder: Path, layers: int) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(text)
     return path
+
+
+def told(stack: list[dict[str, str]]) -> str:
+    return ", ".join(f"{part['from']} {part['layers']}" for part in stack)
 
 
 def said(found: list[str], wanted: tuple[str, ...]) -> None:
@@ -59,6 +66,7 @@ def test_file_becomes_a_recipe_that_lints_and_plans(name: str, tmp_path: Path) -
     if file.merge:
         merge = " ".join(str(yamltext.read(made.text, "r").data["merge"]).split())
         assert merge.replace("( ", "(") == file.merge
+    assert {name: told(it["stack"]) for name, it in models_of(made.text).items() if isinstance(it, dict)} == file.stacks
     (tmp_path / "as_written.yaml").write_text(made.text)
     found = skillmerge.lint(tmp_path / "as_written.yaml").findings
     assert {finding.rule.id for finding in found} <= {"unpinned-revision"}

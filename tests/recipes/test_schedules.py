@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import tensor_shapes
 
-from skillmerge.recipes.schedules import LayerRange, Rule, Schedule, ScheduleError, parse_layers
+from skillmerge.recipes.schedules import Numbers, Rule, Schedule, ScheduleError, parse_numbers
 
 NAMES = list(tensor_shapes(layers=6))
 
@@ -24,18 +24,18 @@ def resolve(*rules: Rule, default: float = 1.0) -> dict[str, float]:
     ],
 )
 def test_layers_are_read(text: str, wanted: list[tuple[int, int | None]]) -> None:
-    assert [(part.first, part.last) for part in parse_layers(text)] == wanted
+    assert [(part.first, part.last) for part in parse_numbers(text)] == wanted
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1.5", "0-3-4", "-", "-1", "-3", "1 2", "0-3,"])
 def test_layers_that_mean_nothing_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"layers|backwards"):
-        parse_layers(text)
+        parse_numbers(text)
 
 
 def test_last_rule_that_matches_wins() -> None:
     values = resolve(
-        Rule(layers=(LayerRange(0, 3),), value=0.0),
+        Rule(layers=(Numbers(0, 3),), value=0.0),
         Rule(tensors=("*.mlp.*",), value=0.8),
         Rule(tensors=("*embed_tokens*", "*lm_head*"), value=0.25),
     )
@@ -47,7 +47,7 @@ def test_last_rule_that_matches_wins() -> None:
 
 
 def test_selectors_of_one_rule_must_all_match() -> None:
-    values = resolve(Rule(layers=(LayerRange(1, 2),), modules=("mlp",), value=0.0))
+    values = resolve(Rule(layers=(Numbers(1, 2),), modules=("mlp",), value=0.0))
     assert [name for name, value in values.items() if value == 0.0] == [
         "model.layers.1.mlp.up_proj.weight",
         "model.layers.2.mlp.up_proj.weight",
@@ -55,14 +55,14 @@ def test_selectors_of_one_rule_must_all_match() -> None:
 
 
 def test_ramp_includes_both_ends_and_leaves_what_is_outside_blocks() -> None:
-    values = resolve(Rule(layers=(LayerRange(2, None),), ramp=(0.5, 1.1)), default=0.0)
+    values = resolve(Rule(layers=(Numbers(2, None),), ramp=(0.5, 1.1)), default=0.0)
     found = [values[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(6)]
     assert found == [0.0, 0.0, 0.5, pytest.approx(0.7), pytest.approx(0.9), 1.1]
     assert values["model.norm.weight"] == 0.0
 
 
 def test_ramp_over_one_block_is_its_first_end() -> None:
-    assert resolve(Rule(layers=(LayerRange(3, 3),), ramp=(0.5, 1.0)))["model.layers.3.mlp.up_proj.weight"] == 0.5
+    assert resolve(Rule(layers=(Numbers(3, 3),), ramp=(0.5, 1.0)))["model.layers.3.mlp.up_proj.weight"] == 0.5
 
 
 def test_ramp_of_several_points_has_their_values_at_their_layers() -> None:
@@ -83,11 +83,11 @@ def test_ramp_runs_over_each_stack_by_itself() -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (Rule(layers=(LayerRange(4, 40),)), "layer 40 is past the last layer, which is 5"),
-        (Rule(layers=(LayerRange(6, None),)), "layer 6 is past the last layer"),
+        (Rule(layers=(Numbers(4, 40),)), "layer 40 is past the last layer, which is 5"),
+        (Rule(layers=(Numbers(6, None),)), "layer 6 is past the last layer"),
         (Rule(tensors=("*.mpl.*",)), "matches no tensor"),
         (Rule(modules=("router",)), "matches no tensor"),
-        (Rule(layers=(LayerRange(0, 1),), tensors=("lm_head.weight",)), "matches no tensor"),
+        (Rule(layers=(Numbers(0, 1),), tensors=("lm_head.weight",)), "matches no tensor"),
         (Rule(tensors=("model.norm.weight",), ramp=(0.0, 1.0)), "matches no tensor"),
     ],
 )

@@ -234,6 +234,64 @@ def test_it_waits_for_the_last_shard(tmp_path: Path) -> None:
     assert listener.events[-1] == "published"
 
 
+def test_a_wait_has_an_end_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first task, and before the last: what is missing is named, and nothing is lost."""
+    plan, output = save_family(tmp_path), tmp_path / "merged"
+    wanted, listener = alone(plan), Listener()
+    with pytest.raises(TemporaryError, match=r"4 of 4 shards are missing after 0 s: model-00001-of-00004") as caught:
+        skillmerge.finish(plan, wait=True, wait_limit=0.2, reporter=listener)
+    assert caught.value.fix == "run their tasks again, then the same command; or pass a longer `--wait-limit`"
+    assert len(listener.lines) > 2
+    assert not staging_of(output).exists()
+    run_tasks(plan, output)
+    record_of(output, LAST).unlink()
+    before = time.monotonic()
+    process = run_cli("finish", "plan.json", "--wait-limit", "1.5s", cwd=tmp_path)
+    assert (process.returncode, time.monotonic() - before > 1.4) == (75, True)
+    assert f"1 of 4 shards is missing after 2 s: {LAST}" in process.stderr
+    assert run_tasks(plan, output) == [LAST]
+    skillmerge.finish(plan, wait_limit=60)
+    assert content(output) == wanted
+
+
+def test_it_waits_beside_an_output_that_it_is_to_replace(tmp_path: Path) -> None:
+    """For tasks that have not begun, and may measure what they are told: it must not take the folder before them."""
+    plan, output, listener = save_family(tmp_path), tmp_path / "merged", Listener()
+    wanted = alone(plan, stats="full")
+    skillmerge.apply(write_recipe(tmp_path, coefficients={"lam": 0.25}))
+    options: dict[str, Any] = {"wait_limit": 40, "overwrite": True, "reporter": listener}
+    waiting = threading.Thread(target=lambda: skillmerge.finish(plan, **options), daemon=True)
+    waiting.start()
+    try:
+        end = time.monotonic() + 30
+        while not listener.lines and waiting.is_alive() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert listener.lines[:1] == [f"no task has begun on {output} yet"]
+        run_tasks(plan, output, stats="full")
+    finally:
+        waiting.join(60)
+    assert content(output) == wanted
+    assert skillmerge.finish(plan, wait=True, overwrite=True).already
+
+
+@pytest.mark.parametrize("text", ["6", "h", "-1h", "0s", "1 h", "6hours", "nan", "1e9d", "9" * 400 + "s", "٣h"])
+def test_what_is_no_time_is_refused(tmp_path: Path, text: str) -> None:
+    process = run_cli("finish", tmp_path / "plan.json", "--wait-limit", text)
+    assert process.returncode == 2
+    assert f"`{text}` is not a time; write it like 90s, 30m, 6h or 2d" in process.stderr
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(89, "89 s"), (1800, "30 min"), (21_600, "6 h"), (172_800, "48 h")])
+def test_times_are_shown_in_a_fitting_unit(seconds: float, text: str) -> None:
+    assert collect._time(seconds) == text
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("inf"), float("nan"), True, "6h"])
+def test_a_limit_that_is_none_is_refused(tmp_path: Path, limit: Any) -> None:
+    with pytest.raises(UsageError, match=r"wait_limit .*: seconds, more than 0"):
+        skillmerge.finish(tmp_path / "plan.json", wait_limit=limit)
+
+
 def test_it_says_what_is_slowest(tmp_path: Path) -> None:
     plan, output = save_family(tmp_path), tmp_path / "merged"
     skillmerge.shard(plan, index=0, of=SHARDS)
@@ -311,10 +369,13 @@ def test_a_changed_model_exits_7(tmp_path: Path) -> None:
 
 
 def test_what_the_tasks_allow_is_theirs_to_say(tmp_path: Path) -> None:
+    """Also where it is said by their output alone: who was killed at the end runs the same command again."""
     plan, output = save_family(tmp_path), tmp_path / "merged"
     run_tasks(plan, output, stats="off", allow_nonfinite=True)
     environment = skillmerge.finish(plan).manifest.environment.conditions
     assert (environment["stats"], environment["allow_nonfinite"]) == ("off", True)
+    assert skillmerge.finish(plan).already
+    assert skillmerge.finish(plan, wait=True).already
 
 
 def test_tensors_that_no_task_reads_are_proved(tmp_path: Path) -> None:

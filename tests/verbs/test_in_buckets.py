@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import skillmerge
 from skillmerge.checkpoints.place import Bucket
 from skillmerge.errors import CheckFailed, StalePlan, TemporaryError, UsageError
 from skillmerge.outputs.buckets.sending import work_folder
+from skillmerge.outputs.staging import Staging
 from skillmerge.study.gates import GateFailed
 from skillmerge.verbs.tasks import buckets
 
@@ -188,6 +191,88 @@ def test_finish_waits_for_tasks(s3: S3Server, saved: Path, monkeypatch: pytest.M
     process.join()
     assert made.place == OUT
     skillmerge.verify(OUT)
+
+
+def test_asking_too_early_leaves_the_prefix_to_the_tasks(s3: S3Server, saved: Path, tmp_path: Path) -> None:
+    """They say how rounding is measured, and the first of them may still be to come."""
+    for options in ({}, {"wait_limit": 0.01}):
+        with pytest.raises(TemporaryError, match="2 of 2 shards are missing"):
+            skillmerge.finish(saved, **options)  # type: ignore[arg-type]
+    assert s3.keys("out/") == []
+    for index in range(2):
+        skillmerge.shard(saved, index=index, of=2, stats="full")
+    assert skillmerge.finish(saved).manifest.environment.conditions["stats"] == "full"
+    assert skillmerge.finish(saved).already
+    assert skillmerge.finish(saved, wait=True).already
+
+
+def test_a_wait_for_tasks_has_an_end(s3: S3Server, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "_LOOK", 0.05)
+    skillmerge.shard(saved, index=0, of=2)
+    with pytest.raises(TemporaryError, match=r"1 of 2 shards is missing after 0 s: model-0000\d-of-00002") as caught:
+        skillmerge.finish(saved, wait_limit=0.2)
+    assert "--wait-limit" in str(caught.value.fix)
+
+
+def test_records_that_were_read_are_not_read_again(s3: S3Server, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait of hours looks at what is missing, not at everything."""
+    monkeypatch.setattr(buckets, "_LOOK", 0.01)
+    skillmerge.shard(saved, index=0, of=2)
+    s3.requests.clear()
+    with pytest.raises(TemporaryError):
+        skillmerge.finish(saved, wait_limit=1)
+    assert s3.count("list-type=2") > 5
+    assert s3.count("GET /bucket/out/merged/.skillmerge/done/") <= 2
+
+
+def test_a_task_that_is_late_is_done(s3: S3Server, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have made its shards and published them, after it has looked: the prefix holds an output now."""
+    find, once = buckets.find_output, []
+
+    def overtaken(*given: Any) -> Any:
+        found = find(*given)
+        if not once:
+            once.append(True)
+            for index in range(2):
+                skillmerge.shard(saved, index=index, of=2)
+            skillmerge.finish(saved)
+        return found
+
+    monkeypatch.setattr(buckets, "find_output", overtaken)
+    assert skillmerge.shard(saved, index=0, of=1).made == ()
+    skillmerge.verify(OUT)
+
+
+def test_what_finish_would_refuse_tasks_refuse_before_any_work(s3: S3Server, recipe: Path, tmp_path: Path) -> None:
+    document = json.loads(recipe.read_text())
+    push = {**document["output"], "push": {"repo": "acme/merged"}}
+    for keys, words in (
+        ({"gates": {"finite": True}}, "an output in a bucket keeps none here"),
+        ({"output": push}, "is not pushed in the same run"),
+    ):
+        recipe.write_text(json.dumps({**document, **keys}))
+        skillmerge.plan(recipe, save=tmp_path / "plan.json")
+        with pytest.raises(UsageError, match=words):
+            skillmerge.shard(tmp_path / "plan.json", index=0, of=2)
+    assert s3.keys("out/") == []
+
+
+def test_what_killed_tasks_left_here_is_removed(s3: S3Server, saved: Path, scratch: Path) -> None:
+    """Not what one that lives has, nor what has only just begun."""
+    home = work_folder(Bucket("s3", "bucket", "out/merged")).parent
+    dead, living, new = (home / f"task-{name}.partial" for name in ("dead", "living", "new"))
+    for folder in (dead, new):
+        (folder / "files").mkdir(parents=True)
+        (folder / "lock").touch()
+        (folder / "files" / "model.safetensors").write_bytes(bytes(100))
+    with closing(Staging(home / "task-living")) as staging:
+        staging.begin("plan", {})
+        staging.write_file("model.safetensors", b"its own")
+        for folder in (dead, living):
+            os.utime(folder, (1, 1))
+        skillmerge.shard(saved, index=0, of=2)
+        assert sorted(home.iterdir()) == [living, new]
+        assert (living / "files" / "model.safetensors").read_bytes() == b"its own"
 
 
 def test_a_damaged_shard_is_found_by_finish(s3: S3Server, saved: Path) -> None:

@@ -5,8 +5,12 @@ tests/torture/test_ray.py has a real one.
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+import sys
 import threading
+import types
 from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -19,10 +23,15 @@ from observing import assert_finished, content, staging_of, wait_until
 
 import skillmerge
 from skillmerge import errors
+from skillmerge.engine.runner import Work
 from skillmerge.errors import ResourceError, SkillmergeError, UsageError
-from skillmerge.recipes.parse import parse_recipe
+from skillmerge.plans.opening import Access
+from skillmerge.recipes.parse import load, parse_recipe
+from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed
+from skillmerge.study.scoring.scorers import find_scorer
 from skillmerge.verbs.sweep import sweep as in_sweep
+from skillmerge.verbs.sweep.in_folder import InFolder
 from skillmerge.verbs.tasks import cluster, on_ray
 
 
@@ -33,7 +42,7 @@ class Threads:
     submitted: list[tuple[tuple[str, ...], set[str]]]
 
     def __init__(self, on: str, threads: int | None, device: str) -> None:
-        self.threads, self.device, self.places, self.needs = threads or 1, "cpu", 2, "1 CPU"
+        self.threads, self.device, self.places = threads or 1, "cpu", 2
         Threads.submitted = []
         self._pool = ThreadPoolExecutor(8)
 
@@ -58,6 +67,9 @@ class Threads:
             return task.result()
         except SkillmergeError as error:
             raise pickle.loads(pickle.dumps(error)) from None
+
+    def find_places(self, reporter: Reporter) -> int:
+        return self.places
 
     def nodes_of(self, host: str) -> set[str]:
         return {"slow"}
@@ -118,6 +130,23 @@ def test_what_it_cannot_do_is_said_before_any_work(family: Path, monkeypatch: py
     assert {path.name for path in family.parent.iterdir()} == {"target", "rl", "sft", "recipe.yaml", "words.txt"}
 
 
+def test_an_output_in_a_bucket_is_refused_before_any_work(tasks: type[Threads], family: Path) -> None:
+    """By the recipe, by `--output` and in a saved plan: no model is looked at."""
+    document = json.loads(family.read_text())
+    recipe = family.with_name("bucket.yaml")
+    recipe.write_text(json.dumps({**document, "output": {"path": "s3://bucket/merged"}}))
+    plan = save(family)
+    for model in document["models"]:
+        (family.parent / model).rename(family.parent / f"{model}-gone")
+    for given in ([recipe], [family, "-o", "s3://bucket/merged"], [plan, "-o", "s3://bucket/merged"]):
+        process = run_cli("apply", *given, "--on", "ray")
+        assert process.returncode == 2
+        assert process.stderr.startswith(
+            "error: the output s3://bucket/merged is in a bucket, and tasks of `--on` share a folder\n"
+            "help: choose a folder with `--output`"
+        )
+
+
 def test_tasks_make_the_output(tasks: type[Threads], four: Path) -> None:
     wanted = alone(four)
     result = skillmerge.apply(four, on="ray")
@@ -150,6 +179,35 @@ def test_shards_that_are_all_recorded_need_no_cluster(
     run_tasks(plan, four.parent / "merged", tasks=2)
     monkeypatch.setattr(on_ray, "Cluster", None)
     assert_finished(skillmerge.apply(four, on="ray").output, wanted)
+
+
+@pytest.mark.parametrize("left", ["tasks", "apply"])
+def test_what_another_plan_has_left_is_dropped_as_by_apply(
+    tasks: type[Threads], four: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """So that a run which was stale goes on as it was told to: by the same command, which plans again."""
+    output, notes, reporter = four.parent / "merged", [], Reporter()
+    done = staging_of(output) / "done"
+
+    def fail(number: int, shards: tuple[str, ...]) -> None:
+        if number == 3:
+            wait_until(lambda: done.exists() and list(done.glob("*.json")))
+            raise errors.InputError("x")
+
+    if left == "tasks":
+        skillmerge.shard(save(four), index=0, of=2)
+    else:
+        tasks.before = staticmethod(fail)
+        with pytest.raises(errors.InputError):
+            skillmerge.apply(four, on="ray")
+        tasks.before = staticmethod(lambda number, shards: None)
+    assert list(done.glob("*.json"))
+    for file in (four.parent / "rl").iterdir():
+        os.utime(file, (1, 1))
+    monkeypatch.setattr(reporter, "note", notes.append)
+    wanted = alone(four)
+    assert_finished(skillmerge.apply(four, on="ray", reporter=reporter).output, wanted)
+    assert notes[-1].startswith("dropped an unfinished run of ")
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -218,6 +276,85 @@ def test_candidates_are_scored_as_on_one_machine(
     assert len(places) == 1
     with pytest.raises(errors.CheckFailed, match="exit status 1"):
         skillmerge.sweep(four, ["lam=0:1:0.5"], "false", "failing", on="ray")
+
+
+NODES = {
+    "cpus": [{"CPU": 16.0}, {"CPU": 2.0}],
+    "gpus": [{"CPU": 64.0}, {"CPU": 16.0, "GPU": 8.0}],
+    "none": [{"memory": 1.0}],
+}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "threads", "device", "found", "fix"),
+    [
+        ("cpus", None, "auto", (8, 2), None),
+        ("cpus", 3, "cpu", (3, 5), None),
+        ("cpus", 32, "cpu", (32, 0), "let the cluster grow, or pass a lower `--threads`"),
+        ("cpus", None, "cuda", (8, 0), "let the cluster grow, or compute on the CPU: leave `--device` out"),
+        ("gpus", None, "cuda:1", (2, 8), None),
+        ("gpus", None, "auto", (8, 10), None),
+        ("none", None, "auto", (8, 0), "let the cluster grow"),
+    ],
+)
+def test_tasks_have_what_nodes_can_give(
+    monkeypatch: pytest.MonkeyPatch, nodes: str, threads: int | None, device: str, found: tuple[int, int], fix: Any
+) -> None:
+    """With CUDA every GPU of a node has work. Where no node can take a task, that is said."""
+    rows = [{"NodeID": str(at), "Alive": True, "Resources": has} for at, has in enumerate(NODES[nodes])]
+    fake = types.SimpleNamespace(is_initialized=lambda: True, nodes=lambda: rows)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    reporter, fixes = Reporter(), []
+    monkeypatch.setattr(reporter, "show_warning", lambda message, fix: fixes.append(fix))
+    connected = cluster.Cluster("ray", threads, device)
+    assert (connected.threads, connected.find_places(reporter)) == found
+    assert fixes == ([fix] if fix else [])
+
+
+def test_candidates_are_the_same_in_whatever_folder_a_node_works(
+    tasks: type[Threads], four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe that was named by a relative path, and its lock."""
+    sent: list[Any] = []
+    monkeypatch.setattr(in_sweep, "Cluster", Threads)
+    monkeypatch.chdir(four.parent)
+    submit = Threads.submit
+
+    def watched(self: Threads, work: bytes, *arguments: Any, avoid: Collection[str] = ()) -> Future[Any]:
+        sent.append(arguments[1])
+        return submit(self, work, *arguments, avoid=avoid)
+
+    monkeypatch.setattr(Threads, "submit", watched)
+    skillmerge.sweep(Path("recipe.yaml"), ["lam=0,1"], "echo 1 #", on="ray")
+    for recipe in sent:
+        assert recipe.model_place("rl").path == four.parent / "rl"
+        assert Path(recipe.document.name) == four
+        assert recipe.output.path == four.parent / "merged"
+    assert len(sent) == 2
+
+
+def test_candidate_that_two_nodes_score_at_once_is_scored(four: Path) -> None:
+    """Ray runs a task again where it believes a node dead, which may go on all the same."""
+    recipe, both = (
+        load(four),
+        "touch at-work.$$; while [ $(ls at-work.* | wc -l) -lt 2 ]; do sleep 0.05; done; echo 1 #",
+    )
+    scoring = InFolder(find_scorer(both), Access(), Work("cpu", 1), (0,), four.parent / "scratch", four.parent)
+    with ThreadPoolExecutor(2) as pool:
+        trials = [pool.submit(scoring, {"lam": 0.5}, recipe, True) for _ in range(2)]
+        assert [trial.result(60)[0].scores["score"].value for trial in trials] == [1, 1]
+    assert list((four.parent / "scratch").iterdir()) == []
+
+
+def test_a_sweep_that_no_node_can_take_says_so(
+    tasks: type[Threads], four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(in_sweep, "Cluster", Threads)
+    monkeypatch.setattr(Threads, "find_places", lambda self, reporter: asked.append(reporter))
+    monkeypatch.chdir(four.parent)
+    skillmerge.sweep(four, ["lam=0,1"], "echo 1 #", on="ray", reporter=(reporter := Reporter()))
+    assert asked == [reporter]
 
 
 def kinds(kind: type[SkillmergeError] = SkillmergeError) -> list[type[SkillmergeError]]:

@@ -118,7 +118,7 @@ class Objects:
                 for row in batch:
                     name = str(row["path"])
                     if name and not name.startswith(RECORDS):
-                        found[name] = Stat(row["size"], (row["size"], _etag(row), row["version"] or ""))
+                        found[name] = stat_of(row)
                 if len(found) > _MOST_OBJECTS:
                     raise InputError(
                         f"{self.place} holds too many objects to be a model", fix="name the model's own prefix"
@@ -233,6 +233,11 @@ class Objects:
             f"{self.at.path(file)} changed while it was in use",
             fix="stop everything that writes to the inputs, then rerun",
         )
+
+
+def stat_of(row: Any) -> Stat:
+    """Return what a listing or a HEAD request says of an object."""
+    return Stat(row["size"], (row["size"], _etag(row), row["version"] or ""))
 
 
 def _etag(row: Any) -> str:

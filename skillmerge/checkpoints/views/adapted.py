@@ -74,6 +74,10 @@ class Adapted(_Adapting):
         )
         self.naming, self.trained_on = base.naming, adapter.lora.base
 
+    @property
+    def own(self) -> Checkpoint:
+        return self.adapter
+
     def written_dtype(self, tensor: str) -> str:
         return self._base.written_dtype(tensor)
 
@@ -326,7 +330,8 @@ def _refuse_replacements(adapter: Adapter, changes: Mapping[str, Change]) -> Non
     parts = [f"some rows of `{name}`" for name, change in changes.items() if change.rows]
     whole = [f"`{name}`" for name, change in changes.items() if change.whole]
     if parts or whole:
-        what = f"replaces {some(parts, 2)}" if parts else f"{some(whole, 2)} replaces a whole tensor"
+        several = "replace whole tensors" if len(whole) > 1 else "replaces a whole tensor"
+        what = f"replaces {some(parts, 2)}" if parts else f"{some(whole, 2)} {several}"
         raise InputError(
             f"{adapter.place}: {what}, which is no difference",
             fix="give `onto:` the model that the adapter was trained on, and subtract that model",

@@ -17,6 +17,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint, Piece, View
 from skillmerge.checkpoints.store import Wait, nothing_to_wait_for
 from skillmerge.checkpoints.views.bands import Band, Bands, Pair, Rectangle, by_band, rectangles
 from skillmerge.checkpoints.views.relations import EXPERT, Layout, layouts, turned
+from skillmerge.checkpoints.views.widened import Widened, common_dtype
 from skillmerge.naming import module_kind
 from skillmerge.tensors import DTYPES, TensorSpec
 
@@ -154,6 +155,10 @@ class Arranged(View):
                 found[file] = found.get(file, 0) + cost * pair.stored.elements // max(whole, 1)
         return found
 
+    def written_dtype(self, tensor: str) -> str:
+        plan = self._plans.get(tensor)
+        return self._checkpoint.written_dtype(tensor if plan is None else plan.pairs[0].stored.tensor)
+
     def close(self) -> None:
         self._bands.close()
         super().close()
@@ -169,7 +174,7 @@ def in_layout_of(checkpoint: Checkpoint, wanted: Mapping[str, TensorSpec], *, wh
     if not ours or not theirs:
         return checkpoint
     stored, asked = layouts(ours, theirs)
-    pairs = {name: found for name in asked.holds if (found := _pairs(name, stored, asked, ours))}
+    pairs = {name: found for name in asked.holds if (found := _pairs(wanted[name], stored, asked))}
     if whole:
         other = {at for at, experts in asked.experts.items() if experts != stored.experts.get(at)}
         pairs = {
@@ -179,7 +184,10 @@ def in_layout_of(checkpoint: Checkpoint, wanted: Mapping[str, TensorSpec], *, wh
         }
     while whole and (left := _left_over(pairs.values(), ours)):
         pairs = {name: found for name, found in pairs.items() if not any(it.stored.tensor in left for it in found)}
-    return Arranged(checkpoint, {name: _Plan(found) for name, found in pairs.items()}, wanted) if pairs else checkpoint
+    if not pairs:
+        return checkpoint
+    plans = {name: _Plan(found) for name, found in pairs.items()}
+    return Arranged(_in_one_dtype(checkpoint, pairs), plans, wanted)
 
 
 def apart(
@@ -192,16 +200,24 @@ def apart(
     return left, right
 
 
-def _pairs(name: str, stored: Layout, asked: Layout, tensors: Mapping[str, TensorSpec]) -> list[Pair]:
-    """Return what a tensor is put together from; nothing if not all of it is there, in one dtype."""
-    parts = asked.holds[name]
+def _pairs(wanted: TensorSpec, stored: Layout, asked: Layout) -> list[Pair]:
+    """Return what a tensor is put together from; nothing if not all of it is there."""
+    parts = asked.holds[wanted.name]
     found = [Pair(stored.parts[it], asked.parts[it]) for it in parts if it in stored.parts]
-    fits = all(pair.stored.shape == pair.wanted.shape for pair in found)
-    return found if fits and len(found) == len(parts) and len(_dtypes(found, tensors)) == 1 else []
+    fits = all(pair.stored.shape == pair.wanted.shape for pair in found) and len(found) == len(parts)
+    return found if fits and sum(pair.wanted.elements for pair in found) == wanted.elements > 0 else []
 
 
-def _dtypes(pairs: Iterable[Pair], tensors: Mapping[str, TensorSpec]) -> set[str]:
-    return {tensors[pair.stored.tensor].dtype for pair in pairs}
+def _in_one_dtype(checkpoint: Checkpoint, pairs: Mapping[str, Sequence[Pair]]) -> Checkpoint:
+    """Return the checkpoint with the parts of each tensor in one dtype: an adapter may have changed some of them, which
+    have more digits then."""
+    dtypes: dict[str, str] = {}
+    for found in pairs.values():
+        stored = {pair.stored.tensor: checkpoint.tensors[pair.stored.tensor].dtype for pair in found}
+        if len(held := {*stored.values()}) > 1:
+            wide = common_dtype(held)
+            dtypes |= {name: wide for name, dtype in stored.items() if dtype != wide}
+    return Widened(checkpoint, dtypes) if dtypes else checkpoint
 
 
 def _left_over(plans: Iterable[Sequence[Pair]], tensors: Mapping[str, TensorSpec]) -> set[str]:

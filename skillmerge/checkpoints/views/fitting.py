@@ -297,14 +297,14 @@ def no_module(adapter: Adapter, pair: Pair, model: Model, rename: Sequence[tuple
 def _nearest(name: str, model: Model) -> str | None:
     """Return the model's name for a tensor that has another one in the adapter: that with the longest common end."""
     parts = name.split(".")
-    for start in range(1, max(1, len(parts) - 2)):
+    for start in range(max(1, len(parts) - 2)):
         ending = "." + ".".join(parts[start:])
         ends = [other for other in model.tensors if other.endswith(ending) or f".{other}" == ending]
         if len(ends) == 1:
             old, new = name.removesuffix(ending[1:]), ends[0].removesuffix(ending[1:])
             return f'the nearest is `{ends[0]}`; to read it so, add `rename: [{{from: "{old}", to: "{new}"}}]`'
     alike = [other for other in model.tensors if other.count(".") == name.count(".")]
-    near = difflib.get_close_matches(name, alike[:2000], n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, alike[:2000], n=1, cutoff=0.8)
     return f"the nearest is `{near[0]}`; {_OTHER}" if near else None
 
 

@@ -3,8 +3,8 @@
     acc = 0; for k = 0 .. r-1: acc += B[:, k] * A[k]        separate multiplication and addition, in float64
     s * acc                                                 in float64
 
-Whoever adds it to a weight W computes W + s * acc in float64 and rounds once, to float32. An element depends on nothing
-but its row of B and its column of A, so that its bytes are the same however a matrix is cut into pieces.
+The sum with a weight, W + s * acc, is computed in float64 too, and rounded once, to float32. An element depends on
+nothing but its row of B and its column of A, so that its bytes are the same however a matrix is cut into pieces.
 """
 
 from __future__ import annotations

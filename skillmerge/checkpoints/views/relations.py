@@ -77,6 +77,9 @@ SYNONYMS = tuple(
 _WIDE = {"gate_up": 2, "gate": 1, "up": 1}
 """Packed tensors that hold rows of the inner size, and how many parts each holds."""
 
+MOST_EXPERTS = 1 << 14
+"""Most experts of a packed tensor: more than any model has, and few enough to look at each."""
+
 EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\..*")
 
 
@@ -156,7 +159,7 @@ class Layout:
             yield from zip(parts, self._fused(spec, parts), strict=False)
             return
         vector = common.endswith("_bias")
-        if len(spec.shape) != (2 if vector else 3):
+        if len(spec.shape) != (2 if vector else 3) or not experts_in(name, spec.shape):
             return
         count, *matrix = spec.shape
         shape = (matrix[0], 1) if vector else (matrix[0], matrix[1])
@@ -228,6 +231,12 @@ def is_packed(name: str) -> bool:
     """Return whether a name is that of a tensor with one matrix, or vector, for each expert."""
     common = common_name(name)
     return any(it.is_stacked and it.pattern.fullmatch(common) for it in RELATIONS)
+
+
+def experts_in(name: str, shape: Sequence[int]) -> int:
+    """Return how many experts a tensor packs; 0 if it packs none."""
+    fits = len(shape) in (2, 3) and 0 < shape[0] <= MOST_EXPERTS and math.prod(shape) > 0
+    return shape[0] if fits and is_packed(name) else 0
 
 
 def common_name(name: str) -> str:

@@ -54,7 +54,7 @@ def _parameter(
         near = {it: spec for it, spec in model.tensors.items() if layer is None or it.startswith(layer[0])}
         experts, left = divmod(pair.a.shape[0], rank)
         inputs, outputs = pair.a.shape[1], pair.b.shape[0]
-        # Before PEFT 0.19 a parameter of [experts, outputs, inputs] was taken for one of [experts, inputs, outputs].
+        # Older versions of PEFT took a parameter of [experts, outputs, inputs] for one of [experts, inputs, outputs].
         for transposed, sides in ((False, (outputs, inputs)), (True, (inputs, outputs))):
             spec = TensorSpec(name, "F64", (experts, *sides), adapter.file)
             fits = not left and _is_upright(spec, near)

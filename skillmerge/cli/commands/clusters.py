@@ -69,9 +69,16 @@ def shard(
         write_result(done)
 
 
-@command("finish plan.json -o /shared/merged", "finish plan.json -o /shared/merged --wait --push org/name")
+@command("finish plan.json -o /shared/merged", "finish plan.json -o /shared/merged --wait-limit 6h --push org/name")
 @click.argument("plan", type=click.Path())
 @option("--wait", group=TASK, is_flag=True, help="Wait until the tasks have made every shard")
+@option(
+    "--wait-limit",
+    group=TASK,
+    type=flags.Duration(),
+    metavar="TIME",
+    help="Wait no longer than this: 90s, 30m, 6h or 2d",
+)
 @option("--verify", group=TASK, is_flag=True, help="Reread every shard, also those whose size and time are unchanged")
 @flags.strict
 @flags.hub

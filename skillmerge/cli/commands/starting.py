@@ -46,9 +46,10 @@ def init(path: str, source: str | None, names: bool, quiet: bool) -> None:
     PATH is recipe.yaml by default; - writes to standard output. The schema that is written beside a recipe lets
     editors complete and explain its keys.
 
-    Recipes for --from: attention-only, average, blend-skills, chat-vector, dare, della, dots, five-experts,
-    frozen-embeddings-and-norms, hub-to-hub, lines, mlp-only, model-stock, past, past-ramp, ram, refine, sce,
-    skill-removal, slerp, stored-skill, ties, two-skills.
+    Recipes for --from: adapter, adapter-difference, attention-only, average, blend-skills, chat-vector, dare, della,
+    dots, five-experts, frozen-embeddings-and-norms, hub-to-hub, keep-router, lines, merge-router, mlp-only,
+    model-stock, past, past-ramp, ram, refine, sce, skill-removal, slerp, some-experts, stored-skill, ties,
+    tokens-by-name, two-skills, upscaled.
     """
     from skillmerge.recipes.starter import SCHEMA_FILE, gallery, is_file_name, recipe_text
     from skillmerge.recipes.starter import init as run

@@ -23,7 +23,7 @@ from skillmerge.remarks import ACCEPTABLE
 
 
 @command("extract --from source-rl --minus source-sft -o math-skill")
-@option("--from", "rl", group=flags.MERGE, required=True, metavar="MODEL", help="Model that has the skill")
+@option("--from", "rl", group=flags.MERGE, required=True, metavar="MODEL", help="Model or adapter that has the skill")
 @option("--minus", "sft", group=flags.MERGE, required=True, metavar="MODEL", help="The same model before it had it")
 @option(
     "--dtype", group=flags.MERGE, type=click.Choice(["same", "bfloat16", "float16", "float32"]), default="same",
@@ -138,8 +138,8 @@ def inspect(
 ) -> None:
     """Show what changed between models.
 
-    SOURCE is a recipe, a stored skill, or the model before; OTHER is the model after. Several skills are compared
-    with one another. Nothing is written: rounding is computed for every lambda.
+    SOURCE is a recipe, a stored skill, an adapter, or the model before; OTHER is the model or the adapter after.
+    Several skills are compared with one another. Nothing is written: rounding is computed for every lambda.
     """
     from skillmerge.cli.console import console
     from skillmerge.cli.show.inspection import show_inspection

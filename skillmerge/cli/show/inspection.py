@@ -16,6 +16,7 @@ from skillmerge.cli.show.sentences import sentences
 from skillmerge.cli.show.table import Table
 from skillmerge.naming import MODULE_KINDS, module_kind
 from skillmerge.plans.depth import a_mark, bars, number
+from skillmerge.study.groups import ALL_LAYERS
 from skillmerge.study.inspect import FIGURES_OF_TWO
 from skillmerge.tensors import percent
 
@@ -81,6 +82,8 @@ def _show_details(found: Inspection, rows: Mapping[str, Mapping[str, Any]], out:
         out.print(Text(f"\n{_CHANCE}"))
     for key in ("changed", "norm_ratio", "cosine_z"):
         _show_map(found, key, out)
+    for key in ("changed", "norm_ratio"):
+        _show_experts(found, key, out)
 
 
 def _show_each(found: Inspection, out: Console) -> None:
@@ -143,6 +146,27 @@ def _figures(
     for label, row in rows.items():
         table.add_row(Text(label), str(row[counted]), *(show(row[key], known[key].unit) for key in keys))
     return table
+
+
+def _show_experts(found: Inspection, key: str, out: Console) -> None:
+    """Show a figure over the experts of a layer, all layers together, and where it is largest."""
+    over: dict[int, float] = {}
+    for label, figures in found.experts.items():
+        place, _, expert = label.rpartition(" ")
+        if place == ALL_LAYERS and figures.get(key) is not None:
+            over[int(expert)] = figures[key]
+    if not over:
+        return
+    figure, values = FIGURES[key], list(over.values())
+    cells = {it: row[key] for it, row in found.experts.items() if row.get(key) is not None}
+    place, _, expert = max(
+        (it for it in cells if not it.startswith(f"{ALL_LAYERS} ")), key=cells.__getitem__
+    ).rpartition(" ")
+    scale = f"{show(min(values), figure.unit)} to {show(max(values), figure.unit)}{a_mark(len(values), 'experts')}"
+    out.print(Text(f"\n{figure.label} over experts {min(over)} to {max(over)}, all layers: {scale}"))
+    out.print(Text(bars(values, min(0.0, *values), max(0.0, *values))))
+    most = show(cells[f"{place} {expert}"], figure.unit)
+    out.print(Text(f"largest: {most} in expert {expert} of {place}"))
 
 
 def _show_map(found: Inspection, key: str, out: Console) -> None:

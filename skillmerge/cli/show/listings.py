@@ -101,7 +101,8 @@ def _examples(found: Vocabulary) -> Iterator[str]:
 def coefficients(plan: Plan) -> Iterator[tuple[str, Depth]]:
     """Yield each coefficient by layer and kind of module."""
     for index, name in enumerate(plan.coefficients):
-        rows = ((it.name, it.shape, it.coefficients[index]) for it in plan.tensors.values() if it.coefficients[index:])
+        found = (row for tensor in plan.tensors.values() for row in tensor.rows)
+        rows = ((tensor, shape, values[index]) for tensor, shape, values in found if values[index:])
         yield name, over_depth(rows)
 
 
@@ -127,11 +128,12 @@ def merged(plan: Plan) -> str | None:
 
 
 def patched(plan: Plan) -> str | None:
-    """Return what happens where the output is a model with a patch or an adapter applied and nothing else."""
-    onto = plan.recipe.patches.get(plan.donor)
-    if onto is None or plan.merged_share != 0:
+    """Return what happens where the output is a stack, or a model with a patch or an adapter applied, and nothing
+    else."""
+    entry = plan.recipe.entries.get(plan.donor)
+    if entry is None or not entry.is_made or plan.merged_share != 0:
         return None
-    return f"writes `{onto}` with the {plan.recipe.entries[plan.donor].kind} applied"
+    return f"writes the {entry.place}" if entry.stack else f"writes `{entry.onto}` with the {entry.kind} applied"
 
 
 @dataclass(frozen=True, slots=True)

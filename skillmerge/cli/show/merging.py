@@ -37,7 +37,8 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
         role = f"{item.name} (donor)" if item.name == plan.donor else item.name
         size = format_bytes(sum(file.size for file in item.files))
         place = f"{item.uri} at {item.revision[:12]}" if item.revision else item.uri
-        models.add_row(*map(Text, (role, place, str(len(item.files)), size)))
+        held = ("-", "-") if item.naming.stack else (str(len(item.files)), size)  # a stack has no files of its own
+        models.add_row(*map(Text, (role, place, *held)))
     out.print(models)
     for name, depth in listings.coefficients(plan):
         _show_coefficient(name, depth, out)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
@@ -46,13 +45,14 @@ class Preparations:
 
     def __init__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], tile: int) -> None:
         self._plan, self._checkpoints, self._tile = plan, checkpoints, tile
-        self._known: dict[str, _Shared] = {}
+        self._known: dict[tuple[str, tuple[int, int] | None], _Shared] = {}
         self._lock = threading.Lock()
         self._of_model = _states_of_model(plan)
 
     def read_model(self, stream: Stream, worker: Callable[[], StretchReader], threads: int) -> None:
         """Find out what methods have to know of the whole model, if they do: before anything is merged."""
-        tensors = [it for it in self._plan.tensors.values() if it.program and any(c.by_model for c in it.program.calls)]
+        pieces = (piece for tensor in self._plan.tensors.values() for piece in tensor.pieces)
+        tensors = [it for it in pieces if it.program and any(call.by_model for call in it.program.calls)]
 
         def read(item: tuple[TensorPlan, Preparation, Stretch]) -> Partials:
             return stream.own(worker).read_stretch(*item)
@@ -93,22 +93,28 @@ class Preparations:
     def done(self, names: Iterable[str]) -> dict[str, Scalars]:
         """Forget tensors that are merged, and return what their calls found."""
         with self._lock:
-            finished = {name: self._known.pop(name) for name in names if name in self._known}
-        again = (it for it in map(self._plan.tensors.__getitem__, finished) if it.readings)
-        for model, source in (source for tensor in again for source in tensor.sources):
+            wanted = set(names)
+            finished = {key: self._known.pop(key) for key in sorted(self._known, key=_place) if key[0] in wanted}
+        again = (self._plan.tensors[name].read_again for name in dict.fromkeys(name for name, _ in finished))
+        for model, source in (source for sources in again for source in sources):
             if isinstance(checkpoint := self._checkpoints[model], Spooled):
                 checkpoint.forget(source)
-        found = {name: shared.preparation.found() for name, shared in finished.items()}
-        return {name: scalars for name, scalars in found.items() if scalars}
+        found: dict[str, dict[str, Sequence[float]]] = {}
+        for (name, _), shared in finished.items():
+            for key, numbers in shared.preparation.found().items():
+                scalars = found.setdefault(name, {})
+                scalars[key] = (*scalars.get(key, ()), *numbers)
+        return dict(found)
 
     def _shared(self, tensor: TensorPlan) -> _Shared:
         assert tensor.program is not None
         with self._lock:
-            if tensor.name not in self._known:
-                seed = self._plan.recipe.output.seed
-                preparation = Preparation(tensor.program, tensor.shape, tensor.name, seed, self._of_model)
-                self._known[tensor.name] = _Shared(preparation, self._tile)
-            return self._known[tensor.name]
+            key = tensor.name, tensor.experts
+            if key not in self._known:
+                seed, span = self._plan.recipe.output.seed, tensor.span if tensor.experts is not None else None
+                preparation = Preparation(tensor.program, tensor.shape, tensor.name, seed, self._of_model, span)
+                self._known[key] = _Shared(preparation, self._tile)
+            return self._known[key]
 
     def _advance(self, tensor: TensorPlan, shared: _Shared) -> None:
         try:
@@ -118,13 +124,19 @@ class Preparations:
         shared.left.extend(shared.preparation.stretches(self._tile))
 
 
+def _place(key: tuple[str, tuple[int, int] | None]) -> tuple[str, tuple[int, int]]:
+    return key[0], key[1] or (0, 0)
+
+
 def _states_of_model(plan: Plan) -> dict[int, State]:
     """Return the states of calls that take the whole model, by their positions in the text."""
     calls: dict[int, Call] = {}
     elements: dict[int, int] = {}
     for tensor in plan.tensors.values():
-        for call in tensor.program.calls if tensor.program is not None else ():
-            if call.by_model:
-                calls[call.position] = call
-                elements[call.position] = elements.get(call.position, 0) + math.prod(tensor.shape)
+        for piece in tensor.pieces:
+            for call in piece.program.calls if piece.program is not None else ():
+                if call.by_model:
+                    calls[call.position] = call
+                    first, last = piece.span
+                    elements[call.position] = elements.get(call.position, 0) + last - first
     return {position: state_of_model(call, elements[position]) for position, call in calls.items()}

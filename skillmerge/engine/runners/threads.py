@@ -58,9 +58,8 @@ def _read_again(shards: Sequence[ShardPlan], plan: Plan) -> dict[str, Counter[st
     """Return the tensors of each model that are read more than once, and for how many tensors of the output."""
     found: dict[str, Counter[str]] = {}
     for tensor in (plan.tensors[spec.name] for shard in shards for spec in shard.specs):
-        if tensor.readings:
-            for model, source in tensor.sources:
-                found.setdefault(model, Counter())[source] += 1
+        for model, source in tensor.read_again:
+            found.setdefault(model, Counter())[source] += 1
     return found
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 from skillmerge.checkpoints.place import Bucket
 from skillmerge.checkpoints.stores.object_client import cloud, connect, tried
-from skillmerge.checkpoints.stores.objects import RECORDS
+from skillmerge.checkpoints.stores.objects import RECORDS, Objects, stat_of
 from skillmerge.checkpoints.stores.retries import Passing, stopped
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.errors import CheckFailed, UsageError, some
@@ -36,6 +36,8 @@ _PARTS_AT_ONCE = 4
 _WHOLE = 2 * _PART
 """Files up to this many bytes are sent in one request, which can be told to create and never to replace."""
 _PIECE = 1 << 20
+_COMPARED = 32 << 20
+"""Bytes that are read of an object at the same time."""
 
 
 class Prefix:
@@ -110,8 +112,9 @@ class Prefix:
                 fix="finish that run, or remove what is there; or choose another prefix with `--output`",
             )
 
-    def records(self, header: Header) -> dict[str, ShardRecord]:
-        """Return the records of shards that are there in the size that was recorded."""
+    def records(self, header: Header, wanted: Collection[str] | None = None) -> dict[str, ShardRecord]:
+        """Return the records of shards that are there in the size that was recorded. wanted: of which shards, if not of
+        all."""
         sizes = self.listed()
 
         def read(name: str, stop: threading.Event) -> ShardRecord | None:
@@ -120,7 +123,10 @@ class Prefix:
                 return ShardRecord.from_json(row) if row.pop("of") == header.plan else None
             return None
 
-        found = in_threads(read, [name for name in sizes if name.startswith(DONE)])
+        names = [name for name in sizes if name.startswith(DONE)]
+        if wanted is not None:
+            names = [name for name in names if name.removeprefix(DONE).removesuffix(".json") in wanted]
+        found = in_threads(read, names)
         return {done.file: done for done in found if done is not None and sizes.get(done.file) == done.size}
 
     def record(self, header: Header, done: ShardRecord) -> None:
@@ -176,18 +182,17 @@ class Prefix:
         """Raise CheckFailed if an object is not the shard: another run may have sent it and not recorded it."""
         import obstore
 
-        def attempt() -> str:
-            digest = hashlib.sha256()
-            for piece in obstore.get(self._client, done.file).stream(min_chunk_size=_PIECE):
-                digest.update(piece)
-            return digest.hexdigest()
-
-        try:
-            found = tried(self.place, attempt) if self._size(done.file) == done.size else ""
-        except FileNotFoundError:
-            found = ""
-        if found != done.sha256:
-            raise self._another(done.file)
+        digest = hashlib.sha256()
+        with suppress(FileNotFoundError):
+            stat = stat_of(tried(self.place, lambda: obstore.head(self._client, done.file)))
+            if stat.size == done.size:
+                # In ranges: one request would have to bring all of it before it times out.
+                with closing(Objects(self.place, known={done.file: stat})) as store:
+                    for start in range(0, stat.size, _COMPARED):
+                        digest.update(store.peek(done.file, start, _COMPARED))
+                if digest.hexdigest() == done.sha256:
+                    return
+        raise self._another(done.file)
 
     def _another(self, name: str) -> CheckFailed:
         return CheckFailed(

@@ -115,7 +115,7 @@ class BucketOutput(Sender):
             self._staging.discard()
         return TemporaryError(
             f"{self.place}: shards that were sent are not there any more: {some(sorted(lost))}",
-            fix="run the same command again, which makes them again",
+            fix="run the same command again; if tasks have made them, run those first",
         )
 
 

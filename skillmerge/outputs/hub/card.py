@@ -20,7 +20,7 @@ from skillmerge.errors import UsageError
 from skillmerge.outputs.manifest import Input, Manifest
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.plans.depth import number, over_depth
-from skillmerge.plans.plan import InputPlan
+from skillmerge.plans.plan import InputPlan, coefficients_of
 from skillmerge.recipes.recipe import Push
 from skillmerge.tensors import format_bytes
 
@@ -91,7 +91,7 @@ def _body(manifest: Manifest, push: Push) -> str:
     name = push.repository.split("/")[-1]
     sections = [
         f"# {name}",
-        f"A merge of {len(manifest.inputs)} models by `{manifest.expression}`, computed by "
+        f"A merge of {sum(not item.stack for item in manifest.inputs)} models by `{manifest.expression}`, computed by "
         f"skillmerge {manifest.tool.version}: {len(manifest.tensors)} tensors, {format_bytes(manifest.size)}.",
         "## Parents",
         _parents(manifest),
@@ -148,7 +148,9 @@ def _parents(manifest: Manifest) -> str:
     rows = []
     for item in manifest.inputs:
         place = on_hub(item.uri)
-        if place is not None:
+        if item.stack:
+            where = item.uri
+        elif place is not None:
             where = f"[{place.repository}](https://huggingface.co/{place.repository})"
         else:
             sizes = [file.size for file in item.files]
@@ -161,11 +163,10 @@ def _parents(manifest: Manifest) -> str:
 
 
 def _coefficient(manifest: Manifest, name: str, index: int) -> str:
-    depth = over_depth(
-        (tensor.name, tensor.shape, tensor.coefficients[index])
-        for tensor in manifest.tensors
-        if index < len(tensor.coefficients)
+    found = (
+        row for it in manifest.tensors for row in coefficients_of(it.name, it.shape, it.coefficients, it.slices or ())
     )
+    depth = over_depth((tensor, shape, values[index]) for tensor, shape, values in found if index < len(values))
     pictures = "\n".join(f"{name} over {stack}: {picture}" for stack, picture in depth.pictures)
     rows = [(label, *(cells[kind] for kind in depth.kinds)) for label, cells in depth.rows]
     return (f"```\n{pictures}\n```\n\n" if pictures else "") + _table((name, *depth.kinds), rows)

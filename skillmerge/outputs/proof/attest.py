@@ -170,7 +170,9 @@ def _provenance(proof: Manifest, log: RunLog, builder_id: str, invocation_id: st
 
 def _dependencies(item: Input) -> Iterator[Any]:
     """Yield an input's commit, where it has one, and its weight files. A local input appears under its name in the
-    recipe, not its path."""
+    recipe, not its path. A stack has neither: what it is made of are inputs too."""
+    if item.stack:
+        return
     place = on_hub(item.uri)
     at = place.at(item.revision) if place is not None and item.revision else None
     if at is not None:
@@ -197,7 +199,7 @@ def _descriptor(
 
 
 def _is_pinned(item: Input) -> bool:
-    return bool(item.revision) or all(file.sha256 or file.stated_sha256 for file in item.files)
+    return bool(item.revision or item.stack) or all(file.sha256 or file.stated_sha256 for file in item.files)
 
 
 def _without_host_paths(text: str) -> tuple[str, bool]:

@@ -37,7 +37,7 @@ def build(name: str, proof: Manifest, files: Mapping[str, str], finished: dateti
     from cyclonedx.output.json import JsonV1Dot6
 
     model = _model(name, proof, files)
-    inputs = [_input(item, f"input/{item.name}", with_files=True) for item in proof.inputs]
+    inputs = [_input(item, f"input/{item.name}", with_files=True) for item in proof.inputs if not item.stack]
     tool = proof.tool
     tools = [Component(name=tool.name, version=tool.version, type=ComponentType.APPLICATION, bom_ref="tool")]
     document = Bom(
@@ -61,7 +61,7 @@ def _model(name: str, proof: Manifest, files: Mapping[str, str]) -> Component:
         "hash-is-of": f"{MANIFEST_FILE}, which has the sha256 of every file",
         **{f"coefficient:{key}": str(value) for key, value in proof.overrides.items()},
     }
-    ancestors = [_input(item, f"ancestor/{item.name}", with_files=False) for item in proof.inputs]
+    ancestors = [_input(item, f"ancestor/{item.name}", with_files=False) for item in proof.inputs if not item.stack]
     return Component(
         name=name,
         version=proof.plan_digest,

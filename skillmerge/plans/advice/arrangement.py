@@ -49,8 +49,6 @@ def unlike(model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoin
                     f"{what}, in which `{part}` has shape {sizes[0]}; the donor's has {sizes[1]}",
                     f"check that `{model}` is the right model; its sizes differ",
                 )
-        if len(dtypes := sorted({ours[stored.parts[part].tensor].dtype for part in held})) > 1:
-            return Cause(f"{what} of different dtypes: {some(dtypes)}", "save it again in one dtype")
     return _unclear(model, stored, ours) or _unclear(donor_name, asked, theirs)
 
 

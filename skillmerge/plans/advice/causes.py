@@ -65,6 +65,8 @@ def cause_of(
         message = f"model `{model}` has the tensors of the donor `{donor_name}` under other names: {_like(*rules[0])}"
         if recipe.entries[model_of(model)].renames:
             return Cause(message, f"change the `rename` of model `{model}`")
+        if recipe.entries[model_of(model)].stack:
+            return Cause(message, "give the models that it is made of a `rename`")
         return Cause(message, None, (_line(recipe, model_of(model), rules),))
     ours = {name: spec for name, spec in checkpoint.tensors.items() if name not in donor.tensors}
     theirs = {name: spec for name, spec in donor.tensors.items() if name not in checkpoint.tensors}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.model_config import layers_in
 from skillmerge.checkpoints.views.by_token import ByToken
 from skillmerge.checkpoints.views.renamed import WRAPPERS
 from skillmerge.methods.terms import model_of
@@ -19,6 +21,8 @@ def oddities(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: Check
         yield f"the output has the names that `{name}` is renamed to, but config.json is unchanged: check that they fit"
     if not donor.config and not recipe.makes_skill:
         yield "the donor has no config.json: no runtime can load the output"
+    if donor.naming.stack and not recipe.makes_skill:
+        yield from _of_stack(donor)
     for name, onto in recipe.patches.items():
         if name in checkpoints and not checkpoints[name].is_checked:
             yield f"patch `{name}` does not say which model it is for: check that it is for `{onto}`"
@@ -57,3 +61,17 @@ def unlike_bases(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Itera
                 "if RL continued the SFT adapter, its skill is the difference of the two; if it started from the "
                 "merged SFT model, its skill is its adapter alone",
             )
+
+
+def _of_stack(donor: Checkpoint) -> Iterator[str]:
+    """Yield what the output's configuration says of its layers."""
+    first = donor.naming.stack[0][0]
+    if donor.naming.edits:
+        edits = [f"`{key}`{_instead(old, new)}" for key, old, new in donor.naming.edits]
+        yield f"config.json of the output is that of `{first}`, but for {', '.join(edits)}"
+    elif donor.config and layers_in(donor.config) is None:
+        yield f"config.json of `{first}` does not say how many layers there are: check that the output loads"
+
+
+def _instead(old: Any, new: Any) -> str:
+    return "" if isinstance(new, list | str) else f" ({new} instead of {old})"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.methods.terms import sole_model
+from skillmerge.naming import unsliced
 from skillmerge.recipes.formula.tree import ExpressionError, names_in
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.schedules import matcher
@@ -53,19 +54,22 @@ def shares_of(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor_name: str, copied: Collection[str],
     values: Mapping[str, tuple[float, ...]],
 ) -> Shares:  # fmt: skip
-    """Return how much of a model the formula changes. values: the coefficients of the donor's tensors, and of those of
-    other models that the output does without (`ignored_tensors`)."""
+    """Return how much of a model the formula changes. values: the coefficients of the donor's tensors, or of each
+    expert of them, and of those of other models that the output does without (`ignored_tensors`)."""
     donor, sizes = checkpoints[donor_name], ignored_tensors(recipe, checkpoints, donor_name)
     changes: dict[tuple[float, ...], bool] = {}
     merged = taken = whole = 0
     for name, row in values.items():
         if row not in changes:
             changes[row] = _changes(recipe, donor_name, row)
-        spec = donor.tensors.get(name)
+        whole_name = name if name in donor.tensors or name in sizes else unsliced(name)
+        spec = donor.tensors.get(whole_name)
         count = spec.elements if spec is not None else sizes[name]
+        if spec is not None and whole_name != name:
+            count //= spec.shape[0]
         whole += count if spec is not None else 0
         if changes[row] and (spec is None or DTYPES[spec.dtype].is_float):
-            out = spec is None or name in copied
+            out = spec is None or whole_name in copied
             merged, taken = merged + count * (not out), taken + count * out
     return Shares(merged, taken, whole)
 

@@ -17,7 +17,7 @@ from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.vocabulary import json_table
 from skillmerge.errors import InputError, some
 from skillmerge.methods.terms import model_of
-from skillmerge.naming import layer_of, module_kind
+from skillmerge.naming import PARTS, layer_of, module_kind, part_of
 from skillmerge.plans.compare.found import Compared, Level
 from skillmerge.plans.compare.table import IGNORED
 
@@ -33,10 +33,6 @@ _SIDES = {
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
-_PARTS = {
-    "vision": re.compile(r"vision|visual|image|(^|[._])vit([._]|$)|siglip|clip"),
-    "audio": re.compile(r"audio|speech|whisper"),
-}
 _STATED = (
     ("attention_bias", "self_attn.q_proj.weight", "self_attn.q_proj.bias"),
     ("mlp_bias", "mlp.up_proj.weight", "mlp.up_proj.bias"),
@@ -129,23 +125,19 @@ def _stacks(checkpoint: Checkpoint) -> dict[str, Stack]:
     return {name: stack for name, stack in stacks.items() if median(map(len, stack.values())) >= _FEW_TENSORS}
 
 
-def _part(name: str) -> str:
-    return next((part for part, pattern in _PARTS.items() if pattern.search(name)), "text")
-
-
 def _counts(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack], donor: bool) -> Iterator[Compared]:
     """Yield stacks with fewer layers than the config says, and gaps in their numbers."""
     if donor and any(" layers (" in text for text in contradictions(checkpoint.config, _shapes(checkpoint))):
         return  # already reported as a problem of the donor
-    for part in ("text", *_PARTS):
-        inside = [section for where, section in sections(checkpoint.config) if _part(where) == part]
-        of_part = {stack: blocks for stack, blocks in stacks.items() if _part(stack) == part}
+    for part in ("text", *PARTS):
+        inside = [section for where, section in sections(checkpoint.config) if part_of(where) == part]
+        of_part = {stack: blocks for stack, blocks in stacks.items() if part_of(stack) == part}
         if any("num_hidden_groups" in section for section in inside):
             continue  # layers share weights
         for which, expected in _expected(inside, of_part):
             matching = {stack: blocks for stack, blocks in of_part.items() if which in stack}
             held = max((_last(blocks) + 1 for blocks in matching.values()), default=0)
-            if held < expected and (held or (part != "text" and not any(map(_PARTS[part].search, checkpoint.tensors)))):
+            if held < expected and (held or (part != "text" and not any(map(PARTS[part].search, checkpoint.tensors)))):
                 where = f"{which or part} layers" if which or part != "text" else "layers"
                 certain: Level = "problem" if part == "text" else "warning"
                 yield _found(
@@ -210,7 +202,7 @@ def _stated(name: str, checkpoint: Checkpoint, stacks: Mapping[str, Stack]) -> I
             continue
         for stack, blocks in stacks.items():
             inner = set().union(*blocks.values())
-            if _part(stack) == "text" and beside in inner and wanted not in inner:
+            if part_of(stack) == "text" and beside in inner and wanted not in inner:
                 yield _found(
                     "warning", key, "config.json", name, "true",
                     f"config.json says `{key}`, and no layer of `{stack}` has `{wanted}`",

@@ -55,20 +55,21 @@ def compare_config(
     *,
     foreign: bool = False,
     written: Mapping[str, str] | None = None,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Compared]:
     """Return how the configurations of the formula's models differ from the donor's.
 
     A model without a configuration, such as a stored skill, is not compared. dtype: of the output, or None for a skill,
     which gets no configuration. foreign: also compare different architectures, in which nearly everything differs.
-    written: the recipe's line for each model.
+    written: the recipe's line for each model. others: configurations to compare in place of models' own.
     """
-    configs = {name: models[name].config for name in _compared(models, donor, roles)}
+    configs = {name: (others or {}).get(name, models[name].config) for name in _compared(models, donor, roles)}
     found = [] if dtype is None else [*_donor(models[donor], donor, dtype)]
     if configs.get(donor):
         found += _without(models, donor, roles)
         found += _architectures(models, configs, donor, written or {})
         if foreign or not any(one.name == "architecture" for one in found):
-            found += _parts(configs, donor, roles)
+            found += _parts(configs, donor)
         found += _ties({name: models[name] for name in configs}, donor, roles)
     return found
 
@@ -133,25 +134,31 @@ def _kind(kind: str | None, depth: int | None) -> str:
     return (kind or "unnamed") + (f" with {depth} layers" if depth is not None else "")
 
 
-def _parts(configs: Mapping[str, Mapping[str, Any]], donor: str, roles: Roles) -> Iterator[Compared]:
-    """Yield the differences of the language models, then those of the other parts."""
+def compare_texts(configs: Mapping[str, Mapping[str, Any]], donor: str) -> Iterator[Compared]:
+    """Yield the differences of the language models."""
     texts = {name: text_part(config) for name, config in configs.items()}
-    yield from _rows(texts, donor, roles, "", {name: text_kind(config) for name, config in configs.items()})
+    yield from _rows(texts, donor, "", {name: text_kind(config) for name, config in configs.items()})
+
+
+def _parts(configs: Mapping[str, Mapping[str, Any]], donor: str) -> Iterator[Compared]:
+    """Yield the differences of the language models, then those of the other parts."""
+    yield from compare_texts(configs, donor)
+    texts = {name: text_part(config) for name, config in configs.items()}
     others = {name: dict(other_parts(text)) for name, text in texts.items()}
     for key in others[donor]:
         having = {name: parts[key] for name, parts in others.items() if key in parts}
         kinds = {name: part.get("model_type") for name, part in having.items()}
-        yield from _rows(having, donor, roles, f"{key}: ", kinds)
+        yield from _rows(having, donor, f"{key}: ", kinds)
 
 
 def _rows(
-    parts: Mapping[str, Mapping[str, Any]], donor: str, roles: Roles, prefix: str, kinds: Mapping[str, str | None]
+    parts: Mapping[str, Mapping[str, Any]], donor: str, prefix: str, kinds: Mapping[str, str | None]
 ) -> Iterator[Compared]:
     values = {name: effective(part, kinds[name]) for name, part in parts.items()}
     for row in ROWS:
         having = {name: found[row.what] for name, found in values.items() if row.what in found}
         if donor in having and any(value != having[donor] for value in having.values()):
-            yield _difference(row, prefix, having, donor, roles)
+            yield _difference(row, prefix, having, donor)
         elif len(having) < len(parts) and row.level != "note" and any(_says(value, row) for value in having.values()):
             silent = [f"`{name}`" for name in parts if name not in having]
             told = f"{' and '.join(silent)} {'does' if len(silent) == 1 else 'do'} not say it"
@@ -172,7 +179,7 @@ def _says(value: Any, row: Row) -> bool:
     return value != row.default and value not in (None, False, ())
 
 
-def _difference(row: Row, prefix: str, having: Mapping[str, Any], donor: str, roles: Roles) -> Compared:
+def _difference(row: Row, prefix: str, having: Mapping[str, Any], donor: str) -> Compared:
     other = [name for name, value in having.items() if value != having[donor]]
     level: Level = row.level
     shown = _shown(having)

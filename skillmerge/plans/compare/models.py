@@ -18,6 +18,7 @@ from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.roles import Roles, roles_of, token_matrices
 from skillmerge.plans.compare.rows import by_token_advice, without_rows
 from skillmerge.plans.compare.tokens import compare_tokens
+from skillmerge.plans.stacks.compare import compare_parts, leveled_parts
 from skillmerge.plans.vocabulary.by_token import vocabulary_of
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
@@ -82,7 +83,10 @@ def compare_models(
     dtype = None if recipe.makes_skill else recipe.output.dtype
     # Different architectures differ in nearly everything, so the rest is shown only after `accept`.
     settled = "architecture" in recipe.accept
-    found = compare_config(checkpoints, donor, roles, dtype, foreign=settled, written=recipe.model_lines())
+    found = compare_config(
+        checkpoints, donor, roles, dtype, foreign=settled, written=recipe.model_lines(),
+        others=leveled_parts(recipe, checkpoints, donor, roles),
+    )  # fmt: skip
     foreign = not settled and any(it.name == "architecture" for it in found)
     vocabulary = vocabulary_of(own)
     files = own.small_files if isinstance(own, ByToken) else SmallFiles()
@@ -96,17 +100,17 @@ def compare_models(
         )  # fmt: skip
         found += vocabulary.problems(vocabulary_file(own.store.list())) if vocabulary is not None else ()
     found += check_complete({name: checkpoints[name] for name in names}, donor, files)
-    if lenient:
-        found = [replace(it, level="warning") if it.level == "problem" else it for it in found]
-    found = [
-        replace(
-            it, accepted=it.name in recipe.accept and it.level != "note", message=recipe.in_words(it.message),
-            help=recipe.in_words(it.help or "") or None,
-        )
-        for it in found
-    ]  # fmt: skip
+    found += compare_parts(recipe, checkpoints, names)
+    found = [_told(recipe, it, lenient) for it in found]
     subjects, uncompared = _subjects(checkpoints, names, roles, foreign)
     return Comparison(tuple(found), tuple(names), tuple(subjects), tuple(uncompared))
+
+
+def _told(recipe: Recipe, it: Compared, lenient: bool) -> Compared:
+    """Return a difference in the words of the recipe's author, and whether they have accepted it."""
+    level = "warning" if lenient and it.level == "problem" else it.level
+    message, help = recipe.in_words(it.message), recipe.in_words(it.help or "") or None
+    return replace(it, level=level, accepted=it.name in recipe.accept and level != "note", message=message, help=help)
 
 
 def _advice(

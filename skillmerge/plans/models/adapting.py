@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, named
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.views.adapted import difference, onto
 from skillmerge.checkpoints.views.fitting import Model, own_tensors
+from skillmerge.checkpoints.views.renamed import replaced
+from skillmerge.plans.compare.roles import token_matrices
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.tensors import TensorSpec
 
@@ -52,7 +55,21 @@ def as_differences(
     found: dict[str, Checkpoint] = {}
     for name, checkpoint in checkpoints.items():
         if isinstance(checkpoint, Adapter):
-            found |= named(name, difference(checkpoint, model, recipe.entries[name].renames))
+            renames = recipe.entries[name].renames
+            fitted = _with_rows_of(checkpoint, model, renames) if recipe.by_token else model
+            found |= named(name, difference(checkpoint, fitted, renames))
         else:
             found[name] = checkpoint
     return found
+
+
+def _with_rows_of(adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]]) -> Model:
+    """Return a model with as many tokens as an adapter was trained with: its rows are matched by token later."""
+    tensors = dict(model.tensors)
+    matrices = token_matrices(tensors.values(), model.config)
+    for pair in adapter.parts.pairs:
+        name = replaced(f"{pair.module}.weight", rename)
+        if name in matrices:
+            rows = pair.a.shape[1] if pair.embedding or adapter.lora.transposed else pair.b.shape[0]
+            tensors[name] = replace(tensors[name], shape=(rows, *tensors[name].shape[1:]))
+    return replace(model, tensors=tensors)

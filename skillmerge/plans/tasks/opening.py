@@ -27,6 +27,7 @@ from skillmerge.plans.models.adapting import as_differences
 from skillmerge.plans.opening import Access, as_read, close_all, open_all, refuse_missing
 from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.vocabulary.by_token import by_token
+from skillmerge.recipes.recipe import Recipe
 from skillmerge.tensors import TensorSpec
 
 _HEADER_BYTES = 1 << 17
@@ -42,15 +43,17 @@ def open_parts(
     planned one; RecipeError, InputError, TemporaryError.
     """
     recipe = saved.recipe
-    names = [name for name in recipe.used_models() if any(model_of(each) == name for each in needed)]
+    asked = {model_of(name) for name in needed}
+    names = [name for name in recipe.stored_models() if name in asked]
     whole = {name for name in names if name in recipe.skills or name in recipe.patches}
     whole |= {onto for patch, onto in recipe.patches.items()}
     whole |= {*recipe.used_models()} if recipe.by_token else set()  # rows of one model depend on the others' tokens
     if recipe.donor is not None and any(recipe.entries[name].kind == "adapter" for name in names):
         whole.add(recipe.donor)  # whose tensors the differences of adapters have
-    arranged = {name for name in names if input_of(saved, name).get("layout")}
+    arranged = {name for name in asked if input_of(saved, name).get("layout")}
     whole |= arranged
-    places = {name: _at_commit(saved, name) for name in recipe.used_models() if name in {*names, *whole}}
+    whole |= _beneath(recipe, asked | whole)
+    places = {name: _at_commit(saved, name) for name in recipe.stored_models() if name in {*names, *whole}}
     refuse_missing(recipe, places, access)
     opened: dict[str, Checkpoint] = {}
     try:
@@ -76,6 +79,15 @@ def _tensors(saved: SavedPlan) -> dict[str, TensorSpec]:
     """Return the planned tensors, whose layout is the donor's."""
     rows = saved.document["tensors"]
     return {row["name"]: TensorSpec(row["name"], row["dtype"], tuple(row["shape"]), row["file"]) for row in rows}
+
+
+def _beneath(recipe: Recipe, names: Collection[str]) -> set[str]:
+    """Return the models that stacks among these are made of, whose layers can be in any of their files."""
+    found: set[str] = set()
+    for name, parts in reversed(recipe.stacks.items()):
+        if name in names or name in found:
+            found |= {part.model for part in parts}
+    return found
 
 
 def _at_commit(saved: SavedPlan, name: str) -> ModelPlace:

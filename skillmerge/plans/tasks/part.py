@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
@@ -17,10 +18,10 @@ from skillmerge.methods.terms import Leaf, model_of
 from skillmerge.plans.layout import model_shard, skill_shard
 from skillmerge.plans.mapping import Source
 from skillmerge.plans.opening import Access, close_all
-from skillmerge.plans.plan import InputPlan, Plan, ShardPlan, TensorPlan
-from skillmerge.plans.planner import itemsizes
+from skillmerge.plans.plan import Plan, ShardPlan, TensorPlan
+from skillmerge.plans.planner import inputs_of
 from skillmerge.plans.saved import SavedPlan, damage
-from skillmerge.plans.tasks.opening import input_of, open_parts
+from skillmerge.plans.tasks.opening import open_parts
 
 _FORMULA = ("merge", "cut", "compute")
 """Actions that compute the recipe's expression."""
@@ -44,11 +45,11 @@ def part_of(
             for model, source in tensor.sources:
                 needed.setdefault(model, set()).add(source)
     checkpoints = open_parts(saved, needed, shards, access)
+    models = [name for name in checkpoints if name == model_of(name)]
     try:
         yield (
             Plan(
                 recipe=saved.recipe,
-                inputs=tuple(_input(saved, name, it) for name, it in checkpoints.items() if name == model_of(name)),
                 donor=saved.document["donor"],
                 coefficients=tuple(saved.recipe.coefficients),
                 tensors=tensors,
@@ -57,10 +58,9 @@ def part_of(
                 ties=(),
                 problems=(),
                 notes=(),
-                input_itemsizes=itemsizes(tensors, checkpoints),
-                versions=saved.document["versions"],
                 weights_digest=digests[0],
                 digest=digests[1],
+                **{**inputs_of(models, checkpoints, tensors), "versions": saved.document["versions"]},
             ),
             checkpoints,
         )
@@ -91,6 +91,9 @@ def _tensors(saved: SavedPlan, shards: Sequence[str]) -> dict[str, list[TensorPl
 
 def _tensor(saved: SavedPlan, row: Mapping[str, Any], programs: dict[Any, Program | None]) -> TensorPlan:
     sources = tuple(Source(model, tensor) for model, tensor in row["sources"])
+    if row.get("slices"):
+        whole = TensorPlan(row["name"], row["dtype"], tuple(row["shape"]), row["action"], sources)
+        return replace(whole, slices=tuple(_slice(saved, row, it, programs) for it in row["slices"]))
     values = tuple(row["coefficients"])
     program = None
     if row["action"] in _FORMULA or row["action"] == "cast":
@@ -100,12 +103,33 @@ def _tensor(saved: SavedPlan, row: Mapping[str, Any], programs: dict[Any, Progra
         program = programs[key]
         if program is None or program.models != tuple(source.model for source in sources):
             raise ValueError(f"tensor `{row['name']}` has other sources than its formula")
-    if program is not None and (whole := next((call for call in program.calls if call.by_model), None)):
+    if program is not None and (call := next((call for call in program.calls if call.by_model), None)):
         raise UsageError(
-            f"`{whole.method}` with scope=model has to read the whole model, and a task reads its share only",
+            f"`{call.method}` with scope=model has to read the whole model, and a task reads its share only",
             fix="write scope=matrix in the recipe, or merge on one machine: `skillmerge apply`",
         )
     return TensorPlan(row["name"], row["dtype"], tuple(row["shape"]), row["action"], sources, values, program)
+
+
+def _slice(
+    saved: SavedPlan, row: Mapping[str, Any], piece: Mapping[str, Any], programs: dict[Any, Program | None]
+) -> TensorPlan:
+    """Return what happens to a run of experts of a packed tensor."""
+    first, last = piece["experts"]
+    if not 0 <= first <= last < row["shape"][0]:
+        raise ValueError(f"tensor `{row['name']}` has no experts {first}-{last}")
+    key = tuple(piece["coefficients"])
+    if key not in programs:
+        programs[key] = _program(saved, key)
+    program = programs[key]
+    own = [
+        source
+        for model in (program.models if program is not None else ())
+        for source in row["sources"]
+        if source[0] == model
+    ]
+    found = _tensor(saved, {**row, **piece, "sources": own, "slices": None}, programs)
+    return replace(found, experts=(first, last + 1))
 
 
 def _program(saved: SavedPlan, key: tuple[float, ...] | str) -> Program | None:
@@ -121,8 +145,3 @@ def _shard(saved: SavedPlan, file: str, tensors: Sequence[TensorPlan]) -> ShardP
     if shard.size != saved.sizes[file]:
         raise ValueError(f"shard {file} has another size than its tensors")
     return shard
-
-
-def _input(saved: SavedPlan, name: str, checkpoint: Checkpoint) -> InputPlan:
-    planned = input_of(saved, name)
-    return InputPlan(name, planned["uri"], planned["revision"], None, checkpoint.at.remote, (), checkpoint.naming)

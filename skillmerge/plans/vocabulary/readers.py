@@ -93,10 +93,13 @@ def tokens_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], name: str, 
     file = vocabulary_file(checkpoint.store.list())
     what = f"model `{name}` ({checkpoint.place})"
     if not file and skill:
-        planes = [checkpoints[it] for it in (name, minus_of(name))]
+        planes = [checkpoints[it] for it in (name, minus_of(name)) if it in checkpoints]
         if not any(plane.cost(it) for plane in planes for it in matrices_of(plane)):
             return Tokens({}, {})  # its rows are all zero
-        fix = f"extract it again from models with tokenizers, or {_LEAVE_OUT}"
+        done = "extract it again from models with tokenizers"
+        if recipe.entries[name].kind == "adapter":
+            done = "copy the tokenizer that it was trained with into its folder"
+        fix = f"{done}, or {_LEAVE_OUT}"
         raise InputError(f"{what} does not say which token each of its rows belongs to", fix=fix)
     if not file:
         fix = f"copy the tokenizer that it was trained with into its folder, or {_LEAVE_OUT}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from skillmerge.recipes.foreign.spellings import kind_meant, numbers_meant
 
-_SELECTORS = ("layers", "tensors", "modules")
+_SELECTORS = ("layers", "experts", "tensors", "modules")
 _RULE = (*_SELECTORS, "value", "ramp")
 _ENDS = (("start", "end"), ("min", "max"), ("from", "to"), ("first", "last"), ("begin", "end"))
 _LAYERS = re.compile(r"\d+(-\d*)?")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ _KNOWN = (
 _HOW = {"models": {"model", "parameters"}, "sources": {"model", "parameters", "layer_range"},
         "slices": {"sources", "parameters", "base_model"}, "modules": {"models", "slices", "parameters"}}  # fmt: skip
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]")
-ADAPTER = "merge it in first (peft: `merge_and_unload`), and name that folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +37,17 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A part of the model. layers: the first, and the last; None for all of it. module: whose tensors, or "" for all.
+    """A part of the output. layers: the first, and the last; None for all. module: whose tensors, or "" for all.
 
-    sources: model -> the level of its own. levels: those of all its models, the nearest first.
+    sources: model -> the level of its own. levels: those of all its models, the nearest first. taken: model -> its
+    first and its last layer there, of slices.
     """
 
     sources: Mapping[str, Level]
     levels: tuple[Level, ...]
     layers: tuple[int, int] | None = None
     module: str = ""
+    taken: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def levels_of(self, model: str | None) -> tuple[Level, ...]:
         own = (self.sources[model],) if model is not None and model in self.sources else ()
@@ -55,13 +56,16 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """models: all in their order, the base too if it is listed. base: None if there is none."""
+    """models: all in their order, the base too if it is listed. base: None if there is none. moves: whether layers
+    move, repeat, or are left out. adapters: place of a model with an adapter on it -> places of both."""
 
     document: Document
     method: str
     base: str | None
     models: tuple[str, ...]
     regions: tuple[Region, ...]
+    moves: bool = False
+    adapters: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def listed(self) -> bool:
@@ -108,7 +112,7 @@ def read(document: Document, around: Surroundings, notes: Notes) -> Config:
     regions = tuple(reader.regions(given[0]))
     base = reader.base(regions)
     models = dict.fromkeys(model for region in regions for model in region.sources)
-    return Config(document, method, base, tuple(models), regions)
+    return Config(document, method, base, tuple(models), regions, reader.moves, reader.adapters)
 
 
 def stage_place(name: str) -> str:
@@ -125,6 +129,8 @@ class _Reader:
     def __init__(self, data: Mapping[str, Any], around: Surroundings, notes: Notes) -> None:
         self.data, self.around, self.notes = data, around, notes
         self.bases: list[tuple[str, Keys]] = []
+        self.moves = False
+        self.adapters: dict[str, tuple[str, str]] = {}
         self.above = self.level(data)
 
     def level(self, data: Mapping[str, Any], *path: str | int) -> Level:
@@ -132,18 +138,32 @@ class _Reader:
         return Level(table(data.get("parameters"), "parameters", *here), here)
 
     def place(self, written: Any, *path: str | int) -> str:
-        """Return a model, which is a repository or a folder, as a place of ours."""
+        """Return a model, which is a repository or a folder, as a place of ours; of one with an adapter on it both
+        places, with a plus between them."""
+        adapter: Any = None
         revision = ""
         while isinstance(written, dict):
-            if written.get("lora"):
-                raise Refused(f"`{written['lora']}` is an adapter", *path, fix=ADAPTER)
+            adapter = written.get("lora") or adapter
             revision = str(written.get("revision") or revision)
             written = written.get("model", written.get("path"))
         if not isinstance(written, str) or not written.strip():
             raise Refused(f"the model `{written}` is not a text", *path, fix="write a folder or `org/name`")
-        name, plus, adapter = written.partition("+")
-        if plus:
-            raise Refused(f"`{written}` puts the adapter `{adapter}` on `{name}`", *path, fix=ADAPTER)
+        name, plus, added = written.partition("+")
+        if not plus and not adapter:
+            return self._at(written, revision, *path)
+        if "+" in added or (plus and adapter):
+            raise Refused(f"`{written}` has more than one adapter", *path, fix="name one, as in `model+adapter`")
+        found = self._at(name, revision, *path), self.place(added or adapter, *path)
+        if found[1] in self.adapters:
+            raise Refused("this adapter has an adapter itself", *path, fix="name one, as in `model+adapter`")
+        self.notes.warn(
+            "mergekit merges an adapter first, in the dtype that it is told to; skillmerge adds it in float32", *path
+        )
+        self.adapters["+".join(found)] = found
+        return "+".join(found)
+
+    def _at(self, written: str, revision: str, *path: str | int) -> str:
+        """Return a repository or a folder as a place of ours."""
         if written in self.around.stages:
             self.notes.note(f"`{written}` is the output of another document: import and apply that one first", *path)
             return stage_place(written)
@@ -219,7 +239,7 @@ class _Reader:
                 self.notes.note(f"`{key}` means nothing to mergekit here{f'; {near}' if near else ''}", *path, key)
 
     def slices(self, items: Any, levels: tuple[Level, ...], *path: str | int) -> list[Region]:
-        """Return the slices, if together they are all layers, each in its place."""
+        """Return the slices, and find out whether together they are all layers, each in its place."""
         if not isinstance(items, list):
             raise Refused(f"`{path[-1]}` is not a list", *path)
         found, first = [], 0
@@ -230,45 +250,46 @@ class _Reader:
             sources = self.sources(data.get("sources"), *here, "sources")
             if not sources:
                 raise Refused("this slice has no sources", *here)
-            ends = [
-                self.range(source, first, *here, "sources", number) for number, source in enumerate(data["sources"])
-            ]
-            if len(set(ends)) > 1:
+            ranges = [self.range(source, *here, "sources", number) for number, source in enumerate(data["sources"])]
+            counts = {end - begin for begin, end in ranges}
+            if len(counts) > 1:
                 raise Refused("the sources of this slice have different numbers of layers", *here)
             if data.get("base_model") is not None:
                 at = (*here, "base_model")
                 self.bases.append((self.place(data["base_model"], *at), at))
-            found.append(Region(sources, (self.level(data, *here), *levels), (first, ends[0] - 1)))
-            first = ends[0]
+            taken = {model: (begin, end - 1) for model, (begin, end) in zip(sources, ranges, strict=True)}
+            last = first + counts.pop() - 1
+            found.append(Region(sources, (self.level(data, *here), *levels), (first, last), taken=taken))
+            self.moves |= any(begin != first for begin, _ in ranges)
+            first = last + 1
         layers = self.around.layers
+        self.moves |= layers is not None and first < layers
+        if self.moves:
+            return [replace(found[0], layers=None)] if len(found) == 1 else found
         if layers is None:
             self.notes.warn(
                 f"the slices end with layer {first - 1}, taken to be the last; check with `--layers`", *path
             )
-        elif first < layers:
-            raise Refused(f"layers {first} to {layers - 1} are left out: {_IN_PLACE}", *path, fix=_WHOLE)
         elif first > layers:
-            raise Refused(f"layer {first - 1} is past the last layer, which is {layers - 1}", *path, fix=_WHOLE)
+            fix = "end with that one"
+            raise Refused(f"layer {first - 1} is past the last layer, which is {layers - 1}", *path, fix=fix)
         if len(found) == 1 and layers is not None:
             return [Region(found[0].sources, found[0].levels)]
         return found
 
-    def range(self, source: Mapping[str, Any], first: int, *path: str | int) -> int:
-        """Return the layer after the last of a source, which has to begin in its place."""
+    def range(self, source: Mapping[str, Any], *path: str | int) -> tuple[int, int]:
+        """Return the first layer of a source, and the one after its last."""
         here = (*path, "layer_range")
         given = source.get("layer_range")
         if not isinstance(given, list) or len(given) != 2 or not all(type(end) is int for end in given):
             raise Refused("`layer_range` is two numbers, such as [0, 32]", *(here if "layer_range" in source else path))
-        if given[0] != first:
-            model = str(source["model"]).rsplit("/", 1)[-1]
-            raise Refused(
-                f"layer {first} of the output is layer {given[0]} of `{model}`: {_IN_PLACE}", *here, fix=_WHOLE
-            )
-        if given[1] <= first:
+        if given[0] < 0 or given[1] > _LAYERS:
+            raise Refused("a layer has a number from 0 on", *here, fix="count from the first layer")
+        if given[1] <= given[0]:
             raise Refused("this slice has no layers", *here)
-        return int(given[1])
+        return given[0], given[1]
 
 
-_IN_PLACE = "skillmerge keeps every layer in its place"
-_WHOLE = "merge with mergekit where layers move; here slices are all layers, in their order"
+_LAYERS = 100_000
+"""More layers than any model has."""
 _BASES = "give all slices the same `base_model`"

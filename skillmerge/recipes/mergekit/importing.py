@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from skillmerge.recipes.formula.tree import ExpressionError, names_in
 from skillmerge.recipes.mergekit.config import Config, Surroundings, place_of, read, stage_place
 from skillmerge.recipes.mergekit.methods import expression
 from skillmerge.recipes.mergekit.notes import Notes, Refused
-from skillmerge.recipes.mergekit.output import dtype_of, tokenizer_of
+from skillmerge.recipes.mergekit.output import dtype_of
 from skillmerge.recipes.mergekit.settings import Choice, Varying
 from skillmerge.recipes.mergekit.settings import Rule as Written
+from skillmerge.recipes.mergekit.stacks import Stacks, behind_layers, stacked, stacks_of
 from skillmerge.recipes.mergekit.translation import Translation
+from skillmerge.recipes.mergekit.vocabulary import tokens_of
 from skillmerge.recipes.mergekit.writing import Draft, moved, names_of, text_of
-from skillmerge.recipes.schedules import Rule, matcher, parse_layers
+from skillmerge.recipes.schedules import Rule, matcher, parse_numbers
 from skillmerge.recipes.schema import read_table
 from skillmerge.recipes.source import STANDARD_INPUT
 from skillmerge.recipes.source import text_of as source_text
@@ -132,29 +135,68 @@ def translated(
 def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -> tuple[Draft, Config]:
     config = read(document, around, notes)
     places = config.models if config.base is None else (config.base, *config.models)
-    names = names_of(places)
+    plain = names_of([*places, *(base for base, _ in config.adapters.values())])
+    stacks = stacks_of(config, plain)
+    names = dict(stacks.names) if stacks is not None else plain
     given = Translation(config, names, notes)
     merge = expression(given)
     output = {"path": stage_place(_name_of(document) or "merged")}
     place = place_of(document.data, around, notes)
-    like = tokenizer_of(config, notes, place) or config.base or config.models[0]
+    tokens = tokens_of(config, notes, place, around.home)
+    like = tokens.like or config.base or config.models[0]
     try:
         node = parse(merge, [*names.values()], [*given.coefficients])
     except ExpressionError as error:
         raise Refused(f"the translation {error}: {merge}"[:400], fix="write it by hand, in fewer terms") from error
+    if stacks is not None and config.method == "passthrough" and like != config.models[0]:
+        raise Refused("the tokenizer is not that of the first slice, whose embedding the output has", fix=_OTHER_TOKENS)
     if names[like] != donor_of(node):
         output["like"] = names[like]
     if (dtype := dtype_of(config, notes)) is not None:
         output["dtype"] = dtype
     given.note_unused()
-    used = {name.name for name in names_in(node)} | {names[like]}
-    tensors = _tensors(places, around.home)
+    used = {name.name for name in names_in(node)} | {names[like]} | {names[it] for it in tokens.taken.values()}
+    tensors = _tensors((place.partition("+")[0] for place in places), around.home)
+    made = stacked(tensors, stacks) if tensors is not None and stacks is not None else tensors
+    coefficients = {name: _fitted(found, made, notes) for name, found in given.coefficients.items() if name in used}
+    behind = stacks.behind if stacks is not None else None
+    if behind is not None and tensors is None:
+        what = f"final norm and head are those of `{behind}`, and their names are guessed"
+        notes.warn(f"{what}; check with `skillmerge plan`", "slices")
     stages = {stage_place(stage) for stage in around.stages}
-    models = {name: place if place in stages else moved(place, start) for place, name in names.items() if name in used}
-    coefficients = {name: _fitted(found, tensors, notes) for name, found in given.coefficients.items() if name in used}
     remarks = sorted(notes.found, key=lambda remark: remark.level != "warning")
     title = f"{config.method}, from {Path(document.name).name if document.name != STANDARD_INPUT else 'mergekit'}"
-    return Draft(title, models, coefficients, merge, output, remarks), config
+    draft = Draft(
+        title=title,
+        coefficients=coefficients,
+        merge=merge,
+        output=output,
+        remarks=remarks,
+        tokens={token: names[it] for token, it in tokens.taken.items()} if tokens.by_token else None,
+        copied=(behind_layers(tensors), behind) if behind is not None else None,
+        **_models(config, plain, stacks, used, lambda place: place if place in stages else moved(place, start)),
+    )
+    return draft, config
+
+
+def _models(
+    config: Config, names: Mapping[str, str], stacks: Stacks | None, used: AbstractSet[str], seen: Callable[[str], str]
+) -> dict[str, Any]:
+    """Return what a draft has of models: those that are used, and those that these are made of. names: of places.
+    seen: returns a place as it is seen from the recipe's folder."""
+    parts = {name: it for name, it in stacks.parts.items() if name in used} if stacks is not None else {}
+    needed = used | {model for part in parts.values() for model, _, _ in part}
+    adapters = {
+        names[place]: (seen(adapter), names[base])
+        for place, (base, adapter) in config.adapters.items()
+        if names.get(place) in needed
+    }
+    needed |= {base for _, base in adapters.values()}
+    models = {name: seen(place) for place, name in names.items() if name in needed and name not in adapters}
+    return {"models": models, "adapters": adapters, "stacks": parts}
+
+
+_OTHER_TOKENS = "name the model of the first slice, or no tokenizer"
 
 
 def _fitted(found: Varying, names: frozenset[str] | None, notes: Notes) -> Varying:
@@ -188,7 +230,7 @@ def _fitted(found: Varying, names: frozenset[str] | None, notes: Notes) -> Varyi
 
 def _layers_of(rule: Written, names: Iterable[str], tensors: tuple[str, ...]) -> list[int] | None:
     """Return the layers in which a rule selects tensors, with these globs; None if it selects nothing at all."""
-    layers = parse_layers(rule.layers) if rule.layers else ()
+    layers = parse_numbers(rule.layers) if rule.layers else ()
     modules = tuple(re.findall(r"\w+", rule.modules))
     ramp = rule.points if len(rule.points) > 1 else None
     chosen = Rule(layers, tuple(filter(None, tensors)), modules, ramp=ramp).select(names)
@@ -240,7 +282,7 @@ def _layers(data: Any, home: Path) -> int | None:
     """Return how many layers the models have, if one of them is a folder with a config."""
     for place in _written(data):
         try:
-            config = json.loads((home / place / "config.json").read_text(encoding="utf-8"))
+            config = json.loads((home / place.partition("+")[0] / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(config, dict) and (count := layers_in(config)) is not None:

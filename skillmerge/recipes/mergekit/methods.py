@@ -53,7 +53,7 @@ def _passthrough(given: Translation) -> str:
     if base is not None and base not in given.config.models:
         raise Refused("passthrough takes one model, and `base_model` is a second one", "base_model", fix="remove it")
     models = given.config.models
-    if len(models) == 1:
+    if len({given.name(model) for model in models}) == 1:  # one model, or a stack of several
         return given.name(models[0])
     return total([f"{given.share(model)} * {given.name(model)}" for model in models])
 

@@ -7,7 +7,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from skillmerge.methods.table import METHODS
 from skillmerge.recipes.mergekit.settings import Points, Rule, Varying
@@ -26,7 +26,9 @@ _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*|(?:hf://)?[A-Za-z0-9_./][A-Za-z0-
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a recipe is written from. models: name -> place. output: its keys."""
+    """What a recipe is written from. models: name -> place. output: its keys. adapters: name -> place, and the model
+    that it is put onto. stacks: name -> models, with the first and the last of their layers. copied: tensors, and the
+    model that they are of. tokens: those whose rows are a model's, where rows are matched by token."""
 
     title: str
     models: Mapping[str, str]
@@ -34,6 +36,10 @@ class Draft:
     merge: str
     output: Mapping[str, str]
     remarks: Sequence[Remark]
+    adapters: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    stacks: Mapping[str, Sequence[tuple[str, int, int]]] = field(default_factory=dict)
+    copied: tuple[Sequence[str], str] | None = None
+    tokens: Mapping[str, str] | None = None
 
 
 def names_of(places: Iterable[str]) -> dict[str, str]:
@@ -52,6 +58,7 @@ def names_of(places: Iterable[str]) -> dict[str, str]:
 
 
 def _name(place: str, short: bool) -> str:
+    place = place.rpartition("+")[2]  # of a model with an adapter on it the adapter
     last = re.split(r"[/\\]", place.split("@")[0].rstrip("/\\"))[-1]
     words = [word for word in re.split(r"[^A-Za-z0-9.]+", last) if word.strip(".")] or ["model"]
     if short:
@@ -79,14 +86,30 @@ def text_of(draft: Draft) -> str:
         )  # fmt: skip
     lines += ["skillmerge: 1", "models:"]
     lines += [f"  {name}: {quoted(place)}" for name, place in draft.models.items()]
+    for name, (place, base) in draft.adapters.items():
+        lines.append(f"  {name}: {{adapter: {quoted(place)}, onto: {base}}}")
+    for name, parts in draft.stacks.items():
+        lines += [f"  {name}:", "    stack:"]
+        lines += [f"      - {{from: {model}, layers: {_layers(first, last)}}}" for model, first, last in parts]
     if draft.coefficients:
         lines.append("coefficients:")
         for name, coefficient in draft.coefficients.items():
             lines += _coefficient(name, coefficient)
     lines += _merge(draft.merge)
+    if draft.copied is not None:
+        tensors, model = draft.copied
+        lines += ["copy:", f"  - {{tensors: [{', '.join(map(quoted, tensors))}], from: {model}}}"]
+    if draft.tokens is not None:
+        lines.append("vocabulary: by-token")
+        rows = [f"  {quoted(token)}: {{from: {name}}}" for token, name in draft.tokens.items()]
+        lines += ["tokens:", *rows] if rows else []
     output = ", ".join(f"{key}: {quoted(value)}" for key, value in draft.output.items())
     lines.append(f"output: {{{output}}}")
     return "\n".join(lines) + "\n"
+
+
+def _layers(first: int, last: int) -> str:
+    return f"{first}-{last}" if last > first else f"{first}"
 
 
 def quoted(text: str) -> str:

@@ -1,13 +1,15 @@
-"""The tables of a recipe: models, coefficients, the arithmetic, the output. `parse` gives them meaning."""
+"""The tables of a recipe: coefficients, the arithmetic, the output. `parse` gives them meaning."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, FiniteFloat, JsonValue, Tag
+from pydantic import BeforeValidator, Field, FiniteFloat, JsonValue
 
 from skillmerge.recipes.tables.gates import GatesTable
-from skillmerge.recipes.tables.values import PLAIN_OR_TABLE, Glob, Globs, Kinds, Layers, Table
+from skillmerge.recipes.tables.models import ModelEntry
+from skillmerge.recipes.tables.schedules import CoefficientEntry
+from skillmerge.recipes.tables.values import Glob, Globs, Table
 from skillmerge.remarks import ACCEPTABLE
 
 _MEANINGS: list[JsonValue] = [f"{meaning[0].upper()}{meaning[1:]}." for meaning in ACCEPTABLE.values()]
@@ -16,129 +18,6 @@ _MEANINGS: list[JsonValue] = [f"{meaning[0].upper()}{meaning[1:]}." for meaning 
 def _plain_version(value: object) -> object:
     """`true` and `1.0` equal 1 in Python, and are not it."""
     return value if type(value) in (int, str) else repr(value)
-
-
-class RenameTable(Table):
-    """A prefix of tensor names, and what replaces it."""
-
-    from_: Annotated[
-        str,
-        Field(
-            alias="from",
-            max_length=1000,
-            description="Prefix of the names that change. An empty text matches every name.",
-            examples=["model.language_model."],
-        ),
-    ]
-    to: Annotated[str, Field(max_length=1000, description="Prefix that replaces it.", examples=["model."])]
-
-
-class ModelTable(Table):
-    """A checkpoint, a stored skill, a sparse patch or a LoRA adapter, and how to read it."""
-
-    path: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="Checkpoint: a folder relative to the recipe's own, `hf://org/name[@revision][/subfolder]`, or "
-            "`s3://bucket/prefix` (also `gs://`, `az://`).",
-            examples=["./target-sft", "hf://acme/target-sft@v1"],
-        ),
-    ] = None
-    skill: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="Stored skill, a difference that `skillmerge extract` wrote: a folder or an `hf://` place.",
-            examples=["./math-skill", "hf://acme/math-skill"],
-        ),
-    ] = None
-    patch: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="Sparse patch, which `skillmerge export --onto` writes: a folder or an `hf://` place.",
-            examples=["./math-patch"],
-        ),
-    ] = None
-    adapter: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="LoRA adapter that PEFT saved: a folder or an `hf://` place. Alone it is a difference; with "
-            "`onto` it is that model with the adapter on it.",
-            examples=["./rl-adapter", "hf://acme/rl-adapter"],
-        ),
-    ] = None
-    name: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="Adapter to take from a folder with several: the subfolder that it is in. By default: the one "
-            "at the top.",
-            examples=["rl"],
-        ),
-    ] = None
-    onto: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="Model of this recipe that the patch or the adapter is put onto.",
-            examples=["sft"],
-        ),
-    ] = None
-    rename: Annotated[
-        list[RenameTable] | None,
-        Field(
-            min_length=1,
-            description="Read the tensors under other names. The first rule that matches a name wins.",
-            examples=[
-                [{"from": "model.language_model.", "to": "model."}],
-                [{"from": "", "to": "model."}],
-            ],
-        ),
-    ] = None
-
-
-class RuleTable(Table):
-    """The coefficient of some tensors. Selectors of one rule must all match."""
-
-    layers: Annotated[
-        Layers | None,
-        Field(description="Select layers, counted from 0.", examples=[7, "0-3", "4-", ["0-3", "8-11"]]),
-    ] = None
-    tensors: Annotated[
-        Globs | None,
-        Field(description="Select tensors by globs over whole names.", examples=["*embed_tokens*", ["*.bias"]]),
-    ] = None
-    modules: Annotated[
-        Kinds | None, Field(description="Select kinds of module.", examples=["mlp", ["embedding", "head"]])
-    ] = None
-    value: Annotated[
-        FiniteFloat | None, Field(description="Coefficient of the selected tensors.", examples=[0.0, 0.5])
-    ] = None
-    ramp: Annotated[
-        list[FiniteFloat] | None,
-        Field(
-            min_length=2,
-            description="Coefficients of the first and the last selected layer, linear in between. Points between the "
-            "ends are evenly spaced.",
-            examples=[[0.5, 1.0], [0.2, 1.0, 0.2]],
-        ),
-    ] = None
-
-
-class ScheduleTable(Table):
-    """A coefficient that varies by layer or module."""
-
-    default: Annotated[FiniteFloat, Field(description="Coefficient where no rule matches.", examples=[0.0, 1.0])] = 1.0
-    rules: Annotated[
-        list[RuleTable],
-        Field(
-            description="Coefficients of some tensors. The last rule that matches a tensor wins.",
-            examples=[[{"layers": "0-3", "value": 0.0}, {"modules": "mlp", "value": 0.8}]],
-        ),
-    ] = []
 
 
 class CopyTable(Table):
@@ -273,24 +152,6 @@ class OutputTable(Table):
             examples=[{"repo": "acme/merged", "private": True}],
         ),
     ] = None
-
-
-ModelEntry = Annotated[
-    Annotated[str, Field(min_length=1), Tag("plain")] | Annotated[ModelTable, Tag("table")],
-    PLAIN_OR_TABLE,
-    Field(
-        description="A folder, `hf://org/name[@revision][/subfolder]`, or a table: `{skill: ./math-skill}`.",
-        examples=["./source-rl", {"skill": "./math-skill"}],
-    ),
-]
-CoefficientEntry = Annotated[
-    Annotated[FiniteFloat, Tag("plain")] | Annotated[ScheduleTable, Tag("table")],
-    PLAIN_OR_TABLE,
-    Field(
-        description="A number, or a schedule that varies by layer or module.",
-        examples=[0.7, {"default": 1.0, "rules": [{"layers": "0-3", "value": 0.0}]}],
-    ),
-]
 
 
 TokenEntry = Annotated[TokenTable, Field(description="Where the row of this token is from.", examples=[{"from": "rl"}])]

@@ -18,7 +18,7 @@ Globs = Annotated[
 Kinds = Annotated[
     Annotated[Kind, Tag("plain")] | Annotated[list[Kind], Field(min_length=1), Tag("list")], PLAIN_OR_LIST
 ]
-Layers = Annotated[
+Numbers = Annotated[
     Annotated[str | int, Tag("plain")] | Annotated[list[str | int], Field(min_length=1), Tag("list")],
     PLAIN_OR_LIST,
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from skillmerge.checkpoints.schemes import bucket_of
+from skillmerge.checkpoints.schemes import output_place
 from skillmerge.errors import UsageError
 from skillmerge.reporter import Reporter
 from skillmerge.verbs.export.lora import Exported, export_lora
@@ -33,7 +33,7 @@ def export(
         raise UsageError(
             "no format was given", fix="pass `--lora-rank R` for an adapter, or `--onto SFT` for a sparse patch"
         )
-    refuse_bucket(bucket_of(output))
+    refuse_bucket(output_place(output))
     if lora_rank is not None:
         return export_lora(
             skill, output, lora_rank=lora_rank, base=base, seed=seed, follow_links=follow_links, reporter=reporter

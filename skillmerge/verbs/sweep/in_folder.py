@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,10 @@ class InFolder:
     scratch: Path
     where: Path
 
-    def __call__(self, values: Values, recipe: Recipe, name: str = "model") -> tuple[Trial, Warnings]:
-        """Merge a candidate and score it. name: of its folder. Raises what `merge` and `run_command` raise."""
-        started, out = time.monotonic(), self.scratch / name
+    def __call__(self, values: Values, recipe: Recipe, beside: bool = False) -> tuple[Trial, Warnings]:
+        """Merge a candidate and score it. beside: others are scored at the same time, and maybe this one too, by a node
+        that is thought dead. Raises what `merge` and `run_command` raise."""
+        started, out = time.monotonic(), self.scratch / (f"model-{uuid.uuid4().hex}" if beside else "model")
         where = self.where if self.where.is_dir() else None
         try:
             with machine_errors():

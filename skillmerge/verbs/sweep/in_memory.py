@@ -6,7 +6,6 @@ would write.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -204,14 +203,13 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
         work = (span for shard in plan.shards for span in spans(plan, shard, chosen.tile))
         for _ in stream.map(fill, work, threads=chosen.threads, ahead=4 * chosen.threads):
             pass
-    sizes = {name: math.prod(tensor.shape) for name, tensor in plan.tensors.items()}
-    rows = {name: total(blocks.values(), sizes[name]) for name, blocks in measured.items() if blocks}
+    rows = {name: total(blocks.values(), plan.tensors[name].merged) for name, blocks in measured.items() if blocks}
     return summarise(plan, rows, "sampled")
 
 
 def _roles(plan: Plan, donor: Checkpoint) -> Roles:
     """Return what the formula does with each model at these numbers, which decides what is compared."""
-    rows = {name: tensor.coefficients for name, tensor in plan.tensors.items() if tensor.coefficients}
+    rows = {name: row for tensor in plan.tensors.values() for name, _, row in tensor.rows if row}
     terms = {row: plan.recipe.term(dict(zip(plan.coefficients, row, strict=True))) for row in {*rows.values()}}
     matrices = token_matrices(donor.tensors.values(), donor.config)
     return roles_of({name: terms[row] for name, row in rows.items()}, matrices=matrices)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from skillmerge.checkpoints.schemes import bucket_of
+from skillmerge.checkpoints.schemes import output_place
 from skillmerge.errors import UsageError
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.parse import load
@@ -83,7 +83,7 @@ def prepare(
         raise UsageError("`--on` needs a score by a command, and a grid", fix="leave `--on` out")
     if recipe.makes_skill:
         raise UsageError("a skill cannot be scored", fix="sweep a recipe that makes a model")
-    refuse_bucket(bucket_of(output or ""))
+    refuse_bucket(output_place(output or ""))
     folder = Path(output) if output is not None else path.with_suffix(".sweep")
     best = _place_of_best(path, folder)
     less = scorer.minimise if asked.minimise is None else asked.minimise

@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -318,13 +318,12 @@ def _scoring(setting: Setting, reporter: Reporter) -> Iterator[Scored]:
 def _scored_on(on: str, setting: Setting, candidates: Sequence[Values], reporter: Reporter) -> Iterator[Trial]:
     """Score candidates on a cluster, side by side, and yield each when it is done. Raises the first one's error."""
     with closing(Cluster(on, None, setting.device)) as cluster:
+        cluster.find_places(reporter)
         here, work = Path.cwd(), Work(cluster.device, cluster.threads)
         scratch = here / setting.folder / "scratch"
         scoring = cluster.share(InFolder(setting.scorer, setting.access, work, setting.seeds, scratch, here))
-        running = {
-            cluster.submit(scoring, values, with_values(setting.recipe, values), f"model-{number}")
-            for number, values in enumerate(candidates)
-        }
+        recipe = _anywhere(setting.recipe, here)
+        running = {cluster.submit(scoring, values, with_values(recipe, values), True) for values in candidates}
         try:
             while running:
                 for task in cluster.ended(running, 0.5):
@@ -335,6 +334,12 @@ def _scored_on(on: str, setting: Setting, candidates: Sequence[Values], reporter
                     yield trial
         finally:
             cluster.cancel(running)
+
+
+def _anywhere(recipe: Recipe, here: Path) -> Recipe:
+    """Return a recipe whose models and lock are the same in whatever folder a node's processes run."""
+    document = replace(recipe.document, name=str(here / recipe.document.name))
+    return replace(recipe, document=document, folder=here / recipe.folder)
 
 
 def _found(sweep: Sweep) -> str:

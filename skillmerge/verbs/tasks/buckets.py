@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Collection, Generator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import replace
-from pathlib import Path
+import uuid
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from skillmerge.checkpoints.place import Bucket
+from skillmerge.claim import is_held
+from skillmerge.durable import remove_tree
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Work, handed
 from skillmerge.engine.runners.table import runner_for
+from skillmerge.errors import UsageError
 from skillmerge.outputs.buckets.prefix import Prefix
 from skillmerge.outputs.buckets.sending import BucketOutput, find_output, work_folder
 from skillmerge.outputs.journal import Header
@@ -25,10 +26,13 @@ from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.tasks.part import part_of
 from skillmerge.reporter import Reporter
 from skillmerge.verbs.records import Checks
-from skillmerge.verbs.tasks.collect import missing_shards, prove_same
+from skillmerge.verbs.tasks.collect import Waiting, as_tasks, prove_same
 
 _LOOK = 5.0
 """Seconds between two listings of the records."""
+_TASK = "task-"
+_NEW = 60.0
+"""Seconds that a folder is left alone in: its task may be about to lock it."""
 
 
 def make_in_bucket(
@@ -48,28 +52,45 @@ def make_in_bucket(
     prefix = Prefix(place)
     if find_output(prefix, digests[1], header.conditions) is not None:
         return "", ()
-    prefix.claim(header, BucketOutput.names(files))
-    there = prefix.records(header)
-    missing = [file for file in shards if file not in there]
-    if not missing:
-        return "", ()
-    with part_of(saved, digests, missing, access) as (part, checkpoints):
-        reporter.event(
-            "planned", plan=part.digest, output=str(place), tensors=len(part.tensors), shards=len(part.shards),
-            bytes_read=part.bytes_read, bytes_written=part.bytes_written,
-        )  # fmt: skip
-        budget(part, threads=work.threads, memory_limit=work.memory_limit)
-        # Its own, because tasks may run beside each other.
-        with tempfile.TemporaryDirectory(dir=work_folder(place).parent) as folder:
+    try:
+        prefix.claim(header, BucketOutput.names(files))
+        there = prefix.records(header, shards)
+        missing = [file for file in shards if file not in there]
+        if not missing:
+            return "", ()
+        with part_of(saved, digests, missing, access) as (part, checkpoints):
+            reporter.event(
+                "planned", plan=part.digest, output=str(place), tensors=len(part.tensors), shards=len(part.shards),
+                bytes_read=part.bytes_read, bytes_written=part.bytes_written,
+            )  # fmt: skip
+            budget(part, threads=work.threads, memory_limit=work.memory_limit)
             sender = BucketOutput(part, place, files)
-            with closing(Staging(Path(folder, "task"), reporter)) as staging:
+            with _own_folder(place, reporter) as staging:
                 staging.begin(header.plan, dict(header.conditions), part.digest)
                 check_disk(staging.folder, sender.disk_needed(part.bytes_written), "this task's share of the output")
                 sender.attach(staging)
                 job = Job(part, checkpoints, staging, given["stats"], given["allow_nonfinite"], sender.room)
-                device = _send_all(job, sender, work, reporter)
-                staging.discard()
-    return device, tuple(missing)
+                return _send_all(job, sender, work, reporter), tuple(missing)
+    except UsageError:
+        # Others may have made these shards meanwhile, and published: then there is nothing to work on, or to do.
+        if find_output(prefix, digests[1], header.conditions) is None:
+            raise
+        return "", ()
+
+
+@contextmanager
+def _own_folder(place: Bucket, reporter: Reporter) -> Iterator[Staging]:
+    """Yield a staging folder of this task alone: others may run beside it. What killed ones have left here goes."""
+    beside = work_folder(place).parent
+    for left in beside.glob(f"{_TASK}*.partial"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _NEW and not is_held(left):
+                remove_tree(left)
+    with closing(Staging(beside / f"{_TASK}{uuid.uuid4().hex}", reporter)) as staging:
+        try:
+            yield staging
+        finally:
+            staging.discard()
 
 
 def _send_all(job: Job, sender: BucketOutput, work: Work, reporter: Reporter) -> str:
@@ -94,28 +115,31 @@ def _send_all(job: Job, sender: BucketOutput, work: Work, reporter: Reporter) ->
 class BucketCollector:
     """The runner of `finish` for an output in a bucket; see `Collector`, and `engine.runner.Runner`.
 
-    reread: believe no record without reading its shard.
+    waiting: for the records of all shards. digest: of the plan. reread: believe no record without reading its shard.
     """
 
-    def __init__(self, place: Bucket, reporter: Reporter, *, wait: bool, reread: bool) -> None:
+    def __init__(self, place: Bucket, reporter: Reporter, waiting: Waiting, digest: str, *, reread: bool) -> None:
         self.device = ""
         self._prefix, self._place = Prefix(place), place
-        self._reporter, self._wait, self._reread = reporter, wait, reread
+        self._reporter, self._waiting, self._digest, self._reread = reporter, waiting, digest, reread
 
     def settle(self, target: Any, checks: Checks) -> Checks:
         """Return the checks with what the tasks measure and allow, which is theirs to say. Wait for the first."""
         owner = self._prefix.owner()
-        while owner is None and self._wait and not self._prefix.is_output():
+        while owner is None and self._waiting and not self._prefix.is_output():
             self._reporter.waiting(f"no task has begun on {self._place} yet")
             time.sleep(_LOOK)
             owner = self._prefix.owner()
-        if owner is None:
-            return checks
-        stats, nonfinite = owner.conditions.get("stats"), owner.conditions.get("allow_nonfinite")
-        return replace(checks, stats=str(stats or checks.stats), allow_nonfinite=bool(nonfinite))
+        if owner is not None:
+            return as_tasks(checks, owner.conditions)
+        proof = find_output(self._prefix, self._digest, {})
+        return as_tasks(checks, proof.environment.conditions if proof is not None else {})
 
     def begin(self, job: Job, staging: Staging, conditions: dict[str, object]) -> str | None:
-        """Begin with nothing: the records are read when the sender is attached."""
+        """Begin with nothing: the records are read when the sender is attached. Raises TemporaryError where no task has
+        begun: to claim the prefix is for them, with what they are told to measure and allow."""
+        if self._prefix.owner() is None:
+            raise self._waiting.missing(job.plan, [shard.file for shard in job.plan.shards])
         return staging.begin(job.plan.weights_digest, conditions, job.plan.digest)
 
     def run(self, job: Job, shards: Sequence[ShardPlan]) -> Generator[ShardRecord, None, None]:
@@ -127,14 +151,14 @@ class BucketCollector:
                 self._prefix.compare(done)
         missing = [shard.file for shard in shards]
         while missing:
-            there = self._prefix.records(staging.header)
+            there = self._prefix.records(staging.header, missing)
             for file in [file for file in missing if file in there]:
                 missing.remove(file)
                 if self._reread:
                     self._prefix.compare(there[file])
                 yield there[file]
-            if missing and not self._wait:
-                raise missing_shards(plan, missing)
+            if missing and not self._waiting:
+                raise self._waiting.missing(plan, missing)
             if missing:
                 self._reporter.waiting(_progress(plan, missing))
                 time.sleep(_LOOK)

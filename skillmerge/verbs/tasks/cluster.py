@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from skillmerge.errors import ResourceError, SkillmergeError, TemporaryError, UsageError
+from skillmerge.reporter import Reporter
 from skillmerge.version import __version__
 
 RETRIES = 3
@@ -54,9 +55,9 @@ class Cluster:
         self._owned = not ray.is_initialized()
         if self._owned:
             self._connect("auto" if on == "ray" else on)
-        most = max((int(has.get("CPU", 0)) for has in self._nodes().values()), default=0)
-        self.threads = threads or min(CPUS, most) or CPUS
         self.device = "cuda" if device.startswith("cuda") else "cpu"
+        self._given = threads
+        self.threads = threads or min(CPUS, self._most()) or CPUS
 
     def _connect(self, address: str) -> None:
         # Ray would take SIGTERM over, and print what tasks print.
@@ -80,6 +81,13 @@ class Cluster:
         """Return what each living node has."""
         return {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
 
+    def _most(self) -> int:
+        """Return the CPUs that a task can have at most: those of a node, or with CUDA those beside each GPU of it."""
+        able = list(self._nodes().values())
+        if self.device == "cuda":
+            able = [{"CPU": has.get("CPU", 0) // has["GPU"]} for has in able if has.get("GPU", 0) >= 1]
+        return max((int(has.get("CPU", 0)) for has in able), default=0)
+
     def _places(self) -> dict[str, int]:
         """Return how many tasks each node can run at the same time, for those that can run any."""
         cuda = self.device == "cuda"
@@ -94,12 +102,16 @@ class Cluster:
         """How many tasks the cluster can run at the same time."""
         return sum(self._places().values())
 
-    @property
-    def needs(self) -> str:
-        """What a task takes of a node, in words."""
-        return f"{self.threads} CPU{'' if self.threads == 1 else 's'}" + (
-            " and the GPU" if self.device == "cuda" else ""
-        )
+    def find_places(self, reporter: Reporter) -> int:
+        """Return how many tasks the cluster can run at the same time. Warn where none can, so that all would wait."""
+        if not self.places:
+            fix = "let the cluster grow"
+            fix += ", or pass a lower `--threads`" if self._given else ""
+            fix += ", or compute on the CPU: leave `--device` out" if self.device == "cuda" else ""
+            needs = f"{self.threads} CPU{'' if self.threads == 1 else 's'}"
+            needs += " and the GPU" if self.device == "cuda" else ""
+            reporter.warn(f"no node of the cluster has the {needs} that a task takes; waiting for one", fix)
+        return self.places
 
     def nodes_of(self, host: str) -> set[str]:
         """Return the nodes on a host, named as records name it."""

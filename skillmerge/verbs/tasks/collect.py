@@ -3,15 +3,18 @@ that are missing."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Runner
-from skillmerge.errors import TemporaryError, some
+from skillmerge.errors import SkillmergeError, TemporaryError, some
+from skillmerge.outputs import manifest
 from skillmerge.outputs.attempts import ATTEMPTS, conditions_of, owner_of, staging_folder
 from skillmerge.outputs.staging import MANIFEST_FILE, Staging
 from skillmerge.outputs.tasks.news import Making, being_made
@@ -29,6 +32,28 @@ _SILENCE = 60.0
 """Seconds without news of a shard until its task counts as gone, in what is shown."""
 
 
+class Waiting:
+    """How long tasks are waited for: not at all, until all shards are there, or for `limit` seconds from now on."""
+
+    def __init__(self, wait: bool, limit: float | None = None) -> None:
+        self._limit = limit
+        self._end = time.monotonic() + (limit if limit is not None else math.inf if wait else -math.inf)
+
+    def __bool__(self) -> bool:
+        return time.monotonic() < self._end
+
+    def missing(self, plan: Plan, missing: Collection[str]) -> TemporaryError:
+        """Return the error for shards that are not waited for any longer."""
+        count, after, option = len(missing), "", "`--wait`"
+        if self._limit is not None:
+            after, option = f" after {_time(self._limit)}", "a longer `--wait-limit`"
+        return TemporaryError(
+            f"{count} of {len(plan.shards)} shards {'is' if count == 1 else 'are'} missing{after}: "
+            f"{some(list(missing))}",
+            fix=f"run their tasks again, then the same command; or pass {option}",
+        )
+
+
 class Tasks(Runner, Protocol):
     """What makes shards elsewhere: the runner of `finish`, whether the output is a folder or in a bucket."""
 
@@ -42,26 +67,37 @@ class Tasks(Runner, Protocol):
 class Collector:
     """The runner of `finish`; see `engine.runner.Runner` for its interface.
 
-    wait: until every shard is recorded. reread: believe no record without reading its file.
+    waiting: for the records of all shards. digest: of the plan. reread: believe no record without reading its file.
+    overwrite: the output may replace another plan's.
     """
 
-    def __init__(self, reporter: Reporter, *, wait: bool, reread: bool) -> None:
+    def __init__(
+        self, reporter: Reporter, waiting: Waiting, digest: str, *, reread: bool = False, overwrite: bool = False
+    ) -> None:
         self.device = ""
         self.seconds: list[float] = []
         """How long each of the shards took that were found."""
-        self._reporter, self._wait, self._reread = reporter, wait, reread
+        self._reporter, self._waiting, self._reread = reporter, waiting, reread
+        self._digest, self._overwrite = digest, overwrite
 
     def settle(self, target: Path, checks: Checks) -> Checks:
-        """Return the checks with what the tasks measure and allow, which is theirs to say. Wait for the first."""
+        """Return the checks with what the tasks measure and allow, which is theirs to say. Wait for the first, unless
+        there is an output already."""
         owner = owner_of(staging_folder(target))
-        while owner is None and self._wait and not (target / MANIFEST_FILE).exists():
+        replaced = _version(target) if self._overwrite and not self._made(target) else None
+        while owner is None and self._waiting and _version(target) in (None, replaced):
             self._reporter.waiting(f"no task has begun on {target} yet")
             time.sleep(LOOK)
             owner = owner_of(staging_folder(target))
-        if owner is None:
-            return checks
-        stats, nonfinite = owner.conditions.get("stats"), owner.conditions.get("allow_nonfinite")
-        return replace(checks, stats=str(stats or checks.stats), allow_nonfinite=bool(nonfinite))
+        return as_tasks(checks, owner.conditions if owner is not None else self._made(target))
+
+    def _made(self, target: Path) -> Mapping[str, Any]:
+        """Return the conditions under which an output of this plan was made; none if there is no such output."""
+        with suppress(SkillmergeError):
+            found = manifest.read(target)
+            if found.plan_digest == self._digest:
+                return found.environment.conditions
+        return {}
 
     def begin(self, job: Job, staging: Staging, conditions: dict[str, object]) -> str | None:
         """Take what the tasks have made. Returns a note for the user, if there is one."""
@@ -79,10 +115,10 @@ class Collector:
                     yield found
             if not missing:
                 break
-            if not self._wait and (time.monotonic() - started > PATIENCE or conditions_of(staging.folder) is None):
-                raise missing_shards(plan, missing)
-            if self._wait:
+            if self._waiting:
                 self._reporter.waiting(progress.text(staging, missing))
+            elif time.monotonic() - started > PATIENCE or conditions_of(staging.folder) is None:
+                raise self._waiting.missing(plan, missing)
             self.pause(staging, missing)
         staging.leave_tasks_out()
         assert staging.tasks is not None
@@ -109,12 +145,19 @@ class Collector:
         return None
 
 
-def missing_shards(plan: Plan, missing: Collection[str]) -> TemporaryError:
-    count = len(missing)
-    return TemporaryError(
-        f"{count} of {len(plan.shards)} shards {'is' if count == 1 else 'are'} missing: {some(list(missing))}",
-        fix="run their tasks again, then the same command; or pass `--wait`",
-    )
+def as_tasks(checks: Checks, conditions: Mapping[str, Any]) -> Checks:
+    """Return checks with what tasks with these conditions measure and allow."""
+    stats, nonfinite = conditions.get("stats", checks.stats), conditions.get("allow_nonfinite", checks.allow_nonfinite)
+    return replace(checks, stats=str(stats), allow_nonfinite=bool(nonfinite))
+
+
+def _version(output: Path) -> object:
+    """Return what tells an output from another one in its place; None if there is none."""
+    try:
+        status = (output / MANIFEST_FILE).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def prove_same(job: Job, reporter: Reporter) -> None:
@@ -152,7 +195,7 @@ class _Progress:
         if making:
             slowest = min(making, key=lambda it: it.since)
             shard = slowest.shard.removesuffix(".safetensors")
-            parts.append(f"slowest {shard} ({slowest.host}, {_minutes(time.time() - slowest.since)})")
+            parts.append(f"slowest {shard} ({slowest.host}, {_time(time.time() - slowest.since)})")
         return ", ".join(parts)
 
     def _lives(self, it: Making) -> bool:
@@ -170,5 +213,7 @@ def _of(part: int, total: int) -> str:
     return f"{first.removesuffix(f' {unit}')} of {last}"
 
 
-def _minutes(seconds: float) -> str:
-    return f"{max(0, seconds):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(0, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

@@ -6,6 +6,7 @@ Nothing depends on what Ray believes of a node: a task that was thought dead mak
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 from skillmerge.engine.destination import ShardRecord
 from skillmerge.engine.runner import Job, Work
 from skillmerge.errors import ResourceError, StalePlan, UsageError, machine_errors, some
-from skillmerge.outputs.attempts import ATTEMPTS, Records, conditions_of, staging_folder
+from skillmerge.outputs.attempts import ATTEMPTS, Records, conditions_of, owner_of, staging_folder
 from skillmerge.outputs.journal import Header
 from skillmerge.outputs.staging import Staging
 from skillmerge.outputs.tasks.news import being_made
@@ -29,8 +30,9 @@ from skillmerge.plans.tasks.division import divide
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
 from skillmerge.verbs.records import Checks
+from skillmerge.verbs.target import output_bucket
 from skillmerge.verbs.tasks.cluster import Cluster, this_node
-from skillmerge.verbs.tasks.collect import LOOK, PATIENCE, Collector
+from skillmerge.verbs.tasks.collect import LOOK, PATIENCE, Collector, Waiting
 from skillmerge.verbs.tasks.shard import Task
 
 WORK = 8 << 30
@@ -43,10 +45,22 @@ _SHARED = "choose a folder with `--output` that this process and all nodes share
 
 
 class OnRay(Collector):
-    """See `engine.runner.Runner` for the interface. source: what is applied. on: the cluster, as `Cluster` has it."""
+    """See `engine.runner.Runner` for the interface."""
 
-    def __init__(self, on: str, source: Recipe | SavedPlan, access: Access, work: Work, reporter: Reporter) -> None:
-        super().__init__(reporter, wait=True, reread=False)
+    def __init__(
+        self,
+        on: str,
+        source: Recipe | SavedPlan,
+        output: str | os.PathLike[str] | None,
+        access: Access,
+        work: Work,
+        reporter: Reporter,
+    ) -> None:
+        """on: the cluster, as `Cluster` has it. Raises UsageError for an output in a bucket."""
+        super().__init__(reporter, Waiting(True), "")
+        bucket = output_bucket(source if isinstance(source, Recipe) else source.recipe, output)
+        if bucket is not None:
+            raise UsageError(f"the output {bucket} is in a bucket, and tasks of `--on` share a folder", fix=_SHARED)
         self._on, self._source, self._access, self._work = on, source, access, work
         self._running: dict[Any, _Copy] = {}
         self._again: set[str] = set()
@@ -55,15 +69,17 @@ class OnRay(Collector):
         """When a task began or ended last."""
 
     def settle(self, target: Any, checks: Checks) -> Checks:
-        if not isinstance(target, Path):
-            raise UsageError(f"the output {target} is in a bucket, and tasks of `--on` share a folder", fix=_SHARED)
-        return checks
+        return checks  # they are this run's to say
 
     def begin(self, job: Job, staging: Staging, conditions: dict[str, object]) -> str | None:
-        self._header = Header(job.plan.weights_digest, conditions)
+        """Take what tasks of this plan have made. What is of another plan is dropped, as by `apply` on one machine."""
+        header = self._header = Header(job.plan.weights_digest, conditions)
+        owner, dropped = owner_of(staging.folder), None
+        if owner is not None and owner != header:
+            dropped = staging.begin(header.plan, conditions)
         remark = super().begin(job, staging, conditions)
         there = f"continuing an interrupted run: {len(staging.finished)} finished already"
-        return remark or (there if staging.finished else None)
+        return dropped or remark or (there if staging.finished else None)
 
     def run(self, job: Job, shards: Sequence[ShardPlan]) -> Generator[ShardRecord, None, None]:
         staging = job.destination
@@ -90,11 +106,7 @@ class OnRay(Collector):
         work = replace(self._work, device=cluster.device, threads=cluster.threads)
         task = Task(saved, (), access, work, job.stats, job.allow_nonfinite)
         self._making = cluster.share(Making(task, staging.output))
-        if not (places := cluster.places):
-            self._reporter.warn(
-                f"no node of the cluster has the {cluster.needs} that a task takes; waiting for one",
-                "pass a lower `--threads`, or let the cluster grow",
-            )
+        places = cluster.find_places(self._reporter)
         parts = divide(sizes, max(_EVEN * places, sum(sizes.values()) // WORK, 1))
         for part in sorted(parts, key=lambda part: -sum(sizes[shard] for shard in part)):
             if part:

@@ -19,6 +19,7 @@ from skillmerge.errors import OutputLocked, UsageError, machine_errors
 from skillmerge.outputs.attempts import COMPLETE, FILES, Attempt, Overtaken, Records, staging_folder
 from skillmerge.outputs.buckets.sending import work_folder
 from skillmerge.outputs.journal import Header, Journal
+from skillmerge.outputs.tasks.headers import keep
 from skillmerge.plans.budget import budget, check_disk
 from skillmerge.plans.opening import Access
 from skillmerge.plans.plan import Plan
@@ -27,8 +28,9 @@ from skillmerge.plans.tasks.division import share_of
 from skillmerge.plans.tasks.part import part_of, refuse_problems
 from skillmerge.recipes.source import RecipeSource
 from skillmerge.reporter import Reporter, default_reporter
-from skillmerge.study.gate_obstacles import refuse_options
-from skillmerge.verbs.records import Publish
+from skillmerge.study.gate_obstacles import IN_A_BUCKET, NO_LOCAL, refuse_options
+from skillmerge.verbs.elsewhere import into_a_bucket
+from skillmerge.verbs.records import Checks, Publish
 from skillmerge.verbs.source import read_source, source_name
 from skillmerge.verbs.target import finished_output, output_bucket, output_folder, refuse_existing
 from skillmerge.verbs.tasks.buckets import make_in_bucket
@@ -110,16 +112,16 @@ def shard(
     saved = read_saved(plan)
     refuse_problems(saved)
     publish = _publish_of(saved, Publish(False, push, no_local, private, revision))
-    refuse_options(saved.recipe.gates, stats, no_local)
-    access = Access(follow_links, download=hub == "download", commits=saved.commits)
     bucket, sizes = output_bucket(saved.recipe, output), saved.sizes
+    if bucket is not None:
+        into_a_bucket(saved, publish, Checks())
+    refuse_options(saved.recipe.gates, stats, IN_A_BUCKET if bucket is not None else NO_LOCAL if no_local else None)
+    access = Access(follow_links, download=hub == "download", commits=saved.commits)
     mine = share_of(sizes, index, of)
     task = Task(saved, mine, access, Work(device, threads, memory_limit), stats, allow_nonfinite, publish)
     target = output_folder(saved.recipe, output, {}) if bucket is None else work_folder(bucket)
     if bucket is None:
         device, made = task.run(target, reporter)
-    elif publish.no_local:
-        raise UsageError(f"`--no-local` and {bucket} are two places for one output", fix="leave one of them out")
     else:
         device, made = make_in_bucket(saved, mine, access, task.work, task.conditions, bucket, reporter)
     size, seconds = sum(sizes[file] for file in mine), time.monotonic() - started
@@ -225,6 +227,7 @@ class Task:
                     if push is None and self._is_published(target, header):
                         attempt.withdraw()
                         return ""
+                    keep(attempt.folder, attempt.files, checkpoints.values())
                     needed = part.bytes_written // 2 if part.makes_skill else part.bytes_written
                     needed = push.disk_needed(needed) if push is not None else needed
                     check_disk(attempt.folder, needed, "this task's share of the output")

@@ -93,7 +93,17 @@ def test_tiles_change_no_byte(tmp_path: Path, merge: str, monkeypatch: pytest.Mo
             assert made(recipe, f"tile-{tile}", threads=2) == first
 
 
-def test_saved_plan_and_tasks_give_the_same_bytes(mixed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"merge": "target + lam * (target - sft)", "tokens": {"<think>": {"from": "rl"}}},
+        {"merge": "sft", "coefficients": None, "output": {"like": "target"}},
+    ],
+    ids=["formula", "taken", "donor outside"],
+)
+def test_saved_plan_and_tasks_give_the_same_bytes(mixed: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
+    mixed = write_recipe(tmp_path, **by_token(**keys))
     first = made(mixed)
     plan = tmp_path / "plan.json"
     assert run_cli("plan", mixed, "-o", plan).returncode == 0

@@ -9,8 +9,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_checkpoint, run_cli, write_checkpoint, write_recipe
+from safetensors.torch import save_file
 from test_rows_by_hand import rows_of, write_models
-from token_rows import BASE, BLOCK, EMBEDDING, HEAD, Words, by_hand, by_token, past, same_bits, write_model
+from token_rows import (
+    BASE,
+    BLOCK,
+    EMBEDDING,
+    HEAD,
+    Words,
+    by_hand,
+    by_token,
+    past,
+    same_bits,
+    tokenizer_json,
+    write_model,
+)
 
 import skillmerge
 from skillmerge.checkpoints.kinds.table import open_as
@@ -137,3 +150,33 @@ def test_skills_add_up_by_token(tmp_path: Path) -> None:
     wanted = math.copy()
     wanted[:9] += code[order]
     assert np.array_equal(both, wanted.astype(np.float32))
+
+
+def test_adapters_rows_are_matched_by_token_too(tmp_path: Path) -> None:
+    """As a difference: of a model with other rows than the target, whose tokenizer is beside it."""
+    write_models(tmp_path, MIXED)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["embed_tokens"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    chance = torch.Generator().manual_seed(5)
+    a, b = torch.randn(2, 11, generator=chance), torch.randn(6, 2, generator=chance)
+    module = "base_model.model.model.embed_tokens"
+    save_file({f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": b}, adapter / "adapter_model.safetensors")
+    models = {"target": "target", "v": {"adapter": "adapter"}}
+    recipe = write_recipe(tmp_path, "target + lam * v", models=models, coefficients={"lam": 1.0}, **by_token())
+    refused = run_cli("plan", recipe)
+    assert refused.returncode == 4
+    assert "copy the tokenizer that it was trained with into its folder, or leave `vocabulary` out" in refused.stderr
+    (adapter / "tokenizer.json").write_text(tokenizer_json(MIXED[1]))
+    made = read_checkpoint(skillmerge.apply(recipe, tmp_path / "out").output)
+    wide_a, wide_b = a.numpy().astype(np.float64), b.numpy().astype(np.float64)
+    product = (np.outer(wide_a[0], wide_b[:, 0]) + np.outer(wide_a[1], wide_b[:, 1])).astype(np.float32)
+    ours = read_checkpoint(tmp_path / "target")[EMBEDDING].numpy()
+    places = {word: row for row, word in enumerate(MIXED[1]) if word is not None}
+    wanted = ours.copy()
+    for row, word in enumerate(MIXED[0]):
+        if word in places:
+            wanted[row] = (ours[row].astype(np.float64) + product[places[word]].astype(np.float64)).astype(np.float32)
+    assert same_bits(made[EMBEDDING], wanted)
+    assert torch.equal(made[HEAD], read_checkpoint(tmp_path / "target")[HEAD])

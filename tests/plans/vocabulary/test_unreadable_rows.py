@@ -97,6 +97,14 @@ def test_ids_beyond_the_rows(tmp_path: Path, name: str) -> None:
     assert [(it.name, it.accepted) for it in plan.compared.found if it.name == "tokenizer"] == [("tokenizer", True)]
 
 
+def test_token_without_a_row_keeps_the_donors(tmp_path: Path) -> None:
+    write_models(tmp_path, ([*BASE, "<x>"], [*BASE, None], [*BASE, "<x>"]))
+    rewritten(tmp_path, "rl", lambda it: it.update(added_tokens=[{"id": 9, "content": "<x>", "special": True}]))
+    assert "a token of `rl` has no row: `<x>` is 9\n" in refused(tmp_path)
+    output = skillmerge.apply(write_recipe(tmp_path, **by_token(accept=["tokenizer"])), tmp_path / "out").output
+    assert torch.equal(read_checkpoint(output)[HEAD][8], read_checkpoint(tmp_path / "target")[HEAD][8])
+
+
 def test_many_tokens_without_rows_take_no_time(tmp_path: Path) -> None:
     write_models(tmp_path, ALIKE)
     words = [f"t{number}" for number in range(120_000)]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from skillmerge.cli.show.figures import FIGURES, FORECAST, show
 from skillmerge.cli.show.report.html import cell_of, escaped, scrolling
 from skillmerge.engine.measures.cells import DEVIATION, cells, rows_of
-from skillmerge.naming import MODULE_KINDS
+from skillmerge.naming import MODULE_KINDS, expert_of, layer_label
 from skillmerge.outputs.manifest import ManifestBody
 from skillmerge.plans.plan import Plan
+from skillmerge.study.groups import ALL_LAYERS
 from skillmerge.study.inspect import Inspection
 
 LEAST_SPAN = 2 * DEVIATION
@@ -19,6 +20,9 @@ LEAST_SPAN = 2 * DEVIATION
 
 STEPS = 10
 """Depths of a color; `parts.css` has one class for each."""
+
+_COLUMNS = 32
+"""Most columns of a map over experts."""
 
 _KINDS = (*MODULE_KINDS, "other")
 _OUTSIDE = "outside blocks"
@@ -29,7 +33,8 @@ Cells = Mapping[tuple[str, str], float]
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """One map. center: the number without a color, blue above and orange below. off: the cells set in bold."""
+    """One map. center: the number without a color, blue above and orange below. off: the cells set in bold. columns:
+    those of a map that is not over kinds of module."""
 
     title: str
     what: str
@@ -37,6 +42,7 @@ class HeatMap:
     unit: str = "number"
     center: float = 0.0
     off: Collection[tuple[str, str]] = ()
+    columns: Sequence[str] = ()
 
     @property
     def most(self) -> float:
@@ -67,11 +73,17 @@ def maps_of(
 def _of_plan(plan: Plan) -> Iterator[HeatMap]:
     for index, name in enumerate(plan.coefficients):
         found: dict[tuple[str, str], list[float]] = {}
-        for tensor in plan.tensors.values():
-            if index < len(tensor.coefficients):
-                found.setdefault(cell_of(tensor.name), []).append(tensor.coefficients[index])
+        for tensor, _, values in (row for planned in plan.tensors.values() for row in planned.rows):
+            if index < len(values):
+                found.setdefault(cell_of(tensor), []).append(values[index])
         means = {cell: sum(values) / len(values) for cell, values in found.items()}
         yield HeatMap(f"{name}, as requested", "mean over the tensors of a cell", means)
+        rows = [row for planned in plan.tensors.values() for row in planned.rows if index < len(row[2])]
+        experts = {
+            (layer_label(it), expert): row[index] for it, _, row in rows if (expert := expert_of(it)) is not None
+        }
+        if len({*experts.values()}) > 1:
+            yield _over_experts(f"{name} by expert, as requested", "mean over the experts of a cell", experts)
 
 
 def _of_manifest(manifest: ManifestBody) -> Iterator[HeatMap]:
@@ -95,6 +107,30 @@ def _of_inspection(inspection: Inspection) -> Iterator[HeatMap]:
         if found:
             figure = FIGURES[key]
             yield HeatMap(figure.label, figure.formula, found, figure.unit)
+    for key in ("changed", "norm_ratio"):
+        experts = {}
+        for label, row in inspection.experts.items():
+            layer, _, expert = label.rpartition(" ")
+            if layer != ALL_LAYERS and row.get(key) is not None:
+                experts[layer, int(expert)] = row[key]
+        if experts:
+            figure = FIGURES[key]
+            yield _over_experts(f"{figure.label} by expert", figure.formula, experts, figure.unit)
+
+
+def _over_experts(title: str, what: str, values: Mapping[tuple[str, int], float], unit: str = "number") -> HeatMap:
+    """Return a map of layers and experts. Of more experts than there is room for, neighbors share a column: their
+    mean."""
+    count = 1 + max(expert for _, expert in values)
+    each = -(-count // _COLUMNS)
+    found: dict[tuple[str, str], list[float]] = {}
+    for (layer, expert), value in sorted(values.items(), key=lambda item: item[0][1]):
+        first = expert // each * each
+        last = min(first + each, count) - 1
+        found.setdefault((layer, f"{first}–{last}" if last > first else str(first)), []).append(value)
+    columns = tuple(dict.fromkeys(column for _, column in found))
+    means = {cell: sum(numbers) / len(numbers) for cell, numbers in found.items()}
+    return HeatMap(title, what, means, unit, columns=columns)
 
 
 # Drawing.
@@ -102,7 +138,7 @@ def _of_inspection(inspection: Inspection) -> Iterator[HeatMap]:
 
 def draw(drawn: HeatMap) -> str:
     """Return a map as HTML: layers below each other, kinds of module side by side. Equal layers share a row."""
-    kinds = [kind for kind in _KINDS if any(kind == found for _, found in drawn.values)]
+    kinds = list(drawn.columns) or [kind for kind in _KINDS if any(kind == found for _, found in drawn.values)]
     places = sorted({layer for layer, _ in drawn.values}, key=_order)
     stacks = {_split(layer)[0] for layer in places} - {_OUTSIDE}
     body = []

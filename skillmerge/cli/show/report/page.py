@@ -64,7 +64,7 @@ def build(
         maps_section(plan, manifest, inspection),
         *(_inspected(inspection) if inspection is not None else ()),
         rounding_section(manifest) if manifest is not None else "",
-        _recipe(plan.recipe, plan.tensors) if plan is not None else "",
+        _recipe(plan.recipe, [row[0] for it in plan.tensors.values() for row in it.rows]) if plan is not None else "",
         _recipe(sweep.recipe, ()) if sweep is not None else "",
         tensor_table(plan, manifest, inspection),
         _meanings() if inspection is not None else "",

@@ -82,8 +82,8 @@ def _plan_columns(plan: Plan, groups: Mapping[str, Sequence[str]]) -> Iterator[_
     for index, coefficient in enumerate(plan.coefficients):
 
         def asked(name: str, index: int = index) -> tuple[str, float | None]:
-            rows = [plan.tensors[member].coefficients for member in groups[name] if member in plan.tensors]
-            values = [row[index] for row in rows if index < len(row)]
+            rows = (row for member in groups[name] if member in plan.tensors for row in plan.tensors[member].rows)
+            values = [row[index] for _, _, row in rows if index < len(row)]
             if not values:
                 return "–", None
             low, high = min(values), max(values)

@@ -1,0 +1,386 @@
+"""What `config.json` says of a stack of layers: their number, and everything that it says layer by layer.
+
+A configuration says of layers what they are by lists with an entry for each, lists of numbers, and rules about numbers
+(the first three, one in six). What each layer was in its own model it has to be in the stack; where no configuration
+can say that, the stack is refused. Knows keys that configurations share, and no architecture beyond
+`compare.architectures`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from skillmerge.checkpoints.model_config import BLOCK_KEYS, layers_in, sections
+from skillmerge.naming import part_of
+from skillmerge.plans.compare.architectures import WINDOW_PATTERNS, WITHOUT_ROPE_EVERY
+from skillmerge.plans.compare.config_values import text_kind
+
+_LISTS = re.compile(
+    r"layer|block|attn|attention|moe|mlp|ffn|expert|mamba|pattern|types?$|multiplier|sparsity|window|intermediate_size"
+    r"|num_(query|kv|key_value)_heads|head_dim|rope_theta"
+)
+"""Keys of lists, and of text with a letter for each layer, that may be about layers."""
+_NO_LISTS = re.compile(r"token|section|architectures|_ids$")
+
+_ALWAYS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Keys of lists that are useless with another length."""
+
+_NUMBERS = {
+    "mlp_only_layers": 0, "moe_layers": 0, "cross_attention_layers": 0, "attn_layer_indices": 0, "full_attn_idxs": 0,
+    "hybrid_layer_ids": 0, "kda_layers": 1, "full_attn_layers": 1,
+}  # fmt: skip
+"""Keys of lists of layers by number, and what the first layer is called in them."""
+_UNKNOWN_NUMBERS = re.compile(r"layers?$|_idxs?$|_indices$|layer_ids$")
+
+_FIRST = {
+    "first_k_dense_replace": 0, "num_dense_layers": 0, "num_hash_layers": 0, "num_first_full_attention_layers": 0,
+    "max_window_layers": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 1,
+}  # fmt: skip
+"""Keys that say how many of the first layers are of a kind, or with 1 which layer is the last of them."""
+_LAST = ("num_kv_shared_layers", "num_last_full_attention_layers")
+
+_EVERY: dict[str, int | str] = {
+    "sliding_window_pattern": 1, "_sliding_window_pattern": 1, "full_attention_interval": 1,
+    "no_rope_layer_interval": 1, "interleave_moe_layer_step": 1, "decoder_sparse_step": 1, "moe_layer_interval": 1,
+    "moe_layer_freq": 0, "global_attn_every_n_layers": 0, "attn_layer_period": "attn_layer_offset",
+    "expert_layer_period": "expert_layer_offset",
+}  # fmt: skip
+"""Keys that say that one in so many layers is of another kind: what its number lacks to a multiple, or the key of what
+it has beyond one."""
+_LISTED = {
+    "sliding_window_pattern": "layer_types", "_sliding_window_pattern": "layer_types",
+    "full_attention_interval": "layer_types", "max_window_layers": "layer_types",
+    "num_first_full_attention_layers": "layer_types", "num_last_full_attention_layers": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers",
+}  # fmt: skip
+"""Rules that a list replaces, if there is one."""
+_WHOLE = {
+    "num_hidden_groups": "the layers share their weights",
+    "hidden_size_per_layer_input": "its embeddings have columns for each layer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer of a stack: the entry of the recipe that asks for it, its model there, and its number in that."""
+
+    entry: int
+    model: str
+    number: int
+
+
+class Unsayable(Exception):
+    """Something that no configuration can say. entry: of the recipe's stack. fix: what to do."""
+
+    def __init__(self, message: str, entry: int, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.entry, self.fix = entry, fix
+
+
+class Order:
+    """The layers of a stack. configs, counts: of each of its models; first: that whose configuration it is."""
+
+    def __init__(
+        self, layers: Sequence[Layer], configs: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int], first: str
+    ) -> None:
+        self.layers, self.configs, self.counts, self.first = layers, configs, counts, first
+        self._said = {model: said_of(config) for model, config in configs.items()}
+        self._numbers: dict[tuple[str, str], set[int]] = {}
+
+    def said(self, model: str, key: str) -> Any:
+        """Return what a model's configuration says of its language model, or None."""
+        return self._said[model].get(key)
+
+    def numbers(self, model: str, key: str) -> set[int]:
+        """Return a list of a model's layers."""
+        if (model, key) not in self._numbers:
+            said = self.said(model, key)
+            self._numbers[model, key] = {it for it in said if type(it) is int} if isinstance(said, list) else set()
+        return self._numbers[model, key]
+
+    def listed(self, key: str) -> bool:
+        """Return whether a list replaces a rule, in all models."""
+        return key in _LISTED and all(isinstance(self.said(model, _LISTED[key]), list) for model in self.counts)
+
+    def entry(self, model: str) -> int:
+        """Return the first entry of the recipe that asks for layers of a model."""
+        return next(layer.entry for layer in self.layers if layer.model == model)
+
+    def moved(self) -> Layer | None:
+        """Return the first layer that gets another number."""
+        return next((layer for place, layer in enumerate(self.layers) if layer.number != place), None)
+
+
+def stacked_config(order: Order) -> tuple[dict[str, Any], tuple[tuple[str, Any, Any], ...]]:
+    """Return the configuration of a stack, and what is edited in the first model's: key, old and new value.
+
+    Raises Unsayable.
+    """
+    config = copy.deepcopy(dict(order.configs[order.first]))
+    edits = []
+    for where, section in text_sections(config):
+        for key, value in list(section.items()):
+            new = _edited(key, value, order)
+            if new != value:
+                section[key] = new  # type: ignore[index]
+                edits.append((f"{where}.{key}".lstrip("."), value, new))
+    _check_others(order)
+    _check_unsaid(order)
+    return config, tuple(edits)
+
+
+def leveled(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's configuration with what another one says of layers: what still differs is not their places."""
+    level, said = copy.deepcopy(dict(config)), said_of(like)
+    depth, other = layers_in(config) or 0, layers_in(like) or 0
+    for _, section in text_sections(level):
+        assert isinstance(section, dict)
+        for key in [key for key in section if key in BLOCK_KEYS or _is_about_layers(key, section[key], depth)]:
+            section[key] = said.get(key)
+    return {**{key: value for key, value in said.items() if _is_about_layers(key, value, other)}, **level}
+
+
+def said_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says of its language model; of several values the outermost."""
+    found: dict[str, Any] = {}
+    for _, section in text_sections(config):
+        found = {**section, **found}
+    return found
+
+
+def text_sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the sections of a configuration that may be of its language model."""
+    return ((where, section) for where, section in sections(config) if part_of(where) == "text")
+
+
+def _is_about_layers(key: str, value: Any, count: int) -> bool:
+    rule = (key in _FIRST or key in _LAST or key in _EVERY or key in _EVERY.values()) and type(value) in (int, str)
+    return rule or key in _NUMBERS or key == "attention_types" or _by_layer(key, value, count)
+
+
+def _by_layer(key: str, value: Any, count: int) -> bool:
+    """Return whether a list or a text has an entry for each of so many layers."""
+    return (
+        isinstance(value, list | str)
+        and len(value) == count > 0
+        and _LISTS.search(key) is not None
+        and (isinstance(value, list) or "pattern" in key)
+        and _NO_LISTS.search(key) is None
+    )
+
+
+def _edited(key: str, value: Any, order: Order) -> Any:
+    """Return what a key of the first model's configuration says of the stack."""
+    count, layers = order.counts[order.first], order.layers
+    if key in _WHOLE and value:
+        raise Unsayable(f"model `{order.first}` cannot be stacked: {_WHOLE[key]} (`{key}`)", 0)
+    if key in BLOCK_KEYS and type(value) is int:
+        return len(layers) if value == count else value
+    if key == "attention_types":
+        return _attention_types(value, order)
+    if key in _NUMBERS and isinstance(value, list) and not (key == "moe_layers" and _is_flags(value)):
+        shift = _NUMBERS[key]
+        return [
+            place + shift
+            for place, layer in enumerate(layers)
+            if layer.number + shift in order.numbers(layer.model, key)
+        ]
+    if key in _ALWAYS and isinstance(value, list) and len(value) not in (0, count):
+        raise Unsayable(f"config.json of `{order.first}` has {len(value)} `{key}` for {count} layers", 0)
+    if _by_layer(key, value, count):
+        found = [_entry(key, layer, order) for layer in layers]
+        return "".join(found) if isinstance(value, str) else found
+    if key in _FIRST and type(value) is int and value >= 0:
+        return _first_of(key, value, order)
+    if key in _LAST and type(value) is int and value > 0:
+        return _last_of(key, value, order)
+    if (key in _EVERY and type(value) in (int, str)) or key in ("block_types", "_block_types"):
+        _check_every(key, value, order)
+    elif _UNKNOWN_NUMBERS.search(key) and _is_numbers(value, count):
+        _check_in_place(key, value, order)
+    return value
+
+
+def _entry(key: str, layer: Layer, order: Order) -> Any:
+    """Return what a list of a model says of one of its layers."""
+    found = order.said(layer.model, key)
+    if not isinstance(found, list | str) or len(found) != order.counts[layer.model]:
+        has = "has no" if found is None else "has another kind of"
+        raise Unsayable(
+            f"config.json of `{layer.model}` {has} `{key}`, by which that of `{order.first}` says what each layer is",
+            layer.entry,
+            "save both models with the same version of transformers",
+        )
+    return found[layer.number]
+
+
+def _attention_types(value: Any, order: Order) -> Any:
+    """Return GPT-Neo's kinds of attention, [[[kind, …], how often], …], for each layer."""
+    kinds = {}
+    for model, count in order.counts.items():
+        try:
+            kinds[model] = [
+                kind for part, often in order.said(model, "attention_types") for kind in part * min(often, count + 1)
+            ]
+        except (TypeError, ValueError):
+            kinds[model] = []
+        if len(kinds[model]) != count:
+            raise Unsayable(f"config.json of `{model}` has other `attention_types` than layers", order.entry(model))
+    found = [kinds[layer.model][layer.number] for layer in order.layers]
+    return value if found == kinds[order.first] else [[found, 1]]
+
+
+def _first_of(key: str, value: int, order: Order) -> int:
+    """Return how many of the first layers are of a kind in the stack."""
+    shift = _FIRST[key]
+    if key == "max_window_layers" and not order.said(order.first, "use_sliding_window"):
+        return value
+    flags = []
+    for layer in order.layers:
+        said = _number_said(key, layer, order)
+        flags.append(layer.number < said + shift)
+    if flags == [place < value + shift for place in range(len(flags))]:
+        return value
+    count = flags.index(False) if False in flags else len(flags)
+    if True in flags[count:] and not order.listed(key):
+        place = flags.index(True, count)
+        layer = order.layers[place]
+        raise Unsayable(
+            f"layer {place} of the stack, layer {layer.number} of `{layer.model}`, is of a kind that config.json can "
+            f"give to the first layers only (`{key}`)",
+            layer.entry,
+            "leave that layer out, or begin with it",
+        )
+    return count - shift
+
+
+def _last_of(key: str, value: int, order: Order) -> int:
+    flags = []
+    for layer in order.layers:
+        flags.append(layer.number >= order.counts[layer.model] - _number_said(key, layer, order))
+    count = flags[::-1].index(False) if False in flags else len(flags)
+    if True in flags[: len(flags) - count] and not order.listed(key):
+        layer = order.layers[flags.index(True)]
+        raise Unsayable(
+            f"layer {layer.number} of `{layer.model}` is of a kind that config.json can give to the last layers only "
+            f"(`{key}`)",
+            layer.entry,
+            "leave that layer out, or end with it",
+        )
+    return count
+
+
+def _number_said(key: str, layer: Layer, order: Order) -> int:
+    found = order.said(layer.model, key)
+    if type(found) is not int:
+        raise Unsayable(
+            f"config.json of `{layer.model}` does not say `{key}`, and that of `{order.first}` does", layer.entry
+        )
+    return found
+
+
+def _check_every(key: str, value: Any, order: Order) -> None:
+    """Check that each layer is of the kind that its number gives it, by a rule of one layer in so many."""
+    if order.listed(key):
+        return
+    for place, layer in enumerate(order.layers):
+        theirs = order.said(layer.model, key)
+        if type(theirs) is not type(value) or _kind(key, theirs, layer.number, layer.model, order) != _kind(
+            key, value, place, order.first, order
+        ):
+            raise _moved(f"`{key}: {value}`", key, place, layer)
+
+
+def _kind(key: str, value: Any, number: int, model: str, order: Order) -> Any:
+    if isinstance(value, str | list):
+        return value[number % len(value)] if value else None
+    if value < 1:
+        return None
+    lacks = _EVERY[key]
+    if isinstance(lacks, str):
+        beyond = order.said(model, lacks)
+        lacks = -beyond if type(beyond) is int else 0
+    return (number + lacks) % value == 0
+
+
+def _moved(rule: str, key: str, place: int, layer: Layer) -> Unsayable:
+    listed = f", or list `{_LISTED[key]}` in its config.json" if key in _LISTED else ""
+    return Unsayable(
+        f"config.json of `{layer.model}` says by a layer's number what it is ({rule}), and its layer {layer.number} "
+        f"would be layer {place}, of another kind",
+        layer.entry,
+        f"move layers to places of the same kind{listed}",
+    )
+
+
+def _check_in_place(key: str, value: Any, order: Order) -> None:
+    """Refuse a list of layers that nobody here knows, unless each layer keeps its number."""
+    other = next((model for model in order.counts if order.said(model, key) != value), None)
+    moved = order.moved()
+    if moved is not None or other is not None or len(order.layers) < order.counts[order.first]:
+        raise Unsayable(
+            f"config.json of `{order.first}` has `{key}`, which may be a list of layers that skillmerge does not know",
+            moved.entry if moved is not None else order.entry(other or order.first),
+            "remove it there if it is none",
+        )
+
+
+def _check_others(order: Order) -> None:
+    """Refuse what another model's configuration says of its layers and the first one's does not."""
+    known = said_of(order.configs[order.first])
+    for model, count in order.counts.items():
+        for key, value in said_of(order.configs[model]).items():
+            idle = not value or (key == "max_window_layers" and not order.said(model, "use_sliding_window"))
+            if key not in known and not idle and not order.listed(key) and _is_about_layers(key, value, count):
+                raise Unsayable(
+                    f"config.json of `{model}` says by `{key}` what its layers are, that of `{order.first}` does not",
+                    order.entry(model),
+                    "save both models with the same version of transformers",
+                )
+
+
+def _check_unsaid(order: Order) -> None:
+    """Check the rules of architectures that a configuration need not say, and names of layers in other places."""
+    config = order.configs[order.first]
+    kind = text_kind(config) or ""
+    for key, table, lists in (
+        (
+            "sliding_window_pattern",
+            WINDOW_PATTERNS,
+            ("sliding_window_pattern", "_sliding_window_pattern", "layer_types"),
+        ),
+        ("no_rope_layer_interval", WITHOUT_ROPE_EVERY, ("no_rope_layer_interval", "no_rope_layers")),
+    ):
+        if kind not in table or any(order.said(order.first, each) for each in lists):
+            continue
+        for place, layer in enumerate(order.layers):
+            if ((layer.number + 1) % table[kind] == 0) != ((place + 1) % table[kind] == 0):
+                raise _moved(f"one in {table[kind]}, as `{kind}` models do", key, place, layer)
+    quantised = config.get("quantization_config")
+    named = re.search(r"layers?\.\d|blocks?\.\d|\bh\.\d", str(quantised)) if quantised else None
+    if any(order.configs[model].get("quantization_config") != quantised for model in order.counts):
+        raise Unsayable("the models of this stack are not quantized alike (`quantization_config`)", 0)
+    moved = order.moved()
+    if named is not None and moved is not None:
+        raise Unsayable(
+            f"`quantization_config` of `{order.first}` names layers by their numbers, and layer {moved.number} moves",
+            moved.entry,
+            "stack the models before they are quantized",
+        )
+
+
+def _is_flags(value: Sequence[Any]) -> bool:
+    return len(value) > 2 and set(map(repr, value)) <= {"0", "1", "True", "False"}
+
+
+def _is_numbers(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(type(item) is int and 0 <= item <= count for item in value)
+        and len(set(value)) == len(value)
+    )

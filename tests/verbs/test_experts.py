@@ -1,0 +1,189 @@
+"""Coefficients for some experts: in rules, for experts one by one and packed, in models, skills, tasks and methods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import layouts
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS, numpy_of, read_checkpoint, run_cli, weights, write_checkpoint, write_recipe
+from torch import Tensor
+
+import skillmerge
+from skillmerge.errors import RecipeError
+
+COUNT = 5
+SIZES = [(COUNT, 12, 8), (COUNT, 190, 130)]
+"""Few elements, and matrices that end within blocks of 65,536."""
+RULES = {"lam": {"default": 0.7, "rules": [{"experts": "0-1", "value": 0.0}, {"experts": "3", "value": 0.3}]}}
+LAMBDAS = (0.0, 0.0, 0.7, 0.3, 0.7)
+
+
+def family(folder: Path, make: Callable[..., dict[str, Tensor]], size: tuple[int, int, int] = SIZES[0]) -> Path:
+    for seed, model in enumerate(MODELS):
+        base, moved = layouts.experts(*size), layouts.experts(*size, 50 + seed)
+        made = {name: (it.float() + 0.05 * moved[name].float()).bfloat16() for name, it in base.items()}
+        write_checkpoint(folder / model, make(made), shards=2, config={"model_type": "odd"})
+    return write_recipe(folder, coefficients=RULES)
+
+
+def expected(folder: Path, size: tuple[int, int, int]) -> dict[str, Any]:
+    """Every expert's matrices by numpy, one by one: t - lam * (sft - rl) in float32, rounded once; t itself for 0."""
+    target, rl, sft = (numpy_of(folder / model) for model in MODELS)
+    found = {}
+    for name, it in target.items():
+        number = name.partition(".experts.")[2].partition(".")[0]
+        lam = np.float32(LAMBDAS[int(number)] if number else 0.7)
+        value = it.astype(np.float32) - lam * (sft[name].astype(np.float32) - rl[name].astype(np.float32))
+        found[name] = it if lam == 0 else value.astype(it.dtype)
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("layout", ["packed", "transposed", "mixtral"])
+def test_each_expert_has_its_lambda_in_every_layout(tmp_path: Path, layout: str, size: tuple[int, int, int]) -> None:
+    split = family(tmp_path / "split", layouts.split, size)
+    skillmerge.apply(split)
+    one_by_one = numpy_of(tmp_path / "split" / "merged")
+    for name, wanted in expected(tmp_path / "split", size).items():
+        assert np.array_equal(one_by_one[name].view(np.uint16), wanted.view(np.uint16)), name
+    other = family(tmp_path / layout, getattr(layouts, layout), size)
+    for threads in (1, 3):
+        skillmerge.apply(other, overwrite=True, threads=threads)
+        merged = read_checkpoint(tmp_path / layout / "merged")
+        made = as_parts(read_checkpoint(tmp_path / "split" / "merged"))
+        wanted_tensors = getattr(layouts, layout)(made)
+        assert merged.keys() == wanted_tensors.keys()
+        for name, tensor in merged.items():
+            assert torch.equal(tensor.view(torch.int16), wanted_tensors[name].contiguous().view(torch.int16)), name
+
+
+def as_parts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    at = f"{layouts.AT}.experts"
+    stacked = {
+        part: torch.stack([tensors[f"{at}.{expert}.{name}.weight"] for expert in range(COUNT)])
+        for part, name in layouts.NAMES.items()
+    }
+    return {**stacked, "router": tensors[f"{layouts.AT}.gate.weight"]}
+
+
+def statistics_of(folder: Path) -> dict[str, Any]:
+    document = json.loads((folder / "skillmerge.manifest.json").read_text())
+    return dict(document["statistics"]["modules"]["expert"])
+
+
+def test_rounding_is_measured_alike_in_both_layouts(tmp_path: Path) -> None:
+    """Blocks are not those of whole tensors where experts differ; every element is counted once."""
+    found = []
+    for layout in ("split", "packed"):
+        recipe = family(tmp_path / layout, getattr(layouts, layout), SIZES[1])
+        skillmerge.apply(recipe, stats="full", threads=2)
+        found.append(statistics_of(tmp_path / layout / "merged"))
+    for key in ("changed", "vanished", "realised", "norm_ratio"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-9), key
+
+
+def test_the_plan_and_the_manifest_have_the_slices(tmp_path: Path) -> None:
+    recipe = family(tmp_path, layouts.packed)
+    made = skillmerge.apply(recipe)
+    document = json.loads((made.output / "skillmerge.manifest.json").read_text())
+    rows = {row["name"]: row for row in document["tensors"]}
+    for name in ("gate_up_proj", "down_proj"):
+        row = rows[f"{layouts.AT}.experts.{name}"]
+        assert (row["action"], row["coefficients"]) == ("merge", [])
+        assert row["slices"] == [
+            {"experts": [0, 1], "action": "copy", "coefficients": [0.0]},
+            {"experts": [2, 2], "action": "merge", "coefficients": [0.7]},
+            {"experts": [3, 3], "action": "merge", "coefficients": [0.3]},
+            {"experts": [4, 4], "action": "merge", "coefficients": [0.7]},
+        ]
+    assert "slices" not in rows[f"{layouts.AT}.gate.weight"]
+    assert skillmerge.verify(made.output).tensors == len(rows)
+    assert skillmerge.rebuild(made.output, check=True).tensors == len(rows)
+
+
+def test_rules_that_give_all_experts_the_same_change_nothing(tmp_path: Path, edit: Callable[..., Path]) -> None:
+    recipe = family(tmp_path, layouts.packed)
+    alike = edit(recipe, coefficients={"lam": {"default": 0.2, "rules": [{"experts": "0-", "value": 0.7}]}})
+    alike = edit(alike, coefficients={"lam": {"default": 0.7, "rules": [{"experts": "0-", "value": 0.7}]}})
+    with_rule = weights(skillmerge.apply(alike, tmp_path / "rule").output)
+    assert with_rule == weights(skillmerge.apply(edit(recipe, coefficients={"lam": 0.7}), tmp_path / "plain").output)
+    assert weights(skillmerge.apply(recipe, tmp_path / "set", coefficients={"lam": 0.7}).output) == with_rule
+
+
+@pytest.mark.parametrize("merge", ["target + lam * (rl - sft)", "target + ties(rl - sft, sft - target, density=lam)"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_same_bytes_for_threads_tasks_and_a_resumed_run(
+    tmp_path: Path, edit: Callable[..., Path], merge: str, rounding: str
+) -> None:
+    rules = {"lam": {"default": 0.7, "rules": [{"experts": "1-2", "value": 0.4}, {"experts": "4", "value": 1.0}]}}
+    recipe = edit(family(tmp_path, layouts.packed, SIZES[1]), merge=merge, coefficients=rules)
+    edit(recipe, output={"path": "merged", "rounding": rounding})
+    wanted = weights(skillmerge.apply(recipe, threads=1).output)
+    assert weights(skillmerge.apply(recipe, tmp_path / "three", threads=3).output) == wanted
+    skillmerge.plan(recipe, save=tmp_path / "plan.json")
+    for index in range(2):
+        skillmerge.shard(tmp_path / "plan.json", tmp_path / "tasks", index=index, of=2)
+    assert weights(skillmerge.finish(tmp_path / "plan.json", tmp_path / "tasks").output) == wanted
+
+
+def test_methods_see_each_expert_by_itself(tmp_path: Path) -> None:
+    """What a method finds of an expert of a packed tensor is what it finds of that expert's own tensor."""
+    merge = "target + trim(rl - sft, density=lam)"
+    rules = {"lam": {"default": 0.5, "rules": [{"experts": "0-1", "value": 0.25}, {"experts": "3", "value": 1.0}]}}
+    outputs = []
+    for layout in ("split", "packed"):
+        family(tmp_path / layout, getattr(layouts, layout))
+        made = skillmerge.apply(write_recipe(tmp_path / layout, merge, coefficients=rules))
+        outputs.append(read_checkpoint(made.output))
+    for expert in range(COUNT):
+        one = outputs[0][f"{layouts.AT}.experts.{expert}.down_proj.weight"]
+        assert torch.equal(one, outputs[1][f"{layouts.AT}.experts.down_proj"][expert]), expert
+
+
+def test_a_skill_can_be_of_some_experts(tmp_path: Path, edit: Callable[..., Path]) -> None:
+    whole = family(tmp_path, layouts.packed, SIZES[1])
+    rules = {"lam": {"default": 0.0, "rules": [{"experts": "1-2", "value": 1.0}]}}
+    edit(whole, merge="lam * (rl - sft)", coefficients=rules, output={"kind": "skill", "path": "skill"})
+    skillmerge.apply(whole)
+    models = {"target": "target", "v": {"skill": "skill"}}
+    skillmerge.apply(write_recipe(tmp_path, "target + v", models=models, coefficients=None))
+    merged, target, rl, sft = (read_checkpoint(tmp_path / it) for it in ("merged", *MODELS))
+    for name in (f"{layouts.AT}.experts.gate_up_proj", f"{layouts.AT}.experts.down_proj"):
+        for expert in range(COUNT):
+            wanted = target[name][expert]
+            if expert in (1, 2):
+                wanted = (wanted.float() - (sft[name][expert].float() - rl[name][expert].float())).bfloat16()
+            assert torch.equal(merged[name][expert], wanted), (name, expert)
+    assert torch.equal(merged[f"{layouts.AT}.gate.weight"], target[f"{layouts.AT}.gate.weight"])
+
+
+def test_the_plan_shows_the_coefficient_over_the_experts(tmp_path: Path) -> None:
+    for layout in ("split", "packed"):
+        shown = run_cli("plan", family(tmp_path / layout, getattr(layouts, layout)))
+        assert shown.returncode == 0, shown.stderr
+        assert "lam over experts: 0 ▁▁█▄█ 4  (0 to 0.7)" in shown.stdout
+
+
+MISTAKES = {
+    "past the last": ({"experts": "4-5", "value": 0}, "expert 5 is past the last expert, which is 4"),
+    "no experts": ({"experts": "0", "modules": "norm", "value": 0}, "this rule matches no tensor"),
+    "all": ({"experts": "all", "value": 0}, "`all` does not name experts"),
+    "backwards": ({"experts": "3-1", "value": 0}, "`3-1` runs backwards"),
+    "the first": ({"experts": "-3", "value": 0}, "`-3` could be the first experts or the last"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+@pytest.mark.parametrize("layout", ["split", "packed"])
+def test_mistakes_are_told(tmp_path: Path, edit: Callable[..., Path], what: str, layout: str) -> None:
+    rule, message = MISTAKES[what]
+    recipe = family(tmp_path, getattr(layouts, layout))
+    with pytest.raises(RecipeError) as raised:
+        skillmerge.plan(edit(recipe, coefficients={"lam": {"rules": [rule]}}))
+    assert message in str(raised.value)

@@ -1,0 +1,111 @@
+"""Stacks of layers in the commands that prove, publish, judge and search."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import copy_with, read_checkpoint, run_cli, tensor_shapes, weights, write_family, write_recipe
+
+import skillmerge
+from skillmerge.checkpoints.views import stacked
+from skillmerge.outputs.hub.card import write_card
+from skillmerge.outputs.shard_file import ShardFile
+from skillmerge.plans import budget
+from skillmerge.recipes.recipe import Push
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 4}
+DEEP = {
+    f"deep_{name}": {"stack": [{"from": name, "layers": "0-2"}, {"from": name}]} for name in ("target", "rl", "sft")
+}
+MERGE = "deep_target + lam * (deep_rl - deep_sft)"
+Edit = Callable[..., Path]
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    """A recipe over stacks of seven layers, whose models have four and a license."""
+    write_family(tmp_path, tensor_shapes(4), config=CONFIG)
+    for name in ("target", "rl", "sft"):
+        (tmp_path / name / "README.md").write_text("---\nlicense: mit\n---\n")
+    models = {**{name: name for name in ("target", "rl", "sft")}, **DEEP}
+    return write_recipe(tmp_path, MERGE, models=models)
+
+
+@pytest.mark.parametrize("tile", [1 << 16, 1 << 18])
+def test_tiles_and_files_change_no_byte(tile: int, deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = read_checkpoint(skillmerge.apply(deep).output)
+    monkeypatch.setattr(budget, "TILE_BYTES", tile)
+    monkeypatch.setattr(stacked, "SHARD", 3000)
+    many = skillmerge.apply(deep, deep.parent / "many")
+    assert len(list(many.output.glob("*.safetensors"))) > 5
+    found = read_checkpoint(many.output)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_an_interrupted_merge_of_stacks_is_resumed(deep: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacked, "SHARD", 3000)
+    wanted = weights(skillmerge.apply(deep, deep.parent / "whole").output)
+    finish, count = ShardFile.finish, 0
+
+    def stop(self: Any, *arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > 3:
+            raise KeyboardInterrupt
+        return finish(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardFile, "finish", stop)
+        with pytest.raises(BaseException):  # noqa: B017, PT011 - whichever the engine makes of an interrupt
+            skillmerge.apply(deep, threads=1)
+    assert (deep.parent / "merged.partial").exists()
+    assert weights(skillmerge.apply(deep).output) == wanted
+
+
+def test_cards_and_proofs_name_what_a_stack_is_made_of(deep: Path) -> None:
+    made = skillmerge.apply(deep, hash_inputs=True)
+    card = write_card(made.manifest, Push("acme/deep"), None)
+    assert "A merge of 3 models by" in card
+    assert "| `deep_target` (donor) | stack of target 0-2, target | - | mit |" in card
+    attested = skillmerge.attest(made.output, bom_file=deep.parent / "bom.json")
+    statement = json.loads(attested.attestation.read_text())
+    bom = json.loads((deep.parent / "bom.json").read_text())
+    text = json.dumps([statement, bom])
+    assert "rl/model-00001-of-00002.safetensors" in text
+    assert "deep_rl/" not in text
+
+
+def test_gates_and_sweeps_take_stacks(deep: Path, edit: Edit) -> None:
+    gated = edit(deep, gates={"norm_ratio": {"max": 10}, "changed": {"min": 0.001}})
+    assert all(outcome.passed for outcome in skillmerge.apply(gated, deep.parent / "gated").gates)
+    refused = run_cli("plan", edit(deep, gates={"perplexity": {"max": 2, "of": "deep_rl", "text": "x.txt"}}))
+    assert refused.returncode == 2
+    assert "`deep_rl` is not a whole model of this recipe" in refused.stderr
+    sweep = edit(deep, gates=None)
+    score = "sh -c 'echo 1.0'"
+    made = run_cli("sweep", sweep, "--set", "lam=0.5,1.0", "--score", score, "-o", deep.parent / "sweep")
+    assert made.returncode == 0, made.stderr
+
+
+def test_plain_stacks_are_worth_writing(deep: Path, edit: Edit) -> None:
+    """A frankenmerge changes no weight, and is no mistake."""
+    alone = edit(deep, merge="deep_rl", coefficients=None, models={"rl": "rl", "deep_rl": DEEP["deep_rl"]})
+    made = skillmerge.apply(alone, deep.parent / "alone")
+    assert made.warnings == ()
+    assert run_cli("plan", alone).stdout.count("writes the stack of rl 0-2, rl") == 1
+
+
+def test_a_patch_of_the_models_is_a_patch_of_the_stack(deep: Path, edit: Edit) -> None:
+    changed = {"model.layers.1.mlp.up_proj.weight": torch.zeros(32, 16, dtype=torch.bfloat16)}
+    copy_with(deep.parent / "rl", deep.parent / "other", **changed)
+    stack = [{"from": "other", "layers": "1-2"}, {"from": "other", "layers": 1}]
+    alone = edit(deep, merge="deep", coefficients=None, models={"other": "other", "deep": {"stack": stack}})
+    found = read_checkpoint(skillmerge.apply(alone, deep.parent / "alone").output)
+    zeros = [name for name, tensor in found.items() if not tensor.any()]
+    assert zeros == ["model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"]
