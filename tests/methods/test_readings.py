@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from in_memory import bound, compute, prepared
+from in_memory import bound, compute, prepared, readings
 
 from skillmerge.methods.linear import compile_term
 from skillmerge.methods.preparation import Preparation
@@ -88,3 +88,16 @@ def test_stacked_experts_ask_a_few_at_a_time() -> None:
     whole = compute(text, experts)
     for index in range(70):
         assert torch.equal(whole[index], compute(text, {model: it[index] for model, it in experts.items()}))
+
+
+def test_some_experts_are_asked_a_few_at_a_time_and_no_others() -> None:
+    """Units begin where their slice of the tensor does, and end with it."""
+    generator = torch.Generator().manual_seed(3)
+    experts = {model: torch.randn(70, 3, 5, generator=generator) for model in ("base", "a", "b")}
+    program = compile_term(bound(f"base + ties({A}, {B}, density=.5)", list(experts)))
+    preparation = Preparation(program, experts["a"].shape, "w", 0, span=(20 * 15, 60 * 15))
+    asked = [{stretch.unit for stretch in reading} for reading in readings(preparation, experts)]
+    assert asked[0] == set(range(20, 36))
+    assert max(map(len, asked)) == 16
+    assert set().union(*asked) == set(range(20, 60))
+    assert all(len(numbers) == 40 for numbers in preparation.found().values())

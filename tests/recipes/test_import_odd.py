@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_import import BASE, PLAIN, data_of, family, imported, merge_of
+from test_import import BASE, PLAIN, adapter, data_of, family, imported, merge_of
 
 import skillmerge
 from skillmerge.errors import RecipeError
@@ -91,6 +91,24 @@ def test_gradient_of_a_filter_goes_over_all_layers_though_few_have_such_tensors(
     assert note.message.startswith("a gradient with a filter goes over the layers that have such tensors")
 
 
+def test_gradient_of_a_filter_goes_over_the_layers_of_a_stack(tmp_path: Path) -> None:
+    """Its layers have other numbers than those of the models, and there may be more of them."""
+    family(tmp_path, base=0, a=1e-3)
+    weight = filters(("mlp", [1, 0]), ("layers.3", 0.25), default=0.5)
+    slices = [
+        {"sources": [{"model": name, "layer_range": ends} for name in ("./base", "./a")], "parameters": {"weight": it}}
+        for ends, it in (([0, 2], 0.75), ([0, 3], weight))
+    ]
+    document = {"merge_method": "task_arithmetic", **BASE, "slices": slices}
+    made = imported(tmp_path, document, output=tmp_path / "recipe.yaml")
+    assert made.remarks == ()
+    tensors = skillmerge.plan(tmp_path / "recipe.yaml").tensors
+    found = [tensors[f"model.layers.{layer}.mlp.up_proj.weight"].coefficients for layer in range(5)]
+    assert found == [(0.75,), (0.75,), (1.0,), (0.5,), (0.0,)]
+    found = [tensors[f"model.layers.{layer}.self_attn.q_proj.weight"].coefficients for layer in range(5)]
+    assert found == [(0.75,), (0.75,), (0.5,), (0.25,), (0.5,)]
+
+
 def test_filter_of_the_last_slice_counts_behind_the_layers(tmp_path: Path) -> None:
     family(tmp_path, base=0, a=1e-3)
     slices = [
@@ -131,6 +149,16 @@ def test_output_of_another_document_is_where_its_recipe_writes_it(tmp_path: Path
         imported(tmp_path, text, document=name, output=recipe)
         skillmerge.apply(recipe)
     assert (tmp_path / "recipes" / "two" / "model.safetensors").is_file()
+
+
+def test_an_adapter_goes_onto_the_output_of_another_document(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    text = "name: one\nmerge_method: passthrough\nmodels: [{model: ./a}]\n---\n"
+    text += "name: two\nmerge_method: passthrough\nmodels: [{model: one+./lora}]\n"
+    family(tmp_path, a=1e-3)
+    adapter(tmp_path / "lora")
+    made = imported(tmp_path, text, document="two", output=tmp_path / "recipes" / "two.yaml")
+    assert data_of(made)["models"] == {"one": "./one", "lora": {"adapter": "../lora", "onto": "one"}}
 
 
 @pytest.mark.parametrize("number", ["0x_", "0b_", "0x", "+0x_", "0b2"])

@@ -160,6 +160,10 @@ def test_two_names_of_one_model_are_told(tmp_path: Path) -> None:
         ("ramp: [0, 1], modules: mlp", "layers: 0-, value: 0", True),
         ("tensors: '*', value: 1", "layers: 0-, value: 0", False),
         ("tensors: '*', value: 1", "modules: mlp, ramp: [0, 1]", False),
+        ("experts: 1-3, value: 1", "experts: 0-, value: 0", True),
+        ("experts: 1-3, value: 1", "experts: '1,3', value: 0", False),
+        ("experts: 1-3, value: 1", "modules: expert, experts: 0-, value: 0", False),
+        ("layers: 2, value: 1", "layers: 2, experts: 0-, value: 0", False),
     ],
 )
 def test_a_rule_that_a_later_one_covers_is_told_and_no_other(
