@@ -83,7 +83,7 @@ def test_inspect_names_the_difference_that_a_call_changes(folder: Path, merge: s
 
 def test_inspect_names_no_stack_which_lies_nowhere(folder: Path) -> None:
     text = recipe("target + trim(high - sft, density=.5)")
-    stack = "high: {stack: [{from: rl, layers: 0-1}]}"
+    stack = "high: {stack: [{from: rl, layers: 0-2}]}"
     (folder / "r.yaml").write_text(text.replace("sft: ./sft}", f"sft: ./sft, {stack}}}"))
     process = run_cli("inspect", "r.yaml", cwd=folder)
     assert process.returncode == 2
