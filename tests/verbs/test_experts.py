@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, numpy_of, read_checkpoint, run_cli, weights, write_checkpoint, write_recipe
+from conftest import MODELS, hub_recipe, numpy_of, read_checkpoint, run_cli, weights, write_checkpoint, write_recipe
+from hub_server import HubServer
 from torch import Tensor
 
 import skillmerge
+from skillmerge.checkpoints.views.spooled import Spooled
 from skillmerge.errors import RecipeError
 from skillmerge.tensors import BLOCK, CHUNK
 
@@ -155,6 +158,29 @@ def test_methods_see_each_expert_by_itself(tmp_path: Path) -> None:
     for expert in range(COUNT):
         one = outputs[0][f"{layouts.AT}.experts.{expert}.down_proj.weight"]
         assert torch.equal(one, outputs[1][f"{layouts.AT}.experts.down_proj"][expert]), expert
+
+
+def test_what_slices_read_again_is_kept_until_their_tensor_is_merged(
+    tmp_path: Path, hub: HubServer, edit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = {"lam": {"default": 0.5, "rules": [{"experts": "0-1", "value": 0.0}, {"experts": "3", "value": 1.0}]}}
+    merge = "target + lam * trim(rl - sft, density=.5)"
+    local = edit(family(tmp_path, layouts.packed, SIZES[1]), merge=merge, coefficients=rules)
+    for model in MODELS:
+        hub.create_from(f"acme/{model}", tmp_path / model)
+    remote = edit(hub_recipe(tmp_path / "hub"), merge=merge, coefficients=rules)
+    kept: Counter[str] = Counter()
+    forget = Spooled.forget
+
+    def counted(checkpoint: Spooled, tensor: str) -> None:
+        kept[tensor] += tensor in checkpoint._kept
+        forget(checkpoint, tensor)
+        assert tensor not in checkpoint._kept
+
+    monkeypatch.setattr(Spooled, "forget", counted)
+    merged = skillmerge.apply(remote, tmp_path / "far", hub="stream", threads=2).output
+    assert weights(merged) == weights(skillmerge.apply(local, tmp_path / "near").output)
+    assert kept == dict.fromkeys(layouts.packed(layouts.experts(*SIZES[1])), len(MODELS))
 
 
 def test_a_skill_can_be_of_some_experts(tmp_path: Path, edit: Callable[..., Path]) -> None:
