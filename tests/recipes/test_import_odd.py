@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_import import BASE, PLAIN, adapter, data_of, family, imported, merge_of
+from test_import import BASE, PLAIN, data_of, family, imported, merge_of
+from test_import_slices import adapter
 
 import skillmerge
 from skillmerge.errors import RecipeError
