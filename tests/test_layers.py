@@ -122,9 +122,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "evaluate",
         "linear",
         "table terms",
-        "average",
-        "elect spherical",
-        "folds sparsify",
+        "families.average",
+        "families.elect families.spherical",
+        "families.sparsify folds",
         "method",
     ),
     "ground": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,6 +59,11 @@ class TensorPlan:
     def readings(self) -> int:
         """How often its sources are read before the arithmetic, for its methods."""
         return self.program.readings if self.program is not None else 0
+
+    @property
+    def read_again(self) -> Iterable[Source]:
+        """The sources that are read before the arithmetic too, each once."""
+        return dict.fromkeys(source for piece in self.pieces if piece.readings for source in piece.sources)
 
     @property
     def pieces(self) -> tuple[TensorPlan, ...]:

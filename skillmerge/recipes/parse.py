@@ -9,11 +9,12 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path as FilePath
 from typing import Any
 
 from skillmerge.checkpoints.schemes import output_place
-from skillmerge.errors import NEAR, Mistakes, UsageError, did_you_mean, some
+from skillmerge.errors import NEAR, Mistakes, RecipeError, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.entries import Entry, check_models, names_of
 from skillmerge.recipes.formula.arguments import name_number
@@ -22,7 +23,7 @@ from skillmerge.recipes.formula.tree import ExpressionError, Node, normalise_nam
 from skillmerge.recipes.gate_table import Gate, gates_of
 from skillmerge.recipes.recipe import CopyRule, Output, Push, Recipe, add_coefficient, expression_error, local_path
 from skillmerge.recipes.schedules import Numbers, Rule, Schedule, parse_numbers
-from skillmerge.recipes.schema import read_table
+from skillmerge.recipes.schema import read_table, refuse_foreign
 from skillmerge.recipes.source import SAVED_PLAN, RecipeSource, name_of, text_of
 from skillmerge.recipes.tables.gates import GatesTable
 from skillmerge.recipes.tables.recipe import (
@@ -63,6 +64,19 @@ def load_gates(path: str | os.PathLike[str]) -> tuple[Gate, ...]:
     return gates_of(read_table(document, GatesFileTable).gates, document, path.parent)
 
 
+def _read(text: str, name: str) -> Document:
+    """Parse a recipe. Raises RecipeError; also for files of other tools that are several documents, or YAML 1.1."""
+    try:
+        return yamltext.read(text, name)
+    except RecipeError:
+        documents: list[Document] = []
+        with suppress(RecipeError):
+            documents = yamltext.read_old(text, name)
+        for document in documents[:1]:
+            refuse_foreign(document)
+        raise
+
+
 def parse_recipe(
     text: str, name: str, folder: FilePath, overrides: Mapping[str, float] | None = None, *, by_hand: bool = True
 ) -> Recipe:
@@ -72,7 +86,7 @@ def parse_recipe(
 
     Raises RecipeError for the first mistake, which knows those of the other parts.
     """
-    document = yamltext.read(text, name)
+    document = _read(text, name)
     document.by_hand = by_hand
     table = read_table(document, RecipeTable)
     models, coefficients = names_of(document, table)

@@ -14,7 +14,7 @@ from skillmerge.checkpoints.schemes import parse_place
 from skillmerge.errors import Place, RecipeError
 from skillmerge.methods.terms import Call, Term, calls, expand_skills
 from skillmerge.recipes.entries import KINDS, Entry, Part, stacks_in_order
-from skillmerge.recipes.formula.bind import bind, check_calls
+from skillmerge.recipes.formula.bind import bind
 from skillmerge.recipes.formula.donor import donor_of, is_donor_unclear
 from skillmerge.recipes.formula.tree import ExpressionError, Node, names_in, normalise_name
 from skillmerge.recipes.gate_table import Gate
@@ -174,16 +174,17 @@ class Recipe:
 
         None if everything fell away. Raises ExpressionError as `bind` does.
         """
-        term = expand_skills(bind(self.expression, values), self.skills)
-        check_calls(term)
-        return term
+        return expand_skills(bind(self.expression, values, self.skills), self.skills)
 
     def refuse_unequal_calls(self, terms: Iterable[Term | None]) -> None:
-        """Raise RecipeError for a call that takes the whole model as one, with other arguments for some tensors."""
+        """Raise RecipeError for a call that takes the whole model as one, with other arguments for some tensors, or
+        other operands that are zero."""
         known: dict[int, Call] = {}
         for call in (call for term in terms for call in calls(term) if call.by_model):
-            if known.setdefault(call.position, call).arguments != call.arguments:
-                what = f"gives `{call.method}` other numbers for some tensors, and with scope=model it takes all as one"
+            first = known.setdefault(call.position, call)
+            if first.arguments != call.arguments or first.left != call.left:
+                other = "numbers" if first.left == call.left else "operands"
+                what = f"gives `{call.method}` other {other} for some tensors, and with scope=model it takes all as one"
                 fix = "use coefficients without rules there, or scope=matrix"
                 raise self.expression_error(ExpressionError(what, call.position, len(call.method.name), fix))
 

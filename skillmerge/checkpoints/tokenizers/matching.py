@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,20 +44,9 @@ class Tokens:
         twice = {text: tuple(sorted(numbers)) for text, numbers in every.items() if len(numbers) > 1}
         return cls(texts, {text: number for text, number in ids.items() if text not in twice}, twice)
 
-    def row(self, text: str, rows: int) -> int | None:
-        """Return the row of a token in a matrix with so many; None if it has none, or more than one."""
-        number = self.ids.get(text)
-        if number is None and text not in self.twice:
-            number = next((self.ids[it] for it in _spellings(text) if it in self.ids), None)
-        return number if number is not None and number < rows else None
-
     def beyond(self, rows: int) -> list[int]:
         """Return the ids for which a matrix with so many rows has none."""
         return sorted(number for number in self.texts if number >= rows)
-
-
-def _spellings(text: str) -> list[str]:
-    return [other for pair in SPELLINGS.items() if text in pair for other in pair if other != text]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,31 +82,30 @@ class Matching:
         }
 
 
+def placed(donor: Tokens, model: Tokens) -> dict[int, int]:
+    """Return the donor's ids -> the model's, for tokens that both have, with one id each."""
+    if model.texts is donor.texts:
+        return {number: number for number in donor.ids.values()}
+    found = {number: model.ids[text] for text, number in donor.ids.items() if text in model.ids}
+    for pair in SPELLINGS.items():
+        here = [donor.ids[text] for text in pair if text in donor.ids]
+        there = [model.ids[text] for text in pair if text in model.ids]
+        if len(here) == len(there) == 1:
+            found[here[0]] = there[0]
+    return found
+
+
 def matched(donor: Tokens, donor_rows: int, model: Tokens, rows: int) -> Matching:
     """Return how the tokens of a model lie beside the donor's. rows: those of their matrices."""
-    same, moved, here = 0, [], []
-    for number, text in sorted(donor.texts.items()):
-        if number >= donor_rows or text in donor.twice:
-            continue
-        row = model.row(text, rows)
-        if row is None:
-            here.append(text)
-        elif row == number:
-            same += 1
-        else:
-            moved.append((text, number, row))
-    there = [
-        text
-        for number, text in sorted(model.texts.items())
-        if number < rows and text not in model.twice and donor.row(text, donor_rows) is None
-    ]
+    places = {here: there for here, there in placed(donor, model).items() if here < donor_rows and there < rows}
+    moved = sorted((here, there) for here, there in places.items() if here != there)
+    here = sorted(number for number in donor.ids.values() if number < donor_rows and number not in places)
+    common, named = {*places.values()}, sum(number < rows for number in model.texts)
+    there = sorted(number for number in model.ids.values() if number < rows and number not in common)
     return Matching(
-        same, len(moved), len(here), len(there), rows - _below(model.texts, rows),
-        tuple((shown(text), number, row) for text, number, row in moved[:SHOWN]),
-        tuple(map(shown, here[:SHOWN])), tuple(map(shown, there[:SHOWN])),
+        len(places) - len(moved), len(moved), len(here), len(there), rows - named,
+        tuple((shown(donor.texts[one]), one, other) for one, other in moved[:SHOWN]),
+        tuple(shown(donor.texts[it]) for it in here[:SHOWN]),
+        tuple(shown(model.texts[it]) for it in there[:SHOWN]),
         model.twice, {model.texts[it]: it for it in model.beyond(rows)},
     )  # fmt: skip
-
-
-def _below(numbers: Iterable[int], rows: int) -> int:
-    return sum(number < rows for number in numbers)

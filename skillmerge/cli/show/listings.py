@@ -79,7 +79,8 @@ def vocabulary(plan: Plan) -> tuple[list[tuple[str, ...]], list[str]]:
 def _rows_taken(found: Vocabulary) -> Iterator[str]:
     groups: dict[str, list[str]] = {}
     for name, it in found.matrices.items():
-        parts = [f"{it.merged:,} of {it.rows:,} rows merged by token", f"{it.of_donor:,} as in `{found.donor}`"]
+        parts = [f"{it.merged:,} of {it.rows:,} rows merged by token"]
+        parts += [f"{it.of_donor:,} as in `{found.donor}`"] if it.of_donor else []
         parts += [f"{len(tokens):,} from `{model}`: {some(list(tokens), 4)}" for model, tokens in it.taken.items()]
         groups.setdefault(", ".join(parts), []).append(name)
     yield from (f"{some(names, 2)}: {said}" for said, names in groups.items())

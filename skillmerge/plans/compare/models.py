@@ -189,6 +189,7 @@ def _tokens(checkpoints: Mapping[str, Checkpoint], names: Sequence[str], roles: 
     if unmerged := [name for name in others if not roles[name].tokens]:
         which = f"not of {_listed(unmerged)}" if len(unmerged) < len(others) else "not compared"
         gaps.append(f"ids {which}: embedding and head stay")
+    gaps += ["rows by token"] if vocabulary_of(checkpoints[names[0]]) is not None else []
     return [f"tokenizer ({'; '.join(gaps)})" if gaps else "tokenizer", "chat template", "stop tokens"], []
 
 

@@ -8,13 +8,14 @@ gives zeros too, but the rest of the formula stands. Rows in `tokens` are those 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import ties_embeddings
-from skillmerge.checkpoints.tokenizers.matching import Matching, Tokens, matched, shown
+from skillmerge.checkpoints.tokenizers.matching import Matching, Tokens, matched, placed, shown
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.views.by_token import OWN, ZERO, ByToken, Matrix, RowMap
 from skillmerge.errors import InputError, RecipeError, did_you_mean
@@ -26,6 +27,12 @@ from skillmerge.tensors import TensorSpec
 
 _DONOR = OWN + 1
 """The donor's matrix among a matrix's sources. The models of `tokens` come after it."""
+
+_OFF = 3
+"""Characters by which a token may be longer or shorter than the one that was meant."""
+
+_MOST_ROWS = 1 << 20
+"""The largest vocabularies have 900,000 tokens."""
 
 
 class Donor(ByToken):
@@ -81,21 +88,26 @@ class _Family:
         return found
 
     @cached_property
+    def places(self) -> dict[str, dict[int, int]]:
+        """The donor's ids -> each model's, for tokens that both have."""
+        return {name: placed(self.tokens[self.donor], theirs) for name, theirs in self.tokens.items()}
+
+    @cached_property
     def taken(self) -> dict[int, tuple[str, int]]:
         """The rows of `tokens`, by the donor's ids: the model, and the row there. Raises RecipeError."""
         found = {}
         for token, model in self.recipe.tokens.items():
-            ours, theirs = (self.tokens[it].row(token, 1 << 62) for it in (self.donor, model))
+            ours, theirs = (self.tokens[it].ids.get(token) for it in (self.donor, model))
             if ours is None:
                 fix = f"to have it, take the tokenizer of `{model}`: `output: {{like: {model}}}`"
-                raise self._without(token, self.donor, f"the donor `{self.donor}`", fix)
+                raise self.without(token, self.donor, f"the donor `{self.donor}`", fix)
             if theirs is None:
-                near = did_you_mean(token, list(self.tokens[model].ids))
-                raise self._without(token, model, f"model `{model}`", near)
+                raise self.without(token, model, f"model `{model}`", _near(token, self.tokens[model].ids))
             found[ours] = model, theirs
         return found
 
-    def _without(self, token: str, model: str, who: str, fix: str | None) -> RecipeError:
+    def without(self, token: str, model: str, who: str, fix: str | None = None) -> RecipeError:
+        """Return the error for a token of `tokens` that is not in a model, or not once."""
         twice = token in self.tokens[model].twice
         what = "more than one id for the token" if twice else "no token"
         fix = f"save the tokenizer of `{model}` again" if twice else fix
@@ -123,9 +135,12 @@ class _Rows:
     """One token matrix of the donor, and where each model has its rows."""
 
     def __init__(self, family: _Family, name: str) -> None:
-        """Raises RecipeError if a model of `tokens` has no such row."""
+        """Raises RecipeError if a model of `tokens` has no such row, InputError for a matrix that is none of tokens."""
         self.family, self.name = family, name
         self.spec = family.checkpoints[family.donor].tensors[name]
+        if self.count > _MOST_ROWS:
+            what = f"model `{family.donor}`: `{name}` has {self.count:,} rows, more than any vocabulary"
+            raise InputError(what, fix="leave `vocabulary` out of the recipe")
         self.models = list(dict.fromkeys([family.donor, *family.used[name]]))
         self.sources = {it: matrix_in(family.checkpoints[it], name, self.spec.shape[1:]) for it in self.models}
         self.givers = list(dict.fromkeys(family.recipe.tokens.values()))
@@ -133,9 +148,8 @@ class _Rows:
         self.taken = {row: it for row, it in family.taken.items() if row < self.count}
         for row, (model, there) in self.taken.items():
             if there >= family.rows(model, self.given[model]):
-                raise family._without(
-                    family.tokens[family.donor].texts[row], model, f"`{name}` of model `{model}`", None
-                )
+                token = family.tokens[family.donor].texts[row]
+                raise family.without(token, model, f"`{name}` of model `{model}`")
         self.merged = self._merged()
 
     @property
@@ -153,15 +167,14 @@ class _Rows:
     def _merged(self) -> bytearray:
         """Return for each row whether it follows the formula: every whole model has its token, once."""
         family, merged = self.family, bytearray(self.count)
-        ours = family.tokens[family.donor]
         others = [
-            (family.tokens[it], family.rows(it, source))
+            (family.places[it], family.rows(it, source))
             for it, source in self.sources.items()
             if not family.is_skill(it) and it != family.donor and source is not None
         ]
-        for row, text in ours.texts.items():
-            if row < self.count and row not in self.taken and text not in ours.twice:
-                merged[row] = all(theirs.row(text, rows) is not None for theirs, rows in others)
+        for row in family.tokens[family.donor].ids.values():
+            if row < self.count and row not in self.taken:
+                merged[row] = all(places.get(row, rows) < rows for places, rows in others)
         return merged
 
     @cached_property
@@ -192,15 +205,14 @@ class _Rows:
 
     def _rows_of(self, model: str, stored: int) -> Iterator[tuple[int, int]]:
         """Yield where each row of the donor is read for a model: a source of its matrix, and the row there."""
-        family = self.family
-        ours, theirs = family.tokens[family.donor].texts, family.tokens[model_of(model)]
+        family, places = self.family, self.family.places[model_of(model)]
         for row in range(self.count):
             if row in self.taken and not family.is_skill(model):
                 giver, given = self.taken[row]
                 yield _DONOR + 1 + self.givers.index(giver), given
             elif family.is_donor(model):
                 yield OWN, row
-            elif self.merged[row] and (there := theirs.row(ours[row], stored)) is not None:
+            elif self.merged[row] and (there := places.get(row, stored)) < stored:
                 yield OWN, there
             else:
                 yield (ZERO, 0) if family.is_skill(model) else (_DONOR, row)
@@ -233,6 +245,7 @@ def _views(family: _Family) -> dict[str, Checkpoint]:
             for tensor in (source, *_copies(family, model, source)):
                 if (matrix := rows.matrix(model, tensor)) is not None:
                     matrices[model][tensor] = matrix
+    _refuse_lost(family, told)
     views: dict[str, Checkpoint] = {
         model: ByToken(family.checkpoints[model], found, fixed.get(model, {}), family.files)
         for model, found in matrices.items()
@@ -252,6 +265,21 @@ def _copies(family: _Family, model: str, source: str) -> list[str]:
     shape = checkpoint.tensors[source].shape
     found = [name for name in matrices_of(checkpoint) if name not in donor.tensors and name != source]
     return [name for name in found if checkpoint.tensors[name].shape == shape]
+
+
+def _refuse_lost(family: _Family, told: Mapping[str, Rows]) -> None:
+    """Raise RecipeError for a token of `tokens` whose id is beyond the rows of all matrices."""
+    rows = max((it.rows for it in told.values()), default=0)
+    for row in family.taken:
+        if row >= rows:
+            token = family.tokens[family.donor].texts[row]
+            raise family.without(token, family.donor, f"the embedding of the donor `{family.donor}`")
+
+
+def _near(token: str, known: Iterable[str]) -> str | None:
+    """Return a token that was probably meant: of a whole vocabulary, only those that begin and are as long alike."""
+    alike = (it for it in known if it[:1] == token[:1] and abs(len(it) - len(token)) <= _OFF)
+    return did_you_mean(token, list(islice(alike, 1000)))
 
 
 def _refuse_skill_as_donor(family: _Family) -> None:

@@ -45,6 +45,7 @@ _KEYS = {
     "repo": "repo_id name",
     "merge": "formula expression equation method merge_method", "models": "model checkpoints inputs",
     "modules": "module kind kinds", "layers": "layer blocks block layer_range",
+    "experts": "expert expert_range expert_ids",
     "tensors": "tensor names pattern glob filter",
     "ramp": "gradient linear schedule range", "value": "weight scale lambda",
     "coefficients": "coefs weights lambdas params parameters",

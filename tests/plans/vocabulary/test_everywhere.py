@@ -130,6 +130,14 @@ def test_changed_tokenizer_makes_a_plan_stale(mixed: Path, tmp_path: Path, comma
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_interrupted_run_does_not_keep_shards_of_other_rows(mixed: Path, tmp_path: Path) -> None:
+    before = skillmerge.plan(mixed)
+    (tmp_path / "sft" / "tokenizer.json").write_text(tokenizer_json([*BASE, "<think>", "<tool>", None]))
+    after = skillmerge.plan(mixed)
+    assert before.weights_digest != after.weights_digest
+    assert before.digest != after.digest
+
+
 def test_outputs_can_be_rebuilt_and_verified(mixed: Path, tmp_path: Path) -> None:
     output = skillmerge.apply(mixed, tmp_path / "out").output
     assert run_cli("verify", output).returncode == 0

@@ -49,6 +49,7 @@ def test_plan_shows_what_is_the_same_what_moved_and_what_is_on_one_side(recipe: 
     text = "\n".join(line.rstrip() for line in shown.stdout.splitlines()) + "\n"
     assert TABLE in text
     assert LINES in text
+    assert "compared target, rl, sft: configuration, tokenizer (rows by token), chat template" in text
 
 
 def test_markdown_shows_the_same(recipe: Path, tmp_path: Path) -> None:
@@ -94,6 +95,12 @@ def test_tokens_of_a_stranger_are_text_and_nothing_else(tmp_path: Path) -> None:
     assert line == r"only in `rl`: <\nproblem: x>, <\x1b[31m>, <\ud800>, <yyyyyyyyyyyyyyyyyyyyyy…"
     output = skillmerge.apply(recipe, tmp_path / "out").output
     assert skillmerge.verify(output).tensors == 3
+
+
+def test_donors_rows_are_named_where_there_are_any(tmp_path: Path) -> None:
+    write_models(tmp_path, (BASE, [*BASE, "<x>"], BASE))
+    shown = run_cli("plan", write_recipe(tmp_path, **by_token())).stdout
+    assert "lm_head.weight, model.embed_tokens.weight: 8 of 8 rows merged by token\n" in shown
 
 
 def test_nothing_is_shown_by_id(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import MODELS, read_checkpoint, run_cli, write_checkpoint, write_recipe
 from test_rows_by_hand import applied, rows_of, write_models
-from token_rows import BASE, EMBEDDING, HEAD, Words, by_hand, by_token, past, same_bits, write_model
+from token_rows import BASE, BLOCK, EMBEDDING, HEAD, Words, by_hand, by_token, past, same_bits, write_model
 
 import skillmerge
 
@@ -120,6 +120,17 @@ def test_model_without_such_a_matrix_cannot_give_a_row(tmp_path: Path) -> None:
     found = run_cli("plan", recipe)
     assert found.returncode == 2
     assert "model `rl` has no `lm_head.weight` with rows like the donor's, so a row cannot be taken" in found.stderr
+
+
+def test_token_of_the_donor_without_a_row_takes_none(tmp_path: Path) -> None:
+    write_models(tmp_path, ([*BASE, "<x>"], [*BASE, "<x>"], BASE))
+    tensors = read_checkpoint(tmp_path / "target")
+    short = {name: it[:8] if name != BLOCK else it for name, it in tensors.items()}
+    write_checkpoint(tmp_path / "target", short, config={"vocab_size": 8})
+    recipe = write_recipe(tmp_path, **by_token(tokens={"<x>": {"from": "rl"}}, accept=["tokenizer"]))
+    found = run_cli("plan", recipe)
+    assert found.returncode == 2
+    assert "the embedding of the donor `target` has no token `<x>`" in found.stderr
 
 
 def test_taken_rows_are_shown(tmp_path: Path) -> None:

@@ -112,6 +112,20 @@ def test_many_tokens_without_rows_take_no_time(tmp_path: Path) -> None:
     assert "119,991 tokens of `rl` have no row: `t9` is 9; `t10` is 10;" in refused(tmp_path)
 
 
+def test_matrix_with_more_rows_than_any_vocabulary(tmp_path: Path) -> None:
+    """Its file is nothing but a hole."""
+    write_models(tmp_path, ALIKE)
+    rows = 1 << 31
+    header = json.dumps({EMBEDDING: {"dtype": "F32", "shape": [rows, 1], "data_offsets": [0, 4 * rows]}}).encode()
+    header += b" " * (-len(header) % 8)
+    for name in ("target", "rl", "sft"):
+        with open(tmp_path / name / "model.safetensors", "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + 4 * rows)
+    said = refused(tmp_path)
+    assert f"model `target`: `{EMBEDDING}` has 2,147,483,648 rows, more than any vocabulary" in said
+
+
 def test_rows_of_added_tokens_that_are_stored_apart(tmp_path: Path) -> None:
     write_models(tmp_path, ALIKE)
     apart = "model.embed_tokens.additional_embedding.weight"
