@@ -74,6 +74,23 @@ def bit_view(values: Tensor) -> Tensor:
     return values.view(_INTEGERS[values.element_size()])
 
 
+def ordered_bits(values: Tensor) -> Tensor:
+    """Integers in the order of float32 or float64 values, with -0 below +0: as floats, which of them is smaller depends
+    on the instructions that compare them."""
+    return _turned(bit_view(values))
+
+
+def from_ordered_bits(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values that `ordered_bits` gave these integers."""
+    return _turned(bits).view(dtype)
+
+
+def _turned(bits: Tensor) -> Tensor:
+    """Turn the order of integers below 0 around."""
+    last = torch.iinfo(bits.dtype).bits - 1
+    return bits ^ ((bits >> last) & torch.iinfo(bits.dtype).max)
+
+
 def settle_thread() -> None:
     """Let the calling thread, a new one of ours, compute as all of ours do, whatever its caller has set.
 

@@ -15,7 +15,7 @@ MODULE_KINDS = ("attention", "mlp", "norm", "embedding", "head", "router", "expe
 _LAYER = re.compile(r"(?:^|.*?\.)(?:(?:\w*_)?(?:layers?|h)|\w*blocks?)\.(?=\d+\.)")
 
 _EXPERT = re.compile(r"(experts?)\.\d+\.")
-_NUMBER = re.compile(r"(?:^|\.)experts?\.(\d+)\.|\[(\d+)\]$")
+_NUMBER = re.compile(r"(?:^|\.)experts?\.(\d{1,9})\.|\[(\d{1,9})\]$")
 _SLICE = re.compile(r"\[\d+\]$")
 
 PARTS = {

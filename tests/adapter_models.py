@@ -6,9 +6,11 @@ package. `merged` is PEFT's own `merge_and_unload`.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -126,6 +128,7 @@ def adapter(name: str, dtype: torch.dtype = torch.float32, seed: int = 7) -> Pat
     from peft import LoraConfig, get_peft_model
 
     variant, folder = VARIANTS[name], Path(mkdtemp(prefix="skillmerge-adapter-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model = model_of(variant, dtype)
     model.save_pretrained(folder / "base", save_original_format=not variant.packed)
     words = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **variant.lora}

@@ -5,7 +5,7 @@ Nothing is read but by stretches and tiles, as a worker would.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,19 +13,17 @@ from torch import Tensor
 
 from skillmerge.methods.evaluate import Scratch, evaluate
 from skillmerge.methods.linear import compile_term
-from skillmerge.methods.preparation import Partials, Preparation, state_of_model
+from skillmerge.methods.preparation import Partials, Preparation, State, Stretch, state_of_model
 from skillmerge.methods.rounding import round_nearest
 from skillmerge.methods.terms import Term
-from skillmerge.recipes.formula.bind import bind, check_calls
+from skillmerge.recipes.formula.bind import bind
 from skillmerge.recipes.formula.parser import parse
 from skillmerge.tensors import BLOCK
 
 
 def bound(text: str, models: list[str], **coefficients: float) -> Term | None:
     """The term of an expression that makes sense."""
-    term = bind(parse(text, models, list(coefficients)), coefficients)
-    check_calls(term)
-    return term
+    return bind(parse(text, models, list(coefficients)), coefficients)
 
 
 def prepared(
@@ -39,10 +37,19 @@ def prepared(
     # The tensor is all of the model.
     of_model = {call.position: state_of_model(call, shape.numel()) for call in program.calls if call.by_model}
     preparation = Preparation(program, shape, name, seed, of_model)
+    return preparation, sum(1 for _ in readings(preparation, tensors, tile, of_model))
+
+
+def readings(
+    preparation: Preparation,
+    tensors: Mapping[str, Tensor],
+    tile: int = BLOCK,
+    of_model: Mapping[int, State] | None = None,
+) -> Iterator[list[Stretch]]:
+    """Read what a preparation asks for, and yield each reading."""
+    program, of_model = preparation.program, of_model or {}
     flat = {model: tensors[model].contiguous().view(-1) for model in program.models}
-    readings = 0
     while stretches := preparation.stretches(tile):
-        readings += 1
         for stretch in reversed(stretches):  # in an order that no worker would choose
             partials: Partials = []
             first, here, inside = _needed(preparation, flat, stretch.first, stretch.last)
@@ -52,7 +59,7 @@ def prepared(
         for state in of_model.values():
             state.advance()
         preparation.advance()
-    return preparation, readings
+        yield stretches
 
 
 def _needed(

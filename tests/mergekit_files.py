@@ -24,7 +24,7 @@ class File:
 
 
 DTYPE, LOTS, TIE, TOKENIZER, FLOOR = "rounds once", "other lots", "tie at the threshold", "tokenizer's files", "floor"
-ROUNDED = "compute this method in float32"
+ROUNDED, FILTERED = "compute this method in float32", "a gradient with a filter goes over the layers"
 SIX = ["0-7", "4-11", "8-15", "12-19", "16-23", "20-31"]
 FILES = {
     "linear": File(
@@ -66,8 +66,7 @@ parameters: {normalize: true, int8_mask: true}
 dtype: float16
 """,
         layers=40,
-        warnings=(DTYPE,),
-        notes=(TIE,),
+        warnings=(DTYPE, TIE),
         merge="Llama_2 + elect(trim(orca_mini - Llama_2, density=density_orca_mini), "
         "trim(Platypus2 - Llama_2, density=0.5), trim(WizardMath - Llama_2, density=0.33), "
         "weights=[1, weight_Platypus2, weight_WizardMath])",
@@ -84,8 +83,7 @@ base_model: mistralai/Mistral-7B-v0.1
 parameters: {normalize: false, int8_mask: true}
 dtype: float16
 """,
-        warnings=(DTYPE,),
-        notes=(TIE,),
+        warnings=(DTYPE, TIE),
         merge="Mistral + ties(Mistral_Instruct - Mistral, BioMistral - Mistral, density=0.5, "
         "weights=0.5, normalize=no)",
     ),
@@ -109,7 +107,7 @@ parameters:
 dtype: float16
 """,
         layers=40,
-        notes=(ROUNDED,),
+        notes=(ROUNDED, FILTERED),
         merge="slerp(orca_mini, Platypus2, t=t)",
     ),
     "arcee_fusion": File(
@@ -224,7 +222,7 @@ parameters:
     - value: 0.5
 dtype: bfloat16
 """,
-        notes=(ROUNDED,),
+        notes=(ROUNDED, FILTERED),
         merge="slerp(OpenHermes_2_5_Mistral, NeuralHermes_2_5_Mistral, t=t)",
     ),
     "testmoto/gemma-2-llm2024-01": File(
@@ -347,8 +345,7 @@ base_model: mistralai/Mistral-7B-v0.1
 parameters: {normalize: true}
 dtype: float16
 """,
-        warnings=(DTYPE,),
-        notes=(TIE,),
+        warnings=(DTYPE, TIE),
     ),
     "spacematt/Gemma-Moon-2-9B-it": File(
         """\

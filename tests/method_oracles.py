@@ -180,7 +180,7 @@ def sce(*v: Array, select: float = 1.0, floor: float = 0.0) -> Array:
         spread = parts.var(0)
         count = math.floor(select * np.count_nonzero(spread))
         least = np.sort(spread.astype(np.float32).ravel())[spread.size - count] if count else np.inf
-        parts = np.where(spread.astype(np.float32) >= least, parts, 0)
+        parts = np.where(spread.astype(np.float32) >= least if least else spread > 0, parts, 0)
     energy = np.array([np.mean(part * part) for part in parts])
     even = energy.sum() == 0 or energy.sum() < floor
     weights = np.full(len(v), 1 / len(v)) if even else energy / energy.sum()

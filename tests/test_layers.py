@@ -70,8 +70,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tasks.opening",
         "opening",
         "aligned models.adapting planner",
-        "models.actions",
-        "advice.heads budget compare.skill_tokens layout saved",
+        "models.actions adapters.planning",
+        "adapters.peft_config",
+        "adapters.joining",
+        "adapters.formula advice.heads budget compare.skill_tokens layout saved",
         "plan",
         "compare.models",
         "stacks.compare vocabulary.by_token",
@@ -81,8 +83,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "stacks.config",
         "advice.arrangement advice.names compare.config_values",
         "compare.table vocabulary.picture",
-        "changes depth mapping models.experts side_files tasks.division compare.architectures compare.found "
-        "compare.roles",
+        "changes depth mapping models.coefficients side_files tasks.division",
+        "models.experts",
+        "compare.architectures compare.found compare.roles",
     ),
     "recipes": (
         "starter",
@@ -98,7 +101,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "formula.tree tables.values",
     ),
     "checkpoints": (
-        "views.adapted",
+        "kinds.lora.joined views.adapted",
         "kinds.table views.low_rank views.unpacking",
         "views.fitting",
         "kinds.lora.adapter kinds.skill schemes",
@@ -119,9 +122,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "evaluate",
         "linear",
         "table terms",
-        "average",
-        "elect spherical",
-        "folds sparsify",
+        "families.average",
+        "families.elect families.spherical",
+        "families.sparsify folds",
         "method",
     ),
     "ground": (
@@ -182,6 +185,7 @@ TORCH_ROOMS = {"methods", "engine", "study", "verbs"}
 TORCH_MODULES = {
     "bits", "checkpoints.kinds.sparse", "checkpoints.kinds.patch", "checkpoints.kinds.skill_planes",
     "checkpoints.views.adapted", "checkpoints.views.arranged", "checkpoints.views.bands", "checkpoints.views.by_token",
+    "checkpoints.kinds.lora.joined",
     "checkpoints.views.low_rank", "checkpoints.views.widened", "outputs.verify",
 }  # fmt: skip
 

@@ -61,7 +61,7 @@ def check(recipe: Path) -> None:
     plan = skillmerge.plan(recipe)
     assert plan.problems == ()
     assert plan.notes == ()
-    assert any(tensor.action in ("merge", "compute") for tensor in plan.tensors.values())
+    assert any(tensor.action in ("merge", "compute", "join") for tensor in plan.tensors.values())
     output = skillmerge.apply(recipe, threads=2).output
     assert skillmerge.verify(output).tensors == len(plan.tensors)
     otherwise = How(work=Work("cpu", 5, 1_500_000_000))

@@ -147,7 +147,8 @@ def merge(run: Callable[..., Result], recipe: str, command: str, options: dict[s
         write_report(report, plan=result.plan, manifest=result.manifest, gates=result.gates)
         write_result(result)
     if result.is_kept and not quiet and not printed:
-        suggest(f"skillmerge verify {shlex.quote(result.shown)} --load")
+        load = " --load" if result.manifest.output.kind != "adapter" else ""  # which has no model to load
+        suggest(f"skillmerge verify {shlex.quote(result.shown)}{load}")
 
 
 def show_merge(result: Result, as_json: bool, quiet: bool) -> None:

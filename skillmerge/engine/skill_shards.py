@@ -116,6 +116,7 @@ class _Maker:
             record = file.finish(hurry)
             if hurry.is_set():
                 return  # its digest may be cut short
+            self._cutter.preparations.done([spec.name for spec in file.shard.specs])  # a skill has no room for scalars
             for checkpoint in self._cutter.checkpoints.values():
                 checkpoint.check_unchanged()
             self.done.put(record)

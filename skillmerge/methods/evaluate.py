@@ -77,5 +77,5 @@ def evaluate(
             register.copy_(result)
         else:
             # A tensor, not a number: CUDA would multiply by the reciprocal of a number.
-            register.div_(torch.full((1,), step.factor, dtype=dtype, device=register.device))
+            register.div_(torch.full((1,), step.factor, dtype=torch.float64, device=register.device).to(dtype))
     return registers[program.result], registers[program.update] if program.update >= 0 else None

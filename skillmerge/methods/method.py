@@ -63,7 +63,10 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Numbers(Number):
-    """A keyword with one number for each operand; one number alone is that of all of them."""
+    """A keyword with one number for each operand; one number alone is that of all of them. negative: what a number
+    below 0 does, if that is allowed and hardly meant."""
+
+    negative: str = ""
 
     def __str__(self) -> str:
         return "a number, or a list with one for each operand"
@@ -92,6 +95,7 @@ Kind = Number | Word | Operand
 SHARE = Number(0, 1)
 ANY = Number()
 WEIGHTS = Numbers()
+VOTES = Numbers(negative="turns the signs of its difference around and lowers the divisor of the mean")
 RESCALE = Word(("none", "l1", "l2"))
 OF_ROWS = Word(("matrix", "row"))
 OF_MODEL = Word(("matrix", "model"))
@@ -243,7 +247,10 @@ def shown(value: Any) -> str:
         return shown(value[0])
     if isinstance(value, tuple):
         return f"[{', '.join(map(shown, value))}]"
-    return "" if value is None else f"{value:g}" if isinstance(value, int | float) else str(value)
+    if not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
 
 
 @dataclass(frozen=True, slots=True)

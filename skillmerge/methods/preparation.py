@@ -21,6 +21,9 @@ from skillmerge.methods.method import Ranks, Ready, Scalars, Sums, Unit
 from skillmerge.methods.rounding import lots_key, uniform
 from skillmerge.methods.terms import Call, calls
 
+_AT_ONCE = 16
+"""Units that ask at the same time: the counts of a rank take half a megabyte, and stacked experts are many units."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
@@ -92,16 +95,18 @@ class Preparation:
         self._states: list[list[State | None]] = [[None] * len(program.calls) for _ in range(self.units)]
         self._inner = [_inner_calls(program.calls, index) for index in range(len(program.calls))]
         first, last = span or (0, self.units * self.unit_size)
-        self._used = range(first // self.unit_size, -(-last // self.unit_size)) if self.unit_size else range(0)
-        for unit in self._used:
-            self._begin(unit)
+        self._left = range(first // self.unit_size, -(-last // self.unit_size)) if self.unit_size else range(0)
+        """Units that have not begun."""
+        self._open: list[int] = []
+        """Units that have begun and still ask."""
+        self._begin_some()
 
     def stretches(self, tile: int) -> list[Stretch]:
         """Return what has to be read, at most `tile` elements together. tile: a multiple of a block."""
         return [
             Stretch(unit, unit * self.unit_size + first, unit * self.unit_size + min(first + tile, self.unit_size))
-            for unit, states in enumerate(self._states)
-            if any(state is not None and state.folds for state in states)
+            for unit in self._open
+            if any(state is not None and state.folds for state in self._states[unit])
             for first in range(0, self.unit_size, tile)
         ]
 
@@ -131,11 +136,13 @@ class Preparation:
 
     def advance(self) -> None:
         """Use what was read of all stretches."""
-        for unit in self._used:
+        asking, self._open = self._open, []
+        for unit in asking:
             for state in self._states[unit]:
                 if state is not None and state not in self._of_model.values():
                     state.advance()
             self._begin(unit)
+        self._begin_some()
 
     def runner(self, first: int) -> CallRunner:
         """Return what to run the program with on elements from `first` on, which may be of several units."""
@@ -166,6 +173,13 @@ class Preparation:
                     result.setdefault(f"{self.program.calls[index].method} {index + 1} {name}", []).append(value)
         return result
 
+    def _begin_some(self) -> None:
+        """Begin as many units as may ask at the same time; all of them, if together they are asked for the model."""
+        together = any(state.ready is None for state in self._of_model.values())
+        while self._left and (together or len(self._open) < _AT_ONCE):
+            self._begin(self._left[0])
+            self._left = self._left[1:]
+
     def _begin(self, unit: int) -> None:
         """Begin the calls whose operands can be computed."""
         states = self._states[unit]
@@ -174,6 +188,8 @@ class Preparation:
                 lots = partial(self._lots, call)
                 own = Unit(self.unit_size, self._columns, len(call.operands), lots)
                 states[index] = self._of_model[call.position] if call.by_model else State(call, own)
+        if not all(map(_is_ready, states)):
+            self._open.append(unit)
 
     def _lots(self, call: Call, seed: int | None) -> Callable[[int, Tensor], Tensor]:
         key = lots_key(self._seed if seed is None else int(seed), self._name, call.ordinal)

@@ -3,11 +3,11 @@ here."""
 
 from __future__ import annotations
 
-from skillmerge.methods.average import median, model_stock, sce
-from skillmerge.methods.elect import elect, pick, ram, ties
+from skillmerge.methods.families.average import median, model_stock, sce
+from skillmerge.methods.families.elect import elect, pick, ram, ties
+from skillmerge.methods.families.sparsify import band, clip, drop, match, project, trim
+from skillmerge.methods.families.spherical import karcher, multislerp, slerp
 from skillmerge.methods.method import Method
-from skillmerge.methods.sparsify import band, clip, drop, match, project, trim
-from skillmerge.methods.spherical import karcher, multislerp, slerp
 
 METHODS: dict[str, Method] = {
     method.name: method

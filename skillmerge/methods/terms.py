@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from skillmerge.methods.method import Method
+from skillmerge.methods.method import Method, Numbers
 
 _DEGREE_TOLERANCE = 1e-9
 _MINUS = ":minus"
@@ -42,13 +42,14 @@ class Sum:
 @dataclass(frozen=True, slots=True)
 class Call:
     """A method on operands, those of keywords last. arguments: its other keywords. ordinal: which of the calls with
-    random numbers it is, from 0. position: in the text."""
+    random numbers it is, from 0. position: in the text. left: which of the operands that are written are not zero."""
 
     method: Method
     operands: tuple[Term, ...]
     arguments: tuple[tuple[str, Any], ...]
     ordinal: int = 0
     position: int = field(default=0, compare=False)
+    left: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def readings(self) -> int:
@@ -59,6 +60,14 @@ class Call:
     def by_model(self) -> bool:
         """Whether it takes the whole model as one, and not each matrix by itself."""
         return self.readings > 0 and dict(self.arguments).get("scope") == "model"
+
+    @property
+    def doubts(self) -> Iterator[str]:
+        """What is allowed in its arguments and hardly meant."""
+        for name, values in self.arguments:
+            kind = self.method.keywords[name]
+            if isinstance(kind, Numbers) and kind.negative and min(values) < 0:
+                yield f"negative `{name}` in `{self.method}`: one {kind.negative}"
 
 
 Term = Leaf | Scaled | Sum | Call
@@ -188,20 +197,20 @@ def degree(term: Term | None) -> float:
 def _degrees(term: Term | None, by: float) -> Iterator[float]:
     """Yield what adds up to the degree: the factors of models, and of calls whose results are models."""
     yield from weights(term, by).values()
-    for call, factor in _outer_calls(term, by):
+    for call, factor in outer_calls(term, by):
         if not call.method.differences:
             yield factor * degree(call.operands[0])
 
 
-def _outer_calls(term: Term | None, by: float) -> Iterator[tuple[Call, float]]:
+def outer_calls(term: Term | None, by: float) -> Iterator[tuple[Call, float]]:
     """Yield the calls that are in no other call, with their factors."""
     if isinstance(term, Call):
         yield term, by
     elif isinstance(term, Scaled):
-        yield from _outer_calls(term.inner, by / term.factor if term.divide else by * term.factor)
+        yield from outer_calls(term.inner, by / term.factor if term.divide else by * term.factor)
     elif isinstance(term, Sum):
-        yield from _outer_calls(term.left, by)
-        yield from _outer_calls(term.right, -by if term.minus else by)
+        yield from outer_calls(term.left, by)
+        yield from outer_calls(term.right, -by if term.minus else by)
 
 
 def base_and_difference(term: Term) -> tuple[str, Term, bool] | None:

@@ -22,6 +22,7 @@ from typing import Any
 from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds import skill
+from skillmerge.checkpoints.kinds.lora import adapter
 from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.checkpoints.model_config import contradictions
 from skillmerge.checkpoints.safetensors import read_header
@@ -140,21 +141,23 @@ def check_structure(root: Path, proof: Manifest) -> None:
     with _reading(root):
         _check_files(root, proof)
         if proof.makes_skill:
-            return _check_skill(root, proof)
+            return _check_files_of(root, skill.open(str(root), Folder(root)).plus, proof)
+        if proof.output.kind == "adapter":
+            return _check_files_of(root, adapter.open(str(root), Folder(root)), proof)
         checkpoint = open_folder(str(root), root)
         _check_tensors(root, checkpoint, proof)
         for file in checkpoint.files:
             check_shard(root / file, read_header(str(root / file), file).tensors)
 
 
-def _check_skill(root: Path, proof: ManifestBody) -> None:
-    plus = skill.open(str(root), Folder(root)).plus
+def _check_files_of(root: Path, checkpoint: Checkpoint, proof: ManifestBody) -> None:
+    """Check what is no whole model."""
     try:
-        _compare_tensors(root, plus, proof)
-        for file in plus.files:
+        _compare_tensors(root, checkpoint, proof)
+        for file in checkpoint.files:
             check_shard(root / file, read_header(str(root / file), file).tensors)
     finally:
-        plus.close()
+        checkpoint.close()
 
 
 @contextmanager

@@ -5,12 +5,15 @@ Predictions, from the plan alone. The figures for the runtime itself were measur
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from skillmerge.checkpoints.views.bands import BAND
 from skillmerge.errors import ResourceError
+from skillmerge.naming import module_kind
 from skillmerge.plans.plan import Plan
 from skillmerge.tensors import BLOCK, CHUNK, DTYPES, UNIT, format_bytes
 from skillmerge.threads import cores
@@ -62,6 +65,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
     entries = [plan.recipe.entries[name] for name in plan.recipe.used_models()]
     # What is kept of a compressed skill, and of each adapter's matrices.
     kept = _KEPT * (any(it.kind == "skill" for it in entries) + sum(it.kind == "adapter" for it in entries))
+    crossed = _crossed(plan)
     tables = 1200 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
 
     def need(count: int, tile: int) -> int:
@@ -69,6 +73,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
             (_CUDA_RUNTIME_BYTES if cuda else RUNTIME_BYTES)
             + tables
             + kept
+            + count * crossed
             + count * (element * tile + (registers + 6) * CHUNK * 8)
         )
 
@@ -90,11 +95,23 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
     return Budget(wanted, tile, need(wanted, tile))
 
 
+def _crossed(plan: Plan) -> int:
+    """Return the bytes that a thread keeps of matrices which models store transposed: two of each model."""
+    turned = sum(any("transposed" in word for word in item.naming.layout) for item in plan.inputs)
+    sizes = (
+        math.prod(tensor.shape[-2:]) * DTYPES[tensor.dtype].itemsize
+        for tensor in plan.tensors.values()
+        if module_kind(tensor.name) == "expert"
+    )
+    return turned * 2 * min(BAND, 2 * max(sizes, default=0))
+
+
 def _skill_budget(plan: Plan, threads: int | None, memory_limit: int | None) -> Budget:
     """Choose the number of workers for a skill, whose units have a fixed size."""
     itemsize = max((DTYPES[tensor.dtype].itemsize for tensor in plan.tensors.values()), default=2)
     # Its inputs; two planes in parts, put together, and waiting to be written; and the masks.
     worker = UNIT * (sum(plan.input_itemsizes) + 10 * itemsize + 2)
+    worker += _crossed(plan)
     adapters = sum(plan.recipe.entries[name].kind == "adapter" for name in plan.recipe.used_models())
     fixed = RUNTIME_BYTES + _KEPT * adapters + 2000 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
     limit = memory_limit or _SKILL_MEMORY

@@ -16,6 +16,9 @@ _BARS = "▁▂▃▄▅▆▇█"
 _MARKS = 48
 """Most marks of a picture, so that it fits beside its name in a terminal of 60 columns."""
 
+_WRAPPED = "base_model.model."
+"""How the names of an adapter's tensors begin, before those of the model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Depth:
@@ -37,7 +40,7 @@ def over_depth(values: Iterable[tuple[str, Sequence[int], float]]) -> Depth:
     for name, shape, value in values:
         if (expert := expert_of(name)) is not None:
             experts.setdefault(expert, []).append((value, math.prod(shape)))
-        layer, kind = layer_of(name), module_kind(name)
+        layer, kind = layer_of(name.removeprefix(_WRAPPED)), module_kind(name)
         row = cells.setdefault(layer, {}) if layer else outside
         row.setdefault(kind, set()).add(value)
         if layer:

@@ -23,6 +23,7 @@ from skillmerge.checkpoints.views.fitting import Model
 from skillmerge.checkpoints.views.renamed import idle_rule, prefixes_of, read_as, wrappers_of
 from skillmerge.errors import InputError, StalePlan, UsageError, did_you_mean, some
 from skillmerge.methods.terms import model_of
+from skillmerge.plans.adapters.formula import base_of
 from skillmerge.plans.aligned import aligned
 from skillmerge.plans.dtypes.quantised import refuse_unequal
 from skillmerge.plans.models.adapting import as_differences, put_onto
@@ -86,6 +87,8 @@ def open_models(
 
     Raises RecipeError, UsageError, InputError, StalePlan, TemporaryError.
     """
+    if recipe.makes_adapter:
+        base_of(recipe)  # what its text alone shows needs no files
     places = {name: recipe.model_place(name) for name in recipe.stored_models()}
     refuse_missing(recipe, places, access)
     lock_path = lockfile.path_of(Path(recipe.document.name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +36,8 @@ class TensorPlan:
 
     action: `merge` computes `program`, `cast` converts one model's tensor to another dtype, `copy` takes its
     bytes, `same` takes the donor's bytes after proving that every model holds the same. Of a skill: `cut` keeps
-    the difference of two models exactly, `compute` rounds `program`, `zero` is nothing.
+    the difference of two models exactly, `compute` rounds `program`, `zero` is nothing. Of an adapter: `join` puts the
+    parts of adapters beside each other.
     sources: where its elements come from, in the order of the program's models.
     coefficients: their values for this tensor, in the order of `Plan.coefficients`.
     slices: of a packed tensor whose experts have coefficients of their own, what happens to each run of experts that
@@ -58,6 +59,11 @@ class TensorPlan:
     def readings(self) -> int:
         """How often its sources are read before the arithmetic, for its methods."""
         return self.program.readings if self.program is not None else 0
+
+    @property
+    def read_again(self) -> Iterable[Source]:
+        """The sources that are read before the arithmetic too, each once."""
+        return dict.fromkeys(source for piece in self.pieces if piece.readings for source in piece.sources)
 
     @property
     def pieces(self) -> tuple[TensorPlan, ...]:

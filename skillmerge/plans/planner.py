@@ -14,9 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, versions
-from skillmerge.checkpoints.model_config import contradictions, ties_embeddings
+from skillmerge.checkpoints.model_config import contradictions
 from skillmerge.methods.terms import Leaf, Term, degree, is_zero, model_of
 from skillmerge.plans.accounting import Problem, account_tensors, copy_rules
+from skillmerge.plans.adapters.planning import plan_adapter
 from skillmerge.plans.advice.heads import driven_apart, stored_heads
 from skillmerge.plans.advice.oddities import oddities, unlike_bases
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
@@ -26,7 +27,8 @@ from skillmerge.plans.dtypes.kept import levelled, output_specs
 from skillmerge.plans.dtypes.quantised import exact_tensors
 from skillmerge.plans.layout import lay_out, lay_out_skill
 from skillmerge.plans.models.actions import actions
-from skillmerge.plans.models.experts import Row, Run, all_of_them, by_tensor, named_by_expert, runs
+from skillmerge.plans.models.coefficients import coefficients_of, kept_coefficients
+from skillmerge.plans.models.experts import Row, Run, all_of_them, by_tensor, runs
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.plans.vocabulary.by_token import vocabulary_of
@@ -34,7 +36,6 @@ from skillmerge.recipes.formula.parser import grouped
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.lint import remarks
 from skillmerge.recipes.recipe import Recipe, unclear_donor
-from skillmerge.recipes.schedules import Rule, ScheduleError
 from skillmerge.remarks import Remark, warning
 from skillmerge.tensors import DTYPES, TensorSpec
 
@@ -56,11 +57,10 @@ def plan_recipe(
     quantized or contradict themselves. What `copy` or `ignore` could settle is collected in `problems`, to be
     reported all at once.
     """
-    donor_name = _donor(recipe)
-    donor = checkpoints[donor_name]
-    left_out = recipe.left_out(donor.tensors)
-    names = {name: None for name in donor.tensors if name not in left_out}
-    given = _coefficients(recipe, named_by_expert(recipe, donor.tensors, names), donor.config)
+    if recipe.makes_adapter:
+        return _adapter_plan(recipe, checkpoints)
+    donor = checkpoints[donor_name := _donor(recipe)]
+    given, names = kept_coefficients(recipe, donor.tensors, donor.config)
     copied = copy_rules(recipe, donor)
     terms, values, experts = _terms(recipe, *by_tensor(given, names, copied), copied)
     exact = exact_tensors(recipe, checkpoints, donor_name, terms)
@@ -87,6 +87,24 @@ def plan_recipe(
             notes=(*notes, *accounts.notes, *compared.notes, *idle),
             **doubts,
             **_inputs(recipe, checkpoints, tensors),
+        )
+    )
+
+
+def _adapter_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Plan:
+    """Return the plan of an output that is an adapter, whose tensors no model has."""
+    made = plan_adapter(recipe, checkpoints)
+    return sealed(
+        Plan(
+            recipe=recipe,
+            donor=_donor(recipe),
+            coefficients=tuple(recipe.coefficients),
+            ties=(),
+            problems=(),
+            notes=(),
+            warnings=tuple(_of_models(recipe, checkpoints)),
+            **made,
+            **_inputs(recipe, checkpoints, made["tensors"]),
         )
     )
 
@@ -132,27 +150,6 @@ def _donor(recipe: Recipe) -> str:
         _bind(recipe, {name: schedule.default for name, schedule in recipe.coefficients.items()})
         raise recipe.error(("merge",), "the expression is always zero")
     return recipe.donor
-
-
-def _tied_advice(rule: Rule, config: Mapping[str, Any]) -> str | None:
-    """Return what to write for a rule about a head that is the embedding."""
-    about_head = "head" in rule.modules or any("lm_head" in glob for glob in rule.tensors)
-    if not about_head or not ties_embeddings(config):
-        return None
-    return "the head is the embedding here (`tie_word_embeddings`): write `modules: embedding`, or leave this rule out"
-
-
-def _coefficients(recipe: Recipe, names: list[str], config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Return each tensor's coefficients, in the order of the recipe. Raises RecipeError for rules without meaning."""
-    columns = []
-    for coefficient, schedule in recipe.coefficients.items():
-        try:
-            columns.append(schedule.resolve(names))
-        except ScheduleError as error:
-            path = ("coefficients", coefficient, "rules", error.rule)
-            fix = _tied_advice(schedule.rules[error.rule], config) or error.fix
-            raise recipe.error(path, str(error), fix) from error
-    return {name: tuple(column[name] for column in columns) for name in names}
 
 
 def _terms(
@@ -220,14 +217,19 @@ def _warnings(
     wanted: Mapping[str, TensorSpec],
 ) -> Iterator[Remark]:
     """Yield warnings about what the recipe does."""
+    yield from _of_models(recipe, checkpoints)
+    yield from levelled(recipe, donor, wanted)
+    if not recipe.makes_skill:
+        yield from driven_apart(donor, tensors)
+
+
+def _of_models(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
+    """Yield warnings about the recipe's text, and about where its models come from."""
     yield from _of_recipe(recipe, checkpoints)
     for name in recipe.used_models():
         if doubt := checkpoints[name].at.doubt:
             yield warning(f"model `{name}`: {doubt}", "name the commit or the branch that you mean")
     yield from unlike_bases(recipe, checkpoints)
-    yield from levelled(recipe, donor, wanted)
-    if not recipe.makes_skill:
-        yield from driven_apart(donor, tensors)
 
 
 def _of_recipe(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
@@ -254,7 +256,7 @@ def _shares(
     values: Mapping[str, Row],
 ) -> Shares:
     if ignored := ignored_tensors(recipe, checkpoints, donor_name):
-        values = _coefficients(recipe, [*values, *ignored], checkpoints[donor_name].config)
+        values = coefficients_of(recipe, [*values, *ignored], checkpoints[donor_name].config)
     return shares_of(recipe, checkpoints, donor_name, copied, values)
 
 

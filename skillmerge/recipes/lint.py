@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -18,14 +19,13 @@ from skillmerge.brief import brief, drawn
 from skillmerge.checkpoints.missing import meant, missing
 from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.errors import Place, RecipeError, SkillmergeError, UsageError, did_you_mean
-from skillmerge.methods.terms import degree, weights
+from skillmerge.methods.terms import calls, degree, outer_calls, weights
 from skillmerge.recipes import lock as lockfile
 from skillmerge.recipes.formula.parser import grouped
 from skillmerge.recipes.formula.tree import ExpressionError, names_in, normalise_name
 from skillmerge.recipes.lint_rules import RULES, LintRule
 from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
-from skillmerge.recipes.schedules import Numbers, Rule
 from skillmerge.recipes.source import RecipeSource, name_of
 from skillmerge.recipes.yamltext import Path as DataPath
 from skillmerge.remarks import Remark, warning
@@ -254,7 +254,7 @@ def _hidden_rules(recipe: Recipe) -> Iterator[Finding]:
         path = _written(recipe, "coefficients", name)
         for index, rule in enumerate(schedule.rules):
             for later in range(index + 1, len(schedule.rules)):
-                if _covers(schedule.rules[later], rule):
+                if schedule.rules[later].covers(rule):
                     place = recipe.document.place((*path, "rules", later))
                     where = f" on line {place.line + 1}" if place else ""
                     message = f"this rule of `{name}` has no effect: the one{where} matches everything that it matches"
@@ -262,41 +262,11 @@ def _hidden_rules(recipe: Recipe) -> Iterator[Finding]:
                     break
 
 
-def _covers(later: Rule, rule: Rule) -> bool:
-    """Return whether `later` certainly selects every tensor that `rule` can select."""
-    in_layers = bool(rule.layers) or rule.ramp is not None
-    if later.layers:
-        if not in_layers or not _contains(later.layers, rule.layers or (Numbers(0, None),)):
-            return False
-    elif later.ramp is not None and not in_layers:
-        return False
-    if later.tensors and "*" not in later.tensors and not (rule.tensors and {*rule.tensors} <= {*later.tensors}):
-        return False
-    if later.experts and not (rule.experts and _contains(later.experts, rule.experts)):
-        return False
-    return not later.modules or (bool(rule.modules) and {*rule.modules} <= {*later.modules})
-
-
-def _contains(outer: Sequence[Numbers], inner: Sequence[Numbers]) -> bool:
-    """Return whether all numbers of `inner` are in `outer`."""
-    for part in inner:
-        at = part.first
-        for other in sorted(outer, key=lambda it: it.first):
-            if other.first <= at and (other.last is None or other.last >= at):
-                if other.last is None or (part.last is not None and other.last >= part.last):
-                    break
-                at = other.last + 1
-        else:
-            return False
-    return True
-
-
 def _degrees(recipe: Recipe) -> Iterator[Finding]:
     """Yield whether any of the values that the coefficients are given makes the expression one model."""
     values = {name: _values(recipe, name) for name in _used_coefficients(recipe)}
     count = math.prod(len(given) for given in values.values())
     ramps = any(rule.ramp for name in values for rule in recipe.coefficients[name].rules)
-    wanted = 0 if recipe.makes_skill else 1
     wrong = []
     for row in islice(product(*values.values()), _MANY):
         try:
@@ -304,17 +274,16 @@ def _degrees(recipe: Recipe) -> Iterator[Finding]:
         except ExpressionError as error:
             wrong.append(_of_error(recipe.document.name, "not-one-model", recipe.expression_error(error)))
             continue
-        if found == wanted or count > _MANY or ramps:  # between the ends of a ramp it may be one
+        if found in recipe.degrees or count > _MANY or ramps:  # between the ends of a ramp it may be one
             return
-        wrong.append(_not_one(recipe, found, wanted))
+        wrong.append(_not_one(recipe, found))
     yield wrong[0]
 
 
 def _large_factors(recipe: Recipe) -> Iterator[Finding]:
     """Values that alone, the other coefficients at their defaults, make a factor large."""
-    names = _used_coefficients(recipe)
-    defaults = {name: recipe.coefficients[name].default for name in names}
-    for name in names:
+    defaults = _defaults(recipe)
+    for name in defaults:
         if _most(recipe, {**defaults, name: 1.0}) > _LARGE:
             continue  # it is not this one that does it
         told: set[DataPath] = set()
@@ -326,6 +295,20 @@ def _large_factors(recipe: Recipe) -> Iterator[Finding]:
                 yield _at(recipe, "large-factor", path, message, "published merges stay below 2")
 
 
+def _doubtful_calls(recipe: Recipe) -> Iterator[Finding]:
+    """Yield calls with numbers that are hardly meant, for each value with the other coefficients at their defaults."""
+    defaults = _defaults(recipe)
+    told = set()
+    for row in (defaults, *({**defaults, name: value} for name in defaults for value, _ in _values(recipe, name))):
+        with suppress(ExpressionError):
+            for call, doubt in ((it, doubt) for it in calls(recipe.term(row)) for doubt in it.doubts):
+                if (call.position, doubt) not in told:
+                    told.add((call.position, doubt))
+                    fix = "if that is meant, write the difference the other way around, with a positive number"
+                    error = ExpressionError(f"has {doubt}", call.position, len(call.method.name), fix)
+                    yield _of_error(recipe.document.name, "negative-weight", recipe.expression_error(error))
+
+
 def _donor(recipe: Recipe) -> Iterator[Finding]:
     remark = unclear_donor(recipe)
     if remark is not None and remark.name not in recipe.accept:
@@ -334,18 +317,16 @@ def _donor(recipe: Recipe) -> Iterator[Finding]:
 
 def _accidental(recipe: Recipe) -> Iterator[Finding]:
     """Coefficients that are 1 everywhere, and that have to be for the expression to be one model."""
-    names = _used_coefficients(recipe)
-    defaults = {name: recipe.coefficients[name].default for name in names}
-    wanted = 0 if recipe.makes_skill else 1
+    defaults = _defaults(recipe)
     try:
         term = recipe.term(defaults)
-        if degree(term) != wanted or min(weights(term).values(), default=0.0) >= 0:
+        if degree(term) not in recipe.degrees or min(weights(term).values(), default=0.0) >= 0:
             return
-        for name in names:
+        for name in defaults:
             ones = {value for value, _ in _values(recipe, name)} == {1.0}
-            if ones and degree(recipe.term({**defaults, name: 0.75})) != wanted:
+            if ones and degree(recipe.term({**defaults, name: 0.75})) not in recipe.degrees:
                 fix = grouped(str(recipe.document.data["merge"]), recipe.models) or "put the difference in parentheses"
-                what = "a difference" if recipe.makes_skill else "one model"
+                what = " or ".join({0: "a difference", 1: "one model"}[it] for it in recipe.degrees)
                 message = f"the expression is {what} only where `{name}` is 1"
                 yield _at(recipe, "accidental-model", ("merge",), message, fix)
     except ExpressionError:
@@ -366,11 +347,16 @@ def _used_coefficients(recipe: Recipe) -> list[str]:
     return [name for name in recipe.coefficients if name in used]
 
 
+def _defaults(recipe: Recipe) -> dict[str, float]:
+    return {name: recipe.coefficients[name].default for name in _used_coefficients(recipe)}
+
+
 def _most(recipe: Recipe, values: Mapping[str, float]) -> float:
     try:
-        return max((abs(weight) for weight in weights(recipe.term(values)).values()), default=0.0)
+        term = recipe.term(values)
     except ExpressionError:
         return 0.0
+    return max(map(abs, (*weights(term).values(), *(factor for _, factor in outer_calls(term, 1.0)))), default=0.0)
 
 
 def _values(recipe: Recipe, name: str) -> list[tuple[float, DataPath]]:
@@ -384,10 +370,12 @@ def _values(recipe: Recipe, name: str) -> list[tuple[float, DataPath]]:
     return found
 
 
-def _not_one(recipe: Recipe, found: float, wanted: int) -> Finding:
+def _not_one(recipe: Recipe, found: float) -> Finding:
     message, fix = f"the expression gives {found:g} models' worth of weights", "the factors must add up to 1"
-    if wanted == 0:
+    if recipe.makes_skill:
         message, fix = f"{message}, and a skill is a difference", "write rl - sft"
+    elif recipe.makes_adapter:
+        fix = "an adapter is a difference, or one model with adapters on it: base + lam * v"
     elif (meant_so := grouped(str(recipe.document.data["merge"]), recipe.models)) is not None:
         fix = meant_so
     elif found == 0:
@@ -395,6 +383,6 @@ def _not_one(recipe: Recipe, found: float, wanted: int) -> Finding:
     return _at(recipe, "not-one-model", ("merge",), message, fix)
 
 
-_MEANING = (_unused, _hidden_rules, _large_factors, _accidental, _sizes)
+_MEANING = (_unused, _hidden_rules, _large_factors, _doubtful_calls, _accidental, _sizes)
 """Checks of a recipe's meaning, which `plan` and `apply` also report as warnings."""
 _CHECKS = (_models, _same, *_MEANING, _donor, _degrees, _output)

@@ -58,6 +58,11 @@ RULES = {
             "for a lost decimal point.",
         ),
         LintRule(
+            "negative-weight", "warning", "A weight of an election is negative",
+            "A negative weight turns the signs of its difference around, and lowers the sum of weights that divides "
+            "the result, perhaps to nearly 0. Write the difference the other way around, with a positive weight.",
+        ),
+        LintRule(
             "accidental-model", "warning", "The expression is a model only where a coefficient is 1",
             "With any other number of the coefficient the factors of the models do not add up to 1. Put the difference "
             "in parentheses: `target + lam * (rl - sft)`.",

@@ -9,11 +9,12 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path as FilePath
 from typing import Any
 
 from skillmerge.checkpoints.schemes import output_place
-from skillmerge.errors import NEAR, Mistakes, UsageError, did_you_mean, some
+from skillmerge.errors import NEAR, Mistakes, RecipeError, UsageError, did_you_mean, some
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.entries import Entry, check_models, names_of
 from skillmerge.recipes.formula.arguments import name_number
@@ -22,7 +23,7 @@ from skillmerge.recipes.formula.tree import ExpressionError, Node, normalise_nam
 from skillmerge.recipes.gate_table import Gate, gates_of
 from skillmerge.recipes.recipe import CopyRule, Output, Push, Recipe, add_coefficient, expression_error, local_path
 from skillmerge.recipes.schedules import Numbers, Rule, Schedule, parse_numbers
-from skillmerge.recipes.schema import read_table
+from skillmerge.recipes.schema import read_table, refuse_foreign
 from skillmerge.recipes.source import SAVED_PLAN, RecipeSource, name_of, text_of
 from skillmerge.recipes.tables.gates import GatesTable
 from skillmerge.recipes.tables.recipe import (
@@ -63,6 +64,19 @@ def load_gates(path: str | os.PathLike[str]) -> tuple[Gate, ...]:
     return gates_of(read_table(document, GatesFileTable).gates, document, path.parent)
 
 
+def _read(text: str, name: str) -> Document:
+    """Parse a recipe. Raises RecipeError; also for files of other tools that are several documents, or YAML 1.1."""
+    try:
+        return yamltext.read(text, name)
+    except RecipeError:
+        documents: list[Document] = []
+        with suppress(RecipeError):
+            documents = yamltext.read_old(text, name)
+        for document in documents[:1]:
+            refuse_foreign(document)
+        raise
+
+
 def parse_recipe(
     text: str, name: str, folder: FilePath, overrides: Mapping[str, float] | None = None, *, by_hand: bool = True
 ) -> Recipe:
@@ -72,7 +86,7 @@ def parse_recipe(
 
     Raises RecipeError for the first mistake, which knows those of the other parts.
     """
-    document = yamltext.read(text, name)
+    document = _read(text, name)
     document.by_hand = by_hand
     table = read_table(document, RecipeTable)
     models, coefficients = names_of(document, table)
@@ -134,8 +148,9 @@ def _gates(document: Document, table: RecipeTable, folder: FilePath, models: Map
     gates = gates_of(given, document, folder)
     place = document.place(("gates",))
     loadable = [name for name, entry in models.items() if entry.kind == "path"]  # the others have no folder to load
-    if gates and table.output.kind == "skill":
-        raise document.error("a skill has no `gates`", place, "add them to recipes that use the skill")
+    if gates and table.output.kind != "model":
+        kind = _KINDS[table.output.kind]
+        raise document.error(f"{kind} has no `gates`", place, f"add them to recipes that use the {table.output.kind}")
     for gate in gates:
         if gate.kind == "perplexity" and gate.model is not None and gate.model not in loadable:
             place = document.place(("gates", "perplexity", "of"))
@@ -145,13 +160,16 @@ def _gates(document: Document, table: RecipeTable, folder: FilePath, models: Map
     return gates
 
 
+_KINDS = {"skill": "a skill", "adapter": "an adapter"}
+
+
 def _check_kind(document: Document, table: RecipeTable) -> None:
-    """Check keys that only models or only skills can have."""
-    if table.output.kind == "model" and table.output.compression != "none":
+    """Check keys that only some kinds of output can have."""
+    if table.output.kind != "skill" and table.output.compression != "none":
         raise document.error(
             "only a skill can be compressed", document.place(("output", "compression")), "models are read as they are"
         )
-    if table.output.kind == "model" and table.output.keep is not None:
+    if table.output.kind != "skill" and table.output.keep is not None:
         raise document.error(
             "only a skill can be pruned",
             document.place(("output", "keep")),
@@ -161,16 +179,26 @@ def _check_kind(document: Document, table: RecipeTable) -> None:
         raise document.error(
             "`tokens` takes rows by token", document.place(("tokens",)), "add to the recipe: vocabulary: by-token"
         )
-    if table.output.kind == "skill":
-        of_models = {
-            ("copy",): bool(table.copy_),
-            ("tokens",): bool(table.tokens),
-            ("output", "rounding"): table.output.rounding != "nearest",
-            ("output", "keep_dtype"): bool(table.output.keep_dtype),
-        }
-        for path, given in of_models.items():
-            if given:
-                raise document.error(f"a skill has no `{path[-1]}`", document.place(path), "leave it out")
+    of_models = {
+        ("copy",): bool(table.copy_),
+        ("tokens",): bool(table.tokens),
+        ("output", "rounding"): table.output.rounding != "nearest",
+        ("output", "keep_dtype"): bool(table.output.keep_dtype),
+    }
+    of_skills = {
+        ("vocabulary",): table.vocabulary == "by-token",
+        ("output", "like"): table.output.like is not None,
+        ("output", "shard_size"): table.output.shard_size != "same",
+    }
+    not_of = {"model": {}, "skill": of_models, "adapter": of_models | of_skills}
+    for path, given in not_of[table.output.kind].items():
+        if given:
+            raise document.error(
+                f"{_KINDS[table.output.kind]} has no `{path[-1]}`", document.place(path), "leave it out"
+            )
+    if table.output.kind == "adapter" and table.output.dtype not in ("same", "float32"):
+        what = f"an adapter is written as float32, not {table.output.dtype}: so nothing of it is rounded away"
+        raise document.error(what, document.place(("output", "dtype")), "leave it out")
 
 
 def _schedules(document: Document, table: RecipeTable, mistakes: Mistakes) -> dict[str, Schedule]:

@@ -14,7 +14,7 @@ from skillmerge.checkpoints.schemes import parse_place
 from skillmerge.errors import Place, RecipeError
 from skillmerge.methods.terms import Call, Term, calls, expand_skills
 from skillmerge.recipes.entries import KINDS, Entry, Part, stacks_in_order
-from skillmerge.recipes.formula.bind import bind, check_calls
+from skillmerge.recipes.formula.bind import bind
 from skillmerge.recipes.formula.donor import donor_of, is_donor_unclear
 from skillmerge.recipes.formula.tree import ExpressionError, Node, names_in, normalise_name
 from skillmerge.recipes.gate_table import Gate
@@ -156,30 +156,42 @@ class Recipe:
 
     @property
     def makes_skill(self) -> bool:
-        """Whether the output is a difference to store; otherwise it is a model."""
+        """Whether the output is a difference to store."""
         return self.output.kind == "skill"
+
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether the output is a LoRA adapter. If it is not a skill either, it is a model."""
+        return self.output.kind == "adapter"
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """How many models' worth of weights the formula may give: none of a difference, one of a model."""
+        return {"model": (1,), "skill": (0,), "adapter": (0, 1)}[self.output.kind]
 
     def term(self, values: Mapping[str, float]) -> Term | None:
         """Return the expression with these coefficients, stored skills as the differences that they are.
 
         None if everything fell away. Raises ExpressionError as `bind` does.
         """
-        term = expand_skills(bind(self.expression, values), self.skills)
-        check_calls(term)
-        return term
+        return expand_skills(bind(self.expression, values, self.skills), self.skills)
 
     def refuse_unequal_calls(self, terms: Iterable[Term | None]) -> None:
-        """Raise RecipeError for a call that takes the whole model as one, with other arguments for some tensors."""
+        """Raise RecipeError for a call that takes the whole model as one, with other arguments for some tensors, or
+        other operands that are zero."""
         known: dict[int, Call] = {}
         for call in (call for term in terms for call in calls(term) if call.by_model):
-            if known.setdefault(call.position, call).arguments != call.arguments:
-                what = f"gives `{call.method}` other numbers for some tensors, and with scope=model it takes all as one"
+            first = known.setdefault(call.position, call)
+            if first.arguments != call.arguments or first.left != call.left:
+                other = "numbers" if first.left == call.left else "operands"
+                what = f"gives `{call.method}` other {other} for some tensors, and with scope=model it takes all as one"
                 fix = "use coefficients without rules there, or scope=matrix"
                 raise self.expression_error(ExpressionError(what, call.position, len(call.method.name), fix))
 
     def left_out(self, tensors: Iterable[str]) -> set[str]:
-        """Return those of the donor's tensors that a skill does without, as `ignore` says; a model has all of them."""
-        if not self.makes_skill or not self.ignore:
+        """Return those of the donor's tensors that a skill or an adapter does without, as `ignore` says; a model has
+        all of them."""
+        if not (self.makes_skill or self.makes_adapter) or not self.ignore:
             return set()
         pattern = matcher(self.ignore)
         return {name for name in tensors if pattern.match(name)}
@@ -257,7 +269,7 @@ def unclear_donor(recipe: Recipe) -> Remark | None:
     """Return a warning where the text of a merge does not show which of its models is the donor."""
     unclear = is_donor_unclear(recipe.expression, recipe.skills)
     donor = donor_of(recipe.expression, recipe.skills)
-    if recipe.output.like is not None or recipe.makes_skill:
+    if recipe.output.like is not None or recipe.output.kind != "model":
         return None
     if recipe.donor != donor:  # version 0.1 took another one from some texts
         return warning(

@@ -92,6 +92,20 @@ class Rule:
             and self._in_experts(name)
         ]
 
+    def covers(self, rule: Rule) -> bool:
+        """Return whether it certainly selects every tensor that another rule can select."""
+        in_layers = bool(rule.layers) or rule.ramp is not None
+        if self.layers:
+            if not in_layers or not _contains(self.layers, rule.layers or (Numbers(0, None),)):
+                return False
+        elif self.ramp is not None and not in_layers:
+            return False
+        if self.tensors and "*" not in self.tensors and not (rule.tensors and {*rule.tensors} <= {*self.tensors}):
+            return False
+        if self.experts and not (rule.experts and _contains(self.experts, rule.experts)):
+            return False
+        return not self.modules or (bool(rule.modules) and {*rule.modules} <= {*self.modules})
+
     def _in_layers(self, name: str) -> bool:
         if not self.layers and self.ramp is None:
             return True
@@ -103,6 +117,20 @@ class Rule:
             return True
         expert = expert_of(name)
         return expert is not None and any(expert in part for part in self.experts)
+
+
+def _contains(outer: Iterable[Numbers], inner: Iterable[Numbers]) -> bool:
+    """Return whether all numbers of `inner` are in `outer`."""
+    for part in inner:
+        at = part.first
+        for other in sorted(outer, key=lambda it: it.first):
+            if other.first <= at and (other.last is None or other.last >= at):
+                if other.last is None or (part.last is not None and other.last >= part.last):
+                    break
+                at = other.last + 1
+        else:
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

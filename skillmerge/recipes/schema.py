@@ -36,14 +36,20 @@ def read_table(document: Document, table: type[_Whole]) -> _Whole:
     if not isinstance(document.data, dict):
         what = "a recipe" if table is RecipeTable else "a file of gates"
         raise document.error(f"is not {what}: it must be a table of keys", document.place(()))
-    if table is RecipeTable and (foreign := recognised(document.data, document.name)) is not None:
-        raise document.error(f"is {foreign[0]}", document.keys.get((foreign[1],)), foreign[2])
+    if table is RecipeTable:
+        refuse_foreign(document)
     try:
         return table.model_validate(document.data)
     except ValidationError as error:
         first, *others = _shape_errors(document, error)
         first.others = others
         raise first from error
+
+
+def refuse_foreign(document: Document) -> None:
+    """Raise RecipeError for a file of another tool, or another one of skillmerge."""
+    if (foreign := recognised(document.data, document.name)) is not None:
+        raise document.error(f"is {foreign[0]}", document.keys.get((foreign[1],)), foreign[2])
 
 
 def schema() -> dict[str, Any]:

@@ -30,8 +30,8 @@ def name_of(source: RecipeSource) -> str:
     return _NO_FILE if isinstance(source, Mapping) else os.fspath(source)
 
 
-def text_of(source: RecipeSource) -> str:
-    """Return the text of a recipe; of a dict, as YAML.
+def text_of(source: RecipeSource, help: str = "`skillmerge init` writes a recipe to start from") -> str:
+    """Return the text of a recipe; of a dict, as YAML. help: what to do if there is no such file, and none near it.
 
     Raises UsageError if there is none, RecipeError for text that is invalid or too large, InputError.
     """
@@ -40,7 +40,7 @@ def text_of(source: RecipeSource) -> str:
             return yamltext.dump(_plain(source, _NO_FILE))
         except RecursionError as error:
             raise UsageError("the recipe is nested too deeply", fix="check whether a dict contains itself") from error
-    return standard_input() if source == STANDARD_INPUT else _of_file(Path(source))
+    return standard_input() if source == STANDARD_INPUT else _of_file(Path(source), help)
 
 
 def standard_input() -> str:
@@ -57,7 +57,7 @@ def standard_input() -> str:
     return text
 
 
-def _of_file(path: Path) -> str:
+def _of_file(path: Path, help: str) -> str:
     """Return the text of a file that is not too large."""
     try:
         if path.is_dir():
@@ -71,8 +71,7 @@ def _of_file(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         near = near_path(path, str(path), lambda other: other.suffix in RECIPE_SUFFIXES and other.is_file())
-        fix = near or "`skillmerge init` writes a recipe to start from"
-        raise UsageError(f"{path} does not exist", fix=fix) from error
+        raise UsageError(f"{path} does not exist", fix=near or help) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from error
     except OSError as error:

@@ -10,7 +10,7 @@ from skillmerge.naming import MODULE_KINDS, expert_of, layer_label, layer_of, mo
 T = TypeVar("T")
 
 ALL_LAYERS = "layers"
-"""What stands for the layer where an expert's tensors of all layers are together."""
+"""The place of an expert's tensors of all layers together."""
 
 
 def kinds_of(names: Iterable[str]) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -27,7 +28,7 @@ from skillmerge.plans.dtypes.quantised import equal_tensors
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
-from skillmerge.recipes.formula.tree import calls_in
+from skillmerge.recipes.formula.tree import calls_in, differences_in
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import RecipeSource, name_of
 from skillmerge.remarks import Remark
@@ -35,7 +36,7 @@ from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.adapters import AdapterRow, adapters_of
 from skillmerge.study.forecast import Forecaster, plain
 from skillmerge.study.groups import by_expert, expert_groups, groups_of, kinds_of
-from skillmerge.study.places import OF_TWO, check_alone, is_adapter, is_recipe, is_skill, refuse_model
+from skillmerge.study.places import OF_TWO, check_alone, is_adapter, is_recipe, is_skill, refuse_alone
 from skillmerge.study.subjects import (
     BASE,
     Subject,
@@ -187,7 +188,7 @@ def _of_models(places: Sequence[str], access: Access, reporter: Reporter, vocabu
     if vocabulary != "by-id" and len(places) != 2:
         raise UsageError(OF_TWO, fix="leave `--vocabulary` out")
     if len(places) == 1:
-        refuse_model(Path(places[0]))
+        refuse_alone(places[0], access)
         return subject_of_skills(places, access, reporter)
     skills = [place for place in places if is_skill(place, access)]
     adapters = [place for place in places if is_adapter(place, access)]
@@ -368,8 +369,11 @@ def _only_copied(subject: Subject) -> set[str]:
 def _refuse_calls(recipe: Recipe) -> None:
     """Raise RecipeError if the updates of a recipe are no differences of models, which is all that is read here."""
     if called := next(calls_in(recipe.expression), None):
+        pair = next(differences_in(recipe.expression), None)
+        stored = pair is not None and {*pair} <= {*recipe.stored_models()}
+        places = [str(recipe.model_place(name)) for name in reversed(pair)] if pair and stored else ["SFT", "RL"]
         raise recipe.error(
             ("merge",),
             f"`inspect` reads differences of models, and this recipe changes them with `{called.method}`",
-            "inspect the difference itself: `skillmerge inspect SFT RL`",
+            f"inspect the difference itself: `skillmerge inspect {shlex.join(places)}`",
         )

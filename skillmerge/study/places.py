@@ -38,10 +38,17 @@ def is_recipe(source: RecipeSource, alone: bool) -> bool:
     return alone and is_path(os.fspath(source)) and not Path(source).is_dir() and Path(source).suffix in RECIPE_SUFFIXES
 
 
-def refuse_model(path: Path) -> None:
+def refuse_alone(uri: str, access: Access) -> None:
+    """Raise UsageError for a place that is no update in itself."""
+    path = Path(uri)
     if path.is_dir() and not (path / SKILL_FILE).exists() and not adapter.claims(Folder(path)):
         raise UsageError(
             f"{path} is a folder, but not a skill", fix="pass two models, before and after, or a recipe, or skills"
+        )
+    if is_adapter(uri, access) and not is_difference(uri, access):
+        raise UsageError(
+            f"{uri} replaces parts of its model, so that alone it is no update",
+            fix=f"pass its model first: `skillmerge inspect MODEL {uri}`",
         )
 
 

@@ -19,6 +19,7 @@ from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError, machine_errors
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
+from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.places import is_adapter, is_difference
 from skillmerge.tensors import UNIT, TensorSpec
@@ -113,9 +114,7 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     if not candidates:
         raise UsageError(f"{skill} was made from other skills, which record their own parents")
     access = Access(follow_links=follow_links)
-    entry = {"adapter": os.fspath(parent)} if is_adapter(os.fspath(parent), access) else os.fspath(parent)
-    made = {"kind": "skill"} if isinstance(entry, dict) else {"path": "nowhere"}
-    recipe = recipe_of({"parent": entry}, "parent", made, "skillmerge verify")
+    recipe = _parent_alone(os.fspath(parent), access)
     if wrappers_of(tensors):  # extracted when names were read as stored
         recipe = recipe.as_planned("parent", {})
     # A parent may store the skill's tensors in another layout.
@@ -144,6 +143,18 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
             fix=f"pass one of its parents: {', '.join(_parent(item) for item in document['parents'])}",
         )
     return str(candidates[0])
+
+
+def _parent_alone(parent: str, access: Access) -> Recipe:
+    """Return a recipe of nothing but one parent. Raises UsageError for an adapter that is no difference."""
+    if not is_adapter(parent, access):
+        return recipe_of({"parent": parent}, "parent", {"path": "nowhere"}, "skillmerge verify")
+    if not is_difference(parent, access):
+        raise UsageError(
+            f"{parent} replaces parts of its model, so that its weights are not known without it",
+            fix="pass the other parent",
+        )
+    return recipe_of({"parent": {"adapter": parent}}, "parent", {"kind": "skill"}, "skillmerge verify")
 
 
 def _parent(item: Mapping[str, Any]) -> str:

@@ -115,6 +115,11 @@ def verify_signed(
 def _loaded(verdict: Verdict, runtimes: Sequence[str], reporter: Reporter | None) -> Verdict:
     if not runtimes:
         return verdict
+    if verdict.output.manifest.output.kind == "adapter":
+        raise UsageError(
+            f"{verdict.output.shown} is an adapter, which no runtime loads alone",
+            fix="load it with its base: `PeftModel.from_pretrained(BASE, FOLDER)` in peft",
+        )
     reporter = reporter or default_reporter("verifying")
     with checked(reporter, f"loads in {' and '.join(runtimes)}"):
         return replace(verdict, load=check_load(verdict.folder, runtimes, reporter))

@@ -13,7 +13,7 @@ from adapter_models import DIFFERENCES, VARIANTS, adapter, expected, expected_di
 from conftest import read_checkpoint, write_checkpoint
 from safetensors.torch import save_file
 
-from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, read_bytes
+from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, read_bytes
 from skillmerge.checkpoints.kinds.lora import adapter as lora
 from skillmerge.checkpoints.kinds.table import open_folder
 from skillmerge.checkpoints.stores.folder import Folder
@@ -112,6 +112,27 @@ def test_any_part_is_that_part_of_the_whole(name: str, area: int, monkeypatch: p
             assert read_bytes(again, tensor, first, count) == content[4 * first : 4 * (first + count)]
 
 
+@pytest.mark.parametrize("name", ["linear", "tokens", "modules_to_save", "bias", "experts_on_split"])
+def test_what_is_read_together_goes_where_it_belongs(name: str) -> None:
+    """Elements are widened in place: neighbors, and what lies between the pieces, stay as they are."""
+    checkpoint, draw = put_onto(adapter(name, torch.bfloat16)), random.Random(5)
+    whole = {tensor: bytes(read_bytes(checkpoint, tensor)) for tensor in checkpoint.tensors}
+    buffer, wanted, pieces, end = bytearray(b"\xaa" * 3_000_000), {}, [], 8
+    memory = memoryview(buffer)
+    for tensor, spec in list(checkpoint.tensors.items()) * 2:
+        first = draw.randrange(spec.elements)
+        count, size = draw.randint(0, spec.elements - first), spec.nbytes // spec.elements
+        pieces.append(Piece(tensor, first, count, memory, end))
+        wanted[end] = whole[tensor][first * size : (first + count) * size]
+        end += count * size + (8 if draw.random() < 0.5 else 0)
+        end += -end % 4
+    checkpoint.read(pieces)()
+    expect = bytearray(b"\xaa" * len(buffer))
+    for start, content in wanted.items():
+        expect[start : start + len(content)] = content
+    assert buffer == expect
+
+
 def test_adapter_reads_several_at_once_and_from_threads() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -194,3 +215,81 @@ def test_adapter_of_one_projection_changes_its_rows_of_a_fused_one(tmp_path: Pat
     wanted[20:] += product(*(wide(it) for it in pair.values()), 1.5)
     found = put_onto(tmp_path)
     assert bytes(read_bytes(found, f"{at}.gate_up_proj.weight")) == wanted.astype(np.float32).tobytes()
+
+
+def test_terms_are_added_in_their_order(tmp_path: Path) -> None:
+    """2^60 - 2^60 + 1 is 1 in this order, and 0 in others."""
+    at = "model.layers.0.mlp.up_proj"
+    pair = {f"{at}.lora_A.weight": torch.tensor([[2.0**30], [2.0**30], [1.0], [0.0]]).repeat(1, 3),
+            f"{at}.lora_B.weight": torch.tensor([[2.0**30, -(2.0**30), 1.0, 0.0]]).repeat(5, 1)}  # fmt: skip
+    write_adapter(tmp_path / "adapter", pair, lora_alpha=4)
+    write_checkpoint(tmp_path / "base", {f"{at}.weight": torch.zeros(5, 3)})
+    assert read_values(put_onto(tmp_path), f"{at}.weight").tolist() == [1.0] * 15
+
+
+def test_square_embedding_is_transposed(tmp_path: Path) -> None:
+    """As many tokens as dimensions: its shape does not show it."""
+    draw = torch.Generator().manual_seed(4)
+    a, b = torch.randn(4, 8, generator=draw), torch.randn(8, 4, generator=draw)
+    pair = {"model.embed_tokens.lora_embedding_A": a, "model.embed_tokens.lora_embedding_B": b}
+    write_adapter(tmp_path / "adapter", pair)
+    write_checkpoint(tmp_path / "base", {"model.embed_tokens.weight": torch.zeros(8, 8)})
+    wanted = product(wide(a), wide(b), 1.5).T.astype(np.float32)
+    assert bytes(read_bytes(put_onto(tmp_path), "model.embed_tokens.weight")) == wanted.tobytes()
+
+
+def test_what_plans_keep_of_an_adapter_covers_all_that_decides_its_values(tmp_path: Path) -> None:
+    """Not its weights, whose versions tell them apart, but shapes, scale and names."""
+    pair = random_pair("model.layers.0.mlp.up_proj", 5, 3)
+    found = [
+        lora.open("uri", Folder(write_adapter(tmp_path / str(number), tensors, lora_alpha=alpha)))
+        for number, (tensors, alpha) in enumerate(((pair, 6), (pair, 7), (random_pair("model.layers.1.x", 5, 3), 6)))
+    ]
+    assert len({it.files[it.file].described for it in found}) == 3
+    write_checkpoint(tmp_path / "base", {"model.layers.0.mlp.up_proj.weight": torch.zeros(5, 3)})
+    base = open_folder("uri", tmp_path / "base")
+    on = [onto(it, base) for it in found[:2]]
+    assert len({it.files["model.safetensors"].described for it in (base, *on)}) == 3
+    assert len({it.sha256("model.safetensors") for it in (base, *on)}) == 3
+
+
+def test_head_that_is_stored_beside_a_tied_embedding_follows(tmp_path: Path) -> None:
+    """Runtimes take the embedding for it, and others the file."""
+    embedding = torch.randn(6, 4)
+    pair = {"model.embed_tokens.lora_embedding_A": torch.randn(4, 6),
+            "model.embed_tokens.lora_embedding_B": torch.randn(4, 4)}  # fmt: skip
+    write_adapter(tmp_path / "adapter", pair)
+    tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}
+    write_checkpoint(tmp_path / "base", tensors, config={"tie_word_embeddings": True})
+    tied = put_onto(tmp_path)
+    assert read_bytes(tied, "lm_head.weight") == read_bytes(tied, "model.embed_tokens.weight")
+    assert bytes(read_bytes(tied, "lm_head.weight")) != embedding.numpy().tobytes()
+    write_checkpoint(tmp_path / "base", tensors)
+    assert bytes(read_bytes(put_onto(tmp_path), "lm_head.weight")) == embedding.numpy().tobytes()
+
+
+def test_model_with_an_adapter_beside_it_is_a_model(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {"w": torch.zeros(5, 3)})
+    write_adapter(tmp_path, random_pair("w", 5, 3))
+    assert not lora.claims(Folder(tmp_path))
+    assert open_folder("uri", tmp_path).tensors.keys() == {"w"}
+
+
+@pytest.mark.parametrize("name", ["linear", "modules_to_save", "experts_on_split"])
+def test_adapter_keeps_what_every_kind_promises(name: str) -> None:
+    """As `test_kind_promises` says: files hold the tensors, hints change nothing, and closing twice is no harm."""
+    kinds = [put_onto(adapter(name, torch.bfloat16))]
+    kinds += [alone(adapter(name)).plus, alone(adapter(name)).minus] if name in DIFFERENCES else []
+    for checkpoint in kinds:
+        assert [it for file in checkpoint.files.values() for it in file.tensors] == list(checkpoint.tensors)
+        for file, known in checkpoint.files.items():
+            assert all(checkpoint.tensors[tensor].file == file for tensor in known.tensors)
+        before = {tensor: bytes(read_bytes(checkpoint, tensor)) for tensor in checkpoint.tensors}
+        for tensor, spec in checkpoint.tensors.items():
+            checkpoint.hint(tensor, 0, spec.elements)
+            assert read_bytes(checkpoint, tensor, spec.elements, 0) == b""
+        assert before == {tensor: bytes(read_bytes(checkpoint, tensor)) for tensor in checkpoint.tensors}
+        checkpoint.check_unchanged()
+        checkpoint.cancel()
+        checkpoint.close()
+        checkpoint.close()

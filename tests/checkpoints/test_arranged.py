@@ -98,6 +98,32 @@ def test_fused_projections_are_read_apart_and_the_other_way_round(tmp_path: Path
     assert view.naming.layout == (f"projections {'fused' if fused else 'split'}",)
 
 
+def reads_of(view: Checkpoint, monkeypatch: pytest.MonkeyPatch, names: list[str]) -> int:
+    """How many reads of files it takes to read tensors into one buffer, behind each other."""
+    store, count = view.store, []
+    read = store.read
+    monkeypatch.setattr(store, "read", lambda *arguments: count.append(arguments) or read(*arguments))
+    content, pieces, start = memoryview(bytearray(sum(view.tensors[name].nbytes for name in names))), [], 0
+    for name in names:
+        pieces.append(Piece(name, 0, view.tensors[name].elements, content, start))
+        start += view.tensors[name].nbytes
+    view.read(pieces)()
+    return len(count)
+
+
+def test_runs_are_read_in_few_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split from packed takes one read for neighbors; packed from split one or two for each expert."""
+    made = layouts.experts(4, 5, 8)
+    packed, split = layouts.packed(made), layouts.split(made)
+    names = [f"{layouts.AT}.experts.{it}.{part}_proj.weight" for it in range(4) for part in ("gate", "up")]
+    view = in_layout_of(opened(tmp_path / "packed", packed), specs(split))
+    assert reads_of(view, monkeypatch, names) == 1
+    view = in_layout_of(opened(tmp_path / "split", split), specs(packed))
+    assert reads_of(view, monkeypatch, [f"{layouts.AT}.experts.gate_up_proj"]) == 4
+    view = in_layout_of(opened(tmp_path / "split", split), specs(layouts.transposed(made)))
+    assert reads_of(view, monkeypatch, [f"{layouts.AT}.experts.gate_up_proj"]) == 8
+
+
 def test_parts_of_two_dtypes_are_read_in_the_wider_one(tmp_path: Path) -> None:
     """As where an adapter changes some of them, which have more digits then."""
     made = layouts.experts(3, 5, 7)
@@ -107,11 +133,13 @@ def test_parts_of_two_dtypes_are_read_in_the_wider_one(tmp_path: Path) -> None:
     check(view, wanted)
 
 
-def test_what_has_two_meanings_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_what_has_two_meanings_is_left_alone(tmp_path: Path, first: bool) -> None:
     """A donor that packs an expert and has it by itself too: it is not clear which is meant."""
     made = layouts.experts(3, 5, 7)
-    both = {**layouts.packed(made), f"{layouts.AT}.experts.1.gate_proj.weight": made["gate"][1]}
-    view = in_layout_of(opened(tmp_path, layouts.split(made)), specs(both))
+    one, packed = {f"{layouts.AT}.experts.1.gate_proj.weight": made["gate"][1]}, layouts.packed(made)
+    both = {**one, **packed} if first else {**packed, **one}
+    view = in_layout_of(opened(tmp_path, layouts.mixtral(made)), specs(both))
     assert f"{layouts.AT}.experts.gate_up_proj" not in view.tensors
 
 
@@ -121,3 +149,13 @@ def test_a_million_experts_are_none(tmp_path: Path) -> None:
     huge = {name: TensorSpec(name, "BF16", (10**9, 1, 1), "any")}
     stored = opened(tmp_path, layouts.split(layouts.experts(2, 1, 1)))
     assert in_layout_of(stored, huge) is stored
+
+
+def test_a_tensor_of_which_something_would_be_left_over_is_not_taken_apart(tmp_path: Path) -> None:
+    """The donor has the gate, and nothing of the other half of the fused tensor."""
+    made = layouts.experts(3, 5, 8, dtype=torch.float32)
+    stored = opened(tmp_path, layouts.dense(made, True))
+    wanted = specs(layouts.dense(made, False))
+    del wanted["model.layers.0.mlp.up_proj.weight"]
+    assert "model.layers.0.mlp.gate_up_proj.weight" in in_layout_of(stored, wanted).tensors
+    assert "model.layers.0.mlp.gate_proj.weight" in in_layout_of(stored, wanted, whole=False).tensors

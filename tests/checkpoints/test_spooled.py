@@ -69,7 +69,7 @@ def read(checkpoint: Checkpoint, tensor: str, first: int, last: int) -> bytes:
 
 def test_runs_of_any_cut_are_found_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    spooled = Counted(checkpoint, ["a"], spool)
+    spooled = Counted(checkpoint, {"a": 1}, spool)
     whole = read(checkpoint, "a", 0, 2000)
     for first, last in ((0, 700), (1300, 2000), (650, 1400)):
         assert read(spooled, "a", first, last) == whole[2 * first : 2 * last]
@@ -85,11 +85,24 @@ def test_runs_of_any_cut_are_found_again(checkpoint: Checkpoint, tmp_path: Path)
 
 def test_room_of_a_forgotten_tensor_is_used_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    spooled = Counted(checkpoint, ["a", "b"], spool)
+    spooled = Counted(checkpoint, {"a": 1, "b": 1}, spool)
     read(spooled, "a", 0, 2000)
     spooled.forget("a")
     read(spooled, "b", 0, 70)
     assert read(spooled, "a", 0, 2000) == read(checkpoint, "a", 0, 2000)
     assert read(spooled, "b", 0, 70) == read(checkpoint, "b", 0, 70)
     assert spool.room(3861) == 4000 + 4000, "b lies where a was, with 3,860 bytes to spare, and a behind both"
+    spool.close()
+
+
+def test_tensor_that_is_read_for_two_is_kept_until_both_are_merged(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """As the embedding of a model whose head is tied to it, beside models that have both."""
+    spool = Spool(tmp_path)
+    spooled = Counted(checkpoint, {"a": 2}, spool)
+    whole = read(spooled, "a", 0, 2000)
+    spooled.forget("a")
+    assert read(spooled, "a", 0, 2000) == whole
+    assert spooled.asked == 2000
+    spooled.forget("a")
+    assert spool.room(4000) == 0
     spool.close()

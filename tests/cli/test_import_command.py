@@ -91,7 +91,8 @@ def test_refusal_shows_the_line(folder: Path) -> None:
 
 def test_file_that_is_not_there_or_not_of_mergekit(folder: Path) -> None:
     process = run_cli("import", "n.yml", cwd=folder)
-    assert process.stderr.startswith("error: n.yml does not exist\n")
+    assert process.stderr == "error: n.yml does not exist\nhelp: name a mergekit file\n"
+    assert "did you mean `m.yml`?" in run_cli("import", "m.yaml", cwd=folder).stderr
     (folder / "x.yml").write_text("a: 1\n")
     assert run_cli("import", "x.yml", cwd=folder).returncode == 2
     (folder / "e.yml").write_text("# nothing\n")

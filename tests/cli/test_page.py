@@ -19,7 +19,7 @@ from conftest import random_tensors, run_cli, write_checkpoint, write_family, wr
 import skillmerge
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL
 from skillmerge.cli.show.report.charts import _ticks
-from skillmerge.cli.show.report.heat_maps import HeatMap, draw
+from skillmerge.cli.show.report.heat_maps import HeatMap, _over_experts, draw
 from skillmerge.cli.show.report.html import prose, without_paths
 from skillmerge.cli.show.report.page import build
 from skillmerge.outputs.manifest import MANIFEST_FILE
@@ -395,3 +395,13 @@ def test_maps_of_six_kinds_are_whole_at_1000_pixels(tmp_path: Path) -> None:
     command = [CHROMIUM, "--headless", "--no-sandbox", "--window-size=1000,900", "--dump-dom", page.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     assert "<title>cut: 0</title>" in shown
+
+
+def test_many_experts_share_columns() -> None:
+    values = {(f"model.layers {layer}", expert): float(expert) for layer in range(2) for expert in range(70)}
+    drawn = _over_experts("by expert", "", values)
+    assert drawn.columns[:2] == ("0–2", "3–5")
+    assert drawn.columns[-1] == "69"
+    assert len(drawn.columns) == 24
+    assert drawn.values["model.layers 1", "3–5"] == 4
+    assert draw(drawn).count("<th scope=col>") == 25

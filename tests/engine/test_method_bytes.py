@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -31,7 +32,7 @@ from observing import MergeServer, content, finished_shards, identities
 
 import skillmerge
 from skillmerge.engine.runners import threads as runner
-from skillmerge.errors import UnusableWeights
+from skillmerge.errors import UnusableWeights, UsageError
 from skillmerge.plans.budget import Budget
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.parse import load
@@ -48,6 +49,7 @@ FORMS = {
     "chain": "target + trim(sce(rl - sft, trim(target - sft, density=.8), select=.7), density=lam, rescale=l1)",
     "models": "median(target, slerp(rl, sft, t=.4, scope=row), target + clip(rl - sft, at=.01))",
 }
+WHOLE = "target + trim(rl - sft, density=.3, scope=model, rescale=l1)"
 SHAPES = {
     "model.embed_tokens.weight": (700, 100),
     "model.layers.0.input_layernorm.weight": (7,),
@@ -143,10 +145,11 @@ def test_hub_gives_the_bytes_of_folders(tmp_path: Path, hub: HubServer, form: st
 # -------------------------------------------------------------------------------------------------------- accidents
 
 
-@pytest.mark.parametrize("form", ["rank", "elementwise"])
+@pytest.mark.parametrize("form", ["rank", "elementwise", "whole model"])
 def test_killed_merge_goes_on_to_the_same_bytes(server: MergeServer, tmp_path: Path, form: str) -> None:
     write_models(tmp_path, shards=3, donor=7)
-    recipe, output, dice = recipe_of(tmp_path, FORMS[form]), tmp_path / "merged", random.Random(2)
+    merge = FORMS.get(form, WHOLE)
+    recipe, output, dice = recipe_of(tmp_path, merge), tmp_path / "merged", random.Random(2)
     undisturbed = server.run(recipe)
     wanted, kept = content(output), 0
     for part in range(1, 5):
@@ -159,6 +162,14 @@ def test_killed_merge_goes_on_to_the_same_bytes(server: MergeServer, tmp_path: P
         assert content(output) == wanted
         assert {name: identities(output)[name] for name in before} == before
     assert kept > 0
+
+
+def test_tasks_refuse_what_has_to_read_the_whole_model(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    plan = save(recipe_of(tmp_path, WHOLE))
+    with pytest.raises(UsageError, match="`trim` with scope=model has to read the whole model") as refused:
+        run_tasks(plan, tmp_path / "merged", tasks=2, device="cpu")
+    assert refused.value.fix == "write scope=matrix in the recipe, or merge on one machine: `skillmerge apply`"
 
 
 @pytest.mark.parametrize("form", ["rank", "rows", "elementwise"])
@@ -281,6 +292,14 @@ def test_infinities_that_are_allowed_spoil_their_matrix_at_most(tmp_path: Path, 
     assert_bits(read_checkpoint(outputs[0])["w"][0], wanted[0], "the other matrix")
 
 
+def test_matrices_that_cancel_are_named_with_the_way_out(family: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(family, "target + multislerp(rl - sft, sft - rl, target - sft, weights=[1, 1, 0])")
+    with pytest.raises(UnusableWeights) as refused:
+        skillmerge.apply(recipe, tmp_path / "out")
+    assert refused.value.message.endswith("`: `multislerp` has no direction for matrices that cancel")
+    assert refused.value.fix == "use `karcher`, or leave one of them out"
+
+
 # ------------------------------------------------------------------------------------------------------ whole models
 
 
@@ -325,3 +344,45 @@ def test_whole_model_is_ranked_and_measured_together(
         inexact = oracle.unit(rounded, torch.bfloat16) + 2.0**-21 * np.abs(exact - wanted[name])
         assert np.all(error <= (inexact if "l2" in merge or "match" in merge else 0)), name
     skillmerge.rebuild(outputs[0], check=True, sample=0.4, seed=1, base_folder=family)
+
+
+# ----------------------------------------------------------------------------------------------- what calls have found
+
+
+def test_manifest_has_what_calls_found_of_each_matrix(family: Path, tmp_path: Path) -> None:
+    """Thresholds, and the shares that they keep, which are larger than what was asked for where sizes tie."""
+    models = {model: read_checkpoint(family / model) for model in MODELS}
+    merge = "target + trim(rl - sft, density=.3, rescale=l2) + band(target - sft, density=.4, gamma=.1)"
+    made = skillmerge.apply(recipe_of(family, merge), tmp_path / "out", device="cpu")
+    more_than_asked = 0
+    for row in made.manifest.tensors:
+        v, w = (sizes_by_matrix(models[model][row.name], models["sft"][row.name]) for model in ("rl", "target"))
+        count = max(1, math.floor(0.3 * v.shape[1]))
+        least = np.sort(v, axis=1)[:, -count]
+        kept = v >= least[:, None]
+        assert row.scalars is not None
+        assert row.scalars["trim 1 threshold"] == least.tolist()
+        assert row.scalars["trim 1 kept"] == (kept.sum(1) / v.shape[1]).tolist()
+        factors = np.sqrt((v.astype(float) ** 2).sum(1) / (np.where(kept, v, 0).astype(float) ** 2).sum(1))
+        np.testing.assert_allclose(row.scalars["trim 1 factor"], factors, rtol=1e-12)
+        stay, above = max(1, math.floor(0.4 * w.shape[1])), math.floor(0.1 * w.shape[1])
+        below = max(0, w.shape[1] - stay - above)
+        assert row.scalars["band 2 smallest"] == np.sort(w, axis=1)[:, below].tolist()
+        assert row.scalars["band 2 largest"] == np.sort(w, axis=1)[:, below + stay - 1].tolist()
+        more_than_asked += int((kept.sum(1) > count).sum())
+    assert more_than_asked, "some sizes tie at the threshold"
+
+
+def test_share_that_is_kept_of_the_whole_model_is_that_of_all_tensors(family: Path, tmp_path: Path) -> None:
+    models = {model: read_checkpoint(family / model) for model in MODELS}
+    merge = "target + trim(rl - sft, density=.2, scope=model)"
+    made = skillmerge.apply(recipe_of(family, merge), tmp_path / "out", device="cpu")
+    v = np.concatenate([sizes_by_matrix(models["rl"][name], models["sft"][name]).ravel() for name in SHAPES])
+    least = np.sort(v)[-math.floor(0.2 * v.size)]
+    wanted = {"trim 1 threshold": [least], "trim 1 kept": [(v >= least).mean()], "trim 1 factor": [1.0]}
+    assert all(row.scalars == wanted for row in made.manifest.tensors)
+
+
+def sizes_by_matrix(one: torch.Tensor, other: torch.Tensor) -> np.ndarray:
+    matrix = math.prod(one.shape[-2:])
+    return np.abs((one.float() - other.float()).numpy()).reshape(-1, matrix)

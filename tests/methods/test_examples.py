@@ -100,3 +100,10 @@ def test_multislerp_of_unequal_weights_has_the_mean_direction() -> None:
 def test_operands_are_read_as_often_as_a_method_needs(text: str, readings: int) -> None:
     tensors = {name: torch.tensor(rows, dtype=torch.float32) for name, rows in MODELS.items()}
     assert prepared(text, tensors)[1] == readings
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_number_beyond_the_dtype_of_accumulation_is_a_number(dtype: torch.dtype) -> None:
+    assert torch.equal(computed("clip(v, at=1e300)", dtype).double(), torch.tensor(_V).double())
+    assert torch.equal(computed("ram(v, threshold=1e300)", dtype), torch.zeros(2, 3))
+    assert torch.equal(computed("v / 1e300", dtype).round(), torch.zeros(2, 3))

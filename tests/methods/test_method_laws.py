@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import random
 
 import pytest
@@ -123,6 +125,18 @@ def test_slerp_of_equal_models_is_the_model(dtype: torch.dtype, options: str) ->
     for t in (0.5, 0.3, -1.0, 7.0):
         found = compute(f"slerp(a, b, t=t{options})", {"a": model, "b": model.clone()}, dtype=dtype, t=t)
         assert_same_bits(found, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("third", [1.0, -1.0])
+def test_median_of_zeros_of_two_signs_is_the_same_in_any_order_and_any_cutting(
+    dtype: torch.dtype, third: float
+) -> None:
+    """Instructions for many elements and for the last few of them differ in which zero is the smaller one."""
+    values = [torch.full((37,), value, dtype=dtype) for value in (0.0, -0.0, third)]
+    wanted = torch.full((37,), math.copysign(0.0, third), dtype=dtype)
+    for order in itertools.permutations(values):
+        assert_same_bits(compute("median(a, b, c)", dict(zip("abc", order, strict=True)), dtype=dtype), wanted)
 
 
 # ------------------------------------------------------------------------------------------------------- zero operands

@@ -181,3 +181,15 @@ def test_method_of_several_blocks_is_its_formula(case: Case, shape: tuple[int, .
     turn = CASES.index(case) + LARGE.index(shape)
     dtype = list(DTYPES.values())[turn % 3]
     check(case, KINDS[turn % 3], shape, min(case.most, max(case.least, 2 + turn % 2)), dtype, "model.layers.0.w")
+
+
+def test_positions_that_do_not_vary_are_left_out_where_variances_are_tiny() -> None:
+    """Variances that a float32 cannot hold, and a position where the updates agree."""
+    tensors = {
+        "a": torch.tensor([[1e-25, 2e-25, 3e-25, 1.0]]), "b": torch.tensor([[-1e-25, 1e-26, 5e-25, 1.0]]),
+        "z": torch.zeros(1, 4),
+    }  # fmt: skip
+    found = compute("sce(a - z, b - z, select=.9)", tensors)
+    assert found[0, 3] == 0
+    exact = oracles.sce(*(tensors[name].double().numpy() for name in "ab"), select=0.9)
+    np.testing.assert_allclose(found.double().numpy(), exact, rtol=1e-12)

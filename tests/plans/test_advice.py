@@ -193,6 +193,28 @@ def test_packed_experts_under_other_prefixes_are_renamed_first(family: Path, edi
     assert skillmerge.plan(edit(family, models={"target": "target", **models})).problems == ()
 
 
+def test_experts_whose_shapes_fit_two_layouts_are_told(family: Path) -> None:
+    """Square matrices without a gate: nothing says whether they are transposed."""
+    at = "model.layers.0.mlp.experts"
+
+    def without_gate(model: str, shapes: dict[str, Any]) -> None:
+        shapes.clear()
+        shapes["model.embed_tokens.weight"] = (32, 8)
+        if model == "rl":
+            shapes |= {f"{at}.up_proj": (4, 8, 8), f"{at}.down_proj": (4, 8, 8)}
+        else:
+            shapes |= {f"{at}.{expert}.{part}_proj.weight": (8, 8) for expert in range(4) for part in ("up", "down")}
+
+    with_experts(family, without_gate)
+    assert told(family) == (
+        [
+            f"model `rl`: `{at}.down_proj` [4, 8, 8] may hold its experts' matrices as they are or transposed: its "
+            "shape fits both"
+        ],
+        "save both models with the same version of transformers",
+    )
+
+
 PARTLY = {
     "an expert missing": (
         lambda shapes: [shapes.pop(name) for name in list(shapes) if ".1.mlp.experts.2." in name],

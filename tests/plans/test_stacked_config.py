@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,19 @@ from conftest import read_checkpoint, run_cli, write_recipe
 from model_families import FAMILIES, TEXT
 
 import skillmerge
-from skillmerge.plans.stacks.config import Layer, Order, Unsayable, leveled, stacked_config
+from skillmerge.plans.stacks.config import (
+    _ALWAYS,
+    _EVERY,
+    _FIRST,
+    _LAST,
+    _NUMBERS,
+    _REPEATED,
+    Layer,
+    Order,
+    Unsayable,
+    leveled,
+    stacked_config,
+)
 
 FULL, NEAR = "full_attention", "sliding_attention"
 
@@ -173,6 +187,27 @@ def test_what_no_configuration_can_say_is_refused(text: str, said: dict[str, Any
     with pytest.raises(Unsayable) as refused:
         edited(text, said, **({"b": {"num_hidden_layers": 3}} if "b" in text else {}))
     assert message in str(refused.value)
+
+
+ODD: list[Any] = [
+    None, True, -1, 3, 0.5, float("nan"), "", "LLLG", "abcd", [], [0, 1, 2, 3], ["a"] * 4, [[1], {}, None, 2], {"a": 1},
+    [[["g", "l"], 2]],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_configurations_that_say_anything_are_described_or_refused(seed: int) -> None:
+    chance = random.Random(seed)
+    rules = [*_NUMBERS, *_FIRST, *_LAST, *_EVERY, *_ALWAYS, *_REPEATED, "attention_types", "hybrid_override_pattern"]
+    for _ in range(300):
+        configs = [
+            {chance.choice(rules): chance.choice(ODD) for _ in range(6)} | {"num_hidden_layers": 4} for _ in "ab"
+        ]
+        words = " ".join(f"{chance.choice('ab')}{chance.randrange(4)}" for _ in range(4))
+        given = order(f"a0 {words}", a=configs[0], **({"b": configs[1]} if "b" in words else {}))
+        with suppress(Unsayable):
+            assert stacked_config(given)[0]["num_hidden_layers"] == 5
+        assert leveled(configs[1], configs[0])["num_hidden_layers"] == 4
 
 
 def test_a_key_that_only_another_model_has_is_refused() -> None:

@@ -283,6 +283,17 @@ def test_depth_is_no_difference_and_rotary_positions_are(two: Path) -> None:
     assert "stack `deep`: `b` is mistral, `a` llama: their layers may compute other things" in refused.stdout
 
 
+def test_kinds_of_layers_may_differ_between_the_models(two: Path) -> None:
+    near = {"sliding_window": 8, "max_position_embeddings": 64, "use_sliding_window": True, "model_type": "qwen2"}
+    model(two.parent, "a", 4, 1, **near, layer_types=["full_attention"] * 4)
+    model(two.parent, "b", 6, 2, shards=3, **near, layer_types=["sliding_attention"] * 6)
+    plan = skillmerge.plan(two)
+    assert plan.problems == ()
+    assert plan.warnings == ()
+    config = json.loads((skillmerge.apply(two).output / "config.json").read_text())
+    assert config["layer_types"] == ["full_attention"] * 4 + ["sliding_attention"] * 4
+
+
 def test_a_target_of_another_depth_is_a_problem(two: Path) -> None:
     plan = skillmerge.plan(recipe(two.parent, [part("a"), part("b")], "0.5 * deep + 0.5 * b"))
     assert [problem.name for problem in plan.problems][:1] == ["architecture"]

@@ -14,7 +14,7 @@ import skillmerge
 from skillmerge.errors import UsageError
 from skillmerge.methods.table import METHODS
 from skillmerge.methods.terms import calls
-from skillmerge.recipes.formula.bind import bind, check_calls
+from skillmerge.recipes.formula.bind import bind
 from skillmerge.recipes.formula.catalog import NAMES, PARTS
 from skillmerge.recipes.formula.parser import parse
 
@@ -60,7 +60,6 @@ def test_what_is_shown_is_the_docstring_and_the_call(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_example_is_an_expression_that_calls_it(name: str) -> None:
     term = bind(parse(EXPLAINED[name].parts["Example"], NAMES.split(), ["lam"]), {"lam": 0.5})
-    check_calls(term)
     assert name in {call.method.name for call in calls(term)}
 
 

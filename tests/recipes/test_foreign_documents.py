@@ -13,7 +13,14 @@ MERGEKIT = {
     "models:\n  - model: ./a\nmerge_method: ties\n": (3, "merge_method"),
     "slices:\n  - sources: [{model: ./a, layer_range: [0, 4]}]\n": (1, "slices"),
     "models:\n  - model: ./a\n  - model: ./b\n": (1, "models"),
-}
+    "merge_method: ties\nmodels:\n  - model: ./a\n---\nmerge_method: ties\nmodels:\n  - model: ./b\n": (
+        1, "merge_method",
+    ),
+    "merge_method: ties\nparameters: &p {weight: 1}\nmodels:\n  - {model: ./a, parameters: {<<: *p}}\n": (
+        1, "merge_method",
+    ),
+    "merge_method: ties\nmodels: [{model: ./a}]\nmerge_method: ties\n": (3, "merge_method"),
+}  # fmt: skip
 OTHERS = {
     '{"peft_type": "LORA", "r": 8}': (
         "the configuration of a PEFT adapter", "peft_type",

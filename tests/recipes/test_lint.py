@@ -157,9 +157,19 @@ def test_two_names_of_one_model_are_told(tmp_path: Path) -> None:
         ("modules: [mlp, norm], value: 1", "modules: mlp, value: 0", False),
         ("modules: mlp, value: 1", "modules: mlp, layers: 0-, value: 0", False),
         ("modules: mlp, layers: 2, value: 1", "layers: 0-, value: 0", True),
+        ("experts: 0-3, value: 1", "experts: 0-7, value: 0", True),
+        ("experts: 0-3, value: 1", "experts: 0-2, value: 0", False),
+        ("experts: 0-3, layers: 2, value: 1", "experts: 0-, value: 0", True),
+        ("modules: expert, value: 1", "experts: 0-, value: 0", False),
+        ("experts: 0-3, value: 1", "modules: expert, value: 0", False),
+        ("experts: 0-3, value: 1", "layers: 0-, experts: 0-, value: 0", False),
         ("ramp: [0, 1], modules: mlp", "layers: 0-, value: 0", True),
         ("tensors: '*', value: 1", "layers: 0-, value: 0", False),
         ("tensors: '*', value: 1", "modules: mlp, ramp: [0, 1]", False),
+        ("experts: 1-3, value: 1", "experts: 0-, value: 0", True),
+        ("experts: 1-3, value: 1", "experts: '1,3', value: 0", False),
+        ("experts: 1-3, value: 1", "modules: expert, experts: 0-, value: 0", False),
+        ("layers: 2, value: 1", "layers: 2, experts: 0-, value: 0", False),
     ],
 )
 def test_a_rule_that_a_later_one_covers_is_told_and_no_other(
@@ -200,6 +210,35 @@ def test_a_large_factor_is_told_where_it_is_given(tmp_path: Path) -> None:
     text = scheduled("      - {layers: 0-3, value: 0.5}\n      - {layers: 4-, ramp: [1, 50]}\n")
     assert found(write(tmp_path, text)) == [("large-factor", 11, 22)]
     assert found(write(tmp_path, text.replace("lam *", "lam / 100 *"))) == []
+    text = CLEAN.replace("lam: 0.7", "lam: 70").replace("(rl - sft)", "trim(rl - sft, density=0.3)")
+    assert found(write(tmp_path, text)) == [("large-factor", 7, 3)]
+
+
+def test_negative_weights_of_an_election_are_told_where_they_are_called(tmp_path: Path) -> None:
+    merge = "target + lam * (rl - sft)"
+    text = CLEAN.replace(merge, "target + elect(rl - sft, target - sft, weights=[1, lam])")
+    assert found(write(tmp_path, text)) == []
+    assert found(write(tmp_path, text.replace("0.7", "-0.7"))) == [("negative-weight", 8, 17)]
+    rules = scheduled("      - {layers: 4-, ramp: [1, -0.1]}\n").replace(
+        merge, "target + ties(rl - sft, density=1, weights=lam)"
+    )
+    (finding,) = lint([write(tmp_path, rules)]).findings
+    assert finding.message == (
+        "the expression has negative `weights` in `ties`: one turns the signs of its difference around and lowers the "
+        "divisor of the mean"
+    )
+    assert finding.fix == "if that is meant, write the difference the other way around, with a positive number"
+    assert (
+        found(
+            write(
+                tmp_path,
+                text.replace("0.7", "-0.7").replace(
+                    "elect(rl - sft, target - sft", "0.5 * multislerp(rl - sft, target - sft"
+                ),
+            )
+        )
+        == []
+    )
 
 
 def test_a_recipe_without_a_place_for_its_output_is_told(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ MERGE = HEAD + "@\noutput: {path: out}\n"
 NEAR = {
     (LAM, "lam: {ramp: [0, 1]}"): "lam: {rules: [{layers: 0-, ramp: [0, 1]}]}",
     (LAM, "lam: {layers: 0-3, value: 0.5}"): "lam: {rules: [{layers: 0-3, value: 0.5}]}",
+    (LAM, "lam: {experts: 0-3, value: 0}"): "lam: {rules: [{experts: 0-3, value: 0}]}",
     (LAM, "lam: {default: 1, modules: mlp, value: 0}"): "lam: {default: 1, rules: [{modules: mlp, value: 0}]}",
     (LAM, "lam: {self_attn: 0.3, mlp: 0.5}"):
         "lam: {rules: [{modules: attention, value: 0.3}, {modules: mlp, value: 0.5}]}",

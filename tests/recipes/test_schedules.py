@@ -100,3 +100,24 @@ def test_rule_that_cannot_be_meant_is_refused(rule: Rule, message: str) -> None:
 def test_globs_match_whole_names() -> None:
     with pytest.raises(ScheduleError, match="matches no tensor"):
         resolve(Rule(tensors=("mlp",)))
+
+
+EXPERTS = [f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight" for expert in range(4) for part in ("up", "down")]
+
+
+def test_experts_are_selected_by_number_packed_or_not() -> None:
+    rule = Rule(experts=(Numbers(1, 2),), value=0.0)
+    values = Schedule(1.0, (rule,)).resolve([*EXPERTS, "model.layers.0.mlp.shared_expert.up_proj.weight"])
+    assert [name for name, value in values.items() if value == 0] == EXPERTS[2:6]
+    packed = [f"model.layers.0.mlp.experts.down_proj[{expert}]" for expert in range(4)]
+    assert list(Schedule(1.0, (rule,)).resolve(packed).values()) == [1, 0, 0, 1]
+    named = Rule(tensors=("*down_proj",), experts=(Numbers(3, None),), value=0.5)
+    assert list(Schedule(1.0, (named,)).resolve(packed).values()) == [1, 1, 1, 0.5]
+
+
+def test_an_expert_past_the_last_is_a_mistake() -> None:
+    with pytest.raises(ScheduleError, match="expert 4 is past the last expert, which is 3"):
+        Schedule(1.0, (Rule(experts=(Numbers(0, 4),)),)).resolve(EXPERTS)
+    with pytest.raises(ScheduleError) as raised:
+        Schedule(1.0, (Rule(experts=(Numbers(0, 4),)),)).resolve(["model.norm.weight"])
+    assert raised.value.fix == "this model has no experts of its own in a layer"

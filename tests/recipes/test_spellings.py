@@ -38,11 +38,10 @@ MISTAKES = {
     ),
     (_OUT, "torch_dtype: bf16"): ("4:21", "unknown key `torch_dtype`", "did you mean `dtype`?"),
     (_OUT, "kind: task_vector"): (
-        "4:27", "`kind` must be `model` or `skill`, not 'task_vector'", "did you mean `skill`?"
+        "4:27", "`kind` must be `model`, `skill` or `adapter`, not 'task_vector'", "did you mean `skill`?"
     ),
     (_OUT, "kind: lora"): (
-        "4:27", "`kind` must be `model` or `skill`, not 'lora'",
-        "write `kind: skill`, then run `skillmerge export SKILL --lora-rank R`",
+        "4:27", "`kind` must be `model`, `skill` or `adapter`, not 'lora'", "did you mean `adapter`?",
     ),
     (_OUT, "keep: 3"): ("4:27", "`keep` must be less than or equal to 1, not 3", "write a share: `keep: 0.03` for 3%"),
     (_OUT, "push: {repo: x}"): ("4:34", "`repo` must be org/name, not 'x'", "write `repo: org/name`"),

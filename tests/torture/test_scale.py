@@ -12,12 +12,13 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from clusters import save
-from conftest import write_recipe
+from conftest import PEAK_MEMORY, write_recipe
 from observing import staging_of
 
 from skillmerge.checkpoints.safetensors import build_header
@@ -34,10 +35,12 @@ from skillmerge.verbs.tasks.shard import conditions
 
 pytestmark = pytest.mark.timeout(600)
 HIDDEN, EXPERT, EXPERTS, FILES = 7168, 3072, 256, 163
+Described = tuple[str, str, tuple[int, ...]]
+"""Name, dtype and shape of a tensor."""
 
 
-def tensors(layers: int) -> list[tuple[str, str, tuple[int, ...]]]:
-    found: list[tuple[str, str, tuple[int, ...]]] = []
+def tensors(layers: int) -> list[Described]:
+    found: list[Described] = []
     for layer in range(layers):
         block = f"model.layers.{layer}"
         found += [(f"{block}.self_attn.{kind}_proj.weight", "BF16", (HIDDEN, 2048)) for kind in "qkvo"]
@@ -48,16 +51,37 @@ def tensors(layers: int) -> list[tuple[str, str, tuple[int, ...]]]:
     return found
 
 
-def write_hollow(folder: Path, layers: int, files: int) -> Path:
+def packed(layers: int) -> list[Described]:
+    """The same with the experts of a layer in two tensors, whose matrices are those of the library: out x in."""
+    found = [it for it in tensors(layers) if ".experts." not in it[0]]
+    for layer in range(layers):
+        at = f"model.layers.{layer}.mlp.experts"
+        found += [(f"{at}.gate_up_proj", "BF16", (EXPERTS, 2 * EXPERT, HIDDEN))]
+        found += [(f"{at}.down_proj", "BF16", (EXPERTS, HIDDEN, EXPERT))]
+    return found
+
+
+def one_by_one(layers: int) -> list[Described]:
+    return [
+        (name, dtype, shape if ".experts." not in name or "down" in name else shape[::-1])
+        for name, dtype, shape in tensors(layers)
+    ]
+
+
+def write_hollow(
+    folder: Path, layers: int, files: int, every_of: Mapping[str, list[Described]] = MappingProxyType({})
+) -> Path:
     """A family of headers, each with as large a hole behind it as its tensors would take."""
-    every = tensors(layers)
-    count = -(-len(every) // files)
     for model in ("target", "rl", "sft"):
+        every = every_of.get(model) or tensors(layers)
+        count = -(-len(every) // files)
         (folder / model).mkdir()
         index = {}
         for number in range(files):
             file = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
             part = every[number * count : (number + 1) * count]
+            if not part:
+                break
             header, specs = build_header(part, file)
             with open(folder / model / file, "wb") as stream:
                 stream.write(header)
@@ -111,3 +135,25 @@ def test_a_trillion_parameters(tmp_path: Path, request: pytest.FixtureRequest, t
     assert planning < 10
     assert beginning < 1
     assert finishing < 5
+
+
+@pytest.mark.parametrize("donor", ["packed", "one by one"])
+def test_a_trillion_parameters_in_two_layouts(
+    tmp_path: Path, request: pytest.FixtureRequest, tally: Callable[..., None], donor: str
+) -> None:
+    """A plan of models that store their experts in other tensors than the donor, with a rule for some of them."""
+    layers, files = (61, FILES) if request.config.getoption("--long") else (6, 17)
+    apart, together = one_by_one(layers), packed(layers)
+    own, other = (together, apart) if donor == "packed" else (apart, together)
+    recipe = write_hollow(tmp_path, layers, files, {"target": own, "rl": other, "sft": other})
+    rules = {"lam": {"default": 0.7, "rules": [{"experts": "0-3", "value": 0.0}]}}
+    write_recipe(tmp_path, coefficients=rules, output=None)
+    code = f"import re, resource, skillmerge; plan = skillmerge.plan({str(recipe)!r}); "
+    code += "used = resource.getrusage(resource.RUSAGE_SELF); print(len(plan.problems), len(plan.tensors), "
+    code += f"used.ru_utime + used.ru_stime, {PEAK_MEMORY})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    problems, count, seconds, memory = map(float, done.stdout.split())
+    tally(tensors=int(count), plan_s=f"{seconds:.1f}", memory_mb=round(memory / 1e6))
+    assert (problems, count) == (0, len(own))
+    assert seconds < 10
+    assert memory < 700e6

@@ -28,7 +28,7 @@ from observing import MergeServer, assert_finished, content, reference
 from skill_reader import read_skill
 
 import skillmerge
-from skillmerge.errors import CheckFailed, RecipeError, StalePlan
+from skillmerge.errors import CheckFailed, RecipeError, StalePlan, UsageError
 from skillmerge.verbs.demo.miniature import FAMILY, questions
 
 pytestmark = [pytest.mark.xdist_group("transformers"), pytest.mark.filterwarnings("ignore")]
@@ -230,6 +230,17 @@ def test_skill_of_an_adapter_that_replaces_is_that_of_the_model(tmp_path: Path) 
         assert np.array_equal(update.reshape(wanted.shape), wanted), name
 
 
+def test_adapter_that_replaces_is_no_update_alone(tmp_path: Path) -> None:
+    folder = adapter("dora")
+    with pytest.raises(UsageError, match="alone it is no update") as caught:
+        skillmerge.inspect(folder / "adapter")
+    assert caught.value.fix == f"pass its model first: `skillmerge inspect MODEL {folder / 'adapter'}`"
+    skill = skillmerge.extract(folder / "adapter", folder / "base", tmp_path / "skill").output
+    with pytest.raises(UsageError, match="are not known without it"):
+        skillmerge.verify(skill, parent=folder / "adapter")
+    assert skillmerge.verify(skill, parent=folder / "base").parent == "sft"
+
+
 def test_difference_of_two_adapters_is_a_skill(family: Path) -> None:
     write_adapter(family / "other", seed=3)
     skill = skillmerge.extract(family / "adapter", family / "other", family / "skill").output
@@ -299,7 +310,7 @@ RECIPES = {
     "onto nothing": ({"models": {"a": {"adapter": "x", "onto": "b"}}, "merge": "a"},
         "`b` is not a model of this recipe"),
     "both": ({"models": {"a": {"adapter": "x", "patch": "b", "onto": "c"}}, "merge": "a"},
-        "`a` has more than one of `path`, `skill`, `patch`, `adapter`"),
+        "`a` has more than one of `path`, `skill`, `patch`, `adapter`, `stack`"),
     "a patch alone": ({"models": {"a": {"patch": "b"}}, "merge": "a"}, "`patch` and `onto` go together"),
     "onto alone": ({"models": {"a": {"path": "b", "onto": "a"}}, "merge": "a"}, "`patch` and `onto` go together"),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, numpy_of, read_checkpoint, run_cli, weights, write_checkpoint, write_recipe
+from conftest import MODELS, hub_recipe, numpy_of, read_checkpoint, run_cli, weights, write_checkpoint, write_recipe
+from hub_server import HubServer
 from torch import Tensor
 
 import skillmerge
+from skillmerge.checkpoints.views.spooled import Spooled
 from skillmerge.errors import RecipeError
+from skillmerge.tensors import BLOCK, CHUNK
 
 COUNT = 5
 SIZES = [(COUNT, 12, 8), (COUNT, 190, 130)]
@@ -24,10 +28,15 @@ RULES = {"lam": {"default": 0.7, "rules": [{"experts": "0-1", "value": 0.0}, {"e
 LAMBDAS = (0.0, 0.0, 0.7, 0.3, 0.7)
 
 
-def family(folder: Path, make: Callable[..., dict[str, Tensor]], size: tuple[int, int, int] = SIZES[0]) -> Path:
+def family(
+    folder: Path,
+    make: Callable[..., dict[str, Tensor]],
+    size: tuple[int, int, int] = SIZES[0],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
     for seed, model in enumerate(MODELS):
-        base, moved = layouts.experts(*size), layouts.experts(*size, 50 + seed)
-        made = {name: (it.float() + 0.05 * moved[name].float()).bfloat16() for name, it in base.items()}
+        base, moved = layouts.experts(*size), layouts.experts(*size, 50 + seed, torch.float32)
+        made = {name: (it.float() + 0.05 * moved[name]).to(dtype) for name, it in base.items()}
         write_checkpoint(folder / model, make(made), shards=2, config={"model_type": "odd"})
     return write_recipe(folder, coefficients=RULES)
 
@@ -96,6 +105,7 @@ def test_the_plan_and_the_manifest_have_the_slices(tmp_path: Path) -> None:
     for name in ("gate_up_proj", "down_proj"):
         row = rows[f"{layouts.AT}.experts.{name}"]
         assert (row["action"], row["coefficients"]) == ("merge", [])
+        assert row["statistics"]["total"] * COUNT == 3 * np.prod(row["shape"])  # of the experts that are computed
         assert row["slices"] == [
             {"experts": [0, 1], "action": "copy", "coefficients": [0.0]},
             {"experts": [2, 2], "action": "merge", "coefficients": [0.7]},
@@ -135,15 +145,42 @@ def test_same_bytes_for_threads_tasks_and_a_resumed_run(
 def test_methods_see_each_expert_by_itself(tmp_path: Path) -> None:
     """What a method finds of an expert of a packed tensor is what it finds of that expert's own tensor."""
     merge = "target + trim(rl - sft, density=lam)"
-    rules = {"lam": {"default": 0.5, "rules": [{"experts": "0-1", "value": 0.25}, {"experts": "3", "value": 1.0}]}}
-    outputs = []
+    rules = {"lam": {"default": 0.5, "rules": [{"experts": "0-1", "value": 0.25}, {"experts": "3", "value": 0.75}]}}
+    outputs, scalars = [], []
     for layout in ("split", "packed"):
         family(tmp_path / layout, getattr(layouts, layout))
         made = skillmerge.apply(write_recipe(tmp_path / layout, merge, coefficients=rules))
         outputs.append(read_checkpoint(made.output))
+        document = json.loads((made.output / "skillmerge.manifest.json").read_text())
+        rows = {row["name"]: row.get("scalars", {}) for row in document["tensors"] if "down_proj" in row["name"]}
+        scalars.append([value for _, row in sorted(rows.items()) for value in row["trim 1 threshold"]])
+    assert scalars[0] == scalars[1]
     for expert in range(COUNT):
         one = outputs[0][f"{layouts.AT}.experts.{expert}.down_proj.weight"]
         assert torch.equal(one, outputs[1][f"{layouts.AT}.experts.down_proj"][expert]), expert
+
+
+def test_what_slices_read_again_is_kept_until_their_tensor_is_merged(
+    tmp_path: Path, hub: HubServer, edit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = {"lam": {"default": 0.5, "rules": [{"experts": "0-1", "value": 0.0}, {"experts": "3", "value": 1.0}]}}
+    merge = "target + lam * trim(rl - sft, density=.5)"
+    local = edit(family(tmp_path, layouts.packed, SIZES[1]), merge=merge, coefficients=rules)
+    for model in MODELS:
+        hub.create_from(f"acme/{model}", tmp_path / model)
+    remote = edit(hub_recipe(tmp_path / "hub"), merge=merge, coefficients=rules)
+    kept: Counter[str] = Counter()
+    forget = Spooled.forget
+
+    def counted(checkpoint: Spooled, tensor: str) -> None:
+        kept[tensor] += tensor in checkpoint._kept
+        forget(checkpoint, tensor)
+        assert tensor not in checkpoint._kept
+
+    monkeypatch.setattr(Spooled, "forget", counted)
+    merged = skillmerge.apply(remote, tmp_path / "far", hub="stream", threads=2).output
+    assert weights(merged) == weights(skillmerge.apply(local, tmp_path / "near").output)
+    assert kept == dict.fromkeys(layouts.packed(layouts.experts(*SIZES[1])), len(MODELS))
 
 
 def test_a_skill_can_be_of_some_experts(tmp_path: Path, edit: Callable[..., Path]) -> None:
@@ -151,6 +188,10 @@ def test_a_skill_can_be_of_some_experts(tmp_path: Path, edit: Callable[..., Path
     rules = {"lam": {"default": 0.0, "rules": [{"experts": "1-2", "value": 1.0}]}}
     edit(whole, merge="lam * (rl - sft)", coefficients=rules, output={"kind": "skill", "path": "skill"})
     skillmerge.apply(whole)
+    skillmerge.plan(whole, save=tmp_path / "plan.json")
+    skillmerge.shard(tmp_path / "plan.json", tmp_path / "tasks", index=0, of=1)
+    assert weights(skillmerge.finish(tmp_path / "plan.json", tmp_path / "tasks").output) == weights(tmp_path / "skill")
+    assert skillmerge.rebuild(tmp_path / "skill", check=True)
     models = {"target": "target", "v": {"skill": "skill"}}
     skillmerge.apply(write_recipe(tmp_path, "target + v", models=models, coefficients=None))
     merged, target, rl, sft = (read_checkpoint(tmp_path / it) for it in ("merged", *MODELS))
@@ -187,3 +228,89 @@ def test_mistakes_are_told(tmp_path: Path, edit: Callable[..., Path], what: str,
     with pytest.raises(RecipeError) as raised:
         skillmerge.plan(edit(recipe, coefficients={"lam": {"rules": [rule]}}))
     assert message in str(raised.value)
+
+
+def shares_by_numpy(folder: Path, expert: int) -> tuple[float, float]:
+    """Changed share and relative norm of rl - sft of one expert."""
+    rl, sft = (numpy_of(folder / model) for model in ("rl", "sft"))
+    names = [name for name in rl if f".experts.{expert}." in name]
+    update = [rl[name].astype(np.float64) - sft[name].astype(np.float64) for name in names]
+    changed = sum(int((it != 0).sum()) for it in update) / sum(it.size for it in update)
+    norm = sum(float((it**2).sum()) for it in update) ** 0.5
+    return changed, norm / sum(float((sft[name].astype(np.float64) ** 2).sum()) for name in names) ** 0.5
+
+
+def test_inspect_measures_each_expert_in_both_layouts(tmp_path: Path) -> None:
+    found = {}
+    for layout in ("split", "packed"):
+        family(tmp_path / layout, getattr(layouts, layout), SIZES[1])
+        found[layout] = skillmerge.inspect(str(tmp_path / layout / "sft"), str(tmp_path / layout / "rl"))
+    assert list(found["packed"].experts) == list(found["split"].experts)
+    for expert in range(COUNT):
+        changed, norm_ratio = shares_by_numpy(tmp_path / "split", expert)
+        for place in ("model.layers 0", "layers"):
+            for each in found.values():
+                row = each.experts[f"{place} {expert}"]
+                assert row["changed"] == pytest.approx(changed, rel=1e-12)
+                assert row["norm_ratio"] == pytest.approx(norm_ratio, rel=1e-12)
+    assert found["packed"].as_dict()["experts"] == found["packed"].experts
+
+
+def test_dense_models_have_no_experts(tmp_path: Path) -> None:
+    for seed, model in enumerate(MODELS):
+        write_checkpoint(tmp_path / model, layouts.dense(layouts.experts(3, 5, 8, seed), True))
+    found = skillmerge.inspect(str(tmp_path / "sft"), str(tmp_path / "rl"))
+    assert found.experts == {}
+    assert "experts" not in found.as_dict()
+
+
+def test_inspect_draws_figures_over_experts(tmp_path: Path) -> None:
+    family(tmp_path, layouts.packed)
+    page = tmp_path / "page.html"
+    shown = run_cli("inspect", tmp_path / "sft", tmp_path / "rl", "--details", "--report", page)
+    assert shown.returncode == 0, shown.stderr
+    assert "relative norm over experts 0 to 4, all layers:" in shown.stdout
+    assert "in expert" in shown.stdout
+    text = page.read_text()
+    assert "relative norm by expert" in text
+    assert "<th scope=col>4" in text
+
+
+def test_the_report_of_a_plan_has_a_map_over_experts(tmp_path: Path, edit: Callable[..., Path]) -> None:
+    recipe, page = family(tmp_path, layouts.packed), tmp_path / "page.html"
+    assert run_cli("plan", recipe, "--report", page).returncode == 0
+    assert "lam by expert, as requested" in page.read_text()
+    assert run_cli("plan", edit(recipe, coefficients={"lam": 0.7}), "--report", page).returncode == 0
+    assert "by expert" not in page.read_text()
+
+
+def test_an_update_of_several_models_is_weighed_by_expert(tmp_path: Path, edit: Callable[..., Path]) -> None:
+    """Coefficients inside of the update count, each expert's its own: here sft - target, with rl - sft or without."""
+    rules = {"w": {"default": 1.0, "rules": [{"experts": "0", "value": 0.0}]}}
+    found = []
+    for layout in ("split", "packed"):
+        recipe = family(tmp_path / layout, getattr(layouts, layout))
+        merge = "target + w * (rl - sft) + (sft - target)"
+        found.append(skillmerge.inspect(edit(recipe, merge=merge, coefficients=rules)))
+    target, rl, sft = (numpy_of(tmp_path / "split" / model) for model in MODELS)
+    for expert in range(COUNT):
+        names = [name for name in target if f".experts.{expert}." in name]
+        after = rl if expert else sft
+        squares = [float(((after[it].astype(np.float64) - target[it].astype(np.float64)) ** 2).sum()) for it in names]
+        for each in found:
+            assert each.experts[f"layers {expert}"]["norm"] == pytest.approx(sum(squares) ** 0.5, rel=1e-12)
+
+
+def test_statistics_do_not_depend_on_chunks_and_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of some experts may begin inside a block, and a chunk of it too."""
+    recipe = family(tmp_path, layouts.packed, (COUNT, 300, 200), torch.float32)
+    found = []
+    for chunk, tile in ((CHUNK, 1 << 21), (BLOCK, 1 << 21), (2 * BLOCK, BLOCK), (3 * BLOCK, 3 * BLOCK)):
+        monkeypatch.setattr("skillmerge.engine.worker.CHUNK", chunk)
+        monkeypatch.setattr("skillmerge.plans.budget.TILE_BYTES", 2 * tile)
+        made = skillmerge.apply(recipe, overwrite=True, stats="full", threads=2)
+        document = json.loads((made.output / "skillmerge.manifest.json").read_text())
+        found.append(
+            (document["statistics"], [row.get("statistics") for row in document["tensors"]], weights(made.output))
+        )
+    assert all(each == found[0] for each in found)

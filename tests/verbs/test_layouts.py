@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hub_server import HubServer
 from torch import Tensor
 
 import skillmerge
+from skillmerge.checkpoints.safetensors import build_header
 
 COUNT, INNER, HIDDEN = 4, 24, 16
 
@@ -146,3 +148,49 @@ def test_a_killed_merge_is_resumed(mixed: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             skillmerge.apply(mixed, threads=1)
     assert weights(skillmerge.apply(mixed).output) == weights(folder / "once")
+
+
+def test_the_memory_for_transposed_matrices_is_counted(mixed: Path) -> None:
+    """`rl` is packed as it is, and `sft` transposed: two matrices of 2I x H for each thread."""
+    alike = skillmerge.plan(mixed.parent / "alike" / "recipe.yaml").needs
+    crossed = skillmerge.plan(mixed).needs
+    assert alike is not None
+    assert crossed is not None
+    assert crossed.memory - alike.memory == crossed.threads * 2 * (2 * 2 * INNER * HIDDEN * 2)
+
+
+def hollow(folder: Path, **shapes: tuple[int, ...]) -> Path:
+    """A model whose weights are a hole in the disk, however large its header says that they are."""
+    folder.mkdir(parents=True)
+    header, specs = build_header(((name.replace("__", "."), "BF16", shape) for name, shape in shapes.items()), "it")
+    with open(folder / "model.safetensors", "wb") as stream:
+        stream.write(header)
+        stream.truncate(max(spec.end for spec in specs))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+HOSTILE: dict[str, dict[str, tuple[int, ...]]] = {
+    "a billion experts": {"gate_up_proj": (10**9, 2, 1), "down_proj": (10**9, 1, 1)},
+    "no experts": {"gate_up_proj": (0, 2, 1), "down_proj": (0, 1, 1)},
+    "no rows": {"gate_up_proj": (2, 0, 1), "down_proj": (2, 1, 0)},
+    "an odd number of rows": {"gate_up_proj": (2, 3, 1), "down_proj": (2, 1, 1)},
+    "other axes": {"gate_up_proj": (2, 2, 1, 1), "down_proj": (2,)},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("donor", ["split", "packed"])
+def test_hostile_shapes_stop_the_plan(tmp_path: Path, what: str, donor: str) -> None:
+    at = "model__layers__0__mlp__experts"
+    packed = {f"{at}__{name}": shape for name, shape in HOSTILE[what].items()}
+    split = {f"{at}__{it}__{part}_proj__weight": (1, 1) for it in range(2) for part in ("gate", "up", "down")}
+    for model in MODELS:
+        shapes = packed if (model == "target") == (donor == "packed") else split
+        hollow(tmp_path / model, model__norm__weight=(4,), **shapes)
+    rules = {"lam": {"default": 0.7, "rules": [{"tensors": "*", "value": 0.5}]}}
+    started = time.process_time()
+    done = run_cli("apply", write_recipe(tmp_path, coefficients=rules))
+    assert done.returncode == 4, done.stderr
+    assert time.process_time() - started < 2
+    assert not (tmp_path / "merged").exists()

@@ -9,13 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import copy_with, read_checkpoint, run_cli, tensor_shapes, weights, write_family, write_recipe
+from conftest import (
+    copy_with,
+    read_checkpoint,
+    run_cli,
+    tensor_shapes,
+    weights,
+    write_checkpoint,
+    write_family,
+    write_recipe,
+)
 
 import skillmerge
 from skillmerge.checkpoints.views import stacked
 from skillmerge.outputs.hub.card import write_card
 from skillmerge.outputs.shard_file import ShardFile
 from skillmerge.plans import budget
+from skillmerge.plans.opening import Access, planned
 from skillmerge.recipes.recipe import Push
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 4}
@@ -79,6 +89,39 @@ def test_cards_and_proofs_name_what_a_stack_is_made_of(deep: Path) -> None:
     text = json.dumps([statement, bom])
     assert "rl/model-00001-of-00002.safetensors" in text
     assert "deep_rl/" not in text
+
+
+def opened(recipe: Path) -> stacked.Stacked:
+    with planned(recipe, None, Access(), lambda _: None) as (_, checkpoints):
+        found = checkpoints["deep"]
+        assert isinstance(found, stacked.Stacked)
+        return found
+
+
+def test_files_of_a_stack_are_others_when_anything_of_it_is(deep: Path, edit: Edit) -> None:
+    """Tasks compare these two, and not what a plan says of stacks."""
+    parts = [{"from": "rl", "layers": 0}, {"from": "sft", "layers": 0}]
+    given = edit(deep, merge="deep", coefficients=None, models={"rl": "rl", "sft": "sft", "deep": {"stack": parts}})
+    [first] = opened(given).files.values()
+    assert [it.described for it in opened(given).files.values()] == [first.described]
+    edit(deep, models={"rl": "rl", "sft": "sft", "deep": {"stack": [*parts, *parts[:1]][1:]}})
+    [turned] = opened(given).files.values()
+    assert turned.described != first.described
+    edit(deep, models={"rl": "rl", "sft": "sft", "deep": {"stack": parts}})
+    tensors = {"model.norm.bias": torch.zeros(16), **read_checkpoint(deep.parent / "sft")}
+    write_checkpoint(deep.parent / "sft", tensors, shards=2, config=CONFIG)
+    [other] = opened(given).files.values()
+    assert other.described != first.described
+    assert other.version != first.version
+
+
+def test_indexes_of_the_first_model_are_not_the_stacks(deep: Path, edit: Edit) -> None:
+    index = {"weight_map": dict.fromkeys(read_checkpoint(deep.parent / "rl"), "pytorch_model.bin")}
+    (deep.parent / "rl" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    stack = {"stack": [{"from": "rl", "layers": "0-2"}]}
+    given = edit(deep, merge="deep", coefficients=None, models={"rl": "rl", "deep": stack})
+    assert skillmerge.plan(given).warnings == ()
+    assert not [name for name in opened(given).store.list() if "index" in name]
 
 
 def test_gates_and_sweeps_take_stacks(deep: Path, edit: Edit) -> None:

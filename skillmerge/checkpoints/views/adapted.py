@@ -300,6 +300,11 @@ def difference(adapter: Adapter, model: Model, rename: Renames = ()) -> Differen
     return Difference(*planes)
 
 
+def check_fit(adapter: Adapter, model: Model, rename: Renames) -> None:
+    """Raise InputError if an adapter is not for this model, in whatever layout it stores its tensors."""
+    _changes(adapter, model, rename)
+
+
 def _changes(adapter: Adapter, model: Model, rename: Renames) -> dict[str, Change]:
     """Return all that an adapter changes, by the model's names. Raises InputError if it is not for this model."""
     changes, left = changes_of(adapter, model, rename)

@@ -60,7 +60,7 @@ class Arranged(View):
         used = {pair.stored.tensor for plan in plans.values() for pair in plan.pairs}
         tensors: dict[str, TensorSpec] = {}
         files: dict[str, list[str]] = {file: [] for file in checkpoint.files}
-        firsts: dict[str, list[str]] = {}  # a tensor stands where its first part is
+        firsts: dict[str, list[str]] = {}  # a tensor belongs to the file of its first part
         for name, plan in plans.items():
             firsts.setdefault(plan.pairs[0].stored.tensor, []).append(name)
         for file, known in checkpoint.files.items():

@@ -117,10 +117,11 @@ class Matrices:
 
     def _left(self, product: Product, area: Area) -> Tensor:
         """Return the factors of an area's rows, [rows, r] in float64."""
-        a, b = self._matrix(product.pair.a), self._matrix(product.pair.b)
         if product.transposed:
+            a = self._matrix(product.pair.a)
             part = a.view(product.experts, product.rank, -1)[area.expert, :, area.rows].T
         else:
+            b = self._matrix(product.pair.b)
             part = b.view(b.shape[0], product.rank, product.experts)[area.rows, :, area.expert]
         return part.to(torch.float64)
 

@@ -80,7 +80,7 @@ _WIDE = {"gate_up": 2, "gate": 1, "up": 1}
 MOST_EXPERTS = 1 << 14
 """Most experts of a packed tensor: more than any model has, and few enough to look at each."""
 
-EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\..*")
+EXPERT = re.compile(r"(.*\bexperts)\.(\d{1,9})\..*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Window:
 
     @property
     def last(self) -> int:
-        """The end of the stretch that it lies in."""
+        """The end of the stretch that holds it."""
         return self.first + (self.shape[0] - 1) * self.row + (self.shape[1] - 1) * self.column + 1
 
     @property
@@ -217,9 +217,12 @@ def _only(shape: Sequence[int], straight: tuple[int, int]) -> bool | None:
 
 def turned(ours: Mapping[str, TensorSpec], theirs: Mapping[str, TensorSpec]) -> set[str]:
     """Return the packed tensors that have one name in both and are transposed in one, whatever their shapes."""
-    shapes = [{common_name(name): it.shape for name, it in side.items() if is_packed(name)} for side in (ours, theirs)]
+    packed = [
+        {it.name: it for it in side.values() if len(it.shape) == 3 and is_packed(it.name)} for side in (ours, theirs)
+    ]
+    shapes = [{common_name(name): it.shape for name, it in side.items()} for side in packed]
     found = set()
-    for name in (name for name in ours if name in theirs and is_packed(name)):
+    for name in packed[0].keys() & packed[1].keys():
         at = common_name(name).rpartition(".")[0]
         orientations = [_orientation(side, at) for side in shapes]
         if None not in orientations and orientations[0] != orientations[1]:

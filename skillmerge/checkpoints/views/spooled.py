@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, Piece, View
@@ -79,11 +79,12 @@ class _Kept:
 
 
 class Spooled(View):
-    """A checkpoint of which some tensors are read over the network once, and then from a spool until `forget`."""
+    """A checkpoint of which some tensors are read over the network once, and then from a spool, until `forget` was
+    called as often as `tensors` says: one may be read for several tensors of the output."""
 
-    def __init__(self, checkpoint: Checkpoint, tensors: Iterable[str], spool: Spool) -> None:
+    def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, int], spool: Spool) -> None:
         super().__init__(checkpoint, checkpoint.tensors, checkpoint.files)
-        self._names, self._spool = frozenset(tensors), spool
+        self._left, self._spool = dict(tensors), spool
         self._kept: dict[str, _Kept] = {}
         self._lock = threading.Lock()
 
@@ -105,16 +106,17 @@ class Spooled(View):
         return wait_and_keep
 
     def hint(self, tensor: str, first: int, count: int) -> None:
-        if tensor not in self._names:
+        if tensor not in self._left:
             self._checkpoint.hint(tensor, first, count)
 
     def cost(self, tensor: str) -> int:
         return self._checkpoint.cost(tensor)
 
     def forget(self, tensor: str) -> None:
-        """Give back the room of a tensor that is not read again."""
+        """Give back the room of a tensor, if it is not read again for another one of the output."""
         with self._lock:
-            kept = self._kept.pop(tensor, None)
+            self._left[tensor] -= 1
+            kept = self._kept.pop(tensor, None) if not self._left[tensor] else None
         if kept is not None:
             self._spool.give_back(kept.start, kept.size)
 
@@ -128,7 +130,7 @@ class Spooled(View):
         return self._kept[piece.tensor].start + piece.first * itemsize
 
     def _keep(self, piece: Piece) -> None:
-        if piece.tensor not in self._names:
+        if piece.tensor not in self._left:
             return
         with self._lock:
             if piece.tensor not in self._kept:
@@ -140,11 +142,12 @@ class Spooled(View):
 
 
 def spooled(
-    checkpoints: Mapping[str, Checkpoint], again: Mapping[str, Iterable[str]], folder: Path
+    checkpoints: Mapping[str, Checkpoint], again: Mapping[str, Mapping[str, int]], folder: Path
 ) -> tuple[dict[str, Checkpoint], Spool | None]:
     """Return the checkpoints with those over a network spooled, and the spool to close, if there is one.
 
-    again: the tensors of each model that are read more than once. folder: on whose disk they are kept.
+    again: the tensors of each model that are read more than once, and for how many tensors of the output. folder: on
+    whose disk they are kept.
     """
     far = {name: tensors for name, tensors in again.items() if checkpoints[name].at.remote}
     if not far:

@@ -142,11 +142,10 @@ class Stacked(Checkpoint):
 
     def _file(self, names: Sequence[str]) -> WeightFile:
         """Return a file that there is not: what its tensors are made of stands for its header."""
-        numbers = {id(part): number for number, part in enumerate(self._parts)}
         digest = hashlib.sha256()
         for name in names:
             part, source = self.sources[name]
-            digest.update(f"{name}\0{numbers[id(part)]}\0{source}\0".encode())
+            digest.update(f"{name}\0{part.uri}\0{source}\0".encode())
         version: list[int | str] = []
         for part, files in self._files_of(names):
             for file in files:

@@ -7,7 +7,7 @@ Their products are named and shaped here as the adapter has them. `arranged` the
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.kinds.lora.parts import Pair
@@ -27,8 +27,11 @@ def products_of(adapter: Adapter, pairs: Sequence[Pair], model: Model, rename: S
     """Return the products of pairs as tensors in the adapter's layout, with zeros for parts of the model's tensors that
     no pair is for. Raises InputError for a pair that fits nothing, or more than one tensor."""
     found: Products = {}
+    layers: dict[str, dict[str, TensorSpec]] = {}
+    for name, spec in model.tensors.items():
+        layers.setdefault(_layer(name), {})[name] = spec
     for pair in pairs:
-        name, product = _parameter(adapter, pair, model, rename) or _matrix(adapter, pair, rename)
+        name, product = _parameter(adapter, pair, model, layers, rename) or _matrix(adapter, pair, rename)
         shape = (product.rows, product.columns)
         spec = TensorSpec(name, "F64", shape if product.experts == 1 else (product.experts, *shape), adapter.file)
         found[name] = spec, product
@@ -42,16 +45,25 @@ def _matrix(adapter: Adapter, pair: Pair, rename: Sequence[tuple[str, str]]) -> 
     )
 
 
+def _layer(name: str) -> str:
+    """Return how the names of a layer's tensors begin."""
+    found = _TO_LAYER.match(name)
+    return found[0] if found is not None else ""
+
+
 def _parameter(
-    adapter: Adapter, pair: Pair, model: Model, rename: Sequence[tuple[str, str]]
+    adapter: Adapter,
+    pair: Pair,
+    model: Model,
+    layers: Mapping[str, dict[str, TensorSpec]],
+    rename: Sequence[tuple[str, str]],
 ) -> tuple[str, Product] | None:
     """Return the one parameter of `target_parameters`, packed as transformers has it in memory, whose parts the model
-    has in the same shapes; None if the pair is for a matrix."""
+    has in the same shapes; None if the pair is for a matrix. layers: the model's tensors by layer."""
     found: list[tuple[str, Product]] = []
     for named in parameters_of(adapter, pair):
         name, rank = replaced(named, rename), adapter.lora.rank(named)
-        layer = _TO_LAYER.match(name)
-        near = {it: spec for it, spec in model.tensors.items() if layer is None or it.startswith(layer[0])}
+        near = layers.get(_layer(name), {})
         experts, left = divmod(pair.a.shape[0], rank)
         inputs, outputs = pair.a.shape[1], pair.b.shape[0]
         # Older versions of PEFT took a parameter of [experts, outputs, inputs] for one of [experts, inputs, outputs].

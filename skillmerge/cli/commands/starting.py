@@ -49,7 +49,7 @@ def init(path: str, source: str | None, names: bool, quiet: bool) -> None:
     Recipes for --from: adapter, adapter-difference, attention-only, average, blend-skills, chat-vector, dare, della,
     dots, five-experts, frozen-embeddings-and-norms, hub-to-hub, keep-router, lines, merge-router, mlp-only,
     model-stock, past, past-ramp, ram, refine, sce, skill-removal, slerp, some-experts, stored-skill, ties,
-    tokens-by-name, two-skills, upscaled.
+    tokens-by-name, two-adapters-as-one, two-skills, upscaled.
     """
     from skillmerge.recipes.starter import SCHEMA_FILE, gallery, is_file_name, recipe_text
     from skillmerge.recipes.starter import init as run

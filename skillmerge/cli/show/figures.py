@@ -195,6 +195,7 @@ ACTIONS = {
     "same": "not numbers to add: must be equal in all models",
     "cut": "the difference, kept exactly",
     "compute": "computed, rounded once",
+    "join": "side by side",
     "zero": "nothing",
 }
 """Actions of a plan, in words."""

@@ -95,7 +95,8 @@ class Preparations:
         with self._lock:
             wanted = set(names)
             finished = {key: self._known.pop(key) for key in sorted(self._known, key=_place) if key[0] in wanted}
-        for model, source in (source for name, _ in finished for source in self._plan.tensors[name].sources):
+        again = (self._plan.tensors[name].read_again for name in dict.fromkeys(name for name, _ in finished))
+        for model, source in (source for sources in again for source in sources):
             if isinstance(checkpoint := self._checkpoints[model], Spooled):
                 checkpoint.forget(source)
         found: dict[str, dict[str, Sequence[float]]] = {}
@@ -119,7 +120,7 @@ class Preparations:
         try:
             shared.preparation.advance()
         except UnusableWeights as error:
-            raise UnusableWeights(f"tensor `{tensor.name}`: {error}", fix=error.fix) from error
+            raise UnusableWeights(f"tensor `{tensor.name}`: {error.message}", fix=error.fix) from error
         shared.left.extend(shared.preparation.stretches(self._tile))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
 
@@ -53,13 +54,12 @@ class Threads:
                 yield from merge_shards(plan, checkpoints, job.destination, settings, shards, moved, job.room)
 
 
-def _read_again(shards: Sequence[ShardPlan], plan: Plan) -> dict[str, set[str]]:
-    """Return the tensors of each model that are read more than once."""
-    found: dict[str, set[str]] = {}
+def _read_again(shards: Sequence[ShardPlan], plan: Plan) -> dict[str, Counter[str]]:
+    """Return the tensors of each model that are read more than once, and for how many tensors of the output."""
+    found: dict[str, Counter[str]] = {}
     for tensor in (plan.tensors[spec.name] for shard in shards for spec in shard.specs):
-        if tensor.readings:
-            for model, source in tensor.sources:
-                found.setdefault(model, set()).add(source)
+        for model, source in tensor.read_again:
+            found.setdefault(model, Counter())[source] += 1
     return found
 
 

@@ -29,6 +29,15 @@ _CELLS = 8
 """Most layers for which a card shows the effect of rounding."""
 
 
+_KINDS = {
+    "model": ("transformers", "merge", "merge"),
+    "skill": ("skillmerge", "task-vector", None),  # the Hub has no relation between a difference and its parents
+    "adapter": ("peft", "lora", "merge"),
+}
+"""Kind of an output -> the library that loads it, its tag, its relation to its parents."""
+
+_WHAT = {"model": "A merge", "adapter": "A LoRA adapter"}
+
 IN_THE_RECIPE = "declare it in the recipe:\noutput:\n  license: apache-2.0"
 
 
@@ -53,17 +62,17 @@ def write_card(
     manifest: Manifest, push: Push, declared: str | None, by_hand: str | None = None, how: str = IN_THE_RECIPE
 ) -> str:
     """Return the text of the card. Raises UsageError if the license is not settled or `by_hand` is no card."""
-    skill = manifest.makes_skill
+    library, tag, relation = _KINDS[manifest.output.kind]
     parents = [place for item in manifest.inputs if (place := on_hub(item.uri)) is not None]
     metadata: dict[str, Any] = {
         "license": None,
-        "library_name": "skillmerge" if skill else "transformers",
-        "tags": list(dict.fromkeys(["task-vector" if skill else "merge", "skillmerge", *push.tags])),
+        "library_name": library,
+        "tags": list(dict.fromkeys([tag, "skillmerge", *push.tags])),
     }
     if parents:
         metadata["base_model"] = list(dict.fromkeys(parent.repository for parent in parents))
-        if not skill:  # the Hub has no relation between a difference and its parents
-            metadata["base_model_relation"] = "merge"
+        if relation is not None:
+            metadata["base_model_relation"] = relation
     if push.new_version is not None:
         metadata["new_version"] = push.new_version
     if by_hand is None:
@@ -91,7 +100,8 @@ def _body(manifest: Manifest, push: Push) -> str:
     name = push.repository.split("/")[-1]
     sections = [
         f"# {name}",
-        f"A merge of {sum(not item.stack for item in manifest.inputs)} models by `{manifest.expression}`, computed by "
+        f"{_WHAT[manifest.output.kind]} of {sum(not item.stack for item in manifest.inputs)} models by "
+        f"`{manifest.expression}`, computed by "
         f"skillmerge {manifest.tool.version}: {len(manifest.tensors)} tensors, {format_bytes(manifest.size)}.",
         "## Parents",
         _parents(manifest),
@@ -107,14 +117,20 @@ def _body(manifest: Manifest, push: Push) -> str:
         *_accepted(manifest),
         *_rounding(manifest),
         "## Use",
-        "```python\nfrom transformers import AutoModelForCausalLM  # or the class for its task\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{push.repository}")\n```',
+        _use(manifest, push),
         "## Proof",
         f"`{MANIFEST_FILE}` names every input with its commit and digests, the action on each tensor, and the\n"
         f"sha256 of every file. Plan `{manifest.plan_digest}`. `skillmerge verify` checks every byte. With the recipe\n"
         "and the commits above, `skillmerge apply` reproduces the same bytes.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _use(manifest: Manifest, push: Push) -> str:
+    load = f'model = AutoModelForCausalLM.from_pretrained("{push.repository}")'
+    if manifest.output.kind == "adapter":
+        return f"```python\nfrom peft import AutoPeftModelForCausalLM\n\n{load.replace('Auto', 'AutoPeft', 1)}\n```"
+    return f"```python\nfrom transformers import AutoModelForCausalLM  # or the class for its task\n\n{load}\n```"
 
 
 def _skill_body(manifest: Manifest, push: Push) -> str:

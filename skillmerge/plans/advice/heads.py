@@ -57,7 +57,7 @@ def with_heads_read(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     both. What the configurations alone have led to is replaced, or dropped where head and embedding are equal. Raises
     what reading raises.
     """
-    if plan.makes_skill or not (heads := stored_heads(plan.donor, plan.tensors, checkpoints)):
+    if plan.recipe.output.kind != "model" or not (heads := stored_heads(plan.donor, plan.tensors, checkpoints)):
         return plan
     accepted = "ties" in plan.recipe.accept
     read = {model for models in heads.values() for model in models}

@@ -99,7 +99,8 @@ def _sliced(
             needed = models_of(term)
             account = Account(term, tuple(it for it in tensor.sources if it.model in needed))
             piece = _plan_tensor(recipe, spec, account, checkpoints, row, programs)
-        slices.append(replace(piece, experts=(first, last), action=piece.action if action == "merge" else action))
+            piece = replace(piece, action=action) if recipe.makes_skill else piece
+        slices.append(replace(piece, experts=(first, last)))
     return replace(tensor, action=action, dtype=dtype, coefficients=(), program=None, slices=tuple(slices))
 
 

@@ -10,6 +10,7 @@ from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.views.adapted import difference, onto
 from skillmerge.checkpoints.views.fitting import Model, own_tensors
 from skillmerge.checkpoints.views.renamed import replaced
+from skillmerge.plans.adapters.joining import joined
 from skillmerge.plans.compare.roles import token_matrices
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.tensors import TensorSpec
@@ -17,8 +18,10 @@ from skillmerge.tensors import TensorSpec
 
 def put_onto(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
     """Return the checkpoints with each adapter that is put onto a model as that model. Those that are differences stay
-    as they are. Raises InputError for an adapter of another model."""
+    as they are, and all do for an output that is an adapter. Raises InputError for an adapter of another model."""
     found = dict(checkpoints)
+    if recipe.makes_adapter:
+        return found
 
     def put(name: str) -> Checkpoint:
         checkpoint, entry = found[name], recipe.entries.get(name)
@@ -34,11 +37,14 @@ def put_onto(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str,
 def as_differences(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], shape: Model | None = None
 ) -> dict[str, Checkpoint]:
-    """Return the checkpoints with the remaining adapters as the differences that they are.
+    """Return the checkpoints with the remaining adapters as the differences that they are; for an output that is an
+    adapter, as their shares of it.
 
     They have the tensors of `shape`, by default those of the donor; where that is an adapter too, those that the
     adapters themselves describe. Raises InputError for an adapter that does not fit, or is no difference.
     """
+    if recipe.makes_adapter:
+        return joined(recipe, checkpoints)
     left = {name: it for name, it in checkpoints.items() if isinstance(it, Adapter)}
     if not left:
         return dict(checkpoints)

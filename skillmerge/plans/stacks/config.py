@@ -51,6 +51,9 @@ _EVERY: dict[str, int | str] = {
 }  # fmt: skip
 """Keys that say that one in so many layers is of another kind: what its number lacks to a multiple, or the key of what
 it has beyond one."""
+_REPEATED = ("block_types", "_block_types")
+"""Keys of lists of kinds that repeat over the layers."""
+
 _LISTED = {
     "sliding_window_pattern": "layer_types", "_sliding_window_pattern": "layer_types",
     "full_attention_interval": "layer_types", "max_window_layers": "layer_types",
@@ -192,23 +195,23 @@ def _edited(key: str, value: Any, order: Order) -> Any:
     if key in _ALWAYS and isinstance(value, list) and len(value) not in (0, count):
         raise Unsayable(f"config.json of `{order.first}` has {len(value)} `{key}` for {count} layers", 0)
     if _by_layer(key, value, count):
-        found = [_entry(key, layer, order) for layer in layers]
+        found = [_entry(key, value, layer, order) for layer in layers]
         return "".join(found) if isinstance(value, str) else found
     if key in _FIRST and type(value) is int and value >= 0:
         return _first_of(key, value, order)
     if key in _LAST and type(value) is int and value > 0:
         return _last_of(key, value, order)
-    if (key in _EVERY and type(value) in (int, str)) or key in ("block_types", "_block_types"):
+    if (key in _EVERY and type(value) in (int, str)) or (key in _REPEATED and isinstance(value, list)):
         _check_every(key, value, order)
     elif _UNKNOWN_NUMBERS.search(key) and _is_numbers(value, count):
         _check_in_place(key, value, order)
     return value
 
 
-def _entry(key: str, layer: Layer, order: Order) -> Any:
-    """Return what a list of a model says of one of its layers."""
+def _entry(key: str, value: Any, layer: Layer, order: Order) -> Any:
+    """Return what a list of a model says of one of its layers. value: the first model's."""
     found = order.said(layer.model, key)
-    if not isinstance(found, list | str) or len(found) != order.counts[layer.model]:
+    if type(found) is not type(value) or len(found) != order.counts[layer.model]:
         has = "has no" if found is None else "has another kind of"
         raise Unsayable(
             f"config.json of `{layer.model}` {has} `{key}`, by which that of `{order.first}` says what each layer is",

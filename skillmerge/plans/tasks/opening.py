@@ -50,6 +50,9 @@ def open_parts(
     whole |= {*recipe.used_models()} if recipe.by_token else set()  # rows of one model depend on the others' tokens
     if recipe.donor is not None and any(recipe.entries[name].kind == "adapter" for name in names):
         whole.add(recipe.donor)  # whose tensors the differences of adapters have
+    if recipe.makes_adapter:
+        names = list(recipe.stored_models())  # what one has in the output depends on all of them
+        whole |= {*recipe.used_models()}
     arranged = {name for name in asked if input_of(saved, name).get("layout")}
     whole |= arranged
     whole |= _beneath(recipe, asked | whole)

@@ -14,7 +14,8 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.errors import InputError, UsageError
 from skillmerge.methods.linear import Program, compile_term
-from skillmerge.methods.terms import Leaf, model_of
+from skillmerge.methods.terms import model_of
+from skillmerge.plans.adapters.planning import sum_of
 from skillmerge.plans.layout import model_shard, skill_shard
 from skillmerge.plans.mapping import Source
 from skillmerge.plans.opening import Access, close_all
@@ -25,6 +26,9 @@ from skillmerge.plans.tasks.opening import open_parts
 
 _FORMULA = ("merge", "cut", "compute")
 """Actions that compute the recipe's expression."""
+
+_SUMS = ("cast", "join")
+"""Actions that add up their sources, of which there may be one."""
 
 
 @contextmanager
@@ -96,8 +100,8 @@ def _tensor(saved: SavedPlan, row: Mapping[str, Any], programs: dict[Any, Progra
         return replace(whole, slices=tuple(_slice(saved, row, it, programs) for it in row["slices"]))
     values = tuple(row["coefficients"])
     program = None
-    if row["action"] in _FORMULA or row["action"] == "cast":
-        key = values if row["action"] in _FORMULA else sources[0].model
+    if row["action"] in _FORMULA or row["action"] in _SUMS:
+        key: Any = ("formula", *values) if row["action"] in _FORMULA else ("sum", *(source.model for source in sources))
         if key not in programs:
             programs[key] = _program(saved, key)
         program = programs[key]
@@ -118,7 +122,7 @@ def _slice(
     first, last = piece["experts"]
     if not 0 <= first <= last < row["shape"][0]:
         raise ValueError(f"tensor `{row['name']}` has no experts {first}-{last}")
-    key = tuple(piece["coefficients"])
+    key = ("formula", *piece["coefficients"])
     if key not in programs:
         programs[key] = _program(saved, key)
     program = programs[key]
@@ -132,11 +136,12 @@ def _slice(
     return replace(found, experts=(first, last + 1))
 
 
-def _program(saved: SavedPlan, key: tuple[float, ...] | str) -> Program | None:
-    """Return the steps for these coefficients, or for a model alone."""
-    if isinstance(key, str):
-        return compile_term(Leaf(key))
-    term = saved.recipe.term(dict(zip(saved.recipe.coefficients, key, strict=True)))
+def _program(saved: SavedPlan, key: tuple[Any, ...]) -> Program | None:
+    """Return the steps of the formula with these coefficients, or those that add up models."""
+    what, *values = key
+    if what == "sum":
+        return sum_of(tuple(values))
+    term = saved.recipe.term(dict(zip(saved.recipe.coefficients, values, strict=True)))
     return compile_term(term) if term is not None else None
 
 

@@ -22,7 +22,7 @@ _WORDS = {
     },
     "kind": {
         "task_vector task-vector taskvector delta difference diff update vector": "skill",
-        "lora adapter peft": "write `kind: skill`, then run `skillmerge export SKILL --lora-rank R`",
+        "lora peft": "adapter",
         "merge full checkpoint": "model",
     },
     "compression": {"zst zstandard": "zstd", "gzip gz lz4 xz bz2 true": "zstd", "false no off": "none"},
@@ -45,6 +45,7 @@ _KEYS = {
     "repo": "repo_id name",
     "merge": "formula expression equation method merge_method", "models": "model checkpoints inputs",
     "modules": "module kind kinds", "layers": "layer blocks block layer_range",
+    "experts": "expert expert_range expert_ids",
     "tensors": "tensor names pattern glob filter",
     "ramp": "gradient linear schedule range", "value": "weight scale lambda",
     "coefficients": "coefs weights lambdas params parameters",

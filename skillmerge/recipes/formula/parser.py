@@ -39,7 +39,7 @@ MAX_OPERATIONS = 150
 _NUMBER_OR_NAME = r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[^\W\d]\w*)"
 _TOKEN = re.compile(_NUMBER_OR_NAME + r"|(?P<op>[-+*/(),]))")
 _TOKEN_BESIDE_CALLS = re.compile(_NUMBER_OR_NAME + r"|(?P<op>[-+*/(),=\[\]]))")
-_DECIMAL_COMMA = re.compile(r"\b\d+,\d+\b")
+_DECIMAL_COMMA = re.compile(r"(?<![\w.])\d+,\d+\b")
 _CALL = re.compile(r"[^\W\d]\w*\s*\(")
 _UNGROUPED = re.compile(r"(?P<factor>[\w.]+)\s*\*\s*(?P<first>[^\W\d]\w*)\s*[-−]\s*(?P<second>[^\W\d]\w*)")
 
@@ -48,13 +48,24 @@ def parse(text: str, models: list[str], coefficients: list[str]) -> Node:
     """Return the tree of `text`. Raises ExpressionError for whatever the grammar or the names do not allow."""
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"is longer than {MAX_LENGTH} characters", 0)
-    if (comma := _DECIMAL_COMMA.search(text)) is not None and not _CALL.search(text):
-        fix = f"write {comma[0].replace(',', '.')}"
-        raise ExpressionError("has a decimal comma", comma.start(), len(comma[0]), fix)
-    node = _Parser(text, models, coefficients).whole()
+    comma = _DECIMAL_COMMA.search(text)
+    if comma is not None and not _CALL.search(text):
+        raise _decimal_comma(comma)
+    try:
+        node = _Parser(text, models, coefficients).whole()
+    except ExpressionError as error:
+        for comma in _DECIMAL_COMMA.finditer(text):  # between the operands of a call it may be meant
+            if error.position < comma.end() and not text[error.position : comma.start()].strip(" +-*/("):
+                raise _decimal_comma(comma) from error
+        raise
     if not has_model(node):
         raise ExpressionError("has no model in it", 0, len(text))
     return node
+
+
+def _decimal_comma(found: re.Match[str]) -> ExpressionError:
+    fix = f"write {found[0].replace(',', '.')}"
+    return ExpressionError("has a decimal comma", found.start(), len(found[0]), fix)
 
 
 def grouped(text: str, models: Collection[str]) -> str | None:

@@ -92,6 +92,15 @@ def calls_in(node: Node) -> Iterator[CallNode]:
         yield from calls_in(inner)
 
 
+def differences_in(node: Node) -> Iterator[tuple[str, str]]:
+    """Yield every difference of two models that are named, in the order of the text."""
+    if isinstance(node, Operation) and node.symbol == "-" and has_model(node):
+        left, right = node.left, node.right
+        yield from [(left.name, right.name)] if isinstance(left, Name) and isinstance(right, Name) else []
+    for inner in parts_of(node):
+        yield from differences_in(inner)
+
+
 def parts_of(node: Node) -> tuple[Node, ...]:
     """Return what a node is made of, in the order of the text."""
     if isinstance(node, Operation):

@@ -115,6 +115,11 @@ def read(document: Document, around: Surroundings, notes: Notes) -> Config:
     return Config(document, method, base, tuple(models), regions, reader.moves, reader.adapters)
 
 
+def stage_place(name: str) -> str:
+    """Return where the output of a document is, seen from the folder of its recipe."""
+    return f"./{name}"
+
+
 def place_of(data: Mapping[str, Any], around: Surroundings, notes: Notes) -> Callable[..., str]:
     """Return what turns a written model, and the keys that lead to it, into its place."""
     return _Reader(data, around, notes).place
@@ -161,7 +166,7 @@ class _Reader:
         """Return a repository or a folder as a place of ours."""
         if written in self.around.stages:
             self.notes.note(f"`{written}` is the output of another document: import and apply that one first", *path)
-            return f"./{written}"
+            return stage_place(written)
         text = written + (f"@{revision}" if revision else "")
         if looks_like_repository(text) and not (self.around.home / written).is_dir():
             return f"hf://{text}"

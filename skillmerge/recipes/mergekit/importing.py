@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,21 +17,23 @@ from skillmerge.checkpoints.model_config import layers_in
 from skillmerge.checkpoints.safetensors import read_header
 from skillmerge.durable import disk_errors
 from skillmerge.errors import InputError, UsageError, did_you_mean, some
+from skillmerge.naming import layer_of
 from skillmerge.recipes import yamltext
 from skillmerge.recipes.foreign.documents import is_mergekit
 from skillmerge.recipes.formula.donor import donor_of
 from skillmerge.recipes.formula.parser import parse
 from skillmerge.recipes.formula.tree import ExpressionError, names_in
-from skillmerge.recipes.mergekit.config import Config, Surroundings, place_of, read
+from skillmerge.recipes.mergekit.config import Config, Surroundings, place_of, read, stage_place
 from skillmerge.recipes.mergekit.methods import expression
 from skillmerge.recipes.mergekit.notes import Notes, Refused
 from skillmerge.recipes.mergekit.output import dtype_of
-from skillmerge.recipes.mergekit.settings import Varying
-from skillmerge.recipes.mergekit.stacks import Stacks, behind_layers, stacks_of
+from skillmerge.recipes.mergekit.settings import Choice, Varying
+from skillmerge.recipes.mergekit.settings import Rule as Written
+from skillmerge.recipes.mergekit.stacks import Stacks, behind_layers, stacked, stacks_of
 from skillmerge.recipes.mergekit.translation import Translation
 from skillmerge.recipes.mergekit.vocabulary import tokens_of
 from skillmerge.recipes.mergekit.writing import Draft, moved, names_of, text_of
-from skillmerge.recipes.schedules import matcher
+from skillmerge.recipes.schedules import Rule, matcher, parse_numbers
 from skillmerge.recipes.schema import read_table
 from skillmerge.recipes.source import STANDARD_INPUT
 from skillmerge.recipes.source import text_of as source_text
@@ -112,7 +115,7 @@ def translated(
     Raises RecipeError, UsageError for a file that is a recipe already.
     """
     name = os.fspath(file)
-    documents = yamltext.read_old(source_text(name), name)
+    documents = yamltext.read_old(source_text(name, "name a mergekit file"), name)
     document = _chosen(documents, name, chosen)
     if not is_mergekit(document.data) or "skillmerge" in document.data:
         read_table(yamltext.read(document.text, name), RecipeTable)  # reports what is wrong
@@ -137,7 +140,7 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
     names = dict(stacks.names) if stacks is not None else plain
     given = Translation(config, names, notes)
     merge = expression(given)
-    output = {"path": f"./{_name_of(document) or 'merged'}"}
+    output = {"path": stage_place(_name_of(document) or "merged")}
     place = place_of(document.data, around, notes)
     tokens = tokens_of(config, notes, place, around.home)
     like = tokens.like or config.base or config.models[0]
@@ -154,13 +157,13 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
     given.note_unused()
     used = {name.name for name in names_in(node)} | {names[like]} | {names[it] for it in tokens.taken.values()}
     tensors = _tensors((place.partition("+")[0] for place in places), around.home)
-    coefficients = {
-        name: _without_idle(found, tensors, notes) for name, found in given.coefficients.items() if name in used
-    }
+    made = stacked(tensors, stacks) if tensors is not None and stacks is not None else tensors
+    coefficients = {name: _fitted(found, made, notes) for name, found in given.coefficients.items() if name in used}
     behind = stacks.behind if stacks is not None else None
     if behind is not None and tensors is None:
         what = f"final norm and head are those of `{behind}`, and their names are guessed"
         notes.warn(f"{what}; check with `skillmerge plan`", "slices")
+    stages = {stage_place(stage) for stage in around.stages}
     remarks = sorted(notes.found, key=lambda remark: remark.level != "warning")
     title = f"{config.method}, from {Path(document.name).name if document.name != STANDARD_INPUT else 'mergekit'}"
     draft = Draft(
@@ -171,41 +174,67 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
         remarks=remarks,
         tokens={token: names[it] for token, it in tokens.taken.items()} if tokens.by_token else None,
         copied=(behind_layers(tensors), behind) if behind is not None else None,
-        **_models(config, plain, stacks, used, start),
+        **_models(config, plain, stacks, used, lambda place: place if place in stages else moved(place, start)),
     )
     return draft, config
 
 
 def _models(
-    config: Config, names: Mapping[str, str], stacks: Stacks | None, used: AbstractSet[str], start: str
+    config: Config, names: Mapping[str, str], stacks: Stacks | None, used: AbstractSet[str], seen: Callable[[str], str]
 ) -> dict[str, Any]:
-    """Return what a draft has of models: those that are used, and those that these are made of. names: of places."""
+    """Return what a draft has of models: those that are used, and those that these are made of. names: of places.
+    seen: returns a place as it is seen from the recipe's folder."""
     parts = {name: it for name, it in stacks.parts.items() if name in used} if stacks is not None else {}
     needed = used | {model for part in parts.values() for model, _, _ in part}
     adapters = {
-        names[place]: (moved(adapter, start), names[base])
+        names[place]: (seen(adapter), names[base])
         for place, (base, adapter) in config.adapters.items()
         if names.get(place) in needed
     }
     needed |= {base for _, base in adapters.values()}
-    models = {name: moved(place, start) for place, name in names.items() if name in needed and name not in adapters}
+    models = {name: seen(place) for place, name in names.items() if name in needed and name not in adapters}
     return {"models": models, "adapters": adapters, "stacks": parts}
 
 
 _OTHER_TOKENS = "name the model of the first slice, or no tokenizer"
 
 
-def _without_idle(found: Varying, names: frozenset[str] | None, notes: Notes) -> Varying:
-    """Return a coefficient without rules that match none of the tensors: mergekit passes over such filters."""
+def _fitted(found: Varying, names: frozenset[str] | None, notes: Notes) -> Varying:
+    """Return a coefficient whose rules fit the tensors, if these are known.
+
+    Rules that match none are left out: mergekit passes over such filters. Its gradients go over all layers, a ramp over
+    those that it selects: where these are fewer, each layer gets a rule.
+    """
     if names is None:
+        if any(rule.tensors and len(rule.points) > 1 for rule in found.rules):
+            what = (
+                "a gradient with a filter goes over the layers that have such tensors; mergekit's goes over all layers"
+            )
+            notes.note(what, *found.path)
         return found
-    kept = []
+    rules: list[Written] = []
     for rule in found.rules:
-        if not rule.tensors or any(map(matcher([rule.tensors]).match, names)):
-            kept.append(rule)
-        else:
+        chosen, whole = _layers_of(rule, names, (rule.tensors,)), _layers_of(rule, names, ()) or []
+        if not rule.tensors or (chosen is not None and chosen == whole):
+            rules.append(rule)
+        elif chosen is not None and (len(rule.points) > 1 or (rule.layers and chosen[-1:] != whole[-1:])):
+            place = {layer: index / max(len(whole) - 1, 1) for index, layer in enumerate(whole)}
+            values = [(layer, Choice(None, rule.points).at(place[layer])) for layer in chosen]
+            rules += [replace(rule, points=(value,), layers=f"{layer}") for layer, value in values]
+        elif chosen is not None:
+            rules.append(rule)
+        elif not any(map(matcher([rule.tensors]).match, names)):
             notes.note(f"a filter matches no tensor, and is left out: `{rule.tensors.strip('*')}`", *found.path)
-    return replace(found, rules=tuple(kept))
+    return replace(found, rules=tuple(rules))
+
+
+def _layers_of(rule: Written, names: Iterable[str], tensors: tuple[str, ...]) -> list[int] | None:
+    """Return the layers in which a rule selects tensors, with these globs; None if it selects nothing at all."""
+    layers = parse_numbers(rule.layers) if rule.layers else ()
+    modules = tuple(re.findall(r"\w+", rule.modules))
+    ramp = rule.points if len(rule.points) > 1 else None
+    chosen = Rule(layers, tuple(filter(None, tensors)), modules, ramp=ramp).select(names)
+    return sorted({layer[1] for name in chosen if (layer := layer_of(name)) is not None}) if chosen else None
 
 
 def _tensors(places: Iterable[str], home: Path) -> frozenset[str] | None:
@@ -268,8 +297,5 @@ def _written(data: Any) -> list[str]:
     if not isinstance(data, dict):
         return []
     own = [data[key] for key in ("base_model", "model") if isinstance(data.get(key), str)]
-    return (
-        own
-        + [place for key in ("models", "slices", "sources", "modules") for place in _written(data.get(key))]
-        + [place for value in data.values() if isinstance(value, dict) for place in _written(value)]
-    )
+    inner = [value for key, value in data.items() if isinstance(value, dict) or key in ("models", "slices", "sources")]
+    return own + [place for value in inner for place in _written(value)]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from skillmerge.errors import did_you_mean
 from skillmerge.recipes.mergekit.notes import Refused
-from skillmerge.recipes.mergekit.settings import is_close
+from skillmerge.recipes.mergekit.settings import cells, is_close, value_in
 from skillmerge.recipes.mergekit.translation import Translation, times, total, written
 
 _TIES = "elements that tie at the threshold all stay; mergekit keeps some of them"
@@ -46,7 +46,8 @@ def _passthrough(given: Translation) -> str:
         for model, level in region.sources.items():
             if len(region.sources) > 1:
                 raise Refused("passthrough takes one model for each layer", *level.path[:-2])
-            if any(not is_close(choice.at(0), 1) for part in given.setting("scale", model, 1) for choice in part):
+            scales = given.setting("scale", model, 1)
+            if any(not is_close(point, 1) for part in scales for choice in part for point in choice.points):
                 raise Refused("`scale` has no counterpart: " + _NO_SCALE, *level.path, "scale")
     base = given.config.base
     if base is not None and base not in given.config.models:
@@ -69,7 +70,7 @@ def _linear(given: Translation) -> str:
     if given.flag("normalize", True):
         if any(abs(found) < 1e-9 for _, found in sums):
             raise Refused("the weights add up to 0")
-    elif wrong := next((found for _, found in sums if not is_close(found, 1)), None):
+    elif (wrong := next((found for _, found in sums if not is_close(found, 1)), None)) is not None:
         fix = "remove `normalize: false`, or write weights that add up to 1"
         raise Refused(f"factors add up to {wrong:g}; mergekit scales the model by it", fix=fix)
     names = [given.name(model) for model in config.models]
@@ -123,7 +124,7 @@ def _sparse(given: Translation, model: str, sparse: str, how: str) -> str:
         gamma = given.number("gamma", model, 0.01, check=_share)
         keywords += [f"gamma={gamma}"] if gamma != "0.01" else []
     if sparse == "della":
-        spread = given.number("epsilon", model, 0.15)
+        spread = given.number("epsilon", model, 0.15, check=_size)
         if density != "1":
             _check_spread(given, model)
         keywords += [f"spread={spread}"]
@@ -133,22 +134,20 @@ def _sparse(given: Translation, model: str, sparse: str, how: str) -> str:
     if drops:
         given.notes.warn("`drop` draws other lots than mergekit, by the same law")
     elif sparse:
-        given.notes.note(_TIES)
+        given.notes.warn(_TIES)
     keywords += [f"rescale={how}"] if drops or how != "none" else []
     name = {"della": "drop", "ties": "trim"}.get(sparse, sparse)
     return f"{name}({', '.join([update, *keywords])})"
 
 
 def _check_spread(given: Translation, model: str) -> None:
-    densities, spreads = (given.setting(key, model, default) for key, default in (("density", 1), ("epsilon", 0.15)))
-    for density, spread in zip(densities, spreads, strict=True):
-        for one in density:
-            for other in spread:
-                low, high = min(one.points), max(one.points)
-                wide = max(map(abs, other.points))
-                if not (low - wide > 0 and (high + wide < 1 or high == 1)):
-                    what = f"density {high:g} with epsilon {wide:g} leaves the range from 0 to 1"
-                    raise Refused(what + ", which mergekit refuses too", *one.path, fix="lower `epsilon`")
+    settings = [given.setting(key, model, default) for key, default in (("density", 1), ("epsilon", 0.15))]
+    for cell in cells(given.config.regions, settings):
+        density, spread = (value_in(setting, cell) for setting in settings)
+        if not (density - spread > 0 and (density + spread < 1 or density >= 1)):
+            what = f"density {density:g} with epsilon {spread:g} leaves the range from 0 to 1"
+            path = next((choice.path for part in settings[0] for choice in part if choice.path), ("merge_method",))
+            raise Refused(what + ", which mergekit refuses too", *path, fix="lower `epsilon`")
 
 
 def _elected(given: Translation, updates: list[str], weights: list[str], normalize: bool) -> str:
@@ -157,7 +156,8 @@ def _elected(given: Translation, updates: list[str], weights: list[str], normali
     together = all(update.startswith("trim(") for update in updates) and len({how for _, how in trimmed}) == 1
     operands = [update for update, _ in trimmed] if together else [_bare(update) for update in updates]
     keywords = [trimmed[0][1]] if together else []
-    if any(weight.startswith("-") for weight in weights):
+    settings = [given.setting("weight", model) for model in given.config.others]
+    if any(point < 0 for setting in settings for part in setting for choice in part for point in choice.points):
         given.notes.warn("a negative weight turns the signs of its update around in the election, as in mergekit")
     if len({*weights}) > 1:
         keywords += [f"weights=[{', '.join(weights)}]"]
@@ -202,13 +202,13 @@ def _sce(given: Translation) -> str:
     select = given.number("select_topk", default=1, check=_share)
     given.notes.note("`floor=1e-6` is mergekit's: updates whose mean squares add up to less weigh all alike there")
     if select != "1":
-        given.notes.note(_TIES)
+        given.notes.warn(_TIES)
     return f"{given.base} + " + _call("sce", _updates(given, 2), _unless("1", "select", select), "floor=1e-6")
 
 
 def _model_stock(given: Translation) -> str:
     scope = "scope=row" if given.flag("filter_wise", False) else ""
-    given.notes.note("mergekit also shortens updates whose norms multiply to less than 1e-6")
+    given.notes.warn("mergekit also shortens updates whose norms multiply to less than 1e-6")
     return f"{given.base} + " + _call("model_stock", _updates(given, 2), scope, "negative=keep")
 
 

@@ -18,8 +18,14 @@ from skillmerge.recipes.yamltext import Path
 
 _IN_LAYERS = re.compile(r"attn|attention|mlp|layernorm|_proj|expert|gate|layers\.|block")
 """What names of tensors in layers have, and no others."""
+_OUTSIDE = re.compile(r"embed_tokens|lm_head|wte|wpe|embed_out|model\.norm|ln_f")
+"""What names of tensors in layers do not have."""
 _AT_END = re.compile(r"norm|head|weight|bias")
 """What names of tensors behind the layers can have."""
+_ENDS = ("model.norm.weight", "lm_head.weight")
+"""Names that most models have behind the layers."""
+_MOST_WORK = 10_000_000
+"""Comparisons of names and filters, so that no file takes more than some seconds."""
 Points = tuple[float, ...]
 """A number, or those of a gradient."""
 
@@ -118,15 +124,21 @@ def _points(value: Any, path: Path, number: Callable[..., float]) -> Points:
 
 
 def cells(regions: Sequence[Region], settings: Sequence[Sequence[Sequence[Choice]]]) -> Iterator[Cell]:
-    """Yield all kinds of tensors that the settings tell apart. settings: of each parameter, those of each region."""
+    """Yield all kinds of tensors that the settings tell apart. settings: of each parameter, those of each region.
+
+    Raises Refused if there are too many.
+    """
     texts = {choice.text or "" for setting in settings for part in setting for choice in part}
     points = {len(choice.points) for setting in settings for part in setting for choice in part}
     depths = {index / 16 for index in range(17)} | {
         index / (count - 1) for count in points if count > 1 for index in range(count)
     }
+    rows = sorted(depths) if max(points, default=1) > 1 else [0.0]
+    if (len(texts) + 1) * len(rows) * sum(len(part) for setting in settings for part in setting) > _MOST_WORK:
+        raise Refused("there are too many filters and gradients", fix="write fewer of them")
     for region in range(len(regions)):
         for text in sorted({"", *texts}):
-            for t in sorted(depths) if max(points, default=1) > 1 else (0.0,):
+            for t in rows:
                 yield Cell(region, t, text)
 
 
@@ -175,7 +187,8 @@ def _everywhere(part: Sequence[Choice]) -> Iterator[Rule]:
         assert choice.text is not None
         if len(choice.points) > 1 and not _IN_LAYERS.search(choice.text):
             yield Rule(choice.points[:1], tensors=glob(choice.text))
-        yield Rule(choice.points, tensors=glob(choice.text))
+        if len(choice.points) == 1 or not _OUTSIDE.search(choice.text):
+            yield Rule(choice.points, tensors=glob(choice.text))
 
 
 def _of_module(module: str, part: Sequence[Choice]) -> Iterator[Rule]:
@@ -195,15 +208,18 @@ def _of_slices(regions: Sequence[Region], setting: Sequence[Sequence[Choice]]) -
     if _first_points(before) != _first_points(behind):
         yield Rule(behind[-1].points[:1], modules="[norm, head]")
         for choice in reversed(behind[:-1]):
-            if _AT_END.search(str(choice.text)) and not _IN_LAYERS.search(str(choice.text)):
+            text = str(choice.text)
+            at_end = _AT_END.search(text) or any(text in name for name in _ENDS)
+            if at_end and not _IN_LAYERS.search(text):
                 yield Rule(choice.points[:1], tensors=glob(str(choice.text)), modules="[norm, head]")
     for region, part in zip(regions, setting, strict=True):
         assert region.layers is not None
         first, last = region.layers
         layers = f"{first}-{last}" if first < last else f"{first}"
         for choice in reversed(part):
-            points = choice.points if first < last else choice.points[-1:]
-            yield Rule(points, layers=layers, tensors=glob(choice.text) if choice.text is not None else "")
+            if choice.text is None or not _OUTSIDE.search(choice.text):
+                points = choice.points if first < last else choice.points[-1:]
+                yield Rule(points, layers=layers, tensors=glob(choice.text) if choice.text is not None else "")
 
 
 def _first_points(part: Sequence[Choice]) -> list[tuple[str | None, float]]:

@@ -56,6 +56,20 @@ def behind_layers(tensors: Iterable[str] | None) -> list[str]:
     return names or list(_BEHIND)
 
 
+def stacked(tensors: Iterable[str], stacks: Stacks) -> frozenset[str]:
+    """Return the names of a stack's tensors. tensors: those of its models, which are alike."""
+    found = [(name, layer_of(name)) for name in tensors]
+    names = {name for name, layer in found if layer is None}
+    behind = 0
+    for _, first, last in next(iter(stacks.parts.values())):
+        for name, layer in found:
+            if layer is not None and first <= layer[1] <= last:
+                rest = name.removeprefix(f"{layer[0]}.").partition(".")[2]
+                names.add(f"{layer[0]}.{behind + layer[1] - first}.{rest}")
+        behind += last - first + 1
+    return frozenset(names)
+
+
 def _joined(found: Iterable[tuple[str, int, int]], names: Mapping[str, str]) -> tuple[tuple[str, int, int], ...]:
     """Return the parts of a stack; those that continue each other are one."""
     parts: list[tuple[str, int, int]] = []

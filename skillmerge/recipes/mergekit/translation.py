@@ -124,7 +124,7 @@ class Translation:
             if model == self.config.base and self.config.method != "linear":
                 self.notes.note(f"`{key}` of the base does nothing in mergekit", *path)
         elif key in known:
-            shown = f" {written(float(value))}" if isinstance(value, int | float) else ""
+            shown = f" {value}" if isinstance(value, int | float) and not isinstance(value, bool) else ""
             what = f"`{key}`{shown} under `{path[0]}` does nothing in mergekit; move it if it was meant"
             self.notes.note(what, *path)
         else:

@@ -112,11 +112,11 @@ def _layers(first: int, last: int) -> str:
     return f"{first}-{last}" if last > first else f"{first}"
 
 
-def quoted(place: str) -> str:
+def quoted(text: str) -> str:
     """Return text as YAML that reads back unchanged."""
-    if _PLAIN.fullmatch(place) and place.lower() not in _WORDS:
-        return place
-    text = json.dumps(place, ensure_ascii=False)
+    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
+        return text
+    text = json.dumps(text, ensure_ascii=False)
     return "".join(character if character.isprintable() else f"\\U{ord(character):08x}" for character in text)
 
 
@@ -131,7 +131,7 @@ def _coefficient(name: str, coefficient: Varying) -> list[str]:
 def _rule(rule: Rule) -> str:
     parts = [f"layers: {rule.layers}"] if rule.layers else []
     parts += [f"modules: {rule.modules}"] if rule.modules else []
-    parts += [f"tensors: {json.dumps(rule.tensors, ensure_ascii=False)}"] if rule.tensors else []
+    parts += [f"tensors: {quoted(rule.tensors)}"] if rule.tensors else []
     return ", ".join([*parts, _points(rule.points)])
 
 

@@ -111,8 +111,12 @@ class OutputTable(Table):
         Field(description="Largest size of a file. `same`: the donor's sharding.", examples=["same", "5GB"]),
     ] = "same"
     kind: Annotated[
-        Literal["model", "skill"],
-        Field(description="`model`: a checkpoint. `skill`: a difference, to reuse in recipes.", examples=["skill"]),
+        Literal["model", "skill", "adapter"],
+        Field(
+            description="`model`: a checkpoint. `skill`: a difference, to reuse in recipes. `adapter`: a LoRA "
+            "adapter, of a formula that only adds adapters.",
+            examples=["skill", "adapter"],
+        ),
     ] = "model"
     keep: Annotated[
         FiniteFloat | None,

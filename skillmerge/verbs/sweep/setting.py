@@ -81,8 +81,9 @@ def prepare(
     _check_packages(scorer, asked.search)
     if how[2] is not None and (scorer.command is None or asked.search is not None):
         raise UsageError("`--on` needs a score by a command, and a grid", fix="leave `--on` out")
-    if recipe.makes_skill:
-        raise UsageError("a skill cannot be scored", fix="sweep a recipe that makes a model")
+    if recipe.output.kind != "model":
+        of = {"skill": "a skill", "adapter": "an adapter"}[recipe.output.kind]
+        raise UsageError(f"{of} cannot be scored", fix="sweep a recipe that makes a model")
     refuse_bucket(output_place(output or ""))
     folder = Path(output) if output is not None else path.with_suffix(".sweep")
     best = _place_of_best(path, folder)

@@ -18,7 +18,7 @@ from skillmerge.errors import InputError, one_line, some
 CONFIG_FILE = "adapter_config.json"
 _MOST_BYTES = 8_000_000
 """Room for a rank of each of 60,000 modules."""
-_MOST_RANK = 1 << 16
+MOST_RANK = 1 << 16
 
 _MERGE = "merge it with the library that made it (peft: `merge_and_unload`), and name that folder as a model"
 _CONVERT = (
@@ -92,7 +92,7 @@ def read_config(store: Store, file: str) -> LoraConfig:
     _refuse_keys(document, where)
     rank = document.get("r")
     if not _is_rank(rank):
-        raise InputError(f"{where}: `r` is {_shown(rank)}, and a rank is a number from 1 to {_MOST_RANK}")
+        raise InputError(f"{where}: `r` is {_shown(rank)}, and a rank is a number from 1 to {MOST_RANK}")
     return LoraConfig(
         where=where,
         digest=hashlib.sha256(store.read_small(file, _MOST_BYTES)).digest(),
@@ -142,7 +142,7 @@ def _number(value: Any, key: str, where: str) -> float:
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= _MOST_RANK
+    return type(value) is int and 1 <= value <= MOST_RANK
 
 
 def _names(document: Mapping[str, Any], key: str, where: str) -> list[str]:

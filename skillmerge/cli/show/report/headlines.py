@@ -57,7 +57,8 @@ def title(
         return f"Inspection {'' if inspection.title.startswith('from ') else 'of '}{inspection.title}"
     if plan is None:
         return "Merge"
-    kind = "Plan" if manifest is None else "Refused merge" if refused else "Skill" if plan.makes_skill else "Merge"
+    made = {"model": "Merge", "skill": "Skill", "adapter": "Adapter"}[plan.recipe.output.kind]
+    kind = "Plan" if manifest is None else "Refused merge" if refused else made
     return f"{kind} of {_name(plan.recipe)}"
 
 

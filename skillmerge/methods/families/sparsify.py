@@ -210,7 +210,14 @@ def clip(unit: Unit, *, at: float) -> Ready:
     Not when: the size of weights varies much between layers, unless `at` has a schedule.
     Example: a + clip(b - a, at=0.001)
     """
-    return Ready(lambda v: v.clamp(-at, at))
+
+    def function(v: Tensor) -> Tensor:
+        from torch import finfo
+
+        limit = min(at, finfo(v.dtype).max)  # torch refuses a limit that the dtype cannot hold
+        return v.clamp(-limit, limit)
+
+    return Ready(function)
 
 
 @method(differences(1), readings=lambda **_: 1, to=Operand(), scope=OF_MODEL)

@@ -6,7 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from skillmerge.methods.elect import agreeing, total, weighted
+from skillmerge.methods.families.elect import agreeing, total, weighted
+from skillmerge.methods.families.spherical import (
+    NOTHING,
+    Gram,
+    cosine,
+    dot_products,
+    for_rows,
+    gram_of,
+    grams_of_rows,
+    of_matrices,
+    of_rows,
+)
 from skillmerge.methods.method import (
     OF_ROWS,
     SHARE,
@@ -23,17 +34,6 @@ from skillmerge.methods.method import (
     method,
     times,
     words,
-)
-from skillmerge.methods.spherical import (
-    NOTHING,
-    Gram,
-    cosine,
-    dot_products,
-    for_rows,
-    gram_of,
-    grams_of_rows,
-    of_matrices,
-    of_rows,
 )
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ def model_stock(unit: Unit, *, negative: str = "zero", scope: str = "matrix") ->
 def sce(unit: Unit, *, select: float = 1.0, floor: float = 0.0) -> Steps:
     """Average differences by their energy, where they vary most and agree in sign.
 
-    Of the positions where the variance over the differences is not 0, the share `select` with the largest variance is
-    kept, and so is every position of the same variance as the last. Each difference weighs as much as the mean square
-    of what is kept of it. All weigh alike if these add up to 0, or to less than `floor`. The plain sum elects the
-    signs, and the result is the weighted mean of what agrees.
+    With `select=1` every position is kept. Otherwise, of those where the variance over the differences is not 0, the
+    share `select` with the largest variance is kept, and so is every position of the same variance as the last. Each
+    difference weighs as much as the mean square of what is kept of it. All weigh alike if these add up to 0, or to less
+    than `floor`. The plain sum elects the signs, and the result is the weighted mean of what agrees.
 
     Paper: SCE, arXiv 2408.07990 (FuseChat-3.0).
     Differs: mergekit weighs all alike where the mean squares add up to less than 1e-6 (`floor=1e-6` here). Most updates
@@ -102,13 +102,16 @@ def sce(unit: Unit, *, select: float = 1.0, floor: float = 0.0) -> Steps:
     def kept(*v: Tensor) -> list[Tensor]:
         if select == 1:
             return list(v)
-        mask = variance(v).float().ge_(least.size).to(v[0].dtype)
+        spread = variance(v)
+        # A variance that is 0 in float32 alone is still one: what does not vary must not tie with it.
+        mask = spread.float().ge_(least.size) if least.size else spread.gt_(0)
+        mask = mask.to(v[0].dtype)
         return [keep(x, mask) for x in v]
 
     energies = yield Sums(lambda *v: [x.double() * x.double() for x in kept(*v)])
     whole = math.fsum(energies)
-    alike = whole == 0 or whole / unit.elements < floor
-    weights = [1 / count if alike else energy / whole for energy in energies]
+    equal = whole == 0 or whole / unit.elements < floor
+    weights = [1 / count if equal else energy / whole for energy in energies]
 
     def function(*v: Tensor) -> Tensor:
         selected = kept(*v)
@@ -137,15 +140,17 @@ def median(unit: Unit) -> Ready:
     Not when: there are two: it is their average.
     Example: median(a, b, c)
     """
+    from skillmerge.bits import from_ordered_bits, ordered_bits  # which loads torch
+
     count = unit.operands
 
     def function(*v: Tensor) -> Tensor:
-        sizes = list(v)
+        order = [ordered_bits(x) for x in v]
         for end in range(count - 1, 0, -1):  # a network of exchanges: elementwise, and so the same everywhere
             for index in range(end):
-                low, high = sizes[index].minimum(sizes[index + 1]), sizes[index].maximum(sizes[index + 1])
-                sizes[index], sizes[index + 1] = low, high
-        middle = sizes[count // 2]
-        return middle if count % 2 else (sizes[count // 2 - 1] + middle) / 2
+                low, high = order[index].minimum(order[index + 1]), order[index].maximum(order[index + 1])
+                order[index], order[index + 1] = low, high
+        middle = from_ordered_bits(order[count // 2], v[0].dtype)
+        return middle if count % 2 else (from_ordered_bits(order[count // 2 - 1], v[0].dtype) + middle) / 2
 
     return Ready(function)

@@ -150,11 +150,12 @@ def _sum_of_weights(*, weights: Sequence[float]) -> tuple[str, str] | None:
 def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
     """Average directions on the sphere with weights, and average the norms.
 
-    The weights w are scaled to add up to 1. m is the direction of the weighted sum of the unit vectors u. From there,
-    `tau = sum(w * (u - <u, m> * m))` leads to the result:
-    `(m * cos|tau| + tau * sin|tau|/|tau|) * sum(w * ||x||)`.
+    The weights w are scaled to add up to 1. m is the direction of the weighted sum of the unit vectors u. The result is
+    `m * sum(w * ||x||)`.
 
-    Paper: none. It is mergekit's multislerp, one step towards the mean that `karcher` finds.
+    Paper: none. It is mergekit's multislerp.
+    Differs: mergekit then moves m by `tau = sum(w * (u - <u, m> * m))`. That is 0 but for rounding, as m has the
+    direction of `sum(w * u)`.
     When: three or more models of one base, with weights.
     Not when: there are two. Use `slerp`.
     Example: multislerp(a, b, c, weights=[2, 1, 1])
@@ -177,6 +178,7 @@ def multislerp(unit: Unit, *, weights: Sequence[float] = (1.0,)) -> Steps:
             "`multislerp` has no direction for matrices that cancel", fix="use `karcher`, or leave one of them out"
         )
     m = [x / length for x in mean]
+    # Only rounding is left of it; without it the last bits of factors, and so of older outputs, would change.
     tangent = _sum(count, zip(w, (_off(gram, u, m) for u in units), strict=True))
     return combined([size * x for x in _step(gram, m, tangent)])
 

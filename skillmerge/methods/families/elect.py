@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from skillmerge.methods.families.sparsify import largest as largest_sizes
+from skillmerge.methods.families.sparsify import norms, ratio, scaled, size
 from skillmerge.methods.method import (
     OF_MODEL,
     RESCALE,
     SHARE,
-    WEIGHTS,
+    VOTES,
     Number,
     Ranks,
     Ready,
@@ -24,8 +26,6 @@ from skillmerge.methods.method import (
     times,
     words,
 )
-from skillmerge.methods.sparsify import largest as largest_sizes
-from skillmerge.methods.sparsify import norms, ratio, scaled, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ def _sole(
 
 @method(
     differences(1, None, absent=True), alone=_sole, readings=lambda zero, **_: int(zero == "majority"),
-    weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO,
+    weights=VOTES, normalize=YES_NO, pick=PICK, zero=ZERO,
 )  # fmt: skip
 def elect(
     unit: Unit,
@@ -130,7 +130,7 @@ def elect(
 @method(
     differences(1, None, absent=True),
     readings=lambda rescale, zero, **_: 2 + (rescale != "none") + (zero == "majority"),
-    density=SHARE, rescale=RESCALE, weights=WEIGHTS, normalize=YES_NO, pick=PICK, zero=ZERO,
+    density=SHARE, rescale=RESCALE, weights=VOTES, normalize=YES_NO, pick=PICK, zero=ZERO,
 )  # fmt: skip
 def ties(
     unit: Unit,

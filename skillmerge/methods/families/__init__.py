@@ -1,0 +1,1 @@
+"""The methods that expressions can call. One module for each family."""

@@ -1,0 +1,48 @@
+"""The plan of an output that is an adapter: one file of tensors that are sums of shares, and its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+
+from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.kinds.lora.adapter import WEIGHTS
+from skillmerge.methods.linear import Program, compile_term
+from skillmerge.methods.terms import Leaf, Sum, Term
+from skillmerge.plans.adapters.joining import output_of
+from skillmerge.plans.adapters.peft_config import config_file
+from skillmerge.plans.layout import model_shard
+from skillmerge.plans.mapping import Source
+from skillmerge.plans.plan import TensorPlan
+from skillmerge.recipes.recipe import Recipe
+
+
+def plan_adapter(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """Return tensors, shards, side files and notes of the plan. checkpoints: with the adapters as `joined` has them.
+
+    Raises RecipeError for a formula that no adapter can hold.
+    """
+    output = output_of(recipe, checkpoints)
+    programs: dict[tuple[str, ...], Program] = {}
+    tensors: dict[str, TensorPlan] = {}
+    for name, shape in output.tensors.items():
+        models = tuple(output.parts[name])
+        if models not in programs:
+            programs[models] = sum_of(models)
+        sources = tuple(Source(model, name) for model in models)
+        tensors[name] = TensorPlan(
+            name, "F32", shape, "join", sources, output.values[output.of[name]], programs[models]
+        )
+    base = checkpoints[output.base] if output.base is not None else None
+    return {
+        "tensors": tensors,
+        "shards": (model_shard(WEIGHTS, tensors.values()),),
+        "side_files": (config_file(recipe, output, base),),
+    }
+
+
+def sum_of(models: tuple[str, ...]) -> Program:
+    """Return the steps that add up the shares of these models."""
+    leaves: list[Term] = [Leaf(model) for model in models]
+    return compile_term(reduce(lambda left, right: Sum(left, right, minus=False), leaves))
