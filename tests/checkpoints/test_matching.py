@@ -34,6 +34,7 @@ def test_two_spellings_of_one_token_are_one() -> None:
     assert placed(tokens("\t", "a"), tokens("a", "<0x09>")) == {0: 1, 1: 0}
     assert placed(tokens("\t", "<0x09>"), tokens("<0x09>", "\t")) == {0: 1, 1: 0}
     assert placed(tokens("\t", "<0x09>"), tokens("<0x09>", "a")) == {1: 0}
+    assert placed(tokens("\t", "<0x09>", "a"), tokens("\t", "b")) == {0: 0}
 
 
 def test_tokens_are_shown_on_one_short_line() -> None:

@@ -194,6 +194,7 @@ def _compare(saved: SavedPlan, opened: Mapping[str, Checkpoint]) -> None:
             planned = {row["name"]: row["header_sha256"] for row in input_of(saved, name)["files"]}
             found = {file: hashlib.sha256(it.described).hexdigest() for file, it in checkpoint.files.items()}
             if other := sorted(file for file in found if planned.get(file) != found[file]):
-                changes.append(f"model {name}: other tensors or sizes in {some(other)}")
+                what = "tensors, sizes or tokens" if saved.recipe.by_token else "tensors or sizes"
+                changes.append(f"model {name}: other {what} in {some(other)}")
     if changes:
         raise saved.stale(changes)

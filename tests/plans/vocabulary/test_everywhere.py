@@ -126,7 +126,8 @@ def test_changed_tokenizer_makes_a_plan_stale(mixed: Path, tmp_path: Path, comma
     more = ["--index", "0", "--of", "1"] if command == "shard" else []
     stale = run_cli(command, plan, "-o", tmp_path / "out", *more)
     assert stale.returncode == StalePlan.exit_status, stale.stderr
-    assert "model rl: other t" in stale.stderr
+    said = {"apply": "other tokens, or tokens with other ids", "shard": "other tensors, sizes or tokens in model-"}
+    assert f"model rl: {said[command]}" in stale.stderr
     assert not (tmp_path / "out" / "config.json").exists()
 
 

@@ -133,6 +133,17 @@ def test_token_of_the_donor_without_a_row_takes_none(tmp_path: Path) -> None:
     assert "the embedding of the donor `target` has no token `<x>`" in found.stderr
 
 
+def test_model_without_the_row_cannot_give_it(tmp_path: Path) -> None:
+    write_models(tmp_path, ([*BASE, "<x>"], [*BASE, "<x>"], BASE))
+    tensors = read_checkpoint(tmp_path / "rl")
+    short = {name: it[:8] if name != BLOCK else it for name, it in tensors.items()}
+    write_checkpoint(tmp_path / "rl", short, config={"vocab_size": 8})
+    recipe = write_recipe(tmp_path, **by_token(tokens={"<x>": {"from": "rl"}}, accept=["tokenizer"]))
+    found = run_cli("plan", recipe)
+    assert found.returncode == 2
+    assert "of model `rl` has no token `<x>`" in found.stderr
+
+
 def test_taken_rows_are_shown(tmp_path: Path) -> None:
     write_models(tmp_path, THINK)
     shown = run_cli("plan", write_recipe(tmp_path, **by_token(tokens=FROM_RL))).stdout
