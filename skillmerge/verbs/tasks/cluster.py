@@ -126,7 +126,8 @@ class Cluster:
         options: dict[str, Any] = {"num_cpus": self.threads, "num_gpus": int(self.device == "cuda")}
         if avoid and self._places().keys() - avoid:
             options["label_selector"] = {_NODE: f"!in({','.join(sorted(avoid))})"}
-        task = self._ray.remote(_program()).options(
+        # A process is used once: a task that was cancelled may have left half of torch imported, which nothing mends.
+        task = self._ray.remote(max_calls=1)(_program()).options(
             max_retries=RETRIES, retry_exceptions=[TemporaryError], scheduling_strategy="SPREAD", **options
         )
         return task.remote(__version__, work, arguments)
