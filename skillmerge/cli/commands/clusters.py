@@ -69,7 +69,7 @@ def shard(
         write_result(done)
 
 
-@command("finish plan.json -o /shared/merged", "finish plan.json -o /shared/merged --wait-limit 6h --push org/name")
+@command("finish plan.json -o /shared/out", "finish plan.json -o /shared/out --wait-limit 6h --push org/name")
 @click.argument("plan", type=click.Path())
 @option("--wait", group=TASK, is_flag=True, help="Wait until the tasks have made every shard")
 @option(
