@@ -281,6 +281,7 @@ def test_candidates_are_scored_as_on_one_machine(
 NODES = {
     "cpus": [{"CPU": 16.0}, {"CPU": 2.0}],
     "gpus": [{"CPU": 64.0}, {"CPU": 16.0, "GPU": 8.0}],
+    "many gpus": [{"CPU": 4.0, "GPU": 8.0}],
     "none": [{"memory": 1.0}],
 }
 
@@ -294,6 +295,7 @@ NODES = {
         ("cpus", None, "cuda", (8, 0), "let the cluster grow, or compute on the CPU: leave `--device` out"),
         ("gpus", None, "cuda:1", (2, 8), None),
         ("gpus", None, "auto", (8, 10), None),
+        ("many gpus", None, "cuda", (1, 4), None),
         ("none", None, "auto", (8, 0), "let the cluster grow"),
     ],
 )

@@ -82,10 +82,11 @@ class Cluster:
         return {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
 
     def _most(self) -> int:
-        """Return the CPUs that a task can have at most: those of a node, or with CUDA those beside each GPU of it."""
+        """Return the CPUs that a task can have at most: those of a node, or with CUDA those beside each GPU of it,
+        and one where there are more GPUs than CPUs."""
         able = list(self._nodes().values())
         if self.device == "cuda":
-            able = [{"CPU": has.get("CPU", 0) // has["GPU"]} for has in able if has.get("GPU", 0) >= 1]
+            able = [{"CPU": max(1, has.get("CPU", 0) // has["GPU"])} for has in able if has.get("GPU", 0) >= 1]
         return max((int(has.get("CPU", 0)) for has in able), default=0)
 
     def _places(self) -> dict[str, int]:
