@@ -145,12 +145,19 @@ class Bucket:
         return f"{self.scheme}://{self.bucket}{'/' + self.prefix if self.prefix else ''}"
 
 
+def may_hold_secret(rest: str) -> bool:
+    """Return whether what follows `s3://` may have credentials in it. A secret key may have a slash in it: then only
+    the colon before it is left of a user's part."""
+    bucket = rest.partition("/")[0]
+    return "@" in bucket or ":" in bucket or "?" in rest
+
+
 def parse_bucket(uri: str) -> Bucket:
     """Parse a URI such as s3://bucket/prefix. Raises PlaceError, which never shows what may be a secret."""
     scheme, _, rest = uri.partition("://")
     bucket, _, prefix = rest.partition("/")
     form = f"write `{scheme}://bucket/prefix`"
-    if "@" in bucket or "?" in rest:
+    if may_hold_secret(rest):
         raise PlaceError(
             f"a `{scheme}://` place has no credentials, account or query in it",
             f"{form}; the credentials are found where the cloud's own tools find them",

@@ -17,6 +17,7 @@ from skillmerge.checkpoints.place import (
     ModelPlace,
     PlaceError,
     instead_on_hub,
+    may_hold_secret,
     parse_bucket,
     parse_location,
 )
@@ -57,10 +58,15 @@ def _instead(uri: str, scheme: str, rest: str) -> str:
     if scheme == "file":
         return f"write the path alone: `{unquote(rest).removeprefix('localhost')}`"
     if near := next((known for known in SCHEMES if scheme.lower() == known or did_you_mean(scheme, [known])), None):
-        return f"did you mean `{near}://{rest}`?"
+        return _meant(near, rest)
     return instead_on_hub(uri) or (
         "a model is a folder, `hf://org/name` on the Hub, or `s3://`, `gs://` or `az://` and a bucket's name"
     )
+
+
+def _meant(scheme: str, rest: str) -> str:
+    """Return the address that was meant: its scheme alone, where the rest may have a secret in it."""
+    return f"did you mean `{scheme}://{'' if may_hold_secret(rest) else rest}`?"
 
 
 def is_path(uri: str) -> bool:
@@ -79,8 +85,8 @@ def bucket_of(uri: object) -> Bucket | None:
     if slashes == "/":
         if scheme.lower() not in SCHEMES:
             return None
-        fix = f"did you mean `{scheme.lower()}://{text[address.end() :]}`?"
-        raise UsageError(f"`{text}` is neither a path nor the address of a place", fix=fix)
+        fix = _meant(scheme.lower(), text[address.end() :])
+        raise UsageError(f"the address of a place does not begin with `{address[0]}`", fix=fix)
     try:
         place = parse_place(text)
     except PlaceError as error:

@@ -106,10 +106,21 @@ def test_an_output_with_another_address_becomes_no_folder(
     assert skillmerge.apply(write_recipe(tmp_path), "C:/merged").output == tmp_path / "C:" / "merged", "which is a path"
 
 
-@pytest.mark.parametrize("uri", ["s3://AKIACANARY:CANARY@bucket/m", "az://bucket/m?sv=1&sig=CANARY"])
+@pytest.mark.parametrize(
+    "uri", ["s3://AKIACANARY:CANARY@bucket/m", "s3://AKIA:CANARY/1@bucket/m", "az://bucket/m?sv=1&sig=CANARY"]
+)
 def test_credentials_in_an_address_are_refused_and_not_repeated(uri: str) -> None:
     with pytest.raises(PlaceError) as raised:
         parse_place(uri)
+    assert "CANARY" not in f"{raised.value}\n{raised.value.fix}"
+
+
+@pytest.mark.parametrize(
+    "output", ["S3://AKIACANARY:CANARY@bucket/m", "gcs://b/m?sig=CANARY", Path("s3://AKIACANARY:CANARY@bucket/m")]
+)
+def test_credentials_in_an_address_that_is_none_are_not_repeated(tmp_path: Path, output: str | Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        skillmerge.apply(write_family(tmp_path), output)
     assert "CANARY" not in f"{raised.value}\n{raised.value.fix}"
 
 
