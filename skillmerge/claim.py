@@ -200,8 +200,9 @@ def _lock(descriptor: int) -> str:
     return ""
 
 
-def is_held(folder: Path) -> bool:
-    """Return whether a run holds a folder's lock at this instant; False where that cannot be seen."""
+def is_held(folder: Path, unknown: bool = False) -> bool:
+    """Return whether a run holds a folder's lock at this instant. unknown: what is returned where the filesystem has no
+    locks."""
     try:
         descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -209,7 +210,7 @@ def is_held(folder: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in _TAKEN
+        return error.errno in _TAKEN or (unknown and error.errno in _NO_LOCKS)
     finally:
         os.close(descriptor)
     return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -258,20 +259,21 @@ def test_what_finish_would_refuse_tasks_refuse_before_any_work(s3: S3Server, rec
 
 
 def test_what_killed_tasks_left_here_is_removed(s3: S3Server, saved: Path, scratch: Path) -> None:
-    """Not what one that lives has, nor what has only just begun."""
-    home = work_folder(Bucket("s3", "bucket", "out/merged")).parent
-    dead, living, new = (home / f"task-{name}.partial" for name in ("dead", "living", "new"))
-    for folder in (dead, new):
+    """Not what one that lives has, nor what has only just begun, nor another machine's, whose locks may not be seen."""
+    home, host = work_folder(Bucket("s3", "bucket", "out/merged")).parent, socket.gethostname()
+    dead, living, new = (home / f"task-{name}@{host}.partial" for name in ("dead", "living", "new"))
+    elsewhere = home / f"task-dead@not-{host}.partial"
+    for folder in (dead, new, elsewhere):
         (folder / "files").mkdir(parents=True)
         (folder / "lock").touch()
         (folder / "files" / "model.safetensors").write_bytes(bytes(100))
-    with closing(Staging(home / "task-living")) as staging:
+    with closing(Staging(home / f"task-living@{host}")) as staging:
         staging.begin("plan", {})
         staging.write_file("model.safetensors", b"its own")
-        for folder in (dead, living):
+        for folder in (dead, living, elsewhere):
             os.utime(folder, (1, 1))
         skillmerge.shard(saved, index=0, of=2)
-        assert sorted(home.iterdir()) == [living, new]
+        assert {*home.iterdir()} == {living, new, elsewhere}
         assert (living / "files" / "model.safetensors").read_bytes() == b"its own"
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import time
 import uuid
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from glob import escape
 from typing import Any
 
 from skillmerge.checkpoints.place import Bucket
@@ -80,13 +82,14 @@ def make_in_bucket(
 
 @contextmanager
 def _own_folder(place: Bucket, reporter: Reporter) -> Iterator[Staging]:
-    """Yield a staging folder of this task alone: others may run beside it. What killed ones have left here goes."""
-    beside = work_folder(place).parent
-    for left in beside.glob(f"{_TASK}*.partial"):
+    """Yield a staging folder of this task alone: others may run beside it. What killed ones have left here goes: those
+    of this machine, because locks of a folder that machines share may be each machine's own."""
+    beside, here = work_folder(place).parent, f"@{socket.gethostname()}"
+    for left in beside.glob(f"{_TASK}*{escape(here)}.partial"):
         with suppress(OSError):
-            if time.time() - left.stat().st_mtime > _NEW and not is_held(left):
+            if time.time() - left.stat().st_mtime > _NEW and not is_held(left, unknown=True):
                 remove_tree(left)
-    with closing(Staging(beside / f"{_TASK}{uuid.uuid4().hex}", reporter)) as staging:
+    with closing(Staging(beside / f"{_TASK}{uuid.uuid4().hex}{here}", reporter)) as staging:
         try:
             yield staging
         finally:
