@@ -281,7 +281,9 @@ def test_what_is_no_time_is_refused(tmp_path: Path, text: str) -> None:
     assert f"`{text}` is not a time; write it like 90s, 30m, 6h or 2d" in process.stderr
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(89, "89 s"), (1800, "30 min"), (21_600, "6 h"), (172_800, "48 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(89, "89 s"), (1800, "30 min"), (21_600, "6 h"), (9_000, "2.5 h"), (5_000_000, "1388.9 h")]
+)
 def test_times_are_shown_in_a_fitting_unit(seconds: float, text: str) -> None:
     assert collect._time(seconds) == text
 

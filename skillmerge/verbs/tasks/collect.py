@@ -216,4 +216,4 @@ def _of(part: int, total: int) -> str:
 def _time(seconds: float) -> str:
     if seconds < 90:
         return f"{max(0, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{round(seconds / 3600, 1):g} h"
