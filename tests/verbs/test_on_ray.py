@@ -30,6 +30,7 @@ from skillmerge.recipes.parse import load, parse_recipe
 from skillmerge.reporter import Reporter
 from skillmerge.study.gates import GateFailed
 from skillmerge.study.scoring.scorers import find_scorer
+from skillmerge.verbs.sweep import in_folder
 from skillmerge.verbs.sweep import sweep as in_sweep
 from skillmerge.verbs.sweep.in_folder import InFolder
 from skillmerge.verbs.tasks import cluster, on_ray
@@ -346,6 +347,21 @@ def test_candidate_that_two_nodes_score_at_once_is_scored(four: Path) -> None:
         trials = [pool.submit(scoring, {"lam": 0.5}, recipe, True) for _ in range(2)]
         assert [trial.result(60)[0].scores["score"].value for trial in trials] == [1, 1]
     assert list((four.parent / "scratch").iterdir()) == []
+
+
+def test_candidate_that_fails_beside_others_leaves_nothing(four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray tries it again under another name: what was unfinished would fill the disk."""
+    scratch = four.parent / "scratch"
+
+    def fail(*given: Any) -> None:
+        (scratch / f"{given[1].name}.partial" / "files").mkdir(parents=True)
+        raise errors.TemporaryError("x")
+
+    monkeypatch.setattr(in_folder, "merge", fail)
+    scoring = InFolder(find_scorer("echo 1 #"), Access(), Work("cpu", 1), (0,), scratch, four.parent)
+    with pytest.raises(errors.TemporaryError):
+        scoring({"lam": 0.5}, load(four), True)
+    assert list(scratch.iterdir()) == []
 
 
 def test_a_sweep_that_no_node_can_take_says_so(

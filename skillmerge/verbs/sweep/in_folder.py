@@ -12,6 +12,7 @@ from skillmerge.durable import remove_tree
 from skillmerge.engine.rounding_statistics import Statistics
 from skillmerge.engine.runner import Work
 from skillmerge.errors import machine_errors
+from skillmerge.outputs.attempts import staging_folder
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.reporter import Reporter
@@ -56,8 +57,10 @@ class InFolder:
                 except NotFinite as error:
                     scores, failed = {}, str(error)
         finally:
-            with suppress(OSError):
-                remove_tree(out)
+            # Beside others no later try continues it: what was unfinished would stay until the sweep ends.
+            for folder in (out, staging_folder(out)) if beside else (out,):
+                with suppress(OSError):
+                    remove_tree(folder)
         warnings = [(remark.message, remark.fix) for remark in (made.plan.warnings if made.plan is not None else ())]
         realised = made.manifest.statistics.all.realised_lambda
         return Trial(values, scores, realised, time.monotonic() - started, failed), warnings
