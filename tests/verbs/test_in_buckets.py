@@ -17,6 +17,7 @@ from conftest import run_cli, weights, write_recipe
 
 import skillmerge
 from skillmerge.checkpoints.place import Bucket
+from skillmerge.checkpoints.stores.objects import Objects
 from skillmerge.errors import CheckFailed, StalePlan, TemporaryError, UsageError
 from skillmerge.outputs.buckets.sending import work_folder
 from skillmerge.outputs.staging import Staging
@@ -275,6 +276,24 @@ def test_what_killed_tasks_left_here_is_removed(s3: S3Server, saved: Path, scrat
         skillmerge.shard(saved, index=0, of=2)
         assert {*home.iterdir()} == {living, new, elsewhere}
         assert (living / "files" / "model.safetensors").read_bytes() == b"its own"
+
+
+def test_a_shard_that_is_sent_again_while_it_is_compared_may_pass(
+    s3: S3Server, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the same bytes: no status that tells a scheduler to give up."""
+    for index in range(2):
+        skillmerge.shard(saved, index=index, of=2)
+    peek = Objects.peek
+
+    def changed(self: Objects, *given: Any) -> bytes:
+        if self.place.prefix == "out/merged":
+            raise StalePlan("it changed while it was in use")
+        return peek(self, *given)
+
+    monkeypatch.setattr(Objects, "peek", changed)
+    with pytest.raises(TemporaryError, match="changed while it was compared"):
+        skillmerge.finish(saved, verify=True)
 
 
 def test_a_damaged_shard_is_found_by_finish(s3: S3Server, saved: Path) -> None:

@@ -22,7 +22,7 @@ from skillmerge.checkpoints.stores.object_client import cloud, connect, tried
 from skillmerge.checkpoints.stores.objects import RECORDS, Objects, stat_of
 from skillmerge.checkpoints.stores.retries import Passing, stopped
 from skillmerge.engine.destination import ShardRecord
-from skillmerge.errors import CheckFailed, UsageError, some
+from skillmerge.errors import CheckFailed, StalePlan, TemporaryError, UsageError, some
 from skillmerge.outputs.journal import Header
 from skillmerge.outputs.staging import MANIFEST_FILE
 from skillmerge.threads import in_threads
@@ -179,11 +179,12 @@ class Prefix:
         return None
 
     def compare(self, done: ShardRecord) -> None:
-        """Raise CheckFailed if an object is not the shard: another run may have sent it and not recorded it."""
+        """Raise CheckFailed if an object is not the shard: another run may have sent it and not recorded it.
+        TemporaryError if it is sent again meanwhile, which gives it another ETag in some stores."""
         import obstore
 
         digest = hashlib.sha256()
-        with suppress(FileNotFoundError):
+        try:
             stat = stat_of(tried(self.place, lambda: obstore.head(self._client, done.file)))
             if stat.size == done.size:
                 # In ranges: one request would have to bring all of it before it times out.
@@ -192,6 +193,13 @@ class Prefix:
                         digest.update(store.peek(done.file, start, _COMPARED))
                 if digest.hexdigest() == done.sha256:
                     return
+        except FileNotFoundError:
+            pass
+        except StalePlan as error:
+            raise TemporaryError(
+                f"{self.place}/{done.file} changed while it was compared: another run may have sent it again",
+                fix="run the same command again",
+            ) from error
         raise self._another(done.file)
 
     def _another(self, name: str) -> CheckFailed:
