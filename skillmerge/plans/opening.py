@@ -42,7 +42,7 @@ def to_bytes(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> bytes:
     """Return a lock for the plan's models on the Hub."""
     models = {}
     for item in plan.inputs:
-        checkpoint = checkpoints[item.name]
+        checkpoint = checkpoints[item.name].own
         if not checkpoint.at.remote or item.revision is None:
             continue
         names = checkpoint.store.list().keys()
