@@ -195,6 +195,8 @@ class Preparation:
         """Begin the calls whose operands can be computed."""
         states = self._states[unit]
         for index, call in enumerate(self.program.calls):
+            if self._together and call.readings and not call.by_model:
+                continue  # all units ask now, and together what each counts by itself would be too much memory
             if states[index] is None and all(_is_ready(states[inner]) for inner in self._inner[index]):
                 lots = partial(self._lots, call)
                 own = Unit(self.unit_size, self._columns, len(call.operands), lots)

@@ -112,3 +112,10 @@ def test_whole_model_is_asked_for_each_vector_of_experts_once() -> None:
     slices = [Preparation(program, (6, 5), "w", 0, of_model, span) for span in ((0, 10), (10, 30))]
     asked = [(it.first, it.last) for each in slices for it in each.stretches(BLOCK)]
     assert asked == [(0, 10), (10, 30)]
+
+
+def test_matrices_ask_after_the_whole_model() -> None:
+    """All of its units ask at the same time, which would be too many counts for what each asks by itself."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {model: torch.randn(5, 7, generator=generator) for model in ("base", "a", "b")}
+    assert prepared(f"trim({A}, density=.5, scope=model) + trim({B}, density=.5)", tensors)[1] == 2 + 2
