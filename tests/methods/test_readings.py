@@ -118,4 +118,5 @@ def test_matrices_ask_after_the_whole_model() -> None:
     """All of its units ask at the same time, which would be too many counts for what each asks by itself."""
     generator = torch.Generator().manual_seed(3)
     tensors = {model: torch.randn(5, 7, generator=generator) for model in ("base", "a", "b")}
-    assert prepared(f"trim({A}, density=.5, scope=model) + trim({B}, density=.5)", tensors)[1] == 2 + 2
+    text = f"trim({A}, density=.5, scope=model) + trim({B}, density=.5)"
+    assert prepared(text, tensors)[1] == compile_term(bound(text, list(tensors))).readings == 2 + 2
