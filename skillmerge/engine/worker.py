@@ -156,7 +156,7 @@ class Worker:
 
         def read() -> None:
             partials.clear()
-            self._in_chunks(tile, values, collect)
+            self._in_chunks(tile, values, collect, stretch.first)
 
         self._sized_to_fit(read)
         return partials
@@ -215,13 +215,20 @@ class Worker:
         self._in_chunks(tile, values, piece)
 
     def _in_chunks(
-        self, tile: Tile, values: Mapping[str, Tensor], work: Callable[[int, Mapping[str, Tensor]], None]
+        self,
+        tile: Tile,
+        values: Mapping[str, Tensor],
+        work: Callable[[int, Mapping[str, Tensor]], None],
+        origin: int = 0,
     ) -> None:
-        """Call `work` for each chunk of a tile, with the index of its first element and its inputs on the device."""
+        """Call `work` for each chunk of a tile, with the index of its first element and its inputs on the device.
+
+        origin: the element that blocks are counted from.
+        """
         start, count = 0, tile.last - tile.first
         while start < count:
             # Of experts with coefficients of their own a tile may begin inside a block.
-            inside = (tile.first + start) % BLOCK if tile.tensor.experts is not None else 0
+            inside = (tile.first + start - origin) % BLOCK if tile.tensor.experts is not None else 0
             stop = min(start + self.chunk - inside, count)
             pieces = enumerate(values.items())
             work(tile.first + start, {model: self._on_device(i, tensor[start:stop]) for i, (model, tensor) in pieces})

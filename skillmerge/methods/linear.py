@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from skillmerge.methods.terms import Call, Leaf, Scaled, Sum, Term, degree, has_calls, weights
+from skillmerge.methods.terms import Call, Leaf, Scaled, Sum, Term, calls, degree, has_calls, weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def compile_term(term: Term) -> Program:
         asked=compiler.asked,
         same_bits=() if has_calls(term) else tuple(_cancelling(total, compiler.free_pairs)),
         calls=tuple(compiler.calls),
-        readings=_readings(term),
+        readings=max((call.readings for call in calls(term) if call.by_model), default=0) + _readings(term),
     )
 
 
@@ -174,14 +174,15 @@ def _need(term: Term) -> int:
 
 
 def _readings(term: Term) -> int:
-    """Calls side by side are answered in one reading; one that is inside another has to be ready before."""
+    """Calls side by side are answered in one reading; one that is inside another has to be ready before. Those of the
+    whole model are all answered before others ask, and do not count."""
     if isinstance(term, Leaf):
         return 0
     if isinstance(term, Scaled):
         return _readings(term.inner)
     if isinstance(term, Sum):
         return max(_readings(term.left), _readings(term.right))
-    return max(map(_readings, term.operands)) + term.readings
+    return max(map(_readings, term.operands)) + (0 if term.by_model else term.readings)
 
 
 def _cancelling(total: Mapping[str, float], free_pairs: set[frozenset[str]]) -> list[tuple[str, str, str]]:

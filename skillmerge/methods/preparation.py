@@ -94,7 +94,7 @@ class Preparation:
         self._name, self._seed, self._of_model = name, seed, of_model or {}
         self._states: list[list[State | None]] = [[None] * len(program.calls) for _ in range(self.units)]
         self._inner = [_inner_calls(program.calls, index) for index in range(len(program.calls))]
-        first, last = span or (0, self.units * self.unit_size)
+        first, last = self._span = span or (0, self.units * self.unit_size)
         self._left = range(first // self.unit_size, -(-last // self.unit_size)) if self.unit_size else range(0)
         """Units that have not begun."""
         self._open: list[int] = []
@@ -104,10 +104,11 @@ class Preparation:
     def stretches(self, tile: int) -> list[Stretch]:
         """Return what has to be read, at most `tile` elements together. tile: a multiple of a block."""
         return [
-            Stretch(unit, unit * self.unit_size + first, unit * self.unit_size + min(first + tile, self.unit_size))
+            Stretch(unit, start, min(start + tile, last))
             for unit in self._open
             if any(state is not None and state.folds for state in self._states[unit])
-            for first in range(0, self.unit_size, tile)
+            for first, last in [self._asked_of(unit)]
+            for start in range(first, last, tile)
         ]
 
     def collector(self, stretch: Stretch, first: int, run: slice, partials: Partials) -> CallRunner:
@@ -173,10 +174,20 @@ class Preparation:
                     result.setdefault(f"{self.program.calls[index].method} {index + 1} {name}", []).append(value)
         return result
 
+    @property
+    def _together(self) -> bool:
+        """Whether its units are asked for the whole model, all together."""
+        return any(state.ready is None for state in self._of_model.values())
+
+    def _asked_of(self, unit: int) -> tuple[int, int]:
+        """Return the elements of a unit that are asked for: for the whole model those that the program is for alone,
+        which of the vectors of experts are less than a matrix."""
+        first, last = unit * self.unit_size, (unit + 1) * self.unit_size
+        return (max(first, self._span[0]), min(last, self._span[1])) if self._together else (first, last)
+
     def _begin_some(self) -> None:
         """Begin as many units as may ask at the same time; all of them, if together they are asked for the model."""
-        together = any(state.ready is None for state in self._of_model.values())
-        while self._left and (together or len(self._open) < _AT_ONCE):
+        while self._left and (self._together or len(self._open) < _AT_ONCE):
             self._begin(self._left[0])
             self._left = self._left[1:]
 
@@ -184,6 +195,8 @@ class Preparation:
         """Begin the calls whose operands can be computed."""
         states = self._states[unit]
         for index, call in enumerate(self.program.calls):
+            if self._together and call.readings and not call.by_model:
+                continue  # all units ask now, and together what each counts by itself would be too much memory
             if states[index] is None and all(_is_ready(states[inner]) for inner in self._inner[index]):
                 lots = partial(self._lots, call)
                 own = Unit(self.unit_size, self._columns, len(call.operands), lots)

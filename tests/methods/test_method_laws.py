@@ -139,6 +139,15 @@ def test_median_of_zeros_of_two_signs_is_the_same_in_any_order_and_any_cutting(
         assert_same_bits(compute("median(a, b, c)", dict(zip("abc", order, strict=True)), dtype=dtype), wanted)
 
 
+@pytest.mark.parametrize("text", ["median(a, b, c)", "median(a, b)"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_median_of_what_is_no_number_is_none(text: str, sign: float) -> None:
+    """Whichever sign it has: devices differ in that."""
+    tensors = models(torch.float32)
+    tensors["a"][2, 5:40] = torch.copysign(torch.tensor(math.nan), torch.tensor(sign))
+    assert torch.equal(compute(text, tensors).isnan(), tensors["a"].isnan())
+
+
 # ------------------------------------------------------------------------------------------------------- zero operands
 
 

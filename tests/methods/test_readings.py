@@ -7,7 +7,7 @@ import torch
 from in_memory import bound, compute, prepared, readings
 
 from skillmerge.methods.linear import compile_term
-from skillmerge.methods.preparation import Preparation
+from skillmerge.methods.preparation import Preparation, state_of_model
 from skillmerge.methods.table import METHODS
 from skillmerge.recipes.formula.bind import bind
 from skillmerge.recipes.formula.catalog import NAMES, explained
@@ -101,3 +101,22 @@ def test_some_experts_are_asked_a_few_at_a_time_and_no_others() -> None:
     assert max(map(len, asked)) == 16
     assert set().union(*asked) == set(range(20, 60))
     assert all(len(numbers) == 40 for numbers in preparation.found().values())
+
+
+def test_whole_model_is_asked_for_each_vector_of_experts_once() -> None:
+    """Packed vectors are the rows of one matrix, and each slice of experts has some of them."""
+    tensors = {model: torch.zeros(6, 5) for model in ("base", "a")}
+    program = compile_term(bound(f"base + trim({A}, density=.5, scope=model)", list(tensors)))
+    (call,) = program.calls
+    of_model = {call.position: state_of_model(call, 30)}
+    slices = [Preparation(program, (6, 5), "w", 0, of_model, span) for span in ((0, 10), (10, 30))]
+    asked = [(it.first, it.last) for each in slices for it in each.stretches(BLOCK)]
+    assert asked == [(0, 10), (10, 30)]
+
+
+def test_matrices_ask_after_the_whole_model() -> None:
+    """All of its units ask at the same time, which would be too many counts for what each asks by itself."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {model: torch.randn(5, 7, generator=generator) for model in ("base", "a", "b")}
+    text = f"trim({A}, density=.5, scope=model) + trim({B}, density=.5)"
+    assert prepared(text, tensors)[1] == compile_term(bound(text, list(tensors))).readings == 2 + 2

@@ -314,3 +314,20 @@ def test_statistics_do_not_depend_on_chunks_and_tiles(tmp_path: Path, monkeypatc
             (document["statistics"], [row.get("statistics") for row in document["tensors"]], weights(made.output))
         )
     assert all(each == found[0] for each in found)
+
+
+def test_what_methods_find_does_not_depend_on_chunks_and_tiles(
+    tmp_path: Path, edit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums are of blocks of each expert's matrix, wherever in the tensor that begins."""
+    rules = {"lam": {"default": 0.5, "rules": [{"experts": "0-1", "value": 0.25}, {"experts": "3", "value": 0.75}]}}
+    merge = "target + trim(rl - sft, density=lam, rescale=l2)"
+    recipe = family(tmp_path, layouts.packed, (COUNT, 300, 200), torch.float32)
+    recipe = edit(recipe, merge=merge, coefficients=rules)
+    found = []
+    for chunk, tile in ((CHUNK, 1 << 21), (BLOCK, 1 << 21), (2 * BLOCK, BLOCK)):
+        monkeypatch.setattr("skillmerge.engine.worker.CHUNK", chunk)
+        monkeypatch.setattr("skillmerge.plans.budget.TILE_BYTES", 2 * tile)
+        made = skillmerge.apply(recipe, overwrite=True, threads=2)
+        found.append(([row.scalars for row in made.manifest.tensors], weights(made.output)))
+    assert all(each == found[0] for each in found)

@@ -140,7 +140,7 @@ def median(unit: Unit) -> Ready:
     Not when: there are two: it is their average.
     Example: median(a, b, c)
     """
-    from skillmerge.bits import from_ordered_bits, ordered_bits  # which loads torch
+    from skillmerge.bits import any_nonfinite, from_ordered_bits, ordered_bits  # which loads torch
 
     count = unit.operands
 
@@ -151,6 +151,10 @@ def median(unit: Unit) -> Ready:
                 low, high = order[index].minimum(order[index + 1]), order[index].maximum(order[index + 1])
                 order[index], order[index + 1] = low, high
         middle = from_ordered_bits(order[count // 2], v[0].dtype)
-        return middle if count % 2 else (from_ordered_bits(order[count // 2 - 1], v[0].dtype) + middle) / 2
+        result = middle if count % 2 else (from_ordered_bits(order[count // 2 - 1], v[0].dtype) + middle) / 2
+        for x in v:
+            if any_nonfinite(x):  # a NaN has no place in the order, and its sign differs from device to device
+                result = result.masked_fill(x.isnan(), math.nan)
+        return result
 
     return Ready(function)
