@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from skillmerge.checkpoints.checkpoint import Checkpoint, Piece, View
 from skillmerge.checkpoints.store import Wait, nothing_to_wait_for
 from skillmerge.checkpoints.views.bands import Band, Bands, Pair, Rectangle, by_band, rectangles
-from skillmerge.checkpoints.views.relations import EXPERT, Layout, layouts, turned
+from skillmerge.checkpoints.views.relations import EXPERT, Layout, is_packed, layouts, turned
 from skillmerge.checkpoints.views.widened import Widened, common_dtype
 from skillmerge.naming import module_kind
 from skillmerge.tensors import DTYPES, TensorSpec
@@ -175,6 +175,7 @@ def in_layout_of(checkpoint: Checkpoint, wanted: Mapping[str, TensorSpec], *, wh
         return checkpoint
     stored, asked = layouts(ours, theirs)
     pairs = {name: found for name in asked.holds if (found := _pairs(wanted[name], stored, asked))}
+    pairs = {name: found for name, found in pairs.items() if not _is_misfit(wanted[name], found, ours)}
     if whole:
         other = {at for at, experts in asked.experts.items() if experts != stored.experts.get(at)}
         pairs = {
@@ -206,6 +207,15 @@ def _pairs(wanted: TensorSpec, stored: Layout, asked: Layout) -> list[Pair]:
     found = [Pair(stored.parts[it], asked.parts[it]) for it in parts if it in stored.parts]
     fits = all(pair.stored.shape == pair.wanted.shape for pair in found) and len(found) == len(parts)
     return found if fits and sum(pair.wanted.elements for pair in found) == wanted.elements > 0 else []
+
+
+def _is_misfit(wanted: TensorSpec, pairs: Sequence[Pair], tensors: Mapping[str, TensorSpec]) -> bool:
+    """Return whether a tensor has another shape than the one that is stored for it, where neither is packed: a vector
+    is no matrix of one column."""
+    stored = tensors[pairs[0].stored.tensor]
+    if len(pairs) > 1 or pairs[0].stored.elements < stored.elements or is_packed(wanted.name) or is_packed(stored.name):
+        return False
+    return stored.shape != wanted.shape
 
 
 def _in_one_dtype(checkpoint: Checkpoint, pairs: Mapping[str, Sequence[Pair]]) -> Checkpoint:
