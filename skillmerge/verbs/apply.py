@@ -35,7 +35,7 @@ from skillmerge.reporter import Reporter, default_reporter
 from skillmerge.study.gate_obstacles import IN_A_BUCKET, NO_LOCAL, prepare
 from skillmerge.study.gates import GateFailed, GateInput, check
 from skillmerge.verbs.elsewhere import into_a_bucket, sender
-from skillmerge.verbs.records import Checks, Publish
+from skillmerge.verbs.records import Checks, Publish, is_published
 from skillmerge.verbs.result import Result
 from skillmerge.verbs.source import planned_to_apply, read_source, source_name
 from skillmerge.verbs.target import finished_output, output_bucket, output_folder, refuse_existing
@@ -127,7 +127,8 @@ def merge(
     if bucket is not None:
         publish = into_a_bucket(source, publish, checks)
     with planned_to_apply(source, access, checks, reporter) as (plan, checkpoints):
-        if tasks is not None:
+        push = sender(plan, publish, bucket)
+        if tasks is not None and (bucket is not None or not is_published(push, publish)):
             checks = tasks.settle(bucket or output_folder(plan.recipe, output, checkpoints), checks)
         left = IN_A_BUCKET if bucket is not None else NO_LOCAL if publish.no_local else None
         prepare(plan.recipe.gates, checks.stats, left, plan)
@@ -137,7 +138,6 @@ def merge(
             shards=len(plan.shards), bytes_read=plan.bytes_read, bytes_written=plan.bytes_written,
         )  # fmt: skip
         budget(plan, threads=work.threads, memory_limit=work.memory_limit)  # what cannot fit is refused here
-        push = sender(plan, publish, bucket)
         with closing(Staging(target, reporter)) as staging, staging.working():
             room = push.room if push is not None else None
             job = Job(plan, checkpoints, staging, checks.stats, checks.allow_nonfinite, room)

@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from skillmerge.outputs.manifest import Manifest
+
+if TYPE_CHECKING:
+    from skillmerge.outputs.sending import Sender
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +46,8 @@ class Publish:
     revision: str | None = None
     pull_request: bool | None = None
     message: str | None = None
+
+
+def is_published(push: Sender | None, publish: Publish) -> bool:
+    """Return whether an output that is to be on the Hub alone is there: then nobody waits for its tasks."""
+    return push is not None and publish.no_local and not publish.overwrite and push.find({}) is not None

@@ -64,8 +64,9 @@ def test_shards_go_ahead_and_one_commit_follows(hub: HubServer, plan: Path) -> N
     assert result.published is not None
     assert not list(plan.parent.glob("merged*"))
     assert_merged(hub, plan)
-    again = skillmerge.finish(plan, **AHEAD)
+    again = skillmerge.finish(plan, wait=True, wait_limit=20, **AHEAD)
     assert again.already
+    assert again.seconds < 15, "nobody waits for tasks of a model that is on the Hub"
     assert again.published is not None
     assert again.published.commit == result.published.commit
     assert send(plan) == [], "a late task finds the model on the Hub"
