@@ -127,8 +127,7 @@ class Cluster:
         options: dict[str, Any] = {"num_cpus": self.threads, "num_gpus": int(self.device == "cuda")}
         if avoid and self._places().keys() - avoid:
             options["label_selector"] = {_NODE: f"!in({','.join(sorted(avoid))})"}
-        # A process is used once: a task that was cancelled may have left half of torch imported, which nothing mends.
-        task = self._ray.remote(max_calls=1)(_program()).options(
+        task = self._ray.remote(_program()).options(
             max_retries=RETRIES, retry_exceptions=[TemporaryError], scheduling_strategy="SPREAD", **options
         )
         return task.remote(__version__, work, arguments)
@@ -170,11 +169,12 @@ class Cluster:
         except (errors.RayError, ConnectionError) as error:
             raise TemporaryError(f"the cluster has lost a task: {_said(error)}", fix="rerun to continue") from error
 
-    def cancel(self, tasks: Collection[Any]) -> None:
-        """Stop tasks, without waiting for their end."""
+    def cancel(self, tasks: Collection[Any], *, kill: bool = False) -> None:
+        """Stop tasks, without waiting for their end. kill: with their processes, which run nothing after them. One that
+        was interrupted may have left half of torch imported, which no later import mends."""
         for task in tasks:
             with suppress(Exception):  # the cluster may be gone
-                self._ray.cancel(task)
+                self._ray.cancel(task, force=kill)
 
     def close(self) -> None:
         if self._owned:

@@ -96,7 +96,7 @@ class OnRay(Collector):
                 staging.dismiss_tasks()
                 raise
             finally:
-                self._cluster.cancel(self._running)
+                self._cluster.cancel(self._running, kill=True)
 
     def _start(self, job: Job, staging: Staging, sizes: Mapping[str, int]) -> None:
         """Give all shards to tasks, the largest first."""
