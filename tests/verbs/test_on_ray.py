@@ -75,7 +75,7 @@ class Threads:
     def nodes_of(self, host: str) -> set[str]:
         return {"slow"}
 
-    def cancel(self, tasks: Collection[Future[Any]]) -> None:
+    def cancel(self, tasks: Collection[Future[Any]], *, kill: bool = False) -> None:
         for task in tasks:
             task.cancel()
 
