@@ -170,8 +170,8 @@ class Cluster:
             raise TemporaryError(f"the cluster has lost a task: {_said(error)}", fix="rerun to continue") from error
 
     def cancel(self, tasks: Collection[Any], *, kill: bool = False) -> None:
-        """Stop tasks, without waiting for their end. kill: with their processes, which run nothing after them. One that
-        was interrupted may have left half of torch imported, which no later import mends."""
+        """Stop tasks, without waiting for their end. kill: with their processes, which run nothing after them. A task
+        that was interrupted may have left half of torch imported, and the next one in its process would fail."""
         for task in tasks:
             with suppress(Exception):  # the cluster may be gone
                 self._ray.cancel(task, force=kill)
