@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from apply import Sample, machine, make, run, spread, warm
+from apply import in_turns, machine, make, spread
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -65,21 +63,6 @@ def commands(family: Path, out: Path, ranks: list[int]) -> dict[str, list[str]]:
     return found
 
 
-def measure(todo: dict[str, list[str]], family: Path, out: Path, rounds: int) -> dict[str, list[Sample]]:
-    samples: dict[str, list[Sample]] = {name: [] for name in todo}
-    for number in range(rounds + 1):
-        for name in list(todo) if number % 2 else reversed(list(todo)):
-            shutil.rmtree(out, ignore_errors=True)
-            os.sync()
-            warm(family)
-            sample = run(todo[name], out.with_name("log.txt"))
-            if number or rounds == 0:
-                samples[name].append(sample)
-                print(f"  {name:10} {sample.wall:6.1f} s  {sample.cpu:6.1f} s CPU  {sample.memory:6.0f} MB", flush=True)
-    shutil.rmtree(out, ignore_errors=True)
-    return samples
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1.5B", help="a size that family.py knows")
@@ -93,7 +76,7 @@ def main() -> None:
     ranks = [int(rank) for rank in arguments.ranks.split(",")]
     print(f"{machine()} {arguments.size}, {arguments.rounds} rounds, {time.strftime('%Y-%m-%d')}\n")
     out = arguments.work / "out"
-    samples = measure(commands(family, out, ranks), family, out, arguments.rounds)
+    samples = in_turns(commands(family, out, ranks), family, out, arguments.rounds)
     print("\n| merge | wall s | CPU s | peak MB | wall / dense |\n| --- | --- | --- | --- | --- |")
     for name, found in samples.items():
         ratios = [it.wall / dense.wall for dense, it in zip(samples["dense"], found, strict=True)]

@@ -193,6 +193,22 @@ def machine() -> str:
     )
 
 
+def in_turns(todo: dict[str, list[str]], family: Path, out: Path, rounds: int) -> dict[str, list[Sample]]:
+    """Run every command once a round, in turns, with a warm page cache. The first of several rounds does not count."""
+    samples: dict[str, list[Sample]] = {name: [] for name in todo}
+    for number in range(rounds + 1):
+        for name in list(todo) if number % 2 else reversed(list(todo)):
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            warm(family)
+            sample = run(todo[name], out.with_name("log.txt"))
+            if number or rounds == 0:
+                samples[name].append(sample)
+                print(f"  {name:20} {sample.wall:6.1f} s  {sample.cpu:6.1f} s CPU  {sample.memory:6.0f} MB", flush=True)
+    shutil.rmtree(out, ignore_errors=True)
+    return samples
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1.5B", help="a size that family.py knows")

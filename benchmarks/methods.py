@@ -10,14 +10,12 @@ over rounds, ratios are taken round by round. The first round warms up. mergekit
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from apply import Sample, machine, make, run, spread, warm
+from apply import in_turns, machine, make, spread
 
 METHODS = {
     "slerp": ("slerp(target, rl, t=0.4)", "slerp", "", "", {"t": 0.4}),
@@ -52,21 +50,6 @@ def commands(name: str, family: Path, out: Path, mergekit: str) -> dict[str, lis
     return {"skillmerge": ours, **theirs}
 
 
-def measure(todo: dict[str, list[str]], family: Path, out: Path, rounds: int) -> dict[str, list[Sample]]:
-    samples: dict[str, list[Sample]] = {name: [] for name in todo}
-    for number in range(rounds + 1):
-        for name in list(todo) if number % 2 else reversed(list(todo)):
-            shutil.rmtree(out, ignore_errors=True)
-            os.sync()
-            warm(family)
-            sample = run(todo[name], out.with_name("log.txt"))
-            if number or rounds == 0:
-                samples[name].append(sample)
-                print(f"  {name:20} {sample.wall:6.1f} s  {sample.cpu:6.1f} s CPU  {sample.memory:6.0f} MB", flush=True)
-    shutil.rmtree(out, ignore_errors=True)
-    return samples
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", required=True)
@@ -85,7 +68,7 @@ def main() -> None:
     ]
     for name in arguments.methods.split(","):
         print(name)
-        samples = measure(commands(name, family, arguments.work / "out", arguments.mergekit), family,
+        samples = in_turns(commands(name, family, arguments.work / "out", arguments.mergekit), family,
                           arguments.work / "out", arguments.rounds)  # fmt: skip
         for command, found in samples.items():
             ratios = [other.wall / ours.wall for ours, other in zip(samples["skillmerge"], found, strict=True)]

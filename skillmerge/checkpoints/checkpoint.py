@@ -18,7 +18,7 @@ from skillmerge.checkpoints.safetensors import Header
 from skillmerge.checkpoints.store import Stat, Store, Wait, Where
 from skillmerge.errors import InputError
 from skillmerge.methods.terms import minus_of
-from skillmerge.tensors import DTYPES, TensorSpec
+from skillmerge.tensors import DTYPES, UNIT, TensorSpec
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -294,3 +294,31 @@ def versions(checkpoints: Mapping[str, Checkpoint]) -> dict[str, dict[str, list[
         name: {file: list(item.version) for file, item in checkpoint.files.items()}
         for name, checkpoint in checkpoints.items()
     }
+
+
+def sha256_as_read(checkpoint: Checkpoint, file: str, described: bytes, stop: threading.Event | None = None) -> str:
+    """Return the digest of a file's tensors as they are read, behind `described`; of no use where `stop` was set
+    meanwhile."""
+    digest = hashlib.sha256(described)
+    for name in checkpoint.files[file].tensors:
+        elements = checkpoint.tensors[name].elements
+        for first in range(0, elements, UNIT):
+            if stop is not None and stop.is_set():
+                return ""
+            digest.update(read_bytes(checkpoint, name, first, min(UNIT, elements - first)))
+    return digest.hexdigest()
+
+
+def in_shards(sizes: Mapping[str, int], limit: int) -> list[tuple[str, list[str]]]:
+    """Return the files that hold these tensors in their order, each with at most `limit` bytes or one tensor."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, nbytes in sizes.items():
+        if groups[-1] and filled + nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += nbytes
+    if len(groups) == 1:
+        return [(SINGLE_FILE, groups[0])]
+    return [(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names) for number, names in enumerate(groups, 1)]

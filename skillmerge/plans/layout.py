@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from skillmerge.checkpoints.checkpoint import SINGLE_FILE, Checkpoint
+from skillmerge.checkpoints.checkpoint import SINGLE_FILE, Checkpoint, in_shards
 from skillmerge.checkpoints.safetensors import MAX_HEADER_BYTES, MAX_NAME, build_header
 from skillmerge.errors import InputError
 from skillmerge.plans.plan import ShardPlan, TensorPlan
@@ -74,18 +74,7 @@ def _as_donor(donor: Checkpoint) -> list[tuple[str, list[str]]]:
 
 
 def _by_size(tensors: Mapping[str, TensorPlan], limit: int) -> list[tuple[str, list[str]]]:
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, plan in tensors.items():
-        nbytes = _nbytes(plan)
-        if groups[-1] and filled + nbytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += nbytes
-    if len(groups) == 1:
-        return [(SINGLE_FILE, groups[0])]
-    return [(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names) for number, names in enumerate(groups, 1)]
+    return in_shards({name: _nbytes(plan) for name, plan in tensors.items()}, limit)
 
 
 def _nbytes(plan: TensorPlan) -> int:

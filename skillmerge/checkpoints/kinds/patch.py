@@ -18,11 +18,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, Piece, read_bytes
+from skillmerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint, Piece, read_bytes, sha256_as_read
 from skillmerge.checkpoints.safetensors import Header
 from skillmerge.checkpoints.store import Store, Wait, read_headers, read_json_object
 from skillmerge.errors import InputError, some
-from skillmerge.tensors import CHUNK, DTYPES, UNIT, StoredTensor, TensorSpec
+from skillmerge.tensors import CHUNK, DTYPES, StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -101,13 +101,7 @@ class Patched(Checkpoint):
 
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:
         """Return the digest of the base's file with the patch applied."""
-        digest = hashlib.sha256(self._base.files[file].described)
-        for name in self.files[file].tensors:
-            for first in range(0, self.tensors[name].elements, UNIT):
-                if stop is not None and stop.is_set():
-                    return ""
-                digest.update(read_bytes(self, name, first, min(UNIT, self.tensors[name].elements - first)))
-        return digest.hexdigest()
+        return sha256_as_read(self, file, self._base.files[file].described, stop)
 
     def check_unchanged(self, files: Collection[str] | None = None) -> None:
         self._base.check_unchanged(files)

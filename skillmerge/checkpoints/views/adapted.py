@@ -16,14 +16,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, read_bytes
+from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, read_bytes, sha256_as_read
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.store import Wait, nothing_to_wait_for
 from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.fitting import Change, Model, changes_of, no_module
 from skillmerge.checkpoints.views.unpacking import products_of
 from skillmerge.errors import InputError, some
-from skillmerge.tensors import DTYPES, UNIT, StoredTensor, TensorSpec
+from skillmerge.tensors import DTYPES, StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,13 +104,7 @@ class Adapted(_Adapting):
 
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:
         """Return the digest of the model's file with the adapter on it."""
-        digest = hashlib.sha256(self._base.files[file].described)
-        for name in self.files[file].tensors:
-            for first in range(0, self.tensors[name].elements, UNIT):
-                if stop is not None and stop.is_set():
-                    return ""
-                digest.update(read_bytes(self, name, first, min(UNIT, self.tensors[name].elements - first)))
-        return digest.hexdigest()
+        return sha256_as_read(self, file, self._base.files[file].described, stop)
 
     def check_unchanged(self, files: Collection[str] | None = None) -> None:
         self._base.check_unchanged(files)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from skillmerge.checkpoints.checkpoint import SINGLE_FILE, Checkpoint, Naming, Piece, WeightFile, read_bytes
+from skillmerge.checkpoints.checkpoint import Checkpoint, Naming, Piece, WeightFile, in_shards, read_bytes
 from skillmerge.checkpoints.model_config import layers_in, sections
 from skillmerge.checkpoints.safetensors import Header
 from skillmerge.checkpoints.store import Store, Wait, all_of
@@ -82,7 +82,8 @@ class Stacked(Checkpoint):
         )  # fmt: skip
         tensors: dict[str, TensorSpec] = {}
         files: dict[str, WeightFile] = {}
-        for file, names in _shards(self.sources):
+        sizes = {name: part.tensors[source].nbytes for name, (part, source) in self.sources.items()}
+        for file, names in in_shards(sizes, SHARD):
             files[file] = self._file(names)
             for each in names:
                 part, source = self.sources[each]
@@ -177,18 +178,3 @@ def _in_order(sources: Mapping[str, Source]) -> Iterator[tuple[str, Source]]:
             (before if module_kind(name) == "embedding" else behind).append(name)
     for name in (*before, *(name for number in sorted(layers) for name in layers[number]), *behind):
         yield name, sources[name]
-
-
-def _shards(sources: Mapping[str, Source]) -> list[tuple[str, list[str]]]:
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, (part, source) in sources.items():
-        nbytes = part.tensors[source].nbytes
-        if groups[-1] and filled + nbytes > SHARD:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += nbytes
-    if len(groups) == 1:
-        return [(SINGLE_FILE, groups[0])]
-    return [(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names) for number, names in enumerate(groups, 1)]
