@@ -127,8 +127,7 @@ def merge(
     if bucket is not None:
         publish = into_a_bucket(source, publish, checks)
     with planned_to_apply(source, access, checks, reporter) as (plan, checkpoints):
-        push = sender(plan, publish, bucket)
-        if tasks is not None and (bucket is not None or not is_published(push, publish)):
+        if tasks is not None and (bucket is not None or not is_published(sender(plan, publish, bucket), publish)):
             checks = tasks.settle(bucket or output_folder(plan.recipe, output, checkpoints), checks)
         left = IN_A_BUCKET if bucket is not None else NO_LOCAL if publish.no_local else None
         prepare(plan.recipe.gates, checks.stats, left, plan)
@@ -138,6 +137,7 @@ def merge(
             shards=len(plan.shards), bytes_read=plan.bytes_read, bytes_written=plan.bytes_written,
         )  # fmt: skip
         budget(plan, threads=work.threads, memory_limit=work.memory_limit)  # what cannot fit is refused here
+        push = sender(plan, publish, bucket)
         with closing(Staging(target, reporter)) as staging, staging.working():
             room = push.room if push is not None else None
             job = Job(plan, checkpoints, staging, checks.stats, checks.allow_nonfinite, room)
