@@ -1,67 +1,15 @@
-"""What is refused of adapters: by key, by tensor and by model, each with what to do; and adapters that mean harm."""
+"""What is refused of adapters: by key, by tensor and by model, each with what to do."""
 
 from __future__ import annotations
 
-import json
-import re
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import run_cli, write_checkpoint
-from safetensors.torch import load_file, save_file
+from conftest import run_cli
+from refused_adapters import PREFIX, Q, refused, write_both
 
 from skillmerge.checkpoints.kinds.lora import adapter as lora
-from skillmerge.checkpoints.kinds.lora.patterns import Patterns
-from skillmerge.errors import InputError
-from skillmerge.verbs import apply  # noqa: F401 - so that no test waits for torch
-
-Q = "model.layers.0.self_attn.q_proj"
-PREFIX = "base_model.model."
-SHAPES = {"model.embed_tokens.weight": (12, 8), f"{Q}.weight": (6, 8), f"{Q}.bias": (6,),
-          "model.layers.0.mlp.down_proj.weight": (8, 10), "lm_head.weight": (12, 8)}  # fmt: skip
-PAIR = {f"{Q}.lora_A.weight": (2, 8), f"{Q}.lora_B.weight": (6, 2)}
-
-
-def write_both(
-    folder: Path,
-    tensors: Mapping[str, tuple[int, ...] | None] = {},
-    *,
-    base: Mapping[str, Any] = {},
-    onto: bool = True,
-    **config: Any,
-) -> Path:
-    """A model, an adapter for one of its modules with other tensors beside or in place of its own, and a recipe."""
-    shapes = {**PAIR, **tensors}
-    made = {f"{PREFIX}{name}" if not name.startswith("!") else name[1:]: torch.randn(shape) * 0.1
-            for name, shape in shapes.items() if shape is not None}  # fmt: skip
-    (folder / "adapter").mkdir(parents=True)
-    document = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(document))
-    save_file(made, folder / "adapter" / lora.WEIGHTS)
-    whole = {name: shape for name, shape in {**SHAPES, **base}.items() if not isinstance(shape, bool)}
-    settings = {"tie_word_embeddings": True} if base.get("tied") else {}
-    write_checkpoint(folder / "base", {name: torch.randn(shape) for name, shape in whole.items()}, config=settings)
-    entry = {"adapter": "adapter", **({"onto": "base"} if onto else {})}
-    recipe = {"skillmerge": 1, "models": {"base": "base", "v": entry},
-              "merge": "v" if onto else "base + v", "output": {"path": "out"}}  # fmt: skip
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    return folder
-
-
-def refused(folder: Path, *command: str) -> str:
-    """What is said, without places that are not the same each time."""
-    started = time.process_time()
-    process = run_cli(*(command or ("apply", "recipe.yaml")), cwd=folder)
-    assert process.returncode == 4, process.stderr
-    assert time.process_time() - started < 2
-    assert not (folder / "out").exists()
-    lines = [line for line in process.stderr.replace(f"{folder}/", "").splitlines() if " | " not in line]
-    return re.sub(r"^error: recipe.yaml:1:\d+: model `v`: ", "", "\n".join(lines))
-
 
 MERGE = "help: merge it with the library that made it (peft: `merge_and_unload`), and name that folder as a model"
 CONFIG = "adapter/adapter_config.json: "
@@ -89,6 +37,12 @@ KEYS = {
     "rank": ({"r": "8"}, "`r` is '8', and a rank is a number from 1 to 65536", ""),
     "no rank": ({"r": None}, "`r` is None, and a rank is a number from 1 to 65536", ""),
     "alpha": ({"lora_alpha": "x"}, "`lora_alpha` is 'x', not a number", ""),
+    "alpha 0": ({"lora_alpha": 0}, "`lora_alpha` is 0, with which the adapter would add nothing",
+        "help: write the `lora_alpha` of the training run into the file; verl's merger leaves 0 there"),
+    "rslora": ({"use_rslora": "true"}, "`use_rslora` is 'true', not true or false", ""),
+    "fan_in_fan_out": ({"fan_in_fan_out": 1}, "`fan_in_fan_out` is 1, not true or false", ""),
+    "DoRA of parameters": ({"use_dora": True, "target_parameters": ["mlp.experts.down_proj"]},
+        "sets `use_dora` and `target_parameters`, which do not go together", MERGE),
     "patterns": ({"rank_pattern": [1]}, "`rank_pattern` is [1], not a table of numbers", ""),
     "pattern": ({"rank_pattern": {"q": 0}}, "`rank_pattern` gives 'q' the rank 0", ""),
     "parameters": ({"target_parameters": {"a": 1}}, "`target_parameters` is {'a': 1}, not a list of names", ""),
@@ -114,6 +68,7 @@ def test_adapter_that_changed_its_base_is_refused(tmp_path: Path, begun: str) ->
 
 OTHER = "help: name the model that the adapter was trained on, or read its modules under other names with `rename`"
 AGAIN = "help: the adapter is incomplete: fetch it again, or save it again with `save_pretrained`"
+UNLIKE = "help: weights and configuration are of different adapters: fetch both again"
 WEIGHTS = "adapter/adapter_model.safetensors: "
 A, B = f"`{PREFIX}{Q}.lora_A.weight`", f"`{PREFIX}{Q}.lora_B.weight`"
 TENSORS: dict[str, tuple[dict[str, Any], str]] = {
@@ -183,8 +138,49 @@ TENSORS: dict[str, tuple[dict[str, Any], str]] = {
         f"adapter: `{PREFIX}score.weight` changes `score.weight`, which base does not have\n{OTHER}",
     ),
     "magnitude": (
-        {"tensors": {f"{Q}.lora_magnitude_vector": (5,)}},
+        {"tensors": {f"{Q}.lora_magnitude_vector": (5,)}, "use_dora": True},
         f"{WEIGHTS}`{PREFIX}{Q}.lora_magnitude_vector` [5] does not fit {B} [6, 2]\n{AGAIN}",
+    ),
+    "DoRA without magnitudes": (
+        {"use_dora": True},
+        f"{WEIGHTS}module `{Q}` has nothing but {A}, {B}, and adapter/adapter_config.json sets `use_dora`\n{UNLIKE}",
+    ),
+    "magnitudes without DoRA": (
+        {"tensors": {f"{Q}.lora_magnitude_vector": (6,)}},
+        f"{WEIGHTS}module `{Q}` has `{PREFIX}{Q}.lora_magnitude_vector`, and adapter/adapter_config.json does not set "
+        f"`use_dora`\n{UNLIKE}",
+    ),
+    "biases that were lost": (
+        {"lora_bias": True},
+        f"{WEIGHTS}module `{Q}` has nothing but {A}, {B}, and adapter/adapter_config.json sets `lora_bias`\n{UNLIKE}",
+    ),
+    "DoRA of rows inside another tensor": (
+        {"tensors": {"model.layers.0.mlp.up_proj.lora_A.weight": (2, 8),
+                     "model.layers.0.mlp.up_proj.lora_B.weight": (10, 2),
+                     "model.layers.0.mlp.up_proj.lora_magnitude_vector": (10,),
+                     f"{Q}.lora_magnitude_vector": (6,)},
+         "base": {"model.layers.0.mlp.gate_up_proj.weight": (20, 8)}, "use_dora": True},
+        f"{WEIGHTS}`{PREFIX}model.layers.0.mlp.up_proj.lora_magnitude_vector` scales the rows of "
+        "`model.layers.0.mlp.up_proj.weight` (DoRA), which base stores as a part of another tensor\n"
+        "help: name a model that stores it by itself; or merge the adapter with peft (`merge_and_unload`), and name "
+        "that folder as a model",
+    ),
+    "square, and not known which way": (
+        {"tensors": {f"{Q}.lora_B.weight": (8, 2)}, "fan_in_fan_out": True,
+         "base": {f"{Q}.weight": (8, 8), f"{Q}.bias": (8,), "config": {"model_type": "llama"}}},
+        f"adapter: {A} and {B} change `{Q}.weight`, which is square, and neither `fan_in_fan_out` in "
+        "adapter/adapter_config.json nor other matrices show whether it is stored transposed\n"
+        "help: merge the adapter with peft (`merge_and_unload`), and name that folder as a model",
+    ),
+    "two modules for one tensor": (
+        {"tensors": {"model.layers.0.mlp.up_proj.lora_A.weight": (2, 8),
+                     "model.layers.0.mlp.up_proj.lora_B.weight": (10, 2),
+                     "old.layers.0.mlp.up_proj.lora_A.weight": (2, 8),
+                     "old.layers.0.mlp.up_proj.lora_B.weight": (10, 2)},
+         "rename": [{"from": "old.", "to": "model."}],
+         "base": {"model.layers.0.mlp.gate_up_proj.weight": (20, 8)}},
+        f"adapter: `{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight` and "
+        f"`{PREFIX}old.layers.0.mlp.up_proj.lora_A.weight` both change `model.layers.0.mlp.up_proj.weight`",
     ),
     "twice": (
         {"tensors": {f"{Q}.weight": (6, 8)}},
@@ -262,7 +258,8 @@ ALONE = {
     "rows": ({"model.embed_tokens.token_adapter.trainable_tokens_delta": (1, 8)}, {"trainable_token_indices": [3]},
         "adapter: replaces some rows of `model.embed_tokens.weight`, which is no difference\n"
         f"{ONTO}, and subtract that model"),
-    "DoRA": ({f"{Q}.lora_magnitude_vector": (6,)}, {}, f"adapter: DoRA scales the base's rows (`{Q}.weight`), so that "
+    "DoRA": ({f"{Q}.lora_magnitude_vector": (6,)}, {"use_dora": True},
+        f"adapter: DoRA scales the base's rows (`{Q}.weight`), so that "
         f"its difference depends on the base\n{ONTO}"),
 }  # fmt: skip
 
@@ -337,114 +334,3 @@ def test_adapters_in_subfolders_are_named(tmp_path: Path) -> None:
     assert refused(tmp_path) == "adapter has no adapter named `lr`\nhelp: there are: rl"
     recipe.write_text(recipe.read_text().replace('"lr"', '"rl"'))
     assert run_cli("apply", "recipe.yaml", cwd=tmp_path).returncode == 0
-
-
-def config_of(**keys: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        file = folder / "adapter" / "adapter_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
-
-    return change
-
-
-def text_of(text: str | bytes, name: str = "adapter_config.json") -> Callable[[Path], None]:
-    return lambda folder: (
-        (folder / "adapter" / name).write_bytes(text.encode() if isinstance(text, str) else text) and None
-    )
-
-
-def many_modules(folder: Path) -> None:
-    """20,000 modules, each to be tried against expressions that backtrack as much as is allowed."""
-    tensors = {f"{PREFIX}model.layers.{n}.{'a' * 100}.lora_{part}.weight": torch.zeros(1, 1)
-               for n in range(20_000) for part in "AB"}  # fmt: skip
-    save_file(tensors, folder / "adapter" / lora.WEIGHTS)
-    config_of(rank_pattern={f".*a.*{n}b": 1 for n in range(1000)}, r=1)(folder)
-
-
-def sparse(folder: Path) -> None:
-    """A matrix of 2^76 elements, of two vectors that the file has no bytes for."""
-    load_file(folder / "adapter" / lora.WEIGHTS)
-    names = {f"{PREFIX}{Q}.lora_A.weight": [2, 1 << 38], f"{PREFIX}{Q}.lora_B.weight": [1 << 38, 2]}
-    offsets, end = {}, 0
-    for name, shape in names.items():
-        size = 4 * shape[0] * shape[1]
-        offsets[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    header = json.dumps(offsets).encode()
-    with (folder / "adapter" / lora.WEIGHTS).open("wb") as stream:
-        stream.write(len(header).to_bytes(8, "little") + header)
-        stream.truncate(8 + len(header) + end)
-
-
-HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "10 MB of patterns": (config_of(rank_pattern={f"{n:020}": 1 for n in range(400_000)}), "acceptable size"),
-    "7 MB of patterns": (config_of(rank_pattern={f"{n:020}": 1 for n in range(250_000)}), "has rank 2"),
-    "too many expressions": (config_of(rank_pattern={f"{n}.*": 1 for n in range(20_000)}), "the most accepted is 1000"),
-    "nested repetitions": (config_of(rank_pattern={r"(\w+)+$": 1}), "could take too long to match"),
-    "alternatives in a repetition": (config_of(alpha_pattern={"(a|a)*b": 1}), "could take too long to match"),
-    "optional characters": (config_of(rank_pattern={"a?" * 40 + "a" * 40: 1}), "could take too long to match"),
-    "a long expression": (config_of(rank_pattern={"a*" * 1000: 1}), "could take too long to match"),
-    "a reference": (config_of(rank_pattern={r"(a)\1*": 1}), "could take too long to match"),
-    "looking around": (config_of(rank_pattern={"(?=a*)*b": 1}), "could take too long to match"),
-    "no expression": (config_of(rank_pattern={"(q": 1}), "is not a regular expression"),
-    "keys of other types": (config_of(rank_pattern={"q": "x"}), "the rank 'x'"),
-    "a number without end": (text_of('{"peft_type": "LORA", "r": 2, "lora_alpha": 1e999}'), "not a number"),
-    "no number": (text_of('{"peft_type": "LORA", "r": 2, "lora_alpha": NaN}'), "not a number"),
-    "an enormous rank": (config_of(r=1 << 40), "a rank is a number from 1 to 65536"),
-    "a key twice": (text_of('{"peft_type": "LORA", "r": 2, "r": 3}'), "is defined twice"),
-    "deep nesting": (text_of('{"a":' * 100_000 + "1" + "}" * 100_000), "nested too deeply"),
-    "a list": (text_of("[]"), "is not a JSON object"),
-    "no text": (text_of(b"\xff\xfe\x00"), "is not valid JSON"),
-    "rows of other types": (config_of(trainable_token_indices={"embed_tokens": [-1]}), "is not a list of rows"),
-    "a name over several lines": (config_of(peft_type="LO\nRA\x1b[31m"), "`peft_type` is 'LO\\nRA"),
-    "a matrix larger than any": (sparse, "make a matrix of shape [274877906944, 274877906944]"),
-    "weights that are none": (text_of(b"x", lora.WEIGHTS), "bytes long"),
-    "many modules and expressions": (many_modules, "take too long to match"),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_adapter_is_refused_soon(tmp_path: Path, case: str) -> None:
-    change, message = HOSTILE[case]
-    write_both(tmp_path)
-    if "7 MB" in case:
-        config_of(r=3)(tmp_path)
-    change(tmp_path)
-    assert message in refused(tmp_path)
-
-
-def test_matrix_that_no_model_bounds_is_bounded(tmp_path: Path) -> None:
-    """Alone, an adapter says itself how large its matrices are."""
-    write_both(tmp_path)
-    sparse(tmp_path)
-    found = refused(tmp_path, "inspect", "adapter")
-    assert "makes a matrix of shape [274877906944, 274877906944]" in found
-
-
-EXPRESSIONS = {
-    r"^model\.layers\.0\.self_attn\.q_proj": ["model.layers.0.self_attn.q_proj"],
-    "self_attn.q_proj": ["model.layers.0.self_attn.q_proj", "self_attn.q_proj"],
-    r"layers\.\d+\.mlp\.(up|down)_proj": ["model.layers.10.mlp.up_proj", "layers.1.mlp.down_proj"],
-    "[qk]_proj": ["model.layers.0.self_attn.q_proj"],
-    r".*\.mlp\..*": ["model.layers.3.mlp.gate_proj"],
-    r"layers\.(?:0|1)\..*?_proj": ["layers.1.mlp.x_proj"],
-}
-
-
-@pytest.mark.parametrize("key", EXPRESSIONS)
-def test_pattern_matches_as_pefts_does(key: str) -> None:
-    names = {name for found in EXPRESSIONS.values() for name in found} | {"xself_attn.q_proj", "model", "a.mlp"}
-    for name in names:
-        theirs = re.match(rf"(.*\.)?({key})$", name) is not None
-        assert (Patterns("x", {key: 5}).number(name) == 5) == theirs, name
-
-
-def test_first_pattern_that_matches_counts() -> None:
-    table = Patterns("x", {"b.c": 1, ".*c": 2, "c": 3, "a.b.c": 4})
-    assert [table.number(name) for name in ("a.b.c", "x.c", "c", "d")] == [1, 2, 2, None]
-    assert Patterns("x", {"c": 3, "b.c": 1, ".*c": 2}).number("a.b.c") == 3
-
-
-def test_expressions_are_not_tried_on_endless_names() -> None:
-    with pytest.raises(InputError, match="too long to try them on"):
-        Patterns("x", {"a.*": 1}).number("b" * 300)

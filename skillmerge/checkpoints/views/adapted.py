@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, read_bytes, sha256_as_read
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
+from skillmerge.checkpoints.kinds.lora.parts import MERGE
 from skillmerge.checkpoints.store import Wait, nothing_to_wait_for
 from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.fitting import Change, Model, changes_of, no_module
@@ -308,13 +309,24 @@ def _changes(adapter: Adapter, model: Model, rename: Renames) -> dict[str, Chang
     products = {name: Change(product) for name, (_, product) in added.items() if product is not None}
     plane = AdapterPlane(adapter, model, {name: spec for name, (spec, _) in added.items()}, products)
     arranged = in_layout_of(plane, model.tensors, whole=False)
-    for pair in left:
-        if any(name in arranged.tensors for name, (_, it) in added.items() if it is not None and it.pair is pair):
-            raise no_module(adapter, pair, model, rename)
+    for name, (_, product) in added.items():
+        if product is not None and name in arranged.tensors:
+            raise no_module(adapter, product.pair, model, rename)
+        if product is not None and product.pair.magnitude is not None:
+            raise _scaled_elsewhere(adapter, product.pair.magnitude, name, model)
     targets = arranged.tensors.keys() - added.keys()
     for name in targets & changes.keys():
         raise InputError(f"{adapter.place}: two pairs of A and B change `{name}`")
     return changes | {name: Change(arranged=arranged) for name in targets}
+
+
+def _scaled_elsewhere(adapter: Adapter, magnitude: StoredTensor, name: str, model: Model) -> InputError:
+    """Return the error for DoRA on rows that a model stores inside another tensor."""
+    return InputError(
+        f"{adapter.at.path(adapter.file)}: `{magnitude.name}` scales the rows of `{name}` (DoRA), which {model.said} "
+        "stores as a part of another tensor",
+        fix=f"name a model that stores it by itself; or {MERGE}",
+    )
 
 
 def _refuse_replacements(adapter: Adapter, changes: Mapping[str, Change]) -> None:

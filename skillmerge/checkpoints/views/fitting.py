@@ -13,7 +13,7 @@ from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
-from skillmerge.checkpoints.kinds.lora.parts import Pair, Rows
+from skillmerge.checkpoints.kinds.lora.parts import MERGE, UNLIKE, Pair, Rows
 from skillmerge.checkpoints.model_config import ties_embeddings
 from skillmerge.checkpoints.views.renamed import replaced
 from skillmerge.errors import InputError, some
@@ -22,6 +22,8 @@ from skillmerge.tensors import DTYPES, StoredTensor, TensorSpec
 
 _MOST_ELEMENTS = 1 << 36
 """Of one tensor that only an adapter describes: more than any model has."""
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+"""Architectures whose layers transformers makes of `Conv1D`, which stores matrices as [inputs, outputs]."""
 _OTHER = "name the model that the adapter was trained on, or read its modules under other names with `rename`"
 
 
@@ -86,7 +88,7 @@ def own_tensors(adapter: Adapter, rename: Sequence[tuple[str, str]]) -> dict[str
     found: dict[str, TensorSpec] = {}
     for pair in adapter.parts.pairs:
         (rank, inputs), outputs = pair.a.shape, pair.b.shape[0]
-        if rank != adapter.lora.rank(pair.module):
+        if rank != adapter.lora.rank(adapter.lora.key(pair.module)):
             raise _rank_error(adapter, pair, "parameters of several experts, " if adapter.lora.parameters else "")
         swapped = pair.embedding or adapter.lora.transposed
         shape = (inputs, outputs) if swapped else (outputs, inputs)
@@ -112,12 +114,11 @@ def changes_of(
     left: list[Pair] = []
     for (name, written), change in _parts(adapter, model, rename, left):
         if name in taken:
-            raise InputError(f"{_at(adapter)}: `{taken[name]}` and `{written}` both change `{name}`")
+            raise twice(adapter, taken[name], written, name)
         taken[name] = written
         found[name] = change
-    for name, change in list(found.items()):
-        if (head := _tied_head(name, model)) is not None and head not in found:
-            found[head] = change
+    if ties_embeddings(model.config):
+        found |= _tied_heads(found, model)
     return found, left
 
 
@@ -126,10 +127,11 @@ def _parts(
 ) -> Iterator[tuple[tuple[str, str], Change]]:
     """Yield the tensor of each part, the adapter's tensor that shows it, and the change. left: gets the pairs without a
     tensor."""
+    turned = _is_turned(adapter, model, rename)
     for pair in adapter.parts.pairs:
         module = replaced(f"{pair.module}.weight", rename)
         if module in model.tensors:
-            yield (module, pair.a.name), Change(_product(adapter, pair, model, model.tensors[module]))
+            yield (module, pair.a.name), Change(_product(adapter, pair, model, model.tensors[module], turned))
         elif (found := _parameter(adapter, pair, model, rename)) is not None:
             yield found
         else:
@@ -153,15 +155,19 @@ def _parts(
         yield (spec.name, whole.name), Change(whole=whole)
 
 
-def _product(adapter: Adapter, pair: Pair, model: Model, spec: TensorSpec) -> Product:
-    """Return B A on a matrix. Raises InputError where it does not fit."""
+def _product(adapter: Adapter, pair: Pair, model: Model, spec: TensorSpec, turned: bool | None) -> Product:
+    """Return B A on a matrix. turned: as `_is_turned` says. Raises InputError where it does not fit."""
     (rank, inputs), outputs = pair.a.shape, pair.b.shape[0]
-    if rank != adapter.lora.rank(pair.module):
+    key = adapter.lora.key(pair.module)
+    if rank != adapter.lora.rank(key):
         raise _rank_error(adapter, pair)
     _check_float(adapter, spec, model)
     ways = {(outputs, inputs): False, (inputs, outputs): True}
     if inputs == outputs:
-        ways = {spec.shape: adapter.lora.transposed} if spec.shape == (inputs, outputs) else {}
+        side = False if module_kind(spec.name) == "head" else turned
+        if side is None and not pair.embedding:
+            raise _square(adapter, pair, spec)
+        ways = {spec.shape: bool(side)} if spec.shape == (inputs, outputs) else {}
     elif pair.embedding:
         ways = {(inputs, outputs): True}
     if spec.shape not in ways:
@@ -169,7 +175,28 @@ def _product(adapter: Adapter, pair: Pair, model: Model, spec: TensorSpec) -> Pr
     if pair.copy is not None:
         _fit(adapter, model, spec, pair.copy)
     transposed = pair.embedding or ways[spec.shape]
-    return Product(pair, adapter.lora.scale(pair.module), 1, *spec.shape, transposed)
+    return Product(pair, adapter.lora.scale(key), 1, *spec.shape, transposed)
+
+
+def _is_turned(adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]]) -> bool | None:
+    """Return whether the model stores the matrices of its layers as [inputs, outputs]; None if that is not clear.
+
+    PEFT goes by the classes of modules: `fan_in_fan_out` is only what it found last. Shapes show it, but not those of
+    square matrices.
+    """
+    architecture = model.config.get("model_type")
+    if architecture in _CONV1D:
+        return True
+    seen = set()
+    for pair in adapter.parts.pairs:
+        spec = model.tensors.get(replaced(f"{pair.module}.weight", rename))
+        size = pair.b.shape[0], pair.a.shape[1]
+        if spec is None or pair.embedding or size[0] == size[1] or module_kind(spec.name) == "head":
+            continue
+        seen |= {spec.shape != size} if spec.shape in (size, size[::-1]) else set()
+    if not seen:
+        return None if adapter.lora.transposed and architecture else adapter.lora.transposed
+    return seen.pop() if len(seen) == 1 else None
 
 
 def _parameter(
@@ -201,15 +228,27 @@ def _parameter(
 
 def parameters_of(adapter: Adapter, pair: Pair) -> list[str]:
     """Return the parameters that a pair may be for, by the configuration."""
-    return list(dict.fromkeys(f"{pair.module}.{name.rpartition('.')[2]}" for name in adapter.lora.parameters))
+    return [f"{pair.module}.{name}" for name in adapter.lora.parameters]
 
 
 def ambiguous(adapter: Adapter, pair: Pair, names: Sequence[str]) -> InputError:
     return InputError(
         f"{_at(adapter)}: `{pair.a.name}` {list(pair.a.shape)} and `{pair.b.name}` {list(pair.b.shape)} fit more than "
         f"one parameter, or one in two ways: {some([f'`{name}`' for name in dict.fromkeys(names)])}",
-        fix="merge the adapter with peft (`merge_and_unload`), and name that folder as a model",
+        fix=MERGE,
     )
+
+
+def _square(adapter: Adapter, pair: Pair, spec: TensorSpec) -> InputError:
+    return InputError(
+        f"{_at(adapter)}: `{pair.a.name}` and `{pair.b.name}` change `{spec.name}`, which is square, and neither "
+        f"`fan_in_fan_out` in {adapter.lora.where} nor other matrices show whether it is stored transposed",
+        fix=MERGE,
+    )
+
+
+def twice(adapter: Adapter, first: str, second: str, name: str) -> InputError:
+    return InputError(f"{_at(adapter)}: `{first}` and `{second}` both change `{name}`")
 
 
 def _tensor(adapter: Adapter, model: Model, name: str, stored: StoredTensor) -> TensorSpec:
@@ -257,11 +296,12 @@ def _shape_error(adapter: Adapter, model: Model, spec: TensorSpec, pair: Pair, f
 
 
 def _rank_error(adapter: Adapter, pair: Pair, what: str = "") -> InputError:
+    rank = adapter.lora.rank(adapter.lora.key(pair.module))
     return InputError(
-        f"{_at(adapter)}: `{pair.a.name}` has rank {pair.a.shape[0]}, and {adapter.lora.where} gives it "
-        f"{adapter.lora.rank(pair.module)}" + (f" ({what}which only a model can say)" if what else ""),
+        f"{_at(adapter)}: `{pair.a.name}` has rank {pair.a.shape[0]}, and {adapter.lora.where} gives it {rank}"
+        + (f" ({what}which only a model can say)" if what else ""),
         fix="give `onto:` the model, or add that model to the formula" if what
-        else "weights and configuration are of different adapters: fetch both again",
+        else UNLIKE,
     )  # fmt: skip
 
 
@@ -308,16 +348,16 @@ def _nearest(name: str, model: Model) -> str | None:
     return f"the nearest is `{near[0]}`; {_OTHER}" if near else None
 
 
-def _tied_head(name: str, model: Model) -> str | None:
-    """Return the stored copy of an embedding that a config ties to it."""
-    if module_kind(name) != "embedding" or not ties_embeddings(model.config):
-        return None
-    spec = model.tensors[name]
-    heads = [
-        other for other, it in model.tensors.items()
-        if it.shape == spec.shape and other.endswith("lm_head.weight")
-    ]  # fmt: skip
-    return heads[0] if len(heads) == 1 else None
+def _tied_heads(changes: Mapping[str, Change], model: Model) -> dict[str, Change]:
+    """Return the changes of stored copies of embeddings that a config ties to them."""
+    heads = [spec for name, spec in model.tensors.items() if name.endswith("lm_head.weight")]
+    found: dict[str, Change] = {}
+    for name, change in changes.items():
+        if module_kind(name) == "embedding":
+            alike = [head.name for head in heads if head.shape == model.tensors[name].shape]
+            if len(alike) == 1 and alike[0] not in changes:
+                found[alike[0]] = change
+    return found
 
 
 def _check_float(adapter: Adapter, spec: TensorSpec, model: Model) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.kinds.lora.parts import Pair
 from skillmerge.checkpoints.views.arranged import apart
-from skillmerge.checkpoints.views.fitting import Model, Product, ambiguous, no_module, parameters_of
+from skillmerge.checkpoints.views.fitting import Model, Product, ambiguous, no_module, parameters_of, twice
 from skillmerge.checkpoints.views.relations import layouts
 from skillmerge.checkpoints.views.renamed import replaced
 from skillmerge.tensors import TensorSpec
@@ -27,11 +27,14 @@ def products_of(adapter: Adapter, pairs: Sequence[Pair], model: Model, rename: S
     """Return the products of pairs as tensors in the adapter's layout, with zeros for parts of the model's tensors that
     no pair is for. Raises InputError for a pair that fits nothing, or more than one tensor."""
     found: Products = {}
+    owners: dict[str, Pair] = {}
     layers: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in model.tensors.items():
         layers.setdefault(_layer(name), {})[name] = spec
     for pair in pairs:
         name, product = _parameter(adapter, pair, model, layers, rename) or _matrix(adapter, pair, rename)
+        if (owner := owners.setdefault(name, pair)) is not pair:
+            raise twice(adapter, owner.a.name, pair.a.name, name)
         shape = (product.rows, product.columns)
         spec = TensorSpec(name, "F64", shape if product.experts == 1 else (product.experts, *shape), adapter.file)
         found[name] = spec, product

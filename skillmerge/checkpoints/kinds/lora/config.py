@@ -19,6 +19,8 @@ CONFIG_FILE = "adapter_config.json"
 _MOST_BYTES = 8_000_000
 """Room for a rank of each of 60,000 modules."""
 MOST_RANK = 1 << 16
+_MOST_PARAMETERS = 64
+"""Of `target_parameters`, by the last parts of their names: each may be the one that a pair is for."""
 
 _MERGE = "merge it with the library that made it (peft: `merge_and_unload`), and name that folder as a model"
 _CONVERT = (
@@ -55,8 +57,9 @@ _KNOWN = {
 class LoraConfig:
     """The parts of `adapter_config.json` that say what the tensors mean.
 
-    where: the file, in messages. digest: of the file. parameters: the names in `target_parameters`. tokens: rows by
-    module, `None` for the input embedding, whatever it is called. base: what the adapter says that it was trained on.
+    where: the file, in messages. digest: of the file. parameters: the last parts of the names in `target_parameters`.
+    weights: those of these names that are of a module's weight. tokens: rows by module, `None` for the input embedding,
+    whatever it is called. base: what the adapter says that it was trained on.
     """
 
     where: str
@@ -68,8 +71,17 @@ class LoraConfig:
     rslora: bool = False
     transposed: bool = False
     parameters: tuple[str, ...] = ()
+    weights: frozenset[str] = frozenset()
+    dora: bool = False
+    biases: bool = False
     tokens: Mapping[str | None, tuple[int, ...]] = field(default_factory=dict)
     base: str | None = None
+
+    def key(self, module: str) -> str:
+        """Return what patterns call a module's weight: the module, or the parameter if `target_parameters` has it."""
+        parts = f"{module}.weight".split(".")
+        named = any(".".join(parts[start:]) in self.weights for start in range(len(parts)))
+        return f"{module}.weight" if named else module
 
     def rank(self, name: str) -> int:
         """Return the rank of a module, or of a parameter of `target_parameters`."""
@@ -93,16 +105,23 @@ def read_config(store: Store, file: str) -> LoraConfig:
     rank = document.get("r")
     if not _is_rank(rank):
         raise InputError(f"{where}: `r` is {_shown(rank)}, and a rank is a number from 1 to {MOST_RANK}")
+    parameters = _names(document, "target_parameters", where)
+    dora = _switch(document, "use_dora", where)
+    if dora and parameters:
+        raise InputError(f"{where}: sets `use_dora` and `target_parameters`, which do not go together", fix=_MERGE)
     return LoraConfig(
         where=where,
         digest=hashlib.sha256(store.read_small(file, _MOST_BYTES)).digest(),
         r=int(rank),  # type: ignore[arg-type]
-        alpha=_number(document.get("lora_alpha", 8), "lora_alpha", where),
+        alpha=_alpha(document, where),
         ranks=Patterns(f"{where}: `rank_pattern`", _table(document, "rank_pattern", where)),
         alphas=Patterns(f"{where}: `alpha_pattern`", _table(document, "alpha_pattern", where)),
-        rslora=document.get("use_rslora") is True,
-        transposed=document.get("fan_in_fan_out") is True,
-        parameters=tuple(_names(document, "target_parameters", where)),
+        rslora=_switch(document, "use_rslora", where),
+        transposed=_switch(document, "fan_in_fan_out", where),
+        dora=dora,
+        biases=_switch(document, "lora_bias", where),
+        parameters=_endings(parameters, where),
+        weights=frozenset(name for name in parameters if name.rpartition(".")[2] == "weight"),
         tokens=_tokens(document.get("trainable_token_indices"), where),
         base=_base(document),
     )
@@ -141,6 +160,23 @@ def _number(value: Any, key: str, where: str) -> float:
     return float(value)
 
 
+def _alpha(document: Mapping[str, Any], where: str) -> float:
+    alpha = _number(document.get("lora_alpha", 8), "lora_alpha", where)
+    if alpha == 0:
+        raise InputError(
+            f"{where}: `lora_alpha` is 0, with which the adapter would add nothing",
+            fix="write the `lora_alpha` of the training run into the file; verl's merger leaves 0 there",
+        )
+    return alpha
+
+
+def _switch(document: Mapping[str, Any], key: str, where: str) -> bool:
+    value = document.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"{where}: `{key}` is {_shown(value)}, not true or false")
+    return value is True
+
+
 def _is_rank(value: Any) -> bool:
     return type(value) is int and 1 <= value <= MOST_RANK
 
@@ -150,6 +186,17 @@ def _names(document: Mapping[str, Any], key: str, where: str) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{where}: `{key}` is {_shown(names)}, not a list of names")
     return names
+
+
+def _endings(names: list[str], where: str) -> tuple[str, ...]:
+    """Return the parameters of modules that names end with, each once."""
+    endings = tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    if len(endings) > _MOST_PARAMETERS:
+        raise InputError(
+            f"{where}: `target_parameters` names {len(endings)} parameters of modules; the most accepted is "
+            f"{_MOST_PARAMETERS}"
+        )
+    return endings
 
 
 def _tokens(value: Any, where: str) -> dict[str | None, tuple[int, ...]]:

@@ -26,6 +26,8 @@ from skillmerge.tensors import DTYPES, StoredTensor
 
 PREFIX = "base_model.model."
 _BASE = ".base_layer"
+UNLIKE = "weights and configuration are of different adapters: fetch both again"
+MERGE = "merge the adapter with peft (`merge_and_unload`), and name that folder as a model"
 _AGAIN = "the adapter is incomplete: fetch it again, or save it again with `save_pretrained`"
 
 _ROLES = {
@@ -35,7 +37,7 @@ _ROLES = {
     ".token_adapter.trainable_tokens_delta": "rows",
     ".base_layer.weight": "copy", ".base_layer.bias": "replaced_bias",
 }  # fmt: skip
-_FOREIGN = (".lora_A.", ".lora_B.", ".lora_E", ".lora_", "hada_", "lokr_", "_adapter.")
+_FOREIGN = (".lora_", ".hada_", ".lokr_", ".token_adapter.")
 """Parts of names that only tensors of adapters have. What is not understood of them replaces nothing."""
 
 
@@ -108,7 +110,7 @@ def parts_of(tensors: Iterable[StoredTensor], config: LoraConfig, place: str) ->
         if (bias := roles.pop("replaced_bias", None)) is not None:
             replaced[f"{_plain(named)}.bias"] = bias
         if roles:
-            pairs.append(_pair(named, roles, place))
+            pairs.append(_pair(named, roles, config, place))
     _refuse_twice(pairs, rows, replaced, config, place)
     return Parts(tuple(pairs), tuple(rows), replaced)
 
@@ -120,8 +122,8 @@ def _plain(named: str) -> str:
     return named.replace(f"{_BASE}.", ".")
 
 
-def _pair(named: str, roles: Mapping[str, StoredTensor], place: str) -> Pair:
-    """Return a module's A and B. Raises InputError where they do not fit each other."""
+def _pair(named: str, roles: Mapping[str, StoredTensor], config: LoraConfig, place: str) -> Pair:
+    """Return a module's A and B. Raises InputError where they do not fit each other, or the configuration."""
     kinds = ("embedding_a", "embedding_b") if "embedding_a" in roles or "embedding_b" in roles else ("a", "b")
     a, b = (roles.get(kind) for kind in kinds)
     if a is None or b is None or {"a", "embedding_a"} <= roles.keys() or {"b", "embedding_b"} <= roles.keys():
@@ -133,34 +135,32 @@ def _pair(named: str, roles: Mapping[str, StoredTensor], place: str) -> Pair:
                 "saved without being gathered (FSDP, ZeRO 3)",
                 fix="save the adapter again, with its parameters gathered",
             )
-        raise InputError(
-            f"{place}: `{a.name}` {list(a.shape)} is of a convolution, which is not read",
-            fix="merge the adapter with peft (`merge_and_unload`), and name that folder as a model",
-        )
+        raise InputError(f"{place}: `{a.name}` {list(a.shape)} is of a convolution, which is not read", fix=MERGE)
     if a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
         raise InputError(
             f"{place}: the ranks of `{a.name}` {list(a.shape)} and `{b.name}` {list(b.shape)} contradict each other",
             fix=_AGAIN,
         )
-    pair = Pair(_plain(named), named, a, b, kinds[0] != "a", roles.get("bias"), roles.get("magnitude"),
-                roles.get("copy"))  # fmt: skip
-    outputs = b.shape[0]
-    for vector in (pair.bias, pair.magnitude):
-        if vector is not None and vector.elements != outputs:
+    for kind, key, said in (("magnitude", "use_dora", config.dora), ("bias", "lora_bias", config.biases)):
+        vector = roles.get(kind)
+        if (vector is not None) != said:
+            has = f"has `{vector.name}`" if vector is not None else f"has nothing but {_listed(roles.values())}"
+            sets = "sets" if said else "does not set"
+            raise InputError(f"{place}: module `{named}` {has}, and {config.where} {sets} `{key}`", fix=UNLIKE)
+        if vector is not None and vector.elements != b.shape[0]:
             raise InputError(
                 f"{place}: `{vector.name}` {list(vector.shape)} does not fit `{b.name}` {list(b.shape)}", fix=_AGAIN
             )
-    return pair
+    return Pair(_plain(named), named, a, b, kinds[0] != "a", roles.get("bias"), roles.get("magnitude"),
+                roles.get("copy"))  # fmt: skip
 
 
 def _rows(named: str, values: StoredTensor, config: LoraConfig, place: str) -> Rows:
     """Return the rows that a module's tokens replace. Raises InputError where the configuration has others."""
     module = _plain(named)
-    found = [
-        rows
-        for key, rows in config.tokens.items()
-        if key is None or module == key or module.endswith(f".{key}") or key.endswith(f".{module}")
-    ]
+    parts = module.split(".")
+    keys = [None, *(".".join(parts[start:]) for start in range(len(parts)))]
+    found = [config.tokens[key] for key in keys if key in config.tokens]
     if len(found) != 1:
         raise InputError(f"{config.where}: `trainable_token_indices` does not say which rows `{values.name}` replaces")
     if len(values.shape) != 2 or values.shape[0] != len(found[0]):

@@ -77,15 +77,25 @@ class Patterns:
 def _ways(key: str) -> float:
     """Return a bound of the ways in which an expression can match; without end for repeated groups, references to
     groups and looking around."""
-    ways, before = 1.0, ""
+    before = ""
+    open_groups = [[0.0, 1.0]]
+    """Of each group that is not closed yet: the ways of its earlier alternatives, and of the present one."""
     for token in _TOKEN.findall(key):
-        if token in ("*", "+"):
-            ways *= _EACH if before != ")" else float("inf")
+        group = open_groups[-1]
+        if token in ("(", "(?:"):
+            open_groups.append([0.0, 1.0])
+        elif token == ")" and len(open_groups) > 1:
+            open_groups.pop()
+            open_groups[-1][1] *= sum(group)
+        elif token == "|":
+            open_groups[-1] = [sum(group), 1.0]
+        elif token in ("*", "+"):
+            group[1] *= _EACH if before != ")" else float("inf")
         elif token == "?" and before in ("*", "+", "?"):
             pass  # a lazy repetition
-        elif token in ("?", "|"):
-            ways *= 2 if before != "(" else float("inf")
+        elif token == "?":
+            group[1] *= 2 if before != "(" else float("inf")
         elif token == "{" or (token[0] == "\\" and token[1:].isdigit()):
-            ways = float("inf")
+            group[1] = float("inf")
         before = token
-    return ways
+    return sum(map(sum, open_groups))
