@@ -74,6 +74,13 @@ VARIANTS = {
         {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "rank_pattern": {"down_proj": 7}}
     ),
     "fan_in_fan_out": Variant({"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, "gpt2"),
+    "conv1d_and_linear": Variant(
+        {"target_modules": ["attn.c_proj", "lm_head"]}, "gpt2", config={"tie_word_embeddings": False}
+    ),
+    "weights_as_parameters": Variant({
+        "target_modules": [], "target_parameters": ["q_proj.weight", "up_proj.weight"],
+        "alpha_pattern": {"q_proj.weight": 32, "up_proj": 64}, "rank_pattern": {"up_proj.weight": 3},
+    }),
     "embedding": Variant({"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding_tied": Variant({"target_modules": ["embed_tokens"]}, config={"tie_word_embeddings": True}),
     "modules_to_save": Variant({"target_modules": Q, "modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
@@ -108,7 +115,7 @@ def model_of(variant: Variant, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     if variant.model == "gpt2":
         config: Any = t.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0,
-                                   eos_token_id=0)  # fmt: skip
+                                   eos_token_id=0, **variant.config)  # fmt: skip
         made: Any = t.GPT2LMHeadModel(config)
     elif variant.model == "qwen3_moe":
         config = t.Qwen3MoeConfig(**MOE, intermediate_size=64, moe_intermediate_size=20, num_experts=4)
@@ -233,9 +240,11 @@ def _products(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     weight = f"{module}.weight"
     if weight in base:
-        assert len(a) == _rank(config, module)
-        whole = product(a, b, _scale(config, module))
-        return {weight: whole.T if embedding or config.get("fan_in_fan_out") else whole}
+        named = any(weight.endswith(name) for name in config.get("target_parameters") or ())
+        whole = product(a, b, _scale(config, weight if named else module))
+        # What PEFT writes as `fan_in_fan_out` is true of the last module.
+        turned = embedding or (module.startswith("transformer.h.") and "c_" in module)
+        return {weight: whole.T if turned else whole}
     for name in config["target_parameters"]:
         target = f"{module}.{name.rpartition('.')[2]}"
         if target not in base:
