@@ -53,14 +53,17 @@ def write_adapter(
 @dataclass(frozen=True)
 class Variant:
     """lora: words of `LoraConfig`. model: which architecture. config: words of its configuration. packed: whether the
-    base is saved as transformers has it in memory."""
+    base is saved as transformers has it in memory. whole: whether the embeddings are saved beside the adapter, as PEFT
+    does where tokens were added."""
 
     lora: Mapping[str, Any]
     model: str = "llama"
     config: Mapping[str, Any] = field(default_factory=dict)
     packed: bool = False
+    whole: bool = False
 
 
+TIED = {"tie_word_embeddings": True}
 Q = ["q_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 VARIANTS = {
@@ -89,6 +92,12 @@ VARIANTS = {
         {"target_modules": Q, "trainable_token_indices": {"embed_tokens": [95, 3, 7]}},
         config={"tie_word_embeddings": True},
     ),
+    "modules_beside": Variant({"target_modules": Q, "modules_to_save": ["embed_tokens", "lm_head"]}, whole=True),
+    "modules_tied": Variant(
+        {"target_modules": Q, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, config=TIED
+    ),
+    "tokens_beside": Variant({"target_modules": Q, "trainable_token_indices": [3, 95]}, whole=True),
+    "tokens_beside_tied": Variant({"target_modules": Q, "trainable_token_indices": [3, 95]}, config=TIED, whole=True),
     "bias": Variant({"target_modules": Q, "bias": "lora_only"}, config={"attention_bias": True}),
     "bias_all": Variant({"target_modules": Q, "bias": "all"}, config={"attention_bias": True}),
     "lora_bias": Variant({"target_modules": Q, "lora_bias": True}, config={"attention_bias": True}),
@@ -144,7 +153,7 @@ def adapter(name: str, dtype: torch.dtype = torch.float32, seed: int = 7) -> Pat
     for parameter in trained.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn_like(parameter) * 0.02
-    trained.save_pretrained(folder / "adapter")
+    trained.save_pretrained(folder / "adapter", save_embedding_layers=variant.whole or "auto")
     return folder
 
 
@@ -201,6 +210,12 @@ def _parts(
     }
     base = {name: torch.from_numpy(of(wide(it))).to(it.dtype) for name, it in read_checkpoint(folder / "base").items()}
     tied = json.loads((folder / "base" / "config.json").read_text()).get("tie_word_embeddings")
+    # Of what is there twice, one is enough.
+    tensors = {
+        name: it for name, it in tensors.items() if ".original_module." not in name and ".modules_to_save." not in name
+    }
+    if tied and "lm_head.weight" not in base:
+        tensors = {name: it for name, it in tensors.items() if not name.startswith("lm_head.")}
     found: dict[str, np.ndarray] = {}
     added: dict[str, np.ndarray] = {}
     for name, a in tensors.items():

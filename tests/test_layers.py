@@ -104,7 +104,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "kinds.lora.joined views.adapted",
         "kinds.table views.low_rank views.unpacking",
         "views.fitting",
-        "kinds.lora.adapter kinds.skill schemes",
+        "kinds.lora.adapter kinds.lora.tied kinds.skill schemes",
         "kinds.dense kinds.lora.parts kinds.patch kinds.skill_planes",
         "stores.headed stores.hub stores.memory stores.objects",
         "tokenizers.tokenizer views.arranged views.by_token views.renamed views.spooled views.stacked",

@@ -207,8 +207,19 @@ TENSORS: dict[str, tuple[dict[str, Any], str]] = {
         {"tensors": {"lm_head.lora_A.weight": (2, 8), "lm_head.lora_B.weight": (12, 2)},
          "base": {"tied": True, "lm_head.weight": False}},
         f"adapter: `{PREFIX}lm_head.lora_A.weight` changes module `lm_head`, which base does not have: its config ties "
-        "the head to the embedding, and the adapter changes only the head\n"
+        "the head to the embedding, and the adapter does not do the same to both\n"
         "help: name a model that stores both (`tie_word_embeddings: false`)",
+    ),
+    "head that is tied, replaced": (
+        {"tensors": {"lm_head.weight": (12, 8)}, "base": {"tied": True, "lm_head.weight": False}},
+        f"adapter: `{PREFIX}lm_head.weight` changes `lm_head.weight`, which base does not have: its config ties the "
+        "head to the embedding, and the adapter does not do the same to both\n"
+        "help: name a model that stores both (`tie_word_embeddings: false`)",
+    ),
+    "module of PEFT without the model's": (
+        {"tensors": {"lm_head.original_module.weight": (12, 8)}},
+        f"{WEIGHTS}`{PREFIX}lm_head.original_module.weight` has no `{PREFIX}lm_head.weight` of its shape beside it\n"
+        f"{AGAIN}",
     ),
     "experts that do not fit": (
         {"tensors": {"model.layers.0.mlp.experts.lora_A.weight": (4, 8),

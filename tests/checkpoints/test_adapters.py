@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from adapter_models import DIFFERENCES, VARIANTS, adapter, expected, expected_difference, merged, product, sizes, wide
+from adapter_models import (
+    DIFFERENCES,
+    PREFIX,
+    SMALL,
+    TIED,
+    VARIANTS,
+    Variant,
+    adapter,
+    expected,
+    expected_difference,
+    merged,
+    model_of,
+    product,
+    sizes,
+    wide,
+)
 from conftest import read_checkpoint, write_checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, read_bytes
 from skillmerge.checkpoints.kinds.lora import adapter as lora
@@ -21,6 +37,7 @@ from skillmerge.checkpoints.views import low_rank
 from skillmerge.checkpoints.views.adapted import difference, onto
 from skillmerge.checkpoints.views.fitting import Model
 from skillmerge.engine.values import read_values
+from skillmerge.errors import InputError
 
 pytestmark = [pytest.mark.xdist_group("transformers"), pytest.mark.filterwarnings("ignore")]
 
@@ -156,8 +173,6 @@ def test_what_an_adapter_leaves_alone_is_as_the_model_stores_it() -> None:
 
 
 def test_named_adapter_is_the_one_in_its_subfolder(tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(adapter("linear") / "adapter", tmp_path, dirs_exist_ok=True)
     shutil.copytree(adapter("patterns") / "adapter", tmp_path / "rl")
     store = Folder(tmp_path)
@@ -266,6 +281,60 @@ def test_head_that_is_stored_beside_a_tied_embedding_follows(tmp_path: Path) -> 
     assert bytes(read_bytes(tied, "lm_head.weight")) != embedding.numpy().tobytes()
     write_checkpoint(tmp_path / "base", tensors)
     assert bytes(read_bytes(put_onto(tmp_path), "lm_head.weight")) == embedding.numpy().tobytes()
+
+
+def test_tied_head_with_a_pair_of_its_own_is_what_was_trained(tmp_path: Path) -> None:
+    """Compared with the adapter at work: merged by PEFT 0.21, the one matrix would get both pairs."""
+    from peft import LoraConfig, get_peft_model
+
+    variant = Variant({}, config=TIED)
+    model = model_of(variant, torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    words = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    trained = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **words))
+    pair = trained.get_input_embeddings()
+    for parameter in (pair.lora_embedding_A["default"], pair.lora_embedding_B["default"]):
+        parameter.data += torch.randn_like(parameter) * 0.1
+    trained.save_pretrained(tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / lora.WEIGHTS)
+    assert f"{PREFIX}lm_head.lora_A.weight" in stored
+    found = put_onto(tmp_path)
+    values = read_values(found, "model.embed_tokens.weight").reshape(-1, SMALL["hidden_size"])
+    again = model_of(variant, torch.float32)
+    again.load_state_dict({"model.embed_tokens.weight": values}, strict=False)
+    again.tie_weights()
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.allclose(again(tokens).logits, trained(tokens).logits, atol=1e-4)
+    plus = alone(tmp_path).plus
+    part = [wide(stored[f"{PREFIX}model.embed_tokens.lora_embedding_{it}"]) for it in "AB"]
+    wanted = product(part[0], part[1], 1.5).T.astype(np.float32)
+    assert bytes(read_bytes(plus, "model.embed_tokens.weight")) == wanted.tobytes()
+    stored[f"{PREFIX}lm_head.lora_B.weight"][5, 1] += 1
+    save_file(stored, tmp_path / "adapter" / lora.WEIGHTS)
+    for checkpoint in (put_onto(tmp_path), alone(tmp_path).plus):
+        with pytest.raises(InputError, match="are for one tensor of the model, and they differ"):
+            read_bytes(checkpoint, "model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "spoiled"),
+    [
+        ("modules_beside", "lm_head.modules_to_save.weight"),
+        ("modules_tied", "lm_head.weight"),
+        ("tokens_beside", "model.embed_tokens.token_adapter.base_layer.weight"),
+        ("tokens_beside_tied", "lm_head.token_adapter.trainable_tokens_delta"),
+        ("tokens_beside_tied", "lm_head.token_adapter.base_layer.weight"),
+    ],
+)
+def test_what_is_there_twice_has_to_be_the_same(tmp_path: Path, name: str, spoiled: str) -> None:
+    shutil.copytree(adapter(name), tmp_path, dirs_exist_ok=True)
+    stored = load_file(tmp_path / "adapter" / lora.WEIGHTS)
+    stored[PREFIX + spoiled][1, 2] += 1
+    save_file(stored, tmp_path / "adapter" / lora.WEIGHTS)
+    checkpoint = put_onto(tmp_path)
+    with pytest.raises(InputError, match=r"and they differ|and not that of"):
+        [read_bytes(checkpoint, tensor) for tensor in checkpoint.tensors]
 
 
 def test_model_with_an_adapter_beside_it_is_a_model(tmp_path: Path) -> None:

@@ -82,12 +82,16 @@ def test_adapters_of_different_models(tmp_path: Path) -> None:
 
 def add(folder: Path, tensors: dict[str, tuple[int, ...]], **config: Any) -> None:
     weights, words = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    save_file({**load_file(weights), **{f"{PREFIX}{name}": torch.ones(it) for name, it in tensors.items()}}, weights)
+    found = {**load_file(weights), **{f"{PREFIX}{name}": torch.ones(it) for name, it in tensors.items()}}
+    if config.get("use_dora"):  # which is of all of an adapter's modules
+        found = {name: it for name, it in found.items() if ".layers.1." not in name}
+    save_file(found, weights)
     words.write_text(json.dumps({**json.loads(words.read_text()), **config}))
 
 
 PARTS = {
-    "dora": ({f"{Q.format(0)}.lora_magnitude_vector": (12,)}, {"use_dora": True},
+    "dora": ({f"{name}.lora_magnitude_vector": SIDES[name.rpartition(".")[2]][:1] for name in modules(1)},
+             {"use_dora": True},
              "adapter `a` scales the base's rows (DoRA), which cannot be put side by side: `model.layers.0"),
     "replaced": ({"model.norm.weight": (8,)}, {"modules_to_save": ["norm"]},
                  "adapter `a` replaces tensors, which cannot be put side by side: `model.norm.weight`"),
@@ -118,12 +122,13 @@ def test_biases_have_to_be_in_all_modules(tmp_path: Path) -> None:
     for name in modules():
         base[f"{name}.bias"] = torch.zeros(SIDES[name.rpartition(".")[2]][0])
     save_file(base, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    add(tmp_path / "a", {f"{Q.format(0)}.lora_B.bias": (12,)}, lora_bias=True)
-    models = {"base": "base", "a": ON, "b": B}
+    add(write_adapter(tmp_path / "c", modules(1, (Q,))), {f"{Q.format(0)}.lora_B.bias": (12,)}, lora_bias=True)
+    models = {"base": "base", "a": {**ON, "adapter": "c"}, "b": B}
     message = "adapter `a` adds to biases (`lora_bias`), and the output would not in all of its modules"
     refused(tmp_path, write_out(tmp_path, "base + (a - base) + b", models), message, None)
     sides = {f"{name}.lora_B.bias": (SIDES[name.rpartition(".")[2]][0],) for name in modules()}
-    add(tmp_path / "a", sides)
+    add(tmp_path / "a", sides, lora_bias=True)
+    models = {"base": "base", "a": ON, "b": B}
     found = run_cli("apply", write_out(tmp_path, "base + 0.25 * (a - base) + b", models))
     assert found.returncode == 0, found.stderr
     made = load_file(tmp_path / "out" / "adapter_model.safetensors")

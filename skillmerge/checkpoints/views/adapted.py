@@ -143,6 +143,7 @@ class Adapted(_Adapting):
         from skillmerge.checkpoints.views.low_rank import areas
 
         change, spec = self.changes[piece.tensor], self.tensors[piece.tensor]
+        self._matrices.confirm(change.same)
         out = torch.frombuffer(self.view(piece), dtype=torch_dtype(spec.dtype))
         if change.whole is not None:
             out.copy_(self._matrices.stored(change.whole, piece.first, piece.count))
@@ -160,6 +161,8 @@ class Adapted(_Adapting):
 
     def _changed(self, name: str, change: Change, area: Area, values: Tensor) -> Tensor:
         """Return an area of the model's elements as the adapter leaves them, in float64."""
+        for copy in change.copies:
+            self._compare(name, copy, area, values)
         if change.bias is not None:
             return values.add_(self._matrices.vector(change.bias)[area.columns] * change.scale)
         if change.arranged is not None:
@@ -167,8 +170,6 @@ class Adapted(_Adapting):
         if change.product is None:
             return values
         product = change.product
-        if product.pair.copy is not None:
-            self._compare(name, product.pair.copy, area, values)
         values.add_(self._matrices.product(product, area))
         if product.pair.magnitude is not None:
             norms = self._matrices.norms(product, name, lambda it: self._own(name, it))
@@ -248,6 +249,7 @@ class AdapterPlane(_Adapting):
         from skillmerge.checkpoints.views.low_rank import areas
 
         change, spec = self.changes[piece.tensor], self.tensors[piece.tensor]
+        self._matrices.confirm(change.same)
         out = torch.frombuffer(self.view(piece), dtype=torch_dtype(spec.dtype))
         rows, columns = spec.shape[-2:] if len(spec.shape) > 1 else (1, spec.elements)
         for area in areas(piece.first, piece.count, rows, columns):

@@ -13,7 +13,8 @@ from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
-from skillmerge.checkpoints.kinds.lora.parts import MERGE, UNLIKE, Pair, Rows
+from skillmerge.checkpoints.kinds.lora.parts import MERGE, UNLIKE, Pair, Parts, Rows, Same
+from skillmerge.checkpoints.kinds.lora.tied import as_one
 from skillmerge.checkpoints.model_config import ties_embeddings
 from skillmerge.checkpoints.views.renamed import replaced
 from skillmerge.errors import InputError, some
@@ -48,11 +49,12 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What an adapter does to one tensor. Exactly one of its parts is not None.
+    """What an adapter does to one tensor. Exactly one of product, arranged, bias, whole and rows is not None.
 
     product: is added; with a magnitude, rows are scaled after that. arranged: what is added, in float64 and under the
     tensor's name, where the adapter has it in another layout. bias: is added, times `scale`. whole: replaces the
-    tensor. rows: replace some of its rows.
+    tensor. rows: replace some of its rows. same: tensors of the adapter that have to be the same. copies: those that
+    have to be the model's own.
     """
 
     product: Product | None = None
@@ -61,6 +63,8 @@ class Change:
     scale: float = 1.0
     whole: StoredTensor | None = None
     rows: Rows | None = None
+    same: tuple[Same, ...] = ()
+    copies: tuple[StoredTensor, ...] = ()
 
     @property
     def stored(self) -> list[StoredTensor]:
@@ -128,10 +132,16 @@ def _parts(
     """Yield the tensor of each part, the adapter's tensor that shows it, and the change. left: gets the pairs without a
     tensor."""
     turned = _is_turned(adapter, model, rename)
-    for pair in adapter.parts.pairs:
+    parts = _with_tied(adapter, model, rename)
+    for pair in parts.pairs:
         module = replaced(f"{pair.module}.weight", rename)
         if module in model.tensors:
-            yield (module, pair.a.name), Change(_product(adapter, pair, model, model.tensors[module], turned))
+            yield (
+                (module, pair.a.name),
+                Change(
+                    _product(adapter, pair, model, model.tensors[module], turned), same=pair.same, copies=pair.copies
+                ),
+            )
         elif (found := _parameter(adapter, pair, model, rename)) is not None:
             yield found
         else:
@@ -140,7 +150,7 @@ def _parts(
             bias = _tensor(adapter, model, replaced(f"{pair.module}.bias", rename), pair.bias)
             _fit(adapter, model, bias, pair.bias)
             yield (bias.name, pair.bias.name), Change(bias=pair.bias, scale=adapter.lora.scale(pair.module))
-    for rows in adapter.parts.rows:
+    for rows in parts.rows:
         spec = _tensor(adapter, model, replaced(f"{rows.module}.weight", rename), rows.values)
         if len(spec.shape) != 2 or spec.shape[1] != rows.values.shape[1] or max(rows.rows, default=0) >= spec.shape[0]:
             raise InputError(
@@ -148,11 +158,24 @@ def _parts(
                 f"`{spec.name}` {list(spec.shape)} of {model.said}",
                 fix=_OTHER,
             )
-        yield (spec.name, rows.values.name), Change(rows=rows)
-    for named, whole in adapter.parts.replaced.items():
+        for copy in rows.copies:
+            _fit(adapter, model, spec, copy)
+        yield (spec.name, rows.values.name), Change(rows=rows, same=rows.same, copies=rows.copies)
+    for named, whole in parts.replaced.items():
         spec = _tensor(adapter, model, replaced(named, rename), whole)
         _fit(adapter, model, spec, whole)
-        yield (spec.name, whole.name), Change(whole=whole)
+        yield (spec.name, whole.name), Change(whole=whole, same=parts.same.get(named, ()))
+
+
+def _with_tied(adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]]) -> Parts:
+    """Return an adapter's parts, with those of a head that the model does not store as the embedding's."""
+    if not ties_embeddings(model.config):
+        return adapter.parts
+
+    def is_head(name: str) -> bool:
+        return module_kind(name) == "head" and replaced(name, rename) not in model.tensors
+
+    return as_one(adapter.parts, adapter.lora, is_head, lambda name: module_kind(name) == "embedding")
 
 
 def _product(adapter: Adapter, pair: Pair, model: Model, spec: TensorSpec, turned: bool | None) -> Product:
@@ -172,8 +195,8 @@ def _product(adapter: Adapter, pair: Pair, model: Model, spec: TensorSpec, turne
         ways = {(inputs, outputs): True}
     if spec.shape not in ways:
         raise _shape_error(adapter, model, spec, pair, (inputs, outputs) if pair.embedding else (outputs, inputs))
-    if pair.copy is not None:
-        _fit(adapter, model, spec, pair.copy)
+    for copy in pair.copies:
+        _fit(adapter, model, spec, copy)
     transposed = pair.embedding or ways[spec.shape]
     return Product(pair, adapter.lora.scale(key), 1, *spec.shape, transposed)
 
@@ -255,9 +278,8 @@ def _tensor(adapter: Adapter, model: Model, name: str, stored: StoredTensor) -> 
     """Return the model's tensor `name`. Raises InputError if it has none, or no plain numbers there."""
     spec = model.tensors.get(name)
     if spec is None:
-        raise InputError(
-            f"{_at(adapter)}: `{stored.name}` changes `{name}`, which {model.said} does not have",
-            fix=_nearest(name, model) or _OTHER,
+        raise _missing(
+            f"{_at(adapter)}: `{stored.name}` changes `{name}`, which {model.said} does not have", name, model
         )
     _check_float(adapter, spec, model)
     return spec
@@ -324,11 +346,15 @@ def no_module(adapter: Adapter, pair: Pair, model: Model, rename: Sequence[tuple
                 f"parameter of `{module}` in {model.said}: {some(shown, 4)}",
                 fix=_OTHER,
             )
-    tied = ties_embeddings(model.config) and module_kind(name) == "head"
     what = f"{_at(adapter)}: `{pair.a.name}` changes module `{module}`, which {model.said} does not have"
-    if tied:
+    return _missing(what, name, model)
+
+
+def _missing(what: str, name: str, model: Model) -> InputError:
+    """Return the error for a tensor that the model does not have."""
+    if ties_embeddings(model.config) and module_kind(name) == "head":
         return InputError(
-            f"{what}: its config ties the head to the embedding, and the adapter changes only the head",
+            f"{what}: its config ties the head to the embedding, and the adapter does not do the same to both",
             fix="name a model that stores both (`tie_word_embeddings: false`)",
         )
     return InputError(what, fix=_nearest(name, model) or _OTHER)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +20,17 @@ from torch import Tensor
 from skillmerge.bits import fold_rows, torch_dtype
 from skillmerge.checkpoints.checkpoint import read_bytes
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
+from skillmerge.checkpoints.kinds.lora.parts import Same
 from skillmerge.checkpoints.views.fitting import Product
+from skillmerge.errors import InputError
+from skillmerge.naming import module_kind
 from skillmerge.tensors import StoredTensor
 
 AREA = 1 << 16
 """Elements that are computed at once: they and the products that are added to them stay in the cache."""
+
+_COMPARED = 1 << 22
+"""Elements that are compared at once."""
 
 KEPT_BYTES = 64 << 20
 """Of an adapter's matrices that are kept in memory; the last one is, whatever its size."""
@@ -73,12 +79,35 @@ class Matrices:
         self._adapter = adapter
         self._kept: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
         self._norms: dict[str, Tensor] = {}
+        self._confirmed: set[Same] = set()
         self._lock = threading.Lock()
         self._measuring = threading.Lock()
 
     def stored(self, spec: StoredTensor, first: int = 0, count: int | None = None) -> Tensor:
         """Return elements of a stored tensor, flat, in its own dtype."""
         return torch.frombuffer(read_bytes(self._adapter, spec.name, first, count), dtype=torch_dtype(spec.dtype))
+
+    def confirm(self, same: Sequence[Same]) -> None:
+        """Raise InputError unless tensors that have to be the same are; they are compared once."""
+        for it in same:
+            with self._measuring:
+                if it not in self._confirmed and not self._is_same(it):
+                    raise InputError(
+                        f"{self._adapter.at.path(self._adapter.file)}: `{it.one.name}` and `{it.other.name}` are for "
+                        "one tensor of the model, and they differ",
+                        fix="name a model that stores embedding and head (`tie_word_embeddings: false`)"
+                        if module_kind(it.one.name) != module_kind(it.other.name)
+                        else "the adapter is damaged: save it again",
+                    )
+                self._confirmed.add(it)
+
+    def _is_same(self, it: Same) -> bool:
+        if it.one.dtype != it.other.dtype:
+            return False
+        if it.turned:
+            return torch.equal(self._matrix(it.one).T, self._matrix(it.other))
+        pieces = ((at, min(_COMPARED, it.one.elements - at)) for at in range(0, it.one.elements, _COMPARED))
+        return all(torch.equal(self.stored(it.one, *run), self.stored(it.other, *run)) for run in pieces)
 
     def vector(self, spec: StoredTensor) -> Tensor:
         """Return a small tensor in float64."""

@@ -205,6 +205,8 @@ def _check_parts(recipe: Recipe, tensor: str, share: Shares) -> None:
     for name, (change, _) in share.items():
         if change.product is not None and change.product.pair.magnitude is not None:
             raise refused(recipe, name, [tensor], "scales the base's rows (DoRA), which cannot be put side by side")
+        if change.same:
+            raise refused(recipe, name, [tensor], "holds a head beside the embedding that it is tied to")
         if change.whole is not None or change.rows is not None:
             raise refused(recipe, name, [tensor], "replaces tensors, which cannot be put side by side")
     forms = {(product.experts, product.pair.embedding, product.transposed) for product in _products(share).values()}

@@ -10,6 +10,9 @@
     M.base_layer.weight                                  a copy of the base's embedding or head, beside a pair for it
     M.base_layer.bias                                    replaces `M.bias`
     M.token_adapter.trainable_tokens_delta [n,dim]       replaces n rows of W, despite its name
+    M.token_adapter.base_layer.weight                    a copy of the base's W, beside these rows
+    M.modules_to_save.weight                             the same as `M.weight` beside it
+    M.original_module.weight                             a copy of what `M.weight` beside it replaces
     any other name                                       replaces that tensor (`modules_to_save`)
 
 Knows names and shapes alone. Every tensor means exactly one of these, or the adapter is refused.
@@ -34,18 +37,30 @@ _ROLES = {
     ".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_B.bias": "bias",
     ".lora_embedding_A": "embedding_a", ".lora_embedding_B": "embedding_b",
     ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude",
-    ".token_adapter.trainable_tokens_delta": "rows",
+    ".token_adapter.trainable_tokens_delta": "rows", ".token_adapter.base_layer.weight": "rows_copy",
     ".base_layer.weight": "copy", ".base_layer.bias": "replaced_bias",
 }  # fmt: skip
 _FOREIGN = (".lora_", ".hada_", ".lokr_", ".token_adapter.")
 """Parts of names that only tensors of adapters have. What is not understood of them replaces nothing."""
+_SAVED, _ORIGINAL = ".modules_to_save.", ".original_module."
+"""What PEFT calls a module of its own and the model's beside it, where it saves an embedding for its new size too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Same:
+    """Two tensors of an adapter that have to be the same, or, `turned`, each the transposed other."""
+
+    one: StoredTensor
+    other: StoredTensor
+    turned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A and B of one module, `module` without the wrappers in its name, and what belongs to them.
 
-    embedding: their product stands transposed. named: the module as the tensors name it.
+    embedding: their product stands transposed. named: the module as the tensors name it. copies: of the model's own
+    matrix, which have to be equal to it. same: what else has to be, for the pair to be for this module.
     """
 
     module: str
@@ -55,35 +70,37 @@ class Pair:
     embedding: bool = False
     bias: StoredTensor | None = None
     magnitude: StoredTensor | None = None
-    copy: StoredTensor | None = None
-
-    @property
-    def stored(self) -> list[StoredTensor]:
-        return [it for it in (self.a, self.b, self.bias, self.magnitude, self.copy) if it is not None]
+    copies: tuple[StoredTensor, ...] = ()
+    same: tuple[Same, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of a module's weight, and what replaces them."""
+    """Rows of a module's weight, and what replaces them. copies, same: as those of a pair."""
 
     module: str
     values: StoredTensor
     rows: tuple[int, ...]
+    copies: tuple[StoredTensor, ...] = ()
+    same: tuple[Same, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """All that an adapter changes. replaced: by the names of the tensors that they replace."""
+    """All that an adapter changes. replaced: by the names of the tensors that they replace. same: what has to be the
+    same, by these names."""
 
     pairs: tuple[Pair, ...] = ()
     rows: tuple[Rows, ...] = ()
     replaced: Mapping[str, StoredTensor] = field(default_factory=dict)
+    same: Mapping[str, tuple[Same, ...]] = field(default_factory=dict)
 
 
 def parts_of(tensors: Iterable[StoredTensor], config: LoraConfig, place: str) -> Parts:
     """Return what an adapter's tensors mean. Raises InputError for one that means nothing, or is not alone."""
     modules: dict[str, dict[str, StoredTensor]] = {}
     replaced: dict[str, StoredTensor] = {}
+    beside: list[StoredTensor] = []
     for spec in tensors:
         if not spec.name.startswith(PREFIX):
             raise InputError(
@@ -93,6 +110,9 @@ def parts_of(tensors: Iterable[StoredTensor], config: LoraConfig, place: str) ->
         if not DTYPES[spec.dtype].is_float:
             raise InputError(f"{place}: tensor `{spec.name}` holds {spec.dtype}, which is no plain number")
         name = spec.name.removeprefix(PREFIX)
+        if _SAVED in name or _ORIGINAL in name:
+            beside.append(spec)
+            continue
         ending = next((it for it in _ROLES if name.endswith(it)), None)
         if ending is None:
             if any(part in name for part in _FOREIGN):
@@ -106,13 +126,30 @@ def parts_of(tensors: Iterable[StoredTensor], config: LoraConfig, place: str) ->
     pairs, rows = [], []
     for named, roles in modules.items():
         if "rows" in roles:
-            rows.append(_rows(named, roles.pop("rows"), config, place))
+            rows.append(_rows(named, roles.pop("rows"), roles.pop("rows_copy", None), config, place))
         if (bias := roles.pop("replaced_bias", None)) is not None:
             replaced[f"{_plain(named)}.bias"] = bias
         if roles:
             pairs.append(_pair(named, roles, config, place))
+    same = _beside(beside, replaced, place)
     _refuse_twice(pairs, rows, replaced, config, place)
-    return Parts(tuple(pairs), tuple(rows), replaced)
+    return Parts(tuple(pairs), tuple(rows), replaced, same)
+
+
+def _beside(
+    tensors: Iterable[StoredTensor], replaced: Mapping[str, StoredTensor], place: str
+) -> dict[str, tuple[Same, ...]]:
+    """Return what has to be the same as what replaces a tensor. Raises InputError where nothing does, and for another
+    shape."""
+    found: dict[str, tuple[Same, ...]] = {}
+    for spec in tensors:
+        name = spec.name.removeprefix(PREFIX).replace(_SAVED, ".").replace(_ORIGINAL, ".")
+        whole = replaced.get(name)
+        if whole is None or whole.shape != spec.shape:
+            raise InputError(f"{place}: `{spec.name}` has no `{PREFIX}{name}` of its shape beside it", fix=_AGAIN)
+        if _SAVED in spec.name:  # what is replaced decides nothing
+            found[name] = (*found.get(name, ()), Same(whole, spec))
+    return found
 
 
 def _plain(named: str) -> str:
@@ -151,11 +188,11 @@ def _pair(named: str, roles: Mapping[str, StoredTensor], config: LoraConfig, pla
             raise InputError(
                 f"{place}: `{vector.name}` {list(vector.shape)} does not fit `{b.name}` {list(b.shape)}", fix=_AGAIN
             )
-    return Pair(_plain(named), named, a, b, kinds[0] != "a", roles.get("bias"), roles.get("magnitude"),
-                roles.get("copy"))  # fmt: skip
+    copies = (roles["copy"],) if "copy" in roles else ()
+    return Pair(_plain(named), named, a, b, kinds[0] != "a", roles.get("bias"), roles.get("magnitude"), copies)
 
 
-def _rows(named: str, values: StoredTensor, config: LoraConfig, place: str) -> Rows:
+def _rows(named: str, values: StoredTensor, copy: StoredTensor | None, config: LoraConfig, place: str) -> Rows:
     """Return the rows that a module's tokens replace. Raises InputError where the configuration has others."""
     module = _plain(named)
     parts = module.split(".")
@@ -168,7 +205,7 @@ def _rows(named: str, values: StoredTensor, config: LoraConfig, place: str) -> R
             f"{place}: `{values.name}` has shape {list(values.shape)}, and `trainable_token_indices` names "
             f"{len(found[0])} rows"
         )
-    return Rows(module, values, found[0])
+    return Rows(module, values, found[0], (copy,) if copy is not None else ())
 
 
 def _refuse_twice(
