@@ -112,7 +112,7 @@ def test_adapter_on_its_model_is_near_pefts_in_float32(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("area", [7, 48, 1000])
-@pytest.mark.parametrize("name", ["linear", "fan_in_fan_out", "embedding", "tokens", "experts", "dora", "dora_fan",
+@pytest.mark.parametrize("name", ["linear", "fan_in_fan_out", "embedding", "tokens", "experts", "dora", "dora_fan", "tokens_beside", "modules_tied",
                                   "experts_on_split"])  # fmt: skip
 def test_any_part_is_that_part_of_the_whole(name: str, area: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the tiles, and however many elements are computed at once."""
@@ -120,6 +120,7 @@ def test_any_part_is_that_part_of_the_whole(name: str, area: int, monkeypatch: p
     whole = {tensor: bytes(read_bytes(put_onto(folder), tensor)) for tensor in changed(put_onto(folder))}
     monkeypatch.setattr(low_rank, "AREA", area)
     monkeypatch.setattr(low_rank, "KEPT_BYTES", 1)
+    monkeypatch.setattr(low_rank, "_READ", area)
     again, draw = put_onto(folder), random.Random(area)
     for tensor, content in whole.items():
         elements = again.tensors[tensor].elements

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -98,7 +99,8 @@ class Adapted(_Adapting):
         return finish
 
     def hint(self, tensor: str, first: int, count: int) -> None:
-        self._base.hint(tensor, first, count)
+        if not self._is_replaced(tensor):
+            self._base.hint(tensor, first, count)
 
     def cost(self, tensor: str) -> int:
         return self._of_change(tensor) + (0 if self._is_replaced(tensor) else self._base.cost(tensor))
@@ -166,23 +168,19 @@ class Adapted(_Adapting):
         if change.bias is not None:
             return values.add_(self._matrices.vector(change.bias)[area.columns] * change.scale)
         if change.arranged is not None:
-            return values.view(-1).add_(_wide(change.arranged, name, area.first, area.count))
+            return values.view(-1).add_(_stored(change.arranged, name, area.first, area.count))
         if change.product is None:
             return values
         product = change.product
         values.add_(self._matrices.product(product, area))
         if product.pair.magnitude is not None:
-            norms = self._matrices.norms(product, name, lambda it: self._own(name, it))
+            norms = self._matrices.norms(product, name, lambda *run: _stored(self._base, name, *run))
             outputs = area.columns if product.transposed else area.rows
             factors, lengths = self._matrices.vector(product.pair.magnitude)[outputs], norms[outputs]
             if not product.transposed:
                 factors, lengths = factors[:, None], lengths[:, None]
             values.mul_(factors).div_(lengths)
         return values
-
-    def _own(self, name: str, area: Area) -> Tensor:
-        """Return the model's own elements in an area, as float64."""
-        return _wide(self._base, name, area.first, area.count).view(area.shape)
 
     def _compare(self, name: str, copy: StoredTensor, area: Area, values: Tensor) -> None:
         """Raise InputError unless the adapter's copy of the model's elements is one."""
@@ -200,12 +198,15 @@ class Adapted(_Adapting):
         """Put the rows that are replaced into a piece."""
         assert change.rows is not None
         columns = self.tensors[piece.tensor].shape[1]
-        for index, row in enumerate(change.rows.rows):
+        rows = change.rows.rows
+        for at in range(bisect_left(rows, (piece.first // columns,)), len(rows)):
+            row, index = rows[at]
             begin, end = max(piece.first, row * columns), min(piece.first + piece.count, (row + 1) * columns)
-            if begin < end:
-                first = index * columns + begin - row * columns
-                found = self._matrices.stored(change.rows.values, first, end - begin)
-                out[begin - piece.first : end - piece.first] = found.to(out.dtype)
+            if begin >= end:
+                break
+            first = index * columns + begin - row * columns
+            found = self._matrices.stored(change.rows.values, first, end - begin)
+            out[begin - piece.first : end - piece.first] = found.to(out.dtype)
 
 
 class AdapterPlane(_Adapting):
@@ -256,21 +257,21 @@ class AdapterPlane(_Adapting):
             if change.product is not None:
                 values = self._matrices.product(change.product, area).view(-1)
             elif change.arranged is not None:
-                values = _wide(change.arranged, piece.tensor, area.first, area.count)
+                values = _stored(change.arranged, piece.tensor, area.first, area.count)
             else:
                 assert change.bias is not None
                 values = self._matrices.vector(change.bias)[area.columns] * change.scale
             out[area.start : area.start + area.count] = values
 
 
-def _wide(checkpoint: Checkpoint, name: str, first: int, count: int) -> Tensor:
-    """Return elements of a checkpoint in float64."""
+def _stored(checkpoint: Checkpoint, name: str, first: int, count: int) -> Tensor:
+    """Return elements of a checkpoint."""
     import torch
 
     from skillmerge.bits import torch_dtype
 
     content = read_bytes(checkpoint, name, first, count)
-    return torch.frombuffer(content, dtype=torch_dtype(checkpoint.tensors[name].dtype)).to(torch.float64)
+    return torch.frombuffer(content, dtype=torch_dtype(checkpoint.tensors[name].dtype))
 
 
 def onto(adapter: Adapter, base: Checkpoint, rename: Renames = ()) -> Adapted:

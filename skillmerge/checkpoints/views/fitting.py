@@ -152,7 +152,8 @@ def _parts(
             yield (bias.name, pair.bias.name), Change(bias=pair.bias, scale=adapter.lora.scale(pair.module))
     for rows in parts.rows:
         spec = _tensor(adapter, model, replaced(f"{rows.module}.weight", rename), rows.values)
-        if len(spec.shape) != 2 or spec.shape[1] != rows.values.shape[1] or max(rows.rows, default=0) >= spec.shape[0]:
+        last = rows.rows[-1][0] if rows.rows else 0
+        if len(spec.shape) != 2 or spec.shape[1] != rows.values.shape[1] or last >= spec.shape[0]:
             raise InputError(
                 f"{_at(adapter)}: the rows of `{rows.values.name}` {list(rows.values.shape)} are not rows of "
                 f"`{spec.name}` {list(spec.shape)} of {model.said}",

@@ -29,8 +29,8 @@ from skillmerge.tensors import StoredTensor
 AREA = 1 << 16
 """Elements that are computed at once: they and the products that are added to them stay in the cache."""
 
-_COMPARED = 1 << 22
-"""Elements that are compared at once."""
+_READ = 1 << 22
+"""Elements that are read at once, where all of a tensor is looked at."""
 
 KEPT_BYTES = 64 << 20
 """Of an adapter's matrices that are kept in memory; the last one is, whatever its size."""
@@ -106,7 +106,7 @@ class Matrices:
             return False
         if it.turned:
             return torch.equal(self._matrix(it.one).T, self._matrix(it.other))
-        pieces = ((at, min(_COMPARED, it.one.elements - at)) for at in range(0, it.one.elements, _COMPARED))
+        pieces = ((at, min(_READ, it.one.elements - at)) for at in range(0, it.one.elements, _READ))
         return all(torch.equal(self.stored(it.one, *run), self.stored(it.other, *run)) for run in pieces)
 
     def vector(self, spec: StoredTensor) -> Tensor:
@@ -124,23 +124,28 @@ class Matrices:
             total.add_(term)
         return total.mul_(product.scale)
 
-    def norms(self, product: Product, name: str, read: Callable[[Area], Tensor]) -> Tensor:
+    def norms(self, product: Product, name: str, read: Callable[[int, int], Tensor]) -> Tensor:
         """Return the norms of W + s B A over the inputs of each output, as float64: a pass over all of W, done once.
 
-        name: the tensor. read: gives W in an area, as float64. Areas are cut in one way only, and added up in their
-        order.
+        name: the tensor. read: gives so many elements of W, from the first one on. Areas are cut in one way only, and
+        added up in their order.
         """
+        rows, columns = product.rows, product.columns
+        step = max(1, AREA // columns) * columns
+        step *= max(1, _READ // step)  # few large reads, which may go over a network
         with self._measuring:
             if name not in self._norms:
-                size = product.columns if product.transposed else product.rows
-                squares = torch.zeros(size, dtype=torch.float64)
-                for area in areas(0, product.rows * product.columns, product.rows, product.columns):
-                    values = read(area).add_(self.product(product, area))
-                    values.mul_(values)
-                    if product.transposed:
-                        squares[area.columns] += fold_rows(values.T.contiguous())
-                    else:
-                        squares[area.rows] += fold_rows(values)
+                squares = torch.zeros(columns if product.transposed else rows, dtype=torch.float64)
+                for first in range(0, rows * columns, step):
+                    own = read(first, min(step, rows * columns - first))
+                    for area in areas(first, own.numel(), rows, columns):
+                        values = own[area.start : area.start + area.count].to(torch.float64, copy=True).view(area.shape)
+                        values.add_(self.product(product, area))
+                        values.mul_(values)
+                        if product.transposed:
+                            squares[area.columns] += fold_rows(values.T.contiguous())
+                        else:
+                            squares[area.rows] += fold_rows(values)
                 self._norms[name] = squares.sqrt_()
             return self._norms[name]
 

@@ -76,11 +76,12 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of a module's weight, and what replaces them. copies, same: as those of a pair."""
+    """Rows of a module's weight, and what replaces them. rows: their numbers, each with the row of `values`, in order.
+    copies, same: as those of a pair."""
 
     module: str
     values: StoredTensor
-    rows: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...]
     copies: tuple[StoredTensor, ...] = ()
     same: tuple[Same, ...] = ()
 
@@ -205,7 +206,8 @@ def _rows(named: str, values: StoredTensor, copy: StoredTensor | None, config: L
             f"{place}: `{values.name}` has shape {list(values.shape)}, and `trainable_token_indices` names "
             f"{len(found[0])} rows"
         )
-    return Rows(module, values, found[0], (copy,) if copy is not None else ())
+    rows = tuple(sorted((row, index) for index, row in enumerate(found[0])))
+    return Rows(module, values, rows, (copy,) if copy is not None else ())
 
 
 def _refuse_twice(
