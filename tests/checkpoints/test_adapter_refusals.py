@@ -80,6 +80,16 @@ TENSORS: dict[str, tuple[dict[str, Any], str]] = {
         "help: the nearest is `model.layers.0.self_attn.q_proj.weight`; to read it so, add "
         '`rename: [{from: "", to: "model."}]`',
     ),
+    "module of one of two towers": (
+        {"tensors": {f"model.language_model.layers.0.self_attn.q_proj.lora_{part}.weight": shape
+                     for part, shape in (("A", (2, 8)), ("B", (6, 2)))},
+         "base": {"language_model.model.layers.0.self_attn.q_proj.weight": (6, 8),
+                  "vision_tower.encoder.layers.0.self_attn.q_proj.weight": (6, 8), f"{Q}.weight": None}},
+        "adapter: `base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight` changes module "
+        "`model.language_model.layers.0.self_attn.q_proj`, which base does not have\n"
+        "help: the nearest is `language_model.model.layers.0.self_attn.q_proj.weight`; to read it so, add "
+        '`rename: [{from: "model.language_model.", to: "language_model.model."}]`',
+    ),
     "no such module": (
         {"tensors": {"nothing.lora_A.weight": (2, 8), "nothing.lora_B.weight": (6, 2)}},
         f"adapter: `{PREFIX}nothing.lora_A.weight` changes module `nothing`, which base does not have\n{OTHER}",

@@ -112,7 +112,8 @@ def test_adapter_on_its_model_is_near_pefts_in_float32(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("area", [7, 48, 1000])
-@pytest.mark.parametrize("name", ["linear", "fan_in_fan_out", "embedding", "tokens", "experts", "dora", "dora_fan", "tokens_beside", "modules_tied",
+@pytest.mark.parametrize("name", ["linear", "fan_in_fan_out", "embedding", "tokens", "experts", "dora", "dora_fan",
+                                  "tokens_beside", "modules_tied",
                                   "experts_on_split"])  # fmt: skip
 def test_any_part_is_that_part_of_the_whole(name: str, area: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the tiles, and however many elements are computed at once."""

@@ -5,7 +5,6 @@ Every part finds exactly one tensor (and a tied head beside it), or the adapter 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.kinds.lora.parts import MERGE, UNLIKE, Pair, Parts, Rows, Same
 from skillmerge.checkpoints.kinds.lora.tied import as_one
 from skillmerge.checkpoints.model_config import ties_embeddings
-from skillmerge.checkpoints.views.renamed import replaced
+from skillmerge.checkpoints.views.renamed import nearest, replaced
 from skillmerge.errors import InputError, some
 from skillmerge.naming import module_kind
 from skillmerge.tensors import DTYPES, StoredTensor, TensorSpec
@@ -358,21 +357,12 @@ def _missing(what: str, name: str, model: Model) -> InputError:
             f"{what}: its config ties the head to the embedding, and the adapter does not do the same to both",
             fix="name a model that stores both (`tie_word_embeddings: false`)",
         )
-    return InputError(what, fix=_nearest(name, model) or _OTHER)
-
-
-def _nearest(name: str, model: Model) -> str | None:
-    """Return the model's name for a tensor that has another one in the adapter: that with the longest common end."""
-    parts = name.split(".")
-    for start in range(max(1, len(parts) - 2)):
-        ending = "." + ".".join(parts[start:])
-        ends = [other for other in model.tensors if other.endswith(ending) or f".{other}" == ending]
-        if len(ends) == 1:
-            old, new = name.removesuffix(ending[1:]), ends[0].removesuffix(ending[1:])
-            return f'the nearest is `{ends[0]}`; to read it so, add `rename: [{{from: "{old}", to: "{new}"}}]`'
-    alike = [other for other in model.tensors if other.count(".") == name.count(".")]
-    near = difflib.get_close_matches(name, alike[:2000], n=1, cutoff=0.8)
-    return f"the nearest is `{near[0]}`; {_OTHER}" if near else None
+    found = nearest(name, model.tensors)
+    if found is None:
+        return InputError(what, fix=_OTHER)
+    near, rule = found
+    how = f'to read it so, add `rename: [{{from: "{rule[0]}", to: "{rule[1]}"}}]`' if rule is not None else _OTHER
+    return InputError(what, fix=f"the nearest is `{near}`; {how}")
 
 
 def _tied_heads(changes: Mapping[str, Change], model: Model) -> dict[str, Change]:

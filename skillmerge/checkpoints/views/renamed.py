@@ -11,8 +11,9 @@ Such a part holds nothing: with it or without, the tensor is the same. A wrapper
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, Naming, Piece, View
 from skillmerge.checkpoints.safetensors import printable
@@ -30,6 +31,8 @@ WRAPPERS = {
 only where all names begin with it."""
 
 _OUTERMOST = "module"
+_MOST = 2000
+"""Names that are compared with one that is not there."""
 
 
 class Renamed(View):
@@ -140,3 +143,18 @@ def _without(name: str, wrappers: Sequence[str]) -> str:
         return name
     inner = [part for part in name.split(".") if part not in wrappers or part == _OUTERMOST]
     return ".".join(inner[1:] if _OUTERMOST in wrappers and inner[:1] == [_OUTERMOST] else inner)
+
+
+def nearest(name: str, names: Collection[str]) -> tuple[str, tuple[str, str] | None] | None:
+    """Return the name that is most like one that is not there, and the prefixes to replace if the rest is the same."""
+    parts = name.split(".")
+    for start in range(max(1, len(parts) - 2)):
+        ending = "." + ".".join(parts[start:])
+        ends = [other for other in names if f".{other}".endswith(ending)]
+        if ends:
+            # In a model with several towers other names end so too.
+            near = ends[0] if len(ends) == 1 else get_close_matches(name, ends[:_MOST], n=1, cutoff=0)[0]
+            return near, (name.removesuffix(ending[1:]), near.removesuffix(ending[1:]))
+    alike = [other for other in names if other.count(".") == name.count(".")]
+    found = get_close_matches(name, alike[:_MOST], n=1, cutoff=0.8)
+    return (found[0], None) if found else None
