@@ -86,6 +86,9 @@ VARIANTS = {
     }),
     "embedding": Variant({"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding_tied": Variant({"target_modules": ["embed_tokens"]}, config={"tie_word_embeddings": True}),
+    "embedding_and_head_tied": Variant(
+        {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, config=TIED
+    ),
     "modules_to_save": Variant({"target_modules": Q, "modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
     "tokens": Variant({"target_modules": Q, "trainable_token_indices": [3, 95]}),
     "tokens_tied": Variant(
@@ -114,8 +117,11 @@ VARIANTS = {
     "mixtral_on_split": Variant({"target_modules": Q, "target_parameters": EXPERTS[:1]}, "mixtral"),
 }  # fmt: skip
 DIFFERENCES = ("linear", "patterns", "rslora", "fan_in_fan_out", "lora_bias", "experts", "experts_patterns",
-               "experts_transposed", "experts_on_split", "mixtral_on_split", "embedding")  # fmt: skip
+               "experts_transposed", "experts_on_split", "mixtral_on_split", "embedding",
+               "embedding_and_head_tied")  # fmt: skip
 """Those that add the same to every model."""
+MERGED = [name for name in VARIANTS if name != "embedding_and_head_tied"]
+"""Those that PEFT merges as they were trained. It adds both pairs of a tied head to the one matrix."""
 
 
 def model_of(variant: Variant, dtype: torch.dtype) -> Any:

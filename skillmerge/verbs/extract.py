@@ -17,6 +17,7 @@ from skillmerge.checkpoints.views.fitting import Model
 from skillmerge.checkpoints.views.renamed import wrappers_of
 from skillmerge.engine.runner import Work, check_words
 from skillmerge.errors import CheckFailed, UsageError, machine_errors
+from skillmerge.naming import module_kind
 from skillmerge.plans.opening import Access, close_all, open_models
 from skillmerge.recipes.parse import recipe_of
 from skillmerge.recipes.recipe import Recipe
@@ -121,7 +122,9 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     shapes = {
         name: TensorSpec(name, row["dtype"], tuple(row["shape"]), "") for name, row in document["tensors"].items()
     }
-    checkpoints = open_models(recipe, access, lambda message: None, Model(os.fspath(skill), shapes, {}))
+    # The skill of a model with a head would hold it.
+    config = {"tie_word_embeddings": not any(module_kind(name) == "head" for name in shapes)}
+    checkpoints = open_models(recipe, access, lambda message: None, Model(os.fspath(skill), shapes, config))
     checkpoint = in_layout_of(checkpoints["parent"], shapes, whole=False)
     names = [name for name in tensors if name in checkpoint.tensors]
     missing = [name for name in tensors if name not in checkpoint.tensors]

@@ -12,16 +12,14 @@ import pytest
 import torch
 from adapter_models import (
     DIFFERENCES,
+    MERGED,
     PREFIX,
     SMALL,
-    TIED,
     VARIANTS,
-    Variant,
     adapter,
     expected,
     expected_difference,
     merged,
-    model_of,
     product,
     sizes,
     wide,
@@ -58,8 +56,10 @@ def changed(checkpoint: Checkpoint) -> set[str]:
     return {name for name in checkpoint.tensors if checkpoint.tensors[name].dtype == "F32"}
 
 
-@pytest.mark.parametrize("dtype", BOTH)
-@pytest.mark.parametrize("name", VARIANTS)
+# With a base in bfloat16, PEFT gives a tied head a copy of the embedding's pair, which is trained by itself.
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for name in VARIANTS for dtype in BOTH if name in MERGED or dtype == BOTH[0]]
+)
 def test_adapter_on_its_model_is_the_sum_rounded_once(name: str, dtype: torch.dtype) -> None:
     folder = adapter(name, dtype)
     found, wanted = put_onto(folder), expected(folder)
@@ -82,7 +82,7 @@ def test_adapter_alone_is_what_it_adds_rounded_once(name: str) -> None:
         assert (found.plus.cost(tensor) > 0) == bool(value.any())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", MERGED)
 def test_adapter_on_its_model_is_pefts_in_float64(name: str, tmp_path: Path) -> None:
     """To one unit in the last place of float32."""
     folder = adapter(name)
@@ -95,7 +95,7 @@ def test_adapter_on_its_model_is_pefts_in_float64(name: str, tmp_path: Path) -> 
         assert (np.abs(values - whole) <= units).all(), tensor
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", MERGED)
 def test_adapter_on_its_model_is_near_pefts_in_float32(name: str, tmp_path: Path) -> None:
     """Within what float32 sums can lose: (r + 2) 2^-24 of |W| + the sum of |s b a|; with DoRA, 1e-7 of a row's norm."""
     folder = adapter(name)
@@ -285,38 +285,21 @@ def test_head_that_is_stored_beside_a_tied_embedding_follows(tmp_path: Path) -> 
     assert bytes(read_bytes(put_onto(tmp_path), "lm_head.weight")) == embedding.numpy().tobytes()
 
 
-def test_tied_head_with_a_pair_of_its_own_is_what_was_trained(tmp_path: Path) -> None:
-    """Compared with the adapter at work: merged by PEFT 0.21, the one matrix would get both pairs."""
-    from peft import LoraConfig, get_peft_model
+def test_tied_head_with_a_pair_of_its_own_is_what_was_trained() -> None:
+    """The merged model gives what the adapter at work gives."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
-    variant = Variant({}, config=TIED)
-    model = model_of(variant, torch.float32)
-    model.save_pretrained(tmp_path / "base")
-    words = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
-    trained = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **words))
-    pair = trained.get_input_embeddings()
-    for parameter in (pair.lora_embedding_A["default"], pair.lora_embedding_B["default"]):
-        parameter.data += torch.randn_like(parameter) * 0.1
-    trained.save_pretrained(tmp_path / "adapter")
-    stored = load_file(tmp_path / "adapter" / lora.WEIGHTS)
-    assert f"{PREFIX}lm_head.lora_A.weight" in stored
-    found = put_onto(tmp_path)
-    values = read_values(found, "model.embed_tokens.weight").reshape(-1, SMALL["hidden_size"])
-    again = model_of(variant, torch.float32)
+    folder = adapter("embedding_and_head_tied")
+    assert f"{PREFIX}lm_head.lora_A.weight" in load_file(folder / "adapter" / lora.WEIGHTS)
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "adapter")
+    values = read_values(put_onto(folder), "model.embed_tokens.weight").reshape(-1, SMALL["hidden_size"])
+    again = AutoModelForCausalLM.from_pretrained(folder / "base")
     again.load_state_dict({"model.embed_tokens.weight": values}, strict=False)
     again.tie_weights()
     tokens = torch.arange(20)[None]
     with torch.inference_mode():
-        assert torch.allclose(again(tokens).logits, trained(tokens).logits, atol=1e-4)
-    plus = alone(tmp_path).plus
-    part = [wide(stored[f"{PREFIX}model.embed_tokens.lora_embedding_{it}"]) for it in "AB"]
-    wanted = product(part[0], part[1], 1.5).T.astype(np.float32)
-    assert bytes(read_bytes(plus, "model.embed_tokens.weight")) == wanted.tobytes()
-    stored[f"{PREFIX}lm_head.lora_B.weight"][5, 1] += 1
-    save_file(stored, tmp_path / "adapter" / lora.WEIGHTS)
-    for checkpoint in (put_onto(tmp_path), alone(tmp_path).plus):
-        with pytest.raises(InputError, match="are for one tensor of the model, and they differ"):
-            read_bytes(checkpoint, "model.embed_tokens.weight")
+        assert torch.allclose(again(tokens).logits, trained(tokens).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +307,7 @@ def test_tied_head_with_a_pair_of_its_own_is_what_was_trained(tmp_path: Path) ->
     [
         ("modules_beside", "lm_head.modules_to_save.weight"),
         ("modules_tied", "lm_head.weight"),
+        ("embedding_and_head_tied", "lm_head.lora_B.weight"),
         ("tokens_beside", "model.embed_tokens.token_adapter.base_layer.weight"),
         ("tokens_beside_tied", "lm_head.token_adapter.trainable_tokens_delta"),
         ("tokens_beside_tied", "lm_head.token_adapter.base_layer.weight"),

@@ -220,6 +220,12 @@ def test_parent_of_a_skill_is_its_adapter(family: Path) -> None:
             skillmerge.verify(skill, parent=family / other)
 
 
+def test_parent_of_a_skill_without_a_head_may_change_the_tied_one_too(tmp_path: Path) -> None:
+    folder = adapter("embedding_and_head_tied")
+    skill = skillmerge.extract(folder / "adapter", folder / "base", tmp_path / "skill").output
+    assert skillmerge.verify(skill, parent=folder / "adapter").parent == "rl"
+
+
 def test_skill_of_an_adapter_that_replaces_is_that_of_the_model(tmp_path: Path) -> None:
     folder = adapter("modules_to_save")
     skill = skillmerge.extract(folder / "adapter", folder / "base", tmp_path / "skill").output
