@@ -213,6 +213,16 @@ TENSORS: dict[str, tuple[dict[str, Any], str]] = {
         f"adapter: the rows of `{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta` [2, 8] are not rows "
         f"of `model.embed_tokens.weight` [12, 8] of base\n{OTHER}",
     ),
+    "modules that were lost": (
+        {"modules_to_save": ["lm_head"]},
+        f"{WEIGHTS}has no tensors for `modules_to_save` in adapter/adapter_config.json\n"
+        f"{AGAIN}; if they were left out on purpose, set it to null",
+    ),
+    "rows that were lost": (
+        {"trainable_token_indices": [3]},
+        f"{WEIGHTS}has no tensors for `trainable_token_indices` in adapter/adapter_config.json\n"
+        f"{AGAIN}; if they were left out on purpose, set it to null",
+    ),
     "head that is tied": (
         {"tensors": {"lm_head.lora_A.weight": (2, 8), "lm_head.lora_B.weight": (12, 2)},
          "base": {"tied": True, "lm_head.weight": False}},

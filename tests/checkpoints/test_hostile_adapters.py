@@ -40,6 +40,14 @@ def many_modules(folder: Path) -> None:
     config_of(rank_pattern={f".*a.*{n}b": 1 for n in range(1000)}, r=1)(folder)
 
 
+def many_experts(folder: Path) -> None:
+    """20,000 modules that may each hold packed experts, and 64 parameters of them."""
+    names = (f"{PREFIX}model.layers.0.m{n}.experts.lora_{part}.weight" for n in range(20_000) for part in "AB")
+    save_file({name: torch.zeros(1, 1) for name in names}, folder / "adapter" / lora.WEIGHTS)
+    parameters = ["gate_up_proj", "gate_proj", "up_proj", "down_proj", *(f"p{n}" for n in range(60))]
+    config_of(target_parameters=parameters, r=1)(folder)
+
+
 def many_rows(folder: Path) -> None:
     """20,000 modules with rows, beside a table of 200,000 others."""
     names = [f"{PREFIX}m{n}.token_adapter.trainable_tokens_delta" for n in range(20_000)]
@@ -75,6 +83,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "looking around": (config_of(rank_pattern={"(?=a*)*b": 1}), "could take too long to match"),
     "alternatives beside each other": (config_of(rank_pattern={"(a|a|a|b)" * 12 + "c": 1}), "could take too long"),
     "parameters": (config_of(target_parameters=[f"m.p{n}" for n in range(200_000)]), "the most accepted is 64"),
+    "many packed experts": (many_experts, "which base does not have"),
     "rows of many modules": (many_rows, "does not say which rows"),
     "no expression": (config_of(rank_pattern={"(q": 1}), "is not a regular expression"),
     "keys of other types": (config_of(rank_pattern={"q": "x"}), "the rank 'x'"),

@@ -231,7 +231,7 @@ def _parameter(
     The names do not say which parameter is meant, nor does the order of nesting.
     """
     fitting: dict[tuple[str, bool], Product] = {}
-    for named in parameters_of(adapter, pair):
+    for named in (f"{pair.module}.{it}" for it in adapter.lora.parameters):
         spec = model.tensors.get(replaced(named, rename))
         if spec is None or not 2 <= len(spec.shape) <= 3:
             continue
@@ -247,11 +247,6 @@ def _parameter(
     if len(fitting) > 1:
         raise ambiguous(adapter, pair, [name for name, _ in fitting])
     return next((((name, pair.a.name), Change(product)) for (name, _), product in fitting.items()), None)
-
-
-def parameters_of(adapter: Adapter, pair: Pair) -> list[str]:
-    """Return the parameters that a pair may be for, by the configuration."""
-    return [f"{pair.module}.{name}" for name in adapter.lora.parameters]
 
 
 def ambiguous(adapter: Adapter, pair: Pair, names: Sequence[str]) -> InputError:

@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.kinds.lora.parts import Pair
 from skillmerge.checkpoints.views.arranged import apart
-from skillmerge.checkpoints.views.fitting import Model, Product, ambiguous, no_module, parameters_of, twice
-from skillmerge.checkpoints.views.relations import layouts
+from skillmerge.checkpoints.views.fitting import Model, Product, ambiguous, no_module, twice
+from skillmerge.checkpoints.views.relations import is_packed, layouts
 from skillmerge.checkpoints.views.renamed import replaced
 from skillmerge.tensors import TensorSpec
 
 Products = dict[str, tuple[TensorSpec, Product | None]]
 """By name: float64 tensors, and what they are; None for zeros."""
+
+_MOST_PACKED = 1024
+"""Pairs without a tensor that are looked at, where they may be for packed experts: a few for each layer."""
 
 _TO_LAYER = re.compile(r".*?\.\d+\.")
 
@@ -28,11 +31,14 @@ def products_of(adapter: Adapter, pairs: Sequence[Pair], model: Model, rename: S
     no pair is for. Raises InputError for a pair that fits nothing, or more than one tensor."""
     found: Products = {}
     owners: dict[str, Pair] = {}
+    packed = [it for it in adapter.lora.parameters if is_packed(f"experts.{it}")]
+    if packed and len(pairs) > _MOST_PACKED:
+        raise no_module(adapter, pairs[0], model, rename)
     layers: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in model.tensors.items():
         layers.setdefault(_layer(name), {})[name] = spec
     for pair in pairs:
-        name, product = _parameter(adapter, pair, model, layers, rename) or _matrix(adapter, pair, rename)
+        name, product = _parameter(adapter, pair, packed, model, layers, rename) or _matrix(adapter, pair, rename)
         if (owner := owners.setdefault(name, pair)) is not pair:
             raise twice(adapter, owner.a.name, pair.a.name, name)
         shape = (product.rows, product.columns)
@@ -57,14 +63,16 @@ def _layer(name: str) -> str:
 def _parameter(
     adapter: Adapter,
     pair: Pair,
+    packed: Sequence[str],
     model: Model,
     layers: Mapping[str, dict[str, TensorSpec]],
     rename: Sequence[tuple[str, str]],
 ) -> tuple[str, Product] | None:
     """Return the one parameter of `target_parameters`, packed as transformers has it in memory, whose parts the model
-    has in the same shapes; None if the pair is for a matrix. layers: the model's tensors by layer."""
+    has in the same shapes; None if the pair is for a matrix. packed: what these are called in modules. layers: the
+    model's tensors by layer."""
     found: list[tuple[str, Product]] = []
-    for named in parameters_of(adapter, pair):
+    for named in (f"{pair.module}.{it}" for it in packed):
         name, rank = replaced(named, rename), adapter.lora.rank(named)
         near = layers.get(_layer(name), {})
         experts, left = divmod(pair.a.shape[0], rank)

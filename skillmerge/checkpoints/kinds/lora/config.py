@@ -58,8 +58,8 @@ class LoraConfig:
     """The parts of `adapter_config.json` that say what the tensors mean.
 
     where: the file, in messages. digest: of the file. parameters: the last parts of the names in `target_parameters`.
-    weights: those of these names that are of a module's weight. tokens: rows by module, `None` for the input embedding,
-    whatever it is called. base: what the adapter says that it was trained on.
+    weights: those of these names that are of a module's weight. saves: whether modules are saved whole. tokens: rows by
+    module, `None` for the input embedding, whatever it is called. base: what the adapter says that it was trained on.
     """
 
     where: str
@@ -74,6 +74,7 @@ class LoraConfig:
     weights: frozenset[str] = frozenset()
     dora: bool = False
     biases: bool = False
+    saves: bool = False
     tokens: Mapping[str | None, tuple[int, ...]] = field(default_factory=dict)
     base: str | None = None
 
@@ -122,6 +123,7 @@ def read_config(store: Store, file: str) -> LoraConfig:
         biases=_switch(document, "lora_bias", where),
         parameters=_endings(parameters, where),
         weights=frozenset(name for name in parameters if name.rpartition(".")[2] == "weight"),
+        saves=bool(_names(document, "modules_to_save", where)),
         tokens=_tokens(document.get("trainable_token_indices"), where),
         base=_base(document),
     )

@@ -133,6 +133,13 @@ def parts_of(tensors: Iterable[StoredTensor], config: LoraConfig, place: str) ->
         if roles:
             pairs.append(_pair(named, roles, config, place))
     same = _beside(beside, replaced, place)
+    for key, said, held in (
+        ("modules_to_save", config.saves, bool(replaced)),
+        ("trainable_token_indices", any(config.tokens.values()), bool(rows)),
+    ):
+        if said and not held:
+            fix = f"{_AGAIN}; if they were left out on purpose, set it to null"
+            raise InputError(f"{place}: has no tensors for `{key}` in {config.where}", fix=fix)
     _refuse_twice(pairs, rows, replaced, config, place)
     return Parts(tuple(pairs), tuple(rows), replaced, same)
 
