@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -150,13 +150,16 @@ def under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkp
     nothing."""
     model = model_of(name)
     rename = recipe.entries[model].renames
+    names: Sequence[str] = list(checkpoint.tensors)
+    wrappers: tuple[str, ...] = ()
     if isinstance(checkpoint, Adapter):
-        return checkpoint  # whose names are those of its own tensors; `rename` is about what they change
-    found = recipe.unwrapped
-    wrappers = wrappers_of(checkpoint.tensors) if found is None else found.get(model, ())
-    idle = idle_rule(checkpoint.tensors, rename, wrappers)
+        names = checkpoint.parts.names
+    else:
+        found = recipe.unwrapped
+        wrappers = wrappers_of(names) if found is None else found.get(model, ())
+    idle = idle_rule(names, rename, wrappers)
     if idle is not None:
-        old, prefixes = rename[idle][0], prefixes_of(checkpoint.tensors, wrappers)
+        old, prefixes = rename[idle][0], prefixes_of(names, wrappers)
         earlier = any(prefix.startswith(old) for prefix in prefixes) or old in prefixes
         raise recipe.error(
             ("models", model, "rename", idle, "from"),
@@ -168,7 +171,8 @@ def under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkp
             else did_you_mean(old, prefixes)
             or f"its names begin with {some([f'`{prefix}`' for prefix in prefixes], 4)}",
         )
-    return read_as(name, checkpoint, rename, wrappers)
+    # The names of an adapter's tensors stay: `rename` is about what they change.
+    return checkpoint if isinstance(checkpoint, Adapter) else read_as(name, checkpoint, rename, wrappers)
 
 
 def close_all(checkpoints: Mapping[str, Checkpoint]) -> None:

@@ -93,7 +93,8 @@ def _entry(document: Document, path: tuple[str, str], written: str | ModelTable)
         what = "more than one" if given else "none"
         kinds = ", ".join(f"`{kind}`" for kind in KINDS)
         both = {kind for kind, _ in given} == {"path", "adapter"}
-        fix = "name the model in `onto`: `{adapter: …, onto: NAME}`" if both else "keep one of them"
+        fix = "keep one of them" if given else "write where it is: `path: ./folder`, or the key of what lies there"
+        fix = "name the model in `onto`: `{adapter: …, onto: NAME}`" if both else fix
         raise document.error(f"`{path[1]}` has {what} of {kinds}", place, fix)
     [(kind, where)] = given
     if (kind == "patch") != (written.onto is not None) and kind != "adapter":

@@ -303,7 +303,17 @@ def test_rename_is_about_what_an_adapter_changes(family: Path) -> None:
         assert torch.equal(value, renamed[name.replace("model.", "model.text.", 1)])
 
 
+def test_rename_that_renames_nothing_of_an_adapter_is_told(family: Path) -> None:
+    entry = {"adapter": "adapter", "rename": [{"from": "base_model.model.model.", "to": "model."}]}
+    with pytest.raises(RecipeError) as caught:
+        skillmerge.plan(write_recipe(family, "target + lam * v", models={"target": "target", "v": entry}))
+    assert caught.value.what == "no tensor of model `v` begins with `base_model.model.model.`"
+    assert caught.value.fix == "its names begin with `lm_head.`, `model.`, `model.layers.`"
+
+
 RECIPES = {
+    "nowhere": ({"models": {"a": "a", "v": {"onto": "a"}}, "merge": "a + v"},
+        "`v` has none of `path`, `skill`, `patch`, `adapter`, `stack`"),
     "no tensors": ({"models": {"a": "a", **ALONE}, "merge": "a + v", "copy": [{"tensors": "*", "from": "v"}]},
         "`v` is an adapter, which has no tensors to take"),
     "onto an adapter alone": ({"models": {"a": "a", **ALONE, "w": {"adapter": "x", "onto": "v"}}, "merge": "a + w - w"},

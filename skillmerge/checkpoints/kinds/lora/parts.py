@@ -96,6 +96,12 @@ class Parts:
     replaced: Mapping[str, StoredTensor] = field(default_factory=dict)
     same: Mapping[str, tuple[Same, ...]] = field(default_factory=dict)
 
+    @property
+    def names(self) -> list[str]:
+        """The tensors that are changed, as the adapter calls them."""
+        modules = [*(pair.module for pair in self.pairs), *(item.module for item in self.rows)]
+        return [*(f"{module}.weight" for module in modules), *self.replaced]
+
 
 def parts_of(tensors: Iterable[StoredTensor], config: LoraConfig, place: str) -> Parts:
     """Return what an adapter's tensors mean. Raises InputError for one that means nothing, or is not alone."""
