@@ -138,6 +138,12 @@ TENSORS: dict[str, tuple[dict[str, Any], str]] = {
         {"tensors": {f"{Q}.lora_E": (2, 1)}},
         f"{WEIGHTS}what tensor `{PREFIX}{Q}.lora_E` means is not known\n{AGAIN}",
     ),
+    "state dict": (
+        {"tensors": {f"{Q}.lora_A.default.weight": (2, 8), f"{Q}.lora_A.weight": None}},
+        f"{WEIGHTS}what tensor `{PREFIX}{Q}.lora_A.default.weight` means is not known\n"
+        "help: a state dict has the adapter's name in its tensors' names: save the adapter with peft's "
+        "`save_pretrained`",
+    ),
     "tensor of another library": (
         {"tensors": {f"!{Q}.lora_A.weight": (2, 8)}},
         f"{WEIGHTS}tensor `{Q}.lora_A.weight` does not begin with `base_model.model.`, as those of PEFT do\n"

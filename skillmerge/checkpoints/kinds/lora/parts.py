@@ -20,6 +20,7 @@ Knows names and shapes alone. Every tensor means exactly one of these, or the ad
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -42,6 +43,8 @@ _ROLES = {
 }  # fmt: skip
 _FOREIGN = (".lora_", ".hada_", ".lokr_", ".token_adapter.")
 """Parts of names that only tensors of adapters have. What is not understood of them replaces nothing."""
+_OF_STATE = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?$")
+_SAVE = "a state dict has the adapter's name in its tensors' names: save the adapter with peft's `save_pretrained`"
 _SAVED, _ORIGINAL = ".modules_to_save.", ".original_module."
 """What PEFT calls a module of its own and the model's beside it, where it saves an embedding for its new size too."""
 
@@ -123,7 +126,8 @@ def parts_of(tensors: Iterable[StoredTensor], config: LoraConfig, place: str) ->
         ending = next((it for it in _ROLES if name.endswith(it)), None)
         if ending is None:
             if any(part in name for part in _FOREIGN):
-                raise InputError(f"{place}: what tensor `{spec.name}` means is not known", fix=_AGAIN)
+                fix = _SAVE if _OF_STATE.search(name) else _AGAIN
+                raise InputError(f"{place}: what tensor `{spec.name}` means is not known", fix=fix)
             replaced[name] = spec
             continue
         roles = modules.setdefault(name.removesuffix(ending), {})
