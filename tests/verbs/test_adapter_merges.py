@@ -165,14 +165,19 @@ def test_kill_and_resume_give_the_same_bytes(server: MergeServer, family: Path, 
         shutil.rmtree(output)
 
 
-def test_adapter_on_the_hub_has_the_bytes_of_the_folder(hub: HubServer, family: Path) -> None:
+@pytest.mark.parametrize("own", [{}, {"name": "math"}])
+def test_adapter_on_the_hub_has_the_bytes_of_the_folder(hub: HubServer, family: Path, own: dict[str, str]) -> None:
     local = skillmerge.apply(write_recipe(family, **FORMULAS["model"])).output
+    if own:
+        write_adapter(family / "other", seed=8)
+        (family / "adapter").rename(family / "other" / "math")
+        (family / "other").rename(family / "adapter")
     for name in ("target", "sft", "adapter"):
         hub.create_from(f"acme/{name}", family / name)
     models = {
         "target": "hf://acme/target",
         "sft": "hf://acme/sft",
-        "rl": {"adapter": "hf://acme/adapter", "onto": "sft"},
+        "rl": {"adapter": "hf://acme/adapter", "onto": "sft", **own},
     }
     (family / "remote").mkdir()
     recipe = write_recipe(family / "remote", models=models)
