@@ -194,8 +194,10 @@ def test_adapter_on_the_hub_has_the_bytes_of_the_folder(hub: HubServer, family: 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="obstore needs Python 3.11")
 def test_adapter_in_a_bucket_has_the_bytes_of_the_folder(s3: S3Server, family: Path) -> None:
     local = skillmerge.apply(write_recipe(family, **FORMULAS["difference"])).output
+    (family / "named").mkdir()
+    shutil.copytree(family / "adapter", family / "named" / "math")
     models = {"target": s3.put_folder("family/target", family / "target"),
-              "v": {"adapter": s3.put_folder("family/adapter", family / "adapter")}}  # fmt: skip
+              "v": {"adapter": s3.put_folder("family/named", family / "named"), "name": "math"}}  # fmt: skip
     (family / "remote").mkdir()
     made = skillmerge.apply(write_recipe(family / "remote", **{**FORMULAS["difference"], "models": models}))
     assert weights(made.output) == weights(local)

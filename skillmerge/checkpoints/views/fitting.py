@@ -93,7 +93,8 @@ def own_tensors(adapter: Adapter, rename: Sequence[tuple[str, str]]) -> dict[str
         (rank, inputs), outputs = pair.a.shape, pair.b.shape[0]
         if rank != adapter.lora.rank(adapter.lora.key(pair.module)):
             raise _rank_error(adapter, pair, "parameters of several experts, " if adapter.lora.parameters else "")
-        swapped = pair.embedding or adapter.lora.transposed
+        is_head = module_kind(f"{pair.module}.weight") == "head"
+        swapped = pair.embedding or (adapter.lora.transposed and not is_head)
         shape = (inputs, outputs) if swapped else (outputs, inputs)
         if math.prod(shape) > _MOST_ELEMENTS:
             raise InputError(f"{adapter.at.path(adapter.file)}: `{pair.a.name}` makes a matrix of shape {list(shape)}")

@@ -76,6 +76,6 @@ def _with_rows_of(adapter: Adapter, model: Model, rename: Sequence[tuple[str, st
     for pair in adapter.parts.pairs:
         name = replaced(f"{pair.module}.weight", rename)
         if name in matrices:
-            rows = pair.a.shape[1] if pair.embedding or adapter.lora.transposed else pair.b.shape[0]
+            rows = pair.a.shape[1] if pair.embedding else pair.b.shape[0]
             tensors[name] = replace(tensors[name], shape=(rows, *tensors[name].shape[1:]))
     return replace(model, tensors=tensors)
