@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from skillmerge.checkpoints.kinds.lora import adapter
@@ -72,9 +73,10 @@ def is_adapter(uri: str, access: Access) -> bool:
 def is_difference(uri: str, access: Access) -> bool:
     """Return whether an adapter adds the same to every model: it replaces nothing, and is no DoRA. Raises as opening it
     does."""
-    store = Folder(Path(uri)) if is_path(uri) else _remote(uri, access)
+    store = Folder(Path(uri), follow_links=access.follow_links) if is_path(uri) else _remote(uri, access)
     assert store is not None
-    parts = adapter.open(uri, store).parts
+    with closing(store):
+        parts = adapter.open(uri, store).parts
     return not (parts.rows or parts.replaced or any(pair.magnitude for pair in parts.pairs))
 
 

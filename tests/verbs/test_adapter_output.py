@@ -198,7 +198,7 @@ def test_card_says_how_to_load_it(tmp_path: Path, hub: HubServer) -> None:
     card = hub.content("acme/joined", "README.md").decode()
     assert "library_name: peft" in card
     assert "- lora" in card
-    assert 'AutoPeftModelForCausalLM.from_pretrained("acme/joined")' in card
+    assert 'PeftModel.from_pretrained(base, "acme/joined")' in card
     assert card.count("A LoRA adapter of 2 models by `a + b`") == 1
 
 

@@ -60,7 +60,11 @@ class Adapted(_Adapting):
         """Raises InputError if the adapter is not for this model."""
         self.adapter, self._base = adapter, base
         self.changes = _changes(adapter, Model(base.place, base.tensors, base.config), rename)
-        at = replace(adapter.at, remote=base.at.remote or adapter.at.remote, license=base.at.license)
+        at = replace(
+            adapter.at,
+            remote=base.at.remote or adapter.at.remote,
+            license=adapter.at.license or base.at.license,
+        )
         own = adapter.files[adapter.file]
         said = hashlib.sha256(own.described + repr(list(rename)).encode()).digest()
         tensors = {name: self._spec(spec) for name, spec in base.tensors.items()}
