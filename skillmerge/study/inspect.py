@@ -214,6 +214,11 @@ def _of_models(places: Sequence[str], access: Access, reporter: Reporter, vocabu
         raise UsageError(f"{skills[0]} is a skill, and {model} is not", fix=fix)
     if len(places) > 2:
         raise UsageError(f"{len(places)} models: {some(list(places))}", fix=fix)
+    if adapters == [places[0]]:
+        raise UsageError(
+            f"{places[0]} is an adapter, which changes a model",
+            fix=f"pass the model first: `skillmerge inspect {shlex.join(reversed(places))}`",
+        )
     return subject_of_models(places[0], places[1], access, reporter, vocabulary)
 
 

@@ -37,6 +37,12 @@ def _models(rl: str, sft: str, access: Access) -> tuple[dict[str, Any], str, dic
     onto that.
     """
     models: dict[str, Any] = {"rl": rl, "sft": sft}
+    if is_adapter(sft, access) and not is_adapter(rl, access):
+        raise UsageError(
+            f"{sft} is an adapter, and {rl} is none: the difference depends on the model that the adapter is for",
+            fix=f"write a recipe with `output: {{kind: skill}}`, `merge: rl - sft` and "
+            f"`sft: {{adapter: {sft}, onto: MODEL}}`",
+        )
     if (Path(rl) / PATCH_FILE).is_file():
         models["rl"] = {"patch": rl, "onto": "sft"}
     elif is_adapter(rl, access):

@@ -199,7 +199,7 @@ def test_card_says_how_to_load_it(tmp_path: Path, hub: HubServer) -> None:
     assert "library_name: peft" in card
     assert "- lora" in card
     assert 'PeftModel.from_pretrained(base, "acme/joined")' in card
-    assert card.count("A LoRA adapter of 2 models by `a + b`") == 1
+    assert card.count("A merge of 2 LoRA adapters by `a + b`") == 1
 
 
 def test_values_that_are_no_numbers_are_named(tmp_path: Path) -> None:

@@ -165,3 +165,34 @@ def test_factors_beyond_float32_need_a_smaller_coefficient(family: Path) -> None
     process = run_cli("apply", recipe_of(family, "1e39 * rl", {"rl": {"adapter": "./rl"}}, output=output))
     assert process.returncode == 4
     assert process.stderr.endswith("\nhelp: use a smaller coefficient\n")
+
+
+def test_report_counts_what_rules_select(family: Path) -> None:
+    rules = [{"tensors": "model.layers.1.*", "value": 0.3}, {"layers": "2-", "value": 0.5}]
+    lam = {"default": 0.7, "rules": rules}
+    recipe = recipe_of(family, "lam * v", {"v": {"adapter": "./rl"}}, coefficients={"lam": lam},
+                       output={"kind": "adapter", "path": "./out"})  # fmt: skip
+    recipe.write_text("\n".join(recipe.read_text().replace('{"layers"', '\n{"layers"').splitlines()))
+    page = family / "page.html"
+    assert run_cli("apply", recipe, "--report", page).returncode == 0
+    assert "← 2 tensors" in page.read_text()
+    assert "← 4 tensors" in page.read_text()
+
+
+def test_commands_say_which_order_and_which_folder_is_meant(family: Path) -> None:
+    (family / "all").mkdir()
+    shutil.copytree(family / "rl", family / "all" / "rl")
+    asked = {
+        ("inspect", "rl", "base"): (
+            "error: rl is an adapter, which changes a model\nhelp: pass the model first: `skillmerge inspect base rl`\n"
+        ),
+        ("inspect", "all"): "error: all is a folder, but not a skill\nhelp: pass one of its adapters: all/rl\n",
+        ("extract", "--from", "base", "--minus", "rl", "-o", "skill"): (
+            "error: rl is an adapter, and base is none: the difference depends on the model that the adapter is for\n"
+            "help: write a recipe with `output: {kind: skill}`, `merge: rl - sft` and "
+            "`sft: {adapter: rl, onto: MODEL}`\n"
+        ),
+    }
+    for command, told in asked.items():
+        process = run_cli(*command, cwd=family)
+        assert (process.returncode, process.stderr) == (2, told)

@@ -36,8 +36,6 @@ _KINDS = {
 }
 """Kind of an output -> the library that loads it, its tag, its relation to its parents."""
 
-_WHAT = {"model": "A merge", "adapter": "A LoRA adapter"}
-
 IN_THE_RECIPE = "declare it in the recipe:\noutput:\n  license: apache-2.0"
 
 
@@ -113,8 +111,7 @@ def _body(manifest: Manifest, push: Push, base: str | None) -> str:
     name = push.repository.split("/")[-1]
     sections = [
         f"# {name}",
-        f"{_WHAT[manifest.output.kind]} of {sum(not item.stack for item in manifest.inputs)} models by "
-        f"`{manifest.expression}`, computed by "
+        f"A merge of {_merged(manifest)} by `{manifest.expression}`, computed by "
         f"skillmerge {manifest.tool.version}: {len(manifest.tensors)} tensors, {format_bytes(manifest.size)}.",
         "## Parents",
         _parents(manifest),
@@ -137,6 +134,14 @@ def _body(manifest: Manifest, push: Push, base: str | None) -> str:
         "and the commits above, `skillmerge apply` reproduces the same bytes.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _merged(manifest: Manifest) -> str:
+    """Return what was merged, and how many of it."""
+    if manifest.output.kind != "adapter":
+        return f"{sum(not item.stack for item in manifest.inputs)} models"
+    count = len({model for tensor in manifest.tensors for model, _ in tensor.sources})
+    return f"{count} LoRA adapter{'s' if count != 1 else ''}"
 
 
 def _use(manifest: Manifest, push: Push, base: str | None) -> str:
