@@ -196,3 +196,22 @@ def test_commands_say_which_order_and_which_folder_is_meant(family: Path) -> Non
     for command, told in asked.items():
         process = run_cli(*command, cwd=family)
         assert (process.returncode, process.stderr) == (2, told)
+
+
+def test_model_that_an_adapters_skill_was_made_beside_is_no_parent_of_it(family: Path) -> None:
+    """None of its weights are in the skill."""
+    skillmerge.extract(family / "rl", family / "base", family / "skill")
+    process = run_cli("verify", "skill", "--parent", "base", cwd=family)
+    assert process.returncode == 3
+    assert process.stderr.splitlines()[-1] == f"help: pass one of its parents: rl = {family / 'rl'}"
+
+
+def test_patch_of_an_adapters_skill_needs_two_models(family: Path) -> None:
+    skillmerge.extract(family / "rl", family / "base", family / "skill")
+    process = run_cli("export", "skill", "--onto", "base", "-o", "patch", cwd=family)
+    assert process.returncode == 4
+    assert process.stderr.endswith("; for an adapter, make a model of it first, with a recipe\n")
+    merged = recipe_of(family, "rl", ONTO, output={"path": "./whole"})
+    skillmerge.apply(merged)
+    skillmerge.extract(family / "whole", family / "base", family / "skill", overwrite=True)
+    skillmerge.export(family / "skill", family / "patch", onto=family / "base")
