@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_files import DOWN, modules, write_adapter, write_base
-from conftest import run_cli, weights, write_recipe
+import torch
+from adapter_files import DOWN, PREFIX, modules, write_adapter, write_base
+from conftest import read_checkpoint, run_cli, weights, write_recipe
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 import skillmerge
 from skillmerge.errors import InputError, UsageError
@@ -215,3 +217,18 @@ def test_patch_of_an_adapters_skill_needs_two_models(family: Path) -> None:
     skillmerge.apply(merged)
     skillmerge.extract(family / "whole", family / "base", family / "skill", overwrite=True)
     skillmerge.export(family / "skill", family / "patch", onto=family / "base")
+
+
+def test_copy_of_an_embedding_is_compared_in_the_dtype_of_training(tmp_path: Path) -> None:
+    """A model in float32 that was loaded in bfloat16 for training."""
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "rl", [])
+    name = f"{PREFIX}model.embed_tokens"
+    embedding = read_checkpoint(tmp_path / "base")["model.embed_tokens.weight"].to(torch.bfloat16)
+    for copy, fits in ((embedding, True), (embedding + 1, False)):
+        tensors = {f"{name}.lora_embedding_A": torch.ones(2, 32), f"{name}.lora_embedding_B": torch.ones(8, 2),
+                   f"{name}.base_layer.weight": copy}  # fmt: skip
+        save_file(tensors, tmp_path / "rl" / "adapter_model.safetensors")
+        process = run_cli("apply", recipe_of(tmp_path, "rl", ONTO), "--overwrite")
+        assert (process.returncode == 0) == fits, process.stderr
+    assert "is a copy of the base's `model.embed_tokens.weight`, and not that of" in process.stderr

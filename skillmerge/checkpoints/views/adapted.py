@@ -189,11 +189,12 @@ class Adapted(_Adapting):
         return _wide(self._base, name, area.first, area.count).view(area.shape)
 
     def _compare(self, name: str, copy: StoredTensor, area: Area, values: Tensor) -> None:
-        """Raise InputError unless the adapter's copy of the model's elements is one."""
+        """Raise InputError unless the adapter's copy of the model's elements is one, in its own dtype: that of training
+        may have been narrower than the model's."""
         import torch
 
         kept = self._matrices.stored(copy, area.first, area.count)
-        if not torch.equal(kept.to(torch.float64), values.view(-1)[area.inside]):
+        if not torch.equal(kept, values.view(-1)[area.inside].to(kept.dtype)):
             raise InputError(
                 f"{self.adapter.place}: `{copy.name}` is a copy of the base's `{name}`, and not that of "
                 f"{self._base.place}",
