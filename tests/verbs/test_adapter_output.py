@@ -152,6 +152,21 @@ def test_any_tiles_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monke
         assert made(tmp_path / f"out{area}") == made(tmp_path / "out")
 
 
+@pytest.mark.parametrize("ranks", [(60, 131), (9000, 8000)])
+def test_tiles_begin_and_end_inside_of_rows(tmp_path: Path, ranks: tuple[int, int]) -> None:
+    """Of rows that are computed as wholes, and of longer ones."""
+    for name, rank in zip("ab", ranks, strict=True):
+        write_adapter(tmp_path / name, [Q.format(0)], seed=rank, r=rank)
+        tensors = {f"{PREFIX}{Q.format(0)}.lora_A.weight": torch.randn(rank, 8),
+                   f"{PREFIX}{Q.format(0)}.lora_B.weight": torch.randn(1500 if rank < 1000 else 12, rank)}  # fmt: skip
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+    recipe = recipe_of(tmp_path, "0.3 * a - b")
+    wanted = side_by_side({tmp_path / "a": lambda it: 0.3, tmp_path / "b": lambda it: -1.0})
+    for limit in (None, 320_000_000):
+        skillmerge.apply(recipe, overwrite=True, memory_limit=limit, threads=1 if limit else None)
+        assert made(tmp_path / "out") == {name: it.tobytes() for name, it in wanted.items()}
+
+
 def test_pipeline_treats_it_as_any_output(tmp_path: Path) -> None:
     """Plan, saved plan, tasks, verify, rebuild."""
     write_both(tmp_path)
