@@ -153,8 +153,12 @@ def test_any_tiles_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("ranks", [(60, 131), (9000, 8000)])
-def test_tiles_begin_and_end_inside_of_rows(tmp_path: Path, ranks: tuple[int, int]) -> None:
+def test_tiles_begin_and_end_inside_of_rows(
+    tmp_path: Path, ranks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of rows that are computed as wholes, and of longer ones."""
+    from skillmerge.plans import budget
+
     for name, rank in zip("ab", ranks, strict=True):
         write_adapter(tmp_path / name, [Q.format(0)], seed=rank, r=rank)
         tensors = {f"{PREFIX}{Q.format(0)}.lora_A.weight": torch.randn(rank, 8),
@@ -162,9 +166,10 @@ def test_tiles_begin_and_end_inside_of_rows(tmp_path: Path, ranks: tuple[int, in
         save_file(tensors, tmp_path / name / "adapter_model.safetensors")
     recipe = recipe_of(tmp_path, "0.3 * a - b")
     wanted = side_by_side({tmp_path / "a": lambda it: 0.3, tmp_path / "b": lambda it: -1.0})
-    for limit in (None, 320_000_000):
-        skillmerge.apply(recipe, overwrite=True, memory_limit=limit, threads=1 if limit else None)
-        assert made(tmp_path / "out") == {name: it.tobytes() for name, it in wanted.items()}
+    for size in (budget.TILE_BYTES, 1):
+        monkeypatch.setattr(budget, "TILE_BYTES", size)
+        skillmerge.apply(recipe, tmp_path / f"out{size}")
+        assert made(tmp_path / f"out{size}") == {name: it.tobytes() for name, it in wanted.items()}
 
 
 def test_pipeline_treats_it_as_any_output(tmp_path: Path) -> None:
