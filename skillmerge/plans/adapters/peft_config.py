@@ -8,15 +8,13 @@ from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.lora.adapter import WEIGHTS, Adapter
-from skillmerge.checkpoints.kinds.lora.config import CONFIG_FILE
+from skillmerge.checkpoints.kinds.lora.config import CONFIG_FILE, MAX_CONFIG_BYTES
 from skillmerge.checkpoints.place import PlaceError, on_hub
 from skillmerge.checkpoints.schemes import is_path
 from skillmerge.checkpoints.store import read_json_object
 from skillmerge.plans.adapters.joining import Module, Output
 from skillmerge.plans.side_files import SideFile
 from skillmerge.recipes.recipe import Recipe
-
-_MOST_BYTES = 8_000_000
 
 
 def config_file(recipe: Recipe, output: Output, base: Checkpoint | None) -> SideFile:
@@ -52,7 +50,7 @@ def config_file(recipe: Recipe, output: Output, base: Checkpoint | None) -> Side
 
 
 def _said(adapter: Adapter) -> dict[str, Any]:
-    return read_json_object(adapter.store, adapter.file.replace(WEIGHTS, CONFIG_FILE), _MOST_BYTES)
+    return read_json_object(adapter.store, adapter.file.replace(WEIGHTS, CONFIG_FILE), MAX_CONFIG_BYTES)
 
 
 def _common(said: list[dict[str, Any]], key: str) -> str | None:
