@@ -128,6 +128,12 @@ def test_adapter_that_changed_on_the_hub_is_pinned_by_the_plan(hub: HubServer, f
     hub.commit("acme/a", {path.name: path for path in (family / "a").iterdir()})
     assert loaded(skillmerge.apply(plan, family / "pinned").output) == wanted
     assert loaded(skillmerge.apply(recipe, family / "now").output) != wanted
+    assert run_cli("plan", recipe, "--lock").returncode == 0
+    now = loaded(family / "now")
+    write_adapter(family / "a", modules(4), seed=10, lora_alpha=10)
+    hub.commit("acme/a", {path.name: path for path in (family / "a").iterdir()})
+    assert run_cli("apply", recipe, "--locked", "-o", family / "locked").returncode == 0
+    assert loaded(family / "locked") == now
 
 
 @pytest.mark.parametrize("attributes", [{"gated": True}, {"private": True}, None])
