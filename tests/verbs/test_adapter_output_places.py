@@ -112,6 +112,18 @@ def test_hub_to_hub(hub: HubServer, family: Path, options: dict[str, Any]) -> No
     skillmerge.apply(write_recipe(family / "remote", "base + v", models=models, coefficients=None), family / "again")
 
 
+def test_base_is_the_one_of_the_recipe_where_it_is_another_one_on_the_hub(hub: HubServer, family: Path) -> None:
+    """Trained on the quantized model, put onto the one that it was quantized from."""
+    for name in ("a", "b/rl"):
+        config = family / name / CONFIG
+        config.write_text(config.read_text().replace("acme/base", "other/base-bnb-4bit"))
+    local = skillmerge.apply(recipe_of(family)).output
+    assert json.loads((local / CONFIG).read_text())["base_model_name_or_path"] == "other/base-bnb-4bit"
+    made = skillmerge.apply(recipe_of(family / "remote", on_the_hub(hub, family))).output
+    found = json.loads((made / CONFIG).read_text())
+    assert (found["base_model_name_or_path"], found["revision"]) == ("acme/base", hub.repos["acme/base"].refs["main"])
+
+
 def test_tasks_send_it_ahead(hub: HubServer, family: Path) -> None:
     plan = save(recipe_of(family / "remote", on_the_hub(hub, family)))
     skillmerge.shard(plan, index=0, of=1, push="acme/joined", no_local=True)
