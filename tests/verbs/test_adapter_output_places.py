@@ -86,6 +86,9 @@ def test_tasks_make_what_apply_makes_and_know_changed_adapters(family: Path) -> 
     run_tasks(plan, family / "merged", tasks=2)
     skillmerge.finish(plan)
     assert content(family / "merged") == wanted
+    write_adapter(family / "b" / "rl", modules(4, (DOWN,)), seed=2, r=4, lora_alpha=7)
+    told = "model b: other tensors or sizes in rl/adapter_model.safetensors, or another adapter_config.json"
+    assert told in run_cli("apply", plan, "-o", family / "other").stderr
     write_adapter(family / "a", modules(4), seed=1, lora_alpha=7)
     for verb in (("shard", plan, "-o", family / "other", "--index", "0", "--of", "1"), ("apply", plan, "-o", "other")):
         process = run_cli(*verb, cwd=family)
@@ -183,6 +186,9 @@ def test_bucket_to_bucket(s3: S3Server, family: Path) -> None:
     assert skillmerge.verify(out).tensors == len(made.manifest.tensors)
     assert skillmerge.rebuild(out, check=True).tensors == len(made.manifest.tensors)
     assert skillmerge.apply(recipe).already
+    rehearsal = skillmerge.rehearse_push(out, "acme/joined")
+    assert rehearsal.card is not None
+    assert "base_model:\n- acme/base\n" in rehearsal.card
     plan = save(recipe_of(family / "tasks", places, path="s3://bucket/out/tasks"))
     skillmerge.shard(plan, index=0, of=1)
     skillmerge.finish(plan)
