@@ -159,3 +159,29 @@ def test_a_tensor_of_which_something_would_be_left_over_is_not_taken_apart(tmp_p
     del wanted["model.layers.0.mlp.up_proj.weight"]
     assert "model.layers.0.mlp.gate_up_proj.weight" in in_layout_of(stored, wanted).tensors
     assert "model.layers.0.mlp.gate_proj.weight" in in_layout_of(stored, wanted, whole=False).tensors
+
+
+def by_kind(it: layouts.Experts, at: str = layouts.AT) -> dict[str, Tensor]:
+    """Each projection packed by itself."""
+    packed = {f"{at}.experts.{name}": it[part] for part, name in layouts.NAMES.items()}
+    return {f"{at}.gate.weight": it["router"], **packed}
+
+
+def weights_apart(it: layouts.Experts) -> dict[str, Tensor]:
+    """gpt-oss with the weights one by one, and the biases packed as they were."""
+    apart = {name: tensor for name, tensor in layouts.split(it).items() if ".experts." in name}
+    rest = {name: tensor for name, tensor in layouts.gpt_oss(it).items() if not name.endswith("_proj")}
+    return {**apart, **rest}
+
+
+ALIKE = [(by_kind, layouts.packed), (layouts.packed, by_kind), (weights_apart, layouts.gpt_oss),
+         (layouts.gpt_oss, weights_apart)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stored", "wanted"), ALIKE)
+def test_tensors_that_both_have_tell_how_the_others_are_stored(
+    tmp_path: Path, stored: Callable[..., dict[str, Tensor]], wanted: Callable[..., dict[str, Tensor]]
+) -> None:
+    """`down_proj` shows that gate and up are not transposed, and the biases that their rows are in turn."""
+    made = layouts.experts(3, 5, 7)
+    check(in_layout_of(opened(tmp_path, stored(made)), specs(wanted(made))), wanted(made))

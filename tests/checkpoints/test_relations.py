@@ -9,7 +9,7 @@ from typing import Any
 import layouts as made
 import pytest
 
-from skillmerge.checkpoints.views.relations import RELATIONS, common_name, is_packed, layouts
+from skillmerge.checkpoints.views.relations import RELATIONS, common_name, is_packed, layouts, whole_layouts
 from skillmerge.tensors import TensorSpec
 
 AT = "model.layers.0"
@@ -118,7 +118,7 @@ def test_two_packed_tensors_tell_together_how_they_are_stored(size: tuple[int, i
     it = made.experts(*size)
     for make, crossed in ((made.packed, False), (made.transposed, True)):
         shapes = {name: tuple(tensor.shape) for name, tensor in make(it).items()}
-        part = layouts(of(shapes), {})[0].parts[f"{EXPERTS}.1.up_proj.weight"]
+        part = whole_layouts(of(shapes), {})[0].parts[f"{EXPERTS}.1.up_proj.weight"]
         assert (part.row < part.column) == crossed
         assert part.shape == (size[1], size[2])
 

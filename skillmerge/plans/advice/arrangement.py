@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.views.arranged import apart
-from skillmerge.checkpoints.views.relations import Layout, layouts
+from skillmerge.checkpoints.views.relations import Layout, layouts, whole_layouts
 from skillmerge.errors import some
 from skillmerge.tensors import TensorSpec
 
@@ -23,10 +22,7 @@ class Cause:
 
 def unlike(model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoint) -> Cause | None:
     """Return why a model that holds parts of the donor's tensors does not hold them all, or not as they should be."""
-    ours, theirs = apart(checkpoint.tensors, donor.tensors)
-    if not ours or not theirs:
-        return None
-    stored, asked = layouts(ours, theirs)
+    stored, asked = layouts(checkpoint.tensors, donor.tensors)
     if (
         at := next((at for at, all_ in asked.experts.items() if stored.experts.get(at, all_) != all_), None)
     ) is not None:
@@ -49,13 +45,13 @@ def unlike(model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoin
                     f"{what}, in which `{part}` has shape {sizes[0]}; the donor's has {sizes[1]}",
                     f"check that `{model}` is the right model; its sizes differ",
                 )
-    return _unclear(model, stored, ours) or _unclear(donor_name, asked, theirs)
+    return _unclear(model, stored, checkpoint.tensors) or _unclear(donor_name, asked, donor.tensors)
 
 
 def parts_of(checkpoint: Checkpoint, donor: Checkpoint) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
     """Return the parts of two models as tensors, by names that do not depend on how they are packed."""
     found = []
-    for layout in layouts(checkpoint.tensors, donor.tensors):
+    for layout in whole_layouts(checkpoint.tensors, donor.tensors):
         found.append({name: TensorSpec(name, "F32", window.shape, "") for name, window in layout.parts.items()})
     return found[0], found[1]
 
@@ -72,7 +68,7 @@ def _other_experts(model: str, at: str, ours: Collection[int], donor_name: str, 
     )
 
 
-def _unclear(model: str, layout: Layout, tensors: dict[str, TensorSpec]) -> Cause | None:
+def _unclear(model: str, layout: Layout, tensors: Mapping[str, TensorSpec]) -> Cause | None:
     if not layout.unclear:
         return None
     name = layout.unclear[0]
