@@ -252,6 +252,23 @@ def test_experts_that_are_not_those_of_the_donor_are_told(family: Path, what: st
     assert told(family) == ([message], fix)
 
 
+def test_experts_that_both_models_store_alike_are_counted(family: Path) -> None:
+    def one_by_one(model: str, shapes: dict[str, Any]) -> None:
+        count, at = 3 if model == "rl" else 4, "model.layers.0.mlp"
+        shapes.clear()
+        shapes |= {"model.embed_tokens.weight": (32, 8), f"{at}.gate.weight": (count, 8)}
+        shapes |= {f"{at}.experts.{it}.{part}_proj.weight": (8, 8) for it in range(count) for part in ("up", "down")}
+
+    with_experts(family, one_by_one)
+    messages, _ = told(family)
+    assert messages == [
+        "model `rl` has 3 experts in `model.layers.0.mlp.experts`, and the donor `target` has 4: it is without 3, "
+        "counted from 0",
+        "1 tensor differs in shape between the donor `target` and model `rl`: `model.layers.0.mlp.gate.weight` [4, 8] "
+        "against [3, 8]",
+    ]
+
+
 def test_matrices_packed_otherwise_are_told(family: Path) -> None:
     def fused(folder: Path) -> None:
         tensors = read_checkpoint(folder)

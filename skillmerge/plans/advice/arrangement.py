@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.views.relations import Layout, layouts, whole_layouts
+from skillmerge.checkpoints.views.relations import EXPERT, Layout, layouts, whole_layouts
 from skillmerge.errors import some
 from skillmerge.tensors import TensorSpec
 
@@ -20,16 +20,20 @@ class Cause:
     rename: tuple[str, ...] = ()
 
 
-def unlike(model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoint) -> Cause | None:
-    """Return why a model that holds parts of the donor's tensors does not hold them all, or not as they should be."""
+def unlike(
+    model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoint, missing: Sequence[str]
+) -> Cause | None:
+    """Return why a model that holds parts of the donor's tensors does not hold them all, or not as they should be.
+    missing: what it lacks."""
+    ours, theirs = whole_layouts(checkpoint.tensors, donor.tensors)
+    lacking = (EXPERT.fullmatch(part) for name in missing for part in theirs.holds.get(name, ()))
+    for at in dict.fromkeys(it[1] for it in lacking if it is not None):
+        if ours.experts.get(at, theirs.experts[at]) != theirs.experts[at]:
+            return _other_experts(model, at, ours.experts[at], donor_name, theirs.experts[at])
     stored, asked = layouts(checkpoint.tensors, donor.tensors)
-    if (
-        at := next((at for at, all_ in asked.experts.items() if stored.experts.get(at, all_) != all_), None)
-    ) is not None:
-        return _other_experts(model, at, stored.experts[at], donor_name, asked.experts[at])
     for name, parts in asked.holds.items():
         held = [part for part in parts if part in stored.parts]
-        if not held:
+        if not held or name in checkpoint.tensors:
             continue
         what = f"model `{model}` stores `{name}` of the donor `{donor_name}` in other tensors"
         if missing := [f"`{part}`" for part in parts if part not in stored.parts]:
