@@ -87,6 +87,16 @@ def test_renamed_tensors_have_one_name_here() -> None:
         ("step3p7", "moe.router_bias", "mlp.gate.e_score_correction_bias"),
         ("step3p7", "moe.down_proj.weight", "mlp.experts.down_proj"),
         ("step3p7", "share_expert.up_proj.weight", "mlp.shared_experts.up_proj.weight"),
+        ("minimax_m2", "block_sparse_moe.e_score_correction_bias", "mlp.e_score_correction_bias"),
+        ("ernie4_5_moe", "mlp.moe_statics.e_score_correction_bias", "mlp.gate.moe_statics.e_score_correction_bias"),
+        ("exaone_moe", "mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+        ("laguna", "mlp.experts.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+        ("laguna", "mlp.shared_expert.up_proj.weight", "mlp.shared_experts.up_proj.weight"),
+        ("hy_v3", "mlp.router.gate.weight", "mlp.gate.weight"),
+        ("hy_v3", "mlp.expert_bias", "mlp.e_score_correction_bias"),
+        ("hy_v3", "mlp.shared_mlp.up_proj.weight", "mlp.shared_experts.up_proj.weight"),
+        ("mimo_v2_flash", "self_attn.attention_sink_bias", "self_attn.sinks"),
+        ("flint", "self_attn.softmax_offset", "self_attn.sinks"),
     ):
         name = f"{AT}.{source}"
         for each in mapping.get_checkpoint_conversion_mapping(model):

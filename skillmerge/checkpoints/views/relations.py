@@ -65,7 +65,13 @@ SYNONYMS = tuple(
         (r"\.moe\.gate\.", ".mlp.gate."),
         (r"\.moe\.router_bias$", ".mlp.gate.e_score_correction_bias"),
         (r"\.share_expert\.", ".mlp.shared_experts."),
-        (r"\.mlp\.router\.", ".mlp.gate."),  # PhiMoE
+        (r"\.mlp\.shared_(?:expert|mlp)\.", ".mlp.shared_experts."),  # Laguna, Hunyuan 3
+        (r"\.mlp\.router\.(?:gate\.)?", ".mlp.gate."),  # PhiMoE, Hunyuan 3
+        (
+            r"\.mlp\.(?:gate\.|experts\.)?(?:moe_statics\.)?(?:e_score_correction|expert)_bias$",  # Ernie, EXAONE
+            ".mlp.gate.e_score_correction_bias",
+        ),
+        (r"\.self_attn\.(?:attention_sink_bias|softmax_offset)$", ".self_attn.sinks"),  # MiMo, Flint
         (r"(\.experts\.\d+)\.(?:w1|fc1)\.", r"\1.gate_proj."),
         (r"(\.experts\.\d+)\.(?:w3|fc3)\.", r"\1.up_proj."),
         (r"(\.experts\.\d+)\.(?:w2|fc2)\.", r"\1.down_proj."),
