@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -228,6 +229,17 @@ def test_mistakes_are_told(tmp_path: Path, edit: Callable[..., Path], what: str,
     with pytest.raises(RecipeError) as raised:
         skillmerge.plan(edit(recipe, coefficients={"lam": {"rules": [rule]}}))
     assert message in str(raised.value)
+
+
+def test_a_tensor_with_the_name_of_a_slice_stops_the_plan(tmp_path: Path) -> None:
+    """Else the last expert would be nobody's."""
+    recipe, name = family(tmp_path, layouts.packed), f"{layouts.AT}.experts.down_proj[1]"
+    for model in MODELS:
+        tensors = {**read_checkpoint(tmp_path / model), name: torch.zeros(2, 2)}
+        shutil.rmtree(tmp_path / model)
+        write_checkpoint(tmp_path / model, tensors, config={"model_type": "odd"})
+    done = run_cli("apply", recipe)
+    assert (done.returncode, f"tensor `{name}` is called" in done.stderr) == (4, True)
 
 
 def shares_by_numpy(folder: Path, expert: int) -> tuple[float, float]:
