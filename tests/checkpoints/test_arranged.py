@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Mapping
 from itertools import permutations
 from pathlib import Path
@@ -185,3 +186,17 @@ def test_tensors_that_both_have_tell_how_the_others_are_stored(
     """`down_proj` shows that gate and up are not transposed, and the biases that their rows are in turn."""
     made = layouts.experts(3, 5, 7)
     check(in_layout_of(opened(tmp_path, stored(made)), specs(wanted(made))), wanted(made))
+
+
+def test_bands_go_with_the_thread_that_read_them(tmp_path: Path) -> None:
+    """A merge whose methods look at the whole model first has new threads for each time."""
+    made = layouts.experts(3, 5, 7)
+    view = in_layout_of(opened(tmp_path, layouts.transposed(made)), specs(layouts.packed(made)))
+    assert isinstance(view, Arranged)
+    thread = threading.Thread(target=read_bytes, args=(view, f"{layouts.AT}.experts.down_proj"))
+    thread.start()
+    thread.join()
+    read_bytes(view, f"{layouts.AT}.experts.gate_up_proj")
+    held = [*view._bands._known]
+    assert held
+    assert {band.tensor for band in held} == {f"{layouts.AT}.experts.gate_up_proj"}
