@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.views.relations import EXPERT, Layout, layouts, whole_layouts
+from skillmerge.checkpoints.views.relations import EXPERT, Layout, common_name, layouts, whole_layouts
 from skillmerge.errors import some
 from skillmerge.tensors import TensorSpec
 
@@ -49,7 +49,7 @@ def unlike(
                     f"{what}, in which `{part}` has shape {sizes[0]}; the donor's has {sizes[1]}",
                     f"check that `{model}` is the right model; its sizes differ",
                 )
-    return _unclear(model, stored, checkpoint.tensors) or _unclear(donor_name, asked, donor.tensors)
+    return _unclear(model, stored, asked, checkpoint.tensors) or _unclear(donor_name, asked, stored, donor.tensors)
 
 
 def parts_of(checkpoint: Checkpoint, donor: Checkpoint) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
@@ -72,10 +72,13 @@ def _other_experts(model: str, at: str, ours: Collection[int], donor_name: str, 
     )
 
 
-def _unclear(model: str, layout: Layout, tensors: Mapping[str, TensorSpec]) -> Cause | None:
-    if not layout.unclear:
+def _unclear(model: str, layout: Layout, other: Layout, tensors: Mapping[str, TensorSpec]) -> Cause | None:
+    """Return what is unclear of packed experts that the other model has too."""
+    at = {name: common_name(name).rpartition(".")[0] for name in (*layout.unclear, *other.unclear)}
+    known = {*other.experts, *(at[name] for name in other.unclear)}
+    name = next((name for name in layout.unclear if at[name] in known), None)
+    if name is None:
         return None
-    name = layout.unclear[0]
     return Cause(
         f"model `{model}`: `{name}` {list(tensors[name].shape)} may hold its experts' matrices as they are or "
         "transposed: its shape fits both",
