@@ -86,6 +86,10 @@ def test_every_layout_is_read_in_every_other(
     made = layouts.experts(*size)
     target = makers[wanted](made)
     view = in_layout_of(opened(tmp_path, makers[stored](made), shards=2), specs(target))
+    if "by_kind" in (stored, wanted) and size[1] == size[2]:
+        # Nothing tells whether square matrices are transposed.
+        assert not view.tensors.keys() & {name for name in target if ".experts." in name}
+        return
     assert isinstance(view, Arranged)
     check(view, target)
 
@@ -162,10 +166,10 @@ def test_a_tensor_of_which_something_would_be_left_over_is_not_taken_apart(tmp_p
     assert "model.layers.0.mlp.gate_proj.weight" in in_layout_of(stored, wanted, whole=False).tensors
 
 
-def by_kind(it: layouts.Experts, at: str = layouts.AT) -> dict[str, Tensor]:
-    """Each projection packed by itself."""
-    packed = {f"{at}.experts.{name}": it[part] for part, name in layouts.NAMES.items()}
-    return {f"{at}.gate.weight": it["router"], **packed}
+def named_alike(it: layouts.Experts) -> dict[str, Tensor]:
+    """Each projection packed by itself, and `down_proj` called as where gate and up are one."""
+    packed = {f"{layouts.AT}.experts.{name}": it[part] for part, name in layouts.NAMES.items()}
+    return {f"{layouts.AT}.gate.weight": it["router"], **packed}
 
 
 def weights_apart(it: layouts.Experts) -> dict[str, Tensor]:
@@ -175,7 +179,7 @@ def weights_apart(it: layouts.Experts) -> dict[str, Tensor]:
     return {**apart, **rest}
 
 
-ALIKE = [(by_kind, layouts.packed), (layouts.packed, by_kind), (weights_apart, layouts.gpt_oss),
+ALIKE = [(named_alike, layouts.packed), (layouts.packed, named_alike), (weights_apart, layouts.gpt_oss),
          (layouts.gpt_oss, weights_apart)]  # fmt: skip
 
 

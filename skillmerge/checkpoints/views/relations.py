@@ -75,6 +75,9 @@ SYNONYMS = tuple(
         (r"(\.experts\.\d+)\.(?:w1|fc1)\.", r"\1.gate_proj."),
         (r"(\.experts\.\d+)\.(?:w3|fc3)\.", r"\1.up_proj."),
         (r"(\.experts\.\d+)\.(?:w2|fc2)\.", r"\1.down_proj."),
+        (r"\.experts\.w1$", ".experts.gate_proj"),  # of trainers
+        (r"\.experts\.w3$", ".experts.up_proj"),
+        (r"\.experts\.w2$", ".experts.down_proj"),
         (r"\.experts\.fc1\.weight$", ".experts.gate_up_proj"),  # Aria
         (r"\.experts\.fc2\.weight$", ".experts.down_proj"),
     )
