@@ -9,7 +9,7 @@ from typing import Any
 import layouts as made
 import pytest
 
-from skillmerge.checkpoints.views.relations import RELATIONS, common_name, is_packed, layouts, whole_layouts
+from skillmerge.checkpoints.views.relations import RELATIONS, common_name, experts_in, is_packed, layouts, whole_layouts
 from skillmerge.tensors import TensorSpec
 
 AT = "model.layers.0"
@@ -139,3 +139,9 @@ def test_names_of_packed_experts() -> None:
     assert is_packed(f"{AT}.block_sparse_moe.input_linear.weight")
     others = ("experts.0.up_proj.weight", "shared_experts.up_proj.weight", "experts.gate_up_proj_blocks", "gate.weight")
     assert not any(is_packed(f"{AT}.mlp.{name}") for name in others)
+
+
+def test_a_matrix_is_no_vector_of_each_expert() -> None:
+    """As of MegaBlocks, which has the rows of all experts below each other."""
+    assert experts_in(f"{EXPERTS}.w1", (64, 8)) == experts_in(f"{EXPERTS}.down_proj_bias", (4, 8, 8)) == 0
+    assert experts_in(f"{EXPERTS}.w1", (4, 16, 8)) == experts_in(f"{EXPERTS}.down_proj_bias", (4, 8)) == 4

@@ -175,7 +175,7 @@ class Layout:
             yield from zip(parts, self._fused(spec, parts), strict=False)
             return
         vector = common.endswith("_bias")
-        if len(spec.shape) != (2 if vector else 3) or not experts_in(name, spec.shape):
+        if not experts_in(name, spec.shape):
             return
         count, *matrix = spec.shape
         shape = (matrix[0], 1) if vector else (matrix[0], matrix[1])
@@ -257,7 +257,8 @@ def is_packed(name: str) -> bool:
 
 def experts_in(name: str, shape: Sequence[int]) -> int:
     """Return how many experts a tensor packs; 0 if it packs none."""
-    fits = len(shape) in (2, 3) and 0 < shape[0] <= MOST_EXPERTS and math.prod(shape) > 0
+    axes = 2 if name.endswith("_bias") else 3
+    fits = len(shape) == axes and 0 < shape[0] <= MOST_EXPERTS and math.prod(shape) > 0
     return shape[0] if fits and is_packed(name) else 0
 
 
