@@ -155,6 +155,15 @@ def test_ranks_of_bytes_are_read_as_byte_level_tokens(saved: Path, tmp_path: Pat
         assert read(folder).tokens == expected
 
 
+def test_ranks_that_a_tekken_file_does_not_use_are_no_tokens(tmp_path: Path) -> None:
+    """Mistral's files rank more tokens than their models have."""
+    ranks = [{"rank": n, "token_bytes": base64.b64encode(bytes([97 + n])).decode()} for n in range(5)]
+    special = [{"rank": n, "token_str": f"<{n}>"} for n in range(2)]
+    config = {"default_num_special_tokens": 2, "default_vocab_size": 5}
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": ranks, "special_tokens": special}))
+    assert read(tmp_path).tokens == {0: "<0>", 1: "<1>", 2: "a", 3: "b", 4: "c"}
+
+
 _BYTES = {
     character: byte
     for byte, character in enumerate(

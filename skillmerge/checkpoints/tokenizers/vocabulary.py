@@ -119,12 +119,13 @@ def tiktoken(content: bytes) -> Vocabulary:
 
 
 def tekken(content: bytes) -> Vocabulary:
-    """Mistral's ranks: special tokens first, then tokens by the rank of their bytes."""
+    """Mistral's ranks: special tokens first, then tokens by the rank of their bytes, as many of them as are used."""
     document = json_table(content)
     settings, ranks = document.get("config"), document.get("vocab")
     if not isinstance(settings, dict) or not isinstance(ranks, list):
         raise ValueError("it has no `config` or no `vocab`")
     special = _number(settings.get("default_num_special_tokens", 0))
+    size = _number(settings.get("default_vocab_size", _MOST_IDS - 1))
     tokens = {}
     for entry in ranks:
         if not isinstance(entry, dict):
@@ -138,7 +139,7 @@ def tekken(content: bytes) -> Vocabulary:
     for entry in named or []:
         if isinstance(entry, dict):
             tokens[_number(entry.get("rank"))] = _text(entry.get("token_str"))
-    return Vocabulary(tokens)
+    return Vocabulary({number: text for number, text in tokens.items() if number < size})
 
 
 def sentencepiece(content: bytes) -> Vocabulary:

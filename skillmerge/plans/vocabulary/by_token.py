@@ -124,11 +124,12 @@ class _Family:
         return self.checkpoints[name].tensors[tensor].shape[0]
 
     def matchings(self, sources: Mapping[str, Sequence[str]]) -> dict[str, Matching]:
-        """Return how each model lies beside the donor. sources: the matrices that are read of each model."""
-        least = {model: min(self.rows(model, it) for it in names) for model, names in sources.items() if names}
-        names = [name for name in self.tokens if name in least]
-        ours = self.tokens[self.donor], least[self.donor]
-        return {name: matched(*ours, self.tokens[name], least[name]) for name in names}
+        """Return how each model lies beside the donor. sources: the matrices that are read of each model. The largest
+        of them counts: some heads have no rows for tokens of images."""
+        most = {model: max(self.rows(model, it) for it in names) for model, names in sources.items() if names}
+        names = [name for name in self.tokens if name in most]
+        ours = self.tokens[self.donor], most[self.donor]
+        return {name: matched(*ours, self.tokens[name], most[name]) for name in names}
 
 
 class _Rows:
