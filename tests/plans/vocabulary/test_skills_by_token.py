@@ -168,6 +168,15 @@ def test_adapters_rows_are_matched_by_token_too(tmp_path: Path) -> None:
     refused = run_cli("plan", recipe)
     assert refused.returncode == 4
     assert "copy the tokenizer that it was trained with into its folder, or leave `vocabulary` out" in refused.stderr
+    by_id = run_cli("plan", write_recipe(tmp_path, "target + lam * v", models=models, coefficients={"lam": 1.0}))
+    assert by_id.returncode == 4
+    said = (
+        f"`{module}.lora_embedding_A` has 11 rows, and `{EMBEDDING}` of {tmp_path / 'target'} has 12: tokens were added"
+    )
+    assert said in by_id.stderr
+    advice = "add to the recipe `vocabulary: by-token`, and the tokenizer that it was trained with to its folder\n"
+    assert f"help: {advice}" in by_id.stderr
+    recipe = write_recipe(tmp_path, "target + lam * v", models=models, coefficients={"lam": 1.0}, **by_token())
     (adapter / "tokenizer.json").write_text(tokenizer_json(MIXED[1]))
     made = read_checkpoint(skillmerge.apply(recipe, tmp_path / "out").output)
     wide_a, wide_b = a.numpy().astype(np.float64), b.numpy().astype(np.float64)

@@ -132,6 +132,10 @@ def test_rows_of_added_tokens_that_are_stored_apart(tmp_path: Path) -> None:
     for name in ("target", "rl", "sft"):
         tensors = read_checkpoint(tmp_path / name)
         write_checkpoint(tmp_path / name, {**tensors, apart: torch.zeros(2, 6)}, config={"vocab_size": 9})
+    by_id = run_cli("plan", write_recipe(tmp_path))
+    assert by_id.returncode == 4
+    assert "ids mean different tokens" in by_id.stdout
+    assert "by-token" not in by_id.stdout
     said = refused(tmp_path)
     assert f"model `target` keeps the rows of added tokens apart, in `{apart}`, which `by-token` does not read" in said
 
