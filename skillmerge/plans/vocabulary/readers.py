@@ -140,7 +140,6 @@ def tokens_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], name: str, 
     read = read_tokenizer(checkpoint, files)
     if not read.tokens:
         reason = next(iter(read.unread), f"{file} has no tokens")
-        raise InputError(
-            f"{what}: its rows cannot be matched by token: {reason}", fix=f"save the tokenizer again, or {_LEAVE_OUT}"
-        )
+        done = read.pointers.get(reason) or "save the tokenizer again"
+        raise InputError(f"{what}: its rows cannot be matched by token: {reason}", fix=f"{done}, or {_LEAVE_OUT}")
     return Tokens.of(read.tokens)

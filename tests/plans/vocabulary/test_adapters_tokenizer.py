@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import read_checkpoint, run_cli, write_recipe
+from conftest import read_checkpoint, run_cli, weights, write_recipe
+from hub_server import HubServer
 from safetensors.torch import save_file
 from token_rows import BASE, BLOCK, EMBEDDING, HEAD, by_token, same_bits, tokenizer_json, write_model
 
@@ -107,3 +108,24 @@ def test_adapter_without_a_tokenizer_has_that_of_its_model(tmp_path: Path) -> No
     assert torch.equal(made[EMBEDDING], ours[EMBEDDING])
     assert torch.equal(made[HEAD], ours[HEAD])
     assert not torch.equal(made[BLOCK], ours[BLOCK])
+
+
+def test_hub_and_folder_give_the_same_bytes(hub: HubServer, tmp_path: Path) -> None:
+    """The small files of the base are read up to their limit before the adapter's are."""
+    write_adapter(tmp_path)
+    small = ("tokenizer_config.json", "generation_config.json", "chat_template.json", "special_tokens_map.json")
+    for name in small:
+        (tmp_path / "base" / name).write_text("{}")
+    keys = by_token(tokens={"<think>": {"from": "rl"}}, output={"like": "rl"})
+    merge = "base + lam * (target - base) + (rl - base)"
+    first = skillmerge.apply(write_recipe(tmp_path, merge, models=MODELS, **keys), tmp_path / "out").output
+    for name in ("target", "base", "adapter"):
+        hub.create_from(f"acme/{name}", tmp_path / name)
+    (tmp_path / "remote").mkdir()
+    models = {"target": "hf://acme/target", "base": "hf://acme/base"}
+    models |= {"rl": {"adapter": "hf://acme/adapter", "onto": "base"}}
+    recipe = write_recipe(tmp_path / "remote", merge, models=models, **keys)
+    assert weights(skillmerge.apply(recipe, tmp_path / "remote" / "out").output) == weights(first)
+    for file in ("tokenizer.json", "chat_template.jinja"):
+        found = (tmp_path / "remote" / "out" / file).read_bytes()
+        assert found == (tmp_path / "adapter" / file).read_bytes()

@@ -67,6 +67,15 @@ def test_unreadable_tokenizers(tmp_path: Path, content: str) -> None:
     assert "help: save the tokenizer again, or leave `vocabulary` out of the recipe\n" in said
 
 
+def test_pointer_in_the_place_of_a_tokenizer(tmp_path: Path) -> None:
+    write_models(tmp_path, ALIKE)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 11422654\n"
+    (tmp_path / "rl" / "tokenizer.json").write_text(pointer)
+    said = refused(tmp_path)
+    assert "tokenizer.json: is a Git LFS pointer, not the file itself\n" in said
+    assert "help: fetch the files: `git lfs pull`" in said
+
+
 @pytest.mark.parametrize("name", ["target", "rl"])
 def test_token_with_two_ids(tmp_path: Path, name: str) -> None:
     write_models(tmp_path, ALIKE)
