@@ -163,6 +163,11 @@ def test_other_row_counts_without_the_key_say_what_settles_them(tmp_path: Path) 
     assert found.returncode == 4
     assert "their vocabularies seem to differ" in found.stdout
     assert "help: to give each token its own row, add to the recipe `vocabulary: by-token`\n" in found.stdout
+    write_models(tmp_path, (BASE, [*BASE[::-1], "<x>"], BASE))
+    both = run_cli("plan", write_recipe(tmp_path)).stdout
+    assert "8 ids mean different tokens" in both
+    assert "their vocabularies seem to differ" in both
+    assert both.count("to give each token its own row") == 1
     (tmp_path / "rl" / "tokenizer.json").rename(tmp_path / "rl" / "tokenizer.model")
     assert "by-token" not in run_cli("plan", write_recipe(tmp_path)).stdout
     extract = ("extract", "--from", tmp_path / "target", "--minus", tmp_path / "sft", "-o", tmp_path / "skill")
