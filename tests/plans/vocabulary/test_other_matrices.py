@@ -32,6 +32,20 @@ def test_head_without_the_rows_of_images_is_no_problem(tmp_path: Path) -> None:
     assert same_bits(made[HEAD], by_hand(heads, "target", past))
 
 
+def test_rows_for_all_layers_are_fewer(tmp_path: Path) -> None:
+    """As in Gemma 3n: tokens of images have none there."""
+    write_models(tmp_path, IMAGE)
+    name = "model.language_model.embed_tokens_per_layer.weight"
+    for seed, model in enumerate(MODELS):
+        tensors = read_checkpoint(tmp_path / model)
+        tensors[name] = random_tensors({name: (10, 4)}, torch.float32, 7 + seed)[name]
+        write_checkpoint(tmp_path / model, tensors, config={"vocab_size": 11, "vocab_size_per_layer_input": 10})
+    made = applied(tmp_path)
+    for matrix, count in ((EMBEDDING, 11), (name, 10)):
+        rows = {model: (words[:count], it) for model, (words, it) in rows_of(tmp_path, IMAGE, matrix).items()}
+        assert same_bits(made[matrix], by_hand(rows, "target", past)), matrix
+
+
 ADDED: tuple[Words, Words, Words] = (
     [*BASE, "<tool>", None, None],
     [*BASE, "</think>", "<think>", "<tool>"],
