@@ -188,7 +188,7 @@ def test_adapter_on_the_hub_has_the_bytes_of_the_folder(hub: HubServer, family: 
     ]
     lock = run_cli("plan", recipe, "--lock")
     assert lock.returncode == 0, lock.stderr
-    assert run_cli("apply", recipe, "--locked", "--overwrite", "-o", "again").returncode == 0
+    assert run_cli("apply", recipe, "--locked", "--overwrite", "-o", family / "again").returncode == 0
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="obstore needs Python 3.11")
