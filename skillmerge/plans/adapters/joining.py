@@ -194,6 +194,16 @@ def _shares(
         found = {name: (changes[name][tensor], factor) for name in here if (factor := known[row].get(name, 0.0))}
         if found:
             shares[tensor] = found
+    for name, heads in tied.items():
+        for head, embedding in heads.items():
+            if {head, embedding} <= rows.keys() and len(
+                {known[rows[it]].get(name, 0.0) for it in (head, embedding)}
+            ) > 1:
+                raise recipe.error(
+                    ("merge",),
+                    f"coefficients differ between `{embedding}` and `{head}`, which the model ties to it",
+                    "give both the same, or leave `output.kind` out, which makes a model",
+                )
     if len(degrees) > 1:
         raise recipe.error(
             ("merge",),
@@ -203,10 +213,10 @@ def _shares(
     return shares
 
 
-def _tied(changes: Mapping[str, Change]) -> set[str]:
-    """Return heads that follow the embedding that they are tied to, in the output as in the adapter."""
+def _tied(changes: Mapping[str, Change]) -> dict[str, str]:
+    """Return heads that follow an embedding that they are tied to, in the output as in the adapter; and that one."""
     first: dict[int, str] = {}
-    return {name for name, change in changes.items() if first.setdefault(id(change), name) != name}
+    return {name: it for name, change in changes.items() if (it := first.setdefault(id(change), name)) != name}
 
 
 def _check_parts(recipe: Recipe, tensor: str, share: Shares) -> None:
