@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, read_bytes, sha256_as_read
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.store import Wait, nothing_to_wait_for
+from skillmerge.checkpoints.stores.overlaid import Overlaid
+from skillmerge.checkpoints.tokenizers.tokenizer import is_of_tokenizer, vocabulary_file
 from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.fitting import Change, Model, changes_of, no_module
 from skillmerge.checkpoints.views.unpacking import products_of
@@ -73,9 +75,10 @@ class Adapted(_Adapting):
             name: replace(file, described=file.described + said, version=file.version + own.version, digest=None)
             for name, file in base.files.items()
         }
-        super().__init__(
-            adapter.uri, at, base.store, base.config, tensors, files, indexed=base.indexed, unread=base.unread
-        )
+        # Training may have added tokens, and then their tokenizer is beside the adapter.
+        has_tokens = bool(vocabulary_file(adapter.store.list()))
+        store = Overlaid(base.store, adapter.store, is_of_tokenizer) if has_tokens else base.store
+        super().__init__(adapter.uri, at, store, base.config, tensors, files, indexed=base.indexed, unread=base.unread)
         self.naming, self.trained_on = base.naming, adapter.lora.base
 
     @property

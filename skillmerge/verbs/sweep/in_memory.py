@@ -20,7 +20,7 @@ from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.views.adapted import AdapterPlane
 from skillmerge.durable import scratch_folder
 from skillmerge.engine.measures.preparing import Preparations
-from skillmerge.engine.rounding_statistics import BlockStatistics, Statistics, summarise, total
+from skillmerge.engine.rounding_statistics import BlockStatistics, Statistics, summarise, total_of
 from skillmerge.engine.runner import Work
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Buffer, Span, Tile, spans
@@ -207,7 +207,7 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
         work = (span for shard in plan.shards for span in spans(plan, shard, chosen.tile))
         for _ in stream.map(fill, work, threads=chosen.threads, ahead=4 * chosen.threads):
             pass
-    rows = {name: total(blocks.values(), plan.tensors[name].merged) for name, blocks in measured.items() if blocks}
+    rows = {name: total_of(plan.tensors[name], blocks) for name, blocks in measured.items() if blocks}
     return summarise(plan, rows, "sampled")
 
 
