@@ -27,7 +27,7 @@ def unlike(
     """Return why a model that holds parts of the donor's tensors does not hold them all, or not as they should be.
     missing: what it lacks."""
     layers = {layer_of(name) for name in missing}
-    ours, theirs = whole_layouts(*(_within(layers, it.tensors) for it in (checkpoint, donor)))
+    ours, theirs = whole_layouts(_within(layers, checkpoint.tensors), _within(layers, donor.tensors))
     lacking = (EXPERT.fullmatch(part) for name in missing for part in theirs.holds.get(name, ()))
     for at in dict.fromkeys(it[1] for it in lacking if it is not None):
         if ours.experts.get(at, theirs.experts[at]) != theirs.experts[at]:
