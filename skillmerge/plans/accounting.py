@@ -281,7 +281,7 @@ def _apart(
         cause = left_behind(model, checkpoint, more)
         much = share(more, checkpoint.tensors) >= MUCH or (without >= MUCH and missing)
         if cause is None and missing:
-            cause = unlike(model, checkpoint, donor_name, donor)
+            cause = unlike(model, checkpoint, donor_name, donor, missing)
         if cause is None and much:
             cause = cause_of(recipe, model, checkpoint, donor_name, donor, missing, more)
         if cause is not None:

@@ -121,7 +121,8 @@ def _exact(skill: Checkpoint) -> Mapping[str, Any]:
     if not document["exact"] or not document.get("planes"):
         raise InputError(
             f"{skill.place} is not the exact difference of two checkpoints, which a patch needs",
-            fix="extract it again: `skillmerge extract --from RL --minus SFT`",
+            fix="extract it again from two models: `skillmerge extract --from RL --minus SFT`; for an adapter, make a "
+            "model of it first, with a recipe",
         )
     return document
 
