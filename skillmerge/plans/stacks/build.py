@@ -10,18 +10,16 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint, Naming
 from skillmerge.checkpoints.stores.edited import Edited
 from skillmerge.checkpoints.views.stacked import Layers, Source, Stacked, layers_of
-from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
-from skillmerge.plans.stacks.config import Layer, Order, Unsayable, stacked_config
+from skillmerge.plans.stacks.config import stacked_config
+from skillmerge.plans.stacks.forms import check_forms
+from skillmerge.plans.stacks.order import Layer, Order, Unsayable
 from skillmerge.recipes.entries import Part
 from skillmerge.recipes.recipe import Recipe
 
 CONFIG = "config.json"
 MOST_LAYERS = 4096
 """Most layers of a recipe's stacks together. No model has a tenth of them."""
-
-_FORM = frozenset[tuple[str, tuple[int, ...]]]
-"""What a layer's tensors are called, and their shapes."""
 
 
 def with_stacks(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
@@ -59,17 +57,16 @@ def _stack(recipe: Recipe, name: str, parts: Mapping[str, Layers], chosen: Seque
     """Return the stack `name`. parts: its models, the first one first."""
     first, *_ = parts
     base = parts[first].checkpoint
-    _check_forms(recipe, name, parts, chosen)
+    order = Order(chosen, {part: it.checkpoint.config for part, it in parts.items()},
+                  {part: it.count for part, it in parts.items()}, first)  # fmt: skip
     config: Mapping[str, Any] = base.config
     edits: tuple[tuple[str, Any, Any], ...] = ()
-    if config:
-        configs = {part: layers.checkpoint.config for part, layers in parts.items()}
-        try:
-            config, edits = stacked_config(
-                Order(chosen, configs, {part: it.count for part, it in parts.items()}, first)
-            )
-        except Unsayable as error:
-            raise recipe.error((*recipe.place_path(name), error.entry), str(error), error.fix) from error
+    try:
+        check_forms(order, parts)
+        if config:
+            config, edits = stacked_config(order)
+    except Unsayable as error:
+        raise recipe.error((*recipe.place_path(name), error.entry), str(error), error.fix) from error
     store = Edited(
         base.store,
         {CONFIG: (json.dumps(config, indent=2) + "\n").encode()} if edits else {},
@@ -113,37 +110,6 @@ def _sources(parts: Mapping[str, Layers], chosen: Sequence[Layer]) -> dict[str, 
 def _origin(checkpoint: Checkpoint, name: str) -> Source:
     """Return where a tensor is, if need be in a stack's own parts: stacks of stacks are read in one step."""
     return checkpoint.sources[name] if isinstance(checkpoint, Stacked) else (checkpoint, name)
-
-
-def _check_forms(recipe: Recipe, name: str, parts: Mapping[str, Layers], chosen: Sequence[Layer]) -> None:
-    """Raise RecipeError where a layer has other tensors than every layer of the first model, or other shapes."""
-    first, *others = parts
-    forms = {_form(parts[first], number) for number in parts[first].tensors} if others else set()
-    entries = {(layer.model, layer.number): layer.entry for layer in reversed(chosen) if layer.model != first}
-    for (model, number), entry in entries.items():
-        form = _form(parts[model], number)
-        if form not in forms:
-            near = max(forms, key=lambda other: len(other & form))
-            raise recipe.error(
-                (*recipe.place_path(name), entry),
-                f"layer {number} of `{model}` does not fit those of `{first}`: {_misfit(form, near)}",
-                "stack models of one architecture and width",
-            )
-
-
-def _form(layers: Layers, number: int) -> _FORM:
-    tensors = layers.checkpoint.tensors
-    return frozenset((rest, tensors[name].shape) for rest, name in layers.tensors[number].items())
-
-
-def _misfit(form: _FORM, near: _FORM) -> str:
-    ours, theirs = dict(form), dict(near)
-    for rest in sorted(ours.keys() & theirs.keys()):
-        if ours[rest] != theirs[rest]:
-            return f"`{rest}` is {list(ours[rest])} against {list(theirs[rest])}"
-    lacks, has = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
-    what = f"it lacks {some([f'`{rest}`' for rest in lacks], 3)}" if lacks else ""
-    return what or f"it has {some([f'`{rest}`' for rest in has], 3)} besides"
 
 
 def _told(chosen: Sequence[Layer]) -> Iterator[tuple[str, str]]:
