@@ -56,6 +56,13 @@ def test_layers_that_config_tells_apart_may_move(tmp_path: Path) -> None:
     skillmerge.apply(recipe(tmp_path, "1-3", "0"), overwrite=True)
 
 
+def test_the_usual_form_is_that_of_most_layers(tmp_path: Path) -> None:
+    """Config.json says the same of layers 0 and 3, and which of the two is the odd one show the others."""
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    model(tmp_path, drop="layers.0.input_layernorm", layer_types=kinds)
+    assert skillmerge.plan(recipe(tmp_path, "0-3", "1-3")).ok
+
+
 def test_a_model_that_lacks_its_last_layers_is_no_part_of_a_stack(tmp_path: Path) -> None:
     model(tmp_path, num_hidden_layers=6)
     with pytest.raises(InputError, match=r"model `a`: layer 4 of `model\.layers` is missing"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_models import write_adapter
 from conftest import (
     copy_with,
     read_checkpoint,
@@ -142,6 +143,20 @@ def test_plain_stacks_are_worth_writing(deep: Path, edit: Edit) -> None:
     made = skillmerge.apply(alone, deep.parent / "alone")
     assert made.warnings == ()
     assert run_cli("plan", alone).stdout.count("writes the stack of rl 0-2, rl") == 1
+
+
+def test_an_adapter_of_fewer_layers_than_the_stack_is_warned_of(deep: Path, edit: Edit) -> None:
+    """One that was trained on a stack has its numbers; one of a model that the stack is made of has others."""
+    write_adapter(deep.parent / "adapter", tensor_shapes(4))  # of layers 0 to 2
+    for layers, warned in (("0-2", False), ("0-3", True)):
+        models = {"rl": "rl", "v": {"adapter": "adapter"}, "deep": {"stack": [{"from": "rl", "layers": layers}]}}
+        given = edit(deep, merge="deep + 0.5 * v", coefficients=None, models=models, accept=["update-size"])
+        found = [it.message for it in skillmerge.plan(given).warnings]
+        assert (["adapter `v` ends with layer 2, and the stack `deep` with layer 3"] * warned) == [
+            message.partition(":")[0] for message in found
+        ]
+    plain = edit(deep, merge="rl + 0.5 * v", models={"rl": "rl", "v": {"adapter": "adapter"}})
+    assert not [it for it in skillmerge.plan(plain).warnings if "stack" in it.message]
 
 
 def test_a_patch_of_the_models_is_a_patch_of_the_stack(deep: Path, edit: Edit) -> None:

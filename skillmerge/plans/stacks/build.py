@@ -20,6 +20,8 @@ from skillmerge.recipes.recipe import Recipe
 CONFIG = "config.json"
 MOST_LAYERS = 4096
 """Most layers of a recipe's stacks together. No model has a tenth of them."""
+MOST_TENSORS = 1_000_000
+"""Most tensors of these layers, of which each takes a kilobyte or two of memory. No model has a fifth of them."""
 
 
 def with_stacks(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
@@ -29,12 +31,16 @@ def with_stacks(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[s
     """
     found = dict(checkpoints)
     known: dict[str, Layers] = {}
-    used, left = set(recipe.used_models()), MOST_LAYERS
+    used, left, tensors = set(recipe.used_models()), MOST_LAYERS, 0
     for name, entries in recipe.stacks.items():  # each behind those that it is made of
         if name in used and all(entry.model in found for entry in entries):
             parts = dict.fromkeys(entry.model for entry in entries)
             known |= {part: layers_of(part, found[part]) for part in parts if part not in known}
             chosen = _chosen(recipe, name, {part: known[part] for part in parts}, left)
+            tensors += sum(len(known[layer.model].tensors[layer.number]) for layer in chosen)
+            if tensors > MOST_TENSORS:
+                message = f"the stacks have more than {MOST_TENSORS:,} tensors together"
+                raise recipe.error(recipe.place_path(name), message, "leave layers out")
             found[name] = _stack(recipe, name, {part: known[part] for part in parts}, chosen)
             left -= len(chosen)
     place = {name: number for number, name in enumerate(recipe.models)}

@@ -26,7 +26,7 @@ def check_forms(order: Order, parts: Mapping[str, Layers]) -> None:
             raise Unsayable(
                 f"layer {layer.number} of `{layer.model}` does not fit those of `{order.first}`: {_misfit(form, near)}",
                 layer.entry,
-                "stack models of one architecture and width",
+                "stack models of one architecture and width that store their weights alike",
             )
     if order.configs[order.first]:
         _check_places(order, forms)
@@ -50,14 +50,16 @@ def _check_places(order: Order, forms: Mapping[str, Mapping[int, Form]]) -> None
 
 
 def _usual(order: Order, model: str, forms: Mapping[int, Form]) -> dict[int, Form]:
-    """Return the form that most layers have of which a model's config.json says the same, by their numbers."""
+    """Return the form that most layers have of which a model's config.json says the same, by their numbers; if as many
+    have another one, that of most layers of the model."""
+    everywhere = Counter(forms.values())
     kinds: dict[object, list[int]] = {}
     for number in range(order.counts[model]):
         kinds.setdefault(kind_of(order, model, number), []).append(number)
     found: dict[int, Form] = {}
     for numbers in kinds.values():
-        [(usual, _)] = Counter(forms[number] for number in numbers).most_common(1)
-        found |= dict.fromkeys(numbers, usual)
+        here = Counter(forms[number] for number in numbers)
+        found |= dict.fromkeys(numbers, max(here, key=lambda form: (here[form], everywhere[form])))
     return found
 
 
