@@ -152,6 +152,17 @@ def test_a_model_with_an_adapter_becomes_an_adapter_onto_it(written: Any, tmp_pa
         assert torch.allclose(tensor.double(), wanted, rtol=0, atol=1e-6), name
 
 
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [("./a+", "lacks an adapter behind the plus"), ("+./lora", "lacks a model before the plus"),
+     ("./a+./x+./y", "has more than one adapter")],
+)  # fmt: skip
+def test_a_plus_needs_a_model_and_an_adapter(written: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=words) as refused:
+        imported(tmp_path, {"merge_method": "passthrough", "models": [{"model": written}]})
+    assert refused.value.fix is not None
+
+
 def test_slices_may_have_adapters(tmp_path: Path) -> None:
     family(tmp_path, a=1e-2)
     added = adapter(tmp_path / "lora")

@@ -78,6 +78,8 @@ def of_other_layers(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> It
         own = max((layer[1] for layer in map(layer_of, changes) if layer is not None), default=last)
         if own < last:
             first = donor.naming.stack[0][0]
+            while recipe.entries[first].stack:
+                first = recipe.entries[first].stack[0].model
             yield warning(
                 f"adapter `{name}` ends with layer {own}, and the stack `{recipe.donor}` with layer {last}: it changes "
                 "layers by the stack's numbers",

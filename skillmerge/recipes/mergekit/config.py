@@ -155,6 +155,9 @@ class _Reader:
         name, plus, added = written.partition("+")
         if not plus and not adapter:
             return self._at(written, revision, *path)
+        if not name.strip() or (plus and not added.strip()):
+            what = "a model before the plus" if not name.strip() else "an adapter behind the plus"
+            raise Refused(f"`{written}` lacks {what}", *path, fix="write both, as in `model+adapter`")
         if "+" in added or (plus and adapter):
             raise Refused(f"`{written}` has more than one adapter", *path, fix="name one, as in `model+adapter`")
         found = self._at(name, revision, *path), self.place(added or adapter, *path)

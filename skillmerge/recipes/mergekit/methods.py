@@ -16,6 +16,7 @@ from skillmerge.recipes.mergekit.translation import Translation, number_of, time
 
 _TIES = "elements that tie at the threshold all stay; mergekit keeps some of them"
 _NO_SCALE = "a model has to come out as one model"
+_ONE = "list one model in each slice, or name a method that merges several"
 _MERGEKIT = "remove it, or merge with mergekit"
 
 
@@ -83,7 +84,7 @@ def _passthrough(given: Translation) -> str:
     for region in given.config.regions:
         for model, level in region.sources.items():
             if len(region.sources) > 1:
-                raise Refused("passthrough takes one model for each layer", *level.path[:-2])
+                raise Refused("passthrough takes one model for each layer", *level.path[:-2], fix=_ONE)
             scales = given.setting("scale", model, 1)
             if any(not is_close(point, 1) for part in scales for choice in part for point in choice.points):
                 raise Refused("`scale` has no counterpart: " + _NO_SCALE, *level.path, "scale", fix=_MERGEKIT)
