@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, Naming
 from skillmerge.checkpoints.stores.edited import Edited
+from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.stacked import Layers, Source, Stacked, layers_of
 from skillmerge.methods.terms import model_of
 from skillmerge.plans.stacks.config import stacked_config
@@ -30,21 +32,36 @@ def with_stacks(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[s
     Raises RecipeError for layers that there are not, that do not fit each other, or that no config.json can describe.
     """
     found = dict(checkpoints)
-    known: dict[str, Layers] = {}
     used, left, tensors = set(recipe.used_models()), MOST_LAYERS, 0
     for name, entries in recipe.stacks.items():  # each behind those that it is made of
         if name in used and all(entry.model in found for entry in entries):
-            parts = dict.fromkeys(entry.model for entry in entries)
-            known |= {part: layers_of(part, found[part]) for part in parts if part not in known}
-            chosen = _chosen(recipe, name, {part: known[part] for part in parts}, left)
-            tensors += sum(len(known[layer.model].tensors[layer.number]) for layer in chosen)
+            parts = _parts({entry.model: found[entry.model] for entry in entries})
+            chosen = _chosen(recipe, name, parts, left)
+            tensors += sum(len(parts[layer.model].tensors[layer.number]) for layer in chosen)
             if tensors > MOST_TENSORS:
                 message = f"the stacks have more than {MOST_TENSORS:,} tensors together"
                 raise recipe.error(recipe.place_path(name), message, "leave layers out")
-            found[name] = _stack(recipe, name, {part: known[part] for part in parts}, chosen)
+            found[name] = _stack(recipe, name, parts, chosen)
             left -= len(chosen)
     place = {name: number for number, name in enumerate(recipe.models)}
     return dict(sorted(found.items(), key=lambda item: place[model_of(item[0])]))
+
+
+def _parts(models: Mapping[str, Checkpoint]) -> dict[str, Layers]:
+    """Return the layers of a stack's models, in the layout of the first one."""
+    (name, model), *others = models.items()
+    first = layers_of(name, model)
+    found = {name: first}
+    for name, model in others:
+        layers = layers_of(name, model)
+        like = dict(first.checkpoint.tensors)
+        for number in layers.tensors.keys() - first.tensors.keys():  # of a deeper model
+            for rest, tensor in first.tensors[first.count - 1].items():
+                deeper = f"{first.stack}.{number}.{rest}"
+                like[deeper] = replace(like[tensor], name=deeper)
+        arranged = in_layout_of(model, like)
+        found[name] = layers if arranged is model else layers_of(name, arranged)
+    return found
 
 
 def _chosen(recipe: Recipe, name: str, parts: Mapping[str, Layers], left: int) -> list[Layer]:
