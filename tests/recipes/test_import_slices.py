@@ -227,6 +227,7 @@ def one_of_two(zero: Any = 0) -> list[dict[str, Any]]:
 def test_a_linear_merge_of_one_model_each_is_a_stack(tmp_path: Path) -> None:
     family(tmp_path, a=1e-2, b=1e-2)
     document = {"merge_method": "linear", "slices": one_of_two(), "parameters": {"weight": 1}}
+    assert data_of(imported(tmp_path, {**document, "base_model": "./a"}))["merge"] == "stacked"
     made = imported(tmp_path, document, output=tmp_path / "recipe.yaml")
     assert [remark.message for remark in made.remarks] == [
         "in each slice one model counts, which is passed through (line 3)"
@@ -264,6 +265,17 @@ def test_models_of_other_depths_are_stacked_though_no_layer_moves(slices: list[A
     with pytest.raises(RecipeError, match="layer 4 is past the last layer, which is 2") as refused:
         imported(tmp_path, {"merge_method": "passthrough", "slices": past})
     assert refused.value.fix == "write at most 3 as the second number"
+
+
+def test_a_head_that_the_first_slice_lacks_is_missed(tmp_path: Path) -> None:
+    family(tmp_path, a=1e-2, b=1e-2)
+    tensors = {name: it for name, it in read_checkpoint(tmp_path / "a").items() if name != "lm_head.weight"}
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    for first, last, warned in (("a", "b", True), ("b", "a", False), ("b", "b", False)):
+        made = imported(tmp_path, {"merge_method": "passthrough", "slices": sliced((first, 0, 2), (last, 0, 2))})
+        assert [remark.message.partition(",")[0] for remark in made.warnings] == [
+            "the output has no `lm_head.weight`"
+        ] * warned
 
 
 def test_coefficients_are_called_otherwise_than_the_models_of_a_stack(tmp_path: Path) -> None:

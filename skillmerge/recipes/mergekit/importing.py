@@ -165,6 +165,8 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
     if behind is not None and tensors is None:
         what = f"final norm and head are those of `{behind}`, and their names are guessed"
         notes.warn(f"{what}; check with `skillmerge plan`", "slices")
+    elif behind is not None:
+        _warn_of_head(next(place for place, name in plain.items() if name == behind), config, around.home, notes)
     stages = {stage_place(stage) for stage in around.stages}
     remarks = sorted(notes.found, key=lambda remark: remark.level != "warning")
     title = f"{config.method}, from {Path(document.name).name if document.name != STANDARD_INPUT else 'mergekit'}"
@@ -179,6 +181,19 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
         **_models(config, plain, stacks, used, lambda place: place if place in stages else moved(place, start)),
     )
     return draft, config
+
+
+def _warn_of_head(last: str, config: Config, home: Path, notes: Notes) -> None:
+    """Warn if the last model of a stack has a head, and the first one has only its embedding for that."""
+    first, behind = (_tensors([place.partition("+")[0]], home) for place in (config.models[0], last))
+    if first is None or behind is None:
+        return
+    lost = sorted(set(behind_layers(behind)) - first)
+    if lost:
+        what = (
+            f"the output has no `{lost[0]}`, as the model of its first slice has none; mergekit takes that of the last"
+        )
+        notes.warn(what, "slices")
 
 
 def _models(

@@ -42,11 +42,8 @@ def passed_through(config: Config, notes: Notes) -> Config:
 
     People list a second one with a weight of 0, so that mergekit matches rows by token.
     """
-    if (
-        config.method != "linear"
-        or config.base is not None
-        or len({frozenset(it.sources) for it in config.regions}) < 2
-    ):
+    alike = len({frozenset(it.sources) for it in config.regions}) < 2
+    if config.method != "linear" or alike or config.base not in (None, *config.models):
         return config
     regions = []
     for region in config.regions:
@@ -254,7 +251,8 @@ def _model_stock(given: Translation) -> str:
 def _two(given: Translation) -> tuple[str, str]:
     base, others = given.base, given.config.others
     if len(others) != 1:
-        raise Refused(f"`{given.config.method}` takes the base and one other model", "models")
+        what = f"`{given.config.method}` takes the base and one other model"
+        raise Refused(what, "models", fix="name one of two models as `base_model`")
     return base, given.name(others[0])
 
 
