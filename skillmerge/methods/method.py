@@ -95,7 +95,7 @@ Kind = Number | Word | Operand
 SHARE = Number(0, 1)
 ANY = Number()
 WEIGHTS = Numbers()
-VOTES = Numbers(negative="turns the signs of its difference around and lowers the divisor of the mean")
+VOTES = Numbers(negative="turns the signs of its difference around and lowers what a normalized sum is divided by")
 RESCALE = Word(("none", "l1", "l2"))
 OF_ROWS = Word(("matrix", "row"))
 OF_MODEL = Word(("matrix", "model"))

@@ -51,13 +51,24 @@ def keep_same_bits(
 def round_nearest(value: Tensor, out: Tensor) -> Tensor:
     """Round to nearest, ties to even, once. Returns `out`."""
     if value.dtype == torch.float64 and out.element_size() < 4:
-        value = _round_to_odd(value)
+        value = _narrowed(value, out.dtype)
     return out.copy_(value)
 
 
+def _narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 -> float32 such that a second rounding, to 16 bits, gives what one rounding would have given."""
+    if dtype != torch.bfloat16:
+        return _round_to_odd(value)
+    nearest = value.to(torch.float32)
+    # Two roundings differ from one only where the first ends halfway between two bfloat16. That is rare.
+    halfway = ((nearest.view(torch.int32) & 0xFFFF) == 0x8000).nonzero(as_tuple=True)
+    nearest[halfway] = _round_to_odd(value[halfway])
+    return nearest
+
+
 def _round_to_odd(value: Tensor) -> Tensor:
-    """float64 -> float32 such that a second rounding to 16 bits gives what one rounding would have given
-    (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008)."""
+    """float64 -> float32 that a second rounding, to 16 bits, rounds right (Boldo and Melquiond, "Emulation of FMA and
+    correctly rounded sums", 2008)."""
     nearest = value.to(torch.float32)
     back = nearest.to(torch.float64)
     bits = nearest.view(torch.int32)

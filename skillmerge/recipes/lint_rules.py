@@ -59,8 +59,9 @@ RULES = {
         ),
         LintRule(
             "negative-weight", "warning", "A weight of an election is negative",
-            "A negative weight turns the signs of its difference around, and lowers the sum of weights that divides "
-            "the result, perhaps to nearly 0. Write the difference the other way around, with a positive weight.",
+            "A negative weight turns the signs of its difference around, and lowers the sum of weights that a "
+            "normalized result is divided by, perhaps to nearly 0. Write the difference the other way around, with a "
+            "positive weight.",
         ),
         LintRule(
             "accidental-model", "warning", "The expression is a model only where a coefficient is 1",

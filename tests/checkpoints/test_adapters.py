@@ -94,14 +94,17 @@ def test_adapter_on_its_model_is_near_pefts_in_float32(name: str, tmp_path: Path
         assert (np.abs(values.reshape(whole.shape) - whole) <= bound).all(), tensor
 
 
-@pytest.mark.parametrize("area", [7, 48, 1000])
+@pytest.mark.parametrize(("area", "longest"), [(7, 3), (48, 1000), (1000, 30)])
 @pytest.mark.parametrize("name", ["linear", "fan_in_fan_out", "embedding", "tokens", "experts", "dora", "dora_fan",
                                   "experts_on_split"])  # fmt: skip
-def test_any_part_is_that_part_of_the_whole(name: str, area: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the tiles, and however many elements are computed at once."""
+def test_any_part_is_that_part_of_the_whole(
+    name: str, area: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the tiles, however many elements are computed at once, in whole rows and in parts of them."""
     folder = adapter(name, torch.bfloat16)
     whole = {tensor: bytes(read_bytes(put_onto(folder), tensor)) for tensor in changed(put_onto(folder))}
     monkeypatch.setattr(low_rank, "AREA", area)
+    monkeypatch.setattr(low_rank, "LONG", longest)
     monkeypatch.setattr(low_rank, "KEPT_BYTES", 1)
     again, draw = put_onto(folder), random.Random(area)
     for tensor, content in whole.items():
@@ -225,6 +228,19 @@ def test_terms_are_added_in_their_order(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", pair, lora_alpha=4)
     write_checkpoint(tmp_path / "base", {f"{at}.weight": torch.zeros(5, 3)})
     assert read_values(put_onto(tmp_path), f"{at}.weight").tolist() == [1.0] * 15
+
+
+def test_products_of_float64_are_rounded_before_they_are_added(tmp_path: Path) -> None:
+    """Those of narrower adapters need no rounding: fused additions are the same."""
+    at, draw = "model.layers.0.mlp.up_proj", np.random.default_rng(0)
+    a, b, base = draw.normal(size=(4, 33)), draw.normal(size=(21, 4)), draw.normal(size=(21, 33))
+    pair = {f"{at}.lora_A.weight": torch.from_numpy(a), f"{at}.lora_B.weight": torch.from_numpy(b)}
+    write_adapter(tmp_path / "adapter", pair)
+    write_checkpoint(tmp_path / "base", {f"{at}.weight": torch.from_numpy(base)})
+    total = np.zeros((21, 33))
+    for k in range(4):
+        total += b[:, k : k + 1] * a[k]
+    assert bytes(read_bytes(put_onto(tmp_path), f"{at}.weight")) == (base + total * 1.5).tobytes()
 
 
 def test_square_embedding_is_transposed(tmp_path: Path) -> None:

@@ -346,6 +346,16 @@ def test_whole_model_is_ranked_and_measured_together(
     skillmerge.rebuild(outputs[0], check=True, sample=0.4, seed=1, base_folder=family)
 
 
+@pytest.mark.parametrize(
+    "merge", ["trim(rl - sft, density=.3, scope=model)", "match(rl - sft, to=target - sft, scope=model)"]
+)
+def test_whole_model_without_an_element_has_nothing_to_rank(tmp_path: Path, merge: str) -> None:
+    for model in MODELS:
+        write_checkpoint(tmp_path / model, {"model.layers.0.mlp.up_proj.weight": torch.zeros(0, 8)})
+    output = skillmerge.apply(recipe_of(tmp_path, f"target + {merge}"), device="cpu").output
+    assert read_checkpoint(output)["model.layers.0.mlp.up_proj.weight"].shape == (0, 8)
+
+
 # ----------------------------------------------------------------------------------------------- what calls have found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -230,7 +231,7 @@ def test_shards_that_the_hub_has_are_copied_there(hub: HubServer, plan: Path) ->
     assert_merged(hub, plan)
 
 
-@pytest.mark.parametrize("way", ["other", "torn", "gone"])
+@pytest.mark.parametrize("way", ["other", "torn", "gone", "pipe"])
 def test_headers_that_are_not_those_of_the_plan_are_asked_for(hub: HubServer, plan: Path, way: str) -> None:
     """What others have put there is read as if it came from an enemy."""
     send(plan)
@@ -238,7 +239,12 @@ def test_headers_that_are_not_those_of_the_plan_are_asked_for(hub: HubServer, pl
     whole = [path.read_bytes() for path in kept]
     assert len(whole) == len({*whole}) == SHARDS, "the models of a family have the same"
     for path, content in zip(kept, [*whole[1:], whole[0]], strict=True):
-        path.unlink() if way == "gone" else path.write_bytes(content if way == "other" else content[:-1])
+        if way in ("other", "torn"):
+            path.write_bytes(content if way == "other" else content[:-1])
+        else:
+            path.unlink()
+        if way == "pipe":
+            os.mkfifo(path)
     before = len(hub.requests)
     skillmerge.finish(plan, **AHEAD)
     asked = [

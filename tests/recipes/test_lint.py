@@ -224,8 +224,8 @@ def test_negative_weights_of_an_election_are_told_where_they_are_called(tmp_path
     )
     (finding,) = lint([write(tmp_path, rules)]).findings
     assert finding.message == (
-        "the expression has negative `weights` in `ties`: one turns the signs of its difference around and lowers the "
-        "divisor of the mean"
+        "the expression has negative `weights` in `ties`: one turns the signs of its difference around and lowers "
+        "what a normalized sum is divided by"
     )
     assert finding.fix == "if that is meant, write the difference the other way around, with a positive number"
     assert (

@@ -15,6 +15,7 @@ from observing import MergeServer, assert_finished, content, discard, reference,
 
 import skillmerge
 from skillmerge.errors import TemporaryError
+from skillmerge.verbs.tasks import collect
 
 pytestmark = pytest.mark.timeout(3600)
 PROCESSES = 4
@@ -35,8 +36,9 @@ def assert_whole(output: Path, wanted: dict[str, str]) -> int:
     return len(records)
 
 
-def test_kill_at_every_step_loses_nothing(server: MergeServer, small: Path) -> None:
+def test_kill_at_every_step_loses_nothing(server: MergeServer, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the next task makes what has no record, no more."""
+    monkeypatch.setattr(collect, "PATIENCE", 0.0)
     output, wanted, plan = small.parent / "merged", reference(server, small), save(small)
     for step in range(1, 1000):
         first = server.run_all(task(plan, kill_at=step))[0]

@@ -151,9 +151,10 @@ class Adapted(_Adapting):
         own = torch.frombuffer(place, dtype=torch_dtype(narrow))
         rows, columns = spec.shape[-2:] if len(spec.shape) > 1 else (1, spec.elements)
         for area in areas(piece.first, piece.count, rows, columns):
-            inside = slice(area.start, area.start + area.count)
-            values = own[inside].to(torch.float64, copy=True).view(area.shape)
-            out[inside] = self._changed(piece.tensor, change, area, values).view(-1)
+            asked = slice(area.start, area.start + area.count)
+            values = torch.zeros(area.shape, dtype=torch.float64)
+            values.view(-1)[area.inside] = own[asked].to(torch.float64)
+            out[asked] = self._changed(piece.tensor, change, area, values).view(-1)[area.inside]
         if change.rows is not None:
             self._put_rows(piece, change, out)
 
@@ -162,7 +163,8 @@ class Adapted(_Adapting):
         if change.bias is not None:
             return values.add_(self._matrices.vector(change.bias)[area.columns] * change.scale)
         if change.arranged is not None:
-            return values.view(-1).add_(_wide(change.arranged, name, area.first, area.count))
+            values.view(-1)[area.inside] += _wide(change.arranged, name, area.first, area.count)
+            return values
         if change.product is None:
             return values
         product = change.product
@@ -187,7 +189,7 @@ class Adapted(_Adapting):
         import torch
 
         kept = self._matrices.stored(copy, area.first, area.count)
-        if not torch.equal(kept.to(torch.float64).view(area.shape), values):
+        if not torch.equal(kept.to(torch.float64), values.view(-1)[area.inside]):
             raise InputError(
                 f"{self.adapter.place}: `{copy.name}` is a copy of the base's `{name}`, and not that of "
                 f"{self._base.place}",
@@ -251,12 +253,12 @@ class AdapterPlane(_Adapting):
         rows, columns = spec.shape[-2:] if len(spec.shape) > 1 else (1, spec.elements)
         for area in areas(piece.first, piece.count, rows, columns):
             if change.product is not None:
-                values = self._matrices.product(change.product, area).view(-1)
+                values = self._matrices.product(change.product, area).view(-1)[area.inside]
             elif change.arranged is not None:
                 values = _wide(change.arranged, piece.tensor, area.first, area.count)
             else:
                 assert change.bias is not None
-                values = self._matrices.vector(change.bias)[area.columns] * change.scale
+                values = (self._matrices.vector(change.bias)[area.columns] * change.scale)[area.inside]
             out[area.start : area.start + area.count] = values
 
 

@@ -1,6 +1,6 @@
 """The arithmetic of adapters: s B A element by element, in float64 and in a fixed order; norms of rows for DoRA.
 
-    acc = 0; for k = 0 .. r-1: acc += B[:, k] * A[k]        separate multiplication and addition, in float64
+    acc = 0; for k = 0 .. r-1: acc += B[:, k] * A[k]        the product and the sum rounded to float64, one by one
     s * acc                                                 in float64
 
 The sum with a weight, W + s * acc, is computed in float64 too, and rounded once, to float32. An element depends on
@@ -24,7 +24,11 @@ from skillmerge.checkpoints.views.fitting import Product
 from skillmerge.tensors import StoredTensor
 
 AREA = 1 << 16
-"""Elements that are computed at once: they and the products that are added to them stay in the cache."""
+"""About as many elements are computed at once: they and the factors of their columns stay in the cache."""
+
+LONG = AREA // 4
+"""Elements of a row of which parts are computed. Shorter ones are computed as wholes, even where a part is asked for:
+a step for each rank and part takes longer than a few more elements."""
 
 KEPT_BYTES = 64 << 20
 """Of an adapter's matrices that are kept in memory; the last one is, whatever its size."""
@@ -32,14 +36,18 @@ KEPT_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """A rectangle of consecutive elements of a stack of matrices: whole rows, or a part of one. first: its first
-    element in the tensor; start: the same, counted from the beginning of what was asked for."""
+    """A rectangle of a stack of matrices, whole rows or a part of one, around consecutive elements that are asked for.
+
+    first: the first of them in the tensor; start: the same, counted from the beginning of all that was asked for.
+    inside: where they are in the rectangle, element by element.
+    """
 
     expert: int
     rows: slice
     columns: slice
     first: int
     start: int
+    inside: slice
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,21 +55,23 @@ class Area:
 
     @property
     def count(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return int(self.inside.stop - self.inside.start)
 
 
 def areas(first: int, count: int, rows: int, columns: int) -> Iterator[Area]:
-    """Yield the rectangles that make up elements of a stack of matrices, in their order."""
+    """Yield the rectangles around elements of a stack of matrices, in their order."""
     at, last = first, first + count
     while at < last:
         row, column = divmod(at, columns)
         expert, row = divmod(row, rows)
-        if column or last - at < columns or columns > AREA:
+        if columns > LONG:
             width = min(columns - column, last - at, AREA)
-            found = Area(expert, slice(row, row + 1), slice(column, column + width), at, at - first)
+            across, height, inside = slice(column, column + width), 1, slice(0, width)
         else:
-            height = min((last - at) // columns, rows - row, max(1, AREA // columns))
-            found = Area(expert, slice(row, row + height), slice(0, columns), at, at - first)
+            needed = -(-(column + last - at) // columns)
+            across, height = slice(0, columns), min(needed, rows - row, AREA // columns + 2)
+            inside = slice(column, min(height * columns, column + last - at))
+        found = Area(expert, slice(row, row + height), across, at, at - first, inside)
         yield found
         at += found.count
 
@@ -86,13 +96,16 @@ class Matrices:
 
     def product(self, product: Product, area: Area) -> Tensor:
         """Return s B A in an area, as float64."""
-        left = self._left(product, area)
-        right = self._right(product, area.expert)[:, area.columns]
+        left = self._left(product, area)[:, :, None].unbind(1)
+        right = self._right(product, area.expert)[:, area.columns].unbind(0)
         total = torch.zeros(area.shape, dtype=torch.float64)
-        term = torch.empty_like(total)
-        for k in range(product.rank):
-            torch.mul(left[:, k : k + 1], right[k], out=term)
-            total.add_(term)
+        if "F64" in (product.pair.a.dtype, product.pair.b.dtype):
+            for b, a in zip(left, right, strict=True):
+                total.add_(b * a)
+        else:
+            for b, a in zip(left, right, strict=True):
+                # Fused or not, it is the same: the product of two float32 is exact in float64.
+                total.addcmul_(b, a)
         return total.mul_(product.scale)
 
     def norms(self, product: Product, name: str, read: Callable[[Area], Tensor]) -> Tensor:

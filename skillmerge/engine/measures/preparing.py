@@ -129,7 +129,8 @@ def _place(key: tuple[str, tuple[int, int] | None]) -> tuple[str, tuple[int, int
 
 
 def _states_of_model(plan: Plan) -> dict[int, State]:
-    """Return the states of calls that take the whole model, by their positions in the text."""
+    """Return the states of calls that take the whole model, by their positions in the text. Calls whose tensors have no
+    elements have none."""
     calls: dict[int, Call] = {}
     elements: dict[int, int] = {}
     for tensor in plan.tensors.values():
@@ -139,4 +140,6 @@ def _states_of_model(plan: Plan) -> dict[int, State]:
                     calls[call.position] = call
                     first, last = piece.span
                     elements[call.position] = elements.get(call.position, 0) + last - first
-    return {position: state_of_model(call, elements[position]) for position, call in calls.items()}
+    return {
+        position: state_of_model(call, elements[position]) for position, call in calls.items() if elements[position]
+    }
