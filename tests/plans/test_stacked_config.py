@@ -16,7 +16,7 @@ from model_families import FAMILIES, TEXT
 
 import skillmerge
 from skillmerge.checkpoints.model_config import layers_in
-from skillmerge.plans.stacks.config import leveled, stacked_config
+from skillmerge.plans.stacks.config import check_depth, leveled, stacked_config
 from skillmerge.plans.stacks.keys import ALWAYS, EVERY, FIRST, LAST, NUMBERS, REPEATED
 from skillmerge.plans.stacks.order import Layer, Order, Unsayable
 
@@ -143,7 +143,8 @@ def test_a_depth_that_is_not_said_cannot_change(text: dict[str, Any]) -> None:
         with pytest.raises(
             Unsayable, match=f"does not say how many layers there are, and the stack has {len(numbers)}"
         ):
-            stacked_config(given)
+            check_depth(given)
+    check_depth(Order([Layer(0, "a", 1)] * 3, {"a": config}, {"a": 3}, "a"))
     assert stacked_config(Order([Layer(0, "a", 1)] * 3, {"a": config}, {"a": 3}, "a")) == (config, ())
 
 

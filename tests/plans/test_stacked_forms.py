@@ -63,6 +63,20 @@ def test_the_usual_form_is_that_of_most_layers(tmp_path: Path) -> None:
     assert skillmerge.plan(recipe(tmp_path, "0-3", "1-3")).ok
 
 
+def test_a_depth_that_is_not_said_matters_where_config_is_written(tmp_path: Path) -> None:
+    for name, layers in (("rl", 3), ("sft", 3), ("target", 5)):
+        write_checkpoint(tmp_path / name, random_tensors(tensor_shapes(layers)), config=CONFIG)
+    parts = {name: [{"from": name}, {"from": name, "layers": "1-2"}] for name in ("rl", "sft")}
+    models = {"rl": "rl", "sft": "sft", "target": "target", **{f"deep_{it}": {"stack": parts[it]} for it in parts}}
+    plain = write_recipe(tmp_path, "target + 0.5 * (deep_rl - deep_sft)", models=models, coefficients=None)
+    assert skillmerge.plan(plain).ok
+    for merge in ("deep_rl", "onto + 0.5 * (deep_rl - deep_sft)"):
+        onto = {"onto": {"stack": [{"from": "deep_rl"}]}}
+        given = write_recipe(tmp_path, merge, models={**models, **onto}, coefficients=None)
+        with pytest.raises(RecipeError, match="`rl` does not say how many layers there are, and the stack has 5"):
+            skillmerge.plan(given)
+
+
 def test_a_model_that_lacks_its_last_layers_is_no_part_of_a_stack(tmp_path: Path) -> None:
     model(tmp_path, num_hidden_layers=6)
     with pytest.raises(InputError, match=r"model `a`: layer 4 of `model\.layers` is missing"):

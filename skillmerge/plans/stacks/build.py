@@ -13,7 +13,7 @@ from skillmerge.checkpoints.stores.edited import Edited
 from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.stacked import Layers, Source, Stacked, layers_of
 from skillmerge.methods.terms import model_of
-from skillmerge.plans.stacks.config import stacked_config
+from skillmerge.plans.stacks.config import check_depth, stacked_config
 from skillmerge.plans.stacks.forms import check_forms
 from skillmerge.plans.stacks.order import Layer, Order, Unsayable
 from skillmerge.recipes.entries import Part
@@ -86,6 +86,8 @@ def _stack(recipe: Recipe, name: str, parts: Mapping[str, Layers], chosen: Seque
     edits: tuple[tuple[str, Any, Any], ...] = ()
     try:
         check_forms(order, parts)
+        if name in _written(recipe):
+            check_depth(order)
         if config:
             config, edits = stacked_config(order)
     except Unsayable as error:
@@ -97,6 +99,16 @@ def _stack(recipe: Recipe, name: str, parts: Mapping[str, Layers], chosen: Seque
     )
     naming = Naming(stack=tuple(_told(chosen)), edits=edits)
     return Stacked(name, recipe.models[name], base, _sources(parts, chosen), store, config, naming)
+
+
+def _written(recipe: Recipe) -> list[str]:
+    """Return the stacks whose config.json the output has: the donor, and those that it begins with."""
+    found: list[str] = []
+    name = recipe.donor
+    while name is not None and recipe.entries[name].stack:
+        found.append(name)
+        name = recipe.entries[name].stack[0].model
+    return found
 
 
 def _numbers(recipe: Recipe, name: str, number: int, entry: Part, count: int) -> Iterator[int]:

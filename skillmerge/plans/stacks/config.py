@@ -42,13 +42,6 @@ def stacked_config(order: Order) -> tuple[dict[str, Any], tuple[tuple[str, Any, 
     Raises Unsayable.
     """
     config = copy.deepcopy(dict(order.configs[order.first]))
-    if layers_in(config) is None and len(order.layers) != order.counts[order.first]:
-        raise Unsayable(
-            f"config.json of `{order.first}` does not say how many layers there are, and the stack has "
-            f"{len(order.layers)} in place of {order.counts[order.first]}",
-            0,
-            "add `num_hidden_layers` to it, with the other settings of the language model",
-        )
     edits = []
     for where, section in text_sections(config):
         for key, value in list(section.items()):
@@ -59,6 +52,18 @@ def stacked_config(order: Order) -> tuple[dict[str, Any], tuple[tuple[str, Any, 
     _check_others(order)
     _check_unsaid(order)
     return config, tuple(edits)
+
+
+def check_depth(order: Order) -> None:
+    """Raise Unsayable where a stack has another depth than its first model, whose configuration says none."""
+    count = order.counts[order.first]
+    if order.configs[order.first] and layers_in(order.configs[order.first]) is None and len(order.layers) != count:
+        raise Unsayable(
+            f"config.json of `{order.first}` does not say how many layers there are, and the stack has "
+            f"{len(order.layers)} in place of {count}",
+            0,
+            "add `num_hidden_layers` to it, with the other settings of the language model",
+        )
 
 
 def leveled(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
