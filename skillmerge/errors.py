@@ -231,11 +231,15 @@ def unreadable(what: object, error: OSError, how: str = "read") -> SkillmergeErr
     return unusable(str(what), error) if is_machine(error) else InputError(f"{what}: cannot be {how}: {error.strerror}")
 
 
+_TURNS = re.compile("[\u2028-\u202e\u2066-\u2069]")
+
+
 def visible(text: str) -> str:
-    """Return text that is safe for a terminal: control characters, which a file name may hold, are escaped."""
+    """Return text that is safe for a terminal: control characters, which a file name may hold, are escaped, and so is
+    what ends a line or turns its direction."""
     return "".join(
         repr(character)[1:-1]
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+        if (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t") or _TURNS.match(character)
         else character
         for character in text
     )

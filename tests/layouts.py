@@ -69,7 +69,26 @@ def gpt_oss(it: Experts, at: str = AT) -> dict[str, Tensor]:
     }
 
 
-LAYOUTS = {"split": split, "mixtral": mixtral, "packed": packed, "transposed": transposed}
+def by_kind(it: Experts, at: str = AT) -> dict[str, Tensor]:
+    """Each projection packed by itself, as trainers have them."""
+    return {f"{at}.gate.weight": it["router"]} | {f"{at}.experts.{name}": it[part] for part, name in MIXTRAL.items()}
+
+
+def by_expert(it: Experts, at: str = AT) -> dict[str, Tensor]:
+    """Each expert by itself, with gate and up as one matrix."""
+    apart = {
+        name: tensor
+        for name, tensor in split(it, at).items()
+        if not name.endswith(("up_proj.weight", "gate_proj.weight"))
+    }
+    both = torch.cat([it["gate"], it["up"]], 1)
+    return apart | {f"{at}.experts.{expert}.gate_up_proj.weight": matrix for expert, matrix in enumerate(both)}
+
+
+LAYOUTS = {
+    "split": split, "mixtral": mixtral, "packed": packed, "transposed": transposed, "by_kind": by_kind,
+    "by_expert": by_expert,
+}  # fmt: skip
 WITH_BIAS = {"split": split_with_bias, "gpt_oss": gpt_oss}
 
 

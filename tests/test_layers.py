@@ -111,7 +111,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tokenizers.tokenizer views.arranged views.by_token views.renamed views.spooled views.stacked",
         "kinds.lora.config tokenizers.vocabulary views.bands views.widened",
         "tokenizers.small_files",
-        "checkpoint stores.edited stores.folder",
+        "checkpoint stores.edited stores.folder stores.overlaid",
         "kinds.lora.patterns store stores.http_ranges tokenizers.matching tokenizers.placeholders",
         "tokenizers.tokenization",
         "kinds.sparse missing model_config safetensors stores.hub_client stores.object_client views.relations",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from skillmerge.naming import MODULE_KINDS, module_kind
@@ -39,7 +39,11 @@ LOSSES = ("requested λ", "effective λ", "lost", "changed")
 @dataclass(frozen=True, slots=True)
 class TensorStatistics:
     """Statistics of a tensor of `total` elements, with `elements` measured. A sum is None if it is not a number
-    that JSON has (NaN and Inf were allowed in)."""
+    that JSON has (NaN and Inf were allowed in).
+
+    vv, uv, dv: <v, v>, <u, v> and <y - t, v> of a packed tensor whose experts each have a lambda in front of the
+    difference v; None of others.
+    """
 
     total: int
     elements: int
@@ -50,6 +54,9 @@ class TensorStatistics:
     du: float | None
     dd: float | None
     tt: float | None
+    vv: float | None = None
+    uv: float | None = None
+    dv: float | None = None
 
     @property
     def norm_ratio(self) -> float | None:
@@ -70,10 +77,11 @@ class TensorStatistics:
 
     def as_dict(self) -> dict[str, Any]:
         # Spelled out, because large models have tens of thousands of tensors.
-        return {
+        found = {
             "total": self.total, "elements": self.elements, "updated": self.updated, "vanished": self.vanished,
             "changed": self.changed, "uu": self.uu, "du": self.du, "dd": self.dd, "tt": self.tt,
         }  # fmt: skip
+        return found if self.vv is None else {**found, "vv": self.vv, "uv": self.uv, "dv": self.dv}
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +213,22 @@ def total(blocks: Iterable[BlockStatistics], size: int) -> TensorStatistics:
     )
 
 
+def total_of(tensor: TensorPlan, blocks: Mapping[int, BlockStatistics]) -> TensorStatistics:
+    """Return the statistics of a tensor of a plan. blocks: by their first elements, in any order."""
+    found = total(blocks.values(), tensor.merged)
+    if not tensor.slices:
+        return found
+    terms = []
+    for piece in tensor.slices:
+        first, last = piece.span
+        inside = [block for start, block in blocks.items() if first <= start < last]
+        if (lam := factor(piece)) is None and inside:
+            return found
+        terms += [(block.uu / lam / lam, block.uu / lam, block.du / lam) for block in inside if lam]
+    vv, uv, dv = (_sum(column) for column in zip(*terms, strict=True)) if terms else (None, None, None)
+    return found if None in (vv, uv, dv) else replace(found, vv=vv, uv=uv, dv=dv)
+
+
 def _sum(values: Iterable[float]) -> float | None:
     """Return the exact sum, or None if it is not a number that JSON has (NaN and Inf were allowed in)."""
     try:
@@ -235,6 +259,12 @@ class Row:
     statistics: TensorStatistics | None
     factor: float | None = None
 
+    @property
+    def by_expert(self) -> tuple[float, float, float] | None:
+        """`vv`, `uv` and `dv` of a tensor that has them."""
+        it = self.statistics
+        return None if it is None or it.vv is None or it.uv is None or it.dv is None else (it.vv, it.uv, it.dv)
+
 
 def group(rows: Sequence[Row]) -> Group:
     """Return what rounding did to these tensors together; what was sampled of a tensor stands for all of it."""
@@ -258,12 +288,16 @@ def group(rows: Sequence[Row]) -> Group:
 
 def _lambdas(rows: Sequence[tuple[Row, dict[str, float]]]) -> tuple[float, float] | tuple[None, None]:
     """Requested and effective lambda of tensors that all have one."""
-    if any(row.factor is None for row, _ in rows):
+    if any(row.factor is None and row.by_expert is None for row, _ in rows):
         return None, None
     # u = lambda * v, so <v, v> = <u, u> / lambda^2.
-    terms = [(whole["uu"], whole["du"], row.factor) for row, whole in rows if row.factor]
-    plain = _sum(uu / factor / factor for uu, _, factor in terms)
-    asked, realised = _sum(uu / factor for uu, _, factor in terms), _sum(du / factor for _, du, factor in terms)
+    known = [(whole["uu"], whole["du"], row.factor) for row, whole in rows if row.factor]
+    terms = [(uu / factor / factor, uu / factor, du / factor) for uu, du, factor in known]
+    for row, _ in rows:
+        if row.statistics is not None and (sums := row.by_expert) is not None:
+            vv, uv, dv = (it * row.statistics.total / row.statistics.elements for it in sums)
+            terms.append((vv, uv, dv))
+    plain, asked, realised = (_sum(column) for column in zip(*terms, strict=True)) if terms else (None, None, None)
     if not plain or asked is None or realised is None:
         return None, None
     return asked / plain, realised / plain

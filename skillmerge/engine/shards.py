@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.engine.destination import Destination, ShardRecord, SpanFile
 from skillmerge.engine.measures.preparing import Preparations
-from skillmerge.engine.rounding_statistics import total
+from skillmerge.engine.rounding_statistics import total_of
 from skillmerge.engine.runner import Room
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Buffer, Span, spans
@@ -83,12 +83,11 @@ class _ShardFile:
     def finish(self, scalars: Mapping[str, Scalars]) -> ShardRecord:
         """Make the file durable. scalars: what methods found of its tensors."""
         self.file.finish()
-        elements = {spec.name: self._plan.tensors[spec.name].merged for spec in self.shard.specs}
         return ShardRecord(
             self.shard.file,
             self.shard.size,
             self._digest.hexdigest(),
-            {name: total(blocks.values(), elements[name]) for name, blocks in self.statistics.items() if blocks},
+            {name: total_of(self._plan.tensors[name], blocks) for name, blocks in self.statistics.items() if blocks},
             scalars=scalars,
         )
 

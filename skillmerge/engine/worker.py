@@ -311,9 +311,10 @@ class Worker:
                     + ("" if self.plan.makes_skill else "; pass `--allow-nonfinite` to merge it anyway"),
                 )
         index = first_nonfinite(out) or 0
+        wider = "set a wider `output.dtype` (bfloat16 or float32), or " if tile.tensor.dtype == "F16" else "use "
         return UnusableWeights(
             f"tensor `{tile.tensor.name}` overflows {tile.tensor.dtype} at element {offset + index}",
-            fix="set a wider `output.dtype` (bfloat16 or float32), or a smaller coefficient",
+            fix=f"{wider}a smaller coefficient",
         )
 
     def _shrink(self) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from skillmerge.brief import brief
+from skillmerge.checkpoints.kinds.lora.config import CONFIG_FILE, read_config
 from skillmerge.checkpoints.missing import near_path
 from skillmerge.checkpoints.schemes import bucket_of
+from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.errors import CheckFailed, UsageError, some
 from skillmerge.outputs import manifest
 from skillmerge.outputs.buckets.at_hand import refuse_hub
@@ -50,6 +52,13 @@ class Output:
     def shown(self) -> str:
         """What to call it."""
         return self.place or str(self.folder)
+
+    @property
+    def adapter_base(self) -> str | None:
+        """What an adapter calls the model that it is for; None of any other output. Raises InputError."""
+        if self.manifest.output.kind != "adapter":
+            return None
+        return read_config(Folder(self.folder), CONFIG_FILE).base
 
     def digests(self) -> dict[str, str]:
         """Return the sha256 of every file, manifest included, as the manifest states it."""

@@ -57,7 +57,8 @@ def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:
     """Return what would settle the problems, each once: rules to paste into the recipe, and what to do elsewhere.
     There are no rules if the models are of different architectures."""
     problems = list(problems)
-    parts = list(dict.fromkeys(problem.help for problem in problems if problem.help))
+    helps = list(dict.fromkeys(problem.help for problem in problems if problem.help))
+    parts = [it for it in helps if not any(it != other and f"\n{it}\n" in f"\n{other}\n" for other in helps)]
     if any(problem.final for problem in problems):
         return "\n".join(parts)
     lines = list(dict.fromkeys(line for problem in problems for line in problem.rename))
@@ -280,7 +281,7 @@ def _apart(
         cause = left_behind(model, checkpoint, more)
         much = share(more, checkpoint.tensors) >= MUCH or (without >= MUCH and missing)
         if cause is None and missing:
-            cause = unlike(model, checkpoint, donor_name, donor)
+            cause = unlike(model, checkpoint, donor_name, donor, missing)
         if cause is None and much:
             cause = cause_of(recipe, model, checkpoint, donor_name, donor, missing, more)
         if cause is not None:

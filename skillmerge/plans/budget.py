@@ -65,6 +65,7 @@ def budget(plan: Plan, *, threads: int | None, memory_limit: int | None, cuda: b
     entries = [plan.recipe.entries[name] for name in plan.recipe.used_models()]
     # What is kept of a compressed skill, and of each adapter's matrices.
     kept = _KEPT * (any(it.kind == "skill" for it in entries) + sum(it.kind == "adapter" for it in entries))
+    kept = 0 if plan.recipe.makes_adapter else kept  # whose matrices are copied by pieces
     crossed = _crossed(plan)
     tables = 1200 * len(plan.tensors) * (1 + len(plan.input_itemsizes))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from skillmerge.checkpoints.kinds.lora.adapter import WEIGHTS
 from skillmerge.errors import some
 from skillmerge.naming import layer_label, sliced
 
@@ -53,7 +54,8 @@ def _inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if rows[0] != rows[1] and None not in rows:
             changes.append(f"model {name}: other tokens, or tokens with other ids")
         elif other:
-            changes.append(f"model {name}: other tensors or sizes in {some(other)}")
+            beside = ", or another adapter_config.json" if other[-1].endswith(WEIGHTS) else ""
+            changes.append(f"model {name}: other tensors or sizes in {some(other)}{beside}")
         versions = [plan.get("versions", {}).get(name, {}) for plan in (old, new)]
         again = sorted(file for file in versions[1] if versions[0] and versions[0].get(file) != versions[1][file])
         if again and not other:

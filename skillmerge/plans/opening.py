@@ -108,7 +108,9 @@ def open_models(
                 if recipe.of_command:
                     warn(f"`{place}` can change; pinned, it is `{pinned}`")
                 else:
-                    warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {pinned}")
+                    key = next(iter(recipe.place_path(name)[2:]), None)
+                    written = f"{{{key}: {pinned}, …}}" if key is not None else pinned
+                    warn(f"model `{name}`: {place} can change; to pin it, write\n  {name}: {written}")
         with _placed(recipe, checkpoints):
             found = as_differences(recipe, aligned(recipe, as_read(recipe, checkpoints)), shape)
             return by_token(recipe, found)

@@ -22,6 +22,7 @@ from skillmerge.engine.rounding_statistics import (
     measure,
     summarise,
     total,
+    total_of,
 )
 from skillmerge.methods.linear import Program, compile_term
 from skillmerge.methods.terms import Leaf, Scaled, Sum, Term
@@ -115,10 +116,8 @@ class Forecaster:
     def add(self, name: str, found: Sequence[Forecast]) -> None:
         """Add all that `measure` returned for a tensor."""
         size = self._sizes[name]
-        if any(part.blocks for part in found):
-            planned = self._plan.tensors.get(name) if self._plan is not None else None
-            whole = planned.merged if planned is not None else size
-            self._planned[name] = total((block for part in found for block in part.blocks.values()), whole)
+        if self._plan is not None and (blocks := {at: it for part in found for at, it in part.blocks.items()}):
+            self._planned[name] = total_of(self._plan.tensors[name], blocks)
         for mode, lam in {key: None for part in found for key in part.curves}:
             row = total((block for part in found for block in part.curves.get((mode, lam), ())), size)
             figures, by = row.as_dict(), row.total / row.elements  # a sample represents the whole tensor

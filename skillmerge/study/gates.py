@@ -344,6 +344,11 @@ def _gate(
     root = output.folder
     check_structure(root, output.manifest)
     recipe, commits = output.recipe(base)
+    if recipe.makes_adapter:
+        raise UsageError(
+            f"{root} is an adapter, and gates measure models",
+            fix="make a model of it with a recipe, and run the gates on that",
+        )
     asked = load_gates(gates) if gates is not None else recipe.gates
     if not asked:
         raise UsageError(

@@ -24,11 +24,13 @@ from skillmerge.engine.measures.input_rounding import input_warning
 from skillmerge.engine.measures.update_size import IN_RECIPE, size_warning, too_large
 from skillmerge.engine.runner import check_words
 from skillmerge.errors import UsageError, some
+from skillmerge.methods.terms import degree
 from skillmerge.plans.dtypes.quantised import equal_tensors
 from skillmerge.plans.mapping import find_source
 from skillmerge.plans.opening import Access, close_all, planned
 from skillmerge.plans.plan import Plan, TensorPlan
-from skillmerge.recipes.formula.tree import calls_in, differences_in
+from skillmerge.recipes.formula.tree import ExpressionError, calls_in, differences_in
+from skillmerge.recipes.parse import load
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.source import RecipeSource, name_of
 from skillmerge.remarks import Remark
@@ -159,7 +161,8 @@ def inspect(
     places = [name_of(source), *(os.fspath(place) for place in (other, *more) if place is not None)]
     if is_recipe(source, alone=len(places) == 1):
         check_alone(places, vocabulary)
-        with planned(source, coefficients, access, reporter.note, lenient=True) as (plan, checkpoints):
+        recipe = _measurable(load(source, coefficients))
+        with planned(recipe, None, access, reporter.note, lenient=True) as (plan, checkpoints):
             plan.refuse_problems()
             found = inspect_merge(
                 plan, checkpoints, base, access, stats=stats, spectral=spectral, threads=threads, reporter=reporter
@@ -174,6 +177,17 @@ def inspect(
         return _warned(_inspect(subject, stats, spectral, threads, reporter), reporter)
     finally:
         close_all(subject.checkpoints)
+
+
+def _measurable(recipe: Recipe) -> Recipe:
+    """Return the recipe with an output whose update can be measured: for an adapter, what it adds to its model."""
+    if not recipe.makes_adapter:
+        return recipe
+    try:
+        term = recipe.term({name: schedule.default for name, schedule in recipe.coefficients.items()})
+    except ExpressionError as error:
+        raise recipe.expression_error(error) from error
+    return replace(recipe, output=replace(recipe.output, kind="skill" if degree(term) == 0 else "model"))
 
 
 def _warned(found: Inspection, reporter: Reporter) -> Inspection:
@@ -200,6 +214,11 @@ def _of_models(places: Sequence[str], access: Access, reporter: Reporter, vocabu
         raise UsageError(f"{skills[0]} is a skill, and {model} is not", fix=fix)
     if len(places) > 2:
         raise UsageError(f"{len(places)} models: {some(list(places))}", fix=fix)
+    if adapters == [places[0]]:
+        raise UsageError(
+            f"{places[0]} is an adapter, which changes a model",
+            fix=f"pass the model first: `skillmerge inspect {shlex.join(reversed(places))}`",
+        )
     return subject_of_models(places[0], places[1], access, reporter, vocabulary)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from skillmerge.checkpoints.kinds.lora import adapter
@@ -13,7 +14,7 @@ from skillmerge.checkpoints.kinds.skill import SKILL_FILE
 from skillmerge.checkpoints.schemes import is_path, open_store, parse_place
 from skillmerge.checkpoints.store import Store
 from skillmerge.checkpoints.stores.folder import Folder
-from skillmerge.errors import UsageError
+from skillmerge.errors import NEAR, UsageError, some
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.source import RECIPE_SUFFIXES, STANDARD_INPUT, RecipeSource
 
@@ -42,8 +43,12 @@ def refuse_alone(uri: str, access: Access) -> None:
     """Raise UsageError for a place that is no update in itself."""
     path = Path(uri)
     if path.is_dir() and not (path / SKILL_FILE).exists() and not adapter.claims(Folder(path)):
+        named = [str(path / name) for name in adapter.names_in(Folder(path))]
         raise UsageError(
-            f"{path} is a folder, but not a skill", fix="pass two models, before and after, or a recipe, or skills"
+            f"{path} is a folder, but not a skill",
+            fix=f"pass one of its adapters: {some(named, NEAR)}"
+            if named
+            else "pass two models, before and after, or a recipe, or skills",
         )
     if is_adapter(uri, access) and not is_difference(uri, access):
         raise UsageError(
@@ -72,9 +77,10 @@ def is_adapter(uri: str, access: Access) -> bool:
 def is_difference(uri: str, access: Access) -> bool:
     """Return whether an adapter adds the same to every model: it replaces nothing, and is no DoRA. Raises as opening it
     does."""
-    store = Folder(Path(uri)) if is_path(uri) else _remote(uri, access)
+    store = Folder(Path(uri), follow_links=access.follow_links) if is_path(uri) else _remote(uri, access)
     assert store is not None
-    parts = adapter.open(uri, store).parts
+    with closing(store):
+        parts = adapter.open(uri, store).parts
     return not (parts.rows or parts.replaced or any(pair.magnitude for pair in parts.pairs))
 
 

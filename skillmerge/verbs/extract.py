@@ -37,6 +37,12 @@ def _models(rl: str, sft: str, access: Access) -> tuple[dict[str, Any], str, dic
     onto that.
     """
     models: dict[str, Any] = {"rl": rl, "sft": sft}
+    if is_adapter(sft, access) and not is_adapter(rl, access):
+        raise UsageError(
+            f"{sft} is an adapter, and {rl} is none: the difference depends on the model that the adapter is for",
+            fix=f"write a recipe with `output: {{kind: skill}}`, `merge: rl - sft` and "
+            f"`sft: {{adapter: {sft}, onto: MODEL}}`",
+        )
     if (Path(rl) / PATCH_FILE).is_file():
         models["rl"] = {"patch": rl, "onto": "sft"}
     elif is_adapter(rl, access):
@@ -110,8 +116,8 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
         raise UsageError(f"{skill} is not a skill, and `--parent` applies only to skills", fix="leave `--parent` out")
     document = summary(Folder(Path(skill)))
     tensors = {name: row["digests"] for name, row in document["tensors"].items() if row.get("digests")}
-    candidates = sorted({model for digests in tensors.values() for model in digests})
-    if not candidates:
+    known = {model for digests in tensors.values() for model in digests}
+    if not (candidates := sorted(known)):
         raise UsageError(f"{skill} was made from other skills, which record their own parents")
     access = Access(follow_links=follow_links)
     recipe = _parent_alone(os.fspath(parent), access)
@@ -138,10 +144,9 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     finally:
         close_all(checkpoints)
     if reason or not candidates:
-        raise CheckFailed(
-            f"{parent} is not a parent of {skill}: {reason}",
-            fix=f"pass one of its parents: {', '.join(_parent(item) for item in document['parents'])}",
-        )
+        parents = [_parent(item) for item in document["parents"] if item["name"] in known]
+        fix = f"pass one of its parents: {', '.join(parents)}"
+        raise CheckFailed(f"{parent} is not a parent of {skill}: {reason}", fix=fix)
     return str(candidates[0])
 
 

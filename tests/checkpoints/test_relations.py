@@ -9,7 +9,7 @@ from typing import Any
 import layouts as made
 import pytest
 
-from skillmerge.checkpoints.views.relations import RELATIONS, common_name, is_packed, layouts
+from skillmerge.checkpoints.views.relations import RELATIONS, common_name, experts_in, is_packed, layouts, whole_layouts
 from skillmerge.tensors import TensorSpec
 
 AT = "model.layers.0"
@@ -87,6 +87,16 @@ def test_renamed_tensors_have_one_name_here() -> None:
         ("step3p7", "moe.router_bias", "mlp.gate.e_score_correction_bias"),
         ("step3p7", "moe.down_proj.weight", "mlp.experts.down_proj"),
         ("step3p7", "share_expert.up_proj.weight", "mlp.shared_experts.up_proj.weight"),
+        ("minimax_m2", "block_sparse_moe.e_score_correction_bias", "mlp.e_score_correction_bias"),
+        ("ernie4_5_moe", "mlp.moe_statics.e_score_correction_bias", "mlp.gate.moe_statics.e_score_correction_bias"),
+        ("exaone_moe", "mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+        ("laguna", "mlp.experts.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+        ("laguna", "mlp.shared_expert.up_proj.weight", "mlp.shared_experts.up_proj.weight"),
+        ("hy_v3", "mlp.router.gate.weight", "mlp.gate.weight"),
+        ("hy_v3", "mlp.expert_bias", "mlp.e_score_correction_bias"),
+        ("hy_v3", "mlp.shared_mlp.up_proj.weight", "mlp.shared_experts.up_proj.weight"),
+        ("mimo_v2_flash", "self_attn.attention_sink_bias", "self_attn.sinks"),
+        ("flint", "self_attn.softmax_offset", "self_attn.sinks"),
     ):
         name = f"{AT}.{source}"
         for each in mapping.get_checkpoint_conversion_mapping(model):
@@ -118,7 +128,7 @@ def test_two_packed_tensors_tell_together_how_they_are_stored(size: tuple[int, i
     it = made.experts(*size)
     for make, crossed in ((made.packed, False), (made.transposed, True)):
         shapes = {name: tuple(tensor.shape) for name, tensor in make(it).items()}
-        part = layouts(of(shapes), {})[0].parts[f"{EXPERTS}.1.up_proj.weight"]
+        part = whole_layouts(of(shapes), {})[0].parts[f"{EXPERTS}.1.up_proj.weight"]
         assert (part.row < part.column) == crossed
         assert part.shape == (size[1], size[2])
 
@@ -129,3 +139,9 @@ def test_names_of_packed_experts() -> None:
     assert is_packed(f"{AT}.block_sparse_moe.input_linear.weight")
     others = ("experts.0.up_proj.weight", "shared_experts.up_proj.weight", "experts.gate_up_proj_blocks", "gate.weight")
     assert not any(is_packed(f"{AT}.mlp.{name}") for name in others)
+
+
+def test_a_matrix_is_no_vector_of_each_expert() -> None:
+    """As of MegaBlocks, which has the rows of all experts below each other."""
+    assert experts_in(f"{EXPERTS}.w1", (64, 8)) == experts_in(f"{EXPERTS}.down_proj_bias", (4, 8, 8)) == 0
+    assert experts_in(f"{EXPERTS}.w1", (4, 16, 8)) == experts_in(f"{EXPERTS}.down_proj_bias", (4, 8)) == 4

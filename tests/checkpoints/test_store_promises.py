@@ -30,6 +30,7 @@ from skillmerge.checkpoints.stores import retries
 from skillmerge.checkpoints.stores.folder import Folder
 from skillmerge.checkpoints.stores.headed import Headed
 from skillmerge.checkpoints.stores.memory import Memory
+from skillmerge.checkpoints.stores.overlaid import Overlaid
 from skillmerge.errors import InputError, StalePlan, TemporaryError
 
 WEIGHTS = "model.safetensors"
@@ -54,7 +55,7 @@ class Case:
     """Calls a function where bytes are asked for over a network."""
 
 
-@pytest.fixture(params=["folder", "hub", "hub cache", "bucket", "memory", "headed"])
+@pytest.fixture(params=["folder", "hub", "hub cache", "bucket", "memory", "headed", "overlaid"])
 def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
     if request.param == "memory":
         contents = dict(FILES)
@@ -62,6 +63,15 @@ def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     elif request.param == "headed":  # a file whose header is known, and the others
         contents = dict(FILES)
         yield Case(Headed(Memory(contents), {"other.safetensors": b"head"}), contents.__setitem__)
+    elif request.param == "overlaid":  # some files of one store over those of another
+        under, over = dict(FILES) | {"empty.txt": b"other"}, dict(FILES) | {WEIGHTS: b"other"}
+        below, above = Memory(under), Memory(over)
+        del under["config.json"]
+
+        def change_both(name: str, content: bytes) -> None:
+            under[name] = over[name] = content
+
+        yield Case(Overlaid(below, above, lambda name: name.endswith((".txt", ".json"))), change_both)
     elif request.param == "folder":
         folder = write(tmp_path / "model")
 

@@ -155,6 +155,15 @@ def test_ranks_of_bytes_are_read_as_byte_level_tokens(saved: Path, tmp_path: Pat
         assert read(folder).tokens == expected
 
 
+def test_ranks_that_a_tekken_file_does_not_use_are_no_tokens(tmp_path: Path) -> None:
+    """Mistral's files rank more tokens than their models have."""
+    ranks = [{"rank": n, "token_bytes": base64.b64encode(bytes([97 + n])).decode()} for n in range(5)]
+    special = [{"rank": n, "token_str": f"<{n}>"} for n in range(2)]
+    config = {"default_num_special_tokens": 2, "default_vocab_size": 5}
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": ranks, "special_tokens": special}))
+    assert read(tmp_path).tokens == {0: "<0>", 1: "<1>", 2: "a", 3: "b", 4: "c"}
+
+
 _BYTES = {
     character: byte
     for byte, character in enumerate(
@@ -216,6 +225,12 @@ SPOILT: dict[str, tuple[str, bytes]] = {
     "tekken whose special tokens are true": ("tekken.json", b'{"config": {}, "vocab": [], "special_tokens": true}'),
     "tekken whose special tokens are a table": ("tekken.json", b'{"config": {}, "vocab": [], "special_tokens": {}}'),
     "a score without end": ("tokenizer.json", b'{"model": {"vocab": [["a", 1' + b"0" * 400 + b"]]}}"),
+    "too many tokens": ("tokenizer.json", b'{"model": {"vocab": [' + b"[]," * (1 << 20) + b"[]]}}"),
+    "too many added": ("tokenizer.json", b'{"model": {"vocab": {}}, "added_tokens": [' + b"0," * (1 << 20) + b"0]}"),
+    "too many lines": ("vocab.txt", b"\n" * (2 << 20)),
+    "too many ranks": ("qwen.tiktoken", b"\r" * (2 << 20)),
+    "too many fields": ("tokenizer.model", b"\x10\x01" * (2 << 20)),
+    "a piece of too many fields": ("tokenizer.model", b"\x0a\x20" + b"\x10\x01" * 16),
     "tekken of numbers": ("tekken.json", b'{"config": {}, "vocab": [1]}'),
 }
 
@@ -234,6 +249,12 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, spoilt: 
         "sentencepiece cut off": "it is cut off",
         "nested": "nested too deeply",
         "a negative id": "an id is out of range",
+        "too many tokens": "it has more than 1,048,576 tokens",
+        "too many added": "it has more than 1,048,576 tokens",
+        "too many lines": "it has more than 1,048,576 tokens",
+        "too many ranks": "it has more than 1,048,576 tokens",
+        "too many fields": "it has too many fields",
+        "a piece of too many fields": "it has too many fields",
         "a key twice": "the key 'a' is defined twice",
     }
     assert message.endswith(f": {expected.get(spoilt, '')}") or spoilt not in expected

@@ -215,6 +215,28 @@ def test_experts_whose_shapes_fit_two_layouts_are_told(family: Path) -> None:
     )
 
 
+def test_other_names_are_told_before_what_they_leave_unclear(family: Path) -> None:
+    """Experts without a gate, packed: only those of the other model tell how, and they are called otherwise."""
+
+    def without_gate(model: str, shapes: dict[str, Any]) -> None:
+        names = {"rl": "backbone", "target": "model", "sft": "model"}
+        at = f"{names[model]}.layers.0.mlp.experts"
+        shapes.clear()
+        shapes |= {f"{names[model]}.embed_tokens.weight": (32, 8), f"{names[model]}.layers.0.norm.weight": (8,)}
+        if model == "rl":
+            shapes |= {f"{at}.up_proj": (4, 6, 8), f"{at}.down_proj": (4, 8, 6)}
+        else:
+            shapes |= {f"{at}.{expert}.up_proj.weight": (6, 8) for expert in range(4)}
+            shapes |= {f"{at}.{expert}.down_proj.weight": (8, 6) for expert in range(4)}
+
+    with_experts(family, without_gate)
+    messages, fix = told(family)
+    assert messages == [
+        "model `rl` has the tensors of the donor `target` under other names: `backbone.…` for `model.…`"
+    ]
+    assert '{from: "backbone.", to: "model."}' in fix
+
+
 PARTLY = {
     "an expert missing": (
         lambda shapes: [shapes.pop(name) for name in list(shapes) if ".1.mlp.experts.2." in name],
@@ -250,6 +272,23 @@ def test_experts_that_are_not_those_of_the_donor_are_told(family: Path, what: st
     change, message, fix = PARTLY[what]
     with_experts(family, lambda model, shapes: change(shapes) if model == "rl" else None)
     assert told(family) == ([message], fix)
+
+
+def test_experts_that_both_models_store_alike_are_counted(family: Path) -> None:
+    def one_by_one(model: str, shapes: dict[str, Any]) -> None:
+        count, at = 3 if model == "rl" else 4, "model.layers.0.mlp"
+        shapes.clear()
+        shapes |= {"model.embed_tokens.weight": (32, 8), f"{at}.gate.weight": (count, 8)}
+        shapes |= {f"{at}.experts.{it}.{part}_proj.weight": (8, 8) for it in range(count) for part in ("up", "down")}
+
+    with_experts(family, one_by_one)
+    messages, _ = told(family)
+    assert messages == [
+        "model `rl` has 3 experts in `model.layers.0.mlp.experts`, and the donor `target` has 4: it is without 3, "
+        "counted from 0",
+        "1 tensor differs in shape between the donor `target` and model `rl`: `model.layers.0.mlp.gate.weight` [4, 8] "
+        "against [3, 8]",
+    ]
 
 
 def test_matrices_packed_otherwise_are_told(family: Path) -> None:

@@ -152,6 +152,26 @@ def test_any_tiles_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monke
         assert made(tmp_path / f"out{area}") == made(tmp_path / "out")
 
 
+@pytest.mark.parametrize("ranks", [(60, 131), (9000, 8000)])
+def test_tiles_begin_and_end_inside_of_rows(
+    tmp_path: Path, ranks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows that are computed as wholes, and of longer ones."""
+    from skillmerge.plans import budget
+
+    for name, rank in zip("ab", ranks, strict=True):
+        write_adapter(tmp_path / name, [Q.format(0)], seed=rank, r=rank)
+        tensors = {f"{PREFIX}{Q.format(0)}.lora_A.weight": torch.randn(rank, 8),
+                   f"{PREFIX}{Q.format(0)}.lora_B.weight": torch.randn(1500 if rank < 1000 else 12, rank)}  # fmt: skip
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+    recipe = recipe_of(tmp_path, "0.3 * a - b")
+    wanted = side_by_side({tmp_path / "a": lambda it: 0.3, tmp_path / "b": lambda it: -1.0})
+    for size in (budget.TILE_BYTES, 1):
+        monkeypatch.setattr(budget, "TILE_BYTES", size)
+        skillmerge.apply(recipe, tmp_path / f"out{size}")
+        assert made(tmp_path / f"out{size}") == {name: it.tobytes() for name, it in wanted.items()}
+
+
 def test_pipeline_treats_it_as_any_output(tmp_path: Path) -> None:
     """Plan, saved plan, tasks, verify, rebuild."""
     write_both(tmp_path)
@@ -198,8 +218,8 @@ def test_card_says_how_to_load_it(tmp_path: Path, hub: HubServer) -> None:
     card = hub.content("acme/joined", "README.md").decode()
     assert "library_name: peft" in card
     assert "- lora" in card
-    assert 'AutoPeftModelForCausalLM.from_pretrained("acme/joined")' in card
-    assert card.count("A LoRA adapter of 2 models by `a + b`") == 1
+    assert 'PeftModel.from_pretrained(base, "acme/joined")' in card
+    assert card.count("A merge of 2 LoRA adapters by `a + b`") == 1
 
 
 def test_values_that_are_no_numbers_are_named(tmp_path: Path) -> None:

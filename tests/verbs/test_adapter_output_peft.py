@@ -57,6 +57,31 @@ def test_peft_merges_what_the_formula_merges(name: str, tmp_path: Path) -> None:
     assert near(read_checkpoint(tmp_path / "again"), ours, base)
 
 
+@pytest.mark.parametrize("name", ["patterns", "rslora", "fan_in_fan_out", "embedding", "lora_bias"])
+def test_beside_its_model_it_generates_what_the_merged_model_generates(name: str, tmp_path: Path) -> None:
+    """Loaded by PEFT and never merged, as a server does."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for link, seed in (("a", 7), ("b", 8)):
+        (tmp_path / link).symlink_to(adapter(name, seed=seed) / "adapter")
+    (tmp_path / "base").symlink_to(adapter(name) / "base")
+    both_ways(tmp_path, VARIANTS[name].packed, coefficients={"lam": 1.5})
+    base, merged = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / it, dtype=torch.float64).eval() for it in ("base", "model")
+    )
+    words = torch.arange(1, 9)[None]
+    plain = base(words).logits.detach()
+    beside = PeftModel.from_pretrained(base, tmp_path / "adapter").to(torch.float64).eval()
+    theirs, ours = beside(words).logits, merged(words).logits
+    assert (ours - plain).abs().max() > 1e3 * (ours - theirs).abs().max()
+    made = [
+        it.generate(input_ids=words, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
+        for it in (beside, merged)
+    ]
+    assert made[0] == made[1]
+
+
 def made_by_peft(folder: Path, words: dict[str, Any], variant: Variant, seed: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -159,6 +159,20 @@ def test_ranks_beyond_what_can_be_read_again(tmp_path: Path) -> None:
     refused(tmp_path, recipe, "add up to 70,000; the most is 65,536", RANK)
 
 
+@pytest.mark.parametrize(("most", "what"), [("MAX_HEADER_BYTES", "adapter_model.safetensors would have a header"),
+                                            ("MAX_CONFIG_BYTES", "adapter_config.json would be a file")])  # fmt: skip
+def test_more_modules_than_can_be_read_again(
+    tmp_path: Path, most: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before anything is written."""
+    from skillmerge.plans.adapters import planning
+
+    monkeypatch.setattr(planning, most, 300)
+    write_all(tmp_path)
+    message = f"an adapter of 4 modules is too large to be read again: {what} of"
+    refused(tmp_path, write_out(tmp_path, "a + b", {"a": A, "b": B}), message, "leave tensors out with `ignore`")
+
+
 def test_other_commands_say_what_to_do(tmp_path: Path) -> None:
     write_all(tmp_path)
     recipe = write_recipe(tmp_path, "lam * a + b", models={"a": A, "b": B}, output={"kind": "adapter", "path": "out"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -93,8 +94,34 @@ def test_rounding_is_measured_alike_in_both_layouts(tmp_path: Path) -> None:
         recipe = family(tmp_path / layout, getattr(layouts, layout), SIZES[1])
         skillmerge.apply(recipe, stats="full", threads=2)
         found.append(statistics_of(tmp_path / layout / "merged"))
-    for key in ("changed", "vanished", "realised", "norm_ratio"):
+    for key in ("changed", "vanished", "realised", "norm_ratio", "asked_lambda", "realised_lambda"):
         assert found[0][key] == pytest.approx(found[1][key], rel=1e-9), key
+
+
+def test_inspect_forecasts_the_lambdas_of_experts_alike_in_both_layouts(tmp_path: Path) -> None:
+    forecasts = []
+    for layout in ("split", "packed"):
+        found = skillmerge.inspect(family(tmp_path / layout, getattr(layouts, layout), SIZES[1]), stats="full")
+        assert found.forecast is not None
+        forecasts.append(found.forecast["as_planned"].modules["expert"])
+    split, packed = forecasts
+    assert packed.asked_lambda == pytest.approx(split.asked_lambda, rel=1e-9)
+    assert packed.realised_lambda == pytest.approx(split.realised_lambda, rel=1e-9)
+
+
+@pytest.mark.parametrize("by", [None, "block"])
+def test_a_gate_for_lambda_sees_packed_experts_too(tmp_path: Path, edit: Callable[..., Path], by: str | None) -> None:
+    rules = {"lam": {"default": 0.7, "rules": [{"experts": "1-", "value": 0.2}]}}
+    gates = tmp_path / "gates.yaml"
+    gates.write_text(json.dumps({"gates": {"realised_lambda": {"min": 0.6, "modules": "expert", "by": by}}}))
+    found = []
+    for layout in ("split", "packed"):
+        recipe = family(tmp_path / layout, getattr(layouts, layout), SIZES[1])
+        made = skillmerge.apply(edit(recipe, coefficients=rules), stats="full")
+        outcomes = skillmerge.gate(made.output, gates).outcomes
+        found += [it.measured for it in outcomes if "lambda" in it.gate and not it.passed]
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    assert 0.2 < found[0] < 0.4
 
 
 def test_the_plan_and_the_manifest_have_the_slices(tmp_path: Path) -> None:
@@ -228,6 +255,17 @@ def test_mistakes_are_told(tmp_path: Path, edit: Callable[..., Path], what: str,
     with pytest.raises(RecipeError) as raised:
         skillmerge.plan(edit(recipe, coefficients={"lam": {"rules": [rule]}}))
     assert message in str(raised.value)
+
+
+def test_a_tensor_with_the_name_of_a_slice_stops_the_plan(tmp_path: Path) -> None:
+    """Else the last expert would be nobody's."""
+    recipe, name = family(tmp_path, layouts.packed), f"{layouts.AT}.experts.down_proj[1]"
+    for model in MODELS:
+        tensors = {**read_checkpoint(tmp_path / model), name: torch.zeros(2, 2)}
+        shutil.rmtree(tmp_path / model)
+        write_checkpoint(tmp_path / model, tensors, config={"model_type": "odd"})
+    done = run_cli("apply", recipe)
+    assert (done.returncode, f"tensor `{name}` is called" in done.stderr) == (4, True)
 
 
 def shares_by_numpy(folder: Path, expert: int) -> tuple[float, float]:

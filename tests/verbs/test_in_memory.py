@@ -18,6 +18,7 @@ from skillmerge.errors import InputError
 from skillmerge.plans.opening import Access
 from skillmerge.recipes.parse import load
 from skillmerge.reporter import Reporter
+from skillmerge.verbs.sweep import in_memory
 from skillmerge.verbs.sweep.candidates import with_values
 from skillmerge.verbs.sweep.in_memory import MergedModel
 from skillmerge.verbs.sweep.sweep import sweep
@@ -72,6 +73,30 @@ def test_stochastic_rounding_in_memory_too(tmp_path: Path, demo: Path) -> None:
     wanted = transformers.AutoModelForCausalLM.from_pretrained(made.output, dtype="auto").state_dict()
     for name, tensor in model.model.state_dict().items():
         assert torch.equal(tensor.view(torch.int16), wanted[name].view(torch.int16)), name
+    model.close()
+
+
+@pytest.mark.parametrize("onto", [False, True])
+def test_an_adapter_is_held_in_memory_as_well(
+    tmp_path: Path, demo: Path, onto: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its elements as float32, and no zeros to take from them."""
+    skillmerge.extract(str(demo / "source-rl"), str(demo / "source-sft"), tmp_path / "skill")
+    skillmerge.export(tmp_path / "skill", tmp_path / "adapter", lora_rank=2, base=str(demo / "source-sft"))
+    models = {"target": str(demo / "target-sft"), "sft": str(demo / "source-sft"),
+              "v": {"adapter": "adapter", **({"onto": "sft"} if onto else {})}}  # fmt: skip
+    formula = "target + lam * (v - sft)" if onto else "target + lam * v"
+    recipe = load(write_recipe(tmp_path, formula, models=models))
+    size = sum(it.nbytes for it in load_file(demo / "target-sft" / "model.safetensors").values())
+    monkeypatch.setattr(in_memory, "free_memory", lambda: 6 * size)  # target, v as float32, twice; model and sft
+    model = MergedModel(recipe, Access(), "cpu", Reporter())
+    for lam in (0.3, 1.0):
+        candidate = with_values(recipe, {"lam": lam})
+        model.use(candidate)
+        made = skillmerge.apply(candidate, tmp_path / f"out-{lam}")
+        wanted = transformers.AutoModelForCausalLM.from_pretrained(made.output, dtype="auto").state_dict()
+        for name, tensor in model.model.state_dict().items():
+            assert torch.equal(tensor.view(torch.int16), wanted[name].view(torch.int16)), name
     model.close()
 
 

@@ -82,6 +82,21 @@ def test_tasks_make_their_shares_of_it(mixed: Path) -> None:
     assert weights(done.output) == weights(folder / "wanted")
 
 
+def test_tasks_know_the_donors_layout_from_tensors_that_a_skill_does_without(
+    tmp_path: Path,
+) -> None:
+    """Where 2I = H gate and up are square, and `down_proj` alone tells that they are transposed in `sft`."""
+    for seed, (model, make) in enumerate({"rl": layouts.packed, "sft": layouts.transposed}.items()):
+        write_checkpoint(tmp_path / model, make(layouts.experts(3, 4, 8, seed)), config={"model_type": "odd"})
+    keys = {"ignore": ["*.down_proj"], "output": {"kind": "skill", "path": "skill"}}
+    recipe = write_recipe(tmp_path, "rl - sft", models={"rl": "rl", "sft": "sft"}, coefficients=None, **keys)
+    skillmerge.apply(recipe)
+    skillmerge.plan(recipe, save=tmp_path / "plan.json")
+    skillmerge.shard(tmp_path / "plan.json", tmp_path / "tasks", index=0, of=1)
+    done = skillmerge.finish(tmp_path / "plan.json", tmp_path / "tasks")
+    assert weights(done.output) == weights(tmp_path / "skill")
+
+
 def test_a_skill_of_another_layout_is_added_and_its_parents_are_known(mixed: Path) -> None:
     folder = mixed.parent
     skillmerge.extract(folder / "rl", folder / "sft", folder / "skill")  # as rl has it: one by one

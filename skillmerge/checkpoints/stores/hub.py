@@ -166,7 +166,7 @@ class Repository:
         """Read a weight file from the cache from now on."""
         with self._lock:
             if self._cached is None:
-                self._cached = Folder(path.parent)
+                self._cached = Folder(path.parents[name.count("/")])
         self._cached.peek(name, 0, 0)
         self._cached_names.add(name)
 

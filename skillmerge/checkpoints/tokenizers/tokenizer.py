@@ -46,6 +46,10 @@ VOCABULARIES: tuple[tuple[str, Callable[[bytes], Vocabulary]], ...] = (
 )
 """Files that say which text each id is, best first."""
 
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja",
+           "chat_template.json", "additional_chat_templates/*")  # fmt: skip
+"""Files that belong to a vocabulary."""
+
 _SHIFTED = ("Pegasus", "XLMRoberta", "Camembert", "MBart", "NLLB", "Nllb", "Barthez", "XGLM", "M2M100", "BigBird",
             "Plbart", "PLBart", "Speech2Text", "FNet", "Rembert", "RemBert", "DebertaV2")  # fmt: skip
 """Classes whose ids are not those of their sentencepiece file: their code moves them."""
@@ -83,6 +87,11 @@ def vocabulary_file(names: Iterable[str]) -> str:
     """Return the file, among a model's, that says which text each id is, or ""."""
     found = [file for pattern, _ in VOCABULARIES for file in names if "/" not in file and fnmatchcase(file, pattern)]
     return found[0] if found else ""
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Return whether a file of a model is its vocabulary, or belongs to it."""
+    return any(fnmatchcase(name, pattern) for pattern in (*_BESIDE, *(it for it, _ in VOCABULARIES)))
 
 
 def read_tokenizer(checkpoint: Checkpoint, files: SmallFiles, *, tokens: bool = True) -> Tokenizer:

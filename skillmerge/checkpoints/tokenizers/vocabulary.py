@@ -19,7 +19,14 @@ from skillmerge.checkpoints.tokenizers.tokenization import in_order, tokenizatio
 SKILL_TOKENS = "skill.tokens.json"
 """The file of a stored skill that says which tokens its rows belong to. A skill has no tokenizer of its own."""
 
+MOST_TOKENS = 1 << 20
+"""The largest vocabularies have 900,000 tokens."""
+
 _MOST_IDS = 1 << 31
+_MOST_LINES_BYTES = 16 << 20
+"""Of merges, a line each. Those of the largest vocabularies take 6 MB."""
+_MOST_INNER = 8
+"""Fields of a piece, which has three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +58,17 @@ def tokenizer_json(content: bytes) -> Vocabulary:
     document = json_table(content)
     model, added = document.get("model"), document.get("added_tokens") or []
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(added, list):
+        raise ValueError("`added_tokens` is not a list")
+    _refuse_many(len(added))
     if isinstance(vocabulary, dict):
         tokens = _by_id(vocabulary)
     elif isinstance(vocabulary, list):
+        _refuse_many(len(vocabulary))
         tokens = {number: _text(piece[0] if isinstance(piece, list) and piece else None)
                   for number, piece in enumerate(vocabulary)}  # fmt: skip
     else:
         raise ValueError("it has no `model.vocab`")
-    if not isinstance(added, list):
-        raise ValueError("`added_tokens` is not a list")
     for token in added:
         if not isinstance(token, dict):
             raise ValueError("`added_tokens` has an entry that is not a table")
@@ -81,6 +90,7 @@ def skill_tokens(content: bytes) -> Vocabulary:
     texts = json.loads(content.decode("utf-8"))
     if not isinstance(texts, list):
         raise ValueError("it is not a JSON list")
+    _refuse_many(len(texts))
     return Vocabulary({number: _text(text) for number, text in enumerate(texts) if text is not None})
 
 
@@ -92,12 +102,15 @@ def skill_tokens_text(tokens: Mapping[int, str]) -> str:
 
 def vocab_txt(content: bytes) -> Vocabulary:
     """Read one token a line, with the line ends of any system."""
+    _refuse_many(content.count(b"\n"))
     text = content.decode("utf-8").replace("\r\n", "\n")
     return Vocabulary(dict(enumerate(text.removesuffix("\n").split("\n"))))
 
 
 def merges_txt(content: bytes) -> tuple[str, ...]:
     """Read one merge a line."""
+    if len(content) > _MOST_LINES_BYTES:
+        raise ValueError(f"it is larger than {_MOST_LINES_BYTES >> 20} MB")
     lines = content.decode("utf-8").splitlines()
     return in_order(line for line in lines if line.strip() and not line.startswith("#version"))
 
@@ -111,6 +124,7 @@ def tokens_model(content: bytes) -> Vocabulary:
 def tiktoken(content: bytes) -> Vocabulary:
     """Ranks: a token's bytes in base64 and its id, a line each."""
     tokens = {}
+    _refuse_many(content.count(b"\n") + content.count(b"\r"))
     for line in content.splitlines():
         if line:
             encoded, _, rank = line.partition(b" ")
@@ -119,12 +133,14 @@ def tiktoken(content: bytes) -> Vocabulary:
 
 
 def tekken(content: bytes) -> Vocabulary:
-    """Mistral's ranks: special tokens first, then tokens by the rank of their bytes."""
+    """Mistral's ranks: special tokens first, then tokens by the rank of their bytes, as many of them as are used."""
     document = json_table(content)
     settings, ranks = document.get("config"), document.get("vocab")
     if not isinstance(settings, dict) or not isinstance(ranks, list):
         raise ValueError("it has no `config` or no `vocab`")
+    _refuse_many(len(ranks))
     special = _number(settings.get("default_num_special_tokens", 0))
+    size = _number(settings.get("default_vocab_size", _MOST_IDS - 1))
     tokens = {}
     for entry in ranks:
         if not isinstance(entry, dict):
@@ -138,7 +154,7 @@ def tekken(content: bytes) -> Vocabulary:
     for entry in named or []:
         if isinstance(entry, dict):
             tokens[_number(entry.get("rank"))] = _text(entry.get("token_str"))
-    return Vocabulary(tokens)
+    return Vocabulary({number: text for number, text in tokens.items() if number < size})
 
 
 def sentencepiece(content: bytes) -> Vocabulary:
@@ -146,7 +162,7 @@ def sentencepiece(content: bytes) -> Vocabulary:
     tokens: dict[int, str] = {}
     for number, piece in _fields(content):
         if number == 1:
-            text = next((value for inner, value in _fields(piece) if inner == 1), None)
+            text = next((value for inner, value in _fields(piece, _MOST_INNER) if inner == 1), None)
             if text is None:
                 raise ValueError("a piece has no text")
             tokens[len(tokens)] = text.decode("utf-8")
@@ -170,10 +186,13 @@ def content_of(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the fields of a protobuf message that hold bytes: (number, bytes)."""
+def _fields(message: bytes, most: int = MOST_TOKENS) -> Iterator[tuple[int, bytes]]:
+    """Yield the fields of a protobuf message that hold bytes: (number, bytes). Raises ValueError after `most` of any
+    kind."""
     position, end = 0, len(message)
     while position < end:
+        if (most := most - 1) < 0:
+            raise ValueError("it has too many fields")
         tag, position = _varint(message, position)
         number, wire = tag >> 3, tag & 7
         if wire == 0:
@@ -219,7 +238,13 @@ def _written(token: bytes) -> str:
     return token.decode("latin-1").translate(_CHARACTERS)
 
 
+def _refuse_many(count: int) -> None:
+    if count > MOST_TOKENS:
+        raise ValueError(f"it has more than {MOST_TOKENS:,} tokens")
+
+
 def _by_id(vocabulary: Mapping[str, Any]) -> dict[int, str]:
+    _refuse_many(len(vocabulary))
     _check(vocabulary.values())
     return dict(zip(vocabulary.values(), vocabulary, strict=True))
 

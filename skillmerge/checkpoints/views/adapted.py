@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from skillmerge.checkpoints.checkpoint import Checkpoint, Difference, Piece, read_bytes, sha256_as_read
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.store import Wait, nothing_to_wait_for
+from skillmerge.checkpoints.stores.overlaid import Overlaid
+from skillmerge.checkpoints.tokenizers.tokenizer import is_of_tokenizer, vocabulary_file
 from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.fitting import Change, Model, changes_of, no_module
 from skillmerge.checkpoints.views.unpacking import products_of
@@ -60,7 +62,11 @@ class Adapted(_Adapting):
         """Raises InputError if the adapter is not for this model."""
         self.adapter, self._base = adapter, base
         self.changes = _changes(adapter, Model(base.place, base.tensors, base.config), rename)
-        at = replace(adapter.at, remote=base.at.remote or adapter.at.remote, license=base.at.license)
+        at = replace(
+            adapter.at,
+            remote=base.at.remote or adapter.at.remote,
+            license=adapter.at.license or base.at.license,
+        )
         own = adapter.files[adapter.file]
         said = hashlib.sha256(own.described + repr(list(rename)).encode()).digest()
         tensors = {name: self._spec(spec) for name, spec in base.tensors.items()}
@@ -69,9 +75,10 @@ class Adapted(_Adapting):
             name: replace(file, described=file.described + said, version=file.version + own.version, digest=None)
             for name, file in base.files.items()
         }
-        super().__init__(
-            adapter.uri, at, base.store, base.config, tensors, files, indexed=base.indexed, unread=base.unread
-        )
+        # Training may have added tokens, and then their tokenizer is beside the adapter.
+        has_tokens = bool(vocabulary_file(adapter.store.list()))
+        store = Overlaid(base.store, adapter.store, is_of_tokenizer) if has_tokens else base.store
+        super().__init__(adapter.uri, at, store, base.config, tensors, files, indexed=base.indexed, unread=base.unread)
         self.naming, self.trained_on = base.naming, adapter.lora.base
 
     @property
@@ -185,11 +192,12 @@ class Adapted(_Adapting):
         return _wide(self._base, name, area.first, area.count).view(area.shape)
 
     def _compare(self, name: str, copy: StoredTensor, area: Area, values: Tensor) -> None:
-        """Raise InputError unless the adapter's copy of the model's elements is one."""
+        """Raise InputError unless the adapter's copy of the model's elements is one, in its own dtype: that of training
+        may have been narrower than the model's."""
         import torch
 
         kept = self._matrices.stored(copy, area.first, area.count)
-        if not torch.equal(kept.to(torch.float64), values.view(-1)[area.inside]):
+        if not torch.equal(kept, values.view(-1)[area.inside].to(kept.dtype)):
             raise InputError(
                 f"{self.adapter.place}: `{copy.name}` is a copy of the base's `{name}`, and not that of "
                 f"{self._base.place}",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from skillmerge.checkpoints.checkpoint import Checkpoint, Piece, View
 from skillmerge.checkpoints.store import Wait, nothing_to_wait_for
 from skillmerge.checkpoints.views.bands import Band, Bands, Pair, Rectangle, by_band, rectangles
-from skillmerge.checkpoints.views.relations import EXPERT, Layout, is_packed, layouts, turned
+from skillmerge.checkpoints.views.relations import EXPERT, Layout, is_packed, layouts
 from skillmerge.checkpoints.views.widened import Widened, common_dtype
 from skillmerge.naming import module_kind
 from skillmerge.tensors import DTYPES, TensorSpec
@@ -170,10 +170,8 @@ def in_layout_of(checkpoint: Checkpoint, wanted: Mapping[str, TensorSpec], *, wh
 
     whole: whether `wanted` are all tensors of a model, so that nothing of a stored tensor may be left over.
     """
-    ours, theirs = apart(checkpoint.tensors, wanted)
-    if not ours or not theirs:
-        return checkpoint
-    stored, asked = layouts(ours, theirs)
+    ours = checkpoint.tensors
+    stored, asked = layouts(ours, wanted)
     pairs = {name: found for name in asked.holds if (found := _pairs(wanted[name], stored, asked))}
     pairs = {name: found for name, found in pairs.items() if not _is_misfit(wanted[name], found, ours)}
     if whole:
@@ -189,16 +187,6 @@ def in_layout_of(checkpoint: Checkpoint, wanted: Mapping[str, TensorSpec], *, wh
         return checkpoint
     plans = {name: _Plan(found) for name, found in pairs.items()}
     return Arranged(_in_one_dtype(checkpoint, pairs), plans, wanted)
-
-
-def apart(
-    ours: Mapping[str, TensorSpec], theirs: Mapping[str, TensorSpec]
-) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
-    """Return the tensors of two checkpoints that have no partner of the same layout in the other."""
-    crossed = turned(ours, theirs)
-    alike = {name for name, spec in ours.items() if name in theirs and theirs[name].shape == spec.shape} - crossed
-    left, right = ({name: it for name, it in side.items() if name not in alike} for side in (ours, theirs))
-    return left, right
 
 
 def _pairs(wanted: TensorSpec, stored: Layout, asked: Layout) -> list[Pair]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, Piece
 from skillmerge.checkpoints.store import Wait
@@ -158,23 +159,23 @@ class _Held:
 
 
 class Bands:
-    """The bands that threads read from: each thread's are those of its latest read."""
+    """The bands that threads read from: each thread's are those of its latest read, as long as it lives."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._of_thread: dict[int, dict[Band, _Held]] = {}
+        self._known: WeakValueDictionary[Band, _Held] = WeakValueDictionary()
+        self._of_thread = threading.local()
         self._lock = threading.Lock()
 
     def hold(self, bands: Iterable[Band]) -> Mapping[Band, _Held]:
         """Return these bands, which are being read, and let go of what this thread had before."""
         with self._lock:
-            known = {band: held for mine in self._of_thread.values() for band, held in mine.items()}
-            mine = {band: known.get(band) or _Held(self._checkpoint, band) for band in bands}
-            self._of_thread[threading.get_ident()] = mine
+            mine = {band: self._known.get(band) or _Held(self._checkpoint, band) for band in bands}
+            self._known.update(mine)
+            self._of_thread.bands = mine
         for held in mine.values():
             held.begin()
         return mine
 
     def close(self) -> None:
-        with self._lock:
-            self._of_thread.clear()
+        self._of_thread = threading.local()

@@ -73,11 +73,13 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What an adapter is fitted to. said: what messages call it."""
+    """What an adapter is fitted to. said: what messages call it. grown: what to do where an adapter was trained with
+    other numbers of tokens, if not to name a model with as many."""
 
     said: str
     tensors: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
+    grown: str | None = None
 
 
 def own_tensors(adapter: Adapter, rename: Sequence[tuple[str, str]]) -> dict[str, TensorSpec]:
@@ -248,7 +250,7 @@ def _shape_error(adapter: Adapter, model: Model, spec: TensorSpec, pair: Pair, f
         try:
             _fit(adapter, model, spec, replace(pair.b if not pair.embedding else pair.a, shape=found))
         except InputError as error:
-            return error
+            return InputError(error.message, fix=model.grown or error.fix)
     return InputError(
         f"{_at(adapter)}: `{pair.a.name}` {list(pair.a.shape)} and `{pair.b.name}` {list(pair.b.shape)} make a matrix "
         f"of shape {list(found)}, and `{spec.name}` of {model.said} has {list(spec.shape)}",

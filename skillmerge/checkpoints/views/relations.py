@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from skillmerge.tensors import DTYPES, TensorSpec
 
@@ -64,10 +65,19 @@ SYNONYMS = tuple(
         (r"\.moe\.gate\.", ".mlp.gate."),
         (r"\.moe\.router_bias$", ".mlp.gate.e_score_correction_bias"),
         (r"\.share_expert\.", ".mlp.shared_experts."),
-        (r"\.mlp\.router\.", ".mlp.gate."),  # PhiMoE
+        (r"\.mlp\.shared_(?:expert|mlp)\.", ".mlp.shared_experts."),  # Laguna, Hunyuan 3
+        (r"\.mlp\.router\.(?:gate\.)?", ".mlp.gate."),  # PhiMoE, Hunyuan 3
+        (
+            r"\.mlp\.(?:gate\.|experts\.)?(?:moe_statics\.)?(?:e_score_correction|expert)_bias$",  # Ernie, EXAONE
+            ".mlp.gate.e_score_correction_bias",
+        ),
+        (r"\.self_attn\.(?:attention_sink_bias|softmax_offset)$", ".self_attn.sinks"),  # MiMo, Flint
         (r"(\.experts\.\d+)\.(?:w1|fc1)\.", r"\1.gate_proj."),
         (r"(\.experts\.\d+)\.(?:w3|fc3)\.", r"\1.up_proj."),
         (r"(\.experts\.\d+)\.(?:w2|fc2)\.", r"\1.down_proj."),
+        (r"\.experts\.w1$", ".experts.gate_proj"),  # of trainers
+        (r"\.experts\.w3$", ".experts.up_proj"),
+        (r"\.experts\.w2$", ".experts.down_proj"),
         (r"\.experts\.fc1\.weight$", ".experts.gate_up_proj"),  # Aria
         (r"\.experts\.fc2\.weight$", ".experts.down_proj"),
     )
@@ -116,8 +126,14 @@ class Layout:
     numbers, by the module that they are in. unclear: packed tensors whose shapes fit two layouts.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorSpec], sizes: Mapping[str, Sequence[int]]) -> None:
-        """sizes: shapes of parts, where another checkpoint stores them one by one."""
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorSpec],
+        sizes: Mapping[str, Sequence[int]],
+        beside: Mapping[str, TensorSpec] = MappingProxyType({}),
+    ) -> None:
+        """sizes: shapes of parts, where another checkpoint stores them one by one. beside: further tensors of the same
+        checkpoint, which tell how these are stored."""
         self.parts: dict[str, Window] = {}
         self.holds: dict[str, list[str]] = {}
         self.unclear: list[str] = []
@@ -130,7 +146,7 @@ class Layout:
             for relation in RELATIONS
             if (match := relation.pattern.fullmatch(common)) is not None
         }
-        self._shapes = {names[name]: tensors[name].shape for name in self._packed}
+        self._shapes = _packed_shapes(beside) | {names[name]: tensors[name].shape for name in self._packed}
         taken: set[str] = set()
         for name, spec in tensors.items():
             found = list(self._windows(name, names[name], spec)) if DTYPES[spec.dtype].is_float else []
@@ -159,7 +175,7 @@ class Layout:
             yield from zip(parts, self._fused(spec, parts), strict=False)
             return
         vector = common.endswith("_bias")
-        if len(spec.shape) != (2 if vector else 3) or not experts_in(name, spec.shape):
+        if not experts_in(name, spec.shape):
             return
         count, *matrix = spec.shape
         shape = (matrix[0], 1) if vector else (matrix[0], matrix[1])
@@ -217,17 +233,20 @@ def _only(shape: Sequence[int], straight: tuple[int, int]) -> bool | None:
 
 def turned(ours: Mapping[str, TensorSpec], theirs: Mapping[str, TensorSpec]) -> set[str]:
     """Return the packed tensors that have one name in both and are transposed in one, whatever their shapes."""
-    packed = [
-        {it.name: it for it in side.values() if len(it.shape) == 3 and is_packed(it.name)} for side in (ours, theirs)
-    ]
-    shapes = [{common_name(name): it.shape for name, it in side.items()} for side in packed]
+    shapes = [_packed_shapes(side) for side in (ours, theirs)]
     found = set()
-    for name in packed[0].keys() & packed[1].keys():
+    for name in (it.name for it in ours.values() if len(it.shape) == 3 and it.name in theirs and is_packed(it.name)):
         at = common_name(name).rpartition(".")[0]
         orientations = [_orientation(side, at) for side in shapes]
         if None not in orientations and orientations[0] != orientations[1]:
             found.add(name)
     return found
+
+
+def _packed_shapes(tensors: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of packed tensors, by the names that layouts share."""
+    may_be = (it for it in tensors.values() if len(it.shape) == 3 or it.name.endswith("_bias"))
+    return {common_name(it.name): it.shape for it in may_be if is_packed(it.name)}
 
 
 def is_packed(name: str) -> bool:
@@ -238,7 +257,8 @@ def is_packed(name: str) -> bool:
 
 def experts_in(name: str, shape: Sequence[int]) -> int:
     """Return how many experts a tensor packs; 0 if it packs none."""
-    fits = len(shape) in (2, 3) and 0 < shape[0] <= MOST_EXPERTS and math.prod(shape) > 0
+    axes = 2 if name.endswith("_bias") else 3
+    fits = len(shape) == axes and 0 < shape[0] <= MOST_EXPERTS and math.prod(shape) > 0
     return shape[0] if fits and is_packed(name) else 0
 
 
@@ -250,14 +270,37 @@ def common_name(name: str) -> str:
 
 
 def layouts(ours: Mapping[str, TensorSpec], theirs: Mapping[str, TensorSpec]) -> tuple[Layout, Layout]:
-    """Return the layouts of two checkpoints, each with the sizes that the other one tells."""
+    """Return the layouts of what is `apart` in two checkpoints."""
+    left, right = apart(ours, theirs)
+    if not left or not right:
+        left, right = {}, {}
+    return whole_layouts(left, right, (ours, theirs))
+
+
+def apart(
+    ours: Mapping[str, TensorSpec], theirs: Mapping[str, TensorSpec]
+) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """Return the tensors of two checkpoints that have no partner of the same layout in the other."""
+    crossed = turned(ours, theirs)
+    alike = {name for name, spec in ours.items() if name in theirs and theirs[name].shape == spec.shape} - crossed
+    left, right = ({name: it for name, it in side.items() if name not in alike} for side in (ours, theirs))
+    return left, right
+
+
+def whole_layouts(
+    ours: Mapping[str, TensorSpec],
+    theirs: Mapping[str, TensorSpec],
+    beside: tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]] = ({}, {}),
+) -> tuple[Layout, Layout]:
+    """Return the layouts of two checkpoints, each with the sizes that the other one tells. beside: their other
+    tensors, where these are not all of them."""
     shapes = [{common_name(name): spec.shape for name, spec in side.items()} for side in (ours, theirs)]
-    first = Layout(ours, shapes[1])
+    first = Layout(ours, shapes[1], beside[0])
     # Of packed tensors the one side may be clear only by itself, and tell the other.
     told = shapes[0] | {part: window.shape for part, window in first.parts.items()}
-    second = Layout(theirs, told)
+    second = Layout(theirs, told, beside[1])
     if first.unclear:
-        first = Layout(ours, shapes[1] | {part: window.shape for part, window in second.parts.items()})
+        first = Layout(ours, shapes[1] | {part: window.shape for part, window in second.parts.items()}, beside[0])
     return first, second
 
 

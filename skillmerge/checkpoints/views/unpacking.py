@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 from skillmerge.checkpoints.kinds.lora.adapter import Adapter
 from skillmerge.checkpoints.kinds.lora.parts import Pair
-from skillmerge.checkpoints.views.arranged import apart
 from skillmerge.checkpoints.views.fitting import Model, Product, ambiguous, no_module, parameters_of
 from skillmerge.checkpoints.views.relations import layouts
 from skillmerge.checkpoints.views.renamed import replaced
@@ -84,10 +83,7 @@ def _parameter(
 def _is_upright(spec: TensorSpec, near: dict[str, TensorSpec]) -> bool | None:
     """Return whether the model has the parts of a packed parameter, with the rows that they have there; None where a
     square one could be either."""
-    ours, theirs = apart({spec.name: spec}, near)
-    if not ours or not theirs:
-        return False
-    stored, asked = layouts(ours, theirs)
+    stored, asked = layouts({spec.name: spec}, near)
     if stored.unclear and spec.shape[1] == spec.shape[2]:
         return None
     parts = stored.holds.get(spec.name, [])
@@ -97,10 +93,7 @@ def _is_upright(spec: TensorSpec, near: dict[str, TensorSpec]) -> bool | None:
 
 def _zeros(found: Products, model: Model, file: str) -> Products:
     """Return zeros for the parts of tensors that are changed only in part."""
-    ours, theirs = apart({name: spec for name, (spec, _) in found.items()}, model.tensors)
-    if not ours or not theirs:
-        return {}
-    stored, asked = layouts(ours, theirs)
+    stored, asked = layouts({name: spec for name, (spec, _) in found.items()}, model.tensors)
     missing = [
         part
         for parts in asked.holds.values()

@@ -152,12 +152,18 @@ def _errors(rows: Iterable[tuple[Row, float | None]], realised: float | None) ->
     spread, apart, energy = [], [], []
     for row, factor in rows:
         statistics = row.statistics
-        if statistics is None or realised is None or not factor or not statistics.updated:
+        if statistics is None or realised is None or not statistics.updated:
             continue
         uu, du, dd = statistics.uu, statistics.du, statistics.dd
         if uu is None or du is None or dd is None:
             continue
-        weight, uu, du = statistics.total / statistics.elements, uu / factor / factor, du / factor
+        if factor is None and (sums := row.by_expert) is not None:
+            uu, _, du = sums
+        elif factor:
+            uu, du = uu / factor / factor, du / factor
+        else:
+            continue
+        weight = statistics.total / statistics.elements
         rest = max(0.0, dd - 2 * realised * du + realised * realised * uu)
         spread.append(weight * weight * uu * rest / statistics.updated)
         apart.append((weight * uu) ** 2 * (1 - 1 / weight) / block_count(statistics.elements))

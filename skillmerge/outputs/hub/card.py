@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from skillmerge.checkpoints.place import Location, on_hub
+from skillmerge.checkpoints.place import Location, looks_like_repository, on_hub
 from skillmerge.checkpoints.schemes import is_path
 from skillmerge.engine.measures.cells import DEVIATION, cells, rows_of
 from skillmerge.engine.measures.skill_statistics import SkillStatistics
@@ -36,8 +36,6 @@ _KINDS = {
 }
 """Kind of an output -> the library that loads it, its tag, its relation to its parents."""
 
-_WHAT = {"model": "A merge", "adapter": "A LoRA adapter"}
-
 IN_THE_RECIPE = "declare it in the recipe:\noutput:\n  license: apache-2.0"
 
 
@@ -59,9 +57,17 @@ def license_of(inputs: Sequence[Input | InputPlan], declared: str | None, how: s
 
 
 def write_card(
-    manifest: Manifest, push: Push, declared: str | None, by_hand: str | None = None, how: str = IN_THE_RECIPE
+    manifest: Manifest,
+    push: Push,
+    declared: str | None,
+    by_hand: str | None = None,
+    how: str = IN_THE_RECIPE,
+    base: str | None = None,
 ) -> str:
-    """Return the text of the card. Raises UsageError if the license is not settled or `by_hand` is no card."""
+    """Return the text of the card. base: of an adapter, what its configuration calls the model that it is for.
+
+    Raises UsageError if the license is not settled or `by_hand` is no card.
+    """
     library, tag, relation = _KINDS[manifest.output.kind]
     parents = [place for item in manifest.inputs if (place := on_hub(item.uri)) is not None]
     metadata: dict[str, Any] = {
@@ -73,11 +79,16 @@ def write_card(
         metadata["base_model"] = list(dict.fromkeys(parent.repository for parent in parents))
         if relation is not None:
             metadata["base_model_relation"] = relation
+    base = base if base is not None and looks_like_repository(base) else None  # a folder is of this machine
+    if base is not None:
+        metadata |= {"base_model": [base], "base_model_relation": "adapter"}
     if push.new_version is not None:
         metadata["new_version"] = push.new_version
     if by_hand is None:
         metadata["license"] = license_of(manifest.inputs, declared, how)
-        return str(ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{_body(manifest, push)}").content)
+        return str(
+            ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{_body(manifest, push, base)}").content
+        )
     card, written = read_metadata(by_hand)
     metadata["license"] = written.get("license") or license_of(manifest.inputs, declared, how)
     tags = [*(written.get("tags") or []), *metadata["tags"]]
@@ -94,14 +105,13 @@ def read_metadata(card: str) -> tuple[ModelCard, dict[str, Any]]:
         raise UsageError(f"the card's metadata cannot be read: {error}") from error
 
 
-def _body(manifest: Manifest, push: Push) -> str:
+def _body(manifest: Manifest, push: Push, base: str | None) -> str:
     if manifest.makes_skill:
         return _skill_body(manifest, push)
     name = push.repository.split("/")[-1]
     sections = [
         f"# {name}",
-        f"{_WHAT[manifest.output.kind]} of {sum(not item.stack for item in manifest.inputs)} models by "
-        f"`{manifest.expression}`, computed by "
+        f"A merge of {_merged(manifest)} by `{manifest.expression}`, computed by "
         f"skillmerge {manifest.tool.version}: {len(manifest.tensors)} tensors, {format_bytes(manifest.size)}.",
         "## Parents",
         _parents(manifest),
@@ -117,7 +127,7 @@ def _body(manifest: Manifest, push: Push) -> str:
         *_accepted(manifest),
         *_rounding(manifest),
         "## Use",
-        _use(manifest, push),
+        _use(manifest, push, base),
         "## Proof",
         f"`{MANIFEST_FILE}` names every input with its commit and digests, the action on each tensor, and the\n"
         f"sha256 of every file. Plan `{manifest.plan_digest}`. `skillmerge verify` checks every byte. With the recipe\n"
@@ -126,11 +136,22 @@ def _body(manifest: Manifest, push: Push) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _use(manifest: Manifest, push: Push) -> str:
-    load = f'model = AutoModelForCausalLM.from_pretrained("{push.repository}")'
+def _merged(manifest: Manifest) -> str:
+    """Return what was merged, and how many of it."""
+    if manifest.output.kind != "adapter":
+        return f"{sum(not item.stack for item in manifest.inputs)} models"
+    count = len({model for tensor in manifest.tensors for model, _ in tensor.sources})
+    return f"{count} LoRA adapter{'s' if count != 1 else ''}"
+
+
+def _use(manifest: Manifest, push: Push, base: str | None) -> str:
+    lines = ["from transformers import AutoModelForCausalLM  # or the class for its task", ""]
+    load = 'AutoModelForCausalLM.from_pretrained("{}")'
     if manifest.output.kind == "adapter":
-        return f"```python\nfrom peft import AutoPeftModelForCausalLM\n\n{load.replace('Auto', 'AutoPeft', 1)}\n```"
-    return f"```python\nfrom transformers import AutoModelForCausalLM  # or the class for its task\n\n{load}\n```"
+        which = "" if base is not None else "  # the model that the adapters were trained on"
+        lines = ["from peft import PeftModel", *lines, f"base = {load.format(base or 'BASE')}{which}"]
+        load = 'PeftModel.from_pretrained(base, "{}")'
+    return "\n".join(["```python", *lines, f"model = {load.format(push.repository)}", "```"])
 
 
 def _skill_body(manifest: Manifest, push: Push) -> str:

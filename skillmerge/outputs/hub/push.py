@@ -135,7 +135,8 @@ class _Prepared:
                 )
             by_hand = read_card(Path(card) if card else None)
             how = "declare it: `--license apache-2.0`"
-            self.card = write_card(self.proof, self.push, license or asked.license, by_hand, how)
+            base = self.output.adapter_base
+            self.card = write_card(self.proof, self.push, license or asked.license, by_hand, how, base)
 
 
 def _settings(asked: Push | None, repository: str | None, options: Mapping[str, Any]) -> Push:
@@ -261,7 +262,7 @@ class MergePush(Sender):
         """Create the commit. An output of an earlier run is verified first."""
         if not verified:
             verify_files(output.folder, allow_nonfinite=output.manifest.environment.allow_nonfinite)
-        text = write_card(output.manifest, self._push, self._license, self._card)
+        text = write_card(output.manifest, self._push, self._license, self._card, base=output.adapter_base)
         try:
             return send(self._commit, output, text, signature_beside(output))
         except ForgottenUploads:

@@ -155,7 +155,10 @@ def _provenance(proof: Manifest, log: RunLog, builder_id: str, invocation_id: st
             "platform": environment.platform,
         }
     )
-    definition.resolved_dependencies.extend(descriptor for item in proof.inputs for descriptor in _dependencies(item))
+    entries = parse_recipe(recipe.text, "the manifest's recipe", Path("/")).entries
+    definition.resolved_dependencies.extend(
+        descriptor for item in proof.inputs for descriptor in _dependencies(item, entries[item.name].onto is not None)
+    )
     details.builder.id = builder_id
     details.builder.version.update(
         {proof.tool.name: proof.tool.version}
@@ -168,9 +171,12 @@ def _provenance(proof: Manifest, log: RunLog, builder_id: str, invocation_id: st
     return made
 
 
-def _dependencies(item: Input) -> Iterator[Any]:
+def _dependencies(item: Input, is_put_onto: bool) -> Iterator[Any]:
     """Yield an input's commit, where it has one, and its weight files. A local input appears under its name in the
-    recipe, not its path. A stack has neither: what it is made of are inputs too."""
+    recipe, not its path. A stack has neither: what it is made of are inputs too.
+
+    is_put_onto: whether its files are those of the model beneath, with what its own place holds put onto them.
+    """
     if item.stack:
         return
     place = on_hub(item.uri)
@@ -181,7 +187,7 @@ def _dependencies(item: Input) -> Iterator[Any]:
     for file in item.files:
         yield _descriptor(
             f"{item.name}/{file.name}",
-            uri=f"{at}/{file.name}" if at else "",
+            uri=f"{at}/{file.name}" if at and not is_put_onto else "",
             annotations={"size": str(file.size), "headerSha256": file.header_sha256},
             sha256=file.sha256 or file.stated_sha256,
         )

@@ -37,7 +37,13 @@ def build(name: str, proof: Manifest, files: Mapping[str, str], finished: dateti
     from cyclonedx.output.json import JsonV1Dot6
 
     model = _model(name, proof, files)
-    inputs = [_input(item, f"input/{item.name}", with_files=True) for item in proof.inputs if not item.stack]
+    entries = parse_recipe(proof.recipe.text, "the manifest's recipe", Path("/")).entries
+    inputs = [
+        # Of what is put onto a model, the recorded files are that model's, which is an input too.
+        _input(item, f"input/{item.name}", with_files=entries[item.name].onto is None)
+        for item in proof.inputs
+        if not item.stack
+    ]
     tool = proof.tool
     tools = [Component(name=tool.name, version=tool.version, type=ComponentType.APPLICATION, bom_ref="tool")]
     document = Bom(

@@ -20,7 +20,6 @@ from skillmerge.checkpoints.kinds.lora.config import MOST_RANK
 from skillmerge.checkpoints.kinds.lora.joined import Block, Joined
 from skillmerge.checkpoints.kinds.lora.parts import PREFIX
 from skillmerge.checkpoints.views.adapted import check_fit
-from skillmerge.checkpoints.views.arranged import apart
 from skillmerge.checkpoints.views.fitting import Change, Model, Product, changes_of, own_tensors
 from skillmerge.checkpoints.views.relations import layouts
 from skillmerge.checkpoints.views.renamed import replaced
@@ -148,7 +147,7 @@ def _values(
     values, experts = by_tensor(given, kept, ())
     if unlike := [name for name in experts if name in changed]:
         raise _unequal(recipe, unlike[0], "its experts")
-    stored, asked = layouts(*apart(own, model.tensors))
+    stored, asked = layouts(own, model.tensors)
     holders = {part: tensor for tensor, parts in asked.holds.items() for part in parts}
     for name in own:
         rows: dict[tuple[float, ...] | None, str] = {}

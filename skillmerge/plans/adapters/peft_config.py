@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.lora.adapter import WEIGHTS, Adapter
-from skillmerge.checkpoints.kinds.lora.config import CONFIG_FILE
+from skillmerge.checkpoints.kinds.lora.config import CONFIG_FILE, MAX_CONFIG_BYTES
 from skillmerge.checkpoints.place import PlaceError, on_hub
 from skillmerge.checkpoints.schemes import is_path
 from skillmerge.checkpoints.store import read_json_object
 from skillmerge.plans.adapters.joining import Module, Output
 from skillmerge.plans.side_files import SideFile
 from skillmerge.recipes.recipe import Recipe
-
-_MOST_BYTES = 8_000_000
 
 
 def config_file(recipe: Recipe, output: Output, base: Checkpoint | None) -> SideFile:
@@ -52,7 +51,7 @@ def config_file(recipe: Recipe, output: Output, base: Checkpoint | None) -> Side
 
 
 def _said(adapter: Adapter) -> dict[str, Any]:
-    return read_json_object(adapter.store, adapter.file.replace(WEIGHTS, CONFIG_FILE), _MOST_BYTES)
+    return read_json_object(adapter.store, adapter.file.replace(WEIGHTS, CONFIG_FILE), MAX_CONFIG_BYTES)
 
 
 def _common(said: list[dict[str, Any]], key: str) -> str | None:
@@ -64,22 +63,18 @@ def _common(said: list[dict[str, Any]], key: str) -> str | None:
 def _base(
     recipe: Recipe, output: Output, said: list[dict[str, Any]], base: Checkpoint | None
 ) -> tuple[str | None, str | None]:
-    """Return the model that the adapter names as its base, and its revision: the one that the adapters name; else the
-    recipe's, as far as PEFT can name it."""
+    """Return the model that the adapter names as its base, and its revision: the recipe's, where it is another one on
+    the Hub; else the one that the adapters name; else the recipe's folder."""
     names = {adapter.lora.base.rstrip("/") for adapter in output.adapters.values() if adapter.lora.base}
+    named = base is not None and output.base is not None and not recipe.entries[output.base].stack
+    uri = base.uri if base is not None and named else ""
+    with suppress(PlaceError):
+        location = on_hub(uri)
+        if base is not None and location is not None and not location.subfolder and names != {location.repository}:
+            return location.repository, base.at.revision or location.revision or None
     if len(names) == 1:
         return next(iter(names)), _common(said, "revision")
-    if base is None or output.base is None or recipe.entries[output.base].stack:
-        return None, None
-    try:
-        location = on_hub(base.uri)
-    except PlaceError:
-        return None, None
-    if location is not None:
-        return (
-            (None, None) if location.subfolder else (location.repository, base.at.revision or location.revision or None)
-        )
-    return (base.uri if is_path(base.uri) else None), None
+    return (uri, None) if uri and is_path(uri) else (None, None)
 
 
 def _patterns(modules: list[Module], rank: int) -> dict[str, int]:

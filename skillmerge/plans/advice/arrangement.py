@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
-from skillmerge.checkpoints.views.arranged import apart
-from skillmerge.checkpoints.views.relations import Layout, layouts
+from skillmerge.checkpoints.views.relations import EXPERT, Layout, common_name, layouts, whole_layouts
 from skillmerge.errors import some
 from skillmerge.tensors import TensorSpec
 
@@ -21,19 +20,20 @@ class Cause:
     rename: tuple[str, ...] = ()
 
 
-def unlike(model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoint) -> Cause | None:
-    """Return why a model that holds parts of the donor's tensors does not hold them all, or not as they should be."""
-    ours, theirs = apart(checkpoint.tensors, donor.tensors)
-    if not ours or not theirs:
-        return None
-    stored, asked = layouts(ours, theirs)
-    if (
-        at := next((at for at, all_ in asked.experts.items() if stored.experts.get(at, all_) != all_), None)
-    ) is not None:
-        return _other_experts(model, at, stored.experts[at], donor_name, asked.experts[at])
+def unlike(
+    model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoint, missing: Sequence[str]
+) -> Cause | None:
+    """Return why a model that holds parts of the donor's tensors does not hold them all, or not as they should be.
+    missing: what it lacks."""
+    ours, theirs = whole_layouts(checkpoint.tensors, donor.tensors)
+    lacking = (EXPERT.fullmatch(part) for name in missing for part in theirs.holds.get(name, ()))
+    for at in dict.fromkeys(it[1] for it in lacking if it is not None):
+        if ours.experts.get(at, theirs.experts[at]) != theirs.experts[at]:
+            return _other_experts(model, at, ours.experts[at], donor_name, theirs.experts[at])
+    stored, asked = layouts(checkpoint.tensors, donor.tensors)
     for name, parts in asked.holds.items():
         held = [part for part in parts if part in stored.parts]
-        if not held:
+        if not held or name in checkpoint.tensors:
             continue
         what = f"model `{model}` stores `{name}` of the donor `{donor_name}` in other tensors"
         if missing := [f"`{part}`" for part in parts if part not in stored.parts]:
@@ -49,13 +49,13 @@ def unlike(model: str, checkpoint: Checkpoint, donor_name: str, donor: Checkpoin
                     f"{what}, in which `{part}` has shape {sizes[0]}; the donor's has {sizes[1]}",
                     f"check that `{model}` is the right model; its sizes differ",
                 )
-    return _unclear(model, stored, ours) or _unclear(donor_name, asked, theirs)
+    return _unclear(model, stored, asked, checkpoint.tensors) or _unclear(donor_name, asked, stored, donor.tensors)
 
 
 def parts_of(checkpoint: Checkpoint, donor: Checkpoint) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
     """Return the parts of two models as tensors, by names that do not depend on how they are packed."""
     found = []
-    for layout in layouts(checkpoint.tensors, donor.tensors):
+    for layout in whole_layouts(checkpoint.tensors, donor.tensors):
         found.append({name: TensorSpec(name, "F32", window.shape, "") for name, window in layout.parts.items()})
     return found[0], found[1]
 
@@ -72,10 +72,13 @@ def _other_experts(model: str, at: str, ours: Collection[int], donor_name: str, 
     )
 
 
-def _unclear(model: str, layout: Layout, tensors: dict[str, TensorSpec]) -> Cause | None:
-    if not layout.unclear:
+def _unclear(model: str, layout: Layout, other: Layout, tensors: Mapping[str, TensorSpec]) -> Cause | None:
+    """Return what is unclear of packed experts that the other model has too."""
+    at = {name: common_name(name).rpartition(".")[0] for name in (*layout.unclear, *other.unclear)}
+    known = {*other.experts, *(at[name] for name in other.unclear)}
+    name = next((name for name in layout.unclear if at[name] in known), None)
+    if name is None:
         return None
-    name = layout.unclear[0]
     return Cause(
         f"model `{model}`: `{name}` {list(tensors[name].shape)} may hold its experts' matrices as they are or "
         "transposed: its shape fits both",

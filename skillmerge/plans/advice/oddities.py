@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.kinds.lora.parts import PREFIX
 from skillmerge.checkpoints.model_config import layers_in
 from skillmerge.checkpoints.views.adapted import AdapterPlane
 from skillmerge.checkpoints.views.by_token import ByToken
 from skillmerge.checkpoints.views.renamed import WRAPPERS
+from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
 from skillmerge.naming import layer_of
 from skillmerge.recipes.recipe import Recipe
@@ -84,6 +86,25 @@ def of_other_layers(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> It
                 f"adapter `{name}` ends with layer {own}, and the stack `{recipe.donor}` with layer {last}: it changes "
                 "layers by the stack's numbers",
                 f"if it was trained on `{first}`, put it onto that with `onto`, and stack the result",
+            )
+
+
+def ramps_over_adapters(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
+    """Yield a warning where a ramp goes over layers that only adapters show, and these are not all of a model's."""
+    ramps = [name for name, schedule in recipe.coefficients.items() if any(rule.ramp for rule in schedule.rules)]
+    if not ramps or {recipe.entries[name].kind for name in recipe.used_models()} != {"adapter"}:
+        return
+    layers: dict[str, set[int]] = {}
+    for tensor in (name for checkpoint in checkpoints.values() for name in checkpoint.own.tensors):
+        if layer := layer_of(tensor.removeprefix(PREFIX)):
+            layers.setdefault(layer[0], set()).add(layer[1])
+    for stack, found in layers.items():
+        if found != set(range(len(found))):
+            shown = some([str(it) for it in sorted(found)], 4)
+            yield warning(
+                f"the ramp of `{ramps[0]}` goes over layers {shown} of `{stack}` alone, which the adapters change: "
+                "no model in the recipe shows how many there are",
+                "to have it over all layers of the model, give the adapters `onto:` that model",
             )
 
 

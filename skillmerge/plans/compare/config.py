@@ -279,7 +279,7 @@ def _donor(donor: Checkpoint, name: str, dtype: str) -> Iterator[Compared]:
             f"the donor `{name}` says {stated} in config.json, and its matrices are {held}: runtimes convert them",
             "set `output.dtype` to what config.json says, or correct config.json",
         )  # fmt: skip
-    rows = [spec.shape[0] for each, spec in donor.tensors.items() if each.endswith("embed_tokens.weight")]
+    rows = [it.shape[0] for name, it in donor.tensors.items() if name.endswith("embed_tokens.weight") and it.shape]
     size = text.get("vocab_size")
     extra = next((rows for kind, rows in _EXTRA.items() if str(text.get("model_type")).startswith(kind)), 0)
     if type(size) is int and len(rows) == 1 and rows[0] > size + extra:

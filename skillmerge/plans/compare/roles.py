@@ -18,17 +18,18 @@ _EMBEDDING = re.compile(
 )
 _HEAD = re.compile(
     r"(^|\.)(lm_head|embed_out|unembed|pred_layer\.proj|shared_head\.head|additional_fc)\.weight$"
-    r"|^((language_)?model\.|transformer\.)*output(_layer)?\.weight$"
+    r"|^((language_)?model\.|transformer\.)*(output(_layer)?|ff_out)\.weight$|\.decoder\.output_projection\.weight$"
 )
 _NAMED = {
     "embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in", "w", "lm_head", "embed_out",
-    "unembed", "proj", "head", "output", "output_layer", "additional_embedding", "additional_fc",
+    "unembed", "proj", "head", "output", "output_layer", "additional_embedding", "additional_fc", "ff_out",
+    "output_projection",
 }  # fmt: skip
 """The modules in these patterns. A lookup is faster than two searches."""
 ADDED = ("additional_embedding.weight", "additional_fc.weight")
 """Rows of added tokens, which Idefics stores in the modules of embedding and head."""
-_NO_TOKENS = re.compile(r"pos|wpe|type|segment|patch|visual|vision|image|audio", re.IGNORECASE)
-"""Embeddings of something other than tokens."""
+_NO_TOKENS = re.compile(r"pos|wpe|type|segment|patch|visual|vision|image|audio|entity|hash|\.dense\.", re.IGNORECASE)
+"""Embeddings of something other than tokens, and what is in heads before them."""
 
 
 @dataclass(frozen=True, slots=True)

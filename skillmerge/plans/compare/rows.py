@@ -11,6 +11,7 @@ from skillmerge.checkpoints.tokenizers.tokenizer import vocabulary_file
 from skillmerge.checkpoints.tokenizers.vocabulary import SKILL_TOKENS
 from skillmerge.methods.terms import sole_model
 from skillmerge.naming import module_kind
+from skillmerge.plans.compare.roles import ADDED
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.recipe import Recipe
 
@@ -43,8 +44,9 @@ BY_TOKEN_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", SK
 
 def by_token_advice(recipe: Recipe, checkpoints: Iterable[Checkpoint]) -> str | None:
     """Return what gives each token its own row, if the files of these models say which that is."""
-    files = [vocabulary_file(it.store.list()) for it in checkpoints]
-    if recipe.by_token or not all(file in BY_TOKEN_FILES for file in files):
+    read = [*checkpoints]
+    named = all(vocabulary_file(it.store.list()) in BY_TOKEN_FILES for it in read)
+    if recipe.by_token or not named or any(tensor.endswith(ADDED) for it in read for tensor in it.tensors):
         return None
     if recipe.of_command:
         return "to give each token its own row, pass: --vocabulary by-token"

@@ -30,7 +30,8 @@ _LONGEST = 40
 @dataclass(frozen=True, slots=True)
 class _Models:
     """The compared models, donor first. rows: number of rows of the merged token matrices; 0 if none are merged.
-    without: how to take these out of the formula, for people, or None. carried: whether the output has a tokenizer."""
+    without: how to take these out of the formula, for people, or None. carried: whether the output has a tokenizer.
+    by_token: whether rows are matched by token, so that ids of different models mean nothing beside each other."""
 
     donor: str
     checkpoints: Mapping[str, Checkpoint]
@@ -39,6 +40,7 @@ class _Models:
     rows: int
     without: str | None
     carried: bool
+    by_token: bool
 
     def role(self, name: str) -> Role:
         return self.roles.get(name, Role())
@@ -52,6 +54,10 @@ class _Models:
     def added(self) -> list[str]:
         """The models besides the donor that the formula adds."""
         return [name for name in self.tokenizers if name != self.donor and self.role(name).added]
+
+    def meaning(self, name: str, number: int | None) -> int | str | None:
+        """Return what tells an id of a model from those of the others: its token, where rows are matched by token."""
+        return self.tokenizers[name].tokens.get(number, number) if self.by_token and number is not None else number
 
     @property
     def merged(self) -> dict[str, Mapping[int, str]]:
@@ -92,6 +98,7 @@ def compare_tokens(
         0 if by_token else _rows(models, donor, roles),
         without,
         carried,
+        by_token,
     )
     for message, fix in known.output.pointers.items() if carried and not lenient else ():
         raise InputError(message, fix=fix)
@@ -290,7 +297,8 @@ def _tokenization(known: _Models) -> Iterator[Compared]:
             "warning" if merged else "note",
             {name: _cut_off(" ".join(visible(text).split())) for name, text in described(part, said).items()},
             False,
-            f"{_models(others)} cut{'s' if len(others) == 1 else ''} text in another way than `{known.donor}`"
+            f"{' and '.join(f'`{it}`' for it in others)} cut{'s' if len(others) == 1 else ''} text in another way than "
+            f"`{known.donor}`"
             + (", whose tokenizer the output has" if known.carried else "")
             + f": {'other' if part.endswith('s') else 'another'} {part}",
             "if that is meant, write `accept: [tokenization]`" if merged else None,
@@ -300,10 +308,12 @@ def _tokenization(known: _Models) -> Iterator[Compared]:
 def _stops(known: _Models) -> Iterator[Compared]:
     for name in known.added:
         it = known.tokenizers[name]
-        lacking = sorted(it.stop - known.output.stop)
+        ours = {known.meaning(known.donor, number) for number in known.output.stop}
+        lacking = sorted(number for number in it.stop if known.meaning(name, number) not in ours)
         if not lacking:
             continue
-        texts = {**known.output.tokens, **it.tokens} if len(it.tokens) < len(known.output.tokens) else it.tokens
+        less = len(it.tokens) < len(known.output.tokens) and not known.by_token
+        texts = {**known.output.tokens, **it.tokens} if less else it.tokens
         tokens = [f"{number} (`{_shown(texts[number])}`)" if number in texts else str(number) for number in lacking]
         yield Compared(
             "stop-tokens",
@@ -314,8 +324,8 @@ def _stops(known: _Models) -> Iterator[Compared]:
             False,
             f"`{name}` stops at {', '.join(tokens)}, and the output, which has the stop tokens of `{known.donor}`, "
             "does not: it may go on where an answer ends",
-            f"add the id to `eos_token_id` in the generation_config.json of `{known.donor}`, or write "
-            "`accept: [stop-tokens]`",
+            f"add {'its' if known.by_token else 'the'} id to `eos_token_id` in the generation_config.json of "
+            f"`{known.donor}`, or write `accept: [stop-tokens]`",
         )
 
 
@@ -347,24 +357,17 @@ def _templates(known: _Models) -> Iterator[Compared]:
 
 def _numbers(known: _Models) -> Iterator[Compared]:
     """Yield notes: padding and beginning ids, and the vocabulary's size."""
-    tables: list[tuple[str, str, dict[str, int | None]]] = [
-        ("pad_token_id", "padding", {name: it.pad for name, it in known.tokenizers.items()}),
-        ("bos_token_id", "the beginning of a text", {name: it.bos for name, it in known.tokenizers.items()}),
-        (
-            "vocab_size",
-            "the size of the vocabulary",
-            {name: _size(known.checkpoints[name]) for name in known.tokenizers},
-        ),
-    ]
-    for key, what, values in tables:
-        said = {name: value for name, value in values.items() if value is not None}
-        if len(set(said.values())) > 1:
+    its = known.tokenizers.items()
+    for key, what, values in (
+        ("pad_token_id", "padding", {name: known.meaning(name, it.pad) for name, it in its}),
+        ("bos_token_id", "the beginning of a text", {name: known.meaning(name, it.bos) for name, it in its}),
+        ("vocab_size", "the size of the vocabulary", {name: _size(known.checkpoints[name]) for name, _ in its}),
+    ):
+        if len({*values.values()} - {None}) > 1:
+            said = {name: _shown(str(value)) for name, value in values.items() if value is not None}
             listed = ", ".join(f"{value} in `{name}`" for name, value in said.items())
             listed += f"; the output has that of `{known.donor}`" if known.carried else ""
-            yield Compared(
-                None, key, "config.json", "note", {name: str(value) for name, value in said.items()}, False,
-                f"{what} differs: {listed}",
-            )  # fmt: skip
+            yield Compared(None, key, "config.json", "note", said, False, f"{what} differs: {listed}")
 
 
 def _size(checkpoint: Checkpoint) -> int | None:
@@ -385,10 +388,6 @@ def _template(it: Tokenizer) -> str:
 def _listed(tokens: Mapping[int, str], ids: Sequence[int]) -> str:
     shown = ", ".join(f"{number} {_shown(tokens[number])}" for number in ids[:NAMED] if number in tokens)
     return (shown or "-") + (", …" if len(ids) > NAMED else "")
-
-
-def _models(names: Sequence[str]) -> str:
-    return " and ".join(f"`{name}`" for name in names)
 
 
 def _shown(token: str) -> str:

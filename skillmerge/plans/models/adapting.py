@@ -15,6 +15,8 @@ from skillmerge.plans.compare.roles import token_matrices
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.tensors import TensorSpec
 
+_GROWN = "add to the recipe `vocabulary: by-token`, and the tokenizer that it was trained with to its folder"
+
 
 def put_onto(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
     """Return the checkpoints with each adapter that is put onto a model as that model. Those that are differences stay
@@ -57,7 +59,7 @@ def as_differences(
             tensors |= own_tensors(adapter, recipe.entries[name].renames)
         model = Model("another adapter", tensors, {})
     else:
-        model = Model(donor.place, donor.tensors, donor.config)
+        model = Model(donor.place, donor.tensors, donor.config, _GROWN)
     found: dict[str, Checkpoint] = {}
     for name, checkpoint in checkpoints.items():
         if isinstance(checkpoint, Adapter):

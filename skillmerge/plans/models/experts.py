@@ -11,6 +11,7 @@ from functools import reduce
 from itertools import groupby
 
 from skillmerge.checkpoints.views.relations import experts_in
+from skillmerge.errors import InputError
 from skillmerge.methods.terms import Scaled, Sum, Term
 from skillmerge.naming import sliced, unsliced
 from skillmerge.recipes.recipe import Recipe
@@ -36,7 +37,13 @@ def _named(tensors: Mapping[str, TensorSpec], names: Iterable[str]) -> Iterator[
         spec = tensors.get(name)
         count = experts_in(name, spec.shape) if spec is not None and DTYPES[spec.dtype].is_float else 0
         if count:
-            yield from (sliced(name, expert) for expert in range(count))
+            slices = [sliced(name, expert) for expert in range(count)]
+            if taken := [it for it in slices if it in tensors]:
+                raise InputError(
+                    f"tensor `{taken[0]}` is called what rules with `experts` call a part of `{name}`",
+                    fix="leave these rules out",
+                )
+            yield from slices
         else:
             yield name
 

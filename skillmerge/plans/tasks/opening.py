@@ -19,16 +19,15 @@ from skillmerge.checkpoints.place import Local, ModelPlace
 from skillmerge.checkpoints.safetensors import Header
 from skillmerge.checkpoints.schemes import open_store
 from skillmerge.checkpoints.store import Stat, Store, read_headers
-from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.renamed import names_as, read_as
 from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
+from skillmerge.plans.aligned import aligned
 from skillmerge.plans.models.adapting import as_differences
 from skillmerge.plans.opening import Access, as_read, close_all, open_all, refuse_missing
 from skillmerge.plans.saved import SavedPlan
 from skillmerge.plans.vocabulary.by_token import by_token
 from skillmerge.recipes.recipe import Recipe
-from skillmerge.tensors import TensorSpec
 
 _HEADER_BYTES = 1 << 17
 """How much of a file is asked for in one request, in which its header usually is."""
@@ -53,35 +52,25 @@ def open_parts(
     if recipe.makes_adapter:
         names = list(recipe.stored_models())  # what one has in the output depends on all of them
         whole |= {*recipe.used_models()}
-    arranged = {name for name in asked if input_of(saved, name).get("layout")}
-    whole |= arranged
+    if arranged := {name for name in asked if input_of(saved, name).get("layout")}:
+        # All of the donor's tensors tell its layout, those that the output does without too.
+        whole |= {*arranged, *filter(None, [recipe.donor])}
     whole |= _beneath(recipe, asked | whole)
     places = {name: _at_commit(saved, name) for name in recipe.stored_models() if name in {*names, *whole}}
     refuse_missing(recipe, places, access)
     opened: dict[str, Checkpoint] = {}
     try:
         opened |= open_all(recipe, {it: places[it] for it in places if it in whole}, access)
-        opened |= as_differences(recipe, as_read(recipe, opened))
+        opened |= as_differences(recipe, aligned(recipe, as_read(recipe, opened)))
         for name in names:
             if name not in whole:
                 opened[name] = _Part(saved, name, places[name], access).open(needed[name], shards)
-        wanted = _tensors(saved) if arranged else {}
-        opened = {
-            name: in_layout_of(it, wanted, whole=False) if model_of(name) in arranged else it
-            for name, it in opened.items()
-        }
         opened = by_token(recipe, opened)
         _compare(saved, opened)
         return opened
     except BaseException:
         close_all(opened)
         raise
-
-
-def _tensors(saved: SavedPlan) -> dict[str, TensorSpec]:
-    """Return the planned tensors, whose layout is the donor's."""
-    rows = saved.document["tensors"]
-    return {row["name"]: TensorSpec(row["name"], row["dtype"], tuple(row["shape"]), row["file"]) for row in rows}
 
 
 def _beneath(recipe: Recipe, names: Collection[str]) -> set[str]:

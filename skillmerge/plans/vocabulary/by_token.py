@@ -17,6 +17,7 @@ from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import ties_embeddings
 from skillmerge.checkpoints.tokenizers.matching import Matching, Tokens, matched, placed, shown
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
+from skillmerge.checkpoints.tokenizers.vocabulary import MOST_TOKENS
 from skillmerge.checkpoints.views.by_token import OWN, ZERO, ByToken, Matrix, RowMap
 from skillmerge.errors import InputError, RecipeError, did_you_mean
 from skillmerge.methods.terms import minus_of, model_of
@@ -30,9 +31,6 @@ _DONOR = OWN + 1
 
 _OFF = 3
 """Characters by which a token may be longer or shorter than the one that was meant."""
-
-_MOST_ROWS = 1 << 20
-"""The largest vocabularies have 900,000 tokens."""
 
 
 class Donor(ByToken):
@@ -124,11 +122,12 @@ class _Family:
         return self.checkpoints[name].tensors[tensor].shape[0]
 
     def matchings(self, sources: Mapping[str, Sequence[str]]) -> dict[str, Matching]:
-        """Return how each model lies beside the donor. sources: the matrices that are read of each model."""
-        least = {model: min(self.rows(model, it) for it in names) for model, names in sources.items() if names}
-        names = [name for name in self.tokens if name in least]
-        ours = self.tokens[self.donor], least[self.donor]
-        return {name: matched(*ours, self.tokens[name], least[name]) for name in names}
+        """Return how each model lies beside the donor. sources: the matrices that are read of each model. The largest
+        of them counts: some heads have no rows for tokens of images."""
+        most = {model: max(self.rows(model, it) for it in names) for model, names in sources.items() if names}
+        names = [name for name in self.tokens if name in most]
+        ours = self.tokens[self.donor], most[self.donor]
+        return {name: matched(*ours, self.tokens[name], most[name]) for name in names}
 
 
 class _Rows:
@@ -138,7 +137,7 @@ class _Rows:
         """Raises RecipeError if a model of `tokens` has no such row, InputError for a matrix that is none of tokens."""
         self.family, self.name = family, name
         self.spec = family.checkpoints[family.donor].tensors[name]
-        if self.count > _MOST_ROWS:
+        if self.count > MOST_TOKENS:
             what = f"model `{family.donor}`: `{name}` has {self.count:,} rows, more than any vocabulary"
             raise InputError(what, fix="leave `vocabulary` out of the recipe")
         self.models = list(dict.fromkeys([family.donor, *family.used[name]]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.model_config import ties_embeddings
@@ -11,9 +12,10 @@ from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
 from skillmerge.checkpoints.tokenizers.tokenizer import read_tokenizer, vocabulary_file
 from skillmerge.errors import InputError
 from skillmerge.methods.terms import Leaf, minus_of, model_of, models_of
+from skillmerge.naming import layer_of, module_kind, part_of
 from skillmerge.plans.accounting import copy_rules, models_in
 from skillmerge.plans.compare.roles import ADDED, heads_and_embeddings
-from skillmerge.plans.compare.rows import BY_TOKEN_FILES
+from skillmerge.plans.compare.rows import BY_TOKEN_FILES, without_rows
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.schedules import ScheduleError
@@ -21,19 +23,37 @@ from skillmerge.tensors import DTYPES
 
 _LEAVE_OUT = "leave `vocabulary` out of the recipe"
 
-
 _PER_LAYER = "embed_tokens_per_layer.weight"
 """Gemma 3n's rows for all layers, in a matrix with fewer rows than its embedding."""
 
+_NO_HEAD = re.compile(r"norm|dense|transform\.|connector|merger|(?<!vocab_)projector", re.IGNORECASE)
+"""What has a bias beside the layers, and is no head."""
+
 
 def matrices_of(checkpoint: Checkpoint) -> list[str]:
-    """Return the tensors with a row for each token: embeddings, heads and their biases."""
-    tensors, found = checkpoint.tensors, []
-    per_layer = [name for name in tensors if name.endswith(_PER_LAYER)]
-    for name in (*heads_and_embeddings(tensors.values(), checkpoint.config), *per_layer):
-        bias = name.removesuffix("weight") + "bias"
-        found += [it for it in (name, bias) if it in tensors and tensors[it].shape[:1] == tensors[name].shape[:1]]
-    return [name for name in dict.fromkeys(found) if DTYPES[tensors[name].dtype].is_float]
+    """Return the tensors with a row for each token: embeddings, heads and the biases of heads, which are all that is
+    stored of a tied head."""
+    tensors = {name: spec for name, spec in checkpoint.tensors.items() if spec.shape and DTYPES[spec.dtype].is_float}
+    named = heads_and_embeddings(tensors.values(), checkpoint.config)
+    matrices = [*named, *(name for name in tensors if name.endswith(_PER_LAYER))]
+    beside = {name.removesuffix("weight") + "bias" for name in matrices}
+    rows = {tensors[name].shape[:1] for name in matrices}
+    biases = (name for name, spec in tensors.items() if name.endswith("bias") and spec.shape in rows)
+    return list(dict.fromkeys([*matrices, *(name for name in biases if name in beside or _is_of_head(name))]))
+
+
+def _is_of_head(bias: str) -> bool:
+    apart = layer_of(bias) is None and part_of(bias) == "text"
+    return apart and _NO_HEAD.search(bias) is None and module_kind(bias) in ("head", "embedding", "other")
+
+
+def _with_columns(checkpoint: Checkpoint, matrices: Iterable[str]) -> list[str]:
+    """Return the tensors with a column for each token, such as `final_logits_bias`."""
+    tensors = checkpoint.tensors
+    shapes = [tensors[name].shape for name in matrices]
+    rows = {shape[0] for shape in shapes} - {shape[-1] for shape in shapes if len(shape) > 1}
+    wide = [name for name, spec in tensors.items() if len(spec.shape) > 1 and spec.shape[-1] in rows]
+    return [name for name in wide if layer_of(name) is None and part_of(name) == "text"]
 
 
 def matrix_in(checkpoint: Checkpoint, name: str, row: tuple[int, ...]) -> str | None:
@@ -55,7 +75,9 @@ def used_in(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: str) -
     tensors = checkpoints[donor].tensors
     left_out = recipe.left_out(tensors)
     names = [name for name in tensors if name not in left_out]
-    wanted = [name for name in matrices_of(checkpoints[donor]) if name not in left_out]
+    matrices = matrices_of(checkpoints[donor])
+    turned = _with_columns(checkpoints[donor], matrices)
+    wanted = [name for name in (*matrices, *turned) if name not in left_out]
     copied = copy_rules(recipe, checkpoints[donor])
     found = {}
     try:
@@ -68,7 +90,14 @@ def used_in(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: str) -
         every = [name for name in checkpoints if model_of(name) in models_in(recipe)]
         found = dict.fromkeys(wanted, every)
     own = {donor, minus_of(donor)} if donor in recipe.skills else {donor}
-    found = {name: models for name, models in found.items() if models and (recipe.tokens or {*models} != own)}
+    read = [name for name, models in found.items() if {*models} - own]
+    if odd := [name for name in read if name in turned]:
+        raise InputError(
+            f"model `{donor}`: `{odd[0]}` {list(tensors[odd[0]].shape)} has a column for each token, and `by-token` "
+            "reads rows",
+            fix=without_rows(recipe, donor, odd),
+        )
+    found = {name: found[name] for name in matrices if found.get(name) and (recipe.tokens or name in read)}
     if any(name not in checkpoints[it].tensors for name, models in found.items() for it in models):
         # One matrix is two there, and can be read in one order of rows only.
         every = list(dict.fromkeys(it for models in found.values() for it in models))
@@ -111,7 +140,6 @@ def tokens_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], name: str, 
     read = read_tokenizer(checkpoint, files)
     if not read.tokens:
         reason = next(iter(read.unread), f"{file} has no tokens")
-        raise InputError(
-            f"{what}: its rows cannot be matched by token: {reason}", fix=f"save the tokenizer again, or {_LEAVE_OUT}"
-        )
+        done = read.pointers.get(reason) or "save the tokenizer again"
+        raise InputError(f"{what}: its rows cannot be matched by token: {reason}", fix=f"{done}, or {_LEAVE_OUT}")
     return Tokens.of(read.tokens)

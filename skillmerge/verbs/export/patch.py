@@ -121,7 +121,8 @@ def _exact(skill: Checkpoint) -> Mapping[str, Any]:
     if not document["exact"] or not document.get("planes"):
         raise InputError(
             f"{skill.place} is not the exact difference of two checkpoints, which a patch needs",
-            fix="extract it again: `skillmerge extract --from RL --minus SFT`",
+            fix="extract it again from two models: `skillmerge extract --from RL --minus SFT`; for an adapter, make a "
+            "model of it first, with a recipe",
         )
     return document
 
@@ -130,6 +131,15 @@ def _lay_out(document: Mapping[str, Any], base: Checkpoint) -> tuple[dict[str, b
     """Return the patch's files by name, with their headers, and what to write into them: one file for each of the
     skill's."""
     rows = {name: row for name, row in document["tensors"].items() if row["changed"]}
+    moved = [
+        name for name, row in rows.items() if "digests" in row and document["planes"]["minus"] not in row["digests"]
+    ]
+    if moved:
+        raise InputError(
+            f"the skill's rows of `{moved[0]}` were matched by token: they are not where {base.place} has them, and a "
+            "patch replaces elements where they are",
+            fix="add the skill in a recipe with `vocabulary: by-token`",
+        )
     jobs: list[_Job] = []
     headers: dict[str, bytes] = {}
     for number, file in enumerate(document["files"], start=1):

@@ -17,9 +17,10 @@ from skillmerge.bits import torch_dtype
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.stores.memory import Held
 from skillmerge.checkpoints.tokenizers.small_files import SmallFiles
+from skillmerge.checkpoints.views.adapted import AdapterPlane
 from skillmerge.durable import scratch_folder
 from skillmerge.engine.measures.preparing import Preparations
-from skillmerge.engine.rounding_statistics import BlockStatistics, Statistics, summarise, total
+from skillmerge.engine.rounding_statistics import BlockStatistics, Statistics, summarise, total_of
 from skillmerge.engine.runner import Work
 from skillmerge.engine.stream import Stream
 from skillmerge.engine.tiles import Buffer, Span, Tile, spans
@@ -61,7 +62,10 @@ class MergedModel:
             self.model, self.tokenizer = self._loaded(recipe)
             self._in_place = self._has_the_files_tensors()
             if self._in_place:
-                self._checkpoints = {name: Held(checkpoint) for name, checkpoint in self._opened.items()}
+                self._checkpoints = {
+                    name: checkpoint if _is_nothing(checkpoint) else Held(checkpoint)
+                    for name, checkpoint in self._opened.items()
+                }
                 self._in_place = self._has_the_files_values()
             if not self._in_place:
                 self._checkpoints = self._opened
@@ -203,7 +207,7 @@ def compute(plan: Plan, checkpoints: Mapping[str, Checkpoint], put: Callable[[Ti
         work = (span for shard in plan.shards for span in spans(plan, shard, chosen.tile))
         for _ in stream.map(fill, work, threads=chosen.threads, ahead=4 * chosen.threads):
             pass
-    rows = {name: total(blocks.values(), plan.tensors[name].merged) for name, blocks in measured.items() if blocks}
+    rows = {name: total_of(plan.tensors[name], blocks) for name, blocks in measured.items() if blocks}
     return summarise(plan, rows, "sampled")
 
 
@@ -221,8 +225,14 @@ def _device(asked: str) -> torch.device:
     return choose_device(asked)[0]
 
 
+def _is_nothing(checkpoint: Checkpoint) -> bool:
+    """Return whether all elements are zero, as those that are taken from an adapter: they need no memory."""
+    return isinstance(checkpoint, AdapterPlane) and not checkpoint.changes
+
+
 def _check_memory(checkpoints: Mapping[str, Checkpoint]) -> None:
-    held = sum(spec.nbytes for item in checkpoints.values() for spec in item.tensors.values())
+    read = (item for item in checkpoints.values() if not _is_nothing(item))
+    held = sum(spec.nbytes for item in read for spec in item.tensors.values())
     model = max(sum(spec.nbytes for spec in item.tensors.values()) for item in checkpoints.values())
     free = free_memory()
     if free is not None and held + model > free:

@@ -86,13 +86,13 @@ def test_json_and_manifest_hold_the_same(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_tokens_of_a_stranger_are_text_and_nothing_else(tmp_path: Path) -> None:
-    """Line ends, control characters, half of a pair of surrogates, and very long ones."""
-    odd = ["<\nproblem: x>", "<\x1b[31m>", "<\ud800>", "<" + "y" * 1_000_000 + ">"]
+    """Line ends, control characters, half of a pair of surrogates, what turns the line around, and very long ones."""
+    odd = ["<\nproblem: x>", "<\x1b[31m>", "<\ud800>", "<\u202ex>", "<\u2028>", "<" + "y" * 1_000_000 + ">"]
     write_models(tmp_path, (BASE, [*BASE, *odd], BASE))
     recipe = write_recipe(tmp_path, **by_token())
     shown = run_cli("plan", recipe)
     line = next(line for line in shown.stdout.splitlines() if line.startswith("only in `rl`"))
-    assert line == r"only in `rl`: <\nproblem: x>, <\x1b[31m>, <\ud800>, <yyyyyyyyyyyyyyyyyyyyyy…"
+    assert line == r"only in `rl`: <\nproblem: x>, <\x1b[31m>, <\ud800>, <\u202ex>, <\u2028>, <yyyyyyyyyyyyyyyyyyyyyy…"
     output = skillmerge.apply(recipe, tmp_path / "out").output
     assert skillmerge.verify(output).tensors == 3
 

@@ -126,6 +126,19 @@ def test_parents_of_a_skill_are_told_from_others(tmp_path: Path) -> None:
     assert skillmerge.rebuild(skill, check=True).tensors == 3
 
 
+def test_skill_whose_rows_are_not_its_parents_is_no_patch_of_it(tmp_path: Path) -> None:
+    for seed, (name, words) in enumerate(
+        {"rl": ["</think>", *BASE, "<think>"], "sft": [*BASE, "<think>", None]}.items()
+    ):
+        write_model(tmp_path / name, words, seed)
+    skillmerge.extract(str(tmp_path / "rl"), str(tmp_path / "sft"), tmp_path / "skill", vocabulary="by-token")
+    found = run_cli("export", tmp_path / "skill", "--onto", tmp_path / "sft", "-o", tmp_path / "patch")
+    assert found.returncode == 4
+    assert f"rows of `{HEAD}` were matched by token: they are not where {tmp_path / 'sft'} has them" in found.stderr
+    assert "help: add the skill in a recipe with `vocabulary: by-token`\n" in found.stderr
+    assert not (tmp_path / "patch").exists()
+
+
 def test_whole_models_have_no_rows_of_a_skill(tmp_path: Path) -> None:
     extracted(tmp_path)
     models = {"math": {"skill": "skill"}, "rl": "rl", "sft": "sft"}
@@ -168,6 +181,15 @@ def test_adapters_rows_are_matched_by_token_too(tmp_path: Path) -> None:
     refused = run_cli("plan", recipe)
     assert refused.returncode == 4
     assert "copy the tokenizer that it was trained with into its folder, or leave `vocabulary` out" in refused.stderr
+    by_id = run_cli("plan", write_recipe(tmp_path, "target + lam * v", models=models, coefficients={"lam": 1.0}))
+    assert by_id.returncode == 4
+    said = (
+        f"`{module}.lora_embedding_A` has 11 rows, and `{EMBEDDING}` of {tmp_path / 'target'} has 12: tokens were added"
+    )
+    assert said in by_id.stderr
+    advice = "add to the recipe `vocabulary: by-token`, and the tokenizer that it was trained with to its folder\n"
+    assert f"help: {advice}" in by_id.stderr
+    recipe = write_recipe(tmp_path, "target + lam * v", models=models, coefficients={"lam": 1.0}, **by_token())
     (adapter / "tokenizer.json").write_text(tokenizer_json(MIXED[1]))
     made = read_checkpoint(skillmerge.apply(recipe, tmp_path / "out").output)
     wide_a, wide_b = a.numpy().astype(np.float64), b.numpy().astype(np.float64)

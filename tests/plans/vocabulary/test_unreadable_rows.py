@@ -67,6 +67,15 @@ def test_unreadable_tokenizers(tmp_path: Path, content: str) -> None:
     assert "help: save the tokenizer again, or leave `vocabulary` out of the recipe\n" in said
 
 
+def test_pointer_in_the_place_of_a_tokenizer(tmp_path: Path) -> None:
+    write_models(tmp_path, ALIKE)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 11422654\n"
+    (tmp_path / "rl" / "tokenizer.json").write_text(pointer)
+    said = refused(tmp_path)
+    assert "tokenizer.json: is a Git LFS pointer, not the file itself\n" in said
+    assert "help: fetch the files: `git lfs pull`" in said
+
+
 @pytest.mark.parametrize("name", ["target", "rl"])
 def test_token_with_two_ids(tmp_path: Path, name: str) -> None:
     write_models(tmp_path, ALIKE)
@@ -132,6 +141,10 @@ def test_rows_of_added_tokens_that_are_stored_apart(tmp_path: Path) -> None:
     for name in ("target", "rl", "sft"):
         tensors = read_checkpoint(tmp_path / name)
         write_checkpoint(tmp_path / name, {**tensors, apart: torch.zeros(2, 6)}, config={"vocab_size": 9})
+    by_id = run_cli("plan", write_recipe(tmp_path))
+    assert by_id.returncode == 4
+    assert "ids mean different tokens" in by_id.stdout
+    assert "by-token" not in by_id.stdout
     said = refused(tmp_path)
     assert f"model `target` keeps the rows of added tokens apart, in `{apart}`, which `by-token` does not read" in said
 
@@ -150,6 +163,11 @@ def test_other_row_counts_without_the_key_say_what_settles_them(tmp_path: Path) 
     assert found.returncode == 4
     assert "their vocabularies seem to differ" in found.stdout
     assert "help: to give each token its own row, add to the recipe `vocabulary: by-token`\n" in found.stdout
+    write_models(tmp_path, (BASE, [*BASE[::-1], "<x>"], BASE))
+    both = run_cli("plan", write_recipe(tmp_path)).stdout
+    assert "8 ids mean different tokens" in both
+    assert "their vocabularies seem to differ" in both
+    assert both.count("to give each token its own row") == 1
     (tmp_path / "rl" / "tokenizer.json").rename(tmp_path / "rl" / "tokenizer.model")
     assert "by-token" not in run_cli("plan", write_recipe(tmp_path)).stdout
     extract = ("extract", "--from", tmp_path / "target", "--minus", tmp_path / "sft", "-o", tmp_path / "skill")

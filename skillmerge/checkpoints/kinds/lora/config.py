@@ -16,7 +16,7 @@ from skillmerge.checkpoints.store import Store, read_json_object
 from skillmerge.errors import InputError, one_line, some
 
 CONFIG_FILE = "adapter_config.json"
-_MOST_BYTES = 8_000_000
+MAX_CONFIG_BYTES = 8_000_000
 """Room for a rank of each of 60,000 modules."""
 MOST_RANK = 1 << 16
 
@@ -85,7 +85,7 @@ class LoraConfig:
 
 def read_config(store: Store, file: str) -> LoraConfig:
     """Return what an adapter's configuration says. Raises InputError for what is damaged, or not understood."""
-    document, where = read_json_object(store, file, _MOST_BYTES), store.at.path(file)
+    document, where = read_json_object(store, file, MAX_CONFIG_BYTES), store.at.path(file)
     kind = document.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{where}: `peft_type` is {_shown(kind)}; only LORA can be read as a difference", fix=_MERGE)
@@ -95,7 +95,7 @@ def read_config(store: Store, file: str) -> LoraConfig:
         raise InputError(f"{where}: `r` is {_shown(rank)}, and a rank is a number from 1 to {MOST_RANK}")
     return LoraConfig(
         where=where,
-        digest=hashlib.sha256(store.read_small(file, _MOST_BYTES)).digest(),
+        digest=hashlib.sha256(store.read_small(file, MAX_CONFIG_BYTES)).digest(),
         r=int(rank),  # type: ignore[arg-type]
         alpha=_number(document.get("lora_alpha", 8), "lora_alpha", where),
         ranks=Patterns(f"{where}: `rank_pattern`", _table(document, "rank_pattern", where)),

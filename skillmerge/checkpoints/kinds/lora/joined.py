@@ -80,13 +80,13 @@ class Joined(View):
         block = self._blocks[piece.tensor]
         out = torch.frombuffer(self.view(piece), dtype=torch.float64)
         for area in areas(piece.first, piece.count, block.rows, self.tensors[piece.tensor].elements // block.rows):
-            part = out[area.start : area.start + area.count].view(area.shape).fill_(-0.0)
+            part = torch.full(area.shape, -0.0, dtype=torch.float64)
             # Whole rows, or a part of one: either way its own elements follow each other.
             left, right = max(area.columns.start, block.at), min(area.columns.stop, block.at + block.width)
-            if left >= right:
-                continue
-            height = area.shape[0]
-            first = area.rows.start * block.width + left - block.at
-            own = self._matrices.stored(block.stored, first, (height - 1) * block.width + right - left)
-            inside = slice(left - area.columns.start, right - area.columns.start)
-            part[:, inside] = own.to(torch.float64).view(height, right - left) * block.factor
+            if left < right:
+                height = area.shape[0]
+                first = area.rows.start * block.width + left - block.at
+                own = self._matrices.stored(block.stored, first, (height - 1) * block.width + right - left)
+                here = slice(left - area.columns.start, right - area.columns.start)
+                part[:, here] = own.to(torch.float64).view(height, right - left) * block.factor
+            out[area.start : area.start + area.count] = part.view(-1)[area.inside]

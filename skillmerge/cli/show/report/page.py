@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
+from skillmerge.checkpoints.kinds.lora.parts import weight_of
 from skillmerge.cli.show.figures import FIGURES, FORECAST, SPECTRAL
 from skillmerge.cli.show.report import headlines
 from skillmerge.cli.show.report.charts import chart
@@ -64,7 +65,7 @@ def build(
         maps_section(plan, manifest, inspection),
         *(_inspected(inspection) if inspection is not None else ()),
         rounding_section(manifest) if manifest is not None else "",
-        _recipe(plan.recipe, [row[0] for it in plan.tensors.values() for row in it.rows]) if plan is not None else "",
+        _recipe(plan.recipe, _selectable(plan)) if plan is not None else "",
         _recipe(sweep.recipe, ()) if sweep is not None else "",
         tensor_table(plan, manifest, inspection),
         _meanings() if inspection is not None else "",
@@ -144,6 +145,12 @@ def _recipe(recipe: Recipe, tensors: Iterable[str]) -> str:
         lines.append(escaped(line) + told)
     set_ = "".join(f"<p>Set from outside: <code>{escaped(k)} = {v:g}</code></p>" for k, v in recipe.overrides.items())
     return f'<section><h2>The recipe</h2>{set_}<pre tabindex="0">{chr(10).join(lines)}</pre></section>'
+
+
+def _selectable(plan: Plan) -> Iterable[str]:
+    """Return the names that rules select by: those of the model's tensors, which an adapter has in parts."""
+    names = [row[0] for it in plan.tensors.values() for row in it.rows]
+    return dict.fromkeys(map(weight_of, names)) if plan.recipe.makes_adapter else names
 
 
 def _meanings() -> str:
