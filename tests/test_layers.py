@@ -80,12 +80,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "vocabulary.readers",
         "accounting dtypes.kept dtypes.quantised stacks.build",
         "advice.causes advice.oddities advice.shares compare.complete compare.config compare.rows compare.tokens "
+        "stacks.forms",
         "stacks.config",
         "advice.arrangement advice.names compare.config_values",
-        "compare.table vocabulary.picture",
+        "compare.table stacks.order vocabulary.picture",
         "changes depth mapping models.coefficients side_files tasks.division",
         "models.experts",
-        "compare.architectures compare.found compare.roles",
+        "compare.architectures compare.found compare.roles stacks.keys",
     ),
     "recipes": (
         "starter",

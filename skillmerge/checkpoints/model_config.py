@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from skillmerge.errors import one_line
-from skillmerge.naming import layer_of, module_kind
+from skillmerge.naming import layer_of, module_kind, part_of
 from skillmerge.tensors import DTYPES, TensorSpec
 
 BLOCK_KEYS = (
@@ -46,7 +46,9 @@ def sections(config: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]
 
 def layers_in(config: Mapping[str, Any]) -> int | None:
     """Return how many layers a config says that the model has, the language model if it has several parts."""
-    for _, section in sorted(sections(config), key=lambda named: (named[0] != "", "text" not in named[0])):
+    for where, section in sorted(sections(config), key=lambda named: (named[0] != "", "text" not in named[0])):
+        if part_of(where) != "text":
+            continue  # of a tower of images or sounds, which says nothing of the language model
         count = next((section[key] for key in BLOCK_KEYS if type(section.get(key)) is int), None)
         if count is not None:
             return int(count)

@@ -19,7 +19,7 @@ from skillmerge.methods.terms import Leaf, Term, degree, is_zero, model_of
 from skillmerge.plans.accounting import Problem, account_tensors, copy_rules
 from skillmerge.plans.adapters.planning import plan_adapter
 from skillmerge.plans.advice.heads import driven_apart, stored_heads
-from skillmerge.plans.advice.oddities import oddities, ramps_over_adapters, unlike_bases
+from skillmerge.plans.advice.oddities import oddities, of_other_layers, ramps_over_adapters, unlike_bases
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models, unsettled
@@ -230,6 +230,7 @@ def _of_models(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterato
         if doubt := checkpoints[name].at.doubt:
             yield warning(f"model `{name}`: {doubt}", "name the commit or the branch that you mean")
     yield from unlike_bases(recipe, checkpoints)
+    yield from of_other_layers(recipe, checkpoints)
     yield from ramps_over_adapters(recipe, checkpoints)
 
 

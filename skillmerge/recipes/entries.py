@@ -18,7 +18,7 @@ KINDS = ("path", "skill", "patch", "adapter", "stack")
 """The keys of an entry that say what is there. Every entry has one of them."""
 
 _SHOWN = 5
-"""Most stacks of a circle that an error names."""
+"""Most stacks of a circle, and most ranges of layers, that are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,8 @@ class Part:
     layers: tuple[Numbers, ...]
 
     def __str__(self) -> str:
-        return " ".join([self.model, *([",".join(map(str, self.layers))] if self.layers != _ALL else ())])
+        layers = ",".join(map(str, self.layers[:_SHOWN])) + ("…" if len(self.layers) > _SHOWN else "")
+        return " ".join([self.model, *([layers] if self.layers != _ALL else ())])
 
 
 _ALL = (Numbers(0, None),)
@@ -145,7 +146,8 @@ def check_models(document: Document, table: RecipeTable, models: Mapping[str, En
                 advice = "give it `onto:`, a model" if entry.kind == "adapter" else None
                 raise document.error(f"`{written}` is {kind}, which has no tensors to take", place, advice)
             if path[-1] == "onto" and entry.kind in ("patch", "stack"):
-                raise document.error(f"`{written}` is a {entry.kind} itself", place, "name a whole model")
+                onto = "the models that it is made of" if entry.kind == "stack" else "a whole model"
+                raise document.error(f"`{written}` is a {entry.kind} itself", place, f"put it onto {onto}")
     with mistakes:
         _refuse_circles(document, table, models)
     with mistakes:

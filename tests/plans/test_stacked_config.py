@@ -15,19 +15,10 @@ from conftest import read_checkpoint, run_cli, write_recipe
 from model_families import FAMILIES, TEXT
 
 import skillmerge
-from skillmerge.plans.stacks.config import (
-    _ALWAYS,
-    _EVERY,
-    _FIRST,
-    _LAST,
-    _NUMBERS,
-    _REPEATED,
-    Layer,
-    Order,
-    Unsayable,
-    leveled,
-    stacked_config,
-)
+from skillmerge.checkpoints.model_config import layers_in
+from skillmerge.plans.stacks.config import check_depth, leveled, stacked_config
+from skillmerge.plans.stacks.keys import ALWAYS, EVERY, FIRST, LAST, NUMBERS, REPEATED
+from skillmerge.plans.stacks.order import Layer, Order, Unsayable
 
 FULL, NEAR = "full_attention", "sliding_attention"
 
@@ -110,6 +101,13 @@ EDITED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"rope_scaling": {"mrope_section": [1, 2, 3, 4, 5, 6]}},
     ),
     ("a0 a1 a2 a3 a4 a5", {"aux_layer_ids": [1, 4]}, {"aux_layer_ids": [1, 4]}),
+    ("a1 a0", {"vision_feature_layers": [1, 4]}, {"vision_feature_layers": [1, 4]}),
+    ("a5 a0 a5", {"swiglu_limits": [0, 0, 0, 0, 0, 7]}, {"swiglu_limits": [7, 0, 7]}),
+    (
+        "a3 a0 a3",
+        {"per_layer_config": {"0": {"sliding_window": 8}, "3": {"skip": ["mlp"]}, "4": {"sliding_window": 9}}},
+        {"per_layer_config": {"0": {"skip": ["mlp"]}, "1": {"sliding_window": 8}, "2": {"skip": ["mlp"]}}},
+    ),
 ]
 
 
@@ -133,6 +131,21 @@ def test_nested_sections_are_edited_and_vision_is_not() -> None:
     assert found == {"text_config": {"num_hidden_layers": 2, "layer_types": [FULL, NEAR]}, "vision_config": vision}
     assert [key for key, _, _ in edits] == ["text_config.num_hidden_layers", "text_config.layer_types"]
     assert config["text_config"]["num_hidden_layers"] == 4
+
+
+@pytest.mark.parametrize("text", [{}, {"model_type": "llama", "vocab_size": 8}])
+def test_a_depth_that_is_not_said_cannot_change(text: dict[str, Any]) -> None:
+    """The number of layers of another tower is not that of the language model."""
+    config = {"text_config": text, "vision_config": {"num_hidden_layers": 3}}
+    assert layers_in(config) is None
+    for numbers in ((0, 1), (0, 1, 2, 2)):
+        given = Order([Layer(0, "a", number) for number in numbers], {"a": config}, {"a": 3}, "a")
+        with pytest.raises(
+            Unsayable, match=f"does not say how many layers there are, and the stack has {len(numbers)}"
+        ):
+            check_depth(given)
+    check_depth(Order([Layer(0, "a", 1)] * 3, {"a": config}, {"a": 3}, "a"))
+    assert stacked_config(Order([Layer(0, "a", 1)] * 3, {"a": config}, {"a": 3}, "a")) == (config, ())
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -167,6 +180,18 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "has `aux_layer_ids`, which may be a list of layers that skillmerge does not know",
     ),
     ("a0 a1", {"layer_types": [FULL] * 7}, "has 7 `layer_types` for 6 layers"),
+    (
+        "a0 a1 a3",
+        {"no_rope_layers": [], "no_rope_layer_interval": 4},
+        "what it is (`no_rope_layer_interval: 4`), and its layer 3 would be layer 2, of another kind",
+    ),
+    (
+        "a0 a2",
+        {"scale_attn_by_inverse_layer_idx": True},
+        "layers of `a` compute with their numbers (`scale_attn_by_inverse_layer_idx`), and layer 2 of `a` gets another",
+    ),
+    ("a0 a2", {"model_type": "diffllama"}, "compute with their numbers (as `diffllama` models do)"),
+    ("a0 a2", {"cross_layer_interval": 4}, "layers of another kind stand between its layers"),
     ("a0 a2", {"num_hidden_groups": 1}, "the layers share their weights"),
     ("a0 a2", {"hidden_size_per_layer_input": 256}, "its embeddings have columns for each layer"),
     (
@@ -174,6 +199,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"quantization_config": {"modules_to_not_convert": ["model.layers.0.mlp"]}},
         "names layers by their numbers, and layer 2 moves",
     ),
+    (
+        "a0 a2",
+        {"quantization_config": {"ignore": [r"re:.*layers\.0\.mlp.*"]}},
+        "names layers by their numbers, and layer 2 moves",
+    ),
+    ("a0 b0", {"quantization": {"bits": 4}}, "not quantized alike"),
     ("a0 b0", {"layer_types": [FULL] * 6}, "config.json of `b` has no `layer_types`"),
     ("a0 b0", {"quantization_config": {"quant_method": "fp8"}}, "not quantized alike"),
     ("a0 b0", {"first_k_dense_replace": 2}, "config.json of `b` does not say `first_k_dense_replace`"),
@@ -198,7 +229,7 @@ ODD: list[Any] = [
 @pytest.mark.parametrize("seed", range(20))
 def test_configurations_that_say_anything_are_described_or_refused(seed: int) -> None:
     chance = random.Random(seed)
-    rules = [*_NUMBERS, *_FIRST, *_LAST, *_EVERY, *_ALWAYS, *_REPEATED, "attention_types", "hybrid_override_pattern"]
+    rules = [*NUMBERS, *FIRST, *LAST, *EVERY, *ALWAYS, *REPEATED, "attention_types", "hybrid_override_pattern"]
     for _ in range(300):
         configs = [
             {chance.choice(rules): chance.choice(ODD) for _ in range(6)} | {"num_hidden_layers": 4} for _ in "ab"

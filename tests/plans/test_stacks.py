@@ -31,6 +31,7 @@ from hub_server import HubServer
 import skillmerge
 from skillmerge.checkpoints.views import stacked
 from skillmerge.errors import InputError, RecipeError, StalePlan
+from skillmerge.plans.stacks import build
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 Tensors = Mapping[str, torch.Tensor]
@@ -224,7 +225,7 @@ def test_stacks_of_stacks_patches_and_renamed_models(two: Path, tmp_path: Path) 
 
 def test_the_hub_and_a_killed_run_give_the_same_bytes(hub: HubServer, tmp_path: Path) -> None:
     put_family(hub, tmp_path)
-    stack = [part("rl", "0-2"), part("sft", "1-2")]
+    stack = [part("rl", "1-2"), part("sft", 1)]
     folder = {"rl": "rl", "sft": "sft", "target": "target", "deep": {"stack": stack}}
     far = {name: f"hf://acme/{name}" for name in ("rl", "sft", "target")} | {"deep": {"stack": stack}}
     wanted = weights(skillmerge.apply(write_recipe(tmp_path, "deep", models=folder, coefficients=None)).output)
@@ -368,6 +369,7 @@ def test_stacks_that_cannot_be_are_refused_at_their_place(name: str, odd_models:
     assert time.process_time() - began < 2
     assert refused.returncode in (2, 4), refused.stderr
     assert message in refused.stderr
+    assert name != "a patch onto it" or "help: put it onto the models that it is made of" in refused.stderr
     assert re.search(rf"^error: {re.escape(str(path))}:\d+:\d+: ", refused.stderr), refused.stderr
     assert {*odd_models.rglob("*")} == before
 
@@ -391,6 +393,22 @@ def test_long_chains_of_stacks_are_quick(two: Path) -> None:
     circle = {**chain, "s0": {"stack": [part("s499")]}}
     with pytest.raises(RecipeError, match="a stack cannot be made of itself: `s499` is made of itself"):
         skillmerge.plan(recipe(two.parent, [part("s499")], models=circle))
+
+
+def test_stacks_of_too_many_tensors_are_refused(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "MOST_TENSORS", 24)
+    assert skillmerge.plan(recipe(two.parent, [part("a"), part("a")])).ok
+    models = {"other": {"stack": [part("b", 0)]}}
+    path = recipe(two.parent, [part("a"), part("a")], "0.5 * deep + 0.5 * other", models=models)
+    with pytest.raises(RecipeError, match="the stacks have more than 24 tensors together"):
+        skillmerge.plan(path)
+
+
+def test_long_lists_of_layers_are_told_in_short(two: Path) -> None:
+    plan = skillmerge.plan(recipe(two.parent, [part("a", [0, 1] * 40)])).as_dict()
+    deep = next(item for item in plan["inputs"] if item["name"] == "deep")
+    assert deep["uri"] == "stack of a 0,1,0,1,0…"
+    assert deep["stack"] == [{"from": "a", "layers": "0-1"}] * 40
 
 
 def test_a_missing_layer_is_named(two: Path) -> None:

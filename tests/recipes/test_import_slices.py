@@ -152,6 +152,17 @@ def test_a_model_with_an_adapter_becomes_an_adapter_onto_it(written: Any, tmp_pa
         assert torch.allclose(tensor.double(), wanted, rtol=0, atol=1e-6), name
 
 
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [("./a+", "lacks an adapter behind the plus"), ("+./lora", "lacks a model before the plus"),
+     ("./a+./x+./y", "has more than one adapter")],
+)  # fmt: skip
+def test_a_plus_needs_a_model_and_an_adapter(written: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=words) as refused:
+        imported(tmp_path, {"merge_method": "passthrough", "models": [{"model": written}]})
+    assert refused.value.fix is not None
+
+
 def test_slices_may_have_adapters(tmp_path: Path) -> None:
     family(tmp_path, a=1e-2)
     added = adapter(tmp_path / "lora")
@@ -168,8 +179,9 @@ def test_slices_may_have_adapters(tmp_path: Path) -> None:
 def test_a_stack_has_the_tokenizer_of_its_first_slice(tmp_path: Path) -> None:
     document = {"merge_method": "passthrough", "slices": sliced(("a", 0, 2), ("b", 1, 3))}
     assert "like" not in data_of(imported(tmp_path, {**document, "tokenizer_source": "./a"}))["output"]
-    with pytest.raises(RecipeError, match="the tokenizer is not that of the first slice"):
+    with pytest.raises(RecipeError, match="the tokenizer is not that of the first slice") as refused:
         imported(tmp_path, {**document, "tokenizer_source": "./b"})
+    assert "tokenizer_source" in str(refused.value.excerpt)
 
 
 def test_slices_may_name_the_base_if_all_name_the_same(tmp_path: Path) -> None:
@@ -203,3 +215,80 @@ def test_slices_that_are_none_are_refused(slices: list[Any], words: str, tmp_pat
         imported(tmp_path, {"merge_method": "passthrough", "slices": slices}, layers=3)
     assert words in refused.value.what
     assert refused.value.place is not None
+
+
+def one_of_two(zero: Any = 0) -> list[dict[str, Any]]:
+    """Slices as in model cards: a second model with a weight of 0, so that mergekit matches rows by token."""
+    slices = sliced(("a", 0, 1), ("b", 0, 3))
+    other = {"model": "./b", "layer_range": [0, 1], "parameters": {"weight": zero}}
+    return [{"sources": [*slices[0]["sources"], other]}, slices[1]]
+
+
+def test_a_linear_merge_of_one_model_each_is_a_stack(tmp_path: Path) -> None:
+    family(tmp_path, a=1e-2, b=1e-2)
+    document = {"merge_method": "linear", "slices": one_of_two(), "parameters": {"weight": 1}}
+    assert data_of(imported(tmp_path, {**document, "base_model": "./a"}))["merge"] == "stacked"
+    made = imported(tmp_path, document, output=tmp_path / "recipe.yaml")
+    assert [remark.message for remark in made.remarks] == [
+        "in each slice one model counts, which is passed through (line 3)"
+    ]
+    assert data_of(made)["models"]["stacked"] == {"stack": [part("a", 0), part("b", "0-2")]}
+    merged = read_checkpoint(skillmerge.apply(tmp_path / "recipe.yaml").output)
+    a, b = (read_checkpoint(tmp_path / name) for name in "ab")
+    for name, tensor in (("model.embed_tokens", a), ("model.layers.0.mlp.up_proj", a), ("lm_head", b)):
+        assert torch.equal(merged[f"{name}.weight"], tensor[f"{name}.weight"])
+    assert torch.equal(merged["model.layers.3.mlp.up_proj.weight"], b["model.layers.2.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("zero", "parameters"), [(0.1, {"weight": 1}), ([0, 1], {"weight": 1}), (0, {"weight": 2, "normalize": False})]
+)
+def test_other_linear_merges_of_unlike_slices_are_refused(
+    zero: Any, parameters: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="this slice merges other models than the first"):
+        imported(tmp_path, {"merge_method": "linear", "slices": one_of_two(zero), "parameters": parameters})
+
+
+@pytest.mark.parametrize("slices", [sliced(("a", 0, 2), ("c", 2, 5)), sliced(("c", 0, 2), ("a", 2, 3))])
+def test_models_of_other_depths_are_stacked_though_no_layer_moves(slices: list[Any], tmp_path: Path) -> None:
+    family(tmp_path, a=1e-2)
+    family(tmp_path, layers=5, c=1e-2)
+    made = imported(tmp_path, {"merge_method": "passthrough", "slices": slices}, output=tmp_path / "recipe.yaml")
+    assert data_of(made)["merge"] == "stacked"
+    merged = read_checkpoint(skillmerge.apply(tmp_path / "recipe.yaml").output)
+    [(first, _), (last, (begin, end))] = [(it["sources"][0]["model"], it["sources"][0]["layer_range"]) for it in slices]
+    assert len(merged) == 3 * end + 3
+    for name, model in (("layers.1.mlp.up_proj", first), (f"layers.{begin}.mlp.up_proj", last), ("norm", last)):
+        assert torch.equal(merged[f"model.{name}.weight"], read_checkpoint(tmp_path / model)[f"model.{name}.weight"])
+    past = sliced(("c", 0, 2), ("a", 2, 5))
+    with pytest.raises(RecipeError, match="layer 4 is past the last layer, which is 2") as refused:
+        imported(tmp_path, {"merge_method": "passthrough", "slices": past})
+    assert refused.value.fix == "write at most 3 as the second number"
+
+
+def test_a_head_that_the_first_slice_lacks_is_missed(tmp_path: Path) -> None:
+    family(tmp_path, a=1e-2, b=1e-2)
+    tensors = {name: it for name, it in read_checkpoint(tmp_path / "a").items() if name != "lm_head.weight"}
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    for first, last, warned in (("a", "b", True), ("b", "a", False), ("b", "b", False)):
+        made = imported(tmp_path, {"merge_method": "passthrough", "slices": sliced((first, 0, 2), (last, 0, 2))})
+        assert [remark.message.partition(",")[0] for remark in made.warnings] == [
+            "the output has no `lm_head.weight`"
+        ] * warned
+
+
+def test_coefficients_are_called_otherwise_than_the_models_of_a_stack(tmp_path: Path) -> None:
+    family(tmp_path, base=0, t=1e-2)
+    slices = [{"sources": [{"model": f"./{name}", "layer_range": [1, 3]} for name in ("base", "t")]}]
+    document = {"merge_method": "slerp", **BASE, "slices": slices, "parameters": {"t": [0, 1]}}
+    made = imported(tmp_path, document, output=tmp_path / "recipe.yaml")
+    assert data_of(made)["merge"] == "slerp(base_stacked, t_stacked, t=t_)"
+    assert skillmerge.plan(tmp_path / "recipe.yaml").problems == ()
+
+
+def test_mixtures_of_experts_are_not_put_together(tmp_path: Path) -> None:
+    document = {"gate_mode": "hidden", "base_model": "./a", "experts": [{"source_model": "./b"}]}
+    with pytest.raises(RecipeError, match="is a configuration of mergekit-moe, not a recipe") as refused:
+        imported(tmp_path, document)
+    assert refused.value.fix == "skillmerge puts no mixture of experts together; it merges those that there are"

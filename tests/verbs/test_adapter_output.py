@@ -16,7 +16,7 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 import skillmerge
-from skillmerge.errors import StalePlan, UnusableWeights
+from skillmerge.errors import RecipeError, StalePlan, UnusableWeights
 
 BOTH = {"a": {"adapter": "./a"}, "b": {"adapter": "./b"}}
 OUT = {"kind": "adapter", "path": "./out"}
@@ -138,6 +138,10 @@ def test_tied_head_follows_the_embedding(tmp_path: Path) -> None:
         "model.embed_tokens.lora_embedding_A": (4, 32), "model.embed_tokens.lora_embedding_B": (8, 4)
     }  # fmt: skip
     assert config_of(tmp_path / "out")["target_modules"] == ["model.embed_tokens"]
+    lam = {"default": 1.0, "rules": [{"modules": "head", "value": 0.5}]}
+    recipe = recipe_of(tmp_path, "base + lam * a", {"base": "base", **BOTH}, coefficients={"lam": lam})
+    with pytest.raises(RecipeError, match=r"and `lm_head\.weight`, which the model ties to it"):
+        skillmerge.plan(recipe)
 
 
 def test_any_tiles_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,16 @@ def test_formula_that_is_no_sum_of_adapters(tmp_path: Path, name: str) -> None:
     refused(tmp_path, write_out(tmp_path, merge, models), message, fix)
 
 
+def test_formula_that_is_a_difference_in_places(tmp_path: Path) -> None:
+    """Of no tensor that an adapter changes, too."""
+    write_all(tmp_path)
+    for rule in ({"layers": 0, "value": 0.0}, {"modules": "embedding", "value": 0.0}):
+        keys = {"models": {"base": "base", "a": A}, "output": {"kind": "adapter", "path": "out"},
+                "coefficients": {"mu": {"default": 1.0, "rules": [rule]}}}  # fmt: skip
+        recipe = write_recipe(tmp_path, "mu * base + 0.5 * a", **keys)
+        refused(tmp_path, recipe, "the expression gives a difference for tensor `model.", "with the factor 1 in all")
+
+
 def test_adapters_of_different_models(tmp_path: Path) -> None:
     write_all(tmp_path, base_model_name_or_path="acme/other")
     message = "`a` says that it was trained on `acme/base`, and `b` on `acme/other`: an adapter has one base"

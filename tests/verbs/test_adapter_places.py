@@ -232,3 +232,20 @@ def test_copy_of_an_embedding_is_compared_in_the_dtype_of_training(tmp_path: Pat
         process = run_cli("apply", recipe_of(tmp_path, "rl", ONTO), "--overwrite")
         assert (process.returncode == 0) == fits, process.stderr
     assert "is a copy of the base's `model.embed_tokens.weight`, and not that of" in process.stderr
+
+
+def test_commands_take_adapters_from_the_hub(hub: HubServer, family: Path) -> None:
+    (family / "all").mkdir()
+    shutil.copytree(family / "rl", family / "all" / "rl")
+    for name in ("base", "all"):
+        hub.create_from(f"acme/{name}", family / name)
+    place = "hf://acme/all/rl"
+    made = skillmerge.extract(place, "hf://acme/base", family / "skill").manifest
+    commits = {name: hub.repos[f"acme/{name}"].refs["main"] for name in ("base", "all")}
+    assert [(item.name, item.revision) for item in made.inputs] == [("rl", commits["all"]), ("sft", commits["base"])]
+    assert skillmerge.verify(family / "skill", parent=place).parent == "rl"
+    alone = skillmerge.inspect(place)
+    assert alone.total == skillmerge.inspect(family / "rl").total
+    assert skillmerge.inspect("hf://acme/base", place).total["norm"] == pytest.approx(alone.total["norm"])
+    with pytest.raises(UsageError, match="is an adapter, which changes a model"):
+        skillmerge.inspect(place, "hf://acme/base")

@@ -26,6 +26,12 @@ MORE = {
         set(),
         wide="e_score_correction_bias",
     ),
+    "hy_v3": Family(
+        "HYV3ForCausalLM",
+        {**SPARSE, "num_experts": 4, "moe_intermediate_size": 16},
+        set(),
+        wide="e_score_correction_bias",
+    ),
     "llama4": Family(
         "Llama4ForCausalLM",
         {**SPARSE, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1},
@@ -105,7 +111,8 @@ def as_other(transformers: Any, name: str, source: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4", "qwen3_vl_moe", "phi3"]
+    "name",
+    ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4", "qwen3_vl_moe", "phi3", "hy_v3"],
 )
 def test_real_models_are_merged_across_their_layouts(
     transformers: Any, tmp_path: Path, load: Callable[[Path], dict[str, Any]], name: str

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layouts
 import pytest
 import torch
+from adapter_models import write_adapter
 from conftest import (
     copy_with,
+    random_tensors,
     read_checkpoint,
     run_cli,
     tensor_shapes,
@@ -33,6 +36,7 @@ DEEP = {
     f"deep_{name}": {"stack": [{"from": name, "layers": "0-2"}, {"from": name}]} for name in ("target", "rl", "sft")
 }
 MERGE = "deep_target + lam * (deep_rl - deep_sft)"
+Tensors = dict[str, torch.Tensor]
 Edit = Callable[..., Path]
 
 
@@ -144,6 +148,20 @@ def test_plain_stacks_are_worth_writing(deep: Path, edit: Edit) -> None:
     assert run_cli("plan", alone).stdout.count("writes the stack of rl 0-2, rl") == 1
 
 
+def test_an_adapter_of_fewer_layers_than_the_stack_is_warned_of(deep: Path, edit: Edit) -> None:
+    """One that was trained on a stack has its numbers; one of a model that the stack is made of has others."""
+    write_adapter(deep.parent / "adapter", tensor_shapes(4))  # of layers 0 to 2
+    for layers, warned in (("0-2", False), ("0-3", True)):
+        models = {"rl": "rl", "v": {"adapter": "adapter"}, "deep": {"stack": [{"from": "rl", "layers": layers}]}}
+        given = edit(deep, merge="deep + 0.5 * v", coefficients=None, models=models, accept=["update-size"])
+        found = [it.message for it in skillmerge.plan(given).warnings]
+        assert (["adapter `v` ends with layer 2, and the stack `deep` with layer 3"] * warned) == [
+            message.partition(":")[0] for message in found
+        ]
+    plain = edit(deep, merge="rl + 0.5 * v", models={"rl": "rl", "v": {"adapter": "adapter"}})
+    assert not [it for it in skillmerge.plan(plain).warnings if "stack" in it.message]
+
+
 def test_a_patch_of_the_models_is_a_patch_of_the_stack(deep: Path, edit: Edit) -> None:
     changed = {"model.layers.1.mlp.up_proj.weight": torch.zeros(32, 16, dtype=torch.bfloat16)}
     copy_with(deep.parent / "rl", deep.parent / "other", **changed)
@@ -152,3 +170,28 @@ def test_a_patch_of_the_models_is_a_patch_of_the_stack(deep: Path, edit: Edit) -
     found = read_checkpoint(skillmerge.apply(alone, deep.parent / "alone").output)
     zeros = [name for name, tensor in found.items() if not tensor.any()]
     assert zeros == ["model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(("first", "other"), [(layouts.split, layouts.packed), (layouts.packed, layouts.split)])
+def test_models_that_store_experts_in_other_tensors_are_stacked(
+    first: Callable[..., Tensors], other: Callable[..., Tensors], tmp_path: Path
+) -> None:
+    """Layers of a deeper model too, whose numbers the first one does not have."""
+    for name, make, count in (("a", first, 2), ("b", other, 3), ("same", first, 3)):
+        tensors = random_tensors({"model.embed_tokens.weight": (8, 6)}, seed=1)
+        for layer in range(count):
+            experts = layouts.experts(3, 4, 6, seed=10 * count + layer)
+            tensors |= make(experts, at=f"model.layers.{layer}.mlp")
+        write_checkpoint(tmp_path / name, tensors, config={**CONFIG, "num_hidden_layers": count, "num_experts": 3})
+    found = {}
+    for name in ("b", "same"):
+        stack = [{"from": "a"}, {"from": name, "layers": "2,0"}]
+        models = {"a": "a", name: name, "deep": {"stack": stack}}
+        given = write_recipe(tmp_path, "deep", models=models, coefficients=None)
+        found[name] = read_checkpoint(skillmerge.apply(given, tmp_path / f"of_{name}").output)
+        notes = [note for note in skillmerge.plan(given).notes if "layout" in note]
+        assert [note.partition(":")[0] for note in notes] == ["model `b` is read in the layout of `deep`"] * (
+            name == "b"
+        )
+    assert found["b"].keys() == found["same"].keys()
+    assert all(torch.equal(tensor, found["same"][name]) for name, tensor in found["b"].items())

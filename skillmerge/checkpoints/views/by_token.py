@@ -119,7 +119,8 @@ class Matrix:
 
 
 class ByToken(View):
-    """A checkpoint with some matrices in the donor's rows."""
+    """A checkpoint with some matrices in the donor's rows. One that stands for two, as the embedding does for a tied
+    head, is two here."""
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class ByToken(View):
         read: SmallFiles,
     ) -> None:
         """matrices: those whose rows are not its own. fixed: see `Checkpoint`. read: what is known of small files."""
-        tensors = {name: matrices[name].spec if name in matrices else it for name, it in checkpoint.tensors.items()}
+        tensors = {**checkpoint.tensors, **{name: it.spec for name, it in matrices.items()}}
         files = dict(checkpoint.files)
         for name in sorted(matrices):
             # What the plan keeps of a header stands for all that says what the tensors are.
@@ -193,11 +194,12 @@ class ByToken(View):
 
     def costs(self, tensor: str) -> Mapping[str, int]:
         """Of its own rows: those of others are in their files."""
-        whole, matrix = self._checkpoint.costs(tensor), self._matrices.get(tensor)
+        matrix = self._matrices.get(tensor)
         if matrix is None:
-            return whole
-        own, stored = matrix.rows.count_of(OWN), max(1, self._checkpoint.tensors[tensor].shape[0])
-        return {file: nbytes * own // stored for file, nbytes in whole.items()}
+            return self._checkpoint.costs(tensor)
+        checkpoint, stored = matrix.sources[OWN]
+        own, rows = matrix.rows.count_of(OWN), max(1, checkpoint.tensors[stored].shape[0])
+        return {file: nbytes * own // rows for file, nbytes in checkpoint.costs(stored).items()}
 
 
 def _widen(narrow: memoryview, stored: str, wide: memoryview, dtype: str) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from skillmerge.checkpoints.checkpoint import Checkpoint, Naming, Piece, WeightFile, in_shards, read_bytes
+from skillmerge.checkpoints.checkpoint import Checkpoint, Naming, Piece, WeightFile, in_shards, sha256_as_read
 from skillmerge.checkpoints.model_config import layers_in, sections
 from skillmerge.checkpoints.safetensors import Header
 from skillmerge.checkpoints.store import Store, Wait, all_of
 from skillmerge.errors import InputError
 from skillmerge.naming import layer_of, module_kind, part_of
-from skillmerge.tensors import UNIT, TensorSpec
+from skillmerge.tensors import TensorSpec
 
 SHARD = 5_000_000_000
 """Bytes of tensors in one file, as far as they can be parted: a stack has no files of its own to go by."""
@@ -45,7 +45,8 @@ def layers_of(model: str, checkpoint: Checkpoint) -> Layers:
         if layer is not None and part_of(layer[0]) == "text":
             rest = name[len(layer[0]) + 1 :].partition(".")[2]
             stacks.setdefault(layer[0], {}).setdefault(layer[1], {})[rest] = name
-    said = layers_in(checkpoint.config)
+    shared = any("num_hidden_groups" in section for _, section in sections(checkpoint.config))
+    said = layers_in(checkpoint.config) if not shared else None
     both_ways = any(section.get("is_encoder_decoder") is True for _, section in sections(checkpoint.config))
     if len(stacks) > 1 and not both_ways and said is not None:  # heads for speculative decoding have layers too
         stacks = {stack: layers for stack, layers in stacks.items() if len(layers) >= said}
@@ -53,7 +54,7 @@ def layers_of(model: str, checkpoint: Checkpoint) -> Layers:
         found = f"has layers in {' and in '.join(f'`{stack}`' for stack in stacks)}" if stacks else "has no layers"
         raise InputError(f"model `{model}` {found}: only a model with one row of layers can be part of a stack")
     (stack, layers), *_ = stacks.items()
-    count = min(said if said is not None and said > 0 else 1 << 30, max(layers) + 1)
+    count = said if said is not None and said > 0 else max(layers) + 1
     missing = next((number for number in range(min(count, len(layers) + 1)) if number not in layers), None)
     if missing is not None:
         raise InputError(f"model `{model}`: layer {missing} of `{stack}` is missing", fix="fetch it again")
@@ -119,15 +120,7 @@ class Stacked(Checkpoint):
         return part.written_dtype(source)
 
     def sha256(self, file: str, stop: threading.Event | None = None) -> str:
-        """Return the digest of a file's tensors."""
-        digest = hashlib.sha256(self.files[file].described)
-        for name in self.files[file].tensors:
-            elements = self.tensors[name].elements
-            for first in range(0, elements, UNIT):
-                if stop is not None and stop.is_set():
-                    return ""
-                digest.update(read_bytes(self, name, first, min(UNIT, elements - first)))
-        return digest.hexdigest()
+        return sha256_as_read(self, file, self.files[file].described, stop)
 
     def check_unchanged(self, files: Collection[str] | None = None) -> None:
         names = (name for file in (self.files if files is None else files) for name in self.files[file].tensors)

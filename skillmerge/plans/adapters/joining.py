@@ -25,6 +25,7 @@ from skillmerge.checkpoints.views.relations import layouts
 from skillmerge.checkpoints.views.renamed import replaced
 from skillmerge.checkpoints.views.unpacking import products_of
 from skillmerge.errors import RecipeError, some
+from skillmerge.methods.terms import degree
 from skillmerge.plans.adapters.formula import ANY_RANK, base_of, check_bases, factors_of, refused
 from skillmerge.plans.models.coefficients import kept_coefficients
 from skillmerge.plans.models.experts import by_tensor
@@ -173,30 +174,48 @@ def _unequal(recipe: Recipe, name: str, parts: str) -> RecipeError:
 def _shares(
     recipe: Recipe, changes: Mapping[str, Mapping[str, Change]], rows: Mapping[str, tuple[float, ...]]
 ) -> dict[str, dict[str, tuple[Change, float]]]:
-    """Return which adapters change each of the model's tensors in the output, and how."""
+    """Return which adapters change each of the model's tensors in the output, and how. Raises RecipeError for a formula
+    that is a difference of some tensors, and a model of others."""
     known: dict[tuple[float, ...], dict[str, float]] = {}
+    degrees: dict[float, str] = {}
     shares: dict[str, dict[str, tuple[Change, float]]] = {}
     tied = {name: _tied(each) for name, each in changes.items()}
     for tensor, row in rows.items():
-        here = [name for name in changes if tensor in changes[name] and tensor not in tied[name]]
-        if not here:
-            continue
         if row not in known:
             values = dict(zip(recipe.coefficients, row, strict=True))
             try:
-                known[row] = factors_of(recipe, values, recipe.term(values), tensor)
+                term = recipe.term(values)
+                known[row] = factors_of(recipe, values, term, tensor)
             except ExpressionError as error:
                 raise recipe.expression_error(error) from error
+            degrees.setdefault(degree(term), tensor)
+        here = [name for name in changes if tensor in changes[name] and tensor not in tied[name]]
         found = {name: (changes[name][tensor], factor) for name in here if (factor := known[row].get(name, 0.0))}
         if found:
             shares[tensor] = found
+    for name, heads in tied.items():
+        for head, embedding in heads.items():
+            if {head, embedding} <= rows.keys() and len(
+                {known[rows[it]].get(name, 0.0) for it in (head, embedding)}
+            ) > 1:
+                raise recipe.error(
+                    ("merge",),
+                    f"coefficients differ between `{embedding}` and `{head}`, which the model ties to it",
+                    "give both the same, or leave `output.kind` out, which makes a model",
+                )
+    if len(degrees) > 1:
+        raise recipe.error(
+            ("merge",),
+            f"the expression gives a difference for tensor `{degrees[0]}`, and a model for `{degrees[1]}`",
+            "write a model with the factor 1 in all of them: base + lam * v",
+        )
     return shares
 
 
-def _tied(changes: Mapping[str, Change]) -> set[str]:
-    """Return heads that follow the embedding that they are tied to, in the output as in the adapter."""
+def _tied(changes: Mapping[str, Change]) -> dict[str, str]:
+    """Return heads that follow an embedding that they are tied to, in the output as in the adapter; and that one."""
     first: dict[int, str] = {}
-    return {name for name, change in changes.items() if first.setdefault(id(change), name) != name}
+    return {name: it for name, change in changes.items() if (it := first.setdefault(id(change), name)) != name}
 
 
 def _check_parts(recipe: Recipe, tensor: str, share: Shares) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.views.relations import EXPERT, Layout, common_name, layouts, whole_layouts
 from skillmerge.errors import some
+from skillmerge.naming import layer_of
 from skillmerge.tensors import TensorSpec
 
 
@@ -25,7 +26,8 @@ def unlike(
 ) -> Cause | None:
     """Return why a model that holds parts of the donor's tensors does not hold them all, or not as they should be.
     missing: what it lacks."""
-    ours, theirs = whole_layouts(checkpoint.tensors, donor.tensors)
+    layers = {layer_of(name) for name in missing}
+    ours, theirs = whole_layouts(_within(layers, checkpoint.tensors), _within(layers, donor.tensors))
     lacking = (EXPERT.fullmatch(part) for name in missing for part in theirs.holds.get(name, ()))
     for at in dict.fromkeys(it[1] for it in lacking if it is not None):
         if ours.experts.get(at, theirs.experts[at]) != theirs.experts[at]:
@@ -58,6 +60,10 @@ def parts_of(checkpoint: Checkpoint, donor: Checkpoint) -> tuple[dict[str, Tenso
     for layout in whole_layouts(checkpoint.tensors, donor.tensors):
         found.append({name: TensorSpec(name, "F32", window.shape, "") for name, window in layout.parts.items()})
     return found[0], found[1]
+
+
+def _within(layers: Collection[tuple[str, int] | None], tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    return {name: spec for name, spec in tensors.items() if layer_of(name) in layers}
 
 
 def _other_experts(model: str, at: str, ours: Collection[int], donor_name: str, theirs: Collection[int]) -> Cause:

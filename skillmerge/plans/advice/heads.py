@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, read_bytes
 from skillmerge.checkpoints.model_config import tied_source, ties_embeddings
+from skillmerge.checkpoints.views.by_token import ByToken
 from skillmerge.naming import module_kind
 from skillmerge.plans.compare.config import spare_heads
 from skillmerge.plans.compare.found import Compared
@@ -44,7 +45,7 @@ def stored_heads(
     """
     found: dict[tuple[str, str], list[str]] = {}
     for model, checkpoint in checkpoints.items():
-        for head, source in _tied_pairs(checkpoint):
+        for head, source in _tied_pairs(checkpoint if model == donor else _stored(checkpoint)):
             if model == donor or any((model, head) in tensor.sources for tensor in tensors.values()):
                 found.setdefault((head, source), []).append(model)
     return found
@@ -66,7 +67,9 @@ def with_heads_read(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     warnings = [it for it in plan.warnings if it.message not in {it.message for it in settled}]
     for (head, source), models in heads.items():
         differing = [plan.donor] if plan.donor in models and _differ(checkpoints[plan.donor], head, source) else []
-        differing = differing or [it for it in models if it != plan.donor and _differ(checkpoints[it], head, source)]
+        differing = differing or [
+            it for it in models if it != plan.donor and _differ(_stored(checkpoints[it]), head, source)
+        ]
         for found in _apart(plan.donor, differing, head, source):
             compared.append(replace(found, accepted=accepted))
             warnings += [] if accepted else [warning(found.message, found.help, name="ties")]
@@ -94,6 +97,11 @@ def _apart(donor: str, models: Sequence[str], head: str, source: str) -> Iterato
             "set `tie_word_embeddings` to false there if the stored head is the trained one; otherwise remove it from "
             "the file",
         )  # fmt: skip
+
+
+def _stored(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a model with its own rows: with the donor's among them, head and embedding differ."""
+    return checkpoint.beneath if isinstance(checkpoint, ByToken) else checkpoint
 
 
 def _tied_pairs(donor: Checkpoint) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 from skillmerge.checkpoints.checkpoint import Checkpoint
 from skillmerge.checkpoints.kinds.lora.parts import PREFIX
 from skillmerge.checkpoints.model_config import layers_in
+from skillmerge.checkpoints.views.adapted import AdapterPlane
 from skillmerge.checkpoints.views.by_token import ByToken
 from skillmerge.checkpoints.views.renamed import WRAPPERS
 from skillmerge.errors import some
@@ -63,6 +64,28 @@ def unlike_bases(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Itera
                 f"adapter `{one}` says that it was trained on `{first}`, and `{other}` on `{second}`",
                 "if RL continued the SFT adapter, its skill is the difference of the two; if it started from the "
                 "merged SFT model, its skill is its adapter alone",
+            )
+
+
+def of_other_layers(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
+    """Yield a warning where an adapter's difference ends before the last layer of the stack that it is added to: it may
+    be of one of the stack's models, whose layers have other numbers there."""
+    donor = checkpoints.get(recipe.donor or "")
+    if donor is None or not donor.naming.stack:
+        return
+    last = (layers_in(donor.config) or 0) - 1
+    for name in recipe.adapters:
+        adapter = checkpoints.get(name)
+        changes = adapter.changes if isinstance(adapter, AdapterPlane) else ()
+        own = max((layer[1] for layer in map(layer_of, changes) if layer is not None), default=last)
+        if own < last:
+            first = donor.naming.stack[0][0]
+            while recipe.entries[first].stack:
+                first = recipe.entries[first].stack[0].model
+            yield warning(
+                f"adapter `{name}` ends with layer {own}, and the stack `{recipe.donor}` with layer {last}: it changes "
+                "layers by the stack's numbers",
+                f"if it was trained on `{first}`, put it onto that with `onto`, and stack the result",
             )
 
 

@@ -48,6 +48,9 @@ WINDOW_OFF = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "q
 WITHOUT_ROPE_EVERY = {"smollm3": 4, "llama4": 4}
 """One in this many layers has no rotary positions, unless the configuration lists its layers."""
 
+NUMBERED = ("diffllama",)
+"""Architectures whose layers compute with their own numbers."""
+
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rope base": 1e4, "activation": "silu"},
     "mistral": {"kv_heads": 8, "rope base": 1e4, "activation": "silu", "sliding_window": 4096},

@@ -16,10 +16,10 @@ from skillmerge.plans.compare.complete import check_complete
 from skillmerge.plans.compare.config import compare_config
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.roles import Roles, roles_of, token_matrices
-from skillmerge.plans.compare.rows import by_token_advice, without_rows
+from skillmerge.plans.compare.rows import by_token_advice, leaving_out
 from skillmerge.plans.compare.tokens import compare_tokens
 from skillmerge.plans.stacks.compare import compare_parts, leveled_parts
-from skillmerge.plans.vocabulary.by_token import vocabulary_of
+from skillmerge.plans.vocabulary.by_token import vocabulary_of, without_rows
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark
 
@@ -84,7 +84,7 @@ def compare_models(
     # Different architectures differ in nearly everything, so the rest is shown only after `accept`.
     settled = "architecture" in recipe.accept
     found = compare_config(
-        checkpoints, donor, roles, dtype, foreign=settled, written=recipe.model_lines(),
+        without_rows(checkpoints), donor, roles, dtype, foreign=settled, written=recipe.model_lines(),
         others=leveled_parts(recipe, checkpoints, donor, roles),
     )  # fmt: skip
     foreign = not settled and any(it.name == "architecture" for it in found)
@@ -118,7 +118,7 @@ def _advice(
 ) -> str:
     """Return what to do about rows of other tokens."""
     readers = {donor, *(name for name, role in roles.items() if role.tokens and name in checkpoints)}
-    advice = (without_rows(recipe, donor, matrices), by_token_advice(recipe, map(checkpoints.__getitem__, readers)))
+    advice = (leaving_out(recipe, donor, matrices), by_token_advice(recipe, map(checkpoints.__getitem__, readers)))
     return "\n".join(filter(None, advice))
 
 

@@ -18,7 +18,7 @@ from skillmerge.recipes.recipe import Recipe
 _KINDS = ("embedding", "head")
 
 
-def without_rows(recipe: Recipe, donor: str, matrices: Collection[str]) -> str:
+def leaving_out(recipe: Recipe, donor: str, matrices: Collection[str]) -> str:
     """Return what takes these matrices of tokens out of the formula.
 
     Modules that a rule cannot select by kind (`output.weight`, `head.weight`) are named, as all are where the formula

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 from skillmerge.checkpoints.checkpoint import Checkpoint, Naming
 from skillmerge.checkpoints.stores.edited import Edited
+from skillmerge.checkpoints.views.arranged import in_layout_of
 from skillmerge.checkpoints.views.stacked import Layers, Source, Stacked, layers_of
-from skillmerge.errors import some
 from skillmerge.methods.terms import model_of
-from skillmerge.plans.stacks.config import Layer, Order, Unsayable, stacked_config
+from skillmerge.plans.stacks.config import check_depth, stacked_config
+from skillmerge.plans.stacks.forms import check_forms
+from skillmerge.plans.stacks.order import Layer, Order, Unsayable
 from skillmerge.recipes.entries import Part
 from skillmerge.recipes.recipe import Recipe
 
 CONFIG = "config.json"
 MOST_LAYERS = 4096
 """Most layers of a recipe's stacks together. No model has a tenth of them."""
-
-_FORM = frozenset[tuple[str, tuple[int, ...]]]
-"""What a layer's tensors are called, and their shapes."""
+MOST_TENSORS = 1_000_000
+"""Most tensors of these layers, of which each takes a kilobyte or two of memory. No model has a fifth of them."""
 
 
 def with_stacks(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
@@ -30,17 +32,36 @@ def with_stacks(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[s
     Raises RecipeError for layers that there are not, that do not fit each other, or that no config.json can describe.
     """
     found = dict(checkpoints)
-    known: dict[str, Layers] = {}
-    used, left = set(recipe.used_models()), MOST_LAYERS
+    used, left, tensors = set(recipe.used_models()), MOST_LAYERS, 0
     for name, entries in recipe.stacks.items():  # each behind those that it is made of
         if name in used and all(entry.model in found for entry in entries):
-            parts = dict.fromkeys(entry.model for entry in entries)
-            known |= {part: layers_of(part, found[part]) for part in parts if part not in known}
-            chosen = _chosen(recipe, name, {part: known[part] for part in parts}, left)
-            found[name] = _stack(recipe, name, {part: known[part] for part in parts}, chosen)
+            parts = _parts({entry.model: found[entry.model] for entry in entries})
+            chosen = _chosen(recipe, name, parts, left)
+            tensors += sum(len(parts[layer.model].tensors[layer.number]) for layer in chosen)
+            if tensors > MOST_TENSORS:
+                message = f"the stacks have more than {MOST_TENSORS:,} tensors together"
+                raise recipe.error(recipe.place_path(name), message, "leave layers out")
+            found[name] = _stack(recipe, name, parts, chosen)
             left -= len(chosen)
     place = {name: number for number, name in enumerate(recipe.models)}
     return dict(sorted(found.items(), key=lambda item: place[model_of(item[0])]))
+
+
+def _parts(models: Mapping[str, Checkpoint]) -> dict[str, Layers]:
+    """Return the layers of a stack's models, in the layout of the first one."""
+    (name, model), *others = models.items()
+    first = layers_of(name, model)
+    found = {name: first}
+    for name, model in others:
+        layers = layers_of(name, model)
+        like = dict(first.checkpoint.tensors)
+        for number in layers.tensors.keys() - first.tensors.keys():  # of a deeper model
+            for rest, tensor in first.tensors[first.count - 1].items():
+                deeper = f"{first.stack}.{number}.{rest}"
+                like[deeper] = replace(like[tensor], name=deeper)
+        arranged = in_layout_of(model, like)
+        found[name] = layers if arranged is model else layers_of(name, arranged)
+    return found
 
 
 def _chosen(recipe: Recipe, name: str, parts: Mapping[str, Layers], left: int) -> list[Layer]:
@@ -59,17 +80,18 @@ def _stack(recipe: Recipe, name: str, parts: Mapping[str, Layers], chosen: Seque
     """Return the stack `name`. parts: its models, the first one first."""
     first, *_ = parts
     base = parts[first].checkpoint
-    _check_forms(recipe, name, parts, chosen)
+    order = Order(chosen, {part: it.checkpoint.config for part, it in parts.items()},
+                  {part: it.count for part, it in parts.items()}, first)  # fmt: skip
     config: Mapping[str, Any] = base.config
     edits: tuple[tuple[str, Any, Any], ...] = ()
-    if config:
-        configs = {part: layers.checkpoint.config for part, layers in parts.items()}
-        try:
-            config, edits = stacked_config(
-                Order(chosen, configs, {part: it.count for part, it in parts.items()}, first)
-            )
-        except Unsayable as error:
-            raise recipe.error((*recipe.place_path(name), error.entry), str(error), error.fix) from error
+    try:
+        check_forms(order, parts)
+        if name in _written(recipe):
+            check_depth(order)
+        if config:
+            config, edits = stacked_config(order)
+    except Unsayable as error:
+        raise recipe.error((*recipe.place_path(name), error.entry), str(error), error.fix) from error
     store = Edited(
         base.store,
         {CONFIG: (json.dumps(config, indent=2) + "\n").encode()} if edits else {},
@@ -77,6 +99,16 @@ def _stack(recipe: Recipe, name: str, parts: Mapping[str, Layers], chosen: Seque
     )
     naming = Naming(stack=tuple(_told(chosen)), edits=edits)
     return Stacked(name, recipe.models[name], base, _sources(parts, chosen), store, config, naming)
+
+
+def _written(recipe: Recipe) -> list[str]:
+    """Return the stacks whose config.json the output has: the donor, and those that it begins with."""
+    found: list[str] = []
+    name = recipe.donor
+    while name is not None and recipe.entries[name].stack:
+        found.append(name)
+        name = recipe.entries[name].stack[0].model
+    return found
 
 
 def _numbers(recipe: Recipe, name: str, number: int, entry: Part, count: int) -> Iterator[int]:
@@ -113,37 +145,6 @@ def _sources(parts: Mapping[str, Layers], chosen: Sequence[Layer]) -> dict[str, 
 def _origin(checkpoint: Checkpoint, name: str) -> Source:
     """Return where a tensor is, if need be in a stack's own parts: stacks of stacks are read in one step."""
     return checkpoint.sources[name] if isinstance(checkpoint, Stacked) else (checkpoint, name)
-
-
-def _check_forms(recipe: Recipe, name: str, parts: Mapping[str, Layers], chosen: Sequence[Layer]) -> None:
-    """Raise RecipeError where a layer has other tensors than every layer of the first model, or other shapes."""
-    first, *others = parts
-    forms = {_form(parts[first], number) for number in parts[first].tensors} if others else set()
-    entries = {(layer.model, layer.number): layer.entry for layer in reversed(chosen) if layer.model != first}
-    for (model, number), entry in entries.items():
-        form = _form(parts[model], number)
-        if form not in forms:
-            near = max(forms, key=lambda other: len(other & form))
-            raise recipe.error(
-                (*recipe.place_path(name), entry),
-                f"layer {number} of `{model}` does not fit those of `{first}`: {_misfit(form, near)}",
-                "stack models of one architecture and width",
-            )
-
-
-def _form(layers: Layers, number: int) -> _FORM:
-    tensors = layers.checkpoint.tensors
-    return frozenset((rest, tensors[name].shape) for rest, name in layers.tensors[number].items())
-
-
-def _misfit(form: _FORM, near: _FORM) -> str:
-    ours, theirs = dict(form), dict(near)
-    for rest in sorted(ours.keys() & theirs.keys()):
-        if ours[rest] != theirs[rest]:
-            return f"`{rest}` is {list(ours[rest])} against {list(theirs[rest])}"
-    lacks, has = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
-    what = f"it lacks {some([f'`{rest}`' for rest in lacks], 3)}" if lacks else ""
-    return what or f"it has {some([f'`{rest}`' for rest in has], 3)} besides"
 
 
 def _told(chosen: Sequence[Layer]) -> Iterator[tuple[str, str]]:

@@ -10,112 +10,30 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from skillmerge.checkpoints.model_config import BLOCK_KEYS, layers_in, sections
+from skillmerge.checkpoints.model_config import BLOCK_KEYS, layers_in
 from skillmerge.naming import part_of
-from skillmerge.plans.compare.architectures import WINDOW_PATTERNS, WITHOUT_ROPE_EVERY
+from skillmerge.plans.compare.architectures import NUMBERED, WINDOW_PATTERNS, WITHOUT_ROPE_EVERY
 from skillmerge.plans.compare.config_values import text_kind
-
-_LISTS = re.compile(
-    r"layer|block|attn|attention|moe|mlp|ffn|expert|mamba|pattern|types?$|multiplier|sparsity|window|intermediate_size"
-    r"|num_(query|kv|key_value)_heads|head_dim|rope_theta"
+from skillmerge.plans.stacks.keys import (
+    ALWAYS,
+    BY_NUMBER,
+    EVERY,
+    FIRST,
+    LAST,
+    LISTED,
+    LISTS,
+    NO_LISTS,
+    NUMBERS,
+    QUANTISED,
+    REPEATED,
+    TABLES,
+    UNKNOWN_NUMBERS,
+    WHOLE,
 )
-"""Keys of lists, and of text with a letter for each layer, that may be about layers."""
-_NO_LISTS = re.compile(r"token|section|architectures|_ids$")
-
-_ALWAYS = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Keys of lists that are useless with another length."""
-
-_NUMBERS = {
-    "mlp_only_layers": 0, "moe_layers": 0, "cross_attention_layers": 0, "attn_layer_indices": 0, "full_attn_idxs": 0,
-    "hybrid_layer_ids": 0, "kda_layers": 1, "full_attn_layers": 1,
-}  # fmt: skip
-"""Keys of lists of layers by number, and what the first layer is called in them."""
-_UNKNOWN_NUMBERS = re.compile(r"layers?$|_idxs?$|_indices$|layer_ids$")
-
-_FIRST = {
-    "first_k_dense_replace": 0, "num_dense_layers": 0, "num_hash_layers": 0, "num_first_full_attention_layers": 0,
-    "max_window_layers": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 1,
-}  # fmt: skip
-"""Keys that say how many of the first layers are of a kind, or with 1 which layer is the last of them."""
-_LAST = ("num_kv_shared_layers", "num_last_full_attention_layers")
-
-_EVERY: dict[str, int | str] = {
-    "sliding_window_pattern": 1, "_sliding_window_pattern": 1, "full_attention_interval": 1,
-    "no_rope_layer_interval": 1, "interleave_moe_layer_step": 1, "decoder_sparse_step": 1, "moe_layer_interval": 1,
-    "moe_layer_freq": 0, "global_attn_every_n_layers": 0, "attn_layer_period": "attn_layer_offset",
-    "expert_layer_period": "expert_layer_offset",
-}  # fmt: skip
-"""Keys that say that one in so many layers is of another kind: what its number lacks to a multiple, or the key of what
-it has beyond one."""
-_REPEATED = ("block_types", "_block_types")
-"""Keys of lists of kinds that repeat over the layers."""
-
-_LISTED = {
-    "sliding_window_pattern": "layer_types", "_sliding_window_pattern": "layer_types",
-    "full_attention_interval": "layer_types", "max_window_layers": "layer_types",
-    "num_first_full_attention_layers": "layer_types", "num_last_full_attention_layers": "layer_types",
-    "no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers",
-}  # fmt: skip
-"""Rules that a list replaces, if there is one."""
-_WHOLE = {
-    "num_hidden_groups": "the layers share their weights",
-    "hidden_size_per_layer_input": "its embeddings have columns for each layer",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A layer of a stack: the entry of the recipe that asks for it, its model there, and its number in that."""
-
-    entry: int
-    model: str
-    number: int
-
-
-class Unsayable(Exception):
-    """Something that no configuration can say. entry: of the recipe's stack. fix: what to do."""
-
-    def __init__(self, message: str, entry: int, fix: str | None = None) -> None:
-        super().__init__(message)
-        self.entry, self.fix = entry, fix
-
-
-class Order:
-    """The layers of a stack. configs, counts: of each of its models; first: that whose configuration it is."""
-
-    def __init__(
-        self, layers: Sequence[Layer], configs: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int], first: str
-    ) -> None:
-        self.layers, self.configs, self.counts, self.first = layers, configs, counts, first
-        self._said = {model: said_of(config) for model, config in configs.items()}
-        self._numbers: dict[tuple[str, str], set[int]] = {}
-
-    def said(self, model: str, key: str) -> Any:
-        """Return what a model's configuration says of its language model, or None."""
-        return self._said[model].get(key)
-
-    def numbers(self, model: str, key: str) -> set[int]:
-        """Return a list of a model's layers."""
-        if (model, key) not in self._numbers:
-            said = self.said(model, key)
-            self._numbers[model, key] = {it for it in said if type(it) is int} if isinstance(said, list) else set()
-        return self._numbers[model, key]
-
-    def listed(self, key: str) -> bool:
-        """Return whether a list replaces a rule, in all models."""
-        return key in _LISTED and all(isinstance(self.said(model, _LISTED[key]), list) for model in self.counts)
-
-    def entry(self, model: str) -> int:
-        """Return the first entry of the recipe that asks for layers of a model."""
-        return next(layer.entry for layer in self.layers if layer.model == model)
-
-    def moved(self) -> Layer | None:
-        """Return the first layer that gets another number."""
-        return next((layer for place, layer in enumerate(self.layers) if layer.number != place), None)
+from skillmerge.plans.stacks.order import Layer, Order, Unsayable, said_of, text_sections
 
 
 def stacked_config(order: Order) -> tuple[dict[str, Any], tuple[tuple[str, Any, Any], ...]]:
@@ -136,6 +54,18 @@ def stacked_config(order: Order) -> tuple[dict[str, Any], tuple[tuple[str, Any, 
     return config, tuple(edits)
 
 
+def check_depth(order: Order) -> None:
+    """Raise Unsayable where a stack has another depth than its first model, whose configuration says none."""
+    count = order.counts[order.first]
+    if order.configs[order.first] and layers_in(order.configs[order.first]) is None and len(order.layers) != count:
+        raise Unsayable(
+            f"config.json of `{order.first}` does not say how many layers there are, and the stack has "
+            f"{len(order.layers)} in place of {count}",
+            0,
+            "add `num_hidden_layers` to it, with the other settings of the language model",
+        )
+
+
 def leveled(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's configuration with what another one says of layers: what still differs is not their places."""
     level, said = copy.deepcopy(dict(config)), said_of(like)
@@ -147,22 +77,31 @@ def leveled(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any
     return {**{key: value for key, value in said.items() if _is_about_layers(key, value, other)}, **level}
 
 
-def said_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a configuration says of its language model; of several values the outermost."""
-    found: dict[str, Any] = {}
-    for _, section in text_sections(config):
-        found = {**section, **found}
-    return found
+def kind_of(order: Order, model: str, number: int) -> tuple[object, ...]:
+    """Return all that a model's configuration says of one of its layers."""
+    return tuple(_said_of_layer(key, value, number, model, order) for key, value in order.everything(model).items())
 
 
-def text_sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the sections of a configuration that may be of its language model."""
-    return ((where, section) for where, section in sections(config) if part_of(where) == "text")
+def _said_of_layer(key: str, value: Any, number: int, model: str, order: Order) -> object:
+    count = order.counts[model]
+    if key in NUMBERS and isinstance(value, list) and not (key == "moe_layers" and _is_flags(value)):
+        return number + NUMBERS[key] in order.numbers(model, key)
+    if key in TABLES:
+        return repr(order.table(model, key).get(f"{number}"))
+    if _by_layer(key, value, count):
+        return repr(value[number])
+    if key in FIRST and type(value) is int:
+        return number < value + FIRST[key]
+    if key in LAST and type(value) is int:
+        return number < count - value
+    if (key in EVERY and type(value) in (int, str)) or (key in REPEATED and isinstance(value, list)):
+        return repr(_kind(key, value, number, model, order))
+    return None
 
 
 def _is_about_layers(key: str, value: Any, count: int) -> bool:
-    rule = (key in _FIRST or key in _LAST or key in _EVERY or key in _EVERY.values()) and type(value) in (int, str)
-    return rule or key in _NUMBERS or key == "attention_types" or _by_layer(key, value, count)
+    rule = (key in FIRST or key in LAST or key in EVERY or key in EVERY.values()) and type(value) in (int, str)
+    return rule or key in NUMBERS or key in TABLES or key == "attention_types" or _by_layer(key, value, count)
 
 
 def _by_layer(key: str, value: Any, count: int) -> bool:
@@ -170,40 +109,44 @@ def _by_layer(key: str, value: Any, count: int) -> bool:
     return (
         isinstance(value, list | str)
         and len(value) == count > 0
-        and _LISTS.search(key) is not None
+        and LISTS.search(key) is not None
         and (isinstance(value, list) or "pattern" in key)
-        and _NO_LISTS.search(key) is None
+        and NO_LISTS.search(key) is None
     )
 
 
 def _edited(key: str, value: Any, order: Order) -> Any:
     """Return what a key of the first model's configuration says of the stack."""
     count, layers = order.counts[order.first], order.layers
-    if key in _WHOLE and value:
-        raise Unsayable(f"model `{order.first}` cannot be stacked: {_WHOLE[key]} (`{key}`)", 0)
+    if key in WHOLE and value:
+        raise Unsayable(f"model `{order.first}` cannot be stacked: {WHOLE[key]} (`{key}`)", 0)
     if key in BLOCK_KEYS and type(value) is int:
-        return len(layers) if value == count else value
+        return len(layers) if value == layers_in(order.configs[order.first]) else value
     if key == "attention_types":
         return _attention_types(value, order)
-    if key in _NUMBERS and isinstance(value, list) and not (key == "moe_layers" and _is_flags(value)):
-        shift = _NUMBERS[key]
+    if key in TABLES and isinstance(value, dict):
+        said = {model: order.table(model, key) for model in order.counts}
+        rows = ((f"{place}", said[layer.model].get(f"{layer.number}")) for place, layer in enumerate(layers))
+        return {place: row for place, row in rows if row is not None}
+    if key in NUMBERS and isinstance(value, list) and not (key == "moe_layers" and _is_flags(value)):
+        shift = NUMBERS[key]
         return [
             place + shift
             for place, layer in enumerate(layers)
             if layer.number + shift in order.numbers(layer.model, key)
         ]
-    if key in _ALWAYS and isinstance(value, list) and len(value) not in (0, count):
+    if key in ALWAYS and isinstance(value, list) and len(value) not in (0, count):
         raise Unsayable(f"config.json of `{order.first}` has {len(value)} `{key}` for {count} layers", 0)
     if _by_layer(key, value, count):
         found = [_entry(key, value, layer, order) for layer in layers]
         return "".join(found) if isinstance(value, str) else found
-    if key in _FIRST and type(value) is int and value >= 0:
+    if key in FIRST and type(value) is int and value >= 0:
         return _first_of(key, value, order)
-    if key in _LAST and type(value) is int and value > 0:
+    if key in LAST and type(value) is int and value > 0:
         return _last_of(key, value, order)
-    if (key in _EVERY and type(value) in (int, str)) or (key in _REPEATED and isinstance(value, list)):
+    if (key in EVERY and type(value) in (int, str)) or (key in REPEATED and isinstance(value, list)):
         _check_every(key, value, order)
-    elif _UNKNOWN_NUMBERS.search(key) and _is_numbers(value, count):
+    elif UNKNOWN_NUMBERS.search(key) and part_of(key) == "text" and _is_numbers(value, count):
         _check_in_place(key, value, order)
     return value
 
@@ -239,7 +182,7 @@ def _attention_types(value: Any, order: Order) -> Any:
 
 def _first_of(key: str, value: int, order: Order) -> int:
     """Return how many of the first layers are of a kind in the stack."""
-    shift = _FIRST[key]
+    shift = FIRST[key]
     if key == "max_window_layers" and not order.said(order.first, "use_sliding_window"):
         return value
     flags = []
@@ -303,7 +246,7 @@ def _kind(key: str, value: Any, number: int, model: str, order: Order) -> Any:
         return value[number % len(value)] if value else None
     if value < 1:
         return None
-    lacks = _EVERY[key]
+    lacks = EVERY[key]
     if isinstance(lacks, str):
         beyond = order.said(model, lacks)
         lacks = -beyond if type(beyond) is int else 0
@@ -311,7 +254,7 @@ def _kind(key: str, value: Any, number: int, model: str, order: Order) -> Any:
 
 
 def _moved(rule: str, key: str, place: int, layer: Layer) -> Unsayable:
-    listed = f", or list `{_LISTED[key]}` in its config.json" if key in _LISTED else ""
+    listed = f", or list `{LISTED[key]}` in its config.json" if key in LISTED else ""
     return Unsayable(
         f"config.json of `{layer.model}` says by a layer's number what it is ({rule}), and its layer {layer.number} "
         f"would be layer {place}, of another kind",
@@ -363,10 +306,24 @@ def _check_unsaid(order: Order) -> None:
         for place, layer in enumerate(order.layers):
             if ((layer.number + 1) % table[kind] == 0) != ((place + 1) % table[kind] == 0):
                 raise _moved(f"one in {table[kind]}, as `{kind}` models do", key, place, layer)
-    quantised = config.get("quantization_config")
-    named = re.search(r"layers?\.\d|blocks?\.\d|\bh\.\d", str(quantised)) if quantised else None
-    if any(order.configs[model].get("quantization_config") != quantised for model in order.counts):
+    _check_quantised(order)
+    numbered = next((f"`{key}`" for key in BY_NUMBER if order.said(order.first, key)), None)
+    moved = order.moved()
+    if moved is not None and (numbered is not None or kind in NUMBERED):
+        raise Unsayable(
+            f"layers of `{order.first}` compute with their numbers ({numbered or f'as `{kind}` models do'}), and layer "
+            f"{moved.number} of `{moved.model}` gets another one",
+            moved.entry,
+            "leave the layers in their places",
+        )
+
+
+def _check_quantised(order: Order) -> None:
+    """Refuse models that are quantized in different ways, and names of layers that move."""
+    said = {model: [config.get(key) for key in QUANTISED] for model, config in order.configs.items()}
+    if any(said[model] != said[order.first] for model in order.counts):
         raise Unsayable("the models of this stack are not quantized alike (`quantization_config`)", 0)
+    named = re.search(r"(layers?|blocks?|\bh)[\\.(\[]+\d", str(said[order.first]))
     moved = order.moved()
     if named is not None and moved is not None:
         raise Unsayable(

@@ -188,8 +188,8 @@ class _Rows:
             first = self.merged.find(0, last)
         return tuple(runs)
 
-    def matrix(self, model: str, tensor: str) -> Matrix | None:
-        """Return a model's tensor in the donor's rows; None if these are its own."""
+    def matrix(self, model: str, tensor: str, name: str) -> Matrix | None:
+        """Return a model's tensor in the donor's rows, as `name`; None if these are its own."""
         family = self.family
         stored = family.checkpoints[model].tensors[tensor]
         rows = RowMap(self._rows_of(model, stored.shape[0]))
@@ -199,7 +199,7 @@ class _Rows:
         tensors = [tensor, self.name, *(self.given[it] for it in self.givers)]
         sources = tuple((family.checkpoints[it], each) for it, each in zip(names, tensors, strict=True))
         dtypes = {sources[it][0].tensors[sources[it][1]].dtype for it in rows.sources if it != ZERO}
-        spec = TensorSpec(tensor, _widest(dtypes or {stored.dtype}), (self.count, *stored.shape[1:]), stored.file)
+        spec = TensorSpec(name, _widest(dtypes or {stored.dtype}), (self.count, *stored.shape[1:]), stored.file)
         return Matrix(spec, rows, sources, tuple(names))
 
     def _rows_of(self, model: str, stored: int) -> Iterator[tuple[int, int]]:
@@ -238,12 +238,13 @@ def _views(family: _Family) -> dict[str, Checkpoint]:
             if source is None:
                 continue  # accounting says what is wrong with it
             sources.setdefault(model, []).append(source)
-            matrices.setdefault(model, {})
-            if not family.is_skill(model):
-                fixed.setdefault(model, {})[source] = rows.fixed
-            for tensor in (source, *_copies(family, model, source)):
-                if (matrix := rows.matrix(model, tensor)) is not None:
-                    matrices[model][tensor] = matrix
+            own = matrices.setdefault(model, {})
+            # What stands for a head too has the donor's rows of the head there.
+            for tensor, read in ((source, name), *((copy, copy) for copy in _copies(family, model, source))):
+                if (matrix := rows.matrix(model, tensor, read)) is not None:
+                    own[read] = matrix
+            if name in own and not family.is_skill(model):
+                fixed.setdefault(model, {})[name] = rows.fixed
     _refuse_lost(family, told)
     views: dict[str, Checkpoint] = {
         model: ByToken(family.checkpoints[model], found, fixed.get(model, {}), family.files)

@@ -15,7 +15,7 @@ from skillmerge.methods.terms import Leaf, minus_of, model_of, models_of
 from skillmerge.naming import layer_of, module_kind, part_of
 from skillmerge.plans.accounting import copy_rules, models_in
 from skillmerge.plans.compare.roles import ADDED, heads_and_embeddings
-from skillmerge.plans.compare.rows import BY_TOKEN_FILES, without_rows
+from skillmerge.plans.compare.rows import BY_TOKEN_FILES, leaving_out
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.recipes.schedules import ScheduleError
@@ -95,14 +95,9 @@ def used_in(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: str) -
         raise InputError(
             f"model `{donor}`: `{odd[0]}` {list(tensors[odd[0]].shape)} has a column for each token, and `by-token` "
             "reads rows",
-            fix=without_rows(recipe, donor, odd),
+            fix=leaving_out(recipe, donor, odd),
         )
-    found = {name: found[name] for name in matrices if found.get(name) and (recipe.tokens or name in read)}
-    if any(name not in checkpoints[it].tensors for name, models in found.items() for it in models):
-        # One matrix is two there, and can be read in one order of rows only.
-        every = list(dict.fromkeys(it for models in found.values() for it in models))
-        found = dict.fromkeys(found, every)
-    return found
+    return {name: found[name] for name in matrices if found.get(name) and (recipe.tokens or name in read)}
 
 
 def refuse_added(name: str, checkpoint: Checkpoint) -> None:

@@ -14,6 +14,8 @@ _DOCUMENTS = (
      "in a recipe's `models:` write `{adapter: FOLDER}`, or `{adapter: FOLDER, onto: MODEL}`"),
     (("model_type", "architectures"), "a model's config.json", f"name its folder as a model of a recipe; {_STARTS}"),
     (("weight_map",), "the index of a model's weights", f"name its folder as a model of a recipe; {_STARTS}"),
+    (("base_model", "experts"), "a configuration of mergekit-moe",
+     "skillmerge puts no mixture of experts together; it merges those that there are"),
     (("base_model", "datasets"), "a configuration of Axolotl", f"recipes name finished models; {_STARTS}"),
     (("model_name_or_path", "stage"), "a configuration of LLaMA-Factory", f"recipes name finished models; {_STARTS}"),
     (("model_name_or_path",), "a configuration of a trainer", f"recipes name finished models; {_STARTS}"),

@@ -85,11 +85,15 @@ class Config:
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """home: the folder that relative paths start from. stages: names of the file's other documents. layers: how many
-    the models have, as far as that is known."""
+    the models have, as far as that is known. depths: of models of which more is known, by their places."""
 
     home: Path
     stages: Sequence[str] = ()
     layers: int | None = None
+    depths: Mapping[str, int] = field(default_factory=dict)
+
+    def layers_of(self, model: str) -> int | None:
+        return self.depths.get(model.partition("+")[0], self.layers)
 
 
 def read(document: Document, around: Surroundings, notes: Notes) -> Config:
@@ -151,6 +155,9 @@ class _Reader:
         name, plus, added = written.partition("+")
         if not plus and not adapter:
             return self._at(written, revision, *path)
+        if not name.strip() or (plus and not added.strip()):
+            what = "a model before the plus" if not name.strip() else "an adapter behind the plus"
+            raise Refused(f"`{written}` lacks {what}", *path, fix="write both, as in `model+adapter`")
         if "+" in added or (plus and adapter):
             raise Refused(f"`{written}` has more than one adapter", *path, fix="name one, as in `model+adapter`")
         found = self._at(name, revision, *path), self.place(added or adapter, *path)
@@ -250,7 +257,10 @@ class _Reader:
             sources = self.sources(data.get("sources"), *here, "sources")
             if not sources:
                 raise Refused("this slice has no sources", *here)
-            ranges = [self.range(source, *here, "sources", number) for number, source in enumerate(data["sources"])]
+            ranges = [
+                self.range(source, self.around.layers_of(model), *here, "sources", number)
+                for number, (model, source) in enumerate(zip(sources, data["sources"], strict=True))
+            ]
             counts = {end - begin for begin, end in ranges}
             if len(counts) > 1:
                 raise Refused("the sources of this slice have different numbers of layers", *here)
@@ -263,33 +273,36 @@ class _Reader:
             self.moves |= any(begin != first for begin, _ in ranges)
             first = last + 1
         layers = self.around.layers
-        self.moves |= layers is not None and first < layers
+        depths = {self.around.layers_of(model) for region in found for model in region.sources}
+        self.moves |= bool(depths - {None, first})
         if self.moves:
             return [replace(found[0], layers=None)] if len(found) == 1 else found
-        if layers is None:
+        if None in depths:
             self.notes.warn(
                 f"the slices end with layer {first - 1}, taken to be the last; check with `--layers`", *path
             )
-        elif first > layers:
-            fix = "end with that one"
-            raise Refused(f"layer {first - 1} is past the last layer, which is {layers - 1}", *path, fix=fix)
         if len(found) == 1 and layers is not None:
             return [Region(found[0].sources, found[0].levels)]
         return found
 
-    def range(self, source: Mapping[str, Any], *path: str | int) -> tuple[int, int]:
-        """Return the first layer of a source, and the one after its last."""
+    def range(self, source: Mapping[str, Any], layers: int | None, *path: str | int) -> tuple[int, int]:
+        """Return the first layer of a source, and the one after its last. layers: of its model."""
         here = (*path, "layer_range")
         given = source.get("layer_range")
         if not isinstance(given, list) or len(given) != 2 or not all(type(end) is int for end in given):
-            raise Refused("`layer_range` is two numbers, such as [0, 32]", *(here if "layer_range" in source else path))
+            what = "`layer_range` is two numbers, such as [0, 32]"
+            raise Refused(what, *(here if "layer_range" in source else path), fix=_RANGE)
         if given[0] < 0 or given[1] > _LAYERS:
             raise Refused("a layer has a number from 0 on", *here, fix="count from the first layer")
         if given[1] <= given[0]:
-            raise Refused("this slice has no layers", *here)
+            raise Refused("this slice has no layers", *here, fix=_RANGE)
+        if layers is not None and given[1] > layers:
+            what = f"layer {given[1] - 1} is past the last layer, which is {layers - 1}"
+            raise Refused(what, *here, fix=f"write at most {layers} as the second number")
         return given[0], given[1]
 
 
+_RANGE = "write the first layer, and the number behind the last one: [0, 1] is layer 0"
 _LAYERS = 100_000
 """More layers than any model has."""
 _BASES = "give all slices the same `base_model`"

@@ -24,7 +24,7 @@ from skillmerge.recipes.formula.donor import donor_of
 from skillmerge.recipes.formula.parser import parse
 from skillmerge.recipes.formula.tree import ExpressionError, names_in
 from skillmerge.recipes.mergekit.config import Config, Surroundings, place_of, read, stage_place
-from skillmerge.recipes.mergekit.methods import expression
+from skillmerge.recipes.mergekit.methods import expression, passed_through
 from skillmerge.recipes.mergekit.notes import Notes, Refused
 from skillmerge.recipes.mergekit.output import dtype_of
 from skillmerge.recipes.mergekit.settings import Choice, Varying
@@ -125,7 +125,8 @@ def translated(
     stages = [stage for each in documents if (stage := _name_of(each)) and each is not document]
     notes = Notes(document)
     try:
-        around = Surroundings(home, stages, layers or _layers(document.data, home))
+        depths = _depths(document.data, home)
+        around = Surroundings(home, stages, layers or next(iter(depths.values()), None), {} if layers else depths)
         draft, config = _draft(document, around, notes, start)
     except Refused as error:
         raise notes.error(error) from error
@@ -133,12 +134,12 @@ def translated(
 
 
 def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -> tuple[Draft, Config]:
-    config = read(document, around, notes)
+    config = passed_through(read(document, around, notes), notes)
     places = config.models if config.base is None else (config.base, *config.models)
     plain = names_of([*places, *(base for base, _ in config.adapters.values())])
     stacks = stacks_of(config, plain)
     names = dict(stacks.names) if stacks is not None else plain
-    given = Translation(config, names, notes)
+    given = Translation(config, names, notes, frozenset(plain.values()))
     merge = expression(given)
     output = {"path": stage_place(_name_of(document) or "merged")}
     place = place_of(document.data, around, notes)
@@ -149,7 +150,8 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
     except ExpressionError as error:
         raise Refused(f"the translation {error}: {merge}"[:400], fix="write it by hand, in fewer terms") from error
     if stacks is not None and config.method == "passthrough" and like != config.models[0]:
-        raise Refused("the tokenizer is not that of the first slice, whose embedding the output has", fix=_OTHER_TOKENS)
+        what = "the tokenizer is not that of the first slice, whose embedding the output has"
+        raise Refused(what, *tokens.path, fix="name the model of the first slice, or none")
     if names[like] != donor_of(node):
         output["like"] = names[like]
     if (dtype := dtype_of(config, notes)) is not None:
@@ -163,6 +165,8 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
     if behind is not None and tensors is None:
         what = f"final norm and head are those of `{behind}`, and their names are guessed"
         notes.warn(f"{what}; check with `skillmerge plan`", "slices")
+    elif behind is not None:
+        _warn_of_head(next(place for place, name in plain.items() if name == behind), config, around.home, notes)
     stages = {stage_place(stage) for stage in around.stages}
     remarks = sorted(notes.found, key=lambda remark: remark.level != "warning")
     title = f"{config.method}, from {Path(document.name).name if document.name != STANDARD_INPUT else 'mergekit'}"
@@ -177,6 +181,19 @@ def _draft(document: Document, around: Surroundings, notes: Notes, start: str) -
         **_models(config, plain, stacks, used, lambda place: place if place in stages else moved(place, start)),
     )
     return draft, config
+
+
+def _warn_of_head(last: str, config: Config, home: Path, notes: Notes) -> None:
+    """Warn if the last model of a stack has a head, and the first one has only its embedding for that."""
+    first, behind = (_tensors([place.partition("+")[0]], home) for place in (config.models[0], last))
+    if first is None or behind is None:
+        return
+    lost = sorted(set(behind_layers(behind)) - first)
+    if lost:
+        what = (
+            f"the output has no `{lost[0]}`, as the model of its first slice has none; mergekit takes that of the last"
+        )
+        notes.warn(what, "slices")
 
 
 def _models(
@@ -194,9 +211,6 @@ def _models(
     needed |= {base for _, base in adapters.values()}
     models = {name: seen(place) for place, name in names.items() if name in needed and name not in adapters}
     return {"models": models, "adapters": adapters, "stacks": parts}
-
-
-_OTHER_TOKENS = "name the model of the first slice, or no tokenizer"
 
 
 def _fitted(found: Varying, names: frozenset[str] | None, notes: Notes) -> Varying:
@@ -278,16 +292,17 @@ def _name_of(document: Document) -> str | None:
     return name if isinstance(name, str) and name.strip() else None
 
 
-def _layers(data: Any, home: Path) -> int | None:
-    """Return how many layers the models have, if one of them is a folder with a config."""
-    for place in _written(data):
+def _depths(data: Any, home: Path) -> dict[str, int]:
+    """Return how many layers the models have that are folders with a config, by place."""
+    found: dict[str, int] = {}
+    for place in dict.fromkeys(place.partition("+")[0] for place in _written(data)):
         try:
-            config = json.loads((home / place.partition("+")[0] / "config.json").read_text(encoding="utf-8"))
+            config = json.loads((home / place / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(config, dict) and (count := layers_in(config)) is not None:
-            return count
-    return None
+            found[place] = count
+    return found
 
 
 def _written(data: Any) -> list[str]:

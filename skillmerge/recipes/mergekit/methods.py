@@ -6,14 +6,18 @@ What differs is noted. Written from the published descriptions and from runs of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from skillmerge.errors import did_you_mean
-from skillmerge.recipes.mergekit.notes import Refused
-from skillmerge.recipes.mergekit.settings import cells, is_close, value_in
-from skillmerge.recipes.mergekit.translation import Translation, times, total, written
+from skillmerge.recipes.mergekit.config import Config, Level, Region
+from skillmerge.recipes.mergekit.notes import Notes, Refused
+from skillmerge.recipes.mergekit.settings import cells, choices, is_close, value_in
+from skillmerge.recipes.mergekit.translation import Translation, number_of, times, total, written
 
 _TIES = "elements that tie at the threshold all stay; mergekit keeps some of them"
 _NO_SCALE = "a model has to come out as one model"
+_ONE = "list one model in each slice, or name a method that merges several"
+_MERGEKIT = "remove it, or merge with mergekit"
 
 
 def expression(given: Translation) -> str:
@@ -33,6 +37,38 @@ def expression(given: Translation) -> str:
     return METHODS[method](given)
 
 
+def passed_through(config: Config, notes: Notes) -> Config:
+    """Return a linear merge as passthrough if each slice has one model that counts, and slices have other models.
+
+    People list a second one with a weight of 0, so that mergekit matches rows by token.
+    """
+    alike = len({frozenset(it.sources) for it in config.regions}) < 2
+    if config.method != "linear" or alike or config.base not in (None, *config.models):
+        return config
+    regions = []
+    for region in config.regions:
+        try:
+            weights = {model: _weights(region, model) for model in region.sources}
+        except Refused:
+            return config  # which is said again, with its model
+        counting = [model for model, points in weights.items() if any(points)]
+        scaled = any("normalize" in level.table for level in region.levels_of(None))
+        if len(counting) != 1 or min(map(abs, weights[counting[0]])) < 1e-9 or scaled:
+            return config
+        [model] = counting
+        level = region.sources[model]
+        own = Level({key: value for key, value in level.table.items() if key != "weight"}, level.path)
+        regions.append(replace(region, sources={model: own}, levels=(), taken={model: region.taken[model]}))
+    notes.note("in each slice one model counts, which is passed through", "merge_method")
+    models = dict.fromkeys(model for region in regions for model in region.sources)
+    return replace(config, method="passthrough", models=tuple(models), regions=tuple(regions))
+
+
+def _weights(region: Region, model: str) -> list[float]:
+    found = choices(region.levels_of(model), "weight", None, lambda value, *path: number_of(value, "weight", *path))
+    return [point for choice in found for point in choice.points]
+
+
 def _check_slices(given: Translation) -> None:
     first = given.config.regions[0].sources
     for region in given.config.regions[1:]:
@@ -45,10 +81,10 @@ def _passthrough(given: Translation) -> str:
     for region in given.config.regions:
         for model, level in region.sources.items():
             if len(region.sources) > 1:
-                raise Refused("passthrough takes one model for each layer", *level.path[:-2])
+                raise Refused("passthrough takes one model for each layer", *level.path[:-2], fix=_ONE)
             scales = given.setting("scale", model, 1)
             if any(not is_close(point, 1) for part in scales for choice in part for point in choice.points):
-                raise Refused("`scale` has no counterpart: " + _NO_SCALE, *level.path, "scale")
+                raise Refused("`scale` has no counterpart: " + _NO_SCALE, *level.path, "scale", fix=_MERGEKIT)
     base = given.config.base
     if base is not None and base not in given.config.models:
         raise Refused("passthrough takes one model, and `base_model` is a second one", "base_model", fix="remove it")
@@ -215,7 +251,8 @@ def _model_stock(given: Translation) -> str:
 def _two(given: Translation) -> tuple[str, str]:
     base, others = given.base, given.config.others
     if len(others) != 1:
-        raise Refused(f"`{given.config.method}` takes the base and one other model", "models")
+        what = f"`{given.config.method}` takes the base and one other model"
+        raise Refused(what, "models", fix="name one of two models as `base_model`")
     return base, given.name(others[0])
 
 

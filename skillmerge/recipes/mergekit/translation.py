@@ -22,11 +22,12 @@ Check = Callable[[float], float]
 class Translation:
     """A document while it is translated: its config, names for its models, and the coefficients that are found.
 
-    shared, own: the parameters that the method has for all models, and for each.
+    taken: further names that the recipe has. used: the parameters that count, and whether for each model by itself.
     """
 
-    def __init__(self, config: Config, names: dict[str, str], notes: Notes) -> None:
+    def __init__(self, config: Config, names: dict[str, str], notes: Notes, taken: frozenset[str]) -> None:
         self.config, self.names, self.notes = config, names, notes
+        self.taken = taken | {*names.values()}
         self.coefficients: dict[str, Varying] = {}
         self.used: set[tuple[str, bool]] = set()
 
@@ -50,7 +51,7 @@ class Translation:
         self.used.add((key, model is not None))
 
         def number(value: Any, *path: str | int) -> float:
-            found = _number(value, key, *path)
+            found = number_of(value, key, *path)
             try:
                 return found if check is None else check(found)
             except ValueError as error:
@@ -74,7 +75,7 @@ class Translation:
         return self._named(called, found)
 
     def _named(self, name: str, found: Varying) -> str:
-        while name in self.names.values():
+        while name in self.taken:
             name += "_"
         self.coefficients[name] = found
         return name
@@ -147,7 +148,7 @@ class Translation:
         return level.path[:-1] if level is not None else ("base_model",)
 
 
-def _number(value: Any, key: str, *path: str | int) -> float:
+def number_of(value: Any, key: str, *path: str | int) -> float:
     """Return the number that a scalar means to mergekit, whose YAML reads `1e-5` as text. Raises Refused."""
     if isinstance(value, str):
         word = _WORDS.get(value.strip().lower())

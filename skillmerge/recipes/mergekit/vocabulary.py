@@ -28,11 +28,12 @@ Place = Callable[..., str]
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """like: the model whose tokenizer the output has, or None. by_token: whether rows are matched by token. taken:
-    token -> the model whose row it is."""
+    token -> the model whose row it is. path: the keys that lead to where the document says so."""
 
     like: str | None = None
     by_token: bool = False
     taken: Mapping[str, str] = field(default_factory=dict)
+    path: tuple[str, ...] = ("base_model",)
 
 
 def tokens_of(config: Config, notes: Notes, place: Place, home: Path) -> Tokens:
@@ -59,7 +60,7 @@ def tokens_of(config: Config, notes: Notes, place: Place, home: Path) -> Tokens:
     by_token = bool(taken) or (known is not None and any(it != known[like] for it in known.values()))
     if by_token and known is not None:
         _warn(known, like, taken, notes, path)
-    return Tokens(like, by_token, taken)
+    return Tokens(like, by_token, taken, path)
 
 
 def _named(source: Any, config: Config, place: Place, path: tuple[str, ...]) -> str:

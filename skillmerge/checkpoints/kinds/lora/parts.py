@@ -177,11 +177,6 @@ def _plain(named: str) -> str:
     return named.replace(f"{_BASE}.", ".")
 
 
-def weight_of(stored: str) -> str:
-    """Return the weight that a stored part of a pair is for, unless it is for another parameter of a module."""
-    return f"{_plain(stored.removeprefix(PREFIX).rpartition('.lora_')[0])}.weight"
-
-
 def _pair(named: str, roles: Mapping[str, StoredTensor], config: LoraConfig, place: str) -> Pair:
     """Return a module's A and B. Raises InputError where they do not fit each other, or the configuration."""
     kinds = ("embedding_a", "embedding_b") if "embedding_a" in roles or "embedding_b" in roles else ("a", "b")
@@ -252,3 +247,8 @@ def _refuse_twice(
 
 def _listed(tensors: Iterable[StoredTensor]) -> str:
     return some([f"`{spec.name}`" for spec in tensors], 3)
+
+
+def weight_of(stored: str) -> str:
+    """Return the weight that a stored part of a pair is for, unless it is for another parameter of a module."""
+    return f"{_plain(stored.removeprefix(PREFIX).rpartition('.lora_')[0])}.weight"
