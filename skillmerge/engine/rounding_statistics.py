@@ -275,5 +275,8 @@ def share(part: float, whole: float) -> float | None:
 
 
 def factor(tensor: TensorPlan) -> float | None:
-    """lambda, where the tensor is `base + lambda * v` with one number in front of the difference."""
-    return tensor.program.asked if tensor.program is not None and tensor.program.base else None
+    """lambda, where the tensor is `base + lambda * v` with one number in front of the difference; of a packed tensor
+    that of its computed experts, if they have one."""
+    programs = [it.program for it in tensor.pieces if it.action == "merge" or not tensor.slices]
+    asked = {it.asked if it is not None and it.base else None for it in programs}
+    return asked.pop() if len(asked) == 1 else None

@@ -178,7 +178,9 @@ def _figures(gate: Gate, given: GateInput) -> Iterator[Outcome]:
         measured = getattr(group, gate.kind)
         if measured is None and gate.kind in ("changed", "norm_ratio") and not group.merged:
             measured = _taken(body, kind) if gate.kind == "changed" else 0.0
-        why = "no update was measured" if measured is None else ""
+        why = "" if measured is not None else "no update was measured"
+        if why and gate.kind == "realised_lambda" and group.realised is not None:
+            why = "not every tensor has one lambda (use `realised`)"
         if gate.kind == "changed" and measured == 0 and statistics.mode == "sampled":
             why = "nothing changed in the sample (use `--stats full`)"
         yield _judged(gate, measured, kind, why)

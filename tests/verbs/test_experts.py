@@ -19,6 +19,7 @@ from torch import Tensor
 import skillmerge
 from skillmerge.checkpoints.views.spooled import Spooled
 from skillmerge.errors import RecipeError
+from skillmerge.study.gates import GateFailed
 from skillmerge.tensors import BLOCK, CHUNK
 
 COUNT = 5
@@ -95,6 +96,22 @@ def test_rounding_is_measured_alike_in_both_layouts(tmp_path: Path) -> None:
         found.append(statistics_of(tmp_path / layout / "merged"))
     for key in ("changed", "vanished", "realised", "norm_ratio"):
         assert found[0][key] == pytest.approx(found[1][key], rel=1e-9), key
+
+
+def test_experts_that_stay_leave_a_packed_tensor_its_lambda(tmp_path: Path, edit: Callable[..., Path]) -> None:
+    """As it is where they are stored one by one. Two lambdas in one tensor are none, which a gate says."""
+    found = []
+    for layout in ("split", "packed"):
+        recipe = family(tmp_path / layout, getattr(layouts, layout), SIZES[1])
+        rules = [{"experts": "0-1", "value": 0.0}, {"layers": "0", "experts": "2-", "value": 0.5}]
+        edit(recipe, coefficients={"lam": {"default": 0.5, "rules": rules}}, gates={"realised_lambda": {"min": 0.4}})
+        skillmerge.apply(recipe, stats="full")
+        found.append(statistics_of(tmp_path / layout / "merged"))
+    for key in ("asked_lambda", "realised_lambda"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-9), key
+    edit(tmp_path / "packed" / "recipe.yaml", coefficients=RULES)
+    with pytest.raises(GateFailed, match="not every tensor has one lambda"):
+        skillmerge.apply(tmp_path / "packed" / "recipe.yaml", stats="full", overwrite=True)
 
 
 def test_the_plan_and_the_manifest_have_the_slices(tmp_path: Path) -> None:
