@@ -19,7 +19,7 @@ from skillmerge.methods.terms import Leaf, Term, degree, is_zero, model_of
 from skillmerge.plans.accounting import Problem, account_tensors, copy_rules
 from skillmerge.plans.adapters.planning import plan_adapter
 from skillmerge.plans.advice.heads import driven_apart, stored_heads
-from skillmerge.plans.advice.oddities import oddities, unlike_bases
+from skillmerge.plans.advice.oddities import oddities, shallow_adapters, unlike_bases
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models, unsettled
@@ -102,7 +102,7 @@ def _adapter_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Plan
             ties=(),
             problems=(),
             notes=(),
-            warnings=tuple(_of_models(recipe, checkpoints)),
+            warnings=tuple(it for it in _of_models(recipe, checkpoints) if it.name not in recipe.accept),
             **made,
             **_inputs(recipe, checkpoints, made["tensors"]),
         )
@@ -218,6 +218,7 @@ def _warnings(
 ) -> Iterator[Remark]:
     """Yield warnings about what the recipe does."""
     yield from _of_models(recipe, checkpoints)
+    yield from shallow_adapters(recipe, checkpoints)
     yield from levelled(recipe, donor, wanted)
     if not recipe.makes_skill:
         yield from driven_apart(donor, tensors)

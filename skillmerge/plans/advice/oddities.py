@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.checkpoint import Checkpoint, View
 from skillmerge.checkpoints.model_config import layers_in
+from skillmerge.checkpoints.views.adapted import Adapted, AdapterPlane
 from skillmerge.checkpoints.views.by_token import ByToken
 from skillmerge.checkpoints.views.renamed import WRAPPERS
 from skillmerge.methods.terms import model_of
+from skillmerge.naming import layer_of
 from skillmerge.recipes.recipe import Recipe
 from skillmerge.remarks import Remark, warning
 
@@ -60,7 +62,39 @@ def unlike_bases(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Itera
                 f"adapter `{one}` says that it was trained on `{first}`, and `{other}` on `{second}`",
                 "if RL continued the SFT adapter, its skill is the difference of the two; if it started from the "
                 "merged SFT model, its skill is its adapter alone",
+                name="adapter-base",
             )
+
+
+def shallow_adapters(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
+    """Yield a warning for each adapter that changes the first layers of a model alone, as one of a model with fewer
+    layers does. Nothing else shows that: an adapter does not say how many layers its model has."""
+    for name, checkpoint in checkpoints.items():
+        while isinstance(checkpoint, View):
+            checkpoint = checkpoint.beneath
+        if name != model_of(name) or not isinstance(checkpoint, Adapted | AdapterPlane):
+            continue
+        of_model, said = recipe.entries[name].onto or recipe.donor, layers_in(checkpoint.config)
+        changed = _layers(checkpoint.changes)
+        for stack, found in _layers(checkpoint.tensors).items():
+            count = len(found) if said is None else said  # layers behind the last one predict further tokens
+            first = changed.get(stack, set())
+            if len(first) < count <= len(found) and first == set(range(len(first))) and first:
+                yield warning(
+                    f"adapter `{name}` changes the first {len(first)} of {count} layers of `{of_model}`, "
+                    "as if it was trained on a model with fewer layers",
+                    "name a model with as many layers; for a stack, put the adapter `onto:` its own model, and stack "
+                    "that model with the adapter and without it",
+                    name="architecture",
+                )
+
+
+def _layers(tensors: Iterable[str]) -> dict[str, set[int]]:
+    """Return the numbers of the layers of each stack that tensors are in."""
+    found: dict[str, set[int]] = {}
+    for layer in filter(None, map(layer_of, tensors)):
+        found.setdefault(layer[0], set()).add(layer[1])
+    return found
 
 
 def _of_stack(donor: Checkpoint) -> Iterator[str]:
