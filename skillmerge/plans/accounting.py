@@ -57,7 +57,10 @@ def settlement(recipe: Recipe, problems: Iterable[Problem]) -> str:
     """Return what would settle the problems, each once: rules to paste into the recipe, and what to do elsewhere.
     There are no rules if the models are of different architectures."""
     problems = list(problems)
-    parts = list(dict.fromkeys(problem.help for problem in problems if problem.help))
+    parts: list[str] = []
+    for advice in dict.fromkeys(problem.help for problem in problems if problem.help):
+        if not any({*advice.splitlines()} <= {*part.splitlines()} for part in parts):
+            parts.append(advice)
     if any(problem.final for problem in problems):
         return "\n".join(parts)
     lines = list(dict.fromkeys(line for problem in problems for line in problem.rename))

@@ -32,10 +32,9 @@ from skillmerge.plans.models.experts import Row, Run, all_of_them, by_tensor, ru
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.plans.vocabulary.by_token import vocabulary_of
-from skillmerge.recipes.formula.parser import grouped
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.lint import remarks
-from skillmerge.recipes.recipe import Recipe, unclear_donor
+from skillmerge.recipes.recipe import Recipe, one_model_meant, unclear_donor
 from skillmerge.remarks import Remark, warning
 from skillmerge.tensors import DTYPES, TensorSpec
 
@@ -135,13 +134,7 @@ def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Te
         asked = ", ".join(f"{name} = {value:g}" for name, value in values.items())
         at = f"for tensor `{tensor}`" + (f" (with {asked})" if asked else "")
         what = f"gives {found:g} models' worth of weights" if found != 0 else "gives a difference, not a model,"
-        fix: dict[float, str] = {
-            0: "add it to a model: target + lam * (rl - sft); or store it with `output: {kind: skill}`",
-            2: "did you mean the average, (a + b) / 2?",
-        }
-        meant = grouped(str(recipe.document.data["merge"]), recipe.models)
-        advice = meant or fix.get(found, "the factors must add up to 1")
-        raise recipe.error(("merge",), f"the expression {what} {at}", advice)
+        raise recipe.error(("merge",), f"the expression {what} {at}", one_model_meant(recipe, found))
     return term
 
 

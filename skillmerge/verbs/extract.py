@@ -111,6 +111,7 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     document = summary(Folder(Path(skill)))
     tensors = {name: row["digests"] for name, row in document["tensors"].items() if row.get("digests")}
     candidates = sorted({model for digests in tensors.values() for model in digests})
+    proven = [_parent(item) for item in document["parents"] if item["name"] in candidates]
     if not candidates:
         raise UsageError(f"{skill} was made from other skills, which record their own parents")
     access = Access(follow_links=follow_links)
@@ -140,7 +141,7 @@ def check_parent(skill: str | os.PathLike[str], parent: str, *, follow_links: bo
     if reason or not candidates:
         raise CheckFailed(
             f"{parent} is not a parent of {skill}: {reason}",
-            fix=f"pass one of its parents: {', '.join(_parent(item) for item in document['parents'])}",
+            fix=f"pass one of its parents: {', '.join(proven)}",
         )
     return str(candidates[0])
 

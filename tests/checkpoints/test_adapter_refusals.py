@@ -263,7 +263,7 @@ ALONE = {
         "adapter: replaces some rows of `model.embed_tokens.weight`, which is no difference\n"
         f"{ONTO}, and subtract that model"),
     "DoRA": ({f"{Q}.lora_magnitude_vector": (6,)}, {}, f"adapter: DoRA scales the base's rows (`{Q}.weight`), so that "
-        f"its difference depends on the base\n{ONTO}"),
+        f"its difference depends on the base\n{ONTO}, and subtract that model"),
 }  # fmt: skip
 
 
