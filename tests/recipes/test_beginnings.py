@@ -8,7 +8,7 @@ from typing import Any
 import layouts
 import pytest
 from adapter_models import write_adapter
-from conftest import MODELS, tensor_shapes, write_checkpoint, write_family, write_recipe
+from conftest import MODELS, run_cli, tensor_shapes, write_checkpoint, write_family, write_recipe
 
 import skillmerge
 from skillmerge.errors import CheckFailed, RecipeError, SkillmergeError
@@ -119,6 +119,16 @@ def test_parts_that_replace_can_be_left_out_of_an_adapter_without_a_base(family:
     assert "or leave these tensors out with `ignore`" in told(write_recipe(family, "lam * v", **keys))[1]
     skillmerge.apply(write_recipe(family, "lam * v", ignore=["lm_head.weight", "*.embed_tokens.weight"], **keys))
     assert load_file(family / "joined" / "adapter_model.safetensors").keys() == plain.keys()
+
+
+def test_a_plan_shows_what_is_put_onto_a_model_and_names_no_donor_of_an_adapter(family: Path) -> None:
+    models = {"base": "sft", "v": {**V, "onto": "base"}}
+    keys: dict[str, Any] = {"models": models, "output": {"kind": "adapter"}}
+    shown = run_cli("plan", write_recipe(family, "base + lam * (v - base)", **keys), cwd=family).stdout
+    assert "adapter onto base" in shown
+    assert "(donor)" not in shown
+    whole = run_cli("plan", write_recipe(family, "base + lam * (v - base)", models=models), cwd=family).stdout
+    assert "base (donor)" in whole
 
 
 def test_parents_of_a_skill_are_those_that_can_be_shown(family: Path) -> None:
